@@ -1,0 +1,69 @@
+# Every target does its own set-up: a virtual environment in .venv, installed under the pins of constraints.txt.
+# Needed: make, and Python 3.11 or newer with venv. To choose another one: make PYTHON=/path/to/python3.12 test
+#
+# pip's own settings hold here (pip.conf, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS). Where they offer a CPU build of the pinned
+# torch, pip takes it; elsewhere on Linux it is the CUDA build of the same version, which is several gigabytes.
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-fast lint types clean
+
+# The first interpreter that starts, is new enough and can make an environment.
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	then echo "$$python"; break; fi; done)
+PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+help:
+	@echo 'make quickstart   tune the built-in model on handwritten digits, merge it, report; the run is runs/quickstart'
+	@echo 'make test         ruff, mypy and the whole test suite'
+	@echo 'make test-fast    the tests without the slow ones'
+	@echo 'make lint         ruff check and ruff format --check'
+	@echo 'make types        mypy'
+	@echo 'make clean        remove caches and build products (runs/, data/ and .venv stay)'
+
+# eval.json is the last file that `mmtune data digits` writes.
+quickstart: .venv/.installed
+	@if [ -e data/digits/eval.json ]; then echo 'data/digits is already there'; \
+	else set -x; .venv/bin/mmtune data digits data/digits; fi
+	@overwrite=; if [ -e runs/quickstart ]; then overwrite=--overwrite; fi; \
+	set -x; .venv/bin/mmtune train recipes/quickstart.yaml $$overwrite
+	.venv/bin/mmtune merge runs/quickstart runs/quickstart/merged --overwrite
+	.venv/bin/mmtune report runs/quickstart
+
+test: lint types
+	.venv/bin/python -m pytest
+
+test-fast: .venv/.installed-dev
+	.venv/bin/python -m pytest -m 'not slow'
+
+lint: .venv/.installed-dev
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+
+types: .venv/.installed-dev
+	.venv/bin/python -m mypy
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# ---- set-up: a stamp for what the commands need, and one for what the tests need besides
+
+.venv/bin/python:
+	@if [ -z '$(PYTHON)' ] || ! '$(PYTHON)' -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; then \
+		echo 'mmtune needs Python 3.11 or newer with its venv module, and found none on the path.' >&2; \
+		echo 'Name one with: make PYTHON=/path/to/python3.11 …   (on Debian and Ubuntu, venv is the package python3-venv)' >&2; \
+		exit 1; fi
+	'$(PYTHON)' -m venv .venv
+
+# torch goes in first, so that the pin chooses its build before anything else asks for one. The build backend is
+# installed beside it, under its own pin, because pip's isolated builds do not see the constraints.
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	@echo 'setting up .venv, which takes some minutes, once'
+	$(PIP_INSTALL) torch hatchling
+	$(PIP_INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@

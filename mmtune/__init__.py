@@ -1,0 +1,3 @@
+"""Parameter-efficient multimodal instruction tuning."""
+
+__version__ = "0.1.0"

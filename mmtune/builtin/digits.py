@@ -1,0 +1,192 @@
+"""Scenes of real handwritten digits with questions, in LLaVA's conversation format.
+
+The digits are the 1,797 8x8 images of the UCI "Optical Recognition of Handwritten Digits" test set that ship inside
+scikit-learn (`sklearn.datasets.load_digits`), so the data set needs no download. A scene shows four of them in a
+2 x 2 grid. Every fifth image is held out: `eval` and `read_eval` scenes are drawn from those alone, and no training
+part, the built-in checkpoint's included, ever shows one.
+
+Parts:
+
+* `read`: what the built-in checkpoint is trained on: reading the four digits, naming a position, finding a digit.
+* `read_eval`: the same questions about held-out digits.
+* `tune`: what the quickstart teaches: presence, counting, comparison and the largest digit. An answer reads the
+  digits first and then concludes, so that a model of two million parameters can be right for the right reason.
+* `eval`: the same questions as `tune` about held-out digits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+T = TypeVar("T")
+
+CELL = 16  # pixels of one grid cell; a scene is 2 x 2 cells
+POSITIONS = ("top left", "top right", "bottom left", "bottom right")
+ANSWER_MARK = "Answer:"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of the data set: how many scenes, from which digits, asked which tasks."""
+
+    scenes: int
+    held_out: bool
+    tasks: tuple[str, ...]
+    questions: int  # turns in a conversation
+    seed: int
+
+
+READ_TASKS = ("read", "position", "row", "where")
+TUNE_TASKS = ("presence", "count", "compare", "largest")
+PARTS = {
+    "read": Part(24_000, False, READ_TASKS, 4, seed=1),
+    "read_eval": Part(800, True, READ_TASKS, 1, seed=2),
+    "tune": Part(6_000, False, TUNE_TASKS, 1, seed=3),
+    "eval": Part(600, True, TUNE_TASKS, 1, seed=4),
+}
+
+
+def digit_images(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The digits of one side of the split.
+
+    Returns:
+        images: float array (N, 8, 8), 0 to 16 as in the source.
+        labels: int array (N,), 0 to 9.
+    """
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    mine = (np.arange(len(data.target)) % 5 == 4) == held_out
+    return data.images[mine], data.target[mine]
+
+
+def draw_scene(digits: np.ndarray, rng: np.random.Generator) -> Image.Image:
+    """Four digits (4, 8, 8) in reading order on one grey-level canvas; size, tilt and place vary a little."""
+    scene = Image.new("L", (2 * CELL, 2 * CELL), 0)
+    for index, digit in enumerate(digits):
+        size = int(rng.integers(12, 16))
+        glyph = Image.fromarray((digit * (255 / 16)).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+        glyph = glyph.rotate(float(rng.uniform(-12, 12)), Image.Resampling.BICUBIC)
+        x, y = rng.integers(0, CELL - size + 1, size=2)
+        scene.paste(glyph, ((index % 2) * CELL + int(x), (index // 2) * CELL + int(y)))
+    return scene
+
+
+def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
+    return options[int(rng.integers(len(options)))]
+
+
+def _read(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
+    question = _pick(rng, ["What digits are shown?", "Read the digits.", "Which digits are in the picture?"])
+    return question, " ".join(map(str, d))
+
+
+def _position(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
+    i = int(rng.integers(4))
+    question = _pick(rng, ["Which digit is {}?", "What is the {} digit?", "Name the digit at the {}."])
+    return question.format(POSITIONS[i]), str(d[i])
+
+
+def _row(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
+    name, cells = _pick(
+        rng,
+        [("top row", (0, 1)), ("bottom row", (2, 3)), ("left column", (0, 2)), ("right column", (1, 3))],
+    )
+    return f"Which digits are in the {name}?", " ".join(str(d[i]) for i in cells)
+
+
+def _where(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
+    wanted = _pick(rng, [x for x in d if d.count(x) == 1] or [d[0]])
+    places = [POSITIONS[i] for i in range(4) if d[i] == wanted]
+    return f"Where is the {wanted}?", ", ".join(places)
+
+
+def _concluding(d: list[int], answer: str) -> str:
+    return f"{' '.join(map(str, d))}. {ANSWER_MARK} {answer}"
+
+
+def _presence(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
+    absent = [x for x in range(10) if x not in d]
+    wanted = _pick(rng, d if rng.random() < 0.5 else absent)
+    return f"Is there {'an' if wanted == 8 else 'a'} {wanted} in the picture?", _concluding(d, "yes" if wanted in d else "no")
+
+
+def _count(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
+    common = max(d, key=d.count)
+    wanted = _pick(rng, [common, _pick(rng, d), int(rng.integers(10))])
+    return f"How many times does {wanted} appear?", _concluding(d, str(d.count(wanted)))
+
+
+def _compare(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
+    a, b = rng.choice(4, size=2, replace=False)
+    question = f"Is the {POSITIONS[a]} digit larger than the {POSITIONS[b]} digit?"
+    return question, _concluding(d, "yes" if d[a] > d[b] else "no")
+
+
+def _largest(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
+    return "What is the largest digit?", _concluding(d, str(max(d)))
+
+
+TASKS: dict[str, Callable[[list[int], np.random.Generator], tuple[str, str]]] = {
+    "read": _read,
+    "position": _position,
+    "row": _row,
+    "where": _where,
+    "presence": _presence,
+    "count": _count,
+    "compare": _compare,
+    "largest": _largest,
+}
+
+
+def make_part(name: str, part: Part, folder: Path) -> list[dict]:
+    """Draw every scene of `part` under `folder`/images/`name` and return its rows, in LLaVA's format plus `task`."""
+    rng = np.random.default_rng(part.seed)
+    images, labels = digit_images(part.held_out)
+    pictures = folder / "images" / name
+    pictures.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(part.scenes):
+        # A repeated digit every other scene: four independent digits rarely repeat, and a count would be 1 or 0.
+        values = rng.integers(10, size=4)
+        if rng.random() < 0.5:
+            values[rng.permutation(4)[: int(rng.integers(2, 5))]] = rng.integers(10)
+        chosen = [rng.choice(np.flatnonzero(labels == value)) for value in values]
+        digits = [int(value) for value in values]
+        draw_scene(images[chosen], rng).save(pictures / f"{number:05d}.png")
+        offset = number % len(part.tasks)
+        tasks = [part.tasks[(offset + turn) % len(part.tasks)] for turn in range(part.questions)]
+        turns: list[dict[str, str]] = []
+        for task in tasks:
+            question, answer = TASKS[task](digits, rng)
+            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        turns[0]["value"] = "<image>\n" + turns[0]["value"]
+        rows.append(
+            {
+                "id": f"{name}-{number:05d}",
+                "image": f"images/{name}/{number:05d}.png",
+                "task": tasks[0],
+                "conversations": turns,
+            }
+        )
+    return rows
+
+
+def write_digits(folder: Path, parts: tuple[str, ...] = ("tune", "eval")) -> dict[str, int]:
+    """Write the named parts as `folder`/NAME.json with their images; returns rows per part.
+
+    The same parts are the same bytes on every machine with the same numpy, Pillow and scikit-learn.
+    """
+    counts = {}
+    for name in parts:
+        rows = make_part(name, PARTS[name], folder)
+        (folder / f"{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        counts[name] = len(rows)
+    return counts

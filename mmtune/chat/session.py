@@ -1,0 +1,85 @@
+"""A conversation with a model: its turns, its images, and answers as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
+
+from mmtune.data.encode import encode_prompt
+from mmtune.data.media import image_size
+from mmtune.data.message import Message
+from mmtune.errors import UserError
+
+
+class ChatSession:
+    """Holds the turns so far; the prompt is rendered by the very chat template that the model was trained with.
+
+    Args:
+        model: in eval mode.
+        processor: its processor.
+        max_new_tokens: an answer is cut there.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int = 256) -> None:
+        if not processor.chat_template:
+            raise UserError("the model has no chat template, so it cannot be talked to")
+        self._model = model
+        self._processor = processor
+        self._max_new_tokens = max_new_tokens
+        self._messages: list[Message] = []
+        self._images: list[dict[str, Any]] = []
+
+    def attach(self, image: Path) -> tuple[int, int]:
+        """Show an image with the next question; returns its (width, height) in pixels.
+
+        Raises:
+            UserError: a file that is missing or no image.
+        """
+        try:
+            size = image_size(image)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self._images.append({"type": "image", "image": str(image)})
+        return size
+
+    def reset(self) -> None:
+        """Forget every turn and image."""
+        self._messages = []
+        self._images = []
+
+    def ask(self, question: str) -> Iterator[str]:
+        """Pieces of the greedy answer as the model writes them; the finished turn joins the conversation.
+
+        Raises:
+            UserError: an image that cannot be decoded.
+        """
+        turn: Message = {"role": "user", "content": [*self._images, {"type": "text", "text": question}]}
+        prompt = encode_prompt("chat", [*self._messages, turn], self._processor)
+        streamer = TextIteratorStreamer(self._processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failed: list[BaseException] = []
+
+        def generate() -> None:
+            try:
+                with torch.inference_mode():
+                    inputs = {key: value.to(self._model.device) for key, value in prompt.items()}
+                    self._model.generate(**inputs, max_new_tokens=self._max_new_tokens, do_sample=False, streamer=streamer)
+            except BaseException as error:  # handed to the reader, who would otherwise wait for ever
+                failed.append(error)
+                streamer.end()
+
+        thread = Thread(target=generate, daemon=True)
+        thread.start()
+        pieces = []
+        for piece in streamer:
+            pieces.append(piece)
+            yield piece
+        thread.join()
+        if failed:
+            raise failed[0]
+        self._messages += [turn, {"role": "assistant", "content": [{"type": "text", "text": "".join(pieces)}]}]
+        self._images = []

@@ -1,0 +1,276 @@
+"""`mmtune VERB`: each verb is one thin function over the library.
+
+Exit codes: 0 done, 1 the check failed, 2 the user's input is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmtune import __version__
+from mmtune.console import settle_console
+from mmtune.errors import CheckFailed, UserError
+
+
+def entry_point(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. A user's mistake is shown as its message, a bug keeps its traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = _parse(given)
+    parsed.command_line = ["mmtune", *given]
+    run: Callable[[argparse.Namespace], Any] = parsed.run
+    if run in (_train, _eval, _merge, _chat, _assemble):
+        settle_console()
+    try:
+        if getattr(parsed, "json", False):
+            with redirect_stdout(sys.stderr):  # standard output holds the JSON and nothing else
+                result = run(parsed)
+            print(json.dumps(result, indent=2, ensure_ascii=False))
+        else:
+            run(parsed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except CheckFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(given: Sequence[str]) -> argparse.Namespace:
+    """argparse takes positional arguments in one run only; overrides may also follow an option."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(given)
+    overrides = getattr(parsed, "overrides", None)
+    unknown = [argument for argument in rest if overrides is None or argument.startswith("-") or "=" not in argument]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    return parsed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mmtune", description="Parameter-efficient multimodal instruction tuning.")
+    parser.add_argument("--version", action="version", version=f"mmtune {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    verb = _verb(verbs, "train", _train, "tune a model by a recipe")
+    _recipe_arguments(verb)
+    verb.add_argument("--overwrite", action="store_true", help="replace an earlier run at the recipe's output_dir")
+    verb.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="run the whole recipe once on tiny random weights and a few made-up rows",
+    )
+
+    verb = _verb(verbs, "eval", _eval, "score a run or a model on a recipe's held-out questions")
+    verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run directory, an adapter, a checkpoint or a hub id")
+    verb.add_argument("--recipe", help="the recipe whose `evaluate` section to use; a run's own by default")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+
+    verb = _verb(verbs, "merge", _merge, "fold a run's adapter into its base and prove the result")
+    verb.add_argument("model", metavar="RUN", help="the run directory")
+    verb.add_argument("out", metavar="OUT", help="where the merged model goes")
+    verb.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+    verb.add_argument("--samples", type=int, default=32, help="samples to compare on (default 32)")
+
+    verb = _verb(verbs, "chat", _chat, "talk to a run or a model")
+    verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run directory, an adapter, a checkpoint or a hub id")
+    verb.add_argument("--image", action="append", default=[], help="an image to show first; may be repeated")
+    verb.add_argument("--prompt", help="one question; without it, a conversation")
+    verb.add_argument("--max-new-tokens", type=int, default=256, help="an answer is cut there (default 256)")
+
+    verb = _verb(verbs, "report", _report, "print what a run achieved")
+    verb.add_argument("model", metavar="RUN", help="the run directory")
+
+    verb = _verb(verbs, "assemble", _assemble, "write the model that a recipe assembles from parts as a checkpoint")
+    verb.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    verb.add_argument("out", metavar="OUT", help="where the checkpoint goes")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    verb.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+
+    recipes = verbs.add_parser("recipe", help="check, list and copy recipes").add_subparsers(required=True, metavar="VERB")
+    verb = _verb(recipes, "check", _recipe_check, "check a recipe, its files and its templates, loading no weights")
+    _recipe_arguments(verb)
+    _verb(recipes, "schema", _recipe_schema, "print the JSON schema of recipes, for editors")
+    _verb(recipes, "list", _recipe_list, "list the recipes that ship")
+    verb = _verb(recipes, "copy", _recipe_copy, "copy a shipped recipe to edit")
+    verb.add_argument("name", metavar="NAME")
+    verb.add_argument("dest", metavar="DEST", nargs="?", help="a file or a folder (default: here)")
+
+    data = verbs.add_parser("data", help="data sets").add_subparsers(required=True, metavar="VERB")
+    verb = _verb(data, "digits", _data_digits, "write the quickstart's data set of handwritten digits")
+    verb.add_argument("folder", metavar="DIR")
+    verb.add_argument("--read", action="store_true", help="also the parts that the built-in checkpoint was trained on")
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], Any], about: str) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(name, help=about, description=about)
+    verb.set_defaults(run=run)
+    verb.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    return verb
+
+
+def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as train.learning_rate=1e-4")
+
+
+def _train(arguments: argparse.Namespace) -> Any:
+    from mmtune.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.rehearse:
+        from mmtune.rehearse import rehearse
+
+        return rehearse(recipe)
+    from mmtune.train import train
+
+    return train(recipe, arguments.command_line, arguments.overwrite)
+
+
+def _eval(arguments: argparse.Namespace) -> Any:
+    from mmtune.evaluation.report import print_scores
+    from mmtune.evaluation.run import as_json, evaluate, score
+    from mmtune.model.load import load_trained
+    from mmtune.recipe import load_recipe
+    from mmtune.run_directory import RunDirectory
+
+    recipe = load_recipe(arguments.recipe or RunDirectory(Path(arguments.model)).recipe, arguments.overrides)
+    if recipe.evaluate is None:
+        raise UserError(f"{arguments.recipe or arguments.model}: the recipe has no `evaluate` section")
+    model, processor = load_trained(Path(arguments.model))
+    result = {"tuned_scores": as_json(score(evaluate(model, processor, recipe.evaluate), recipe.evaluate))}
+    print_scores(result)
+    return result
+
+
+def _merge(arguments: argparse.Namespace) -> Any:
+    from mmtune.release.merge import merge
+
+    parity = merge(Path(arguments.model), Path(arguments.out), overwrite=arguments.overwrite, count=arguments.samples)
+    print(
+        f"merged: {arguments.out}: largest logit difference {parity.merge_max_logit_difference:.2g} on {parity.merge_samples} "
+        f"samples, {parity.merge_same_answers} greedy answers the same"
+    )
+    return asdict(parity)
+
+
+def _chat(arguments: argparse.Namespace) -> Any:
+    from mmtune.chat.session import ChatSession
+    from mmtune.chat.terminal import converse
+    from mmtune.model.load import load_trained
+
+    if arguments.json and arguments.prompt is None:
+        raise UserError("--json goes with --prompt")
+    session = ChatSession(*load_trained(Path(arguments.model)), max_new_tokens=arguments.max_new_tokens)
+    for image in arguments.image:
+        session.attach(Path(image))
+    if arguments.prompt is None:
+        converse(session)
+        return None
+    pieces = []
+    for piece in session.ask(arguments.prompt):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print()
+    return {"prompt": arguments.prompt, "images": arguments.image, "answer": "".join(pieces)}
+
+
+def _report(arguments: argparse.Namespace) -> Any:
+    from mmtune.evaluation.report import print_scores
+    from mmtune.run_directory import RunDirectory
+
+    run = RunDirectory(Path(arguments.model))
+    summary = run.read_summary()
+    print_scores(summary)
+    print(
+        f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters trained in "
+        f"{summary['train_seconds']:g} s, peak memory {summary['peak_memory_mb']:,.0f} MB"
+    )
+    print(f"page: {run.report}")
+    return summary
+
+
+def _assemble(arguments: argparse.Namespace) -> Any:
+    from mmtune.model.checkpoint import save_checkpoint
+    from mmtune.model.load import load_base
+    from mmtune.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    out = Path(arguments.out)
+    if out.exists() and not arguments.overwrite:
+        raise UserError(f"{out} exists; give another path, or --overwrite to replace it")
+    model, processor = load_base(recipe.model, recipe.train.get("seed", 42))
+    save_checkpoint(model, processor, out, overwrite=arguments.overwrite)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"assembled: {out}: {type(model).__name__}, {parameters:,} parameters")
+    return {"out": str(out), "class": type(model).__name__, "parameters": parameters}
+
+
+def _recipe_check(arguments: argparse.Namespace) -> Any:
+    from mmtune.data.template import load_data_template
+    from mmtune.recipe import check_files, load_recipe
+    from mmtune.train import training_arguments
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    check_files(recipe)
+    for source in (*recipe.data.train, *(recipe.evaluate.data if recipe.evaluate else ())):
+        load_data_template(source.template)
+    training_arguments(recipe)
+    print(f"{arguments.recipe}: good")
+    return {"recipe": arguments.recipe, "good": True}
+
+
+def _recipe_schema(arguments: argparse.Namespace) -> Any:
+    from mmtune.recipe import recipe_schema
+
+    schema = recipe_schema()
+    if not arguments.json:
+        print(json.dumps(schema, indent=2))
+    return schema
+
+
+def _recipe_list(arguments: argparse.Namespace) -> Any:
+    from mmtune.shipped import shipped_recipes
+
+    recipes = shipped_recipes()
+    for name, path in recipes.items():
+        print(f"{name:20}  {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
+    return {name: str(path) for name, path in recipes.items()}
+
+
+def _recipe_copy(arguments: argparse.Namespace) -> Any:
+    from mmtune.shipped import copy_recipe
+
+    dest = Path(arguments.dest or ".")
+    if dest.is_dir():
+        dest = dest / f"{arguments.name}.yaml"
+    copy_recipe(arguments.name, dest)
+    print(f"copied: {dest}")
+    return {"recipe": str(dest)}
+
+
+def _data_digits(arguments: argparse.Namespace) -> Any:
+    from mmtune.builtin.digits import write_digits
+
+    parts = ("tune", "eval", "read", "read_eval") if arguments.read else ("tune", "eval")
+    counts = write_digits(Path(arguments.folder), parts)
+    for part, rows in counts.items():
+        print(f"{arguments.folder}/{part}.json: {rows:,} rows")
+    return counts
+
+
+if __name__ == "__main__":
+    sys.exit(entry_point())

@@ -1,0 +1,154 @@
+"""The training set: rows of every source, encoded lazily in data-loader workers, with the faults counted by row."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ProcessorMixin
+
+from mmtune.data.encode import OverLength, collate, encode_sample
+from mmtune.data.media import image_size
+from mmtune.data.message import RowError, Sample
+from mmtune.data.source import open_rows
+from mmtune.data.template import load_data_template
+from mmtune.errors import UserError
+from mmtune.recipe import Source
+
+
+class Samples(Sequence[Sample]):
+    """The rows of several sources in order, turned into samples when asked for."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        """
+        Raises:
+            UserError: a missing or unreadable file, or an unknown template.
+        """
+        self._parts = []
+        for source in sources:
+            path = Path(source.path)
+            rows = open_rows(path)
+            root = Path(source.media_root) if source.media_root else path.parent
+            self._parts.append((rows, load_data_template(source.template), root, min(len(rows), source.limit or len(rows))))
+        self._ends = list(accumulate(count for *_, count in self._parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        """The sample, or a RowError that names the row."""
+        part = bisect_right(self._ends, index)
+        if part == len(self._parts):
+            raise IndexError(index)
+        rows, template, root, count = self._parts[part]
+        row_id, row = rows[index - self._ends[part] + count]
+        return template.sample(row_id, row, root)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row that did not train, and why."""
+
+    row: str
+    field: str
+    detail: str
+
+
+@dataclass
+class DataReport:
+    """What became of the rows: written to the run directory as `data_report.json`."""
+
+    rows: int
+    checked: int = 0
+    dropped_over_length: list[Fault] = field(default_factory=list)
+    quarantined: list[Fault] = field(default_factory=list)
+
+    def add(self, error: RowError) -> None:
+        """Count a row once, however many epochs meet it."""
+        faults = self.dropped_over_length if isinstance(error, OverLength) else self.quarantined
+        fault = Fault(error.row, error.field, error.detail)
+        if fault not in faults:
+            faults.append(fault)
+
+    def stop_past(self, max_bad_fraction: float) -> None:
+        """
+        Raises:
+            UserError: when more rows are quarantined than the recipe allows, naming the latest.
+        """
+        if len(self.quarantined) > max_bad_fraction * self.rows:
+            shown = "\n".join(f"  {fault.row}: {fault.field}: {fault.detail}" for fault in self.quarantined[:10])
+            raise UserError(
+                f"{len(self.quarantined)} of {self.rows} rows cannot train, more than data.max_bad_fraction: "
+                f"{max_bad_fraction:g} allows:\n{shown}"
+            )
+
+    def write(self, path: Path) -> None:
+        """Write the report as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_rows(samples: Samples, report: DataReport, limit: int) -> None:
+    """Read up to `limit` rows, spread evenly, and their images' headers; faults go to the report. Decodes nothing."""
+    count = min(limit, len(samples))
+    for step in range(count):
+        try:
+            sample = samples[step * len(samples) // count]
+            for path in sample.images:
+                _check_header(sample.id, path)
+        except RowError as error:
+            report.add(error)
+    report.checked = count
+
+
+def _check_header(row_id: str, path: Path) -> None:
+    try:
+        image_size(path)
+    except ValueError as error:
+        raise RowError(row_id, "image", str(error)) from error
+
+
+class TrainingSet(torch.utils.data.Dataset[dict[str, torch.Tensor] | RowError]):
+    """Encoded samples by index; a row that fails comes back as its RowError, for the collator to set aside."""
+
+    def __init__(self, samples: Samples, processor: ProcessorMixin, max_tokens: int | None, over_length: str) -> None:
+        self._samples = samples
+        self._processor = processor
+        self._max_tokens = max_tokens
+        self._over_length = over_length
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor] | RowError:
+        try:
+            return encode_sample(self._samples[index], self._processor, self._max_tokens)
+        except OverLength as error:
+            if self._over_length == "error":
+                return RowError(error.row, error.field, f"{error.detail} (data.over_length: drop_sample would drop it)")
+            return error
+        except RowError as error:
+            return error
+
+
+class Collator:
+    """Batches encoded samples; the rows that failed travel beside the batch under `faults`."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self._pad_token_id = pad_token_id
+
+    def __call__(self, items: list[dict[str, torch.Tensor] | RowError]) -> dict[str, Any]:
+        encoded = [item for item in items if not isinstance(item, RowError)]
+        faults = [item for item in items if isinstance(item, RowError)]
+        batch: dict[str, Any] = collate(encoded, self._pad_token_id) if encoded else {}
+        return {**batch, "faults": faults}
+
+
+def iterate_rows(samples: Samples) -> Iterator[Sample]:
+    """Every sample in order; raises at the first row that fails."""
+    return (samples[index] for index in range(len(samples)))

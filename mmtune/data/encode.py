@@ -1,0 +1,162 @@
+"""One sample to tensors: `input_ids`, `labels` and media, with labels on the assistant's words and nothing else.
+
+Labels come from the chat template's `{% generation %}` marks: transformers renders the conversation, keeps the character
+span of every marked piece, and maps it through tokenization and through the expansion of image placeholders. No prefix is
+ever re-tokenized to guess a length.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import ProcessorMixin
+
+from mmtune.data.media import open_image
+from mmtune.data.message import Message, RowError, Sample, text_of
+from mmtune.errors import UserError
+
+IGNORE_INDEX = -100
+PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids")
+"""What the processors give with one value a token, shape (1, length); everything else stacks by image or patch."""
+
+
+def with_images(sample_id: str, messages: list[Message]) -> list[Message]:
+    """The same messages with every image opened.
+
+    Raises:
+        RowError: naming the row, for an image that cannot be opened or decoded.
+    """
+    opened = []
+    for message in messages:
+        content = []
+        for block in message["content"]:
+            if block["type"] == "image":
+                try:
+                    block = {"type": "image", "image": open_image(block["image"])}
+                except ValueError as error:
+                    raise RowError(sample_id, "image", str(error)) from error
+            content.append(block)
+        opened.append({**message, "content": content})
+    return opened
+
+
+def check_control_tokens(sample: Sample, processor: ProcessorMixin) -> None:
+    """Refuse a sample whose text spells a control token, which the tokenizer would take for the real one.
+
+    Raises:
+        RowError: naming the row and the token.
+    """
+    special = set(processor.tokenizer.all_special_tokens)
+    for number, message in enumerate(sample.messages):
+        text = text_of(message)
+        found = sorted(token for token in special if token in text)
+        if found:
+            raise RowError(sample.id, f"messages[{number}]", f"the text spells the control token {found[0]!r}; take it out")
+
+
+def encode_sample(sample: Sample, processor: ProcessorMixin, max_tokens: int | None = None) -> dict[str, torch.Tensor]:
+    """Encode a whole conversation for training.
+
+    Args:
+        sample: the conversation; its images are opened here.
+        processor: the model's processor, with a chat template that marks generations.
+        max_tokens: refuse a longer sample, image tokens counted.
+
+    Returns:
+        `input_ids`, `labels` (int64, shape (1, length); -100 where not supervised), `attention_mask`, and the processor's
+        media tensors.
+
+    Raises:
+        RowError: naming the row; `OverLength` when it is too long.
+    """
+    check_control_tokens(sample, processor)
+    rendered = processor.apply_chat_template(
+        with_images(sample.id, sample.messages),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        # Text stays lists: transformers walks the offsets one by one, and walking a tensor is many times slower.
+        processor_kwargs={"images_kwargs": {"return_tensors": "pt"}},
+    )
+    encoded = {key: torch.as_tensor(value) for key, value in rendered.items()}
+    mask = encoded.pop("assistant_masks").bool()
+    input_ids = encoded["input_ids"]
+    length = input_ids.shape[1]
+    if max_tokens is not None and length > max_tokens:
+        raise OverLength(sample.id, "messages", f"{length} tokens, more than data.max_tokens: {max_tokens}")
+    answers = sum(message["role"] == "assistant" for message in sample.messages)
+    spans = sum(supervised for supervised, _ in groupby(mask[0].tolist()))
+    if spans != answers:
+        raise RowError(sample.id, "messages", f"{spans} supervised spans for {answers} answers: the chat template dropped or joined one")
+    return {**encoded, "labels": input_ids.masked_fill(~mask, IGNORE_INDEX)}
+
+
+def encode_prompt(sample_id: str, messages: list[Message], processor: ProcessorMixin) -> dict[str, torch.Tensor]:
+    """Encode a conversation that ends with the user, up to where the model's answer begins.
+
+    Returns:
+        As `encode_sample`, without labels.
+    """
+    encoded: dict[str, torch.Tensor] = dict(
+        processor.apply_chat_template(
+            with_images(sample_id, messages), tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+        )
+    )
+    return encoded
+
+
+def check_chat_template(processor: ProcessorMixin) -> None:
+    """Prove on one conversation that what will be supervised is the answers and the token that ends them.
+
+    Raises:
+        UserError: when the chat template marks more, less, or nothing after an answer, so that the end is never learnt.
+    """
+    words = ["yes", "no"]
+    messages: list[Message] = []
+    for word in words:
+        messages.append({"role": "user", "content": [{"type": "text", "text": "Is it?"}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": word}]})
+    labels = encode_sample(Sample("chat template", messages), processor)["labels"][0].tolist()
+    spans = [list(group) for supervised, group in groupby(labels, lambda label: label != IGNORE_INDEX) if supervised]
+    for word, span in zip(words, spans, strict=True):
+        text, end = processor.tokenizer.decode(span[:-1]), processor.tokenizer.decode(span[-1:])
+        if text.strip() != word or end.strip() == word:
+            raise UserError(
+                f"model: the chat template supervises {text + end!r} for the answer {word!r}; right is the answer and one token "
+                "that ends it"
+            )
+
+
+class OverLength(RowError):
+    """A sample longer than `data.max_tokens`."""
+
+
+def collate(encoded: list[dict[str, torch.Tensor]], pad_token_id: int, side: str = "right") -> dict[str, Any]:
+    """Pad samples of different lengths into one batch.
+
+    Args:
+        encoded: from `encode_sample` or `encode_prompt`; at least one.
+        pad_token_id: fills `input_ids`.
+        side: "right" to train, "left" to generate.
+
+    Returns:
+        Per-token tensors of shape (batch, longest) and media tensors joined along their first dimension.
+    """
+    longest = max(sample["input_ids"].shape[1] for sample in encoded)
+    fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
+    batch: dict[str, Any] = {}
+    for key in dict.fromkeys(key for sample in encoded for key in sample):
+        present = [sample[key] for sample in encoded if key in sample]
+        if key in PER_TOKEN:
+            rows = [_pad(tensor, longest, fill.get(key, 0), side) for tensor in present]
+            batch[key] = torch.cat(rows)
+        else:
+            batch[key] = torch.cat(present)
+    return batch
+
+
+def _pad(tensor: torch.Tensor, length: int, value: int, side: str) -> torch.Tensor:
+    missing = length - tensor.shape[1]
+    return torch.nn.functional.pad(tensor, (missing, 0) if side == "left" else (0, missing), value=value)

@@ -1,0 +1,68 @@
+"""The one form every row takes at the door: typed messages, as transformers' chat templates read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmtune.errors import UserError
+
+Message = dict[str, Any]
+"""`{"role": "user" | "assistant" | "system", "content": [block, ...]}` where a block is `{"type": "text", "text": str}`
+or `{"type": "image", "image": PATH}`."""
+
+
+class RowError(UserError):
+    """A row that cannot train as it stands.
+
+    Args:
+        row: the row's id, `FILE:LINE` or `FILE[INDEX]`.
+        field: the field of the row that is at fault.
+        detail: what was wrong and what would be right.
+    """
+
+    def __init__(self, row: str, field: str, detail: str) -> None:
+        super().__init__(f"{row}: {field}: {detail}")
+        self.row = row
+        self.field = field
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str, str]]:
+        return type(self), (self.row, self.field, self.detail)  # data-loader workers send it between processes
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation, and where it came from.
+
+    Attributes:
+        id: stable id of the row.
+        messages: typed messages; image blocks hold the path of a file that lies inside the source's media root.
+        task: what kind of question this is, for figures per task; None when the rows do not say.
+    """
+
+    id: str
+    messages: list[Message]
+    task: str | None = None
+
+    @property
+    def images(self) -> list[Path]:
+        """Paths of the images, in the order in which the text refers to them."""
+        return [Path(block["image"]) for message in self.messages for block in message["content"] if block["type"] == "image"]
+
+
+def text_of(message: Message) -> str:
+    """The text of one message, its images left out."""
+    return "".join(block["text"] for block in message["content"] if block["type"] == "text")
+
+
+def split_question(sample: Sample) -> tuple[list[Message], str]:
+    """The conversation up to its last answer, and that answer.
+
+    Raises:
+        RowError: when the conversation does not end with the assistant.
+    """
+    if sample.messages[-1]["role"] != "assistant":
+        raise RowError(sample.id, "messages", "the conversation does not end with an answer")
+    return sample.messages[:-1], text_of(sample.messages[-1])

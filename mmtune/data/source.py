@@ -1,0 +1,92 @@
+"""Rows of a JSON or JSON Lines file, by index, each with a stable id."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from pathlib import Path
+from typing import Any
+
+from mmtune.data.message import RowError
+from mmtune.errors import UserError
+
+Row = dict[str, Any]
+
+
+class JsonRows:
+    """The rows of a `.json` file that holds one list. The whole file is read once."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not valid JSON: {error}") from error
+        if not isinstance(rows, list):
+            raise UserError(f"{path}: expected a list of rows, found {type(rows).__name__}")
+        self._path = path
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[str, Row]:
+        """The id `FILE[INDEX]` and the row."""
+        row_id = f"{self._path.name}[{index}]"
+        return row_id, _object(row_id, self._rows[index])
+
+
+class JsonLinesRows:
+    """The rows of a `.jsonl` file. Only the byte offsets of the lines are kept in memory; a row is parsed when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offsets = array("q")
+        self._lines = array("q")
+        offset = 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    self._offsets.append(offset)
+                    self._lines.append(number)
+                offset += len(line)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, index: int) -> tuple[str, Row]:
+        """The id `FILE:LINE` and the row."""
+        row_id = f"{self._path.name}:{self._lines[index]}"
+        with self._path.open("rb") as file:
+            file.seek(self._offsets[index])
+            line = file.readline()
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RowError(row_id, "row", f"not valid JSON: {error}") from error
+        return row_id, _object(row_id, row)
+
+
+Rows = JsonRows | JsonLinesRows
+
+
+def _object(row_id: str, row: Any) -> Row:
+    if not isinstance(row, dict):
+        raise RowError(row_id, "row", f"expected an object, found {type(row).__name__}")
+    return row
+
+
+def open_rows(path: Path) -> Rows:
+    """The rows of one file, by its ending.
+
+    Raises:
+        UserError: for a missing file, an unknown ending, a file that does not parse, or a file without rows.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    readers: dict[str, type[JsonRows] | type[JsonLinesRows]] = {".json": JsonRows, ".jsonl": JsonLinesRows}
+    if path.suffix not in readers:
+        raise UserError(f"{path}: cannot read '{path.suffix}' files; these can be read: {', '.join(readers)}")
+    rows = readers[path.suffix](path)
+    if len(rows) == 0:
+        raise UserError(f"{path}: holds no rows")
+    return rows

@@ -1,0 +1,25 @@
+"""The one family of errors that is the reader's to mend. The command line shows them without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """The input is wrong: a recipe, a row, a file, an argument. Exit code 2.
+
+    The message says what was wrong, where (file and line, row id, key or module path), and what would be right.
+    """
+
+
+class CheckFailed(Exception):
+    """The input was fine and the result did not hold: a merge that differs, a check that found faults. Exit code 1."""
+
+
+def nearest(name: str, valid: list[str] | set[str] | tuple[str, ...]) -> str:
+    """A hint for a misspelt name: `; did you mean 'x'?`, or the valid names when nothing is close."""
+    import difflib
+
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    shown = sorted(valid)
+    return f"; valid here: {', '.join(shown[:20])}{', ...' if len(shown) > 20 else ''}"

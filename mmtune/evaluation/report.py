@@ -1,0 +1,112 @@
+"""What a run achieved, for people: tables in the terminal and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from rich.console import Console
+from rich.table import Table
+
+from mmtune.data.media import open_image
+from mmtune.evaluation.run import Answer, read_answers
+from mmtune.recipe import Recipe
+from mmtune.run_directory import RunDirectory
+
+THUMBNAIL = 320  # pixels of the longer side; a smaller image is kept as it is and enlarged by the page
+
+
+def print_scores(summary: dict[str, Any]) -> None:
+    """Exact match before and after tuning, per task and overall, beside the commonest-answer baseline."""
+    rows = score_rows(summary)
+    if not rows:
+        return
+    table = Table(title="Held-out exact match", title_justify="left")
+    table.add_column("task")
+    for name in ("questions", "commonest answer", "base", "tuned", "95% interval"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        if row["task"] == "overall":
+            table.add_section()
+        table.add_row(*(str(row[key]) for key in ("task", "questions", "majority", "base", "tuned", "interval")))
+    Console().print(table)
+    if "merge_max_logit_difference" in summary:
+        print(
+            f"merged: largest logit difference {summary['merge_max_logit_difference']:.2g}, "
+            f"same greedy answers {summary['merge_same_answers']} of {summary['merge_samples']}"
+        )
+
+
+def score_rows(summary: dict[str, Any]) -> list[dict[str, str]]:
+    """The lines of the score table, as text."""
+    base = {item["task"]: item for item in summary.get("base_scores", [])}
+    rows = []
+    for tuned in summary.get("tuned_scores", []):
+        low, high = tuned["interval"]
+        before = base.get(tuned["task"])
+        rows.append(
+            {
+                "task": tuned["task"],
+                "questions": str(tuned["questions"]),
+                "majority": f"{tuned['majority_accuracy']:.1%}",
+                "base": f"{before['accuracy']:.1%}" if before else "",
+                "tuned": f"{tuned['accuracy']:.1%}",
+                "interval": f"{low:.1%} to {high:.1%}",
+            }
+        )
+    return rows
+
+
+def write_report(run: RunDirectory, recipe: Recipe) -> None:
+    """Write `report.html`: figures, loss curve, and answers with their images, all inside the one file."""
+    summary = run.read_summary()
+    samples = []
+    if recipe.evaluate:
+        after = read_answers(run.answers("after"))
+        before = {a.id: a.prediction for a in read_answers(run.answers("before"))} if recipe.evaluate.before else {}
+        samples = [
+            {
+                "answer": answer,
+                "before": before.get(answer.id),
+                "images": [_picture(Path(name)) for name in answer.images],
+            }
+            for answer in sample_answers(after, recipe.evaluate.samples)
+        ]
+    page = Environment(loader=PackageLoader("mmtune.evaluation"), autoescape=True).get_template("report.html.jinja")
+    text = page.render(
+        title=run.path.name,
+        summary=summary,
+        scores=score_rows(summary),
+        curve=_data_uri(run.loss_curve.read_bytes()),
+        samples=samples,
+        recipe=run.recipe.read_text(encoding="utf-8"),
+    )
+    run.report.write_text(text, encoding="utf-8")
+
+
+def sample_answers(answers: Sequence[Answer], count: int) -> list[Answer]:
+    """Up to `count` answers spread evenly over the questions; if any is wrong, a quarter of the places are for wrong ones."""
+    wrong = _spread([answer for answer in answers if not answer.correct], count // 4)
+    right = _spread([answer for answer in answers if answer.correct], count - len(wrong))
+    return [answer for answer in answers if answer in right or answer in wrong]
+
+
+def _spread(answers: Sequence[Answer], count: int) -> list[Answer]:
+    count = min(count, len(answers))
+    return [answers[number * len(answers) // count] for number in range(count)]
+
+
+def _picture(path: Path) -> str:
+    image = open_image(path)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return _data_uri(buffer.getvalue())
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -1,0 +1,138 @@
+"""Ask a model every held-out question and score the answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import ProcessorMixin
+
+from mmtune.data.dataset import Samples, iterate_rows
+from mmtune.data.encode import collate, encode_prompt
+from mmtune.data.message import Sample, split_question, text_of
+from mmtune.evaluation.metrics import exact_match, final_answer, majority_accuracy, wilson_interval
+from mmtune.recipe import EvaluateSection
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question, what was expected and what came."""
+
+    id: str
+    task: str | None
+    question: str
+    images: tuple[str, ...]
+    reference: str
+    prediction: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """Exact match over a set of answers, with a 95% Wilson interval."""
+
+    task: str
+    questions: int
+    correct: int
+    accuracy: float
+    interval: tuple[float, float]
+    majority_accuracy: float
+
+
+def generate_answers(
+    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """Greedy answers to the samples' last questions, in their order.
+
+    Args:
+        model: in any mode; it is put in eval mode and back.
+        samples: conversations that end with the reference answer, which the model does not see.
+        max_new_tokens: an answer is cut there.
+        batch_size: questions answered at once; of equal length first, so that little is padded.
+    """
+    device = next(model.parameters()).device
+    tokenizer = processor.tokenizer
+    training = model.training
+    model.eval()
+    answers: dict[int, str] = {}
+    order = sorted(range(len(samples)), key=lambda index: sum(len(text_of(m)) for m in samples[index].messages[:-1]))
+    for start in tqdm(range(0, len(order), batch_size), desc="answering", unit="batch", disable=None, leave=False):
+        chosen = order[start : start + batch_size]
+        prompts = [encode_prompt(samples[index].id, split_question(samples[index])[0], processor) for index in chosen]
+        batch = {key: value.to(device) for key, value in collate(prompts, tokenizer.pad_token_id, side="left").items()}
+        with torch.inference_mode():
+            output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
+        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers.update(zip(chosen, texts, strict=True))
+    model.train(training)
+    return [answers[index] for index in range(len(samples))]
+
+
+def evaluate(model: nn.Module, processor: ProcessorMixin, section: EvaluateSection) -> list[Answer]:
+    """Answer and score every question of the recipe's `evaluate` section.
+
+    Raises:
+        RowError: a held-out row that cannot be read: a figure over fewer questions than announced would be another figure.
+    """
+    samples = list(iterate_rows(Samples(section.data)))
+    predictions = generate_answers(model, processor, samples, section.max_new_tokens, section.batch_size)
+    answers = []
+    for sample, prediction in zip(samples, predictions, strict=True):
+        question, reference = split_question(sample)
+        correct = exact_match(final_answer(prediction, section.answer_after), final_answer(reference, section.answer_after))
+        answers.append(
+            Answer(
+                id=sample.id,
+                task=sample.task,
+                question=text_of(question[-1]),
+                images=tuple(str(path) for path in sample.images),
+                reference=reference,
+                prediction=prediction.strip(),
+                correct=correct,
+            )
+        )
+    return answers
+
+
+def score(answers: Sequence[Answer], section: EvaluateSection) -> list[Score]:
+    """Scores per task, in the order of their first question, and last over all of them as `overall`."""
+    tasks = list(dict.fromkeys(answer.task for answer in answers))
+    groups = [(task or "untitled", [a for a in answers if a.task == task]) for task in tasks]
+    if len(groups) == 1:
+        groups = []
+    return [_score(name, group, section.answer_after) for name, group in [*groups, ("overall", list(answers))]]
+
+
+def _score(name: str, answers: Sequence[Answer], marker: str | None) -> Score:
+    correct = sum(answer.correct for answer in answers)
+    majority = majority_accuracy([final_answer(a.reference, marker) for a in answers], [a.task for a in answers])
+    return Score(
+        task=name,
+        questions=len(answers),
+        correct=correct,
+        accuracy=correct / len(answers) if answers else 0.0,
+        interval=wilson_interval(correct, len(answers)),
+        majority_accuracy=majority,
+    )
+
+
+def write_answers(answers: Sequence[Answer], path: Path) -> None:
+    """One JSON object a line, in the order asked."""
+    path.write_text("".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """What `write_answers` wrote."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [Answer(**{**row, "images": tuple(row["images"])}) for row in map(json.loads, lines)]
+
+
+def as_json(scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """Plain values, for a summary file."""
+    return [asdict(item) for item in scores]

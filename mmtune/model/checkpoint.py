@@ -1,0 +1,128 @@
+"""Checkpoints on disk: written whole or not at all, and projectors read back strictly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel, ProcessorMixin
+
+from mmtune.errors import UserError
+from mmtune.model.components import PEFT_PREFIX, find_components
+
+
+def save_checkpoint(model: PreTrainedModel, processor: ProcessorMixin, out: Path, *, overwrite: bool = False) -> None:
+    """Write a checkpoint that AutoModelForImageTextToText and AutoProcessor load with no mmtune.
+
+    It is written beside `out` under a temporary name and renamed when complete, so that `out` is never half a
+    checkpoint.
+
+    Raises:
+        UserError: when `out` exists, unless `overwrite`.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists; give another directory, or overwrite it on purpose (--overwrite)")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        fresh, stale = scratch / "new", scratch / "old"
+        model.save_pretrained(fresh)
+        processor.save_pretrained(fresh)
+        if out.exists():
+            out.rename(stale)
+        try:
+            fresh.rename(out)
+        except OSError:
+            if stale.exists():
+                stale.rename(out)
+            raise
+    finally:
+        shutil.rmtree(scratch)
+
+
+def load_projector(model: PreTrainedModel, path: Path) -> None:
+    """Copy projector weights from disk into a model, all of them or none.
+
+    Args:
+        model: a vision-language model; changed in place, its dtype kept.
+        path: a PEFT adapter directory, a run directory that holds `adapter/`, or a full checkpoint.
+
+    Raises:
+        UserError: naming any tensor that is missing, unexpected or of another shape.
+    """
+    components = find_components(model)
+    projectors = [part for part in (components.projector, *components.projector_parts) if part is not None]
+    wanted = {
+        name: parameter
+        for name, parameter in (*model.named_parameters(), *model.named_buffers())
+        if any(_inside(name, part) for part in projectors) and name in model.state_dict()
+    }
+    found = _projector_tensors(Path(path), projectors)
+    if not found:
+        raise UserError(f"{path}: no projector weights there ({', '.join(projectors)} was looked for in its safetensors)")
+    faults = [f"missing {name}" for name in sorted(wanted.keys() - found.keys())]
+    faults += [f"unexpected {name}" for name in sorted(found.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & found.keys()):
+        if wanted[name].shape != found[name].shape:
+            faults.append(f"{name} has shape {tuple(found[name].shape)} where {tuple(wanted[name].shape)} is right")
+    if faults:
+        raise UserError(f"{path}: not the projector of this model: {'; '.join(faults)}")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(found[name])
+
+
+def _inside(name: str, part: str) -> bool:
+    return name == part or name.startswith(part + ".")
+
+
+def _projector_tensors(path: Path, projectors: list[str]) -> dict[str, torch.Tensor]:
+    """Projector tensors by their plain names. PEFT writes `base_model.model.` before them and, in some versions, the
+    wrapper's `modules_to_save.` or `modules_to_save.ADAPTER.` inside; LLaVA checkpoints on the hub name them without `model.`."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in _safetensors(path):
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+                plain = _plain_name(key, projectors)
+                if plain is None:
+                    continue
+                if plain in tensors:
+                    raise UserError(f"{path}: holds {plain} twice ({key})")
+                tensors[plain] = opened.get_tensor(key)
+    return tensors
+
+
+def _plain_name(key: str, projectors: list[str]) -> str | None:
+    name = key.removeprefix(PEFT_PREFIX)
+    for part in projectors:
+        for spelled in (part, part.removeprefix("model.")):
+            if _inside(name, spelled):
+                below = name.removeprefix(spelled)
+                for wrapper in (".modules_to_save.default", ".modules_to_save", ".original_module"):
+                    if below.startswith(wrapper + "."):
+                        if wrapper == ".original_module":
+                            return None
+                        below = below.removeprefix(wrapper)
+                return part + below
+    return None
+
+
+def _safetensors(path: Path) -> list[Path]:
+    if not path.is_dir():
+        raise UserError(f"projector: {path} is no directory; an adapter, a run or a checkpoint directory was looked for")
+    for folder in (path, path / "adapter"):
+        if (folder / "adapter_model.safetensors").is_file():
+            return [folder / "adapter_model.safetensors"]
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    raise UserError(
+        f"projector: {path} holds none of adapter_model.safetensors, adapter/adapter_model.safetensors, model.safetensors"
+    )

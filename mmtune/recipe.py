@@ -1,0 +1,149 @@
+"""The recipe: what to tune, how, on what, and where it goes. YAML and overrides in, frozen typed objects out.
+
+    recipe = load_recipe("recipes/quickstart.yaml", ["train.max_steps=10"])
+    check_files(recipe)
+
+`tune.language` takes PEFT's own names and `train` TrainingArguments' own; `recipe_sections` declares everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mmtune.errors import UserError
+from mmtune.recipe_arguments import Settings, lora_arguments, training_arguments
+from mmtune.recipe_sections import (
+    BUILTIN_BASES,
+    ComponentTuning,
+    DataSection,
+    EvaluateSection,
+    ModelSection,
+    Projector,
+    Recipe,
+    Source,
+    TuneSection,
+)
+from mmtune.recipe_yaml import apply_override, read_document
+
+__all__ = [
+    "BUILTIN_BASES",
+    "ComponentTuning",
+    "DataSection",
+    "EvaluateSection",
+    "ModelSection",
+    "Projector",
+    "Recipe",
+    "Settings",
+    "Source",
+    "TuneSection",
+    "check_files",
+    "load_recipe",
+    "recipe_schema",
+]
+
+_SHORTHANDS = {f"tune.{component}": "method" for component in ("vision", "projector", "language")} | {"model.projector": "type"}
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `key.sub=value` overrides and check every key. Files that it names are not looked for yet.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.sub=value`, the value as YAML; list items by index (`data.train.0.path=rows.jsonl`).
+
+    Raises:
+        UserError: with every fault of the recipe, a line each: where, which key, what was wrong, what would be right.
+    """
+    document = read_document(Path(path))
+    for number, override in enumerate(overrides):
+        apply_override(document, override, number, _SHORTHANDS)
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(document.values)
+    except ValidationError as error:
+        for detail in error.errors():
+            document.report(".".join(map(str, detail["loc"])), detail["msg"])
+    document.raise_problems()
+    assert recipe is not None
+    recipe._origins.update({key: origin.place for key, origin in document.origins.items()})
+    return recipe
+
+
+def check_files(recipe: Recipe) -> None:
+    """Look for every local file and directory that the recipe names.
+
+    Raises:
+        UserError: naming each that is missing, with its key and line.
+    """
+    missing = []
+    for key, named, kind in _named_files(recipe):
+        if not (Path(named).is_dir() if kind == "directory" else Path(named).exists()):
+            missing.append(_located(recipe, key, f"no such {kind}: {named}"))
+    if missing:
+        raise UserError("\n".join(missing))
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The recipe's JSON schema (draft 2020-12), with TrainingArguments' and LoraConfig's names, for editors."""
+    schema = Recipe.model_json_schema(mode="validation")
+    definitions = schema["$defs"]
+    tuning = definitions.pop("ComponentTuning")["properties"]
+    rate = tuning["learning_rate"]
+    for name, prop in definitions["TuneSection"]["properties"].items():
+        methods = ["frozen", "full", "lora"] if name == "language" else ["frozen", "full"]
+        method = {"description": tuning["method"]["description"], "enum": methods}
+        borrowed = lora_arguments().json_schema() if name == "language" else {}
+        mapping = {"method": method, "learning_rate": rate, **borrowed}
+        definitions["TuneSection"]["properties"][name] = {
+            "description": prop["description"],
+            "anyOf": [{"enum": methods}, _closed(mapping)],
+            "default": {"vision": "frozen", "projector": "full", "language": "lora"}[name],
+        }
+    projector = definitions["ModelSection"]["properties"]["projector"]
+    projector["anyOf"].insert(0, {"enum": ["mlp"]})
+    definitions["ModelSection"]["oneOf"] = [
+        {"required": ["base"], "not": {"anyOf": [{"required": ["vision"]}, {"required": ["language"]}]}},
+        {"required": ["vision", "language"]},
+    ]
+    train = schema["properties"]["train"]
+    schema["properties"]["train"] = {
+        "description": train["description"],
+        **_closed(training_arguments().json_schema()),
+    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "mmtune recipe"}
+
+
+def _closed(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _named_files(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+    model = recipe.model
+    for name in ("base", "vision", "language"):
+        value = getattr(model, name)
+        if value is not None and value.startswith(("/", "./", "../")):
+            yield f"model.{name}", value, "directory"
+    if model.projector is not None and model.projector.weights is not None:
+        yield "model.projector.weights", model.projector.weights, "file"
+    if model.chat_template is not None and model.chat_template.endswith(".jinja"):
+        yield "model.chat_template", model.chat_template, "file"
+    lists = {"data.train": recipe.data.train, "evaluate.data": recipe.evaluate.data if recipe.evaluate else ()}
+    for key, sources in lists.items():
+        for index, source in enumerate(sources):
+            yield f"{key}.{index}.path", source.path, "file"
+            if source.template.endswith((".yaml", ".yml")):
+                yield f"{key}.{index}.template", source.template, "file"
+            if source.media_root is not None:
+                yield f"{key}.{index}.media_root", source.media_root, "directory"
+    for name in ("deepspeed", "fsdp_config", "accelerator_config"):
+        if isinstance(recipe.train.get(name), str):
+            yield f"train.{name}", recipe.train[name], "file"
+
+
+def _located(recipe: Recipe, key: str, message: str) -> str:
+    place = recipe.origin(key)
+    return f"{place}: {message}" if place.startswith(f"command line: {key}=") else f"{place}: {key}: {message}"

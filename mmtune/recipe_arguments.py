@@ -1,0 +1,321 @@
+"""The settings that a recipe borrows: LoraConfig's and TrainingArguments' own names, types and descriptions.
+
+Both are read from the installed dataclasses, so a recipe accepts what the installed versions accept. The imports wait
+until a recipe is checked, because they bring torch along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import operator
+import re
+import types
+import typing
+from collections.abc import Mapping
+from copy import deepcopy
+from enum import Enum
+from typing import Annotated, Any, Literal, Union
+
+from annotated_types import Ge, Gt, Lt
+from pydantic import AfterValidator, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from mmtune.errors import nearest
+
+_LORA_OWNED = {
+    "task_type": "mmtune sets it",
+    "peft_type": "the method names it",
+    "auto_mapping": "mmtune sets it",
+    "peft_version": "PEFT records it",
+    "base_model_name_or_path": "give the base with model.base",
+    "revision": "PEFT records it",
+    "inference_mode": "mmtune sets it",
+    "modules_to_save": "give tune.projector or tune.vision the method full, and they are saved with the adapter",
+    "runtime_config": "it holds for one process and is not saved with the adapter",
+    "megatron_config": "mmtune does not run Megatron models",
+    "megatron_core": "mmtune does not run Megatron models",
+}
+_LORA_BOUNDS: dict[str, Any] = {
+    "r": Annotated[int, Ge(1)],
+    "lora_alpha": Annotated[int, Gt(0)],
+    "lora_dropout": Annotated[float, Ge(0), Lt(1)],
+    "target_modules": list[str] | str,
+}
+_LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+
+_EVALUATE = "mmtune evaluates before and after tuning, not during it; give the evaluate section"
+_UPLOAD = "mmtune does not upload; push the finished directory yourself"
+_PRECISION = "give model.precision"
+_COLUMNS = "mmtune's own collator decides what reaches the model"
+_TRAIN_OWNED = {
+    "output_dir": "give output_dir at the top of the recipe",
+    "logging_dir": "logs go into output_dir",
+    "resume_from_checkpoint": "a run cannot be resumed yet",
+    "remove_unused_columns": _COLUMNS,
+    "label_names": _COLUMNS,
+    "local_rank": "the launcher sets it",
+    **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), _PRECISION),
+    **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id"), _UPLOAD),
+    **dict.fromkeys(("hub_strategy", "hub_always_push", "hub_revision"), _UPLOAD),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay"), _EVALUATE),
+    **dict.fromkeys(("eval_on_start", "eval_accumulation_steps", "eval_do_concat_batches"), _EVALUATE),
+    **dict.fromkeys(("eval_use_gather_object", "batch_eval_metrics", "include_for_metrics"), _EVALUATE),
+    **dict.fromkeys(("prediction_loss_only", "load_best_model_at_end", "metric_for_best_model"), _EVALUATE),
+    "greater_is_better": _EVALUATE,
+    "per_device_eval_batch_size": "give evaluate.batch_size",
+}
+_TRAIN_GONE = {
+    "warmup_ratio": "a float warmup_steps below 1 is the ratio, as in warmup_steps: 0.03",
+    "evaluation_strategy": _EVALUATE,
+    "max_length": "give data.max_tokens",
+    "max_seq_length": "give data.max_tokens",
+    "no_cuda": "its name is now use_cpu",
+    "group_by_length": "write train_sampling_strategy: group_by_length",
+}
+_PYTHON_OBJECT = "it takes a Python object, which a recipe cannot hold"
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """One borrowed setting."""
+
+    annotation: Any
+    adapter: TypeAdapter[Any]
+    default: Any
+    description: str
+
+    def fault(self, value: object) -> str | None:
+        """What is wrong with a plain value, or None."""
+        try:
+            self.adapter.validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            own = [e for e in error.errors() if e["type"] == "recipe"]
+            hint = own[0]["msg"] if own else f"expected {_describe(self.annotation)}, got {shown(value)}"
+            return hint + (_nearest_value(self.annotation, value) if isinstance(value, str) else "")
+        except TypeError:
+            return f"expected {_describe(self.annotation)}, got {shown(value)}"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The settings borrowed from one dataclass, by name, and those refused, with the reason."""
+
+    arguments: dict[str, Argument]
+    refused: dict[str, str]
+    gone: dict[str, str]
+    defaults: dict[str, Any]
+
+    def check(self, given: Mapping[str, Any], also_valid: tuple[str, ...] = ()) -> tuple[dict[str, Any], list[Fault]]:
+        """The given settings over mmtune's defaults, in the dataclass's order, and a fault for each that is wrong."""
+        faults = []
+        for name, value in given.items():
+            if name in self.refused:
+                faults.append(fault(name, f"not a recipe's to set: {self.refused[name]}"))
+            elif name not in self.arguments:
+                hint = f"; {self.gone[name]}" if name in self.gone else nearest(name, {*self.arguments, *also_valid})
+                faults.append(fault(name, f"unknown key{hint}"))
+            elif (message := self.arguments[name].fault(value)) is not None:
+                faults.append(fault(name, message))
+        settings = {**self.defaults, **given}
+        return {name: settings[name] for name in self.arguments if name in settings}, faults
+
+    def json_schema(self) -> dict[str, Any]:
+        """JSON schemas of the settings, by name."""
+        return {
+            name: {
+                "description": argument.description,
+                **argument.adapter.json_schema(),
+                **({"default": self.defaults.get(name, argument.default)} if _is_plain(argument.default) else {}),
+            }
+            for name, argument in self.arguments.items()
+        }
+
+
+Fault = InitErrorDetails
+
+
+def fault(key: str | tuple[str | int, ...], message: str) -> Fault:
+    """A pydantic error at a key whose message is already meant for the reader."""
+    # The custom error fills {names} in its template from the context alone, so the text goes through the context.
+    error = PydanticCustomError("recipe", "{text}", {"text": message})
+    return {"type": error, "loc": (key,) if isinstance(key, str) else key, "input": None}
+
+
+def shown(value: object) -> str:
+    """A value as the reader would write it, short."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except TypeError:
+        text = repr(value)
+    text = f"'{value}'" if isinstance(value, str) else text
+    return text if len(text) <= 60 else f"{text[:56]} ..."
+
+
+@functools.cache
+def lora_arguments() -> Arguments:
+    """What `tune.language` may hold for `method: lora`: PEFT's LoraConfig, less what mmtune owns."""
+    from peft import LoraConfig
+
+    # LoraConfig makes its nested configurations from mappings itself.
+    return _arguments(LoraConfig, _LORA_OWNED, {}, _LORA_DEFAULTS, _LORA_BOUNDS, nested=True)
+
+
+@functools.cache
+def training_arguments() -> Arguments:
+    """What `train` may hold: transformers' TrainingArguments, less what mmtune owns."""
+    from transformers import TrainingArguments
+
+    return _arguments(TrainingArguments, _TRAIN_OWNED, _TRAIN_GONE, {"report_to": "none"}, {}, nested=False)
+
+
+def _arguments(
+    source: Any,
+    owned: dict[str, str],
+    gone: dict[str, str],
+    defaults: dict[str, Any],
+    bounds: dict[str, Any],
+    nested: bool,
+) -> Arguments:
+    hints = typing.get_type_hints(source, include_extras=True)
+    arguments: dict[str, Argument] = {}
+    refused = dict(owned)
+    for field in dataclasses.fields(source):
+        if not field.init or field.name in owned:
+            continue
+        annotation = bounds.get(field.name) or _plain_type(hints[field.name], nested)
+        if annotation in (None, types.NoneType):
+            refused[field.name] = _PYTHON_OBJECT
+            continue
+        help_text = field.metadata.get("help") or f"See {source.__name__}."
+        default = field.default.value if isinstance(field.default, Enum) else field.default
+        arguments[field.name] = Argument(annotation, TypeAdapter(annotation), default, " ".join(str(help_text).split()))
+    return Arguments(arguments, refused, gone, defaults)
+
+
+def _plain_type(annotation: Any, nested: bool) -> Any:
+    """The part of an annotation that YAML can express, with enumerations as their values; None when nothing is left."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if dataclasses.is_dataclass(annotation):
+        return _mapping_of(annotation) if nested else None
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return Literal[tuple(member.value for member in annotation)]
+    if origin is Literal:
+        # PEFT writes 'pissa_niter_[number of iters]' for a family of names.
+        families = [v for v in inner if isinstance(v, str) and "[" in v]
+        return _union(Literal[tuple(v for v in inner if v not in families)], *(_family(v) for v in families))
+    if origin in (Union, types.UnionType):
+        if any(isinstance(a, type) and issubclass(a, Enum) for a in inner):
+            # `SchedulerType | str` is converted to the enumeration later; a name outside it is wrong already here.
+            inner = tuple(a for a in inner if a is not str)
+        kept = [plain for a in inner if (plain := _plain_type(a, nested)) is not None]
+        return _union(*kept) if kept else None
+    if origin in (list, dict):
+        items = tuple(_plain_type(a, nested) for a in inner)
+        return None if None in items else origin[items]
+    return annotation
+
+
+def _union(*members: Any) -> Any:
+    return functools.reduce(operator.or_, members)
+
+
+def _mapping_of(config: Any) -> Any:
+    names = [field.name for field in dataclasses.fields(config) if field.init]
+
+    def check(value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if name not in names:
+                raise PydanticCustomError("recipe", "{text}", {"text": f"unknown key '{name}'{nearest(name, names)}"})
+        return value
+
+    properties = {name: {"description": f"See {config.__name__}."} for name in names}
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    return Annotated[dict[str, Any], AfterValidator(check), WithJsonSchema(schema)]
+
+
+def _family(pattern: str) -> Any:
+    stem = pattern.partition("[")[0]
+
+    def check(value: str) -> str:
+        if not re.fullmatch(rf"{re.escape(stem)}[0-9]+", value):
+            raise ValueError(f"not {stem}N")
+        return value
+
+    return Annotated[str, AfterValidator(check), WithJsonSchema({"type": "string", "pattern": f"^{stem}[0-9]+$"})]
+
+
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    types.NoneType: "null",
+    Any: "a value",
+}
+
+
+def _describe(annotation: Any) -> str:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        bounds = [f">= {m.ge}" for m in inner if isinstance(m, Ge)] + [f"> {m.gt}" for m in inner if isinstance(m, Gt)]
+        bounds += [f"< {m.lt}" for m in inner if isinstance(m, Lt)]
+        return " ".join([_describe(inner[0]), *([" and ".join(bounds)] if bounds else [])])
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_describe(a) for a in inner))
+    if origin is Literal:
+        return ", ".join(shown(v) for v in inner) if len(inner) <= 12 else f"one of {len(inner)} names"
+    if origin is list:
+        return f"a list ({_describe(inner[0])} each)"
+    if origin is tuple:
+        return f"a list of {len(inner)}"
+    if annotation is dict or origin is dict:
+        return "a mapping"
+    return _WORDS.get(annotation, str(annotation))
+
+
+def _nearest_value(annotation: Any, value: str) -> str:
+    inner = typing.get_args(annotation)
+    members = inner if typing.get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    names = [v for a in members if typing.get_origin(a) is Literal for v in typing.get_args(a) if isinstance(v, str)]
+    return nearest(value, names) if names else ""
+
+
+def _is_plain(value: Any) -> bool:
+    return value is not dataclasses.MISSING and (value is None or isinstance(value, (bool, int, float, str)))
+
+
+class Settings(Mapping[str, Any]):
+    """Borrowed settings by name. Frozen: what it hands out is a copy."""
+
+    __slots__ = ("_values",)
+    _values: dict[str, Any]
+
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        object.__setattr__(self, "_values", deepcopy(dict(values or {})))
+
+    def __getitem__(self, name: str) -> Any:
+        return deepcopy(self._values[name])
+
+    def __iter__(self) -> typing.Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("a recipe's settings are frozen")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError("a recipe's settings are frozen")
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self._values, sort_keys=True))
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+    def __reduce__(self) -> tuple[type[Settings], tuple[dict[str, Any]]]:
+        return Settings, (self._values,)

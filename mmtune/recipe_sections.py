@@ -1,0 +1,324 @@
+"""The recipe's sections as frozen typed objects, each with its own checks. `mmtune.recipe` reads and writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
+
+from mmtune.errors import nearest
+from mmtune.recipe_arguments import Fault, Settings, fault, lora_arguments, shown, training_arguments
+from mmtune.recipe_yaml import dump_yaml
+
+BUILTIN_BASES = ("builtin:tiny-llava", "builtin:tiny-llava-untrained")
+_PARTS_ONLY = ("projector", "vision_feature_layer", "vision_feature_select_strategy")
+
+Text = Annotated[str, Field(min_length=1)]
+BorrowedSettings = Annotated[Settings, PlainSerializer(dict), WithJsonSchema({"type": "object"})]
+
+
+class Section(BaseModel):
+    """A frozen part of the recipe, whose errors are for the reader and are all found at once."""
+
+    _expected: ClassVar[str] = "a mapping"
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+    @classmethod
+    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+        """Shorthands spelt out, and what is wrong between the keys; pydantic then checks each key."""
+        return given, []
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check(cls, given: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        if isinstance(given, cls):
+            return handler(given)
+        arranged, faults = cls._arrange(dict(given) if isinstance(given, Mapping) else given)
+        try:
+            section = handler(arranged)
+        except ValidationError as error:
+            # pydantic counts a list's sound items only, and calls a list of one faulty item too short as well.
+            told = (e for e in error.errors() if e["type"] != "too_short" or not e["input"])
+            faults = [*faults, *(cls._readable(detail) for detail in told)]
+        if faults:
+            raise ValidationError.from_exception_data(cls.__name__, faults)
+        return section
+
+    @classmethod
+    def _readable(cls, detail: Any) -> Fault:
+        kind, where, context = detail["type"], detail["loc"], detail.get("ctx", {})
+        if kind == "recipe":
+            return fault(where, detail["msg"])
+        if kind == "extra_forbidden":
+            return fault(where, f"unknown key{nearest(str(where[-1]), set(cls.model_fields))}")
+        if kind == "missing":
+            return fault(where, "required, and not given")
+        expected = {
+            "model_type": cls._expected,
+            "tuple_type": "a list",
+            "string_type": "a string",
+            "string_too_short": "a string that is not empty",
+            "int_type": "an integer",
+            "float_type": "a number",
+            "bool_type": "true or false",
+            "too_short": "a list with at least one item",
+            "literal_error": context.get("expected", ""),
+            "greater_than": f"more than {context.get('gt', 0):g}",
+            "greater_than_equal": f"at least {context.get('ge', 0):g}",
+            "less_than_equal": f"at most {context.get('le', 0):g}",
+        }.get(kind, detail["msg"].removeprefix("Input should be "))
+        hint = ""
+        if kind == "literal_error" and isinstance(detail["input"], str):
+            close = nearest(detail["input"], context["expected"].replace("'", "").replace(" or ", ", ").split(", "))
+            hint = close if "did you mean" in close else ""
+        return fault(where, f"expected {expected}, got {shown(detail['input'])}{hint}")
+
+
+class Projector(Section):
+    """The projector between a vision encoder and a language model that come from two checkpoints."""
+
+    type: Literal["mlp"] = Field(default="mlp", description="Its form: LLaVA's two-layer MLP.")
+    weights: Text | None = Field(default=None, description="A .safetensors file to start from; null: at random.")
+
+    @classmethod
+    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+        return ({"type": given} if isinstance(given, str) else given), []
+
+
+class ModelSection(Section):
+    """The model: a ready vision-language checkpoint (`base`), or one put together from `vision` and `language`."""
+
+    base: Text | None = Field(
+        default=None,
+        description="A ready vision-language model: a hub id, a local directory, or builtin:tiny-llava, the small one "
+        "that ships (builtin:tiny-llava-untrained is the same with random weights).",
+    )
+    vision: Text | None = Field(default=None, description="A vision encoder to assemble from: hub id or directory.")
+    language: Text | None = Field(default=None, description="A language model to assemble from: hub id or directory.")
+    projector: Projector | None = Field(
+        default=None, description="The projector of an assembled model: mlp, or {type: mlp, weights: FILE}."
+    )
+    vision_feature_layer: StrictInt = Field(
+        default=-2, description="Assembled models: the encoder layer that is projected; -2 is the last but one."
+    )
+    vision_feature_select_strategy: Literal["default", "full"] | None = Field(
+        default=None,
+        description="Assembled models: default drops the class token, full keeps all; null follows the encoder.",
+    )
+    chat_template: Text | None = Field(
+        default=None, description="A shipped chat template's name or a .jinja file; null takes the checkpoint's own."
+    )
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="The weights' dtype while training.")
+    trust_remote_code: StrictBool = Field(default=False, description="Run Python code that comes with a checkpoint.")
+    attn_implementation: Text | None = Field(
+        default=None, description="transformers' attn_implementation (sdpa, eager, ...); null: transformers chooses."
+    )
+
+    @classmethod
+    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+        if not isinstance(given, dict):
+            return given, []
+        faults: list[Fault] = []
+        base, parts = given.get("base"), [part for part in ("vision", "language") if given.get(part) is not None]
+        if base is not None:
+            faults += [fault(part, "base is given too; give either base, or vision and language") for part in parts]
+            for name in _PARTS_ONLY if not parts else ():
+                if given.get(name) is not None:
+                    faults.append(fault(name, "only means something for a model assembled from vision and language"))
+            if isinstance(base, str) and base.startswith("builtin:") and base not in BUILTIN_BASES:
+                faults.append(fault("base", f"no built-in model '{base}'{nearest(base, BUILTIN_BASES)}"))
+        elif not parts:
+            faults.append(fault((), "give either base, or vision and language"))
+        elif len(parts) == 1:
+            other = "language" if parts == ["vision"] else "vision"
+            faults.append(fault(parts[0], f"{other} is missing; a model is assembled from both"))
+        elif given.get("projector") is None:
+            given["projector"] = "mlp"
+        if given.get("precision") in ("int8", "nf4"):
+            later = given.pop("precision")
+            faults.append(fault("precision", f"{later} is not supported yet; expected 'fp32' or 'bf16'"))
+        return given, faults
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What the other form alone would have is left out, so that the text loads again.
+        other = ("vision", "language", *_PARTS_ONLY) if self.base is not None else ("base",)
+        return {name: value for name, value in handler(self).items() if name not in other}
+
+
+class ComponentTuning(Section):
+    """How one component is tuned. In a recipe a method name alone, or a mapping with PEFT's names beside `method`."""
+
+    _expected: ClassVar[str] = "a method's name or a mapping"
+    method: Literal["frozen", "full", "lora"] = Field(description="frozen, full (all weights), or lora (language).")
+    learning_rate: Annotated[StrictFloat, Field(gt=0)] | None = Field(
+        default=None, description="This component's own learning rate; null takes train.learning_rate."
+    )
+    settings: BorrowedSettings = Field(default_factory=Settings, description="PEFT's settings of the method, by its names.")
+
+    @classmethod
+    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+        if isinstance(given, str):
+            given = {"method": given}
+        if not isinstance(given, dict):
+            return given, []
+        method = given.get("method")
+        own = {name: value for name, value in given.items() if name in ("method", "learning_rate")}
+        borrowed = {name: value for name, value in given.items() if name not in own}
+        if method == "lora":
+            settings, faults = lora_arguments().check(borrowed, also_valid=("method", "learning_rate"))
+            return own | {"settings": Settings(settings)}, faults
+        faults = []
+        for name in borrowed if method in ("frozen", "full") else ():
+            known = name in lora_arguments().arguments
+            unknown = f"unknown key{nearest(name, ('method', 'learning_rate'))}"
+            faults.append(fault(name, f"means nothing with method: {method}" if known else unknown))
+        if method == "frozen" and own.get("learning_rate") is not None:
+            faults.append(fault("learning_rate", "a frozen component has no learning rate"))
+        return own, faults
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        rate = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
+        return {"method": self.method, **rate, **self.settings}
+
+
+class TuneSection(Section):
+    """What trains, component by component."""
+
+    vision: ComponentTuning = Field(default=ComponentTuning(method="frozen"), description="The vision encoder: frozen, full.")
+    projector: ComponentTuning = Field(default=ComponentTuning(method="full"), description="The projector: frozen, full.")
+    language: ComponentTuning = Field(
+        default_factory=lambda: ComponentTuning.model_validate("lora"),
+        description="The language model: frozen, full, or lora with LoraConfig's own names (r, lora_alpha, ...).",
+    )
+
+    @classmethod
+    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+        if not isinstance(given, dict):
+            return given, []
+        methods: dict[str, Any] = {"vision": "frozen", "projector": "full", "language": "lora"}
+        faults = []
+        for name, default in list(methods.items()):
+            value = given.get(name, default)
+            if isinstance(value, dict):
+                value = given[name] = {"method": default, **value}
+                methods[name] = value["method"]
+            else:
+                methods[name] = value.method if isinstance(value, ComponentTuning) else value
+            if name != "language" and methods[name] == "lora":
+                where = (name, "method") if isinstance(value, dict) else (name,)
+                faults.append(fault(where, "expected 'frozen' or 'full', got 'lora' (lora is for tune.language)"))
+        if list(methods.values()) == ["frozen"] * 3:
+            faults.append(fault((), "vision, projector and language are all frozen, so nothing would train"))
+        return given, faults
+
+
+class Source(Section):
+    """A file of rows and how to read them."""
+
+    path: Text = Field(description="The file of rows.")
+    template: Text = Field(description="A shipped data template's name, or a template of your own (.yaml).")
+    media_root: Text | None = Field(
+        default=None, description="Where the rows' media paths start; null: the file's own directory."
+    )
+    limit: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        default=None, description="Take only the first so many rows; null takes all."
+    )
+
+
+class DataSection(Section):
+    """The training data."""
+
+    train: tuple[Source, ...] = Field(min_length=1, description="The sources of training rows.")
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        default=None, description="The longest sample, in tokens with its images; null is the model's own limit."
+    )
+    over_length: Literal["error", "drop_sample"] = Field(
+        default="error",
+        description="A sample over max_tokens stops the run (error), or is dropped and counted (drop_sample).",
+    )
+    max_bad_fraction: Annotated[StrictFloat, Field(ge=0, le=1)] = Field(
+        default=0.0, description="The fraction of rows that may be quarantined before the run stops, from 0 to 1."
+    )
+    check_rows: Annotated[StrictInt, Field(ge=0)] = Field(
+        default=2000,
+        description="How many rows have their text and image headers checked before weights load; 0 for none.",
+    )
+
+
+class EvaluateSection(Section):
+    """Exact match on held-out rows."""
+
+    data: tuple[Source, ...] = Field(min_length=1, description="The sources of held-out rows.")
+    answer_after: Text | None = Field(
+        default=None, description="Compare only what follows this text in the answer; null compares the whole answer."
+    )
+    max_new_tokens: Annotated[StrictInt, Field(ge=1)] = Field(
+        default=64, description="The longest answer to generate, in tokens."
+    )
+    batch_size: Annotated[StrictInt, Field(ge=1)] = Field(default=16, description="Rows that are answered at once.")
+    before: StrictBool = Field(default=True, description="Evaluate before tuning too, for comparison.")
+    samples: Annotated[StrictInt, Field(ge=0)] = Field(
+        default=24, description="How many answers the report shows with their images."
+    )
+
+
+class Recipe(Section):
+    """A whole recipe. Make one with `load_recipe`."""
+
+    model: ModelSection = Field(description="The model to tune.")
+    tune: TuneSection = Field(default_factory=TuneSection, description="What trains, and by which method.")
+    data: DataSection = Field(description="The rows to train on.")
+    evaluate: EvaluateSection | None = Field(default=None, description="The held-out evaluation; null evaluates nothing.")
+    train: BorrowedSettings = Field(
+        default_factory=lambda: Settings({"report_to": "none"}),
+        description="transformers' TrainingArguments, by their own names; those not given keep transformers' defaults.",
+    )
+    output_dir: Text = Field(description="The run directory.")
+
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+        if not isinstance(given, dict):
+            return given, []
+        # A section whose every line is commented out reads as null.
+        given = {name: value for name, value in given.items() if value is not None or name not in ("tune", "train")}
+        train = given.pop("train", {})
+        if not isinstance(train, Mapping):
+            return given, [fault("train", f"expected a mapping, got {shown(train)}")]
+        settings, faults = training_arguments().check(train)
+        inner = [Fault(type=f["type"], loc=("train", *f.get("loc", ())), input=None) for f in faults]
+        return given | {"train": Settings(settings)}, inner
+
+    def origin(self, key: str) -> str:
+        """Where a dotted key was written: `FILE:LINE`, `command line: KEY=VALUE`, or `default`."""
+        return self._origins.get(key, "default")
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, defaults filled and overrides applied, as YAML that loads back to an equal recipe."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+    def __eq__(self, other: object) -> bool:
+        # Where its keys were written is no part of what a recipe says.
+        return isinstance(other, Recipe) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.__dict__.values()))

@@ -1,0 +1,273 @@
+"""A recipe's text: YAML and `key.sub=value` overrides into plain values that remember where each key was written.
+
+The YAML is 1.2's core schema, as editors read it, on PyYAML's safe loader: `2e-5` is a number, and `no`, `on` and
+`2024-01-01` are text, so that `save_strategy: no` means what transformers means by it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmtune.errors import UserError, nearest
+
+_TAG = "tag:yaml.org,2002:"
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$")
+_CORE_SCHEMA = (
+    ("null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    ("int", re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
+    ("merge", re.compile(r"<<$"), ["<"]),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader with YAML 1.2's idea of what is not text."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either YAML 1.1 or the loader above would take for something other than text."""
+
+
+for _name, _pattern, _first in _CORE_SCHEMA:
+    _Loader.add_implicit_resolver(_TAG + _name, _pattern, _first)
+    if _name in ("int", "float"):
+        _Dumper.add_implicit_resolver(_TAG + _name, _pattern, _first)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a key was written. `order` sorts errors: the file's by line, then the command line's in turn."""
+
+    place: str
+    order: tuple[int, int]
+    override: str | None = None
+
+
+@dataclass
+class Document:
+    """A recipe's plain values, the origin of every dotted key in them, and what was wrong with the text itself."""
+
+    name: str
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
+    problems: list[tuple[Origin, str]] = field(default_factory=list)
+
+    def origin(self, key: str) -> Origin:
+        """Where the key was written, or the nearest of its parents that was."""
+        while key and key not in self.origins:
+            key = key.rpartition(".")[0]
+        return self.origins[key] if key else Origin(f"{self.name}:1", (0, 1))
+
+    def report(self, key: str, message: str) -> None:
+        """Note a problem with a key, to be shown with all the others."""
+        self.problems.append((self.origin(key), fault(self.origin(key), key, message)))
+
+    def raise_problems(self) -> None:
+        """Raise all that was reported as one UserError, a line each, in the order in which the reader wrote them."""
+        if self.problems:
+            lines = [text for _, text in sorted(self.problems, key=lambda problem: problem[0].order)]
+            raise UserError("\n".join(dict.fromkeys(lines)))
+
+
+def fault(origin: Origin, key: str, message: str) -> str:
+    """One line: where, which key, what. An override that set this very key has named it already."""
+    return f"{origin.place}: {message}" if key == origin.override else f"{origin.place}: {key}: {message}"
+
+
+def read_document(path: Path) -> Document:
+    """Read a recipe file.
+
+    Raises:
+        UserError: for a file that cannot be read, is not YAML or is not a mapping. Duplicate and non-text keys are left
+            in `problems`, to be raised with the rest.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; give a recipe file")
+    if not path.exists():
+        siblings = {str(path.parent / file.name) for file in path.parent.glob("*.yaml")}
+        raise UserError(f"{path}: no such recipe file{nearest(str(path), siblings) if siblings else ''}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        line, problem = _syntax_error(error, text)
+        raise UserError(f"{path}:{line}: not valid YAML: {problem}") from error
+    if node is None:
+        raise UserError(f"{path}:1: the recipe is empty; it needs at least model, data and output_dir")
+    if not isinstance(node, yaml.MappingNode):
+        kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
+        raise UserError(f"{path}:{node.start_mark.line + 1}: expected a mapping of sections (model, data, ...), got {kind}")
+    document = Document(str(path))
+    document.values = _Builder(document).build(node)
+    return document
+
+
+def apply_override(document: Document, text: str, number: int, shorthands: Mapping[str, str]) -> None:
+    """Apply `key.sub=value` to the document; its value is YAML, and a number steps into a list.
+
+    Args:
+        text: the override as it was typed.
+        number: its place on the command line, for the order of errors.
+        shorthands: keys whose value may be a bare string, and the key of the mapping that it stands for.
+    """
+    place = Origin(f"command line: {text}", (1, number))
+    key, equals, written = text.partition("=")
+    if not equals or not all(key.split(".")):
+        document.problems.append((place, f"{place.place}: expected key=value, with dots between the parts of the key"))
+        return
+    origin = Origin(place.place, place.order, key)
+    built = Document(document.name)
+    try:
+        node = yaml.compose(written, Loader=_Loader)
+    except yaml.YAMLError as error:
+        document.problems.append((origin, fault(origin, key, f"not valid YAML: {_syntax_error(error, written)[1]}")))
+        return
+    value = None if node is None else _Builder(built, origin).build(node, key)
+    document.problems += built.problems
+
+    parent: Any = document.values
+    *above, last = key.split(".")
+    for depth, part in enumerate([*above, last]):
+        here = ".".join(key.split(".")[:depth])
+        if isinstance(parent, list):
+            if not part.isdecimal() or int(part) >= len(parent):
+                have = f"it has {len(parent)} item{'' if len(parent) == 1 else 's'}, counted from 0"
+                document.problems.append((origin, fault(origin, key, f"{here} has no item '{part}'; {have}")))
+                return
+            slot: Any = int(part)
+        elif isinstance(parent, dict):
+            slot = part
+        else:
+            document.problems.append((origin, fault(origin, key, f"{here} is {parent!r}, which has no keys")))
+            return
+        if depth == len(above):
+            parent[slot] = value
+            break
+        path = ".".join(above[: depth + 1])
+        child = parent.get(slot) if isinstance(parent, dict) else parent[slot]
+        if child is None:
+            if [*above, last][depth + 1].isdecimal():
+                document.problems.append((origin, fault(origin, key, f"{path} has no items; give the whole list")))
+                return
+            child = parent[slot] = {}
+            document.origins[path] = origin
+        elif isinstance(child, str) and path in shorthands:
+            child = parent[slot] = {shorthands[path]: child}
+            document.origins[f"{path}.{shorthands[path]}"] = document.origins[path]
+        parent = child
+    document.origins = {k: v for k, v in document.origins.items() if not k.startswith(f"{key}.")}
+    document.origins |= {key: origin} | built.origins
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """YAML text of plain values, keys in their own order, that `read_document` reads back to the same values."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _syntax_error(error: yaml.YAMLError, text: str) -> tuple[int, str]:
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        return mark.line + 1 if mark else 1, " ".join(part for part in (error.context, error.problem) if part)
+    if isinstance(error, yaml.reader.ReaderError):
+        return text.count("\n", 0, error.position) + 1, f"the character {error.character!r} is not allowed"
+    return 1, str(error)
+
+
+class _Builder:
+    """Plain values from YAML nodes, with the origin of each key and faults noted in the document."""
+
+    def __init__(self, document: Document, override: Origin | None = None) -> None:
+        self._document = document
+        self._override = override
+        self._open: set[int] = set()
+
+    def build(self, node: yaml.Node, key: str = "") -> Any:
+        if id(node) in self._open:
+            self._fault(node, key, "the value contains itself")
+            return None
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in (f"{_TAG}map", f"{_TAG}seq"):
+            self._fault(node, key, f"the YAML tag '{node.tag}' is not supported")
+            return None
+        self._open.add(id(node))
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self._mapping(node, key)
+            if isinstance(node, yaml.SequenceNode):
+                return [self._child(item, item, key, str(index)) for index, item in enumerate(node.value)]
+            return self._scalar(node, key)
+        finally:
+            self._open.discard(id(node))
+
+    def _mapping(self, node: yaml.MappingNode, key: str) -> dict[str, Any]:
+        built: dict[str, Any] = {}
+        inherited: dict[str, Any] = {}
+        first_line: dict[str, int] = {}
+        # What '<<' brings comes first, so that the origin of a key that is also written here is the line here.
+        for name_node, value_node in sorted(node.value, key=lambda pair: pair[0].tag != f"{_TAG}merge"):
+            name = name_node.value
+            if name_node.tag == f"{_TAG}merge":
+                for source in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
+                    merged = self.build(source, key)
+                    if not isinstance(merged, dict):
+                        self._fault(value_node, key, "'<<' expects a mapping, or a list of them")
+                        continue
+                    inherited = merged | inherited
+                continue
+            if name_node.tag != f"{_TAG}str":
+                shown = name if isinstance(name, str) else "a list or a mapping"
+                self._fault(name_node, key or "recipe", f"a key must be text, got {shown}; quote it")
+                continue
+            path = f"{key}.{name}" if key else name
+            if name in first_line:
+                self._fault(name_node, path, f"key given twice; first on line {first_line[name]}")
+                continue
+            first_line[name] = name_node.start_mark.line + 1
+            built[name] = self._child(name_node, value_node, key, name)
+        return built | {name: value for name, value in inherited.items() if name not in built}
+
+    def _child(self, written: yaml.Node, node: yaml.Node, key: str, name: str) -> Any:
+        path = f"{key}.{name}" if key else name
+        self._document.origins[path] = self._origin(written)
+        return self.build(node, path)
+
+    def _scalar(self, node: yaml.Node, key: str) -> Any:
+        kind, text = node.tag.removeprefix(_TAG), node.value
+        try:
+            if kind == "null":
+                return None
+            if kind == "bool":
+                return {"true": True, "false": False}[text.lower()]
+            if kind == "int":
+                return int(text, 0 if text[:2] in ("0x", "0o") else 10)
+            if kind == "float":
+                return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+            if kind == "str":
+                return text
+        except (ValueError, KeyError):
+            self._fault(node, key, f"'{text}' is not a YAML {kind}")
+            return None
+        self._fault(node, key, f"the YAML tag '{node.tag}' is not supported")
+        return None
+
+    def _origin(self, node: yaml.Node) -> Origin:
+        line = node.start_mark.line + 1
+        return self._override or Origin(f"{self._document.name}:{line}", (0, line))
+
+    def _fault(self, node: yaml.Node, key: str, message: str) -> None:
+        origin = self._origin(node)
+        self._document.problems.append((origin, fault(origin, key, message)))

@@ -1,0 +1,130 @@
+"""Run a recipe from end to end in a minute: tiny random weights of the same families, a few rows in the same formats.
+
+It finds what would otherwise fail hours in: a setting that the libraries refuse, a target that matches nothing, a format that
+the template does not read, an adapter that does not load back, a merge that differs. It needs no network and no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmtune.data.template import DataTemplate, load_data_template
+from mmtune.evaluation.run import generate_answers
+from mmtune.model.load import load_trained
+from mmtune.model.tiny import family_of, tiny_language, tiny_llava, tiny_vision
+from mmtune.recipe import Recipe, Source, load_recipe
+from mmtune.release.merge import merge, parity_samples
+from mmtune.run_directory import RunDirectory
+from mmtune.train import train
+
+ROWS = 4
+
+
+def rehearse(recipe: Recipe) -> dict[str, Any]:
+    """Load, take one optimizer step, save, load back, answer, and merge where there is an adapter, in a temporary folder.
+
+    Returns:
+        The rehearsed run's figures.
+
+    Raises:
+        UserError, CheckFailed: whatever the real run would raise.
+    """
+    with tempfile.TemporaryDirectory(prefix="mmtune-rehearsal-") as folder:
+        place = Path(folder)
+        small = load_recipe(_write_small(recipe, place))
+        summary = train(small, ["mmtune", "train", "--rehearse"])
+        run = RunDirectory(Path(small.output_dir))
+        model, processor = load_trained(run.path)
+        answers = generate_answers(model, processor, parity_samples(small, 2), max_new_tokens=4, batch_size=2)
+        print(f"loaded back and asked: {len(answers)} answers")
+        if run.adapter.is_dir():
+            parity = merge(run.path, place / "merged", count=2)
+            summary |= asdict(parity)
+            print(f"merged: largest logit difference {parity.merge_max_logit_difference:.2g}")
+        print("rehearsal passed: the recipe runs from end to end; the figures above are those of random weights and made-up rows")
+        return summary
+
+
+def _write_small(recipe: Recipe, place: Path) -> Path:
+    """The same recipe over tiny stand-ins, as a file, so that it is read and checked like any other."""
+    small: dict[str, Any] = json.loads(json.dumps(recipe.model_dump(mode="json", exclude_none=True)))
+    _shrink_model(recipe, small["model"], place)
+    _shrink_data(recipe.data.train, small["data"]["train"], place / "train")
+    if recipe.evaluate:
+        _shrink_data(recipe.evaluate.data, small["evaluate"]["data"], place / "evaluate")
+        small["evaluate"]["max_new_tokens"] = 4
+    small["data"].pop("max_tokens", None)  # a byte-level stand-in for the tokenizer counts more tokens than the real one
+    small["train"] |= {
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "warmup_steps": 0,
+        "dataloader_num_workers": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    small["output_dir"] = str(place / "run")
+    path = place / "recipe.yaml"
+    path.write_text(json.dumps(small, indent=1), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+def _shrink_model(recipe: Recipe, section: dict[str, Any], place: Path) -> None:
+    base = recipe.model.base
+    if base is None:
+        assert recipe.model.vision is not None and recipe.model.language is not None  # the recipe holds this
+        vision = tiny_vision(family_of(recipe.model.vision, "vision"), place / "vision")
+        language = tiny_language(family_of(recipe.model.language, "language"), place / "language")
+        section |= {"vision": str(vision), "language": str(language), "projector": "mlp"}
+    elif not base.startswith("builtin:"):
+        family_of(base, "base")  # refuses a family without a stand-in
+        section["base"] = str(tiny_llava(place / "base"))
+
+
+def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], place: Path) -> None:
+    """Rows made of the templates' own examples, and a picture for every path they name."""
+    for number, (source, section) in enumerate(zip(sources, sections, strict=True)):
+        folder = place / str(number)
+        folder.mkdir(parents=True)
+        template = load_data_template(source.template)
+        for name in example_images(template):
+            draw_picture(folder / name, seed=number)
+        rows = folder / f"rows{Path(source.path).suffix}"
+        lines = [json.dumps(template.example, ensure_ascii=False)] * ROWS
+        rows.write_text("\n".join(lines) if rows.suffix == ".jsonl" else f"[{', '.join(lines)}]", encoding="utf-8")
+        section |= {"path": str(rows), "media_root": str(folder)}
+        section.pop("limit", None)
+
+
+def example_images(template: DataTemplate) -> list[str]:
+    """Every string of the template's example row that names an image file."""
+    found: list[str] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            for item in value.values():
+                walk(item)
+        elif isinstance(value, list):
+            for item in value:
+                walk(item)
+        elif isinstance(value, str) and value.endswith((".png", ".jpg")) and "\n" not in value:
+            found.append(value)
+
+    walk(template.example)
+    return list(dict.fromkeys(found))
+
+
+def draw_picture(path: Path, seed: int) -> None:
+    """A small picture of random pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, size=(48, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)

@@ -1,0 +1,186 @@
+"""The directory that a run leaves behind: what went in, what happened, what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import is_torchvision_available
+
+from mmtune import __version__
+from mmtune.errors import UserError
+from mmtune.recipe import Recipe
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "pillow", "numpy")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths inside one run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe: every default filled in, every override applied."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, git commit, seed and command."""
+        return self.path / "environment.json"
+
+    @property
+    def data_report(self) -> Path:
+        """Rows that were checked, dropped and quarantined."""
+        return self.path / "data_report.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object for every logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def loss_curve(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def adapter(self) -> Path:
+        """The PEFT adapter and its processor, for runs with a PEFT method."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The whole model, for runs without a PEFT method."""
+        return self.path / "model"
+
+    @property
+    def base(self) -> Path:
+        """The base that was assembled from parts, which the adapter needs."""
+        return self.path / "base"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        """The run's figures, for machines."""
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        """The run's figures and sample answers, for people."""
+        return self.path / "report.html"
+
+    def answers(self, when: str) -> Path:
+        """Held-out answers `before` or `after` tuning."""
+        return self.path / f"answers_{when}.jsonl"
+
+    def read_summary(self) -> dict[str, Any]:
+        """
+        Raises:
+            UserError: for a directory that is no finished run.
+        """
+        if not self.summary.is_file():
+            raise UserError(f"{self.path} is not a finished run: it has no summary.json")
+        summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
+        return summary
+
+    def update_summary(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Add figures to `summary.json`, which is never half written."""
+        summary = {**(self.read_summary() if self.summary.is_file() else {}), **figures}
+        replace_text(self.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        return summary
+
+
+def start_run(recipe: Recipe, command: Sequence[str], overwrite: bool) -> RunDirectory:
+    """Make the run's directory and write what is known before anything is loaded.
+
+    Raises:
+        UserError: the directory exists and `overwrite` is not given, it is no earlier run, or it cannot be written.
+    """
+    run = RunDirectory(Path(recipe.output_dir))
+    if run.path.exists():
+        if not overwrite:
+            raise UserError(f"output_dir: {run.path} exists; give another output_dir, or --overwrite to replace the run")
+        if not run.recipe.is_file() and any(run.path.iterdir()):
+            raise UserError(f"output_dir: {run.path} is not an mmtune run, so --overwrite leaves it alone")
+        shutil.rmtree(run.path)
+    try:
+        run.path.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"output_dir: cannot make {run.path}: {error.strerror}") from error
+    run.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
+    environment = {
+        "command": list(command),
+        "seed": recipe.train.get("seed", 42),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "git_commit": git_commit(),
+        "image_backend": "torchvision" if is_torchvision_available() else "pil",
+        "versions": {"mmtune": __version__} | {name: metadata.version(name) for name in LIBRARIES},
+    }
+    run.environment.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    return run
+
+
+def git_commit() -> str | None:
+    """The commit of the working directory's repository, `+changes` when its files differ; None outside one."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def peak_memory_mb() -> float:
+    """The largest resident memory of this process so far, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that a reader sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def replaced_directory(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary directory beside `out` that takes its name when the block ends well, and goes when it does not.
+
+    Raises:
+        UserError: `out` exists and `overwrite` is not given.
+    """
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists; give another path, or --overwrite to replace it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if out.exists():
+            old = out.with_name(f".{out.name}.{os.getpid()}.old")
+            out.rename(old)
+            temporary.rename(out)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(out)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)

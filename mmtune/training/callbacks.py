@@ -1,0 +1,103 @@
+"""What a run shows and keeps while it trains: the progress line, `metrics.jsonl`, the loss curve."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mmtune.errors import CheckFailed
+
+
+class RecordMetrics(TrainerCallback):
+    """Appends every log of the Trainer to `metrics.jsonl`, with the time and the rate of tokens, and shows it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._bar: tqdm[Any] | None = None
+        self._start = 0.0
+        self._tokens_seen = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._start = self._last = time.perf_counter()
+        if state.is_world_process_zero and not args.disable_tqdm and sys.stderr.isatty():
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        now = time.perf_counter()
+        tokens = float(state.num_input_tokens_seen)
+        record = {
+            "step": state.global_step,
+            "epoch": logs.get("epoch"),
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm"),
+            "tokens": int(tokens),
+            "tokens_per_second": round((tokens - self._tokens_seen) / max(now - self._last, 1e-9), 1),
+            "seconds": round(now - self._start, 3),
+        }
+        self._last, self._tokens_seen = now, tokens
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        shown = f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown)
+        elif not args.disable_tqdm:
+            left = (now - self._start) / max(state.global_step, 1) * (state.max_steps - state.global_step)
+            print(f"step {state.global_step}/{state.max_steps}  {shown}  {left:.0f} s left", flush=True)
+        if not math.isfinite(record["loss"]):
+            raise CheckFailed(
+                f"the loss is {record['loss']} at step {state.global_step}; lower the learning rate or look at the data"
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class FrozenInputsStayFrozen(TrainerCallback):
+    """Undoes what gradient checkpointing does to frozen inputs.
+
+    Enabling checkpointing on a PEFT model hooks every embedding, the vision tower's patch embedding included, to require
+    gradients; the backward pass then runs through a frozen tower for nothing. Non-reentrant checkpointing needs no hook.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        model.disable_input_require_grads()
+
+
+def draw_loss_curve(metrics: Path, out: Path) -> None:
+    """Draw the training loss of a `metrics.jsonl` over steps as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.add_subplot()
+    axes.plot([r["step"] for r in records], [r["loss"] for r in records], color="#1f6feb", linewidth=1.5)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss per supervised token")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, dpi=144)

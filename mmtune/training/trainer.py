@@ -1,0 +1,105 @@
+"""transformers' Trainer with three differences: what is scored, at which rate, and where failed rows go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from mmtune.data.dataset import DataReport
+from mmtune.data.encode import IGNORE_INDEX
+from mmtune.errors import UserError
+
+
+def score_supervised_only(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Ask the model for logits at supervised positions only.
+
+    The loss is unchanged: positions with label -100 contribute nothing to cross entropy, so not computing their logits
+    saves memory and time and alters no gradient.
+
+    Args:
+        inputs: a batch with `labels` of shape (batch, length), int64.
+
+    Returns:
+        The batch with `shift_labels` of shape (supervised,), and `logits_to_keep`, a boolean mask of shape (batch, length)
+        that picks the positions that predict them.
+    """
+    shifted = nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
+    keep = shifted != IGNORE_INDEX
+    return {**inputs, "shift_labels": shifted[keep], "logits_to_keep": keep}
+
+
+class TuningTrainer(Trainer):
+    """Trains on `Collator`'s batches.
+
+    Args:
+        data_report: counts rows that fail while training.
+        max_bad_fraction: stop when more than this part of the rows failed.
+        learning_rates: rate by parameter name, for parameters that do not take the run's own.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        data_report: DataReport,
+        max_bad_fraction: float,
+        learning_rates: Mapping[str, float],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss below is a sum divided by the global count of supervised tokens
+        self._data_report = data_report
+        self._max_bad_fraction = max_bad_fraction
+        self._learning_rates = dict(learning_rates)
+        self._last_batch: dict[str, Any] | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Cross entropy at supervised positions, summed and divided by their number over the whole optimizer step."""
+        return super().compute_loss(model, score_supervised_only(inputs), return_outputs, num_items_in_batch)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, its parameter groups split by learning rate."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        named = (model or self.model).named_parameters()
+        rate_of = {id(parameter): self._learning_rates[name] for name, parameter in named if name in self._learning_rates}
+        groups = []
+        for group in optimizer.param_groups:
+            by_rate: dict[float, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                by_rate.setdefault(rate_of.get(id(parameter), group["lr"]), []).append(parameter)
+            groups += [{**group, "params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
+        optimizer.param_groups[:] = groups
+        return optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Any]:
+        """The next step's batches, with rows that failed counted and, past the recipe's bound, the run stopped."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        usable = []
+        for batch in batches:
+            for fault in batch.pop("faults"):
+                self._data_report.add(fault)
+            self._data_report.stop_past(self._max_bad_fraction)
+            usable.append(batch if batch else self._without_labels())
+            self._last_batch = usable[-1]
+        count = self._get_num_items_in_batch(usable, device)
+        # A step whose every row was dropped scores nothing: its loss is 0 over 1 and not 0 over 0.
+        return usable, count.clamp(min=1) if isinstance(count, torch.Tensor) else count
+
+    def _without_labels(self) -> dict[str, Any]:
+        """Stands in for a batch whose every row was dropped, so that the number of steps stays what was announced."""
+        if self._last_batch is None:
+            raise UserError("no row of the first batch can train; see data_report.json in the run directory")
+        return {**self._last_batch, "labels": torch.full_like(self._last_batch["labels"], IGNORE_INDEX)}

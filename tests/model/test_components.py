@@ -1,0 +1,253 @@
+"""Every parameter of every known family belongs to exactly one component."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from mmtune.errors import UserError
+from mmtune.model.components import Components, component_of, find_components, linear_modules, select_modules
+
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+TEXT |= {"vocab_size": 64, "head_dim": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+EYE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
+EYE |= {"patch_size": 14}
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+QWEN_EYE = {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 16}
+
+
+def _text(model_type: str) -> dict[str, Any]:
+    return {**TEXT, "model_type": model_type}
+
+
+def _eye(model_type: str) -> dict[str, Any]:
+    return {**EYE, "model_type": model_type}
+
+
+FAMILIES: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "llava": (
+        lambda: tf.LlavaForConditionalGeneration(
+            tf.LlavaConfig(vision_config=_eye("clip_vision_model"), text_config=_text("llama"))
+        ),
+        "model.vision_tower",
+        "model.multi_modal_projector",
+    ),
+    "llava_next": (
+        lambda: tf.LlavaNextForConditionalGeneration(
+            tf.LlavaNextConfig(vision_config=_eye("clip_vision_model"), text_config=_text("llama"))
+        ),
+        "model.vision_tower",
+        "model.multi_modal_projector",
+    ),
+    "llava_onevision": (
+        lambda: tf.LlavaOnevisionForConditionalGeneration(
+            tf.LlavaOnevisionConfig(vision_config=_eye("siglip_vision_model"), text_config=_text("qwen2"))
+        ),
+        "model.vision_tower",
+        "model.multi_modal_projector",
+    ),
+    "qwen2_vl": (
+        lambda: tf.Qwen2VLForConditionalGeneration(
+            tf.Qwen2VLConfig(
+                vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2},
+                text_config={**TEXT, "rope_scaling": ROPE},
+            )
+        ),
+        "model.visual",
+        "model.visual.merger",
+    ),
+    "qwen2_5_vl": (
+        lambda: tf.Qwen2_5_VLForConditionalGeneration(
+            tf.Qwen2_5_VLConfig(
+                vision_config={**QWEN_EYE, "fullatt_block_indexes": [0]}, text_config={**TEXT, "rope_scaling": ROPE}
+            )
+        ),
+        "model.visual",
+        "model.visual.merger",
+    ),
+    "qwen3_vl": (
+        lambda: tf.Qwen3VLForConditionalGeneration(
+            tf.Qwen3VLConfig(
+                vision_config={**QWEN_EYE, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+                text_config={**TEXT, "rope_scaling": ROPE},
+            )
+        ),
+        "model.visual",
+        "model.visual.merger",
+    ),
+    "idefics3": (
+        lambda: tf.Idefics3ForConditionalGeneration(tf.Idefics3Config(vision_config=EYE, text_config=_text("llama"))),
+        "model.vision_model",
+        "model.connector",
+    ),
+    "smolvlm": (
+        lambda: tf.SmolVLMForConditionalGeneration(tf.SmolVLMConfig(vision_config=EYE, text_config=_text("llama"))),
+        "model.vision_model",
+        "model.connector",
+    ),
+    "internvl": (
+        lambda: tf.InternVLForConditionalGeneration(
+            tf.InternVLConfig(
+                vision_config={**EYE, "image_size": [28, 28], "patch_size": [14, 14]},
+                text_config={**_text("qwen2"), "tie_word_embeddings": False},
+                tie_word_embeddings=False,
+            )
+        ),
+        "model.vision_tower",
+        "model.multi_modal_projector",
+    ),
+    "gemma3": (
+        lambda: tf.Gemma3ForConditionalGeneration(
+            tf.Gemma3Config(vision_config=_eye("siglip_vision_model"), text_config=_text("gemma3_text"), mm_tokens_per_image=4)
+        ),
+        "model.vision_tower",
+        "model.multi_modal_projector",
+    ),
+    "paligemma": (
+        lambda: tf.PaliGemmaForConditionalGeneration(
+            tf.PaliGemmaConfig(vision_config=_eye("siglip_vision_model"), text_config=_text("gemma"), projection_dim=16)
+        ),
+        "model.vision_tower",
+        "model.multi_modal_projector",
+    ),
+    "mistral3": (
+        lambda: tf.Mistral3ForConditionalGeneration(
+            tf.Mistral3Config(vision_config={**_eye("pixtral"), "head_dim": 8}, text_config=_text("mistral"))
+        ),
+        "model.vision_tower",
+        "model.multi_modal_projector",
+    ),
+}
+
+
+def _build(family: str) -> Any:
+    with torch.device("meta"):
+        return FAMILIES[family][0]()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_belongs_to_one_component(family: str) -> None:
+    model = _build(family)
+    components = find_components(model)
+    assert (components.vision_tower, components.projector) == FAMILIES[family][1:]
+    assert model.get_submodule(components.language_model) is model.get_decoder()
+    by_object: dict[int, str] = {}
+    tower = model.get_submodule(components.vision_tower)
+    projector = model.get_submodule(components.projector)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = component_of(name, components)
+        assert by_object.setdefault(id(parameter), owner) == owner or owner in (
+            "lm_head",
+            "language",
+        )  # tied embeddings
+        assert component_of(f"base_model.model.{name}", components) == owner
+    owners = set(by_object.values())
+    assert owners - {"lm_head"} == {"vision", "projector", "language"}
+    inside_projector = {id(parameter) for parameter in projector.parameters()}
+    assert inside_projector and all(by_object[key] == "projector" for key in inside_projector)
+    assert any(by_object[id(p)] == "vision" for p in tower.parameters())
+    assert all(by_object[id(p)] == "language" for p in model.get_decoder().layers.parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "part"), [("llava_next", "model.image_newline"), ("qwen3_vl", "model.visual.deepstack_merger_list")]
+)
+def test_what_is_trained_with_the_projector_belongs_to_it(family: str, part: str) -> None:
+    components = find_components(_build(family))
+    assert components.projector_parts == (part,)
+    assert component_of(part, components) == "projector"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linear_modules_are_the_linear_layers_and_never_the_head(family: str) -> None:
+    model = _build(family)
+    components = find_components(model)
+    listed = [name for part in ("vision", "projector", "language") for name in linear_modules(model, components, part)]  # type: ignore[arg-type]
+    everything = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert sorted(listed) == sorted(name for name in everything if name != components.lm_head)
+    assert linear_modules(model, components, "lm_head") == []
+    assert "model.language_model.layers.0.self_attn.q_proj" in listed or "model.text_model.layers.0.self_attn.q_proj" in listed
+
+
+def test_selectors_name_modules() -> None:
+    model = _build("llava")
+    components = find_components(model)
+    attention = "model.language_model.layers.0.self_attn."
+    assert select_modules(model, components, "language", ["v_proj", "self_attn.q_proj"]) == [
+        attention + "q_proj",
+        attention + "v_proj",
+    ]
+    assert select_modules(model, components, "language", r"[qv]_proj") == [attention + "q_proj", attention + "v_proj"]
+    assert select_modules(model, components, "vision", r"encoder\.layers\.1\..*fc\d") == [
+        f"model.vision_tower.encoder.layers.1.mlp.fc{n}" for n in (1, 2)
+    ]
+    assert select_modules(model, components, "projector", "all-linear") == [
+        f"model.multi_modal_projector.linear_{n}" for n in (1, 2)
+    ]
+
+
+def test_the_merger_inside_qwens_tower_is_not_selected_with_the_tower() -> None:
+    model = _build("qwen2_5_vl")
+    components = find_components(model)
+    assert not any("merger" in name for name in select_modules(model, components, "vision", "all-linear"))
+    assert all(".merger." in name for name in select_modules(model, components, "projector", "all-linear"))
+
+
+@pytest.mark.parametrize(
+    ("selector", "named"),
+    [
+        ("w_q", "w_q"),
+        (["q_proj", "q_prj"], "q_prj.*did you mean 'q_proj'"),
+        ([], "empty"),
+        ("(", "regular expression"),
+        (["proj"], "proj"),
+    ],
+)
+def test_a_selector_that_matches_nothing_is_an_error(selector: str | list[str], named: str) -> None:
+    model = _build("llava")
+    with pytest.raises(UserError, match=named) as caught:
+        select_modules(model, find_components(model), "language", selector)
+    assert selector == "(" or "k_proj (1)" in str(caught.value)
+
+
+def test_a_component_without_linear_layers_says_what_is_there() -> None:
+    model = _build("gemma3")
+    with pytest.raises(UserError, match=r"no linear layer.*mm_soft_emb_norm"):
+        select_modules(model, find_components(model), "projector", "all-linear")
+
+
+def test_a_peft_model_has_its_components() -> None:
+    model = FAMILIES["llava"][0]()
+    lora = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj", modules_to_save=["multi_modal_projector"])
+    peft = get_peft_model(model, lora)
+    components = find_components(peft)
+    assert components.projector == "base_model.model.model.multi_modal_projector"
+    assert peft.get_submodule(components.language_model) is peft.get_base_model().get_decoder()
+    trained = {component_of(name, components) for name, parameter in peft.named_parameters() if parameter.requires_grad}
+    assert trained == {"projector", "language"}
+
+
+def test_an_unknown_family_is_named() -> None:
+    config = tf.LlamaConfig(**{k: v for k, v in TEXT.items() if k != "model_type"})
+    with torch.device("meta"):
+        model = tf.LlamaForCausalLM(config)
+    with pytest.raises(UserError, match=r"LlamaForCausalLM.*'llama'"):
+        find_components(model)
+
+
+def test_a_name_outside_every_component_is_an_error() -> None:
+    components = Components("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")
+    with pytest.raises(UserError, match=r"model.vision_tower_2.x"):
+        component_of("model.vision_tower_2.x", components)
