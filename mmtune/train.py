@@ -24,7 +24,7 @@ from mmtune.evaluation.report import print_scores, write_report
 from mmtune.evaluation.run import as_json, evaluate, score, write_answers
 from mmtune.model.checkpoint import save_checkpoint
 from mmtune.model.components import find_components
-from mmtune.model.load import load_base, resolve_base
+from mmtune.model.load import UNTRAINED, load_base, resolve_base
 from mmtune.recipe import Recipe, check_files
 from mmtune.run_directory import peak_memory_mb, start_run
 from mmtune.training.callbacks import FrozenInputsStayFrozen, RecordMetrics, draw_loss_curve
@@ -75,9 +75,11 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     # What trains.
     adapts = keeps_adapter(recipe.tune)
     if adapts:
-        if recipe.model.base is None:
+        if recipe.model.base in (None, UNTRAINED):  # made here, so there is no directory yet for the adapter to name
             save_checkpoint(model, processor, run.base)
-        model.name_or_path = resolve_base(recipe.model.base or str(run.base))
+            model.name_or_path = str(run.base.resolve())
+        else:
+            model.name_or_path = resolve_base(recipe.model.base)
     model = apply_tuning(model, components, recipe.tune)
     counts = count_parameters(model, components, recipe.tune, arguments.learning_rate)
     print_parameters(counts)

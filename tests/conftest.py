@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from mmtune.recipe import Recipe
 
 # Set before torch and transformers are imported, here and in every process that a test starts. The tests need nothing
 # from the network and so must not reach for it; sums in a fixed number of threads come out the same on every machine.
@@ -27,3 +35,48 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve rows of the quickstart's tasks with their images, as `rows.json`."""
+    from mmtune.builtin.digits import TUNE_TASKS, Part, make_part
+
+    folder = tmp_path_factory.mktemp("rows")
+    made = make_part("rows", Part(scenes=12, held_out=False, tasks=TUNE_TASKS, questions=1, seed=0), folder)
+    (folder / "rows.json").write_text(json.dumps(made), encoding="utf-8")
+    return folder / "rows.json"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in architecture with random weights, as an ordinary checkpoint."""
+    from mmtune.builtin.tiny import build_untrained
+    from mmtune.model.checkpoint import save_checkpoint
+
+    out = tmp_path_factory.mktemp("base") / "model"
+    save_checkpoint(*build_untrained(seed=0), out)
+    return out
+
+
+@pytest.fixture
+def make_recipe(base: Path, rows: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """A LoRA recipe of three steps over `rows`, changed by `key=value` overrides."""
+
+    def make(*overrides: str) -> Recipe:
+        from mmtune.recipe import load_recipe
+
+        text = f"""
+        model: {{base: {base}}}
+        tune:
+          projector: {{method: full, learning_rate: 1e-3}}
+          language: {{method: lora, r: 4, lora_alpha: 8}}
+        data: {{train: [{{path: {rows}, template: llava}}]}}
+        train: {{max_steps: 3, learning_rate: 5e-3, per_device_train_batch_size: 4, logging_steps: 1, use_cpu: true, seed: 0}}
+        output_dir: {tmp_path / "run"}
+        """
+        path = tmp_path / "recipe.yaml"
+        path.write_text(textwrap.dedent(text), encoding="utf-8")
+        return load_recipe(path, overrides)
+
+    return make

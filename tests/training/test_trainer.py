@@ -1,0 +1,207 @@
+"""Training equals plain transformers + PEFT, counts tokens and not steps, and says what it could not train on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mmtune.data.dataset import Collator, DataReport, Samples, TrainingSet
+from mmtune.data.encode import collate, encode_sample
+from mmtune.errors import CheckFailed, UserError
+from mmtune.model.components import find_components
+from mmtune.recipe import Recipe
+from mmtune.run_directory import RunDirectory
+from mmtune.train import train, training_arguments
+from mmtune.training.callbacks import FrozenInputsStayFrozen
+from mmtune.training.trainer import TuningTrainer
+from mmtune.tuning.apply import apply_tuning, learning_rates
+
+
+def make_trainer(recipe: Recipe, base: Path, **settings: object) -> TuningTrainer:
+    processor = AutoProcessor.from_pretrained(str(base))
+    samples = Samples(recipe.data.train)
+    torch.manual_seed(1)
+    model = AutoModelForImageTextToText.from_pretrained(str(base))
+    components = find_components(model)
+    model = apply_tuning(model, components, recipe.tune)
+    with torch.no_grad():  # LoRA's B starts at zero and would leave A without a gradient
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    return TuningTrainer(
+        model=model,
+        args=training_arguments(recipe),
+        train_dataset=TrainingSet(samples, processor, recipe.data.max_tokens, recipe.data.over_length),
+        data_collator=Collator(processor.tokenizer.pad_token_id),
+        processing_class=processor,
+        callbacks=[FrozenInputsStayFrozen()],
+        data_report=DataReport(rows=len(samples)),
+        max_bad_fraction=recipe.data.max_bad_fraction,
+        learning_rates=learning_rates(model, components, recipe.tune),
+        **settings,
+    )
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def test_loss_and_gradients_equal_plain_transformers_and_peft(make_recipe: Callable[..., Recipe], base: Path) -> None:
+    recipe = make_recipe()
+    trainer = make_trainer(recipe, base)
+    samples = [trainer.train_dataset[index] for index in range(6)]
+    batch = collate(samples, trainer.processing_class.tokenizer.pad_token_id)
+
+    plain = AutoModelForImageTextToText.from_pretrained(str(base))
+    targets = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    plain = get_peft_model(
+        plain, LoraConfig(r=4, lora_alpha=8, target_modules=targets, modules_to_save=["multi_modal_projector"])
+    )
+    ours = dict(trainer.model.named_parameters())
+    assert {n for n, p in plain.named_parameters() if p.requires_grad} == {n for n, p in ours.items() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(ours[name])
+
+    plain.train()
+    reference = plain(**batch).loss
+    reference.backward()
+    supervised = (batch["labels"][:, 1:] != -100).sum()
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=supervised)
+    loss.backward()
+
+    torch.testing.assert_close(loss, reference, atol=1e-5, rtol=0)
+    expected, found = gradients(plain), gradients(trainer.model)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
+
+
+def test_accumulated_batches_give_the_gradient_of_one_large_batch(make_recipe: Callable[..., Recipe], base: Path) -> None:
+    def after_one_step(*overrides: str) -> dict[str, torch.Tensor]:
+        # The sum of gradients is what must agree: no clipping, and plain SGD, whose step is the gradient itself.
+        recipe = make_recipe("train.max_steps=1", "train.optim=sgd", "train.max_grad_norm=0", *overrides)
+        trainer = make_trainer(recipe, base)
+        trainer.train()
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    large = after_one_step("train.per_device_train_batch_size=12")
+    small = after_one_step("train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=12")
+    for name in large:
+        torch.testing.assert_close(small[name], large[name], atol=1e-6, rtol=0)
+
+
+def test_optimizer_groups_follow_the_components(make_recipe: Callable[..., Recipe], base: Path) -> None:
+    trainer = make_trainer(make_recipe("tune.projector.learning_rate=0.125", "train.learning_rate=0.5"), base)
+    optimizer = trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates == {
+        name: 0.125 if "multi_modal_projector" in name else 0.5
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_the_frozen_tower_takes_no_part_in_the_backward_pass(
+    make_recipe: Callable[..., Recipe], base: Path, checkpointing: str
+) -> None:
+    trainer = make_trainer(make_recipe("train.max_steps=1", f"train.activation_checkpointing={checkpointing}"), base)
+    tower = trainer.model.get_submodule("base_model.model.model.vision_tower")
+    needs_gradient = []
+    for module in tower.modules():
+        module.register_forward_hook(lambda _m, _i, out: needs_gradient.append(getattr(out, "requires_grad", False)))
+    trainer.train()
+    assert needs_gradient
+    assert not any(needs_gradient)
+
+
+def test_checkpointing_changes_no_gradient(make_recipe: Callable[..., Recipe], base: Path) -> None:
+    def after(checkpointing: str) -> dict[str, torch.Tensor]:
+        overrides = ("train.max_steps=1", "train.optim=sgd", f"train.activation_checkpointing={checkpointing}")
+        trainer = make_trainer(make_recipe(*overrides), base)
+        trainer.train()
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    plain, checkpointed = after("false"), after("true")
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name], atol=1e-6, rtol=0)
+
+
+def test_two_runs_of_a_seed_give_the_same_losses(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    def losses(name: str, seed: int) -> list[float]:
+        run = tmp_path / name
+        train(make_recipe(f"output_dir={run}", f"train.seed={seed}"), ["test"])
+        return [json.loads(line)["loss"] for line in RunDirectory(run).metrics.read_text().splitlines()]
+
+    first = losses("first", 0)
+    assert len(first) == 3
+    assert losses("second", 0) == first
+    assert losses("third", 1) != first
+
+
+def bad_rows(rows: Path, tmp_path: Path, *bad: int) -> Path:
+    """`rows` with the images of some cut short after their headers."""
+    made = json.loads(rows.read_text())
+    for number in bad:
+        whole = (rows.parent / made[number]["image"]).read_bytes()
+        (tmp_path / f"cut{number}.png").write_bytes(whole[: len(whole) // 2])
+    for number, row in enumerate(made):
+        row["image"] = str(tmp_path / f"cut{number}.png") if number in bad else str(rows.parent / row["image"])
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(made))
+    return path
+
+
+def test_a_damaged_image_stops_the_run_and_is_named(make_recipe: Callable[..., Recipe], rows: Path, tmp_path: Path) -> None:
+    path = bad_rows(rows, tmp_path, 5)
+    recipe = make_recipe(f"data.train.0.path={path}", "data.train.0.media_root=/")
+    with pytest.raises(UserError, match=r"1 of 12 rows cannot train.*\n.*bad\.json\[5\]: image: cannot decode"):
+        train(recipe, ["test"])
+    report = json.loads(RunDirectory(Path(recipe.output_dir)).data_report.read_text())
+    assert [fault["row"] for fault in report["quarantined"]] == ["bad.json[5]"]
+
+
+def test_damaged_images_are_counted_where_the_recipe_allows_them(
+    make_recipe: Callable[..., Recipe], rows: Path, tmp_path: Path
+) -> None:
+    path = bad_rows(rows, tmp_path, 2, 7)
+    recipe = make_recipe(
+        f"data.train.0.path={path}",
+        "data.train.0.media_root=/",
+        "data.max_bad_fraction=0.2",
+        "train.max_steps=24",
+        "train.per_device_train_batch_size=1",  # some batches hold nothing else: the steps still add up
+    )
+    summary = train(recipe, ["test"])
+    assert summary["quarantined"] == 2
+    records = RunDirectory(Path(recipe.output_dir)).metrics.read_text().splitlines()
+    assert len(records) == 24
+    assert sum(json.loads(record)["loss"] == 0 for record in records) == 4  # two rows, two epochs
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(make_recipe: Callable[..., Recipe], base: Path) -> None:
+    with pytest.raises(CheckFailed, match=r"the loss is (nan|inf) at step"):
+        train(make_recipe("train.learning_rate=1e30", "train.max_grad_norm=0", "train.max_steps=6"), ["test"])
+
+
+def test_the_longest_allowed_sample_trains_and_one_more_token_does_not(make_recipe: Callable[..., Recipe], base: Path) -> None:
+    processor = AutoProcessor.from_pretrained(str(base))
+    recipe = make_recipe()
+    lengths = [encode_sample(sample, processor)["input_ids"].shape[1] for sample in Samples(recipe.data.train)]
+    longest = max(lengths)
+    assert train(make_recipe(f"data.max_tokens={longest}", "train.num_train_epochs=1"), ["test"])["dropped_over_length"] == 0
+    with pytest.raises(UserError, match=f"{longest} tokens, more than data.max_tokens: {longest - 1}"):
+        train(make_recipe(f"data.max_tokens={longest - 1}", f"output_dir={recipe.output_dir}2"), ["test"])
+    dropped = make_recipe(
+        f"data.max_tokens={longest - 1}", "data.over_length=drop_sample", f"output_dir={recipe.output_dir}3"
+    )
+    assert train(dropped, ["test"])["dropped_over_length"] == lengths.count(longest)

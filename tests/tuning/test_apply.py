@@ -1,0 +1,93 @@
+"""What trains is what the recipe names: no more, no less, and in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from mmtune.errors import UserError
+from mmtune.model.components import component_of, find_components
+from mmtune.recipe import Recipe
+from mmtune.tuning.apply import apply_tuning, count_parameters, learning_rates
+
+
+def tuned(recipe: Recipe, base: Path, dtype: torch.dtype = torch.float32):
+    model = AutoModelForImageTextToText.from_pretrained(str(base), dtype=dtype)
+    components = find_components(model)
+    return apply_tuning(model, components, recipe.tune), components
+
+
+def trainable_components(model, components) -> set[str]:
+    return {component_of(name, components) for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_lora_count_is_its_closed_form(make_recipe: Callable[..., Recipe], base: Path) -> None:
+    model, components = tuned(make_recipe("tune.projector=frozen", "tune.language.r=4"), base)
+    # r (in + out) for q, k, v, o of 128 x 128, gate and up of 128 x 352, down of 352 x 128, in five layers
+    expected = 5 * 4 * (4 * (128 + 128) + 3 * (128 + 352))
+    counts = {count.component: count for count in count_parameters(model, components, make_recipe().tune, 1e-3)}
+    assert counts["language"].trainable == expected
+    assert counts["vision"].trainable == counts["projector"].trainable == 0
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], {"projector", "language"}),
+        (["tune.projector=frozen"], {"language"}),
+        (["tune.language=frozen"], {"projector"}),
+        (["tune.language=frozen", "tune.vision=full"], {"vision", "projector"}),
+        (["tune.language=full", "tune.projector=frozen"], {"language"}),
+        (["tune.vision=full"], {"vision", "projector", "language"}),
+    ],
+)
+def test_only_the_named_components_train(
+    make_recipe: Callable[..., Recipe], base: Path, overrides: list[str], expected: set[str]
+) -> None:
+    model, components = tuned(make_recipe(*overrides), base)
+    # The built-in model's head is tied to its embeddings and so belongs to the language model.
+    assert {"language" if c == "lm_head" else c for c in trainable_components(model, components)} == expected
+
+
+def test_parameters_are_counted_once(make_recipe: Callable[..., Recipe], base: Path) -> None:
+    plain = AutoModelForImageTextToText.from_pretrained(str(base))
+    recipe = make_recipe()
+    model, components = tuned(recipe, base)
+    counts = count_parameters(model, components, recipe.tune, 1e-3)
+    adapter = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    assert sum(count.total for count in counts) == sum(p.numel() for p in plain.parameters()) + adapter
+    assert {count.component: count.learning_rate for count in counts} == {"vision": None, "projector": 1e-3, "language": 1e-3}
+
+
+def test_a_component_takes_its_own_learning_rate(make_recipe: Callable[..., Recipe], base: Path) -> None:
+    recipe = make_recipe("tune.projector.learning_rate=0.25")
+    model, components = tuned(recipe, base)
+    rates = learning_rates(model, components, recipe.tune)
+    assert set(rates.values()) == {0.25}
+    assert all("multi_modal_projector" in name for name in rates)
+    assert len(rates) == 4
+
+
+def test_trainable_parameters_of_a_bf16_base_are_fp32(make_recipe: Callable[..., Recipe], base: Path) -> None:
+    model, _ = tuned(make_recipe(), base, torch.bfloat16)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for name, p in model.named_parameters() if "vision_tower" in name} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("selector", ["[query_projection]", "qq.*", "[q_proj, vv_proj]"])
+def test_a_selector_that_matches_nothing_is_an_error(make_recipe: Callable[..., Recipe], base: Path, selector: str) -> None:
+    with pytest.raises(UserError, match="q_proj"):
+        tuned(make_recipe(f"tune.language.target_modules={selector}"), base)
+
+
+def test_lora_targets_stay_inside_the_language_model(make_recipe: Callable[..., Recipe], base: Path) -> None:
+    model, components = tuned(make_recipe(), base)
+    wrapped = {component_of(name, components) for name, _ in model.named_modules() if name.endswith("lora_A")}
+    assert wrapped == {"language"}
+    # CLIP's attention has q_proj and v_proj as well: names alone would have taken it along.
+    assert any(name.endswith("vision_tower.encoder.layers.0.self_attn.q_proj") for name, _ in model.named_modules())
