@@ -7,7 +7,7 @@ import os
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -80,3 +80,12 @@ def make_recipe(base: Path, rows: Path, tmp_path: Path) -> Callable[..., Recipe]
         return load_recipe(path, overrides)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def untrained() -> tuple[Any, Any]:
+    """The built-in architecture with random weights, in memory, and its processor. Shared: leave both as they are."""
+    from mmtune.builtin.tiny import build_untrained
+
+    model, processor = build_untrained(seed=0)
+    return model.eval(), processor

@@ -27,6 +27,7 @@ RECIPE = GROUND | {"recipe", "run_directory"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
+    "console": set(),
     "shipped": {"errors"},
     "recipe": GROUND,
     "run_directory": GROUND | {"recipe"},

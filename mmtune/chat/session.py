@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
 
 from mmtune.data.encode import encode_prompt
-from mmtune.data.media import image_size
+from mmtune.data.media import open_image
 from mmtune.data.message import Message
 from mmtune.errors import UserError
 
@@ -38,10 +38,10 @@ class ChatSession:
         """Show an image with the next question; returns its (width, height) in pixels.
 
         Raises:
-            UserError: a file that is missing or no image.
+            UserError: a file that is missing, no image, or damaged.
         """
         try:
-            size = image_size(image)
+            size = open_image(image).size  # the whole of it: a question asked later could not say which image failed
         except ValueError as error:
             raise UserError(str(error)) from error
         self._images.append({"type": "image", "image": str(image)})
@@ -56,7 +56,7 @@ class ChatSession:
         """Pieces of the greedy answer as the model writes them; the finished turn joins the conversation.
 
         Raises:
-            UserError: an image that cannot be decoded.
+            UserError: an image that is gone, or a question that spells a control token.
         """
         turn: Message = {"role": "user", "content": [*self._images, {"type": "text", "text": question}]}
         prompt = encode_prompt("chat", [*self._messages, turn], self._processor)

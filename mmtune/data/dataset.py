@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
@@ -31,9 +32,10 @@ class Samples(Sequence[Sample]):
             UserError: a missing or unreadable file, or an unknown template.
         """
         self._parts = []
+        names = Counter(Path(file).name for file in {source.path for source in sources})
         for source in sources:
             path = Path(source.path)
-            rows = open_rows(path)
+            rows = open_rows(path, path.name if names[path.name] == 1 else str(path))  # ids stay apart
             root = Path(source.media_root) if source.media_root else path.parent
             self._parts.append((rows, load_data_template(source.template), root, min(len(rows), source.limit or len(rows))))
         self._ends = list(accumulate(count for *_, count in self._parts))
@@ -43,9 +45,8 @@ class Samples(Sequence[Sample]):
 
     def __getitem__(self, index: Any) -> Any:
         """The sample, or a RowError that names the row."""
+        index = range(len(self))[index]
         part = bisect_right(self._ends, index)
-        if part == len(self._parts):
-            raise IndexError(index)
         rows, template, root, count = self._parts[part]
         row_id, row = rows[index - self._ends[part] + count]
         return template.sample(row_id, row, root)
@@ -68,18 +69,26 @@ class DataReport:
     checked: int = 0
     dropped_over_length: list[Fault] = field(default_factory=list)
     quarantined: list[Fault] = field(default_factory=list)
+    _seen: set[str] = field(default_factory=set, init=False, repr=False)
 
     def add(self, error: RowError) -> None:
-        """Count a row once, however many epochs meet it."""
+        """Count a row once, however many epochs meet it.
+
+        Raises:
+            StopRun: the error itself, when it is one that no bound excuses.
+        """
+        if isinstance(error, StopRun):
+            raise error
+        if error.row in self._seen:
+            return
+        self._seen.add(error.row)
         faults = self.dropped_over_length if isinstance(error, OverLength) else self.quarantined
-        fault = Fault(error.row, error.field, error.detail)
-        if fault not in faults:
-            faults.append(fault)
+        faults.append(Fault(error.row, error.field, error.detail))
 
     def stop_past(self, max_bad_fraction: float) -> None:
         """
         Raises:
-            UserError: when more rows are quarantined than the recipe allows, naming the latest.
+            UserError: when more rows are quarantined than the recipe allows, naming the first ten.
         """
         if len(self.quarantined) > max_bad_fraction * self.rows:
             shown = "\n".join(f"  {fault.row}: {fault.field}: {fault.detail}" for fault in self.quarantined[:10])
@@ -90,7 +99,9 @@ class DataReport:
 
     def write(self, path: Path) -> None:
         """Write the report as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        report = {name: value for name, value in asdict(self).items() if name != "_seen"}
+        # A file name that is not UTF-8 reaches Python as lone surrogates; written as \udcXX they are valid JSON.
+        path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def check_rows(samples: Samples, report: DataReport, limit: int) -> None:
@@ -113,6 +124,10 @@ def _check_header(row_id: str, path: Path) -> None:
         raise RowError(row_id, "image", str(error)) from error
 
 
+class StopRun(RowError):
+    """A row that the recipe says ends the run, whatever `data.max_bad_fraction` allows."""
+
+
 class TrainingSet(torch.utils.data.Dataset[dict[str, torch.Tensor] | RowError]):
     """Encoded samples by index; a row that fails comes back as its RowError, for the collator to set aside."""
 
@@ -130,7 +145,7 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, torch.Tensor] | RowError]):
             return encode_sample(self._samples[index], self._processor, self._max_tokens)
         except OverLength as error:
             if self._over_length == "error":
-                return RowError(error.row, error.field, f"{error.detail} (data.over_length: drop_sample would drop it)")
+                return StopRun(error.row, error.field, f"{error.detail} (data.over_length: drop_sample would drop it)")
             return error
         except RowError as error:
             return error

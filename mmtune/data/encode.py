@@ -42,18 +42,26 @@ def with_images(sample_id: str, messages: list[Message]) -> list[Message]:
     return opened
 
 
-def check_control_tokens(sample: Sample, processor: ProcessorMixin) -> None:
-    """Refuse a sample whose text spells a control token, which the tokenizer would take for the real one.
+def check_text(sample_id: str, messages: list[Message], processor: ProcessorMixin) -> None:
+    """Refuse text that spells a control token, which the tokenizer would take for the real one, or that is no Unicode.
+
+    Control tokens are the tokenizer's special ones, and those of its added tokens that the chat template writes.
 
     Raises:
         RowError: naming the row and the token.
     """
-    special = set(processor.tokenizer.all_special_tokens)
-    for number, message in enumerate(sample.messages):
+    added = processor.tokenizer.added_tokens_decoder.values()
+    template = str(processor.chat_template)
+    control = {*processor.tokenizer.all_special_tokens, *(t.content for t in added if t.special or t.content in template)}
+    for number, message in enumerate(messages):
         text = text_of(message)
-        found = sorted(token for token in special if token in text)
+        found = sorted(token for token in control if token in text)
         if found:
-            raise RowError(sample.id, f"messages[{number}]", f"the text spells the control token {found[0]!r}; take it out")
+            raise RowError(sample_id, f"messages[{number}]", f"the text spells the control token {found[0]!r}; take it out")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RowError(sample_id, f"messages[{number}]", f"the text is not valid Unicode: {error}") from error
 
 
 def encode_sample(sample: Sample, processor: ProcessorMixin, max_tokens: int | None = None) -> dict[str, torch.Tensor]:
@@ -71,7 +79,7 @@ def encode_sample(sample: Sample, processor: ProcessorMixin, max_tokens: int | N
     Raises:
         RowError: naming the row; `OverLength` when it is too long.
     """
-    check_control_tokens(sample, processor)
+    check_text(sample.id, sample.messages, processor)
     rendered = processor.apply_chat_template(
         with_images(sample.id, sample.messages),
         tokenize=True,
@@ -89,8 +97,24 @@ def encode_sample(sample: Sample, processor: ProcessorMixin, max_tokens: int | N
     answers = sum(message["role"] == "assistant" for message in sample.messages)
     spans = sum(supervised for supervised, _ in groupby(mask[0].tolist()))
     if spans != answers:
-        raise RowError(sample.id, "messages", f"{spans} supervised spans for {answers} answers: the chat template dropped or joined one")
+        raise RowError(
+            sample.id, "messages", f"{spans} supervised spans for {answers} answers: the chat template dropped or joined one"
+        )
+    _check_beginnings(sample, processor, input_ids)
     return {**encoded, "labels": input_ids.masked_fill(~mask, IGNORE_INDEX)}
+
+
+def _check_beginnings(sample: Sample, processor: ProcessorMixin, input_ids: torch.Tensor) -> None:
+    """Refuse an answer whose first white space became one token with what the chat template writes before it.
+
+    That token would be supervised whole, and a prompt never ends inside it.
+    """
+    for number, message in enumerate(sample.messages):
+        if message["role"] == "assistant" and text_of(message)[:1].isspace():
+            prompt = encode_prompt(sample.id, sample.messages[:number], processor)["input_ids"]
+            if not torch.equal(input_ids[:, : prompt.shape[1]], prompt):
+                detail = "the answer begins with white space that the tokenizer joins to the chat template's; take it out"
+                raise RowError(sample.id, f"messages[{number}]", detail)
 
 
 def encode_prompt(sample_id: str, messages: list[Message], processor: ProcessorMixin) -> dict[str, torch.Tensor]:
@@ -98,7 +122,11 @@ def encode_prompt(sample_id: str, messages: list[Message], processor: ProcessorM
 
     Returns:
         As `encode_sample`, without labels.
+
+    Raises:
+        RowError: naming the row.
     """
+    check_text(sample_id, messages, processor)
     encoded: dict[str, torch.Tensor] = dict(
         processor.apply_chat_template(
             with_images(sample_id, messages), tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
@@ -108,19 +136,20 @@ def encode_prompt(sample_id: str, messages: list[Message], processor: ProcessorM
 
 
 def check_chat_template(processor: ProcessorMixin) -> None:
-    """Prove on one conversation that what will be supervised is the answers and the token that ends them.
+    """Prove on two short conversations that what will be supervised is the answer and the token that ends it.
+
+    Conversations of several turns are held to it sample by sample: `encode_sample` counts their spans.
 
     Raises:
         UserError: when the chat template marks more, less, or nothing after an answer, so that the end is never learnt.
     """
-    words = ["yes", "no"]
-    messages: list[Message] = []
-    for word in words:
-        messages.append({"role": "user", "content": [{"type": "text", "text": "Is it?"}]})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": word}]})
-    labels = encode_sample(Sample("chat template", messages), processor)["labels"][0].tolist()
-    spans = [list(group) for supervised, group in groupby(labels, lambda label: label != IGNORE_INDEX) if supervised]
-    for word, span in zip(words, spans, strict=True):
+    for word in ("yes", "no"):
+        messages: list[Message] = [
+            {"role": "user", "content": [{"type": "text", "text": "Is it?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": word}]},
+        ]
+        labels = encode_sample(Sample("chat template", messages), processor)["labels"]
+        span = labels[labels != IGNORE_INDEX].tolist()
         text, end = processor.tokenizer.decode(span[:-1]), processor.tokenizer.decode(span[-1:])
         if text.strip() != word or end.strip() == word:
             raise UserError(

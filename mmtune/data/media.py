@@ -7,8 +7,9 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-MAX_PIXELS = 178_956_970
-"""Largest image that is opened: Pillow's own bound against decompression bombs."""
+MAX_PIXELS = 89_478_485
+"""Largest image that is opened: where Pillow warns of a decompression bomb."""
+ELSEWHERE = ("http://", "https://", "data:")
 
 
 def resolve_media(name: str, root: Path) -> Path:
@@ -19,13 +20,19 @@ def resolve_media(name: str, root: Path) -> Path:
         root: the source's media root.
 
     Raises:
-        ValueError: when the file is missing or lies outside the root, symbolic links followed.
+        ValueError: when the file is missing or lies outside the root, symbolic links followed, or is no file but a URL.
     """
+    if name.startswith(ELSEWHERE):
+        raise ValueError(f"'{name[:60]}' is a URL; images are read from files under media_root")
     root = root.resolve()
-    path = (root / name).resolve()
+    try:
+        path = (root / name).resolve()
+        is_file = path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long; links that go round in a circle
+        raise ValueError(f"cannot look up '{name[:200]}': {error}"[:400]) from error
     if not path.is_relative_to(root):
         raise ValueError(f"'{name}' lies outside media_root {root}")
-    if not path.is_file():
+    if not is_file:
         raise ValueError(f"no such file: {path}")
     return path
 
@@ -41,7 +48,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """The whole image, upright by its EXIF tag and in RGB; transparency is dropped.
+    """The whole image, upright by its EXIF tag and in RGB; transparency is dropped, 16 bits of grey become 8.
 
     Raises:
         ValueError: for a file that is no image, is cut short, or is too large.
@@ -52,6 +59,8 @@ def open_image(path: Path) -> Image.Image:
         except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
             raise ValueError(f"cannot decode {path}: {error}") from error
         upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):
+            upright = upright.point(lambda level: level / 256).convert("L")  # Pillow's own conversion clips at 255
         return upright.convert("RGB")
 
 

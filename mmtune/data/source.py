@@ -16,14 +16,14 @@ Row = dict[str, Any]
 class JsonRows:
     """The rows of a `.json` file that holds one list. The whole file is read once."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str) -> None:
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:  # of JSON, of UTF-8, or of a number with thousands of digits
             raise UserError(f"{path}: not valid JSON: {error}") from error
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a list of rows, found {type(rows).__name__}")
-        self._path = path
+        self._name = name
         self._rows = rows
 
     def __len__(self) -> int:
@@ -31,15 +31,16 @@ class JsonRows:
 
     def __getitem__(self, index: int) -> tuple[str, Row]:
         """The id `FILE[INDEX]` and the row."""
-        row_id = f"{self._path.name}[{index}]"
+        row_id = f"{self._name}[{index}]"
         return row_id, _object(row_id, self._rows[index])
 
 
 class JsonLinesRows:
     """The rows of a `.jsonl` file. Only the byte offsets of the lines are kept in memory; a row is parsed when asked for."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str) -> None:
         self._path = path
+        self._name = name
         self._offsets = array("q")
         self._lines = array("q")
         offset = 0
@@ -55,13 +56,13 @@ class JsonLinesRows:
 
     def __getitem__(self, index: int) -> tuple[str, Row]:
         """The id `FILE:LINE` and the row."""
-        row_id = f"{self._path.name}:{self._lines[index]}"
+        row_id = f"{self._name}:{self._lines[index]}"
         with self._path.open("rb") as file:
             file.seek(self._offsets[index])
             line = file.readline()
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise RowError(row_id, "row", f"not valid JSON: {error}") from error
         return row_id, _object(row_id, row)
 
@@ -75,8 +76,12 @@ def _object(row_id: str, row: Any) -> Row:
     return row
 
 
-def open_rows(path: Path) -> Rows:
+def open_rows(path: Path, name: str | None = None) -> Rows:
     """The rows of one file, by its ending.
+
+    Args:
+        path: a `.json` or `.jsonl` file.
+        name: stands for the file in the rows' ids; None takes the file's own name.
 
     Raises:
         UserError: for a missing file, an unknown ending, a file that does not parse, or a file without rows.
@@ -86,7 +91,7 @@ def open_rows(path: Path) -> Rows:
     readers: dict[str, type[JsonRows] | type[JsonLinesRows]] = {".json": JsonRows, ".jsonl": JsonLinesRows}
     if path.suffix not in readers:
         raise UserError(f"{path}: cannot read '{path.suffix}' files; these can be read: {', '.join(readers)}")
-    rows = readers[path.suffix](path)
+    rows = readers[path.suffix](path, name or path.name)
     if len(rows) == 0:
         raise UserError(f"{path}: holds no rows")
     return rows

@@ -7,11 +7,12 @@ columns (`messages`, in sandboxed Jinja). `docs/data.md` documents the format; `
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import StrictUndefined, Template, TemplateError, TemplateRuntimeError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -64,6 +65,12 @@ class DataTemplate(_Strict):
         for role in roles:
             if role not in ROLES:
                 raise ValueError(f"'{role}' is no role; roles are {', '.join(ROLES)}")
+        for turn in self.messages:
+            for source in (*turn.images, turn.text):
+                try:
+                    _compile(source)
+                except TemplateError as error:
+                    raise ValueError(f"not valid Jinja: {error}: {source}") from error
         return self
 
     def sample(self, row_id: str, row: Row, media_root: Path) -> Sample:
@@ -73,9 +80,7 @@ class DataTemplate(_Strict):
             RowError: a missing field, an unknown speaker, turns out of order, an empty answer, an image that is missing or
                 outside the media root, or a number of images that differs from the number of placeholders.
         """
-        messages = (
-            self._from_turns(row_id, row, media_root) if self.conversation else self._from_columns(row_id, row, media_root)
-        )
+        messages = self._from_turns(row_id, row, media_root) if self.conversation else self._from_columns(row_id, row, media_root)
         _check_turns(row_id, messages)
         task = row.get(self.task) if self.task else None
         return Sample(id=row_id, messages=messages, task=None if task is None else str(task))
@@ -94,11 +99,15 @@ class DataTemplate(_Strict):
             if not isinstance(turn, dict) or spec.role not in turn or spec.text not in turn:
                 raise RowError(row_id, where, f"expected an object with '{spec.role}' and '{spec.text}'")
             speaker, text = turn[spec.role], turn[spec.text]
-            if speaker not in spec.roles:
-                raise RowError(row_id, f"{where}.{spec.role}", f"unknown speaker {speaker!r}{nearest(str(speaker), set(spec.roles))}")
+            if not isinstance(speaker, str) or speaker not in spec.roles:
+                raise RowError(
+                    row_id, f"{where}.{spec.role}", f"unknown speaker {speaker!r}{nearest(str(speaker), set(spec.roles))}"
+                )
             role = spec.roles[speaker]
             if isinstance(text, list):
-                content = [self._block(row_id, f"{where}.{spec.text}[{i}]", block, media_root, images) for i, block in enumerate(text)]
+                content = [
+                    self._block(row_id, f"{where}.{spec.text}[{i}]", block, media_root, images) for i, block in enumerate(text)
+                ]
             elif isinstance(text, str):
                 content = self._split(text, images) if role != "assistant" else [{"type": "text", "text": text}]
             else:
@@ -125,7 +134,7 @@ class DataTemplate(_Strict):
     def _render(self, row_id: str, where: str, source: str, row: Row) -> str:
         try:
             return _compile(source).render(row)
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:  # Jinja runs Python's operators
             raise RowError(row_id, where, f"{error}; the row has: {', '.join(map(str, row))}") from error
 
     def _row_images(self, row_id: str, row: Row, media_root: Path) -> list[str]:
@@ -163,7 +172,15 @@ class DataTemplate(_Strict):
 
 @cache
 def _compile(source: str) -> Template:
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False).from_string(source)
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, finalize=_written)
+    return environment.from_string(source)
+
+
+def _written(value: Any) -> Any:
+    """Jinja would write Python's own words for these, and the model would learn them."""
+    if value is None or isinstance(value, (list, dict)):
+        raise TemplateRuntimeError(f"a text cannot be made of {'null' if value is None else f'a {type(value).__name__}'}")
+    return value
 
 
 def _media(row_id: str, field: str, name: Any, media_root: Path) -> str:
@@ -183,7 +200,7 @@ def _check_turns(row_id: str, messages: list[Message]) -> None:
     spoken = [message["role"] for message in messages if message["role"] != "system"]
     if any(message["role"] == "system" for message in messages[1:]):
         raise RowError(row_id, "messages", "a system message comes first or not at all")
-    if not spoken or spoken[0] != "user" or any(a == b for a, b in zip(spoken, spoken[1:], strict=False)):
+    if not spoken or spoken[0] != "user" or any(a == b for a, b in pairwise(spoken)):
         raise RowError(row_id, "messages", f"turns alternate from user to assistant, found {', '.join(spoken) or 'none'}")
     if spoken[-1] != "assistant":
         raise RowError(row_id, "messages", "no answer: the last turn is the user's")
@@ -210,7 +227,7 @@ def load_data_template(name: str) -> DataTemplate:
             raise UserError(f"data template '{name}' is not one of those that ship{nearest(name, set(shipped))}")
         path = shipped[name]
     try:
-        return DataTemplate.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return DataTemplate.model_validate(yaml.safe_load(path.read_bytes()))
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     except ValidationError as error:

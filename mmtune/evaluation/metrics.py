@@ -15,7 +15,7 @@ def final_answer(text: str, marker: str | None) -> str:
 
 def normalize(answer: str) -> str:
     """Case, outer space, runs of space and one closing full stop do not count."""
-    return " ".join(answer.casefold().split()).removesuffix(".")
+    return " ".join(answer.casefold().split()).removesuffix(".").rstrip()
 
 
 def exact_match(prediction: str, reference: str) -> bool:

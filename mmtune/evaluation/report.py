@@ -89,9 +89,10 @@ def write_report(run: RunDirectory, recipe: Recipe) -> None:
 
 
 def sample_answers(answers: Sequence[Answer], count: int) -> list[Answer]:
-    """Up to `count` answers spread evenly over the questions; if any is wrong, a quarter of the places are for wrong ones."""
-    wrong = _spread([answer for answer in answers if not answer.correct], count // 4)
-    right = _spread([answer for answer in answers if answer.correct], count - len(wrong))
+    """Up to `count` answers spread evenly over the questions; a quarter of the places, and what right ones leave, for wrong."""
+    right = [answer for answer in answers if answer.correct]
+    wrong = _spread([answer for answer in answers if not answer.correct], max(-(-count // 4), count - len(right)))
+    right = _spread(right, count - len(wrong))
     return [answer for answer in answers if answer in right or answer in wrong]
 
 

@@ -58,7 +58,7 @@ def generate_answers(
     """
     device = next(model.parameters()).device
     tokenizer = processor.tokenizer
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # a frozen tower may be in eval mode alone
     model.eval()
     answers: dict[int, str] = {}
     order = sorted(range(len(samples)), key=lambda index: sum(len(text_of(m)) for m in samples[index].messages[:-1]))
@@ -70,7 +70,8 @@ def generate_answers(
             output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         answers.update(zip(chosen, texts, strict=True))
-    model.train(training)
+    for module, training in modes:
+        module.training = training
     return [answers[index] for index in range(len(samples))]
 
 
@@ -129,8 +130,8 @@ def write_answers(answers: Sequence[Answer], path: Path) -> None:
 
 def read_answers(path: Path) -> list[Answer]:
     """What `write_answers` wrote."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [Answer(**{**row, "images": tuple(row["images"])}) for row in map(json.loads, lines)]
+    with path.open(encoding="utf-8") as lines:  # str.splitlines would also split at U+0085 and U+2028, which answers may hold
+        return [Answer(**{**row, "images": tuple(row["images"])}) for row in map(json.loads, lines)]
 
 
 def as_json(scores: Sequence[Score]) -> list[dict[str, Any]]:

@@ -1,0 +1,110 @@
+"""Rows by index, each with an id that finds it again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmtune.data.message import RowError
+from mmtune.data.source import open_rows
+from mmtune.errors import UserError
+
+
+def _write(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def test_a_json_list_is_read_by_index(tmp_path: Path) -> None:
+    rows = open_rows(_write(tmp_path / "r.json", '[{"a": 1}, {"a": "é"}]'))
+    assert len(rows) == 2
+    assert [rows[1], rows[0]] == [("r.json[1]", {"a": "é"}), ("r.json[0]", {"a": 1})]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_blank_lines_keep_the_line_numbers_right(tmp_path: Path, end: str) -> None:
+    text = end.join(["", '{"n": 2}', "", "   ", '{"n": 5, "s": "é\u2028\u0085 one line"}', '{"n": 6}'])  # no newline at the end
+    rows = open_rows(_write(tmp_path / "r.jsonl", text))
+    assert len(rows) == 3
+    assert [rows[i][0] for i in (2, 0, 1)] == ["r.jsonl:6", "r.jsonl:2", "r.jsonl:5"]
+    assert all(row_id == f"r.jsonl:{row['n']}" for row_id, row in map(rows.__getitem__, range(3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("r.json", None, "r.json: no such file"),
+        ("r.json", '{"a": 1}', "expected a list of rows, found dict"),
+        ("r.json", '[{"a": 1},', "not valid JSON: .*line 1"),
+        ("r.json", b'[{"a": "\xff"}]', "not valid JSON: .*utf-8"),
+        ("r.json", f"[{'9' * 5000}]", "not valid JSON: .*digits"),
+        ("r.json", "[]", "holds no rows"),
+        ("r.json", "", "not valid JSON"),
+        ("r.jsonl", "\n \n", "holds no rows"),
+        ("r.csv", "a,b", "cannot read '.csv' files; these can be read: .json, .jsonl"),
+        ("r", "x", "cannot read '' files"),
+    ],
+)
+def test_a_file_that_holds_no_rows_is_refused(tmp_path: Path, name: str, text: str | bytes | None, reason: str) -> None:
+    if text is not None:
+        _write(tmp_path / name, text)
+    with pytest.raises(UserError, match=reason):
+        open_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"a": ', "not valid JSON"),
+        (b'{"a": "\xff"}', "not valid JSON: .*utf-8"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "digits"),
+        (b"[1]", "expected an object, found list"),
+        (b"null", "expected an object, found NoneType"),
+    ],
+)
+def test_a_broken_line_is_named_and_the_others_still_read(tmp_path: Path, line: bytes, reason: str) -> None:
+    rows = open_rows(_write(tmp_path / "r.jsonl", b'{"a": 1}\n\n' + line + b'\n{"a": 4}\n'))
+    with pytest.raises(RowError, match=reason) as caught:
+        rows[1]
+    assert caught.value.row == "r.jsonl:3" and caught.value.field == "row"
+    assert rows[2] == ("r.jsonl:4", {"a": 4})
+
+
+def test_a_row_of_a_list_that_is_no_object_is_named(tmp_path: Path) -> None:
+    rows = open_rows(_write(tmp_path / "r.json", '[{"a": 1}, "text"]'))
+    with pytest.raises(RowError, match=r"^r\.json\[1\]: row: expected an object, found str$"):
+        rows[1]
+
+
+def test_only_offsets_of_json_lines_are_kept(tmp_path: Path) -> None:
+    count = 500
+    path = _write(tmp_path / "r.jsonl", "".join(json.dumps({"n": n, "text": "x" * 2000}) + "\n" for n in range(count)))
+    rows = open_rows(path)
+    held = sum(sys.getsizeof(value) for value in vars(rows).values() if not isinstance(value, Path))
+    assert held < 40 * count < path.stat().st_size / 20
+    assert rows[321] == ("r.jsonl:322", {"n": 321, "text": "x" * 2000})
+    path.write_text(path.read_text().replace('"n": 7,', '"n": 8,'))
+    assert rows[7][1]["n"] == 8  # a row is read when asked for
+
+
+def _read(rows: Any, order: list[int], answer: Any) -> None:
+    answer.put([rows[index][1]["n"] for index in order])
+
+
+@pytest.mark.parametrize(("name", "how"), [("r.json", "fork"), ("r.jsonl", "fork"), ("r.jsonl", "spawn")])
+def test_rows_are_read_in_any_order_from_another_process(tmp_path: Path, name: str, how: str) -> None:
+    lines = [json.dumps({"n": n}) for n in range(5)]
+    rows = open_rows(_write(tmp_path / name, "\n".join(lines) if name == "r.jsonl" else f"[{','.join(lines)}]"))
+    assert rows[0][1] == {"n": 0}
+    context = multiprocessing.get_context(how)
+    answer = context.Queue()
+    worker = context.Process(target=_read, args=(rows, [4, 0, 3], answer))
+    worker.start()
+    assert answer.get(timeout=60) == [4, 0, 3]
+    assert rows[2][1] == {"n": 2}
+    worker.join()

@@ -1,0 +1,185 @@
+"""A merge is done when the model on disk is the one that was trained, and otherwise nothing is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mmtune.data.encode import encode_sample
+from mmtune.errors import CheckFailed, UserError
+from mmtune.recipe import Recipe
+from mmtune.release.merge import merge, parity_samples
+from mmtune.run_directory import RunDirectory
+from mmtune.train import train
+
+
+@pytest.fixture
+def run(make_recipe: Callable[..., Recipe]) -> RunDirectory:
+    recipe = make_recipe("train.max_steps=6")
+    train(recipe, ["test"])
+    return RunDirectory(Path(recipe.output_dir))
+
+
+def change_adapter(run: RunDirectory, change: Callable[[torch.Tensor], torch.Tensor], only: str) -> None:
+    file = run.adapter / "adapter_model.safetensors"
+    save_file({key: change(value) if only in key else value for key, value in load_file(file).items()}, file)
+
+
+def test_merged_weights_equal_pefts_own_merge(run: RunDirectory, base: Path, tmp_path: Path) -> None:
+    parity = merge(run.path, tmp_path / "out", count=4)
+    assert parity.merge_max_logit_difference < 1e-4
+    assert parity.merge_same_answers == parity.merge_samples == 4
+    assert parity.merge_difference_from_base > 1e-3
+    reference = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(str(base)), str(run.adapter))
+    expected = reference.merge_and_unload().state_dict()
+    found = AutoModelForImageTextToText.from_pretrained(str(tmp_path / "out")).state_dict()
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=0, rtol=0)
+
+
+def test_the_release_is_whole(run: RunDirectory, tmp_path: Path) -> None:
+    merge(run.path, tmp_path / "out", count=2)
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt"))]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "largest logit difference" in card
+    assert "library_name: transformers" in card
+    assert run.recipe.read_text() in card
+    assert run.read_summary()["merge_same_answers"] == 2
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+def test_the_merged_model_answers_where_mmtune_cannot_be_imported(run: RunDirectory, tmp_path: Path) -> None:
+    merge(run.path, tmp_path / "out", count=2)
+    sample = parity_samples(_recipe(run), 1)[0]
+    script = """
+import importlib.abc, json, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "mmtune":
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+from PIL import Image
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+content = [{"type": "image", "image": Image.open(sys.argv[2]).convert("RGB")}, {"type": "text", "text": sys.argv[3]}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+with torch.no_grad():
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    logits = model(**inputs).logits[0, -1]
+assert "mmtune" not in sys.modules
+text = processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+print(json.dumps({"text": text, "logits": logits.tolist()}))
+"""
+    question = sample.messages[0]["content"][-1]["text"]
+    command = [sys.executable, "-c", script, str(tmp_path / "out"), str(sample.images[0]), question]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=dict(os.environ))
+    answer = json.loads(done.stdout)
+
+    adapter = AutoModelForImageTextToText.from_pretrained(str(run.adapter))
+    processor = AutoProcessor.from_pretrained(str(run.adapter))
+    encoded = encode_sample(sample, processor)
+    start = int((encoded["labels"] != -100).nonzero()[0, 1])
+    prompt = {k: v[:, :start] if v.dim() == 2 else v for k, v in encoded.items() if k != "labels"}
+    with torch.no_grad():
+        logits = adapter(**prompt).logits[0, -1]
+        output = adapter.generate(**prompt, max_new_tokens=8, do_sample=False)
+    torch.testing.assert_close(torch.tensor(answer["logits"]), logits, atol=1e-4, rtol=0)
+    assert answer["text"] == processor.decode(output[0, start:], skip_special_tokens=True)
+
+
+def test_a_merge_that_changes_nothing_fails(run: RunDirectory, tmp_path: Path, base: Path) -> None:
+    change_adapter(run, torch.zeros_like, only="lora_B")
+    projector = load_file(base / "model.safetensors")
+    file = run.adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key in tensors:
+        if "multi_modal_projector" in key:
+            tensors[key] = projector["multi_modal_projector" + key.split("multi_modal_projector")[1]]
+    save_file(tensors, file)
+    with pytest.raises(CheckFailed, match="equals the base"):
+        merge(run.path, tmp_path / "out", count=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_that_differs_fails_and_leaves_the_old_release(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(run.path, tmp_path / "out", count=2)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    real = LoraModel.merge_and_unload
+
+    def wrong(self: LoraModel, *args: object, **kwargs: object) -> torch.nn.Module:
+        merged = real(self, *args, **kwargs)
+        with torch.no_grad():
+            merged.get_output_embeddings().weight.mul_(1.01)
+        return merged
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
+    with pytest.raises(CheckFailed, match="differs from the adapter"):
+        merge(run.path, tmp_path / "out", overwrite=True, count=2)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(CheckFailed, match="differs from the adapter"):
+        merge(run.path, tmp_path / "new", count=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml", "run"]
+
+
+def test_user_mistakes(run: RunDirectory, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UserError, match="exists; give another path, or --overwrite"):
+        merge(run.path, tmp_path / "taken", count=2)
+    with pytest.raises(UserError, match="not a finished run"):
+        merge(tmp_path / "nowhere", tmp_path / "out")
+    file = run.adapter / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot load the adapter"):
+        merge(run.path, tmp_path / "out", count=2)
+    file.write_bytes(whole)
+    config = json.loads((run.adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (run.adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="cannot load its base"):
+        merge(run.path, tmp_path / "out", count=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_projector_alone_is_an_adapter_and_merges(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make_recipe("tune.language=frozen", "train.max_steps=6")
+    train(recipe, ["test"])
+    names = load_file(Path(recipe.output_dir) / "adapter" / "adapter_model.safetensors").keys()
+    assert len(names) == 4
+    assert all("multi_modal_projector" in name for name in names)
+    assert merge(Path(recipe.output_dir), tmp_path / "out", count=2).merge_max_logit_difference < 1e-4
+
+
+def test_a_run_that_trained_everything_has_nothing_to_merge(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make_recipe("tune.language=full", "tune.vision=full", "train.max_steps=1")
+    train(recipe, ["test"])
+    with pytest.raises(UserError, match="whole model, so there is no adapter to merge"):
+        merge(Path(recipe.output_dir), tmp_path / "out")
+    AutoModelForImageTextToText.from_pretrained(str(Path(recipe.output_dir) / "model"))
+
+
+def _recipe(run: RunDirectory) -> Recipe:
+    from mmtune.recipe import load_recipe
+
+    return load_recipe(run.recipe)
