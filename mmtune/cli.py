@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     data = verbs.add_parser("data", help="data sets").add_subparsers(required=True, metavar="VERB")
     verb = _verb(data, "digits", _data_digits, "write the quickstart's data set of handwritten digits")
     verb.add_argument("folder", metavar="DIR")
-    verb.add_argument("--read", action="store_true", help="also the parts that the built-in checkpoint was trained on")
+    verb.add_argument("--all", action="store_true", help="also the parts that the built-in checkpoint was trained on")
     return parser
 
 
@@ -263,9 +263,9 @@ def _recipe_copy(arguments: argparse.Namespace) -> Any:
 
 
 def _data_digits(arguments: argparse.Namespace) -> Any:
-    from mmtune.builtin.digits import write_digits
+    from mmtune.builtin.digits import PARTS, write_digits
 
-    parts = ("tune", "eval", "read", "read_eval") if arguments.read else ("tune", "eval")
+    parts = tuple(PARTS) if arguments.all else ("tune", "eval")
     counts = write_digits(Path(arguments.folder), parts)
     for part, rows in counts.items():
         print(f"{arguments.folder}/{part}.json: {rows:,} rows")

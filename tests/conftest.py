@@ -89,3 +89,22 @@ def untrained() -> tuple[Any, Any]:
 
     model, processor = build_untrained(seed=0)
     return model.eval(), processor
+
+
+@pytest.fixture(scope="session")
+def talker() -> tuple[Any, Any]:
+    """As `untrained`, with weights that make it say something: the tied ones, at their size, echo the last token."""
+    import torch
+
+    from mmtune.builtin.tiny import build_untrained
+
+    model, processor = build_untrained(seed=0)
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(model.lm_head.weight.shape, generator=generator)
+    head[processor.tokenizer.all_special_ids + processor.tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])] = 0
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(head)
+        for name, parameter in model.named_parameters():
+            if "language_model.layers" in name or "projector" in name:
+                parameter.mul_(1 if parameter.ndim < 2 else 5)
+    return model.eval(), processor

@@ -7,9 +7,11 @@ part, the built-in checkpoint's included, ever shows one.
 
 Parts:
 
-* `read`: what the built-in checkpoint is trained on: reading the four digits, naming a position, finding a digit.
-* `read_eval`: the same questions about held-out digits.
-* `tune`: what the quickstart teaches: presence, counting, comparison and the largest digit. An answer reads the
+* `read`: what the built-in checkpoint learns first: reading the four digits, naming a position, finding a digit.
+* `words`: what it learns next: the same, repeating words after you, and concluding with "Answer:". Without it the words
+  that no answer holds would share one embedding, and no small adapter could tell them apart.
+* `read_eval`, `words_eval`: questions of each about held-out digits.
+* `tune`: what the quickstart teaches: whether a digit is there, how often, and which of two is larger. An answer reads the
   digits first and then concludes, so that a model of two million parameters can be right for the right reason.
 * `eval`: the same questions as `tune` about held-out digits.
 """
@@ -44,11 +46,14 @@ class Part:
 
 
 READ_TASKS = ("read", "position", "row", "where")
-TUNE_TASKS = ("presence", "count", "compare", "largest")
+WORD_TASKS = (*READ_TASKS, "repeat", "conclude", "repeat", "conclude")
+TUNE_TASKS = ("presence", "count", "compare", "larger")
 PARTS = {
     "read": Part(24_000, False, READ_TASKS, 4, seed=1),
+    "words": Part(16_000, False, WORD_TASKS, 4, seed=5),
     "read_eval": Part(800, True, READ_TASKS, 1, seed=2),
-    "tune": Part(6_000, False, TUNE_TASKS, 1, seed=3),
+    "words_eval": Part(900, True, (*READ_TASKS, "repeat", "conclude"), 1, seed=6),
+    "tune": Part(8_000, False, TUNE_TASKS, 2, seed=3),
     "eval": Part(600, True, TUNE_TASKS, 1, seed=4),
 }
 
@@ -127,11 +132,33 @@ def _count(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
 def _compare(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
     a, b = rng.choice(4, size=2, replace=False)
     question = f"Is the {POSITIONS[a]} digit larger than the {POSITIONS[b]} digit?"
-    return question, _concluding(d, "yes" if d[a] > d[b] else "no")
+    return question, _concluding([d[a], d[b]], "yes" if d[a] > d[b] else "no")
 
 
-def _largest(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
-    return "What is the largest digit?", _concluding(d, str(max(d)))
+def _larger(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
+    a, b = rng.choice(4, size=2, replace=False)
+    question = f"Which is the larger digit, {POSITIONS[a]} or {POSITIONS[b]}?"
+    return question, _concluding([d[a], d[b]], str(max(d[a], d[b])))
+
+
+def _conclude(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
+    i = int(rng.integers(4))
+    return f"Read the digits. Name the {POSITIONS[i]} digit.", _concluding(d, str(d[i]))
+
+
+WORDS = f"""{ANSWER_MARK} yes no there is are not larger smaller than picture digit times appear which what where how many the in of
+or and a an row column top bottom left right Read Name Is Which What How""".split()
+
+
+def _repeat(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
+    words = [
+        "".join(chr(97 + int(letter)) for letter in rng.integers(26, size=int(rng.integers(1, 5))))
+        if rng.random() < 0.3
+        else _pick(rng, [*WORDS, str(int(rng.integers(10)))])
+        for _ in range(int(rng.integers(1, 6)))
+    ]
+    text = " ".join(words)
+    return f"Repeat: {text}", text
 
 
 TASKS: dict[str, Callable[[list[int], np.random.Generator], tuple[str, str]]] = {
@@ -142,7 +169,9 @@ TASKS: dict[str, Callable[[list[int], np.random.Generator], tuple[str, str]]] = 
     "presence": _presence,
     "count": _count,
     "compare": _compare,
-    "largest": _largest,
+    "larger": _larger,
+    "conclude": _conclude,
+    "repeat": _repeat,
 }
 
 
@@ -179,7 +208,7 @@ def make_part(name: str, part: Part, folder: Path) -> list[dict]:
     return rows
 
 
-def write_digits(folder: Path, parts: tuple[str, ...] = ("tune", "eval")) -> dict[str, int]:
+def write_digits(folder: Path, parts: Sequence[str] = ("tune", "eval")) -> dict[str, int]:
     """Write the named parts as `folder`/NAME.json with their images; returns rows per part.
 
     The same parts are the same bytes on every machine with the same numpy, Pillow and scikit-learn.

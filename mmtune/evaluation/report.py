@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mmtune.data.media import open_image
 from mmtune.evaluation.run import Answer, read_answers
@@ -32,7 +33,7 @@ def print_scores(summary: dict[str, Any]) -> None:
     for row in rows:
         if row["task"] == "overall":
             table.add_section()
-        table.add_row(*(str(row[key]) for key in ("task", "questions", "majority", "base", "tuned", "interval")))
+        table.add_row(*(Text(row[key]) for key in ("task", "questions", "majority", "base", "tuned", "interval")))
     Console().print(table)
     if "merge_max_logit_difference" in summary:
         print(

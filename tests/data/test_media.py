@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -137,10 +136,10 @@ def test_an_animation_shows_its_first_frame(tmp_path: Path) -> None:
 
 def test_a_name_is_found_below_the_root_alone(media: Path) -> None:
     (media / "sub").mkdir()
-    os.symlink(media / "a.png", media / "sub" / "inside.png")
-    os.symlink(media.parent / "outside.png", media / "link.png")
-    os.symlink(media.parent, media / "up")
-    os.symlink(media / "loop.png", media / "loop.png")
+    (media / "sub" / "inside.png").symlink_to(media / "a.png")
+    (media / "link.png").symlink_to(media.parent / "outside.png")
+    (media / "up").symlink_to(media.parent)
+    (media / "loop.png").symlink_to(media / "loop.png")
     for name in ("a.png", "./a.png", "sub/../a.png", "sub/inside.png", str(media / "a.png")):
         assert resolve_media(name, media) == (media / "a.png").resolve()
     for name in ("../outside.png", "link.png", "up/outside.png", str(media.parent / "outside.png"), "/etc/passwd"):
@@ -162,5 +161,5 @@ def test_a_url_is_called_one(media: Path, url: str) -> None:
 
 
 def test_a_root_may_itself_be_a_link(media: Path, tmp_path: Path) -> None:
-    os.symlink(media, tmp_path / "root")
+    (tmp_path / "root").symlink_to(media)
     assert resolve_media("a.png", tmp_path / "root") == (media / "a.png").resolve()

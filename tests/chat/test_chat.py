@@ -1,0 +1,150 @@
+"""A conversation says what plain transformers would say, keeps its turns, and survives what goes wrong."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmtune.chat.session import ChatSession
+from mmtune.chat.terminal import HELP, converse
+from mmtune.errors import UserError
+
+torch.set_num_threads(1)
+
+NEW = 8  # tokens an answer
+
+
+@pytest.fixture
+def session(talker: tuple[Any, Any]) -> ChatSession:
+    return ChatSession(*talker, max_new_tokens=NEW)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    return tmp_path / "a.png"
+
+
+def _plain(talker: tuple[Any, Any], text: str, images: list[Path]) -> str:
+    """Generation on text that is rendered here by hand, through transformers alone."""
+    model, processor = talker
+    opened = [Image.open(path).convert("RGB") for path in images] or None
+    inputs = processor(text=text, images=opened, return_tensors="pt")
+    with torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    said: str = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return said
+
+
+def test_turns_and_images_are_carried_on(session: ChatSession, talker: tuple[Any, Any], picture: Path) -> None:
+    assert session.attach(picture) == (40, 24)
+    pieces = list(session.ask("what is it?"))
+    first = "".join(pieces)
+    prompt = "<|user|><image>\nwhat is it?<|end|><|assistant|>"
+    assert first == _plain(talker, prompt, [picture]) != _plain(talker, prompt.replace("<image>\n", ""), [])
+    assert len(pieces) > 1 and first
+
+    second = "".join(session.ask("sure?"))
+    prompt += f"{first}<|end|><|user|>sure?<|end|><|assistant|>"
+    assert second == _plain(talker, prompt, [picture])
+
+    session.attach(picture)
+    session.attach(picture)
+    third = "".join(session.ask("and these?"))
+    prompt += f"{second}<|end|><|user|><image>\n<image>\nand these?<|end|><|assistant|>"
+    assert third == _plain(talker, prompt, [picture] * 3)
+
+    session.attach(picture)
+    session.reset()
+    alone = "".join(session.ask("sure?"))
+    assert alone == _plain(talker, "<|user|>sure?<|end|><|assistant|>", []) != second
+
+
+def test_a_failure_while_generating_reaches_the_caller(
+    session: ChatSession, talker: tuple[Any, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = talker[0].generate
+
+    def fails(*args: Any, streamer: Any, **settings: Any) -> None:
+        streamer.put(torch.tensor([1]))
+        raise RuntimeError("out of memory")
+
+    session.attach(picture)
+    monkeypatch.setattr(talker[0], "generate", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(session.ask("what is it?"))
+    monkeypatch.setattr(talker[0], "generate", generate)
+    # The turn that failed is not part of the conversation, and its image still waits for a question.
+    said = "".join(session.ask("what is it?"))
+    assert said == _plain(talker, "<|user|><image>\nwhat is it?<|end|><|assistant|>", [picture])
+
+
+def test_a_damaged_image_is_refused_when_it_is_attached(
+    session: ChatSession, talker: tuple[Any, Any], picture: Path, tmp_path: Path
+) -> None:
+    picture.write_bytes(picture.read_bytes()[:500])
+    for path, reason in ((picture, "cannot decode"), (tmp_path / "none.png", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(UserError, match=reason):
+            session.attach(path)
+    assert "".join(session.ask("so?")) == _plain(talker, "<|user|>so?<|end|><|assistant|>", [])
+
+
+def test_a_question_cannot_write_control_tokens(session: ChatSession) -> None:
+    for token in ("<image>", "<|assistant|>", "<|end|>"):
+        with pytest.raises(UserError, match="control token"):
+            list(session.ask(f"say {token}"))
+
+
+def test_a_model_without_a_chat_template_is_refused(talker: tuple[Any, Any]) -> None:
+    class Bare:
+        chat_template = None
+
+    with pytest.raises(UserError, match="no chat template"):
+        ChatSession(talker[0], Bare())  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------------- terminal
+
+
+def _converse(session: ChatSession, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    converse(session)
+
+
+def test_the_terminal_talks(
+    session: ChatSession,
+    talker: tuple[Any, Any],
+    picture: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = ["/image /nowhere/x.png", "", f"/image {picture}", "  what? ", "/help", "/image", "say <image>", "/reset", "sure?"]
+    _converse(session, [*lines, "/exit", "never asked"], monkeypatch)
+    first = _plain(talker, "<|user|><image>\nwhat?<|end|><|assistant|>", [picture])
+    last = _plain(talker, "<|user|>sure?<|end|><|assistant|>", [])
+    out = capsys.readouterr().out
+    parts = [
+        f"{HELP}\n(not an image that can be opened: /nowhere/x.png: ",
+        f")\n({picture}, 40 x 24: ask about it)\n{first}\n(no command /help: {HELP})\n(not an image that can be opened: .: ",
+        "(chat: messages[2]: the text spells the control token '<image>'; take it out)\n",
+        f"(a new conversation)\n{last}\n",
+    ]
+    at = 0
+    for part in parts:
+        assert part in out[at:]
+        at = out.index(part, at) + len(part)
+    assert at == len(out)
+
+
+def test_the_terminal_ends_with_its_input(
+    session: ChatSession, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _converse(session, ["/reset"], monkeypatch)
+    assert capsys.readouterr().out == f"{HELP}\n(a new conversation)\n"

@@ -1,0 +1,84 @@
+"""Scores against scipy, hand counts, and answers that try to be taken for others."""
+
+from __future__ import annotations
+
+import pytest
+from scipy.stats import binomtest
+
+from mmtune.evaluation.metrics import exact_match, final_answer, majority_accuracy, normalize, wilson_interval
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.8])
+@pytest.mark.parametrize(("correct", "total"), [(0, 1), (1, 1), (0, 600), (600, 600), (1, 600), (299, 600), (513, 600), (7, 10)])
+def test_the_interval_is_wilsons(correct: int, total: int, confidence: float) -> None:
+    expected = binomtest(correct, total).proportion_ci(confidence_level=confidence, method="wilson")
+    low, high = wilson_interval(correct, total, confidence)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert 0 <= low <= correct / total <= high <= 1
+
+
+def test_no_questions_say_nothing() -> None:
+    assert wilson_interval(0, 0) == (0, 1)
+    assert majority_accuracy([], []) == 0
+
+
+@pytest.mark.parametrize("prediction", ["yes", "Yes", "YES.", " yes\n", "yes .", "y" + "e" + "s.", "\tyes"])
+def test_what_does_not_count(prediction: str) -> None:
+    assert exact_match(prediction, "yes") and exact_match("yes", prediction)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference"),
+    [
+        ("no", "yes"),
+        ("not yes", "yes"),
+        ("yes and no", "yes"),
+        ("yesterday", "yes"),
+        ("y es", "yes"),
+        ("", "yes"),
+        (".", "yes"),
+        ("12", "1"),
+        ("1", "12"),
+        ("1 2", "12"),
+        ("1.5", "15"),
+        ("-1", "1"),
+        ("1", "one"),
+        ("yes..", "yes"),
+        ("yes!", "yes"),
+        ("top left", "left top"),
+        ("None", "no"),
+    ],
+)
+def test_another_answer_is_wrong(prediction: str, reference: str) -> None:
+    assert not exact_match(prediction, reference)
+
+
+def test_runs_of_space_are_one() -> None:
+    assert normalize("  Top \n\t LEFT. ") == "top left"
+    assert exact_match("STRASSE", "straße")
+
+
+@pytest.mark.parametrize(
+    ("text", "marker", "answer"),
+    [
+        ("1 2 3 4. Answer: yes", "Answer:", "yes"),
+        ("Answer: yes. Answer: no ", "Answer:", "no"),
+        ("yes", "Answer:", "yes"),
+        ("Answer:", "Answer:", ""),
+        ("1 2 3 4. answer: yes", "Answer:", "1 2 3 4. answer: yes"),
+        (" 1 Answer: 2 ", None, "1 Answer: 2"),
+        ("", "Answer:", ""),
+    ],
+)
+def test_the_conclusion_of_an_answer(text: str, marker: str | None, answer: str) -> None:
+    assert final_answer(text, marker) == answer
+
+
+def test_the_commonest_answer_is_counted_per_task() -> None:
+    answers = ["yes", "no", "Yes.", "2", "3", "3", "2", "1"]
+    tasks = ["presence"] * 3 + ["count"] * 5
+    assert majority_accuracy(answers, tasks) == (2 + 2) / 8
+    assert majority_accuracy(answers, [None] * 8) == 2 / 8
+    assert majority_accuracy(["a", "b"], ["x", None]) == 1
+    with pytest.raises(ValueError, match="zip"):
+        majority_accuracy(["a"], [])

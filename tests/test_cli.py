@@ -1,0 +1,214 @@
+"""The command line: exit codes, one clear message for a user's mistake, JSON and nothing else where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from mmtune import cli
+from mmtune.cli import entry_point
+from mmtune.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def recipe_file(make_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
+    make_recipe()
+    return tmp_path / "recipe.yaml"
+
+
+def write_row(tmp_path: Path, **changes: object) -> str:
+    """A file with one good row and one that `changes` spoil; returns the override that trains on it."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A square."}]
+    good = {"image": "a.png", "conversations": turns}
+    (tmp_path / "spoilt.jsonl").write_text(json.dumps(good) + "\n" + json.dumps({**good, **changes}) + "\n")
+    return f"data.train.0.path={tmp_path / 'spoilt.jsonl'}"
+
+
+HUMAN = {"from": "human", "value": "<image>\nWhat is it?"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": "gone.png"}, "spoilt.jsonl:2: image: no such file"),
+        ({"image": "../a.png"}, "spoilt.jsonl:2: image: '../a.png' lies outside media_root"),
+        ({"conversations": [HUMAN]}, "spoilt.jsonl:2: messages: no answer: the last turn is the user's"),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": " "}]}, "spoilt.jsonl:2: messages[1]: the answer is empty"),
+        ({"image": ["a.png", "a.png"]}, "spoilt.jsonl:2: image: 2 images for 1 '<image>' placeholders"),
+        ({"image": None}, "spoilt.jsonl:2: image: 0 images for 1 '<image>' placeholders"),
+        ({"conversations": [{"from": "humam", "value": ""}]}, "unknown speaker 'humam'; did you mean 'human'?"),
+    ],
+)
+def test_a_bad_row_is_named_before_weights_are_loaded(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], message: str
+) -> None:
+    (tmp_path / "empty_base").mkdir()  # loading it would be another error: the row's comes first
+    overrides = [write_row(tmp_path, **changes), f"model.base={tmp_path / 'empty_base'}"]
+    assert entry_point(["train", str(recipe_file), *overrides]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.learning_rte=1e-4", "did you mean 'learning_rate'?"),
+        ("train.learning_rate=fast", "train.learning_rate"),
+        ("data.train.0.template=lava", "data template 'lava' is not one of those that ship; did you mean 'llava'?"),
+        ("data.train.0.path=nowhere.json", "nowhere.json"),
+        ("tune.language.target_modules=[q_prj]", "'q_prj' matches no module of the language; did you mean 'q_proj'?"),
+        ("model.base=builtin:tiny-lava", "builtin:tiny-llava"),
+        ("model.chat_template=vicuna", "did you mean 'vicuna_v1'?"),
+    ],
+)
+def test_a_mistake_in_the_recipe_is_one_message(
+    recipe_file: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    assert entry_point(["train", str(recipe_file), override]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_base_without_a_chat_template_is_refused(
+    recipe_file: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in base.iterdir():  # no weights either: the refusal comes before they are missed
+        if file.name not in ("chat_template.jinja", "model.safetensors"):
+            (bare / file.name).write_bytes(file.read_bytes())
+    assert entry_point(["train", str(recipe_file), f"model.base={bare}"]) == 2
+    assert "its processor has no chat template; name one with model.chat_template" in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_kept_unless_overwritten(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry_point(["train", str(recipe_file)]) == 0
+    first = (tmp_path / "run" / "summary.json").read_bytes()
+    assert entry_point(["train", str(recipe_file)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "run" / "summary.json").read_bytes() == first
+    assert entry_point(["train", str(recipe_file), "--overwrite", "train.max_steps=1"]) == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    assert entry_point(["train", str(recipe_file), "--overwrite", f"output_dir={tmp_path / 'precious'}"]) == 2
+    assert (tmp_path / "precious" / "thesis.txt").exists()
+
+
+def test_a_run_directory_is_complete_and_machine_readable(
+    recipe_file: Path, tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate = f"evaluate={{data: [{{path: {rows}, template: llava}}], max_new_tokens: 4, answer_after: 'Answer:'}}"
+    assert entry_point(["train", str(recipe_file), evaluate, "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    run = tmp_path / "run"
+    assert summary == json.loads((run / "summary.json").read_text())
+    assert summary["questions"] == 12
+    for key in ("base_accuracy", "tuned_accuracy", "majority_accuracy", "train_seconds", "peak_memory_mb"):
+        assert isinstance(summary[key], float), key
+    low, high = summary["tuned_interval"]
+    assert low <= summary["tuned_accuracy"] <= high
+    assert 0 < summary["trainable_parameters"] < summary["total_parameters"]
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"recipe.yaml", "environment.json", "data_report.json", "metrics.jsonl", "loss.png", "report.html", "adapter"}
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["command"][:2] == ["mmtune", "train"]
+    assert environment["versions"]["transformers"]
+    assert environment["seed"] == 0
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["train"]["max_steps"] == 3
+    assert Image.open(run / "loss.png").size[0] > 100
+
+    assert entry_point(["eval", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tuned_scores"] == summary["tuned_scores"]
+    assert entry_point(["report", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == summary
+    assert entry_point(["merge", str(run), str(tmp_path / "merged"), "--samples", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["merge_same_answers"] == 2
+    image = str(next((rows.parent / "images").rglob("*.png")))
+    assert entry_point(["chat", str(run), "--image", image, "--prompt", "What?", "--max-new-tokens", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "What?"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "nowhere"], "not a finished run"),
+        (["merge", "nowhere", "out"], "not a finished run"),
+        (["chat", "./nowhere", "--prompt", "hello"], "no such run or model"),
+        (["recipe", "copy", "quickstrat"], "did you mean 'quickstart'?"),
+        (["recipe", "check", "nowhere.yaml"], "nowhere.yaml"),
+        (["chat", "builtin:tiny-llava", "--image", "gone.png", "--prompt", "hello"], "gone.png"),
+    ],
+)
+def test_other_mistakes_are_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert entry_point(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_interruption_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_recipe_list", interrupted)
+    assert entry_point(["recipe", "list"]) == 130
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "_recipe_list", broken)
+    with pytest.raises(ZeroDivisionError):
+        entry_point(["recipe", "list"])
+
+
+def test_several_processes_are_refused(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert entry_point(["train", str(recipe_file)]) == 2
+
+
+@pytest.mark.slow
+def test_accelerate_launches_the_file_itself(recipe_file: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--cpu"]
+    command = [*launch, "--mixed_precision", "no", "mmtune/train.py", str(recipe_file), "train.max_steps=1"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_assemble_writes_a_checkpoint_that_plain_transformers_loads(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from mmtune.model.tiny import tiny_language, tiny_vision
+
+    vision, language = tiny_vision("siglip", tmp_path / "vision"), tiny_language("qwen2", tmp_path / "language")
+    overrides = [f"model.vision={vision}", f"model.language={language}", "model.chat_template=chatml", "model.projector=mlp"]
+    recipe = ROOT / "recipes" / "llava_lora.yaml"
+    command = ["assemble", str(recipe), str(tmp_path / "out"), *overrides, "model.vision_feature_select_strategy=full"]
+    assert entry_point(command) == 0
+    model = AutoModelForImageTextToText.from_pretrained(str(tmp_path / "out"))
+    processor = AutoProcessor.from_pretrained(str(tmp_path / "out"))
+    inputs = processor(images=Image.new("RGB", (50, 80)), text="<image> a cat", return_tensors="pt")
+    assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+    assert entry_point(command) == 2

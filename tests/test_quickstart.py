@@ -1,0 +1,118 @@
+"""What a newcomer does: the README's commands, and every recipe that ships."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mmtune.recipe import load_recipe
+from mmtune.rehearse import rehearse
+from mmtune.release.merge import parity_samples
+from mmtune.release.parity import largest_difference, observe, same_answers
+from mmtune.shipped import shipped_recipes
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout in which `make quickstart` has run, in the environment that runs the tests."""
+    folder = tmp_path_factory.mktemp("a checkout") / "mmtune"
+    folder.mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy2(ROOT / name, folder)
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    (folder / ".venv").symlink_to(sys.prefix)
+    # -o: this environment is set up already, whatever the time stamps say
+    command = ["make", "-o", ".venv/.installed", "quickstart"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Held-out exact match" in done.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def summary(checkout: Path) -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads((checkout / "runs" / "quickstart" / "summary.json").read_text())
+    return figures
+
+
+@pytest.mark.timeout(1200)
+def test_the_quickstart_achieves_what_it_promises(summary: dict[str, Any]) -> None:
+    assert summary["questions"] >= 500
+    assert summary["tuned_accuracy"] >= 0.85
+    assert summary["base_accuracy"] < 0.35
+    assert summary["tuned_interval"][0] > summary["majority_accuracy"]
+    assert summary["merge_max_logit_difference"] < 1e-4
+    assert summary["merge_same_answers"] == summary["merge_samples"] == 32
+    assert summary["peak_memory_mb"] < 3000
+    assert 0 < summary["trainable_parameters"] < summary["total_parameters"] < 2_500_000
+
+
+def test_its_figures_are_recomputed_from_the_answers(checkout: Path, summary: dict[str, Any]) -> None:
+    """Scored here in three lines of our own, and against the digits themselves, not against the file's reference."""
+    rows = {f"eval.json[{i}]": row for i, row in enumerate(json.loads((checkout / "data/digits/eval.json").read_text()))}
+    for when, figure in (("before", "base_accuracy"), ("after", "tuned_accuracy")):
+        lines = (checkout / "runs/quickstart" / f"answers_{when}.jsonl").read_text().splitlines()
+        answers = {answer["id"]: answer["prediction"] for answer in map(json.loads, lines)}
+        assert answers.keys() == rows.keys()
+        expected = {row_id: row["conversations"][-1]["value"].split("Answer: ")[1] for row_id, row in rows.items()}
+        right = sum(answers[row_id].split("Answer:")[-1].strip() == expected[row_id] for row_id in rows)
+        assert right / len(rows) == pytest.approx(summary[figure])
+
+
+def test_the_merged_model_is_the_adapter_on_32_samples(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkout)
+    run = Path("runs/quickstart")
+    samples = parity_samples(load_recipe(run / "recipe.yaml"), 32)
+    seen = []
+    for part in ("adapter", "merged"):
+        model = AutoModelForImageTextToText.from_pretrained(str(run / part), dtype=torch.float32)
+        seen.append(observe(model, AutoProcessor.from_pretrained(str(run / part)), samples, 16))
+    assert largest_difference(*seen) < 1e-4
+    assert same_answers(*seen) == 32
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_every_command_of_the_readme(checkout: Path, command: str) -> None:
+    if command in ("make quickstart", "make test"):  # the fixture ran the first, and the second is what runs this
+        return
+    words = shlex.split(command)
+    program = [str(Path(sys.prefix) / "bin" / "mmtune")]
+    assert words[0] in ("mmtune", ".venv/bin/mmtune"), f"no test knows how to run: {command}"
+    if words[1] == "train" and "--rehearse" not in words:
+        words.append("--rehearse")  # the full size wants a GPU and the hub; the rehearsal takes the same road
+    if words[1] == "merge":
+        words = ["mmtune", "merge", "runs/quickstart", "models/llava"]
+    done = subprocess.run([*program, *words[1:]], cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    if words[1] == "chat":
+        assert re.fullmatch(r"(\d )+\d\. Answer: \d\n", done.stdout.replace(".", ". ").replace(".  ", ". ")), done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_recipe_is_rehearsed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # nothing of the checkout is leant on, and nothing is left behind
+    summary = rehearse(load_recipe(shipped_recipes()[name]))
+    assert summary["quarantined"] == 0
+    if "merge_same_answers" in summary:
+        assert summary["merge_same_answers"] == summary["merge_samples"]
+    assert list(tmp_path.iterdir()) == []
