@@ -248,7 +248,7 @@ class DataSection(Section):
 
     train: tuple[Source, ...] = Field(min_length=1, description="The sources of training rows.")
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(
-        default=None, description="The longest sample, in tokens with its images; null is the model's own limit."
+        default=None, description="The longest sample, in tokens with its images; null is no limit."
     )
     over_length: Literal["error", "drop_sample"] = Field(
         default="error",

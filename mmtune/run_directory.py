@@ -105,20 +105,31 @@ class RunDirectory:
         return summary
 
 
-def start_run(recipe: Recipe, command: Sequence[str], overwrite: bool) -> RunDirectory:
-    """Make the run's directory and write what is known before anything is loaded.
-
+def check_output_dir(recipe: Recipe, overwrite: bool) -> None:
+    """
     Raises:
-        UserError: the directory exists and `overwrite` is not given, it is no earlier run, or it cannot be written.
+        UserError: the recipe's `output_dir` exists and `overwrite` is not given, or it is no earlier run.
     """
     run = RunDirectory(Path(recipe.output_dir))
-    if run.path.exists():
-        if not overwrite:
-            raise UserError(f"output_dir: {run.path} exists; give another output_dir, or --overwrite to replace the run")
-        if not run.recipe.is_file() and any(run.path.iterdir()):
-            raise UserError(f"output_dir: {run.path} is not an mmtune run, so --overwrite leaves it alone")
-        shutil.rmtree(run.path)
+    if not run.path.exists():
+        return
+    if not overwrite:
+        raise UserError(f"output_dir: {run.path} exists; give another output_dir, or --overwrite to replace the run")
+    if not run.path.is_dir() or (not run.recipe.is_file() and any(run.path.iterdir())):
+        raise UserError(f"output_dir: {run.path} is not an mmtune run, so --overwrite leaves it alone")
+
+
+def start_run(recipe: Recipe, command: Sequence[str], overwrite: bool) -> RunDirectory:
+    """Make the run's directory, in place of an earlier run if `overwrite`, and write what went in.
+
+    Raises:
+        UserError: as `check_output_dir`, or the directory cannot be made.
+    """
+    check_output_dir(recipe, overwrite)
+    run = RunDirectory(Path(recipe.output_dir))
     try:
+        if run.path.exists():
+            shutil.rmtree(run.path)
         run.path.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"output_dir: cannot make {run.path}: {error.strerror}") from error

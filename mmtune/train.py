@@ -26,7 +26,8 @@ from mmtune.model.checkpoint import save_checkpoint
 from mmtune.model.components import find_components
 from mmtune.model.load import UNTRAINED, load_base, resolve_base
 from mmtune.recipe import Recipe, check_files
-from mmtune.run_directory import peak_memory_mb, start_run
+from mmtune.release.card import model_card
+from mmtune.run_directory import check_output_dir, peak_memory_mb, start_run
 from mmtune.training.callbacks import FrozenInputsStayFrozen, RecordMetrics, draw_loss_curve
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import apply_tuning, count_parameters, keeps_adapter, learning_rates, print_parameters
@@ -52,13 +53,12 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
 
     # What goes in: the files are there, the rows make sense.
     check_files(recipe)
+    check_output_dir(recipe, overwrite)
     samples = Samples(recipe.data.train)
     data_report = DataReport(rows=len(samples))
     check_rows(samples, data_report, recipe.data.check_rows)
     data_report.stop_past(recipe.data.max_bad_fraction)
     arguments = training_arguments(recipe)
-    run = start_run(recipe, command, overwrite)
-    data_report.write(run.data_report)
     set_seed(arguments.seed)
 
     # The base, and what it can do before tuning.
@@ -66,6 +66,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     check_chat_template(processor)
     components = find_components(model)
     model.to(arguments.device)
+    run = start_run(recipe, command, overwrite)
+    data_report.write(run.data_report)
     figures: dict[str, Any] = {}
     before = None
     if recipe.evaluate and recipe.evaluate.before:
@@ -138,6 +140,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
             }
     summary = run.update_summary(figures | {"peak_memory_mb": peak_memory_mb()})
     write_report(run, recipe)
+    if not adapts:
+        (run.model / "README.md").write_text(model_card(recipe, summary, run), encoding="utf-8")
     print_scores(summary)
     print(f"run: {run.path} (report.html, summary.json, {out.name}/)")
     return summary

@@ -146,8 +146,8 @@ def _conclude(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
     return f"Read the digits. Name the {POSITIONS[i]} digit.", _concluding(d, str(d[i]))
 
 
-WORDS = f"""{ANSWER_MARK} yes no there is are not larger smaller than picture digit times appear which what where how many the in of
-or and a an row column top bottom left right Read Name Is Which What How""".split()
+WORDS = f"""{ANSWER_MARK} yes no there is are not larger smaller than picture digit times appear which what where how many the
+in of or and a an row column top bottom left right Read Name Is Which What How""".split()
 
 
 def _repeat(d: list[int], rng: np.random.Generator) -> tuple[str, str]:

@@ -17,7 +17,7 @@ def model_card(recipe: Recipe, summary: dict[str, Any], run: RunDirectory) -> st
 
     Args:
         recipe: the run's resolved recipe.
-        summary: the run's figures, parity included.
+        summary: the run's figures, with those of the merge if there was one.
         run: where its data report and environment are.
     """
     base = recipe.model.base or f"{recipe.model.vision} + {recipe.model.language}"
@@ -33,15 +33,11 @@ def model_card(recipe: Recipe, summary: dict[str, Any], run: RunDirectory) -> st
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {run.path.name}",
-        f"{base}, tuned with mmtune and merged into one ordinary checkpoint.",
+        f"{base}, tuned with mmtune: one ordinary checkpoint.",
         "## Use",
         USE,
         *_figures(summary),
-        "## Merge",
-        f"Compared with the adapter after loading back from disk, on {summary['merge_samples']} samples: largest logit "
-        f"difference {summary['merge_max_logit_difference']:.3g} (allowed: {summary['merge_tolerance']:g}), "
-        f"{summary['merge_same_answers']} of {summary['merge_samples']} greedy answers the same. Largest difference "
-        f"from the base: {summary['merge_difference_from_base']:.3g}.",
+        *_merge(summary),
         "## Data",
         f"{summary.get('rows', 'unknown')} rows; {summary.get('quarantined', 'unknown')} quarantined, "
         f"{summary.get('dropped_over_length', 'unknown')} dropped as too long.",
@@ -66,6 +62,18 @@ inputs = processor.apply_chat_template(
 output = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```"""
+
+
+def _merge(summary: dict[str, Any]) -> list[str]:
+    if "merge_samples" not in summary:
+        return []
+    return [
+        "## Merge",
+        f"Compared with the adapter after loading back from disk, on {summary['merge_samples']} samples: largest logit "
+        f"difference {summary['merge_max_logit_difference']:.3g} (allowed: {summary['merge_tolerance']:g}), "
+        f"{summary['merge_same_answers']} of {summary['merge_samples']} greedy answers the same. Largest difference "
+        f"from the base: {summary['merge_difference_from_base']:.3g}.",
+    ]
 
 
 def _figures(summary: dict[str, Any]) -> list[str]:

@@ -90,8 +90,8 @@ def _peft_config(model: nn.Module, components: Components, tune: TuneSection, fu
         for part in components.projector_parts:
             if part not in dict(model.named_modules()):
                 raise UserError(
-                    f"tune.projector: {part} is a bare parameter, which PEFT cannot save beside an adapter; set tune.projector to "
-                    "frozen, or train the language model in full"
+                    f"tune.projector: {part} is a bare parameter, which PEFT cannot save beside an adapter; set tune.projector "
+                    "to frozen, or train the language model in full"
                 )
             saved.append(part)
     if tune.language.method == "frozen":

@@ -201,7 +201,5 @@ def test_the_longest_allowed_sample_trains_and_one_more_token_does_not(make_reci
     assert train(make_recipe(f"data.max_tokens={longest}", "train.num_train_epochs=1"), ["test"])["dropped_over_length"] == 0
     with pytest.raises(UserError, match=f"{longest} tokens, more than data.max_tokens: {longest - 1}"):
         train(make_recipe(f"data.max_tokens={longest - 1}", f"output_dir={recipe.output_dir}2"), ["test"])
-    dropped = make_recipe(
-        f"data.max_tokens={longest - 1}", "data.over_length=drop_sample", f"output_dir={recipe.output_dir}3"
-    )
+    dropped = make_recipe(f"data.max_tokens={longest - 1}", "data.over_length=drop_sample", f"output_dir={recipe.output_dir}3")
     assert train(dropped, ["test"])["dropped_over_length"] == lengths.count(longest)
