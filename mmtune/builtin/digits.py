@@ -11,8 +11,9 @@ Parts:
 * `words`: what it learns next: the same, repeating words after you, and concluding with "Answer:". Without it the words
   that no answer holds would share one embedding, and no small adapter could tell them apart.
 * `read_eval`, `words_eval`: questions of each about held-out digits.
-* `tune`: what the quickstart teaches: whether a digit is there, how often, and which of two is larger. An answer reads the
-  digits first and then concludes, so that a model of two million parameters can be right for the right reason.
+* `tune`: what the quickstart teaches: whether a digit is there, how often, whether two are the same, and which is larger. An
+  answer reads the digits first and then concludes, so that a model of two million parameters can be right for the right
+  reason.
 * `eval`: the same questions as `tune` about held-out digits.
 """
 
@@ -47,7 +48,7 @@ class Part:
 
 READ_TASKS = ("read", "position", "row", "where")
 WORD_TASKS = (*READ_TASKS, "repeat", "conclude", "repeat", "conclude")
-TUNE_TASKS = ("presence", "count", "compare", "larger")
+TUNE_TASKS = ("presence", "count", "same", "larger")
 PARTS = {
     "read": Part(24_000, False, READ_TASKS, 4, seed=1),
     "words": Part(16_000, False, WORD_TASKS, 4, seed=5),
@@ -117,22 +118,30 @@ def _concluding(d: list[int], answer: str) -> str:
     return f"{' '.join(map(str, d))}. {ANSWER_MARK} {answer}"
 
 
+def _each(d: list[int], wanted: int) -> str:
+    """Every digit as it is read, and whether it is the one that was asked for."""
+    return " ".join(f"{digit} {'yes' if digit == wanted else 'no'}" for digit in d)
+
+
 def _presence(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
     absent = [x for x in range(10) if x not in d]
     wanted = _pick(rng, d if rng.random() < 0.5 else absent)
-    return f"Is there {'an' if wanted == 8 else 'a'} {wanted} in the picture?", _concluding(d, "yes" if wanted in d else "no")
+    question = f"Is there {'an' if wanted == 8 else 'a'} {wanted} in the picture?"
+    return question, f"{_each(d, wanted)}. {ANSWER_MARK} {'yes' if wanted in d else 'no'}"
 
 
 def _count(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
     common = max(d, key=d.count)
     wanted = _pick(rng, [common, _pick(rng, d), int(rng.integers(10))])
-    return f"How many times does {wanted} appear?", _concluding(d, str(d.count(wanted)))
+    return f"How many times does {wanted} appear?", f"{_each(d, wanted)}. {ANSWER_MARK} {d.count(wanted)}"
 
 
-def _compare(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
-    a, b = rng.choice(4, size=2, replace=False)
-    question = f"Is the {POSITIONS[a]} digit larger than the {POSITIONS[b]} digit?"
-    return question, _concluding([d[a], d[b]], "yes" if d[a] > d[b] else "no")
+def _same(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
+    pairs = [(a, b) for a in range(4) for b in range(4) if a != b]
+    equal = [(a, b) for a, b in pairs if d[a] == d[b]]
+    a, b = _pick(rng, equal if equal and rng.random() < 0.5 else pairs)
+    question = f"Are the {POSITIONS[a]} and the {POSITIONS[b]} digit the same?"
+    return question, _concluding([d[a], d[b]], "yes" if d[a] == d[b] else "no")
 
 
 def _larger(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
@@ -168,7 +177,7 @@ TASKS: dict[str, Callable[[list[int], np.random.Generator], tuple[str, str]]] = 
     "where": _where,
     "presence": _presence,
     "count": _count,
-    "compare": _compare,
+    "same": _same,
     "larger": _larger,
     "conclude": _conclude,
     "repeat": _repeat,
