@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from mmtune.data.encode import encode_sample
+from mmtune.data.encode import IGNORE_INDEX, encode_sample
 from mmtune.data.message import Sample
 from mmtune.evaluation.run import generate_answers
 
@@ -19,7 +19,8 @@ class Observed:
     """What a model does on a set of samples.
 
     Attributes:
-        logits: per sample, fp32 of shape (length, vocabulary), at every position of the whole conversation.
+        logits: per sample, fp32 of shape (answer tokens, vocabulary), at the positions that predict the answers. What a model
+            would say inside a question is never trained, never sampled, and can be ill-conditioned.
         answers: greedy answers to the last questions.
     """
 
@@ -28,14 +29,15 @@ class Observed:
 
 
 def observe(model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], max_new_tokens: int) -> Observed:
-    """Logits of a model in eval mode, and what it answers."""
+    """Logits of a model in eval mode where it answers, teacher-forced, and what it answers on its own."""
     model.eval()
     device = next(model.parameters()).device
     logits = []
     for sample in samples:
-        inputs = {key: value.to(device) for key, value in encode_sample(sample, processor).items() if key != "labels"}
+        inputs = {key: value.to(device) for key, value in encode_sample(sample, processor).items()}
+        predicts = inputs.pop("labels")[0, 1:] != IGNORE_INDEX
         with torch.inference_mode():
-            logits.append(model(**inputs).logits[0].float().cpu())
+            logits.append(model(**inputs).logits[0, :-1][predicts].float().cpu())
     return Observed(logits, generate_answers(model, processor, samples, max_new_tokens, batch_size=8))
 
 
