@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from mmtune.recipe import ModelSection
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 UNTRAINED = "builtin:tiny-llava-untrained"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BUILTIN = {"builtin:tiny-llava": tiny.TRAINED}
 
 
@@ -35,7 +37,7 @@ def resolve_base(base: str) -> str:
         if not (path / "config.json").is_file():
             raise UserError(f"model.base: {base} holds no config.json, so it is no model checkpoint")
         return str(path.resolve())
-    if base.startswith((".", "/", "~")) or base.count("/") > 1:
+    if not HUB_ID.fullmatch(base):
         raise UserError(f"model.base: no such directory: {base}")
     return base
 
@@ -80,7 +82,7 @@ def load_base(section: ModelSection, seed: int) -> tuple[PreTrainedModel, Proces
             attn_implementation=section.attn_implementation,
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"model.base: cannot load {section.base}: {error}") from error
+        raise UserError(f"model.base: cannot load {section.base}: {_reason(name, error)}") from error
     use_chat_template(model, processor, template)
     return model, processor
 
@@ -94,7 +96,7 @@ def load_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, st
     try:
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.base: cannot load a processor from {name}: {error}") from error
+        raise UserError(f"model.base: cannot load a processor from {name}: {_reason(name, error)}") from error
     if section.chat_template is None:
         return processor, own_chat_template(processor)
     return processor, resolve_chat_template(section.chat_template, processor.tokenizer, image_token=processor.image_token)
@@ -115,7 +117,7 @@ def load_trained(path: Path, dtype: torch.dtype | None = None) -> tuple[PreTrain
         model = AutoModelForImageTextToText.from_pretrained(str(where), dtype=dtype or "auto")
         processor = AutoProcessor.from_pretrained(str(where))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a model from {path}: {error}") from error
+        raise UserError(f"cannot load a model from {path}: {_reason(str(where), error)}") from error
     return model.eval(), processor
 
 
@@ -133,7 +135,7 @@ def trained_part(path: Path) -> Path:
             return part
     if path.is_dir():
         raise UserError(f"{path}: neither a finished run (no adapter/ or model/) nor a model (no config.json)")
-    if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+    if not HUB_ID.fullmatch(str(path)):
         raise UserError(f"{path}: no such run or model")
     return path
 
@@ -149,3 +151,8 @@ def base_of_adapter(adapter: Path) -> str:
         return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise UserError(f"{file}: not a readable adapter configuration: {error}") from error
+
+
+def _reason(name: str, error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if Path(name).is_dir() else f"there is no such directory, and as a hub id it cannot be had: {line}"

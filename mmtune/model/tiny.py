@@ -100,7 +100,7 @@ NAMES: dict[str, list[tuple[str, str]]] = {
         (r"gemma-3-(1b|270m)", "gemma3"),
         (r"(^|/)gemma-\d+b", "gemma"),
     ],
-    "base": [(r"^llava-hf/llava-(1\.5|interleave)|^builtin:tiny-llava$", "llava")],
+    "base": [(r"llava(?!.*(1\.6|next|onevision|video))", "llava")],
 }
 """Well-known hub names, tried in order, for checkpoints that are not on this machine."""
 

@@ -101,14 +101,17 @@ def _answer(question: str, shown: list[int]) -> str:
         conclusion = "yes" if str(asked[0]) in "".join(map(str, shown)) else "no"
     elif question.startswith("How many"):
         conclusion = str(sum(value == asked[0] for value in shown))
-    elif question.startswith("Is the"):
-        read, conclusion = named, "yes" if named[0] - named[1] > 0 else "no"
+    elif question.startswith("Are the"):
+        read, conclusion = named, "yes" if named[0] - named[1] == 0 else "no"
     elif "larger" in question:
         read, conclusion = named, str(sorted(named)[-1])
     elif question.startswith("Read the digits. Name"):
         conclusion = str(named[0])
     if conclusion:
-        return f"{' '.join(map(str, read))}. {ANSWER_MARK} {conclusion}"
+        spelled = [str(digit) for digit in read]
+        if read is shown and asked:  # each digit is read and judged
+            spelled = [f"{digit} {['no', 'yes'][digit == asked[0]]}" for digit in read]
+        return f"{' '.join(spelled)}. {ANSWER_MARK} {conclusion}"
     if question.startswith("Where"):
         return ", ".join(position for position in POSITIONS if at[position] == asked[0])
     for line, member in (("top row", "top"), ("bottom row", "bottom"), ("left column", "left"), ("right column", "right")):
@@ -126,7 +129,7 @@ def _turns(row: dict[str, Any]) -> list[tuple[str, str]]:
 def test_conclusions_follow_from_the_reading_before_them(folder: Path, part: str) -> None:
     for row in _rows(folder, part):
         for question, answer in _turns(row):
-            reading = [int(digit) for digit in answer.partition(".")[0].split()]
+            reading = [int(digit) for digit in re.findall(r"\d", answer.partition(".")[0])]
             assert len(reading) in (2, 4)
             if len(reading) == 2:  # of the two that the question names
                 pair = dict(zip(_named(question), reading, strict=True))

@@ -36,8 +36,6 @@ EXAMPLES = {
     "llava": [
         ("user", ["<images/example.png>", "What are the colors of the bus in the image?"]),
         ("assistant", ["The bus in the image is white and red."]),
-        ("user", ["What feature can be seen on the back of the bus?"]),
-        ("assistant", ["The back of the bus features an advertisement."]),
     ],
     "messages": [
         ("system", ["Answer briefly."]),
