@@ -142,7 +142,8 @@ def _train(arguments: argparse.Namespace) -> Any:
 
 def _eval(arguments: argparse.Namespace) -> Any:
     from mmtune.evaluation.report import print_scores
-    from mmtune.evaluation.run import as_json, evaluate, score
+    from mmtune.evaluation.run import as_json, check_questions, evaluate, score
+    from mmtune.model.compute import place
     from mmtune.model.load import load_trained
     from mmtune.recipe import load_recipe
     from mmtune.run_directory import RunDirectory
@@ -150,8 +151,9 @@ def _eval(arguments: argparse.Namespace) -> Any:
     recipe = load_recipe(arguments.recipe or RunDirectory(Path(arguments.model)).recipe, arguments.overrides)
     if recipe.evaluate is None:
         raise UserError(f"{arguments.recipe or arguments.model}: the recipe has no `evaluate` section")
+    check_questions(recipe.evaluate)
     model, processor = load_trained(Path(arguments.model))
-    result = {"tuned_scores": as_json(score(evaluate(model, processor, recipe.evaluate), recipe.evaluate))}
+    result = {"tuned_scores": as_json(score(evaluate(place(model), processor, recipe.evaluate), recipe.evaluate))}
     print_scores(result)
     return result
 
@@ -170,11 +172,13 @@ def _merge(arguments: argparse.Namespace) -> Any:
 def _chat(arguments: argparse.Namespace) -> Any:
     from mmtune.chat.session import ChatSession
     from mmtune.chat.terminal import converse
+    from mmtune.model.compute import place
     from mmtune.model.load import load_trained
 
     if arguments.json and arguments.prompt is None:
         raise UserError("--json goes with --prompt")
-    session = ChatSession(*load_trained(Path(arguments.model)), max_new_tokens=arguments.max_new_tokens)
+    model, processor = load_trained(Path(arguments.model))
+    session = ChatSession(place(model), processor, max_new_tokens=arguments.max_new_tokens)
     for image in arguments.image:
         session.attach(Path(image))
     if arguments.prompt is None:
@@ -204,14 +208,14 @@ def _report(arguments: argparse.Namespace) -> Any:
 
 
 def _assemble(arguments: argparse.Namespace) -> Any:
-    from mmtune.model.checkpoint import save_checkpoint
+    from mmtune.files import check_replaceable
+    from mmtune.model.checkpoint import CHECKPOINT_MARK, save_checkpoint
     from mmtune.model.load import load_base
-    from mmtune.recipe import load_recipe
+    from mmtune.recipe import load_recipe, needed_paths
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     out = Path(arguments.out)
-    if out.exists() and not arguments.overwrite:
-        raise UserError(f"{out} exists; give another path, or --overwrite to replace it")
+    check_replaceable(out, arguments.overwrite, CHECKPOINT_MARK, needed_paths(recipe))
     model, processor = load_base(recipe.model, recipe.train.get("seed", 42))
     save_checkpoint(model, processor, out, overwrite=arguments.overwrite)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -254,10 +258,7 @@ def _recipe_list(arguments: argparse.Namespace) -> Any:
 def _recipe_copy(arguments: argparse.Namespace) -> Any:
     from mmtune.shipped import copy_recipe
 
-    dest = Path(arguments.dest or ".")
-    if dest.is_dir():
-        dest = dest / f"{arguments.name}.yaml"
-    copy_recipe(arguments.name, dest)
+    dest = copy_recipe(arguments.name, Path(arguments.dest or "."))
     print(f"copied: {dest}")
     return {"recipe": str(dest)}
 

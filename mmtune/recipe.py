@@ -42,6 +42,7 @@ __all__ = [
     "TuneSection",
     "check_files",
     "load_recipe",
+    "needed_paths",
     "recipe_schema",
 ]
 
@@ -87,6 +88,12 @@ def check_files(recipe: Recipe) -> None:
         raise UserError("\n".join(missing))
 
 
+def needed_paths(recipe: Recipe) -> list[Path]:
+    """Every path that a recipe reads; a hub id among them is a path that does not exist."""
+    checkpoints = (recipe.model.base, recipe.model.vision, recipe.model.language)
+    return [Path(name) for name in (*checkpoints, *(named for _, named, _ in _named_files(recipe))) if name is not None]
+
+
 def recipe_schema() -> dict[str, Any]:
     """The recipe's JSON schema (draft 2020-12), with TrainingArguments' and LoraConfig's names, for editors."""
     schema = Recipe.model_json_schema(mode="validation")
@@ -128,7 +135,7 @@ def _named_files(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         if value is not None and value.startswith(("/", "./", "../")):
             yield f"model.{name}", value, "directory"
     if model.projector is not None and model.projector.weights is not None:
-        yield "model.projector.weights", model.projector.weights, "file"
+        yield "model.projector.weights", model.projector.weights, "directory"
     if model.chat_template is not None and model.chat_template.endswith(".jinja"):
         yield "model.chat_template", model.chat_template, "file"
     lists = {"data.train": recipe.data.train, "evaluate.data": recipe.evaluate.data if recipe.evaluate else ()}

@@ -64,6 +64,9 @@ _TRAIN_OWNED = {
     **dict.fromkeys(("eval_use_gather_object", "batch_eval_metrics", "include_for_metrics"), _EVALUATE),
     **dict.fromkeys(("prediction_loss_only", "load_best_model_at_end", "metric_for_best_model"), _EVALUATE),
     "greater_is_better": _EVALUATE,
+    "include_num_input_tokens_seen": "mmtune counts the tokens that are no padding",
+    "logging_nan_inf_filter": "mmtune stops at a loss that is not finite",
+    "label_smoothing_factor": "mmtune scores exact labels only",
     "per_device_eval_batch_size": "give evaluate.batch_size",
 }
 _TRAIN_GONE = {
@@ -72,6 +75,9 @@ _TRAIN_GONE = {
     "max_length": "give data.max_tokens",
     "max_seq_length": "give data.max_tokens",
     "no_cuda": "its name is now use_cpu",
+    "lr": "write learning_rate",
+    "epochs": "write num_train_epochs",
+    "batch_size": "write per_device_train_batch_size",
     "group_by_length": "write train_sampling_strategy: group_by_length",
 }
 _PYTHON_OBJECT = "it takes a Python object, which a recipe cannot hold"

@@ -94,7 +94,9 @@ class Projector(Section):
     """The projector between a vision encoder and a language model that come from two checkpoints."""
 
     type: Literal["mlp"] = Field(default="mlp", description="Its form: LLaVA's two-layer MLP.")
-    weights: Text | None = Field(default=None, description="A .safetensors file to start from; null: at random.")
+    weights: Text | None = Field(
+        default=None, description="A run, adapter or checkpoint directory to take its weights from; null: random."
+    )
 
     @classmethod
     def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
@@ -112,7 +114,7 @@ class ModelSection(Section):
     vision: Text | None = Field(default=None, description="A vision encoder to assemble from: hub id or directory.")
     language: Text | None = Field(default=None, description="A language model to assemble from: hub id or directory.")
     projector: Projector | None = Field(
-        default=None, description="The projector of an assembled model: mlp, or {type: mlp, weights: FILE}."
+        default=None, description="The projector of an assembled model: mlp, or {type: mlp, weights: DIR}."
     )
     vision_feature_layer: StrictInt = Field(
         default=-2, description="Assembled models: the encoder layer that is projected; -2 is the last but one."

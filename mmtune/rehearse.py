@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from mmtune.data.template import DataTemplate, load_data_template
+from mmtune.errors import UserError
 from mmtune.evaluation.run import generate_answers
 from mmtune.model.load import load_trained
 from mmtune.model.tiny import family_of, tiny_language, tiny_llava, tiny_vision
@@ -61,7 +62,8 @@ def _write_small(recipe: Recipe, place: Path) -> Path:
     if recipe.evaluate:
         _shrink_data(recipe.evaluate.data, small["evaluate"]["data"], place / "evaluate")
         small["evaluate"]["max_new_tokens"] = 4
-    small["data"].pop("max_tokens", None)  # a byte-level stand-in for the tokenizer counts more tokens than the real one
+    if recipe.data.max_tokens is not None:  # a byte-level stand-in for the tokenizer counts more tokens than the real one
+        small["data"]["max_tokens"] = 20 * recipe.data.max_tokens
     small["train"] |= {
         "max_steps": 1,
         "per_device_train_batch_size": 2,
@@ -97,7 +99,10 @@ def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], plac
         folder.mkdir(parents=True)
         template = load_data_template(source.template)
         for name in example_images(template):
-            draw_picture(folder / name, seed=number)
+            picture = (folder / name).resolve()
+            if not picture.is_relative_to(folder.resolve()):
+                raise UserError(f"template {source.template}: its example names {name}, outside of the media root")
+            draw_picture(picture, seed=number)
         rows = folder / f"rows{Path(source.path).suffix}"
         lines = [json.dumps(template.example, ensure_ascii=False)] * ROWS
         rows.write_text("\n".join(lines) if rows.suffix == ".jsonl" else f"[{', '.join(lines)}]", encoding="utf-8")
@@ -108,6 +113,7 @@ def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], plac
 def example_images(template: DataTemplate) -> list[str]:
     """Every string of the template's example row that names an image file."""
     found: list[str] = []
+    suffixes = Image.registered_extensions()
 
     def walk(value: Any) -> None:
         if isinstance(value, dict):
@@ -116,7 +122,7 @@ def example_images(template: DataTemplate) -> list[str]:
         elif isinstance(value, list):
             for item in value:
                 walk(item)
-        elif isinstance(value, str) and value.endswith((".png", ".jpg")) and "\n" not in value:
+        elif isinstance(value, str) and Path(value).suffix.lower() in suffixes and "\n" not in value:
             found.append(value)
 
     walk(template.example)

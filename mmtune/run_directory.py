@@ -20,7 +20,8 @@ from transformers.utils import is_torchvision_available
 
 from mmtune import __version__
 from mmtune.errors import UserError
-from mmtune.recipe import Recipe
+from mmtune.files import check_replaceable, replace_text
+from mmtune.recipe import Recipe, needed_paths
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "pillow", "numpy")
 
@@ -108,31 +109,47 @@ class RunDirectory:
 def check_output_dir(recipe: Recipe, overwrite: bool) -> None:
     """
     Raises:
-        UserError: the recipe's `output_dir` exists and `overwrite` is not given, or it is no earlier run.
+        UserError: the recipe's `output_dir` exists and `overwrite` is not given, it is no earlier run, or it holds what the
+            recipe needs.
     """
-    run = RunDirectory(Path(recipe.output_dir))
-    if not run.path.exists():
-        return
-    if not overwrite:
-        raise UserError(f"output_dir: {run.path} exists; give another output_dir, or --overwrite to replace the run")
-    if not run.path.is_dir() or (not run.recipe.is_file() and any(run.path.iterdir())):
-        raise UserError(f"output_dir: {run.path} is not an mmtune run, so --overwrite leaves it alone")
+    try:
+        check_replaceable(Path(recipe.output_dir), overwrite, RunDirectory(Path()).recipe.name, needed_paths(recipe))
+    except UserError as error:
+        raise UserError(f"output_dir: {error}") from error
 
 
-def start_run(recipe: Recipe, command: Sequence[str], overwrite: bool) -> RunDirectory:
-    """Make the run's directory, in place of an earlier run if `overwrite`, and write what went in.
+@contextlib.contextmanager
+def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool) -> Iterator[RunDirectory]:
+    """Make the run's directory and write what went in; the block prepares what will train.
+
+    An earlier run goes when the block ends well. If the block fails, the earlier run is back, or nothing is there.
 
     Raises:
         UserError: as `check_output_dir`, or the directory cannot be made.
     """
     check_output_dir(recipe, overwrite)
     run = RunDirectory(Path(recipe.output_dir))
+    earlier = run.path.with_name(f".{run.path.name}.{os.getpid()}.earlier")
     try:
+        run.path.parent.mkdir(parents=True, exist_ok=True)
         if run.path.exists():
-            shutil.rmtree(run.path)
-        run.path.mkdir(parents=True)
+            run.path.rename(earlier)
+        run.path.mkdir()
     except OSError as error:
         raise UserError(f"output_dir: cannot make {run.path}: {error.strerror}") from error
+    try:
+        _write_inputs(run, recipe, command)
+        yield run
+    except BaseException:
+        shutil.rmtree(run.path)
+        if earlier.exists():
+            earlier.rename(run.path)
+        raise
+    if earlier.exists():
+        shutil.rmtree(earlier)
+
+
+def _write_inputs(run: RunDirectory, recipe: Recipe, command: Sequence[str]) -> None:
     run.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
     environment = {
         "command": list(command),
@@ -145,7 +162,6 @@ def start_run(recipe: Recipe, command: Sequence[str], overwrite: bool) -> RunDir
         "versions": {"mmtune": __version__} | {name: metadata.version(name) for name in LIBRARIES},
     }
     run.environment.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
-    return run
 
 
 def git_commit() -> str | None:
@@ -162,36 +178,3 @@ def peak_memory_mb() -> float:
     """The largest resident memory of this process so far, in MB (10^6 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that a reader sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-@contextlib.contextmanager
-def replaced_directory(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory beside `out` that takes its name when the block ends well, and goes when it does not.
-
-    Raises:
-        UserError: `out` exists and `overwrite` is not given.
-    """
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists; give another path, or --overwrite to replace it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if out.exists():
-            old = out.with_name(f".{out.name}.{os.getpid()}.old")
-            out.rename(old)
-            temporary.rename(out)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(out)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)

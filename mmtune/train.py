@@ -21,13 +21,13 @@ from mmtune.data.dataset import Collator, DataReport, Samples, TrainingSet, chec
 from mmtune.data.encode import check_chat_template
 from mmtune.errors import UserError
 from mmtune.evaluation.report import print_scores, write_report
-from mmtune.evaluation.run import as_json, evaluate, score, write_answers
+from mmtune.evaluation.run import as_json, check_questions, evaluate, score, write_answers
 from mmtune.model.checkpoint import save_checkpoint
 from mmtune.model.components import find_components
 from mmtune.model.load import UNTRAINED, load_base, resolve_base
 from mmtune.recipe import Recipe, check_files
 from mmtune.release.card import model_card
-from mmtune.run_directory import check_output_dir, peak_memory_mb, start_run
+from mmtune.run_directory import check_output_dir, new_run, peak_memory_mb
 from mmtune.training.callbacks import FrozenInputsStayFrozen, RecordMetrics, draw_loss_curve
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import apply_tuning, count_parameters, keeps_adapter, learning_rates, print_parameters
@@ -58,6 +58,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     data_report = DataReport(rows=len(samples))
     check_rows(samples, data_report, recipe.data.check_rows)
     data_report.stop_past(recipe.data.max_bad_fraction)
+    if recipe.evaluate:
+        check_questions(recipe.evaluate)
     arguments = training_arguments(recipe)
     set_seed(arguments.seed)
 
@@ -66,25 +68,24 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     check_chat_template(processor)
     components = find_components(model)
     model.to(arguments.device)
-    run = start_run(recipe, command, overwrite)
-    data_report.write(run.data_report)
-    figures: dict[str, Any] = {}
     before = None
-    if recipe.evaluate and recipe.evaluate.before:
-        before = evaluate(model, processor, recipe.evaluate)
-        write_answers(before, run.answers("before"))
-
-    # What trains.
     adapts = keeps_adapter(recipe.tune)
-    if adapts:
-        if recipe.model.base in (None, UNTRAINED):  # made here, so there is no directory yet for the adapter to name
-            save_checkpoint(model, processor, run.base)
-            model.name_or_path = str(run.base.resolve())
-        else:
-            model.name_or_path = resolve_base(recipe.model.base)
-    model = apply_tuning(model, components, recipe.tune)
-    counts = count_parameters(model, components, recipe.tune, arguments.learning_rate)
-    print_parameters(counts)
+    with new_run(recipe, command, overwrite) as run:
+        data_report.write(run.data_report)
+        if recipe.evaluate and recipe.evaluate.before:
+            before = evaluate(model, processor, recipe.evaluate)
+            write_answers(before, run.answers("before"))
+
+        # What trains.
+        if adapts:
+            if recipe.model.base in (None, UNTRAINED):  # made here, so there is no directory yet for the adapter to name
+                save_checkpoint(model, processor, run.base)
+                model.name_or_path = str(run.base.resolve())
+            else:
+                model.name_or_path = resolve_base(recipe.model.base)
+        model = apply_tuning(model, components, recipe.tune)
+        counts = count_parameters(model, components, recipe.tune, arguments.learning_rate)
+        print_parameters(counts)
 
     # Training.
     trainer = TuningTrainer(
@@ -105,14 +106,17 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
         trainer.train()
     finally:
         data_report.write(run.data_report)
-    figures["train_seconds"] = round(time.perf_counter() - start, 1)
+    train_seconds = round(time.perf_counter() - start, 1)
+    print(data_report.summary())
 
     # What comes out.
     out = run.adapter if adapts else run.model
     model.save_pretrained(out)
     processor.save_pretrained(out)
+    model.generation_config.save_pretrained(out)  # with the stop tokens of the chat template, which PEFT would not keep
     draw_loss_curve(run.metrics, run.loss_curve)
-    figures |= {
+    figures: dict[str, Any] = {
+        "train_seconds": train_seconds,
         "trainable_parameters": sum(count.trainable for count in counts),
         "total_parameters": sum(count.total for count in counts),
         "peak_memory_mb": peak_memory_mb(),
@@ -162,7 +166,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     }
     settings |= recipe.train
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             **settings,
             output_dir=os.path.join(recipe.output_dir, "checkpoints"),
             bf16=recipe.model.precision == "bf16",
@@ -173,6 +177,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"train: {error}") from error
+    if arguments.n_gpu > 1:  # the Trainer would wrap the model in DataParallel, which gathers losses that are already divided
+        raise UserError(f"this version trains on one GPU and sees {arguments.n_gpu}; choose one, as with CUDA_VISIBLE_DEVICES=0")
+    return arguments
 
 
 if __name__ == "__main__":

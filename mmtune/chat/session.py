@@ -14,6 +14,7 @@ from mmtune.data.encode import encode_prompt
 from mmtune.data.media import open_image
 from mmtune.data.message import Message
 from mmtune.errors import UserError
+from mmtune.model.compute import as_trained, to_model
 
 
 class ChatSession:
@@ -28,6 +29,8 @@ class ChatSession:
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int = 256) -> None:
         if not processor.chat_template:
             raise UserError("the model has no chat template, so it cannot be talked to")
+        if max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens {max_new_tokens}: an answer has at least one token")
         self._model = model
         self._processor = processor
         self._max_new_tokens = max_new_tokens
@@ -65,8 +68,8 @@ class ChatSession:
 
         def generate() -> None:
             try:
-                with torch.inference_mode():
-                    inputs = {key: value.to(self._model.device) for key, value in prompt.items()}
+                with torch.inference_mode(), as_trained(self._model):
+                    inputs = to_model(self._model, prompt)
                     self._model.generate(**inputs, max_new_tokens=self._max_new_tokens, do_sample=False, streamer=streamer)
             except BaseException as error:  # handed to the reader, who would otherwise wait for ever
                 failed.append(error)

@@ -91,11 +91,19 @@ class DataReport:
             UserError: when more rows are quarantined than the recipe allows, naming the first ten.
         """
         if len(self.quarantined) > max_bad_fraction * self.rows:
-            shown = "\n".join(f"  {fault.row}: {fault.field}: {fault.detail}" for fault in self.quarantined[:10])
             raise UserError(
                 f"{len(self.quarantined)} of {self.rows} rows cannot train, more than data.max_bad_fraction: "
-                f"{max_bad_fraction:g} allows:\n{shown}"
+                f"{max_bad_fraction:g} allows:\n{self.listing()}"
             )
+
+    def listing(self) -> str:
+        """The first ten quarantined rows, a line each."""
+        return "\n".join(f"  {fault.row}: {fault.field}: {fault.detail}" for fault in self.quarantined[:10])
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        counts = f"{self.rows:,} rows, {len(self.quarantined):,} quarantined, {len(self.dropped_over_length):,} dropped as too long"
+        return f"data: {counts}"
 
     def write(self, path: Path) -> None:
         """Write the report as JSON."""

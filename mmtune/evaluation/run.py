@@ -13,10 +13,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
-from mmtune.data.dataset import Samples, iterate_rows
+from mmtune.data.dataset import DataReport, Samples, check_rows, iterate_rows
 from mmtune.data.encode import collate, encode_prompt
 from mmtune.data.message import Sample, split_question, text_of
+from mmtune.errors import UserError
 from mmtune.evaluation.metrics import exact_match, final_answer, majority_accuracy, wilson_interval
+from mmtune.model.compute import as_trained, to_model
 from mmtune.recipe import EvaluateSection
 
 
@@ -56,7 +58,6 @@ def generate_answers(
         max_new_tokens: an answer is cut there.
         batch_size: questions answered at once; of equal length first, so that little is padded.
     """
-    device = next(model.parameters()).device
     tokenizer = processor.tokenizer
     modes = [(module, module.training) for module in model.modules()]  # a frozen tower may be in eval mode alone
     model.eval()
@@ -65,8 +66,8 @@ def generate_answers(
     for start in tqdm(range(0, len(order), batch_size), desc="answering", unit="batch", disable=None, leave=False):
         chosen = order[start : start + batch_size]
         prompts = [encode_prompt(samples[index].id, split_question(samples[index])[0], processor) for index in chosen]
-        batch = {key: value.to(device) for key, value in collate(prompts, tokenizer.pad_token_id, side="left").items()}
-        with torch.inference_mode():
+        batch = to_model(model, collate(prompts, tokenizer.pad_token_id, side="left"))
+        with torch.inference_mode(), as_trained(model):
             output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         answers.update(zip(chosen, texts, strict=True))
@@ -75,11 +76,24 @@ def generate_answers(
     return [answers[index] for index in range(len(samples))]
 
 
+def check_questions(section: EvaluateSection) -> None:
+    """Read every held-out row and its images' headers, with no model.
+
+    Raises:
+        UserError: naming the rows that cannot be asked. A figure over fewer questions than announced would be another figure.
+    """
+    samples = Samples(section.data)
+    report = DataReport(rows=len(samples))
+    check_rows(samples, report, len(samples))
+    if report.quarantined:
+        raise UserError(f"evaluate: {len(report.quarantined)} of {len(samples)} rows cannot be asked:\n{report.listing()}")
+
+
 def evaluate(model: nn.Module, processor: ProcessorMixin, section: EvaluateSection) -> list[Answer]:
     """Answer and score every question of the recipe's `evaluate` section.
 
     Raises:
-        RowError: a held-out row that cannot be read: a figure over fewer questions than announced would be another figure.
+        RowError: a held-out row that cannot be read.
     """
     samples = list(iterate_rows(Samples(section.data)))
     predictions = generate_answers(model, processor, samples, section.max_new_tokens, section.batch_size)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -12,37 +10,24 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mmtune.errors import UserError
+from mmtune.files import replaced_directory
 from mmtune.model.components import PEFT_PREFIX, find_components
+
+CHECKPOINT_MARK = "config.json"
+"""The file by which a directory is known to be a checkpoint."""
 
 
 def save_checkpoint(model: PreTrainedModel, processor: ProcessorMixin, out: Path, *, overwrite: bool = False) -> None:
     """Write a checkpoint that AutoModelForImageTextToText and AutoProcessor load with no mmtune.
 
-    It is written beside `out` under a temporary name and renamed when complete, so that `out` is never half a
-    checkpoint.
+    It is never half written: see `replaced_directory`.
 
     Raises:
         UserError: when `out` exists, unless `overwrite`.
     """
-    out = Path(out)
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists; give another directory, or overwrite it on purpose (--overwrite)")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        fresh, stale = scratch / "new", scratch / "old"
+    with replaced_directory(Path(out), overwrite, CHECKPOINT_MARK) as fresh:
         model.save_pretrained(fresh)
         processor.save_pretrained(fresh)
-        if out.exists():
-            out.rename(stale)
-        try:
-            fresh.rename(out)
-        except OSError:
-            if stale.exists():
-                stale.rename(out)
-            raise
-    finally:
-        shutil.rmtree(scratch)
 
 
 def load_projector(model: PreTrainedModel, path: Path) -> None:
@@ -85,7 +70,7 @@ def _projector_tensors(path: Path, projectors: list[str]) -> dict[str, torch.Ten
     """Projector tensors by their plain names. PEFT writes `base_model.model.` before them and, in some versions, the
     wrapper's `modules_to_save.` or `modules_to_save.ADAPTER.` inside; LLaVA checkpoints on the hub name them without `model.`."""
     tensors: dict[str, torch.Tensor] = {}
-    for file in _safetensors(path):
+    for file in weight_files(path):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - safe_open is no mapping
                 plain = _plain_name(key, projectors)
@@ -112,7 +97,12 @@ def _plain_name(key: str, projectors: list[str]) -> str | None:
     return None
 
 
-def _safetensors(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of an adapter, of a run that holds `adapter/`, or of a full checkpoint.
+
+    Raises:
+        UserError: for a path that is none of these.
+    """
     if not path.is_dir():
         raise UserError(f"projector: {path} is no directory; an adapter, a run or a checkpoint directory was looked for")
     for folder in (path, path / "adapter"):

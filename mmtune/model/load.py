@@ -5,21 +5,28 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from mmtune.builtin import tiny
 from mmtune.errors import UserError, nearest
 from mmtune.model.assemble import assemble
 from mmtune.model.chat_template import own_chat_template, resolve_chat_template, use_chat_template
-from mmtune.model.checkpoint import load_projector
-from mmtune.recipe import ModelSection
+from mmtune.model.checkpoint import load_projector, weight_files
+from mmtune.recipe import ModelSection, load_recipe
+from mmtune.run_directory import RunDirectory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 UNTRAINED = "builtin:tiny-llava-untrained"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BUILTIN = {"builtin:tiny-llava": tiny.TRAINED}
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def resolve_base(base: str) -> str:
@@ -55,24 +62,12 @@ def load_base(section: ModelSection, seed: int) -> tuple[PreTrainedModel, Proces
         UserError: parts that do not fit, a base without a chat template, or a checkpoint that is not there.
     """
     dtype = DTYPES[section.precision]
-    if section.base == UNTRAINED:
-        return tiny.build_untrained(seed)
-    if section.base is None:
-        assert section.vision is not None and section.language is not None  # the recipe holds this
-        model, processor = assemble(
-            section.vision,
-            section.language,
-            vision_feature_layer=section.vision_feature_layer,
-            vision_feature_select_strategy=section.vision_feature_select_strategy,
-            chat_template=section.chat_template,
-            dtype=dtype,
-            seed=seed,
-            trust_remote_code=section.trust_remote_code,
-        )
-        if section.projector is not None and section.projector.weights:
-            load_projector(model, Path(section.projector.weights))
+    if section.base in (None, UNTRAINED):
+        model, processor = _made_here(section, seed, dtype)
+        if section.attn_implementation is not None:
+            model.set_attn_implementation(section.attn_implementation)
         return model, processor
-    name = resolve_base(section.base)
+    name = resolve_base(str(section.base))
     processor, template = load_processor(name, section)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
@@ -84,6 +79,32 @@ def load_base(section: ModelSection, seed: int) -> tuple[PreTrainedModel, Proces
     except (OSError, ValueError) as error:
         raise UserError(f"model.base: cannot load {section.base}: {_reason(name, error)}") from error
     use_chat_template(model, processor, template)
+    return model, processor
+
+
+def _made_here(section: ModelSection, seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A model that is no checkpoint yet: assembled from parts, or the untrained built-in one."""
+    if section.base == UNTRAINED:
+        untrained, processor = tiny.build_untrained(seed)
+        if section.chat_template is not None:
+            use_chat_template(untrained, processor, resolve_chat_template(section.chat_template, processor.tokenizer))
+        return untrained.to(dtype), processor
+    assert section.vision is not None and section.language is not None  # the recipe holds this
+    weights = section.projector and section.projector.weights
+    if weights:
+        weight_files(Path(weights))  # refuses a wrong directory before the parts are loaded
+    model, processor = assemble(
+        section.vision,
+        section.language,
+        vision_feature_layer=section.vision_feature_layer,
+        vision_feature_select_strategy=section.vision_feature_select_strategy,
+        chat_template=section.chat_template,
+        dtype=dtype,
+        seed=seed,
+        trust_remote_code=section.trust_remote_code,
+    )
+    if weights:
+        load_projector(model, Path(weights))
     return model, processor
 
 
@@ -102,23 +123,70 @@ def load_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, st
     return processor, resolve_chat_template(section.chat_template, processor.tokenizer, image_token=processor.image_token)
 
 
-def load_trained(path: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load_trained(path: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
     """A model to ask: from a run directory, a PEFT adapter directory, or an ordinary checkpoint or hub id.
+
+    A run is loaded as its recipe says: precision, attention, and code of the checkpoint's own only if it was allowed.
 
     Args:
         path: the run, the adapter, or the model.
-        dtype: of the weights; None takes the checkpoint's own.
+        dtype: of the base's weights; None takes the run's, or else the checkpoint's own.
 
     Returns:
-        The model in eval mode, and its processor.
+        The model in eval mode on the CPU, and its processor.
+
+    Raises:
+        UserError: nothing there, a damaged file, or an adapter that does not fit its base.
     """
-    where = trained_part(path)
+    where, run = trained_part(path), RunDirectory(path)
+    settings: dict[str, Any] = {"dtype": dtype or "auto"}
+    if run.recipe.is_file():
+        section = load_recipe(run.recipe).model
+        settings = {"dtype": dtype or DTYPES[section.precision], "trust_remote_code": section.trust_remote_code}
+        settings["attn_implementation"] = section.attn_implementation
     try:
-        model = AutoModelForImageTextToText.from_pretrained(str(where), dtype=dtype or "auto")
-        processor = AutoProcessor.from_pretrained(str(where))
-    except (OSError, ValueError) as error:
+        processor = AutoProcessor.from_pretrained(str(where), trust_remote_code=settings.get("trust_remote_code", False))
+        if (where / ADAPTER_CONFIG).is_file():
+            return load_adapter(where, **settings).eval(), processor
+        model = AutoModelForImageTextToText.from_pretrained(str(where), **settings)
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load a model from {path}: {_reason(str(where), error)}") from error
     return model.eval(), processor
+
+
+def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
+    """A PEFT adapter on its base, every tensor of it.
+
+    Args:
+        adapter: its directory.
+        settings: for the base's `from_pretrained`.
+
+    Raises:
+        UserError: a base that is not there, or an adapter that is damaged, incomplete or made for another base.
+    """
+    base = base_of_adapter(adapter)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(base, **settings)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{adapter}: cannot load its base {base}: {_reason(base, error)}") from error
+    try:
+        tuned = PeftModel.from_pretrained(model, str(adapter))
+        found = {key for file in weight_files(adapter) for key in safe_open(file, framework="pt").keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{adapter}: cannot load the adapter: {error}") from error
+    # PEFT loads what is there, and warns of the rest.
+    expected = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
+    faults = {"missing": expected - found, "not the base's": {key for key in found - expected if not _is_embedding(key)}}
+    told = [f"{len(keys)} tensors {what} ({', '.join(sorted(keys)[:3])} ...)" for what, keys in faults.items() if keys]
+    if told:
+        raise UserError(f"{adapter}: not a whole adapter of its base: {'; '.join(told)}")
+    if (adapter / GENERATION_CONFIG_NAME).is_file():  # the base's own lacks the stop tokens of the training template
+        tuned.get_base_model().generation_config = GenerationConfig.from_pretrained(str(adapter))
+    return tuned
+
+
+def _is_embedding(key: str) -> bool:
+    return any(f".{name}." in f".{key}" for name in EMBEDDING_LAYER_NAMES)
 
 
 def trained_part(path: Path) -> Path:
@@ -141,16 +209,18 @@ def trained_part(path: Path) -> Path:
 
 
 def base_of_adapter(adapter: Path) -> str:
-    """The base that an adapter directory names.
+    """The base that an adapter directory names; the one beside it when that path is gone, as after moving a run.
 
     Raises:
         UserError: a directory without a readable `adapter_config.json`.
     """
-    file = adapter / "adapter_config.json"
+    file = adapter / ADAPTER_CONFIG
     try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        base = str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise UserError(f"{file}: not a readable adapter configuration: {error}") from error
+    beside = adapter.parent / "base"
+    return str(beside) if not Path(base).is_dir() and (beside / "config.json").is_file() else base
 
 
 def _reason(name: str, error: Exception) -> str:

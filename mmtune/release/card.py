@@ -69,10 +69,12 @@ def _merge(summary: dict[str, Any]) -> list[str]:
         return []
     return [
         "## Merge",
-        f"Compared with the adapter after loading back from disk, on {summary['merge_samples']} samples: largest logit "
-        f"difference {summary['merge_max_logit_difference']:.3g} (allowed: {summary['merge_tolerance']:g}), "
-        f"{summary['merge_same_answers']} of {summary['merge_samples']} greedy answers the same. Largest difference "
-        f"from the base: {summary['merge_difference_from_base']:.3g}.",
+        f"Weights in {summary['merge_dtype']}, compared with the adapter after loading back from disk, on "
+        f"{summary['merge_samples']} samples, computing in fp32: largest logit difference "
+        f"{summary['merge_max_logit_difference']:.3g}, mean {summary['merge_mean_logit_difference']:.3g}, KL divergence "
+        f"{summary['merge_kl']:.3g}, {summary['merge_same_answers']} of {summary['merge_samples']} greedy answers the same. "
+        f"Before rounding to {summary['merge_dtype']}: {summary['merge_fold_difference']:.3g} (allowed: "
+        f"{summary['merge_tolerance']:g}). Largest difference from the base: {summary['merge_difference_from_base']:.3g}.",
     ]
 
 

@@ -12,6 +12,7 @@ from transformers import ProcessorMixin
 from mmtune.data.encode import IGNORE_INDEX, encode_sample
 from mmtune.data.message import Sample
 from mmtune.evaluation.run import generate_answers
+from mmtune.model.compute import as_trained, to_model
 
 
 @dataclass(frozen=True)
@@ -28,26 +29,42 @@ class Observed:
     answers: list[str]
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How far two models' logits are apart: the largest and the mean absolute difference, and the mean KL divergence in nats
+    per predicted token. Infinite where a logit is not finite."""
+
+    largest: float
+    mean: float
+    kl: float
+
+
 def observe(model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], max_new_tokens: int) -> Observed:
-    """Logits of a model in eval mode where it answers, teacher-forced, and what it answers on its own."""
-    model.eval()
-    device = next(model.parameters()).device
-    logits = []
-    for sample in samples:
-        inputs = {key: value.to(device) for key, value in encode_sample(sample, processor).items()}
-        predicts = inputs.pop("labels")[0, 1:] != IGNORE_INDEX
-        with torch.inference_mode():
-            logits.append(model(**inputs).logits[0, :-1][predicts].float().cpu())
+    """Logits of a model in eval mode where it answers, and what it answers on its own."""
+    logits = answer_logits(model, processor, samples)
     return Observed(logits, generate_answers(model, processor, samples, max_new_tokens, batch_size=8))
 
 
-def largest_difference(one: Observed, other: Observed) -> float:
-    """The largest absolute difference of logits over all samples, positions and tokens; infinite when any is not finite."""
-    worst = 0.0
-    for a, b in zip(one.logits, other.logits, strict=True):
-        difference = (a - b).abs().max().item()
-        worst = max(worst, difference) if difference == difference else float("inf")
-    return worst
+def answer_logits(model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample]) -> list[torch.Tensor]:
+    """`Observed.logits`, teacher-forced, one sample at a time."""
+    model.eval()
+    logits = []
+    for sample in samples:
+        inputs = to_model(model, encode_sample(sample, processor))
+        predicts = inputs.pop("labels")[0, 1:] != IGNORE_INDEX
+        with torch.inference_mode(), as_trained(model):
+            logits.append(model(**inputs).logits[0, :-1][predicts].float().cpu())
+    return logits
+
+
+def compare(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
+    """The difference of `Observed.logits`, KL(one || other) over all samples and positions."""
+    a, b = torch.cat(list(one)).double(), torch.cat(list(other)).double()
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return Difference(float("inf"), float("inf"), float("inf"))
+    apart = (a - b).abs()
+    kl = nn.functional.kl_div(b.log_softmax(-1), a.log_softmax(-1), reduction="batchmean", log_target=True)
+    return Difference(apart.max().item(), apart.mean().item(), kl.item())
 
 
 def same_answers(one: Observed, other: Observed) -> int:

@@ -26,12 +26,16 @@ class RecordMetrics(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._start = self._last = time.perf_counter()
+        if state.is_world_process_zero:
+            self._path.touch()
         if state.is_world_process_zero and not args.disable_tqdm and sys.stderr.isatty():
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", dynamic_ncols=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
+        if state.global_step >= state.max_steps:  # the last loss is kept, whatever `logging_steps` divides
+            control.should_log = True
 
     def on_log(
         self,
@@ -94,7 +98,8 @@ def draw_loss_curve(metrics: Path, out: Path) -> None:
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.add_subplot()
-    axes.plot([r["step"] for r in records], [r["loss"] for r in records], color="#1f6feb", linewidth=1.5)
+    dot = "." if len(records) == 1 else None  # a line of one point would not be seen
+    axes.plot([r["step"] for r in records], [r["loss"] for r in records], color="#1f6feb", linewidth=1.5, marker=dot)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per supervised token")
     axes.set_ylim(bottom=0)

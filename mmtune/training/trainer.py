@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import Trainer
 
 from mmtune.data.dataset import DataReport
 from mmtune.data.encode import IGNORE_INDEX
+from mmtune.data.message import RowError
 from mmtune.errors import UserError
 
 
@@ -54,7 +56,6 @@ class TuningTrainer(Trainer):
         self._data_report = data_report
         self._max_bad_fraction = max_bad_fraction
         self._learning_rates = dict(learning_rates)
-        self._last_batch: dict[str, Any] | None = None
 
     def compute_loss(
         self,
@@ -79,27 +80,33 @@ class TuningTrainer(Trainer):
             for parameter in group["params"]:
                 by_rate.setdefault(rate_of.get(id(parameter), group["lr"]), []).append(parameter)
             groups += [{**group, "params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
-        optimizer.param_groups[:] = groups
+        # The Trainer logs the rate of the first group: let it be the run's own.
+        optimizer.param_groups[:] = sorted(groups, key=lambda group: group["lr"] != self.args.learning_rate)
         return optimizer
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
         """The next step's batches, with rows that failed counted and, past the recipe's bound, the run stopped."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         usable = []
-        for batch in batches:
+        for batch in islice(epoch_iterator, num_batches):
             for fault in batch.pop("faults"):
                 self._data_report.add(fault)
             self._data_report.stop_past(self._max_bad_fraction)
-            usable.append(batch if batch else self._without_labels())
-            self._last_batch = usable[-1]
+            usable.append(batch or self._unscored_batch())
         count = self._get_num_items_in_batch(usable, device)
         # A step whose every row was dropped scores nothing: its loss is 0 over 1 and not 0 over 0.
         return usable, count.clamp(min=1) if isinstance(count, torch.Tensor) else count
 
-    def _without_labels(self) -> dict[str, Any]:
-        """Stands in for a batch whose every row was dropped, so that the number of steps stays what was announced."""
-        if self._last_batch is None:
-            raise UserError("no row of the first batch can train; see data_report.json in the run directory")
-        return {**self._last_batch, "labels": torch.full_like(self._last_batch["labels"], IGNORE_INDEX)}
+    def _unscored_batch(self) -> dict[str, Any]:
+        """Stands in for a batch whose every row was dropped, so that the number of steps stays what was announced.
+
+        It is the first row that can be encoded, with no position supervised.
+        """
+        rows = (self.train_dataset[index] for index in range(len(self.train_dataset)))
+        usable = next((row for row in rows if not isinstance(row, RowError)), None)
+        if usable is None:
+            raise UserError("no row can train: every one was dropped or quarantined; see data_report.json in the run directory")
+        batch: dict[str, Any] = self.data_collator([{**usable, "labels": torch.full_like(usable["labels"], IGNORE_INDEX)}])
+        del batch["faults"]
+        return batch

@@ -21,6 +21,10 @@ def test_an_existing_directory_is_only_replaced_on_purpose(llava: tuple[Any, Any
     with pytest.raises(UserError, match="out exists"):
         save_checkpoint(*llava, out)
     assert (out / "keep").read_text() == "mine"
+    with pytest.raises(UserError, match="out is not what would be written there"):
+        save_checkpoint(*llava, out, overwrite=True)
+    assert (out / "keep").read_text() == "mine"
+    (out / "config.json").write_text("{}")  # now it looks like an earlier checkpoint
     save_checkpoint(*llava, out, overwrite=True)
     assert not (out / "keep").exists() and (out / "config.json").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

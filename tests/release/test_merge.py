@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtune.data.encode import encode_sample
 from mmtune.errors import CheckFailed, UserError
+from mmtune.model.load import base_of_adapter, load_trained
 from mmtune.recipe import Recipe
 from mmtune.release.merge import merge, parity_samples
 from mmtune.run_directory import RunDirectory
@@ -34,6 +36,17 @@ def run(make_recipe: Callable[..., Recipe]) -> RunDirectory:
 def change_adapter(run: RunDirectory, change: Callable[[torch.Tensor], torch.Tensor], only: str) -> None:
     file = run.adapter / "adapter_model.safetensors"
     save_file({key: change(value) if only in key else value for key, value in load_file(file).items()}, file)
+
+
+def restore_projector(run: RunDirectory, base: Path | str) -> None:
+    """Give the adapter the base's own projector."""
+    original = load_file(Path(base) / "model.safetensors")
+    file = run.adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key in tensors:
+        if "multi_modal_projector" in key:
+            tensors[key] = original["multi_modal_projector" + key.split("multi_modal_projector")[1]].float()
+    save_file(tensors, file)
 
 
 def test_merged_weights_equal_pefts_own_merge(run: RunDirectory, base: Path, tmp_path: Path) -> None:
@@ -108,13 +121,7 @@ print(json.dumps({"text": text, "logits": logits.tolist()}))
 
 def test_a_merge_that_changes_nothing_fails(run: RunDirectory, tmp_path: Path, base: Path) -> None:
     change_adapter(run, torch.zeros_like, only="lora_B")
-    projector = load_file(base / "model.safetensors")
-    file = run.adapter / "adapter_model.safetensors"
-    tensors = load_file(file)
-    for key in tensors:
-        if "multi_modal_projector" in key:
-            tensors[key] = projector["multi_modal_projector" + key.split("multi_modal_projector")[1]]
-    save_file(tensors, file)
+    restore_projector(run, base)
     with pytest.raises(CheckFailed, match="equals the base"):
         merge(run.path, tmp_path / "out", count=2)
     assert not (tmp_path / "out").exists()
@@ -140,6 +147,71 @@ def test_a_merge_that_differs_fails_and_leaves_the_old_release(
     with pytest.raises(CheckFailed, match="differs from the adapter"):
         merge(run.path, tmp_path / "new", count=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml", "run"]
+
+
+def test_a_half_adapter_is_refused(run: RunDirectory, tmp_path: Path) -> None:
+    file = run.adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({key: value for key, value in tensors.items() if "layers.3" not in key}, file)
+    with pytest.raises(UserError, match=r"not a whole adapter of its base: 14 tensors missing \(.*layers\.3"):
+        merge(run.path, tmp_path / "out", count=2)
+    save_file({**tensors, "base_model.model.stray.lora_A.weight": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match=r"1 tensors not the base's"):
+        load_trained(run.path)
+
+
+def test_a_merge_never_replaces_what_it_needs_or_what_is_no_checkpoint(
+    make_recipe: Callable[..., Recipe], base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "models" / "base")
+    recipe = make_recipe("train.max_steps=1", f"model.base={tmp_path / 'models' / 'base'}")
+    train(recipe, ["test"])
+    run = Path(recipe.output_dir)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("it was a dark night")
+    for out, reason in [
+        (run, "holds .*run, which is needed"),
+        (tmp_path / "models" / "base", "holds .*base, which is needed"),
+        (tmp_path / "models", "holds .*base, which is needed"),
+        (tmp_path / "thesis", "has no config.json.*, so --overwrite leaves it alone"),
+    ]:
+        before = sorted(path for path in tmp_path.rglob("*"))
+        with pytest.raises(UserError, match=reason):
+            merge(run, out, overwrite=True, count=2)
+        assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_half_precision_is_folded_exactly_and_its_rounding_is_held(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe("model.precision=bf16", "train.max_steps=6")
+    train(recipe, ["test"])
+    run = RunDirectory(Path(recipe.output_dir))
+    parity = merge(run.path, tmp_path / "out", count=4)
+    assert parity.merge_dtype == "bf16"
+    assert parity.merge_fold_difference < 1e-4 < parity.merge_mean_logit_difference
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+
+    real = LoraModel.merge_and_unload
+
+    def too_much(self: LoraModel, *args: object, **kwargs: object) -> torch.nn.Module:
+        for module in self.modules():
+            if isinstance(module, LoraLayer):
+                module.scaling = {name: 1.3 * value for name, value in module.scaling.items()}
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraModel, "merge_and_unload", too_much)
+        with pytest.raises(CheckFailed, match="differs from the adapter"):
+            merge(run.path, tmp_path / "wrong", count=4)
+    # An adapter as small as the rounding of the weights is lost in bf16, and that is said.
+    change_adapter(run, lambda tensor: tensor * 1e-3, only="lora_B")
+    restore_projector(run, base_of_adapter(run.adapter))
+    with pytest.raises(CheckFailed, match="rounding the merged model to bf16"):
+        merge(run.path, tmp_path / "lost", count=4)
+    assert not (tmp_path / "wrong").exists()
+    assert not (tmp_path / "lost").exists()
 
 
 def test_user_mistakes(run: RunDirectory, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mmtune.data.dataset import Collator, DataReport, Samples, TrainingSet
 from mmtune.data.encode import collate, encode_sample
 from mmtune.errors import CheckFailed, UserError
+from mmtune.evaluation.run import evaluate, read_answers
 from mmtune.model.components import find_components
+from mmtune.model.load import load_trained
 from mmtune.recipe import Recipe
+from mmtune.release.merge import merge
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train, training_arguments
 from mmtune.training.callbacks import FrozenInputsStayFrozen
@@ -203,3 +207,107 @@ def test_the_longest_allowed_sample_trains_and_one_more_token_does_not(make_reci
         train(make_recipe(f"data.max_tokens={longest - 1}", f"output_dir={recipe.output_dir}2"), ["test"])
     dropped = make_recipe(f"data.max_tokens={longest - 1}", "data.over_length=drop_sample", f"output_dir={recipe.output_dir}3")
     assert train(dropped, ["test"])["dropped_over_length"] == lengths.count(longest)
+
+
+def test_a_first_batch_of_bad_rows_and_accumulated_ones_are_survived(
+    make_recipe: Callable[..., Recipe], rows: Path, tmp_path: Path
+) -> None:
+    path = bad_rows(rows, tmp_path, *range(6))
+    recipe = make_recipe(
+        f"data.train.0.path={path}",
+        "data.train.0.media_root=/",
+        "data.max_bad_fraction=0.5",
+        "train.max_steps=6",
+        "train.per_device_train_batch_size=1",
+        "train.gradient_accumulation_steps=2",
+        "train.train_sampling_strategy=sequential",  # the first three steps hold bad rows only
+    )
+    assert train(recipe, ["test"])["quarantined"] == 6
+    losses = [json.loads(line)["loss"] for line in RunDirectory(Path(recipe.output_dir)).metrics.read_text().splitlines()]
+    assert losses[:3] == [0, 0, 0]
+    assert min(losses[3:]) > 0
+
+
+def test_a_run_shorter_than_its_logging_keeps_the_last_loss(make_recipe: Callable[..., Recipe]) -> None:
+    for number, setting in enumerate(("train.logging_steps=100", "train.logging_strategy='no'")):
+        recipe = make_recipe(setting, f"output_dir={{}}{number}".format(make_recipe().output_dir))
+        train(recipe, ["test"])
+        run = RunDirectory(Path(recipe.output_dir))
+        assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [3]
+        assert run.loss_curve.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_logged_rate_is_the_runs_own(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe("train.lr_scheduler_type=constant", "tune.projector.learning_rate=0.125", "train.learning_rate=0.03125")
+    train(recipe, ["test"])
+    lines = RunDirectory(Path(recipe.output_dir)).metrics.read_text().splitlines()
+    assert {json.loads(line)["learning_rate"] for line in lines} == {0.03125}
+
+
+def test_an_earlier_run_outlives_a_failed_start(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make_recipe("train.max_steps=1")
+    train(recipe, ["first"])
+    before = {path: path.read_bytes() for path in Path(recipe.output_dir).rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="matches no module"):
+        train(make_recipe("tune.language.target_modules=[nonsense]"), ["second"], overwrite=True)
+    assert {path: path.read_bytes() for path in Path(recipe.output_dir).rglob("*") if path.is_file()} == before
+    elsewhere = f"output_dir={tmp_path / 'new'}"
+    with pytest.raises(UserError, match="matches no module"):
+        train(make_recipe("tune.language.target_modules=[nonsense]", elsewhere), ["third"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml", "run"]
+
+
+def test_a_run_does_not_replace_what_it_starts_from(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make_recipe("train.max_steps=1", "tune.language=full", "tune.vision=full")
+    train(recipe, ["test"])
+    run = RunDirectory(Path(recipe.output_dir))
+    with pytest.raises(UserError, match=r"output_dir: .* holds .*model, which is needed"):
+        train(make_recipe(f"model.base={run.model}"), ["test"], overwrite=True)
+    assert run.model.is_dir()
+
+
+def test_half_precision_trains_answers_and_loads(make_recipe: Callable[..., Recipe], rows: Path) -> None:
+    recipe = make_recipe(
+        "model.precision=bf16",
+        f"evaluate={{data: [{{path: {rows}, template: llava}}], max_new_tokens: 4}}",
+        "train.activation_checkpointing=true",
+    )
+    assert train(recipe, ["test"])["questions"] == 12
+    model, processor = load_trained(Path(recipe.output_dir))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+    assert recipe.evaluate is not None
+    answers = [answer.prediction for answer in evaluate(model, processor, recipe.evaluate)]
+    assert answers == [a.prediction for a in read_answers(RunDirectory(Path(recipe.output_dir)).answers("after"))]
+
+
+def test_stop_tokens_are_kept_with_the_adapter(make_recipe: Callable[..., Recipe], base: Path, tmp_path: Path) -> None:
+    silent = tmp_path / "base"
+    shutil.copytree(base, silent)
+    config = json.loads((silent / "generation_config.json").read_text())
+    stop = config.pop("eos_token_id")
+    (silent / "generation_config.json").write_text(json.dumps(config))
+    recipe = make_recipe(f"model.base={silent}")
+    train(recipe, ["test"])
+    model, _ = load_trained(Path(recipe.output_dir))
+    assert stop in model.generation_config.eos_token_id
+    merge(Path(recipe.output_dir), tmp_path / "out", count=2)
+    assert stop in json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+
+
+def test_a_run_may_move_with_the_base_it_assembled(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make_recipe("model.base=builtin:tiny-llava-untrained", "train.max_steps=1")
+    train(recipe, ["test"])
+    Path(recipe.output_dir).rename(tmp_path / "moved")
+    model, _ = load_trained(tmp_path / "moved")
+    assert model.get_base_model().config.model_type == "llava"
+
+
+def test_held_out_rows_are_read_before_weights(make_recipe: Callable[..., Recipe], rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty_base").mkdir()  # loading it would be another error
+    made = json.loads(rows.read_text())
+    made[3]["image"] = "gone.png"
+    spoilt = rows.parent / "held_out.json"
+    spoilt.write_text(json.dumps(made))
+    section = f"evaluate={{data: [{{path: {spoilt}, template: llava}}]}}"
+    with pytest.raises(UserError, match=r"evaluate: 1 of 12 rows cannot be asked:\n  held_out\.json\[3\]: image: no such file"):
+        train(make_recipe(section, f"model.base={tmp_path / 'empty_base'}"), ["test"])

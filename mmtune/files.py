@@ -1,0 +1,74 @@
+"""Files and directories that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mmtune.errors import UserError
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that a reader sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def check_replaceable(out: Path, overwrite: bool, mark: str, keep: Sequence[Path] = ()) -> None:
+    """Refuse a destination that must not be written.
+
+    Args:
+        out: where a directory will go.
+        overwrite: whether an earlier one may be replaced.
+        mark: the file by which an earlier one is known; any other directory with something in it is left alone.
+        keep: paths that are needed still, and so must not be at `out` or in it.
+
+    Raises:
+        UserError: with the reason.
+    """
+    if not out.exists():
+        return
+    for path in keep:
+        if path.exists() and path.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{out} holds {path}, which is needed; give another path")
+    if not overwrite:
+        raise UserError(f"{out} exists; give another path, or --overwrite to replace it")
+    if not out.is_dir() or (not (out / mark).is_file() and any(out.iterdir())):
+        raise UserError(f"{out} is not what would be written there (it has no {mark}), so --overwrite leaves it alone")
+
+
+@contextlib.contextmanager
+def replaced_directory(out: Path, overwrite: bool, mark: str, keep: Sequence[Path] = ()) -> Iterator[Path]:
+    """A temporary directory beside `out` that takes its name when the block ends well, and goes when it does not.
+
+    The arguments are those of `check_replaceable`. What was at `out` stays whole until then, and comes back if the
+    renaming fails.
+
+    Raises:
+        UserError: as `check_replaceable`; or the directory beside `out` cannot be made.
+    """
+    check_replaceable(out, overwrite, mark, keep)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
+    try:
+        fresh, stale = scratch / "new", scratch / "old"
+        fresh.mkdir()  # mkdtemp's own directory is closed to other users
+        yield fresh
+        if out.exists():
+            out.rename(stale)
+        try:
+            fresh.rename(out)
+        except OSError:
+            if stale.exists():
+                stale.rename(out)
+            raise
+    finally:
+        shutil.rmtree(scratch)
