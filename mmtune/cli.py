@@ -79,10 +79,21 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
 
     verb = _verb(verbs, "merge", _merge, "fold a run's adapter into its base and prove the result")
-    verb.add_argument("model", metavar="RUN", help="the run directory")
+    verb.add_argument("model", metavar="RUN", nargs="?", help="the run directory; none with --adapter")
     verb.add_argument("out", metavar="OUT", help="where the merged model goes")
     verb.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     verb.add_argument("--samples", type=int, default=32, help="samples to compare on (default 32)")
+    verb.add_argument("--adapter", action="append", metavar="RUN:WEIGHT", help="add several runs' changes; repeat it")
+    verb.add_argument("--dtype", choices=("fp32", "bf16"), help="of the released weights (default: the run's)")
+    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default 5GB)")
+    verb.add_argument("--quantize", choices=("int8", "nf4"), help="write a quantized release too, as OUT-int8 or OUT-nf4")
+    verb.add_argument("--keep-adapter", action="store_true", help="release the adapter beside its base, unmerged")
+
+    verb = _verb(verbs, "push", _push, "show what a release would upload to the hub, and upload it with --upload")
+    verb.add_argument("release", metavar="RELEASE", help="what `mmtune merge` wrote")
+    verb.add_argument("repository", metavar="OWNER/NAME", help="on the hub")
+    verb.add_argument("--upload", action="store_true", help="upload; without it nothing leaves this machine")
+    verb.add_argument("--public", action="store_true", help="a new repository is public")
 
     verb = _verb(verbs, "chat", _chat, "talk to a run or a model")
     verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run directory, an adapter, a checkpoint or a hub id")
@@ -159,14 +170,48 @@ def _eval(arguments: argparse.Namespace) -> Any:
 
 
 def _merge(arguments: argparse.Namespace) -> Any:
-    from mmtune.release.merge import merge
+    from mmtune.release.merge import Form, combine, keep_adapter, merge
 
-    parity = merge(Path(arguments.model), Path(arguments.out), overwrite=arguments.overwrite, count=arguments.samples)
+    out = Path(arguments.out)
+    shared = {"overwrite": arguments.overwrite, "count": arguments.samples}
+    form = Form(arguments.dtype, arguments.max_shard_size, arguments.quantize)
+    if (arguments.model is None) == (arguments.adapter is None):
+        raise UserError("give one RUN, or --adapter RUN:WEIGHT for each of several")
+    if arguments.keep_adapter:
+        if arguments.adapter or form != Form():
+            raise UserError("--keep-adapter releases one RUN as it is: no --adapter, --dtype, --max-shard-size, --quantize")
+        figures = keep_adapter(Path(arguments.model), out, **shared)
+        print(f"released: {out}: the adapter beside its base, {figures['same_answers']} of {figures['samples']} answers the same")
+        return figures
+    if arguments.adapter:
+        parity = combine([_weighted(text) for text in arguments.adapter], out, form=form, **shared)
+    else:
+        parity = merge(Path(arguments.model), out, form=form, **shared)
     print(
-        f"merged: {arguments.out}: largest logit difference {parity.merge_max_logit_difference:.2g} on {parity.merge_samples} "
+        f"merged: {out}: largest logit difference {parity.merge_max_logit_difference:.2g} on {parity.merge_samples} "
         f"samples, {parity.merge_same_answers} greedy answers the same"
     )
+    for name, apart in (("as trained, quantized", parity.trained), (f"{out}-{form.quantize}", parity.quantized)):
+        if apart:
+            print(
+                f"{name}: largest logit difference {apart['max_logit_difference']:.2g} from the merged model, "
+                f"{apart['same_answers']} greedy answers the same"
+            )
     return asdict(parity)
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    path, _, weight = text.rpartition(":")
+    try:
+        return Path(path or text), float(weight) if path else 1.0
+    except ValueError as error:
+        raise UserError(f"--adapter {text}: expected RUN:WEIGHT, such as runs/a:0.7") from error
+
+
+def _push(arguments: argparse.Namespace) -> Any:
+    from mmtune.release.push import push
+
+    return push(Path(arguments.release), arguments.repository, upload=arguments.upload, private=not arguments.public)
 
 
 def _chat(arguments: argparse.Namespace) -> Any:

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from mmtune.errors import UserError
 
 
@@ -70,5 +72,9 @@ def replaced_directory(out: Path, overwrite: bool, mark: str, keep: Sequence[Pat
             if stale.exists():
                 stale.rename(out)
             raise
+    except (OSError, SafetensorError) as error:
+        if "No space left" in str(error) or "quota" in str(error).lower():
+            raise UserError(f"cannot write {out}: the disk is full; nothing was changed") from error
+        raise
     finally:
         shutil.rmtree(scratch)

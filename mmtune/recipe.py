@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from mmtune.errors import UserError
-from mmtune.recipe_arguments import Settings, lora_arguments, training_arguments
+from mmtune.methods.table import METHODS
+from mmtune.recipe_arguments import Settings, method_arguments, training_arguments
 from mmtune.recipe_sections import (
     BUILTIN_BASES,
     ComponentTuning,
@@ -98,18 +99,7 @@ def recipe_schema() -> dict[str, Any]:
     """The recipe's JSON schema (draft 2020-12), with TrainingArguments' and LoraConfig's names, for editors."""
     schema = Recipe.model_json_schema(mode="validation")
     definitions = schema["$defs"]
-    tuning = definitions.pop("ComponentTuning")["properties"]
-    rate = tuning["learning_rate"]
-    for name, prop in definitions["TuneSection"]["properties"].items():
-        methods = ["frozen", "full", "lora"] if name == "language" else ["frozen", "full"]
-        method = {"description": tuning["method"]["description"], "enum": methods}
-        borrowed = lora_arguments().json_schema() if name == "language" else {}
-        mapping = {"method": method, "learning_rate": rate, **borrowed}
-        definitions["TuneSection"]["properties"][name] = {
-            "description": prop["description"],
-            "anyOf": [{"enum": methods}, _closed(mapping)],
-            "default": {"vision": "frozen", "projector": "full", "language": "lora"}[name],
-        }
+    _spell_out_methods(definitions)
     projector = definitions["ModelSection"]["properties"]["projector"]
     projector["anyOf"].insert(0, {"enum": ["mlp"]})
     definitions["ModelSection"]["oneOf"] = [
@@ -122,6 +112,35 @@ def recipe_schema() -> dict[str, Any]:
         **_closed(training_arguments().json_schema()),
     }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "mmtune recipe"}
+
+
+def _spell_out_methods(definitions: dict[str, Any]) -> None:
+    """A component takes a method's name, or a mapping that holds that method's settings."""
+    own = definitions.pop("ComponentTuning")["properties"]
+    rate = {"learning_rate": own["learning_rate"]}
+    plain = {
+        "frozen": {},
+        "full": {
+            **rate,
+            "target_modules": {
+                "description": "Only these modules; null trains the whole component.",
+                "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+            },
+        },
+    }
+    borrowed = {name: {**rate, **method_arguments(name).json_schema()} for name in METHODS}
+    borrowed["lora"]["loraplus_lr_ratio"] = own["loraplus_lr_ratio"]
+    for name, properties in {**plain, **borrowed}.items():
+        about = METHODS[name].about if name in METHODS else own["method"]["description"]
+        definitions[f"tune_{name}"] = {
+            "description": about,
+            **_closed({"method": {"const": name, "description": own["method"]["description"]}, **properties}),
+        }
+    for component, default in {"vision": "frozen", "projector": "full", "language": "lora"}.items():
+        names = [*plain, *(name for name in METHODS if component == "language" or METHODS[name].kind == "layers")]
+        kinds = [{"$ref": f"#/$defs/tune_{name}", **({} if name == default else {"required": ["method"]})} for name in names]
+        definitions["TuneSection"]["properties"][component] |= {"anyOf": [{"enum": names}, *kinds], "default": default}
+        definitions["TuneSection"]["properties"][component].pop("$ref", None)
 
 
 def _closed(properties: dict[str, Any]) -> dict[str, Any]:

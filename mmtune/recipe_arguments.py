@@ -23,27 +23,30 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError, WithJsonSchem
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mmtune.errors import nearest
+from mmtune.methods.table import METHODS
 
-_LORA_OWNED = {
-    "task_type": "mmtune sets it",
-    "peft_type": "the method names it",
-    "auto_mapping": "mmtune sets it",
-    "peft_version": "PEFT records it",
-    "base_model_name_or_path": "give the base with model.base",
-    "revision": "PEFT records it",
-    "inference_mode": "mmtune sets it",
-    "modules_to_save": "give tune.projector or tune.vision the method full, and they are saved with the adapter",
-    "runtime_config": "it holds for one process and is not saved with the adapter",
-    "megatron_config": "mmtune does not run Megatron models",
-    "megatron_core": "mmtune does not run Megatron models",
+
+def _family(pattern: str) -> Any:
+    stem = pattern.partition("[")[0]
+
+    def check(value: str) -> str:
+        if not re.fullmatch(rf"{re.escape(stem)}[0-9]+", value):
+            raise ValueError(f"not {stem}N")
+        return value
+
+    return Annotated[str, AfterValidator(check), WithJsonSchema({"type": "string", "pattern": f"^{stem}[0-9]+$"})]
+
+
+_BOUNDS: dict[str, Any] = {
+    **dict.fromkeys(("r", "init_r", "target_r", "oft_block_size", "boft_block_size", "bottleneck_size"), Annotated[int, Ge(1)]),
+    **dict.fromkeys(("num_virtual_tokens", "adapter_len", "encoder_hidden_size"), Annotated[int, Ge(1)]),
+    **dict.fromkeys(("lora_alpha", "alpha"), Annotated[int, Gt(0)]),
+    **dict.fromkeys(("lora_dropout", "bottleneck_dropout", "module_dropout", "boft_dropout"), Annotated[float, Ge(0), Lt(1)]),
+    **dict.fromkeys(("vera_dropout", "rank_dropout", "miss_dropout", "encoder_dropout"), Annotated[float, Ge(0), Lt(1)]),
+    **dict.fromkeys(("target_modules", "feedforward_modules"), list[str] | str),
+    "init_lora_weights": bool | Literal["gaussian", "eva", "olora", "pissa", "lora_ga"] | _family("pissa_niter_[n]"),
 }
-_LORA_BOUNDS: dict[str, Any] = {
-    "r": Annotated[int, Ge(1)],
-    "lora_alpha": Annotated[int, Gt(0)],
-    "lora_dropout": Annotated[float, Ge(0), Lt(1)],
-    "target_modules": list[str] | str,
-}
-_LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+"""Tighter than the dataclasses say. OFT's `r` of 0 means "by block size", and is what it is when not given."""
 
 _EVALUATE = "mmtune evaluates before and after tuning, not during it; give the evaluate section"
 _UPLOAD = "mmtune does not upload; push the finished directory yourself"
@@ -161,12 +164,11 @@ def shown(value: object) -> str:
 
 
 @functools.cache
-def lora_arguments() -> Arguments:
-    """What `tune.language` may hold for `method: lora`: PEFT's LoraConfig, less what mmtune owns."""
-    from peft import LoraConfig
-
+def method_arguments(name: str) -> Arguments:
+    """What a component may hold beside `method: NAME`: the PEFT configuration's fields, less what mmtune owns."""
+    method = METHODS[name]
     # LoraConfig makes its nested configurations from mappings itself.
-    return _arguments(LoraConfig, _LORA_OWNED, {}, _LORA_DEFAULTS, _LORA_BOUNDS, nested=True)
+    return _arguments(method.config_class(), dict(method.refused), {}, method.settings(), _BOUNDS, nested=True)
 
 
 @functools.cache
@@ -240,17 +242,6 @@ def _mapping_of(config: Any) -> Any:
     properties = {name: {"description": f"See {config.__name__}."} for name in names}
     schema = {"type": "object", "properties": properties, "additionalProperties": False}
     return Annotated[dict[str, Any], AfterValidator(check), WithJsonSchema(schema)]
-
-
-def _family(pattern: str) -> Any:
-    stem = pattern.partition("[")[0]
-
-    def check(value: str) -> str:
-        if not re.fullmatch(rf"{re.escape(stem)}[0-9]+", value):
-            raise ValueError(f"not {stem}N")
-        return value
-
-    return Annotated[str, AfterValidator(check), WithJsonSchema({"type": "string", "pattern": f"^{stem}[0-9]+$"})]
 
 
 _WORDS = {

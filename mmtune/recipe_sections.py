@@ -23,7 +23,8 @@ from pydantic import (
 )
 
 from mmtune.errors import nearest
-from mmtune.recipe_arguments import Fault, Settings, fault, lora_arguments, shown, training_arguments
+from mmtune.methods.table import METHODS, refusal
+from mmtune.recipe_arguments import Fault, Settings, fault, method_arguments, shown, training_arguments
 from mmtune.recipe_yaml import dump_yaml
 
 BUILTIN_BASES = ("builtin:tiny-llava", "builtin:tiny-llava-untrained")
@@ -126,7 +127,11 @@ class ModelSection(Section):
     chat_template: Text | None = Field(
         default=None, description="A shipped chat template's name or a .jinja file; null takes the checkpoint's own."
     )
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="The weights' dtype while training.")
+    precision: Literal["fp32", "bf16", "int8", "nf4"] = Field(
+        default="fp32",
+        description="The base's weights while training. int8 and nf4 quantize the language model's layers and keep the rest in "
+        "bf16; what trains is fp32.",
+    )
     trust_remote_code: StrictBool = Field(default=False, description="Run Python code that comes with a checkpoint.")
     attn_implementation: Text | None = Field(
         default=None, description="transformers' attn_implementation (sdpa, eager, ...); null: transformers chooses."
@@ -152,9 +157,6 @@ class ModelSection(Section):
             faults.append(fault(parts[0], f"{other} is missing; a model is assembled from both"))
         elif given.get("projector") is None:
             given["projector"] = "mlp"
-        if given.get("precision") in ("int8", "nf4"):
-            later = given.pop("precision")
-            faults.append(fault("precision", f"{later} is not supported yet; expected 'fp32' or 'bf16'"))
         return given, faults
 
     @model_serializer(mode="wrap")
@@ -165,12 +167,15 @@ class ModelSection(Section):
 
 
 class ComponentTuning(Section):
-    """How one component is tuned. In a recipe a method name alone, or a mapping with PEFT's names beside `method`."""
+    """How one component is tuned. In a recipe a method's name alone, or a mapping with PEFT's names beside `method`."""
 
     _expected: ClassVar[str] = "a method's name or a mapping"
-    method: Literal["frozen", "full", "lora"] = Field(description="frozen, full (all weights), or lora (language).")
+    method: Text = Field(description="frozen, full (its own weights), or one of `mmtune methods`.")
     learning_rate: Annotated[StrictFloat, Field(gt=0)] | None = Field(
-        default=None, description="This component's own learning rate; null takes train.learning_rate."
+        default=None, description="This component's own learning rate; null takes train.learning_rate, or else the method's."
+    )
+    loraplus_lr_ratio: Annotated[StrictFloat, Field(gt=0)] | None = Field(
+        default=None, description="LoRA+ (arXiv 2402.12354): how many times faster B learns than A. lora only."
     )
     settings: BorrowedSettings = Field(default_factory=Settings, description="PEFT's settings of the method, by its names.")
 
@@ -181,15 +186,31 @@ class ComponentTuning(Section):
         if not isinstance(given, dict):
             return given, []
         method = given.get("method")
-        own = {name: value for name, value in given.items() if name in ("method", "learning_rate")}
+        own_names = ("method", "learning_rate", *(("loraplus_lr_ratio",) if method == "lora" else ()))
+        own = {name: value for name, value in given.items() if name in own_names}
         borrowed = {name: value for name, value in given.items() if name not in own}
-        if method == "lora":
-            settings, faults = lora_arguments().check(borrowed, also_valid=("method", "learning_rate"))
+        if isinstance(method, str) and method in METHODS:
+            settings, faults = method_arguments(method).check(borrowed, also_valid=own_names)
+            faults += [
+                fault(name, f"{shown(value)} is refused: {METHODS[method].values[name, value]}")
+                for name, value in borrowed.items()
+                if isinstance(value, str) and (name, value) in METHODS[method].values
+            ]
             return own | {"settings": Settings(settings)}, faults
         faults = []
-        for name in borrowed if method in ("frozen", "full") else ():
-            known = name in lora_arguments().arguments
-            unknown = f"unknown key{nearest(name, ('method', 'learning_rate'))}"
+        if method not in ("frozen", "full") and method is not None:
+            valid = ("frozen", "full", *METHODS)
+            hint = nearest(method, valid) if isinstance(method, str) else ""
+            faults.append(fault("method", f"expected frozen, full or a method of `mmtune methods`, got {shown(method)}{hint}"))
+            return {"method": "frozen"}, faults
+        if method == "full" and "target_modules" in borrowed:
+            value = borrowed.pop("target_modules")
+            if not (isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))):
+                faults.append(fault("target_modules", f"expected a string or a list of strings, got {shown(value)}"))
+            own["settings"] = Settings({"target_modules": value})
+        for name in borrowed:
+            known = any(name in method_arguments(other).arguments for other in METHODS)
+            unknown = f"unknown key{nearest(name, own_names)}"
             faults.append(fault(name, f"means nothing with method: {method}" if known else unknown))
         if method == "frozen" and own.get("learning_rate") is not None:
             faults.append(fault("learning_rate", "a frozen component has no learning rate"))
@@ -197,39 +218,66 @@ class ComponentTuning(Section):
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        rate = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
-        return {"method": self.method, **rate, **self.settings}
+        own = {"learning_rate": self.learning_rate, "loraplus_lr_ratio": self.loraplus_lr_ratio}
+        return {"method": self.method, **{name: value for name, value in own.items() if value is not None}, **self.settings}
 
 
 class TuneSection(Section):
     """What trains, component by component."""
 
-    vision: ComponentTuning = Field(default=ComponentTuning(method="frozen"), description="The vision encoder: frozen, full.")
-    projector: ComponentTuning = Field(default=ComponentTuning(method="full"), description="The projector: frozen, full.")
+    vision: ComponentTuning = Field(default=ComponentTuning(method="frozen"), description="The vision encoder.")
+    projector: ComponentTuning = Field(default=ComponentTuning(method="full"), description="The projector.")
     language: ComponentTuning = Field(
-        default_factory=lambda: ComponentTuning.model_validate("lora"),
-        description="The language model: frozen, full, or lora with LoraConfig's own names (r, lora_alpha, ...).",
+        default_factory=lambda: ComponentTuning.model_validate("lora"), description="The language model."
     )
 
     @classmethod
     def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
         if not isinstance(given, dict):
             return given, []
-        methods: dict[str, Any] = {"vision": "frozen", "projector": "full", "language": "lora"}
-        faults = []
-        for name, default in list(methods.items()):
+        tuned: dict[str, dict[str, Any]] = {}
+        for name, default in {"vision": "frozen", "projector": "full", "language": "lora"}.items():
             value = given.get(name, default)
             if isinstance(value, dict):
                 value = given[name] = {"method": default, **value}
-                methods[name] = value["method"]
-            else:
-                methods[name] = value.method if isinstance(value, ComponentTuning) else value
-            if name != "language" and methods[name] == "lora":
-                where = (name, "method") if isinstance(value, dict) else (name,)
-                faults.append(fault(where, "expected 'frozen' or 'full', got 'lora' (lora is for tune.language)"))
+            tuned[name] = value if isinstance(value, dict) else {"method": getattr(value, "method", value)}
+        methods = {name: value["method"] for name, value in tuned.items()}
         if list(methods.values()) == ["frozen"] * 3:
-            faults.append(fault((), "vision, projector and language are all frozen, so nothing would train"))
-        return given, faults
+            return given, [fault((), "vision, projector and language are all frozen, so nothing would train")]
+        return given, cls._between(tuned, methods)
+
+    @staticmethod
+    def _between(tuned: dict[str, dict[str, Any]], methods: dict[str, Any]) -> list[Fault]:
+        """What PEFT cannot keep in one adapter directory."""
+        faults = []
+        used = {name: method for name, method in methods.items() if method in METHODS}
+        for name, method in used.items():
+            if name != "language" and METHODS[method].kind != "layers":
+                faults.append(fault((name,), f"{method} is for tune.language; here frozen, full or a method for layers"))
+            if name == "projector" and method in ("bottleneck", "ln_tuning"):
+                faults.append(fault((name,), f"{method} finds nothing to work on in a projector; use full or lora"))
+        if faults:
+            return faults
+        if len(set(used.values())) > 1:
+            told = ", ".join(f"{name}: {method}" for name, method in used.items())
+            faults.append(fault((), f"one adapter directory holds one method, beside full: {told}; use lora for each of them"))
+        elif len(used) > 1:
+            ranks = ("method", "learning_rate", "target_modules", *(("r", "lora_alpha") if "lora" in used.values() else ()))
+            shared = [{key: value for key, value in tuned[name].items() if key not in ranks} for name in used]
+            if any(other != shared[0] for other in shared):
+                allowed = ", ".join(ranks[1:])
+                faults.append(fault((), f"components of one adapter differ in {allowed} only; make the rest equal"))
+        return faults
+
+    @property
+    def components(self) -> dict[str, ComponentTuning]:
+        """The three by name."""
+        return {"vision": self.vision, "projector": self.projector, "language": self.language}
+
+    @property
+    def method(self) -> str | None:
+        """The method of PEFT's kind that components use, if any does."""
+        return next((tuning.method for tuning in self.components.values() if tuning.method in METHODS), None)
 
 
 class Source(Section):
@@ -308,7 +356,26 @@ class Recipe(Section):
             return given, [fault("train", f"expected a mapping, got {shown(train)}")]
         settings, faults = training_arguments().check(train)
         inner = [Fault(type=f["type"], loc=("train", *f.get("loc", ())), input=None) for f in faults]
+        if "learning_rate" not in train and isinstance(given.get("tune", {}), Mapping):
+            given["tune"] = _with_rates(given.get("tune", {}))
         return given | {"train": Settings(settings)}, inner
+
+    @model_validator(mode="after")
+    def _works(self) -> Recipe:
+        """Refuse what the method's table says does not work, and write the methods' learning rates out."""
+        method = self.tune.method
+        if method is None:
+            if self.model.precision in ("int8", "nf4") and self.tune.language.method == "full":
+                told = f"quantized weights cannot train: with model.precision: {self.model.precision} use lora, or bf16 with full"
+                raise ValidationError.from_exception_data("Recipe", [fault(("tune", "language"), told)])
+            return self
+        settings = next(t.settings for t in self.tune.components.values() if t.method == method)
+        checkpointing = bool(self.train.get("activation_checkpointing") or self.train.get("gradient_checkpointing"))
+        reason = refusal(method, settings, precision=self.model.precision, checkpointing=checkpointing)
+        if reason is not None:
+            where = next(name for name, tuning in self.tune.components.items() if tuning.method == method)
+            raise ValidationError.from_exception_data("Recipe", [fault(("tune", where), reason)])
+        return self
 
     def origin(self, key: str) -> str:
         """Where a dotted key was written: `FILE:LINE`, `command line: KEY=VALUE`, or `default`."""
@@ -324,3 +391,15 @@ class Recipe(Section):
 
     def __hash__(self) -> int:
         return hash(tuple(self.__dict__.values()))
+
+
+def _with_rates(tune: Mapping[str, Any]) -> dict[str, Any]:
+    """The methods' own learning rates, for a recipe that names none for the run."""
+    written = dict(tune)
+    for component, default in {"vision": "frozen", "projector": "full", "language": "lora"}.items():
+        value = written.get(component, default)
+        value = dict(value) if isinstance(value, Mapping) else {"method": value}
+        method = value.setdefault("method", default)
+        if isinstance(method, str) and method in METHODS and value.get("learning_rate") is None:
+            written[component] = value | {"learning_rate": METHODS[method].learning_rate}
+    return written

@@ -11,7 +11,10 @@ if not __package__:  # launched as a file: its own folder comes first on the pat
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
     sys.path.insert(0, os.path.dirname(here))
 
+import math
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +25,19 @@ from mmtune.data.encode import check_chat_template
 from mmtune.errors import UserError
 from mmtune.evaluation.report import print_scores, write_report
 from mmtune.evaluation.run import as_json, check_questions, evaluate, score, write_answers
+from mmtune.model.chat_template import use_chat_template
 from mmtune.model.checkpoint import save_checkpoint
 from mmtune.model.components import find_components
-from mmtune.model.load import UNTRAINED, load_base, resolve_base
-from mmtune.recipe import Recipe, check_files
+from mmtune.model.compute import place
+from mmtune.model.load import UNTRAINED, load_base, load_weights, resolve_base
+from mmtune.model.quantize import QUANTIZED
+from mmtune.recipe import ModelSection, Recipe, check_files
 from mmtune.release.card import model_card
 from mmtune.run_directory import check_output_dir, new_run, peak_memory_mb
-from mmtune.training.callbacks import FrozenInputsStayFrozen, RecordMetrics, draw_loss_curve
+from mmtune.training.callbacks import FrozenInputsStayFrozen, MoveRanks, RecordMetrics, draw_loss_curve
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import apply_tuning, count_parameters, keeps_adapter, learning_rates, print_parameters
+from mmtune.tuning.save import initial_factors, save_tuned
 
 
 def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[str, Any]:
@@ -63,41 +70,43 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     arguments = training_arguments(recipe)
     set_seed(arguments.seed)
 
-    # The base, and what it can do before tuning.
+    # The base.
     model, processor = load_base(recipe.model, arguments.seed)
     check_chat_template(processor)
     components = find_components(model)
-    model.to(arguments.device)
-    before = None
+    rows = TrainingSet(samples, processor, recipe.data.max_tokens, recipe.data.over_length)
+    collator = Collator(processor.tokenizer.pad_token_id)
     adapts = keeps_adapter(recipe.tune)
+    before = None
     with new_run(recipe, command, overwrite) as run:
         data_report.write(run.data_report)
+        model = settle_base(model, processor, recipe.model, run.base if adapts else None)
+
+        # What it can do before tuning.
         if recipe.evaluate and recipe.evaluate.before:
-            before = evaluate(model, processor, recipe.evaluate)
+            before = evaluate(place(model), processor, recipe.evaluate)
             write_answers(before, run.answers("before"))
 
         # What trains.
-        if adapts:
-            if recipe.model.base in (None, UNTRAINED):  # made here, so there is no directory yet for the adapter to name
-                save_checkpoint(model, processor, run.base)
-                model.name_or_path = str(run.base.resolve())
-            else:
-                model.name_or_path = resolve_base(recipe.model.base)
-        model = apply_tuning(model, components, recipe.tune)
+        steps = optimizer_steps(arguments, len(rows))
+        sample = first_batches(rows, collator, arguments.per_device_train_batch_size)
+        model = apply_tuning(place(model), components, recipe.tune, steps=steps, batches=sample)
+        components = find_components(model)
         counts = count_parameters(model, components, recipe.tune, arguments.learning_rate)
         print_parameters(counts)
+        initial = initial_factors(model)
 
     # Training.
     trainer = TuningTrainer(
         model=model,
         args=arguments,
-        train_dataset=TrainingSet(samples, processor, recipe.data.max_tokens, recipe.data.over_length),
-        data_collator=Collator(processor.tokenizer.pad_token_id),
+        train_dataset=rows,
+        data_collator=collator,
         processing_class=processor,
-        callbacks=[RecordMetrics(run.metrics), FrozenInputsStayFrozen()],
+        callbacks=[RecordMetrics(run.metrics), FrozenInputsStayFrozen(), MoveRanks()],
         data_report=data_report,
         max_bad_fraction=recipe.data.max_bad_fraction,
-        learning_rates=learning_rates(model, components, recipe.tune),
+        learning_rates=learning_rates(model, components, recipe.tune, arguments.learning_rate),
     )
     for shown_twice in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown_twice)
@@ -111,7 +120,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
 
     # What comes out.
     out = run.adapter if adapts else run.model
-    model.save_pretrained(out)
+    save_tuned(model, out, initial)
     processor.save_pretrained(out)
     model.generation_config.save_pretrained(out)  # with the stop tokens of the chat template, which PEFT would not keep
     draw_loss_curve(run.metrics, run.loss_curve)
@@ -151,6 +160,44 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     return summary
 
 
+def settle_base(model: Any, processor: Any, section: ModelSection, made: Path | None) -> Any:
+    """Give the base a place that an adapter can name, and its precision.
+
+    Args:
+        made: where a model that was made here is written; None when the run leaves a whole model, which needs no base.
+
+    Returns:
+        The model; quantized from what was written, if it was made here for int8 or nf4.
+    """
+    if section.base not in (None, UNTRAINED):
+        model.name_or_path = resolve_base(section.base)
+    elif made is not None:
+        save_checkpoint(model, processor, made)
+        if section.precision in QUANTIZED:
+            model = load_weights(str(made), section)
+            use_chat_template(model, processor, processor.chat_template)
+        model.name_or_path = str(made.resolve())
+    return model
+
+
+def optimizer_steps(arguments: TrainingArguments, rows: int) -> int:
+    """How many optimizer steps the run takes."""
+    if arguments.max_steps > 0:
+        return int(arguments.max_steps)
+    batches = -(-rows // arguments.per_device_train_batch_size)
+    return math.ceil(arguments.num_train_epochs * -(-batches // arguments.gradient_accumulation_steps))
+
+
+def first_batches(rows: TrainingSet, collator: Collator, size: int, count: int = 8) -> Iterator[dict[str, Any]]:
+    """Up to `count` batches spread over the training set, for initializations that look at data; rows that fail are left out."""
+    chosen = range(0, len(rows), max(1, len(rows) // (size * count)))[: size * count]
+    for start in range(0, len(chosen), size):
+        batch = collator([rows[index] for index in chosen[start : start + size]])
+        del batch["faults"]
+        if batch:
+            yield batch
+
+
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """transformers' own arguments from the recipe's `train` section, with what mmtune decides.
 
@@ -169,7 +216,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         arguments = TrainingArguments(
             **settings,
             output_dir=os.path.join(recipe.output_dir, "checkpoints"),
-            bf16=recipe.model.precision == "bf16",
+            bf16=recipe.model.precision != "fp32",
             remove_unused_columns=False,
             label_names=["labels"],
             include_num_input_tokens_seen="non_padding",

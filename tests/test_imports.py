@@ -23,14 +23,15 @@ MAX_LINES = 500
 # What each room may import besides itself and the package's own `__init__`. docs/architecture.md draws the same table.
 # A room that is not here is a fault: a new one says where on the road it stands.
 GROUND = {"errors", "files", "shipped"}
-RECIPE = GROUND | {"recipe", "run_directory"}
+RECIPE = GROUND | {"methods", "recipe", "run_directory"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "console": set(),
     "files": {"errors"},
     "shipped": {"errors"},
-    "recipe": GROUND,
+    "methods": {"errors"},
+    "recipe": GROUND | {"methods"},
     "run_directory": GROUND | {"recipe"},
     "builtin": GROUND,
     "data": RECIPE,

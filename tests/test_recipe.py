@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from transformers import TrainingArguments
 
 from mmtune.errors import UserError
+from mmtune.methods.table import METHODS
 from mmtune.recipe import ComponentTuning, Recipe, Source, check_files, load_recipe, recipe_schema
-from mmtune.recipe_arguments import lora_arguments, training_arguments
+from mmtune.recipe_arguments import method_arguments, training_arguments
 from mmtune.shipped import copy_recipe, shipped_dir, shipped_recipes
 
 RECIPE = """\
@@ -122,7 +123,6 @@ def test_settings_are_what_peft_and_the_trainer_take(write: Any, tmp_path: Path)
         [
             "tune.language.eva_config={rho: 2.5}",
             "tune.language.init_lora_weights=eva",
-            "tune.language.rank_pattern={model.layers.0: 4}",
             "train.lr_scheduler_type=cosine",
             "train.use_cpu=true",
         ],
@@ -131,7 +131,6 @@ def test_settings_are_what_peft_and_the_trainer_take(write: Any, tmp_path: Path)
     assert len(faults("x.yaml", "tune.language.init_lora_weights=pissa_niter_few")) == 1
     config = LoraConfig(**recipe.tune.language.settings)
     assert (config.r, config.target_modules, config.eva_config.rho) == (8, {"q_proj", "v_proj"}, 2.5)
-    assert config.rank_pattern == {"model.layers.0": 4}
     arguments = TrainingArguments(output_dir=str(tmp_path), **recipe.train)
     assert (arguments.lr_scheduler_type.value, arguments.learning_rate, arguments.report_to) == ("cosine", 0.001, [])
 
@@ -198,19 +197,43 @@ def test_anchors_and_merge_keys(write: Any) -> None:
         (
             "    r: 8",
             "    modules_to_save: [x]",
-            "x.yaml:8: tune.language.modules_to_save: not a recipe's to set: give tune.projector or tune.vision the "
-            "method full, and they are saved with the adapter",
+            "x.yaml:8: tune.language.modules_to_save: not a recipe's to set: give another component the method "
+            "full, and it is saved with the adapter",
         ),
         ("    r: 8", "    task_type: x", "x.yaml:8: tune.language.task_type: not a recipe's to set: mmtune sets it"),
         (
             "    method: lora",
             "    method: lorra",
-            "x.yaml:7: tune.language.method: expected 'frozen', 'full' or 'lora', got 'lorra'; did you mean 'lora'?",
+            "x.yaml:7: tune.language.method: expected frozen, full or a method of `mmtune methods`, got 'lorra'; "
+            "did you mean 'lora'?",
         ),
         (
             "  vision: frozen",
-            "  vision: lora",
-            "x.yaml:4: tune.vision: expected 'frozen' or 'full', got 'lora' (lora is for tune.language)",
+            "  vision: prefix_tuning",
+            "x.yaml:4: tune.vision: prefix_tuning is for tune.language; here frozen, full or a method for layers",
+        ),
+        (
+            "  vision: frozen",
+            "  vision: oft",
+            "x.yaml:3: tune: one adapter directory holds one method, beside full: vision: oft, language: lora; use lora for each "
+            "of them",
+        ),
+        (
+            "  vision: frozen",
+            "  vision: {method: lora, use_dora: true}",
+            "x.yaml:3: tune: components of one adapter differ in learning_rate, target_modules, r, lora_alpha only; make the "
+            "rest equal",
+        ),
+        (
+            "    r: 8",
+            "    bias: all",
+            "x.yaml:8: tune.language.bias: 'all' is refused: it would train biases of every component; lora_only trains those of "
+            "the tuned layers",
+        ),
+        (
+            "    r: 8",
+            "    init_lora_weights: loftq",
+            "x.yaml:8: tune.language.init_lora_weights: expected ",
         ),
         ("  vision: frozen", "  vision: 3", "x.yaml:4: tune.vision: expected a method's name or a mapping, got 3"),
         (
@@ -302,13 +325,8 @@ def test_anchors_and_merge_keys(write: Any) -> None:
         ),
         (
             "base: builtin:tiny-llava",
-            "base: b\n  precision: nf4",
-            "x.yaml:3: model.precision: nf4 is not supported yet; expected 'fp32' or 'bf16'",
-        ),
-        (
-            "base: builtin:tiny-llava",
             "base: b\n  precision: bf61",
-            "x.yaml:3: model.precision: expected 'fp32' or 'bf16', got 'bf61'; did you mean 'bf16'?",
+            "x.yaml:3: model.precision: expected 'fp32', 'bf16', 'int8' or 'nf4', got 'bf61'; did you mean 'bf16'?",
         ),
         (
             "base: builtin:tiny-llava",
@@ -343,7 +361,7 @@ def test_long_choices_end_in_the_nearest(write: Any) -> None:
 
 def test_every_mistake_is_told_at_once_in_the_order_of_the_file(write: Any) -> None:
     text = changed("r: 8", "lora_alhpa: 8").replace("max_steps: 200", "max_stpes: 200").replace("output_dir: ", "outdir: ")
-    text = text.replace("base: builtin:tiny-llava", "base: 5\n  vision: v").replace("  vision: frozen", "  vision: lora")
+    text = text.replace("base: builtin:tiny-llava", "base: 5\n  vision: v").replace("  vision: frozen", "  vision: prefix_tuning")
     found = faults(write(text), "data.check_rows=many", "tune.language.r=0", "no_equals")
     assert [line.partition(": ")[0] for line in found] == [
         "x.yaml:1", "x.yaml:2", "x.yaml:3", "x.yaml:5", "x.yaml:9", "x.yaml:21", "x.yaml:23", "command line",
@@ -562,8 +580,11 @@ def test_every_setting_in_the_schema_is_described_and_none_points_outside() -> N
     assert json.loads(json.dumps(schema)) == schema
     assert schema["properties"]["train"]["properties"]["learning_rate"]["type"] == "number"
     assert set(schema["properties"]["train"]["properties"]) == set(training_arguments().arguments)
-    language = schema["$defs"]["TuneSection"]["properties"]["language"]["anyOf"][1]["properties"]
-    assert set(language) == {"method", "learning_rate", *lora_arguments().arguments}
+    for method in METHODS:
+        own = {"loraplus_lr_ratio"} if method == "lora" else set()
+        found = set(schema["$defs"][f"tune_{method}"]["properties"])
+        assert found == {"method", "learning_rate", *own, *method_arguments(method).arguments}
+    language = schema["$defs"]["tune_lora"]["properties"]
     assert (language["r"]["default"], language["r"]["minimum"]) == (16, 1)
 
 
@@ -581,7 +602,8 @@ def test_the_schema_agrees_with_the_loader(write: Any) -> None:
     for section, name, value in [
         ("train", "lerning_rate", 1), ("train", "learning_rate", "x"), ("train", "bf16", True), ("data", "trian", []),
         ("tune", "language", {"method": "lora", "lora_alhpa": 3}), ("tune", "language", "lorra"),
-        ("tune", "vision", "lora"), ("model", "precision", "nf4"), ("model", "vision", "v"),
+        ("tune", "vision", "prefix_tuning"), ("model", "precision", "nf3"), ("model", "vision", "v"),
+        ("tune", "vision", {"method": "gated_prefix"}),
     ]:  # fmt: skip
         refused = json.loads(json.dumps(plain))
         refused[section][name] = value
@@ -591,14 +613,21 @@ def test_the_schema_agrees_with_the_loader(write: Any) -> None:
 def test_refused_settings_are_no_keys_of_the_recipe_and_the_rest_are_all_there() -> None:
     import dataclasses
 
-    for table, source in ((lora_arguments(), LoraConfig), (training_arguments(), TrainingArguments)):
+    tables = [(method_arguments(name), method.config_class()) for name, method in METHODS.items()]
+    for table, source in (*tables, (training_arguments(), TrainingArguments)):
         names = {field.name for field in dataclasses.fields(source) if field.init}
         assert set(table.arguments) | (set(table.refused) & names) == names
         assert not set(table.arguments) & set(table.refused)
         for name, argument in table.arguments.items():
             default = argument.default
             if default is None or isinstance(default, (bool, int, float, str)):
-                assert argument.fault(default) is None or name == "target_modules", name
+                assert argument.fault(default) is None or name in (
+                    "target_modules",
+                    "feedforward_modules",
+                    "num_virtual_tokens",
+                    "encoder_hidden_size",
+                    "r",
+                ), name
 
 
 # What ships.

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from peft import PeftModel
 from torch import nn
 
 from mmtune.errors import UserError, nearest
@@ -18,6 +19,10 @@ from mmtune.errors import UserError, nearest
 Component = Literal["vision", "projector", "language", "lm_head"]
 
 PEFT_PREFIX = "base_model.model."
+WRAPPED_PREFIXES = ("", PEFT_PREFIX, "base_model.")
+"""What PEFT puts before a module's name: nothing, a tuner's wrapper, or a prompt method's."""
+PROMPTS = "prompt_encoder."
+"""Where a prompt method keeps its virtual tokens, which are the language model's."""
 
 PROJECTORS: dict[str, tuple[str, ...]] = {
     "llava": ("model.multi_modal_projector",),
@@ -68,18 +73,17 @@ def find_components(model: nn.Module) -> Components:
     Raises:
         UserError: for a family that is not known.
     """
-    wrapped = hasattr(model, "peft_config") and hasattr(model, "base_model")
-    inner: Any = model.get_submodule("base_model.model") if wrapped else model
-    prefix = PEFT_PREFIX if wrapped else ""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
-    names = {id(module): name for name, module in inner.named_modules()}
+    names = {id(module): name for name, module in model.named_modules()}
+    prefix = names[id(inner)] + "." if inner is not model else ""
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if model_type not in PROJECTORS or head is None:
         raise UserError(
             f"model: {type(inner).__name__} (model_type {model_type!r}) is not a family whose components are known; known: "
             f"{', '.join(sorted(PROJECTORS))}, each as its ...ForConditionalGeneration class"
         )
-    known = set(names.values()) | {name for name, _ in inner.named_parameters()}
+    known = {name for name, _ in (*inner.named_modules(), *inner.named_parameters())}
     projectors = [path for path in PROJECTORS[model_type] if path in known]
     vision, language = inner.get_encoder(modality="image"), inner.get_decoder()
     found = {"vision tower": vision is not inner and id(vision) in names, "language model": id(language) in names}
@@ -88,10 +92,10 @@ def find_components(model: nn.Module) -> Components:
     if missing:
         raise UserError(f"model: found no {' and no '.join(missing)} in {type(inner).__name__} (model_type {model_type!r})")
     return Components(
-        vision_tower=prefix + names[id(vision)],
+        vision_tower=names[id(vision)],
         projector=prefix + projectors[0],
-        language_model=prefix + names[id(language)],
-        lm_head=prefix + names[id(head)],
+        language_model=names[id(language)],
+        lm_head=names[id(head)],
         projector_parts=tuple(prefix + path for path in projectors[1:]),
     )
 
@@ -105,12 +109,14 @@ def component_of(name: str, components: Components) -> Component:
     Raises:
         UserError: when no component owns it (a module that encloses several, or an unknown one).
     """
-    name = name.removeprefix(PEFT_PREFIX)
+    if name.startswith(PROMPTS):
+        return "language"
     owner, depth = None, -1
     for path, component in _paths(components):
-        path = path.removeprefix(PEFT_PREFIX)
-        if (name == path or name.startswith(path + ".")) and len(path) > depth:
-            owner, depth = component, len(path)
+        for spelled in {name.removeprefix(prefix) for prefix in WRAPPED_PREFIXES}:
+            for root in {path.removeprefix(prefix) for prefix in WRAPPED_PREFIXES}:
+                if (spelled == root or spelled.startswith(root + ".")) and len(root) > depth:
+                    owner, depth = component, len(root)
     if owner is None:
         raise UserError(f"model: {name!r} lies in no component: {', '.join(path for path, _ in _paths(components))}")
     return owner
@@ -132,7 +138,7 @@ def select_modules(model: nn.Module, components: Components, component: Componen
     """Full paths of the modules of a component that a selector names.
 
     Args:
-        selector: "all-linear"; or a regular expression that must match a module's whole path below the component, or
+        selector: "all-linear"; "all-norm"; or a regular expression that must match a module's whole path below the component, or
             its last name; or a list of names, each matching the last parts of a path (`q_proj`, `self_attn.q_proj`).
 
     Returns:
@@ -147,6 +153,11 @@ def select_modules(model: nn.Module, components: Components, component: Componen
             raise UserError(f"all-linear: the {component} component has no linear layer; {_there(model, components, component)}")
         return found
     leaves = _leaves(model, components, component)
+    if selector == "all-norm":
+        found = [name for name in leaves if type(model.get_submodule(name)).__name__.endswith("Norm")]
+        if not found:
+            raise UserError(f"all-norm: the {component} component has no normalization; {_there(model, components, component)}")
+        return found
     if isinstance(selector, str):
         try:
             pattern = re.compile(selector)
@@ -166,6 +177,26 @@ def select_modules(model: nn.Module, components: Components, component: Componen
     if not chosen:
         raise UserError(f"an empty list selects no module of the {component}; {_there(model, components, component)}")
     return [name for name in leaves if name in chosen]
+
+
+def select_parameters(model: nn.Module, components: Components, component: Component, names: list[str]) -> list[str]:
+    """Full paths of the parameters of a component whose last parts are given, such as `experts.down_proj`.
+
+    Raises:
+        UserError: when an entry matches nothing, or a parameter that is no matrix or stack of matrices.
+    """
+    there = {name: p for name, p in model.named_parameters() if component_of(name, components) == component}
+    chosen = []
+    for entry in names:
+        found = [name for name in there if name == entry or name.endswith("." + entry)]
+        if not found:
+            hint = nearest(entry, {name.rpartition(".")[2] for name in there})
+            raise UserError(f"{entry!r} matches no parameter of the {component}{hint}")
+        flat = next((name for name in found if there[name].ndim not in (2, 3)), None)
+        if flat is not None:
+            raise UserError(f"{entry!r}: {flat} has {there[flat].ndim} dimension; a matrix or a stack of matrices is right")
+        chosen += found
+    return list(dict.fromkeys(chosen))
 
 
 def _paths(components: Components) -> list[tuple[str, Component]]:

@@ -16,13 +16,16 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from mmtune.builtin import tiny
 from mmtune.errors import UserError, nearest
+from mmtune.methods.table import METHODS
 from mmtune.model.assemble import assemble
 from mmtune.model.chat_template import own_chat_template, resolve_chat_template, use_chat_template
 from mmtune.model.checkpoint import load_projector, weight_files
+from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.recipe import ModelSection, load_recipe
 from mmtune.run_directory import RunDirectory
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "nf4": torch.bfloat16}
+"""Dtype of the weights by `model.precision`; of those that are not quantized."""
 UNTRAINED = "builtin:tiny-llava-untrained"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BUILTIN = {"builtin:tiny-llava": tiny.TRAINED}
@@ -69,17 +72,41 @@ def load_base(section: ModelSection, seed: int) -> tuple[PreTrainedModel, Proces
         return model, processor
     name = resolve_base(str(section.base))
     processor, template = load_processor(name, section)
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            name,
-            dtype=dtype,
-            trust_remote_code=section.trust_remote_code,
-            attn_implementation=section.attn_implementation,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.base: cannot load {section.base}: {_reason(name, error)}") from error
+    model = load_weights(name, section)
     use_chat_template(model, processor, template)
     return model, processor
+
+
+def load_weights(name: str, section: ModelSection) -> PreTrainedModel:
+    """A checkpoint's model in the recipe's precision.
+
+    Args:
+        name: a directory or hub id.
+
+    Raises:
+        UserError: when it does not load.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(name, **loading(name, section))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"model: cannot load {section.base or name}: {_reason(name, error)}") from error
+    if section.precision in QUANTIZED:
+        settle_quantized(model)
+    return model
+
+
+def loading(name: str, section: ModelSection) -> dict[str, Any]:
+    """What `from_pretrained` takes to load a checkpoint as the recipe says."""
+    settings: dict[str, Any] = {
+        "dtype": DTYPES[section.precision],
+        "trust_remote_code": section.trust_remote_code,
+        "attn_implementation": section.attn_implementation,
+    }
+    if section.precision in QUANTIZED:
+        settings["quantization_config"] = quantization(name, section.precision, section.trust_remote_code)
+        # bitsandbytes quantizes where the layers will stay.
+        settings["device_map"] = {"": torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")}
+    return settings
 
 
 def _made_here(section: ModelSection, seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -130,7 +157,7 @@ def load_trained(path: Path, dtype: torch.dtype | None = None) -> tuple[PreTrain
 
     Args:
         path: the run, the adapter, or the model.
-        dtype: of the base's weights; None takes the run's, or else the checkpoint's own.
+        dtype: of the base's weights, unquantized; None takes the run's precision, or else the checkpoint's own.
 
     Returns:
         The model in eval mode on the CPU, and its processor.
@@ -139,16 +166,19 @@ def load_trained(path: Path, dtype: torch.dtype | None = None) -> tuple[PreTrain
         UserError: nothing there, a damaged file, or an adapter that does not fit its base.
     """
     where, run = trained_part(path), RunDirectory(path)
+    adapts = (where / ADAPTER_CONFIG).is_file()
+    source = base_of_adapter(where) if adapts else str(where)
     settings: dict[str, Any] = {"dtype": dtype or "auto"}
     if run.recipe.is_file():
         section = load_recipe(run.recipe).model
-        settings = {"dtype": dtype or DTYPES[section.precision], "trust_remote_code": section.trust_remote_code}
-        settings["attn_implementation"] = section.attn_implementation
+        if dtype is not None:  # unquantized
+            section = section.model_copy(update={"precision": "fp32"})
+        settings = loading(source, section) | ({"dtype": dtype} if dtype else {})
     try:
         processor = AutoProcessor.from_pretrained(str(where), trust_remote_code=settings.get("trust_remote_code", False))
-        if (where / ADAPTER_CONFIG).is_file():
+        if adapts:
             return load_adapter(where, **settings).eval(), processor
-        model = AutoModelForImageTextToText.from_pretrained(str(where), **settings)
+        model = AutoModelForImageTextToText.from_pretrained(source, **settings)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load a model from {path}: {_reason(str(where), error)}") from error
     return model.eval(), processor
@@ -169,6 +199,8 @@ def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
         model = AutoModelForImageTextToText.from_pretrained(base, **settings)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{adapter}: cannot load its base {base}: {_reason(base, error)}") from error
+    if getattr(model, "is_quantized", False):
+        settle_quantized(model)
     try:
         tuned = PeftModel.from_pretrained(model, str(adapter))
         found = {key for file in weight_files(adapter) for key in safe_open(file, framework="pt").keys()}  # noqa: SIM118
@@ -221,6 +253,12 @@ def base_of_adapter(adapter: Path) -> str:
         raise UserError(f"{file}: not a readable adapter configuration: {error}") from error
     beside = adapter.parent / "base"
     return str(beside) if not Path(base).is_dir() and (beside / "config.json").is_file() else base
+
+
+def adapter_method(adapter: Path) -> str:
+    """A recipe's name of the method that an adapter directory names."""
+    peft_type = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["peft_type"]
+    return next((name for name, method in METHODS.items() if method.config_class()().peft_type == peft_type), peft_type.lower())
 
 
 def _reason(name: str, error: Exception) -> str:

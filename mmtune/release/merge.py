@@ -1,12 +1,17 @@
-"""Fold an adapter into its base, and prove from disk that the result is what was trained."""
+"""Write a release, and prove from disk that it is what was trained."""
 
 from __future__ import annotations
 
 import gc
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from mmtune.data.dataset import Samples
 from mmtune.data.message import Sample
@@ -14,11 +19,14 @@ from mmtune.errors import CheckFailed, UserError
 from mmtune.files import replaced_directory
 from mmtune.model.checkpoint import CHECKPOINT_MARK
 from mmtune.model.compute import place
-from mmtune.model.load import ADAPTER_CONFIG, DTYPES, base_of_adapter, load_trained
+from mmtune.model.load import DTYPES, base_of_adapter, load_trained
+from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.recipe import Recipe, load_recipe, needed_paths
-from mmtune.release.card import model_card
+from mmtune.release.card import adapter_card, model_card
+from mmtune.release.fold import adapter_of, check_mergeable, fold, fold_weighted
+from mmtune.release.manifest import NAME as MANIFEST
+from mmtune.release.manifest import write_manifest
 from mmtune.release.parity import Observed, answer_logits, compare, observe, same_answers
-from mmtune.run_directory import RunDirectory
 
 TOLERANCE = 1e-4
 """Largest logit difference in fp32 between adapter and folded model: the rounding of one matrix sum against two."""
@@ -30,7 +38,7 @@ logit differences). A model that loses more than half of its tuning to rounding 
 
 @dataclass(frozen=True)
 class Parity:
-    """How the merged model, loaded back from disk and run in fp32, compares with the adapter on its fp32 base.
+    """How a release, loaded back from disk and run in fp32, compares with the adapter on its fp32 base.
 
     Attributes:
         merge_samples: on how many.
@@ -39,7 +47,9 @@ class Parity:
         merge_same_answers: greedy answers that are the same text.
         merge_fold_difference: the largest logit difference before rounding to `merge_dtype`.
         merge_tolerance: what `merge_fold_difference` may be.
-        merge_difference_from_base: largest logit difference from the untuned base, which the merged model must not equal.
+        merge_difference_from_base: largest logit difference from the untuned base, which the release must not equal.
+        trained: the same against the adapter on the quantized base that it was trained on; nothing is asked of these.
+        quantized: the quantized release, loaded back, against the merged model; nothing is asked of these.
     """
 
     merge_samples: int
@@ -51,18 +61,36 @@ class Parity:
     merge_fold_difference: float
     merge_tolerance: float
     merge_difference_from_base: float
+    trained: dict[str, Any] | None = None
+    quantized: dict[str, Any] | None = None
 
 
-def merge(path: Path, out: Path, *, overwrite: bool = False, count: int = 32) -> Parity:
+@dataclass(frozen=True)
+class Form:
+    """What a release is written as.
+
+    Attributes:
+        dtype: fp32 or bf16; None follows the run's precision.
+        max_shard_size: of a safetensors file, as transformers takes it.
+        quantize: int8 or nf4, to write a quantized release beside the whole one, under its name and `-int8` or `-nf4`.
+    """
+
+    dtype: str | None = None
+    max_shard_size: str = "5GB"
+    quantize: str | None = None
+
+
+def merge(path: Path, out: Path, *, form: Form | None = None, overwrite: bool = False, count: int = 32) -> Parity:
     """Write the merged model of a run to `out`.
 
-    The base is loaded unquantized in fp32, the adapter folded in, the result written beside `out` in the run's precision, loaded
-    back from disk, and compared with the adapter on up to `count` samples of the recipe's held-out data (of its training
-    data when it evaluates nothing). `out` takes its name last.
+    The base is loaded unquantized in fp32, the adapter folded in, the result written beside `out`, loaded back from disk, and
+    compared with the adapter on up to `count` samples of the recipe's held-out data (of its training data when it
+    evaluates nothing). `out` takes its name last.
 
     Args:
         path: a run directory that holds an adapter.
         out: where the merged model goes.
+        form: of the release.
         overwrite: replace an existing `out`, which stays whole until the new one is proven.
         count: samples to compare on.
 
@@ -70,40 +98,156 @@ def merge(path: Path, out: Path, *, overwrite: bool = False, count: int = 32) ->
         The figures, which also go into the run's `summary.json` and the model card.
 
     Raises:
-        UserError: no adapter in the run, a damaged adapter, a missing base, an `out` that must not be replaced.
+        UserError: no adapter in the run, one that cannot be folded, a damaged adapter, a missing base, an `out` that must not
+            be replaced.
         CheckFailed: the merged model differs from the adapter, or equals the base; nothing is left at `out`.
     """
-    run = RunDirectory(path)
-    if run.model.is_dir():
-        raise UserError(f"{path} trained the whole model, so there is no adapter to merge: {run.model} is the checkpoint")
-    if not (run.adapter / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{path} is not a finished run: it has no {run.adapter.name}/{ADAPTER_CONFIG}")
-    if count < 1:
-        raise UserError(f"--samples {count}: a merge is compared on at least one sample")
+    run = adapter_of(path)
+    check_mergeable(run)
     recipe = load_recipe(run.recipe)
-    samples = parity_samples(recipe, count)
-    new_tokens = recipe.evaluate.max_new_tokens if recipe.evaluate else 64
+    job = _Job(recipe, form or Form(), count)
     needed = [path, Path(base_of_adapter(run.adapter)), *needed_paths(recipe)]
-
-    with replaced_directory(out, overwrite, CHECKPOINT_MARK, needed) as fresh:
+    with ExitStack() as stack:
+        fresh = stack.enter_context(replaced_directory(out, overwrite, CHECKPOINT_MARK, needed))
+        trained = None
+        if recipe.model.precision in QUANTIZED:
+            trained = job.observe(*load_trained(path))
         model, processor = load_trained(path, torch.float32)
         place(model)
-        adapter = observe(model, processor, samples, new_tokens)
+        adapter = job.observe(model, processor)
         with model.disable_adapter():
-            base = answer_logits(model, processor, samples)
-        merged = model.merge_and_unload()
-        folded = observe(merged, processor, samples, new_tokens)
+            base = answer_logits(model, processor, job.samples)
+        merged = fold(model)
+        folded = job.observe(merged, processor)
         _enforce_fold(adapter, base, folded)
-        merged.to(DTYPES[recipe.model.precision]).save_pretrained(fresh)
-        processor.save_pretrained(fresh)
+        parity = job.write(fresh, merged, processor, adapter, base, folded)
         del model, merged
-        gc.collect()
+        if trained is not None:
+            parity = _with(parity, trained=_figures(trained, folded))
+        parity = job.write_quantized(stack, out, overwrite, fresh, folded, processor, parity)
+        summary = {**(run.read_summary() if run.summary.is_file() else {}), **asdict(parity)}
+        for folder in job.written:
+            (folder / "README.md").write_text(model_card(recipe, summary, run), encoding="utf-8")
+            write_manifest(folder)
+    if run.summary.is_file():
+        run.update_summary(asdict(parity))
+    return parity
 
-        result = observe(*load_trained(fresh, torch.float32), samples, new_tokens)
+
+def combine(
+    parts: Sequence[tuple[Path, float]], out: Path, *, form: Form | None = None, overwrite: bool = False, count: int = 32
+) -> Parity:
+    """Write one base plus the weighted sum of several adapters' changes to `out`.
+
+    What is compared with the release from disk is the sum in memory: there is no trained model to compare a sum with. The
+    card gives the difference from each adapter.
+
+    Args:
+        parts: run directories and their weights.
+        out, form, overwrite, count: as for `merge`; samples come from the first run.
+
+    Raises:
+        UserError, CheckFailed: as `merge`.
+    """
+    runs = [(adapter_of(path), weight) for path, weight in parts]
+    for run, _ in runs:
+        check_mergeable(run)
+    recipe = load_recipe(runs[0][0].recipe)
+    job = _Job(recipe, form or Form(), count)
+    needed = [*(path for path, _ in parts), Path(base_of_adapter(runs[0][0].adapter)), *needed_paths(recipe)]
+    with ExitStack() as stack:
+        fresh = stack.enter_context(replaced_directory(out, overwrite, CHECKPOINT_MARK, needed))
+        merged, processor = fold_weighted(runs)
+        folded = job.observe(place(merged), processor)
+        untuned = AutoModelForImageTextToText.from_pretrained(base_of_adapter(runs[0][0].adapter), dtype=torch.float32)
+        base = answer_logits(place(untuned), processor, job.samples)
+        del untuned
+        if compare(base, folded.logits).largest <= TOLERANCE / 100:
+            raise CheckFailed("the merged model equals the base: the adapters changed nothing, or cancel")
+        parity = job.write(fresh, merged, processor, folded, base, folded)
+        del merged
+        parity = job.write_quantized(stack, out, overwrite, fresh, folded, processor, parity)
+        summary = asdict(parity) | {"adapters": {str(path): weight for path, weight in parts}}
+        for folder in job.written:
+            (folder / "README.md").write_text(model_card(recipe, summary, runs[0][0]), encoding="utf-8")
+            write_manifest(folder)
+    return parity
+
+
+def keep_adapter(path: Path, out: Path, *, overwrite: bool = False, count: int = 32) -> dict[str, Any]:
+    """Release a run as its adapter and, unless that is on the hub, its base: for methods that cannot be folded.
+
+    `out` gets `adapter/`, `base/`, and a card that shows how to load them. They are loaded back that way and compared with
+    the run's own adapter, which must give the same logits.
+
+    Returns:
+        `samples`, `max_logit_difference`, `same_answers`.
+
+    Raises:
+        UserError: no adapter in the run, or an `out` that must not be replaced.
+        CheckFailed: what was released differs from the run.
+    """
+    run = adapter_of(path)
+    recipe = load_recipe(run.recipe)
+    job = _Job(recipe, Form(), count)
+    base = Path(base_of_adapter(run.adapter))
+    with replaced_directory(out, overwrite, MANIFEST, [path, base, *needed_paths(recipe)]) as fresh:
+        expected = job.observe(*_placed(load_trained(path, torch.float32)))
+        shutil.copytree(run.adapter, fresh / "adapter")
+        if base.is_dir():
+            shutil.copytree(base, fresh / "base")
+        result = job.observe(*_placed(load_trained(fresh / "adapter", torch.float32)))
+        figures = _figures(expected, result)
+        if figures["max_logit_difference"] > 1e-6 or figures["same_answers"] < figures["samples"]:
+            raise CheckFailed(f"the released adapter differs from the run's: {figures}")
+        card = adapter_card(recipe, run.read_summary() if run.summary.is_file() else {}, run, figures, base.is_dir())
+        (fresh / "README.md").write_text(card, encoding="utf-8")
+        write_manifest(fresh)
+    return figures
+
+
+def parity_samples(recipe: Recipe, count: int) -> list[Sample]:
+    """Up to `count` samples spread over the recipe's held-out data, or over its training data when it has none."""
+    samples = Samples(recipe.evaluate.data if recipe.evaluate else recipe.data.train)
+    count = min(count, len(samples))
+    return [samples[number * len(samples) // count] for number in range(count)]
+
+
+class _Job:
+    """What is asked of every model of one merge, and how the result is written."""
+
+    def __init__(self, recipe: Recipe, form: Form, count: int) -> None:
+        if count < 1:
+            raise UserError(f"--samples {count}: a release is compared on at least one sample")
+        self.samples = parity_samples(recipe, count)
+        self.form = form
+        self.dtype = form.dtype or ("fp32" if recipe.model.precision == "fp32" else "bf16")
+        self.written: list[Path] = []
+        self._new_tokens = recipe.evaluate.max_new_tokens if recipe.evaluate else 64
+
+    def observe(self, model: PreTrainedModel, processor: ProcessorMixin) -> Observed:
+        return observe(model, processor, self.samples, self._new_tokens)
+
+    def write(
+        self,
+        fresh: Path,
+        merged: PreTrainedModel,
+        processor: ProcessorMixin,
+        adapter: Observed,
+        base: list[torch.Tensor],
+        folded: Observed,
+    ) -> Parity:
+        """Write the model in its dtype, load it back in fp32, and compare."""
+        merged.to(DTYPES[self.dtype]).save_pretrained(fresh, max_shard_size=self.form.max_shard_size)
+        processor.save_pretrained(fresh)
+        self.written.append(fresh)
+        merged.to("meta")  # its memory is wanted for the model that is loaded back
+        gc.collect()
+        result = self.observe(*_placed(load_trained(fresh, torch.float32)))
         difference = compare(adapter.logits, result.logits)
         parity = Parity(
-            merge_samples=len(samples),
-            merge_dtype=recipe.model.precision,
+            merge_samples=len(self.samples),
+            merge_dtype=self.dtype,
             merge_max_logit_difference=difference.largest,
             merge_mean_logit_difference=difference.mean,
             merge_kl=difference.kl,
@@ -113,18 +257,59 @@ def merge(path: Path, out: Path, *, overwrite: bool = False, count: int = 32) ->
             merge_difference_from_base=compare(base, result.logits).largest,
         )
         _enforce_release(parity, change=compare(base, adapter.logits).mean)
-        summary = {**(run.read_summary() if run.summary.is_file() else {}), **asdict(parity)}
-        (fresh / "README.md").write_text(model_card(recipe, summary, run), encoding="utf-8")
-    if run.summary.is_file():
-        run.update_summary(asdict(parity))
-    return parity
+        return parity
+
+    def write_quantized(
+        self,
+        stack: ExitStack,
+        out: Path,
+        overwrite: bool,
+        whole: Path,
+        merged: Observed,
+        processor: ProcessorMixin,
+        parity: Parity,
+    ) -> Parity:
+        """Write the quantized release beside the whole one, if it is asked for."""
+        kind = self.form.quantize
+        if kind is None:
+            return parity
+        beside = out.with_name(f"{out.name}-{kind}")
+        fresh = stack.enter_context(replaced_directory(beside, overwrite, CHECKPOINT_MARK))
+        config = quantization(str(whole), kind)
+        where = {"": torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")}
+        model = AutoModelForImageTextToText.from_pretrained(
+            str(whole), dtype=torch.bfloat16, quantization_config=config, device_map=where
+        )
+        settle_quantized(model)
+        model.save_pretrained(fresh, max_shard_size=self.form.max_shard_size)
+        processor.save_pretrained(fresh)
+        self.written.append(fresh)
+        expected = self.observe(model, processor)
+        reloaded = AutoModelForImageTextToText.from_pretrained(str(fresh), device_map=where)
+        settle_quantized(reloaded)
+        result = self.observe(reloaded, processor)
+        if (apart := compare(expected.logits, result.logits).largest) > TOLERANCE:
+            raise CheckFailed(f"the {kind} release, loaded back from disk, differs from what was written: by {apart:.3g}")
+        return _with(parity, quantized=_figures(merged, result))
 
 
-def parity_samples(recipe: Recipe, count: int) -> list[Sample]:
-    """Up to `count` samples spread over the recipe's held-out data, or over its training data when it has none."""
-    samples = Samples(recipe.evaluate.data if recipe.evaluate else recipe.data.train)
-    count = min(count, len(samples))
-    return [samples[number * len(samples) // count] for number in range(count)]
+def _placed(loaded: tuple[Any, ProcessorMixin]) -> tuple[Any, ProcessorMixin]:
+    return place(loaded[0]), loaded[1]
+
+
+def _with(parity: Parity, **figures: dict[str, Any]) -> Parity:
+    return Parity(**{**{name: getattr(parity, name) for name in parity.__dataclass_fields__}, **figures})
+
+
+def _figures(one: Observed, other: Observed) -> dict[str, Any]:
+    difference = compare(one.logits, other.logits)
+    return {
+        "samples": len(one.answers),
+        "max_logit_difference": difference.largest,
+        "mean_logit_difference": difference.mean,
+        "kl": difference.kl,
+        "same_answers": same_answers(one, other),
+    }
 
 
 def _enforce_fold(adapter: Observed, base: list[torch.Tensor], folded: Observed) -> None:

@@ -53,7 +53,8 @@ def answer_logits(model: nn.Module, processor: ProcessorMixin, samples: Sequence
         inputs = to_model(model, encode_sample(sample, processor))
         predicts = inputs.pop("labels")[0, 1:] != IGNORE_INDEX
         with torch.inference_mode(), as_trained(model):
-            logits.append(model(**inputs).logits[0, :-1][predicts].float().cpu())
+            seen = model(**inputs).logits[0, -len(predicts) - 1 : -1]  # after any virtual tokens
+            logits.append(seen[predicts].float().cpu())
     return logits
 
 

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig
 from torch import nn
 from transformers import Trainer
 
@@ -16,7 +17,7 @@ from mmtune.data.message import RowError
 from mmtune.errors import UserError
 
 
-def score_supervised_only(inputs: dict[str, Any]) -> dict[str, Any]:
+def score_supervised_only(inputs: dict[str, Any], virtual_tokens: int = 0) -> dict[str, Any]:
     """Ask the model for logits at supervised positions only.
 
     The loss is unchanged: positions with label -100 contribute nothing to cross entropy, so not computing their logits
@@ -24,14 +25,24 @@ def score_supervised_only(inputs: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         inputs: a batch with `labels` of shape (batch, length), int64.
+        virtual_tokens: how many a prompt method puts before the input.
 
     Returns:
-        The batch with `shift_labels` of shape (supervised,), and `logits_to_keep`, a boolean mask of shape (batch, length)
-        that picks the positions that predict them.
+        The batch with `shift_labels` of shape (supervised,), and `logits_to_keep`, a boolean mask of shape
+        (batch, virtual tokens + length) that picks the positions that predict them.
     """
     shifted = nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
     keep = shifted != IGNORE_INDEX
-    return {**inputs, "shift_labels": shifted[keep], "logits_to_keep": keep}
+    mask = nn.functional.pad(keep, (virtual_tokens, 0), value=False)
+    return {**inputs, "shift_labels": shifted[keep], "logits_to_keep": mask}
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """How many tokens a model's prompt method puts before the input embeddings."""
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    if isinstance(config, (PromptTuningConfig, PromptEncoderConfig)):  # prefix tuning writes into the cache instead
+        return int(config.num_virtual_tokens)
+    return 0
 
 
 class TuningTrainer(Trainer):
@@ -65,7 +76,8 @@ class TuningTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Cross entropy at supervised positions, summed and divided by their number over the whole optimizer step."""
-        return super().compute_loss(model, score_supervised_only(inputs), return_outputs, num_items_in_batch)
+        scored = score_supervised_only(inputs, virtual_tokens(self.accelerator.unwrap_model(model)))
+        return super().compute_loss(model, scored, return_outputs, num_items_in_batch)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, its parameter groups split by learning rate."""

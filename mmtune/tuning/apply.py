@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from rich.console import Console
 from rich.table import Table
@@ -14,55 +17,61 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mmtune.errors import UserError
-from mmtune.model.components import Components, component_of, select_modules
+from mmtune.methods.bottleneck import BottleneckConfig, bottleneck_targets
+from mmtune.methods.gated_prefix import gated_prefix_targets
+from mmtune.methods.table import METHODS
+from mmtune.model.components import Components, component_of, select_modules, select_parameters
+from mmtune.model.compute import to_model
 from mmtune.recipe import TuneSection
 
 
 @dataclass(frozen=True)
 class ComponentCount:
-    """Parameters of one component: how many there are, how many train, by which method and at which rate."""
+    """Parameters of one component: how its frozen ones are stored, how many train, by which method and at which rate."""
 
     component: str
     method: str
+    weights: str
     total: int
     trainable: int
     learning_rate: float | None
 
 
-def apply_tuning(model: PreTrainedModel, components: Components, tune: TuneSection) -> PreTrainedModel | PeftModel:
+def apply_tuning(
+    model: PreTrainedModel,
+    components: Components,
+    tune: TuneSection,
+    *,
+    steps: int | None = None,
+    batches: Iterable[Mapping[str, torch.Tensor]] = (),
+) -> PreTrainedModel | PeftModel:
     """Freeze, unfreeze and wrap by the recipe's `tune` section.
 
     Args:
         model: the loaded base, on its device.
         components: where its vision tower, projector and language model are.
         tune: the recipe's section.
+        steps: optimizer steps of the run, for methods that plan over it (AdaLoRA).
+        batches: training batches, for initializations that look at data (EVA, LoRA-GA).
 
     Returns:
         A `PeftModel` when `keeps_adapter`, components trained in full then being its `modules_to_save`; otherwise the model
         itself with `requires_grad` set. Trainable parameters are fp32.
 
     Raises:
-        UserError: a selector that matches nothing, or a component that the model lacks.
+        UserError: a selector that matches nothing, a component that the model lacks, or settings that the method refuses.
     """
-    paths = {
-        "vision": components.vision_tower,
-        "projector": components.projector,
-        "language": components.language_model,
-    }
-    chosen = {"vision": tune.vision, "projector": tune.projector, "language": tune.language}
-    for name, tuning in chosen.items():
-        if tuning.method != "frozen" and paths[name] is None:
+    for name, tuning in tune.components.items():
+        if tuning.method != "frozen" and _path(components, name) is None:
             raise UserError(f"tune.{name}: {type(model).__name__} has no {name} component; set it to frozen")
-
     model.requires_grad_(False)
-    full = [name for name, tuning in chosen.items() if tuning.method == "full"]
     if keeps_adapter(tune):
-        tuned: PreTrainedModel | PeftModel = get_peft_model(model, _peft_config(model, components, tune, full))
+        with _told(tune):
+            config = _peft_config(model, components, tune, steps)
+            tuned: PreTrainedModel | PeftModel = _with_adapter(model, config, batches)
     else:
-        # The head is the language model's last layer; where it is tied to the embeddings it is the same parameter.
-        for name, parameter in model.named_parameters():
-            component = component_of(name, components)
-            parameter.requires_grad_(("language" if component == "lm_head" else component) in full)
+        for name in _trained_in_full(model, components, tune):
+            model.get_parameter(name).requires_grad_(True)
         tuned = model
     for parameter in tuned.parameters():
         if parameter.requires_grad:
@@ -72,33 +81,141 @@ def apply_tuning(model: PreTrainedModel, components: Components, tune: TuneSecti
 
 def keeps_adapter(tune: TuneSection) -> bool:
     """Whether the result is a PEFT directory beside the base rather than a whole model."""
-    return tune.language.method == "lora" or (tune.language.method, tune.vision.method) == ("frozen", "frozen")
+    return tune.method is not None or (tune.language.method, tune.vision.method) == ("frozen", "frozen")
 
 
-def _peft_config(model: nn.Module, components: Components, tune: TuneSection, full: list[str]) -> LoraConfig:
-    """LoRA on the language model, or on nothing, with the components trained in full as `modules_to_save`."""
+def _path(components: Components, name: str) -> str | None:
+    paths = {
+        "vision": components.vision_tower,
+        "projector": components.projector,
+        "language": components.language_model,
+    }
+    return paths[name]
+
+
+def _trained_in_full(model: nn.Module, components: Components, tune: TuneSection) -> list[str]:
+    """Parameters of a run without an adapter."""
+    names = []
+    for component, tuning in tune.components.items():
+        if tuning.method != "full":
+            continue
+        chosen = None
+        if "target_modules" in tuning.settings:
+            chosen = set(select_modules(model, components, component, tuning.settings["target_modules"]))  # type: ignore[arg-type]
+        for name, _ in model.named_parameters():
+            # The head is the language model's last layer; where it is tied to the embeddings it is the same parameter.
+            owner = component_of(name, components)
+            mine = ("language" if owner == "lm_head" else owner) == component
+            if mine and (chosen is None or name.rpartition(".")[0] in chosen):
+                names.append(name)
+    return names
+
+
+@contextlib.contextmanager
+def _told(tune: TuneSection) -> Iterator[None]:
+    """PEFT's own refusals of settings are the recipe's faults."""
+    try:
+        yield
+    except ValueError as error:
+        where = next((name for name, tuning in tune.components.items() if tuning.method == tune.method), "language")
+        raise UserError(f"tune.{where}: {str(error).strip()}") from error
+
+
+def _with_adapter(model: PreTrainedModel, config: PeftConfig, batches: Iterable[Mapping[str, torch.Tensor]]) -> PeftModel:
+    """Wrap a model, after or before a look at the data where the initialization wants one."""
+    init = getattr(config, "init_lora_weights", None)
+    if init == "lora_ga":
+
+        def gradients() -> None:
+            for batch in batches:
+                model(**to_model(model, batch)).loss.backward()
+
+        preprocess_loraga(model, config, gradients)
+    tuned = get_peft_model(model, config)
+    if init == "eva":
+        was_training = tuned.training
+        tuned.eval()
+        initialize_lora_eva_weights(tuned, [to_model(tuned, batch) for batch in batches], show_progress_bar=False)
+        tuned.train(was_training)
+    return tuned
+
+
+def _peft_config(model: nn.Module, components: Components, tune: TuneSection, steps: int | None) -> PeftConfig:
+    """The method's configuration with what it tunes by full path, and the components trained in full as `modules_to_save`."""
+    saved = _saved_modules(model, components, tune)
+    if tune.method is None:
+        return LoraConfig(task_type="CAUSAL_LM", target_modules=DUMMY_TARGET_MODULES, modules_to_save=saved)
+    method = METHODS[tune.method]
+    users = {name: tuning for name, tuning in tune.components.items() if tuning.method == method.name}
+    settings = dict(next(iter(users.values())).settings)
+    if method.name == "bottleneck":
+        placement = settings.get("placement", BottleneckConfig.placement)
+        settings["target_modules"] = [
+            path for name in users for path in bottleneck_targets(model, str(_path(components, name)), placement)
+        ]
+    elif method.name == "gated_prefix":
+        layers = settings.get("adapter_layers")
+        settings["target_modules"] = gated_prefix_targets(model, components.language_model, layers)
+    elif method.kind == "layers":
+        chosen = {
+            name: select_modules(model, components, name, tuning.settings["target_modules"])  # type: ignore[arg-type]
+            for name, tuning in users.items()
+        }
+        settings["target_modules"] = [path for paths in chosen.values() for path in paths]
+        if method.name == "lora" and len(users) > 1:
+            settings["rank_pattern"] = {p: users[n].settings["r"] for n, paths in chosen.items() for p in paths}
+            settings["alpha_pattern"] = {p: users[n].settings["lora_alpha"] for n, paths in chosen.items() for p in paths}
+    if settings.get("target_parameters"):
+        settings["target_parameters"] = [
+            path
+            for name in users
+            for path in select_parameters(model, components, name, settings["target_parameters"])  # type: ignore[arg-type]
+        ]
+    if "feedforward_modules" in settings:
+        settings["feedforward_modules"] = [
+            path
+            for name in users
+            for path in select_modules(model, components, name, settings["feedforward_modules"])  # type: ignore[arg-type]
+        ]
+    if method.name == "adalora":
+        settings["total_step"] = steps
+    if settings.get("init_lora_weights") == "eva":
+        settings["eva_config"] = EvaConfig(**(settings.get("eva_config") or {}))
+    if settings.get("init_lora_weights") == "lora_ga":
+        settings["lora_ga_config"] = LoraGAConfig(**(settings.get("lora_ga_config") or {}))
+    return method.config_class()(task_type="CAUSAL_LM", modules_to_save=saved or None, **settings)
+
+
+def _saved_modules(model: nn.Module, components: Components, tune: TuneSection) -> list[str]:
+    """Modules that train in full beside an adapter."""
     saved: list[str] = []
-    if "vision" in full and components.vision_tower is not None:
-        saved.append(components.vision_tower)
-        inside = components.projector is not None and components.projector.startswith(components.vision_tower + ".")
-        if inside and "projector" not in full:
+    vision_whole = tune.vision.method == "full" and "target_modules" not in tune.vision.settings
+    inside = str(components.projector).startswith(f"{components.vision_tower}.")
+    for name, tuning in tune.components.items():
+        if tuning.method != "full":
+            continue
+        if "target_modules" in tuning.settings:
+            saved += select_modules(model, components, name, tuning.settings["target_modules"])  # type: ignore[arg-type]
+            continue
+        if name == "vision" and inside and tune.projector.method != "full":
             raise UserError("tune.vision: this family's projector lies inside its vision tower; train both in full, or neither")
-        if inside:
-            full = [name for name in full if name != "projector"]
-    if "projector" in full and components.projector is not None:
-        saved.append(components.projector)
-        for part in components.projector_parts:
+        if name == "language":
+            raise UserError(
+                "tune.language: full beside a method in another component would save the whole language model in the adapter; "
+                "tune those components in full too, or name some layers with target_modules"
+            )
+        if name == "vision" and components.vision_tower is not None:
+            saved.append(components.vision_tower)
+        if name == "projector" and components.projector is not None and not (vision_whole and inside):
+            saved.append(components.projector)
+        for part in components.projector_parts if name == "projector" else ():
             if part not in dict(model.named_modules()):
                 raise UserError(
                     f"tune.projector: {part} is a bare parameter, which PEFT cannot save beside an adapter; set tune.projector "
                     "to frozen, or train the language model in full"
                 )
             saved.append(part)
-    if tune.language.method == "frozen":
-        return LoraConfig(task_type="CAUSAL_LM", target_modules=DUMMY_TARGET_MODULES, modules_to_save=saved)
-    settings = dict(tune.language.settings)
-    targets = select_modules(model, components, "language", settings.pop("target_modules"))
-    return LoraConfig(task_type="CAUSAL_LM", target_modules=targets, modules_to_save=saved or None, **settings)
+    return saved
 
 
 def count_parameters(model: nn.Module, components: Components, tune: TuneSection, learning_rate: float) -> list[ComponentCount]:
@@ -108,19 +225,24 @@ def count_parameters(model: nn.Module, components: Components, tune: TuneSection
         learning_rate: the run's own rate, for components that name none.
     """
     totals: dict[str, list[int]] = {}
+    stored: dict[str, set[str]] = {}
     for name, parameter in model.named_parameters():
         if ".original_module." in name:
             continue
-        count = totals.setdefault(component_of(name, components), [0, 0])
-        count[0] += parameter.numel()
-        count[1] += parameter.numel() if parameter.requires_grad else 0
-    head = totals.pop("lm_head", [0, 0])
-    totals["language"] = [a + b for a, b in zip(totals["language"], head, strict=True)]
-    chosen = {"vision": tune.vision, "projector": tune.projector, "language": tune.language}
+        owner = component_of(name, components)
+        count = totals.setdefault("language" if owner == "lm_head" else owner, [0, 0])
+        size = parameter_count(parameter)
+        count[0] += size
+        count[1] += size if parameter.requires_grad else 0
+        if not parameter.requires_grad:
+            stored.setdefault(owner, set()).add(storage_of(parameter))
+    stored.setdefault("language", set()).update(f"head {kind}" for kind in stored.pop("lm_head", ()))
+    chosen = tune.components
     return [
         ComponentCount(
             name,
             chosen[name].method,
+            ", ".join(sorted(stored.get(name, ()))),
             total,
             trainable,
             (chosen[name].learning_rate or learning_rate) if trainable else None,
@@ -129,17 +251,37 @@ def count_parameters(model: nn.Module, components: Components, tune: TuneSection
     ]
 
 
-def learning_rates(model: nn.Module, components: Components, tune: TuneSection) -> dict[str, float]:
-    """Learning rate by parameter name, for the parameters whose component names a rate of its own."""
-    own = {
-        "vision": tune.vision.learning_rate,
-        "projector": tune.projector.learning_rate,
-        "language": tune.language.learning_rate,
-        "lm_head": tune.language.learning_rate,
-    }
+def parameter_count(parameter: nn.Parameter) -> int:
+    """Weights in a parameter; a 4-bit one is stored packed, two in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def storage_of(parameter: nn.Parameter) -> str:
+    """How a parameter is stored: nf4, int8, or its dtype."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        return str(state.quant_type)
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return short.get(parameter.dtype, str(parameter.dtype).removeprefix("torch."))
+
+
+def learning_rates(model: nn.Module, components: Components, tune: TuneSection, learning_rate: float) -> dict[str, float]:
+    """Learning rate by parameter name, for the parameters that do not take the run's own.
+
+    Args:
+        learning_rate: the run's own.
+    """
     rates = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and (rate := own[component_of(name, components)]) is not None:
+        if not parameter.requires_grad:
+            continue
+        owner = component_of(name, components)
+        tuning = tune.components["language" if owner == "lm_head" else owner]
+        rate = tuning.learning_rate or learning_rate
+        if tuning.loraplus_lr_ratio is not None and any(part in name for part in (".lora_B.", ".lora_embedding_B.")):
+            rate *= tuning.loraplus_lr_ratio
+        if rate != learning_rate:
             rates[name] = rate
     return rates
 
@@ -147,13 +289,14 @@ def learning_rates(model: nn.Module, components: Components, tune: TuneSection) 
 def print_parameters(counts: Sequence[ComponentCount]) -> None:
     """The table of trainable parameters by component."""
     table = Table(title="What trains", title_justify="left")
-    for name, justify in [("component", "left"), ("method", "left"), ("parameters", "right"), ("trainable", "right")]:
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    table.add_column("learning rate", justify="right")
+    for name in ("component", "method", "frozen weights"):
+        table.add_column(name)
+    for name in ("parameters", "trainable", "learning rate"):
+        table.add_column(name, justify="right")
     for count in counts:
         rate = "" if count.learning_rate is None else f"{count.learning_rate:g}"
-        table.add_row(count.component, count.method, f"{count.total:,}", f"{count.trainable:,}", rate)
+        table.add_row(count.component, count.method, count.weights, f"{count.total:,}", f"{count.trainable:,}", rate)
     total, trainable = sum(c.total for c in counts), sum(c.trainable for c in counts)
     table.add_section()
-    table.add_row("all", "", f"{total:,}", f"{trainable:,} ({trainable / total:.2%})", "")
+    table.add_row("all", "", "", f"{total:,}", f"{trainable:,} ({trainable / total:.2%})", "")
     Console().print(table)

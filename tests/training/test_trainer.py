@@ -47,7 +47,7 @@ def make_trainer(recipe: Recipe, base: Path, **settings: object) -> TuningTraine
         callbacks=[FrozenInputsStayFrozen()],
         data_report=DataReport(rows=len(samples)),
         max_bad_fraction=recipe.data.max_bad_fraction,
-        learning_rates=learning_rates(model, components, recipe.tune),
+        learning_rates=learning_rates(model, find_components(model), recipe.tune, recipe.train["learning_rate"]),
         **settings,
     )
 

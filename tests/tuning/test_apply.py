@@ -67,7 +67,7 @@ def test_parameters_are_counted_once(make_recipe: Callable[..., Recipe], base: P
 def test_a_component_takes_its_own_learning_rate(make_recipe: Callable[..., Recipe], base: Path) -> None:
     recipe = make_recipe("tune.projector.learning_rate=0.25")
     model, components = tuned(recipe, base)
-    rates = learning_rates(model, components, recipe.tune)
+    rates = learning_rates(model, components, recipe.tune, 0.5)
     assert set(rates.values()) == {0.25}
     assert all("multi_modal_projector" in name for name in rates)
     assert len(rates) == 4

@@ -1,0 +1,32 @@
+"""PEFT's registry, extended by the methods that mmtune adds."""
+
+from __future__ import annotations
+
+from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+
+
+def register(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> PeftType:
+    """Make PEFT save, load, enable and disable a method by its name, as it does its own.
+
+    Args:
+        name: lower case. Parameters that belong to the method have `NAME_` in their names, by which PEFT knows what to save.
+        config: the method's configuration.
+        tuner: the method's model class.
+
+    Returns:
+        The method's type, for `config.peft_type`. Registering a name again changes nothing.
+    """
+    value = name.upper()
+    if value in PeftType._value2member_map_:
+        return PeftType(value)
+    # An enumeration with members cannot be subclassed, and PEFT asks this one by name and by value.
+    member = str.__new__(PeftType, value)
+    member._name_ = member._value_ = value
+    PeftType._member_map_[value] = member
+    PeftType._value2member_map_[value] = member
+    PeftType._member_names_.append(value)
+    type.__setattr__(PeftType, value, member)
+    register_peft_method(name=name, config_cls=config, model_cls=tuner)
+    return member

@@ -1,0 +1,98 @@
+"""Fold adapters into the weights of their base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+
+from mmtune.errors import CheckFailed, UserError
+from mmtune.methods.table import METHODS
+from mmtune.model.load import adapter_method, base_of_adapter, load_trained
+from mmtune.run_directory import RunDirectory
+
+
+def adapter_of(path: Path) -> RunDirectory:
+    """A finished run that holds an adapter.
+
+    Raises:
+        UserError: a run that trained the whole model, or no finished run.
+    """
+    run = RunDirectory(path)
+    if run.model.is_dir():
+        raise UserError(f"{path} trained the whole model, so there is no adapter to merge: {run.model} is the checkpoint")
+    if not (run.adapter / "adapter_config.json").is_file():
+        raise UserError(f"{path} is not a finished run: it has no {run.adapter.name}/adapter_config.json")
+    return run
+
+
+def check_mergeable(run: RunDirectory) -> None:
+    """
+    Raises:
+        UserError: the adapter's method is no change of weights.
+    """
+    method = adapter_method(run.adapter)
+    if method in METHODS and not METHODS[method].mergeable:
+        raise UserError(
+            f"{run.path}: {method} is no change of weights, so it cannot be merged; --keep-adapter releases it beside its base"
+        )
+
+
+def fold(model: PeftModel) -> PreTrainedModel:
+    """The base with the active adapter folded into it, and nothing of PEFT left."""
+    base = model.get_base_model()
+    for name, wrapper in list(base.named_modules()):
+        # PEFT unloads these for LoRA only; for its other methods it leaves them or stumbles over a module without `weight`.
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            parent, _, last = name.rpartition(".")
+            setattr(base.get_submodule(parent), last, wrapper.modules_to_save[wrapper.active_adapters[0]])
+    merged: PreTrainedModel = model.merge_and_unload()
+    left = [name for name, module in merged.named_modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    if left:
+        raise CheckFailed(f"the merge left {len(left)} modules of the adapter in place ({', '.join(left[:3])} ...)")
+    return merged
+
+
+def fold_weighted(parts: Sequence[tuple[RunDirectory, float]]) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """One base plus the weighted sum of what several adapters change in its weights, in fp32.
+
+    Each adapter is folded alone, so every method that folds can take part, and each with its own settings.
+
+    Args:
+        parts: runs and their weights.
+
+    Returns:
+        The model in eval mode, and the first run's processor.
+
+    Raises:
+        UserError: adapters of different bases or chat templates.
+    """
+    bases = {run.path: base_of_adapter(run.adapter) for run, _ in parts}
+    if len(set(bases.values())) > 1:
+        told = "; ".join(f"{path}: {base}" for path, base in bases.items())
+        raise UserError(f"adapters of different bases cannot be added: {told}")
+    total: dict[str, torch.Tensor] = {}
+    processors: list[Any] = []
+    base: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(next(iter(bases.values())), dtype=torch.float32)
+    before = {name: tensor for name, tensor in base.state_dict().items() if tensor.is_floating_point()}
+    generation_config = base.generation_config
+    for run, weight in parts:
+        tuned, processor = load_trained(run.path, torch.float32)
+        processors.append(processor)
+        merged = fold(tuned)
+        generation_config = merged.generation_config
+        for name, tensor in merged.state_dict().items():
+            if name in before:
+                change = weight * (tensor - before[name])
+                total[name] = total[name] + change if name in total else change
+    if len({processor.chat_template for processor in processors}) > 1:
+        raise UserError("adapters that were trained with different chat templates cannot be added")
+    base.load_state_dict({name: before[name] + change for name, change in total.items()}, strict=False)
+    base.generation_config = generation_config
+    return base.eval(), processors[0]
