@@ -1,0 +1,163 @@
+"""Tuning methods under one budget on the built-in task: which learning rate each wants, and how far each then comes.
+
+Every run sees the same rows in the same order for the same steps, with the projector in full at 1e-3. First each method's
+learning rate is chosen from four by the mean training loss of the last third of a short run; then three seeds are trained
+and asked every held-out question. Results are kept as they come, and a second start goes on where the first ended.
+
+Usage: mmtune data digits data/digits; python benchmarks/methods_same_budget.py [--steps 200] [--sweep-steps 60] [--batch 16]
+It writes benchmarks/results/methods.json, docs/methods_table.md and docs/methods.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mmtune.recipe import load_recipe
+from mmtune.run_directory import RunDirectory
+from mmtune.train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "methods.json"
+METHODS: Mapping[str, tuple[str, tuple[float, ...]]] = {
+    "LoRA (r 16)": ("{method: lora, r: 16, lora_alpha: 32}", (1e-3, 2e-3, 5e-3, 1e-2)),
+    "DoRA (r 16)": ("{method: lora, r: 16, lora_alpha: 32, use_dora: true}", (1e-3, 2e-3, 5e-3, 1e-2)),
+    "IA3": ("{method: ia3}", (5e-3, 1e-2, 3e-2, 1e-1)),
+    "bottleneck adapter (64, Houlsby)": ("{method: bottleneck}", (1e-3, 2e-3, 5e-3, 1e-2)),
+    "zero-gated prefix (10)": ("{method: gated_prefix}", (1e-2, 3e-2, 1e-1, 3e-1)),
+    "prefix tuning (20)": ("{method: prefix_tuning}", (1e-2, 3e-2, 1e-1, 3e-1)),
+    "full tuning of the language model": ("{method: full}", (5e-4, 1e-3, 2e-3, 5e-3)),
+}
+
+
+def one(method: str, rate: float, seed: int, steps: int, batch: int, asks: bool) -> dict[str, Any]:
+    """Train once; the mean loss of the last third, and with `asks` the held-out accuracy."""
+    language, _ = METHODS[method]
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [
+            f"tune.language={language}",
+            f"train.learning_rate={rate}",
+            f"train.seed={seed}",
+            f"train.max_steps={steps}",
+            f"train.per_device_train_batch_size={batch}",
+            "train.logging_steps=1",
+            "train.disable_tqdm=true",
+            f"output_dir={folder}/run",
+            *(["evaluate.before=false"] if asks else ["evaluate=null"]),
+        ]
+        start = time.perf_counter()
+        summary = train(load_recipe(ROOT / "recipes" / "quickstart.yaml", overrides), ["benchmark"])
+        losses = [json.loads(line)["loss"] for line in RunDirectory(Path(folder, "run")).metrics.read_text().splitlines()]
+    tail = losses[-max(1, len(losses) // 3) :]
+    return {
+        "method": method,
+        "learning_rate": rate,
+        "seed": seed,
+        "loss": statistics.fmean(tail),
+        "accuracy": summary.get("tuned_accuracy"),
+        "questions": summary.get("questions"),
+        "majority": summary.get("majority_accuracy"),
+        "trainable": summary["trainable_parameters"],
+        "total": summary["total_parameters"],
+        "train_seconds": summary["train_seconds"],
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half width of a 95% t interval over seeds."""
+    critical = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
+    return statistics.fmean(values), critical * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [
+        "| method | trainable | learning rate | training loss | held-out accuracy | 95% interval over seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = []
+    for method in METHODS:
+        runs = [run for run in results["runs"] if run["method"] == method]
+        if len(runs) < 2:
+            continue
+        mean, half = interval([run["accuracy"] for run in runs])
+        loss = statistics.fmean(run["loss"] for run in runs)
+        low, high = max(0.0, mean - half), min(1.0, mean + half)
+        text = (
+            f"| {method} | {runs[0]['trainable']:,} ({runs[0]['trainable'] / runs[0]['total']:.1%}) | {runs[0]['learning_rate']:g} "
+            f"| {loss:.3f} | {mean:.1%} | {low:.1%} to {high:.1%} |"
+        )
+        rows.append((mean, text))
+    return "\n".join([*lines, *(text for _, text in sorted(rows, reverse=True))]) + "\n"
+
+
+def plot(results: dict[str, Any], out: Path) -> None:
+    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.add_subplot()
+    shown = [(m, [r["accuracy"] for r in results["runs"] if r["method"] == m]) for m in METHODS]
+    shown = sorted(((m, v) for m, v in shown if len(v) > 1), key=lambda item: statistics.fmean(item[1]))
+    for height, (_, values) in enumerate(shown):
+        mean, half = interval(values)
+        axes.errorbar(100 * mean, height, xerr=100 * half, fmt="o", color="#1f6feb", capsize=3)
+        axes.plot([100 * v for v in values], [height] * len(values), "|", color="#57606a", markersize=10)
+    axes.axvline(100 * results["runs"][0]["majority"], color="#cf222e", linestyle="--", linewidth=1, label="commonest answer")
+    axes.set_yticks(range(len(shown)), [m for m, _ in shown])
+    axes.set_xlabel("held-out exact match, % (three seeds: ticks; mean and 95% t interval: dot and bar)")
+    axes.set_xlim(0, 100)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, dpi=144)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--sweep-steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    budget = {"steps": arguments.steps, "sweep_steps": arguments.sweep_steps, "batch": arguments.batch}
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if results.get("budget") != budget:
+        results = {"budget": budget, "sweep": [], "runs": []}
+    results["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    results["machine"] = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+    def keep(part: str, result: dict[str, Any]) -> None:
+        results[part].append(result)
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        print(json.dumps(result), flush=True)
+
+    for method, (_, rates) in METHODS.items():
+        for rate in rates:
+            if not any((run["method"], run["learning_rate"]) == (method, rate) for run in results["sweep"]):
+                keep("sweep", one(method, rate, 0, arguments.sweep_steps, arguments.batch, asks=False))
+    for seed in range(arguments.seeds):
+        for method in METHODS:
+            tried = [run for run in results["sweep"] if run["method"] == method and math.isfinite(run["loss"])]
+            rate = min(tried, key=lambda run: run["loss"])["learning_rate"]
+            if not any((run["method"], run["seed"]) == (method, seed) for run in results["runs"]):
+                keep("runs", one(method, rate, seed, arguments.steps, arguments.batch, asks=True))
+    (ROOT / "docs" / "methods_table.md").write_text(table(results))
+    plot(results, ROOT / "docs" / "methods.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
