@@ -35,11 +35,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "methods.json"
 METHODS: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "LoRA (r 16)": ("{method: lora, r: 16, lora_alpha: 32}", (1e-3, 2e-3, 5e-3, 1e-2)),
-    "DoRA (r 16)": ("{method: lora, r: 16, lora_alpha: 32, use_dora: true}", (1e-3, 2e-3, 5e-3, 1e-2)),
-    "IA3": ("{method: ia3}", (5e-3, 1e-2, 3e-2, 1e-1)),
-    "bottleneck adapter (64, Houlsby)": ("{method: bottleneck}", (1e-3, 2e-3, 5e-3, 1e-2)),
-    "zero-gated prefix (10)": ("{method: gated_prefix}", (1e-2, 3e-2, 1e-1, 3e-1)),
-    "prefix tuning (20)": ("{method: prefix_tuning}", (1e-2, 3e-2, 1e-1, 3e-1)),
+    "DoRA (r 16)": ("{method: lora, r: 16, lora_alpha: 32, use_dora: true}", (2e-3, 5e-3, 1e-2, 2e-2)),
+    "IA3": ("{method: ia3}", (1e-2, 3e-2, 1e-1, 3e-1)),
+    "bottleneck adapter (64, Houlsby)": ("{method: bottleneck}", (2e-3, 5e-3, 1e-2, 2e-2)),
+    "zero-gated prefix (10)": ("{method: gated_prefix}", (3e-2, 1e-1, 3e-1, 1.0)),
+    "prefix tuning (20)": ("{method: prefix_tuning}", (3e-2, 1e-1, 3e-1, 1.0)),
     "full tuning of the language model": ("{method: full}", (5e-4, 1e-3, 2e-3, 5e-3)),
 }
 
@@ -97,8 +97,9 @@ def table(results: dict[str, Any]) -> str:
         mean, half = interval([run["accuracy"] for run in runs])
         loss = statistics.fmean(run["loss"] for run in runs)
         low, high = max(0.0, mean - half), min(1.0, mean + half)
+        share = runs[0]["trainable"] / runs[0]["total"]
         text = (
-            f"| {method} | {runs[0]['trainable']:,} ({runs[0]['trainable'] / runs[0]['total']:.1%}) | {runs[0]['learning_rate']:g} "
+            f"| {method} | {runs[0]['trainable']:,} ({share:.1%}) | {runs[0]['learning_rate']:g} "
             f"| {loss:.3f} | {mean:.1%} | {low:.1%} to {high:.1%} |"
         )
         rows.append((mean, text))

@@ -101,6 +101,15 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--prompt", help="one question; without it, a conversation")
     verb.add_argument("--max-new-tokens", type=int, default=256, help="an answer is cut there (default 256)")
 
+    verb = _verb(verbs, "plan", _plan, "foretell the memory of one training step from the model's configuration alone")
+    _recipe_arguments(verb)
+    verb.add_argument("--memory", metavar="SIZE", help="what there is, such as 24GB; suggests changes when it is too little")
+    verb.add_argument("--tokens", type=int, help="of the longest sample (default: data.max_tokens)")
+    verb.add_argument("--images", type=int, default=1, help="images in a sample (default 1)")
+    verb.add_argument("--supervised", type=int, help="answer tokens in a sample (default: all of its text)")
+
+    _verb(verbs, "methods", _methods, "the tuning methods, and what works with what")
+
     verb = _verb(verbs, "report", _report, "print what a run achieved")
     verb.add_argument("model", metavar="RUN", help="the run directory")
 
@@ -235,6 +244,31 @@ def _chat(arguments: argparse.Namespace) -> Any:
         pieces.append(piece)
     print()
     return {"prompt": arguments.prompt, "images": arguments.image, "answer": "".join(pieces)}
+
+
+def _plan(arguments: argparse.Namespace) -> Any:
+    from mmtune.recipe import load_recipe
+    from mmtune.tuning.memory import estimate_memory, parse_memory, print_estimate, suggestions
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    limit = None if arguments.memory is None else parse_memory(arguments.memory)
+    tokens = arguments.tokens or recipe.data.max_tokens
+    if tokens is None:
+        raise UserError("how long is the longest sample? give data.max_tokens in the recipe, or --tokens")
+    sample = {"tokens": tokens, "images": arguments.images, "supervised": arguments.supervised}
+    estimate = estimate_memory(recipe, **sample)
+    print_estimate(estimate, limit)
+    changes = [] if limit is None or estimate.fits(limit) else suggestions(recipe, estimate, limit, **sample)
+    for change in changes:
+        print(f"  {change}")
+    return estimate.as_json() | {"limit": limit, "suggestions": changes}
+
+
+def _methods(arguments: argparse.Namespace) -> Any:
+    from mmtune.methods.show import method_rows, print_methods
+
+    print_methods()
+    return method_rows()
 
 
 def _report(arguments: argparse.Namespace) -> Any:

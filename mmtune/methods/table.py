@@ -235,29 +235,35 @@ def refusal(
         model_type: of the base's config, once it is known.
     """
     known = METHODS[method]
-    cell = capabilities().get(method, {}).get(precision, {})
+    measured = "dora" if method == "lora" and settings.get("use_dora") else method
+    cell = capabilities().get(measured, {}).get(precision, {})
     if known.kind == "prompt" and model_type in MROPE:
         return f"{method} gives its virtual tokens no position in {model_type} (mRoPE); use gated_prefix or lora"
     init = settings.get("init_lora_weights")
+    mutates = isinstance(init, str) and init.startswith(MUTATING_INITS)
     quantized = precision in ("int8", "nf4")
-    if quantized and isinstance(init, str) and init.startswith(MUTATING_INITS):
+    if mutates and quantized:
         return f"init_lora_weights: {init} decomposes full weights, and model.precision: {precision} has none; use eva, or bf16"
+    if mutates and settings.get("use_dora"):
+        return f"init_lora_weights: {init} with use_dora cannot be saved as an adapter of the base as it was; use one of the two"
     if quantized and settings.get("target_parameters"):
         return f"target_parameters reaches into weights that model.precision: {precision} replaces; use bf16"
-    if (reason := cell.get("train")) not in (None, True):
-        return f"{method} does not train with model.precision: {precision} ({reason}); use {_nearest(method)}"
-    if checkpointing and (reason := cell.get("checkpointing")) not in (None, True):
-        return (
-            f"{method} does not train with train.activation_checkpointing ({reason}); switch it off, or use gated_prefix"
-            if known.kind == "prompt"
-            else f"{method} does not train with train.activation_checkpointing ({reason}); switch it off, or use lora"
-        )
+    if cell.get("train", True) is not True:
+        return f"{measured} does not train with model.precision: {precision}; {nearest_that_works(measured, 'train')}"
+    if checkpointing and cell.get("checkpointing", True) is not True:
+        nearest = nearest_that_works(measured, "checkpointing")
+        return f"{measured} does not train with train.activation_checkpointing; {nearest}"
     return None
 
 
-def _nearest(method: str) -> str:
+def nearest_that_works(method: str, what: str) -> str:
+    """What to do where a method does not `train`, take `checkpointing`, or `merge`."""
+    if what == "merge":
+        return "mmtune merge --keep-adapter releases it beside its base"
+    if what == "checkpointing":
+        return "switch it off, or use " + ("gated_prefix" if METHODS[method].kind == "prompt" else "lora")
     works = [p for p in ("bf16", "fp32") if capabilities().get(method, {}).get(p, {}).get("train") is True]
-    return f"{works[0]}, or lora" if works else "lora"
+    return f"use {works[0]}, or lora" if works else "use lora"
 
 
 @cache

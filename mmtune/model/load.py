@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel, ProcessorMixin
@@ -258,7 +258,8 @@ def base_of_adapter(adapter: Path) -> str:
 def adapter_method(adapter: Path) -> str:
     """A recipe's name of the method that an adapter directory names."""
     peft_type = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["peft_type"]
-    return next((name for name, method in METHODS.items() if method.config_class()().peft_type == peft_type), peft_type.lower())
+    config = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+    return next((name for name, method in METHODS.items() if method.config_class() is config), peft_type.lower())
 
 
 def _reason(name: str, error: Exception) -> str:

@@ -8,7 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import (
+    EvaConfig,
+    LoraConfig,
+    LoraGAConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    initialize_lora_eva_weights,
+)
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from rich.console import Console
@@ -179,6 +188,11 @@ def _peft_config(model: nn.Module, components: Components, tune: TuneSection, st
         ]
     if method.name == "adalora":
         settings["total_step"] = steps
+    if method.name == "oft":  # PEFT would take another size, with a warning
+        size = settings.get("oft_block_size", OFTConfig.oft_block_size)
+        for path in settings["target_modules"]:
+            if (inputs := model.get_submodule(path).in_features) % size:
+                raise UserError(f"oft_block_size: {size} does not divide the {inputs} inputs of {path}")
     if settings.get("init_lora_weights") == "eva":
         settings["eva_config"] = EvaConfig(**(settings.get("eva_config") or {}))
     if settings.get("init_lora_weights") == "lora_ga":

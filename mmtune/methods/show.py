@@ -1,0 +1,52 @@
+"""`mmtune methods`: what works with what, as it was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mmtune.methods.table import METHODS, PRECISIONS, capabilities, nearest_that_works
+
+
+def method_rows() -> list[dict[str, Any]]:
+    """One row a method and variant: its default learning rate, and by precision whether it trains, also with gradient
+    checkpointing, and merges; each true or the reason why not."""
+    rows = []
+    for name, cells in capabilities().items():
+        method = METHODS.get(name) or METHODS["lora"]
+        about = method.about if name in METHODS else "LoRA with use_dora: direction and size apart (arXiv 2402.09353)"
+        rows.append({"method": name, "about": about, "learning_rate": method.learning_rate, "precisions": cells})
+    return rows
+
+
+def print_methods() -> None:
+    """The table, and below it each refused combination with its reason and the nearest that works."""
+    table = Table(title="Methods: t trains, c also with gradient checkpointing, m merges", title_justify="left")
+    table.add_column("method")
+    table.add_column("learning rate", justify="right")
+    for precision in PRECISIONS:
+        table.add_column(precision)
+    refused = []
+    for row in method_rows():
+        cells = []
+        for precision in PRECISIONS:
+            cell = row["precisions"][precision]
+            letters = {"t": cell["train"], "c": cell["checkpointing"], "m": cell["merge"]}
+            cells.append(" ".join(letter if works is True else "-" for letter, works in letters.items()))
+            for what, works in cell.items():
+                if works is not True and (what == "train" or cell["train"] is True):
+                    refused.append((row["method"], precision, what, works))
+        table.add_row(row["method"], f"{row['learning_rate']:g}", *cells)
+    console = Console()
+    console.print(table)
+    told: dict[tuple[str, str, str], list[str]] = {}
+    for method, precision, what, why in refused:
+        told.setdefault((method, what, why), []).append(precision)
+    for (method, what, why), precisions in told.items():
+        nearest = nearest_that_works(method, what)
+        console.print(f"{method}, {', '.join(precisions)}: no {what}: {why}; {nearest}", markup=False, highlight=False)
+    console.print("This version trains in one process, so ZeRO is not in the table. Measured on the CPU.", highlight=False)
+    for row in method_rows():
+        console.print(f"{row['method']}: {row['about']}", markup=False, highlight=False)

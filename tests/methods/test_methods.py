@@ -1,0 +1,358 @@
+"""Every method: what it trains, what it leaves alone, and that what is saved is what was trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mmtune.data.dataset import Samples
+from mmtune.data.encode import collate, encode_sample
+from mmtune.errors import UserError
+from mmtune.methods.table import METHODS
+from mmtune.model.components import find_components
+from mmtune.model.load import load_trained
+from mmtune.recipe import Recipe, load_recipe
+from mmtune.train import train
+from mmtune.tuning.apply import apply_tuning, learning_rates
+
+# The built-in architecture: 5 layers, each with q, k, v, o (128 x 128), gate, up (128 -> 352) and down (352 -> 128).
+LAYERS, WIDTH, INNER = 5, 128, 352
+SHAPES = [(WIDTH, WIDTH)] * 4 + [(WIDTH, INNER)] * 2 + [(INNER, WIDTH)]  # (in, out)
+
+
+def total(count: Callable[[int, int], int]) -> int:
+    return LAYERS * sum(count(i, o) for i, o in SHAPES)
+
+
+CASES: Mapping[str, tuple[str, int]] = {
+    "lora": ("{method: lora, r: 4}", total(lambda i, o: 4 * (i + o))),
+    "rslora": ("{method: lora, r: 4, use_rslora: true}", total(lambda i, o: 4 * (i + o))),
+    "dora": ("{method: lora, r: 4, use_dora: true}", total(lambda i, o: 4 * (i + o) + o)),
+    "pissa": ("{method: lora, r: 4, init_lora_weights: pissa}", total(lambda i, o: 4 * (i + o))),
+    "olora": ("{method: lora, r: 4, init_lora_weights: olora}", total(lambda i, o: 4 * (i + o))),
+    "lora_ga": ("{method: lora, r: 4, init_lora_weights: lora_ga}", total(lambda i, o: 4 * (i + o))),
+    "eva": ("{method: lora, r: 4, init_lora_weights: eva, eva_config: {rho: 1.0}}", total(lambda i, o: 4 * (i + o))),
+    "loraplus": ("{method: lora, r: 4, loraplus_lr_ratio: 8.0}", total(lambda i, o: 4 * (i + o))),
+    "adalora": ("{method: adalora, init_r: 4, target_r: 4}", total(lambda i, o: 4 * (i + o) + 4)),
+    "ia3": ("{method: ia3}", LAYERS * (2 * WIDTH + INNER)),
+    "oft": ("{method: oft, oft_block_size: 32}", total(lambda i, o: (i // 32) * (32 * 31 // 2))),
+    "boft": ("{method: boft, boft_block_size: 4}", total(lambda i, o: (i // 4) * 4 * 4 + o)),
+    "vera": ("{method: vera, r: 16}", total(lambda i, o: 16 + o)),
+    "loha": ("{method: loha, r: 4}", total(lambda i, o: 2 * 4 * (i + o))),
+    "miss": ("{method: miss, r: 16}", total(lambda i, o: 16 * o)),
+    "ln_tuning": ("{method: ln_tuning}", (2 * LAYERS + 1) * WIDTH),
+    "prompt_tuning": ("{method: prompt_tuning, num_virtual_tokens: 6}", 6 * WIDTH),
+    "p_tuning": (
+        "{method: p_tuning, num_virtual_tokens: 6, encoder_hidden_size: 16}",
+        6 * WIDTH + (WIDTH * 16 + 16) + (16 * 16 + 16) + (16 * WIDTH + WIDTH),
+    ),
+    "prefix_tuning": ("{method: prefix_tuning, num_virtual_tokens: 6}", 6 * LAYERS * 2 * WIDTH),
+    "bottleneck": ("{method: bottleneck, bottleneck_size: 8}", 2 * LAYERS * (2 * 8 * WIDTH + 8 + WIDTH)),
+    "gated_prefix": ("{method: gated_prefix, adapter_len: 6, adapter_layers: 3}", 3 * (6 * WIDTH + 4)),
+    "lokr": ("{method: lokr, r: 4}", 0),  # its factors are chosen to be as square as they can be: no short closed form
+}
+"""Settings, and the trainable parameters of the language model by the method's own arithmetic."""
+
+NOT_AT_ZERO = {"prompt_tuning", "p_tuning", "prefix_tuning"}
+"""Methods whose virtual tokens change the output from the start, and say nothing else."""
+
+
+@pytest.fixture(scope="module")
+def one_batch(rows: Path, base: Path) -> dict[str, torch.Tensor]:
+    processor = AutoProcessor.from_pretrained(str(base))
+    samples = Samples(
+        load_recipe_text(
+            rows.parent, f"{{model: {{base: {base}}}, data: {{train: [{{path: {rows}, template: llava}}]}}, output_dir: x}}"
+        ).data.train
+    )
+    return collate([encode_sample(samples[i], processor) for i in range(3)], processor.tokenizer.pad_token_id)
+
+
+def load_recipe_text(folder: Path, text: str) -> Recipe:
+    path = folder / "methods.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(path)
+
+
+def recipe_of(name: str, rows: Path, base: Path, folder: Path, *overrides: str) -> Recipe:
+    text = f"""
+model: {{base: {base}}}
+tune: {{projector: frozen, language: {CASES[name][0]}}}
+data: {{train: [{{path: {rows}, template: llava}}]}}
+train: {{max_steps: 2, per_device_train_batch_size: 4, logging_steps: 1, use_cpu: true, seed: 0, disable_tqdm: true}}
+output_dir: {folder / name}
+"""
+    path = folder / f"{name}.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(path, overrides)
+
+
+def logits_of(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        length = batch["input_ids"].shape[1]
+        return model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, -length:]
+
+
+def fresh(name: str, rows: Path, base: Path, folder: Path, batch: Mapping[str, torch.Tensor]) -> PeftModel:
+    recipe = recipe_of(name, rows, base, folder)
+    model = AutoModelForImageTextToText.from_pretrained(str(base))
+    tuned = apply_tuning(model, find_components(model), recipe.tune, steps=10, batches=[dict(batch)])
+    assert isinstance(tuned, PeftModel)
+    return tuned
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_trains_is_the_closed_form_and_step_0_is_the_base(
+    name: str, rows: Path, base: Path, tmp_path: Path, one_batch: dict[str, torch.Tensor]
+) -> None:
+    torch.manual_seed(0)
+    tuned = fresh(name, rows, base, tmp_path, one_batch)
+    trainable = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
+    count = sum(p.numel() for p in trainable.values())
+    if name != "lokr":
+        assert count == CASES[name][1]
+    assert 0 < count < 600_000
+    assert not [n for n in trainable if "vision_tower" in n or "multi_modal_projector" in n or "lm_head" in n]
+    plain = logits_of(AutoModelForImageTextToText.from_pretrained(str(base)), one_batch)
+    start = logits_of(tuned, one_batch)
+    if name in NOT_AT_ZERO:
+        assert (start - plain).abs().max() > 1e-4
+    else:
+        torch.testing.assert_close(start, plain, atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_one_step_changes_what_should_change_and_disabling_gives_the_base(
+    name: str, rows: Path, base: Path, tmp_path: Path, one_batch: dict[str, torch.Tensor]
+) -> None:
+    torch.manual_seed(0)
+    tuned = fresh(name, rows, base, tmp_path, one_batch)
+    with torch.no_grad():
+        for parameter_name, parameter in tuned.named_parameters():
+            # from exactly zero some halves of a product have no gradient
+            if parameter.requires_grad and (
+                "lora_B" in parameter_name or "gate" in parameter_name or "hada_w2_a" in parameter_name
+            ):
+                parameter.add_(0.01)
+    before = {n: p.detach().clone() for n, p in tuned.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.1)
+    tuned.train()
+    tuned(**one_batch).loss.backward()
+    optimizer.step()
+    changed = {n for n, p in tuned.named_parameters() if not torch.equal(p, before[n])}
+    trainable = {n for n, p in tuned.named_parameters() if p.requires_grad}
+    assert changed <= trainable
+    assert len(changed) > 0.9 * len(trainable), sorted(trainable - changed)
+    if name not in ("pissa", "olora", "lora_ga"):  # what these take out of the base comes back when they are saved
+        with tuned.disable_adapter():
+            off = logits_of(tuned, one_batch)
+        plain = logits_of(AutoModelForImageTextToText.from_pretrained(str(base)), one_batch)
+        torch.testing.assert_close(off, plain, atol=0, rtol=0)
+        assert (logits_of(tuned, one_batch) - plain).abs().max() > 1e-6
+
+
+@pytest.fixture(scope="module")
+def runs(rows: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case trained for two steps with the projector in full."""
+    folder = tmp_path_factory.mktemp("methods")
+    for name in CASES:
+        train(recipe_of(name, rows, base, folder, "tune.projector={method: full, learning_rate: 1e-3}"), ["test"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reloaded(runs: Path, one_batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Logits of every run's adapter as plain PEFT gives them in a process of its own."""
+    torch.save(one_batch, runs / "batch.pt")
+    script = f"""
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+import mmtune.methods
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+import json
+batch = torch.load("batch.pt")
+length = batch["input_ids"].shape[1]
+out = {{}}
+for name in {list(CASES)!r}:
+    config = json.load(open(f"{{name}}/adapter/adapter_config.json"))
+    model = AutoModelForImageTextToText.from_pretrained(config["base_model_name_or_path"])
+    model = PeftModel.from_pretrained(model, f"{{name}}/adapter").eval()
+    with torch.no_grad():
+        out[name] = model(**{{k: v for k, v in batch.items() if k != "labels"}}).logits[:, -length:].contiguous()
+save_file(out, "logits.safetensors")
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=runs, check=True, env=dict(os.environ), capture_output=True)
+    return load_file(runs / "logits.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", CASES)
+def test_a_saved_adapter_is_the_same_in_a_new_process(
+    name: str, runs: Path, reloaded: dict[str, torch.Tensor], one_batch: dict[str, torch.Tensor], base: Path
+) -> None:
+    model, _ = load_trained(runs / name)
+    found = logits_of(model, one_batch)
+    torch.testing.assert_close(found, reloaded[name], atol=1e-6, rtol=0)
+    with model.disable_adapter():
+        off = logits_of(model, one_batch)
+    torch.testing.assert_close(off, logits_of(AutoModelForImageTextToText.from_pretrained(str(base)), one_batch), atol=0, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pissa", "olora", "lora_ga"])
+def test_an_initialization_that_changes_the_base_is_saved_as_plain_lora(
+    name: str, rows: Path, base: Path, tmp_path: Path, one_batch: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is on disk gives the logits of the model that was trained, on the base as it was."""
+    seen: dict[str, torch.Tensor] = {}
+    module = sys.modules["mmtune.train"]
+    real = module.save_tuned
+
+    def look(model: Any, out: Path, initial: Any) -> None:
+        seen["logits"] = logits_of(model, one_batch)
+        real(model, out, initial)
+
+    monkeypatch.setattr(module, "save_tuned", look)
+    recipe = recipe_of(name, rows, base, tmp_path, "tune.projector={method: full, learning_rate: 1e-3}")
+    train(recipe, ["test"])
+    config = json.loads((tmp_path / name / "adapter" / "adapter_config.json").read_text())
+    assert (config["init_lora_weights"], config["r"]) == (True, 8)
+    model, _ = load_trained(tmp_path / name)
+    torch.testing.assert_close(logits_of(model, one_batch), seen["logits"], atol=2e-5, rtol=0)
+
+
+def test_ranks_of_their_own_in_two_components(rows: Path, base: Path, tmp_path: Path, one_batch: dict[str, torch.Tensor]) -> None:
+    vision = "tune.vision={method: lora, r: 2, lora_alpha: 4, learning_rate: 1e-4, target_modules: '.*layers.3[.].*(q|v)_proj'}"
+    recipe = recipe_of("lora", rows, base, tmp_path, vision, "tune.projector=full", "tune.language.lora_alpha=12")
+    model = AutoModelForImageTextToText.from_pretrained(str(base))
+    tuned = apply_tuning(model, find_components(model), recipe.tune)
+    ranks: dict[str, set[tuple[int, float]]] = {}
+    for name, module in tuned.named_modules():
+        if hasattr(module, "lora_A"):
+            part = "vision" if "vision_tower" in name else "language"
+            ranks.setdefault(part, set()).add((module.r["default"], module.scaling["default"]))
+            assert part == "language" or "layers.3." in name
+    assert ranks == {"vision": {(2, 2.0)}, "language": {(4, 3.0)}}
+    rates = learning_rates(tuned, find_components(tuned), recipe.tune, 5e-3)
+    assert {rate for name, rate in rates.items() if "vision_tower" in name} == {1e-4}
+    tuned.save_pretrained(tmp_path / "adapter")
+    plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(str(base)), tmp_path / "adapter")
+    torch.testing.assert_close(logits_of(plain, one_batch), logits_of(tuned, one_batch), atol=1e-6, rtol=0)
+
+
+def test_lora_plus_learns_b_faster(rows: Path, base: Path, tmp_path: Path) -> None:
+    recipe = recipe_of("loraplus", rows, base, tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(str(base))
+    tuned = apply_tuning(model, find_components(model), recipe.tune)
+    rates = learning_rates(tuned, find_components(tuned), recipe.tune, 1e-3)
+    own = METHODS["lora"].learning_rate  # the recipe names none, so it is the method's
+    assert {rates[name] for name, p in tuned.named_parameters() if p.requires_grad and "lora_A" in name} == {own}
+    assert {rates[name] for name, p in tuned.named_parameters() if p.requires_grad and "lora_B" in name} == {8 * own}
+
+
+def test_new_tokens_train_alone(rows: Path, base: Path, tmp_path: Path, one_batch: dict[str, torch.Tensor]) -> None:
+    recipe = recipe_of("lora", rows, base, tmp_path, "tune.language.trainable_token_indices=[5, 9]", "train.learning_rate=1e-2")
+    train(recipe, ["test"])
+    model, _ = load_trained(tmp_path / "lora")
+    trained = [name for name, p in model.named_parameters() if "trainable_tokens" in name]
+    assert trained
+    merged = model.merge_and_unload()
+    before = AutoModelForImageTextToText.from_pretrained(str(base)).get_input_embeddings().weight
+    after = merged.get_input_embeddings().weight
+    assert set((before != after).any(dim=1).nonzero().flatten().tolist()) <= {5, 9}
+
+
+def test_experts_are_reached_by_parameter(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from mmtune.model.components import Components
+    from mmtune.recipe import TuneSection
+
+    torch.manual_seed(0)
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    config = MixtralConfig(**small, num_local_experts=4, vocab_size=64)
+    model = MixtralForCausalLM(config)
+    components = Components(None, None, "model", "lm_head")
+    section = {"method": "lora", "r": 2, "target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
+    tune = TuneSection.model_validate({"projector": "frozen", "language": section})
+    tuned = apply_tuning(model, components, tune)
+    trainable = [name for name, p in tuned.named_parameters() if p.requires_grad]
+    assert sum("experts" in name for name in trainable) == 2 * 2
+    assert sum("q_proj" in name for name in trainable) == 2 * 2
+    ids = torch.arange(10)[None]
+    reference = get_peft_model(
+        MixtralForCausalLM(config),
+        LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"], task_type="CAUSAL_LM"),
+    )
+    assert sum(p.numel() for p in reference.parameters() if p.requires_grad) == sum(
+        p.numel() for p in tuned.parameters() if p.requires_grad
+    )
+    assert tuned(input_ids=ids).logits.shape == (1, 10, 64)
+    wrong = TuneSection.model_validate(
+        {"projector": "frozen", "language": {**section, "target_parameters": ["experts.down_prj"]}}
+    )
+    with pytest.raises(UserError, match="matches no parameter of the language"):
+        apply_tuning(MixtralForCausalLM(config), components, wrong)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["tune.language.r=0"], "tune.language.r=0: expected an integer >= 1, got 0"),
+        (["tune.language.target_modules=[q_prj]"], "'q_prj' matches no module of the language; did you mean 'q_proj'"),
+        (
+            ["model.precision=nf4", "tune.language.init_lora_weights=pissa"],
+            "decomposes full weights, and model.precision: nf4 has",
+        ),
+        (["tune.language.use_dora=true", "tune.language.init_lora_weights=olora"], "cannot be saved as an adapter of the base"),
+        (
+            ["tune.language={method: prefix_tuning}", "train.activation_checkpointing=true"],
+            "does not train with train.activation",
+        ),
+        (
+            ["tune.language={method: loha}", "model.precision=nf4"],
+            "loha does not train with model.precision: nf4; use bf16, or lora",
+        ),
+        (
+            ["tune.language={method: lora, use_dora: true}", "model.precision=int8"],
+            "dora does not train with model.precision: int8",
+        ),
+        (["tune.language=full", "model.precision=nf4"], "quantized weights cannot train"),
+        (
+            ["tune.language={method: oft, oft_block_size: 24}"],
+            "oft_block_size: 24 does not divide the 128 inputs of model.language_model",
+        ),
+        (["tune.language={method: bottleneck, placement: hoolsby}"], "did you mean 'houlsby'"),
+        (["tune.language={method: gated_prefix, adapter_layers: 6}"], "adapter_layers"),
+        (["tune.language={method: prompt_tuning, num_virtual_tokens: 0}"], "expected an integer >= 1, got 0"),
+    ],
+)
+def test_mistakes_are_told_before_weights_are_trained(
+    overrides: list[str], told: str, rows: Path, base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        train(recipe_of("lora", rows, base, tmp_path, *overrides), ["test"])
+    assert told in str(caught.value)
+    assert not (tmp_path / "lora").exists()

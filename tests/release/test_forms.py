@@ -1,0 +1,218 @@
+"""The forms a release takes: several adapters, half precision, shards, quantized, an adapter beside its base, uploaded."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import C3AConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from mmtune.cli import entry_point
+from mmtune.errors import CheckFailed, UserError
+from mmtune.model.quantize import quantization, settle_quantized
+from mmtune.recipe import Recipe
+from mmtune.release import push as push_module
+from mmtune.release.merge import Form, _enforce_fold, combine, keep_adapter, merge, parity_samples
+from mmtune.release.parity import answer_logits, compare, observe
+from mmtune.release.push import push
+from mmtune.train import train
+
+Make = Callable[..., Recipe]
+
+
+def trained(make_recipe: Make, path: Path, *overrides: str) -> Path:
+    train(make_recipe(f"output_dir={path}", "train.max_steps=4", "train.disable_tqdm=true", *overrides), ["test"])
+    return path
+
+
+def test_weighted_adapters_equal_pefts_own_sum(make_recipe: Make, base: Path, tmp_path: Path) -> None:
+    runs = [trained(make_recipe, tmp_path / name, f"train.seed={n}", "tune.projector=frozen") for n, name in enumerate("ab")]
+    combine([(runs[0], 0.7), (runs[1], 0.3)], tmp_path / "out", count=3)
+    peft = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(str(base)), str(runs[0] / "adapter"), "a")
+    peft.load_adapter(str(runs[1] / "adapter"), "b")
+    peft.add_weighted_adapter(["a", "b"], [0.7, 0.3], "sum", combination_type="cat")
+    peft.set_adapter("sum")
+    processor = AutoProcessor.from_pretrained(str(base))
+    samples = parity_samples(make_recipe(), 3)
+    ours = AutoModelForImageTextToText.from_pretrained(str(tmp_path / "out"))
+    assert compare(answer_logits(peft, processor, samples), answer_logits(ours, processor, samples)).largest < 1e-5
+    assert "0.7 x" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_one_adapter_of_weight_one_is_the_merge(make_recipe: Make, tmp_path: Path) -> None:
+    run = trained(make_recipe, tmp_path / "run")
+    merge(run, tmp_path / "merged", count=2)
+    combine([(run, 1.0)], tmp_path / "sum", count=2)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "sum"))
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)
+
+
+def test_what_cannot_be_added(make_recipe: Make, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(make_recipe, tmp_path / "run")
+    other = trained(make_recipe, tmp_path / "other", "model.base=builtin:tiny-llava")
+    with pytest.raises(UserError, match="adapters of different bases cannot be added"):
+        combine([(run, 1.0), (other, 1.0)], tmp_path / "out", count=2)
+    with pytest.raises(CheckFailed, match="the adapters changed nothing, or cancel"):
+        combine([(run, 1.0), (run, -1.0)], tmp_path / "out", count=2)
+    assert entry_point(["merge", str(tmp_path / "out"), "--adapter", f"{run}:half"]) == 2
+    assert "expected RUN:WEIGHT" in capsys.readouterr().err
+    assert entry_point(["merge", str(run), str(tmp_path / "out"), "--adapter", f"{run}:1"]) == 2
+    assert "give one RUN, or --adapter" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(make_recipe: Make, tmp_path: Path) -> None:
+    from mmtune.model.tiny import tiny_llava
+
+    run = trained(make_recipe, tmp_path / "run")
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tiny_llava(tmp_path / "stranger"))
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="cannot load the adapter|not a whole adapter of its base"):
+        merge(run, tmp_path / "out", count=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_precision_in_shards_with_a_manifest(make_recipe: Make, tmp_path: Path) -> None:
+    run = trained(make_recipe, tmp_path / "run")
+    out = tmp_path / "out"
+    assert merge(run, out, form=Form("bf16", "1MB"), count=2).merge_dtype == "bf16"
+    shards = sorted(out.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert {t.dtype for shard in shards for t in load_file(shard).values()} == {torch.bfloat16}
+    AutoModelForImageTextToText.from_pretrained(str(out))
+    listed = json.loads((out / "manifest.json").read_text())["files"]
+    assert set(listed) == {file.name for file in out.iterdir()} - {"manifest.json"}
+    for name, entry in listed.items():
+        content = (out / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantized_release_and_a_quantized_training(make_recipe: Make, tmp_path: Path, kind: str) -> None:
+    run = trained(make_recipe, tmp_path / "run", f"model.precision={kind}")
+    parity = merge(run, tmp_path / "out", form=Form(quantize=kind), count=2)
+    assert parity.merge_dtype == "bf16"
+    assert parity.trained is not None
+    assert 0 < parity.trained["max_logit_difference"] < 1
+    assert parity.quantized is not None
+    assert 0 < parity.quantized["mean_logit_difference"] < 1
+    plain = AutoModelForImageTextToText.from_pretrained(str(tmp_path / f"out-{kind}"))
+    assert plain.is_quantized
+    layer = plain.model.language_model.layers[0].mlp.up_proj
+    assert type(layer).__name__ == {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind]
+    assert type(plain.model.multi_modal_projector.linear_1) is torch.nn.Linear
+    card = (tmp_path / f"out-{kind}" / "README.md").read_text()
+    assert "The quantized release beside this" in card
+    assert "The adapter on the quantized base that it was trained on" in card
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "prompt_tuning"])
+def test_what_cannot_be_folded_is_released_beside_its_base(
+    make_recipe: Make, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(make_recipe, tmp_path / "run", f"tune.language={{method: {method}}}")
+    assert entry_point(["merge", str(run), str(tmp_path / "out")]) == 2
+    assert f"{method} is no change of weights, so it cannot be merged; --keep-adapter releases it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    figures = keep_adapter(run, tmp_path / "out", count=2)
+    assert figures["same_answers"] == figures["samples"] == 2
+    card = (tmp_path / "out" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert ("import mmtune.methods" in code) == (method == "bottleneck")
+    script = code + "\nprint(type(model).__name__, type(processor).__name__, model.peft_config['default'].peft_type)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path / "out", capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert "PeftModel" in done.stdout
+    with pytest.raises(UserError, match="needed"):
+        keep_adapter(run, run, overwrite=True)
+
+
+def test_a_full_disk_leaves_the_old_release(make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained(make_recipe, tmp_path / "run")
+    merge(run, tmp_path / "out", count=2)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    real = PreTrainedModel.save_pretrained
+
+    def full(self: PreTrainedModel, folder: Path, **kwargs: Any) -> None:
+        real(self, folder, **kwargs)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(UserError, match="the disk is full; nothing was changed"):
+        merge(run, tmp_path / "out", overwrite=True, count=2)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_pair_known_to_merge_wrongly_is_caught(base: Path, make_recipe: Make) -> None:
+    """PEFT merges C3A into an int8 base without an error, into other weights."""
+    config = quantization(str(base), "int8")
+    model = AutoModelForImageTextToText.from_pretrained(str(base), quantization_config=config, device_map={"": "cpu"})
+    settle_quantized(model)
+    tuned = get_peft_model(
+        model, C3AConfig(block_size=32, target_modules=r".*language_model.*\.(q|v)_proj", task_type="CAUSAL_LM")
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "c3a" in name:
+                parameter.normal_(std=0.02)
+    processor = AutoProcessor.from_pretrained(str(base))
+    samples = parity_samples(make_recipe(), 2)
+    adapter = observe(tuned, processor, samples, 4)
+    with tuned.disable_adapter():
+        plain = answer_logits(tuned, processor, samples)
+    merged = observe(tuned.merge_and_unload(), processor, samples, 4)
+    with pytest.raises(CheckFailed, match="differs from the adapter"):
+        _enforce_fold(adapter, plain, merged)
+
+
+def test_pushing_shows_first_and_checks_the_manifest(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    merge(trained(make_recipe, tmp_path / "run"), out, count=2)
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    class Api:
+        def create_repo(self, name: str, **kwargs: Any) -> None:
+            calls.append((name, kwargs))
+
+        def upload_folder(self, **kwargs: Any) -> SimpleNamespace:
+            calls.append(("upload", kwargs))
+            return SimpleNamespace(commit_url="https://example.org/commit")
+
+    monkeypatch.setattr(push_module, "HfApi", Api)
+    assert entry_point(["push", str(out), "me/model"]) == 0
+    assert "a dry run: nothing was uploaded" in capsys.readouterr().out
+    assert calls == []
+    result = push(out, "me/model", upload=True)
+    assert result["uploaded"]
+    assert [name for name, _ in calls] == ["me/model", "upload"]
+    assert calls[0][1]["private"] is True
+    with pytest.raises(UserError, match="no release of mmtune"):
+        push(tmp_path / "run", "me/model")
+    weights = load_file(out / "model.safetensors")
+    save_file({name: tensor * 1.001 for name, tensor in weights.items()}, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "stray.txt").write_text("x")
+    with pytest.raises(CheckFailed, match=r"not in the manifest: stray.txt; changed: model.safetensors"):
+        push(out, "me/model", upload=True)
+    assert len(calls) == 2
