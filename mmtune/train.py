@@ -25,11 +25,12 @@ from mmtune.data.encode import check_chat_template
 from mmtune.errors import UserError
 from mmtune.evaluation.report import print_scores, write_report
 from mmtune.evaluation.run import as_json, check_questions, evaluate, score, write_answers
+from mmtune.methods.table import refusal
 from mmtune.model.chat_template import use_chat_template
 from mmtune.model.checkpoint import save_checkpoint
 from mmtune.model.components import find_components
 from mmtune.model.compute import place
-from mmtune.model.load import UNTRAINED, load_base, load_weights, resolve_base
+from mmtune.model.load import UNTRAINED, base_model_type, load_base, load_weights, resolve_base
 from mmtune.model.quantize import QUANTIZED
 from mmtune.recipe import ModelSection, Recipe, check_files
 from mmtune.release.card import model_card
@@ -67,6 +68,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     data_report.stop_past(recipe.data.max_bad_fraction)
     if recipe.evaluate:
         check_questions(recipe.evaluate)
+    check_family(recipe)
     arguments = training_arguments(recipe)
     set_seed(arguments.seed)
 
@@ -158,6 +160,17 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     print_scores(summary)
     print(f"run: {run.path} (report.html, summary.json, {out.name}/)")
     return summary
+
+
+def check_family(recipe: Recipe) -> None:
+    """
+    Raises:
+        UserError: a method that the base's family refuses, before its weights are loaded.
+    """
+    if recipe.tune.method is not None:
+        reason = refusal(recipe.tune.method, {}, model_type=base_model_type(recipe.model))
+        if reason is not None:
+            raise UserError(f"tune.language: {reason}")
 
 
 def settle_base(model: Any, processor: Any, section: ModelSection, made: Path | None) -> Any:

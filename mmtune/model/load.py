@@ -11,7 +11,14 @@ import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from mmtune.builtin import tiny
@@ -133,6 +140,21 @@ def _made_here(section: ModelSection, seed: int, dtype: torch.dtype) -> tuple[Pr
     if weights:
         load_projector(model, Path(weights))
     return model, processor
+
+
+def base_model_type(section: ModelSection) -> str:
+    """`model_type` of what will be tuned, from its configuration alone.
+
+    Raises:
+        UserError: when the base cannot be found.
+    """
+    if section.base in (None, UNTRAINED):
+        return "llava"
+    name = resolve_base(str(section.base))
+    try:
+        return str(AutoConfig.from_pretrained(name, trust_remote_code=section.trust_remote_code).model_type)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.base: cannot read the configuration of {section.base}: {_reason(name, error)}") from error
 
 
 def load_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, str]:

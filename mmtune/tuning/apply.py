@@ -188,6 +188,8 @@ def _peft_config(model: nn.Module, components: Components, tune: TuneSection, st
         ]
     if method.name == "adalora":
         settings["total_step"] = steps
+        if settings["target_r"] >= settings["init_r"]:  # PEFT would look for the 0th smallest importance
+            raise UserError(f"target_r: {settings['target_r']} is not below init_r: {settings['init_r']}; ranks only shrink")
     if method.name == "oft":  # PEFT would take another size, with a warning
         size = settings.get("oft_block_size", OFTConfig.oft_block_size)
         for path in settings["target_modules"]:

@@ -83,7 +83,7 @@ def test_an_adapter_of_another_base_is_refused(make_recipe: Make, tmp_path: Path
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tiny_llava(tmp_path / "stranger"))
     (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="cannot load the adapter|not a whole adapter of its base"):
+    with pytest.raises(UserError, match=r"cannot load the adapter|not a whole adapter of its base"):
         merge(run, tmp_path / "out", count=2)
     assert not (tmp_path / "out").exists()
 
