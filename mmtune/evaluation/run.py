@@ -18,7 +18,7 @@ from mmtune.data.encode import collate, encode_prompt
 from mmtune.data.message import Sample, split_question, text_of
 from mmtune.errors import UserError
 from mmtune.evaluation.metrics import exact_match, final_answer, majority_accuracy, wilson_interval
-from mmtune.model.compute import as_trained, to_model
+from mmtune.model.compute import as_trained, to_model, virtual_tokens
 from mmtune.recipe import EvaluateSection
 
 
@@ -65,15 +65,27 @@ def generate_answers(
     order = sorted(range(len(samples)), key=lambda index: sum(len(text_of(m)) for m in samples[index].messages[:-1]))
     for start in tqdm(range(0, len(order), batch_size), desc="answering", unit="batch", disable=None, leave=False):
         chosen = order[start : start + batch_size]
-        prompts = [encode_prompt(samples[index].id, split_question(samples[index])[0], processor) for index in chosen]
-        batch = to_model(model, collate(prompts, tokenizer.pad_token_id, side="left"))
-        with torch.inference_mode(), as_trained(model):
-            output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
-        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers.update(zip(chosen, texts, strict=True))
+        prompts = {i: encode_prompt(samples[i].id, split_question(samples[i])[0], processor) for i in chosen}
+        for group in _together(model, prompts):
+            batch = to_model(model, collate([prompts[i] for i in group], tokenizer.pad_token_id, side="left"))
+            with torch.inference_mode(), as_trained(model):
+                output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
+            texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            answers.update(zip(group, texts, strict=True))
     for module, training in modes:
         module.training = training
     return [answers[index] for index in range(len(samples))]
+
+
+def _together(model: nn.Module, prompts: dict[int, dict[str, torch.Tensor]]) -> list[list[int]]:
+    """Which prompts share a batch: all, or with virtual tokens those of one length. PEFT puts these before the padding, so that
+    a padded question would stand at another distance from them than the same question alone."""
+    if not virtual_tokens(model):
+        return [list(prompts)]
+    lengths: dict[int, list[int]] = {}
+    for index, prompt in prompts.items():
+        lengths.setdefault(prompt["input_ids"].shape[1], []).append(index)
+    return list(lengths.values())
 
 
 def check_questions(section: EvaluateSection) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig
 from torch import nn
 
 
@@ -37,3 +38,11 @@ def as_trained(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     if half is None or not any(dtype == torch.float32 for dtype, _ in kinds):
         return contextlib.nullcontext()
     return torch.autocast(half[1], dtype=half[0])
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """How many tokens a model's prompt method puts before the input embeddings."""
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    if isinstance(config, (PromptTuningConfig, PromptEncoderConfig)):  # prefix tuning writes into the cache instead
+        return int(config.num_virtual_tokens)
+    return 0

@@ -7,7 +7,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig
 from torch import nn
 from transformers import Trainer
 
@@ -15,6 +14,7 @@ from mmtune.data.dataset import DataReport
 from mmtune.data.encode import IGNORE_INDEX
 from mmtune.data.message import RowError
 from mmtune.errors import UserError
+from mmtune.model.compute import virtual_tokens
 
 
 def score_supervised_only(inputs: dict[str, Any], virtual_tokens: int = 0) -> dict[str, Any]:
@@ -35,14 +35,6 @@ def score_supervised_only(inputs: dict[str, Any], virtual_tokens: int = 0) -> di
     keep = shifted != IGNORE_INDEX
     mask = nn.functional.pad(keep, (virtual_tokens, 0), value=False)
     return {**inputs, "shift_labels": shifted[keep], "logits_to_keep": mask}
-
-
-def virtual_tokens(model: nn.Module) -> int:
-    """How many tokens a model's prompt method puts before the input embeddings."""
-    config = model.active_peft_config if isinstance(model, PeftModel) else None
-    if isinstance(config, (PromptTuningConfig, PromptEncoderConfig)):  # prefix tuning writes into the cache instead
-        return int(config.num_virtual_tokens)
-    return 0
 
 
 class TuningTrainer(Trainer):

@@ -19,10 +19,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mmtune.data.dataset import Samples
 from mmtune.data.encode import collate, encode_sample
 from mmtune.errors import UserError
+from mmtune.evaluation.run import generate_answers
 from mmtune.methods.table import METHODS
 from mmtune.model.components import find_components
 from mmtune.model.load import load_trained
 from mmtune.recipe import Recipe, load_recipe
+from mmtune.release.merge import parity_samples
 from mmtune.train import train
 from mmtune.tuning.apply import apply_tuning, learning_rates
 
@@ -227,6 +229,30 @@ def test_answers_step_by_step_are_those_of_one_forward_pass(name: str, runs: Pat
         }
         at_once = model(**whole).logits[:, -7:-1]
     torch.testing.assert_close(torch.stack(cached.logits, dim=1), at_once, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["prompt_tuning", "p_tuning", "prefix_tuning", "gated_prefix"])
+def test_batched_answers_are_those_of_one_by_one(
+    name: str, runs: Path, rows: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = load_trained(runs / name)
+    asked: list[torch.Tensor] = []
+    real = model.generate
+
+    def generate(**inputs: Any) -> torch.Tensor:
+        result = real(**inputs, output_logits=True, return_dict_in_generate=True, min_new_tokens=2)
+        asked.append(result.logits[0])
+        return result.sequences
+
+    monkeypatch.setattr(model, "generate", generate)
+    samples = parity_samples(recipe_of(name, rows, base, runs), 8)
+    seen = []
+    for size in (8, 1):
+        asked.clear()
+        generate_answers(model, processor, samples, max_new_tokens=2, batch_size=size)
+        seen.append(torch.cat(asked).sort(dim=0).values)
+    torch.testing.assert_close(*seen, atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
