@@ -122,6 +122,7 @@ def table_commands() -> list[list[str]]:
         "DIR": "data/more",
         "NAME": "llava_lora",
         "DEST": "mine.yaml",
+        "RELEASE": "runs/quickstart/merged",
     }
     commands = []
     for cell in re.findall(r"^\| `mmtune ([^`]*)`", text, flags=re.MULTILINE):

@@ -129,7 +129,7 @@ _TABLE = (
         "ia3",
         "a learnt scale on keys, values and the feed-forward's inner width (arXiv 2205.05638)",
         "peft:IA3Config",
-        3e-3,
+        1e-2,
         targets=["k_proj", "v_proj", "down_proj"],
         defaults={"feedforward_modules": ["down_proj"]},
     ),

@@ -1,0 +1,65 @@
+"""What only a GPU shows: every precision with and without gradient checkpointing, against fp32 on the CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmtune.evaluation.run import generate_answers
+from mmtune.model.load import load_trained
+from mmtune.recipe import Recipe
+from mmtune.release.merge import merge, parity_samples
+from mmtune.run_directory import RunDirectory
+from mmtune.train import train
+from mmtune.tuning.memory import estimate_memory
+
+pytestmark = pytest.mark.gpu
+
+LOOSE = {"fp32": 1e-3, "bf16": 3e-2, "int8": 5e-2, "nf4": 2e-1}
+"""How far the losses of three steps may be from fp32's on the CPU."""
+
+
+def losses(recipe: Recipe) -> list[float]:
+    train(recipe, ["test"])
+    lines = RunDirectory(Path(recipe.output_dir)).metrics.read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("precision", LOOSE)
+def test_losses_answers_and_merges_on_cuda(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, precision: str, checkpointing: str
+) -> None:
+    expected = losses(make_recipe(f"output_dir={tmp_path / 'cpu'}"))
+    settings = ("train.use_cpu=false", f"model.precision={precision}", f"train.activation_checkpointing={checkpointing}")
+    recipe = make_recipe(f"output_dir={tmp_path / 'cuda'}", *settings)
+    found = losses(recipe)
+    assert found == pytest.approx(expected, abs=LOOSE[precision])
+    model, processor = load_trained(tmp_path / "cuda")
+    assert len(
+        generate_answers(model.to("cuda") if precision in ("fp32", "bf16") else model, processor, parity_samples(recipe, 4), 4, 4)
+    )
+    parity = merge(tmp_path / "cuda", tmp_path / "merged", count=4)
+    assert parity.merge_fold_difference < 1e-4
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "gated_prefix", "prompt_tuning", "prefix_tuning", "ia3", "oft", "vera"])
+@pytest.mark.parametrize("precision", ["bf16", "nf4"])
+def test_methods_train_on_cuda(make_recipe: Callable[..., Recipe], method: str, precision: str) -> None:
+    settings = (f"tune.language={{method: {method}}}", "train.use_cpu=false", f"model.precision={precision}")
+    found = losses(make_recipe(*settings))
+    assert all(0 < loss < 10 for loss in found)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "nf4"])
+def test_the_memory_estimate_holds_on_cuda(make_recipe: Callable[..., Recipe], precision: str) -> None:
+    recipe = make_recipe("train.use_cpu=false", f"model.precision={precision}", "train.per_device_train_batch_size=12")
+    foretold = estimate_memory(recipe, tokens=60).peak
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    train(recipe, ["test"])
+    assert torch.cuda.max_memory_allocated() < 1.5 * foretold + 64e6  # a model of 8 MB: cuBLAS's workspaces are most of it

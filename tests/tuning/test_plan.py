@@ -1,0 +1,54 @@
+"""`mmtune plan` and `mmtune methods` on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mmtune.cli import entry_point
+from mmtune.recipe import Recipe
+
+
+@pytest.fixture
+def recipe_file(make_recipe: Callable[..., Recipe], tmp_path: Path) -> str:
+    make_recipe()
+    return str(tmp_path / "recipe.yaml")
+
+
+def test_a_plan_is_told_and_suggests(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry_point(["plan", recipe_file, "--tokens", "40", "--memory", "24GB", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["suggestions"] == []
+    assert plan["limit"] == 24_000_000_000
+    assert 7_900_000 < plan["weights"] + plan["trainable"] < plan["peak"] < 200_000_000
+    assert entry_point(["plan", recipe_file, "--tokens", "40", "--memory", "620MB", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["suggestions"][0].startswith("train.per_device_train_batch_size=1 train.gradient_accumulation_steps=4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "give data.max_tokens in the recipe, or --tokens"),
+        (["--tokens", "40", "--memory", "lots"], "lots"),
+        (["--tokens", "0"], "tokens"),
+        (["--tokens", "40", "model.base=nobody/nothing"], "nobody/nothing"),
+    ],
+)
+def test_mistakes(recipe_file: str, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str) -> None:
+    assert entry_point(["plan", recipe_file, *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_methods_are_listed_with_what_works(capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry_point(["methods", "--json"]) == 0
+    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["lora"]["precisions"]["nf4"] == {"train": True, "merge": True, "checkpointing": True}
+    assert rows["loha"]["precisions"]["nf4"]["train"] is not True
+    assert entry_point(["methods"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "loha, nf4: no train" in shown
+    assert "use bf16, or lora" in shown
