@@ -165,9 +165,8 @@ def _named_files(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
                 yield f"{key}.{index}.template", source.template, "file"
             if source.media_root is not None:
                 yield f"{key}.{index}.media_root", source.media_root, "directory"
-    for name in ("deepspeed", "fsdp_config", "accelerator_config"):
-        if isinstance(recipe.train.get(name), str):
-            yield f"train.{name}", recipe.train[name], "file"
+    if isinstance(recipe.train.get("accelerator_config"), str):
+        yield "train.accelerator_config", recipe.train["accelerator_config"], "file"
 
 
 def _located(recipe: Recipe, key: str, message: str) -> str:

@@ -58,6 +58,9 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("this version trains in one process; launch it with --num_processes 1")
+    for name in ("DEEPSPEED", "FSDP"):  # what accelerate's launcher says of the strategy it was asked for
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
+            raise UserError(f"this version trains without {name}; launch it with no distributed strategy")
 
     # What goes in: the files are there, the rows make sense.
     check_files(recipe)

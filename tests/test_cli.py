@@ -184,6 +184,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_several_processes_are_refused(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert entry_point(["train", str(recipe_file)]) == 2
+    monkeypatch.delenv("WORLD_SIZE")
+    assert entry_point(["train", str(recipe_file), "train.deepspeed=zero3.json"]) == 2
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert entry_point(["train", str(recipe_file)]) == 2
 
 
 @pytest.mark.slow

@@ -47,6 +47,8 @@ def print_methods() -> None:
     for (method, what, why), precisions in told.items():
         nearest = nearest_that_works(method, what)
         console.print(f"{method}, {', '.join(precisions)}: no {what}: {why}; {nearest}", markup=False, highlight=False)
-    console.print("This version trains in one process, so ZeRO is not in the table. Measured on the CPU.", highlight=False)
+    console.print(
+        "ZeRO 1 to 3: refused for every method; this version trains in one process. Measured on the CPU.", highlight=False
+    )
     for row in method_rows():
         console.print(f"{row['method']}: {row['about']}", markup=False, highlight=False)
