@@ -4,7 +4,7 @@ Every run sees the same rows in the same order for the same steps, with the proj
 learning rate is chosen from four by the mean training loss of the last third of a short run; then three seeds are trained
 and asked every held-out question. Results are kept as they come, and a second start goes on where the first ended.
 
-Usage: mmtune data digits data/digits; python benchmarks/methods_same_budget.py [--steps 200] [--sweep-steps 60] [--batch 16]
+Usage: mmtune data digits data/digits; python benchmarks/methods_same_budget.py [--steps 400] [--sweep-steps 60] [--batch 16]
 It writes benchmarks/results/methods.json, docs/methods_table.md and docs/methods.png.
 """
 
@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "methods.json"
 METHODS: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "LoRA (r 16)": ("{method: lora, r: 16, lora_alpha: 32}", (1e-3, 2e-3, 5e-3, 1e-2)),
+    "LoRA (r 16) on an nf4 base": ("{method: lora, r: 16, lora_alpha: 32}", (5e-3,)),
     "DoRA (r 16)": ("{method: lora, r: 16, lora_alpha: 32, use_dora: true}", (2e-3, 5e-3, 1e-2, 2e-2)),
     "IA3": ("{method: ia3}", (1e-2, 3e-2, 1e-1, 3e-1)),
     "bottleneck adapter (64, Houlsby)": ("{method: bottleneck}", (2e-3, 5e-3, 1e-2, 2e-2)),
@@ -50,6 +51,7 @@ def one(method: str, rate: float, seed: int, steps: int, batch: int, asks: bool)
     with tempfile.TemporaryDirectory() as folder:
         overrides = [
             f"tune.language={language}",
+            f"model.precision={'nf4' if 'nf4' in method else 'fp32'}",
             f"train.learning_rate={rate}",
             f"train.seed={seed}",
             f"train.max_steps={steps}",
@@ -127,10 +129,11 @@ def plot(results: dict[str, Any], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--sweep-steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=list(METHODS), help="methods to run now; the rest another time")
     arguments = parser.parse_args()
     budget = {"steps": arguments.steps, "sweep_steps": arguments.sweep_steps, "batch": arguments.batch}
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
@@ -145,12 +148,13 @@ def main() -> None:
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         print(json.dumps(result), flush=True)
 
-    for method, (_, rates) in METHODS.items():
-        for rate in rates:
+    chosen = [method for method in METHODS if method in arguments.only]
+    for method in chosen:
+        for rate in METHODS[method][1]:
             if not any((run["method"], run["learning_rate"]) == (method, rate) for run in results["sweep"]):
                 keep("sweep", one(method, rate, 0, arguments.sweep_steps, arguments.batch, asks=False))
     for seed in range(arguments.seeds):
-        for method in METHODS:
+        for method in chosen:
             tried = [run for run in results["sweep"] if run["method"] == method and math.isfinite(run["loss"])]
             rate = min(tried, key=lambda run: run["loss"])["learning_rate"]
             if not any((run["method"], run["seed"]) == (method, seed) for run in results["runs"]):

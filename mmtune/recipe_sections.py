@@ -254,6 +254,8 @@ class TuneSection(Section):
         for name, method in used.items():
             if name != "language" and METHODS[method].kind != "layers":
                 faults.append(fault((name,), f"{method} is for tune.language; here frozen, full or a method for layers"))
+            if name != "language" and tuned[name].get("init_lora_weights") == "eva":
+                faults.append(fault((name,), "init_lora_weights: eva reads the language model's tokens; it is for tune.language"))
             if name == "projector" and method in ("bottleneck", "ln_tuning"):
                 faults.append(fault((name,), f"{method} finds nothing to work on in a projector; use full or lora"))
         if faults:
@@ -262,7 +264,8 @@ class TuneSection(Section):
             told = ", ".join(f"{name}: {method}" for name, method in used.items())
             faults.append(fault((), f"one adapter directory holds one method, beside full: {told}; use lora for each of them"))
         elif len(used) > 1:
-            ranks = ("method", "learning_rate", "target_modules", *(("r", "lora_alpha") if "lora" in used.values() else ()))
+            method = METHODS[next(iter(used.values()))]
+            ranks = ("method", "learning_rate", "target_modules", *method.by_component)
             shared = [{key: value for key, value in tuned[name].items() if key not in ranks} for name in used]
             if any(other != shared[0] for other in shared):
                 allowed = ", ".join(ranks[1:])
@@ -363,11 +366,19 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _works(self) -> Recipe:
         """Refuse what the method's table says does not work, and write the methods' learning rates out."""
-        method = self.tune.method
-        if method is None:
-            if self.model.precision in ("int8", "nf4") and self.tune.language.method == "full":
-                told = f"quantized weights cannot train: with model.precision: {self.model.precision} use lora, or bf16 with full"
+        method, precision = self.tune.method, self.model.precision
+        if precision in ("int8", "nf4"):
+            if self.tune.language.method == "full":
+                told = f"quantized weights cannot train: with model.precision: {precision} use lora, or bf16 with full"
                 raise ValidationError.from_exception_data("Recipe", [fault(("tune", "language"), told)])
+            if method is None and self.tune.vision.method == "full":
+                told = f"leaves a whole model, which model.precision: {precision} is not; use bf16, or lora in the language model"
+                raise ValidationError.from_exception_data("Recipe", [fault(("tune", "vision"), told)])
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            if (self.train.get(name) or {}).get("use_reentrant"):
+                told = "use_reentrant: true gives no gradients below frozen inputs; leave it out"
+                raise ValidationError.from_exception_data("Recipe", [fault(("train", name), told)])
+        if method is None:
             return self
         settings = next(t.settings for t in self.tune.components.values() if t.method == method)
         checkpointing = bool(self.train.get("activation_checkpointing") or self.train.get("gradient_checkpointing"))

@@ -29,7 +29,6 @@ from mmtune.methods.table import refusal
 from mmtune.model.chat_template import use_chat_template
 from mmtune.model.checkpoint import save_checkpoint
 from mmtune.model.components import find_components
-from mmtune.model.compute import place
 from mmtune.model.load import UNTRAINED, base_model_type, load_base, load_weights, resolve_base
 from mmtune.model.quantize import QUANTIZED
 from mmtune.recipe import ModelSection, Recipe, check_files
@@ -86,16 +85,18 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     with new_run(recipe, command, overwrite) as run:
         data_report.write(run.data_report)
         model = settle_base(model, processor, recipe.model, run.base if adapts else None)
+        if recipe.model.precision not in QUANTIZED:  # bitsandbytes has put those where they stay
+            model.to(arguments.device)
 
         # What it can do before tuning.
         if recipe.evaluate and recipe.evaluate.before:
-            before = evaluate(place(model), processor, recipe.evaluate)
+            before = evaluate(model, processor, recipe.evaluate)
             write_answers(before, run.answers("before"))
 
         # What trains.
         steps = optimizer_steps(arguments, len(rows))
         sample = first_batches(rows, collator, arguments.per_device_train_batch_size)
-        model = apply_tuning(place(model), components, recipe.tune, steps=steps, batches=sample)
+        model = apply_tuning(model, components, recipe.tune, steps=steps, batches=sample)
         components = find_components(model)
         counts = count_parameters(model, components, recipe.tune, arguments.learning_rate)
         print_parameters(counts)

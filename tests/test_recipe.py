@@ -221,8 +221,8 @@ def test_anchors_and_merge_keys(write: Any) -> None:
         (
             "  vision: frozen",
             "  vision: {method: lora, use_dora: true}",
-            "x.yaml:3: tune: components of one adapter differ in learning_rate, target_modules, r, lora_alpha only; make the "
-            "rest equal",
+            "x.yaml:3: tune: components of one adapter differ in learning_rate, target_modules, r, lora_alpha, "
+            "loraplus_lr_ratio, target_parameters, trainable_token_indices only; make the rest equal",
         ),
         (
             "    r: 8",
@@ -288,7 +288,7 @@ def test_anchors_and_merge_keys(write: Any) -> None:
         (
             "max_steps: 200",
             "parallelism_config: {}",
-            "x.yaml:20: train.parallelism_config: not a recipe's to set: it takes a Python object, which a recipe cannot hold",
+            "x.yaml:20: train.parallelism_config: not a recipe's to set: this version trains in one process on one device",
         ),
         ("      template: llava\n", "", "x.yaml:12: data.train.0.template: required, and not given"),
         (

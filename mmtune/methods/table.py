@@ -76,6 +76,7 @@ class Method:
         targets: the default selector of `target_modules`.
         refused: settings that a recipe may not hold, with the reason.
         values: settings whose value is refused: (name, value) to the reason.
+        by_component: settings that may differ where the method stands in several components, beside rate and targets.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Method:
     targets: str | list[str] | None = "all-linear"
     refused: Mapping[str, str] = field(default_factory=lambda: OWNED)
     values: Mapping[tuple[str, Any], str] = field(default_factory=dict)
+    by_component: tuple[str, ...] = ()
 
     def config_class(self) -> Any:
         """The configuration's class."""
@@ -112,6 +114,7 @@ _TABLE = (
         defaults={"r": 16, "lora_alpha": 32, "lora_dropout": 0.0},
         refused=_LORA_OWNED,
         values=_BIAS,
+        by_component=("r", "lora_alpha", "loraplus_lr_ratio", "target_parameters", "trainable_token_indices"),
     ),
     Method(
         "adalora",
@@ -132,6 +135,7 @@ _TABLE = (
         1e-2,
         targets=["k_proj", "v_proj", "down_proj"],
         defaults={"feedforward_modules": ["down_proj"]},
+        by_component=("feedforward_modules",),
     ),
     Method("oft", "an orthogonal rotation of each layer (arXiv 2306.07280)", "peft:OFTConfig", 1e-3, values=_BIAS),
     Method("boft", "an orthogonal rotation made of butterflies (arXiv 2311.06243)", "peft:BOFTConfig", 1e-3, values=_BIAS),

@@ -274,7 +274,7 @@ def base_of_adapter(adapter: Path) -> str:
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise UserError(f"{file}: not a readable adapter configuration: {error}") from error
     beside = adapter.parent / "base"
-    return str(beside) if not Path(base).is_dir() and (beside / "config.json").is_file() else base
+    return str(beside) if (base == "base" or not Path(base).is_dir()) and (beside / "config.json").is_file() else base
 
 
 def adapter_method(adapter: Path) -> str:

@@ -27,8 +27,11 @@ def model_card(recipe: Recipe, summary: dict[str, Any], run: RunDirectory) -> st
     """
     about = f"{_base_name(recipe)}, tuned with mmtune: one ordinary checkpoint."
     if "adapters" in summary:
-        sums = "; ".join(f"{weight:g} x {name}" for name, weight in summary["adapters"].items())
-        about = f"{_base_name(recipe)} plus the weighted changes of several adapters: {sums}."
+        sums = "; ".join(f"{weight:g} x {name}" for name, weight in summary["adapters"])
+        about = (
+            f"{_base_name(recipe)} plus the weighted changes of several adapters: {sums}. Figures, data and recipe below "
+            "are those of the first; the merge is compared with the same sum in memory."
+        )
     return _card(recipe, summary, run, about, USE)
 
 

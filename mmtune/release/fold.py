@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 from mmtune.errors import CheckFailed, UserError
 from mmtune.methods.table import METHODS
 from mmtune.model.load import adapter_method, base_of_adapter, load_trained
+from mmtune.release.manifest import sha256
 from mmtune.run_directory import RunDirectory
 
 
@@ -42,6 +43,12 @@ def check_mergeable(run: RunDirectory) -> None:
         raise UserError(
             f"{run.path}: {method} is no change of weights, so it cannot be merged; --keep-adapter releases it beside its base"
         )
+
+
+def _content(base: str) -> tuple[str, ...]:
+    """What a base is: the weights of a directory, since each run that assembles one has its own; else its name."""
+    files = sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []
+    return tuple(sha256(file) for file in files) or (base,)
 
 
 def fold(model: PeftModel) -> PreTrainedModel:
@@ -74,7 +81,7 @@ def fold_weighted(parts: Sequence[tuple[RunDirectory, float]]) -> tuple[PreTrain
         UserError: adapters of different bases or chat templates.
     """
     bases = {run.path: base_of_adapter(run.adapter) for run, _ in parts}
-    if len(set(bases.values())) > 1:
+    if len({_content(base) for base in bases.values()}) > 1:
         told = "; ".join(f"{path}: {base}" for path, base in bases.items())
         raise UserError(f"adapters of different bases cannot be added: {told}")
     total: dict[str, torch.Tensor] = {}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
+import math
+import re
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,7 +22,7 @@ from mmtune.errors import CheckFailed, UserError
 from mmtune.files import replaced_directory
 from mmtune.model.checkpoint import CHECKPOINT_MARK
 from mmtune.model.compute import place
-from mmtune.model.load import DTYPES, base_of_adapter, load_trained
+from mmtune.model.load import ADAPTER_CONFIG, DTYPES, base_of_adapter, load_trained
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.recipe import Recipe, load_recipe, needed_paths
 from mmtune.release.card import adapter_card, model_card
@@ -108,7 +111,7 @@ def merge(path: Path, out: Path, *, form: Form | None = None, overwrite: bool = 
     job = _Job(recipe, form or Form(), count)
     needed = [path, Path(base_of_adapter(run.adapter)), *needed_paths(recipe)]
     with ExitStack() as stack:
-        fresh = stack.enter_context(replaced_directory(out, overwrite, CHECKPOINT_MARK, needed))
+        fresh = job.open(stack, out, overwrite, needed)
         trained = None
         if recipe.model.precision in QUANTIZED:
             trained = job.observe(*load_trained(path))
@@ -124,7 +127,7 @@ def merge(path: Path, out: Path, *, form: Form | None = None, overwrite: bool = 
         del model, merged
         if trained is not None:
             parity = _with(parity, trained=_figures(trained, folded))
-        parity = job.write_quantized(stack, out, overwrite, fresh, folded, processor, parity)
+        parity = job.write_quantized(folded, processor, parity)
         summary = {**(run.read_summary() if run.summary.is_file() else {}), **asdict(parity)}
         for folder in job.written:
             (folder / "README.md").write_text(model_card(recipe, summary, run), encoding="utf-8")
@@ -139,8 +142,7 @@ def combine(
 ) -> Parity:
     """Write one base plus the weighted sum of several adapters' changes to `out`.
 
-    What is compared with the release from disk is the sum in memory: there is no trained model to compare a sum with. The
-    card gives the difference from each adapter.
+    What is compared with the release from disk is the sum in memory: there is no trained model to compare a sum with.
 
     Args:
         parts: run directories and their weights.
@@ -149,6 +151,9 @@ def combine(
     Raises:
         UserError, CheckFailed: as `merge`.
     """
+    for path, weight in parts:
+        if not math.isfinite(weight):
+            raise UserError(f"{path}: {weight} is no weight")
     runs = [(adapter_of(path), weight) for path, weight in parts]
     for run, _ in runs:
         check_mergeable(run)
@@ -156,7 +161,7 @@ def combine(
     job = _Job(recipe, form or Form(), count)
     needed = [*(path for path, _ in parts), Path(base_of_adapter(runs[0][0].adapter)), *needed_paths(recipe)]
     with ExitStack() as stack:
-        fresh = stack.enter_context(replaced_directory(out, overwrite, CHECKPOINT_MARK, needed))
+        fresh = job.open(stack, out, overwrite, needed)
         merged, processor = fold_weighted(runs)
         folded = job.observe(place(merged), processor)
         untuned = AutoModelForImageTextToText.from_pretrained(base_of_adapter(runs[0][0].adapter), dtype=torch.float32)
@@ -166,8 +171,8 @@ def combine(
             raise CheckFailed("the merged model equals the base: the adapters changed nothing, or cancel")
         parity = job.write(fresh, merged, processor, folded, base, folded)
         del merged
-        parity = job.write_quantized(stack, out, overwrite, fresh, folded, processor, parity)
-        summary = asdict(parity) | {"adapters": {str(path): weight for path, weight in parts}}
+        parity = job.write_quantized(folded, processor, parity)
+        summary = asdict(parity) | {"adapters": [(str(path), weight) for path, weight in parts]}
         for folder in job.written:
             (folder / "README.md").write_text(model_card(recipe, summary, runs[0][0]), encoding="utf-8")
             write_manifest(folder)
@@ -196,6 +201,7 @@ def keep_adapter(path: Path, out: Path, *, overwrite: bool = False, count: int =
         shutil.copytree(run.adapter, fresh / "adapter")
         if base.is_dir():
             shutil.copytree(base, fresh / "base")
+            _name_base(fresh / "adapter", "base")  # found beside the adapter, wherever the release goes
         result = job.observe(*_placed(load_trained(fresh / "adapter", torch.float32)))
         figures = _figures(expected, result)
         if figures["max_logit_difference"] > 1e-6 or figures["same_answers"] < figures["samples"]:
@@ -219,11 +225,21 @@ class _Job:
     def __init__(self, recipe: Recipe, form: Form, count: int) -> None:
         if count < 1:
             raise UserError(f"--samples {count}: a release is compared on at least one sample")
+        if not re.fullmatch(r"\d+[KMGT]I?B", form.max_shard_size.upper()):
+            raise UserError(f"--max-shard-size {form.max_shard_size}: expected a size such as 5GB")
         self.samples = parity_samples(recipe, count)
         self.form = form
         self.dtype = form.dtype or ("fp32" if recipe.model.precision == "fp32" else "bf16")
         self.written: list[Path] = []
         self._new_tokens = recipe.evaluate.max_new_tokens if recipe.evaluate else 64
+
+    def open(self, stack: ExitStack, out: Path, overwrite: bool, needed: Sequence[Path]) -> Path:
+        """Temporary directories for the release and, if it is asked for, the quantized one; refused before anything is loaded."""
+        self.written = [stack.enter_context(replaced_directory(out, overwrite, CHECKPOINT_MARK, needed))]
+        if self.form.quantize is not None:
+            beside = out.with_name(f"{out.name}-{self.form.quantize}")
+            self.written.append(stack.enter_context(replaced_directory(beside, overwrite, CHECKPOINT_MARK, needed)))
+        return self.written[0]
 
     def observe(self, model: PreTrainedModel, processor: ProcessorMixin) -> Observed:
         return observe(model, processor, self.samples, self._new_tokens)
@@ -240,7 +256,6 @@ class _Job:
         """Write the model in its dtype, load it back in fp32, and compare."""
         merged.to(DTYPES[self.dtype]).save_pretrained(fresh, max_shard_size=self.form.max_shard_size)
         processor.save_pretrained(fresh)
-        self.written.append(fresh)
         merged.to("meta")  # its memory is wanted for the model that is loaded back
         gc.collect()
         result = self.observe(*_placed(load_trained(fresh, torch.float32)))
@@ -259,22 +274,12 @@ class _Job:
         _enforce_release(parity, change=compare(base, adapter.logits).mean)
         return parity
 
-    def write_quantized(
-        self,
-        stack: ExitStack,
-        out: Path,
-        overwrite: bool,
-        whole: Path,
-        merged: Observed,
-        processor: ProcessorMixin,
-        parity: Parity,
-    ) -> Parity:
+    def write_quantized(self, merged: Observed, processor: ProcessorMixin, parity: Parity) -> Parity:
         """Write the quantized release beside the whole one, if it is asked for."""
         kind = self.form.quantize
         if kind is None:
             return parity
-        beside = out.with_name(f"{out.name}-{kind}")
-        fresh = stack.enter_context(replaced_directory(beside, overwrite, CHECKPOINT_MARK))
+        whole, fresh = self.written
         config = quantization(str(whole), kind)
         where = {"": torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")}
         model = AutoModelForImageTextToText.from_pretrained(
@@ -283,7 +288,6 @@ class _Job:
         settle_quantized(model)
         model.save_pretrained(fresh, max_shard_size=self.form.max_shard_size)
         processor.save_pretrained(fresh)
-        self.written.append(fresh)
         expected = self.observe(model, processor)
         reloaded = AutoModelForImageTextToText.from_pretrained(str(fresh), device_map=where)
         settle_quantized(reloaded)
@@ -291,6 +295,12 @@ class _Job:
         if (apart := compare(expected.logits, result.logits).largest) > TOLERANCE:
             raise CheckFailed(f"the {kind} release, loaded back from disk, differs from what was written: by {apart:.3g}")
         return _with(parity, quantized=_figures(merged, result))
+
+
+def _name_base(adapter: Path, base: str) -> None:
+    file = adapter / ADAPTER_CONFIG
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | {"base_model_name_or_path": base}, indent=2) + "\n", encoding="utf-8")
 
 
 def _placed(loaded: tuple[Any, ProcessorMixin]) -> tuple[Any, ProcessorMixin]:
@@ -334,7 +344,7 @@ def _enforce_release(parity: Parity, change: float) -> None:
             f"the merged model, loaded back from disk, differs from the adapter: largest logit difference "
             f"{parity.merge_max_logit_difference:.3g}, {parity.merge_same_answers} of {parity.merge_samples} answers the same"
         )
-    if not exact and apart > allowed:
+    if not exact and not apart <= allowed:  # also when a logit is not finite
         raise CheckFailed(
             f"rounding the merged model to {parity.merge_dtype} changes its logits by {apart:.3g} on average, more than "
             f"{allowed:.3g}, half of what the adapter changed"

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from mmtune.errors import UserError
 from mmtune.release.manifest import check_manifest
@@ -28,6 +29,10 @@ def push(folder: Path, repository: str, *, upload: bool = False, private: bool =
         UserError: no release there, or the hub refuses.
         CheckFailed: the release is not what its manifest says.
     """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"{repository}: expected OWNER/NAME as on the hub: {error}") from error
     files = check_manifest(folder)
     result: dict[str, Any] = {"repository": repository, "files": files, "bytes": sum(files.values()), "uploaded": False}
     for name, size in files.items():

@@ -8,30 +8,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import (
-    EvaConfig,
-    LoraConfig,
-    LoraGAConfig,
-    OFTConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    initialize_lora_eva_weights,
-)
+from peft import PeftConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
 from mmtune.errors import UserError
-from mmtune.methods.bottleneck import BottleneckConfig, bottleneck_targets
-from mmtune.methods.gated_prefix import gated_prefix_targets
-from mmtune.methods.table import METHODS
-from mmtune.model.components import Components, component_of, select_modules, select_parameters
+from mmtune.model.components import Components, component_of, select_modules
 from mmtune.model.compute import to_model
 from mmtune.recipe import TuneSection
+from mmtune.tuning.settings import component_path, peft_config
 
 
 @dataclass(frozen=True)
@@ -71,12 +59,12 @@ def apply_tuning(
         UserError: a selector that matches nothing, a component that the model lacks, or settings that the method refuses.
     """
     for name, tuning in tune.components.items():
-        if tuning.method != "frozen" and _path(components, name) is None:
+        if tuning.method != "frozen" and component_path(components, name) is None:
             raise UserError(f"tune.{name}: {type(model).__name__} has no {name} component; set it to frozen")
     model.requires_grad_(False)
     if keeps_adapter(tune):
         with _told(tune):
-            config = _peft_config(model, components, tune, steps)
+            config = peft_config(model, components, tune, steps)
             tuned: PreTrainedModel | PeftModel = _with_adapter(model, config, batches)
     else:
         for name in _trained_in_full(model, components, tune):
@@ -91,15 +79,6 @@ def apply_tuning(
 def keeps_adapter(tune: TuneSection) -> bool:
     """Whether the result is a PEFT directory beside the base rather than a whole model."""
     return tune.method is not None or (tune.language.method, tune.vision.method) == ("frozen", "frozen")
-
-
-def _path(components: Components, name: str) -> str | None:
-    paths = {
-        "vision": components.vision_tower,
-        "projector": components.projector,
-        "language": components.language_model,
-    }
-    return paths[name]
 
 
 def _trained_in_full(model: nn.Module, components: Components, tune: TuneSection) -> list[str]:
@@ -147,91 +126,6 @@ def _with_adapter(model: PreTrainedModel, config: PeftConfig, batches: Iterable[
         initialize_lora_eva_weights(tuned, [to_model(tuned, batch) for batch in batches], show_progress_bar=False)
         tuned.train(was_training)
     return tuned
-
-
-def _peft_config(model: nn.Module, components: Components, tune: TuneSection, steps: int | None) -> PeftConfig:
-    """The method's configuration with what it tunes by full path, and the components trained in full as `modules_to_save`."""
-    saved = _saved_modules(model, components, tune)
-    if tune.method is None:
-        return LoraConfig(task_type="CAUSAL_LM", target_modules=DUMMY_TARGET_MODULES, modules_to_save=saved)
-    method = METHODS[tune.method]
-    users = {name: tuning for name, tuning in tune.components.items() if tuning.method == method.name}
-    settings = dict(next(iter(users.values())).settings)
-    if method.name == "bottleneck":
-        placement = settings.get("placement", BottleneckConfig.placement)
-        settings["target_modules"] = [
-            path for name in users for path in bottleneck_targets(model, str(_path(components, name)), placement)
-        ]
-    elif method.name == "gated_prefix":
-        layers = settings.get("adapter_layers")
-        settings["target_modules"] = gated_prefix_targets(model, components.language_model, layers)
-    elif method.kind == "layers":
-        chosen = {
-            name: select_modules(model, components, name, tuning.settings["target_modules"])  # type: ignore[arg-type]
-            for name, tuning in users.items()
-        }
-        settings["target_modules"] = [path for paths in chosen.values() for path in paths]
-        if method.name == "lora" and len(users) > 1:
-            settings["rank_pattern"] = {p: users[n].settings["r"] for n, paths in chosen.items() for p in paths}
-            settings["alpha_pattern"] = {p: users[n].settings["lora_alpha"] for n, paths in chosen.items() for p in paths}
-    if settings.get("target_parameters"):
-        settings["target_parameters"] = [
-            path
-            for name in users
-            for path in select_parameters(model, components, name, settings["target_parameters"])  # type: ignore[arg-type]
-        ]
-    if "feedforward_modules" in settings:
-        settings["feedforward_modules"] = [
-            path
-            for name in users
-            for path in select_modules(model, components, name, settings["feedforward_modules"])  # type: ignore[arg-type]
-        ]
-    if method.name == "adalora":
-        settings["total_step"] = steps
-        if settings["target_r"] >= settings["init_r"]:  # PEFT would look for the 0th smallest importance
-            raise UserError(f"target_r: {settings['target_r']} is not below init_r: {settings['init_r']}; ranks only shrink")
-    if method.name == "oft":  # PEFT would take another size, with a warning
-        size = settings.get("oft_block_size", OFTConfig.oft_block_size)
-        for path in settings["target_modules"]:
-            if (inputs := model.get_submodule(path).in_features) % size:
-                raise UserError(f"oft_block_size: {size} does not divide the {inputs} inputs of {path}")
-    if settings.get("init_lora_weights") == "eva":
-        settings["eva_config"] = EvaConfig(**(settings.get("eva_config") or {}))
-    if settings.get("init_lora_weights") == "lora_ga":
-        settings["lora_ga_config"] = LoraGAConfig(**(settings.get("lora_ga_config") or {}))
-    return method.config_class()(task_type="CAUSAL_LM", modules_to_save=saved or None, **settings)
-
-
-def _saved_modules(model: nn.Module, components: Components, tune: TuneSection) -> list[str]:
-    """Modules that train in full beside an adapter."""
-    saved: list[str] = []
-    vision_whole = tune.vision.method == "full" and "target_modules" not in tune.vision.settings
-    inside = str(components.projector).startswith(f"{components.vision_tower}.")
-    for name, tuning in tune.components.items():
-        if tuning.method != "full":
-            continue
-        if "target_modules" in tuning.settings:
-            saved += select_modules(model, components, name, tuning.settings["target_modules"])  # type: ignore[arg-type]
-            continue
-        if name == "vision" and inside and tune.projector.method != "full":
-            raise UserError("tune.vision: this family's projector lies inside its vision tower; train both in full, or neither")
-        if name == "language":
-            raise UserError(
-                "tune.language: full beside a method in another component would save the whole language model in the adapter; "
-                "tune those components in full too, or name some layers with target_modules"
-            )
-        if name == "vision" and components.vision_tower is not None:
-            saved.append(components.vision_tower)
-        if name == "projector" and components.projector is not None and not (vision_whole and inside):
-            saved.append(components.projector)
-        for part in components.projector_parts if name == "projector" else ():
-            if part not in dict(model.named_modules()):
-                raise UserError(
-                    f"tune.projector: {part} is a bare parameter, which PEFT cannot save beside an adapter; set tune.projector "
-                    "to frozen, or train the language model in full"
-                )
-            saved.append(part)
-    return saved
 
 
 def count_parameters(model: nn.Module, components: Components, tune: TuneSection, learning_rate: float) -> list[ComponentCount]:

@@ -13,6 +13,8 @@ from torch import nn
 
 from mmtune.errors import UserError
 from mmtune.model.components import Components, component_of, find_components, linear_modules, select_modules
+from mmtune.recipe import TuneSection
+from mmtune.tuning.apply import apply_tuning
 
 TEXT = {
     "hidden_size": 16,
@@ -251,3 +253,20 @@ def test_a_name_outside_every_component_is_an_error() -> None:
     components = Components("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")
     with pytest.raises(UserError, match=r"model.vision_tower_2.x"):
         component_of("model.vision_tower_2.x", components)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_default_tuning_applies_to_every_family(family: str) -> None:
+    """LoRA in the language model, the projector in full: what trains lies there, and nowhere else."""
+    model = FAMILIES[family][0]()
+    tune = TuneSection.model_validate({"language": {"method": "lora", "r": 2}})
+    if family in ("llava_next", "llava_onevision"):
+        with pytest.raises(UserError, match="image_newline is a bare parameter, which PEFT cannot save"):
+            apply_tuning(model, find_components(model), tune)
+        return
+    tuned = apply_tuning(model, find_components(model), tune)
+    components = find_components(tuned)
+    trained = {component_of(name, components) for name, p in tuned.named_parameters() if p.requires_grad}
+    assert trained == {"projector", "language"}
+    projector = {n: p for n, p in tuned.named_parameters() if component_of(n, components) == "projector"}
+    assert {n for n in projector if ".original_module." not in n} == {n for n, p in projector.items() if p.requires_grad}

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from mmtune.cli import entry_point
 from mmtune.errors import CheckFailed, UserError
+from mmtune.model.load import load_trained
 from mmtune.model.quantize import quantization, settle_quantized
 from mmtune.recipe import Recipe
 from mmtune.release import push as push_module
@@ -67,6 +69,8 @@ def test_what_cannot_be_added(make_recipe: Make, base: Path, tmp_path: Path, cap
     other = trained(make_recipe, tmp_path / "other", "model.base=builtin:tiny-llava")
     with pytest.raises(UserError, match="adapters of different bases cannot be added"):
         combine([(run, 1.0), (other, 1.0)], tmp_path / "out", count=2)
+    with pytest.raises(UserError, match="nan is no weight"):
+        combine([(run, float("nan"))], tmp_path / "out", count=2)
     with pytest.raises(CheckFailed, match="the adapters changed nothing, or cancel"):
         combine([(run, 1.0), (run, -1.0)], tmp_path / "out", count=2)
     assert entry_point(["merge", str(tmp_path / "out"), "--adapter", f"{run}:half"]) == 2
@@ -123,11 +127,22 @@ def test_a_quantized_release_and_a_quantized_training(make_recipe: Make, tmp_pat
     assert "The adapter on the quantized base that it was trained on" in card
 
 
+def test_a_quantized_release_takes_no_place_that_is_needed(make_recipe: Make, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "out-nf4")
+    run = trained(make_recipe, tmp_path / "run", f"model.base={tmp_path / 'out-nf4'}")
+    with pytest.raises(UserError, match="out-nf4, which is needed"):
+        merge(run, tmp_path / "out", form=Form(quantize="nf4"), overwrite=True, count=2)
+    with pytest.raises(UserError, match="--max-shard-size abc: expected a size such as 5GB"):
+        merge(run, tmp_path / "out", form=Form(max_shard_size="abc"), count=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-nf4", "recipe.yaml", "run"]
+
+
 @pytest.mark.parametrize("method", ["bottleneck", "prompt_tuning"])
 def test_what_cannot_be_folded_is_released_beside_its_base(
-    make_recipe: Make, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+    make_recipe: Make, rows: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = trained(make_recipe, tmp_path / "run", f"tune.language={{method: {method}}}")
+    base = Path(shutil.copytree(str(make_recipe().model.base), tmp_path / "base"))
+    run = trained(make_recipe, tmp_path / "run", f"model.base={base}", f"tune.language={{method: {method}}}")
     assert entry_point(["merge", str(run), str(tmp_path / "out")]) == 2
     assert f"{method} is no change of weights, so it cannot be merged; --keep-adapter releases it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -137,10 +152,20 @@ def test_what_cannot_be_folded_is_released_beside_its_base(
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     assert ("import mmtune.methods" in code) == (method == "bottleneck")
     script = code + "\nprint(type(model).__name__, type(processor).__name__, model.peft_config['default'].peft_type)\n"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path / "out", capture_output=True, text=True, check=True, env=dict(os.environ)
-    )
+    moved = (tmp_path / "out").rename(tmp_path / "elsewhere")
+    base.rename(base.with_name("gone"))  # the release must not lean on what it was made from
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=moved, capture_output=True, text=True, check=True, env=dict(os.environ)
+        )
+    finally:
+        base.with_name("gone").rename(base)
     assert "PeftModel" in done.stdout
+    model, processor = load_trained(moved / "adapter")
+    expected, _ = load_trained(run)
+    samples = parity_samples(make_recipe(), 2)
+    assert compare(answer_logits(model, processor, samples), answer_logits(expected, processor, samples)).largest == 0
+    assert str(tmp_path) not in (moved / "adapter" / "adapter_config.json").read_text()
     with pytest.raises(UserError, match="needed"):
         keep_adapter(run, run, overwrite=True)
 
