@@ -1,4 +1,4 @@
-"""What every test stands on: no network, no telemetry, two threads, and no GPU test where there is no GPU."""
+"""What every test stands on: no network, no telemetry, one thread, and no GPU test where there is no GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     TOKENIZERS_PARALLELISM="false",
-    OMP_NUM_THREADS="2",
+    OMP_NUM_THREADS="1",
     MPLBACKEND="Agg",
 )
 

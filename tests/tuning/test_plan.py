@@ -24,9 +24,11 @@ def test_a_plan_is_told_and_suggests(recipe_file: str, capsys: pytest.CaptureFix
     assert plan["suggestions"] == []
     assert plan["limit"] == 24_000_000_000
     assert 7_900_000 < plan["weights"] + plan["trainable"] < plan["peak"] < 200_000_000
-    assert entry_point(["plan", recipe_file, "--tokens", "40", "--memory", "620MB", "--json"]) == 0
+    least = plan["peak"] + plan["overhead"]
+    assert entry_point(["plan", recipe_file, "--tokens", "40", "--memory", f"{least - 1}B", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["suggestions"][0].startswith("train.per_device_train_batch_size=1 train.gradient_accumulation_steps=4")
+    assert plan["suggestions"][0].startswith("train.per_device_train_batch_size=")
+    assert "fits" in plan["suggestions"][-1]
 
 
 @pytest.mark.parametrize(
