@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune import __version__
-from mmtune.console import settle_console
+from mmtune.console import settle_console, speaker
 from mmtune.errors import CheckFailed, UserError
 
 
@@ -27,6 +27,7 @@ def entry_point(arguments: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], Any] = parsed.run
     if run in (_train, _eval, _merge, _chat, _assemble):
         settle_console()
+    who = speaker()
     try:
         if getattr(parsed, "json", False):
             with redirect_stdout(sys.stderr):  # standard output holds the JSON and nothing else
@@ -35,13 +36,13 @@ def entry_point(arguments: Sequence[str] | None = None) -> int:
         else:
             run(parsed)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{who}error: {error}", file=sys.stderr)
         return 2
     except CheckFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"{who}failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"{who}interrupted", file=sys.stderr)
         return 130
     return 0
 

@@ -51,7 +51,7 @@ _BOUNDS: dict[str, Any] = {
 _EVALUATE = "mmtune evaluates before and after tuning, not during it; give the evaluate section"
 _UPLOAD = "mmtune does not upload; push the finished directory yourself"
 _PRECISION = "give model.precision"
-_ONE_PROCESS = "this version trains in one process on one device"
+_LAUNCH = "launch with it: accelerate launch --use_deepspeed --zero_stage 2 mmtune/train.py RECIPE"
 _COLUMNS = "mmtune's own collator decides what reaches the model"
 _TRAIN_OWNED = {
     "output_dir": "give output_dir at the top of the recipe",
@@ -60,7 +60,7 @@ _TRAIN_OWNED = {
     "remove_unused_columns": _COLUMNS,
     "label_names": _COLUMNS,
     "local_rank": "the launcher sets it",
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), _ONE_PROCESS),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), _LAUNCH),
     **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), _PRECISION),
     **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id"), _UPLOAD),
     **dict.fromkeys(("hub_strategy", "hub_always_push", "hub_revision"), _UPLOAD),

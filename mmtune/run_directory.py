@@ -22,6 +22,7 @@ from mmtune import __version__
 from mmtune.errors import UserError
 from mmtune.files import check_replaceable, replace_text
 from mmtune.recipe import Recipe, needed_paths
+from mmtune.world import ALONE, World
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "pillow", "numpy")
 
@@ -119,16 +120,22 @@ def check_output_dir(recipe: Recipe, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool) -> Iterator[RunDirectory]:
+def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, world: World = ALONE) -> Iterator[RunDirectory]:
     """Make the run's directory and write what went in; the block prepares what will train.
+
+    Of several processes the first does, and the others wait until it is there.
 
     An earlier run goes when the block ends well. If the block fails, the earlier run is back, or nothing is there.
 
     Raises:
         UserError: as `check_output_dir`, or the directory cannot be made.
     """
-    check_output_dir(recipe, overwrite)
     run = RunDirectory(Path(recipe.output_dir))
+    if not world.first:
+        world.wait()
+        yield run
+        return
+    check_output_dir(recipe, overwrite)
     earlier = run.path.with_name(f".{run.path.name}.{os.getpid()}.earlier")
     try:
         run.path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,6 +146,7 @@ def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool) -> Iterator
         raise UserError(f"output_dir: cannot make {run.path}: {error.strerror}") from error
     try:
         _write_inputs(run, recipe, command)
+        world.wait()
         yield run
     except BaseException:
         shutil.rmtree(run.path)

@@ -38,6 +38,7 @@ from mmtune.training.callbacks import FrozenInputsStayFrozen, MoveRanks, RecordM
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import apply_tuning, count_parameters, keeps_adapter, learning_rates, print_parameters
 from mmtune.tuning.save import initial_factors, save_tuned
+from mmtune.world import World, check_launch, check_strategy, join_world, launched_with_deepspeed
 
 
 def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[str, Any]:
@@ -49,17 +50,13 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
         overwrite: replace an earlier run at the recipe's `output_dir`.
 
     Returns:
-        The figures that `summary.json` holds.
+        The figures that `summary.json` holds; in processes other than the first, nothing.
 
     Raises:
         UserError: the recipe or its data are at fault; before any weight is loaded where that can be known.
         CheckFailed: the loss became NaN or infinite.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("this version trains in one process; launch it with --num_processes 1")
-    for name in ("DEEPSPEED", "FSDP"):  # what accelerate's launcher says of the strategy it was asked for
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
-            raise UserError(f"this version trains without {name}; launch it with no distributed strategy")
+    check_launch(recipe.model.precision)
 
     # What goes in: the files are there, the rows make sense.
     check_files(recipe)
@@ -70,8 +67,10 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     data_report.stop_past(recipe.data.max_bad_fraction)
     if recipe.evaluate:
         check_questions(recipe.evaluate)
-    check_family(recipe)
     arguments = training_arguments(recipe)
+    world = join_world(arguments, recipe.model.precision)
+    check_method(recipe, world)
+    print(f"training: {world.layout}, {arguments.device}")
     set_seed(arguments.seed)
 
     # The base.
@@ -79,22 +78,25 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     check_chat_template(processor)
     components = find_components(model)
     rows = TrainingSet(samples, processor, recipe.data.max_tokens, recipe.data.over_length)
-    collator = Collator(processor.tokenizer.pad_token_id)
+    # Every process runs the vision tower in every step, or the others would wait for its part in ZeRO-3 and DDP.
+    collator = Collator(processor.tokenizer.pad_token_id, rows.with_image() if world.size > 1 else None)
     adapts = keeps_adapter(recipe.tune)
     before = None
-    with new_run(recipe, command, overwrite) as run:
-        data_report.write(run.data_report)
-        model = settle_base(model, processor, recipe.model, run.base if adapts else None)
+    with new_run(recipe, command, overwrite, world) as run:
+        if world.first:
+            data_report.write(run.data_report)
+        model = settle_base(model, processor, recipe.model, run.base if adapts else None, world)
         if recipe.model.precision not in QUANTIZED:  # bitsandbytes has put those where they stay
             model.to(arguments.device)
 
         # What it can do before tuning.
         if recipe.evaluate and recipe.evaluate.before:
-            before = evaluate(model, processor, recipe.evaluate)
-            write_answers(before, run.answers("before"))
+            before = evaluate(model, processor, recipe.evaluate, world)
+            if world.first:
+                write_answers(before, run.answers("before"))
 
         # What trains.
-        steps = optimizer_steps(arguments, len(rows))
+        steps = optimizer_steps(arguments, len(rows), world)
         sample = first_batches(rows, collator, arguments.per_device_train_batch_size)
         model = apply_tuning(model, components, recipe.tune, steps=steps, batches=sample)
         components = find_components(model)
@@ -112,26 +114,35 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
         callbacks=[RecordMetrics(run.metrics), FrozenInputsStayFrozen(), MoveRanks()],
         data_report=data_report,
         max_bad_fraction=recipe.data.max_bad_fraction,
+        world=world,
         learning_rates=learning_rates(model, components, recipe.tune, arguments.learning_rate),
     )
+    check_strategy(trainer.accelerator, world)
     for shown_twice in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown_twice)
     start = time.perf_counter()
     try:
         trainer.train()
     finally:
-        data_report.write(run.data_report)
+        if world.first:
+            data_report.write(run.data_report)
     train_seconds = round(time.perf_counter() - start, 1)
     print(data_report.summary())
 
     # What comes out.
     out = run.adapter if adapts else run.model
-    save_tuned(model, out, initial)
+    with world.whole(model):
+        if world.first:
+            save_tuned(model, out, initial)
+    after = evaluate(model, processor, recipe.evaluate, world) if recipe.evaluate else []
+    if not world.first:
+        return {}
     processor.save_pretrained(out)
     model.generation_config.save_pretrained(out)  # with the stop tokens of the chat template, which PEFT would not keep
     draw_loss_curve(run.metrics, run.loss_curve)
     figures: dict[str, Any] = {
         "train_seconds": train_seconds,
+        "layout": world.layout,
         "trainable_parameters": sum(count.trainable for count in counts),
         "total_parameters": sum(count.total for count in counts),
         "peak_memory_mb": peak_memory_mb(),
@@ -140,7 +151,6 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
         "quarantined": len(data_report.quarantined),
     }
     if recipe.evaluate:
-        after = evaluate(model, processor, recipe.evaluate)
         write_answers(after, run.answers("after"))
         tuned = score(after, recipe.evaluate)
         figures |= {
@@ -166,18 +176,25 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     return summary
 
 
-def check_family(recipe: Recipe) -> None:
+def check_method(recipe: Recipe, world: World) -> None:
     """
     Raises:
-        UserError: a method that the base's family refuses, before its weights are loaded.
+        UserError: a method that does not work with the base's family or the ZeRO stage, before any weight is loaded.
     """
-    if recipe.tune.method is not None:
-        reason = refusal(recipe.tune.method, {}, model_type=base_model_type(recipe.model))
-        if reason is not None:
-            raise UserError(f"tune.language: {reason}")
+    for component, tuning in recipe.tune.components.items():
+        if tuning.method == recipe.tune.method:
+            reason = refusal(
+                tuning.method,
+                tuning.settings,
+                precision=recipe.model.precision,
+                model_type=base_model_type(recipe.model),
+                zero_stage=world.zero_stage,
+            )
+            if reason is not None:
+                raise UserError(f"tune.{component}: {reason}")
 
 
-def settle_base(model: Any, processor: Any, section: ModelSection, made: Path | None) -> Any:
+def settle_base(model: Any, processor: Any, section: ModelSection, made: Path | None, world: World) -> Any:
     """Give the base a place that an adapter can name, and its precision.
 
     Args:
@@ -189,7 +206,9 @@ def settle_base(model: Any, processor: Any, section: ModelSection, made: Path | 
     if section.base not in (None, UNTRAINED):
         model.name_or_path = resolve_base(section.base)
     elif made is not None:
-        save_checkpoint(model, processor, made)
+        if world.first:
+            save_checkpoint(model, processor, made)
+        world.wait()
         if section.precision in QUANTIZED:
             model = load_weights(str(made), section)
             use_chat_template(model, processor, processor.chat_template)
@@ -197,11 +216,11 @@ def settle_base(model: Any, processor: Any, section: ModelSection, made: Path | 
     return model
 
 
-def optimizer_steps(arguments: TrainingArguments, rows: int) -> int:
+def optimizer_steps(arguments: TrainingArguments, rows: int, world: World) -> int:
     """How many optimizer steps the run takes."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
-    batches = -(-rows // arguments.per_device_train_batch_size)
+    batches = -(-rows // (arguments.per_device_train_batch_size * world.size))
     return math.ceil(arguments.num_train_epochs * -(-batches // arguments.gradient_accumulation_steps))
 
 
@@ -233,7 +252,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         arguments = TrainingArguments(
             **settings,
             output_dir=os.path.join(recipe.output_dir, "checkpoints"),
-            bf16=recipe.model.precision != "fp32",
+            # DeepSpeed's own mixed precision would round what trains: `join_world` has it use torch's autocast as well
+            bf16=recipe.model.precision != "fp32" and not launched_with_deepspeed(),
             remove_unused_columns=False,
             label_names=["labels"],
             include_num_input_tokens_seen="non_padding",
@@ -242,7 +262,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     except (ValueError, TypeError) as error:
         raise UserError(f"train: {error}") from error
     if arguments.n_gpu > 1:  # the Trainer would wrap the model in DataParallel, which gathers losses that are already divided
-        raise UserError(f"this version trains on one GPU and sees {arguments.n_gpu}; choose one, as with CUDA_VISIBLE_DEVICES=0")
+        raise UserError(
+            f"one process sees {arguments.n_gpu} GPUs: give each its own (accelerate launch --multi_gpu --num_processes "
+            f"{arguments.n_gpu} mmtune/train.py RECIPE), or choose one, as with CUDA_VISIBLE_DEVICES=0"
+        )
     return arguments
 
 

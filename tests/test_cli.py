@@ -181,13 +181,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         entry_point(["recipe", "list"])
 
 
-def test_several_processes_are_refused(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert entry_point(["train", str(recipe_file)]) == 2
-    monkeypatch.delenv("WORLD_SIZE")
+def test_other_processes_than_the_first_tell_who_they_are(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "settle_console", lambda: None)
+    monkeypatch.setenv("RANK", "3")
     assert entry_point(["train", str(recipe_file), "train.deepspeed=zero3.json"]) == 2
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert entry_point(["train", str(recipe_file)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("[rank 3] error: ")
+    assert "accelerate launch --use_deepspeed" in told
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
+from mmtune.console import shows_progress
 from mmtune.data.dataset import DataReport, Samples, check_rows, iterate_rows
 from mmtune.data.encode import collate, encode_prompt
 from mmtune.data.message import Sample, split_question, text_of
@@ -20,6 +22,7 @@ from mmtune.errors import UserError
 from mmtune.evaluation.metrics import exact_match, final_answer, majority_accuracy, wilson_interval
 from mmtune.model.compute import as_trained, to_model, virtual_tokens
 from mmtune.recipe import EvaluateSection
+from mmtune.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ def generate_answers(
     model.eval()
     answers: dict[int, str] = {}
     order = sorted(range(len(samples)), key=lambda index: sum(len(text_of(m)) for m in samples[index].messages[:-1]))
-    for start in tqdm(range(0, len(order), batch_size), desc="answering", unit="batch", disable=None, leave=False):
+    for start in tqdm(
+        range(0, len(order), batch_size), desc="answering", unit="batch", disable=not shows_progress(), leave=False
+    ):
         chosen = order[start : start + batch_size]
         prompts = {i: encode_prompt(samples[i].id, split_question(samples[i])[0], processor) for i in chosen}
         for group in _together(model, prompts):
@@ -101,14 +106,21 @@ def check_questions(section: EvaluateSection) -> None:
         raise UserError(f"evaluate: {len(report.quarantined)} of {len(samples)} rows cannot be asked:\n{report.listing()}")
 
 
-def evaluate(model: nn.Module, processor: ProcessorMixin, section: EvaluateSection) -> list[Answer]:
+def evaluate(model: nn.Module, processor: ProcessorMixin, section: EvaluateSection, world: World = ALONE) -> list[Answer]:
     """Answer and score every question of the recipe's `evaluate` section.
+
+    Several processes share the questions, and each has all the answers in the end. Under ZeRO-3, where a forward pass takes
+    all of them, each asks them all.
 
     Raises:
         RowError: a held-out row that cannot be read.
     """
     samples = list(iterate_rows(Samples(section.data)))
-    predictions = generate_answers(model, processor, samples, section.max_new_tokens, section.batch_size)
+    mine = range(len(samples)) if world.zero_stage == 3 else range(world.rank, len(samples), world.size)
+    asked = [samples[index] for index in mine]
+    said = generate_answers(model, processor, asked, section.max_new_tokens, section.batch_size)
+    answered = dict(itertools.chain.from_iterable(world.gather(list(zip(mine, said, strict=True)))))
+    predictions = [answered[index] for index in range(len(samples))]
     answers = []
     for sample, prediction in zip(samples, predictions, strict=True):
         question, reference = split_question(sample)

@@ -7,12 +7,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mmtune.methods.table import METHODS, PRECISIONS, capabilities, nearest_that_works
+from mmtune.methods.table import METHODS, PRECISIONS, ZERO_STAGES, capabilities, nearest_that_works
 
 
 def method_rows() -> list[dict[str, Any]]:
     """One row a method and variant: its default learning rate, and by precision whether it trains, also with gradient
-    checkpointing, and merges; each true or the reason why not."""
+    checkpointing and at ZeRO 1 to 3, and merges; each true or the reason why not."""
     rows = []
     for name, cells in capabilities().items():
         method = METHODS.get(name) or METHODS["lora"]
@@ -23,7 +23,10 @@ def method_rows() -> list[dict[str, Any]]:
 
 def print_methods() -> None:
     """The table, and below it each refused combination with its reason and the nearest that works."""
-    table = Table(title="Methods: t trains, c also with gradient checkpointing, m merges", title_justify="left")
+    table = Table(
+        title="Methods: t trains, c also with gradient checkpointing, 123 also at these ZeRO stages, m merges",
+        title_justify="left",
+    )
     table.add_column("method")
     table.add_column("learning rate", justify="right")
     for precision in PRECISIONS:
@@ -33,7 +36,8 @@ def print_methods() -> None:
         cells = []
         for precision in PRECISIONS:
             cell = row["precisions"][precision]
-            letters = {"t": cell["train"], "c": cell["checkpointing"], "m": cell["merge"]}
+            stages = "".join(str(stage) if cell[f"zero{stage}"] is True else "-" for stage in ZERO_STAGES)
+            letters = {"t": cell["train"], "c": cell["checkpointing"], stages: True, "m": cell["merge"]}
             cells.append(" ".join(letter if works is True else "-" for letter, works in letters.items()))
             for what, works in cell.items():
                 if works is not True and (what == "train" or cell["train"] is True):
@@ -47,8 +51,6 @@ def print_methods() -> None:
     for (method, what, why), precisions in told.items():
         nearest = nearest_that_works(method, what)
         console.print(f"{method}, {', '.join(precisions)}: no {what}: {why}; {nearest}", markup=False, highlight=False)
-    console.print(
-        "ZeRO 1 to 3: refused for every method; this version trains in one process. Measured on the CPU.", highlight=False
-    )
+    console.print("Measured on the CPU; ZeRO in two processes, without offload.", highlight=False)
     for row in method_rows():
         console.print(f"{row['method']}: {row['about']}", markup=False, highlight=False)

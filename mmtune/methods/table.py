@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 CAPABILITIES = Path(__file__).parent / "capabilities.json"
 PRECISIONS = ("fp32", "bf16", "int8", "nf4")
+ZERO_STAGES = (1, 2, 3)
 
 UNPROVEN = "mmtune has no proof of it"
 OWNED = {
@@ -229,6 +230,7 @@ def refusal(
     precision: str = "fp32",
     checkpointing: bool = False,
     model_type: str | None = None,
+    zero_stage: int | None = None,
 ) -> str | None:
     """Why a combination does not work, with the nearest that does; None when it does.
 
@@ -237,6 +239,7 @@ def refusal(
         precision: of the base while training.
         checkpointing: gradient checkpointing.
         model_type: of the base's config, once it is known.
+        zero_stage: DeepSpeed's, once the processes are known; None without it.
     """
     known = METHODS[method]
     measured = "dora" if method == "lora" and settings.get("use_dora") else method
@@ -257,11 +260,16 @@ def refusal(
     if checkpointing and cell.get("checkpointing", True) is not True:
         nearest = nearest_that_works(measured, "checkpointing")
         return f"{measured} does not train with train.activation_checkpointing; {nearest}"
+    if zero_stage and cell.get(f"zero{zero_stage}", True) is not True:
+        nearest = nearest_that_works(measured, "zero")
+        return f"{measured} does not train with model.precision: {precision} at ZeRO-{zero_stage}; {nearest}"
     return None
 
 
 def nearest_that_works(method: str, what: str) -> str:
-    """What to do where a method does not `train`, take `checkpointing`, or `merge`."""
+    """What to do where a method does not `train`, take `checkpointing`, `merge`, or train with `zero`."""
+    if what.startswith("zero"):
+        return "launch without DeepSpeed, or use lora"
     if what == "merge":
         return "mmtune merge --keep-adapter releases it beside its base"
     if what == "checkpointing":
@@ -272,7 +280,8 @@ def nearest_that_works(method: str, what: str) -> str:
 
 @cache
 def capabilities() -> dict[str, dict[str, dict[str, Any]]]:
-    """What was measured: method to precision to `train`, `checkpointing`, `merge`, each true or the reason why not."""
+    """What was measured: method to precision to `train`, `checkpointing`, `merge` and `zero1` to `zero3`, each true or the reason
+    why not."""
     if not CAPABILITIES.is_file():
         return {}
     measured: dict[str, dict[str, dict[str, Any]]] = json.loads(CAPABILITIES.read_text(encoding="utf-8"))["methods"]

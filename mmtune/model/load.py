@@ -112,7 +112,10 @@ def loading(name: str, section: ModelSection) -> dict[str, Any]:
     if section.precision in QUANTIZED:
         settings["quantization_config"] = quantization(name, section.precision, section.trust_remote_code)
         # bitsandbytes quantizes where the layers will stay.
-        settings["device_map"] = {"": torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")}
+        here = torch.accelerator.current_accelerator(check_available=True)
+        settings["device_map"] = {
+            "": torch.device(here.type, torch.accelerator.current_device_index()) if here else torch.device("cpu")
+        }
     return settings
 
 

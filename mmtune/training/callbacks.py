@@ -92,7 +92,22 @@ class FrozenInputsStayFrozen(TrainerCallback):
 
 
 class MoveRanks(TrainerCallback):
-    """AdaLoRA's step: ranks move by the importance of the gradients that the optimizer has just used."""
+    """AdaLoRA's step: ranks move by the importance of the gradients that the optimizer has just used.
+
+    PEFT adds AdaLoRA's regularization to the loss of every forward pass, and a step sums over those of all processes: each
+    adds its part, so that a step's loss is the same however its batch is divided.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._weigh(kwargs["model"], 1 / (args.gradient_accumulation_steps * args.world_size))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._weigh(kwargs["model"], args.gradient_accumulation_steps * args.world_size)
+
+    def _weigh(self, model: Any, factor: float) -> None:
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, AdaLoraModel):
+            tuner.peft_config["default"].orth_reg_weight *= factor
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         tuner = getattr(kwargs["model"], "base_model", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -15,6 +16,7 @@ from mmtune.data.encode import IGNORE_INDEX
 from mmtune.data.message import RowError
 from mmtune.errors import UserError
 from mmtune.model.compute import virtual_tokens
+from mmtune.world import ALONE, World
 
 
 def score_supervised_only(inputs: dict[str, Any], virtual_tokens: int = 0) -> dict[str, Any]:
@@ -43,6 +45,7 @@ class TuningTrainer(Trainer):
     Args:
         data_report: counts rows that fail while training.
         max_bad_fraction: stop when more than this part of the rows failed.
+        world: the processes that train together; each counts the rows that failed in any.
         learning_rates: rate by parameter name, for parameters that do not take the run's own.
     """
 
@@ -51,6 +54,7 @@ class TuningTrainer(Trainer):
         *args: Any,
         data_report: DataReport,
         max_bad_fraction: float,
+        world: World = ALONE,
         learning_rates: Mapping[str, float],
         **kwargs: Any,
     ) -> None:
@@ -58,6 +62,7 @@ class TuningTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss below is a sum divided by the global count of supervised tokens
         self._data_report = data_report
         self._max_bad_fraction = max_bad_fraction
+        self._world = world
         self._learning_rates = dict(learning_rates)
 
     def compute_loss(
@@ -92,12 +97,13 @@ class TuningTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
         """The next step's batches, with rows that failed counted and, past the recipe's bound, the run stopped."""
-        usable = []
-        for batch in islice(epoch_iterator, num_batches):
-            for fault in batch.pop("faults"):
+        batches = list(islice(epoch_iterator, num_batches))
+        faults = [fault for batch in batches for fault in batch.pop("faults")]
+        if self._world.any(bool(faults), device):
+            for fault in itertools.chain.from_iterable(self._world.gather(faults)):
                 self._data_report.add(fault)
             self._data_report.stop_past(self._max_bad_fraction)
-            usable.append(batch or self._unscored_batch())
+        usable = [batch or self._unscored_batch() for batch in batches]
         count = self._get_num_items_in_batch(usable, device)
         # A step whose every row was dropped scores nothing: its loss is 0 over 1 and not 0 over 0.
         return usable, count.clamp(min=1) if isinstance(count, torch.Tensor) else count

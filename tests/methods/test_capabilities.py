@@ -25,7 +25,9 @@ def test_every_cell_is_what_happens(name: str, rows: Path, base: Path, tmp_path:
 
 def test_every_method_is_in_the_file_and_folds_as_the_table_says() -> None:
     assert set(capabilities()) == set(METHODS) | set(VARIANTS)
-    assert set(json.loads(CAPABILITIES.read_text())["versions"]) == {"torch", "transformers", "peft", "bitsandbytes"}
+    assert set(json.loads(CAPABILITIES.read_text())["versions"]) == {
+        *("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed")
+    }
     for name, method in METHODS.items():
         for precision, cell in capabilities()[name].items():
             assert works(cell)["merge"] == (method.mergeable and works(cell)["train"]), (name, precision)

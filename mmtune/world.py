@@ -1,0 +1,178 @@
+"""The processes that train together: what they were asked to be, what each does alone, and what all do at once.
+
+accelerate's launcher says in the environment what it was asked for; `join_world` holds that against what came to be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from peft import PeftModel
+from torch import distributed, nn
+from transformers import TrainingArguments
+
+from mmtune.errors import UserError
+
+LAUNCHED_WITH = "ACCELERATE_MIXED_PRECISION"
+
+
+@dataclass(frozen=True)
+class World:
+    """
+    Attributes:
+        rank: this process's number, from 0.
+        size: how many processes there are.
+        zero_stage: DeepSpeed's, 0 to 3; None without DeepSpeed.
+    """
+
+    rank: int = 0
+    size: int = 1
+    zero_stage: int | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    @property
+    def layout(self) -> str:
+        """Such as `2 processes, ZeRO-3`, for people."""
+        if self.size == 1 and self.zero_stage is None:
+            return "one process"
+        strategy = "DDP" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
+        return f"{self.size} process{'es' if self.size > 1 else ''}, {strategy}"
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            distributed.barrier()
+
+    def any(self, mine: bool, device: torch.device) -> bool:
+        """Whether it is so in any process."""
+        if self.size == 1:
+            return mine
+        flag = torch.tensor(int(mine), device=device)
+        distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+        return bool(flag)
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What every process brings, in the order of their ranks, in every process."""
+        if self.size == 1:
+            return [mine]
+        brought: list[Any] = [None] * self.size
+        distributed.all_gather_object(brought, mine)
+        return brought
+
+    @contextlib.contextmanager
+    def whole(self, model: nn.Module) -> Iterator[None]:
+        """Inside, all that will be saved is whole in every process, where ZeRO-3 keeps a part in each; enter it together."""
+        if self.zero_stage != 3:
+            yield
+            return
+        import deepspeed
+
+        adapts = isinstance(model, PeftModel)
+        with deepspeed.zero.GatheredParameters([p for p in model.parameters() if p.requires_grad or not adapts]):
+            yield
+
+
+ALONE = World()
+
+
+def check_launch(precision: str) -> None:
+    """
+    Args:
+        precision: the recipe's `model.precision`.
+
+    Raises:
+        UserError: a strategy that mmtune does not train with, or a precision that is not the recipe's.
+    """
+    if _asked("ACCELERATE_USE_FSDP"):
+        raise UserError("launched with FSDP, which mmtune does not train with; DeepSpeed ZeRO shards the same (--use_deepspeed)")
+    if _asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise UserError("launched with a parallelism config, which mmtune does not train with; DDP or DeepSpeed ZeRO is right")
+    asked = os.environ.get(LAUNCHED_WITH, "no")
+    if asked not in ("no", "bf16" if precision != "fp32" else "no"):
+        raise UserError(
+            f"launched with mixed precision {asked}, and the recipe's model.precision is {precision}; the recipe decides: launch "
+            "with --mixed_precision no"
+        )
+    if launched_with_deepspeed():
+        if _asked("ACCELERATE_USE_CPU"):
+            raise UserError(
+                "launched with DeepSpeed and with --cpu (or ACCELERATE_USE_CPU), which switches it off without a word; leave the "
+                "latter out, a machine without GPUs is recognized"
+            )
+        try:
+            import deepspeed  # noqa: F401
+        except ImportError as error:
+            raise UserError("launched with DeepSpeed, which is not installed: pip install 'mmtune[deepspeed]'") from error
+        os.environ[LAUNCHED_WITH] = "no"  # DeepSpeed's own mixed precision would round what trains; see `join_world`
+
+
+def join_world(arguments: TrainingArguments, precision: str) -> World:
+    """The processes that `TrainingArguments` has brought together, checked.
+
+    Under DeepSpeed, precision is what it is in one process: weights as stored, trained ones in fp32, and torch's autocast.
+    Models are loaded and tuned whole, and sharded when training begins.
+
+    Args:
+        precision: the recipe's `model.precision`.
+
+    Raises:
+        UserError: fewer processes than the launcher announced, or a DeepSpeed configuration that contradicts the recipe.
+    """
+    plugin = arguments.deepspeed_plugin
+    announced = int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.world_size != announced:
+        raise UserError(f"{announced} processes were announced and {arguments.world_size} came together; look at the launcher")
+    if plugin is None:
+        return World(arguments.process_index, arguments.world_size)
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    config = plugin.hf_ds_config.config  # what the Trainer fills in and hands on
+    for kind in ("fp16", "bf16"):
+        if config.get(kind, {}).get("enabled") is True:
+            raise UserError(f"the DeepSpeed configuration enables {kind}; leave it out, the recipe's model.precision decides")
+        config.pop(kind, None)
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise UserError(f"the DeepSpeed configuration has a section `{section}`; leave it out, the recipe's train decides")
+    config["torch_autocast"] = {
+        "enabled": precision != "fp32",
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],  # gradients are summed in their own precision
+    }
+    unset_hf_deepspeed_config()  # or from_pretrained would shard what apply_tuning looks at; the Trainer sets it again
+    stage = int(config.get("zero_optimization", {}).get("stage", 0))
+    return World(arguments.process_index, arguments.world_size, stage)
+
+
+def check_strategy(accelerator: Accelerator, world: World) -> None:
+    """
+    Raises:
+        UserError: the Trainer's accelerator has made something else of what was asked for.
+    """
+    many = DistributedType.MULTI_CPU if accelerator.device.type == "cpu" else DistributedType.MULTI_GPU
+    asked = DistributedType.DEEPSPEED if world.zero_stage is not None else many if world.size > 1 else DistributedType.NO
+    stage = accelerator.state.deepspeed_plugin.zero_stage if asked == DistributedType.DEEPSPEED else None
+    if (accelerator.distributed_type, accelerator.num_processes, stage) != (asked, world.size, world.zero_stage):
+        raise UserError(
+            f"asked for {world.layout}, and accelerate made it {accelerator.distributed_type.value} of "
+            f"{accelerator.num_processes}; look at the launcher's configuration"
+        )
+
+
+def launched_with_deepspeed() -> bool:
+    """Whether accelerate's launcher was asked for DeepSpeed."""
+    return _asked("ACCELERATE_USE_DEEPSPEED")
+
+
+def _asked(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true")
