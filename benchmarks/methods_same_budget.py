@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "methods.json"
 METHODS: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "LoRA (r 16)": ("{method: lora, r: 16, lora_alpha: 32}", (1e-3, 2e-3, 5e-3, 1e-2)),
-    "LoRA (r 16) on an nf4 base": ("{method: lora, r: 16, lora_alpha: 32}", (5e-3,)),
+    "LoRA (r 16) on an nf4 base": ("{method: lora, r: 16, lora_alpha: 32}", (1e-3, 2e-3, 5e-3, 1e-2)),
     "DoRA (r 16)": ("{method: lora, r: 16, lora_alpha: 32, use_dora: true}", (2e-3, 5e-3, 1e-2, 2e-2)),
     "IA3": ("{method: ia3}", (1e-2, 3e-2, 1e-1, 3e-1)),
     "bottleneck adapter (64, Houlsby)": ("{method: bottleneck}", (2e-3, 5e-3, 1e-2, 2e-2)),

@@ -8,12 +8,19 @@ import sys
 import warnings
 from pathlib import Path
 
-TORCHVISION = "requires torchvision (not installed); falling back to"
-"""transformers says this once for every image processor class; a run's `environment.json` records the backend instead."""
+NO_NEWS = {
+    # once for every image processor class; a run's `environment.json` records the backend instead
+    "transformers": "requires torchvision (not installed); falling back to",
+    # whenever PEFT imports it, in fp32 as well; its own code runs in place of the kernel
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # the run's first line says which device it is
+    "DeepSpeed": "Setting accelerator to CPU",
+}
+"""What libraries say by the name of their logger, of no use to who reads it."""
 
 
-def _not_the_backend(record: logging.LogRecord) -> bool:
-    return TORCHVISION not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in NO_NEWS.values())
 
 
 def speaker() -> str:
@@ -38,8 +45,9 @@ def settle_console() -> None:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  (open as long as the process lives)
         transformers_logging.set_verbosity_error()
 
-    for handler in logging.getLogger("transformers").handlers:
-        handler.addFilter(_not_the_backend)
+    for name in NO_NEWS:
+        for speaks in (logger := logging.getLogger(name), *logger.handlers):  # a logger's filter does not hold for its children
+            speaks.addFilter(_is_news)
     if not shows_progress():
         transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

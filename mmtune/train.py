@@ -36,7 +36,15 @@ from mmtune.release.card import model_card
 from mmtune.run_directory import check_output_dir, new_run, peak_memory_mb
 from mmtune.training.callbacks import FrozenInputsStayFrozen, MoveRanks, RecordMetrics, draw_loss_curve
 from mmtune.training.trainer import TuningTrainer
-from mmtune.tuning.apply import apply_tuning, count_parameters, keeps_adapter, learning_rates, print_parameters
+from mmtune.tuning.apply import (
+    apply_tuning,
+    count_parameters,
+    keeps_adapter,
+    learning_rates,
+    print_parameters,
+    print_trained_modules,
+    trained_modules,
+)
 from mmtune.tuning.save import initial_factors, save_tuned
 from mmtune.world import World, check_launch, check_strategy, join_world, launched_with_deepspeed
 
@@ -101,6 +109,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
         model = apply_tuning(model, components, recipe.tune, steps=steps, batches=sample)
         components = find_components(model)
         counts = count_parameters(model, components, recipe.tune, arguments.learning_rate)
+        print_trained_modules(trained_modules(model))
         print_parameters(counts)
         initial = initial_factors(model)
 

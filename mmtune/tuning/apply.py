@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -194,6 +197,36 @@ def learning_rates(model: nn.Module, components: Components, tune: TuneSection, 
         if rate != learning_rate:
             rates[name] = rate
     return rates
+
+
+def trained_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Where trained parameters are: full paths in the base, layers of a kind as one (`layers.*`), with how many modules and how
+    many parameters."""
+    wrappers = {name for name, module in model.named_modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts = name.split(".")[:-1]
+            inside = (".".join(parts[:end]) for end in range(1, len(parts)))
+            owner = next((path for path in inside if path in wrappers), ".".join(parts))
+            sizes[owner] = sizes.get(owner, 0) + parameter.numel()
+    found: dict[str, tuple[int, int]] = {}
+    for owner, size in sizes.items():
+        path = re.sub(r"\.\d+(?=\.|$)", ".*", owner.removeprefix("base_model.model."))
+        modules, total = found.get(path, (0, 0))
+        found[path] = modules + 1, total + size
+    return found
+
+
+def print_trained_modules(modules: Mapping[str, tuple[int, int]]) -> None:
+    """The table of what `trained_modules` found."""
+    table = Table(title="Where it trains", title_justify="left")
+    table.add_column("module", overflow="fold")
+    for name in ("modules", "trainable"):
+        table.add_column(name, justify="right")
+    for path, (count, size) in modules.items():
+        table.add_row(path, f"{count:,}", f"{size:,}")
+    Console().print(table)
 
 
 def print_parameters(counts: Sequence[ComponentCount]) -> None:

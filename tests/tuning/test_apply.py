@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 from mmtune.errors import UserError
 from mmtune.model.components import component_of, find_components
 from mmtune.recipe import Recipe
-from mmtune.tuning.apply import apply_tuning, count_parameters, learning_rates
+from mmtune.tuning.apply import apply_tuning, count_parameters, learning_rates, trained_modules
 
 
 def tuned(recipe: Recipe, base: Path, dtype: torch.dtype = torch.float32):
@@ -91,3 +91,18 @@ def test_lora_targets_stay_inside_the_language_model(make_recipe: Callable[..., 
     assert wrapped == {"language"}
     # CLIP's attention has q_proj and v_proj as well: names alone would have taken it along.
     assert any(name.endswith("vision_tower.encoder.layers.0.self_attn.q_proj") for name, _ in model.named_modules())
+
+
+def test_where_it_trains_is_told_by_path(make_recipe: Callable[..., Recipe], base: Path) -> None:
+    model, _ = tuned(make_recipe("tune.language.target_modules=[q_proj, down_proj]"), base)
+    assert trained_modules(model) == {
+        "model.multi_modal_projector": (1, 33_024),  # 128 x 128 and a bias of 128, twice
+        "model.language_model.layers.*.self_attn.q_proj": (5, 5 * 4 * 256),
+        "model.language_model.layers.*.mlp.down_proj": (5, 5 * 4 * 480),
+    }
+    whole, _ = tuned(make_recipe("tune.language=full", "tune.projector=frozen"), base)
+    found = trained_modules(whole)
+    assert found["model.language_model.layers.*.mlp.up_proj"] == (5, 5 * 128 * 352)
+    assert sum(size for _, size in found.values()) == sum(p.numel() for p in whole.parameters() if p.requires_grad)
+    prompts, _ = tuned(make_recipe("tune.language={method: prompt_tuning}", "tune.projector=frozen"), base)
+    assert trained_modules(prompts) == {"prompt_encoder.default.embedding": (1, 20 * 128)}
