@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PATIENCE_S = 60.0
+import psutil
+
+PATIENCE_S = 120.0
 
 
 def launch(recipes: Sequence[tuple[Path, int | None]], folder: Path) -> list[bool | str]:
@@ -54,14 +55,18 @@ def _processes(deepspeed: bool, jobs: Path, results: Path) -> str:
     environment = {**os.environ} if deepspeed else {**os.environ, "ACCELERATE_USE_CPU": "true"}
     command += [str(Path(__file__)), str(jobs), str(results)]
     with results.with_suffix(".log").open("a") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         size, since = 0, time.monotonic()
         while process.poll() is None:
             time.sleep(0.1)
             if results.stat().st_size != size:
                 size, since = results.stat().st_size, time.monotonic()
             if time.monotonic() - since > PATIENCE_S:
-                os.killpg(process.pid, signal.SIGKILL)
+                for each in (
+                    *psutil.Process(process.pid).children(recursive=True),
+                    process,
+                ):  # workers have sessions of their own
+                    each.kill()
                 process.wait()
                 return f"no result for {PATIENCE_S:.0f} s"
     return f"exit code {process.returncode}"

@@ -27,7 +27,7 @@ def adapter_of(path: Path) -> RunDirectory:
     """
     run = RunDirectory(path)
     if run.model.is_dir():
-        raise UserError(f"{path} trained the whole model, so there is no adapter to merge: {run.model} is the checkpoint")
+        raise UserError(f"{path} trained the whole model, so it has no adapter; `mmtune merge RUN OUT` alone releases it")
     if not (run.adapter / "adapter_config.json").is_file():
         raise UserError(f"{path} is not a finished run: it has no {run.adapter.name}/adapter_config.json")
     return run

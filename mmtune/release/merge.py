@@ -22,7 +22,7 @@ from mmtune.errors import CheckFailed, UserError
 from mmtune.files import replaced_directory
 from mmtune.model.checkpoint import CHECKPOINT_MARK
 from mmtune.model.compute import place
-from mmtune.model.load import ADAPTER_CONFIG, DTYPES, base_of_adapter, load_trained
+from mmtune.model.load import ADAPTER_CONFIG, DTYPES, base_of_adapter, load_base, load_trained
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.recipe import Recipe, load_recipe, needed_paths
 from mmtune.release.card import adapter_card, model_card
@@ -30,6 +30,7 @@ from mmtune.release.fold import adapter_of, check_mergeable, fold, fold_weighted
 from mmtune.release.manifest import NAME as MANIFEST
 from mmtune.release.manifest import write_manifest
 from mmtune.release.parity import Observed, answer_logits, compare, observe, same_answers
+from mmtune.run_directory import RunDirectory
 
 TOLERANCE = 1e-4
 """Largest logit difference in fp32 between adapter and folded model: the rounding of one matrix sum against two."""
@@ -86,12 +87,12 @@ class Form:
 def merge(path: Path, out: Path, *, form: Form | None = None, overwrite: bool = False, count: int = 32) -> Parity:
     """Write the merged model of a run to `out`.
 
-    The base is loaded unquantized in fp32, the adapter folded in, the result written beside `out`, loaded back from disk, and
-    compared with the adapter on up to `count` samples of the recipe's held-out data (of its training data when it
-    evaluates nothing). `out` takes its name last.
+    The base is loaded unquantized in fp32, the adapter folded in (the model of a run without one is taken as it is), the result
+    written beside `out`, loaded back from disk, and compared with what was trained on up to `count` samples of the recipe's
+    held-out data (of its training data when it evaluates nothing). `out` takes its name last.
 
     Args:
-        path: a run directory that holds an adapter.
+        path: a run directory.
         out: where the merged model goes.
         form: of the release.
         overwrite: replace an existing `out`, which stays whole until the new one is proven.
@@ -101,15 +102,18 @@ def merge(path: Path, out: Path, *, form: Form | None = None, overwrite: bool = 
         The figures, which also go into the run's `summary.json` and the model card.
 
     Raises:
-        UserError: no adapter in the run, one that cannot be folded, a damaged adapter, a missing base, an `out` that must not
-            be replaced.
-        CheckFailed: the merged model differs from the adapter, or equals the base; nothing is left at `out`.
+        UserError: no finished run, an adapter that cannot be folded or is damaged, a missing base, an `out` that must not be
+            replaced.
+        CheckFailed: the merged model differs from what was trained, or equals the base; nothing is left at `out`.
     """
-    run = adapter_of(path)
-    check_mergeable(run)
+    whole = RunDirectory(path).model.is_dir()
+    run = RunDirectory(path) if whole else adapter_of(path)
     recipe = load_recipe(run.recipe)
     job = _Job(recipe, form or Form(), count)
-    needed = [path, Path(base_of_adapter(run.adapter)), *needed_paths(recipe)]
+    needed = [path, *needed_paths(recipe)]
+    if not whole:
+        check_mergeable(run)
+        needed.append(Path(base_of_adapter(run.adapter)))
     with ExitStack() as stack:
         fresh = job.open(stack, out, overwrite, needed)
         trained = None
@@ -118,10 +122,16 @@ def merge(path: Path, out: Path, *, form: Form | None = None, overwrite: bool = 
         model, processor = load_trained(path, torch.float32)
         place(model)
         adapter = job.observe(model, processor)
-        with model.disable_adapter():
-            base = answer_logits(model, processor, job.samples)
-        merged = fold(model)
-        folded = job.observe(merged, processor)
+        if whole:
+            untuned, _ = load_base(recipe.model.model_copy(update={"precision": "fp32"}), recipe.train.get("seed", 42))
+            base = answer_logits(place(untuned).eval(), processor, job.samples)
+            del untuned
+            merged, folded = model, adapter
+        else:
+            with model.disable_adapter():
+                base = answer_logits(model, processor, job.samples)
+            merged = fold(model)
+            folded = job.observe(merged, processor)
         _enforce_fold(adapter, base, folded)
         parity = job.write(fresh, merged, processor, adapter, base, folded)
         del model, merged
@@ -324,7 +334,7 @@ def _figures(one: Observed, other: Observed) -> dict[str, Any]:
 
 def _enforce_fold(adapter: Observed, base: list[torch.Tensor], folded: Observed) -> None:
     if compare(base, folded.logits).largest <= TOLERANCE / 100:
-        raise CheckFailed("the merged model equals the base: the adapter changed nothing, or was not folded in")
+        raise CheckFailed("the merged model equals the base: tuning changed nothing, or the adapter was not folded in")
     apart = compare(adapter.logits, folded.logits).largest
     if apart > TOLERANCE:
         raise CheckFailed(

@@ -21,7 +21,8 @@ from mmtune.data.encode import encode_sample
 from mmtune.errors import CheckFailed, UserError
 from mmtune.model.load import base_of_adapter, load_trained
 from mmtune.recipe import Recipe
-from mmtune.release.merge import merge, parity_samples
+from mmtune.release.manifest import check_manifest
+from mmtune.release.merge import Form, keep_adapter, merge, parity_samples
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
 
@@ -243,12 +244,30 @@ def test_a_projector_alone_is_an_adapter_and_merges(make_recipe: Callable[..., R
     assert merge(Path(recipe.output_dir), tmp_path / "out", count=2).merge_max_logit_difference < 1e-4
 
 
-def test_a_run_that_trained_everything_has_nothing_to_merge(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    recipe = make_recipe("tune.language=full", "tune.vision=full", "train.max_steps=1")
+def test_a_run_that_trained_everything_is_released_as_it_is(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make_recipe("tune.language=full", "tune.vision=full", "train.max_steps=2", "train.learning_rate=1e-3")
     train(recipe, ["test"])
-    with pytest.raises(UserError, match="whole model, so there is no adapter to merge"):
-        merge(Path(recipe.output_dir), tmp_path / "out")
-    AutoModelForImageTextToText.from_pretrained(str(Path(recipe.output_dir) / "model"))
+    run = Path(recipe.output_dir)
+    with pytest.raises(UserError, match="it has no adapter"):
+        keep_adapter(run, tmp_path / "kept")
+    parity = merge(run, tmp_path / "out", count=4, form=Form(dtype="bf16", max_shard_size="2MB"))
+    assert parity.merge_fold_difference == 0 < parity.merge_max_logit_difference < parity.merge_difference_from_base
+    assert "manifest.json" in check_manifest(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    trained, released = load_file(run / "model" / "model.safetensors"), {}
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        released |= load_file(shard)
+    assert trained.keys() == released.keys()
+    assert all(torch.equal(trained[name].to(torch.bfloat16), released[name]) for name in trained)
+
+
+def test_a_run_that_changed_nothing_is_not_released(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    towers = ["tune.language=full", "tune.vision=full", "tune.projector=full"]
+    recipe = make_recipe(*towers, "train.max_steps=1", "train.learning_rate=0")
+    train(recipe, ["test"])
+    with pytest.raises(CheckFailed, match="equals the base"):
+        merge(Path(recipe.output_dir), tmp_path / "out", count=4)
+    assert not (tmp_path / "out").exists()
 
 
 def _recipe(run: RunDirectory) -> Recipe:
