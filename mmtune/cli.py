@@ -306,13 +306,19 @@ def _assemble(arguments: argparse.Namespace) -> Any:
 def _recipe_check(arguments: argparse.Namespace) -> Any:
     from mmtune.data.template import load_data_template
     from mmtune.recipe import check_files, load_recipe
-    from mmtune.train import training_arguments
+    from mmtune.train import check_method, training_arguments
+    from mmtune.world import ALONE
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     check_files(recipe)
     for source in (*recipe.data.train, *(recipe.evaluate.data if recipe.evaluate else ())):
         load_data_template(source.template)
     training_arguments(recipe)
+    base = recipe.model.base
+    if base is None or base.startswith("builtin:") or Path(base).is_dir():
+        check_method(recipe, ALONE)
+    else:
+        print(f"not checked without a download: that {base} is there, and that its family takes the method")
     print(f"{arguments.recipe}: good")
     return {"recipe": arguments.recipe, "good": True}
 

@@ -218,3 +218,18 @@ def test_assemble_writes_a_checkpoint_that_plain_transformers_loads(tmp_path: Pa
     inputs = processor(images=Image.new("RGB", (50, 80)), text="<image> a cat", return_tensors="pt")
     assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
     assert entry_point(command) == 2
+
+
+def test_a_recipe_is_checked_against_the_family_of_a_local_base(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "qwen"
+    base.mkdir()
+    (base / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    make_recipe()
+    file, prefix = str(tmp_path / "recipe.yaml"), "tune.language={method: prefix_tuning}"
+    assert entry_point(["recipe", "check", file, f"model.base={base}", prefix]) == 2
+    assert "no position in qwen2_5_vl (mRoPE); use gated_prefix or lora" in capsys.readouterr().err
+    assert entry_point(["recipe", "check", file, f"model.base={base}"]) == 0
+    assert entry_point(["recipe", "check", file, "model.base=nobody/nothing", prefix]) == 0
+    assert "not checked without a download: that nobody/nothing is there" in capsys.readouterr().out
