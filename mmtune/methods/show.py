@@ -24,7 +24,7 @@ def method_rows() -> list[dict[str, Any]]:
 def print_methods() -> None:
     """The table, and below it each refused combination with its reason and the nearest that works."""
     table = Table(
-        title="Methods: t trains, c also with gradient checkpointing, 123 also at these ZeRO stages, m merges",
+        title="Methods: t trains, c with checkpointing, 123 at ZeRO stages, m merges",
         title_justify="left",
     )
     table.add_column("method")
@@ -45,12 +45,13 @@ def print_methods() -> None:
         table.add_row(row["method"], f"{row['learning_rate']:g}", *cells)
     console = Console()
     console.print(table)
-    told: dict[tuple[str, str, str], list[str]] = {}
+    told: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for method, precision, what, why in refused:
-        told.setdefault((method, what, why), []).append(precision)
-    for (method, what, why), precisions in told.items():
-        nearest = nearest_that_works(method, what)
-        console.print(f"{method}, {', '.join(precisions)}: no {what}: {why}; {nearest}", markup=False, highlight=False)
+        nearest = nearest_that_works(method, what, precision)
+        told.setdefault((method, why, nearest), {}).setdefault(what, []).append(precision)
+    for (method, why, nearest), found in told.items():
+        precisions = ", ".join(next(iter(found.values())))
+        console.print(f"{method}, {precisions}: no {', '.join(found)}: {why}; {nearest}", markup=False, highlight=False)
     console.print("Measured on the CPU; ZeRO in two processes, without offload.", highlight=False)
     for row in method_rows():
         console.print(f"{row['method']}: {row['about']}", markup=False, highlight=False)

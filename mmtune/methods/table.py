@@ -261,15 +261,16 @@ def refusal(
         nearest = nearest_that_works(measured, "checkpointing")
         return f"{measured} does not train with train.activation_checkpointing; {nearest}"
     if zero_stage and cell.get(f"zero{zero_stage}", True) is not True:
-        nearest = nearest_that_works(measured, "zero")
+        nearest = nearest_that_works(measured, f"zero{zero_stage}", precision)
         return f"{measured} does not train with model.precision: {precision} at ZeRO-{zero_stage}; {nearest}"
     return None
 
 
-def nearest_that_works(method: str, what: str) -> str:
-    """What to do where a method does not `train`, take `checkpointing`, `merge`, or train with `zero`."""
+def nearest_that_works(method: str, what: str, precision: str = "fp32") -> str:
+    """What to do where a method does not `train`, take `checkpointing`, `merge`, or train at `zero1` to `zero3`."""
     if what.startswith("zero"):
-        return "launch without DeepSpeed, or use lora"
+        lower = [stage for stage in ZERO_STAGES if capabilities().get(method, {}).get(precision, {}).get(f"zero{stage}") is True]
+        return f"use ZeRO-{lower[-1]}, or lora" if lower else "launch with DDP, or use lora"
     if what == "merge":
         return "mmtune merge --keep-adapter releases it beside its base"
     if what == "checkpointing":

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from measure import VARIANTS, measure, names
+from measure import VARIANTS, measure, measure_zero, names
 
-from mmtune.methods.table import CAPABILITIES, METHODS, PRECISIONS, capabilities, refusal
+from mmtune.methods.table import CAPABILITIES, METHODS, PRECISIONS, ZERO_STAGES, capabilities, refusal
 
 
 def works(cell: dict[str, object]) -> dict[str, bool]:
@@ -20,7 +20,8 @@ def works(cell: dict[str, object]) -> dict[str, bool]:
 @pytest.mark.parametrize("name", names())
 def test_every_cell_is_what_happens(name: str, rows: Path, base: Path, tmp_path: Path) -> None:
     found = {precision: works(measure(name, precision, rows, base, tmp_path)) for precision in PRECISIONS}
-    assert found == {precision: works(cell) for precision, cell in capabilities()[name].items()}
+    told = {precision: works(cell) for precision, cell in capabilities()[name].items()}
+    assert found == {precision: {what: cell[what] for what in found[precision]} for precision, cell in told.items()}
 
 
 def test_every_method_is_in_the_file_and_folds_as_the_table_says() -> None:
@@ -31,6 +32,24 @@ def test_every_method_is_in_the_file_and_folds_as_the_table_says() -> None:
     for name, method in METHODS.items():
         for precision, cell in capabilities()[name].items():
             assert works(cell)["merge"] == (method.mergeable and works(cell)["train"]), (name, precision)
+
+
+@pytest.mark.slow
+def test_every_method_trains_in_two_processes_as_it_does_in_one(rows: Path, base: Path, tmp_path: Path) -> None:
+    """At ZeRO-3, where the most differs, and LoRA at every stage; measure.py runs every cell."""
+    cells = [(name, "fp32", 3) for name in names() if name != "adalora"]
+    cells += [("lora", precision, stage) for precision in ("bf16", "int8", "nf4") for stage in ZERO_STAGES]
+    cells += [("dora", "nf4", 3)]
+    found = measure_zero(cells, rows, base, tmp_path)
+    expected = [capabilities()[name][precision][f"zero{stage}"] is True for name, precision, stage in cells]
+    assert [outcome is True for outcome in found] == expected, found
+
+
+def test_zero_is_refused_by_what_was_measured() -> None:
+    assert "use ZeRO-2, or lora" in str(refusal("lora", {"use_dora": True}, precision="nf4", zero_stage=3))
+    assert "launch with DDP, or use lora" in str(refusal("adalora", {}, zero_stage=2))
+    assert refusal("adalora", {}) is None
+    assert refusal("lora", {}, precision="nf4", zero_stage=3) is None
 
 
 @pytest.mark.parametrize("name", METHODS)
