@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def entry_point(arguments: Sequence[str] | None = None) -> int:
     who = speaker()
     try:
         if getattr(parsed, "json", False):
-            with redirect_stdout(sys.stderr):  # standard output holds the JSON and nothing else
+            # Standard output holds the JSON and nothing else; other processes than the first have none.
+            with nullcontext() if who else redirect_stdout(sys.stderr):
                 result = run(parsed)
             print(json.dumps(result, indent=2, ensure_ascii=False))
         else:
@@ -153,6 +155,8 @@ def _train(arguments: argparse.Namespace) -> Any:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.rehearse:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("a rehearsal runs in one process: mmtune train RECIPE --rehearse")
         from mmtune.rehearse import rehearse
 
         return rehearse(recipe)

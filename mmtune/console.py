@@ -13,6 +13,8 @@ NO_NEWS = {
     "transformers": "requires torchvision (not installed); falling back to",
     # whenever PEFT imports it, in fp32 as well; its own code runs in place of the kernel
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # accelerate's own count is always 1: the Trainer accumulates by itself
+    "accelerate.accelerator": "Gradient accumulation steps mismatch",
     # the run's first line says which device it is
     "DeepSpeed": "Setting accelerator to CPU",
 }

@@ -165,8 +165,6 @@ def _named_files(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
                 yield f"{key}.{index}.template", source.template, "file"
             if source.media_root is not None:
                 yield f"{key}.{index}.media_root", source.media_root, "directory"
-    if isinstance(recipe.train.get("accelerator_config"), str):
-        yield "train.accelerator_config", recipe.train["accelerator_config"], "file"
 
 
 def _located(recipe: Recipe, key: str, message: str) -> str:

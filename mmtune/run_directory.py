@@ -146,8 +146,9 @@ def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, world: Worl
         raise UserError(f"output_dir: cannot make {run.path}: {error.strerror}") from error
     try:
         _write_inputs(run, recipe, command)
-        world.wait()
-        yield run
+        with world.unwinding():
+            world.wait()
+            yield run
     except BaseException:
         shutil.rmtree(run.path)
         if earlier.exists():

@@ -105,7 +105,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
 
         # What trains.
         steps = optimizer_steps(arguments, len(rows), world)
-        sample = first_batches(rows, collator, arguments.per_device_train_batch_size)
+        sample = first_batches(rows, collator)
         model = apply_tuning(model, components, recipe.tune, steps=steps, batches=sample)
         components = find_components(model)
         counts = count_parameters(model, components, recipe.tune, arguments.learning_rate)
@@ -233,8 +233,11 @@ def optimizer_steps(arguments: TrainingArguments, rows: int, world: World) -> in
     return math.ceil(arguments.num_train_epochs * -(-batches // arguments.gradient_accumulation_steps))
 
 
-def first_batches(rows: TrainingSet, collator: Collator, size: int, count: int = 8) -> Iterator[dict[str, Any]]:
-    """Up to `count` batches spread over the training set, for initializations that look at data; rows that fail are left out."""
+def first_batches(rows: TrainingSet, collator: Collator, size: int = 4, count: int = 16) -> Iterator[dict[str, Any]]:
+    """Up to `count` batches spread over the training set, for initializations that look at data; rows that fail are left out.
+
+    The same whatever the run's batches and processes are, so that the start is the same in every layout.
+    """
     chosen = range(0, len(rows), max(1, len(rows) // (size * count)))[: size * count]
     for start in range(0, len(chosen), size):
         batch = collator([rows[index] for index in chosen[start : start + size]])
@@ -255,6 +258,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "save_strategy": "no",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.accelerator.is_available(),
+        "ddp_find_unused_parameters": True,  # a tower's last layers may be trained and unused, checkpointing or not
     }
     settings |= recipe.train
     try:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +53,20 @@ class World:
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:
-            distributed.barrier()
+            here = [torch.accelerator.current_device_index()] if distributed.get_backend() == "nccl" else None
+            distributed.barrier(device_ids=here)
+
+    @contextlib.contextmanager
+    def unwinding(self) -> Iterator[None]:
+        """Inside, the launcher's SIGTERM, which it sends when another process has failed, raises SystemExit."""
+        if self.size == 1:
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def any(self, mine: bool, device: torch.device) -> bool:
         """Whether it is so in any process."""
@@ -97,6 +112,12 @@ def check_launch(precision: str) -> None:
         raise UserError("launched with FSDP, which mmtune does not train with; DeepSpeed ZeRO shards the same (--use_deepspeed)")
     if _asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise UserError("launched with a parallelism config, which mmtune does not train with; DDP or DeepSpeed ZeRO is right")
+    if LAUNCHED_WITH in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        # accelerate's launcher of one process names a master when it was asked for more
+        raise UserError(
+            "accelerate was asked for several processes and started one; on GPUs add --multi_gpu, without them launch with "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+        )
     asked = os.environ.get(LAUNCHED_WITH, "no")
     if asked not in ("no", "bf16" if precision != "fp32" else "no"):
         raise UserError(
@@ -132,15 +153,34 @@ def join_world(arguments: TrainingArguments, precision: str) -> World:
     announced = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.world_size != announced:
         raise UserError(f"{announced} processes were announced and {arguments.world_size} came together; look at the launcher")
+    world = World(arguments.process_index, arguments.world_size)
+    world.wait()  # until every process has looked at what is there, and before the first makes anything
     if plugin is None:
-        return World(arguments.process_index, arguments.world_size)
+        return world
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    if arguments.use_cpu and torch.accelerator.is_available():
+        raise UserError("train.use_cpu: DeepSpeed takes the accelerator that is there; leave one of the two out")
     config = plugin.hf_ds_config.config  # what the Trainer fills in and hands on
-    for kind in ("fp16", "bf16"):
+    for kind in ("fp16", "bf16", "torch_autocast"):
         if config.get(kind, {}).get("enabled") is True:
             raise UserError(f"the DeepSpeed configuration enables {kind}; leave it out, the recipe's model.precision decides")
         config.pop(kind, None)
+    each = arguments.per_device_train_batch_size
+    decided = {
+        "gradient_clipping": ("max_grad_norm", arguments.max_grad_norm),
+        "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", each),
+        "gradient_accumulation_steps": ("gradient_accumulation_steps", arguments.gradient_accumulation_steps),
+        "train_batch_size": ("batch", each * arguments.gradient_accumulation_steps * arguments.world_size),
+    }
+    for key, (name, value) in decided.items():
+        given = config.get(key, "auto")
+        # accelerate writes an accumulation of 1 where none is given
+        if given not in ("auto", value) and (key, given) != ("gradient_accumulation_steps", 1):
+            raise UserError(
+                f"the DeepSpeed configuration's {key} is {given}, and the recipe's {name} is {value}; leave the former out"
+            )
+        config[key] = "auto"
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise UserError(f"the DeepSpeed configuration has a section `{section}`; leave it out, the recipe's train decides")
@@ -159,10 +199,11 @@ def check_strategy(accelerator: Accelerator, world: World) -> None:
     Raises:
         UserError: the Trainer's accelerator has made something else of what was asked for.
     """
-    many = DistributedType.MULTI_CPU if accelerator.device.type == "cpu" else DistributedType.MULTI_GPU
-    asked = DistributedType.DEEPSPEED if world.zero_stage is not None else many if world.size > 1 else DistributedType.NO
-    stage = accelerator.state.deepspeed_plugin.zero_stage if asked == DistributedType.DEEPSPEED else None
-    if (accelerator.distributed_type, accelerator.num_processes, stage) != (asked, world.size, world.zero_stage):
+    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    stage = None if plugin is None else plugin.zero_stage
+    alone = accelerator.distributed_type == DistributedType.NO
+    plain = accelerator.distributed_type != DistributedType.FSDP and alone == (world.size == 1)
+    if (accelerator.num_processes, stage) != (world.size, world.zero_stage) or not (plugin or plain):
         raise UserError(
             f"asked for {world.layout}, and accelerate made it {accelerator.distributed_type.value} of "
             f"{accelerator.num_processes}; look at the launcher's configuration"

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 PATIENCE_S = 120.0
+COMPILE = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
 
 
 def launch(recipes: Sequence[tuple[Path, int | None]], folder: Path) -> list[bool | str]:
@@ -49,6 +50,8 @@ def launch(recipes: Sequence[tuple[Path, int | None]], folder: Path) -> list[boo
 
 def _processes(deepspeed: bool, jobs: Path, results: Path) -> str:
     """Two processes, ended when they bring no result for `PATIENCE_S`."""
+    if deepspeed:  # compiles at its first use, for minutes; ended meanwhile, it would leave a lock that others wait for
+        subprocess.run([sys.executable, "-c", COMPILE], check=True, capture_output=True)
     strategy = ["--use_deepspeed", "--zero_stage", "2"] if deepspeed else ["--multi_gpu"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *strategy, "--num_processes", "2", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,8 @@ from launched import launch
 from safetensors.torch import load_file
 
 from mmtune.errors import UserError
-from mmtune.recipe import load_recipe
-from mmtune.run_directory import RunDirectory
+from mmtune.recipe import Recipe, load_recipe
+from mmtune.run_directory import RunDirectory, new_run
 from mmtune.train import train
 from mmtune.world import World, check_launch
 
@@ -59,15 +62,28 @@ def kinds(rows: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> d
         {"id": f"t{n}", "conversations": [{"from": "human", "value": "count " * n}, {"from": "gpt", "value": f"{n} words"}]}
         for n in range(1, 13)
     ]
-    mixed = [row for pair in zip(images, text, strict=True) for row in pair]
+    picture = Path(images[0]["image"]).read_bytes()
+    (folder / "cut.png").write_bytes(picture[: len(picture) // 2])
+    broken = [{**row, "id": f"cut{number}", "image": str(folder / "cut.png")} for number, row in enumerate(images[:6])]
+    mixed = [row for pair in zip(images, text, strict=True) for row in pair] + broken
     recipes = {}
     for kind, chosen in {"text": text, "mixed": mixed}.items():
         data = folder / f"{kind}.json"
         data.write_text(json.dumps(chosen), encoding="utf-8")
         recipes[kind] = document(data, base, folder / f"{kind}_run")
         recipes[kind]["data"]["train"][0]["media_root"] = "/"
+    # Rows that fail while they are trained on, and questions that do not divide by two.
+    questions = folder / "questions.json"
+    questions.write_text(json.dumps(images[:5]), encoding="utf-8")
+    recipes["mixed"]["data"]["max_bad_fraction"] = 0.5
+    recipes["mixed"]["evaluate"] = {
+        "data": [{"path": str(questions), "template": "llava", "media_root": "/"}],
+        "max_new_tokens": 4,
+        "batch_size": 5,
+    }
     recipes["towers"] = document(folder / "mixed.json", base, folder / "towers_run")
-    recipes["towers"]["data"] = recipes["mixed"]["data"]
+    recipes["towers"]["data"] = {"train": [{**recipes["text"]["data"]["train"][0], "path": str(folder / "towers.json")}]}
+    (folder / "towers.json").write_text(json.dumps(mixed[:-6]), encoding="utf-8")
     recipes["towers"]["tune"] = {"vision": "full", "projector": "full", "language": "full"}
     recipes["towers"]["train"] = {**recipes["towers"]["train"], "learning_rate": 1e-5}
     return recipes
@@ -101,6 +117,10 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in RunDirectory(run).metrics.read_text(encoding="utf-8").splitlines()]
 
 
+def quarantined(run: RunDirectory) -> set[str]:
+    return {fault["row"] for fault in json.loads(run.data_report.read_text(encoding="utf-8"))["quarantined"]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["text", "mixed", "towers"])
@@ -114,6 +134,12 @@ def test_two_processes_train_what_one_does(
     for one, two in zip(metrics(alone[kind]), metrics(run), strict=True):
         assert abs(one["loss"] - two["loss"]) < 1e-5
         assert abs(one["grad_norm"] - two["grad_norm"]) < 1e-4 * one["grad_norm"]
+    one, two = RunDirectory(alone[kind]), RunDirectory(run)
+    if kind == "mixed":
+        assert len(quarantined(one)) > 0
+        assert quarantined(one) == quarantined(two)
+        assert one.answers("before").read_text() == two.answers("before").read_text()
+        assert len(one.answers("after").read_text().splitlines()) == len(two.answers("after").read_text().splitlines()) == 5
     expected, found = weights(alone[kind]), weights(run)
     assert expected.keys() == found.keys()
     assert max((expected[name] - found[name]).abs().max() for name in expected) < 1e-5
@@ -127,6 +153,7 @@ def test_two_processes_train_what_one_does(
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "bf16", "mixed precision fp16, and the recipe's model.precision is bf16"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "fp32", "mixed precision bf16, and the recipe's model.precision is fp32"),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"}, "fp32", "switches it off"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, "fp32", "several processes and started one"),
     ],
 )
 def test_a_launch_that_contradicts_is_refused(
@@ -143,6 +170,30 @@ def test_mixed_precision_of_the_launcher_may_be_the_recipes(monkeypatch: pytest.
     check_launch("nf4")
 
 
+@pytest.mark.parametrize("key", ["average_tokens_across_devices=false", "accelerator_config={even_batches: false}"])
+def test_how_batches_are_divided_is_not_a_recipes_to_set(make_recipe: Callable[..., Recipe], key: str) -> None:
+    with pytest.raises(UserError, match="every layout trains the same"):
+        make_recipe(f"train.{key}")
+
+
+def test_an_earlier_run_is_back_when_another_process_fails(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher ends the first process with SIGTERM, which would leave things as they are."""
+    monkeypatch.setattr(World, "wait", lambda self: None)
+    recipe = make_recipe()
+    run = RunDirectory(Path(recipe.output_dir))
+    run.path.mkdir()
+    run.recipe.write_text("an earlier run")
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit), new_run(recipe, ["test"], overwrite=True, world=World(size=2)):
+        assert run.recipe.read_text() != "an earlier run"
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert run.recipe.read_text() == "an earlier run"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml", "run"]
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
 def test_layouts_have_names() -> None:
     assert World().layout == "one process"
     assert World(size=2).layout == "2 processes, DDP"
@@ -155,6 +206,10 @@ def test_layouts_have_names() -> None:
     [
         ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, "enables bf16; leave it out"),
         ({"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}, "a section `optimizer`"),
+        (
+            {"gradient_clipping": 0.5, "zero_optimization": {"stage": 2}},
+            "gradient_clipping is 0.5, and the recipe's max_grad_norm is 1",
+        ),
     ],
 )
 def test_a_deepspeed_configuration_that_contradicts_is_refused(

@@ -46,8 +46,16 @@ class RecordMetrics(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        if not logs or "loss" not in logs:
             return
+        if state.is_world_process_zero:
+            self._record(args, state, logs)
+        if not math.isfinite(logs["loss"]):  # the mean over the processes, so that all of them end
+            raise CheckFailed(
+                f"the loss is {logs['loss']} at step {state.global_step}; lower the learning rate or look at the data"
+            )
+
+    def _record(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> None:
         now = time.perf_counter()
         tokens = float(state.num_input_tokens_seen)
         record = {
@@ -69,10 +77,6 @@ class RecordMetrics(TrainerCallback):
         elif not args.disable_tqdm:
             left = (now - self._start) / max(state.global_step, 1) * (state.max_steps - state.global_step)
             print(f"step {state.global_step}/{state.max_steps}  {shown}  {left:.0f} s left", flush=True)
-        if not math.isfinite(record["loss"]):
-            raise CheckFailed(
-                f"the loss is {record['loss']} at step {state.global_step}; lower the learning rate or look at the data"
-            )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
@@ -92,22 +96,7 @@ class FrozenInputsStayFrozen(TrainerCallback):
 
 
 class MoveRanks(TrainerCallback):
-    """AdaLoRA's step: ranks move by the importance of the gradients that the optimizer has just used.
-
-    PEFT adds AdaLoRA's regularization to the loss of every forward pass, and a step sums over those of all processes: each
-    adds its part, so that a step's loss is the same however its batch is divided.
-    """
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._weigh(kwargs["model"], 1 / (args.gradient_accumulation_steps * args.world_size))
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._weigh(kwargs["model"], args.gradient_accumulation_steps * args.world_size)
-
-    def _weigh(self, model: Any, factor: float) -> None:
-        tuner = getattr(model, "base_model", None)
-        if isinstance(tuner, AdaLoraModel):
-            tuner.peft_config["default"].orth_reg_weight *= factor
+    """AdaLoRA's step: ranks move by the importance of the gradients that the optimizer has just used."""
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         tuner = getattr(kwargs["model"], "base_model", None)

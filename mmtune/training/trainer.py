@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 import torch
+from peft import AdaLoraModel
 from torch import nn
 from transformers import Trainer
 
@@ -39,6 +41,26 @@ def score_supervised_only(inputs: dict[str, Any], virtual_tokens: int = 0) -> di
     return {**inputs, "shift_labels": shifted[keep], "logits_to_keep": mask}
 
 
+@contextlib.contextmanager
+def shared_regularization(model: nn.Module, passes: int) -> Iterator[None]:
+    """Inside, a forward pass adds its part of AdaLoRA's regularization, which PEFT adds to the loss of every pass in whole.
+
+    Args:
+        passes: how many forward passes an optimizer step sums over, those of all processes together.
+    """
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, AdaLoraModel):
+        yield
+        return
+    config = tuner.peft_config["default"]
+    whole = config.orth_reg_weight
+    config.orth_reg_weight = whole / passes
+    try:
+        yield
+    finally:
+        config.orth_reg_weight = whole
+
+
 class TuningTrainer(Trainer):
     """Trains on `Collator`'s batches.
 
@@ -63,6 +85,7 @@ class TuningTrainer(Trainer):
         self._data_report = data_report
         self._max_bad_fraction = max_bad_fraction
         self._world = world
+        self._passes = 1  # over which the present step sums
         self._learning_rates = dict(learning_rates)
 
     def compute_loss(
@@ -73,8 +96,10 @@ class TuningTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Cross entropy at supervised positions, summed and divided by their number over the whole optimizer step."""
-        scored = score_supervised_only(inputs, virtual_tokens(self.accelerator.unwrap_model(model)))
-        return super().compute_loss(model, scored, return_outputs, num_items_in_batch)
+        plain = self.accelerator.unwrap_model(model)
+        scored = score_supervised_only(inputs, virtual_tokens(plain))
+        with shared_regularization(plain, self._passes):
+            return super().compute_loss(model, scored, return_outputs, num_items_in_batch)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, its parameter groups split by learning rate."""
@@ -98,6 +123,7 @@ class TuningTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], Any]:
         """The next step's batches, with rows that failed counted and, past the recipe's bound, the run stopped."""
         batches = list(islice(epoch_iterator, num_batches))
+        self._passes = len(batches) * self._world.size
         faults = [fault for batch in batches for fault in batch.pop("faults")]
         if self._world.any(bool(faults), device):
             for fault in itertools.chain.from_iterable(self._world.gather(faults)):

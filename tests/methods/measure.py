@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # as pytest has it
 from launched import launch, nothing_known, reason
@@ -121,8 +122,14 @@ def measure_zero(cells: list[tuple[str, str, int]], rows: Path, base: Path, fold
     ]
 
     def same(cell: tuple[str, str, int], run: Path) -> None:
-        check_losses(alone[cell[:2]], losses(run), cell[1])
+        name, precision, _ = cell
+        check_losses(alone[name, precision], losses(run), precision)
         load_trained(run)  # refuses an adapter that is not whole
+        one = load_file(folder / f"alone_{name}_{precision}" / "adapter" / "adapter_model.safetensors")
+        two = load_file(run / "adapter" / "adapter_model.safetensors")
+        apart = max(float((one[key] - two[key]).abs().mean()) for key in one)
+        if one.keys() != two.keys() or (precision == "fp32" and apart > 1e-6):
+            raise CheckFailed(f"its adapter differs by {apart:.2g} on average in one tensor")
 
     trained = zip(cells, runs, launch(recipes, folder), strict=True)
     return [reason(lambda cell=cell, run=run: same(cell, run)) if done is True else done for cell, run, done in trained]

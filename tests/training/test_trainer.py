@@ -244,6 +244,21 @@ def test_the_logged_rate_is_the_runs_own(make_recipe: Callable[..., Recipe]) -> 
     assert {json.loads(line)["learning_rate"] for line in lines} == {0.03125}
 
 
+def test_adaloras_loss_does_not_depend_on_how_a_step_is_divided(make_recipe: Callable[..., Recipe]) -> None:
+    """PEFT adds the regularization in every forward pass; a step of two passes has it once all the same."""
+    losses = []
+    for size, passes in ((4, 1), (2, 2)):
+        recipe = make_recipe(
+            "tune.language={method: adalora, orth_reg_weight: 5.0}",
+            f"train.per_device_train_batch_size={size}",
+            f"train.gradient_accumulation_steps={passes}",
+        )
+        train(recipe, ["test"], overwrite=True)
+        lines = RunDirectory(Path(recipe.output_dir)).metrics.read_text(encoding="utf-8").splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert all(abs(one - two) < 1e-4 for one, two in zip(*losses, strict=True)), losses
+
+
 def test_an_earlier_run_outlives_a_failed_start(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe("train.max_steps=1")
     train(recipe, ["first"])
