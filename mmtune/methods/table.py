@@ -1,7 +1,7 @@
 """The tuning methods: what each is, which configuration it takes, where it may stand, and what it cannot do.
 
 A recipe's `tune` section, the trainer, the merge and `mmtune methods` all read this table. What a cell of
-`capabilities.json` says was measured by `tests/methods/test_capabilities.py`, which runs every cell.
+`capabilities.json` says was measured by `tests/methods/measure.py`, which runs every cell.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What each method does in each precision, found by running it: the source of `mmtune/methods/capabilities.json`.
 
-    python tests/methods/measure.py      # runs every cell and writes the file; a few minutes
+    python tests/methods/measure.py      # runs every cell and writes the file; half an hour
 
-`test_capabilities.py` runs the same cells and holds the file to them.
+`test_capabilities.py` runs some cells of every method again and holds the file to them.
 """
 
 from __future__ import annotations
