@@ -26,7 +26,7 @@ def entry_point(arguments: Sequence[str] | None = None) -> int:
     parsed = _parse(given)
     parsed.command_line = ["mmtune", *given]
     run: Callable[[argparse.Namespace], Any] = parsed.run
-    if run in (_train, _eval, _merge, _chat, _assemble, _plan, _methods, _recipe_check):
+    if run in (_train, _eval, _merge, _chat, _report, _assemble, _plan, _methods, _recipe_check):
         settle_console()
     who = speaker()
     try:
