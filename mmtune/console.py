@@ -53,3 +53,4 @@ def settle_console() -> None:
     if not shows_progress():
         transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="`torch.distributed.all_gather_into_tensor` is deprecated", category=FutureWarning)

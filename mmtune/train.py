@@ -10,6 +10,9 @@ if not __package__:  # launched as a file: its own folder comes first on the pat
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
     sys.path.insert(0, os.path.dirname(here))
+    from mmtune.console import settle_console
+
+    settle_console()  # before the imports below have their say
 
 import math
 import time
