@@ -6,7 +6,7 @@ seed, and the better of these by training loss is its rate: it trains the other 
 Results are kept as they come, and a second start goes on where the first ended.
 
 Usage: mmtune data digits data/digits; python benchmarks/methods_same_budget.py [--steps 400] [--sweep-steps 60] [--batch 16]
-It writes benchmarks/results/methods.json, docs/methods_table.md and docs/methods.png.
+It writes benchmarks/results/methods.json, docs/methods.png and the table in docs/methods.md.
 """
 
 from __future__ import annotations
@@ -121,6 +121,14 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, *(text for _, text in sorted(rows, reverse=True))]) + "\n"
 
 
+def write_table(rows: str, page: Path) -> None:
+    """Put the table between the page's two marks."""
+    before, mark, rest = page.read_text(encoding="utf-8").partition("<!-- methods_same_budget.py writes this table -->\n")
+    _, end, after = rest.partition("<!-- to here -->")
+    assert mark and end, f"{page} lacks the marks"
+    page.write_text(f"{before}{mark}{rows}{end}{after}", encoding="utf-8")
+
+
 def plot(results: dict[str, Any], out: Path) -> None:
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.add_subplot()
@@ -171,7 +179,7 @@ def main() -> None:
             for rate in best_rates(results["sweep"], method, 2) if seed == 0 else best_rates(results["runs"], method, 1):
                 if not any((r["method"], r["learning_rate"], r["seed"]) == (method, rate, seed) for r in results["runs"]):
                     keep("runs", one(method, rate, seed, arguments.steps, arguments.batch, asks=True))
-    (ROOT / "docs" / "methods_table.md").write_text(table(results))
+    write_table(table(results), ROOT / "docs" / "methods.md")
     plot(results, ROOT / "docs" / "methods.png")
     print(table(results))
 
