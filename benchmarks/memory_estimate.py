@@ -35,7 +35,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mmtune.data.dataset import Collator, DataReport
+from mmtune.data.collate import Collator
+from mmtune.data.dataset import DataReport
 from mmtune.model.components import find_components
 from mmtune.model.load import load_weights
 from mmtune.recipe import Recipe

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
-from mmtune.data.dataset import Collator, DataReport, Samples, TrainingSet, check_rows
+from mmtune.data.collate import Collator
+from mmtune.data.dataset import DataReport, Samples, TrainingSet, check_rows
 from mmtune.data.encode import check_chat_template
 from mmtune.errors import UserError
 from mmtune.evaluation.report import print_scores, write_report

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
-from mmtune.data.encode import IGNORE_INDEX, OverLength, collate, encode_sample
+from mmtune.data.encode import IGNORE_INDEX, OverLength, encode_sample
 from mmtune.data.media import image_size
 from mmtune.data.message import RowError, Sample
 from mmtune.data.source import open_rows
@@ -167,28 +167,6 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, torch.Tensor] | RowError]):
             return error
         except RowError as error:
             return error
-
-
-class Collator:
-    """Batches encoded samples; the rows that failed travel beside the batch under `faults`.
-
-    Args:
-        pad_token_id: what fills shorter rows up.
-        stand_in: a row with an image and nothing supervised, put into batches that have no image. It adds nothing to the loss or to any
-            gradient, and the vision tower takes part in every step.
-    """
-
-    def __init__(self, pad_token_id: int, stand_in: dict[str, torch.Tensor] | None = None) -> None:
-        self._pad_token_id = pad_token_id
-        self._stand_in = stand_in
-
-    def __call__(self, items: list[dict[str, torch.Tensor] | RowError]) -> dict[str, Any]:
-        encoded = [item for item in items if not isinstance(item, RowError)]
-        faults = [item for item in items if isinstance(item, RowError)]
-        if encoded and self._stand_in is not None and not any("pixel_values" in item for item in encoded):
-            encoded.append(self._stand_in)
-        batch: dict[str, Any] = collate(encoded, self._pad_token_id) if encoded else {}
-        return {**batch, "faults": faults}
 
 
 def iterate_rows(samples: Samples) -> Iterator[Sample]:

@@ -18,8 +18,6 @@ from mmtune.data.message import Message, RowError, Sample, text_of
 from mmtune.errors import UserError
 
 IGNORE_INDEX = -100
-PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids")
-"""What the processors give with one value a token, shape (1, length); everything else stacks by image or patch."""
 
 
 def with_images(sample_id: str, messages: list[Message]) -> list[Message]:
@@ -160,32 +158,3 @@ def check_chat_template(processor: ProcessorMixin) -> None:
 
 class OverLength(RowError):
     """A sample longer than `data.max_tokens`."""
-
-
-def collate(encoded: list[dict[str, torch.Tensor]], pad_token_id: int, side: str = "right") -> dict[str, Any]:
-    """Pad samples of different lengths into one batch.
-
-    Args:
-        encoded: from `encode_sample` or `encode_prompt`; at least one.
-        pad_token_id: fills `input_ids`.
-        side: "right" to train, "left" to generate.
-
-    Returns:
-        Per-token tensors of shape (batch, longest) and media tensors joined along their first dimension.
-    """
-    longest = max(sample["input_ids"].shape[1] for sample in encoded)
-    fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
-    batch: dict[str, Any] = {}
-    for key in dict.fromkeys(key for sample in encoded for key in sample):
-        present = [sample[key] for sample in encoded if key in sample]
-        if key in PER_TOKEN:
-            rows = [_pad(tensor, longest, fill.get(key, 0), side) for tensor in present]
-            batch[key] = torch.cat(rows)
-        else:
-            batch[key] = torch.cat(present)
-    return batch
-
-
-def _pad(tensor: torch.Tensor, length: int, value: int, side: str) -> torch.Tensor:
-    missing = length - tensor.shape[1]
-    return torch.nn.functional.pad(tensor, (missing, 0) if side == "left" else (0, missing), value=value)

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from mmtune.console import shows_progress
+from mmtune.data.collate import collate
 from mmtune.data.dataset import DataReport, Samples, check_rows, iterate_rows
-from mmtune.data.encode import collate, encode_prompt
+from mmtune.data.encode import encode_prompt
 from mmtune.data.message import Sample, split_question, text_of
 from mmtune.errors import UserError
 from mmtune.evaluation.metrics import exact_match, final_answer, majority_accuracy, wilson_interval

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmtune.data.dataset import Collator, DataReport, Fault, Samples, StopRun, TrainingSet, check_rows, iterate_rows
+from mmtune.data.collate import Collator
+from mmtune.data.dataset import DataReport, Fault, Samples, StopRun, TrainingSet, check_rows, iterate_rows
 from mmtune.data.encode import OverLength
 from mmtune.data.message import RowError, text_of
 from mmtune.errors import UserError

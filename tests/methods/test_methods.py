@@ -16,8 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mmtune.data.collate import collate
 from mmtune.data.dataset import Samples
-from mmtune.data.encode import collate, encode_sample
+from mmtune.data.encode import encode_sample
 from mmtune.errors import UserError
 from mmtune.evaluation.run import generate_answers
 from mmtune.methods.table import METHODS

@@ -12,8 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmtune.data.dataset import Collator, DataReport, Samples, TrainingSet
-from mmtune.data.encode import collate, encode_sample
+from mmtune.data.collate import Collator, collate
+from mmtune.data.dataset import DataReport, Samples, TrainingSet
+from mmtune.data.encode import encode_sample
 from mmtune.errors import CheckFailed, UserError
 from mmtune.evaluation.run import evaluate, read_answers
 from mmtune.model.components import find_components

@@ -1,0 +1,64 @@
+"""Encoded samples to batches: padded, never truncated, the rows that failed beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mmtune.data.encode import IGNORE_INDEX
+from mmtune.data.message import RowError
+
+PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids")
+"""What the processors give with one value a token, shape (1, length); everything else stacks by image or patch."""
+
+
+class Collator:
+    """Batches encoded samples; the rows that failed travel beside the batch under `faults`.
+
+    Args:
+        pad_token_id: what fills shorter rows up.
+        stand_in: a row with an image and nothing supervised, put into batches that have no image. It adds nothing to the loss or to any
+            gradient, and the vision tower takes part in every step.
+    """
+
+    def __init__(self, pad_token_id: int, stand_in: dict[str, torch.Tensor] | None = None) -> None:
+        self._pad_token_id = pad_token_id
+        self._stand_in = stand_in
+
+    def __call__(self, items: list[dict[str, torch.Tensor] | RowError]) -> dict[str, Any]:
+        encoded = [item for item in items if not isinstance(item, RowError)]
+        faults = [item for item in items if isinstance(item, RowError)]
+        if encoded and self._stand_in is not None and not any("pixel_values" in item for item in encoded):
+            encoded.append(self._stand_in)
+        batch: dict[str, Any] = collate(encoded, self._pad_token_id) if encoded else {}
+        return {**batch, "faults": faults}
+
+
+def collate(encoded: list[dict[str, torch.Tensor]], pad_token_id: int, side: str = "right") -> dict[str, Any]:
+    """Pad samples of different lengths into one batch.
+
+    Args:
+        encoded: from `encode_sample` or `encode_prompt`; at least one.
+        pad_token_id: fills `input_ids`.
+        side: "right" to train, "left" to generate.
+
+    Returns:
+        Per-token tensors of shape (batch, longest) and media tensors joined along their first dimension.
+    """
+    longest = max(sample["input_ids"].shape[1] for sample in encoded)
+    fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
+    batch: dict[str, Any] = {}
+    for key in dict.fromkeys(key for sample in encoded for key in sample):
+        present = [sample[key] for sample in encoded if key in sample]
+        if key in PER_TOKEN:
+            rows = [_pad(tensor, longest, fill.get(key, 0), side) for tensor in present]
+            batch[key] = torch.cat(rows)
+        else:
+            batch[key] = torch.cat(present)
+    return batch
+
+
+def _pad(tensor: torch.Tensor, length: int, value: int, side: str) -> torch.Tensor:
+    missing = length - tensor.shape[1]
+    return torch.nn.functional.pad(tensor, (missing, 0) if side == "left" else (0, missing), value=value)
