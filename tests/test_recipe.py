@@ -34,7 +34,7 @@ data:
   train:
     - path: rows.jsonl
       template: llava
-  over_length: drop_sample
+  supervise: last
 evaluate:
   data: [{path: held_out.jsonl, template: llava}]
   answer_after: "answer:"
@@ -298,17 +298,17 @@ def test_anchors_and_merge_keys(write: Any) -> None:
             "x.yaml:14: data.train.0.limit: expected at least 1, got 0",
         ),
         (
-            "over_length: drop_sample",
+            "supervise: last",
             "over_length: drop",
-            "x.yaml:14: data.over_length: expected 'error' or 'drop_sample', got 'drop'",
+            "x.yaml:14: data.over_length: expected 'error', 'drop_sample', 'drop_media' or 'shrink_media', got 'drop'",
         ),
         (
-            "over_length: drop_sample",
+            "supervise: last",
             "max_bad_fraction: 1.5",
             "x.yaml:14: data.max_bad_fraction: expected at most 1, got 1.5",
         ),
         (
-            "over_length: drop_sample",
+            "supervise: last",
             "max_token: 5",
             "x.yaml:14: data.max_token: unknown key; did you mean 'max_tokens'?",
         ),

@@ -1,7 +1,8 @@
-"""Encoded samples to batches: padded, never truncated, the rows that failed beside them."""
+"""Encoded samples to batches: padded, never truncated, with the rows' ids and the rows that failed beside them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,30 +10,33 @@ import torch
 from mmtune.data.encode import IGNORE_INDEX
 from mmtune.data.message import RowError
 
-PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids")
+PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids", "source_ids")
 """What the processors give with one value a token, shape (1, length); everything else stacks by image or patch."""
 
 
 class Collator:
-    """Batches encoded samples; the rows that failed travel beside the batch under `faults`.
+    """Batches encoded samples. Beside the batch travel the rows' ids under `rows`, and under `faults` those that failed or whose
+    media were changed.
 
     Args:
         pad_token_id: what fills shorter rows up.
-        stand_in: a row with an image and nothing supervised, put into batches that have no image. It adds nothing to the loss or to any
-            gradient, and the vision tower takes part in every step.
+        stand_in: a row with an image and nothing supervised (`mmtune.data.dataset.stand_in`), put into batches that have no image,
+            so that the vision tower takes part in every step.
     """
 
     def __init__(self, pad_token_id: int, stand_in: dict[str, torch.Tensor] | None = None) -> None:
         self._pad_token_id = pad_token_id
         self._stand_in = stand_in
 
-    def __call__(self, items: list[dict[str, torch.Tensor] | RowError]) -> dict[str, Any]:
-        encoded = [item for item in items if not isinstance(item, RowError)]
-        faults = [item for item in items if isinstance(item, RowError)]
+    def __call__(self, items: Sequence[dict[str, Any] | RowError]) -> dict[str, Any]:
+        given = [item for item in items if not isinstance(item, RowError)]
+        faults = [item for item in items if isinstance(item, RowError)] + [item["note"] for item in given if "note" in item]
+        rows = [item["row"] for item in given if "row" in item]
+        encoded = [{key: value for key, value in item.items() if key not in ("row", "note")} for item in given]
         if encoded and self._stand_in is not None and not any("pixel_values" in item for item in encoded):
             encoded.append(self._stand_in)
         batch: dict[str, Any] = collate(encoded, self._pad_token_id) if encoded else {}
-        return {**batch, "faults": faults}
+        return {**batch, "rows": rows, "faults": faults}
 
 
 def collate(encoded: list[dict[str, torch.Tensor]], pad_token_id: int, side: str = "right") -> dict[str, Any]:

@@ -95,3 +95,8 @@ def open_rows(path: Path, name: str | None = None) -> Rows:
     if len(rows) == 0:
         raise UserError(f"{path}: holds no rows")
     return rows
+
+
+def stream_rows(path, name=None):
+    rows = open_rows(Path(path), name)
+    return (lambda i=i: rows[i] for i in range(len(rows)))
