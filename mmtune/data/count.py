@@ -22,7 +22,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import get_resiz
 from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size as pixtral_size
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from mmtune.data.encode import encode_text
+from mmtune.data.encode import Supervise, encode_text
 from mmtune.data.media import image_size
 from mmtune.data.message import Message, RowError, Sample
 from mmtune.errors import UserError
@@ -55,7 +55,7 @@ class Counts:
     images: int
 
 
-def count_tokens(sample: Sample, processor: ProcessorMixin, supervise: str = "all") -> Counts:
+def count_tokens(sample: Sample, processor: ProcessorMixin, supervise: Supervise = "all") -> Counts:
     """How long `encode_sample` would make a sample, from the headers of its images.
 
     Args:
