@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from transformers import ProcessorMixin
+from transformers import Gemma3nProcessor, Gemma3Processor, PaliGemmaProcessor, ProcessorMixin
 
 from mmtune.chat_rendering import NotExact, Span, render_conversation, render_prompt, control_tokens
 from mmtune.data.media import open_image
@@ -22,6 +22,9 @@ from mmtune.data.tokens import Places, tokenize
 from mmtune.errors import UserError
 
 IGNORE_INDEX = -100
+
+RENAMES_TYPES = (Gemma3Processor, Gemma3nProcessor)
+"""Processors that give `mm_token_type_ids` under the name `token_type_ids`."""
 
 Supervise = Literal["all", "last"]
 
@@ -139,7 +142,11 @@ def _expand(
     if found != len(replacements):
         raise RowError(sample_id, "messages", f"the chat template writes {found} image placeholders for {len(replacements)} images")
     if not replacements:
+        if isinstance(processor, PaliGemmaProcessor):
+            raise RowError(sample_id, "image", "PaliGemma's processor takes no conversation without an image")
         return text, [], spans
+    if isinstance(processor, PaliGemmaProcessor):
+        text, spans = _as_prefix(text, spans, processor)
     texts, changes = processor.get_text_with_replacements([text], replacements)
     ends = [change["span"][1] for change in changes[0]]
     gained = [0, *(change["new_span"][1] - change["span"][1] for change in changes[0])]
@@ -148,6 +155,13 @@ def _expand(
         return int(position + gained[bisect_right(ends, position)])
 
     return texts[0], [change["new_span"] for change in changes[0]], [(moved(start), moved(end)) for start, end in spans]
+
+
+def _as_prefix(text: str, spans: list[Span], processor: PaliGemmaProcessor) -> tuple[str, list[Span]]:
+    """PaliGemma's processor writes the beginning of the sequence after the last image, and a newline at the end."""
+    bos, last = processor.tokenizer.bos_token, text.rindex(processor.image_token) + len(processor.image_token)
+    moved = [(start + len(bos) * (start >= last), end + len(bos) * (end > last)) for start, end in spans]
+    return f"{text[:last]}{bos}{text[last:]}\n", moved
 
 
 def with_images(sample_id: str, messages: list[Message]) -> list[Message]:
@@ -249,7 +263,12 @@ def _per_token(processor: ProcessorMixin, text: EncodedText) -> dict[str, torch.
     if types or (types is None and "token_type_ids" in processor.tokenizer.model_input_names):
         tensors["token_type_ids"] = torch.zeros_like(input_ids)
     if processor.return_mm_token_type_ids:
-        tensors["mm_token_type_ids"] = torch.tensor(processor.create_mm_token_type_ids([text.input_ids]))
+        name = "token_type_ids" if isinstance(processor, RENAMES_TYPES) else "mm_token_type_ids"
+        tensors[name] = torch.tensor(processor.create_mm_token_type_ids([text.input_ids]))
+    if isinstance(processor, PaliGemmaProcessor):
+        # Tokens of type 0 see each other in both directions, so an answer that the loss falls on is of type 1.
+        prefix = text.supervised.index(True) if True in text.supervised else len(text.supervised)
+        tensors["token_type_ids"] = (torch.arange(len(text.input_ids)) >= prefix).long()[None]
     return tensors
 
 
