@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from transformers import Gemma3nProcessor, Gemma3Processor, PaliGemmaProcessor, ProcessorMixin
 
 from mmtune.chat_rendering import NotExact, Span, render_conversation, render_prompt, control_tokens
@@ -165,7 +166,7 @@ def _as_prefix(text: str, spans: list[Span], processor: PaliGemmaProcessor) -> t
 
 
 def with_images(sample_id: str, messages: list[Message]) -> list[Message]:
-    """The same messages with every image opened.
+    """The same messages with every image opened, at the `size` that its block asks for, if it does.
 
     Raises:
         RowError: naming the row, for an image that cannot be opened or decoded.
@@ -176,9 +177,12 @@ def with_images(sample_id: str, messages: list[Message]) -> list[Message]:
         for block in message["content"]:
             if block["type"] == "image":
                 try:
-                    block = {"type": "image", "image": open_image(block["image"])}
+                    image = open_image(block["image"])
                 except ValueError as error:
                     raise RowError(sample_id, "image", str(error)) from error
+                if "size" in block:  # `data.over_length: shrink_media` asks for it
+                    image = image.resize(block["size"], Image.Resampling.LANCZOS)
+                block = {"type": "image", "image": image}
             content.append(block)
         opened.append({**message, "content": content})
     return opened
@@ -240,12 +244,15 @@ def _process_images(
     images = [block["image"] for message in opened for block in message["content"] if block["type"] == "image"]
     if not images:
         return {}, []
-    own: Mapping[str, Any] = processor(
-        images=[images],
-        text=[processor.image_token * len(images)],
-        images_kwargs={"return_tensors": "pt"},
-        return_text_replacement_offsets=True,
-    )
+    try:
+        own: Mapping[str, Any] = processor(
+            images=[images],
+            text=[processor.image_token * len(images)],
+            images_kwargs={"return_tensors": "pt"},
+            return_text_replacement_offsets=True,
+        )
+    except ValueError as error:  # a shape that the family refuses, such as a line of pixels
+        raise RowError(sample_id, "image", str(error)) from error
     replacements = [change["replacement"] for change in own["text_replacement_offsets"][0]]
     text_keys = {"text_replacement_offsets", "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
     return {key: torch.as_tensor(value) for key, value in own.items() if key not in text_keys}, replacements
