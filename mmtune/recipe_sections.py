@@ -366,7 +366,7 @@ class DataSection(Section):
             faults.append(fault("tokens_per_batch", f"{most} is less than max_tokens: {longest}, so a sample might fit no batch"))
         if isinstance(most, int) and longest is None and given.get("stream") is not True:
             faults.append(fault("tokens_per_batch", "give max_tokens too, so that no sample is longer than a batch"))
-        if given.get("over_length", "error") != "error" and longest is None:
+        if given.get("over_length") in ("drop_sample", "drop_media", "shrink_media") and longest is None:
             faults.append(fault("over_length", f"{given['over_length']} means nothing without max_tokens"))
         if given.get("stream") is True:
             for name in ("plan", "packing", "tokens_per_batch", "largest_batch_first"):

@@ -18,7 +18,8 @@ from transformers import ProcessorMixin
 from mmtune.data.encode import IGNORE_INDEX, OverLength, encode_sample
 from mmtune.data.media import Embedded, Media, MediaRules, image_size
 from mmtune.data.message import RowError, Sample
-from mmtune.data.report import DataReport, StopRun
+from mmtune.data.report import DataReport, MediaChanged, StopRun
+from mmtune.data.shrink import fit
 from mmtune.data.source import open_rows, stream_rows
 from mmtune.data.template import load_data_template
 from mmtune.recipe import DataSection, Source
@@ -176,7 +177,10 @@ class Encoder:
         section = self._section
         try:
             sample = handle()
-            encoded: Encoded = {**encode_sample(sample, self._processor, section.max_tokens), "row": sample.id}
+            note = None
+            if section.max_tokens is not None and section.over_length in ("drop_media", "shrink_media"):
+                sample, note = self._fitted(sample, section.max_tokens)
+            encoded: Encoded = {**encode_sample(sample, self._processor, section.max_tokens, section.supervise), "row": sample.id}
         except OverLength as error:
             if section.over_length == "error":
                 others = "drop_sample, drop_media and shrink_media would not stop"
@@ -184,9 +188,19 @@ class Encoder:
             return error
         except RowError as error:
             return error
+        if note is not None:
+            encoded["note"] = note
         if len(section.train) > 1:
             encoded["source_ids"] = torch.full_like(encoded["input_ids"], source)
         return encoded
+
+    def _fitted(self, sample: Sample, max_tokens: int) -> tuple[Sample, MediaChanged | None]:
+        fitted = fit(sample, self._processor, max_tokens, self._section.over_length, self._section.supervise)
+        done = [f"{fitted.dropped} images dropped"] * bool(fitted.dropped)
+        done += [f"{fitted.resized} images made smaller"] * bool(fitted.resized)
+        if not done:
+            return sample, None
+        return fitted.sample, MediaChanged(sample.id, "image", f"{', '.join(done)}: {fitted.counts.tokens} tokens now")
 
 
 class TrainingSet(torch.utils.data.Dataset[Encoded | RowError]):

@@ -89,6 +89,15 @@ def test_a_row_counts_once_over_epochs() -> None:
     assert report.dropped_over_length == [Fault("r:2", "messages", "9 tokens")]
 
 
+def test_a_run_with_no_row_left_stops_whatever_the_bound() -> None:
+    report = DataReport(rows=2)
+    report.add(RowError("r:1", "image", "gone"))
+    report.stop_past(1.0)
+    report.add(OverLength("r:2", "messages", "long"))
+    with pytest.raises(UserError, match="no row can train"):
+        report.stop_past(1.0)
+
+
 def test_the_report_is_json(tmp_path: Path) -> None:
     report = DataReport(rows=10, checked=4)
     report.add(RowError("r:1", "image", "kein Bild: é\udce9.png"))  # a file name that is not UTF-8
@@ -104,7 +113,7 @@ def test_the_report_is_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("bad", "rows", "bound", "stops"),
-    [(0, 10, 0.0, False), (1, 10, 0.0, True), (1, 10, 0.1, False), (2, 10, 0.1, True), (10, 10, 1.0, False), (1, 11, 0.1, False)],
+    [(0, 10, 0.0, False), (1, 10, 0.0, True), (1, 10, 0.1, False), (2, 10, 0.1, True), (8, 10, 1.0, False), (1, 11, 0.1, False)],
 )
 def test_the_run_stops_past_the_bound_and_not_at_it(bad: int, rows: int, bound: float, stops: bool) -> None:
     report = DataReport(rows=rows)
