@@ -551,14 +551,6 @@ def test_the_resolved_recipe_is_in_the_order_of_the_schema(write: Any) -> None:
     assert list(written["train"]) == ["max_steps", "learning_rate", "report_to", "seed"]
     source = ["path", "template", "media_root", "allow_outside_root", "allow_urls", "limit", "weight"]
     assert list(written["data"]["train"][0]) == source
-        "path",
-        "template",
-        "media_root",
-        "allow_outside_root",
-        "allow_urls",
-        "limit",
-        "weight",
-    ]
 
 
 # The schema.
