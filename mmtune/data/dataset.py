@@ -18,7 +18,7 @@ from transformers import ProcessorMixin
 from mmtune.data.encode import IGNORE_INDEX, OverLength, encode_sample
 from mmtune.data.media import Media, MediaRules, image_size
 from mmtune.data.message import RowError, Sample
-from mmtune.data.source import open_rows
+from mmtune.data.source import media_root_of, open_rows
 from mmtune.data.template import load_data_template
 from mmtune.errors import UserError
 from mmtune.recipe import Source
@@ -33,11 +33,13 @@ class Samples(Sequence[Sample]):
             UserError: a missing or unreadable file, or an unknown template.
         """
         self._parts = []
-        names = Counter(Path(file).name for file in {source.path for source in sources})
+        paths = {source.path for source in sources}
+        names = Counter(Path(path).name for path in paths)
+        several = len(paths) > 1 and any(not Path(path).is_file() for path in paths)
         for source in sources:
-            path = Path(source.path)
-            rows = open_rows(path, path.name if names[path.name] == 1 else str(path))  # ids stay apart
-            root = Path(source.media_root) if source.media_root else path.parent
+            apart = several or names[Path(source.path).name] > 1
+            rows = open_rows(source.path, source.path if apart else None)
+            root = Path(source.media_root) if source.media_root else media_root_of(source.path)
             rules = MediaRules(root, source.allow_outside_root, source.allow_urls)
             self._parts.append((rows, load_data_template(source.template), rules, min(len(rows), source.limit or len(rows))))
         self._ends = list(accumulate(count for *_, count in self._parts))
