@@ -20,7 +20,7 @@ from mmtune.data.media import Embedded, Media, MediaRules, image_size
 from mmtune.data.message import RowError, Sample
 from mmtune.data.report import DataReport, MediaChanged, StopRun
 from mmtune.data.shrink import fit
-from mmtune.data.source import open_rows, stream_rows
+from mmtune.data.source import media_root_of, open_rows, stream_rows
 from mmtune.data.template import load_data_template
 from mmtune.recipe import DataSection, Source
 
@@ -33,11 +33,11 @@ Encoded = dict[str, Any]
 class _Part:
     """One source: where its rows are and how they become samples."""
 
-    def __init__(self, source: Source, name: str) -> None:
+    def __init__(self, source: Source, name: str | None) -> None:
         self.source = source
         self.name = name
         self.template = load_data_template(source.template)
-        root = Path(source.media_root) if source.media_root else Path(source.path).parent
+        root = Path(source.media_root) if source.media_root else media_root_of(source.path)
         self.rules = MediaRules(root, source.allow_outside_root, source.allow_urls)
 
     def sample(self, row_id: str, row: dict[str, Any]) -> Sample:
@@ -45,9 +45,11 @@ class _Part:
 
 
 def _parts(sources: Sequence[Source]) -> list[_Part]:
-    """Each source under its file's name, or its whole path where two files have one name: rows' ids stay apart."""
-    files = Counter(Path(path).name for path in {source.path for source in sources})
-    return [_Part(source, source.path if files[Path(source.path).name] > 1 else Path(source.path).name) for source in sources]
+    """Each source; its rows' ids begin with the file's name, or with the whole path where that would not keep them apart."""
+    paths = {source.path for source in sources}
+    files = Counter(Path(path).name for path in paths)
+    several = len(paths) > 1 and any(not Path(path).is_file() for path in paths)
+    return [_Part(source, source.path if several or files[Path(source.path).name] > 1 else None) for source in sources]
 
 
 def _names(parts: Sequence[_Part]) -> list[str]:
@@ -55,8 +57,9 @@ def _names(parts: Sequence[_Part]) -> list[str]:
     times: Counter[str] = Counter()
     names = []
     for part in parts:
-        times[part.name] += 1
-        names.append(part.name if times[part.name] == 1 else f"{part.name} ({times[part.name]})")
+        name = part.name or Path(part.source.path).name
+        times[name] += 1
+        names.append(name if times[name] == 1 else f"{name} ({times[name]})")
     return names
 
 
@@ -69,7 +72,7 @@ class Samples(Sequence[Sample]):
             UserError: a missing or unreadable file, or an unknown template.
         """
         self._parts = _parts(sources)
-        self._rows = [open_rows(Path(part.source.path), part.name) for part in self._parts]
+        self._rows = [open_rows(part.source.path, part.name) for part in self._parts]
         self.counts = [
             min(len(rows), part.source.limit or len(rows)) for rows, part in zip(self._rows, self._parts, strict=True)
         ]
