@@ -16,12 +16,12 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from mmtune.data.encode import IGNORE_INDEX, OverLength, encode_sample
-from mmtune.data.media import Embedded, Media, MediaRules, image_size
+from mmtune.data.media import Embedded, Media, image_size
 from mmtune.data.message import RowError, Sample
+from mmtune.data.reader import Reader
 from mmtune.data.report import DataReport, MediaChanged, StopRun
 from mmtune.data.shrink import fit
-from mmtune.data.source import media_root_of, open_rows, stream_rows
-from mmtune.data.template import load_data_template
+from mmtune.data.source import Row
 from mmtune.recipe import DataSection, Source
 
 Handle = Callable[[], Sample]
@@ -30,34 +30,20 @@ Encoded = dict[str, Any]
 """Tensors as `encode_sample` gives them, the row's id as `row`, and as `note` what was done to its media."""
 
 
-class _Part:
-    """One source: where its rows are and how they become samples."""
-
-    def __init__(self, source: Source, name: str | None) -> None:
-        self.source = source
-        self.name = name
-        self.template = load_data_template(source.template)
-        root = Path(source.media_root) if source.media_root else media_root_of(source.path)
-        self.rules = MediaRules(root, source.allow_outside_root, source.allow_urls)
-
-    def sample(self, row_id: str, row: dict[str, Any]) -> Sample:
-        return self.template.sample(row_id, row, self.rules)
-
-
-def _parts(sources: Sequence[Source]) -> list[_Part]:
-    """Each source; its rows' ids begin with the file's name, or with the whole path where that would not keep them apart."""
+def _readers(sources: Sequence[Source]) -> list[Reader]:
+    """Of each source; its rows' ids begin with the file's name, or with the whole path where that would not keep them apart."""
     paths = {source.path for source in sources}
     files = Counter(Path(path).name for path in paths)
     several = len(paths) > 1 and any(not Path(path).is_file() for path in paths)
-    return [_Part(source, source.path if several or files[Path(source.path).name] > 1 else None) for source in sources]
+    return [Reader(source, source.path if several or files[Path(source.path).name] > 1 else None) for source in sources]
 
 
-def _names(parts: Sequence[_Part]) -> list[str]:
+def _names(sources: Sequence[Source]) -> list[str]:
     """The sources by name, for their losses; those that read one file in two ways are numbered."""
     times: Counter[str] = Counter()
     names = []
-    for part in parts:
-        name = part.name or Path(part.source.path).name
+    for source in sources:
+        name = Path(source.path).name
         times[name] += 1
         names.append(name if times[name] == 1 else f"{name} ({times[name]})")
     return names
@@ -71,13 +57,11 @@ class Samples(Sequence[Sample]):
         Raises:
             UserError: a missing or unreadable file, or an unknown template.
         """
-        self._parts = _parts(sources)
-        self._rows = [open_rows(part.source.path, part.name) for part in self._parts]
-        self.counts = [
-            min(len(rows), part.source.limit or len(rows)) for rows, part in zip(self._rows, self._parts, strict=True)
-        ]
+        self._readers = _readers(sources)
+        self._rows = [reader.open() for reader in self._readers]
+        self.counts = [min(len(rows), source.limit or len(rows)) for rows, source in zip(self._rows, sources, strict=True)]
         self._ends = list(accumulate(self.counts))
-        self.names = _names(self._parts)
+        self.names = _names(sources)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -87,7 +71,7 @@ class Samples(Sequence[Sample]):
         index = range(len(self))[index]
         number = self.source_of(index)
         row_id, row = self._rows[number][index - self._ends[number] + self.counts[number]]
-        return self._parts[number].sample(row_id, row)
+        return self._readers[number].sample(row_id, row)
 
     def source_of(self, index: int) -> int:
         """The number of the source that a row comes from."""
@@ -107,28 +91,27 @@ class StreamedSamples:
         Raises:
             UserError: an unknown template.
         """
-        self._parts = _parts(sources)
-        self.weights = [part.source.weight for part in self._parts]
-        self.names = _names(self._parts)
+        self._readers = _readers(sources)
+        self.weights = [source.weight for source in sources]
+        self.names = _names(sources)
 
     @property
     def openers(self) -> list[Callable[[], Iterator[Handle]]]:
         """For each source, what opens it anew."""
-        return [partial(self._open, part) for part in self._parts]
-
-    @staticmethod
-    def _open(part: _Part) -> Iterator[Handle]:
-        rows = stream_rows(part.source.path, part.name)
-        return (partial(_parsed, part, read) for read in islice(rows, part.source.limit))
+        return [partial(_handles, reader) for reader in self._readers]
 
     def some(self, count: int) -> Iterator[Handle]:
         """The first rows of each source, `count` in all."""
-        share = -(-count // len(self._parts))
+        share = -(-count // len(self._readers))
         return (handle for open_source in self.openers for handle in islice(open_source(), share))
 
 
-def _parsed(part: _Part, read: Callable[[], tuple[str, dict[str, Any]]]) -> Sample:
-    return part.sample(*read())
+def _handles(reader: Reader) -> Iterator[Handle]:
+    return (partial(_parsed, reader, read) for read in islice(reader.stream(), reader.source.limit))
+
+
+def _parsed(reader: Reader, read: Callable[[], tuple[str, Row]]) -> Sample:
+    return reader.sample(*read())
 
 
 def open_samples(section: DataSection) -> Samples | StreamedSamples:

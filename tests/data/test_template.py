@@ -13,10 +13,6 @@ from mmtune.data.media import MediaRules
 from mmtune.data.message import RowError, Sample, text_of
 from mmtune.data.template import DataTemplate, load_data_template
 from mmtune.errors import UserError
-from mmtune.rehearse import draw_picture, example_images
-from mmtune.shipped import shipped_dir
-
-SHIPPED = sorted(file.stem for file in shipped_dir("data_templates").glob("*.yaml"))
 
 
 def _said(sample: Sample, root: Path) -> list[tuple[str, list[str]]]:
@@ -31,37 +27,6 @@ def _said(sample: Sample, root: Path) -> list[tuple[str, list[str]]]:
         )
         for message in sample.messages
     ]
-
-
-EXAMPLES = {
-    "llava": [
-        ("user", ["<images/example.png>", "What are the colors of the bus in the image?"]),
-        ("assistant", ["The bus in the image is white and red."]),
-    ],
-    "messages": [
-        ("system", ["Answer briefly."]),
-        ("user", ["<images/example.png>", "What is on the table?"]),
-        ("assistant", ["A bowl of oranges."]),
-    ],
-    "vqa": [
-        (
-            "user",
-            ["<images/example.png>", "How many people are in the picture?\nAnswer the question using a single word or phrase."],
-        ),
-        ("assistant", ["2"]),
-    ],
-}
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_a_template_reads_its_own_example(name: str, tmp_path: Path) -> None:
-    template = load_data_template(name)
-    for image in example_images(template):
-        draw_picture(tmp_path / image, seed=0)
-    sample = template.sample("row", template.example, MediaRules(tmp_path))
-    assert sample.id == "row" and sample.task is None
-    assert _said(sample, tmp_path) == EXAMPLES[name]
-    assert template.sample("row", {**template.example, "task": 7}, MediaRules(tmp_path)).task == "7"
 
 
 def _llava(*turns: tuple[str, Any], image: Any = None) -> dict[str, Any]:
@@ -163,9 +128,11 @@ def test_a_faulty_row_is_named_with_its_field(media: Path, row: dict[str, Any], 
 @pytest.mark.parametrize(
     ("user", "assistant", "images", "reason"),
     [
-        ([{"type": "audio"}], "x", None, r"messages\[0\].content\[0\]: expected a text or image block, found"),
-        (["text"], "x", None, r"content\[0\]: expected a text or image block"),
-        ([{"type": "text", "text": None}], "x", None, "expected a text or image block"),
+        ([{"type": "tool"}], "x", None, r"messages\[0\].content\[0\]: expected a text, image, video or audio block, found"),
+        (["text"], "x", None, r"content\[0\]: expected a text, image, video or audio block"),
+        ([{"type": "text", "text": None}], "x", None, "expected a text, image, video or audio block"),
+        ([{"type": "audio"}], "x", None, "audios: 0 audio for 1 '<audio>' placeholders"),
+        ([{"type": "video", "video": "none.mp4"}], "x", None, "no such file"),
         ([{"type": "image"}], "x", None, "0 images for 1"),
         ([{"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}], "x", None, "is a URL"),
         ([{"type": "image_url", "image_url": {}}], "x", None, "found NoneType"),
