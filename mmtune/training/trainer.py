@@ -18,6 +18,7 @@ from mmtune.data.encode import IGNORE_INDEX
 from mmtune.data.message import RowError
 from mmtune.errors import UserError
 from mmtune.model.compute import virtual_tokens
+from mmtune.model.packing import packed_inputs
 from mmtune.world import ALONE, World
 
 
@@ -97,7 +98,7 @@ class TuningTrainer(Trainer):
     ) -> Any:
         """Cross entropy at supervised positions, summed and divided by their number over the whole optimizer step."""
         plain = self.accelerator.unwrap_model(model)
-        scored = score_supervised_only(inputs, virtual_tokens(plain))
+        scored = score_supervised_only(packed_inputs(plain, inputs), virtual_tokens(plain))
         with shared_regularization(plain, self._passes):
             return super().compute_loss(model, scored, return_outputs, num_items_in_batch)
 
