@@ -19,6 +19,7 @@ from mmtune.data.encode import IGNORE_INDEX
 from mmtune.data.report import DataReport
 from mmtune.data.stream import SampleStream
 from mmtune.model.compute import virtual_tokens
+from mmtune.model.packing import packed_inputs
 from mmtune.world import ALONE, World
 
 
@@ -121,7 +122,7 @@ class TuningTrainer(Trainer):
         """Cross entropy at supervised positions, summed and divided by their number over the whole optimizer step."""
         plain = self.accelerator.unwrap_model(model)
         sources = inputs.pop("source_ids", None)
-        scored = score_supervised_only(inputs, virtual_tokens(plain))
+        scored = score_supervised_only(packed_inputs(plain, inputs), virtual_tokens(plain))
         with shared_regularization(plain, self._passes):
             loss, outputs = super().compute_loss(model, scored, True, num_items_in_batch)
         if sources is not None:
