@@ -38,7 +38,7 @@ from mmtune.recipe import ModelSection, Recipe, check_files
 from mmtune.release.card import model_card
 from mmtune.run_directory import check_output_dir, new_run, peak_memory_mb
 from mmtune.training.callbacks import FrozenInputsStayFrozen, MoveRanks, RecordMetrics, draw_loss_curve
-from mmtune.training.rows import first_batches, optimizer_steps, order_rows, rows_to_take
+from mmtune.training.rows import first_batches, optimizer_steps, order_rows, prove_packed_rows, rows_to_take
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import (
     apply_tuning,
@@ -92,7 +92,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     encoder = Encoder(processor, recipe.data)
     blank = stand_in(processor)
     # Every process runs the vision tower in every step, or the others would wait for its part in ZeRO-3 and DDP.
-    collator = Collator(processor.tokenizer.pad_token_id, blank if world.size > 1 else None)
+    pad_token_id = processor.tokenizer.pad_token_id
+    collator = Collator(pad_token_id, blank if world.size > 1 else None, recipe.data.packing)
     rows, batches = order_rows(samples, encoder, collator, recipe.data, arguments, world)
     adapts = keeps_adapter(recipe.tune)
     before = None
@@ -111,13 +112,15 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
 
         # What trains.
         steps = optimizer_steps(arguments, batches)
-        sample = first_batches(samples, encoder, collator)
+        sample = first_batches(samples, encoder, pad_token_id)
         model = apply_tuning(model, components, recipe.tune, steps=steps, batches=sample)
         components = find_components(model)
         counts = count_parameters(model, components, recipe.tune, arguments.learning_rate)
         print_trained_modules(trained_modules(model))
         print_parameters(counts)
         initial = initial_factors(model)
+        if recipe.data.packing:
+            prove_packed_rows(model, samples, encoder, pad_token_id)
 
     # Training.
     trainer = TuningTrainer(
@@ -131,7 +134,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
         max_bad_fraction=recipe.data.max_bad_fraction,
         world=world,
         learning_rates=learning_rates(model, components, recipe.tune, arguments.learning_rate),
-        unscored=collate([blank], processor.tokenizer.pad_token_id),
+        unscored=collate([blank], pad_token_id),
         batches=batches,
         source_names=samples.names if len(recipe.data.train) > 1 else (),
     )

@@ -8,15 +8,18 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from mmtune.data.batches import Batches, Mixture
-from mmtune.data.collate import Collator
+from mmtune.data.collate import ASIDE, Collator, collate, pack
 from mmtune.data.dataset import Encoder, Samples, StreamedSamples, TrainingSet
 from mmtune.data.message import RowError
 from mmtune.data.stream import SampleStream
+from mmtune.model.packing import check_packable, prove_packing
 from mmtune.recipe import DataSection
 from mmtune.world import World
 
@@ -87,14 +90,32 @@ def optimizer_steps(arguments: TrainingArguments, batches: Batches | None) -> in
 
 
 def first_batches(
-    samples: Samples | StreamedSamples, encoder: Encoder, collator: Collator, size: int = 4, count: int = 16
+    samples: Samples | StreamedSamples, encoder: Encoder, pad_token_id: int, size: int = 4, count: int = 16
 ) -> Iterator[dict[str, Any]]:
-    """Up to `count` batches of rows from all over the data, for initializations that look at data; rows that fail are left out.
+    """Up to `count` padded batches of rows from all over the data, for initializations that look at it. Rows that fail are left out.
 
     The same whatever the run's batches and processes are, so that the start is the same in every layout.
     """
     encoded = (encoder(handle) for handle in samples.some(size * count))
-    usable = (row for row in encoded if not isinstance(row, RowError))
+    usable = (_tensors(row) for row in encoded if not isinstance(row, RowError))
     while rows := list(islice(usable, size)):
-        batch = collator(rows)
-        yield {key: value for key, value in batch.items() if key not in ("rows", "faults", "source_ids")}
+        yield collate(rows, pad_token_id)
+
+
+def prove_packed_rows(model: nn.Module, samples: Samples | StreamedSamples, encoder: Encoder, pad_token_id: int) -> None:
+    """Compare a few packed rows with the same rows alone, those with images first.
+
+    Raises:
+        UserError: the model is known not to keep packed samples apart, or is seen not to.
+    """
+    check_packable(model)
+    encoded = (encoder(handle) for handle in samples.some(64))
+    usable = [_tensors(row) for row in encoded if not isinstance(row, RowError)]
+    chosen = sorted(usable, key=lambda row: "pixel_values" not in row)[:3]
+    if len(chosen) > 1:
+        prove_packing(model, pack(chosen), [collate([row], pad_token_id) for row in chosen])
+
+
+def _tensors(row: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What the model takes of an encoded row."""
+    return {key: value for key, value in row.items() if key not in (*ASIDE, "source_ids")}

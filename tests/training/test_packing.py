@@ -13,7 +13,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from transformers import AutoModelForImageTextToText, Gemma3Config, Lfm2VlConfig, PaliGemmaConfig, TrainingArguments
 
 from mmtune.data.collate import Collator, collate, pack
-from mmtune.data.dataset import DataReport
+from mmtune.data.report import DataReport
 from mmtune.errors import UserError
 from mmtune.methods.gated_prefix import GatedPrefixConfig
 from mmtune.model.packing import check_packable, packed_inputs, prove_packing
@@ -33,7 +33,11 @@ def supervised(encoded: Encoded) -> int:
 
 def as_trained(model: Any, batch: dict[str, Any], count: int, out: Path) -> torch.Tensor:
     """The loss of one batch as our trainer computes it."""
-    settings = {"args": TrainingArguments(output_dir=str(out), use_cpu=True, report_to="none"), "learning_rates": {}}
+    settings = {
+        "args": TrainingArguments(output_dir=str(out), use_cpu=True, report_to="none"),
+        "learning_rates": {},
+        "unscored": {},
+    }
     trainer = TuningTrainer(model=model, data_report=DataReport(rows=1), max_bad_fraction=0, **settings)
     loss: torch.Tensor = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(count))
     return loss
