@@ -92,9 +92,9 @@ def optimizer_steps(arguments: TrainingArguments, batches: Batches | None) -> in
 def first_batches(
     samples: Samples | StreamedSamples, encoder: Encoder, pad_token_id: int, size: int = 4, count: int = 16
 ) -> Iterator[dict[str, Any]]:
-    """Up to `count` padded batches of rows from all over the data, for initializations that look at it. Rows that fail are left out.
+    """Up to `count` padded batches of rows from all over the data, for initializations that look at it.
 
-    The same whatever the run's batches and processes are, so that the start is the same in every layout.
+    Rows that fail are left out. The rest is the same whatever the run's batches and processes are, so that every layout starts alike.
     """
     encoded = (encoder(handle) for handle in samples.some(size * count))
     usable = (_tensors(row) for row in encoded if not isinstance(row, RowError))

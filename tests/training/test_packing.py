@@ -240,8 +240,8 @@ def test_the_collator_packs_rows_and_sets_faults_beside_them() -> None:
     encoded = samples("qwen2_5_vl")
     image = {**encoded[0], "labels": torch.full_like(encoded[0]["labels"], -100)}
     batch = Collator(PAD, stand_in=image, packed=True)([encoded[1]])
-    assert batch.pop("faults") == []
+    assert batch.pop("faults") == batch.pop("rows") == []
     expected = pack([encoded[1], image])
     assert batch.keys() == expected.keys()
     assert all(torch.equal(batch[key], expected[key]) for key in expected)
-    assert Collator(PAD, packed=True)([]) == {"faults": []}
+    assert Collator(PAD, packed=True)([]) == {"faults": [], "rows": []}
