@@ -94,7 +94,7 @@ def first_batches(
 ) -> Iterator[dict[str, Any]]:
     """Up to `count` padded batches of rows from all over the data, for initializations that look at it.
 
-    Rows that fail are left out. The rest is the same whatever the run's batches and processes are, so that every layout starts alike.
+    Rows that fail are left out. They are the same in every layout, which so starts alike.
     """
     encoded = (encoder(handle) for handle in samples.some(size * count))
     usable = (_tensors(row) for row in encoded if not isinstance(row, RowError))
