@@ -113,7 +113,7 @@ def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], plac
             if not picture.is_relative_to(folder.resolve()):
                 raise UserError(f"template {source.template}: its example names {name}, outside of the media root")
             draw_picture(picture, seed=number)
-        rows = folder / f"rows{Path(source.path).suffix}"
+        rows = folder / ("rows.json" if source.path.endswith(".json") else "rows.jsonl")
         lines = [json.dumps(template.example, ensure_ascii=False)] * ROWS
         rows.write_text("\n".join(lines) if rows.suffix == ".jsonl" else f"[{', '.join(lines)}]", encoding="utf-8")
         section |= {"path": str(rows), "media_root": str(folder)}
