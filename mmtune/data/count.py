@@ -315,3 +315,9 @@ def _rule(processor: Any) -> Rule | None:
             used = type(processor.image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
             return rule if used in image_processors else None
     return None
+
+
+def processor_settings(processor: ProcessorMixin) -> dict[str, str]:
+    """Everything that image processing depends on, for telling processors apart."""
+    kinds = {"processor": type(processor).__name__, "image_processor": type(processor.image_processor).__name__}
+    return kinds | {name: repr(value) for name, value in sorted(_settings(processor).items())}

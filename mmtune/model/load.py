@@ -24,8 +24,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from mmtune.builtin import tiny
 from mmtune.errors import UserError, nearest
 from mmtune.methods.table import METHODS
-from mmtune.model.assemble import assemble
-from mmtune.model.chat_template import own_chat_template, resolve_chat_template, use_chat_template
+from mmtune.model.assemble import assemble, assemble_processor
+from mmtune.model.chat_template import own_chat_template, resolve_chat_template, set_chat_template, use_chat_template
 from mmtune.model.checkpoint import load_projector, weight_files
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.recipe import ModelSection, load_recipe
@@ -173,6 +173,28 @@ def load_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, st
     if section.chat_template is None:
         return processor, own_chat_template(processor)
     return processor, resolve_chat_template(section.chat_template, processor.tokenizer, image_token=processor.image_token)
+
+
+def load_bare_processor(section: ModelSection) -> ProcessorMixin:
+    """The processor that a recipe's model trains with, its chat template settled; no weight is read.
+
+    Raises:
+        UserError: as `load_base`, where configs and the tokenizer tell.
+    """
+    if section.base is None:
+        assert section.vision is not None and section.language is not None  # the recipe holds this
+        strategy = section.vision_feature_select_strategy
+        return assemble_processor(section.vision, section.language, strategy, section.chat_template, section.trust_remote_code)
+    processor: ProcessorMixin
+    if section.base == UNTRAINED:
+        processor = tiny.build_processor()
+        template = str(processor.chat_template)
+        if section.chat_template is not None:
+            template = resolve_chat_template(section.chat_template, processor.tokenizer)
+    else:
+        processor, template = load_processor(resolve_base(section.base), section)
+    set_chat_template(processor, template)
+    return processor
 
 
 def load_trained(path: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
