@@ -32,10 +32,12 @@ class Samples(Sequence[Sample]):
             UserError: a missing or unreadable file, or an unknown template.
         """
         self._parts = []
-        names = Counter(Path(file).name for file in {source.path for source in sources})
+        paths = {source.path for source in sources}
+        names = Counter(Path(path).name for path in paths)
+        several = len(paths) > 1 and any(not Path(path).is_file() for path in paths)
         for source in sources:
-            name = Path(source.path).name
-            reader = Reader(source, name if names[name] == 1 else source.path)  # ids stay apart
+            apart = several or names[Path(source.path).name] > 1
+            reader = Reader(source, source.path if apart else None)
             rows = reader.open()
             self._parts.append((reader, rows, min(len(rows), source.limit or len(rows))))
         self._ends = list(accumulate(count for *_, count in self._parts))

@@ -269,7 +269,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _opened(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
     """An image whose header was read and found fit, with its EXIF orientation. Both files are closed at the end."""
     try:
-        file = media.open() if isinstance(media, Embedded) else Path(media).open("rb")
+        file = media.open() if isinstance(media, Embedded) else Path(media).open("rb")  # noqa: SIM115  (closed below)
     except (OSError, ValueError) as error:
         raise ValueError(f"not an image that can be opened: {media}: {error}") from error
     with file:
@@ -284,7 +284,7 @@ def _opened(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
                 bound = f"more than {MAX_PIXELS}" if image.width * image.height else "which is none"
                 raise ValueError(f"{media} has {image.width} x {image.height} pixels, {bound}")
             if image.mode.startswith("F"):
-                raise ValueError(f"{media} holds floating-point values, of which nobody knows the range; save it with 8 or 16 bits")
+                raise ValueError(f"{media} holds floating-point values, whose range nobody knows; save it with 8 or 16 bits")
             yield image, orientation
 
 
@@ -318,6 +318,7 @@ def _png_exif(file: BinaryIO) -> Any:
             file.seek(length + 4, io.SEEK_CUR)
     file.seek(position)
     if not told:
-        return 1
-    with Image.open(io.BytesIO(kept + struct.pack(">I4s", 0, b"IDAT") + struct.pack(">I", zlib.crc32(b"IDAT"))), formats=["PNG"]) as bare:
-        return Image.Image.getexif(bare).get(ExifTags.Base.Orientation, 1)
+        return None
+    no_pixels = struct.pack(">I4sI", 0, b"IDAT", zlib.crc32(b"IDAT"))
+    with Image.open(io.BytesIO(kept + no_pixels), formats=["PNG"]) as bare:
+        return Image.Image.getexif(bare).get(ExifTags.Base.Orientation)

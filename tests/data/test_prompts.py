@@ -220,9 +220,7 @@ def test_examples_that_cannot_be_had_are_named(tmp_path: Path) -> None:
     with pytest.raises(RowError, match=r"^rows\.json\[0\]: shots: .*rows\.json holds 1 rows unlike this one, not 2"):
         _all(twins)
     broken = Reader(_source(tmp_path, [ROWS[0], {**ROWS[1], "a": ""}], shots={**same, "count": 1}))
-    with pytest.raises(
-        RowError, match=r"^rows\.json\[0\]: shots: the example rows\.json\[1\]: messages\[1\]: .*empty"
-    ):
+    with pytest.raises(RowError, match=r"^rows\.json\[0\]: shots: the example rows\.json\[1\]: messages\[1\]: .*empty"):
         _all(broken)
 
 
