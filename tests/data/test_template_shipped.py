@@ -180,14 +180,11 @@ def hostile(draw: st.DrawFn, row: dict[str, Any]) -> dict[str, Any]:
         return anything
     row = copy.deepcopy(row)
     for _ in range(draw(st.integers(1, 3))):
-        paths = [path for path in _paths(row) if path]
-        if not paths:
-            break
-        path = draw(st.sampled_from(paths))
+        path = draw(st.sampled_from([*(path for path in _paths(row) if path), ("an unknown field",)]))
         parent = row
         for key in path[:-1]:
             parent = parent[key]
-        if draw(st.integers(0, 4)) == 0:
+        if path in _paths(row) and draw(st.integers(0, 4)) == 0:
             del parent[path[-1]]
         else:
             parent[path[-1]] = draw(VALUES)
