@@ -103,6 +103,40 @@ def test_gated_prefixes_see_one_sample_at_a_time(tmp_path: Path) -> None:
     assert_same(gradients(model, [as_trained(model, pack(encoded), count, tmp_path)]), expected)
 
 
+def test_a_step_over_a_packed_row_is_the_step_over_a_padded_batch(tmp_path: Path) -> None:
+    """The whole way, through the data loader: the same weights after a step, and the same count of tokens."""
+    after, seen = [], []
+    for packed in (False, True):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            report_to="none",
+            max_steps=1,
+            per_device_train_batch_size=4,
+            optim="sgd",
+            max_grad_norm=0,
+            learning_rate=0.1,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            include_num_input_tokens_seen="non_padding",
+            save_strategy="no",
+        )
+        trainer = TuningTrainer(
+            model=tiny("qwen2_5_vl"),
+            args=arguments,
+            train_dataset=samples("qwen2_5_vl"),
+            data_collator=Collator(PAD, packed=packed),
+            data_report=DataReport(rows=4),
+            max_bad_fraction=0,
+            learning_rates={},
+        )
+        trainer.train()
+        after.append(dict(trainer.model.named_parameters()))
+        seen.append(trainer.state.num_input_tokens_seen)
+    assert_same(after[1], after[0])
+    assert seen == [sum(sample["input_ids"].shape[1] for sample in samples("qwen2_5_vl"))] * 2
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
 def test_positions_that_run_on_are_found(family: str, tmp_path: Path) -> None:
     """What the tests above hold fails by far when samples in a row see each other."""
