@@ -16,7 +16,7 @@ from mmtune.data.collate import Collator, collate, pack
 from mmtune.data.dataset import DataReport
 from mmtune.errors import UserError
 from mmtune.methods.gated_prefix import GatedPrefixConfig
-from mmtune.model.packing import check_packable, packed_inputs, prove_packing
+from mmtune.model.packing import check_packable, check_packable_family, packed_inputs, prove_packing
 from mmtune.training.trainer import TuningTrainer
 
 PAD = 0
@@ -155,10 +155,11 @@ def test_positions_that_run_on_are_found(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("pair", [(0, 1), (1, 0), (0, 2), (2, 3)])
 def test_two_samples_prove_that_a_model_keeps_them_apart(family: str, pair: tuple[int, int]) -> None:
     model = tiny(family)
+    model.lm_head.eval()
     encoded = [samples(family)[number] for number in pair]
     check_packable(model)
     prove_packing(model, pack(encoded), single(encoded))
-    assert model.training
+    assert [name for name, module in model.named_modules() if not module.training] == ["lm_head"]  # as it was
     prove_packing(model.bfloat16(), pack(encoded), single(encoded))
 
 
@@ -227,6 +228,13 @@ GEMMA = {**TEXT, "head_dim": 16}
 def test_what_cannot_be_packed_is_refused_by_name(make: Any, reason: str) -> None:
     with pytest.raises(UserError, match=f"packed batches cannot be exact here: {reason}.*use padded batches"):
         check_packable(make())
+
+
+def test_a_family_is_refused_before_it_has_weights() -> None:
+    with pytest.raises(UserError, match="gemma3: its image tokens attend in both"):
+        check_packable_family(Gemma3Config(vision_config=SIGLIP, text_config=GEMMA))
+    for make in CONFIGS.values():
+        check_packable_family(make())
 
 
 def test_an_attention_without_masks_between_samples_is_refused() -> None:
