@@ -22,7 +22,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
 from mmtune.data.collate import Collator, collate
-from mmtune.data.dataset import Encoder, check_rows, open_samples, stand_in
+from mmtune.data.dataset import Encoder, Samples, check_rows, open_samples, stand_in
 from mmtune.data.encode import check_chat_template
 from mmtune.data.report import DataReport
 from mmtune.errors import UserError
@@ -38,7 +38,7 @@ from mmtune.recipe import ModelSection, Recipe, check_files
 from mmtune.release.card import model_card
 from mmtune.run_directory import check_output_dir, new_run, peak_memory_mb
 from mmtune.training.callbacks import FrozenInputsStayFrozen, MoveRanks, RecordMetrics, draw_loss_curve
-from mmtune.training.rows import first_batches, optimizer_steps, order_rows, prove_packed_rows, rows_to_take
+from mmtune.training.rows import first_batches, optimizer_steps, order_rows, plan_rows, prove_packed_rows, rows_to_take
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import (
     apply_tuning,
@@ -82,6 +82,9 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
         check_questions(recipe.evaluate)
     world = join_world(arguments, recipe.model.precision)
     check_method(recipe, world)
+    lengths = None
+    if recipe.data.planned and isinstance(samples, Samples):
+        lengths = plan_rows(samples, recipe, data_report, world)
     print(f"training: {world.layout}, {arguments.device}")
     set_seed(arguments.seed)
 
@@ -94,7 +97,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     # Every process runs the vision tower in every step, or the others would wait for its part in ZeRO-3 and DDP.
     pad_token_id = processor.tokenizer.pad_token_id
     collator = Collator(pad_token_id, blank if world.size > 1 else None, recipe.data.packing)
-    rows, batches = order_rows(samples, encoder, collator, recipe.data, arguments, world)
+    rows, batches = order_rows(samples, encoder, collator, recipe.data, arguments, world, lengths)
     adapts = keeps_adapter(recipe.tune)
     before = None
     with new_run(recipe, command, overwrite, world) as run:

@@ -16,11 +16,16 @@ from transformers import TrainingArguments
 
 from mmtune.data.batches import Batches, Mixture
 from mmtune.data.collate import ASIDE, Collator, collate, pack
-from mmtune.data.dataset import Encoder, Samples, StreamedSamples, TrainingSet
+from mmtune.data.dataset import OTHER_POLICIES, Encoder, Samples, StreamedSamples, TrainingSet
 from mmtune.data.message import RowError
+from mmtune.data.plan import build_plan, foretell
+from mmtune.data.plan_cache import PlanCache, beside, plan_key
+from mmtune.data.report import DataReport
 from mmtune.data.stream import SampleStream
+from mmtune.errors import UserError
+from mmtune.model.load import load_bare_processor
 from mmtune.model.packing import check_packable, prove_packing
-from mmtune.recipe import DataSection
+from mmtune.recipe import DataSection, Recipe
 from mmtune.world import World
 
 
@@ -30,6 +35,34 @@ def rows_to_take(samples: Samples | StreamedSamples, arguments: TrainingArgument
         return len(samples)
     every = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     return int(arguments.max_steps * every)
+
+
+def plan_rows(samples: Samples, recipe: Recipe, report: DataReport, world: World) -> NDArray[np.int64]:
+    """Count every row's tokens, in the first process, with no weight loaded; rows that cannot train go to the report.
+
+    Returns:
+        Tokens of every row as it will train, shape (rows,); 0 for one that will not.
+
+    Raises:
+        UserError: more rows cannot train than the recipe allows, or one is too long under `over_length: error`.
+    """
+    found = None
+    if world.first:
+        section = recipe.data
+        processor = load_bare_processor(recipe.model)
+        cache = PlanCache(beside(section.train), plan_key(section.train, processor, section.supervise))
+        plan = build_plan(samples, processor, section.supervise, cache=cache)
+        outcome = foretell(plan, samples, processor, section.max_tokens, section.over_length, section.supervise)
+        if outcome.dropped and section.over_length == "error":
+            first = next(iter(outcome.dropped.values()))
+            raise UserError(f"{len(outcome.dropped)} rows are too long, the first: {first} ({OTHER_POLICIES})")
+        found = outcome.lengths, [*plan.faults.values(), *outcome.dropped.values()]
+    lengths, faults = next(each for each in world.gather(found) if each is not None)
+    for fault in faults:
+        report.add(fault)
+    report.checked = len(samples)
+    report.stop_past(recipe.data.max_bad_fraction)
+    return lengths
 
 
 def order_rows(
