@@ -32,8 +32,11 @@ SEPARATE = ("full_attention", "sliding_attention")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Implementations that transformers makes masks, or sequence borders, for."""
 
-FULL_TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
-"""How far the logits of packed samples may be from their own, relative to their size, by the precision that they come in."""
+FULL_TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
+"""How far the logits of packed samples may be from their own, relative to their size, by the precision that they come in.
+
+Rounding alone made 1e-6 and 5e-3 on small models, a leak 0.06 to 1.
+"""
 
 
 def check_packable(model: nn.Module) -> None:
