@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -49,23 +50,22 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def run(recipe: Path, out: Path) -> tuple[float, float]:
-    """Seconds to the first logged step, and the peak resident memory in MiB."""
+    """Seconds to the first logged step, and the peak resident memory in MB."""
     start = time.perf_counter()
-    process = subprocess.Popen(  # noqa: S603
-        [sys.executable, "-m", "mmtune.train", str(recipe), "--overwrite"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    first = None
-    while process.poll() is None:
-        written = out / "metrics.jsonl"
-        if first is None and written.exists() and written.stat().st_size:
-            first = time.perf_counter() - start
-        time.sleep(0.05)
-    _, status, usage = process.pid, process.returncode, None
-    assert process.stderr is not None
-    if status != 0 or first is None:
-        raise SystemExit(process.stderr.read().decode())
-    del usage
-    peak = json.loads((out / "summary.json").read_text())["peak_memory_mb"]
+    command = [sys.executable, "-c", "from mmtune.cli import entry_point; entry_point()", "train", str(recipe)]
+    errors = out.with_suffix(".err")
+    with errors.open("wb") as file:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)  # noqa: S603
+        first = None
+        while process.poll() is None:
+            written = out / "metrics.jsonl"
+            if first is None and written.exists() and written.stat().st_size:
+                first = time.perf_counter() - start
+            time.sleep(0.02)
+    if process.returncode or first is None:
+        raise SystemExit(errors.read_text())
+    peak = float(json.loads((out / "summary.json").read_text())["peak_memory_mb"])
+    shutil.rmtree(out)
     return first, peak
 
 

@@ -241,7 +241,8 @@ def _process_images(
     if not images:
         return {}, []
     if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
-        raise UserError(f"model: {type(processor).__name__} does not tell what it writes for an image, so its samples cannot be encoded exactly")
+        name = type(processor).__name__
+        raise UserError(f"model: {name} does not tell what it writes for an image, so its samples cannot be encoded exactly")
     try:
         own: Mapping[str, Any] = processor(
             images=[images],
