@@ -32,7 +32,8 @@ from mmtune.methods.table import refusal
 from mmtune.model.chat_template import use_chat_template
 from mmtune.model.checkpoint import save_checkpoint
 from mmtune.model.components import find_components
-from mmtune.model.load import UNTRAINED, base_model_type, load_base, load_weights, resolve_base
+from mmtune.model.load import UNTRAINED, base_config, base_model_type, load_base, load_weights, resolve_base
+from mmtune.model.packing import check_packable_family
 from mmtune.model.quantize import QUANTIZED
 from mmtune.recipe import ModelSection, Recipe, check_files
 from mmtune.release.card import model_card
@@ -203,8 +204,10 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
 def check_method(recipe: Recipe, world: World) -> None:
     """
     Raises:
-        UserError: a method that does not work with the base's family or the ZeRO stage, before any weight is loaded.
+        UserError: a method or packing that does not work with the base's family or the ZeRO stage, before any weight is loaded.
     """
+    if recipe.data.packing and recipe.model.base not in (None, UNTRAINED):
+        check_packable_family(base_config(recipe.model))
     for component, tuning in recipe.tune.components.items():
         if tuning.method == recipe.tune.method:
             reason = refusal(
