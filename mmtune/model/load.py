@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
