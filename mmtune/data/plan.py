@@ -16,7 +16,7 @@ from transformers import ProcessorMixin
 
 from mmtune.console import shows_progress
 from mmtune.data.count import count_tokens, counts_by_arithmetic
-from mmtune.data.encode import OverLength, Supervise
+from mmtune.data.encode import Supervise
 from mmtune.data.message import RowError, Sample
 from mmtune.data.plan_cache import Arrays, PlanCache
 from mmtune.data.shrink import Policy, fit
@@ -233,14 +233,14 @@ class Outcome:
     Attributes:
         lengths: tokens of each row as it would train; 0 for one that would not.
         over_length: how many rows are longer than the limit.
-        dropped: those of them that would not train, by their number; under `error` the first of them stops the run.
+        dropped: the numbers of those of them that would not train; under `error` the first of them stops the run.
         fewer_images: how many rows would train without some of their images, and `images_dropped` without how many in all.
         smaller_images: how many rows would train with smaller images, and `images_resized` how many those are.
     """
 
     lengths: Numbers
     over_length: int = 0
-    dropped: dict[int, OverLength] = field(default_factory=dict)
+    dropped: list[int] = field(default_factory=list)
     fewer_images: int = 0
     images_dropped: int = 0
     smaller_images: int = 0
@@ -269,12 +269,15 @@ def foretell(
     if max_tokens is None:
         return Outcome(lengths)
     longer = np.flatnonzero(lengths > max_tokens)
+    if policy in ("error", "drop_sample"):
+        lengths[longer] = 0
+        return Outcome(lengths, len(longer), longer.tolist())
     fits = partial(_fit_row, samples, processor, supervise, max_tokens, policy)
-    dropped: dict[int, OverLength] = {}
+    dropped: list[int] = []
     fewer = images_dropped = smaller = images_resized = 0
     for row, result in zip(longer.tolist(), counted_in_processes(fits, longer, processes, "fitting long rows"), strict=True):
         if isinstance(result, RowError):
-            dropped[row] = result if isinstance(result, OverLength) else OverLength(result.row, result.field, result.detail)
+            dropped.append(row)
             lengths[row] = 0
         else:
             lengths[row], gone, resized = result
