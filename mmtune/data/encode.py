@@ -8,6 +8,7 @@ ever re-tokenized to guess a length.
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Any
 
 import torch
 from transformers import ProcessorMixin

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO, cast
 
 from PIL import ExifTags, Image
 
+from mmtune.data.fetch import default_cache, fetch_media
+
 MAX_PIXELS = 89_478_485
 """Largest image that is opened: where Pillow warns of a decompression bomb."""
 
@@ -150,12 +152,14 @@ class MediaRules:
     Attributes:
         root: where relative paths start, and what they may not lead out of.
         outside: whether files outside of `root` are allowed.
-        urls: whether http and https URLs are fetched.
+        urls: whether http and https URLs are fetched, within the limits of `fetch_media`.
+        cache: where they are kept; None is `default_cache()`.
     """
 
     root: Path
     outside: bool = False
     urls: bool = False
+    cache: Path | None = None
 
 
 def resolve_media(value: Any, rules: MediaRules) -> Media:
@@ -186,7 +190,9 @@ def resolve_media(value: Any, rules: MediaRules) -> Media:
     if name[:5].lower() == "data:":
         return _from_data_uri(name, rules)
     if name[:8].lower().startswith(("http://", "https://")):
-        raise ValueError(f"'{name[:100]}' is a URL; they are fetched only where the source allows it")
+        if not rules.urls:
+            raise ValueError(f"'{name[:100]}' is a URL; `allow_urls: true` in its source would fetch it")
+        return fetch_media(name, rules.cache or default_cache())
     return _from_path(name, rules)
 
 
@@ -202,7 +208,7 @@ def _from_path(name: str, rules: MediaRules) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # too long a name; links in a circle; a null byte, a lone surrogate
         raise ValueError(f"cannot look up '{name[:200]}': {error}"[:400]) from error
     if not rules.outside and not path.is_relative_to(root):
-        raise ValueError(f"'{name}' lies outside media_root {root}")
+        raise ValueError(f"'{name}' lies outside media_root {root}; `allow_outside_root: true` in its source would allow it")
     if not is_file:
         raise ValueError(f"no such file: {path}")
     return path
@@ -258,11 +264,11 @@ def open_image(media: Media | str) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """16 bits of grey as 8. Pillow's own conversion clips at 255."""
-    if image.mode == "I":
-        low, high = cast(tuple[int, int], image.getextrema())
-        if low < 0 or high > 65_535:
-            raise ValueError(f"32-bit values from {low} to {high}; save it with 8 or 16 bits")
-    return image.point(lambda level: level / 256).convert("L")
+    wide = image.convert("I")  # the many forms of 16 bits become one
+    low, high = cast(tuple[int, int], wide.getextrema())
+    if low < 0 or high > 65_535:
+        raise ValueError(f"32-bit values from {low} to {high}; save it with 8 or 16 bits")
+    return wide.point(lambda level: level / 256).convert("L")
 
 
 @contextmanager
