@@ -146,7 +146,7 @@ def test_the_answers_of_a_prefix_model_are_not_seen_by_its_prefix(pictures: Path
 
 def test_images_that_a_processor_refuses_name_their_row(pictures: Path) -> None:
     Image.new("RGB", (900, 4)).save(pictures / "line.png")
-    with pytest.raises(RowError, match="r: image: absolute aspect ratio"):
+    with pytest.raises(RowError, match="r: image: Qwen2VLProcessor refuses the sample's images: absolute aspect ratio"):
         encode_sample(_sample([["line.png", "?"], ["no"]], pictures, FAMILIES["qwen2_vl"]()), FAMILIES["qwen2_vl"]())
 
 
