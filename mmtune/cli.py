@@ -71,6 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     _recipe_arguments(verb)
     verb.add_argument("--overwrite", action="store_true", help="replace an earlier run at the recipe's output_dir")
     verb.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CHECKPOINT",
+        help="go on with the run at the recipe's output_dir, from its last good checkpoint or from this one",
+    )
+    verb.add_argument(
         "--rehearse",
         action="store_true",
         help="run the whole recipe once on tiny random weights and a few made-up rows",
@@ -164,7 +172,10 @@ def _train(arguments: argparse.Namespace) -> Any:
         return rehearse(recipe)
     from mmtune.train import train
 
-    return train(recipe, arguments.command_line, arguments.overwrite)
+    if arguments.resume and arguments.overwrite:
+        raise UserError("--resume goes on with the run that --overwrite would replace; give one of them")
+    resume = arguments.resume if isinstance(arguments.resume, bool) else Path(arguments.resume)
+    return train(recipe, arguments.command_line, arguments.overwrite, resume)
 
 
 def _eval(arguments: argparse.Namespace) -> Any:
