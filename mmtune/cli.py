@@ -340,7 +340,7 @@ def _assemble(arguments: argparse.Namespace) -> Any:
 
 
 def _recipe_check(arguments: argparse.Namespace) -> Any:
-    from mmtune.data.template import load_data_template
+    from mmtune.data.reader import check_source
     from mmtune.recipe import check_files, load_recipe
     from mmtune.train import check_method, training_arguments
     from mmtune.world import ALONE
@@ -348,7 +348,7 @@ def _recipe_check(arguments: argparse.Namespace) -> Any:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     check_files(recipe)
     for source in (*recipe.data.train, *(recipe.evaluate.data if recipe.evaluate else ())):
-        load_data_template(source.template)
+        check_source(source)
     training_arguments(recipe)
     base = recipe.model.base
     if base is None or base.startswith("builtin:") or Path(base).is_dir():
