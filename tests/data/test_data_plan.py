@@ -136,6 +136,17 @@ def test_a_changed_picture_is_counted_again_and_no_other_row(data: Path) -> None
     assert _plan(data).counted == 1
 
 
+def test_a_picture_of_as_many_bytes_is_noticed(data: Path) -> None:
+    picture = data.parent / "b.png"
+    Image.new("RGB", (64, 320)).save(picture, format="BMP")
+    size = picture.stat().st_size
+    first = _plan(data)
+    Image.new("RGB", (320, 64)).save(picture, format="BMP")
+    os.utime(picture, ns=(1, 1))
+    assert picture.stat().st_size == size
+    assert _plan(data).counted == 2 + 1 < first.counted
+
+
 def test_a_picture_that_goes_or_comes_is_noticed(data: Path) -> None:
     _plan(data)
     (data.parent / "large.png").rename(data.parent / "missing.png")
@@ -310,6 +321,18 @@ def test_every_sample_is_in_one_pack_and_no_two_packs_would_go_into_one(lengths:
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=9))
 def test_packs_are_nearly_as_few_as_can_be(lengths: list[int]) -> None:
     assert len(pack_lengths(lengths, 20)) <= 11 / 9 * _fewest(lengths, 20) + 6 / 9
+
+
+@pytest.mark.parametrize("capacity", [2048, 4096])
+def test_packs_of_lengths_like_llavas_are_full(capacity: int) -> None:
+    random = np.random.default_rng(1)
+    pictured = random.random(5000) < 0.95
+    text = np.exp(random.normal(np.log(np.where(pictured, 120, 330)), 0.8)).astype(np.int64)
+    lengths = np.clip(text + 576 * pictured, 20, capacity)
+    packs = pack_lengths(lengths, capacity)
+    assert sorted(position for pack in packs for position in pack) == list(range(5000))
+    assert max(lengths[pack].sum() for pack in packs) <= capacity
+    assert packing_efficiency(lengths, packs, capacity) >= 0.95
 
 
 @pytest.mark.parametrize("lengths", [[0, 3], [21], [-1]])
