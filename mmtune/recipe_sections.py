@@ -291,6 +291,12 @@ class Source(Section):
     media_root: Text | None = Field(
         default=None, description="Where the rows' media paths start; null: the file's own directory."
     )
+    allow_outside_root: StrictBool = Field(
+        default=False, description="Let media paths lead out of media_root, by .., an absolute path or a link."
+    )
+    allow_urls: StrictBool = Field(
+        default=False, description="Fetch media that are http or https URLs, within limits, and keep them in a cache."
+    )
     limit: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None, description="Take only the first so many rows; null takes all."
     )

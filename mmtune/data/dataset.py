@@ -16,7 +16,7 @@ import torch
 from transformers import ProcessorMixin
 
 from mmtune.data.encode import IGNORE_INDEX, OverLength, encode_sample
-from mmtune.data.media import image_size
+from mmtune.data.media import Media, MediaRules, image_size
 from mmtune.data.message import RowError, Sample
 from mmtune.data.source import open_rows
 from mmtune.data.template import load_data_template
@@ -38,7 +38,8 @@ class Samples(Sequence[Sample]):
             path = Path(source.path)
             rows = open_rows(path, path.name if names[path.name] == 1 else str(path))  # ids stay apart
             root = Path(source.media_root) if source.media_root else path.parent
-            self._parts.append((rows, load_data_template(source.template), root, min(len(rows), source.limit or len(rows))))
+            rules = MediaRules(root, source.allow_outside_root, source.allow_urls)
+            self._parts.append((rows, load_data_template(source.template), rules, min(len(rows), source.limit or len(rows))))
         self._ends = list(accumulate(count for *_, count in self._parts))
 
     def __len__(self) -> int:
@@ -48,9 +49,9 @@ class Samples(Sequence[Sample]):
         """The sample, or a RowError that names the row."""
         index = range(len(self))[index]
         part = bisect_right(self._ends, index)
-        rows, template, root, count = self._parts[part]
+        rows, template, rules, count = self._parts[part]
         row_id, row = rows[index - self._ends[part] + count]
-        return template.sample(row_id, row, root)
+        return template.sample(row_id, row, rules)
 
 
 @dataclass(frozen=True)
@@ -119,16 +120,16 @@ def check_rows(samples: Samples, report: DataReport, limit: int) -> None:
     for step in range(count):
         try:
             sample = samples[step * len(samples) // count]
-            for path in sample.images:
-                _check_header(sample.id, path)
+            for media in sample.images:
+                _check_header(sample.id, media)
         except RowError as error:
             report.add(error)
     report.checked = count
 
 
-def _check_header(row_id: str, path: Path) -> None:
+def _check_header(row_id: str, media: Media) -> None:
     try:
-        image_size(path)
+        image_size(media)
     except ValueError as error:
         raise RowError(row_id, "image", str(error)) from error
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from mmtune.data.media import Media
 from mmtune.errors import UserError
 
 Message = dict[str, Any]
 """`{"role": "user" | "assistant" | "system", "content": [block, ...]}` where a block is `{"type": "text", "text": str}`
-or `{"type": "image", "image": PATH}`."""
+or `{"type": "image", "image": Media}`."""
 
 
 class RowError(UserError):
@@ -40,7 +40,7 @@ class Sample:
 
     Attributes:
         id: stable id of the row.
-        messages: typed messages; image blocks hold the path of a file that lies inside the source's media root.
+        messages: typed messages; image blocks hold the path of a file that the source's rules allow, or what a row carries inside.
         task: what kind of question this is, for figures per task; None when the rows do not say.
     """
 
@@ -49,9 +49,9 @@ class Sample:
     task: str | None = None
 
     @property
-    def images(self) -> list[Path]:
-        """Paths of the images, in the order in which the text refers to them."""
-        return [Path(block["image"]) for message in self.messages for block in message["content"] if block["type"] == "image"]
+    def images(self) -> list[Media]:
+        """The images, in the order in which the text refers to them."""
+        return [block["image"] for message in self.messages for block in message["content"] if block["type"] == "image"]
 
 
 def text_of(message: Message) -> str:

@@ -16,7 +16,7 @@ from jinja2 import StrictUndefined, Template, TemplateError, TemplateRuntimeErro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mmtune.data.media import resolve_media
+from mmtune.data.media import Media, MediaRules, resolve_media
 from mmtune.data.message import Message, RowError, Sample
 from mmtune.data.source import Row
 from mmtune.errors import UserError, nearest
@@ -73,25 +73,25 @@ class DataTemplate(_Strict):
                     raise ValueError(f"not valid Jinja: {error}: {source}") from error
         return self
 
-    def sample(self, row_id: str, row: Row, media_root: Path) -> Sample:
+    def sample(self, row_id: str, row: Row, rules: MediaRules) -> Sample:
         """Turn a row into messages and check what can be checked without opening an image.
 
         Raises:
             RowError: a missing field, an unknown speaker, turns out of order, an empty answer, an image that is missing or
                 outside the media root, or a number of images that differs from the number of placeholders.
         """
-        messages = self._from_turns(row_id, row, media_root) if self.conversation else self._from_columns(row_id, row, media_root)
+        messages = self._from_turns(row_id, row, rules) if self.conversation else self._from_columns(row_id, row, rules)
         _check_turns(row_id, messages)
         task = row.get(self.task) if self.task else None
         return Sample(id=row_id, messages=messages, task=None if task is None else str(task))
 
-    def _from_turns(self, row_id: str, row: Row, media_root: Path) -> list[Message]:
+    def _from_turns(self, row_id: str, row: Row, rules: MediaRules) -> list[Message]:
         assert self.conversation is not None
         spec = self.conversation
         turns = row.get(spec.field)
         if not isinstance(turns, list) or not turns:
             raise RowError(row_id, spec.field, "expected a list of turns" + _among(row, spec.field))
-        images = iter(paths := self._row_images(row_id, row, media_root))
+        images = iter(paths := self._row_images(row_id, row, rules))
         messages: list[Message] = []
         used = 0
         for number, turn in enumerate(turns):
@@ -106,7 +106,7 @@ class DataTemplate(_Strict):
             role = spec.roles[speaker]
             if isinstance(text, list):
                 content = [
-                    self._block(row_id, f"{where}.{spec.text}[{i}]", block, media_root, images) for i, block in enumerate(text)
+                    self._block(row_id, f"{where}.{spec.text}[{i}]", block, rules, images) for i, block in enumerate(text)
                 ]
             elif isinstance(text, str):
                 content = self._split(text, images) if role != "assistant" else [{"type": "text", "text": text}]
@@ -119,13 +119,13 @@ class DataTemplate(_Strict):
             raise RowError(row_id, self.images or spec.field, f"{len(paths)} images for {used} '{self.placeholder}' placeholders")
         return messages
 
-    def _from_columns(self, row_id: str, row: Row, media_root: Path) -> list[Message]:
+    def _from_columns(self, row_id: str, row: Row, rules: MediaRules) -> list[Message]:
         messages: list[Message] = []
         for number, turn in enumerate(self.messages):
             where = f"messages[{number}]"
             content: list[dict[str, Any]] = []
             for source in turn.images:
-                path = _media(row_id, where, self._render(row_id, where, source, row), media_root)
+                path = _media(row_id, where, self._render(row_id, where, source, row), rules)
                 content.append({"type": "image", "image": path})
             content.append({"type": "text", "text": self._render(row_id, where, turn.text, row)})
             messages.append({"role": turn.role, "content": content})
@@ -137,12 +137,12 @@ class DataTemplate(_Strict):
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:  # Jinja runs Python's operators
             raise RowError(row_id, where, f"{error}; the row has: {', '.join(map(str, row))}") from error
 
-    def _row_images(self, row_id: str, row: Row, media_root: Path) -> list[str]:
+    def _row_images(self, row_id: str, row: Row, rules: MediaRules) -> list[Media]:
         value = row.get(self.images) if self.images else None
         if value is None or value == "":
             return []
         names = value if isinstance(value, list) else [value]
-        return [_media(row_id, self.images or "", name, media_root) for name in names]
+        return [_media(row_id, self.images or "", name, rules) for name in names]
 
     def _split(self, text: str, images: Any) -> list[dict[str, Any]]:
         """Text around placeholders; the line break that sets a placeholder apart belongs to it, not to the text."""
@@ -158,15 +158,15 @@ class DataTemplate(_Strict):
                 content.append({"type": "text", "text": piece})
         return content
 
-    def _block(self, row_id: str, where: str, block: Any, media_root: Path, images: Any) -> dict[str, Any]:
+    def _block(self, row_id: str, where: str, block: Any, rules: MediaRules, images: Any) -> dict[str, Any]:
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "text" and isinstance(block.get("text"), str):
             return {"type": "text", "text": block["text"]}
         if kind == "image":
             named = block.get("image") or block.get("path") or block.get("url")
-            return {"type": "image", "image": _media(row_id, where, named, media_root) if named else next(images, None)}
+            return {"type": "image", "image": _media(row_id, where, named, rules) if named else next(images, None)}
         if kind == "image_url" and isinstance(block.get("image_url"), dict):
-            return {"type": "image", "image": _media(row_id, where, block["image_url"].get("url"), media_root)}
+            return {"type": "image", "image": _media(row_id, where, block["image_url"].get("url"), rules)}
         raise RowError(row_id, where, f"expected a text or image block, found {block!r}"[:200])
 
 
@@ -183,11 +183,9 @@ def _written(value: Any) -> Any:
     return value
 
 
-def _media(row_id: str, field: str, name: Any, media_root: Path) -> str:
-    if not isinstance(name, str):
-        raise RowError(row_id, field, f"expected the path of an image, found {type(name).__name__}")
+def _media(row_id: str, field: str, name: Any, rules: MediaRules) -> Media:
     try:
-        return str(resolve_media(name, media_root))
+        return resolve_media(name, rules)
     except ValueError as error:
         raise RowError(row_id, field, str(error)) from error
 

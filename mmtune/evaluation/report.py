@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmtune.data.media import open_image
+from mmtune.data.dataset import Samples, iterate_rows
+from mmtune.data.media import Media, open_image
 from mmtune.evaluation.run import Answer, read_answers
-from mmtune.recipe import Recipe
+from mmtune.recipe import Recipe, Source
 from mmtune.run_directory import RunDirectory
 
 THUMBNAIL = 320  # pixels of the longer side; a smaller image is kept as it is and enlarged by the page
@@ -69,13 +70,15 @@ def write_report(run: RunDirectory, recipe: Recipe) -> None:
     if recipe.evaluate:
         after = read_answers(run.answers("after"))
         before = {a.id: a.prediction for a in read_answers(run.answers("before"))} if recipe.evaluate.before else {}
+        shown = sample_answers(after, recipe.evaluate.samples)
+        images = _images(shown, recipe.evaluate.data)
         samples = [
             {
                 "answer": answer,
                 "before": before.get(answer.id),
-                "images": [_picture(Path(name)) for name in answer.images],
+                "images": [_picture(media) for media in images[answer.id]],
             }
-            for answer in sample_answers(after, recipe.evaluate.samples)
+            for answer in shown
         ]
     page = Environment(loader=PackageLoader("mmtune.evaluation"), autoescape=True).get_template("report.html.jinja")
     text = page.render(
@@ -102,8 +105,16 @@ def _spread(answers: Sequence[Answer], count: int) -> list[Answer]:
     return [answers[number * len(answers) // count] for number in range(count)]
 
 
-def _picture(path: Path) -> str:
-    image = open_image(path)
+def _images(answers: Sequence[Answer], sources: Sequence[Source]) -> dict[str, Sequence[Media]]:
+    """The images of each answer by its id. What lies inside another file is found again in the rows."""
+    if all(Path(name).is_file() for answer in answers for name in answer.images):
+        return {answer.id: [Path(name) for name in answer.images] for answer in answers}
+    wanted = {answer.id for answer in answers}
+    return {sample.id: sample.images for sample in iterate_rows(Samples(sources)) if sample.id in wanted}
+
+
+def _picture(media: Media) -> str:
+    image = open_image(media)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")

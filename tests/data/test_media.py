@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmtune.data.media import MAX_PIXELS, image_size, open_image, resolve_media
+from mmtune.data.media import MAX_PIXELS, MediaRules, image_size, open_image, resolve_media
 
 RNG = np.random.default_rng(0)
 NOISE = Image.fromarray(RNG.integers(0, 256, (60, 80, 3), dtype=np.uint8))
@@ -90,7 +90,7 @@ def test_an_image_is_upright(tmp_path: Path, orientation: int, transpose: Image.
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(np.asarray(open_image(tmp_path / "a.png")), np.asarray(NOISE))
-    assert image_size(tmp_path / "a.png") == stored.size
+    assert image_size(tmp_path / "a.png") == NOISE.size
 
 
 def _pixel(path: Path) -> tuple[int, ...]:
@@ -141,25 +141,25 @@ def test_a_name_is_found_below_the_root_alone(media: Path) -> None:
     (media / "up").symlink_to(media.parent)
     (media / "loop.png").symlink_to(media / "loop.png")
     for name in ("a.png", "./a.png", "sub/../a.png", "sub/inside.png", str(media / "a.png")):
-        assert resolve_media(name, media) == (media / "a.png").resolve()
+        assert resolve_media(name, MediaRules(media)) == (media / "a.png").resolve()
     for name in ("../outside.png", "link.png", "up/outside.png", str(media.parent / "outside.png"), "/etc/passwd"):
         with pytest.raises(ValueError, match="lies outside media_root"):
-            resolve_media(name, media)
+            resolve_media(name, MediaRules(media))
     for name in ("none.png", "sub", "", "a.png/b"):
         with pytest.raises(ValueError, match="no such file"):
-            resolve_media(name, media)
+            resolve_media(name, MediaRules(media))
     for name, reason in (("loop.png", "cannot look up 'loop.png'"), ("x" * 300, "cannot look up 'xxx"), ("a\0.png", "null byte")):
         with pytest.raises(ValueError, match=reason):
-            resolve_media(name, media)
+            resolve_media(name, MediaRules(media))
 
 
-@pytest.mark.parametrize("url", ["https://example.org/a.png", "http://example.org/a.png", "data:image/png;base64," + "A" * 9000])
+@pytest.mark.parametrize("url", ["https://example.org/a.png", "http://example.org/a.png", "HTTPS://example.org/" + "a" * 9000])
 def test_a_url_is_called_one(media: Path, url: str) -> None:
     with pytest.raises(ValueError, match="is a URL") as caught:
-        resolve_media(url, media)
+        resolve_media(url, MediaRules(media))
     assert len(str(caught.value)) < 200
 
 
 def test_a_root_may_itself_be_a_link(media: Path, tmp_path: Path) -> None:
     (tmp_path / "root").symlink_to(media)
-    assert resolve_media("a.png", tmp_path / "root") == (media / "a.png").resolve()
+    assert resolve_media("a.png", MediaRules(tmp_path / "root")) == (media / "a.png").resolve()

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmtune.data.media import MediaRules
 from mmtune.data.message import RowError, Sample, text_of
 from mmtune.data.template import DataTemplate, load_data_template
 from mmtune.errors import UserError
@@ -57,10 +58,10 @@ def test_a_template_reads_its_own_example(name: str, tmp_path: Path) -> None:
     template = load_data_template(name)
     for image in example_images(template):
         draw_picture(tmp_path / image, seed=0)
-    sample = template.sample("row", template.example, tmp_path)
+    sample = template.sample("row", template.example, MediaRules(tmp_path))
     assert sample.id == "row" and sample.task is None
     assert _said(sample, tmp_path) == EXAMPLES[name]
-    assert template.sample("row", {**template.example, "task": 7}, tmp_path).task == "7"
+    assert template.sample("row", {**template.example, "task": 7}, MediaRules(tmp_path)).task == "7"
 
 
 def _llava(*turns: tuple[str, Any], image: Any = None) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def _llava(*turns: tuple[str, Any], image: Any = None) -> dict[str, Any]:
 
 
 def _read(name: str, row: dict[str, Any], root: Path) -> list[tuple[str, list[str]]]:
-    return _said(load_data_template(name).sample("r[0]", row, root), root)
+    return _said(load_data_template(name).sample("r[0]", row, MediaRules(root)), root)
 
 
 @pytest.mark.parametrize(
@@ -128,9 +129,9 @@ def test_blocks_of_messages(media: Path, blocks: Any, images: Any, expected: lis
         (_llava(("human", "<image>"), ("gpt", "x"), image="../outside.png"), "image", "lies outside media_root"),
         (_llava(("human", "<image>"), ("gpt", "x"), image="link.png"), "image", "lies outside media_root"),
         (_llava(("human", "<image>"), ("gpt", "x"), image="/etc/passwd"), "image", "lies outside media_root"),
-        (_llava(("human", "<image>"), ("gpt", "x"), image=3), "image", "expected the path of an image, found int"),
+        (_llava(("human", "<image>"), ("gpt", "x"), image=3), "image", "expected the path of an image or its bytes, found int"),
         (_llava(("human", "<image>"), ("gpt", "x"), image=[None]), "image", "found NoneType"),
-        (_llava(("human", "<image>"), ("gpt", "x"), image={"bytes": ""}), "image", "found dict"),
+        (_llava(("human", "<image>"), ("gpt", "x"), image={"bytes": ""}), "image", "holds str, not bytes"),
         (_llava(("human", "q"), ("gpt", "")), "messages[1]", "the answer is empty"),
         (_llava(("human", "q"), ("gpt", " \n")), "messages[1]", "the answer is empty"),
         (_llava(("human", "q"), ("gpt", "x"), ("human", "q")), "messages", "no answer: the last turn is the user's"),
@@ -154,7 +155,7 @@ def test_blocks_of_messages(media: Path, blocks: Any, images: Any, expected: lis
 def test_a_faulty_row_is_named_with_its_field(media: Path, row: dict[str, Any], field: str, reason: str) -> None:
     (media / "link.png").symlink_to(media.parent / "outside.png")
     with pytest.raises(RowError, match=reason) as caught:
-        load_data_template("llava").sample("r.json[7]", row, media)
+        load_data_template("llava").sample("r.json[7]", row, MediaRules(media))
     assert caught.value.row == "r.json[7]" and caught.value.field == field
     assert str(caught.value).startswith(f"r.json[7]: {field}: ")
 
@@ -175,7 +176,7 @@ def test_a_faulty_row_is_named_with_its_field(media: Path, row: dict[str, Any], 
 def test_a_faulty_block_is_named(media: Path, user: Any, assistant: Any, images: Any, reason: str) -> None:
     row = {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}], "images": images}
     with pytest.raises(RowError, match=reason):
-        load_data_template("messages").sample("r", row, media)
+        load_data_template("messages").sample("r", row, MediaRules(media))
 
 
 VQA = {"image": "a.png", "question": "q", "answer": "x"}
@@ -195,7 +196,7 @@ VQA = {"image": "a.png", "question": "q", "answer": "x"}
 )
 def test_columns_that_are_missing_are_named(media: Path, row: dict[str, Any], reason: str) -> None:
     with pytest.raises(RowError, match=reason):
-        load_data_template("vqa").sample("r", row, media)
+        load_data_template("vqa").sample("r", row, MediaRules(media))
 
 
 def test_a_number_is_text_and_jinja_in_a_row_stays_text(media: Path) -> None:
@@ -226,13 +227,13 @@ def _columns(text: str) -> DataTemplate:
 )
 def test_a_template_stays_in_its_sandbox(source: str, tmp_path: Path) -> None:
     with pytest.raises(RowError, match=r"^r: messages\[0\]: "):
-        _columns(source).sample("r", {"a": [1]}, tmp_path)
+        _columns(source).sample("r", {"a": [1]}, MediaRules(tmp_path))
 
 
 @pytest.mark.parametrize("source", ["{{ a + 1 }}", "{{ 1 / 0 }}", "{{ a | int + none }}", "{{ '%d' % a }}", "{{ b }}"])
 def test_a_template_that_fails_on_a_row_names_it(source: str, tmp_path: Path) -> None:
     with pytest.raises(RowError, match=r"^r: messages\[0\]: .*the row has: a$"):
-        _columns(source).sample("r", {"a": "text"}, tmp_path)
+        _columns(source).sample("r", {"a": "text"}, MediaRules(tmp_path))
 
 
 OWN = """
@@ -295,12 +296,12 @@ def test_text_around_placeholders_is_kept(pieces: list[str], answer: str, tmp_pa
     if text.count("<image>") != len(pieces) - 1:
         return  # two pieces spell one more
     row = _llava(("human", text), ("gpt", answer), image=["p.png"] * (len(pieces) - 1))
-    messages = load_data_template("llava").sample("r", row, root).messages
+    messages = load_data_template("llava").sample("r", row, MediaRules(root)).messages
     kept = "".join(block.get("text", "<image>") for block in messages[0]["content"])
     last = len(pieces) - 1
     trimmed = [piece.removeprefix("\n") if number else piece for number, piece in enumerate(pieces)]
     trimmed = [piece.removesuffix("\n") if number < last else piece for number, piece in enumerate(trimmed)]
     assert kept == "<image>".join(trimmed)
     assert text_of(messages[1]) == answer
-    plain = load_data_template("llava").sample("r", _llava(("human", pieces[0]), ("gpt", answer)), root)
+    plain = load_data_template("llava").sample("r", _llava(("human", pieces[0]), ("gpt", answer)), MediaRules(root))
     assert text_of(plain.messages[0]) == pieces[0]
