@@ -63,7 +63,7 @@ class JsonLinesRows:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise RowError(row_id, "row", f"not valid JSON: {error}") from error
+            raise RowError(row_id, "row", f"not valid JSON: {error}", "row_not_json") from error
         return row_id, _object(row_id, row)
 
 
@@ -72,7 +72,7 @@ Rows = JsonRows | JsonLinesRows
 
 def _object(row_id: str, row: Any) -> Row:
     if not isinstance(row, dict):
-        raise RowError(row_id, "row", f"expected an object, found {type(row).__name__}")
+        raise RowError(row_id, "row", f"expected an object, found {type(row).__name__}", "row_not_object")
     return row
 
 

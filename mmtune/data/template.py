@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateRuntimeError
+from jinja2 import StrictUndefined, Template, TemplateError, TemplateRuntimeError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mmtune.data.media import Media, MediaRules, resolve_media
+from mmtune.data.media import Media, MediaRules, kind_of, resolve_media
 from mmtune.data.message import Message, RowError, Sample
 from mmtune.data.source import Row
 from mmtune.errors import UserError, nearest
@@ -90,19 +90,19 @@ class DataTemplate(_Strict):
         spec = self.conversation
         turns = row.get(spec.field)
         if not isinstance(turns, list) or not turns:
-            raise RowError(row_id, spec.field, "expected a list of turns" + _among(row, spec.field))
+            kind = "field_type" if spec.field in row else "field_missing"
+            raise RowError(row_id, spec.field, "expected a list of turns" + _among(row, spec.field), kind)
         images = iter(paths := self._row_images(row_id, row, rules))
         messages: list[Message] = []
         used = 0
         for number, turn in enumerate(turns):
             where = f"{spec.field}[{number}]"
             if not isinstance(turn, dict) or spec.role not in turn or spec.text not in turn:
-                raise RowError(row_id, where, f"expected an object with '{spec.role}' and '{spec.text}'")
+                raise RowError(row_id, where, f"expected an object with '{spec.role}' and '{spec.text}'", "field_missing")
             speaker, text = turn[spec.role], turn[spec.text]
             if not isinstance(speaker, str) or speaker not in spec.roles:
-                raise RowError(
-                    row_id, f"{where}.{spec.role}", f"unknown speaker {speaker!r}{nearest(str(speaker), set(spec.roles))}"
-                )
+                told = f"unknown speaker {speaker!r}{nearest(str(speaker), set(spec.roles))}"
+                raise RowError(row_id, f"{where}.{spec.role}", told, "role_unknown")
             role = spec.roles[speaker]
             if isinstance(text, list):
                 content = [
@@ -111,12 +111,13 @@ class DataTemplate(_Strict):
             elif isinstance(text, str):
                 content = self._split(text, images) if role != "assistant" else [{"type": "text", "text": text}]
             else:
-                raise RowError(row_id, f"{where}.{spec.text}", f"expected text, found {type(text).__name__}")
+                raise RowError(row_id, f"{where}.{spec.text}", f"expected text, found {type(text).__name__}", "field_type")
             used += sum(1 for block in content if block["type"] == "image")
             messages.append({"role": role, "content": content})
         missing = any(block.get("image") is None for m in messages for block in m["content"] if block["type"] == "image")
         if missing or next(images, None) is not None:
-            raise RowError(row_id, self.images or spec.field, f"{len(paths)} images for {used} '{self.placeholder}' placeholders")
+            told = f"{len(paths)} images for {used} '{self.placeholder}' placeholders"
+            raise RowError(row_id, self.images or spec.field, told, "placeholder_count")
         return messages
 
     def _from_columns(self, row_id: str, row: Row, rules: MediaRules) -> list[Message]:
@@ -135,7 +136,8 @@ class DataTemplate(_Strict):
         try:
             return _compile(source).render(row)
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:  # Jinja runs Python's operators
-            raise RowError(row_id, where, f"{error}; the row has: {', '.join(map(str, row))}") from error
+            kind = "field_missing" if isinstance(error, UndefinedError) else "field_type"
+            raise RowError(row_id, where, f"{error}; the row has: {', '.join(map(str, row))}", kind) from error
 
     def _row_images(self, row_id: str, row: Row, rules: MediaRules) -> list[Media]:
         value = row.get(self.images) if self.images else None
@@ -167,7 +169,7 @@ class DataTemplate(_Strict):
             return {"type": "image", "image": _media(row_id, where, named, rules) if named else next(images, None)}
         if kind == "image_url" and isinstance(block.get("image_url"), dict):
             return {"type": "image", "image": _media(row_id, where, block["image_url"].get("url"), rules)}
-        raise RowError(row_id, where, f"expected a text or image block, found {block!r}"[:200])
+        raise RowError(row_id, where, f"expected a text or image block, found {block!r}"[:200], "field_type")
 
 
 @cache
@@ -187,7 +189,7 @@ def _media(row_id: str, field: str, name: Any, rules: MediaRules) -> Media:
     try:
         return resolve_media(name, rules)
     except ValueError as error:
-        raise RowError(row_id, field, str(error)) from error
+        raise RowError(row_id, field, str(error), kind_of(error)) from error
 
 
 def _among(row: Row, field: str) -> str:
@@ -197,16 +199,18 @@ def _among(row: Row, field: str) -> str:
 def _check_turns(row_id: str, messages: list[Message]) -> None:
     spoken = [message["role"] for message in messages if message["role"] != "system"]
     if any(message["role"] == "system" for message in messages[1:]):
-        raise RowError(row_id, "messages", "a system message comes first or not at all")
+        raise RowError(row_id, "messages", "a system message comes first or not at all", "role_order")
     if not spoken or spoken[0] != "user" or any(a == b for a, b in pairwise(spoken)):
-        raise RowError(row_id, "messages", f"turns alternate from user to assistant, found {', '.join(spoken) or 'none'}")
+        told = f"turns alternate from user to assistant, found {', '.join(spoken) or 'none'}"
+        raise RowError(row_id, "messages", told, "role_order")
     if spoken[-1] != "assistant":
-        raise RowError(row_id, "messages", "no answer: the last turn is the user's")
+        kind = "answer_missing" if "assistant" in spoken else "nothing_supervised"
+        raise RowError(row_id, "messages", "no answer: the last turn is the user's", kind)
     for number, message in enumerate(messages):
         if message["role"] == "assistant" and not any(b["type"] == "text" and b["text"].strip() for b in message["content"]):
-            raise RowError(row_id, f"messages[{number}]", "the answer is empty")
+            raise RowError(row_id, f"messages[{number}]", "the answer is empty", "answer_empty")
         if message["role"] == "assistant" and any(b["type"] == "image" for b in message["content"]):
-            raise RowError(row_id, f"messages[{number}]", "an answer cannot hold an image")
+            raise RowError(row_id, f"messages[{number}]", "an answer cannot hold an image", "image_in_answer")
 
 
 def load_data_template(name: str) -> DataTemplate:
