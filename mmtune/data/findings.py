@@ -52,6 +52,7 @@ KINDS: dict[str, Kind] = {
     "duplicate_row": Kind("warning", "remove the copies, or give the source a weight to repeat it"),
     "row_held_out": Kind("warning", "remove the row from the training data, or the score will be of what was learnt"),
     "box_outside": Kind("warning", "correct the box: it should lie within the image"),
+    "box_malformed": Kind("warning", "write the box as four numbers"),
     "image_end_marker": Kind("warning", "write the image again: it decodes, but its end marker is missing"),
     "image_animated": Kind("warning", "extract the frame you mean: only the first is used"),
     "image_rotated": Kind("note", "nothing: it is turned upright when opened; boxes must be of the upright image"),

@@ -1,0 +1,338 @@
+"""The doctor: every row of the data and the header of every image, in several processes, without decoding any.
+
+What it calls an error is what training would quarantine, because it asks the same code: the data template makes the sample,
+images are opened as training opens them, and with a processor at hand the text is encoded too. Only damage inside an image
+file can pass here and fail there, unless the images are decoded here as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+from transformers import ProcessorMixin
+
+from mmtune.console import shows_progress
+from mmtune.data.findings import KINDS, Finding, finding
+from mmtune.data.image_check import inspect_image
+from mmtune.data.media import MediaRules
+from mmtune.data.message import Message, RowError, Sample, text_of
+from mmtune.data.source import Row, Rows, open_rows
+from mmtune.data.template import DataTemplate, load_data_template
+from mmtune.recipe import Source
+
+CHUNK = 256  # rows that a process takes at once
+ID_FIELDS = ("id", "question_id")
+BOX_FIELDS = ("bbox", "box", "bboxes", "boxes")
+CONTROL_TOKENS = (
+    *("<s>", "</s>", "<unk>", "<pad>", "<bos>", "<eos>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
+    *("<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<end_of_turn>", "<end_of_utterance>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    *("<image>", "<video>", "<audio>", "<|image|>", "<|video|>", "<|audio|>", "<img>", "</img>", "<IMG_CONTEXT>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<image_soft_token>"),
+    *("<start_of_image>", "<end_of_image>", "<fake_token_around_image>", "<global-img>", "[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+)
+"""Control tokens of well-known models, looked for in the rows' text when the recipe's own tokenizer is not at hand."""
+
+Digests = np.ndarray[Any, np.dtype[np.uint64]]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What rows are held to besides their templates.
+
+    Attributes:
+        processor: the recipe's; None encodes no text.
+        max_tokens: the recipe's `data.max_tokens`.
+        over_length: the recipe's `data.over_length`.
+        decode: decode every image too.
+    """
+
+    processor: ProcessorMixin | None = None
+    max_tokens: int | None = None
+    over_length: str = "error"
+    decode: bool = False
+
+
+@dataclass
+class Summary:
+    """What was found, counted."""
+
+    rows: int
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, list[str]] = field(default_factory=dict)
+    faulty_rows: int = 0
+    _faulty: str | None = field(default=None, init=False, repr=False)
+
+    def add(self, found: Finding) -> None:
+        """Count a finding; the errors of one row come one after the other."""
+        self.counts[found.finding] += 1
+        first = self.first.setdefault(found.finding, [])
+        if len(first) < 3:
+            first.append(found.row)
+        if found.severity == "error" and found.row != self._faulty:
+            self._faulty = found.row
+            self.faulty_rows += 1
+
+    def severities(self) -> dict[str, int]:
+        """The number of findings of each severity."""
+        totals = dict.fromkeys(("error", "warning", "note"), 0)
+        for name, count in self.counts.items():
+            totals[KINDS[name].severity] += count
+        return totals
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures."""
+        return {"rows": self.rows, "faulty_rows": self.faulty_rows, "severities": self.severities(), "counts": dict(self.counts)}
+
+    def show(self) -> None:
+        """Print a table: each kind of finding, the gravest first, how many, the first rows that have it, and what to do."""
+        if self.counts:
+            table = Table(title="Findings", title_justify="left")
+            for name in ("severity", "finding", "count", "first rows", "fix"):
+                table.add_column(name, justify="right" if name == "count" else "left")
+            styles = {"error": "bold red", "warning": "yellow", "note": "dim"}
+            for name, kind in KINDS.items():
+                if count := self.counts[name]:
+                    rows = ", ".join(self.first[name]) + (", ..." if count > len(self.first[name]) else "")
+                    table.add_row(Text(kind.severity, styles[kind.severity]), name, f"{count:,}", Text(rows), kind.fix)
+            Console().print(table)
+        told = ", ".join(f"{count:,} {severity}{'' if count == 1 else 's'}" for severity, count in self.severities().items())
+        print(f"checked: {self.rows:,} rows, {self.faulty_rows:,} cannot train: {told}")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One source, open."""
+
+    rows: Rows
+    template: DataTemplate
+    rules: MediaRules
+    count: int
+    held_out: bool
+    known: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What was found in some rows that follow each other; the digests are 0 where there is nothing to compare."""
+
+    part: int
+    first: int
+    findings: list[Finding]
+    rows: Digests
+    ids: Digests
+    unknown: dict[str, tuple[int, str]]
+
+
+class Doctor(torch.utils.data.Dataset[_Chunk]):
+    """Checks every row of some sources."""
+
+    def __init__(self, train: Sequence[Source], held_out: Sequence[Source] = (), rules: Rules | None = None) -> None:
+        """
+        Args:
+            train: the sources that train.
+            held_out: those of the evaluation, which should have no row in common with them.
+            rules: what rows are held to.
+
+        Raises:
+            UserError: a missing or unreadable file, or an unknown template.
+        """
+        self._rules = rules or Rules()
+        self._control = _spelling(self._rules.processor)
+        names = Counter(Path(path).name for path in {source.path for source in (*train, *held_out)})
+        self._parts = [_open(source, number >= len(train), names) for number, source in enumerate((*train, *held_out))]
+        self._ends = list(accumulate(-(-part.count // CHUNK) for part in self._parts))
+        self.rows = sum(part.count for part in self._parts)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def findings(self, processes: int | None = None) -> Iterator[Finding]:
+        """Everything that is found, row after row; what comes of comparing rows with each other comes last.
+
+        A bar shows the progress on a terminal.
+
+        Args:
+            processes: how many work at once; None takes one a core, and none besides this one for few rows.
+        """
+        if processes is None:
+            processes = 0 if len(self) < 2 else min(len(self), len(os.sched_getaffinity(0)))
+        workers = torch.utils.data.DataLoader(self, batch_size=None, num_workers=processes, collate_fn=_as_it_is)
+        digests: list[list[_Chunk]] = [[] for _ in self._parts]
+        with Progress(console=Console(stderr=True), disable=not shows_progress(), transient=True) as progress:
+            bar = progress.add_task("checking rows", total=self.rows)
+            for chunk in workers:
+                yield from chunk.findings
+                digests[chunk.part].append(chunk)
+                progress.advance(bar, len(chunk.rows))
+        for number, chunks in enumerate(digests):
+            yield from _unknown_fields(chunks)
+            yield from self._repeated(number, "duplicate_row", np.concatenate([chunk.rows for chunk in chunks]))
+            yield from self._repeated(number, "duplicate_id", np.concatenate([chunk.ids for chunk in chunks]))
+        yield from self._held_out([np.concatenate([chunk.rows for chunk in chunks]) for chunks in digests])
+
+    def __getitem__(self, index: int) -> _Chunk:
+        number = bisect_right(self._ends, range(len(self))[index])
+        part = self._parts[number]
+        first = (index - (self._ends[number - 1] if number else 0)) * CHUNK
+        found: list[Finding] = []
+        rows, ids, unknown = [], [], {}
+        for position in range(first, min(first + CHUNK, part.count)):
+            row_digest = id_digest = 0
+            try:
+                row_id, row = part.rows[position]
+            except RowError as error:
+                found.append(_of(error))
+            else:
+                media = []
+                try:
+                    sample = part.template.sample(row_id, row, part.rules)
+                    media = sample.images
+                    found += self._sample(sample, row)
+                except RowError as error:
+                    found.append(_of(error))
+                row_digest, id_digest = _digest((row, [str(image) for image in media])), _id_digest(row)
+                for name in row.keys() - part.known:
+                    count, where = unknown.get(name, (0, row_id))
+                    unknown[name] = (count + 1, where)
+            rows.append(row_digest)
+            ids.append(id_digest)
+        return _Chunk(number, first, found, np.array(rows, np.uint64), np.array(ids, np.uint64), unknown)
+
+    def _sample(self, sample: Sample, row: Row) -> Iterator[Finding]:
+        images = sample.images
+        sizes = []
+        for number, media in enumerate(images):
+            report = inspect_image(media, self._rules.decode)
+            sizes.append(report.size)
+            where = "image" if len(images) == 1 else f"image[{number}]"
+            yield from (finding(sample.id, where, name, detail) for name, detail in report.findings)
+        for number, message in enumerate(sample.messages):
+            yield from self._text(sample.id, f"messages[{number}]", message)
+        if len(sizes) == 1 and sizes[0] is not None:
+            yield from _boxes(sample.id, row, sizes[0])
+
+    def _text(self, row_id: str, where: str, message: Message) -> Iterator[Finding]:
+        text = text_of(message)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            yield finding(row_id, where, "text_not_unicode", f"the text is not valid Unicode: {error}")
+        if "\0" in text:
+            yield finding(row_id, where, "text_nul", f"{text.count(chr(0))} NUL characters")
+        if spelt := sorted(set(self._control.findall(text))):
+            yield finding(row_id, where, "control_token", f"the text spells {', '.join(spelt)}")
+
+    def _repeated(self, number: int, kind: str, digests: Digests) -> Iterator[Finding]:
+        """The rows of a source that are the same as an earlier one, by their digests."""
+        _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+        earlier = first[inverse]
+        for position in np.flatnonzero((earlier != np.arange(len(digests))) & (digests != 0)):
+            row = self._row_id(number, int(position))
+            yield finding(
+                row, "row" if kind == "duplicate_row" else "id", kind, f"as {self._row_id(number, int(earlier[position]))}"
+            )
+
+    def _held_out(self, digests: list[Digests]) -> Iterator[Finding]:
+        """The rows of the evaluation that train as well."""
+        trains = [number for number, part in enumerate(self._parts) if not part.held_out]
+        for number, part in enumerate(self._parts):
+            for other in trains if part.held_out else ():
+                both, here, there = np.intersect1d(digests[number], digests[other], return_indices=True)
+                for position, twin in sorted(zip(here[both != 0].tolist(), there[both != 0].tolist(), strict=True)):
+                    told = f"also in the training data: {self._row_id(other, twin)}"
+                    yield finding(self._row_id(number, position), "row", "row_held_out", told)
+
+    def _row_id(self, number: int, position: int) -> str:
+        return self._parts[number].rows[position][0]
+
+
+def _open(source: Source, held_out: bool, names: Counter[str]) -> _Part:
+    path = Path(source.path)
+    rows = open_rows(path, path.name if names[path.name] == 1 else str(path))
+    root = Path(source.media_root) if source.media_root else path.parent
+    rules = MediaRules(root, source.allow_outside_root, source.allow_urls)
+    template = load_data_template(source.template)
+    return _Part(rows, template, rules, min(len(rows), source.limit or len(rows)), held_out, frozenset())
+
+
+def _as_it_is(chunk: _Chunk) -> _Chunk:
+    return chunk
+
+
+def _of(error: RowError) -> Finding:
+    return finding(error.row, error.field, error.finding, error.detail)
+
+
+def _spelling(processor: ProcessorMixin | None) -> re.Pattern[str]:
+    """Matches the control tokens that text should not spell."""
+    tokens: set[str] = set(CONTROL_TOKENS)
+    if processor is not None:
+        added = processor.tokenizer.added_tokens_decoder.values()
+        template = str(processor.chat_template)
+        tokens = {*processor.tokenizer.all_special_tokens, *(t.content for t in added if t.special or t.content in template)}
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+
+
+def _digest(value: Any) -> int:
+    text = json.dumps(value, sort_keys=True, default=_plain)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) or 1
+
+
+def _plain(value: Any) -> str:
+    return hashlib.blake2b(value).hexdigest() if isinstance(value, bytes) else str(value)
+
+
+def _id_digest(row: Row) -> int:
+    given = next((row[name] for name in ID_FIELDS if name in row), None)
+    return _digest(given) if isinstance(given, (str, int)) and given != "" else 0
+
+
+def _unknown_fields(chunks: list[_Chunk]) -> Iterator[Finding]:
+    """One finding for a field that the template does not read, however many rows have it."""
+    total: dict[str, tuple[int, str]] = {}
+    for chunk in chunks:
+        for name, (count, where) in chunk.unknown.items():
+            earlier, first = total.get(name, (0, where))
+            total[name] = (earlier + count, first)
+    for name, (count, first) in total.items():
+        yield finding(first, name, "field_unknown", f"{count:,} rows have it, this one first")
+
+
+def _boxes(row_id: str, row: Row, size: tuple[int, int]) -> Iterator[Finding]:
+    """Boxes that lie outside the image whether they are read as corners or as a corner, width and height."""
+    for name in BOX_FIELDS:
+        given = row.get(name)
+        boxes = given if isinstance(given, list) and any(isinstance(box, list) for box in given) else [given]
+        for number, box in enumerate(boxes if given else ()):
+            where = name if boxes[0] is given else f"{name}[{number}]"
+            if not (isinstance(box, list) and len(box) == 4 and all(isinstance(edge, (int, float)) for edge in box)):
+                yield finding(row_id, where, "box_malformed", f"expected four numbers, found {box!r}"[:200])
+            elif not _inside(box, size):
+                yield finding(row_id, where, "box_outside", f"{box} in an image of {size[0]} x {size[1]} pixels")
+
+
+def _inside(box: list[float], size: tuple[int, int]) -> bool:
+    left, top, third, fourth = box
+    if not all(math.isfinite(edge) and edge >= 0 for edge in box):
+        return False
+    corners = left <= third <= size[0] and top <= fourth <= size[1]
+    return corners or (left + third <= size[0] and top + fourth <= size[1])
