@@ -1,216 +1,149 @@
 """Data templates: YAML files that turn a row of any format into typed messages.
 
 A template says either where a row keeps its conversation (`conversation`), or how to write one from the row's
-columns (`messages`, in sandboxed Jinja). `docs/data.md` documents the format; `data_templates/` holds those that ship.
+columns (`messages`, in sandboxed Jinja). `docs/data_templates.md` documents the format; `data_templates/` holds those that ship.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateRuntimeError, UndefinedError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from mmtune.data.media import Media, MediaRules, kind_of, resolve_media
+from mmtune.data.columns import Boxes, Columns, Turn
+from mmtune.data.conversation import PLACEHOLDERS, Conversation
+from mmtune.data.expressions import Declaration, check_jinja
+from mmtune.data.media import MediaRules
 from mmtune.data.message import Message, RowError, Sample
+from mmtune.data.prompts import PLAIN, Options, Prompting, Verbalizer
 from mmtune.data.source import Row
 from mmtune.errors import UserError, nearest
 from mmtune.shipped import shipped_dir
 
 ROLES = ("system", "user", "assistant")
+_IN_CONVERSATIONS = ("images", "videos", "audio", "placeholder")
+_IN_MESSAGES = ("repeat", "options", "verbalizer", "boxes", "references")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Join(Declaration):
+    """Each row's partner in another list, which Jinja reads as `joined`."""
+
+    on: str = Field(description="The row's field that names its partner.")
+    to: str | None = Field(default=None, description="The partner's field of the same value; null: named as `on`.")
+    rows: str | None = Field(default=None, description="Where the partner's file holds its list, as `rows` of the template.")
+    same_file: bool = Field(default=False, description="The list is in the rows' own file; otherwise the source names one, `join`.")
 
 
-class Conversation(_Strict):
-    """Where a row keeps its turns."""
-
-    field: str = Field(description="The row's field that holds the list of turns.")
-    role: str = Field(description="The turn's key that names the speaker.")
-    text: str = Field(description="The turn's key that holds the text, or a list of typed blocks.")
-    roles: dict[str, str] = Field(description="Speaker name to user, assistant or system.")
-
-
-class Turn(_Strict):
-    """One message written from the row's columns."""
-
-    role: str
-    images: tuple[str, ...] = Field(default=(), description="Jinja for each image's path, shown before the text.")
-    text: str = Field(description="Jinja for the text.")
-
-
-class DataTemplate(_Strict):
+class DataTemplate(Declaration):
     """One data template. Exactly one of `conversation` and `messages` is given."""
 
     description: str
+    rows: str | None = Field(
+        default=None, description="Where a JSON file holds its rows: a key, or '*' for an object of rows by key; null: a list."
+    )
+    join: Join | None = None
     conversation: Conversation | None = None
+    images: str | None = Field(default=None, description="The row's field with one image, or a list of them.")
+    videos: str | None = Field(default=None, description="The row's field with one video, or a list of them.")
+    audio: str | None = Field(default=None, description="The row's field with one sound, or a list of them.")
+    placeholder: str = Field(
+        default=PLACEHOLDERS["image"], min_length=1, description="What stands in a turn's text where an image goes."
+    )
     messages: tuple[Turn, ...] = ()
-    images: str | None = Field(default=None, description="The row's field with one image path, or a list of them.")
-    placeholder: str = Field(default="<image>", description="What stands in a turn's text where an image goes.")
-    task: str | None = Field(default=None, description="The row's field that names its task, if it has one.")
+    repeat: dict[str, str] = Field(default_factory=dict, description="Name to the row's list whose items it takes in turn.")
+    options: Options | None = None
+    verbalizer: Verbalizer | None = None
+    boxes: Boxes | None = None
+    references: str | None = Field(default=None, description="Jinja: the list of all accepted answers.")
+    task: str | None = Field(default=None, description="The row's field that names its task, if it has one; a.b is b inside a.")
     example: dict[str, Any] = Field(description="A row in this format; `--rehearse` and the tests use it.")
 
     @model_validator(mode="after")
     def _one_form(self) -> DataTemplate:
         if (self.conversation is None) == (not self.messages):
             raise ValueError("give exactly one of 'conversation' and 'messages'")
+        form, other = ("messages", _IN_CONVERSATIONS) if self.messages else ("conversation", _IN_MESSAGES)
+        for name in other:
+            if name in self.model_fields_set:
+                raise ValueError(f"'{name}' means nothing beside '{form}'")
         roles = self.conversation.roles.values() if self.conversation else [turn.role for turn in self.messages]
         for role in roles:
             if role not in ROLES:
                 raise ValueError(f"'{role}' is no role; roles are {', '.join(ROLES)}")
-        for turn in self.messages:
-            for source in (*turn.images, turn.text):
-                try:
-                    _compile(source)
-                except TemplateError as error:
-                    raise ValueError(f"not valid Jinja: {error}: {source}") from error
+        if self.options is not None and self.verbalizer is not None:
+            raise ValueError("give one of 'options' and 'verbalizer'")
+        if self.references is not None:
+            check_jinja(self.references)
         return self
 
-    def sample(self, row_id: str, row: Row, rules: MediaRules) -> Sample:
-        """Turn a row into messages and check what can be checked without opening an image.
+    def sample(self, row_id: str, row: Row, rules: MediaRules, prompting: Prompting = PLAIN) -> Sample:
+        """Turn a row into messages and check what can be checked without decoding an image.
+
+        Args:
+            row_id: names the row in errors, and settles its draws.
+            row: with its partner under `joined`, where the template has a join.
+            rules: which media the row may name.
+            prompting: what the recipe's source adds.
 
         Raises:
             RowError: a missing field, an unknown speaker, turns out of order, an empty answer, an image that is missing or
-                outside the media root, or a number of images that differs from the number of placeholders.
+                outside the media root, a number of images that differs from the number of placeholders, or a box outside the image.
         """
-        messages = self._from_turns(row_id, row, rules) if self.conversation else self._from_columns(row_id, row, rules)
+        choices: tuple[str, ...] = ()
+        references: tuple[str, ...] = ()
+        if self.conversation:
+            fields = {kind: name for kind, name in self._media_fields().items() if name is not None}
+            messages = self.conversation.messages(row_id, row, rules, fields, self.placeholder)
+        else:
+            messages, choices, references = self._columns().messages(row_id, row, rules, prompting)
+        if prompting.system is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompting.system}]})
         _check_turns(row_id, messages)
-        task = row.get(self.task) if self.task else None
-        return Sample(id=row_id, messages=messages, task=None if task is None else str(task))
+        return Sample(row_id, messages, task=self._task(row_id, row), choices=choices, references=references)
 
-    def _from_turns(self, row_id: str, row: Row, rules: MediaRules) -> list[Message]:
-        assert self.conversation is not None
-        spec = self.conversation
-        turns = row.get(spec.field)
-        if not isinstance(turns, list) or not turns:
-            kind = "field_type" if spec.field in row else "field_missing"
-            raise RowError(row_id, spec.field, "expected a list of turns" + _among(row, spec.field), kind)
-        images = iter(paths := self._row_images(row_id, row, rules))
-        messages: list[Message] = []
-        used = 0
-        for number, turn in enumerate(turns):
-            where = f"{spec.field}[{number}]"
-            if not isinstance(turn, dict) or spec.role not in turn or spec.text not in turn:
-                raise RowError(row_id, where, f"expected an object with '{spec.role}' and '{spec.text}'", "field_missing")
-            speaker, text = turn[spec.role], turn[spec.text]
-            if not isinstance(speaker, str) or speaker not in spec.roles:
-                told = f"unknown speaker {speaker!r}{nearest(str(speaker), set(spec.roles))}"
-                raise RowError(row_id, f"{where}.{spec.role}", told, "role_unknown")
-            role = spec.roles[speaker]
-            if isinstance(text, list):
-                content = [
-                    self._block(row_id, f"{where}.{spec.text}[{i}]", block, rules, images) for i, block in enumerate(text)
-                ]
-            elif isinstance(text, str):
-                content = self._split(text, images) if role != "assistant" else [{"type": "text", "text": text}]
-            else:
-                raise RowError(row_id, f"{where}.{spec.text}", f"expected text, found {type(text).__name__}", "field_type")
-            used += sum(1 for block in content if block["type"] == "image")
-            messages.append({"role": role, "content": content})
-        missing = any(block.get("image") is None for m in messages for block in m["content"] if block["type"] == "image")
-        if missing or next(images, None) is not None:
-            told = f"{len(paths)} images for {used} '{self.placeholder}' placeholders"
-            raise RowError(row_id, self.images or spec.field, told, "placeholder_count")
-        return messages
+    def _media_fields(self) -> dict[str, str | None]:
+        return {"image": self.images, "video": self.videos, "audio": self.audio}
 
-    def _from_columns(self, row_id: str, row: Row, rules: MediaRules) -> list[Message]:
-        messages: list[Message] = []
-        for number, turn in enumerate(self.messages):
-            where = f"messages[{number}]"
-            content: list[dict[str, Any]] = []
-            for source in turn.images:
-                path = _media(row_id, where, self._render(row_id, where, source, row), rules)
-                content.append({"type": "image", "image": path})
-            content.append({"type": "text", "text": self._render(row_id, where, turn.text, row)})
-            messages.append({"role": turn.role, "content": content})
-        return messages
+    def _columns(self) -> Columns:
+        return Columns(self.messages, self.repeat, self.options, self.verbalizer, self.boxes, self.references)
 
-    def _render(self, row_id: str, where: str, source: str, row: Row) -> str:
-        try:
-            return _compile(source).render(row)
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:  # Jinja runs Python's operators
-            kind = "field_missing" if isinstance(error, UndefinedError) else "field_type"
-            raise RowError(row_id, where, f"{error}; the row has: {', '.join(map(str, row))}", kind) from error
-
-    def _row_images(self, row_id: str, row: Row, rules: MediaRules) -> list[Media]:
-        value = row.get(self.images) if self.images else None
-        if value is None or value == "":
-            return []
-        names = value if isinstance(value, list) else [value]
-        return [_media(row_id, self.images or "", name, rules) for name in names]
-
-    def _split(self, text: str, images: Any) -> list[dict[str, Any]]:
-        """Text around placeholders; the line break that sets a placeholder apart belongs to it, not to the text."""
-        content: list[dict[str, Any]] = []
-        pieces = text.split(self.placeholder)
-        for number, piece in enumerate(pieces):
-            if number > 0:
-                content.append({"type": "image", "image": next(images, None)})
-                piece = piece.removeprefix("\n")
-            if number < len(pieces) - 1:
-                piece = piece.removesuffix("\n")
-            if piece:
-                content.append({"type": "text", "text": piece})
-        return content
-
-    def _block(self, row_id: str, where: str, block: Any, rules: MediaRules, images: Any) -> dict[str, Any]:
-        kind = block.get("type") if isinstance(block, dict) else None
-        if kind == "text" and isinstance(block.get("text"), str):
-            return {"type": "text", "text": block["text"]}
-        if kind == "image":
-            named = block.get("image") or block.get("path") or block.get("url")
-            return {"type": "image", "image": _media(row_id, where, named, rules) if named else next(images, None)}
-        if kind == "image_url" and isinstance(block.get("image_url"), dict):
-            return {"type": "image", "image": _media(row_id, where, block["image_url"].get("url"), rules)}
-        raise RowError(row_id, where, f"expected a text or image block, found {block!r}"[:200], "field_type")
+    def _task(self, row_id: str, row: Row) -> str | None:
+        value = lookup(row, self.task) if self.task else None
+        if value is not None and not isinstance(value, (str, int, float)):
+            raise RowError(row_id, str(self.task), f"expected a task's name, found {type(value).__name__}")
+        return None if value is None else str(value)
 
 
-@cache
-def _compile(source: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, finalize=_written)
-    return environment.from_string(source)
-
-
-def _written(value: Any) -> Any:
-    """Jinja would write Python's own words for these, and the model would learn them."""
-    if value is None or isinstance(value, (list, dict)):
-        raise TemplateRuntimeError(f"a text cannot be made of {'null' if value is None else f'a {type(value).__name__}'}")
+def lookup(row: Mapping[str, Any], field: str) -> Any:
+    """The value of a field, `a.b` for the field `b` of the object in field `a`; None where there is none."""
+    value: Any = row
+    for part in field.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
     return value
-
-
-def _media(row_id: str, field: str, name: Any, rules: MediaRules) -> Media:
-    try:
-        return resolve_media(name, rules)
-    except ValueError as error:
-        raise RowError(row_id, field, str(error), kind_of(error)) from error
-
-
-def _among(row: Row, field: str) -> str:
-    return "" if field in row else nearest(field, {str(key) for key in row})
 
 
 def _check_turns(row_id: str, messages: list[Message]) -> None:
     spoken = [message["role"] for message in messages if message["role"] != "system"]
     if any(message["role"] == "system" for message in messages[1:]):
-        raise RowError(row_id, "messages", "a system message comes first or not at all", "role_order")
+        raise RowError(row_id, "messages", "a system message comes first or not at all")
     if not spoken or spoken[0] != "user" or any(a == b for a, b in pairwise(spoken)):
-        told = f"turns alternate from user to assistant, found {', '.join(spoken) or 'none'}"
-        raise RowError(row_id, "messages", told, "role_order")
+        raise RowError(row_id, "messages", f"turns alternate from user to assistant, found {', '.join(spoken) or 'none'}")
     if spoken[-1] != "assistant":
-        kind = "answer_missing" if "assistant" in spoken else "nothing_supervised"
-        raise RowError(row_id, "messages", "no answer: the last turn is the user's", kind)
+        raise RowError(row_id, "messages", "no answer: the last turn is the user's")
     for number, message in enumerate(messages):
+        media = [block["type"] for block in message["content"] if block["type"] != "text"]
         if message["role"] == "assistant" and not any(b["type"] == "text" and b["text"].strip() for b in message["content"]):
-            raise RowError(row_id, f"messages[{number}]", "the answer is empty", "answer_empty")
-        if message["role"] == "assistant" and any(b["type"] == "image" for b in message["content"]):
-            raise RowError(row_id, f"messages[{number}]", "an answer cannot hold an image", "image_in_answer")
+            raise RowError(row_id, f"messages[{number}]", "the answer is empty")
+        if message["role"] == "assistant" and media:
+            raise RowError(row_id, f"messages[{number}]", f"an answer cannot hold {_with_article(media[0])}")
+
+
+def _with_article(kind: str) -> str:
+    return "audio" if kind == "audio" else f"an {kind}" if kind == "image" else f"a {kind}"
 
 
 def load_data_template(name: str) -> DataTemplate:

@@ -1,0 +1,170 @@
+"""Rows of columns: the template writes the messages, in Jinja over the row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mmtune.data.boxes import Box, read_boxes
+from mmtune.data.conversation import among, media
+from mmtune.data.expressions import DRAW, Declaration, as_text, check_jinja, evaluate, render
+from mmtune.data.media import Media, MediaRules, image_size
+from mmtune.data.message import Message, RowError
+from mmtune.data.prompts import ClosedSet, Options, Prompting, Verbalizer, draw
+
+Context = dict[str, Any]
+
+
+class Turn(Declaration):
+    """One message written from the row's columns."""
+
+    role: str
+    images: tuple[str, ...] = Field(default=(), description="Jinja for images that are shown before the text.")
+    videos: tuple[str, ...] = Field(default=(), description="Jinja for videos.")
+    audio: tuple[str, ...] = Field(default=(), description="Jinja for sounds.")
+    text: tuple[str, ...] = Field(min_length=1, description="Jinja for the text; of several phrasings one is drawn.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_phrasing(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(given.get("text"), str):
+            return given | {"text": (given["text"],)}
+        return given
+
+    @field_validator("images", "videos", "audio", "text")
+    @classmethod
+    def _jinja(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
+        for source in sources:
+            check_jinja(source)
+        return sources
+
+    def media(self, row_id: str, where: str, row: Mapping[str, Any], context: Context, rules: MediaRules) -> list[dict[str, Any]]:
+        """The blocks of the turn's media. Jinja that gives a list gives as many."""
+        blocks = []
+        for kind, sources in {"image": self.images, "video": self.videos, "audio": self.audio}.items():
+            for source in sources:
+                value = evaluate(row_id, where, source, context, row)
+                for name in value if isinstance(value, list) else [value]:
+                    blocks.append({"type": kind, kind: media(row_id, where, name, rules)})
+        return blocks
+
+    def said(self, row_id: str, where: str, row: Mapping[str, Any], context: Context) -> str:
+        """The text, in the phrasing that the row's draw falls on."""
+        return render(row_id, where, self.text[int(context[DRAW] * len(self.text))], context, row)
+
+
+class Boxes(Declaration):
+    """Boxes in the row's image. Jinja reads the first as `box` and all of them as `boxes`."""
+
+    value: str = Field(description="Jinja: one box of four numbers in pixels, or a list of them.")
+    layout: Literal["xywh", "xyxy"] = Field(description="Corner with width and height, or two corners.")
+
+    @field_validator("value")
+    @classmethod
+    def _jinja(cls, source: str) -> str:
+        check_jinja(source)
+        return source
+
+    def read(self, row_id: str, row: Mapping[str, Any], context: Context, images: list[Media]) -> list[Box]:
+        """
+        Raises:
+            RowError: for a box that is none or reaches out of the image, or a row that has not exactly one image.
+        """
+        if len(images) != 1:
+            raise RowError(row_id, "boxes", f"boxes are those of one image, and the row has {len(images)}")
+        value = evaluate(row_id, "boxes", self.value, context, row)
+        try:
+            return read_boxes(value, self.layout, image_size(images[0]))
+        except ValueError as error:
+            raise RowError(row_id, "boxes", str(error)) from error
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a template without a conversation says of a row.
+
+    Attributes:
+        turns: the messages.
+        repeat: name to the row's list that it runs through; the turns are written once for each item.
+        options: the row's answer options.
+        verbalizer: labels to words.
+        boxes: boxes in the image.
+        references: Jinja for all accepted answers.
+    """
+
+    turns: tuple[Turn, ...]
+    repeat: Mapping[str, str]
+    options: Options | None
+    verbalizer: Verbalizer | None
+    boxes: Boxes | None
+    references: str | None
+
+    def messages(
+        self, row_id: str, row: Mapping[str, Any], rules: MediaRules, prompting: Prompting
+    ) -> tuple[list[Message], tuple[str, ...], tuple[str, ...]]:
+        """The messages, the candidate answers, and the accepted ones.
+
+        Raises:
+            RowError: naming the part of the template that cannot be made of the row.
+        """
+        rounds = self._rounds(row_id, row, {**row, DRAW: draw(prompting.seed, row_id, "phrasing")})
+        blocks = [turn.media(row_id, f"messages[{n}]", row, rounds[0], rules) for n, turn in enumerate(self.turns)]
+        extra: Context = {}
+        if self.boxes is not None:
+            images = [block["image"] for turn in blocks for block in turn if block["type"] == "image"]
+            found = self.boxes.read(row_id, row, rounds[0], images)
+            extra |= {"box": found[0], "boxes": found}
+        closed = self._closed(row_id, row, rounds[0], prompting)
+        if closed is not None:
+            extra |= closed.shared | closed.alternatives[closed.right]
+        messages: list[Message] = []
+        for number, context in enumerate(rounds):
+            for place, turn in enumerate(self.turns):
+                if turn.role == "system" and number > 0:
+                    continue
+                text = {"type": "text", "text": turn.said(row_id, f"messages[{place}]", row, context | extra)}
+                messages.append({"role": turn.role, "content": [*(blocks[place] if number == 0 else ()), text]})
+        last = rounds[-1] | extra
+        return messages, self._choices(row_id, row, last, closed), self._references(row_id, row, last)
+
+    def _rounds(self, row_id: str, row: Mapping[str, Any], context: Context) -> list[Context]:
+        """What Jinja can read, once for each repetition."""
+        if not self.repeat:
+            return [context]
+        lists: dict[str, list[Any]] = {}
+        for name, field in self.repeat.items():
+            values = row.get(field)
+            if not isinstance(values, list) or not values:
+                raise RowError(row_id, field, "expected a list that is not empty" + among(row, field))
+            lists[name] = values
+        counts = {field: len(lists[name]) for name, field in self.repeat.items()}
+        if len(set(counts.values())) > 1:
+            told = ", ".join(f"{count} {field}" for field, count in counts.items())
+            raise RowError(row_id, next(iter(counts)), f"the lists differ in length: {told}")
+        return [context | dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+    def _closed(self, row_id: str, row: Mapping[str, Any], context: Context, prompting: Prompting) -> ClosedSet | None:
+        part = self.options or self.verbalizer
+        return None if part is None else part.read(row_id, row, context, prompting)
+
+    def _choices(self, row_id: str, row: Mapping[str, Any], context: Context, closed: ClosedSet | None) -> tuple[str, ...]:
+        """The last answer, once as each alternative would write it."""
+        if closed is None or self.turns[-1].role != "assistant":
+            return ()
+        where = f"messages[{len(self.turns) - 1}]"
+        written = [self.turns[-1].said(row_id, where, row, context | alternative) for alternative in closed.alternatives]
+        return tuple(dict.fromkeys(written))
+
+    def _references(self, row_id: str, row: Mapping[str, Any], context: Context) -> tuple[str, ...]:
+        if self.references is None:
+            return ()
+        values = evaluate(row_id, "references", self.references, context, row)
+        if not isinstance(values, list) or not values:
+            raise RowError(row_id, "references", f"expected a list of answers, found {values!r}"[:200])
+        try:
+            return tuple(dict.fromkeys(as_text(value) for value in values))
+        except ValueError as error:
+            raise RowError(row_id, "references", str(error)) from error

@@ -1,0 +1,157 @@
+"""Jinja over one row, in a sandbox: a text made of the row's columns, or the plain value of one expression."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from jinja2 import StrictUndefined, Template, TemplateError, TemplateRuntimeError, Undefined, nodes, pass_context
+from jinja2.environment import TemplateExpression
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import BaseModel, ConfigDict
+
+from mmtune.data.boxes import Box, fractions, pixels, thousandths
+from mmtune.data.message import RowError
+
+DRAW = "drawn by mmtune"
+"""The name under which an expression finds the row's draw; no name that Jinja could write, so that no row can hold it by chance."""
+
+_FAULTS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
+"""What an expression raises on a row that is not as it expects: Jinja runs Python's operators and methods."""
+
+
+class Declaration(BaseModel):
+    """A part of a data template; an unknown key in it is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def check_jinja(source: str) -> None:
+    """
+    Raises:
+        ValueError: for what is no Jinja.
+    """
+    try:
+        _text(source)
+        _value(source)
+    except TemplateError as error:
+        raise ValueError(f"not valid Jinja: {error}: {source}") from error
+
+
+def render(row_id: str, where: str, source: str, context: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """The text of a piece of Jinja.
+
+    Args:
+        row_id: of the row, for the error.
+        where: the part of the template, for the error.
+        source: the Jinja.
+        context: what it can read.
+        row: the row itself, whose columns an error lists.
+
+    Raises:
+        RowError: when it cannot be made of this row.
+    """
+    try:
+        return _text(source).render(context)
+    except _FAULTS as error:
+        raise _told(row_id, where, error, row) from error
+
+
+def evaluate(row_id: str, where: str, source: str, context: Mapping[str, Any], row: Mapping[str, Any]) -> Any:
+    """The value of Jinja that is one `{{ expression }}` and nothing else: a list stays a list. Other Jinja gives its text.
+
+    Args and errors are those of `render`.
+    """
+    try:
+        compiled = _value(source)
+        if compiled is None:
+            return _text(source).render(context)
+        value = compiled(context)
+        value = list(value) if isinstance(value, Iterator) else value
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, Undefined):
+                str(item)  # raises, and says what is not defined
+        return value
+    except _FAULTS as error:
+        raise _told(row_id, where, error, row) from error
+
+
+def as_text(value: Any) -> str:
+    """A value of a row as a text would show it.
+
+    Raises:
+        ValueError: for null, lists, objects and bytes, which Python would write in its own words, and for what is no number.
+    """
+    if value is None or isinstance(value, (list, tuple, dict, set, bytes, bytearray)):
+        raise ValueError(f"a text cannot be made of {'null' if value is None else f'a {type(value).__name__}'}")
+    if isinstance(value, Box):
+        raise ValueError("a box is written by a filter: {{ box | thousandths }}, fractions or pixels")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"a text cannot be made of {value}")
+    return str(value)
+
+
+def _told(row_id: str, where: str, error: Exception, row: Mapping[str, Any]) -> RowError:
+    columns = ", ".join(map(str, row)) or "nothing"
+    return RowError(row_id, where, f"{str(error)[:300]}; the row has: {columns[:300]}")
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, Undefined):
+        return value
+    try:
+        return as_text(value)
+    except ValueError as error:
+        raise TemplateRuntimeError(str(error)) from error
+
+
+def _commonest(values: Any) -> Any:
+    """The value that a list has most often, and of equals the first."""
+    values = list(values)
+    if not values:
+        raise ValueError("commonest of an empty list")
+    return max(values, key=values.count)
+
+
+@pass_context
+def _pick(context: Context, values: Any) -> Any:
+    """One item of a list, by the row's draw."""
+    values = list(values)
+    if not values:
+        raise ValueError("pick from an empty list")
+    return values[int(context[DRAW] * len(values))]
+
+
+@cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, finalize=_written)
+    own = {"commonest": _commonest, "pick": _pick, "thousandths": thousandths, "fractions": fractions, "pixels": pixels}
+    environment.filters.update(own)
+    return environment
+
+
+@cache
+def _text(source: str) -> Template:
+    return _environment().from_string(source)
+
+
+@cache
+def _value(source: str) -> TemplateExpression | None:
+    body = _environment().parse(source).body
+    alone = len(body) == 1 and isinstance(body[0], nodes.Output) and len(body[0].nodes) == 1
+    if not alone or isinstance(body[0].nodes[0], nodes.TemplateData):  # type: ignore[attr-defined]
+        return None
+    inner = re.sub(r"^\s*\{\{[-+]?|[-+]?\}\}\s*$", "", source)
+    return _environment().compile_expression(inner, undefined_to_none=False)
