@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmtune.data.collate import collate
 from mmtune.data.encode import (
     IGNORE_INDEX,
     OverLength,
     check_chat_template,
-    collate,
     encode_prompt,
     encode_sample,
     with_images,
