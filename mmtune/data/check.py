@@ -14,7 +14,7 @@ import os
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -194,7 +194,8 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
         part = self._parts[number]
         first = (index - (self._ends[number - 1] if number else 0)) * CHUNK
         found: list[Finding] = []
-        rows, ids, unknown = [], [], {}
+        rows, ids = [], []
+        unknown: dict[str, tuple[int, str]] = {}
         for position in range(first, min(first + CHUNK, part.count)):
             row_digest = id_digest = 0
             try:
@@ -206,7 +207,7 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
                 try:
                     sample = part.template.sample(row_id, row, part.rules)
                     media = sample.images
-                    found += self._sample(sample, row)
+                    found += self._sample(sample, row, part.template.boxes is not None)
                 except RowError as error:
                     found.append(_of(error))
                 row_digest, id_digest = _digest((row, [str(image) for image in media])), _id_digest(row)
@@ -217,7 +218,7 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
             ids.append(id_digest)
         return _Chunk(number, first, found, np.array(rows, np.uint64), np.array(ids, np.uint64), unknown)
 
-    def _sample(self, sample: Sample, row: Row) -> Iterator[Finding]:
+    def _sample(self, sample: Sample, row: Row, declared: bool) -> Iterator[Finding]:
         images = sample.images
         sizes = []
         for number, media in enumerate(images):
@@ -227,7 +228,7 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
             yield from (finding(sample.id, where, name, detail) for name, detail in report.findings)
         for number, message in enumerate(sample.messages):
             yield from self._text(sample.id, f"messages[{number}]", message)
-        if len(sizes) == 1 and sizes[0] is not None:
+        if len(sizes) == 1 and sizes[0] is not None and not declared:
             yield from _boxes(sample.id, row, sizes[0])
 
     def _text(self, row_id: str, where: str, message: Message) -> Iterator[Finding]:
@@ -274,7 +275,7 @@ def _open(source: Source, held_out: bool, names: Counter[str]) -> _Part:
     return _Part(rows, template, rules, min(len(rows), source.limit or len(rows)), held_out, frozenset())
 
 
-def _as_it_is(chunk: _Chunk) -> _Chunk:
+def _as_it_is(chunk: Any) -> Any:
     return chunk
 
 
@@ -318,16 +319,15 @@ def _unknown_fields(chunks: list[_Chunk]) -> Iterator[Finding]:
 
 
 def _boxes(row_id: str, row: Row, size: tuple[int, int]) -> Iterator[Finding]:
-    """Boxes that lie outside the image whether they are read as corners or as a corner, width and height."""
+    """Fields that look like boxes and that the template does not read: outside the image in either layout."""
     for name in BOX_FIELDS:
         given = row.get(name)
-        boxes = given if isinstance(given, list) and any(isinstance(box, list) for box in given) else [given]
-        for number, box in enumerate(boxes if given else ()):
-            where = name if boxes[0] is given else f"{name}[{number}]"
-            if not (isinstance(box, list) and len(box) == 4 and all(isinstance(edge, (int, float)) for edge in box)):
-                yield finding(row_id, where, "box_malformed", f"expected four numbers, found {box!r}"[:200])
-            elif not _inside(box, size):
-                yield finding(row_id, where, "box_outside", f"{box} in an image of {size[0]} x {size[1]} pixels")
+        several = isinstance(given, list) and bool(given) and all(isinstance(box, list) for box in given)
+        for number, box in enumerate(given if several else [given] if isinstance(given, list) else ()):
+            numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(edge, (int, float)) for edge in box)
+            if numbers and not _inside(box, size):
+                where = f"{name}[{number}]" if several else name
+                yield finding(row_id, where, "box_suspect", f"{box} in an image of {size[0]} x {size[1]} pixels")
 
 
 def _inside(box: list[float], size: tuple[int, int]) -> bool:

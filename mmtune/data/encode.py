@@ -16,6 +16,7 @@ import torch
 from transformers import Gemma3nProcessor, Gemma3Processor, PaliGemmaProcessor, ProcessorMixin
 
 from mmtune.chat_rendering import NotExact, Span, render_conversation, render_prompt, control_tokens
+from mmtune.data.findings import kind_of
 from mmtune.data.media import open_image
 from mmtune.data.message import Message, RowError, Sample, text_of
 from mmtune.data.tokens import Places, tokenize
@@ -89,7 +90,7 @@ def _encode_text(
             control = control_tokens(tokenizer, template)
             text, spans = render_conversation(bare, template, tokenizer.special_tokens_map, control)
     except NotExact as error:
-        raise RowError(sample_id, "messages", str(error)) from error
+        raise RowError(sample_id, "messages", str(error), "chat_template") from error
     writes_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     text, media_spans, spans = _expand(sample_id, text, spans, processor, replacements)
     input_ids, offsets = tokenize(tokenizer, text, add_special_tokens=not writes_bos)
@@ -128,7 +129,7 @@ def _without_pixels(sample_id: str, messages: list[Message]) -> list[Message]:
                 content.append({"type": "image", "image": "<image>"})
             else:
                 detail = f"{block['type']} cannot be encoded yet; images and text can"
-                raise RowError(sample_id, f"messages[{number}]", detail)
+                raise RowError(sample_id, f"messages[{number}]", detail, "media_unsupported")
         bare.append({**message, "content": content})
     return bare
 
@@ -140,10 +141,10 @@ def _expand(
     token = getattr(processor, "image_token", None)
     found = text.count(token) if token else 0
     if found != len(replacements):
-        raise RowError(sample_id, "messages", f"the chat template writes {found} image placeholders for {len(replacements)} images")
+        raise RowError(sample_id, "messages", f"the chat template writes {found} image placeholders for {len(replacements)} images", "chat_template")
     if not replacements:
         if isinstance(processor, PaliGemmaProcessor):
-            raise RowError(sample_id, "image", "PaliGemma's processor takes no conversation without an image")
+            raise RowError(sample_id, "image", "PaliGemma's processor takes no conversation without an image", "image_needed")
         return text, [], spans
     if isinstance(processor, PaliGemmaProcessor):
         text, spans = _as_prefix(text, spans, processor)
@@ -178,7 +179,7 @@ def with_images(sample_id: str, messages: list[Message]) -> list[Message]:
                 try:
                     block = {"type": "image", "image": open_image(block["image"])}
                 except ValueError as error:
-                    raise RowError(sample_id, "image", str(error)) from error
+                    raise RowError(sample_id, "image", str(error), kind_of(error)) from error
             content.append(block)
         opened.append({**message, "content": content})
     return opened
@@ -197,11 +198,11 @@ def check_text(sample_id: str, messages: list[Message], processor: ProcessorMixi
         text = text_of(message)
         found = control.search(text)
         if found:
-            raise RowError(sample_id, f"messages[{number}]", f"the text spells the control token {found[0]!r}; take it out")
+            raise RowError(sample_id, f"messages[{number}]", f"the text spells the control token {found[0]!r}; take it out", "control_token")
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise RowError(sample_id, f"messages[{number}]", f"the text is not valid Unicode: {error}") from error
+            raise RowError(sample_id, f"messages[{number}]", f"the text is not valid Unicode: {error}", "text_not_unicode") from error
 
 
 def encode_sample(
@@ -286,7 +287,7 @@ def _check_beginnings(
             prompt = _encode_text(sample_id, before, processor, replacements[:images], "all", prompt=True).input_ids
             if encoded.input_ids[: len(prompt)] != prompt:
                 detail = "the answer begins with white space that the tokenizer joins to the chat template's; take it out"
-                raise RowError(sample_id, f"messages[{number}]", detail)
+                raise RowError(sample_id, f"messages[{number}]", detail, "answer_begins_with_space")
 
 
 def encode_prompt(sample_id: str, messages: list[Message], processor: ProcessorMixin) -> dict[str, torch.Tensor]:

@@ -31,6 +31,11 @@ KINDS: dict[str, Kind] = {
     "placeholder_count": Kind("error", "give one placeholder for each image of the row"),
     "text_not_unicode": Kind("error", "write the text again from its source: half of a surrogate pair stands alone"),
     "too_long": Kind("error", "raise data.max_tokens, shorten the row, or choose what data.over_length does with it"),
+    "label_unknown": Kind("error", "add the label to the verbalizer, or correct it"),
+    "partner_missing": Kind("error", "give the row exactly one partner in the joined file"),
+    "shots_too_few": Kind("error", "ask for fewer examples, or take them from a file with more rows"),
+    "chat_template": Kind("error", "change the row so that the chat template can write it, or take another chat template"),
+    "answer_begins_with_space": Kind("error", "take the white space from the beginning of the answer"),
     "row_unusable": Kind("error", "mend what the detail names, or remove the row"),
     # media
     "media_missing": Kind("error", "put the file there, or correct the path or media_root"),
@@ -38,12 +43,16 @@ KINDS: dict[str, Kind] = {
     "media_outside_root": Kind("error", "move the file under media_root, or set media_root to a folder that holds it"),
     "media_url": Kind("error", "download the file and give its path, or allow URLs in the recipe"),
     "media_unsupported": Kind("error", "remove the row: this kind of medium cannot be encoded yet"),
+    "image_needed": Kind("error", "give the row an image: this model takes no text alone"),
     "image_empty": Kind("error", "the file holds nothing: fetch it again"),
     "image_unreadable": Kind("error", "fetch the file again, or convert it to JPEG or PNG"),
     "image_truncated": Kind("error", "fetch the file again: its end is missing"),
     "image_damaged": Kind("error", "fetch the file again: its content is damaged"),
     "image_zero_size": Kind("error", "replace the image: it has no pixels"),
     "image_too_large": Kind("error", "scale the image down below the limit"),
+    # boxes that the data template declares
+    "box_outside": Kind("error", "correct the box: it should lie within the upright image"),
+    "box_malformed": Kind("error", "write the box as four numbers, with an area, beside one image"),
     # what trains all the same
     "too_long_by_policy": Kind("warning", "nothing, if data.over_length does what you want with long rows"),
     "control_token": Kind("warning", "check that it is meant as text: it is not taken for the real token"),
@@ -51,8 +60,9 @@ KINDS: dict[str, Kind] = {
     "duplicate_id": Kind("warning", "give every row its own id, or remove the copies"),
     "duplicate_row": Kind("warning", "remove the copies, or give the source a weight to repeat it"),
     "row_held_out": Kind("warning", "remove the row from the training data, or the score will be of what was learnt"),
-    "box_outside": Kind("warning", "correct the box: it should lie within the image"),
-    "box_malformed": Kind("warning", "write the box as four numbers"),
+    "box_suspect": Kind(
+        "warning", "nothing, if the field is no box in pixels of the upright image; the data template does not read it"
+    ),
     "image_end_marker": Kind("warning", "write the image again: it decodes, but its end marker is missing"),
     "image_animated": Kind("warning", "extract the frame you mean: only the first is used"),
     "image_rotated": Kind("note", "nothing: it is turned upright when opened; boxes must be of the upright image"),
@@ -62,6 +72,28 @@ KINDS: dict[str, Kind] = {
     "image_16bit": Kind("note", "nothing: it is reduced to 8 bits when opened"),
     "field_unknown": Kind("note", "nothing: the data template does not read the field"),
 }
+
+
+class Fault(ValueError):
+    """What is wrong with a part of a row, said where the row's id is not known.
+
+    Args:
+        finding: its kind, a name in `KINDS`.
+        detail: what was wrong and what would be right.
+    """
+
+    def __init__(self, finding: str, detail: str) -> None:
+        super().__init__(detail)
+        self.finding = finding
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[Fault], tuple[str, str]]:
+        return type(self), (self.finding, self.detail)  # sent between processes
+
+
+def kind_of(error: ValueError) -> str:
+    """The kind of fault that an error says, a name in `KINDS`."""
+    return error.finding if isinstance(error, Fault) else "row_unusable"
 
 
 @dataclass(frozen=True)

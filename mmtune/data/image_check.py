@@ -16,7 +16,8 @@ from typing import BinaryIO, cast
 
 from PIL import Image
 
-from mmtune.data.media import Embedded, Media, MediaError, open_image, opened_image
+from mmtune.data.findings import Fault
+from mmtune.data.media import Embedded, Media, open_image, opened_image
 
 COVERED = ("JPEG", "PNG", "GIF", "WebP", "BMP", "TIFF")
 """Formats whose end is looked for."""
@@ -57,12 +58,12 @@ def inspect_image(media: Media, decode: bool = False) -> ImageReport:
             size = (image.height, image.width) if orientation >= SIDEWAYS else image.size
             found = _traits(image, orientation)
             cut = _cut(image)
-    except MediaError as error:
+    except Fault as error:
         return ImageReport(None, [(_unopened(media, error.finding), str(error))])
     if cut or decode:
         try:
             open_image(media)
-        except MediaError as error:
+        except Fault as error:
             found.append(("image_truncated" if cut else error.finding, str(error)))
         else:
             found += [("image_end_marker", f"{media} ends before its format says")] if cut else []
@@ -89,8 +90,9 @@ def _traits(image: Image.Image, orientation: int) -> Found:
 
 def _bits(image: Image.Image) -> int:
     if image.format == "PNG":
-        image.fp.seek(24)  # type: ignore[union-attr]  # IHDR's bit depth: Pillow opens 16-bit RGB as RGB and says nothing
-        return image.fp.read(1)[0]  # type: ignore[union-attr]
+        file = _file(image)
+        file.seek(24)  # IHDR's bit depth: Pillow opens 16 bits of RGB as RGB and does not say so
+        return file.read(1)[0]
     if image.format == "TIFF":
         return max(image.tag_v2.get(TIFF_BITS, (8,)))  # type: ignore[attr-defined]
     return 16 if image.mode.startswith("I") else 8
@@ -98,7 +100,7 @@ def _bits(image: Image.Image) -> int:
 
 def _cut(image: Image.Image) -> bool:
     """Whether the file ends before its format says that it does."""
-    file = cast(BinaryIO, image.fp)
+    file = _file(image)
     size = file.seek(0, io.SEEK_END)
     if image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]
@@ -112,6 +114,10 @@ def _cut(image: Image.Image) -> bool:
         raw = tile.codec_name == "raw"
         return bool(raw and tile.offset + tile.args[1] * image.height > size)
     return not _has_end(file, size)
+
+
+def _file(image: Image.Image) -> BinaryIO:
+    return cast(BinaryIO, image.fp)  # type: ignore[attr-defined]
 
 
 def _has_end(file: BinaryIO, size: int) -> bool:

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO, cast
 
 from PIL import ExifTags, Image
 
+from mmtune.data.findings import Fault
+
 MAX_PIXELS = 89_478_485
 """Largest image that is opened: where Pillow warns of a decompression bomb."""
 
@@ -56,28 +58,6 @@ _TRANSPOSED = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation to what makes the picture upright (CIPA DC-008, tag 0x0112); 1 and anything unknown is upright."""
-
-
-class MediaError(ValueError):
-    """A medium that cannot be used.
-
-    Args:
-        finding: what kind of fault it is, one of `mmtune.data.findings.KINDS`.
-        detail: what was wrong.
-    """
-
-    def __init__(self, finding: str, detail: str) -> None:
-        super().__init__(detail)
-        self.finding = finding
-        self.detail = detail
-
-    def __reduce__(self) -> tuple[type[MediaError], tuple[str, str]]:
-        return type(self), (self.finding, self.detail)
-
-
-def kind_of(error: ValueError) -> str:
-    """The kind of fault that an error of this module says, one of `mmtune.data.findings.KINDS`."""
-    return error.finding if isinstance(error, MediaError) else "row_unusable"
 
 
 @dataclass(frozen=True)
@@ -198,17 +178,17 @@ def resolve_media(value: Any, rules: MediaRules) -> Media:
     if isinstance(value, dict) and value.get("bytes") is not None:
         data, path = value["bytes"], value.get("path")
         if not isinstance(data, (bytes, bytearray, memoryview)):
-            raise MediaError("media_path", f"'bytes' holds {type(data).__name__}, not bytes")
+            raise Fault("media_path", f"'bytes' holds {type(data).__name__}, not bytes")
         return Embedded(rules.root, path if isinstance(path, str) and path else "bytes", data=bytes(data))
     name = value.get("path") if isinstance(value, dict) and set(value) <= {"bytes", "path"} else value
     if isinstance(name, Path):
         name = str(name)
     if not isinstance(name, str):
-        raise MediaError("media_path", f"expected the path of an image or its bytes, found {_kind(value)}")
+        raise Fault("media_path", f"expected the path of an image or its bytes, found {_kind(value)}")
     if name[:5].lower() == "data:":
         return _from_data_uri(name, rules)
     if name[:8].lower().startswith(("http://", "https://")):
-        raise MediaError("media_url", f"'{name[:100]}' is a URL; they are fetched only where the source allows it")
+        raise Fault("media_url", f"'{name[:100]}' is a URL; they are fetched only where the source allows it")
     return _from_path(name, rules)
 
 
@@ -222,26 +202,26 @@ def _from_path(name: str, rules: MediaRules) -> Path:
         path = (root / name).resolve()
         is_file = path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long a name; links in a circle; a null byte, a lone surrogate
-        raise MediaError("media_path", f"cannot look up '{name[:200]}': {error}"[:400]) from error
+        raise Fault("media_path", f"cannot look up '{name[:200]}': {error}"[:400]) from error
     if not rules.outside and not path.is_relative_to(root):
-        raise MediaError("media_outside_root", f"'{name}' lies outside media_root {root}")
+        raise Fault("media_outside_root", f"'{name}' lies outside media_root {root}")
     if not is_file:
-        raise MediaError("media_missing", f"no such file: {path}")
+        raise Fault("media_missing", f"no such file: {path}")
     return path
 
 
 def _from_data_uri(uri: str, rules: MediaRules) -> Embedded:
     """RFC 2397, of an image and in base64, as rows in OpenAI's format carry images."""
     if len(uri) > MAX_DATA_URI:
-        raise MediaError("media_path", f"a data: URI of {len(uri)} characters, more than {MAX_DATA_URI}")
+        raise Fault("media_path", f"a data: URI of {len(uri)} characters, more than {MAX_DATA_URI}")
     head, comma, body = uri.partition(",")
     kind, *parameters = head[5:].lower().split(";")
     if not comma or not kind.startswith("image/") or parameters[-1:] != ["base64"]:
-        raise MediaError("media_path", f"'{uri[:60]}' is no data: URI of an image in base64 (data:image/png;base64,...)")
+        raise Fault("media_path", f"'{uri[:60]}' is no data: URI of an image in base64 (data:image/png;base64,...)")
     try:
         data = base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:  # ValueError: characters outside of ASCII
-        raise MediaError("media_path", f"'{uri[:60]}' is not valid base64: {error}") from error
+        raise Fault("media_path", f"'{uri[:60]}' is not valid base64: {error}") from error
     return Embedded(rules.root, "data: URI", data=data)
 
 
@@ -275,7 +255,7 @@ def open_image(media: Media | str) -> Image.Image:
             made = made.convert("RGB")
             return made.transpose(_TRANSPOSED[orientation]) if orientation in _TRANSPOSED else made
         except _DAMAGED as error:
-            raise MediaError("image_damaged", f"cannot decode {media}: {error}") from error
+            raise Fault("image_damaged", f"cannot decode {media}: {error}") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -283,7 +263,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "I":
         low, high = cast(tuple[int, int], image.getextrema())
         if low < 0 or high > 65_535:
-            raise MediaError("image_unreadable", f"32-bit values from {low} to {high}; save it with 8 or 16 bits")
+            raise Fault("image_unreadable", f"32-bit values from {low} to {high}; save it with 8 or 16 bits")
     return image.point(lambda level: level / 256).convert("L")
 
 
@@ -293,20 +273,26 @@ def opened_image(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
     try:
         file = media.open() if isinstance(media, Embedded) else Path(media).open("rb")
     except (OSError, ValueError) as error:
-        raise MediaError("media_missing", f"not an image that can be opened: {media}: {error}") from error
+        raise Fault("media_missing", f"not an image that can be opened: {media}: {error}") from error
     with file:
         try:
             image = Image.open(file, formats=FORMATS)
             orientation = _orientation(image, file)
         except _DAMAGED as error:
             reason = f"none of {', '.join(FORMATS)}" if isinstance(error, Image.UnidentifiedImageError) else error
-            raise MediaError("image_unreadable", f"not an image that can be opened: {media}: {reason}") from error
+            raise Fault("image_unreadable", f"not an image that can be opened: {media}: {reason}") from error
         with image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
                 bound = f"more than {MAX_PIXELS}" if image.width * image.height else "which is none"
-                raise MediaError("image_too_large" if image.width * image.height else "image_zero_size", f"{media} has {image.width} x {image.height} pixels, {bound}")
+                raise Fault(
+                    "image_too_large" if image.width * image.height else "image_zero_size",
+                    f"{media} has {image.width} x {image.height} pixels, {bound}",
+                )
             if image.mode.startswith("F"):
-                raise MediaError("image_unreadable", f"{media} holds floating-point values, of which nobody knows the range; save it with 8 or 16 bits")
+                raise Fault(
+                    "image_unreadable",
+                    f"{media} holds floating-point values, of which nobody knows the range; save it with 8 or 16 bits",
+                )
             yield image, orientation
 
 
@@ -341,5 +327,7 @@ def _png_exif(file: BinaryIO) -> Any:
     file.seek(position)
     if not told:
         return 1
-    with Image.open(io.BytesIO(kept + struct.pack(">I4s", 0, b"IDAT") + struct.pack(">I", zlib.crc32(b"IDAT"))), formats=["PNG"]) as bare:
+    with Image.open(
+        io.BytesIO(kept + struct.pack(">I4s", 0, b"IDAT") + struct.pack(">I", zlib.crc32(b"IDAT"))), formats=["PNG"]
+    ) as bare:
         return Image.Image.getexif(bare).get(ExifTags.Base.Orientation, 1)
