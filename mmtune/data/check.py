@@ -51,6 +51,7 @@ CONTROL_TOKENS = (
 )
 """Control tokens of well-known models, looked for in the rows' text when the recipe's own tokenizer is not at hand."""
 
+Positions = np.ndarray[Any, np.dtype[np.intp]]
 Digests = np.ndarray[Any, np.dtype[np.uint64]]
 
 
@@ -185,8 +186,11 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
                 progress.advance(bar, len(chunk.rows))
         for number, chunks in enumerate(digests):
             yield from _unknown_fields(chunks)
-            yield from self._repeated(number, "duplicate_row", np.concatenate([chunk.rows for chunk in chunks]))
-            yield from self._repeated(number, "duplicate_id", np.concatenate([chunk.ids for chunk in chunks]))
+            rows, ids = np.concatenate([chunk.rows for chunk in chunks]), np.concatenate([chunk.ids for chunk in chunks])
+            earlier, same_id = _earlier(rows), _earlier(ids)
+            same_id[earlier >= 0] = -1  # that a copied row has the same id says nothing new
+            yield from self._repeated(number, "row", "duplicate_row", earlier)
+            yield from self._repeated(number, "id", "duplicate_id", same_id)
         yield from self._held_out([np.concatenate([chunk.rows for chunk in chunks]) for chunks in digests])
 
     def __getitem__(self, index: int) -> _Chunk:
@@ -242,15 +246,10 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
         if spelt := sorted(set(self._control.findall(text))):
             yield finding(row_id, where, "control_token", f"the text spells {', '.join(spelt)}")
 
-    def _repeated(self, number: int, kind: str, digests: Digests) -> Iterator[Finding]:
-        """The rows of a source that are the same as an earlier one, by their digests."""
-        _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-        earlier = first[inverse]
-        for position in np.flatnonzero((earlier != np.arange(len(digests))) & (digests != 0)):
-            row = self._row_id(number, int(position))
-            yield finding(
-                row, "row" if kind == "duplicate_row" else "id", kind, f"as {self._row_id(number, int(earlier[position]))}"
-            )
+    def _repeated(self, number: int, where: str, kind: str, earlier: Positions) -> Iterator[Finding]:
+        for position in np.flatnonzero(earlier >= 0).tolist():
+            told = f"the same as that of {self._row_id(number, int(earlier[position]))}"
+            yield finding(self._row_id(number, position), where, kind, told)
 
     def _held_out(self, digests: list[Digests]) -> Iterator[Finding]:
         """The rows of the evaluation that train as well."""
@@ -291,6 +290,14 @@ def _spelling(processor: ProcessorMixin | None) -> re.Pattern[str]:
         template = str(processor.chat_template)
         tokens = {*processor.tokenizer.all_special_tokens, *(t.content for t in added if t.special or t.content in template)}
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+
+
+def _earlier(digests: Digests) -> Positions:
+    """For each digest the first position that has the same one, if that is an earlier position; else -1."""
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    earlier = first[inverse]
+    earlier[(earlier == np.arange(len(digests))) | (digests == 0)] = -1
+    return earlier
 
 
 def _digest(value: Any) -> int:
@@ -334,5 +341,5 @@ def _inside(box: list[float], size: tuple[int, int]) -> bool:
     left, top, third, fourth = box
     if not all(math.isfinite(edge) and edge >= 0 for edge in box):
         return False
-    corners = left <= third <= size[0] and top <= fourth <= size[1]
+    corners = left < third <= size[0] and top < fourth <= size[1]
     return corners or (left + third <= size[0] and top + fourth <= size[1])

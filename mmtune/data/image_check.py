@@ -167,4 +167,8 @@ def _unopened(media: Media, finding: str) -> str:
             return "image_empty"
         if not _has_end(file, size):
             return "image_truncated"
+        file.seek(0)
+        head = file.read(24)
+        if head.startswith(PNG_START) and not (any(head[16:20]) and any(head[20:24])):
+            return "image_zero_size"
     return finding

@@ -273,14 +273,16 @@ def opened_image(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
     try:
         file = media.open() if isinstance(media, Embedded) else Path(media).open("rb")
     except (OSError, ValueError) as error:
-        raise Fault("media_missing", f"not an image that can be opened: {media}: {error}") from error
+        raise Fault("image_unreadable", f"not an image that can be opened: {media}: {error}") from error
     with file:
         try:
             image = Image.open(file, formats=FORMATS)
             orientation = _orientation(image, file)
         except _DAMAGED as error:
             reason = f"none of {', '.join(FORMATS)}" if isinstance(error, Image.UnidentifiedImageError) else error
-            raise Fault("image_unreadable", f"not an image that can be opened: {media}: {reason}") from error
+            bomb = isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning))
+            kind = "image_too_large" if bomb else "image_unreadable"
+            raise Fault(kind, f"not an image that can be opened: {media}: {reason}") from error
         with image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
                 bound = f"more than {MAX_PIXELS}" if image.width * image.height else "which is none"
