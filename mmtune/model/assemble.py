@@ -21,7 +21,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import logging
 
 from mmtune.errors import UserError
-from mmtune.model.chat_template import end_of_turn_ids, resolve_chat_template, use_chat_template
+from mmtune.model.chat_template import end_of_turn_ids, resolve_chat_template, settle_chat_template, use_chat_template
 from mmtune.model.checkpoint import load_projector, save_checkpoint
 from mmtune.model.parts import Tower, choose_strategy, read_image_processor, read_language, read_tokenizer, read_tower
 
@@ -77,17 +77,7 @@ def assemble(
     tokenizer = read_tokenizer(language, trust_remote_code)
     known_tokens = len(tokenizer)
     template = resolve_chat_template(chat_template, tokenizer, model_type=text_config.model_type, image_token=IMAGE_TOKEN)
-    image_processor = read_image_processor(tower, trust_remote_code)
-    _add_tokens(tokenizer, template)
-    processor = LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=tower.patch_size,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=tower.extra_tokens,
-        image_token=IMAGE_TOKEN,
-        chat_template=template,
-    )
+    processor = _processor(tower, tokenizer, strategy, template, trust_remote_code)
 
     encoder = _load(AutoModel, vision, tower.config, dtype, seed, trust_remote_code)
     causal = _load(AutoModelForCausalLM, language, text_config, dtype, seed, trust_remote_code)
@@ -113,6 +103,43 @@ def assemble(
         part.eos_token_id = tokenizer.eos_token_id
     _verify(model, processor, tower, language, sample, own_logits)
     return model, processor
+
+
+def assemble_processor(
+    vision: str,
+    language: str,
+    *,
+    vision_feature_select_strategy: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+) -> LlavaProcessor:
+    """The processor of what `assemble` makes of the same arguments, from configurations and tokenizer alone.
+
+    Raises:
+        UserError: when the parts do not fit, with the reason.
+    """
+    tower = read_tower(vision, trust_remote_code)
+    strategy = choose_strategy(tower, vision_feature_select_strategy)
+    model_type = read_language(language, trust_remote_code).model_type
+    tokenizer = read_tokenizer(language, trust_remote_code)
+    template = resolve_chat_template(chat_template, tokenizer, model_type=model_type, image_token=IMAGE_TOKEN)
+    processor = _processor(tower, tokenizer, strategy, template, trust_remote_code)
+    settle_chat_template(processor, template)
+    return processor
+
+
+def _processor(tower: Tower, tokenizer: PreTrainedTokenizerBase, strategy: str, template: str, trust: bool) -> LlavaProcessor:
+    image_processor = read_image_processor(tower, trust)
+    _add_tokens(tokenizer, template)
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=tower.patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=tower.extra_tokens,
+        image_token=IMAGE_TOKEN,
+        chat_template=template,
+    )
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:

@@ -124,15 +124,24 @@ def use_chat_template(model: PreTrainedModel, processor: ProcessorMixin, templat
     Raises:
         UserError: when the tokenizer goes on adding tokens around the rendered text.
     """
+    settle_chat_template(processor, template)
     tokenizer = processor.tokenizer
-    processor.chat_template = tokenizer.chat_template = template
-    _settle_special_tokens(tokenizer, template)
     config = model.generation_config
     assert config is not None  # every generative model has one
     eos = [] if config.eos_token_id is None else config.eos_token_id
     wanted = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *end_of_turn_ids(tokenizer, template)]
     config.eos_token_id = list(dict.fromkeys(int(token) for token in wanted if token is not None))
     config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+
+
+def settle_chat_template(processor: ProcessorMixin, template: str) -> None:
+    """The processor's part of `use_chat_template`, for use without a model.
+
+    Raises:
+        UserError: as `use_chat_template`.
+    """
+    processor.chat_template = processor.tokenizer.chat_template = template
+    _settle_special_tokens(processor.tokenizer, template)
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:

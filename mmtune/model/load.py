@@ -24,8 +24,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from mmtune.builtin import tiny
 from mmtune.errors import UserError, nearest
 from mmtune.methods.table import METHODS
-from mmtune.model.assemble import assemble
-from mmtune.model.chat_template import own_chat_template, resolve_chat_template, use_chat_template
+from mmtune.model.assemble import assemble, assemble_processor
+from mmtune.model.chat_template import own_chat_template, resolve_chat_template, settle_chat_template, use_chat_template
 from mmtune.model.checkpoint import load_projector, weight_files
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.recipe import ModelSection, load_recipe
@@ -78,7 +78,7 @@ def load_base(section: ModelSection, seed: int) -> tuple[PreTrainedModel, Proces
             model.set_attn_implementation(section.attn_implementation)
         return model, processor
     name = resolve_base(str(section.base))
-    processor, template = load_processor(name, section)
+    processor, template = _ready_processor(name, section)
     model = load_weights(name, section)
     use_chat_template(model, processor, template)
     return model, processor
@@ -160,7 +160,28 @@ def base_model_type(section: ModelSection) -> str:
         raise UserError(f"model.base: cannot read the configuration of {section.base}: {_reason(name, error)}") from error
 
 
-def load_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, str]:
+def load_processor(section: ModelSection) -> ProcessorMixin:
+    """The processor that a recipe trains with, its chat template settled, and no weights.
+
+    Raises:
+        UserError: as `load_base`, as far as the processor goes.
+    """
+    if section.base is None:
+        assert section.vision is not None and section.language is not None  # the recipe holds this
+        return assemble_processor(
+            section.vision,
+            section.language,
+            vision_feature_select_strategy=section.vision_feature_select_strategy,
+            chat_template=section.chat_template,
+            trust_remote_code=section.trust_remote_code,
+        )
+    name = str(tiny.TRAINED) if section.base == UNTRAINED else resolve_base(section.base)
+    processor, template = _ready_processor(name, section)
+    settle_chat_template(processor, template)
+    return processor
+
+
+def _ready_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, str]:
     """The processor of a ready base, and the chat template that it will train and serve with.
 
     Raises:
