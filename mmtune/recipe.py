@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from mmtune.errors import UserError
 from mmtune.methods.table import METHODS
 from mmtune.recipe_arguments import Settings, method_arguments, training_arguments
+from mmtune.recipe_prompts import Shots
 from mmtune.recipe_sections import (
     BUILTIN_BASES,
     ComponentTuning,
@@ -39,6 +40,7 @@ __all__ = [
     "Projector",
     "Recipe",
     "Settings",
+    "Shots",
     "Source",
     "TuneSection",
     "check_files",
@@ -165,6 +167,10 @@ def _named_files(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
                 yield f"{key}.{index}.template", source.template, "file"
             if source.media_root is not None:
                 yield f"{key}.{index}.media_root", source.media_root, "directory"
+            if source.shots is not None and (source.shots.template or "").endswith((".yaml", ".yml")):
+                yield f"{key}.{index}.shots.template", str(source.shots.template), "file"
+            if source.shots is not None and source.shots.media_root is not None:
+                yield f"{key}.{index}.shots.media_root", source.shots.media_root, "directory"
 
 
 def _located(recipe: Recipe, key: str, message: str) -> str:

@@ -6,18 +6,13 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    PlainSerializer,
     PrivateAttr,
     SerializerFunctionWrapHandler,
     StrictBool,
     StrictFloat,
     StrictInt,
     ValidationError,
-    ValidatorFunctionWrapHandler,
-    WithJsonSchema,
     model_serializer,
     model_validator,
 )
@@ -25,70 +20,21 @@ from pydantic import (
 from mmtune.errors import nearest
 from mmtune.methods.table import METHODS, refusal
 from mmtune.recipe_arguments import Fault, Settings, fault, method_arguments, shown, training_arguments
+from mmtune.recipe_prompts import (
+    WHERE,
+    FieldsToValues,
+    LabelsToWords,
+    NamesToText,
+    Shots,
+    values_faults,
+    where_faults,
+    words_faults,
+)
+from mmtune.recipe_section import BorrowedSettings, Section, Text
 from mmtune.recipe_yaml import dump_yaml
 
 BUILTIN_BASES = ("builtin:tiny-llava", "builtin:tiny-llava-untrained")
 _PARTS_ONLY = ("projector", "vision_feature_layer", "vision_feature_select_strategy")
-
-Text = Annotated[str, Field(min_length=1)]
-BorrowedSettings = Annotated[Settings, PlainSerializer(dict), WithJsonSchema({"type": "object"})]
-
-
-class Section(BaseModel):
-    """A frozen part of the recipe, whose errors are for the reader and are all found at once."""
-
-    _expected: ClassVar[str] = "a mapping"
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-
-    @classmethod
-    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
-        """Shorthands spelt out, and what is wrong between the keys; pydantic then checks each key."""
-        return given, []
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _check(cls, given: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        if isinstance(given, cls):
-            return handler(given)
-        arranged, faults = cls._arrange(dict(given) if isinstance(given, Mapping) else given)
-        try:
-            section = handler(arranged)
-        except ValidationError as error:
-            # pydantic counts a list's sound items only, and calls a list of one faulty item too short as well.
-            told = (e for e in error.errors() if e["type"] != "too_short" or not e["input"])
-            faults = [*faults, *(cls._readable(detail) for detail in told)]
-        if faults:
-            raise ValidationError.from_exception_data(cls.__name__, faults)
-        return section
-
-    @classmethod
-    def _readable(cls, detail: Any) -> Fault:
-        kind, where, context = detail["type"], detail["loc"], detail.get("ctx", {})
-        if kind == "recipe":
-            return fault(where, detail["msg"])
-        if kind == "extra_forbidden":
-            return fault(where, f"unknown key{nearest(str(where[-1]), set(cls.model_fields))}")
-        if kind == "missing":
-            return fault(where, "required, and not given")
-        expected = {
-            "model_type": cls._expected,
-            "tuple_type": "a list",
-            "string_type": "a string",
-            "string_too_short": "a string that is not empty",
-            "int_type": "an integer",
-            "float_type": "a number",
-            "bool_type": "true or false",
-            "too_short": "a list with at least one item",
-            "literal_error": context.get("expected", ""),
-            "greater_than": f"more than {context.get('gt', 0):g}",
-            "greater_than_equal": f"at least {context.get('ge', 0):g}",
-            "less_than_equal": f"at most {context.get('le', 0):g}",
-        }.get(kind, detail["msg"].removeprefix("Input should be "))
-        hint = ""
-        if kind == "literal_error" and isinstance(detail["input"], str):
-            close = nearest(detail["input"], context["expected"].replace("'", "").replace(" or ", ", ").split(", "))
-            hint = close if "did you mean" in close else ""
-        return fault(where, f"expected {expected}, got {shown(detail['input'])}{hint}")
 
 
 class Projector(Section):
@@ -300,6 +246,28 @@ class Source(Section):
     limit: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None, description="Take only the first so many rows; null takes all."
     )
+    where: FieldsToValues | None = Field(default=None, description=WHERE)
+    join: Text | None = Field(
+        default=None, description="A second file with a partner for each row, for templates that ask for one (vqa_v2)."
+    )
+    values: NamesToText | None = Field(
+        default=None, description="Values for names that the template leaves open, such as {images: val2014} for vqa_v2."
+    )
+    system: Text | None = Field(default=None, description="A system message for rows that have none of their own.")
+    shots: Shots | None = Field(default=None, description="Few-shot examples before each question.")
+    shuffle_options: StrictBool = Field(default=False, description="Shuffle the answer options of templates that declare them.")
+    verbalizer: LabelsToWords | None = Field(
+        default=None,
+        description="Label to answer words, {'0': cat, '1': dog}, or a list of words from label 0 on; for templates that declare "
+        "labels.",
+    )
+    seed: StrictInt = Field(
+        default=0, description="Of the choice of phrasing, examples and the order of options; the same in every epoch."
+    )
+
+    @classmethod
+    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+        return given, where_faults(given) + words_faults(given) + values_faults(given)
 
 
 class DataSection(Section):
@@ -331,6 +299,10 @@ class EvaluateSection(Section):
     )
     max_new_tokens: Annotated[StrictInt, Field(ge=1)] = Field(
         default=64, description="The longest answer to generate, in tokens."
+    )
+    score: Literal["generate", "choices"] = Field(
+        default="generate",
+        description="Generate an answer, or take the likeliest of the row's candidates: answer options, or a verbalizer's words.",
     )
     batch_size: Annotated[StrictInt, Field(ge=1)] = Field(default=16, description="Rows that are answered at once.")
     before: StrictBool = Field(default=True, description="Evaluate before tuning too, for comparison.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmtune.data.reader import example_rows, write_rows
+from mmtune.data.source import Row
 from mmtune.data.template import DataTemplate, load_data_template
 from mmtune.errors import UserError
 from mmtune.evaluation.run import generate_answers
@@ -108,20 +110,38 @@ def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], plac
         folder = place / str(number)
         folder.mkdir(parents=True)
         template = load_data_template(source.template)
-        for name in example_images(template):
-            picture = (folder / name).resolve()
-            if not picture.is_relative_to(folder.resolve()):
-                raise UserError(f"template {source.template}: its example names {name}, outside of the media root")
-            draw_picture(picture, seed=number)
-        rows = folder / f"rows{Path(source.path).suffix}"
-        lines = [json.dumps(template.example, ensure_ascii=False)] * ROWS
-        rows.write_text("\n".join(lines) if rows.suffix == ".jsonl" else f"[{', '.join(lines)}]", encoding="utf-8")
-        section |= {"path": str(rows), "media_root": str(folder)}
-        section.pop("limit", None)
+        section |= _stand_in(source, template, folder / "rows.json", ROWS, seed=number)
+        if source.shots is not None:
+            other = load_data_template(source.shots.template or source.template)
+            made = _stand_in(source, other, folder / "shots.json", source.shots.count + 1, seed=number)
+            section["shots"] = {"count": source.shots.count, "template": source.shots.template, **made}
+        if source.verbalizer is not None and template.verbalizer is not None:
+            label = template.verbalizer.label_of("example", template.example, template.example)
+            section["verbalizer"] = {label: next(iter(source.verbalizer.values())), **source.verbalizer}
+        for name in ("limit", "where", *(("join",) if template.join is None or template.join.same_file else ())):
+            section.pop(name, None)
 
 
-def example_images(template: DataTemplate) -> list[str]:
-    """Every string of the template's example row that names an image file."""
+def _stand_in(source: Source, template: DataTemplate, path: Path, count: int, seed: int) -> dict[str, str]:
+    """Rows made of the template's example, in its layout, with their pictures; returns the keys of a source."""
+    rows = example_rows(template, count)
+    for name in dict.fromkeys(name for row in rows for name in example_images(template, row, dict(source.values or {}))):
+        picture = (path.parent / name).resolve()
+        if not picture.is_relative_to(path.parent.resolve()):
+            raise UserError(f"template {source.template}: its example names {name}, outside of the media root")
+        draw_picture(picture, seed=seed)
+    return {**write_rows(template, rows, path), "media_root": str(path.parent)}
+
+
+def example_images(template: DataTemplate, row: Row | None = None, values: Mapping[str, str] | None = None) -> list[str]:
+    """The image files that a row names.
+
+    Args:
+        template: reads the row.
+        row: in the template's format; None: its example.
+        values: what the source gives for the names that the template leaves open.
+    """
+    row = template.example if row is None else row
     found: list[str] = []
     suffixes = Image.registered_extensions()
 
@@ -135,7 +155,10 @@ def example_images(template: DataTemplate) -> list[str]:
         elif isinstance(value, str) and Path(value).suffix.lower() in suffixes and "\n" not in value:
             found.append(value)
 
-    walk(template.example)
+    if template.conversation is None:
+        found = [name for kind, name in template.columns().named_media(row, values) if kind == "image"]
+    else:
+        walk(row)
     return list(dict.fromkeys(found))
 
 

@@ -42,15 +42,14 @@ class Turn(Declaration):
             check_jinja(source)
         return sources
 
-    def media(self, row_id: str, where: str, row: Mapping[str, Any], context: Context, rules: MediaRules) -> list[dict[str, Any]]:
-        """The blocks of the turn's media. Jinja that gives a list gives as many."""
-        blocks = []
+    def media(self, row_id: str, where: str, row: Mapping[str, Any], context: Context) -> list[tuple[str, Any]]:
+        """The kind of each medium, and what the row says of it. Jinja that gives a list gives as many."""
+        found = []
         for kind, sources in {"image": self.images, "video": self.videos, "audio": self.audio}.items():
             for source in sources:
                 value = evaluate(row_id, where, source, context, row)
-                for name in value if isinstance(value, list) else [value]:
-                    blocks.append({"type": kind, kind: media(row_id, where, name, rules)})
-        return blocks
+                found += [(kind, item) for item in (value if isinstance(value, list) else [value])]
+        return found
 
     def said(self, row_id: str, where: str, row: Mapping[str, Any], context: Context) -> str:
         """The text, in the phrasing that the row's draw falls on."""
@@ -89,6 +88,7 @@ class Columns:
 
     Attributes:
         turns: the messages.
+        values: names that Jinja can read besides the row's columns.
         repeat: name to the row's list that it runs through; the turns are written once for each item.
         options: the row's answer options.
         verbalizer: labels to words.
@@ -97,6 +97,7 @@ class Columns:
     """
 
     turns: tuple[Turn, ...]
+    values: Mapping[str, str]
     repeat: Mapping[str, str]
     options: Options | None
     verbalizer: Verbalizer | None
@@ -111,11 +112,14 @@ class Columns:
         Raises:
             RowError: naming the part of the template that cannot be made of the row.
         """
-        rounds = self._rounds(row_id, row, {**row, DRAW: draw(prompting.seed, row_id, "phrasing")})
-        blocks = [turn.media(row_id, f"messages[{n}]", row, rounds[0], rules) for n, turn in enumerate(self.turns)]
+        rounds = self._rounds(row_id, row, self._context(row_id, row, prompting))
+        blocks = [
+            [{"type": kind, kind: media(row_id, f"messages[{place}]", value, rules)} for kind, value in named]
+            for place, named in enumerate(self._named(row_id, row, rounds[0]))
+        ]
         extra: Context = {}
         if self.boxes is not None:
-            images = [block["image"] for turn in blocks for block in turn if block["type"] == "image"]
+            images: list[Media] = [block["image"] for turn in blocks for block in turn if block["type"] == "image"]
             found = self.boxes.read(row_id, row, rounds[0], images)
             extra |= {"box": found[0], "boxes": found}
         closed = self._closed(row_id, row, rounds[0], prompting)
@@ -130,6 +134,21 @@ class Columns:
                 messages.append({"role": turn.role, "content": [*(blocks[place] if number == 0 else ()), text]})
         last = rounds[-1] | extra
         return messages, self._choices(row_id, row, last, closed), self._references(row_id, row, last)
+
+    def named_media(self, row: Mapping[str, Any], values: Mapping[str, str] | None = None) -> list[tuple[str, Any]]:
+        """The kind of each medium that a row names, and what it says of it, nothing looked up.
+
+        Raises:
+            RowError: naming the part of the template that cannot be made of the row.
+        """
+        context = self._rounds("row", row, self._context("row", row, Prompting(values=values or {})))[0]
+        return [medium for turn in self._named("row", row, context) for medium in turn]
+
+    def _named(self, row_id: str, row: Mapping[str, Any], context: Context) -> list[list[tuple[str, Any]]]:
+        return [turn.media(row_id, f"messages[{place}]", row, context) for place, turn in enumerate(self.turns)]
+
+    def _context(self, row_id: str, row: Mapping[str, Any], prompting: Prompting) -> Context:
+        return {**row, **self.values, **prompting.values, DRAW: draw(prompting.seed, row_id, "phrasing")}
 
     def _rounds(self, row_id: str, row: Mapping[str, Any], context: Context) -> list[Context]:
         """What Jinja can read, once for each repetition."""

@@ -16,10 +16,9 @@ import torch
 from transformers import ProcessorMixin
 
 from mmtune.data.encode import IGNORE_INDEX, OverLength, encode_sample
-from mmtune.data.media import Media, MediaRules, image_size
+from mmtune.data.media import Media, image_size
 from mmtune.data.message import RowError, Sample
-from mmtune.data.source import open_rows
-from mmtune.data.template import load_data_template
+from mmtune.data.reader import Reader
 from mmtune.errors import UserError
 from mmtune.recipe import Source
 
@@ -35,11 +34,10 @@ class Samples(Sequence[Sample]):
         self._parts = []
         names = Counter(Path(file).name for file in {source.path for source in sources})
         for source in sources:
-            path = Path(source.path)
-            rows = open_rows(path, path.name if names[path.name] == 1 else str(path))  # ids stay apart
-            root = Path(source.media_root) if source.media_root else path.parent
-            rules = MediaRules(root, source.allow_outside_root, source.allow_urls)
-            self._parts.append((rows, load_data_template(source.template), rules, min(len(rows), source.limit or len(rows))))
+            name = Path(source.path).name
+            reader = Reader(source, name if names[name] == 1 else source.path)  # ids stay apart
+            rows = reader.open()
+            self._parts.append((reader, rows, min(len(rows), source.limit or len(rows))))
         self._ends = list(accumulate(count for *_, count in self._parts))
 
     def __len__(self) -> int:
@@ -49,9 +47,9 @@ class Samples(Sequence[Sample]):
         """The sample, or a RowError that names the row."""
         index = range(len(self))[index]
         part = bisect_right(self._ends, index)
-        rows, template, rules, count = self._parts[part]
+        reader, rows, count = self._parts[part]
         row_id, row = rows[index - self._ends[part] + count]
-        return template.sample(row_id, row, rules)
+        return reader.sample(row_id, row)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from mmtune.errors import UserError
 
 Message = dict[str, Any]
 """`{"role": "user" | "assistant" | "system", "content": [block, ...]}` where a block is `{"type": "text", "text": str}`
-or `{"type": "image", "image": Media}`."""
+or `{"type": "image", "image": Media}`, and likewise `video` and `audio`."""
 
 
 class RowError(UserError):
@@ -42,11 +42,17 @@ class Sample:
         id: stable id of the row.
         messages: typed messages; image blocks hold the path of a file that the source's rules allow, or what a row carries inside.
         task: what kind of question this is, for figures per task; None when the rows do not say.
+        source: the file or data set it came from, as the recipe names it.
+        choices: all answers that the last question leaves open, each as the assistant would say it; empty for an open question.
+        references: all answers that count as right, where the row has several; empty where the last turn is the only one.
     """
 
     id: str
     messages: list[Message]
     task: str | None = None
+    source: str = ""
+    choices: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
 
     @property
     def images(self) -> list[Media]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pydantic import Field, field_validator
 
 from mmtune.data.expressions import Declaration, as_text, check_jinja, evaluate
 from mmtune.data.message import RowError
-from mmtune.errors import UserError, nearest
+from mmtune.errors import nearest
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -31,12 +31,14 @@ class Prompting:
         system: a system message for rows without one.
         shuffle_options: whether the answer options change places.
         words: label to answer words, instead of the template's own.
+        values: other values for names of the template.
     """
 
     seed: int = 0
     system: str | None = None
     shuffle_options: bool = False
     words: Mapping[str, str] | None = None
+    values: Mapping[str, str] = field(default_factory=dict)
 
 
 PLAIN = Prompting()
@@ -142,20 +144,6 @@ class Verbalizer(Declaration):
         candidates = list(dict.fromkeys(words.values()))
         alternatives = [{"verbalized": candidate} for candidate in candidates]
         return ClosedSet({"candidates": candidates}, alternatives, candidates.index(words[label]))
-
-
-def check_prompting(name: str, options: Options | None, verbalizer: Verbalizer | None, prompting: Prompting) -> None:
-    """Refuse a wish that a template cannot meet.
-
-    Raises:
-        UserError: naming the template and the key.
-    """
-    if prompting.shuffle_options and options is None:
-        raise UserError(f"shuffle_options: the template {name} declares no options to shuffle")
-    if prompting.words is not None and verbalizer is None:
-        raise UserError(f"verbalizer: the template {name} declares no labels to put into words")
-    if verbalizer is not None and not verbalizer.words and prompting.words is None:
-        raise UserError(f"verbalizer: the template {name} needs one, label to words: verbalizer: {{'0': cat, '1': dog}}")
 
 
 def _shown(value: Any) -> str:

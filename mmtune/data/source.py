@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,15 @@ Row = dict[str, Any]
 class JsonRows:
     """The rows of a `.json` file that holds one list. The whole file is read once."""
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, where: str | None = None) -> None:
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:  # of JSON, of UTF-8, or of a number with thousands of digits
             raise UserError(f"{path}: not valid JSON: {error}") from error
+        if where == "*" and isinstance(rows, dict):
+            rows = [{**row, "__key__": key} if isinstance(row, dict) else row for key, row in rows.items()]
+        elif where is not None and isinstance(rows, dict):
+            rows = rows.get(where)
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a list of rows, found {type(rows).__name__}")
         self._name = name
@@ -76,7 +82,7 @@ def _object(row_id: str, row: Any) -> Row:
     return row
 
 
-def open_rows(path: Path, name: str | None = None) -> Rows:
+def open_rows(path: str | Path, name: str | None = None, rows: str | None = None) -> Rows:
     """The rows of one file, by its ending.
 
     Args:
@@ -86,12 +92,22 @@ def open_rows(path: Path, name: str | None = None) -> Rows:
     Raises:
         UserError: for a missing file, an unknown ending, a file that does not parse, or a file without rows.
     """
+    path, where = Path(path), rows
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    readers: dict[str, type[JsonRows] | type[JsonLinesRows]] = {".json": JsonRows, ".jsonl": JsonLinesRows}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: cannot read '{path.suffix}' files; these can be read: {', '.join(readers)}")
-    rows = readers[path.suffix](path, name or path.name)
-    if len(rows) == 0:
+    if path.suffix == ".json":
+        found: Rows = JsonRows(path, name or path.name, where)
+    elif path.suffix == ".jsonl":
+        found = JsonLinesRows(path, name or path.name)
+    else:
+        raise UserError(f"{path}: cannot read '{path.suffix}' files; these can be read: .json, .jsonl")
+    if len(found) == 0:
         raise UserError(f"{path}: holds no rows")
-    return rows
+    return found
+
+
+def stream_rows(path: str | Path, name: str | None = None, rows: str | None = None) -> Iterator[Callable[[], tuple[str, Row]]]:
+    """The rows in turn."""
+    found = open_rows(path, name, rows)
+    for index in range(len(found)):
+        yield partial(found.__getitem__, index)

@@ -26,7 +26,7 @@ from mmtune.shipped import shipped_dir
 
 ROLES = ("system", "user", "assistant")
 _IN_CONVERSATIONS = ("images", "videos", "audio", "placeholder")
-_IN_MESSAGES = ("repeat", "options", "verbalizer", "boxes", "references")
+_IN_MESSAGES = ("values", "repeat", "options", "verbalizer", "boxes", "references")
 
 
 class Join(Declaration):
@@ -56,6 +56,9 @@ class DataTemplate(Declaration):
         default=PLACEHOLDERS["image"], min_length=1, description="What stands in a turn's text where an image goes."
     )
     messages: tuple[Turn, ...] = ()
+    values: dict[str, str] = Field(
+        default_factory=dict, description="Names that Jinja can read besides the row's, with values that a source can replace."
+    )
     repeat: dict[str, str] = Field(default_factory=dict, description="Name to the row's list whose items it takes in turn.")
     options: Options | None = None
     verbalizer: Verbalizer | None = None
@@ -101,7 +104,7 @@ class DataTemplate(Declaration):
             fields = {kind: name for kind, name in self._media_fields().items() if name is not None}
             messages = self.conversation.messages(row_id, row, rules, fields, self.placeholder)
         else:
-            messages, choices, references = self._columns().messages(row_id, row, rules, prompting)
+            messages, choices, references = self.columns().messages(row_id, row, rules, prompting)
         if prompting.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompting.system}]})
         _check_turns(row_id, messages)
@@ -110,8 +113,9 @@ class DataTemplate(Declaration):
     def _media_fields(self) -> dict[str, str | None]:
         return {"image": self.images, "video": self.videos, "audio": self.audio}
 
-    def _columns(self) -> Columns:
-        return Columns(self.messages, self.repeat, self.options, self.verbalizer, self.boxes, self.references)
+    def columns(self) -> Columns:
+        """What a template without a conversation says, apart from the rest."""
+        return Columns(self.messages, self.values, self.repeat, self.options, self.verbalizer, self.boxes, self.references)
 
     def _task(self, row_id: str, row: Row) -> str | None:
         value = lookup(row, self.task) if self.task else None
