@@ -23,6 +23,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from mmtune.data.encode import Supervise, encode_text
+from mmtune.data.findings import kind_of
 from mmtune.data.media import image_size
 from mmtune.data.message import Message, RowError, Sample
 from mmtune.errors import UserError
@@ -83,7 +84,7 @@ def sample_replacements(sample: Sample, processor: ProcessorMixin) -> list[str]:
     try:
         return image_replacements(processor, sizes_of(sample.messages))
     except ValueError as error:
-        raise RowError(sample.id, "image", str(error)) from error
+        raise RowError(sample.id, "image", str(error), kind_of(error, "image_refused")) from error
 
 
 def sizes_of(messages: list[Message]) -> list[Size]:
@@ -115,10 +116,7 @@ def image_replacements(processor: ProcessorMixin, sizes: list[Size]) -> list[str
     if not sizes:
         return []
     rule = _trusted_rule(processor)
-    figures = None if rule is None else rule(processor, _settings(processor), sizes)
-    if figures is None:
-        return list(_blank_replacements(processor, tuple(sizes)))
-    return [str(processor.replace_image_token(figures, image_idx=index)) for index in range(len(sizes))]
+    return list(_by_rule(processor, tuple(sizes), rule) if rule else _blank_replacements(processor, tuple(sizes)))
 
 
 def counts_by_arithmetic(processor: ProcessorMixin) -> bool:
@@ -132,20 +130,25 @@ def _trusted_rule(processor: ProcessorMixin) -> Rule | None:
     rule = _rule(processor)
     if rule is None:
         return None
-    settings = _settings(processor)
-    for sizes in PROBES:
-        try:
-            figures = rule(processor, settings, list(sizes))
-            counted = None if figures is None else [processor.replace_image_token(figures, image_idx=i) for i in range(len(sizes))]
-        except ValueError:  # the processor's turn to refuse
-            counted = None
-        try:
-            real = list(_blank_replacements(processor, sizes))
-        except ValueError:
-            real = None
-        if counted is not None and counted != real:
-            return None
-    return rule
+    agrees = all(
+        _outcome(_by_rule, processor, sizes, rule) == _outcome(_blank_replacements, processor, sizes) for sizes in PROBES
+    )
+    return rule if agrees else None
+
+
+def _outcome(count: Callable[..., tuple[str, ...]], processor: ProcessorMixin, sizes: tuple[Size, ...], *rule: Rule) -> Any:
+    """What comes of counting: texts, or the words of a refusal."""
+    try:
+        return count(processor, sizes, *rule)
+    except ValueError as error:
+        return str(error)
+
+
+def _by_rule(processor: ProcessorMixin, sizes: tuple[Size, ...], rule: Rule) -> tuple[str, ...]:
+    figures = rule(processor, _settings(processor), list(sizes))
+    if figures is None:
+        return _blank_replacements(processor, sizes)
+    return tuple(str(processor.replace_image_token(figures, image_idx=index)) for index in range(len(sizes)))
 
 
 @lru_cache(maxsize=4096)
@@ -303,7 +306,9 @@ RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {
 
 
 def _rule(processor: Any) -> Rule | None:
-    """The rule for exactly this pair of classes; a subclass that writes other texts or processes otherwise has none."""
+    """The rule for this pair of classes, if there is one. A subclass has its parent's, until it is found to disagree."""
+    if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
+        return None
     for name in (each.__name__ for each in type(processor).__mro__):
         if name in RULES:
             rule, image_processors = RULES[name]

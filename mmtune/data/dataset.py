@@ -102,7 +102,9 @@ class DataReport:
 
     def summary(self) -> str:
         """One line for the terminal."""
-        counts = f"{self.rows:,} rows, {len(self.quarantined):,} quarantined, {len(self.dropped_over_length):,} dropped as too long"
+        counts = (
+            f"{self.rows:,} rows, {len(self.quarantined):,} quarantined, {len(self.dropped_over_length):,} dropped as too long"
+        )
         return f"data: {counts}"
 
     def write(self, path: Path) -> None:

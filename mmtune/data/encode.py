@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from transformers import Gemma3nProcessor, Gemma3Processor, PaliGemmaProcessor, ProcessorMixin
 
 from mmtune.chat_rendering import NotExact, Span, render_conversation, render_prompt, control_tokens
@@ -141,7 +142,12 @@ def _expand(
     token = getattr(processor, "image_token", None)
     found = text.count(token) if token else 0
     if found != len(replacements):
-        raise RowError(sample_id, "messages", f"the chat template writes {found} image placeholders for {len(replacements)} images", "chat_template")
+        raise RowError(
+            sample_id,
+            "messages",
+            f"the chat template writes {found} image placeholders for {len(replacements)} images",
+            "chat_template",
+        )
     if not replacements:
         if isinstance(processor, PaliGemmaProcessor):
             raise RowError(sample_id, "image", "PaliGemma's processor takes no conversation without an image", "image_needed")
@@ -166,7 +172,7 @@ def _as_prefix(text: str, spans: list[Span], processor: PaliGemmaProcessor) -> t
 
 
 def with_images(sample_id: str, messages: list[Message]) -> list[Message]:
-    """The same messages with every image opened.
+    """The same messages with every image opened, at the `size` that its block asks for, if it does.
 
     Raises:
         RowError: naming the row, for an image that cannot be opened or decoded.
@@ -177,9 +183,12 @@ def with_images(sample_id: str, messages: list[Message]) -> list[Message]:
         for block in message["content"]:
             if block["type"] == "image":
                 try:
-                    block = {"type": "image", "image": open_image(block["image"])}
+                    image = open_image(block["image"])
                 except ValueError as error:
                     raise RowError(sample_id, "image", str(error), kind_of(error)) from error
+                if "size" in block:  # `data.over_length: shrink_media` asks for it
+                    image = image.resize(block["size"], Image.Resampling.LANCZOS)
+                block = {"type": "image", "image": image}
             content.append(block)
         opened.append({**message, "content": content})
     return opened
@@ -198,11 +207,15 @@ def check_text(sample_id: str, messages: list[Message], processor: ProcessorMixi
         text = text_of(message)
         found = control.search(text)
         if found:
-            raise RowError(sample_id, f"messages[{number}]", f"the text spells the control token {found[0]!r}; take it out", "control_token")
+            raise RowError(
+                sample_id, f"messages[{number}]", f"the text spells the control token {found[0]!r}; take it out", "control_token"
+            )
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise RowError(sample_id, f"messages[{number}]", f"the text is not valid Unicode: {error}", "text_not_unicode") from error
+            raise RowError(
+                sample_id, f"messages[{number}]", f"the text is not valid Unicode: {error}", "text_not_unicode"
+            ) from error
 
 
 def encode_sample(
@@ -241,12 +254,15 @@ def _process_images(
     images = [block["image"] for message in opened for block in message["content"] if block["type"] == "image"]
     if not images:
         return {}, []
-    own: Mapping[str, Any] = processor(
-        images=[images],
-        text=[processor.image_token * len(images)],
-        images_kwargs={"return_tensors": "pt"},
-        return_text_replacement_offsets=True,
-    )
+    try:
+        own: Mapping[str, Any] = processor(
+            images=[images],
+            text=[processor.image_token * len(images)],
+            images_kwargs={"return_tensors": "pt"},
+            return_text_replacement_offsets=True,
+        )
+    except ValueError as error:  # a shape that the family refuses, such as a line of pixels
+        raise RowError(sample_id, "image", str(error), kind_of(error, "image_refused")) from error
     replacements = [change["replacement"] for change in own["text_replacement_offsets"][0]]
     text_keys = {"text_replacement_offsets", "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
     return {key: torch.as_tensor(value) for key, value in own.items() if key not in text_keys}, replacements

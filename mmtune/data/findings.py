@@ -48,6 +48,7 @@ KINDS: dict[str, Kind] = {
     "image_unreadable": Kind("error", "fetch the file again, or convert it to JPEG or PNG"),
     "image_truncated": Kind("error", "fetch the file again: its end is missing"),
     "image_damaged": Kind("error", "fetch the file again: its content is damaged"),
+    "image_refused": Kind("error", "change the image's shape: the model's image processor takes none like it"),
     "image_zero_size": Kind("error", "replace the image: it has no pixels"),
     "image_too_large": Kind("error", "scale the image down below the limit"),
     # boxes that the data template declares
@@ -91,9 +92,9 @@ class Fault(ValueError):
         return type(self), (self.finding, self.detail)  # sent between processes
 
 
-def kind_of(error: ValueError) -> str:
-    """The kind of fault that an error says, a name in `KINDS`."""
-    return error.finding if isinstance(error, Fault) else "row_unusable"
+def kind_of(error: ValueError, otherwise: str = "row_unusable") -> str:
+    """The kind of fault that an error says, a name in `KINDS`; `otherwise` if it says none."""
+    return error.finding if isinstance(error, Fault) else otherwise
 
 
 @dataclass(frozen=True)

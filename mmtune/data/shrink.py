@@ -143,7 +143,9 @@ def _with_smaller_images(
     while True:
         smaller = shrink_to_fit(sizes, processor, budget)
         if smaller is None:
-            raise OverLength(sample.id, "messages", f"{_too_long(counts.tokens, max_tokens)}; its images cannot be made small enough")
+            raise OverLength(
+                sample.id, "messages", f"{_too_long(counts.tokens, max_tokens)}; its images cannot be made small enough"
+            )
         fitted = replace(sample, messages=with_sizes(sample.messages, smaller))
         now = count_tokens(fitted, processor, supervise)
         if now.tokens <= max_tokens:
@@ -155,15 +157,13 @@ def _sizes(sample: Sample) -> list[Size]:
     try:
         return sizes_of(sample.messages)
     except ValueError as error:
-        raise RowError(sample.id, "image", str(error)) from error
+        raise RowError(sample.id, "image", str(error), kind_of(error, "image_refused")) from error
 
 
 def with_sizes(messages: list[Message], sizes: list[Size]) -> list[Message]:
     """The messages with a `size` in the block of every image, in order."""
     given: Iterator[Size] = iter(sizes)
-    return [
-        {**m, "content": [{**b, "size": next(given)} if b["type"] == "image" else b for b in m["content"]]} for m in messages
-    ]
+    return [{**m, "content": [{**b, "size": next(given)} if b["type"] == "image" else b for b in m["content"]]} for m in messages]
 
 
 def shrink_to_fit(sizes: list[Size], processor: ProcessorMixin, budget: int) -> list[Size] | None:
