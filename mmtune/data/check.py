@@ -15,13 +15,14 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import Environment, meta
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -29,16 +30,22 @@ from rich.text import Text
 from transformers import ProcessorMixin
 
 from mmtune.console import shows_progress
+from mmtune.data.count import Size, count_tokens
+from mmtune.data.encode import Supervise
 from mmtune.data.findings import KINDS, Finding, finding
 from mmtune.data.image_check import inspect_image
 from mmtune.data.media import MediaRules
 from mmtune.data.message import Message, RowError, Sample, text_of
+from mmtune.data.reader import Chosen, Reader
+from mmtune.data.shrink import with_sizes
 from mmtune.data.source import Row, Rows, open_rows
-from mmtune.data.template import DataTemplate, load_data_template
+from mmtune.data.template import DataTemplate, load_data_template, template_names
+from mmtune.errors import UserError
 from mmtune.recipe import Source
 
 CHUNK = 256  # rows that a process takes at once
 ID_FIELDS = ("id", "question_id")
+FORM = ("row_not_json", "row_not_object", "field_missing", "field_type", "role_unknown", "label_unknown")
 BOX_FIELDS = ("bbox", "box", "bboxes", "boxes")
 CONTROL_TOKENS = (
     *("<s>", "</s>", "<unk>", "<pad>", "<bos>", "<eos>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
@@ -63,12 +70,14 @@ class Rules:
         processor: the recipe's; None encodes no text.
         max_tokens: the recipe's `data.max_tokens`.
         over_length: the recipe's `data.over_length`.
+        supervise: the recipe's `data.supervise`.
         decode: decode every image too.
     """
 
     processor: ProcessorMixin | None = None
     max_tokens: int | None = None
     over_length: str = "error"
+    supervise: Supervise = "all"
     decode: bool = False
 
 
@@ -123,9 +132,8 @@ class Summary:
 class _Part:
     """One source, open."""
 
-    rows: Rows
-    template: DataTemplate
-    rules: MediaRules
+    reader: Reader
+    rows: Rows | Chosen
     count: int
     held_out: bool
     known: frozenset[str]
@@ -209,9 +217,9 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
             else:
                 media = []
                 try:
-                    sample = part.template.sample(row_id, row, part.rules)
+                    sample = part.reader.sample(row_id, row)
                     media = sample.images
-                    found += self._sample(sample, row, part.template.boxes is not None)
+                    found += self._sample(sample, row, part.reader.template.boxes is not None)
                 except RowError as error:
                     found.append(_of(error))
                 row_digest, id_digest = _digest((row, [str(image) for image in media])), _id_digest(row)
@@ -224,16 +232,39 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
 
     def _sample(self, sample: Sample, row: Row, declared: bool) -> Iterator[Finding]:
         images = sample.images
-        sizes = []
+        sizes: list[Any] = []
         for number, media in enumerate(images):
             report = inspect_image(media, self._rules.decode)
             sizes.append(report.size)
             where = "image" if len(images) == 1 else f"image[{number}]"
             yield from (finding(sample.id, where, name, detail) for name, detail in report.findings)
+        told: list[Finding] = []
         for number, message in enumerate(sample.messages):
-            yield from self._text(sample.id, f"messages[{number}]", message)
+            told += self._text(sample.id, f"messages[{number}]", message)
+        yield from told
+        if self._rules.processor is not None and None not in sizes:
+            known = [(each.field, each.finding) for each in told]
+            yield from (each for each in self._tokens(sample, sizes) if (each.field, each.finding) not in known)
         if len(sizes) == 1 and sizes[0] is not None and not declared:
             yield from _boxes(sample.id, row, sizes[0])
+
+    def _tokens(self, sample: Sample, sizes: list[Size]) -> Iterator[Finding]:
+        """What comes of encoding the text, as training does, with image tokens counted from the images' sizes."""
+        rules = self._rules
+        assert rules.processor is not None
+        sized = replace(sample, messages=with_sizes(sample.messages, sizes))
+        try:
+            counts = count_tokens(sized, rules.processor, rules.supervise)
+        except RowError as error:
+            yield _of(error)
+            return
+        if counts.supervised == 0:
+            yield finding(sample.id, "messages", "nothing_supervised", f"none of {counts.tokens:,} tokens is an answer's")
+        if rules.max_tokens is not None and counts.tokens > rules.max_tokens:
+            kind = "too_long" if rules.over_length == "error" else "too_long_by_policy"
+            yield finding(
+                sample.id, "messages", kind, f"{counts.tokens:,} tokens, more than data.max_tokens: {rules.max_tokens:,}"
+            )
 
     def _text(self, row_id: str, where: str, message: Message) -> Iterator[Finding]:
         text = text_of(message)
@@ -266,12 +297,11 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
 
 
 def _open(source: Source, held_out: bool, names: Counter[str]) -> _Part:
-    path = Path(source.path)
-    rows = open_rows(path, path.name if names[path.name] == 1 else str(path))
-    root = Path(source.media_root) if source.media_root else path.parent
-    rules = MediaRules(root, source.allow_outside_root, source.allow_urls)
-    template = load_data_template(source.template)
-    return _Part(rows, template, rules, min(len(rows), source.limit or len(rows)), held_out, frozenset())
+    name = Path(source.path).name
+    reader = Reader(source, name if names[name] == 1 else source.path)  # ids stay apart
+    rows = reader.open()
+    known = fields_read(reader.template) | {*ID_FIELDS, *BOX_FIELDS}
+    return _Part(reader, rows, min(len(rows), source.limit or len(rows)), held_out, frozenset(known))
 
 
 def _as_it_is(chunk: Any) -> Any:
@@ -280,6 +310,71 @@ def _as_it_is(chunk: Any) -> Any:
 
 def _of(error: RowError) -> Finding:
     return finding(error.row, error.field, error.finding, error.detail)
+
+
+def guess_template(path: str) -> str:
+    """The shipped data template that reads a file's first rows best.
+
+    Args:
+        path: a file of rows, as a source names it.
+
+    Raises:
+        UserError: a file that cannot be read, or none or several that read it equally well.
+    """
+    scores: dict[str, tuple[int, float]] = {}
+    unread = ""
+    for name in template_names():
+        template = load_data_template(name)
+        try:
+            rows = open_rows(path, rows=template.rows)
+        except UserError as error:
+            unread = str(error)
+            continue
+        scores[name] = _fit(template, rows)
+    if not scores:
+        raise UserError(unread)
+    best = [name for name, score in scores.items() if score == max(scores.values()) and score[0]]
+    if len(best) != 1:
+        found = f"{', '.join(best)} read it equally well" if best else "none of those that ship reads its first rows"
+        raise UserError(f"{path}: which data template? {found}; name one with --template")
+    return best[0]
+
+
+def _fit(template: DataTemplate, rows: Rows) -> tuple[int, float]:
+    """How many of the first rows have the template's form, and how alike their fields are to its example's."""
+    read, alike = 0, 0.0
+    rules = MediaRules(Path())  # that a medium is missing here says nothing of the form
+    for index in range(min(len(rows), 20)):
+        try:
+            row_id, row = rows[index]
+            alike += len(row.keys() & template.example.keys()) / len(row.keys() | template.example.keys())
+            template.sample(row_id, row, rules)
+        except RowError as error:
+            read += error.finding not in FORM
+        else:
+            read += 1
+    return read, round(alike, 6)
+
+
+def fields_read(template: DataTemplate) -> set[str]:
+    """The fields of a row that a data template reads, those of its own names (`joined`) among them."""
+    named = [template.images, template.videos, template.audio, template.task, *template.repeat.values()]
+    written = [template.references or ""]
+    if template.conversation is not None:
+        named += [template.conversation.field, template.conversation.system]
+    if template.join is not None:
+        named.append(template.join.on)
+    for turn in template.messages:
+        written += [*turn.images, *turn.videos, *turn.audio, *turn.text]
+    if template.options is not None:
+        written += [template.options.choices, template.options.answer]
+    if template.verbalizer is not None:
+        written.append(template.verbalizer.label)
+    if template.boxes is not None:
+        written.append(template.boxes.value)
+    jinja = Environment()
+    found = {name for source in written for name in meta.find_undeclared_variables(jinja.parse(source))}
+    return found | {name.split(".")[0] for name in named if name}
 
 
 def _spelling(processor: ProcessorMixin | None) -> re.Pattern[str]:
@@ -328,9 +423,10 @@ def _unknown_fields(chunks: list[_Chunk]) -> Iterator[Finding]:
 def _boxes(row_id: str, row: Row, size: tuple[int, int]) -> Iterator[Finding]:
     """Fields that look like boxes and that the template does not read: outside the image in either layout."""
     for name in BOX_FIELDS:
-        given = row.get(name)
+        given: Any = row.get(name)
         several = isinstance(given, list) and bool(given) and all(isinstance(box, list) for box in given)
-        for number, box in enumerate(given if several else [given] if isinstance(given, list) else ()):
+        boxes: list[Any] = given if several else [given]
+        for number, box in enumerate(boxes):
             numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(edge, (int, float)) for edge in box)
             if numbers and not _inside(box, size):
                 where = f"{name}[{number}]" if several else name

@@ -75,7 +75,7 @@ KINDS: dict[str, Kind] = {
 }
 
 
-class Fault(ValueError):
+class Unusable(ValueError):
     """What is wrong with a part of a row, said where the row's id is not known.
 
     Args:
@@ -88,13 +88,13 @@ class Fault(ValueError):
         self.finding = finding
         self.detail = detail
 
-    def __reduce__(self) -> tuple[type[Fault], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[Unusable], tuple[str, str]]:
         return type(self), (self.finding, self.detail)  # sent between processes
 
 
 def kind_of(error: ValueError, otherwise: str = "row_unusable") -> str:
     """The kind of fault that an error says, a name in `KINDS`; `otherwise` if it says none."""
-    return error.finding if isinstance(error, Fault) else otherwise
+    return error.finding if isinstance(error, Unusable) else otherwise
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import BinaryIO, cast
 
 from PIL import Image
 
-from mmtune.data.findings import Fault
+from mmtune.data.findings import Unusable
 from mmtune.data.media import Embedded, Media, open_image, opened_image
 
 COVERED = ("JPEG", "PNG", "GIF", "WebP", "BMP", "TIFF")
@@ -58,12 +58,12 @@ def inspect_image(media: Media, decode: bool = False) -> ImageReport:
             size = (image.height, image.width) if orientation >= SIDEWAYS else image.size
             found = _traits(image, orientation)
             cut = _cut(image)
-    except Fault as error:
+    except Unusable as error:
         return ImageReport(None, [(_unopened(media, error.finding), str(error))])
     if cut or decode:
         try:
             open_image(media)
-        except Fault as error:
+        except Unusable as error:
             found.append(("image_truncated" if cut else error.finding, str(error)))
         else:
             found += [("image_end_marker", f"{media} ends before its format says")] if cut else []

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 
 from PIL import ExifTags, Image
 
-from mmtune.data.findings import Fault
+from mmtune.data.findings import Unusable
 
 MAX_PIXELS = 89_478_485
 """Largest image that is opened: where Pillow warns of a decompression bomb."""
@@ -178,17 +178,17 @@ def resolve_media(value: Any, rules: MediaRules) -> Media:
     if isinstance(value, dict) and value.get("bytes") is not None:
         data, path = value["bytes"], value.get("path")
         if not isinstance(data, (bytes, bytearray, memoryview)):
-            raise Fault("media_path", f"'bytes' holds {type(data).__name__}, not bytes")
+            raise Unusable("media_path", f"'bytes' holds {type(data).__name__}, not bytes")
         return Embedded(rules.root, path if isinstance(path, str) and path else "bytes", data=bytes(data))
     name = value.get("path") if isinstance(value, dict) and set(value) <= {"bytes", "path"} else value
     if isinstance(name, Path):
         name = str(name)
     if not isinstance(name, str):
-        raise Fault("media_path", f"expected the path of an image or its bytes, found {_kind(value)}")
+        raise Unusable("media_path", f"expected the path of an image or its bytes, found {_kind(value)}")
     if name[:5].lower() == "data:":
         return _from_data_uri(name, rules)
     if name[:8].lower().startswith(("http://", "https://")):
-        raise Fault("media_url", f"'{name[:100]}' is a URL; they are fetched only where the source allows it")
+        raise Unusable("media_url", f"'{name[:100]}' is a URL; they are fetched only where the source allows it")
     return _from_path(name, rules)
 
 
@@ -202,26 +202,26 @@ def _from_path(name: str, rules: MediaRules) -> Path:
         path = (root / name).resolve()
         is_file = path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long a name; links in a circle; a null byte, a lone surrogate
-        raise Fault("media_path", f"cannot look up '{name[:200]}': {error}"[:400]) from error
+        raise Unusable("media_path", f"cannot look up '{name[:200]}': {error}"[:400]) from error
     if not rules.outside and not path.is_relative_to(root):
-        raise Fault("media_outside_root", f"'{name}' lies outside media_root {root}")
+        raise Unusable("media_outside_root", f"'{name}' lies outside media_root {root}")
     if not is_file:
-        raise Fault("media_missing", f"no such file: {path}")
+        raise Unusable("media_missing", f"no such file: {path}")
     return path
 
 
 def _from_data_uri(uri: str, rules: MediaRules) -> Embedded:
     """RFC 2397, of an image and in base64, as rows in OpenAI's format carry images."""
     if len(uri) > MAX_DATA_URI:
-        raise Fault("media_path", f"a data: URI of {len(uri)} characters, more than {MAX_DATA_URI}")
+        raise Unusable("media_path", f"a data: URI of {len(uri)} characters, more than {MAX_DATA_URI}")
     head, comma, body = uri.partition(",")
     kind, *parameters = head[5:].lower().split(";")
     if not comma or not kind.startswith("image/") or parameters[-1:] != ["base64"]:
-        raise Fault("media_path", f"'{uri[:60]}' is no data: URI of an image in base64 (data:image/png;base64,...)")
+        raise Unusable("media_path", f"'{uri[:60]}' is no data: URI of an image in base64 (data:image/png;base64,...)")
     try:
         data = base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:  # ValueError: characters outside of ASCII
-        raise Fault("media_path", f"'{uri[:60]}' is not valid base64: {error}") from error
+        raise Unusable("media_path", f"'{uri[:60]}' is not valid base64: {error}") from error
     return Embedded(rules.root, "data: URI", data=data)
 
 
@@ -255,7 +255,7 @@ def open_image(media: Media | str) -> Image.Image:
             made = made.convert("RGB")
             return made.transpose(_TRANSPOSED[orientation]) if orientation in _TRANSPOSED else made
         except _DAMAGED as error:
-            raise Fault("image_damaged", f"cannot decode {media}: {error}") from error
+            raise Unusable("image_damaged", f"cannot decode {media}: {error}") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -263,7 +263,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "I":
         low, high = cast(tuple[int, int], image.getextrema())
         if low < 0 or high > 65_535:
-            raise Fault("image_unreadable", f"32-bit values from {low} to {high}; save it with 8 or 16 bits")
+            raise Unusable("image_unreadable", f"32-bit values from {low} to {high}; save it with 8 or 16 bits")
     return image.point(lambda level: level / 256).convert("L")
 
 
@@ -273,7 +273,7 @@ def opened_image(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
     try:
         file = media.open() if isinstance(media, Embedded) else Path(media).open("rb")
     except (OSError, ValueError) as error:
-        raise Fault("image_unreadable", f"not an image that can be opened: {media}: {error}") from error
+        raise Unusable("image_unreadable", f"not an image that can be opened: {media}: {error}") from error
     with file:
         try:
             image = Image.open(file, formats=FORMATS)
@@ -282,16 +282,16 @@ def opened_image(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
             reason = f"none of {', '.join(FORMATS)}" if isinstance(error, Image.UnidentifiedImageError) else error
             bomb = isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning))
             kind = "image_too_large" if bomb else "image_unreadable"
-            raise Fault(kind, f"not an image that can be opened: {media}: {reason}") from error
+            raise Unusable(kind, f"not an image that can be opened: {media}: {reason}") from error
         with image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
                 bound = f"more than {MAX_PIXELS}" if image.width * image.height else "which is none"
-                raise Fault(
+                raise Unusable(
                     "image_too_large" if image.width * image.height else "image_zero_size",
                     f"{media} has {image.width} x {image.height} pixels, {bound}",
                 )
             if image.mode.startswith("F"):
-                raise Fault(
+                raise Unusable(
                     "image_unreadable",
                     f"{media} holds floating-point values, of which nobody knows the range; save it with 8 or 16 bits",
                 )

@@ -15,6 +15,7 @@ from transformers import ProcessorMixin
 
 from mmtune.data.count import Counts, Size, count_tokens, image_replacements, sample_replacements, sizes_of
 from mmtune.data.encode import OverLength, Supervise
+from mmtune.data.findings import kind_of
 from mmtune.data.message import Message, RowError, Sample
 
 Policy = Literal["error", "drop_sample", "drop_media", "shrink_media"]

@@ -159,6 +159,11 @@ def _with_article(kind: str) -> str:
     return "audio" if kind == "audio" else f"an {kind}" if kind == "image" else f"a {kind}"
 
 
+def template_names() -> list[str]:
+    """Names of the shipped data templates."""
+    return sorted(path.stem for path in shipped_dir("data_templates").glob("*.yaml"))
+
+
 def load_data_template(name: str) -> DataTemplate:
     """A shipped template by its name, or one of your own by the path of its YAML file.
 

@@ -1,0 +1,115 @@
+"""`mmtune data VERB`: each verb is one thin function over the library."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmtune.console import settle_console
+from mmtune.errors import CheckFailed, UserError
+
+AddVerb = Callable[[Any, str, Callable[[argparse.Namespace], Any], str], argparse.ArgumentParser]
+RECIPE_ENDINGS = (".yaml", ".yml")
+
+
+def add_data_verbs(verbs: Any, add: AddVerb) -> None:
+    """Declare the verbs under `mmtune data`.
+
+    Args:
+        verbs: argparse's subparsers.
+        add: declares one verb, as the command line does for all.
+    """
+    verb = add(
+        verbs, "check", _check, "look for faults in every row and every image's header; exit code 1 if one would fail a run"
+    )
+    verb.add_argument("data", metavar="RECIPE_OR_FILE", help="a recipe (YAML), or a file of rows")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    verb.add_argument("--template", metavar="NAME", help="the data template of a file of rows (default: the one that fits)")
+    verb.add_argument("--media-root", metavar="DIR", help="where a file's media paths start (default: its own folder)")
+    verb.add_argument("--out", metavar="FILE", help="write the findings as JSON Lines: row, field, finding, detail, fix")
+    verb.add_argument("--decode", action="store_true", help="decode every image too: finds all damage, takes many times longer")
+    verb.add_argument("--processes", type=int, metavar="N", help="how many work at once (default: one a core)")
+
+    verb = add(verbs, "digits", _digits, "write the quickstart's data set of handwritten digits")
+    verb.add_argument("folder", metavar="DIR")
+    verb.add_argument("--all", action="store_true", help="also the parts that the built-in checkpoint was trained on")
+
+
+def _check(arguments: argparse.Namespace) -> Any:
+    from mmtune.data.check import Summary
+
+    settle_console()
+    doctor = _doctor(arguments)
+    summary, listed = Summary(doctor.rows), []
+    with _lines(arguments.out) as write:
+        for found in doctor.findings(arguments.processes):
+            summary.add(found)
+            write(found.as_json())
+            if arguments.json:
+                listed.append(found.as_json())
+    summary.show()
+    if arguments.out:
+        print(f"findings: {arguments.out}")
+    result = {"data": arguments.data, **summary.as_json(), "findings": listed}
+    if summary.faulty_rows:
+        raise CheckFailed(f"{arguments.data}: {summary.faulty_rows:,} of {summary.rows:,} rows cannot train", result)
+    return result
+
+
+def _doctor(arguments: argparse.Namespace) -> Any:
+    from mmtune.data.check import Doctor, Rules, guess_template
+    from mmtune.recipe import Source, check_files, load_recipe
+
+    if not arguments.data.endswith(RECIPE_ENDINGS):
+        if arguments.overrides:
+            raise UserError(
+                f"{arguments.data} is no recipe, so {arguments.overrides[0]} changes nothing; give --template and --media-root"
+            )
+        template = arguments.template
+        if template is None:
+            template = guess_template(arguments.data)
+            print(f"{arguments.data}: read with the data template {template}; --template names another")
+        source = Source(path=arguments.data, template=template, media_root=arguments.media_root)
+        return Doctor([source], rules=Rules(decode=arguments.decode))
+    if arguments.template or arguments.media_root:
+        raise UserError("--template and --media-root are for a file of rows; a recipe names its own")
+    recipe = load_recipe(arguments.data, arguments.overrides)
+    check_files(recipe)
+    from mmtune.model.load import load_processor  # takes seconds to import, and a file of rows needs none
+
+    try:
+        processor = load_processor(recipe.model)
+    except UserError as error:
+        processor = None
+        print(f"not checked: tokens and lengths, because there is no processor ({error})")
+    rules = Rules(processor, recipe.data.max_tokens, recipe.data.over_length, decode=arguments.decode)
+    return Doctor(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), rules)
+
+
+@contextmanager
+def _lines(out: str | None) -> Iterator[Callable[[dict[str, str]], None]]:
+    """Writes objects as JSON Lines, or nowhere."""
+    if out is None:
+        yield lambda line: None
+        return
+    try:
+        # A file name that is not UTF-8 reaches Python as lone surrogates; written as \udcXX they are valid JSON.
+        file = Path(out).open("w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
+    with file:
+        yield lambda line: print(json.dumps(line, ensure_ascii=False), file=file)
+
+
+def _digits(arguments: argparse.Namespace) -> Any:
+    from mmtune.builtin.digits import PARTS, write_digits
+
+    parts = tuple(PARTS) if arguments.all else ("tune", "eval")
+    counts = write_digits(Path(arguments.folder), parts)
+    for part, rows in counts.items():
+        print(f"{arguments.folder}/{part}.json: {rows:,} rows")
+    return counts
