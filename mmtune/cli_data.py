@@ -40,9 +40,9 @@ def add_data_verbs(verbs: Any, add: AddVerb) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> Any:
+    settle_console()
     from mmtune.data.check import Summary
 
-    settle_console()
     doctor = _doctor(arguments)
     summary, listed = Summary(doctor.rows), []
     with _lines(arguments.out) as write:

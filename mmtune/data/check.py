@@ -113,19 +113,18 @@ class Summary:
         return {"rows": self.rows, "faulty_rows": self.faulty_rows, "severities": self.severities(), "counts": dict(self.counts)}
 
     def show(self) -> None:
-        """Print a table: each kind of finding, the gravest first, how many, the first rows that have it, and what to do."""
+        """Print each kind of finding, the gravest first: how many, the first rows that have it, and what to do."""
+        table = Table(box=None, show_header=False, pad_edge=False)
+        styles = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+        for name, kind in KINDS.items():
+            if count := self.counts[name]:
+                rows = ", ".join(self.first[name]) + (", ..." if count > len(self.first[name]) else "")
+                told = Text.assemble(rows, "\n", (kind.fix, "dim"))
+                table.add_row(Text(kind.severity, styles[kind.severity]), Text(name), Text(f"{count:,}", justify="right"), told)
         if self.counts:
-            table = Table(title="Findings", title_justify="left")
-            for name in ("severity", "finding", "count", "first rows", "fix"):
-                table.add_column(name, justify="right" if name == "count" else "left")
-            styles = {"error": "bold red", "warning": "yellow", "note": "dim"}
-            for name, kind in KINDS.items():
-                if count := self.counts[name]:
-                    rows = ", ".join(self.first[name]) + (", ..." if count > len(self.first[name]) else "")
-                    table.add_row(Text(kind.severity, styles[kind.severity]), name, f"{count:,}", Text(rows), kind.fix)
             Console().print(table)
-        told = ", ".join(f"{count:,} {severity}{'' if count == 1 else 's'}" for severity, count in self.severities().items())
-        print(f"checked: {self.rows:,} rows, {self.faulty_rows:,} cannot train: {told}")
+        totals = ", ".join(f"{count:,} {severity}{'' if count == 1 else 's'}" for severity, count in self.severities().items())
+        print(f"checked: {self.rows:,} rows, {self.faulty_rows:,} cannot train: {totals}")
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,14 @@ def png(width: int, height: int, bits: int = 8, color: int = 2, pixels: bytes = 
 
 def gif(width: int, height: int) -> bytes:
     """A GIF whose screen is as large as one likes."""
-    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6) + b"\x2c" + struct.pack(
-        "<HHHHB", 0, 0, width, height, 0
-    ) + b"\x02\x02\x4c\x01\x00;"
+    return (
+        b"GIF89a"
+        + struct.pack("<HHBBB", width, height, 0x80, 0, 0)
+        + bytes(6)
+        + b"\x2c"
+        + struct.pack("<HHHHB", 0, 0, width, height, 0)
+        + b"\x02\x02\x4c\x01\x00;"
+    )
 
 
 def looping_tiff() -> bytes:
@@ -239,16 +244,35 @@ def rows() -> list[Case]:
         _said("an unknown speaker", {"from": "humam", "value": "a"}, found=((f"{here}[0].from", "role_unknown"),)),
         _said("an empty answer", _human("a"), _gpt(""), found=(("messages[1]", "answer_empty"),)),
         _said("an answer of white space", _human("a"), _gpt(" \n\t\u3000"), found=(("messages[1]", "answer_empty"),)),
-        _said("an empty answer among others", _human("a"), _gpt(""), _human("b"), _gpt("c"), found=(("messages[1]", "answer_empty"),)),
+        _said(
+            "an empty answer among others",
+            _human("a"),
+            _gpt(""),
+            _human("b"),
+            _gpt("c"),
+            found=(("messages[1]", "answer_empty"),),
+        ),
         _said("two users in a row", _human("a"), _human("b"), _gpt("c"), found=(("messages", "role_order"),)),
         _said("two answers in a row", _human("a"), _gpt("b"), _gpt("c"), found=(("messages", "role_order"),)),
         _said("the answer first", _gpt("a"), _human("b"), found=(("messages", "role_order"),)),
-        _said("a system message in the middle", _human("a"), {"from": "system", "value": "s"}, _gpt("b"), found=(("messages", "role_order"),)),
+        _said(
+            "a system message in the middle",
+            _human("a"),
+            {"from": "system", "value": "s"},
+            _gpt("b"),
+            found=(("messages", "role_order"),),
+        ),
         _said("nothing but a system message", {"from": "system", "value": "s"}, found=(("messages", "role_order"),)),
         _said("no assistant", _human("a"), found=(("messages", "nothing_supervised"),)),
         _said("no last answer", _human("a"), _gpt("b"), _human("c"), found=(("messages", "answer_missing"),)),
         _said("more images than placeholders", ASK, SAY, image=["good.png", "good.png"], found=(("image", "placeholder_count"),)),
-        _said("fewer images than placeholders", _human("<image><image>"), SAY, image="good.png", found=(("image", "placeholder_count"),)),
+        _said(
+            "fewer images than placeholders",
+            _human("<image><image>"),
+            SAY,
+            image="good.png",
+            found=(("image", "placeholder_count"),),
+        ),
         _said("a placeholder without an image", ASK, SAY, found=(("image", "placeholder_count"),)),
         _said("an image without a placeholder", _human("a"), SAY, image="good.png", found=(("image", "placeholder_count"),)),
         _said(
@@ -264,7 +288,12 @@ def rows() -> list[Case]:
         _said("half a surrogate pair", _human("half of \ud83d"), _gpt("b"), found=(("messages[0]", "text_not_unicode"),)),
         _said("NUL characters", _human("a\0b\0"), _gpt("c"), found=(("messages[0]", "text_nul"),)),
         _said("a placeholder in the answer", ASK, _gpt("<image>"), image="good.png", found=(("messages[1]", "control_token"),)),
-        _said("a control token in a question", _human("<|im_end|>\n<|im_start|>system"), _gpt("b"), found=(("messages[0]", "control_token"),)),
+        _said(
+            "a control token in a question",
+            _human("<|im_end|>\n<|im_start|>system"),
+            _gpt("b"),
+            found=(("messages[0]", "control_token"),),
+        ),
         _said("an end of turn in an answer", _human("a"), _gpt("yes</s>no"), found=(("messages[1]", "control_token"),)),
         _said("100,000 words", _human("word " * 100_000), _gpt("b")),
         _said("Jinja in the text", _human("{{ 7 * 7 }}{% endfor %}{{ ''.__class__ }}"), _gpt("{{ config }}")),
@@ -272,8 +301,15 @@ def rows() -> list[Case]:
         _said("deep nesting in a field that nobody reads", _human("a"), _gpt("deep"), task=None, image=None),
         _said("a box past the border", ASK, SAY, image="good.png", bbox=[50, 40, 50, 40], found=(("bbox", "box_suspect"),)),
         _said("a negative box", ASK, SAY, image="good.png", bbox=[-5, 0, 10, 10], found=(("bbox", "box_suspect"),)),
-        _said("a box that is no number", ASK, SAY, image="good.png", boxes=[[0, 0, 9, float("nan")]], found=(("boxes[0]", "box_suspect"),)),
-    ]  # fmt: skip
+        _said(
+            "a box that is no number",
+            ASK,
+            SAY,
+            image="good.png",
+            boxes=[[0, 0, 9, float("nan")]],
+            found=(("boxes[0]", "box_suspect"),),
+        ),
+    ]
 
 
 def repeated() -> list[Case]:
