@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ __all__ = [
     "recipe_schema",
 ]
 
+_ROWS_FILE = re.compile(r"[^*?\[{]+\.(json|jsonl|ndjson|csv|tsv|parquet|arrow|feather|tar)", re.IGNORECASE)
 _SHORTHANDS = {f"tune.{component}": "method" for component in ("vision", "projector", "language")} | {"model.projector": "type"}
 
 
@@ -85,7 +87,10 @@ def check_files(recipe: Recipe) -> None:
     """
     missing = []
     for key, named, kind in _named_files(recipe):
+        if kind == "rows" and not _ROWS_FILE.fullmatch(named):
+            continue  # a glob, a data set on the hub, or a folder: opening it says whether it is there
         if not (Path(named).is_dir() if kind == "directory" else Path(named).exists()):
+            kind = "file" if kind == "rows" else kind
             missing.append(_located(recipe, key, f"no such {kind}: {named}"))
     if missing:
         raise UserError("\n".join(missing))
@@ -162,7 +167,7 @@ def _named_files(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     lists = {"data.train": recipe.data.train, "evaluate.data": recipe.evaluate.data if recipe.evaluate else ()}
     for key, sources in lists.items():
         for index, source in enumerate(sources):
-            yield f"{key}.{index}.path", source.path, "file"
+            yield f"{key}.{index}.path", source.path, "rows"
             if source.template.endswith((".yaml", ".yml")):
                 yield f"{key}.{index}.template", source.template, "file"
             if source.media_root is not None:

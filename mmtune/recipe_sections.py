@@ -230,9 +230,12 @@ class TuneSection(Section):
 
 
 class Source(Section):
-    """A file of rows and how to read them."""
+    """Where rows are and how to read them."""
 
-    path: Text = Field(description="The file of rows.")
+    path: Text = Field(
+        description="A file of rows (.json, .jsonl, .csv, .tsv, .parquet, .arrow, .tar), a glob or brace list of such files, a "
+        "folder of them, a directory that datasets saved, or a hub id (org/name@config:split)."
+    )
     template: Text = Field(description="A shipped data template's name, or a template of your own (.yaml).")
     media_root: Text | None = Field(
         default=None, description="Where the rows' media paths start; null: the file's own directory."

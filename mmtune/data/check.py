@@ -36,7 +36,7 @@ from mmtune.data.findings import KINDS, Finding, finding
 from mmtune.data.image_check import inspect_image
 from mmtune.data.media import MediaRules
 from mmtune.data.message import Message, RowError, Sample, text_of
-from mmtune.data.reader import Chosen, Reader
+from mmtune.data.reader import Chosen, Reader, readers
 from mmtune.data.shrink import with_sizes
 from mmtune.data.source import Row, Rows, open_rows
 from mmtune.data.template import DataTemplate, load_data_template, template_names
@@ -165,8 +165,7 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
         """
         self._rules = rules or Rules()
         self._control = _spelling(self._rules.processor)
-        names = Counter(Path(path).name for path in {source.path for source in (*train, *held_out)})
-        self._parts = [_open(source, number >= len(train), names) for number, source in enumerate((*train, *held_out))]
+        self._parts = [_open(each, number >= len(train)) for number, each in enumerate(readers((*train, *held_out)))]
         self._ends = list(accumulate(-(-part.count // CHUNK) for part in self._parts))
         self.rows = sum(part.count for part in self._parts)
 
@@ -295,12 +294,10 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
         return self._parts[number].rows[position][0]
 
 
-def _open(source: Source, held_out: bool, names: Counter[str]) -> _Part:
-    name = Path(source.path).name
-    reader = Reader(source, name if names[name] == 1 else source.path)  # ids stay apart
+def _open(reader: Reader, held_out: bool) -> _Part:
     rows = reader.open()
     known = fields_read(reader.template) | {*ID_FIELDS, *BOX_FIELDS}
-    return _Part(reader, rows, min(len(rows), source.limit or len(rows)), held_out, frozenset(known))
+    return _Part(reader, rows, min(len(rows), reader.source.limit or len(rows)), held_out, frozenset(known))
 
 
 def _as_it_is(chunk: Any) -> Any:

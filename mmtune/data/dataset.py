@@ -18,7 +18,7 @@ from transformers import ProcessorMixin
 from mmtune.data.encode import IGNORE_INDEX, OverLength, encode_sample
 from mmtune.data.media import Media, image_size
 from mmtune.data.message import RowError, Sample
-from mmtune.data.reader import Reader
+from mmtune.data.reader import readers
 from mmtune.errors import UserError
 from mmtune.recipe import Source
 
@@ -32,12 +32,9 @@ class Samples(Sequence[Sample]):
             UserError: a missing or unreadable file, or an unknown template.
         """
         self._parts = []
-        names = Counter(Path(file).name for file in {source.path for source in sources})
-        for source in sources:
-            name = Path(source.path).name
-            reader = Reader(source, name if names[name] == 1 else source.path)  # ids stay apart
+        for reader in readers(sources):
             rows = reader.open()
-            self._parts.append((reader, rows, min(len(rows), source.limit or len(rows))))
+            self._parts.append((reader, rows, min(len(rows), reader.source.limit or len(rows))))
         self._ends = list(accumulate(count for *_, count in self._parts))
 
     def __len__(self) -> int:

@@ -19,6 +19,7 @@ class Kind:
 KINDS: dict[str, Kind] = {
     # rows
     "row_not_json": Kind("error", "write the row as one valid JSON object"),
+    "row_malformed": Kind("error", "write the row again as the file's format has it"),
     "row_not_object": Kind("error", "write the row as an object of named fields"),
     "field_missing": Kind("error", "add the field, or name the data template that fits these rows"),
     "field_type": Kind("error", "give the field the type that the data template reads"),

@@ -271,7 +271,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def opened_image(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
     """An image whose header was read and found fit, with its EXIF orientation. Both files are closed at the end."""
     try:
-        file = media.open() if isinstance(media, Embedded) else Path(media).open("rb")
+        file = media.open() if isinstance(media, Embedded) else Path(media).open("rb")  # noqa: SIM115  (closed below)
     except (OSError, ValueError) as error:
         raise Unusable("image_unreadable", f"not an image that can be opened: {media}: {error}") from error
     with file:
@@ -279,22 +279,18 @@ def opened_image(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
             image = Image.open(file, formats=FORMATS)
             orientation = _orientation(image, file)
         except _DAMAGED as error:
-            reason = f"none of {', '.join(FORMATS)}" if isinstance(error, Image.UnidentifiedImageError) else error
             bomb = isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning))
             kind = "image_too_large" if bomb else "image_unreadable"
+            reason = f"none of {', '.join(FORMATS)}" if isinstance(error, Image.UnidentifiedImageError) else error
             raise Unusable(kind, f"not an image that can be opened: {media}: {reason}") from error
         with image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
                 bound = f"more than {MAX_PIXELS}" if image.width * image.height else "which is none"
-                raise Unusable(
-                    "image_too_large" if image.width * image.height else "image_zero_size",
-                    f"{media} has {image.width} x {image.height} pixels, {bound}",
-                )
+                kind = "image_too_large" if image.width * image.height else "image_zero_size"
+                raise Unusable(kind, f"{media} has {image.width} x {image.height} pixels, {bound}")
             if image.mode.startswith("F"):
-                raise Unusable(
-                    "image_unreadable",
-                    f"{media} holds floating-point values, of which nobody knows the range; save it with 8 or 16 bits",
-                )
+                told = f"{media} holds floating-point values, whose range nobody knows; save it with 8 or 16 bits"
+                raise Unusable("image_unreadable", told)
             yield image, orientation
 
 
@@ -328,8 +324,7 @@ def _png_exif(file: BinaryIO) -> Any:
             file.seek(length + 4, io.SEEK_CUR)
     file.seek(position)
     if not told:
-        return 1
-    with Image.open(
-        io.BytesIO(kept + struct.pack(">I4s", 0, b"IDAT") + struct.pack(">I", zlib.crc32(b"IDAT"))), formats=["PNG"]
-    ) as bare:
-        return Image.Image.getexif(bare).get(ExifTags.Base.Orientation, 1)
+        return None
+    no_pixels = struct.pack(">I4sI", 0, b"IDAT", zlib.crc32(b"IDAT"))
+    with Image.open(io.BytesIO(kept + no_pixels), formats=["PNG"]) as bare:
+        return Image.Image.getexif(bare).get(ExifTags.Base.Orientation)

@@ -40,7 +40,7 @@ class Sample:
 
     Attributes:
         id: stable id of the row.
-        messages: typed messages; image blocks hold the path of a file that the source's rules allow, or what a row carries inside.
+        messages: typed messages; image blocks hold a path that the source's rules allow, or what a row carries inside.
         task: what kind of question this is, for figures per task; None when the rows do not say.
         source: the file or data set it came from, as the recipe names it.
         choices: all answers that the last question leaves open, each as the assistant would say it; empty for an open question.

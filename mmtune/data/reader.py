@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from mmtune.data.media import MediaRules
 from mmtune.data.message import RowError, Sample
 from mmtune.data.prompts import Prompting, draw
-from mmtune.data.source import Row, Rows, open_rows, stream_rows
+from mmtune.data.source import Row, Rows, media_root_of, open_rows, stream_rows
 from mmtune.data.template import DataTemplate, Join, load_data_template, lookup
 from mmtune.errors import UserError, nearest
 from mmtune.recipe import Shots, Source
@@ -79,6 +80,18 @@ class Reader:
         except RowError:
             return True  # it is met again, and counted, where it is read
         return all(_is_among(lookup(row, field), value) for field, value in (self.source.where or {}).items())
+
+
+def readers(sources: Sequence[Source]) -> list[Reader]:
+    """A reader for each of several sources; the ids of their rows stay apart.
+
+    Raises:
+        UserError: as `Reader`.
+    """
+    paths = {source.path for source in sources}
+    names = Counter(Path(path).name for path in paths)
+    several = len(paths) > 1 and any(not Path(path).is_file() for path in paths)
+    return [Reader(each, each.path if several or names[Path(each.path).name] > 1 else None) for each in sources]
 
 
 class Chosen:
@@ -217,7 +230,7 @@ def _check(source: Source, template: DataTemplate) -> None:
 
 
 def _rules(source: Source, path: str, media_root: str | None) -> MediaRules:
-    return MediaRules(Path(media_root) if media_root else Path(path).parent, source.allow_outside_root, source.allow_urls)
+    return MediaRules(Path(media_root) if media_root else media_root_of(path), source.allow_outside_root, source.allow_urls)
 
 
 def _partners(join: Join | None, template: str, path: str, other: str | None) -> _Partners | None:

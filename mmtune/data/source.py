@@ -1,113 +1,238 @@
-"""Rows of a JSON or JSON Lines file, by index, each with a stable id."""
+"""Rows of every format, by index or as a stream, each with an id that a person can find again.
+
+Which reader serves is decided by the path alone: a file by its ending, a glob or brace list of such files, a folder of them, a
+directory that `datasets` saved, or a data set on the hub.
+"""
 
 from __future__ import annotations
 
-import json
-from array import array
-from collections.abc import Callable, Iterator
+import glob
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
-from mmtune.data.message import RowError
+from mmtune.data.rows import Item, Row, Rows
+from mmtune.data.source_arrow import open_arrow, open_parquet, stream_arrow, stream_parquet
+from mmtune.data.source_csv import CsvRows, stream_csv
+from mmtune.data.source_hub import is_hub_id, is_saved, open_hub, open_saved, stream_hub
+from mmtune.data.source_json import JsonLinesRows, JsonRows, stream_json, stream_json_lines
+from mmtune.data.source_tar import TarRows, stream_tar
 from mmtune.errors import UserError
 
-Row = dict[str, Any]
+__all__ = ["ENDINGS", "Item", "Row", "Rows", "media_root_of", "open_rows", "stream_rows"]
 
+_OPEN: dict[str, Callable[[Path, str], Rows]] = {
+    ".jsonl": JsonLinesRows,
+    ".ndjson": JsonLinesRows,
+    ".csv": CsvRows,
+    ".tsv": CsvRows,
+    ".parquet": open_parquet,
+    ".arrow": open_arrow,
+    ".feather": open_arrow,
+    ".tar": TarRows,
+}
+_STREAM: dict[str, Callable[[Path, str], Iterator[Item]]] = {
+    ".jsonl": stream_json_lines,
+    ".ndjson": stream_json_lines,
+    ".csv": stream_csv,
+    ".tsv": stream_csv,
+    ".parquet": stream_parquet,
+    ".arrow": stream_arrow,
+    ".feather": stream_arrow,
+    ".tar": stream_tar,
+}
+ENDINGS = (".json", *_OPEN)
+"""The files that can be read."""
 
-class JsonRows:
-    """The rows of a `.json` file that holds one list. The whole file is read once."""
-
-    def __init__(self, path: Path, name: str, where: str | None = None) -> None:
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # of JSON, of UTF-8, or of a number with thousands of digits
-            raise UserError(f"{path}: not valid JSON: {error}") from error
-        if where == "*" and isinstance(rows, dict):
-            rows = [{**row, "__key__": key} if isinstance(row, dict) else row for key, row in rows.items()]
-        elif where is not None and isinstance(rows, dict):
-            rows = rows.get(where)
-        if not isinstance(rows, list):
-            raise UserError(f"{path}: expected a list of rows, found {type(rows).__name__}")
-        self._name = name
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> tuple[str, Row]:
-        """The id `FILE[INDEX]` and the row."""
-        row_id = f"{self._name}[{index}]"
-        return row_id, _object(row_id, self._rows[index])
-
-
-class JsonLinesRows:
-    """The rows of a `.jsonl` file. Only the byte offsets of the lines are kept in memory; a row is parsed when asked for."""
-
-    def __init__(self, path: Path, name: str) -> None:
-        self._path = path
-        self._name = name
-        self._offsets = array("q")
-        self._lines = array("q")
-        offset = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    self._offsets.append(offset)
-                    self._lines.append(number)
-                offset += len(line)
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def __getitem__(self, index: int) -> tuple[str, Row]:
-        """The id `FILE:LINE` and the row."""
-        row_id = f"{self._name}:{self._lines[index]}"
-        with self._path.open("rb") as file:
-            file.seek(self._offsets[index])
-            line = file.readline()
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise RowError(row_id, "row", f"not valid JSON: {error}", "row_not_json") from error
-        return row_id, _object(row_id, row)
-
-
-Rows = JsonRows | JsonLinesRows
-
-
-def _object(row_id: str, row: Any) -> Row:
-    if not isinstance(row, dict):
-        raise RowError(row_id, "row", f"expected an object, found {type(row).__name__}", "row_not_object")
-    return row
+_PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
+_BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 def open_rows(path: str | Path, name: str | None = None, rows: str | None = None) -> Rows:
-    """The rows of one file, by its ending.
+    """The rows of a source, by index.
 
     Args:
-        path: a `.json` or `.jsonl` file.
-        name: stands for the file in the rows' ids; None takes the file's own name.
+        path: a file; a glob (`*`, `?`, `[...]`, `**`) or brace list (`shard-{000..003}.tar`, `{a,b}.jsonl`) of files, sorted by
+            name; a folder of files of one ending; a directory that `datasets` saved; or a hub id, `org/name@config:split`, where
+            the configuration may be left out, and so may the split, which then is train.
+        name: stands for the file in the rows' ids; None takes the file's own name. Of several files, those that lie in one
+            folder with others of the same name elsewhere are told apart by what precedes the pattern in `name`.
+        rows: of a `.json` file that holds an object: the key of the list to read, or `"*"` to read every key as a row, with the
+            key added as `__key__`.
 
     Raises:
-        UserError: for a missing file, an unknown ending, a file that does not parse, or a file without rows.
+        UserError: a missing file, an unknown ending, a file that does not parse, or one without rows.
     """
-    path, where = Path(path), rows
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.suffix == ".json":
-        found: Rows = JsonRows(path, name or path.name, where)
-    elif path.suffix == ".jsonl":
-        found = JsonLinesRows(path, name or path.name)
-    else:
-        raise UserError(f"{path}: cannot read '{path.suffix}' files; these can be read: .json, .jsonl")
-    if len(found) == 0:
+    files = _files_of(str(path), name)
+    opened = [_open_file(file, named, rows) for file, named in files] if files else [_open_other(str(path), name, rows)]
+    made = opened[0] if len(opened) == 1 else JoinedRows(opened)
+    if len(made) == 0:
         raise UserError(f"{path}: holds no rows")
-    return found
+    return made
 
 
-def stream_rows(path: str | Path, name: str | None = None, rows: str | None = None) -> Iterator[Callable[[], tuple[str, Row]]]:
-    """The rows in turn."""
-    found = open_rows(path, name, rows)
-    for index in range(len(found)):
-        yield partial(found.__getitem__, index)
+def stream_rows(path: str | Path, name: str | None = None, rows: str | None = None) -> Iterator[Item]:
+    """The same rows in the same order with the same ids, read as they are asked for and without an index of the whole.
+
+    Args:
+        path: as `open_rows`. A hub id is downloaded as it is read.
+        name: as `open_rows`.
+        rows: as `open_rows`.
+
+    Returns:
+        A function for every row, which parses it: what is skipped is never parsed. A RowError comes from calling it.
+
+    Raises:
+        UserError: as `open_rows`, at the latest where the fault lies in the file.
+    """
+    found = False
+    for item in _stream(str(path), name, rows):
+        found = True
+        yield item
+    if not found:
+        raise UserError(f"{path}: holds no rows")
+
+
+def media_root_of(path: str | Path) -> Path:
+    """Where the media of a source lie that says nothing of it: beside its file or files, or in its folder."""
+    text = str(path)
+    if Path(text).is_dir():
+        return Path(text)
+    if not Path(text).exists() and is_hub_id(text) and not text.endswith(ENDINGS):
+        return Path()
+    return Path(_before_pattern(text)) if _has_pattern(text) else Path(text).parent
+
+
+class JoinedRows:
+    """The rows of several files, one file after the other."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> tuple[str, Row]:
+        """The id in its own file, and the row."""
+        index = range(len(self))[index]
+        part = bisect_right(self._ends, index)
+        return self._parts[part][index - self._ends[part] + len(self._parts[part])]
+
+
+def _stream(path: str, name: str | None, rows: str | None) -> Iterator[Item]:
+    files = _files_of(path, name)
+    for file, named in files:
+        _check_file(file, rows)
+        if file.suffix.lower() == ".json":
+            yield from stream_json(file, named, rows)
+        else:
+            yield from _STREAM[file.suffix.lower()](file, named)
+    if not files and _is_hub(path, rows):
+        yield from stream_hub(path, name or path)
+    elif not files:
+        opened = _open_other(path, name, rows)
+        yield from (partial(opened.__getitem__, index) for index in range(len(opened)))
+
+
+def _open_file(file: Path, name: str, rows: str | None) -> Rows:
+    _check_file(file, rows)
+    if file.suffix.lower() == ".json":
+        return JsonRows(file, name, rows)
+    return _OPEN[file.suffix.lower()](file, name)
+
+
+def _check_file(file: Path, rows: str | None) -> None:
+    if file.suffix.lower() in _PACKED:
+        raise UserError(f"{file}: compressed, so that no row can be read by itself; unpack it")
+    if file.suffix.lower() not in ENDINGS:
+        raise UserError(f"{file}: cannot read '{file.suffix}' files; these can be read: {', '.join(ENDINGS)}")
+    if rows is not None and file.suffix.lower() != ".json":
+        raise UserError(f"{file}: `rows: {rows}` reads an object in a .json file, and this is none")
+
+
+def _open_other(path: str, name: str | None, rows: str | None) -> Rows:
+    """What is no file and no list of files: a saved data set, or one on the hub."""
+    if is_saved(Path(path)):
+        if rows is not None:
+            raise UserError(f"{path}: `rows: {rows}` reads an object in a .json file, and this is none")
+        return open_saved(Path(path), name or Path(path).name)
+    if _is_hub(path, rows):
+        return open_hub(path, name or path)
+    raise UserError(f"{path}: no such file")
+
+
+def _is_hub(path: str, rows: str | None) -> bool:
+    return rows is None and is_hub_id(path) and not path.lower().endswith((*ENDINGS, *_PACKED)) and not Path(path).exists()
+
+
+def _files_of(path: str, name: str | None) -> list[tuple[Path, str]]:
+    """The files that a path stands for, each with its name in ids; none for what is no file or list of files."""
+    place = Path(path)
+    if place.is_file():
+        return [(place, name or place.name)]
+    if place.is_dir() and not is_saved(place):
+        folder, files = path, _data_files(place)
+    elif not place.exists() and _has_pattern(path):
+        folder, files = _before_pattern(path), _matches(path)
+    else:
+        return []
+    if name is None:
+        before = ""
+    else:
+        before = _before_pattern(name) if _has_pattern(name) else name
+    return [(Path(file), str(Path(before) / os.path.relpath(file, folder or "."))) for file in files]
+
+
+def _data_files(folder: Path) -> list[str]:
+    files = sorted(str(file) for file in folder.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith("."))
+    endings = sorted({Path(file).suffix.lower() for file in files})
+    if not files:
+        raise UserError(f"{folder}: no files of rows in this folder; these can be read: {', '.join(ENDINGS)}")
+    if len(endings) > 1:
+        raise UserError(f"{folder}: holds {' and '.join(endings)} files; say which, such as {folder / '*'}{endings[0]}")
+    return files
+
+
+def _has_pattern(path: str) -> bool:
+    return any(character in path for character in "*?[{")
+
+
+def _before_pattern(path: str) -> str:
+    """The folders of a pattern that are plain names, each with its separator behind it."""
+    first = min(path.index(character) for character in "*?[{" if character in path)
+    return path[: path.rfind("/", 0, first) + 1]
+
+
+def _matches(pattern: str) -> list[str]:
+    found: set[str] = set()
+    for plain in _unbraced(pattern):
+        names = glob.glob(plain, recursive=True)  # noqa: PTH207  (Path.glob takes no absolute pattern)
+        matched = [name for name in names if Path(name).is_file()]
+        if not matched:
+            raise UserError(f"{plain}: no such file" if plain == glob.escape(plain) else f"{plain}: matches no file")
+        found.update(matched)
+    return sorted(found)
+
+
+def _unbraced(pattern: str) -> list[str]:
+    """`a-{1,2}` to `a-1` and `a-2`; `{08..10}` to `08`, `09`, `10`."""
+    braces = _BRACES.search(pattern)
+    if braces is None:
+        return [pattern]
+    inner = braces[1]
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
+        first, last = int(numbers[1]), int(numbers[2])
+        if not 0 <= last - first < 1_000_000:
+            raise UserError(f"{pattern}: {{{inner}}} is no range; the first number comes first")
+        parts = [str(number).zfill(len(numbers[1])) for number in range(first, last + 1)]
+    elif "," in inner:
+        parts = inner.split(",")
+    else:
+        raise UserError(f"{pattern}: {{{inner}}} is neither a list {{a,b}} nor a range {{000..003}}")
+    rest = _unbraced(pattern[braces.end() :])
+    return [pattern[: braces.start()] + part + end for part in parts for end in rest]

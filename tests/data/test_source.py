@@ -39,14 +39,13 @@ def test_blank_lines_keep_the_line_numbers_right(tmp_path: Path, end: str) -> No
     ("name", "text", "reason"),
     [
         ("r.json", None, "r.json: no such file"),
-        ("r.json", '{"a": 1}', "expected a list of rows, found dict"),
-        ("r.json", '[{"a": 1},', "not valid JSON: .*line 1"),
-        ("r.json", b'[{"a": "\xff"}]', "not valid JSON: .*utf-8"),
-        ("r.json", f"[{'9' * 5000}]", "not valid JSON: .*digits"),
+        ("r.json", '{"a": 1}', r"expected a list of rows, found an object with a \(a number.*`rows: KEY`"),
+        ("r.json", '[{"a": 1},', "ends before the bracket at byte 0 is closed; it was cut short"),
         ("r.json", "[]", "holds no rows"),
         ("r.json", "", "not valid JSON"),
         ("r.jsonl", "\n \n", "holds no rows"),
-        ("r.csv", "a,b", "cannot read '.csv' files; these can be read: .json, .jsonl"),
+        ("r.csv", "a,b", "holds no rows"),
+        ("r.txt", "a,b", "cannot read '.txt' files; these can be read: .json, .jsonl, .ndjson, .csv"),
         ("r", "x", "cannot read '' files"),
     ],
 )

@@ -1,0 +1,139 @@
+"""Rows of CSV and TSV files. A quoted field may hold line breaks, so records are indexed, and not lines."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from mmtune.data.message import RowError
+from mmtune.data.rows import Item, Row
+from mmtune.errors import UserError
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+class CsvRows:
+    """The rows of a file whose first record names the columns. Every value is text."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path = path
+        self._name = name
+        self._delimiter = DELIMITERS[path.suffix.lower()]
+        self._starts = array("q")
+        self._ends = array("q")
+        self._lines = array("q")
+        with path.open("rb") as file:
+            records = _records(file, path, self._delimiter)
+            self._columns = _header(path, self._delimiter, records)
+            for line, start, record in records:
+                self._lines.append(line)
+                self._starts.append(start)
+                self._ends.append(start + len(record))
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> tuple[str, Row]:
+        """The id `FILE:LINE`, of the record's first line, and the row."""
+        with self._path.open("rb") as file:
+            file.seek(self._starts[index])
+            record = file.read(self._ends[index] - self._starts[index])
+        return _row(self._name, self._lines[index], self._columns, self._delimiter, record)
+
+
+def stream_csv(path: Path, name: str) -> Iterator[Item]:
+    """The same rows in order, read as they are asked for."""
+    delimiter = DELIMITERS[path.suffix.lower()]
+    with path.open("rb") as file:
+        records = _records(file, path, delimiter)
+        columns = _header(path, delimiter, records)
+        for line, _, record in records:
+            yield partial(_row, name, line, columns, delimiter, record)
+
+
+def _records(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[int, int, bytes]]:
+    """Each record's first line, its offset in the file and its bytes; blank lines are none.
+
+    The bytes are read as Latin-1, which leaves commas, quotes and line breaks where they are and never fails: a row that is not
+    UTF-8 is that row's fault and not the file's.
+
+    Raises:
+        UserError: for a quoted field that never ends, which takes all the rest of the file with it.
+    """
+    taken: list[bytes] = []
+
+    def lines() -> Iterator[str]:
+        for line in file:
+            taken.append(line)
+            yield line.decode("latin-1")
+
+    reader = csv.reader(lines(), delimiter=delimiter)
+    line, offset, held = 1, 0, None
+    while True:
+        with _long_fields():
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:  # a carriage return alone, as very old line ends
+                raise UserError(f"{path}:{line}: not valid CSV: {error}") from error
+        if held is not None:
+            if fields is None:
+                _check_closed(path, delimiter, *held)
+            yield held[0], held[1], b"".join(held[2])
+        if fields is None:
+            return
+        held = (line, offset, list(taken)) if fields else None
+        line, offset = line + len(taken), offset + sum(map(len, taken))
+        taken.clear()
+
+
+def _check_closed(path: Path, delimiter: str, line: int, offset: int, lines: list[bytes]) -> None:
+    if len(lines) > 1:  # one line is no fault but its own row's
+        try:
+            _parse(b"".join(lines).decode("latin-1"), delimiter)
+        except csv.Error as error:
+            raise UserError(f"{path}:{line}: a quote in this row is never closed, and takes all that follows") from error
+
+
+def _parse(record: str, delimiter: str) -> list[str]:
+    with _long_fields():
+        return next(csv.reader([record], delimiter=delimiter, strict=True), [])
+
+
+def _header(path: Path, delimiter: str, records: Iterator[tuple[int, int, bytes]]) -> list[str]:
+    _, _, record = next(records, (0, 0, b""))
+    try:
+        columns = _parse(record.decode("utf-8-sig"), delimiter)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read its first line, the names of the columns: {error}") from error
+    twice = sorted({column for column in columns if columns.count(column) > 1})
+    if twice or not all(column.strip() for column in columns):
+        fault = f"two columns are named '{twice[0]}'" if twice else "a column has no name"
+        raise UserError(f"{path}: {fault}; the first line names every column once")
+    return columns
+
+
+def _row(name: str, line: int, columns: list[str], delimiter: str, record: bytes) -> tuple[str, Row]:
+    row_id = f"{name}:{line}"
+    try:
+        fields = _parse(record.decode("utf-8"), delimiter)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise RowError(row_id, "row", f"not valid CSV: {error}", "row_malformed") from error
+    if len(fields) != len(columns):
+        raise RowError(row_id, "row", f"{len(fields)} fields for {len(columns)} columns", "row_malformed")
+    return row_id, dict(zip(columns, fields, strict=True))
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Fields as long as they come, an image in base64 among them. Python bounds them for the whole process, by a setting."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
