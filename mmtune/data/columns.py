@@ -113,13 +113,13 @@ class Columns:
             RowError: naming the part of the template that cannot be made of the row.
         """
         rounds = self._rounds(row_id, row, self._context(row_id, row, prompting))
-        blocks = [
+        blocks: list[list[dict[str, Any]]] = [
             [{"type": kind, kind: media(row_id, f"messages[{place}]", value, rules)} for kind, value in named]
             for place, named in enumerate(self._named(row_id, row, rounds[0]))
         ]
         extra: Context = {}
         if self.boxes is not None:
-            images: list[Media] = [block["image"] for turn in blocks for block in turn if block["type"] == "image"]
+            images = [block["image"] for turn in blocks for block in turn if block["type"] == "image"]
             found = self.boxes.read(row_id, row, rounds[0], images)
             extra |= {"box": found[0], "boxes": found}
         closed = self._closed(row_id, row, rounds[0], prompting)

@@ -115,7 +115,7 @@ class _Partners:
         self._join = join
         self._path = path
         self._rows = open_rows(path, rows=join.rows)
-        self._field = join.to or join.on
+        self._field = join.to or join.by
         self._places: dict[tuple[type, Any], list[int]] = {}
         for place in range(len(self._rows)):
             try:
@@ -132,7 +132,7 @@ class _Partners:
         Raises:
             RowError: when it has no partner, or more than one.
         """
-        field, value = self._join.on, row.get(self._join.on)
+        field, value = self._join.by, row.get(self._join.by)
         key = _key(value)
         if key is None:
             raise RowError(
@@ -276,7 +276,7 @@ def write_rows(template: DataTemplate, rows: Sequence[Row], path: Path) -> dict[
     Returns:
         The keys of a source: `path`, and `join` where the template reads a second file.
     """
-    partners = {row["joined"][join.to or join.on]: row["joined"] for row in rows} if (join := template.join) else {}
+    partners = {row["joined"][join.to or join.by]: row["joined"] for row in rows} if (join := template.join) else {}
     document = _laid_out(template.rows, [{name: value for name, value in row.items() if name != "joined"} for row in rows])
     keys = {"path": str(path)}
     if join is not None:

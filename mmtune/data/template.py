@@ -32,8 +32,8 @@ _IN_MESSAGES = ("values", "repeat", "options", "verbalizer", "boxes", "reference
 class Join(Declaration):
     """Each row's partner in another list, which Jinja reads as `joined`."""
 
-    on: str = Field(description="The row's field that names its partner.")
-    to: str | None = Field(default=None, description="The partner's field of the same value; null: named as `on`.")
+    by: str = Field(description="The row's field that names its partner.")
+    to: str | None = Field(default=None, description="The partner's field of the same value; null: named as `by`.")
     rows: str | None = Field(default=None, description="Where the partner's file holds its list, as `rows` of the template.")
     same_file: bool = Field(
         default=False, description="The list is in the rows' own file; otherwise the source names one, `join`."
@@ -81,6 +81,9 @@ class DataTemplate(Declaration):
                 raise ValueError(f"'{role}' is no role; roles are {', '.join(ROLES)}")
         if self.options is not None and self.verbalizer is not None:
             raise ValueError("give one of 'options' and 'verbalizer'")
+        partner = self.example.get("joined")
+        if self.join is not None and (not isinstance(partner, dict) or (self.join.to or self.join.by) not in partner):
+            raise ValueError("the example of a template with a join holds its partner under 'joined'")
         if self.references is not None:
             check_jinja(self.references)
         return self

@@ -20,6 +20,7 @@ from mmtune.data.dataset import DataReport, Samples, check_rows, iterate_rows
 from mmtune.data.encode import encode_prompt
 from mmtune.data.message import Sample, split_question, text_of
 from mmtune.errors import UserError
+from mmtune.evaluation.choices import check_choices, likeliest, score_choices
 from mmtune.evaluation.metrics import exact_match, final_answer, majority_accuracy, wilson_interval
 from mmtune.model.compute import as_trained, to_model, virtual_tokens
 from mmtune.recipe import EvaluateSection
@@ -103,6 +104,9 @@ def check_questions(section: EvaluateSection) -> None:
     samples = Samples(section.data)
     report = DataReport(rows=len(samples))
     check_rows(samples, report, len(samples))
+    if section.score == "choices" and not report.quarantined:
+        for sample in iterate_rows(samples):
+            check_choices(sample)
     if report.quarantined:
         raise UserError(f"evaluate: {len(report.quarantined)} of {len(samples)} rows cannot be asked:\n{report.listing()}")
 
@@ -119,13 +123,15 @@ def evaluate(model: nn.Module, processor: ProcessorMixin, section: EvaluateSecti
     samples = list(iterate_rows(Samples(section.data)))
     mine = range(len(samples)) if world.zero_stage == 3 else range(world.rank, len(samples), world.size)
     asked = [samples[index] for index in mine]
-    said = generate_answers(model, processor, asked, section.max_new_tokens, section.batch_size)
+    said = _said(model, processor, asked, section)
     answered = dict(itertools.chain.from_iterable(world.gather(list(zip(mine, said, strict=True)))))
     predictions = [answered[index] for index in range(len(samples))]
     answers = []
     for sample, prediction in zip(samples, predictions, strict=True):
         question, reference = split_question(sample)
-        correct = exact_match(final_answer(prediction, section.answer_after), final_answer(reference, section.answer_after))
+        concluded = final_answer(prediction, section.answer_after)
+        accepted = (reference, *sample.references)
+        correct = any(exact_match(concluded, final_answer(answer, section.answer_after)) for answer in accepted)
         answers.append(
             Answer(
                 id=sample.id,
@@ -138,6 +144,14 @@ def evaluate(model: nn.Module, processor: ProcessorMixin, section: EvaluateSecti
             )
         )
     return answers
+
+
+def _said(model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], section: EvaluateSection) -> list[str]:
+    """An answer to each sample, generated or chosen."""
+    if section.score == "generate":
+        return generate_answers(model, processor, samples, section.max_new_tokens, section.batch_size)
+    scores = score_choices(model, processor, samples, section.batch_size)
+    return [likeliest(sample, of_it) for sample, of_it in zip(samples, scores, strict=True)]
 
 
 def score(answers: Sequence[Answer], section: EvaluateSection) -> list[Score]:

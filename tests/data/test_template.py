@@ -9,14 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtune.data.media import MediaRules
+from mmtune.data.media import MediaRules, image_size
 from mmtune.data.message import RowError, Sample, text_of
 from mmtune.data.template import DataTemplate, load_data_template
 from mmtune.errors import UserError
-from mmtune.rehearse import draw_picture, example_images
-from mmtune.shipped import shipped_dir
-
-SHIPPED = sorted(file.stem for file in shipped_dir("data_templates").glob("*.yaml"))
 
 
 def _said(sample: Sample, root: Path) -> list[tuple[str, list[str]]]:
@@ -31,37 +27,6 @@ def _said(sample: Sample, root: Path) -> list[tuple[str, list[str]]]:
         )
         for message in sample.messages
     ]
-
-
-EXAMPLES = {
-    "llava": [
-        ("user", ["<images/example.png>", "What are the colors of the bus in the image?"]),
-        ("assistant", ["The bus in the image is white and red."]),
-    ],
-    "messages": [
-        ("system", ["Answer briefly."]),
-        ("user", ["<images/example.png>", "What is on the table?"]),
-        ("assistant", ["A bowl of oranges."]),
-    ],
-    "vqa": [
-        (
-            "user",
-            ["<images/example.png>", "How many people are in the picture?\nAnswer the question using a single word or phrase."],
-        ),
-        ("assistant", ["2"]),
-    ],
-}
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_a_template_reads_its_own_example(name: str, tmp_path: Path) -> None:
-    template = load_data_template(name)
-    for image in example_images(template):
-        draw_picture(tmp_path / image, seed=0)
-    sample = template.sample("row", template.example, MediaRules(tmp_path))
-    assert sample.id == "row" and sample.task is None
-    assert _said(sample, tmp_path) == EXAMPLES[name]
-    assert template.sample("row", {**template.example, "task": 7}, MediaRules(tmp_path)).task == "7"
 
 
 def _llava(*turns: tuple[str, Any], image: Any = None) -> dict[str, Any]:
@@ -163,9 +128,11 @@ def test_a_faulty_row_is_named_with_its_field(media: Path, row: dict[str, Any], 
 @pytest.mark.parametrize(
     ("user", "assistant", "images", "reason"),
     [
-        ([{"type": "audio"}], "x", None, r"messages\[0\].content\[0\]: expected a text or image block, found"),
-        (["text"], "x", None, r"content\[0\]: expected a text or image block"),
-        ([{"type": "text", "text": None}], "x", None, "expected a text or image block"),
+        ([{"type": "tool"}], "x", None, r"messages\[0\].content\[0\]: expected a text, image, video or audio block, found"),
+        (["text"], "x", None, r"content\[0\]: expected a text, image, video or audio block"),
+        ([{"type": "text", "text": None}], "x", None, "expected a text, image, video or audio block"),
+        ([{"type": "audio"}], "x", None, "audios: 0 audio for 1 '<audio>' placeholders"),
+        ([{"type": "video", "video": "none.mp4"}], "x", None, "no such file"),
         ([{"type": "image"}], "x", None, "0 images for 1"),
         ([{"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}], "x", None, "is a URL"),
         ([{"type": "image_url", "image_url": {}}], "x", None, "found NoneType"),
@@ -190,13 +157,57 @@ VQA = {"image": "a.png", "question": "q", "answer": "x"}
         ({**VQA, "answer": ["x"]}, r"messages\[1\]: a text cannot be made of a list"),
         ({**VQA, "answer": ""}, r"messages\[1\]: the answer is empty"),
         ({**VQA, "image": "none.png"}, r"messages\[0\]: no such file"),
-        ({**VQA, "image": None}, r"messages\[0\]: a text cannot be made of null"),
+        ({**VQA, "image": None}, r"messages\[0\]: expected the path of an image or its bytes, found NoneType"),
+        ({**VQA, "question": float("nan")}, r"messages\[0\]: a text cannot be made of nan"),
+        ({**VQA, "question": b"q"}, r"messages\[0\]: a text cannot be made of a bytes"),
         ({**VQA, "image": "../outside.png"}, r"messages\[0\]: .*lies outside media_root"),
     ],
 )
 def test_columns_that_are_missing_are_named(media: Path, row: dict[str, Any], reason: str) -> None:
     with pytest.raises(RowError, match=reason):
         load_data_template("vqa").sample("r", row, MediaRules(media))
+
+
+def test_a_row_within_a_row_names_its_task(media: Path) -> None:
+    template = _columns("q").model_copy(update={"task": "a.b"})
+    for row, task in [({"a": {"b": 7}}, "7"), ({"a": {}}, None), ({"a": 1}, None), ({}, None)]:
+        assert template.sample("r", row, MediaRules(media)).task == task
+    with pytest.raises(RowError, match=r"^r: a\.b: expected a task's name, found list"):
+        template.sample("r", {"a": {"b": []}}, MediaRules(media))
+
+
+def test_a_list_of_images_is_as_many_images(media: Path) -> None:
+    turns = [{"role": "user", "images": ["{{ pictures }}", "b.png"], "text": "?"}, {"role": "assistant", "text": "x"}]
+    template = DataTemplate.model_validate({"description": "d", "messages": turns, "example": {}})
+    for pictures, blocks in [([], ["<b.png>", "?"]), (["b.png", "a.png"], ["<b.png>", "<a.png>", "<b.png>", "?"])]:
+        assert _said(template.sample("r", {"pictures": pictures}, MediaRules(media)), media)[0] == ("user", blocks)
+    inside = {"bytes": (media / "a.png").read_bytes(), "path": None}
+    [image, _] = template.sample("r", {"pictures": inside}, MediaRules(media)).images
+    assert image_size(image) == (40, 24)
+    with pytest.raises(RowError, match=r"^r: messages\[0\]: 'pictures' is undefined; the row has: nothing"):
+        template.sample("r", {}, MediaRules(media))
+
+
+def _repeated(**row: Any) -> list[tuple[str, list[str]]]:
+    turns = [
+        {"role": "system", "text": "s"},
+        {"role": "user", "text": "{{ title }}: {{ q }}"},
+        {"role": "assistant", "text": "{{ a.text }}"},
+    ]
+    told = {"description": "d", "messages": turns, "repeat": {"q": "questions", "a": "answers"}, "example": {}}
+    return _said(DataTemplate.model_validate(told).sample("r", row, MediaRules(Path())), Path())
+
+
+def test_turns_repeat_over_lists() -> None:
+    row = {"title": "t", "questions": ["1?", 2], "answers": [{"text": "one"}, {"text": "two"}]}
+    expected = [("system", ["s"]), ("user", ["t: 1?"]), ("assistant", ["one"]), ("user", ["t: 2"]), ("assistant", ["two"])]
+    assert _repeated(**row) == expected
+    with pytest.raises(RowError, match=r"^r: questions: the lists differ in length: 2 questions, 1 answers"):
+        _repeated(**{**row, "answers": [{"text": "one"}]})
+    with pytest.raises(RowError, match=r"^r: answers: expected a list that is not empty; did you mean 'answer'\?"):
+        _repeated(title="t", questions=["1?"], answer=[])
+    with pytest.raises(RowError, match=r"^r: questions: expected a list that is not empty$"):
+        _repeated(**{**row, "questions": "no list"})
 
 
 def test_a_number_is_text_and_jinja_in_a_row_stays_text(media: Path) -> None:
@@ -259,6 +270,17 @@ def test_a_template_of_ones_own_is_read_by_path(media: Path, tmp_path: Path) -> 
         ("description: d\nexample: {}", "exactly one of 'conversation' and 'messages'"),
         (OWN.replace("you: assistant", "you: bot"), "'bot' is no role; roles are system, user, assistant"),
         ("description: d\nexample: {}\nmessages: [{role: tool, text: x}]", "'tool' is no role"),
+        (OWN + "repeat: {a: b}", "'repeat' means nothing beside 'conversation'"),
+        ("description: d\nexample: {}\nimages: a\nmessages: [{role: user, text: x}]", "'images' means nothing beside 'messages'"),
+        ("description: d\nexample: {}\nmessages: [{role: user, text: []}]", "messages.0.text: "),
+        ("description: d\nexample: {}\nmessages: [{role: user, images: ['{{'], text: x}]", "not valid Jinja: "),
+        ("description: d\nexample: {}\nreferences: '{{ x'\nmessages: [{role: user, text: x}]", "not valid Jinja: "),
+        ("description: d\nexample: {}\nboxes: {value: x, layout: yxyx}\nmessages: [{role: user, text: x}]", "boxes.layout: "),
+        ("description: d\nexample: {}\njoin: {by: a}\nmessages: [{role: user, text: x}]", "holds its partner under 'joined'"),
+        (
+            "description: d\nexample: {}\nmessages: [{role: user, text: x}]\noptions: {choices: a, answer: b}\nverbalizer: {label: a}",
+            "give one of 'options' and 'verbalizer'",
+        ),
         ("description: d\nexample: {}\nmessages: [{role: user, text: '{{ x'}]", "not valid Jinja: .*{{ x"),
         (OWN.replace("description: mine", ""), "description: Field required"),
         ("a: [", "not valid YAML"),
@@ -276,7 +298,11 @@ def test_a_bad_template_is_refused(tmp_path: Path, text: str | bytes, reason: st
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("lava", "did you mean 'llava'?"), ("zzz", "valid here: llava, messages, vqa"), ("none.yaml", "none.yaml: no such file")],
+    [
+        ("lava", "did you mean 'llava'?"),
+        ("zzz", "valid here: alpaca, aokvqa, .*, vqa, vqa_v2"),
+        ("none.yaml", "none.yaml: no such file"),
+    ],
 )
 def test_a_template_that_is_not_there(name: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason.replace("?", r"\?")):
