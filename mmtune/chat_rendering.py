@@ -1,23 +1,25 @@
 """A conversation as the chat template writes it, and where in that text the assistant's answers stand.
 
 Templates with `{% generation %}` marks say so themselves. For the others the conversation is rendered a second time with every
-answer exchanged for a string that occurs nowhere else, and the two texts may differ in nothing but the answers. Both ways end
-in character spans; nothing is guessed from the length of a prefix.
+answer exchanged for a character that occurs nowhere else, and the two texts may differ in nothing but the answers. Both ways
+end in character spans; nothing is guessed from the length of a prefix, and what cannot be exact is refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START as MARK_START
 from transformers.utils.chat_template_utils import render_jinja_template
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+STAND_INS = range(0x100000, 0x10FFFE)
+"""Code points that no standard gives a meaning; those that a conversation does not use stand in for its answers."""
 
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
@@ -27,64 +29,81 @@ class NotExact(ValueError):
     """What the template wrote cannot be told apart into answers and the rest; the message says why."""
 
 
+class Control(NamedTuple):
+    """Patterns of the tokens that only a chat template may write.
+
+    Attributes:
+        spelled: matches one anywhere.
+        written: matches one that the template wrote, and not the marked one of a text (see `mmtune.data.tokens`).
+    """
+
+    spelled: re.Pattern[str]
+    written: re.Pattern[str]
+
+
 @lru_cache(maxsize=8)
-def _control_tokens(tokenizer: PreTrainedTokenizerBase, size: int, template: str) -> re.Pattern[str]:
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, size: int, template: str) -> Control:
     tokens = sorted(tokenizer._get_control_tokens(template), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+    anyone = "|".join(map(re.escape, tokens)) or "(?!)"
+    return Control(re.compile(anyone), re.compile(f"(?<!{MARK_START})(?:{anyone})"))
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str]:
-    """Matches the tokens that only a chat template may write: the special ones, and added ones that stand in the template."""
+def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> Control:
+    """The tokenizer's special tokens, and those of its added tokens that stand in the template."""
     return _control_tokens(tokenizer, len(tokenizer), template)
 
 
-def render_prompt(messages: Messages, template: str, special_tokens: Mapping[str, Any]) -> str:
+def has_marks(template: str) -> bool:
+    """Whether a chat template marks what the assistant says."""
+    return MARKS.search(template) is not None
+
+
+def render_prompt(messages: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text up to where the model's answer begins.
 
     Raises:
         NotExact: when the template refuses the conversation.
     """
-    return _render(messages, template, special_tokens, add_generation_prompt=True)[0]
+    return _render(messages, template, tokenizer, add_generation_prompt=True)[0]
 
 
-def render_conversation(
-    messages: Messages, template: str, special_tokens: Mapping[str, Any], control: re.Pattern[str]
-) -> tuple[str, list[Span]]:
+def render_conversation(messages: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
     """A whole conversation as text, and what of it is learnt.
 
     Args:
         messages: typed messages.
         template: a chat template.
-        special_tokens: what the template may call `bos_token` and so on.
-        control: matches the tokens that can end a turn, from `control_tokens`.
+        tokenizer: its special tokens are what the template calls `bos_token` and so on, and what can end a turn.
 
     Returns:
-        The text, and for each answer its first and past-the-last character. A span holds the answer, what the model writes
-        before it (a space where the prompt ends at a colon), and the token that ends its turn.
+        The text, and for each answer its first and past-the-last character. A span holds the answer, white space that the model
+        writes before it (a space where the prompt ends at a colon), and the token that ends the turn.
 
     Raises:
         NotExact: when the spans cannot be exact, or the template refuses the conversation.
     """
-    text, spans = _render(messages, template, special_tokens)
+    text, marked = _render(messages, template, tokenizer)
+    written = control_tokens(tokenizer, template).written
     answers = [_spoken(message) for message in messages if message["role"] == "assistant"]
-    joined = sum(first[1] == second[0] for first, second in pairwise(spans))
-    if len(spans) - joined != len(answers):
-        raise NotExact(
-            f"{len(spans) - joined} supervised spans for {len(answers)} answers: the chat template dropped or joined one"
-        )
-    return text, spans
+    if not has_marks(template):
+        return text, _unmarked_spans(text, messages, template, tokenizer)
+    joined = sum(first[1] == second[0] for first, second in pairwise(marked))
+    if len(marked) - joined != len(answers):
+        detail = f"{len(marked) - joined} supervised spans for {len(answers)} answers: the chat template dropped or joined one"
+        raise NotExact(detail)
+    return text, [_checked(text, span, answer, written) for span, answer in zip(marked, answers, strict=True)]
 
 
 def _render(
-    messages: Messages, template: str, special_tokens: Mapping[str, Any], add_generation_prompt: bool = False
+    messages: Messages, template: str, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
 ) -> tuple[str, list[Span]]:
     try:
         texts, spans = render_jinja_template(
             [messages],
             chat_template=template,
-            return_assistant_tokens_mask=MARKS.search(template) is not None,
+            return_assistant_tokens_mask=has_marks(template),
             add_generation_prompt=add_generation_prompt,
-            **special_tokens,
+            **tokenizer.special_tokens_map,
         )
     except TemplateError as error:
         raise NotExact(f"the chat template refuses this conversation: {error}") from error
@@ -93,3 +112,82 @@ def _render(
 
 def _spoken(message: dict[str, Any]) -> str:
     return "".join(block["text"] for block in message["content"] if block["type"] == "text")
+
+
+def _checked(text: str, span: Span, answer: str, written: re.Pattern[str]) -> Span:
+    """A marked span, which must hold the answer and its end of turn; white space marked after that is left out."""
+    start, stop = span
+    begin = text.find(answer, start, stop)
+    end = begin + len(answer)
+    token = written.search(text, end, stop)
+    tail = (text[end : token.start()] + text[token.end() : stop]) if token else text[end:stop]
+    if begin < 0 or text[start:begin].strip() or tail.strip() or end == stop:
+        detail = "right is the answer as it stands in the row and one token that ends it"
+        raise NotExact(f"the chat template supervises {text[start:stop]!r} for the answer {answer!r}; {detail}")
+    return start, token.end() if token else stop
+
+
+def _unmarked_spans(text: str, messages: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
+    """The spans of a template without marks."""
+    written = control_tokens(tokenizer, template).written
+    spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not spoken:
+        return []
+    places = _places(text, messages, template, tokenizer)
+    whole = text if spoken[-1] == len(messages) - 1 else _render(messages[: spoken[-1] + 1], template, tokenizer)[0]
+    _, last = places[-1]
+    token = written.search(whole, last)
+    if not whole.startswith(text[:last]) or token is None or whole[last : token.start()].strip():
+        raise NotExact("the chat template has no {% generation %} marks and writes no token of its own after the last answer")
+    turn_end = whole[last : token.end()]
+    spans = []
+    for number, (begin, end) in zip(spoken, places, strict=True):
+        prompt = render_prompt(messages[:number], template, tokenizer)
+        if not text.startswith(prompt) or len(prompt) > begin or text[len(prompt) : begin].strip():
+            raise NotExact(
+                "the chat template has no {% generation %} marks, and the text before an answer is not the prompt that the model "
+                f"is given: {text[max(0, begin - 40) : begin]!r} for {prompt[-40:]!r}"
+            )
+        if not text.startswith(turn_end, end):
+            raise NotExact(
+                f"the chat template has no {{% generation %}} marks, and ends the last turn with {turn_end!r} but not all of them"
+            )
+        spans.append((len(prompt), end + len(turn_end)))
+    return spans
+
+
+def _places(text: str, messages: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
+    """Where each answer stands in the text, found by rendering the conversation with a stand-in for every piece of one."""
+    used = set().union(*(_spoken(message) for message in messages))
+    free = (chr(code) for code in STAND_INS if chr(code) not in used)
+    stands_for: dict[str, str] = {}
+    exchanged: Messages = []
+    pieces: list[list[str]] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            pieces.append([])
+            content = []
+            for block in message["content"]:
+                if block["type"] != "text":
+                    raise NotExact(f"an assistant turn holds text only, not {block['type']}")
+                stand_in = next(free)
+                stands_for[stand_in] = block["text"]
+                pieces[-1].append(stand_in)
+                content.append({**block, "text": stand_in})
+            message = {**message, "content": content}
+        exchanged.append(message)
+    frame, _ = _render(exchanged, template, tokenizer)
+    if [character for character in frame if character in stands_for] != list(stands_for):
+        raise NotExact("the chat template has no {% generation %} marks, and drops or repeats an answer")
+    at: dict[str, Span] = {}
+    built = ""
+    for part in re.split(f"([{''.join(stands_for)}])", frame):
+        if part in stands_for:
+            at[part] = (len(built), len(built) + len(stands_for[part]))
+        built += stands_for.get(part, part)
+    if built != text:
+        raise NotExact(
+            "the chat template has no {% generation %} marks, and changes an answer or what stands around it: white space at an "
+            "answer's ends, or words that it looks for"
+        )
+    return [(at[stand_ins[0]][0], at[stand_ins[-1]][1]) for stand_ins in pieces]

@@ -6,6 +6,7 @@ image placeholders and through the tokenizer's offsets. No prefix is ever re-tok
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ import torch
 from PIL import Image
 from transformers import Gemma3nProcessor, Gemma3Processor, PaliGemmaProcessor, ProcessorMixin
 
-from mmtune.chat_rendering import NotExact, Span, render_conversation, render_prompt, control_tokens
+from mmtune.chat_rendering import MARK_START, NotExact, Span, control_tokens, render_conversation, render_prompt
 from mmtune.data.findings import kind_of
 from mmtune.data.media import open_image
 from mmtune.data.message import Message, RowError, Sample, text_of
-from mmtune.data.tokens import Places, tokenize
+from mmtune.data.tokens import Places, mark, spells, tokenize, tokenize_marked, unmark
 from mmtune.errors import UserError
 
 IGNORE_INDEX = -100
@@ -80,36 +81,40 @@ def _encode_text(
     supervise: Supervise,
     prompt: bool,
 ) -> EncodedText:
-    tokenizer, template = processor.tokenizer, _template(processor)
-    check_text(sample_id, messages, processor)
-    bare = _without_pixels(sample_id, messages)
+    tokenizer, template = processor.tokenizer, chat_template_of(processor)
+    control = control_tokens(tokenizer, template).spelled
+    shown = _as_shown(sample_id, messages)
+    marked = any(spells(text_of(message), control) for message in shown)
+    if marked:
+        shown = [{**message, "content": mark(message["content"], control)} for message in shown]
     spans: list[Span] = []
     try:
         if prompt:
-            text = render_prompt(bare, template, tokenizer.special_tokens_map)
+            text = render_prompt(shown, template, tokenizer)
         else:
-            control = control_tokens(tokenizer, template)
-            text, spans = render_conversation(bare, template, tokenizer.special_tokens_map, control)
+            text, spans = render_conversation(shown, template, tokenizer)
+        writes_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        text, spans, media_spans = _expand(text, spans, processor, replacements)
+        tokenized = (tokenize_marked if marked else tokenize)(tokenizer, text, not writes_bos)
     except NotExact as error:
         raise RowError(sample_id, "messages", str(error), "chat_template") from error
-    writes_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    text, media_spans, spans = _expand(sample_id, text, spans, processor, replacements)
-    input_ids, offsets = tokenize(tokenizer, text, add_special_tokens=not writes_bos)
+    if marked:
+        text, moved = unmark(text, [*spans, *media_spans])
+        spans, media_spans = moved[: len(spans)], moved[len(spans) :]
+    input_ids, offsets = tokenized
     places = Places(offsets)
-    supervised, media = [False] * len(input_ids), [False] * len(input_ids)
-    for span in spans if supervise == "all" else spans[-1:]:
-        tokens = places.of(span)
-        supervised[tokens.start : tokens.stop] = [True] * len(tokens)
-    for span in media_spans:
-        tokens = places.of(span)
-        media[tokens.start : tokens.stop] = [True] * len(tokens)
-    encoded = EncodedText(input_ids, supervised, media, offsets, text)
     if not prompt:
-        _check_beginnings(sample_id, messages, processor, replacements, encoded)
-    return encoded
+        _check_edges(sample_id, messages, processor, replacements, input_ids, [places.crosses(span) for span in spans])
+    supervised = places.mask(spans if supervise == "all" else spans[-1:])
+    return EncodedText(input_ids, supervised, places.mask(media_spans), offsets, text)
 
 
-def _template(processor: ProcessorMixin) -> str:
+def chat_template_of(processor: ProcessorMixin) -> str:
+    """The text of the processor's chat template.
+
+    Raises:
+        UserError: when there is none.
+    """
     template = processor.chat_template
     if isinstance(template, dict):
         template = template.get("default")
@@ -118,57 +123,57 @@ def _template(processor: ProcessorMixin) -> str:
     return template
 
 
-def _without_pixels(sample_id: str, messages: list[Message]) -> list[Message]:
+def _as_shown(sample_id: str, messages: list[Message]) -> list[Message]:
     """The messages as a chat template sees them: it asks whether a block has an image, and never reads one."""
-    bare = []
+    shown = []
     for number, message in enumerate(messages):
         content: list[dict[str, str]] = []
         for block in message["content"]:
             if block["type"] == "text":
                 content.append({"type": "text", "text": block["text"]})
             elif block["type"] == "image":
-                content.append({"type": "image", "image": "<image>"})
+                content.append({"type": "image", "image": "image"})
             else:
-                detail = f"{block['type']} cannot be encoded yet; images and text can"
+                detail = f"{block['type']} cannot be encoded yet; text and images can"
                 raise RowError(sample_id, f"messages[{number}]", detail, "media_unsupported")
-        bare.append({**message, "content": content})
-    return bare
+        try:
+            text_of(message).encode()
+        except UnicodeEncodeError as error:
+            told = f"the text is not valid Unicode: {error}"
+            raise RowError(sample_id, f"messages[{number}]", told, "text_not_unicode") from error
+        shown.append({**message, "content": content})
+    return shown
 
 
 def _expand(
-    sample_id: str, text: str, spans: list[Span], processor: ProcessorMixin, replacements: list[str]
+    text: str, spans: list[Span], processor: ProcessorMixin, replacements: list[str]
 ) -> tuple[str, list[Span], list[Span]]:
-    """The text with its image placeholders expanded, the characters of each, and the other spans moved along."""
+    """The text with its image placeholders expanded, the spans moved along, and the spans of the expanded placeholders.
+
+    Raises:
+        NotExact: when there are not as many placeholders as images.
+    """
     token = getattr(processor, "image_token", None)
-    found = text.count(token) if token else 0
-    if found != len(replacements):
-        raise RowError(
-            sample_id,
-            "messages",
-            f"the chat template writes {found} image placeholders for {len(replacements)} images",
-            "chat_template",
-        )
-    if not replacements:
-        if isinstance(processor, PaliGemmaProcessor):
-            raise RowError(sample_id, "image", "PaliGemma's processor takes no conversation without an image", "image_needed")
-        return text, [], spans
+    found = [match.end() for match in re.finditer(f"(?<!{MARK_START}){re.escape(token)}", text)] if token else []
+    if len(found) != len(replacements):
+        raise NotExact(f"the chat template writes {len(found)} image placeholders for {len(replacements)} images")
     if isinstance(processor, PaliGemmaProcessor):
-        text, spans = _as_prefix(text, spans, processor)
-    texts, changes = processor.get_text_with_replacements([text], replacements)
-    ends = [change["span"][1] for change in changes[0]]
-    gained = [0, *(change["new_span"][1] - change["span"][1] for change in changes[0])]
+        if not found:
+            raise NotExact("PaliGemma's processor takes no conversation without an image")
+        # It writes the beginning of the sequence after the last image, and a newline at the end.
+        last, bos = found[-1], processor.tokenizer.bos_token
+        text = f"{text[:last]}{bos}{text[last:]}\n"
+        spans = [(start + len(bos) * (start >= last), end + len(bos) * (end > last)) for start, end in spans]
+    if not replacements:
+        return text, spans, []
+    texts, [changes] = processor.get_text_with_replacements([text], replacements)
+    ends = [change["span"][1] for change in changes]
+    gained = [0, *(change["new_span"][1] - change["span"][1] for change in changes)]
 
     def moved(position: int) -> int:
         return int(position + gained[bisect_right(ends, position)])
 
-    return texts[0], [change["new_span"] for change in changes[0]], [(moved(start), moved(end)) for start, end in spans]
-
-
-def _as_prefix(text: str, spans: list[Span], processor: PaliGemmaProcessor) -> tuple[str, list[Span]]:
-    """PaliGemma's processor writes the beginning of the sequence after the last image, and a newline at the end."""
-    bos, last = processor.tokenizer.bos_token, text.rindex(processor.image_token) + len(processor.image_token)
-    moved = [(start + len(bos) * (start >= last), end + len(bos) * (end > last)) for start, end in spans]
-    return f"{text[:last]}{bos}{text[last:]}\n", moved
+    return texts[0], [(moved(start), moved(end)) for start, end in spans], [change["new_span"] for change in changes]
 
 
 def with_images(sample_id: str, messages: list[Message]) -> list[Message]:
@@ -192,30 +197,6 @@ def with_images(sample_id: str, messages: list[Message]) -> list[Message]:
             content.append(block)
         opened.append({**message, "content": content})
     return opened
-
-
-def check_text(sample_id: str, messages: list[Message], processor: ProcessorMixin) -> None:
-    """Refuse text that spells a control token, which the tokenizer would take for the real one, or that is no Unicode.
-
-    Control tokens are the tokenizer's special ones, and those of its added tokens that the chat template writes.
-
-    Raises:
-        RowError: naming the row and the token.
-    """
-    control = control_tokens(processor.tokenizer, _template(processor))
-    for number, message in enumerate(messages):
-        text = text_of(message)
-        found = control.search(text)
-        if found:
-            raise RowError(
-                sample_id, f"messages[{number}]", f"the text spells the control token {found[0]!r}; take it out", "control_token"
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RowError(
-                sample_id, f"messages[{number}]", f"the text is not valid Unicode: {error}", "text_not_unicode"
-            ) from error
 
 
 def encode_sample(
@@ -289,21 +270,30 @@ def _per_token(processor: ProcessorMixin, text: EncodedText) -> dict[str, torch.
     return tensors
 
 
-def _check_beginnings(
-    sample_id: str, messages: list[Message], processor: ProcessorMixin, replacements: list[str], encoded: EncodedText
+def _check_edges(
+    sample_id: str,
+    messages: list[Message],
+    processor: ProcessorMixin,
+    replacements: list[str],
+    input_ids: list[int],
+    crossed: list[bool],
 ) -> None:
-    """Refuse an answer whose first white space became one token with what the chat template writes before it.
+    """Refuse an answer whose edge became one token with what the chat template writes beside it.
 
-    That token would be supervised whole, and a prompt never ends inside it.
+    That token would be supervised whole, and a prompt never ends inside it. Where white space meets white space, how the
+    prompt is split can depend on what follows, so the prompt of such an answer is encoded too and compared.
     """
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant" and text_of(message)[:1].isspace():
-            before = messages[:number]
-            images = sum(block["type"] == "image" for earlier in before for block in earlier["content"])
+    spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    for number, crosses in zip(spoken, crossed, strict=True):
+        before = messages[:number]
+        detail = "a token of the answer takes in what the chat template writes beside it"
+        if text_of(messages[number])[:1].isspace():
+            detail = "the answer begins with white space that the tokenizer joins to the chat template's; take it out"
+            images = sum(block["type"] == "image" for message in before for block in message["content"])
             prompt = _encode_text(sample_id, before, processor, replacements[:images], "all", prompt=True).input_ids
-            if encoded.input_ids[: len(prompt)] != prompt:
-                detail = "the answer begins with white space that the tokenizer joins to the chat template's; take it out"
-                raise RowError(sample_id, f"messages[{number}]", detail, "answer_begins_with_space")
+            crosses = crosses or input_ids[: len(prompt)] != prompt
+        if crosses:
+            raise RowError(sample_id, f"messages[{number}]", detail, "answer_edge")
 
 
 def encode_prompt(sample_id: str, messages: list[Message], processor: ProcessorMixin) -> dict[str, torch.Tensor]:

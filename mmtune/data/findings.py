@@ -36,7 +36,7 @@ KINDS: dict[str, Kind] = {
     "partner_missing": Kind("error", "give the row exactly one partner in the joined file"),
     "shots_too_few": Kind("error", "ask for fewer examples, or take them from a file with more rows"),
     "chat_template": Kind("error", "change the row so that the chat template can write it, or take another chat template"),
-    "answer_begins_with_space": Kind("error", "take the white space from the beginning of the answer"),
+    "answer_edge": Kind("error", "take the white space from the edge of the answer"),
     "row_unusable": Kind("error", "mend what the detail names, or remove the row"),
     # media
     "media_missing": Kind("error", "put the file there, or correct the path or media_root"),
@@ -44,7 +44,6 @@ KINDS: dict[str, Kind] = {
     "media_outside_root": Kind("error", "move the file under media_root, or set media_root to a folder that holds it"),
     "media_url": Kind("error", "download the file and give its path, or allow URLs in the recipe"),
     "media_unsupported": Kind("error", "remove the row: this kind of medium cannot be encoded yet"),
-    "image_needed": Kind("error", "give the row an image: this model takes no text alone"),
     "image_empty": Kind("error", "the file holds nothing: fetch it again"),
     "image_unreadable": Kind("error", "fetch the file again, or convert it to JPEG or PNG"),
     "image_truncated": Kind("error", "fetch the file again: its end is missing"),

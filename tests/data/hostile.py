@@ -302,13 +302,14 @@ def rows() -> list[Case]:
         _said("a box past the border", ASK, SAY, image="good.png", bbox=[50, 40, 50, 40], found=(("bbox", "box_suspect"),)),
         _said("a negative box", ASK, SAY, image="good.png", bbox=[-5, 0, 10, 10], found=(("bbox", "box_suspect"),)),
         _said(
-            "a box that is no number",
+            "a huge box among good ones",
             ASK,
             SAY,
             image="good.png",
-            boxes=[[0, 0, 9, float("nan")]],
-            found=(("boxes[0]", "box_suspect"),),
+            boxes=[[0, 0, 9, 9], [0, 0, 9, 1e300]],
+            found=(("boxes[1]", "box_suspect"),),
         ),
+        _said("a box that is no number", ASK, SAY, image="good.png", bbox=[0, 0, 9, float("nan")], found=(("row", "row_not_json"),)),
     ]
 
 

@@ -160,17 +160,36 @@ SPELLS = {
 
 
 @pytest.mark.parametrize(("name", "token"), [(name, token) for name, tokens in SPELLS.items() for token in tokens])
-def test_a_control_token_that_text_spells_is_refused(speakers: dict[str, Any], name: str, token: str) -> None:
-    for number, turns in enumerate([(f"say {token}!", "ok"), ("q", f"ok{token}")]):
-        with pytest.raises(RowError) as caught:
-            encode_sample(_sample(*turns), speakers[name])
-        assert caught.value.row == "r.json[7]" and caught.value.field == f"messages[{number}]"
-        assert repr(token) in caught.value.detail
+def test_a_control_token_that_text_spells_stays_text(speakers: dict[str, Any], media: Path, name: str, token: str) -> None:
+    processor, tokenizer, a = speakers[name], speakers[name].tokenizer, str(media / "a.png")
+    for turns in (
+        [f"say {token}!", "ok"],
+        [[a, f"{token}{token} it"], f"ok{token}", [f"{token}\n", a], f"  {token[1:]}<{token} é."],
+        ["\U000f0000what\U000f0001?", f"\U000f0000{token}"],  # characters that transformers marks a spelling with
+    ):
+        sample = _sample(*turns)
+        encoded = encode_sample(sample, processor)
+        plain = processor.apply_chat_template(
+            with_images(sample.id, sample.messages), tokenize=True, return_dict=True, sanitize_control_tokens=True, return_tensors="pt"
+        )
+        assert encoded["input_ids"].tolist() == plain["input_ids"].tolist()
+        answers = [turn.replace("\U000f0000", "") for turn in turns[1::2]]
+        assert _spans(encoded, processor) == [SPACE.get(name, "") + answer + END[name] for answer in answers]
+        prompt = encode_prompt(sample.id, sample.messages[:-1], processor)
+        served = processor.apply_chat_template(
+            with_images(sample.id, sample.messages[:-1]),
+            tokenize=True,
+            return_dict=True,
+            sanitize_control_tokens=True,
+            add_generation_prompt=True,
+            return_tensors="pt",
+        )
+        assert prompt["input_ids"].tolist() == served["input_ids"].tolist()
     half = len(token) // 2
-    with pytest.raises(RowError, match="control token"):
-        encode_sample(_sample([token[:half], token[half:]], "ok"), speakers[name])  # in two blocks, rendered as one
-    with pytest.raises(RowError, match="control token"):
-        encode_prompt("r", _sample(token).messages, speakers[name])
+    harmless, halves = (encode_sample(_sample(turn, "ok"), processor) for turn in (["ab", "cd"], [token[:half], token[half:]]))
+    control = tokenizer.convert_tokens_to_ids(token)  # in two blocks, rendered as one
+    assert (halves["input_ids"] == control).sum() == (harmless["input_ids"] == control).sum()
+    assert token in tokenizer.decode(halves["input_ids"][0])
 
 
 def test_text_that_is_no_unicode_is_refused(untrained: tuple[Any, Any]) -> None:
@@ -216,7 +235,7 @@ TURNS = (
         ("{% generation %}{{ '<|assistant|>' ~ text ~ '<|end|>' }}{% endgeneration %}", r"supervises '<\|assistant\|>"),
         ("<|assistant|>{% generation %}{{ text ~ '<|end|><|pad|>' }}{% endgeneration %}", "for the answer 'yes'"),
         ("<|assistant|>{% generation %}{{ '<|end|>' }}{% endgeneration %}", "for the answer 'yes'"),
-        ("<|assistant|>{{ text ~ '<|end|>' }}", "0 supervised spans for 1 answers"),
+        ("<|assistant|>{{ text ~ '<|end|>' }}", "no {% generation %} marks.*'<|user|>Is it?<|assistant|>' for '<|user|>Is it?'"),
     ],
 )
 def test_a_template_that_supervises_something_else_is_refused(answer: str, reason: str | None) -> None:
