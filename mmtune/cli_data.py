@@ -79,10 +79,10 @@ def _doctor(arguments: argparse.Namespace) -> Any:
         raise UserError("--template and --media-root are for a file of rows; a recipe names its own")
     recipe = load_recipe(arguments.data, arguments.overrides)
     check_files(recipe)
-    from mmtune.model.load import load_processor  # takes seconds to import, and a file of rows needs none
+    from mmtune.model.load import load_bare_processor  # takes seconds to import, and a file of rows needs none
 
     try:
-        processor = load_processor(recipe.model)
+        processor = load_bare_processor(recipe.model)
     except UserError as error:
         processor = None
         print(f"not checked: tokens and lengths, because there is no processor ({error})")

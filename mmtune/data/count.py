@@ -1,9 +1,9 @@
 """Exact token counts from the sizes of images: no pixel is decoded.
 
-A processor puts a text in place of every image, and writes it from a few figures about the processed images: grids, rows and columns,
-crops. For the families below these figures are computed from sizes, with the image processor's own arithmetic, and the processor's own
-`replace_image_token` writes the text. Any other family is counted with a blank image of the same size, which goes through the real
-processor once.
+A processor puts a text in place of every image, and writes it from a few figures about the processed images: grids, rows and
+columns, crops. For the families below these figures are computed from sizes, with the image processor's own arithmetic, and the
+processor's own `replace_image_token` writes the text. Any other family is counted with a blank image of the same size, which goes
+through the real processor once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ Size = tuple[int, int]
 
 Figures = dict[str, Any]
 Rule = Callable[[Any, dict[str, Any], list[Size]], Figures | None]
-"""Of a processor, its image processor's settings and the images of one sample: what `replace_image_token` reads. None: not by arithmetic."""
+"""From a processor, its image processor's settings and the images of one sample to what `replace_image_token` reads; None: ask
+the processor itself."""
 
 PROBES: tuple[tuple[Size, ...], ...] = (((1, 1),), ((61, 17),), ((300, 301),), ((90, 400), (333, 500)), ((801, 200),))
 """Samples on which a family's arithmetic is compared with the real processor before it is relied on."""
@@ -65,8 +66,8 @@ def count_tokens(sample: Sample, processor: ProcessorMixin, supervise: Supervise
         supervise: as the recipe's `data.supervise`.
 
     Raises:
-        RowError: naming the row, for an image without a readable header or one that the processor refuses, and for every text that
-            `encode_sample` refuses.
+        RowError: naming the row, for an image without a readable header or one that the processor refuses, and for every text
+            that `encode_sample` refuses.
         UserError: a processor that does not say what it puts in place of an image.
     """
     replacements = sample_replacements(sample, processor)
@@ -104,7 +105,7 @@ def image_replacements(processor: ProcessorMixin, sizes: list[Size]) -> list[str
 
     Args:
         processor: the model's processor.
-        sizes: (width, height) of the sample's images, in order. All of them, because in some families the number of images matters.
+        sizes: (width, height) of the sample's images, in order. All of them: in some families the number of images matters.
 
     Returns:
         For every image the string that `processor.replace_image_token` gives after real image processing.
@@ -126,7 +127,7 @@ def counts_by_arithmetic(processor: ProcessorMixin) -> bool:
 
 @lru_cache(maxsize=8)
 def _trusted_rule(processor: ProcessorMixin) -> Rule | None:
-    """The rule of the processor's family, if it agrees with the processor; another release of transformers might compute otherwise."""
+    """The rule of the processor's family, if it agrees with the processor: another release of transformers might differ."""
     rule = _rule(processor)
     if rule is None:
         return None
@@ -156,8 +157,8 @@ def _blank_replacements(processor: ProcessorMixin, sizes: tuple[Size, ...]) -> t
     """By the real processor, from images of one colour."""
     if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
         raise UserError(
-            f"model: {type(processor).__name__} does not say what it puts in place of an image (it has no replace_image_token), so its "
-            "tokens cannot be counted beforehand; use a model whose processor does"
+            f"model: {type(processor).__name__} does not say what it puts in place of an image (it has no replace_image_token), "
+            "so its tokens cannot be counted beforehand; use a model whose processor does"
         )
     blanks = [Image.new("RGB", size) for size in sizes]
     text = processor.image_token * len(sizes)
@@ -315,3 +316,9 @@ def _rule(processor: Any) -> Rule | None:
             used = type(processor.image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
             return rule if used in image_processors else None
     return None
+
+
+def processor_settings(processor: ProcessorMixin) -> dict[str, str]:
+    """Everything that image processing depends on, for telling processors apart."""
+    kinds = {"processor": type(processor).__name__, "image_processor": type(processor.image_processor).__name__}
+    return kinds | {name: repr(value) for name, value in sorted(_settings(processor).items())}

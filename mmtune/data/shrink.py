@@ -1,7 +1,7 @@
 """Samples that are too long: dropped, or made to fit with fewer or smaller images. Text is never cut.
 
-A smaller image is written into its block as `size`, (width, height): the encoder resizes the picture to that before the processor sees
-it, and counting takes that size for the header's.
+A smaller image is written into its block as `size`, (width, height): the encoder resizes the picture to that before the processor
+sees it, and counting takes that size for the header's.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def fit(
         sample: the conversation.
         processor: the model's processor.
         max_tokens: the longest sample, in tokens with its images; None is no limit.
-        policy: `error` and `drop_sample` refuse a longer sample, `drop_media` takes whole images out of it, `shrink_media` makes its
-            images smaller.
+        policy: `error` and `drop_sample` refuse a longer sample, `drop_media` takes whole images out of it, `shrink_media` makes
+            its images smaller.
         supervise: as the recipe's `data.supervise`.
 
     Raises:
@@ -95,8 +95,8 @@ def drop_media(messages: list[Message], place: Place) -> list[Message]:
 def _with_fewer_images(
     sample: Sample, processor: ProcessorMixin, max_tokens: int, counts: Counts, supervise: Supervise
 ) -> FittedSample:
-    """The largest image goes first, so that the fewest go. Of equally large ones those of earlier turns go first, and in a turn the
-    last. An image that is all that its turn says stays."""
+    """The largest image goes first, so that the fewest go. Of equally large ones those of earlier turns go first, and in a turn
+    the last. An image that is all that its turn says stays."""
     whole = counts.tokens
     fitted = FittedSample(sample, counts)
     while fitted.counts.tokens > max_tokens:
@@ -144,9 +144,8 @@ def _with_smaller_images(
     while True:
         smaller = shrink_to_fit(sizes, processor, budget)
         if smaller is None:
-            raise OverLength(
-                sample.id, "messages", f"{_too_long(counts.tokens, max_tokens)}; its images cannot be made small enough"
-            )
+            told = f"{_too_long(counts.tokens, max_tokens)}, and no smaller images make it fit"
+            raise OverLength(sample.id, "messages", told)
         fitted = replace(sample, messages=with_sizes(sample.messages, smaller))
         now = count_tokens(fitted, processor, supervise)
         if now.tokens <= max_tokens:
@@ -170,9 +169,9 @@ def with_sizes(messages: list[Message], sizes: list[Size]) -> list[Message]:
 def shrink_to_fit(sizes: list[Size], processor: ProcessorMixin, budget: int) -> list[Size] | None:
     """Sizes of a sample's images with which they take no more than `budget` tokens.
 
-    All images larger than some area are brought down to it, with their aspect ratios, and the smaller ones are left alone: the largest
-    shrink first. The area is the largest that serves, found by halving. Where fewer pixels do not always mean fewer tokens, as with
-    tiles, areas are tried one by one as well.
+    All images larger than some area are brought down to it, with their aspect ratios, and the smaller ones are left alone: the
+    largest shrink first. The area is the largest that serves, found by halving. Where fewer pixels do not always mean fewer
+    tokens, as with tiles, areas are tried one by one as well.
 
     Args:
         sizes: (width, height) of the images.

@@ -21,7 +21,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import logging
 
 from mmtune.errors import UserError
-from mmtune.model.chat_template import end_of_turn_ids, resolve_chat_template, settle_chat_template, use_chat_template
+from mmtune.model.chat_template import end_of_turn_ids, resolve_chat_template, set_chat_template, use_chat_template
 from mmtune.model.checkpoint import load_projector, save_checkpoint
 from mmtune.model.parts import Tower, choose_strategy, read_image_processor, read_language, read_tokenizer, read_tower
 
@@ -70,14 +70,12 @@ def assemble(
         UserError: when the parts do not fit, with the reason; before weights are loaded where configs tell.
     """
     tower = read_tower(vision, trust_remote_code)
-    strategy = choose_strategy(tower, vision_feature_select_strategy)
     if not -tower.layers - 1 <= vision_feature_layer <= tower.layers:
         raise UserError(f"vision_feature_layer: {vision_feature_layer} is out of range; {vision} has {tower.layers} layers")
     text_config = read_language(language, trust_remote_code)
-    tokenizer = read_tokenizer(language, trust_remote_code)
-    known_tokens = len(tokenizer)
-    template = resolve_chat_template(chat_template, tokenizer, model_type=text_config.model_type, image_token=IMAGE_TOKEN)
-    processor = _processor(tower, tokenizer, strategy, template, trust_remote_code)
+    known_tokens = len(read_tokenizer(language, trust_remote_code))
+    processor = assemble_processor(vision, language, vision_feature_select_strategy, chat_template, trust_remote_code)
+    tokenizer, template = processor.tokenizer, str(processor.chat_template)
 
     encoder = _load(AutoModel, vision, tower.config, dtype, seed, trust_remote_code)
     causal = _load(AutoModelForCausalLM, language, text_config, dtype, seed, trust_remote_code)
@@ -91,7 +89,7 @@ def assemble(
         image_token_index=processor.image_token_id,
         image_seq_length=processor._get_num_multimodal_tokens(image_sizes=[(1, 1)])["num_image_tokens"][0],
         vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy=strategy,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
         dtype=dtype,
     )
     model = _compose(config, encoder, causal, dtype, seed)
@@ -108,30 +106,23 @@ def assemble(
 def assemble_processor(
     vision: str,
     language: str,
-    *,
     vision_feature_select_strategy: str | None = None,
     chat_template: str | None = None,
     trust_remote_code: bool = False,
 ) -> LlavaProcessor:
-    """The processor of what `assemble` makes of the same arguments, from configurations and tokenizer alone.
+    """The processor of the model that `assemble` makes, from configs and the tokenizer alone.
 
     Raises:
-        UserError: when the parts do not fit, with the reason.
+        UserError: as `assemble`.
     """
     tower = read_tower(vision, trust_remote_code)
     strategy = choose_strategy(tower, vision_feature_select_strategy)
-    model_type = read_language(language, trust_remote_code).model_type
+    text_config = read_language(language, trust_remote_code)
     tokenizer = read_tokenizer(language, trust_remote_code)
-    template = resolve_chat_template(chat_template, tokenizer, model_type=model_type, image_token=IMAGE_TOKEN)
-    processor = _processor(tower, tokenizer, strategy, template, trust_remote_code)
-    settle_chat_template(processor, template)
-    return processor
-
-
-def _processor(tower: Tower, tokenizer: PreTrainedTokenizerBase, strategy: str, template: str, trust: bool) -> LlavaProcessor:
-    image_processor = read_image_processor(tower, trust)
+    template = resolve_chat_template(chat_template, tokenizer, model_type=text_config.model_type, image_token=IMAGE_TOKEN)
+    image_processor = read_image_processor(tower, trust_remote_code)
     _add_tokens(tokenizer, template)
-    return LlavaProcessor(
+    processor = LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=tower.patch_size,
@@ -140,6 +131,8 @@ def _processor(tower: Tower, tokenizer: PreTrainedTokenizerBase, strategy: str, 
         image_token=IMAGE_TOKEN,
         chat_template=template,
     )
+    set_chat_template(processor, template)
+    return processor
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:

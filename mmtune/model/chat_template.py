@@ -124,7 +124,7 @@ def use_chat_template(model: PreTrainedModel, processor: ProcessorMixin, templat
     Raises:
         UserError: when the tokenizer goes on adding tokens around the rendered text.
     """
-    settle_chat_template(processor, template)
+    set_chat_template(processor, template)
     tokenizer = processor.tokenizer
     config = model.generation_config
     assert config is not None  # every generative model has one
@@ -134,11 +134,11 @@ def use_chat_template(model: PreTrainedModel, processor: ProcessorMixin, templat
     config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
 
 
-def settle_chat_template(processor: ProcessorMixin, template: str) -> None:
-    """The processor's part of `use_chat_template`, for use without a model.
+def set_chat_template(processor: ProcessorMixin, template: str) -> None:
+    """The processor's and the tokenizer's half of `use_chat_template`, for where there is no model.
 
     Raises:
-        UserError: as `use_chat_template`.
+        UserError: as there.
     """
     processor.chat_template = processor.tokenizer.chat_template = template
     _settle_special_tokens(processor.tokenizer, template)

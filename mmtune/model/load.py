@@ -25,7 +25,7 @@ from mmtune.builtin import tiny
 from mmtune.errors import UserError, nearest
 from mmtune.methods.table import METHODS
 from mmtune.model.assemble import assemble, assemble_processor
-from mmtune.model.chat_template import own_chat_template, resolve_chat_template, settle_chat_template, use_chat_template
+from mmtune.model.chat_template import own_chat_template, resolve_chat_template, set_chat_template, use_chat_template
 from mmtune.model.checkpoint import load_projector, weight_files
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.recipe import ModelSection, load_recipe
@@ -78,7 +78,7 @@ def load_base(section: ModelSection, seed: int) -> tuple[PreTrainedModel, Proces
             model.set_attn_implementation(section.attn_implementation)
         return model, processor
     name = resolve_base(str(section.base))
-    processor, template = _ready_processor(name, section)
+    processor, template = load_processor(name, section)
     model = load_weights(name, section)
     use_chat_template(model, processor, template)
     return model, processor
@@ -160,28 +160,7 @@ def base_model_type(section: ModelSection) -> str:
         raise UserError(f"model.base: cannot read the configuration of {section.base}: {_reason(name, error)}") from error
 
 
-def load_processor(section: ModelSection) -> ProcessorMixin:
-    """The processor that a recipe trains with, its chat template settled, and no weights.
-
-    Raises:
-        UserError: as `load_base`, as far as the processor goes.
-    """
-    if section.base is None:
-        assert section.vision is not None and section.language is not None  # the recipe holds this
-        return assemble_processor(
-            section.vision,
-            section.language,
-            vision_feature_select_strategy=section.vision_feature_select_strategy,
-            chat_template=section.chat_template,
-            trust_remote_code=section.trust_remote_code,
-        )
-    name = str(tiny.TRAINED) if section.base == UNTRAINED else resolve_base(section.base)
-    processor, template = _ready_processor(name, section)
-    settle_chat_template(processor, template)
-    return processor
-
-
-def _ready_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, str]:
+def load_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, str]:
     """The processor of a ready base, and the chat template that it will train and serve with.
 
     Raises:
@@ -194,6 +173,28 @@ def _ready_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, 
     if section.chat_template is None:
         return processor, own_chat_template(processor)
     return processor, resolve_chat_template(section.chat_template, processor.tokenizer, image_token=processor.image_token)
+
+
+def load_bare_processor(section: ModelSection) -> ProcessorMixin:
+    """The processor that a recipe's model trains with, its chat template settled; no weight is read.
+
+    Raises:
+        UserError: as `load_base`, where configs and the tokenizer tell.
+    """
+    if section.base is None:
+        assert section.vision is not None and section.language is not None  # the recipe holds this
+        strategy = section.vision_feature_select_strategy
+        return assemble_processor(section.vision, section.language, strategy, section.chat_template, section.trust_remote_code)
+    processor: ProcessorMixin
+    if section.base == UNTRAINED:
+        processor = tiny.build_processor()
+        template = str(processor.chat_template)
+        if section.chat_template is not None:
+            template = resolve_chat_template(section.chat_template, processor.tokenizer)
+    else:
+        processor, template = load_processor(resolve_base(section.base), section)
+    set_chat_template(processor, template)
+    return processor
 
 
 def load_trained(path: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:

@@ -202,7 +202,7 @@ def test_a_saved_checkpoint_loads_without_mmtune(shelf: Path, tmp_path: Path, vi
 
 
 def test_a_processor_without_weights_is_that_of_the_model(base: Path, tmp_path: Path) -> None:
-    from mmtune.model.load import load_base, load_processor
+    from mmtune.model.load import load_base, load_bare_processor
     from mmtune.recipe import ModelSection
 
     tiny_vision("siglip", tmp_path / "vision")
@@ -211,7 +211,7 @@ def test_a_processor_without_weights_is_that_of_the_model(base: Path, tmp_path: 
     parts = {"vision": str(tmp_path / "vision"), "language": str(tmp_path / "language")}
     for given in (ready, {"base": "builtin:tiny-llava-untrained"}, parts, {**parts, "chat_template": "plain"}):
         section = ModelSection.model_validate(given)
-        alone, beside = load_processor(section), load_base(section, seed=0)[1]
+        alone, beside = load_bare_processor(section), load_base(section, seed=0)[1]
         assert alone.to_dict() == beside.to_dict()
         assert alone.chat_template == beside.chat_template == alone.tokenizer.chat_template
         assert alone.tokenizer.get_vocab() == beside.tokenizer.get_vocab()

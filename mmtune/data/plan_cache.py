@@ -1,0 +1,160 @@
+"""Where plans are kept: beside the data, under a name that says what they were made from."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from glob import glob
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import ProcessorMixin
+
+from mmtune.data.count import processor_settings
+from mmtune.files import replace_bytes
+from mmtune.recipe import Source
+from mmtune.shipped import shipped_dir
+
+FORMAT = 1
+"""Changes when counting or the file does, so that what an earlier version kept is not taken for this one's."""
+WHOLE = 64 * 2**20
+"""Data files up to so many bytes are known by their content; larger ones by size, time of change, beginning and end."""
+ENDS = 2**20
+DIGEST = 32
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def plan_key(sources: Sequence[Source], processor: ProcessorMixin, supervise: str) -> str:
+    """What a plan is made from, as a string of 32 characters.
+
+    It covers what the recipe says of the sources, the content of their files and templates, the settings of the processor with its
+    tokenizer and chat template, and the versions of the libraries that count. Media have their own stamps, row by row; rows on the
+    hub are known by the recipe's words alone.
+
+    Args:
+        sources: the recipe's.
+        processor: the model's, its chat template settled.
+        supervise: the recipe's `data.supervise`.
+    """
+    tokenizer = processor.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    made_from = {
+        "format": FORMAT,
+        "versions": [metadata.version(name) for name in ("transformers", "tokenizers", "pillow", "mmtune")],
+        "sources": [source.model_dump(mode="json") for source in sources],
+        "files": [list(_signatures(source.model_dump(mode="json"))) for source in sources],
+        "processor": [processor_settings(processor), processor.to_json_string()],
+        "tokenizer": [backend.to_str() if backend else tokenizer.get_vocab(), tokenizer.special_tokens_map],
+        "bos_eos": [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")],
+        "chat_template": processor.chat_template,
+        "supervise": supervise,
+    }
+    return _digest(json.dumps(made_from, sort_keys=True, default=str).encode()).hex()[:32]
+
+
+def _signatures(given: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every file that a source names, wherever in its keys, with what it is known by."""
+    if isinstance(given, Mapping):
+        for name, value in given.items():
+            yield from _signatures(value, str(name))
+    elif isinstance(given, list):
+        for value in given:
+            yield from _signatures(value, key)
+    elif isinstance(given, str) and key != "media_root":
+        shipped = shipped_dir("data_templates") / f"{given}.yaml"
+        if key == "template" and shipped.is_file():
+            given = str(shipped)
+        found = [given] if os.path.lexists(given) else sorted(glob(given, recursive=True)) if glob_like(given) else []  # noqa: PTH207
+        for path in map(Path, found):
+            inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+            yield from ((str(file), _signature(file)) for file in inside if file.is_file())
+
+
+def glob_like(path: str) -> bool:
+    """Whether a path has wildcards."""
+    return any(mark in path for mark in "*?[{")
+
+
+def _signature(path: Path) -> Any:
+    status = path.stat()
+    with path.open("rb") as file:
+        if status.st_size <= WHOLE:
+            return hashlib.file_digest(file, "blake2b").hexdigest()
+        first = file.read(ENDS)
+        file.seek(-ENDS, os.SEEK_END)
+        return [status.st_size, status.st_mtime_ns, _digest(first + file.read()).hex()]
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=DIGEST).digest()
+
+
+@dataclass(frozen=True)
+class PlanCache:
+    """The file of one plan.
+
+    Attributes:
+        beside: the directory of the data; None where it is not on this machine's disk.
+        key: from `plan_key`.
+    """
+
+    beside: Path | None
+    key: str
+
+    @property
+    def places(self) -> list[Path]:
+        """Where the file may be, the best place first."""
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folders = [*([self.beside / ".mmtune"] if self.beside else []), home / "mmtune" / "plans"]
+        return [folder / f"plan-{self.key}.npz" for folder in folders]
+
+    def read(self) -> tuple[Arrays, dict[str, Any]] | None:
+        """What `write` was given; None where there is no file, or a damaged one."""
+        for place in self.places:
+            try:
+                data = place.read_bytes()
+            except OSError:
+                continue
+            if _digest(data[DIGEST:]) == data[:DIGEST]:
+                with np.load(io.BytesIO(data[DIGEST:]), allow_pickle=False) as arrays:
+                    kept = {name: arrays[name] for name in arrays.files}
+                return kept, json.loads(kept.pop("notes").tobytes())
+        return None
+
+    def write(self, arrays: Arrays, notes: Mapping[str, Any]) -> Path | None:
+        """Keep a plan beside the data, or else in the user's cache directory, whole or not at all.
+
+        Returns:
+            The file; None when neither place can be written, which is said on the terminal like everything but the best place.
+        """
+        file = io.BytesIO()
+        np.savez_compressed(file, notes=np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8), **arrays)
+        data = _digest(file.getvalue()) + file.getvalue()
+        for place in self.places:
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                replace_bytes(place, data)
+            except OSError as error:
+                print(f"plan: cannot be kept in {place.parent}: {error.strerror or error}")
+                continue
+            if place != self.places[0]:
+                print(f"plan: kept in {place.parent}")
+            return place
+        return None
+
+
+def beside(sources: Sequence[Source]) -> Path | None:
+    """The directory that holds the first source, where a plan of all of them is kept; None for rows on the hub."""
+    path = Path(sources[0].path)
+    while glob_like(str(path)):
+        path = path.parent
+    if not path.exists():
+        return None
+    return path if path != Path(sources[0].path) else path.absolute().parent
