@@ -35,8 +35,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from mmtune.data.batches import Batches, Mixture
 from mmtune.data.collate import Collator
-from mmtune.data.dataset import DataReport
+from mmtune.data.report import DataReport
 from mmtune.model.components import find_components
 from mmtune.model.load import load_weights
 from mmtune.recipe import Recipe
@@ -136,6 +137,8 @@ def measured_peak(recipe: Recipe, tokens: int, supervised: int | None = None) ->
         data_report=DataReport(rows=rows),
         max_bad_fraction=0.0,
         learning_rates=learning_rates(model, components, recipe.tune, arguments.learning_rate),
+        unscored=row,
+        batches=Batches(Mixture.by_repeats([rows], [1.0]), seed=0, size=arguments.per_device_train_batch_size),
     )
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)

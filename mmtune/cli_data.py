@@ -86,7 +86,7 @@ def _doctor(arguments: argparse.Namespace) -> Any:
     except UserError as error:
         processor = None
         print(f"not checked: tokens and lengths, because there is no processor ({error})")
-    rules = Rules(processor, recipe.data.max_tokens, recipe.data.over_length, decode=arguments.decode)
+    rules = Rules(processor, recipe.data.max_tokens, recipe.data.over_length, recipe.data.supervise, arguments.decode)
     return Doctor(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), rules)
 
 

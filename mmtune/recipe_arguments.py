@@ -48,6 +48,9 @@ _BOUNDS: dict[str, Any] = {
 }
 """Tighter than the dataclasses say. OFT's `r` of 0 means "by block size", and is what it is when not given."""
 
+_TRAIN_BOUNDS: dict[str, Any] = {"train_sampling_strategy": Literal["random", "sequential"]}
+"""Rows of similar lengths come together with `data.tokens_per_batch`, not by the Trainer's other strategies."""
+
 _EVALUATE = "mmtune evaluates before and after tuning, not during it; give the evaluate section"
 _UPLOAD = "mmtune does not upload; push the finished directory yourself"
 _PRECISION = "give model.precision"
@@ -73,6 +76,7 @@ _TRAIN_OWNED = {
     "greater_is_better": _EVALUATE,
     "include_num_input_tokens_seen": "mmtune counts the tokens that are no padding",
     "logging_nan_inf_filter": "mmtune stops at a loss that is not finite",
+    "length_column_name": "mmtune counts lengths itself: data.tokens_per_batch",
     "label_smoothing_factor": "mmtune scores exact labels only",
     "per_device_eval_batch_size": "give evaluate.batch_size",
 }
@@ -85,7 +89,7 @@ _TRAIN_GONE = {
     "lr": "write learning_rate",
     "epochs": "write num_train_epochs",
     "batch_size": "write per_device_train_batch_size",
-    "group_by_length": "write train_sampling_strategy: group_by_length",
+    "group_by_length": "give data.tokens_per_batch, which puts similar lengths together",
 }
 _PYTHON_OBJECT = "it takes a Python object, which a recipe cannot hold"
 
@@ -180,7 +184,7 @@ def training_arguments() -> Arguments:
     """What `train` may hold: transformers' TrainingArguments, less what mmtune owns."""
     from transformers import TrainingArguments
 
-    return _arguments(TrainingArguments, _TRAIN_OWNED, _TRAIN_GONE, {"report_to": "none"}, {}, nested=False)
+    return _arguments(TrainingArguments, _TRAIN_OWNED, _TRAIN_GONE, {"report_to": "none"}, _TRAIN_BOUNDS, nested=False)
 
 
 def _arguments(

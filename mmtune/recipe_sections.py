@@ -249,6 +249,9 @@ class Source(Section):
     limit: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None, description="Take only the first so many rows; null takes all."
     )
+    weight: Annotated[StrictFloat, Field(gt=0)] = Field(
+        default=1.0, description="How often an epoch takes the source (data.mix: repeats), or its part of an epoch (ratio)."
+    )
     where: FieldsToValues | None = Field(default=None, description=WHERE)
     join: Text | None = Field(
         default=None, description="A second file with a partner for each row, for templates that ask for one (vqa_v2)."
@@ -277,12 +280,42 @@ class DataSection(Section):
     """The training data."""
 
     train: tuple[Source, ...] = Field(min_length=1, description="The sources of training rows.")
+    mix: Literal["repeats", "ratio"] = Field(
+        default="repeats",
+        description="What the weights of sources are: repeats in an epoch, or ratios of an epoch as long as all sources.",
+    )
+    supervise: Literal["all", "last"] = Field(
+        default="all", description="Loss on all answers of a conversation, or on its last one."
+    )
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None, description="The longest sample, in tokens with its images; null is no limit."
     )
-    over_length: Literal["error", "drop_sample"] = Field(
+    over_length: Literal["error", "drop_sample", "drop_media", "shrink_media"] = Field(
         default="error",
-        description="A sample over max_tokens stops the run (error), or is dropped and counted (drop_sample).",
+        description="A sample over max_tokens stops the run (error), is dropped (drop_sample), loses whole images (drop_media), "
+        "or has its images made smaller (shrink_media); all are counted.",
+    )
+    plan: StrictBool = Field(
+        default=False,
+        description="Count every row's tokens before weights load, and balance batches over the processes by them. packing, "
+        "tokens_per_batch and largest_batch_first do so too.",
+    )
+    packing: StrictBool = Field(
+        default=False, description="Join samples, which do not attend to each other, to rows of at most tokens_per_batch tokens."
+    )
+    tokens_per_batch: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        default=None,
+        description="The most tokens in a batch, padding counted, in place of train.per_device_train_batch_size; samples of "
+        "similar lengths come together. With packing, null is max_tokens.",
+    )
+    largest_batch_first: StrictBool = Field(
+        default=False, description="Begin with the step that has the most tokens, so that too little memory shows at once."
+    )
+    stream: StrictBool = Field(
+        default=False, description="Read the rows in order as training goes, without looking through the whole data first."
+    )
+    shuffle_window: Annotated[StrictInt, Field(ge=1)] = Field(
+        default=10_000, description="With stream: how many rows of a source are shuffled among themselves."
     )
     max_bad_fraction: Annotated[StrictFloat, Field(ge=0, le=1)] = Field(
         default=0.0, description="The fraction of rows that may be quarantined before the run stops, from 0 to 1."
@@ -291,6 +324,36 @@ class DataSection(Section):
         default=2000,
         description="How many rows have their text and image headers checked before weights load; 0 for none.",
     )
+
+    @classmethod
+    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+        if not isinstance(given, dict):
+            return given, []
+        faults = []
+        if given.get("packing") is True and given.get("tokens_per_batch") is None and given.get("max_tokens") is None:
+            faults.append(fault("packing", "give tokens_per_batch or max_tokens: the longest row of joined samples"))
+        most, longest = given.get("tokens_per_batch"), given.get("max_tokens")
+        if isinstance(most, int) and isinstance(longest, int) and most < longest:
+            faults.append(fault("tokens_per_batch", f"{most} is less than max_tokens: {longest}, so a sample might fit no batch"))
+        if isinstance(most, int) and longest is None and given.get("stream") is not True:
+            faults.append(fault("tokens_per_batch", "give max_tokens too, so that no sample is longer than a batch"))
+        if given.get("over_length") in ("drop_sample", "drop_media", "shrink_media") and longest is None:
+            faults.append(fault("over_length", f"{given['over_length']} means nothing without max_tokens"))
+        if given.get("stream") is True:
+            for name in ("plan", "packing", "tokens_per_batch", "largest_batch_first"):
+                if given.get(name):
+                    faults.append(fault(name, "needs every row's length before training, which a stream does not know"))
+            sources = given.get("train")
+            if isinstance(sources, (list, tuple)) and len(sources) > 1 and given.get("mix") != "ratio":
+                faults.append(fault("mix", "the sources of a stream have no known length: give mix: ratio"))
+        elif "shuffle_window" in given and given["shuffle_window"] != 10_000:
+            faults.append(fault("shuffle_window", "means nothing without stream: true; otherwise all rows are shuffled"))
+        return given, faults
+
+    @property
+    def planned(self) -> bool:
+        """Whether every row's tokens are counted before training."""
+        return self.plan or self.packing or self.tokens_per_batch is not None or self.largest_batch_first
 
 
 class EvaluateSection(Section):

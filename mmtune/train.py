@@ -14,18 +14,17 @@ if not __package__:  # launched as a file: its own folder comes first on the pat
 
     settle_console()  # before the imports below have their say
 
-import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
-from mmtune.data.collate import Collator
-from mmtune.data.dataset import DataReport, Samples, TrainingSet, check_rows
+from mmtune.data.collate import Collator, collate
+from mmtune.data.dataset import Encoder, check_rows, open_samples, stand_in
 from mmtune.data.encode import check_chat_template
+from mmtune.data.report import DataReport
 from mmtune.errors import UserError
 from mmtune.evaluation.report import print_scores, write_report
 from mmtune.evaluation.run import as_json, check_questions, evaluate, score, write_answers
@@ -39,6 +38,7 @@ from mmtune.recipe import ModelSection, Recipe, check_files
 from mmtune.release.card import model_card
 from mmtune.run_directory import check_output_dir, new_run, peak_memory_mb
 from mmtune.training.callbacks import FrozenInputsStayFrozen, MoveRanks, RecordMetrics, draw_loss_curve
+from mmtune.training.rows import first_batches, optimizer_steps, order_rows, rows_to_take
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import (
     apply_tuning,
@@ -73,13 +73,13 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     # What goes in: the files are there, the rows make sense.
     check_files(recipe)
     check_output_dir(recipe, overwrite)
-    samples = Samples(recipe.data.train)
-    data_report = DataReport(rows=len(samples))
+    arguments = training_arguments(recipe)
+    samples = open_samples(recipe.data)
+    data_report = DataReport(rows=rows_to_take(samples, arguments))
     check_rows(samples, data_report, recipe.data.check_rows)
     data_report.stop_past(recipe.data.max_bad_fraction)
     if recipe.evaluate:
         check_questions(recipe.evaluate)
-    arguments = training_arguments(recipe)
     world = join_world(arguments, recipe.model.precision)
     check_method(recipe, world)
     print(f"training: {world.layout}, {arguments.device}")
@@ -89,9 +89,11 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     model, processor = load_base(recipe.model, arguments.seed)
     check_chat_template(processor)
     components = find_components(model)
-    rows = TrainingSet(samples, processor, recipe.data.max_tokens, recipe.data.over_length)
+    encoder = Encoder(processor, recipe.data)
+    blank = stand_in(processor)
     # Every process runs the vision tower in every step, or the others would wait for its part in ZeRO-3 and DDP.
-    collator = Collator(processor.tokenizer.pad_token_id, rows.with_image() if world.size > 1 else None)
+    collator = Collator(processor.tokenizer.pad_token_id, blank if world.size > 1 else None)
+    rows, batches = order_rows(samples, encoder, collator, recipe.data, arguments, world)
     adapts = keeps_adapter(recipe.tune)
     before = None
     with new_run(recipe, command, overwrite, world) as run:
@@ -108,8 +110,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
                 write_answers(before, run.answers("before"))
 
         # What trains.
-        steps = optimizer_steps(arguments, len(rows), world)
-        sample = first_batches(rows, collator)
+        steps = optimizer_steps(arguments, batches)
+        sample = first_batches(samples, encoder, collator)
         model = apply_tuning(model, components, recipe.tune, steps=steps, batches=sample)
         components = find_components(model)
         counts = count_parameters(model, components, recipe.tune, arguments.learning_rate)
@@ -129,6 +131,9 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
         max_bad_fraction=recipe.data.max_bad_fraction,
         world=world,
         learning_rates=learning_rates(model, components, recipe.tune, arguments.learning_rate),
+        unscored=collate([blank], processor.tokenizer.pad_token_id),
+        batches=batches,
+        source_names=samples.names if len(recipe.data.train) > 1 else (),
     )
     check_strategy(trainer.accelerator, world)
     for shown_twice in (ProgressCallback, PrinterCallback):
@@ -159,7 +164,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
         "trainable_parameters": sum(count.trainable for count in counts),
         "total_parameters": sum(count.total for count in counts),
         "peak_memory_mb": peak_memory_mb(),
-        "rows": len(samples),
+        "rows": data_report.rows,
         "dropped_over_length": len(data_report.dropped_over_length),
         "quarantined": len(data_report.quarantined),
     }
@@ -227,27 +232,6 @@ def settle_base(model: Any, processor: Any, section: ModelSection, made: Path | 
             use_chat_template(model, processor, processor.chat_template)
         model.name_or_path = str(made.resolve())
     return model
-
-
-def optimizer_steps(arguments: TrainingArguments, rows: int, world: World) -> int:
-    """How many optimizer steps the run takes."""
-    if arguments.max_steps > 0:
-        return int(arguments.max_steps)
-    batches = -(-rows // (arguments.per_device_train_batch_size * world.size))
-    return math.ceil(arguments.num_train_epochs * -(-batches // arguments.gradient_accumulation_steps))
-
-
-def first_batches(rows: TrainingSet, collator: Collator, size: int = 4, count: int = 16) -> Iterator[dict[str, Any]]:
-    """Up to `count` batches spread over the training set, for initializations that look at data; rows that fail are left out.
-
-    The same whatever the run's batches and processes are, so that the start is the same in every layout.
-    """
-    chosen = range(0, len(rows), max(1, len(rows) // (size * count)))[: size * count]
-    for start in range(0, len(chosen), size):
-        batch = collator([rows[index] for index in chosen[start : start + size]])
-        del batch["faults"]
-        if batch:
-            yield batch
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:

@@ -34,7 +34,7 @@ data:
   train:
     - path: rows.jsonl
       template: llava
-  over_length: drop_sample
+  supervise: last
 evaluate:
   data: [{path: held_out.jsonl, template: llava}]
   answer_after: "answer:"
@@ -298,17 +298,17 @@ def test_anchors_and_merge_keys(write: Any) -> None:
             "x.yaml:14: data.train.0.limit: expected at least 1, got 0",
         ),
         (
-            "over_length: drop_sample",
+            "supervise: last",
             "over_length: drop",
-            "x.yaml:14: data.over_length: expected 'error' or 'drop_sample', got 'drop'",
+            "x.yaml:14: data.over_length: expected 'error', 'drop_sample', 'drop_media' or 'shrink_media', got 'drop'",
         ),
         (
-            "over_length: drop_sample",
+            "supervise: last",
             "max_bad_fraction: 1.5",
             "x.yaml:14: data.max_bad_fraction: expected at most 1, got 1.5",
         ),
         (
-            "over_length: drop_sample",
+            "supervise: last",
             "max_token: 5",
             "x.yaml:14: data.max_token: unknown key; did you mean 'max_tokens'?",
         ),
@@ -549,7 +549,8 @@ def test_the_resolved_recipe_is_in_the_order_of_the_schema(write: Any) -> None:
     assert list(written) == ["model", "tune", "data", "evaluate", "train", "output_dir"]
     assert list(written["tune"]["language"]) == ["method", "r", "target_modules", "lora_alpha", "lora_dropout"]
     assert list(written["train"]) == ["max_steps", "learning_rate", "report_to", "seed"]
-    assert list(written["data"]["train"][0]) == ["path", "template", "media_root", "allow_outside_root", "allow_urls", "limit"]
+    source = ["path", "template", "media_root", "allow_outside_root", "allow_urls", "limit", "weight"]
+    assert list(written["data"]["train"][0]) == source
 
 
 # The schema.

@@ -30,13 +30,14 @@ from rich.text import Text
 from transformers import ProcessorMixin
 
 from mmtune.console import shows_progress
+from mmtune.data.dataset import open_readers
 from mmtune.data.count import Size, count_tokens
 from mmtune.data.encode import Supervise
 from mmtune.data.findings import KINDS, Finding, finding
 from mmtune.data.image_check import inspect_image
 from mmtune.data.media import MediaRules
 from mmtune.data.message import Message, RowError, Sample, text_of
-from mmtune.data.reader import Chosen, Reader, readers
+from mmtune.data.reader import Chosen, Reader
 from mmtune.data.shrink import with_sizes
 from mmtune.data.source import Row, Rows, open_rows
 from mmtune.data.template import DataTemplate, load_data_template, template_names
@@ -165,7 +166,7 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
         """
         self._rules = rules or Rules()
         self._control = _spelling(self._rules.processor)
-        self._parts = [_open(each, number >= len(train)) for number, each in enumerate(readers((*train, *held_out)))]
+        self._parts = [_open(each, number >= len(train)) for number, each in enumerate(open_readers((*train, *held_out)))]
         self._ends = list(accumulate(-(-part.count // CHUNK) for part in self._parts))
         self.rows = sum(part.count for part in self._parts)
 

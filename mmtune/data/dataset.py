@@ -1,26 +1,53 @@
-"""The training set: rows of every source, encoded lazily in data-loader workers, with the faults counted by row."""
+"""The training rows: of every source, encoded lazily in data-loader workers, a faulty one set aside by its id."""
 
 from __future__ import annotations
 
-import contextlib
-import json
+import io
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import ProcessorMixin
 
 from mmtune.data.encode import IGNORE_INDEX, OverLength, encode_sample
-from mmtune.data.media import Media, image_size
+from mmtune.data.findings import kind_of
+from mmtune.data.media import Embedded, Media, image_size
 from mmtune.data.message import RowError, Sample
-from mmtune.data.reader import readers
-from mmtune.errors import UserError
-from mmtune.recipe import Source
+from mmtune.data.reader import Reader
+from mmtune.data.report import DataReport, MediaChanged, StopRun
+from mmtune.data.shrink import fit
+from mmtune.data.source import Row
+from mmtune.recipe import DataSection, Source
+
+Handle = Callable[[], Sample]
+"""Gives a row's sample when called; may raise RowError."""
+Encoded = dict[str, Any]
+"""Tensors as `encode_sample` gives them, the row's id as `row`, and as `note` what was done to its media."""
+
+
+def open_readers(sources: Sequence[Source]) -> list[Reader]:
+    """Of each source; its rows' ids begin with the file's name, or with the whole path where that would not keep them apart."""
+    paths = {source.path for source in sources}
+    files = Counter(Path(path).name for path in paths)
+    several = len(paths) > 1 and any(not Path(path).is_file() for path in paths)
+    return [Reader(source, source.path if several or files[Path(source.path).name] > 1 else None) for source in sources]
+
+
+def _names(sources: Sequence[Source]) -> list[str]:
+    """The sources by name, for their losses; those that read one file in two ways are numbered."""
+    times: Counter[str] = Counter()
+    names = []
+    for source in sources:
+        name = Path(source.path).name
+        times[name] += 1
+        names.append(name if times[name] == 1 else f"{name} ({times[name]})")
+    return names
 
 
 class Samples(Sequence[Sample]):
@@ -31,11 +58,11 @@ class Samples(Sequence[Sample]):
         Raises:
             UserError: a missing or unreadable file, or an unknown template.
         """
-        self._parts = []
-        for reader in readers(sources):
-            rows = reader.open()
-            self._parts.append((reader, rows, min(len(rows), reader.source.limit or len(rows))))
-        self._ends = list(accumulate(count for *_, count in self._parts))
+        self._readers = open_readers(sources)
+        self._rows = [reader.open() for reader in self._readers]
+        self.counts = [min(len(rows), source.limit or len(rows)) for rows, source in zip(self._rows, sources, strict=True)]
+        self._ends = list(accumulate(self.counts))
+        self.names = _names(sources)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -43,130 +70,154 @@ class Samples(Sequence[Sample]):
     def __getitem__(self, index: Any) -> Any:
         """The sample, or a RowError that names the row."""
         index = range(len(self))[index]
-        part = bisect_right(self._ends, index)
-        reader, rows, count = self._parts[part]
-        row_id, row = rows[index - self._ends[part] + count]
-        return reader.sample(row_id, row)
+        number = self.source_of(index)
+        row_id, row = self._rows[number][index - self._ends[number] + self.counts[number]]
+        return self._readers[number].sample(row_id, row)
+
+    def source_of(self, index: int) -> int:
+        """The number of the source that a row comes from."""
+        return bisect_right(self._ends, index)
+
+    def some(self, count: int) -> Iterator[Handle]:
+        """Up to `count` rows, spread evenly."""
+        count = min(count, len(self))
+        return (partial(self.__getitem__, step * len(self) // count) for step in range(count))
 
 
-@dataclass(frozen=True)
-class Fault:
-    """A row that did not train, and why."""
+class StreamedSamples:
+    """The rows of several sources as they come, none of them looked at before it is asked for."""
 
-    row: str
-    field: str
-    detail: str
-
-
-@dataclass
-class DataReport:
-    """What became of the rows: written to the run directory as `data_report.json`."""
-
-    rows: int
-    checked: int = 0
-    dropped_over_length: list[Fault] = field(default_factory=list)
-    quarantined: list[Fault] = field(default_factory=list)
-    _seen: set[str] = field(default_factory=set, init=False, repr=False)
-
-    def add(self, error: RowError) -> None:
-        """Count a row once, however many epochs meet it.
-
-        Raises:
-            StopRun: the error itself, when it is one that no bound excuses.
-        """
-        if isinstance(error, StopRun):
-            raise error
-        if error.row in self._seen:
-            return
-        self._seen.add(error.row)
-        faults = self.dropped_over_length if isinstance(error, OverLength) else self.quarantined
-        faults.append(Fault(error.row, error.field, error.detail))
-
-    def stop_past(self, max_bad_fraction: float) -> None:
+    def __init__(self, sources: Sequence[Source]) -> None:
         """
         Raises:
-            UserError: when more rows are quarantined than the recipe allows, naming the first ten.
+            UserError: an unknown template.
         """
-        if len(self.quarantined) > max_bad_fraction * self.rows:
-            raise UserError(
-                f"{len(self.quarantined)} of {self.rows} rows cannot train, more than data.max_bad_fraction: "
-                f"{max_bad_fraction:g} allows:\n{self.listing()}"
-            )
+        self._readers = open_readers(sources)
+        self.weights = [source.weight for source in sources]
+        self.names = _names(sources)
 
-    def listing(self) -> str:
-        """The first ten quarantined rows, a line each."""
-        return "\n".join(f"  {fault.row}: {fault.field}: {fault.detail}" for fault in self.quarantined[:10])
+    @property
+    def openers(self) -> list[Callable[[], Iterator[Handle]]]:
+        """For each source, what opens it anew."""
+        return [partial(_handles, reader) for reader in self._readers]
 
-    def summary(self) -> str:
-        """One line for the terminal."""
-        counts = (
-            f"{self.rows:,} rows, {len(self.quarantined):,} quarantined, {len(self.dropped_over_length):,} dropped as too long"
-        )
-        return f"data: {counts}"
-
-    def write(self, path: Path) -> None:
-        """Write the report as JSON."""
-        report = {name: value for name, value in asdict(self).items() if name != "_seen"}
-        # A file name that is not UTF-8 reaches Python as lone surrogates; written as \udcXX they are valid JSON.
-        path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")
+    def some(self, count: int) -> Iterator[Handle]:
+        """The first rows of each source, `count` in all."""
+        share = -(-count // len(self._readers))
+        return (handle for open_source in self.openers for handle in islice(open_source(), share))
 
 
-def check_rows(samples: Samples, report: DataReport, limit: int) -> None:
-    """Read up to `limit` rows, spread evenly, and their images' headers; faults go to the report. Decodes nothing."""
-    count = min(limit, len(samples))
-    for step in range(count):
+def _handles(reader: Reader) -> Iterator[Handle]:
+    return (partial(_parsed, reader, read) for read in islice(reader.stream(), reader.source.limit))
+
+
+def _parsed(reader: Reader, read: Callable[[], tuple[str, Row]]) -> Sample:
+    return reader.sample(*read())
+
+
+def open_samples(section: DataSection) -> Samples | StreamedSamples:
+    """The recipe's training rows, by index or as a stream.
+
+    Raises:
+        UserError: a missing or unreadable file, or an unknown template.
+    """
+    return StreamedSamples(section.train) if section.stream else Samples(section.train)
+
+
+def check_rows(samples: Samples | StreamedSamples, report: DataReport, limit: int) -> None:
+    """Read up to `limit` rows and their images' headers; faults go to the report. Decodes nothing."""
+    for handle in samples.some(limit):
+        report.checked += 1
         try:
-            sample = samples[step * len(samples) // count]
-            for media in sample.images:
-                _check_header(sample.id, media)
+            sample = handle()
+            for image in sample.images:
+                _check_header(sample.id, image)
         except RowError as error:
             report.add(error)
-    report.checked = count
 
 
-def _check_header(row_id: str, media: Media) -> None:
+def _check_header(row_id: str, image: Media) -> None:
     try:
-        image_size(media)
+        image_size(image)
     except ValueError as error:
-        raise RowError(row_id, "image", str(error)) from error
+        raise RowError(row_id, "image", str(error), kind_of(error)) from error
 
 
-class StopRun(RowError):
-    """A row that the recipe says ends the run, whatever `data.max_bad_fraction` allows."""
+class Encoder:
+    """Samples to tensors by a recipe's data section; what is wrong with one comes back as its RowError.
 
+    Args:
+        processor: the model's.
+        section: of the recipe.
+    """
 
-class TrainingSet(torch.utils.data.Dataset[dict[str, torch.Tensor] | RowError]):
-    """Encoded samples by index; a row that fails comes back as its RowError, for the collator to set aside."""
-
-    def __init__(self, samples: Samples, processor: ProcessorMixin, max_tokens: int | None, over_length: str) -> None:
-        self._samples = samples
+    def __init__(self, processor: ProcessorMixin, section: DataSection) -> None:
         self._processor = processor
-        self._max_tokens = max_tokens
-        self._over_length = over_length
+        self._section = section
+
+    def __call__(self, handle: Handle, source: int = 0) -> Encoded | RowError:
+        """
+        Returns:
+            As `encode_sample`, with the row's id as `row`, and with several sources `source_ids` (int64, shape (1, length)), each
+            the number of the source; or the row's error, for the collator to set aside.
+        """
+        section = self._section
+        try:
+            sample = handle()
+            note = None
+            if section.max_tokens is not None and section.over_length in ("drop_media", "shrink_media"):
+                sample, note = self._fitted(sample, section.max_tokens)
+            encoded: Encoded = {**encode_sample(sample, self._processor, section.max_tokens, section.supervise), "row": sample.id}
+        except OverLength as error:
+            if section.over_length == "error":
+                others = "drop_sample, drop_media and shrink_media would not stop"
+                return StopRun(error.row, error.field, f"{error.detail} (data.over_length: {others})")
+            return error
+        except RowError as error:
+            return error
+        if note is not None:
+            encoded["note"] = note
+        if len(section.train) > 1:
+            encoded["source_ids"] = torch.full_like(encoded["input_ids"], source)
+        return encoded
+
+    def _fitted(self, sample: Sample, max_tokens: int) -> tuple[Sample, MediaChanged | None]:
+        fitted = fit(sample, self._processor, max_tokens, self._section.over_length, self._section.supervise)
+        done = [f"{fitted.dropped} images dropped"] * bool(fitted.dropped)
+        done += [f"{fitted.resized} images made smaller"] * bool(fitted.resized)
+        if not done:
+            return sample, None
+        return fitted.sample, MediaChanged(sample.id, "image", f"{', '.join(done)}: {fitted.counts.tokens} tokens now")
+
+
+class TrainingSet(torch.utils.data.Dataset[Encoded | RowError]):
+    """Encoded samples by index; a row that fails comes back as its RowError."""
+
+    def __init__(self, samples: Samples, encoder: Encoder) -> None:
+        self._samples = samples
+        self._encoder = encoder
 
     def __len__(self) -> int:
         return len(self._samples)
 
-    def with_image(self) -> dict[str, torch.Tensor] | None:
-        """The first row with an image that can be encoded, with no position supervised; None if there is none."""
-        for index in range(len(self)):
-            with contextlib.suppress(RowError):  # met again, and counted, when it is trained on
-                if self._samples[index].images:
-                    row = encode_sample(self._samples[index], self._processor, self._max_tokens)
-                    return {**row, "labels": torch.full_like(row["labels"], IGNORE_INDEX)}
-        return None
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor] | RowError:
-        try:
-            return encode_sample(self._samples[index], self._processor, self._max_tokens)
-        except OverLength as error:
-            if self._over_length == "error":
-                return StopRun(error.row, error.field, f"{error.detail} (data.over_length: drop_sample would drop it)")
-            return error
-        except RowError as error:
-            return error
+    def __getitem__(self, index: int) -> Encoded | RowError:
+        return self._encoder(partial(self._samples.__getitem__, index), self._samples.source_of(index))
 
 
 def iterate_rows(samples: Samples) -> Iterator[Sample]:
     """Every sample in order; raises at the first row that fails."""
     return (samples[index] for index in range(len(samples)))
+
+
+def stand_in(processor: ProcessorMixin) -> Encoded:
+    """A question about a blank image with no position supervised, encoded: it adds nothing to the loss or to any gradient.
+
+    It takes the place of a batch whose every row was dropped, and the vision tower's part where a batch has no image.
+    """
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(picture, "PNG")
+    blank = Embedded(Path("stand-in"), "blank.png", data=picture.getvalue())
+    question = {"role": "user", "content": [{"type": "image", "image": blank}, {"type": "text", "text": "?"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "."}]}
+    encoded = encode_sample(Sample("stand-in", [question, answer]), processor)
+    return {**encoded, "labels": torch.full_like(encoded["labels"], IGNORE_INDEX)}

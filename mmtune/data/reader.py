@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,18 +79,6 @@ class Reader:
         except RowError:
             return True  # it is met again, and counted, where it is read
         return all(_is_among(lookup(row, field), value) for field, value in (self.source.where or {}).items())
-
-
-def readers(sources: Sequence[Source]) -> list[Reader]:
-    """A reader for each of several sources; the ids of their rows stay apart.
-
-    Raises:
-        UserError: as `Reader`.
-    """
-    paths = {source.path for source in sources}
-    names = Counter(Path(path).name for path in paths)
-    several = len(paths) > 1 and any(not Path(path).is_file() for path in paths)
-    return [Reader(each, each.path if several or names[Path(each.path).name] > 1 else None) for each in sources]
 
 
 class Chosen:

@@ -10,13 +10,14 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
-from mmtune.data.dataset import Samples
+from mmtune.data.dataset import Samples, open_samples
 from mmtune.data.message import Sample
 from mmtune.errors import CheckFailed, UserError
 from mmtune.files import replaced_directory
@@ -224,9 +225,8 @@ def keep_adapter(path: Path, out: Path, *, overwrite: bool = False, count: int =
 
 def parity_samples(recipe: Recipe, count: int) -> list[Sample]:
     """Up to `count` samples spread over the recipe's held-out data, or over its training data when it has none."""
-    samples = Samples(recipe.evaluate.data if recipe.evaluate else recipe.data.train)
-    count = min(count, len(samples))
-    return [samples[number * len(samples) // count] for number in range(count)]
+    samples = Samples(recipe.evaluate.data) if recipe.evaluate else open_samples(recipe.data)
+    return [handle() for handle in islice(samples.some(count), count)]
 
 
 class _Job:

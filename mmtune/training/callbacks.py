@@ -67,6 +67,7 @@ class RecordMetrics(TrainerCallback):
             "tokens": int(tokens),
             "tokens_per_second": round((tokens - self._tokens_seen) / max(now - self._last, 1e-9), 1),
             "seconds": round(now - self._start, 3),
+            **{name: value for name, value in logs.items() if name.startswith("loss/")},
         }
         self._last, self._tokens_seen = now, tokens
         with self._path.open("a", encoding="utf-8") as file:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from peft import AdaLoraModel
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from mmtune.data.dataset import DataReport
+from mmtune.data.batches import Batches
 from mmtune.data.encode import IGNORE_INDEX
-from mmtune.data.message import RowError
-from mmtune.errors import UserError
+from mmtune.data.report import DataReport
+from mmtune.data.stream import SampleStream
 from mmtune.model.compute import virtual_tokens
+from mmtune.model.packing import packed_inputs
 from mmtune.world import ALONE, World
 
 
@@ -61,6 +63,16 @@ def shared_regularization(model: nn.Module, passes: int) -> Iterator[None]:
         config.orth_reg_weight = whole
 
 
+class EpochLoader(DataLoader[Any]):
+    """Tells its batches which epoch begins, as the Trainer asks of loaders."""
+
+    batch_sampler: Batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch the next iteration gives."""
+        self.batch_sampler.set_epoch(epoch)
+
+
 class TuningTrainer(Trainer):
     """Trains on `Collator`'s batches.
 
@@ -69,6 +81,10 @@ class TuningTrainer(Trainer):
         max_bad_fraction: stop when more than this part of the rows failed.
         world: the processes that train together; each counts the rows that failed in any.
         learning_rates: rate by parameter name, for parameters that do not take the run's own.
+        unscored: a batch with nothing supervised, which stands in for one whose every row was dropped, so that the number of
+            steps stays what was announced.
+        batches: which rows make which batch; None when the training set is a stream, which makes its own.
+        source_names: of the sources, whose losses are logged apart when there are several.
     """
 
     def __init__(
@@ -78,6 +94,9 @@ class TuningTrainer(Trainer):
         max_bad_fraction: float,
         world: World = ALONE,
         learning_rates: Mapping[str, float],
+        unscored: dict[str, Any],
+        batches: Batches | None = None,
+        source_names: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -87,6 +106,11 @@ class TuningTrainer(Trainer):
         self._world = world
         self._passes = 1  # over which the present step sums
         self._learning_rates = dict(learning_rates)
+        self._unscored = unscored
+        self._batches = batches
+        self._source_names = list(source_names)
+        # Of each source since the last log: its summed loss and its number of supervised tokens.
+        self._source_sums = torch.zeros(len(source_names), 2, dtype=torch.float64)
 
     def compute_loss(
         self,
@@ -97,9 +121,33 @@ class TuningTrainer(Trainer):
     ) -> Any:
         """Cross entropy at supervised positions, summed and divided by their number over the whole optimizer step."""
         plain = self.accelerator.unwrap_model(model)
-        scored = score_supervised_only(inputs, virtual_tokens(plain))
+        sources = inputs.pop("source_ids", None)
+        scored = score_supervised_only(packed_inputs(plain, inputs), virtual_tokens(plain))
         with shared_regularization(plain, self._passes):
-            return super().compute_loss(model, scored, return_outputs, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, scored, True, num_items_in_batch)
+        if sources is not None:
+            kept = nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:] != IGNORE_INDEX
+            self._add_by_source(outputs["logits"], scored["shift_labels"], sources[kept])
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _add_by_source(self, logits: torch.Tensor, targets: torch.Tensor, sources: torch.Tensor) -> None:
+        logits = logits.view(-1, logits.shape[-1])
+        for start in range(0, len(targets), 1024):  # a piece at a time: in fp32 a large vocabulary's would fill the memory
+            piece = slice(start, start + 1024)
+            losses = nn.functional.cross_entropy(logits[piece].float(), targets[piece], reduction="none").double().cpu()
+            self._source_sums[:, 0].index_add_(0, sources[piece].cpu(), losses)
+            self._source_sums[:, 1].index_add_(0, sources[piece].cpu(), torch.ones_like(losses))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's log, with `loss/SOURCE` of each source that had supervised tokens since the last one."""
+        if "loss" in logs and self._source_names:
+            sums = torch.stack(self._world.gather(self._source_sums)).sum(dim=0)
+            self._source_sums.zero_()
+            for name, (loss, tokens) in zip(self._source_names, sums.tolist(), strict=True):
+                if tokens:
+                    logs[f"loss/{name}"] = loss / tokens
+        super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, its parameter groups split by learning rate."""
@@ -118,6 +166,20 @@ class TuningTrainer(Trainer):
         optimizer.param_groups[:] = sorted(groups, key=lambda group: group["lr"] != self.args.learning_rate)
         return optimizer
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """mmtune's own batches, which are this process's already: accelerate has nothing to divide."""
+        workers = self.args.dataloader_num_workers
+        settings: dict[str, Any] = {
+            "num_workers": workers,
+            "pin_memory": self.args.dataloader_pin_memory,
+            "persistent_workers": self.args.dataloader_persistent_workers,
+            "multiprocessing_context": self.args.dataloader_multiprocessing_context,
+            "prefetch_factor": self.args.dataloader_prefetch_factor,
+        }
+        if isinstance(self.train_dataset, SampleStream):
+            return DataLoader(self.train_dataset, batch_size=None, **settings)
+        return EpochLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator, **settings)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
@@ -125,24 +187,13 @@ class TuningTrainer(Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         self._passes = len(batches) * self._world.size
         faults = [fault for batch in batches for fault in batch.pop("faults")]
+        for batch in batches:
+            del batch["rows"]
         if self._world.any(bool(faults), device):
             for fault in itertools.chain.from_iterable(self._world.gather(faults)):
                 self._data_report.add(fault)
             self._data_report.stop_past(self._max_bad_fraction)
-        usable = [batch or self._unscored_batch() for batch in batches]
+        usable = [batch or dict(self._unscored) for batch in batches]
         count = self._get_num_items_in_batch(usable, device)
         # A step whose every row was dropped scores nothing: its loss is 0 over 1 and not 0 over 0.
         return usable, count.clamp(min=1) if isinstance(count, torch.Tensor) else count
-
-    def _unscored_batch(self) -> dict[str, Any]:
-        """Stands in for a batch whose every row was dropped, so that the number of steps stays what was announced.
-
-        It is the first row that can be encoded, with no position supervised.
-        """
-        rows = (self.train_dataset[index] for index in range(len(self.train_dataset)))
-        usable = next((row for row in rows if not isinstance(row, RowError)), None)
-        if usable is None:
-            raise UserError("no row can train: every one was dropped or quarantined; see data_report.json in the run directory")
-        batch: dict[str, Any] = self.data_collator([{**usable, "labels": torch.full_like(usable["labels"], IGNORE_INDEX)}])
-        del batch["faults"]
-        return batch

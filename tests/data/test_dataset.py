@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from mmtune.data.collate import Collator
-from mmtune.data.dataset import DataReport, Fault, Samples, StopRun, TrainingSet, check_rows, iterate_rows
+from mmtune.data.dataset import Encoder, Samples, TrainingSet, check_rows, iterate_rows
 from mmtune.data.encode import OverLength
 from mmtune.data.message import RowError, text_of
+from mmtune.data.report import DataReport, Fault, StopRun
 from mmtune.errors import UserError
-from mmtune.recipe import Source
+from mmtune.recipe import DataSection, Source
 
 
 def _rows(folder: Path, count: int, name: str = "r.jsonl", bad: tuple[int, ...] = (), image: str | None = None) -> Path:
@@ -33,6 +34,10 @@ def _rows(folder: Path, count: int, name: str = "r.jsonl", bad: tuple[int, ...] 
 
 def _source(path: Path, **settings: Any) -> Source:
     return Source(path=str(path), template="llava", **settings)
+
+
+def _section(**settings: Any) -> DataSection:
+    return DataSection(train=(_source(Path("r.jsonl")),), **settings)
 
 
 def test_samples_run_through_the_sources_in_order(tmp_path: Path) -> None:
@@ -84,6 +89,15 @@ def test_a_row_counts_once_over_epochs() -> None:
     assert report.dropped_over_length == [Fault("r:2", "messages", "9 tokens")]
 
 
+def test_a_run_with_no_row_left_stops_whatever_the_bound() -> None:
+    report = DataReport(rows=2)
+    report.add(RowError("r:1", "image", "gone"))
+    report.stop_past(1.0)
+    report.add(OverLength("r:2", "messages", "long"))
+    with pytest.raises(UserError, match="no row can train"):
+        report.stop_past(1.0)
+
+
 def test_the_report_is_json(tmp_path: Path) -> None:
     report = DataReport(rows=10, checked=4)
     report.add(RowError("r:1", "image", "kein Bild: é\udce9.png"))  # a file name that is not UTF-8
@@ -92,13 +106,14 @@ def test_the_report_is_json(tmp_path: Path) -> None:
         "rows": 10,
         "checked": 4,
         "dropped_over_length": [],
+        "media_changed": [],
         "quarantined": [{"row": "r:1", "field": "image", "detail": "kein Bild: é\udce9.png"}],
     }
 
 
 @pytest.mark.parametrize(
     ("bad", "rows", "bound", "stops"),
-    [(0, 10, 0.0, False), (1, 10, 0.0, True), (1, 10, 0.1, False), (2, 10, 0.1, True), (10, 10, 1.0, False), (1, 11, 0.1, False)],
+    [(0, 10, 0.0, False), (1, 10, 0.0, True), (1, 10, 0.1, False), (2, 10, 0.1, True), (8, 10, 1.0, False), (1, 11, 0.1, False)],
 )
 def test_the_run_stops_past_the_bound_and_not_at_it(bad: int, rows: int, bound: float, stops: bool) -> None:
     report = DataReport(rows=rows)
@@ -139,12 +154,12 @@ def test_checking_reads_headers_and_decodes_nothing(tmp_path: Path, media: Path)
 
 def test_long_samples_stop_the_run_or_are_dropped(tmp_path: Path, untrained: tuple[Any, Any]) -> None:
     samples = Samples([_source(_rows(tmp_path, 1))])
-    dropped = TrainingSet(samples, untrained[1], 4, "drop_sample")[0]
+    dropped = TrainingSet(samples, Encoder(untrained[1], _section(max_tokens=4, over_length="drop_sample")))[0]
     report = DataReport(rows=1)
     assert isinstance(dropped, OverLength)
     report.add(dropped)
     assert [fault.row for fault in report.dropped_over_length] == ["r.jsonl:1"] and not report.quarantined
-    stops = TrainingSet(samples, untrained[1], 4, "error")[0]
+    stops = TrainingSet(samples, Encoder(untrained[1], _section(max_tokens=4)))[0]
     with pytest.raises(UserError, match=r"r\.jsonl:1: messages: \d+ tokens, more than data.max_tokens: 4 .*drop_sample"):
         report.add(stops)  # whatever max_bad_fraction allows
 
@@ -159,7 +174,7 @@ def test_errors_travel_between_processes(kind: type[RowError]) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_sets_faulty_rows_beside_their_batch(tmp_path: Path, untrained: tuple[Any, Any], workers: int) -> None:
     processor = untrained[1]
-    dataset = TrainingSet(Samples([_source(_rows(tmp_path, 6, bad=(1, 4, 5)))]), processor, None, "error")
+    dataset = TrainingSet(Samples([_source(_rows(tmp_path, 6, bad=(1, 4, 5)))]), Encoder(processor, _section()))
     collator = Collator(processor.tokenizer.pad_token_id)
     loader = torch.utils.data.DataLoader(dataset, batch_size=2, collate_fn=collator, num_workers=workers)
     batches = list(loader)

@@ -12,9 +12,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mmtune.data.batches import Batches, Mixture
 from mmtune.data.collate import Collator, collate
-from mmtune.data.dataset import DataReport, Samples, TrainingSet
+from mmtune.data.dataset import Encoder, Samples, TrainingSet, stand_in
 from mmtune.data.encode import encode_sample
+from mmtune.data.report import DataReport
 from mmtune.errors import CheckFailed, UserError
 from mmtune.evaluation.run import evaluate, read_answers
 from mmtune.model.components import find_components
@@ -42,8 +44,10 @@ def make_trainer(recipe: Recipe, base: Path, **settings: object) -> TuningTraine
     return TuningTrainer(
         model=model,
         args=training_arguments(recipe),
-        train_dataset=TrainingSet(samples, processor, recipe.data.max_tokens, recipe.data.over_length),
+        train_dataset=TrainingSet(samples, Encoder(processor, recipe.data)),
         data_collator=Collator(processor.tokenizer.pad_token_id),
+        batches=Batches(Mixture.by_repeats([len(samples)], [1.0]), seed=0, size=4),
+        unscored=collate([stand_in(processor)], 0),
         processing_class=processor,
         callbacks=[FrozenInputsStayFrozen()],
         data_report=DataReport(rows=len(samples)),
@@ -60,8 +64,8 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_loss_and_gradients_equal_plain_transformers_and_peft(make_recipe: Callable[..., Recipe], base: Path) -> None:
     recipe = make_recipe()
     trainer = make_trainer(recipe, base)
-    samples = [trainer.train_dataset[index] for index in range(6)]
-    batch = collate(samples, trainer.processing_class.tokenizer.pad_token_id)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(6)])
+    del batch["rows"], batch["faults"]
 
     plain = AutoModelForImageTextToText.from_pretrained(str(base))
     targets = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"

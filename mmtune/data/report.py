@@ -1,0 +1,88 @@
+"""What became of the rows of a run, by row id: `data_report.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from mmtune.data.encode import OverLength
+from mmtune.data.message import RowError
+from mmtune.errors import UserError
+
+
+class StopRun(RowError):
+    """A row that the recipe says ends the run, whatever `data.max_bad_fraction` allows."""
+
+
+class MediaChanged(RowError):
+    """No fault: a row that trains without some of its media, or with smaller ones, so that it fits `data.max_tokens`."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row that did not train, or not as it was written, and why."""
+
+    row: str
+    field: str
+    detail: str
+
+
+@dataclass
+class DataReport:
+    """What became of the rows: written to the run directory as `data_report.json`.
+
+    Attributes:
+        rows: how many the data hold; of a stream, how many the run takes.
+        checked: how many had their text and image headers checked before weights were loaded.
+    """
+
+    rows: int
+    checked: int = 0
+    dropped_over_length: list[Fault] = field(default_factory=list)
+    media_changed: list[Fault] = field(default_factory=list)
+    quarantined: list[Fault] = field(default_factory=list)
+    _seen: set[str] = field(default_factory=set, init=False, repr=False)
+
+    def add(self, error: RowError) -> None:
+        """Count a row once, however many epochs meet it.
+
+        Raises:
+            StopRun: the error itself, when it is one that no bound excuses.
+        """
+        if isinstance(error, StopRun):
+            raise error
+        if error.row in self._seen:
+            return
+        self._seen.add(error.row)
+        kinds = {OverLength: self.dropped_over_length, MediaChanged: self.media_changed}
+        kinds.get(type(error), self.quarantined).append(Fault(error.row, error.field, error.detail))
+
+    def stop_past(self, max_bad_fraction: float) -> None:
+        """
+        Raises:
+            UserError: when more rows are quarantined than the recipe allows, naming the first ten, or when none is left to train.
+        """
+        if len(self.quarantined) > max_bad_fraction * self.rows:
+            raise UserError(
+                f"{len(self.quarantined)} of {self.rows} rows cannot train, more than data.max_bad_fraction: "
+                f"{max_bad_fraction:g} allows:\n{self.listing()}"
+            )
+        if len(self.quarantined) + len(self.dropped_over_length) >= self.rows:
+            raise UserError("no row can train: every one was dropped or quarantined; see data_report.json in the run directory")
+
+    def listing(self) -> str:
+        """The first ten quarantined rows, a line each."""
+        return "\n".join(f"  {fault.row}: {fault.field}: {fault.detail}" for fault in self.quarantined[:10])
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        counts = f"{self.rows:,} rows, {len(self.quarantined):,} quarantined, {len(self.dropped_over_length):,} dropped as too long"
+        changed = f", {len(self.media_changed):,} with media dropped or made smaller" if self.media_changed else ""
+        return f"data: {counts}{changed}"
+
+    def write(self, path: Path) -> None:
+        """Write the report as JSON."""
+        report = {name: value for name, value in asdict(self).items() if name != "_seen"}
+        # A file name that is not UTF-8 reaches Python as lone surrogates; written as \udcXX they are valid JSON.
+        path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")

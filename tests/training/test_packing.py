@@ -1,0 +1,243 @@
+"""Samples packed into one row, or padded into one batch, train as each of them would alone."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packing_models import CONFIGS, IMAGE, TEXT, TOWER, samples, tiny
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForImageTextToText, Gemma3Config, Lfm2VlConfig, PaliGemmaConfig, TrainingArguments
+
+from mmtune.data.collate import Collator, collate, pack
+from mmtune.data.dataset import DataReport
+from mmtune.errors import UserError
+from mmtune.methods.gated_prefix import GatedPrefixConfig
+from mmtune.model.packing import check_packable, packed_inputs, prove_packing
+from mmtune.training.trainer import TuningTrainer
+
+PAD = 0
+Encoded = list[dict[str, torch.Tensor]]
+
+
+def single(encoded: Encoded) -> list[dict[str, Any]]:
+    return [collate([sample], PAD) for sample in encoded]
+
+
+def supervised(encoded: Encoded) -> int:
+    return sum(int((sample["labels"][:, 1:] != -100).sum()) for sample in encoded)
+
+
+def as_trained(model: Any, batch: dict[str, Any], count: int, out: Path) -> torch.Tensor:
+    """The loss of one batch as our trainer computes it."""
+    settings = {"args": TrainingArguments(output_dir=str(out), use_cpu=True, report_to="none"), "learning_rates": {}}
+    trainer = TuningTrainer(model=model, data_report=DataReport(rows=1), max_bad_fraction=0, **settings)
+    loss: torch.Tensor = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(count))
+    return loss
+
+
+def as_plain(model: Any, batch: dict[str, Any], count: int) -> torch.Tensor:
+    """The loss of one batch as transformers' own model computes it."""
+    loss: torch.Tensor = model(**batch, num_items_in_batch=count).loss
+    return loss
+
+
+def gradients(model: Any, losses: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    torch.stack(losses).sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert found
+    return {"loss": torch.stack(losses).sum().detach(), **found}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def adapted(model: Any, config: Any) -> Any:
+    torch.manual_seed(2)
+    model = get_peft_model(model, config).train()
+    with torch.no_grad():  # LoRA's B and the gates start at zero, and would leave the rest without a gradient
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "gate" in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
+LORA = partial(LoraConfig, r=4, target_modules=r".*(language_model|text_model)\.layers.*_proj")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_packed_padded_and_single_samples_have_the_same_gradients(family: str, attention: str, tmp_path: Path) -> None:
+    model, encoded = tiny(family, attention), samples(family)
+    count = supervised(encoded)
+    expected = gradients(model, [as_plain(model, batch, count) for batch in single(encoded)])
+    assert any("vision" in name or "visual" in name for name in expected)
+    assert_same(gradients(model, [as_trained(model, collate(encoded, PAD), count, tmp_path)]), expected)
+    assert_same(gradients(model, [as_trained(model, pack(encoded), count, tmp_path)]), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
+def test_gradients_of_an_adapter_agree_too(family: str, checkpointing: bool, tmp_path: Path) -> None:
+    model, encoded = adapted(tiny(family), LORA()), samples(family)
+    count = supervised(encoded)
+    expected = gradients(model, [as_plain(model, batch, count) for batch in single(encoded)])
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    assert_same(gradients(model, [as_trained(model, collate(encoded, PAD), count, tmp_path)]), expected)
+    assert_same(gradients(model, [as_trained(model, pack(encoded), count, tmp_path)]), expected)
+
+
+def test_gated_prefixes_see_one_sample_at_a_time(tmp_path: Path) -> None:
+    modules = [f"model.language_model.layers.{layer}.self_attn" for layer in (0, 1)]
+    model, encoded = adapted(tiny("llava"), GatedPrefixConfig(adapter_len=3, target_modules=modules)), samples("llava")
+    count = supervised(encoded)
+    expected = gradients(model, [as_plain(model, batch, count) for batch in single(encoded)])
+    assert_same(gradients(model, [as_trained(model, pack(encoded), count, tmp_path)]), expected)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
+def test_positions_that_run_on_are_found(family: str, tmp_path: Path) -> None:
+    """What the tests above hold fails by far when samples in a row see each other."""
+    model, encoded = tiny(family), samples(family)
+    count = supervised(encoded)
+    expected = gradients(model, [as_plain(model, batch, count) for batch in single(encoded)])
+    joined = pack(encoded)
+    joined["position_ids"] = torch.arange(joined["input_ids"].shape[1])[None]
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same(gradients(model, [as_trained(model, joined, count, tmp_path)]), expected)
+    with pytest.raises(UserError, match=rf"packed batches cannot be exact here: {family}: the logits .* differ"):
+        prove_packing(model, joined, single(encoded))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
+@pytest.mark.parametrize("pair", [(0, 1), (1, 0), (0, 2), (2, 3)])
+def test_two_samples_prove_that_a_model_keeps_them_apart(family: str, pair: tuple[int, int]) -> None:
+    model = tiny(family)
+    encoded = [samples(family)[number] for number in pair]
+    check_packable(model)
+    prove_packing(model, pack(encoded), single(encoded))
+    assert model.training
+    prove_packing(model.bfloat16(), pack(encoded), single(encoded))
+
+
+def test_the_cache_that_a_config_asks_for_does_not_join_samples() -> None:
+    """transformers makes no mask between samples where there is a cache; a plain config has one."""
+    model, encoded = tiny("llava"), samples("llava")
+    model.config.text_config.use_cache = True
+    assert packed_inputs(model, pack(encoded))["use_cache"] is False
+    prove_packing(model, pack(encoded), single(encoded))
+
+
+def test_three_positions_are_the_models_own_for_every_sample() -> None:
+    model, encoded = tiny("qwen2_5_vl"), samples("qwen2_5_vl")
+    positions = packed_inputs(model, pack(encoded))["position_ids"]
+    start = 0
+    for sample in encoded:
+        length = sample["input_ids"].shape[1]
+        grid = sample.get("image_grid_thw")
+        own, _ = model.model.get_rope_index(sample["input_ids"], sample["mm_token_type_ids"], image_grid_thw=grid)
+        torch.testing.assert_close(positions[1:, :, start : start + length], own)
+        torch.testing.assert_close(positions[0, 0, start : start + length], torch.arange(length))
+        start += length
+    assert positions.shape == (4, 1, start)
+
+
+def test_padded_batches_pass_as_they_are() -> None:
+    batch = collate(samples("llava"), PAD)
+    assert packed_inputs(tiny("llava"), batch) is batch
+
+
+# -------------------------------------------------------------------------------------------------- refused
+
+
+def small(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+SIGLIP = {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14, **TOWER}
+GEMMA = {**TEXT, "head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (
+            lambda: small(PaliGemmaConfig(vision_config=SIGLIP, text_config={"model_type": "gemma", **GEMMA})),
+            "paligemma: its prompts attend in both directions",
+        ),
+        (lambda: small(Gemma3Config(vision_config=SIGLIP, text_config=GEMMA)), "gemma3: its image tokens attend in both"),
+        (
+            lambda: small(Lfm2VlConfig(text_config={**TEXT, "model_type": "lfm2", "layer_types": ["conv", "full_attention"]})),
+            "lfm2_vl has conv layers",
+        ),
+        (
+            lambda: get_peft_model(tiny("llava"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
+            "prompt_tuning puts its prompt before the first sample",
+        ),
+        (
+            lambda: get_peft_model(tiny("llava"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
+            "prefix_tuning puts its prompt before the first sample",
+        ),
+    ],
+    ids=["paligemma", "gemma3", "convolutions", "prompt_tuning", "prefix_tuning"],
+)
+def test_what_cannot_be_packed_is_refused_by_name(make: Any, reason: str) -> None:
+    with pytest.raises(UserError, match=f"packed batches cannot be exact here: {reason}.*use padded batches"):
+        check_packable(make())
+
+
+def test_an_attention_without_masks_between_samples_is_refused() -> None:
+    model = tiny("llava")
+    model.config.text_config._attn_implementation = "paged|sdpa"
+    with pytest.raises(UserError, match=r"no mask between samples is made for attention 'paged\|sdpa'"):
+        check_packable(model)
+
+
+def test_the_proof_finds_a_family_that_nobody_named() -> None:
+    """Gemma 3, had it not been refused by name."""
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(
+        Gemma3Config(vision_config=SIGLIP, text_config=GEMMA, mm_tokens_per_image=4, image_token_id=IMAGE)
+    )
+    encoded = [samples("llava")[number] for number in (0, 2)]
+    for sample in encoded:
+        sample["token_type_ids"] = (sample["input_ids"] == IMAGE).long()
+    with pytest.raises(UserError, match="gemma3: the logits of"):
+        prove_packing(model, pack(encoded), single(encoded))
+
+
+# -------------------------------------------------------------------------------------------------- rows
+
+
+def test_a_row_crosses_no_border() -> None:
+    encoded = samples("smolvlm")
+    row = pack(encoded)
+    lengths = [sample["input_ids"].shape[1] for sample in encoded]
+    assert row["input_ids"].tolist() == [[token for sample in encoded for token in sample["input_ids"][0].tolist()]]
+    assert row["position_ids"].tolist() == [[place for length in lengths for place in range(length)]]
+    assert int((encoded[1]["labels"] != -100).sum()) == lengths[1]  # all of it supervised, and its first token by nothing
+    starts = [sum(lengths[:number]) for number in range(4)]
+    assert row["labels"][0, starts].tolist() == [-100] * 4
+    assert int((row["labels"] != -100).sum()) == supervised(encoded)
+    assert row["pixel_values"].shape == (1, 4 + 3 + 2 + 12, 3, 28, 28)
+    assert row["pixel_attention_mask"].shape == (1, 21, 28, 28)
+
+
+def test_the_collator_packs_rows_and_sets_faults_beside_them() -> None:
+    encoded = samples("qwen2_5_vl")
+    image = {**encoded[0], "labels": torch.full_like(encoded[0]["labels"], -100)}
+    batch = Collator(PAD, stand_in=image, packed=True)([encoded[1]])
+    assert batch.pop("faults") == []
+    expected = pack([encoded[1], image])
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[key], expected[key]) for key in expected)
+    assert Collator(PAD, packed=True)([]) == {"faults": []}

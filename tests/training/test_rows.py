@@ -1,0 +1,112 @@
+"""What the training rows become in a run: mixtures with a loss each, streams, budgets of tokens, media that go or shrink."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mmtune.data.collate import collate
+from mmtune.data.dataset import Samples
+from mmtune.data.encode import encode_sample
+from mmtune.errors import UserError
+from mmtune.recipe import Recipe
+from mmtune.run_directory import RunDirectory
+from mmtune.train import train
+
+
+def metrics(recipe: Recipe) -> list[dict[str, Any]]:
+    lines = RunDirectory(Path(recipe.output_dir)).metrics.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def two(rows: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The twelve rows as two files of seven and five."""
+    made = json.loads(rows.read_text())
+    for name, part in (("one.jsonl", made[:7]), ("two.jsonl", made[7:])):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, part)))
+    return tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+
+
+def mixed(two: tuple[Path, Path], rows: Path, *settings: str) -> str:
+    more = list(settings) or ["", ""]
+    parts = [f"{{path: {p}, template: llava, media_root: {rows.parent}{s}}}" for p, s in zip(two, more, strict=True)]
+    return f"data.train=[{', '.join(parts)}]"
+
+
+def test_each_sources_loss_is_that_of_plain_transformers(
+    make_recipe: Callable[..., Recipe], base: Path, rows: Path, two: tuple[Path, Path]
+) -> None:
+    recipe = make_recipe(
+        mixed(two, rows), "train.max_steps=1", "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=3"
+    )
+    train(recipe, ["test"])
+    record = metrics(recipe)[0]
+    model = AutoModelForImageTextToText.from_pretrained(str(base))
+    processor = AutoProcessor.from_pretrained(str(base))
+    encoded = [encode_sample(sample, processor) for sample in Samples(recipe.data.train)]
+    for name, part in (("one.jsonl", encoded[:7]), ("two.jsonl", encoded[7:])):
+        with torch.no_grad():
+            loss = model(**collate(part, processor.tokenizer.pad_token_id)).loss
+        assert record[f"loss/{name}"] == pytest.approx(float(loss), abs=1e-5)
+    assert record["loss/one.jsonl"] != pytest.approx(record["loss/two.jsonl"], abs=1e-3)
+
+
+def test_one_source_has_no_loss_of_its_own(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe("train.max_steps=1")
+    train(recipe, ["test"])
+    assert not [name for name in metrics(recipe)[0] if name.startswith("loss/")]
+
+
+def test_weights_set_the_length_of_an_epoch(make_recipe: Callable[..., Recipe], rows: Path, two: tuple[Path, Path]) -> None:
+    recipe = make_recipe(
+        mixed(two, rows, ", weight: 2.0", ", weight: 0.4"),
+        "train={num_train_epochs: 2, per_device_train_batch_size: 4, use_cpu: true}",
+    )
+    train(recipe, ["test"])
+    assert metrics(recipe)[-1]["step"] == 8  # 14 + 2 rows an epoch
+
+
+def test_a_stream_trains_as_the_rows_by_index_do(make_recipe: Callable[..., Recipe], rows: Path, two: tuple[Path, Path]) -> None:
+    source = f"data.train=[{{path: {two[0]}, template: llava, media_root: {rows.parent}}}]"
+    in_order = make_recipe(source, "train.train_sampling_strategy=sequential", "train.per_device_train_batch_size=2")
+    assert train(in_order, ["test"])["rows"] == 7
+    expected = [record["loss"] for record in metrics(in_order)]
+    streamed = make_recipe(
+        source, "data.stream=true", "train.train_sampling_strategy=sequential", "train.per_device_train_batch_size=2"
+    )
+    assert train(streamed, ["test"], overwrite=True)["rows"] == 6  # those that three steps take
+    assert [record["loss"] for record in metrics(streamed)] == expected
+    shuffled = make_recipe(source, "data.stream=true", "train.per_device_train_batch_size=2", "train.dataloader_num_workers=2")
+    train(shuffled, ["test"], overwrite=True)
+    assert [record["loss"] for record in metrics(shuffled)] != expected
+
+
+@pytest.mark.parametrize("policy", ["drop_media", "shrink_media"])
+def test_media_go_or_a_row_does_and_both_are_told(make_recipe: Callable[..., Recipe], base: Path, policy: str) -> None:
+    recipe = make_recipe()
+    processor = AutoProcessor.from_pretrained(str(base))
+    encoded = [encode_sample(sample, processor) for sample in Samples(recipe.data.train)]
+    lengths = [each["input_ids"].shape[1] for each in encoded]
+    limit = sorted(lengths)[6]
+    recipe = make_recipe(
+        f"data.over_length={policy}", f"data.max_tokens={limit}", "train.num_train_epochs=1", "train.max_steps=3"
+    )
+    figures = train(recipe, ["test"])
+    report = json.loads(RunDirectory(Path(recipe.output_dir)).data_report.read_text())
+    longer = {f"rows.json[{index}]" for index, length in enumerate(lengths) if length > limit}
+    changed = {fault["row"] for fault in report["media_changed"]}
+    assert changed == (longer if policy == "drop_media" else set())  # this family's images take as many tokens at any size
+    assert {fault["row"] for fault in report["dropped_over_length"]} == longer - changed
+    assert figures["dropped_over_length"] == len(longer - changed)
+
+
+def test_a_run_without_one_row_that_fits_stops(make_recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(UserError, match="no row can train"):
+        train(make_recipe("data.over_length=drop_sample", "data.max_tokens=4", "train.max_steps=9"), ["test"])
