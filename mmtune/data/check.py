@@ -297,7 +297,8 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
 
 def _open(reader: Reader, held_out: bool) -> _Part:
     rows = reader.open()
-    known = fields_read(reader.template) | {*ID_FIELDS, *BOX_FIELDS}
+    chosen_by = {name.split(".")[0] for name in reader.source.where or ()}
+    known = fields_read(reader.template) | chosen_by | {*ID_FIELDS, *BOX_FIELDS}
     return _Part(reader, rows, min(len(rows), reader.source.limit or len(rows)), held_out, frozenset(known))
 
 
@@ -360,7 +361,7 @@ def fields_read(template: DataTemplate) -> set[str]:
     if template.conversation is not None:
         named += [template.conversation.field, template.conversation.system]
     if template.join is not None:
-        named.append(template.join.on)
+        named.append(template.join.by)
     for turn in template.messages:
         written += [*turn.images, *turn.videos, *turn.audio, *turn.text]
     if template.options is not None:
