@@ -34,6 +34,15 @@ def add_data_verbs(verbs: Any, add: AddVerb) -> None:
     verb.add_argument("--decode", action="store_true", help="decode every image too: finds all damage, takes many times longer")
     verb.add_argument("--processes", type=int, metavar="N", help="how many work at once (default: one a core)")
 
+    verb = add(verbs, "show", _show, "print a sample as training sees it: supervised, prompt and media tokens told apart")
+    verb.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    which = verb.add_mutually_exclusive_group()
+    which.add_argument("--row", metavar="ID", help="a row's id, such as train.json[17], of the training or the held-out rows")
+    which.add_argument("--index", type=int, default=0, metavar="N", help="the row's place among the training rows, from 0")
+    verb.add_argument("--html", metavar="FILE", help="write a page with the pictures, token by token")
+    verb.add_argument("--prompt", action="store_true", help="print only the rendered prompt, up to the last answer")
+
     verb = add(verbs, "digits", _digits, "write the quickstart's data set of handwritten digits")
     verb.add_argument("folder", metavar="DIR")
     verb.add_argument("--all", action="store_true", help="also the parts that the built-in checkpoint was trained on")
@@ -103,6 +112,33 @@ def _lines(out: str | None) -> Iterator[Callable[[dict[str, str]], None]]:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
     with file:
         yield lambda line: print(json.dumps(line, ensure_ascii=False), file=file)
+
+
+def _show(arguments: argparse.Namespace) -> Any:
+    settle_console()
+    from mmtune.data.dataset import Samples
+    from mmtune.data.show import find_sample, print_view, view_sample, visible, write_page
+    from mmtune.model.load import load_bare_processor
+    from mmtune.recipe import check_files, load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    check_files(recipe)
+    if arguments.row is not None:
+        sample = find_sample([*recipe.data.train, *(recipe.evaluate.data if recipe.evaluate else ())], arguments.row)
+    else:
+        samples = Samples(recipe.data.train)
+        if not 0 <= arguments.index < len(samples):
+            raise UserError(f"--index {arguments.index}: there are {len(samples):,} training rows, from 0 on")
+        sample = samples[arguments.index]
+    view = view_sample(sample, load_bare_processor(recipe.model), recipe.data)
+    if arguments.html:
+        write_page(view, Path(arguments.html))
+        print(f"page: {arguments.html}")
+    if arguments.prompt:
+        print(visible(view.prompt))
+    elif not arguments.json and not arguments.html:
+        print_view(view)
+    return view.as_json()
 
 
 def _digits(arguments: argparse.Namespace) -> Any:
