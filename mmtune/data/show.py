@@ -185,7 +185,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> lis
 def print_view(view: View, console: Console | None = None) -> None:
     """Print a sample: runs of tokens of one kind, each beside the name of its kind, so that it reads without colours too."""
     console = console or Console(highlight=False)
-    console.print(Text(view.sample.id, "bold"))
+    console.print(Text(visible(view.sample.id), "bold"))
     console.print(Text(view.summary()))
     for note in view.notes:
         console.print(Text(note, "yellow"))
@@ -246,7 +246,7 @@ def write_page(view: View, path: Path) -> None:
     environment = Environment(loader=PackageLoader("mmtune.data"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     style = environment.get_template("sample.css").render()
     page = environment.get_template("sample.html.jinja").render(
-        row=view.sample.id,
+        row=visible(view.sample.id),
         summary=view.summary(),
         notes=view.notes,
         pictures=[_picture(media) for media in view.sample.images],

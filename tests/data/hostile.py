@@ -309,7 +309,7 @@ def rows() -> list[Case]:
             boxes=[[0, 0, 9, 9], [0, 0, 9, 1e300]],
             found=(("boxes[1]", "box_suspect"),),
         ),
-        _said("a box that is no number", ASK, SAY, image="good.png", bbox=[0, 0, 9, float("nan")], found=(("row", "row_not_json"),)),
+        _said("a box that is no number", ASK, SAY, image="good.png", bbox=[float("nan")], found=(("row", "row_not_json"),)),
     ]
 
 

@@ -279,7 +279,7 @@ def test_a_row_is_found_wherever_it_is(tmp_path: Path) -> None:
     for row_id, text in (("one.jsonl:1", "0"), ("one.jsonl:3", "1"), ("one.jsonl:11", "4"), ("two.jsonl:5", "4")):
         found = find_sample(sources, row_id)
         assert (found.id, found.messages[0]["content"][0]["text"]) == (row_id, text)
-    with pytest.raises(RowError, match="one.jsonl:5: row: not valid JSON"):
+    with pytest.raises(RowError, match=r"one\.jsonl:5: row: not valid JSON"):
         find_sample(sources, "one.jsonl:5")
     with pytest.raises(UserError, match="no row has the id"):
         find_sample(sources, "two.jsonl:6")
