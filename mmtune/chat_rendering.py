@@ -12,14 +12,18 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END as MARK_END
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START as MARK_START
 from transformers.utils.chat_template_utils import render_jinja_template
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 STAND_INS = range(0x100000, 0x10FFFE)
 """Code points that no standard gives a meaning; those that a conversation does not use stand in for its answers."""
+
+UNMARKED = "the chat template has no {% generation %} marks"
+STRIPPED = "the chat template takes white space off the ends of an answer; take it out of the row"
 
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
@@ -83,15 +87,15 @@ def render_conversation(messages: Messages, template: str, tokenizer: PreTrained
         NotExact: when the spans cannot be exact, or the template refuses the conversation.
     """
     text, marked = _render(messages, template, tokenizer)
-    written = control_tokens(tokenizer, template).written
-    answers = [_spoken(message) for message in messages if message["role"] == "assistant"]
     if not has_marks(template):
         return text, _unmarked_spans(text, messages, template, tokenizer)
+    spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     joined = sum(first[1] == second[0] for first, second in pairwise(marked))
-    if len(marked) - joined != len(answers):
-        detail = f"{len(marked) - joined} supervised spans for {len(answers)} answers: the chat template dropped or joined one"
+    if len(marked) - joined != len(spoken):
+        detail = f"{len(marked) - joined} supervised spans for {len(spoken)} answers: the chat template dropped or joined one"
         raise NotExact(detail)
-    return text, [_checked(text, span, answer, written) for span, answer in zip(marked, answers, strict=True)]
+    spans = zip(marked, spoken, strict=True)
+    return text, [_checked(text, span, messages, number, template, tokenizer) for span, number in spans]
 
 
 def _render(
@@ -105,6 +109,8 @@ def _render(
             add_generation_prompt=add_generation_prompt,
             **tokenizer.special_tokens_map,
         )
+    except TemplateSyntaxError as error:
+        raise NotExact(f"the chat template is not valid Jinja: {error}") from error
     except TemplateError as error:
         raise NotExact(f"the chat template refuses this conversation: {error}") from error
     return texts[0], spans[0] if spans else []
@@ -114,16 +120,27 @@ def _spoken(message: dict[str, Any]) -> str:
     return "".join(block["text"] for block in message["content"] if block["type"] == "text")
 
 
-def _checked(text: str, span: Span, answer: str, written: re.Pattern[str]) -> Span:
-    """A marked span, which must hold the answer and its end of turn; white space marked after that is left out."""
-    start, stop = span
+def _checked(text: str, span: Span, messages: Messages, number: int, template: str, tokenizer: PreTrainedTokenizerBase) -> Span:
+    """A marked span, which must hold the answer and its end of turn.
+
+    What the prompt already holds is left out (an empty thought that the template writes for the model), and so is white space
+    after the token that ends the turn.
+    """
+    (start, stop), answer = span, _spoken(messages[number])
     begin = text.find(answer, start, stop)
     end = begin + len(answer)
-    token = written.search(text, end, stop)
+    if begin >= 0 and text[start:begin].strip():
+        prompt = render_prompt(messages[:number], template, tokenizer)
+        if text.startswith(prompt) and len(prompt) <= begin:
+            start = max(start, len(prompt))
+    token = control_tokens(tokenizer, template).written.search(text, end, stop)
     tail = (text[end : token.start()] + text[token.end() : stop]) if token else text[end:stop]
     if begin < 0 or text[start:begin].strip() or tail.strip() or end == stop:
+        if answer != answer.strip() and answer.strip() in text[start:stop]:
+            raise NotExact(STRIPPED)
+        supervised, spoken = (part.replace(MARK_START, "").replace(MARK_END, "") for part in (text[start:stop], answer))
         detail = "right is the answer as it stands in the row and one token that ends it"
-        raise NotExact(f"the chat template supervises {text[start:stop]!r} for the answer {answer!r}; {detail}")
+        raise NotExact(f"the chat template supervises {supervised!r} for the answer {spoken!r}; {detail}")
     return start, token.end() if token else stop
 
 
@@ -138,20 +155,18 @@ def _unmarked_spans(text: str, messages: Messages, template: str, tokenizer: Pre
     _, last = places[-1]
     token = written.search(whole, last)
     if not whole.startswith(text[:last]) or token is None or whole[last : token.start()].strip():
-        raise NotExact("the chat template has no {% generation %} marks and writes no token of its own after the last answer")
+        raise NotExact(f"{UNMARKED}, and writes no token that would end the turn after the last answer")
     turn_end = whole[last : token.end()]
     spans = []
     for number, (begin, end) in zip(spoken, places, strict=True):
         prompt = render_prompt(messages[:number], template, tokenizer)
         if not text.startswith(prompt) or len(prompt) > begin or text[len(prompt) : begin].strip():
             raise NotExact(
-                "the chat template has no {% generation %} marks, and the text before an answer is not the prompt that the model "
-                f"is given: {text[max(0, begin - 40) : begin]!r} for {prompt[-40:]!r}"
+                f"{UNMARKED}, and what it writes before an answer is not the prompt that the model is given: "
+                f"{text[max(0, begin - 40) : begin]!r} for {prompt[-40:]!r}"
             )
         if not text.startswith(turn_end, end):
-            raise NotExact(
-                f"the chat template has no {{% generation %}} marks, and ends the last turn with {turn_end!r} but not all of them"
-            )
+            raise NotExact(f"{UNMARKED}, and ends the last turn with {turn_end!r} and another one otherwise")
         spans.append((len(prompt), end + len(turn_end)))
     return spans
 
@@ -178,7 +193,7 @@ def _places(text: str, messages: Messages, template: str, tokenizer: PreTrainedT
         exchanged.append(message)
     frame, _ = _render(exchanged, template, tokenizer)
     if [character for character in frame if character in stands_for] != list(stands_for):
-        raise NotExact("the chat template has no {% generation %} marks, and drops or repeats an answer")
+        raise NotExact(f"{UNMARKED}, and drops or repeats an answer")
     at: dict[str, Span] = {}
     built = ""
     for part in re.split(f"([{''.join(stands_for)}])", frame):
@@ -186,8 +201,7 @@ def _places(text: str, messages: Messages, template: str, tokenizer: PreTrainedT
             at[part] = (len(built), len(built) + len(stands_for[part]))
         built += stands_for.get(part, part)
     if built != text:
-        raise NotExact(
-            "the chat template has no {% generation %} marks, and changes an answer or what stands around it: white space at an "
-            "answer's ends, or words that it looks for"
-        )
+        if any(answer != answer.strip() for answer in stands_for.values()):
+            raise NotExact(STRIPPED)
+        raise NotExact(f"{UNMARKED}, and changes an answer, or what stands around it for words that it looks for in one")
     return [(at[stand_ins[0]][0], at[stand_ins[-1]][1]) for stand_ins in pieces]

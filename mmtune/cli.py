@@ -107,12 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--prompt", help="one question; without it, a conversation")
     verb.add_argument("--max-new-tokens", type=int, default=256, help="an answer is cut there (default 256)")
 
-    verb = _verb(verbs, "plan", _plan, "foretell the memory of one training step from the model's configuration alone")
+    about = "count the tokens of the data, and foretell the memory of one training step; no weight is loaded"
+    verb = _verb(verbs, "plan", _plan, about)
     _recipe_arguments(verb)
     verb.add_argument("--memory", metavar="SIZE", help="what there is, such as 24GB; suggests changes when it is too little")
-    verb.add_argument("--tokens", type=int, help="of the longest sample (default: data.max_tokens)")
-    verb.add_argument("--images", type=int, default=1, help="images in a sample (default 1)")
-    verb.add_argument("--supervised", type=int, help="answer tokens in a sample (default: all of its text)")
+    verb.add_argument("--no-data", action="store_true", help="foretell the memory only; the data is not read")
+    verb.add_argument("--tokens", type=int, help="of the longest sample (default: the data's, or data.max_tokens)")
+    verb.add_argument("--images", type=int, help="images in a sample (default: the longest sample's, or 1)")
+    verb.add_argument("--supervised", type=int, help="answer tokens in a sample (default: the data's most, or all of its text)")
 
     _verb(verbs, "methods", _methods, "the tuning methods, and what works with what")
 
@@ -252,21 +254,38 @@ def _chat(arguments: argparse.Namespace) -> Any:
 
 
 def _plan(arguments: argparse.Namespace) -> Any:
+    from mmtune.data.plan_report import plan_data, print_data
+    from mmtune.data.source import is_missing
+    from mmtune.model.load import load_bare_processor
     from mmtune.recipe import load_recipe
+    from mmtune.train import optimizer_steps, training_arguments
     from mmtune.tuning.memory import estimate_memory, parse_memory, print_estimate, suggestions
+    from mmtune.world import ALONE
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     limit = None if arguments.memory is None else parse_memory(arguments.memory)
-    tokens = arguments.tokens or recipe.data.max_tokens
-    if tokens is None:
+    missing = [source.path for source in recipe.data.train if is_missing(source.path)]
+    data = None
+    sample: dict[str, Any] = {"tokens": recipe.data.max_tokens, "images": 1, "supervised": None}
+    if missing:
+        print(f"the memory alone, because there is no data to plan: no such file: {', '.join(missing)}")
+    elif not arguments.no_data:
+        settings = training_arguments(recipe)
+        data, longest = plan_data(recipe.data, load_bare_processor(recipe.model), settings.per_device_train_batch_size)
+        data["steps"] = optimizer_steps(settings, data["rows_trained"], ALONE)
+        print_data(data)
+        sample |= longest
+    sample |= {name: given for name in ("tokens", "images", "supervised") if (given := getattr(arguments, name)) is not None}
+    if arguments.tokens is not None or arguments.images is not None:
+        sample.pop("image_size", None)
+    if sample["tokens"] is None:
         raise UserError("how long is the longest sample? give data.max_tokens in the recipe, or --tokens")
-    sample = {"tokens": tokens, "images": arguments.images, "supervised": arguments.supervised}
     estimate = estimate_memory(recipe, **sample)
     print_estimate(estimate, limit)
     changes = [] if limit is None or estimate.fits(limit) else suggestions(recipe, estimate, limit, **sample)
     for change in changes:
         print(f"  {change}")
-    return estimate.as_json() | {"limit": limit, "suggestions": changes}
+    return estimate.as_json() | {"limit": limit, "suggestions": changes, "data": data}
 
 
 def _methods(arguments: argparse.Namespace) -> Any:

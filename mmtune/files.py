@@ -31,6 +31,18 @@ def replace_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def replace_bytes(path: Path, data: bytes) -> None:
+    """As `replace_text`, for bytes; several threads or processes may write the same file, and the last one stays."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
 def check_replaceable(out: Path, overwrite: bool, mark: str, keep: Sequence[Path] = ()) -> None:
     """Refuse a destination that must not be written.
 

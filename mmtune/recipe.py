@@ -172,6 +172,12 @@ def _named_files(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
                 yield f"{key}.{index}.template", source.template, "file"
             if source.media_root is not None:
                 yield f"{key}.{index}.media_root", source.media_root, "directory"
+            if source.join is not None:
+                yield f"{key}.{index}.join", source.join, "rows"
+            if source.shots is not None:
+                yield f"{key}.{index}.shots.path", source.shots.path, "rows"
+            if source.shots is not None and source.shots.join is not None:
+                yield f"{key}.{index}.shots.join", source.shots.join, "rows"
             if source.shots is not None and (source.shots.template or "").endswith((".yaml", ".yml")):
                 yield f"{key}.{index}.shots.template", str(source.shots.template), "file"
             if source.shots is not None and source.shots.media_root is not None:

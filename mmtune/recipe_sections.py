@@ -422,6 +422,14 @@ class Recipe(Section):
             if (self.train.get(name) or {}).get("use_reentrant"):
                 told = "use_reentrant: true gives no gradients below frozen inputs; leave it out"
                 raise ValidationError.from_exception_data("Recipe", [fault(("train", name), told)])
+        by_tokens = self.data.packing or self.data.tokens_per_batch is not None
+        for name in ("per_device_train_batch_size", "dataloader_drop_last"):
+            if by_tokens and self.train.get(name) is not None:
+                told = "means nothing where data.packing or data.tokens_per_batch makes the batches; leave it out"
+                raise ValidationError.from_exception_data("Recipe", [fault(("train", name), told)])
+        if self.data.stream and (self.train.get("max_steps") or -1) < 1:
+            told = "a stream has no known length: give train.max_steps"
+            raise ValidationError.from_exception_data("Recipe", [fault(("train", "max_steps"), told)])
         if method is None:
             return self
         settings = next(t.settings for t in self.tune.components.values() if t.method == method)

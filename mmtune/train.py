@@ -22,7 +22,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
 from mmtune.data.collate import Collator, collate
-from mmtune.data.dataset import Encoder, check_rows, open_samples, stand_in
+from mmtune.data.dataset import Encoder, Samples, check_rows, open_samples, stand_in
 from mmtune.data.encode import check_chat_template
 from mmtune.data.report import DataReport
 from mmtune.errors import UserError
@@ -32,13 +32,14 @@ from mmtune.methods.table import refusal
 from mmtune.model.chat_template import use_chat_template
 from mmtune.model.checkpoint import save_checkpoint
 from mmtune.model.components import find_components
-from mmtune.model.load import UNTRAINED, base_model_type, load_base, load_weights, resolve_base
+from mmtune.model.load import UNTRAINED, base_config, base_model_type, load_base, load_weights, resolve_base
+from mmtune.model.packing import check_packable_family
 from mmtune.model.quantize import QUANTIZED
 from mmtune.recipe import ModelSection, Recipe, check_files
 from mmtune.release.card import model_card
 from mmtune.run_directory import check_output_dir, new_run, peak_memory_mb
 from mmtune.training.callbacks import FrozenInputsStayFrozen, MoveRanks, RecordMetrics, draw_loss_curve
-from mmtune.training.rows import first_batches, optimizer_steps, order_rows, rows_to_take
+from mmtune.training.rows import first_batches, optimizer_steps, order_rows, plan_rows, prove_packed_rows, rows_to_take
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import (
     apply_tuning,
@@ -82,6 +83,9 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
         check_questions(recipe.evaluate)
     world = join_world(arguments, recipe.model.precision)
     check_method(recipe, world)
+    lengths = None
+    if recipe.data.planned and isinstance(samples, Samples):
+        lengths = plan_rows(samples, recipe, data_report, world)
     print(f"training: {world.layout}, {arguments.device}")
     set_seed(arguments.seed)
 
@@ -92,8 +96,9 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     encoder = Encoder(processor, recipe.data)
     blank = stand_in(processor)
     # Every process runs the vision tower in every step, or the others would wait for its part in ZeRO-3 and DDP.
-    collator = Collator(processor.tokenizer.pad_token_id, blank if world.size > 1 else None)
-    rows, batches = order_rows(samples, encoder, collator, recipe.data, arguments, world)
+    pad_token_id = processor.tokenizer.pad_token_id
+    collator = Collator(pad_token_id, blank if world.size > 1 else None, recipe.data.packing)
+    rows, batches = order_rows(samples, encoder, collator, recipe.data, arguments, world, lengths)
     adapts = keeps_adapter(recipe.tune)
     before = None
     with new_run(recipe, command, overwrite, world) as run:
@@ -111,13 +116,15 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
 
         # What trains.
         steps = optimizer_steps(arguments, batches)
-        sample = first_batches(samples, encoder, collator)
+        sample = first_batches(samples, encoder, pad_token_id)
         model = apply_tuning(model, components, recipe.tune, steps=steps, batches=sample)
         components = find_components(model)
         counts = count_parameters(model, components, recipe.tune, arguments.learning_rate)
         print_trained_modules(trained_modules(model))
         print_parameters(counts)
         initial = initial_factors(model)
+        if recipe.data.packing:
+            prove_packed_rows(model, samples, encoder, pad_token_id)
 
     # Training.
     trainer = TuningTrainer(
@@ -131,7 +138,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
         max_bad_fraction=recipe.data.max_bad_fraction,
         world=world,
         learning_rates=learning_rates(model, components, recipe.tune, arguments.learning_rate),
-        unscored=collate([blank], processor.tokenizer.pad_token_id),
+        unscored=collate([blank], pad_token_id),
         batches=batches,
         source_names=samples.names if len(recipe.data.train) > 1 else (),
     )
@@ -197,8 +204,10 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
 def check_method(recipe: Recipe, world: World) -> None:
     """
     Raises:
-        UserError: a method that does not work with the base's family or the ZeRO stage, before any weight is loaded.
+        UserError: a method or packing that does not work with the base's family or the ZeRO stage, before any weight is loaded.
     """
+    if recipe.data.packing and recipe.model.base not in (None, UNTRAINED):
+        check_packable_family(base_config(recipe.model))
     for component, tuning in recipe.tune.components.items():
         if tuning.method == recipe.tune.method:
             reason = refusal(

@@ -14,6 +14,9 @@ from mmtune.data.message import RowError
 PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids", "source_ids")
 """What comes with one value a token, shape (1, length); everything else stacks by image, tile or patch."""
 
+ASIDE = ("row", "note")
+"""What an encoded row carries besides tensors: its id, and what was done to its media."""
+
 
 class Collator:
     """Batches encoded samples. Beside the batch travel the rows' ids under `rows`, and under `faults` those that failed or whose
@@ -35,7 +38,7 @@ class Collator:
         given = [item for item in items if not isinstance(item, RowError)]
         faults = [item for item in items if isinstance(item, RowError)] + [item["note"] for item in given if "note" in item]
         rows = [item["row"] for item in given if "row" in item]
-        encoded = [{key: value for key, value in item.items() if key not in ("row", "note")} for item in given]
+        encoded = [{key: value for key, value in item.items() if key not in ASIDE} for item in given]
         if encoded and self._stand_in is not None and not any("pixel_values" in item for item in encoded):
             encoded.append(self._stand_in)
         batch: dict[str, Any] = {}

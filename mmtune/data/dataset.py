@@ -143,6 +143,9 @@ def _check_header(row_id: str, image: Media) -> None:
         raise RowError(row_id, "image", str(error), kind_of(error)) from error
 
 
+OTHER_POLICIES = "data.over_length: drop_sample, drop_media and shrink_media would go on"
+
+
 class Encoder:
     """Samples to tensors by a recipe's data section; what is wrong with one comes back as its RowError.
 
@@ -170,8 +173,7 @@ class Encoder:
             encoded: Encoded = {**encode_sample(sample, self._processor, section.max_tokens, section.supervise), "row": sample.id}
         except OverLength as error:
             if section.over_length == "error":
-                others = "drop_sample, drop_media and shrink_media would not stop"
-                return StopRun(error.row, error.field, f"{error.detail} (data.over_length: {others})")
+                return StopRun(error.row, error.field, f"{error.detail} ({OTHER_POLICIES})")
             return error
         except RowError as error:
             return error

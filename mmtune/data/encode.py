@@ -95,18 +95,25 @@ def _encode_text(
             text, spans = render_conversation(shown, template, tokenizer)
         writes_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         text, spans, media_spans = _expand(text, spans, processor, replacements)
-        tokenized = (tokenize_marked if marked else tokenize)(tokenizer, text, not writes_bos)
+        if marked:
+            input_ids, offsets = tokenize_marked(tokenizer, text, not writes_bos)
+            text, moved = unmark(text, [*spans, *media_spans])
+            spans, media_spans = moved[: len(spans)], moved[len(spans) :]
+        else:
+            input_ids, offsets = tokenize(tokenizer, text, not writes_bos, image_tokens(processor))
     except NotExact as error:
         raise RowError(sample_id, "messages", str(error), "chat_template") from error
-    if marked:
-        text, moved = unmark(text, [*spans, *media_spans])
-        spans, media_spans = moved[: len(spans)], moved[len(spans) :]
-    input_ids, offsets = tokenized
     places = Places(offsets)
     if not prompt:
         _check_edges(sample_id, messages, processor, replacements, input_ids, [places.crosses(span) for span in spans])
     supervised = places.mask(spans if supervise == "all" else spans[-1:])
     return EncodedText(input_ids, supervised, places.mask(media_spans), offsets, text)
+
+
+def image_tokens(processor: ProcessorMixin) -> tuple[str, ...]:
+    """The token that a chat template writes for an image, and the one that stands for its features, if that is another."""
+    tokens = (getattr(processor, "image_token", None), getattr(processor.tokenizer, "image_token", None))
+    return tuple(dict.fromkeys(token for token in tokens if token))
 
 
 def chat_template_of(processor: ProcessorMixin) -> str:
@@ -235,6 +242,9 @@ def _process_images(
     images = [block["image"] for message in opened for block in message["content"] if block["type"] == "image"]
     if not images:
         return {}, []
+    if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
+        name = type(processor).__name__
+        raise UserError(f"model: {name} does not tell what it writes for an image, so its samples cannot be encoded exactly")
     try:
         own: Mapping[str, Any] = processor(
             images=[images],

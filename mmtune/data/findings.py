@@ -43,6 +43,7 @@ KINDS: dict[str, Kind] = {
     "media_path": Kind("error", "give the path of a file, relative to media_root"),
     "media_outside_root": Kind("error", "move the file under media_root, or set media_root to a folder that holds it"),
     "media_url": Kind("error", "download the file and give its path, or allow URLs in the recipe"),
+    "media_fetch": Kind("error", "correct the URL, or download the file and give its path"),
     "media_unsupported": Kind("error", "remove the row: this kind of medium cannot be encoded yet"),
     "image_empty": Kind("error", "the file holds nothing: fetch it again"),
     "image_unreadable": Kind("error", "fetch the file again, or convert it to JPEG or PNG"),

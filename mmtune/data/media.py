@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 
 from PIL import ExifTags, Image
 
+from mmtune.data.fetch import default_cache, fetch_media
 from mmtune.data.findings import Unusable
 
 MAX_PIXELS = 89_478_485
@@ -152,12 +153,14 @@ class MediaRules:
     Attributes:
         root: where relative paths start, and what they may not lead out of.
         outside: whether files outside of `root` are allowed.
-        urls: whether http and https URLs are fetched.
+        urls: whether http and https URLs are fetched, within the limits of `fetch_media`.
+        cache: where they are kept; None is `default_cache()`.
     """
 
     root: Path
     outside: bool = False
     urls: bool = False
+    cache: Path | None = None
 
 
 def resolve_media(value: Any, rules: MediaRules) -> Media:
@@ -188,7 +191,9 @@ def resolve_media(value: Any, rules: MediaRules) -> Media:
     if name[:5].lower() == "data:":
         return _from_data_uri(name, rules)
     if name[:8].lower().startswith(("http://", "https://")):
-        raise Unusable("media_url", f"'{name[:100]}' is a URL; they are fetched only where the source allows it")
+        if not rules.urls:
+            raise Unusable("media_url", f"'{name[:100]}' is a URL; `allow_urls: true` in its source would fetch it")
+        return fetch_media(name, rules.cache or default_cache())
     return _from_path(name, rules)
 
 
@@ -204,7 +209,8 @@ def _from_path(name: str, rules: MediaRules) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # too long a name; links in a circle; a null byte, a lone surrogate
         raise Unusable("media_path", f"cannot look up '{name[:200]}': {error}"[:400]) from error
     if not rules.outside and not path.is_relative_to(root):
-        raise Unusable("media_outside_root", f"'{name}' lies outside media_root {root}")
+        told = f"'{name}' lies outside media_root {root}; `allow_outside_root: true` in its source would allow it"
+        raise Unusable("media_outside_root", told)
     if not is_file:
         raise Unusable("media_missing", f"no such file: {path}")
     return path

@@ -72,5 +72,5 @@ def split_question(sample: Sample) -> tuple[list[Message], str]:
         RowError: when the conversation does not end with the assistant.
     """
     if sample.messages[-1]["role"] != "assistant":
-        raise RowError(sample.id, "messages", "the conversation does not end with an answer")
+        raise RowError(sample.id, "messages", "the conversation does not end with an answer", "answer_missing")
     return sample.messages[:-1], text_of(sample.messages[-1])

@@ -11,8 +11,8 @@ import numpy as np
 def pack_lengths(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     """Divide samples into packs of at most `capacity` tokens: the longest first, each into the fullest pack that has room.
 
-    This is best-fit decreasing, which needs at most 11/9 of the fewest packs possible, and a few (Johnson 1974). A pack is found by
-    a search among the distinct amounts of room left, so that the work grows as n log n.
+    This is best-fit decreasing, which needs at most 11/9 of the fewest packs possible, and a few (Johnson 1974). A pack is found
+    by a search among the distinct amounts of room left, so that the work grows as n log n.
 
     Args:
         lengths: tokens of each sample, at least 1 and at most `capacity`.

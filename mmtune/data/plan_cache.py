@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from glob import glob
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from transformers import ProcessorMixin
 
 from mmtune.data.count import processor_settings
+from mmtune.data.source import data_files, media_root_of
 from mmtune.files import replace_bytes
 from mmtune.recipe import Source
 from mmtune.shipped import shipped_dir
@@ -34,9 +34,9 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 def plan_key(sources: Sequence[Source], processor: ProcessorMixin, supervise: str) -> str:
     """What a plan is made from, as a string of 32 characters.
 
-    It covers what the recipe says of the sources, the content of their files and templates, the settings of the processor with its
-    tokenizer and chat template, and the versions of the libraries that count. Media have their own stamps, row by row; rows on the
-    hub are known by the recipe's words alone.
+    It covers what the recipe says of the sources, the content of their files and templates, the settings of the processor with
+    its tokenizer and chat template, and the versions of the libraries that count. Media have their own stamps, row by row; rows
+    on the hub are known by the recipe's words alone.
 
     Args:
         sources: the recipe's.
@@ -71,15 +71,9 @@ def _signatures(given: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         shipped = shipped_dir("data_templates") / f"{given}.yaml"
         if key == "template" and shipped.is_file():
             given = str(shipped)
-        found = [given] if os.path.lexists(given) else sorted(glob(given, recursive=True)) if glob_like(given) else []  # noqa: PTH207
-        for path in map(Path, found):
-            inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-            yield from ((str(file), _signature(file)) for file in inside if file.is_file())
-
-
-def glob_like(path: str) -> bool:
-    """Whether a path has wildcards."""
-    return any(mark in path for mark in "*?[{")
+        is_file = os.path.isfile(given)  # noqa: PTH113  (any text may stand here, and Path raises on a long one)
+        files = [Path(given)] if is_file else data_files(given) if key == "path" else []
+        yield from ((str(file), _signature(file)) for file in files)
 
 
 def _signature(path: Path) -> Any:
@@ -113,7 +107,7 @@ class PlanCache:
         """Where the file may be, the best place first."""
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folders = [*([self.beside / ".mmtune"] if self.beside else []), home / "mmtune" / "plans"]
-        return [folder / f"plan-{self.key}.npz" for folder in folders]
+        return [folder / f"{self.key}.plan" for folder in folders]
 
     def read(self) -> tuple[Arrays, dict[str, Any]] | None:
         """What `write` was given; None where there is no file, or a damaged one."""
@@ -135,7 +129,8 @@ class PlanCache:
             The file; None when neither place can be written, which is said on the terminal like everything but the best place.
         """
         file = io.BytesIO()
-        np.savez_compressed(file, notes=np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8), **arrays)
+        named: dict[str, Any] = {**arrays, "notes": np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)}
+        np.savez_compressed(file, **named)
         data = _digest(file.getvalue()) + file.getvalue()
         for place in self.places:
             try:
@@ -152,9 +147,7 @@ class PlanCache:
 
 def beside(sources: Sequence[Source]) -> Path | None:
     """The directory that holds the first source, where a plan of all of them is kept; None for rows on the hub."""
-    path = Path(sources[0].path)
-    while glob_like(str(path)):
-        path = path.parent
-    if not path.exists():
+    path = sources[0].path
+    if not data_files(path):
         return None
-    return path if path != Path(sources[0].path) else path.absolute().parent
+    return Path(path).absolute().parent if Path(path).exists() else media_root_of(path).absolute()

@@ -12,7 +12,7 @@ from typing import Any
 from mmtune.data.media import MediaRules
 from mmtune.data.message import RowError, Sample
 from mmtune.data.prompts import Prompting, draw
-from mmtune.data.source import Row, Rows, media_root_of, open_rows, stream_rows
+from mmtune.data.source import Item, Row, Rows, media_root_of, open_rows, stream_rows
 from mmtune.data.template import DataTemplate, Join, load_data_template, lookup
 from mmtune.errors import UserError, nearest
 from mmtune.recipe import Shots, Source
@@ -40,7 +40,7 @@ class Reader:
         self._partners = _partners(self.template.join, source.template, source.path, source.join)
         self._shots = None if source.shots is None else _Shots(source, source.shots, name)
 
-    def open(self) -> Rows | Chosen:
+    def open(self) -> Rows:
         """The rows by index; those that `where` asks for."""
         rows = open_rows(self.source.path, self._name, rows=self.template.rows)
         if not self.source.where:
@@ -50,7 +50,7 @@ class Reader:
             raise UserError(f"{self.source.path}: no row has {_spelt(self.source.where)}")
         return Chosen(rows, chosen)
 
-    def stream(self) -> Iterator[Callable[[], tuple[str, Row]]]:
+    def stream(self) -> Iterator[Item]:
         """The rows in turn, each parsed when it is called for; with `where`, parsed once more to be chosen."""
         for parse in stream_rows(self.source.path, self._name, rows=self.template.rows):
             if not self.source.where or self._wanted(parse):
@@ -73,7 +73,7 @@ class Reader:
         joined = row if self._partners is None else self._partners.join(row_id, row)
         return replace(self.template.sample(row_id, joined, self.rules, self._prompting), source=self.source.path)
 
-    def _wanted(self, parse: Callable[[], tuple[str, Row]]) -> bool:
+    def _wanted(self, parse: Item) -> bool:
         try:
             _, row = parse()
         except RowError:

@@ -107,6 +107,22 @@ def media_root_of(path: str | Path) -> Path:
     return Path(_before_pattern(text)) if _has_pattern(text) else Path(text).parent
 
 
+def is_missing(path: str) -> bool:
+    """Whether a source's path names a local file or folder that is not there."""
+    return not Path(path).exists() and not _has_pattern(path) and not _is_hub(path, None)
+
+
+def data_files(path: str | Path) -> list[Path]:
+    """The files that a source's path stands for, a saved data set's too; none for rows on the hub.
+
+    Raises:
+        UserError: a pattern without files, or a folder without files of rows.
+    """
+    if is_saved(Path(path)):
+        return sorted(file for file in Path(path).rglob("*") if file.is_file())
+    return [file for file, _ in _files_of(str(path), None)]
+
+
 class JoinedRows:
     """The rows of several files, one file after the other."""
 

@@ -14,7 +14,7 @@ from mmtune.errors import UserError
 if TYPE_CHECKING:
     import datasets
 
-_HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<config>[\w.+-]+))?(?::(?P<split>[\w.\[\]%:+-]+))?")
+_HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<config>[\w.+-]+))?(?::(?P<split>[\w.+-]+))?")
 
 
 class DatasetRows:

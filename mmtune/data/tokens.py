@@ -23,10 +23,63 @@ ADDED: Span = (0, 0)
 """The offsets of a token that the tokenizer adds by itself."""
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> tuple[list[int], list[Span]]:
-    """Token ids of a text, and for each token its first and past-the-last character; (0, 0) for what the tokenizer adds."""
-    encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, return_attention_mask=False)
-    return encoded["input_ids"], encoded["offset_mapping"]
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool, repeated: tuple[str, ...] = ()
+) -> tuple[list[int], list[Span]]:
+    """Token ids of a text, and for each token its first and past-the-last character; (0, 0) for what the tokenizer adds.
+
+    Args:
+        tokenizer: one of the tokenizers library, which alone gives offsets.
+        text: what to encode.
+        add_special_tokens: let the tokenizer put its beginning and end around the text.
+        repeated: added tokens that stand many times in a row. A tokenizer cuts added tokens out first, so that a run of one is
+            encoded as one, and then repeated.
+    """
+    runs = [(found.start(), found.end()) for found in _runs(tokenizer, len(tokenizer), repeated).finditer(text)]
+    tokens = {run: next(token for token in repeated if text.startswith(token, run[0])) for run in runs}
+    short, places, last = "", [], 0
+    for start, stop in runs:
+        short += text[last:start]
+        places.append(len(short))
+        short += tokens[start, stop]
+        last = stop
+    encoded = tokenizer(
+        short + text[last:], add_special_tokens=add_special_tokens, return_offsets_mapping=True, return_attention_mask=False
+    )
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    if not runs:
+        return ids, offsets
+    all_ids: list[int] = []
+    all_offsets: list[Span] = []
+    done = moved = 0
+    for (start, stop), place in zip(runs, places, strict=True):
+        size = len(tokens[start, stop])
+        at = bisect_left(offsets, place, lo=done, key=_start)
+        if at == len(offsets) or offsets[at] != (place, place + size):
+            return tokenize(tokenizer, text, add_special_tokens)  # a token that takes white space beside it along
+        all_ids += ids[done:at] + [ids[at]] * ((stop - start) // size)
+        all_offsets += _move(offsets[done:at], moved)
+        all_offsets += zip(range(start, stop, size), range(start + size, stop + size, size), strict=True)
+        done, moved = at + 1, stop - place - size
+    return all_ids + ids[done:], all_offsets + _move(offsets[done:], moved)
+
+
+@lru_cache(maxsize=8)
+def _runs(tokenizer: PreTrainedTokenizerBase, size: int, repeated: tuple[str, ...]) -> re.Pattern[str]:
+    added = tokenizer.added_tokens_encoder
+    return re.compile("|".join(f"(?:{re.escape(token)}){{2,}}" for token in repeated if token in added) or "(?!)")
+
+
+def _start(span: Span) -> int:
+    return span[0]
+
+
+def _end(span: Span) -> int:
+    return span[1]
+
+
+def _move(offsets: list[Span], by: int) -> list[Span]:
+    return [(start + by, end + by) if end else ADDED for start, end in offsets] if by else offsets
 
 
 def spells(text: str, control: re.Pattern[str]) -> bool:
@@ -109,19 +162,19 @@ class Places:
     """Which tokens stand for which characters."""
 
     def __init__(self, offsets: list[Span]) -> None:
-        self._count = last = len(offsets)
-        while last and offsets[last - 1] == ADDED:  # an end of sequence that the tokenizer adds has no characters
-            last -= 1
-        self._starts = [start for start, _ in offsets[:last]]
-        self._ends = [end for _, end in offsets[:last]]
+        self._offsets = offsets
+        self._last = len(offsets)
+        while self._last and offsets[self._last - 1] == ADDED:  # an end of sequence that the tokenizer adds has no characters
+            self._last -= 1
 
     def of(self, span: Span) -> slice:
         """The tokens that share a character with a span."""
-        return slice(bisect_right(self._ends, span[0]), bisect_left(self._starts, span[1]))
+        first = bisect_right(self._offsets, span[0], hi=self._last, key=_end)
+        return slice(first, bisect_left(self._offsets, span[1], lo=first, hi=self._last, key=_start))
 
     def mask(self, spans: list[Span]) -> list[bool]:
         """For each token, whether it shares a character with any of the spans."""
-        inside = [False] * self._count
+        inside = [False] * len(self._offsets)
         for span in spans:
             tokens = self.of(span)
             inside[tokens] = [True] * (tokens.stop - tokens.start)
@@ -130,4 +183,4 @@ class Places:
     def crosses(self, span: Span) -> bool:
         """Whether the first token begins before the span, or the last one ends after it."""
         tokens = self.of(span)
-        return self._starts[tokens.start] < span[0] or self._ends[tokens.stop - 1] > span[1]
+        return self._offsets[tokens.start][0] < span[0] or self._offsets[tokens.stop - 1][1] > span[1]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from mmtune.chat_rendering import NotExact, has_marks, render_conversation, render_prompt
 from mmtune.errors import UserError, nearest
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -29,8 +29,11 @@ BY_MODEL_TYPE = {
     "gemma3_text": "gemma",
 }
 
-QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
-ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}
+QUESTION: dict[str, Any] = {
+    "role": "user",
+    "content": [{"type": "image", "image": "image"}, {"type": "text", "text": "What is it?"}],
+}
+ANSWER: dict[str, Any] = {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}
 
 
 def template_names() -> list[str]:
@@ -41,17 +44,17 @@ def template_names() -> list[str]:
 def resolve_chat_template(
     name: str | None, tokenizer: PreTrainedTokenizerBase, *, model_type: str | None = None, image_token: str = "<image>"
 ) -> str:
-    """The text of a chat template that places images and marks what the assistant says.
+    """The text of a chat template that places images and lets the assistant's words be told from the rest.
 
     Args:
-        name: a shipped template, or the path of a `.jinja` file. None: the tokenizer's own template if it places images
-            and has `{% generation %}` marks (a text model's own seldom does), else the one of the model type's family.
+        name: a shipped template, or the path of a `.jinja` file. None: the tokenizer's own template if it does both (a text
+            model's own seldom does), else the one of the model type's family.
         tokenizer: must hold the template's markers as single tokens.
         model_type: the text model's, for a default.
         image_token: what the template must write for an image.
 
     Raises:
-        UserError: an unknown name, a template that cannot be read, that leaves images out or marks no answer, or one
+        UserError: an unknown name, a template that cannot be read, that leaves images out or hides answers, or one
             whose markers the tokenizer does not hold.
     """
     if name is None:
@@ -91,16 +94,16 @@ def own_chat_template(processor: ProcessorMixin) -> str:
     """The chat template of a ready vision-language model, made to mark answers where it does not.
 
     A template without `{% generation %}` marks is exchanged for TRL's training template of the same text, when there is
-    one.
+    one; otherwise it stays, if its answers can be found in what it writes (see `mmtune.chat_rendering`).
 
     Raises:
-        UserError: no chat template, or one whose answers cannot be marked.
+        UserError: no chat template, or one whose answers cannot be told from the rest.
     """
     own = processor.chat_template
     names = f"name one with model.chat_template ({', '.join(template_names())}) or give the path of a .jinja file"
     if not isinstance(own, str) or not own:
         raise UserError(f"model.base: its processor has no chat template; {names}")
-    if not _fault(own, processor.tokenizer, processor.image_token):
+    if has_marks(own) and not _fault(own, processor.tokenizer, processor.image_token):
         return own
     from trl.chat_template_utils import get_training_chat_template
 
@@ -146,15 +149,11 @@ def set_chat_template(processor: ProcessorMixin, template: str) -> None:
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
     """Ids of the special tokens that the template writes after an answer; empty for `plain`, which writes a newline."""
-    encoded: Any = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "yes"}],
-        chat_template=template,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    supervised = [token for token, on in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if on]
+    text, [(start, stop)] = render_conversation([{**QUESTION, "content": QUESTION["content"][1:]}, ANSWER], template, tokenizer)
+    word = ANSWER["content"][0]["text"]
+    after = text[text.index(word, start) + len(word) : stop]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return [token for token in supervised if token in special]
+    return [token for token in tokenizer.encode(after, add_special_tokens=False) if token in special]
 
 
 def _default(tokenizer: PreTrainedTokenizerBase, model_type: str | None) -> str | None:
@@ -168,16 +167,14 @@ def _default(tokenizer: PreTrainedTokenizerBase, model_type: str | None) -> str 
 def _fault(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str | None:
     """Why a template cannot be used here, or None."""
     try:
-        prompt = tokenizer.apply_chat_template([QUESTION], chat_template=template, tokenize=False)
-        marked: Any = tokenizer.apply_chat_template(
-            [QUESTION, ANSWER], chat_template=template, return_dict=True, return_assistant_tokens_mask=True
-        )
-    except (TemplateError, TypeError) as error:  # TypeError: a text-only template adds a list to a string
+        prompt = render_prompt([QUESTION], template, tokenizer)
+        if prompt.count(image_token) != 1:
+            return f"it writes {image_token} {prompt.count(image_token)} times for one image"
+        render_conversation([QUESTION, ANSWER], template, tokenizer)
+    except NotExact as error:
+        return f"labels would not be exact on a question with an image: {error}"
+    except TypeError as error:  # a text-only template adds a list to a string
         return f"it fails on a question with an image: {error}"
-    if str(prompt).count(image_token) != 1:
-        return f"it writes {image_token} {str(prompt).count(image_token)} times for one image"
-    if not any(marked["assistant_masks"]):
-        return "it has no {% generation %} marks around the assistant's text, so labels would not be exact"
     return None
 
 

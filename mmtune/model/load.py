@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -151,13 +152,21 @@ def base_model_type(section: ModelSection) -> str:
     Raises:
         UserError: when the base cannot be found.
     """
-    if section.base in (None, UNTRAINED):
-        return "llava"
+    return "llava" if section.base in (None, UNTRAINED) else str(base_config(section).model_type)
+
+
+def base_config(section: ModelSection) -> PreTrainedConfig:
+    """The configuration of a ready base.
+
+    Raises:
+        UserError: when it cannot be found.
+    """
     name = resolve_base(str(section.base))
     try:
-        return str(AutoConfig.from_pretrained(name, trust_remote_code=section.trust_remote_code).model_type)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model.base: cannot read the configuration of {section.base}: {_reason(name, error)}") from error
+    return config
 
 
 def load_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, str]:

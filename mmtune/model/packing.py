@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mmtune.errors import UserError
 from mmtune.model.compute import as_trained, to_model
@@ -32,8 +32,11 @@ SEPARATE = ("full_attention", "sliding_attention")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Implementations that transformers makes masks, or sequence borders, for."""
 
-FULL_TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
-"""How far the logits of packed samples may be from their own, relative to their size, by the precision that they come in."""
+FULL_TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
+"""How far the logits of packed samples may be from their own, relative to their size, by the precision that they come in.
+
+Rounding alone made 1e-6 and 5e-3 on small models, a leak 0.06 to 1.
+"""
 
 
 def check_packable(model: nn.Module) -> None:
@@ -45,16 +48,25 @@ def check_packable(model: nn.Module) -> None:
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         method = model.active_peft_config.peft_type.value.lower()
         raise _refusal(f"{method} puts its prompt before the first sample of a row and before no other")
-    base = _base(model)
-    family = base.config.model_type
+    check_packable_family(_base(model).config)
+
+
+def check_packable_family(config: PreTrainedConfig) -> None:
+    """As `check_packable`, from the base's config alone, before there are weights.
+
+    Raises:
+        UserError: naming the family or the layers, with the reason.
+    """
+    family = config.model_type
     if family in NEVER:
         raise _refusal(f"{family}: {NEVER[family]}")
-    text = base.config.get_text_config()
+    text = config.get_text_config()
     others = sorted(set(getattr(text, "layer_types", None) or ()) - set(SEPARATE))
     if others:
         raise _refusal(f"{family} has {', '.join(others)} layers, which run on from one sample into the next")
-    if text._attn_implementation not in ATTENTION:
-        raise _refusal(f"{family}: no mask between samples is made for attention {text._attn_implementation!r}")
+    attention = text._attn_implementation  # None until a model is built
+    if attention is not None and attention not in ATTENTION:
+        raise _refusal(f"{family}: no mask between samples is made for attention {attention!r}")
 
 
 def packed_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -91,14 +103,15 @@ def prove_packing(model: nn.Module, packed: dict[str, Any], singles: list[dict[s
     Raises:
         UserError: when they differ by more than the tolerance, relative to the size of the logits.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad(), as_trained(model):
             together = _supervised_logits(model, packed)
             alone = torch.cat([_supervised_logits(model, single) for single in singles])
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     tolerance = FULL_TOLERANCE if together.dtype == torch.float32 else HALF_TOLERANCE
     difference = float((together.double() - alone.double()).norm() / alone.double().norm())
     if not difference <= tolerance:

@@ -8,16 +8,24 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from mmtune.data.batches import Batches, Mixture
-from mmtune.data.collate import Collator
-from mmtune.data.dataset import Encoder, Samples, StreamedSamples, TrainingSet
+from mmtune.data.collate import ASIDE, Collator, collate, pack
+from mmtune.data.dataset import OTHER_POLICIES, Encoder, Samples, StreamedSamples, TrainingSet
 from mmtune.data.message import RowError
+from mmtune.data.plan import build_plan, foretell
+from mmtune.data.plan_cache import PlanCache, beside, plan_key
+from mmtune.data.report import DataReport
 from mmtune.data.stream import SampleStream
-from mmtune.recipe import DataSection
+from mmtune.errors import UserError
+from mmtune.model.load import load_bare_processor
+from mmtune.model.packing import check_packable, prove_packing
+from mmtune.recipe import DataSection, Recipe
 from mmtune.world import World
 
 
@@ -27,6 +35,34 @@ def rows_to_take(samples: Samples | StreamedSamples, arguments: TrainingArgument
         return len(samples)
     every = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     return int(arguments.max_steps * every)
+
+
+def plan_rows(samples: Samples, recipe: Recipe, report: DataReport, world: World) -> NDArray[np.int64]:
+    """Count every row's tokens, in the first process, with no weight loaded; rows that cannot train go to the report.
+
+    Returns:
+        Tokens of every row as it will train, shape (rows,); 0 for one that will not.
+
+    Raises:
+        UserError: more rows cannot train than the recipe allows, or one is too long under `over_length: error`.
+    """
+    found = None
+    if world.first:
+        section = recipe.data
+        processor = load_bare_processor(recipe.model)
+        cache = PlanCache(beside(section.train), plan_key(section.train, processor, section.supervise))
+        plan = build_plan(samples, processor, section.supervise, cache=cache)
+        outcome = foretell(plan, samples, processor, section.max_tokens, section.over_length, section.supervise)
+        if outcome.dropped and section.over_length == "error":
+            first = next(iter(outcome.dropped.values()))
+            raise UserError(f"{len(outcome.dropped)} rows are too long, the first: {first} ({OTHER_POLICIES})")
+        found = outcome.lengths, [*plan.faults.values(), *outcome.dropped.values()]
+    lengths, faults = next(each for each in world.gather(found) if each is not None)
+    for fault in faults:
+        report.add(fault)
+    report.checked = len(samples)
+    report.stop_past(recipe.data.max_bad_fraction)
+    return lengths
 
 
 def order_rows(
@@ -87,14 +123,32 @@ def optimizer_steps(arguments: TrainingArguments, batches: Batches | None) -> in
 
 
 def first_batches(
-    samples: Samples | StreamedSamples, encoder: Encoder, collator: Collator, size: int = 4, count: int = 16
+    samples: Samples | StreamedSamples, encoder: Encoder, pad_token_id: int, size: int = 4, count: int = 16
 ) -> Iterator[dict[str, Any]]:
-    """Up to `count` batches of rows from all over the data, for initializations that look at data; rows that fail are left out.
+    """Up to `count` padded batches of rows from all over the data, for initializations that look at it.
 
-    The same whatever the run's batches and processes are, so that the start is the same in every layout.
+    Rows that fail are left out. They are the same in every layout, which so starts alike.
     """
     encoded = (encoder(handle) for handle in samples.some(size * count))
-    usable = (row for row in encoded if not isinstance(row, RowError))
+    usable = (_tensors(row) for row in encoded if not isinstance(row, RowError))
     while rows := list(islice(usable, size)):
-        batch = collator(rows)
-        yield {key: value for key, value in batch.items() if key not in ("rows", "faults", "source_ids")}
+        yield collate(rows, pad_token_id)
+
+
+def prove_packed_rows(model: nn.Module, samples: Samples | StreamedSamples, encoder: Encoder, pad_token_id: int) -> None:
+    """Compare a few packed rows with the same rows alone, those with images first.
+
+    Raises:
+        UserError: the model is known not to keep packed samples apart, or is seen not to.
+    """
+    check_packable(model)
+    encoded = (encoder(handle) for handle in samples.some(64))
+    usable = [_tensors(row) for row in encoded if not isinstance(row, RowError)]
+    chosen = sorted(usable, key=lambda row: "pixel_values" not in row)[:3]
+    if len(chosen) > 1:
+        prove_packing(model, pack(chosen), [collate([row], pad_token_id) for row in chosen])
+
+
+def _tensors(row: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What the model takes of an encoded row."""
+    return {key: value for key, value in row.items() if key not in (*ASIDE, "source_ids")}

@@ -47,9 +47,9 @@ GEMMA = (
 )
 # PaliGemma's processor writes <bos> after the last image itself, and a newline at the end of a prompt.
 PREFIX = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '\n' }}{% generation %}{% for b in m.content %}{{ b.text }}{% endfor %}"
-    "{{ eos_token }}{% endgeneration %}{% else %}{% for b in m.content %}{{ b.text if b.type == 'text' else '<image>' }}"
-    "{% endfor %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '\n' }}{% generation %}"
+    "{% for b in m.content %}{{ b.text }}{% endfor %}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{% for b in m.content %}{{ b.text if b.type == 'text' else '<image>' }}{% endfor %}{% endif %}{% endfor %}"
 )
 INSTRUCTION = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"

@@ -170,7 +170,11 @@ def test_a_control_token_that_text_spells_stays_text(speakers: dict[str, Any], m
         sample = _sample(*turns)
         encoded = encode_sample(sample, processor)
         plain = processor.apply_chat_template(
-            with_images(sample.id, sample.messages), tokenize=True, return_dict=True, sanitize_control_tokens=True, return_tensors="pt"
+            with_images(sample.id, sample.messages),
+            tokenize=True,
+            return_dict=True,
+            sanitize_control_tokens=True,
+            return_tensors="pt",
         )
         assert encoded["input_ids"].tolist() == plain["input_ids"].tolist()
         answers = [turn.replace("\U000f0000", "") for turn in turns[1::2]]

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from jsonschema import Draft202012Validator
 
 from mmtune.data.media import MediaRules
 from mmtune.data.message import RowError, Sample, text_of
@@ -18,7 +20,7 @@ from mmtune.data.prompts import Prompting, draw, shuffled
 from mmtune.data.reader import Reader
 from mmtune.data.template import DataTemplate
 from mmtune.errors import UserError
-from mmtune.recipe import Source
+from mmtune.recipe import Source, load_recipe, recipe_schema
 
 RULES = MediaRules(Path())
 
@@ -220,9 +222,7 @@ def test_examples_that_cannot_be_had_are_named(tmp_path: Path) -> None:
     with pytest.raises(RowError, match=r"^rows\.json\[0\]: shots: .*rows\.json holds 1 rows unlike this one, not 2"):
         _all(twins)
     broken = Reader(_source(tmp_path, [ROWS[0], {**ROWS[1], "a": ""}], shots={**same, "count": 1}))
-    with pytest.raises(
-        RowError, match=r"^rows\.json\[0\]: shots: the example rows\.json\[1\]: messages\[1\]: .*empty"
-    ):
+    with pytest.raises(RowError, match=r"^rows\.json\[0\]: shots: the example rows\.json\[1\]: messages\[1\]: .*empty"):
         _all(broken)
 
 
@@ -290,3 +290,58 @@ def test_a_wish_that_the_template_cannot_meet(tmp_path: Path, template: str, set
         settings = {**settings, "template": template}
     with pytest.raises(UserError, match=reason):
         Reader(Source.model_validate({**source.model_dump(exclude_none=True), **settings}))
+
+
+RECIPE = """
+model: {base: b}
+data:
+  train:
+    - path: rows.json
+      template: classification
+      %s
+output_dir: o
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("where: split", "data.train.0.where: expected a mapping of fields to values, got 'split'"),
+        ("where: {}", "data.train.0.where: expected a mapping of fields to values"),
+        ("where: {split: {a: b}}", "data.train.0.where.split: expected a value or a list of values"),
+        ("where: {split: []}", "data.train.0.where.split: expected a value or a list of values"),
+        ("verbalizer: yes", "data.train.0.verbalizer: expected a mapping of labels to words or a list of words"),
+        ("verbalizer: []", "data.train.0.verbalizer: expected a mapping of labels to words or a list of words"),
+        ("verbalizer: [cat, 1]", "data.train.0.verbalizer.1: expected words, got 1"),
+        ("verbalizer: {'0': ' '}", "data.train.0.verbalizer.0: expected words"),
+        ("values: [a]", "data.train.0.values: expected a mapping of names to text"),
+        ("values: {images: 1}", "data.train.0.values.images: expected a string, got 1"),
+        ("shots: 3", "data.train.0.shots: expected a mapping"),
+        ("shots: {path: a.json}", "data.train.0.shots.count: required, and not given"),
+        ("shots: {path: a.json, count: 0}", "data.train.0.shots.count: expected at least 1"),
+        ("shots: {path: a.json, count: 1, where: 1}", "data.train.0.shots.where: expected a mapping"),
+        ("seed: 1.5", "data.train.0.seed: expected an integer"),
+        ("shuffle_options: 1", "data.train.0.shuffle_options: expected true or false"),
+        ("system: ''", "data.train.0.system: expected a string that is not empty"),
+    ],
+)
+def test_a_wrong_key_of_a_source_is_named_with_its_line(tmp_path: Path, line: str, reason: str) -> None:
+    (tmp_path / "x.yaml").write_text(RECIPE % line, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_recipe(tmp_path / "x.yaml")
+    assert str(caught.value).startswith(f"{tmp_path / 'x.yaml'}:") and reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_resolved_recipe_says_the_same_prompts(tmp_path: Path) -> None:
+    keys = "{where: {split: [a, 1, null]}, verbalizer: [no, 'yes'], values: {a: b}, system: s, seed: 3, "
+    keys += "shots: {count: 2, path: p, where: {split: b}}}"
+    (tmp_path / "x.yaml").write_text(RECIPE.replace("%s", "<<: " + keys.replace("[no,", "['no',")), encoding="utf-8")
+    recipe = load_recipe(tmp_path / "x.yaml")
+    [source] = recipe.data.train
+    assert source.verbalizer == {"0": "no", "1": "yes"} and source.where == {"split": ["a", 1, None]}
+    (tmp_path / "y.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    again = load_recipe(tmp_path / "y.yaml")
+    assert again == recipe and hash(again) == hash(recipe)
+    errors = Draft202012Validator(recipe_schema()).iter_errors(yaml.safe_load((tmp_path / "x.yaml").read_text()))
+    assert not list(errors)

@@ -278,7 +278,8 @@ def test_a_template_of_ones_own_is_read_by_path(media: Path, tmp_path: Path) -> 
         ("description: d\nexample: {}\nboxes: {value: x, layout: yxyx}\nmessages: [{role: user, text: x}]", "boxes.layout: "),
         ("description: d\nexample: {}\njoin: {by: a}\nmessages: [{role: user, text: x}]", "holds its partner under 'joined'"),
         (
-            "description: d\nexample: {}\nmessages: [{role: user, text: x}]\noptions: {choices: a, answer: b}\nverbalizer: {label: a}",
+            "description: d\nexample: {}\nmessages: [{role: user, text: x}]\n"
+            "options: {choices: a, answer: b}\nverbalizer: {label: a}",
             "give one of 'options' and 'verbalizer'",
         ),
         ("description: d\nexample: {}\nmessages: [{role: user, text: '{{ x'}]", "not valid Jinja: .*{{ x"),

@@ -8,17 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
-from mmtune.data.media import Embedded, MediaRules
-from mmtune.data.message import RowError, Sample
+from mmtune.data.media import Embedded, MediaRules, image_size
+from mmtune.data.message import RowError, Sample, text_of
 from mmtune.data.prompts import Prompting
 from mmtune.data.reader import Reader, example_rows, write_rows
 from mmtune.data.template import load_data_template
-from mmtune.recipe import Source
-from mmtune.rehearse import draw_picture, example_images
+from mmtune.recipe import Source, load_recipe
+from mmtune.rehearse import draw_picture, example_images, rehearse
 from mmtune.shipped import shipped_dir
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -151,6 +153,41 @@ def test_a_template_reads_its_own_example(name: str, tmp_path: Path) -> None:
     assert all(sample.messages[-1]["role"] == "assistant" for sample in samples)
 
 
+def test_an_image_inside_a_parquet_file_is_its_rows(tmp_path: Path) -> None:
+    """RefCOCO as it is published: one file, its pictures in it."""
+    rows = json.loads((FIXTURES / "refcoco" / "val.json").read_text(encoding="utf-8"))
+    for row in rows:
+        draw_picture(tmp_path / "a.png", seed=0)
+        row["image"] = {"bytes": (tmp_path / "a.png").read_bytes(), "path": row["image"]}
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "val.parquet")
+    reader = Reader(Source(path=str(tmp_path / "val.parquet"), template="refcoco"))
+    opened = reader.open()
+    samples = [reader.sample(*opened[index]) for index in range(len(opened))]
+    assert [image_size(sample.images[0]) for sample in samples] == [(64, 48)] * 2
+    answers = [text_of(message) for sample in samples for message in sample.messages if message["role"] == "assistant"]
+    assert answers == ["[125, 250, 500, 625]"] * 2 + ["[0, 0, 1000, 1000]"]
+
+
+@pytest.mark.slow
+def test_a_recipe_over_every_template_is_rehearsed(tmp_path: Path) -> None:
+    """What `--rehearse` makes of joins, objects of rows, options, labels and few-shot examples trains and is scored."""
+    sources = [{**SOURCES[name], "template": name} for name in SHIPPED if name not in ("audio_caption", "video_qa")]
+    by_name = {source["template"]: source for source in sources}
+    by_name["aokvqa"] |= {"shuffle_options": True, "shots": {"count": 2, "path": by_name["aokvqa"]["path"]}}
+    by_name["scienceqa"]["shots"] = {"count": 1, "path": "captions.json", "template": "coco_caption"}
+    closed = [by_name[name] for name in ("aokvqa", "classification", "scienceqa")]
+    document = {
+        "model": {"base": "builtin:tiny-llava-untrained"},
+        "data": {"train": sources},
+        "evaluate": {"data": closed, "score": "choices", "before": False},
+        "train": {"use_cpu": True},
+        "output_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(document), encoding="utf-8")
+    summary = rehearse(load_recipe(tmp_path / "recipe.yaml"))
+    assert summary["tuned_scores"][-1]["questions"] == 12
+
+
 VALUES = st.recursive(
     st.none()
     | st.booleans()
@@ -180,14 +217,11 @@ def hostile(draw: st.DrawFn, row: dict[str, Any]) -> dict[str, Any]:
         return anything
     row = copy.deepcopy(row)
     for _ in range(draw(st.integers(1, 3))):
-        paths = [path for path in _paths(row) if path]
-        if not paths:
-            break
-        path = draw(st.sampled_from(paths))
+        path = draw(st.sampled_from([*(path for path in _paths(row) if path), ("an unknown field",)]))
         parent = row
         for key in path[:-1]:
             parent = parent[key]
-        if draw(st.integers(0, 4)) == 0:
+        if path in _paths(row) and draw(st.integers(0, 4)) == 0:
             del parent[path[-1]]
         else:
             parent[path[-1]] = draw(VALUES)

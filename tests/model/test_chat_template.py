@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -217,15 +218,25 @@ def test_chat_templates_from_files_are_checked(shelf: Path, tmp_path: Path) -> N
     for text, reason in {
         "{{ messages[0].role }}": "writes <image> 0 times",
         "<image>{{ messages[0].role }}": "no {% generation %} marks",
-        "{% if %}": "fails on a question",
+        "{% if %}": "not valid Jinja",
+        "<image>{{ messages[0].content + 'x' }}": "fails on a question",
     }.items():
         (tmp_path / "own.jinja").write_text(text)
         with pytest.raises(UserError) as caught:
             resolve_chat_template(str(tmp_path / "own.jinja"), tokenizer)
         assert reason in str(caught.value)
-    good = "<image>{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %}{% endfor %}"
+    good = (
+        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content[0].text }}<|im_end|>"
+        "{% endgeneration %}{% else %}<image>{{ m.content[-1].text }}{% endif %}{% endfor %}"
+    )
     (tmp_path / "own.jinja").write_text(good)
     assert resolve_chat_template(str(tmp_path / "own.jinja"), tokenizer) == good
+    bare = re.sub("{% (end)?generation %}", "", good)  # exact without marks too, where it writes a prompt
+    (tmp_path / "own.jinja").write_text(bare + "{% if add_generation_prompt %}assistant:{% endif %}")
+    resolve_chat_template(str(tmp_path / "own.jinja"), tokenizer)
+    (tmp_path / "own.jinja").write_text(bare)
+    with pytest.raises(UserError, match="is not the prompt that the model is given"):
+        resolve_chat_template(str(tmp_path / "own.jinja"), tokenizer)
 
 
 def test_a_text_models_own_template_is_not_taken_unless_it_places_images(shelf: Path) -> None:

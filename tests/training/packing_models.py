@@ -12,6 +12,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SmolVLMConfig,
 )
 
@@ -50,11 +51,12 @@ def _qwen2() -> Qwen2VLConfig:
     return Qwen2VLConfig(vision_config=tower, text_config={"rope_parameters": MROPE, **TEXT}, **QWEN_TOKENS)
 
 
-def _qwen3() -> Qwen3VLConfig:
+def _qwen3(config: type[Any], **settings: Any) -> Any:
     tower = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 32, "patch_size": 14}
     tower |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
     rope = {"rope_type": "default", "mrope_section": [3, 3, 2], "rope_theta": 1e4}
-    return Qwen3VLConfig(vision_config=tower, text_config={"head_dim": 16, "rope_parameters": rope, **TEXT}, **QWEN_TOKENS)
+    text = {"head_dim": 16, "rope_parameters": rope, **TEXT, **settings}
+    return config(vision_config=tower, text_config=text, **QWEN_TOKENS)
 
 
 def _idefics3(config: type[Any]) -> Any:
@@ -72,7 +74,8 @@ CONFIGS: dict[str, Any] = {
     "llava_gemma3": lambda: _llava("gemma3_text", sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
     "qwen2_vl": _qwen2,
     "qwen2_5_vl": _qwen2_5,
-    "qwen3_vl": _qwen3,
+    "qwen3_vl": lambda: _qwen3(Qwen3VLConfig),
+    "qwen3_vl_moe": lambda: _qwen3(Qwen3VLMoeConfig, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
     "idefics3": lambda: _idefics3(Idefics3Config),
     "smolvlm": lambda: _idefics3(SmolVLMConfig),
 }

@@ -13,10 +13,10 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from transformers import AutoModelForImageTextToText, Gemma3Config, Lfm2VlConfig, PaliGemmaConfig, TrainingArguments
 
 from mmtune.data.collate import Collator, collate, pack
-from mmtune.data.dataset import DataReport
+from mmtune.data.report import DataReport
 from mmtune.errors import UserError
 from mmtune.methods.gated_prefix import GatedPrefixConfig
-from mmtune.model.packing import check_packable, packed_inputs, prove_packing
+from mmtune.model.packing import check_packable, check_packable_family, packed_inputs, prove_packing
 from mmtune.training.trainer import TuningTrainer
 
 PAD = 0
@@ -33,7 +33,11 @@ def supervised(encoded: Encoded) -> int:
 
 def as_trained(model: Any, batch: dict[str, Any], count: int, out: Path) -> torch.Tensor:
     """The loss of one batch as our trainer computes it."""
-    settings = {"args": TrainingArguments(output_dir=str(out), use_cpu=True, report_to="none"), "learning_rates": {}}
+    settings = {
+        "args": TrainingArguments(output_dir=str(out), use_cpu=True, report_to="none"),
+        "learning_rates": {},
+        "unscored": {},
+    }
     trainer = TuningTrainer(model=model, data_report=DataReport(rows=1), max_bad_fraction=0, **settings)
     loss: torch.Tensor = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(count))
     return loss
@@ -103,6 +107,40 @@ def test_gated_prefixes_see_one_sample_at_a_time(tmp_path: Path) -> None:
     assert_same(gradients(model, [as_trained(model, pack(encoded), count, tmp_path)]), expected)
 
 
+def test_a_step_over_a_packed_row_is_the_step_over_a_padded_batch(tmp_path: Path) -> None:
+    """The whole way, through the data loader: the same weights after a step, and the same count of tokens."""
+    after, seen = [], []
+    for packed in (False, True):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            report_to="none",
+            max_steps=1,
+            per_device_train_batch_size=4,
+            optim="sgd",
+            max_grad_norm=0,
+            learning_rate=0.1,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            include_num_input_tokens_seen="non_padding",
+            save_strategy="no",
+        )
+        trainer = TuningTrainer(
+            model=tiny("qwen2_5_vl"),
+            args=arguments,
+            train_dataset=samples("qwen2_5_vl"),
+            data_collator=Collator(PAD, packed=packed),
+            data_report=DataReport(rows=4),
+            max_bad_fraction=0,
+            learning_rates={},
+        )
+        trainer.train()
+        after.append(dict(trainer.model.named_parameters()))
+        seen.append(trainer.state.num_input_tokens_seen)
+    assert_same(after[1], after[0])
+    assert seen == [sum(sample["input_ids"].shape[1] for sample in samples("qwen2_5_vl"))] * 2
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
 def test_positions_that_run_on_are_found(family: str, tmp_path: Path) -> None:
     """What the tests above hold fails by far when samples in a row see each other."""
@@ -121,10 +159,11 @@ def test_positions_that_run_on_are_found(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("pair", [(0, 1), (1, 0), (0, 2), (2, 3)])
 def test_two_samples_prove_that_a_model_keeps_them_apart(family: str, pair: tuple[int, int]) -> None:
     model = tiny(family)
+    model.lm_head.eval()
     encoded = [samples(family)[number] for number in pair]
     check_packable(model)
     prove_packing(model, pack(encoded), single(encoded))
-    assert model.training
+    assert [name for name, module in model.named_modules() if not module.training] == ["lm_head"]  # as it was
     prove_packing(model.bfloat16(), pack(encoded), single(encoded))
 
 
@@ -195,6 +234,13 @@ def test_what_cannot_be_packed_is_refused_by_name(make: Any, reason: str) -> Non
         check_packable(make())
 
 
+def test_a_family_is_refused_before_it_has_weights() -> None:
+    with pytest.raises(UserError, match="gemma3: its image tokens attend in both"):
+        check_packable_family(Gemma3Config(vision_config=SIGLIP, text_config=GEMMA))
+    for make in CONFIGS.values():
+        check_packable_family(make())
+
+
 def test_an_attention_without_masks_between_samples_is_refused() -> None:
     model = tiny("llava")
     model.config.text_config._attn_implementation = "paged|sdpa"
@@ -236,8 +282,8 @@ def test_the_collator_packs_rows_and_sets_faults_beside_them() -> None:
     encoded = samples("qwen2_5_vl")
     image = {**encoded[0], "labels": torch.full_like(encoded[0]["labels"], -100)}
     batch = Collator(PAD, stand_in=image, packed=True)([encoded[1]])
-    assert batch.pop("faults") == []
+    assert batch.pop("faults") == batch.pop("rows") == []
     expected = pack([encoded[1], image])
     assert batch.keys() == expected.keys()
     assert all(torch.equal(batch[key], expected[key]) for key in expected)
-    assert Collator(PAD, packed=True)([]) == {"faults": []}
+    assert Collator(PAD, packed=True)([]) == {"faults": [], "rows": []}

@@ -110,3 +110,45 @@ def test_media_go_or_a_row_does_and_both_are_told(make_recipe: Callable[..., Rec
 def test_a_run_without_one_row_that_fits_stops(make_recipe: Callable[..., Recipe]) -> None:
     with pytest.raises(UserError, match="no row can train"):
         train(make_recipe("data.over_length=drop_sample", "data.max_tokens=4", "train.max_steps=9"), ["test"])
+
+
+TOKENS = "train={max_steps: 3, learning_rate: 5e-3, gradient_accumulation_steps: 2, logging_steps: 1, use_cpu: true, seed: 0}"
+
+
+def test_packed_and_padded_batches_of_one_budget_train_alike(make_recipe: Callable[..., Recipe], base: Path) -> None:
+    """One step of all rows is the same sum, however they are put into batches."""
+    whole = make_recipe("train.max_steps=2", "train.per_device_train_batch_size=12")
+    train(whole, ["test"])
+    expected = [record[name] for record in metrics(whole) for name in ("loss", "grad_norm")]
+    longest = max(
+        encode_sample(sample, AutoProcessor.from_pretrained(str(base)))["input_ids"].shape[1]
+        for sample in Samples(whole.data.train)
+    )
+    for settings in ("data.packing=true", "data.packing=false"):
+        recipe = make_recipe(
+            TOKENS, settings, f"data.max_tokens={longest}", f"data.tokens_per_batch={longest * 6}", "train.max_steps=2"
+        )
+        train(recipe, ["test"], overwrite=True)
+        found = [record[name] for record in metrics(recipe) for name in ("loss", "grad_norm")]
+        assert found == pytest.approx(expected, abs=1e-5, rel=1e-5)
+
+
+def test_a_planned_run_knows_its_faulty_and_long_rows_before_weights_load(
+    make_recipe: Callable[..., Recipe], rows: Path, tmp_path: Path
+) -> None:
+    made = json.loads(rows.read_text())
+    made[3]["image"] = "gone.png"
+    made[5]["conversations"][1]["value"] = "seven " * 400
+    spoilt = tmp_path / "spoilt.json"
+    spoilt.write_text(json.dumps(made))
+    at = (f"data.train.0.path={spoilt}", f"data.train.0.media_root={rows.parent}", "data.plan=true", "data.check_rows=0")
+    (tmp_path / "empty_base").mkdir()
+    limits = ("data.max_tokens=300", "data.over_length=drop_sample")
+    with pytest.raises(UserError, match=r"1 of 12 rows cannot train.*\n  spoilt\.json\[3\]: image: no such file"):
+        train(make_recipe(*at, *limits), ["test"])
+    with pytest.raises(UserError, match=r"1 rows are too long, the first: spoilt\.json\[5\]"):
+        train(make_recipe(*at, "data.max_tokens=300", "data.max_bad_fraction=0.5"), ["test"])
+    recipe = make_recipe(*at, *limits, "data.max_bad_fraction=0.1", "train.per_device_train_batch_size=10")
+    figures = train(recipe, ["test"])
+    assert (figures["quarantined"], figures["dropped_over_length"]) == (1, 1)
+    assert metrics(recipe)[0]["epoch"] == 1  # ten rows are left, and make one batch

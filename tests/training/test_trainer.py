@@ -46,7 +46,7 @@ def make_trainer(recipe: Recipe, base: Path, **settings: object) -> TuningTraine
         args=training_arguments(recipe),
         train_dataset=TrainingSet(samples, Encoder(processor, recipe.data)),
         data_collator=Collator(processor.tokenizer.pad_token_id),
-        batches=Batches(Mixture.by_repeats([len(samples)], [1.0]), seed=0, size=4),
+        batches=Batches(Mixture.by_repeats([len(samples)], [1.0]), seed=0, size=recipe.train["per_device_train_batch_size"]),
         unscored=collate([stand_in(processor)], 0),
         processing_class=processor,
         callbacks=[FrozenInputsStayFrozen()],
