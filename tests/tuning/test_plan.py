@@ -19,13 +19,13 @@ def recipe_file(make_recipe: Callable[..., Recipe], tmp_path: Path) -> str:
 
 
 def test_a_plan_is_told_and_suggests(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert entry_point(["plan", recipe_file, "--tokens", "40", "--memory", "24GB", "--json"]) == 0
+    assert entry_point(["plan", recipe_file, "--no-data", "--tokens", "40", "--memory", "24GB", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["suggestions"] == []
     assert plan["limit"] == 24_000_000_000
     assert 7_900_000 < plan["weights"] + plan["trainable"] < plan["peak"] < 200_000_000
     least = plan["peak"] + plan["overhead"]
-    assert entry_point(["plan", recipe_file, "--tokens", "40", "--memory", f"{least - 1}B", "--json"]) == 0
+    assert entry_point(["plan", recipe_file, "--no-data", "--tokens", "40", "--memory", f"{least - 1}B", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["suggestions"][0].startswith("train.per_device_train_batch_size=")
     assert "fits" in plan["suggestions"][-1]
@@ -34,7 +34,7 @@ def test_a_plan_is_told_and_suggests(recipe_file: str, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "give data.max_tokens in the recipe, or --tokens"),
+        (["--no-data"], "give data.max_tokens in the recipe, or --tokens"),
         (["--tokens", "40", "--memory", "lots"], "lots"),
         (["--tokens", "0"], "tokens"),
         (["--tokens", "40", "model.base=nobody/nothing"], "nobody/nothing"),
