@@ -65,7 +65,7 @@ class Conversation(Declaration):
             if isinstance(text, list):
                 content = [waiting.block(f"{where}[{index}]", block) for index, block in enumerate(text)]
             elif isinstance(text, str):
-                content = waiting.split(text) if role == "user" else [{"type": "text", "text": text}]
+                content = waiting.split(text) if role != "assistant" else [{"type": "text", "text": text}]
             else:
                 raise RowError(row_id, where, f"expected text, found {type(text).__name__}", "field_type")
             messages.append({"role": role, "content": content})

@@ -92,10 +92,12 @@ def as_text(value: Any) -> str:
     """A value of a row as a text would show it.
 
     Raises:
-        ValueError: for null, lists, objects and bytes, which Python would write in its own words, and for what is no number.
+        ValueError: for null, true, lists, objects and bytes, which Python would write in its own words, and for what is no number.
     """
-    if value is None or isinstance(value, (list, tuple, dict, set, bytes, bytearray)):
-        raise ValueError(f"a text cannot be made of {'null' if value is None else f'a {type(value).__name__}'}")
+    if value is None or isinstance(value, bool):
+        raise ValueError(f"a text cannot be made of {'null' if value is None else str(value).lower()}")
+    if isinstance(value, (list, tuple, dict, set, bytes, bytearray)):
+        raise ValueError(f"a text cannot be made of a {type(value).__name__}")
     if isinstance(value, Box):
         raise ValueError("a box is written by a filter: {{ box | thousandths }}, fractions or pixels")
     if isinstance(value, float) and not math.isfinite(value):
@@ -132,11 +134,11 @@ def _commonest(values: Any) -> Any:
 
 @pass_context
 def _pick(context: Context, values: Any) -> Any:
-    """One item of a list, by the row's draw."""
+    """One item of a list, by the row's draw; from its later digits, so that it has nothing to do with the phrasing."""
     values = list(values)
     if not values:
         raise ValueError("pick from an empty list")
-    return values[int(context[DRAW] * len(values))]
+    return values[int(context[DRAW] * 2**20 % 1 * len(values))]
 
 
 @cache

@@ -26,7 +26,7 @@ from mmtune.shipped import shipped_dir
 
 ROLES = ("system", "user", "assistant")
 _IN_CONVERSATIONS = ("images", "videos", "audio", "placeholder")
-_IN_MESSAGES = ("values", "repeat", "options", "verbalizer", "boxes", "references")
+_IN_MESSAGES = ("join", "values", "repeat", "options", "verbalizer", "boxes", "references")
 
 
 class Join(Declaration):

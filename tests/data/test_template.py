@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +15,8 @@ from mmtune.data.media import MediaRules, image_size
 from mmtune.data.message import RowError, Sample, text_of
 from mmtune.data.template import DataTemplate, load_data_template
 from mmtune.errors import UserError
+from mmtune.recipe import Source
+from mmtune.shipped import shipped_dir
 
 
 def _said(sample: Sample, root: Path) -> list[tuple[str, list[str]]]:
@@ -159,6 +163,7 @@ VQA = {"image": "a.png", "question": "q", "answer": "x"}
         ({**VQA, "image": "none.png"}, r"messages\[0\]: no such file"),
         ({**VQA, "image": None}, r"messages\[0\]: expected the path of an image or its bytes, found NoneType"),
         ({**VQA, "question": float("nan")}, r"messages\[0\]: a text cannot be made of nan"),
+        ({**VQA, "answer": True}, r"messages\[1\]: a text cannot be made of true"),
         ({**VQA, "question": b"q"}, r"messages\[0\]: a text cannot be made of a bytes"),
         ({**VQA, "image": "../outside.png"}, r"messages\[0\]: .*lies outside media_root"),
     ],
@@ -271,6 +276,7 @@ def test_a_template_of_ones_own_is_read_by_path(media: Path, tmp_path: Path) -> 
         (OWN.replace("you: assistant", "you: bot"), "'bot' is no role; roles are system, user, assistant"),
         ("description: d\nexample: {}\nmessages: [{role: tool, text: x}]", "'tool' is no role"),
         (OWN + "repeat: {a: b}", "'repeat' means nothing beside 'conversation'"),
+        (OWN + "join: {by: a}", "'join' means nothing beside 'conversation'"),
         ("description: d\nexample: {}\nimages: a\nmessages: [{role: user, text: x}]", "'images' means nothing beside 'messages'"),
         ("description: d\nexample: {}\nmessages: [{role: user, text: []}]", "messages.0.text: "),
         ("description: d\nexample: {}\nmessages: [{role: user, images: ['{{'], text: x}]", "not valid Jinja: "),
@@ -332,3 +338,25 @@ def test_text_around_placeholders_is_kept(pieces: list[str], answer: str, tmp_pa
     assert text_of(messages[1]) == answer
     plain = load_data_template("llava").sample("r", _llava(("human", pieces[0]), ("gpt", answer)), MediaRules(root))
     assert text_of(plain.messages[0]) == pieces[0]
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data_templates.md").read_text(encoding="utf-8")
+BLOCKS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)]
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if "example" in block], ids=lambda block: block["description"])
+def test_the_templates_on_the_page_read_their_examples(block: dict[str, Any], media: Path) -> None:
+    template = DataTemplate.model_validate(block)
+    sample = template.sample("r", template.example, MediaRules(media))
+    assert [image.name for image in sample.images if isinstance(image, Path)] == ["a.png"]
+    assert text_of(sample.messages[-1]) in ("A cat.", "2")
+
+
+def test_the_page_names_every_template_and_every_key() -> None:
+    named = set(re.findall(r"^\| `(\w+)` \|", PAGE, flags=re.MULTILINE))
+    assert {file.stem for file in shipped_dir("data_templates").glob("*.yaml")} <= named
+    of_sources = re.findall(r"^\| `(\w+)` \|", PAGE.partition("## What a source adds")[2], flags=re.MULTILINE)
+    assert len(of_sources) == 7 and set(of_sources) <= set(Source.model_fields)
+    keys = set(re.findall(r"^(\w+):|^\| `(\w+): \{", PAGE, flags=re.MULTILINE))
+    written = {name for pair in keys for name in pair if name} | {"videos", "audio"}  # told beside `images`
+    assert set(DataTemplate.model_fields) <= written
