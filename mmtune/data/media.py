@@ -266,11 +266,11 @@ def open_image(media: Media | str) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """16 bits of grey as 8. Pillow's own conversion clips at 255."""
-    if image.mode == "I":
-        low, high = cast(tuple[int, int], image.getextrema())
-        if low < 0 or high > 65_535:
-            raise Unusable("image_unreadable", f"32-bit values from {low} to {high}; save it with 8 or 16 bits")
-    return image.point(lambda level: level / 256).convert("L")
+    wide = image.convert("I")  # the many forms of 16 bits become one
+    low, high = cast(tuple[int, int], wide.getextrema())
+    if low < 0 or high > 65_535:
+        raise Unusable("image_unreadable", f"32-bit values from {low} to {high}; save it with 8 or 16 bits")
+    return wide.point(lambda level: level / 256).convert("L")
 
 
 @contextmanager
