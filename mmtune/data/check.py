@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, meta
+from jinja2 import Environment, nodes
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -371,7 +371,7 @@ def fields_read(template: DataTemplate) -> set[str]:
     if template.boxes is not None:
         written.append(template.boxes.value)
     jinja = Environment()
-    found = {name for source in written for name in meta.find_undeclared_variables(jinja.parse(source))}
+    found = {node.name for source in written for node in jinja.parse(source).find_all(nodes.Name)}
     return found | {name.split(".")[0] for name in named if name}
 
 

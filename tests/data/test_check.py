@@ -19,8 +19,9 @@ from mmtune.data.check import Doctor, Rules, Summary, guess_template
 from mmtune.data.encode import encode_sample
 from mmtune.data.findings import KINDS, Finding
 from mmtune.data.image_check import COVERED, inspect_image
-from mmtune.data.media import open_image
+from mmtune.data.media import MediaRules, open_image
 from mmtune.data.message import RowError
+from mmtune.data.prompts import Prompting
 from mmtune.data.reader import Reader
 from mmtune.data.template import load_data_template, template_names
 from mmtune.errors import UserError
@@ -147,10 +148,19 @@ def test_a_field_that_nobody_reads_is_told_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", template_names())
-def test_a_template_knows_the_fields_that_it_reads(name: str) -> None:
-    """Every field of its example that is read is known: without it the example is another sample, or none."""
+def test_a_template_knows_the_fields_that_it_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field that is not among them can go, and the sample stays the same."""
+    monkeypatch.setattr("mmtune.data.conversation.resolve_media", lambda value, rules: Path(str(value)))
+    monkeypatch.setattr("mmtune.data.columns.image_size", lambda media: (1000, 1000))
     template = load_data_template(name)
-    assert check.fields_read(template) & template.example.keys()
+    words = {"0": "cat", "1": "dog", "2": "bird", "3": "fish", "7": "horse"} if template.verbalizer else None
+    rules, prompting = MediaRules(Path()), Prompting(words=words)
+    whole = template.sample("r", template.example, rules, prompting)
+    read = check.fields_read(template)
+    assert read & template.example.keys()
+    for field in template.example.keys() - read - {"joined"}:
+        less = {key: value for key, value in template.example.items() if key != field}
+        assert template.sample("r", less, rules, prompting) == whole, field
 
 
 # ---------------------------------------------------------------------------------------------------- the model's own limits
