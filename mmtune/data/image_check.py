@@ -27,6 +27,7 @@ Found = list[tuple[str, str]]
 TAIL = 65_536  # bytes at the end in which an end marker is looked for: cameras and programs write their own after it
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+ENDS = {PNG_START[:3]: PNG_END, JPEG_START: JPEG_END, b"GIF": b";"}
 JPEG_SCAN = 0xDA
 TIFF_PLACES = ((273, 279), (324, 325))  # offsets and lengths of strips, of tiles
 TIFF_BITS = 258
@@ -124,6 +125,10 @@ def _has_end(file: BinaryIO, size: int) -> bool:
     """Whether a JPEG, PNG, GIF or WebP file has its end; True for any other."""
     file.seek(0)
     head = file.read(12)
+    file.seek(max(0, size - len(PNG_END)))
+    end = file.read(len(PNG_END))
+    if end.endswith(ENDS.get(head[:3], ())):
+        return True  # nearly every file; what follows is for those with something behind their end
     if head.startswith(JPEG_START):
         scan = _jpeg_scan(file)
         return scan is not None and JPEG_END in _tail(file, size, scan)
