@@ -1,11 +1,12 @@
 """How full packs are on lengths like those of LLaVA's instruction data.
 
-The lengths are made up, after what is published of LLaVA-1.5's mixture of 665 thousand conversations: 94 % have one image of 576
-tokens (CLIP at 336 pixels, patches of 14) and the rest are text. The text of a conversation is lognormal: median 180 tokens with an
-image, 330 without, sigma 0.75, at least 20; a sample over the capacity is left out, as `over_length: drop_sample` does.
+The lengths are made up, after what is published of LLaVA-1.5's mixture of 665 thousand conversations: 94 % have one image of
+576 tokens (CLIP at 336 pixels, patches of 14) and the rest are text. The text of a conversation is lognormal: median 180
+tokens with an image, 330 without, sigma 0.75, at least 20; a sample over the capacity is left out, as `over_length:
+drop_sample` does.
 
-Beside our packing stand packs filled in the order of the rows (a new one whenever the next sample does not fit), and batches of 16
-padded to their longest, of rows in their order and of rows of similar lengths.
+Beside our packing stand packs filled in the order of the rows (a new one whenever the next sample does not fit), and batches
+of 16 padded to their longest, of rows in their order and of rows of similar lengths.
 
 Usage: python benchmarks/data_packing.py [--rows 200000] [--seed 0]
 """

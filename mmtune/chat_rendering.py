@@ -138,7 +138,7 @@ def _checked(text: str, span: Span, messages: Messages, number: int, template: s
     if begin < 0 or text[start:begin].strip() or tail.strip() or end == stop:
         if answer != answer.strip() and answer.strip() in text[start:stop]:
             raise NotExact(STRIPPED)
-        supervised, spoken = (part.replace(MARK_START, "").replace(MARK_END, "") for part in (text[start:stop], answer))
+        supervised, spoken = (part.replace(MARK_START, "").replace(MARK_END, "") for part in (text[span[0] : stop], answer))
         detail = "right is the answer as it stands in the row and one token that ends it"
         raise NotExact(f"the chat template supervises {supervised!r} for the answer {spoken!r}; {detail}")
     return start, token.end() if token else stop

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,17 +17,6 @@ from mmtune.errors import UserError
 def replace_text(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it, so that a reader sees the old text or the new one."""
     replace_bytes(path, text.encode())
-
-
-def replace_bytes(path: Path, data: bytes) -> None:
-    """As `replace_text`; of several processes that write the same file, one's bytes stay, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def replace_bytes(path: Path, data: bytes) -> None:

@@ -59,7 +59,7 @@ class ChatSession:
         """Pieces of the greedy answer as the model writes them; the finished turn joins the conversation.
 
         Raises:
-            UserError: an image that is gone, or a question that spells a control token.
+            UserError: an image that is gone, or a question that is not valid Unicode.
         """
         turn: Message = {"role": "user", "content": [*self._images, {"type": "text", "text": question}]}
         prompt = encode_prompt("chat", [*self._messages, turn], self._processor)

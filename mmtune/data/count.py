@@ -83,9 +83,14 @@ def sample_replacements(sample: Sample, processor: ProcessorMixin) -> list[str]:
         UserError: as `image_replacements`.
     """
     try:
-        return image_replacements(processor, sizes_of(sample.messages))
+        sizes = sizes_of(sample.messages)
     except ValueError as error:
-        raise RowError(sample.id, "image", str(error), kind_of(error, "image_refused")) from error
+        raise RowError(sample.id, "image", str(error), kind_of(error)) from error
+    try:
+        return image_replacements(processor, sizes)
+    except ValueError as error:  # in the words of `encode_sample`
+        told = f"{type(processor).__name__} refuses the sample's images: {error}"
+        raise RowError(sample.id, "image", told, "image_refused") from error
 
 
 def sizes_of(messages: list[Message]) -> list[Size]:

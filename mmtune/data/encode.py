@@ -242,8 +242,8 @@ def _process_images(
     images = [block["image"] for message in opened for block in message["content"] if block["type"] == "image"]
     if not images:
         return {}, []
+    name = type(processor).__name__
     if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
-        name = type(processor).__name__
         raise UserError(f"model: {name} does not tell what it writes for an image, so its samples cannot be encoded exactly")
     try:
         own: Mapping[str, Any] = processor(
@@ -252,8 +252,9 @@ def _process_images(
             images_kwargs={"return_tensors": "pt"},
             return_text_replacement_offsets=True,
         )
-    except ValueError as error:  # a shape that the family refuses, such as a line of pixels
-        raise RowError(sample_id, "image", str(error), kind_of(error, "image_refused")) from error
+    except ValueError as error:  # an image that is too long and narrow for it, for one
+        told = f"{name} refuses the sample's images: {error}"
+        raise RowError(sample_id, "image", told, "image_refused") from error
     replacements = [change["replacement"] for change in own["text_replacement_offsets"][0]]
     text_keys = {"text_replacement_offsets", "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
     return {key: torch.as_tensor(value) for key, value in own.items() if key not in text_keys}, replacements

@@ -103,15 +103,16 @@ class _Partners:
         self._path = path
         self._rows = open_rows(path, rows=join.rows)
         self._field = join.to or join.by
-        self._places: dict[tuple[type, Any], list[int]] = {}
+        self._places: dict[int | str, int] = {}
+        self._several: set[int | str] = set()
         for place in range(len(self._rows)):
             try:
                 _, partner = self._rows[place]
             except RowError as error:
                 raise UserError(f"join: {error}") from error
             key = _key(partner.get(self._field))
-            if key is not None:
-                self._places.setdefault(key, []).append(place)
+            if key is not None and self._places.setdefault(key, place) != place:
+                self._several.add(key)
 
     def join(self, row_id: str, row: Row) -> Row:
         """The row with its partner under `joined`.
@@ -129,14 +130,11 @@ class _Partners:
                 "field_type" if field in row else "field_missing",
             )
         if "joined" in row:
-            raise RowError(
-                row_id, "joined", "the row has a field of this name, which is where its partner would be", "field_type"
-            )
-        places = self._places.get(key, [])
-        if len(places) != 1:
-            many = f"{len(places)} rows have" if places else "no row has"
+            raise RowError(row_id, "joined", "the row has a field of this name, which is where its partner would be", "field_type")
+        if key not in self._places or key in self._several:
+            many = "several rows have" if key in self._several else "no row has"
             raise RowError(row_id, field, f"{many} {self._field} {value!r} in {self._path}"[:400], "partner_missing")
-        return {**row, "joined": self._rows[places[0]][1]}
+        return {**row, "joined": self._rows[self._places[key]][1]}
 
 
 class _Shots:
@@ -230,9 +228,9 @@ def _partners(join: Join | None, template: str, path: str, other: str | None) ->
     return _Partners(join, other)
 
 
-def _key(value: Any) -> tuple[type, Any] | None:
-    """Numbers and texts name partners; 1, "1" and true are three names."""
-    return (type(value), value) if isinstance(value, (int, str)) and not isinstance(value, bool) else None
+def _key(value: Any) -> int | str | None:
+    """Whole numbers and texts name partners; 1 and "1" are two names, and true is none."""
+    return value if isinstance(value, (int, str)) and not isinstance(value, bool) else None
 
 
 def _is_among(value: Any, wanted: Any) -> bool:

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from mmtune.data.batches import Batches, Mixture
 from mmtune.data.collate import ASIDE, Collator, collate, pack
 from mmtune.data.dataset import OTHER_POLICIES, Encoder, Samples, StreamedSamples, TrainingSet
+from mmtune.data.encode import OverLength
 from mmtune.data.message import RowError
 from mmtune.data.plan import build_plan, foretell
 from mmtune.data.plan_cache import PlanCache, beside, plan_key
@@ -53,10 +54,11 @@ def plan_rows(samples: Samples, recipe: Recipe, report: DataReport, world: World
         cache = PlanCache(beside(section.train), plan_key(section.train, processor, section.supervise))
         plan = build_plan(samples, processor, section.supervise, cache=cache)
         outcome = foretell(plan, samples, processor, section.max_tokens, section.over_length, section.supervise)
-        if outcome.dropped and section.over_length == "error":
-            first = next(iter(outcome.dropped.values()))
-            raise UserError(f"{len(outcome.dropped)} rows are too long, the first: {first} ({OTHER_POLICIES})")
-        found = outcome.lengths, [*plan.faults.values(), *outcome.dropped.values()]
+        limit = f"more than data.max_tokens: {section.max_tokens}"
+        too_long = [OverLength(samples[row].id, "messages", f"{plan.tokens[row]} tokens, {limit}") for row in outcome.dropped]
+        if too_long and section.over_length == "error":
+            raise UserError(f"{len(too_long)} rows are too long, the first: {too_long[0]} ({OTHER_POLICIES})")
+        found = outcome.lengths, [*plan.faults.values(), *too_long]
     lengths, faults = next(each for each in world.gather(found) if each is not None)
     for fault in faults:
         report.add(fault)
@@ -82,25 +84,34 @@ def order_rows(
     Returns:
         The rows by index, and which of them make which batch; or a stream of batches and None.
     """
-    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    size = arguments.per_device_train_batch_size
-    if isinstance(samples, StreamedSamples):
-        stream = SampleStream(
-            samples.openers,
-            samples.weights,
-            lambda rows: collator([encoder(handle, source) for source, handle in rows]),
-            seed=seed,
-            window=section.shuffle_window if arguments.train_sampling_strategy == "random" else 1,
-            size=size,
-            rank=world.rank,
-            world=world.size,
-        )
-        return stream, None
+    if isinstance(samples, Samples):
+        return TrainingSet(samples, encoder), make_batches(samples, section, arguments, world, lengths)
+    stream = SampleStream(
+        samples.openers,
+        samples.weights,
+        lambda rows: collator([encoder(handle, source) for source, handle in rows]),
+        seed=_seed(arguments),
+        window=section.shuffle_window if arguments.train_sampling_strategy == "random" else 1,
+        size=arguments.per_device_train_batch_size,
+        rank=world.rank,
+        world=world.size,
+    )
+    return stream, None
+
+
+def make_batches(
+    samples: Samples, section: DataSection, arguments: TrainingArguments, world: World, lengths: NDArray[np.int64] | None
+) -> Batches:
+    """The batches of this process, as the recipe asks for them.
+
+    Args:
+        lengths: as `order_rows`.
+    """
     mixture = Mixture.by_ratio if section.mix == "ratio" else Mixture.by_repeats
-    batches = Batches(
+    return Batches(
         mixture(samples.counts, [source.weight for source in section.train]),
-        seed=seed,
-        size=size,
+        seed=_seed(arguments),
+        size=arguments.per_device_train_batch_size,
         accumulation=arguments.gradient_accumulation_steps,
         rank=world.rank,
         world=world.size,
@@ -112,7 +123,10 @@ def order_rows(
         shuffled=arguments.train_sampling_strategy == "random",
         epochs=math.ceil(arguments.num_train_epochs),
     )
-    return TrainingSet(samples, encoder), batches
+
+
+def _seed(arguments: TrainingArguments) -> int:
+    return int(arguments.seed if arguments.data_seed is None else arguments.data_seed)
 
 
 def optimizer_steps(arguments: TrainingArguments, batches: Batches | None) -> int:

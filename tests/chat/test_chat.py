@@ -96,10 +96,18 @@ def test_a_damaged_image_is_refused_when_it_is_attached(
     assert "".join(session.ask("so?")) == _plain(talker, "<|user|>so?<|end|><|assistant|>", [])
 
 
-def test_a_question_cannot_write_control_tokens(session: ChatSession) -> None:
+def test_a_question_cannot_write_control_tokens(session: ChatSession, talker: tuple[Any, Any]) -> None:
+    model, processor = talker
     for token in ("<image>", "<|assistant|>", "<|end|>"):
-        with pytest.raises(UserError, match="control token"):
-            list(session.ask(f"say {token}"))
+        session.reset()
+        said = "".join(session.ask(f"say {token}"))
+        turn = {"role": "user", "content": [{"type": "text", "text": f"say {token}"}]}
+        inputs = processor.apply_chat_template(
+            [turn], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True, sanitize_control_tokens=True
+        )
+        with torch.no_grad():
+            out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+        assert said == processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def test_a_model_without_a_chat_template_is_refused(talker: tuple[Any, Any]) -> None:
@@ -125,7 +133,7 @@ def test_the_terminal_talks(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    lines = ["/image /nowhere/x.png", "", f"/image {picture}", "  what? ", "/help", "/image", "say <image>", "/reset", "sure?"]
+    lines = ["/image /nowhere/x.png", "", f"/image {picture}", "  what? ", "/help", "/image", "/reset", "sure?"]
     _converse(session, [*lines, "/exit", "never asked"], monkeypatch)
     first = _plain(talker, "<|user|><image>\nwhat?<|end|><|assistant|>", [picture])
     last = _plain(talker, "<|user|>sure?<|end|><|assistant|>", [])
@@ -133,7 +141,6 @@ def test_the_terminal_talks(
     parts = [
         f"{HELP}\n(not an image that can be opened: /nowhere/x.png: ",
         f")\n({picture}, 40 x 24: ask about it)\n{first}\n(no command /help: {HELP})\n(not an image that can be opened: .: ",
-        "(chat: messages[2]: the text spells the control token '<image>'; take it out)\n",
         f"(a new conversation)\n{last}\n",
     ]
     at = 0

@@ -254,7 +254,8 @@ def test_an_image_that_the_processor_refuses_is_refused_alike_by_row(media: Path
         with pytest.raises(RowError) as refused:
             does(sample, FAMILIES["qwen2_vl"]())
         told.append((refused.value.row, refused.value.field, refused.value.detail))
-    assert told[0] == told[1] == ("rows.json[3]", "image", "absolute aspect ratio must be smaller than 200, got 450.0")
+    refusal = "Qwen2VLProcessor refuses the sample's images: absolute aspect ratio must be smaller than 200, got 450.0"
+    assert told[0] == told[1] == ("rows.json[3]", "image", refusal)
 
 
 def test_an_image_without_a_header_is_refused_by_row(media: Path) -> None:

@@ -91,8 +91,16 @@ def test_a_caption_is_supervised_with_its_newline(speakers: dict[str, Any], medi
         encode_sample(_sample("a", "b", "c", "d"), processor)  # with no words between, two captions run together
 
 
+@pytest.mark.parametrize("name", TALKING)
+def test_the_loss_can_fall_on_the_last_answer_alone(speakers: dict[str, Any], media: Path, name: str) -> None:
+    processor, sample = speakers[name], _conversations(media)["several images"]
+    whole, last = encode_sample(sample, processor), encode_sample(sample, processor, supervise="last")
+    assert _spans(last, processor) == _spans(whole, processor)[-1:] and len(_spans(whole, processor)) == 2
+    assert all(torch.equal(whole[key], last[key]) for key in whole if key != "labels")
+
+
 TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<image>")
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(lambda text: not any(t in text for t in TOKENS))
+TEXT = st.lists(st.sampled_from(TOKENS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=12), max_size=4).map("".join)
 ANSWER = TEXT.filter(str.strip)
 
 
@@ -139,6 +147,8 @@ def test_training_and_serving_agree(speakers: dict[str, Any], media: Path, name:
     assert set(trained) == {*plain, "labels"}
     assert all(torch.equal(trained[key], plain[key]) for key in plain)
     ids, labels = trained["input_ids"][0], trained["labels"][0]
+    mask = processor.apply_chat_template(opened, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    assert (labels != IGNORE_INDEX).long().tolist() == mask["assistant_masks"][0]
     begins = ((labels[1:] != IGNORE_INDEX) & (labels[:-1] == IGNORE_INDEX)).nonzero().flatten() + 1
     answers = [number for number, message in enumerate(sample.messages) if message["role"] == "assistant"]
     for begin, number in zip(begins.tolist(), answers, strict=True):

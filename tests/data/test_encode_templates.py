@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers as tf
+import trl
 from dialects import DIALECTS, Dialect, speaker
+from families import byte_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -103,3 +108,151 @@ def test_labels_are_the_answers_and_their_ends_with_marks_and_without(name: str)
 @pytest.mark.parametrize("name", DIALECTS)
 def test_the_dialects_pass_the_check_before_training(name: str, marked: bool) -> None:
     check_chat_template(speaker(name, marked))
+
+
+# ------------------------------------------------------------------------------------------------------------------ TRL
+
+TRL = Path(trl.__file__).parent / "chat_templates"
+END_OF = {
+    "gemma3": ("<start_of_image>", "<end_of_turn>"),
+    "idefics3": ("<image>", "<end_of_utterance>"),
+    "llava_next": ("<image>", "</s>"),
+    "qwen2_5_vl": ("<|image_pad|>", "<|im_end|>"),
+    "qwen3_vl": ("<|image_pad|>", "<|im_end|>"),
+    "smolvlm": ("<image>", "<end_of_utterance>"),
+}
+
+
+def _speaks(template: str, image: str, *more: str) -> tf.LlavaProcessor:
+    specials = (
+        "<s>",
+        "</s>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        image,
+        *more,
+    )
+    images = tf.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    tokenizer = byte_level(tuple(dict.fromkeys(specials)), bos_token="<s>", eos_token="</s>")
+    return tf.LlavaProcessor(
+        images, tokenizer, patch_size=14, vision_feature_select_strategy="full", image_token=image, chat_template=template
+    )
+
+
+def _talk(*turns: str | list[str]) -> list[Message]:
+    """From the user on; in a list, what is called `image` is one."""
+    return [
+        {
+            "role": "assistant" if number % 2 else "user",
+            "content": [
+                {"type": "image", "image": "x"} if piece == "image" else {"type": "text", "text": piece}
+                for piece in ([turn] if isinstance(turn, str) else turn)
+            ],
+        }
+        for number, turn in enumerate(turns)
+    ]
+
+
+@pytest.mark.parametrize("name", END_OF)
+def test_trls_training_templates_and_what_they_stand_for_give_the_same_labels(name: str) -> None:
+    """The published template has no marks, TRL's has, around more than the end of turn for some."""
+    image, end = END_OF[name]
+    messages = _talk(["image", "what?"], "a cat", ["and ", "image", "?"], "no\n\n<|im_end|>not", "sure?", "yes")
+    encoded = []
+    for file in (f"{name}_training.jinja", f"{name}.jinja"):
+        processor = _speaks((TRL / file).read_text(encoding="utf-8"), image)
+        encoded.append(encode_text("r", messages, processor, [image * 4] * 2))
+        check_chat_template(processor)
+    assert encoded[0] == encoded[1]
+    spans = spans_of(encoded[0], processor)
+    assert [span.lstrip(" ") for span in spans] == [text + end for text in ("a cat", "no\n\n<|im_end|>not", "yes")]
+
+
+def test_a_thought_that_the_prompt_holds_is_not_supervised() -> None:
+    """TRL marks the empty thought too; the prompt of a model that does not think ends after it."""
+    talk = _talk(["image", "what?"], "a cat")
+    for file in ("qwen3_5_nothink_training.jinja", "qwen3_5_nothink.jinja"):
+        processor = _speaks((TRL / file).read_text(encoding="utf-8"), "<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
+        assert spans_of(encode_text("r", talk, processor, ["<|image_pad|>"]), processor) == ["a cat<|im_end|>"]
+    thinks = _speaks((TRL / "qwen3_5_think_training.jinja").read_text(encoding="utf-8"), "<|image_pad|>")
+    with pytest.raises(
+        RowError, match=re.escape(r"supervises '<think>\n\n</think>\n\na cat<|im_end|>\n' for the answer 'a cat'")
+    ):
+        encode_text("r", talk, thinks, ["<|image_pad|>"])
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+TURN = "{{% for m in messages %}}{{{{ m.role ~ ':' }}}}{0}{{% endfor %}}{1}"
+SAYS = "{{ m.content[0].text }}<|im_end|>"
+PROMPT = "{% if add_generation_prompt %}assistant:{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("turn", "prompt", "reason"),
+    [
+        (SAYS, PROMPT, None),
+        (SAYS, "", "what it writes before an answer is not the prompt that the model is given: '.*assistant:' for"),
+        (SAYS, PROMPT.replace("assistant:", "assistant"), "is not the prompt that the model is given"),
+        ("{{ m.content[0].text | upper }}<|im_end|>", PROMPT, "changes an answer"),
+        ("{{ m.content[0].text | replace('sure', 'certain') }}<|im_end|>", PROMPT, None),
+        ("{{ m.content[0].text | replace('dog', 'cat') }}<|im_end|>", PROMPT, "changes an answer"),
+        ("{{ m.content[0].text ~ m.content[0].text }}<|im_end|>", PROMPT, "drops or repeats an answer"),
+        ("{% if loop.last or m.role == 'user' %}" + SAYS + "{% endif %}", PROMPT, "drops or repeats an answer"),
+        ("{% if 'dog' in m.content[0].text %}!{% endif %}" + SAYS, PROMPT, "what stands around it"),
+        ("{{ m.content[0].text }}", PROMPT, "writes no token that would end the turn after the last answer"),
+        ("{{ m.content[0].text }} over<|im_end|>", PROMPT, "writes no token that would end the turn"),
+        (
+            "{{ m.content[0].text }}{{ '<|im_end|>' if loop.last or m.role == 'user' }}",
+            PROMPT,
+            "ends the last turn with '<.im_end.>'",
+        ),
+        ("{{ raise_exception('no such talk') }}", PROMPT, "the chat template refuses this conversation: no such talk"),
+        ("{{ m.nothing.here }}", PROMPT, "the chat template refuses this conversation: .* has no attribute"),
+    ],
+)
+def test_a_template_without_marks_is_exact_or_says_why_not(turn: str, prompt: str, reason: str | None) -> None:
+    processor = _speaks(TURN.format(turn, prompt), "<image>")
+    messages = _talk("what?", "a dog", "sure?", "yes")
+    if reason is None:
+        assert spans_of(encode_text("r", messages, processor, []), processor) == ["a dog<|im_end|>", "yes<|im_end|>"]
+        return
+    with pytest.raises(RowError, match=reason) as caught:
+        encode_text("rows.json[3]", messages, processor, [])
+    assert caught.value.row == "rows.json[3]" and caught.value.field == "messages"
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_white_space_that_a_template_takes_off_is_named(marked: bool) -> None:
+    with pytest.raises(RowError, match="takes white space off the ends of an answer; take it out of the row"):
+        encode_text("r", _talk("what?", "a dog\n"), speaker("llama-3", marked), [])
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_token_over_the_edge_of_an_answer_is_refused(marked: bool) -> None:
+    """A prompt that ends with a space, which the tokenizer joins to the first word."""
+    turn = "{% if m.role == 'user' %}" + SAYS + "{% else %}{{ ' ' }}{% generation %}" + SAYS + "{% endgeneration %}{% endif %}"
+    template = TURN.format(turn, PROMPT.replace("assistant:", "assistant: "))
+    processor = _speaks(template if marked else re.sub("{% (end)?generation %}", "", template), "<image>")
+    with pytest.raises(RowError, match=r"messages\[1\]: a token of the answer takes in what the chat template writes beside it"):
+        encode_text("r", _talk("what?", "the cat"), processor, [])
+
+
+@pytest.mark.parametrize("kind", ["video", "audio"])
+def test_media_without_an_encoding_are_named(kind: str) -> None:
+    messages = _talk("what?", "a dog")
+    messages[0]["content"].insert(0, {"type": kind, kind: "clip"})
+    with pytest.raises(RowError, match=rf"r: messages\[0\]: {kind} cannot be encoded yet"):
+        encode_text("r", messages, speaker("zephyr"), [])
+
+
+def test_placeholders_are_as_many_as_images() -> None:
+    messages = _talk(["image", "what?"], "a dog")
+    with pytest.raises(RowError, match="writes 1 image placeholders for 2 images"):
+        encode_text("r", messages, speaker("zephyr"), ["<image>"] * 2)
+    forgets = _speaks(TURN.format("{{ m.content[-1].text }}<|im_end|>", PROMPT), "<image>")
+    with pytest.raises(RowError, match="writes 0 image placeholders for 1 images"):
+        encode_text("r", messages, forgets, ["<image>"])

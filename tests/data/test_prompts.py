@@ -253,7 +253,7 @@ def test_partners_are_joined_by_value(tmp_path: Path) -> None:
         (True, "found True"),
         (None, "found None"),
         ([1], r"found \[1\]"),
-        (7, "2 rows have id 7"),
+        (7, "several rows have id 7"),
     ],
 )
 def test_a_row_without_its_partner_is_named(tmp_path: Path, value: Any, reason: str) -> None:

@@ -59,7 +59,9 @@ TOKENIZERS = {
     "metaspace, bos": _metaspace(add_bos_token=True),
     "framing": _framing(),
 }
-PIECES = st.sampled_from(["<image>", "<image>" * 2, "<image>" * 5, "<end>", "<s>", " ", "\n", "the cat", "é", "e\u0301", "猫", "<", ">"])
+PIECES = st.sampled_from(
+    ["<image>", "<image>" * 2, "<image>" * 5, "<end>", "<s>", " ", "\n", "the cat", "é", "e\u0301", "猫", "<", ">"]
+)
 
 
 @pytest.mark.parametrize("added", [True, False])

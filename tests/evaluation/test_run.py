@@ -93,8 +93,8 @@ def test_every_module_keeps_its_mode(talker: tuple[Any, Any], samples: list[Samp
 
 
 def test_a_question_that_cannot_be_asked_is_named(talker: tuple[Any, Any]) -> None:
-    turns = [{"role": role, "content": [{"type": "text", "text": "<image>"}]} for role in ("user", "assistant")]
-    with pytest.raises(RowError, match=r"^row: messages\[0\]: the text spells the control token '<image>'"):
+    turns = [{"role": role, "content": [{"type": "text", "text": "half of \ud83d"}]} for role in ("user", "assistant")]
+    with pytest.raises(RowError, match=r"^row: messages\[0\]: the text is not valid Unicode"):
         generate_answers(*talker, [Sample("row", turns)], max_new_tokens=2, batch_size=1)
     with pytest.raises(RowError, match=r"^row: messages: the conversation does not end with an answer"):
         generate_answers(*talker, [Sample("row", turns[:1])], max_new_tokens=2, batch_size=1)
