@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 from pathlib import Path
@@ -335,3 +336,29 @@ def test_a_file_that_no_template_fits_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(UserError, match="which data template"):
         guess_template(str(tmp_path / "r.jsonl"))
+
+
+# --------------------------------------------------------------------------------------------------------------- kinds
+
+
+def _faults_raised() -> list[tuple[str, ast.expr | None]]:
+    """Every RowError and Unusable that the package makes: where, and the expression that gives its kind."""
+    made = []
+    for path in sorted(Path(check.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
+            if name == "RowError" and isinstance(node, ast.Call) and not isinstance(node.args[0], ast.Name | ast.Attribute):
+                continue
+            if name in ("RowError", "Unusable") and isinstance(node, ast.Call):
+                place = 3 if name == "RowError" else 0
+                made.append((f"{path.name}:{node.lineno}", node.args[place] if len(node.args) > place else None))
+    return made
+
+
+def test_every_fault_says_its_kind_where_it_is_raised() -> None:
+    made = _faults_raised()
+    assert len(made) > 50
+    for where, kind in made:
+        assert kind is not None, f"{where} does not say what kind of fault it is"
+        named = [node.value for node in ast.walk(kind) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        assert set(named) - {"assistant"} <= set(KINDS), f"{where} says {named}"
