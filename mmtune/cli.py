@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune import __version__
+from mmtune.cli_data import add_data_verbs
 from mmtune.console import settle_console, speaker
 from mmtune.errors import CheckFailed, UserError
 
@@ -41,6 +42,8 @@ def entry_point(arguments: Sequence[str] | None = None) -> int:
         print(f"{who}error: {error}", file=sys.stderr)
         return 2
     except CheckFailed as error:
+        if error.result is not None and getattr(parsed, "json", False):
+            print(json.dumps(error.result, indent=2, ensure_ascii=False))
         print(f"{who}failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -141,10 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("name", metavar="NAME")
     verb.add_argument("dest", metavar="DEST", nargs="?", help="a file or a folder (default: here)")
 
-    data = verbs.add_parser("data", help="data sets").add_subparsers(required=True, metavar="VERB")
-    verb = _verb(data, "digits", _data_digits, "write the quickstart's data set of handwritten digits")
-    verb.add_argument("folder", metavar="DIR")
-    verb.add_argument("--all", action="store_true", help="also the parts that the built-in checkpoint was trained on")
+    add_data_verbs(verbs.add_parser("data", help="data sets").add_subparsers(required=True, metavar="VERB"), _verb)
     return parser
 
 
@@ -383,16 +383,6 @@ def _recipe_copy(arguments: argparse.Namespace) -> Any:
     dest = copy_recipe(arguments.name, Path(arguments.dest or "."))
     print(f"copied: {dest}")
     return {"recipe": str(dest)}
-
-
-def _data_digits(arguments: argparse.Namespace) -> Any:
-    from mmtune.builtin.digits import PARTS, write_digits
-
-    parts = tuple(PARTS) if arguments.all else ("tune", "eval")
-    counts = write_digits(Path(arguments.folder), parts)
-    for part, rows in counts.items():
-        print(f"{arguments.folder}/{part}.json: {rows:,} rows")
-    return counts
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UserError(Exception):
     """The input is wrong: a recipe, a row, a file, an argument. Exit code 2.
@@ -11,7 +13,16 @@ class UserError(Exception):
 
 
 class CheckFailed(Exception):
-    """The input was fine and the result did not hold: a merge that differs, a check that found faults. Exit code 1."""
+    """The input was fine and the result did not hold: a merge that differs, a check that found faults. Exit code 1.
+
+    Args:
+        message: what did not hold.
+        result: what the command reports all the same, for `--json`.
+    """
+
+    def __init__(self, message: str, result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def nearest(name: str, valid: list[str] | set[str] | tuple[str, ...]) -> str:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mmtune.data.findings import Unusable
+
 SLACK = 0.01
 """How far, in pixels, a box may pass the border: COCO writes its boxes with two decimals. It is cut off at the border."""
 
@@ -41,15 +43,15 @@ def read_boxes(value: Any, layout: Literal["xywh", "xyxy"], size: tuple[int, int
 def _read(value: Any, layout: str, size: tuple[int, int]) -> Box:
     numbers = isinstance(value, (list, tuple)) and all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in value)
     if not numbers or len(value) != 4 or not all(-1e9 < n < 1e9 for n in value):
-        raise ValueError(f"expected a box of four numbers, found {value!r}"[:200])
+        raise Unusable("box_malformed", f"expected a box of four numbers, found {value!r}"[:200])
     x1, y1, x2, y2 = value
     if layout == "xywh":
         x2, y2 = x1 + x2, y1 + y2
     width, height = size
     if x2 <= x1 or y2 <= y1:
-        raise ValueError(f"the box {list(value)} ({layout}) is empty")
+        raise Unusable("box_malformed", f"the box {list(value)} ({layout}) is empty")
     if min(x1, y1) < -SLACK or x2 > width + SLACK or y2 > height + SLACK:
-        raise ValueError(f"the box {list(value)} ({layout}) reaches out of the image of {width} x {height} pixels")
+        raise Unusable("box_outside", f"the box {list(value)} ({layout}) reaches out of the image of {width} x {height} pixels")
     return Box(max(x1, 0), max(y1, 0), min(x2, width), min(y2, height), width, height)
 
 

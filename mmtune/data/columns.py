@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from mmtune.data.boxes import Box, read_boxes
 from mmtune.data.conversation import among, media
 from mmtune.data.expressions import DRAW, Declaration, as_text, check_jinja, evaluate, render
+from mmtune.data.findings import kind_of
 from mmtune.data.media import Media, MediaRules, image_size
 from mmtune.data.message import Message, RowError
 from mmtune.data.prompts import ClosedSet, Options, Prompting, Verbalizer, draw
@@ -73,12 +74,12 @@ class Boxes(Declaration):
             RowError: for a box that is none or reaches out of the image, or a row that has not exactly one image.
         """
         if len(images) != 1:
-            raise RowError(row_id, "boxes", f"boxes are those of one image, and the row has {len(images)}")
+            raise RowError(row_id, "boxes", f"boxes are those of one image, and the row has {len(images)}", "box_malformed")
         value = evaluate(row_id, "boxes", self.value, context, row)
         try:
             return read_boxes(value, self.layout, image_size(images[0]))
         except ValueError as error:
-            raise RowError(row_id, "boxes", str(error)) from error
+            raise RowError(row_id, "boxes", str(error), kind_of(error)) from error
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,17 @@ class Columns:
         for name, field in self.repeat.items():
             values = row.get(field)
             if not isinstance(values, list) or not values:
-                raise RowError(row_id, field, "expected a list that is not empty" + among(row, field))
+                raise RowError(
+                    row_id,
+                    field,
+                    "expected a list that is not empty" + among(row, field),
+                    "field_type" if field in row else "field_missing",
+                )
             lists[name] = values
         counts = {field: len(lists[name]) for name, field in self.repeat.items()}
         if len(set(counts.values())) > 1:
             told = ", ".join(f"{count} {field}" for field, count in counts.items())
-            raise RowError(row_id, next(iter(counts)), f"the lists differ in length: {told}")
+            raise RowError(row_id, next(iter(counts)), f"the lists differ in length: {told}", "field_type")
         return [context | dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
     def _closed(self, row_id: str, row: Mapping[str, Any], context: Context, prompting: Prompting) -> ClosedSet | None:
@@ -182,8 +188,8 @@ class Columns:
             return ()
         values = evaluate(row_id, "references", self.references, context, row)
         if not isinstance(values, list) or not values:
-            raise RowError(row_id, "references", f"expected a list of answers, found {values!r}"[:200])
+            raise RowError(row_id, "references", f"expected a list of answers, found {values!r}"[:200], "field_type")
         try:
             return tuple(dict.fromkeys(as_text(value) for value in values))
         except ValueError as error:
-            raise RowError(row_id, "references", str(error)) from error
+            raise RowError(row_id, "references", str(error), "field_type") from error

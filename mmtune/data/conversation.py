@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from mmtune.data.expressions import Declaration
+from mmtune.data.findings import kind_of
 from mmtune.data.media import Media, MediaRules, resolve_media
 from mmtune.data.message import Message, RowError
 from mmtune.errors import nearest
@@ -43,17 +44,22 @@ class Conversation(Declaration):
         """
         turns = row.get(self.field)
         if not isinstance(turns, list) or not turns:
-            raise RowError(row_id, self.field, "expected a list of turns" + among(row, self.field))
+            raise RowError(
+                row_id,
+                self.field,
+                "expected a list of turns" + among(row, self.field),
+                "field_type" if self.field in row else "field_missing",
+            )
         waiting = _Waiting(row_id, row, rules, fields, PLACEHOLDERS | {"image": placeholder})
         messages = self._system(row_id, row)
         for number, turn in enumerate(turns):
             where = f"{self.field}[{number}]"
             if not isinstance(turn, dict) or self.role not in turn or self.text not in turn:
-                raise RowError(row_id, where, f"expected an object with '{self.role}' and '{self.text}'")
+                raise RowError(row_id, where, f"expected an object with '{self.role}' and '{self.text}'", "field_missing")
             speaker, text = turn[self.role], turn[self.text]
             if not isinstance(speaker, str) or speaker not in self.roles:
                 hint = nearest(str(speaker)[:100], set(self.roles))
-                raise RowError(row_id, f"{where}.{self.role}", f"unknown speaker {speaker!r}"[:200] + hint)
+                raise RowError(row_id, f"{where}.{self.role}", f"unknown speaker {speaker!r}"[:200] + hint, "role_unknown")
             role = self.roles[speaker]
             where = f"{where}.{self.text}"
             if isinstance(text, list):
@@ -61,7 +67,7 @@ class Conversation(Declaration):
             elif isinstance(text, str):
                 content = waiting.split(text) if role != "assistant" else [{"type": "text", "text": text}]
             else:
-                raise RowError(row_id, where, f"expected text, found {type(text).__name__}")
+                raise RowError(row_id, where, f"expected text, found {type(text).__name__}", "field_type")
             messages.append({"role": role, "content": content})
         waiting.check(self.field)
         return messages
@@ -71,7 +77,7 @@ class Conversation(Declaration):
         if text is None or text == "":
             return []
         if not isinstance(text, str):
-            raise RowError(row_id, str(self.system), f"expected text, found {type(text).__name__}")
+            raise RowError(row_id, str(self.system), f"expected text, found {type(text).__name__}", "field_type")
         return [{"role": "system", "content": [{"type": "text", "text": text}]}]
 
 
@@ -89,7 +95,9 @@ class _Waiting:
         kinds = {placeholders[kind]: kind for kind in fields}
         self._kinds = kinds
         self._pattern = re.compile("|".join(map(re.escape, kinds))) if kinds else None
-        self._given = {kind: [media(row_id, field, name, rules) for name in _names(row.get(field))] for kind, field in fields.items()}
+        self._given = {
+            kind: [media(row_id, field, name, rules) for name in _names(row.get(field))] for kind, field in fields.items()
+        }
         self._left: dict[str, Iterator[Media]] = {kind: iter(given) for kind, given in self._given.items()}
         self._asked = dict.fromkeys(PLACEHOLDERS, 0)
 
@@ -121,7 +129,7 @@ class _Waiting:
             given = block["image_url"]
             named = given.get("url") if isinstance(given, dict) else given
             return {"type": "image", "image": media(self._row_id, where, named, self._rules)}
-        raise RowError(self._row_id, where, f"expected a text, image, video or audio block, found {block!r}"[:200])
+        raise RowError(self._row_id, where, f"expected a text, image, video or audio block, found {block!r}"[:200], "field_type")
 
     def check(self, field: str) -> None:
         """
@@ -131,8 +139,10 @@ class _Waiting:
         for kind, asked in self._asked.items():
             given = len(self._given.get(kind, ()))
             if given != asked:
-                detail = f"{given} {kind if kind == 'audio' else f'{kind}s'} for {asked} '{self._placeholders[kind]}' placeholders"
-                raise RowError(self._row_id, self._fields.get(kind, field), detail)
+                detail = (
+                    f"{given} {kind if kind == 'audio' else f'{kind}s'} for {asked} '{self._placeholders[kind]}' placeholders"
+                )
+                raise RowError(self._row_id, self._fields.get(kind, field), detail, "placeholder_count")
 
     def _next(self, kind: str) -> dict[str, Any]:
         self._asked[kind] += 1
@@ -154,7 +164,7 @@ def media(row_id: str, field: str, value: Any, rules: MediaRules) -> Media:
     try:
         return resolve_media(value, rules)
     except ValueError as error:
-        raise RowError(row_id, field, str(error)) from error
+        raise RowError(row_id, field, str(error), kind_of(error)) from error
 
 
 def among(row: Mapping[str, Any], field: str) -> str:

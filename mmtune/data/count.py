@@ -23,6 +23,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from mmtune.data.encode import Supervise, encode_text
+from mmtune.data.findings import kind_of
 from mmtune.data.media import image_size
 from mmtune.data.message import Message, RowError, Sample
 from mmtune.errors import UserError
@@ -84,12 +85,12 @@ def sample_replacements(sample: Sample, processor: ProcessorMixin) -> list[str]:
     try:
         sizes = sizes_of(sample.messages)
     except ValueError as error:
-        raise RowError(sample.id, "image", str(error)) from error
+        raise RowError(sample.id, "image", str(error), kind_of(error)) from error
     try:
         return image_replacements(processor, sizes)
     except ValueError as error:  # in the words of `encode_sample`
         told = f"{type(processor).__name__} refuses the sample's images: {error}"
-        raise RowError(sample.id, "image", told) from error
+        raise RowError(sample.id, "image", told, "image_refused") from error
 
 
 def sizes_of(messages: list[Message]) -> list[Size]:

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from mmtune.data.encode import IGNORE_INDEX, OverLength, encode_sample
+from mmtune.data.findings import kind_of
 from mmtune.data.media import Embedded, Media, image_size
 from mmtune.data.message import RowError, Sample
 from mmtune.data.reader import Reader
@@ -30,7 +31,7 @@ Encoded = dict[str, Any]
 """Tensors as `encode_sample` gives them, the row's id as `row`, and as `note` what was done to its media."""
 
 
-def _readers(sources: Sequence[Source]) -> list[Reader]:
+def open_readers(sources: Sequence[Source]) -> list[Reader]:
     """Of each source; its rows' ids begin with the file's name, or with the whole path where that would not keep them apart."""
     paths = {source.path for source in sources}
     files = Counter(Path(path).name for path in paths)
@@ -57,7 +58,7 @@ class Samples(Sequence[Sample]):
         Raises:
             UserError: a missing or unreadable file, or an unknown template.
         """
-        self._readers = _readers(sources)
+        self._readers = open_readers(sources)
         self._rows = [reader.open() for reader in self._readers]
         self.counts = [min(len(rows), source.limit or len(rows)) for rows, source in zip(self._rows, sources, strict=True)]
         self._ends = list(accumulate(self.counts))
@@ -91,7 +92,7 @@ class StreamedSamples:
         Raises:
             UserError: an unknown template.
         """
-        self._readers = _readers(sources)
+        self._readers = open_readers(sources)
         self.weights = [source.weight for source in sources]
         self.names = _names(sources)
 
@@ -139,7 +140,7 @@ def _check_header(row_id: str, image: Media) -> None:
     try:
         image_size(image)
     except ValueError as error:
-        raise RowError(row_id, "image", str(error)) from error
+        raise RowError(row_id, "image", str(error), kind_of(error)) from error
 
 
 OTHER_POLICIES = "data.over_length: drop_sample, drop_media and shrink_media would go on"

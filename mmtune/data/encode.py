@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import Gemma3nProcessor, Gemma3Processor, PaliGemmaProcessor, ProcessorMixin
 
 from mmtune.chat_rendering import MARK_START, NotExact, Span, control_tokens, render_conversation, render_prompt
+from mmtune.data.findings import kind_of
 from mmtune.data.media import open_image
 from mmtune.data.message import Message, RowError, Sample, text_of
 from mmtune.data.tokens import Places, mark, spells, tokenize, tokenize_marked, unmark
@@ -101,7 +102,7 @@ def _encode_text(
         else:
             input_ids, offsets = tokenize(tokenizer, text, not writes_bos, image_tokens(processor))
     except NotExact as error:
-        raise RowError(sample_id, "messages", str(error)) from error
+        raise RowError(sample_id, "messages", str(error), "chat_template") from error
     places = Places(offsets)
     if not prompt:
         _check_edges(sample_id, messages, processor, replacements, input_ids, [places.crosses(span) for span in spans])
@@ -141,11 +142,12 @@ def _as_shown(sample_id: str, messages: list[Message]) -> list[Message]:
                 content.append({"type": "image", "image": "image"})
             else:
                 detail = f"{block['type']} cannot be encoded yet; text and images can"
-                raise RowError(sample_id, f"messages[{number}]", detail)
+                raise RowError(sample_id, f"messages[{number}]", detail, "media_unsupported")
         try:
             text_of(message).encode()
         except UnicodeEncodeError as error:
-            raise RowError(sample_id, f"messages[{number}]", f"the text is not valid Unicode: {error}") from error
+            told = f"the text is not valid Unicode: {error}"
+            raise RowError(sample_id, f"messages[{number}]", told, "text_not_unicode") from error
         shown.append({**message, "content": content})
     return shown
 
@@ -195,7 +197,7 @@ def with_images(sample_id: str, messages: list[Message]) -> list[Message]:
                 try:
                     image = open_image(block["image"])
                 except ValueError as error:
-                    raise RowError(sample_id, "image", str(error)) from error
+                    raise RowError(sample_id, "image", str(error), kind_of(error)) from error
                 if "size" in block:  # `data.over_length: shrink_media` asks for it
                     image = image.resize(block["size"], Image.Resampling.LANCZOS)
                 block = {"type": "image", "image": image}
@@ -251,7 +253,8 @@ def _process_images(
             return_text_replacement_offsets=True,
         )
     except ValueError as error:  # an image that is too long and narrow for it, for one
-        raise RowError(sample_id, "image", f"{name} refuses the sample's images: {error}") from error
+        told = f"{name} refuses the sample's images: {error}"
+        raise RowError(sample_id, "image", told, "image_refused") from error
     replacements = [change["replacement"] for change in own["text_replacement_offsets"][0]]
     text_keys = {"text_replacement_offsets", "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
     return {key: torch.as_tensor(value) for key, value in own.items() if key not in text_keys}, replacements
@@ -301,7 +304,7 @@ def _check_edges(
             prompt = _encode_text(sample_id, before, processor, replacements[:images], "all", prompt=True).input_ids
             crosses = crosses or input_ids[: len(prompt)] != prompt
         if crosses:
-            raise RowError(sample_id, f"messages[{number}]", detail)
+            raise RowError(sample_id, f"messages[{number}]", detail, "answer_edge")
 
 
 def encode_prompt(sample_id: str, messages: list[Message], processor: ProcessorMixin) -> dict[str, torch.Tensor]:

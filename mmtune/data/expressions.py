@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateRuntimeError, Undefined, nodes, pass_context
+from jinja2 import StrictUndefined, Template, TemplateError, TemplateRuntimeError, Undefined, UndefinedError, nodes, pass_context
 from jinja2.environment import TemplateExpression
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -107,7 +107,12 @@ def as_text(value: Any) -> str:
 
 def _told(row_id: str, where: str, error: Exception, row: Mapping[str, Any]) -> RowError:
     columns = ", ".join(map(str, row)) or "nothing"
-    return RowError(row_id, where, f"{str(error)[:300]}; the row has: {columns[:300]}")
+    return RowError(
+        row_id,
+        where,
+        f"{str(error)[:300]}; the row has: {columns[:300]}",
+        "field_missing" if isinstance(error, UndefinedError) else "field_type",
+    )
 
 
 def _written(value: Any) -> Any:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
+from mmtune.data.findings import Unusable
 from mmtune.files import replace_bytes
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -99,10 +100,10 @@ def fetch_media(url: str, cache: Path, limits: Limits = LIMITS, allowed: Callabl
             asked = urljoin(asked, location)
         except (OSError, http.client.HTTPException) as error:
             reason = "took too long" if time.monotonic() >= deadline else str(error) or type(error).__name__
-            raise ValueError(f"cannot fetch {_shown(url)}: {reason}") from error
+            raise Unusable("media_fetch", f"cannot fetch {_shown(url)}: {reason}") from error
         except ValueError as refused:
-            raise ValueError(f"cannot fetch {_shown(url)}: {refused}") from refused
-    raise ValueError(f"cannot fetch {_shown(url)}: more than {limits.redirects} redirects")
+            raise Unusable("media_fetch", f"cannot fetch {_shown(url)}: {refused}") from refused
+    raise Unusable("media_fetch", f"cannot fetch {_shown(url)}: more than {limits.redirects} redirects")
 
 
 class _Refused(ValueError):

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, cast
 from PIL import ExifTags, Image
 
 from mmtune.data.fetch import default_cache, fetch_media
+from mmtune.data.findings import Unusable
 
 MAX_PIXELS = 89_478_485
 """Largest image that is opened: where Pillow warns of a decompression bomb."""
@@ -180,18 +181,18 @@ def resolve_media(value: Any, rules: MediaRules) -> Media:
     if isinstance(value, dict) and value.get("bytes") is not None:
         data, path = value["bytes"], value.get("path")
         if not isinstance(data, (bytes, bytearray, memoryview)):
-            raise ValueError(f"'bytes' holds {type(data).__name__}, not bytes")
+            raise Unusable("media_path", f"'bytes' holds {type(data).__name__}, not bytes")
         return Embedded(rules.root, path if isinstance(path, str) and path else "bytes", data=bytes(data))
     name = value.get("path") if isinstance(value, dict) and set(value) <= {"bytes", "path"} else value
     if isinstance(name, Path):
         name = str(name)
     if not isinstance(name, str):
-        raise ValueError(f"expected the path of an image or its bytes, found {_kind(value)}")
+        raise Unusable("media_path", f"expected the path of an image or its bytes, found {_kind(value)}")
     if name[:5].lower() == "data:":
         return _from_data_uri(name, rules)
     if name[:8].lower().startswith(("http://", "https://")):
         if not rules.urls:
-            raise ValueError(f"'{name[:100]}' is a URL; `allow_urls: true` in its source would fetch it")
+            raise Unusable("media_url", f"'{name[:100]}' is a URL; `allow_urls: true` in its source would fetch it")
         return fetch_media(name, rules.cache or default_cache())
     return _from_path(name, rules)
 
@@ -206,26 +207,27 @@ def _from_path(name: str, rules: MediaRules) -> Path:
         path = (root / name).resolve()
         is_file = path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long a name; links in a circle; a null byte, a lone surrogate
-        raise ValueError(f"cannot look up '{name[:200]}': {error}"[:400]) from error
+        raise Unusable("media_path", f"cannot look up '{name[:200]}': {error}"[:400]) from error
     if not rules.outside and not path.is_relative_to(root):
-        raise ValueError(f"'{name}' lies outside media_root {root}; `allow_outside_root: true` in its source would allow it")
+        told = f"'{name}' lies outside media_root {root}; `allow_outside_root: true` in its source would allow it"
+        raise Unusable("media_outside_root", told)
     if not is_file:
-        raise ValueError(f"no such file: {path}")
+        raise Unusable("media_missing", f"no such file: {path}")
     return path
 
 
 def _from_data_uri(uri: str, rules: MediaRules) -> Embedded:
     """RFC 2397, of an image and in base64, as rows in OpenAI's format carry images."""
     if len(uri) > MAX_DATA_URI:
-        raise ValueError(f"a data: URI of {len(uri)} characters, more than {MAX_DATA_URI}")
+        raise Unusable("media_path", f"a data: URI of {len(uri)} characters, more than {MAX_DATA_URI}")
     head, comma, body = uri.partition(",")
     kind, *parameters = head[5:].lower().split(";")
     if not comma or not kind.startswith("image/") or parameters[-1:] != ["base64"]:
-        raise ValueError(f"'{uri[:60]}' is no data: URI of an image in base64 (data:image/png;base64,...)")
+        raise Unusable("media_path", f"'{uri[:60]}' is no data: URI of an image in base64 (data:image/png;base64,...)")
     try:
         data = base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:  # ValueError: characters outside of ASCII
-        raise ValueError(f"'{uri[:60]}' is not valid base64: {error}") from error
+        raise Unusable("media_path", f"'{uri[:60]}' is not valid base64: {error}") from error
     return Embedded(rules.root, "data: URI", data=data)
 
 
@@ -235,7 +237,7 @@ def image_size(media: Media | str) -> tuple[int, int]:
     Raises:
         ValueError: for a file that is no image, has no pixels, or has too many.
     """
-    with _opened(media) as (image, orientation):
+    with opened_image(media) as (image, orientation):
         width, height = image.size
         return (height, width) if orientation >= 5 else (width, height)
 
@@ -248,7 +250,7 @@ def open_image(media: Media | str) -> Image.Image:
     Raises:
         ValueError: for a file that is no image, is cut short, has no pixels or too many.
     """
-    with _opened(media) as (image, orientation):
+    with opened_image(media) as (image, orientation):
         try:
             image.load()
             made: Image.Image = image
@@ -259,7 +261,7 @@ def open_image(media: Media | str) -> Image.Image:
             made = made.convert("RGB")
             return made.transpose(_TRANSPOSED[orientation]) if orientation in _TRANSPOSED else made
         except _DAMAGED as error:
-            raise ValueError(f"cannot decode {media}: {error}") from error
+            raise Unusable("image_damaged", f"cannot decode {media}: {error}") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -267,30 +269,34 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     wide = image.convert("I")  # the many forms of 16 bits become one
     low, high = cast(tuple[int, int], wide.getextrema())
     if low < 0 or high > 65_535:
-        raise ValueError(f"32-bit values from {low} to {high}; save it with 8 or 16 bits")
+        raise Unusable("image_unreadable", f"32-bit values from {low} to {high}; save it with 8 or 16 bits")
     return wide.point(lambda level: level / 256).convert("L")
 
 
 @contextmanager
-def _opened(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
+def opened_image(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
     """An image whose header was read and found fit, with its EXIF orientation. Both files are closed at the end."""
     try:
         file = media.open() if isinstance(media, Embedded) else Path(media).open("rb")  # noqa: SIM115  (closed below)
     except (OSError, ValueError) as error:
-        raise ValueError(f"not an image that can be opened: {media}: {error}") from error
+        raise Unusable("image_unreadable", f"not an image that can be opened: {media}: {error}") from error
     with file:
         try:
             image = Image.open(file, formats=FORMATS)
             orientation = _orientation(image, file)
         except _DAMAGED as error:
+            bomb = isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning))
+            kind = "image_too_large" if bomb else "image_unreadable"
             reason = f"none of {', '.join(FORMATS)}" if isinstance(error, Image.UnidentifiedImageError) else error
-            raise ValueError(f"not an image that can be opened: {media}: {reason}") from error
+            raise Unusable(kind, f"not an image that can be opened: {media}: {reason}") from error
         with image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
                 bound = f"more than {MAX_PIXELS}" if image.width * image.height else "which is none"
-                raise ValueError(f"{media} has {image.width} x {image.height} pixels, {bound}")
+                kind = "image_too_large" if image.width * image.height else "image_zero_size"
+                raise Unusable(kind, f"{media} has {image.width} x {image.height} pixels, {bound}")
             if image.mode.startswith("F"):
-                raise ValueError(f"{media} holds floating-point values, whose range nobody knows; save it with 8 or 16 bits")
+                told = f"{media} holds floating-point values, whose range nobody knows; save it with 8 or 16 bits"
+                raise Unusable("image_unreadable", told)
             yield image, orientation
 
 

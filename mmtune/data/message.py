@@ -20,16 +20,18 @@ class RowError(UserError):
         row: the row's id, `FILE:LINE` or `FILE[INDEX]`.
         field: the field of the row that is at fault.
         detail: what was wrong and what would be right.
+        finding: what kind of fault it is, one of `mmtune.data.findings.KINDS`, said where the fault is known.
     """
 
-    def __init__(self, row: str, field: str, detail: str) -> None:
+    def __init__(self, row: str, field: str, detail: str, finding: str = "row_unusable") -> None:
         super().__init__(f"{row}: {field}: {detail}")
         self.row = row
         self.field = field
         self.detail = detail
+        self.finding = finding
 
-    def __reduce__(self) -> tuple[type[RowError], tuple[str, str, str]]:
-        return type(self), (self.row, self.field, self.detail)  # data-loader workers send it between processes
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str, str, str]]:
+        return type(self), (self.row, self.field, self.detail, self.finding)  # data-loader workers send it between processes
 
 
 @dataclass(frozen=True)
@@ -70,5 +72,5 @@ def split_question(sample: Sample) -> tuple[list[Message], str]:
         RowError: when the conversation does not end with the assistant.
     """
     if sample.messages[-1]["role"] != "assistant":
-        raise RowError(sample.id, "messages", "the conversation does not end with an answer")
+        raise RowError(sample.id, "messages", "the conversation does not end with an answer", "answer_missing")
     return sample.messages[:-1], text_of(sample.messages[-1])

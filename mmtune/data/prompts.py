@@ -85,15 +85,20 @@ class Options(Declaration):
         """
         choices = evaluate(row_id, "options.choices", self.choices, context, row)
         if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
-            raise RowError(row_id, "options.choices", f"expected a list of 2 to {len(LETTERS)} options, found {_shown(choices)}")
+            raise RowError(
+                row_id,
+                "options.choices",
+                f"expected a list of 2 to {len(LETTERS)} options, found {_shown(choices)}",
+                "field_type",
+            )
         answer = evaluate(row_id, "options.answer", self.answer, context, row)
         if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
             detail = f"expected the index of the right option, 0 to {len(choices) - 1}, found {_shown(answer)}"
-            raise RowError(row_id, "options.answer", detail)
+            raise RowError(row_id, "options.answer", detail, "field_type")
         try:
             texts = [as_text(choice) for choice in choices]
         except ValueError as error:
-            raise RowError(row_id, "options.choices", str(error)) from error
+            raise RowError(row_id, "options.choices", str(error), "field_type") from error
         order = list(range(len(texts)))
         if prompting.shuffle_options:
             order = shuffled(order, prompting.seed, row_id, "options")
@@ -124,7 +129,7 @@ class Verbalizer(Declaration):
         try:
             return str(label).lower() if isinstance(label, bool) else as_text(label)
         except ValueError as error:
-            raise RowError(row_id, "verbalizer.label", str(error)) from error
+            raise RowError(row_id, "verbalizer.label", str(error), "field_type") from error
 
     def read(self, row_id: str, row: Mapping[str, Any], context: Mapping[str, Any], prompting: Prompting) -> ClosedSet:
         """
@@ -135,7 +140,7 @@ class Verbalizer(Declaration):
         label = self.label_of(row_id, row, context)
         if label not in words:
             detail = f"the verbalizer has no words for the label {label!r}"[:200]
-            raise RowError(row_id, "verbalizer.label", detail + nearest(label[:100], set(words)))
+            raise RowError(row_id, "verbalizer.label", detail + nearest(label[:100], set(words)), "label_unknown")
         candidates = list(dict.fromkeys(words.values()))
         alternatives = [{"verbalized": candidate} for candidate in candidates]
         return ClosedSet({"candidates": candidates}, alternatives, candidates.index(words[label]))

@@ -123,12 +123,17 @@ class _Partners:
         field, value = self._join.by, row.get(self._join.by)
         key = _key(value)
         if key is None:
-            raise RowError(row_id, field, f"expected a number or text that names a row of {self._path}, found {value!r}"[:300])
+            raise RowError(
+                row_id,
+                field,
+                f"expected a number or text that names a row of {self._path}, found {value!r}"[:300],
+                "field_type" if field in row else "field_missing",
+            )
         if "joined" in row:
-            raise RowError(row_id, "joined", "the row has a field of this name, which is where its partner would be")
+            raise RowError(row_id, "joined", "the row has a field of this name, which is where its partner would be", "field_type")
         if key not in self._places or key in self._several:
             many = "several rows have" if key in self._several else "no row has"
-            raise RowError(row_id, field, f"{many} {self._field} {value!r} in {self._path}"[:400])
+            raise RowError(row_id, field, f"{many} {self._field} {value!r} in {self._path}"[:400], "partner_missing")
         return {**row, "joined": self._rows[self._places[key]][1]}
 
 
@@ -162,10 +167,12 @@ class _Shots:
                     continue
                 messages = self._reader.sample(other_id, other).messages
             except RowError as error:
-                raise RowError(row_id, "shots", f"the example {error}") from error
+                raise RowError(row_id, "shots", f"the example {error}", error.finding) from error
             examples.append([message for message in messages if message["role"] != "system"])
         if len(examples) < self._count:
-            raise RowError(row_id, "shots", f"{self._path} holds {len(examples)} rows unlike this one, not {self._count}")
+            raise RowError(
+                row_id, "shots", f"{self._path} holds {len(examples)} rows unlike this one, not {self._count}", "shots_too_few"
+            )
         return examples
 
 

@@ -90,7 +90,9 @@ class DataReport:
 
     def summary(self) -> str:
         """One line for the terminal."""
-        counts = f"{self.rows:,} rows, {len(self.quarantined):,} quarantined, {len(self.dropped_over_length):,} dropped as too long"
+        counts = (
+            f"{self.rows:,} rows, {len(self.quarantined):,} quarantined, {len(self.dropped_over_length):,} dropped as too long"
+        )
         changed = f", {len(self.media_changed):,} with media dropped or made smaller" if self.media_changed else ""
         return f"data: {counts}{changed}"
 

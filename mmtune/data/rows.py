@@ -38,9 +38,9 @@ def parse_json(row_id: str, field: str, text: bytes) -> Any:
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
     except ValueError as error:  # of JSON, of UTF-8, or of a number with thousands of digits
-        raise RowError(row_id, field, f"not valid JSON: {error}") from error
+        raise RowError(row_id, field, f"not valid JSON: {error}", "row_not_json") from error
     except RecursionError as error:
-        raise RowError(row_id, field, "not valid JSON: nested too deeply") from error
+        raise RowError(row_id, field, "not valid JSON: nested too deeply", "row_not_json") from error
 
 
 def object_of(row_id: str, value: Any) -> Row:
@@ -49,7 +49,7 @@ def object_of(row_id: str, value: Any) -> Row:
         RowError: for a row that is no object.
     """
     if not isinstance(value, dict):
-        raise RowError(row_id, "row", f"expected an object, found {type(value).__name__}")
+        raise RowError(row_id, "row", f"expected an object, found {type(value).__name__}", "row_not_object")
     return value
 
 

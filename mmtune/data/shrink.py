@@ -15,6 +15,7 @@ from transformers import ProcessorMixin
 
 from mmtune.data.count import Counts, Size, count_tokens, image_replacements, sample_replacements, sizes_of
 from mmtune.data.encode import OverLength, Supervise
+from mmtune.data.findings import kind_of
 from mmtune.data.message import Message, RowError, Sample
 
 Policy = Literal["error", "drop_sample", "drop_media", "shrink_media"]
@@ -156,7 +157,7 @@ def _sizes(sample: Sample) -> list[Size]:
     try:
         return sizes_of(sample.messages)
     except ValueError as error:
-        raise RowError(sample.id, "image", str(error)) from error
+        raise RowError(sample.id, "image", str(error), kind_of(error, "image_refused")) from error
 
 
 def with_sizes(messages: list[Message], sizes: list[Size]) -> list[Message]:

@@ -134,9 +134,9 @@ def _row(name: str, line: int, columns: list[str], delimiter: str, record: bytes
     try:
         fields = _parse(record.decode("utf-8"), delimiter)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise RowError(row_id, "row", f"not valid CSV: {error}") from error
+        raise RowError(row_id, "row", f"not valid CSV: {error}", "row_malformed") from error
     if len(fields) != len(columns):
-        raise RowError(row_id, "row", f"{len(fields)} fields for {len(columns)} columns")
+        raise RowError(row_id, "row", f"{len(fields)} fields for {len(columns)} columns", "row_malformed")
     return row_id, dict(zip(columns, fields, strict=True))
 
 

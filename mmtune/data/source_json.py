@@ -72,7 +72,7 @@ def _element(name: str, rows: str | None, index: int, text: bytes) -> tuple[str,
     row_id = f"{name}:{key}" if (key := _key(text)) is not None else f"{name}[{index}]"
     [(key, row)] = object_of(row_id, parse_json(row_id, "row", b"{" + text + b"}")).items() or [(None, None)]
     if key is None:
-        raise RowError(row_id, "row", "not valid JSON: a comma with nothing behind it")
+        raise RowError(row_id, "row", "not valid JSON: a comma with nothing behind it", "row_not_json")
     return row_id, {**object_of(row_id, row), "__key__": key}
 
 

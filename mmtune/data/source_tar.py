@@ -150,5 +150,5 @@ def _row(path: Path, name: str, key: str, members: _Members) -> tuple[str, Row]:
             try:
                 row[extension] = data.decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                raise RowError(row_id, extension, f"not valid UTF-8: {error}") from error
+                raise RowError(row_id, extension, f"not valid UTF-8: {error}", "row_malformed") from error
     return row_id, row

@@ -35,7 +35,9 @@ class Join(Declaration):
     by: str = Field(description="The row's field that names its partner.")
     to: str | None = Field(default=None, description="The partner's field of the same value; null: named as `by`.")
     rows: str | None = Field(default=None, description="Where the partner's file holds its list, as `rows` of the template.")
-    same_file: bool = Field(default=False, description="The list is in the rows' own file; otherwise the source names one, `join`.")
+    same_file: bool = Field(
+        default=False, description="The list is in the rows' own file; otherwise the source names one, `join`."
+    )
 
 
 class DataTemplate(Declaration):
@@ -121,7 +123,7 @@ class DataTemplate(Declaration):
     def _task(self, row_id: str, row: Row) -> str | None:
         value = lookup(row, self.task) if self.task else None
         if value is not None and not isinstance(value, (str, int, float)):
-            raise RowError(row_id, str(self.task), f"expected a task's name, found {type(value).__name__}")
+            raise RowError(row_id, str(self.task), f"expected a task's name, found {type(value).__name__}", "field_type")
         return None if value is None else str(value)
 
 
@@ -136,21 +138,33 @@ def lookup(row: Mapping[str, Any], field: str) -> Any:
 def _check_turns(row_id: str, messages: list[Message]) -> None:
     spoken = [message["role"] for message in messages if message["role"] != "system"]
     if any(message["role"] == "system" for message in messages[1:]):
-        raise RowError(row_id, "messages", "a system message comes first or not at all")
+        raise RowError(row_id, "messages", "a system message comes first or not at all", "role_order")
     if not spoken or spoken[0] != "user" or any(a == b for a, b in pairwise(spoken)):
-        raise RowError(row_id, "messages", f"turns alternate from user to assistant, found {', '.join(spoken) or 'none'}")
+        raise RowError(
+            row_id, "messages", f"turns alternate from user to assistant, found {', '.join(spoken) or 'none'}", "role_order"
+        )
     if spoken[-1] != "assistant":
-        raise RowError(row_id, "messages", "no answer: the last turn is the user's")
+        raise RowError(
+            row_id,
+            "messages",
+            "no answer: the last turn is the user's",
+            "answer_missing" if "assistant" in spoken else "nothing_supervised",
+        )
     for number, message in enumerate(messages):
         media = [block["type"] for block in message["content"] if block["type"] != "text"]
         if message["role"] == "assistant" and not any(b["type"] == "text" and b["text"].strip() for b in message["content"]):
-            raise RowError(row_id, f"messages[{number}]", "the answer is empty")
+            raise RowError(row_id, f"messages[{number}]", "the answer is empty", "answer_empty")
         if message["role"] == "assistant" and media:
-            raise RowError(row_id, f"messages[{number}]", f"an answer cannot hold {_with_article(media[0])}")
+            raise RowError(row_id, f"messages[{number}]", f"an answer cannot hold {_with_article(media[0])}", "image_in_answer")
 
 
 def _with_article(kind: str) -> str:
     return "audio" if kind == "audio" else f"an {kind}" if kind == "image" else f"a {kind}"
+
+
+def template_names() -> list[str]:
+    """Names of the shipped data templates."""
+    return sorted(path.stem for path in shipped_dir("data_templates").glob("*.yaml"))
 
 
 def load_data_template(name: str) -> DataTemplate:

@@ -12,9 +12,9 @@ import torch
 
 from mmtune.data.collate import Collator
 from mmtune.data.dataset import Encoder, Samples, TrainingSet, check_rows, iterate_rows
-from mmtune.data.report import DataReport, Fault, StopRun
 from mmtune.data.encode import OverLength
 from mmtune.data.message import RowError, text_of
+from mmtune.data.report import DataReport, Fault, StopRun
 from mmtune.errors import UserError
 from mmtune.recipe import DataSection, Source
 

@@ -13,7 +13,7 @@ import transformers as tf
 from PIL import Image
 
 from mmtune.model.assemble import assemble, save_checkpoint
-from mmtune.model.tiny import LANGUAGE_FAMILIES, VISION_FAMILIES, tiny_language
+from mmtune.model.tiny import LANGUAGE_FAMILIES, VISION_FAMILIES, tiny_language, tiny_vision
 
 IMAGES = [Image.new("RGB", (90, 60), "teal"), Image.new("RGB", (20, 70), "red")]
 
@@ -199,3 +199,20 @@ def test_a_saved_checkpoint_loads_without_mmtune(shelf: Path, tmp_path: Path, vi
     with torch.no_grad():
         assert torch.allclose(model(**batch).logits, logits, atol=1e-6)
     assert eos == model.generation_config.eos_token_id
+
+
+def test_a_processor_without_weights_is_that_of_the_model(base: Path, tmp_path: Path) -> None:
+    from mmtune.model.load import load_base, load_bare_processor
+    from mmtune.recipe import ModelSection
+
+    tiny_vision("siglip", tmp_path / "vision")
+    tiny_language("qwen2", tmp_path / "language")
+    ready = {"base": str(base)}
+    parts = {"vision": str(tmp_path / "vision"), "language": str(tmp_path / "language")}
+    for given in (ready, {"base": "builtin:tiny-llava-untrained"}, parts, {**parts, "chat_template": "plain"}):
+        section = ModelSection.model_validate(given)
+        alone, beside = load_bare_processor(section), load_base(section, seed=0)[1]
+        assert alone.to_dict() == beside.to_dict()
+        assert alone.chat_template == beside.chat_template == alone.tokenizer.chat_template
+        assert alone.tokenizer.get_vocab() == beside.tokenizer.get_vocab()
+        assert alone.tokenizer("<s>a cat").input_ids == beside.tokenizer("<s>a cat").input_ids

@@ -1,0 +1,439 @@
+"""The doctor: every row of the data and the header of every image, in several processes, without decoding any.
+
+What it calls an error is what training would quarantine, because it asks the same code: the data template makes the sample,
+images are opened as training opens them, and with a processor at hand the text is encoded too. Only damage inside an image
+file can pass here and fail there, unless the images are decoded here as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Environment, nodes
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+from transformers import ProcessorMixin
+
+from mmtune.console import shows_progress
+from mmtune.data.dataset import open_readers
+from mmtune.data.count import Size, count_tokens
+from mmtune.data.encode import Supervise
+from mmtune.data.findings import KINDS, Finding, finding
+from mmtune.data.image_check import inspect_image
+from mmtune.data.media import MediaRules
+from mmtune.data.message import Message, RowError, Sample, text_of
+from mmtune.data.reader import Chosen, Reader
+from mmtune.data.shrink import with_sizes
+from mmtune.data.source import Row, Rows, open_rows
+from mmtune.data.template import DataTemplate, load_data_template, template_names
+from mmtune.errors import UserError
+from mmtune.recipe import Source
+
+CHUNK = 256  # rows that a process takes at once
+ID_FIELDS = ("id", "question_id")
+FORM = ("row_not_json", "row_not_object", "field_missing", "field_type", "role_unknown", "label_unknown")
+BOX_FIELDS = ("bbox", "box", "bboxes", "boxes")
+CONTROL_TOKENS = (
+    *("<s>", "</s>", "<unk>", "<pad>", "<bos>", "<eos>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
+    *("<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<end_of_turn>", "<end_of_utterance>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    *("<image>", "<video>", "<audio>", "<|image|>", "<|video|>", "<|audio|>", "<img>", "</img>", "<IMG_CONTEXT>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<image_soft_token>"),
+    *("<start_of_image>", "<end_of_image>", "<fake_token_around_image>", "<global-img>", "[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+)
+"""Control tokens of well-known models, looked for in the rows' text when the recipe's own tokenizer is not at hand."""
+
+Positions = np.ndarray[Any, np.dtype[np.intp]]
+Digests = np.ndarray[Any, np.dtype[np.uint64]]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What rows are held to besides their templates.
+
+    Attributes:
+        processor: the recipe's; None encodes no text.
+        max_tokens: the recipe's `data.max_tokens`.
+        over_length: the recipe's `data.over_length`.
+        supervise: the recipe's `data.supervise`.
+        decode: decode every image too.
+    """
+
+    processor: ProcessorMixin | None = None
+    max_tokens: int | None = None
+    over_length: str = "error"
+    supervise: Supervise = "all"
+    decode: bool = False
+
+
+@dataclass
+class Summary:
+    """What was found, counted."""
+
+    rows: int
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, list[str]] = field(default_factory=dict)
+    faulty_rows: int = 0
+    _faulty: str | None = field(default=None, init=False, repr=False)
+
+    def add(self, found: Finding) -> None:
+        """Count a finding; the errors of one row come one after the other."""
+        self.counts[found.finding] += 1
+        first = self.first.setdefault(found.finding, [])
+        if len(first) < 3:
+            first.append(found.row)
+        if found.severity == "error" and found.row != self._faulty:
+            self._faulty = found.row
+            self.faulty_rows += 1
+
+    def severities(self) -> dict[str, int]:
+        """The number of findings of each severity."""
+        totals = dict.fromkeys(("error", "warning", "note"), 0)
+        for name, count in self.counts.items():
+            totals[KINDS[name].severity] += count
+        return totals
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures."""
+        return {"rows": self.rows, "faulty_rows": self.faulty_rows, "severities": self.severities(), "counts": dict(self.counts)}
+
+    def show(self) -> None:
+        """Print each kind of finding, the gravest first: how many, the first rows that have it, and what to do."""
+        table = Table(box=None, show_header=False, pad_edge=False)
+        styles = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+        for name, kind in KINDS.items():
+            if count := self.counts[name]:
+                rows = ", ".join(self.first[name]) + (", ..." if count > len(self.first[name]) else "")
+                told = Text.assemble(rows, "\n", (kind.fix, "dim"))
+                table.add_row(Text(kind.severity, styles[kind.severity]), Text(name), Text(f"{count:,}", justify="right"), told)
+        if self.counts:
+            Console().print(table)
+        totals = ", ".join(f"{count:,} {severity}{'' if count == 1 else 's'}" for severity, count in self.severities().items())
+        print(f"checked: {self.rows:,} rows, {self.faulty_rows:,} cannot train: {totals}")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One source, open."""
+
+    reader: Reader
+    rows: Rows | Chosen
+    count: int
+    held_out: bool
+    known: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What was found in some rows that follow each other; the digests are 0 where there is nothing to compare."""
+
+    part: int
+    first: int
+    findings: list[Finding]
+    rows: Digests
+    ids: Digests
+    unknown: dict[str, tuple[int, str]]
+
+
+class Doctor(torch.utils.data.Dataset[_Chunk]):
+    """Checks every row of some sources."""
+
+    def __init__(self, train: Sequence[Source], held_out: Sequence[Source] = (), rules: Rules | None = None) -> None:
+        """
+        Args:
+            train: the sources that train.
+            held_out: those of the evaluation, which should have no row in common with them.
+            rules: what rows are held to.
+
+        Raises:
+            UserError: a missing or unreadable file, or an unknown template.
+        """
+        self._rules = rules or Rules()
+        self._control = _spelling(self._rules.processor)
+        self._parts = [_open(each, number >= len(train)) for number, each in enumerate(open_readers((*train, *held_out)))]
+        self._ends = list(accumulate(-(-part.count // CHUNK) for part in self._parts))
+        self.rows = sum(part.count for part in self._parts)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def findings(self, processes: int | None = None) -> Iterator[Finding]:
+        """Everything that is found, row after row; what comes of comparing rows with each other comes last.
+
+        A bar shows the progress on a terminal.
+
+        Args:
+            processes: how many work at once; None takes one a core, and none besides this one for few rows.
+        """
+        if processes is None:
+            processes = 0 if len(self) < 2 else min(len(self), len(os.sched_getaffinity(0)))
+        workers = torch.utils.data.DataLoader(self, batch_size=None, num_workers=processes, collate_fn=_as_it_is)
+        digests: list[list[_Chunk]] = [[] for _ in self._parts]
+        with Progress(console=Console(stderr=True), disable=not shows_progress(), transient=True) as progress:
+            bar = progress.add_task("checking rows", total=self.rows)
+            for chunk in workers:
+                yield from chunk.findings
+                digests[chunk.part].append(chunk)
+                progress.advance(bar, len(chunk.rows))
+        for number, chunks in enumerate(digests):
+            yield from _unknown_fields(chunks)
+            rows, ids = np.concatenate([chunk.rows for chunk in chunks]), np.concatenate([chunk.ids for chunk in chunks])
+            earlier, same_id = _earlier(rows), _earlier(ids)
+            same_id[earlier >= 0] = -1  # that a copied row has the same id says nothing new
+            yield from self._repeated(number, "row", "duplicate_row", earlier)
+            yield from self._repeated(number, "id", "duplicate_id", same_id)
+        yield from self._held_out([np.concatenate([chunk.rows for chunk in chunks]) for chunks in digests])
+
+    def __getitem__(self, index: int) -> _Chunk:
+        number = bisect_right(self._ends, range(len(self))[index])
+        part = self._parts[number]
+        first = (index - (self._ends[number - 1] if number else 0)) * CHUNK
+        found: list[Finding] = []
+        rows, ids = [], []
+        unknown: dict[str, tuple[int, str]] = {}
+        for position in range(first, min(first + CHUNK, part.count)):
+            row_digest = id_digest = 0
+            try:
+                row_id, row = part.rows[position]
+            except RowError as error:
+                found.append(_of(error))
+            else:
+                media = []
+                try:
+                    sample = part.reader.sample(row_id, row)
+                    media = sample.images
+                    found += self._sample(sample, row, part.reader.template.boxes is not None)
+                except RowError as error:
+                    found.append(_of(error))
+                row_digest, id_digest = _digest((row, [str(image) for image in media])), _id_digest(row)
+                for name in row.keys() - part.known:
+                    count, where = unknown.get(name, (0, row_id))
+                    unknown[name] = (count + 1, where)
+            rows.append(row_digest)
+            ids.append(id_digest)
+        return _Chunk(number, first, found, np.array(rows, np.uint64), np.array(ids, np.uint64), unknown)
+
+    def _sample(self, sample: Sample, row: Row, declared: bool) -> Iterator[Finding]:
+        images = sample.images
+        sizes: list[Any] = []
+        for number, media in enumerate(images):
+            report = inspect_image(media, self._rules.decode)
+            sizes.append(report.size)
+            where = "image" if len(images) == 1 else f"image[{number}]"
+            yield from (finding(sample.id, where, name, detail) for name, detail in report.findings)
+        told: list[Finding] = []
+        for number, message in enumerate(sample.messages):
+            told += self._text(sample.id, f"messages[{number}]", message)
+        yield from told
+        if self._rules.processor is not None and None not in sizes:
+            known = [(each.field, each.finding) for each in told]
+            yield from (each for each in self._tokens(sample, sizes) if (each.field, each.finding) not in known)
+        if len(sizes) == 1 and sizes[0] is not None and not declared:
+            yield from _boxes(sample.id, row, sizes[0])
+
+    def _tokens(self, sample: Sample, sizes: list[Size]) -> Iterator[Finding]:
+        """What comes of encoding the text, as training does, with image tokens counted from the images' sizes."""
+        rules = self._rules
+        assert rules.processor is not None
+        sized = replace(sample, messages=with_sizes(sample.messages, sizes))
+        try:
+            counts = count_tokens(sized, rules.processor, rules.supervise)
+        except RowError as error:
+            yield _of(error)
+            return
+        if counts.supervised == 0:
+            yield finding(sample.id, "messages", "nothing_supervised", f"none of {counts.tokens:,} tokens is an answer's")
+        if rules.max_tokens is not None and counts.tokens > rules.max_tokens:
+            kind = "too_long" if rules.over_length == "error" else "too_long_by_policy"
+            yield finding(
+                sample.id, "messages", kind, f"{counts.tokens:,} tokens, more than data.max_tokens: {rules.max_tokens:,}"
+            )
+
+    def _text(self, row_id: str, where: str, message: Message) -> Iterator[Finding]:
+        text = text_of(message)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            yield finding(row_id, where, "text_not_unicode", f"the text is not valid Unicode: {error}")
+        if "\0" in text:
+            yield finding(row_id, where, "text_nul", f"{text.count(chr(0))} NUL characters")
+        if spelt := sorted(set(self._control.findall(text))):
+            yield finding(row_id, where, "control_token", f"the text spells {', '.join(spelt)}")
+
+    def _repeated(self, number: int, where: str, kind: str, earlier: Positions) -> Iterator[Finding]:
+        for position in np.flatnonzero(earlier >= 0).tolist():
+            told = f"the same as that of {self._row_id(number, int(earlier[position]))}"
+            yield finding(self._row_id(number, position), where, kind, told)
+
+    def _held_out(self, digests: list[Digests]) -> Iterator[Finding]:
+        """The rows of the evaluation that train as well."""
+        trains = [number for number, part in enumerate(self._parts) if not part.held_out]
+        for number, part in enumerate(self._parts):
+            for other in trains if part.held_out else ():
+                both, here, there = np.intersect1d(digests[number], digests[other], return_indices=True)
+                for position, twin in sorted(zip(here[both != 0].tolist(), there[both != 0].tolist(), strict=True)):
+                    told = f"also in the training data: {self._row_id(other, twin)}"
+                    yield finding(self._row_id(number, position), "row", "row_held_out", told)
+
+    def _row_id(self, number: int, position: int) -> str:
+        return self._parts[number].rows[position][0]
+
+
+def _open(reader: Reader, held_out: bool) -> _Part:
+    rows = reader.open()
+    chosen_by = {name.split(".")[0] for name in reader.source.where or ()}
+    known = fields_read(reader.template) | chosen_by | {*ID_FIELDS, *BOX_FIELDS}
+    return _Part(reader, rows, min(len(rows), reader.source.limit or len(rows)), held_out, frozenset(known))
+
+
+def _as_it_is(chunk: Any) -> Any:
+    return chunk
+
+
+def _of(error: RowError) -> Finding:
+    return finding(error.row, error.field, error.finding, error.detail)
+
+
+def guess_template(path: str) -> str:
+    """The shipped data template that reads a file's first rows best.
+
+    Args:
+        path: a file of rows, as a source names it.
+
+    Raises:
+        UserError: a file that cannot be read, or none or several that read it equally well.
+    """
+    scores: dict[str, tuple[int, float]] = {}
+    unread = ""
+    for name in template_names():
+        template = load_data_template(name)
+        try:
+            rows = open_rows(path, rows=template.rows)
+        except UserError as error:
+            unread = str(error)
+            continue
+        scores[name] = _fit(template, rows)
+    if not scores:
+        raise UserError(unread)
+    best = [name for name, score in scores.items() if score == max(scores.values()) and score[0]]
+    if len(best) != 1:
+        found = f"{', '.join(best)} read it equally well" if best else "none of those that ship reads its first rows"
+        raise UserError(f"{path}: which data template? {found}; name one with --template")
+    return best[0]
+
+
+def _fit(template: DataTemplate, rows: Rows) -> tuple[int, float]:
+    """How many of the first rows have the template's form, and how alike their fields are to its example's."""
+    read, alike = 0, 0.0
+    rules = MediaRules(Path())  # that a medium is missing here says nothing of the form
+    for index in range(min(len(rows), 20)):
+        try:
+            row_id, row = rows[index]
+            alike += len(row.keys() & template.example.keys()) / len(row.keys() | template.example.keys())
+            template.sample(row_id, row, rules)
+        except RowError as error:
+            read += error.finding not in FORM
+        else:
+            read += 1
+    return read, round(alike, 6)
+
+
+def fields_read(template: DataTemplate) -> set[str]:
+    """The fields of a row that a data template reads, those of its own names (`joined`) among them."""
+    named = [template.images, template.videos, template.audio, template.task, *template.repeat.values()]
+    written = [template.references or ""]
+    if template.conversation is not None:
+        named += [template.conversation.field, template.conversation.system]
+    if template.join is not None:
+        named.append(template.join.by)
+    for turn in template.messages:
+        written += [*turn.images, *turn.videos, *turn.audio, *turn.text]
+    if template.options is not None:
+        written += [template.options.choices, template.options.answer]
+    if template.verbalizer is not None:
+        written.append(template.verbalizer.label)
+    if template.boxes is not None:
+        written.append(template.boxes.value)
+    jinja = Environment()
+    found = {node.name for source in written for node in jinja.parse(source).find_all(nodes.Name)}
+    return found | {name.split(".")[0] for name in named if name}
+
+
+def _spelling(processor: ProcessorMixin | None) -> re.Pattern[str]:
+    """Matches the control tokens that text should not spell."""
+    tokens: set[str] = set(CONTROL_TOKENS)
+    if processor is not None:
+        added = processor.tokenizer.added_tokens_decoder.values()
+        template = str(processor.chat_template)
+        tokens = {*processor.tokenizer.all_special_tokens, *(t.content for t in added if t.special or t.content in template)}
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+
+
+def _earlier(digests: Digests) -> Positions:
+    """For each digest the first position that has the same one, if that is an earlier position; else -1."""
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    earlier = first[inverse]
+    earlier[(earlier == np.arange(len(digests))) | (digests == 0)] = -1
+    return earlier
+
+
+def _digest(value: Any) -> int:
+    text = json.dumps(value, sort_keys=True, default=_plain)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) or 1
+
+
+def _plain(value: Any) -> str:
+    return hashlib.blake2b(value).hexdigest() if isinstance(value, bytes) else str(value)
+
+
+def _id_digest(row: Row) -> int:
+    given = next((row[name] for name in ID_FIELDS if name in row), None)
+    return _digest(given) if isinstance(given, (str, int)) and given != "" else 0
+
+
+def _unknown_fields(chunks: list[_Chunk]) -> Iterator[Finding]:
+    """One finding for a field that the template does not read, however many rows have it."""
+    total: dict[str, tuple[int, str]] = {}
+    for chunk in chunks:
+        for name, (count, where) in chunk.unknown.items():
+            earlier, first = total.get(name, (0, where))
+            total[name] = (earlier + count, first)
+    for name, (count, first) in total.items():
+        yield finding(first, name, "field_unknown", f"{count:,} rows have it, this one first")
+
+
+def _boxes(row_id: str, row: Row, size: tuple[int, int]) -> Iterator[Finding]:
+    """Fields that look like boxes and that the template does not read: outside the image in either layout."""
+    for name in BOX_FIELDS:
+        given: Any = row.get(name)
+        several = isinstance(given, list) and bool(given) and all(isinstance(box, list) for box in given)
+        boxes: list[Any] = given if several else [given]
+        for number, box in enumerate(boxes):
+            numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(edge, (int, float)) for edge in box)
+            if numbers and not _inside(box, size):
+                where = f"{name}[{number}]" if several else name
+                yield finding(row_id, where, "box_suspect", f"{box} in an image of {size[0]} x {size[1]} pixels")
+
+
+def _inside(box: list[float], size: tuple[int, int]) -> bool:
+    left, top, third, fourth = box
+    if not all(math.isfinite(edge) and edge >= 0 for edge in box):
+        return False
+    corners = left < third <= size[0] and top < fourth <= size[1]
+    return corners or (left + third <= size[0] and top + fourth <= size[1])
