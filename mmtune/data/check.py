@@ -30,8 +30,8 @@ from rich.text import Text
 from transformers import ProcessorMixin
 
 from mmtune.console import shows_progress
-from mmtune.data.dataset import open_readers
 from mmtune.data.count import Size, count_tokens
+from mmtune.data.dataset import open_readers
 from mmtune.data.encode import Supervise
 from mmtune.data.findings import KINDS, Finding, finding
 from mmtune.data.image_check import inspect_image

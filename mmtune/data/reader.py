@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -130,7 +130,9 @@ class _Partners:
                 "field_type" if field in row else "field_missing",
             )
         if "joined" in row:
-            raise RowError(row_id, "joined", "the row has a field of this name, which is where its partner would be", "field_type")
+            raise RowError(
+                row_id, "joined", "the row has a field of this name, which is where its partner would be", "field_type"
+            )
         if key not in self._places or key in self._several:
             many = "several rows have" if key in self._several else "no row has"
             raise RowError(row_id, field, f"{many} {self._field} {value!r} in {self._path}"[:400], "partner_missing")
@@ -246,7 +248,7 @@ def _spelt(where: Mapping[str, Any]) -> str:
 
 
 def example_rows(template: DataTemplate, count: int) -> list[Row]:
-    """Copies of a template's example row. They differ in a field that no template reads, so that each can be an example of another."""
+    """Copies of a template's example row. They differ in a field that no template reads: each can be an example of another."""
     rows = [{**template.example, "copy": number} for number in range(count)]
     if template.rows == "*":
         key = template.example.get("__key__", "row")

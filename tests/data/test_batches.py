@@ -52,9 +52,7 @@ def test_a_step_has_the_same_rows_in_every_layout(kind: str, count: int) -> None
     found = []
     for world, accumulation, size in ((1, 6, 2), (2, 3, 2), (3, 2, 2), (6, 1, 2)):
         of = [
-            Batches(
-                alone(count), seed=1, size=size, accumulation=accumulation, rank=rank, world=world, lengths=lengths, **more
-            )
+            Batches(alone(count), seed=1, size=size, accumulation=accumulation, rank=rank, world=world, lengths=lengths, **more)
             for rank in range(world)
         ]
         for each in of:
