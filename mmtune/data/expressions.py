@@ -18,7 +18,7 @@ from mmtune.data.boxes import Box, fractions, pixels, thousandths
 from mmtune.data.message import RowError
 
 DRAW = "drawn by mmtune"
-"""The name under which an expression finds the row's draw; no name that Jinja could write, and so none that a row holds by chance."""
+"""The name under which an expression finds the row's draw; no name that Jinja could write, so no row has it."""
 
 _FAULTS = (
     TemplateError,
