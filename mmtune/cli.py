@@ -265,14 +265,14 @@ def _chat(arguments: argparse.Namespace) -> Any:
 
 
 def _plan(arguments: argparse.Namespace) -> Any:
-    from mmtune.data.batches import Batches, Mixture
     from mmtune.data.plan_report import plan_data, print_data
     from mmtune.data.source import is_missing
     from mmtune.model.load import load_bare_processor
     from mmtune.recipe import load_recipe
     from mmtune.train import training_arguments
-    from mmtune.training.rows import optimizer_steps
+    from mmtune.training.rows import make_batches, optimizer_steps
     from mmtune.tuning.memory import estimate_memory, parse_memory, print_estimate, suggestions
+    from mmtune.world import ALONE
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     limit = None if arguments.memory is None else parse_memory(arguments.memory)
@@ -283,9 +283,9 @@ def _plan(arguments: argparse.Namespace) -> Any:
         print(f"the memory alone, because there is no data to plan: no such file: {', '.join(missing)}")
     elif not arguments.no_data:
         settings = training_arguments(recipe)
-        data, longest = plan_data(recipe.data, load_bare_processor(recipe.model), settings.per_device_train_batch_size)
-        mixture = Mixture.by_repeats([data["rows_trained"]], [1.0])
-        data["steps"] = optimizer_steps(settings, Batches(mixture, seed=0, size=settings.per_device_train_batch_size))
+        data, longest, (samples, lengths) = plan_data(recipe.data, load_bare_processor(recipe.model))
+        batches = make_batches(samples, recipe.data, settings, ALONE, lengths)
+        data |= {"steps": optimizer_steps(settings, batches), "largest_batch": batches.largest()}
         print_data(data)
         sample |= longest
     sample |= {name: given for name in ("tokens", "images", "supervised") if (given := getattr(arguments, name)) is not None}

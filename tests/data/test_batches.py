@@ -99,6 +99,12 @@ def test_the_largest_batch_comes_first_and_in_the_first_epoch_only() -> None:
     assert list(batches) == list(_at(Batches(alone(32), seed=2, size=4, lengths=lengths), 1))
 
 
+def test_the_largest_batch_is_told_with_and_without_its_padding() -> None:
+    lengths = np.array([3, 9, 4, 50, 2, 7, 0, 60])
+    found = Batches(alone(8), seed=2, size=2, lengths=lengths).largest()
+    assert found["rows"] == 2 and found["padded_tokens"] == 120 and 62 <= found["tokens"] <= 110
+
+
 def _at(batches: Batches, epoch: int) -> Batches:
     batches.set_epoch(epoch)
     return batches

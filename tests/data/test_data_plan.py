@@ -28,7 +28,7 @@ from mmtune.data.plan_cache import PlanCache, beside, plan_key
 from mmtune.data.plan_report import histogram, plan_figures
 from mmtune.data.shrink import fit
 from mmtune.errors import UserError
-from mmtune.recipe import Source
+from mmtune.recipe import DataSection, Source
 
 torch.set_num_threads(1)
 
@@ -355,11 +355,11 @@ def test_figures_are_those_of_the_rows(data: Path) -> None:
     processor, samples = FAMILIES["qwen2_vl"](), Samples(_sources(data))
     plan = build_plan(samples, processor)
     limit = int(plan.tokens.max()) - 1
-    figures = plan_figures(plan, foretell(plan, samples, processor, limit, "drop_sample"), limit, "drop_sample", batch_size=2)
+    section = DataSection(train=tuple(_sources(data)), max_tokens=limit, over_length="drop_sample")
+    figures = plan_figures(plan, foretell(plan, samples, processor, limit, "drop_sample"), section)
     kept = sorted(length for length in plan.tokens.tolist() if 0 < length <= limit)
     assert (figures["rows"], figures["rows_faulty"], figures["rows_trained"]) == (6, 1, len(kept))
     assert figures["tokens"] == int(plan.tokens.sum())
-    assert figures["largest_batch"] == {"samples": 2, "tokens": sum(kept[-2:]), "padded_tokens": 2 * kept[-1]}
     packing = figures["packing"]
     assert packing["efficiency"] == pytest.approx(sum(kept) / (packing["packs"] * limit), abs=1e-4)
     assert figures["over_length"]["rows"] == figures["over_length"]["rows_dropped"] == 6 - 1 - len(kept)
