@@ -74,6 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     _recipe_arguments(verb)
     verb.add_argument("--overwrite", action="store_true", help="replace an earlier run at the recipe's output_dir")
     verb.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CHECKPOINT",
+        help="go on with the run at the recipe's output_dir, from its last good checkpoint or from this one",
+    )
+    verb.add_argument(
         "--rehearse",
         action="store_true",
         help="run the whole recipe once on tiny random weights and a few made-up rows",
@@ -164,7 +172,10 @@ def _train(arguments: argparse.Namespace) -> Any:
         return rehearse(recipe)
     from mmtune.train import train
 
-    return train(recipe, arguments.command_line, arguments.overwrite)
+    if arguments.resume and arguments.overwrite:
+        raise UserError("--resume goes on with the run that --overwrite would replace; give one of them")
+    resume = arguments.resume if isinstance(arguments.resume, bool) else Path(arguments.resume)
+    return train(recipe, arguments.command_line, arguments.overwrite, resume)
 
 
 def _eval(arguments: argparse.Namespace) -> Any:
@@ -254,14 +265,14 @@ def _chat(arguments: argparse.Namespace) -> Any:
 
 
 def _plan(arguments: argparse.Namespace) -> Any:
-    from mmtune.data.batches import Batches, Mixture
     from mmtune.data.plan_report import plan_data, print_data
     from mmtune.data.source import is_missing
     from mmtune.model.load import load_bare_processor
     from mmtune.recipe import load_recipe
     from mmtune.train import training_arguments
-    from mmtune.training.rows import optimizer_steps
+    from mmtune.training.rows import make_batches, optimizer_steps
     from mmtune.tuning.memory import estimate_memory, parse_memory, print_estimate, suggestions
+    from mmtune.world import ALONE
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     limit = None if arguments.memory is None else parse_memory(arguments.memory)
@@ -272,9 +283,9 @@ def _plan(arguments: argparse.Namespace) -> Any:
         print(f"the memory alone, because there is no data to plan: no such file: {', '.join(missing)}")
     elif not arguments.no_data:
         settings = training_arguments(recipe)
-        data, longest = plan_data(recipe.data, load_bare_processor(recipe.model), settings.per_device_train_batch_size)
-        mixture = Mixture.by_repeats([data["rows_trained"]], [1.0])
-        data["steps"] = optimizer_steps(settings, Batches(mixture, seed=0, size=settings.per_device_train_batch_size))
+        data, longest, (samples, lengths) = plan_data(recipe.data, load_bare_processor(recipe.model))
+        batches = make_batches(samples, recipe.data, settings, ALONE, lengths)
+        data |= {"steps": optimizer_steps(settings, batches), "largest_batch": batches.largest()}
         print_data(data)
         sample |= longest
     sample |= {name: given for name in ("tokens", "images", "supervised") if (given := getattr(arguments, name)) is not None}
@@ -329,7 +340,7 @@ def _assemble(arguments: argparse.Namespace) -> Any:
 
 
 def _recipe_check(arguments: argparse.Namespace) -> Any:
-    from mmtune.data.template import load_data_template
+    from mmtune.data.reader import check_source
     from mmtune.recipe import check_files, load_recipe
     from mmtune.train import check_method, training_arguments
     from mmtune.world import ALONE
@@ -337,7 +348,7 @@ def _recipe_check(arguments: argparse.Namespace) -> Any:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     check_files(recipe)
     for source in (*recipe.data.train, *(recipe.evaluate.data if recipe.evaluate else ())):
-        load_data_template(source.template)
+        check_source(source)
     training_arguments(recipe)
     base = recipe.model.base
     if base is None or base.startswith("builtin:") or Path(base).is_dir():

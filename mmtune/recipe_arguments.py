@@ -60,7 +60,7 @@ _COLUMNS = "mmtune's own collator decides what reaches the model"
 _TRAIN_OWNED = {
     "output_dir": "give output_dir at the top of the recipe",
     "logging_dir": "logs go into output_dir",
-    "resume_from_checkpoint": "a run cannot be resumed yet",
+    "resume_from_checkpoint": "give --resume on the command line",
     "remove_unused_columns": _COLUMNS,
     "label_names": _COLUMNS,
     "local_rank": "the launcher sets it",

@@ -15,6 +15,7 @@ if not __package__:  # launched as a file: its own folder comes first on the pat
     settle_console()  # before the imports below have their say
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,22 @@ from mmtune.data.collate import Collator, collate
 from mmtune.data.dataset import Encoder, Samples, check_rows, open_samples, stand_in
 from mmtune.data.encode import check_chat_template
 from mmtune.data.report import DataReport
+from mmtune.data.stream import SampleStream
 from mmtune.errors import UserError
 from mmtune.evaluation.report import print_scores, write_report
-from mmtune.evaluation.run import as_json, check_questions, evaluate, score, write_answers
+from mmtune.evaluation.run import as_json, check_questions, evaluate, read_answers, score, write_answers
 from mmtune.methods.table import refusal
 from mmtune.model.chat_template import use_chat_template
-from mmtune.model.checkpoint import save_checkpoint
+from mmtune.model.checkpoint import CHECKPOINT_MARK, save_checkpoint
 from mmtune.model.components import find_components
 from mmtune.model.load import UNTRAINED, base_config, base_model_type, load_base, load_weights, resolve_base
 from mmtune.model.packing import check_packable_family
 from mmtune.model.quantize import QUANTIZED
 from mmtune.recipe import ModelSection, Recipe, check_files
 from mmtune.release.card import model_card
-from mmtune.run_directory import check_output_dir, new_run, peak_memory_mb
+from mmtune.run_directory import RunDirectory, check_output_dir, new_run, peak_memory_mb
 from mmtune.training.callbacks import FrozenInputsStayFrozen, MoveRanks, RecordMetrics, draw_loss_curve
+from mmtune.training.checkpoint import REPORT, check_resumable, cut_metrics, last_checkpoint, step_of
 from mmtune.training.rows import first_batches, optimizer_steps, order_rows, plan_rows, prove_packed_rows, rows_to_take
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import (
@@ -54,13 +57,14 @@ from mmtune.tuning.save import initial_factors, save_tuned
 from mmtune.world import World, check_launch, check_strategy, join_world, launched_with_deepspeed
 
 
-def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: bool | Path = False) -> dict[str, Any]:
     """Tune a model by a recipe.
 
     Args:
         recipe: what to train, on what, how, and where to leave it.
         command: kept in the run's `environment.json`.
         overwrite: replace an earlier run at the recipe's `output_dir`.
+        resume: go on with the run at the recipe's `output_dir`, from its last good checkpoint, or from the one at this path.
 
     Returns:
         The figures that `summary.json` holds; in processes other than the first, nothing.
@@ -73,7 +77,12 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
 
     # What goes in: the files are there, the rows make sense.
     check_files(recipe)
-    check_output_dir(recipe, overwrite)
+    earlier = RunDirectory(Path(recipe.output_dir))
+    checkpoint = None
+    if resume:
+        checkpoint = last_checkpoint(earlier) if resume is True else Path(resume)
+    else:
+        check_output_dir(recipe, overwrite)
     arguments = training_arguments(recipe)
     samples = open_samples(recipe.data)
     data_report = DataReport(rows=rows_to_take(samples, arguments))
@@ -83,6 +92,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
         check_questions(recipe.evaluate)
     world = join_world(arguments, recipe.model.precision)
     check_method(recipe, world)
+    check_checkpoints(recipe, arguments, world, earlier, checkpoint)
     lengths = None
     if recipe.data.planned and isinstance(samples, Samples):
         lengths = plan_rows(samples, recipe, data_report, world)
@@ -101,7 +111,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     rows, batches = order_rows(samples, encoder, collator, recipe.data, arguments, world, lengths)
     adapts = keeps_adapter(recipe.tune)
     before = None
-    with new_run(recipe, command, overwrite, world) as run:
+    with new_run(recipe, command, overwrite, world) if checkpoint is None else nullcontext(earlier) as run:
         if world.first:
             data_report.write(run.data_report)
         model = settle_base(model, processor, recipe.model, run.base if adapts else None, world)
@@ -109,7 +119,9 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
             model.to(arguments.device)
 
         # What it can do before tuning.
-        if recipe.evaluate and recipe.evaluate.before:
+        if checkpoint is not None and run.answers("before").is_file():
+            before = read_answers(run.answers("before"))
+        elif recipe.evaluate and recipe.evaluate.before:
             before = evaluate(model, processor, recipe.evaluate, world)
             if world.first:
                 write_answers(before, run.answers("before"))
@@ -146,8 +158,11 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False) -> dict[s
     for shown_twice in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown_twice)
     start = time.perf_counter()
+    if checkpoint is not None:
+        print(f"resume: from {checkpoint}, after {step_of(checkpoint)} steps")
+        go_on(checkpoint, run, data_report, rows, arguments)
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         if world.first:
             data_report.write(run.data_report)
@@ -221,6 +236,34 @@ def check_method(recipe: Recipe, world: World) -> None:
                 raise UserError(f"tune.{component}: {reason}")
 
 
+def check_checkpoints(
+    recipe: Recipe, arguments: TrainingArguments, world: World, run: RunDirectory, checkpoint: Path | None
+) -> None:
+    """
+    Raises:
+        UserError: checkpoints in a layout that cannot go on from them, or a run that cannot go on from this one.
+    """
+    if world.zero_stage is not None and (arguments.save_strategy != "no" or checkpoint is not None):
+        raise UserError(
+            "train.save_strategy: a run under DeepSpeed cannot go on from a checkpoint yet; leave it out, or train with DDP"
+        )
+    if checkpoint is None:
+        return
+    if run.summary.is_file():
+        raise UserError(f"resume: {run.path} is finished; --overwrite trains it anew")
+    check_resumable(recipe, run, checkpoint, world)
+
+
+def go_on(checkpoint: Path, run: RunDirectory, report: DataReport, rows: Any, arguments: TrainingArguments) -> None:
+    """Put the data, the report and the metrics where the checkpoint left them."""
+    report.load(checkpoint / REPORT)
+    if arguments.process_index == 0:
+        cut_metrics(run.metrics, step_of(checkpoint))
+    if isinstance(rows, SampleStream):
+        rows.start_at(step_of(checkpoint) * arguments.gradient_accumulation_steps)
+        arguments.ignore_data_skip = True  # the stream has passed over them, unparsed
+
+
 def settle_base(model: Any, processor: Any, section: ModelSection, made: Path | None, world: World) -> Any:
     """Give the base a place that an adapter can name, and its precision.
 
@@ -233,7 +276,7 @@ def settle_base(model: Any, processor: Any, section: ModelSection, made: Path | 
     if section.base not in (None, UNTRAINED):
         model.name_or_path = resolve_base(section.base)
     elif made is not None:
-        if world.first:
+        if world.first and not (made / CHECKPOINT_MARK).exists():
             save_checkpoint(model, processor, made)
         world.wait()
         if section.precision in QUANTIZED:

@@ -137,6 +137,15 @@ class Batches(Sampler[list[int]]):
         """The batches of every process by step: in each step, that of process r is every `world`-th from r on."""
         return self._steps(epoch)
 
+    def largest(self) -> dict[str, int]:
+        """The first epoch's batch with the most tokens, padding counted: its `rows`, `tokens` and `padded_tokens`.
+
+        Only where the rows' lengths were counted.
+        """
+        assert self._lengths is not None
+        batch = max((batch for step in self._steps(0) for batch in step), key=self._cost, default=[])
+        return {"rows": len(batch), "tokens": int(self._lengths[batch].sum()), "padded_tokens": self._cost(batch)}
+
     def _count(self, epochs: int) -> int:
         if self._tokens is None:
             # Which rows an epoch leaves over differs, and with them how many can train; the first epoch says what is announced.

@@ -24,8 +24,8 @@ class Collator:
 
     Args:
         pad_token_id: what fills shorter rows up.
-        stand_in: a row with an image and nothing supervised (`mmtune.data.dataset.stand_in`), put into batches that have no image,
-            so that the vision tower takes part in every step.
+        stand_in: a row with an image and nothing supervised (`mmtune.data.dataset.stand_in`), put into batches without
+            images, so that the vision tower takes part in every step.
         packed: all samples of a batch in one row, in place of a row each.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import ProcessorMixin
 
 from mmtune.data.encode import IGNORE_INDEX, OverLength, encode_sample
 from mmtune.data.findings import kind_of
-from mmtune.data.media import Embedded, Media, image_size
+from mmtune.data.media import Media, blank_image, image_size
 from mmtune.data.message import RowError, Sample
 from mmtune.data.reader import Reader
 from mmtune.data.report import DataReport, MediaChanged, StopRun
@@ -216,10 +214,7 @@ def stand_in(processor: ProcessorMixin) -> Encoded:
 
     It takes the place of a batch whose every row was dropped, and the vision tower's part where a batch has no image.
     """
-    picture = io.BytesIO()
-    Image.new("RGB", (32, 32)).save(picture, "PNG")
-    blank = Embedded(Path("stand-in"), "blank.png", data=picture.getvalue())
-    question = {"role": "user", "content": [{"type": "image", "image": blank}, {"type": "text", "text": "?"}]}
+    question = {"role": "user", "content": [{"type": "image", "image": blank_image()}, {"type": "text", "text": "?"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "."}]}
     encoded = encode_sample(Sample("stand-in", [question, answer]), processor)
     return {**encoded, "labels": torch.full_like(encoded["labels"], IGNORE_INDEX)}

@@ -19,7 +19,7 @@ from transformers import Gemma3nProcessor, Gemma3Processor, PaliGemmaProcessor, 
 
 from mmtune.chat_rendering import MARK_START, NotExact, Span, control_tokens, render_conversation, render_prompt
 from mmtune.data.findings import kind_of
-from mmtune.data.media import open_image
+from mmtune.data.media import blank_image, open_image
 from mmtune.data.message import Message, RowError, Sample, text_of
 from mmtune.data.tokens import Places, mark, spells, tokenize, tokenize_marked, unmark
 from mmtune.errors import UserError
@@ -324,14 +324,15 @@ def encode_prompt(sample_id: str, messages: list[Message], processor: ProcessorM
 def check_chat_template(processor: ProcessorMixin) -> None:
     """Prove on two short conversations that what will be supervised is the answer and the token that ends it.
 
-    Conversations of several turns are held to it sample by sample: `encode_sample` counts their spans.
+    They have an image each, without which PaliGemma's processor takes nothing. Conversations of several turns are held to it
+    sample by sample: `encode_sample` counts their spans.
 
     Raises:
         UserError: when the chat template marks more, less, or nothing after an answer, so that the end is never learnt.
     """
     for word in ("yes", "no"):
         messages: list[Message] = [
-            {"role": "user", "content": [{"type": "text", "text": "Is it?"}]},
+            {"role": "user", "content": [{"type": "image", "image": blank_image()}, {"type": "text", "text": "Is it?"}]},
             {"role": "assistant", "content": [{"type": "text", "text": word}]},
         ]
         labels = encode_sample(Sample("chat template", messages), processor)["labels"]

@@ -18,7 +18,7 @@ from mmtune.data.boxes import Box, fractions, pixels, thousandths
 from mmtune.data.message import RowError
 
 DRAW = "drawn by mmtune"
-"""The name under which an expression finds the row's draw; no name that Jinja could write, so that no row can hold it by chance."""
+"""The name under which an expression finds the row's draw; no name that Jinja could write, so no row has it."""
 
 _FAULTS = (
     TemplateError,
@@ -92,7 +92,7 @@ def as_text(value: Any) -> str:
     """A value of a row as a text would show it.
 
     Raises:
-        ValueError: for null, true, lists, objects and bytes, which Python would write in its own words, and for what is no number.
+        ValueError: for null, true, lists, objects and bytes, which Python would write in its words, and for what is no number.
     """
     if value is None or isinstance(value, bool):
         raise ValueError(f"a text cannot be made of {'null' if value is None else str(value).lower()}")

@@ -146,6 +146,13 @@ class _Slice(io.RawIOBase):
 Media = Path | Embedded
 
 
+def blank_image() -> Embedded:
+    """A small black image in hand, where a picture is needed and none in particular."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, "PNG")
+    return Embedded(Path("blank"), "blank.png", data=file.getvalue())
+
+
 @dataclass(frozen=True)
 class MediaRules:
     """What a source's rows may name.

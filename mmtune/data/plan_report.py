@@ -24,36 +24,41 @@ BARS, WIDTH = 12, 40
 SHOWN = 10
 
 
-def plan_data(section: DataSection, processor: ProcessorMixin, batch_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+Lengths = tuple[Samples, Numbers]
+"""The rows, and the tokens of each as it would train."""
+
+
+def plan_data(section: DataSection, processor: ProcessorMixin) -> tuple[dict[str, Any], dict[str, Any], Lengths]:
     """Plan a recipe's training data.
 
     Args:
         section: the recipe's `data`.
         processor: the model's, its chat template settled.
-        batch_size: samples in a batch on one device.
 
     Returns:
         The plan's figures, as JSON has them, and what the memory estimate takes of the longest row that would train: `tokens`,
-        `images`, `image_size` (height, width), and the largest number of `supervised` tokens; empty where no row would train.
+        `images`, `image_size` (height, width), and the largest number of `supervised` tokens; empty where no row would train;
+        and what batches are made of.
 
     Raises:
         UserError: data that cannot be read, or a processor whose tokens cannot be counted.
     """
     samples = Samples(section.train)
-    cache = PlanCache(beside(section.train), plan_key(section.train, processor, "all"))
-    plan = build_plan(samples, processor, cache=cache)
-    outcome = foretell(plan, samples, processor, section.max_tokens, section.over_length)
-    figures = plan_figures(plan, outcome, section.max_tokens, section.over_length, batch_size)
+    cache = PlanCache(beside(section.train), plan_key(section.train, processor, section.supervise))
+    plan = build_plan(samples, processor, section.supervise, cache=cache)
+    outcome = foretell(plan, samples, processor, section.max_tokens, section.over_length, section.supervise)
+    figures = plan_figures(plan, outcome, section)
+    lengths = samples, outcome.lengths
     if not figures["rows_trained"]:
-        return figures, {}
+        return figures, {}, lengths
     row = int(outcome.lengths.argmax())
-    fitted = fit(samples[row], processor, section.max_tokens, section.over_length)
+    fitted = fit(samples[row], processor, section.max_tokens, section.over_length, section.supervise)
     longest: dict[str, Any] = {"tokens": fitted.counts.tokens, "images": fitted.counts.images}
     longest["supervised"] = int(plan.supervised[outcome.lengths > 0].max())
     if fitted.counts.images:
         width, height = _typical_size(fitted.sample, processor)
         longest["image_size"] = (height, width)
-    return figures, longest
+    return figures, longest, lengths
 
 
 def _typical_size(sample: Sample, processor: ProcessorMixin) -> tuple[int, int]:
@@ -68,24 +73,21 @@ def _typical_size(sample: Sample, processor: ProcessorMixin) -> tuple[int, int]:
     return next((size for size in by_area if characters([size] * len(sizes)) <= whole), by_area[-1])
 
 
-def plan_figures(plan: Plan, outcome: Outcome, max_tokens: int | None, policy: str, batch_size: int) -> dict[str, Any]:
+def plan_figures(plan: Plan, outcome: Outcome, section: DataSection) -> dict[str, Any]:
     """A plan in figures.
 
     Args:
         plan: the counts.
         outcome: of the over-length policy.
-        max_tokens: the recipe's limit; where there is none, packs are as long as the longest row.
-        policy: the recipe's `data.over_length`.
-        batch_size: samples in a batch.
+        section: the recipe's `data`. Packs hold its `tokens_per_batch`, or `max_tokens`, or else as much as the longest row.
 
     Returns:
         Plain values, for JSON.
     """
     trained = outcome.lengths[outcome.lengths > 0]
     good = plan.tokens[plan.tokens > 0]
-    capacity = max_tokens or int(trained.max(initial=1))
+    capacity = section.tokens_per_batch or section.max_tokens or int(trained.max(initial=1))
     packs = pack_lengths(trained, capacity)
-    longest = np.sort(trained)[::-1][:batch_size]
     return {
         "rows": len(plan),
         "rows_faulty": len(plan.faults),
@@ -97,9 +99,9 @@ def plan_figures(plan: Plan, outcome: Outcome, max_tokens: int | None, policy: s
         "longest": int(good.max(initial=0)),
         "median": int(np.median(good)) if len(good) else 0,
         "histogram": [{"from": first, "to": last, "rows": rows} for first, last, rows in histogram(good)],
-        "max_tokens": max_tokens,
+        "max_tokens": section.max_tokens,
         "over_length": {
-            "policy": policy,
+            "policy": section.over_length,
             "rows": outcome.over_length,
             "rows_dropped": len(outcome.dropped),
             "rows_with_fewer_images": outcome.fewer_images,
@@ -111,11 +113,6 @@ def plan_figures(plan: Plan, outcome: Outcome, max_tokens: int | None, policy: s
             "capacity": capacity,
             "packs": len(packs),
             "efficiency": round(packing_efficiency(trained, packs, capacity), 4),
-        },
-        "largest_batch": {
-            "samples": len(longest),
-            "tokens": int(longest.sum()),
-            "padded_tokens": int(longest.max(initial=0)) * len(longest),
         },
         "faults": [{"row": e.row, "field": e.field, "detail": e.detail} for _, e in sorted(plan.faults.items())],
         "counted": plan.counted,
@@ -140,7 +137,7 @@ def print_data(figures: dict[str, Any]) -> None:
     """A page in the terminal.
 
     Args:
-        figures: from `plan_data`, with the optimizer steps under `steps`.
+        figures: from `plan_data`, with the optimizer steps under `steps` and `Batches.largest` under `largest_batch`.
     """
     console = Console()
     tokens = max(1, figures["tokens"])
@@ -156,9 +153,10 @@ def print_data(figures: dict[str, Any]) -> None:
     packing = figures["packing"]
     full = f"of {packing['capacity']:,} tokens, {packing['efficiency']:.1%} full"
     table.add_row("packs", f"{packing['packs']:,}", full)
-    table.add_row("optimizer steps", f"{figures['steps']:,}", "in one process, with padded batches")
+    table.add_row("optimizer steps", f"{figures['steps']:,}", "in one process")
     batch = figures["largest_batch"]
-    table.add_row("largest batch", f"{batch['padded_tokens']:,}", f"tokens with padding, of {batch['samples']} rows")
+    how = "tokens" if batch["tokens"] == batch["padded_tokens"] else f"tokens with padding, {batch['tokens']:,} without,"
+    table.add_row("largest batch", f"{batch['padded_tokens']:,}", f"{how} of {batch['rows']} rows")
     console.print(table)
     bars = Table(title="Length of a row in tokens", title_justify="left", show_header=False)
     for number in range(3):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,13 +31,13 @@ class Reader:
 
     def __init__(self, source: Source, name: str | None = None) -> None:
         self.source = source
-        self.template = load_data_template(source.template)
-        self.rules = _rules(source, source.path, source.media_root)
+        self.template = check_source(source)
+        root = Path(source.media_root) if source.media_root else media_root_of(source.path)
+        self.rules = MediaRules(root, source.allow_outside_root, source.allow_urls)
         self._name = name
-        _check(source, self.template)
         words = None if source.verbalizer is None else dict(source.verbalizer)
         self._prompting = Prompting(source.seed, source.system, source.shuffle_options, words, dict(source.values or {}))
-        self._partners = _partners(self.template.join, source.template, source.path, source.join)
+        self._partners = None if self.template.join is None else _Partners(self.template.join, source.join or source.path)
         self._shots = None if source.shots is None else _Shots(source, source.shots, name)
 
     def open(self) -> Rows:
@@ -130,7 +130,9 @@ class _Partners:
                 "field_type" if field in row else "field_missing",
             )
         if "joined" in row:
-            raise RowError(row_id, "joined", "the row has a field of this name, which is where its partner would be", "field_type")
+            raise RowError(
+                row_id, "joined", "the row has a field of this name, which is where its partner would be", "field_type"
+            )
         if key not in self._places or key in self._several:
             many = "several rows have" if key in self._several else "no row has"
             raise RowError(row_id, field, f"{many} {self._field} {value!r} in {self._path}"[:400], "partner_missing")
@@ -146,20 +148,9 @@ class _Shots:
         self._path = shots.path
         self._same_file = own
         self._seed = source.seed
-        settings: dict[str, Any] = {
-            "path": shots.path,
-            "template": shots.template or source.template,
-            "media_root": shots.media_root or (source.media_root if own else None),
-            "join": shots.join or (source.join if own else None),
-            "where": shots.where,
-            "shots": None,
-        }
-        if settings["template"] != source.template:
-            settings |= {"verbalizer": None, "shuffle_options": False, "values": None}
-        # The system message is the conversation's own affair.
-        self._reader = Reader(source.model_copy(update={**settings, "system": None}), name if own else None)
+        self._reader = Reader(_source_of(source, shots), name if own else None)
         self._rows = self._reader.open()
-        if len(self._rows) < self._count + own:
+        if len(self._rows) < self._count + (own and shots.where is None):
             raise UserError(f"shots: {shots.path} holds {len(self._rows)} rows, too few for {self._count} examples of other rows")
 
     def drawn(self, row_id: str, row: Row) -> list[list[dict[str, Any]]]:
@@ -199,9 +190,31 @@ def _permutation(count: int, seed: int, row_id: str) -> Iterator[int]:
             yield index
 
 
-def _check(source: Source, template: DataTemplate) -> None:
-    """Refuse a wish that the template cannot meet."""
-    name, verbalizer = source.template, template.verbalizer
+def _source_of(source: Source, shots: Shots) -> Source:
+    """The source that few-shot examples are read by: the shots' own keys, and the source's where they mean the same."""
+    own, template = shots.path == source.path, shots.template or source.template
+    settings: dict[str, Any] = {
+        "path": shots.path,
+        "template": template,
+        "media_root": shots.media_root or (source.media_root if own else None),
+        "join": shots.join or (source.join if own else None),
+        "where": shots.where,
+        "shots": None,
+        "system": None,
+    }
+    if template != source.template:
+        settings |= {"verbalizer": None, "shuffle_options": False, "values": None}
+    return source.model_copy(update=settings)
+
+
+def check_source(source: Source) -> DataTemplate:
+    """A source's template, checked to be one that can do what the source asks of it. No row is read.
+
+    Raises:
+        UserError: an unknown template, one that is faulty, or a wish that it cannot meet.
+    """
+    template = load_data_template(source.template)
+    name, verbalizer, join = source.template, template.verbalizer, template.join
     if source.shuffle_options and template.options is None:
         raise UserError(f"shuffle_options: the template {name} declares no options to shuffle")
     if source.verbalizer is not None and verbalizer is None:
@@ -212,20 +225,13 @@ def _check(source: Source, template: DataTemplate) -> None:
         if value not in template.values:
             hint = nearest(value, set(template.values)) if template.values else "; it has none"
             raise UserError(f"values: the template {name} has no value '{value}'{hint}")
-
-
-def _rules(source: Source, path: str, media_root: str | None) -> MediaRules:
-    return MediaRules(Path(media_root) if media_root else media_root_of(path), source.allow_outside_root, source.allow_urls)
-
-
-def _partners(join: Join | None, template: str, path: str, other: str | None) -> _Partners | None:
-    if join is None or join.same_file:
-        if other is not None:
-            raise UserError(f"join: the template {template} reads no second file")
-        return None if join is None else _Partners(join, path)
-    if other is None:
-        raise UserError(f"join: the template {template} needs a second file; name it in the source: join: FILE")
-    return _Partners(join, other)
+    if source.join is not None and (join is None or join.same_file):
+        raise UserError(f"join: the template {name} reads no second file")
+    if source.join is None and join is not None and not join.same_file:
+        raise UserError(f"join: the template {name} needs a second file; name it in the source: join: FILE")
+    if source.shots is not None:
+        check_source(_source_of(source, source.shots))
+    return template
 
 
 def _key(value: Any) -> int | str | None:
@@ -242,7 +248,7 @@ def _spelt(where: Mapping[str, Any]) -> str:
 
 
 def example_rows(template: DataTemplate, count: int) -> list[Row]:
-    """Copies of a template's example row. They differ in a field that no template reads, so that each can be an example of another."""
+    """Copies of a template's example row. They differ in a field that no template reads: each can be an example of another."""
     rows = [{**template.example, "copy": number} for number in range(count)]
     if template.rows == "*":
         key = template.example.get("__key__", "row")

@@ -71,6 +71,19 @@ class DataReport:
         if len(self.quarantined) + len(self.dropped_over_length) >= self.rows:
             raise UserError("no row can train: every one was dropped or quarantined; see data_report.json in the run directory")
 
+    def load(self, path: Path) -> None:
+        """Add what an earlier part of the run has written."""
+        written = json.loads(path.read_text(encoding="utf-8"))
+        for mine, name in (
+            (self.dropped_over_length, "dropped_over_length"),
+            (self.media_changed, "media_changed"),
+            (self.quarantined, "quarantined"),
+        ):
+            for fault in (Fault(**each) for each in written[name]):
+                if fault.row not in self._seen:
+                    self._seen.add(fault.row)
+                    mine.append(fault)
+
     def listing(self) -> str:
         """The first ten quarantined rows, a line each."""
         return "\n".join(f"  {fault.row}: {fault.field}: {fault.detail}" for fault in self.quarantined[:10])

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +16,7 @@ from mmtune.data.message import RowError
 from mmtune.data.rows import Item, Row
 from mmtune.errors import UserError
 
+_BATCH = 256  # records that are found before the first of them is given
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -74,22 +76,31 @@ def _records(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[int, 
             yield line.decode("latin-1")
 
     reader = csv.reader(lines(), delimiter=delimiter)
-    line, offset, held = 1, 0, None
+
+    def records() -> Iterator[tuple[int, int, list[bytes], bool]]:
+        line, offset = 1, 0
+        for fields in reader:
+            yield line, offset, taken.copy(), bool(fields)
+            line, offset = line + len(taken), offset + sum(map(len, taken))
+            taken.clear()
+
+    found = records()
+    held: tuple[int, int, list[bytes]] | None = None
     while True:
-        with _long_fields():
-            try:
-                fields = next(reader, None)
-            except csv.Error as error:  # a carriage return alone, as very old line ends
-                raise UserError(f"{path}:{line}: not valid CSV: {error}") from error
-        if held is not None:
-            if fields is None:
-                _check_closed(path, delimiter, *held)
-            yield held[0], held[1], b"".join(held[2])
-        if fields is None:
-            return
-        held = (line, offset, list(taken)) if fields else None
-        line, offset = line + len(taken), offset + sum(map(len, taken))
-        taken.clear()
+        try:
+            with _long_fields():
+                batch = list(islice(found, _BATCH))
+        except csv.Error as error:  # a carriage return alone, as very old line ends
+            raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from error
+        for line, offset, lines_of, filled in batch:
+            if held is not None:
+                yield held[0], held[1], b"".join(held[2])
+            held = (line, offset, lines_of) if filled else None
+        if not batch:
+            break
+    if held is not None:
+        _check_closed(path, delimiter, *held)
+        yield held[0], held[1], b"".join(held[2])
 
 
 def _check_closed(path: Path, delimiter: str, line: int, offset: int, lines: list[bytes]) -> None:

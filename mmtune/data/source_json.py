@@ -24,8 +24,7 @@ EVERY_KEY = "*"
 _QUOTE, _COMMA, _BACKSLASH = b'",\\'
 _STEP = np.zeros(256, dtype=np.int8)
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
-_MARKS = _STEP != 0
-_MARKS[[_QUOTE, _COMMA]] = True
+_MARKS = bytes(byte in b'",[]{}' for byte in range(256))
 _KEY = re.compile(rb'\s*+("(?:[^"\\]++|\\.)*+")\s*+:\s*+', re.DOTALL)
 _KEY_BYTES = 2**16  # more of a key than this is not looked at
 
@@ -140,11 +139,11 @@ def _parted(file: BinaryIO, path: Path, start: int) -> Iterator[npt.NDArray[np.i
         whole = len(chunk.rstrip(b"\\"))  # what a run of backslashes escapes is decided in one piece
         chunk, held = chunk[:whole], chunk[whole:]
         data = np.frombuffer(chunk, dtype=np.uint8)
-        marks = np.flatnonzero(_MARKS[data])
+        marks = np.flatnonzero(np.frombuffer(chunk.translate(_MARKS), dtype=np.bool_))
         if b"\\" in chunk:
             marks = marks[~_escaped(data)[marks]]
         quotes = data[marks] == _QUOTE
-        inside = (np.cumsum(quotes) + in_string) % 2 == 1
+        inside = np.bitwise_xor.accumulate(quotes) ^ in_string
         in_string = bool(inside[-1]) if len(inside) else in_string
         marks = marks[~quotes & ~inside]
         steps = _STEP[data[marks]]

@@ -99,7 +99,7 @@ class DataTemplate(Declaration):
 
         Raises:
             RowError: a missing field, an unknown speaker, turns out of order, an empty answer, an image that is missing or
-                outside the media root, a number of images that differs from the number of placeholders, or a box outside the image.
+                outside the media root, not as many images as placeholders, or a box outside the image.
         """
         choices: tuple[str, ...] = ()
         references: tuple[str, ...] = ()

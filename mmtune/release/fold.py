@@ -13,9 +13,9 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from mmtune.errors import CheckFailed, UserError
+from mmtune.manifest import sha256
 from mmtune.methods.table import METHODS
 from mmtune.model.load import adapter_method, base_of_adapter, load_trained
-from mmtune.release.manifest import sha256
 from mmtune.run_directory import RunDirectory
 
 

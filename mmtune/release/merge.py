@@ -21,6 +21,8 @@ from mmtune.data.dataset import Samples, open_samples
 from mmtune.data.message import Sample
 from mmtune.errors import CheckFailed, UserError
 from mmtune.files import replaced_directory
+from mmtune.manifest import NAME as MANIFEST
+from mmtune.manifest import write_manifest
 from mmtune.model.checkpoint import CHECKPOINT_MARK
 from mmtune.model.compute import place
 from mmtune.model.load import ADAPTER_CONFIG, DTYPES, base_of_adapter, load_base, load_trained
@@ -28,8 +30,6 @@ from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.recipe import Recipe, load_recipe, needed_paths
 from mmtune.release.card import adapter_card, model_card
 from mmtune.release.fold import adapter_of, check_mergeable, fold, fold_weighted
-from mmtune.release.manifest import NAME as MANIFEST
-from mmtune.release.manifest import write_manifest
 from mmtune.release.parity import Observed, answer_logits, compare, observe, same_answers
 from mmtune.run_directory import RunDirectory
 

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from mmtune.errors import UserError
-from mmtune.release.manifest import check_manifest
+from mmtune.manifest import check_manifest
 
 
 def push(folder: Path, repository: str, *, upload: bool = False, private: bool = True) -> dict[str, Any]:

@@ -24,9 +24,11 @@ class RecordMetrics(TrainerCallback):
         self._bar: tqdm[Any] | None = None
         self._start = 0.0
         self._tokens_seen = 0.0
+        self._first_step = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._start = self._last = time.perf_counter()
+        self._first_step, self._tokens_seen = state.global_step, float(state.num_input_tokens_seen)
         if state.is_world_process_zero:
             self._path.touch()
         if state.is_world_process_zero and not args.disable_tqdm and sys.stderr.isatty():
@@ -76,7 +78,8 @@ class RecordMetrics(TrainerCallback):
         if self._bar is not None:
             self._bar.set_postfix_str(shown)
         elif not args.disable_tqdm:
-            left = (now - self._start) / max(state.global_step, 1) * (state.max_steps - state.global_step)
+            done = max(state.global_step - self._first_step, 1)
+            left = (now - self._start) / done * (state.max_steps - state.global_step)
             print(f"step {state.global_step}/{state.max_steps}  {shown}  {left:.0f} s left", flush=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

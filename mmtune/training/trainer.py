@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from peft import AdaLoraModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mmtune.data.batches import Batches
 from mmtune.data.encode import IGNORE_INDEX
@@ -20,6 +22,7 @@ from mmtune.data.report import DataReport
 from mmtune.data.stream import SampleStream
 from mmtune.model.compute import virtual_tokens
 from mmtune.model.packing import packed_inputs
+from mmtune.training.checkpoint import keep_checkpoint
 from mmtune.world import ALONE, World
 
 
@@ -61,6 +64,10 @@ def shared_regularization(model: nn.Module, passes: int) -> Iterator[None]:
         yield
     finally:
         config.orth_reg_weight = whole
+
+
+SAVING = ".saving"
+"""Where a checkpoint lies until it is whole."""
 
 
 class EpochLoader(DataLoader[Any]):
@@ -166,6 +173,18 @@ class TuningTrainer(Trainer):
         optimizer.param_groups[:] = sorted(groups, key=lambda group: group["lr"] != self.args.learning_rate)
         return optimizer
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(self.args.output_dir) / SAVING)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's checkpoint, which has its name only when all of it is there."""
+        super()._save_checkpoint(model, trial)
+        self._world.wait()
+        if self._world.first:
+            checkpoints = Path(self.args.output_dir)
+            made = checkpoints / SAVING / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            keep_checkpoint(made, checkpoints, self._data_report, self._world, self.args.save_total_limit)
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """mmtune's own batches, which are this process's already: accelerate has nothing to divide."""
         workers = self.args.dataloader_num_workers
@@ -175,6 +194,7 @@ class TuningTrainer(Trainer):
             "persistent_workers": self.args.dataloader_persistent_workers,
             "multiprocessing_context": self.args.dataloader_multiprocessing_context,
             "prefetch_factor": self.args.dataloader_prefetch_factor,
+            "generator": torch.Generator(),  # a loader draws a seed, and would draw it from the run's, once more when resumed
         }
         if isinstance(self.train_dataset, SampleStream):
             return DataLoader(self.train_dataset, batch_size=None, **settings)

@@ -52,9 +52,7 @@ def test_a_step_has_the_same_rows_in_every_layout(kind: str, count: int) -> None
     found = []
     for world, accumulation, size in ((1, 6, 2), (2, 3, 2), (3, 2, 2), (6, 1, 2)):
         of = [
-            Batches(
-                alone(count), seed=1, size=size, accumulation=accumulation, rank=rank, world=world, lengths=lengths, **more
-            )
+            Batches(alone(count), seed=1, size=size, accumulation=accumulation, rank=rank, world=world, lengths=lengths, **more)
             for rank in range(world)
         ]
         for each in of:
@@ -99,6 +97,12 @@ def test_the_largest_batch_comes_first_and_in_the_first_epoch_only() -> None:
     assert 13 in next(iter(batches))
     batches.set_epoch(1)
     assert list(batches) == list(_at(Batches(alone(32), seed=2, size=4, lengths=lengths), 1))
+
+
+def test_the_largest_batch_is_told_with_and_without_its_padding() -> None:
+    lengths = np.array([3, 9, 4, 50, 2, 7, 0, 60])
+    found = Batches(alone(8), seed=2, size=2, lengths=lengths).largest()
+    assert found["rows"] == 2 and found["padded_tokens"] == 120 and 62 <= found["tokens"] <= 110
 
 
 def _at(batches: Batches, epoch: int) -> Batches:

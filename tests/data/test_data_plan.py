@@ -28,7 +28,7 @@ from mmtune.data.plan_cache import PlanCache, beside, plan_key
 from mmtune.data.plan_report import histogram, plan_figures
 from mmtune.data.shrink import fit
 from mmtune.errors import UserError
-from mmtune.recipe import Source
+from mmtune.recipe import DataSection, Source
 
 torch.set_num_threads(1)
 
@@ -134,6 +134,17 @@ def test_a_changed_picture_is_counted_again_and_no_other_row(data: Path) -> None
     assert [row for row in range(6) if first.tokens[row] != second.tokens[row]] == [2, 3]
     assert _same(second, build_plan(Samples(_sources(data)), FAMILIES["qwen2_vl"]()))
     assert _plan(data).counted == 1
+
+
+def test_a_picture_of_as_many_bytes_is_noticed(data: Path) -> None:
+    picture = data.parent / "b.png"
+    Image.new("RGB", (64, 320)).save(picture, format="BMP")
+    size = picture.stat().st_size
+    first = _plan(data)
+    Image.new("RGB", (320, 64)).save(picture, format="BMP")
+    os.utime(picture, ns=(1, 1))
+    assert picture.stat().st_size == size
+    assert _plan(data).counted == 2 + 1 < first.counted
 
 
 def test_a_picture_that_goes_or_comes_is_noticed(data: Path) -> None:
@@ -312,6 +323,18 @@ def test_packs_are_nearly_as_few_as_can_be(lengths: list[int]) -> None:
     assert len(pack_lengths(lengths, 20)) <= 11 / 9 * _fewest(lengths, 20) + 6 / 9
 
 
+@pytest.mark.parametrize("capacity", [2048, 4096])
+def test_packs_of_lengths_like_llavas_are_full(capacity: int) -> None:
+    random = np.random.default_rng(1)
+    pictured = random.random(5000) < 0.95
+    text = np.exp(random.normal(np.log(np.where(pictured, 120, 330)), 0.8)).astype(np.int64)
+    lengths = np.clip(text + 576 * pictured, 20, capacity)
+    packs = pack_lengths(lengths, capacity)
+    assert sorted(position for pack in packs for position in pack) == list(range(5000))
+    assert max(lengths[pack].sum() for pack in packs) <= capacity
+    assert packing_efficiency(lengths, packs, capacity) >= 0.95
+
+
 @pytest.mark.parametrize("lengths", [[0, 3], [21], [-1]])
 def test_lengths_that_do_not_go_into_a_pack_are_refused(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="do not go into packs of 20 tokens"):
@@ -332,11 +355,11 @@ def test_figures_are_those_of_the_rows(data: Path) -> None:
     processor, samples = FAMILIES["qwen2_vl"](), Samples(_sources(data))
     plan = build_plan(samples, processor)
     limit = int(plan.tokens.max()) - 1
-    figures = plan_figures(plan, foretell(plan, samples, processor, limit, "drop_sample"), limit, "drop_sample", batch_size=2)
+    section = DataSection(train=tuple(_sources(data)), max_tokens=limit, over_length="drop_sample")
+    figures = plan_figures(plan, foretell(plan, samples, processor, limit, "drop_sample"), section)
     kept = sorted(length for length in plan.tokens.tolist() if 0 < length <= limit)
     assert (figures["rows"], figures["rows_faulty"], figures["rows_trained"]) == (6, 1, len(kept))
     assert figures["tokens"] == int(plan.tokens.sum())
-    assert figures["largest_batch"] == {"samples": 2, "tokens": sum(kept[-2:]), "padded_tokens": 2 * kept[-1]}
     packing = figures["packing"]
     assert packing["efficiency"] == pytest.approx(sum(kept) / (packing["packs"] * limit), abs=1e-4)
     assert figures["over_length"]["rows"] == figures["over_length"]["rows_dropped"] == 6 - 1 - len(kept)

@@ -195,6 +195,12 @@ def test_few_shot_examples_are_other_rows_of_the_same_file(tmp_path: Path) -> No
     assert [_texts(sample)[-1] for sample in other] == [_texts(sample)[-1] for sample in samples] and other != samples
 
 
+def test_as_many_rows_as_examples_are_enough_from_another_split(tmp_path: Path) -> None:
+    train = {"count": 8, "path": str(tmp_path / "rows.json"), "where": {"split": "train"}}
+    samples = _all(Reader(_source(tmp_path, where={"split": "test"}, shots=train)))
+    assert {len(sample.messages) for sample in samples} == {18}
+
+
 def test_few_shot_examples_of_another_file_bring_their_images(tmp_path: Path, media: Path) -> None:
     shots = tmp_path / "shots.jsonl"
     shots.write_text(json.dumps({"image": "b.png", "question": "which?", "answer": "this"}), encoding="utf-8")
@@ -282,6 +288,7 @@ def test_a_row_cannot_bring_a_partner_of_its_own(tmp_path: Path) -> None:
         ("vqa_v2", {"values": {"image": "x"}, "join": "rows.json"}, "has no value 'image'; did you mean 'images'"),
         (OWN, {"shots": {"count": 1, "path": "none.json"}}, "none.json: no such file"),
         (OWN, {"shots": {"count": 1, "path": "rows.json", "template": "lava"}}, "did you mean 'llava'"),
+        (OWN, {"shots": {"count": 1, "path": "rows.json", "join": "more.json"}}, "reads no second file"),
     ],
 )
 def test_a_wish_that_the_template_cannot_meet(tmp_path: Path, template: str, settings: dict[str, Any], reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Samples that are too long: what goes, what gets smaller, and that the rest is encoded to exactly the length that was counted."""
+"""Samples that are too long: what goes, what gets smaller, and that the rest is encoded to the very length that was counted."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_killed_runs_see_the_rows_of_an_unbroken_one(tmp_path: Path) -> None:
     def start(log: Path) -> subprocess.Popen[bytes]:
         done = len(log.read_bytes().splitlines()) if log.exists() else 0
         command = [sys.executable, str(script_file), str(log), str(done)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)  # noqa: S603
+        return subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
 
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     start(unbroken).communicate()

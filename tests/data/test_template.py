@@ -246,7 +246,9 @@ def test_a_template_stays_in_its_sandbox(source: str, tmp_path: Path) -> None:
         _columns(source).sample("r", {"a": [1]}, MediaRules(tmp_path))
 
 
-@pytest.mark.parametrize("source", ["{{ a + 1 }}", "{{ 1 / 0 }}", "{{ a | int + none }}", "{{ '%d' % a }}", "{{ b }}"])
+@pytest.mark.parametrize(
+    "source", ["{{ a + 1 }}", "{{ 1 / 0 }}", "{{ a | int + none }}", "{{ '%d' % a }}", "{{ b }}", "{{ a | dictsort }}"]
+)
 def test_a_template_that_fails_on_a_row_names_it(source: str, tmp_path: Path) -> None:
     with pytest.raises(RowError, match=r"^r: messages\[0\]: .*the row has: a$"):
         _columns(source).sample("r", {"a": "text"}, MediaRules(tmp_path))

@@ -202,7 +202,7 @@ def test_a_saved_checkpoint_loads_without_mmtune(shelf: Path, tmp_path: Path, vi
 
 
 def test_a_processor_without_weights_is_that_of_the_model(base: Path, tmp_path: Path) -> None:
-    from mmtune.model.load import load_base, load_bare_processor
+    from mmtune.model.load import load_bare_processor, load_base
     from mmtune.recipe import ModelSection
 
     tiny_vision("siglip", tmp_path / "vision")

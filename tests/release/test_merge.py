@@ -19,9 +19,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtune.data.encode import encode_sample
 from mmtune.errors import CheckFailed, UserError
+from mmtune.manifest import check_manifest
 from mmtune.model.load import base_of_adapter, load_trained
 from mmtune.recipe import Recipe
-from mmtune.release.manifest import check_manifest
 from mmtune.release.merge import Form, keep_adapter, merge, parity_samples
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train

@@ -1,4 +1,4 @@
-"""The list of a release's files with their sizes and SHA-256, by which anyone can see that nothing is missing or changed."""
+"""The list of a folder's files with their sizes and SHA-256, by which anyone can see that nothing is missing or changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def check_manifest(folder: Path) -> dict[str, int]:
-    """Compare a release with its manifest; returns the size of every file in bytes, the manifest's too.
+    """Compare a folder with its manifest; returns the size of every file in bytes, the manifest's too.
 
     Raises:
         UserError: no manifest there.
@@ -27,7 +27,7 @@ def check_manifest(folder: Path) -> dict[str, int]:
     try:
         listed = json.loads((folder / NAME).read_text(encoding="utf-8"))["files"]
     except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{folder} is no release of mmtune: it has no readable {NAME}") from error
+        raise UserError(f"{folder} is nothing that mmtune finished: it has no readable {NAME}") from error
     there = {str(path.relative_to(folder)): path for path in _files(folder)}
     faults = [f"missing: {name}" for name in sorted(listed.keys() - there.keys())]
     faults += [f"not in the manifest: {name}" for name in sorted(there.keys() - listed.keys())]

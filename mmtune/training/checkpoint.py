@@ -1,0 +1,114 @@
+"""Checkpoints: the last good one of a run, and whether a run may go on from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmtune.data.report import DataReport
+from mmtune.errors import CheckFailed, UserError
+from mmtune.manifest import check_manifest, write_manifest
+from mmtune.recipe import Recipe, load_recipe
+from mmtune.run_directory import RunDirectory
+from mmtune.world import World
+
+REPORT = "data_report.json"
+LAYOUT = "layout.json"
+FREE = (
+    "evaluate.",
+    "train.logging_",
+    "train.save_",
+    "train.dataloader_",
+    "train.report_to",
+    "train.disable_tqdm",
+    "data.max_bad_fraction",
+    "data.check_rows",
+)
+"""What a run may change when it goes on: nothing that a step depends on."""
+
+
+def keep_checkpoint(made: Path, checkpoints: Path, report: DataReport, world: World, limit: int | None) -> None:
+    """Give a checkpoint that is written in full its name, and delete older ones past the limit.
+
+    Until then it lies under another name, so that whatever is called a checkpoint is a whole one.
+
+    Args:
+        made: the finished directory, on the file system of `checkpoints`.
+        limit: how many to keep; None keeps all.
+    """
+    report.write(made / REPORT)
+    (made / LAYOUT).write_text(json.dumps({"layout": world.layout}) + "\n", encoding="utf-8")
+    write_manifest(made)
+    place = checkpoints / made.name
+    if place.exists():  # of a run that went on from before it
+        shutil.rmtree(place)
+    made.rename(place)
+    for old in _by_step(checkpoints)[:-limit] if limit else ():
+        shutil.rmtree(old)
+
+
+def last_checkpoint(run: RunDirectory) -> Path:
+    """The newest checkpoint of a run that is as it was written; damaged ones are named and passed over.
+
+    Raises:
+        UserError: there is none.
+    """
+    for path in reversed(_by_step(run.checkpoints)):
+        try:
+            check_manifest(path)
+        except (CheckFailed, UserError) as error:
+            print(f"resume: passed over: {error}")
+            continue
+        return path
+    raise UserError(f"{run.path} has no checkpoint to go on from; train.save_strategy: steps and train.save_steps write them")
+
+
+def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, world: World) -> None:
+    """
+    Raises:
+        UserError: the run is another recipe's, in a way that would make it another run, or of another layout.
+        CheckFailed: the checkpoint is damaged.
+    """
+    check_manifest(checkpoint)
+    before, now = (_flat(each.model_dump(mode="json")) for each in (load_recipe(run.recipe), recipe))
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    for key in changed:
+        print(f"resume: {key} was {before.get(key)!r}, and is {now.get(key)!r}")
+    wrong = [key for key in changed if not key.startswith(FREE)]
+    if wrong:
+        raise UserError(
+            f"resume: {', '.join(wrong)} differ from {run.recipe}, and the run would become another; give it a new output_dir"
+        )
+    layout = json.loads((checkpoint / LAYOUT).read_text(encoding="utf-8"))["layout"]
+    if layout != world.layout:
+        raise UserError(f"resume: {checkpoint} was written by {layout}, and this is {world.layout}; launch as before")
+
+
+def cut_metrics(metrics: Path, step: int) -> None:
+    """Take out of `metrics.jsonl` what was logged after a step, which will be logged again."""
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    metrics.write_text("".join(whole), encoding="utf-8")
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that a checkpoint has behind it."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _by_step(checkpoints: Path) -> list[Path]:
+    found = [path for path in checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=step_of)
+
+
+def _flat(values: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(values, Mapping):
+        return {
+            name: value
+            for part, inner in values.items()
+            for name, value in _flat(inner, f"{key}.{part}" if key else part).items()
+        }
+    return {key: values}

@@ -1,0 +1,137 @@
+"""A run that was stopped goes on to what the unbroken run gives, bit for bit, and from nothing but a whole checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmtune.errors import UserError
+from mmtune.recipe import Recipe
+from mmtune.run_directory import RunDirectory
+from mmtune.train import train
+
+SAVES = ("train.save_strategy=steps", "train.save_steps=2", "train.max_steps=6", "tune.language.lora_dropout=0.2")
+
+
+def stop_after(run: RunDirectory, step: int) -> None:
+    """What a run leaves that was killed after a checkpoint: no figures, no adapter, and metrics past the checkpoint."""
+    for path in (run.summary, run.report, run.loss_curve):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(run.adapter)
+    for path in run.checkpoints.glob("checkpoint-*"):
+        if int(path.name.rpartition("-")[2]) > step:
+            shutil.rmtree(path)
+
+
+def outcome(run: RunDirectory) -> tuple[bytes, list[tuple[float, float]]]:
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 7))
+    return (run.adapter / "adapter_model.safetensors").read_bytes(), [(r["loss"], r["grad_norm"]) for r in records]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        (),
+        ("train.gradient_accumulation_steps=2", "train.per_device_train_batch_size=1"),  # in the middle of an epoch
+        ("data.stream=true", "data.shuffle_window=5"),
+        ("data.stream=true", "train.gradient_accumulation_steps=2", "train.dataloader_num_workers=2"),
+    ],
+    ids=["indexed", "accumulated", "stream", "stream with workers"],
+)
+def test_a_resumed_run_is_the_unbroken_one(make_recipe: Callable[..., Recipe], how: tuple[str, ...]) -> None:
+    recipe = make_recipe(*SAVES, *how)
+    run = RunDirectory(Path(recipe.output_dir))
+    train(recipe, ["test"])
+    expected = outcome(run)
+    assert sorted(path.name for path in run.checkpoints.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    stop_after(run, 4)
+    train(recipe, ["test"], resume=True)
+    assert outcome(run) == expected
+    stop_after(run, 6)
+    train(recipe, ["test"], resume=run.checkpoints / "checkpoint-2")
+    assert outcome(run) == expected
+
+
+def test_a_damaged_checkpoint_is_passed_over(make_recipe: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = make_recipe(*SAVES)
+    run = RunDirectory(Path(recipe.output_dir))
+    train(recipe, ["test"])
+    expected = outcome(run)
+    stop_after(run, 4)
+    weights = run.checkpoints / "checkpoint-4" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (run.checkpoints / ".saving" / "checkpoint-5").mkdir(parents=True)  # killed while it was being written
+    train(recipe, ["test"], resume=True)
+    said = capsys.readouterr().out
+    assert "passed over" in said and "checkpoint-4" in said and "checkpoint-2, after 2 steps" in said
+    assert outcome(run) == expected
+
+
+def test_the_newest_checkpoints_are_kept(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe(*SAVES, "train.save_total_limit=1")
+    train(recipe, ["test"])
+    assert [path.name for path in RunDirectory(Path(recipe.output_dir)).checkpoints.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no checkpoint to go on from"):
+        train(make_recipe(*SAVES), ["test"], resume=True)
+    recipe = make_recipe(*SAVES)
+    run = RunDirectory(Path(recipe.output_dir))
+    train(recipe, ["test"])
+    with pytest.raises(UserError, match="is finished"):
+        train(recipe, ["test"], resume=True)
+    stop_after(run, 4)
+    with pytest.raises(UserError, match=r"train\.learning_rate, tune\.language\.r differ from .*recipe\.yaml"):
+        train(make_recipe(*SAVES, "train.learning_rate=1e-3", "tune.language.r=2"), ["test"], resume=True)
+    with pytest.raises(UserError, match="nothing that mmtune finished"):
+        train(recipe, ["test"], resume=tmp_path)
+    train(
+        make_recipe(*SAVES, "train.logging_steps=2", "train.save_steps=1"), ["test"], resume=True
+    )  # nothing that a step depends on
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_a_killed_run_goes_on(make_recipe: Callable[..., Recipe], stream: str, tmp_path: Path) -> None:
+    """SIGKILL once the third step is logged; the same rows in the same order give the same losses and the same adapter."""
+    recipe = make_recipe(
+        *SAVES, f"data.stream={stream}", "train.max_steps=40", "train.save_steps=1", "train.dataloader_num_workers=1"
+    )
+    run = RunDirectory(Path(recipe.output_dir))
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(recipe.to_yaml())
+    command = [
+        sys.executable,
+        "-c",
+        "from mmtune.cli import entry_point; raise SystemExit(entry_point())",
+        "train",
+        str(resolved),
+    ]
+
+    def result() -> tuple[bytes, list[Any]]:
+        records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        return (run.adapter / "adapter_model.safetensors").read_bytes(), [(r["step"], r["loss"]) for r in records]
+
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not (run.metrics.exists() and run.metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not run.summary.exists()
+    subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
+    broken = result()
+    train(recipe, ["test"], overwrite=True)
+    assert result() == broken
