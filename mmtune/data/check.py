@@ -182,7 +182,8 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
             processes: how many work at once; None takes one a core, and none besides this one for few rows.
         """
         if processes is None:
-            processes = 0 if len(self) < 2 else min(len(self), len(os.sched_getaffinity(0)))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            processes = 0 if len(self) < 2 else min(len(self), cores)
         workers = torch.utils.data.DataLoader(self, batch_size=None, num_workers=processes, collate_fn=_as_it_is)
         digests: list[list[_Chunk]] = [[] for _ in self._parts]
         with Progress(console=Console(stderr=True), disable=not shows_progress(), transient=True) as progress:

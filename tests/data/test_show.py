@@ -104,6 +104,8 @@ def test_a_character_of_several_tokens_is_the_last_ones() -> None:
     assert len(ids) > 1  # the tokenizer has learnt no emoji
     assert token_texts(tokenizer, ids) == [*[""] * (len(ids) - 1), "\U0001f431"]
     assert token_texts(tokenizer, ids[:-1])[-1] == "\ufffd"  # cut short, it is what the decoder says
+    written = tokenizer("\ufffda", add_special_tokens=False).input_ids
+    assert token_texts(tokenizer, written)[-2:] == ["\ufffd", "a"]  # that character itself is whole
 
 
 def test_the_recipe_says_what_is_supervised_and_what_a_long_row_becomes(media: Path, untrained: tuple[Any, Any]) -> None:
