@@ -18,7 +18,7 @@ from typing import Any
 from mmtune import __version__
 from mmtune.cli_data import add_data_verbs
 from mmtune.console import settle_console, speaker
-from mmtune.errors import CheckFailed, UserError
+from mmtune.errors import CheckFailed, Stopped, UserError
 
 
 def entry_point(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +46,9 @@ def entry_point(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps(error.result, indent=2, ensure_ascii=False))
         print(f"{who}failed: {error}", file=sys.stderr)
         return 1
+    except Stopped as error:
+        print(f"{who}stopped: {error}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print(f"{who}interrupted", file=sys.stderr)
         return 130

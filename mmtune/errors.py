@@ -12,6 +12,19 @@ class UserError(Exception):
     """
 
 
+class Stopped(Exception):
+    """A signal ended the run after a whole step.
+
+    Args:
+        number: the signal's.
+        message: where the run stands and how it goes on.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
 class CheckFailed(Exception):
     """The input was fine and the result did not hold: a merge that differs, a check that found faults. Exit code 1.
 

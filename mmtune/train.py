@@ -14,6 +14,7 @@ if not __package__:  # launched as a file: its own folder comes first on the pat
 
     settle_console()  # before the imports below have their say
 
+import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,7 +28,7 @@ from mmtune.data.dataset import Encoder, Samples, check_rows, open_samples, stan
 from mmtune.data.encode import check_chat_template
 from mmtune.data.report import DataReport
 from mmtune.data.stream import SampleStream
-from mmtune.errors import UserError
+from mmtune.errors import Stopped, UserError
 from mmtune.evaluation.report import print_scores, write_report
 from mmtune.evaluation.run import as_json, check_questions, evaluate, read_answers, score, write_answers
 from mmtune.methods.table import refusal
@@ -40,7 +41,7 @@ from mmtune.model.quantize import QUANTIZED
 from mmtune.recipe import ModelSection, Recipe, check_files
 from mmtune.release.card import model_card
 from mmtune.run_directory import RunDirectory, check_output_dir, new_run, peak_memory_mb
-from mmtune.training.callbacks import FrozenInputsStayFrozen, MoveRanks, RecordMetrics, draw_loss_curve
+from mmtune.training.callbacks import FrozenInputsStayFrozen, MoveRanks, RecordMetrics, StopOnSignal, draw_loss_curve
 from mmtune.training.checkpoint import REPORT, check_resumable, cut_metrics, last_checkpoint, step_of
 from mmtune.training.rows import first_batches, optimizer_steps, order_rows, plan_rows, prove_packed_rows, rows_to_take
 from mmtune.training.trainer import TuningTrainer
@@ -139,13 +140,14 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
             prove_packed_rows(model, samples, encoder, pad_token_id)
 
     # Training.
+    stop = StopOnSignal(world)
     trainer = TuningTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         data_collator=collator,
         processing_class=processor,
-        callbacks=[RecordMetrics(run.metrics), FrozenInputsStayFrozen(), MoveRanks()],
+        callbacks=[RecordMetrics(run.metrics), FrozenInputsStayFrozen(), MoveRanks(), stop],
         data_report=data_report,
         max_bad_fraction=recipe.data.max_bad_fraction,
         world=world,
@@ -164,8 +166,12 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
+        stop.restore()
         if world.first:
             data_report.write(run.data_report)
+    if stop.received is not None:
+        kept = "--resume goes on from there" if world.zero_stage is None else "under DeepSpeed there is no checkpoint"
+        raise Stopped(stop.received, f"by {signal.Signals(stop.received).name} after step {trainer.state.global_step}; {kept}")
     train_seconds = round(time.perf_counter() - start, 1)
     print(data_report.summary())
 

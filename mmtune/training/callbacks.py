@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmtune.errors import CheckFailed
+from mmtune.world import World
 
 
 class RecordMetrics(TrainerCallback):
@@ -106,6 +108,38 @@ class MoveRanks(TrainerCallback):
         tuner = getattr(kwargs["model"], "base_model", None)
         if isinstance(tuner, AdaLoraModel):
             tuner.update_and_allocate(state.global_step)
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM and SIGINT end the run after the present step, with a checkpoint; a second one ends it at once.
+
+    Args:
+        world: the processes, all of which stop when one is asked to.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._before: dict[int, Any] = {}
+        self.received: int | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = number
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back to whom they had belonged."""
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._world.any(self.received is not None, args.device):
+            self.received = self.received or signal.SIGTERM
+            control.should_save = self._world.zero_stage is None
+            control.should_training_stop = True
 
 
 def draw_loss_curve(metrics: Path, out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from mmtune.data.batches import Batches
 from mmtune.data.encode import IGNORE_INDEX
 from mmtune.data.report import DataReport
 from mmtune.data.stream import SampleStream
+from mmtune.errors import CheckFailed
 from mmtune.model.compute import virtual_tokens
 from mmtune.model.packing import packed_inputs
 from mmtune.training.checkpoint import keep_checkpoint
@@ -114,6 +116,7 @@ class TuningTrainer(Trainer):
         self._passes = 1  # over which the present step sums
         self._learning_rates = dict(learning_rates)
         self._unscored = unscored
+        self._step_rows: list[str] = []  # of this process
         self._batches = batches
         self._source_names = list(source_names)
         # Of each source since the last log: its summed loss and its number of supervised tokens.
@@ -173,6 +176,19 @@ class TuningTrainer(Trainer):
         optimizer.param_groups[:] = sorted(groups, key=lambda group: group["lr"] != self.args.learning_rate)
         return optimizer
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The Trainer's; a step whose gradients are not finite ends the run before it touches a weight, naming its rows."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        # Every process has the same norm. DeepSpeed's is that of the step before.
+        if self._world.zero_stage is None and norm is not None and not math.isfinite(float(norm)):
+            rows = list(itertools.chain.from_iterable(self._world.gather(self._step_rows)))
+            more = f" and {len(rows) - 20} more" if len(rows) > 20 else ""
+            raise CheckFailed(
+                f"the gradients of step {self.state.global_step + 1} are not finite; lower the learning rate, or look at its "
+                f"rows: {', '.join(rows[:20])}{more}"
+            )
+        return norm
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / SAVING)
 
@@ -207,8 +223,7 @@ class TuningTrainer(Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         self._passes = len(batches) * self._world.size
         faults = [fault for batch in batches for fault in batch.pop("faults")]
-        for batch in batches:
-            del batch["rows"]
+        self._step_rows = [row for batch in batches for row in batch.pop("rows")]
         if self._world.any(bool(faults), device):
             for fault in itertools.chain.from_iterable(self._world.gather(faults)):
                 self._data_report.add(fault)

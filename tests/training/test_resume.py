@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -103,33 +102,37 @@ def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stream", ["false", "true"])
-def test_a_killed_run_goes_on(make_recipe: Callable[..., Recipe], stream: str, tmp_path: Path) -> None:
-    """SIGKILL once the third step is logged; the same rows in the same order give the same losses and the same adapter."""
-    recipe = make_recipe(
-        *SAVES, f"data.stream={stream}", "train.max_steps=40", "train.save_steps=1", "train.dataloader_num_workers=1"
-    )
+@pytest.mark.parametrize(
+    ("number", "stream"),
+    [(signal.SIGKILL, "true"), (signal.SIGKILL, "false"), (signal.SIGTERM, "true"), (signal.SIGINT, "false")],
+)
+def test_a_run_ended_by_a_signal_goes_on(make_recipe: Callable[..., Recipe], number: int, stream: str, tmp_path: Path) -> None:
+    """Sent once the third step is logged; the same rows in the same order give the same losses and the same adapter."""
+    saves = "train.save_steps=1" if number == signal.SIGKILL else "train.save_strategy=no"
+    more = ("train.max_steps=40", "train.dataloader_num_workers=1", saves)
+    recipe = make_recipe(*SAVES, f"data.stream={stream}", *more)
     run = RunDirectory(Path(recipe.output_dir))
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(recipe.to_yaml())
-    command = [
-        sys.executable,
-        "-c",
-        "from mmtune.cli import entry_point; raise SystemExit(entry_point())",
-        "train",
-        str(resolved),
-    ]
+    script = "from mmtune.cli import entry_point; raise SystemExit(entry_point())"
+    command = [sys.executable, "-c", script, "train", str(resolved)]
 
     def result() -> tuple[bytes, list[Any]]:
         records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
         return (run.adapter / "adapter_model.safetensors").read_bytes(), [(r["step"], r["loss"]) for r in records]
 
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     while not (run.metrics.exists() and run.metrics.read_text().count("\n") >= 3):
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.poll() is None, "the run ended before it could be stopped"
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
+    said = process.communicate()[1].decode()
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number
+        assert f"stopped: by {signal.Signals(number).name} after step" in said and "Traceback" not in said
+        assert len(list(run.checkpoints.glob("checkpoint-*"))) == 1
     assert not run.summary.exists()
     subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
     broken = result()

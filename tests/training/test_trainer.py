@@ -198,7 +198,7 @@ def test_damaged_images_are_counted_where_the_recipe_allows_them(
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(make_recipe: Callable[..., Recipe], base: Path) -> None:
-    with pytest.raises(CheckFailed, match=r"the loss is (nan|inf) at step"):
+    with pytest.raises(CheckFailed, match=r"the gradients of step [2-6] are not finite; .*rows\.json\[\d+\], rows\.json\[\d+\]"):
         train(make_recipe("train.learning_rate=1e30", "train.max_grad_norm=0", "train.max_steps=6"), ["test"])
 
 
