@@ -96,16 +96,12 @@ def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_pa
         train(make_recipe(*SAVES, "train.learning_rate=1e-3", "tune.language.r=2"), ["test"], resume=True)
     with pytest.raises(UserError, match="nothing that mmtune finished"):
         train(recipe, ["test"], resume=tmp_path)
-    train(
-        make_recipe(*SAVES, "train.logging_steps=2", "train.save_steps=1"), ["test"], resume=True
-    )  # nothing that a step depends on
+    free = ("train.logging_steps=2", "train.save_steps=1")  # nothing that a step depends on
+    train(make_recipe(*SAVES, *free), ["test"], resume=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "stream"),
-    [(signal.SIGKILL, "true"), (signal.SIGKILL, "false"), (signal.SIGTERM, "true"), (signal.SIGINT, "false")],
-)
+@pytest.mark.parametrize(("number", "stream"), [(signal.SIGKILL, "true"), (signal.SIGTERM, "true"), (signal.SIGINT, "false")])
 def test_a_run_ended_by_a_signal_goes_on(make_recipe: Callable[..., Recipe], number: int, stream: str, tmp_path: Path) -> None:
     """Sent once the third step is logged; the same rows in the same order give the same losses and the same adapter."""
     saves = "train.save_steps=1" if number == signal.SIGKILL else "train.save_strategy=no"
