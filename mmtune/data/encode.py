@@ -324,15 +324,16 @@ def encode_prompt(sample_id: str, messages: list[Message], processor: ProcessorM
 def check_chat_template(processor: ProcessorMixin) -> None:
     """Prove on two short conversations that what will be supervised is the answer and the token that ends it.
 
-    They have an image each, without which PaliGemma's processor takes nothing. Conversations of several turns are held to it
-    sample by sample: `encode_sample` counts their spans.
+    Conversations of several turns are held to it sample by sample: `encode_sample` counts their spans.
 
     Raises:
         UserError: when the chat template marks more, less, or nothing after an answer, so that the end is never learnt.
     """
+    # PaliGemma's processor takes nothing without an image.
+    shown = [{"type": "image", "image": blank_image()}] * isinstance(processor, PaliGemmaProcessor)
     for word in ("yes", "no"):
         messages: list[Message] = [
-            {"role": "user", "content": [{"type": "image", "image": blank_image()}, {"type": "text", "text": "Is it?"}]},
+            {"role": "user", "content": [*shown, {"type": "text", "text": "Is it?"}]},
             {"role": "assistant", "content": [{"type": "text", "text": word}]},
         ]
         labels = encode_sample(Sample("chat template", messages), processor)["labels"]

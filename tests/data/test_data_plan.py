@@ -246,13 +246,13 @@ def test_a_write_that_fails_half_way_leaves_the_old_plan(data: Path, monkeypatch
     first = _plan(data)
     Image.new("RGB", (300, 300), "red").save(data.parent / "b.png")
 
-    def full(path: Path, data: bytes) -> int:
-        with path.open("wb") as file:
-            file.write(data[: len(data) // 2])
+    def full(descriptor: int, mode: str) -> Any:
+        os.write(descriptor, b"half of it")
+        os.close(descriptor)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", full)
+        patched.setattr(os, "fdopen", full)
         assert _plan(data).kept is None
     assert first.kept is not None and [first.kept] == list(first.kept.parent.iterdir())
     assert _plan(data).counted == 3

@@ -256,6 +256,8 @@ def test_a_hostile_row_is_refused_by_name_or_sound(name: str, roots: dict[str, P
         sound = [{**row, "joined": partners[row[template.join.by]]} for row in sound]
     words = {str(label): word for label, word in enumerate(CIFAR10)} if name == "classification" else None
     prompting = Prompting(words=words, values=SOURCES[name].get("values", {}))
+    for row in sound:
+        _check_sound(template.sample("row", row, MediaRules(roots[name]), prompting))
     outcomes = set()
 
     @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
@@ -271,4 +273,4 @@ def test_a_hostile_row_is_refused_by_name_or_sound(name: str, roots: dict[str, P
             outcomes.add("sound")
 
     check()
-    assert outcomes == {"refused", "sound"}  # so that both halves were seen
+    assert "refused" in outcomes

@@ -12,6 +12,7 @@ from packing_models import CONFIGS, IMAGE, TEXT, TOWER, samples, tiny
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, Gemma3Config, Lfm2VlConfig, PaliGemmaConfig, TrainingArguments
 
+from mmtune.data.batches import Batches, Mixture
 from mmtune.data.collate import Collator, collate, pack
 from mmtune.data.report import DataReport
 from mmtune.errors import UserError
@@ -133,6 +134,8 @@ def test_a_step_over_a_packed_row_is_the_step_over_a_padded_batch(tmp_path: Path
             data_report=DataReport(rows=4),
             max_bad_fraction=0,
             learning_rates={},
+            unscored={},
+            batches=Batches(Mixture.by_repeats([4], [1.0]), seed=0, size=arguments.per_device_train_batch_size),
         )
         trainer.train()
         after.append(dict(trainer.model.named_parameters()))
