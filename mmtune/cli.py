@@ -282,7 +282,9 @@ def _plan(arguments: argparse.Namespace) -> Any:
     missing = [source.path for source in recipe.data.train if is_missing(source.path)]
     data = None
     sample: dict[str, Any] = {"tokens": recipe.data.max_tokens, "images": 1, "supervised": None}
-    if missing:
+    if recipe.data.stream:
+        print("the memory alone: a stream is not looked through before it is trained on")
+    elif missing:
         print(f"the memory alone, because there is no data to plan: no such file: {', '.join(missing)}")
     elif not arguments.no_data:
         settings = training_arguments(recipe)

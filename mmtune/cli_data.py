@@ -124,7 +124,7 @@ def _show(arguments: argparse.Namespace) -> Any:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     check_files(recipe)
     if arguments.row is not None:
-        sample = find_sample([*recipe.data.train, *(recipe.evaluate.data if recipe.evaluate else ())], arguments.row)
+        sample = find_sample(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), arguments.row)
     else:
         samples = Samples(recipe.data.train)
         if not 0 <= arguments.index < len(samples):

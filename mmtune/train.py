@@ -26,6 +26,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments, s
 from mmtune.data.collate import Collator, collate
 from mmtune.data.dataset import Encoder, Samples, check_rows, open_samples, stand_in
 from mmtune.data.encode import check_chat_template
+from mmtune.data.plan_cache import signatures
 from mmtune.data.report import DataReport
 from mmtune.data.stream import SampleStream
 from mmtune.errors import Stopped, UserError
@@ -42,7 +43,7 @@ from mmtune.recipe import ModelSection, Recipe, check_files
 from mmtune.release.card import model_card
 from mmtune.run_directory import RunDirectory, check_output_dir, new_run, peak_memory_mb
 from mmtune.training.callbacks import FrozenInputsStayFrozen, MoveRanks, RecordMetrics, StopOnSignal, draw_loss_curve
-from mmtune.training.checkpoint import REPORT, check_resumable, cut_metrics, last_checkpoint, step_of
+from mmtune.training.checkpoint import REPORT, check_resumable, cut_back, last_checkpoint, step_of
 from mmtune.training.rows import first_batches, optimizer_steps, order_rows, plan_rows, prove_packed_rows, rows_to_take
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import (
@@ -86,7 +87,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         check_output_dir(recipe, overwrite)
     arguments = training_arguments(recipe)
     samples = open_samples(recipe.data)
-    data_report = DataReport(rows=rows_to_take(samples, arguments))
+    data_report = DataReport(rows=rows_to_take(samples, arguments), streamed=recipe.data.stream)
     check_rows(samples, data_report, recipe.data.check_rows)
     data_report.stop_past(recipe.data.max_bad_fraction)
     if recipe.evaluate:
@@ -136,7 +137,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         print_trained_modules(trained_modules(model))
         print_parameters(counts)
         initial = initial_factors(model)
-        if recipe.data.packing:
+        if recipe.data.packing and isinstance(samples, Samples):
             prove_packed_rows(model, samples, encoder, pad_token_id)
 
     # Training.
@@ -155,6 +156,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         unscored=collate([blank], pad_token_id),
         batches=batches,
         source_names=samples.names if len(recipe.data.train) > 1 else (),
+        data_files=signatures(recipe.data.train),
     )
     check_strategy(trainer.accelerator, world)
     for shown_twice in (ProgressCallback, PrinterCallback):
@@ -180,11 +182,11 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     with world.whole(model):
         if world.first:
             save_tuned(model, out, initial)
+            processor.save_pretrained(out)
+            model.generation_config.save_pretrained(out)  # with the chat template's stop tokens, which PEFT would not keep
     after = evaluate(model, processor, recipe.evaluate, world) if recipe.evaluate else []
     if not world.first:
         return {}
-    processor.save_pretrained(out)
-    model.generation_config.save_pretrained(out)  # with the stop tokens of the chat template, which PEFT would not keep
     draw_loss_curve(run.metrics, run.loss_curve)
     figures: dict[str, Any] = {
         "train_seconds": train_seconds,
@@ -264,7 +266,7 @@ def go_on(checkpoint: Path, run: RunDirectory, report: DataReport, rows: Any, ar
     """Put the data, the report and the metrics where the checkpoint left them."""
     report.load(checkpoint / REPORT)
     if arguments.process_index == 0:
-        cut_metrics(run.metrics, step_of(checkpoint))
+        cut_back(run, step_of(checkpoint))
     if isinstance(rows, SampleStream):
         rows.start_at(step_of(checkpoint) * arguments.gradient_accumulation_steps)
         arguments.ignore_data_skip = True  # the stream has passed over them, unparsed

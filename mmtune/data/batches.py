@@ -36,13 +36,15 @@ class Mixture:
     @classmethod
     def by_repeats(cls, counts: Sequence[int], weights: Sequence[float]) -> Mixture:
         """A weight says how often an epoch takes the source: 0.5 is every other row, 3.0 is each row three times."""
-        return cls(tuple(counts), tuple(max(1, round(count * weight)) for count, weight in zip(counts, weights, strict=True)))
+        takes = (max(1, round(count * weight)) if count else 0 for count, weight in zip(counts, weights, strict=True))
+        return cls(tuple(counts), tuple(takes))
 
     @classmethod
     def by_ratio(cls, counts: Sequence[int], weights: Sequence[float]) -> Mixture:
         """A weight says which share of an epoch the source has; an epoch is as long as all sources together."""
-        total, whole = sum(counts), sum(weights)
-        shares = [total * weight / whole for weight in weights]
+        total = sum(counts)
+        whole = sum(weight for count, weight in zip(counts, weights, strict=True) if count)
+        shares = [total * weight / whole if count else 0.0 for count, weight in zip(counts, weights, strict=True)]
         takes = [int(share) for share in shares]
         for index in sorted(range(len(takes)), key=lambda i: takes[i] - shares[i])[: total - sum(takes)]:
             takes[index] += 1  # what rounding down left over goes to the largest remainders
@@ -62,6 +64,8 @@ class Mixture:
 
 def _rounds(count: int, take: int, key: tuple[int, int], epoch: int) -> Rows:
     """The rows that an epoch takes of one source: a piece of the rounds over its rows, each round in an order of its own."""
+    if take == 0:
+        return np.empty(0, np.int64)
     if take % count == 0:
         return np.tile(np.arange(count), take // count)
     first, end = epoch * take, (epoch + 1) * take
@@ -76,18 +80,19 @@ class Batches(Sampler[list[int]]):
     """The batches of one process, as lists of row numbers, epoch by epoch.
 
     Args:
-        mixture: what an epoch takes.
+        mixture: what an epoch takes, of the rows that can train.
         seed: of the order; one seed gives one order.
         size: rows in a batch.
         accumulation: batches of each process in an optimizer step.
         rank, world: this process and how many there are.
-        lengths: tokens of every row, 0 for one that cannot train, which is left out; None if they were not counted.
+        lengths: tokens of every row, 0 for one that cannot train, which the mixture leaves out; None if they were not counted.
         tokens: the most tokens in a batch, which then replaces `size`.
         packed: `tokens` counts the rows' own tokens, one after another, not the longest row's for each.
         largest_first: the first step of the first epoch is the one with the most tokens in a batch.
         drop_last: leave out the last rows of an epoch that do not fill a step's batches of all processes.
         shuffled: False takes the rows as they lie.
         epochs: how many there will be. Each has the same number of batches, that of the one with the most.
+        steps: of the whole run, if these and not the epochs say how long it is.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class Batches(Sampler[list[int]]):
         drop_last: bool = False,
         shuffled: bool = True,
         epochs: int = 1,
+        steps: int | None = None,
     ) -> None:
         self._mixture = mixture
         self._seed = seed
@@ -113,6 +119,8 @@ class Batches(Sampler[list[int]]):
         self._group = accumulation * world
         self._rank, self._world = rank, world
         self._lengths = lengths
+        self._usable = None if lengths is None else np.flatnonzero(lengths > 0)
+        assert self._usable is None or len(self._usable) == sum(mixture.counts)
         self._tokens = tokens
         self._packed = packed
         self._largest_first = largest_first
@@ -120,7 +128,7 @@ class Batches(Sampler[list[int]]):
         self._shuffled = shuffled
         self._epoch = 0
         self._wanted = 0
-        self._length = self._count(epochs)
+        self._length = self._count(epochs, steps)
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch the next iteration gives."""
@@ -146,24 +154,23 @@ class Batches(Sampler[list[int]]):
         batch = max((batch for step in self._steps(0) for batch in step), key=self._cost, default=[])
         return {"rows": len(batch), "tokens": int(self._lengths[batch].sum()), "padded_tokens": self._cost(batch)}
 
-    def _count(self, epochs: int) -> int:
+    def _count(self, epochs: int, steps: int | None) -> int:
         if self._tokens is None:
-            # Which rows an epoch leaves over differs, and with them how many can train; the first epoch says what is announced.
-            rows = len(self._usable(0))
             every = self._size * self._world
-            return rows // every if self._drop_last else -(-rows // every)
-        differ = any(take % count for count, take in zip(self._mixture.counts, self._mixture.takes, strict=True))
-        for epoch in range(epochs if differ else 1):
+            return len(self._mixture) // every if self._drop_last else -(-len(self._mixture) // every)
+        differ = any(take % count for count, take in zip(self._mixture.counts, self._mixture.takes, strict=True) if count)
+        self._wanted = sum(map(len, self._steps(0)))
+        if steps is not None and self._wanted:
+            epochs = -(-steps * self._group // self._wanted)
+        for epoch in range(1, epochs if differ else 1):
             self._wanted = max(self._wanted, sum(map(len, self._steps(epoch))))
         return self._wanted // self._world
 
-    def _usable(self, epoch: int) -> Rows:
-        rows = self._mixture.rows(self._seed, epoch)
-        return rows if self._lengths is None else rows[self._lengths[rows] > 0]
-
     def _steps(self, epoch: int) -> Iterator[list[list[int]]]:
         """Each optimizer step's batches, `accumulation * world` of them, fewer in an epoch's last step."""
-        rows = self._usable(epoch)
+        rows = self._mixture.rows(self._seed, epoch)
+        if self._usable is not None:
+            rows = self._usable[rows]
         if self._shuffled:
             rows = rows[_permutation(len(rows), self._seed + epoch)]
         if self._tokens is None:

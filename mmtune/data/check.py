@@ -166,7 +166,8 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
         """
         self._rules = rules or Rules()
         self._control = _spelling(self._rules.processor)
-        self._parts = [_open(each, number >= len(train)) for number, each in enumerate(open_readers((*train, *held_out)))]
+        # Opened apart, as a run opens them: rows have the ids, and with them the draws, that they have there.
+        self._parts = [_open(each, bool(part)) for part, of in enumerate((train, held_out)) for each in open_readers(of)]
         self._ends = list(accumulate(-(-part.count // CHUNK) for part in self._parts))
         self.rows = sum(part.count for part in self._parts)
 
@@ -219,7 +220,7 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
                 try:
                     sample = part.reader.sample(row_id, row)
                     media = sample.images
-                    found += self._sample(sample, row, part.reader.template.boxes is not None)
+                    found += self._sample(sample, row, part.reader.template.boxes is not None, part.held_out)
                 except RowError as error:
                     found.append(_of(error))
                 row_digest, id_digest = _digest((row, [str(image) for image in media])), _id_digest(row)
@@ -230,7 +231,7 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
             ids.append(id_digest)
         return _Chunk(number, first, found, np.array(rows, np.uint64), np.array(ids, np.uint64), unknown)
 
-    def _sample(self, sample: Sample, row: Row, declared: bool) -> Iterator[Finding]:
+    def _sample(self, sample: Sample, row: Row, declared: bool, held_out: bool) -> Iterator[Finding]:
         images = sample.images
         sizes: list[Any] = []
         for number, media in enumerate(images):
@@ -244,11 +245,11 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
         yield from told
         if self._rules.processor is not None and None not in sizes:
             known = [(each.field, each.finding) for each in told]
-            yield from (each for each in self._tokens(sample, sizes) if (each.field, each.finding) not in known)
+            yield from (each for each in self._tokens(sample, sizes, held_out) if (each.field, each.finding) not in known)
         if len(sizes) == 1 and sizes[0] is not None and not declared:
             yield from _boxes(sample.id, row, sizes[0])
 
-    def _tokens(self, sample: Sample, sizes: list[Size]) -> Iterator[Finding]:
+    def _tokens(self, sample: Sample, sizes: list[Size], held_out: bool) -> Iterator[Finding]:
         """What comes of encoding the text, as training does, with image tokens counted from the images' sizes."""
         rules = self._rules
         assert rules.processor is not None
@@ -260,7 +261,7 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
             return
         if counts.supervised == 0:
             yield finding(sample.id, "messages", "nothing_supervised", f"none of {counts.tokens:,} tokens is an answer's")
-        if rules.max_tokens is not None and counts.tokens > rules.max_tokens:
+        if not held_out and rules.max_tokens is not None and counts.tokens > rules.max_tokens:
             kind = "too_long" if rules.over_length == "error" else "too_long_by_policy"
             yield finding(
                 sample.id, "messages", kind, f"{counts.tokens:,} tokens, more than data.max_tokens: {rules.max_tokens:,}"

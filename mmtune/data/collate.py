@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from mmtune.data.encode import IGNORE_INDEX
-from mmtune.data.message import RowError
+from mmtune.errors import UserError
 
 PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids", "source_ids")
 """What comes with one value a token, shape (1, length); everything else stacks by image, tile or patch."""
@@ -34,9 +34,9 @@ class Collator:
         self._stand_in = stand_in
         self._packed = packed
 
-    def __call__(self, items: Sequence[dict[str, Any] | RowError]) -> dict[str, Any]:
-        given = [item for item in items if not isinstance(item, RowError)]
-        faults = [item for item in items if isinstance(item, RowError)] + [item["note"] for item in given if "note" in item]
+    def __call__(self, items: Sequence[dict[str, Any] | UserError]) -> dict[str, Any]:
+        given = [item for item in items if not isinstance(item, UserError)]
+        faults = [item for item in items if isinstance(item, UserError)] + [item["note"] for item in given if "note" in item]
         rows = [item["row"] for item in given if "row" in item]
         encoded = [{key: value for key, value in item.items() if key not in ASIDE} for item in given]
         if encoded and self._stand_in is not None and not any("pixel_values" in item for item in encoded):

@@ -14,13 +14,15 @@ import torch
 from transformers import ProcessorMixin
 
 from mmtune.data.encode import IGNORE_INDEX, OverLength, encode_sample
-from mmtune.data.findings import kind_of
-from mmtune.data.media import Media, blank_image, image_size
+from mmtune.data.findings import KINDS
+from mmtune.data.image_check import inspect_image
+from mmtune.data.media import Media, blank_image
 from mmtune.data.message import RowError, Sample
 from mmtune.data.reader import Reader
 from mmtune.data.report import DataReport, MediaChanged, StopRun
 from mmtune.data.shrink import fit
 from mmtune.data.source import Row
+from mmtune.errors import UserError
 from mmtune.recipe import DataSection, Source
 
 Handle = Callable[[], Sample]
@@ -123,7 +125,7 @@ def open_samples(section: DataSection) -> Samples | StreamedSamples:
 
 
 def check_rows(samples: Samples | StreamedSamples, report: DataReport, limit: int) -> None:
-    """Read up to `limit` rows and their images' headers; faults go to the report. Decodes nothing."""
+    """Read up to `limit` rows and their images' headers and ends; faults go to the report. Decodes nothing that looks whole."""
     for handle in samples.some(limit):
         report.checked += 1
         try:
@@ -135,10 +137,9 @@ def check_rows(samples: Samples | StreamedSamples, report: DataReport, limit: in
 
 
 def _check_header(row_id: str, image: Media) -> None:
-    try:
-        image_size(image)
-    except ValueError as error:
-        raise RowError(row_id, "image", str(error), kind_of(error)) from error
+    for name, detail in inspect_image(image).findings:
+        if KINDS[name].severity == "error":
+            raise RowError(row_id, "image", detail, name)
 
 
 OTHER_POLICIES = "data.over_length: drop_sample, drop_media and shrink_media would go on"
@@ -156,7 +157,7 @@ class Encoder:
         self._processor = processor
         self._section = section
 
-    def __call__(self, handle: Handle, source: int = 0) -> Encoded | RowError:
+    def __call__(self, handle: Handle, source: int = 0) -> Encoded | UserError:
         """
         Returns:
             As `encode_sample`, with the row's id as `row`, and with several sources `source_ids` (int64, shape (1, length)), each
@@ -173,7 +174,7 @@ class Encoder:
             if section.over_length == "error":
                 return StopRun(error.row, error.field, f"{error.detail} ({OTHER_POLICIES})")
             return error
-        except RowError as error:
+        except UserError as error:  # of the row, or of the whole file: raised where the batch is taken, not in a worker
             return error
         if note is not None:
             encoded["note"] = note
@@ -190,7 +191,7 @@ class Encoder:
         return fitted.sample, MediaChanged(sample.id, "image", f"{', '.join(done)}: {fitted.counts.tokens} tokens now")
 
 
-class TrainingSet(torch.utils.data.Dataset[Encoded | RowError]):
+class TrainingSet(torch.utils.data.Dataset[Encoded | UserError]):
     """Encoded samples by index; a row that fails comes back as its RowError."""
 
     def __init__(self, samples: Samples, encoder: Encoder) -> None:
@@ -200,7 +201,7 @@ class TrainingSet(torch.utils.data.Dataset[Encoded | RowError]):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, index: int) -> Encoded | RowError:
+    def __getitem__(self, index: int) -> Encoded | UserError:
         return self._encoder(partial(self._samples.__getitem__, index), self._samples.source_of(index))
 
 

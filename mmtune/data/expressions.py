@@ -96,10 +96,10 @@ def as_text(value: Any) -> str:
     """
     if value is None or isinstance(value, bool):
         raise ValueError(f"a text cannot be made of {'null' if value is None else str(value).lower()}")
-    if isinstance(value, (list, tuple, dict, set, bytes, bytearray)):
-        raise ValueError(f"a text cannot be made of a {type(value).__name__}")
     if isinstance(value, Box):
         raise ValueError("a box is written by a filter: {{ box | thousandths }}, fractions or pixels")
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f"a text cannot be made of a {type(value).__name__}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"a text cannot be made of {value}")
     return str(value)
@@ -146,6 +146,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, finalize=_written)
     own = {"commonest": _commonest, "pick": _pick, "thousandths": thousandths, "fractions": fractions, "pixels": pixels}
     environment.filters.update(own)
+    del environment.filters["random"]  # it would draw anew in every epoch; `pick` is the row's own draw
+    environment.globals.clear()  # a row without a column of such a name has no such word either
     return environment
 
 

@@ -19,8 +19,6 @@ from PIL import Image
 from mmtune.data.findings import Unusable
 from mmtune.data.media import Embedded, Media, open_image, opened_image
 
-COVERED = ("JPEG", "PNG", "GIF", "WebP", "BMP", "TIFF")
-"""Formats whose end is looked for."""
 Found = list[tuple[str, str]]
 """Findings: the name, one of `mmtune.data.findings.KINDS`, and the detail."""
 

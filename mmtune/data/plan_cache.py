@@ -48,8 +48,8 @@ def plan_key(sources: Sequence[Source], processor: ProcessorMixin, supervise: st
     made_from = {
         "format": FORMAT,
         "versions": [metadata.version(name) for name in ("transformers", "tokenizers", "pillow", "mmtune")],
-        "sources": [source.model_dump(mode="json") for source in sources],
-        "files": [list(_signatures(source.model_dump(mode="json"))) for source in sources],
+        "sources": [source.model_dump(mode="json", exclude={"weight"}) for source in sources],
+        "files": signatures(sources),
         "processor": [processor_settings(processor), processor.to_json_string()],
         "tokenizer": [backend.to_str() if backend else tokenizer.get_vocab(), tokenizer.special_tokens_map],
         "bos_eos": [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")],
@@ -57,6 +57,11 @@ def plan_key(sources: Sequence[Source], processor: ProcessorMixin, supervise: st
         "supervise": supervise,
     }
     return _digest(json.dumps(made_from, sort_keys=True, default=str).encode()).hex()[:32]
+
+
+def signatures(sources: Sequence[Source]) -> dict[str, Any]:
+    """By name, what every file that sources name is known by: a small one's content, a large one's size, time and ends."""
+    return {name: known for source in sources for name, known in _signatures(source.model_dump(mode="json"))}
 
 
 def _signatures(given: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -105,8 +110,7 @@ class PlanCache:
     @property
     def places(self) -> list[Path]:
         """Where the file may be, the best place first."""
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folders = [*([self.beside / ".mmtune"] if self.beside else []), home / "mmtune" / "plans"]
+        folders = [*([self.beside / ".mmtune"] if self.beside else []), Path.home() / ".cache" / "mmtune" / "plans"]
         return [folder / f"{self.key}.plan" for folder in folders]
 
     def read(self) -> tuple[Arrays, dict[str, Any]] | None:

@@ -34,24 +34,29 @@ class DataReport:
 
     Attributes:
         rows: how many the data hold; of a stream, how many the run takes.
+        streamed: whether a row that comes again, in another epoch, counts again: of a stream, `rows` counts it so too.
         checked: how many had their text and image headers checked before weights were loaded.
     """
 
     rows: int
     checked: int = 0
+    streamed: bool = False
     dropped_over_length: list[Fault] = field(default_factory=list)
     media_changed: list[Fault] = field(default_factory=list)
     quarantined: list[Fault] = field(default_factory=list)
     _seen: set[str] = field(default_factory=set, init=False, repr=False)
+    _met: int = field(default=0, init=False, repr=False)
 
-    def add(self, error: RowError) -> None:
+    def add(self, error: UserError) -> None:
         """Count a row once, however many epochs meet it.
 
         Raises:
-            StopRun: the error itself, when it is one that no bound excuses.
+            UserError: the error itself, when it is a StopRun, which no bound excuses, or not of one row.
         """
-        if isinstance(error, StopRun):
+        if isinstance(error, StopRun) or not isinstance(error, RowError):
             raise error
+        if type(error) not in (OverLength, MediaChanged):
+            self._met += 1
         if error.row in self._seen:
             return
         self._seen.add(error.row)
@@ -63,9 +68,10 @@ class DataReport:
         Raises:
             UserError: when more rows are quarantined than the recipe allows, naming the first ten, or when none is left to train.
         """
-        if len(self.quarantined) > max_bad_fraction * self.rows:
+        bad = self._met if self.streamed else len(self.quarantined)
+        if bad > max_bad_fraction * self.rows:
             raise UserError(
-                f"{len(self.quarantined)} of {self.rows} rows cannot train, more than data.max_bad_fraction: "
+                f"{bad} of {self.rows} rows cannot train, more than data.max_bad_fraction: "
                 f"{max_bad_fraction:g} allows:\n{self.listing()}"
             )
         if len(self.quarantined) + len(self.dropped_over_length) >= self.rows:
@@ -98,6 +104,6 @@ class DataReport:
 
     def write(self, path: Path) -> None:
         """Write the report as JSON."""
-        report = {name: value for name, value in asdict(self).items() if name != "_seen"}
+        report = {name: value for name, value in asdict(self).items() if not name.startswith("_")}
         # A file name that is not UTF-8 reaches Python as lone surrogates; written as \udcXX they are valid JSON.
         path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")

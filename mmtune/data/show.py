@@ -76,11 +76,12 @@ class View:
         return f"{len(self.tokens):,} tokens: {', '.join(counts)}"
 
 
-def find_sample(sources: Sequence[Source], row_id: str) -> Sample:
-    """The sample of the row with an id.
+def find_sample(train: Sequence[Source], held_out: Sequence[Source], row_id: str) -> Sample:
+    """The sample of the row with an id, as a run makes it.
 
     Args:
-        sources: where to look, in order.
+        train: where to look first.
+        held_out: where to look then.
         row_id: as messages and reports name the row, such as `train.json[17]`.
 
     Raises:
@@ -88,7 +89,7 @@ def find_sample(sources: Sequence[Source], row_id: str) -> Sample:
         RowError: when the row cannot be read.
     """
     example = ""
-    for reader in open_readers(sources):
+    for reader in (*open_readers(train), *open_readers(held_out)):
         rows = reader.open()
         count = min(len(rows), reader.source.limit or len(rows))
         for index in _likely_first(row_id, count):

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmtune.data.message import RowError
 from mmtune.data.rows import Item, Row
 from mmtune.errors import UserError
 
@@ -51,9 +52,13 @@ class GroupedRows:
     def __getitem__(self, index: int) -> tuple[str, Row]:
         """The id `FILE[INDEX]` and the row."""
         index = range(len(self))[index]
+        row_id = f"{self._name}[{index}]"
         number = int(np.searchsorted(self._ends, index, side="right"))
-        group = self._group(number)
-        return f"{self._name}[{index}]", _row(group, index - int(self._ends[number]) + group.num_rows)
+        try:
+            group = self._group(number)
+        except UserError as error:
+            raise RowError(row_id, "row", str(error), "row_unusable") from error
+        return row_id, _row(group, index - int(self._ends[number]) + group.num_rows)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": OrderedDict()}

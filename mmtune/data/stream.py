@@ -63,7 +63,11 @@ class SampleStream(IterableDataset[Any]):
         every = self._size * self._world
         rows = self._mixed(self._first * every)
         for block in itertools.count():
-            taken = list(itertools.islice(rows, every))
+            try:
+                taken = list(itertools.islice(rows, every))
+            except UserError as error:  # of the file: raised where the batch is taken, not in a worker
+                yield error
+                return
             if block % workers == number:
                 yield self._make_batch(taken[self._rank * self._size : (self._rank + 1) * self._size])
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmtune.data.plan_cache import signatures
 from mmtune.data.report import DataReport
 from mmtune.errors import CheckFailed, UserError
 from mmtune.manifest import check_manifest, write_manifest
@@ -21,7 +22,10 @@ FREE = (
     "evaluate.",
     "train.logging_",
     "train.save_",
-    "train.dataloader_",
+    "train.dataloader_num_workers",
+    "train.dataloader_pin_memory",
+    "train.dataloader_prefetch_factor",
+    "train.dataloader_persistent_workers",
     "train.report_to",
     "train.disable_tqdm",
     "data.max_bad_fraction",
@@ -30,21 +34,22 @@ FREE = (
 """What a run may change when it goes on: nothing that a step depends on."""
 
 
-def keep_checkpoint(made: Path, checkpoints: Path, report: DataReport, world: World, limit: int | None) -> None:
+def keep_checkpoint(
+    made: Path, checkpoints: Path, report: DataReport, world: World, files: dict[str, Any], limit: int | None
+) -> None:
     """Give a checkpoint that is written in full its name, and delete older ones past the limit.
 
     Until then it lies under another name, so that whatever is called a checkpoint is a whole one.
 
     Args:
         made: the finished directory, on the file system of `checkpoints`.
+        files: by name, what the data files are known by.
         limit: how many to keep; None keeps all.
     """
     report.write(made / REPORT)
-    (made / LAYOUT).write_text(json.dumps({"layout": world.layout}) + "\n", encoding="utf-8")
+    (made / LAYOUT).write_text(json.dumps({"layout": world.layout, "files": files}) + "\n", encoding="utf-8")
     write_manifest(made)
     place = checkpoints / made.name
-    if place.exists():  # of a run that went on from before it
-        shutil.rmtree(place)
     made.rename(place)
     for old in _by_step(checkpoints)[:-limit] if limit else ():
         shutil.rmtree(old)
@@ -72,6 +77,8 @@ def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, world: 
         UserError: the run is another recipe's, in a way that would make it another run, or of another layout.
         CheckFailed: the checkpoint is damaged.
     """
+    if checkpoint.resolve().parent != run.checkpoints.resolve():
+        raise UserError(f"resume: {checkpoint} is no checkpoint of {run.path}; those are in {run.checkpoints}")
     check_manifest(checkpoint)
     before, now = (_flat(each.model_dump(mode="json")) for each in (load_recipe(run.recipe), recipe))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
@@ -82,13 +89,21 @@ def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, world: 
         raise UserError(
             f"resume: {', '.join(wrong)} differ from {run.recipe}, and the run would become another; give it a new output_dir"
         )
-    layout = json.loads((checkpoint / LAYOUT).read_text(encoding="utf-8"))["layout"]
-    if layout != world.layout:
-        raise UserError(f"resume: {checkpoint} was written by {layout}, and this is {world.layout}; launch as before")
+    then = json.loads((checkpoint / LAYOUT).read_text(encoding="utf-8"))
+    if then["layout"] != world.layout:
+        raise UserError(f"resume: {checkpoint} was written by {then['layout']}, and this is {world.layout}; launch as before")
+    files = signatures(recipe.data.train)
+    changed = [name for name in sorted({*files, *then["files"]}) if files.get(name) != then["files"].get(name)]
+    if changed:
+        raise UserError(f"resume: {', '.join(changed)} changed since {checkpoint} was written; the rows would be others")
 
 
-def cut_metrics(metrics: Path, step: int) -> None:
-    """Take out of `metrics.jsonl` what was logged after a step, which will be logged again."""
+def cut_back(run: RunDirectory, step: int) -> None:
+    """Take out of a run what came after a step: checkpoints, and lines of `metrics.jsonl`. It all comes again."""
+    for later in _by_step(run.checkpoints):
+        if step_of(later) > step:
+            shutil.rmtree(later)
+    metrics = run.metrics
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     metrics.write_text("".join(whole), encoding="utf-8")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,8 @@ from transformers import TrainingArguments
 
 from mmtune.data.batches import Batches, Mixture
 from mmtune.data.collate import ASIDE, Collator, collate, pack
-from mmtune.data.dataset import OTHER_POLICIES, Encoder, Samples, StreamedSamples, TrainingSet
+from mmtune.data.dataset import OTHER_POLICIES, Encoder, Handle, Samples, StreamedSamples, TrainingSet
 from mmtune.data.encode import OverLength
-from mmtune.data.message import RowError
 from mmtune.data.plan import build_plan, foretell
 from mmtune.data.plan_cache import PlanCache, beside, plan_key
 from mmtune.data.report import DataReport
@@ -89,7 +89,7 @@ def order_rows(
     stream = SampleStream(
         samples.openers,
         samples.weights,
-        lambda rows: collator([encoder(handle, source) for source, handle in rows]),
+        partial(_make_batch, collator, encoder),
         seed=_seed(arguments),
         window=section.shuffle_window if arguments.train_sampling_strategy == "random" else 1,
         size=arguments.per_device_train_batch_size,
@@ -107,9 +107,23 @@ def make_batches(
     Args:
         lengths: as `order_rows`.
     """
-    mixture = Mixture.by_ratio if section.mix == "ratio" else Mixture.by_repeats
+    counts = samples.counts
+    if lengths is not None:
+        ends = list(accumulate(counts))
+        counts = [int((lengths[end - count : end] > 0).sum()) for count, end in zip(counts, ends, strict=True)]
+    mix = Mixture.by_ratio if section.mix == "ratio" else Mixture.by_repeats
+    mixture = mix(counts, [source.weight for source in section.train])
+    for name, count, take in zip(samples.names, counts, mixture.takes, strict=True):
+        if count and not take:
+            raise UserError(
+                f"data.train: the weight of {name} takes not one of its {count} rows in an epoch; give it a larger one"
+            )
+    every = arguments.per_device_train_batch_size * world.size
+    by_tokens = section.packing or section.tokens_per_batch is not None
+    if arguments.dataloader_drop_last and not by_tokens and len(mixture) < every:
+        raise UserError(f"train.dataloader_drop_last: {len(mixture)} rows fill no batch of {every}; leave it out")
     return Batches(
-        mixture(samples.counts, [source.weight for source in section.train]),
+        mixture,
         seed=_seed(arguments),
         size=arguments.per_device_train_batch_size,
         accumulation=arguments.gradient_accumulation_steps,
@@ -122,7 +136,12 @@ def make_batches(
         drop_last=arguments.dataloader_drop_last,
         shuffled=arguments.train_sampling_strategy == "random",
         epochs=math.ceil(arguments.num_train_epochs),
+        steps=arguments.max_steps if arguments.max_steps > 0 else None,
     )
+
+
+def _make_batch(collator: Collator, encoder: Encoder, rows: Sequence[tuple[int, Handle]]) -> dict[str, Any]:
+    return collator([encoder(handle, source) for source, handle in rows])
 
 
 def _seed(arguments: TrainingArguments) -> int:
@@ -144,21 +163,21 @@ def first_batches(
     Rows that fail are left out. They are the same in every layout, which so starts alike.
     """
     encoded = (encoder(handle) for handle in samples.some(size * count))
-    usable = (_tensors(row) for row in encoded if not isinstance(row, RowError))
+    usable = (_tensors(row) for row in encoded if not isinstance(row, UserError))
     while rows := list(islice(usable, size)):
         yield collate(rows, pad_token_id)
 
 
-def prove_packed_rows(model: nn.Module, samples: Samples | StreamedSamples, encoder: Encoder, pad_token_id: int) -> None:
-    """Compare a few packed rows with the same rows alone, those with images first.
+def prove_packed_rows(model: nn.Module, samples: Samples, encoder: Encoder, pad_token_id: int) -> None:
+    """Compare a few short packed rows with the same rows alone, those with images first.
 
     Raises:
         UserError: the model is known not to keep packed samples apart, or is seen not to.
     """
     check_packable(model)
     encoded = (encoder(handle) for handle in samples.some(64))
-    usable = [_tensors(row) for row in encoded if not isinstance(row, RowError)]
-    chosen = sorted(usable, key=lambda row: "pixel_values" not in row)[:3]
+    usable = [_tensors(row) for row in encoded if not isinstance(row, UserError)]
+    chosen = sorted(usable, key=lambda row: ("pixel_values" not in row, row["input_ids"].shape[1]))[:3]
     if len(chosen) > 1:
         prove_packing(model, pack(chosen), [collate([row], pad_token_id) for row in chosen])
 

@@ -21,7 +21,7 @@ from mmtune.data.batches import Batches
 from mmtune.data.encode import IGNORE_INDEX
 from mmtune.data.report import DataReport
 from mmtune.data.stream import SampleStream
-from mmtune.errors import CheckFailed
+from mmtune.errors import CheckFailed, UserError
 from mmtune.model.compute import virtual_tokens
 from mmtune.model.packing import packed_inputs
 from mmtune.training.checkpoint import keep_checkpoint
@@ -94,6 +94,7 @@ class TuningTrainer(Trainer):
             steps stays what was announced.
         batches: which rows make which batch; None when the training set is a stream, which makes its own.
         source_names: of the sources, whose losses are logged apart when there are several.
+        data_files: by name, what the data files are known by; a checkpoint keeps it.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class TuningTrainer(Trainer):
         unscored: dict[str, Any],
         batches: Batches | None = None,
         source_names: Sequence[str] = (),
+        data_files: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -119,6 +121,7 @@ class TuningTrainer(Trainer):
         self._step_rows: list[str] = []  # of this process
         self._batches = batches
         self._source_names = list(source_names)
+        self._data_files = dict(data_files or {})
         # Of each source since the last log: its summed loss and its number of supervised tokens.
         self._source_sums = torch.zeros(len(source_names), 2, dtype=torch.float64)
 
@@ -199,7 +202,7 @@ class TuningTrainer(Trainer):
         if self._world.first:
             checkpoints = Path(self.args.output_dir)
             made = checkpoints / SAVING / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            keep_checkpoint(made, checkpoints, self._data_report, self._world, self.args.save_total_limit)
+            keep_checkpoint(made, checkpoints, self._data_report, self._world, self._data_files, self.args.save_total_limit)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """mmtune's own batches, which are this process's already: accelerate has nothing to divide."""
@@ -217,10 +220,13 @@ class TuningTrainer(Trainer):
         return EpochLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator, **settings)
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
         """The next step's batches, with rows that failed counted and, past the recipe's bound, the run stopped."""
         batches = list(islice(epoch_iterator, num_batches))
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
         self._passes = len(batches) * self._world.size
         faults = [fault for batch in batches for fault in batch.pop("faults")]
         self._step_rows = [row for batch in batches for row in batch.pop("rows")]

@@ -69,7 +69,7 @@ def test_a_budget_is_kept_and_no_row_is_lost(lengths: list[int], world: int, acc
         lengths[0] = 1
     of = [
         Batches(
-            alone(len(lengths)),
+            alone(sum(length > 0 for length in lengths)),
             seed=0,
             size=1,
             accumulation=accumulation,
@@ -101,7 +101,7 @@ def test_the_largest_batch_comes_first_and_in_the_first_epoch_only() -> None:
 
 def test_the_largest_batch_is_told_with_and_without_its_padding() -> None:
     lengths = np.array([3, 9, 4, 50, 2, 7, 0, 60])
-    found = Batches(alone(8), seed=2, size=2, lengths=lengths).largest()
+    found = Batches(alone(7), seed=2, size=2, lengths=lengths).largest()
     assert found["rows"] == 2 and found["padded_tokens"] == 120 and 62 <= found["tokens"] <= 110
 
 
@@ -145,6 +145,7 @@ def test_repeats_and_ratios_take_what_the_weights_say() -> None:
     assert Mixture.by_repeats([10, 4, 7], [1.0, 2.5, 0.3]).takes == (10, 10, 2)
     assert Mixture.by_ratio([10, 90], [1.0, 1.0]).takes == (50, 50)
     assert Mixture.by_ratio([10, 10, 10], [1.0, 1.0, 5.0]).takes == (4, 4, 22)
+    assert Mixture.by_ratio([10, 0, 10], [1.0, 9.0, 1.0]).takes == (10, 0, 10)  # a source with no row that can train
 
 
 @settings(max_examples=60, deadline=None)
@@ -168,6 +169,23 @@ def test_a_source_of_half_weight_has_another_half_in_the_next_epoch() -> None:
     batches = Batches(Mixture.by_repeats([8, 6], [1.0, 0.5]), seed=0, size=1)
     first, second = set(chain.from_iterable(batches)), set(chain.from_iterable(_at(batches, 1)))
     assert first & second == set(range(8)) and first | second == set(range(14))
+
+
+@pytest.mark.parametrize("kind", ["size", "tokens", "packed"])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_epoch_has_as_many_batches_as_announced(kind: str, seed: int) -> None:
+    """Also where rows cannot train and an epoch takes a part of them."""
+    lengths = np.random.default_rng(seed).integers(1, 40, 100)
+    lengths[np.random.default_rng(seed + 9).permutation(100)[:40]] = 0
+    more: dict[str, Any] = {"tokens": 90, "packed": kind == "packed"} if kind != "size" else {}
+    mixture = Mixture.by_repeats([60], [0.5])
+    batches = Batches(mixture, seed=seed, size=2, accumulation=3, lengths=lengths, steps=30, **more)
+    met: Counter[int] = Counter()
+    for epoch in range(4):
+        made = list(_at(batches, epoch))
+        assert len(made) == len(batches)
+        met.update(chain.from_iterable(made))
+    assert met == dict.fromkeys(np.flatnonzero(lengths).tolist(), 2)
 
 
 def test_packed_epochs_of_parts_of_a_source_have_equally_many_batches() -> None:

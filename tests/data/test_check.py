@@ -19,7 +19,7 @@ from mmtune.data import check
 from mmtune.data.check import Doctor, Rules, Summary, guess_template
 from mmtune.data.encode import encode_sample
 from mmtune.data.findings import KINDS, Finding
-from mmtune.data.image_check import COVERED, inspect_image
+from mmtune.data.image_check import inspect_image
 from mmtune.data.media import MediaRules, open_image
 from mmtune.data.message import RowError
 from mmtune.data.prompts import Prompting
@@ -180,7 +180,7 @@ def test_a_long_row_fails_a_run_unless_the_recipe_drops_it(
 # ---------------------------------------------------------------------------------------------------------------- images
 
 
-@pytest.mark.parametrize("kind", [name.upper() for name in COVERED])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
 def test_a_file_cut_anywhere_is_found_exactly_when_training_could_not_open_it(tmp_path: Path, kind: str) -> None:
     """All of these formats say where they end, so for every length the header scan knows what decoding would find."""
     buffer = io.BytesIO()

@@ -36,8 +36,8 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's cache directory of the test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    return tmp_path / ".cache"
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ from PIL import Image
 from rich.console import Console
 
 from mmtune.cli import entry_point
+from mmtune.data.dataset import Samples
 from mmtune.data.encode import IGNORE_INDEX, encode_prompt, encode_sample
-from mmtune.data.message import RowError, Sample
+from mmtune.data.message import RowError, Sample, text_of
 from mmtune.data.show import View, find_sample, print_view, token_texts, view_sample, visible, write_page
 from mmtune.errors import UserError
 from mmtune.recipe import DataSection, Recipe, Source
@@ -279,9 +280,34 @@ def test_a_row_is_found_wherever_it_is(tmp_path: Path) -> None:
     (tmp_path / "two.jsonl").write_text("\n".join(lines))
     sources = [Source(path=str(tmp_path / name), template="llava") for name in ("one.jsonl", "two.jsonl")]
     for row_id, text in (("one.jsonl:1", "0"), ("one.jsonl:3", "1"), ("one.jsonl:11", "4"), ("two.jsonl:5", "4")):
-        found = find_sample(sources, row_id)
+        found = find_sample(sources[:1], sources[1:], row_id)
         assert (found.id, found.messages[0]["content"][0]["text"]) == (row_id, text)
     with pytest.raises(RowError, match=r"one\.jsonl:5: row: not valid JSON"):
-        find_sample(sources, "one.jsonl:5")
+        find_sample(sources[:1], sources[1:], "one.jsonl:5")
     with pytest.raises(UserError, match="no row has the id"):
-        find_sample(sources, "two.jsonl:6")
+        find_sample(sources[:1], sources[1:], "two.jsonl:6")
+
+
+def test_a_row_is_shown_as_a_run_makes_it(tmp_path: Path) -> None:
+    """Held-out rows of the same file name do not change the ids of those that train, and with them what is drawn for each."""
+    row = {"question": "q", "choices": ["x", "y", "z"], "correct_choice_idx": 1, "image": "a.png", "question_id": "1"}
+    for folder in ("train", "held_out"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "a.png")
+        lines = [json.dumps({**row, "question": f"{folder} {number}"}) for number in range(8)]
+        (tmp_path / folder / "rows.jsonl").write_text("\n".join(lines))
+    template = {
+        "description": "d",
+        "messages": [
+            {"role": "user", "images": ["{{ image }}"], "text": ["ONE {{ question }}", "TWO {{ question }}"]},
+            {"role": "assistant", "text": "yes"},
+        ],
+        "example": row,
+    }
+    (tmp_path / "t.yaml").write_text(json.dumps(template))
+    paths = (tmp_path / folder / "rows.jsonl" for folder in ("train", "held_out"))
+    train, held_out = (Source(path=str(path), template=str(tmp_path / "t.yaml")) for path in paths)
+    trained = list(Samples([train]))
+    assert {text_of(sample.messages[0])[:3] for sample in trained} == {"ONE", "TWO"}
+    for sample in trained:
+        assert find_sample([train], [held_out], sample.id) == sample

@@ -87,8 +87,10 @@ def test_sources_come_in_the_ratio_of_their_weights() -> None:
 
 
 def test_a_stream_without_rows_ends_the_run() -> None:
-    with pytest.raises(UserError, match=r"data\.train\[1\]: the stream holds no rows"):
-        taken(stream(3, 0), 2)
+    """Said where the batch is taken: raised in a worker, torch would wrap it in that worker's traceback."""
+    for workers in (0, 1):
+        (error,) = taken(stream(3, 0), 2, workers)
+        assert isinstance(error, UserError) and str(error) == "data.train[1]: the stream holds no rows"
 
 
 def test_killed_runs_see_the_rows_of_an_unbroken_one(tmp_path: Path) -> None:

@@ -94,8 +94,16 @@ def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_pa
     stop_after(run, 4)
     with pytest.raises(UserError, match=r"train\.learning_rate, tune\.language\.r differ from .*recipe\.yaml"):
         train(make_recipe(*SAVES, "train.learning_rate=1e-3", "tune.language.r=2"), ["test"], resume=True)
-    with pytest.raises(UserError, match="nothing that mmtune finished"):
+    with pytest.raises(UserError, match="is no checkpoint of"):
         train(recipe, ["test"], resume=tmp_path)
+    with pytest.raises(UserError, match="nothing that mmtune finished"):
+        train(recipe, ["test"], resume=run.checkpoints / "checkpoint-77")
+    data = Path(recipe.data.train[0].path)
+    written = data.read_text()
+    data.write_text(json.dumps(json.loads(written)[::-1]))
+    with pytest.raises(UserError, match=r"rows\.json changed since"):
+        train(recipe, ["test"], resume=True)
+    data.write_text(written)
     free = ("train.logging_steps=2", "train.save_steps=1")  # nothing that a step depends on
     train(make_recipe(*SAVES, *free), ["test"], resume=True)
 

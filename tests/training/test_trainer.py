@@ -158,11 +158,12 @@ def test_two_runs_of_a_seed_give_the_same_losses(make_recipe: Callable[..., Reci
 
 
 def bad_rows(rows: Path, tmp_path: Path, *bad: int) -> Path:
-    """`rows` with the images of some cut short after their headers."""
+    """`rows` with some images damaged inside, where no header and no end shows it."""
     made = json.loads(rows.read_text())
     for number in bad:
         whole = (rows.parent / made[number]["image"]).read_bytes()
-        (tmp_path / f"cut{number}.png").write_bytes(whole[: len(whole) // 2])
+        middle = len(whole) // 2
+        (tmp_path / f"cut{number}.png").write_bytes(whole[:middle] + bytes(40) + whole[middle + 40 :])
     for number, row in enumerate(made):
         row["image"] = str(tmp_path / f"cut{number}.png") if number in bad else str(rows.parent / row["image"])
     path = tmp_path / "bad.json"
