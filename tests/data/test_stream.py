@@ -93,6 +93,7 @@ def test_a_stream_without_rows_ends_the_run() -> None:
         assert isinstance(error, UserError) and str(error) == "data.train[1]: the stream holds no rows"
 
 
+@pytest.mark.slow
 def test_killed_runs_see_the_rows_of_an_unbroken_one(tmp_path: Path) -> None:
     """A process writes the ids of each batch; it is killed at random moments and goes on behind the last line that it wrote."""
     lines = [json.dumps({"id": number, "text": "x" * (number % 50)}) for number in range(300)]

@@ -34,6 +34,8 @@ from mmtune.train import train
 
 Make = Callable[..., Recipe]
 
+pytestmark = pytest.mark.slow
+
 
 def trained(make_recipe: Make, path: Path, *overrides: str) -> Path:
     train(make_recipe(f"output_dir={path}", "train.max_steps=4", "train.disable_tqdm=true", *overrides), ["test"])
@@ -107,7 +109,6 @@ def test_half_precision_in_shards_with_a_manifest(make_recipe: Make, tmp_path: P
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantized_release_and_a_quantized_training(make_recipe: Make, tmp_path: Path, kind: str) -> None:
     run = trained(make_recipe, tmp_path / "run", f"model.precision={kind}")

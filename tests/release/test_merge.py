@@ -76,6 +76,7 @@ def test_the_release_is_whole(run: RunDirectory, tmp_path: Path) -> None:
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_the_merged_model_answers_where_mmtune_cannot_be_imported(run: RunDirectory, tmp_path: Path) -> None:
     merge(run.path, tmp_path / "out", count=2)
     sample = parity_samples(_recipe(run), 1)[0]
@@ -182,6 +183,7 @@ def test_a_merge_never_replaces_what_it_needs_or_what_is_no_checkpoint(
         assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_half_precision_is_folded_exactly_and_its_rounding_is_held(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +246,7 @@ def test_a_projector_alone_is_an_adapter_and_merges(make_recipe: Callable[..., R
     assert merge(Path(recipe.output_dir), tmp_path / "out", count=2).merge_max_logit_difference < 1e-4
 
 
+@pytest.mark.slow
 def test_a_run_that_trained_everything_is_released_as_it_is(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe("tune.language=full", "tune.vision=full", "train.max_steps=2", "train.learning_rate=1e-3")
     train(recipe, ["test"])

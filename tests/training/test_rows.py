@@ -115,6 +115,7 @@ def test_a_run_without_one_row_that_fits_stops(make_recipe: Callable[..., Recipe
 TOKENS = "train={max_steps: 3, learning_rate: 5e-3, gradient_accumulation_steps: 2, logging_steps: 1, use_cpu: true, seed: 0}"
 
 
+@pytest.mark.slow
 def test_packed_and_padded_batches_of_one_budget_train_alike(make_recipe: Callable[..., Recipe], base: Path) -> None:
     """One step of all rows is the same sum, however they are put into batches."""
     whole = make_recipe("train.max_steps=2", "train.per_device_train_batch_size=12")

@@ -18,6 +18,7 @@ def recipe_file(make_recipe: Callable[..., Recipe], tmp_path: Path) -> str:
     return str(tmp_path / "recipe.yaml")
 
 
+@pytest.mark.slow
 def test_a_plan_is_told_and_suggests(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert entry_point(["plan", recipe_file, "--no-data", "--tokens", "40", "--memory", "24GB", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
