@@ -166,6 +166,8 @@ def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> Any:
     from mmtune.recipe import load_recipe
 
+    if isinstance(arguments.resume, str) and "=" in arguments.resume and not Path(arguments.resume).exists():
+        arguments.overrides, arguments.resume = [*arguments.overrides, arguments.resume], True  # --resume key=value
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.rehearse:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

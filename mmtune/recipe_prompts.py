@@ -44,7 +44,7 @@ class Shots(Section):
     """Few-shot examples: other rows, with their answers and media, as turns before the question."""
 
     count: Annotated[StrictInt, Field(ge=1)] = Field(description="How many examples each row has.")
-    path: Text = Field(description="The file of rows they are taken from; a row is never its own example.")
+    path: Text = Field(description="The file they are taken from, if not the source's own; a row is never its own example.")
     template: Text | None = Field(default=None, description="The template of that file; null: the source's.")
     media_root: Text | None = Field(
         default=None,

@@ -273,6 +273,8 @@ class Source(Section):
 
     @classmethod
     def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+        if isinstance(given, dict) and isinstance(given.get("shots"), Mapping) and "path" in given:
+            given["shots"] = {"path": given["path"], **given["shots"]}
         return given, where_faults(given) + words_faults(given) + values_faults(given)
 
 
@@ -430,6 +432,9 @@ class Recipe(Section):
         if self.data.stream and (self.train.get("max_steps") or -1) < 1:
             told = "a stream has no known length: give train.max_steps"
             raise ValidationError.from_exception_data("Recipe", [fault(("train", "max_steps"), told)])
+        if self.data.packing and method is not None and METHODS[method].kind == "prompt":
+            told = f"{method} puts its prompt before the first sample of a packed row and before no other; take packing out"
+            raise ValidationError.from_exception_data("Recipe", [fault(("data", "packing"), told)])
         if method is None:
             return self
         settings = next(t.settings for t in self.tune.components.values() if t.method == method)

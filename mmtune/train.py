@@ -174,6 +174,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     if stop.received is not None:
         kept = "--resume goes on from there" if world.zero_stage is None else "under DeepSpeed there is no checkpoint"
         raise Stopped(stop.received, f"by {signal.Signals(stop.received).name} after step {trainer.state.global_step}; {kept}")
+    if not trainer.supervised and checkpoint is None:
+        raise UserError(f"no row that was taken could train: {data_report.summary()}; see {run.data_report}")
     train_seconds = round(time.perf_counter() - start, 1)
     print(data_report.summary())
 

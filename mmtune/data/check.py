@@ -38,6 +38,7 @@ from mmtune.data.image_check import inspect_image
 from mmtune.data.media import MediaRules
 from mmtune.data.message import Message, RowError, Sample, text_of
 from mmtune.data.reader import Chosen, Reader
+from mmtune.data.show import visible
 from mmtune.data.shrink import with_sizes
 from mmtune.data.source import Row, Rows, open_rows
 from mmtune.data.template import DataTemplate, load_data_template, template_names
@@ -89,6 +90,7 @@ class Summary:
     rows: int
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, list[str]] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
     faulty_rows: int = 0
     _faulty: str | None = field(default=None, init=False, repr=False)
 
@@ -96,6 +98,8 @@ class Summary:
         """Count a finding; the errors of one row come one after the other."""
         self.counts[found.finding] += 1
         first = self.first.setdefault(found.finding, [])
+        if not first:
+            self.details[found.finding] = f"{found.field}: {found.detail}"
         if len(first) < 3:
             first.append(found.row)
         if found.severity == "error" and found.row != self._faulty:
@@ -114,13 +118,13 @@ class Summary:
         return {"rows": self.rows, "faulty_rows": self.faulty_rows, "severities": self.severities(), "counts": dict(self.counts)}
 
     def show(self) -> None:
-        """Print each kind of finding, the gravest first: how many, the first rows that have it, and what to do."""
+        """Print each kind of finding, the gravest first: how many, the first rows, what the first one says, what to do."""
         table = Table(box=None, show_header=False, pad_edge=False)
         styles = {"error": "bold red", "warning": "yellow", "note": "cyan"}
         for name, kind in KINDS.items():
             if count := self.counts[name]:
                 rows = ", ".join(self.first[name]) + (", ..." if count > len(self.first[name]) else "")
-                told = Text.assemble(rows, "\n", (kind.fix, "dim"))
+                told = Text.assemble(rows, "\n", visible(self.details[name][:300]), "\n", (kind.fix, "dim"))
                 table.add_row(Text(kind.severity, styles[kind.severity]), Text(name), Text(f"{count:,}", justify="right"), told)
         if self.counts:
             Console().print(table)
@@ -300,7 +304,8 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
 def _open(reader: Reader, held_out: bool) -> _Part:
     rows = reader.open()
     chosen_by = {name.split(".")[0] for name in reader.source.where or ()}
-    known = fields_read(reader.template) | chosen_by | {*ID_FIELDS, *BOX_FIELDS}
+    # `__key__` is the reader's own.
+    known = fields_read(reader.template) | chosen_by | {*ID_FIELDS, *BOX_FIELDS, "__key__"}
     return _Part(reader, rows, min(len(rows), reader.source.limit or len(rows)), held_out, frozenset(known))
 
 

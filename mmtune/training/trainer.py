@@ -68,6 +68,8 @@ def shared_regularization(model: nn.Module, passes: int) -> Iterator[None]:
         config.orth_reg_weight = whole
 
 
+EMPTY_STEPS = 10
+"""A run ends that has trained on nothing after so many steps."""
 SAVING = ".saving"
 """Where a checkpoint lies until it is whole."""
 
@@ -119,6 +121,8 @@ class TuningTrainer(Trainer):
         self._learning_rates = dict(learning_rates)
         self._unscored = unscored
         self._step_rows: list[str] = []  # of this process
+        self._steps_taken = 0
+        self.supervised = 0  # tokens that the run has trained on, over all processes
         self._batches = batches
         self._source_names = list(source_names)
         self._data_files = dict(data_files or {})
@@ -236,5 +240,9 @@ class TuningTrainer(Trainer):
             self._data_report.stop_past(self._max_bad_fraction)
         usable = [batch or dict(self._unscored) for batch in batches]
         count = self._get_num_items_in_batch(usable, device)
+        self.supervised += int(count)
+        self._steps_taken += 1
+        if not self.supervised and self._steps_taken >= EMPTY_STEPS:
+            raise UserError(f"nothing in the first {EMPTY_STEPS} steps could train: {self._data_report.summary()}")
         # A step whose every row was dropped scores nothing: its loss is 0 over 1 and not 0 over 0.
         return usable, count.clamp(min=1) if isinstance(count, torch.Tensor) else count

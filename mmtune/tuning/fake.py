@@ -236,3 +236,9 @@ def bnb_state_bytes(parameters: int, states: int, in_8bit: bool, paged: bool = F
     if in_8bit and parameters >= SMALLEST_8BIT_STATE:
         return states * (parameters + 4 * math.ceil(parameters / BLOCK_STATE))
     return states * 4 * parameters
+
+
+def make_prompt_tokens_real(model: Any) -> None:
+    """Give a PEFT model's virtual tokens, numbers that it looks up by and no weights, values again after it was made on meta."""
+    for name, tokens in getattr(model, "prompt_tokens", {}).items():
+        model.prompt_tokens[name] = torch.arange(tokens.shape[0])

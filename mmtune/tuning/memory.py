@@ -39,7 +39,7 @@ from mmtune.model.load import BUILTIN, DTYPES, UNTRAINED, resolve_base
 from mmtune.model.parts import choose_strategy, read_image_processor, read_language, read_tower
 from mmtune.recipe import ModelSection, Recipe, Settings
 from mmtune.tuning.apply import apply_tuning
-from mmtune.tuning.fake import CountedMemory, QuantizedLinear, bnb_state_bytes
+from mmtune.tuning.fake import CountedMemory, QuantizedLinear, bnb_state_bytes, make_prompt_tokens_real
 
 UNITS = (
     {"": 1, "B": 1} | {f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)} | {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}
@@ -125,6 +125,7 @@ def estimate_memory(
                 model.set_submodule(name, QuantizedLinear(model.get_submodule(name), recipe.model.precision))
         with torch.device("meta"):
             tuned: Any = apply_tuning(model, components, _without_looks_at_data(recipe).tune, steps=1000)
+        make_prompt_tokens_real(tuned)
         tuned.config.use_cache = arguments.use_cache
         if arguments.activation_checkpointing:
             settings = dict(arguments.activation_checkpointing_kwargs or {})
