@@ -172,6 +172,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("vision", "language"), [("siglip", "llama3"), ("vit", "gemma")])
 def test_a_saved_checkpoint_loads_without_mmtune(shelf: Path, tmp_path: Path, vision: str, language: str) -> None:
     model, processor = assemble(str(shelf / vision), str(shelf / language))

@@ -129,6 +129,7 @@ def test_a_merge_that_changes_nothing_fails(run: RunDirectory, tmp_path: Path, b
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_merge_that_differs_fails_and_leaves_the_old_release(
     run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
