@@ -17,7 +17,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_utils import set_zero3_state
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import logging
 
@@ -25,7 +24,7 @@ from mmtune.errors import UserError
 from mmtune.model.chat_template import end_of_turn_ids, resolve_chat_template, set_chat_template, use_chat_template
 from mmtune.model.checkpoint import load_projector, save_checkpoint
 from mmtune.model.parts import Tower, choose_strategy, read_image_processor, read_language, read_tokenizer, read_tower
-from mmtune.model.sharded import gathered, runnable
+from mmtune.model.sharded import frames, gathered, runnable
 
 __all__ = ["assemble", "load_projector", "resolve_chat_template", "save_checkpoint"]
 
@@ -174,7 +173,7 @@ def _load(auto: Any, checkpoint: str, config: PreTrainedConfig, dtype: torch.dty
 
 
 def _compose(config: LlavaConfig, encoder: Any, causal: Any, dtype: torch.dtype, seed: int) -> LlavaForConditionalGeneration:
-    with torch.device("meta"), set_zero3_state(), torch.random.fork_rng(devices=[]):  # a mere frame, at ZeRO-3 too
+    with frames():
         model = LlavaForConditionalGeneration(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -13,6 +13,14 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import set_zero3_state
+
+
+@contextlib.contextmanager
+def frames() -> Iterator[None]:
+    """Inside, models are made without weights, which transformers at ZeRO-3 would divide, and no random number is drawn."""
+    with torch.device("meta"), set_zero3_state(), torch.random.fork_rng(devices=[]):
+        yield
 
 
 def in_parts(model: nn.Module) -> bool:
