@@ -18,9 +18,10 @@ from mmtune.console import shows_progress
 from mmtune.data.count import count_tokens, counts_by_arithmetic
 from mmtune.data.encode import Supervise
 from mmtune.data.message import RowError, Sample
-from mmtune.data.plan_cache import Arrays, PlanCache
+from mmtune.data.plan_cache import Arrays, PlanCache, beside, plan_key
 from mmtune.data.shrink import Policy, fit
 from mmtune.errors import UserError
+from mmtune.recipe import DataSection
 
 CHUNK = 64
 """Rows that a process counts at a time."""
@@ -284,6 +285,13 @@ def foretell(
             fewer, images_dropped = fewer + (gone > 0), images_dropped + gone
             smaller, images_resized = smaller + (resized > 0), images_resized + resized
     return Outcome(lengths, len(longer), dropped, fewer, images_dropped, smaller, images_resized)
+
+
+def plan_section(samples: Sequence[Sample], section: DataSection, processor: ProcessorMixin) -> tuple[Plan, Outcome]:
+    """The plan of a recipe's rows, kept beside them, and what the recipe's policy makes of it; raises as `build_plan`."""
+    cache = PlanCache(beside(section.train), plan_key(section.train, processor, section.supervise))
+    plan = build_plan(samples, processor, section.supervise, cache=cache)
+    return plan, foretell(plan, samples, processor, section.max_tokens, section.over_length, section.supervise)
 
 
 def _fit_row(

@@ -19,8 +19,7 @@ from mmtune.data.batches import Batches, Mixture
 from mmtune.data.collate import ASIDE, Collator, collate, pack
 from mmtune.data.dataset import OTHER_POLICIES, Encoder, Handle, Samples, StreamedSamples, TrainingSet
 from mmtune.data.encode import OverLength
-from mmtune.data.plan import build_plan, foretell
-from mmtune.data.plan_cache import PlanCache, beside, plan_key
+from mmtune.data.plan import plan_section
 from mmtune.data.report import DataReport
 from mmtune.data.stream import SampleStream
 from mmtune.errors import UserError
@@ -50,10 +49,7 @@ def plan_rows(samples: Samples, recipe: Recipe, report: DataReport, world: World
     found = None
     if world.first:
         section = recipe.data
-        processor = load_bare_processor(recipe.model)
-        cache = PlanCache(beside(section.train), plan_key(section.train, processor, section.supervise))
-        plan = build_plan(samples, processor, section.supervise, cache=cache)
-        outcome = foretell(plan, samples, processor, section.max_tokens, section.over_length, section.supervise)
+        plan, outcome = plan_section(samples, section, load_bare_processor(recipe.model))
         limit = f"more than data.max_tokens: {section.max_tokens}"
         too_long = [OverLength(samples[row].id, "messages", f"{plan.tokens[row]} tokens, {limit}") for row in outcome.dropped]
         if too_long and section.over_length == "error":
