@@ -32,7 +32,7 @@ from transformers import ProcessorMixin
 from mmtune.console import shows_progress
 from mmtune.data.count import Size, count_tokens
 from mmtune.data.dataset import open_readers
-from mmtune.data.encode import Supervise
+from mmtune.data.encode import Supervise, too_long
 from mmtune.data.findings import KINDS, Finding, finding
 from mmtune.data.image_check import inspect_image
 from mmtune.data.media import MediaRules
@@ -267,9 +267,7 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
             yield finding(sample.id, "messages", "nothing_supervised", f"none of {counts.tokens:,} tokens is an answer's")
         if not held_out and rules.max_tokens is not None and counts.tokens > rules.max_tokens:
             kind = "too_long" if rules.over_length == "error" else "too_long_by_policy"
-            yield finding(
-                sample.id, "messages", kind, f"{counts.tokens:,} tokens, more than data.max_tokens: {rules.max_tokens:,}"
-            )
+            yield finding(sample.id, "messages", kind, too_long(sample.id, counts.tokens, rules.max_tokens).detail)
 
     def _text(self, row_id: str, where: str, message: Message) -> Iterator[Finding]:
         text = text_of(message)

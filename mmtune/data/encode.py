@@ -228,7 +228,7 @@ def encode_sample(
     text = encode_text(sample.id, sample.messages, processor, replacements, supervise)
     length = len(text.input_ids)
     if max_tokens is not None and length > max_tokens:
-        raise OverLength(sample.id, "messages", f"{length} tokens, more than data.max_tokens: {max_tokens}")
+        raise too_long(sample.id, length, max_tokens)
     tensors = {**_per_token(processor, text), **media}
     unsupervised = ~torch.tensor([text.supervised])
     return {**tensors, "labels": tensors["input_ids"].masked_fill(unsupervised, IGNORE_INDEX)}
@@ -348,3 +348,8 @@ def check_chat_template(processor: ProcessorMixin) -> None:
 
 class OverLength(RowError):
     """A sample longer than `data.max_tokens`."""
+
+
+def too_long(row_id: str, tokens: int, max_tokens: int, tried: str = "") -> OverLength:
+    """The error of a row with so many tokens; `tried` says what did not make it fit."""
+    return OverLength(row_id, "messages", f"{tokens} tokens, more than data.max_tokens: {max_tokens}{tried}")

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from mmtune.data.batches import Batches, Mixture
 from mmtune.data.collate import ASIDE, Collator, collate, pack
 from mmtune.data.dataset import OTHER_POLICIES, Encoder, Handle, Samples, StreamedSamples, TrainingSet
-from mmtune.data.encode import OverLength
+from mmtune.data.encode import too_long
 from mmtune.data.plan import plan_section
 from mmtune.data.report import DataReport
 from mmtune.data.stream import SampleStream
@@ -50,11 +50,11 @@ def plan_rows(samples: Samples, recipe: Recipe, report: DataReport, world: World
     if world.first:
         section = recipe.data
         plan, outcome = plan_section(samples, section, load_bare_processor(recipe.model))
-        limit = f"more than data.max_tokens: {section.max_tokens}"
-        too_long = [OverLength(samples[row].id, "messages", f"{plan.tokens[row]} tokens, {limit}") for row in outcome.dropped]
-        if too_long and section.over_length == "error":
-            raise UserError(f"{len(too_long)} rows are too long, the first: {too_long[0]} ({OTHER_POLICIES})")
-        found = outcome.lengths, [*plan.faults.values(), *too_long]
+        limit = section.max_tokens or 0  # without one no row is dropped
+        longer = [too_long(samples[row].id, int(plan.tokens[row]), limit) for row in outcome.dropped]
+        if longer and section.over_length == "error":
+            raise UserError(f"{len(longer)} rows are too long, the first: {longer[0]} ({OTHER_POLICIES})")
+        found = outcome.lengths, [*plan.faults.values(), *longer]
     lengths, faults = next(each for each in world.gather(found) if each is not None)
     for fault in faults:
         report.add(fault)
