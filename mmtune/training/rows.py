@@ -158,8 +158,7 @@ def first_batches(
 
     Rows that fail are left out. They are the same in every layout, which so starts alike.
     """
-    encoded = (encoder(handle) for handle in samples.some(size * count))
-    usable = (_tensors(row) for row in encoded if not isinstance(row, UserError))
+    usable = _usable(samples, encoder, size * count)
     while rows := list(islice(usable, size)):
         yield collate(rows, pad_token_id)
 
@@ -171,13 +170,13 @@ def prove_packed_rows(model: nn.Module, samples: Samples, encoder: Encoder, pad_
         UserError: the model is known not to keep packed samples apart, or is seen not to.
     """
     check_packable(model)
-    encoded = (encoder(handle) for handle in samples.some(64))
-    usable = [_tensors(row) for row in encoded if not isinstance(row, UserError)]
-    chosen = sorted(usable, key=lambda row: ("pixel_values" not in row, row["input_ids"].shape[1]))[:3]
+    chosen = sorted(_usable(samples, encoder, 64), key=lambda row: ("pixel_values" not in row, row["input_ids"].shape[1]))[:3]
     if len(chosen) > 1:
         prove_packing(model, pack(chosen), [collate([row], pad_token_id) for row in chosen])
 
 
-def _tensors(row: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What the model takes of an encoded row."""
-    return {key: value for key, value in row.items() if key not in (*ASIDE, "source_ids")}
+def _usable(samples: Samples | StreamedSamples, encoder: Encoder, count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """What the model takes of up to `count` rows from all over the data, less those that fail."""
+    encoded = (encoder(handle) for handle in samples.some(count))
+    for row in (row for row in encoded if not isinstance(row, UserError)):
+        yield {key: value for key, value in row.items() if key not in (*ASIDE, "source_ids")}
