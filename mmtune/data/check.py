@@ -37,7 +37,7 @@ from mmtune.data.findings import KINDS, Finding, finding
 from mmtune.data.image_check import inspect_image
 from mmtune.data.media import MediaRules
 from mmtune.data.message import Message, RowError, Sample, text_of
-from mmtune.data.reader import Chosen, Reader
+from mmtune.data.reader import Reader
 from mmtune.data.show import visible
 from mmtune.data.shrink import with_sizes
 from mmtune.data.source import Row, Rows, open_rows
@@ -137,8 +137,7 @@ class _Part:
     """One source, open."""
 
     reader: Reader
-    rows: Rows | Chosen
-    count: int
+    rows: Rows
     held_out: bool
     known: frozenset[str]
 
@@ -172,8 +171,8 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
         self._control = _spelling(self._rules.processor)
         # Opened apart, as a run opens them: rows have the ids, and with them the draws, that they have there.
         self._parts = [_open(each, bool(part)) for part, of in enumerate((train, held_out)) for each in open_readers(of)]
-        self._ends = list(accumulate(-(-part.count // CHUNK) for part in self._parts))
-        self.rows = sum(part.count for part in self._parts)
+        self._ends = list(accumulate(-(-len(part.rows) // CHUNK) for part in self._parts))
+        self.rows = sum(len(part.rows) for part in self._parts)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -213,7 +212,7 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
         found: list[Finding] = []
         rows, ids = [], []
         unknown: dict[str, tuple[int, str]] = {}
-        for position in range(first, min(first + CHUNK, part.count)):
+        for position in range(first, min(first + CHUNK, len(part.rows))):
             row_digest = id_digest = 0
             try:
                 row_id, row = part.rows[position]
@@ -304,7 +303,7 @@ def _open(reader: Reader, held_out: bool) -> _Part:
     chosen_by = {name.split(".")[0] for name in reader.source.where or ()}
     # `__key__` is the reader's own.
     known = fields_read(reader.template) | chosen_by | {*ID_FIELDS, *BOX_FIELDS, "__key__"}
-    return _Part(reader, rows, min(len(rows), reader.source.limit or len(rows)), held_out, frozenset(known))
+    return _Part(reader, rows, held_out, frozenset(known))
 
 
 def _as_it_is(chunk: Any) -> Any:

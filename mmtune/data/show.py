@@ -91,8 +91,7 @@ def find_sample(train: Sequence[Source], held_out: Sequence[Source], row_id: str
     example = ""
     for reader in (*open_readers(train), *open_readers(held_out)):
         rows = reader.open()
-        count = min(len(rows), reader.source.limit or len(rows))
-        for index in _likely_first(row_id, count):
+        for index in _likely_first(row_id, len(rows)):
             try:
                 found, row = rows[index]
             except RowError as error:
