@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import io
 import json
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmtune.cli import entry_point
-from mmtune.data import check
+from mmtune.data import check, processes
 from mmtune.data.check import Doctor, Rules, Summary, guess_template
 from mmtune.data.encode import encode_sample
 from mmtune.data.findings import KINDS, Finding
@@ -97,11 +98,18 @@ def test_decoding_finds_the_rest(corpus: Source) -> None:
 def test_rows_are_checked_in_several_processes_as_in_one(
     corpus: Source, findings: dict[str, list[Finding]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "CHUNK", 16)
+    monkeypatch.setattr(processes, "CHUNK", 16)
     assert by_row(Doctor([corpus]).findings(processes=2)) == findings
 
 
-# ------------------------------------------------------------------------------------------------------- between the rows
+@pytest.mark.parametrize("others", [0, 1])
+def test_what_is_wrong_with_the_model_ends_the_check_with_its_reason_alone(
+    corpus: Source, untrained: tuple[Any, Any], others: int
+) -> None:
+    processor = copy.deepcopy(untrained[1])
+    processor.chat_template = None
+    with pytest.raises(UserError, match=r"^model: its processor has no chat template; name one with model\.chat_template$"):
+        list(Doctor([corpus], rules=Rules(processor)).findings(processes=others))
 
 
 def _rows(path: Path, *rows: Any) -> Source:
