@@ -83,7 +83,7 @@ def _encode_text(
 ) -> EncodedText:
     tokenizer, template = processor.tokenizer, chat_template_of(processor)
     control = control_tokens(tokenizer, template).spelled
-    shown = _as_shown(sample_id, messages)
+    shown = as_shown(sample_id, messages)
     marked = any(spells(text_of(message), control) for message in shown)
     if marked:
         shown = [{**message, "content": mark(message["content"], control)} for message in shown]
@@ -130,8 +130,12 @@ def chat_template_of(processor: ProcessorMixin) -> str:
     return template
 
 
-def _as_shown(sample_id: str, messages: list[Message]) -> list[Message]:
-    """The messages as a chat template sees them: it asks whether a block has an image, and never reads one."""
+def as_shown(sample_id: str, messages: list[Message]) -> list[Message]:
+    """The messages as a chat template sees them: it asks whether a block has an image, and never reads one.
+
+    Raises:
+        RowError: media that cannot be encoded, or text that is not valid Unicode.
+    """
     shown = []
     for number, message in enumerate(messages):
         content: list[dict[str, str]] = []
