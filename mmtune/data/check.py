@@ -37,7 +37,7 @@ from mmtune.data.reader import Reader
 from mmtune.data.show import visible
 from mmtune.data.shrink import with_sizes
 from mmtune.data.source import Row, Rows, open_rows
-from mmtune.data.template import DataTemplate, load_data_template, template_names
+from mmtune.data.template import DataTemplate, load_data_template, shipped_templates
 from mmtune.errors import UserError
 from mmtune.recipe import Source
 
@@ -290,7 +290,7 @@ def guess_template(path: str) -> str:
     """
     scores: dict[str, tuple[int, float]] = {}
     unread = ""
-    for name in template_names():
+    for name in shipped_templates():
         template = load_data_template(name)
         try:
             rows = open_rows(path, rows=template.rows)

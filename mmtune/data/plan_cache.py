@@ -17,9 +17,9 @@ from transformers import ProcessorMixin
 
 from mmtune.data.count import processor_settings
 from mmtune.data.source import data_files, media_root_of
-from mmtune.files import replace_bytes
+from mmtune.data.template import shipped_templates
+from mmtune.files import replace_bytes, user_cache
 from mmtune.recipe import Source
-from mmtune.shipped import shipped_dir
 
 FORMAT = 1
 """Changes when counting or the file does, so that what an earlier version kept is not taken for this one's."""
@@ -77,9 +77,8 @@ def _files(given: Any, key: str = "") -> Iterator[Path]:
         for value in given:
             yield from _files(value, key)
     elif isinstance(given, str) and key != "media_root":
-        shipped = shipped_dir("data_templates") / f"{given}.yaml"
-        if key == "template" and shipped.is_file():
-            given = str(shipped)
+        if key == "template":
+            given = str(shipped_templates().get(given, given))
         is_file = os.path.isfile(given)  # noqa: PTH113  (any text may stand here, and Path raises on a long one)
         yield from [Path(given)] if is_file else data_files(given) if key == "path" else []
 
@@ -114,7 +113,7 @@ class PlanCache:
     @property
     def places(self) -> list[Path]:
         """Where the file may be, the best place first."""
-        folders = [*([self.beside / ".mmtune"] if self.beside else []), Path.home() / ".cache" / "mmtune" / "plans"]
+        folders = [*([self.beside / ".mmtune"] if self.beside else []), user_cache("plans")]
         return [folder / f"{self.key}.plan" for folder in folders]
 
     def read(self) -> tuple[Arrays, dict[str, Any]] | None:

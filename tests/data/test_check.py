@@ -25,7 +25,7 @@ from mmtune.data.media import MediaRules, open_image
 from mmtune.data.message import RowError
 from mmtune.data.prompts import Prompting
 from mmtune.data.reader import Reader
-from mmtune.data.template import load_data_template, template_names
+from mmtune.data.template import load_data_template, shipped_templates
 from mmtune.errors import UserError
 from mmtune.recipe import Source
 
@@ -156,7 +156,7 @@ def test_a_field_that_nobody_reads_is_told_once(tmp_path: Path) -> None:
     assert "2 rows" in found[0].detail
 
 
-@pytest.mark.parametrize("name", template_names())
+@pytest.mark.parametrize("name", shipped_templates())
 def test_a_template_knows_the_fields_that_it_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A field that is not among them can go, and the sample stays the same."""
     monkeypatch.setattr("mmtune.data.conversation.resolve_media", lambda value, rules: Path(str(value)))
