@@ -172,8 +172,9 @@ class Doctor:
             digests = np.zeros((2, len(part.rows)), np.uint64)
             unread: dict[str, list[int]] = {}
             checked = in_processes(partial(self._check, part), range(len(part.rows)), processes, "checking rows")
-            for position, (found, digests[:, position], fields) in enumerate(checked):
+            for position, (found, compare, fields) in enumerate(checked):
                 yield from found
+                digests[:, position] = compare
                 for name in fields:
                     unread.setdefault(name, []).append(position)
             for name, having in unread.items():

@@ -112,6 +112,9 @@ def test_what_is_wrong_with_the_model_ends_the_check_with_its_reason_alone(
         list(Doctor([corpus], rules=Rules(processor)).findings(processes=others))
 
 
+# ------------------------------------------------------------------------------------------------------- between the rows
+
+
 def _rows(path: Path, *rows: Any) -> Source:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return Source(path=str(path), template="llava")
