@@ -29,7 +29,7 @@ class RecordMetrics(TrainerCallback):
         if state.is_world_process_zero:
             self._path.touch()
         if state.is_world_process_zero and not args.disable_tqdm and sys.stderr.isatty():
-            layout = "{n_fmt}/{total_fmt} |{bar:8}|{postfix}"
+            layout = "{n_fmt}/{total_fmt} |{bar:6}|{postfix}"
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format=layout, dynamic_ncols=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -74,7 +74,7 @@ def shown(logs: dict[str, Any]) -> str:
         f"{logs['tokens_per_second']:,.0f} tokens/s",
         f"wait {logs['data_wait']:.0%}",
         *([f"MFU {logs['mfu']:.0%}"] if "mfu" in logs else []),
-        f"{memory:,.0f} MB",
+        f"{memory / 1e3:.1f} GB",
         f"{as_time(logs['seconds_left'])} left",
     ]
     return "  ".join(figures)

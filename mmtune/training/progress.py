@@ -41,7 +41,7 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._start = time.perf_counter()
         self._tokens_before = state.num_input_tokens_seen
-        self._logs = deque([(self._start, state.global_step)], maxlen=RECENT + 1)
+        self._logs = deque([(self._start, state.global_step)], maxlen=RECENT)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
