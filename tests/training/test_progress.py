@@ -44,7 +44,7 @@ TEXT_LINEAR = r".*(language_model|text_model)\..*\.(q|k|v|o|gate|up|down)_proj"
 
 
 def tuned(family: str, projector: bool) -> Any:
-    """The text tuned by LoRA, the tower frozen, the projector in full or not; eager, as torch counts no fused attention on CPUs."""
+    """The text tuned by LoRA, the tower frozen, the projector in full or not; eager, as torch counts no fused one on CPUs."""
     model = tiny(family, "eager")
     found = [name for name, _ in model.named_modules() if name.endswith(("multi_modal_projector", "visual.merger", "connector"))]
     return get_peft_model(
