@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmtune.errors import CheckFailed
+from mmtune.files import writing
 from mmtune.world import World
 
 
@@ -74,7 +75,7 @@ class RecordMetrics(TrainerCallback):
             **{name: value for name, value in logs.items() if name.startswith("loss/")},
         }
         self._last, self._tokens_seen = now, tokens
-        with self._path.open("a", encoding="utf-8") as file:
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         shown = f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s"
         if self._bar is not None:

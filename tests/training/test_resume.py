@@ -87,13 +87,13 @@ def test_the_newest_checkpoints_are_kept(make_recipe: Callable[..., Recipe]) -> 
 
 
 def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no checkpoint to go on from"):
-        train(make_recipe(*SAVES), ["test"], resume=True)
     recipe = make_recipe(*SAVES)
     run = RunDirectory(Path(recipe.output_dir))
     train(recipe, ["test"])
     with pytest.raises(UserError, match="is finished"):
-        train(recipe, ["test"], resume=True)
+        train(recipe, ["test"], resume=run.checkpoints / "checkpoint-4")
+    with pytest.raises(UserError, match=r"train\.learning_rate differ from"):
+        train(make_recipe(*SAVES, "train.learning_rate=1e-3"), ["test"], resume=True)
     stop_after(run, 4)
     with pytest.raises(UserError, match=r"train\.learning_rate, tune\.language\.r differ from .*recipe\.yaml"):
         train(make_recipe(*SAVES, "train.learning_rate=1e-3", "tune.language.r=2"), ["test"], resume=True)
