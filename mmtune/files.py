@@ -41,8 +41,12 @@ def _fault_of_disk(error: Exception) -> str | None:
     return said if any(os.strerror(number) in said for number in DISK_FAULTS) else None
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, key: str) -> None:
     """
+    Args:
+        folder: where something will be written later on.
+        key: of the recipe, for the message.
+
     Raises:
         UserError: no file can be made in a folder, or in the nearest one above it that exists.
     """
@@ -51,7 +55,7 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise UserError(f"cannot write in {place}: {error.strerror}") from error
+        raise UserError(f"{key}: cannot write in {place}: {error.strerror}") from error
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -96,7 +96,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         check_output_dir(recipe, overwrite)
     arguments = training_arguments(recipe)
     if arguments.process_index == 0:
-        check_writable(earlier.path if checkpoint is not None else earlier.path.parent)
+        check_writable(earlier.path if checkpoint is not None else earlier.path.parent, "output_dir")
     samples = open_samples(recipe.data)
     data_report = DataReport(rows=rows_to_take(samples, arguments), streamed=recipe.data.stream)
     check_rows(samples, data_report, recipe.data.check_rows)

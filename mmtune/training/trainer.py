@@ -149,6 +149,11 @@ class TuningTrainer(Trainer):
                 "train.dataloader_prefetch_factor or the rows in a batch"
             ) from error
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """The Trainer's, which resumed from its last step would take one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+
     def compute_loss(
         self,
         model: nn.Module,

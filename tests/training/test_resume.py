@@ -61,6 +61,9 @@ def test_a_resumed_run_is_the_unbroken_one(make_recipe: Callable[..., Recipe], h
     train(recipe, ["test"], resume=True)
     assert outcome(run) == expected
     stop_after(run, 6)
+    train(recipe, ["test"], resume=True)  # from the last step: no other follows
+    assert outcome(run) == expected
+    stop_after(run, 6)
     train(recipe, ["test"], resume=run.checkpoints / "checkpoint-2")
     assert outcome(run) == expected
 
