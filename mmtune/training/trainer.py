@@ -153,6 +153,8 @@ class TuningTrainer(Trainer):
         """The Trainer's, which resumed from its last step would take one more."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
+        else:
+            self.control.should_training_stop = True  # a stream's epochs have no end
 
     def compute_loss(
         self,

@@ -145,22 +145,33 @@ def test_a_place_that_cannot_be_written_is_refused_before_weights_load(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", ["false", "true"])
-def test_a_killed_worker_is_said_and_the_run_goes_on(make_recipe: Make, stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_worker_is_said_and_the_run_goes_on(
+    make_recipe: Make, stream: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = make_recipe(*SAVES, "train.dataloader_num_workers=1", "train.save_steps=1", f"data.stream={stream}")
     run = RunDirectory(Path(recipe.output_dir))
     train(recipe, ["test"])
     expected = outcome(run)
-    encode, calls = Encoder.__call__, iter(range(1000))
+    encode, step, now = Encoder.__call__, TuningTrainer.training_step, tmp_path / "now"
 
     def killed(self: Encoder, *args: Any) -> Any:
-        if torch.utils.data.get_worker_info() is not None and next(calls) == 16:
+        if torch.utils.data.get_worker_info() is not None and now.exists():
             os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does for want of memory
         return encode(self, *args)
 
+    def training_step(self: TuningTrainer, *args: Any) -> Any:
+        if self.state.global_step == 2:
+            now.touch()
+        return step(self, *args)
+
     with monkeypatch.context() as patch:
         patch.setattr(Encoder, "__call__", killed)
-        with pytest.raises(UserError, match=r"DataLoader worker .*killed.*: .*lower train\.dataloader_num_workers"):
+        patch.setattr(TuningTrainer, "training_step", training_step)
+        with pytest.raises(
+            UserError, match=r"DataLoader worker .*(killed|exited unexpectedly).*: .*lower train\.dataloader_num_workers"
+        ):
             train(recipe, ["test"], overwrite=True)
+    check_manifest(run.checkpoints / "checkpoint-2")
     train(recipe, ["test"], resume=True)
     assert outcome(run) == expected
 
