@@ -40,6 +40,7 @@ from mmtune.model.components import find_components
 from mmtune.model.load import UNTRAINED, base_config, base_model_type, load_base, load_weights, resolve_base
 from mmtune.model.packing import check_packable_family
 from mmtune.model.quantize import QUANTIZED
+from mmtune.model.sharded import runnable, to_save
 from mmtune.recipe import ModelSection, Recipe, check_files
 from mmtune.release.card import model_card
 from mmtune.run_directory import RunDirectory, check_output_dir, new_run, peak_memory_mb
@@ -103,9 +104,11 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     data_report.stop_past(recipe.data.max_bad_fraction)
     if recipe.evaluate:
         check_questions(recipe.evaluate)
-    world = join_world(arguments, recipe.model.precision)
+    in_parts = recipe.model.precision not in QUANTIZED and not recipe.tune.needs_gradients
+    world = join_world(arguments, recipe.model.precision, in_parts)
     check_method(recipe, world)
-    check_checkpoints(recipe, arguments, world, earlier, checkpoint)
+    if checkpoint is not None:
+        check_resumable(recipe, earlier, checkpoint, world)
     lengths = None
     if recipe.data.planned and isinstance(samples, Samples):
         lengths = plan_rows(samples, recipe, data_report, world)
@@ -135,13 +138,15 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         if checkpoint is not None and run.answers("before").is_file():
             before = read_answers(run.answers("before"))
         elif recipe.evaluate and recipe.evaluate.before:
-            before = evaluate(model, processor, recipe.evaluate, world)
+            with runnable(model):
+                before = evaluate(model, processor, recipe.evaluate, world)
             if world.first:
                 write_answers(before, run.answers("before"))
 
         # What trains.
         steps = optimizer_steps(arguments, batches)
         sample = first_batches(samples, encoder, pad_token_id)
+        set_seed(arguments.seed)  # what is drawn does not hang on how the base came here
         model = apply_tuning(model, components, recipe.tune, steps=steps, batches=sample)
         components = find_components(model)
         counts = count_parameters(model, components, recipe.tune, arguments.learning_rate)
@@ -149,7 +154,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         print_parameters(counts)
         initial = initial_factors(model)
         if recipe.data.packing and isinstance(samples, Samples):
-            prove_packed_rows(model, samples, encoder, pad_token_id)
+            with runnable(model):
+                prove_packed_rows(model, samples, encoder, pad_token_id)
 
     # Training.
     stop = StopOnSignal(world)
@@ -184,8 +190,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         if world.first:
             data_report.write(run.data_report)
     if stop.received is not None:
-        kept = "--resume goes on from there" if world.zero_stage is None else "under DeepSpeed there is no checkpoint"
-        raise Stopped(stop.received, f"by {signal.Signals(stop.received).name} after step {trainer.state.global_step}; {kept}")
+        name = signal.Signals(stop.received).name
+        raise Stopped(stop.received, f"by {name} after step {trainer.state.global_step}; --resume goes on from there")
     if not trainer.supervised and checkpoint is None:
         raise UserError(f"no row that was taken could train: {data_report.summary()}; see {run.data_report}")
     train_seconds = round(time.perf_counter() - start, 1)
@@ -193,12 +199,12 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
 
     # What comes out.
     out = run.adapter if adapts else run.model
-    with world.whole(model):
+    mark = "adapter_config.json" if adapts else "config.json"
+    with replaced_directory(out, True, mark) if world.first else nullcontext(out) as made:
+        save_tuned(model, made, initial, world.first)
         if world.first:
-            with replaced_directory(out, True, "adapter_config.json" if adapts else "config.json") as made:
-                save_tuned(model, made, initial)
-                processor.save_pretrained(made)
-                model.generation_config.save_pretrained(made)  # with the chat template's stop tokens, which PEFT would not keep
+            processor.save_pretrained(made)
+            model.generation_config.save_pretrained(made)  # with the chat template's stop tokens, which PEFT would not keep
     after = evaluate(model, processor, recipe.evaluate, world) if recipe.evaluate else []
     if not world.first:
         return {}
@@ -266,24 +272,6 @@ def check_method(recipe: Recipe, world: World) -> None:
                 raise UserError(f"tune.{component}: {reason}")
 
 
-def check_checkpoints(
-    recipe: Recipe, arguments: TrainingArguments, world: World, run: RunDirectory, checkpoint: Path | None
-) -> None:
-    """
-    Raises:
-        UserError: checkpoints in a layout that cannot go on from them, or a run that cannot go on from this one.
-    """
-    if world.zero_stage is not None and (arguments.save_strategy != "no" or checkpoint is not None):
-        raise UserError(
-            "train.save_strategy: a run under DeepSpeed cannot go on from a checkpoint yet; leave it out, or train with DDP"
-        )
-    if checkpoint is None:
-        return
-    if run.summary.is_file():
-        raise UserError(f"resume: {run.path} is finished; --overwrite trains it anew")
-    check_resumable(recipe, run, checkpoint, world)
-
-
 def go_on(checkpoint: Path, run: RunDirectory, report: DataReport, rows: Any, arguments: TrainingArguments) -> None:
     """Put the data, the report and the metrics where the checkpoint left them."""
     report.load(checkpoint / REPORT)
@@ -306,9 +294,13 @@ def settle_base(model: Any, processor: Any, section: ModelSection, made: Path | 
     if section.base not in (None, UNTRAINED):
         model.name_or_path = resolve_base(section.base)
     elif made is not None:
-        if world.first and not (made / CHECKPOINT_MARK).exists():
-            save_checkpoint(model, processor, made)
-        world.wait()
+        there = (made / CHECKPOINT_MARK).exists()
+        world.wait()  # until every process has looked
+        if not there:
+            with to_save(model, world.first) as state:
+                if world.first:
+                    save_checkpoint(model, processor, made, state_dict=state)
+            world.wait()
         if section.precision in QUANTIZED:
             model = load_weights(str(made), section)
             use_chat_template(model, processor, processor.chat_template)

@@ -10,13 +10,12 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from peft import PeftModel
-from torch import distributed, nn
+from torch import distributed
 from transformers import TrainingArguments
 
 from mmtune.errors import UserError
@@ -33,11 +32,13 @@ class World:
         rank: this process's number, from 0.
         size: how many processes there are.
         zero_stage: DeepSpeed's, 0 to 3; None without DeepSpeed.
+        construction: transformers looks at it, while it lives, to make models in parts.
     """
 
     rank: int = 0
     size: int = 1
     zero_stage: int | None = None
+    construction: Any = field(default=None, repr=False, compare=False)
 
     @property
     def first(self) -> bool:
@@ -86,18 +87,6 @@ class World:
         distributed.all_gather_object(brought, mine)
         return brought
 
-    @contextlib.contextmanager
-    def whole(self, model: nn.Module) -> Iterator[None]:
-        """Inside, all that will be saved is whole in every process, where ZeRO-3 keeps a part in each; enter it together."""
-        if self.zero_stage != 3:
-            yield
-            return
-        import deepspeed
-
-        adapts = isinstance(model, PeftModel)
-        with deepspeed.zero.GatheredParameters([p for p in model.parameters() if p.requires_grad or not adapts]):
-            yield
-
 
 ALONE = World()
 
@@ -139,14 +128,14 @@ def check_launch(precision: str) -> None:
         os.environ[LAUNCHED_WITH] = "no"  # DeepSpeed's own mixed precision would round what trains; see `join_world`
 
 
-def join_world(arguments: TrainingArguments, precision: str) -> World:
+def join_world(arguments: TrainingArguments, precision: str, in_parts: bool = False) -> World:
     """The processes that `TrainingArguments` has brought together, checked.
 
     Under DeepSpeed, precision is what it is in one process: weights as stored, trained ones in fp32, and torch's autocast.
-    Models are loaded and tuned whole, and sharded when training begins.
 
     Args:
         precision: the recipe's `model.precision`.
+        in_parts: at ZeRO-3 models are made in parts, a part in each process; otherwise whole, and divided when training begins.
 
     Raises:
         UserError: fewer processes than the launcher announced, or a DeepSpeed configuration that contradicts the recipe.
@@ -159,7 +148,7 @@ def join_world(arguments: TrainingArguments, precision: str) -> World:
     world.wait()  # until every process has looked at what is there, and before the first makes anything
     if plugin is None:
         return world
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     if arguments.use_cpu and torch.accelerator.is_available():
         raise UserError("train.use_cpu: DeepSpeed takes the accelerator that is there; leave one of the two out")
@@ -182,7 +171,7 @@ def join_world(arguments: TrainingArguments, precision: str) -> World:
             raise UserError(
                 f"the DeepSpeed configuration's {key} is {given}, and the recipe's {name} is {value}; leave the former out"
             )
-        config[key] = "auto"
+        config[key] = value
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise UserError(f"the DeepSpeed configuration has a section `{section}`; leave it out, the recipe's train decides")
@@ -191,9 +180,14 @@ def join_world(arguments: TrainingArguments, precision: str) -> World:
         "dtype": "bfloat16",
         "lower_precision_safe_modules": [],  # gradients are summed in their own precision
     }
-    unset_hf_deepspeed_config()  # or from_pretrained would shard what apply_tuning looks at; the Trainer sets it again
-    stage = int(config.get("zero_optimization", {}).get("stage", 0))
-    return World(arguments.process_index, arguments.world_size, stage)
+    unset_hf_deepspeed_config()  # until the Trainer sets it again
+    zero = config.get("zero_optimization", {})
+    stage, construction = int(zero.get("stage", 0)), None
+    if stage == 3 and in_parts:
+        # DeepSpeed makes every weight of the one dtype that its configuration names, here the one that transformers loads.
+        dtype = {"bf16": {"enabled": precision == "bf16"}}
+        construction = HfDeepSpeedConfig({"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1, **dtype})
+    return World(arguments.process_index, arguments.world_size, stage, construction)
 
 
 def check_strategy(accelerator: Accelerator, world: World) -> None:

@@ -26,6 +26,7 @@ from mmtune.errors import CheckFailed, UserError
 from mmtune.files import writing
 from mmtune.model.compute import virtual_tokens
 from mmtune.model.packing import packed_inputs
+from mmtune.model.sharded import to_save
 from mmtune.training.checkpoint import SAVING, keep_checkpoint
 from mmtune.world import ALONE, World
 
@@ -213,8 +214,8 @@ class TuningTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The Trainer's; a step whose gradients are not finite touches no weight: it is skipped or ends the run, by its rows."""
         norm = super()._get_grad_norm(model, grad_norm)
-        # Every process has the same norm. DeepSpeed's is that of the step before.
-        if self._world.zero_stage is not None or norm is None or math.isfinite(float(norm)):
+        # Every process has the same norm. DeepSpeed has left out a step that is not finite by now.
+        if norm is None or math.isfinite(float(norm)):
             return norm
         step = self.state.global_step + 1
         rows = list(itertools.chain.from_iterable(self._world.gather(self._step_rows)))
@@ -233,6 +234,14 @@ class TuningTrainer(Trainer):
             kept.copy_(before)
         self._globalstep_last_logged += 1  # the log divides by the steps since
         return None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's; under DeepSpeed what trained is gathered first, as the Trainer cannot for every method."""
+        if self._world.zero_stage is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        with to_save(self.model, self._world.first) as state:
+            self._save(output_dir, state)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / SAVING)
