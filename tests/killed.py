@@ -191,18 +191,24 @@ def _train(recipe: Path, log: Path) -> None:
 
 
 def _sleep_into(phase: str, share: float, process: ForkServerProcess, run: RunDirectory, log: Path, unbroken: Unbroken) -> None:
+    """Events first and clocks after them, so that a machine that is faster or slower now is hit in the same phase."""
     if phase == "start-up":
-        return _sleep(process, share * unbroken.start_s)
+        there = (lambda: True, run.path.exists, run.metrics.exists)[int(share * 3)]
+        _wait(process, there)
+        return process.join(share * 3 % 1 * unbroken.start_s / 6)
+    last = max((step for step in range(1, STEPS + 1) if _checkpoint(run, step).exists()), default=0)
+    steps = range(min(last + 1, STEPS), STEPS + 1)
+    step = steps[int(share * len(steps))]
+    share_of_step = share * len(steps) % 1
     if phase == "steps":
-        _wait(process, lambda: _logged(log) > 0)
-        return _sleep(process, share * unbroken.steps_s)
+        _wait(process, lambda: step == steps[0] or _checkpoint(run, step - 1).exists())
+        _wait(process, lambda: step > steps[0] or _logged(log) > 0)
+        return process.join(share_of_step * unbroken.steps_s / STEPS)
     if phase == "saving":
-        steps = [step for step in range(1, STEPS + 1) if not _checkpoint(run, step).exists()]
-        step = steps[int(share * len(steps))]
         _wait(process, lambda: (_logged(log) > 0 and _saving(run, step)) or _checkpoint(run, step).exists())
-        return _sleep(process, share * len(steps) % 1 * unbroken.saving_s)
+        return process.join(share_of_step * unbroken.saving_s / 2)
     _wait(process, _checkpoint(run, STEPS).exists)
-    return _sleep(process, share * unbroken.end_s)
+    return process.join(share * unbroken.end_s / 2)
 
 
 def _wait(process: ForkServerProcess, there: Callable[[], bool]) -> float:
@@ -211,10 +217,6 @@ def _wait(process: ForkServerProcess, there: Callable[[], bool]) -> float:
     while not there() and process.is_alive() and time.monotonic() < end:
         time.sleep(0.0005)
     return time.monotonic()
-
-
-def _sleep(process: ForkServerProcess, seconds: float) -> None:
-    process.join(seconds)
 
 
 def _hit(run: RunDirectory, log: Path) -> str:
