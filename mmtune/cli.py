@@ -49,6 +49,13 @@ def entry_point(arguments: Sequence[str] | None = None) -> int:
     except Stopped as error:
         print(f"{who}stopped: {error}", file=sys.stderr)
         return error.exit_code
+    except RuntimeError as error:
+        from mmtune.world import is_lost_peer
+
+        if not is_lost_peer(error):
+            raise
+        print(f"{who}ended, because another process of the run has; see its error, or the launcher's root cause", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{who}interrupted", file=sys.stderr)
         return 130
@@ -82,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         const=True,
         default=False,
         metavar="CHECKPOINT",
-        help="go on with the run at the recipe's output_dir, from its last good checkpoint or from this one",
+        help="go on with the run at the recipe's output_dir, from its last good checkpoint or this one; with none yet, begin",
     )
     verb.add_argument(
         "--rehearse",
@@ -175,12 +182,14 @@ def _train(arguments: argparse.Namespace) -> Any:
         from mmtune.rehearse import rehearse
 
         return rehearse(recipe)
+    from mmtune.files import writing
     from mmtune.train import train
 
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume goes on with the run that --overwrite would replace; give one of them")
     resume = arguments.resume if isinstance(arguments.resume, bool) else Path(arguments.resume)
-    return train(recipe, arguments.command_line, arguments.overwrite, resume)
+    with writing(Path(recipe.output_dir)):
+        return train(recipe, arguments.command_line, arguments.overwrite, resume)
 
 
 def _eval(arguments: argparse.Namespace) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -12,6 +13,49 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from mmtune.errors import UserError
+
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, `path` is written.
+
+    Raises:
+        UserError: the disk is full, failing or read-only, or a quota or a limit is reached.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = _fault_of_disk(error)
+        if reason is None:
+            raise
+        raise UserError(f"cannot write {path}: {reason}") from error
+
+
+def _fault_of_disk(error: Exception) -> str | None:
+    """What an error says that the disk is to blame for. safetensors quotes the system's words; torch says only where it was."""
+    said = str(error)
+    if isinstance(error, RuntimeError) and "inline_container.cc" in said:
+        return "the file was cut short, as on a full disk"
+    return said if any(os.strerror(number) in said for number in DISK_FAULTS) else None
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """
+    Args:
+        folder: where something will be written later on.
+        key: of the recipe, for the message.
+
+    Raises:
+        UserError: no file can be made in a folder, or in the nearest one above it that exists.
+    """
+    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"{key}: cannot write in {place}: {error.strerror}") from error
 
 
 def user_cache(kind: str) -> Path:
@@ -87,9 +131,9 @@ def replaced_directory(out: Path, overwrite: bool, mark: str, keep: Sequence[Pat
             if stale.exists():
                 stale.rename(out)
             raise
-    except (OSError, SafetensorError) as error:
-        if "No space left" in str(error) or "quota" in str(error).lower():
-            raise UserError(f"cannot write {out}: the disk is full; nothing was changed") from error
-        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if (reason := _fault_of_disk(error)) is None:
+            raise
+        raise UserError(f"cannot write {out}: {reason}; nothing was changed") from error
     finally:
         shutil.rmtree(scratch)

@@ -327,6 +327,10 @@ class DataSection(Section):
     max_bad_fraction: Annotated[StrictFloat, Field(ge=0, le=1)] = Field(
         default=0.0, description="The fraction of rows that may be quarantined before the run stops, from 0 to 1."
     )
+    max_nonfinite_steps: Annotated[StrictInt, Field(ge=0)] = Field(
+        default=0,
+        description="How many steps whose gradients are NaN or infinite may be skipped before the run stops, their rows named.",
+    )
     check_rows: Annotated[StrictInt, Field(ge=0)] = Field(
         default=2000,
         description="How many rows have their text and image headers checked before weights load; 0 for none.",

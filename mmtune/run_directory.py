@@ -20,7 +20,7 @@ from transformers.utils import is_torchvision_available
 
 from mmtune import __version__
 from mmtune.errors import UserError
-from mmtune.files import check_replaceable, replace_text
+from mmtune.files import check_replaceable, replace_text, writing
 from mmtune.recipe import Recipe, needed_paths
 from mmtune.world import ALONE, World
 
@@ -141,17 +141,19 @@ def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, world: Worl
         yield run
         return
     check_output_dir(recipe, overwrite)
-    earlier = run.path.with_name(f".{run.path.name}.{os.getpid()}.earlier")
+    earlier = run.path.with_name(f".{run.path.name}.earlier")
     try:
         run.path.parent.mkdir(parents=True, exist_ok=True)
+        if earlier.exists() and run.path.exists():
+            shutil.rmtree(run.path)  # of a process that was killed here, so that what it would have given back is the other
         if run.path.exists():
             run.path.rename(earlier)
         run.path.mkdir()
     except OSError as error:
         raise UserError(f"output_dir: cannot make {run.path}: {error.strerror}") from error
     try:
-        _write_inputs(run, recipe, command)
-        with world.unwinding():
+        with writing(run.path), world.unwinding():
+            _write_inputs(run, recipe, command)
             world.wait()
             yield run
     except BaseException:

@@ -32,6 +32,7 @@ from mmtune.data.stream import SampleStream
 from mmtune.errors import Stopped, UserError
 from mmtune.evaluation.report import print_scores, write_report
 from mmtune.evaluation.run import as_json, check_questions, evaluate, read_answers, score, write_answers
+from mmtune.files import check_writable, replaced_directory
 from mmtune.methods.table import refusal
 from mmtune.model.chat_template import use_chat_template
 from mmtune.model.checkpoint import CHECKPOINT_MARK, save_checkpoint
@@ -44,7 +45,7 @@ from mmtune.recipe import ModelSection, Recipe, check_files
 from mmtune.release.card import model_card
 from mmtune.run_directory import RunDirectory, check_output_dir, new_run, peak_memory_mb
 from mmtune.training.callbacks import FrozenInputsStayFrozen, MoveRanks, RecordMetrics, StopOnSignal, draw_loss_curve
-from mmtune.training.checkpoint import REPORT, check_resumable, cut_back, last_checkpoint, step_of
+from mmtune.training.checkpoint import REPORT, check_resumable, check_same_recipe, cut_back, last_checkpoint, step_of
 from mmtune.training.reporting import reporters, write_beside
 from mmtune.training.rows import first_batches, optimizer_steps, order_rows, plan_rows, prove_packed_rows, rows_to_take
 from mmtune.training.trainer import TuningTrainer
@@ -68,7 +69,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         recipe: what to train, on what, how, and where to leave it.
         command: kept in the run's `environment.json`.
         overwrite: replace an earlier run at the recipe's `output_dir`.
-        resume: go on with the run at the recipe's `output_dir`, from its last good checkpoint, or from the one at this path.
+        resume: go on with the run at the recipe's `output_dir`, from its last good checkpoint, or from the one at this path. True
+            begins a run that has none yet, and leaves a finished one alone, so that one command can be given until it is done.
 
     Returns:
         The figures that `summary.json` holds; in processes other than the first, nothing.
@@ -83,11 +85,20 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     check_files(recipe)
     earlier = RunDirectory(Path(recipe.output_dir))
     checkpoint = None
+    if resume is True and earlier.summary.is_file():
+        check_same_recipe(recipe, earlier)
+        print(f"resume: {earlier.path} is finished; --overwrite trains it anew")
+        return earlier.read_summary()
     if resume:
         checkpoint = last_checkpoint(earlier) if resume is True else Path(resume)
-    else:
+    if checkpoint is None:
+        if resume:
+            print(f"resume: {earlier.path} has no checkpoint yet, so it begins; train.save_strategy and save_steps write them")
+            overwrite = True  # what a start has left
         check_output_dir(recipe, overwrite)
     arguments = training_arguments(recipe)
+    if arguments.process_index == 0:
+        check_writable(earlier.path if checkpoint is not None else earlier.path.parent, "output_dir")
     samples = open_samples(recipe.data)
     data_report = DataReport(rows=rows_to_take(samples, arguments), streamed=recipe.data.stream)
     check_rows(samples, data_report, recipe.data.check_rows)
@@ -158,6 +169,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         callbacks=[RecordMetrics(run.metrics), FrozenInputsStayFrozen(), MoveRanks(), stop],
         data_report=data_report,
         max_bad_fraction=recipe.data.max_bad_fraction,
+        max_nonfinite_steps=recipe.data.max_nonfinite_steps,
         world=world,
         learning_rates=learning_rates(model, components, recipe.tune, arguments.learning_rate),
         unscored=collate([blank], pad_token_id),
@@ -189,10 +201,12 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
 
     # What comes out.
     out = run.adapter if adapts else run.model
-    save_tuned(model, out, initial, world.first)
-    if world.first:
-        processor.save_pretrained(out)
-        model.generation_config.save_pretrained(out)  # with the chat template's stop tokens, which PEFT would not keep
+    mark = "adapter_config.json" if adapts else "config.json"
+    with replaced_directory(out, True, mark) if world.first else nullcontext(out) as made:
+        save_tuned(model, made, initial, world.first)
+        if world.first:
+            processor.save_pretrained(made)
+            model.generation_config.save_pretrained(made)  # with the chat template's stop tokens, which PEFT would not keep
     after = evaluate(model, processor, recipe.evaluate, world) if recipe.evaluate else []
     if not world.first:
         return {}
@@ -206,6 +220,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         "rows": data_report.rows,
         "dropped_over_length": len(data_report.dropped_over_length),
         "quarantined": len(data_report.quarantined),
+        "skipped_steps": len(data_report.skipped_steps),
     }
     if recipe.evaluate:
         write_answers(after, run.answers("after"))
@@ -224,13 +239,14 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
                 "base_interval": base[-1].interval,
                 "base_scores": as_json(base),
             }
-    summary = run.update_summary(figures | {"peak_memory_mb": peak_memory_mb()})
-    write_report(run, recipe)
+    figures["peak_memory_mb"] = peak_memory_mb()
+    write_report(run, recipe, figures)
     if not adapts:
-        (run.model / "README.md").write_text(model_card(recipe, summary, run), encoding="utf-8")
-    print_scores(summary)
+        (run.model / "README.md").write_text(model_card(recipe, figures, run), encoding="utf-8")
+    run.update_summary(figures)  # the last file: a run that has it is finished
+    print_scores(figures)
     print(f"run: {run.path} (report.html, summary.json, {out.name}/)")
-    return summary
+    return figures
 
 
 def check_method(recipe: Recipe, world: World) -> None:
@@ -238,6 +254,11 @@ def check_method(recipe: Recipe, world: World) -> None:
     Raises:
         UserError: a method or packing that does not work with the base's family or the ZeRO stage, before any weight is loaded.
     """
+    if recipe.data.max_nonfinite_steps and (world.zero_stage is not None or recipe.tune.method == "adalora"):
+        who = (
+            "adalora moves ranks by every step's gradients" if world.zero_stage is None else "DeepSpeed takes its steps by itself"
+        )
+        raise UserError(f"data.max_nonfinite_steps: {who}, so none can be skipped; leave it out")
     if recipe.data.packing and recipe.model.base not in (None, UNTRAINED):
         check_packable_family(base_config(recipe.model))
     for component, tuning in recipe.tune.components.items():

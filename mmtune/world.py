@@ -21,6 +21,8 @@ from transformers import TrainingArguments
 from mmtune.errors import UserError
 
 LAUNCHED_WITH = "ACCELERATE_MIXED_PRECISION"
+LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
+"""How gloo and NCCL say that another process is gone; they have no class for it."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,11 @@ def check_strategy(accelerator: Accelerator, world: World) -> None:
             f"asked for {world.layout}, and accelerate made it {accelerator.distributed_type.value} of "
             f"{accelerator.num_processes}; look at the launcher's configuration"
         )
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether an error only says that another process has ended."""
+    return any(words in str(error) for words in LOST_PEER)
 
 
 def launched_with_deepspeed() -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from mmtune.data.media import MediaRules
 from mmtune.data.message import RowError, Sample
 from mmtune.data.prompts import Prompting, draw
-from mmtune.data.source import Item, Row, Rows, media_root_of, open_rows, stream_rows
+from mmtune.data.source import FileWatch, Item, Row, Rows, media_root_of, open_rows, stream_rows
 from mmtune.data.template import DataTemplate, Join, load_data_template, lookup
 from mmtune.errors import UserError, nearest
 from mmtune.recipe import Shots, Source
@@ -36,6 +36,7 @@ class Reader:
         root = Path(source.media_root) if source.media_root else media_root_of(source.path)
         self.rules = MediaRules(root, source.allow_outside_root, source.allow_urls)
         self._name = name
+        self._watch = FileWatch()
         words = None if source.verbalizer is None else dict(source.verbalizer)
         self._prompting = Prompting(source.seed, source.system, source.shuffle_options, words, dict(source.values or {}))
         self._partners = None if self.template.join is None else _Partners(self.template.join, source.join or source.path)
@@ -53,7 +54,7 @@ class Reader:
 
     def stream(self) -> Iterator[Item]:
         """The same rows in turn, each parsed when it is called for; with `where`, parsed once more to be chosen."""
-        rows = stream_rows(self.source.path, self._name, rows=self.template.rows)
+        rows = stream_rows(self.source.path, self._name, rows=self.template.rows, watch=self._watch)
         return islice(filter(self._wanted, rows) if self.source.where else rows, self.source.limit)
 
     def sample(self, row_id: str, row: Row) -> Sample:

@@ -9,6 +9,7 @@ from pathlib import Path
 from mmtune.data.encode import OverLength
 from mmtune.data.message import RowError
 from mmtune.errors import UserError
+from mmtune.files import writing
 
 
 class StopRun(RowError):
@@ -28,6 +29,14 @@ class Fault:
     detail: str
 
 
+@dataclass(frozen=True)
+class SkippedStep:
+    """An optimizer step whose gradients were not finite, and the rows of its batches in all processes."""
+
+    step: int
+    rows: list[str]
+
+
 @dataclass
 class DataReport:
     """What became of the rows: written to the run directory as `data_report.json`.
@@ -36,6 +45,7 @@ class DataReport:
         rows: how many the data hold; of a stream, how many the run takes.
         streamed: whether a row that comes again, in another epoch, counts again: of a stream, `rows` counts it so too.
         checked: how many had their text and image headers checked before weights were loaded.
+        skipped_steps: those that `data.max_nonfinite_steps` let pass.
     """
 
     rows: int
@@ -44,6 +54,7 @@ class DataReport:
     dropped_over_length: list[Fault] = field(default_factory=list)
     media_changed: list[Fault] = field(default_factory=list)
     quarantined: list[Fault] = field(default_factory=list)
+    skipped_steps: list[SkippedStep] = field(default_factory=list)
     _seen: set[str] = field(default_factory=set, init=False, repr=False)
     _met: int = field(default=0, init=False, repr=False)
 
@@ -80,6 +91,7 @@ class DataReport:
     def load(self, path: Path) -> None:
         """Add what an earlier part of the run has written."""
         written = json.loads(path.read_text(encoding="utf-8"))
+        self.skipped_steps += [SkippedStep(**each) for each in written.get("skipped_steps", [])]
         for mine, name in (
             (self.dropped_over_length, "dropped_over_length"),
             (self.media_changed, "media_changed"),
@@ -100,10 +112,12 @@ class DataReport:
             f"{self.rows:,} rows, {len(self.quarantined):,} quarantined, {len(self.dropped_over_length):,} dropped as too long"
         )
         changed = f", {len(self.media_changed):,} with media dropped or made smaller" if self.media_changed else ""
-        return f"data: {counts}{changed}"
+        skipped = f", {len(self.skipped_steps):,} steps skipped" if self.skipped_steps else ""
+        return f"data: {counts}{changed}{skipped}"
 
     def write(self, path: Path) -> None:
         """Write the report as JSON."""
         report = {name: value for name, value in asdict(self).items() if not name.startswith("_")}
         # A file name that is not UTF-8 reaches Python as lone surrogates; written as \udcXX they are valid JSON.
-        path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")
+        with writing(path):
+            path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")

@@ -52,6 +52,48 @@ _PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
+class FileWatch:
+    """Notices that a file is no longer what it was when first looked at: rows would be read from places where others stand."""
+
+    def __init__(self) -> None:
+        self._first: dict[Path, tuple[int, int]] = {}
+
+    def check(self, file: Path) -> None:
+        """
+        Raises:
+            UserError: its size or its time of change is another, or it is gone.
+        """
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read any more: {error.strerror}") from error
+        now = (status.st_size, status.st_mtime_ns)
+        if self._first.setdefault(file, now) != now:
+            raise UserError(f"{file}: changed since it was opened, and its rows are others; keep it as it is while it is read")
+
+
+class WatchedRows:
+    """The rows of a file, as long as it stays what it was."""
+
+    def __init__(self, file: Path, open_file: Callable[[], Rows]) -> None:
+        self._file = file
+        self._watch = FileWatch()
+        self._watch.check(file)
+        self._rows = open_file()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[str, Row]:
+        """As the file's reader gives it.
+
+        Raises:
+            UserError: the file has changed.
+        """
+        self._watch.check(self._file)
+        return self._rows[index]
+
+
 def open_rows(path: str | Path, name: str | None = None, rows: str | None = None) -> Rows:
     """The rows of a source, by index.
 
@@ -75,13 +117,16 @@ def open_rows(path: str | Path, name: str | None = None, rows: str | None = None
     return made
 
 
-def stream_rows(path: str | Path, name: str | None = None, rows: str | None = None) -> Iterator[Item]:
+def stream_rows(
+    path: str | Path, name: str | None = None, rows: str | None = None, watch: FileWatch | None = None
+) -> Iterator[Item]:
     """The same rows in the same order with the same ids, read as they are asked for and without an index of the whole.
 
     Args:
         path: as `open_rows`. A hub id is downloaded as it is read.
         name: as `open_rows`.
         rows: as `open_rows`.
+        watch: of who reads the same files several times.
 
     Returns:
         A function for every row, which parses it: what is skipped is never parsed. A RowError comes from calling it.
@@ -90,7 +135,7 @@ def stream_rows(path: str | Path, name: str | None = None, rows: str | None = No
         UserError: as `open_rows`, at the latest where the fault lies in the file.
     """
     found = False
-    for item in _stream(str(path), name, rows):
+    for item in _stream(str(path), name, rows, watch or FileWatch()):
         found = True
         yield item
     if not found:
@@ -140,14 +185,15 @@ class JoinedRows:
         return self._parts[part][index - self._ends[part] + len(self._parts[part])]
 
 
-def _stream(path: str, name: str | None, rows: str | None) -> Iterator[Item]:
+def _stream(path: str, name: str | None, rows: str | None, watch: FileWatch) -> Iterator[Item]:
     files = _files_of(path, name)
     for file, named in files:
         _check_file(file, rows)
-        if file.suffix.lower() == ".json":
-            yield from stream_json(file, named, rows)
-        else:
-            yield from _STREAM[file.suffix.lower()](file, named)
+        watch.check(file)
+        json = file.suffix.lower() == ".json"
+        for item in stream_json(file, named, rows) if json else _STREAM[file.suffix.lower()](file, named):
+            watch.check(file)
+            yield item
     if not files and _is_hub(path, rows):
         yield from stream_hub(path, name or path)
     elif not files:
@@ -158,8 +204,8 @@ def _stream(path: str, name: str | None, rows: str | None) -> Iterator[Item]:
 def _open_file(file: Path, name: str, rows: str | None) -> Rows:
     _check_file(file, rows)
     if file.suffix.lower() == ".json":
-        return JsonRows(file, name, rows)
-    return _OPEN[file.suffix.lower()](file, name)
+        return WatchedRows(file, partial(JsonRows, file, name, rows))
+    return WatchedRows(file, partial(_OPEN[file.suffix.lower()], file, name))
 
 
 def _check_file(file: Path, rows: str | None) -> None:

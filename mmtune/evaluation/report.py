@@ -63,9 +63,8 @@ def score_rows(summary: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
-def write_report(run: RunDirectory, recipe: Recipe) -> None:
+def write_report(run: RunDirectory, recipe: Recipe, summary: dict[str, Any]) -> None:
     """Write `report.html`: figures, loss curve, and answers with their images, all inside the one file."""
-    summary = run.read_summary()
     samples = []
     if recipe.evaluate:
         after = read_answers(run.answers("after"))

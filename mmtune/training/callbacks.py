@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmtune.errors import CheckFailed
+from mmtune.files import writing
 from mmtune.training.progress import as_time
 from mmtune.world import World
 
@@ -49,7 +50,7 @@ class RecordMetrics(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         if state.is_world_process_zero:
-            with self._path.open("a", encoding="utf-8") as file:
+            with writing(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
             if self._bar is not None:
                 self._bar.set_postfix_str(shown(logs))

@@ -16,6 +16,8 @@ from mmtune.recipe import Recipe, load_recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.world import World
 
+SAVING = ".saving"
+"""Where a checkpoint lies until it is whole."""
 REPORT = "data_report.json"
 LAYOUT = "layout.json"
 FREE = (
@@ -29,6 +31,7 @@ FREE = (
     "train.report_to",
     "train.disable_tqdm",
     "data.max_bad_fraction",
+    "data.max_nonfinite_steps",
     "data.check_rows",
 )
 """What a run may change when it goes on: nothing that a step depends on."""
@@ -55,20 +58,23 @@ def keep_checkpoint(
         shutil.rmtree(old)
 
 
-def last_checkpoint(run: RunDirectory) -> Path:
-    """The newest checkpoint of a run that is as it was written; damaged ones are named and passed over.
+def last_checkpoint(run: RunDirectory) -> Path | None:
+    """The newest checkpoint of a run that is as it was written; damaged ones are named and passed over. None before the first.
 
     Raises:
-        UserError: there is none.
+        UserError: all are damaged.
     """
-    for path in reversed(_by_step(run.checkpoints)):
+    found = _by_step(run.checkpoints)
+    for path in reversed(found):
         try:
             check_manifest(path)
         except (CheckFailed, UserError) as error:
             print(f"resume: passed over: {error}")
             continue
         return path
-    raise UserError(f"{run.path} has no checkpoint to go on from; train.save_strategy: steps and train.save_steps write them")
+    if found:
+        raise UserError(f"resume: no checkpoint of {run.path} is as it was written; --overwrite trains it anew")
+    return None
 
 
 def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, world: World) -> None:
@@ -82,15 +88,7 @@ def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, world: 
     if checkpoint.resolve().parent != run.checkpoints.resolve():
         raise UserError(f"resume: {checkpoint} is no checkpoint of {run.path}; those are in {run.checkpoints}")
     check_manifest(checkpoint)
-    before, now = (_flat(each.model_dump(mode="json")) for each in (load_recipe(run.recipe), recipe))
-    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    for key in changed:
-        print(f"resume: {key} was {before.get(key)!r}, and is {now.get(key)!r}")
-    wrong = [key for key in changed if not key.startswith(FREE)]
-    if wrong:
-        raise UserError(
-            f"resume: {', '.join(wrong)} differ from {run.recipe}, and the run would become another; give it a new output_dir"
-        )
+    check_same_recipe(recipe, run)
     then = json.loads((checkpoint / LAYOUT).read_text(encoding="utf-8"))
     if then["layout"] != world.layout:
         raise UserError(f"resume: {checkpoint} was written by {then['layout']}, and this is {world.layout}; launch as before")
@@ -100,15 +98,36 @@ def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, world: 
         raise UserError(f"resume: {', '.join(changed)} changed since {checkpoint} was written; the rows would be others")
 
 
+def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
+    """Print what differs from the recipe of a run.
+
+    Raises:
+        UserError: it would make it another run.
+    """
+    before, now = (_flat(each.model_dump(mode="json")) for each in (load_recipe(run.recipe), recipe))
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    for key in changed:
+        print(f"resume: {key} was {before.get(key)!r}, and is {now.get(key)!r}")
+    wrong = [key for key in changed if not key.startswith(FREE)]
+    if wrong:
+        raise UserError(
+            f"resume: {', '.join(wrong)} differ from {run.recipe}, and the run would become another; give it a new output_dir"
+        )
+
+
 def cut_back(run: RunDirectory, step: int) -> None:
-    """Take out of a run what came after a step: checkpoints, and lines of `metrics.jsonl`. It all comes again."""
+    """Take out of a run what came after a step or is unfinished: checkpoints, lines of `metrics.jsonl`. It all comes again."""
+    for unfinished in (run.checkpoints / SAVING, *run.path.glob(".*.partial")):
+        shutil.rmtree(unfinished, ignore_errors=True)
     for later in _by_step(run.checkpoints):
         if step_of(later) > step:
             shutil.rmtree(later)
     metrics = run.metrics
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    metrics.write_text("".join(whole), encoding="utf-8")
+    shorter = run.checkpoints / metrics.name
+    shorter.write_text("".join(whole), encoding="utf-8")
+    shorter.replace(metrics)  # at once: a kill in between would take lines that do not come again
 
 
 def step_of(checkpoint: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,13 +20,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mmtune.data.batches import Batches
 from mmtune.data.encode import IGNORE_INDEX
-from mmtune.data.report import DataReport
+from mmtune.data.report import DataReport, SkippedStep
 from mmtune.data.stream import SampleStream
 from mmtune.errors import CheckFailed, UserError
+from mmtune.files import writing
 from mmtune.model.compute import virtual_tokens
 from mmtune.model.packing import packed_inputs
 from mmtune.model.sharded import to_save
-from mmtune.training.checkpoint import keep_checkpoint
+from mmtune.training.checkpoint import SAVING, keep_checkpoint
 from mmtune.training.progress import Progress
 from mmtune.world import ALONE, World
 
@@ -72,8 +74,6 @@ def shared_regularization(model: nn.Module, passes: int) -> Iterator[None]:
 
 EMPTY_STEPS = 10
 """A run ends that has trained on nothing after so many steps."""
-SAVING = ".saving"
-"""Where a checkpoint lies until it is whole."""
 
 
 class EpochLoader(DataLoader[Any]):
@@ -92,6 +92,7 @@ class TuningTrainer(Trainer):
     Args:
         data_report: counts rows that fail while training.
         max_bad_fraction: stop when more than this part of the rows failed.
+        max_nonfinite_steps: skip so many steps whose gradients are not finite, and stop at the next.
         world: the processes that train together; each counts the rows that failed in any.
         learning_rates: rate by parameter name, for parameters that do not take the run's own.
         unscored: a batch with nothing supervised, which stands in for one whose every row was dropped, so that the number of
@@ -106,6 +107,7 @@ class TuningTrainer(Trainer):
         *args: Any,
         data_report: DataReport,
         max_bad_fraction: float,
+        max_nonfinite_steps: int = 0,
         world: World = ALONE,
         learning_rates: Mapping[str, float],
         unscored: dict[str, Any],
@@ -118,12 +120,14 @@ class TuningTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss below is a sum divided by the global count of supervised tokens
         self._data_report = data_report
         self._max_bad_fraction = max_bad_fraction
+        self._max_nonfinite_steps = max_nonfinite_steps
         self._world = world
         self._passes = 1  # over which the present step sums
         self._learning_rates = dict(learning_rates)
         self._unscored = unscored
         self._step_rows: list[str] = []  # of this process
         self._steps_taken = 0
+        self._before_step: tuple[torch.Tensor, ...] = ()  # what a step adds to that the log averages
         self.supervised = 0  # tokens that the run has trained on, over all processes
         self._batches = batches
         self._source_names = list(source_names)
@@ -132,6 +136,29 @@ class TuningTrainer(Trainer):
         self._source_sums = torch.zeros(len(source_names), 2, dtype=torch.float64)
         self._progress = Progress(self.model, self.args, world)
         self.add_callback(self._progress)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's.
+
+        Raises:
+            UserError: a data-loader worker was killed.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):  # torch has no class for it
+                raise
+            raise UserError(
+                f"{str(error).rstrip('. ')}: most likely the machine ran out of memory; lower train.dataloader_num_workers, "
+                "train.dataloader_prefetch_factor or the rows in a batch"
+            ) from error
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """The Trainer's, which resumed from its last step would take one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+        else:
+            self.control.should_training_stop = True  # a stream's epochs have no end
 
     def compute_loss(
         self,
@@ -193,17 +220,28 @@ class TuningTrainer(Trainer):
         return optimizer
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The Trainer's; a step whose gradients are not finite ends the run before it touches a weight, naming its rows."""
+        """The Trainer's; a step whose gradients are not finite touches no weight: it is skipped or ends the run, by its rows."""
         norm = super()._get_grad_norm(model, grad_norm)
         # Every process has the same norm. DeepSpeed has left out a step that is not finite by now.
-        if norm is not None and not math.isfinite(float(norm)):
-            rows = list(itertools.chain.from_iterable(self._world.gather(self._step_rows)))
-            more = f" and {len(rows) - 20} more" if len(rows) > 20 else ""
+        if norm is None or math.isfinite(float(norm)):
+            return norm
+        step = self.state.global_step + 1
+        rows = list(itertools.chain.from_iterable(self._world.gather(self._step_rows)))
+        named = ", ".join(rows[:20]) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
+        skipped = self._data_report.skipped_steps
+        if len(skipped) >= self._max_nonfinite_steps:
+            more = f", after {len(skipped)} that were skipped (data.max_nonfinite_steps)" if skipped else ""
             raise CheckFailed(
-                f"the gradients of step {self.state.global_step + 1} are not finite; lower the learning rate, or look at its "
-                f"rows: {', '.join(rows[:20])}{more}"
+                f"the gradients of step {step} are not finite{more}; lower the learning rate, or look at its rows: {named}"
             )
-        return norm
+        skipped.append(SkippedStep(step, rows))
+        print(f"step {step} is skipped, its gradients are not finite; its rows: {named}", flush=True)
+        for parameter in model.parameters():
+            parameter.grad = None  # which optimizers pass over, moments and weight decay included
+        for kept, before in zip((self._tr_loss, self._source_sums), self._before_step, strict=True):
+            kept.copy_(before)
+        self._globalstep_last_logged += 1  # the log divides by the steps since
+        return None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's; under DeepSpeed what trained is gathered first, as the Trainer cannot for every method."""
@@ -218,13 +256,21 @@ class TuningTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's checkpoint, which has its name only when all of it is there."""
+        checkpoints = Path(self.args.output_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._progress.count_tokens(self.state)
-        super()._save_checkpoint(model, trial)
-        self._world.wait()
-        if self._world.first:
-            checkpoints = Path(self.args.output_dir)
-            made = checkpoints / SAVING / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            keep_checkpoint(made, checkpoints, self._data_report, self._world, self._data_files, self.args.save_total_limit)
+        try:
+            with writing(checkpoints / name):
+                super()._save_checkpoint(model, trial)
+                self._world.wait()
+                if self._world.first:
+                    made = checkpoints / SAVING / name
+                    keep_checkpoint(
+                        made, checkpoints, self._data_report, self._world, self._data_files, self.args.save_total_limit
+                    )
+        except UserError:
+            shutil.rmtree(checkpoints / SAVING, ignore_errors=True)  # a full disk has no room for a part of a checkpoint
+            raise
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """mmtune's own batches, which are this process's already: accelerate has nothing to divide."""
@@ -251,6 +297,7 @@ class TuningTrainer(Trainer):
             if isinstance(batch, UserError):
                 raise batch
         self._passes = len(batches) * self._world.size
+        self._before_step = self._tr_loss.clone(), self._source_sums.clone()
         faults = [fault for batch in batches for fault in batch.pop("faults")]
         self._step_rows = [row for batch in batches for row in batch.pop("rows")]
         if self._world.any(bool(faults), device):

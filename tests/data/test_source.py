@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mmtune.data.message import RowError
-from mmtune.data.source import open_rows
+from mmtune.data.source import FileWatch, open_rows, stream_rows
+from mmtune.data.source_json import JsonLinesRows
 from mmtune.errors import UserError
 
 
@@ -83,7 +84,7 @@ def test_a_row_of_a_list_that_is_no_object_is_named(tmp_path: Path) -> None:
 def test_only_offsets_of_json_lines_are_kept(tmp_path: Path) -> None:
     count = 500
     path = _write(tmp_path / "r.jsonl", "".join(json.dumps({"n": n, "text": "x" * 2000}) + "\n" for n in range(count)))
-    rows = open_rows(path)
+    rows = JsonLinesRows(path, path.name)
     held = sum(sys.getsizeof(value) for value in vars(rows).values() if not isinstance(value, Path))
     assert held < 40 * count < path.stat().st_size / 20
     assert rows[321] == ("r.jsonl:322", {"n": 321, "text": "x" * 2000})
@@ -107,3 +108,19 @@ def test_rows_are_read_in_any_order_from_another_process(tmp_path: Path, name: s
     assert answer.get(timeout=60) == [4, 0, 3]
     assert rows[2][1] == {"n": 2}
     worker.join()
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.csv"])
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, name: str) -> None:
+    lines = {"r.jsonl": '{"a": "1"}\n{"a": "2"}\n', "r.json": '[{"a": "1"}, {"a": "2"}]', "r.csv": "a\n1\n2\n"}
+    path = _write(tmp_path / name, lines[name])
+    rows, watch = open_rows(path), FileWatch()
+    streamed = stream_rows(path, watch=watch)
+    assert rows[0][1] == next(streamed)()[1] == {"a": "1"}
+    _write(path, lines[name].replace("1", "11"))
+    for read in (lambda: rows[1], lambda: next(streamed), lambda: next(stream_rows(path, watch=watch))):
+        with pytest.raises(UserError, match=f"{path}: changed since it was opened"):
+            read()
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path}: cannot be read any more: No such file"):
+        rows[1]

@@ -147,7 +147,7 @@ def test_a_columnar_file_is_read_by_group(tmp_path: Path, name: str, kind: str, 
     path = _write(tmp_path / name, kind)
     assert _both(path) == [(f"{name}[{n}]", row) for n, row in enumerate(TABLE.to_pylist())]
 
-    rows: Any = open_rows(path)
+    rows: Any = open_rows(path)._rows
     read, groups = rows._read, []
     rows._read = lambda number: groups.append(number) or read(number)
     for index in (0, 1, 2, 9, 0, 9, 4):

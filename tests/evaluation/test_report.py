@@ -66,7 +66,7 @@ def _run(recipe: Recipe, answers: list[Answer], before: list[Answer]) -> tuple[R
     run.update_summary(SUMMARY)
     write_answers(answers, run.answers("after"))
     write_answers(before, run.answers("before"))
-    write_report(run, recipe)
+    write_report(run, recipe, run.read_summary())
     return run, _Page(run.report.read_text(encoding="utf-8"))
 
 

@@ -182,7 +182,7 @@ def test_a_full_disk_leaves_the_old_release(make_recipe: Make, tmp_path: Path, m
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    with pytest.raises(UserError, match="the disk is full; nothing was changed"):
+    with pytest.raises(UserError, match="No space left on device; nothing was changed"):
         merge(run, tmp_path / "out", overwrite=True, count=2)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

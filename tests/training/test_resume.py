@@ -61,6 +61,9 @@ def test_a_resumed_run_is_the_unbroken_one(make_recipe: Callable[..., Recipe], h
     train(recipe, ["test"], resume=True)
     assert outcome(run) == expected
     stop_after(run, 6)
+    train(recipe, ["test"], resume=True)  # from the last step: no other follows
+    assert outcome(run) == expected
+    stop_after(run, 6)
     train(recipe, ["test"], resume=run.checkpoints / "checkpoint-2")
     assert outcome(run) == expected
 
@@ -87,13 +90,13 @@ def test_the_newest_checkpoints_are_kept(make_recipe: Callable[..., Recipe]) -> 
 
 
 def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no checkpoint to go on from"):
-        train(make_recipe(*SAVES), ["test"], resume=True)
     recipe = make_recipe(*SAVES)
     run = RunDirectory(Path(recipe.output_dir))
     train(recipe, ["test"])
     with pytest.raises(UserError, match="is finished"):
-        train(recipe, ["test"], resume=True)
+        train(recipe, ["test"], resume=run.checkpoints / "checkpoint-4")
+    with pytest.raises(UserError, match=r"train\.learning_rate differ from"):
+        train(make_recipe(*SAVES, "train.learning_rate=1e-3"), ["test"], resume=True)
     stop_after(run, 4)
     with pytest.raises(UserError, match=r"train\.learning_rate, tune\.language\.r differ from .*recipe\.yaml"):
         train(make_recipe(*SAVES, "train.learning_rate=1e-3", "tune.language.r=2"), ["test"], resume=True)

@@ -1,0 +1,313 @@
+"""What goes wrong around a run ends it with one message, within bounds, and leaves what `--resume` goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from killed import draw_moments, kill_and_finish, prepare, run_unbroken
+
+import mmtune.train
+from mmtune.data.dataset import Encoder
+from mmtune.errors import CheckFailed, UserError
+from mmtune.manifest import check_manifest
+from mmtune.recipe import Recipe
+from mmtune.run_directory import RunDirectory, new_run
+from mmtune.train import train
+from mmtune.training.callbacks import RecordMetrics
+from mmtune.training.trainer import TuningTrainer
+
+Make = Callable[..., Recipe]
+SAVES = ("train.save_strategy=steps", "train.save_steps=2", "train.max_steps=6", "tune.language.lora_dropout=0.2")
+PATIENCE_S = 150.0
+
+
+def outcome(run: RunDirectory) -> tuple[bytes, list[tuple[int, float]]]:
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return (run.adapter / "adapter_model.safetensors").read_bytes(), [(r["step"], r["loss"]) for r in records]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_comes_to_what_the_unbroken_one_came_to(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    unbroken = {stream: run_unbroken(tmp_path, stream) for stream in (False, True)}
+    assert "missing.png" in unbroken[False].outcome[2]
+    for number, moment in enumerate(draw_moments(5, seed=0)):
+        hits, differs = kill_and_finish(moment, unbroken[moment.stream], tmp_path, f"killed-{number}")
+        assert not differs, (moment, hits)
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty directory", "a start", "a start over an earlier run"])
+def test_resume_begins_where_there_is_no_checkpoint_yet(
+    make_recipe: Make, left: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe("train.max_steps=1")
+    run = RunDirectory(Path(recipe.output_dir))
+    earlier = run.path.with_name(".run.earlier")
+    if left == "a start over an earlier run":
+        earlier.mkdir()
+        (earlier / "mark").touch()
+    if left != "nothing":
+        run.path.mkdir()
+    if left.startswith("a start"):
+        run.recipe.write_text("model:")  # cut short
+        run.metrics.touch()
+    if earlier.exists():  # a start that fails gives back the run that was there before the killed one
+        with pytest.raises(ZeroDivisionError), new_run(recipe, ["test"], overwrite=True):
+            raise ZeroDivisionError
+        assert (run.path / "mark").exists() and not earlier.exists()
+        (run.path / "recipe.yaml").touch()
+    summary = train(recipe, ["test"], resume=True)
+    assert "has no checkpoint yet, so it begins" in capsys.readouterr().out
+    assert outcome(run)[1][0][0] == 1 and not earlier.exists()
+    monkeypatch.setattr(mmtune.train, "load_base", None)
+    assert train(recipe, ["test"], resume=True) == summary
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_is_not_begun_anew(make_recipe: Make) -> None:
+    recipe = make_recipe(*SAVES)
+    (Path(recipe.output_dir) / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no checkpoint of .* is as it was written"):
+        train(recipe, ["test"], resume=True)
+
+
+def limited(function: Callable[..., Any], size: int, when: Callable[..., bool]) -> Callable[..., Any]:
+    """A function in which no file grows past a size, as on a full disk; Python ignores the signal and gets an error."""
+
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if when(*args):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return inner
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "where"),
+    [(300_000, "checkpoint-4"), (500_000, "checkpoint-4"), (200, "metrics.jsonl"), (300_000, "adapter")],
+    ids=["weights", "optimizer", "metrics", "adapter"],
+)
+def test_a_full_disk_leaves_what_was_there(
+    make_recipe: Make, size: int, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(*SAVES)
+    run = RunDirectory(Path(recipe.output_dir))
+    train(recipe, ["test"])
+    expected = outcome(run)
+    with monkeypatch.context() as patch:
+        at_four = lambda trainer, *args: trainer.state.global_step == 4  # noqa: E731
+        if where == "checkpoint-4":  # of 340 KB, with an optimizer of 720 KB
+            patch.setattr(TuningTrainer, "save_model", limited(TuningTrainer.save_model, size, at_four))
+            optimizer = limited(TuningTrainer._save_optimizer_and_scheduler, size, at_four)
+            patch.setattr(TuningTrainer, "_save_optimizer_and_scheduler", optimizer)
+        elif where == "adapter":
+            patch.setattr(mmtune.train, "save_tuned", limited(mmtune.train.save_tuned, size, lambda *args: True))
+        else:
+            record = limited(RecordMetrics._record, size, lambda recorder, args, state, logs: state.global_step == 4)
+            patch.setattr(RecordMetrics, "_record", record)
+        with pytest.raises(UserError, match=f"cannot write {run.path}/.*{where}: .*(too large|cut short)"):
+            train(recipe, ["test"], overwrite=True)
+    kept = sorted(path.name for path in run.checkpoints.iterdir())
+    assert [name for name in kept if name != ".saving"] == [
+        f"checkpoint-{n}" for n in ((2, 4, 6) if where == "adapter" else (2,))
+    ]
+    assert where != "checkpoint-4" or ".saving" not in kept
+    assert not run.adapter.exists() and not list(run.path.glob(".*"))
+    check_manifest(run.checkpoints / "checkpoint-2")
+    train(recipe, ["test"], resume=True)
+    assert outcome(run) == expected
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_weights_load(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mmtune.train, "load_base", None)
+    with pytest.raises(UserError, match="output_dir: cannot write in /proc"):  # not even by root
+        train(make_recipe("output_dir=/proc/runs/run"), ["test"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_a_killed_worker_is_said_and_the_run_goes_on(
+    make_recipe: Make, stream: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(*SAVES, "train.dataloader_num_workers=1", "train.save_steps=1", f"data.stream={stream}")
+    run = RunDirectory(Path(recipe.output_dir))
+    train(recipe, ["test"])
+    expected = outcome(run)
+    encode, step, now = Encoder.__call__, TuningTrainer.training_step, tmp_path / "now"
+
+    def killed(self: Encoder, *args: Any) -> Any:
+        if torch.utils.data.get_worker_info() is not None and now.exists():
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does for want of memory
+        return encode(self, *args)
+
+    def training_step(self: TuningTrainer, *args: Any) -> Any:
+        if self.state.global_step == 2:
+            now.touch()
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "__call__", killed)
+        patch.setattr(TuningTrainer, "training_step", training_step)
+        with pytest.raises(
+            UserError, match=r"DataLoader worker .*(killed|exited unexpectedly).*: .*lower train\.dataloader_num_workers"
+        ):
+            train(recipe, ["test"], overwrite=True)
+    check_manifest(run.checkpoints / "checkpoint-2")
+    train(recipe, ["test"], resume=True)
+    assert outcome(run) == expected
+
+
+@pytest.fixture
+def not_finite(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes the loss of steps, by number, NaN."""
+    real = TuningTrainer.compute_loss
+
+    def spoil(*steps: int) -> None:
+        def compute_loss(self: TuningTrainer, *args: Any, **kwargs: Any) -> Any:
+            return real(self, *args, **kwargs) * (float("nan") if self.state.global_step + 1 in steps else 1)
+
+        monkeypatch.setattr(TuningTrainer, "compute_loss", compute_loss)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        (),
+        pytest.param(
+            ("model.precision=bf16", "train.gradient_accumulation_steps=2", "train.per_device_train_batch_size=2"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["fp32", "bf16, accumulated"],
+)
+def test_a_step_that_is_not_finite_is_skipped(
+    make_recipe: Make, how: tuple[str, ...], not_finite: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(*SAVES, "train.save_steps=1", "data.max_nonfinite_steps=1", "train.weight_decay=0.1", *how)
+    run = RunDirectory(Path(recipe.output_dir))
+    not_finite(3)
+    assert train(recipe, ["test"])["skipped_steps"] == 1
+    said = capsys.readouterr().out
+    [skipped] = json.loads(run.data_report.read_text())["skipped_steps"]
+    assert skipped["step"] == 3 and len(set(skipped["rows"])) == 4
+    assert f"step 3 is skipped, its gradients are not finite; its rows: {', '.join(skipped['rows'])}" in said
+    before, after = (run.checkpoints / f"checkpoint-{step}" for step in (2, 3))
+    assert (before / "adapter_model.safetensors").read_bytes() == (after / "adapter_model.safetensors").read_bytes()
+    states = [torch.load(path / "optimizer.pt", weights_only=True)["state"] for path in (before, after)]
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    losses = dict(outcome(run)[1])
+    assert sorted(losses) == [1, 2, 4, 5, 6]
+
+    # The bound holds over a resumed run, too, and the mean over several steps is that of those that were taken.
+    not_finite(5)
+    run.summary.unlink()
+    with pytest.raises(CheckFailed, match="the gradients of step 5 are not finite, after 1 that were skipped"):
+        train(recipe, ["test"], resume=run.checkpoints / "checkpoint-4")
+    not_finite(3)
+    train(
+        make_recipe(*SAVES, "data.max_nonfinite_steps=1", "train.weight_decay=0.1", "train.logging_steps=2", *how), ["test"], True
+    )
+    means = dict(outcome(run)[1])
+    assert means == pytest.approx({2: (losses[1] + losses[2]) / 2, 4: losses[4], 6: (losses[5] + losses[6]) / 2})
+
+
+def test_adalora_cannot_skip(make_recipe: Make) -> None:
+    adalora = ("tune.language={method: adalora}", "data.max_nonfinite_steps=1", "train.max_steps=40")
+    with pytest.raises(UserError, match=r"data\.max_nonfinite_steps: adalora"):
+        train(make_recipe(*adalora), ["test"])
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_a_data_file_that_changes_under_a_run_ends_it(
+    make_recipe: Make, rows: Path, tmp_path: Path, stream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "rows.json"
+    shutil.copy(rows, data)
+    recipe = make_recipe(
+        "train.max_steps=12", f"data.train.0.path={data}", f"data.train.0.media_root={rows.parent}", f"data.stream={stream}"
+    )
+    real = TuningTrainer.training_step
+
+    def training_step(self: TuningTrainer, *args: Any) -> Any:
+        if self.state.global_step == 1:
+            data.write_text(json.dumps(json.loads(rows.read_text())[::-1]))
+        return real(self, *args)
+
+    monkeypatch.setattr(TuningTrainer, "training_step", training_step)
+    with pytest.raises(UserError, match=f"{data}: changed since it was opened"):
+        train(recipe, ["test"])
+
+
+FAILING = """
+import os, signal, sys
+from mmtune.console import settle_console
+settle_console()
+import mmtune.train
+from mmtune.errors import UserError
+from mmtune.training.trainer import TuningTrainer
+
+how, *arguments = sys.argv[1:]
+
+def fail(*args, **kwargs):
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise (UserError if how == "in a step" else ValueError)("the reason why")
+
+if os.environ["RANK"] == "1":
+    if how == "at the start":
+        mmtune.train.load_base = fail
+    else:
+        TuningTrainer.training_step = fail
+from mmtune.cli import entry_point
+sys.exit(entry_point(["train", *arguments]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["at the start", "in a step", "killed"])
+def test_a_process_that_fails_ends_all(make_recipe: Make, tmp_path: Path, how: str) -> None:
+    """The first process waits for the second one, which fails: it ends, and its own traceback does not bury the reason."""
+    recipe, script = tmp_path / "resolved.yaml", tmp_path / "failing.py"
+    recipe.write_text(make_recipe().to_yaml())
+    script.write_text(FAILING)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script), how, str(recipe)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        said = process.communicate(timeout=PATIENCE_S)[0]
+    finally:
+        if process.poll() is None:
+            for each in (*psutil.Process(process.pid).children(recursive=True), process):
+                each.kill()
+    assert process.returncode != 0
+    assert "[rank0]: Traceback" not in said
+    assert "rank      : 1 (local_rank: 1)" in said.partition("Root Cause")[2]
+    if how == "in a step":
+        assert "[rank 1] error: the reason why" in said and "Traceback" not in said.partition("Sending process")[0]
+    elif how == "at the start":
+        assert "ValueError: the reason why" in said
+        assert not (tmp_path / "run").exists()
+    else:
+        assert "Signal 9 (SIGKILL)" in said
