@@ -41,9 +41,9 @@ from mmtune.model.packing import check_packable_family
 from mmtune.model.quantize import QUANTIZED
 from mmtune.recipe import ModelSection, Recipe, check_files
 from mmtune.release.card import model_card
-from mmtune.run_directory import RunDirectory, check_output_dir, new_run, peak_memory_mb
+from mmtune.run_directory import RunDirectory, check_output_dir, new_run, peak_memory_mb, versions
 from mmtune.training.callbacks import FrozenInputsStayFrozen, MoveRanks, RecordMetrics, StopOnSignal, draw_loss_curve
-from mmtune.training.checkpoint import REPORT, check_resumable, cut_back, last_checkpoint, step_of
+from mmtune.training.checkpoint import REPORT, check_resumable, cut_back, flat, last_checkpoint, step_of
 from mmtune.training.rows import first_batches, optimizer_steps, order_rows, plan_rows, prove_packed_rows, rows_to_take
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import (
@@ -56,7 +56,7 @@ from mmtune.tuning.apply import (
     trained_modules,
 )
 from mmtune.tuning.save import initial_factors, save_tuned
-from mmtune.world import World, check_launch, check_strategy, join_world, launched_with_deepspeed
+from mmtune.world import World, check_launch, check_same, check_strategy, join_world, launched_with_deepspeed, settle_fsdp
 
 
 def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: bool | Path = False) -> dict[str, Any]:
@@ -75,10 +75,9 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         UserError: the recipe or its data are at fault; before any weight is loaded where that can be known.
         CheckFailed: the loss became NaN or infinite.
     """
-    check_launch(recipe.model.precision)
-
     # What goes in: the files are there, the rows make sense.
     check_files(recipe)
+    check_launch(recipe.model.precision, recipe.train.get("deepspeed"))
     earlier = RunDirectory(Path(recipe.output_dir))
     checkpoint = None
     if resume:
@@ -93,6 +92,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     if recipe.evaluate:
         check_questions(recipe.evaluate)
     world = join_world(arguments, recipe.model.precision)
+    check_same(world, {**flat(recipe.model_dump(mode="json")), **versions(), "rows": data_report.rows})
     check_method(recipe, world)
     check_checkpoints(recipe, arguments, world, earlier, checkpoint)
     lengths = None
@@ -158,7 +158,9 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         source_names=samples.names if len(recipe.data.train) > 1 else (),
         data_files=signatures(recipe.data.train),
     )
-    check_strategy(trainer.accelerator, world)
+    check_strategy(trainer.accelerator, world, recipe.model.precision)
+    if world.fsdp:
+        settle_fsdp(trainer.accelerator, model)
     for shown_twice in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown_twice)
     start = time.perf_counter()
@@ -311,6 +313,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "ddp_find_unused_parameters": True,  # a tower's last layers may be trained and unused, checkpointing or not
     }
     settings |= recipe.train
+    settings.pop("deepspeed", None)  # `check_launch` has seen to it
     try:
         arguments = TrainingArguments(
             **settings,

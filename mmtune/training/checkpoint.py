@@ -80,7 +80,7 @@ def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, world: 
     if checkpoint.resolve().parent != run.checkpoints.resolve():
         raise UserError(f"resume: {checkpoint} is no checkpoint of {run.path}; those are in {run.checkpoints}")
     check_manifest(checkpoint)
-    before, now = (_flat(each.model_dump(mode="json")) for each in (load_recipe(run.recipe), recipe))
+    before, now = (flat(each.model_dump(mode="json")) for each in (load_recipe(run.recipe), recipe))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     for key in changed:
         print(f"resume: {key} was {before.get(key)!r}, and is {now.get(key)!r}")
@@ -119,11 +119,12 @@ def _by_step(checkpoints: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def _flat(values: Any, key: str = "") -> dict[str, Any]:
+def flat(values: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted key."""
     if isinstance(values, Mapping):
         return {
             name: value
             for part, inner in values.items()
-            for name, value in _flat(inner, f"{key}.{part}" if key else part).items()
+            for name, value in flat(inner, f"{key}.{part}" if key else part).items()
         }
     return {key: values}
