@@ -94,7 +94,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     world = join_world(arguments, recipe.model.precision)
     check_same(world, {**flat(recipe.model_dump(mode="json")), **versions(), "rows": data_report.rows})
     check_method(recipe, world)
-    check_checkpoints(recipe, arguments, world, earlier, checkpoint)
+    if checkpoint is not None:
+        check_resumable(recipe, earlier, checkpoint, world)
     lengths = None
     if recipe.data.planned and isinstance(samples, Samples):
         lengths = plan_rows(samples, recipe, data_report, world)
@@ -174,8 +175,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         if world.first:
             data_report.write(run.data_report)
     if stop.received is not None:
-        kept = "--resume goes on from there" if world.zero_stage is None else "under DeepSpeed there is no checkpoint"
-        raise Stopped(stop.received, f"by {signal.Signals(stop.received).name} after step {trainer.state.global_step}; {kept}")
+        name = signal.Signals(stop.received).name
+        raise Stopped(stop.received, f"by {name} after step {trainer.state.global_step}; --resume goes on from there")
     if not trainer.supervised and checkpoint is None:
         raise UserError(f"no row that was taken could train: {data_report.summary()}; see {run.data_report}")
     train_seconds = round(time.perf_counter() - start, 1)
@@ -246,24 +247,6 @@ def check_method(recipe: Recipe, world: World) -> None:
             )
             if reason is not None:
                 raise UserError(f"tune.{component}: {reason}")
-
-
-def check_checkpoints(
-    recipe: Recipe, arguments: TrainingArguments, world: World, run: RunDirectory, checkpoint: Path | None
-) -> None:
-    """
-    Raises:
-        UserError: checkpoints in a layout that cannot go on from them, or a run that cannot go on from this one.
-    """
-    if world.zero_stage is not None and (arguments.save_strategy != "no" or checkpoint is not None):
-        raise UserError(
-            "train.save_strategy: a run under DeepSpeed cannot go on from a checkpoint yet; leave it out, or train with DDP"
-        )
-    if checkpoint is None:
-        return
-    if run.summary.is_file():
-        raise UserError(f"resume: {run.path} is finished; --overwrite trains it anew")
-    check_resumable(recipe, run, checkpoint, world)
 
 
 def go_on(checkpoint: Path, run: RunDirectory, report: DataReport, rows: Any, arguments: TrainingArguments) -> None:

@@ -74,9 +74,11 @@ def last_checkpoint(run: RunDirectory) -> Path:
 def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, world: World) -> None:
     """
     Raises:
-        UserError: the run is another recipe's, in a way that would make it another run, or of another layout.
+        UserError: the run is finished, or another recipe's, in a way that would make it another run, or of another layout.
         CheckFailed: the checkpoint is damaged.
     """
+    if run.summary.is_file():
+        raise UserError(f"resume: {run.path} is finished; --overwrite trains it anew")
     if checkpoint.resolve().parent != run.checkpoints.resolve():
         raise UserError(f"resume: {checkpoint} is no checkpoint of {run.path}; those are in {run.checkpoints}")
     check_manifest(checkpoint)

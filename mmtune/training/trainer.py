@@ -186,8 +186,8 @@ class TuningTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The Trainer's; a step whose gradients are not finite ends the run before it touches a weight, naming its rows."""
         norm = super()._get_grad_norm(model, grad_norm)
-        # Every process has the same norm. DeepSpeed's is that of the step before.
-        if self._world.zero_stage is None and norm is not None and not math.isfinite(float(norm)):
+        # Every process has the same norm. DeepSpeed has left out a step that is not finite by now.
+        if norm is not None and not math.isfinite(float(norm)):
             rows = list(itertools.chain.from_iterable(self._world.gather(self._step_rows)))
             more = f" and {len(rows) - 20} more" if len(rows) > 20 else ""
             raise CheckFailed(
@@ -195,6 +195,14 @@ class TuningTrainer(Trainer):
                 f"rows: {', '.join(rows[:20])}{more}"
             )
         return norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's; under DeepSpeed what trained is gathered first, as the Trainer cannot for every method."""
+        if self._world.zero_stage is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        with self._world.whole(self.model):
+            self._save(output_dir)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / SAVING)
