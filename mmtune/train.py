@@ -94,6 +94,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     world = join_world(arguments, recipe.model.precision)
     check_same(world, {**flat(recipe.model_dump(mode="json")), **versions(), "rows": data_report.rows})
     check_method(recipe, world)
+    if world.fsdp:
+        check_fsdp(recipe, arguments, checkpoint)
     if checkpoint is not None:
         check_resumable(recipe, earlier, checkpoint, world)
     lengths = None
@@ -176,7 +178,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
             data_report.write(run.data_report)
     if stop.received is not None:
         name = signal.Signals(stop.received).name
-        raise Stopped(stop.received, f"by {name} after step {trainer.state.global_step}; --resume goes on from there")
+        kept = "under FSDP2 there is no checkpoint" if world.fsdp else "--resume goes on from there"
+        raise Stopped(stop.received, f"by {name} after step {trainer.state.global_step}; {kept}")
     if not trainer.supervised and checkpoint is None:
         raise UserError(f"no row that was taken could train: {data_report.summary()}; see {run.data_report}")
     train_seconds = round(time.perf_counter() - start, 1)
@@ -247,6 +250,23 @@ def check_method(recipe: Recipe, world: World) -> None:
             )
             if reason is not None:
                 raise UserError(f"tune.{component}: {reason}")
+
+
+def check_fsdp(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | None) -> None:
+    """
+    Raises:
+        UserError: what has not been held to one process under FSDP2.
+    """
+    if recipe.model.precision in QUANTIZED:
+        raise UserError(
+            f"model.precision: {recipe.model.precision}: FSDP2 does not divide quantized weights; launch with DDP or ZeRO"
+        )
+    if recipe.tune.method not in (None, "lora"):
+        raise UserError(f"tune: {recipe.tune.method} has not been proven under FSDP2; launch with DDP or ZeRO, or use lora")
+    if arguments.save_strategy != "no" or checkpoint is not None:
+        raise UserError(
+            "train.save_strategy: a run under FSDP2 cannot go on from a checkpoint yet; leave it out, or launch with DDP or ZeRO"
+        )
 
 
 def go_on(checkpoint: Path, run: RunDirectory, report: DataReport, rows: Any, arguments: TrainingArguments) -> None:

@@ -60,7 +60,7 @@ class World:
     @property
     def layout(self) -> str:
         """Such as `2 processes, ZeRO-3`, for people."""
-        if self.size == 1 and self.zero_stage is None:
+        if self.size == 1 and self.zero_stage is None and not self.fsdp:
             return "one process"
         strategy = "FSDP2" if self.fsdp else "DDP" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
         return f"{self.size} process{'es' if self.size > 1 else ''}, {strategy}"
@@ -137,8 +137,12 @@ def check_launch(precision: str, deepspeed: str | Mapping[str, Any] | None = Non
             DeepSpeed configuration that is not the recipe's.
     """
     _check_rendezvous()
-    if _asked(FSDP) and os.environ.get("FSDP_VERSION") != "2":
-        raise UserError("launched with FSDP's first version, which mmtune does not train with; fsdp_version: 2 is right")
+    if _asked(FSDP):
+        if os.environ.get("FSDP_VERSION") != "2":
+            raise UserError("launched with FSDP's first version, which mmtune does not train with; fsdp_version: 2 is right")
+        for option in ("FSDP_OFFLOAD_PARAMS", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+            if _asked(option):
+                raise UserError(f"launched with {option.lower()}, which mmtune does not train with; false is right")
     if _asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise UserError("launched with a parallelism config, which mmtune does not train with; DDP or DeepSpeed ZeRO is right")
     if LAUNCHED_WITH in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -162,7 +166,7 @@ def check_launch(precision: str, deepspeed: str | Mapping[str, Any] | None = Non
                 "latter out, a machine without GPUs is recognized"
             )
         try:
-            import deepspeed  # noqa: F401
+            import deepspeed
         except ImportError as error:
             raise UserError("launched with DeepSpeed, which is not installed: pip install 'mmtune[deepspeed]'") from error
         os.environ[LAUNCHED_WITH] = "no"  # DeepSpeed's own mixed precision would round what trains; see `join_world`
@@ -267,6 +271,8 @@ def join_world(arguments: TrainingArguments, precision: str) -> World:
         "dtype": "bfloat16",
         "lower_precision_safe_modules": [],  # gradients are summed in their own precision
     }
+    # where DeepSpeed would take 2 or 4 GB for gradients on their way
+    config.setdefault("zero_optimization", {}).setdefault("reduce_bucket_size", 50_000_000)
     unset_hf_deepspeed_config()  # or from_pretrained would shard what apply_tuning looks at; the Trainer sets it again
     stage = int(config.get("zero_optimization", {}).get("stage", 0))
     return World(arguments.process_index, arguments.world_size, stage)
@@ -285,8 +291,8 @@ def check_same(world: World, mine: Mapping[str, Any]) -> None:
         for name in sorted({*first, *theirs}):
             if first.get(name) != theirs.get(name):
                 raise UserError(
-                    f"process {rank} has {name}: {theirs.get(name)!r}, and process 0 {first.get(name)!r}; start all with the same "
-                    "recipe, overrides, data and installation"
+                    f"process {rank} has {name}: {theirs.get(name)!r}, and process 0 {first.get(name)!r}; start all "
+                    "with the same recipe, overrides, data and installation"
                 )
 
 
@@ -297,7 +303,7 @@ def _check_backend(arguments: TrainingArguments) -> None:
     backends = dict(part.split(":") for part in distributed.get_backend_config().split(","))
     asked = arguments.ddp_backend or ("nccl" if device == "cuda" else None)
     if asked is not None and backends.get(device) != asked:
-        raise UserError(f"processes on {device} were to talk by {asked}, and talk by {backends.get(device)}; look at the launcher")
+        raise UserError(f"processes on {device} were to talk by {asked}, and do by {backends.get(device)}; look at the launcher")
 
 
 def check_strategy(accelerator: Accelerator, world: World, precision: str) -> None:
@@ -313,10 +319,10 @@ def check_strategy(accelerator: Accelerator, world: World, precision: str) -> No
     alone = accelerator.distributed_type == DistributedType.NO
     fsdp = accelerator.distributed_type == DistributedType.FSDP
     came = World(world.rank, accelerator.num_processes, stage, fsdp)
-    if came != world or not (plugin or alone == (world.size == 1)):
+    if came != world or not (plugin or fsdp or alone == (world.size == 1)):
         raise UserError(
             f"asked for {world.layout}, and accelerate made it {accelerator.distributed_type.value} of "
-            f"{accelerator.num_processes}; look at the launcher's configuration"
+            f"{accelerator.num_processes}; {'FSDP takes GPUs' if world.fsdp else 'look at the launcher configuration'}"
         )
     rounded = "no" if precision == "fp32" or plugin else "bf16"
     if accelerator.mixed_precision != rounded:

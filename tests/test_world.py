@@ -21,7 +21,16 @@ from mmtune.run_directory import RunDirectory, new_run
 from mmtune.train import train
 from mmtune.world import World, check_launch
 
-LAYOUTS = {"DDP": None, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
+ROOT = Path(__file__).parent.parent
+LAYOUTS = {"DDP": "ddp", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3", "FSDP2": "fsdp2"}
+"""What a run calls a layout, and the shipped configuration that makes it."""
+OTHER_WAYS = {
+    "DDP, two machines": "multi_node",
+    "ZeRO-3, offloaded": "zero3_offload",
+    **{f"ZeRO-{name.removeprefix('zero')}, by the recipe": name for name in ("zero1", "zero2", "zero3", "zero3_offload")},
+}
+"""The second half of them by `train.deepspeed` under torchrun."""
+CELLS = [*((kind, layout) for kind in ("text", "mixed", "towers") for layout in LAYOUTS), *(("text", way) for way in OTHER_WAYS)]
 
 
 def document(data: Path, base: Path, run: Path, **changes: Any) -> dict[str, Any]:
@@ -94,10 +103,14 @@ def runs(
     kinds: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], tuple[bool | str, Path]]:
     folder = tmp_path_factory.mktemp("together")
-    keys = [(kind, layout) for kind in kinds for layout in LAYOUTS]
-    paths = [folder / f"{kind}_{layout}" for kind, layout in keys]
-    jobs = [(write(halved(kinds[kind], run)), LAYOUTS[layout]) for (kind, layout), run in zip(keys, paths, strict=True)]
-    return dict(zip(keys, zip(launch(jobs, folder), paths, strict=True), strict=True))
+    paths = [folder / f"{kind}_{layout}" for kind, layout in CELLS]
+    jobs: list[tuple[Path, str]] = []
+    for (kind, layout), run in zip(CELLS, paths, strict=True):
+        recipe, config = halved(kinds[kind], run), {**LAYOUTS, **OTHER_WAYS}[layout]
+        if layout.endswith("by the recipe"):
+            recipe["train"]["deepspeed"], config = str(ROOT / "recipes" / "deepspeed" / f"{config}.json"), "torchrun"
+        jobs.append((write(recipe), config))
+    return dict(zip(CELLS, zip(launch(jobs, folder), paths, strict=True), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +135,13 @@ def quarantined(run: RunDirectory) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["text", "mixed", "towers"])
+@pytest.mark.parametrize(("kind", "layout"), CELLS)
 def test_two_processes_train_what_one_does(
     kind: str, layout: str, alone: dict[str, Path], runs: dict[tuple[str, str], tuple[bool | str, Path]]
 ) -> None:
     done, run = runs[kind, layout]
     assert done is True, done
-    assert RunDirectory(run).read_summary()["layout"] == f"2 processes, {layout}"
+    assert RunDirectory(run).read_summary()["layout"] == f"2 processes, {layout.partition(',')[0].removesuffix('_offload')}"
     assert len(metrics(run)) == 3
     for one, two in zip(metrics(alone[kind]), metrics(run), strict=True):
         assert abs(one["loss"] - two["loss"]) < 1e-5

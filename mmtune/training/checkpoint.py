@@ -125,8 +125,6 @@ def flat(values: Any, key: str = "") -> dict[str, Any]:
     """Nested mappings as one, by dotted key."""
     if isinstance(values, Mapping):
         return {
-            name: value
-            for part, inner in values.items()
-            for name, value in flat(inner, f"{key}.{part}" if key else part).items()
+            name: value for part, inner in values.items() for name, value in flat(inner, f"{key}.{part}" if key else part).items()
         }
     return {key: values}
