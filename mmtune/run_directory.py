@@ -173,8 +173,8 @@ def _check_shared(run: RunDirectory, world: World) -> None:
     blind = [str(rank) for rank, sees in enumerate(world.gather(seen)) if not sees]
     if blind:
         raise UserError(
-            f"output_dir: process {', '.join(blind)} does not see what process 0 wrote to {run.path.absolute()}; a directory on a "
-            "file system that all machines share is right"
+            f"output_dir: process {', '.join(blind)} does not see what process 0 wrote to {run.path.absolute()}; a directory on "
+            "a file system that all machines share is right"
         )
 
 

@@ -101,7 +101,7 @@ class World:
 
     @contextlib.contextmanager
     def whole(self, model: nn.Module) -> Iterator[None]:
-        """Inside, all that will be saved is whole in every process, where ZeRO-3 or FSDP2 keeps a part in each; enter it together."""
+        """Inside, what will be saved is whole in every process, where ZeRO-3 or FSDP2 keeps a part in each. Enter it together."""
         adapts = isinstance(model, PeftModel)
         if self.zero_stage == 3:
             import deepspeed

@@ -11,7 +11,7 @@ from mmtune.tuning.memory import MemoryEstimate
 
 LAYOUTS = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
 BUCKETS = 2 * 4 * 50_000_000  # ZeRO's two for gradients on their way, of as many fp32 numbers as `mmtune.world` sets
-GATHERED = 2 * 1_000_000_000  # at ZeRO-3, bytes: DeepSpeed keeps up to 1e9 parameters whole; here in bf16
+GATHERED = 4 * 1_000_000_000  # at ZeRO-3: DeepSpeed keeps up to 1e9 parameters whole, of at most four bytes each
 
 
 def per_device(estimate: MemoryEstimate, layout: str, processes: int) -> MemoryEstimate:
