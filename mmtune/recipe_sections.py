@@ -228,6 +228,11 @@ class TuneSection(Section):
         """The method of PEFT's kind that components use, if any does."""
         return next((tuning.method for tuning in self.components.values() if tuning.method in METHODS), None)
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the initialization takes backward passes through the whole base (LoRA-GA)."""
+        return any(tuning.settings.get("init_lora_weights") == "lora_ga" for tuning in self.components.values())
+
 
 class Source(Section):
     """Where rows are and how to read them."""

@@ -39,6 +39,7 @@ from mmtune.model.components import find_components
 from mmtune.model.load import UNTRAINED, base_config, base_model_type, load_base, load_weights, resolve_base
 from mmtune.model.packing import check_packable_family
 from mmtune.model.quantize import QUANTIZED
+from mmtune.model.sharded import runnable, to_save
 from mmtune.recipe import ModelSection, Recipe, check_files
 from mmtune.release.card import model_card
 from mmtune.run_directory import RunDirectory, check_output_dir, new_run, peak_memory_mb, versions
@@ -91,7 +92,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     data_report.stop_past(recipe.data.max_bad_fraction)
     if recipe.evaluate:
         check_questions(recipe.evaluate)
-    world = join_world(arguments, recipe.model.precision)
+    in_parts = recipe.model.precision not in QUANTIZED and not recipe.tune.needs_gradients
+    world = join_world(arguments, recipe.model.precision, in_parts)
     check_same(world, {**flat(recipe.model_dump(mode="json")), **versions(), "rows": data_report.rows})
     check_method(recipe, world)
     if world.fsdp:
@@ -127,13 +129,15 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         if checkpoint is not None and run.answers("before").is_file():
             before = read_answers(run.answers("before"))
         elif recipe.evaluate and recipe.evaluate.before:
-            before = evaluate(model, processor, recipe.evaluate, world)
+            with runnable(model):
+                before = evaluate(model, processor, recipe.evaluate, world)
             if world.first:
                 write_answers(before, run.answers("before"))
 
         # What trains.
         steps = optimizer_steps(arguments, batches)
         sample = first_batches(samples, encoder, pad_token_id)
+        set_seed(arguments.seed)  # what is drawn does not hang on how the base came here
         model = apply_tuning(model, components, recipe.tune, steps=steps, batches=sample)
         components = find_components(model)
         counts = count_parameters(model, components, recipe.tune, arguments.learning_rate)
@@ -141,7 +145,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         print_parameters(counts)
         initial = initial_factors(model)
         if recipe.data.packing and isinstance(samples, Samples):
-            prove_packed_rows(model, samples, encoder, pad_token_id)
+            with runnable(model):
+                prove_packed_rows(model, samples, encoder, pad_token_id)
 
     # Training.
     stop = StopOnSignal(world)
@@ -187,11 +192,10 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
 
     # What comes out.
     out = run.adapter if adapts else run.model
-    with world.whole(model):
-        if world.first:
-            save_tuned(model, out, initial)
-            processor.save_pretrained(out)
-            model.generation_config.save_pretrained(out)  # with the chat template's stop tokens, which PEFT would not keep
+    save_tuned(model, out, initial, world.first)
+    if world.first:
+        processor.save_pretrained(out)
+        model.generation_config.save_pretrained(out)  # with the chat template's stop tokens, which PEFT would not keep
     after = evaluate(model, processor, recipe.evaluate, world) if recipe.evaluate else []
     if not world.first:
         return {}
@@ -291,9 +295,13 @@ def settle_base(model: Any, processor: Any, section: ModelSection, made: Path | 
     if section.base not in (None, UNTRAINED):
         model.name_or_path = resolve_base(section.base)
     elif made is not None:
-        if world.first and not (made / CHECKPOINT_MARK).exists():
-            save_checkpoint(model, processor, made)
-        world.wait()
+        there = (made / CHECKPOINT_MARK).exists()
+        world.wait()  # until every process has looked
+        if not there:
+            with to_save(model, world.first) as state:
+                if world.first:
+                    save_checkpoint(model, processor, made, state_dict=state)
+            world.wait()
         if section.precision in QUANTIZED:
             model = load_weights(str(made), section)
             use_chat_template(model, processor, processor.chat_template)

@@ -11,15 +11,13 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from peft import PeftModel
 from torch import distributed, nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from mmtune.errors import UserError
@@ -39,13 +37,15 @@ class World:
         rank: this process's number, from 0.
         size: how many processes there are.
         zero_stage: DeepSpeed's, 0 to 3; None without DeepSpeed.
-        fsdp: whether FSDP2 shards the weights.
+        fsdp: whether FSDP2 divides the weights.
+        construction: transformers looks at it, while it lives, to make models in parts.
     """
 
     rank: int = 0
     size: int = 1
     zero_stage: int | None = None
     fsdp: bool = False
+    construction: Any = field(default=None, repr=False, compare=False)
 
     @property
     def first(self) -> bool:
@@ -99,38 +99,16 @@ class World:
         distributed.all_gather_object(brought, mine)
         return brought
 
-    @contextlib.contextmanager
-    def whole(self, model: nn.Module) -> Iterator[None]:
-        """Inside, what will be saved is whole in every process, where ZeRO-3 or FSDP2 keeps a part in each. Enter it together."""
-        adapts = isinstance(model, PeftModel)
-        if self.zero_stage == 3:
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([p for p in model.parameters() if p.requires_grad or not adapts]):
-                yield
-        elif self.fsdp:
-            parts = {}
-            for module in model.modules():
-                for name, part in module.named_parameters(recurse=False):
-                    if isinstance(part, DTensor) and (part.requires_grad or not adapts):
-                        parts[module, name] = part
-                        module.register_parameter(name, nn.Parameter(part.full_tensor(), part.requires_grad))
-            yield
-            for (module, name), part in parts.items():
-                module.register_parameter(name, part)
-        else:
-            yield
-
 
 ALONE = World()
 
 
-def check_launch(precision: str, deepspeed: str | Mapping[str, Any] | None = None) -> None:
+def check_launch(precision: str, deepspeed_config: str | Mapping[str, Any] | None = None) -> None:
     """
     Args:
         precision: the recipe's `model.precision`.
-        deepspeed: the recipe's `train.deepspeed`: a configuration or its file. accelerate is told what its launcher would have
-            told it, so that all that follows is the same; a process that no launcher started becomes a world of one.
+        deepspeed_config: the recipe's `train.deepspeed`: a configuration or its file. accelerate is told what its launcher would
+            have told it, so that all that follows is the same; a process that no launcher started becomes a world of one.
 
     Raises:
         UserError: processes that do not know of each other, a strategy that mmtune does not train with, or a precision or a
@@ -157,8 +135,8 @@ def check_launch(precision: str, deepspeed: str | Mapping[str, Any] | None = Non
             f"launched with mixed precision {asked}, and the recipe's model.precision is {precision}; the recipe decides: launch "
             "with --mixed_precision no"
         )
-    if deepspeed is not None:
-        _ask_for_deepspeed(deepspeed)
+    if deepspeed_config is not None:
+        _ask_for_deepspeed(deepspeed_config)
     if launched_with_deepspeed():
         if _asked("ACCELERATE_USE_CPU"):
             raise UserError(
@@ -166,7 +144,7 @@ def check_launch(precision: str, deepspeed: str | Mapping[str, Any] | None = Non
                 "latter out, a machine without GPUs is recognized"
             )
         try:
-            import deepspeed
+            import deepspeed  # noqa: F401
         except ImportError as error:
             raise UserError("launched with DeepSpeed, which is not installed: pip install 'mmtune[deepspeed]'") from error
         os.environ[LAUNCHED_WITH] = "no"  # DeepSpeed's own mixed precision would round what trains; see `join_world`
@@ -190,6 +168,8 @@ def _check_rendezvous() -> None:
 
 def _ask_for_deepspeed(given: str | Mapping[str, Any]) -> None:
     config = _read_json(given) if isinstance(given, str) else dict(given)
+    if _asked(FSDP):
+        raise UserError("train.deepspeed: the launcher was asked for FSDP; leave one of the two out")
     if launched_with_deepspeed():
         file = os.environ.get(DEEPSPEED_CONFIG)
         if file is None or _read_json(file) != config:
@@ -217,14 +197,14 @@ def _read_json(file: str) -> Any:
     return config
 
 
-def join_world(arguments: TrainingArguments, precision: str) -> World:
+def join_world(arguments: TrainingArguments, precision: str, in_parts: bool = False) -> World:
     """The processes that `TrainingArguments` has brought together, checked.
 
     Under DeepSpeed, precision is what it is in one process: weights as stored, trained ones in fp32, and torch's autocast.
-    Models are loaded and tuned whole, and sharded when training begins.
 
     Args:
         precision: the recipe's `model.precision`.
+        in_parts: at ZeRO-3 models are made in parts, a part in each process; otherwise whole, and divided when training begins.
 
     Raises:
         UserError: fewer processes than the launcher announced, or a DeepSpeed configuration that contradicts the recipe.
@@ -238,7 +218,7 @@ def join_world(arguments: TrainingArguments, precision: str) -> World:
     world.wait()  # until every process has looked at what is there, and before the first makes anything
     if plugin is None:
         return World(world.rank, world.size, fsdp=_asked(FSDP))
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     if arguments.use_cpu and torch.accelerator.is_available():
         raise UserError("train.use_cpu: DeepSpeed takes the accelerator that is there; leave one of the two out")
@@ -261,7 +241,7 @@ def join_world(arguments: TrainingArguments, precision: str) -> World:
             raise UserError(
                 f"the DeepSpeed configuration's {key} is {given}, and the recipe's {name} is {value}; leave the former out"
             )
-        config[key] = "auto"
+        config[key] = value
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise UserError(f"the DeepSpeed configuration has a section `{section}`; leave it out, the recipe's train decides")
@@ -271,11 +251,15 @@ def join_world(arguments: TrainingArguments, precision: str) -> World:
         "dtype": "bfloat16",
         "lower_precision_safe_modules": [],  # gradients are summed in their own precision
     }
-    # where DeepSpeed would take 2 or 4 GB for gradients on their way
-    config.setdefault("zero_optimization", {}).setdefault("reduce_bucket_size", 50_000_000)
-    unset_hf_deepspeed_config()  # or from_pretrained would shard what apply_tuning looks at; the Trainer sets it again
-    stage = int(config.get("zero_optimization", {}).get("stage", 0))
-    return World(arguments.process_index, arguments.world_size, stage)
+    unset_hf_deepspeed_config()  # until the Trainer sets it again
+    zero = config.setdefault("zero_optimization", {})
+    zero.setdefault("reduce_bucket_size", 50_000_000)  # DeepSpeed would take 2 or 4 GB for gradients on their way
+    stage, construction = int(zero.get("stage", 0)), None
+    if stage == 3 and in_parts:
+        # DeepSpeed makes every weight of the one dtype that its configuration names, here the one that transformers loads.
+        dtype = {"bf16": {"enabled": precision == "bf16"}}
+        construction = HfDeepSpeedConfig({"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1, **dtype})
+    return World(arguments.process_index, arguments.world_size, stage, construction=construction)
 
 
 def check_same(world: World, mine: Mapping[str, Any]) -> None:
@@ -337,9 +321,8 @@ def settle_fsdp(accelerator: Accelerator, model: nn.Module) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     plugin = accelerator.state.fsdp_plugin
-    there = {type(module).__name__ for module in model.modules()}
-    # what the model names are also classes of other models of its family, over which accelerate stumbles
-    plugin.transformer_cls_names_to_wrap = sorted(there & set(model._no_split_modules or ()))
+    named: Any = model._no_split_modules  # classes of other models of the family too, over which accelerate stumbles
+    plugin.transformer_cls_names_to_wrap = sorted({type(module).__name__ for module in model.modules()} & set(named or ()))
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 

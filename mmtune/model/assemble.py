@@ -24,6 +24,7 @@ from mmtune.errors import UserError
 from mmtune.model.chat_template import end_of_turn_ids, resolve_chat_template, set_chat_template, use_chat_template
 from mmtune.model.checkpoint import load_projector, save_checkpoint
 from mmtune.model.parts import Tower, choose_strategy, read_image_processor, read_language, read_tokenizer, read_tower
+from mmtune.model.sharded import frames, gathered, runnable
 
 __all__ = ["assemble", "load_projector", "resolve_chat_template", "save_checkpoint"]
 
@@ -80,8 +81,8 @@ def assemble(
     encoder = _load(AutoModel, vision, tower.config, dtype, seed, trust_remote_code)
     causal = _load(AutoModelForCausalLM, language, text_config, dtype, seed, trust_remote_code)
     sample = tokenizer("A cat sat on the mat.", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        own_logits = causal(sample).logits
+    with torch.no_grad(), runnable(causal):
+        own_logits = causal(sample.to(causal.device)).logits
 
     config = LlavaConfig(
         vision_config=encoder.config,
@@ -99,7 +100,8 @@ def assemble(
     for part in (model.config, model.config.text_config):
         part.pad_token_id, part.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
         part.eos_token_id = tokenizer.eos_token_id
-    _verify(model, processor, tower, language, sample, own_logits)
+    with runnable(model):
+        _verify(model, processor, tower, language, sample.to(model.device), own_logits)
     return model, processor
 
 
@@ -171,7 +173,7 @@ def _load(auto: Any, checkpoint: str, config: PreTrainedConfig, dtype: torch.dty
 
 
 def _compose(config: LlavaConfig, encoder: Any, causal: Any, dtype: torch.dtype, seed: int) -> LlavaForConditionalGeneration:
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+    with frames():
         model = LlavaForConditionalGeneration(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -198,7 +200,7 @@ def _resize(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizer
     """Grow the embeddings for new tokens; rows that a padded checkpoint has spare are used first."""
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
-    rows = embeddings.weight.shape[0]
+    rows = embeddings.num_embeddings
     if len(tokenizer) > rows:
         padded = rows > known_tokens
         multiple = next((size for size in (128, 64, 32, 16, 8) if rows % size == 0), None) if padded else None
@@ -206,7 +208,8 @@ def _resize(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizer
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple, mean_resizing=False)
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
                 weight = layer.weight
-                weight[rows:] = weight[:rows].float().mean(dim=0).to(weight.dtype)
+                with gathered([weight], changed=True):
+                    weight[rows:] = weight[:rows].float().mean(dim=0).to(weight.dtype)
 
 
 @torch.no_grad()

@@ -17,16 +17,26 @@ CHECKPOINT_MARK = "config.json"
 """The file by which a directory is known to be a checkpoint."""
 
 
-def save_checkpoint(model: PreTrainedModel, processor: ProcessorMixin, out: Path, *, overwrite: bool = False) -> None:
+def save_checkpoint(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write a checkpoint that AutoModelForImageTextToText and AutoProcessor load with no mmtune.
 
     It is never half written: see `replaced_directory`.
+
+    Args:
+        state_dict: the weights, where the model's are in parts.
 
     Raises:
         UserError: when `out` exists, unless `overwrite`.
     """
     with replaced_directory(Path(out), overwrite, CHECKPOINT_MARK) as fresh:
-        model.save_pretrained(fresh)
+        model.save_pretrained(fresh, state_dict=state_dict)
         processor.save_pretrained(fresh)
 
 

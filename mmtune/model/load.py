@@ -29,6 +29,7 @@ from mmtune.model.assemble import assemble, assemble_processor
 from mmtune.model.chat_template import own_chat_template, resolve_chat_template, set_chat_template, use_chat_template
 from mmtune.model.checkpoint import load_projector, weight_files
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
+from mmtune.model.sharded import in_parts
 from mmtune.recipe import ModelSection, load_recipe
 from mmtune.run_directory import RunDirectory
 
@@ -100,6 +101,8 @@ def load_weights(name: str, section: ModelSection) -> PreTrainedModel:
         raise UserError(f"model: cannot load {section.base or name}: {_reason(name, error)}") from error
     if section.precision in QUANTIZED:
         settle_quantized(model)
+    if in_parts(model):  # transformers then notes renamings that it has not done, and would undo them when it saves
+        model._weight_conversions = None
     return model
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -23,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from mmtune.errors import UserError
+from mmtune.model.sharded import frames
 
 EXTRA_TOKENS = {
     "clip_vision_model": 1,
@@ -128,7 +128,7 @@ def read_language(checkpoint: str, trust_remote_code: bool = False) -> PreTraine
                 f"{kind} computes its logits with {field} {value}, which LlavaForConditionalGeneration's head leaves out: the "
                 "probabilities would not be the language model's own"
             )
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+    with frames():
         decoder: Any = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
     if not hasattr(decoder, "embed_tokens"):
         raise UserError(

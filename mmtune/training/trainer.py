@@ -24,6 +24,7 @@ from mmtune.data.stream import SampleStream
 from mmtune.errors import CheckFailed, UserError
 from mmtune.model.compute import virtual_tokens
 from mmtune.model.packing import packed_inputs
+from mmtune.model.sharded import to_save
 from mmtune.training.checkpoint import keep_checkpoint
 from mmtune.world import ALONE, World
 
@@ -207,8 +208,8 @@ class TuningTrainer(Trainer):
         if self._world.zero_stage is None:
             super().save_model(output_dir, _internal_call)
             return
-        with self._world.whole(self.model):
-            self._save(output_dir)
+        with to_save(self.model, self._world.first) as state:
+            self._save(output_dir, state)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / SAVING)

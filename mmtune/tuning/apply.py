@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from mmtune.errors import UserError
 from mmtune.model.components import Components, component_of, select_modules
 from mmtune.model.compute import to_model
+from mmtune.model.sharded import runnable, size_of, to_float32
 from mmtune.recipe import TuneSection
 from mmtune.tuning.settings import component_path, peft_config
 
@@ -75,7 +76,7 @@ def apply_tuning(
         tuned = model
     for parameter in tuned.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
+            to_float32(parameter)
     return tuned
 
 
@@ -126,7 +127,8 @@ def _with_adapter(model: PreTrainedModel, config: PeftConfig, batches: Iterable[
     if init == "eva":
         was_training = tuned.training
         tuned.eval()
-        initialize_lora_eva_weights(tuned, [to_model(tuned, batch) for batch in batches], show_progress_bar=False)
+        with runnable(tuned):
+            initialize_lora_eva_weights(tuned, [to_model(tuned, batch) for batch in batches], show_progress_bar=False)
         tuned.train(was_training)
     return tuned
 
@@ -167,7 +169,7 @@ def count_parameters(model: nn.Module, components: Components, tune: TuneSection
 def parameter_count(parameter: nn.Parameter) -> int:
     """Weights in a parameter; a 4-bit one is stored packed, two in a byte."""
     state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else math.prod(state.shape)
+    return size_of(parameter) if state is None else math.prod(state.shape)
 
 
 def storage_of(parameter: nn.Parameter) -> str:
@@ -209,7 +211,7 @@ def trained_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
             parts = name.split(".")[:-1]
             inside = (".".join(parts[:end]) for end in range(1, len(parts)))
             owner = next((path for path in inside if path in wrappers), ".".join(parts))
-            sizes[owner] = sizes.get(owner, 0) + parameter.numel()
+            sizes[owner] = sizes.get(owner, 0) + size_of(parameter)
     found: dict[str, tuple[int, int]] = {}
     for owner, size in sizes.items():
         path = re.sub(r"\.\d+(?=\.|$)", ".*", owner.removeprefix("base_model.model."))

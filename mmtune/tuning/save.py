@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from mmtune.methods.table import MUTATING_INITS
+from mmtune.model.sharded import to_save
 
 
 def initial_factors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor] | None:
@@ -28,16 +29,21 @@ def initial_factors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tenso
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if ".lora_A" in name or ".lora_B" in name}
 
 
-def save_tuned(model: PreTrainedModel | PeftModel, out: Path, initial: dict[str, torch.Tensor] | None) -> None:
-    """Write an adapter, or a whole model.
+def save_tuned(
+    model: PreTrainedModel | PeftModel, out: Path, initial: dict[str, torch.Tensor] | None, first: bool = True
+) -> None:
+    """Write an adapter, or a whole model; all processes call it, and the first writes.
 
     Args:
         out: the directory.
         initial: from `initial_factors`. The adapter is then written as ordinary LoRA of twice the rank on the base as it was:
             B A - B0 A0 = [B, -B0] [A; A0]. PEFT's own conversion leaves the modules that trained in full out.
+        first: whether this is the first process.
     """
-    model.save_pretrained(out)
-    if initial is None:
+    with to_save(model, first) as state:
+        if first:
+            model.save_pretrained(out, state_dict=state)
+    if initial is None or not first:
         return
     file, settings = out / "adapter_model.safetensors", out / "adapter_config.json"
     tensors = load_file(file)

@@ -1,0 +1,139 @@
+"""Models that are no process' own: at ZeRO-3 each holds its part of every weight, from the moment that they are made, and under
+FSDP2 while they train.
+
+Nothing here does anything to a model whose weights are whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.modeling_utils import set_zero3_state
+
+
+@contextlib.contextmanager
+def frames() -> Iterator[None]:
+    """Inside, models are made without weights, which transformers at ZeRO-3 would divide, and no random number is drawn."""
+    with torch.device("meta"), set_zero3_state(), torch.random.fork_rng(devices=[]):
+        yield
+
+
+def in_parts(model: nn.Module) -> bool:
+    """Whether this process holds only its part of the model."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def size_of(parameter: torch.Tensor) -> int:
+    """How many numbers a parameter holds over all processes."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def to_float32(parameter: nn.Parameter) -> None:
+    """Keep a parameter in fp32, its part in this process too."""
+    parameter.data = parameter.data.to(torch.float32)
+    if hasattr(parameter, "ds_tensor"):
+        parameter.ds_tensor.data = parameter.ds_tensor.data.to(torch.float32)
+
+
+@contextlib.contextmanager
+def gathered(parameters: Sequence[nn.Parameter], changed: bool = False) -> Iterator[None]:
+    """Inside, parameters are whole in every process; all enter together.
+
+    Args:
+        changed: take what the first process makes of them.
+    """
+    parts = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not parts:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if changed else None):
+        yield
+
+
+@contextlib.contextmanager
+def runnable(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a model in parts can be run before the trainer has it: what lies outside of its layers is whole, and a layer while
+    it is at work. All processes run it together.
+    """
+    if not in_parts(model):
+        yield
+        return
+    kinds = set(model._no_split_modules or ())
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():  # from the outside in
+        if type(module).__name__ in kinds and not any(name.startswith(f"{outer}.") for outer in layers):
+            layers[name] = module
+    inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    at_work: dict[int, contextlib.AbstractContextManager[None]] = {}
+
+    def gather(layer: nn.Module, *_: Any) -> None:
+        at_work[id(layer)] = gathered(list(layer.parameters()))
+        with torch.inference_mode(False):  # what is made of weights in it could not train later
+            at_work[id(layer)].__enter__()
+
+    def release(layer: nn.Module, *_: Any) -> None:
+        with torch.inference_mode(False):
+            at_work.pop(id(layer)).__exit__(None, None, None)
+
+    hooks = [layer.register_forward_pre_hook(gather) for layer in layers.values()]
+    hooks += [layer.register_forward_hook(release, always_call=True) for layer in layers.values()]
+    try:
+        with gathered([parameter for parameter in model.parameters() if id(parameter) not in inside]):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def to_save(model: nn.Module, first: bool) -> Iterator[dict[str, torch.Tensor] | None]:
+    """Inside, an adapter is whole in every process, which its own way of saving looks at; all enter together.
+
+    Args:
+        first: whether this is the process that saves.
+
+    Yields:
+        None with an adapter. Without one the model's `state_dict`, gathered a weight at a time onto the first process' CPU.
+    """
+    if isinstance(model, PeftModel):
+        with gathered([parameter for parameter in model.parameters() if parameter.requires_grad]), _undivided(model):
+            yield None
+        return
+    state: dict[str, torch.Tensor] = {}
+    copies: dict[int, torch.Tensor] = {}  # one of what is tied
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        in_parts = hasattr(tensor, "ds_id")
+        with gathered([tensor] if in_parts else []):
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if first and id(tensor) not in copies:
+                copies[id(tensor)] = whole.detach().cpu().clone() if whole is not tensor or in_parts else tensor.detach()
+        if first:
+            state[name] = copies[id(tensor)]
+    yield state
+
+
+@contextlib.contextmanager
+def _undivided(model: nn.Module) -> Iterator[None]:
+    """Inside, what trains is whole in every process where FSDP2 has divided it."""
+    parts = [
+        (module, name, part)
+        for module in model.modules()
+        for name, part in module.named_parameters(recurse=False)
+        if isinstance(part, DTensor) and part.requires_grad
+    ]
+    for module, name, part in parts:
+        module.register_parameter(name, nn.Parameter(part.full_tensor()))
+    try:
+        yield
+    finally:
+        for module, name, part in parts:
+            module.register_parameter(name, part)
