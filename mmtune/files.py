@@ -1,4 +1,4 @@
-"""Files and directories that are written whole or not at all."""
+"""Files and directories that are written whole or not at all, and where a user's cache is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from mmtune.errors import UserError
+
+
+def user_cache(kind: str) -> Path:
+    """Where a user's files of one kind are kept between runs: `~/.cache/mmtune/KIND`."""
+    return Path.home() / ".cache" / "mmtune" / kind
 
 
 def replace_text(path: Path, text: str) -> None:

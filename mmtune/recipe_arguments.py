@@ -184,8 +184,14 @@ def method_arguments(name: str) -> Arguments:
 def training_arguments() -> Arguments:
     """What `train` may hold: transformers' TrainingArguments, less what mmtune owns."""
     from transformers import TrainingArguments
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    return _arguments(TrainingArguments, _TRAIN_OWNED, _TRAIN_GONE, {"report_to": "none"}, _TRAIN_BOUNDS, nested=False)
+    bounds = {**_TRAIN_BOUNDS, "report_to": _one_or_more("none", "all", *INTEGRATION_TO_CALLBACK)}
+    return _arguments(TrainingArguments, _TRAIN_OWNED, _TRAIN_GONE, {"report_to": "none"}, bounds, nested=False)
+
+
+def _one_or_more(*names: str) -> Any:
+    return Literal[names] | list[Literal[names]]  # type: ignore[valid-type]
 
 
 def _arguments(

@@ -58,6 +58,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's files, with `train.report_to: tensorboard`."""
+        return self.path / "tensorboard"
+
+    @property
     def loss_curve(self) -> Path:
         return self.path / "loss.png"
 

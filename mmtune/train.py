@@ -45,6 +45,7 @@ from mmtune.release.card import model_card
 from mmtune.run_directory import RunDirectory, check_output_dir, new_run, peak_memory_mb, versions
 from mmtune.training.callbacks import FrozenInputsStayFrozen, MoveRanks, RecordMetrics, StopOnSignal, draw_loss_curve
 from mmtune.training.checkpoint import REPORT, check_resumable, cut_back, flat, last_checkpoint, step_of
+from mmtune.training.reporting import reporters, write_beside
 from mmtune.training.rows import first_batches, optimizer_steps, order_rows, plan_rows, prove_packed_rows, rows_to_take
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import (
@@ -171,6 +172,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         settle_fsdp(trainer.accelerator, model)
     for shown_twice in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown_twice)
+    write_beside(trainer, run)
     start = time.perf_counter()
     if checkpoint is not None:
         print(f"resume: from {checkpoint}, after {step_of(checkpoint)} steps")
@@ -333,11 +335,11 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             bf16=recipe.model.precision != "fp32" and not launched_with_deepspeed(),
             remove_unused_columns=False,
             label_names=["labels"],
-            include_num_input_tokens_seen="non_padding",
             logging_nan_inf_filter=False,
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"train: {error}") from error
+    arguments.report_to = reporters(settings["report_to"])
     if arguments.n_gpu > 1:  # the Trainer would wrap the model in DataParallel, which gathers losses that are already divided
         raise UserError(
             f"one process sees {arguments.n_gpu} GPUs: give each its own (accelerate launch --multi_gpu --num_processes "

@@ -162,6 +162,7 @@ def test_two_processes_train_what_one_does(
     for one, two in zip(metrics(alone[kind]), metrics(run), strict=True):
         assert abs(one["loss"] - two["loss"]) < 1e-5
         assert abs(one["grad_norm"] - two["grad_norm"]) < 1e-4 * one["grad_norm"]
+        assert one["tokens"] == two["tokens"]  # those of rows alone, not of what stands in for an image
     one, two = RunDirectory(alone[kind]), RunDirectory(run)
     if kind == "mixed":
         assert len(quarantined(one)) > 0

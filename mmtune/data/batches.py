@@ -128,6 +128,7 @@ class Batches(Sampler[list[int]]):
         self._shuffled = shuffled
         self._epoch = 0
         self._wanted = 0
+        self._first: list[list[list[int]]] | None = None  # the first epoch's steps, once it is known that they stay as they are
         self._length = self._count(epochs, steps)
 
     def set_epoch(self, epoch: int) -> None:
@@ -140,10 +141,6 @@ class Batches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for steps in self._steps(self._epoch):
             yield from steps[self._rank :: self._world]
-
-    def all_ranks(self, epoch: int) -> Iterator[list[list[int]]]:
-        """The batches of every process by step: in each step, that of process r is every `world`-th from r on."""
-        return self._steps(epoch)
 
     def largest(self) -> dict[str, int]:
         """The first epoch's batch with the most tokens, padding counted: its `rows`, `tokens` and `padded_tokens`.
@@ -159,15 +156,20 @@ class Batches(Sampler[list[int]]):
             every = self._size * self._world
             return len(self._mixture) // every if self._drop_last else -(-len(self._mixture) // every)
         differ = any(take % count for count, take in zip(self._mixture.counts, self._mixture.takes, strict=True) if count)
-        self._wanted = sum(map(len, self._steps(0)))
+        first = list(self._steps(0))
+        own = self._wanted = sum(map(len, first))
         if steps is not None and self._wanted:
             epochs = -(-steps * self._group // self._wanted)
         for epoch in range(1, epochs if differ else 1):
             self._wanted = max(self._wanted, sum(map(len, self._steps(epoch))))
+        if self._wanted == own:
+            self._first = first
         return self._wanted // self._world
 
     def _steps(self, epoch: int) -> Iterator[list[list[int]]]:
         """Each optimizer step's batches, `accumulation * world` of them, fewer in an epoch's last step."""
+        if epoch == 0 and self._first is not None:
+            return iter(self._first)
         rows = self._mixture.rows(self._seed, epoch)
         if self._usable is not None:
             rows = self._usable[rows]

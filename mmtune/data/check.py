@@ -10,42 +10,37 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jinja2 import Environment, nodes
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from transformers import ProcessorMixin
 
-from mmtune.console import shows_progress
 from mmtune.data.count import Size, count_tokens
 from mmtune.data.dataset import open_readers
-from mmtune.data.encode import Supervise
+from mmtune.data.encode import Supervise, too_long
 from mmtune.data.findings import KINDS, Finding, finding
 from mmtune.data.image_check import inspect_image
 from mmtune.data.media import MediaRules
 from mmtune.data.message import Message, RowError, Sample, text_of
-from mmtune.data.reader import Chosen, Reader
+from mmtune.data.processes import in_processes
+from mmtune.data.reader import Reader
 from mmtune.data.show import visible
 from mmtune.data.shrink import with_sizes
 from mmtune.data.source import Row, Rows, open_rows
-from mmtune.data.template import DataTemplate, load_data_template, template_names
+from mmtune.data.template import DataTemplate, load_data_template, shipped_templates
 from mmtune.errors import UserError
 from mmtune.recipe import Source
 
-CHUNK = 256  # rows that a process takes at once
 ID_FIELDS = ("id", "question_id")
 FORM = ("row_not_json", "row_not_object", "field_missing", "field_type", "role_unknown", "label_unknown")
 BOX_FIELDS = ("bbox", "box", "bboxes", "boxes")
@@ -137,25 +132,12 @@ class _Part:
     """One source, open."""
 
     reader: Reader
-    rows: Rows | Chosen
-    count: int
+    rows: Rows
     held_out: bool
     known: frozenset[str]
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """What was found in some rows that follow each other; the digests are 0 where there is nothing to compare."""
-
-    part: int
-    first: int
-    findings: list[Finding]
-    rows: Digests
-    ids: Digests
-    unknown: dict[str, tuple[int, str]]
-
-
-class Doctor(torch.utils.data.Dataset[_Chunk]):
+class Doctor:
     """Checks every row of some sources."""
 
     def __init__(self, train: Sequence[Source], held_out: Sequence[Source] = (), rules: Rules | None = None) -> None:
@@ -172,68 +154,55 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
         self._control = _spelling(self._rules.processor)
         # Opened apart, as a run opens them: rows have the ids, and with them the draws, that they have there.
         self._parts = [_open(each, bool(part)) for part, of in enumerate((train, held_out)) for each in open_readers(of)]
-        self._ends = list(accumulate(-(-part.count // CHUNK) for part in self._parts))
-        self.rows = sum(part.count for part in self._parts)
-
-    def __len__(self) -> int:
-        return self._ends[-1]
+        self.rows = sum(len(part.rows) for part in self._parts)
 
     def findings(self, processes: int | None = None) -> Iterator[Finding]:
-        """Everything that is found, row after row; what comes of comparing rows with each other comes last.
+        """Everything that is found, source after source and row after row; what comes of comparing rows follows them.
 
         A bar shows the progress on a terminal.
 
         Args:
-            processes: how many work at once; None takes one a core, and none besides this one for few rows.
+            processes: how many work at once, as `in_processes`.
+
+        Raises:
+            UserError: what is wrong with more than a row, such as a model without a chat template.
         """
-        if processes is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            processes = 0 if len(self) < 2 else min(len(self), cores)
-        workers = torch.utils.data.DataLoader(self, batch_size=None, num_workers=processes, collate_fn=_as_it_is)
-        digests: list[list[_Chunk]] = [[] for _ in self._parts]
-        with Progress(console=Console(stderr=True), disable=not shows_progress(), transient=True) as progress:
-            bar = progress.add_task("checking rows", total=self.rows)
-            for chunk in workers:
-                yield from chunk.findings
-                digests[chunk.part].append(chunk)
-                progress.advance(bar, len(chunk.rows))
-        for number, chunks in enumerate(digests):
-            yield from _unknown_fields(chunks)
-            rows, ids = np.concatenate([chunk.rows for chunk in chunks]), np.concatenate([chunk.ids for chunk in chunks])
-            earlier, same_id = _earlier(rows), _earlier(ids)
+        compared: list[Digests] = []
+        for number, part in enumerate(self._parts):
+            digests = np.zeros((2, len(part.rows)), np.uint64)
+            unread: dict[str, list[int]] = {}
+            checked = in_processes(partial(self._check, part), range(len(part.rows)), processes, "checking rows")
+            for position, (found, compare, fields) in enumerate(checked):
+                yield from found
+                digests[:, position] = compare
+                for name in fields:
+                    unread.setdefault(name, []).append(position)
+            for name, having in unread.items():
+                told = f"{len(having):,} rows have it, this one first"
+                yield finding(self._row_id(number, having[0]), name, "field_unknown", told)
+            earlier, same_id = map(_earlier, digests)
             same_id[earlier >= 0] = -1  # that a copied row has the same id says nothing new
             yield from self._repeated(number, "row", "duplicate_row", earlier)
             yield from self._repeated(number, "id", "duplicate_id", same_id)
-        yield from self._held_out([np.concatenate([chunk.rows for chunk in chunks]) for chunks in digests])
+            compared.append(digests[0])
+        yield from self._held_out(compared)
 
-    def __getitem__(self, index: int) -> _Chunk:
-        number = bisect_right(self._ends, range(len(self))[index])
-        part = self._parts[number]
-        first = (index - (self._ends[number - 1] if number else 0)) * CHUNK
+    def _check(self, part: _Part, position: int) -> tuple[list[Finding], tuple[int, int], list[str]]:
+        """Of a row what is found, digests of it and of its own id (0 where there is nothing to compare), and fields not read."""
+        try:
+            row_id, row = part.rows[position]
+        except RowError as error:
+            return [_of(error)], (0, 0), []
         found: list[Finding] = []
-        rows, ids = [], []
-        unknown: dict[str, tuple[int, str]] = {}
-        for position in range(first, min(first + CHUNK, part.count)):
-            row_digest = id_digest = 0
-            try:
-                row_id, row = part.rows[position]
-            except RowError as error:
-                found.append(_of(error))
-            else:
-                media = []
-                try:
-                    sample = part.reader.sample(row_id, row)
-                    media = sample.images
-                    found += self._sample(sample, row, part.reader.template.boxes is not None, part.held_out)
-                except RowError as error:
-                    found.append(_of(error))
-                row_digest, id_digest = _digest((row, [str(image) for image in media])), _id_digest(row)
-                for name in row.keys() - part.known:
-                    count, where = unknown.get(name, (0, row_id))
-                    unknown[name] = (count + 1, where)
-            rows.append(row_digest)
-            ids.append(id_digest)
-        return _Chunk(number, first, found, np.array(rows, np.uint64), np.array(ids, np.uint64), unknown)
+        media = []
+        try:
+            sample = part.reader.sample(row_id, row)
+            media = sample.images
+            found += self._sample(sample, row, part.reader.template.boxes is not None, part.held_out)
+        except RowError as error:
+            found.append(_of(error))
+        digests = _digest((row, [str(image) for image in media])), _id_digest(row)
+        return found, digests, [name for name in row if name not in part.known]
 
     def _sample(self, sample: Sample, row: Row, declared: bool, held_out: bool) -> Iterator[Finding]:
         images = sample.images
@@ -267,9 +236,7 @@ class Doctor(torch.utils.data.Dataset[_Chunk]):
             yield finding(sample.id, "messages", "nothing_supervised", f"none of {counts.tokens:,} tokens is an answer's")
         if not held_out and rules.max_tokens is not None and counts.tokens > rules.max_tokens:
             kind = "too_long" if rules.over_length == "error" else "too_long_by_policy"
-            yield finding(
-                sample.id, "messages", kind, f"{counts.tokens:,} tokens, more than data.max_tokens: {rules.max_tokens:,}"
-            )
+            yield finding(sample.id, "messages", kind, too_long(sample.id, counts.tokens, rules.max_tokens).detail)
 
     def _text(self, row_id: str, where: str, message: Message) -> Iterator[Finding]:
         text = text_of(message)
@@ -306,11 +273,7 @@ def _open(reader: Reader, held_out: bool) -> _Part:
     chosen_by = {name.split(".")[0] for name in reader.source.where or ()}
     # `__key__` is the reader's own.
     known = fields_read(reader.template) | chosen_by | {*ID_FIELDS, *BOX_FIELDS, "__key__"}
-    return _Part(reader, rows, min(len(rows), reader.source.limit or len(rows)), held_out, frozenset(known))
-
-
-def _as_it_is(chunk: Any) -> Any:
-    return chunk
+    return _Part(reader, rows, held_out, frozenset(known))
 
 
 def _of(error: RowError) -> Finding:
@@ -328,7 +291,7 @@ def guess_template(path: str) -> str:
     """
     scores: dict[str, tuple[int, float]] = {}
     unread = ""
-    for name in template_names():
+    for name in shipped_templates():
         template = load_data_template(name)
         try:
             rows = open_rows(path, rows=template.rows)
@@ -412,17 +375,6 @@ def _plain(value: Any) -> str:
 def _id_digest(row: Row) -> int:
     given = next((row[name] for name in ID_FIELDS if name in row), None)
     return _digest(given) if isinstance(given, (str, int)) and given != "" else 0
-
-
-def _unknown_fields(chunks: list[_Chunk]) -> Iterator[Finding]:
-    """One finding for a field that the template does not read, however many rows have it."""
-    total: dict[str, tuple[int, str]] = {}
-    for chunk in chunks:
-        for name, (count, where) in chunk.unknown.items():
-            earlier, first = total.get(name, (0, where))
-            total[name] = (earlier + count, first)
-    for name, (count, first) in total.items():
-        yield finding(first, name, "field_unknown", f"{count:,} rows have it, this one first")
 
 
 def _boxes(row_id: str, row: Row, size: tuple[int, int]) -> Iterator[Finding]:

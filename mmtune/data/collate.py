@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -18,9 +18,17 @@ ASIDE = ("row", "note")
 """What an encoded row carries besides tensors: its id, and what was done to its media."""
 
 
+class RowSize(NamedTuple):
+    """What a row brings into its batch: numbers of tokens, of supervised ones, and of values in `pixel_values`."""
+
+    tokens: int
+    supervised: int
+    pixels: int
+
+
 class Collator:
-    """Batches encoded samples. Beside the batch travel the rows' ids under `rows`, and under `faults` those that failed or whose
-    media were changed.
+    """Batches encoded samples. Beside the batch travel the rows' ids under `rows`, their sizes under `sizes`, without padding and
+    stand-ins, and under `faults` the rows that failed or whose media were changed.
 
     Args:
         pad_token_id: what fills shorter rows up.
@@ -39,12 +47,13 @@ class Collator:
         faults = [item for item in items if isinstance(item, UserError)] + [item["note"] for item in given if "note" in item]
         rows = [item["row"] for item in given if "row" in item]
         encoded = [{key: value for key, value in item.items() if key not in ASIDE} for item in given]
+        sizes = [_size(item) for item in encoded]
         if encoded and self._stand_in is not None and not any("pixel_values" in item for item in encoded):
             encoded.append(self._stand_in)
         batch: dict[str, Any] = {}
         if encoded:
             batch = pack(encoded) if self._packed else collate(encoded, self._pad_token_id)
-        return {**batch, "rows": rows, "faults": faults}
+        return {**batch, "rows": rows, "sizes": sizes, "faults": faults}
 
 
 def collate(encoded: list[dict[str, torch.Tensor]], pad_token_id: int, side: str = "right") -> dict[str, torch.Tensor]:
@@ -106,6 +115,11 @@ def pack(encoded: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     if "labels" in batch:
         batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, IGNORE_INDEX)
     return batch
+
+
+def _size(encoded: dict[str, torch.Tensor]) -> RowSize:
+    pixels = encoded["pixel_values"].numel() if "pixel_values" in encoded else 0
+    return RowSize(encoded["input_ids"].shape[1], int((encoded["labels"][:, 1:] != IGNORE_INDEX).sum()), pixels)
 
 
 def _keys(encoded: list[dict[str, torch.Tensor]]) -> list[str]:

@@ -60,7 +60,7 @@ class Samples(Sequence[Sample]):
         """
         self._readers = open_readers(sources)
         self._rows = [reader.open() for reader in self._readers]
-        self.counts = [min(len(rows), source.limit or len(rows)) for rows, source in zip(self._rows, sources, strict=True)]
+        self.counts = [len(rows) for rows in self._rows]
         self._ends = list(accumulate(self.counts))
         self.names = _names(sources)
 
@@ -108,7 +108,7 @@ class StreamedSamples:
 
 
 def _handles(reader: Reader) -> Iterator[Handle]:
-    return (partial(_parsed, reader, read) for read in islice(reader.stream(), reader.source.limit))
+    return (partial(_parsed, reader, read) for read in reader.stream())
 
 
 def _parsed(reader: Reader, read: Callable[[], tuple[str, Row]]) -> Sample:

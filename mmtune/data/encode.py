@@ -83,7 +83,7 @@ def _encode_text(
 ) -> EncodedText:
     tokenizer, template = processor.tokenizer, chat_template_of(processor)
     control = control_tokens(tokenizer, template).spelled
-    shown = _as_shown(sample_id, messages)
+    shown = as_shown(sample_id, messages)
     marked = any(spells(text_of(message), control) for message in shown)
     if marked:
         shown = [{**message, "content": mark(message["content"], control)} for message in shown]
@@ -130,8 +130,12 @@ def chat_template_of(processor: ProcessorMixin) -> str:
     return template
 
 
-def _as_shown(sample_id: str, messages: list[Message]) -> list[Message]:
-    """The messages as a chat template sees them: it asks whether a block has an image, and never reads one."""
+def as_shown(sample_id: str, messages: list[Message]) -> list[Message]:
+    """The messages as a chat template sees them: it asks whether a block has an image, and never reads one.
+
+    Raises:
+        RowError: media that cannot be encoded, or text that is not valid Unicode.
+    """
     shown = []
     for number, message in enumerate(messages):
         content: list[dict[str, str]] = []
@@ -228,7 +232,7 @@ def encode_sample(
     text = encode_text(sample.id, sample.messages, processor, replacements, supervise)
     length = len(text.input_ids)
     if max_tokens is not None and length > max_tokens:
-        raise OverLength(sample.id, "messages", f"{length} tokens, more than data.max_tokens: {max_tokens}")
+        raise too_long(sample.id, length, max_tokens)
     tensors = {**_per_token(processor, text), **media}
     unsupervised = ~torch.tensor([text.supervised])
     return {**tensors, "labels": tensors["input_ids"].masked_fill(unsupervised, IGNORE_INDEX)}
@@ -348,3 +352,8 @@ def check_chat_template(processor: ProcessorMixin) -> None:
 
 class OverLength(RowError):
     """A sample longer than `data.max_tokens`."""
+
+
+def too_long(row_id: str, tokens: int, max_tokens: int, tried: str = "") -> OverLength:
+    """The error of a row with so many tokens; `tried` says what did not make it fit."""
+    return OverLength(row_id, "messages", f"{tokens} tokens, more than data.max_tokens: {max_tokens}{tried}")

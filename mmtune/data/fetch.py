@@ -66,11 +66,6 @@ def is_public(address: Address) -> bool:
     return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
 
 
-def default_cache() -> Path:
-    """Where fetched media are kept: `~/.cache/mmtune/media`."""
-    return Path.home() / ".cache" / "mmtune" / "media"
-
-
 def fetch_media(url: str, cache: Path, limits: Limits = LIMITS, allowed: Callable[[Address], bool] = is_public) -> Path:
     """The image at a URL, as a file in the cache; fetched if it is not there.
 

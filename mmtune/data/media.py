@@ -19,8 +19,9 @@ from typing import Any, BinaryIO, cast
 
 from PIL import ExifTags, Image
 
-from mmtune.data.fetch import default_cache, fetch_media
+from mmtune.data.fetch import fetch_media
 from mmtune.data.findings import Unusable
+from mmtune.files import user_cache
 
 MAX_PIXELS = 89_478_485
 """Largest image that is opened: where Pillow warns of a decompression bomb."""
@@ -161,7 +162,7 @@ class MediaRules:
         root: where relative paths start, and what they may not lead out of.
         outside: whether files outside of `root` are allowed.
         urls: whether http and https URLs are fetched, within the limits of `fetch_media`.
-        cache: where they are kept; None is `default_cache()`.
+        cache: where they are kept; None is `~/.cache/mmtune/media`.
     """
 
     root: Path
@@ -200,7 +201,7 @@ def resolve_media(value: Any, rules: MediaRules) -> Media:
     if name[:8].lower().startswith(("http://", "https://")):
         if not rules.urls:
             raise Unusable("media_url", f"'{name[:100]}' is a URL; `allow_urls: true` in its source would fetch it")
-        return fetch_media(name, rules.cache or default_cache())
+        return fetch_media(name, rules.cache or user_cache("media"))
     return _from_path(name, rules)
 
 

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm import tqdm
 from transformers import ProcessorMixin
 
-from mmtune.console import shows_progress
 from mmtune.data.count import count_tokens, counts_by_arithmetic
 from mmtune.data.encode import Supervise
 from mmtune.data.message import RowError, Sample
-from mmtune.data.plan_cache import Arrays, PlanCache
+from mmtune.data.plan_cache import Arrays, PlanCache, beside, plan_key
+from mmtune.data.processes import in_processes
 from mmtune.data.shrink import Policy, fit
-from mmtune.errors import UserError
-
-CHUNK = 64
-"""Rows that a process counts at a time."""
-FEW = 256
-"""So few rows are counted in this process: others would take longer to start."""
-MOST_PROCESSES = 16
+from mmtune.recipe import DataSection
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Stamp = tuple[str, int, int]
@@ -100,7 +92,7 @@ def build_plan(
         processor: the model's, its chat template settled.
         supervise: the recipe's `data.supervise`.
         cache: where the plan is kept; None keeps nothing.
-        processes: how many count; None takes one for each core that this process may use, and none beside it for few rows.
+        processes: how many count, as `in_processes`.
 
     Raises:
         UserError: a processor whose tokens cannot be counted.
@@ -114,7 +106,7 @@ def build_plan(
         assert plan.media is not None
         stale = np.union1d(plan.media.stale_rows(), np.array(sorted(plan.faults), dtype=np.int64))
     counts_by_arithmetic(processor)  # found out once, here, and not in every process
-    found = counted_in_processes(partial(_count_row, samples, processor, supervise), stale, processes, "counting tokens")
+    found = in_processes(partial(_count_row, samples, processor, supervise), stale, processes, "counting tokens")
     plan, changed = _with_counts(plan, stale, found)
     kept = None
     if cache is not None:
@@ -124,13 +116,10 @@ def build_plan(
 
 
 def _count_row(samples: Sequence[Sample], processor: ProcessorMixin, supervise: Supervise, index: int) -> Any:
-    """Of one row its four numbers and the stamps of its media, or the error."""
-    try:
-        sample = samples[index]
-        stamps = [_stamp(_file_of(image)) for image in sample.images]  # before they are read
-        counts = count_tokens(sample, processor, supervise)
-    except UserError as error:
-        return error
+    """Of one row its four numbers and the stamps of its media."""
+    sample = samples[index]
+    stamps = [_stamp(_file_of(image)) for image in sample.images]  # before they are read
+    counts = count_tokens(sample, processor, supervise)
     return (counts.tokens, counts.media_tokens, counts.supervised, counts.images), stamps
 
 
@@ -275,7 +264,7 @@ def foretell(
     fits = partial(_fit_row, samples, processor, supervise, max_tokens, policy)
     dropped: list[int] = []
     fewer = images_dropped = smaller = images_resized = 0
-    for row, result in zip(longer.tolist(), counted_in_processes(fits, longer, processes, "fitting long rows"), strict=True):
+    for row, result in zip(longer.tolist(), in_processes(fits, longer, processes, "fitting long rows"), strict=True):
         if isinstance(result, RowError):
             dropped.append(row)
             lengths[row] = 0
@@ -286,64 +275,15 @@ def foretell(
     return Outcome(lengths, len(longer), dropped, fewer, images_dropped, smaller, images_resized)
 
 
+def plan_section(samples: Sequence[Sample], section: DataSection, processor: ProcessorMixin) -> tuple[Plan, Outcome]:
+    """The plan of a recipe's rows, kept beside them, and what the recipe's policy makes of it; raises as `build_plan`."""
+    cache = PlanCache(beside(section.train), plan_key(section.train, processor, section.supervise))
+    plan = build_plan(samples, processor, section.supervise, cache=cache)
+    return plan, foretell(plan, samples, processor, section.max_tokens, section.over_length, section.supervise)
+
+
 def _fit_row(
     samples: Sequence[Sample], processor: ProcessorMixin, supervise: Supervise, max_tokens: int, policy: Policy, index: int
 ) -> Any:
-    try:
-        fitted = fit(samples[index], processor, max_tokens, policy, supervise)
-    except UserError as error:
-        return error
+    fitted = fit(samples[index], processor, max_tokens, policy, supervise)
     return fitted.counts.tokens, fitted.dropped, fitted.resized
-
-
-# ---- in several processes
-
-
-class _Rows(torch.utils.data.Dataset[Any]):
-    """What a function makes of rows, for a data loader's processes."""
-
-    def __init__(self, work: Callable[[int], Any], rows: Numbers) -> None:
-        self._work, self._rows = work, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._work(int(self._rows[index]))
-
-
-def counted_in_processes(work: Callable[[int], Any], rows: Numbers, processes: int | None, what: str) -> Iterator[Any]:
-    """What `work` makes of each row, in order, with a progress bar where somebody watches.
-
-    Args:
-        work: from a row's number to what can be sent between processes.
-        rows: the rows' numbers.
-        processes: beside this one; None takes one for each core, and none for few rows.
-        what: the bar's words.
-
-    Raises:
-        UserError: what `work` returns of that kind, but for a RowError.
-    """
-    if processes is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        processes = min(cores, MOST_PROCESSES) if len(rows) > FEW and cores > 1 else 0
-    loader = torch.utils.data.DataLoader(
-        _Rows(work, rows),
-        batch_size=CHUNK,
-        num_workers=processes,
-        collate_fn=list,
-        worker_init_fn=_settle_process if processes else None,
-        generator=torch.Generator(),  # the loader draws a seed, and must not draw it from the run's
-    )
-    with tqdm(total=len(rows), desc=what, unit="row", disable=not shows_progress(), leave=False) as bar:
-        for chunk in loader:
-            bar.update(len(chunk))
-            for result in chunk:
-                if isinstance(result, UserError) and not isinstance(result, RowError):
-                    raise result  # the whole data set's, such as a processor that cannot be counted for
-                yield result
-
-
-def _settle_process(number: int) -> None:
-    """One thread each; and no word of the tokenizer's about having been forked."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -17,15 +17,14 @@ from transformers import ProcessorMixin
 
 from mmtune.data.count import processor_settings
 from mmtune.data.source import data_files, media_root_of
-from mmtune.files import replace_bytes
+from mmtune.data.template import shipped_templates
+from mmtune.files import replace_bytes, user_cache
 from mmtune.recipe import Source
-from mmtune.shipped import shipped_dir
 
 FORMAT = 1
 """Changes when counting or the file does, so that what an earlier version kept is not taken for this one's."""
-WHOLE = 64 * 2**20
-"""Data files up to so many bytes are known by their content; larger ones by size, time of change, beginning and end."""
-ENDS = 2**20
+READ = 256 * 2**20
+"""Bytes that are read at most to know all files of some sources."""
 DIGEST = 32
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -60,35 +59,39 @@ def plan_key(sources: Sequence[Source], processor: ProcessorMixin, supervise: st
 
 
 def signatures(sources: Sequence[Source]) -> dict[str, Any]:
-    """By name, what every file that sources name is known by: a small one's content, a large one's size, time and ends."""
-    return {name: known for source in sources for name, known in _signatures(source.model_dump(mode="json"))}
+    """By name, what every file that sources name is known by.
+
+    Of n files each has an n-th of `READ`. A file of no more bytes is known by its content; a larger one by size, time of change,
+    and as many bytes of its two ends together.
+    """
+    files = {file for source in sources for file in _files(source.model_dump(mode="json"))}
+    return {str(file): _signature(file, READ // len(files)) for file in files}
 
 
-def _signatures(given: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every file that a source names, wherever in its keys, with what it is known by."""
+def _files(given: Any, key: str = "") -> Iterator[Path]:
+    """Every file that a source names, wherever in its keys."""
     if isinstance(given, Mapping):
         for name, value in given.items():
-            yield from _signatures(value, str(name))
+            yield from _files(value, str(name))
     elif isinstance(given, list):
         for value in given:
-            yield from _signatures(value, key)
+            yield from _files(value, key)
     elif isinstance(given, str) and key != "media_root":
-        shipped = shipped_dir("data_templates") / f"{given}.yaml"
-        if key == "template" and shipped.is_file():
-            given = str(shipped)
+        if key == "template":
+            given = str(shipped_templates().get(given, given))
         is_file = os.path.isfile(given)  # noqa: PTH113  (any text may stand here, and Path raises on a long one)
-        files = [Path(given)] if is_file else data_files(given) if key == "path" else []
-        yield from ((str(file), _signature(file)) for file in files)
+        yield from [Path(given)] if is_file else data_files(given) if key == "path" else []
 
 
-def _signature(path: Path) -> Any:
+def _signature(path: Path, share: int) -> Any:
     status = path.stat()
     with path.open("rb") as file:
-        if status.st_size <= WHOLE:
+        if status.st_size <= share:
             return hashlib.file_digest(file, "blake2b").hexdigest()
-        first = file.read(ENDS)
-        file.seek(-ENDS, os.SEEK_END)
-        return [status.st_size, status.st_mtime_ns, _digest(first + file.read()).hex()]
+        ends = hashlib.blake2b(file.read(share // 2))
+        file.seek(-(share // 2), os.SEEK_END)
+        ends.update(file.read())
+        return [status.st_size, status.st_mtime_ns, ends.hexdigest()]
 
 
 def _digest(data: bytes) -> bytes:
@@ -110,7 +113,7 @@ class PlanCache:
     @property
     def places(self) -> list[Path]:
         """Where the file may be, the best place first."""
-        folders = [*([self.beside / ".mmtune"] if self.beside else []), Path.home() / ".cache" / "mmtune" / "plans"]
+        folders = [*([self.beside / ".mmtune"] if self.beside else []), user_cache("plans")]
         return [folder / f"{self.key}.plan" for folder in folders]
 
     def read(self) -> tuple[Arrays, dict[str, Any]] | None:

@@ -15,8 +15,7 @@ from mmtune.data.count import image_replacements, sizes_of
 from mmtune.data.dataset import Samples
 from mmtune.data.message import Sample
 from mmtune.data.packing import pack_lengths, packing_efficiency
-from mmtune.data.plan import Numbers, Outcome, Plan, build_plan, foretell
-from mmtune.data.plan_cache import PlanCache, beside, plan_key
+from mmtune.data.plan import Numbers, Outcome, Plan, plan_section
 from mmtune.data.shrink import fit
 from mmtune.recipe import DataSection
 
@@ -44,9 +43,7 @@ def plan_data(section: DataSection, processor: ProcessorMixin) -> tuple[dict[str
         UserError: data that cannot be read, or a processor whose tokens cannot be counted.
     """
     samples = Samples(section.train)
-    cache = PlanCache(beside(section.train), plan_key(section.train, processor, section.supervise))
-    plan = build_plan(samples, processor, section.supervise, cache=cache)
-    outcome = foretell(plan, samples, processor, section.max_tokens, section.over_length, section.supervise)
+    plan, outcome = plan_section(samples, section, processor)
     figures = plan_figures(plan, outcome, section)
     lengths = samples, outcome.lengths
     if not figures["rows_trained"]:

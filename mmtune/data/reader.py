@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,19 @@ class Reader:
         self._shots = None if source.shots is None else _Shots(source, source.shots, name)
 
     def open(self) -> Rows:
-        """The rows by index; those that `where` asks for."""
+        """The rows by index; of those that `where` asks for, the first `limit`."""
         rows = open_rows(self.source.path, self._name, rows=self.template.rows)
-        if not self.source.where:
-            return rows
-        chosen = [index for index in range(len(rows)) if self._wanted(partial(rows.__getitem__, index))]
-        if not chosen:
-            raise UserError(f"{self.source.path}: no row has {_spelt(self.source.where)}")
-        return Chosen(rows, chosen)
+        chosen: Sequence[int] = range(len(rows))
+        if self.source.where:
+            chosen = [index for index in chosen if self._wanted(partial(rows.__getitem__, index))]
+            if not chosen:
+                raise UserError(f"{self.source.path}: no row has {_spelt(self.source.where)}")
+        return _Chosen(rows, chosen[: self.source.limit])
 
     def stream(self) -> Iterator[Item]:
-        """The rows in turn, each parsed when it is called for; with `where`, parsed once more to be chosen."""
-        for parse in stream_rows(self.source.path, self._name, rows=self.template.rows):
-            if not self.source.where or self._wanted(parse):
-                yield parse
+        """The same rows in turn, each parsed when it is called for; with `where`, parsed once more to be chosen."""
+        rows = stream_rows(self.source.path, self._name, rows=self.template.rows)
+        return islice(filter(self._wanted, rows) if self.source.where else rows, self.source.limit)
 
     def sample(self, row_id: str, row: Row) -> Sample:
         """The sample of a row, its few-shot examples before it.
@@ -81,10 +81,10 @@ class Reader:
         return all(_is_among(lookup(row, field), value) for field, value in (self.source.where or {}).items())
 
 
-class Chosen:
+class _Chosen:
     """Some of the rows of a file, by index, under their own ids."""
 
-    def __init__(self, rows: Rows, chosen: list[int]) -> None:
+    def __init__(self, rows: Rows, chosen: Sequence[int]) -> None:
         self._rows = rows
         self._chosen = chosen
 
@@ -199,6 +199,7 @@ def _source_of(source: Source, shots: Shots) -> Source:
         "media_root": shots.media_root or (source.media_root if own else None),
         "join": shots.join or (source.join if own else None),
         "where": shots.where,
+        "limit": None,
         "shots": None,
         "system": None,
     }

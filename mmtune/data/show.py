@@ -18,11 +18,12 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from mmtune.chat_rendering import render_prompt
 from mmtune.data.count import sample_replacements
 from mmtune.data.dataset import open_readers
-from mmtune.data.encode import OverLength, encode_text
+from mmtune.data.encode import OverLength, as_shown, chat_template_of, encode_text
 from mmtune.data.media import Media, open_image
-from mmtune.data.message import RowError, Sample
+from mmtune.data.message import RowError, Sample, split_question
 from mmtune.data.shrink import fit
 from mmtune.errors import UserError
 from mmtune.recipe import DataSection, Source
@@ -91,8 +92,7 @@ def find_sample(train: Sequence[Source], held_out: Sequence[Source], row_id: str
     example = ""
     for reader in (*open_readers(train), *open_readers(held_out)):
         rows = reader.open()
-        count = min(len(rows), reader.source.limit or len(rows))
-        for index in _likely_first(row_id, count):
+        for index in _likely_first(row_id, len(rows)):
             try:
                 found, row = rows[index]
             except RowError as error:
@@ -141,17 +141,9 @@ def view_sample(sample: Sample, processor: ProcessorMixin, section: DataSection)
     ]
     texts = token_texts(processor.tokenizer, encoded.input_ids)
     tokens = [Token(*each) for each in zip(encoded.input_ids, texts, kinds, strict=True)]
-    return View(sample, tokens, rendered_prompt(sample, processor), notes)
-
-
-def rendered_prompt(sample: Sample, processor: ProcessorMixin) -> str:
-    """What the model is given to answer the last question: the rendered text, one placeholder for an image."""
-    last = max(number for number, message in enumerate(sample.messages) if message["role"] == "assistant")
-    bare = [
-        {**message, "content": [block if block["type"] == "text" else {"type": block["type"]} for block in message["content"]]}
-        for message in sample.messages[:last]
-    ]
-    return str(processor.apply_chat_template(bare, tokenize=False, add_generation_prompt=True))
+    question = as_shown(sample.id, split_question(sample)[0])
+    prompt = render_prompt(question, chat_template_of(processor), processor.tokenizer)
+    return View(sample, tokens, prompt, notes)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from transformers import ProcessorMixin
 
 from mmtune.data.count import Counts, Size, count_tokens, image_replacements, sample_replacements, sizes_of
-from mmtune.data.encode import OverLength, Supervise
+from mmtune.data.encode import Supervise, too_long
 from mmtune.data.findings import kind_of
 from mmtune.data.message import Message, RowError, Sample
 
@@ -70,11 +70,7 @@ def fit(
         return _with_fewer_images(sample, processor, max_tokens, counts, supervise)
     if policy == "shrink_media":
         return _with_smaller_images(sample, processor, max_tokens, counts, supervise)
-    raise OverLength(sample.id, "messages", _too_long(counts.tokens, max_tokens))
-
-
-def _too_long(tokens: int, max_tokens: int) -> str:
-    return f"{tokens} tokens, more than data.max_tokens: {max_tokens}"
+    raise too_long(sample.id, counts.tokens, max_tokens)
 
 
 # ---- fewer images
@@ -97,13 +93,12 @@ def _with_fewer_images(
 ) -> FittedSample:
     """The largest image goes first, so that the fewest go. Of equally large ones those of earlier turns go first, and in a turn
     the last. An image that is all that its turn says stays."""
-    whole = counts.tokens
     fitted = FittedSample(sample, counts)
     while fitted.counts.tokens > max_tokens:
         place = _next_to_drop(fitted.sample, processor)
         if place is None:
-            told = f"{_too_long(whole, max_tokens)}, and {fitted.counts.tokens} without the images that could be dropped"
-            raise OverLength(sample.id, "messages", told if fitted.dropped else _too_long(whole, max_tokens))
+            tried = f", and {fitted.counts.tokens} without the images that could be dropped" * bool(fitted.dropped)
+            raise too_long(sample.id, counts.tokens, max_tokens, tried)
         fewer = replace(fitted.sample, messages=drop_media(fitted.sample.messages, place))
         fitted = FittedSample(fewer, count_tokens(fewer, processor, supervise), fitted.dropped + 1)
     return fitted
@@ -144,8 +139,7 @@ def _with_smaller_images(
     while True:
         smaller = shrink_to_fit(sizes, processor, budget)
         if smaller is None:
-            told = f"{_too_long(counts.tokens, max_tokens)}, and no smaller images make it fit"
-            raise OverLength(sample.id, "messages", told)
+            raise too_long(sample.id, counts.tokens, max_tokens, ", and no smaller images make it fit")
         fitted = replace(sample, messages=with_sizes(sample.messages, smaller))
         now = count_tokens(fitted, processor, supervise)
         if now.tokens <= max_tokens:

@@ -162,9 +162,9 @@ def _with_article(kind: str) -> str:
     return "audio" if kind == "audio" else f"an {kind}" if kind == "image" else f"a {kind}"
 
 
-def template_names() -> list[str]:
-    """Names of the shipped data templates."""
-    return sorted(path.stem for path in shipped_dir("data_templates").glob("*.yaml"))
+def shipped_templates() -> dict[str, Path]:
+    """The shipped data templates by name (the file's name without `.yaml`), in the order of their names."""
+    return {file.stem: file for file in sorted(shipped_dir("data_templates").glob("*.yaml"))}
 
 
 def load_data_template(name: str) -> DataTemplate:
@@ -178,7 +178,7 @@ def load_data_template(name: str) -> DataTemplate:
         if not path.is_file():
             raise UserError(f"data template {path}: no such file")
     else:
-        shipped = {file.stem: file for file in sorted(shipped_dir("data_templates").glob("*.yaml"))}
+        shipped = shipped_templates()
         if name not in shipped:
             raise UserError(f"data template '{name}' is not one of those that ship{nearest(name, set(shipped))}")
         path = shipped[name]

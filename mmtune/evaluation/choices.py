@@ -15,7 +15,7 @@ from mmtune.console import shows_progress
 from mmtune.data.collate import collate
 from mmtune.data.encode import IGNORE_INDEX, encode_sample
 from mmtune.data.message import RowError, Sample, split_question
-from mmtune.model.compute import as_trained, to_model, virtual_tokens
+from mmtune.model.compute import as_trained, in_eval_mode, to_model, virtual_tokens
 
 
 def check_choices(sample: Sample) -> None:
@@ -49,20 +49,15 @@ def score_choices(
     """
     for sample in samples:
         check_choices(sample)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     candidates = [(place, number) for place, sample in enumerate(samples) for number in range(len(sample.choices))]
     candidates.sort(key=lambda item: _characters(samples[item[0]], item[1]))
     scores: dict[tuple[int, int], float] = {}
     starts = range(0, len(candidates), batch_size)
-    try:
+    with in_eval_mode(model):
         for start in tqdm(starts, desc="scoring", unit="batch", disable=not shows_progress(), leave=False):
             chosen = candidates[start : start + batch_size]
             encoded = [_encoded(samples[place], samples[place].choices[number], processor) for place, number in chosen]
             scores.update(zip(chosen, _log_likelihoods(model, encoded, processor.tokenizer.pad_token_id), strict=True))
-    finally:
-        for module, training in modes:
-            module.training = training
     return [tuple(scores[place, number] for number in range(len(sample.choices))) for place, sample in enumerate(samples)]
 
 

@@ -22,7 +22,7 @@ from mmtune.data.message import Sample, split_question, text_of
 from mmtune.errors import UserError
 from mmtune.evaluation.choices import check_choices, likeliest, score_choices
 from mmtune.evaluation.metrics import exact_match, final_answer, majority_accuracy, wilson_interval
-from mmtune.model.compute import as_trained, to_model, virtual_tokens
+from mmtune.model.compute import as_trained, in_eval_mode, to_model, virtual_tokens
 from mmtune.recipe import EvaluateSection
 from mmtune.world import ALONE, World
 
@@ -64,23 +64,19 @@ def generate_answers(
         batch_size: questions answered at once; of equal length first, so that little is padded.
     """
     tokenizer = processor.tokenizer
-    modes = [(module, module.training) for module in model.modules()]  # a frozen tower may be in eval mode alone
-    model.eval()
     answers: dict[int, str] = {}
     order = sorted(range(len(samples)), key=lambda index: sum(len(text_of(m)) for m in samples[index].messages[:-1]))
-    for start in tqdm(
-        range(0, len(order), batch_size), desc="answering", unit="batch", disable=not shows_progress(), leave=False
-    ):
-        chosen = order[start : start + batch_size]
-        prompts = {i: encode_prompt(samples[i].id, split_question(samples[i])[0], processor) for i in chosen}
-        for group in _together(model, prompts):
-            batch = to_model(model, collate([prompts[i] for i in group], tokenizer.pad_token_id, side="left"))
-            with torch.inference_mode(), as_trained(model):
-                output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
-            texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            answers.update(zip(group, texts, strict=True))
-    for module, training in modes:
-        module.training = training
+    starts = range(0, len(order), batch_size)
+    with in_eval_mode(model):
+        for start in tqdm(starts, desc="answering", unit="batch", disable=not shows_progress(), leave=False):
+            chosen = order[start : start + batch_size]
+            prompts = {i: encode_prompt(samples[i].id, split_question(samples[i])[0], processor) for i in chosen}
+            for group in _together(model, prompts):
+                batch = to_model(model, collate([prompts[i] for i in group], tokenizer.pad_token_id, side="left"))
+                with torch.inference_mode(), as_trained(model):
+                    output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
+                texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+                answers.update(zip(group, texts, strict=True))
     return [answers[index] for index in range(len(samples))]
 
 

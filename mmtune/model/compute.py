@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,18 @@ def as_trained(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     if half is None or not any(dtype == torch.float32 for dtype, _ in kinds):
         return contextlib.nullcontext()
     return torch.autocast(half[1], dtype=half[0])
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and each module's own mode again behind: a frozen tower may be in eval mode alone."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def virtual_tokens(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mmtune.errors import UserError
-from mmtune.model.compute import as_trained, to_model
+from mmtune.model.compute import as_trained, in_eval_mode, to_model
 
 MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 """Families whose tokens have three positions: time, height and width. Masks are made from a fourth, the place in the text."""
@@ -103,15 +103,9 @@ def prove_packing(model: nn.Module, packed: dict[str, Any], singles: list[dict[s
     Raises:
         UserError: when they differ by more than the tolerance, relative to the size of the logits.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), as_trained(model):
-            together = _supervised_logits(model, packed)
-            alone = torch.cat([_supervised_logits(model, single) for single in singles])
-    finally:
-        for module, training in modes:
-            module.training = training
+    with in_eval_mode(model), torch.no_grad(), as_trained(model):
+        together = _supervised_logits(model, packed)
+        alone = torch.cat([_supervised_logits(model, single) for single in singles])
     tolerance = FULL_TOLERANCE if together.dtype == torch.float32 else HALF_TOLERANCE
     difference = float((together.double() - alone.double()).norm() / alone.double().norm())
     if not difference <= tolerance:

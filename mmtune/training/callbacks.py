@@ -6,7 +6,6 @@ import json
 import math
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,23 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmtune.errors import CheckFailed
+from mmtune.training.progress import as_time
 from mmtune.world import World
 
 
 class RecordMetrics(TrainerCallback):
-    """Appends every log of the Trainer to `metrics.jsonl`, with the time and the rate of tokens, and shows it."""
+    """Appends every log of the Trainer to `metrics.jsonl`, and shows it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._bar: tqdm[Any] | None = None
-        self._start = 0.0
-        self._tokens_seen = 0.0
-        self._first_step = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._start = self._last = time.perf_counter()
-        self._first_step, self._tokens_seen = state.global_step, float(state.num_input_tokens_seen)
         if state.is_world_process_zero:
             self._path.touch()
         if state.is_world_process_zero and not args.disable_tqdm and sys.stderr.isatty():
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", dynamic_ncols=True)
+            layout = "{n_fmt}/{total_fmt} |{bar:6}|{postfix}"
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format=layout, dynamic_ncols=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
@@ -53,40 +49,35 @@ class RecordMetrics(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         if state.is_world_process_zero:
-            self._record(args, state, logs)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            if self._bar is not None:
+                self._bar.set_postfix_str(shown(logs))
+            elif not args.disable_tqdm:
+                print(f"step {state.global_step}/{state.max_steps}  {shown(logs)}", flush=True)
         if not math.isfinite(logs["loss"]):  # the mean over the processes, so that all of them end
             raise CheckFailed(
                 f"the loss is {logs['loss']} at step {state.global_step}; lower the learning rate or look at the data"
             )
 
-    def _record(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> None:
-        now = time.perf_counter()
-        tokens = float(state.num_input_tokens_seen)
-        record = {
-            "step": state.global_step,
-            "epoch": logs.get("epoch"),
-            "loss": logs["loss"],
-            "learning_rate": logs["learning_rate"],
-            "grad_norm": logs.get("grad_norm"),
-            "tokens": int(tokens),
-            "tokens_per_second": round((tokens - self._tokens_seen) / max(now - self._last, 1e-9), 1),
-            "seconds": round(now - self._start, 3),
-            **{name: value for name, value in logs.items() if name.startswith("loss/")},
-        }
-        self._last, self._tokens_seen = now, tokens
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        shown = f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s"
-        if self._bar is not None:
-            self._bar.set_postfix_str(shown)
-        elif not args.disable_tqdm:
-            done = max(state.global_step - self._first_step, 1)
-            left = (now - self._start) / done * (state.max_steps - state.global_step)
-            print(f"step {state.global_step}/{state.max_steps}  {shown}  {left:.0f} s left", flush=True)
-
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def shown(logs: dict[str, Any]) -> str:
+    """A log's figures in one short line."""
+    memory = logs.get("accelerator_memory_mb") or logs["resident_memory_mb"]
+    figures = [
+        f"loss {logs['loss']:.4f}",
+        f"lr {logs['learning_rate']:.1e}",
+        f"{logs['tokens_per_second']:,.0f} tokens/s",
+        f"wait {logs['data_wait']:.0%}",
+        *([f"MFU {logs['mfu']:.0%}"] if "mfu" in logs else []),
+        f"{memory / 1e3:.1f} GB",
+        f"{as_time(logs['seconds_left'])} left",
+    ]
+    return "  ".join(figures)
 
 
 class FrozenInputsStayFrozen(TrainerCallback):

@@ -18,9 +18,8 @@ from transformers import TrainingArguments
 from mmtune.data.batches import Batches, Mixture
 from mmtune.data.collate import ASIDE, Collator, collate, pack
 from mmtune.data.dataset import OTHER_POLICIES, Encoder, Handle, Samples, StreamedSamples, TrainingSet
-from mmtune.data.encode import OverLength
-from mmtune.data.plan import build_plan, foretell
-from mmtune.data.plan_cache import PlanCache, beside, plan_key
+from mmtune.data.encode import too_long
+from mmtune.data.plan import plan_section
 from mmtune.data.report import DataReport
 from mmtune.data.stream import SampleStream
 from mmtune.errors import UserError
@@ -50,15 +49,12 @@ def plan_rows(samples: Samples, recipe: Recipe, report: DataReport, world: World
     found = None
     if world.first:
         section = recipe.data
-        processor = load_bare_processor(recipe.model)
-        cache = PlanCache(beside(section.train), plan_key(section.train, processor, section.supervise))
-        plan = build_plan(samples, processor, section.supervise, cache=cache)
-        outcome = foretell(plan, samples, processor, section.max_tokens, section.over_length, section.supervise)
-        limit = f"more than data.max_tokens: {section.max_tokens}"
-        too_long = [OverLength(samples[row].id, "messages", f"{plan.tokens[row]} tokens, {limit}") for row in outcome.dropped]
-        if too_long and section.over_length == "error":
-            raise UserError(f"{len(too_long)} rows are too long, the first: {too_long[0]} ({OTHER_POLICIES})")
-        found = outcome.lengths, [*plan.faults.values(), *too_long]
+        plan, outcome = plan_section(samples, section, load_bare_processor(recipe.model))
+        limit = section.max_tokens or 0  # without one no row is dropped
+        longer = [too_long(samples[row].id, int(plan.tokens[row]), limit) for row in outcome.dropped]
+        if longer and section.over_length == "error":
+            raise UserError(f"{len(longer)} rows are too long, the first: {longer[0]} ({OTHER_POLICIES})")
+        found = outcome.lengths, [*plan.faults.values(), *longer]
     lengths, faults = next(each for each in world.gather(found) if each is not None)
     for fault in faults:
         report.add(fault)
@@ -162,8 +158,7 @@ def first_batches(
 
     Rows that fail are left out. They are the same in every layout, which so starts alike.
     """
-    encoded = (encoder(handle) for handle in samples.some(size * count))
-    usable = (_tensors(row) for row in encoded if not isinstance(row, UserError))
+    usable = _usable(samples, encoder, size * count)
     while rows := list(islice(usable, size)):
         yield collate(rows, pad_token_id)
 
@@ -175,13 +170,13 @@ def prove_packed_rows(model: nn.Module, samples: Samples, encoder: Encoder, pad_
         UserError: the model is known not to keep packed samples apart, or is seen not to.
     """
     check_packable(model)
-    encoded = (encoder(handle) for handle in samples.some(64))
-    usable = [_tensors(row) for row in encoded if not isinstance(row, UserError)]
-    chosen = sorted(usable, key=lambda row: ("pixel_values" not in row, row["input_ids"].shape[1]))[:3]
+    chosen = sorted(_usable(samples, encoder, 64), key=lambda row: ("pixel_values" not in row, row["input_ids"].shape[1]))[:3]
     if len(chosen) > 1:
         prove_packing(model, pack(chosen), [collate([row], pad_token_id) for row in chosen])
 
 
-def _tensors(row: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What the model takes of an encoded row."""
-    return {key: value for key, value in row.items() if key not in (*ASIDE, "source_ids")}
+def _usable(samples: Samples | StreamedSamples, encoder: Encoder, count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """What the model takes of up to `count` rows from all over the data, less those that fail."""
+    encoded = (encoder(handle) for handle in samples.some(count))
+    for row in (row for row in encoded if not isinstance(row, UserError)):
+        yield {key: value for key, value in row.items() if key not in (*ASIDE, "source_ids")}

@@ -26,6 +26,7 @@ from mmtune.model.compute import virtual_tokens
 from mmtune.model.packing import packed_inputs
 from mmtune.model.sharded import to_save
 from mmtune.training.checkpoint import keep_checkpoint
+from mmtune.training.progress import Progress
 from mmtune.world import ALONE, World
 
 
@@ -129,6 +130,8 @@ class TuningTrainer(Trainer):
         self._data_files = dict(data_files or {})
         # Of each source since the last log: its summed loss and its number of supervised tokens.
         self._source_sums = torch.zeros(len(source_names), 2, dtype=torch.float64)
+        self._progress = Progress(self.model, self.args, world)
+        self.add_callback(self._progress)
 
     def compute_loss(
         self,
@@ -141,7 +144,7 @@ class TuningTrainer(Trainer):
         plain = self.accelerator.unwrap_model(model)
         sources = inputs.pop("source_ids", None)
         scored = score_supervised_only(packed_inputs(plain, inputs), virtual_tokens(plain))
-        with shared_regularization(plain, self._passes):
+        with shared_regularization(plain, self._passes), self._progress.learning(scored):
             loss, outputs = super().compute_loss(model, scored, True, num_items_in_batch)
         if sources is not None:
             kept = nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:] != IGNORE_INDEX
@@ -164,13 +167,18 @@ class TuningTrainer(Trainer):
             self._source_sums[:, 1].index_add_(0, sources[piece].cpu(), torch.ones_like(losses))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's log, with `loss/SOURCE` of each source that had supervised tokens since the last one."""
-        if "loss" in logs and self._source_names:
-            sums = torch.stack(self._world.gather(self._source_sums)).sum(dim=0)
-            self._source_sums.zero_()
-            for name, (loss, tokens) in zip(self._source_names, sums.tolist(), strict=True):
-                if tokens:
-                    logs[f"loss/{name}"] = loss / tokens
+        """The Trainer's log, with the figures of `Progress`, and `loss/SOURCE` of each source that had supervised tokens since.
+
+        Whatever shows, keeps or reports the run's figures has them from here.
+        """
+        if "loss" in logs:
+            logs.update(self._progress.figures(self.state))
+            if self._source_names:
+                sums = torch.stack(self._world.gather(self._source_sums)).sum(dim=0)
+                self._source_sums.zero_()
+                for name, (loss, tokens) in zip(self._source_names, sums.tolist(), strict=True):
+                    if tokens:
+                        logs[f"loss/{name}"] = loss / tokens
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -216,6 +224,7 @@ class TuningTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's checkpoint, which has its name only when all of it is there."""
+        self._progress.count_tokens(self.state)
         super()._save_checkpoint(model, trial)
         self._world.wait()
         if self._world.first:
@@ -242,7 +251,8 @@ class TuningTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
         """The next step's batches, with rows that failed counted and, past the recipe's bound, the run stopped."""
-        batches = list(islice(epoch_iterator, num_batches))
+        with self._progress.waiting():
+            batches = list(islice(epoch_iterator, num_batches))
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
@@ -253,6 +263,8 @@ class TuningTrainer(Trainer):
             for fault in itertools.chain.from_iterable(self._world.gather(faults)):
                 self._data_report.add(fault)
             self._data_report.stop_past(self._max_bad_fraction)
+        for batch in batches:
+            self._progress.add(batch.pop("sizes"), "pixel_values" in batch)
         usable = [batch or dict(self._unscored) for batch in batches]
         count = self._get_num_items_in_batch(usable, device)
         self.supervised += int(count)

@@ -125,11 +125,8 @@ def _with_adapter(model: PreTrainedModel, config: PeftConfig, batches: Iterable[
         preprocess_loraga(model, config, gradients)
     tuned = get_peft_model(model, config)
     if init == "eva":
-        was_training = tuned.training
-        tuned.eval()
         with runnable(tuned):
             initialize_lora_eva_weights(tuned, [to_model(tuned, batch) for batch in batches], show_progress_bar=False)
-        tuned.train(was_training)
     return tuned
 
 

@@ -57,6 +57,8 @@ INSTRUCTION = (
     "{% else %}{{ '[INST]' }}{% for b in m.content %}{{ b.text if b.type == 'text' else '[IMG]' }}{% endfor %}{{ '[/INST]' }}"
     "{% endif %}{% endfor %}"
 )
+SIDE = 56
+"""Pixels of a LLaVA's square image."""
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -100,44 +102,34 @@ def _chatml(image: str) -> str:
     return TURNS.format(image=image)
 
 
-def llava() -> tf.ProcessorMixin:
-    images = tf.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    return tf.LlavaProcessor(
-        images,
+def _llava(kind: type[tf.ProcessorMixin], images: Callable[..., Any], **settings: Any) -> tf.ProcessorMixin:
+    return kind(
+        images(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, **settings),
         byte_level((*CHATML, "<image>"), pad_token="<|endoftext|>", eos_token="<|im_end|>"),
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=_chatml("<image>\n"),
     )
+
+
+def llava() -> tf.ProcessorMixin:
+    return _llava(tf.LlavaProcessor, tf.CLIPImageProcessor)
 
 
 def llava_next() -> tf.ProcessorMixin:
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-    side = 56
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_grid_pinpoints=[[side * h, side * w] for h, w in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))],
-    )
-    return tf.LlavaNextProcessor(
-        images,
-        byte_level((*CHATML, "<image>"), pad_token="<|endoftext|>", eos_token="<|im_end|>"),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=_chatml("<image>\n"),
-    )
+    tiles = [[SIDE * h, SIDE * w] for h, w in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+    return _llava(tf.LlavaNextProcessor, LlavaNextImageProcessorPil, image_grid_pinpoints=tiles)
 
 
 def llava_onevision() -> tf.ProcessorMixin:
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-    side = 56
     images = LlavaOnevisionImageProcessorPil(
-        size={"height": side, "width": side},
-        image_grid_pinpoints=[[side * h, side * w] for h in range(1, 7) for w in range(1, 7)],
+        size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=[[SIDE * h, SIDE * w] for h in range(1, 7) for w in range(1, 7)],
     )
     return tf.LlavaOnevisionProcessor(
         images,

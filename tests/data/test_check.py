@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import io
 import json
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmtune.cli import entry_point
-from mmtune.data import check
+from mmtune.data import check, processes
 from mmtune.data.check import Doctor, Rules, Summary, guess_template
 from mmtune.data.encode import encode_sample
 from mmtune.data.findings import KINDS, Finding
@@ -24,7 +25,7 @@ from mmtune.data.media import MediaRules, open_image
 from mmtune.data.message import RowError
 from mmtune.data.prompts import Prompting
 from mmtune.data.reader import Reader
-from mmtune.data.template import load_data_template, template_names
+from mmtune.data.template import load_data_template, shipped_templates
 from mmtune.errors import UserError
 from mmtune.recipe import Source
 
@@ -97,8 +98,18 @@ def test_decoding_finds_the_rest(corpus: Source) -> None:
 def test_rows_are_checked_in_several_processes_as_in_one(
     corpus: Source, findings: dict[str, list[Finding]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "CHUNK", 16)
+    monkeypatch.setattr(processes, "CHUNK", 16)
     assert by_row(Doctor([corpus]).findings(processes=2)) == findings
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_what_is_wrong_with_the_model_ends_the_check_with_its_reason_alone(
+    corpus: Source, untrained: tuple[Any, Any], others: int
+) -> None:
+    processor = copy.deepcopy(untrained[1])
+    processor.chat_template = None
+    with pytest.raises(UserError, match=r"^model: its processor has no chat template; name one with model\.chat_template$"):
+        list(Doctor([corpus], rules=Rules(processor)).findings(processes=others))
 
 
 # ------------------------------------------------------------------------------------------------------- between the rows
@@ -148,7 +159,7 @@ def test_a_field_that_nobody_reads_is_told_once(tmp_path: Path) -> None:
     assert "2 rows" in found[0].detail
 
 
-@pytest.mark.parametrize("name", template_names())
+@pytest.mark.parametrize("name", shipped_templates())
 def test_a_template_knows_the_fields_that_it_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A field that is not among them can go, and the sample stays the same."""
     monkeypatch.setattr("mmtune.data.conversation.resolve_media", lambda value, rules: Path(str(value)))

@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmtune.cli import entry_point
+from mmtune.data import plan_cache
 from mmtune.data.dataset import Samples
 from mmtune.data.encode import encode_sample
 from mmtune.data.message import RowError
 from mmtune.data.packing import pack_lengths, packing_efficiency
 from mmtune.data.plan import Plan, build_plan, foretell
-from mmtune.data.plan_cache import PlanCache, beside, plan_key
+from mmtune.data.plan_cache import PlanCache, beside, plan_key, signatures
 from mmtune.data.plan_report import histogram, plan_figures
 from mmtune.data.shrink import fit
 from mmtune.errors import UserError
@@ -210,6 +211,25 @@ def test_every_file_of_a_pattern_is_part_of_the_key(data: Path) -> None:
     assert beside([source]) == data.parent
     (data.parent / "more1.jsonl").write_bytes(data.read_bytes() + b"{}\n")
     assert plan_key([source], processor, "all") != before
+
+
+def test_of_files_too_large_to_be_read_whole_the_time_and_the_ends_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    source = Source(path=str(tmp_path / "*.jsonl"), template="llava")
+    monkeypatch.setattr(plan_cache, "READ", 3 * 16)  # the template is the third file
+
+    def known(content: bytes, time: int) -> list[Any]:
+        for path, holds in ((small, b"x" * 16), (large, content)):
+            path.write_bytes(holds)
+            os.utime(path, (time, time))
+        found = signatures([source])
+        assert len(found) == 3
+        return [found[str(path)] for path in (small, large)]
+
+    before = known(b"first, middle, last", 1)
+    assert known(b"first, middle, last", 1) == before
+    for content, time in ((b"first, middle, last", 2), (b"first, middle, LAST", 1), (b"FIRST, middle, last", 1)):
+        assert known(content, time)[0] == before[0] and known(content, time)[1] != before[1]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])

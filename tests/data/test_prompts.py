@@ -170,6 +170,9 @@ def test_rows_are_chosen_under_their_own_ids(tmp_path: Path, where: dict[str, An
     reader = Reader(_source(tmp_path, where=where))
     assert [sample.id for sample in _all(reader)] == [f"rows.json[{n}]" for n in chosen]
     assert [parse()[1]["id"] for parse in reader.stream()] == chosen
+    first = Reader(_source(tmp_path, where=where, limit=1))
+    assert [sample.id for sample in _all(first)] == [f"rows.json[{chosen[0]}]"]
+    assert [parse()[1]["id"] for parse in first.stream()] == chosen[:1]
 
 
 def test_no_row_chosen_is_an_error(tmp_path: Path) -> None:
@@ -191,6 +194,7 @@ def test_few_shot_examples_are_other_rows_of_the_same_file(tmp_path: Path) -> No
         assert all(int(question[1:]) % 3 for question in questions)
         used.update(questions)
     assert len(used) == 8  # every row of the split serves
+    assert _all(Reader(source.model_copy(update={"limit": 2}))) == samples[:2]  # and so it does beside fewer rows
     other = _all(Reader(source.model_copy(update={"seed": 1})))
     assert [_texts(sample)[-1] for sample in other] == [_texts(sample)[-1] for sample in samples] and other != samples
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from transformers import AutoModelForImageTextToText, Gemma3Config, Lfm2VlConfig, PaliGemmaConfig, TrainingArguments
 
 from mmtune.data.batches import Batches, Mixture
-from mmtune.data.collate import Collator, collate, pack
+from mmtune.data.collate import Collator, RowSize, collate, pack
 from mmtune.data.report import DataReport
 from mmtune.errors import UserError
 from mmtune.methods.gated_prefix import GatedPrefixConfig
@@ -120,10 +120,10 @@ def test_a_step_over_a_packed_row_is_the_step_over_a_padded_batch(tmp_path: Path
             per_device_train_batch_size=4,
             optim="sgd",
             max_grad_norm=0,
+            logging_steps=1,
             learning_rate=0.1,
             remove_unused_columns=False,
             label_names=["labels"],
-            include_num_input_tokens_seen="non_padding",
             save_strategy="no",
         )
         trainer = TuningTrainer(
@@ -286,7 +286,8 @@ def test_the_collator_packs_rows_and_sets_faults_beside_them() -> None:
     image = {**encoded[0], "labels": torch.full_like(encoded[0]["labels"], -100)}
     batch = Collator(PAD, stand_in=image, packed=True)([encoded[1]])
     assert batch.pop("faults") == batch.pop("rows") == []
+    assert batch.pop("sizes") == [RowSize(encoded[1]["input_ids"].shape[1], supervised([encoded[1]]), 0)]
     expected = pack([encoded[1], image])
     assert batch.keys() == expected.keys()
     assert all(torch.equal(batch[key], expected[key]) for key in expected)
-    assert Collator(PAD, packed=True)([]) == {"faults": [], "rows": []}
+    assert Collator(PAD, packed=True)([]) == {"faults": [], "rows": [], "sizes": []}

@@ -1,0 +1,75 @@
+"""Work on rows in several processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from mmtune.console import shows_progress
+from mmtune.data.message import RowError
+from mmtune.errors import UserError
+
+CHUNK = 64
+"""Rows that a process takes at a time."""
+FEW = 256
+"""So few rows are worked on in this process: others would take longer to start."""
+
+Indices = Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]
+
+
+class _Rows(torch.utils.data.Dataset[Any]):
+    """What a function makes of rows, for a data loader's processes."""
+
+    def __init__(self, work: Callable[[int], Any], rows: Indices) -> None:
+        self._work, self._rows = work, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._work(int(self._rows[index]))
+        except UserError as error:  # raised in a worker, it would come with that one's traceback as its message
+            return error
+
+
+def in_processes(work: Callable[[int], Any], rows: Indices, processes: int | None, what: str) -> Iterator[Any]:
+    """What `work` makes of each row, in order, with a progress bar where somebody watches.
+
+    Args:
+        work: from a row's number to what can be sent between processes; the RowError that it raises is given for the row.
+        rows: the rows' numbers.
+        processes: beside this one; None takes one for each core that this one may use, and none for few rows.
+        what: the bar's words.
+
+    Raises:
+        UserError: any other that `work` raises: the whole data set's, such as a processor that cannot be counted for.
+    """
+    if processes is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = min(cores, -(-len(rows) // CHUNK)) if len(rows) > FEW and cores > 1 else 0
+    loader = torch.utils.data.DataLoader(
+        _Rows(work, rows),
+        batch_size=CHUNK,
+        num_workers=processes,
+        collate_fn=list,
+        worker_init_fn=_settle_process if processes else None,
+        generator=torch.Generator(),  # the loader draws a seed, and must not draw it from the run's
+    )
+    with tqdm(total=len(rows), desc=what, unit="row", disable=not shows_progress(), leave=False) as bar:
+        for chunk in loader:
+            bar.update(len(chunk))
+            for result in chunk:
+                if isinstance(result, UserError) and not isinstance(result, RowError):
+                    raise result
+                yield result
+
+
+def _settle_process(number: int) -> None:
+    """One thread each; and no word of the tokenizer's about having been forked."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,0 +1,117 @@
+"""How a run gets on: its rates, its waiting for data, its memory, how well it uses the device, and the time that is left."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mmtune.data.collate import RowSize
+from mmtune.run_directory import peak_memory_mb
+from mmtune.training.flops import ModelFlops, peak_of
+from mmtune.world import World
+
+RECENT = 10
+"""The time that is left follows from so many of the last logs."""
+
+
+class Progress(TrainerCallback):
+    """Counts what every process does between two logs; a log brings it together.
+
+    Args:
+        model: as it trains, without the wrappers of a distributed run.
+    """
+
+    def __init__(self, model: nn.Module, arguments: TrainingArguments, world: World) -> None:
+        self._arguments = arguments
+        self._world = world
+        self._peak = peak_of(arguments.device)
+        # A compiled forward pass cannot be looked into.
+        knows = self._peak is not None and not arguments.torch_compile and ModelFlops.knows(model)
+        self._flops = ModelFlops(model) if knows else None
+        self._samples = self._tokens = 0
+        self._waited = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._start = time.perf_counter()
+        self._tokens_before = state.num_input_tokens_seen
+        self._logs = deque([(self._start, state.global_step)], maxlen=RECENT)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, this process waits for its next batches."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def add(self, rows: Sequence[RowSize], images: bool) -> None:
+        """Count the rows of a batch.
+
+        Args:
+            images: whether the batch has any, a stand-in's too.
+        """
+        self._samples += len(rows)
+        self._tokens += sum(row.tokens for row in rows)
+        if self._flops is not None:
+            self._flops.add(rows, images)
+
+    def learning(self, inputs: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+        """See `ModelFlops.learning`."""
+        return contextlib.nullcontext() if self._flops is None else self._flops.learning(inputs)
+
+    def count_tokens(self, state: TrainerState) -> None:
+        """Bring the state's number of tokens up to date, over all processes; all of them call it."""
+        state.num_input_tokens_seen += sum(self._world.gather(self._tokens))
+        self._tokens = 0
+
+    def figures(self, state: TrainerState) -> dict[str, float]:
+        """What was done since the last log, over all processes, in all of them.
+
+        Returns:
+            As docs/recipe.md lists them: `tokens`, `tokens_per_second`, `samples_per_second`, `data_wait`, `mfu` where it can be
+            known, `accelerator_memory_mb` or `resident_memory_mb`, `seconds` and `seconds_left`.
+        """
+        self.count_tokens(state)
+        tokens = state.num_input_tokens_seen - self._tokens_before
+        now = time.perf_counter()
+        seconds = max(now - self._logs[-1][0], 1e-9)
+        kind, memory = memory_mb(self._arguments.device)
+        flops = None if self._flops is None else self._flops.take()
+        brought = self._world.gather((self._samples, self._waited / seconds, memory, flops))
+        samples, waits, memories, work = zip(*brought, strict=True)
+        first, step = self._logs[0]
+        left = (now - first) / max(state.global_step - step, 1) * (state.max_steps - state.global_step)
+        found = {
+            "tokens": state.num_input_tokens_seen,
+            "tokens_per_second": round(tokens / seconds, 1),
+            "samples_per_second": round(sum(samples) / seconds, 3),
+            "data_wait": round(max(waits), 4),
+            kind: max(memories),
+            "seconds": round(now - self._start, 3),
+            "seconds_left": round(left, 1),
+        }
+        if self._flops is not None and self._peak is not None and None not in work:
+            could = self._peak.at(self._flops.dtype, bool(self._arguments.tf32)) * seconds * self._world.size
+            found["mfu"] = round(sum(work) / could, 4)
+        self._logs.append((now, state.global_step))
+        self._tokens_before, self._samples, self._waited = state.num_input_tokens_seen, 0, 0.0
+        return found
+
+
+def memory_mb(device: torch.device) -> tuple[str, float]:
+    """The most memory that was in use so far, by what it is of: the accelerator's tensors, or this process (MB: 10^6 bytes)."""
+    if device.type == "cpu":
+        return "resident_memory_mb", peak_memory_mb()
+    return "accelerator_memory_mb", round(torch.accelerator.max_memory_allocated(device) / 1e6, 1)
+
+
+def as_time(seconds: float) -> str:
+    """`42 s`, from a minute on `0:01:00`."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

@@ -1,0 +1,321 @@
+"""What a run tells of itself: figures that are true, in one place, and told to nobody who was not asked for."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from packing_models import samples, tiny
+from peft import LoraConfig, get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoProcessor, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import integration_utils
+
+from mmtune.data.collate import Collator, RowSize
+from mmtune.data.dataset import Samples
+from mmtune.data.encode import encode_sample
+from mmtune.errors import UserError
+from mmtune.recipe import Recipe
+from mmtune.run_directory import RunDirectory
+from mmtune.train import train, training_arguments
+from mmtune.training import progress
+from mmtune.training.callbacks import shown
+from mmtune.training.flops import ModelFlops, Peak, peak_of
+from mmtune.training.progress import Progress, as_time
+from mmtune.training.trainer import TuningTrainer, score_supervised_only
+from mmtune.world import ALONE, World
+
+
+def metrics(recipe: Recipe) -> list[dict[str, Any]]:
+    lines = RunDirectory(Path(recipe.output_dir)).metrics.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+# ------------------------------------------------------------------------------------------------ floating-point operations
+
+TEXT_LINEAR = r".*(language_model|text_model)\..*\.(q|k|v|o|gate|up|down)_proj"
+
+
+def tuned(family: str, projector: bool) -> Any:
+    """The text tuned by LoRA, the tower frozen, the projector in full or not; eager, as torch counts no fused one on CPUs."""
+    model = tiny(family, "eager")
+    found = [name for name, _ in model.named_modules() if name.endswith(("multi_modal_projector", "visual.merger", "connector"))]
+    return get_peft_model(
+        model, LoraConfig(r=4, target_modules=TEXT_LINEAR, modules_to_save=found[:1] if projector else None)
+    ).train()
+
+
+def step(model: Any, rows: Sequence[dict[str, torch.Tensor]], counted: ModelFlops) -> tuple[float | None, int]:
+    """The operations of a forward and backward pass over a batch: ours, and those that torch counts as they happen."""
+    batch = Collator(0)(rows)
+    images = "pixel_values" in batch
+    counted.add(batch.pop("sizes"), images)
+    inputs = score_supervised_only({key: value for key, value in batch.items() if key not in ("rows", "faults")})
+    with FlopCounterMode(display=False) as counter:
+        with counted.learning(inputs):
+            loss = model(**inputs).loss
+        loss.backward()
+    return counted.take(), counter.get_total_flops()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
+@pytest.mark.parametrize("projector", [True, False])
+def test_operations_are_those_that_torch_counts(family: str, projector: bool) -> None:
+    model = tuned(family, projector)
+    counted = ModelFlops(model)
+    rows = samples(family)
+    ours, happened = step(model, rows[:1], counted)
+    # without the projector the first layer's attention needs no gradient of its own in part, which is a half percent here
+    assert ours == pytest.approx(happened, rel=1e-9 if projector else 1e-2)
+    for row in (rows[1], rows[3], rows[2]):  # no image, a larger one, two: foretold from the first pass with and without
+        ours, happened = step(model, [row], counted)
+        assert ours == pytest.approx(happened, rel=0.03)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm"])
+def test_operations_of_a_model_tuned_in_full(family: str) -> None:
+    model = tiny(family, "eager")
+    ours, happened = step(model, samples(family)[:1], ModelFlops(model))
+    assert ours == pytest.approx(happened, rel=1e-9)
+
+
+def test_operations_by_hand() -> None:
+    """A frozen Llama of two layers, LoRA of rank 4 on all of it, a frozen tower: text alone, so that the tower takes no part."""
+    counted = ModelFlops(model := tuned("llava", False))
+    ours, _ = step(model, samples("llava")[1:2], counted)
+    n, d, kv, mlp, rank, layers = 14, 32, 16, 64, 4, 2
+    weights = d * d + 2 * d * kv + d * d + 3 * d * mlp
+    factors = rank * (2 * (d + d) + 2 * (d + kv) + 3 * (d + mlp))
+    head = 13 * 32 * 64  # 13 of 14 tokens are predicted
+    inputs = 3 * d * rank + d * d + 2 * d * kv  # q, k and v of the first layer: what they read needs no gradient
+    expected = 2 * n * (layers * (2 * weights + 3 * factors) - inputs) + 2 * 2 * head + layers * 3 * 4 * n * n * d
+    assert ours == pytest.approx(expected, rel=0.02)
+
+
+def test_fused_attention_counts_as_products_do() -> None:
+    found = []
+    for attention in ("eager", "sdpa"):
+        model = tiny("smolvlm", attention)
+        found.append(step(model, samples("smolvlm")[3:], ModelFlops(model))[0])
+    assert found[0] == found[1]
+
+
+def test_neither_padding_nor_recomputation_counts() -> None:
+    model, rows = tuned("llava", True), samples("llava")[::3]
+    assert rows[0]["input_ids"].shape != rows[1]["input_ids"].shape
+    counted = ModelFlops(model)
+    alone = [step(model, [row], counted) for row in rows]
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # as training does
+    together, happened = step(model, rows, ModelFlops(model))
+    assert together == pytest.approx(sum(ours or 0 for ours, _ in alone), rel=1e-9)
+    assert happened > 1.2 * sum(torchs for _, torchs in alone)
+
+
+def test_experts_are_not_guessed_at() -> None:
+    assert ModelFlops.knows(tiny("qwen3_vl"))
+    assert not ModelFlops.knows(tiny("qwen3_vl_moe"))
+
+
+@pytest.mark.parametrize(
+    ("name", "half"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA A10G", None),
+        ("a GPU of next year", None),
+    ],
+)
+def test_a_peak_is_known_or_it_is_not(monkeypatch: pytest.MonkeyPatch, name: str, half: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak = peak_of(torch.device("cuda"))
+    assert (peak and peak.half) == half
+    assert peak_of(torch.device("cpu")) is None
+
+
+def test_a_peak_is_that_of_the_format() -> None:
+    assert [Peak(3, 2, 1).at(*how) for how in ((torch.bfloat16, True), (torch.float32, True), (torch.float32, False))] == [
+        3e12,
+        2e12,
+        1e12,
+    ]
+    assert Peak(3, None, 1).at(torch.float32, True) == 1e12
+
+
+# ----------------------------------------------------------------------------------------------------------------- figures
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Together(World):
+    """Two processes, of which the other brings what it is told to."""
+
+    other: dict[type, Any]
+
+    def gather(self, mine: Any) -> list[Any]:
+        return [mine, self.other[type(mine)]]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+def begun(world: World, state: TrainerState, monkeypatch: pytest.MonkeyPatch, peak: Peak | None = None) -> Progress:
+    monkeypatch.setattr(progress, "peak_of", lambda device: peak)
+    arguments: Any = SimpleNamespace(device=torch.device("cpu"), torch_compile=False, tf32=None)
+    made = Progress(tuned("llava", True), arguments, world)
+    made.on_train_begin(arguments, state, TrainerControl())
+    return made
+
+
+def test_figures_are_those_of_all_processes(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Together(0, 2)
+    world.__dict__["other"] = {int: 300, tuple: (6, 0.5, 9e9, 3e12)}  # tokens; samples, waiting, memory, operations
+    state = TrainerState(max_steps=100)
+    found = begun(world, state, monkeypatch, Peak(9, None, 1))
+    monkeypatch.setattr(ModelFlops, "take", lambda self: 1e12)
+    with found.waiting():
+        clock.now += 1
+    found.add([RowSize(40, 9, 0), RowSize(60, 9, 0)], images=False)
+    clock.now += 3
+    state.global_step = 10
+    figures = found.figures(state)
+    assert figures["tokens"] == state.num_input_tokens_seen == 400
+    assert (figures["tokens_per_second"], figures["samples_per_second"]) == (100, 2)
+    assert figures["data_wait"] == 0.5  # the other's, for this one waited a quarter
+    assert figures["resident_memory_mb"] == 9e9
+    assert figures["mfu"] == 0.5  # 4e12 operations in 4 s on two devices that can do 1e12
+    assert (figures["seconds"], figures["seconds_left"]) == (4, 36)
+    world.__dict__["other"] |= {tuple: (0, 0.0, 0.0, None)}
+    clock.now += 1
+    assert "mfu" not in found.figures(state)
+
+
+def test_the_time_left_follows_the_recent_rate_after_a_resume_too(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = TrainerState(max_steps=1000, global_step=500, num_input_tokens_seen=7)
+    found = begun(ALONE, state, monkeypatch)
+
+    def log(seconds: float) -> float:
+        clock.now += seconds
+        state.global_step += 10
+        return found.figures(state)["seconds_left"]
+
+    assert log(20) == 2 * 490
+    assert [log(10) for _ in range(10)][-1] == 390  # the first ten steps are forgotten
+    assert state.num_input_tokens_seen == 7
+
+
+def test_times_and_lines_are_short() -> None:
+    assert [as_time(each) for each in (0.2, 59.4, 59.6, 3723, 360_000)] == ["0 s", "59 s", "0:01:00", "1:02:03", "100:00:00"]
+    logs = {"loss": 1.23456, "learning_rate": 2e-4, "tokens_per_second": 12345.6, "data_wait": 0.04, "mfu": 0.412}
+    line = shown({**logs, "accelerator_memory_mb": 67_890.0, "seconds_left": 3723})
+    assert line == "loss 1.2346  lr 2.0e-04  12,346 tokens/s  wait 4%  MFU 41%  67.9 GB  1:02:03 left"
+    assert "MFU" not in shown({**{k: v for k, v in logs.items() if k != "mfu"}, "resident_memory_mb": 800.0, "seconds_left": 1})
+
+
+def test_a_run_counts_its_rows_without_padding(
+    make_recipe: Callable[..., Recipe], base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processor = AutoProcessor.from_pretrained(str(base))
+    recipe = make_recipe("train.save_strategy=steps", "train.save_steps=2", "train.logging_steps=3")
+    rows = [encode_sample(sample, processor) for sample in Samples(recipe.data.train)]
+    lengths = [row["input_ids"].shape[1] for row in rows]
+    assert len(set(lengths)) > 1
+    train(recipe, ["test"])
+    (record,) = metrics(recipe)  # three steps of four rows: each of the twelve once
+    assert record["tokens"] == sum(lengths)
+    assert record["tokens_per_second"] * record["seconds"] == pytest.approx(sum(lengths), rel=0.01)
+    assert record["samples_per_second"] * record["seconds"] == pytest.approx(12, rel=0.01)
+    assert 0 < record["data_wait"] < 1
+    assert record["resident_memory_mb"] > 50
+    assert record["seconds_left"] == 0
+    assert "mfu" not in record  # a CPU's peak is not known
+    assert f"step 3/3  {shown(record)}" in capsys.readouterr().out
+    run = RunDirectory(Path(recipe.output_dir))
+    kept = json.loads((run.checkpoints / "checkpoint-2" / "trainer_state.json").read_text())["num_input_tokens_seen"]
+    for path in (run.summary, run.metrics):
+        path.unlink()
+    run.metrics.touch()
+    monkeypatch.setattr(progress, "peak_of", lambda device: Peak(1, None, 1e-3))
+    train(recipe, ["test"], resume=run.checkpoints / "checkpoint-2")
+    (record,) = metrics(recipe)
+    assert (record["step"], record["tokens"]) == (3, sum(lengths))  # a checkpoint between two logs has them all
+    assert 0 < kept < sum(lengths)
+    assert record["tokens_per_second"] * record["seconds"] == pytest.approx(sum(lengths) - kept, rel=0.01)
+    assert record["mfu"] > 0
+
+
+# --------------------------------------------------------------------------------------------------------------- reporters
+
+
+def test_tensorboard_has_what_the_metrics_have(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe("train.report_to=[tensorboard]")
+    train(recipe, ["test"])
+    board = EventAccumulator(str(Path(recipe.output_dir) / "tensorboard"))
+    board.Reload()
+    records = metrics(recipe)
+    assert len(records) == 3
+    for name in records[0].keys() - {"step", "epoch"}:
+        told = [(event.step, event.value) for event in board.Scalars(f"train/{name}")]
+        assert told == [(record["step"], pytest.approx(record[name], rel=1e-5)) for record in records]
+    assert not list((Path(recipe.output_dir) / "checkpoints").rglob("*tfevents*"))
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_reporter_that_is_not_installed_is_named_before_weights_load(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(integration_utils, f"is_{name}_available", lambda: False)
+    monkeypatch.setattr("mmtune.train.load_base", lambda *given: pytest.fail("weights were loaded"))
+    with pytest.raises(UserError, match=f"train.report_to: {name}: not installed: pip install {name}"):
+        train(make_recipe(f"train.report_to={name}"), ["test"])
+
+
+def test_a_misspelt_reporter_is_a_recipes_fault(make_recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(UserError, match=r"train\.report_to.*did you mean 'tensorboard'"):
+        make_recipe("train.report_to=tensorbord")
+
+
+def test_nobody_is_told_of_a_run_by_default(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With TensorBoard installed, the hub within reach, and where transformers adds a reporter by itself."""
+    monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", "https://127.0.0.1:9")
+    assert TrainingArguments(output_dir="unused", use_cpu=True).report_to == ["kubeflow"]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    reached, callbacks = [], []
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: reached.append(address))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: reached.append(given) or [])
+    plain = TuningTrainer.train
+
+    def spied(self: TuningTrainer, **settings: Any) -> Any:
+        callbacks.extend(self.callback_handler.callbacks)
+        return plain(self, **settings)
+
+    monkeypatch.setattr(TuningTrainer, "train", spied)
+    train(make_recipe(), ["test"])
+    assert callbacks
+    assert not [each for each in callbacks if type(each).__module__.startswith("transformers.integrations")]
+    assert reached == []
+    assert training_arguments(make_recipe("train.report_to=all")).report_to[-1] == "kubeflow"
