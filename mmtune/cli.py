@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "plan", _plan, about)
     _recipe_arguments(verb)
     verb.add_argument("--memory", metavar="SIZE", help="what there is, such as 24GB; suggests changes when it is too little")
+    verb.add_argument("--processes", type=int, default=1, metavar="N", help="and what each of N devices takes, by layout")
     verb.add_argument("--no-data", action="store_true", help="foretell the memory only; the data is not read")
     verb.add_argument("--tokens", type=int, help="of the longest sample (default: the data's, or data.max_tokens)")
     verb.add_argument("--images", type=int, help="images in a sample (default: the longest sample's, or 1)")
@@ -285,6 +286,7 @@ def _plan(arguments: argparse.Namespace) -> Any:
     from mmtune.recipe import load_recipe
     from mmtune.train import training_arguments
     from mmtune.training.rows import make_batches, optimizer_steps
+    from mmtune.tuning.layouts import layouts_for, print_layouts
     from mmtune.tuning.memory import estimate_memory, parse_memory, print_estimate, suggestions
     from mmtune.world import ALONE
 
@@ -311,10 +313,14 @@ def _plan(arguments: argparse.Namespace) -> Any:
         raise UserError("how long is the longest sample? give data.max_tokens in the recipe, or --tokens")
     estimate = estimate_memory(recipe, **sample)
     print_estimate(estimate, limit)
+    layouts = layouts_for(estimate, arguments.processes) if arguments.processes > 1 else {}
+    if layouts:
+        print_layouts(layouts, arguments.processes, limit)
     changes = [] if limit is None or estimate.fits(limit) else suggestions(recipe, estimate, limit, **sample)
     for change in changes:
         print(f"  {change}")
-    return estimate.as_json() | {"limit": limit, "suggestions": changes, "data": data}
+    divided = {layout: each.as_json() for layout, each in layouts.items()}
+    return estimate.as_json() | {"limit": limit, "layouts": divided, "suggestions": changes, "data": data}
 
 
 def _methods(arguments: argparse.Namespace) -> Any:

@@ -46,6 +46,8 @@ def settle_console() -> None:
     if speaker():
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  (open as long as the process lives)
         transformers_logging.set_verbosity_error()
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
 
     for name in NO_NEWS:
         for speaks in (logger := logging.getLogger(name), *logger.handlers):  # a logger's filter does not hold for its children
@@ -53,4 +55,4 @@ def settle_console() -> None:
     if not shows_progress():
         transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="`torch.distributed.all_gather_into_tensor` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

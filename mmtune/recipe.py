@@ -164,6 +164,8 @@ def _named_files(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         yield "model.projector.weights", model.projector.weights, "directory"
     if model.chat_template is not None and model.chat_template.endswith(".jinja"):
         yield "model.chat_template", model.chat_template, "file"
+    if isinstance(recipe.train.get("deepspeed"), str):
+        yield "train.deepspeed", recipe.train["deepspeed"], "file"
     lists = {"data.train": recipe.data.train, "evaluate.data": recipe.evaluate.data if recipe.evaluate else ()}
     for key, sources in lists.items():
         for index, source in enumerate(sources):

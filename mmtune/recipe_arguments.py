@@ -54,7 +54,7 @@ _TRAIN_BOUNDS: dict[str, Any] = {"train_sampling_strategy": Literal["random", "s
 _EVALUATE = "mmtune evaluates before and after tuning, not during it; give the evaluate section"
 _UPLOAD = "mmtune does not upload; push the finished directory yourself"
 _PRECISION = "give model.precision"
-_LAUNCH = "launch with it: accelerate launch --use_deepspeed --zero_stage 2 mmtune/train.py RECIPE"
+_LAUNCH = "the launcher is asked for it: accelerate launch --config_file recipes/accelerate/fsdp2.yaml mmtune/train.py RECIPE"
 _DIVIDED = "mmtune decides how batches are divided, so that every layout trains the same"
 _COLUMNS = "mmtune's own collator decides what reaches the model"
 _TRAIN_OWNED = {
@@ -65,7 +65,8 @@ _TRAIN_OWNED = {
     "label_names": _COLUMNS,
     "local_rank": "the launcher sets it",
     **dict.fromkeys(("average_tokens_across_devices", "accelerator_config"), _DIVIDED),
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), _LAUNCH),
+    **dict.fromkeys(("fsdp", "fsdp_config"), _LAUNCH),
+    "parallelism_config": "mmtune does not train with it; DDP, DeepSpeed ZeRO or FSDP2 is right",
     **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), _PRECISION),
     **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id"), _UPLOAD),
     **dict.fromkeys(("hub_strategy", "hub_always_push", "hub_revision"), _UPLOAD),

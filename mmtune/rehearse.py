@@ -86,6 +86,7 @@ def _write_small(recipe: Recipe, place: Path) -> Path:
         "save_strategy": "no",
         "report_to": "none",
     }
+    small["train"].pop("deepspeed", None)  # a rehearsal is one process
     small["output_dir"] = str(place / "run")
     path = place / "recipe.yaml"
     path.write_text(json.dumps(small, indent=1), encoding="utf-8")  # JSON is YAML

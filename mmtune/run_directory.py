@@ -10,8 +10,10 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from mmtune.files import check_replaceable, replace_text, writing
 from mmtune.recipe import Recipe, needed_paths
 from mmtune.world import ALONE, World
 
+SEEN_WITHIN_S = 60.0
+"""A network file system may remember for half a minute that a directory was not there."""
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "pillow", "numpy")
 
 
@@ -137,7 +141,7 @@ def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, world: Worl
     """
     run = RunDirectory(Path(recipe.output_dir))
     if not world.first:
-        world.wait()
+        _check_shared(run, world)
         yield run
         return
     check_output_dir(recipe, overwrite)
@@ -154,7 +158,7 @@ def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, world: Worl
     try:
         with writing(run.path), world.unwinding():
             _write_inputs(run, recipe, command)
-            world.wait()
+            _check_shared(run, world)
             yield run
     except BaseException:
         shutil.rmtree(run.path)
@@ -165,19 +169,41 @@ def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, world: Worl
         shutil.rmtree(earlier)
 
 
+def _check_shared(run: RunDirectory, world: World) -> None:
+    """Wait for what the first process has written, and for every other to see it."""
+    written = world.gather(run.environment.read_text(encoding="utf-8") if world.first else None)[0]
+    patience = time.monotonic() + SEEN_WITHIN_S
+    while not (seen := run.environment.is_file() and run.environment.read_text(encoding="utf-8") == written):
+        if time.monotonic() > patience:
+            break
+        time.sleep(1)
+    blind = [str(rank) for rank, sees in enumerate(world.gather(seen)) if not sees]
+    if blind:
+        raise UserError(
+            f"output_dir: process {', '.join(blind)} does not see what process 0 wrote to {run.path.absolute()}; a directory on "
+            "a file system that all machines share is right"
+        )
+
+
 def _write_inputs(run: RunDirectory, recipe: Recipe, command: Sequence[str]) -> None:
     run.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
     environment = {
         "command": list(command),
+        "started": datetime.now(UTC).isoformat(),
         "seed": recipe.train.get("seed", 42),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "git_commit": git_commit(),
         "image_backend": "torchvision" if is_torchvision_available() else "pil",
-        "versions": {"mmtune": __version__} | {name: metadata.version(name) for name in LIBRARIES},
+        "versions": versions(),
     }
     run.environment.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Of mmtune and what it stands on."""
+    return {"mmtune": __version__} | {name: metadata.version(name) for name in LIBRARIES}
 
 
 def git_commit() -> str | None:

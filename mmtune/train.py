@@ -43,9 +43,17 @@ from mmtune.model.quantize import QUANTIZED
 from mmtune.model.sharded import runnable, to_save
 from mmtune.recipe import ModelSection, Recipe, check_files
 from mmtune.release.card import model_card
-from mmtune.run_directory import RunDirectory, check_output_dir, new_run, peak_memory_mb
+from mmtune.run_directory import RunDirectory, check_output_dir, new_run, peak_memory_mb, versions
 from mmtune.training.callbacks import FrozenInputsStayFrozen, MoveRanks, RecordMetrics, StopOnSignal, draw_loss_curve
-from mmtune.training.checkpoint import REPORT, check_resumable, check_same_recipe, cut_back, last_checkpoint, step_of
+from mmtune.training.checkpoint import (
+    REPORT,
+    check_resumable,
+    check_same_recipe,
+    cut_back,
+    flat,
+    last_checkpoint,
+    step_of,
+)
 from mmtune.training.reporting import reporters, write_beside
 from mmtune.training.rows import first_batches, optimizer_steps, order_rows, plan_rows, prove_packed_rows, rows_to_take
 from mmtune.training.trainer import TuningTrainer
@@ -59,7 +67,7 @@ from mmtune.tuning.apply import (
     trained_modules,
 )
 from mmtune.tuning.save import initial_factors, save_tuned
-from mmtune.world import World, check_launch, check_strategy, join_world, launched_with_deepspeed
+from mmtune.world import World, check_launch, check_same, check_strategy, join_world, launched_with_deepspeed, settle_fsdp
 
 
 def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: bool | Path = False) -> dict[str, Any]:
@@ -79,10 +87,9 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         UserError: the recipe or its data are at fault; before any weight is loaded where that can be known.
         CheckFailed: the loss became NaN or infinite.
     """
-    check_launch(recipe.model.precision)
-
     # What goes in: the files are there, the rows make sense.
     check_files(recipe)
+    check_launch(recipe.model.precision, recipe.train.get("deepspeed"))
     earlier = RunDirectory(Path(recipe.output_dir))
     checkpoint = None
     if resume is True and earlier.summary.is_file():
@@ -107,7 +114,10 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         check_questions(recipe.evaluate)
     in_parts = recipe.model.precision not in QUANTIZED and not recipe.tune.needs_gradients
     world = join_world(arguments, recipe.model.precision, in_parts)
+    check_same(world, {**flat(recipe.model_dump(mode="json")), **versions(), "rows": data_report.rows})
     check_method(recipe, world)
+    if world.fsdp:
+        check_fsdp(recipe, arguments, checkpoint)
     if checkpoint is not None:
         check_resumable(recipe, earlier, checkpoint, world)
     lengths = None
@@ -177,7 +187,9 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         source_names=samples.names if len(recipe.data.train) > 1 else (),
         data_files=signatures(recipe.data.train),
     )
-    check_strategy(trainer.accelerator, world)
+    check_strategy(trainer.accelerator, world, recipe.model.precision)
+    if world.fsdp:
+        settle_fsdp(trainer.accelerator, model)
     for shown_twice in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown_twice)
     write_beside(trainer, run)
@@ -193,7 +205,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
             data_report.write(run.data_report)
     if stop.received is not None:
         name = signal.Signals(stop.received).name
-        raise Stopped(stop.received, f"by {name} after step {trainer.state.global_step}; --resume goes on from there")
+        kept = "under FSDP2 there is no checkpoint" if world.fsdp else "--resume goes on from there"
+        raise Stopped(stop.received, f"by {name} after step {trainer.state.global_step}; {kept}")
     if not trainer.supervised and checkpoint is None:
         raise UserError(f"no row that was taken could train: {data_report.summary()}; see {run.data_report}")
     train_seconds = round(time.perf_counter() - start, 1)
@@ -274,6 +287,23 @@ def check_method(recipe: Recipe, world: World) -> None:
                 raise UserError(f"tune.{component}: {reason}")
 
 
+def check_fsdp(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | None) -> None:
+    """
+    Raises:
+        UserError: what has not been held to one process under FSDP2.
+    """
+    if recipe.model.precision in QUANTIZED:
+        raise UserError(
+            f"model.precision: {recipe.model.precision}: FSDP2 does not divide quantized weights; launch with DDP or ZeRO"
+        )
+    if recipe.tune.method not in (None, "lora"):
+        raise UserError(f"tune: {recipe.tune.method} has not been proven under FSDP2; launch with DDP or ZeRO, or use lora")
+    if arguments.save_strategy != "no" or checkpoint is not None:
+        raise UserError(
+            "train.save_strategy: a run under FSDP2 cannot go on from a checkpoint yet; leave it out, or launch with DDP or ZeRO"
+        )
+
+
 def go_on(checkpoint: Path, run: RunDirectory, report: DataReport, rows: Any, arguments: TrainingArguments) -> None:
     """Put the data, the report and the metrics where the checkpoint left them."""
     report.load(checkpoint / REPORT)
@@ -325,6 +355,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "ddp_find_unused_parameters": True,  # a tower's last layers may be trained and unused, checkpointing or not
     }
     settings |= recipe.train
+    settings.pop("deepspeed", None)  # `check_launch` has seen to it
     try:
         arguments = TrainingArguments(
             **settings,

@@ -6,16 +6,18 @@ accelerate's launcher says in the environment what it was asked for; `join_world
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from torch import distributed
+from torch import distributed, nn
 from transformers import TrainingArguments
 
 from mmtune.errors import UserError
@@ -23,6 +25,11 @@ from mmtune.errors import UserError
 LAUNCHED_WITH = "ACCELERATE_MIXED_PRECISION"
 LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
 """How gloo and NCCL say that another process is gone; they have no class for it."""
+DEEPSPEED, DEEPSPEED_CONFIG = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+FSDP = "ACCELERATE_USE_FSDP"
+RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+COPIES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""What Slurm's srun and MPI's mpirun say about how many processes they started."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,14 @@ class World:
         rank: this process's number, from 0.
         size: how many processes there are.
         zero_stage: DeepSpeed's, 0 to 3; None without DeepSpeed.
+        fsdp: whether FSDP2 divides the weights.
         construction: transformers looks at it, while it lives, to make models in parts.
     """
 
     rank: int = 0
     size: int = 1
     zero_stage: int | None = None
+    fsdp: bool = False
     construction: Any = field(default=None, repr=False, compare=False)
 
     @property
@@ -46,11 +55,16 @@ class World:
         return self.rank == 0
 
     @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the weights, so that a forward pass takes all of them."""
+        return self.zero_stage == 3 or self.fsdp
+
+    @property
     def layout(self) -> str:
         """Such as `2 processes, ZeRO-3`, for people."""
-        if self.size == 1 and self.zero_stage is None:
+        if self.size == 1 and self.zero_stage is None and not self.fsdp:
             return "one process"
-        strategy = "DDP" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
+        strategy = "FSDP2" if self.fsdp else "DDP" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
         return f"{self.size} process{'es' if self.size > 1 else ''}, {strategy}"
 
     def wait(self) -> None:
@@ -91,16 +105,24 @@ class World:
 ALONE = World()
 
 
-def check_launch(precision: str) -> None:
+def check_launch(precision: str, deepspeed_config: str | Mapping[str, Any] | None = None) -> None:
     """
     Args:
         precision: the recipe's `model.precision`.
+        deepspeed_config: the recipe's `train.deepspeed`: a configuration or its file. accelerate is told what its launcher would
+            have told it, so that all that follows is the same; a process that no launcher started becomes a world of one.
 
     Raises:
-        UserError: a strategy that mmtune does not train with, or a precision that is not the recipe's.
+        UserError: processes that do not know of each other, a strategy that mmtune does not train with, or a precision or a
+            DeepSpeed configuration that is not the recipe's.
     """
-    if _asked("ACCELERATE_USE_FSDP"):
-        raise UserError("launched with FSDP, which mmtune does not train with; DeepSpeed ZeRO shards the same (--use_deepspeed)")
+    _check_rendezvous()
+    if _asked(FSDP):
+        if os.environ.get("FSDP_VERSION") != "2":
+            raise UserError("launched with FSDP's first version, which mmtune does not train with; fsdp_version: 2 is right")
+        for option in ("FSDP_OFFLOAD_PARAMS", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+            if _asked(option):
+                raise UserError(f"launched with {option.lower()}, which mmtune does not train with; false is right")
     if _asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise UserError("launched with a parallelism config, which mmtune does not train with; DDP or DeepSpeed ZeRO is right")
     if LAUNCHED_WITH in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -115,6 +137,8 @@ def check_launch(precision: str) -> None:
             f"launched with mixed precision {asked}, and the recipe's model.precision is {precision}; the recipe decides: launch "
             "with --mixed_precision no"
         )
+    if deepspeed_config is not None:
+        _ask_for_deepspeed(deepspeed_config)
     if launched_with_deepspeed():
         if _asked("ACCELERATE_USE_CPU"):
             raise UserError(
@@ -126,6 +150,53 @@ def check_launch(precision: str) -> None:
         except ImportError as error:
             raise UserError("launched with DeepSpeed, which is not installed: pip install 'mmtune[deepspeed]'") from error
         os.environ[LAUNCHED_WITH] = "no"  # DeepSpeed's own mixed precision would round what trains; see `join_world`
+
+
+def _check_rendezvous() -> None:
+    given = [name for name in RENDEZVOUS[:3] if name in os.environ]
+    missing = [name for name in RENDEZVOUS if name not in os.environ]
+    if given and missing:
+        raise UserError(
+            f"the environment has {', '.join(given)} and lacks {', '.join(missing)}: the processes would not find each other; "
+            "start them with accelerate launch or torchrun"
+        )
+    copies = [name for name in COPIES if int(os.environ.get(name, "1")) > 1]
+    if copies and not given:
+        raise UserError(
+            f"{copies[0]} says that {os.environ[copies[0]]} copies of this program were started, and none would know of the "
+            "others; start one launcher (accelerate launch or torchrun) on each machine"
+        )
+
+
+def _ask_for_deepspeed(given: str | Mapping[str, Any]) -> None:
+    config = _read_json(given) if isinstance(given, str) else dict(given)
+    if _asked(FSDP):
+        raise UserError("train.deepspeed: the launcher was asked for FSDP; leave one of the two out")
+    if launched_with_deepspeed():
+        file = os.environ.get(DEEPSPEED_CONFIG)
+        if file is None or _read_json(file) != config:
+            raise UserError(
+                "train.deepspeed: DeepSpeed was asked for by the launcher too, with other settings; leave one of the two out"
+            )
+        return
+    if not set(RENDEZVOUS) <= os.environ.keys():
+        if torch.accelerator.device_count() > 1:
+            raise UserError(
+                f"train.deepspeed: one process was started and {torch.accelerator.device_count()} GPUs are there; start one for "
+                "each (accelerate launch --num_processes N mmtune/train.py RECIPE), or choose one, as with CUDA_VISIBLE_DEVICES=0"
+            )
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= {DEEPSPEED: "true", DEEPSPEED_CONFIG: json.dumps(config)}
+
+
+def _read_json(file: str) -> Any:
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: no DeepSpeed configuration, which is a JSON object")
+    return config
 
 
 def join_world(arguments: TrainingArguments, precision: str, in_parts: bool = False) -> World:
@@ -145,9 +216,10 @@ def join_world(arguments: TrainingArguments, precision: str, in_parts: bool = Fa
     if arguments.world_size != announced:
         raise UserError(f"{announced} processes were announced and {arguments.world_size} came together; look at the launcher")
     world = World(arguments.process_index, arguments.world_size)
+    _check_backend(arguments)
     world.wait()  # until every process has looked at what is there, and before the first makes anything
     if plugin is None:
-        return world
+        return World(world.rank, world.size, fsdp=_asked(FSDP))
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     if arguments.use_cpu and torch.accelerator.is_available():
@@ -175,35 +247,85 @@ def join_world(arguments: TrainingArguments, precision: str, in_parts: bool = Fa
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise UserError(f"the DeepSpeed configuration has a section `{section}`; leave it out, the recipe's train decides")
+    config["zero_force_ds_cpu_optimizer"] = False  # with offload too, the optimizer is the recipe's
     config["torch_autocast"] = {
         "enabled": precision != "fp32",
         "dtype": "bfloat16",
         "lower_precision_safe_modules": [],  # gradients are summed in their own precision
     }
     unset_hf_deepspeed_config()  # until the Trainer sets it again
-    zero = config.get("zero_optimization", {})
+    zero = config.setdefault("zero_optimization", {})
+    zero.setdefault("reduce_bucket_size", 50_000_000)  # DeepSpeed would take 2 or 4 GB for gradients on their way
     stage, construction = int(zero.get("stage", 0)), None
     if stage == 3 and in_parts:
         # DeepSpeed makes every weight of the one dtype that its configuration names, here the one that transformers loads.
         dtype = {"bf16": {"enabled": precision == "bf16"}}
         construction = HfDeepSpeedConfig({"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1, **dtype})
-    return World(arguments.process_index, arguments.world_size, stage, construction)
+    return World(arguments.process_index, arguments.world_size, stage, construction=construction)
 
 
-def check_strategy(accelerator: Accelerator, world: World) -> None:
+def check_same(world: World, mine: Mapping[str, Any]) -> None:
     """
+    Args:
+        mine: what every process must have alike, by name.
+
+    Raises:
+        UserError: a process has something else; it and its rank are named.
+    """
+    first, *others = world.gather(dict(mine))
+    for rank, theirs in enumerate(others, start=1):
+        for name in sorted({*first, *theirs}):
+            if first.get(name) != theirs.get(name):
+                raise UserError(
+                    f"process {rank} has {name}: {theirs.get(name)!r}, and process 0 {first.get(name)!r}; start all "
+                    "with the same recipe, overrides, data and installation"
+                )
+
+
+def _check_backend(arguments: TrainingArguments) -> None:
+    if arguments.world_size == 1:
+        return
+    device = arguments.device.type
+    backends = dict(part.split(":") for part in distributed.get_backend_config().split(","))
+    asked = arguments.ddp_backend or ("nccl" if device == "cuda" else None)
+    if asked is not None and backends.get(device) != asked:
+        raise UserError(f"processes on {device} were to talk by {asked}, and do by {backends.get(device)}; look at the launcher")
+
+
+def check_strategy(accelerator: Accelerator, world: World, precision: str) -> None:
+    """
+    Args:
+        precision: the recipe's `model.precision`.
+
     Raises:
         UserError: the Trainer's accelerator has made something else of what was asked for.
     """
     plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
     stage = None if plugin is None else plugin.zero_stage
     alone = accelerator.distributed_type == DistributedType.NO
-    plain = accelerator.distributed_type != DistributedType.FSDP and alone == (world.size == 1)
-    if (accelerator.num_processes, stage) != (world.size, world.zero_stage) or not (plugin or plain):
+    fsdp = accelerator.distributed_type == DistributedType.FSDP
+    came = World(world.rank, accelerator.num_processes, stage, fsdp)
+    if came != world or not (plugin or fsdp or alone == (world.size == 1)):
         raise UserError(
             f"asked for {world.layout}, and accelerate made it {accelerator.distributed_type.value} of "
-            f"{accelerator.num_processes}; look at the launcher's configuration"
+            f"{accelerator.num_processes}; {'FSDP takes GPUs' if world.fsdp else 'look at the launcher configuration'}"
         )
+    rounded = "no" if precision == "fp32" or plugin else "bf16"
+    if accelerator.mixed_precision != rounded:
+        raise UserError(
+            f"the recipe's model.precision is {precision}, and accelerate made the mixed precision {accelerator.mixed_precision} "
+            f"of it, where {rounded} is right; look at the launcher's configuration"
+        )
+
+
+def settle_fsdp(accelerator: Accelerator, model: nn.Module) -> None:
+    """Have FSDP2 divide a model by its layers, in the dtypes that it is stored in."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin = accelerator.state.fsdp_plugin
+    named: Any = model._no_split_modules  # classes of other models of the family too, over which accelerate stumbles
+    plugin.transformer_cls_names_to_wrap = sorted({type(module).__name__ for module in model.modules()} & set(named or ()))
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
@@ -213,7 +335,7 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 def launched_with_deepspeed() -> bool:
     """Whether accelerate's launcher was asked for DeepSpeed."""
-    return _asked("ACCELERATE_USE_DEEPSPEED")
+    return _asked(DEEPSPEED)
 
 
 def _asked(name: str) -> bool:

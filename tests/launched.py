@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -22,12 +23,15 @@ import psutil
 
 PATIENCE_S = 120.0
 COMPILE = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
 
 
-def launch(recipes: Sequence[tuple[Path, int | None]], folder: Path) -> list[bool | str]:
-    """Train each recipe in two processes at its ZeRO stage; None is DDP.
+def launch(recipes: Sequence[tuple[Path, int | str | None]], folder: Path) -> list[bool | str]:
+    """Train each recipe in two processes.
 
     Args:
+        recipes: with the layout of each: a ZeRO stage, None for DDP, the name of a shipped configuration of accelerate, or
+            `torchrun`, where a recipe may name DeepSpeed itself.
         folder: for what the processes are told and print.
 
     Returns:
@@ -35,12 +39,13 @@ def launch(recipes: Sequence[tuple[Path, int | None]], folder: Path) -> list[boo
     """
     jobs, results = folder / "jobs.json", folder / "results.jsonl"
     found: dict[int, bool | str] = {}
-    for deepspeed in (True, False):
-        mine = [number for number, (_, stage) in enumerate(recipes) if (stage is not None) == deepspeed]
+    configs = ["ddp" if layout is None else layout if isinstance(layout, str) else "zero2" for _, layout in recipes]
+    for config in dict.fromkeys(configs):
+        mine = [number for number, of in enumerate(configs) if of == config]
         while left := [number for number in mine if number not in found]:
             jobs.write_text(json.dumps([[number, str(recipes[number][0]), recipes[number][1]] for number in left]))
             results.write_text("")
-            ended = _processes(deepspeed, jobs, results)
+            ended = _processes(config, jobs, results)
             found |= dict(map(json.loads, results.read_text().splitlines()))
             stuck = next((number for number in left if number not in found), None)
             if stuck is not None:  # the first without a result is the one that the launch ended in
@@ -48,31 +53,63 @@ def launch(recipes: Sequence[tuple[Path, int | None]], folder: Path) -> list[boo
     return [found[number] for number in range(len(recipes))]
 
 
-def _processes(deepspeed: bool, jobs: Path, results: Path) -> str:
+def launcher(config: str) -> list[str]:
+    """The beginning of a command that starts a program in two processes on this machine."""
+    if config == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
+    return [*accelerate, "--num_processes", "2", "--main_process_port", "0"]
+
+
+def _commands(config: str) -> list[list[str]]:
+    if config != "multi_node":
+        return [launcher(config)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    place = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    return [[*launcher(config), *place, "--machine_rank", rank] for rank in ("0", "1")]
+
+
+def _processes(config: str, jobs: Path, results: Path) -> str:
     """Two processes, ended when they bring no result for `PATIENCE_S`."""
+    deepspeed = config == "torchrun" or config.startswith("zero")
     if deepspeed:  # compiles at its first use, for minutes; ended meanwhile, it would leave a lock that others wait for
         subprocess.run([sys.executable, "-c", COMPILE], check=True, capture_output=True)
-    strategy = ["--use_deepspeed", "--zero_stage", "2"] if deepspeed else ["--multi_gpu"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *strategy, "--num_processes", "2", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = {**os.environ} if deepspeed else {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    command += [str(Path(__file__)), str(jobs), str(results)]
+    program = [str(Path(__file__)), str(jobs), str(results)]
     with results.with_suffix(".log").open("a") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        started = [
+            subprocess.Popen([*command, *program], env=environment, stdout=log, stderr=subprocess.STDOUT)
+            for command in _commands(config)
+        ]
         size, since = 0, time.monotonic()
-        while process.poll() is None:
+        while all(process.poll() is None for process in started):
             time.sleep(0.1)
             if results.stat().st_size != size:
                 size, since = results.stat().st_size, time.monotonic()
             if time.monotonic() - since > PATIENCE_S:
-                for each in (
-                    *psutil.Process(process.pid).children(recursive=True),
-                    process,
-                ):  # workers have sessions of their own
-                    each.kill()
-                process.wait()
+                for process in started:
+                    for each in (*psutil.Process(process.pid).children(recursive=True), process):  # workers have own sessions
+                        each.kill()
+                    process.wait()
                 return f"no result for {PATIENCE_S:.0f} s"
-    return f"exit code {process.returncode}"
+    return f"exit code {max(process.wait() for process in started)}"
+
+
+def have_fsdp_on_cpu() -> None:
+    """accelerate makes DDP of FSDP without GPUs, though torch shards on the CPU as well; here it shards."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    made = AcceleratorState.__init__
+
+    def make(self: Any, *args: Any, fsdp_plugin: FullyShardedDataParallelPlugin | None = None, **kwargs: Any) -> None:
+        made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = make  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -109,9 +146,12 @@ def main(jobs: Path, results: Path) -> None:
 
     settle_console()
     torch.set_num_threads(1)
-    for number, recipe, stage in json.loads(jobs.read_text()):
-        if stage is not None:
-            os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
+    have_fsdp_on_cpu()
+    for number, recipe, layout in json.loads(jobs.read_text()):
+        if isinstance(layout, int):
+            os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(layout)
+        if layout == "torchrun":
+            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # which the recipe before has left
         with nothing_known():
             outcome = reason(lambda path=Path(recipe): train(load_recipe(path), ["test"], overwrite=True))
         outcomes: list[bool | str] = [outcome] * distributed.get_world_size()

@@ -186,10 +186,10 @@ def test_other_processes_than_the_first_tell_who_they_are(
 ) -> None:
     monkeypatch.setattr(cli, "settle_console", lambda: None)
     monkeypatch.setenv("RANK", "3")
-    assert entry_point(["train", str(recipe_file), "train.deepspeed=zero3.json"]) == 2
+    assert entry_point(["train", str(recipe_file), "train.fsdp=true"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("[rank 3] error: ")
-    assert "accelerate launch --use_deepspeed" in told
+    assert "fsdp2.yaml" in told
 
 
 @pytest.mark.slow

@@ -288,8 +288,8 @@ def test_anchors_and_merge_keys(write: Any) -> None:
         (
             "max_steps: 200",
             "parallelism_config: {}",
-            "x.yaml:20: train.parallelism_config: not a recipe's to set: launch with it: accelerate launch --use_deepspeed "
-            "--zero_stage 2 mmtune/train.py RECIPE",
+            "x.yaml:20: train.parallelism_config: not a recipe's to set: mmtune does not train with it; DDP, DeepSpeed ZeRO or "
+            "FSDP2 is right",
         ),
         ("      template: llava\n", "", "x.yaml:12: data.train.0.template: required, and not given"),
         (

@@ -35,7 +35,8 @@ def shipped_files() -> dict[str, bytes]:
     files = {
         f"mmtune/_shipped/{kind}/{file.relative_to(ROOT / kind).as_posix()}": file.read_bytes()
         for kind in ("recipes", "data_templates")
-        for file in (ROOT / kind).rglob("*.yaml")
+        for file in (ROOT / kind).rglob("*")
+        if file.suffix in (".yaml", ".json")
     }
     package = (file for file in (ROOT / "mmtune").rglob("*") if file.is_file() and "__pycache__" not in file.parts)
     return files | {file.relative_to(ROOT).as_posix(): file.read_bytes() for file in package}

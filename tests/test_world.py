@@ -8,20 +8,45 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from launched import launch
+import torch
+import yaml
+from accelerate import DistributedType
+from launched import CONFIGS, launch, launcher
 from safetensors.torch import load_file
+from torch import distributed
 
+from mmtune import run_directory
 from mmtune.errors import UserError
-from mmtune.recipe import Recipe, load_recipe
+from mmtune.recipe import Recipe, check_files, load_recipe
 from mmtune.run_directory import RunDirectory, new_run
-from mmtune.train import train
-from mmtune.world import World, check_launch
+from mmtune.train import train, training_arguments
+from mmtune.world import (
+    DEEPSPEED,
+    DEEPSPEED_CONFIG,
+    RENDEZVOUS,
+    World,
+    _check_backend,
+    check_launch,
+    check_same,
+    check_strategy,
+)
 
-LAYOUTS = {"DDP": None, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
+ROOT = Path(__file__).parent.parent
+LAYOUTS = {"DDP": "ddp", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3", "FSDP2": "fsdp2"}
+"""What a run calls a layout, and the shipped configuration that makes it."""
+OTHER_WAYS = {
+    "DDP, two machines": "multi_node",
+    "ZeRO-3, offloaded": "zero3_offload",
+    **{f"ZeRO-{name.removeprefix('zero')}, by the recipe": name for name in ("zero1", "zero2", "zero3", "zero3_offload")},
+}
+"""The second half of them by `train.deepspeed` under torchrun."""
+CELLS = [*((kind, layout) for kind in ("text", "mixed", "towers") for layout in LAYOUTS), *(("text", way) for way in OTHER_WAYS)]
 
 
 def document(data: Path, base: Path, run: Path, **changes: Any) -> dict[str, Any]:
@@ -94,10 +119,14 @@ def runs(
     kinds: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], tuple[bool | str, Path]]:
     folder = tmp_path_factory.mktemp("together")
-    keys = [(kind, layout) for kind in kinds for layout in LAYOUTS]
-    paths = [folder / f"{kind}_{layout}" for kind, layout in keys]
-    jobs = [(write(halved(kinds[kind], run)), LAYOUTS[layout]) for (kind, layout), run in zip(keys, paths, strict=True)]
-    return dict(zip(keys, zip(launch(jobs, folder), paths, strict=True), strict=True))
+    paths = [folder / f"{kind}_{layout}" for kind, layout in CELLS]
+    jobs: list[tuple[Path, str]] = []
+    for (kind, layout), run in zip(CELLS, paths, strict=True):
+        recipe, config = halved(kinds[kind], run), {**LAYOUTS, **OTHER_WAYS}[layout]
+        if layout.endswith("by the recipe"):
+            recipe["train"]["deepspeed"], config = str(ROOT / "recipes" / "deepspeed" / f"{config}.json"), "torchrun"
+        jobs.append((write(recipe), config))
+    return dict(zip(CELLS, zip(launch(jobs, folder), paths, strict=True), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +151,13 @@ def quarantined(run: RunDirectory) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["text", "mixed", "towers"])
+@pytest.mark.parametrize(("kind", "layout"), CELLS)
 def test_two_processes_train_what_one_does(
     kind: str, layout: str, alone: dict[str, Path], runs: dict[tuple[str, str], tuple[bool | str, Path]]
 ) -> None:
     done, run = runs[kind, layout]
     assert done is True, done
-    assert RunDirectory(run).read_summary()["layout"] == f"2 processes, {layout}"
+    assert RunDirectory(run).read_summary()["layout"] == f"2 processes, {layout.partition(',')[0].removesuffix('_offload')}"
     assert len(metrics(run)) == 3
     for one, two in zip(metrics(alone[kind]), metrics(run), strict=True):
         assert abs(one["loss"] - two["loss"]) < 1e-5
@@ -149,7 +177,11 @@ def test_two_processes_train_what_one_does(
 @pytest.mark.parametrize(
     ("environment", "precision", "told"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, "bf16", "launched with FSDP"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "bf16", "FSDP's first version"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "bf16", "fsdp_offload_params"),
+        ({"WORLD_SIZE": "2"}, "fp32", "has WORLD_SIZE and lacks RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, "fp32", "lacks WORLD_SIZE, MASTER_ADDR"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "fp32", "8 copies of this program were started"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "bf16", "parallelism config"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "bf16", "mixed precision fp16, and the recipe's model.precision is bf16"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "fp32", "mixed precision bf16, and the recipe's model.precision is fp32"),
@@ -164,6 +196,110 @@ def test_a_launch_that_contradicts_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=told):
         check_launch(precision)
+
+
+@pytest.fixture
+def asked_by_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A DeepSpeed configuration, in an environment that is as it was when the test is over."""
+    for name in (*RENDEZVOUS, DEEPSPEED, DEEPSPEED_CONFIG, "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.setenv(name, "")  # which is undone, as what is set below is not
+        monkeypatch.delenv(name)
+    file = tmp_path / "zero.json"
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    return file
+
+
+def test_a_recipe_asks_for_deepspeed_as_the_launcher_would(asked_by_recipe: Path) -> None:
+    check_launch("fp32", str(asked_by_recipe))
+    assert os.environ[DEEPSPEED] == "true"
+    assert json.loads(os.environ[DEEPSPEED_CONFIG]) == {"zero_optimization": {"stage": 3}}
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
+
+
+def test_one_process_does_not_take_one_of_several_gpus(asked_by_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
+    with pytest.raises(UserError, match="one process was started and 8 GPUs are there"):
+        check_launch("fp32", {"zero_optimization": {"stage": 3}})
+
+
+def test_deepspeed_of_launcher_and_recipe_must_be_one(asked_by_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEEPSPEED, "true")
+    with pytest.raises(UserError, match="by the launcher too, with other settings"):  # its --zero_stage says less than a file
+        check_launch("fp32", str(asked_by_recipe))
+    monkeypatch.setenv(DEEPSPEED_CONFIG, str(asked_by_recipe))
+    check_launch("fp32", {"zero_optimization": {"stage": 3}})
+    with pytest.raises(UserError, match="by the launcher too, with other settings"):
+        check_launch("fp32", {"zero_optimization": {"stage": 2}})
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(UserError, match="asked for FSDP"):
+        check_launch("fp32", str(asked_by_recipe))
+
+
+def test_a_deepspeed_configuration_is_looked_for_and_read(
+    asked_by_recipe: Path, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"command line: train.deepspeed=.*no such file: .*none.json"):
+        check_files(make_recipe(f"train.deepspeed={tmp_path / 'none.json'}"))
+    asked_by_recipe.write_text("stage: 3")
+    with pytest.raises(UserError, match=r"zero\.json: no JSON"):
+        check_launch("fp32", str(asked_by_recipe))
+    recipe = make_recipe("train.deepspeed={zero_optimization: {stage: 2}}")
+    assert recipe.train["deepspeed"]["zero_optimization"]["stage"] == 2
+    assert training_arguments(recipe).deepspeed_plugin is None  # checks and plans start no DeepSpeed
+
+
+@pytest.mark.parametrize(
+    ("world", "made", "precision", "told"),
+    [
+        (World(size=2), (2, DistributedType.MULTI_CPU, "no"), "fp32", None),
+        (World(size=2), (1, DistributedType.NO, "no"), "fp32", "asked for 2 processes, DDP, and accelerate made it NO of 1"),
+        (
+            World(size=2, fsdp=True),
+            (2, DistributedType.MULTI_CPU, "no"),
+            "fp32",
+            "made it MULTI_CPU of 2; FSDP takes GPUs",
+        ),
+        (World(size=2), (2, DistributedType.FSDP, "no"), "fp32", "made it FSDP"),
+        (World(size=2), (2, DistributedType.MULTI_CPU, "no"), "bf16", "made the mixed precision no of it, where bf16"),
+    ],
+)
+def test_what_accelerate_made_of_it_is_checked(
+    world: World, made: tuple[int, DistributedType, str], precision: str, told: str | None
+) -> None:
+    accelerator: Any = SimpleNamespace(num_processes=made[0], distributed_type=made[1], mixed_precision=made[2])
+    with pytest.raises(UserError, match=told) if told else nullcontext():
+        check_strategy(accelerator, world, precision)
+
+
+def test_processes_that_talk_through_the_cpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
+    arguments: Any = SimpleNamespace(world_size=2, device=torch.device("cuda:0"), ddp_backend=None)
+    with pytest.raises(UserError, match="were to talk by nccl, and do by gloo"):
+        _check_backend(arguments)
+    arguments.ddp_backend = "gloo"
+    _check_backend(arguments)
+
+
+def test_processes_with_different_recipes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = {"train.learning_rate": 0.2, "torch": "2.13.0"}
+    monkeypatch.setattr(World, "gather", lambda self, mine: [mine, mine, theirs])
+    check_same(World(size=3), theirs)
+    with pytest.raises(UserError, match=r"process 2 has train.learning_rate: 0.2, and process 0 0.1"):
+        check_same(World(size=3), {"train.learning_rate": 0.1, "torch": "2.13.0"})
+
+
+def test_an_output_dir_that_is_not_shared_is_told(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second process finds an earlier run where the first has made a new one."""
+    monkeypatch.setattr(run_directory, "SEEN_WITHIN_S", 0.0)
+    monkeypatch.setattr(World, "gather", lambda self, mine: ["new", mine] if mine is None else [True, mine])
+    recipe = make_recipe()
+    run = RunDirectory(Path(recipe.output_dir))
+    run.path.mkdir()
+    run.environment.write_text("earlier")
+    second = new_run(recipe, ["test"], overwrite=True, world=World(rank=1, size=2))
+    with pytest.raises(UserError, match="output_dir: process 1 does not see what process 0 wrote"), second:
+        pass
 
 
 def test_mixed_precision_of_the_launcher_may_be_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +317,7 @@ def test_an_earlier_run_is_back_when_another_process_fails(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The launcher ends the first process with SIGTERM, which would leave things as they are."""
-    monkeypatch.setattr(World, "wait", lambda self: None)
+    monkeypatch.setattr(World, "gather", lambda self, mine: [mine, mine])
     recipe = make_recipe()
     run = RunDirectory(Path(recipe.output_dir))
     run.path.mkdir()
@@ -199,6 +335,7 @@ def test_layouts_have_names() -> None:
     assert World().layout == "one process"
     assert World(size=2).layout == "2 processes, DDP"
     assert World(size=1, zero_stage=2).layout == "1 process, ZeRO-2"
+    assert World(size=2, fsdp=True).layout == "2 processes, FSDP2"
 
 
 @pytest.mark.slow
@@ -219,10 +356,45 @@ def test_a_deepspeed_configuration_that_contradicts_is_refused(
     recipe = write({**kinds["mixed"], "output_dir": str(tmp_path / "run")})
     file = tmp_path / "zero.json"
     file.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto", **settings}), encoding="utf-8")
-    program = str(Path(__file__).parent.parent / "mmtune" / "train.py")
+    program = str(ROOT / "mmtune" / "train.py")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--deepspeed_config_file", str(file)]
     launcher += ["--num_processes", "1", "--num_machines", "1", "--main_process_port", "0", "--dynamo_backend", "no"]
     done = subprocess.run([*launcher, program, str(recipe)], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert told in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_launcher_of_one_gpu(alone: dict[str, Path], kinds: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    recipe = write({**kinds["text"], "output_dir": str(tmp_path / "run")})
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "one_gpu.yaml")]
+    subprocess.run([*accelerate, str(ROOT / "mmtune" / "train.py"), str(recipe)], check=True, capture_output=True)
+    assert [line["loss"] for line in metrics(tmp_path / "run")] == [line["loss"] for line in metrics(alone["text"])]
+
+
+@pytest.mark.slow
+def test_fsdp_that_becomes_ddp_is_told(kinds: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """accelerate does that to every machine without GPUs, and says nothing."""
+    recipe = write(halved(kinds["text"], tmp_path / "run"))
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    command = [*launcher("fsdp2"), str(ROOT / "mmtune" / "train.py"), str(recipe)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "error: asked for 2 processes, FSDP2, and accelerate made it MULTI_CPU of 2; FSDP takes GPUs" in done.stderr
+    assert "[rank 1] error: asked for 2 processes" in done.stderr
+
+
+def test_shipped_configurations_leave_to_the_recipe_what_is_its() -> None:
+    for path in CONFIGS.glob("*.yaml"):
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert path.read_text(encoding="utf-8").startswith("# ")
+        assert config["mixed_precision"] == "no"
+    for path in (ROOT / "recipes" / "deepspeed").glob("*.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        assert config.pop("_comment")
+        zero = config.pop("zero_optimization")
+        assert set(config.values()) == {"auto"}
+        launched = yaml.safe_load((CONFIGS / f"{path.stem}.yaml").read_text(encoding="utf-8"))["deepspeed_config"]
+        offload = zero.get("offload_optimizer", {}).get("device", "none")
+        assert (zero["stage"], offload) == (launched["zero_stage"], launched["offload_optimizer_device"])

@@ -117,7 +117,7 @@ def evaluate(model: nn.Module, processor: ProcessorMixin, section: EvaluateSecti
         RowError: a held-out row that cannot be read.
     """
     samples = list(iterate_rows(Samples(section.data)))
-    mine = range(len(samples)) if world.zero_stage == 3 else range(world.rank, len(samples), world.size)
+    mine = range(len(samples)) if world.sharded else range(world.rank, len(samples), world.size)
     asked = [samples[index] for index in mine]
     said = _said(model, processor, asked, section)
     answered = dict(itertools.chain.from_iterable(world.gather(list(zip(mine, said, strict=True)))))

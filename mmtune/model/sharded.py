@@ -1,4 +1,5 @@
-"""Models that are no process' own: at ZeRO-3 each holds its part of every weight, from the moment that they are made.
+"""Models that are no process' own: at ZeRO-3 each holds its part of every weight, from the moment that they are made, and under
+FSDP2 while they train.
 
 Nothing here does anything to a model whose weights are whole.
 """
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import set_zero3_state
 
@@ -103,7 +105,7 @@ def to_save(model: nn.Module, first: bool) -> Iterator[dict[str, torch.Tensor] |
         None with an adapter. Without one the model's `state_dict`, gathered a weight at a time onto the first process' CPU.
     """
     if isinstance(model, PeftModel):
-        with gathered([parameter for parameter in model.parameters() if parameter.requires_grad]):
+        with gathered([parameter for parameter in model.parameters() if parameter.requires_grad]), _undivided(model):
             yield None
         return
     state: dict[str, torch.Tensor] = {}
@@ -111,8 +113,27 @@ def to_save(model: nn.Module, first: bool) -> Iterator[dict[str, torch.Tensor] |
     for name, tensor in model.state_dict(keep_vars=True).items():
         in_parts = hasattr(tensor, "ds_id")
         with gathered([tensor] if in_parts else []):
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if first and id(tensor) not in copies:
-                copies[id(tensor)] = tensor.detach().cpu().clone() if in_parts else tensor.detach()
+                copies[id(tensor)] = whole.detach().cpu().clone() if whole is not tensor or in_parts else tensor.detach()
         if first:
             state[name] = copies[id(tensor)]
     yield state
+
+
+@contextlib.contextmanager
+def _undivided(model: nn.Module) -> Iterator[None]:
+    """Inside, what trains is whole in every process where FSDP2 has divided it."""
+    parts = [
+        (module, name, part)
+        for module in model.modules()
+        for name, part in module.named_parameters(recurse=False)
+        if isinstance(part, DTensor) and part.requires_grad
+    ]
+    for module, name, part in parts:
+        module.register_parameter(name, nn.Parameter(part.full_tensor()))
+    try:
+        yield
+    finally:
+        for module, name, part in parts:
+            module.register_parameter(name, part)

@@ -130,7 +130,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._world.any(self.received is not None, args.device):
             self.received = self.received or signal.SIGTERM
-            control.should_save = True
+            control.should_save = not self._world.fsdp
             control.should_training_stop = True
 
 

@@ -104,7 +104,7 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     Raises:
         UserError: it would make it another run.
     """
-    before, now = (_flat(each.model_dump(mode="json")) for each in (load_recipe(run.recipe), recipe))
+    before, now = (flat(each.model_dump(mode="json")) for each in (load_recipe(run.recipe), recipe))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     for key in changed:
         print(f"resume: {key} was {before.get(key)!r}, and is {now.get(key)!r}")
@@ -140,11 +140,10 @@ def _by_step(checkpoints: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def _flat(values: Any, key: str = "") -> dict[str, Any]:
+def flat(values: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted key."""
     if isinstance(values, Mapping):
         return {
-            name: value
-            for part, inner in values.items()
-            for name, value in _flat(inner, f"{key}.{part}" if key else part).items()
+            name: value for part, inner in values.items() for name, value in flat(inner, f"{key}.{part}" if key else part).items()
         }
     return {key: values}

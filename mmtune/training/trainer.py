@@ -178,6 +178,12 @@ class TuningTrainer(Trainer):
             self._add_by_source(outputs["logits"], scored["shift_labels"], sources[kept])
         return (loss, outputs) if return_outputs else loss
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager[None]:
+        """The Trainer's, none; under FSDP2 torch's autocast, which accelerate leaves to FSDP2's rounding of what trains."""
+        context: contextlib.AbstractContextManager[None]
+        context = self.accelerator.autocast() if self._world.fsdp else super().autocast_smart_context_manager(cache_enabled)
+        return context
+
     @torch.no_grad()
     def _add_by_source(self, logits: torch.Tensor, targets: torch.Tensor, sources: torch.Tensor) -> None:
         logits = logits.view(-1, logits.shape[-1])
