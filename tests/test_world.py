@@ -151,6 +151,7 @@ def quarantined(run: RunDirectory) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the first waits for all launches
 @pytest.mark.parametrize(("kind", "layout"), CELLS)
 def test_two_processes_train_what_one_does(
     kind: str, layout: str, alone: dict[str, Path], runs: dict[tuple[str, str], tuple[bool | str, Path]]
