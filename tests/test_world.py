@@ -47,6 +47,7 @@ OTHER_WAYS = {
 }
 """The second half of them by `train.deepspeed` under torchrun."""
 CELLS = [*((kind, layout) for kind in ("text", "mixed", "towers") for layout in LAYOUTS), *(("text", way) for way in OTHER_WAYS)]
+CELLS += [("bf16", "FSDP2")]
 
 
 def document(data: Path, base: Path, run: Path, **changes: Any) -> dict[str, Any]:
@@ -106,6 +107,8 @@ def kinds(rows: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> d
         "max_new_tokens": 4,
         "batch_size": 5,
     }
+    recipes["bf16"] = {**recipes["mixed"], "output_dir": str(folder / "bf16_run")}
+    recipes["bf16"]["model"] = {**recipes["mixed"]["model"], "precision": "bf16"}
     recipes["towers"] = document(folder / "mixed.json", base, folder / "towers_run")
     recipes["towers"]["data"] = {"train": [{**recipes["text"]["data"]["train"][0], "path": str(folder / "towers.json")}]}
     (folder / "towers.json").write_text(json.dumps(mixed[:-6]), encoding="utf-8")
@@ -151,6 +154,7 @@ def quarantined(run: RunDirectory) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the first waits for all launches
 @pytest.mark.parametrize(("kind", "layout"), CELLS)
 def test_two_processes_train_what_one_does(
     kind: str, layout: str, alone: dict[str, Path], runs: dict[tuple[str, str], tuple[bool | str, Path]]
@@ -159,9 +163,10 @@ def test_two_processes_train_what_one_does(
     assert done is True, done
     assert RunDirectory(run).read_summary()["layout"] == f"2 processes, {layout.partition(',')[0].removesuffix('_offload')}"
     assert len(metrics(run)) == 3
+    rounded = 1000 if kind == "bf16" else 1  # a batch of four and four of one are not rounded alike
     for one, two in zip(metrics(alone[kind]), metrics(run), strict=True):
-        assert abs(one["loss"] - two["loss"]) < 1e-5
-        assert abs(one["grad_norm"] - two["grad_norm"]) < 1e-4 * one["grad_norm"]
+        assert abs(one["loss"] - two["loss"]) < 1e-5 * rounded
+        assert abs(one["grad_norm"] - two["grad_norm"]) < 1e-4 * rounded * one["grad_norm"]
         assert one["tokens"] == two["tokens"]  # those of rows alone, not of what stands in for an image
     one, two = RunDirectory(alone[kind]), RunDirectory(run)
     if kind == "mixed":
@@ -171,7 +176,7 @@ def test_two_processes_train_what_one_does(
         assert len(one.answers("after").read_text().splitlines()) == len(two.answers("after").read_text().splitlines()) == 5
     expected, found = weights(alone[kind]), weights(run)
     assert expected.keys() == found.keys()
-    assert max((expected[name] - found[name]).abs().max() for name in expected) < 1e-5
+    assert max((expected[name] - found[name]).abs().max() for name in expected) < 1e-5 * rounded
 
 
 @pytest.mark.parametrize(
