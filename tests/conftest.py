@@ -59,6 +59,24 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, a layer deep: DeepSpeed takes its time by the number of modules."""
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    from mmtune.builtin.tiny import build_untrained
+    from mmtune.model.checkpoint import save_checkpoint
+
+    model, processor = build_untrained(seed=0)
+    model.config.vision_config.num_hidden_layers = model.config.text_config.num_hidden_layers = 1
+    out = tmp_path_factory.mktemp("shallow") / "model"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_checkpoint(LlavaForConditionalGeneration(model.config), processor, out)
+    return out
+
+
 @pytest.fixture
 def make_recipe(base: Path, rows: Path, tmp_path: Path) -> Callable[..., Recipe]:
     """A LoRA recipe of three steps over `rows`, changed by `key=value` overrides."""

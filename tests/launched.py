@@ -24,6 +24,7 @@ import psutil
 
 PATIENCE_S = 120.0
 COMPILE = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+FAULTS = (RuntimeError, ValueError, AttributeError, TypeError, LookupError, AssertionError)
 CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
 
 
@@ -149,8 +150,8 @@ def reason(run: Callable[[], Any]) -> bool | str:
         TypeError,
         LookupError,
         AssertionError,
-    ) as error:
-        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:120]}"
+    ) as e:
+        return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0][:120]}"
     return True
 
 

@@ -47,7 +47,12 @@ OTHER_WAYS = {
 }
 """The second half of them by `train.deepspeed` under torchrun."""
 CELLS = [*((kind, layout) for kind in ("text", "mixed", "towers") for layout in LAYOUTS), *(("text", way) for way in OTHER_WAYS)]
-CELLS += [("bf16", "FSDP2")]
+CELLS += [
+    ("bf16", "FSDP2"),
+    *(("packed", layout) for layout in LAYOUTS if layout != "FSDP2"),
+    ("images", "DDP"),
+    ("images", "ZeRO-3"),
+]
 
 
 def document(data: Path, base: Path, run: Path, **changes: Any) -> dict[str, Any]:
@@ -67,7 +72,9 @@ def document(data: Path, base: Path, run: Path, **changes: Any) -> dict[str, Any
 
 def halved(recipe: dict[str, Any], run: Path) -> dict[str, Any]:
     """The same global batch in two processes: two halves of each half."""
-    halves = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    halves = {"gradient_accumulation_steps": 2}
+    if "packing" not in recipe["data"]:
+        halves["per_device_train_batch_size"] = 1
     return {**recipe, "train": {**recipe["train"], **halves}, "output_dir": str(run)}
 
 
@@ -78,7 +85,7 @@ def write(recipe: dict[str, Any]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def kinds(rows: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def kinds(rows: Path, shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """A recipe for each kind of data and of tuning."""
     folder = tmp_path_factory.mktemp("alone")
     images = json.loads(rows.read_text(encoding="utf-8"))
@@ -93,10 +100,10 @@ def kinds(rows: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     broken = [{**row, "id": f"cut{number}", "image": str(folder / "cut.png")} for number, row in enumerate(images[:6])]
     mixed = [row for pair in zip(images, text, strict=True) for row in pair] + broken
     recipes = {}
-    for kind, chosen in {"text": text, "mixed": mixed}.items():
+    for kind, chosen in {"text": text, "images": images, "mixed": mixed}.items():
         data = folder / f"{kind}.json"
         data.write_text(json.dumps(chosen), encoding="utf-8")
-        recipes[kind] = document(data, base, folder / f"{kind}_run")
+        recipes[kind] = document(data, shallow, folder / f"{kind}_run")
         recipes[kind]["data"]["train"][0]["media_root"] = "/"
     # Rows that fail while they are trained on, and questions that do not divide by two.
     questions = folder / "questions.json"
@@ -109,9 +116,12 @@ def kinds(rows: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     }
     recipes["bf16"] = {**recipes["mixed"], "output_dir": str(folder / "bf16_run")}
     recipes["bf16"]["model"] = {**recipes["mixed"]["model"], "precision": "bf16"}
-    recipes["towers"] = document(folder / "mixed.json", base, folder / "towers_run")
+    recipes["towers"] = document(folder / "mixed.json", shallow, folder / "towers_run")
     recipes["towers"]["data"] = {"train": [{**recipes["text"]["data"]["train"][0], "path": str(folder / "towers.json")}]}
     (folder / "towers.json").write_text(json.dumps(mixed[:-6]), encoding="utf-8")
+    recipes["packed"] = document(folder / "towers.json", shallow, folder / "packed_run")
+    recipes["packed"]["data"] = {**recipes["towers"]["data"], "packing": True, "max_tokens": 256}
+    recipes["packed"]["train"]["gradient_accumulation_steps"] = recipes["packed"]["train"].pop("per_device_train_batch_size")
     recipes["towers"]["tune"] = {"vision": "full", "projector": "full", "language": "full"}
     recipes["towers"]["train"] = {**recipes["towers"]["train"], "learning_rate": 1e-5}
     return recipes

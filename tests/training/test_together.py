@@ -18,10 +18,10 @@ from mmtune.train import train
 STEPS = 5
 
 
-def recipe(folder: Path, base: Path, rows: Path, name: str, **changes: Any) -> Path:
+def recipe(folder: Path, shallow: Path, rows: Path, name: str, **changes: Any) -> Path:
     """Written as JSON, which is YAML."""
     document = {
-        "model": {"base": str(base), "precision": "fp32"},
+        "model": {"base": str(shallow), "precision": "fp32"},
         "tune": {"language": {"method": "lora", "r": 4, "lora_dropout": 0.2}},
         "data": {"train": [{"path": str(rows), "template": "llava", "media_root": "/"}], **changes.pop("data", {})},
         "train": {
@@ -29,6 +29,7 @@ def recipe(folder: Path, base: Path, rows: Path, name: str, **changes: Any) -> P
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": 2,
             "logging_steps": 1,
+            "learning_rate": 1e-4,
             "disable_tqdm": True,
             **changes.pop("train", {}),
         },
@@ -57,27 +58,28 @@ def mixed(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 LAYOUTS: dict[str, int | None] = {"DDP": None, "ZeRO-2": 2, "ZeRO-3": 3}
 READ = {"indexed": {}, "streamed": {"stream": True, "shuffle_window": 8}}
+RESUMED = [("DDP", "indexed"), *((layout, read) for layout in ("ZeRO-2", "ZeRO-3") for read in READ)]
 
 
 @pytest.fixture(scope="module")
-def stopped(base: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[Any]]:
+def stopped(shallow: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[Any]]:
     """The outcomes of an unbroken run, of one that was stopped and of its going on, and the two runs."""
     folder = tmp_path_factory.mktemp("stopped")
     jobs: list[Any] = []
-    keys = [(layout, read) for layout in LAYOUTS for read in READ]
-    for layout, read in keys:
-        whole, broken = (recipe(folder, base, mixed, f"{layout}_{read}_{name}", data=READ[read]) for name in ("whole", "broken"))
+    for layout, read in RESUMED:
+        whole, broken = (
+            recipe(folder, shallow, mixed, f"{layout}_{read}_{name}", data=READ[read]) for name in ("whole", "broken")
+        )
         jobs += [(whole, LAYOUTS[layout]), (broken, LAYOUTS[layout], 3), (broken, LAYOUTS[layout], "resume")]
     done = launch(jobs, folder)
     return {
         key: [*done[3 * number : 3 * number + 3], *(job[0].with_suffix("") for job in jobs[3 * number : 3 * number + 2])]
-        for number, key in enumerate(keys)
+        for number, key in enumerate(RESUMED)
     }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("read", READ)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "read"), RESUMED)
 def test_two_processes_go_on_bit_for_bit(layout: str, read: str, stopped: dict[tuple[str, str], list[Any]]) -> None:
     """The second process gets SIGTERM in the third step: both finish it and save."""
     whole, ended, resumed, unbroken, broken = stopped[layout, read]
@@ -95,13 +97,13 @@ def test_two_processes_go_on_bit_for_bit(layout: str, read: str, stopped: dict[t
 
 
 @pytest.mark.slow
-def test_modalities_that_differ_by_process_never_hang(base: Path, mixed: Path, tmp_path: Path) -> None:
+def test_modalities_that_differ_by_process_never_hang(shallow: Path, mixed: Path, tmp_path: Path) -> None:
     """200 steps at ZeRO-3, where a process that runs the tower waits for the others' part of it."""
     rows = json.loads(mixed.read_text(encoding="utf-8"))
     differing = sum(("image" in one) != ("image" in two) for one, two in zip(rows[::2], rows[1::2], strict=True))
     assert 50 < differing < 150
     settings = {"max_steps": 200, "gradient_accumulation_steps": 1, "train_sampling_strategy": "sequential", "logging_steps": 50}
-    path = recipe(tmp_path, base, mixed, "long", train=settings)
+    path = recipe(tmp_path, shallow, mixed, "long", train=settings)
     assert launch([(path, 3)], tmp_path, patience_s=300.0) == [True]
     summary = RunDirectory(tmp_path / "long").read_summary()
     assert summary["layout"] == "2 processes, ZeRO-3"
@@ -110,28 +112,31 @@ def test_modalities_that_differ_by_process_never_hang(base: Path, mixed: Path, t
 
 
 @pytest.mark.slow
-def test_four_processes_train_what_one_does(base: Path, mixed: Path, tmp_path: Path) -> None:
-    """Padded and packed, over a global batch of four rows, or of four packs."""
+def test_four_processes_train_what_one_does(shallow: Path, mixed: Path, tmp_path: Path) -> None:
+    """Padded and packed, over a global batch of four rows, or of four packs; by plain descent, whose steps are the gradients."""
     kinds: dict[str, Any] = {"padded": {}, "packed": {"packing": True, "max_tokens": 256}}
-    settings = {"max_steps": 3, "gradient_accumulation_steps": 1}
-    jobs, alone = [], {}
+    keys = [*(("padded", layout) for layout in LAYOUTS), ("packed", "DDP"), ("packed", "ZeRO-3")]
+    descent = {"max_steps": 3, "gradient_accumulation_steps": 4, "optim": "sgd", "learning_rate": 0.3}
+    alone, jobs = {}, []
     for kind, data in kinds.items():
-        four = {"max_steps": 3, "gradient_accumulation_steps": 4}
-        path = recipe(tmp_path, base, mixed, f"{kind}_alone", data=data, train=four)
+        path = recipe(tmp_path, shallow, mixed, kind, data=data, train=descent)
         plain = json.loads(path.read_text(encoding="utf-8"))
         plain["tune"]["language"]["lora_dropout"] = 0.0  # each process draws its own
+        if kind == "packed":
+            del plain["train"]["per_device_train_batch_size"]
         path.write_text(json.dumps(plain), encoding="utf-8")
         train(load_recipe(path), ["test"])
-        alone[kind] = RunDirectory(tmp_path / f"{kind}_alone")
-        for layout, stage in LAYOUTS.items():
-            together = {**plain, "train": {**plain["train"], **settings}, "output_dir": str(tmp_path / f"{kind}_{layout}")}
-            jobs.append((tmp_path / f"{kind}_{layout}.yaml", stage))
-            jobs[-1][0].write_text(json.dumps(together), encoding="utf-8")
+        alone[kind] = plain
+    for kind, layout in keys:
+        settings = {**alone[kind]["train"], "gradient_accumulation_steps": 1}
+        path = tmp_path / f"{kind}_{layout}.yaml"
+        path.write_text(json.dumps({**alone[kind], "train": settings, "output_dir": str(path.with_suffix(""))}), encoding="utf-8")
+        jobs.append((path, LAYOUTS[layout]))
     assert launch(jobs, tmp_path, processes=4) == [True] * len(jobs)
-    for kind in kinds:
-        for layout in LAYOUTS:
-            run = RunDirectory(tmp_path / f"{kind}_{layout}")
-            losses = [[json.loads(line)["loss"] for line in each.metrics.read_text().splitlines()] for each in (alone[kind], run)]
-            assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-            one, other = (load_file(each.adapter / "adapter_model.safetensors") for each in (alone[kind], run))
-            assert max((one[name] - other[name]).abs().max() for name in one) < 1e-5
+    for kind, layout in keys:
+        runs = [RunDirectory(tmp_path / kind), RunDirectory(tmp_path / f"{kind}_{layout}")]
+        one, four = ([json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()] for run in runs)
+        assert [step["loss"] for step in four] == pytest.approx([step["loss"] for step in one], abs=1e-5)
+        assert [step["grad_norm"] for step in four] == pytest.approx([step["grad_norm"] for step in one], rel=1e-4)
+        expected, found = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
+        assert max((expected[name] - found[name]).abs().max() for name in expected) < 1e-5
