@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from mmtune.errors import nearest
-from mmtune.methods.table import METHODS, refusal
+from mmtune.methods.table import INITS_IN_PARTS, METHODS, METHODS_OF_WHOLE_WEIGHTS, refusal
 from mmtune.recipe_arguments import Fault, Settings, fault, method_arguments, shown, training_arguments
 from mmtune.recipe_prompts import (
     WHERE,
@@ -229,9 +229,11 @@ class TuneSection(Section):
         return next((tuning.method for tuning in self.components.values() if tuning.method in METHODS), None)
 
     @property
-    def needs_gradients(self) -> bool:
-        """Whether the initialization takes backward passes through the whole base (LoRA-GA)."""
-        return any(tuning.settings.get("init_lora_weights") == "lora_ga" for tuning in self.components.values())
+    def needs_whole_weights(self) -> bool:
+        """Whether what is put in place is made from the base's weights, and needs them whole."""
+        inits = [tuning.settings.get("init_lora_weights") for tuning in self.components.values()]
+        read = any(isinstance(init, str) and not init.startswith(INITS_IN_PARTS) for init in inits)
+        return read or self.method in METHODS_OF_WHOLE_WEIGHTS
 
 
 class Source(Section):

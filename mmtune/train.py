@@ -112,7 +112,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     data_report.stop_past(recipe.data.max_bad_fraction)
     if recipe.evaluate:
         check_questions(recipe.evaluate)
-    in_parts = recipe.model.precision not in QUANTIZED and not recipe.tune.needs_gradients
+    in_parts = recipe.model.precision not in QUANTIZED and not recipe.tune.needs_whole_weights
     world = join_world(arguments, recipe.model.precision, in_parts)
     check_same(world, {**flat(recipe.model_dump(mode="json")), **versions(), "rows": data_report.rows})
     check_method(recipe, world)
@@ -267,11 +267,9 @@ def check_method(recipe: Recipe, world: World) -> None:
     Raises:
         UserError: a method or packing that does not work with the base's family or the ZeRO stage, before any weight is loaded.
     """
-    if recipe.data.max_nonfinite_steps and (world.zero_stage is not None or recipe.tune.method == "adalora"):
-        who = (
-            "adalora moves ranks by every step's gradients" if world.zero_stage is None else "DeepSpeed takes its steps by itself"
-        )
-        raise UserError(f"data.max_nonfinite_steps: {who}, so none can be skipped; leave it out")
+    if recipe.data.max_nonfinite_steps and (world.zero_stage == 0 or recipe.tune.method == "adalora"):
+        why = "DeepSpeed without ZeRO takes every step" if world.zero_stage == 0 else "adalora ranks by every step's gradients"
+        raise UserError(f"data.max_nonfinite_steps: {why}, so none can be skipped; leave it out")
     if recipe.data.packing and recipe.model.base not in (None, UNTRAINED):
         check_packable_family(base_config(recipe.model))
     for component, tuning in recipe.tune.components.items():

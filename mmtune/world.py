@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import distributed, nn
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import TrainingArguments
 
 from mmtune.errors import UserError
@@ -149,7 +150,15 @@ def check_launch(precision: str, deepspeed_config: str | Mapping[str, Any] | Non
             import deepspeed  # noqa: F401
         except ImportError as error:
             raise UserError("launched with DeepSpeed, which is not installed: pip install 'mmtune[deepspeed]'") from error
+        if os.environ.get("RANK", "0") == "0":
+            _tell_of_locks()
         os.environ[LAUNCHED_WITH] = "no"  # DeepSpeed's own mixed precision would round what trains; see `join_world`
+
+
+def _tell_of_locks() -> None:
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in sorted(root.glob("**/lock")):
+        print(f"DeepSpeed waits while {lock} is there: a process compiles, or was ended while it did: then delete it", flush=True)
 
 
 def _check_rendezvous() -> None:

@@ -61,7 +61,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, a layer deep: DeepSpeed takes its time by the number of modules."""
+    """The same with fewer layers: DeepSpeed takes its time by the number of modules."""
     import torch
     from transformers import LlavaForConditionalGeneration
 
@@ -69,7 +69,7 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mmtune.model.checkpoint import save_checkpoint
 
     model, processor = build_untrained(seed=0)
-    model.config.vision_config.num_hidden_layers = model.config.text_config.num_hidden_layers = 1
+    model.config.vision_config.num_hidden_layers, model.config.text_config.num_hidden_layers = 1, 2
     out = tmp_path_factory.mktemp("shallow") / "model"
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -218,6 +218,10 @@ METHODS: Mapping[str, Method] = {method.name: method for method in _TABLE}
 
 MUTATING_INITS = ("pissa", "olora", "lora_ga")
 """Initializations of LoRA that change the base's weights. Their adapters are turned into ordinary LoRA when they are saved."""
+INITS_IN_PARTS = ("gaussian", "orthogonal", "pissa", "eva")
+"""Of LoRA, those that draw, gather the weights that they read, or only run the model."""
+METHODS_OF_WHOLE_WEIGHTS = ("loha", "ln_tuning")
+"""Those for which PEFT reads or copies a layer's weight where it lies, which at ZeRO-3 would be a part of it."""
 
 MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Families whose positions have three parts, so that virtual tokens before the input have none."""

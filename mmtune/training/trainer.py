@@ -244,6 +244,8 @@ class TuningTrainer(Trainer):
         print(f"step {step} is skipped, its gradients are not finite; its rows: {named}", flush=True)
         for parameter in model.parameters():
             parameter.grad = None  # which optimizers pass over, moments and weight decay included
+        if self._world.zero_stage is not None:
+            self.lr_scheduler.step()  # the Trainer stops it for a step that DeepSpeed has left out, and for no other
         for kept, before in zip((self._tr_loss, self._source_sums), self._before_step, strict=True):
             kept.copy_(before)
         self._globalstep_last_logged += 1  # the log divides by the steps since

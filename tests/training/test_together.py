@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from launched import launch
+import torch
+from launched import launch, launcher
 from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
 
+from mmtune.builtin.tiny import build_untrained
+from mmtune.model.checkpoint import save_checkpoint
 from mmtune.recipe import load_recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
@@ -58,6 +69,7 @@ def mixed(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 LAYOUTS: dict[str, int | None] = {"DDP": None, "ZeRO-2": 2, "ZeRO-3": 3}
 READ = {"indexed": {}, "streamed": {"stream": True, "shuffle_window": 8}}
+TOO_FAR = {"learning_rate": 1e38, "max_grad_norm": 0.0}
 RESUMED = [("DDP", "indexed"), *((layout, read) for layout in ("ZeRO-2", "ZeRO-3") for read in READ)]
 
 
@@ -71,8 +83,11 @@ def stopped(shallow: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory
             recipe(folder, shallow, mixed, f"{layout}_{read}_{name}", data=READ[read]) for name in ("whole", "broken")
         )
         jobs += [(whole, LAYOUTS[layout]), (broken, LAYOUTS[layout], 3), (broken, LAYOUTS[layout], "resume")]
+    for layout in ("ZeRO-2", "ZeRO-3"):
+        far = recipe(folder, shallow, mixed, f"{layout}_far", data={"max_nonfinite_steps": 1}, train=TOO_FAR)
+        jobs.append((far, LAYOUTS[layout]))
     done = launch(jobs, folder)
-    return {
+    return {("far", "away"): done[3 * len(RESUMED) :]} | {
         key: [*done[3 * number : 3 * number + 3], *(job[0].with_suffix("") for job in jobs[3 * number : 3 * number + 2])]
         for number, key in enumerate(RESUMED)
     }
@@ -94,6 +109,13 @@ def test_two_processes_go_on_bit_for_bit(layout: str, read: str, stopped: dict[t
     for one, two in zip(*figures, strict=True):
         assert (one["loss"], one["grad_norm"], one["tokens"]) == (two["loss"], two["grad_norm"], two["tokens"])
     assert load_file(broken / "checkpoints" / "checkpoint-3" / "adapter_model.safetensors").keys()  # an adapter as any other
+
+
+@pytest.mark.slow
+def test_deepspeed_leaves_out_a_step_that_is_not_finite(stopped: dict[tuple[str, str], list[Any]]) -> None:
+    """The first step goes so far that the second has no finite gradient, nor has the third."""
+    for said in stopped["far", "away"]:
+        assert str(said).startswith("CheckFailed: the gradients of step 3 are not finite, after 1 that were skipped")
 
 
 @pytest.mark.slow
@@ -140,3 +162,47 @@ def test_four_processes_train_what_one_does(shallow: Path, mixed: Path, tmp_path
         assert [step["grad_norm"] for step in four] == pytest.approx([step["grad_norm"] for step in one], rel=1e-4)
         expected, found = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
         assert max((expected[name] - found[name]).abs().max() for name in expected) < 1e-5
+
+
+def private_peaks(command: list[str], environment: dict[str, str]) -> list[int]:
+    """The largest private memory of each process that trains, in bytes: what is mapped from files is the machine's own."""
+    peaks: dict[int, int] = {}
+    started = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while started.poll() is None:
+        for process in (psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                memory = process.memory_info()
+                peaks[process.pid] = max(peaks.get(process.pid, 0), memory.rss - memory.shared)
+        time.sleep(0.05)
+    assert started.returncode == 0
+    return sorted(peaks.values())
+
+
+@pytest.mark.slow
+def test_a_process_at_zero_3_never_holds_the_whole_model(mixed: Path, tmp_path: Path) -> None:
+    """A billion parameters that are bf16 on disk and fp32 here, so that no process can lean on the file's own pages."""
+    model, processor = build_untrained(seed=0)
+    text = model.config.text_config
+    text.num_hidden_layers, text.hidden_size, text.intermediate_size = 20, 2048, 5632
+    text.num_attention_heads = text.num_key_value_heads = 16
+    text.head_dim = 128
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(model.config).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    save_checkpoint(model, processor, tmp_path / "large")
+    whole = sum(4 * parameter.numel() for parameter in model.parameters())
+    del model
+    path = recipe(tmp_path, tmp_path / "large", mixed, "run", train={"max_steps": 1, "gradient_accumulation_steps": 1})
+    few = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"), 20_000_000)
+    settings = tmp_path / "zero.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage": 3, **few}}), encoding="utf-8")
+    program = [str(Path(__file__).parents[2] / "mmtune" / "train.py"), str(path), "--overwrite"]
+    returned = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # or what is freed in between would still be counted
+    [*_, alone] = private_peaks([sys.executable, *program], returned)
+    torchrun = [*launcher("torchrun"), *program, f"train.deepspeed={settings}"]
+    [*_, first, second] = private_peaks(torchrun, returned)
+    assert alone > whole
+    assert max(first, second) < 0.65 * alone
+    shutil.rmtree(tmp_path / "large")
