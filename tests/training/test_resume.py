@@ -18,6 +18,8 @@ from mmtune.errors import UserError
 from mmtune.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
+from mmtune.training.checkpoint import check_resumable
+from mmtune.world import World
 
 SAVES = ("train.save_strategy=steps", "train.save_steps=2", "train.max_steps=6", "tune.language.lora_dropout=0.2")
 
@@ -104,6 +106,8 @@ def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_pa
         train(recipe, ["test"], resume=tmp_path)
     with pytest.raises(UserError, match="nothing that mmtune finished"):
         train(recipe, ["test"], resume=run.checkpoints / "checkpoint-77")
+    with pytest.raises(UserError, match="was written by one process, and this is 2 processes, DDP; launch as before"):
+        check_resumable(recipe, run, run.checkpoints / "checkpoint-2", World(size=2))
     data = Path(recipe.data.train[0].path)
     written = data.read_text()
     data.write_text(json.dumps(json.loads(written)[::-1]))

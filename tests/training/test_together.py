@@ -67,7 +67,7 @@ def mixed(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-LAYOUTS: dict[str, int | None] = {"DDP": None, "ZeRO-2": 2, "ZeRO-3": 3}
+LAYOUTS: dict[str, int | None] = {"DDP": None, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
 READ = {"indexed": {}, "streamed": {"stream": True, "shuffle_window": 8}}
 TOO_FAR = {"learning_rate": 1e38, "max_grad_norm": 0.0}
 RESUMED = [("DDP", "indexed"), *((layout, read) for layout in ("ZeRO-2", "ZeRO-3") for read in READ)]
