@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Two processes of one thread each (tests/conftest.py): with models of this size, twice as fast as one of two threads.
 # What a file sets up is used by the whole file, so a file stays in one process.
-PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 help:
 	@echo 'make quickstart   tune the built-in model on handwritten digits, merge it, report; the run is runs/quickstart'

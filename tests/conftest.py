@@ -26,7 +26,12 @@ os.environ.update(
 )
 
 
+LONG = ("test_quickstart.py", "test_world.py", "test_together.py", "test_faults.py", "test_capabilities.py")
+"""Minutes each: begun first, or one process would be at the last of them when the other has nothing left to do."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return

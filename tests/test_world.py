@@ -46,13 +46,14 @@ OTHER_WAYS = {
     **{f"ZeRO-{name.removeprefix('zero')}, by the recipe": name for name in ("zero1", "zero2", "zero3", "zero3_offload")},
 }
 """The second half of them by `train.deepspeed` under torchrun."""
-CELLS = [*((kind, layout) for kind in ("text", "mixed", "towers") for layout in LAYOUTS), *(("text", way) for way in OTHER_WAYS)]
-CELLS += [
-    ("bf16", "FSDP2"),
-    *(("packed", layout) for layout in LAYOUTS if layout != "FSDP2"),
+CELLS = [
+    *(("mixed", layout) for layout in LAYOUTS),
+    *(("text", way) for way in OTHER_WAYS),
     ("images", "DDP"),
     ("images", "ZeRO-3"),
 ]
+CELLS += [(kind, layout) for kind in ("text", "packed", "towers") for layout in ("DDP", "ZeRO-2", "ZeRO-3")]
+CELLS += [("images", "DDP"), ("images", "ZeRO-3"), ("packed", "ZeRO-1"), ("towers", "FSDP2"), ("bf16", "FSDP2")]
 
 
 def document(data: Path, base: Path, run: Path, **changes: Any) -> dict[str, Any]:

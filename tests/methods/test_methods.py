@@ -170,9 +170,9 @@ def runs(rows: Path, base: Path, one_batch: dict[str, torch.Tensor], tmp_path_fa
     module = sys.modules["mmtune.train"]
     real = module.save_tuned
 
-    def look(model: Any, out: Path, initial: Any) -> None:
+    def look(model: Any, out: Path, initial: Any, first: bool) -> None:
         seen[out.parent.name] = logits_of(model, one_batch).contiguous()
-        real(model, out, initial)
+        real(model, out, initial, first)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "save_tuned", look)
@@ -279,9 +279,9 @@ def test_an_initialization_that_changes_the_base_is_saved_as_plain_lora(
     module = sys.modules["mmtune.train"]
     real = module.save_tuned
 
-    def look(model: Any, out: Path, initial: Any) -> None:
+    def look(model: Any, out: Path, initial: Any, first: bool) -> None:
         seen["logits"] = logits_of(model, one_batch)
-        real(model, out, initial)
+        real(model, out, initial, first)
 
     monkeypatch.setattr(module, "save_tuned", look)
     recipe = recipe_of(name, rows, base, tmp_path, "tune.projector={method: full, learning_rate: 1e-3}")
