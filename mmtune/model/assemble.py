@@ -189,7 +189,7 @@ def _compose(config: LlavaConfig, encoder: Any, causal: Any, dtype: torch.dtype,
     if head.bias is not None:
         raise UserError(f"language: {type(causal).__name__}'s output layer has a bias, which LLaVA's has not")
     model.model.vision_tower = encoder
-    model.model.multi_modal_projector = projector.to(dtype)
+    model.model.multi_modal_projector = projector.to(encoder.device, dtype)  # at ZeRO-3 the parts are where they stay
     model.model.language_model = decoder
     model.lm_head = head
     model.config.vision_config, model.config.text_config = encoder.config, decoder.config
@@ -225,7 +225,7 @@ def _verify(
     images = [Image.new("RGB", size, "red") for size in PROBE_SIZES] + [Image.new("L", (50, 40))]
     try:
         batch = processor(images=images, text=[IMAGE_TOKEN] * len(images), return_tensors="pt", padding=True)
-        features = model.get_image_features(pixel_values=batch["pixel_values"].to(model.dtype)).pooler_output
+        features = model.get_image_features(pixel_values=batch["pixel_values"].to(model.device, model.dtype)).pooler_output
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{name} and its image processor do not fit: {error}") from error
     sizes = [(image.height, image.width) for image in images]
@@ -238,7 +238,7 @@ def _verify(
                 f"{name}: for an image of {image.width} x {image.height} pixels the processor writes {tokens} tokens (it "
                 f"foretells {foretold[number]}), and the model makes {given} features"
             )
-    one = processor(images=images[0], text=f"{IMAGE_TOKEN} A cat", return_tensors="pt")
+    one = processor(images=images[0], text=f"{IMAGE_TOKEN} A cat", return_tensors="pt").to(model.device)
     logits = model(**{**one, "pixel_values": one["pixel_values"].to(model.dtype)}).logits
     if not bool(torch.isfinite(logits).all()):
         raise UserError(f"{name}: a forward pass with an image gives logits that are not finite")
