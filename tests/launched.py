@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -70,6 +71,12 @@ def launcher(config: str, processes: int = 2) -> list[str]:
     return [*accelerate, "--num_processes", str(processes), "--main_process_port", "0"]
 
 
+@functools.cache
+def compile_deepspeed() -> None:
+    """It compiles at its first use, for minutes; ended meanwhile, it would leave a lock that others wait for."""
+    subprocess.run([sys.executable, "-c", COMPILE], check=True, capture_output=True)
+
+
 def _commands(config: str, processes: int) -> list[list[str]]:
     if config != "multi_node":
         return [launcher(config, processes)]
@@ -82,8 +89,8 @@ def _commands(config: str, processes: int) -> list[list[str]]:
 def _processes(config: str, jobs: Path, results: Path, processes: int, patience_s: float) -> str:
     """Ended when they bring no result for `patience_s`."""
     deepspeed = config == "torchrun" or config.startswith("zero")
-    if deepspeed:  # compiles at its first use, for minutes; ended meanwhile, it would leave a lock that others wait for
-        subprocess.run([sys.executable, "-c", COMPILE], check=True, capture_output=True)
+    if deepspeed:
+        compile_deepspeed()
     environment = {**os.environ} if deepspeed else {**os.environ, "ACCELERATE_USE_CPU": "true"}
     program = [str(Path(__file__)), str(jobs), str(results)]
     with results.with_suffix(".log").open("a") as log:
