@@ -120,8 +120,8 @@ def test_a_full_disk_leaves_what_was_there(
         elif where == "adapter":
             patch.setattr(mmtune.train, "save_tuned", limited(mmtune.train.save_tuned, size, lambda *args: True))
         else:
-            record = limited(RecordMetrics._record, size, lambda recorder, args, state, logs: state.global_step == 4)
-            patch.setattr(RecordMetrics, "_record", record)
+            record = limited(RecordMetrics.on_log, size, lambda recorder, args, state, *rest, **more: state.global_step == 4)
+            patch.setattr(RecordMetrics, "on_log", record)
         with pytest.raises(UserError, match=f"cannot write {run.path}/.*{where}: .*(too large|cut short)"):
             train(recipe, ["test"], overwrite=True)
     kept = sorted(path.name for path in run.checkpoints.iterdir())
