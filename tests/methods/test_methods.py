@@ -171,7 +171,7 @@ def runs(rows: Path, base: Path, one_batch: dict[str, torch.Tensor], tmp_path_fa
     real = module.save_tuned
 
     def look(model: Any, out: Path, initial: Any, first: bool) -> None:
-        seen[out.parent.name] = logits_of(model, one_batch).contiguous()
+        seen[out.parents[1].name] = logits_of(model, one_batch).contiguous()
         real(model, out, initial, first)
 
     with pytest.MonkeyPatch.context() as patch:
