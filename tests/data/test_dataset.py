@@ -108,6 +108,7 @@ def test_the_report_is_json(tmp_path: Path) -> None:
         "streamed": False,
         "dropped_over_length": [],
         "media_changed": [],
+        "skipped_steps": [],
         "quarantined": [{"row": "r:1", "field": "image", "detail": "kein Bild: é\udce9.png"}],
     }
 
