@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from peft import LoraConfig
@@ -590,7 +591,6 @@ def test_every_setting_in_the_schema_is_described_and_none_points_outside() -> N
 
 
 def test_the_schema_agrees_with_the_loader(write: Any) -> None:
-    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is in the dev extra")
     schema = recipe_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)

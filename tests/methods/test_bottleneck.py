@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 import transformers as tf
@@ -250,7 +251,6 @@ def test_trains_under_autocast(model: Any, inputs: dict[str, torch.Tensor], plac
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 @pytest.mark.parametrize("placement", ["houlsby", "parallel", "linear"])
 def test_trains_on_a_quantized_base(base: Path, inputs: dict[str, torch.Tensor], precision: str, placement: str) -> None:
-    bnb = pytest.importorskip("bitsandbytes")
     skip = [VISION, PROJECTOR, "lm_head"]
     settings = {"load_in_8bit": True} if precision == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     model = tf.AutoModelForImageTextToText.from_pretrained(
@@ -261,7 +261,7 @@ def test_trains_on_a_quantized_base(base: Path, inputs: dict[str, torch.Tensor],
     before = model(**inputs).logits.detach()
     linear = {"target_modules": [f"{LANGUAGE}.layers.{i}.mlp.down_proj" for i in range(LAYERS)]} if placement == "linear" else {}
     peft = tuned(model, placement="houlsby" if linear else placement, **linear)
-    kind = bnb.nn.Linear8bitLt if precision == "int8" else bnb.nn.Linear4bit
+    kind = bitsandbytes.nn.Linear8bitLt if precision == "int8" else bitsandbytes.nn.Linear4bit
     assert sum(isinstance(module, kind) for module in peft.modules()) == 7 * LAYERS
     assert torch.equal(peft(**inputs).logits, before)
     assert {parameter.dtype for parameter in adapters(peft).values()} == {torch.float32}

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from torch import nn
@@ -124,7 +125,6 @@ def test_scores_grow_with_the_supervised_tokens_alone(recipe_of: Callable[..., R
 
 @pytest.mark.parametrize(("precision", "shape"), [("nf4", (192, 320)), ("int8", (48, 96)), ("nf4", (1024, 704))])
 def test_stored_bytes_are_those_of_bitsandbytes(precision: str, shape: tuple[int, int]) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
     functional = bitsandbytes.functional
     weight = torch.randn(shape)
     if precision == "int8":
@@ -140,7 +140,6 @@ def test_stored_bytes_are_those_of_bitsandbytes(precision: str, shape: tuple[int
 @pytest.mark.parametrize(("kind", "states", "in_8bit"), [("AdamW8bit", 2, True), ("AdamW", 2, False), ("Lion8bit", 1, True)])
 @pytest.mark.parametrize("shape", [(96, 80), (31, 7)])
 def test_optimizer_states_are_those_of_bitsandbytes(kind: str, states: int, in_8bit: bool, shape: tuple[int, int]) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
     parameter = nn.Parameter(torch.randn(shape))
     parameter.grad = torch.randn(shape)
     optimizer = getattr(bitsandbytes.optim, kind)([parameter])
