@@ -37,7 +37,7 @@ from mmtune.methods.table import refusal
 from mmtune.model.chat_template import use_chat_template
 from mmtune.model.checkpoint import CHECKPOINT_MARK, save_checkpoint
 from mmtune.model.components import find_components
-from mmtune.model.load import UNTRAINED, base_config, base_model_type, load_base, load_weights, resolve_base
+from mmtune.model.load import ADAPTER_CONFIG, UNTRAINED, base_config, base_model_type, load_base, load_weights, resolve_base
 from mmtune.model.packing import check_packable_family
 from mmtune.model.quantize import QUANTIZED
 from mmtune.model.sharded import runnable, to_save
@@ -52,6 +52,7 @@ from mmtune.training.checkpoint import (
     cut_back,
     flat,
     last_checkpoint,
+    named_checkpoint,
     step_of,
 )
 from mmtune.training.reporting import reporters, write_beside
@@ -97,7 +98,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         print(f"resume: {earlier.path} is finished; --overwrite trains it anew")
         return earlier.read_summary()
     if resume:
-        checkpoint = last_checkpoint(earlier) if resume is True else Path(resume)
+        checkpoint = last_checkpoint(earlier) if resume is True else named_checkpoint(earlier, Path(resume))
     if checkpoint is None:
         if resume:
             print(f"resume: {earlier.path} has no checkpoint yet, so it begins; train.save_strategy and save_steps write them")
@@ -185,7 +186,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         unscored=collate([blank], pad_token_id),
         batches=batches,
         source_names=samples.names if len(recipe.data.train) > 1 else (),
-        data_files=signatures(recipe.data.train),
+        data_files=signatures(recipe.data.train) if world.first else {},  # who keeps the checkpoints
     )
     check_strategy(trainer.accelerator, world, recipe.model.precision)
     if world.fsdp:
@@ -214,7 +215,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
 
     # What comes out.
     out = run.adapter if adapts else run.model
-    mark = "adapter_config.json" if adapts else "config.json"
+    mark = ADAPTER_CONFIG if adapts else CHECKPOINT_MARK
     with replaced_directory(out, True, mark) if world.first else nullcontext(out) as made:
         save_tuned(model, made, initial, world.first)
         if world.first:

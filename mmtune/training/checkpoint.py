@@ -77,17 +77,26 @@ def last_checkpoint(run: RunDirectory) -> Path | None:
     return None
 
 
+def named_checkpoint(run: RunDirectory, checkpoint: Path) -> Path:
+    """A checkpoint of a run that somebody has named.
+
+    Raises:
+        UserError: it is not the run's.
+        CheckFailed: it is damaged.
+    """
+    if checkpoint.resolve().parent != run.checkpoints.resolve():
+        raise UserError(f"resume: {checkpoint} is no checkpoint of {run.path}; those are in {run.checkpoints}")
+    check_manifest(checkpoint)
+    return checkpoint
+
+
 def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, world: World) -> None:
     """
     Raises:
         UserError: the run is finished, or another recipe's, in a way that would make it another run, or of another layout.
-        CheckFailed: the checkpoint is damaged.
     """
     if run.summary.is_file():
         raise UserError(f"resume: {run.path} is finished; --overwrite trains it anew")
-    if checkpoint.resolve().parent != run.checkpoints.resolve():
-        raise UserError(f"resume: {checkpoint} is no checkpoint of {run.path}; those are in {run.checkpoints}")
-    check_manifest(checkpoint)
     check_same_recipe(recipe, run)
     then = json.loads((checkpoint / LAYOUT).read_text(encoding="utf-8"))
     if then["layout"] != world.layout:
