@@ -29,6 +29,8 @@ LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "Broken
 DEEPSPEED, DEEPSPEED_CONFIG = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 FSDP = "ACCELERATE_USE_FSDP"
 RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+REDUCE_BUCKET = 50_000_000
+"""Numbers that ZeRO has on their way at a time, where a configuration does not say."""
 COPIES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 """What Slurm's srun and MPI's mpirun say about how many processes they started."""
 
@@ -150,8 +152,7 @@ def check_launch(precision: str, deepspeed_config: str | Mapping[str, Any] | Non
             import deepspeed  # noqa: F401
         except ImportError as error:
             raise UserError("launched with DeepSpeed, which is not installed: pip install 'mmtune[deepspeed]'") from error
-        if os.environ.get("RANK", "0") == "0":
-            _tell_of_locks()
+        _tell_of_locks()
         os.environ[LAUNCHED_WITH] = "no"  # DeepSpeed's own mixed precision would round what trains; see `join_world`
 
 
@@ -264,7 +265,7 @@ def join_world(arguments: TrainingArguments, precision: str, in_parts: bool = Fa
     }
     unset_hf_deepspeed_config()  # until the Trainer sets it again
     zero = config.setdefault("zero_optimization", {})
-    zero.setdefault("reduce_bucket_size", 50_000_000)  # DeepSpeed would take 2 or 4 GB for gradients on their way
+    zero.setdefault("reduce_bucket_size", REDUCE_BUCKET)  # DeepSpeed would take 2 or 4 GB for gradients on their way
     stage, construction = int(zero.get("stage", 0)), None
     if stage == 3 and in_parts:
         # DeepSpeed makes every weight of the one dtype that its configuration names, here the one that transformers loads.

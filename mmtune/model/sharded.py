@@ -111,11 +111,11 @@ def to_save(model: nn.Module, first: bool) -> Iterator[dict[str, torch.Tensor] |
     state: dict[str, torch.Tensor] = {}
     copies: dict[int, torch.Tensor] = {}  # one of what is tied
     for name, tensor in model.state_dict(keep_vars=True).items():
-        in_parts = hasattr(tensor, "ds_id")
-        with gathered([tensor] if in_parts else []):
+        divided = hasattr(tensor, "ds_id") or isinstance(tensor, DTensor)
+        with gathered([tensor]):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if first and id(tensor) not in copies:
-                copies[id(tensor)] = whole.detach().cpu().clone() if whole is not tensor or in_parts else tensor.detach()
+                copies[id(tensor)] = whole.detach().cpu().clone() if divided else tensor.detach()
         if first:
             state[name] = copies[id(tensor)]
     yield state

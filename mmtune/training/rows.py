@@ -177,6 +177,7 @@ def prove_packed_rows(model: nn.Module, samples: Samples, encoder: Encoder, pad_
 
 def _usable(samples: Samples | StreamedSamples, encoder: Encoder, count: int) -> Iterator[dict[str, torch.Tensor]]:
     """What the model takes of up to `count` rows from all over the data, less those that fail."""
-    encoded = (encoder(handle) for handle in samples.some(count))
-    for row in (row for row in encoded if not isinstance(row, UserError)):
-        yield {key: value for key, value in row.items() if key not in (*ASIDE, "source_ids")}
+    for handle in samples.some(count):
+        row = encoder(handle)
+        if not isinstance(row, UserError):
+            yield {key: value for key, value in row.items() if key not in (*ASIDE, "source_ids")}

@@ -170,12 +170,12 @@ class TuningTrainer(Trainer):
         """Cross entropy at supervised positions, summed and divided by their number over the whole optimizer step."""
         plain = self.accelerator.unwrap_model(model)
         sources = inputs.pop("source_ids", None)
-        scored = score_supervised_only(packed_inputs(plain, inputs), virtual_tokens(plain))
+        before = virtual_tokens(plain)
+        scored = score_supervised_only(packed_inputs(plain, inputs), before)
         with shared_regularization(plain, self._passes), self._progress.learning(scored):
             loss, outputs = super().compute_loss(model, scored, True, num_items_in_batch)
         if sources is not None:
-            kept = nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:] != IGNORE_INDEX
-            self._add_by_source(outputs["logits"], scored["shift_labels"], sources[kept])
+            self._add_by_source(outputs["logits"], scored["shift_labels"], sources[scored["logits_to_keep"][:, before:]])
         return (loss, outputs) if return_outputs else loss
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager[None]:

@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mmtune.tuning.memory import MemoryEstimate
+from mmtune.world import REDUCE_BUCKET
 
 LAYOUTS = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
-BUCKETS = 2 * 4 * 50_000_000  # ZeRO's two for gradients on their way, of as many fp32 numbers as `mmtune.world` sets
+BUCKETS = 2 * 4 * REDUCE_BUCKET  # ZeRO's two for gradients on their way, in fp32
 GATHERED = 4 * 1_000_000_000  # at ZeRO-3: DeepSpeed keeps up to 1e9 parameters whole, of at most four bytes each
 
 
