@@ -44,7 +44,7 @@ from mmtune.model.sharded import runnable, to_save
 from mmtune.recipe import ModelSection, Recipe, check_files
 from mmtune.release.card import model_card
 from mmtune.run_directory import RunDirectory, check_output_dir, new_run, peak_memory_mb, versions
-from mmtune.training.callbacks import FrozenInputsStayFrozen, MoveRanks, RecordMetrics, StopOnSignal, draw_loss_curve
+from mmtune.training.callbacks import FrozenInputsStayFrozen, RecordMetrics, StopOnSignal, draw_loss_curve
 from mmtune.training.checkpoint import (
     REPORT,
     check_resumable,
@@ -55,6 +55,7 @@ from mmtune.training.checkpoint import (
     named_checkpoint,
     step_of,
 )
+from mmtune.training.live import MoveRanks
 from mmtune.training.reporting import reporters, write_beside
 from mmtune.training.rows import first_batches, optimizer_steps, order_rows, plan_rows, prove_packed_rows, rows_to_take
 from mmtune.training.trainer import TuningTrainer

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from peft import AdaLoraModel
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -91,15 +90,6 @@ class FrozenInputsStayFrozen(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model = kwargs["model"]
         model.disable_input_require_grads()
-
-
-class MoveRanks(TrainerCallback):
-    """AdaLoRA's step: ranks move by the importance of the gradients that the optimizer has just used."""
-
-    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        tuner = getattr(kwargs["model"], "base_model", None)
-        if isinstance(tuner, AdaLoraModel):
-            tuner.update_and_allocate(state.global_step)
 
 
 class StopOnSignal(TrainerCallback):

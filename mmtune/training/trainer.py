@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -28,6 +27,7 @@ from mmtune.model.compute import virtual_tokens
 from mmtune.model.packing import packed_inputs
 from mmtune.model.sharded import to_save
 from mmtune.training.checkpoint import SAVING, keep_checkpoint
+from mmtune.training.live import load_live, save_live, shared_regularization
 from mmtune.training.progress import Progress
 from mmtune.world import ALONE, World
 
@@ -50,26 +50,6 @@ def score_supervised_only(inputs: dict[str, Any], virtual_tokens: int = 0) -> di
     keep = shifted != IGNORE_INDEX
     mask = nn.functional.pad(keep, (virtual_tokens, 0), value=False)
     return {**inputs, "shift_labels": shifted[keep], "logits_to_keep": mask}
-
-
-@contextlib.contextmanager
-def shared_regularization(model: nn.Module, passes: int) -> Iterator[None]:
-    """Inside, a forward pass adds its part of AdaLoRA's regularization, which PEFT adds to the loss of every pass in whole.
-
-    Args:
-        passes: how many forward passes an optimizer step sums over, those of all processes together.
-    """
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, AdaLoraModel):
-        yield
-        return
-    config = tuner.peft_config["default"]
-    whole = config.orth_reg_weight
-    config.orth_reg_weight = whole / passes
-    try:
-        yield
-    finally:
-        config.orth_reg_weight = whole
 
 
 EMPTY_STEPS = 10
@@ -273,12 +253,18 @@ class TuningTrainer(Trainer):
                 self._world.wait()
                 if self._world.first:
                     made = checkpoints / SAVING / name
+                    if self._world.zero_stage is None:  # DeepSpeed keeps weights of its own
+                        save_live(self.model, made)
                     keep_checkpoint(
                         made, checkpoints, self._data_report, self._world, self._data_files, self.args.save_total_limit
                     )
         except UserError:
             shutil.rmtree(checkpoints / SAVING, ignore_errors=True)  # a full disk has no room for a part of a checkpoint
             raise
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not load_live(self.model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """mmtune's own batches, which are this process's already: accelerate has nothing to divide."""
