@@ -7,7 +7,6 @@ that has imported everything, so that a start takes seconds; what is killed is t
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import shutil
 import sys
@@ -16,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+
+from forked import forking, settle
 
 from mmtune.run_directory import RunDirectory
 
@@ -45,17 +46,6 @@ train:
   seed: 0
 output_dir: {out}
 """
-forking = multiprocessing.get_context("forkserver")
-forking.set_forkserver_preload(
-    [
-        "mmtune.train",
-        "mmtune.cli",
-        "deepspeed",
-        "matplotlib.backends.backend_agg",
-        "transformers.models.clip.modeling_clip",
-        "transformers.models.llama.modeling_llama",
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -185,8 +175,7 @@ def _start(recipe: Path) -> tuple[ForkServerProcess, Path]:
 def _train(recipe: Path, log: Path) -> None:
     from mmtune.cli import entry_point
 
-    multiprocessing.set_start_method("fork", force=True)  # as anywhere on Linux; this process's own way came along to here
-    sys.stdout = sys.stderr = log.open("w", encoding="utf-8")
+    settle(log)
     sys.exit(entry_point(["train", str(recipe), "--resume"]))
 
 

@@ -1,8 +1,7 @@
-"""Recipes trained by several processes: one launch of two, on the CPU, trains them one after another.
+"""Recipes trained by several processes on the CPU, one after another, and the commands that start such processes.
 
-`launch` is what tests call. This file is also what the processes run:
-
-    accelerate launch ... tests/launched.py JOBS.json RESULTS.jsonl
+`launch` forks the processes, so that they start at once. accelerate's launcher runs in each of them, up to where it would start
+programs: what a shipped configuration of it says reaches the run by the environment it makes, as it does a user's.
 """
 
 from __future__ import annotations
@@ -13,24 +12,50 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import psutil
+from forked import forking, settle
 
 PATIENCE_S = 120.0
-COMPILE = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
-FAULTS = (RuntimeError, ValueError, AttributeError, TypeError, LookupError, AssertionError)
 CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
 
 
+def launcher(config: str, processes: int = 2) -> list[str]:
+    """The beginning of a command that starts a program in several processes on this machine."""
+    if config == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, "-m", "accelerate.commands.launch", *_arguments(config, processes)]
+
+
+def _arguments(config: str, processes: int) -> list[str]:
+    file = str(CONFIGS / f"{config}.yaml")
+    return ["--config_file", file, "--num_processes", str(processes), "--main_process_port", "0"]
+
+
+@functools.cache
+def compile_deepspeed() -> None:
+    """It compiles at its first use, for minutes; ended meanwhile, it would leave a lock that others wait for."""
+    process = forking.Process(target=_compile)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def _compile() -> None:
+    from deepspeed.comm.torch import build_shm_op
+
+    build_shm_op()
+
+
 def launch(
-    recipes: Sequence[tuple[Path, int | str | None] | tuple[Path, int | str | None, int | str]],
+    recipes: Sequence[tuple[Path, str] | tuple[Path, str, int | str]],
     folder: Path,
     processes: int = 2,
     patience_s: float = PATIENCE_S,
@@ -38,9 +63,8 @@ def launch(
     """Train each recipe in several processes.
 
     Args:
-        recipes: with the layout of each: a ZeRO stage, None for DDP, the name of a shipped configuration of accelerate, or
-            `torchrun`, where a recipe may name DeepSpeed itself. A third value is the step after which the last process gets
-            SIGTERM, or `resume`.
+        recipes: with the layout of each: the name of a shipped configuration of accelerate, or `torchrun`, where a recipe may
+            name DeepSpeed itself. A third value is the step after which the last process gets SIGTERM, or `resume`.
         folder: for what the processes are told and print.
         patience_s: seconds that a recipe may take.
 
@@ -49,11 +73,10 @@ def launch(
     """
     jobs, results = folder / "jobs.json", folder / "results.jsonl"
     found: dict[int, bool | str] = {}
-    configs = ["ddp" if layout is None else layout if isinstance(layout, str) else "zero2" for _, layout, *_ in recipes]
-    for config in dict.fromkeys(configs):
-        mine = [number for number, of in enumerate(configs) if of == config]
+    for config in dict.fromkeys(layout for _, layout, *_ in recipes):
+        mine = [number for number, (_, layout, *_) in enumerate(recipes) if layout == config]
         while left := [number for number in mine if number not in found]:
-            jobs.write_text(json.dumps([[number, str(recipes[number][0]), *recipes[number][1:]] for number in left]))
+            jobs.write_text(json.dumps([[number, str(recipes[number][0]), *recipes[number][2:]] for number in left]))
             results.write_text("")
             ended = _processes(config, jobs, results, processes, patience_s)
             found |= dict(map(json.loads, results.read_text().splitlines()))
@@ -63,53 +86,51 @@ def launch(
     return [found[number] for number in range(len(recipes))]
 
 
-def launcher(config: str, processes: int = 2) -> list[str]:
-    """The beginning of a command that starts a program in several processes on this machine."""
-    if config == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
-    return [*accelerate, "--num_processes", str(processes), "--main_process_port", "0"]
-
-
-@functools.cache
-def compile_deepspeed() -> None:
-    """It compiles at its first use, for minutes; ended meanwhile, it would leave a lock that others wait for."""
-    subprocess.run([sys.executable, "-c", COMPILE], check=True, capture_output=True)
-
-
-def _commands(config: str, processes: int) -> list[list[str]]:
-    if config != "multi_node":
-        return [launcher(config, processes)]
+def _processes(config: str, jobs: Path, results: Path, processes: int, patience_s: float) -> str:
+    if config == "torchrun" or config.startswith("zero"):
+        compile_deepspeed()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    place = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
-    return [[*launcher(config, processes), *place, "--machine_rank", rank] for rank in ("0", "1")]
+    started = [forking.Process(target=_work, args=(config, rank, processes, port, jobs, results)) for rank in range(processes)]
+    for process in started:
+        process.start()
+    try:
+        return _wait(started, results, patience_s)
+    finally:
+        for process in started:
+            if process.is_alive():
+                for each in (*psutil.Process(process.pid).children(recursive=True), process):
+                    each.kill()
+            process.join()
 
 
-def _processes(config: str, jobs: Path, results: Path, processes: int, patience_s: float) -> str:
-    """Ended when they bring no result for `patience_s`."""
-    deepspeed = config == "torchrun" or config.startswith("zero")
-    if deepspeed:
-        compile_deepspeed()
-    environment = {**os.environ} if deepspeed else {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    program = [str(Path(__file__)), str(jobs), str(results)]
-    with results.with_suffix(".log").open("a") as log:
-        started = [
-            subprocess.Popen([*command, *program], env=environment, stdout=log, stderr=subprocess.STDOUT)
-            for command in _commands(config, processes)
-        ]
-        size, since = 0, time.monotonic()
-        while all(process.poll() is None for process in started):
-            time.sleep(0.1)
-            if results.stat().st_size != size:
-                size, since = results.stat().st_size, time.monotonic()
-            if time.monotonic() - since > patience_s:
-                for process in started:
-                    for each in (*psutil.Process(process.pid).children(recursive=True), process):  # workers have own sessions
-                        each.kill()
-                    process.wait()
-                return f"no result for {patience_s:.0f} s"
-    return f"exit code {max(process.wait() for process in started)}"
+def _wait(started: list[ForkServerProcess], results: Path, patience_s: float) -> str:
+    """Until all have ended, one has failed, or there was no new result for `patience_s`."""
+    size, since = 0, time.monotonic()
+    while any(process.is_alive() for process in started) and not any(process.exitcode for process in started):
+        time.sleep(0.05)
+        if results.stat().st_size != size:
+            size, since = results.stat().st_size, time.monotonic()
+        if time.monotonic() - since > patience_s:
+            return f"no result for {patience_s:.0f} s"
+    return f"exit codes {[process.exitcode for process in started]}"
+
+
+def _work(config: str, rank: int, size: int, port: int, jobs: Path, results: Path) -> None:
+    settle(results.with_suffix(".log"))
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import run
+
+    run.run = lambda arguments: train_all(jobs, results)  # type: ignore[assignment]
+    run.run = lambda arguments: train_all(jobs, results)  # type: ignore[assignment]
+    if config == "torchrun":
+        run.run(None)
+    else:
+        if not config.startswith("zero"):  # DeepSpeed would be switched off by it
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+        launch_command(launch_command_parser().parse_args([*_arguments(config, size), __file__]))
 
 
 def have_fsdp_on_cpu() -> None:
@@ -181,7 +202,8 @@ def signalled(step: int | None) -> Iterator[None]:
         del StopOnSignal.on_step_begin
 
 
-def main(jobs: Path, results: Path) -> None:
+def train_all(jobs: Path, results: Path) -> None:
+    """What each of the processes does."""
     import torch
     from torch import distributed
 
@@ -192,12 +214,11 @@ def main(jobs: Path, results: Path) -> None:
     settle_console()
     torch.set_num_threads(1)
     have_fsdp_on_cpu()
-    for number, recipe, layout, *how in json.loads(jobs.read_text()):
+    launched = {**os.environ}
+    for number, recipe, *how in json.loads(jobs.read_text()):
+        os.environ.clear()
+        os.environ.update(launched)  # without the DeepSpeed that a recipe has asked for
         resume, step = how == ["resume"], next((each for each in how if isinstance(each, int)), None)
-        if isinstance(layout, int):
-            os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(layout)
-        if layout == "torchrun":
-            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # which the recipe before has left
         with nothing_known(), signalled(step):
             outcome = reason(
                 lambda path=Path(recipe), resume=resume: train(load_recipe(path), ["test"], overwrite=not resume, resume=resume)
@@ -209,7 +230,3 @@ def main(jobs: Path, results: Path) -> None:
             failed = next((each for each in outcomes if each is not True), True)
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([number, failed]) + "\n")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

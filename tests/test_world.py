@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import pytest
 import torch
 import yaml
 from accelerate import DistributedType
-from launched import CONFIGS, launch, launcher
+from launched import CONFIGS, PATIENCE_S, launch, launcher
 from safetensors.torch import load_file
 from torch import distributed
 
@@ -41,7 +42,6 @@ ROOT = Path(__file__).parent.parent
 LAYOUTS = {"DDP": "ddp", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3", "FSDP2": "fsdp2"}
 """What a run calls a layout, and the shipped configuration that makes it."""
 OTHER_WAYS = {
-    "DDP, two machines": "multi_node",
     "ZeRO-3, offloaded": "zero3_offload",
     **{f"ZeRO-{name.removeprefix('zero')}, by the recipe": name for name in ("zero1", "zero2", "zero3", "zero3_offload")},
 }
@@ -387,6 +387,23 @@ def test_the_launcher_of_one_gpu(alone: dict[str, Path], kinds: dict[str, dict[s
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "one_gpu.yaml")]
     subprocess.run([*accelerate, str(ROOT / "mmtune" / "train.py"), str(recipe)], check=True, capture_output=True)
     assert [line["loss"] for line in metrics(tmp_path / "run")] == [line["loss"] for line in metrics(alone["text"])]
+
+
+@pytest.mark.slow
+def test_two_launchers_are_two_machines(alone: dict[str, Path], kinds: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    recipe = write(halved(kinds["text"], tmp_path / "run"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    place = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    command = [*launcher("multi_node"), *place, "--machine_rank"]
+    program = [str(ROOT / "mmtune" / "train.py"), str(recipe)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    second = subprocess.Popen([*command, "1", *program], env=environment)
+    subprocess.run([*command, "0", *program], env=environment, check=True, capture_output=True)
+    assert second.wait(PATIENCE_S) == 0
+    assert RunDirectory(tmp_path / "run").read_summary()["layout"] == "2 processes, DDP"
+    one, two = ([line["loss"] for line in metrics(run)] for run in (alone["text"], tmp_path / "run"))
+    assert two == pytest.approx(one, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ def measure_zero(cells: list[tuple[str, str, int]], rows: Path, base: Path, fold
                 train(load_recipe(write_recipe(name, precision, rows, base, run)), ["test"], overwrite=True)
                 alone[name, precision] = losses(run)
     recipes = [
-        (write_recipe(*cell[:2], rows, base, run, per_device_train_batch_size=1), cell[2])
+        (write_recipe(*cell[:2], rows, base, run, per_device_train_batch_size=1), f"zero{cell[2]}")
         for cell, run in zip(cells, runs, strict=True)
     ]
 

@@ -67,7 +67,7 @@ def mixed(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-LAYOUTS: dict[str, int | None] = {"DDP": None, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
+LAYOUTS = {"DDP": "ddp", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 READ = {"indexed": {}, "streamed": {"stream": True, "shuffle_window": 8}}
 TOO_FAR = {"learning_rate": 1e38, "max_grad_norm": 0.0}
 RESUMED = [("DDP", "indexed"), *((layout, read) for layout in ("ZeRO-2", "ZeRO-3") for read in READ)]
@@ -126,7 +126,7 @@ def test_modalities_that_differ_by_process_never_hang(shallow: Path, mixed: Path
     assert 50 < differing < 150
     settings = {"max_steps": 200, "gradient_accumulation_steps": 1, "train_sampling_strategy": "sequential", "logging_steps": 50}
     path = recipe(tmp_path, shallow, mixed, "long", train=settings)
-    assert launch([(path, 3)], tmp_path, patience_s=300.0) == [True]
+    assert launch([(path, "zero3")], tmp_path, patience_s=300.0) == [True]
     summary = RunDirectory(tmp_path / "long").read_summary()
     assert summary["layout"] == "2 processes, ZeRO-3"
     steps = [json.loads(line)["step"] for line in RunDirectory(tmp_path / "long").metrics.read_text().splitlines()]

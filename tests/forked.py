@@ -1,0 +1,29 @@
+"""Processes that start at once: forked from one, the fork server, that has imported what a run needs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+forking = multiprocessing.get_context("forkserver")
+forking.set_forkserver_preload(
+    [
+        "mmtune.train",
+        "mmtune.cli",
+        "accelerate.commands.launch",
+        "deepspeed",
+        "matplotlib.backends.backend_agg",
+        "transformers.models.clip.modeling_clip",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
+
+
+def settle(log: Path) -> None:
+    """As the first thing in such a process: what it prints goes to a file, and what it starts is started as anywhere on Linux."""
+    multiprocessing.set_start_method("fork", force=True)
+    sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
+    for descriptor in (1, 2):
+        os.dup2(sys.stdout.fileno(), descriptor)
