@@ -164,17 +164,19 @@ def test_four_processes_train_what_one_does(shallow: Path, mixed: Path, tmp_path
         assert max((expected[name] - found[name]).abs().max() for name in expected) < 1e-5
 
 
-def private_peaks(command: list[str], environment: dict[str, str]) -> list[int]:
+def private_peaks(command: list[str], log: Path) -> list[int]:
     """The largest private memory of each process that trains, in bytes: what is mapped from files is the machine's own."""
     peaks: dict[int, int] = {}
-    started = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    returned = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # or what is freed in between would still be counted
+    with log.open("w") as said:
+        started = subprocess.Popen(command, env={**os.environ, **returned}, stdout=said, stderr=said)
     while started.poll() is None:
         for process in (psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
                 memory = process.memory_info()
                 peaks[process.pid] = max(peaks.get(process.pid, 0), memory.rss - memory.shared)
         time.sleep(0.05)
-    assert started.returncode == 0
+    assert started.returncode == 0, log.read_text()
     return sorted(peaks.values())
 
 
@@ -199,10 +201,9 @@ def test_a_process_at_zero_3_never_holds_the_whole_model(mixed: Path, tmp_path: 
     settings = tmp_path / "zero.json"
     settings.write_text(json.dumps({"zero_optimization": {"stage": 3, **few}}), encoding="utf-8")
     program = [str(Path(__file__).parents[2] / "mmtune" / "train.py"), str(path), "--overwrite"]
-    returned = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # or what is freed in between would still be counted
-    [*_, alone] = private_peaks([sys.executable, *program], returned)
+    [*_, alone] = private_peaks([sys.executable, *program], tmp_path / "one.log")
     torchrun = [*launcher("torchrun"), *program, f"train.deepspeed={settings}"]
-    [*_, first, second] = private_peaks(torchrun, returned)
+    [*_, first, second] = private_peaks(torchrun, tmp_path / "two.log")
     assert alone > whole
     assert max(first, second) < 0.65 * alone
     shutil.rmtree(tmp_path / "large")
