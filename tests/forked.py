@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 forking = multiprocessing.get_context("forkserver")
@@ -27,3 +28,18 @@ def settle(log: Path) -> None:
     sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
     for descriptor in (1, 2):
         os.dup2(sys.stdout.fileno(), descriptor)
+
+
+def command_line(arguments: list[str], log: Path) -> ForkServerProcess:
+    """Start `mmtune ARGUMENTS`; what it prints goes to a file."""
+    log.write_text("")
+    process = forking.Process(target=_command_line, args=(arguments, log))
+    process.start()
+    return process
+
+
+def _command_line(arguments: list[str], log: Path) -> None:
+    from mmtune.cli import entry_point
+
+    settle(log)
+    sys.exit(entry_point(arguments))

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from forked import forking, settle
+from forked import command_line, forking
 
 from mmtune.run_directory import RunDirectory
 
@@ -166,17 +165,7 @@ def _recipe(folder: Path, name: str, stream: bool) -> tuple[RunDirectory, Path]:
 
 def _start(recipe: Path) -> tuple[ForkServerProcess, Path]:
     log = recipe.with_suffix(".log")
-    log.write_text("")
-    process = forking.Process(target=_train, args=(recipe, log))
-    process.start()
-    return process, log
-
-
-def _train(recipe: Path, log: Path) -> None:
-    from mmtune.cli import entry_point
-
-    settle(log)
-    sys.exit(entry_point(["train", str(recipe), "--resume"]))
+    return command_line(["train", str(recipe), "--resume"], log), log
 
 
 def _sleep_into(phase: str, share: float, process: ForkServerProcess, run: RunDirectory, log: Path, unbroken: Unbroken) -> None:

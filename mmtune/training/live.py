@@ -13,7 +13,9 @@ from peft import AdaLoraModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mmtune.errors import CheckFailed
 
 LIVE = "live.safetensors"
 AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
@@ -60,6 +62,21 @@ def save_live(model: nn.Module, checkpoint: Path) -> None:
         for average in AVERAGES:
             kept |= {f"{average}/{name}": tensor for name, tensor in getattr(tuner.rankallocator, average).items()}
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}, checkpoint / LIVE, metadata)
+
+
+def load_whole(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Put a checkpoint's weights back into a model that trains in full.
+
+    The Trainer looks for them by the names that they have in memory, and transformers writes some models with others.
+
+    Raises:
+        CheckFailed: a weight is missing, or there is one more.
+    """
+    loaded, found = type(model).from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
+    wrong = {name: sorted(map(str, keys)) for name, keys in found.items() if keys}
+    if wrong:
+        raise CheckFailed(f"{checkpoint}: not the weights of this model: {wrong}")
+    model.load_state_dict(loaded.state_dict())
 
 
 def load_live(model: nn.Module, checkpoint: Path) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -27,7 +28,7 @@ from mmtune.model.compute import virtual_tokens
 from mmtune.model.packing import packed_inputs
 from mmtune.model.sharded import to_save
 from mmtune.training.checkpoint import SAVING, keep_checkpoint
-from mmtune.training.live import load_live, save_live, shared_regularization
+from mmtune.training.live import load_live, load_whole, save_live, shared_regularization
 from mmtune.training.progress import Progress
 from mmtune.world import ALONE, World
 
@@ -263,7 +264,9 @@ class TuningTrainer(Trainer):
             raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not load_live(self.model, Path(resume_from_checkpoint)):
+        if not isinstance(self.model, PeftModel):
+            load_whole(self.model, Path(resume_from_checkpoint))
+        elif not load_live(self.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
