@@ -48,6 +48,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Held-out exact match" in done.stdout
+    data, recipe = folder / "data" / "digits", (folder / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
+    (data / "few.json").write_text(json.dumps(json.loads((data / "tune.json").read_text(encoding="utf-8"))[:100]))
+    (folder / "recipes" / "few_rows.yaml").write_text(recipe.replace("tune.json", "few.json"), encoding="utf-8")
     return folder
 
 
@@ -110,7 +113,7 @@ def test_every_command_of_the_readme(
     if words[1] == "train":
         words.append("--rehearse")  # the full size wants a GPU and the hub; the rehearsal takes the same road
     if words[1] in ("data", "plan"):  # LLaVA's data are not here
-        assert [word.replace("llava_lora", "quickstart") for word in words[1:]] in table_commands()  # which are run
+        assert [word.replace("llava_lora", "few_rows") for word in words[1:]] in table_commands()  # which are run
         return
     if words[1] == "merge":
         words = ["mmtune", "merge", "runs/quickstart", "models/llava"]
@@ -125,8 +128,8 @@ def table_commands() -> list[list[str]]:
     """The commands of the README's table, their words in capitals filled in."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Commands")[1]
     filled = {
-        "RECIPE": "recipes/quickstart.yaml",
-        "RECIPE_OR_FILE": "recipes/quickstart.yaml",
+        "RECIPE": "recipes/few_rows.yaml",
+        "RECIPE_OR_FILE": "recipes/few_rows.yaml",
         "RUN": "runs/quickstart",
         "RUN_OR_MODEL": "runs/quickstart",
         "OUT": "models/out",

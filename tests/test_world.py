@@ -49,11 +49,10 @@ OTHER_WAYS = {
 CELLS = [
     *(("mixed", layout) for layout in LAYOUTS),
     *(("text", way) for way in OTHER_WAYS),
-    ("images", "DDP"),
-    ("images", "ZeRO-3"),
+    *((kind, layout) for kind in ("text", "packed", "towers") for layout in ("DDP", "ZeRO-2", "ZeRO-3")),
+    *(("images", layout) for layout in ("DDP", "ZeRO-3")),
+    *(("packed", "ZeRO-1"), ("towers", "FSDP2"), ("bf16", "FSDP2")),
 ]
-CELLS += [(kind, layout) for kind in ("text", "packed", "towers") for layout in ("DDP", "ZeRO-2", "ZeRO-3")]
-CELLS += [("images", "DDP"), ("images", "ZeRO-3"), ("packed", "ZeRO-1"), ("towers", "FSDP2"), ("bf16", "FSDP2")]
 
 
 def document(data: Path, base: Path, run: Path, **changes: Any) -> dict[str, Any]:

@@ -138,6 +138,8 @@ def test_sizes_up_to_photographs_are_counted_as_by_the_processor(
     variants: Callable[[str], Any], name: str, sizes: list[Size]
 ) -> None:
     processor = variants(name)
+    if name == "smolvlm_not_resized":  # every pixel of them would go through it
+        sizes = [(height // 4 + 1, width // 4 + 1) for height, width in sizes]
     assert _counted(processor, sizes) == _real(processor, sizes)
 
 

@@ -181,8 +181,10 @@ def private_peaks(command: list[str], log: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_process_at_zero_3_never_holds_the_whole_model(mixed: Path, tmp_path: Path) -> None:
+def test_a_process_at_zero_3_never_holds_the_whole_model(tmp_path: Path) -> None:
     """A billion parameters that are bf16 on disk and fp32 here, so that no process can lean on the file's own pages."""
+    few_words = [{"from": "human", "value": "one and one"}, {"from": "gpt", "value": "two"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": few_words}] * 2), encoding="utf-8")
     model, processor = build_untrained(seed=0)
     text = model.config.text_config
     text.num_hidden_layers, text.hidden_size, text.intermediate_size = 20, 2048, 5632
@@ -196,7 +198,9 @@ def test_a_process_at_zero_3_never_holds_the_whole_model(mixed: Path, tmp_path: 
     save_checkpoint(model, processor, tmp_path / "large")
     whole = sum(4 * parameter.numel() for parameter in model.parameters())
     del model
-    path = recipe(tmp_path, tmp_path / "large", mixed, "run", train={"max_steps": 1, "gradient_accumulation_steps": 1})
+    path = recipe(
+        tmp_path, tmp_path / "large", tmp_path / "rows.json", "run", train={"max_steps": 1, "gradient_accumulation_steps": 1}
+    )
     few = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"), 20_000_000)
     settings = tmp_path / "zero.json"
     settings.write_text(json.dumps({"zero_optimization": {"stage": 3, **few}}), encoding="utf-8")
