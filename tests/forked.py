@@ -24,6 +24,8 @@ forking.set_forkserver_preload(
 
 def settle(log: Path) -> None:
     """As the first thing in such a process: what it prints goes to a file, and what it starts is started as anywhere on Linux."""
+    for leaked in ("CC", "CXX"):  # by PEFT where BOFT's CUDA code does not compile; DeepSpeed's would be compiled anew for them
+        os.environ.pop(leaked, None)
     multiprocessing.set_start_method("fork", force=True)
     sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
     for descriptor in (1, 2):

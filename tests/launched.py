@@ -49,6 +49,7 @@ def compile_deepspeed() -> None:
 
 
 def _compile() -> None:
+    settle(Path(os.devnull))
     from deepspeed.comm.torch import build_shm_op
 
     build_shm_op()
