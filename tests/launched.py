@@ -125,7 +125,6 @@ def _work(config: str, rank: int, size: int, port: int, jobs: Path, results: Pat
     from torch.distributed import run
 
     run.run = lambda arguments: train_all(jobs, results)  # type: ignore[assignment]
-    run.run = lambda arguments: train_all(jobs, results)  # type: ignore[assignment]
     if config == "torchrun":
         run.run(None)
     else:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from mmtune.errors import CheckFailed
 
 LIVE = "live.safetensors"
+"""In a checkpoint, of methods whose adapter cannot be trained on from its file."""
 AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 """By which AdaLoRA chooses ranks."""
 
@@ -64,21 +65,6 @@ def save_live(model: nn.Module, checkpoint: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}, checkpoint / LIVE, metadata)
 
 
-def load_whole(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Put a checkpoint's weights back into a model that trains in full.
-
-    The Trainer looks for them by the names that they have in memory, and transformers writes some models with others.
-
-    Raises:
-        CheckFailed: a weight is missing, or there is one more.
-    """
-    loaded, found = type(model).from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
-    wrong = {name: sorted(map(str, keys)) for name, keys in found.items() if keys}
-    if wrong:
-        raise CheckFailed(f"{checkpoint}: not the weights of this model: {wrong}")
-    model.load_state_dict(loaded.state_dict())
-
-
 def load_live(model: nn.Module, checkpoint: Path) -> bool:
     """Put back what `save_live` kept; false where the adapter's file is all there is."""
     if not _is_more_than_its_file(model):
@@ -95,6 +81,21 @@ def load_live(model: nn.Module, checkpoint: Path) -> bool:
                     getattr(tuner.rankallocator, average)[name] = kept.get_tensor(f"{average}/{name}").to(weight.device)
             tuner.rankallocator.ipt = dict.fromkeys(tuner.rankallocator.exp_avg_ipt)  # each step writes them anew
     return True
+
+
+def load_whole(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Put a checkpoint's weights back into a model that trains in full.
+
+    The Trainer looks for them by the names that they have in memory, and transformers writes some models with others.
+
+    Raises:
+        CheckFailed: a weight is missing, or there is one more.
+    """
+    loaded, found = type(model).from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
+    wrong = {name: sorted(map(str, keys)) for name, keys in found.items() if keys}
+    if wrong:
+        raise CheckFailed(f"{checkpoint}: not the weights of this model: {wrong}")
+    model.load_state_dict(loaded.state_dict())
 
 
 def _is_more_than_its_file(model: nn.Module) -> bool:
