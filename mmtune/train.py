@@ -116,7 +116,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         check_questions(recipe.evaluate)
     in_parts = recipe.model.precision not in QUANTIZED and not recipe.tune.needs_whole_weights
     world = join_world(arguments, recipe.model.precision, in_parts)
-    check_same(world, {**flat(recipe.model_dump(mode="json")), **versions(), "rows": data_report.rows})
+    mine = {**flat(recipe.model_dump(mode="json")), **versions(), "rows": data_report.rows}
+    check_same(world, {**mine, "checkpoint": checkpoint and checkpoint.name})  # a shared file system may lag behind in one
     check_method(recipe, world)
     if world.fsdp:
         check_fsdp(recipe, arguments, checkpoint)

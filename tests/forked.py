@@ -33,7 +33,7 @@ def settle(log: Path) -> None:
 
 
 def command_line(arguments: list[str], log: Path) -> ForkServerProcess:
-    """Start `mmtune ARGUMENTS`; what it prints goes to a file."""
+    """Start `mmtune ARGUMENTS`, as the first of a process group; what it prints goes to a file."""
     log.write_text("")
     process = forking.Process(target=_command_line, args=(arguments, log))
     process.start()
@@ -44,4 +44,5 @@ def _command_line(arguments: list[str], log: Path) -> None:
     from mmtune.cli import entry_point
 
     settle(log)
+    os.setpgid(0, 0)
     sys.exit(entry_point(arguments))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ def in_processes(work: Callable[[int], Any], rows: Indices, processes: int | Non
         batch_size=CHUNK,
         num_workers=processes,
         collate_fn=list,
-        worker_init_fn=_settle_process if processes else None,
+        worker_init_fn=settle_worker,
         generator=torch.Generator(),  # the loader draws a seed, and must not draw it from the run's
     )
     with tqdm(total=len(rows), desc=what, unit="row", disable=not shows_progress(), leave=False) as bar:
@@ -70,6 +71,11 @@ def in_processes(work: Callable[[int], Any], rows: Indices, processes: int | Non
                 yield result
 
 
-def _settle_process(number: int) -> None:
-    """One thread each; and no word of the tokenizer's about having been forked."""
+def settle_worker(worker: int) -> None:
+    """No word of the tokenizer's about having been forked; and signals are left to the process that this one works for.
+
+    Ctrl-C, torchrun and schedulers send them to all processes of a run. It finishes its step by its workers, which end with it.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

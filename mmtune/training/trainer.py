@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mmtune.data.batches import Batches
 from mmtune.data.encode import IGNORE_INDEX
+from mmtune.data.processes import settle_worker
 from mmtune.data.report import DataReport, SkippedStep
 from mmtune.data.stream import SampleStream
 from mmtune.errors import CheckFailed, UserError
@@ -278,6 +279,7 @@ class TuningTrainer(Trainer):
             "persistent_workers": self.args.dataloader_persistent_workers,
             "multiprocessing_context": self.args.dataloader_multiprocessing_context,
             "prefetch_factor": self.args.dataloader_prefetch_factor,
+            "worker_init_fn": settle_worker,
             "generator": torch.Generator(),  # a loader draws a seed, and would draw it from the run's, once more when resumed
         }
         if isinstance(self.train_dataset, SampleStream):

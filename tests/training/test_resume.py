@@ -129,7 +129,10 @@ def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "stream"), [(signal.SIGKILL, "true"), (signal.SIGTERM, "false")])
 def test_a_run_ended_by_a_signal_goes_on(make_recipe: Callable[..., Recipe], number: int, stream: str, tmp_path: Path) -> None:
-    """Sent once the third step is logged; the same rows in the same order give the same losses and the same adapter."""
+    """Sent once the third step is logged; the same rows in the same order give the same losses and the same adapter.
+
+    As Ctrl-C and launchers do, to the process group, in which the data loader's workers are.
+    """
     saves = "train.save_steps=1" if number == signal.SIGKILL else "train.save_strategy=no"
     more = ("train.max_steps=24", "train.dataloader_num_workers=1", saves)
     recipe = make_recipe(*SAVES, f"data.stream={stream}", *more)
@@ -146,7 +149,7 @@ def test_a_run_ended_by_a_signal_goes_on(make_recipe: Callable[..., Recipe], num
     while not (run.metrics.exists() and run.metrics.read_text().count("\n") >= 3):
         assert process.is_alive(), "the run ended before it could be stopped"
         time.sleep(0.005)
-    os.kill(process.pid or 0, number)
+    os.killpg(process.pid or 0, number)
     process.join()
     said = log.read_text()
     if number == signal.SIGKILL:
