@@ -41,6 +41,22 @@ def _fault_of_disk(error: Exception) -> str | None:
     return said if any(os.strerror(number) in said for number in DISK_FAULTS) else None
 
 
+def flush(folder: Path) -> set[str]:
+    """Have a folder reach the disk, so that it is there after the machine has crashed too; returns the names of its files."""
+    for path in (folder, *folder.rglob("*")):
+        sync(path)
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a directory, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def check_writable(folder: Path, key: str) -> None:
     """
     Args:

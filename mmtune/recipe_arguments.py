@@ -80,6 +80,12 @@ _TRAIN_OWNED = {
     "length_column_name": "mmtune counts lengths itself: data.tokens_per_batch",
     "label_smoothing_factor": "mmtune scores exact labels only",
     "per_device_eval_batch_size": "give evaluate.batch_size",
+    "save_only_model": "a run goes on from all that a checkpoint holds; adapter/ is the model alone",
+    "save_on_each_node": "all machines share output_dir",
+    "ignore_data_skip": "a run goes on with the row that it stopped at",
+    "enable_jit_checkpoint": "mmtune writes a checkpoint at SIGTERM by itself",
+    "auto_find_batch_size": "the batch is a part of the recipe; mmtune plan finds the largest that fits",
+    "dataloader_in_order": "batches come in one order",
 }
 _TRAIN_GONE = {
     "warmup_ratio": "a float warmup_steps below 1 is the ratio, as in warmup_steps: 0.03",

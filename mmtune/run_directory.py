@@ -171,7 +171,7 @@ def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, world: Worl
 
 def _check_shared(run: RunDirectory, world: World) -> None:
     """Wait for what the first process has written, and for every other to see it."""
-    written = world.gather(run.environment.read_text(encoding="utf-8") if world.first else None)[0]
+    written = world.from_first(run.environment.read_text(encoding="utf-8") if world.first else None)
     patience = time.monotonic() + SEEN_WITHIN_S
     while not (seen := run.environment.is_file() and run.environment.read_text(encoding="utf-8") == written):
         if time.monotonic() > patience:

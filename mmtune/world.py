@@ -96,6 +96,14 @@ class World:
         distributed.all_reduce(flag, distributed.ReduceOp.MAX)
         return bool(flag)
 
+    def from_first(self, brought: Any) -> Any:
+        """What the first process brings, in every process."""
+        if self.size > 1:
+            passed = [brought]
+            distributed.broadcast_object_list(passed, src=0)
+            brought = passed[0]
+        return brought
+
     def gather(self, mine: Any) -> list[Any]:
         """What every process brings, in the order of their ranks, in every process."""
         if self.size == 1:
@@ -315,7 +323,7 @@ def check_strategy(accelerator: Accelerator, world: World, precision: str) -> No
     alone = accelerator.distributed_type == DistributedType.NO
     fsdp = accelerator.distributed_type == DistributedType.FSDP
     came = World(world.rank, accelerator.num_processes, stage, fsdp)
-    if came != world or not (plugin or fsdp or alone == (world.size == 1)):
+    if came != world or (alone and world.size > 1):
         raise UserError(
             f"asked for {world.layout}, and accelerate made it {accelerator.distributed_type.value} of "
             f"{accelerator.num_processes}; {'FSDP takes GPUs' if world.fsdp else 'look at the launcher configuration'}"

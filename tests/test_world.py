@@ -268,6 +268,7 @@ def test_a_deepspeed_configuration_is_looked_for_and_read(
     ("world", "made", "precision", "told"),
     [
         (World(size=2), (2, DistributedType.MULTI_CPU, "no"), "fp32", None),
+        (World(), (1, DistributedType.MULTI_CPU, "no"), "fp32", None),  # torchrun --nproc-per-node 1
         (World(size=2), (1, DistributedType.NO, "no"), "fp32", "asked for 2 processes, DDP, and accelerate made it NO of 1"),
         (
             World(size=2, fsdp=True),

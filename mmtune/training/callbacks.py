@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,12 @@ class FrozenInputsStayFrozen(TrainerCallback):
         model.disable_input_require_grads()
 
 
+ECHO_S = 2.0
+"""A scheduler may send a signal to each process of a job, and the launcher again to those it has started."""
+
+
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and SIGINT end the run after the present step, with a checkpoint; a second one ends it at once.
+    """SIGTERM and SIGINT end the run after the present step, with a checkpoint; a second one, `ECHO_S` later, ends it at once.
 
     Args:
         world: the processes, all of which stop when one is asked to.
@@ -102,14 +107,18 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, world: World) -> None:
         self._world = world
         self._before: dict[int, Any] = {}
+        self._since = 0.0
         self.received: int | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _receive(self, number: int, frame: object) -> None:
-        self.received = number
-        self.restore()
+        if not self._since:
+            self.received, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > ECHO_S:
+            self.restore()
+            signal.raise_signal(number)
 
     def restore(self) -> None:
         """Give the signals back to whom they had belonged."""

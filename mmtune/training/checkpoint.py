@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ from typing import Any
 from mmtune.data.plan_cache import signatures
 from mmtune.data.report import DataReport
 from mmtune.errors import CheckFailed, UserError
+from mmtune.files import flush, sync
 from mmtune.manifest import check_manifest, write_manifest
 from mmtune.recipe import Recipe, load_recipe
-from mmtune.run_directory import RunDirectory
+from mmtune.run_directory import SEEN_WITHIN_S, RunDirectory
 from mmtune.world import World
 
 SAVING = ".saving"
@@ -52,17 +55,31 @@ def keep_checkpoint(
     report.write(made / REPORT)
     (made / LAYOUT).write_text(json.dumps({"layout": world.layout, "files": files}) + "\n", encoding="utf-8")
     write_manifest(made)
-    place = checkpoints / made.name
-    made.rename(place)
+    flush(made)
+    made.rename(checkpoints / made.name)
+    sync(checkpoints)  # before an older one goes
     for old in _by_step(checkpoints)[:-limit] if limit else ():
         shutil.rmtree(old)
+
+
+def wait_until_seen(folder: Path, names: set[str]) -> None:
+    """Wait for files that processes of other machines have written.
+
+    Raises:
+        UserError: they do not come.
+    """
+    patience = time.monotonic() + SEEN_WITHIN_S
+    while missing := names - {str(path.relative_to(folder)) for path in folder.rglob("*")}:
+        if time.monotonic() > patience:
+            raise UserError(f"{folder}: process 0 does not see {', '.join(sorted(missing))}, which others have written")
+        time.sleep(1)
 
 
 def last_checkpoint(run: RunDirectory) -> Path | None:
     """The newest checkpoint of a run that is as it was written; damaged ones are named and passed over. None before the first.
 
     Raises:
-        UserError: all are damaged.
+        UserError: all are damaged, or there are none and the training has been done.
     """
     found = _by_step(run.checkpoints)
     for path in reversed(found):
@@ -74,6 +91,11 @@ def last_checkpoint(run: RunDirectory) -> Path | None:
         return path
     if found:
         raise UserError(f"resume: no checkpoint of {run.path} is as it was written; --overwrite trains it anew")
+    if run.adapter.exists() or run.model.exists():
+        raise UserError(
+            f"resume: {run.path} has been trained, ended before its report, and has no checkpoint; `mmtune eval {run.path}` "
+            "evaluates what it has left, --overwrite trains it anew"
+        )
     return None
 
 
@@ -133,10 +155,18 @@ def cut_back(run: RunDirectory, step: int) -> None:
             shutil.rmtree(later)
     metrics = run.metrics
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    whole = [line for line in lines if line.endswith("\n") and _logged_step(line) <= step]
     shorter = run.checkpoints / metrics.name
     shorter.write_text("".join(whole), encoding="utf-8")
     shorter.replace(metrics)  # at once: a kill in between would take lines that do not come again
+
+
+def _logged_step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except json.JSONDecodeError:  # where a machine went down
+        print(f"resume: a line of metrics.jsonl is left out that is none: {line[:40]!r}")
+        return math.inf
 
 
 def step_of(checkpoint: Path) -> int:

@@ -108,7 +108,8 @@ class ModelFlops:
     @staticmethod
     def knows(model: nn.Module) -> bool:
         """Whether every weight takes part for every token: of experts, stacked in one parameter, only some do."""
-        return not any(parameter.ndim == 3 for parameter in _base(model).get_decoder().parameters())
+        weights = _base(model).get_decoder().parameters()
+        return not any(len(getattr(weight, "ds_shape", weight.shape)) == 3 for weight in weights)  # ZeRO-3 divides them
 
     def add(self, rows: Iterable[RowSize], images: bool) -> None:
         """Count rows of a batch.

@@ -91,7 +91,9 @@ def load_whole(model: PreTrainedModel, checkpoint: Path) -> None:
     Raises:
         CheckFailed: a weight is missing, or there is one more.
     """
-    loaded, found = type(model).from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
+    loaded, found = type(model).from_pretrained(
+        checkpoint, dtype=torch.float32, device_map={"": model.device}, output_loading_info=True
+    )
     wrong = {name: sorted(map(str, keys)) for name, keys in found.items() if keys}
     if wrong:
         raise CheckFailed(f"{checkpoint}: not the weights of this model: {wrong}")

@@ -55,7 +55,7 @@ def plan_rows(samples: Samples, recipe: Recipe, report: DataReport, world: World
         if longer and section.over_length == "error":
             raise UserError(f"{len(longer)} rows are too long, the first: {longer[0]} ({OTHER_POLICIES})")
         found = outcome.lengths, [*plan.faults.values(), *longer]
-    lengths, faults = next(each for each in world.gather(found) if each is not None)
+    lengths, faults = world.from_first(found)
     for fault in faults:
         report.add(fault)
     report.checked = len(samples)

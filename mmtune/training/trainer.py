@@ -24,11 +24,11 @@ from mmtune.data.processes import settle_worker
 from mmtune.data.report import DataReport, SkippedStep
 from mmtune.data.stream import SampleStream
 from mmtune.errors import CheckFailed, UserError
-from mmtune.files import writing
+from mmtune.files import flush, writing
 from mmtune.model.compute import virtual_tokens
 from mmtune.model.packing import packed_inputs
 from mmtune.model.sharded import to_save
-from mmtune.training.checkpoint import SAVING, keep_checkpoint
+from mmtune.training.checkpoint import SAVING, keep_checkpoint, wait_until_seen
 from mmtune.training.live import load_live, load_whole, save_live, shared_regularization
 from mmtune.training.progress import Progress
 from mmtune.world import ALONE, World
@@ -109,6 +109,7 @@ class TuningTrainer(Trainer):
         self._unscored = unscored
         self._step_rows: list[str] = []  # of this process
         self._steps_taken = 0
+        self._saved_step = 0
         self._before_step: tuple[torch.Tensor, ...] = ()  # what a step adds to that the log averages
         self.supervised = 0  # tokens that the run has trained on, over all processes
         self._batches = batches
@@ -246,29 +247,34 @@ class TuningTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's checkpoint, which has its name only when all of it is there."""
+        if self.state.global_step == self._saved_step:  # a signal's, and the epoch ends with the same step
+            return
         checkpoints = Path(self.args.output_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._progress.count_tokens(self.state)
         try:
             with writing(checkpoints / name):
                 super()._save_checkpoint(model, trial)
+                made, limit = checkpoints / SAVING / name, self.args.save_total_limit
+                if self._world.first and self._world.zero_stage is None:  # DeepSpeed keeps weights of its own
+                    save_live(self.model, made)
                 self._world.wait()
+                written = set[str]().union(*self._world.gather(flush(made)))
                 if self._world.first:
-                    made = checkpoints / SAVING / name
-                    if self._world.zero_stage is None:  # DeepSpeed keeps weights of its own
-                        save_live(self.model, made)
-                    keep_checkpoint(
-                        made, checkpoints, self._data_report, self._world, self._data_files, self.args.save_total_limit
-                    )
+                    wait_until_seen(made, written)
+                    keep_checkpoint(made, checkpoints, self._data_report, self._world, self._data_files, limit)
         except UserError:
             shutil.rmtree(checkpoints / SAVING, ignore_errors=True)  # a full disk has no room for a part of a checkpoint
             raise
+        self._saved_step = self.state.global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoint = Path(resume_from_checkpoint)
         if not isinstance(self.model, PeftModel):
-            load_whole(self.model, Path(resume_from_checkpoint))
-        elif not load_live(self.model, Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_whole(self.model, checkpoint)
+        elif not load_live(self.model, checkpoint):
+            # The Trainer would have every process read it onto the first GPU.
+            self.model.load_adapter(str(checkpoint), self.model.active_adapter, is_trainable=True, torch_device="cpu")
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """mmtune's own batches, which are this process's already: accelerate has nothing to divide."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from forked import command_line
@@ -18,8 +19,10 @@ from mmtune.errors import UserError
 from mmtune.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
-from mmtune.training.checkpoint import check_resumable
-from mmtune.world import World
+from mmtune.training import callbacks, checkpoint
+from mmtune.training.callbacks import StopOnSignal
+from mmtune.training.checkpoint import check_resumable, wait_until_seen
+from mmtune.world import ALONE, World
 
 SAVES = ("train.save_strategy=steps", "train.save_steps=2", "train.max_steps=6", "tune.language.lora_dropout=0.2")
 
@@ -84,6 +87,8 @@ def test_a_damaged_checkpoint_is_passed_over(make_recipe: Callable[..., Recipe],
     train(recipe, ["test"])
     expected = outcome(run)
     stop_after(run, 4)
+    with run.metrics.open("a") as metrics:
+        metrics.write("\0\0\n")  # as where a machine went down
     weights = run.checkpoints / "checkpoint-4" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     (run.checkpoints / ".saving" / "checkpoint-5").mkdir(parents=True)  # killed while it was being written
@@ -124,6 +129,37 @@ def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_pa
     data.write_text(written)
     free = ("train.logging_steps=2", "train.save_steps=1")  # nothing that a step depends on
     train(make_recipe(*SAVES, *free), ["test"], resume=True)
+    run.summary.unlink()
+    for path in run.checkpoints.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    with pytest.raises(UserError, match="has been trained, ended before its report, and has no checkpoint"):
+        train(make_recipe(*SAVES, *free), ["test"], resume=True)
+    assert (run.adapter / "adapter_model.safetensors").is_file()
+
+
+def test_a_second_signal_ends_at_once_and_an_echo_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    stop, nothing = StopOnSignal(ALONE), cast(Any, None)
+    stop.on_train_begin(nothing, nothing, nothing)
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM and not received
+        monkeypatch.setattr(callbacks, "ECHO_S", 0.0)
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+    finally:
+        stop.restore()
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_files_that_other_machines_have_written_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rng_state_0.pth").touch()
+    wait_until_seen(tmp_path, {"rng_state_0.pth"})
+    monkeypatch.setattr(checkpoint, "SEEN_WITHIN_S", -1.0)
+    with pytest.raises(UserError, match=r"does not see rng_state_1\.pth"):
+        wait_until_seen(tmp_path, {"rng_state_0.pth", "rng_state_1.pth"})
 
 
 @pytest.mark.slow
@@ -131,9 +167,10 @@ def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_pa
 def test_a_run_ended_by_a_signal_goes_on(make_recipe: Callable[..., Recipe], number: int, stream: str, tmp_path: Path) -> None:
     """Sent once the third step is logged; the same rows in the same order give the same losses and the same adapter.
 
-    As Ctrl-C and launchers do, to the process group, in which the data loader's workers are.
+    As Ctrl-C and launchers do, to the process group, in which the data loader's workers are; and again, as a launcher whose
+    scheduler has sent it to all.
     """
-    saves = "train.save_steps=1" if number == signal.SIGKILL else "train.save_strategy=no"
+    saves = "train.save_steps=1" if number == signal.SIGKILL else "train.save_strategy=epoch"
     more = ("train.max_steps=24", "train.dataloader_num_workers=1", saves)
     recipe = make_recipe(*SAVES, f"data.stream={stream}", *more)
     run = RunDirectory(Path(recipe.output_dir))
@@ -150,14 +187,17 @@ def test_a_run_ended_by_a_signal_goes_on(make_recipe: Callable[..., Recipe], num
         assert process.is_alive(), "the run ended before it could be stopped"
         time.sleep(0.005)
     os.killpg(process.pid or 0, number)
+    if number == signal.SIGTERM:
+        os.kill(process.pid or 0, number)
     process.join()
     said = log.read_text()
     if number == signal.SIGKILL:
         assert process.exitcode == -number
     else:
         assert process.exitcode == 128 + number
-        assert f"stopped: by {signal.Signals(number).name} after step" in said and "Traceback" not in said
-        assert len(list(run.checkpoints.glob("checkpoint-*"))) == 1
+        step = re.search(r"stopped: by SIGTERM after step (\d+)", said)
+        assert step and "Traceback" not in said
+        assert (run.checkpoints / f"checkpoint-{step[1]}").is_dir()
     assert not run.summary.exists()
     process = command_line([*command, "--resume"], log)
     process.join()
