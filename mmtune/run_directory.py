@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import is_deepspeed_available
 from transformers.utils import is_torchvision_available
 
 from mmtune import __version__
@@ -28,7 +29,10 @@ from mmtune.world import ALONE, World
 
 SEEN_WITHIN_S = 60.0
 """A network file system may remember for half a minute that a directory was not there."""
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "pillow", "numpy")
+LIBRARIES = (
+    *("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "pillow", "numpy"),
+    *(["deepspeed"] if is_deepspeed_available() else []),
+)
 
 
 @dataclass(frozen=True)

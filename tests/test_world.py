@@ -308,7 +308,8 @@ def test_processes_with_different_recipes_are_named(monkeypatch: pytest.MonkeyPa
 def test_an_output_dir_that_is_not_shared_is_told(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     """The second process finds an earlier run where the first has made a new one."""
     monkeypatch.setattr(run_directory, "SEEN_WITHIN_S", 0.0)
-    monkeypatch.setattr(World, "gather", lambda self, mine: ["new", mine] if mine is None else [True, mine])
+    monkeypatch.setattr(World, "from_first", lambda self, brought: "new")
+    monkeypatch.setattr(World, "gather", lambda self, mine: [True, mine])
     recipe = make_recipe()
     run = RunDirectory(Path(recipe.output_dir))
     run.path.mkdir()
@@ -333,6 +334,7 @@ def test_an_earlier_run_is_back_when_another_process_fails(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The launcher ends the first process with SIGTERM, which would leave things as they are."""
+    monkeypatch.setattr(World, "from_first", lambda self, brought: brought)
     monkeypatch.setattr(World, "gather", lambda self, mine: [mine, mine])
     recipe = make_recipe()
     run = RunDirectory(Path(recipe.output_dir))
