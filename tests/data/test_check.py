@@ -75,6 +75,7 @@ def test_a_hostile_row_has_its_finding_and_no_other(findings: dict[str, list[Fin
     assert all(each.detail and each.fix for each in found)
 
 
+@pytest.mark.slow
 def test_what_cannot_train_is_an_error_and_what_is_an_error_cannot_train(corpus: Source, untrained: tuple[Any, Any]) -> None:
     processor, reader = untrained[1], Reader(corpus)
     found = by_row(Doctor([corpus], rules=Rules(processor)).findings())

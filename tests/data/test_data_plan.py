@@ -393,6 +393,7 @@ def recipe_file(make_recipe: Callable[..., Any], tmp_path: Path) -> Iterator[str
     yield str(tmp_path / "recipe.yaml")
 
 
+@pytest.mark.slow
 def test_the_command_tells_of_the_data_and_of_the_memory(
     recipe_file: str, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

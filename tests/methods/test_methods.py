@@ -321,6 +321,7 @@ def test_lora_plus_learns_b_faster(rows: Path, base: Path, tmp_path: Path) -> No
     assert {rates[name] for name, p in tuned.named_parameters() if p.requires_grad and "lora_B" in name} == {8 * own}
 
 
+@pytest.mark.slow
 def test_new_tokens_train_alone(rows: Path, base: Path, tmp_path: Path, one_batch: dict[str, torch.Tensor]) -> None:
     recipe = recipe_of("lora", rows, base, tmp_path, "tune.language.trainable_token_indices=[5, 9]", "train.learning_rate=1e-2")
     train(recipe, ["test"])

@@ -50,6 +50,7 @@ def restore_projector(run: RunDirectory, base: Path | str) -> None:
     save_file(tensors, file)
 
 
+@pytest.mark.slow
 def test_merged_weights_equal_pefts_own_merge(run: RunDirectory, base: Path, tmp_path: Path) -> None:
     parity = merge(run.path, tmp_path / "out", count=4)
     assert parity.merge_max_logit_difference < 1e-4
@@ -238,6 +239,7 @@ def test_user_mistakes(run: RunDirectory, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_projector_alone_is_an_adapter_and_merges(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe("tune.language=frozen", "train.max_steps=6")
     train(recipe, ["test"])

@@ -50,7 +50,7 @@ def outcome(run: RunDirectory) -> tuple[bytes, list[tuple[float, float]]]:
         (),
         # in the middle of an epoch
         pytest.param(("train.gradient_accumulation_steps=2", "train.per_device_train_batch_size=1"), marks=pytest.mark.slow),
-        ("data.stream=true", "data.shuffle_window=5"),
+        pytest.param(("data.stream=true", "data.shuffle_window=5"), marks=pytest.mark.slow),
         pytest.param(
             ("data.stream=true", "train.gradient_accumulation_steps=2", "train.dataloader_num_workers=2"), marks=pytest.mark.slow
         ),

@@ -73,6 +73,7 @@ def test_weights_set_the_length_of_an_epoch(make_recipe: Callable[..., Recipe], 
     assert metrics(recipe)[-1]["step"] == 8  # 14 + 2 rows an epoch
 
 
+@pytest.mark.slow
 def test_a_stream_trains_as_the_rows_by_index_do(make_recipe: Callable[..., Recipe], rows: Path, two: tuple[Path, Path]) -> None:
     source = f"data.train=[{{path: {two[0]}, template: llava, media_root: {rows.parent}}}]"
     in_order = make_recipe(source, "train.train_sampling_strategy=sequential", "train.per_device_train_batch_size=2")
@@ -107,6 +108,7 @@ def test_media_go_or_a_row_does_and_both_are_told(make_recipe: Callable[..., Rec
     assert figures["dropped_over_length"] == len(longer - changed)
 
 
+@pytest.mark.slow
 def test_a_run_without_one_row_that_fits_stops(make_recipe: Callable[..., Recipe]) -> None:
     too_short = ("data.over_length=drop_sample", "data.max_tokens=4")
     with pytest.raises(UserError, match="no row can train"):

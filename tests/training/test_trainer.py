@@ -250,6 +250,7 @@ def test_the_logged_rate_is_the_runs_own(make_recipe: Callable[..., Recipe]) -> 
     assert {json.loads(line)["learning_rate"] for line in lines} == {0.03125}
 
 
+@pytest.mark.slow
 def test_adaloras_loss_does_not_depend_on_how_a_step_is_divided(make_recipe: Callable[..., Recipe]) -> None:
     """PEFT adds the regularization in every forward pass; a step of two passes has it once all the same."""
     losses = []
@@ -287,6 +288,7 @@ def test_a_run_does_not_replace_what_it_starts_from(make_recipe: Callable[..., R
     assert run.model.is_dir()
 
 
+@pytest.mark.slow
 def test_half_precision_trains_answers_and_loads(make_recipe: Callable[..., Recipe], rows: Path) -> None:
     recipe = make_recipe(
         "model.precision=bf16",
@@ -301,6 +303,7 @@ def test_half_precision_trains_answers_and_loads(make_recipe: Callable[..., Reci
     assert answers == [a.prediction for a in read_answers(RunDirectory(Path(recipe.output_dir)).answers("after"))]
 
 
+@pytest.mark.slow
 def test_stop_tokens_are_kept_with_the_adapter(make_recipe: Callable[..., Recipe], base: Path, tmp_path: Path) -> None:
     silent = tmp_path / "base"
     shutil.copytree(base, silent)

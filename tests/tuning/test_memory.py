@@ -102,6 +102,7 @@ def test_plain_sgd_keeps_no_states(recipe_of: Callable[..., Recipe]) -> None:
     assert estimate_memory(recipe_of("full", optim="sgd"), tokens=64).optimizer == 0
 
 
+@pytest.mark.slow
 def test_checkpointing_and_fewer_tokens_and_samples_take_less(recipe_of: Callable[..., Recipe]) -> None:
     whole = estimate_memory(recipe_of(), tokens=64).peak
     assert estimate_memory(recipe_of(activation_checkpointing=True), tokens=64).peak < whole
@@ -189,6 +190,7 @@ def test_a_storage_counts_until_its_last_tensor_is_gone() -> None:
     assert sum(memory.fullest.values()) == 80_000
 
 
+@pytest.mark.slow
 def test_suggestions_are_estimated_and_end_with_one_that_fits(
     recipe_of: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
