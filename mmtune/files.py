@@ -41,11 +41,10 @@ def _fault_of_disk(error: Exception) -> str | None:
     return said if any(os.strerror(number) in said for number in DISK_FAULTS) else None
 
 
-def flush(folder: Path) -> set[str]:
-    """Have a folder reach the disk, so that it is there after the machine has crashed too; returns the names of its files."""
+def flush(folder: Path) -> None:
+    """Have a folder and all in it reach the disk, so that it is there after the machine has crashed too."""
     for path in (folder, *folder.rglob("*")):
         sync(path)
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def sync(path: Path) -> None:

@@ -39,6 +39,11 @@ def check_manifest(folder: Path) -> dict[str, int]:
     return {name: (folder / name).stat().st_size for name in (*there, NAME)}
 
 
+def names_in(folder: Path) -> set[str]:
+    """Of the files in a folder and below it, relative to it."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
 def sha256(path: Path) -> str:
     """Of a file's content, in hexadecimal."""
     with path.open("rb") as file:
@@ -47,6 +52,6 @@ def sha256(path: Path) -> str:
 
 def _digests(folder: Path) -> dict[str, str]:
     """Of every file of a folder but its manifest, by name; several at a time, since one thread reads slower than a disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
+    names = sorted(names_in(folder) - {NAME})
     with ThreadPoolExecutor(max_workers=8) as threads:
-        return {str(path.relative_to(folder)): digest for path, digest in zip(files, threads.map(sha256, files), strict=True)}
+        return dict(zip(names, threads.map(sha256, (folder / name for name in names)), strict=True))

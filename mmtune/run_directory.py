@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -29,10 +29,7 @@ from mmtune.world import ALONE, World
 
 SEEN_WITHIN_S = 60.0
 """A network file system may remember for half a minute that a directory was not there."""
-LIBRARIES = (
-    *("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "pillow", "numpy"),
-    *(["deepspeed"] if is_deepspeed_available() else []),
-)
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "pillow", "numpy")
 
 
 @dataclass(frozen=True)
@@ -173,14 +170,18 @@ def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, world: Worl
         shutil.rmtree(earlier)
 
 
+def becomes_seen(is_seen: Callable[[], bool]) -> bool:
+    """Wait for what another process has written, `SEEN_WITHIN_S` at most; whether it has come."""
+    patience = time.monotonic() + SEEN_WITHIN_S
+    while not (seen := is_seen()) and time.monotonic() <= patience:
+        time.sleep(1)
+    return seen
+
+
 def _check_shared(run: RunDirectory, world: World) -> None:
     """Wait for what the first process has written, and for every other to see it."""
     written = world.from_first(run.environment.read_text(encoding="utf-8") if world.first else None)
-    patience = time.monotonic() + SEEN_WITHIN_S
-    while not (seen := run.environment.is_file() and run.environment.read_text(encoding="utf-8") == written):
-        if time.monotonic() > patience:
-            break
-        time.sleep(1)
+    seen = becomes_seen(lambda: run.environment.is_file() and run.environment.read_text(encoding="utf-8") == written)
     blind = [str(rank) for rank, sees in enumerate(world.gather(seen)) if not sees]
     if blind:
         raise UserError(
@@ -207,7 +208,8 @@ def _write_inputs(run: RunDirectory, recipe: Recipe, command: Sequence[str]) -> 
 
 def versions() -> dict[str, str]:
     """Of mmtune and what it stands on."""
-    return {"mmtune": __version__} | {name: metadata.version(name) for name in LIBRARIES}
+    names = (*LIBRARIES, "deepspeed") if is_deepspeed_available() else LIBRARIES
+    return {"mmtune": __version__} | {name: metadata.version(name) for name in names}
 
 
 def git_commit() -> str | None:

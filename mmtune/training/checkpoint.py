@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from mmtune.data.plan_cache import signatures
 from mmtune.data.report import DataReport
 from mmtune.errors import CheckFailed, UserError
 from mmtune.files import flush, sync
-from mmtune.manifest import check_manifest, write_manifest
+from mmtune.manifest import check_manifest, names_in, write_manifest
 from mmtune.recipe import Recipe, load_recipe
-from mmtune.run_directory import SEEN_WITHIN_S, RunDirectory
+from mmtune.run_directory import RunDirectory, becomes_seen
 from mmtune.world import World
 
 SAVING = ".saving"
@@ -68,11 +67,9 @@ def wait_until_seen(folder: Path, names: set[str]) -> None:
     Raises:
         UserError: they do not come.
     """
-    patience = time.monotonic() + SEEN_WITHIN_S
-    while missing := names - {str(path.relative_to(folder)) for path in folder.rglob("*")}:
-        if time.monotonic() > patience:
-            raise UserError(f"{folder}: process 0 does not see {', '.join(sorted(missing))}, which others have written")
-        time.sleep(1)
+    if not becomes_seen(lambda: names <= names_in(folder)):
+        missing = ", ".join(sorted(names - names_in(folder)))
+        raise UserError(f"{folder}: process 0 does not see {missing}, which others have written")
 
 
 def last_checkpoint(run: RunDirectory) -> Path | None:

@@ -25,6 +25,7 @@ from mmtune.data.report import DataReport, SkippedStep
 from mmtune.data.stream import SampleStream
 from mmtune.errors import CheckFailed, UserError
 from mmtune.files import flush, writing
+from mmtune.manifest import names_in
 from mmtune.model.compute import virtual_tokens
 from mmtune.model.packing import packed_inputs
 from mmtune.model.sharded import to_save
@@ -259,7 +260,8 @@ class TuningTrainer(Trainer):
                 if self._world.first and self._world.zero_stage is None:  # DeepSpeed keeps weights of its own
                     save_live(self.model, made)
                 self._world.wait()
-                written = set[str]().union(*self._world.gather(flush(made)))
+                flush(made)
+                written = set[str]().union(*self._world.gather(names_in(made)))
                 if self._world.first:
                     wait_until_seen(made, written)
                     keep_checkpoint(made, checkpoints, self._data_report, self._world, self._data_files, limit)

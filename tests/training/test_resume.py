@@ -15,11 +15,12 @@ from typing import Any, cast
 import pytest
 from forked import command_line
 
+from mmtune import run_directory
 from mmtune.errors import UserError
 from mmtune.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
-from mmtune.training import callbacks, checkpoint
+from mmtune.training import callbacks
 from mmtune.training.callbacks import StopOnSignal
 from mmtune.training.checkpoint import check_resumable, wait_until_seen
 from mmtune.world import ALONE, World
@@ -157,20 +158,29 @@ def test_a_second_signal_ends_at_once_and_an_echo_does_not(monkeypatch: pytest.M
 def test_files_that_other_machines_have_written_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rng_state_0.pth").touch()
     wait_until_seen(tmp_path, {"rng_state_0.pth"})
-    monkeypatch.setattr(checkpoint, "SEEN_WITHIN_S", -1.0)
+    monkeypatch.setattr(run_directory, "SEEN_WITHIN_S", -1.0)
     with pytest.raises(UserError, match=r"does not see rng_state_1\.pth"):
         wait_until_seen(tmp_path, {"rng_state_0.pth", "rng_state_1.pth"})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "stream"), [(signal.SIGKILL, "true"), (signal.SIGTERM, "false")])
-def test_a_run_ended_by_a_signal_goes_on(make_recipe: Callable[..., Recipe], number: int, stream: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "stream", "saves"),
+    [
+        (signal.SIGKILL, "true", "train.save_steps=1"),
+        (signal.SIGTERM, "false", "train.save_strategy=no"),
+        (signal.SIGTERM, "false", "train.save_strategy=epoch"),  # whose end is the step that the signal has saved
+    ],
+    ids=["SIGKILL", "SIGTERM", "SIGTERM in an epoch"],
+)
+def test_a_run_ended_by_a_signal_goes_on(
+    make_recipe: Callable[..., Recipe], number: int, stream: str, saves: str, tmp_path: Path
+) -> None:
     """Sent once the third step is logged; the same rows in the same order give the same losses and the same adapter.
 
     As Ctrl-C and launchers do, to the process group, in which the data loader's workers are; and again, as a launcher whose
     scheduler has sent it to all.
     """
-    saves = "train.save_steps=1" if number == signal.SIGKILL else "train.save_strategy=epoch"
     more = ("train.max_steps=24", "train.dataloader_num_workers=1", saves)
     recipe = make_recipe(*SAVES, f"data.stream={stream}", *more)
     run = RunDirectory(Path(recipe.output_dir))
@@ -198,6 +208,7 @@ def test_a_run_ended_by_a_signal_goes_on(make_recipe: Callable[..., Recipe], num
         step = re.search(r"stopped: by SIGTERM after step (\d+)", said)
         assert step and "Traceback" not in said
         assert (run.checkpoints / f"checkpoint-{step[1]}").is_dir()
+        assert len(list(run.checkpoints.glob("checkpoint-*"))) == 1 or saves.endswith("epoch")
     assert not run.summary.exists()
     process = command_line([*command, "--resume"], log)
     process.join()
