@@ -64,7 +64,7 @@ clean:
 .venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
 	@echo 'setting up .venv, which takes some minutes, once'
 	$(PIP_INSTALL) torch hatchling
-	$(PIP_INSTALL) --no-build-isolation --editable .
+	$(PIP_INSTALL) --no-build-isolation --editable '.[vision]'
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed

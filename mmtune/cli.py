@@ -18,7 +18,7 @@ from typing import Any
 from mmtune import __version__
 from mmtune.cli_data import add_data_verbs
 from mmtune.console import settle_console, speaker
-from mmtune.errors import CheckFailed, Stopped, UserError
+from mmtune.errors import CheckFailed, Stopped, UserError, missing_library
 
 
 def entry_point(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +40,11 @@ def entry_point(arguments: Sequence[str] | None = None) -> int:
             run(parsed)
     except UserError as error:
         print(f"{who}error: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        if (reason := missing_library(error)) is None:
+            raise
+        print(f"{who}error: a library that this needs is missing: {reason}", file=sys.stderr)
         return 2
     except CheckFailed as error:
         if error.result is not None and getattr(parsed, "json", False):

@@ -8,6 +8,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from mmtune.torchvision_support import prepare_torchvision
+
 NO_NEWS = {
     # once for every image processor class; a run's `environment.json` records the backend instead
     "transformers": "requires torchvision (not installed); falling back to",
@@ -39,8 +41,10 @@ def shows_progress() -> bool:
 def settle_console() -> None:
     """No progress bars where there is no terminal, and no notes about the libraries' use of each other.
 
-    Of several processes the first speaks; of the others only errors are heard.
+    Of several processes the first speaks; of the others only errors are heard. torchvision is prepared here as well, because every
+    command calls this before it imports transformers.
     """
+    prepare_torchvision()
     from transformers.utils import logging as transformers_logging
 
     if speaker():

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_deepspeed_available
-from transformers.utils import is_torchvision_available
 
 from mmtune import __version__
 from mmtune.errors import UserError
 from mmtune.files import check_replaceable, replace_text, writing
 from mmtune.recipe import Recipe, needed_paths
+from mmtune.torchvision_support import prepare_torchvision
 from mmtune.world import ALONE, World
 
 SEEN_WITHIN_S = 60.0
@@ -192,6 +192,7 @@ def _check_shared(run: RunDirectory, world: World) -> None:
 
 def _write_inputs(run: RunDirectory, recipe: Recipe, command: Sequence[str]) -> None:
     run.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
+    torchvision = prepare_torchvision()
     environment = {
         "command": list(command),
         "started": datetime.now(UTC).isoformat(),
@@ -200,7 +201,8 @@ def _write_inputs(run: RunDirectory, recipe: Recipe, command: Sequence[str]) -> 
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "git_commit": git_commit(),
-        "image_backend": "torchvision" if is_torchvision_available() else "pil",
+        "image_backend": "torchvision" if torchvision.usable else "pil",
+        "torchvision": torchvision.detail,
         "versions": versions(),
     }
     run.environment.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")

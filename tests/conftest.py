@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mmtune.torchvision_support import prepare_torchvision
+
 if TYPE_CHECKING:
     from mmtune.recipe import Recipe
 
@@ -26,6 +28,8 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 
+
+prepare_torchvision()  # before a test imports transformers
 
 LONG = ("test_quickstart.py", "test_world.py", "test_together.py", "test_faults.py", "test_capabilities.py")
 """Minutes each: begun first, or one process would be at the last of them when the other has nothing left to do."""

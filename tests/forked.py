@@ -9,17 +9,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 forking = multiprocessing.get_context("forkserver")
-forking.set_forkserver_preload(
-    [
-        "mmtune.train",
-        "mmtune.cli",
-        "accelerate.commands.launch",
-        "deepspeed",
-        "matplotlib.backends.backend_agg",
-        "transformers.models.clip.modeling_clip",
-        "transformers.models.llama.modeling_llama",
-    ]
-)
+forking.set_forkserver_preload(["tests.preloaded"])  # the server starts in the working directory, the project's root
 
 
 def settle(log: Path) -> None:
