@@ -368,6 +368,7 @@ def _assemble(arguments: argparse.Namespace) -> Any:
 
 def _recipe_check(arguments: argparse.Namespace) -> Any:
     from mmtune.data.reader import check_source
+    from mmtune.model.load import UNTRAINED, local_folder, resolve_base
     from mmtune.recipe import check_files, load_recipe
     from mmtune.train import check_method, training_arguments
     from mmtune.world import ALONE
@@ -378,10 +379,10 @@ def _recipe_check(arguments: argparse.Namespace) -> Any:
         check_source(source)
     training_arguments(recipe)
     base = recipe.model.base
-    if base is None or base.startswith("builtin:") or Path(base).is_dir():
+    if base is None or base == UNTRAINED or local_folder(resolve_base(base)) is not None:
         check_method(recipe, ALONE)
     else:
-        print(f"not checked without a download: that {base} is there, and that its family takes the method")
+        print(f"not checked without a download: that {base} is there, and that its family is supported and takes the method")
     print(f"{arguments.recipe}: good")
     return {"recipe": arguments.recipe, "good": True}
 

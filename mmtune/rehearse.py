@@ -23,7 +23,9 @@ from mmtune.errors import UserError
 from mmtune.evaluation.run import generate_answers
 from mmtune.methods.table import METHODS
 from mmtune.model.load import load_trained
-from mmtune.model.tiny import DECODER, family_of, tiny_language, tiny_llava, tiny_vision
+from mmtune.model.shrunk import local_files, shrunk_base
+from mmtune.model.tiny import DECODER, family_of, tiny_language, tiny_vision
+from mmtune.model.tiny_bases import tiny_base
 from mmtune.recipe import Recipe, Source, load_recipe
 from mmtune.release.merge import Form, keep_adapter, merge, parity_samples
 from mmtune.run_directory import RunDirectory
@@ -71,7 +73,8 @@ def _write_small(recipe: Recipe, place: Path) -> Path:
     if recipe.evaluate:
         _shrink_data(recipe.evaluate.data, small["evaluate"]["data"], place / "evaluate")
         small["evaluate"]["max_new_tokens"] = 4
-    if recipe.data.max_tokens is not None:  # a byte-level stand-in for the tokenizer counts more tokens than the real one
+    own_tokenizer = recipe.model.base is not None and local_files(recipe.model.base) is not None
+    if recipe.data.max_tokens is not None and not own_tokenizer:  # a byte-level stand-in counts more tokens than the real one
         small["data"]["max_tokens"] = 20 * recipe.data.max_tokens
     language = small["tune"]["language"]
     if language.get("adapter_layers"):
@@ -100,9 +103,12 @@ def _shrink_model(recipe: Recipe, section: dict[str, Any], place: Path) -> None:
         vision = tiny_vision(family_of(recipe.model.vision, "vision"), place / "vision")
         language = tiny_language(family_of(recipe.model.language, "language"), place / "language")
         section |= {"vision": str(vision), "language": str(language), "projector": "mlp"}
-    elif not base.startswith("builtin:"):
-        family_of(base, "base")  # refuses a family without a stand-in
-        section["base"] = str(tiny_llava(place / "base"))
+    elif base.startswith("builtin:"):
+        return
+    elif (files := local_files(base)) is not None:
+        section["base"] = str(shrunk_base(base, files, place / "base"))
+    else:
+        section["base"] = str(tiny_base(family_of(base, "base"), place / "base"))
 
 
 def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], place: Path) -> None:

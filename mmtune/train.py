@@ -62,13 +62,13 @@ from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import (
     apply_tuning,
     count_parameters,
-    keeps_adapter,
     learning_rates,
     print_parameters,
     print_trained_modules,
     trained_modules,
 )
 from mmtune.tuning.save import initial_factors, save_tuned
+from mmtune.tuning.settings import frozen_parts, keeps_adapter
 from mmtune.world import World, check_launch, check_same, check_strategy, join_world, launched_with_deepspeed, settle_fsdp
 
 
@@ -161,11 +161,14 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         steps = optimizer_steps(arguments, batches)
         sample = first_batches(samples, encoder, pad_token_id)
         set_seed(arguments.seed)  # what is drawn does not hang on how the base came here
+        kept_frozen = frozen_parts(model, components, recipe.tune)
         model = apply_tuning(model, components, recipe.tune, steps=steps, batches=sample)
         components = find_components(model)
         counts = count_parameters(model, components, recipe.tune, arguments.learning_rate)
         print_trained_modules(trained_modules(model))
         print_parameters(counts)
+        for part in kept_frozen:
+            print(f"tune.projector: {part} stays frozen: PEFT saves modules beside an adapter, and it is a parameter of its own")
         initial = initial_factors(model)
         if recipe.data.packing and isinstance(samples, Samples):
             with runnable(model):
@@ -273,8 +276,10 @@ def check_method(recipe: Recipe, world: World) -> None:
     if recipe.data.max_nonfinite_steps and (world.zero_stage == 0 or recipe.tune.method == "adalora"):
         why = "DeepSpeed without ZeRO takes every step" if world.zero_stage == 0 else "adalora ranks by every step's gradients"
         raise UserError(f"data.max_nonfinite_steps: {why}, so none can be skipped; leave it out")
-    if recipe.data.packing and recipe.model.base not in (None, UNTRAINED):
-        check_packable_family(base_config(recipe.model))
+    if recipe.model.base not in (None, UNTRAINED):
+        config = base_config(recipe.model)  # refuses families that are not supported
+        if recipe.data.packing:
+            check_packable_family(config)
     for component, tuning in recipe.tune.components.items():
         if tuning.method == recipe.tune.method:
             reason = refusal(

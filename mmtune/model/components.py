@@ -13,6 +13,12 @@ from typing import Any, Literal
 
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from mmtune.errors import UserError, nearest
 
@@ -59,6 +65,31 @@ class Components:
     language_model: str
     lm_head: str | None
     projector_parts: tuple[str, ...] = ()
+
+
+def check_family(config: PreTrainedConfig, name: str) -> None:
+    """Refuse a base that is not one of the families in `PROJECTORS`, before anything else of it is read.
+
+    Args:
+        config: the base's.
+        name: the base, as the recipe names it.
+
+    Raises:
+        UserError: saying what the base is, and which key takes it if any does.
+    """
+    model_type = str(config.model_type)
+    if model_type in PROJECTORS:
+        return
+    known = f"mmtune tunes {', '.join(sorted(PROJECTORS))}"
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        advice = f"it is a language model without a vision tower; give it as model.language: {name}, beside model.vision"
+    elif model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        advice = "transformers has it as an image-text model, and where its parts are is not known here"
+    else:
+        advice = "it is not an image-text model of transformers"
+        if "vision" in model_type or model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES or hasattr(config, "patch_size"):
+            advice = f"it is a vision encoder without a language model; give it as model.vision: {name}, beside model.language"
+    raise UserError(f"model.base: {name} has model_type {model_type!r}, which is not supported: {advice}; as a base {known}")
 
 
 def find_components(model: nn.Module) -> Components:

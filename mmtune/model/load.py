@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    AutoProcessor,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,6 +28,8 @@ from mmtune.methods.table import METHODS
 from mmtune.model.assemble import assemble, assemble_processor
 from mmtune.model.chat_template import own_chat_template, resolve_chat_template, set_chat_template, use_chat_template
 from mmtune.model.checkpoint import load_projector, weight_files
+from mmtune.model.components import check_family
+from mmtune.model.processor import read_processor
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.model.sharded import in_parts
 from mmtune.recipe import ModelSection, load_recipe
@@ -162,24 +164,36 @@ def base_config(section: ModelSection) -> PreTrainedConfig:
     """The configuration of a ready base.
 
     Raises:
-        UserError: when it cannot be found.
+        UserError: when it cannot be found, or is of a family that is not supported.
     """
     name = resolve_base(str(section.base))
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model.base: cannot read the configuration of {section.base}: {_reason(name, error)}") from error
+    check_family(config, str(section.base))
     return config
+
+
+def local_folder(base: str) -> Path | None:
+    """Where a base's `config.json` is on this machine: its directory, or its snapshot in the hub's cache; None: nowhere."""
+    folder = BUILTIN.get(base, Path(base))
+    if folder.is_dir():
+        return folder
+    cached = try_to_load_from_cache(base, "config.json") if HUB_ID.fullmatch(base) else None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def load_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, str]:
     """The processor of a ready base, and the chat template that it will train and serve with.
 
     Raises:
-        UserError: no processor, or a chat template that is missing or cannot mark what the assistant says.
+        UserError: a base of a family that is not supported, no processor, or a chat template that is missing or cannot mark what
+            the assistant says.
     """
+    base_config(section)
     try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=section.trust_remote_code)
+        processor = read_processor(name, section.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model.base: cannot load a processor from {name}: {_reason(name, error)}") from error
     if section.chat_template is None:
@@ -234,7 +248,7 @@ def load_trained(path: Path, dtype: torch.dtype | None = None) -> tuple[PreTrain
             section = section.model_copy(update={"precision": "fp32"})
         settings = loading(source, section) | ({"dtype": dtype} if dtype else {})
     try:
-        processor = AutoProcessor.from_pretrained(str(where), trust_remote_code=settings.get("trust_remote_code", False))
+        processor = read_processor(str(where), settings.get("trust_remote_code", False))
         if adapts:
             return load_adapter(where, **settings).eval(), processor
         model = AutoModelForImageTextToText.from_pretrained(source, **settings)

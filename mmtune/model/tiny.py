@@ -51,6 +51,20 @@ TEXT_TOWER = {
 DECODER = {**TOWER, "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 4096}
 
 VISION_FAMILIES = ("clip", "siglip", "dinov2", "vit")
+BASE_FAMILIES = (
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "idefics3",
+    "smolvlm",
+    "internvl",
+    "gemma3",
+    "paligemma",
+    "mistral3",
+)
 
 TEXT_ONLY_CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -81,7 +95,7 @@ MODEL_TYPES: dict[str, dict[str, str]] = {
     "vision": {"clip_vision_model": "clip", "siglip_vision_model": "siglip"} | {name: name for name in VISION_FAMILIES},
     "language": {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "mistral": "mistral"}
     | {"gemma": "gemma", "gemma3_text": "gemma3"},
-    "base": {"llava": "llava"},
+    "base": {name: name for name in BASE_FAMILIES},
 }
 
 NAMES: dict[str, list[tuple[str, str]]] = {
@@ -100,7 +114,21 @@ NAMES: dict[str, list[tuple[str, str]]] = {
         (r"gemma-3-(1b|270m)", "gemma3"),
         (r"(^|/)gemma-\d+b", "gemma"),
     ],
-    "base": [(r"llava(?!.*(1\.6|next|onevision|video))", "llava")],
+    "base": [
+        (r"llava-onevision(?!-1\.5)", "llava_onevision"),
+        (r"llava-?(v1\.6|next(?!-video))", "llava_next"),
+        (r"llava(?!.*(next|onevision|video|interleave))", "llava"),
+        (r"pixtral", "llava_pixtral"),
+        (r"qwen2-?vl", "qwen2_vl"),
+        (r"qwen2\.5-?vl", "qwen2_5_vl"),
+        (r"qwen3-?vl", "qwen3_vl"),
+        (r"idefics3", "idefics3"),
+        (r"smolvlm", "smolvlm"),
+        (r"internvl.*-hf", "internvl"),
+        (r"gemma-3-(4|12|27)b", "gemma3"),
+        (r"paligemma", "paligemma"),
+        (r"mistral-small-3\.[12]", "mistral3"),
+    ],
 }
 """Well-known hub names, tried in order, for checkpoints that are not on this machine."""
 
@@ -160,7 +188,7 @@ def tiny_language(
     if family not in LANGUAGE_FAMILIES:
         raise UserError(f"there is no tiny language model {family!r}{nearest(family, set(LANGUAGE_FAMILIES))}")
     traits = LANGUAGE_FAMILIES[family]
-    tokenizer = _byte_level(traits, texts, vocab_size)
+    tokenizer = byte_level_tokenizer(traits, texts, vocab_size)
     multiple = traits.get("multiple", 1)
     size = {**DECODER, "vocab_size": -(-len(tokenizer) // multiple) * multiple, **overrides}
     config = AutoConfig.for_model(
@@ -176,20 +204,6 @@ def tiny_language(
         model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    return out
-
-
-def tiny_llava(out: Path, seed: int = 0) -> Path:
-    """Write a ready LLaVA-1.5-like checkpoint, CLIP and Llama, with its processor and `vicuna_v1` template."""
-    import tempfile
-
-    from mmtune.model.assemble import assemble, save_checkpoint
-
-    with tempfile.TemporaryDirectory() as parts:
-        vision = tiny_vision("clip", Path(parts, "vision"), seed)
-        language = tiny_language("llama", Path(parts, "language"), seed)
-        model, processor = assemble(str(vision), str(language), seed=seed)
-        save_checkpoint(model, processor, out)
     return out
 
 
@@ -237,13 +251,24 @@ def _local_model_type(checkpoint: str) -> tuple[str, int] | None:
     return str(config.get("model_type")), int(config.get("vocab_size") or 0)
 
 
-def _byte_level(traits: dict[str, Any], texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def byte_level_tokenizer(
+    traits: dict[str, Any], texts: Iterable[str], vocab_size: int = 0, merges: int = 0
+) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with a family's special tokens.
+
+    Args:
+        traits: `specials`, the special tokens; `bos`, `eos`, `pad` and `unk`, which of them are these; `named`, further
+            special tokens, by the name of the tokenizer's attribute, such as `image_token`, or as a list; `template`, its chat template.
+        texts: what it learns merges from.
+        vocab_size: tokens that it may learn, bytes and special tokens included.
+        merges: or so many beside these.
+    """
     specials: list[str] = traits["specials"]
     bare = Tokenizer(BPE(unk_token=None))
     bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bare.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    size = max(vocab_size, len(alphabet) + len(specials))
+    size = max(vocab_size, len(alphabet) + len(specials) + merges)
     bare.train_from_iterator(
         texts,
         BpeTrainer(vocab_size=size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False),
@@ -256,6 +281,7 @@ def _byte_level(traits: dict[str, Any], texts: Iterable[str], vocab_size: int) -
     names = {f"{key}_token": traits[key] for key in ("bos", "eos", "pad", "unk") if key in traits}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bare,
+        **({"extra_special_tokens": traits["named"]} if "named" in traits else {}),
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
         **names,

@@ -23,7 +23,7 @@ from mmtune.model.components import Components, component_of, select_modules
 from mmtune.model.compute import to_model
 from mmtune.model.sharded import runnable, size_of, to_float32
 from mmtune.recipe import TuneSection
-from mmtune.tuning.settings import component_path, peft_config
+from mmtune.tuning.settings import component_path, keeps_adapter, peft_config
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,6 @@ def apply_tuning(
         if parameter.requires_grad:
             to_float32(parameter)
     return tuned
-
-
-def keeps_adapter(tune: TuneSection) -> bool:
-    """Whether the result is a PEFT directory beside the base rather than a whole model."""
-    return tune.method is not None or (tune.language.method, tune.vision.method) == ("frozen", "frozen")
 
 
 def _trained_in_full(model: nn.Module, components: Components, tune: TuneSection) -> list[str]:

@@ -135,6 +135,9 @@ class CountedMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is _aten.eq.Scalar and isinstance(args[0], FakeTensor) and args[0].is_floating_point():
+            # Idefics3 asks which images are padding, all zero; none is here. The answer has values, because shapes follow from it.
+            return torch.zeros((), dtype=torch.bool).expand(args[0].shape)
         if func in _INDEXING:
             args = (args[0], [part for index in args[1] for part in _places(index)], *args[2:])
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]

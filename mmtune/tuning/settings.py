@@ -131,16 +131,30 @@ def saved_modules(model: nn.Module, components: Components, tune: TuneSection) -
             saved.append(components.vision_tower)
         if name == "projector" and components.projector is not None and not (vision_whole and inside):
             saved.append(components.projector)
+        kept_frozen = frozen_parts(model, components, tune)
         for part in components.projector_parts if name == "projector" else ():
-            if part not in dict(model.named_modules()):
-                raise UserError(
-                    f"tune.projector: {part} is a bare parameter, which PEFT cannot save beside an adapter; set tune.projector "
-                    "to frozen, or train the language model in full"
-                )
+            if part in kept_frozen:
+                continue
             inner = model.get_submodule(part)
             # PEFT saves no bare list: Qwen3-VL's DeepStack mergers are named one by one.
             saved += [f"{part}.{index}" for index in range(len(inner))] if isinstance(inner, nn.ModuleList) else [part]
     return saved
+
+
+def frozen_parts(model: nn.Module, components: Components, tune: TuneSection) -> list[str]:
+    """Bare parameters of a projector that trains in full beside an adapter: PEFT saves modules, so these stay as they are.
+
+    LLaVA-NeXT and LLaVA-OneVision have one, `image_newline`, a vector that ends each row of image features.
+    """
+    if tune.projector.method != "full" or "target_modules" in tune.projector.settings or not keeps_adapter(tune):
+        return []
+    parameters = dict(model.named_parameters())
+    return [part for part in components.projector_parts if part in parameters]
+
+
+def keeps_adapter(tune: TuneSection) -> bool:
+    """Whether the result is a PEFT directory beside the base rather than a whole model."""
+    return tune.method is not None or (tune.language.method, tune.vision.method) == ("frozen", "frozen")
 
 
 def component_path(components: Components, name: str) -> str | None:
