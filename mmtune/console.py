@@ -41,8 +41,8 @@ def shows_progress() -> bool:
 def settle_console() -> None:
     """No progress bars where there is no terminal, and no notes about the libraries' use of each other.
 
-    Of several processes the first speaks; of the others only errors are heard. torchvision is prepared here as well, because every
-    command calls this before it imports transformers.
+    Of several processes the first speaks; of the others only errors are heard. torchvision is prepared here as well, because
+    every command calls this before it imports transformers.
     """
     prepare_torchvision()
     from transformers.utils import logging as transformers_logging

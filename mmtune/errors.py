@@ -16,7 +16,7 @@ def missing_library(error: ImportError) -> str | None:
     """Why a library cannot be imported, in one line; None where the import error is a bug of ours.
 
     Libraries raise ImportError with no module's name for an optional package that they ask for (`requires_backends` of
-    transformers), and ModuleNotFoundError with its name. A name inside mmtune, or a name that an installed module lacks, is a bug.
+    transformers), and ModuleNotFoundError with its name. A name inside mmtune, or one that an installed module lacks, is a bug.
     """
     if (error.name or "").partition(".")[0] == "mmtune" or (error.name and not isinstance(error, ModuleNotFoundError)):
         return None

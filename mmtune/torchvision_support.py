@@ -1,8 +1,8 @@
 """torchvision beside any build of torch: imported where it can be, counted as absent where not.
 
-transformers imports torchvision wherever it is installed. If that import fails, it fails with an unrelated name ("Could not import
-module 'PreTrainedModel'"). The usual reason is a wheel whose compiled operators belong to another build of torch, such as the CUDA
-wheel beside a CPU torch. Image processors use only torchvision's Python part, so declaring the operators is enough.
+transformers imports torchvision wherever it is installed. If that import fails, it fails with an unrelated name ("Could not
+import module 'PreTrainedModel'"). The usual reason is a wheel whose compiled operators belong to another build of torch, such as
+the CUDA wheel beside a CPU torch. Image processors use only torchvision's Python part, so declaring the operators is enough.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ prepare_torchvision()
 import accelerate.commands.launch  # noqa: E402, F401
 import deepspeed  # noqa: E402, F401
 import matplotlib.backends.backend_agg  # noqa: E402, F401
-import transformers.models.clip.modeling_clip  # noqa: E402, F401
+import transformers.models.clip.modeling_clip  # noqa: E402
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
-import mmtune.cli  # noqa: E402, F401
+import mmtune.cli  # noqa: E402
 import mmtune.train  # noqa: E402, F401

@@ -26,5 +26,7 @@ def read_processor(name: str, trust_remote_code: bool) -> ProcessorMixin:
             raise
         torchvision = prepare_torchvision()
         found = "" if torchvision.usable else f"; torchvision is {torchvision.detail}"
-        raise UserError(f"model: the processor of {name} needs a library that is missing{found}; {VISION_EXTRA} ({reason})") from error
+        raise UserError(
+            f"model: the processor of {name} needs a library that is missing{found}; {VISION_EXTRA} ({reason})"
+        ) from error
     return processor

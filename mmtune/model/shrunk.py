@@ -1,7 +1,7 @@
-"""A base's own processor and configuration with a tiny random model: what `mmtune train --rehearse` trains where the base is here.
+"""A base's own processor and configuration with a tiny random model: what `mmtune train --rehearse` trains where they are here.
 
-Everything that decides tokens, masks and positions stays the base's own: tokenizer, chat template, image sizes, patches, grids. Only
-widths and numbers of layers shrink.
+Everything that decides tokens, masks and positions stays the base's own: tokenizer, chat template, image sizes, patches, grids.
+Only widths and numbers of layers shrink.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 
 def local_files(base: str) -> Path | None:
-    """The folder with a base's configuration, tokenizer and processor, if all of them are on this machine; weights are not needed."""
+    """The folder with a base's configuration, tokenizer and processor, if all are on this machine; weights need not be."""
     folder = local_folder(base)
     needed = (("config.json",), ("tokenizer_config.json",), ("preprocessor_config.json", "processor_config.json"))
     return folder if folder and all(any((folder / name).is_file() for name in names) for names in needed) else None

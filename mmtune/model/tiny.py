@@ -257,8 +257,9 @@ def byte_level_tokenizer(
     """A byte-level tokenizer with a family's special tokens.
 
     Args:
-        traits: `specials`, the special tokens; `bos`, `eos`, `pad` and `unk`, which of them are these; `named`, further
-            special tokens, by the name of the tokenizer's attribute, such as `image_token`, or as a list; `template`, its chat template.
+        traits: `specials`, the special tokens; `bos`, `eos`, `pad` and `unk`, which of them are these; `adds_bos`, false where
+            bos does not stand before every text; `named`, further special tokens, by the name of the tokenizer's attribute, such
+            as `image_token`, or as a list; `template`, its chat template.
         texts: what it learns merges from.
         vocab_size: tokens that it may learn, bytes and special tokens included.
         merges: or so many beside these.
@@ -273,7 +274,7 @@ def byte_level_tokenizer(
         texts,
         BpeTrainer(vocab_size=size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False),
     )
-    if "bos" in traits:
+    if "bos" in traits and traits.get("adds_bos", True):
         bos = traits["bos"]
         bare.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bare.token_to_id(bos))]

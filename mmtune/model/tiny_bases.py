@@ -1,8 +1,8 @@
 """Tiny random vision-language checkpoints of every family in the table, on disk as their releases are.
 
 Each has its family's own processor class and files, the key names of the family's checkpoints on the hub, a generation
-configuration like the published one, and a chat template that writes what the published one writes. Tests run over all of them, and
-`mmtune train --rehearse` trains on the one that stands for a recipe's base.
+configuration like the published one, and a chat template that writes what the published one writes. Tests run over all of them,
+and `mmtune train --rehearse` trains on the one that stands for a recipe's base.
 """
 
 from __future__ import annotations
@@ -19,61 +19,11 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
 
 from mmtune.model.tiny import DECODER, IMAGE, PATCH, TOWER, byte_level_tokenizer
+from mmtune.model.tiny_templates import TEMPLATES
 
 TEXTS = ["\n\n\n    the cat is on the mat, what is it?\n\n yes no a photo of two dogs and a bird."] * 20
 """What the tokenizers learn a few merges from."""
 MERGES = 60
-
-# ---- chat templates: what the published ones write
-
-_PARTS = "{% for b in m.content %}{{ b.text if b.type == 'text' else IMAGE }}{% endfor %}"
-_CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}" + _PARTS + "{{ '<|im_end|>\n' }}{% endfor %}"
-_CHATML_ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-_SYSTEM = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-_QWEN = "'<|vision_start|><|image_pad|><|vision_end|>'"
-_ONEVISION = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + ' ' }}{% for b in m.content if b.type == 'image' %}{{ '<image>' }}"
-    "{% endfor %}{% for b in m.content if b.type == 'text' %}{% if m.role == 'assistant' %}{% generation %}{{ '\n' + b.text }}"
-    "{% endgeneration %}{% else %}{{ '\n' + b.text }}{% endif %}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-_LLAVA = (
-    "{% for m in messages %}{% if m.role != 'system' %}{{ m.role.upper() + ': ' }}{% endif %}"
-    "{% for b in m.content if b.type == 'image' %}{{ '<image>\n' }}{% endfor %}{% for b in m.content if b.type == 'text' %}"
-    "{% if m.role == 'assistant' %}{% generation %}{{ b.text + ' ' }}{% endgeneration %}{% else %}{{ b.text + ' ' }}{% endif %}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-_LLAVA_NEXT = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ '<<SYS>>\n' + m.content[0].text + '\n<</SYS>>\n\n' }}"
-    "{% elif m.role == 'user' %}{{ '[INST] ' }}{% for b in m.content if b.type == 'image' %}{{ '<image>\n' }}{% endfor %}"
-    "{% for b in m.content if b.type == 'text' %}{{ b.text }}{% endfor %}{{ ' [/INST]' }}"
-    "{% else %}{{ ' ' }}{% for b in m.content if b.type == 'text' %}{% generation %}{{ b.text }}{% endgeneration %}{% endfor %}"
-    "{{ '</s>' }}{% endif %}{% endfor %}"
-)
-_UTTERANCES = (
-    "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}"
-    "{{ ':' if m.content[0].type == 'image' else ': ' }}" + _PARTS + "<end_of_utterance>\n{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-_GEMMA = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set lead = messages[0].content[0].text + '\n\n' %}"
-    "{% set turns = messages[1:] %}{% else %}{% set lead = '' %}{% set turns = messages %}{% endif %}"
-    "{% for m in turns %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\n' + (lead if loop.first else '') }}"
-    "{% for b in m.content %}{{ (b.text | trim) if b.type == 'text' else '<start_of_image>' }}{% endfor %}"
-    "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
-_MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
-    "{{ '[SYSTEM_PROMPT]' + m.content[0].text + '[/SYSTEM_PROMPT]' }}{% elif m.role == 'user' %}{{ '[INST]' }}" + _PARTS + "{{ '[/INST]' }}"
-    "{% else %}" + _PARTS + "{{ eos_token }}{% endif %}{% endfor %}"
-)
-
-
-def _with_image(template: str, image: str) -> str:
-    return template.replace("IMAGE", image)
-
 
 # ---- parts that several families share
 
@@ -93,7 +43,7 @@ _QWEN_VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_
 _SENTENCE = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 
 
-def _tokenizer(specials: tuple[str, ...], named: dict[str, str] | None = None, **names: str) -> PreTrainedTokenizerFast:
+def _tokenizer(specials: tuple[str, ...], named: dict[str, str] | None = None, **names: Any) -> PreTrainedTokenizerFast:
     others = [token for token in specials if token not in names.values()]
     traits = {"specials": list(dict.fromkeys([*specials, *(named or {}).values()])), "named": named or others, **names}
     return byte_level_tokenizer(traits, TEXTS, merges=MERGES)
@@ -122,7 +72,11 @@ def _llava_processor(kind: Any, images: Any, specials: tuple[str, ...], **settin
 
 
 def _llava_config(processor: Any, text: str, model_type: str = "llava", **settings: Any) -> PreTrainedConfig:
-    defaults = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_seq_length": (IMAGE // PATCH) ** 2}
+    defaults = {
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "image_seq_length": (IMAGE // PATCH) ** 2,
+    }
     defaults["vision_config"] = {"model_type": "clip_vision_model", **_EYE, "projection_dim": 32}
     return AutoConfig.for_model(
         model_type,
@@ -221,7 +175,7 @@ def _idefics(kind: str, images: str, video: str | None) -> Callable[[], Processo
 
         grid = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
         marks = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *grid)
-        names = {"bos": "<|im_start|>", "eos": "<end_of_utterance>", "pad": "<|im_end|>"}
+        names = {"bos": "<|im_start|>", "eos": "<end_of_utterance>", "pad": "<|im_end|>", "adds_bos": False}
         size = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 28}}
         parts = [getattr(tf, images)(**size), _tokenizer((*_QWEN_TOKENS, *marks), **names)]
         parts += [getattr(tf, video)(**size)] if video else []
@@ -377,30 +331,27 @@ class TinyBase:
     Attributes:
         processor: builds the processor.
         config: builds the model's config for that processor.
-        chat_template: writes what the published template writes; None where the release has none.
         keys: regular expressions from the names of the module tree to those of the hub's checkpoint, and their replacements.
         generation: the release's generation settings, besides its tokens.
     """
 
     processor: Callable[[], ProcessorMixin]
     config: Callable[[Any], PreTrainedConfig]
-    chat_template: str | None
     keys: tuple[tuple[str, str], ...] = ()
     generation: dict[str, Any] = field(default_factory=dict)
 
 
 _NUCLEUS = {"do_sample": True, "temperature": 0.1, "top_p": 0.001, "repetition_penalty": 1.05}
 BASES: dict[str, TinyBase] = {
-    "llava": TinyBase(_llava, lambda p: _llava_config(p, "llama"), _LLAVA, _CLIP_KEYS),
-    "llava_pixtral": TinyBase(_pixtral(1), _pixtral_config("llava"), _with_image(_MISTRAL, "'[IMG]'"), _FLAT_KEYS),
-    "llava_next": TinyBase(_llava_next, _llava_next_config, _LLAVA_NEXT, _CLIP_KEYS),
+    "llava": TinyBase(_llava, lambda p: _llava_config(p, "llama"), _CLIP_KEYS),
+    "llava_pixtral": TinyBase(_pixtral(1), _pixtral_config("llava"), _FLAT_KEYS),
+    "llava_next": TinyBase(_llava_next, _llava_next_config, _CLIP_KEYS),
     "llava_onevision": TinyBase(
-        _onevision, _onevision_config, _ONEVISION, _CLIP_KEYS, {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
+        _onevision, _onevision_config, _CLIP_KEYS, {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
     ),
     "qwen2_vl": TinyBase(
         lambda: _qwen("Qwen2VLProcessor", 14, "Qwen2VLVideoProcessor"),
         _qwen_config("qwen2_vl", {"embed_dim": 64, "mlp_ratio": 2}),
-        _with_image(_SYSTEM + _CHATML + _CHATML_ASK, _QWEN),
         _QWEN_KEYS,
         {**_NUCLEUS, "repetition_penalty": 1.0},
     ),
@@ -410,7 +361,6 @@ BASES: dict[str, TinyBase] = {
         _qwen_config(
             "qwen2_5_vl", {"intermediate_size": 128, "out_hidden_size": 64, "window_size": 56, "fullatt_block_indexes": [1]}
         ),
-        _with_image(_SYSTEM + _CHATML + _CHATML_ASK, _QWEN),
         _QWEN_KEYS,
         _NUCLEUS,
     ),
@@ -427,27 +377,25 @@ BASES: dict[str, TinyBase] = {
             },
             {**_MROPE, "mrope_section": [3, 3, 2]},
         ),
-        _with_image(_CHATML + _CHATML_ASK, _QWEN),
         generation={"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
     ),
     "idefics3": TinyBase(
         _idefics("Idefics3Processor", "Idefics3ImageProcessor", None),
         _idefics_config("idefics3"),
-        _with_image(_UTTERANCES, "'<image>'"),
     ),
     "smolvlm": TinyBase(
         _idefics("SmolVLMProcessor", "SmolVLMImageProcessor", "SmolVLMVideoProcessor"),
         _idefics_config("smolvlm"),
-        _with_image(_UTTERANCES, "'<image>'"),
     ),
-    "internvl": TinyBase(
-        _internvl, _internvl_config, _with_image(_CHATML + _CHATML_ASK, "'<IMG_CONTEXT>\\n'"), _FLAT_KEYS
-    ),
+    "internvl": TinyBase(_internvl, _internvl_config, _FLAT_KEYS),
     "gemma3": TinyBase(
-        _gemma3, _gemma3_config, _GEMMA, _CLIP_KEYS, {"do_sample": True, "top_k": 64, "top_p": 0.95, "cache_implementation": "hybrid"}
+        _gemma3,
+        _gemma3_config,
+        _CLIP_KEYS,
+        {"do_sample": True, "top_k": 64, "top_p": 0.95, "cache_implementation": "hybrid"},
     ),
-    "paligemma": TinyBase(_paligemma, _paligemma_config, None, _CLIP_KEYS),
-    "mistral3": TinyBase(_pixtral(2), _pixtral_config("mistral3"), _with_image(_MISTRAL, "'[IMG]'"), _FLAT_KEYS),
+    "paligemma": TinyBase(_paligemma, _paligemma_config, _CLIP_KEYS),
+    "mistral3": TinyBase(_pixtral(2), _pixtral_config("mistral3"), _FLAT_KEYS),
 }
 """By name: a family's `model_type`, or that with the tower's where a class serves several releases."""
 
@@ -465,10 +413,14 @@ def tiny_base(family: str, out: Path, seed: int = 0) -> Path:
     """
     base = BASES[family]
     processor = base.processor()
-    processor.chat_template = base.chat_template
+    processor.chat_template = TEMPLATES[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(base.config(processor))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1 and not parameter.any():  # Gemma 3's projection begins at zero, and no image would be seen
+                    parameter.normal_(std=0.02)
     out.mkdir(parents=True, exist_ok=True)
     processor.save_pretrained(out)
     _divide_processor_config(out)

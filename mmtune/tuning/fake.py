@@ -136,7 +136,7 @@ class CountedMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _aten.eq.Scalar and isinstance(args[0], FakeTensor) and args[0].is_floating_point():
-            # Idefics3 asks which images are padding, all zero; none is here. The answer has values, because shapes follow from it.
+            # Idefics3 asks which images are padding, all zero; none is here. Shapes follow from the answer, so it has values.
             return torch.zeros((), dtype=torch.bool).expand(args[0].shape)
         if func in _INDEXING:
             args = (args[0], [part for index in args[1] for part in _places(index)], *args[2:])

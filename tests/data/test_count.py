@@ -45,7 +45,7 @@ def _pan_and_scan() -> Any:
 
 
 def _mistral3() -> Any:
-    processor = copy.deepcopy(FAMILIES["pixtral"]())
+    processor = copy.deepcopy(FAMILIES["mistral3"]())
     processor.spatial_merge_size, processor.patch_size = 1, 12
     return processor
 
@@ -143,7 +143,9 @@ def test_sizes_up_to_photographs_are_counted_as_by_the_processor(
     assert _counted(processor, sizes) == _real(processor, sizes)
 
 
-HEAVY = [pytest.param(name, marks=pytest.mark.slow) for name in ("llava_onevision", "idefics3", "smolvlm", "internvl", "pixtral")]
+HEAVY = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("llava_onevision", "idefics3", "smolvlm", "internvl", "mistral3")
+]
 
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_vl", "qwen3_vl", *HEAVY])
@@ -156,7 +158,7 @@ def test_published_settings_are_counted_as_by_the_processor(family: str) -> None
         "idefics3": {"size": {"longest_edge": 1456}, "max_image_size": {"longest_edge": 364}},
         "smolvlm": {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}},
         "internvl": {"size": {"height": 448, "width": 448}, "min_patches": 1, "max_patches": 12},
-        "pixtral": {"size": {"longest_edge": 1540}},
+        "mistral3": {"size": {"longest_edge": 1540}},
     }
     values = published[family]
     if family == "llava_next":
@@ -184,8 +186,8 @@ def test_settings_that_no_arithmetic_covers_are_counted_with_blank_images() -> N
 
 def test_a_family_that_nobody_taught_us_is_counted_with_blank_images() -> None:
     class OtherImages(type(FAMILIES["qwen2_vl"]().image_processor)):  # type: ignore[misc]
-        def resize(self, image: Any, size: Any, *arguments: Any, **settings: Any) -> Any:
-            return super().resize(image[:, :28], size, *arguments, **settings)
+        def resize(self, images: Any, *arguments: Any, **settings: Any) -> Any:
+            return super().resize(images[..., :28, :], *arguments, **settings)
 
     processor = copy.deepcopy(FAMILIES["qwen2_vl"]())
     processor.image_processor = OtherImages(**processor.image_processor.to_dict())
@@ -198,8 +200,8 @@ def test_arithmetic_that_disagrees_with_the_processor_is_not_used() -> None:
     processor = copy.deepcopy(FAMILIES["qwen2_vl"]())
     honest = type(processor.image_processor).resize
 
-    def otherwise(image: Any, *arguments: Any, **settings: Any) -> Any:  # as another release of transformers might
-        return honest(processor.image_processor, image[:, : max(1, image.shape[1] // 2)], *arguments, **settings)
+    def otherwise(images: Any, *arguments: Any, **settings: Any) -> Any:  # as another release of transformers might
+        return honest(processor.image_processor, images[..., : max(1, images.shape[-2] // 2), :], *arguments, **settings)
 
     processor.image_processor.resize = otherwise
     assert not counts_by_arithmetic(processor)

@@ -19,7 +19,7 @@ from mmtune.data.shrink import SMALLEST_EDGE, FittedSample, drop_media, fit, shr
 
 torch.set_num_threads(1)
 
-SHRINKS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "pixtral", "llava_next", "llava_onevision", "internvl")
+SHRINKS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3", "llava_next", "llava_onevision", "internvl")
 """Families in which a smaller image may take fewer tokens."""
 FIXED = ("llava", "gemma3", "paligemma", "idefics3", "smolvlm")
 """Families in which it never does: the image processor has one size, or enlarges every image to one longest edge."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MethodType
@@ -16,6 +14,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import PeftModel, get_peft_model
+from programs import run_program
 from torch import nn
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
@@ -348,7 +347,7 @@ models = [PeftModel.from_pretrained(auto.from_pretrained({str(base)!r}), "adapte
 with torch.no_grad():
     torch.save([model.eval()(**inputs).logits for model in models], "logits.pt")
 """
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    run_program(program, cwd=tmp_path)
     with torch.no_grad():
         expected = peft(**inputs).logits
     for got in torch.load(tmp_path / "logits.pt", weights_only=True):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from PIL import Image
+from programs import run_program
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -500,9 +498,7 @@ def test_saved_and_loaded_in_another_process_it_answers_the_same(base: Path, inp
         for model in (by_peft, lean, by_transformers):
             print((model(**known["inputs"]).logits - known["logits"]).abs().max().item())
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    differences = [float(line) for line in done.stdout.split()]
+    differences = [float(line) for line in run_program(program).split()]
     assert len(differences) == 3 and max(differences) <= 1e-6
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from programs import run_program
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -205,7 +204,7 @@ for name in {list(CASES)!r}:
         out[name] = model(**{{k: v for k, v in batch.items() if k != "labels"}}).logits[:, -length:].contiguous()
 save_file(out, "logits.safetensors")
 """
-    subprocess.run([sys.executable, "-c", script], cwd=runs, check=True, env=dict(os.environ), capture_output=True)
+    run_program(script, cwd=runs)
     return load_file(runs / "logits.safetensors")
 
 

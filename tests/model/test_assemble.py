@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
 from PIL import Image
+from programs import run_program
 
 from mmtune.model.assemble import assemble, save_checkpoint
 from mmtune.model.tiny import LANGUAGE_FAMILIES, VISION_FAMILIES, tiny_language, tiny_vision
@@ -179,15 +177,7 @@ def test_a_saved_checkpoint_loads_without_mmtune(shelf: Path, tmp_path: Path, vi
     save_checkpoint(model, processor, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", RELOAD, str(tmp_path / "out"), str(tmp_path / "said")],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    run_program(RELOAD, tmp_path / "out", tmp_path / "said", cwd=tmp_path)
     ids, logits, eos = torch.load(tmp_path / "said")
     batch = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image", "image": IMAGES[0]}, {"type": "text", "text": "What?"}]}],

@@ -5,11 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import C3AConfig, PeftModel, get_peft_model
+from programs import run_program
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
@@ -83,11 +81,11 @@ def test_what_cannot_be_added(make_recipe: Make, base: Path, tmp_path: Path, cap
 
 
 def test_an_adapter_of_another_base_is_refused(make_recipe: Make, tmp_path: Path) -> None:
-    from mmtune.model.tiny import tiny_llava
+    from mmtune.model.tiny_bases import tiny_base
 
     run = trained(make_recipe, tmp_path / "run")
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = str(tiny_llava(tmp_path / "stranger"))
+    config["base_model_name_or_path"] = str(tiny_base("llava", tmp_path / "stranger"))
     (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"cannot load the adapter|not a whole adapter of its base"):
         merge(run, tmp_path / "out", count=2)
@@ -156,12 +154,10 @@ def test_what_cannot_be_folded_is_released_beside_its_base(
     moved = (tmp_path / "out").rename(tmp_path / "elsewhere")
     base.rename(base.with_name("gone"))  # the release must not lean on what it was made from
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", script], cwd=moved, capture_output=True, text=True, check=True, env=dict(os.environ)
-        )
+        said = run_program(script, cwd=moved)
     finally:
         base.with_name("gone").rename(base)
-    assert "PeftModel" in done.stdout
+    assert "PeftModel" in said
     model, processor = load_trained(moved / "adapter")
     expected, _ = load_trained(run)
     samples = parity_samples(make_recipe(), 2)

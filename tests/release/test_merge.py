@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
+from programs import run_program
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -106,9 +104,7 @@ text = processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_t
 print(json.dumps({"text": text, "logits": logits.tolist()}))
 """
     question = sample.messages[0]["content"][-1]["text"]
-    command = [sys.executable, "-c", script, str(tmp_path / "out"), str(sample.images[0]), question]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=dict(os.environ))
-    answer = json.loads(done.stdout)
+    answer = json.loads(run_program(script, tmp_path / "out", sample.images[0], question, cwd=tmp_path))
 
     adapter = AutoModelForImageTextToText.from_pretrained(str(run.adapter))
     processor = AutoProcessor.from_pretrained(str(run.adapter))
