@@ -22,7 +22,7 @@ from mmtune.data.template import DataTemplate, load_data_template
 from mmtune.errors import UserError
 from mmtune.evaluation.run import generate_answers
 from mmtune.methods.table import METHODS
-from mmtune.model.load import load_trained
+from mmtune.model.load import base_config, load_trained, local_folder
 from mmtune.model.shrunk import local_files, shrunk_base
 from mmtune.model.tiny import DECODER, family_of, tiny_language, tiny_vision
 from mmtune.model.tiny_bases import tiny_base
@@ -103,12 +103,12 @@ def _shrink_model(recipe: Recipe, section: dict[str, Any], place: Path) -> None:
         vision = tiny_vision(family_of(recipe.model.vision, "vision"), place / "vision")
         language = tiny_language(family_of(recipe.model.language, "language"), place / "language")
         section |= {"vision": str(vision), "language": str(language), "projector": "mlp"}
-    elif base.startswith("builtin:"):
-        return
-    elif (files := local_files(base)) is not None:
-        section["base"] = str(shrunk_base(base, files, place / "base"))
-    else:
-        section["base"] = str(tiny_base(family_of(base, "base"), place / "base"))
+    elif not base.startswith("builtin:"):
+        if local_folder(base) is not None:
+            base_config(recipe.model)  # refuses families that are not supported
+        files = local_files(base)
+        small = place / "base"
+        section["base"] = str(shrunk_base(base, files, small) if files else tiny_base(family_of(base, "base"), small))
 
 
 def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], place: Path) -> None:

@@ -83,7 +83,7 @@ def speakers(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def test_every_shipped_template_is_tested() -> None:
-    assert set(template_names()) == set(END)
+    assert set(template_names()) == {*END, "paligemma"}  # the last needs its own processor: tests/test_families.py
 
 
 @pytest.mark.parametrize("name", END)

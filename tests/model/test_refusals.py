@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +45,6 @@ def test_towers_that_do_not_fit_are_refused(shelf: Path, tmp_path: Path) -> None
     ):
         with pytest.raises(UserError, match=reason):
             assemble(_config_only(tmp_path / config.model_type, config), llama)
-
-
-def test_a_torchvision_only_processor_is_refused_without_torchvision(shelf: Path, tmp_path: Path) -> None:
-    from transformers.utils import is_torchvision_available
-
-    if is_torchvision_available():
-        pytest.skip("torchvision is here")
-    path = _config_only(tmp_path / "dinov3", tf.DINOv3ViTConfig(hidden_size=32, num_hidden_layers=2))
-    (tmp_path / "dinov3" / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "DINOv3ViTImageProcessor"}))
-    with pytest.raises(UserError, match=r"(?i)torchvision"):
-        assemble(path, str(shelf / "llama"))
 
 
 def test_missing_paths_say_what_was_looked_for(shelf: Path, tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""Without an optional library a command ends with one line that names it, or does without."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers as tf
+
+from mmtune.cli import entry_point
+from mmtune.errors import missing_library
+from mmtune.model.tiny_bases import tiny_base
+
+COMMAND = "import sys; from mmtune.cli import entry_point; sys.exit(entry_point(sys.argv[1:]))"
+
+
+def _recipe(folder: Path, base: Path | str, template: str = "", more: str = "") -> Path:
+    folder.mkdir()
+    tf.image_utils.PIL.Image.new("RGB", (40, 40), "red").save(folder / "a.png")
+    row = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]}
+    (folder / "rows.json").write_text(json.dumps([row] * 2))
+    (folder / "recipe.yaml").write_text(
+        f"""
+        model: {{base: {base}{template}}}
+        tune: {{language: {{method: lora, r: 2}}}}
+        data: {{train: [{{path: {folder / "rows.json"}, template: llava}}]}}
+        train: {{max_steps: 1, use_cpu: true, per_device_train_batch_size: 1{more}}}
+        output_dir: {folder / "run"}
+        """
+    )
+    return folder / "recipe.yaml"
+
+
+@pytest.mark.slow
+def test_a_torchvision_that_cannot_be_imported_counts_as_absent(tmp_path: Path) -> None:
+    (tmp_path / "broken" / "torchvision").mkdir(parents=True)
+    (tmp_path / "broken" / "torchvision" / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open it')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "broken")}
+
+    def run(recipe: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", COMMAND, "train", str(recipe)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    needs = run(_recipe(tmp_path / "qwen", tiny_base("qwen2_5_vl", tmp_path / "qwen_base")))
+    assert needs.returncode == 2 and "Traceback" not in needs.stderr
+    assert "torchvision is installed, but it cannot be imported: libcudart.so.13: cannot open it" in needs.stderr
+    assert "pip install 'mmtune[vision]'" in needs.stderr
+    does_not = run(_recipe(tmp_path / "llava", "builtin:tiny-llava"))
+    assert does_not.returncode == 0, does_not.stderr
+    assert json.loads((tmp_path / "llava" / "run" / "environment.json").read_text())["image_backend"] == "pil"
+
+
+@pytest.mark.parametrize(
+    ("settings", "library"),
+    [(", optim: lomo", "lomo_optim"), (", optim: adamw_torch_4bit", "torchao"), (", use_liger_kernel: true", "liger-kernel")],
+)
+def test_a_missing_library_is_one_line(settings: str, library: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = _recipe(tmp_path / "case", "builtin:tiny-llava", more=settings)
+    assert entry_point(["train", str(recipe)]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("error: a library that this needs is missing: ") and library in line
+
+
+def test_import_errors_of_our_own_keep_their_traceback() -> None:
+    assert missing_library(ImportError("x", name="mmtune.data")) is None
+    assert missing_library(ModuleNotFoundError("x", name="mmtune.nothing")) is None
+    assert missing_library(ImportError("cannot import name 'x' from 'torch'", name="torch")) is None
+    assert missing_library(ModuleNotFoundError("No module named 'timm'", name="timm")) == "No module named 'timm'"
+    assert missing_library(ImportError("\nX requires the\ntimm library")) == "X requires the timm library"
+
+
+@pytest.mark.parametrize("command", [("recipe", "check"), ("data", "check"), ("plan",), ("train",), ("train", "--rehearse")])
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (tf.LlamaConfig(), "a language model without a vision tower; give it as model.language: {base}, beside model.vision"),
+        (tf.Blip2Config(), "'blip-2', which is not supported: transformers has it as an image-text model"),
+        (tf.CLIPVisionConfig(), "a vision encoder without a language model; give it as model.vision: {base}"),
+        (tf.MllamaConfig(), "'mllama', which is not supported"),
+    ],
+    ids=["text", "blip2", "vision", "mllama"],
+)
+def test_a_base_of_another_family_is_refused_by_every_command(
+    config: tf.PreTrainedConfig, reason: str, command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    config.save_pretrained(base)
+    verb, *options = command if command[0] != "train" else ("train", *command[1:])
+    recipe = _recipe(tmp_path / "case", base)
+    words = [
+        verb,
+        *[word for word in options if not word.startswith("-")],
+        str(recipe),
+        *[w for w in options if w.startswith("-")],
+    ]
+    assert entry_point(words) == 2
+    told = capsys.readouterr().err
+    assert reason.format(base=base) in told and "chat_template" not in told and "as a base mmtune tunes gemma3" in told
+    assert not (tmp_path / "case" / "run").exists()
+
+
+def test_an_unknown_model_type_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "tomorrow_vl"}))
+    assert entry_point(["recipe", "check", str(_recipe(tmp_path / "case", tmp_path / "base"))]) == 2
+    assert "tomorrow_vl" in capsys.readouterr().err
