@@ -40,7 +40,7 @@ _MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
 _QWEN_EYE = {"depth": 2, "hidden_size": 64, "num_heads": 2, "patch_size": 14}
 _QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _QWEN_VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-_SENTENCE = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+_SENTENCE: dict[str, Any] = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 
 
 def _tokenizer(specials: tuple[str, ...], named: dict[str, str] | None = None, **names: Any) -> PreTrainedTokenizerFast:
@@ -175,7 +175,7 @@ def _idefics(kind: str, images: str, video: str | None) -> Callable[[], Processo
 
         grid = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
         marks = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *grid)
-        names = {"bos": "<|im_start|>", "eos": "<end_of_utterance>", "pad": "<|im_end|>", "adds_bos": False}
+        names: dict[str, Any] = {"bos": "<|im_start|>", "eos": "<end_of_utterance>", "pad": "<|im_end|>", "adds_bos": False}
         size = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 28}}
         parts = [getattr(tf, images)(**size), _tokenizer((*_QWEN_TOKENS, *marks), **names)]
         parts += [getattr(tf, video)(**size)] if video else []
