@@ -13,8 +13,9 @@ import transformers as tf
 
 from mmtune.cli import entry_point
 from mmtune.errors import missing_library
-from mmtune.model.tiny_bases import tiny_base
+from mmtune.model.tiny_bases import BASES, tiny_base
 
+ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "import sys; from mmtune.cli import entry_point; sys.exit(entry_point(sys.argv[1:]))"
 
 
@@ -35,11 +36,48 @@ def _recipe(folder: Path, base: Path | str, template: str = "", more: str = "") 
     return folder / "recipe.yaml"
 
 
+NEEDS = """
+import json, sys
+from pathlib import Path
+from mmtune.console import settle_console
+settle_console()
+from mmtune.errors import UserError
+from mmtune.model.processor import read_processor
+needs = []
+for base in sorted(Path(sys.argv[1]).iterdir()):
+    try:
+        read_processor(str(base), trust_remote_code=False)
+    except UserError as error:
+        assert "pip install 'mmtune[vision]'" in str(error), error
+        needs.append(base.name)
+print(json.dumps(needs))
+"""
+
+
+@pytest.mark.slow
+def test_the_docs_name_the_families_that_need_torchvision(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(_broken_torchvision(tmp_path))}
+    for family in BASES:
+        tiny_base(family, tmp_path / "bases" / family)
+    command = [sys.executable, "-c", NEEDS, str(tmp_path / "bases")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    table = [
+        line.split("|")[1:4] for line in (ROOT / "docs" / "models.md").read_text().splitlines() if "/" in line and "| `" in line
+    ]
+    named = {name.strip(" `").replace("` (Pixtral)", "_pixtral"): "torchvision" in needs for name, _, needs in table}
+    assert set(named) == set(BASES)
+    assert sorted(family for family, needs in named.items() if needs) == json.loads(done.stdout.splitlines()[-1])
+
+
+def _broken_torchvision(folder: Path) -> Path:
+    (folder / "broken" / "torchvision").mkdir(parents=True)
+    (folder / "broken" / "torchvision" / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open it')")
+    return folder / "broken"
+
+
 @pytest.mark.slow
 def test_a_torchvision_that_cannot_be_imported_counts_as_absent(tmp_path: Path) -> None:
-    (tmp_path / "broken" / "torchvision").mkdir(parents=True)
-    (tmp_path / "broken" / "torchvision" / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open it')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "broken")}
+    environment = {**os.environ, "PYTHONPATH": str(_broken_torchvision(tmp_path))}
 
     def run(recipe: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", COMMAND, "train", str(recipe)]

@@ -12,6 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from mmtune.model.tiny_bases import tiny_base
 
 pytestmark = pytest.mark.slow
 
@@ -126,3 +129,35 @@ def test_a_data_template_of_the_wheel_is_found(installed: Path, tmp_path: Path) 
     found = Path(succeed(installed / "python", "-c", code, cwd=tmp_path).strip())
     assert found.is_relative_to(installed.parent)
     assert found.read_bytes() == (ROOT / "data_templates" / "llava.yaml").read_bytes()
+
+
+TRAIN_TO_CHAT = """
+import json, sys
+from pathlib import Path
+from mmtune.cli import entry_point
+for base in map(Path, sys.argv[1:]):
+    folder = base.parent / f"of_{base.name}"
+    folder.mkdir()
+    (folder / "a.png").write_bytes((base.parent / "a.png").read_bytes())
+    turns = [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "red"}]
+    (folder / "rows.json").write_text(json.dumps([{"images": ["a.png"], "messages": turns}] * 2))
+    recipe = {
+        "model": {"base": str(base)},
+        "tune": {"language": {"method": "lora", "r": 2}},
+        "data": {"train": [{"path": str(folder / "rows.json"), "template": "messages"}]},
+        "train": {"max_steps": 1, "learning_rate": 0.01, "per_device_train_batch_size": 2, "use_cpu": True},
+        "output_dir": str(folder / "run"),
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    merge = ["merge", folder / "run", folder / "merged", "--dtype", "fp32", "--samples", "1"]
+    ask = ["--image", base.parent / "a.png", "--prompt", "What is it?", "--max-new-tokens", "3"]
+    for command in (["train", folder / "recipe.yaml"], merge, ["chat", folder / "run", *ask], ["chat", folder / "merged", *ask]):
+        assert entry_point([str(word) for word in command]) == 0, command
+"""
+
+
+def test_released_families_go_from_train_to_chat(installed: Path, tmp_path: Path) -> None:
+    families = ("qwen2_5_vl", "internvl", "smolvlm", "gemma3")
+    bases = [tiny_base(family, tmp_path / family) for family in families]
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
+    succeed(installed / "python", "-c", TRAIN_TO_CHAT, *bases, cwd=tmp_path)
