@@ -133,8 +133,20 @@ def test_a_base_of_another_family_is_refused_by_every_command(
     assert not (tmp_path / "case" / "run").exists()
 
 
-def test_an_unknown_model_type_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("config", "advice"),
+    [
+        (
+            {"model_type": "tomorrow_vl"},
+            "'tomorrow_vl', which transformers {version} does not have: check it, or install a newer",
+        ),
+        ({"model_type": "internvl_chat", "auto_map": {"AutoConfig": "c.C"}}, "take the release converted for transformers"),
+    ],
+)
+def test_a_model_type_that_transformers_lacks_says_so(
+    config: dict[str, object], advice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "tomorrow_vl"}))
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     assert entry_point(["recipe", "check", str(_recipe(tmp_path / "case", tmp_path / "base"))]) == 2
-    assert "tomorrow_vl" in capsys.readouterr().err
+    assert advice.format(version=tf.__version__) in capsys.readouterr().err

@@ -7,13 +7,15 @@ name.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig, __version__
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -65,6 +67,27 @@ class Components:
     language_model: str
     lm_head: str | None
     projector_parts: tuple[str, ...] = ()
+
+
+def check_known_to_transformers(folder: Path, name: str) -> None:
+    """Refuse a checkpoint whose `model_type` transformers does not have, whatever code comes with it.
+
+    Args:
+        folder: where its `config.json` is.
+        name: the base, as the recipe names it.
+
+    Raises:
+        UserError: naming the model type.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if isinstance(model_type, str) and model_type not in CONFIG_MAPPING:
+        advice = "check it, or install a newer transformers"
+        if "auto_map" in config:
+            advice = "it brings code of its own; take the release converted for transformers (its name often ends in -hf)"
+        raise UserError(
+            f"model.base: {name} has model_type {model_type!r}, which transformers {__version__} does not have: {advice}"
+        )
 
 
 def check_family(config: PreTrainedConfig, name: str) -> None:

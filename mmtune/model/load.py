@@ -28,7 +28,7 @@ from mmtune.methods.table import METHODS
 from mmtune.model.assemble import assemble, assemble_processor
 from mmtune.model.chat_template import own_chat_template, resolve_chat_template, set_chat_template, use_chat_template
 from mmtune.model.checkpoint import load_projector, weight_files
-from mmtune.model.components import check_family
+from mmtune.model.components import check_family, check_known_to_transformers
 from mmtune.model.processor import read_processor
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.model.sharded import in_parts
@@ -167,6 +167,8 @@ def base_config(section: ModelSection) -> PreTrainedConfig:
         UserError: when it cannot be found, or is of a family that is not supported.
     """
     name = resolve_base(str(section.base))
+    if (folder := local_folder(str(section.base))) is not None:
+        check_known_to_transformers(folder, str(section.base))
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError) as error:

@@ -125,7 +125,7 @@ NAMES: dict[str, list[tuple[str, str]]] = {
         (r"idefics3", "idefics3"),
         (r"smolvlm", "smolvlm"),
         (r"internvl.*-hf", "internvl"),
-        (r"gemma-3-(4|12|27)b", "gemma3"),
+        (r"gemma-3-(4|12|27)b|medgemma-(1\.5-)?4b", "gemma3"),
         (r"paligemma", "paligemma"),
         (r"mistral-small-3\.[12]", "mistral3"),
     ],
