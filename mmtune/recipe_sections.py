@@ -260,6 +260,14 @@ class Source(Section):
         default=1.0, description="How often an epoch takes the source (data.mix: repeats), or its part of an epoch (ratio)."
     )
     where: FieldsToValues | None = Field(default=None, description=WHERE)
+    image_placeholder: Literal["error", "add"] = Field(
+        default="error",
+        description="A row with images and no placeholder for any of them: an error, or the images are added at the start of the "
+        "first user turn.",
+    )
+    ignore: tuple[Text, ...] = Field(
+        default=(), description="Fields of the rows that name or hold media and are meant to be left out; others are an error."
+    )
     join: Text | None = Field(
         default=None, description="A second file with a partner for each row, for templates that ask for one (vqa_v2)."
     )

@@ -24,23 +24,24 @@ class Box:
     height: int
 
 
-def read_boxes(value: Any, layout: Literal["xywh", "xyxy"], size: tuple[int, int]) -> list[Box]:
+def read_boxes(value: Any, layout: Literal["xywh", "xyxy"], size: tuple[int, int], clip: bool = False) -> list[Box]:
     """One box or a list of them, as a row holds them.
 
     Args:
         value: four numbers, or a list of such lists.
         layout: `xywh` is the upper left corner, width and height; `xyxy` is the upper left and the lower right corner.
         size: (width, height) of the upright image in pixels.
+        clip: cut off what reaches out of the image.
 
     Raises:
-        ValueError: for what is no box, is empty, or reaches out of the image.
+        ValueError: for what is no box, is empty or wholly outside, or reaches out of the image and is not to be clipped.
     """
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, (list, tuple)) for item in value):
-        return [_read(item, layout, size) for item in value]
-    return [_read(value, layout, size)]
+        return [_read(item, layout, size, clip) for item in value]
+    return [_read(value, layout, size, clip)]
 
 
-def _read(value: Any, layout: str, size: tuple[int, int]) -> Box:
+def _read(value: Any, layout: str, size: tuple[int, int], clip: bool) -> Box:
     numbers = isinstance(value, (list, tuple)) and all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in value)
     if not numbers or len(value) != 4 or not all(-1e9 < n < 1e9 for n in value):
         raise Unusable("box_malformed", f"expected a box of four numbers, found {value!r}"[:200])
@@ -50,8 +51,11 @@ def _read(value: Any, layout: str, size: tuple[int, int]) -> Box:
     width, height = size
     if x2 <= x1 or y2 <= y1:
         raise Unusable("box_malformed", f"the box {list(value)} ({layout}) is empty")
-    if min(x1, y1) < -SLACK or x2 > width + SLACK or y2 > height + SLACK:
-        raise Unusable("box_outside", f"the box {list(value)} ({layout}) reaches out of the image of {width} x {height} pixels")
+    outside = min(x1, y1) < -SLACK or x2 > width + SLACK or y2 > height + SLACK
+    wholly = x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0
+    if outside and (wholly or not clip):
+        where = "lies outside" if wholly else "reaches out"
+        raise Unusable("box_outside", f"the box {list(value)} ({layout}) {where} of the image of {width} x {height} pixels")
     return Box(max(x1, 0), max(y1, 0), min(x2, width), min(y2, height), width, height)
 
 

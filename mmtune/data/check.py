@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, nodes
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -31,18 +30,19 @@ from mmtune.data.encode import Supervise, too_long
 from mmtune.data.findings import KINDS, Finding, finding
 from mmtune.data.image_check import inspect_image
 from mmtune.data.media import MediaRules
-from mmtune.data.message import Message, RowError, Sample, text_of
+from mmtune.data.message import Message, RowError, Sample, split_question, text_of
 from mmtune.data.processes import in_processes
 from mmtune.data.reader import Reader
 from mmtune.data.show import visible
 from mmtune.data.shrink import with_sizes
+from mmtune.data.rows import OWN_IDS, own_id
 from mmtune.data.source import Row, Rows, open_rows
 from mmtune.data.template import DataTemplate, load_data_template, shipped_templates
+from mmtune.data.unread import holds_media
 from mmtune.errors import UserError
 from mmtune.recipe import Source
 
-ID_FIELDS = ("id", "question_id")
-FORM = ("row_not_json", "row_not_object", "field_missing", "field_type", "role_unknown", "label_unknown")
+FORM = ("row_not_json", "row_not_object", "field_missing", "field_type", "role_unknown", "label_unknown", "media_unread")
 BOX_FIELDS = ("bbox", "box", "bboxes", "boxes")
 CONTROL_TOKENS = (
     *("<s>", "</s>", "<unk>", "<pad>", "<bos>", "<eos>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
@@ -195,14 +195,19 @@ class Doctor:
             return [_of(error)], (0, 0), []
         found: list[Finding] = []
         media = []
+        read = row
         try:
+            read = part.reader.template.unpacked(row_id, row)
             sample = part.reader.sample(row_id, row)
             media = sample.images
-            found += self._sample(sample, row, part.reader.template.boxes is not None, part.held_out)
+            if part.held_out:
+                split_question(sample)
+            found += self._sample(sample, read, part.reader.template.boxes is not None, part.held_out)
         except RowError as error:
             found.append(_of(error))
-        digests = _digest((row, [str(image) for image in media])), _id_digest(row)
-        return found, digests, [name for name in row if name not in part.known]
+        digests = _digest((row, [str(image) for image in media])), _id_digest(read)
+        unread = [name for name in read if name not in part.known and not holds_media(name, read[name])]
+        return found, digests, unread
 
     def _sample(self, sample: Sample, row: Row, declared: bool, held_out: bool) -> Iterator[Finding]:
         images = sample.images
@@ -270,9 +275,7 @@ class Doctor:
 
 def _open(reader: Reader, held_out: bool) -> _Part:
     rows = reader.open()
-    chosen_by = {name.split(".")[0] for name in reader.source.where or ()}
-    # `__key__` is the reader's own.
-    known = fields_read(reader.template) | chosen_by | {*ID_FIELDS, *BOX_FIELDS, "__key__"}
+    known = reader.template.fields_read | reader.ignored | {*OWN_IDS, *BOX_FIELDS}
     return _Part(reader, rows, held_out, frozenset(known))
 
 
@@ -324,27 +327,6 @@ def _fit(template: DataTemplate, rows: Rows) -> tuple[int, float]:
     return read, round(alike, 6)
 
 
-def fields_read(template: DataTemplate) -> set[str]:
-    """The fields of a row that a data template reads, those of its own names (`joined`) among them."""
-    named = [template.images, template.videos, template.audio, template.task, *template.repeat.values()]
-    written = [template.references or ""]
-    if template.conversation is not None:
-        named += [template.conversation.field, template.conversation.system]
-    if template.join is not None:
-        named.append(template.join.by)
-    for turn in template.messages:
-        written += [*turn.images, *turn.videos, *turn.audio, *turn.text]
-    if template.options is not None:
-        written += [template.options.choices, template.options.answer]
-    if template.verbalizer is not None:
-        written.append(template.verbalizer.label)
-    if template.boxes is not None:
-        written.append(template.boxes.value)
-    jinja = Environment()
-    found = {node.name for source in written for node in jinja.parse(source).find_all(nodes.Name)}
-    return found | {name.split(".")[0] for name in named if name}
-
-
 def _spelling(processor: ProcessorMixin | None) -> re.Pattern[str]:
     """Matches the control tokens that text should not spell."""
     tokens: set[str] = set(CONTROL_TOKENS)
@@ -373,8 +355,8 @@ def _plain(value: Any) -> str:
 
 
 def _id_digest(row: Row) -> int:
-    given = next((row[name] for name in ID_FIELDS if name in row), None)
-    return _digest(given) if isinstance(given, (str, int)) and given != "" else 0
+    given = own_id(row)
+    return 0 if given is None else _digest(given)
 
 
 def _boxes(row_id: str, row: Row, size: tuple[int, int]) -> Iterator[Finding]:

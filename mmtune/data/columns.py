@@ -61,6 +61,9 @@ class Boxes(Declaration):
 
     value: str = Field(description="Jinja: one box of four numbers in pixels, or a list of them.")
     layout: Literal["xywh", "xyxy"] = Field(description="Corner with width and height, or two corners.")
+    outside: Literal["error", "clip"] = Field(
+        default="error", description="A box that reaches out of the image is an error of the row, or is clipped to the image."
+    )
 
     @field_validator("value")
     @classmethod
@@ -68,16 +71,18 @@ class Boxes(Declaration):
         check_jinja(source)
         return source
 
-    def read(self, row_id: str, row: Mapping[str, Any], context: Context, images: list[Media]) -> list[Box]:
-        """
+    def read(self, row_id: str, row: Mapping[str, Any], rounds: list[Context], images: list[Media]) -> list[list[Box]]:
+        """The boxes of each round.
+
         Raises:
             RowError: for a box that is none or reaches out of the image, or a row that has not exactly one image.
         """
         if len(images) != 1:
             raise RowError(row_id, "boxes", f"boxes are those of one image, and the row has {len(images)}", "box_malformed")
-        value = evaluate(row_id, "boxes", self.value, context, row)
+        values = [evaluate(row_id, "boxes", self.value, context, row) for context in rounds]
         try:
-            return read_boxes(value, self.layout, image_size(images[0]))
+            size = image_size(images[0])
+            return [read_boxes(value, self.layout, size, self.outside == "clip") for value in values]
         except ValueError as error:
             raise RowError(row_id, "boxes", str(error), kind_of(error)) from error
 
@@ -117,11 +122,11 @@ class Columns:
             [{"type": kind, kind: media(row_id, f"messages[{place}]", value, rules)} for kind, value in named]
             for place, named in enumerate(self._named(row_id, row, rounds[0]))
         ]
-        extra: Context = {}
         if self.boxes is not None:
             images = [block["image"] for turn in blocks for block in turn if block["type"] == "image"]
-            found = self.boxes.read(row_id, row, rounds[0], images)
-            extra |= {"box": found[0], "boxes": found}
+            found = self.boxes.read(row_id, row, rounds, images)
+            rounds = [context | {"box": boxes[0], "boxes": boxes} for context, boxes in zip(rounds, found, strict=True)]
+        extra: Context = {}
         closed = self._closed(row_id, row, rounds[0], prompting)
         if closed is not None:
             extra |= closed.shared | closed.alternatives[closed.right]
@@ -177,7 +182,7 @@ class Columns:
 
     def _choices(self, row_id: str, row: Mapping[str, Any], context: Context, closed: ClosedSet | None) -> tuple[str, ...]:
         """The last answer, once as each alternative would write it."""
-        if closed is None or self.turns[-1].role != "assistant":
+        if closed is None or len(closed.alternatives) < 2 or self.turns[-1].role != "assistant":
             return ()
         where = f"messages[{len(self.turns) - 1}]"
         written = [self.turns[-1].said(row_id, where, row, context | alternative) for alternative in closed.alternatives]

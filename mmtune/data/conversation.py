@@ -4,31 +4,71 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmtune.data.expressions import Declaration
 from mmtune.data.findings import kind_of
 from mmtune.data.media import Media, MediaRules, resolve_media
 from mmtune.data.message import Message, RowError
+from mmtune.data.unread import check_unread
 from mmtune.errors import nearest
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
 """What stands in a turn's text where a medium goes. A template may name another one for images."""
 
+TURN_MEDIA = {"image": ("images", "image"), "video": ("videos", "video"), "audio": ("audios", "audio")}
+"""A turn's keys for media of its own."""
+
+WEIGHTS = ("weight", "loss", "train", "training")
+"""A turn's keys that take it out of the loss: OpenAI's `weight`, ms-swift's `loss`, axolotl's `train` and `training`."""
+
+PARTIAL_WEIGHTS = ("train_detail", "loss_scale")
+"""A turn's keys that weigh parts of an answer, or weigh it by any number."""
+
 
 class Conversation(Declaration):
-    """Where a row keeps its turns."""
+    """Where a row keeps its turns: as one list, or as a question and its answer."""
 
-    field: str = Field(description="The row's field that holds the list of turns.")
-    role: str = Field(description="The turn's key that names the speaker.")
-    text: str = Field(description="The turn's key that holds the text, or a list of typed blocks.")
-    roles: dict[str, str] = Field(description="Speaker name to user, assistant or system.")
+    field: str | None = Field(default=None, description="The row's field that holds the list of turns.")
+    question: str | None = Field(
+        default=None, description="Instead of `field`: the row's field with what comes before the answer, a text or turns."
+    )
+    answer: str | None = Field(default=None, description="With `question`: the row's field with the answer, a text or turns.")
+    history: str | None = Field(
+        default=None, description="With `question`: the row's field with earlier turns, pairs of a question and an answer."
+    )
+    role: str = Field(default="role", description="The turn's key that names the speaker.")
+    text: str = Field(default="content", description="The turn's key that holds the text, or a list of typed blocks.")
+    roles: dict[str, str] = Field(
+        default_factory=lambda: {"user": "user", "assistant": "assistant", "system": "system"},
+        description="Speaker name to user, assistant or system.",
+    )
     system: str | None = Field(default=None, description="The row's field with a system prompt, if it has one.")
 
+    @model_validator(mode="after")
+    def _one_form(self) -> Conversation:
+        if (self.field is None) == (self.question is None) or (self.question is None) != (self.answer is None):
+            raise ValueError("give either 'field', or 'question' and 'answer'")
+        if self.history is not None and self.question is None:
+            raise ValueError("'history' means nothing beside 'field'")
+        return self
+
+    @property
+    def fields(self) -> set[str]:
+        """The row's fields that are read."""
+        return {name for name in (self.field, self.question, self.answer, self.history, self.system) if name is not None}
+
     def messages(
-        self, row_id: str, row: Mapping[str, Any], rules: MediaRules, fields: Mapping[str, str], placeholder: str
+        self,
+        row_id: str,
+        row: Mapping[str, Any],
+        rules: MediaRules,
+        fields: Mapping[str, str],
+        placeholder: str,
+        add_images: bool = False,
     ) -> list[Message]:
         """The row's turns, each medium where its placeholder or block is.
 
@@ -38,39 +78,67 @@ class Conversation(Declaration):
             rules: what media it may name.
             fields: `image`, `video` or `audio` to the row's field with the paths of that kind.
             placeholder: stands for an image.
+            add_images: put the images of a row without any placeholder at the start of the first user turn.
 
         Raises:
-            RowError: a missing field, an unknown speaker, media that are not there, or more or fewer than placeholders.
+            RowError: a missing field, an unknown speaker, media that are not there or not read, more or fewer than placeholders,
+                or a weight of a turn that is neither 0 nor 1.
         """
-        turns = row.get(self.field)
-        if not isinstance(turns, list) or not turns:
-            raise RowError(
-                row_id,
-                self.field,
-                "expected a list of turns" + among(row, self.field),
-                "field_type" if self.field in row else "field_missing",
-            )
-        waiting = _Waiting(row_id, row, rules, fields, PLACEHOLDERS | {"image": placeholder})
+        given = _RowMedia(row_id, row, rules, fields, PLACEHOLDERS | {"image": placeholder})
         messages = self._system(row_id, row)
+        for turn in self._turns(row_id, row):
+            trains = _trains(row_id, turn)
+            advice = f"media of a turn are read from {', '.join(names[0] for names in TURN_MEDIA.values())}; rename the key"
+            check_unread(row_id, turn.where, turn.keys, {self.role, self.text, *_OWN_MEDIA}, advice)
+            message: Message = {"role": turn.role, "content": given.content(turn)}
+            messages.append(message if trains else message | {"supervised": False})
+        given.check(self.field or str(self.question), messages if add_images else None)
+        return messages
+
+    def _turns(self, row_id: str, row: Mapping[str, Any]) -> Iterator[_Turn]:
+        if self.field is not None:
+            yield from self._listed(row_id, self.field, row.get(self.field), "expected a list of turns" + among(row, self.field), row)
+            return
+        question, answer = (_present(row_id, row, str(name)) for name in (self.question, self.answer))
+        for number, pair in enumerate(self._history(row_id, row)):
+            where = f"{self.history}[{number}]"
+            yield _Turn(where, "user", pair[0])
+            yield _Turn(where, "assistant", pair[1])
+        if isinstance(question, str) and isinstance(answer, str):
+            question, answer = question.rstrip(), answer.lstrip()
+        told = "expected a text or a list of turns"
+        if isinstance(question, str):
+            yield _Turn(str(self.question), "user", question)
+        else:  # what the answers in a question say is context: the answer is what trains
+            turns = self._listed(row_id, str(self.question), question, told, row)
+            yield from (turn._replace(trains=turn.role != "assistant") for turn in turns)
+        if isinstance(answer, str):
+            yield _Turn(str(self.answer), "assistant", answer)
+        else:
+            yield from self._listed(row_id, str(self.answer), answer, told, row)
+
+    def _listed(self, row_id: str, name: str, turns: Any, told: str, row: Mapping[str, Any]) -> Iterator[_Turn]:
+        if not isinstance(turns, list) or not turns:
+            raise RowError(row_id, name, told, "field_type" if name in row else "field_missing")
         for number, turn in enumerate(turns):
-            where = f"{self.field}[{number}]"
+            where = f"{name}[{number}]"
             if not isinstance(turn, dict) or self.role not in turn or self.text not in turn:
                 raise RowError(row_id, where, f"expected an object with '{self.role}' and '{self.text}'", "field_missing")
-            speaker, text = turn[self.role], turn[self.text]
+            speaker = turn[self.role]
             if not isinstance(speaker, str) or speaker not in self.roles:
                 hint = nearest(str(speaker)[:100], set(self.roles))
                 raise RowError(row_id, f"{where}.{self.role}", f"unknown speaker {speaker!r}"[:200] + hint, "role_unknown")
-            role = self.roles[speaker]
-            where = f"{where}.{self.text}"
-            if isinstance(text, list):
-                content = [waiting.block(f"{where}[{index}]", block) for index, block in enumerate(text)]
-            elif isinstance(text, str):
-                content = waiting.split(text) if role != "assistant" else [{"type": "text", "text": text}]
-            else:
-                raise RowError(row_id, where, f"expected text, found {type(text).__name__}", "field_type")
-            messages.append({"role": role, "content": content})
-        waiting.check(self.field)
-        return messages
+            yield _Turn(where, self.roles[speaker], turn[self.text], f"{where}.{self.text}", turn)
+
+    def _history(self, row_id: str, row: Mapping[str, Any]) -> list[list[str]]:
+        pairs = row.get(self.history) if self.history else None
+        if pairs is None:
+            return []
+        for number, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                detail = f"expected a question and its answer, [text, text], found {pair!r}"[:200]
+                raise RowError(row_id, f"{self.history}[{number}]", detail, "field_type")
+        return list(pairs)
 
     def _system(self, row_id: str, row: Mapping[str, Any]) -> list[Message]:
         text = row.get(self.system) if self.system else None
@@ -81,8 +149,73 @@ class Conversation(Declaration):
         return [{"role": "system", "content": [{"type": "text", "text": text}]}]
 
 
-class _Waiting:
-    """The media of one row, given out in order to the placeholders that ask for them."""
+class _Turn(NamedTuple):
+    """One turn of a row.
+
+    Attributes:
+        where: the part of the row that it is.
+        role: user, assistant or system.
+        text: a text, or a list of typed blocks.
+        at: the part of the row that holds the text; empty where it is `where`.
+        keys: the turn as the row has it, for its other keys.
+        trains: whether the loss falls on it, where the turn itself says nothing.
+    """
+
+    where: str
+    role: str
+    text: Any
+    at: str = ""
+    keys: Mapping[str, Any] = {}
+    trains: bool = True
+
+
+_OWN_MEDIA = {name for names in TURN_MEDIA.values() for name in names}
+
+
+def _present(row_id: str, row: Mapping[str, Any], name: str) -> Any:
+    if row.get(name) is None:
+        raise RowError(row_id, name, "expected a text or a list of turns" + among(row, name), "field_missing")
+    return row[name]
+
+
+def _trains(row_id: str, turn: _Turn) -> bool:
+    """Whether the loss falls on a turn, by its own weight.
+
+    Raises:
+        RowError: for a weight that is neither 0 nor 1, two that disagree, or a weight of 1 on a turn that is no answer.
+    """
+    for name in PARTIAL_WEIGHTS:
+        if turn.keys.get(name) is not None:
+            detail = f"cannot be honoured: a turn is in the loss or out of it; give {WEIGHTS[0]}: 0 or 1 instead"
+            raise RowError(row_id, f"{turn.where}.{name}", detail, "turn_weight")
+    weights = {name: turn.keys[name] for name in WEIGHTS if turn.keys.get(name) is not None}
+    for name, weight in weights.items():
+        if not isinstance(weight, (bool, int, float)) or weight not in (0, 1):
+            detail = f"expected 0, 1, true or false, got {weight!r}"[:200]
+            raise RowError(row_id, f"{turn.where}.{name}", detail, "turn_weight")
+        if weight and turn.role != "assistant":
+            detail = f"{weight!r} asks for loss on a turn of the {turn.role}; loss falls on the assistant's turns only"
+            raise RowError(row_id, f"{turn.where}.{name}", detail, "turn_weight")
+    if len(set(weights.values())) > 1:
+        raise RowError(row_id, turn.where, f"{' and '.join(weights)} disagree", "turn_weight")
+    return bool(next(iter(weights.values()), turn.trains)) or turn.role != "assistant"
+
+
+@dataclass
+class _Supply:
+    """Media of one kind, taken in order by placeholders and blocks that name none, or by index."""
+
+    given: list[Media]
+    asked: int = 0
+    indexes: set[int] = field(default_factory=set)
+
+    def take(self) -> Media | None:
+        self.asked += 1
+        return self.given[self.asked - 1] if self.asked <= len(self.given) else None
+
+
+class _RowMedia:
+    """The media of one row, given out to the placeholders and blocks that ask for them."""
 
     def __init__(
         self, row_id: str, row: Mapping[str, Any], rules: MediaRules, fields: Mapping[str, str], placeholders: Mapping[str, str]
@@ -91,25 +224,80 @@ class _Waiting:
         self._rules = rules
         self._fields = fields
         self._placeholders = placeholders
-        # A kind that the template does not know of has no placeholder: the text stays text.
-        kinds = {placeholders[kind]: kind for kind in fields}
-        self._kinds = kinds
-        self._pattern = re.compile("|".join(map(re.escape, kinds))) if kinds else None
-        self._given = {
-            kind: [media(row_id, field, name, rules) for name in _names(row.get(field))] for kind, field in fields.items()
-        }
-        self._left: dict[str, Iterator[Media]] = {kind: iter(given) for kind, given in self._given.items()}
-        self._asked = dict.fromkeys(PLACEHOLDERS, 0)
+        self._row = {kind: _Supply([]) for kind in PLACEHOLDERS}
+        for kind, name in fields.items():
+            self._row[kind].given += [media(row_id, name, value, rules) for value in _values(row.get(name))]
+        self._turn: dict[str, _Supply] = {}
 
-    def split(self, text: str) -> list[dict[str, Any]]:
+    def content(self, turn: _Turn) -> list[dict[str, Any]]:
+        """The blocks of one turn. Media of its own stand where its placeholders are, or before its text if it has none."""
+        self._turn = {kind: supply for kind in TURN_MEDIA if (supply := self._own(turn, kind)).given}
+        where = turn.at or turn.where
+        if isinstance(turn.text, list):
+            content = [self._block(f"{where}[{index}]", block) for index, block in enumerate(turn.text)]
+        elif not isinstance(turn.text, str):
+            raise RowError(self._row_id, where, f"expected text, found {type(turn.text).__name__}", "field_type")
+        elif turn.role == "assistant":
+            content = [{"type": "text", "text": turn.text}]
+        else:
+            content = self._split(turn.text)
+        for kind, supply in reversed(self._turn.items()):
+            if not supply.asked and not supply.indexes:
+                content = [*({"type": kind, kind: medium} for medium in supply.given), *content]
+            else:
+                self._check(turn.where, kind, supply)
+        return content
+
+    def check(self, where: str, messages: list[Message] | None) -> None:
+        """
+        Args:
+            where: the field with the turns.
+            messages: where to put images that nothing asks for; None: they are an error.
+
+        Raises:
+            RowError: when some kind has more media than were asked for, or fewer.
+        """
+        for kind, supply in self._row.items():
+            nowhere = supply.given and not supply.asked and not supply.indexes and kind == "image"
+            first = next((message for message in messages or () if message["role"] == "user"), None)
+            if nowhere and first is not None:
+                first["content"] = [*({"type": kind, kind: medium} for medium in supply.given), *first["content"]]
+                continue
+            hint = "; `image_placeholder: add` in the source puts them at the start of the first user turn" if nowhere else ""
+            self._check(self._fields.get(kind, where), kind, supply, hint)
+
+    def _own(self, turn: _Turn, kind: str) -> _Supply:
+        named = [name for name in TURN_MEDIA[kind] if _values(turn.keys.get(name))]
+        if len(named) > 1:
+            raise RowError(self._row_id, turn.where, f"both '{named[0]}' and '{named[1]}'; give one of them", "field_type")
+        if not named:
+            return _Supply([])
+        where = f"{turn.where}.{named[0]}"
+        return _Supply([media(self._row_id, where, value, self._rules) for value in _values(turn.keys[named[0]])])
+
+    def _check(self, where: str, kind: str, supply: _Supply, hint: str = "") -> None:
+        given, several = len(supply.given), kind if kind == "audio" else f"{kind}s"
+        if supply.indexes:
+            left = sorted(set(range(given)) - supply.indexes)
+            if supply.asked or left:
+                told = "some blocks have an index and some do not" if supply.asked else f"no block has index {left[0]}"
+                raise RowError(self._row_id, where, f"{given} {several}, and {told}", "placeholder_count")
+        elif given != supply.asked:
+            detail = f"{given} {several} for {supply.asked} '{self._placeholders[kind]}' placeholders{hint}"
+            raise RowError(self._row_id, where, detail, "placeholder_count")
+
+    def _split(self, text: str) -> list[dict[str, Any]]:
         """Text around placeholders; the line break that sets a placeholder apart belongs to it, not to the text."""
-        if self._pattern is None:
+        # A kind that neither the template nor the turn knows of has no placeholder: the text stays text.
+        kinds = {self._placeholders[kind]: kind for kind in (*self._fields, *self._turn)}
+        if not kinds:
             return [{"type": "text", "text": text}] if text else []
         content: list[dict[str, Any]] = []
-        pieces, marks = self._pattern.split(text), self._pattern.findall(text)
+        pattern = re.compile("|".join(map(re.escape, kinds)))
+        pieces, marks = pattern.split(text), pattern.findall(text)
         for number, piece in enumerate(pieces):
             if number > 0:
-                content.append(self._next(self._kinds[marks[number - 1]]))
+                content.append(self._next(kinds[marks[number - 1]]))
                 piece = piece.removeprefix("\n")
             if number < len(pieces) - 1:
                 piece = piece.removesuffix("\n")
@@ -117,39 +305,42 @@ class _Waiting:
                 content.append({"type": "text", "text": piece})
         return content
 
-    def block(self, where: str, block: Any) -> dict[str, Any]:
-        """One typed block; a medium that it does not name is the next of the row's."""
+    def _block(self, where: str, block: Any) -> dict[str, Any]:
+        """One typed block; a medium that it does not name is one of the row's, by its `index` or the next."""
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "text" and isinstance(block.get("text"), str):
+            check_unread(self._row_id, where, block, {"type", "text"}, "give the medium a block of its own")
             return {"type": "text", "text": block["text"]}
-        if isinstance(kind, str) and kind in PLACEHOLDERS:
-            named = block.get(kind) or block.get("path") or block.get("url")
-            return {"type": kind, kind: media(self._row_id, where, named, self._rules)} if named else self._next(kind)
-        if kind == "image_url" and block.get("image_url") is not None:
-            given = block["image_url"]
-            named = given.get("url") if isinstance(given, dict) else given
-            return {"type": "image", "image": media(self._row_id, where, named, self._rules)}
+        kind = str(kind).removesuffix("_url")
+        if kind in PLACEHOLDERS:
+            names = (kind, f"{kind}_url", "path", "url", "bytes")
+            named = [name for name in names if block.get(name)]
+            check_unread(self._row_id, where, block, {"type", *names}, f"media of a block are read from {', '.join(names)}")
+            if len(named) > 1 and named != ["path", "bytes"]:
+                raise RowError(self._row_id, where, f"both '{named[0]}' and '{named[1]}'; give one of them", "field_type")
+            if not named and kind == block["type"]:
+                return self._next(kind, where, block.get("index"))
+            if not named:
+                raise RowError(self._row_id, where, f"expected '{block['type']}' to hold a URL", "field_type")
+            value = {"bytes": block["bytes"], "path": block.get("path")} if "bytes" in named else block[named[0]]
+            if isinstance(value, dict) and isinstance(value.get("url"), str):  # OpenAI's {"url", "detail"}
+                value = value["url"]
+            return {"type": kind, kind: media(self._row_id, where, value, self._rules)}
         raise RowError(self._row_id, where, f"expected a text, image, video or audio block, found {block!r}"[:200], "field_type")
 
-    def check(self, field: str) -> None:
-        """
-        Raises:
-            RowError: when some kind has more media than were asked for, or fewer.
-        """
-        for kind, asked in self._asked.items():
-            given = len(self._given.get(kind, ()))
-            if given != asked:
-                detail = (
-                    f"{given} {kind if kind == 'audio' else f'{kind}s'} for {asked} '{self._placeholders[kind]}' placeholders"
-                )
-                raise RowError(self._row_id, self._fields.get(kind, field), detail, "placeholder_count")
-
-    def _next(self, kind: str) -> dict[str, Any]:
-        self._asked[kind] += 1
-        return {"type": kind, kind: next(self._left.get(kind, iter(())), None)}
+    def _next(self, kind: str, where: str = "", index: Any = None) -> dict[str, Any]:
+        supply = self._turn.get(kind) or self._row[kind]
+        if index is None:
+            return {"type": kind, kind: supply.take()}
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(supply.given):
+            several = f"{len(supply.given)} {kind if kind == 'audio' else f'{kind}s'}"
+            detail = f"expected an index from 0 on into {several}, got {index!r}"[:200]
+            raise RowError(self._row_id, f"{where}.index", detail, "placeholder_count")
+        supply.indexes.add(index)
+        return {"type": kind, kind: supply.given[index]}
 
 
-def _names(value: Any) -> list[Any]:
+def _values(value: Any) -> list[Any]:
     if value is None or (isinstance(value, str) and not value):
         return []
     return value if isinstance(value, list) else [value]

@@ -20,7 +20,7 @@ from transformers import Gemma3nProcessor, Gemma3Processor, PaliGemmaProcessor, 
 from mmtune.chat_rendering import MARK_START, NotExact, Span, control_tokens, render_conversation, render_prompt
 from mmtune.data.findings import kind_of
 from mmtune.data.media import blank_image, open_image
-from mmtune.data.message import Message, RowError, Sample, text_of
+from mmtune.data.message import Message, RowError, Sample, is_supervised, text_of
 from mmtune.data.tokens import Places, mark, spells, tokenize, tokenize_marked, unmark
 from mmtune.errors import UserError
 
@@ -65,7 +65,7 @@ def encode_text(
         messages: the conversation; its images are not opened.
         processor: the model's processor.
         replacements: for each image, the string that the processor puts in place of its placeholder.
-        supervise: put the loss on all answers, or on the last alone.
+        supervise: put the loss on all answers, or on the last alone; never on one with `"supervised": False`.
 
     Raises:
         RowError: naming the row.
@@ -106,8 +106,14 @@ def _encode_text(
     places = Places(offsets)
     if not prompt:
         _check_edges(sample_id, messages, processor, replacements, input_ids, [places.crosses(span) for span in spans])
-    supervised = places.mask(spans if supervise == "all" else spans[-1:])
-    return EncodedText(input_ids, supervised, places.mask(media_spans), offsets, text)
+    trained = [] if prompt else [span for span, trains in zip(spans, _in_loss(messages, supervise), strict=True) if trains]
+    return EncodedText(input_ids, places.mask(trained), places.mask(media_spans), offsets, text)
+
+
+def _in_loss(messages: list[Message], supervise: Supervise) -> list[bool]:
+    """Of each answer, whether the loss falls on it."""
+    answers = [is_supervised(message) for message in messages if message["role"] == "assistant"]
+    return answers if supervise == "all" else [False] * (len(answers) - 1) + answers[-1:]
 
 
 def image_tokens(processor: ProcessorMixin) -> tuple[str, ...]:
@@ -152,7 +158,7 @@ def as_shown(sample_id: str, messages: list[Message]) -> list[Message]:
         except UnicodeEncodeError as error:
             told = f"the text is not valid Unicode: {error}"
             raise RowError(sample_id, f"messages[{number}]", told, "text_not_unicode") from error
-        shown.append({**message, "content": content})
+        shown.append({"role": message["role"], "content": content})
     return shown
 
 
@@ -219,7 +225,7 @@ def encode_sample(
         sample: the conversation; its images are opened here.
         processor: the model's processor.
         max_tokens: refuse a longer sample, image tokens counted.
-        supervise: put the loss on all answers, or on the last alone.
+        supervise: put the loss on all answers, or on the last alone; never on one with `"supervised": False`.
 
     Returns:
         `input_ids`, `labels` (int64, shape (1, length); -100 where not supervised), `attention_mask`, and the processor's

@@ -10,7 +10,8 @@ from mmtune.errors import UserError
 
 Message = dict[str, Any]
 """`{"role": "user" | "assistant" | "system", "content": [block, ...]}` where a block is `{"type": "text", "text": str}`
-or `{"type": "image", "image": Media}`, and likewise `video` and `audio`."""
+or `{"type": "image", "image": Media}`, and likewise `video` and `audio`. An assistant's message with `"supervised": False` is
+context that the loss does not fall on."""
 
 
 class RowError(UserError):
@@ -65,12 +66,21 @@ def text_of(message: Message) -> str:
     return "".join(block["text"] for block in message["content"] if block["type"] == "text")
 
 
+def is_supervised(message: Message) -> bool:
+    """Whether the loss falls on a message."""
+    return message["role"] == "assistant" and message.get("supervised", True)
+
+
 def split_question(sample: Sample) -> tuple[list[Message], str]:
     """The conversation up to its last answer, and that answer.
 
     Raises:
-        RowError: when the conversation does not end with the assistant.
+        RowError: when the conversation does not end with the assistant, or its weight takes the answer out of the loss: what a
+            model should not learn is no reference to hold it to.
     """
     if sample.messages[-1]["role"] != "assistant":
         raise RowError(sample.id, "messages", "the conversation does not end with an answer", "answer_missing")
+    if not is_supervised(sample.messages[-1]):
+        detail = "the last answer has weight 0, so it cannot be the reference; cut it, or give it weight 1"
+        raise RowError(sample.id, "messages", detail, "reference_weight")
     return sample.messages[:-1], text_of(sample.messages[-1])

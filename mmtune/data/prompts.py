@@ -7,6 +7,7 @@ every epoch, and does not depend on which rows were read before.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -32,6 +33,8 @@ class Prompting:
         shuffle_options: whether the answer options change places.
         words: label to answer words, instead of the template's own.
         values: other values for names of the template.
+        ignore: fields that may hold media which no one reads.
+        add_images: whether the images of a row without any placeholder go to the start of the first user turn.
     """
 
     seed: int = 0
@@ -39,6 +42,8 @@ class Prompting:
     shuffle_options: bool = False
     words: Mapping[str, str] | None = None
     values: Mapping[str, str] = field(default_factory=dict)
+    ignore: frozenset[str] = frozenset()
+    add_images: bool = False
 
 
 PLAIN = Prompting()
@@ -108,7 +113,7 @@ class Options(Declaration):
 
 
 class Verbalizer(Declaration):
-    """Labels, and the words that answer for each."""
+    """Labels, and the words that answer for each. A label that is a word answers for itself."""
 
     label: str = Field(description="Jinja: the row's label.")
     words: dict[str, str] = Field(default_factory=dict, description="Label to words; a source's `verbalizer` replaces them.")
@@ -132,18 +137,33 @@ class Verbalizer(Declaration):
             raise RowError(row_id, "verbalizer.label", str(error), "field_type") from error
 
     def read(self, row_id: str, row: Mapping[str, Any], context: Mapping[str, Any], prompting: Prompting) -> ClosedSet:
-        """
+        """The words of all labels and of the row's; of a label that is a word, where none are given, itself and no others.
+
         Raises:
-            RowError: when the label has no words.
+            RowError: when the label has no words and is none.
         """
         words = self.words if prompting.words is None else prompting.words
         label = self.label_of(row_id, row, context)
-        if label not in words:
-            detail = f"the verbalizer has no words for the label {label!r}"[:200]
-            raise RowError(row_id, "verbalizer.label", detail + nearest(label[:100], set(words)), "label_unknown")
         candidates = list(dict.fromkeys(words.values()))
+        if not words and _is_word(label):
+            return ClosedSet({"candidates": candidates}, [{"verbalized": label}], 0)
+        answer = words.get(label, label)
+        if answer not in candidates:
+            if words:
+                detail = f"the verbalizer has no words for the label {label!r}"[:200] + nearest(label[:100], {*words, *candidates})
+            else:
+                shown = label[:100].replace("'", "''")
+                detail = f"the label {label!r} is a number or an id, not a word; "[:200]
+                detail += f"give the source words for all labels: verbalizer: {{'{shown}': WORDS, ...}}"
+            raise RowError(row_id, "verbalizer.label", detail, "label_unknown")
         alternatives = [{"verbalized": candidate} for candidate in candidates]
-        return ClosedSet({"candidates": candidates}, alternatives, candidates.index(words[label]))
+        return ClosedSet({"candidates": candidates}, alternatives, candidates.index(answer))
+
+
+def _is_word(label: str) -> bool:
+    """Whether a label reads as words: two letters at least, and no id such as class_3 or n02123045."""
+    letters = sum(character.isalpha() for character in label)
+    return letters >= 2 and label not in ("true", "false") and not re.fullmatch(r"[^\W\d_]+[_-]?\d+", label.strip())
 
 
 def _shown(value: Any) -> str:

@@ -38,24 +38,34 @@ class Reader:
         self._name = name
         self._watch = FileWatch()
         words = None if source.verbalizer is None else dict(source.verbalizer)
-        self._prompting = Prompting(source.seed, source.system, source.shuffle_options, words, dict(source.values or {}))
+        self.ignored = frozenset(source.ignore) | {field.split(".")[0] for field in source.where or ()}
+        self._prompting = Prompting(
+            source.seed,
+            source.system,
+            source.shuffle_options,
+            words,
+            dict(source.values or {}),
+            self.ignored,
+            source.image_placeholder == "add",
+        )
         self._partners = None if self.template.join is None else _Partners(self.template.join, source.join or source.path)
         self._shots = None if source.shots is None else _Shots(source, source.shots, name)
 
     def open(self) -> Rows:
-        """The rows by index; of those that `where` asks for, the first `limit`."""
+        """The rows by index; of those that `where` and the template's `leave_out_empty` let pass, the first `limit`."""
         rows = open_rows(self.source.path, self._name, rows=self.template.rows)
         chosen: Sequence[int] = range(len(rows))
-        if self.source.where:
+        if self._chooses:
             chosen = [index for index in chosen if self._wanted(partial(rows.__getitem__, index))]
             if not chosen:
-                raise UserError(f"{self.source.path}: no row has {_spelt(self.source.where)}")
+                wanted = [*([_spelt(self.source.where)] if self.source.where else []), self.template.leave_out_empty]
+                raise UserError(f"{self.source.path}: no row has {' and '.join(filter(None, wanted))}")
         return _Chosen(rows, chosen[: self.source.limit])
 
     def stream(self) -> Iterator[Item]:
         """The same rows in turn, each parsed when it is called for; with `where`, parsed once more to be chosen."""
         rows = stream_rows(self.source.path, self._name, rows=self.template.rows, watch=self._watch)
-        return islice(filter(self._wanted, rows) if self.source.where else rows, self.source.limit)
+        return islice(filter(self._wanted, rows) if self._chooses else rows, self.source.limit)
 
     def sample(self, row_id: str, row: Row) -> Sample:
         """The sample of a row, its few-shot examples before it.
@@ -74,11 +84,18 @@ class Reader:
         joined = row if self._partners is None else self._partners.join(row_id, row)
         return replace(self.template.sample(row_id, joined, self.rules, self._prompting), source=self.source.path)
 
+    @property
+    def _chooses(self) -> bool:
+        return bool(self.source.where) or self.template.leave_out_empty is not None
+
     def _wanted(self, parse: Item) -> bool:
         try:
             _, row = parse()
         except RowError:
             return True  # it is met again, and counted, where it is read
+        needed = self.template.leave_out_empty
+        if needed is not None and row.get(needed) == []:
+            return False
         return all(_is_among(lookup(row, field), value) for field, value in (self.source.where or {}).items())
 
 
@@ -205,7 +222,7 @@ def _source_of(source: Source, shots: Shots) -> Source:
         "system": None,
     }
     if template != source.template:
-        settings |= {"verbalizer": None, "shuffle_options": False, "values": None}
+        settings |= {"verbalizer": None, "shuffle_options": False, "values": None, "image_placeholder": "error", "ignore": ()}
     return source.model_copy(update=settings)
 
 
@@ -217,12 +234,12 @@ def check_source(source: Source) -> DataTemplate:
     """
     template = load_data_template(source.template)
     name, verbalizer, join = source.template, template.verbalizer, template.join
+    if source.image_placeholder == "add" and (template.conversation is None or template.images is None):
+        raise UserError(f"image_placeholder: the template {name} puts images into no conversation of the rows'")
     if source.shuffle_options and template.options is None:
         raise UserError(f"shuffle_options: the template {name} declares no options to shuffle")
     if source.verbalizer is not None and verbalizer is None:
         raise UserError(f"verbalizer: the template {name} declares no labels to put into words")
-    if verbalizer is not None and not verbalizer.words and source.verbalizer is None:
-        raise UserError(f"verbalizer: the template {name} needs one, label to words: verbalizer: {{'0': cat, '1': dog}}")
     for value in source.values or {}:
         if value not in template.values:
             hint = nearest(value, set(template.values)) if template.values else "; it has none"

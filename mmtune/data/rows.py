@@ -11,6 +11,9 @@ from mmtune.data.message import RowError
 
 Row = dict[str, Any]
 
+OWN_IDS = ("id", "question_id", "questionId", "sample_id", "uid", "__key__")
+"""Fields by which rows are known in their own data set."""
+
 Item = Callable[[], tuple[str, Row]]
 """One row of a stream: its id and the row when called, so that a row that is skipped is never parsed. Raises RowError."""
 
@@ -29,6 +32,12 @@ class Rows(Protocol):
         ...
 
 
+def own_id(row: Row) -> str | int | None:
+    """The id by which a row is known in its own data set; None where it has none."""
+    given = next((row[name] for name in OWN_IDS if name in row), None)
+    return given if isinstance(given, (str, int)) and given != "" else None
+
+
 def parse_json(row_id: str, field: str, text: bytes) -> Any:
     """A JSON value in UTF-8, read strictly: a row that another reader could take for something else is refused.
 
@@ -37,10 +46,28 @@ def parse_json(row_id: str, field: str, text: bytes) -> Any:
     """
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
-    except ValueError as error:  # of JSON, of UTF-8, or of a number with thousands of digits
+    except json.JSONDecodeError as error:
+        raise RowError(row_id, field, _not_json(error), "row_not_json") from error
+    except UnicodeDecodeError as error:
+        raise RowError(row_id, field, f"not valid JSON: {not_utf8(error)}", "row_not_json") from error
+    except ValueError as error:  # a key that comes twice, no finite number, or one with thousands of digits
         raise RowError(row_id, field, f"not valid JSON: {error}", "row_not_json") from error
     except RecursionError as error:
         raise RowError(row_id, field, "not valid JSON: nested too deeply", "row_not_json") from error
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """What to say of bytes that are not UTF-8."""
+    before = error.object[max(0, error.start - 20) : error.start].decode("utf-8", "replace")
+    return f"not valid UTF-8: byte {error.object[error.start]:#04x} behind {before!r}; save the file as UTF-8"
+
+
+def _not_json(error: json.JSONDecodeError) -> str:
+    """What is wrong with a text; where it stands in the file only its reader knows."""
+    if error.msg == "Expecting value" and not error.doc[: error.pos].strip():
+        return f"not JSON: the text is {error.doc.strip()[:60]!r}, expected an object {{...}}"
+    around = error.doc[max(0, error.pos - 20) : error.pos + 20]
+    return f"not valid JSON: {error.msg} at character {error.pos + 1} of the row, in {around!r}"
 
 
 def object_of(row_id: str, value: Any) -> Row:

@@ -23,7 +23,7 @@ from mmtune.data.count import sample_replacements
 from mmtune.data.dataset import open_readers
 from mmtune.data.encode import OverLength, as_shown, chat_template_of, encode_text
 from mmtune.data.media import Media, open_image
-from mmtune.data.message import RowError, Sample, split_question
+from mmtune.data.message import RowError, Sample
 from mmtune.data.shrink import fit
 from mmtune.errors import UserError
 from mmtune.recipe import DataSection, Source
@@ -141,7 +141,7 @@ def view_sample(sample: Sample, processor: ProcessorMixin, section: DataSection)
     ]
     texts = token_texts(processor.tokenizer, encoded.input_ids)
     tokens = [Token(*each) for each in zip(encoded.input_ids, texts, kinds, strict=True)]
-    question = as_shown(sample.id, split_question(sample)[0])
+    question = as_shown(sample.id, sample.messages[:-1])
     prompt = render_prompt(question, chat_template_of(processor), processor.tokenizer)
     return View(sample, tokens, prompt, notes)
 

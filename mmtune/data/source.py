@@ -49,6 +49,20 @@ ENDINGS = (".json", *_OPEN)
 """The files that can be read."""
 
 _PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
+_TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+_BYTE_ORDER_MARKS = {  # that of UTF-32 begins as that of UTF-16 does
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+_NO_ROWS = {
+    b"version https://git-lfs": "a pointer of Git LFS and not the file itself; fetch it: git lfs pull",
+    b"<!doctype html": "a web page and not a file of rows; download the file itself",
+    b"<html": "a web page and not a file of rows; download the file itself",
+}
+"""How files begin that were not downloaded, in lower case, and what they are."""
+
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
@@ -215,6 +229,26 @@ def _check_file(file: Path, rows: str | None) -> None:
         raise UserError(f"{file}: cannot read '{file.suffix}' files; these can be read: {', '.join(ENDINGS)}")
     if rows is not None and file.suffix.lower() != ".json":
         raise UserError(f"{file}: `rows: {rows}` reads an object in a .json file, and this is none")
+    with file.open("rb") as opened:
+        head = opened.read(64)
+    for start, what in _NO_ROWS.items():
+        if head.lower().startswith(start):
+            raise UserError(f"{file}: {what}")
+    if file.suffix.lower() in _TEXT:
+        _check_text(file, head)
+
+
+def _check_text(file: Path, head: bytes) -> None:
+    if head.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+        raise UserError(f"{file}: compressed, whatever its name says; unpack it")
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
+    if encoding is None and b"\0" in head[:4]:
+        encoding = "UTF-32" if head[:4].count(0) > 2 else "UTF-16"
+    if encoding is not None:
+        raise UserError(
+            f"{file}: the text is in {encoding}, and rows are read in UTF-8; save it as UTF-8, or convert it: "
+            f"iconv -f {encoding} -t UTF-8 '{file}' > '{file.with_stem(f'{file.stem}_utf8')}'"
+        )
 
 
 def _open_other(path: str, name: str | None, rows: str | None) -> Rows:

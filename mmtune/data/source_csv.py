@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mmtune.data.message import RowError
-from mmtune.data.rows import Item, Row
+from mmtune.data.rows import Item, Row, not_utf8
 from mmtune.errors import UserError
 
 _BATCH = 256  # records that are found before the first of them is given
@@ -121,7 +121,8 @@ def _header(path: Path, delimiter: str, records: Iterator[tuple[int, int, bytes]
     try:
         columns = _parse(record.decode("utf-8-sig"), delimiter)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read its first line, the names of the columns: {error}") from error
+        told = not_utf8(error) if isinstance(error, UnicodeDecodeError) else error
+        raise UserError(f"{path}: cannot read its first line, the names of the columns: {told}") from error
     twice = sorted({column for column in columns if columns.count(column) > 1})
     if twice or not all(column.strip() for column in columns):
         fault = f"two columns are named '{twice[0]}'" if twice else "a column has no name"
@@ -134,7 +135,8 @@ def _row(name: str, line: int, columns: list[str], delimiter: str, record: bytes
     try:
         fields = _parse(record.decode("utf-8"), delimiter)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise RowError(row_id, "row", f"not valid CSV: {error}", "row_malformed") from error
+        told = not_utf8(error) if isinstance(error, UnicodeDecodeError) else error
+        raise RowError(row_id, "row", f"not valid CSV: {told}", "row_malformed") from error
     if len(fields) != len(columns):
         raise RowError(row_id, "row", f"{len(fields)} fields for {len(columns)} columns", "row_malformed")
     return row_id, dict(zip(columns, fields, strict=True))

@@ -26,6 +26,7 @@ _STEP = np.zeros(256, dtype=np.int8)
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 _MARKS = bytes(byte in b'",[]{}' for byte in range(256))
 _KEY = re.compile(rb'\s*+("(?:[^"\\]++|\\.)*+")\s*+:\s*+', re.DOTALL)
+_SCALAR = re.compile(rb'"|-?\d|(true|false|null)\b')
 _KEY_BYTES = 2**16  # more of a key than this is not looked at
 
 
@@ -107,8 +108,13 @@ def _cuts(file: BinaryIO, path: Path, rows: str | None) -> Iterator[npt.NDArray[
         raise UserError(f"{path}: `rows: {rows}` reads an object, and the file holds a list; leave it out")
     elif opening == b"":
         raise UserError(f"{path}: not valid JSON: the file is empty")
-    else:
+    elif _SCALAR.match(head := _head(file, start)):
         raise UserError(f"{path}: expected a list of rows, found {_kind(file, start)}")
+    else:
+        file.seek(0)
+        line = 1 + file.read(start).count(b"\n")
+        shown = head.decode("utf-8", "replace").split("\n")[0]
+        raise UserError(f"{path}:{line}: not JSON: the text begins {shown!r}; expected a list of objects, [{{...}}, ...]")
 
 
 def _whole_value(file: BinaryIO, path: Path, start: int) -> Iterator[npt.NDArray[np.int64]]:
@@ -212,6 +218,11 @@ def _member_list(file: BinaryIO, path: Path, start: int, rows: str) -> int:
 def _byte(file: BinaryIO, position: int) -> bytes:
     file.seek(position)
     return file.read(1)
+
+
+def _head(file: BinaryIO, position: int) -> bytes:
+    file.seek(position)
+    return file.read(60)
 
 
 def _skip_space(file: BinaryIO, position: int) -> int:

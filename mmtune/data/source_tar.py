@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from mmtune.data.media import Embedded
 from mmtune.data.message import RowError
-from mmtune.data.rows import Item, Row, parse_json
+from mmtune.data.rows import Item, Row, not_utf8, parse_json
 from mmtune.errors import UserError
 
 TEXT = ("txt", "text", "cls", "caption")
@@ -150,5 +150,5 @@ def _row(path: Path, name: str, key: str, members: _Members) -> tuple[str, Row]:
             try:
                 row[extension] = data.decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                raise RowError(row_id, extension, f"not valid UTF-8: {error}", "row_malformed") from error
+                raise RowError(row_id, extension, not_utf8(error), "row_malformed") from error
     return row_id, row

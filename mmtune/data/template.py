@@ -6,21 +6,25 @@ columns (`messages`, in sandboxed Jinja). `docs/data_templates.md` documents the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, nodes
 from pydantic import Field, ValidationError, model_validator
 
 from mmtune.data.columns import Boxes, Columns, Turn
 from mmtune.data.conversation import PLACEHOLDERS, Conversation
 from mmtune.data.expressions import Declaration, check_jinja
-from mmtune.data.media import MediaRules
-from mmtune.data.message import Message, RowError, Sample
+from mmtune.data.media import Embedded, MediaRules
+from mmtune.data.message import Message, RowError, Sample, is_supervised
 from mmtune.data.prompts import PLAIN, Options, Prompting, Verbalizer
-from mmtune.data.source import Row
+from mmtune.data.rows import OWN_IDS, Row
+from mmtune.data.unread import check_unread, kind_of_name
 from mmtune.errors import UserError, nearest
 from mmtune.shipped import shipped_dir
 
@@ -60,11 +64,17 @@ class DataTemplate(Declaration):
         default_factory=dict, description="Names that Jinja can read besides the row's, with values that a source can replace."
     )
     repeat: dict[str, str] = Field(default_factory=dict, description="Name to the row's list whose items it takes in turn.")
+    leave_out_empty: str | None = Field(
+        default=None, description="The row's list without which there is nothing to learn: rows where it is empty are left out."
+    )
     options: Options | None = None
     verbalizer: Verbalizer | None = None
     boxes: Boxes | None = None
     references: str | None = Field(default=None, description="Jinja: the list of all accepted answers.")
     task: str | None = Field(default=None, description="The row's field that names its task, if it has one; a.b is b inside a.")
+    ignore: tuple[str, ...] = Field(
+        default=(), description="The row's fields that name media too and are left alone; any other that is not read is an error."
+    )
     example: dict[str, Any] = Field(description="A row in this format; `--rehearse` and the tests use it.")
 
     @model_validator(mode="after")
@@ -101,17 +111,73 @@ class DataTemplate(Declaration):
             RowError: a missing field, an unknown speaker, turns out of order, an empty answer, an image that is missing or
                 outside the media root, not as many images as placeholders, or a box outside the image.
         """
+        row = self.unpacked(row_id, row)
+        read = self.fields_read | prompting.ignore | {*self.ignore, *OWN_IDS}
+        check_unread(row_id, "", row, read, self._advice())
         choices: tuple[str, ...] = ()
         references: tuple[str, ...] = ()
         if self.conversation:
             fields = {kind: name for kind, name in self._media_fields().items() if name is not None}
-            messages = self.conversation.messages(row_id, row, rules, fields, self.placeholder)
+            messages = self.conversation.messages(row_id, row, rules, fields, self.placeholder, prompting.add_images)
         else:
             messages, choices, references = self.columns().messages(row_id, row, rules, prompting)
         if prompting.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompting.system}]})
         _check_turns(row_id, messages)
         return Sample(row_id, messages, task=self._task(row_id, row), choices=choices, references=references)
+
+    @cached_property
+    def fields_read(self) -> frozenset[str]:
+        """The fields of a row that are read, those of the template's own names (`joined`) among them."""
+        named = [*self._media_fields().values(), self.task, *self.repeat.values()]
+        written = [self.references or ""]
+        if self.conversation is not None:
+            named += self.conversation.fields
+        if self.join is not None:
+            named.append(self.join.by)
+        for turn in self.messages:
+            written += [*turn.images, *turn.videos, *turn.audio, *turn.text]
+        if self.options is not None:
+            written += [self.options.choices, self.options.answer]
+        if self.verbalizer is not None:
+            written.append(self.verbalizer.label)
+        if self.boxes is not None:
+            written.append(self.boxes.value)
+        jinja = Environment()
+        found = {node.name for source in written for node in jinja.parse(source).find_all(nodes.Name)}
+        return frozenset(found | {name.split(".")[0] for name in named if name})
+
+    def unpacked(self, row_id: str, row: Row) -> Row:
+        """A shard's row whose conversation is inside of its `json` member, as a row: that object, with its media from the members.
+
+        Any other row is returned as it is.
+
+        Raises:
+            RowError: when the object names more media of a kind than there are members, or fewer.
+        """
+        inner = row.get("json")
+        if self.conversation is None or not isinstance(inner, dict) or self.conversation.fields & row.keys():
+            return row
+        members = {name: value for name, value in row.items() if name != "json" and name not in inner}
+        made = {**inner, **members}
+        for kind, field in self._media_fields().items():
+            own = [name for name, value in members.items() if isinstance(value, Embedded) and kind_of_name(value.name) == kind]
+            if not own or field is None:
+                continue
+            named = inner.get(field)
+            count = len(named) if isinstance(named, list) else 1
+            if named and count != len(own):
+                told = f"{count} in `json` and {len(own)} members of the shard ({', '.join(own)})"
+                raise RowError(row_id, field, told, "placeholder_count")
+            made = {name: value for name, value in made.items() if name not in own}
+            made[field] = [members[name] for name in sorted(own, key=_by_number)]
+        return made
+
+    def _advice(self) -> str:
+        """What to do about media that the template does not read."""
+        reads = ", ".join(field for field in self._media_fields().values() if field is not None)
+        media = f"the template reads media in {reads}" if reads else "take a template that reads it"
+        return f"{media}; rename the key, or list it under the source's `ignore`"
 
     def _media_fields(self) -> dict[str, str | None]:
         return {"image": self.images, "video": self.videos, "audio": self.audio}
@@ -143,6 +209,8 @@ def _check_turns(row_id: str, messages: list[Message]) -> None:
         raise RowError(
             row_id, "messages", f"turns alternate from user to assistant, found {', '.join(spoken) or 'none'}", "role_order"
         )
+    if "assistant" in spoken and not any(map(is_supervised, messages)):
+        raise RowError(row_id, "messages", "every answer has weight 0, so that none trains", "nothing_supervised")
     if spoken[-1] != "assistant":
         raise RowError(
             row_id,
@@ -156,6 +224,11 @@ def _check_turns(row_id: str, messages: list[Message]) -> None:
             raise RowError(row_id, f"messages[{number}]", "the answer is empty", "answer_empty")
         if message["role"] == "assistant" and media:
             raise RowError(row_id, f"messages[{number}]", f"an answer cannot hold {_with_article(media[0])}", "image_in_answer")
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """A key that sorts 2.jpg before 10.jpg."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _with_article(kind: str) -> str:

@@ -169,7 +169,7 @@ def test_a_template_knows_the_fields_that_it_reads(name: str, monkeypatch: pytes
     words = {"0": "cat", "1": "dog", "2": "bird", "3": "fish", "7": "horse"} if template.verbalizer else None
     rules, prompting = MediaRules(Path()), Prompting(words=words)
     whole = template.sample("r", template.example, rules, prompting)
-    read = check.fields_read(template)
+    read = template.fields_read
     assert read & template.example.keys()
     for field in template.example.keys() - read - {"joined"}:
         less = {key: value for key, value in template.example.items() if key != field}

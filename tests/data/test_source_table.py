@@ -75,7 +75,7 @@ def test_a_quoted_line_break_is_no_new_row(tmp_path: Path) -> None:
         (b"1", "1 fields for 2 columns"),
         (b"1,2,3", "3 fields for 2 columns"),
         (b'"1"x,2', "expected after"),
-        (b"\xff,2", "utf-8"),
+        (b"\xff,2", "UTF-8"),
     ],
 )
 def test_a_record_that_is_wrong_is_named_and_the_others_still_read(tmp_path: Path, line: bytes, reason: str) -> None:
@@ -95,7 +95,7 @@ def test_a_record_that_is_wrong_is_named_and_the_others_still_read(tmp_path: Pat
         (b'a,b\n1,2\n3,"4\n5,6', "r.csv:3: a quote in this row is never closed"),
         (b"a,a\n1,2\n", "two columns are named 'a'"),
         (b"a,\n1,2\n", "a column has no name"),
-        (b"\xff,b\n1,2\n", "the names of the columns: .*utf-8"),
+        (b"\xff,b\n1,2\n", "the names of the columns: .*UTF-8"),
         (b"a,b\r1,2\r3,4\r", "r.csv:1: not valid CSV"),
         (b"a,b\n", "holds no rows"),
         (b"", "r.csv"),

@@ -172,7 +172,7 @@ def test_a_compressed_archive_is_refused_whatever_its_name(tmp_path: Path, mode:
     ("member", "field", "reason"),
     [
         (("b.json", b"{"), "json", "not valid JSON"),
-        (("b.meta.json", b"\xff"), "meta.json", "utf-8"),
+        (("b.meta.json", b"\xff"), "meta.json", "UTF-8"),
         (("b.txt", b"\xff"), "txt", "UTF-8"),
     ],
 )

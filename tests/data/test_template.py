@@ -139,7 +139,7 @@ def test_a_faulty_row_is_named_with_its_field(media: Path, row: dict[str, Any], 
         ([{"type": "video", "video": "none.mp4"}], "x", None, "no such file"),
         ([{"type": "image"}], "x", None, "0 images for 1"),
         ([{"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}], "x", None, "is a URL"),
-        ([{"type": "image_url", "image_url": {}}], "x", None, "found NoneType"),
+        ([{"type": "image_url", "image_url": {}}], "x", None, "expected 'image_url' to hold a URL"),
         ("q", [{"type": "text", "text": "x"}, {"type": "image"}], ["a.png"], "an answer cannot hold an image"),
         ("q", [], None, "the answer is empty"),
     ],
@@ -309,7 +309,7 @@ def test_a_bad_template_is_refused(tmp_path: Path, text: str | bytes, reason: st
     ("name", "reason"),
     [
         ("lava", "did you mean 'llava'?"),
-        ("zzz", "valid here: alpaca, aokvqa, .*, vqa, vqa_v2"),
+        ("zzz", "valid here: alpaca, aokvqa"),
         ("none.yaml", "none.yaml: no such file"),
     ],
 )

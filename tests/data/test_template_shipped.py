@@ -35,6 +35,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "chartqa": {"path": "test_human.json"},
     "classification": {"path": "train.jsonl", "verbalizer": CIFAR10},
     "coco_caption": {"path": "captions_val2014.json"},
+    "conceptual_captions": {"path": "00000.tar"},
     "docvqa": {"path": "val_v1.0.json"},
     "flickr30k": {"path": "dataset_flickr30k.json", "where": {"split": "train"}},
     "gqa": {"path": "val_balanced_questions.json"},
@@ -42,11 +43,15 @@ SOURCES: dict[str, dict[str, Any]] = {
     "llava": {"path": "llava_v1_5_mix665k.json"},
     "messages": {"path": "train.jsonl"},
     "ocr_vqa": {"path": "dataset.json", "where": {"split": 1}},
+    "prompt_completion": {"path": "train.jsonl"},
+    "query_response": {"path": "train.jsonl"},
     "refcoco": {"path": "val.json"},
     "scienceqa": {"path": "problems.json", "where": {"split": ["train"]}},
     "sharegpt": {"path": "mllm_demo.json"},
     "textvqa": {"path": "TextVQA_0.5.1_val.json"},
     "video_qa": {"path": "val.jsonl"},
+    "visual_genome_qa": {"path": "question_answers.json", "join": "image_data.json"},
+    "visual_genome_regions": {"path": "region_descriptions.json", "join": "image_data.json"},
     "vqa": {"path": "rows.jsonl"},
     "vqa_v2": {
         "path": "v2_OpenEnded_mscoco_val2014_questions.json",
@@ -100,6 +105,8 @@ def _same(block: dict[str, Any], expected: Any, root: Path) -> bool:
         return block["type"] == "text" and block["text"] in expected["any of"]
     if isinstance(expected, dict):
         [(kind, name)] = expected.items()
+        if isinstance(block.get(kind), Embedded):
+            return block["type"] == kind and block[kind].name == name
         return block == {"type": kind, kind: root.resolve() / name}
     return block == {"type": "text", "text": expected}
 
@@ -249,7 +256,8 @@ def test_a_hostile_row_is_refused_by_name_or_sound(name: str, roots: dict[str, P
     partners = {}
     if template.join is not None:
         beside = FIXTURES / name / SOURCES[name].get("join", SOURCES[name]["path"])
-        listed = json.loads(beside.read_text(encoding="utf-8"))[template.join.rows]
+        listed = json.loads(beside.read_text(encoding="utf-8"))
+        listed = listed[template.join.rows] if template.join.rows else listed
         partners = {partner[template.join.to or template.join.by]: partner for partner in listed}
     sound = [row for _, row in (rows[index] for index in range(len(rows)))]
     if template.join is not None:
