@@ -38,7 +38,7 @@ def add_data_verbs(verbs: Any, add: AddVerb) -> None:
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     which = verb.add_mutually_exclusive_group()
-    which.add_argument("--row", metavar="ID", help="a row's id, such as train.json[17], of the training or the held-out rows")
+    which.add_argument("--row", metavar="ID", help="a training or held-out row: train.json[17], or the value of its id field")
     which.add_argument("--index", type=int, default=0, metavar="N", help="the row's place among the training rows, from 0")
     verb.add_argument("--html", metavar="FILE", help="write a page with the pictures, token by token")
     verb.add_argument("--prompt", action="store_true", help="print only the rendered prompt, up to the last answer")

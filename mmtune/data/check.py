@@ -33,9 +33,9 @@ from mmtune.data.media import MediaRules
 from mmtune.data.message import Message, RowError, Sample, split_question, text_of
 from mmtune.data.processes import in_processes
 from mmtune.data.reader import Reader
+from mmtune.data.rows import OWN_IDS, own_id
 from mmtune.data.show import visible
 from mmtune.data.shrink import with_sizes
-from mmtune.data.rows import OWN_IDS, own_id
 from mmtune.data.source import Row, Rows, open_rows
 from mmtune.data.template import DataTemplate, load_data_template, shipped_templates
 from mmtune.data.unread import holds_media

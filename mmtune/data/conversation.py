@@ -97,7 +97,9 @@ class Conversation(Declaration):
 
     def _turns(self, row_id: str, row: Mapping[str, Any]) -> Iterator[_Turn]:
         if self.field is not None:
-            yield from self._listed(row_id, self.field, row.get(self.field), "expected a list of turns" + among(row, self.field), row)
+            yield from self._listed(
+                row_id, self.field, row.get(self.field), "expected a list of turns" + among(row, self.field), row
+            )
             return
         question, answer = (_present(row_id, row, str(name)) for name in (self.question, self.answer))
         for number, pair in enumerate(self._history(row_id, row)):

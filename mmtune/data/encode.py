@@ -106,7 +106,11 @@ def _encode_text(
     places = Places(offsets)
     if not prompt:
         _check_edges(sample_id, messages, processor, replacements, input_ids, [places.crosses(span) for span in spans])
-    trained = [] if prompt else [span for span, trains in zip(spans, _in_loss(messages, supervise), strict=True) if trains]
+    in_loss = [] if prompt else _in_loss(messages, supervise)
+    if in_loss and not any(in_loss):
+        which = "every answer" if supervise == "all" else "the last answer, which data.supervise: last takes alone,"
+        raise RowError(sample_id, "messages", f"{which} has weight 0, so that nothing trains", "nothing_supervised")
+    trained = [span for span, trains in zip(spans, in_loss, strict=not prompt) if trains]
     return EncodedText(input_ids, places.mask(trained), places.mask(media_spans), offsets, text)
 
 

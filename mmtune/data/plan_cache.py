@@ -21,7 +21,7 @@ from mmtune.data.template import shipped_templates
 from mmtune.files import replace_bytes, user_cache
 from mmtune.recipe import Source
 
-FORMAT = 1
+FORMAT = 2
 """Changes when counting or the file does, so that what an earlier version kept is not taken for this one's."""
 READ = 256 * 2**20
 """Bytes that are read at most to know all files of some sources."""

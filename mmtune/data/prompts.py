@@ -150,7 +150,9 @@ class Verbalizer(Declaration):
         answer = words.get(label, label)
         if answer not in candidates:
             if words:
-                detail = f"the verbalizer has no words for the label {label!r}"[:200] + nearest(label[:100], {*words, *candidates})
+                detail = f"the verbalizer has no words for the label {label!r}"[:200] + nearest(
+                    label[:100], {*words, *candidates}
+                )
             else:
                 shown = label[:100].replace("'", "''")
                 detail = f"the label {label!r} is a number or an id, not a word; "[:200]

@@ -24,6 +24,8 @@ from mmtune.data.dataset import open_readers
 from mmtune.data.encode import OverLength, as_shown, chat_template_of, encode_text
 from mmtune.data.media import Media, open_image
 from mmtune.data.message import RowError, Sample
+from mmtune.data.reader import Reader
+from mmtune.data.rows import Row, own_id
 from mmtune.data.shrink import fit
 from mmtune.errors import UserError
 from mmtune.recipe import DataSection, Source
@@ -83,13 +85,14 @@ def find_sample(train: Sequence[Source], held_out: Sequence[Source], row_id: str
     Args:
         train: where to look first.
         held_out: where to look then.
-        row_id: as messages and reports name the row, such as `train.json[17]`.
+        row_id: as messages and reports name the row, such as `train.json[17]`, or the row's own id (`id`, `question_id`, ...).
 
     Raises:
-        UserError: when no row has the id.
+        UserError: when no row has the id, or it is the own id of several.
         RowError: when the row cannot be read.
     """
     example = ""
+    own: dict[str, tuple[Reader, Row]] = {}
     for reader in (*open_readers(train), *open_readers(held_out)):
         rows = reader.open()
         for index in _likely_first(row_id, len(rows)):
@@ -102,6 +105,15 @@ def find_sample(train: Sequence[Source], held_out: Sequence[Source], row_id: str
             if found == row_id:
                 return reader.sample(found, row)
             example = found
+            # A shard's row may have it in its `json`.
+            ids = [own_id(each) for each in (row, row.get("json")) if isinstance(each, dict)]
+            if row_id in [str(each) for each in ids if each is not None]:
+                own[found] = (reader, row)
+    if len(own) > 1:
+        listed = ", ".join([*own][:10]) + ", ..." * (len(own) > 10)
+        raise UserError(f"{len(own)} rows have the id {row_id!r} as their own; name one of them: {listed}")
+    for found, (reader, row) in own.items():
+        return reader.sample(found, row)
     raise UserError(f"no row has the id {row_id!r}; ids are like {example!r}")
 
 

@@ -281,4 +281,11 @@ def _has_row(number: int, line: bytes) -> bool:
 
 def _line(name: str, number: int, line: bytes) -> tuple[str, Row]:
     row_id = f"{name}:{number}"
-    return row_id, object_of(row_id, parse_json(row_id, "row", line.removeprefix(BOM) if number == 1 else line))
+    text = line.removeprefix(BOM) if number == 1 else line
+    try:
+        return row_id, object_of(row_id, parse_json(row_id, "row", text))
+    except RowError as error:
+        if text.lstrip().startswith(b"["):
+            detail = f"{error.detail}; each line is a row here: a file that holds one list is named .json"
+            raise RowError(row_id, error.field, detail, error.finding) from error
+        raise

@@ -148,7 +148,7 @@ class DataTemplate(Declaration):
         return frozenset(found | {name.split(".")[0] for name in named if name})
 
     def unpacked(self, row_id: str, row: Row) -> Row:
-        """A shard's row whose conversation is inside of its `json` member, as a row: that object, with its media from the members.
+        """A shard's row with a conversation in its `json` member: that object as the row, with the shard's media.
 
         Any other row is returned as it is.
 

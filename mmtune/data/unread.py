@@ -23,7 +23,8 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 
 _KIND_OF = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
 _NAMES = re.compile(
-    r"(image|img|picture|photo|video|audio)s?(file|filename|filepath|path|name|url|uri|bytes|data|base64|b64|list)?s?", re.IGNORECASE
+    r"(image|img|picture|photo|video|audio)s?(file|filename|filepath|path|name|url|uri|bytes|data|base64|b64|list)?s?",
+    re.IGNORECASE,
 )
 """Keys that name media, underscores left out."""
 

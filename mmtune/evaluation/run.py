@@ -18,7 +18,7 @@ from mmtune.console import shows_progress
 from mmtune.data.collate import collate
 from mmtune.data.dataset import DataReport, Samples, check_rows, iterate_rows
 from mmtune.data.encode import encode_prompt
-from mmtune.data.message import Sample, split_question, text_of
+from mmtune.data.message import RowError, Sample, split_question, text_of
 from mmtune.errors import UserError
 from mmtune.evaluation.choices import check_choices, likeliest, score_choices
 from mmtune.evaluation.metrics import exact_match, final_answer, majority_accuracy, wilson_interval
@@ -100,6 +100,11 @@ def check_questions(section: EvaluateSection) -> None:
     samples = Samples(section.data)
     report = DataReport(rows=len(samples))
     check_rows(samples, report, len(samples))
+    for handle in samples.some(len(samples)):
+        try:
+            split_question(handle())
+        except RowError as error:
+            report.add(error)
     if section.score == "choices" and not report.quarantined:
         for sample in iterate_rows(samples):
             check_choices(sample)

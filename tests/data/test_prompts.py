@@ -136,6 +136,26 @@ def test_labels_are_put_into_words() -> None:
             template.sample("r", {"label": label}, RULES)
 
 
+OWN_WORDS = {"label": "{{ label }}"}
+
+
+def test_labels_that_are_words_are_their_own_words() -> None:
+    template = _template("{{ candidates | join(' or ') }}?", "It is {{ verbalized }}.", verbalizer=OWN_WORDS)
+    for label in ("cat", "T-shirt", "Boeing 737", "7up", "\u732b\u72ac", "apple_pie"):
+        sample = template.sample("r", {"label": label}, RULES)
+        assert _texts(sample) == ["?", f"It is {label}."] and sample.choices == ()
+    for label in (0, 3.5, True, "3", "-1", "n02123045", "class_3", "LABEL-0", "Q42", "A", "", "7.5", "false"):
+        with pytest.raises(
+            RowError, match=r"^r: verbalizer\.label: .* is a number or an id, .*: verbalizer: \{'.*': WORDS, \.\.\.\}"
+        ):
+            template.sample("r", {"label": label}, RULES)
+    listed = Prompting(words={"0": "cat", "1": "dog"})  # verbalizer: [cat, dog]
+    sample = template.sample("r", {"label": "dog"}, RULES, listed)
+    assert _texts(sample) == ["cat or dog?", "It is dog."] and sample.choices == ("It is cat.", "It is dog.")
+    with pytest.raises(RowError, match="no words for the label 'dogs'; did you mean 'dog'"):
+        template.sample("r", {"label": "dogs"}, RULES, listed)
+
+
 # Sources.
 
 ROWS = [{"id": n, "split": "train" if n % 3 else "test", "q": f"q{n}", "a": f"a{n}"} for n in range(12)]

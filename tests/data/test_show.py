@@ -282,10 +282,25 @@ def test_a_row_is_found_wherever_it_is(tmp_path: Path) -> None:
     for row_id, text in (("one.jsonl:1", "0"), ("one.jsonl:3", "1"), ("one.jsonl:11", "4"), ("two.jsonl:5", "4")):
         found = find_sample(sources[:1], sources[1:], row_id)
         assert (found.id, found.messages[0]["content"][0]["text"]) == (row_id, text)
-    with pytest.raises(RowError, match=r"one\.jsonl:5: row: not valid JSON"):
+    with pytest.raises(RowError, match=r"one\.jsonl:5: row: not JSON"):
         find_sample(sources[:1], sources[1:], "one.jsonl:5")
     with pytest.raises(UserError, match="no row has the id"):
         find_sample(sources[:1], sources[1:], "two.jsonl:6")
+
+
+def test_a_row_is_found_by_its_own_id(tmp_path: Path) -> None:
+    def row(text: str, **ids: Any) -> str:
+        return json.dumps({**ids, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "x"}]})
+
+    lines = [row("a", id=7), row("b", id="8"), row("c", question_id="x/9"), row("d", id="twice"), row("e", id="twice"), row("f")]
+    (tmp_path / "r.jsonl").write_text("\n".join(lines))
+    source = Source(path=str(tmp_path / "r.jsonl"), template="llava")
+    for row_id, text in (("7", "a"), ("8", "b"), ("x/9", "c"), ("r.jsonl:6", "f")):
+        assert text_of(find_sample([source], [], row_id).messages[0]) == text
+    with pytest.raises(UserError, match=r"2 rows have the id 'twice' as their own; name one of them: r\.jsonl:4, r\.jsonl:5"):
+        find_sample([source], [], "twice")
+    with pytest.raises(UserError, match="no row has the id 'None'"):
+        find_sample([source], [], "None")
 
 
 def test_a_row_is_shown_as_a_run_makes_it(tmp_path: Path) -> None:

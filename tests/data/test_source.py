@@ -124,3 +124,62 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, name: s
     path.unlink()
     with pytest.raises(UserError, match=f"{path}: cannot be read any more: No such file"):
         rows[1]
+
+
+TEXT = {
+    "r.json": '[{"a": "1"}]',
+    "r.jsonl": '{"a": "1"}\n',
+    "r.csv": "a\n1\n",
+    "r.tsv": "a\n1\n",
+}
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_files_encoding_is_recognized_or_named(tmp_path: Path, name: str) -> None:
+    path = _write(tmp_path / name, TEXT[name].encode("utf-8-sig"))
+    assert open_rows(path)[0][1] == next(stream_rows(path))()[1] == {"a": "1"}
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
+        for mark in ("", "\ufeff"):
+            _write(path, (mark + TEXT[name]).encode(encoding))
+            named = encoding[:6].upper()
+            reason = rf"{name}: the text is in {named}, and rows are read in UTF-8; .* iconv -f {named} -t UTF-8 "
+            with pytest.raises(UserError, match=reason):
+                open_rows(path)
+            with pytest.raises(UserError, match=reason):
+                next(stream_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("r.json", "\n\n this is not json\n", r"r\.json:3: not JSON: the text begins 'this is not json'; expected a list"),
+        ("r.json", "truely", r"r\.json:1: not JSON: the text begins 'truely'"),
+        ("r.json", "true", "found a number, true, false or null"),
+        ("r.json", '"text"', "found text"),
+        ("r.json", "-1", "found a number"),
+        ("r.json", "{'a': 1}", "expected a key and a value"),
+        ("r.json", b"\x1f\x8b\x08rest", "compressed, whatever its name says"),
+        ("r.csv", b"PK\x03\x04rest", "compressed, whatever its name says"),
+        ("r.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS .* git lfs pull"),
+        ("r.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS .* git lfs pull"),
+        ("r.tar", "<!DOCTYPE html><html>", "a web page and not a file of rows"),
+        ("r.json", "<html>", "a web page and not a file of rows"),
+    ],
+)
+def test_a_file_that_is_something_else_is_called_that(tmp_path: Path, name: str, text: str | bytes, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        open_rows(_write(tmp_path / name, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("this is not json", r"r\.jsonl:1: row: not JSON: the text is 'this is not json', expected an object"),
+        ("{'a': 1}", r"r\.jsonl:1: row: not valid JSON: .* at character 2 of the row, in \"\{'a': 1\}\""),
+        ('[{"a": 1},\n{"a": 2}]', r"r\.jsonl:1: row: .*; each line is a row here: a file that holds one list is named \.json"),
+        ('[{"a": 1}]', r"r\.jsonl:1: row: expected an object, found list; each line is a row here"),
+    ],
+)
+def test_a_line_that_is_no_row_is_called_what_it_is(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        open_rows(_write(tmp_path / "r.jsonl", text))[0]

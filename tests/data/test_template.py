@@ -358,7 +358,7 @@ def test_the_page_names_every_template_and_every_key() -> None:
     named = set(re.findall(r"^\| `(\w+)` \|", PAGE, flags=re.MULTILINE))
     assert {file.stem for file in shipped_dir("data_templates").glob("*.yaml")} <= named
     of_sources = re.findall(r"^\| `(\w+)` \|", PAGE.partition("## What a source adds")[2], flags=re.MULTILINE)
-    assert len(of_sources) == 7 and set(of_sources) <= set(Source.model_fields)
-    keys = set(re.findall(r"^(\w+):|^\| `(\w+): \{", PAGE, flags=re.MULTILINE))
+    assert len(of_sources) == 9 and set(of_sources) <= set(Source.model_fields)
+    keys = set(re.findall(r"^(\w+):|^\| `(\w+): ", PAGE, flags=re.MULTILINE))
     written = {name for pair in keys for name in pair if name} | {"videos", "audio"}  # told beside `images`
     assert set(DataTemplate.model_fields) <= written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from PIL import Image
 from mmtune.data.boxes import Box, fractions, pixels, read_boxes, thousandths
 from mmtune.data.media import MediaRules
 from mmtune.data.message import RowError, text_of
+from mmtune.data.reader import Reader
 from mmtune.data.template import DataTemplate
+from mmtune.recipe import Source
 
 SIZE = (640, 480)
 
@@ -116,3 +119,31 @@ def test_boxes_in_jinja(media: Path) -> None:
         _template("x", "{{ [image, image] }}").sample("r", row, rules)
     with pytest.raises(RowError, match=r"^r: boxes: 'bbox' is undefined"):
         _template("x").sample("r", {"image": "a.png"}, rules)
+
+
+def test_a_box_of_each_round_and_what_reaches_out_of_the_image_clipped(media: Path) -> None:
+    turns = [{"role": "user", "images": ["{{ image }}"], "text": "where?"}, {"role": "assistant", "text": "{{ box | pixels }}"}]
+    boxes = {"value": "{{ thing.at }}", "layout": "xywh"}
+    told = {"description": "d", "messages": turns, "boxes": boxes, "repeat": {"thing": "things"}, "example": {}}
+    row = {"image": "a.png", "things": [{"at": [0, 0, 10, 12]}, {"at": [-3, 20, 20, 20]}]}  # 40 x 24
+    with pytest.raises(RowError, match="reaches out of the image of 40 x 24"):
+        DataTemplate.model_validate(told).sample("r", row, MediaRules(media))
+    clips = DataTemplate.model_validate(told | {"boxes": boxes | {"outside": "clip"}})
+    sample = clips.sample("r", row, MediaRules(media))
+    assert [text_of(message) for message in sample.messages[1::2]] == ["[0, 0, 10, 12]", "[0, 20, 17, 24]"]
+    with pytest.raises(RowError, match="lies outside of the image of 40 x 24"):
+        clips.sample("r", {**row, "things": [{"at": [40, 0, 5, 5]}]}, MediaRules(media))
+
+
+def test_rows_with_nothing_to_repeat_are_left_out_where_the_template_says_so(tmp_path: Path) -> None:
+    rows = [{"n": number, "things": things} for number, things in enumerate([[], ["a"], [], ["b", "c"], None])]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    turns = [{"role": "user", "text": "what?"}, {"role": "assistant", "text": "{{ thing }}"}]
+    template = {"description": "d", "messages": turns, "repeat": {"thing": "things"}, "leave_out_empty": "things", "example": {}}
+    (tmp_path / "t.yaml").write_text(json.dumps(template))
+    reader = Reader(Source(path=str(tmp_path / "rows.json"), template=str(tmp_path / "t.yaml")))
+    opened = reader.open()
+    kept = [opened[index][0] for index in range(len(opened))]
+    assert kept == [parse()[0] for parse in reader.stream()] == ["rows.json[1]", "rows.json[3]", "rows.json[4]"]
+    with pytest.raises(RowError, match="things: expected a list that is not empty"):
+        reader.sample(*opened[2])
