@@ -22,11 +22,11 @@ PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
 TURN_MEDIA = {"image": ("images", "image"), "video": ("videos", "video"), "audio": ("audios", "audio")}
 """A turn's keys for media of its own."""
 
-WEIGHTS = ("weight", "loss", "train", "training")
-"""A turn's keys that take it out of the loss: OpenAI's `weight`, ms-swift's `loss`, axolotl's `train` and `training`."""
+WEIGHTS = ("weight", "loss", "loss_scale", "train", "training")
+"""A turn's keys that take it out of the loss: OpenAI's `weight`, ms-swift's `loss` and `loss_scale`, axolotl's `train`."""
 
-PARTIAL_WEIGHTS = ("train_detail", "loss_scale")
-"""A turn's keys that weigh parts of an answer, or weigh it by any number."""
+OTHER_WEIGHTS = ("train_detail", "loss_mask")
+"""Keys of a turn or a row that weigh parts of an answer, or all turns in one list."""
 
 
 class Conversation(Declaration):
@@ -66,7 +66,7 @@ class Conversation(Declaration):
         row_id: str,
         row: Mapping[str, Any],
         rules: MediaRules,
-        fields: Mapping[str, str],
+        fields: Mapping[str, tuple[str, ...]],
         placeholder: str,
         add_images: bool = False,
     ) -> list[Message]:
@@ -76,7 +76,7 @@ class Conversation(Declaration):
             row_id: of the row.
             row: holds the turns.
             rules: what media it may name.
-            fields: `image`, `video` or `audio` to the row's field with the paths of that kind.
+            fields: `image`, `video` or `audio` to the row's fields that may hold the media of that kind, of which a row has one.
             placeholder: stands for an image.
             add_images: put the images of a row without any placeholder at the start of the first user turn.
 
@@ -84,6 +84,7 @@ class Conversation(Declaration):
             RowError: a missing field, an unknown speaker, media that are not there or not read, more or fewer than placeholders,
                 or a weight of a turn that is neither 0 nor 1.
         """
+        _refuse_other_weights(row_id, "", row)
         given = _RowMedia(row_id, row, rules, fields, PLACEHOLDERS | {"image": placeholder})
         messages = self._system(row_id, row)
         for turn in self._turns(row_id, row):
@@ -186,10 +187,7 @@ def _trains(row_id: str, turn: _Turn) -> bool:
     Raises:
         RowError: for a weight that is neither 0 nor 1, two that disagree, or a weight of 1 on a turn that is no answer.
     """
-    for name in PARTIAL_WEIGHTS:
-        if turn.keys.get(name) is not None:
-            detail = f"cannot be honoured: a turn is in the loss or out of it; give {WEIGHTS[0]}: 0 or 1 instead"
-            raise RowError(row_id, f"{turn.where}.{name}", detail, "turn_weight")
+    _refuse_other_weights(row_id, f"{turn.where}.", turn.keys)
     weights = {name: turn.keys[name] for name in WEIGHTS if turn.keys.get(name) is not None}
     for name, weight in weights.items():
         if not isinstance(weight, (bool, int, float)) or weight not in (0, 1):
@@ -201,6 +199,13 @@ def _trains(row_id: str, turn: _Turn) -> bool:
     if len(set(weights.values())) > 1:
         raise RowError(row_id, turn.where, f"{' and '.join(weights)} disagree", "turn_weight")
     return bool(next(iter(weights.values()), turn.trains)) or turn.role != "assistant"
+
+
+def _refuse_other_weights(row_id: str, where: str, keys: Mapping[str, Any]) -> None:
+    for name in OTHER_WEIGHTS:
+        if keys.get(name) is not None:
+            detail = f"cannot be honoured: a turn is in the loss or out of it; give each turn {WEIGHTS[0]}: 0 or 1 instead"
+            raise RowError(row_id, f"{where}{name}", detail, "turn_weight")
 
 
 @dataclass
@@ -220,20 +225,29 @@ class _RowMedia:
     """The media of one row, given out to the placeholders and blocks that ask for them."""
 
     def __init__(
-        self, row_id: str, row: Mapping[str, Any], rules: MediaRules, fields: Mapping[str, str], placeholders: Mapping[str, str]
+        self,
+        row_id: str,
+        row: Mapping[str, Any],
+        rules: MediaRules,
+        fields: Mapping[str, tuple[str, ...]],
+        placeholders: Mapping[str, str],
     ) -> None:
         self._row_id = row_id
         self._rules = rules
         self._fields = fields
         self._placeholders = placeholders
         self._row = {kind: _Supply([]) for kind in PLACEHOLDERS}
-        for kind, name in fields.items():
-            self._row[kind].given += [media(row_id, name, value, rules) for value in _values(row.get(name))]
+        for kind, names in fields.items():
+            self._row[kind] = self._supply("", row, names)
         self._turn: dict[str, _Supply] = {}
 
     def content(self, turn: _Turn) -> list[dict[str, Any]]:
         """The blocks of one turn. Media of its own stand where its placeholders are, or before its text if it has none."""
-        self._turn = {kind: supply for kind in TURN_MEDIA if (supply := self._own(turn, kind)).given}
+        self._turn = {
+            kind: supply
+            for kind, names in TURN_MEDIA.items()
+            if (supply := self._supply(f"{turn.where}.", turn.keys, names)).given
+        }
         where = turn.at or turn.where
         if isinstance(turn.text, list):
             content = [self._block(f"{where}[{index}]", block) for index, block in enumerate(turn.text)]
@@ -266,16 +280,14 @@ class _RowMedia:
                 first["content"] = [*({"type": kind, kind: medium} for medium in supply.given), *first["content"]]
                 continue
             hint = "; `image_placeholder: add` in the source puts them at the start of the first user turn" if nowhere else ""
-            self._check(self._fields.get(kind, where), kind, supply, hint)
+            self._check(next(iter(self._fields.get(kind, ())), where), kind, supply, hint)
 
-    def _own(self, turn: _Turn, kind: str) -> _Supply:
-        named = [name for name in TURN_MEDIA[kind] if _values(turn.keys.get(name))]
+    def _supply(self, where: str, keys: Mapping[str, Any], names: tuple[str, ...]) -> _Supply:
+        named = [name for name in names if _values(keys.get(name))]
         if len(named) > 1:
-            raise RowError(self._row_id, turn.where, f"both '{named[0]}' and '{named[1]}'; give one of them", "field_type")
-        if not named:
-            return _Supply([])
-        where = f"{turn.where}.{named[0]}"
-        return _Supply([media(self._row_id, where, value, self._rules) for value in _values(turn.keys[named[0]])])
+            raise RowError(self._row_id, f"{where}{named[0]}", f"'{named[1]}' is given too; give one of them", "field_type")
+        values = _values(keys[named[0]]) if named else []
+        return _Supply([media(self._row_id, f"{where}{named[0]}", value, self._rules) for value in values])
 
     def _check(self, where: str, kind: str, supply: _Supply, hint: str = "") -> None:
         given, several = len(supply.given), kind if kind == "audio" else f"{kind}s"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,9 @@ class DataTemplate(Declaration):
     )
     join: Join | None = None
     conversation: Conversation | None = None
-    images: str | None = Field(default=None, description="The row's field with one image, or a list of them.")
+    images: str | tuple[str, ...] | None = Field(
+        default=None, description="The row's field with one image, or a list of them; of several fields a row has one."
+    )
     videos: str | None = Field(default=None, description="The row's field with one video, or a list of them.")
     audio: str | None = Field(default=None, description="The row's field with one sound, or a list of them.")
     placeholder: str = Field(
@@ -117,7 +119,7 @@ class DataTemplate(Declaration):
         choices: tuple[str, ...] = ()
         references: tuple[str, ...] = ()
         if self.conversation:
-            fields = {kind: name for kind, name in self._media_fields().items() if name is not None}
+            fields = {kind: names for kind, names in self._media_fields().items() if names}
             messages = self.conversation.messages(row_id, row, rules, fields, self.placeholder, prompting.add_images)
         else:
             messages, choices, references = self.columns().messages(row_id, row, rules, prompting)
@@ -129,7 +131,7 @@ class DataTemplate(Declaration):
     @cached_property
     def fields_read(self) -> frozenset[str]:
         """The fields of a row that are read, those of the template's own names (`joined`) among them."""
-        named = [*self._media_fields().values(), self.task, *self.repeat.values()]
+        named = [*chain.from_iterable(self._media_fields().values()), self.task, *self.repeat.values()]
         written = [self.references or ""]
         if self.conversation is not None:
             named += self.conversation.fields
@@ -160,10 +162,11 @@ class DataTemplate(Declaration):
             return row
         members = {name: value for name, value in row.items() if name != "json" and name not in inner}
         made = {**inner, **members}
-        for kind, field in self._media_fields().items():
+        for kind, fields in self._media_fields().items():
             own = [name for name, value in members.items() if isinstance(value, Embedded) and kind_of_name(value.name) == kind]
-            if not own or field is None:
+            if not own or not fields:
                 continue
+            field = next((name for name in fields if inner.get(name)), fields[0])
             named = inner.get(field)
             count = len(named) if isinstance(named, list) else 1
             if named and count != len(own):
@@ -175,12 +178,13 @@ class DataTemplate(Declaration):
 
     def _advice(self) -> str:
         """What to do about media that the template does not read."""
-        reads = ", ".join(field for field in self._media_fields().values() if field is not None)
+        reads = ", ".join(chain.from_iterable(self._media_fields().values()))
         media = f"the template reads media in {reads}" if reads else "take a template that reads it"
         return f"{media}; rename the key, or list it under the source's `ignore`"
 
-    def _media_fields(self) -> dict[str, str | None]:
-        return {"image": self.images, "video": self.videos, "audio": self.audio}
+    def _media_fields(self) -> dict[str, tuple[str, ...]]:
+        given = {"image": self.images, "video": self.videos, "audio": self.audio}
+        return {kind: () if names is None else (names,) if isinstance(names, str) else names for kind, names in given.items()}
 
     def columns(self) -> Columns:
         """What a template without a conversation says, apart from the rest."""

@@ -23,7 +23,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 
 _KIND_OF = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
 _NAMES = re.compile(
-    r"(image|img|picture|photo|video|audio)s?(file|filename|filepath|path|name|url|uri|bytes|data|base64|b64|list)?s?",
+    r"(image|img|picture|photo|video|audio)s?\d*(file|filename|filepath|path|name|url|uri|bytes|data|base64|b64|list)?s?\d*",
     re.IGNORECASE,
 )
 """Keys that name media, underscores left out."""

@@ -53,6 +53,7 @@ def _told(sample: Sample) -> list[list[str]]:
 
 UNREAD: list[tuple[str, dict[str, Any], str]] = [
     ("messages", {"image": "a.png", "messages": [_user("q"), _assistant("a")]}, "image"),
+    ("messages", {"image_0": "ex_399_img_0", "messages": [_user("q"), _assistant("a")]}, "image_0"),
     ("messages", {"img_path": "a.png", "messages": [_user("q"), _assistant("a")]}, "img_path"),
     ("messages", {"shown": ["x", "pics/a b.JPG"], "messages": [_user("q"), _assistant("a")]}, "shown"),
     ("messages", {"shown": "https://x.org/a.webp?size=3", "messages": [_user("q"), _assistant("a")]}, "shown"),
@@ -177,7 +178,7 @@ def test_media_of_turns_and_blocks(media: Path, turns: list[Any], images: list[s
     ("turns", "images", "reason"),
     [
         ([_user("<image>q", images=["a.png", "b.png"]), _assistant("a")], [], r"messages\[0\]: 2 images for 1 '<image>' pl"),
-        ([_user("q", images=["a.png"], image="a.png"), _assistant("a")], [], r"messages\[0\]: both 'images' and 'image'"),
+        ([_user("q", images=["a.png"], image="a.png"), _assistant("a")], [], r"messages\[0\]\.images: 'image' is given too"),
         ([_user("q", images=["none.png"]), _assistant("a")], [], r"messages\[0\]\.images: no such file"),
         ([_user("q"), _assistant("a", images=["a.png"])], [], r"messages\[1\]: an answer cannot hold an image"),
         ([_user("q", images=["a.png"]), _assistant("a")], ["b.png"], "images: 1 images for 0 '<image>' placeholders"),
@@ -213,9 +214,12 @@ def test_images_without_a_placeholder_are_added_where_the_source_says_so(media: 
     row["messages"] = [_user([{"type": "image", "index": 0}]), _assistant("a")]
     with pytest.raises(RowError, match="no block has index 1"):
         _samples(media, row, image_placeholder="add")
-    trl = {"images": ["a.png"], "prompt": [_user([{"type": "text", "text": "q"}])], "completion": [_assistant("a")]}
-    [sample] = _samples(media, trl, template="prompt_completion", image_placeholder="add")
-    assert _told(sample) == [["<a.png>", "q"], ["a"]]
+    for images in ({"images": ["a.png"]}, {"image": "a.png"}, {"images": [], "image": "a.png"}):  # TRL's rows have either
+        trl = {**images, "prompt": [_user([{"type": "text", "text": "q"}])], "completion": [_assistant("a")]}
+        [sample] = _samples(media, trl, template="prompt_completion", image_placeholder="add")
+        assert _told(sample) == [["<a.png>", "q"], ["a"]]
+    with pytest.raises(RowError, match="images: 'image' is given too; give one of them"):
+        _samples(media, {**trl, "images": ["b.png"]}, template="prompt_completion")
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -288,7 +292,7 @@ def test_a_weight_and_the_last_answer_alone(untrained: tuple[Any, Any], media: P
             {},
             r"messages\[1\]\.train_detail: cannot be honoured",
         ),
-        ({"loss_scale": 0.3}, {}, r"messages\[1\]\.loss_scale: cannot be honoured"),
+        ({"loss_scale": 0.3}, {}, r"messages\[1\]\.loss_scale: expected 0, 1, true or false, got 0\.3"),
         ({"weight": 0}, {"weight": 0}, "messages: every answer has weight 0"),
     ],
 )
@@ -304,6 +308,8 @@ def test_a_question_has_no_loss_to_ask_for(media: Path) -> None:
     asks = [_user("q", weight=1), _assistant("a")]
     with pytest.raises(RowError, match=r"messages\[0\]\.weight: 1 asks for loss on a turn of the user"):
         _samples(media, {"messages": asks})
+    with pytest.raises(RowError, match=r"rows\.json\[0\]: loss_mask: cannot be honoured"):
+        _samples(media, {"messages": [_user("q"), _assistant("a")], "loss_mask": [0, 1]})
     [sample] = _samples(media, {"messages": [_user("q", weight=0, loss=None), _assistant("a")]})
     assert [is_supervised(message) for message in sample.messages] == [False, True]
 
