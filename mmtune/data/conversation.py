@@ -87,10 +87,12 @@ class Conversation(Declaration):
         _refuse_other_weights(row_id, "", row)
         given = _RowMedia(row_id, row, rules, fields, PLACEHOLDERS | {"image": placeholder})
         messages = self._system(row_id, row)
+        read = {self.role, self.text, *_OWN_MEDIA}
         for turn in self._turns(row_id, row):
             trains = _trains(row_id, turn)
-            advice = f"media of a turn are read from {', '.join(names[0] for names in TURN_MEDIA.values())}; rename the key"
-            check_unread(row_id, turn.where, turn.keys, {self.role, self.text, *_OWN_MEDIA}, advice)
+            check_unread(
+                row_id, turn.where, turn.keys, read, "media of a turn are read from images, videos, audios; rename the key"
+            )
             message: Message = {"role": turn.role, "content": given.content(turn)}
             messages.append(message if trains else message | {"supervised": False})
         given.check(self.field or str(self.question), messages if add_images else None)
@@ -172,6 +174,7 @@ class _Turn(NamedTuple):
     trains: bool = True
 
 
+_OWN_WEIGHTS = {*WEIGHTS, *OTHER_WEIGHTS}
 _OWN_MEDIA = {name for names in TURN_MEDIA.values() for name in names}
 
 
@@ -187,6 +190,8 @@ def _trains(row_id: str, turn: _Turn) -> bool:
     Raises:
         RowError: for a weight that is neither 0 nor 1, two that disagree, or a weight of 1 on a turn that is no answer.
     """
+    if _OWN_WEIGHTS.isdisjoint(turn.keys):
+        return turn.trains
     _refuse_other_weights(row_id, f"{turn.where}.", turn.keys)
     weights = {name: turn.keys[name] for name in WEIGHTS if turn.keys.get(name) is not None}
     for name, weight in weights.items():
@@ -198,7 +203,7 @@ def _trains(row_id: str, turn: _Turn) -> bool:
             raise RowError(row_id, f"{turn.where}.{name}", detail, "turn_weight")
     if len(set(weights.values())) > 1:
         raise RowError(row_id, turn.where, f"{' and '.join(weights)} disagree", "turn_weight")
-    return bool(next(iter(weights.values()), turn.trains)) or turn.role != "assistant"
+    return turn.role != "assistant" or bool(next(iter(weights.values()), turn.trains))
 
 
 def _refuse_other_weights(row_id: str, where: str, keys: Mapping[str, Any]) -> None:
@@ -243,11 +248,10 @@ class _RowMedia:
 
     def content(self, turn: _Turn) -> list[dict[str, Any]]:
         """The blocks of one turn. Media of its own stand where its placeholders are, or before its text if it has none."""
-        self._turn = {
-            kind: supply
-            for kind, names in TURN_MEDIA.items()
-            if (supply := self._supply(f"{turn.where}.", turn.keys, names)).given
-        }
+        self._turn = {}
+        if not _OWN_MEDIA.isdisjoint(turn.keys):
+            own = {kind: self._supply(f"{turn.where}.", turn.keys, names) for kind, names in TURN_MEDIA.items()}
+            self._turn = {kind: supply for kind, supply in own.items() if supply.given}
         where = turn.at or turn.where
         if isinstance(turn.text, list):
             content = [self._block(f"{where}[{index}]", block) for index, block in enumerate(turn.text)]
@@ -304,7 +308,7 @@ class _RowMedia:
         """Text around placeholders; the line break that sets a placeholder apart belongs to it, not to the text."""
         # A kind that neither the template nor the turn knows of has no placeholder: the text stays text.
         kinds = {self._placeholders[kind]: kind for kind in (*self._fields, *self._turn)}
-        if not kinds:
+        if not any(placeholder in text for placeholder in kinds):
             return [{"type": "text", "text": text}] if text else []
         content: list[dict[str, Any]] = []
         pattern = re.compile("|".join(map(re.escape, kinds)))

@@ -115,7 +115,7 @@ class DataTemplate(Declaration):
         """
         row = self.unpacked(row_id, row)
         read = self.fields_read | prompting.ignore | {*self.ignore, *OWN_IDS}
-        check_unread(row_id, "", row, read, self._advice())
+        check_unread(row_id, "", row, read, self._advice)
         choices: tuple[str, ...] = ()
         references: tuple[str, ...] = ()
         if self.conversation:
@@ -176,11 +176,12 @@ class DataTemplate(Declaration):
             made[field] = [members[name] for name in sorted(own, key=_by_number)]
         return made
 
+    @cached_property
     def _advice(self) -> str:
         """What to do about media that the template does not read."""
         reads = ", ".join(chain.from_iterable(self._media_fields().values()))
-        media = f"the template reads media in {reads}" if reads else "take a template that reads it"
-        return f"{media}; rename the key, or list it under the source's `ignore`"
+        fix = f"the template reads media in {reads}; rename the key" if reads else "take a template that reads it"
+        return f"{fix}, or list it under the source's `ignore`"
 
     def _media_fields(self) -> dict[str, tuple[str, ...]]:
         given = {"image": self.images, "video": self.videos, "audio": self.audio}
