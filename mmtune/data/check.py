@@ -275,7 +275,7 @@ class Doctor:
 
 def _open(reader: Reader, held_out: bool) -> _Part:
     rows = reader.open()
-    known = reader.template.fields_read | reader.ignored | {*OWN_IDS, *BOX_FIELDS}
+    known = reader.template.fields_read | reader.ignored | {*reader.template.ignore, *OWN_IDS, *BOX_FIELDS}
     return _Part(reader, rows, held_out, frozenset(known))
 
 
