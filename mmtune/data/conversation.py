@@ -137,7 +137,7 @@ class Conversation(Declaration):
 
     def _history(self, row_id: str, row: Mapping[str, Any]) -> list[list[str]]:
         pairs = row.get(self.history) if self.history else None
-        if pairs is None:
+        if not pairs:
             return []
         for number, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
             if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
