@@ -11,6 +11,9 @@ from mmtune.data.findings import Unusable
 SLACK = 0.01
 """How far, in pixels, a box may pass the border: COCO writes its boxes with two decimals. It is cut off at the border."""
 
+BOX_FIELDS = ("bbox", "box", "bboxes", "boxes")
+"""Names under which rows hold boxes."""
+
 
 @dataclass(frozen=True)
 class Box:

@@ -224,8 +224,9 @@ def keep_adapter(path: Path, out: Path, *, overwrite: bool = False, count: int =
 
 
 def parity_samples(recipe: Recipe, count: int) -> list[Sample]:
-    """Up to `count` samples spread over the recipe's held-out data, or over its training data when it has none."""
-    samples = Samples(recipe.evaluate.data) if recipe.evaluate else open_samples(recipe.data)
+    """Up to `count` samples spread over the recipe's held-out data, or its training data, not augmented, when it has none."""
+    plain = tuple(source.model_copy(update={"augment": None}) for source in recipe.data.train)
+    samples = Samples(recipe.evaluate.data) if recipe.evaluate else open_samples(recipe.data.model_copy(update={"train": plain}))
     return [handle() for handle in islice(samples.some(count), count)]
 
 
