@@ -18,6 +18,7 @@ DEFLATED = "1.2.840.10008.1.2.1.99"
 
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOUR = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+REQUIRED = ("Rows", "Columns", "PhotometricInterpretation", "BitsStored")
 FRAME_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 FRAME_PARTS = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
 
@@ -51,6 +52,9 @@ class DicomImage(ImageFile.ImageFile):
             header = dcmread(self.fp, stop_before_pixels=True)
         except InvalidDicomError as error:
             raise ValueError(str(error)) from error
+        missing = [name for name in REQUIRED if header.get(name) is None]
+        if missing:
+            raise ValueError(f"the DICOM file holds no image: it has no {', '.join(missing)}")
         _copy_frame_settings(header)
         self._header: Any = header
         self._size = (int(header.Columns), int(header.Rows))

@@ -22,7 +22,7 @@ from mmtune.data.dicom import INSTALL, DicomImage, has_pydicom, is_dicom
 from mmtune.data.fetch import fetch_media
 from mmtune.data.findings import Unusable
 from mmtune.data.image_changes import ImageChange
-from mmtune.data.media_names import data_of, hint, path_of_file_uri, refuse_scheme, unwrapped
+from mmtune.data.media_names import data_of, path_of_file_uri, refuse_base64, refuse_scheme, unwrapped, windows_hint
 from mmtune.data.pixels import Window, lacks_range, to_rgb
 from mmtune.files import user_cache
 
@@ -113,6 +113,11 @@ class _Slice(io.RawIOBase):
         self._offset = offset
         self._length = length
         self._position = 0
+
+    @property
+    def name(self) -> str:
+        """The file's, as other readers have it."""
+        return str(self._file.name)
 
     def readable(self) -> bool:
         return True
@@ -252,15 +257,18 @@ def _from_path(name: str, rules: MediaRules) -> Path:
             path = (root / written).resolve()
             is_file = path.is_file()
         except (OSError, RuntimeError, ValueError) as error:  # too long a name; links in a circle; a null byte, a lone surrogate
-            told = f"cannot look up '{name[:100]}': {str(error).replace(written, '...')}"
-            raise Unusable("media_path", told[:250] + hint(name)) from error
+            refuse_base64(name)
+            raise Unusable("media_path", f"cannot look up '{name[:200]}': {error}"[:400]) from error
         if is_file:
             break
+    if not is_file:
+        refuse_base64(name)
+    windows = "" if is_file else windows_hint(name)
     if not rules.outside and not path.is_relative_to(root):
         told = f"'{name}' lies outside media_root {root}; `allow_outside_root: true` in its source would allow it"
-        raise Unusable("media_outside_root", told)
+        raise Unusable("media_outside_root", told + windows)
     if not is_file:
-        raise Unusable("media_missing", f"no such file: {path}{hint(name)}")
+        raise Unusable("media_missing", f"no such file: {path}{windows}")
     return path
 
 
@@ -295,7 +303,8 @@ def open_image(media: Media | str) -> Image.Image:
             if orientation in _TRANSPOSED:
                 shown = shown.transpose(_TRANSPOSED[orientation])
         except _DAMAGED as error:
-            raise Unusable("image_damaged", f"cannot decode {media}: {error}") from error
+            told = " ".join(str(error).split())  # pydicom's has several lines
+            raise Unusable("image_damaged", f"cannot decode {media}: {told}") from error
     return shown if change is None else change.apply(shown)
 
 

@@ -19,9 +19,8 @@ BESIDE = ("type", "detail")
 """Keys that OpenAI's format has beside them, which say nothing of where the medium is."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+(:[A-Za-z][A-Za-z0-9+.-]+)*)://")
-_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{64,}={0,2}")
-_IMAGE_IN_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
-"""How JPEG, PNG, GIF, WebP and TIFF files begin in base64."""
+_IMAGE_IN_BASE64 = re.compile(r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|Qk[0-3]|AAAA.GZ0eXBh|AAAADGpQ)[A-Za-z0-9+/=\s]{40}")
+"""How JPEG, PNG, GIF, WebP, TIFF, BMP, AVIF and JPEG 2000 files begin in base64."""
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
@@ -89,10 +88,16 @@ def refuse_scheme(name: str) -> None:
         raise Unusable("media_path", f"{told} (read are paths, file:// and data: URIs, and http and https where allowed)")
 
 
-def hint(name: str) -> str:
-    """What a name may be that no file has: a Windows path, or an image in base64."""
-    if name.startswith(_IMAGE_IN_BASE64) or _BASE64.fullmatch("".join(name.split())):
-        return "; if it is an image in base64, its head is missing: write data:image;base64, before it"
-    if _WINDOWS.match(name) or "\\" in name:
-        return "; it is a Windows path: write it relative to media_root, with forward slashes"
-    return ""
+def refuse_base64(name: str) -> None:
+    """
+    Raises:
+        ValueError: a name that no file has and that is an image in base64, without the head that says so.
+    """
+    if _IMAGE_IN_BASE64.match(name):
+        told = f"'{name[:40]}...' is an image in base64 whose head is missing"
+        raise Unusable("media_path", f"{told}: write data:image;base64, before it")
+
+
+def windows_hint(name: str) -> str:
+    """What to say of a Windows path that no file has; nothing of another path."""
+    return "; it is a Windows path: write it relative to media_root" if _WINDOWS.match(name) or "\\" in name else ""

@@ -1,4 +1,4 @@
-"""Pixels of every mode as 8-bit RGB, held to closed forms in numpy: transparency on white, and wide grey values through windows."""
+"""Pixels of every mode as 8-bit RGB, held to closed forms in numpy: transparency on white, wide grey values through windows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _pixels(data: bytes) -> np.ndarray[Any, Any]:
     return np.asarray(image)
 
 
-def _png(width: int, height: int, depth: int, colour: int, pixels: bytes, transparent: bytes = b"", palette: bytes = b"") -> bytes:
+def _png(width: int, height: int, depth: int, colour: int, pixels: bytes, clear: bytes = b"", palette: bytes = b"") -> bytes:
     """A PNG with the bits that are given, which Pillow does not write in every form (PNG specification, 11.2 and 11.3)."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
@@ -61,7 +61,7 @@ def _png(width: int, height: int, depth: int, colour: int, pixels: bytes, transp
             b"\x89PNG\r\n\x1a\n",
             chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)),
             chunk(b"PLTE", palette) if palette else b"",
-            chunk(b"tRNS", transparent) if transparent else b"",
+            chunk(b"tRNS", clear) if clear else b"",
             chunk(b"IDAT", zlib.compress(lines)),
             chunk(b"IEND", b""),
         ]
@@ -154,9 +154,9 @@ def test_a_transparent_grey_value_is_white(depth: int, pixels: bytes, grey: list
     assert _pixels(_png(2, 1, depth, 0, pixels, struct.pack(">H", key)))[0, :, 0].tolist() == expected
 
 
-@pytest.mark.parametrize(("depth", "scale"), [(8, 1), (16, 257)])
+@pytest.mark.parametrize(("depth", "scale"), [(8, 1), (16, 259)])
 def test_a_transparent_colour_is_white(depth: int, scale: int) -> None:
-    pixels = np.array([1, 2, 3, 4, 5, 6]) * scale
+    pixels = np.array([1, 2, 3, 4, 5, 6]) * scale  # 16 bits: upper halves from 1 to 6, other lower halves
     data = pixels.astype(f">u{depth // 8}").tobytes()
     made = _pixels(_png(2, 1, depth, 2, data, struct.pack(">3H", *(pixels[3:]))))
     assert made.tolist() == [[[1, 2, 3], [255, 255, 255]]]
@@ -189,10 +189,10 @@ def test_training_evaluation_and_chat_see_the_same_picture(tmp_path: Path, untra
     flat = Image.new("RGB", (64, 48), "white")
     flat.paste((0, 0, 0), (10, 10, 40, 30))
     flat.save(tmp_path / "flat.png")
-    seen = [
-        encode_prompt("r", [{"role": "user", "content": [{"type": "image", "image": tmp_path / name}]}], processor)["pixel_values"]
-        for name in ("ink.png", "flat.png")
-    ]
+    seen = []
+    for name in ("ink.png", "flat.png"):
+        question = {"role": "user", "content": [{"type": "image", "image": tmp_path / name}]}
+        seen.append(encode_prompt("r", [question], processor)["pixel_values"])
     assert seen[0].equal(seen[1])
     session = ChatSession(model, processor)
     assert session.attach(tmp_path / "ink.png") == (64, 48)
@@ -248,10 +248,10 @@ def test_without_a_window_sixteen_bits_keep_the_upper_eight_and_others_are_refus
     if values is WIDE:
         assert np.array_equal(np.asarray(open_image(media))[..., 0], values // 256)
         return
-    kinds = {"signed": "signed 16-bit", "32 bits": "signed 32-bit", "32 bits unsigned": " 32-bit"}
-    kind = kinds.get((name.split(", ") + ["real"])[1], "floating-point") if "real" not in name else "floating-point"
+    kinds = {id(SIGNED): "signed 16-bit", id(LARGE): "signed 32-bit", id(UNSIGNED): "32-bit"}
+    kind = kinds.get(id(values), "floating-point")
     for read in (image_size, open_image):
-        with pytest.raises(ValueError, match=rf"holds {kind.strip()} values, .* a line `window: \[LOW, HIGH\]`"):
+        with pytest.raises(ValueError, match=rf"holds {kind} values, .* a line `window: \[LOW, HIGH\]`"):
             read(media)
     assert [name for name, _ in inspect_image(media).findings] == ["image_unreadable"]
 
