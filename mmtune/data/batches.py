@@ -157,12 +157,13 @@ class Batches(Sampler[list[int]]):
         """The epoch's steps of all processes, with the number of each visit: it is the same in every layout."""
         first = self._epoch * self._mixture.repeats
         times: Counter[int] = Counter()
+
+        def visit(row: int) -> tuple[int, int]:
+            times[row] += 1
+            return row, first + times[row] - 1
+
         for step in steps:
-            numbered = []
-            for batch in step:
-                numbered.append([(row, first + times[row]) for row in batch])
-                times.update(batch)
-            yield numbered
+            yield [[visit(row) for row in batch] for batch in step]
 
     def largest(self) -> dict[str, int]:
         """The first epoch's batch with the most tokens, padding counted: its `rows`, `tokens` and `padded_tokens`.
