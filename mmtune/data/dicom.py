@@ -18,7 +18,7 @@ DEFLATED = "1.2.840.10008.1.2.1.99"
 
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOUR = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-REQUIRED = ("Rows", "Columns", "PhotometricInterpretation", "BitsStored")
+REQUIRED = ("Rows", "Columns", "PhotometricInterpretation", "BitsAllocated")
 FRAME_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 FRAME_PARTS = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
 
@@ -62,7 +62,7 @@ class DicomImage(ImageFile.ImageFile):
         if self.photometric not in GREY + COLOUR:
             raise ValueError(f"photometric interpretation {self.photometric}; expected one of {', '.join(GREY + COLOUR)}")
         self._mode = "L" if self.photometric in GREY else "RGB"
-        self.bits = int(header.BitsStored)
+        self.bits = int(header.get("BitsStored") or header.BitsAllocated)  # floating-point pixels have the latter alone
         self.n_frames = int(header.get("NumberOfFrames") or 1)
         self.is_animated = self.n_frames > 1
 

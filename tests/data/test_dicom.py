@@ -49,7 +49,7 @@ def _dicom(pixels: Any, photometric: str = "MONOCHROME2", syntax: str = Explicit
     dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
     dataset.PixelData = pixels.tobytes() + b"\0" * (pixels.nbytes % 2)
     for name, value in elements.items():
-        setattr(dataset, name, value)
+        delattr(dataset, name) if value is None else setattr(dataset, name, value)
     file = io.BytesIO()
     dataset.save_as(file, enforce_file_format=True)
     return file.getvalue()
@@ -106,6 +106,16 @@ def test_the_other_functions_of_a_window(function: str) -> None:
         assert np.array_equal(made, _linear(VALUES, 1500, 2500))
     else:
         assert np.array_equal(made, _linear(1 / (1 + np.exp(-4 * (VALUES - 2000.0) / 1000)), 0, 1))
+
+
+@pytest.mark.parametrize(("kind", "element"), [("f4", "FloatPixelData"), ("f8", "DoubleFloatPixelData")])
+def test_floating_point_pixels_are_read(kind: str, element: str) -> None:
+    """PS3.3, C.7.6.24: a parametric map, without BitsStored, HighBit and PixelRepresentation."""
+    values = (VALUES / 4096.0).astype(kind)
+    absent = dict.fromkeys(("PixelData", "BitsStored", "HighBit", "PixelRepresentation"))
+    data = _dicom(values, **{element: values.tobytes()}, **absent)
+    assert np.array_equal(_grey(data, (0.25, 0.75)), _linear(values, 0.25, 0.75))
+    assert np.array_equal(_grey(data), _linear(values, values.min(), values.max()))
 
 
 def test_monochrome1_shows_low_values_white() -> None:
