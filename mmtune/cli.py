@@ -127,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "chat", _chat, "talk to a run or a model")
     verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run directory, an adapter, a checkpoint or a hub id")
     verb.add_argument("--image", action="append", default=[], help="an image to show first; may be repeated")
+    told = "the grey values that become black and white, as `window` of the sources that trained; 8 bits take none"
+    verb.add_argument("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help=told)
     verb.add_argument("--prompt", help="one question; without it, a conversation")
     verb.add_argument("--max-new-tokens", type=int, default=256, help="an answer is cut there (default 256)")
 
@@ -269,8 +271,11 @@ def _chat(arguments: argparse.Namespace) -> Any:
 
     if arguments.json and arguments.prompt is None:
         raise UserError("--json goes with --prompt")
+    if arguments.window is not None and not arguments.window[0] < arguments.window[1]:
+        raise UserError(f"--window {arguments.window[0]:g} {arguments.window[1]:g}: expected LOW HIGH, the lower value first")
     model, processor = load_trained(Path(arguments.model))
-    session = ChatSession(place(model), processor, max_new_tokens=arguments.max_new_tokens)
+    window = None if arguments.window is None else (arguments.window[0], arguments.window[1])
+    session = ChatSession(place(model), processor, max_new_tokens=arguments.max_new_tokens, window=window)
     for image in arguments.image:
         session.attach(Path(image))
     if arguments.prompt is None:

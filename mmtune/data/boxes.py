@@ -69,7 +69,7 @@ def fractions(box: Box, digits: int = 3) -> str:
 
 
 def pixels(box: Box) -> str:
-    """`[x1, y1, x2, y2]` in whole pixels of the original upright image, halves upwards."""
+    """`[x1, y1, x2, y2]` in whole pixels of the upright image, as augmented if it is, halves upwards."""
     corners = (_checked(box).x1, box.y1, box.x2, box.y2)
     return _listed(str(_nearest(corner)) for corner in corners)
 

@@ -331,7 +331,7 @@ def opened_image(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
             values = lacks_range(image)
             if values is not None and (not isinstance(media, ImageView) or media.window is None):
                 told = f"{media} holds {values} values, whose range is not known; give its source a line `window: [LOW, HIGH]`"
-                raise Unusable("image_unreadable", f"{told}, the values that become black and white")
+                raise Unusable("image_unreadable", f"{told}, the values that become black and white (in chat: --window LOW HIGH)")
             yield image, orientation
 
 

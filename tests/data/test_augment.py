@@ -15,15 +15,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from mmtune.chat.session import ChatSession
 from mmtune.cli import entry_point
 from mmtune.data.batches import Batches, Mixture
 from mmtune.data.boxes import Box
+from mmtune.data.check import Doctor, Rules
 from mmtune.data.count import count_tokens
 from mmtune.data.dataset import Encoder, Samples, StreamedSamples, TrainingSet
 from mmtune.data.encode import encode_sample
 from mmtune.data.image_changes import ImageChange
 from mmtune.data.media import ImageView, image_size, open_image
 from mmtune.data.message import RowError, text_of
+from mmtune.data.plan import build_plan
+from mmtune.data.show import view_sample
+from mmtune.errors import UserError
+from mmtune.evaluation.report import _images
+from mmtune.evaluation.run import Answer
 from mmtune.recipe import DataSection, Source
 from mmtune.release.merge import parity_samples
 from mmtune.training.rows import make_batches
@@ -355,3 +362,34 @@ def test_a_source_shows_its_images_through_its_window(tmp_path: Path, untrained:
     [flat] = list(Samples([Source(path=path, template="llava")]))
     seen, same = (encode_sample(each, untrained[1])["pixel_values"] for each in (sample, flat))
     assert torch.equal(seen, same)
+
+
+def test_lengths_are_planned_checked_and_shown_of_augmented_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    processor = FAMILIES["qwen2_vl"]()
+    source = _source(tmp_path, augment={"resize": 64, "flip": 1.0})
+    samples = Samples([source])
+    plan = build_plan(samples, processor)
+    assert plan.tokens.tolist() == [encode_sample(samples.visit(index, 3), processor)["input_ids"].shape[1] for index in range(4)]
+    assert plan.media is not None and plan.media.files == [str(tmp_path / f"{index}.png") for index in range(4)]
+    limit = int(plan.tokens.max())
+    for augment, kinds in ((source.augment, set()), (None, {"too_long"})):
+        doctor = Doctor([source.model_copy(update={"augment": augment})], rules=Rules(processor, max_tokens=limit))
+        assert {each.finding for each in doctor.findings(1) if each.severity == "error"} == kinds
+    view = view_sample(samples[0], processor, DataSection(train=(source,)))
+    assert len(view.tokens) == plan.tokens[0] and "images are augmented as when the row trains first" in view.notes[0]
+
+
+def test_a_report_and_chat_show_images_through_the_window(tmp_path: Path, untrained: Any) -> None:
+    Image.fromarray(np.linspace(0, 4, 48 * 40, dtype=np.float32).reshape(40, 48)).save(tmp_path / "0.tif")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a ramp"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": "0.tif", "conversations": turns}]))
+    source = Source(path=str(tmp_path / "rows.json"), template="llava", window=(0.0, 4.0))
+    [sample] = list(Samples([source]))
+    answer = Answer(sample.id, None, "What?", (str(sample.images[0]),), "a ramp", "a ramp", True)
+    [image] = _images([answer], [source])[sample.id]
+    assert np.asarray(open_image(image))[..., 0].ravel()[[0, -1]].tolist() == [0, 255]
+    model, processor = untrained
+    assert ChatSession(model, processor, window=(0.0, 4.0)).attach(tmp_path / "0.tif") == (48, 40)
+    with pytest.raises(UserError, match=r"holds floating-point values, .*in chat: --window LOW HIGH"):
+        ChatSession(model, processor).attach(tmp_path / "0.tif")
+    assert entry_point(["chat", "builtin:tiny-llava", "--window", "4", "0"]) == 2
