@@ -58,7 +58,7 @@ class Mixture:
     @property
     def repeats(self) -> int:
         """How many times an epoch takes a row at most."""
-        return max(-(-take // count) for count, take in zip(self.counts, self.takes, strict=True) if count)
+        return max((-(-take // count) for count, take in zip(self.counts, self.takes, strict=True) if count), default=1)
 
     def rows(self, seed: int, epoch: int) -> Rows:
         """An epoch's row numbers, source by source, rows of a source in order where all are taken."""

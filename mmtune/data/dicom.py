@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -43,15 +45,15 @@ class DicomImage(ImageFile.ImageFile):
     format_description = "DICOM"
 
     def _open(self) -> None:
+        with _damage_named():
+            self._read_header()
+
+    def _read_header(self) -> None:
         from pydicom import dcmread
-        from pydicom.errors import InvalidDicomError
 
         assert self.fp is not None
-        try:
-            _refuse_deflated(cast(BinaryIO, self.fp))
-            header = dcmread(self.fp, stop_before_pixels=True)
-        except InvalidDicomError as error:
-            raise ValueError(str(error)) from error
+        _refuse_deflated(cast(BinaryIO, self.fp))
+        header = dcmread(self.fp, stop_before_pixels=True)
         missing = [name for name in REQUIRED if header.get(name) is None]
         if missing:
             raise ValueError(f"the DICOM file holds no image: it has no {', '.join(missing)}")
@@ -79,6 +81,10 @@ class DicomImage(ImageFile.ImageFile):
         Raises:
             ValueError and others: pixels that are damaged, or compressed in a way that needs another package.
         """
+        with _damage_named():
+            return self._first_frame(window)
+
+    def _first_frame(self, window: Window | None) -> Image.Image:
         from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
         assert self.fp is not None
@@ -111,6 +117,17 @@ class DicomImage(ImageFile.ImageFile):
         if function == "LINEAR_EXACT":
             return windowed(values, (center - width / 2, center + width / 2))
         return windowed(values, (center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2))
+
+
+@contextmanager
+def _damage_named() -> Iterator[None]:
+    """Turn pydicom's own errors, which are no ValueErrors, into these."""
+    from pydicom.errors import BytesLengthException, InvalidDicomError
+
+    try:
+        yield
+    except (BytesLengthException, InvalidDicomError) as error:
+        raise ValueError(str(error)[:200]) from error
 
 
 def _refuse_deflated(file: BinaryIO) -> None:

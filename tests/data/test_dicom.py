@@ -210,6 +210,7 @@ def test_its_size_is_known_from_the_header(monkeypatch: pytest.MonkeyPatch) -> N
         (lambda: _dicom(VALUES)[:-20], "cannot decode"),
         (lambda: _dicom(VALUES, PixelData=b"\0\0"), "cannot decode"),
         (lambda: b"\0" * 128 + b"DICM" + b"\xff" * 500, "not an image that can be opened"),
+        (lambda: _dicom(VALUES).replace(b"(\0\0\1US\2", b"(\0\0\1US\3"), "not an image that can be opened"),  # BitsAllocated
     ],
 )
 def test_what_cannot_be_opened_is_refused(data: Any, reason: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
+import re
 import struct
 import warnings
 import zlib
@@ -14,6 +17,7 @@ import pytest
 from PIL import Image
 
 from mmtune.chat.session import ChatSession
+from mmtune.cli import entry_point
 from mmtune.data.encode import encode_prompt
 from mmtune.data.image_check import inspect_image
 from mmtune.data.media import Embedded, ImageView, image_size, open_image
@@ -283,3 +287,22 @@ def test_the_first_page_of_a_tiff_is_shown() -> None:
     assert np.array_equal(_pixels(data)[..., 0], WIDE // 256)
     found = dict(inspect_image(_media(data)).findings)
     assert found["image_animated"] == "several pages" and found["image_16bit"] == "TIFF with 16 bits a channel"
+
+
+def test_a_transparent_picture_is_checked_and_shown_on_white(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ink = Image.new("RGBA", (64, 48), (0, 0, 0, 0))
+    ink.paste((0, 0, 0, 255), (10, 10, 40, 30))
+    ink.save(tmp_path / "ink.png")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a square"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": "ink.png", "conversations": turns}]))
+    rows = f"{{path: {tmp_path / 'rows.json'}, template: llava}}"
+    recipe = f"model: {{base: builtin:tiny-llava}}\ndata: {{train: [{rows}]}}\noutput_dir: {tmp_path / 'run'}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    assert entry_point(["data", "check", str(tmp_path / "recipe.yaml")]) == 0
+    assert "image_transparent" in capsys.readouterr().out
+    assert (
+        entry_point(["data", "show", str(tmp_path / "recipe.yaml"), "--index", "0", "--html", str(tmp_path / "page.html")]) == 0
+    )
+    [page] = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", (tmp_path / "page.html").read_text())
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(page))).convert("L"))
+    assert shown[0, 0] == 255 and shown[20, 20] == 0
