@@ -380,8 +380,12 @@ def _recipe_check(arguments: argparse.Namespace) -> Any:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     check_files(recipe)
-    for source in (*recipe.data.train, *(recipe.evaluate.data if recipe.evaluate else ())):
-        check_source(source)
+    sources = {"data.train": recipe.data.train, "evaluate.data": recipe.evaluate.data if recipe.evaluate else ()}
+    for key, source in ((f"{name}.{number}", each) for name, part in sources.items() for number, each in enumerate(part)):
+        try:
+            check_source(source)
+        except UserError as error:
+            raise UserError(f"{recipe.origin(key)}: {key}: {error}") from error
     training_arguments(recipe)
     base = recipe.model.base
     if base is None or base == UNTRAINED or local_folder(resolve_base(base)) is not None:
