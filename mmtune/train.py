@@ -27,7 +27,7 @@ from mmtune.data.collate import Collator, collate
 from mmtune.data.dataset import Encoder, Samples, check_rows, open_samples, stand_in
 from mmtune.data.encode import check_chat_template
 from mmtune.data.plan_cache import signatures
-from mmtune.data.report import DataReport
+from mmtune.data.report import NO_SAMPLE, DataReport
 from mmtune.data.stream import SampleStream
 from mmtune.errors import Stopped, UserError
 from mmtune.evaluation.report import print_scores, write_report
@@ -55,7 +55,6 @@ from mmtune.training.checkpoint import (
     named_checkpoint,
     step_of,
 )
-from mmtune.training.live import MoveRanks
 from mmtune.training.reporting import reporters, write_beside
 from mmtune.training.rows import first_batches, optimizer_steps, order_rows, plan_rows, prove_packed_rows, rows_to_take
 from mmtune.training.trainer import TuningTrainer
@@ -182,7 +181,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         train_dataset=rows,
         data_collator=collator,
         processing_class=processor,
-        callbacks=[RecordMetrics(run.metrics), FrozenInputsStayFrozen(), MoveRanks(), stop],
+        callbacks=[RecordMetrics(run.metrics), FrozenInputsStayFrozen(), stop],
         data_report=data_report,
         max_bad_fraction=recipe.data.max_bad_fraction,
         max_nonfinite_steps=recipe.data.max_nonfinite_steps,
@@ -240,6 +239,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         "dropped_over_length": len(data_report.dropped_over_length),
         "quarantined": len(data_report.quarantined),
         "skipped_steps": len(data_report.skipped_steps),
+        "steps_without_samples": data_report.count_skipped(NO_SAMPLE),
     }
     if recipe.evaluate:
         write_answers(after, run.answers("after"))

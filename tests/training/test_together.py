@@ -135,13 +135,22 @@ def test_modalities_that_differ_by_process_never_hang(shallow: Path, mixed: Path
 
 @pytest.mark.slow
 def test_four_processes_train_what_one_does(shallow: Path, mixed: Path, tmp_path: Path) -> None:
-    """Padded and packed, over a global batch of four rows, or of four packs; by plain descent, whose steps are the gradients."""
-    kinds: dict[str, Any] = {"padded": {}, "packed": {"packing": True, "max_tokens": 256}}
+    """Padded and packed, over a global batch of four rows, or of four packs; by plain descent, whose steps are the gradients.
+
+    No padded row of the second step can train, and in the third one process has none.
+    """
+    made = json.loads(mixed.read_text(encoding="utf-8"))
+    for number in (4, 5, 6, 7, 9):
+        made[number] = {**made[number], "image": "gone.png"}
+    spoilt = tmp_path / "mixed.json"
+    spoilt.write_text(json.dumps(made), encoding="utf-8")
+    kinds: dict[str, Any] = {"padded": {"check_rows": 0, "max_bad_fraction": 0.5}, "packed": {"packing": True, "max_tokens": 256}}
     keys = [*(("padded", layout) for layout in LAYOUTS), ("packed", "DDP"), ("packed", "ZeRO-3")]
     descent = {"max_steps": 3, "gradient_accumulation_steps": 4, "optim": "sgd", "learning_rate": 0.3}
     alone, jobs = {}, []
     for kind, data in kinds.items():
-        path = recipe(tmp_path, shallow, mixed, kind, data=data, train=descent)
+        sequential = {"train_sampling_strategy": "sequential"} if kind == "padded" else {}
+        path = recipe(tmp_path, shallow, spoilt if kind == "padded" else mixed, kind, data=data, train=descent | sequential)
         plain = json.loads(path.read_text(encoding="utf-8"))
         plain["tune"]["language"]["lora_dropout"] = 0.0  # each process draws its own
         if kind == "packed":
@@ -158,6 +167,8 @@ def test_four_processes_train_what_one_does(shallow: Path, mixed: Path, tmp_path
     for kind, layout in keys:
         runs = [RunDirectory(tmp_path / kind), RunDirectory(tmp_path / f"{kind}_{layout}")]
         one, four = ([json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()] for run in runs)
+        assert [(step["step"], step["learning_rate"]) for step in four] == [(step["step"], step["learning_rate"]) for step in one]
+        assert len(four) == (2 if kind == "padded" else 3)
         assert [step["loss"] for step in four] == pytest.approx([step["loss"] for step in one], abs=1e-5)
         assert [step["grad_norm"] for step in four] == pytest.approx([step["grad_norm"] for step in one], rel=1e-4)
         expected, found = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
