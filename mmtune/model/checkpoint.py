@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from mmtune.errors import UserError
 from mmtune.files import replaced_directory
@@ -15,6 +16,16 @@ from mmtune.model.components import PEFT_PREFIX, find_components
 
 CHECKPOINT_MARK = "config.json"
 """The file by which a directory is known to be a checkpoint."""
+
+
+def use_hub_key_names(model: PreTrainedModel) -> None:
+    """Have a model that was built in memory saved under the key names of hub checkpoints of its class.
+
+    transformers notes the renamings of a checkpoint that it loads in `_weight_conversions`, and undoes them when it saves. A
+    model without such notes it would save without prefixes, such as `vision_tower.vision_model`, that engines read.
+    """
+    if getattr(model, "_weight_conversions", None) is None:
+        model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
 
 
 def save_checkpoint(
@@ -35,6 +46,7 @@ def save_checkpoint(
     Raises:
         UserError: when `out` exists, unless `overwrite`.
     """
+    use_hub_key_names(model)
     with replaced_directory(Path(out), overwrite, CHECKPOINT_MARK) as fresh:
         model.save_pretrained(fresh, state_dict=state_dict)
         processor.save_pretrained(fresh)

@@ -27,7 +27,7 @@ from mmtune.errors import UserError, nearest
 from mmtune.methods.table import METHODS
 from mmtune.model.assemble import assemble, assemble_processor
 from mmtune.model.chat_template import own_chat_template, resolve_chat_template, set_chat_template, use_chat_template
-from mmtune.model.checkpoint import load_projector, weight_files
+from mmtune.model.checkpoint import load_projector, use_hub_key_names, weight_files
 from mmtune.model.components import check_family, check_known_to_transformers
 from mmtune.model.processor import read_processor
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
@@ -78,6 +78,7 @@ def load_base(section: ModelSection, seed: int) -> tuple[PreTrainedModel, Proces
     dtype = DTYPES[section.precision]
     if section.base in (None, UNTRAINED):
         model, processor = _made_here(section, seed, dtype)
+        use_hub_key_names(model)
         if section.attn_implementation is not None:
             model.set_attn_implementation(section.attn_implementation)
         return model, processor
@@ -103,8 +104,8 @@ def load_weights(name: str, section: ModelSection) -> PreTrainedModel:
         raise UserError(f"model: cannot load {section.base or name}: {_reason(name, error)}") from error
     if section.precision in QUANTIZED:
         settle_quantized(model)
-    if in_parts(model):  # transformers then notes renamings that it has not done, and would undo them when it saves
-        model._weight_conversions = None
+    if in_parts(model):  # transformers then notes all renamings of the class, and would undo those that it has not done
+        model._weight_conversions = [each for each in model._weight_conversions if each.was_used()]
     return model
 
 

@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from mmtune.builtin.tiny import build_untrained
+from mmtune.model.assemble import assemble
 from mmtune.model.checkpoint import save_checkpoint
+from mmtune.model.tiny import tiny_language, tiny_vision
 from mmtune.recipe import load_recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
@@ -116,6 +118,24 @@ def test_deepspeed_leaves_out_a_step_that_is_not_finite(stopped: dict[tuple[str,
     """The first step goes so far that the second has no finite gradient, nor has the third."""
     for said in stopped["far", "away"]:
         assert str(said).startswith("CheckFailed: the gradients of step 3 are not finite, after 1 that were skipped")
+
+
+@pytest.mark.slow
+def test_a_model_assembled_at_zero_3_is_saved_as_one_process_saves_it(shallow: Path, mixed: Path, tmp_path: Path) -> None:
+    """The base beside an adapter, and a model that was tuned in full."""
+    parts = {"vision": str(tiny_vision("clip", tmp_path / "clip")), "language": str(tiny_language("qwen3", tmp_path / "qwen3"))}
+    paths = []
+    for name, tune in {"adapter": {"language": {"method": "lora"}}, "full": {"language": "full", "vision": "full"}}.items():
+        path = recipe(tmp_path, shallow, mixed, name, train={"max_steps": 1})
+        document = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**document, "model": {**parts, "precision": "fp32"}, "tune": tune}), encoding="utf-8")
+        paths.append((path, "zero3"))
+    assert launch(paths, tmp_path) == [True, True]
+    save_checkpoint(*assemble(parts["vision"], parts["language"], seed=42), tmp_path / "alone")
+    alone, base, full = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "adapter/base", "full/model"))
+    assert "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight" in alone
+    assert alone.keys() == base.keys() == full.keys()
+    assert all(torch.equal(alone[name], base[name]) for name in alone)
 
 
 @pytest.mark.slow
