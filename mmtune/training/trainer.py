@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -30,7 +31,9 @@ from mmtune.manifest import names_in
 from mmtune.model.compute import virtual_tokens
 from mmtune.model.packing import packed_inputs
 from mmtune.model.sharded import to_save
-from mmtune.training.checkpoint import SAVING, keep_checkpoint, wait_until_seen
+from mmtune.model.trained import INITIAL
+from mmtune.run_directory import SAVING
+from mmtune.training.checkpoint import keep_checkpoint, wait_until_seen
 from mmtune.training.live import MoveRanks, load_live, load_whole, save_live, shared_regularization
 from mmtune.training.progress import Progress
 from mmtune.world import ALONE, World
@@ -88,6 +91,7 @@ class TuningTrainer(Trainer):
         batches: which rows make which batch; None when the training set is a stream, which makes its own.
         source_names: of the sources, whose losses are logged apart when there are several.
         data_files: by name, what the data files are known by; a checkpoint keeps it.
+        initial: LoRA's matrices before training, where a checkpoint has to keep them (`mmtune.tuning.save.initial_factors`).
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class TuningTrainer(Trainer):
         batches: Batches | None = None,
         source_names: Sequence[str] = (),
         data_files: Mapping[str, Any] | None = None,
+        initial: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -122,6 +127,7 @@ class TuningTrainer(Trainer):
         self._batches = batches
         self._source_names = list(source_names)
         self._data_files = dict(data_files or {})
+        self._initial = initial
         # Of each source since the last log: its summed loss and its number of supervised tokens.
         self._source_sums = torch.zeros(len(source_names), 2, dtype=torch.float64)
         self._progress = Progress(self.model, self.args, world)
@@ -282,6 +288,10 @@ class TuningTrainer(Trainer):
                 made, limit = checkpoints / SAVING / name, self.args.save_total_limit
                 if self._world.first and self._world.zero_stage is None:  # DeepSpeed keeps weights of its own
                     save_live(self.model, made)
+                if self._world.first:  # with these a checkpoint of an adapter can be released
+                    self.model.generation_config.save_pretrained(made)
+                    if self._initial is not None:
+                        save_file(self._initial, made / INITIAL, metadata={"format": "pt"})
                 self._world.wait()
                 flush(made)
                 written = set[str]().union(*self._world.gather(names_in(made)))
