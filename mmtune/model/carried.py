@@ -39,6 +39,8 @@ def unread_tensors(model: PreTrainedModel, source: str) -> dict[str, Path]:
         source: directory or hub id of the checkpoint, which is on this machine.
     """
     files = safetensors_files(Path(cached_file(source, CONFIG_NAME)).parent)
+    if not files:
+        print(f"{source}: its weights are not in safetensors, so tensors that {type(model).__name__} does not read are not found")
     where = {key: file for file in files for key in safe_open(file, framework="pt").keys()}  # noqa: SIM118 - no mapping
     known = model.state_dict()
     conversions = get_model_conversion_mapping(model)
@@ -101,7 +103,7 @@ def _size(file: Path) -> int:
         return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
 
 
-def told(model: PreTrainedModel, keys: Collection[str]) -> str:
-    """One line on tensors that were carried over."""
+def told(model: PreTrainedModel, keys: Collection[str], done: str = "carried over from the base unchanged") -> str:
+    """One line on tensors that a class does not read, and what was done with them."""
     names = ", ".join([*keys][:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-    return f"tensors that {type(model).__name__} does not read, carried over from the base unchanged: {len(keys)} ({names})"
+    return f"tensors that {type(model).__name__} does not read, {done}: {len(keys)} ({names})"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,6 +18,36 @@ from mmtune.model.components import PEFT_PREFIX, find_components
 
 CHECKPOINT_MARK = "config.json"
 """The file by which a directory is known to be a checkpoint."""
+
+
+UNUSED_WEIGHTS = ("pooler.dense.weight", "pooler.dense.bias")
+"""Of towers whose pooled output is not read; some checkpoints lack them."""
+
+
+REPORTED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""For `from_pretrained`, so that it reports to `check_whole` what it would otherwise draw at random or end with a traceback."""
+
+
+def check_whole(name: str, model: PreTrainedModel, report: Mapping[str, Collection[Any]]) -> None:
+    """Refuse a checkpoint that leaves some of its weights to chance.
+
+    Args:
+        name: of the checkpoint, for the message.
+        report: transformers' own, which comes with `REPORTED`.
+
+    Raises:
+        UserError: naming weights that are missing or of another shape.
+    """
+    random = [key for key in sorted(report["missing_keys"]) if not key.endswith(UNUSED_WEIGHTS)]
+    faults = [f"no weights for {_some(random)}"] if random else []
+    if mismatched := [f"{key} is {tuple(found)}, not {tuple(right)}" for key, found, right in report["mismatched_keys"]]:
+        faults.append(_some(sorted(mismatched)))
+    if faults:
+        raise UserError(f"{name}: not a whole {type(model).__name__}: {'; '.join(faults)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def use_hub_key_names(model: PreTrainedModel) -> None:

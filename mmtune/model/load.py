@@ -28,7 +28,7 @@ from mmtune.errors import UserError, nearest
 from mmtune.methods.table import METHODS
 from mmtune.model.assemble import assemble, assemble_processor
 from mmtune.model.chat_template import own_chat_template, resolve_chat_template, set_chat_template, use_chat_template
-from mmtune.model.checkpoint import load_projector, use_hub_key_names, weight_files
+from mmtune.model.checkpoint import REPORTED, check_whole, load_projector, use_hub_key_names, weight_files
 from mmtune.model.components import check_family, check_known_to_transformers
 from mmtune.model.processor import read_processor
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
@@ -96,12 +96,14 @@ def load_weights(name: str, section: ModelSection) -> PreTrainedModel:
         name: a directory or hub id.
 
     Raises:
-        UserError: when it does not load.
+        UserError: when it does not load, or lacks weights, which transformers would draw at random.
     """
+    model: PreTrainedModel
     try:
-        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(name, **loading(name, section))
+        model, report = AutoModelForImageTextToText.from_pretrained(name, **REPORTED, **loading(name, section))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model: cannot load {section.base or name}: {_reason(name, error)}") from error
+    check_whole(section.base or name, model, report)
     if section.precision in QUANTIZED:
         settle_quantized(model)
     if in_parts(model):  # transformers then notes all renamings of the class, and would undo those that it has not done
