@@ -13,19 +13,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from mmtune.errors import CheckFailed
-
-
-def safetensors_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights, one or those of an index; none where it has no safetensors."""
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        return [folder / SAFE_WEIGHTS_NAME]
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        return []
-    return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+from mmtune.model.checkpoint import safetensors_files
 
 
 def unread_tensors(model: PreTrainedModel, source: str) -> dict[str, Path]:

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mmtune.errors import UserError
 from mmtune.files import replaced_directory
@@ -22,8 +23,6 @@ CHECKPOINT_MARK = "config.json"
 
 UNUSED_WEIGHTS = ("pooler.dense.weight", "pooler.dense.bias")
 """Of towers whose pooled output is not read; some checkpoints lack them."""
-
-
 REPORTED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """For `from_pretrained`, so that it reports to `check_whole` what it would otherwise draw at random or end with a traceback."""
 
@@ -151,6 +150,16 @@ def _plain_name(key: str, projectors: list[str]) -> str | None:
     return None
 
 
+def safetensors_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, one or those of an index; none where it has no safetensors."""
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return []
+    return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+
+
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of an adapter, of a run that holds `adapter/`, or of a full checkpoint.
 
@@ -162,11 +171,8 @@ def weight_files(path: Path) -> list[Path]:
     for folder in (path, path / "adapter"):
         if (folder / "adapter_model.safetensors").is_file():
             return [folder / "adapter_model.safetensors"]
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
+    if files := safetensors_files(path):
+        return files
     raise UserError(
         f"projector: {path} holds none of adapter_model.safetensors, adapter/adapter_model.safetensors, model.safetensors"
     )

@@ -152,7 +152,7 @@ def _merge(summary: dict[str, Any]) -> list[str]:
         f"{summary['merge_kl']:.3g}, {summary['merge_same_answers']} of {summary['merge_samples']} greedy answers the same. "
         f"Before rounding to {summary['merge_dtype']}: {summary['merge_fold_difference']:.3g} (allowed: "
         f"{summary['merge_tolerance']:g}). Largest difference from the base: {summary['merge_difference_from_base']:.3g}.",
-        *_carried(summary["merge_carried"]),
+        *_carried(summary.get("merge_carried", ())),
         *_extra("The adapter on the quantized base that it was trained on, against this", summary.get("trained")),
         *_extra("The quantized release beside this, against this", summary.get("quantized")),
     ]
