@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText
 
 from mmtune.builtin import tiny
 from mmtune.model.assemble import assemble, load_projector
+from mmtune.model.carried import unread_tensors
 from mmtune.model.checkpoint import save_checkpoint, use_hub_key_names
 from mmtune.model.load import load_base
 from mmtune.recipe import ModelSection
@@ -100,6 +101,7 @@ def test_a_model_built_in_memory_has_hub_names_and_keeps_them(family: str, tmp_p
     again = reload(tmp_path / "one")
     weights = again.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert not unread_tensors(again, str(tmp_path / "one"))
     again.save_pretrained(tmp_path / "two")
     assert keys_of(tmp_path / "two") == keys_of(tmp_path / "one")
 
