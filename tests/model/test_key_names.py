@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_components import FAMILIES
 from transformers import AutoModelForImageTextToText
 
 from mmtune.builtin import tiny
@@ -19,6 +18,7 @@ from mmtune.model.assemble import assemble, load_projector
 from mmtune.model.carried import unread_tensors
 from mmtune.model.checkpoint import save_checkpoint, use_hub_key_names
 from mmtune.model.load import load_base
+from mmtune.model.tiny_bases import BASES, tiny_base
 from mmtune.recipe import ModelSection
 
 LLAMA = {
@@ -32,16 +32,17 @@ CLIP = {f"vision_tower.vision_model.{part}" for part in ("embeddings", "encoder.
 SIGLIP = CLIP - {"vision_tower.vision_model.pre_layrnorm"}
 DINO = {"vision_tower.embeddings", "vision_tower.encoder.layer", "vision_tower.layernorm"}
 TOWERS = {"clip": CLIP, "siglip": SIGLIP, "dinov2": DINO, "vit": DINO | {"vision_tower.pooler.dense"}}
-HEAD = {"vision_tower.vision_model.head"}
+PIXTRAL = {"vision_tower.ln_pre", "vision_tower.patch_conv", "vision_tower.transformer.layers"}
 TIED = LLAMA - {"language_model.lm_head"}
-GEMMA = TIED | SIGLIP | HEAD
+GEMMA = TIED | SIGLIP
 QWEN = {"model.embed_tokens", "model.layers", "model.norm", "lm_head", "visual.blocks", "visual.merger", "visual.patch_embed"}
 IDEFICS = {"model.text_model.embed_tokens", "model.text_model.layers", "model.text_model.norm", "lm_head", "model.connector"}
 IDEFICS |= {"model.vision_model.embeddings", "model.vision_model.encoder.layers", "model.vision_model.post_layernorm"}
 HUB = {
     "llava": LLAMA | CLIP | PROJECTOR,
+    "llava_pixtral": LLAMA | PIXTRAL | PROJECTOR,
     "llava_next": LLAMA | CLIP | PROJECTOR | {"image_newline"},
-    "llava_onevision": LLAMA | SIGLIP | HEAD | PROJECTOR | {"image_newline"},
+    "llava_onevision": LLAMA | SIGLIP | PROJECTOR | {"image_newline"},
     "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
     "qwen3_vl": {
@@ -54,10 +55,7 @@ HUB = {
     "internvl": LLAMA | PROJECTOR | {"multi_modal_projector.layer_norm"} | (DINO - {"vision_tower.layernorm"}),
     "gemma3": GEMMA | {"multi_modal_projector.mm_input_projection_weight", "multi_modal_projector.mm_soft_emb_norm"},
     "paligemma": GEMMA | {"multi_modal_projector.linear"},
-    "mistral3": TIED
-    | PROJECTOR
-    | {"multi_modal_projector.norm", "multi_modal_projector.patch_merger"}
-    | {"vision_tower.ln_pre", "vision_tower.patch_conv", "vision_tower.transformer.layers"},
+    "mistral3": LLAMA | PIXTRAL | PROJECTOR | {"multi_modal_projector.norm", "multi_modal_projector.patch_merger"},
 }
 """The modules that hub checkpoints of a class name, as published: every key is in one of them, and every one has a key."""
 
@@ -92,18 +90,21 @@ def test_an_assembled_model_has_hub_names(shelf: Path, tmp_path: Path, vision: s
         assert torch.equal(reload(tmp_path / "out")(**batch).logits, model(**batch).logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_built_in_memory_has_hub_names_and_keeps_them(family: str, tmp_path: Path) -> None:
-    model = FAMILIES[family][0]()
-    use_hub_key_names(model)
-    model.save_pretrained(tmp_path / "one", max_shard_size="20KB")
-    assert modules(keys_of(tmp_path / "one"), HUB[family]) == HUB[family]
-    again = reload(tmp_path / "one")
-    weights = again.state_dict()
+@pytest.mark.parametrize("family", BASES)
+def test_a_release_and_a_model_built_in_memory_are_saved_under_hub_names(family: str, tmp_path: Path) -> None:
+    release = tiny_base(family, tmp_path / "release")
+    assert modules(keys_of(release), HUB[family]) == HUB[family]
+    model = reload(release)
+    assert not unread_tensors(model, str(release))
+    model.save_pretrained(tmp_path / "saved", max_shard_size="200KB")
+    assert keys_of(tmp_path / "saved") == keys_of(release)
+    made = type(model)(model.config)  # without what transformers notes while it loads
+    made.load_state_dict(model.state_dict())
+    use_hub_key_names(made)
+    made.save_pretrained(tmp_path / "made", max_shard_size="200KB")
+    assert keys_of(tmp_path / "made") == keys_of(release)
+    weights = reload(tmp_path / "made").state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
-    assert not unread_tensors(again, str(tmp_path / "one"))
-    again.save_pretrained(tmp_path / "two")
-    assert keys_of(tmp_path / "two") == keys_of(tmp_path / "one")
 
 
 def test_the_built_in_checkpoint_has_hub_names_and_the_values_that_were_trained() -> None:
