@@ -103,12 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     verb = _verb(verbs, "eval", _eval, "score a run or a model on a recipe's held-out questions")
-    verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run directory, an adapter, a checkpoint or a hub id")
+    verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a checkpoint of one, an adapter, a model or a hub id")
     verb.add_argument("--recipe", help="the recipe whose `evaluate` section to use; a run's own by default")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
 
     verb = _verb(verbs, "merge", _merge, "fold a run's adapter into its base and prove the result")
-    verb.add_argument("model", metavar="RUN", nargs="?", help="the run directory; none with --adapter")
+    verb.add_argument("model", metavar="RUN", nargs="?", help="the run, or a checkpoint of one; none with --adapter")
     verb.add_argument("out", metavar="OUT", help="where the merged model goes")
     verb.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     verb.add_argument("--samples", type=int, default=32, help="samples to compare on (default 32)")
@@ -125,8 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--public", action="store_true", help="a new repository is public")
 
     verb = _verb(verbs, "chat", _chat, "talk to a run or a model")
-    verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run directory, an adapter, a checkpoint or a hub id")
+    verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a checkpoint of one, an adapter, a model or a hub id")
     verb.add_argument("--image", action="append", default=[], help="an image to show first; may be repeated")
+    told = "the grey values that become black and white, as `window` of the sources that trained; 8 bits take none"
+    verb.add_argument("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help=told)
     verb.add_argument("--prompt", help="one question; without it, a conversation")
     verb.add_argument("--max-new-tokens", type=int, default=256, help="an answer is cut there (default 256)")
 
@@ -202,17 +204,19 @@ def _eval(arguments: argparse.Namespace) -> Any:
     from mmtune.evaluation.report import print_scores
     from mmtune.evaluation.run import as_json, check_questions, evaluate, score
     from mmtune.model.compute import place
-    from mmtune.model.load import load_trained
+    from mmtune.model.load import load_trained, trained_part
     from mmtune.recipe import load_recipe
-    from mmtune.run_directory import RunDirectory
 
-    recipe = load_recipe(arguments.recipe or RunDirectory(Path(arguments.model)).recipe, arguments.overrides)
+    trained = trained_part(Path(arguments.model))
+    recipe = load_recipe(arguments.recipe or trained.run.recipe, arguments.overrides)
     if recipe.evaluate is None:
         raise UserError(f"{arguments.recipe or arguments.model}: the recipe has no `evaluate` section")
     check_questions(recipe.evaluate)
-    model, processor = load_trained(Path(arguments.model))
-    result = {"tuned_scores": as_json(score(evaluate(place(model), processor, recipe.evaluate), recipe.evaluate))}
+    model, processor = load_trained(trained)
+    result: dict[str, Any] = {"tuned_scores": as_json(score(evaluate(place(model), processor, recipe.evaluate), recipe.evaluate))}
     print_scores(result)
+    if trained.is_checkpoint:
+        result |= {"step": trained.step, "steps": trained.steps}
     return result
 
 
@@ -235,8 +239,8 @@ def _merge(arguments: argparse.Namespace) -> Any:
     else:
         parity = merge(Path(arguments.model), out, form=form, **shared)
     print(
-        f"merged: {out}: largest logit difference {parity.merge_max_logit_difference:.2g} on {parity.merge_samples} "
-        f"samples, {parity.merge_same_answers} greedy answers the same"
+        f"merged: {out}{_step(parity)}: largest logit difference {parity.merge_max_logit_difference:.2g} on "
+        f"{parity.merge_samples} samples, {parity.merge_same_answers} greedy answers the same"
     )
     for name, apart in (("as trained, quantized", parity.trained), (f"{out}-{form.quantize}", parity.quantized)):
         if apart:
@@ -245,6 +249,10 @@ def _merge(arguments: argparse.Namespace) -> Any:
                 f"{apart['same_answers']} greedy answers the same"
             )
     return asdict(parity)
+
+
+def _step(parity: Any) -> str:
+    return "" if parity.merge_step == parity.merge_steps else f" (step {parity.merge_step} of {parity.merge_steps})"
 
 
 def _weighted(text: str) -> tuple[Path, float]:
@@ -269,8 +277,11 @@ def _chat(arguments: argparse.Namespace) -> Any:
 
     if arguments.json and arguments.prompt is None:
         raise UserError("--json goes with --prompt")
+    if arguments.window is not None and not arguments.window[0] < arguments.window[1]:
+        raise UserError(f"--window {arguments.window[0]:g} {arguments.window[1]:g}: expected LOW HIGH, the lower value first")
     model, processor = load_trained(Path(arguments.model))
-    session = ChatSession(place(model), processor, max_new_tokens=arguments.max_new_tokens)
+    window = None if arguments.window is None else (arguments.window[0], arguments.window[1])
+    session = ChatSession(place(model), processor, max_new_tokens=arguments.max_new_tokens, window=window)
     for image in arguments.image:
         session.attach(Path(image))
     if arguments.prompt is None:
@@ -375,8 +386,12 @@ def _recipe_check(arguments: argparse.Namespace) -> Any:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     check_files(recipe)
-    for source in (*recipe.data.train, *(recipe.evaluate.data if recipe.evaluate else ())):
-        check_source(source)
+    sources = {"data.train": recipe.data.train, "evaluate.data": recipe.evaluate.data if recipe.evaluate else ()}
+    for key, source in ((f"{name}.{number}", each) for name, part in sources.items() for number, each in enumerate(part)):
+        try:
+            check_source(source)
+        except UserError as error:
+            raise UserError(f"{recipe.origin(key)}: {key}: {error}") from error
     training_arguments(recipe)
     base = recipe.model.base
     if base is None or base == UNTRAINED or local_folder(resolve_base(base)) is not None:

@@ -20,6 +20,7 @@ from pydantic import (
 from mmtune.errors import nearest
 from mmtune.methods.table import INITS_IN_PARTS, METHODS, METHODS_OF_WHOLE_WEIGHTS, refusal
 from mmtune.recipe_arguments import Fault, Settings, fault, method_arguments, shown, training_arguments
+from mmtune.recipe_media import WINDOW, Augment, held_out_faults, window_faults
 from mmtune.recipe_prompts import (
     WHERE,
     FieldsToValues,
@@ -253,6 +254,8 @@ class Source(Section):
     allow_urls: StrictBool = Field(
         default=False, description="Fetch media that are http or https URLs, within limits, and keep them in a cache."
     )
+    window: tuple[StrictFloat, StrictFloat] | None = Field(default=None, description=WINDOW)
+    augment: Augment | None = Field(default=None, description="Random changes to the training images; null: none.")
     limit: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None, description="Take only the first so many rows; null takes all."
     )
@@ -283,14 +286,15 @@ class Source(Section):
         "labels.",
     )
     seed: StrictInt = Field(
-        default=0, description="Of the choice of phrasing, examples and the order of options; the same in every epoch."
+        default=0,
+        description="Of the choice of phrasing, examples and the order of options, the same in every epoch, and of augment.",
     )
 
     @classmethod
     def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
         if isinstance(given, dict) and isinstance(given.get("shots"), Mapping) and "path" in given:
             given["shots"] = {"path": given["path"], **given["shots"]}
-        return given, where_faults(given) + words_faults(given) + values_faults(given)
+        return given, where_faults(given) + words_faults(given) + values_faults(given) + window_faults(given)
 
 
 class DataSection(Section):
@@ -396,6 +400,10 @@ class EvaluateSection(Section):
     samples: Annotated[StrictInt, Field(ge=0)] = Field(
         default=24, description="How many answers the report shows with their images."
     )
+
+    @classmethod
+    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+        return given, held_out_faults(given)
 
 
 class Recipe(Section):

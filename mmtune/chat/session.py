@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
 
 from mmtune.data.encode import encode_prompt
-from mmtune.data.media import open_image
+from mmtune.data.media import ImageView, open_image
 from mmtune.data.message import Message
+from mmtune.data.pixels import Window
 from mmtune.errors import UserError
 from mmtune.model.compute import as_trained, to_model
 
@@ -24,9 +25,12 @@ class ChatSession:
         model: in eval mode.
         processor: its processor.
         max_new_tokens: an answer is cut there.
+        window: the grey values that become black and white in the images, as a source's `window`.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int = 256) -> None:
+    def __init__(
+        self, model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int = 256, window: Window | None = None
+    ) -> None:
         if not processor.chat_template:
             raise UserError("the model has no chat template, so it cannot be talked to")
         if max_new_tokens < 1:
@@ -34,6 +38,7 @@ class ChatSession:
         self._model = model
         self._processor = processor
         self._max_new_tokens = max_new_tokens
+        self._window = window
         self._messages: list[Message] = []
         self._images: list[dict[str, Any]] = []
 
@@ -43,11 +48,12 @@ class ChatSession:
         Raises:
             UserError: a file that is missing, no image, or damaged.
         """
+        shown = ImageView(image, self._window)
         try:
-            size = open_image(image).size  # the whole of it: a question asked later could not say which image failed
+            size = open_image(shown).size  # the whole of it: a question asked later could not say which image failed
         except ValueError as error:
             raise UserError(str(error)) from error
-        self._images.append({"type": "image", "image": str(image)})
+        self._images.append({"type": "image", "image": shown})
         return size
 
     def reset(self) -> None:

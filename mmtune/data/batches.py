@@ -6,9 +6,11 @@ accumulation x processes stays what it was.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappush, heapreplace
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +55,11 @@ class Mixture:
     def __len__(self) -> int:
         return sum(self.takes)
 
+    @property
+    def repeats(self) -> int:
+        """How many times an epoch takes a row at most."""
+        return max((-(-take // count) for count, take in zip(self.counts, self.takes, strict=True) if count), default=1)
+
     def rows(self, seed: int, epoch: int) -> Rows:
         """An epoch's row numbers, source by source, rows of a source in order where all are taken."""
         parts, start = [], 0
@@ -93,6 +100,7 @@ class Batches(Sampler[list[int]]):
         shuffled: False takes the rows as they lie.
         epochs: how many there will be. Each has the same number of batches, that of the one with the most.
         steps: of the whole run, if these and not the epochs say how long it is.
+        visits: give (row number, visit) in place of row numbers, where the visits of a row in a run have numbers of their own.
     """
 
     def __init__(
@@ -112,8 +120,10 @@ class Batches(Sampler[list[int]]):
         shuffled: bool = True,
         epochs: int = 1,
         steps: int | None = None,
+        visits: bool = False,
     ) -> None:
         self._mixture = mixture
+        self._visits = visits
         self._seed = seed
         self._size = size
         self._group = accumulation * world
@@ -138,9 +148,22 @@ class Batches(Sampler[list[int]]):
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for steps in self._steps(self._epoch):
-            yield from steps[self._rank :: self._world]
+    def __iter__(self) -> Iterator[list[Any]]:
+        steps = self._steps(self._epoch)
+        for step in self._numbered(steps) if self._visits else steps:
+            yield from step[self._rank :: self._world]
+
+    def _numbered(self, steps: Iterator[list[list[int]]]) -> Iterator[list[list[tuple[int, int]]]]:
+        """The epoch's steps of all processes, with the number of each visit: it is the same in every layout."""
+        first = self._epoch * self._mixture.repeats
+        times: Counter[int] = Counter()
+
+        def visit(row: int) -> tuple[int, int]:
+            times[row] += 1
+            return row, first + times[row] - 1
+
+        for step in steps:
+            yield [[visit(row) for row in batch] for batch in step]
 
     def largest(self) -> dict[str, int]:
         """The first epoch's batch with the most tokens, padding counted: its `rows`, `tokens` and `padded_tokens`.

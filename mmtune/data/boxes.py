@@ -11,6 +11,9 @@ from mmtune.data.findings import Unusable
 SLACK = 0.01
 """How far, in pixels, a box may pass the border: COCO writes its boxes with two decimals. It is cut off at the border."""
 
+BOX_FIELDS = ("bbox", "box", "bboxes", "boxes")
+"""Names under which rows hold boxes."""
+
 
 @dataclass(frozen=True)
 class Box:
@@ -70,7 +73,7 @@ def fractions(box: Box, digits: int = 3) -> str:
 
 
 def pixels(box: Box) -> str:
-    """`[x1, y1, x2, y2]` in whole pixels of the original upright image, halves upwards."""
+    """`[x1, y1, x2, y2]` in whole pixels of the upright image, as augmented if it is, halves upwards."""
     corners = (_checked(box).x1, box.y1, box.x2, box.y2)
     return _listed(str(_nearest(corner)) for corner in corners)
 

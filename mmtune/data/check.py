@@ -24,12 +24,13 @@ from rich.table import Table
 from rich.text import Text
 from transformers import ProcessorMixin
 
+from mmtune.data.boxes import BOX_FIELDS
 from mmtune.data.count import Size, count_tokens
 from mmtune.data.dataset import open_readers
 from mmtune.data.encode import Supervise, too_long
 from mmtune.data.findings import KINDS, Finding, finding
 from mmtune.data.image_check import inspect_image
-from mmtune.data.media import MediaRules
+from mmtune.data.media import MediaRules, changed_size
 from mmtune.data.message import Message, RowError, Sample, split_question, text_of
 from mmtune.data.processes import in_processes
 from mmtune.data.reader import Reader
@@ -43,7 +44,6 @@ from mmtune.errors import UserError
 from mmtune.recipe import Source
 
 FORM = ("row_not_json", "row_not_object", "field_missing", "field_type", "role_unknown", "label_unknown", "media_unread")
-BOX_FIELDS = ("bbox", "box", "bboxes", "boxes")
 CONTROL_TOKENS = (
     *("<s>", "</s>", "<unk>", "<pad>", "<bos>", "<eos>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
@@ -231,7 +231,8 @@ class Doctor:
         """What comes of encoding the text, as training does, with image tokens counted from the images' sizes."""
         rules = self._rules
         assert rules.processor is not None
-        sized = replace(sample, messages=with_sizes(sample.messages, sizes))
+        shown = [changed_size(media, size) for media, size in zip(sample.images, sizes, strict=True)]
+        sized = replace(sample, messages=with_sizes(sample.messages, shown))
         try:
             counts = count_tokens(sized, rules.processor, rules.supervise)
         except RowError as error:

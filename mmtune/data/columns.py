@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -12,7 +12,8 @@ from mmtune.data.boxes import Box, read_boxes
 from mmtune.data.conversation import among, media
 from mmtune.data.expressions import DRAW, Declaration, as_text, check_jinja, evaluate, render
 from mmtune.data.findings import kind_of
-from mmtune.data.media import Media, MediaRules, image_size
+from mmtune.data.image_settings import AS_THEY_ARE, ImageSettings
+from mmtune.data.media import ImageView, Media, MediaRules, image_size
 from mmtune.data.message import Message, RowError
 from mmtune.data.prompts import ClosedSet, Options, Prompting, Verbalizer, draw
 
@@ -110,9 +111,14 @@ class Columns:
     references: str | None
 
     def messages(
-        self, row_id: str, row: Mapping[str, Any], rules: MediaRules, prompting: Prompting
+        self,
+        row_id: str,
+        row: Mapping[str, Any],
+        rules: MediaRules,
+        prompting: Prompting,
+        settings: ImageSettings = AS_THEY_ARE,
     ) -> tuple[list[Message], tuple[str, ...], tuple[str, ...]]:
-        """The messages, the candidate answers, and the accepted ones.
+        """The messages, the candidate answers, and the accepted ones. An image with boxes, and they, change by `settings`.
 
         Raises:
             RowError: naming the part of the template that cannot be made of the row.
@@ -123,8 +129,12 @@ class Columns:
             for place, named in enumerate(self._named(row_id, row, rounds[0]))
         ]
         if self.boxes is not None:
-            images = [block["image"] for turn in blocks for block in turn if block["type"] == "image"]
-            found = self.boxes.read(row_id, row, rounds, images)
+            images = [block for turn in blocks for block in turn if block["type"] == "image"]
+            windowed = replace(settings, augment=None)
+            found = self.boxes.read(row_id, row, rounds, [windowed.view(block["image"], row_id, 0) for block in images])
+            view = images[0]["image"] = settings.view(images[0]["image"], row_id, 0, [box for boxes in found for box in boxes])
+            if isinstance(view, ImageView) and view.change is not None:
+                found = [[view.change.box(box) for box in boxes] for boxes in found]
             rounds = [context | {"box": boxes[0], "boxes": boxes} for context, boxes in zip(rounds, found, strict=True)]
         extra: Context = {}
         closed = self._closed(row_id, row, rounds[0], prompting)

@@ -53,11 +53,17 @@ def _names(sources: Sequence[Source]) -> list[str]:
 class Samples(Sequence[Sample]):
     """The rows of several sources in order, turned into samples when asked for."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source], planned: bool = False) -> None:
         """
+        Args:
+            sources: the recipe's.
+            planned: whether the lengths of the rows are counted before they train. Then a row whose text writes boxes keeps the
+                augmentation of its first visit: other numbers could be another number of tokens.
+
         Raises:
             UserError: a missing or unreadable file, or an unknown template.
         """
+        self._planned = planned
         self._readers = open_readers(sources)
         self._rows = [reader.open() for reader in self._readers]
         self.counts = [len(rows) for rows in self._rows]
@@ -68,11 +74,19 @@ class Samples(Sequence[Sample]):
         return self._ends[-1]
 
     def __getitem__(self, index: Any) -> Any:
-        """The sample, or a RowError that names the row."""
-        index = range(len(self))[index]
-        number = self.source_of(index)
-        row_id, row = self._rows[number][index - self._ends[number] + self.counts[number]]
-        return self._readers[number].sample(row_id, row)
+        """The sample of a row's first visit, or a RowError that names the row."""
+        return self.visit(range(len(self))[index], 0)
+
+    def visit(self, index: int, number: int) -> Sample:
+        """The sample of a row as its visit with this number, from 0, has it: every visit draws its own augmentation.
+
+        Raises:
+            RowError: naming the row.
+        """
+        source = self.source_of(index)
+        row_id, row = self._rows[source][index - self._ends[source] + self.counts[source]]
+        reader = self._readers[source]
+        return reader.sample(row_id, row, 0 if self._planned and reader.template.boxes else number)
 
     def source_of(self, index: int) -> int:
         """The number of the source that a row comes from."""
@@ -97,22 +111,22 @@ class StreamedSamples:
         self.names = _names(sources)
 
     @property
-    def openers(self) -> list[Callable[[], Iterator[Handle]]]:
-        """For each source, what opens it anew."""
+    def openers(self) -> list[Callable[[int], Iterator[Handle]]]:
+        """For each source, what opens it for the visit with a number."""
         return [partial(_handles, reader) for reader in self._readers]
 
     def some(self, count: int) -> Iterator[Handle]:
         """The first rows of each source, `count` in all."""
         share = -(-count // len(self._readers))
-        return (handle for open_source in self.openers for handle in islice(open_source(), share))
+        return (handle for open_source in self.openers for handle in islice(open_source(0), share))
 
 
-def _handles(reader: Reader) -> Iterator[Handle]:
-    return (partial(_parsed, reader, read) for read in reader.stream())
+def _handles(reader: Reader, visit: int) -> Iterator[Handle]:
+    return (partial(_parsed, reader, visit, read) for read in reader.stream())
 
 
-def _parsed(reader: Reader, read: Callable[[], tuple[str, Row]]) -> Sample:
-    return reader.sample(*read())
+def _parsed(reader: Reader, visit: int, read: Callable[[], tuple[str, Row]]) -> Sample:
+    return reader.sample(*read(), visit)
 
 
 def open_samples(section: DataSection) -> Samples | StreamedSamples:
@@ -121,7 +135,7 @@ def open_samples(section: DataSection) -> Samples | StreamedSamples:
     Raises:
         UserError: a missing or unreadable file, or an unknown template.
     """
-    return StreamedSamples(section.train) if section.stream else Samples(section.train)
+    return StreamedSamples(section.train) if section.stream else Samples(section.train, section.planned)
 
 
 def check_rows(samples: Samples | StreamedSamples, report: DataReport, limit: int) -> None:
@@ -192,7 +206,7 @@ class Encoder:
 
 
 class TrainingSet(torch.utils.data.Dataset[Encoded | UserError]):
-    """Encoded samples by index; a row that fails comes back as its RowError."""
+    """Encoded samples by index, or by index and visit; a row that fails comes back as its RowError."""
 
     def __init__(self, samples: Samples, encoder: Encoder) -> None:
         self._samples = samples
@@ -201,8 +215,9 @@ class TrainingSet(torch.utils.data.Dataset[Encoded | UserError]):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, index: int) -> Encoded | UserError:
-        return self._encoder(partial(self._samples.__getitem__, index), self._samples.source_of(index))
+    def __getitem__(self, index: int | tuple[int, int]) -> Encoded | UserError:
+        row, visit = index if isinstance(index, tuple) else (index, 0)
+        return self._encoder(partial(self._samples.visit, row, visit), self._samples.source_of(row))
 
 
 def iterate_rows(samples: Samples) -> Iterator[Sample]:

@@ -8,7 +8,17 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateRuntimeError, Undefined, UndefinedError, nodes, pass_context
+from jinja2 import (
+    StrictUndefined,
+    Template,
+    TemplateError,
+    TemplateRuntimeError,
+    Undefined,
+    UndefinedError,
+    meta,
+    nodes,
+    pass_context,
+)
 from jinja2.environment import TemplateExpression
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -48,6 +58,11 @@ def check_jinja(source: str) -> None:
         _value(source)
     except TemplateError as error:
         raise ValueError(f"not valid Jinja: {error}: {source}") from error
+
+
+def names_read(source: str) -> set[str]:
+    """The names that a piece of Jinja reads from its context."""
+    return meta.find_undeclared_variables(_environment().parse(source))
 
 
 def render(row_id: str, where: str, source: str, context: Mapping[str, Any], row: Mapping[str, Any]) -> str:

@@ -58,6 +58,7 @@ KINDS: dict[str, Kind] = {
     # boxes that the data template declares
     "box_outside": Kind("error", "correct the box: it should lie within the upright image"),
     "box_malformed": Kind("error", "write the box as four numbers, with an area, beside one image"),
+    "box_unmoved": Kind("error", "declare the boxes in the data template, or take resize, crop and flip out of augment"),
     # what trains all the same
     "too_long_by_policy": Kind("warning", "nothing, if data.over_length does what you want with long rows"),
     "control_token": Kind("warning", "check that it is meant as text: it is not taken for the real token"),
@@ -72,9 +73,9 @@ KINDS: dict[str, Kind] = {
     "image_animated": Kind("warning", "extract the frame you mean: only the first is used"),
     "image_rotated": Kind("note", "nothing: it is turned upright when opened; boxes must be of the upright image"),
     "image_palette": Kind("note", "nothing: it is converted to RGB when opened"),
-    "image_transparent": Kind("note", "nothing, if the picture is right without transparency, which is dropped"),
+    "image_transparent": Kind("note", "nothing, if the picture is right on white: transparency is composited on it when opened"),
     "image_cmyk": Kind("note", "nothing: it is converted to RGB when opened, without a colour profile"),
-    "image_16bit": Kind("note", "nothing: it is reduced to 8 bits when opened"),
+    "image_16bit": Kind("note", "nothing, if its values fill their range: 8 bits are kept; otherwise give its source a window"),
     "field_unknown": Kind("note", "nothing: the data template does not read the field"),
 }
 

@@ -11,13 +11,13 @@ import contextlib
 import io
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO, cast
 
 from PIL import Image
 
+from mmtune.data.dicom import DicomImage
 from mmtune.data.findings import Unusable
-from mmtune.data.media import Embedded, Media, open_image, opened_image
+from mmtune.data.media import Media, open_image, open_media, opened_image
 
 Found = list[tuple[str, str]]
 """Findings: the name, one of `mmtune.data.findings.KINDS`, and the detail."""
@@ -78,7 +78,7 @@ def _traits(image: Image.Image, orientation: int) -> Found:
         found.append(("image_animated", "several pages" if image.format == "TIFF" else "several frames"))
     if image.mode in ("P", "PA"):
         found.append(("image_palette", f"{image.format} with a palette"))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.has_transparency_data:
         found.append(("image_transparent", f"{image.format} with transparency"))
     if image.mode == "CMYK":
         found.append(("image_cmyk", f"{image.format} in CMYK"))
@@ -94,6 +94,8 @@ def _bits(image: Image.Image) -> int:
         return file.read(1)[0]
     if image.format == "TIFF":
         return max(image.tag_v2.get(TIFF_BITS, (8,)))  # type: ignore[attr-defined]
+    if isinstance(image, DicomImage):
+        return image.bits
     return 16 if image.mode.startswith("I") else 8
 
 
@@ -163,7 +165,7 @@ def _unopened(media: Media, finding: str) -> str:
         return finding
     with (
         contextlib.suppress(OSError, ValueError),
-        media.open() if isinstance(media, Embedded) else Path(media).open("rb") as file,
+        open_media(media) as file,
     ):
         size = file.seek(0, io.SEEK_END)
         if size == 0:

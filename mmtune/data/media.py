@@ -1,13 +1,12 @@
 """Media: where they may lie, and how an image is opened, the same everywhere.
 
 A row names an image by a path, or carries it inside: a member of an archive, a column of bytes, a `data:` URI. `resolve_media`
-turns each into a `Media`, a path that was checked or an `Embedded`; behind it nothing knows how the row said it.
+turns each into a `Media`, a path that was checked or an `Embedded`; behind it nothing knows how the row said it. What a source
+of the recipe adds to an image, a window or a drawn augmentation, makes it an `ImageView`, which is opened like the others.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import struct
 import zlib
@@ -19,18 +18,19 @@ from typing import Any, BinaryIO, cast
 
 from PIL import ExifTags, Image
 
+from mmtune.data.dicom import INSTALL, DicomImage, has_pydicom, is_dicom
 from mmtune.data.fetch import fetch_media
 from mmtune.data.findings import Unusable
+from mmtune.data.image_changes import ImageChange
+from mmtune.data.media_names import data_of, path_of_file_uri, refuse_base64, refuse_scheme, unwrapped, windows_hint
+from mmtune.data.pixels import Window, lacks_range, to_rgb
 from mmtune.files import user_cache
 
 MAX_PIXELS = 89_478_485
 """Largest image that is opened: where Pillow warns of a decompression bomb."""
 
-MAX_DATA_URI = 32 * 2**20
-"""Longest `data:` URI that is decoded, in characters."""
-
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What is opened, by Pillow's names. Pillow knows more, among them formats that run another program."""
+"""What is opened besides DICOM, by Pillow's names. Pillow knows more, among them formats that run another program."""
 
 _DAMAGED = (
     OSError,
@@ -114,6 +114,11 @@ class _Slice(io.RawIOBase):
         self._length = length
         self._position = 0
 
+    @property
+    def name(self) -> str:
+        """The file's, as other readers have it."""
+        return str(self._file.name)
+
     def readable(self) -> bool:
         return True
 
@@ -144,7 +149,41 @@ class _Slice(io.RawIOBase):
         super().close()
 
 
-Media = Path | Embedded
+@dataclass(frozen=True)
+class ImageView:
+    """An image as a source of the recipe shows it.
+
+    Attributes:
+        image: the image itself.
+        window: the grey values that become black and white; None leaves it to the format.
+        change: a drawn augmentation; None leaves the image as it is.
+    """
+
+    image: Path | Embedded
+    window: Window | None = None
+    change: ImageChange | None = None
+
+    def __str__(self) -> str:
+        return str(self.image)
+
+    @property
+    def container(self) -> Path:
+        """The file itself, or the one that an embedded image lies in."""
+        return self.image.container if isinstance(self.image, Embedded) else self.image
+
+
+Media = Path | Embedded | ImageView
+
+
+def open_media(media: Media | str) -> BinaryIO:
+    """The medium as an open file.
+
+    Raises:
+        OSError, ValueError: one that cannot be opened.
+    """
+    if isinstance(media, ImageView):
+        media = media.image
+    return media.open() if isinstance(media, Embedded) else Path(media).open("rb")
 
 
 def blank_image() -> Embedded:
@@ -171,72 +210,66 @@ class MediaRules:
     cache: Path | None = None
 
 
-def resolve_media(value: Any, rules: MediaRules) -> Media:
+def resolve_media(value: Any, rules: MediaRules) -> Path | Embedded:
     """What a row says of a medium, as something that can be opened.
 
     Args:
-        value: a path, a `data:` URI, bytes, an `Embedded`, or `{"bytes", "path"}` as `datasets` and parquet files have it.
+        value: a path, a `file:` or `data:` URI, a URL, bytes, an `Embedded`, `{"bytes", "path"}` as `datasets` and parquet files
+            have it, or an object that holds one of these under `path`, `url`, `image_url` or `image`.
         rules: what the row may name.
 
     Raises:
-        ValueError: with the reason: no such file, outside the root with links followed, a URL where none are allowed, or a value
-            that is none of these.
+        ValueError: with the reason: no such file, outside the root with links followed, a URL where none are allowed, a URI of
+            another scheme, or a value that is none of these.
     """
+    value = unwrapped(value)
     if isinstance(value, Embedded):
         return value
     if isinstance(value, (bytes, bytearray, memoryview)):
         value = {"bytes": value}
-    if isinstance(value, dict) and value.get("bytes") is not None:
+    if isinstance(value, dict):
         data, path = value["bytes"], value.get("path")
         if not isinstance(data, (bytes, bytearray, memoryview)):
-            raise Unusable("media_path", f"'bytes' holds {type(data).__name__}, not bytes")
+            told = f"'bytes' holds {type(data).__name__}, not bytes; base64 goes into a string: data:image;base64,..."
+            raise Unusable("media_path", told)
         return Embedded(rules.root, path if isinstance(path, str) and path else "bytes", data=bytes(data))
-    name = value.get("path") if isinstance(value, dict) and set(value) <= {"bytes", "path"} else value
-    if isinstance(name, Path):
-        name = str(name)
+    name = str(value) if isinstance(value, Path) else value
     if not isinstance(name, str):
-        raise Unusable("media_path", f"expected the path of an image or its bytes, found {_kind(value)}")
-    if name[:5].lower() == "data:":
-        return _from_data_uri(name, rules)
-    if name[:8].lower().startswith(("http://", "https://")):
+        raise Unusable("media_path", f"expected the path of an image or its bytes, found {type(name).__name__}")
+    scheme = name[:8].lower()
+    if scheme.startswith("data:"):
+        return Embedded(rules.root, "data: URI", data=data_of(name))
+    if scheme.startswith("file:/"):
+        return _from_path(path_of_file_uri(name), rules)
+    if scheme.startswith(("http://", "https://")):
         if not rules.urls:
             raise Unusable("media_url", f"'{name[:100]}' is a URL; `allow_urls: true` in its source would fetch it")
         return fetch_media(name, rules.cache or user_cache("media"))
+    refuse_scheme(name)
     return _from_path(name, rules)
 
 
-def _kind(value: Any) -> str:
-    return f"an object with {', '.join(map(str, value)) or 'nothing'}"[:200] if isinstance(value, dict) else type(value).__name__
-
-
 def _from_path(name: str, rules: MediaRules) -> Path:
+    """The file of a path; of one with backslashes that no file has, of the same path with forward slashes."""
     root = rules.root.resolve()
-    try:
-        path = (root / name).resolve()
-        is_file = path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name; links in a circle; a null byte, a lone surrogate
-        raise Unusable("media_path", f"cannot look up '{name[:200]}': {error}"[:400]) from error
+    for written in dict.fromkeys((name, name.replace("\\", "/"))):
+        try:
+            path = (root / written).resolve()
+            is_file = path.is_file()
+        except (OSError, RuntimeError, ValueError) as error:  # too long a name; links in a circle; a null byte, a lone surrogate
+            refuse_base64(name)
+            raise Unusable("media_path", f"cannot look up '{name[:200]}': {error}"[:400]) from error
+        if is_file:
+            break
+    if not is_file:
+        refuse_base64(name)
+    windows = "" if is_file else windows_hint(name)
     if not rules.outside and not path.is_relative_to(root):
         told = f"'{name}' lies outside media_root {root}; `allow_outside_root: true` in its source would allow it"
-        raise Unusable("media_outside_root", told)
+        raise Unusable("media_outside_root", told + windows)
     if not is_file:
-        raise Unusable("media_missing", f"no such file: {path}")
+        raise Unusable("media_missing", f"no such file: {path}{windows}")
     return path
-
-
-def _from_data_uri(uri: str, rules: MediaRules) -> Embedded:
-    """RFC 2397, of an image and in base64, as rows in OpenAI's format carry images."""
-    if len(uri) > MAX_DATA_URI:
-        raise Unusable("media_path", f"a data: URI of {len(uri)} characters, more than {MAX_DATA_URI}")
-    head, comma, body = uri.partition(",")
-    kind, *parameters = head[5:].lower().split(";")
-    if not comma or not kind.startswith("image/") or parameters[-1:] != ["base64"]:
-        raise Unusable("media_path", f"'{uri[:60]}' is no data: URI of an image in base64 (data:image/png;base64,...)")
-    try:
-        data = base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError) as error:  # ValueError: characters outside of ASCII
-        raise Unusable("media_path", f"'{uri[:60]}' is not valid base64: {error}") from error
-    return Embedded(rules.root, "data: URI", data=data)
 
 
 def image_size(media: Media | str) -> tuple[int, int]:
@@ -246,66 +279,69 @@ def image_size(media: Media | str) -> tuple[int, int]:
         ValueError: for a file that is no image, has no pixels, or has too many.
     """
     with opened_image(media) as (image, orientation):
-        width, height = image.size
-        return (height, width) if orientation >= 5 else (width, height)
+        return changed_size(media, (image.height, image.width) if orientation >= 5 else (image.width, image.height))
+
+
+def changed_size(media: Media | str, size: tuple[int, int]) -> tuple[int, int]:
+    """The size of an image of which the file has `size`, upright: an `ImageView` may change it."""
+    return media.change.size(size) if isinstance(media, ImageView) and media.change is not None else size
 
 
 def open_image(media: Media | str) -> Image.Image:
-    """The whole image, upright by its EXIF tag and in RGB.
+    """The whole image, upright by its EXIF tag and in RGB, 8 bits a channel, with the changes of an `ImageView`.
 
-    Transparency is dropped, 16 bits of grey become 8, an animation shows its first frame.
+    Transparency is composited on white. Grey values of 16 bits keep the upper 8 without a window. An animation shows its first
+    frame, a file of several pages its first page. DICOM is read as `DicomImage.shown` says.
 
     Raises:
         ValueError: for a file that is no image, is cut short, has no pixels or too many.
     """
+    window, change = (media.window, media.change) if isinstance(media, ImageView) else (None, None)
     with opened_image(media) as (image, orientation):
         try:
-            image.load()
-            made: Image.Image = image
-            if made.mode.startswith("I"):
-                made = _eight_bits(made)
-            if made.mode == "P" and "transparency" in made.info:
-                made = made.convert("RGBA")  # straight to RGB, Pillow warns for some palettes
-            made = made.convert("RGB")
-            return made.transpose(_TRANSPOSED[orientation]) if orientation in _TRANSPOSED else made
+            shown = image.shown(window).convert("RGB") if isinstance(image, DicomImage) else to_rgb(image, window)
+            if orientation in _TRANSPOSED:
+                shown = shown.transpose(_TRANSPOSED[orientation])
         except _DAMAGED as error:
-            raise Unusable("image_damaged", f"cannot decode {media}: {error}") from error
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16 bits of grey as 8. Pillow's own conversion clips at 255."""
-    wide = image.convert("I")  # the many forms of 16 bits become one
-    low, high = cast(tuple[int, int], wide.getextrema())
-    if low < 0 or high > 65_535:
-        raise Unusable("image_unreadable", f"32-bit values from {low} to {high}; save it with 8 or 16 bits")
-    return wide.point(lambda level: level / 256).convert("L")
+            told = " ".join(str(error).split())  # pydicom's has several lines
+            raise Unusable("image_damaged", f"cannot decode {media}: {told}") from error
+    return shown if change is None else change.apply(shown)
 
 
 @contextmanager
 def opened_image(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
     """An image whose header was read and found fit, with its EXIF orientation. Both files are closed at the end."""
     try:
-        file = media.open() if isinstance(media, Embedded) else Path(media).open("rb")  # noqa: SIM115  (closed below)
+        file = open_media(media)
     except (OSError, ValueError) as error:
         raise Unusable("image_unreadable", f"not an image that can be opened: {media}: {error}") from error
     with file:
         try:
-            image = Image.open(file, formats=FORMATS)
-            orientation = _orientation(image, file)
+            image, orientation = _opened(file)
         except _DAMAGED as error:
             bomb = isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning))
             kind = "image_too_large" if bomb else "image_unreadable"
-            reason = f"none of {', '.join(FORMATS)}" if isinstance(error, Image.UnidentifiedImageError) else error
+            reason = f"none of {', '.join(FORMATS)}, DICOM" if isinstance(error, Image.UnidentifiedImageError) else error
             raise Unusable(kind, f"not an image that can be opened: {media}: {reason}") from error
         with image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
                 bound = f"more than {MAX_PIXELS}" if image.width * image.height else "which is none"
                 kind = "image_too_large" if image.width * image.height else "image_zero_size"
                 raise Unusable(kind, f"{media} has {image.width} x {image.height} pixels, {bound}")
-            if image.mode.startswith("F"):
-                told = f"{media} holds floating-point values, whose range nobody knows; save it with 8 or 16 bits"
-                raise Unusable("image_unreadable", told)
+            values = lacks_range(image)
+            if values is not None and (not isinstance(media, ImageView) or media.window is None):
+                told = f"{media} holds {values} values, whose range is not known; give its source a line `window: [LOW, HIGH]`"
+                raise Unusable("image_unreadable", f"{told}, the values that become black and white (in chat: --window LOW HIGH)")
             yield image, orientation
+
+
+def _opened(file: BinaryIO) -> tuple[Image.Image, int]:
+    if not is_dicom(file):
+        image = Image.open(file, formats=FORMATS)
+        return image, _orientation(image, file)
+    if not has_pydicom():
+        raise ValueError(INSTALL)
+    return DicomImage(file), 1
 
 
 def _orientation(image: Image.Image, file: BinaryIO) -> int:

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mmtune.data.image_settings import ImageSettings
 from mmtune.data.media import MediaRules
 from mmtune.data.message import RowError, Sample
 from mmtune.data.prompts import Prompting, draw
@@ -38,6 +39,7 @@ class Reader:
         self._name = name
         self._watch = FileWatch()
         words = None if source.verbalizer is None else dict(source.verbalizer)
+        self._images = ImageSettings(source.window, source.augment, source.seed)
         self.ignored = frozenset(source.ignore) | {field.split(".")[0] for field in source.where or ()}
         self._prompting = Prompting(
             source.seed,
@@ -67,22 +69,28 @@ class Reader:
         rows = stream_rows(self.source.path, self._name, rows=self.template.rows, watch=self._watch)
         return islice(filter(self._wanted, rows) if self._chooses else rows, self.source.limit)
 
-    def sample(self, row_id: str, row: Row) -> Sample:
+    def sample(self, row_id: str, row: Row, visit: int = 0) -> Sample:
         """The sample of a row, its few-shot examples before it.
+
+        Args:
+            row_id: of the row.
+            row: as the source holds it.
+            visit: how many times the row has trained before, for the draws of `augment`.
 
         Raises:
             RowError: for a row, or an example drawn for it, that cannot be read.
         """
-        sample = self._alone(row_id, row)
+        sample = self._alone(row_id, row, visit)
         if self._shots is None:
             return sample
         start = 1 if sample.messages[0]["role"] == "system" else 0
         examples = [message for example in self._shots.drawn(row_id, row) for message in example]
         return replace(sample, messages=[*sample.messages[:start], *examples, *sample.messages[start:]])
 
-    def _alone(self, row_id: str, row: Row) -> Sample:
+    def _alone(self, row_id: str, row: Row, visit: int) -> Sample:
         joined = row if self._partners is None else self._partners.join(row_id, row)
-        return replace(self.template.sample(row_id, joined, self.rules, self._prompting), source=self.source.path)
+        images = replace(self._images, visit=visit)
+        return replace(self.template.sample(row_id, joined, self.rules, self._prompting, images), source=self.source.path)
 
     @property
     def _chooses(self) -> bool:
@@ -220,6 +228,7 @@ def _source_of(source: Source, shots: Shots) -> Source:
         "limit": None,
         "shots": None,
         "system": None,
+        "augment": None,
     }
     if template != source.template:
         settings |= {"verbalizer": None, "shuffle_options": False, "values": None, "image_placeholder": "error", "ignore": ()}
@@ -248,6 +257,11 @@ def check_source(source: Source) -> DataTemplate:
         raise UserError(f"join: the template {name} reads no second file")
     if source.join is None and join is not None and not join.same_file:
         raise UserError(f"join: the template {name} needs a second file; name it in the source: join: FILE")
+    if source.augment is not None and source.augment.moves and (written := template.undeclared_boxes()):
+        raise UserError(
+            f"augment: {source.path}: resize, crop and flip move the image, and the template {name} writes '{written}' into its "
+            "text as it is; declare it in the template (`boxes`), or take these out of `augment`"
+        )
     if source.shots is not None:
         check_source(_source_of(source, source.shots))
     return template

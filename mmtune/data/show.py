@@ -22,7 +22,7 @@ from mmtune.chat_rendering import render_prompt
 from mmtune.data.count import sample_replacements
 from mmtune.data.dataset import open_readers
 from mmtune.data.encode import OverLength, as_shown, chat_template_of, encode_text
-from mmtune.data.media import Media, open_image
+from mmtune.data.media import ImageView, Media, open_image
 from mmtune.data.message import RowError, Sample
 from mmtune.data.reader import Reader
 from mmtune.data.rows import Row, own_id
@@ -61,7 +61,7 @@ class View:
         sample: what is encoded; with fewer or smaller images if the recipe's `data.over_length` says so.
         tokens: all of them.
         prompt: the rendered text up to where the last answer begins, one placeholder for an image.
-        notes: what the recipe does to the sample because of its length.
+        notes: what the recipe does to the sample because of its length, and to its images.
     """
 
     sample: Sample
@@ -146,6 +146,8 @@ def view_sample(sample: Sample, processor: ProcessorMixin, section: DataSection)
             sample = fitted.sample
             notes += [f"{fitted.dropped} images dropped, so that it fits data.max_tokens"] if fitted.dropped else []
             notes += [f"{fitted.resized} images made smaller, so that it fits data.max_tokens"] if fitted.resized else []
+    if any(isinstance(image, ImageView) and image.change is not None for image in sample.images):
+        notes.append("images are augmented as when the row trains first; every later time is drawn again")
     encoded = encode_text(sample.id, sample.messages, processor, sample_replacements(sample, processor), section.supervise)
     kinds: list[Kind] = [
         "media" if media else "supervised" if supervised else "prompt"

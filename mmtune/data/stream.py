@@ -23,7 +23,7 @@ class SampleStream(IterableDataset[Any]):
     """One process's batches, without end.
 
     Args:
-        sources: for each source, what opens it anew and gives its rows in order, each as a Handle.
+        sources: for each source, what opens it for the epoch with a number and gives its rows in order, each as a Handle.
         weights: the share of each source in the samples.
         make_batch: makes a batch of (source number, handle) pairs; of none where the last rows leave a process without.
         seed: of the order.
@@ -34,7 +34,7 @@ class SampleStream(IterableDataset[Any]):
 
     def __init__(
         self,
-        sources: Sequence[Callable[[], Iterator[Handle]]],
+        sources: Sequence[Callable[[int], Iterator[Handle]]],
         weights: Sequence[float],
         make_batch: Callable[[list[tuple[int, Handle]]], Any],
         *,
@@ -93,7 +93,7 @@ class SampleStream(IterableDataset[Any]):
         """A source's rows, epoch after epoch, from a position on."""
         for epoch in itertools.count():
             read = 0
-            rows = self._sources[source]()
+            rows = self._sources[source](epoch)
             for number in itertools.count():
                 window = list(itertools.islice(rows, self._window))
                 if not window:

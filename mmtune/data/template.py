@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, nodes
 from pydantic import Field, ValidationError, model_validator
 
+from mmtune.data.boxes import BOX_FIELDS
 from mmtune.data.columns import Boxes, Columns, Turn
 from mmtune.data.conversation import PLACEHOLDERS, Conversation
-from mmtune.data.expressions import Declaration, check_jinja
+from mmtune.data.expressions import Declaration, check_jinja, names_read
+from mmtune.data.image_settings import AS_THEY_ARE, ImageSettings
 from mmtune.data.media import Embedded, MediaRules
 from mmtune.data.message import Message, RowError, Sample, is_supervised
 from mmtune.data.prompts import PLAIN, Options, Prompting, Verbalizer
@@ -100,7 +101,14 @@ class DataTemplate(Declaration):
             check_jinja(self.references)
         return self
 
-    def sample(self, row_id: str, row: Row, rules: MediaRules, prompting: Prompting = PLAIN) -> Sample:
+    def sample(
+        self,
+        row_id: str,
+        row: Row,
+        rules: MediaRules,
+        prompting: Prompting = PLAIN,
+        settings: ImageSettings = AS_THEY_ARE,
+    ) -> Sample:
         """Turn a row into messages and check what can be checked without decoding an image.
 
         Args:
@@ -108,10 +116,12 @@ class DataTemplate(Declaration):
             row: with its partner under `joined`, where the template has a join.
             rules: which media the row may name.
             prompting: what the recipe's source adds.
+            settings: how it shows images.
 
         Raises:
             RowError: a missing field, an unknown speaker, turns out of order, an empty answer, an image that is missing or
-                outside the media root, not as many images as placeholders, or a box outside the image.
+                outside the media root, not as many images as placeholders, a box outside the image, or one in a text that
+                `settings` would leave behind.
         """
         row = self.unpacked(row_id, row)
         read = self.fields_read | prompting.ignore | {*self.ignore, *OWN_IDS}
@@ -122,7 +132,9 @@ class DataTemplate(Declaration):
             fields = {kind: names for kind, names in self._media_fields().items() if names}
             messages = self.conversation.messages(row_id, row, rules, fields, self.placeholder, prompting.add_images)
         else:
-            messages, choices, references = self.columns().messages(row_id, row, rules, prompting)
+            messages, choices, references = self.columns().messages(row_id, row, rules, prompting, settings)
+        if self.boxes is None:
+            settings.shown(row_id, messages)
         if prompting.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompting.system}]})
         _check_turns(row_id, messages)
@@ -145,8 +157,7 @@ class DataTemplate(Declaration):
             written.append(self.verbalizer.label)
         if self.boxes is not None:
             written.append(self.boxes.value)
-        jinja = Environment()
-        found = {node.name for source in written for node in jinja.parse(source).find_all(nodes.Name)}
+        found = {name for source in written for name in names_read(source)}
         return frozenset(found | {name.split(".")[0] for name in named if name})
 
     def unpacked(self, row_id: str, row: Row) -> Row:
@@ -190,6 +201,11 @@ class DataTemplate(Declaration):
     def columns(self) -> Columns:
         """What a template without a conversation says, apart from the rest."""
         return Columns(self.messages, self.values, self.repeat, self.options, self.verbalizer, self.boxes, self.references)
+
+    def undeclared_boxes(self) -> str | None:
+        """A column with a box's name that a text reads as it is; None where there is none, or the template declares boxes."""
+        read = {name for turn in self.messages for text in turn.text for name in names_read(text)}
+        return next((name for name in BOX_FIELDS if name in read and self.boxes is None), None)
 
     def _task(self, row_id: str, row: Row) -> str | None:
         value = lookup(row, self.task) if self.task else None

@@ -105,8 +105,9 @@ def _spread(answers: Sequence[Answer], count: int) -> list[Answer]:
 
 
 def _images(answers: Sequence[Answer], sources: Sequence[Source]) -> dict[str, Sequence[Media]]:
-    """The images of each answer by its id. What lies inside another file is found again in the rows."""
-    if all(Path(name).is_file() for answer in answers for name in answer.images):
+    """The images of each answer by its id. What lies inside another file, or has a window, is found again in the rows."""
+    windows = any(source.window is not None for source in sources)
+    if not windows and all(Path(name).is_file() for answer in answers for name in answer.images):
         return {answer.id: [Path(name) for name in answer.images] for answer in answers}
     wanted = {answer.id for answer in answers}
     return {sample.id: sample.images for sample in iterate_rows(Samples(sources)) if sample.id in wanted}

@@ -133,6 +133,7 @@ def make_batches(
         shuffled=arguments.train_sampling_strategy == "random",
         epochs=math.ceil(arguments.num_train_epochs),
         steps=arguments.max_steps if arguments.max_steps > 0 else None,
+        visits=any(source.augment is not None for source in section.train),
     )
 
 

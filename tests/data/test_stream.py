@@ -23,7 +23,7 @@ from mmtune.data.stream import SampleStream
 from mmtune.errors import UserError
 
 
-def rows(name: str, count: int, parsed: list[str] | None = None) -> Iterator[Callable[[], str]]:
+def rows(name: str, count: int, parsed: list[str] | None, epoch: int) -> Iterator[Callable[[], str]]:
     def read(number: int) -> str:
         if parsed is not None:
             parsed.append(f"{name}{number}")
@@ -37,7 +37,7 @@ def make_batch(taken: list[tuple[int, Callable[[], str]]]) -> list[str]:
 
 
 def stream(*counts: int, weights: tuple[float, ...] = (), **settings: Any) -> SampleStream:
-    sources = [partial(rows, "abc"[number], count) for number, count in enumerate(counts)]
+    sources = [partial(rows, "abc"[number], count, None) for number, count in enumerate(counts)]
     settings = {"seed": 0, "window": 7, "size": 4} | settings
     return SampleStream(sources, weights or (1.0,) * len(counts), make_batch, **settings)
 
@@ -107,7 +107,7 @@ def test_killed_runs_see_the_rows_of_an_unbroken_one(tmp_path: Path) -> None:
         from mmtune.data.stream import SampleStream
 
         log, done = Path(sys.argv[1]), int(sys.argv[2])
-        source = lambda: stream_rows({str(tmp_path / "rows.jsonl")!r})
+        source = lambda epoch: stream_rows({str(tmp_path / "rows.jsonl")!r})
         batch = lambda taken: [read()[0] for _, read in taken]
         stream = SampleStream([source], [1.0], batch, seed=3, window=64, size=4)
         stream.start_at(done)

@@ -27,6 +27,8 @@ from mmtune.world import ALONE, World
 
 SAVES = ("train.save_strategy=steps", "train.save_steps=2", "train.max_steps=6", "tune.language.lora_dropout=0.2")
 
+AUGMENTED = "data.train.0.augment={crop: 0.5, flip: 0.5, brightness: 0.5}"
+
 
 def stop_after(run: RunDirectory, step: int) -> None:
     """What a run leaves that was killed after a checkpoint: no figures, no adapter, and metrics past the checkpoint."""
@@ -50,10 +52,13 @@ def outcome(run: RunDirectory) -> tuple[bytes, list[tuple[float, float]]]:
     [
         (),
         # in the middle of an epoch
-        pytest.param(("train.gradient_accumulation_steps=2", "train.per_device_train_batch_size=1"), marks=pytest.mark.slow),
+        pytest.param(
+            ("train.gradient_accumulation_steps=2", "train.per_device_train_batch_size=1", AUGMENTED), marks=pytest.mark.slow
+        ),
         pytest.param(("data.stream=true", "data.shuffle_window=5"), marks=pytest.mark.slow),
         pytest.param(
-            ("data.stream=true", "train.gradient_accumulation_steps=2", "train.dataloader_num_workers=2"), marks=pytest.mark.slow
+            ("data.stream=true", "train.gradient_accumulation_steps=2", "train.dataloader_num_workers=2", AUGMENTED),
+            marks=pytest.mark.slow,
         ),
         # adapters whose files lack what they were made of: ranks by the time of the checkpoint, and the prompt's encoder
         pytest.param(
