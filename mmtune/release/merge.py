@@ -25,6 +25,7 @@ from mmtune.manifest import NAME as MANIFEST
 from mmtune.manifest import write_manifest
 from mmtune.model.checkpoint import CHECKPOINT_MARK
 from mmtune.model.compute import place
+from mmtune.model.generation import ANSWER_TOKENS
 from mmtune.model.load import ADAPTER_CONFIG, DTYPES, base_of_adapter, load_base, load_trained
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.recipe import Recipe, load_recipe, needed_paths
@@ -242,7 +243,7 @@ class _Job:
         self.form = form
         self.dtype = form.dtype or ("fp32" if recipe.model.precision == "fp32" else "bf16")
         self.written: list[Path] = []
-        self._new_tokens = recipe.evaluate.max_new_tokens if recipe.evaluate else 64
+        self._new_tokens = recipe.evaluate.max_new_tokens if recipe.evaluate else ANSWER_TOKENS
 
     def open(self, stack: ExitStack, out: Path, overwrite: bool, needed: Sequence[Path]) -> Path:
         """Temporary directories for the release and, if it is asked for, the quantized one; refused before anything is loaded."""
