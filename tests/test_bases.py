@@ -33,6 +33,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "counts_too_few": {"processor_config.json": {"num_additional_image_tokens": 0}},
     "without_end": {"chat_template.jinja": WITHOUT_END},
     "end_behind_mark": {"chat_template.jinja": END_BEHIND_MARK},
+    "dated": {"chat_template.jinja": "{{ strftime_now('%Y') }}" + END_BEHIND_MARK},
     "pads_with_images": {"tokenizer_config.json": {"pad_token": "<image>"}},
     "pads_with_ends": {"tokenizer_config.json": {"pad_token": "<|end|>"}},
 }
@@ -162,6 +163,11 @@ def test_the_token_behind_the_mark_is_learnt(bases: Callable[[str], Path], capsy
     assert entry_point([*_verbs(bases("end_behind_mark"))["show"], "--json"]) == 0
     tokens = json.loads(capsys.readouterr().out)["tokens"]
     assert [token["text"] for token in tokens if token["kind"] == "supervised"][-1] == "<|end|>"
+
+
+def test_a_template_that_writes_the_date_is_said(bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry_point([*_verbs(bases("dated"))["show"], "--prompt"]) == 0
+    assert "chat template: it writes the date (strftime_now)" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -31,6 +31,11 @@ BY_MODEL_TYPE = {
     "gemma3_text": "gemma",
 }
 
+WITHOUT_ROLES = ("plain", "paligemma")
+"""Shipped templates that nothing in a tokenizer speaks for or against."""
+PALIGEMMA_TOKEN = "<loc0000>"
+"""In every PaliGemma tokenizer, whose processor adds it, and in no other."""
+
 QUESTION: dict[str, Any] = {
     "role": "user",
     "content": [{"type": "image", "image": "image"}, {"type": "text", "text": "What is it?"}],
@@ -204,10 +209,14 @@ def _advice(template: str | None, tokenizer: PreTrainedTokenizerBase, image_toke
     Args:
         template: the one that does not serve; None where there is none.
     """
+    if PALIGEMMA_TOKEN in tokenizer.get_vocab():
+        return "set model.chat_template: paligemma"
     usable = {
         name: text
         for name in template_names()
-        if name != "plain" and not _lacks(name, tokenizer) and not _fault(text := _shipped(name), tokenizer, image_token)
+        if name not in WITHOUT_ROLES
+        and not _lacks(name, tokenizer)
+        and not _fault(text := _shipped(name), tokenizer, image_token)
     }
     for name, text in usable.items():
         (end,) = tokenizer.convert_ids_to_tokens(end_of_turn_ids(tokenizer, text))

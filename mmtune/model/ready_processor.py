@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -83,7 +84,7 @@ KEYS: dict[str, dict[str, Rule]] = {
     "SmolVLMProcessor": _SHUFFLED,
     "InternVLProcessor": {"image_seq_length": lambda config: int(_grid(config) * config.downsample_ratio**2)},
     "Gemma3Processor": {"image_seq_length": lambda config: config.mm_tokens_per_image},
-    "PixtralProcessor": {"patch_size": _patch, "spatial_merge_size": lambda config: config.spatial_merge_size},
+    "PixtralProcessor": {"patch_size": _patch, "spatial_merge_size": lambda config: getattr(config, "spatial_merge_size", 1)},
 }
 """By a processor's class: the keys that decide how many tokens stand for an image, and their values by the model's config."""
 
@@ -152,7 +153,7 @@ def _complete(name: str, processor: Any, config: PreTrainedConfig) -> None:
         tokens = tokenizer.image_token * processor.image_seq_length
         processor.full_image_sequence = f"\n\n{tokenizer.boi_token}{tokens}{tokenizer.eoi_token}\n\n"
     if filled:
-        told = ", ".join(f"{key}: {value}" for key, value in filled.items())
+        told = ", ".join(f"{key}: {textwrap.shorten(str(value), 60, placeholder=' ...')}" for key, value in filled.items())
         print(f"{name}: the processor's files lack keys that follow from config.json: {told}")
 
 
@@ -173,7 +174,7 @@ def prepare_processor(
         UserError: as `check_image_tokens` and `choose_pad_token`, or a tokenizer with tokens that the model does not embed.
     """
     check_image_tokens(name, processor, config, trust_remote_code)
-    _check_rows(name, processor, config.get_text_config().vocab_size)
+    _check_rows(name, processor, config)
     choose_pad_token(name, processor.tokenizer, template, processor.image_token)
 
 
@@ -244,14 +245,13 @@ def _wrong(processor: Any, config: Any) -> str:
     return f"; the processor's files do not fit config.json: look at the image size{', ' + keys if keys else ''}"
 
 
-def _check_rows(name: str, processor: Any, rows: int) -> None:
+def _check_rows(name: str, processor: Any, config: Any) -> None:
     """Refuse a tokenizer with tokens that the model does not embed."""
-    vocabulary = processor.tokenizer.get_vocab()
+    rows, vocabulary = config.get_text_config().vocab_size, processor.tokenizer.get_vocab()
     # These two families put features in place of the image token before they embed.
-    absent = processor.tokenizer.image_token if isinstance(processor, (Gemma3Processor, PaliGemmaProcessor)) else None
-    beyond = sorted(
-        (token for token, number in vocabulary.items() if number >= rows and token != absent), key=vocabulary.__getitem__
-    )
+    absent = config.image_token_id if isinstance(processor, (Gemma3Processor, PaliGemmaProcessor)) else None
+    beyond = [token for token, number in vocabulary.items() if number >= rows and number != absent]
+    beyond.sort(key=vocabulary.__getitem__)
     if beyond:
         raise UserError(
             f"model.base: {name}: its tokenizer has {len(vocabulary):,} tokens, and the model embeds {rows:,}: no row for "
