@@ -84,6 +84,7 @@ KEYS: dict[str, dict[str, Rule]] = {
     "SmolVLMProcessor": _SHUFFLED,
     "InternVLProcessor": {"image_seq_length": lambda config: int(_grid(config) * config.downsample_ratio**2)},
     "Gemma3Processor": {"image_seq_length": lambda config: config.mm_tokens_per_image},
+    "PaliGemmaProcessor": {"image_processor.image_seq_length": _grid},
     "PixtralProcessor": {"patch_size": _patch, "spatial_merge_size": lambda config: getattr(config, "spatial_merge_size", 1)},
 }
 """By a processor's class: the keys that decide how many tokens stand for an image, and their values by the model's config."""
@@ -101,15 +102,7 @@ def open_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool 
             follow from the config.
         OSError, ValueError: files that cannot be read.
     """
-    try:
-        processor = read_processor(name, trust_remote_code)
-    except ValueError as error:
-        if config.model_type == "paligemma" and "image_seq_length" in str(error):
-            raise UserError(
-                f"model.base: {name}: preprocessor_config.json lacks image_seq_length, how many tokens stand for an image; add "
-                f'"image_seq_length": {_grid(config)}'
-            ) from error
-        raise
+    processor = read_processor(name, trust_remote_code)
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "tokenizer"):
         raise UserError(
             f"model.base: {name} (model_type {config.model_type}) has no processor of images and text, only a "
@@ -148,6 +141,8 @@ def _complete(name: str, processor: Any, config: PreTrainedConfig) -> None:
             raise UserError(
                 f"model.base: {name}: processor_config.json lacks {key}, which config.json does not tell either; add it"
             )
+    if isinstance(processor, PaliGemmaProcessor):
+        processor.image_seq_length = processor.image_processor.image_seq_length
     if isinstance(processor, Gemma3Processor) and filled:  # it writes an image in full when it is made
         tokenizer = processor.tokenizer
         tokens = tokenizer.image_token * processor.image_seq_length
