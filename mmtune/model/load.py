@@ -280,6 +280,10 @@ def load_trained(
     trusts = settings.get("trust_remote_code", False)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trusts)
+    except (OSError, ValueError) as error:
+        what = f"{where}: cannot load its base {source}" if adapts else f"cannot load a model from {path}"
+        raise UserError(f"{what}: {_reason(source, error)}") from error
+    try:
         processor = open_processor(str(where), config, trusts)
         template = _chat_template(processor, chat_template)
         if not adapts:  # an adapter's was saved as it was trained with, and its base may still turn out to be another one
