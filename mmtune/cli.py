@@ -103,12 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     verb = _verb(verbs, "eval", _eval, "score a run or a model on a recipe's held-out questions")
-    verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run directory, an adapter, a checkpoint or a hub id")
+    verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a checkpoint of one, an adapter, a model or a hub id")
     verb.add_argument("--recipe", help="the recipe whose `evaluate` section to use; a run's own by default")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
 
     verb = _verb(verbs, "merge", _merge, "fold a run's adapter into its base and prove the result")
-    verb.add_argument("model", metavar="RUN", nargs="?", help="the run directory; none with --adapter")
+    verb.add_argument("model", metavar="RUN", nargs="?", help="the run, or a checkpoint of one; none with --adapter")
     verb.add_argument("out", metavar="OUT", help="where the merged model goes")
     verb.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     verb.add_argument("--samples", type=int, default=32, help="samples to compare on (default 32)")
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--public", action="store_true", help="a new repository is public")
 
     verb = _verb(verbs, "chat", _chat, "talk to a run or a model")
-    verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run directory, an adapter, a checkpoint or a hub id")
+    verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a checkpoint of one, an adapter, a model or a hub id")
     verb.add_argument("--image", action="append", default=[], help="an image to show first; may be repeated")
     told = "the grey values that become black and white, as `window` of the sources that trained; 8 bits take none"
     verb.add_argument("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help=told)
@@ -206,18 +206,20 @@ def _eval(arguments: argparse.Namespace) -> Any:
     from mmtune.evaluation.report import print_scores
     from mmtune.evaluation.run import as_json, check_questions, evaluate, score
     from mmtune.model.compute import place
-    from mmtune.model.load import load_trained
+    from mmtune.model.load import load_trained, trained_part
     from mmtune.recipe import load_recipe
-    from mmtune.run_directory import RunDirectory
 
-    recipe = load_recipe(arguments.recipe or RunDirectory(Path(arguments.model)).recipe, arguments.overrides)
+    trained = trained_part(Path(arguments.model))
+    recipe = load_recipe(arguments.recipe or trained.run.recipe, arguments.overrides)
     if recipe.evaluate is None:
         raise UserError(f"{arguments.recipe or arguments.model}: the recipe has no `evaluate` section")
     check_questions(recipe.evaluate)
-    model, processor = load_trained(Path(arguments.model), chat_template=arguments.recipe and recipe.model.chat_template)
+    model, processor = load_trained(trained, chat_template=arguments.recipe and recipe.model.chat_template)
     check_chat_template(processor)
-    result = {"tuned_scores": as_json(score(evaluate(place(model), processor, recipe.evaluate), recipe.evaluate))}
+    result: dict[str, Any] = {"tuned_scores": as_json(score(evaluate(place(model), processor, recipe.evaluate), recipe.evaluate))}
     print_scores(result)
+    if trained.is_checkpoint:
+        result |= {"step": trained.step, "steps": trained.steps}
     return result
 
 
@@ -240,8 +242,8 @@ def _merge(arguments: argparse.Namespace) -> Any:
     else:
         parity = merge(Path(arguments.model), out, form=form, **shared)
     print(
-        f"merged: {out}: largest logit difference {parity.merge_max_logit_difference:.2g} on {parity.merge_samples} "
-        f"samples, {parity.merge_same_answers} greedy answers the same"
+        f"merged: {out}{_step(parity)}: largest logit difference {parity.merge_max_logit_difference:.2g} on "
+        f"{parity.merge_samples} samples, {parity.merge_same_answers} greedy answers the same"
     )
     for name, apart in (("as trained, quantized", parity.trained), (f"{out}-{form.quantize}", parity.quantized)):
         if apart:
@@ -250,6 +252,10 @@ def _merge(arguments: argparse.Namespace) -> Any:
                 f"{apart['same_answers']} greedy answers the same"
             )
     return asdict(parity)
+
+
+def _step(parity: Any) -> str:
+    return "" if parity.merge_step == parity.merge_steps else f" (step {parity.merge_step} of {parity.merge_steps})"
 
 
 def _weighted(text: str) -> tuple[Path, float]:

@@ -6,17 +6,22 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from mmtune.errors import CheckFailed, UserError
 
 NAME = "manifest.json"
 
 
-def write_manifest(folder: Path) -> None:
-    """Write `manifest.json` over every other file of a folder."""
+def write_manifest(folder: Path, **about: Any) -> None:
+    """Write `manifest.json` over every other file of a folder.
+
+    Args:
+        about: what else it says, beside `files`.
+    """
     found = _digests(folder)
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in found.items()}
-    (folder / NAME).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+    (folder / NAME).write_text(json.dumps({**about, "files": files}, indent=2) + "\n", encoding="utf-8")
 
 
 def check_manifest(folder: Path) -> dict[str, int]:

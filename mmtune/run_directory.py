@@ -21,12 +21,15 @@ from typing import Any
 from accelerate.utils import is_deepspeed_available
 
 from mmtune import __version__
-from mmtune.errors import UserError
+from mmtune.errors import CheckFailed, UserError
 from mmtune.files import check_replaceable, replace_text, writing
+from mmtune.manifest import check_manifest
 from mmtune.recipe import Recipe, needed_paths
 from mmtune.torchvision_support import prepare_torchvision
 from mmtune.world import ALONE, World
 
+SAVING = ".saving"
+"""Where a checkpoint lies until it is whole."""
 SEEN_WITHIN_S = 60.0
 """A network file system may remember for half a minute that a directory was not there."""
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "pillow", "numpy")
@@ -86,6 +89,23 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def checkpoints_by_step(self) -> list[Path]:
+        """The checkpoints that have their names, the oldest first."""
+        return sorted(
+            (path for path in self.checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()), key=step_of
+        )
+
+    def last_good_checkpoint(self) -> Path | None:
+        """The newest checkpoint that is as it was written; damaged ones are printed and passed over."""
+        for path in reversed(self.checkpoints_by_step()):
+            try:
+                check_manifest(path)
+            except (CheckFailed, UserError) as error:
+                print(f"passed over: {error}")
+                continue
+            return path
+        return None
+
     @property
     def summary(self) -> Path:
         """The run's figures, for machines."""
@@ -115,6 +135,19 @@ class RunDirectory:
         summary = {**(self.read_summary() if self.summary.is_file() else {}), **figures}
         replace_text(self.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         return summary
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that a checkpoint has behind it."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def run_of_checkpoint(path: Path) -> RunDirectory | None:
+    """The run whose checkpoint a directory is, one that is not finished as well; None for any other path."""
+    folder = path.resolve().parent
+    run = RunDirectory(folder.parent.parent if folder.name == SAVING else folder.parent)
+    is_inside = folder in (run.checkpoints.resolve(), run.checkpoints.resolve() / SAVING)
+    return run if path.is_dir() and is_inside and run.recipe.is_file() else None
 
 
 def check_output_dir(recipe: Recipe, overwrite: bool) -> None:

@@ -27,13 +27,14 @@ from mmtune.data.collate import Collator, collate
 from mmtune.data.dataset import Encoder, Samples, check_rows, open_samples, stand_in
 from mmtune.data.encode import check_chat_template
 from mmtune.data.plan_cache import signatures
-from mmtune.data.report import DataReport
+from mmtune.data.report import NO_SAMPLE, DataReport
 from mmtune.data.stream import SampleStream
 from mmtune.errors import Stopped, UserError
 from mmtune.evaluation.report import print_scores, write_report
 from mmtune.evaluation.run import as_json, check_questions, evaluate, read_answers, score, write_answers
 from mmtune.files import check_writable, replaced_directory
 from mmtune.methods.table import refusal
+from mmtune.model.carried import carry_over, told, unread_tensors
 from mmtune.model.chat_template import use_chat_template
 from mmtune.model.checkpoint import CHECKPOINT_MARK, save_checkpoint
 from mmtune.model.components import find_components
@@ -44,7 +45,7 @@ from mmtune.model.quantize import QUANTIZED
 from mmtune.model.sharded import runnable, to_save
 from mmtune.recipe import ModelSection, Recipe, check_files
 from mmtune.release.card import model_card
-from mmtune.run_directory import RunDirectory, check_output_dir, new_run, peak_memory_mb, versions
+from mmtune.run_directory import RunDirectory, check_output_dir, new_run, peak_memory_mb, step_of, versions
 from mmtune.training.callbacks import FrozenInputsStayFrozen, RecordMetrics, StopOnSignal, draw_loss_curve
 from mmtune.training.checkpoint import (
     REPORT,
@@ -54,9 +55,7 @@ from mmtune.training.checkpoint import (
     flat,
     last_checkpoint,
     named_checkpoint,
-    step_of,
 )
-from mmtune.training.live import MoveRanks
 from mmtune.training.reporting import reporters, write_beside
 from mmtune.training.rows import first_batches, optimizer_steps, order_rows, plan_rows, prove_packed_rows, rows_to_take
 from mmtune.training.trainer import TuningTrainer
@@ -182,7 +181,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         train_dataset=rows,
         data_collator=collator,
         processing_class=processor,
-        callbacks=[RecordMetrics(run.metrics), FrozenInputsStayFrozen(), MoveRanks(), stop],
+        callbacks=[RecordMetrics(run.metrics), FrozenInputsStayFrozen(), stop],
         data_report=data_report,
         max_bad_fraction=recipe.data.max_bad_fraction,
         max_nonfinite_steps=recipe.data.max_nonfinite_steps,
@@ -192,6 +191,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         batches=batches,
         source_names=samples.names if len(recipe.data.train) > 1 else (),
         data_files=signatures(recipe.data.train) if world.first else {},  # who keeps the checkpoints
+        initial=initial,
     )
     check_strategy(trainer.accelerator, world, recipe.model.precision)
     if world.fsdp:
@@ -226,6 +226,10 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         if world.first:
             processor.save_pretrained(made)
             model.generation_config.save_pretrained(made)  # with the chat template's stop tokens, which PEFT would not keep
+            if not adapts and recipe.model.base not in (None, UNTRAINED):
+                carried = carry_over(unread_tensors(model, resolve_base(str(recipe.model.base))), made)
+                if carried:
+                    print(told(model, carried))
     after = evaluate(model, processor, recipe.evaluate, world) if recipe.evaluate else []
     if not world.first:
         return {}
@@ -233,6 +237,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     draw_loss_curve(run.metrics, run.loss_curve)
     figures: dict[str, Any] = {
         "train_seconds": train_seconds,
+        "steps": trainer.state.global_step,
         "layout": world.layout,
         "trainable_parameters": sum(count.trainable for count in counts),
         "total_parameters": sum(count.total for count in counts),
@@ -241,6 +246,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         "dropped_over_length": len(data_report.dropped_over_length),
         "quarantined": len(data_report.quarantined),
         "skipped_steps": len(data_report.skipped_steps),
+        "steps_without_samples": data_report.count_skipped(NO_SAMPLE),
         "generation": answer_settings(model, processor, answer_tokens),
         "generation_not_used": unused_settings(model),
     }

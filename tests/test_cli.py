@@ -147,7 +147,7 @@ def test_a_run_directory_is_complete_and_machine_readable(
     ("arguments", "message"),
     [
         (["report", "nowhere"], "not a finished run"),
-        (["merge", "nowhere", "out"], "not a finished run"),
+        (["merge", "nowhere", "out"], "nowhere: no such run or model"),
         (["chat", "./nowhere", "--prompt", "hello"], "no such run or model"),
         (["recipe", "copy", "quickstrat"], "did you mean 'quickstart'?"),
         (["recipe", "check", "nowhere.yaml"], "nowhere.yaml"),

@@ -29,12 +29,18 @@ class Fault:
     detail: str
 
 
+NOT_FINITE = "its gradients are not finite"
+NO_SAMPLE = "none of its rows can train"
+"""Why a step is skipped."""
+
+
 @dataclass(frozen=True)
 class SkippedStep:
-    """An optimizer step whose gradients were not finite, and the rows of its batches in all processes."""
+    """An optimizer step that changed nothing: why, and the rows of its batches in all processes."""
 
     step: int
     rows: list[str]
+    reason: str
 
 
 @dataclass
@@ -45,7 +51,7 @@ class DataReport:
         rows: how many the data hold; of a stream, how many the run takes.
         streamed: whether a row that comes again, in another epoch, counts again: of a stream, `rows` counts it so too.
         checked: how many had their text and image headers checked before weights were loaded.
-        skipped_steps: those that `data.max_nonfinite_steps` let pass.
+        skipped_steps: those without a sample, and those that `data.max_nonfinite_steps` let pass.
     """
 
     rows: int
@@ -112,8 +118,13 @@ class DataReport:
             f"{self.rows:,} rows, {len(self.quarantined):,} quarantined, {len(self.dropped_over_length):,} dropped as too long"
         )
         changed = f", {len(self.media_changed):,} with media dropped or made smaller" if self.media_changed else ""
-        skipped = f", {len(self.skipped_steps):,} steps skipped" if self.skipped_steps else ""
+        reasons = ((reason, self.count_skipped(reason)) for reason in (NO_SAMPLE, NOT_FINITE))
+        skipped = "".join(f", {count:,} steps skipped ({reason})" for reason, count in reasons if count)
         return f"data: {counts}{changed}{skipped}"
+
+    def count_skipped(self, reason: str) -> int:
+        """How many steps were skipped for a reason."""
+        return sum(step.reason == reason for step in self.skipped_steps)
 
     def write(self, path: Path) -> None:
         """Write the report as JSON."""

@@ -22,8 +22,9 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import logging
 
 from mmtune.errors import UserError
+from mmtune.model.carried import told, unread_tensors
 from mmtune.model.chat_template import end_of_turn_ids, resolve_chat_template, set_chat_template, use_chat_template
-from mmtune.model.checkpoint import load_projector, save_checkpoint
+from mmtune.model.checkpoint import REPORTED, check_whole, load_projector, save_checkpoint
 from mmtune.model.generation import left_out_line, published_generation_config
 from mmtune.model.parts import Tower, choose_strategy, read_image_processor, read_language, read_tokenizer, read_tower
 from mmtune.model.sharded import frames, gathered, runnable
@@ -32,7 +33,6 @@ __all__ = ["assemble", "load_projector", "resolve_chat_template", "save_checkpoi
 
 IMAGE_TOKEN = "<image>"
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
-UNUSED_WEIGHTS = ("pooler.dense.weight", "pooler.dense.bias")
 PROBE_SIZES = ((640, 480), (100, 333), (31, 17), (224, 224))
 
 
@@ -85,6 +85,8 @@ def assemble(
     causal = _load(AutoModelForCausalLM, language, text_config, dtype, seed, trust_remote_code, generation_config)
     if left_out:
         print(left_out_line(language, left_out))
+    if unread := unread_tensors(causal, language):
+        print(told(causal, unread, f"left out of {language}"))
     sample = tokenizer("A cat sat on the mat.", return_tensors="pt")["input_ids"]
     with torch.no_grad(), runnable(causal):
         own_logits = causal(sample.to(causal.device)).logits
@@ -176,17 +178,13 @@ def _load(
                 dtype=dtype,
                 trust_remote_code=trust,
                 generation_config=generation_config,
-                output_loading_info=True,
+                **REPORTED,
             )
     except OSError as error:
         raise UserError(f"{checkpoint}: its weights do not load: {str(error).strip().splitlines()[0]}") from error
     finally:
         logging.set_verbosity(verbosity)
-    random = [key for key in sorted(report["missing_keys"]) if not key.endswith(UNUSED_WEIGHTS)]
-    random += [str(key) for key in report["mismatched_keys"]]
-    if random:
-        shown = ", ".join(random[:4]) + (f" and {len(random) - 4} more" if len(random) > 4 else "")
-        raise UserError(f"{checkpoint}: not a whole {type(model).__name__}: no weights for {shown}")
+    check_whole(checkpoint, model, report)
     return model.eval()
 
 

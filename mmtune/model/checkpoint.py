@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mmtune.errors import UserError
 from mmtune.files import replaced_directory
@@ -15,6 +19,44 @@ from mmtune.model.components import PEFT_PREFIX, find_components
 
 CHECKPOINT_MARK = "config.json"
 """The file by which a directory is known to be a checkpoint."""
+
+
+UNUSED_WEIGHTS = ("pooler.dense.weight", "pooler.dense.bias")
+"""Of towers whose pooled output is not read; some checkpoints lack them."""
+REPORTED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""For `from_pretrained`, so that it reports to `check_whole` what it would otherwise draw at random or end with a traceback."""
+
+
+def check_whole(name: str, model: PreTrainedModel, report: Mapping[str, Collection[Any]]) -> None:
+    """Refuse a checkpoint that leaves some of its weights to chance.
+
+    Args:
+        name: of the checkpoint, for the message.
+        report: transformers' own, which comes with `REPORTED`.
+
+    Raises:
+        UserError: naming weights that are missing or of another shape.
+    """
+    random = [key for key in sorted(report["missing_keys"]) if not key.endswith(UNUSED_WEIGHTS)]
+    faults = [f"no weights for {_some(random)}"] if random else []
+    if mismatched := [f"{key} is {tuple(found)}, not {tuple(right)}" for key, found, right in report["mismatched_keys"]]:
+        faults.append(_some(sorted(mismatched)))
+    if faults:
+        raise UserError(f"{name}: not a whole {type(model).__name__}: {'; '.join(faults)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def use_hub_key_names(model: PreTrainedModel) -> None:
+    """Have a model that was built in memory saved under the key names of hub checkpoints of its class.
+
+    transformers notes the renamings of a checkpoint that it loads in `_weight_conversions`, and undoes them when it saves. A
+    model without such notes it would save without prefixes, such as `vision_tower.vision_model`, that engines read.
+    """
+    if getattr(model, "_weight_conversions", None) is None:
+        model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
 
 
 def save_checkpoint(
@@ -35,6 +77,7 @@ def save_checkpoint(
     Raises:
         UserError: when `out` exists, unless `overwrite`.
     """
+    use_hub_key_names(model)
     with replaced_directory(Path(out), overwrite, CHECKPOINT_MARK) as fresh:
         model.save_pretrained(fresh, state_dict=state_dict)
         processor.save_pretrained(fresh)
@@ -107,6 +150,16 @@ def _plain_name(key: str, projectors: list[str]) -> str | None:
     return None
 
 
+def safetensors_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, one or those of an index; none where it has no safetensors."""
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return []
+    return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+
+
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of an adapter, of a run that holds `adapter/`, or of a full checkpoint.
 
@@ -118,11 +171,8 @@ def weight_files(path: Path) -> list[Path]:
     for folder in (path, path / "adapter"):
         if (folder / "adapter_model.safetensors").is_file():
             return [folder / "adapter_model.safetensors"]
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
+    if files := safetensors_files(path):
+        return files
     raise UserError(
         f"projector: {path} holds none of adapter_model.safetensors, adapter/adapter_model.safetensors, model.safetensors"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,21 +29,20 @@ from mmtune.errors import UserError, nearest
 from mmtune.methods.table import METHODS
 from mmtune.model.assemble import assemble, assemble_processor
 from mmtune.model.chat_template import own_chat_template, resolve_chat_template, set_chat_template, use_chat_template
-from mmtune.model.checkpoint import load_projector, weight_files
+from mmtune.model.checkpoint import REPORTED, check_whole, load_projector, use_hub_key_names, weight_files
 from mmtune.model.components import check_family, check_known_to_transformers
 from mmtune.model.generation import left_out_line, published_generation_config
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.model.ready_processor import open_processor, prepare_processor
 from mmtune.model.sharded import in_parts
+from mmtune.model.trained import ADAPTER_CONFIG, INITIAL, Trained, export_adapter, find_trained
 from mmtune.recipe import ModelSection, load_recipe
-from mmtune.run_directory import RunDirectory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "nf4": torch.bfloat16}
 """Dtype of the weights by `model.precision`; of those that are not quantized."""
 UNTRAINED = "builtin:tiny-llava-untrained"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BUILTIN = {"builtin:tiny-llava": tiny.TRAINED}
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def resolve_base(base: str) -> str:
@@ -83,6 +83,7 @@ def load_base(
     dtype = DTYPES[section.precision]
     if section.base in (None, UNTRAINED):
         model, processor = _made_here(section, seed, dtype)
+        use_hub_key_names(model)
         if section.attn_implementation is not None:
             model.set_attn_implementation(section.attn_implementation)
         check(processor)
@@ -103,21 +104,23 @@ def load_weights(name: str, section: ModelSection) -> PreTrainedModel:
         name: a directory or hub id.
 
     Raises:
-        UserError: when it does not load.
+        UserError: when it does not load, or lacks weights, which transformers would draw at random.
     """
+    model: PreTrainedModel
     try:
         generation_config, left_out = published_generation_config(name, section.trust_remote_code)
-        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
-            name, generation_config=generation_config, **loading(name, section)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            name, generation_config=generation_config, **REPORTED, **loading(name, section)
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model: cannot load {section.base or name}: {_reason(name, error)}") from error
     if left_out:
         print(left_out_line(str(section.base or name), left_out))
+    check_whole(section.base or name, model, report)
     if section.precision in QUANTIZED:
         settle_quantized(model)
-    if in_parts(model):  # transformers then notes renamings that it has not done, and would undo them when it saves
-        model._weight_conversions = None
+    if in_parts(model):  # transformers then notes all renamings of the class, and would undo those that it has not done
+        model._weight_conversions = [each for each in model._weight_conversions if each.was_used()]
     return model
 
 
@@ -250,14 +253,14 @@ def load_bare_processor(section: ModelSection) -> ProcessorMixin:
 
 
 def load_trained(
-    path: Path, dtype: torch.dtype | None = None, chat_template: str | None = None
+    path: Path | Trained, dtype: torch.dtype | None = None, chat_template: str | None = None
 ) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
-    """A model to ask: from a run directory, a PEFT adapter directory, or an ordinary checkpoint or hub id.
+    """A model to ask: from a run, one of its checkpoints, a PEFT adapter directory, or an ordinary checkpoint or hub id.
 
     A run is loaded as its recipe says: precision, attention, and code of the checkpoint's own only if it was allowed.
 
     Args:
-        path: the run, the adapter, or the model.
+        path: the run, the checkpoint, the adapter, or the model; or what `trained_part` has found there.
         dtype: of the base's weights, unquantized; None takes the run's precision, or else the checkpoint's own.
         chat_template: as a recipe's `model.chat_template`; None takes the checkpoint's own, which of a run is the one that it was
             trained with.
@@ -267,13 +270,13 @@ def load_trained(
 
     Raises:
         UserError: nothing there, a damaged file, or an adapter that does not fit its base.
+        CheckFailed: a damaged checkpoint.
     """
-    where, run = trained_part(path), RunDirectory(path)
-    adapts = (where / ADAPTER_CONFIG).is_file()
-    source = base_of_adapter(where) if adapts else str(where)
+    trained = path if isinstance(path, Trained) else trained_part(path)
+    source = base_of_adapter(trained.path) if trained.is_adapter else str(trained.path)
     settings: dict[str, Any] = {"dtype": dtype or "auto"}
-    if run.recipe.is_file():
-        section = load_recipe(run.recipe).model
+    if trained.run.recipe.is_file():
+        section = load_recipe(trained.run.recipe).model
         if dtype is not None:  # unquantized
             section = section.model_copy(update={"precision": "fp32"})
         settings = loading(source, section) | ({"dtype": dtype} if dtype else {})
@@ -281,23 +284,28 @@ def load_trained(
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trusts)
     except (OSError, ValueError) as error:
-        what = f"{where}: cannot load its base {source}" if adapts else f"cannot load a model from {path}"
+        what = f"{trained.path}: cannot load its base {source}" if trained.is_adapter else f"cannot load a model from {path}"
         raise UserError(f"{what}: {_reason(source, error)}") from error
     try:
-        processor = open_processor(str(where), config, trusts)
+        processor = open_processor(str(trained.path), config, trusts)
         template = _chat_template(processor, chat_template)
-        if not adapts:  # an adapter's was saved as it was trained with, and its base may still turn out to be another one
-            prepare_processor(str(where), processor, template, config, trusts)
+        if not trained.is_adapter:  # an adapter's was saved as it was trained with, and its base may turn out to be another one
+            prepare_processor(str(trained.path), processor, template, config, trusts)
         set_chat_template(processor, template)
-        if adapts:
-            return load_adapter(where, **settings).eval(), processor
-        generation_config, left_out = published_generation_config(source, trusts)
-        model = AutoModelForImageTextToText.from_pretrained(source, generation_config=generation_config, **settings)
+        if not trained.is_adapter:
+            generation_config, left_out = published_generation_config(source, trusts)
+            model = AutoModelForImageTextToText.from_pretrained(source, generation_config=generation_config, **settings)
+            if left_out:
+                print(left_out_line(str(trained.path), left_out))
+            return model.eval(), processor
+        if not (trained.path / INITIAL).is_file():
+            return load_adapter(trained.path, **settings).eval(), processor
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Path(folder) / "adapter"
+            export_adapter(trained, processor, plain, base=source)
+            return load_adapter(plain, **settings).eval(), processor
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot load a model from {path}: {_reason(str(where), error)}") from error
-    if left_out:
-        print(left_out_line(str(path), left_out))
-    return model.eval(), processor
+        raise UserError(f"cannot load a model from {trained.path}: {_reason(str(trained.path), error)}") from error
 
 
 def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
@@ -338,23 +346,17 @@ def _is_embedding(key: str) -> bool:
     return any(f".{name}." in f".{key}" for name in EMBEDDING_LAYER_NAMES)
 
 
-def trained_part(path: Path) -> Path:
-    """Where a run keeps what it trained: `adapter/` or `model/`; any other path is taken as it is.
+def trained_part(path: Path) -> Trained:
+    """The weights that a path or a name stands for: see `find_trained`.
 
     Raises:
-        UserError: a directory that holds none of these.
+        UserError: nothing is there.
+        CheckFailed: a damaged checkpoint.
     """
-    builtin = BUILTIN.get(str(path))
-    if builtin is not None:
-        return builtin
-    for part in (path / "adapter", path / "model", path):
-        if (part / "adapter_config.json").is_file() or (part / "config.json").is_file():
-            return part
-    if path.is_dir():
-        raise UserError(f"{path}: neither a finished run (no adapter/ or model/) nor a model (no config.json)")
-    if not HUB_ID.fullmatch(str(path)):
+    trained = find_trained(BUILTIN.get(str(path), path))
+    if not trained.path.is_dir() and not HUB_ID.fullmatch(str(path)):
         raise UserError(f"{path}: no such run or model")
-    return path
+    return trained
 
 
 def base_of_adapter(adapter: Path) -> str:
@@ -368,8 +370,11 @@ def base_of_adapter(adapter: Path) -> str:
         base = str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise UserError(f"{file}: not a readable adapter configuration: {error}") from error
-    beside = adapter.parent / "base"
-    return str(beside) if (base == "base" or not Path(base).is_dir()) and (beside / "config.json").is_file() else base
+    if base == "base" or not Path(base).is_dir():
+        for folder in (adapter.parent, adapter.parent.parent):  # of a checkpoint, the run is one further up
+            if (folder / "base" / "config.json").is_file():
+                return str(folder / "base")
+    return base
 
 
 def adapter_method(adapter: Path) -> str:

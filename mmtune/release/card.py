@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def _card(recipe: Recipe, summary: dict[str, Any], run: RunDirectory, about: str
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {run.path.name}",
         about,
+        *_step(summary),
         "## Use",
         use,
         *_figures(summary),
@@ -151,9 +153,25 @@ def _merge(summary: dict[str, Any]) -> list[str]:
         f"{summary['merge_kl']:.3g}, {summary['merge_same_answers']} of {summary['merge_samples']} greedy answers the same. "
         f"Before rounding to {summary['merge_dtype']}: {summary['merge_fold_difference']:.3g} (allowed: "
         f"{summary['merge_tolerance']:g}). Largest difference from the base: {summary['merge_difference_from_base']:.3g}.",
+        *_carried(summary.get("merge_carried", ())),
         *_extra("The adapter on the quantized base that it was trained on, against this", summary.get("trained")),
         *_extra("The quantized release beside this, against this", summary.get("quantized")),
     ]
+
+
+def _step(summary: dict[str, Any]) -> list[str]:
+    step, steps = summary.get("merge_step"), summary.get("merge_steps")
+    if step is None:
+        return []
+    more = "" if step == steps else ", which is a checkpoint before the run's end"
+    return [f"Trained for {step:,} of {steps:,} optimizer steps{more}."]
+
+
+def _carried(keys: Sequence[str]) -> list[str]:
+    if not keys:
+        return []
+    names = ", ".join(f"`{key}`" for key in keys[:10]) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "")
+    return [f"Carried over from the base, unchanged, since the class does not read them (`manifest.json` lists them): {names}."]
 
 
 def _extra(title: str, figures: dict[str, Any] | None) -> list[str]:

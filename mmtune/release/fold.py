@@ -15,33 +15,46 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 from mmtune.errors import CheckFailed, UserError
 from mmtune.manifest import sha256
 from mmtune.methods.table import METHODS
-from mmtune.model.load import adapter_method, base_of_adapter, load_trained
-from mmtune.run_directory import RunDirectory
+from mmtune.model.generation import published_generation_config
+from mmtune.model.load import adapter_method, base_of_adapter, load_trained, trained_part
+from mmtune.model.trained import Trained
 
 
-def adapter_of(path: Path) -> RunDirectory:
-    """A finished run that holds an adapter.
+def weights_of_run(path: Path) -> Trained:
+    """What a run has trained, or had at one of its checkpoints.
 
     Raises:
-        UserError: a run that trained the whole model, or no finished run.
+        UserError: neither of these, or nothing was trained yet.
+        CheckFailed: a damaged checkpoint.
     """
-    run = RunDirectory(path)
-    if run.model.is_dir():
+    trained = trained_part(path)
+    if not trained.run.recipe.is_file():
+        raise UserError(f"{path} is neither a run nor a checkpoint in a run's checkpoints/: there is no recipe.yaml")
+    return trained
+
+
+def adapter_of(path: Path) -> Trained:
+    """As `weights_of_run`, of a run that trains an adapter.
+
+    Raises:
+        UserError: a run that trains the whole model as well.
+    """
+    trained = weights_of_run(path)
+    if not trained.is_adapter:
         raise UserError(f"{path} trained the whole model, so it has no adapter; `mmtune merge RUN OUT` alone releases it")
-    if not (run.adapter / "adapter_config.json").is_file():
-        raise UserError(f"{path} is not a finished run: it has no {run.adapter.name}/adapter_config.json")
-    return run
+    return trained
 
 
-def check_mergeable(run: RunDirectory) -> None:
+def check_mergeable(trained: Trained) -> None:
     """
     Raises:
         UserError: the adapter's method is no change of weights.
     """
-    method = adapter_method(run.adapter)
+    method = adapter_method(trained.path)
     if method in METHODS and not METHODS[method].mergeable:
         raise UserError(
-            f"{run.path}: {method} is no change of weights, so it cannot be merged; --keep-adapter releases it beside its base"
+            f"{trained.run.path}: {method} is no change of weights, so it cannot be merged; --keep-adapter releases it beside "
+            "its base"
         )
 
 
@@ -66,13 +79,13 @@ def fold(model: PeftModel) -> PreTrainedModel:
     return merged
 
 
-def fold_weighted(parts: Sequence[tuple[RunDirectory, float]]) -> tuple[PreTrainedModel, ProcessorMixin]:
+def fold_weighted(parts: Sequence[tuple[Trained, float]]) -> tuple[PreTrainedModel, ProcessorMixin]:
     """One base plus the weighted sum of what several adapters change in its weights, in fp32.
 
     Each adapter is folded alone, so every method that folds can take part, and each with its own settings.
 
     Args:
-        parts: runs and their weights.
+        parts: what runs have trained, and their weights in the sum.
 
     Returns:
         The model in eval mode, and the first run's processor.
@@ -80,17 +93,20 @@ def fold_weighted(parts: Sequence[tuple[RunDirectory, float]]) -> tuple[PreTrain
     Raises:
         UserError: adapters of different bases or chat templates.
     """
-    bases = {run.path: base_of_adapter(run.adapter) for run, _ in parts}
+    bases = {trained.path: base_of_adapter(trained.path) for trained, _ in parts}
     if len({_content(base) for base in bases.values()}) > 1:
         told = "; ".join(f"{path}: {base}" for path, base in bases.items())
         raise UserError(f"adapters of different bases cannot be added: {told}")
     total: dict[str, torch.Tensor] = {}
     processors: list[Any] = []
-    base: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(next(iter(bases.values())), dtype=torch.float32)
+    name = next(iter(bases.values()))
+    generation_config, _ = published_generation_config(name, False)
+    base: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+        name, dtype=torch.float32, generation_config=generation_config
+    )
     before = {name: tensor for name, tensor in base.state_dict().items() if tensor.is_floating_point()}
-    generation_config = base.generation_config
-    for run, weight in parts:
-        tuned, processor = load_trained(run.path, torch.float32)
+    for trained, weight in parts:
+        tuned, processor = load_trained(trained, torch.float32)
         processors.append(processor)
         merged = fold(tuned)
         generation_config = merged.generation_config

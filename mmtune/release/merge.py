@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,16 @@ from mmtune.errors import CheckFailed, UserError
 from mmtune.files import replaced_directory
 from mmtune.manifest import NAME as MANIFEST
 from mmtune.manifest import write_manifest
+from mmtune.model.carried import carry_over, told, unread_tensors
 from mmtune.model.checkpoint import CHECKPOINT_MARK
 from mmtune.model.compute import place
-from mmtune.model.generation import ANSWER_TOKENS
-from mmtune.model.load import ADAPTER_CONFIG, DTYPES, base_of_adapter, load_base, load_trained
+from mmtune.model.generation import ANSWER_TOKENS, published_generation_config
+from mmtune.model.load import DTYPES, UNTRAINED, base_of_adapter, load_base, load_trained, resolve_base
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
+from mmtune.model.trained import Trained, export_adapter
 from mmtune.recipe import Recipe, load_recipe, needed_paths
 from mmtune.release.card import adapter_card, model_card
-from mmtune.release.fold import adapter_of, check_mergeable, fold, fold_weighted
+from mmtune.release.fold import adapter_of, check_mergeable, fold, fold_weighted, weights_of_run
 from mmtune.release.parity import Observed, answer_logits, compare, observe, same_answers
 from mmtune.run_directory import RunDirectory
 
@@ -54,6 +56,8 @@ class Parity:
         merge_fold_difference: the largest logit difference before rounding to `merge_dtype`.
         merge_tolerance: what `merge_fold_difference` may be.
         merge_difference_from_base: largest logit difference from the untuned base, which the release must not equal.
+        merge_step, merge_steps: the optimizer steps that the released weights have behind them, and those of the whole run.
+        merge_carried: tensors of the base that its class does not read, which are in the release as they are.
         trained: the same against the adapter on the quantized base that it was trained on; nothing is asked of these.
         quantized: the quantized release, loaded back, against the merged model; nothing is asked of these.
     """
@@ -67,6 +71,9 @@ class Parity:
     merge_fold_difference: float
     merge_tolerance: float
     merge_difference_from_base: float
+    merge_step: int | None = None
+    merge_steps: int | None = None
+    merge_carried: tuple[str, ...] = ()
     trained: dict[str, Any] | None = None
     quantized: dict[str, Any] | None = None
 
@@ -94,59 +101,73 @@ def merge(path: Path, out: Path, *, form: Form | None = None, overwrite: bool = 
     held-out data (of its training data when it evaluates nothing). `out` takes its name last.
 
     Args:
-        path: a run directory.
+        path: a run, or one of its checkpoints. Of a run that has not finished the last good checkpoint is taken.
         out: where the merged model goes.
         form: of the release.
         overwrite: replace an existing `out`, which stays whole until the new one is proven.
         count: samples to compare on.
 
     Returns:
-        The figures, which also go into the run's `summary.json` and the model card.
+        The figures, which also go into the model card and, of a finished run, into its `summary.json`.
 
     Raises:
-        UserError: no finished run, an adapter that cannot be folded or is damaged, a missing base, an `out` that must not be
+        UserError: no run, an adapter that cannot be folded or is damaged, a missing base, an `out` that must not be
             replaced.
         CheckFailed: the merged model differs from what was trained, or equals the base; nothing is left at `out`.
     """
-    whole = RunDirectory(path).model.is_dir()
-    run = RunDirectory(path) if whole else adapter_of(path)
+    source = weights_of_run(path)
+    run = source.run
     recipe = load_recipe(run.recipe)
-    job = _Job(recipe, form or Form(), count)
-    needed = [path, *needed_paths(recipe)]
-    if not whole:
-        check_mergeable(run)
-        needed.append(Path(base_of_adapter(run.adapter)))
+    if source.is_adapter:
+        check_mergeable(source)
+    job = _Job(recipe, form or Form(), count, _base_on_disk(source, recipe))
+    needed = [path, run.path, *needed_paths(recipe), *([Path(job.base)] if job.base else [])]
     with ExitStack() as stack:
         fresh = job.open(stack, out, overwrite, needed)
         trained = None
         if recipe.model.precision in QUANTIZED:
-            trained = job.observe(*load_trained(path))
-        model, processor = load_trained(path, torch.float32)
+            trained = job.observe(*load_trained(source))
+        model, processor = load_trained(source, torch.float32)
         place(model)
         adapter = job.observe(model, processor)
-        if whole:
-            untuned, _ = load_base(recipe.model.model_copy(update={"precision": "fp32"}), recipe.train.get("seed", 42))
-            base = answer_logits(place(untuned).eval(), processor, job.samples)
-            del untuned
-            merged, folded = model, adapter
-        else:
+        if source.is_adapter:
             with model.disable_adapter():
                 base = answer_logits(model, processor, job.samples)
             merged = fold(model)
             folded = job.observe(merged, processor)
+        else:
+            untuned, _ = load_base(recipe.model.model_copy(update={"precision": "fp32"}), recipe.train.get("seed", 42))
+            base = answer_logits(place(untuned).eval(), processor, job.samples)
+            del untuned
+            merged, folded = model, adapter
         _enforce_fold(adapter, base, folded)
         parity = job.write(fresh, merged, processor, adapter, base, folded)
         del model, merged
         if trained is not None:
-            parity = _with(parity, trained=_figures(trained, folded))
+            parity = replace(parity, trained=_figures(trained, folded))
         parity = job.write_quantized(folded, processor, parity)
-        summary = {**(run.read_summary() if run.summary.is_file() else {}), **asdict(parity)}
-        for folder in job.written:
-            (folder / "README.md").write_text(model_card(recipe, summary, run), encoding="utf-8")
-            write_manifest(folder)
-    if run.summary.is_file():
+        summary = summary_of(source)
+        parity = replace(parity, merge_step=source.step or summary.get("steps"), merge_steps=summary.get("steps"))
+        job.finish(summary | asdict(parity), run)
+    if run.summary.is_file() and not source.is_checkpoint:
         run.update_summary(asdict(parity))
     return parity
+
+
+def summary_of(trained: Trained) -> dict[str, Any]:
+    """What a run's `summary.json` says; of a checkpoint, what is known of it, and nothing of the finished run."""
+    if not trained.is_checkpoint:
+        return trained.run.read_summary() if trained.run.summary.is_file() else {}
+    report = json.loads((trained.path / trained.run.data_report.name).read_text(encoding="utf-8"))
+    counts = {name: len(report[name]) for name in ("dropped_over_length", "quarantined")}
+    return {"steps": trained.steps, "rows": report["rows"], **counts}
+
+
+def _base_on_disk(source: Trained, recipe: Recipe) -> str | None:
+    """The checkpoint that a run started from; None where it was made in memory and not written."""
+    if source.is_adapter:
+        return base_of_adapter(source.path)
+    return None if recipe.model.base in (None, UNTRAINED) else resolve_base(str(recipe.model.base))
 
 
 def combine(
@@ -157,7 +178,7 @@ def combine(
     What is compared with the release from disk is the sum in memory: there is no trained model to compare a sum with.
 
     Args:
-        parts: run directories and their weights.
+        parts: runs or checkpoints, and their weights.
         out, form, overwrite, count: as for `merge`; samples come from the first run.
 
     Raises:
@@ -167,16 +188,21 @@ def combine(
         if not math.isfinite(weight):
             raise UserError(f"{path}: {weight} is no weight")
     runs = [(adapter_of(path), weight) for path, weight in parts]
-    for run, _ in runs:
-        check_mergeable(run)
-    recipe = load_recipe(runs[0][0].recipe)
-    job = _Job(recipe, form or Form(), count)
-    needed = [*(path for path, _ in parts), Path(base_of_adapter(runs[0][0].adapter)), *needed_paths(recipe)]
+    for trained, _ in runs:
+        check_mergeable(trained)
+    first = runs[0][0].run
+    recipe = load_recipe(first.recipe)
+    job = _Job(recipe, form or Form(), count, base_of_adapter(runs[0][0].path))
+    needed = [*(trained.run.path for trained, _ in runs), *(trained.path for trained, _ in runs), Path(str(job.base))]
+    needed += needed_paths(recipe)
     with ExitStack() as stack:
         fresh = job.open(stack, out, overwrite, needed)
         merged, processor = fold_weighted(runs)
         folded = job.observe(place(merged), processor)
-        untuned = AutoModelForImageTextToText.from_pretrained(base_of_adapter(runs[0][0].adapter), dtype=torch.float32)
+        generation_config, _ = published_generation_config(str(job.base), False)
+        untuned = AutoModelForImageTextToText.from_pretrained(
+            str(job.base), dtype=torch.float32, generation_config=generation_config
+        )
         base = answer_logits(place(untuned), processor, job.samples)
         del untuned
         if compare(base, folded.logits).largest <= TOLERANCE / 100:
@@ -184,10 +210,9 @@ def combine(
         parity = job.write(fresh, merged, processor, folded, base, folded)
         del merged
         parity = job.write_quantized(folded, processor, parity)
-        summary = asdict(parity) | {"adapters": [(str(path), weight) for path, weight in parts]}
-        for folder in job.written:
-            (folder / "README.md").write_text(model_card(recipe, summary, runs[0][0]), encoding="utf-8")
-            write_manifest(folder)
+        names = [str(trained.path if trained.is_checkpoint else trained.run.path) for trained, _ in runs]
+        weights = [weight for _, weight in runs]
+        job.finish(asdict(parity) | {"adapters": list(zip(names, weights, strict=True))}, first)
     return parity
 
 
@@ -198,30 +223,34 @@ def keep_adapter(path: Path, out: Path, *, overwrite: bool = False, count: int =
     the run's own adapter, which must give the same logits.
 
     Returns:
-        `samples`, `max_logit_difference`, `same_answers`.
+        `samples`, `max_logit_difference`, `same_answers`, `merge_step`, `merge_steps`.
 
     Raises:
         UserError: no adapter in the run, or an `out` that must not be replaced.
         CheckFailed: what was released differs from the run.
     """
-    run = adapter_of(path)
+    source = adapter_of(path)
+    run = source.run
     recipe = load_recipe(run.recipe)
     job = _Job(recipe, Form(), count)
-    base = Path(base_of_adapter(run.adapter))
-    with replaced_directory(out, overwrite, MANIFEST, [path, base, *needed_paths(recipe)]) as fresh:
-        expected = job.observe(*_placed(load_trained(path, torch.float32)))
-        shutil.copytree(run.adapter, fresh / "adapter")
+    base = Path(base_of_adapter(source.path))
+    with replaced_directory(out, overwrite, MANIFEST, [path, run.path, base, *needed_paths(recipe)]) as fresh:
+        model, processor = load_trained(source, torch.float32)
+        expected = job.observe(place(model), processor)
         if base.is_dir():
             shutil.copytree(base, fresh / "base")
-            _name_base(fresh / "adapter", "base")  # found beside the adapter, wherever the release goes
+        # A base in the release is found beside the adapter, wherever the release goes.
+        export_adapter(source, processor, fresh / "adapter", base="base" if base.is_dir() else str(base))
         result = job.observe(*_placed(load_trained(fresh / "adapter", torch.float32)))
         figures = _figures(expected, result)
         if figures["max_logit_difference"] > 1e-6 or figures["same_answers"] < figures["samples"]:
             raise CheckFailed(f"the released adapter differs from the run's: {figures}")
-        card = adapter_card(recipe, run.read_summary() if run.summary.is_file() else {}, run, figures, base.is_dir())
+        summary = summary_of(source)
+        steps = {"merge_step": source.step or summary.get("steps"), "merge_steps": summary.get("steps")}
+        card = adapter_card(recipe, summary | steps, run, figures, base.is_dir())
         (fresh / "README.md").write_text(card, encoding="utf-8")
-        write_manifest(fresh)
-    return figures
+        write_manifest(fresh, step=steps["merge_step"], steps=steps["merge_steps"])
+    return figures | steps
 
 
 def parity_samples(recipe: Recipe, count: int) -> list[Sample]:
@@ -234,7 +263,7 @@ def parity_samples(recipe: Recipe, count: int) -> list[Sample]:
 class _Job:
     """What is asked of every model of one merge, and how the result is written."""
 
-    def __init__(self, recipe: Recipe, form: Form, count: int) -> None:
+    def __init__(self, recipe: Recipe, form: Form, count: int, base: str | None = None) -> None:
         if count < 1:
             raise UserError(f"--samples {count}: a release is compared on at least one sample")
         if not re.fullmatch(r"\d+[KMGT]I?B", form.max_shard_size.upper()):
@@ -242,7 +271,11 @@ class _Job:
         self.samples = parity_samples(recipe, count)
         self.form = form
         self.dtype = form.dtype or ("fp32" if recipe.model.precision == "fp32" else "bf16")
+        self.base = base  # the checkpoint from which tensors are carried over
         self.written: list[Path] = []
+        self._recipe = recipe
+        self._unread: dict[str, Path] = {}
+        self._carried: dict[str, Any] = {}
         self._new_tokens = recipe.evaluate.max_new_tokens if recipe.evaluate else ANSWER_TOKENS
 
     def open(self, stack: ExitStack, out: Path, overwrite: bool, needed: Sequence[Path]) -> Path:
@@ -268,6 +301,11 @@ class _Job:
         """Write the model in its dtype, load it back in fp32, and compare."""
         merged.to(DTYPES[self.dtype]).save_pretrained(fresh, max_shard_size=self.form.max_shard_size)
         processor.save_pretrained(fresh)
+        if self.base is not None:
+            self._unread = unread_tensors(merged, self.base)
+            self._carried = carry_over(self._unread, fresh, self.form.max_shard_size)
+            if self._carried:
+                print(told(merged, self._carried))
         merged.to("meta")  # its memory is wanted for the model that is loaded back
         gc.collect()
         result = self.observe(*_placed(load_trained(fresh, torch.float32)))
@@ -282,6 +320,7 @@ class _Job:
             merge_fold_difference=compare(adapter.logits, folded.logits).largest,
             merge_tolerance=TOLERANCE,
             merge_difference_from_base=compare(base, result.logits).largest,
+            merge_carried=tuple(self._carried),
         )
         _enforce_release(parity, change=compare(base, adapter.logits).mean)
         return parity
@@ -300,27 +339,25 @@ class _Job:
         settle_quantized(model)
         model.save_pretrained(fresh, max_shard_size=self.form.max_shard_size)
         processor.save_pretrained(fresh)
+        carry_over(self._unread, fresh, self.form.max_shard_size)
         expected = self.observe(model, processor)
         reloaded = AutoModelForImageTextToText.from_pretrained(str(fresh), device_map=where)
         settle_quantized(reloaded)
         result = self.observe(reloaded, processor)
         if (apart := compare(expected.logits, result.logits).largest) > TOLERANCE:
             raise CheckFailed(f"the {kind} release, loaded back from disk, differs from what was written: by {apart:.3g}")
-        return _with(parity, quantized=_figures(merged, result))
+        return replace(parity, quantized=_figures(merged, result))
 
-
-def _name_base(adapter: Path, base: str) -> None:
-    file = adapter / ADAPTER_CONFIG
-    config = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(config | {"base_model_name_or_path": base}, indent=2) + "\n", encoding="utf-8")
+    def finish(self, summary: dict[str, Any], run: RunDirectory) -> None:
+        """Write the cards and the manifests."""
+        about = {"step": summary["merge_step"], "steps": summary["merge_steps"], "carried_tensors": self._carried}
+        for folder in self.written:
+            (folder / "README.md").write_text(model_card(self._recipe, summary, run), encoding="utf-8")
+            write_manifest(folder, **about)
 
 
 def _placed(loaded: tuple[Any, ProcessorMixin]) -> tuple[Any, ProcessorMixin]:
     return place(loaded[0]), loaded[1]
-
-
-def _with(parity: Parity, **figures: dict[str, Any]) -> Parity:
-    return Parity(**{**{name: getattr(parity, name) for name in parity.__dataclass_fields__}, **figures})
 
 
 def _figures(one: Observed, other: Observed) -> dict[str, Any]:

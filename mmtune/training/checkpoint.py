@@ -11,15 +11,13 @@ from typing import Any
 
 from mmtune.data.plan_cache import signatures
 from mmtune.data.report import DataReport
-from mmtune.errors import CheckFailed, UserError
+from mmtune.errors import UserError
 from mmtune.files import flush, sync
 from mmtune.manifest import check_manifest, names_in, write_manifest
 from mmtune.recipe import Recipe, load_recipe
-from mmtune.run_directory import RunDirectory, becomes_seen
+from mmtune.run_directory import SAVING, RunDirectory, becomes_seen, step_of
 from mmtune.world import World
 
-SAVING = ".saving"
-"""Where a checkpoint lies until it is whole."""
 REPORT = "data_report.json"
 LAYOUT = "layout.json"
 FREE = (
@@ -57,7 +55,7 @@ def keep_checkpoint(
     flush(made)
     made.rename(checkpoints / made.name)
     sync(checkpoints)  # before an older one goes
-    for old in _by_step(checkpoints)[:-limit] if limit else ():
+    for old in RunDirectory(checkpoints.parent).checkpoints_by_step()[:-limit] if limit else ():
         shutil.rmtree(old)
 
 
@@ -78,15 +76,9 @@ def last_checkpoint(run: RunDirectory) -> Path | None:
     Raises:
         UserError: all are damaged, or there are none and the training has been done.
     """
-    found = _by_step(run.checkpoints)
-    for path in reversed(found):
-        try:
-            check_manifest(path)
-        except (CheckFailed, UserError) as error:
-            print(f"resume: passed over: {error}")
-            continue
-        return path
-    if found:
+    if (last := run.last_good_checkpoint()) is not None:
+        return last
+    if run.checkpoints_by_step():
         raise UserError(f"resume: no checkpoint of {run.path} is as it was written; --overwrite trains it anew")
     if run.adapter.exists() or run.model.exists():
         raise UserError(
@@ -147,7 +139,7 @@ def cut_back(run: RunDirectory, step: int) -> None:
     """Take out of a run what came after a step or is unfinished: checkpoints, lines of `metrics.jsonl`. It all comes again."""
     for unfinished in (run.checkpoints / SAVING, *run.path.glob(".*.partial")):
         shutil.rmtree(unfinished, ignore_errors=True)
-    for later in _by_step(run.checkpoints):
+    for later in run.checkpoints_by_step():
         if step_of(later) > step:
             shutil.rmtree(later)
     metrics = run.metrics
@@ -164,16 +156,6 @@ def _logged_step(line: str) -> float:
     except json.JSONDecodeError:  # where a machine went down
         print(f"resume: a line of metrics.jsonl is left out that is none: {line[:40]!r}")
         return math.inf
-
-
-def step_of(checkpoint: Path) -> int:
-    """The optimizer steps that a checkpoint has behind it."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _by_step(checkpoints: Path) -> list[Path]:
-    found = [path for path in checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=step_of)
 
 
 def flat(values: Any, key: str = "") -> dict[str, Any]:

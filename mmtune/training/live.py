@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,24 @@ AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 
 class MoveRanks(TrainerCallback):
-    """AdaLoRA's step: ranks move by the importance of the gradients that the optimizer has just used."""
+    """AdaLoRA's step: ranks move by the importance of the gradients that the optimizer has just used.
+
+    Args:
+        is_skipped: whether the present step has no gradients. The ranks then stay as they are.
+    """
+
+    def __init__(self, is_skipped: Callable[[], bool]) -> None:
+        self._is_skipped = is_skipped
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         tuner = _adalora(kwargs["model"])
-        if tuner is not None:
-            tuner.update_and_allocate(state.global_step)
+        if tuner is None or self._is_skipped():
+            return
+        config = tuner.peft_config["default"]
+        last = config.total_step - config.tfinal
+        if state.global_step > last and tuner.rankallocator.exp_avg_ipt:  # the step that settles the ranks was skipped
+            tuner.update_and_allocate(last)
+        tuner.update_and_allocate(state.global_step)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -20,8 +21,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mmtune.data.batches import Batches
 from mmtune.data.encode import IGNORE_INDEX
+from mmtune.data.message import RowError
 from mmtune.data.processes import settle_worker
-from mmtune.data.report import DataReport, SkippedStep
+from mmtune.data.report import NO_SAMPLE, NOT_FINITE, DataReport, SkippedStep
 from mmtune.data.stream import SampleStream
 from mmtune.errors import CheckFailed, UserError
 from mmtune.files import flush, writing
@@ -29,8 +31,10 @@ from mmtune.manifest import names_in
 from mmtune.model.compute import virtual_tokens
 from mmtune.model.packing import packed_inputs
 from mmtune.model.sharded import to_save
-from mmtune.training.checkpoint import SAVING, keep_checkpoint, wait_until_seen
-from mmtune.training.live import load_live, load_whole, save_live, shared_regularization
+from mmtune.model.trained import INITIAL
+from mmtune.run_directory import SAVING
+from mmtune.training.checkpoint import keep_checkpoint, wait_until_seen
+from mmtune.training.live import MoveRanks, load_live, load_whole, save_live, shared_regularization
 from mmtune.training.progress import Progress
 from mmtune.world import ALONE, World
 
@@ -53,6 +57,10 @@ def score_supervised_only(inputs: dict[str, Any], virtual_tokens: int = 0) -> di
     keep = shifted != IGNORE_INDEX
     mask = nn.functional.pad(keep, (virtual_tokens, 0), value=False)
     return {**inputs, "shift_labels": shifted[keep], "logits_to_keep": mask}
+
+
+def _listing(rows: Sequence[str]) -> str:
+    return ", ".join(rows[:20]) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
 
 
 EMPTY_STEPS = 10
@@ -79,10 +87,11 @@ class TuningTrainer(Trainer):
         world: the processes that train together; each counts the rows that failed in any.
         learning_rates: rate by parameter name, for parameters that do not take the run's own.
         unscored: a batch with nothing supervised, which stands in for one whose every row was dropped, so that the number of
-            steps stays what was announced.
+            steps stays what was announced. A step of which nothing else is left, in any process, changes nothing.
         batches: which rows make which batch; None when the training set is a stream, which makes its own.
         source_names: of the sources, whose losses are logged apart when there are several.
         data_files: by name, what the data files are known by; a checkpoint keeps it.
+        initial: LoRA's matrices before training, where a checkpoint has to keep them (`mmtune.tuning.save.initial_factors`).
     """
 
     def __init__(
@@ -97,6 +106,7 @@ class TuningTrainer(Trainer):
         batches: Batches | None = None,
         source_names: Sequence[str] = (),
         data_files: Mapping[str, Any] | None = None,
+        initial: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -109,6 +119,7 @@ class TuningTrainer(Trainer):
         self._learning_rates = dict(learning_rates)
         self._unscored = unscored
         self._step_rows: list[str] = []  # of this process
+        self._is_empty = False  # whether the present step has no supervised token in any process
         self._steps_taken = 0
         self._saved_step = 0
         self._before_step: tuple[torch.Tensor, ...] = ()  # what a step adds to that the log averages
@@ -116,10 +127,12 @@ class TuningTrainer(Trainer):
         self._batches = batches
         self._source_names = list(source_names)
         self._data_files = dict(data_files or {})
+        self._initial = initial
         # Of each source since the last log: its summed loss and its number of supervised tokens.
         self._source_sums = torch.zeros(len(source_names), 2, dtype=torch.float64)
         self._progress = Progress(self.model, self.args, world)
         self.add_callback(self._progress)
+        self.add_callback(MoveRanks(lambda: self._is_empty))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's.
@@ -143,6 +156,15 @@ class TuningTrainer(Trainer):
             super()._run_epoch(**kwargs)
         else:
             self.control.should_training_stop = True  # a stream's epochs have no end
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The Trainer's; in a step without a sample no process runs the model, so that there is no gradient."""
+        if self._is_empty:
+            return torch.zeros((), device=self.args.device)
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def compute_loss(
         self,
@@ -210,30 +232,37 @@ class TuningTrainer(Trainer):
         return optimizer
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The Trainer's; a step whose gradients are not finite touches no weight: it is skipped or ends the run, by its rows."""
+        """The Trainer's; a step without a sample is skipped, one whose gradients are not finite is skipped or ends the run."""
+        if self._is_empty:
+            return self._skip_step(model, NO_SAMPLE)
         norm = super()._get_grad_norm(model, grad_norm)
         # Every process has the same norm. DeepSpeed has left out a step that is not finite by now.
         if norm is None or math.isfinite(float(norm)):
             return norm
-        step = self.state.global_step + 1
-        rows = list(itertools.chain.from_iterable(self._world.gather(self._step_rows)))
-        named = ", ".join(rows[:20]) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
-        skipped = self._data_report.skipped_steps
-        if len(skipped) >= self._max_nonfinite_steps:
-            more = f", after {len(skipped)} that were skipped (data.max_nonfinite_steps)" if skipped else ""
+        skipped = self._data_report.count_skipped(NOT_FINITE)
+        if skipped >= self._max_nonfinite_steps:
+            more = f", after {skipped} that were skipped (data.max_nonfinite_steps)" if skipped else ""
             raise CheckFailed(
-                f"the gradients of step {step} are not finite{more}; lower the learning rate, or look at its rows: {named}"
+                f"the gradients of step {self.state.global_step + 1} are not finite{more}; lower the learning rate, or look at "
+                f"its rows: {_listing(self._rows_of_step())}"
             )
-        skipped.append(SkippedStep(step, rows))
-        print(f"step {step} is skipped, its gradients are not finite; its rows: {named}", flush=True)
+        return self._skip_step(model, NOT_FINITE)
+
+    def _rows_of_step(self) -> list[str]:
+        return list(itertools.chain.from_iterable(self._world.gather(self._step_rows)))
+
+    def _skip_step(self, model: nn.Module, reason: str) -> None:
+        """Let the present step change no weight, no optimizer state and no logged loss. The learning rate's schedule goes on."""
+        step, rows = self.state.global_step + 1, self._rows_of_step()
+        self._data_report.skipped_steps.append(SkippedStep(step, rows, reason))
+        print(f"step {step} is skipped, {reason}; its rows: {_listing(rows)}", flush=True)
         for parameter in model.parameters():
             parameter.grad = None  # which optimizers pass over, moments and weight decay included
-        if self._world.zero_stage is not None:
+        if self.accelerator.optimizer_step_was_skipped:
             self.lr_scheduler.step()  # the Trainer stops it for a step that DeepSpeed has left out, and for no other
         for kept, before in zip((self._tr_loss, self._source_sums), self._before_step, strict=True):
             kept.copy_(before)
         self._globalstep_last_logged += 1  # the log divides by the steps since
-        return None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's; under DeepSpeed what trained is gathered first, as the Trainer cannot for every method."""
@@ -259,6 +288,10 @@ class TuningTrainer(Trainer):
                 made, limit = checkpoints / SAVING / name, self.args.save_total_limit
                 if self._world.first and self._world.zero_stage is None:  # DeepSpeed keeps weights of its own
                     save_live(self.model, made)
+                if self._world.first:  # with these a checkpoint of an adapter can be released
+                    self.model.generation_config.save_pretrained(made)
+                    if self._initial is not None:
+                        save_file(self._initial, made / INITIAL, metadata={"format": "pt"})
                 self._world.wait()
                 flush(made)
                 written = set[str]().union(*self._world.gather(names_in(made)))
@@ -307,6 +340,7 @@ class TuningTrainer(Trainer):
         self._before_step = self._tr_loss.clone(), self._source_sums.clone()
         faults = [fault for batch in batches for fault in batch.pop("faults")]
         self._step_rows = [row for batch in batches for row in batch.pop("rows")]
+        self._step_rows += [fault.row for fault in faults if isinstance(fault, RowError) and fault.row not in self._step_rows]
         if self._world.any(bool(faults), device):
             for fault in itertools.chain.from_iterable(self._world.gather(faults)):
                 self._data_report.add(fault)
@@ -316,8 +350,8 @@ class TuningTrainer(Trainer):
         usable = [batch or dict(self._unscored) for batch in batches]
         count = self._get_num_items_in_batch(usable, device)
         self.supervised += int(count)
+        self._is_empty = not int(count)
         self._steps_taken += 1
         if not self.supervised and self._steps_taken >= EMPTY_STEPS:
             raise UserError(f"nothing in the first {EMPTY_STEPS} steps could train: {self._data_report.summary()}")
-        # A step whose every row was dropped scores nothing: its loss is 0 over 1 and not 0 over 0.
-        return usable, count.clamp(min=1) if isinstance(count, torch.Tensor) else count
+        return usable, count

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import mmtune.model.parts as parts
 from mmtune.errors import UserError
-from mmtune.model.assemble import assemble
+from mmtune.model.assemble import assemble, save_checkpoint
+from mmtune.model.load import load_base
+from mmtune.recipe import ModelSection
 
 
 def _config_only(path: Path, config: Any) -> str:
@@ -63,6 +66,28 @@ def test_weights_left_to_chance_are_refused(shelf: Path, tmp_path: Path) -> None
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"no weights for layernorm.weight"):
         assemble(str(tmp_path), str(shelf / "llama"))
+
+
+def test_a_base_that_leaves_weights_to_chance_is_refused(llava: tuple[Any, Any], tmp_path: Path) -> None:
+    save_checkpoint(*llava, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    weights = load_file(file)
+    key = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+    wide = {**weights, key: torch.cat([weights[key], weights[key]])}
+    del weights[key]
+    for tensors, fault in ((weights, r"no weights for .*fc1\.weight"), (wide, r"fc1\.weight is \(128, 32\), not \(64, 32\)")):
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=r"base: not a whole LlavaForConditionalGeneration: .*" + fault):
+            load_base(ModelSection.model_validate({"base": str(tmp_path / "base"), "chat_template": "vicuna_v1"}), seed=0)
+
+
+def test_what_the_language_model_does_not_read_is_named(shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in (shelf / "llama").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "mtp.fc.weight": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assemble(str(shelf / "clip"), str(tmp_path))
+    assert f"does not read, left out of {tmp_path}: 1 (mtp.fc.weight)" in capsys.readouterr().out
 
 
 def test_arguments_are_checked(shelf: Path) -> None:

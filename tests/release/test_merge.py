@@ -219,7 +219,7 @@ def test_user_mistakes(run: RunDirectory, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match="exists; give another path, or --overwrite"):
         merge(run.path, tmp_path / "taken", count=2)
-    with pytest.raises(UserError, match="not a finished run"):
+    with pytest.raises(UserError, match="nowhere: no such run or model"):
         merge(tmp_path / "nowhere", tmp_path / "out")
     file = run.adapter / "adapter_model.safetensors"
     whole = file.read_bytes()

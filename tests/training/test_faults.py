@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +230,74 @@ def test_a_step_that_is_not_finite_is_skipped(
     )
     means = dict(outcome(run)[1])
     assert means == pytest.approx({2: (losses[1] + losses[2]) / 2, 4: losses[4], 6: (losses[5] + losses[6]) / 2})
+
+
+def cut_images(rows: Path, folder: Path, bad: Sequence[int]) -> Path:
+    """`rows` with images that no header shows to be damaged."""
+    made = json.loads(rows.read_text())
+    for number, row in enumerate(made):
+        whole = (rows.parent / row["image"]).read_bytes()
+        row["image"] = str(folder / f"{number}.png")
+        middle = len(whole) // 2
+        Path(row["image"]).write_bytes(whole[:middle] + bytes(40) + whole[middle + 40 :] if number in bad else whole)
+    path = folder / "rows.json"
+    path.write_text(json.dumps(made))
+    return path
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        (),
+        pytest.param(("train.gradient_accumulation_steps=2",), marks=pytest.mark.slow),
+        pytest.param(("data.stream=true", "data.shuffle_window=1"), marks=pytest.mark.slow),
+        pytest.param(("tune.language=full", "tune.vision=full"), marks=pytest.mark.slow),
+        pytest.param(
+            ("tune.language={method: adalora, tinit: 1, tfinal: 3, deltaT: 1, init_r: 6, target_r: 4}",), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["adapter", "accumulated", "streamed", "full", "adalora"],
+)
+def test_a_step_without_samples_changes_nothing(
+    make_recipe: Make, how: tuple[str, ...], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows 4 and 5 are the third step's, row 6 is half of the fourth's."""
+    path = cut_images(rows, tmp_path, (4, 5, 6))
+    size = 1 if "train.gradient_accumulation_steps=2" in how else 2
+    recipe = make_recipe(
+        *SAVES,
+        "train.save_steps=1",
+        "train.train_sampling_strategy=sequential",
+        f"train.per_device_train_batch_size={size}",
+        "train.weight_decay=0.1",
+        f"data.train.0.path={path}",
+        "data.train.0.media_root=/",
+        "data.max_bad_fraction=0.5",
+        *how,
+    )
+    run = RunDirectory(Path(recipe.output_dir))
+    summary = train(recipe, ["test"])
+    assert (summary["skipped_steps"], summary["steps_without_samples"], summary["quarantined"]) == (1, 1, 3)
+    assert "step 3 is skipped, none of its rows can train; its rows: rows.json[4], rows.json[5]" in capsys.readouterr().out
+    [skipped] = json.loads(run.data_report.read_text())["skipped_steps"]
+    assert skipped == {"step": 3, "rows": ["rows.json[4]", "rows.json[5]"], "reason": "none of its rows can train"}
+    before, after = (run.checkpoints / f"checkpoint-{step}" for step in (2, 3))
+    names = ("live.safetensors", "model.safetensors", "adapter_model.safetensors")
+    weights = next(name for name in names if (after / name).exists())
+    assert (before / weights).read_bytes() == (after / weights).read_bytes()
+    states = [torch.load(path / "optimizer.pt", weights_only=True)["state"] for path in (before, after)]
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [(r["step"], r["learning_rate"]) for r in records] == [(s, pytest.approx(5e-3 * (7 - s) / 6)) for s in (1, 2, 4, 5, 6)]
+
+    trained = next(iter([*run.adapter.glob("*.safetensors"), *run.model.glob("*.safetensors")]))
+    unbroken = trained.read_bytes()
+    for start in (2, 3):
+        run.summary.unlink()
+        train(recipe, ["test"], resume=run.checkpoints / f"checkpoint-{start}")
+        assert trained.read_bytes() == unbroken
+        again = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        assert [(r["step"], r["loss"]) for r in again] == [(r["step"], r["loss"]) for r in records]
 
 
 def test_adalora_cannot_skip(make_recipe: Make) -> None:

@@ -21,7 +21,10 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from mmtune.builtin.tiny import build_untrained
+from mmtune.model.assemble import assemble
 from mmtune.model.checkpoint import save_checkpoint
+from mmtune.model.load import load_trained
+from mmtune.model.tiny import tiny_language, tiny_vision
 from mmtune.recipe import load_recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
@@ -108,7 +111,7 @@ def test_two_processes_go_on_bit_for_bit(layout: str, read: str, stopped: dict[t
     assert [record["step"] for record in figures[1]] == list(range(1, STEPS + 1))
     for one, two in zip(*figures, strict=True):
         assert (one["loss"], one["grad_norm"], one["tokens"]) == (two["loss"], two["grad_norm"], two["tokens"])
-    assert load_file(broken / "checkpoints" / "checkpoint-3" / "adapter_model.safetensors").keys()  # an adapter as any other
+    assert load_trained(broken / "checkpoints" / "checkpoint-3")[0].peft_config  # an adapter as any other
 
 
 @pytest.mark.slow
@@ -116,6 +119,24 @@ def test_deepspeed_leaves_out_a_step_that_is_not_finite(stopped: dict[tuple[str,
     """The first step goes so far that the second has no finite gradient, nor has the third."""
     for said in stopped["far", "away"]:
         assert str(said).startswith("CheckFailed: the gradients of step 3 are not finite, after 1 that were skipped")
+
+
+@pytest.mark.slow
+def test_a_model_assembled_at_zero_3_is_saved_as_one_process_saves_it(shallow: Path, mixed: Path, tmp_path: Path) -> None:
+    """The base beside an adapter, and a model that was tuned in full."""
+    parts = {"vision": str(tiny_vision("clip", tmp_path / "clip")), "language": str(tiny_language("qwen3", tmp_path / "qwen3"))}
+    paths = []
+    for name, tune in {"adapter": {"language": {"method": "lora"}}, "full": {"language": "full", "vision": "full"}}.items():
+        path = recipe(tmp_path, shallow, mixed, name, train={"max_steps": 1})
+        document = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**document, "model": {**parts, "precision": "fp32"}, "tune": tune}), encoding="utf-8")
+        paths.append((path, "zero3"))
+    assert launch(paths, tmp_path) == [True, True]
+    save_checkpoint(*assemble(parts["vision"], parts["language"], seed=42), tmp_path / "alone")
+    alone, base, full = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "adapter/base", "full/model"))
+    assert "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight" in alone
+    assert alone.keys() == base.keys() == full.keys()
+    assert all(torch.equal(alone[name], base[name]) for name in alone)
 
 
 @pytest.mark.slow
@@ -135,13 +156,22 @@ def test_modalities_that_differ_by_process_never_hang(shallow: Path, mixed: Path
 
 @pytest.mark.slow
 def test_four_processes_train_what_one_does(shallow: Path, mixed: Path, tmp_path: Path) -> None:
-    """Padded and packed, over a global batch of four rows, or of four packs; by plain descent, whose steps are the gradients."""
-    kinds: dict[str, Any] = {"padded": {}, "packed": {"packing": True, "max_tokens": 256}}
+    """Padded and packed, over a global batch of four rows, or of four packs; by plain descent, whose steps are the gradients.
+
+    No padded row of the second step can train, and in the third one process has none.
+    """
+    made = json.loads(mixed.read_text(encoding="utf-8"))
+    for number in (4, 5, 6, 7, 9):
+        made[number] = {**made[number], "image": "gone.png"}
+    spoilt = tmp_path / "mixed.json"
+    spoilt.write_text(json.dumps(made), encoding="utf-8")
+    kinds: dict[str, Any] = {"padded": {"check_rows": 0, "max_bad_fraction": 0.5}, "packed": {"packing": True, "max_tokens": 256}}
     keys = [*(("padded", layout) for layout in LAYOUTS), ("packed", "DDP"), ("packed", "ZeRO-3")]
     descent = {"max_steps": 3, "gradient_accumulation_steps": 4, "optim": "sgd", "learning_rate": 0.3}
     alone, jobs = {}, []
     for kind, data in kinds.items():
-        path = recipe(tmp_path, shallow, mixed, kind, data=data, train=descent)
+        sequential = {"train_sampling_strategy": "sequential"} if kind == "padded" else {}
+        path = recipe(tmp_path, shallow, spoilt if kind == "padded" else mixed, kind, data=data, train=descent | sequential)
         plain = json.loads(path.read_text(encoding="utf-8"))
         plain["tune"]["language"]["lora_dropout"] = 0.0  # each process draws its own
         if kind == "packed":
@@ -158,6 +188,8 @@ def test_four_processes_train_what_one_does(shallow: Path, mixed: Path, tmp_path
     for kind, layout in keys:
         runs = [RunDirectory(tmp_path / kind), RunDirectory(tmp_path / f"{kind}_{layout}")]
         one, four = ([json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()] for run in runs)
+        assert [(step["step"], step["learning_rate"]) for step in four] == [(step["step"], step["learning_rate"]) for step in one]
+        assert len(four) == (2 if kind == "padded" else 3)
         assert [step["loss"] for step in four] == pytest.approx([step["loss"] for step in one], abs=1e-5)
         assert [step["grad_norm"] for step in four] == pytest.approx([step["grad_norm"] for step in one], rel=1e-4)
         expected, found = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)

@@ -1,0 +1,170 @@
+"""Checkpoints and stopped runs are released, evaluated and talked to as finished runs are, and say how far they came."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from mmtune.cli import entry_point
+from mmtune.manifest import check_manifest
+from mmtune.model.load import load_trained, trained_part
+from mmtune.recipe import Recipe
+from mmtune.run_directory import RunDirectory
+from mmtune.train import train
+
+Make = Callable[..., Recipe]
+SAVES = ("train.save_strategy=steps", "train.save_steps=1")
+
+
+@pytest.fixture
+def run(make_recipe: Make, rows: Path) -> Path:
+    """Three steps with a checkpoint after each, and an evaluation."""
+    section = f"evaluate={{data: [{{path: {rows}, template: llava}}], max_new_tokens: 2}}"
+    recipe = make_recipe(*SAVES, section)
+    train(recipe, ["test"])
+    return Path(recipe.output_dir)
+
+
+def stop(run: Path) -> None:
+    """Leave what a run has that was stopped in its last step."""
+    shutil.rmtree(run / "adapter")
+    for name in ("summary.json", "report.html", "answers_after.jsonl"):
+        (run / name).unlink()
+
+
+def logits(path: Path) -> torch.Tensor:
+    model, processor = load_trained(path)
+    with torch.no_grad():
+        output: torch.Tensor = model(**processor.tokenizer("which digit is it", return_tensors="pt")).logits
+    return output
+
+
+def card(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_released_with_its_own_figures(run: Path, base: Path, tmp_path: Path) -> None:
+    checkpoint, out = run / "checkpoints" / "checkpoint-2", tmp_path / "out"
+    before = (run / "summary.json").read_bytes()
+    assert json.loads(before)["steps"] == 3
+    assert entry_point(["merge", str(checkpoint), str(out), "--samples", "2"]) == 0
+    assert (run / "summary.json").read_bytes() == before  # which is the finished run's
+    check_manifest(out)
+    assert {key: json.loads((out / "manifest.json").read_text())[key] for key in ("step", "steps")} == {"step": 2, "steps": 3}
+    assert "Trained for 2 of 3 optimizer steps, which is a checkpoint" in card(out)
+    assert "## Figures" not in card(out) and "12 rows; 0 quarantined" in card(out)
+
+    plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), str(checkpoint)).merge_and_unload()
+    expected, released = plain.state_dict(), AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).state_dict()
+    torch.testing.assert_close({name: released[name] for name in expected}, expected, atol=1e-6, rtol=0)
+
+    assert entry_point(["merge", str(run), str(tmp_path / "last"), "--samples", "2"]) == 0
+    assert "Trained for 3 of 3 optimizer steps." in card(tmp_path / "last") and "## Figures" in card(tmp_path / "last")
+    kept = tmp_path / "kept"
+    assert entry_point(["merge", str(checkpoint), str(kept), "--samples", "2", "--keep-adapter"]) == 0
+    assert "Trained for 2 of 3 optimizer steps, which" in card(kept) and "## Figures" not in card(kept)
+    assert not {"optimizer.pt", "trainer_state.json"} & {file.name for file in (kept / "adapter").iterdir()}
+    assert torch.equal(logits(kept / "adapter"), logits(checkpoint))
+    both = ["--adapter", f"{checkpoint}:0.5", "--adapter", f"{run}:0.5"]
+    assert entry_point(["merge", *both, str(tmp_path / "sum"), "--samples", "2"]) == 0
+    assert f"0.5 x {checkpoint}; 0.5 x {run}" in card(tmp_path / "sum")
+
+
+@pytest.mark.slow
+def test_a_stopped_run_is_used_as_far_as_it_came(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = logits(run / "checkpoints" / "checkpoint-2")
+    stop(run)
+    with (run / "checkpoints" / "checkpoint-3" / "adapter_model.safetensors").open("ab") as file:
+        file.write(b"x")
+    capsys.readouterr()
+    for command in (
+        ["merge", str(run), str(tmp_path / "out"), "--samples", "2"],
+        ["eval", str(run)],
+        ["chat", str(run), "--prompt", "hi"],
+    ):
+        assert entry_point(command) == 0
+        said = capsys.readouterr().out
+        assert said.count("run has not finished: checkpoint-2 is taken, after 2 of 3 steps") == 1
+        assert said.count("checkpoint-3 is not what its manifest.json says: changed: adapter_model.safetensors") == 1
+    assert "Trained for 2 of 3 optimizer steps" in card(tmp_path / "out") and not (run / "summary.json").exists()
+    assert entry_point(["eval", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 2
+    moved = run.rename(tmp_path / "moved")
+    assert torch.equal(logits(moved), expected)
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused_by_its_name(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = run / "checkpoints"
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(checkpoints / "checkpoint-2", copy)
+    (copy / "tokenizer.json").write_text("{}")
+    unfinished = checkpoints / ".saving" / "checkpoint-4"
+    shutil.copytree(checkpoints / "checkpoint-2", unfinished)
+    (unfinished / "manifest.json").unlink()
+    (checkpoints / "checkpoint-1" / "adapter_model.safetensors").unlink()
+    for damaged, code, fault in (
+        (checkpoints / "checkpoint-1", 1, "missing: adapter_model.safetensors"),
+        (copy, 1, "changed: tokenizer.json"),
+        (unfinished, 2, "no readable manifest.json"),
+    ):
+        for verb in (
+            ["merge", str(damaged), str(tmp_path / "out")],
+            ["eval", str(damaged)],
+            ["chat", str(damaged), "--prompt", "hi"],
+        ):
+            capsys.readouterr()
+            assert entry_point(verb) == code
+            said = capsys.readouterr().err
+            assert str(damaged) in said and fault in said
+    assert not (tmp_path / "out").exists()
+    stop(run)
+    for number in (2, 3):
+        (checkpoints / f"checkpoint-{number}" / "manifest.json").unlink()
+    assert entry_point(["merge", str(run), str(tmp_path / "out")]) == 2
+    assert "run: the run has not finished, and none of its checkpoints is as it was written" in capsys.readouterr().err
+
+
+def test_what_is_not_of_a_run_is_not_merged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run / "checkpoints" / "checkpoint-2", tmp_path / "copy")
+    assert trained_part(tmp_path / "copy").step == 2
+    for path in (tmp_path / "copy", run / "adapter"):
+        assert entry_point(["merge", str(path), str(tmp_path / "out")]) == 2
+        assert f"{path} is neither a run nor a checkpoint in a run's checkpoints/" in capsys.readouterr().err
+    assert entry_point(["merge", str(run / "checkpoints"), str(tmp_path / "out")]) == 2
+    assert "neither a finished run (no adapter/ or model/), nor a checkpoint, nor a model" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["pissa", "olora", "lora_ga"])
+def test_a_checkpoint_of_a_base_that_the_initialization_changed(make_recipe: Make, init: str) -> None:
+    """The last checkpoint is what was trained, on the base as it was."""
+    recipe = make_recipe(*SAVES, f"tune.language={{method: lora, r: 4, init_lora_weights: {init}}}")
+    train(recipe, ["test"])
+    run = RunDirectory(Path(recipe.output_dir))
+    assert (run.checkpoints / "checkpoint-3" / "initial.safetensors").is_file()
+    torch.testing.assert_close(logits(run.checkpoints / "checkpoint-3"), logits(run.path), atol=1e-6, rtol=0)
+    assert (logits(run.checkpoints / "checkpoint-1") - logits(run.path)).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_checkpoints_of_a_model_that_is_tuned_in_full(make_recipe: Make, tmp_path: Path) -> None:
+    recipe: Any = make_recipe(*SAVES, "tune.language=full", "tune.vision=full", "train.learning_rate=1e-3")
+    train(recipe, ["test"])
+    checkpoint = Path(recipe.output_dir) / "checkpoints" / "checkpoint-2"
+    assert entry_point(["merge", str(checkpoint), str(tmp_path / "out"), "--samples", "2", "--dtype", "fp32"]) == 0
+    trained, released = (load_file(path / "model.safetensors") for path in (checkpoint, tmp_path / "out"))
+    assert trained.keys() == released.keys() and all(torch.equal(trained[name], released[name]) for name in trained)
+    assert "Trained for 2 of 3 optimizer steps" in card(tmp_path / "out")
+    assert "optimizer.pt" not in {file.name for file in (tmp_path / "out").iterdir()}
