@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -62,6 +61,15 @@ def has_marks(template: str) -> bool:
     return MARKS.search(template) is not None
 
 
+def render_text(messages: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A whole conversation as text, whatever its answers can be told by.
+
+    Raises:
+        NotExact: when the template refuses the conversation.
+    """
+    return _render(messages, template, tokenizer)[0]
+
+
 def render_prompt(messages: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text up to where the model's answer begins.
 
@@ -90,12 +98,15 @@ def render_conversation(messages: Messages, template: str, tokenizer: PreTrained
     if not has_marks(template):
         return text, _unmarked_spans(text, messages, template, tokenizer)
     spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    joined = sum(first[1] == second[0] for first, second in pairwise(marked))
-    if len(marked) - joined != len(spoken):
-        detail = f"{len(marked) - joined} supervised spans for {len(spoken)} answers: the chat template dropped or joined one"
+    marked = _joined(marked)
+    if len(marked) != len(spoken):
+        detail = f"{len(marked)} supervised spans for {len(spoken)} answers: the chat template dropped or joined one"
         raise NotExact(detail)
-    spans = zip(marked, spoken, strict=True)
-    return text, [_checked(text, span, messages, number, template, tokenizer) for span, number in spans]
+    spans = [_checked(text, span, messages, number, template, tokenizer) for span, number in zip(marked, spoken, strict=True)]
+    ends = {text[mark[1] : span[1]] for mark, span in zip(marked, spans, strict=True)}
+    if len(ends) > 1:
+        raise NotExact(f"the chat template writes different tokens behind its answers: {', '.join(map(repr, sorted(ends)))}")
+    return text, spans
 
 
 def _render(
@@ -113,7 +124,19 @@ def _render(
         raise NotExact(f"the chat template is not valid Jinja: {error}") from error
     except TemplateError as error:
         raise NotExact(f"the chat template refuses this conversation: {error}") from error
+    except (TypeError, ValueError, LookupError) as error:  # of the template's own expressions, such as a list added to a string
+        raise NotExact(f"the chat template fails on this conversation: {error}") from error
     return texts[0], spans[0] if spans else []
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    """Spans with those that touch made one: some templates mark every piece of an answer."""
+    joined: list[Span] = []
+    for span in spans:
+        if joined and joined[-1][1] == span[0]:
+            span = joined.pop()[0], span[1]
+        joined.append(span)
+    return joined
 
 
 def _spoken(message: dict[str, Any]) -> str:
@@ -123,25 +146,50 @@ def _spoken(message: dict[str, Any]) -> str:
 def _checked(text: str, span: Span, messages: Messages, number: int, template: str, tokenizer: PreTrainedTokenizerBase) -> Span:
     """A marked span, which must hold the answer and its end of turn.
 
-    What the prompt already holds is left out (an empty thought that the template writes for the model), and so is white space
-    after the token that ends the turn.
+    The token that the template writes right behind the mark ends the answer; white space after that token is left out.
     """
     (start, stop), answer = span, _spoken(messages[number])
     begin = text.find(answer, start, stop)
     end = begin + len(answer)
-    if begin >= 0 and text[start:begin].strip():
-        prompt = render_prompt(messages[:number], template, tokenizer)
-        if text.startswith(prompt) and len(prompt) <= begin:
-            start = max(start, len(prompt))
-    token = control_tokens(tokenizer, template).written.search(text, end, stop)
+    if begin >= 0:
+        start = _start(text, start, begin, messages[:number], template, tokenizer)
+    written = control_tokens(tokenizer, template).written
+    token = written.search(text, end, stop)
+    if token is None and (behind := written.search(text, stop)) is not None and not text[stop : behind.start()].strip():
+        token = behind
     tail = (text[end : token.start()] + text[token.end() : stop]) if token else text[end:stop]
-    if begin < 0 or text[start:begin].strip() or tail.strip() or end == stop:
+    if begin < 0 or text[start:begin].strip() or tail.strip():
         if answer != answer.strip() and answer.strip() in text[start:stop]:
             raise NotExact(STRIPPED)
         supervised, spoken = (part.replace(MARK_START, "").replace(MARK_END, "") for part in (text[span[0] : stop], answer))
         detail = "right is the answer as it stands in the row and one token that ends it"
         raise NotExact(f"the chat template supervises {supervised!r} for the answer {spoken!r}; {detail}")
+    if token is None and "\n" not in tail:
+        raise NotExact(
+            f"the chat template writes {tail!r} after an answer and no token that ends it, so the end would not be learnt"
+        )
     return start, token.end() if token else stop
+
+
+def _start(text: str, start: int, begin: int, before: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where a marked span begins: where the prompt ends, if the two differ.
+
+    What the prompt already holds is left out (an empty thought that the template writes for the model), and white space between
+    the prompt and the mark is taken in, because the model has to write it.
+
+    Args:
+        start: of the mark.
+        begin: of the answer.
+        before: the messages before the answer.
+    """
+    if start == begin and not text[:start][-1:].isspace():
+        return start
+    prompt = render_prompt(before, template, tokenizer)
+    if text.startswith(prompt) and len(prompt) <= begin:
+        return start if text[len(prompt) : start].strip() else len(prompt)
+    if prompt.rstrip() == text[:begin].rstrip():
+        return begin  # it ends in other white space than the prompt: LLaVA-OneVision's template writes a space more
+    return start
 
 
 def _unmarked_spans(text: str, messages: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:

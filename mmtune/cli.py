@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     told = "the grey values that become black and white, as `window` of the sources that trained; 8 bits take none"
     verb.add_argument("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help=told)
     verb.add_argument("--prompt", help="one question; without it, a conversation")
+    verb.add_argument("--chat-template", metavar="NAME", help="instead of the model's own, as model.chat_template of a recipe")
     verb.add_argument("--max-new-tokens", type=int, default=256, help="an answer is cut there (default 256)")
 
     about = "count the tokens of the data, and foretell the memory of one training step; no weight is loaded"
@@ -201,6 +202,7 @@ def _train(arguments: argparse.Namespace) -> Any:
 
 
 def _eval(arguments: argparse.Namespace) -> Any:
+    from mmtune.data.encode import check_chat_template
     from mmtune.evaluation.report import print_scores
     from mmtune.evaluation.run import as_json, check_questions, evaluate, score
     from mmtune.model.compute import place
@@ -212,7 +214,8 @@ def _eval(arguments: argparse.Namespace) -> Any:
     if recipe.evaluate is None:
         raise UserError(f"{arguments.recipe or arguments.model}: the recipe has no `evaluate` section")
     check_questions(recipe.evaluate)
-    model, processor = load_trained(trained)
+    model, processor = load_trained(trained, chat_template=arguments.recipe and recipe.model.chat_template)
+    check_chat_template(processor)
     result: dict[str, Any] = {"tuned_scores": as_json(score(evaluate(place(model), processor, recipe.evaluate), recipe.evaluate))}
     print_scores(result)
     if trained.is_checkpoint:
@@ -279,7 +282,7 @@ def _chat(arguments: argparse.Namespace) -> Any:
         raise UserError("--json goes with --prompt")
     if arguments.window is not None and not arguments.window[0] < arguments.window[1]:
         raise UserError(f"--window {arguments.window[0]:g} {arguments.window[1]:g}: expected LOW HIGH, the lower value first")
-    model, processor = load_trained(Path(arguments.model))
+    model, processor = load_trained(Path(arguments.model), chat_template=arguments.chat_template)
     window = None if arguments.window is None else (arguments.window[0], arguments.window[1])
     session = ChatSession(place(model), processor, max_new_tokens=arguments.max_new_tokens, window=window)
     for image in arguments.image:
@@ -296,6 +299,7 @@ def _chat(arguments: argparse.Namespace) -> Any:
 
 
 def _plan(arguments: argparse.Namespace) -> Any:
+    from mmtune.data.encode import check_chat_template
     from mmtune.data.plan_report import plan_data, print_data
     from mmtune.data.source import is_missing
     from mmtune.model.load import load_bare_processor
@@ -317,7 +321,9 @@ def _plan(arguments: argparse.Namespace) -> Any:
         print(f"the memory alone, because there is no data to plan: no such file: {', '.join(missing)}")
     elif not arguments.no_data:
         settings = training_arguments(recipe)
-        data, longest, (samples, lengths) = plan_data(recipe.data, load_bare_processor(recipe.model))
+        processor = load_bare_processor(recipe.model)
+        check_chat_template(processor)
+        data, longest, (samples, lengths) = plan_data(recipe.data, processor)
         batches = make_batches(samples, recipe.data, settings, ALONE, lengths)
         data |= {"steps": optimizer_steps(settings, batches), "largest_batch": batches.largest()}
         print_data(data)

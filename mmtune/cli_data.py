@@ -88,15 +88,36 @@ def _doctor(arguments: argparse.Namespace) -> Any:
         raise UserError("--template and --media-root are for a file of rows; a recipe names its own")
     recipe = load_recipe(arguments.data, arguments.overrides)
     check_files(recipe)
-    from mmtune.model.load import load_bare_processor  # takes seconds to import, and a file of rows needs none
-
-    try:
-        processor = load_bare_processor(recipe.model)
-    except UserError as error:
-        processor = None
-        print(f"not checked: tokens and lengths, because there is no processor ({error})")
+    if absent := _absent_checkpoint(recipe):
+        print(f"not checked: tokens and lengths, because {absent} is not on this machine and cannot be had from the hub")
+    processor = None if absent else _processor(recipe)
     rules = Rules(processor, recipe.data.max_tokens, recipe.data.over_length, recipe.data.supervise, arguments.decode)
     return Doctor(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), rules)
+
+
+def _absent_checkpoint(recipe: Any) -> str | None:
+    """A hub id of the recipe's model whose configuration cannot be had, as with no network; None if all can be read."""
+    from transformers.utils import CONFIG_NAME, cached_file
+
+    from mmtune.model.load import HUB_ID
+
+    for name in (recipe.model.base, recipe.model.vision, recipe.model.language):
+        if name and not name.startswith("builtin:") and not Path(name).exists() and HUB_ID.fullmatch(name):
+            try:
+                cached_file(name, CONFIG_NAME)
+            except OSError:
+                return str(name)
+    return None
+
+
+def _processor(recipe: Any) -> Any:
+    """The recipe's processor, with a chat template that training takes."""
+    from mmtune.data.encode import check_chat_template
+    from mmtune.model.load import load_bare_processor  # takes seconds to import, and a file of rows needs none
+
+    processor = load_bare_processor(recipe.model)
+    check_chat_template(processor)
+    return processor
 
 
 @contextmanager
@@ -118,7 +139,6 @@ def _show(arguments: argparse.Namespace) -> Any:
     settle_console()
     from mmtune.data.dataset import Samples
     from mmtune.data.show import find_sample, print_view, view_sample, visible, write_page
-    from mmtune.model.load import load_bare_processor
     from mmtune.recipe import check_files, load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -130,7 +150,7 @@ def _show(arguments: argparse.Namespace) -> Any:
         if not 0 <= arguments.index < len(samples):
             raise UserError(f"--index {arguments.index}: there are {len(samples):,} training rows, from 0 on")
         sample = samples[arguments.index]
-    view = view_sample(sample, load_bare_processor(recipe.model), recipe.data)
+    view = view_sample(sample, _processor(recipe), recipe.data)
     if arguments.html:
         write_page(view, Path(arguments.html))
         print(f"page: {arguments.html}")

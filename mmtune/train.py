@@ -38,6 +38,7 @@ from mmtune.model.carried import carry_over, told, unread_tensors
 from mmtune.model.chat_template import use_chat_template
 from mmtune.model.checkpoint import CHECKPOINT_MARK, save_checkpoint
 from mmtune.model.components import find_components
+from mmtune.model.generation import ANSWER_TOKENS, answer_settings, unused_settings
 from mmtune.model.load import ADAPTER_CONFIG, UNTRAINED, base_config, base_model_type, load_base, load_weights, resolve_base
 from mmtune.model.packing import check_packable_family
 from mmtune.model.quantize import QUANTIZED
@@ -129,8 +130,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     set_seed(arguments.seed)
 
     # The base.
-    model, processor = load_base(recipe.model, arguments.seed)
-    check_chat_template(processor)
+    model, processor = load_base(recipe.model, arguments.seed, check_chat_template)
     components = find_components(model)
     encoder = Encoder(processor, recipe.data)
     blank = stand_in(processor)
@@ -233,6 +233,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     after = evaluate(model, processor, recipe.evaluate, world) if recipe.evaluate else []
     if not world.first:
         return {}
+    answer_tokens = recipe.evaluate.max_new_tokens if recipe.evaluate else ANSWER_TOKENS
     draw_loss_curve(run.metrics, run.loss_curve)
     figures: dict[str, Any] = {
         "train_seconds": train_seconds,
@@ -246,6 +247,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         "quarantined": len(data_report.quarantined),
         "skipped_steps": len(data_report.skipped_steps),
         "steps_without_samples": data_report.count_skipped(NO_SAMPLE),
+        "generation": answer_settings(model, processor, answer_tokens),
+        "generation_not_used": unused_settings(model),
     }
     if recipe.evaluate:
         write_answers(after, run.answers("after"))

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
 
-from mmtune.data.encode import encode_prompt
+from mmtune.data.encode import check_chat_template, encode_prompt
 from mmtune.data.media import ImageView, open_image
 from mmtune.data.message import Message
 from mmtune.data.pixels import Window
 from mmtune.errors import UserError
 from mmtune.model.compute import as_trained, to_model
+from mmtune.model.generation import generate
 
 
 class ChatSession:
@@ -23,7 +24,7 @@ class ChatSession:
 
     Args:
         model: in eval mode.
-        processor: its processor.
+        processor: its processor, with a chat template that `check_chat_template` accepts.
         max_new_tokens: an answer is cut there.
         window: the grey values that become black and white in the images, as a source's `window`.
     """
@@ -31,8 +32,7 @@ class ChatSession:
     def __init__(
         self, model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int = 256, window: Window | None = None
     ) -> None:
-        if not processor.chat_template:
-            raise UserError("the model has no chat template, so it cannot be talked to")
+        check_chat_template(processor)
         if max_new_tokens < 1:
             raise UserError(f"--max-new-tokens {max_new_tokens}: an answer has at least one token")
         self._model = model
@@ -72,16 +72,16 @@ class ChatSession:
         streamer = TextIteratorStreamer(self._processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failed: list[BaseException] = []
 
-        def generate() -> None:
+        def answer() -> None:
             try:
                 with torch.inference_mode(), as_trained(self._model):
                     inputs = to_model(self._model, prompt)
-                    self._model.generate(**inputs, max_new_tokens=self._max_new_tokens, do_sample=False, streamer=streamer)
+                    generate(self._model, self._processor, inputs, self._max_new_tokens, streamer)
             except BaseException as error:  # handed to the reader, who would otherwise wait for ever
                 failed.append(error)
                 streamer.end()
 
-        thread = Thread(target=generate, daemon=True)
+        thread = Thread(target=answer, daemon=True)
         thread.start()
         pieces = []
         for piece in streamer:

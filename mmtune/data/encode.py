@@ -26,6 +26,8 @@ from mmtune.errors import UserError
 
 IGNORE_INDEX = -100
 
+OTHER_TEMPLATE = "set model.chat_template to another one, or to a .jinja file (docs/recipe.md)"
+
 RENAMES_TYPES = (Gemma3Processor, Gemma3nProcessor)
 """Processors that give `mm_token_type_ids` under the name `token_type_ids`."""
 
@@ -350,13 +352,16 @@ def check_chat_template(processor: ProcessorMixin) -> None:
             {"role": "user", "content": [*shown, {"type": "text", "text": "Is it?"}]},
             {"role": "assistant", "content": [{"type": "text", "text": word}]},
         ]
-        labels = encode_sample(Sample("chat template", messages), processor)["labels"]
+        try:
+            labels = encode_sample(Sample("chat template", messages), processor)["labels"]
+        except RowError as error:
+            raise UserError(f"model: the chat template gives no exact labels: {error.detail}; {OTHER_TEMPLATE}") from error
         span = labels[labels != IGNORE_INDEX].tolist()
         text, end = processor.tokenizer.decode(span[:-1]), processor.tokenizer.decode(span[-1:])
         if text.strip() != word:
             raise UserError(
                 f"model: the chat template supervises {text + end!r} for the answer {word!r}; right is the answer and one token "
-                "that ends it"
+                f"that ends it; {OTHER_TEMPLATE}"
             )
 
 

@@ -63,6 +63,23 @@ def score_rows(summary: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
+def generation_line(summary: dict[str, Any]) -> str:
+    """With which settings the answers of a run were generated, and which of its base's settings were not used; or nothing."""
+    if "generation" not in summary:
+        return ""
+    used, unused = summary["generation"], summary["generation_not_used"]
+    names = {"eos_token_id": "ended by token", "pad_token_id": "padded with token", "bos_token_id": "begun with token"}
+    told = [f"at most {used['max_new_tokens']} new tokens"]
+    for key, name in names.items():
+        if used[key] is not None:
+            told.append(f"{name} {', '.join(map(str, used[key])) if isinstance(used[key], list) else used[key]}")
+    line = f"Answers are generated greedily, {', '.join(told)}."
+    if not unused:
+        return line
+    settings = ", ".join(f"{key} {value}" for key, value in unused.items())
+    return f"{line} The model's own generation config also has {settings}: it stays in the release, and no answer here used it."
+
+
 def write_report(run: RunDirectory, recipe: Recipe, summary: dict[str, Any]) -> None:
     """Write `report.html`: figures, loss curve, and answers with their images, all inside the one file."""
     samples = []
@@ -84,6 +101,7 @@ def write_report(run: RunDirectory, recipe: Recipe, summary: dict[str, Any]) -> 
         title=run.path.name,
         summary=summary,
         scores=score_rows(summary),
+        generation=generation_line(summary),
         curve=_data_uri(run.loss_curve.read_bytes()),
         samples=samples,
         recipe=run.recipe.read_text(encoding="utf-8"),

@@ -23,6 +23,7 @@ from mmtune.errors import UserError
 from mmtune.evaluation.choices import check_choices, likeliest, score_choices
 from mmtune.evaluation.metrics import exact_match, final_answer, majority_accuracy, wilson_interval
 from mmtune.model.compute import as_trained, in_eval_mode, to_model, virtual_tokens
+from mmtune.model.generation import generate
 from mmtune.recipe import EvaluateSection
 from mmtune.world import ALONE, World
 
@@ -74,7 +75,7 @@ def generate_answers(
             for group in _together(model, prompts):
                 batch = to_model(model, collate([prompts[i] for i in group], tokenizer.pad_token_id, side="left"))
                 with torch.inference_mode(), as_trained(model):
-                    output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
+                    output = generate(model, processor, batch, max_new_tokens)
                 texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
                 answers.update(zip(group, texts, strict=True))
     return [answers[index] for index in range(len(samples))]

@@ -11,6 +11,7 @@ from transformers import (
     AddedToken,
     AutoModel,
     AutoModelForCausalLM,
+    GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -24,6 +25,7 @@ from mmtune.errors import UserError
 from mmtune.model.carried import told, unread_tensors
 from mmtune.model.chat_template import end_of_turn_ids, resolve_chat_template, set_chat_template, use_chat_template
 from mmtune.model.checkpoint import REPORTED, check_whole, load_projector, save_checkpoint
+from mmtune.model.generation import left_out_line, published_generation_config
 from mmtune.model.parts import Tower, choose_strategy, read_image_processor, read_language, read_tokenizer, read_tower
 from mmtune.model.sharded import frames, gathered, runnable
 
@@ -79,7 +81,10 @@ def assemble(
     tokenizer, template = processor.tokenizer, str(processor.chat_template)
 
     encoder = _load(AutoModel, vision, tower.config, dtype, seed, trust_remote_code)
-    causal = _load(AutoModelForCausalLM, language, text_config, dtype, seed, trust_remote_code)
+    generation_config, left_out = published_generation_config(language, trust_remote_code)
+    causal = _load(AutoModelForCausalLM, language, text_config, dtype, seed, trust_remote_code, generation_config)
+    if left_out:
+        print(left_out_line(language, left_out))
     if unread := unread_tensors(causal, language):
         print(told(causal, unread, f"left out of {language}"))
     sample = tokenizer("A cat sat on the mat.", return_tensors="pt")["input_ids"]
@@ -151,7 +156,15 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         tokenizer.add_special_tokens({"extra_special_tokens": [image]}, replace_extra_special_tokens=False)
 
 
-def _load(auto: Any, checkpoint: str, config: PreTrainedConfig, dtype: torch.dtype, seed: int, trust: bool) -> Any:
+def _load(
+    auto: Any,
+    checkpoint: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    seed: int,
+    trust: bool,
+    generation_config: GenerationConfig | None = None,
+) -> Any:
     """Load a part, and refuse a checkpoint that leaves some of its weights to chance."""
     verbosity = logging.get_verbosity()
     if auto is AutoModel:
@@ -159,7 +172,14 @@ def _load(auto: Any, checkpoint: str, config: PreTrainedConfig, dtype: torch.dty
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, report = auto.from_pretrained(checkpoint, config=config, dtype=dtype, trust_remote_code=trust, **REPORTED)
+            model, report = auto.from_pretrained(
+                checkpoint,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=trust,
+                generation_config=generation_config,
+                **REPORTED,
+            )
     except OSError as error:
         raise UserError(f"{checkpoint}: its weights do not load: {str(error).strip().splitlines()[0]}") from error
     finally:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from jinja2 import TemplateError
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from mmtune.chat_rendering import NotExact, has_marks, render_conversation, render_prompt
+from mmtune.chat_rendering import NotExact, has_marks, render_conversation, render_prompt, render_text
 from mmtune.errors import UserError, nearest
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -28,6 +30,11 @@ BY_MODEL_TYPE = {
     "gemma": "gemma",
     "gemma3_text": "gemma",
 }
+
+WITHOUT_ROLES = ("plain", "paligemma")
+"""Shipped templates that nothing in a tokenizer speaks for or against."""
+PALIGEMMA_TOKEN = "<loc0000>"
+"""In every PaliGemma tokenizer, whose processor adds it, and in no other."""
 
 QUESTION: dict[str, Any] = {
     "role": "user",
@@ -64,29 +71,25 @@ def resolve_chat_template(
         name = _default(tokenizer, model_type)
         if name is None:
             raise UserError(
-                f"chat_template: there is no default for model_type {model_type!r}, and its tokenizer's own template "
+                f"model.chat_template: there is no default for model_type {model_type!r}, and its tokenizer's own template "
                 + ("is missing" if not own else f"does not serve: {_fault(str(own), tokenizer, image_token)}")
-                + f"; name one ({', '.join(template_names())}) or give the path of a .jinja file"
+                + f"; {_advice(None, tokenizer, image_token)}"
             )
     if name in template_names():
-        template = (TEMPLATES / f"{name}.jinja").read_text()
-        vocabulary = tokenizer.get_vocab()
-        missing = [marker for marker in MARKERS.get(name, ()) if marker not in vocabulary]
-        if missing:
-            raise UserError(
-                f"chat_template: {name} writes {', '.join(missing)}, and the tokenizer has no such token; take another"
-            )
-        if name in ("vicuna_v1", "mistral") and tokenizer.eos_token is None:
-            raise UserError(f"chat_template: {name} ends a turn with eos_token, and the tokenizer has none")
+        template = _shipped(name)
+        lacks = _lacks(name, tokenizer)
+        if lacks:
+            raise UserError(f"model.chat_template: {name} {lacks}; {_advice(None, tokenizer, image_token)}")
     elif name.endswith(".jinja"):
         if not Path(name).is_file():
-            raise UserError(f"chat_template: there is no file {name}")
-        template = Path(name).read_text()
+            raise UserError(f"model.chat_template: there is no file {name}")
+        template = Path(name).read_text(encoding="utf-8")
     else:
-        raise UserError(f"chat_template: unknown name {name!r}{nearest(name, template_names())}; or the path of a .jinja file")
+        near = nearest(name, template_names())
+        raise UserError(f"model.chat_template: unknown name {name!r}{near}; or the path of a .jinja file")
     fault = _fault(template, tokenizer, image_token)
     if fault:
-        raise UserError(f"chat_template {name}: {fault}")
+        raise UserError(f"model.chat_template: {name}: {fault}; {_advice(template, tokenizer, image_token)}")
     return template
 
 
@@ -99,22 +102,46 @@ def own_chat_template(processor: ProcessorMixin) -> str:
     Raises:
         UserError: no chat template, or one whose answers cannot be told from the rest.
     """
-    own = processor.chat_template
-    names = f"name one with model.chat_template ({', '.join(template_names())}) or give the path of a .jinja file"
-    if not isinstance(own, str) or not own:
-        raise UserError(f"model.base: its processor has no chat template; {names}")
-    if has_marks(own) and not _fault(own, processor.tokenizer, processor.image_token):
+    own = _published(processor)
+    tokenizer, image_token = processor.tokenizer, processor.image_token
+    if own is None:
+        raise UserError(f"model.base: it has no chat template; {_advice(None, tokenizer, image_token)}")
+    if has_marks(own) and not _fault(own, tokenizer, image_token):
         return own
     from trl.chat_template_utils import get_training_chat_template
 
+    processor.chat_template = own
     try:
         marked = get_training_chat_template(processor)
-    except ValueError:  # TRL's word for a template it does not know
+    except (ValueError, TypeError, TemplateError):  # a template that TRL does not know, or one that fails on what TRL renders
         marked = None
-    fault = _fault(marked or own, processor.tokenizer, processor.image_token)
+    fault = _fault(marked or own, tokenizer, image_token)
     if fault:
-        raise UserError(f"model.base: its chat template cannot give exact labels: {fault}; {names}")
+        raise UserError(f"model.base: its chat template does not serve: {fault}; {_advice(own, tokenizer, image_token)}")
     return marked or own
+
+
+def _published(processor: ProcessorMixin) -> str | None:
+    """The chat template that transformers would use: the processor's, or else the tokenizer's; of several by name the default.
+
+    Raises:
+        UserError: several, and none of them is the default.
+    """
+    for owner in (processor, processor.tokenizer):
+        templates = owner.chat_template
+        if isinstance(templates, dict) and templates:
+            names = ", ".join(sorted(templates))
+            if "default" not in templates:
+                raise UserError(
+                    f"model.base: it has the chat templates {names}, and none is called default; save one of them as a file and "
+                    "set model.chat_template: FILE.jinja"
+                )
+            if len(templates) > 1:
+                print(f"model.base: of its chat templates ({names}) the one called default is used, and released alone")
+            return str(templates["default"])
+        if templates:
+            return str(templates)
+    return None
 
 
 def use_chat_template(model: PreTrainedModel, processor: ProcessorMixin, template: str) -> None:
@@ -131,9 +158,7 @@ def use_chat_template(model: PreTrainedModel, processor: ProcessorMixin, templat
     tokenizer = processor.tokenizer
     config = model.generation_config
     assert config is not None  # every generative model has one
-    eos = [] if config.eos_token_id is None else config.eos_token_id
-    wanted = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *end_of_turn_ids(tokenizer, template)]
-    config.eos_token_id = list(dict.fromkeys(int(token) for token in wanted if token is not None))
+    config.eos_token_id = stop_token_ids(config, tokenizer, template)
     config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
 
 
@@ -144,7 +169,14 @@ def set_chat_template(processor: ProcessorMixin, template: str) -> None:
         UserError: as there.
     """
     processor.chat_template = processor.tokenizer.chat_template = template
-    _settle_special_tokens(processor.tokenizer, template)
+    settle_special_tokens(processor.tokenizer, template)
+
+
+def stop_token_ids(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """Ids of the tokens that end an answer: the generation config's, the tokenizer's eos, and what the template writes."""
+    eos = config.eos_token_id if config is not None else None
+    wanted = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *end_of_turn_ids(tokenizer, template)]
+    return list(dict.fromkeys(int(token) for token in wanted if token is not None))
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
@@ -154,6 +186,60 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[i
     after = text[text.index(word, start) + len(word) : stop]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return [token for token in tokenizer.encode(after, add_special_tokens=False) if token in special]
+
+
+def _shipped(name: str) -> str:
+    return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def _lacks(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What a shipped template needs and the tokenizer has not, or None."""
+    vocabulary = tokenizer.get_vocab()
+    missing = [marker for marker in MARKERS.get(name, ()) if marker not in vocabulary]
+    if missing:
+        return f"writes {', '.join(missing)}, and the tokenizer has no such token"
+    if name in ("vicuna_v1", "mistral") and tokenizer.eos_token is None:
+        return "ends a turn with eos_token, and the tokenizer has none"
+    return None
+
+
+def _advice(template: str | None, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
+    """Which line of the recipe puts a template right: a shipped one that writes the same turns, or else those that would work.
+
+    Args:
+        template: the one that does not serve; None where there is none.
+    """
+    if PALIGEMMA_TOKEN in tokenizer.get_vocab():
+        return "set model.chat_template: paligemma"
+    usable = {
+        name: text
+        for name in template_names()
+        if name not in WITHOUT_ROLES
+        and not _lacks(name, tokenizer)
+        and not _fault(text := _shipped(name), tokenizer, image_token)
+    }
+    for name, text in usable.items():
+        (end,) = tokenizer.convert_ids_to_tokens(end_of_turn_ids(tokenizer, text))
+        if template and _turns(template, tokenizer, end) == _turns(text, tokenizer, end):
+            return f"set model.chat_template: {name}, which writes the same turns and ends every answer"
+    writes = f"a file that writes {image_token} for an image, the answers, and a token after each that ends it"
+    if usable:
+        return f"set model.chat_template to {' or '.join(usable)} if the model knows one of these, or to a .jinja file ({writes})"
+    return f"set model.chat_template: FILE.jinja, {writes}; none that ships works with this tokenizer"
+
+
+def _turns(template: str, tokenizer: PreTrainedTokenizerBase, end: str) -> tuple[str, ...] | None:
+    """What a template writes between an answer and the next question, and between that and its answer, but for `end` and for
+    white space; None where it cannot be told."""
+    words = ("zebra", "violin", "glacier", "walnut")
+    roles = ("user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": [{"type": "text", "text": word}]} for role, word in zip(roles, words, strict=True)]
+    try:
+        text = render_text(messages, template, tokenizer)
+    except NotExact:
+        return None
+    pieces = re.fullmatch(f".*{words[1]}(.*){words[2]}(.*){words[3]}.*", text, re.DOTALL)
+    return tuple(" ".join(piece.replace(end, " ").split()) for piece in pieces.groups()) if pieces else None
 
 
 def _default(tokenizer: PreTrainedTokenizerBase, model_type: str | None) -> str | None:
@@ -172,13 +258,16 @@ def _fault(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str) 
             return f"it writes {image_token} {prompt.count(image_token)} times for one image"
         render_conversation([QUESTION, ANSWER], template, tokenizer)
     except NotExact as error:
-        return f"labels would not be exact on a question with an image: {error}"
-    except TypeError as error:  # a text-only template adds a list to a string
-        return f"it fails on a question with an image: {error}"
+        return f"on a question with an image, {error}"
     return None
 
 
-def _settle_special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+def settle_special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Tell a tokenizer not to add a token around a rendered conversation that the template writes, and none behind it.
+
+    Raises:
+        UserError: when it goes on adding tokens.
+    """
     text = str(tokenizer.apply_chat_template([QUESTION, ANSWER], chat_template=template, tokenize=False))
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]
     writes_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from mmtune.model.assemble import assemble, assemble_processor
 from mmtune.model.chat_template import own_chat_template, resolve_chat_template, set_chat_template, use_chat_template
 from mmtune.model.checkpoint import REPORTED, check_whole, load_projector, use_hub_key_names, weight_files
 from mmtune.model.components import check_family, check_known_to_transformers
-from mmtune.model.processor import read_processor
+from mmtune.model.generation import left_out_line, published_generation_config
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
+from mmtune.model.ready_processor import open_processor, prepare_processor
 from mmtune.model.sharded import in_parts
 from mmtune.model.trained import ADAPTER_CONFIG, INITIAL, Trained, export_adapter, find_trained
 from mmtune.recipe import ModelSection, load_recipe
@@ -63,7 +65,9 @@ def resolve_base(base: str) -> str:
     return base
 
 
-def load_base(section: ModelSection, seed: int) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load_base(
+    section: ModelSection, seed: int, check: Callable[[ProcessorMixin], None] = lambda processor: None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model and processor that a recipe starts from, assembled from parts if it says so.
 
     The processor is loaded and its chat template settled before any weight is read.
@@ -71,6 +75,7 @@ def load_base(section: ModelSection, seed: int) -> tuple[PreTrainedModel, Proces
     Args:
         section: the recipe's `model` section.
         seed: draws what has no trained weights: a fresh projector, or the whole untrained built-in model.
+        check: is given the processor; of a ready base before any weight is read.
 
     Raises:
         UserError: parts that do not fit, a base without a chat template, or a checkpoint that is not there.
@@ -81,9 +86,12 @@ def load_base(section: ModelSection, seed: int) -> tuple[PreTrainedModel, Proces
         use_hub_key_names(model)
         if section.attn_implementation is not None:
             model.set_attn_implementation(section.attn_implementation)
+        check(processor)
         return model, processor
     name = resolve_base(str(section.base))
     processor, template = load_processor(name, section)
+    set_chat_template(processor, template)
+    check(processor)
     model = load_weights(name, section)
     use_chat_template(model, processor, template)
     return model, processor
@@ -100,9 +108,14 @@ def load_weights(name: str, section: ModelSection) -> PreTrainedModel:
     """
     model: PreTrainedModel
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(name, **REPORTED, **loading(name, section))
+        generation_config, left_out = published_generation_config(name, section.trust_remote_code)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            name, generation_config=generation_config, **REPORTED, **loading(name, section)
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model: cannot load {section.base or name}: {_reason(name, error)}") from error
+    if left_out:
+        print(left_out_line(str(section.base or name), left_out))
     check_whole(section.base or name, model, report)
     if section.precision in QUANTIZED:
         settle_quantized(model)
@@ -196,14 +209,25 @@ def load_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, st
         UserError: a base of a family that is not supported, no processor, or a chat template that is missing or cannot mark what
             the assistant says.
     """
-    base_config(section)
+    config = base_config(section)
     try:
-        processor = read_processor(name, section.trust_remote_code)
+        processor = open_processor(name, config, section.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model.base: cannot load a processor from {name}: {_reason(name, error)}") from error
-    if section.chat_template is None:
-        return processor, own_chat_template(processor)
-    return processor, resolve_chat_template(section.chat_template, processor.tokenizer, image_token=processor.image_token)
+    template = _chat_template(processor, section.chat_template)
+    prepare_processor(name, processor, template, config, section.trust_remote_code)
+    return processor, template
+
+
+def _chat_template(processor: ProcessorMixin, named: str | None) -> str:
+    """The template that a recipe names, or else the checkpoint's own."""
+    if named is None:
+        template = own_chat_template(processor)
+    else:
+        template = resolve_chat_template(named, processor.tokenizer, image_token=processor.image_token)
+    if "strftime_now" in template:
+        print("chat template: it writes the date (strftime_now), so what a row trains on, and its length, depend on the day")
+    return template
 
 
 def load_bare_processor(section: ModelSection) -> ProcessorMixin:
@@ -228,7 +252,9 @@ def load_bare_processor(section: ModelSection) -> ProcessorMixin:
     return processor
 
 
-def load_trained(path: Path | Trained, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
+def load_trained(
+    path: Path | Trained, dtype: torch.dtype | None = None, chat_template: str | None = None
+) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
     """A model to ask: from a run, one of its checkpoints, a PEFT adapter directory, or an ordinary checkpoint or hub id.
 
     A run is loaded as its recipe says: precision, attention, and code of the checkpoint's own only if it was allowed.
@@ -236,6 +262,8 @@ def load_trained(path: Path | Trained, dtype: torch.dtype | None = None) -> tupl
     Args:
         path: the run, the checkpoint, the adapter, or the model; or what `trained_part` has found there.
         dtype: of the base's weights, unquantized; None takes the run's precision, or else the checkpoint's own.
+        chat_template: as a recipe's `model.chat_template`; None takes the checkpoint's own, which of a run is the one that it was
+            trained with.
 
     Returns:
         The model in eval mode on the CPU, and its processor.
@@ -252,10 +280,23 @@ def load_trained(path: Path | Trained, dtype: torch.dtype | None = None) -> tupl
         if dtype is not None:  # unquantized
             section = section.model_copy(update={"precision": "fp32"})
         settings = loading(source, section) | ({"dtype": dtype} if dtype else {})
+    trusts = settings.get("trust_remote_code", False)
     try:
-        processor = read_processor(str(trained.path), settings.get("trust_remote_code", False))
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trusts)
+    except (OSError, ValueError) as error:
+        what = f"{trained.path}: cannot load its base {source}" if trained.is_adapter else f"cannot load a model from {path}"
+        raise UserError(f"{what}: {_reason(source, error)}") from error
+    try:
+        processor = open_processor(str(trained.path), config, trusts)
+        template = _chat_template(processor, chat_template)
+        if not trained.is_adapter:  # an adapter's was saved as it was trained with, and its base may turn out to be another one
+            prepare_processor(str(trained.path), processor, template, config, trusts)
+        set_chat_template(processor, template)
         if not trained.is_adapter:
-            model = AutoModelForImageTextToText.from_pretrained(source, **settings)
+            generation_config, left_out = published_generation_config(source, trusts)
+            model = AutoModelForImageTextToText.from_pretrained(source, generation_config=generation_config, **settings)
+            if left_out:
+                print(left_out_line(str(trained.path), left_out))
             return model.eval(), processor
         if not (trained.path / INITIAL).is_file():
             return load_adapter(trained.path, **settings).eval(), processor
@@ -279,7 +320,8 @@ def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
     """
     base = base_of_adapter(adapter)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(base, **settings)
+        generation_config, _ = published_generation_config(base, settings.get("trust_remote_code", False))
+        model = AutoModelForImageTextToText.from_pretrained(base, generation_config=generation_config, **settings)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{adapter}: cannot load its base {base}: {_reason(base, error)}") from error
     if getattr(model, "is_quantized", False):

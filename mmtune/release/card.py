@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import try_to_load_from_cache
 
-from mmtune.evaluation.report import score_rows
+from mmtune.evaluation.report import generation_line, score_rows
 from mmtune.methods.table import METHODS
 from mmtune.model.load import BUILTIN, HUB_ID
 from mmtune.recipe import Recipe
@@ -92,6 +92,7 @@ def _card(recipe: Recipe, summary: dict[str, Any], run: RunDirectory, about: str
         use,
         *_figures(summary),
         *_merge(summary),
+        *([line] if (line := generation_line(summary)) else []),
         "## Licence",
         f"The base's: {licence}." if licence else "The base names none where this was made: see the base before sharing.",
         "## Data",

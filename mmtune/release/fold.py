@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 from mmtune.errors import CheckFailed, UserError
 from mmtune.manifest import sha256
 from mmtune.methods.table import METHODS
+from mmtune.model.generation import published_generation_config
 from mmtune.model.load import adapter_method, base_of_adapter, load_trained, trained_part
 from mmtune.model.trained import Trained
 
@@ -98,9 +99,12 @@ def fold_weighted(parts: Sequence[tuple[Trained, float]]) -> tuple[PreTrainedMod
         raise UserError(f"adapters of different bases cannot be added: {told}")
     total: dict[str, torch.Tensor] = {}
     processors: list[Any] = []
-    base: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(next(iter(bases.values())), dtype=torch.float32)
+    name = next(iter(bases.values()))
+    generation_config, _ = published_generation_config(name, False)
+    base: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+        name, dtype=torch.float32, generation_config=generation_config
+    )
     before = {name: tensor for name, tensor in base.state_dict().items() if tensor.is_floating_point()}
-    generation_config = base.generation_config
     for trained, weight in parts:
         tuned, processor = load_trained(trained, torch.float32)
         processors.append(processor)

@@ -26,6 +26,7 @@ from mmtune.manifest import write_manifest
 from mmtune.model.carried import carry_over, told, unread_tensors
 from mmtune.model.checkpoint import CHECKPOINT_MARK
 from mmtune.model.compute import place
+from mmtune.model.generation import ANSWER_TOKENS, published_generation_config
 from mmtune.model.load import DTYPES, UNTRAINED, base_of_adapter, load_base, load_trained, resolve_base
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.model.trained import Trained, export_adapter
@@ -198,7 +199,10 @@ def combine(
         fresh = job.open(stack, out, overwrite, needed)
         merged, processor = fold_weighted(runs)
         folded = job.observe(place(merged), processor)
-        untuned = AutoModelForImageTextToText.from_pretrained(str(job.base), dtype=torch.float32)
+        generation_config, _ = published_generation_config(str(job.base), False)
+        untuned = AutoModelForImageTextToText.from_pretrained(
+            str(job.base), dtype=torch.float32, generation_config=generation_config
+        )
         base = answer_logits(place(untuned), processor, job.samples)
         del untuned
         if compare(base, folded.logits).largest <= TOLERANCE / 100:
@@ -272,7 +276,7 @@ class _Job:
         self._recipe = recipe
         self._unread: dict[str, Path] = {}
         self._carried: dict[str, Any] = {}
-        self._new_tokens = recipe.evaluate.max_new_tokens if recipe.evaluate else 64
+        self._new_tokens = recipe.evaluate.max_new_tokens if recipe.evaluate else ANSWER_TOKENS
 
     def open(self, stack: ExitStack, out: Path, overwrite: bool, needed: Sequence[Path]) -> Path:
         """Temporary directories for the release and, if it is asked for, the quantized one; refused before anything is loaded."""

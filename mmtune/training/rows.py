@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from mmtune.data.batches import Batches, Mixture
 from mmtune.data.collate import ASIDE, Collator, collate, pack
 from mmtune.data.dataset import OTHER_POLICIES, Encoder, Handle, Samples, StreamedSamples, TrainingSet
-from mmtune.data.encode import too_long
+from mmtune.data.encode import check_chat_template, too_long
 from mmtune.data.plan import plan_section
 from mmtune.data.report import DataReport
 from mmtune.data.stream import SampleStream
@@ -49,7 +49,9 @@ def plan_rows(samples: Samples, recipe: Recipe, report: DataReport, world: World
     found = None
     if world.first:
         section = recipe.data
-        plan, outcome = plan_section(samples, section, load_bare_processor(recipe.model))
+        processor = load_bare_processor(recipe.model)
+        check_chat_template(processor)
+        plan, outcome = plan_section(samples, section, processor)
         limit = section.max_tokens or 0  # without one no row is dropped
         longer = [too_long(samples[row].id, int(plan.tokens[row]), limit) for row in outcome.dropped]
         if longer and section.over_length == "error":

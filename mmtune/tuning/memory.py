@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -31,15 +30,14 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.utils import logging
 
 from mmtune.errors import UserError
 from mmtune.model.components import find_components, linear_modules
+from mmtune.model.fake import CountedMemory, QuantizedLinear, bnb_state_bytes, make_prompt_tokens_real, quiet
 from mmtune.model.load import BUILTIN, DTYPES, UNTRAINED, resolve_base
 from mmtune.model.parts import choose_strategy, read_image_processor, read_language, read_tower
 from mmtune.recipe import ModelSection, Recipe, Settings
 from mmtune.tuning.apply import apply_tuning
-from mmtune.tuning.fake import CountedMemory, QuantizedLinear, bnb_state_bytes, make_prompt_tokens_real
 
 UNITS = (
     {"": 1, "B": 1} | {f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)} | {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}
@@ -117,7 +115,7 @@ def estimate_memory(
             model whose computation depends on values that only real weights have.
     """
     arguments = _arguments(recipe)
-    with _quiet():
+    with quiet():
         model = build_meta(recipe.model)
         components = find_components(model)
         if recipe.model.precision in ("int8", "nf4"):
@@ -346,19 +344,6 @@ def _checkpoint(section: ModelSection) -> str:
 def _unreachable(key: str, name: str, file: str, error: Exception) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"{key}: {name}: its {file} is not on this machine and cannot be downloaded: {line}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' remarks on tensors that have no data."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager

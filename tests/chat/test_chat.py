@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -111,11 +112,10 @@ def test_a_question_cannot_write_control_tokens(session: ChatSession, talker: tu
 
 
 def test_a_model_without_a_chat_template_is_refused(talker: tuple[Any, Any]) -> None:
-    class Bare:
-        chat_template = None
-
+    bare = copy.deepcopy(talker[1])
+    bare.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
-        ChatSession(talker[0], Bare())  # type: ignore[arg-type]
+        ChatSession(talker[0], bare)
 
 
 # ------------------------------------------------------------------------------------------------------------- terminal

@@ -245,7 +245,12 @@ TURNS = (
     ("answer", "reason"),
     [
         ("<|assistant|>{% generation %}{{ text ~ '<|end|>' }}{% endgeneration %}", None),
-        ("<|assistant|>{% generation %}{{ text }}{% endgeneration %}<|end|>", r"supervises '\w+' for the answer"),
+        ("<|assistant|>{% generation %}{{ text }}{% endgeneration %}<|end|>", None),
+        (
+            "<|assistant|>{% generation %}{{ text }}{% endgeneration %}.<|end|>",
+            "writes '' after an answer and no token that ends it",
+        ),
+        ("<|assistant|>{% generation %}{{ text ~ ' ' }}{% endgeneration %}", "writes ' ' after an answer and no token that ends"),
         ("{% generation %}{{ '<|assistant|>' ~ text ~ '<|end|>' }}{% endgeneration %}", r"supervises '<\|assistant\|>"),
         ("<|assistant|>{% generation %}{{ text ~ '<|end|><|pad|>' }}{% endgeneration %}", "for the answer 'yes'"),
         ("<|assistant|>{% generation %}{{ '<|end|>' }}{% endgeneration %}", "for the answer 'yes'"),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmtune.errors import UserError
 from mmtune.model.assemble import assemble, resolve_chat_template, save_checkpoint
-from mmtune.model.chat_template import template_names
+from mmtune.model.chat_template import settle_special_tokens, template_names
 from mmtune.model.tiny import LANGUAGE_FAMILIES, tiny_language
 
 IMAGES = [Image.new("RGB", (90, 60), "teal"), Image.new("RGB", (20, 70), "red")]
@@ -219,7 +219,7 @@ def test_chat_templates_from_files_are_checked(shelf: Path, tmp_path: Path) -> N
         "{{ messages[0].role }}": "writes <image> 0 times",
         "<image>{{ messages[0].role }}": "no {% generation %} marks",
         "{% if %}": "not valid Jinja",
-        "<image>{{ messages[0].content + 'x' }}": "fails on a question",
+        "<image>{{ messages[0].content + 'x' }}": "on a question with an image, the chat template fails",
     }.items():
         (tmp_path / "own.jinja").write_text(text)
         with pytest.raises(UserError) as caught:
@@ -246,3 +246,22 @@ def test_a_text_models_own_template_is_not_taken_unless_it_places_images(shelf: 
     assert resolve_chat_template(None, tokenizer, model_type="qwen2") == chatml
     tokenizer.chat_template = chatml + "{# mine #}"
     assert resolve_chat_template(None, tokenizer, model_type="qwen2") == chatml + "{# mine #}"
+
+
+@pytest.mark.parametrize("writes_bos", [True, False])
+@pytest.mark.parametrize("add_eos", [True, False])
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_a_tokenizer_adds_nothing_that_the_template_writes(add_bos: bool, add_eos: bool, writes_bos: bool) -> None:
+    """Text that is rendered first and tokenized later begins once and ends where the template ends it."""
+    letters = sorted(set("▁abcdefghijklmnopqrstuvwxyz:?"))
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = tf.LlamaTokenizer(vocab=vocabulary, merges=[], add_bos_token=add_bos, add_eos_token=add_eos)
+    turn = "{{ m.role }}: {{ m.content[-1].text }}{{ '</s>' if m.role == 'assistant' }}"
+    template = "<s>" * writes_bos + "{% for m in messages %}" + turn + "{% endfor %}"
+    assert (tokenizer("a")["input_ids"][0] == 1, tokenizer("a")["input_ids"][-1] == 2) == (add_bos, add_eos)
+    settle_special_tokens(tokenizer, template)
+    text = tokenizer.apply_chat_template(_talk(("user", "a"), ("assistant", "b")), chat_template=template, tokenize=False)
+    ids = tokenizer(text)["input_ids"]
+    assert (ids.count(1), ids.count(2)) == (int(writes_bos or add_bos), 1)
+    assert (ids[0] == 1) == (writes_bos or add_bos) and ids[-1] == 2

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from mmtune.errors import UserError
+from mmtune.model.fake import CountedMemory, bnb_state_bytes, quantized_bytes
 from mmtune.model.tiny import tiny_language, tiny_vision
 from mmtune.recipe import Recipe
-from mmtune.tuning.fake import CountedMemory, bnb_state_bytes, quantized_bytes
 from mmtune.tuning.memory import MemoryEstimate, build_meta, estimate_memory, parse_memory, print_estimate, suggestions
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "memory_estimate.py"

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
+import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.utils import logging as transformers_logging
 
 Kind = Literal["weights", "quantization_constants", "trainable", "gradients", "optimizer", "activations", "logits"]
 KINDS: tuple[Kind, ...] = (
@@ -34,6 +40,25 @@ _INDEXING = {
     _aten.index_put_.default,
     _aten._index_put_impl_.default,
 }
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' remarks on tensors that have no data."""
+    verbosity, torchs = transformers_logging.get_verbosity(), logging.getLogger(fake_tensor.__name__)
+    transformers_logging.set_verbosity_error()
+    torchs.addFilter(_nothing)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        torchs.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 class CountedMemory(TorchDispatchMode):

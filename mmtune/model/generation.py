@@ -1,0 +1,153 @@
+"""Generation settings: those that a checkpoint publishes, made valid, and those that mmtune asks a model with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, ProcessorMixin, WatermarkingConfig
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+
+from mmtune.model.chat_template import stop_token_ids
+
+ANSWER_TOKENS = 64
+"""At most this many new tokens, where a recipe has no `evaluate` section to say."""
+
+MODES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate", "_from_model_config")
+"""Settings that decide whether transformers accepts the others; they are tried first."""
+NEEDS = {"penalty_alpha": "top_k"}
+"""Settings that mean something else without another one."""
+TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
+
+
+def published_generation_config(name: str, trust_remote_code: bool = False) -> tuple[GenerationConfig, dict[str, Any]]:
+    """A checkpoint's own generation config, without the settings that transformers refuses to save.
+
+    `generation_config.json` of Vicuna has `temperature` without `do_sample`, for one: it has no effect, and a model that
+    was changed cannot be saved with it. What a checkpoint publishes is kept as it is otherwise.
+
+    Args:
+        name: a directory or hub id with a `config.json`.
+
+    Returns:
+        The config, which `GenerationConfig.validate(strict=True)` accepts, and the settings that were left out.
+
+    Raises:
+        OSError, ValueError: files that cannot be read.
+    """
+    file = cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return GenerationConfig.from_pretrained(name, config_file_name="config.json", _from_model_config=True), {}
+    published = json.loads(Path(file).read_text(encoding="utf-8"))
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return valid_generation_config(published, config.get_text_config().vocab_size)
+
+
+def valid_generation_config(published: Mapping[str, Any], vocabulary: int) -> tuple[GenerationConfig, dict[str, Any]]:
+    """As many settings as transformers accepts together, and those that were left out.
+
+    Args:
+        published: the content of a `generation_config.json`.
+        vocabulary: how many tokens the model has; a token id beyond is left out.
+    """
+    config = GenerationConfig()
+    left_out: dict[str, Any] = {}
+    known = vars(config)
+    for key in sorted(published, key=lambda key: key not in MODES):
+        value = published[key]
+        if key not in known and published.get("_from_model_config"):
+            continue  # transformers does not read it either
+        if key in TOKENS:
+            value = _existing(value, vocabulary)
+            if value != published[key]:
+                left_out[key] = published[key]
+        before = getattr(config, key, None)
+        try:
+            setattr(config, key, WatermarkingConfig.from_dict(value) if key == "watermarking_config" else value)
+            config.validate(strict=True)
+        except (ValueError, TypeError):
+            if key in known:
+                setattr(config, key, before)
+            else:
+                delattr(config, key)
+            left_out[key] = published[key]
+    for key, needed in NEEDS.items():
+        if needed in left_out and getattr(config, key) is not None:
+            left_out[key] = getattr(config, key)
+            setattr(config, key, None)
+    return config, left_out
+
+
+def left_out_line(name: str, left_out: Mapping[str, Any]) -> str:
+    """What `published_generation_config` left out, in one line."""
+    settings = ", ".join(f"{key} {value}" for key, value in left_out.items())
+    return f"{name}: {GENERATION_CONFIG_NAME}: left out, because transformers refuses to save a model with it: {settings}"
+
+
+def _existing(tokens: Any, vocabulary: int) -> Any:
+    """The token ids that the model has: a list of those in a list, or None for one that it lacks."""
+    if isinstance(tokens, list):
+        return [token for token in tokens if _existing(token, vocabulary) is not None] or None
+    return tokens if isinstance(tokens, int) and 0 <= tokens < vocabulary else None
+
+
+def answer_settings(model: torch.nn.Module, processor: ProcessorMixin, max_new_tokens: int) -> dict[str, Any]:
+    """The settings of `generate`: greedy, ended by every token that ends a turn, with nothing of the base's own settings."""
+    tokenizer = processor.tokenizer
+    return {
+        "do_sample": False,
+        "num_beams": 1,
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": stop_token_ids(_inner(model).generation_config, tokenizer, str(processor.chat_template)),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+
+
+def unused_settings(model: torch.nn.Module) -> dict[str, Any]:
+    """Settings of the model's own generation config that `generate` does not use: its penalties, beams, sampling, lengths."""
+    config = _inner(model).generation_config
+    assert config is not None
+    silent = {*TOKENS, "transformers_version", "_from_model_config", "use_cache", "cache_implementation"}
+    silent |= {"output_attentions", "output_hidden_states"}
+    return {key: value for key, value in config.to_diff_dict().items() if key not in silent}
+
+
+def generate(
+    model: torch.nn.Module,
+    processor: ProcessorMixin,
+    batch: Mapping[str, torch.Tensor],
+    max_new_tokens: int,
+    streamer: BaseStreamer | None = None,
+) -> torch.Tensor:
+    """Greedy answers to a batch of prompts, as evaluation, parity, rehearsal and chat ask for them.
+
+    `generate` of transformers takes what its arguments leave open from the model's own generation config: a penalty, beams,
+    suppressed tokens. That config is set aside meanwhile.
+
+    Args:
+        batch: `input_ids` of shape (rows, tokens), padded on the left, with what else the model takes.
+        streamer: gets the tokens of a single row as they come.
+
+    Returns:
+        Token ids of prompts and answers, int64, shape (rows, tokens).
+    """
+    inner = _inner(model)
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig(**answer_settings(model, processor, max_new_tokens))
+    try:
+        answers: torch.Tensor = model.generate(  # type: ignore[operator]
+            **batch, generation_config=inner.generation_config, streamer=streamer
+        )
+    finally:
+        inner.generation_config = own
+    return answers
+
+
+def _inner(model: Any) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model

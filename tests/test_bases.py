@@ -1,0 +1,191 @@
+"""Bases as they are published, by the command line: what is wrong in them is set right and said, or refused by every verb."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers as tf
+from PIL import Image
+
+from mmtune.builtin.tiny import TRAINED
+from mmtune.cli import entry_point
+
+MARKED = "{% for m in messages %}OPENS{% for c in m.content %}{% if c.type == 'image' %}<image>\n{% elif m.role == 'assistant' %}"
+WITHOUT_END = MARKED.replace("OPENS", "{{ m.role | upper }}: ") + (
+    "{% generation %}{{ c.text }} {% endgeneration %}{% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+END_BEHIND_MARK = MARKED.replace("OPENS", "<|{{ m.role }}|>") + (
+    "{% generation %}{{ c.text }}{% endgeneration %}{% else %}{{ c.text }}{% endif %}{% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CHANGES: dict[str, dict[str, Any]] = {
+    "sampling": {"generation_config.json": {"temperature": 0.9, "top_p": 0.6, "eos_token_id": None}},
+    "returns_several": {"generation_config.json": {"num_return_sequences": 2, "pad_token_id": -1, "max_length": 9}},
+    "penalty": {"generation_config.json": {"repetition_penalty": 3.0, "suppress_tokens": [260], "max_length": 9}},
+    "beams": {"generation_config.json": {"num_beams": 4}},
+    "lacks_extra_tokens": {"processor_config.json": {"num_additional_image_tokens": None, "patch_size": None}},
+    "counts_too_few": {"processor_config.json": {"num_additional_image_tokens": 0}},
+    "without_end": {"chat_template.jinja": WITHOUT_END},
+    "end_behind_mark": {"chat_template.jinja": END_BEHIND_MARK},
+    "dated": {"chat_template.jinja": "{{ strftime_now('%Y') }}" + END_BEHIND_MARK},
+    "pads_with_images": {"tokenizer_config.json": {"pad_token": "<image>"}},
+    "pads_with_ends": {"tokenizer_config.json": {"pad_token": "<|end|>"}},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """The built-in checkpoint with changed files, by the name of the change, beside rows and a recipe that names it."""
+    folder = tmp_path_factory.mktemp("bases")
+    Image.new("RGB", (48, 40), "teal").save(folder / "a.png")
+    answers = ("yes", "no", "two", "one")
+    row = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": ""}]
+    rows = [{"image": "a.png", "conversations": [row[0], {**row[1], "value": answer}]} for answer in answers]
+    (folder / "rows.json").write_text(json.dumps(rows))
+
+    def make(name: str) -> Path:
+        out = folder / name
+        if not out.exists():
+            out.mkdir()
+            (out / "base").mkdir()
+            for file in TRAINED.iterdir():
+                (out / "base" / file.name).symlink_to(file)
+            for file, change in CHANGES[name].items():
+                path = out / "base" / file
+                text = path.read_text()
+                path.unlink()
+                if isinstance(change, str):
+                    path.write_text(change)
+                else:
+                    content = {key: value for key, value in {**json.loads(text), **change}.items() if value is not None}
+                    path.write_text(json.dumps(content))
+            source = f"{{path: {folder / 'rows.json'}, template: llava}}"
+            (out / "recipe.yaml").write_text(
+                f"model: {{base: {out / 'base'}}}\ntune: {{language: {{method: lora, r: 2}}}}\ndata: {{train: [{source}]}}\n"
+                f"evaluate: {{data: [{source}], max_new_tokens: 6}}\noutput_dir: {out / 'run'}\n"
+                "train: {max_steps: 1, learning_rate: 1e-3, per_device_train_batch_size: 2, use_cpu: true}\n"
+            )
+        return out
+
+    yield make
+    shutil.rmtree(folder)
+
+
+def _verbs(case: Path) -> dict[str, list[str]]:
+    """Every verb that reads a base, with what it takes."""
+    recipe, base = str(case / "recipe.yaml"), str(case / "base")
+    return {
+        "check": ["data", "check", recipe, "--processes", "1"],
+        "show": ["data", "show", recipe],
+        "plan": ["plan", recipe],
+        "train": ["train", recipe],
+        "eval": ["eval", base, "--recipe", recipe],
+        "chat": ["chat", base, "--prompt", "What is it?", "--image", str(case.parent / "a.png"), "--max-new-tokens", "6"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        (
+            "without_end",
+            "its chat template does not serve: on a question with an image, the chat template writes ' ' after an answer and no "
+            "token that ends it, so the end would not be learnt; set model.chat_template: vicuna_v1, which writes the same turns",
+        ),
+        (
+            "counts_too_few",
+            "for an image of 640 x 480 pixels the processor writes 15 tokens of id 5, and the model makes 16 features; in the "
+            "processor's files num_additional_image_tokens: expected 1, got 0",
+        ),
+    ],
+)
+def test_every_verb_refuses_a_base_with_the_same_words(
+    bases: Callable[[str], Path], name: str, error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = bases(name)
+    for verb, command in _verbs(case).items():
+        assert entry_point(command) == 2, verb
+        assert error in capsys.readouterr().err, verb
+    assert not (case / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("sampling", "left out, because transformers refuses to save a model with it: temperature 0.9, top_p 0.6"),
+        ("returns_several", "refuses to save a model with it: pad_token_id -1, num_return_sequences 2"),
+        ("lacks_extra_tokens", "lack keys that follow from config.json: patch_size: 8, num_additional_image_tokens: 1"),
+        ("pads_with_images", "pad_token: '<|pad|>', because '<image>' stands for an image"),
+        ("pads_with_ends", "pad_token: '<|pad|>', because '<|end|>' ends a turn"),
+    ],
+)
+def test_what_is_set_right_is_said_and_gives_the_built_in_models_answer(
+    bases: Callable[[str], Path], name: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = _verbs(bases(name))["chat"]
+    assert entry_point(["chat", "builtin:tiny-llava", *chat[2:]]) == 0
+    answer = capsys.readouterr().out
+    assert entry_point(chat) == 0
+    told, *rest = capsys.readouterr().out.splitlines(keepends=True)
+    assert line in told and "".join(rest) == answer
+
+
+@pytest.mark.parametrize("name", ["penalty", "beams", "end_behind_mark"])
+def test_answers_do_not_depend_on_what_a_base_generates_with(
+    bases: Callable[[str], Path], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat, ask = _verbs(bases(name))["chat"], _verbs(bases(name))["eval"]
+    said = []
+    for model in ("builtin:tiny-llava", chat[1]):
+        assert entry_point(["chat", model, *chat[2:]]) == 0
+        assert entry_point(["eval", model, *ask[2:]]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+def test_a_template_may_be_named_for_a_chat(bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    verbs = _verbs(bases("without_end"))
+    assert entry_point([*verbs["chat"], "--chat-template", "vicuna_v1"]) == 0
+    assert entry_point([*verbs["eval"], "model.chat_template=vicuna_v1"]) == 0
+    capsys.readouterr()
+    assert entry_point([*verbs["show"], "model.chat_template=vicuna_v1", "--prompt"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("ASSISTANT:")
+
+
+def test_the_token_behind_the_mark_is_learnt(bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert entry_point([*_verbs(bases("end_behind_mark"))["show"], "--json"]) == 0
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    assert [token["text"] for token in tokens if token["kind"] == "supervised"][-1] == "<|end|>"
+
+
+def test_a_template_that_writes_the_date_is_said(bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry_point([*_verbs(bases("dated"))["show"], "--prompt"]) == 0
+    assert "chat template: it writes the date (strftime_now)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sampling", "penalty"])
+def test_a_release_keeps_its_bases_generation_config_and_says_what_answers_used(bases: Callable[[str], Path], name: str) -> None:
+    case = bases(name)
+    assert entry_point(_verbs(case)["train"]) == 0
+    assert entry_point(["merge", str(case / "run"), str(case / "out")]) == 0
+    summary = json.loads((case / "run" / "summary.json").read_text())
+    used = {"do_sample": False, "num_beams": 1, "max_new_tokens": 6, "eos_token_id": [1], "pad_token_id": 0, "bos_token_id": None}
+    assert summary["generation"] == used
+    kept = CHANGES["penalty"]["generation_config.json"] if name == "penalty" else {}
+    assert summary["generation_not_used"] == kept
+    for folder in (case / "run" / "adapter", case / "out"):
+        released = tf.GenerationConfig.from_pretrained(folder)
+        released.validate(strict=True)
+        assert released.eos_token_id == [1] and kept.items() <= released.to_diff_dict().items()
+    for file in (case / "run" / "report.html", case / "out" / "README.md"):
+        text = file.read_text()
+        assert "Answers are generated greedily, at most 6 new tokens, ended by token 1, padded with token 0." in text
+        assert ("repetition_penalty 3.0" in text) == (name == "penalty")
