@@ -183,8 +183,10 @@ def _expand(
     if isinstance(processor, PaliGemmaProcessor):
         if not found:
             raise NotExact("PaliGemma's processor takes no conversation without an image")
-        # It writes the beginning of the sequence after the last image, and a newline at the end.
+        # It writes the beginning of the sequence after the last image, and a newline at the end: of a prompt, the newline before
+        # the answer, which the model then does not have to write.
         last, bos = found[-1], processor.tokenizer.bos_token
+        spans = [(start + text.startswith("\n", start), end) for start, end in spans]
         text = f"{text[:last]}{bos}{text[last:]}\n"
         spans = [(start + len(bos) * (start >= last), end + len(bos) * (end > last)) for start, end in spans]
     if not replacements:
