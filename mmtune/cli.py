@@ -19,6 +19,10 @@ from mmtune import __version__
 from mmtune.cli_data import add_data_verbs
 from mmtune.console import settle_console, speaker
 from mmtune.errors import CheckFailed, Stopped, UserError, missing_library
+from mmtune.files import expand_user
+
+PATHS = ("recipe", "model", "out", "release", "folder", "dest", "data", "html", "media_root", "image", "adapter", "resume")
+"""Arguments that name paths: a leading `~` is the home directory, also where a shell leaves it (`--out=~/x`)."""
 
 
 def entry_point(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +81,9 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
+    for name, value in vars(parsed).items():
+        if name in PATHS and isinstance(value, (str, list)):
+            setattr(parsed, name, [*map(expand_user, value)] if isinstance(value, list) else expand_user(value))
     return parsed
 
 

@@ -95,6 +95,14 @@ def replace_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def expand_user(path: str) -> str:
+    """A path with a leading `~` replaced by the home directory, as a shell does it; any other text as it is."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:  # no such user: nothing is found at the path as it stands, and that is said
+        return path
+
+
 def check_replaceable(out: Path, overwrite: bool, mark: str, keep: Sequence[Path] = ()) -> None:
     """Refuse a destination that must not be written.
 

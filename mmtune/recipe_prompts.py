@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainSerializer, StrictInt, WithJsonSchema
 
 from mmtune.recipe_arguments import Fault, Settings, fault, shown
-from mmtune.recipe_section import Section, Text
+from mmtune.recipe_section import PathText, Section
 
 _WORDS = {"type": "string", "minLength": 1}
 FieldsToValues = Annotated[Settings, PlainSerializer(dict), WithJsonSchema({"type": "object", "minProperties": 1})]
@@ -44,13 +44,13 @@ class Shots(Section):
     """Few-shot examples: other rows, with their answers and media, as turns before the question."""
 
     count: Annotated[StrictInt, Field(ge=1)] = Field(description="How many examples each row has.")
-    path: Text = Field(description="The file they are taken from, if not the source's own; a row is never its own example.")
-    template: Text | None = Field(default=None, description="The template of that file; null: the source's.")
-    media_root: Text | None = Field(
+    path: PathText = Field(description="The file they are taken from, if not the source's own; a row is never its own example.")
+    template: PathText | None = Field(default=None, description="The template of that file; null: the source's.")
+    media_root: PathText | None = Field(
         default=None,
         description="Where its media paths start; null: the file's own directory, or the source's for the same file.",
     )
-    join: Text | None = Field(default=None, description="Its second file; null: the source's, if the file is the same.")
+    join: PathText | None = Field(default=None, description="Its second file; null: the source's, if the file is the same.")
     where: FieldsToValues | None = Field(default=None, description=WHERE)
 
     @classmethod

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -17,9 +18,11 @@ from pydantic import (
 )
 
 from mmtune.errors import nearest
+from mmtune.files import expand_user
 from mmtune.recipe_arguments import Fault, Settings, fault, shown
 
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(expand_user)]
 BorrowedSettings = Annotated[Settings, PlainSerializer(dict), WithJsonSchema({"type": "object"})]
 
 

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from mmtune.errors import nearest
+from mmtune.files import expand_user
 from mmtune.methods.table import INITS_IN_PARTS, METHODS, METHODS_OF_WHOLE_WEIGHTS, refusal
 from mmtune.recipe_arguments import Fault, Settings, fault, method_arguments, shown, training_arguments
 from mmtune.recipe_media import WINDOW, Augment, held_out_faults, window_faults
@@ -31,7 +32,7 @@ from mmtune.recipe_prompts import (
     where_faults,
     words_faults,
 )
-from mmtune.recipe_section import BorrowedSettings, Section, Text
+from mmtune.recipe_section import BorrowedSettings, PathText, Section, Text
 from mmtune.recipe_yaml import dump_yaml
 
 BUILTIN_BASES = ("builtin:tiny-llava", "builtin:tiny-llava-untrained")
@@ -42,7 +43,7 @@ class Projector(Section):
     """The projector between a vision encoder and a language model that come from two checkpoints."""
 
     type: Literal["mlp"] = Field(default="mlp", description="Its form: LLaVA's two-layer MLP.")
-    weights: Text | None = Field(
+    weights: PathText | None = Field(
         default=None, description="A run, adapter or checkpoint directory to take its weights from; null: random."
     )
 
@@ -54,16 +55,14 @@ class Projector(Section):
 class ModelSection(Section):
     """The model: a ready vision-language checkpoint (`base`), or one put together from `vision` and `language`."""
 
-    base: Text | None = Field(
+    base: PathText | None = Field(
         default=None,
         description="A ready vision-language model: a hub id, a local directory, or builtin:tiny-llava, the small one "
         "that ships (builtin:tiny-llava-untrained is the same with random weights).",
     )
-    vision: Text | None = Field(default=None, description="A vision encoder to assemble from: hub id or directory.")
-    language: Text | None = Field(default=None, description="A language model to assemble from: hub id or directory.")
-    projector: Projector | None = Field(
-        default=None, description="The projector of an assembled model: mlp, or {type: mlp, weights: DIR}."
-    )
+    vision: PathText | None = Field(default=None, description="A vision encoder to assemble from: hub id or directory.")
+    language: PathText | None = Field(default=None, description="A language model to assemble from: hub id or directory.")
+    projector: Projector | None = Field(default=None, description="Assembled models: mlp, or {type: mlp, weights: DIR}.")
     vision_feature_layer: StrictInt = Field(
         default=-2, description="Assembled models: the encoder layer that is projected; -2 is the last but one."
     )
@@ -71,7 +70,7 @@ class ModelSection(Section):
         default=None,
         description="Assembled models: default drops the class token, full keeps all; null follows the encoder.",
     )
-    chat_template: Text | None = Field(
+    chat_template: PathText | None = Field(
         default=None, description="A shipped chat template's name or a .jinja file; null takes the checkpoint's own."
     )
     precision: Literal["fp32", "bf16", "int8", "nf4"] = Field(
@@ -240,14 +239,12 @@ class TuneSection(Section):
 class Source(Section):
     """Where rows are and how to read them."""
 
-    path: Text = Field(
+    path: PathText = Field(
         description="A file of rows (.json, .jsonl, .csv, .tsv, .parquet, .arrow, .tar), a glob or brace list of such files, a "
         "folder of them, a directory that datasets saved, or a hub id (org/name@config:split)."
     )
-    template: Text = Field(description="A shipped data template's name, or a template of your own (.yaml).")
-    media_root: Text | None = Field(
-        default=None, description="Where the rows' media paths start; null: the file's own directory."
-    )
+    template: PathText = Field(description="A shipped data template's name, or a template of your own (.yaml).")
+    media_root: PathText | None = Field(default=None, description="Where media paths start; null: the file's own directory.")
     allow_outside_root: StrictBool = Field(
         default=False, description="Let media paths lead out of media_root, by .., an absolute path or a link."
     )
@@ -271,7 +268,7 @@ class Source(Section):
     ignore: tuple[Text, ...] = Field(
         default=(), description="Fields of the rows that name or hold media and are meant to be left out; others are an error."
     )
-    join: Text | None = Field(
+    join: PathText | None = Field(
         default=None, description="A second file with a partner for each row, for templates that ask for one (vqa_v2)."
     )
     values: NamesToText | None = Field(
@@ -377,8 +374,9 @@ class DataSection(Section):
 
     @property
     def planned(self) -> bool:
-        """Whether every row's tokens are counted before training."""
-        return self.plan or self.packing or self.tokens_per_batch is not None or self.largest_batch_first
+        """Whether every row's tokens are counted before weights load; where a long row stops the run, it stops there."""
+        stops = self.max_tokens is not None and self.over_length == "error" and not self.stream
+        return self.plan or self.packing or self.tokens_per_batch is not None or self.largest_batch_first or stops
 
 
 class EvaluateSection(Section):
@@ -417,7 +415,7 @@ class Recipe(Section):
         default_factory=lambda: Settings({"report_to": "none"}),
         description="transformers' TrainingArguments, by their own names; those not given keep transformers' defaults.",
     )
-    output_dir: Text = Field(description="The run directory.")
+    output_dir: PathText = Field(description="The run directory.")
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -430,6 +428,8 @@ class Recipe(Section):
         train = given.pop("train", {})
         if not isinstance(train, Mapping):
             return given, [fault("train", f"expected a mapping, got {shown(train)}")]
+        if isinstance(train.get("deepspeed"), str):
+            train = {**train, "deepspeed": expand_user(train["deepspeed"])}
         settings, faults = training_arguments().check(train)
         inner = [Fault(type=f["type"], loc=("train", *f.get("loc", ())), input=None) for f in faults]
         if "learning_rate" not in train and isinstance(given.get("tune", {}), Mapping):

@@ -26,6 +26,7 @@ from mmtune.model.load import base_config, load_trained, local_folder
 from mmtune.model.shrunk import local_files, shrunk_base
 from mmtune.model.tiny import DECODER, family_of, tiny_language, tiny_vision
 from mmtune.model.tiny_bases import tiny_base
+from mmtune.model.tiny_templates import NEEDED
 from mmtune.recipe import Recipe, Source, load_recipe
 from mmtune.release.merge import Form, keep_adapter, merge, parity_samples
 from mmtune.run_directory import RunDirectory
@@ -106,9 +107,16 @@ def _shrink_model(recipe: Recipe, section: dict[str, Any], place: Path) -> None:
     elif not base.startswith("builtin:"):
         if local_folder(base) is not None:
             base_config(recipe.model)  # refuses families that are not supported
-        files = local_files(base)
-        small = place / "base"
-        section["base"] = str(shrunk_base(base, files, small) if files else tiny_base(family_of(base, "base"), small))
+        if (files := local_files(base)) is not None:
+            section["base"] = str(shrunk_base(base, files, place / "base"))
+            return
+        family = family_of(base, "base")
+        section["base"] = str(tiny_base(family, place / "base"))
+        if family in NEEDED and section.get("chat_template") is None:
+            section["chat_template"] = NEEDED[family]
+            print(
+                f"rehearsal: {base} is not on this machine, so its own chat template is not rehearsed; {NEEDED[family]} stands in"
+            )
 
 
 def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], place: Path) -> None:

@@ -14,6 +14,7 @@ if not __package__:  # launched as a file: its own folder comes first on the pat
 
     settle_console()  # before the imports below have their say
 
+import shutil
 import signal
 import time
 from contextlib import nullcontext
@@ -203,11 +204,17 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     if checkpoint is not None:
         print(f"resume: from {checkpoint}, after {step_of(checkpoint)} steps")
         go_on(checkpoint, run, data_report, rows, arguments)
+    never_trained = False
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (UserError, RuntimeError):  # such as a row that stops the run, or a first batch that memory does not hold
+        never_trained = checkpoint is None and trainer.state.global_step == 0
+        raise
     finally:
         stop.restore()
-        if world.first:
+        if world.first and never_trained:  # nothing is left that would be in the way of the next start
+            shutil.rmtree(run.path, ignore_errors=True)
+        elif world.first:
             data_report.write(run.data_report)
     if stop.received is not None:
         name = signal.Signals(stop.received).name

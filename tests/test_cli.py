@@ -233,3 +233,48 @@ def test_a_recipe_is_checked_against_the_family_of_a_local_base(
     assert entry_point(["recipe", "check", file, f"model.base={base}"]) == 0
     assert entry_point(["recipe", "check", file, "model.base=nobody/nothing", prefix]) == 0
     assert "not checked without a download: that nobody/nothing is there" in capsys.readouterr().out
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(
+    recipe_file: Path, base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = tmp_path / "home"
+    (home / "data").mkdir(parents=True)
+    (home / "base").symlink_to(base)
+    (home / "rows").symlink_to(rows.parent)
+    (home / "recipe.yaml").symlink_to(recipe_file)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    paths = ["model.base=~/base", "data.train.0.path=~/rows/rows.json", "data.train.0.media_root=~/rows"]
+    train = ["train", "~/recipe.yaml", *paths, "train.max_steps=1", "output_dir=~/run"]
+    assert entry_point(train) == 0, capsys.readouterr()
+    assert (home / "run" / "adapter").is_dir() and not list(tmp_path.glob("**/~*"))
+    image = f"~/rows/{next(rows.parent.glob('**/*.png')).relative_to(rows.parent)}"
+    assert entry_point(["chat", "~/run", "--image", image, "--prompt", "~ what?", "--max-new-tokens", "1"]) == 0
+    assert entry_point(["train", str(recipe_file), "output_dir=~nobody-of-that-name/run", "train.max_steps=1"]) == 0
+    assert (tmp_path / "~nobody-of-that-name").is_dir()  # no such user: the text is a path like any other
+
+
+def test_a_row_that_is_too_long_is_named_before_weights_are_loaded(
+    recipe_file: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in base.iterdir():
+        if file.suffix != ".safetensors":
+            (bare / file.name).symlink_to(file)
+    command = ["train", str(recipe_file), f"model.base={bare}", "data.max_tokens=8", "data.over_length=error"]
+    for _ in range(2):  # the first start leaves nothing that blocks the second
+        assert entry_point(command) == 2
+        error = capsys.readouterr().err
+        assert "12 rows are too long, the first: rows.json[0]: messages: " in error and "more than data.max_tokens: 8" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_never_trained_leaves_nothing(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stream is not counted beforehand, so its first long row ends the run in its first step."""
+    command = ["train", str(recipe_file), "data.stream=true", "data.max_tokens=8", "data.over_length=error"]
+    for _ in range(2):
+        assert entry_point(command) == 2
+        assert "more than data.max_tokens: 8" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -27,14 +27,13 @@ from mmtune.data.message import text_of
 from mmtune.model.components import PROJECTORS
 from mmtune.model.packing import NEVER
 from mmtune.model.tiny_bases import BASES, tiny_base
+from mmtune.model.tiny_templates import NEEDED
 from mmtune.recipe import load_recipe
 from mmtune.run_directory import RunDirectory
 
 FAST = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "gemma3")
 """What the fast tests run over; the others are slow."""
 FAMILY = [family if family in FAST else pytest.param(family, marks=pytest.mark.slow) for family in BASES]
-TEMPLATES = {"llava": "vicuna_v1", "paligemma": "paligemma"}
-"""`model.chat_template` where the release has none, or one that writes no end."""
 ENDS = {"idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>", "gemma3": "<end_of_turn>", "paligemma": "<eos>"}
 ENDS |= dict.fromkeys(("llava", "llava_pixtral", "llava_next", "mistral3"), "</s>")
 LEADS = dict.fromkeys(("llava", "llava_next", "idefics3", "smolvlm"), " ")
@@ -86,7 +85,7 @@ def write(rows: Path, bases: Callable[[str], Path], tmp_path: Path) -> Write:
     """Writes a recipe of one step over all rows, and gives its path; `run` in its folder is its output."""
 
     def recipe(family: str, tune: str, model: str = "", data: str = "", train: str = "learning_rate: 1e-2") -> Path:
-        template = f", chat_template: {TEMPLATES[family]}" if family in TEMPLATES else ""
+        template = f", chat_template: {NEEDED[family]}" if family in NEEDED else ""
         data_file = rows / ("images.json" if family == "paligemma" else "rows.json")  # its processor takes no text alone
         batch = "" if "packing" in data else ", per_device_train_batch_size: 5"
         folder = tmp_path / str(len(list(tmp_path.iterdir())))

@@ -68,3 +68,6 @@ TEMPLATES: dict[str, str | None] = {
     "mistral3": _with_image(_MISTRAL, "[IMG]"),
 }
 """By the name of the tiny checkpoint; None: the releases have none."""
+
+NEEDED = {"llava": "vicuna_v1", "paligemma": "paligemma"}
+"""The `model.chat_template` that a recipe has to name, because the release's own template writes no end or it has none."""
