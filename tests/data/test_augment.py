@@ -238,7 +238,7 @@ def test_held_out_rows_and_parity_are_not_augmented(tmp_path: Path, make_recipe:
     recipe = make_recipe(f"data.train.0.path={path}", "data.train.0.augment={flip: 1.0}")
     assert [sample.images[0] for sample in parity_samples(recipe, 4)] == [tmp_path / f"{index}.png" for index in range(4)]
     assert all(isinstance(sample.images[0], ImageView) for sample in Samples(recipe.data.train))
-    with pytest.raises(Exception, match=r"held-out rows are never augmented; leave it out"):
+    with pytest.raises(UserError, match=r"held-out rows are never augmented; leave it out"):
         make_recipe(f"evaluate={{data: [{{path: {path}, template: llava, augment: {{flip: 0.5}}}}]}}")
 
 
@@ -334,7 +334,7 @@ def test_a_planned_run_with_boxes_trains_on_the_counted_lengths(tmp_path: Path) 
     ],
 )
 def test_what_a_source_cannot_say_of_its_images(make_recipe: Any, override: str, reason: str) -> None:
-    with pytest.raises(Exception, match=rf"command line: data\.train\.0\.{override[:6]}.*{reason}"):
+    with pytest.raises(UserError, match=rf"command line: data\.train\.0\.{override[:6]}.*{reason}"):
         make_recipe(f"data.train.0.{override}")
 
 
