@@ -221,7 +221,7 @@ def _eval(arguments: argparse.Namespace) -> Any:
     if recipe.evaluate is None:
         raise UserError(f"{arguments.recipe or arguments.model}: the recipe has no `evaluate` section")
     check_questions(recipe.evaluate)
-    model, processor = load_trained(trained, chat_template=arguments.recipe and recipe.model.chat_template)
+    model, processor = load_trained(trained, chat_template=recipe.model.chat_template)
     check_chat_template(processor)
     result: dict[str, Any] = {"tuned_scores": as_json(score(evaluate(place(model), processor, recipe.evaluate), recipe.evaluate))}
     print_scores(result)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -160,3 +162,18 @@ def replaced_directory(out: Path, overwrite: bool, mark: str, keep: Sequence[Pat
         raise UserError(f"cannot write {out}: {reason}; nothing was changed") from error
     finally:
         shutil.rmtree(scratch)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: no JSON, or another value than an object; the message begins with the file's name.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path.name} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path.name} is not a JSON object, but {json.dumps(content)[:60]}")
+    return content

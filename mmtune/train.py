@@ -35,12 +35,21 @@ from mmtune.evaluation.report import print_scores, write_report
 from mmtune.evaluation.run import as_json, check_questions, evaluate, read_answers, score, write_answers
 from mmtune.files import check_writable, replaced_directory
 from mmtune.methods.table import refusal
-from mmtune.model.carried import carry_over, told, unread_tensors
+from mmtune.model.carried import carry_over, describe_tensors, unread_tensors
 from mmtune.model.chat_template import use_chat_template
 from mmtune.model.checkpoint import CHECKPOINT_MARK, save_checkpoint
 from mmtune.model.components import find_components
 from mmtune.model.generation import ANSWER_TOKENS, answer_settings, unused_settings
-from mmtune.model.load import ADAPTER_CONFIG, UNTRAINED, base_config, base_model_type, load_base, load_weights, resolve_base
+from mmtune.model.load import (
+    ADAPTER_CONFIG,
+    UNTRAINED,
+    base_config,
+    base_model_type,
+    load_bare_processor,
+    load_base,
+    load_weights,
+    resolve_base,
+)
 from mmtune.model.packing import check_packable_family
 from mmtune.model.quantize import QUANTIZED
 from mmtune.model.sharded import runnable, to_save
@@ -124,14 +133,16 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         check_fsdp(recipe, arguments, checkpoint)
     if checkpoint is not None:
         check_resumable(recipe, earlier, checkpoint, world)
+    processor = load_bare_processor(recipe.model)
+    check_chat_template(processor)
     lengths = None
     if recipe.data.planned and isinstance(samples, Samples):
-        lengths = plan_rows(samples, recipe, data_report, world)
+        lengths = plan_rows(samples, recipe, processor, data_report, world)
     print(f"training: {world.layout}, {arguments.device}")
     set_seed(arguments.seed)
 
     # The base.
-    model, processor = load_base(recipe.model, arguments.seed, check_chat_template)
+    model, processor = load_base(recipe.model, arguments.seed, processor)
     components = find_components(model)
     encoder = Encoder(processor, recipe.data)
     blank = stand_in(processor)
@@ -236,7 +247,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
             if not adapts and recipe.model.base not in (None, UNTRAINED):
                 carried = carry_over(unread_tensors(model, resolve_base(str(recipe.model.base))), made)
                 if carried:
-                    print(told(model, carried))
+                    print(describe_tensors(model, carried))
     after = evaluate(model, processor, recipe.evaluate, world) if recipe.evaluate else []
     if not world.first:
         return {}

@@ -22,10 +22,10 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import logging
 
 from mmtune.errors import UserError
-from mmtune.model.carried import told, unread_tensors
+from mmtune.model.carried import describe_tensors, unread_tensors
 from mmtune.model.chat_template import end_of_turn_ids, resolve_chat_template, set_chat_template, use_chat_template
 from mmtune.model.checkpoint import REPORTED, check_whole, load_projector, save_checkpoint
-from mmtune.model.generation import left_out_line, published_generation_config
+from mmtune.model.generation import published_generation_config
 from mmtune.model.parts import Tower, choose_strategy, read_image_processor, read_language, read_tokenizer, read_tower
 from mmtune.model.sharded import frames, gathered, runnable
 
@@ -84,9 +84,9 @@ def assemble(
     generation_config, left_out = published_generation_config(language, trust_remote_code)
     causal = _load(AutoModelForCausalLM, language, text_config, dtype, seed, trust_remote_code, generation_config)
     if left_out:
-        print(left_out_line(language, left_out))
+        print(f"{language}: {left_out}")
     if unread := unread_tensors(causal, language):
-        print(told(causal, unread, f"left out of {language}"))
+        print(describe_tensors(causal, unread, f"left out of {language}"))
     sample = tokenizer("A cat sat on the mat.", return_tensors="pt")["input_ids"]
     with torch.no_grad(), runnable(causal):
         own_logits = causal(sample.to(causal.device)).logits

@@ -94,7 +94,7 @@ def _size(file: Path) -> int:
         return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
 
 
-def told(model: PreTrainedModel, keys: Collection[str], done: str = "carried over from the base unchanged") -> str:
+def describe_tensors(model: PreTrainedModel, keys: Collection[str], done: str = "carried over from the base unchanged") -> str:
     """One line on tensors that a class does not read, and what was done with them."""
     names = ", ".join([*keys][:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
     return f"tensors that {type(model).__name__} does not read, {done}: {len(keys)} ({names})"

@@ -105,7 +105,7 @@ def own_chat_template(processor: ProcessorMixin) -> str:
     own = _published(processor)
     tokenizer, image_token = processor.tokenizer, processor.image_token
     if own is None:
-        raise UserError(f"model.base: it has no chat template; {_advice(None, tokenizer, image_token)}")
+        raise UserError(f"it has no chat template; {_advice(None, tokenizer, image_token)}")
     if has_marks(own) and not _fault(own, tokenizer, image_token):
         return own
     from trl.chat_template_utils import get_training_chat_template
@@ -117,7 +117,7 @@ def own_chat_template(processor: ProcessorMixin) -> str:
         marked = None
     fault = _fault(marked or own, tokenizer, image_token)
     if fault:
-        raise UserError(f"model.base: its chat template does not serve: {fault}; {_advice(own, tokenizer, image_token)}")
+        raise UserError(f"its chat template does not serve: {fault}; {_advice(own, tokenizer, image_token)}")
     return marked or own
 
 
@@ -133,11 +133,11 @@ def _published(processor: ProcessorMixin) -> str | None:
             names = ", ".join(sorted(templates))
             if "default" not in templates:
                 raise UserError(
-                    f"model.base: it has the chat templates {names}, and none is called default; save one of them as a file and "
+                    f"it has the chat templates {names}, and none is called default; save one of them as a file and "
                     "set model.chat_template: FILE.jinja"
                 )
             if len(templates) > 1:
-                print(f"model.base: of its chat templates ({names}) the one called default is used, and released alone")
+                print(f"chat template: of its chat templates ({names}) the one called default is used, and released alone")
             return str(templates["default"])
         if templates:
             return str(templates)

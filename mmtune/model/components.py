@@ -7,7 +7,6 @@ name.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+from transformers.utils import CONFIG_NAME
 
 from mmtune.errors import UserError, nearest
+from mmtune.files import read_json_object
 
 Component = Literal["vision", "projector", "language", "lm_head"]
 
@@ -69,25 +70,22 @@ class Components:
     projector_parts: tuple[str, ...] = ()
 
 
-def check_known_to_transformers(folder: Path, name: str) -> None:
+def check_known_to_transformers(folder: Path) -> None:
     """Refuse a checkpoint whose `model_type` transformers does not have, whatever code comes with it.
 
     Args:
         folder: where its `config.json` is.
-        name: the base, as the recipe names it.
 
     Raises:
-        UserError: naming the model type.
+        UserError: naming the model type; or a `config.json` that is no JSON object.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model_type = config.get("model_type") if isinstance(config, dict) else None
+    config = read_json_object(folder / CONFIG_NAME)
+    model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type not in CONFIG_MAPPING:
         advice = "check it, or install a newer transformers"
         if "auto_map" in config:
             advice = "it brings code of its own; take the release converted for transformers (its name often ends in -hf)"
-        raise UserError(
-            f"model.base: {name} has model_type {model_type!r}, which transformers {__version__} does not have: {advice}"
-        )
+        raise UserError(f"it has model_type {model_type!r}, which transformers {__version__} does not have: {advice}")
 
 
 def check_family(config: PreTrainedConfig, name: str) -> None:
@@ -112,7 +110,7 @@ def check_family(config: PreTrainedConfig, name: str) -> None:
         advice = "it is not an image-text model of transformers"
         if "vision" in model_type or model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES or hasattr(config, "patch_size"):
             advice = f"it is a vision encoder without a language model; give it as model.vision: {name}, beside model.language"
-    raise UserError(f"model.base: {name} has model_type {model_type!r}, which is not supported: {advice}; as a base {known}")
+    raise UserError(f"it has model_type {model_type!r}, which is not supported: {advice}; as a base {known}")
 
 
 def find_components(model: nn.Module) -> Components:

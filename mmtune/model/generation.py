@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, ProcessorMixin, WatermarkingConfig
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
+from mmtune.files import read_json_object
 from mmtune.model.chat_template import stop_token_ids
 
 ANSWER_TOKENS = 64
@@ -22,10 +22,13 @@ MODES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate", "_fro
 """Settings that decide whether transformers accepts the others; they are tried first."""
 NEEDS = {"penalty_alpha": "top_k"}
 """Settings that mean something else without another one."""
+REFUSED = "transformers refuses to save a model with it"
+ABSENT = "the model has no such token"
+"""Why a setting is left out."""
 TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
-def published_generation_config(name: str, trust_remote_code: bool = False) -> tuple[GenerationConfig, dict[str, Any]]:
+def published_generation_config(name: str, trust_remote_code: bool = False) -> tuple[GenerationConfig, str | None]:
     """A checkpoint's own generation config, without the settings that transformers refuses to save.
 
     `generation_config.json` of Vicuna has `temperature` without `do_sample`, for one: it has no effect, and a model that
@@ -35,37 +38,44 @@ def published_generation_config(name: str, trust_remote_code: bool = False) -> t
         name: a directory or hub id with a `config.json`.
 
     Returns:
-        The config, which `GenerationConfig.validate(strict=True)` accepts, and the settings that were left out.
+        The config, which `GenerationConfig.validate(strict=True)` accepts, and one line on the settings that were left out.
 
     Raises:
+        UserError: `generation_config.json` is no JSON object.
         OSError, ValueError: files that cannot be read.
     """
     file = cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
-    if file is None:
-        return GenerationConfig.from_pretrained(name, config_file_name="config.json", _from_model_config=True), {}
-    published = json.loads(Path(file).read_text(encoding="utf-8"))
+    if file is None:  # transformers then takes the settings that config.json has
+        file = cached_file(name, CONFIG_NAME)
+        published = read_json_object(Path(file)) | {"_from_model_config": True}
+    else:
+        published = read_json_object(Path(file))
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    return valid_generation_config(published, config.get_text_config().vocab_size)
+    generation_config, left_out = valid_generation_config(published, config.get_text_config().vocab_size)
+    reasons = [f"because {reason}: {', '.join(settings)}" for reason, settings in left_out.items()]
+    return generation_config, f"{Path(file).name}: left out, {'; '.join(reasons)}" if reasons else None
 
 
-def valid_generation_config(published: Mapping[str, Any], vocabulary: int) -> tuple[GenerationConfig, dict[str, Any]]:
-    """As many settings as transformers accepts together, and those that were left out.
+def valid_generation_config(published: Mapping[str, Any], vocabulary: int) -> tuple[GenerationConfig, dict[str, list[str]]]:
+    """As many settings as transformers accepts together, and those that were left out, by the reason.
 
     Args:
         published: the content of a `generation_config.json`.
         vocabulary: how many tokens the model has; a token id beyond is left out.
     """
     config = GenerationConfig()
-    left_out: dict[str, Any] = {}
+    refused: dict[str, Any] = {}
+    absent: list[str] = []
     known = vars(config)
     for key in sorted(published, key=lambda key: key not in MODES):
         value = published[key]
         if key not in known and published.get("_from_model_config"):
             continue  # transformers does not read it either
         if key in TOKENS:
-            value = _existing(value, vocabulary)
-            if value != published[key]:
-                left_out[key] = published[key]
+            tokens = value if isinstance(value, list) else [] if value is None else [value]
+            absent += [f"{key} {token}" for token in tokens if not _is_token(token, vocabulary)]
+            existing = [token for token in tokens if _is_token(token, vocabulary)]
+            value = (existing if isinstance(value, list) else existing[0]) if existing else None
         before = getattr(config, key, None)
         try:
             setattr(config, key, WatermarkingConfig.from_dict(value) if key == "watermarking_config" else value)
@@ -75,25 +85,17 @@ def valid_generation_config(published: Mapping[str, Any], vocabulary: int) -> tu
                 setattr(config, key, before)
             else:
                 delattr(config, key)
-            left_out[key] = published[key]
+            refused[key] = published[key]
     for key, needed in NEEDS.items():
-        if needed in left_out and getattr(config, key) is not None:
-            left_out[key] = getattr(config, key)
+        if needed in refused and getattr(config, key) is not None:
+            refused[key] = getattr(config, key)
             setattr(config, key, None)
-    return config, left_out
+    left_out = {REFUSED: [f"{key} {value}" for key, value in refused.items()], ABSENT: absent}
+    return config, {reason: settings for reason, settings in left_out.items() if settings}
 
 
-def left_out_line(name: str, left_out: Mapping[str, Any]) -> str:
-    """What `published_generation_config` left out, in one line."""
-    settings = ", ".join(f"{key} {value}" for key, value in left_out.items())
-    return f"{name}: {GENERATION_CONFIG_NAME}: left out, because transformers refuses to save a model with it: {settings}"
-
-
-def _existing(tokens: Any, vocabulary: int) -> Any:
-    """The token ids that the model has: a list of those in a list, or None for one that it lacks."""
-    if isinstance(tokens, list):
-        return [token for token in tokens if _existing(token, vocabulary) is not None] or None
-    return tokens if isinstance(tokens, int) and 0 <= tokens < vocabulary else None
+def _is_token(token: Any, vocabulary: int) -> bool:
+    return isinstance(token, int) and 0 <= token < vocabulary
 
 
 def answer_settings(model: torch.nn.Module, processor: ProcessorMixin, max_new_tokens: int) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from mmtune.model.assemble import assemble, assemble_processor
 from mmtune.model.chat_template import own_chat_template, resolve_chat_template, set_chat_template, use_chat_template
 from mmtune.model.checkpoint import REPORTED, check_whole, load_projector, use_hub_key_names, weight_files
 from mmtune.model.components import check_family, check_known_to_transformers
-from mmtune.model.generation import left_out_line, published_generation_config
+from mmtune.model.generation import published_generation_config
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.model.ready_processor import open_processor, prepare_processor
 from mmtune.model.sharded import in_parts
@@ -66,7 +67,7 @@ def resolve_base(base: str) -> str:
 
 
 def load_base(
-    section: ModelSection, seed: int, check: Callable[[ProcessorMixin], None] = lambda processor: None
+    section: ModelSection, seed: int, processor: ProcessorMixin | None = None
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model and processor that a recipe starts from, assembled from parts if it says so.
 
@@ -75,7 +76,8 @@ def load_base(
     Args:
         section: the recipe's `model` section.
         seed: draws what has no trained weights: a fresh projector, or the whole untrained built-in model.
-        check: is given the processor; of a ready base before any weight is read.
+        processor: from `load_bare_processor`, so that a ready base's is not loaded again; a model that is assembled here
+            makes its own.
 
     Raises:
         UserError: parts that do not fit, a base without a chat template, or a checkpoint that is not there.
@@ -86,14 +88,11 @@ def load_base(
         use_hub_key_names(model)
         if section.attn_implementation is not None:
             model.set_attn_implementation(section.attn_implementation)
-        check(processor)
         return model, processor
-    name = resolve_base(str(section.base))
-    processor, template = load_processor(name, section)
-    set_chat_template(processor, template)
-    check(processor)
-    model = load_weights(name, section)
-    use_chat_template(model, processor, template)
+    if processor is None:
+        processor = load_bare_processor(section)
+    model = load_weights(resolve_base(str(section.base)), section)
+    use_chat_template(model, processor, str(processor.chat_template))
     return model, processor
 
 
@@ -106,22 +105,50 @@ def load_weights(name: str, section: ModelSection) -> PreTrainedModel:
     Raises:
         UserError: when it does not load, or lacks weights, which transformers would draw at random.
     """
-    model: PreTrainedModel
-    try:
-        generation_config, left_out = published_generation_config(name, section.trust_remote_code)
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            name, generation_config=generation_config, **REPORTED, **loading(name, section)
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model: cannot load {section.base or name}: {_reason(name, error)}") from error
-    if left_out:
-        print(left_out_line(str(section.base or name), left_out))
-    check_whole(section.base or name, model, report)
-    if section.precision in QUANTIZED:
-        settle_quantized(model)
+    subject = f"model.base: {section.base}" if section.base else name
+    model = load_whole(name, subject, **loading(name, section))
     if in_parts(model):  # transformers then notes all renamings of the class, and would undo those that it has not done
         model._weight_conversions = [each for each in model._weight_conversions if each.was_used()]
     return model
+
+
+def load_whole(name: str, subject: str, *, quiet: bool = False, **settings: Any) -> PreTrainedModel:
+    """A checkpoint's model with every weight from its files, and its own generation config, made valid.
+
+    Args:
+        name: a directory or hub id.
+        subject: what messages call it.
+        quiet: do not print which generation settings were left out, where that was said or another config takes their place.
+        settings: for `from_pretrained`.
+
+    Raises:
+        UserError: files that cannot be read, or weights that are missing, which transformers would draw at random, or are of
+            another shape.
+    """
+    model: PreTrainedModel
+    with _named(subject):
+        try:
+            generation_config, left_out = published_generation_config(name, settings.get("trust_remote_code", False))
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                name, generation_config=generation_config, **REPORTED, **settings
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"its weights do not load: {_reason(name, error)}") from error
+    check_whole(subject, model, report)
+    if left_out and not quiet:
+        print(f"{subject}: {left_out}")
+    if getattr(model, "is_quantized", False):
+        settle_quantized(model)
+    return model
+
+
+@contextmanager
+def _named(subject: str) -> Iterator[None]:
+    """Put what a reader calls a base before the errors about it: the recipe's key, or the path of a command."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{subject}: {error}") from error
 
 
 def loading(name: str, section: ModelSection) -> dict[str, Any]:
@@ -183,13 +210,27 @@ def base_config(section: ModelSection) -> PreTrainedConfig:
         UserError: when it cannot be found, or is of a family that is not supported.
     """
     name = resolve_base(str(section.base))
-    if (folder := local_folder(str(section.base))) is not None:
-        check_known_to_transformers(folder, str(section.base))
+    with _named(f"model.base: {section.base}"):
+        return _supported_config(name, str(section.base), section.trust_remote_code)
+
+
+def _supported_config(name: str, written: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration of a model of a supported family.
+
+    Args:
+        name: a directory or hub id.
+        written: the same, as the reader wrote it.
+
+    Raises:
+        UserError: no readable configuration, or another family.
+    """
+    if (folder := local_folder(written)) is not None:
+        check_known_to_transformers(folder)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=section.trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.base: cannot read the configuration of {section.base}: {_reason(name, error)}") from error
-    check_family(config, str(section.base))
+        raise UserError(f"its configuration cannot be read: {_reason(name, error)}") from error
+    check_family(config, written)
     return config
 
 
@@ -210,19 +251,33 @@ def load_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, st
             the assistant says.
     """
     config = base_config(section)
-    try:
-        processor = open_processor(name, config, section.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.base: cannot load a processor from {name}: {_reason(name, error)}") from error
-    template = _chat_template(processor, section.chat_template)
-    prepare_processor(name, processor, template, config, section.trust_remote_code)
+    return _ready_processor(name, f"model.base: {section.base}", config, section.chat_template, section.trust_remote_code)
+
+
+def _ready_processor(
+    name: str, subject: str, config: PreTrainedConfig, named: str | None, trust_remote_code: bool
+) -> tuple[ProcessorMixin, str]:
+    """The processor of a whole model, held against its configuration, and its chat template."""
+    processor = _open(name, subject, config, trust_remote_code)
+    template = _chat_template(processor, subject, named)
+    with _named(subject):
+        prepare_processor(name, processor, template, config, trust_remote_code)
     return processor, template
 
 
-def _chat_template(processor: ProcessorMixin, named: str | None) -> str:
+def _open(name: str, subject: str, config: PreTrainedConfig, trust_remote_code: bool) -> ProcessorMixin:
+    with _named(subject):
+        try:
+            return open_processor(name, config, trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise UserError(f"its processor does not load: {_reason(name, error)}") from error
+
+
+def _chat_template(processor: ProcessorMixin, subject: str, named: str | None) -> str:
     """The template that a recipe names, or else the checkpoint's own."""
     if named is None:
-        template = own_chat_template(processor)
+        with _named(subject):
+            template = own_chat_template(processor)
     else:
         template = resolve_chat_template(named, processor.tokenizer, image_token=processor.image_token)
     if "strftime_now" in template:
@@ -263,7 +318,7 @@ def load_trained(
         path: the run, the checkpoint, the adapter, or the model; or what `trained_part` has found there.
         dtype: of the base's weights, unquantized; None takes the run's precision, or else the checkpoint's own.
         chat_template: as a recipe's `model.chat_template`; None takes the checkpoint's own, which of a run is the one that it was
-            trained with.
+            trained with, and another is refused.
 
     Returns:
         The model in eval mode on the CPU, and its processor.
@@ -275,29 +330,32 @@ def load_trained(
     trained = path if isinstance(path, Trained) else trained_part(path)
     source = base_of_adapter(trained.path) if trained.is_adapter else str(trained.path)
     settings: dict[str, Any] = {"dtype": dtype or "auto"}
-    if trained.run.recipe.is_file():
+    of_run = trained.run.recipe.is_file()
+    if of_run:
         section = load_recipe(trained.run.recipe).model
+        if chat_template == section.chat_template:
+            chat_template = None
         if dtype is not None:  # unquantized
             section = section.model_copy(update={"precision": "fp32"})
         settings = loading(source, section) | ({"dtype": dtype} if dtype else {})
     trusts = settings.get("trust_remote_code", False)
+    subject = str(trained.path if isinstance(path, Trained) or of_run else path)
+    with _named(f"{subject}: its base {source}" if trained.is_adapter else subject):
+        config = _supported_config(source, source, trusts)
+    own = None if of_run or trained.is_adapter else chat_template
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trusts)
-    except (OSError, ValueError) as error:
-        what = f"{trained.path}: cannot load its base {source}" if trained.is_adapter else f"cannot load a model from {path}"
-        raise UserError(f"{what}: {_reason(source, error)}") from error
-    try:
-        processor = open_processor(str(trained.path), config, trusts)
-        template = _chat_template(processor, chat_template)
-        if not trained.is_adapter:  # an adapter's was saved as it was trained with, and its base may turn out to be another one
-            prepare_processor(str(trained.path), processor, template, config, trusts)
+        if trained.is_adapter:  # its processor was saved as it was trained with, and its base may turn out to be another one
+            processor = _open(str(trained.path), subject, config, trusts)
+            template = _chat_template(processor, subject, own)
+        else:
+            processor, template = _ready_processor(source, subject, config, own, trusts)
+        if own != chat_template and template != resolve_chat_template(
+            str(chat_template), processor.tokenizer, image_token=processor.image_token
+        ):
+            raise UserError(f"{subject}: it was trained with another chat template than {chat_template}; leave that out")
         set_chat_template(processor, template)
         if not trained.is_adapter:
-            generation_config, left_out = published_generation_config(source, trusts)
-            model = AutoModelForImageTextToText.from_pretrained(source, generation_config=generation_config, **settings)
-            if left_out:
-                print(left_out_line(str(trained.path), left_out))
-            return model.eval(), processor
+            return load_whole(source, subject, **settings).eval(), processor
         if not (trained.path / INITIAL).is_file():
             return load_adapter(trained.path, **settings).eval(), processor
         with tempfile.TemporaryDirectory() as folder:
@@ -319,13 +377,8 @@ def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
         UserError: a base that is not there, or an adapter that is damaged, incomplete or made for another base.
     """
     base = base_of_adapter(adapter)
-    try:
-        generation_config, _ = published_generation_config(base, settings.get("trust_remote_code", False))
-        model = AutoModelForImageTextToText.from_pretrained(base, generation_config=generation_config, **settings)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{adapter}: cannot load its base {base}: {_reason(base, error)}") from error
-    if getattr(model, "is_quantized", False):
-        settle_quantized(model)
+    own = (adapter / GENERATION_CONFIG_NAME).is_file()  # the base's lacks the stop tokens of the training template
+    model = load_whole(base, f"{adapter}: its base {base}", quiet=own, **settings)
     try:
         tuned = PeftModel.from_pretrained(model, str(adapter))
         found = {key for file in weight_files(adapter) for key in safe_open(file, framework="pt").keys()}  # noqa: SIM118
@@ -334,10 +387,10 @@ def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
     # PEFT loads what is there, and warns of the rest.
     expected = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
     faults = {"missing": expected - found, "not the base's": {key for key in found - expected if not _is_embedding(key)}}
-    told = [f"{len(keys)} tensors {what} ({', '.join(sorted(keys)[:3])} ...)" for what, keys in faults.items() if keys]
-    if told:
-        raise UserError(f"{adapter}: not a whole adapter of its base: {'; '.join(told)}")
-    if (adapter / GENERATION_CONFIG_NAME).is_file():  # the base's own lacks the stop tokens of the training template
+    listing = [f"{len(keys)} tensors {what} ({', '.join(sorted(keys)[:3])} ...)" for what, keys in faults.items() if keys]
+    if listing:
+        raise UserError(f"{adapter}: not a whole adapter of its base: {'; '.join(listing)}")
+    if own:
         tuned.get_base_model().generation_config = GenerationConfig.from_pretrained(str(adapter))
     return tuned
 
@@ -386,4 +439,4 @@ def adapter_method(adapter: Path) -> str:
 
 def _reason(name: str, error: Exception) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if Path(name).is_dir() else f"there is no such directory, and as a hub id it cannot be had: {line}"
+    return line if Path(name).is_dir() else f"there is no such directory, and it does not load as a hub id: {line}"

@@ -105,17 +105,17 @@ def open_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool 
     processor = read_processor(name, trust_remote_code)
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "tokenizer"):
         raise UserError(
-            f"model.base: {name} (model_type {config.model_type}) has no processor of images and text, only a "
+            f"it (model_type {config.model_type}) has no processor of images and text, only a "
             f"{type(processor).__name__}; a text model is named as model.language, beside a model.vision"
         )
     if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
         raise UserError(
-            f"model.base: {name} (model_type {config.model_type}): {type(processor).__name__} does not say what it writes for an "
+            f"model_type {config.model_type}: {type(processor).__name__} does not say what it writes for an "
             "image, so its samples cannot be encoded exactly; take a base of another family"
         )
     if not processor.tokenizer.is_fast:
         raise UserError(
-            f"model.base: the tokenizer of {name} ({type(processor.tokenizer).__name__}) has no tokenizer.json, and exact labels "
+            f"its tokenizer ({type(processor.tokenizer).__name__}) has no tokenizer.json, and exact labels "
             "need its offsets; convert it to one that the tokenizers library reads, and save it there"
         )
     _complete(name, processor, config)
@@ -138,9 +138,7 @@ def _complete(name: str, processor: Any, config: PreTrainedConfig) -> None:
             setattr(owner, attribute, value)
             filled[key] = value
         elif getattr(owner, attribute) is None:
-            raise UserError(
-                f"model.base: {name}: processor_config.json lacks {key}, which config.json does not tell either; add it"
-            )
+            raise UserError(f"processor_config.json lacks {key}, which config.json does not tell either; add it")
     if isinstance(processor, PaliGemmaProcessor):
         processor.image_seq_length = processor.image_processor.image_seq_length
     if isinstance(processor, Gemma3Processor) and filled:  # it writes an image in full when it is made
@@ -168,12 +166,12 @@ def prepare_processor(
     Raises:
         UserError: as `check_image_tokens` and `choose_pad_token`, or a tokenizer with tokens that the model does not embed.
     """
-    check_image_tokens(name, processor, config, trust_remote_code)
-    _check_rows(name, processor, config)
+    check_image_tokens(processor, config, trust_remote_code)
+    _check_rows(processor, config)
     choose_pad_token(name, processor.tokenizer, template, processor.image_token)
 
 
-def check_image_tokens(name: str, processor: Any, config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
+def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
     """Hold the tokens that a processor writes for an image against the features that the model makes of it.
 
     The model is made from its config alone, and its vision part runs on tensors without data.
@@ -195,23 +193,23 @@ def check_image_tokens(name: str, processor: Any, config: PreTrainedConfig, trus
         takes = inspect.signature(model.get_image_features).parameters
         for width, height in PROBE_SIZES:
             image = Image.new("RGB", (width, height), "red")
-            batch = processor(images=[[image]], text=[processor.image_token], return_tensors="pt")
-            written = int((batch["input_ids"] == token).sum())
-            inputs = {key: value for key, value in batch.items() if key in takes and key != "input_ids"}
-            key = tuple((each, value.shape if value.is_floating_point() else str(value)) for each, value in inputs.items())
             try:
+                batch = processor(images=[[image]], text=[processor.image_token], return_tensors="pt")
+                written = int((batch["input_ids"] == token).sum())
+                inputs = {key: value for key, value in batch.items() if key in takes and key != "input_ids"}
+                key = tuple((each, value.shape if value.is_floating_point() else str(value)) for each, value in inputs.items())
                 if key not in seen:
                     seen[key] = _features(model, memory, inputs)
             except (DataDependentOutputException, DynamicOutputShapeException):
                 return  # what it computes depends on its weights
-            except (RuntimeError, ValueError, IndexError) as error:
+            except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
                 raise UserError(
-                    f"model.base: {name}: the model cannot take an image of {width} x {height} pixels as its processor gives it: "
+                    f"the model cannot take an image of {width} x {height} pixels as its processor gives it: "
                     f"{str(error).strip().splitlines()[0]}{_wrong(processor, config)}"
                 ) from error
             if written != seen[key]:
                 raise UserError(
-                    f"model.base: {name}: for an image of {width} x {height} pixels the processor writes {written} tokens of id "
+                    f"for an image of {width} x {height} pixels the processor writes {written} tokens of id "
                     f"{token}, and the model makes {seen[key]} features{_wrong(processor, config)}"
                 )
 
@@ -225,22 +223,22 @@ def _features(model: Any, memory: CountedMemory, inputs: dict[str, torch.Tensor]
 
 def _wrong(processor: Any, config: Any) -> str:
     """The keys of a processor that do not follow from the model's config, with the values that would."""
-    told = []
+    wrong = []
     token = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
     if processor.image_token_id != config.image_token_id and not isinstance(processor, Gemma3Processor):
-        told.append(f"image_token is {processor.image_token!r} (id {processor.image_token_id}), and in config.json {token!r}")
+        wrong.append(f"image_token is {processor.image_token!r} (id {processor.image_token_id}), and in config.json {token!r}")
     for key, rule in KEYS.get(type(processor).__name__, {}).items():
         owner, attribute = _owner(processor, key)
         value, given = rule(config), getattr(owner, attribute)
         if value is not None and given != value:
-            told.append(f"{key}: expected {value}, got {given}")
-    if told:
-        return f"; in the processor's files {'; '.join(told)}"
+            wrong.append(f"{key}: expected {value}, got {given}")
+    if wrong:
+        return f"; in the processor's files {'; '.join(wrong)}"
     keys = ", ".join(KEYS.get(type(processor).__name__, {}))
     return f"; the processor's files do not fit config.json: look at the image size{', ' + keys if keys else ''}"
 
 
-def _check_rows(name: str, processor: Any, config: Any) -> None:
+def _check_rows(processor: Any, config: Any) -> None:
     """Refuse a tokenizer with tokens that the model does not embed."""
     rows, vocabulary = config.get_text_config().vocab_size, processor.tokenizer.get_vocab()
     # These two families put features in place of the image token before they embed.
@@ -249,7 +247,7 @@ def _check_rows(name: str, processor: Any, config: Any) -> None:
     beyond.sort(key=vocabulary.__getitem__)
     if beyond:
         raise UserError(
-            f"model.base: {name}: its tokenizer has {len(vocabulary):,} tokens, and the model embeds {rows:,}: no row for "
+            f"its tokenizer has {len(vocabulary):,} tokens, and the model embeds {rows:,}: no row for "
             f"{', '.join(beyond[:3])}{' ...' * (len(beyond) > 3)}; save the model after resize_token_embeddings("
             f"{max(vocabulary.values()) + 1}), or its tokenizer without those tokens"
         )
@@ -275,7 +273,7 @@ def choose_pad_token(name: str, tokenizer: Any, template: str, image_token: str)
         tokenizer.pad_token = fit[0]
     elif pad is None or pad == image:
         if tokenizer.eos_token is None:
-            raise UserError(f'model.base: {name}: no token to pad with; add "pad_token" to its tokenizer_config.json')
+            raise UserError('no token to pad with; add "pad_token" to its tokenizer_config.json')
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token != was:
         why = "there is none"

@@ -10,13 +10,13 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from mmtune.errors import CheckFailed, UserError
 from mmtune.manifest import sha256
 from mmtune.methods.table import METHODS
-from mmtune.model.generation import published_generation_config
-from mmtune.model.load import adapter_method, base_of_adapter, load_trained, trained_part
+from mmtune.model.checkpoint import safetensors_files
+from mmtune.model.load import adapter_method, base_of_adapter, load_trained, load_whole, trained_part
 from mmtune.model.trained import Trained
 
 
@@ -60,7 +60,7 @@ def check_mergeable(trained: Trained) -> None:
 
 def _content(base: str) -> tuple[str, ...]:
     """What a base is: the weights of a directory, since each run that assembles one has its own; else its name."""
-    files = sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []
+    files = safetensors_files(Path(base))
     return tuple(sha256(file) for file in files) or (base,)
 
 
@@ -79,13 +79,16 @@ def fold(model: PeftModel) -> PreTrainedModel:
     return merged
 
 
-def fold_weighted(parts: Sequence[tuple[Trained, float]]) -> tuple[PreTrainedModel, ProcessorMixin]:
+def fold_weighted(
+    parts: Sequence[tuple[Trained, float]], trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """One base plus the weighted sum of what several adapters change in its weights, in fp32.
 
     Each adapter is folded alone, so every method that folds can take part, and each with its own settings.
 
     Args:
         parts: what runs have trained, and their weights in the sum.
+        trust_remote_code: as the first run's recipe says.
 
     Returns:
         The model in eval mode, and the first run's processor.
@@ -95,21 +98,18 @@ def fold_weighted(parts: Sequence[tuple[Trained, float]]) -> tuple[PreTrainedMod
     """
     bases = {trained.path: base_of_adapter(trained.path) for trained, _ in parts}
     if len({_content(base) for base in bases.values()}) > 1:
-        told = "; ".join(f"{path}: {base}" for path, base in bases.items())
-        raise UserError(f"adapters of different bases cannot be added: {told}")
+        listing = "; ".join(f"{path}: {base}" for path, base in bases.items())
+        raise UserError(f"adapters of different bases cannot be added: {listing}")
     total: dict[str, torch.Tensor] = {}
     processors: list[Any] = []
     name = next(iter(bases.values()))
-    generation_config, _ = published_generation_config(name, False)
-    base: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
-        name, dtype=torch.float32, generation_config=generation_config
-    )
+    base = load_whole(name, name, quiet=True, dtype=torch.float32, trust_remote_code=trust_remote_code)
     before = {name: tensor for name, tensor in base.state_dict().items() if tensor.is_floating_point()}
     for trained, weight in parts:
         tuned, processor = load_trained(trained, torch.float32)
         processors.append(processor)
         merged = fold(tuned)
-        generation_config = merged.generation_config
+        base.generation_config = merged.generation_config
         for name, tensor in merged.state_dict().items():
             if name in before:
                 change = weight * (tensor - before[name])
@@ -117,5 +117,4 @@ def fold_weighted(parts: Sequence[tuple[Trained, float]]) -> tuple[PreTrainedMod
     if len({processor.chat_template for processor in processors}) > 1:
         raise UserError("adapters that were trained with different chat templates cannot be added")
     base.load_state_dict({name: before[name] + change for name, change in total.items()}, strict=False)
-    base.generation_config = generation_config
     return base.eval(), processors[0]

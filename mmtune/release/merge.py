@@ -23,11 +23,11 @@ from mmtune.errors import CheckFailed, UserError
 from mmtune.files import replaced_directory
 from mmtune.manifest import NAME as MANIFEST
 from mmtune.manifest import write_manifest
-from mmtune.model.carried import carry_over, told, unread_tensors
+from mmtune.model.carried import carry_over, describe_tensors, unread_tensors
 from mmtune.model.checkpoint import CHECKPOINT_MARK
 from mmtune.model.compute import place
-from mmtune.model.generation import ANSWER_TOKENS, published_generation_config
-from mmtune.model.load import DTYPES, UNTRAINED, base_of_adapter, load_base, load_trained, resolve_base
+from mmtune.model.generation import ANSWER_TOKENS
+from mmtune.model.load import DTYPES, UNTRAINED, base_of_adapter, load_base, load_trained, load_whole, resolve_base
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.model.trained import Trained, export_adapter
 from mmtune.recipe import Recipe, load_recipe, needed_paths
@@ -197,12 +197,10 @@ def combine(
     needed += needed_paths(recipe)
     with ExitStack() as stack:
         fresh = job.open(stack, out, overwrite, needed)
-        merged, processor = fold_weighted(runs)
+        merged, processor = fold_weighted(runs, recipe.model.trust_remote_code)
         folded = job.observe(place(merged), processor)
-        generation_config, _ = published_generation_config(str(job.base), False)
-        untuned = AutoModelForImageTextToText.from_pretrained(
-            str(job.base), dtype=torch.float32, generation_config=generation_config
-        )
+        base_name, trusts = str(job.base), recipe.model.trust_remote_code
+        untuned = load_whole(base_name, base_name, quiet=True, dtype=torch.float32, trust_remote_code=trusts)
         base = answer_logits(place(untuned), processor, job.samples)
         del untuned
         if compare(base, folded.logits).largest <= TOLERANCE / 100:
@@ -305,7 +303,7 @@ class _Job:
             self._unread = unread_tensors(merged, self.base)
             self._carried = carry_over(self._unread, fresh, self.form.max_shard_size)
             if self._carried:
-                print(told(merged, self._carried))
+                print(describe_tensors(merged, self._carried))
         merged.to("meta")  # its memory is wanted for the model that is loaded back
         gc.collect()
         result = self.observe(*_placed(load_trained(fresh, torch.float32)))

@@ -13,17 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import ProcessorMixin, TrainingArguments
 
 from mmtune.data.batches import Batches, Mixture
 from mmtune.data.collate import ASIDE, Collator, collate, pack
 from mmtune.data.dataset import OTHER_POLICIES, Encoder, Handle, Samples, StreamedSamples, TrainingSet
-from mmtune.data.encode import check_chat_template, too_long
+from mmtune.data.encode import too_long
 from mmtune.data.plan import plan_section
 from mmtune.data.report import DataReport
 from mmtune.data.stream import SampleStream
 from mmtune.errors import UserError
-from mmtune.model.load import load_bare_processor
 from mmtune.model.packing import check_packable, prove_packing
 from mmtune.recipe import DataSection, Recipe
 from mmtune.world import World
@@ -37,7 +36,7 @@ def rows_to_take(samples: Samples | StreamedSamples, arguments: TrainingArgument
     return int(arguments.max_steps * every)
 
 
-def plan_rows(samples: Samples, recipe: Recipe, report: DataReport, world: World) -> NDArray[np.int64]:
+def plan_rows(samples: Samples, recipe: Recipe, processor: ProcessorMixin, report: DataReport, world: World) -> NDArray[np.int64]:
     """Count every row's tokens, in the first process, with no weight loaded; rows that cannot train go to the report.
 
     Returns:
@@ -49,8 +48,6 @@ def plan_rows(samples: Samples, recipe: Recipe, report: DataReport, world: World
     found = None
     if world.first:
         section = recipe.data
-        processor = load_bare_processor(recipe.model)
-        check_chat_template(processor)
         plan, outcome = plan_section(samples, section, processor)
         limit = section.max_tokens or 0  # without one no row is dropped
         longer = [too_long(samples[row].id, int(plan.tokens[row]), limit) for row in outcome.dropped]
