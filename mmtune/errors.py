@@ -20,7 +20,13 @@ def missing_library(error: ImportError) -> str | None:
     """
     if (error.name or "").partition(".")[0] == "mmtune" or (error.name and not isinstance(error, ModuleNotFoundError)):
         return None
-    return " ".join(str(error).split())
+    reason = " ".join(str(error).split())
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # transformers wraps what its modules raise
+        cause = cause.__cause__
+    if cause is error:
+        return reason
+    return f"{reason} ({(str(cause).strip() or type(cause).__name__).splitlines()[0]})"
 
 
 class Stopped(Exception):

@@ -100,6 +100,8 @@ class RunDirectory:
         for path in reversed(self.checkpoints_by_step()):
             try:
                 check_manifest(path)
+            except FileNotFoundError:  # a run that goes on has just removed it
+                continue
             except (CheckFailed, UserError) as error:
                 print(f"passed over: {error}")
                 continue

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import transformers as tf
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from mmtune.builtin.tiny import TRAINED
 from mmtune.cli import entry_point
@@ -27,6 +28,12 @@ END_BEHIND_MARK = MARKED.replace("OPENS", "<|{{ m.role }}|>") + (
 CHANGES: dict[str, dict[str, Any]] = {
     "sampling": {"generation_config.json": {"temperature": 0.9, "top_p": 0.6, "eos_token_id": None}},
     "returns_several": {"generation_config.json": {"num_return_sequences": 2, "pad_token_id": -1, "max_length": 9}},
+    "sampling_in_config": {"generation_config.json": None, "config.json": {"temperature": 0.9, "top_p": 0.6}},
+    "stops_beyond": {"generation_config.json": {"eos_token_id": [1, 999999]}},
+    "no_object": {"generation_config.json": "[1]"},
+    "no_json": {"config.json": "{"},
+    "odd_patch": {"processor_config.json": {"patch_size": "x"}},
+    "llama_config": {"config.json": json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})},
     "penalty": {"generation_config.json": {"repetition_penalty": 3.0, "suppress_tokens": [260], "max_length": 9}},
     "beams": {"generation_config.json": {"num_beams": 4}},
     "lacks_extra_tokens": {"processor_config.json": {"num_additional_image_tokens": None, "patch_size": None}},
@@ -60,6 +67,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
                 path = out / "base" / file
                 text = path.read_text()
                 path.unlink()
+                if change is None:
+                    continue
                 if isinstance(change, str):
                     path.write_text(change)
                 else:
@@ -119,7 +128,16 @@ def test_every_verb_refuses_a_base_with_the_same_words(
     ("name", "line"),
     [
         ("sampling", "left out, because transformers refuses to save a model with it: temperature 0.9, top_p 0.6"),
-        ("returns_several", "refuses to save a model with it: pad_token_id -1, num_return_sequences 2"),
+        (
+            "returns_several",
+            "transformers refuses to save a model with it: num_return_sequences 2; because the model has no such token: "
+            "pad_token_id -1",
+        ),
+        (
+            "sampling_in_config",
+            "config.json: left out, because transformers refuses to save a model with it: temperature 0.9, top",
+        ),
+        ("stops_beyond", "generation_config.json: left out, because the model has no such token: eos_token_id 999999\n"),
         ("lacks_extra_tokens", "lack keys that follow from config.json: patch_size: 8, num_additional_image_tokens: 1"),
         ("pads_with_images", "pad_token: '<|pad|>', because '<image>' stands for an image"),
         ("pads_with_ends", "pad_token: '<|pad|>', because '<|end|>' ends a turn"),
@@ -134,6 +152,60 @@ def test_what_is_set_right_is_said_and_gives_the_built_in_models_answer(
     assert entry_point(chat) == 0
     told, *rest = capsys.readouterr().out.splitlines(keepends=True)
     assert line in told and "".join(rest) == answer
+
+
+@pytest.mark.parametrize(
+    ("name", "verb", "error"),
+    [
+        ("no_object", "chat", "{base}: generation_config.json is not a JSON object, but [1]"),
+        ("no_json", "chat", "{base}: config.json is not valid JSON: Expecting property name"),
+        ("no_json", "check", "model.base: {base}: config.json is not valid JSON: Expecting property name"),
+        ("odd_patch", "chat", "{base}: the model cannot take an image of 640 x 480 pixels as its processor gives it: "),
+        ("odd_patch", "check", "model.base: {base}: the model cannot take an image of 640 x 480 pixels"),
+        ("llama_config", "chat", "{base}: it has model_type 'llama', which is not supported"),
+        ("without_end", "chat", "{base}: its chat template does not serve"),
+    ],
+)
+def test_an_error_about_a_base_begins_with_what_the_reader_wrote(
+    bases: Callable[[str], Path], name: str, verb: str, error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = bases(name)
+    assert entry_point(_verbs(case)[verb]) == 2
+    assert capsys.readouterr().err.startswith("error: " + error.format(base=case / "base"))
+
+
+def test_a_model_without_one_weight_is_not_asked(
+    bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in TRAINED.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    weights = load_file(TRAINED / "model.safetensors")
+    del weights[next(name for name in weights if "multi_modal_projector" in name)]
+    (tmp_path / "model.safetensors").unlink()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    verbs = _verbs(bases("beams"))
+    assert entry_point(["chat", str(tmp_path), *verbs["chat"][2:]]) == 2
+    assert f"error: {tmp_path}: not a whole LlavaForConditionalGeneration: no weights for " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_planned_run_says_once_what_it_sets_right_and_keeps_its_template(
+    bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = bases("pads_with_images")
+    assert entry_point([*_verbs(case)["train"], "data.over_length=drop_sample", "data.max_tokens=200"]) == 0
+    assert capsys.readouterr().out.count("pad_token:") == 1
+    run, recipe = str(case / "run"), str(case / "recipe.yaml")
+    refusal = f"error: {run}/adapter: it was trained with another chat template than vicuna_v1; leave that out"
+    for command in (
+        ["eval", run, "model.chat_template=vicuna_v1"],
+        ["chat", run, "--chat-template", "vicuna_v1", "--prompt", "x"],
+    ):
+        assert entry_point(command) == 2
+        assert refusal in capsys.readouterr().err
+    assert entry_point(["eval", run, "--recipe", recipe, "model.chat_template=vicuna_v1"]) == 2
+    assert refusal in capsys.readouterr().err
+    assert entry_point(["eval", run]) == 0
 
 
 @pytest.mark.parametrize("name", ["penalty", "beams", "end_behind_mark"])

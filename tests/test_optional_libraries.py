@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "import sys; from mmtune.cli import entry_point; sys.exit(entry_point(sys.argv[1:]))"
 
 
-def _recipe(folder: Path, base: Path | str, template: str = "", more: str = "") -> Path:
+def _recipe(folder: Path, base: Path | str, template: str = "", more: str = "", evaluate: bool = False) -> Path:
     folder.mkdir()
     tf.image_utils.PIL.Image.new("RGB", (40, 40), "red").save(folder / "a.png")
     row = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]}
@@ -33,6 +33,9 @@ def _recipe(folder: Path, base: Path | str, template: str = "", more: str = "") 
         output_dir: {folder / "run"}
         """
     )
+    if evaluate:
+        with (folder / "recipe.yaml").open("a") as file:
+            file.write(f"evaluate: {{data: [{{path: {folder / 'rows.json'}, template: llava}}]}}\n")
     return folder / "recipe.yaml"
 
 
@@ -108,10 +111,15 @@ def test_import_errors_of_our_own_keep_their_traceback() -> None:
     assert missing_library(ModuleNotFoundError("x", name="mmtune.nothing")) is None
     assert missing_library(ImportError("cannot import name 'x' from 'torch'", name="torch")) is None
     assert missing_library(ModuleNotFoundError("No module named 'timm'", name="timm")) == "No module named 'timm'"
+    wrapped = ModuleNotFoundError("Could not import module 'X'. Are this object's requirements defined correctly?")
+    wrapped.__cause__ = OSError("libcudart.so.13: cannot open it\nmore")
+    assert missing_library(wrapped) == f"{wrapped} (libcudart.so.13: cannot open it)"
     assert missing_library(ImportError("\nX requires the\ntimm library")) == "X requires the timm library"
 
 
-@pytest.mark.parametrize("command", [("recipe", "check"), ("data", "check"), ("plan",), ("train",), ("train", "--rehearse")])
+@pytest.mark.parametrize(
+    "command", [("recipe", "check"), ("data", "check"), ("plan",), ("train",), ("train", "--rehearse"), ("chat",), ("eval",)]
+)
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
@@ -127,9 +135,12 @@ def test_a_base_of_another_family_is_refused_by_every_command(
 ) -> None:
     base = tmp_path / "base"
     config.save_pretrained(base)
-    assert entry_point([*command, str(_recipe(tmp_path / "case", base))]) == 2
+    recipe = str(_recipe(tmp_path / "case", base, evaluate=True))
+    asked = {("chat",): [str(base), "--prompt", "What?"], ("eval",): [str(base), "--recipe", recipe]}
+    assert entry_point([*command, *asked.get(command, [recipe])]) == 2
     told = capsys.readouterr().err
     assert reason.format(base=base) in told and "chat_template" not in told and "as a base mmtune tunes gemma3" in told
+    assert ("model.base: " in told) == (command not in asked)
     assert not (tmp_path / "case" / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""Where a run keeps the weights that it has trained: its adapter or model, or, of a stopped run, its last good checkpoint."""
+"""Trained weights on disk: a run's adapter or model, or, of a stopped run, its last good checkpoint."""
 
 from __future__ import annotations
 
@@ -72,13 +72,22 @@ def find_trained(path: Path) -> Trained:
     if _holds_weights(path) or not path.is_dir():
         return Trained(path, run)
     if run.checkpoints_by_step() and run.recipe.is_file():
-        last = run.last_good_checkpoint()
-        if last is None:
-            raise UserError(f"{path}: the run has not finished, and none of its checkpoints is as it was written")
-        trained = _checkpoint(last, run)
+        trained = _last_checkpoint(run)
+        last = trained.path
         print(f"{path} has not finished: {last.name} is taken, after {trained.step} of {trained.steps} steps")
         return trained
     raise UserError(f"{path}: neither a finished run (no adapter/ or model/), nor a checkpoint, nor a model (no {CONFIG_NAME})")
+
+
+def _last_checkpoint(run: RunDirectory) -> Trained:
+    """The newest good checkpoint; a run that goes on may remove one while it is read, and has a newer one then."""
+    while (last := run.last_good_checkpoint()) is not None:
+        try:
+            return _checkpoint(last, run)
+        except FileNotFoundError:
+            if last.is_dir():
+                raise
+    raise UserError(f"{run.path}: the run has not finished, and none of its checkpoints is as it was written")
 
 
 def _holds_weights(path: Path) -> bool:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from mmtune.cli import entry_point
-from mmtune.manifest import check_manifest
+from mmtune.manifest import check_manifest, write_manifest
 from mmtune.model.load import load_trained, trained_part
+from mmtune.model.trained import find_trained
 from mmtune.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
@@ -134,6 +135,24 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_its_name(
         (checkpoints / f"checkpoint-{number}" / "manifest.json").unlink()
     assert entry_point(["merge", str(run), str(tmp_path / "out")]) == 2
     assert "run: the run has not finished, and none of its checkpoints is as it was written" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_the_run_removes_meanwhile_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    for step in (1, 2):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 3}))
+        write_manifest(folder)
+    read = Path.read_text
+
+    def removed(path: Path, *arguments: Any, **settings: Any) -> str:
+        if path == tmp_path / "checkpoints" / "checkpoint-2" / "trainer_state.json":
+            shutil.rmtree(path.parent)
+        return read(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "read_text", removed)
+    assert find_trained(tmp_path).step == 1
 
 
 def test_what_is_not_of_a_run_is_not_merged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
