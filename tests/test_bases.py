@@ -193,7 +193,7 @@ def test_a_planned_run_says_once_what_it_sets_right_and_keeps_its_template(
     bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = bases("pads_with_images")
-    assert entry_point([*_verbs(case)["train"], "data.over_length=drop_sample", "data.max_tokens=200"]) == 0
+    assert entry_point([*_verbs(case)["train"], "data.plan=true"]) == 0
     assert capsys.readouterr().out.count("pad_token:") == 1
     run, recipe = str(case / "run"), str(case / "recipe.yaml")
     refusal = f"error: {run}/adapter: it was trained with another chat template than vicuna_v1; leave that out"

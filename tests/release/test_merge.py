@@ -230,7 +230,7 @@ def test_user_mistakes(run: RunDirectory, tmp_path: Path) -> None:
     config = json.loads((run.adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path / "gone")
     (run.adapter / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="cannot load its base"):
+    with pytest.raises(UserError, match="its base"):
         merge(run.path, tmp_path / "out", count=2)
     assert not (tmp_path / "out").exists()
 
