@@ -306,9 +306,9 @@ def test_what_a_row_carries_is_found(media: Path) -> None:
         ({"path": "../outside.png"}, "lies outside media_root .*allow_outside_root: true"),
         ("data:image/png;base64,%%%", "not valid base64"),
         ("data:image/png;base64,é", "not valid base64"),
-        ("data:text/html;base64,AAAA", "is no data: URI of an image in base64"),
-        ("data:image/svg+xml,<svg/>", "is no data: URI of an image in base64"),
-        ("data:", "is no data: URI of an image"),
+        ("data:text/html;base64,AAAA", "is not a data: URI of an image in base64"),
+        ("data:image/svg+xml,<svg/>", "is not a data: URI of an image in base64"),
+        ("data:", "is not a data: URI of an image"),
         ("data:image/png;base64," + "A" * 33_554_500, "more than 33554432"),
     ],
 )
