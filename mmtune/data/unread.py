@@ -150,7 +150,7 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any, str]]:
     stack = [(key, value, "")]
     while stack:
         name, item, place = stack.pop()
-        if isinstance(item, Mapping):
+        if isinstance(item, dict):
             if place != "block":
                 place = _place(item)
             stack.extend((str(inner), each, place) for inner, each in reversed(item.items()))
