@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -287,8 +288,11 @@ def _chat(arguments: argparse.Namespace) -> Any:
 
     if arguments.json and arguments.prompt is None:
         raise UserError("--json goes with --prompt")
-    if arguments.window is not None and not arguments.window[0] < arguments.window[1]:
-        raise UserError(f"--window {arguments.window[0]:g} {arguments.window[1]:g}: expected LOW HIGH, the lower value first")
+    if arguments.window is not None and not (
+        all(map(math.isfinite, arguments.window)) and arguments.window[0] < arguments.window[1]
+    ):
+        low, high = arguments.window
+        raise UserError(f"--window {low:g} {high:g}: expected LOW HIGH, two finite numbers, the lower one first")
     model, processor = load_trained(Path(arguments.model), chat_template=arguments.chat_template)
     window = None if arguments.window is None else (arguments.window[0], arguments.window[1])
     session = ChatSession(place(model), processor, max_new_tokens=arguments.max_new_tokens, window=window)

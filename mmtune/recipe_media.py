@@ -1,4 +1,4 @@
-"""The part of a recipe's source that says how its images are shown."""
+"""Recipe keys of a source's images: `window` and `augment`."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ class Doctor:
         except RowError as error:
             found.append(_of(error))
         digests = _digest((row, [str(image) for image in media])), _id_digest(read)
-        unread = [name for name in read if name not in part.known and not holds_media(name, read[name])]
+        unread = [name for name in read if name not in part.known and not holds_media(name, read[name], bool(media))]
         return found, digests, unread
 
     def _sample(self, sample: Sample, row: Row, declared: bool, held_out: bool) -> Iterator[Finding]:

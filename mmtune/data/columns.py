@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mmtune.data.boxes import Box, read_boxes
-from mmtune.data.conversation import among, media
+from mmtune.data.conversation import among, read_medium
 from mmtune.data.expressions import DRAW, Declaration, as_text, check_jinja, evaluate, render
 from mmtune.data.findings import kind_of
 from mmtune.data.image_settings import AS_THEY_ARE, ImageSettings
@@ -125,7 +125,7 @@ class Columns:
         """
         rounds = self._rounds(row_id, row, self._context(row_id, row, prompting))
         blocks: list[list[dict[str, Any]]] = [
-            [{"type": kind, kind: media(row_id, f"messages[{place}]", value, rules)} for kind, value in named]
+            [{"type": kind, kind: read_medium(row_id, f"messages[{place}]", value, rules)} for kind, value in named]
             for place, named in enumerate(self._named(row_id, row, rounds[0]))
         ]
         if self.boxes is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 from mmtune.data.expressions import Declaration
 from mmtune.data.findings import kind_of
 from mmtune.data.media import Media, MediaRules, resolve_media
-from mmtune.data.message import Message, RowError
-from mmtune.data.unread import check_unread
+from mmtune.data.message import Message, RowError, has_media
+from mmtune.data.unread import check_unread, is_empty
 from mmtune.errors import nearest
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
@@ -27,6 +27,9 @@ WEIGHTS = ("weight", "loss", "loss_scale", "train", "training")
 
 OTHER_WEIGHTS = ("train_detail", "loss_mask")
 """Keys of a turn or a row that weigh parts of an answer, or all turns in one list."""
+
+SPEAKER = "name"
+"""A turn's key with the name of its speaker, in OpenAI's format. It is not read and may look like a file's name."""
 
 
 class Conversation(Declaration):
@@ -47,6 +50,11 @@ class Conversation(Declaration):
         description="Speaker name to user, assistant or system.",
     )
     system: str | None = Field(default=None, description="The row's field with a system prompt, if it has one.")
+    joined_by_space: bool = Field(
+        default=False,
+        description="With `question`: a text `question` and a text `answer` are parts of one text, with ' ' between where the "
+        "answer begins with it. That space is left out of the answer.",
+    )
 
     @model_validator(mode="after")
     def _one_form(self) -> Conversation:
@@ -54,6 +62,8 @@ class Conversation(Declaration):
             raise ValueError("give either 'field', or 'question' and 'answer'")
         if self.history is not None and self.question is None:
             raise ValueError("'history' means nothing beside 'field'")
+        if self.joined_by_space and self.question is None:
+            raise ValueError("'joined_by_space' means nothing beside 'field'")
         return self
 
     @property
@@ -84,18 +94,16 @@ class Conversation(Declaration):
             RowError: a missing field, an unknown speaker, media that are not there or not read, more or fewer than placeholders,
                 or a weight of a turn that is neither 0 nor 1.
         """
-        _refuse_other_weights(row_id, "", row)
-        given = _RowMedia(row_id, row, rules, fields, PLACEHOLDERS | {"image": placeholder})
+        media = _RowMedia(row_id, row, rules, fields, PLACEHOLDERS | {"image": placeholder})
         messages = self._system(row_id, row)
-        read = {self.role, self.text, *_OWN_MEDIA}
+        read = {self.role, self.text, SPEAKER, *_OWN_MEDIA}
+        advice = "media of a turn are read from images, videos, audios; rename the key"
         for turn in self._turns(row_id, row):
             trains = _trains(row_id, turn)
-            check_unread(
-                row_id, turn.where, turn.keys, read, "media of a turn are read from images, videos, audios; rename the key"
-            )
-            message: Message = {"role": turn.role, "content": given.content(turn)}
+            message: Message = {"role": turn.role, "content": media.content(turn)}
+            check_unread(row_id, turn.where, turn.keys, read, advice, provenance=has_media(message))
             messages.append(message if trains else message | {"supervised": False})
-        given.check(self.field or str(self.question), messages if add_images else None)
+        media.check(self.field or str(self.question), messages if add_images else None)
         return messages
 
     def _turns(self, row_id: str, row: Mapping[str, Any]) -> Iterator[_Turn]:
@@ -109,22 +117,22 @@ class Conversation(Declaration):
             where = f"{self.history}[{number}]"
             yield _Turn(where, "user", pair[0])
             yield _Turn(where, "assistant", pair[1])
-        if isinstance(question, str) and isinstance(answer, str):
-            question, answer = question.rstrip(), answer.lstrip()
-        told = "expected a text or a list of turns"
+        if self.joined_by_space and isinstance(question, str) and isinstance(answer, str):
+            answer = _without_joint(question, answer)
+        expected = "expected a text or a list of turns"
         if isinstance(question, str):
             yield _Turn(str(self.question), "user", question)
         else:  # what the answers in a question say is context: the answer is what trains
-            turns = self._listed(row_id, str(self.question), question, told, row)
+            turns = self._listed(row_id, str(self.question), question, expected, row)
             yield from (turn._replace(trains=turn.role != "assistant") for turn in turns)
         if isinstance(answer, str):
             yield _Turn(str(self.answer), "assistant", answer)
         else:
-            yield from self._listed(row_id, str(self.answer), answer, told, row)
+            yield from self._listed(row_id, str(self.answer), answer, expected, row)
 
-    def _listed(self, row_id: str, name: str, turns: Any, told: str, row: Mapping[str, Any]) -> Iterator[_Turn]:
+    def _listed(self, row_id: str, name: str, turns: Any, expected: str, row: Mapping[str, Any]) -> Iterator[_Turn]:
         if not isinstance(turns, list) or not turns:
-            raise RowError(row_id, name, told, "field_type" if name in row else "field_missing")
+            raise RowError(row_id, name, expected, "field_type" if name in row else "field_missing")
         for number, turn in enumerate(turns):
             where = f"{name}[{number}]"
             if not isinstance(turn, dict) or self.role not in turn or self.text not in turn:
@@ -141,7 +149,7 @@ class Conversation(Declaration):
             return []
         for number, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
             if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-                detail = f"expected a question and its answer, [text, text], found {pair!r}"[:200]
+                detail = f"expected a question and its answer, [text, text], got {pair!r}"[:200]
                 raise RowError(row_id, f"{self.history}[{number}]", detail, "field_type")
         return list(pairs)
 
@@ -150,7 +158,7 @@ class Conversation(Declaration):
         if text is None or text == "":
             return []
         if not isinstance(text, str):
-            raise RowError(row_id, str(self.system), f"expected text, found {type(text).__name__}", "field_type")
+            raise RowError(row_id, str(self.system), f"expected text, got {type(text).__name__}", "field_type")
         return [{"role": "system", "content": [{"type": "text", "text": text}]}]
 
 
@@ -184,6 +192,12 @@ def _present(row_id: str, row: Mapping[str, Any], name: str) -> Any:
     return row[name]
 
 
+def _without_joint(question: str, answer: str) -> str:
+    """An answer without the one space that joins it to a question; deeper indents, and all after white space, are its own."""
+    joint = answer[:1] == " " and not answer[1:2].isspace() and question and not question[-1].isspace()
+    return answer[1:] if joint else answer
+
+
 def _trains(row_id: str, turn: _Turn) -> bool:
     """Whether the loss falls on a turn, by its own weight.
 
@@ -206,6 +220,26 @@ def _trains(row_id: str, turn: _Turn) -> bool:
     return turn.role != "assistant" or bool(next(iter(weights.values()), turn.trains))
 
 
+def refuse_row_weights(row_id: str, row: Mapping[str, Any], read: Collection[str]) -> None:
+    """Refuse a weight of a whole row: loss falls on turns, each by its own weight.
+
+    Args:
+        row_id: of the row.
+        row: holds the turns.
+        read: the row's fields that are read, or meant to be left out.
+
+    Raises:
+        RowError: naming the field and where a weight belongs.
+    """
+    for name in (*WEIGHTS, *OTHER_WEIGHTS):
+        if name not in read and row.get(name) is not None:
+            detail = (
+                f"a row has no weight; give each of the assistant's turns in a list of turns {WEIGHTS[0]}: 0 or 1, leave the "
+            )
+            detail += "row out by the source's `where`, or list the field under its `ignore` if it means something else"
+            raise RowError(row_id, name, detail, "turn_weight")
+
+
 def _refuse_other_weights(row_id: str, where: str, keys: Mapping[str, Any]) -> None:
     for name in OTHER_WEIGHTS:
         if keys.get(name) is not None:
@@ -217,17 +251,17 @@ def _refuse_other_weights(row_id: str, where: str, keys: Mapping[str, Any]) -> N
 class _Supply:
     """Media of one kind, taken in order by placeholders and blocks that name none, or by index."""
 
-    given: list[Media]
+    media: list[Media]
     asked: int = 0
     indexes: set[int] = field(default_factory=set)
 
     def take(self) -> Media | None:
         self.asked += 1
-        return self.given[self.asked - 1] if self.asked <= len(self.given) else None
+        return self.media[self.asked - 1] if self.asked <= len(self.media) else None
 
 
 class _RowMedia:
-    """The media of one row, given out to the placeholders and blocks that ask for them."""
+    """The media of one row, taken by its placeholders and blocks."""
 
     def __init__(
         self,
@@ -251,19 +285,19 @@ class _RowMedia:
         self._turn = {}
         if not _OWN_MEDIA.isdisjoint(turn.keys):
             own = {kind: self._supply(f"{turn.where}.", turn.keys, names) for kind, names in TURN_MEDIA.items()}
-            self._turn = {kind: supply for kind, supply in own.items() if supply.given}
+            self._turn = {kind: supply for kind, supply in own.items() if supply.media}
         where = turn.at or turn.where
         if isinstance(turn.text, list):
             content = [self._block(f"{where}[{index}]", block) for index, block in enumerate(turn.text)]
         elif not isinstance(turn.text, str):
-            raise RowError(self._row_id, where, f"expected text, found {type(turn.text).__name__}", "field_type")
+            raise RowError(self._row_id, where, f"expected text, got {type(turn.text).__name__}", "field_type")
         elif turn.role == "assistant":
             content = [{"type": "text", "text": turn.text}]
         else:
             content = self._split(turn.text)
         for kind, supply in reversed(self._turn.items()):
             if not supply.asked and not supply.indexes:
-                content = [*({"type": kind, kind: medium} for medium in supply.given), *content]
+                content = [*({"type": kind, kind: medium} for medium in supply.media), *content]
             else:
                 self._check(turn.where, kind, supply)
         return content
@@ -278,10 +312,10 @@ class _RowMedia:
             RowError: when some kind has more media than were asked for, or fewer.
         """
         for kind, supply in self._row.items():
-            nowhere = supply.given and not supply.asked and not supply.indexes and kind == "image"
+            nowhere = supply.media and not supply.asked and not supply.indexes and kind == "image"
             first = next((message for message in messages or () if message["role"] == "user"), None)
             if nowhere and first is not None:
-                first["content"] = [*({"type": kind, kind: medium} for medium in supply.given), *first["content"]]
+                first["content"] = [*({"type": kind, kind: medium} for medium in supply.media), *first["content"]]
                 continue
             hint = "; `image_placeholder: add` in the source puts them at the start of the first user turn" if nowhere else ""
             self._check(next(iter(self._fields.get(kind, ())), where), kind, supply, hint)
@@ -291,17 +325,17 @@ class _RowMedia:
         if len(named) > 1:
             raise RowError(self._row_id, f"{where}{named[0]}", f"'{named[1]}' is given too; give one of them", "field_type")
         values = _values(keys[named[0]]) if named else []
-        return _Supply([media(self._row_id, f"{where}{named[0]}", value, self._rules) for value in values])
+        return _Supply([read_medium(self._row_id, f"{where}{named[0]}", value, self._rules) for value in values])
 
     def _check(self, where: str, kind: str, supply: _Supply, hint: str = "") -> None:
-        given, several = len(supply.given), kind if kind == "audio" else f"{kind}s"
+        count, several = len(supply.media), kind if kind == "audio" else f"{kind}s"
         if supply.indexes:
-            left = sorted(set(range(given)) - supply.indexes)
+            left = sorted(set(range(count)) - supply.indexes)
             if supply.asked or left:
-                told = "some blocks have an index and some do not" if supply.asked else f"no block has index {left[0]}"
-                raise RowError(self._row_id, where, f"{given} {several}, and {told}", "placeholder_count")
-        elif given != supply.asked:
-            detail = f"{given} {several} for {supply.asked} '{self._placeholders[kind]}' placeholders{hint}"
+                fault = "some blocks have an index and some do not" if supply.asked else f"no block has index {left[0]}"
+                raise RowError(self._row_id, where, f"{count} {several}, and {fault}", "placeholder_count")
+        elif count != supply.asked:
+            detail = f"{count} {several} for {supply.asked} '{self._placeholders[kind]}' placeholders{hint}"
             raise RowError(self._row_id, where, detail, "placeholder_count")
 
     def _split(self, text: str) -> list[dict[str, Any]]:
@@ -332,8 +366,12 @@ class _RowMedia:
         kind = str(kind).removesuffix("_url")
         if kind in PLACEHOLDERS:
             names = (kind, f"{kind}_url", "path", "url", "bytes")
-            named = [name for name in names if block.get(name)]
-            check_unread(self._row_id, where, block, {"type", *names}, f"media of a block are read from {', '.join(names)}")
+            named = [name for name in names if not is_empty(block.get(name))]
+            if _is_source(block.get("source")):  # Anthropic's
+                named.append("source")
+            read = {"type", *names, *named}
+            advice = f"media of a block are read from {', '.join(names)}"
+            check_unread(self._row_id, where, block, read, advice, provenance=bool(named))
             if len(named) > 1 and named != ["path", "bytes"]:
                 raise RowError(self._row_id, where, f"both '{named[0]}' and '{named[1]}'; give one of them", "field_type")
             if not named and kind == block["type"]:
@@ -343,28 +381,34 @@ class _RowMedia:
             value = {"bytes": block["bytes"], "path": block.get("path")} if "bytes" in named else block[named[0]]
             if isinstance(value, dict) and isinstance(value.get("url"), str):  # OpenAI's {"url", "detail"}
                 value = value["url"]
-            return {"type": kind, kind: media(self._row_id, where, value, self._rules)}
-        raise RowError(self._row_id, where, f"expected a text, image, video or audio block, found {block!r}"[:200], "field_type")
+            where = f"{where}.source" if named == ["source"] else where
+            return {"type": kind, kind: read_medium(self._row_id, where, value, self._rules)}
+        raise RowError(self._row_id, where, f"expected a text, image, video or audio block, got {block!r}"[:200], "field_type")
 
     def _next(self, kind: str, where: str = "", index: Any = None) -> dict[str, Any]:
         supply = self._turn.get(kind) or self._row[kind]
         if index is None:
             return {"type": kind, kind: supply.take()}
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(supply.given):
-            several = f"{len(supply.given)} {kind if kind == 'audio' else f'{kind}s'}"
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(supply.media):
+            several = f"{len(supply.media)} {kind if kind == 'audio' else f'{kind}s'}"
             detail = f"expected an index from 0 on into {several}, got {index!r}"[:200]
             raise RowError(self._row_id, f"{where}.index", detail, "placeholder_count")
         supply.indexes.add(index)
-        return {"type": kind, kind: supply.given[index]}
+        return {"type": kind, kind: supply.media[index]}
+
+
+def _is_source(value: Any) -> bool:
+    """Whether a block's `source` holds its medium: `{"type": "base64" | "url" | "file", ...}`."""
+    return isinstance(value, Mapping) and ("type" in value or "data" in value) and not is_empty(value)
 
 
 def _values(value: Any) -> list[Any]:
-    if value is None or (isinstance(value, str) and not value):
+    if value is None or (isinstance(value, str) and not value) or (isinstance(value, Mapping) and is_empty(value)):
         return []
     return value if isinstance(value, list) else [value]
 
 
-def media(row_id: str, field: str, value: Any, rules: MediaRules) -> Media:
+def read_medium(row_id: str, field: str, value: Any, rules: MediaRules) -> Media:
     """What a row says of a medium, resolved.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a source of the recipe adds to its rows' images: a window, and an augmentation drawn for every visit of a row."""
+"""Per-source image settings: a window for grey values, and an augmentation drawn for every visit of a row."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ BOX_IN_TEXT = re.compile(
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How the images of one row are shown.
+    """Image settings of one row at one of its visits.
 
     Attributes:
         window: the recipe's.
         augment: the recipe's.
         seed: of the draws.
-        visit: how many times the row has trained before; every visit draws anew.
+        visit: how many times the row has trained before; each visit has its own draws.
     """
 
     window: Window | None = None
@@ -88,17 +88,18 @@ class ImageSettings:
             block["image"] = self.view(block["image"], row_id, number)
 
     def check_text(self, row_id: str, messages: Sequence[Message]) -> None:
-        """
+        """Refuse a box in a text beside an augmentation that moves the image: the box would stay where it was.
+
         Raises:
-            RowError: an augmentation that moves what is in the image, and a text that gives a box, which would stay.
+            RowError: naming the message and the box.
         """
         if self.augment is None or not self.augment.moves:
             return
         for place, message in enumerate(messages):
-            if found := BOX_IN_TEXT.search(text_of(message)):
-                told = f"the text has a box, '{found[0][:60]}', which `augment` of its source (resize, crop, flip) does not move"
+            if box := BOX_IN_TEXT.search(text_of(message)):
+                detail = f"the text has a box, '{box[0][:60]}', which `augment` of its source (resize, crop, flip) does not move"
                 fix = "take these out, or declare the boxes in the data template (`boxes`)"
-                raise RowError(row_id, f"messages[{place}]", f"{told}; {fix}", "box_unmoved")
+                raise RowError(row_id, f"messages[{place}]", f"{detail}; {fix}", "box_unmoved")
 
 
 AS_THEY_ARE = ImageSettings()

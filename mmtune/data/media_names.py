@@ -1,4 +1,4 @@
-"""What a row writes to name a medium: paths, Windows paths, URIs, and the objects that data sets wrap them in."""
+"""Names of media in rows: paths, Windows paths, URIs, and the objects that data sets wrap them in."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ BESIDE = ("type", "detail")
 """Keys that OpenAI's format has beside them, which say nothing of where the medium is."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+(:[A-Za-z][A-Za-z0-9+.-]+)*)://")
-_IMAGE_IN_BASE64 = re.compile(r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|Qk[0-3]|AAAA.GZ0eXBh|AAAADGpQ)[A-Za-z0-9+/=\s]{40}")
+IMAGE_IN_BASE64 = re.compile(r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|Qk[0-3]|AAAA.GZ0eXBh|AAAADGpQ)[A-Za-z0-9+/=\s]{40}")
 """How JPEG, PNG, GIF, WebP, TIFF, BMP, AVIF and JPEG 2000 files begin in base64."""
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
 def unwrapped(value: Any) -> Any:
-    """What an object names: the value of its one key, or of one key in there. Anything else is given back as it is.
+    """The medium that an object names: the value of its one key, or of one key in there. Any other value is returned as it is.
+
+    `{"type": "base64", "media_type": ..., "data": ...}`, as in Anthropic's blocks, becomes a `data:` URI.
 
     Raises:
         ValueError: an object that is none of the forms that are read, or names several media.
     """
     while isinstance(value, dict) and value.get("bytes") is None:
+        if value.get("type") == "base64" and isinstance(value.get("data"), str) and set(value) <= {"type", "media_type", "data"}:
+            return f"data:{value.get('media_type') or 'image'};base64,{value['data']}"
         named = [key for key in WRAPPERS if value.get(key) is not None]
         if len(named) != 1 or not set(value) <= {*WRAPPERS, *BESIDE, "bytes"}:
             forms = '{"path": ...}, {"bytes": ...}, {"url": ...} or {"image_url": {"url": ...}}'
-            raise Unusable("media_path", f"expected the path of an image or its bytes, or {forms}; found {_kind(value)}")
+            raise Unusable("media_path", f"expected the path of an image or its bytes, or {forms}; got {_kind(value)}")
         value = value[named[0]]
     return value
 
@@ -54,7 +58,7 @@ def data_of(uri: str) -> bytes:
     head, comma, body = uri.partition(",")
     kind, *parameters = head[5:].lower().split(";")
     if not comma or kind.partition("/")[0] != "image" or parameters[-1:] != ["base64"]:
-        raise Unusable("media_path", f"'{uri[:60]}' is no data: URI of an image in base64 (data:image/png;base64,...)")
+        raise Unusable("media_path", f"'{uri[:60]}' is not a data: URI of an image in base64 (data:image/png;base64,...)")
     try:
         return base64.b64decode("".join(unquote(body).split()), validate=True)
     except (binascii.Error, ValueError) as error:  # ValueError: characters outside of ASCII
@@ -71,31 +75,33 @@ def path_of_file_uri(uri: str) -> str:
     if rest.startswith("//"):
         host, slash, path = rest[2:].partition("/")
         if host.lower() not in ("", "localhost") or not slash:
-            told = f"'{uri[:100]}' names the host '{host[:60]}'; a file of this machine is file:///PATH, with three slashes"
-            raise Unusable("media_path", told)
+            detail = f"'{uri[:100]}' names the host '{host[:60]}'; a file of this machine is file:///PATH, with three slashes"
+            raise Unusable("media_path", detail)
         rest = f"/{path}"
     path = unquote(rest)
     return path[1:] if _WINDOWS.match(path[1:]) else path  # file:///C:/data/a.png
 
 
 def refuse_scheme(name: str) -> None:
-    """
+    """Refuse a URI of a scheme that is not read.
+
     Raises:
         ValueError: a URI whose scheme is not read, naming the scheme.
     """
     if scheme := _SCHEME.match(name):
-        told = f"'{name[:100]}' is a {scheme[1]}:// URI, which is not read; download the file and give its path"
-        raise Unusable("media_path", f"{told} (read are paths, file:// and data: URIs, and http and https where allowed)")
+        detail = f"'{name[:100]}' is a {scheme[1]}:// URI, which is not read; download the file and give its path"
+        raise Unusable("media_path", f"{detail} (read are paths, file:// and data: URIs, and http and https where allowed)")
 
 
 def refuse_base64(name: str) -> None:
-    """
+    """Refuse an image in base64 without its `data:` head, which reads like a path.
+
     Raises:
-        ValueError: a name that no file has and that is an image in base64, without the head that says so.
+        ValueError: such a name.
     """
-    if _IMAGE_IN_BASE64.match(name):
-        told = f"'{name[:40]}...' is an image in base64 whose head is missing"
-        raise Unusable("media_path", f"{told}: write data:image;base64, before it")
+    if IMAGE_IN_BASE64.match(name):
+        detail = f"'{name[:40]}...' is an image in base64 whose head is missing"
+        raise Unusable("media_path", f"{detail}: write data:image;base64, before it")
 
 
 def windows_hint(name: str) -> str:

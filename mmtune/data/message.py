@@ -66,6 +66,11 @@ def text_of(message: Message) -> str:
     return "".join(block["text"] for block in message["content"] if block["type"] == "text")
 
 
+def has_media(message: Message) -> bool:
+    """Whether a message holds an image, a video or audio."""
+    return any(block["type"] != "text" for block in message["content"])
+
+
 def is_supervised(message: Message) -> bool:
     """Whether the loss falls on a message."""
     return message["role"] == "assistant" and message.get("supervised", True)

@@ -76,9 +76,14 @@ def windowed(values: NDArray[Any], window: Window) -> NDArray[np.uint8]:
 
     Args:
         values: shape (height, width), of any real dtype.
-        window: low and high; where they are equal, what is above becomes 255 and the rest 0.
+        window: low and high, finite; where they are equal, what is above becomes 255 and the rest 0.
+
+    Raises:
+        ValueError: a window that is not finite.
     """
     low, high = window
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"expected a window of two finite numbers, got ({low}, {high})")
     levels = np.empty(values.shape, np.uint8)
     for start in range(0, len(values), ROWS_AT_ONCE):
         rows = values[start : start + ROWS_AT_ONCE].astype(np.float64)

@@ -33,7 +33,7 @@ class Prompting:
         shuffle_options: whether the answer options change places.
         words: label to answer words, instead of the template's own.
         values: other values for names of the template.
-        ignore: fields that may hold media which no one reads.
+        ignore: fields that are not read and may hold media.
         add_images: whether the images of a row without any placeholder go to the start of the first user turn.
     """
 
@@ -137,10 +137,10 @@ class Verbalizer(Declaration):
             raise RowError(row_id, "verbalizer.label", str(error), "field_type") from error
 
     def read(self, row_id: str, row: Mapping[str, Any], context: Mapping[str, Any], prompting: Prompting) -> ClosedSet:
-        """The words of all labels and of the row's; of a label that is a word, where none are given, itself and no others.
+        """The words of all labels and of the row's. Without any words, a label that is a word stands for itself.
 
         Raises:
-            RowError: when the label has no words and is none.
+            RowError: for a label without words that is a number or an id.
         """
         words = self.words if prompting.words is None else prompting.words
         label = self.label_of(row_id, row, context)

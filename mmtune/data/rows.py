@@ -14,6 +14,9 @@ Row = dict[str, Any]
 OWN_IDS = ("id", "question_id", "questionId", "sample_id", "uid", "__key__")
 """Fields by which rows are known in their own data set."""
 
+MAX_DEPTH = 100
+"""Deepest nesting of lists and objects in a row's JSON. Code that walks or prints a value recurses within Python's limit."""
+
 Item = Callable[[], tuple[str, Row]]
 """One row of a stream: its id and the row when called, so that a row that is skipped is never parsed. Raises RowError."""
 
@@ -45,7 +48,7 @@ def parse_json(row_id: str, field: str, text: bytes) -> Any:
         RowError: no JSON or no UTF-8, NaN or Infinity, a number no float holds, a key that comes twice, or too deep a nesting.
     """
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
         raise RowError(row_id, field, _not_json(error), "row_not_json") from error
     except UnicodeDecodeError as error:
@@ -53,7 +56,21 @@ def parse_json(row_id: str, field: str, text: bytes) -> Any:
     except ValueError as error:  # a key that comes twice, no finite number, or one with thousands of digits
         raise RowError(row_id, field, f"not valid JSON: {error}", "row_not_json") from error
     except RecursionError as error:
-        raise RowError(row_id, field, "not valid JSON: nested too deeply", "row_not_json") from error
+        raise RowError(row_id, field, f"nested too deeply, more than {MAX_DEPTH} levels", "row_not_json") from error
+    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _is_too_deep(value):
+        raise RowError(row_id, field, f"nested too deeply, more than {MAX_DEPTH} levels", "row_not_json")
+    return value
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, (list, dict)):
+                inner.extend(item.values() if isinstance(item, dict) else item)
+        level = inner
+    return bool(level)
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:

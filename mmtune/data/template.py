@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from functools import cached_property
 from itertools import chain, pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -18,14 +18,14 @@ from pydantic import Field, ValidationError, model_validator
 
 from mmtune.data.boxes import BOX_FIELDS
 from mmtune.data.columns import Boxes, Columns, Turn
-from mmtune.data.conversation import PLACEHOLDERS, Conversation
+from mmtune.data.conversation import PLACEHOLDERS, Conversation, refuse_row_weights
 from mmtune.data.expressions import Declaration, check_jinja, names_read
 from mmtune.data.image_settings import AS_THEY_ARE, ImageSettings
 from mmtune.data.media import Embedded, MediaRules
-from mmtune.data.message import Message, RowError, Sample, is_supervised
+from mmtune.data.message import Message, RowError, Sample, has_media, is_supervised
 from mmtune.data.prompts import PLAIN, Options, Prompting, Verbalizer
 from mmtune.data.rows import OWN_IDS, Row
-from mmtune.data.unread import check_unread, kind_of_name
+from mmtune.data.unread import check_unread, is_empty, kind_of_name
 from mmtune.errors import UserError, nearest
 from mmtune.shipped import shipped_dir
 
@@ -125,14 +125,17 @@ class DataTemplate(Declaration):
         """
         row = self.unpacked(row_id, row)
         read = self.fields_read | prompting.ignore | {*self.ignore, *OWN_IDS}
-        check_unread(row_id, "", row, read, self._advice)
+        check_unread(row_id, "", row, read, self._advice, provenance=True)
         choices: tuple[str, ...] = ()
         references: tuple[str, ...] = ()
         if self.conversation:
+            refuse_row_weights(row_id, row, read)
             fields = {kind: names for kind, names in self._media_fields().items() if names}
             messages = self.conversation.messages(row_id, row, rules, fields, self.placeholder, prompting.add_images)
         else:
             messages, choices, references = self.columns().messages(row_id, row, rules, prompting, settings)
+        if not any(map(has_media, messages)):
+            check_unread(row_id, "", row, read, self._advice)
         if self.boxes is None:
             settings.shown(row_id, messages)
         if prompting.system is not None and messages[0]["role"] != "system":
@@ -157,35 +160,33 @@ class DataTemplate(Declaration):
             written.append(self.verbalizer.label)
         if self.boxes is not None:
             written.append(self.boxes.value)
-        found = {name for source in written for name in names_read(source)}
-        return frozenset(found | {name.split(".")[0] for name in named if name})
+        in_jinja = {name for source in written for name in names_read(source)}
+        return frozenset(in_jinja | {name.split(".")[0] for name in named if name})
 
     def unpacked(self, row_id: str, row: Row) -> Row:
         """A shard's row with a conversation in its `json` member: that object as the row, with the shard's media.
 
-        Any other row is returned as it is.
+        A medium that the object names is the member of that name. Where no name is a member's, the members come in the order of
+        their names. Any other row is returned as it is.
 
         Raises:
-            RowError: when the object names more media of a kind than there are members, or fewer.
+            RowError: when the object names more media of a kind than there are members, or fewer, or only some members.
         """
         inner = row.get("json")
         if self.conversation is None or not isinstance(inner, dict) or self.conversation.fields & row.keys():
             return row
         members = {name: value for name, value in row.items() if name != "json" and name not in inner}
-        made = {**inner, **members}
+        whole = {**inner, **members}
         for kind, fields in self._media_fields().items():
-            own = [name for name, value in members.items() if isinstance(value, Embedded) and kind_of_name(value.name) == kind]
+            own = {
+                name: value for name, value in members.items() if isinstance(value, Embedded) and kind_of_name(value.name) == kind
+            }
             if not own or not fields:
                 continue
-            field = next((name for name in fields if inner.get(name)), fields[0])
-            named = inner.get(field)
-            count = len(named) if isinstance(named, list) else 1
-            if named and count != len(own):
-                told = f"{count} in `json` and {len(own)} members of the shard ({', '.join(own)})"
-                raise RowError(row_id, field, told, "placeholder_count")
-            made = {name: value for name, value in made.items() if name not in own}
-            made[field] = [members[name] for name in sorted(own, key=_by_number)]
-        return made
+            field = next((name for name in fields if not is_empty(inner.get(name))), fields[0])
+            whole = {name: value for name, value in whole.items() if name not in own}
+            whole[field] = _members_in_order(row_id, field, inner.get(field), own)
+        return whole
 
     @cached_property
     def _advice(self) -> str:
@@ -195,8 +196,8 @@ class DataTemplate(Declaration):
         return f"{fix}, or list it under the source's `ignore`"
 
     def _media_fields(self) -> dict[str, tuple[str, ...]]:
-        given = {"image": self.images, "video": self.videos, "audio": self.audio}
-        return {kind: () if names is None else (names,) if isinstance(names, str) else names for kind, names in given.items()}
+        declared = {"image": self.images, "video": self.videos, "audio": self.audio}
+        return {kind: () if names is None else (names,) if isinstance(names, str) else names for kind, names in declared.items()}
 
     def columns(self) -> Columns:
         """What a template without a conversation says, apart from the rest."""
@@ -245,6 +246,45 @@ def _check_turns(row_id: str, messages: list[Message]) -> None:
             raise RowError(row_id, f"messages[{number}]", "the answer is empty", "answer_empty")
         if message["role"] == "assistant" and media:
             raise RowError(row_id, f"messages[{number}]", f"an answer cannot hold {_with_article(media[0])}", "image_in_answer")
+
+
+def _members_in_order(row_id: str, field: str, named: Any, members: Mapping[str, Embedded]) -> list[Embedded]:
+    """A row's members of one kind in the order of the media that its `json` names.
+
+    Args:
+        row_id: of the row.
+        field: of the `json` member, which names the media.
+        named: its value: a path, a list of paths, or nothing.
+        members: of the shard, by their keys.
+
+    Raises:
+        RowError: a count that differs, a path that names no member where another does, or a member that none names.
+    """
+    if is_empty(named):
+        return [members[key] for key in sorted(members, key=_by_number)]
+    paths = [item.get("path") if isinstance(item, Mapping) else item for item in (named if isinstance(named, list) else [named])]
+    keys = [next((key for key in members if _names_member(path, key, members[key])), None) for path in paths]
+    listed = ", ".join(members)
+    if any(key is not None for key in keys):
+        if None in keys:
+            detail = f"`json` names {str(paths[keys.index(None)])[:100]!r}, which is not a member of the shard's row ({listed})"
+            raise RowError(row_id, field, detail, "media_missing")
+        if unnamed := [key for key in members if key not in keys]:
+            detail = f"the member {unnamed[0]} of the shard's row is not named in `json`, and {keys[0]} is"
+            raise RowError(row_id, field, detail, "placeholder_count")
+        return [members[key] for key in keys if key is not None]
+    if len(paths) != len(members):
+        detail = f"{len(paths)} in `json` and {len(members)} members of the shard ({listed})"
+        raise RowError(row_id, field, detail, "placeholder_count")
+    return [members[key] for key in sorted(members, key=_by_number)]
+
+
+def _names_member(path: Any, key: str, member: Embedded) -> bool:
+    """Whether a path ends in the key or the name of a member."""
+    if not isinstance(path, str):
+        return False
+    ending = f"/{path}".replace("\\", "/").lower()
+    return any(ending.endswith(f"/{name}".lower()) for name in (key, member.name, PurePosixPath(member.name).name))
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

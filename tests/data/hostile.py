@@ -114,6 +114,13 @@ def _gpt(text: Any) -> dict[str, Any]:
     return {"from": "gpt", "value": text}
 
 
+def _deep(levels: int) -> Any:
+    value: Any = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
 def _exif(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -301,7 +308,16 @@ def rows() -> list[Case]:
         _said("100,000 words", _human("word " * 100_000), _gpt("b")),
         _said("Jinja in the text", _human("{{ 7 * 7 }}{% endfor %}{{ ''.__class__ }}"), _gpt("{{ config }}")),
         _said("text that turns around", _human("\u202ereversed\u202c and \u200b\ufeff"), _gpt("ok\u0301")),
-        _said("deep nesting in a field that nobody reads", _human("a"), _gpt("deep"), task=None, image=None),
+        _said(
+            "lists in a field that nobody reads, 50 deep",
+            _human("a"),
+            _gpt("deep"),
+            x=json.loads("[" * 50 + "]" * 50),
+        ),
+        _said(
+            "lists in a field that nobody reads, 930 deep", _human("a"), _gpt("b"), x=_deep(930), found=(("row", "row_not_json"),)
+        ),
+        _said("blocks 930 deep", _human([_deep(930)]), _gpt("b"), found=(("row", "row_not_json"),)),
         _said("a box past the border", ASK, SAY, image="good.png", bbox=[50, 40, 50, 40], found=(("bbox", "box_suspect"),)),
         _said("a negative box", ASK, SAY, image="good.png", bbox=[-5, 0, 10, 10], found=(("bbox", "box_suspect"),)),
         _said(

@@ -77,7 +77,7 @@ def test_an_object_that_names_one_medium_is_read(media: Path, value: dict[str, A
 
 @pytest.mark.parametrize("value", [{"url": "a.png", "caption": "x"}, {"file": "a.png"}, {"image": "a.png", "path": "b.png"}])
 def test_an_object_of_another_form_is_refused_with_the_forms(media: Path, value: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf'or {{"path": ...}}, .*; found an object with {", ".join(value)}'):
+    with pytest.raises(ValueError, match=rf'or {{"path": ...}}, .*; got an object with {", ".join(value)}'):
         resolve_media(value, MediaRules(media))
 
 

@@ -21,6 +21,7 @@ from mmtune.cli import entry_point
 from mmtune.data.encode import encode_prompt
 from mmtune.data.image_check import inspect_image
 from mmtune.data.media import Embedded, ImageView, image_size, open_image
+from mmtune.data.pixels import windowed
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (9, 7, 3), dtype=np.uint8)
@@ -306,3 +307,9 @@ def test_a_transparent_picture_is_checked_and_shown_on_white(tmp_path: Path, cap
     [page] = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", (tmp_path / "page.html").read_text())
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(page))).convert("L"))
     assert shown[0, 0] == 255 and shown[20, 20] == 0
+
+
+@pytest.mark.parametrize("window", [(-np.inf, np.inf), (0.0, np.inf), (np.nan, 1.0)])
+def test_a_window_is_finite(window: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="expected a window of two finite numbers"):
+        windowed(np.zeros((2, 2)), window)

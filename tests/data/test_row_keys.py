@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -15,7 +16,7 @@ from PIL import Image
 from talks import assistant, contents, samples, talk, user
 
 from mmtune.cli import entry_point
-from mmtune.data.media import Embedded
+from mmtune.data.media import Embedded, open_image
 from mmtune.data.message import RowError
 from mmtune.data.reader import Reader
 from mmtune.data.unread import holds_media
@@ -44,6 +45,12 @@ UNREAD: list[tuple[str, dict[str, Any], str]] = [
     ("llava", {"images": ["a.png"], "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "images"),
     ("alpaca", {"image": "a.png", "instruction": "q", "input": "", "output": "a"}, "image"),
     ("vqa", {"image": "a.png", "mask": "m.png", "question": "q", "answer": "a"}, "mask"),
+    ("messages", {"attachments": [{"type": "image", "image": "ex_3"}], "messages": [user("q"), assistant("a")]}, "attachments"),
+    ("messages", {"attachments": [{"image_url": {"url": "a.jpg"}}], "messages": [user("q"), assistant("a")]}, "attachments"),
+    ("messages", {"meta": {"file_name": "a.jpg", "n": 1}, "messages": [user("q"), assistant("a")]}, "meta"),
+    ("messages", {"meta": {"url": "https://x.org/a.jpg", "n": 1}, "messages": [user("q"), assistant("a")]}, "meta"),
+    ("messages", {"messages": [user("q", files=[{"name": "0.png"}]), assistant("a")]}, r"messages\[0\]\.files"),
+    ("messages", {"messages": [user([{"type": "image", "file": {"file_id": "0.png"}}]), assistant("a")]}, r"content\[0\]\.file"),
 ]
 
 
@@ -64,7 +71,14 @@ def test_media_that_nobody_reads_are_an_error_of_the_row(media: Path, template: 
         ("has_image", True),
         ("image_caption", "a cat"),
         ("source", "https://en.wikipedia.org/wiki/Cat"),
-        ("source", {"url": "https://x.org/a.png", "licence": "CC"}),
+        ("source", {"url": "https://en.wikipedia.org/wiki/Cat"}),
+        ("title", "How to open a .png"),
+        ("source", "see fig1.png"),
+        ("image_url", {"url": None}),
+        ("image", {"bytes": None, "path": None}),
+        ("images", [None]),
+        ("images", [[], {"url": ""}]),
+        *(("image", word) for word in ("None", "none", "null", "nan", "False", "false")),
         ("caption", "The file is not there.\nSee a.png"),
         ("version", "v1.0"),
         ("notes", ["a", "b"]),
@@ -74,6 +88,39 @@ def test_media_that_nobody_reads_are_an_error_of_the_row(media: Path, template: 
 )
 def test_what_only_speaks_of_media_is_no_media(key: str, value: Any) -> None:
     assert not holds_media(key, value)
+
+
+def test_a_picture_s_address_in_metadata_is_provenance_where_media_are_read(media: Path) -> None:
+    source = {"url": "https://x.org/a.png", "licence": "CC"}
+    assert holds_media("source", source) and not holds_media("source", source, provenance=True)
+    assert holds_media("source", {**source, "file": "a.png"}, provenance=True)
+    assert holds_media("a", [{"type": "image", "url": "https://x.org/a.png", "n": 1}], provenance=True)
+    row = {"images": ["a.png"], "source": source, "messages": [user("<image>q", meta=source), assistant("a")]}
+    assert contents(samples(media, row)[0]) == [["<a.png>", "q"], ["a"]]
+
+
+def test_what_is_not_media_leaves_a_row_whole(media: Path) -> None:
+    text = {"type": "text", "text": "q", "image_url": {"url": None}}
+    picture = {"type": "image", "image": "a.png", "url": {"url": None}}
+    rows = {"image": {"bytes": None, "path": None}, "messages": [user([text, picture], name="bob.png"), assistant("a")]}
+    assert contents(samples(media, rows)[0]) == [["q", "<a.png>"], ["a"]]
+
+
+def test_anthropic_s_source_is_read_or_refused(media: Path) -> None:
+    data = base64.b64encode(_png("red")).decode()
+
+    def row(source: Any) -> dict[str, Any]:
+        return {"images": [], "messages": [user([{"type": "image", "source": source}]), assistant("a")]}
+
+    [sample] = samples(media, row({"type": "base64", "media_type": "image/png", "data": data}))
+    assert open_image(sample.images[0]).getpixel((0, 0)) == (255, 0, 0)
+    for source, reason in (
+        ({"type": "url", "url": "https://x.org/a.png"}, "is a URL; `allow_urls: true`"),
+        ({"type": "file", "file_id": "f1"}, "got an object with type, file_id"),
+        ({"type": "base64", "media_type": "image/png", "data": "!"}, "not valid base64"),
+    ):
+        with pytest.raises(RowError, match=rf"messages\[0\]\.content\[0\]\.source: .*{reason}"):
+            samples(media, row(source))
 
 
 def test_bytes_and_members_are_media() -> None:
@@ -226,18 +273,26 @@ def test_a_conversation_inside_of_a_shards_json(tmp_path: Path) -> None:
         {"json": _nested("<image>q", image="coco/7.jpg"), "jpg": _png("red")},
         {"json": _nested("q")},
         {"json": _nested("<image>" * 11), **many},
+        {"json": _nested("<image><image>", image=["p/1.png", "0.png"]), "0.png": _png("red"), "1.png": _png("red")},
+        {"json": _nested("<image><image>", image=["005.1.png", {"path": "005.0.png"}]), "0.png": b"", "1.png": b""},
     ]
     reader = Reader(Source(path=str(_shard(tmp_path, *rows)), template="llava"))
     opened = reader.open()
     told = [contents(reader.sample(*opened[index])) for index in range(len(opened))]
     assert told[:3] == [[["<000.png>", "q"], ["a"]], [["<001.jpg>", "q"], ["a"]], [["q"], ["a"]]]
     assert told[3][0] == [f"<003.{n}.png>" for n in range(11)]
+    assert [told[4][0], told[5][0]] == [[f"<00{row}.{n}.png>" for n in (1, 0)] for row in (4, 5)]
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
         ({"json": _nested("<image>q", image=["a", "b"]), "png": _png("red")}, r"s\.tar:000: image: 2 in `json` and 1 members"),
+        (
+            {"json": _nested("<image><image>", image=["1.png", "x.png"]), "0.png": b"", "1.png": b""},
+            r"image: `json` names 'x\.png', which is not a member of the shard's row \(0\.png, 1\.png\)",
+        ),
+        ({"json": _nested("<image>", image="1.png"), "0.png": b"", "1.png": b""}, r"image: the member 0\.png .* is not named"),
         ({"json": _nested("q"), "png": _png("red")}, "image: 1 images for 0"),
         ({"json": _nested("q"), "mp4": b"x"}, "mp4: names or holds media and is not read"),
         ({"json": _nested("q", video="a.mp4")}, "video: names or holds media and is not read"),

@@ -94,10 +94,29 @@ def test_a_question_has_no_loss_to_ask_for(media: Path) -> None:
     asks = [user("q", weight=1), assistant("a")]
     with pytest.raises(RowError, match=r"messages\[0\]\.weight: 1 asks for loss on a turn of the user"):
         samples(media, {"messages": asks})
-    with pytest.raises(RowError, match=r"rows\.json\[0\]: loss_mask: cannot be honoured"):
-        samples(media, {"messages": [user("q"), assistant("a")], "loss_mask": [0, 1]})
+    for name, weight in (("loss_mask", [0, 1]), ("weight", 0), ("loss", False), ("loss_scale", 0.0), ("train", 1)):
+        row = {"messages": [user("q"), assistant("a")], name: weight}
+        with pytest.raises(RowError, match=rf"rows\.json\[0\]: {name}: a row has no weight; give each of the assistant's turns"):
+            samples(media, row)
+        assert samples(media, row, ignore=[name]) and samples(media, {**row, name: None})
     [sample] = samples(media, {"messages": [user("q", weight=0, loss=None), assistant("a")]})
     assert [is_supervised(message) for message in sample.messages] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("template", "question", "answer", "kept"),
+    [
+        ("query_response", "Indent it", "    return x\n", "    return x\n"),
+        ("query_response", "q", " a", " a"),
+        ("prompt_completion", "The sky is", " blue.", "blue."),
+        ("prompt_completion", "Indent it", "    return x\n", "    return x\n"),
+        ("prompt_completion", "def f():\n", " return x", " return x"),
+        ("prompt_completion", "Indent it", "\treturn", "\treturn"),
+    ],
+)
+def test_an_answer_keeps_its_white_space(media: Path, template: str, question: str, answer: str, kept: str) -> None:
+    [sample] = samples(media, dict(zip(template.split("_"), (question, answer), strict=True)), template=template)
+    assert [message["content"][0]["text"] for message in sample.messages] == [question, kept]
 
 
 def test_an_answer_of_weight_0_is_no_reference(media: Path) -> None:

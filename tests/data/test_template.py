@@ -100,7 +100,7 @@ def test_blocks_of_messages(media: Path, blocks: Any, images: Any, expected: lis
         (_llava(("human", "<image>"), ("gpt", "x"), image="/etc/passwd"), "image", "lies outside media_root"),
         (_llava(("human", "<image>"), ("gpt", "x"), image=3), "image", "expected the path of an image or its bytes, found int"),
         (_llava(("human", "<image>"), ("gpt", "x"), image=[None]), "image", "found NoneType"),
-        (_llava(("human", "<image>"), ("gpt", "x"), image={"bytes": ""}), "image", "holds str, not bytes"),
+        (_llava(("human", "<image>"), ("gpt", "x"), image={"bytes": "AAAA"}), "image", "holds str, not bytes"),
         (_llava(("human", "q"), ("gpt", "")), "messages[1]", "the answer is empty"),
         (_llava(("human", "q"), ("gpt", " \n")), "messages[1]", "the answer is empty"),
         (_llava(("human", "q"), ("gpt", "x"), ("human", "q")), "messages", "no answer: the last turn is the user's"),
@@ -112,8 +112,8 @@ def test_blocks_of_messages(media: Path, blocks: Any, images: Any, expected: lis
         (_llava(("humen", "q"), ("gpt", "x")), "conversations[0].from", "unknown speaker 'humen'; did you mean 'human'?"),
         (_llava(("human", "q"), ("bot", "x")), "conversations[1].from", "valid here: gpt, human, system"),
         (_llava((["human"], "q"), ("gpt", "x")), "conversations[0].from", "unknown speaker"),  # type: ignore[arg-type]
-        (_llava(("human", "q"), ("gpt", None)), "conversations[1].value", "expected text, found NoneType"),
-        (_llava(("human", 5), ("gpt", "x")), "conversations[0].value", "expected text, found int"),
+        (_llava(("human", "q"), ("gpt", None)), "conversations[1].value", "expected text, got NoneType"),
+        (_llava(("human", 5), ("gpt", "x")), "conversations[0].value", "expected text, got int"),
         ({"conversations": []}, "conversations", "expected a list of turns$"),
         ({"conversations": "hello"}, "conversations", "expected a list of turns$"),
         ({"conversation": []}, "conversations", "did you mean 'conversation'?"),
@@ -132,7 +132,7 @@ def test_a_faulty_row_is_named_with_its_field(media: Path, row: dict[str, Any], 
 @pytest.mark.parametrize(
     ("user", "assistant", "images", "reason"),
     [
-        ([{"type": "tool"}], "x", None, r"messages\[0\].content\[0\]: expected a text, image, video or audio block, found"),
+        ([{"type": "tool"}], "x", None, r"messages\[0\].content\[0\]: expected a text, image, video or audio block, got"),
         (["text"], "x", None, r"content\[0\]: expected a text, image, video or audio block"),
         ([{"type": "text", "text": None}], "x", None, "expected a text, image, video or audio block"),
         ([{"type": "audio"}], "x", None, "audios: 0 audio for 1 '<audio>' placeholders"),
