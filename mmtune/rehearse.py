@@ -112,11 +112,12 @@ def _shrink_model(recipe: Recipe, section: dict[str, Any], place: Path) -> None:
             return
         family = family_of(base, "base")
         section["base"] = str(tiny_base(family, place / "base"))
-        if family in NEEDED and section.get("chat_template") is None:
-            section["chat_template"] = NEEDED[family]
-            print(
-                f"rehearsal: {base} is not on this machine, so its own chat template is not rehearsed; {NEEDED[family]} stands in"
-            )
+        print(
+            f"rehearsal: {base} is not on this machine; the tiny {family} stands in for it, so its own tokenizer, "
+            "chat template and image sizes are not rehearsed"
+        )
+        if section.get("chat_template") is None:
+            section["chat_template"] = NEEDED.get(family)
 
 
 def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], place: Path) -> None:

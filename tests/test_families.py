@@ -220,3 +220,13 @@ def test_every_way_of_tuning_runs_and_merges(
     packed = mmtune("train", write(family, LORA, data=", packing: true, max_tokens: 600"))
     told = capsys.readouterr().err
     assert (packed, "packed batches cannot be exact here" in told) == ((2, True) if family in NEVER else (0, False)), told
+
+
+@pytest.mark.slow
+def test_a_rehearsal_says_what_stands_in(write: Write, bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = write("qwen2_5_vl", LORA)
+    for name in ("Qwen/Qwen2.5-VL-3B-Instruct", "llava-hf/llava-1.5-7b-hf"):
+        assert mmtune("train", path, f"model.base={name}", "--rehearse") == 0, capsys.readouterr()
+        assert f"rehearsal: {name} is not on this machine; the tiny " in capsys.readouterr().out
+    assert mmtune("train", path, f"model.base={bases('qwen2_5_vl')}", "--rehearse") == 0
+    assert "stands in" not in capsys.readouterr().out

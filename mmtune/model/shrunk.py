@@ -1,4 +1,4 @@
-"""A base's own processor and configuration with a tiny random model: what `mmtune train --rehearse` trains where they are here.
+"""Shrunk bases for `mmtune train --rehearse`: a base's own processor and configuration with a tiny random model.
 
 Everything that decides tokens, masks and positions stays the base's own: tokenizer, chat template, image sizes, patches, grids.
 Only widths and numbers of layers shrink.
