@@ -13,6 +13,7 @@ import transformers as tf
 
 from mmtune.cli import entry_point
 from mmtune.errors import missing_library
+from mmtune.model.components import PROJECTORS
 from mmtune.model.tiny_bases import BASES, tiny_base
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,3 +162,13 @@ def test_a_model_type_that_transformers_lacks_says_so(
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     assert entry_point(["recipe", "check", str(_recipe(tmp_path / "case", tmp_path / "base"))]) == 2
     assert advice.format(version=tf.__version__) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [("data", "check"), ("plan",), ("train",)])
+def test_a_structure_without_its_parts_is_refused_before_weights_load(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(PROJECTORS, "llava", ("model.elsewhere",))
+    monkeypatch.setattr("mmtune.model.load.load_weights", None)
+    assert entry_point([*command, str(_recipe(tmp_path / "case", "builtin:tiny-llava"))]) == 2
+    assert "found no projector in LlavaForConditionalGeneration" in capsys.readouterr().err

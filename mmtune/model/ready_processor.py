@@ -20,6 +20,7 @@ from transformers import (
 
 from mmtune.errors import UserError
 from mmtune.model.chat_template import end_of_turn_ids
+from mmtune.model.components import find_components
 from mmtune.model.fake import CountedMemory, quiet
 from mmtune.model.parts import EXTRA_TOKENS
 from mmtune.model.processor import read_processor
@@ -186,6 +187,7 @@ def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_co
     with quiet():
         with frames():
             model: Any = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code).eval()
+        find_components(model)  # refuses a structure without the parts that tuning needs
         if not hasattr(model, "get_image_features"):
             return
         memory = CountedMemory(0)
