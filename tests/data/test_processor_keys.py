@@ -19,7 +19,7 @@ CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_processor_and_its_model_agree(family: str) -> None:
     processor = FAMILIES[family]()
-    check_image_tokens("base", processor, BASES[family].config(processor))
+    check_image_tokens(processor, BASES[family].config(processor))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,7 +42,7 @@ def test_a_key_that_does_not_fit_is_named_with_the_value_it_should_have(family: 
             processor.full_image_sequence = processor.full_image_sequence.replace(processor.tokenizer.image_token, "", 1)
         if attribute != "temporal_patch_size":  # of a single image it makes no other number of tokens
             with pytest.raises(UserError) as caught:
-                check_image_tokens("base", processor, config)
+                check_image_tokens(processor, config)
             assert f"{key}: expected {right}, got {wrong}" in str(caught.value)
 
 
@@ -51,7 +51,7 @@ def test_an_image_token_that_is_not_the_models_is_named() -> None:
     config = BASES["llava"].config(processor)
     config.image_token_id = processor.tokenizer.eos_token_id
     with pytest.raises(UserError) as caught:
-        check_image_tokens("base", processor, config)
+        check_image_tokens(processor, config)
     reason = f"image_token is '<image>' (id {processor.image_token_id}), and in config.json '</s>'"
     assert f"writes 0 tokens of id {config.image_token_id}, and the model makes 16 features" in str(caught.value)
     assert reason in str(caught.value)
@@ -62,7 +62,7 @@ def test_an_image_size_that_is_not_the_towers_is_named() -> None:
     config = BASES["llava"].config(processor)
     config.vision_config.image_size = 28
     with pytest.raises(UserError, match=r"cannot take an image of 640 x 480 pixels.*56\*56.*look at the image size"):
-        check_image_tokens("base", processor, config)
+        check_image_tokens(processor, config)
 
 
 @pytest.mark.parametrize(
