@@ -89,14 +89,14 @@ def _doctor(arguments: argparse.Namespace) -> Any:
     recipe = load_recipe(arguments.data, arguments.overrides)
     check_files(recipe)
     if absent := _absent_checkpoint(recipe):
-        print(f"not checked: tokens and lengths, because {absent} is not on this machine and cannot be had from the hub")
+        print(f"not checked: tokens and lengths, because {absent} is not on this machine and does not load from the hub")
     processor = None if absent else _processor(recipe)
     rules = Rules(processor, recipe.data.max_tokens, recipe.data.over_length, recipe.data.supervise, arguments.decode)
     return Doctor(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), rules)
 
 
 def _absent_checkpoint(recipe: Any) -> str | None:
-    """A hub id of the recipe's model whose configuration cannot be had, as with no network; None if all can be read."""
+    """A hub id of the recipe's model whose configuration does not load, as with no network; None if all can be read."""
     from transformers.utils import CONFIG_NAME, cached_file
 
     from mmtune.model.load import HUB_ID

@@ -17,6 +17,7 @@ from mmtune.errors import UserError
 from mmtune.files import replaced_directory
 from mmtune.model.components import PEFT_PREFIX, find_components
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CHECKPOINT_MARK = "config.json"
 """The file by which a directory is known to be a checkpoint."""
 
@@ -169,10 +170,8 @@ def weight_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise UserError(f"projector: {path} is no directory; an adapter, a run or a checkpoint directory was looked for")
     for folder in (path, path / "adapter"):
-        if (folder / "adapter_model.safetensors").is_file():
-            return [folder / "adapter_model.safetensors"]
+        if (folder / ADAPTER_WEIGHTS).is_file():
+            return [folder / ADAPTER_WEIGHTS]
     if files := safetensors_files(path):
         return files
-    raise UserError(
-        f"projector: {path} holds none of adapter_model.safetensors, adapter/adapter_model.safetensors, model.safetensors"
-    )
+    raise UserError(f"projector: {path} holds none of {ADAPTER_WEIGHTS}, adapter/{ADAPTER_WEIGHTS}, model.safetensors")

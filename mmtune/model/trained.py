@@ -18,10 +18,10 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from mmtune.errors import UserError
 from mmtune.manifest import NAME as MANIFEST
 from mmtune.manifest import check_manifest
+from mmtune.model.checkpoint import ADAPTER_WEIGHTS
 from mmtune.run_directory import RunDirectory, run_of_checkpoint
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 INITIAL = "initial.safetensors"
 """In a checkpoint: LoRA's matrices before training, where their initialization took them out of the base."""
 
