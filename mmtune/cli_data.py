@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mmtune.cli_verbs import AddVerb
 from mmtune.console import settle_console
 from mmtune.errors import CheckFailed, UserError
 
-AddVerb = Callable[[Any, str, Callable[[argparse.Namespace], Any], str], argparse.ArgumentParser]
 RECIPE_ENDINGS = (".yaml", ".yml")
 
 

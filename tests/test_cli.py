@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from mmtune import cli
+from mmtune import cli_recipe
 from mmtune.cli import entry_point
 from mmtune.recipe import Recipe
 
@@ -168,7 +168,7 @@ def test_interruption_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_recipe_list", interrupted)
+    monkeypatch.setattr(cli_recipe, "_recipe_list", interrupted)
     assert entry_point(["recipe", "list"]) == 130
 
 
@@ -176,7 +176,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "_recipe_list", broken)
+    monkeypatch.setattr(cli_recipe, "_recipe_list", broken)
     with pytest.raises(ZeroDivisionError):
         entry_point(["recipe", "list"])
 
@@ -184,7 +184,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_processes_than_the_first_tell_who_they_are(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "settle_console", lambda: None)
+    monkeypatch.setattr(cli_recipe, "settle_console", lambda: None)
     monkeypatch.setenv("RANK", "3")
     assert entry_point(["train", str(recipe_file), "train.fsdp=true"]) == 2
     told = capsys.readouterr().err

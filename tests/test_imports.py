@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat": RECIPE | {"data", "model"},
 }
 # These tell the whole story, and may import every room; the command line itself stays out of everyone's reach.
-WHOLE_STORY = {"train", "rehearse", "cli", "cli_data"}
+WHOLE_STORY = {"train", "rehearse", "cli", "cli_data", "cli_recipe", "cli_runs", "cli_verbs"}
 
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"torch.load", "yaml.full_load", "yaml.full_load_all", "yaml.unsafe_load", "yaml.unsafe_load_all"}

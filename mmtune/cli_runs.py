@@ -1,0 +1,215 @@
+"""`mmtune train`, `eval`, `merge`, `push`, `chat` and `report`: each verb is one thin function over the library."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmtune.cli_verbs import AddVerb, add_recipe_arguments
+from mmtune.console import settle_console
+from mmtune.errors import UserError
+
+
+def add_run_verbs(verbs: Any, add: AddVerb) -> None:
+    """Declare the verbs that make, judge and release a run.
+
+    Args:
+        verbs: argparse's subparsers.
+        add: declares one verb, as the command line does for all.
+    """
+    verb = add(verbs, "train", _train, "tune a model by a recipe")
+    add_recipe_arguments(verb)
+    verb.add_argument("--overwrite", action="store_true", help="replace an earlier run at the recipe's output_dir")
+    verb.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CHECKPOINT",
+        help="go on with the run at the recipe's output_dir, from its last good checkpoint or this one; with none yet, begin",
+    )
+    verb.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="run the whole recipe once on tiny random weights and a few made-up rows",
+    )
+
+    verb = add(verbs, "eval", _eval, "score a run or a model on a recipe's held-out questions")
+    verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a checkpoint of one, an adapter, a model or a hub id")
+    verb.add_argument("--recipe", help="the recipe whose `evaluate` section to use; a run's own by default")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+
+    verb = add(verbs, "merge", _merge, "fold a run's adapter into its base and prove the result")
+    verb.add_argument("model", metavar="RUN", nargs="?", help="the run, or a checkpoint of one; none with --adapter")
+    verb.add_argument("out", metavar="OUT", help="where the merged model goes")
+    verb.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+    verb.add_argument("--samples", type=int, default=32, help="samples to compare on (default 32)")
+    verb.add_argument("--adapter", action="append", metavar="RUN:WEIGHT", help="add several runs' changes; repeat it")
+    verb.add_argument("--dtype", choices=("fp32", "bf16"), help="of the released weights (default: the run's)")
+    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default 5GB)")
+    verb.add_argument("--quantize", choices=("int8", "nf4"), help="write a quantized release too, as OUT-int8 or OUT-nf4")
+    verb.add_argument("--keep-adapter", action="store_true", help="release the adapter beside its base, unmerged")
+
+    verb = add(verbs, "push", _push, "show what a release would upload to the hub, and upload it with --upload")
+    verb.add_argument("release", metavar="RELEASE", help="what `mmtune merge` wrote")
+    verb.add_argument("repository", metavar="OWNER/NAME", help="on the hub")
+    verb.add_argument("--upload", action="store_true", help="upload; without it nothing leaves this machine")
+    verb.add_argument("--public", action="store_true", help="a new repository is public")
+
+    verb = add(verbs, "chat", _chat, "talk to a run or a model")
+    verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a checkpoint of one, an adapter, a model or a hub id")
+    verb.add_argument("--image", action="append", default=[], help="an image to show first; may be repeated")
+    told = "the grey values that become black and white, as `window` of the sources that trained; 8 bits take none"
+    verb.add_argument("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help=told)
+    verb.add_argument("--prompt", help="one question; without it, a conversation")
+    verb.add_argument("--chat-template", metavar="NAME", help="instead of the model's own, as model.chat_template of a recipe")
+    verb.add_argument("--max-new-tokens", type=int, default=256, help="an answer is cut there (default 256)")
+
+    verb = add(verbs, "report", _report, "print what a run achieved")
+    verb.add_argument("model", metavar="RUN", help="the run directory")
+
+
+def _train(arguments: argparse.Namespace) -> Any:
+    settle_console()
+    from mmtune.recipe import load_recipe
+
+    if isinstance(arguments.resume, str) and "=" in arguments.resume and not Path(arguments.resume).exists():
+        arguments.overrides, arguments.resume = [*arguments.overrides, arguments.resume], True  # --resume key=value
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.rehearse:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("a rehearsal runs in one process: mmtune train RECIPE --rehearse")
+        from mmtune.rehearse import rehearse
+
+        return rehearse(recipe)
+    from mmtune.files import writing
+    from mmtune.train import train
+
+    if arguments.resume and arguments.overwrite:
+        raise UserError("--resume goes on with the run that --overwrite would replace; give one of them")
+    resume = arguments.resume if isinstance(arguments.resume, bool) else Path(arguments.resume)
+    with writing(Path(recipe.output_dir)):
+        return train(recipe, arguments.command_line, arguments.overwrite, resume)
+
+
+def _eval(arguments: argparse.Namespace) -> Any:
+    settle_console()
+    from mmtune.data.encode import check_chat_template
+    from mmtune.evaluation.report import print_scores
+    from mmtune.evaluation.run import as_json, check_questions, evaluate, score
+    from mmtune.model.compute import place
+    from mmtune.model.load import load_trained, trained_part
+    from mmtune.recipe import load_recipe
+
+    trained = trained_part(Path(arguments.model))
+    recipe = load_recipe(arguments.recipe or trained.run.recipe, arguments.overrides)
+    if recipe.evaluate is None:
+        raise UserError(f"{arguments.recipe or arguments.model}: the recipe has no `evaluate` section")
+    check_questions(recipe.evaluate)
+    model, processor = load_trained(trained, chat_template=recipe.model.chat_template)
+    check_chat_template(processor)
+    result: dict[str, Any] = {"tuned_scores": as_json(score(evaluate(place(model), processor, recipe.evaluate), recipe.evaluate))}
+    print_scores(result)
+    if trained.is_checkpoint:
+        result |= {"step": trained.step, "steps": trained.steps}
+    return result
+
+
+def _merge(arguments: argparse.Namespace) -> Any:
+    settle_console()
+    from mmtune.release.merge import Form, combine, keep_adapter, merge
+
+    out = Path(arguments.out)
+    shared = {"overwrite": arguments.overwrite, "count": arguments.samples}
+    form = Form(arguments.dtype, arguments.max_shard_size, arguments.quantize)
+    if (arguments.model is None) == (arguments.adapter is None):
+        raise UserError("give one RUN, or --adapter RUN:WEIGHT for each of several")
+    if arguments.keep_adapter:
+        if arguments.adapter or form != Form():
+            raise UserError("--keep-adapter releases one RUN as it is: no --adapter, --dtype, --max-shard-size, --quantize")
+        figures = keep_adapter(Path(arguments.model), out, **shared)
+        print(f"released: {out}: the adapter beside its base, {figures['same_answers']} of {figures['samples']} answers the same")
+        return figures
+    if arguments.adapter:
+        parity = combine([_weighted(text) for text in arguments.adapter], out, form=form, **shared)
+    else:
+        parity = merge(Path(arguments.model), out, form=form, **shared)
+    print(
+        f"merged: {out}{_step(parity)}: largest logit difference {parity.merge_max_logit_difference:.2g} on "
+        f"{parity.merge_samples} samples, {parity.merge_same_answers} greedy answers the same"
+    )
+    for name, apart in (("as trained, quantized", parity.trained), (f"{out}-{form.quantize}", parity.quantized)):
+        if apart:
+            print(
+                f"{name}: largest logit difference {apart['max_logit_difference']:.2g} from the merged model, "
+                f"{apart['same_answers']} greedy answers the same"
+            )
+    return asdict(parity)
+
+
+def _step(parity: Any) -> str:
+    return "" if parity.merge_step == parity.merge_steps else f" (step {parity.merge_step} of {parity.merge_steps})"
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    path, _, weight = text.rpartition(":")
+    try:
+        return Path(path or text), float(weight) if path else 1.0
+    except ValueError as error:
+        raise UserError(f"--adapter {text}: expected RUN:WEIGHT, such as runs/a:0.7") from error
+
+
+def _push(arguments: argparse.Namespace) -> Any:
+    from mmtune.release.push import push
+
+    return push(Path(arguments.release), arguments.repository, upload=arguments.upload, private=not arguments.public)
+
+
+def _chat(arguments: argparse.Namespace) -> Any:
+    settle_console()
+    from mmtune.chat.session import ChatSession
+    from mmtune.chat.terminal import converse
+    from mmtune.model.compute import place
+    from mmtune.model.load import load_trained
+
+    if arguments.json and arguments.prompt is None:
+        raise UserError("--json goes with --prompt")
+    if arguments.window is not None and not (
+        all(map(math.isfinite, arguments.window)) and arguments.window[0] < arguments.window[1]
+    ):
+        low, high = arguments.window
+        raise UserError(f"--window {low:g} {high:g}: expected LOW HIGH, two finite numbers, the lower one first")
+    model, processor = load_trained(Path(arguments.model), chat_template=arguments.chat_template)
+    window = None if arguments.window is None else (arguments.window[0], arguments.window[1])
+    session = ChatSession(place(model), processor, max_new_tokens=arguments.max_new_tokens, window=window)
+    for image in arguments.image:
+        session.attach(Path(image))
+    if arguments.prompt is None:
+        converse(session)
+        return None
+    pieces = []
+    for piece in session.ask(arguments.prompt):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print()
+    return {"prompt": arguments.prompt, "images": arguments.image, "answer": "".join(pieces)}
+
+
+def _report(arguments: argparse.Namespace) -> Any:
+    settle_console()
+    from mmtune.evaluation.report import print_scores
+    from mmtune.run_directory import RunDirectory
+
+    run = RunDirectory(Path(arguments.model))
+    summary = run.read_summary()
+    print_scores(summary)
+    print(
+        f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters trained in "
+        f"{summary['train_seconds']:g} s, peak memory {summary['peak_memory_mb']:,.0f} MB"
+    )
+    print(f"page: {run.report}")
+    return summary

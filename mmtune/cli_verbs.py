@@ -1,0 +1,16 @@
+"""What the files of the command line share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+AddVerb = Callable[[Any, str, Callable[[argparse.Namespace], Any], str], argparse.ArgumentParser]
+"""Declares one verb: argparse's subparsers, the verb's name, its function, its help."""
+
+
+def add_recipe_arguments(verb: argparse.ArgumentParser) -> None:
+    """Declare a recipe and changes to it."""
+    verb.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as train.learning_rate=1e-4")
