@@ -19,11 +19,13 @@ from mmtune.cli_runs import add_run_verbs
 from mmtune.console import speaker
 from mmtune.errors import CheckFailed, Stopped, UserError, missing_library
 from mmtune.files import expand_user
+from mmtune.terminal_text import escapes_output, takes_any_character
 
 PATHS = ("recipe", "model", "out", "release", "folder", "dest", "data", "html", "media_root", "image", "adapter", "resume")
 """Arguments that name paths: a leading `~` is the home directory, also where a shell leaves it (`--out=~/x`)."""
 
 
+@escapes_output
 def entry_point(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. A user's mistake is shown as its message, a bug keeps its traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -36,7 +38,7 @@ def entry_point(arguments: Sequence[str] | None = None) -> int:
             # Standard output holds the JSON and nothing else; other processes than the first have none.
             with nullcontext() if who else redirect_stdout(sys.stderr):
                 result = run(parsed)
-            print(json.dumps(result, indent=2, ensure_ascii=False))
+            _print_json(result)
         else:
             run(parsed)
     except UserError as error:
@@ -49,7 +51,7 @@ def entry_point(arguments: Sequence[str] | None = None) -> int:
         return 2
     except CheckFailed as error:
         if error.result is not None and getattr(parsed, "json", False):
-            print(json.dumps(error.result, indent=2, ensure_ascii=False))
+            _print_json(error.result)
         print(f"{who}failed: {error}", file=sys.stderr)
         return 1
     except Stopped as error:
@@ -66,6 +68,10 @@ def entry_point(arguments: Sequence[str] | None = None) -> int:
         print(f"{who}interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _print_json(result: Any) -> None:
+    print(json.dumps(result, indent=2, ensure_ascii=not takes_any_character(sys.stdout)))
 
 
 def _parse(given: Sequence[str]) -> argparse.Namespace:

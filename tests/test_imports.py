@@ -22,7 +22,18 @@ MAX_LINES = 500
 
 # What each room may import besides itself and the package's own `__init__`. docs/architecture.md draws the same table.
 # A room that is not here is a fault: a new one says where on the road it stands.
-GROUND = {"chat_rendering", "console", "errors", "files", "manifest", "shipped", "torchvision_support", "world"}
+GROUND = {
+    "chat_rendering",
+    "console",
+    "errors",
+    "files",
+    "manifest",
+    "shipped",
+    "styled_console",
+    "terminal_text",
+    "torchvision_support",
+    "world",
+}
 RECIPE = GROUND | {"methods", "recipe", "run_directory"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
@@ -30,11 +41,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat_rendering": set(),
     "console": {"torchvision_support"},
     "torchvision_support": set(),
+    "terminal_text": set(),
+    "styled_console": {"terminal_text"},
     "world": {"errors"},
     "files": {"errors"},
     "manifest": {"errors"},
     "shipped": {"errors"},
-    "methods": {"errors"},
+    "methods": {"errors", "styled_console"},
     "recipe": GROUND | {"methods"},
     "run_directory": GROUND | {"recipe"},
     "builtin": GROUND,
@@ -184,6 +197,8 @@ def content_faults(source: str, module: str) -> list[str]:
             called = dotted(node.func)
             if called in UNSAFE_CALLS:
                 fault(node.lineno, called)
+            elif called == "Console":
+                fault(node.lineno, "a rich console that does not escape text; StyledConsole does")
             elif called in ("yaml.load", "yaml.load_all"):
                 loaders = [*node.args[1:2], *(word.value for word in node.keywords if word.arg == "Loader")]
                 if not loaders or dotted(loaders[0]) not in safe:
@@ -330,6 +345,7 @@ def test_an_import_along_the_road_is_not_a_fault(module: str, source: str) -> No
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
         "options = {'trust_remote_code': True}",
         "torch.load(path)",
+        "Console().print(table)",
         "import pickle",
         "from joblib import load",
         "yaml.load(text)",

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import ProcessorMixin
@@ -42,6 +41,7 @@ from mmtune.data.template import DataTemplate, load_data_template, shipped_templ
 from mmtune.data.unread import holds_media
 from mmtune.errors import UserError
 from mmtune.recipe import Source
+from mmtune.styled_console import StyledConsole
 
 FORM = ("row_not_json", "row_not_object", "field_missing", "field_type", "role_unknown", "label_unknown", "media_unread")
 CONTROL_TOKENS = (
@@ -122,7 +122,7 @@ class Summary:
                 told = Text.assemble(rows, "\n", visible(self.details[name][:300]), "\n", (kind.fix, "dim"))
                 table.add_row(Text(kind.severity, styles[kind.severity]), Text(name), Text(f"{count:,}", justify="right"), told)
         if self.counts:
-            Console().print(table)
+            StyledConsole().print(table)
         totals = ", ".join(f"{count:,} {severity}{'' if count == 1 else 's'}" for severity, count in self.severities().items())
         print(f"checked: {self.rows:,} rows, {self.faulty_rows:,} cannot train: {totals}")
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from transformers import ProcessorMixin
 
@@ -18,6 +17,7 @@ from mmtune.data.packing import pack_lengths, packing_efficiency
 from mmtune.data.plan import Numbers, Outcome, Plan, plan_section
 from mmtune.data.shrink import fit
 from mmtune.recipe import DataSection
+from mmtune.styled_console import StyledConsole
 
 BARS, WIDTH = 12, 40
 SHOWN = 10
@@ -136,7 +136,7 @@ def print_data(figures: dict[str, Any]) -> None:
     Args:
         figures: from `plan_data`, with the optimizer steps under `steps` and `Batches.largest` under `largest_batch`.
     """
-    console = Console()
+    console = StyledConsole()
     tokens = max(1, figures["tokens"])
     table = Table(title="Data", title_justify="left", show_header=False)
     table.add_column("what")

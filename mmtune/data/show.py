@@ -29,6 +29,7 @@ from mmtune.data.rows import Row, own_id
 from mmtune.data.shrink import fit
 from mmtune.errors import UserError
 from mmtune.recipe import DataSection, Source
+from mmtune.styled_console import StyledConsole
 
 Kind = Literal["prompt", "supervised", "media"]
 STYLES = {"prompt": "", "supervised": "bold green", "media": "cyan"}
@@ -191,7 +192,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> lis
 
 def print_view(view: View, console: Console | None = None) -> None:
     """Print a sample: runs of tokens of one kind, each beside the name of its kind, so that it reads without colours too."""
-    console = console or Console(highlight=False)
+    console = console or StyledConsole(highlight=False)
     console.print(Text(visible(view.sample.id), "bold"))
     console.print(Text(view.summary()))
     for note in view.notes:

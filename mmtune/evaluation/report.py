@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +17,7 @@ from mmtune.data.media import Media, open_image
 from mmtune.evaluation.run import Answer, read_answers
 from mmtune.recipe import Recipe, Source
 from mmtune.run_directory import RunDirectory
+from mmtune.styled_console import StyledConsole
 
 THUMBNAIL = 320  # pixels of the longer side; a smaller image is kept as it is and enlarged by the page
 
@@ -35,7 +35,7 @@ def print_scores(summary: dict[str, Any]) -> None:
         if row["task"] == "overall":
             table.add_section()
         table.add_row(*(Text(row[key]) for key in ("task", "questions", "majority", "base", "tuned", "interval")))
-    Console().print(table)
+    StyledConsole().print(table)
     if "merge_max_logit_difference" in summary:
         print(
             f"merged: largest logit difference {summary['merge_max_logit_difference']:.2g}, "

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mmtune.methods.table import METHODS, PRECISIONS, ZERO_STAGES, capabilities, nearest_that_works
+from mmtune.styled_console import StyledConsole
 
 
 def method_rows() -> list[dict[str, Any]]:
@@ -43,7 +43,7 @@ def print_methods() -> None:
                 if works is not True and (what == "train" or cell["train"] is True):
                     refused.append((row["method"], precision, what, works))
         table.add_row(row["method"], f"{row['learning_rate']:g}", *cells)
-    console = Console()
+    console = StyledConsole()
     console.print(table)
     told: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for method, precision, what, why in refused:

@@ -13,7 +13,6 @@ from peft import PeftConfig, PeftModel, get_peft_model, initialize_lora_eva_weig
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,6 +22,7 @@ from mmtune.model.components import Components, component_of, select_modules
 from mmtune.model.compute import to_model
 from mmtune.model.sharded import runnable, size_of, to_float32
 from mmtune.recipe import TuneSection
+from mmtune.styled_console import StyledConsole
 from mmtune.tuning.settings import component_path, keeps_adapter, peft_config
 
 
@@ -220,7 +220,7 @@ def print_trained_modules(modules: Mapping[str, tuple[int, int]]) -> None:
         table.add_column(name, justify="right")
     for path, (count, size) in modules.items():
         table.add_row(path, f"{count:,}", f"{size:,}")
-    Console().print(table)
+    StyledConsole().print(table)
 
 
 def print_parameters(counts: Sequence[ComponentCount]) -> None:
@@ -236,4 +236,4 @@ def print_parameters(counts: Sequence[ComponentCount]) -> None:
     total, trainable = sum(c.total for c in counts), sum(c.trainable for c in counts)
     table.add_section()
     table.add_row("all", "", "", f"{total:,}", f"{trainable:,} ({trainable / total:.2%})", "")
-    Console().print(table)
+    StyledConsole().print(table)

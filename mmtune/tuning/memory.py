@@ -17,7 +17,6 @@ import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -37,6 +36,7 @@ from mmtune.model.fake import CountedMemory, QuantizedLinear, bnb_state_bytes, m
 from mmtune.model.load import BUILTIN, DTYPES, UNTRAINED, resolve_base
 from mmtune.model.parts import choose_strategy, read_image_processor, read_language, read_tower
 from mmtune.recipe import ModelSection, Recipe, Settings
+from mmtune.styled_console import StyledConsole
 from mmtune.tuning.apply import apply_tuning
 
 UNITS = (
@@ -265,7 +265,7 @@ def print_estimate(estimate: MemoryEstimate, limit_bytes: int | None = None) -> 
     if limit_bytes is not None:
         verdict = "fits" if estimate.fits(limit_bytes) else "does not fit"
         table.add_row(f"limit: {verdict}", f"{limit_bytes / 1e9:.2f}")
-    Console().print(table)
+    StyledConsole().print(table)
 
 
 # ---- what the recipe says

@@ -1,0 +1,29 @@
+"""A rich console whose own styles reach the terminal, and control characters of the text in it do not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from mmtune.terminal_text import escape_controls
+
+
+class StyledConsole(Console):
+    """rich's Console on standard output, with the text of every segment escaped.
+
+    Args:
+        settings: rich's.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        # Below the stream that would escape rich's own sequences.
+        super().__init__(file=getattr(sys.stdout, "stream", sys.stdout), **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """rich's segments, their text escaped."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(escape_controls(segment.text), segment.style)
