@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mmtune"
@@ -272,19 +273,41 @@ def test_every_library_imported_is_declared() -> None:
     assert missing == set()
 
 
+def _pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pinned = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in pinned}
+
+
 def test_constraints_pin_every_dependency_within_its_range() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-    pins = {
-        canonicalize_name(name): version
-        for name, version in (line.split("==") for line in lines if line and not line.startswith("#"))
-    }
+    pins = _pins()
     extras = [line for lines in project["project"]["optional-dependencies"].values() for line in lines]
     for line in [*project["project"]["dependencies"], *extras, *project["build-system"]["requires"]]:
         requirement = Requirement(line)
         pin = pins.get(canonicalize_name(requirement.name))
         assert pin is not None, f"constraints.txt does not pin {requirement.name}"
         assert requirement.specifier.contains(pin), f"constraints.txt has {requirement.name}=={pin}, against {line}"
+
+
+def test_constraints_pin_what_is_installed_and_what_that_requires() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    pins = _pins()
+    waiting = [Requirement(line) for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]]
+    seen: set[tuple[str, str]] = set()
+    while waiting:
+        requirement = waiting.pop()
+        name, extras = canonicalize_name(requirement.name), requirement.extras or {""}
+        exact = any(each.operator == "==" for each in requirement.specifier)
+        assert name in pins or exact, f"constraints.txt does not pin {name}"  # torch's CUDA build names its companions exactly
+        installed = metadata.distribution(name)
+        assert name not in pins or Version(installed.version).public == pins[name], f"{name} {installed.version} is installed"
+        for extra in extras:
+            if (name, extra) not in seen:
+                seen.add((name, extra))
+                needed = [Requirement(line) for line in installed.requires or []]
+                waiting += [each for each in needed if not each.marker or each.marker.evaluate({"extra": extra})]
+    assert len(seen) > 100
 
 
 # ---- the checks themselves find what they are for
