@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from mmtune.threads import prepare_threads
 from mmtune.torchvision_support import prepare_torchvision
 
 NO_NEWS = {
@@ -44,6 +45,7 @@ def settle_console() -> None:
     Of several processes the first speaks; of the others only errors are heard. torchvision is prepared here as well, because
     every command calls this before it imports transformers.
     """
+    prepare_threads()  # before torch is imported
     prepare_torchvision()
     from transformers.utils import logging as transformers_logging
 

@@ -25,6 +25,7 @@ from mmtune.errors import CheckFailed, UserError
 from mmtune.files import check_replaceable, replace_text, writing
 from mmtune.manifest import check_manifest
 from mmtune.recipe import Recipe, needed_paths
+from mmtune.threads import usable_cores
 from mmtune.torchvision_support import prepare_torchvision
 from mmtune.world import ALONE, World
 
@@ -235,6 +236,7 @@ def _write_inputs(run: RunDirectory, recipe: Recipe, command: Sequence[str]) -> 
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
+        "usable_cores": usable_cores(),
         "git_commit": git_commit(),
         "image_backend": "torchvision" if torchvision.usable else "pil",
         "torchvision": torchvision.detail,

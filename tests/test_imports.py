@@ -32,6 +32,7 @@ GROUND = {
     "shipped",
     "styled_console",
     "terminal_text",
+    "threads",
     "torchvision_support",
     "world",
 }
@@ -40,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "chat_rendering": set(),
-    "console": {"torchvision_support"},
+    "console": {"threads", "torchvision_support"},
+    "threads": set(),
     "torchvision_support": set(),
     "terminal_text": set(),
     "styled_console": {"terminal_text"},

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mmtune.console import shows_progress
 from mmtune.data.message import RowError
 from mmtune.errors import UserError
+from mmtune.threads import usable_cores
 
 CHUNK = 64
 """Rows that a process takes at a time."""
@@ -52,7 +53,7 @@ def in_processes(work: Callable[[int], Any], rows: Indices, processes: int | Non
         UserError: any other that `work` raises: the whole data set's, such as a processor that cannot be counted for.
     """
     if processes is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = usable_cores()
         processes = min(cores, -(-len(rows) // CHUNK)) if len(rows) > FEW and cores > 1 else 0
     loader = torch.utils.data.DataLoader(
         _Rows(work, rows),

@@ -18,6 +18,9 @@ from mmtune.files import writing
 from mmtune.training.progress import as_time
 from mmtune.world import World
 
+MUCH_CPU_WAIT = 0.1
+"""From this share of the time on, the progress line says that a process waited for a core."""
+
 
 class RecordMetrics(TrainerCallback):
     """Appends every log of the Trainer to `metrics.jsonl`, and shows it."""
@@ -74,6 +77,7 @@ def shown(logs: dict[str, Any]) -> str:
         f"lr {logs['learning_rate']:.1e}",
         f"{logs['tokens_per_second']:,.0f} tokens/s",
         f"wait {logs['data_wait']:.0%}",
+        *([f"waits for CPU {logs['cpu_wait']:.0%} of the time"] if logs.get("cpu_wait", 0) >= MUCH_CPU_WAIT else []),
         *([f"MFU {logs['mfu']:.0%}"] if "mfu" in logs else []),
         f"{memory / 1e3:.1f} GB",
         f"{as_time(logs['seconds_left'])} left",

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mmtune.data.collate import RowSize
 from mmtune.run_directory import peak_memory_mb
+from mmtune.training.cpu_wait import CpuWait
 from mmtune.training.flops import ModelFlops, peak_of
 from mmtune.world import World
 
@@ -37,9 +38,11 @@ class Progress(TrainerCallback):
         self._flops = ModelFlops(model) if knows else None
         self._samples = self._tokens = 0
         self._waited = 0.0
+        self._cpu = CpuWait()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._start = time.perf_counter()
+        self._cpu.take()  # what was before training is not a step's
         self._tokens_before = state.num_input_tokens_seen
         self._logs = deque([(self._start, state.global_step)], maxlen=RECENT)
 
@@ -74,8 +77,8 @@ class Progress(TrainerCallback):
         """What was done since the last log, over all processes, in all of them.
 
         Returns:
-            As docs/recipe.md lists them: `tokens`, `tokens_per_second`, `samples_per_second`, `data_wait`, `mfu` where it can be
-            known, `accelerator_memory_mb` or `resident_memory_mb`, `seconds` and `seconds_left`.
+            As docs/recipe.md lists them: `tokens`, `tokens_per_second`, `samples_per_second`, `data_wait`, `cpu_wait` and `mfu`
+            where they can be known, `accelerator_memory_mb` or `resident_memory_mb`, `seconds` and `seconds_left`.
         """
         self.count_tokens(state)
         tokens = state.num_input_tokens_seen - self._tokens_before
@@ -83,8 +86,10 @@ class Progress(TrainerCallback):
         seconds = max(now - self._logs[-1][0], 1e-9)
         kind, memory = memory_mb(self._arguments.device)
         flops = None if self._flops is None else self._flops.take()
-        brought = self._world.gather((self._samples, self._waited / seconds, memory, flops))
-        samples, waits, memories, work = zip(*brought, strict=True)
+        cpu = self._cpu.take()
+        lacked = None if cpu is None else cpu / seconds
+        brought = self._world.gather((self._samples, self._waited / seconds, lacked, memory, flops))
+        samples, waits, lacks, memories, work = zip(*brought, strict=True)
         first, step = self._logs[0]
         left = (now - first) / max(state.global_step - step, 1) * (state.max_steps - state.global_step)
         found = {
@@ -96,6 +101,8 @@ class Progress(TrainerCallback):
             "seconds": round(now - self._start, 3),
             "seconds_left": round(left, 1),
         }
+        if known := [share for share in lacks if share is not None]:
+            found["cpu_wait"] = round(min(max(known), 1.0), 4)
         if self._flops is not None and self._peak is not None and None not in work:
             could = self._peak.at(self._flops.dtype, bool(self._arguments.tf32)) * seconds * self._world.size
             found["mfu"] = round(sum(work) / could, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from mmtune.run_directory import RunDirectory
 from mmtune.train import train, training_arguments
 from mmtune.training import progress
 from mmtune.training.callbacks import shown
+from mmtune.training.cpu_wait import CpuWait
 from mmtune.training.flops import ModelFlops, Peak, peak_of
 from mmtune.training.progress import Progress, as_time
 from mmtune.training.trainer import TuningTrainer, score_supervised_only
@@ -193,7 +195,10 @@ def begun(world: World, state: TrainerState, monkeypatch: pytest.MonkeyPatch, pe
 
 def test_figures_are_those_of_all_processes(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     world = Together(0, 2)
-    world.__dict__["other"] = {int: 300, tuple: (6, 0.5, 9e9, 3e12)}  # tokens; samples, waiting, memory, operations
+    world.__dict__["other"] = {
+        int: 300,
+        tuple: (6, 0.5, 0.25, 9e9, 3e12),
+    }  # tokens; samples, waits for data and for a core, memory, operations
     state = TrainerState(max_steps=100)
     found = begun(world, state, monkeypatch, Peak(9, None, 1))
     monkeypatch.setattr(ModelFlops, "take", lambda self: 1e12)
@@ -206,12 +211,30 @@ def test_figures_are_those_of_all_processes(clock: Clock, monkeypatch: pytest.Mo
     assert figures["tokens"] == state.num_input_tokens_seen == 400
     assert (figures["tokens_per_second"], figures["samples_per_second"]) == (100, 2)
     assert figures["data_wait"] == 0.5  # the other's, for this one waited a quarter
+    assert figures["cpu_wait"] == 0.25  # the other's
     assert figures["resident_memory_mb"] == 9e9
     assert figures["mfu"] == 0.5  # 4e12 operations in 4 s on two devices that can do 1e12
     assert (figures["seconds"], figures["seconds_left"]) == (4, 36)
-    world.__dict__["other"] |= {tuple: (0, 0.0, 0.0, None)}
+    world.__dict__["other"] |= {tuple: (0, 0.0, None, 0.0, None)}
     clock.now += 1
     assert "mfu" not in found.figures(state)
+
+
+def test_the_wait_for_a_core_is_that_of_the_thread_that_waited_longest(tmp_path: Path) -> None:
+    def count(**threads: tuple[int, int]) -> None:
+        for name, (run, delay) in threads.items():
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "schedstat").write_text(f"{run} {delay} 7\n")
+
+    assert CpuWait(tmp_path).take() is None  # no kernel that counts
+    count(t1=(9_000_000_000, 4_000_000_000))
+    waits = CpuWait(tmp_path)
+    assert waits.take() == 0  # what was before is not counted, nor is a thread that runs or sleeps
+    count(t1=(9_000_000_001, 4_500_000_000), t2=(1, 1_250_000_000))
+    assert waits.take() == 1.25
+    shutil.rmtree(tmp_path / "t2")
+    count(t1=(9_000_000_001, 4_750_000_000))
+    assert waits.take() == 0.25
 
 
 def test_the_time_left_follows_the_recent_rate_after_a_resume_too(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +256,9 @@ def test_times_and_lines_are_short() -> None:
     logs = {"loss": 1.23456, "learning_rate": 2e-4, "tokens_per_second": 12345.6, "data_wait": 0.04, "mfu": 0.412}
     line = shown({**logs, "accelerator_memory_mb": 67_890.0, "seconds_left": 3723})
     assert line == "loss 1.2346  lr 2.0e-04  12,346 tokens/s  wait 4%  MFU 41%  67.9 GB  1:02:03 left"
+    busy = shown({**logs, "cpu_wait": 0.449, "resident_memory_mb": 800.0, "seconds_left": 1})
+    assert "wait 4%  waits for CPU 45% of the time  MFU 41%" in busy
+    assert "waits for CPU" not in shown({**logs, "cpu_wait": 0.09, "resident_memory_mb": 800.0, "seconds_left": 1})
     assert "MFU" not in shown({**{k: v for k, v in logs.items() if k != "mfu"}, "resident_memory_mb": 800.0, "seconds_left": 1})
 
 
