@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 
 SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
@@ -32,33 +34,27 @@ READ = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def work(name: str) -> None:
-    """A process of one setting: a step for each line of standard input."""
-    import torch
-
+    """A process of one setting: a step for each line of standard input; five of the tiny model."""
     from mmtune.torchvision_support import prepare_torchvision
 
     prepare_torchvision()
     from step_cost import build, make_batch, step
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    vocabulary = 2000 if name == "tiny" else 32_000
-    model = build(vocabulary)
     if name == "tiny":
-        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-        vision = CLIPVisionConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=112, patch_size=14
-        )
-        text = LlamaConfig(
-            vocab_size=2000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
-        )
+        size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+        vision = CLIPVisionConfig(**size, image_size=112, patch_size=14)
+        text = LlamaConfig(**size, vocab_size=2000, pad_token_id=0)
         model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=3))
-    batch = make_batch(4, 256 if name != "tiny" else 64, vocabulary)
+        batch, steps = make_batch(4, 64, 2000), 5
+    else:
+        model, batch, steps = build(32_000), make_batch(4, 256, 32_000), 1
     for _ in range(2):
         step(model, batch, True)
-    print(torch.get_num_threads(), flush=True)
+    print("ready", flush=True)
     for _ in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(5 if name == "tiny" else 1):
+        for _ in range(steps):
             step(model, batch, True)
         print(time.perf_counter() - wall, time.process_time() - cpu, flush=True)
 
@@ -84,7 +80,7 @@ def measure(name: str, rounds: int, threads: int) -> None:
         )
     try:
         for worker in workers.values():
-            worker.stdout.readline()
+            worker.stdout.readline()  # it is ready
         for competitors in (0, 1, threads):
             taken = {setting: [] for setting in workers}
             with busy(competitors):
@@ -116,6 +112,7 @@ def main() -> None:
     if arguments.work:
         work(arguments.work)
     else:
+        print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {metadata.version('torch')}")
         for name in MODELS:
             measure(name, arguments.rounds, arguments.threads)
 
