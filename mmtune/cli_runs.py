@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmtune.cli_verbs import AddVerb, add_recipe_arguments
+from mmtune.cli_verbs import AddVerb, add_recipe_arguments, add_trust
 from mmtune.console import settle_console
 from mmtune.errors import UserError
 
@@ -43,6 +43,8 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
     verb.add_argument("--recipe", help="the recipe whose `evaluate` section to use; a run's own by default")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
 
+    add_trust(verb)
+
     verb = add(verbs, "merge", _merge, "fold a run's adapter into its base and prove the result")
     verb.add_argument("model", metavar="RUN", nargs="?", help="the run, or a checkpoint of one; none with --adapter")
     verb.add_argument("out", metavar="OUT", help="where the merged model goes")
@@ -53,6 +55,8 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
     verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default 5GB)")
     verb.add_argument("--quantize", choices=("int8", "nf4"), help="write a quantized release too, as OUT-int8 or OUT-nf4")
     verb.add_argument("--keep-adapter", action="store_true", help="release the adapter beside its base, unmerged")
+
+    add_trust(verb)
 
     verb = add(verbs, "push", _push, "show what a release would upload to the hub, and upload it with --upload")
     verb.add_argument("release", metavar="RELEASE", help="what `mmtune merge` wrote")
@@ -68,6 +72,8 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
     verb.add_argument("--prompt", help="one question; without it, a conversation")
     verb.add_argument("--chat-template", metavar="NAME", help="instead of the model's own, as model.chat_template of a recipe")
     verb.add_argument("--max-new-tokens", type=int, default=256, help="an answer is cut there (default 256)")
+
+    add_trust(verb)
 
     verb = add(verbs, "report", _report, "print what a run achieved")
     verb.add_argument("model", metavar="RUN", help="the run directory")
@@ -110,7 +116,9 @@ def _eval(arguments: argparse.Namespace) -> Any:
     if recipe.evaluate is None:
         raise UserError(f"{arguments.recipe or arguments.model}: the recipe has no `evaluate` section")
     check_questions(recipe.evaluate)
-    model, processor = load_trained(trained, chat_template=recipe.model.chat_template)
+    model, processor = load_trained(
+        trained, chat_template=recipe.model.chat_template, trust_remote_code=arguments.trust_remote_code
+    )
     check_chat_template(processor)
     result: dict[str, Any] = {"tuned_scores": as_json(score(evaluate(place(model), processor, recipe.evaluate), recipe.evaluate))}
     print_scores(result)
@@ -124,7 +132,11 @@ def _merge(arguments: argparse.Namespace) -> Any:
     from mmtune.release.merge import Form, combine, keep_adapter, merge
 
     out = Path(arguments.out)
-    shared = {"overwrite": arguments.overwrite, "count": arguments.samples}
+    shared = {
+        "overwrite": arguments.overwrite,
+        "count": arguments.samples,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
     form = Form(arguments.dtype, arguments.max_shard_size, arguments.quantize)
     if (arguments.model is None) == (arguments.adapter is None):
         raise UserError("give one RUN, or --adapter RUN:WEIGHT for each of several")
@@ -183,7 +195,9 @@ def _chat(arguments: argparse.Namespace) -> Any:
     ):
         low, high = arguments.window
         raise UserError(f"--window {low:g} {high:g}: expected LOW HIGH, two finite numbers, the lower one first")
-    model, processor = load_trained(Path(arguments.model), chat_template=arguments.chat_template)
+    model, processor = load_trained(
+        Path(arguments.model), chat_template=arguments.chat_template, trust_remote_code=arguments.trust_remote_code
+    )
     window = None if arguments.window is None else (arguments.window[0], arguments.window[1])
     session = ChatSession(place(model), processor, max_new_tokens=arguments.max_new_tokens, window=window)
     for image in arguments.image:

@@ -47,7 +47,12 @@ def settle_console() -> None:
     """
     prepare_threads()  # before torch is imported
     prepare_torchvision()
+    from transformers import dynamic_module_utils
     from transformers.utils import logging as transformers_logging
+
+    # What is loaded without trust_remote_code, by PEFT for one, is refused its own code, where transformers would ask for an
+    # answer on standard input and take one from a pipe.
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
     if speaker():
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  (open as long as the process lives)

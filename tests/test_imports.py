@@ -166,6 +166,12 @@ def passes_on(handler: ast.ExceptHandler) -> bool:
     return bool(handed) or (isinstance(last, ast.Raise) and last.exc is None)
 
 
+def loads_a_class_by_name(called: str) -> bool:
+    """Whether a call takes the class, and with it the code, that a checkpoint names."""
+    owner, _, method = called.rpartition(".")
+    return method in ("from_pretrained", "from_config") and owner.split(".")[-1].lower().startswith("auto")
+
+
 def content_faults(source: str, module: str) -> list[str]:
     """What no file may contain: swallowed errors, code that a checkpoint brings, unsafe loading, notes to oneself."""
     tree = ast.parse(source)
@@ -200,6 +206,8 @@ def content_faults(source: str, module: str) -> list[str]:
             called = dotted(node.func)
             if called in UNSAFE_CALLS:
                 fault(node.lineno, called)
+            elif loads_a_class_by_name(called) and not any(word.arg == "trust_remote_code" for word in node.keywords):
+                fault(node.lineno, f"{called} without trust_remote_code: transformers would ask on standard input")
             elif called == "Console":
                 fault(node.lineno, "a rich console that does not escape text; StyledConsole does")
             elif called in ("yaml.load", "yaml.load_all"):
@@ -371,6 +379,9 @@ def test_an_import_along_the_road_is_not_a_fault(module: str, source: str) -> No
         "options = {'trust_remote_code': True}",
         "torch.load(path)",
         "Console().print(table)",
+        "AutoModel.from_pretrained(name, **settings)",
+        "transformers.AutoProcessor.from_pretrained(name)",
+        "auto.from_config(config)",
         "import pickle",
         "from joblib import load",
         "yaml.load(text)",

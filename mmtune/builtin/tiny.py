@@ -30,7 +30,7 @@ def build_processor() -> LlavaProcessor:
 
     Its tokenizer is a byte-level BPE of 372 tokens whose merges were learnt from the data set's questions.
     """
-    processor: LlavaProcessor = AutoProcessor.from_pretrained(str(TRAINED))
+    processor: LlavaProcessor = AutoProcessor.from_pretrained(str(TRAINED), trust_remote_code=False)
     return processor
 
 

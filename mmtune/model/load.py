@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from mmtune.builtin import tiny
 from mmtune.errors import UserError, nearest
+from mmtune.files import read_json_object
 from mmtune.methods.table import METHODS
 from mmtune.model.assemble import assemble, assemble_processor
 from mmtune.model.chat_template import own_chat_template, resolve_chat_template, set_chat_template, use_chat_template
@@ -35,6 +35,7 @@ from mmtune.model.components import check_family, check_known_to_transformers
 from mmtune.model.generation import published_generation_config
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.model.ready_processor import open_processor, prepare_processor
+from mmtune.model.remote_code import NOT_ALLOWED, brings_code, first_line
 from mmtune.model.sharded import in_parts
 from mmtune.model.trained import ADAPTER_CONFIG, INITIAL, Trained, export_adapter, find_trained
 from mmtune.recipe import ModelSection, load_recipe
@@ -112,13 +113,16 @@ def load_weights(name: str, section: ModelSection) -> PreTrainedModel:
     return model
 
 
-def load_whole(name: str, subject: str, *, quiet: bool = False, **settings: Any) -> PreTrainedModel:
+def load_whole(
+    name: str, subject: str, *, quiet: bool = False, trust_remote_code: bool = False, **settings: Any
+) -> PreTrainedModel:
     """A checkpoint's model with every weight from its files, and its own generation config, made valid.
 
     Args:
         name: a directory or hub id.
         subject: what messages call it.
         quiet: do not print which generation settings were left out, where that was said or another config takes their place.
+        trust_remote_code: whether code that comes with the checkpoint may run.
         settings: for `from_pretrained`.
 
     Raises:
@@ -128,9 +132,9 @@ def load_whole(name: str, subject: str, *, quiet: bool = False, **settings: Any)
     model: PreTrainedModel
     with _named(subject):
         try:
-            generation_config, left_out = published_generation_config(name, settings.get("trust_remote_code", False))
+            generation_config, left_out = published_generation_config(name, trust_remote_code)
             model, report = AutoModelForImageTextToText.from_pretrained(
-                name, generation_config=generation_config, **REPORTED, **settings
+                name, trust_remote_code=trust_remote_code, generation_config=generation_config, **REPORTED, **settings
             )
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"its weights do not load: {_reason(name, error)}") from error
@@ -308,47 +312,50 @@ def load_bare_processor(section: ModelSection) -> ProcessorMixin:
 
 
 def load_trained(
-    path: Path | Trained, dtype: torch.dtype | None = None, chat_template: str | None = None
+    path: Path | Trained,
+    dtype: torch.dtype | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
     """A model to ask: from a run, one of its checkpoints, a PEFT adapter directory, or an ordinary checkpoint or hub id.
 
-    A run is loaded as its recipe says: precision, attention, and code of the checkpoint's own only if it was allowed.
+    A run is loaded as its recipe says: precision and attention. Whether code that it brings may run is not the run's to say.
 
     Args:
         path: the run, the checkpoint, the adapter, or the model; or what `trained_part` has found there.
         dtype: of the base's weights, unquantized; None takes the run's precision, or else the checkpoint's own.
         chat_template: as a recipe's `model.chat_template`; None takes the checkpoint's own, which of a run is the one that it was
             trained with, and another is refused.
+        trust_remote_code: whether code that comes with the run, the model or the base may run.
 
     Returns:
         The model in eval mode on the CPU, and its processor.
 
     Raises:
-        UserError: nothing there, a damaged file, or an adapter that does not fit its base.
+        UserError: nothing there, a damaged file, an adapter that does not fit its base, or code that may not run.
         CheckFailed: a damaged checkpoint.
     """
     trained = path if isinstance(path, Trained) else trained_part(path)
     source = base_of_adapter(trained.path) if trained.is_adapter else str(trained.path)
-    settings: dict[str, Any] = {"dtype": dtype or "auto"}
+    settings: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     of_run = trained.run.recipe.is_file()
     if of_run:
-        section = load_recipe(trained.run.recipe).model
+        section = _model_section(trained, source, trust_remote_code)
         if chat_template == section.chat_template:
             chat_template = None
         if dtype is not None:  # unquantized
             section = section.model_copy(update={"precision": "fp32"})
         settings = loading(source, section) | ({"dtype": dtype} if dtype else {})
-    trusts = settings.get("trust_remote_code", False)
     subject = str(trained.path if isinstance(path, Trained) or of_run else path)
     with _named(f"{subject}: its base {source}" if trained.is_adapter else subject):
-        config = _supported_config(source, source, trusts)
+        config = _supported_config(source, source, trust_remote_code)
     own = None if of_run or trained.is_adapter else chat_template
     try:
         if trained.is_adapter:  # its processor was saved as it was trained with, and its base may turn out to be another one
-            processor = _open(str(trained.path), subject, config, trusts)
+            processor = _open(str(trained.path), subject, config, trust_remote_code)
             template = _chat_template(processor, subject, own)
         else:
-            processor, template = _ready_processor(source, subject, config, own, trusts)
+            processor, template = _ready_processor(source, subject, config, own, trust_remote_code)
         if own != chat_template and template != resolve_chat_template(
             str(chat_template), processor.tokenizer, image_token=processor.image_token
         ):
@@ -366,6 +373,22 @@ def load_trained(
         raise UserError(f"cannot load a model from {trained.path}: {_reason(str(trained.path), error)}") from error
 
 
+def _model_section(trained: Trained, source: str, trust_remote_code: bool) -> ModelSection:
+    """The `model` section of a run's recipe, with the permission of whoever loads the run in place of the run's own.
+
+    Raises:
+        UserError: it was trained with code that is not allowed to run.
+    """
+    section = load_recipe(trained.run.recipe).model
+    if not trust_remote_code:
+        folder = local_folder(source)
+        kernel = section.attn_implementation is not None and "/" in section.attn_implementation
+        if kernel or (section.trust_remote_code and (folder is None or brings_code(folder))):
+            what = f"the attention kernel {section.attn_implementation}" if kernel else source
+            raise UserError(f"{trained.run.path}: it was trained with code of {what}, which runs only with --trust-remote-code")
+    return section.model_copy(update={"trust_remote_code": trust_remote_code})
+
+
 def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
     """A PEFT adapter on its base, every tensor of it.
 
@@ -376,6 +399,7 @@ def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
     Raises:
         UserError: a base that is not there, or an adapter that is damaged, incomplete or made for another base.
     """
+    adapter_method(adapter)  # refuses what PEFT would end with a traceback, or load more for than the adapter and its base
     base = base_of_adapter(adapter)
     own = (adapter / GENERATION_CONFIG_NAME).is_file()  # the base's lacks the stop tokens of the training template
     model = load_whole(base, f"{adapter}: its base {base}", quiet=own, **settings)
@@ -418,11 +442,9 @@ def base_of_adapter(adapter: Path) -> str:
     Raises:
         UserError: a directory without a readable `adapter_config.json`.
     """
-    file = adapter / ADAPTER_CONFIG
-    try:
-        base = str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{file}: not a readable adapter configuration: {error}") from error
+    config = _adapter_config(adapter)
+    if not isinstance(base := config.get("base_model_name_or_path"), str):
+        raise UserError(f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path: expected a name or a path, got {base!r}")
     if base == "base" or not Path(base).is_dir():
         for folder in (adapter.parent, adapter.parent.parent):  # of a checkpoint, the run is one further up
             if (folder / "base" / "config.json").is_file():
@@ -431,12 +453,34 @@ def base_of_adapter(adapter: Path) -> str:
 
 
 def adapter_method(adapter: Path) -> str:
-    """A recipe's name of the method that an adapter directory names."""
-    peft_type = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["peft_type"]
-    config = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
-    return next((name for name, method in METHODS.items() if method.config_class() is config), peft_type.lower())
+    """A recipe's name of the method that an adapter directory names.
+
+    Raises:
+        UserError: no readable configuration, a method that mmtune does not know, or one that has PEFT import what it names.
+    """
+    config = _adapter_config(adapter)
+    peft_type = config.get("peft_type")
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(str(peft_type))
+    method = next((name for name, method in METHODS.items() if method.config_class() is config_class), None)
+    if method is None:
+        raise UserError(
+            f"{adapter / ADAPTER_CONFIG}: peft_type {peft_type!r} is no method that mmtune loads; expected one of "
+            f"{', '.join(METHODS)}"
+        )
+    if config.get("megatron_config") is not None:
+        raise UserError(f"{adapter / ADAPTER_CONFIG}: megatron_config: mmtune does not run Megatron models")
+    return method
+
+
+def _adapter_config(adapter: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(adapter / ADAPTER_CONFIG)
+    except (OSError, UserError) as error:
+        raise UserError(f"{adapter / ADAPTER_CONFIG}: not a readable adapter configuration: {error}") from error
 
 
 def _reason(name: str, error: Exception) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = first_line(error)
+    if line == NOT_ALLOWED:
+        return line
     return line if Path(name).is_dir() else f"there is no such directory, and it does not load as a hub id: {line}"

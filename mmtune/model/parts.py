@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from mmtune.errors import UserError
+from mmtune.model.remote_code import first_line
 from mmtune.model.sharded import frames
 
 EXTRA_TOKENS = {
@@ -154,9 +155,9 @@ def read_image_processor(tower: Tower, trust_remote_code: bool = False) -> Any:
     try:
         processor: Any = AutoImageProcessor.from_pretrained(tower.checkpoint, trust_remote_code=trust_remote_code)
     except ImportError as error:
-        raise UserError(f"{name} needs a package that is missing here: {_first_line(error)}") from error
+        raise UserError(f"{name} needs a package that is missing here: {first_line(error)}") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{name} does not load (preprocessor_config.json was looked for): {_first_line(error)}") from error
+        raise UserError(f"{name} does not load (preprocessor_config.json was looked for): {first_line(error)}") from error
     size, crop = processor.size, getattr(processor, "crop_size", None)
     if size is None or not (size["shortest_edge"] or size["height"]):
         raise UserError(f"{name} resizes by {size}; only a shortest edge, or height and width, gives a known number of patches")
@@ -191,7 +192,7 @@ def read_tokenizer(checkpoint: str, trust_remote_code: bool = False) -> PreTrain
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"language: the tokenizer of {checkpoint} does not load: {_first_line(error)}") from error
+        raise UserError(f"language: the tokenizer of {checkpoint} does not load: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"language: the tokenizer of {checkpoint} has no tokenizer.json; exact labels need its offsets")
     return tokenizer
@@ -216,8 +217,4 @@ def _read_config(checkpoint: str, part: str, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(str(path) if path.exists() else checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         where = "read" if path.exists() else "found: no such local directory, and as a hub id its config.json cannot be had"
-        raise UserError(f"{part}: {checkpoint} cannot be {where}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{part}: {checkpoint} cannot be {where}: {first_line(error)}") from error

@@ -58,7 +58,7 @@ def shrunk_base(name: str, folder: Path, out: Path, seed: int = 0) -> Path:
     config = shrunk_config(AutoConfig.from_pretrained(name, trust_remote_code=False))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.save_pretrained(out)
     for file in folder.iterdir():  # the base's own generation settings among them
         if file.is_file() and file.name != "config.json" and not file.name.endswith(WEIGHTS):

@@ -201,7 +201,7 @@ def tiny_language(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out

@@ -416,7 +416,7 @@ def tiny_base(family: str, out: Path, seed: int = 0) -> Path:
     processor.chat_template = TEMPLATES[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(base.config(processor))
+        model = AutoModelForImageTextToText.from_config(base.config(processor), trust_remote_code=False)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1 and not parameter.any():  # Gemma 3's projection begins at zero, and no image would be seen

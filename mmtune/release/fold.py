@@ -51,7 +51,7 @@ def check_mergeable(trained: Trained) -> None:
         UserError: the adapter's method is no change of weights.
     """
     method = adapter_method(trained.path)
-    if method in METHODS and not METHODS[method].mergeable:
+    if not METHODS[method].mergeable:
         raise UserError(
             f"{trained.run.path}: {method} is no change of weights, so it cannot be merged; --keep-adapter releases it beside "
             "its base"
@@ -88,7 +88,7 @@ def fold_weighted(
 
     Args:
         parts: what runs have trained, and their weights in the sum.
-        trust_remote_code: as the first run's recipe says.
+        trust_remote_code: whether code that comes with the base may run.
 
     Returns:
         The model in eval mode, and the first run's processor.
@@ -106,7 +106,7 @@ def fold_weighted(
     base = load_whole(name, name, quiet=True, dtype=torch.float32, trust_remote_code=trust_remote_code)
     before = {name: tensor for name, tensor in base.state_dict().items() if tensor.is_floating_point()}
     for trained, weight in parts:
-        tuned, processor = load_trained(trained, torch.float32)
+        tuned, processor = load_trained(trained, torch.float32, trust_remote_code=trust_remote_code)
         processors.append(processor)
         merged = fold(tuned)
         base.generation_config = merged.generation_config

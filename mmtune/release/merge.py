@@ -93,7 +93,15 @@ class Form:
     quantize: str | None = None
 
 
-def merge(path: Path, out: Path, *, form: Form | None = None, overwrite: bool = False, count: int = 32) -> Parity:
+def merge(
+    path: Path,
+    out: Path,
+    *,
+    form: Form | None = None,
+    overwrite: bool = False,
+    count: int = 32,
+    trust_remote_code: bool = False,
+) -> Parity:
     """Write the merged model of a run to `out`.
 
     The base is loaded unquantized in fp32, the adapter folded in (the model of a run without one is taken as it is), the result
@@ -106,6 +114,7 @@ def merge(path: Path, out: Path, *, form: Form | None = None, overwrite: bool = 
         form: of the release.
         overwrite: replace an existing `out`, which stays whole until the new one is proven.
         count: samples to compare on.
+        trust_remote_code: whether code that comes with the base or the run may run.
 
     Returns:
         The figures, which also go into the model card and, of a finished run, into its `summary.json`.
@@ -120,14 +129,14 @@ def merge(path: Path, out: Path, *, form: Form | None = None, overwrite: bool = 
     recipe = load_recipe(run.recipe)
     if source.is_adapter:
         check_mergeable(source)
-    job = _Job(recipe, form or Form(), count, _base_on_disk(source, recipe))
+    job = _Job(recipe, form or Form(), count, _base_on_disk(source, recipe), trust_remote_code)
     needed = [path, run.path, *needed_paths(recipe), *([Path(job.base)] if job.base else [])]
     with ExitStack() as stack:
         fresh = job.open(stack, out, overwrite, needed)
         trained = None
         if recipe.model.precision in QUANTIZED:
-            trained = job.observe(*load_trained(source))
-        model, processor = load_trained(source, torch.float32)
+            trained = job.observe(*load_trained(source, trust_remote_code=trust_remote_code))
+        model, processor = load_trained(source, torch.float32, trust_remote_code=trust_remote_code)
         place(model)
         adapter = job.observe(model, processor)
         if source.is_adapter:
@@ -136,7 +145,8 @@ def merge(path: Path, out: Path, *, form: Form | None = None, overwrite: bool = 
             merged = fold(model)
             folded = job.observe(merged, processor)
         else:
-            untuned, _ = load_base(recipe.model.model_copy(update={"precision": "fp32"}), recipe.train.get("seed", 42))
+            section = recipe.model.model_copy(update={"precision": "fp32", "trust_remote_code": trust_remote_code})
+            untuned, _ = load_base(section, recipe.train.get("seed", 42))
             base = answer_logits(place(untuned).eval(), processor, job.samples)
             del untuned
             merged, folded = model, adapter
@@ -171,7 +181,13 @@ def _base_on_disk(source: Trained, recipe: Recipe) -> str | None:
 
 
 def combine(
-    parts: Sequence[tuple[Path, float]], out: Path, *, form: Form | None = None, overwrite: bool = False, count: int = 32
+    parts: Sequence[tuple[Path, float]],
+    out: Path,
+    *,
+    form: Form | None = None,
+    overwrite: bool = False,
+    count: int = 32,
+    trust_remote_code: bool = False,
 ) -> Parity:
     """Write one base plus the weighted sum of several adapters' changes to `out`.
 
@@ -179,7 +195,7 @@ def combine(
 
     Args:
         parts: runs or checkpoints, and their weights.
-        out, form, overwrite, count: as for `merge`; samples come from the first run.
+        out, form, overwrite, count, trust_remote_code: as for `merge`; samples come from the first run.
 
     Raises:
         UserError, CheckFailed: as `merge`.
@@ -192,15 +208,15 @@ def combine(
         check_mergeable(trained)
     first = runs[0][0].run
     recipe = load_recipe(first.recipe)
-    job = _Job(recipe, form or Form(), count, base_of_adapter(runs[0][0].path))
+    job = _Job(recipe, form or Form(), count, base_of_adapter(runs[0][0].path), trust_remote_code)
     needed = [*(trained.run.path for trained, _ in runs), *(trained.path for trained, _ in runs), Path(str(job.base))]
     needed += needed_paths(recipe)
     with ExitStack() as stack:
         fresh = job.open(stack, out, overwrite, needed)
-        merged, processor = fold_weighted(runs, recipe.model.trust_remote_code)
+        merged, processor = fold_weighted(runs, trust_remote_code)
         folded = job.observe(place(merged), processor)
-        base_name, trusts = str(job.base), recipe.model.trust_remote_code
-        untuned = load_whole(base_name, base_name, quiet=True, dtype=torch.float32, trust_remote_code=trusts)
+        base_name = str(job.base)
+        untuned = load_whole(base_name, base_name, quiet=True, dtype=torch.float32, trust_remote_code=trust_remote_code)
         base = answer_logits(place(untuned), processor, job.samples)
         del untuned
         if compare(base, folded.logits).largest <= TOLERANCE / 100:
@@ -214,7 +230,9 @@ def combine(
     return parity
 
 
-def keep_adapter(path: Path, out: Path, *, overwrite: bool = False, count: int = 32) -> dict[str, Any]:
+def keep_adapter(
+    path: Path, out: Path, *, overwrite: bool = False, count: int = 32, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Release a run as its adapter and, unless that is on the hub, its base: for methods that cannot be folded.
 
     `out` gets `adapter/`, `base/`, and a card that shows how to load them. They are loaded back that way and compared with
@@ -230,16 +248,16 @@ def keep_adapter(path: Path, out: Path, *, overwrite: bool = False, count: int =
     source = adapter_of(path)
     run = source.run
     recipe = load_recipe(run.recipe)
-    job = _Job(recipe, Form(), count)
+    job = _Job(recipe, Form(), count, trust_remote_code=trust_remote_code)
     base = Path(base_of_adapter(source.path))
     with replaced_directory(out, overwrite, MANIFEST, [path, run.path, base, *needed_paths(recipe)]) as fresh:
-        model, processor = load_trained(source, torch.float32)
+        model, processor = load_trained(source, torch.float32, trust_remote_code=trust_remote_code)
         expected = job.observe(place(model), processor)
         if base.is_dir():
             shutil.copytree(base, fresh / "base")
         # A base in the release is found beside the adapter, wherever the release goes.
         export_adapter(source, processor, fresh / "adapter", base="base" if base.is_dir() else str(base))
-        result = job.observe(*_placed(load_trained(fresh / "adapter", torch.float32)))
+        result = job.observe(*_placed(job.load(fresh / "adapter")))
         figures = _figures(expected, result)
         if figures["max_logit_difference"] > 1e-6 or figures["same_answers"] < figures["samples"]:
             raise CheckFailed(f"the released adapter differs from the run's: {figures}")
@@ -261,7 +279,7 @@ def parity_samples(recipe: Recipe, count: int) -> list[Sample]:
 class _Job:
     """What is asked of every model of one merge, and how the result is written."""
 
-    def __init__(self, recipe: Recipe, form: Form, count: int, base: str | None = None) -> None:
+    def __init__(self, recipe: Recipe, form: Form, count: int, base: str | None = None, trust_remote_code: bool = False) -> None:
         if count < 1:
             raise UserError(f"--samples {count}: a release is compared on at least one sample")
         if not re.fullmatch(r"\d+[KMGT]I?B", form.max_shard_size.upper()):
@@ -271,6 +289,7 @@ class _Job:
         self.dtype = form.dtype or ("fp32" if recipe.model.precision == "fp32" else "bf16")
         self.base = base  # the checkpoint from which tensors are carried over
         self.written: list[Path] = []
+        self._trusts = trust_remote_code
         self._recipe = recipe
         self._unread: dict[str, Path] = {}
         self._carried: dict[str, Any] = {}
@@ -283,6 +302,10 @@ class _Job:
             beside = out.with_name(f"{out.name}-{self.form.quantize}")
             self.written.append(stack.enter_context(replaced_directory(beside, overwrite, CHECKPOINT_MARK, needed)))
         return self.written[0]
+
+    def load(self, released: Path) -> tuple[Any, ProcessorMixin]:
+        """What was written, loaded back from disk in fp32."""
+        return load_trained(released, torch.float32, trust_remote_code=self._trusts)
 
     def observe(self, model: PreTrainedModel, processor: ProcessorMixin) -> Observed:
         return observe(model, processor, self.samples, self._new_tokens)
@@ -306,7 +329,7 @@ class _Job:
                 print(describe_tensors(merged, self._carried))
         merged.to("meta")  # its memory is wanted for the model that is loaded back
         gc.collect()
-        result = self.observe(*_placed(load_trained(fresh, torch.float32)))
+        result = self.observe(*_placed(self.load(fresh)))
         difference = compare(adapter.logits, result.logits)
         parity = Parity(
             merge_samples=len(self.samples),
@@ -329,17 +352,21 @@ class _Job:
         if kind is None:
             return parity
         whole, fresh = self.written
-        config = quantization(str(whole), kind)
+        config = quantization(str(whole), kind, self._trusts)
         where = {"": torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")}
         model = AutoModelForImageTextToText.from_pretrained(
-            str(whole), dtype=torch.bfloat16, quantization_config=config, device_map=where
+            str(whole),
+            dtype=torch.bfloat16,
+            quantization_config=config,
+            device_map=where,
+            trust_remote_code=self._trusts,
         )
         settle_quantized(model)
         model.save_pretrained(fresh, max_shard_size=self.form.max_shard_size)
         processor.save_pretrained(fresh)
         carry_over(self._unread, fresh, self.form.max_shard_size)
         expected = self.observe(model, processor)
-        reloaded = AutoModelForImageTextToText.from_pretrained(str(fresh), device_map=where)
+        reloaded = AutoModelForImageTextToText.from_pretrained(str(fresh), device_map=where, trust_remote_code=self._trusts)
         settle_quantized(reloaded)
         result = self.observe(reloaded, processor)
         if (apart := compare(expected.logits, result.logits).largest) > TOLERANCE:

@@ -166,10 +166,14 @@ def build_meta(section: ModelSection) -> PreTrainedModel:
             vision_feature_layer=section.vision_feature_layer,
             vision_feature_select_strategy=choose_strategy(tower, section.vision_feature_select_strategy),
         )
-    settings = {"dtype": DTYPES[section.precision], "trust_remote_code": section.trust_remote_code}
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, attn_implementation=attention, **settings)
+            model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+                config,
+                attn_implementation=attention,
+                dtype=DTYPES[section.precision],
+                trust_remote_code=section.trust_remote_code,
+            )
     except ValueError as error:
         raise UserError(f"model: cannot be built from its config: {str(error).strip().splitlines()[0]}") from error
     return model
