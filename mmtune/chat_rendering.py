@@ -8,14 +8,20 @@ end in character spans; nothing is guessed from the length of a prefix, and what
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import Template, TemplateError, nodes, pass_context
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END as MARK_END
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START as MARK_START
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, _plain_template_data
+
+from mmtune.bounded_jinja import COMPILE_FAULTS, RENDER_FAULTS, BoundedEnvironment, TooMuchWork, failure, render
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 STAND_INS = range(0x100000, 0x10FFFE)
@@ -113,20 +119,74 @@ def _render(
     messages: Messages, template: str, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
 ) -> tuple[str, list[Span]]:
     try:
-        texts, spans = render_jinja_template(
-            [messages],
-            chat_template=template,
-            return_assistant_tokens_mask=has_marks(template),
-            add_generation_prompt=add_generation_prompt,
-            **tokenizer.special_tokens_map,
-        )
-    except TemplateSyntaxError as error:
-        raise NotExact(f"the chat template is not valid Jinja: {error}") from error
-    except TemplateError as error:
-        raise NotExact(f"the chat template refuses this conversation: {error}") from error
-    except (TypeError, ValueError, LookupError) as error:  # of the template's own expressions, such as a list added to a string
-        raise NotExact(f"the chat template fails on this conversation: {error}") from error
-    return texts[0], spans[0] if spans else []
+        compiled = _compiled(template)
+    except COMPILE_FAULTS as error:
+        raise NotExact(f"the chat template is not valid Jinja{failure(error)}") from error
+    written = _Written()
+    given = {
+        **_plain_template_data(dict(tokenizer.special_tokens_map)),
+        "messages": _plain_template_data(messages),
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+        _WRITTEN: written,
+    }
+    try:
+        for piece in render(compiled, given):
+            written.pieces.append(piece)
+            written.length += len(piece)
+    except RENDER_FAULTS as error:
+        if isinstance(error, TemplateError) and not isinstance(error, TooMuchWork):
+            raise NotExact(f"the chat template refuses this conversation: {error}"[:400]) from error
+        raise NotExact(f"the chat template fails on this conversation{failure(error)}") from error
+    return "".join(written.pieces), written.spans
+
+
+_WRITTEN = "text of mmtune"
+"""The name under which a rendering finds what was written so far; no name that Jinja could write."""
+
+
+class _Written:
+    """What a template has written, and the spans that it marked."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.length = 0
+        self.spans: list[Span] = []
+
+
+class _Generation(Extension):
+    """`{% generation %}`: what stands in it is the assistant's."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    @pass_context
+    def _marked(self, context: Context, caller: Callable[[], str]) -> str:
+        text = caller()
+        written = context.parent[_WRITTEN]
+        written.spans.append((written.length, written.length + len(text)))
+        return text
+
+
+@cache
+def _environment() -> BoundedEnvironment:
+    """Jinja as transformers sets it up for chat templates, with the functions and filters that it adds, and with bounds."""
+    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    theirs = _compile_jinja_template("").environment
+    environment.filters.update(theirs.filters)
+    environment.globals.update(theirs.globals)
+    environment.bound()
+    return environment
+
+
+@lru_cache(maxsize=64)
+def _compiled(template: str) -> Template:
+    return _environment().from_string(template)
 
 
 def _joined(spans: list[Span]) -> list[Span]:

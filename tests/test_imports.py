@@ -24,6 +24,7 @@ MAX_LINES = 500
 # What each room may import besides itself and the package's own `__init__`. docs/architecture.md draws the same table.
 # A room that is not here is a fault: a new one says where on the road it stands.
 GROUND = {
+    "bounded_jinja",
     "chat_rendering",
     "console",
     "errors",
@@ -40,7 +41,8 @@ RECIPE = GROUND | {"methods", "recipe", "run_directory"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
-    "chat_rendering": set(),
+    "bounded_jinja": set(),
+    "chat_rendering": {"bounded_jinja"},
     "console": {"threads", "torchvision_support"},
     "threads": set(),
     "torchvision_support": set(),

@@ -8,38 +8,22 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from jinja2 import (
-    StrictUndefined,
-    Template,
-    TemplateError,
-    TemplateRuntimeError,
-    Undefined,
-    UndefinedError,
-    meta,
-    nodes,
-    pass_context,
-)
+from jinja2 import StrictUndefined, Template, TemplateRuntimeError, Undefined, UndefinedError, meta, nodes, pass_context
 from jinja2.environment import TemplateExpression
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict
 
+from mmtune import bounded_jinja
+from mmtune.bounded_jinja import BUDGET, COMPILE_FAULTS, RENDER_FAULTS, BoundedEnvironment, Budget
 from mmtune.data.boxes import Box, fractions, pixels, thousandths
 from mmtune.data.message import RowError
 
 DRAW = "drawn by mmtune"
 """The name under which an expression finds the row's draw; no name that Jinja could write, so no row has it."""
 
-_FAULTS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-)
-"""What an expression raises on a row that is not as it expects: Jinja runs Python's operators and methods."""
+
+class NotText(TemplateRuntimeError):
+    """A value that a template writes and that is no text."""
 
 
 class Declaration(BaseModel):
@@ -56,8 +40,9 @@ def check_jinja(source: str) -> None:
     try:
         _text(source)
         _value(source)
-    except TemplateError as error:
-        raise ValueError(f"not valid Jinja: {error}: {source}") from error
+        names_read(source)
+    except COMPILE_FAULTS as error:
+        raise ValueError(f"not valid Jinja{bounded_jinja.failure(error)}: {source[:300]}") from error
 
 
 def names_read(source: str) -> set[str]:
@@ -79,8 +64,8 @@ def render(row_id: str, where: str, source: str, context: Mapping[str, Any], row
         RowError: when it cannot be made of this row.
     """
     try:
-        return _text(source).render(context)
-    except _FAULTS as error:
+        return "".join(bounded_jinja.render(_text(source), context))
+    except RENDER_FAULTS as error:
         raise _told(row_id, where, error, row) from error
 
 
@@ -92,14 +77,14 @@ def evaluate(row_id: str, where: str, source: str, context: Mapping[str, Any], r
     try:
         compiled = _value(source)
         if compiled is None:
-            return _text(source).render(context)
-        value = compiled(context)
+            return "".join(bounded_jinja.render(_text(source), context))
+        value = compiled({**context, BUDGET: Budget(context)})
         value = list(value) if isinstance(value, Iterator) else value
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, Undefined):
                 str(item)  # raises, and says what is not defined
         return value
-    except _FAULTS as error:
+    except RENDER_FAULTS as error:
         raise _told(row_id, where, error, row) from error
 
 
@@ -122,12 +107,10 @@ def as_text(value: Any) -> str:
 
 def _told(row_id: str, where: str, error: Exception, row: Mapping[str, Any]) -> RowError:
     columns = ", ".join(map(str, row)) or "nothing"
-    return RowError(
-        row_id,
-        where,
-        f"{str(error)[:300]}; the row has: {columns[:300]}",
-        "field_missing" if isinstance(error, UndefinedError) else "field_type",
-    )
+    finding = "field_missing" if isinstance(error, UndefinedError) else "field_type"
+    of_row = isinstance(error, (UndefinedError, NotText))
+    told = str(error)[:300] if of_row else f"the template fails{bounded_jinja.failure(error)}"
+    return RowError(row_id, where, f"{told}; the row has: {columns[:300]}", finding)
 
 
 def _written(value: Any) -> Any:
@@ -136,7 +119,7 @@ def _written(value: Any) -> Any:
     try:
         return as_text(value)
     except ValueError as error:
-        raise TemplateRuntimeError(str(error)) from error
+        raise NotText(str(error)) from error
 
 
 def _commonest(values: Any) -> Any:
@@ -157,12 +140,13 @@ def _pick(context: Context, values: Any) -> Any:
 
 
 @cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, finalize=_written)
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment(finalize=_written, undefined=StrictUndefined, autoescape=False)
     own = {"commonest": _commonest, "pick": _pick, "thousandths": thousandths, "fractions": fractions, "pixels": pixels}
     environment.filters.update(own)
     del environment.filters["random"]  # it would draw anew in every epoch; `pick` is the row's own draw
     environment.globals.clear()  # a row without a column of such a name has no such word either
+    environment.bound()
     return environment
 
 

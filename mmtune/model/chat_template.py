@@ -112,13 +112,23 @@ def own_chat_template(processor: ProcessorMixin) -> str:
 
     processor.chat_template = own
     try:
-        marked = get_training_chat_template(processor)
-    except (ValueError, TypeError, TemplateError):  # a template that TRL does not know, or one that fails on what TRL renders
+        marked = get_training_chat_template(_NotRendered(own))
+    except ValueError:  # a template that TRL does not know
         marked = None
     fault = _fault(marked or own, tokenizer, image_token)
     if fault:
         raise UserError(f"its chat template does not serve: {fault}; {_advice(own, tokenizer, image_token)}")
     return marked or own
+
+
+class _NotRendered:
+    """A chat template that TRL recognizes by its text. TRL would also render it, without a bound, to see if it takes tools."""
+
+    def __init__(self, template: str) -> None:
+        self.chat_template = template
+
+    def apply_chat_template(self, *_: Any, **__: Any) -> str:
+        raise TemplateError("not rendered")
 
 
 def _published(processor: ProcessorMixin) -> str | None:
@@ -268,7 +278,7 @@ def settle_special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> 
     Raises:
         UserError: when it goes on adding tokens.
     """
-    text = str(tokenizer.apply_chat_template([QUESTION, ANSWER], chat_template=template, tokenize=False))
+    text = render_text([QUESTION, ANSWER], template, tokenizer)
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]
     writes_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     allowed = [bare] if writes_bos or tokenizer.bos_token_id is None else [bare, [tokenizer.bos_token_id, *bare]]

@@ -208,7 +208,10 @@ def test_of_several_templates_the_default_is_used_and_said(capsys: pytest.Captur
 def test_a_system_message_that_a_template_cannot_take_is_a_fault_of_its_row() -> None:
     """Some templates add a system message to a string, as if it had no blocks; others refuse it."""
     for opens, reason in (
-        ("{% if m.role == 'system' %}{{ m.content + '\n' }}{% endif %}", "fails on this conversation: can only concatenate"),
+        (
+            "{% if m.role == 'system' %}{{ m.content + '\n' }}{% endif %}",
+            "fails on this conversation at line 1: can only concatenate",
+        ),
         ("{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}", "refuses this conversation: no system"),
     ):
         template = _turns(opens, _said("<image>"), _said("", MARKED) + "</s>", "<|user|>")

@@ -111,7 +111,7 @@ def test_boxes_in_jinja(media: Path) -> None:
     assert text == "[0.00, 0.00, 0.25, 0.50] [0.50, 0.50, 1.00, 1.00] [0, 0, 10, 12] 10"
     for answer, reason in {
         "{{ box }}": "a box is written by a filter",
-        "{{ bbox | pixels }}": "expected a box that the template's 'boxes' declares, found list",
+        "{{ bbox | pixels }}": "the template fails at line 1: expected a box that the template's 'boxes' declares, found list",
     }.items():
         with pytest.raises(RowError, match=rf"^r: messages\[1\]: {reason}"):
             _template(answer).sample("r", row, rules)
