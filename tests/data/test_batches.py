@@ -90,13 +90,19 @@ def test_a_budget_is_kept_and_no_row_is_lost(lengths: list[int], world: int, acc
         assert (sum(sizes) if packed else max(sizes, default=0) * len(sizes)) <= 50
 
 
-def test_the_largest_batch_comes_first_and_in_the_first_epoch_only() -> None:
+@pytest.mark.parametrize("more", [{}, {"tokens": 64}, {"tokens": 64, "packed": True}], ids=["size", "tokens", "packed"])
+def test_the_largest_batch_comes_first_and_in_the_first_epoch_only(more: dict[str, Any]) -> None:
     lengths = np.array([3, 9, 4, 50, 2, 7, 7, 1] * 4)
     lengths[13] = 60
-    batches = Batches(alone(32), seed=2, size=4, lengths=lengths, largest_first=True)
-    assert 13 in next(iter(batches))
-    batches.set_epoch(1)
-    assert list(batches) == list(_at(Batches(alone(32), seed=2, size=4, lengths=lengths), 1))
+    for seed in range(8):  # by chance the largest batch may come first anyway
+        plain = Batches(alone(32), seed=seed, size=4, lengths=lengths, **more)
+        batches = Batches(alone(32), seed=seed, size=4, lengths=lengths, largest_first=True, **more)
+        largest = max(lengths[batch].sum() if "packed" in more else lengths[batch].max() * len(batch) for batch in batches)
+        first = next(iter(batches))
+        assert (lengths[first].sum() if "packed" in more else lengths[first].max() * len(first)) == largest
+        assert Counter(chain.from_iterable(batches)) == Counter(range(32))
+        batches.set_epoch(1)
+        assert list(batches) == list(_at(plain, 1))
 
 
 def test_the_largest_batch_is_told_with_and_without_its_padding() -> None:

@@ -14,6 +14,7 @@ from dialects import DIALECTS, Dialect, speaker
 from families import byte_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from mmtune.data.encode import EncodedText, check_chat_template, encode_text
 from mmtune.data.message import Message, RowError, text_of
@@ -239,6 +240,31 @@ def test_a_token_over_the_edge_of_an_answer_is_refused(marked: bool) -> None:
     processor = _speaks(template if marked else re.sub("{% (end)?generation %}", "", template), "<image>")
     with pytest.raises(RowError, match=r"messages\[1\]: a token of the answer takes in what the chat template writes beside it"):
         encode_text("r", _talk("what?", "the cat"), processor, [])
+
+
+def test_a_prompt_that_the_answer_splits_otherwise_is_refused() -> None:
+    """Line breaks and the spaces before them are one piece for Qwen's and Llama 3's tokenizers, split by what follows.
+
+    No token stands over the edge of the answer, and the prompt alone still has other tokens than the prompt before the answer.
+    """
+    space, line = "\u0120", "\u010a"  # as byte-level BPE spells them
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [(line, space), (space, space)]
+    model = models.BPE({token: i for i, token in enumerate([*letters, *("".join(pair) for pair in merges)])}, merges)
+    backend = Tokenizer(model)
+    pieces = pre_tokenizers.Split(Regex(r"[^\s]+|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    answer = "{{ ' \\n  ' }}{% generation %}" + SAYS + "{% endgeneration %}"
+    turn = "{% if m.role == 'user' %}" + SAYS + "{% else %}" + answer + "{% endif %}"
+    processor = _speaks(TURN.format(turn, PROMPT.replace("assistant:", "assistant: \n  ")), "<image>")
+    specials = processor.tokenizer.all_special_tokens
+    processor.tokenizer = tf.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", extra_special_tokens=specials
+    )
+    assert encode_text("r", _talk("what?", "the cat"), processor, []).input_ids
+    with pytest.raises(RowError, match=r"messages\[1\]: the answer begins with white space that the tokenizer joins"):
+        encode_text("r", _talk("what?", "\nthe cat"), processor, [])
 
 
 @pytest.mark.parametrize("kind", ["video", "audio"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,17 @@ from mmtune.errors import CheckFailed, UserError
 from mmtune.manifest import check_manifest
 from mmtune.model.load import base_of_adapter, load_trained
 from mmtune.recipe import Recipe
-from mmtune.release.merge import Form, keep_adapter, merge, parity_samples
+from mmtune.release.merge import (
+    TOLERANCE,
+    Form,
+    Parity,
+    _enforce_fold,
+    _enforce_release,
+    keep_adapter,
+    merge,
+    parity_samples,
+)
+from mmtune.release.parity import Observed
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
 
@@ -276,3 +287,25 @@ def _recipe(run: RunDirectory) -> Recipe:
     from mmtune.recipe import load_recipe
 
     return load_recipe(run.recipe)
+
+
+def test_a_merge_whose_answers_differ_is_refused_although_its_logits_agree() -> None:
+    """Greedy answers are a check of their own: a stop token or a chat template that is lost leaves the logits as they are."""
+    tuned, base = [torch.tensor([[0.0, 1.0]])], [torch.tensor([[1.0, 0.0]])]
+    _enforce_fold(Observed(tuned, ["7"]), base, Observed(tuned, ["7"]))
+    with pytest.raises(CheckFailed, match="answers 1 of 2 samples unlike the adapter"):
+        _enforce_fold(Observed(tuned, ["7", "8"]), base, Observed(tuned, ["7", "8 and on"]))
+    parity = Parity(
+        merge_samples=2,
+        merge_dtype="fp32",
+        merge_max_logit_difference=0.0,
+        merge_mean_logit_difference=0.0,
+        merge_kl=0.0,
+        merge_same_answers=2,
+        merge_fold_difference=0.0,
+        merge_tolerance=TOLERANCE,
+        merge_difference_from_base=1.0,
+    )
+    _enforce_release(parity, change=1.0)
+    with pytest.raises(CheckFailed, match=r"loaded back from disk, differs from the adapter: .* 1 of 2 answers the same"):
+        _enforce_release(replace(parity, merge_same_answers=1), change=1.0)
