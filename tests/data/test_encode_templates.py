@@ -257,7 +257,7 @@ def test_a_prompt_that_the_answer_splits_otherwise_is_refused() -> None:
     backend.decoder = decoders.ByteLevel()
     answer = "{{ ' \\n  ' }}{% generation %}" + SAYS + "{% endgeneration %}"
     turn = "{% if m.role == 'user' %}" + SAYS + "{% else %}" + answer + "{% endif %}"
-    processor = _speaks(TURN.format(turn, PROMPT.replace("assistant:", "assistant: \n  ")), "<image>")
+    processor = _speaks(TURN.format(turn, PROMPT.replace("assistant:", "{{ 'assistant: \n  ' }}")), "<image>")
     specials = processor.tokenizer.all_special_tokens
     processor.tokenizer = tf.PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", extra_special_tokens=specials
