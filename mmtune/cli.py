@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
-from typing import Any
+from typing import Any, NoReturn
 
 from mmtune import __version__
 from mmtune.cli_data import add_data_verbs
@@ -19,12 +19,14 @@ from mmtune.cli_runs import add_run_verbs
 from mmtune.console import speaker
 from mmtune.errors import CheckFailed, Stopped, UserError, missing_library
 from mmtune.files import expand_user
+from mmtune.launch_errors import leaves_bugs, print_error, print_lost_peer
 from mmtune.terminal_text import escapes_output, takes_any_character
 
 PATHS = ("recipe", "model", "out", "release", "folder", "dest", "data", "html", "media_root", "image", "adapter", "resume")
 """Arguments that name paths: a leading `~` is the home directory, also where a shell leaves it (`--out=~/x`)."""
 
 
+@leaves_bugs()
 @escapes_output
 def entry_point(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. A user's mistake is shown as its message, a bug keeps its traceback."""
@@ -42,30 +44,30 @@ def entry_point(arguments: Sequence[str] | None = None) -> int:
         else:
             run(parsed)
     except UserError as error:
-        print(f"{who}error: {error}", file=sys.stderr)
+        print_error(f"error: {error}")
         return 2
     except ImportError as error:
         if (reason := missing_library(error)) is None:
             raise
-        print(f"{who}error: a library that this needs is missing: {reason}", file=sys.stderr)
+        print_error(f"error: a library that this needs is missing: {reason}")
         return 2
     except CheckFailed as error:
         if error.result is not None and getattr(parsed, "json", False):
             _print_json(error.result)
-        print(f"{who}failed: {error}", file=sys.stderr)
+        print_error(f"failed: {error}")
         return 1
     except Stopped as error:
-        print(f"{who}stopped: {error}", file=sys.stderr)
+        print_error(f"stopped: {error}")
         return error.exit_code
     except RuntimeError as error:
         from mmtune.world import is_lost_peer
 
         if not is_lost_peer(error):
             raise
-        print(f"{who}ended, because another process of the run has; see its error, or the launcher's root cause", file=sys.stderr)
+        print_lost_peer()
         return 1
     except KeyboardInterrupt:
-        print(f"{who}interrupted", file=sys.stderr)
+        print_error("interrupted")
         return 130
     return 0
 
@@ -90,8 +92,15 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
     return parsed
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As argparse's, for several processes that are started with the same arguments."""
+        print_error(f"{self.format_usage()}{self.prog}: error: {message}")
+        raise SystemExit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mmtune", description="Parameter-efficient multimodal instruction tuning.")
+    parser = _Parser(prog="mmtune", description="Parameter-efficient multimodal instruction tuning.")
     parser.add_argument("--version", action="version", version=f"mmtune {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     add_run_verbs(verbs, _verb)

@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "torchvision_support": set(),
     "terminal_text": set(),
     "styled_console": {"terminal_text"},
+    "launch_errors": {"console", "terminal_text"},
     "world": {"errors"},
     "files": {"errors"},
     "manifest": {"errors"},

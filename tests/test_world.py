@@ -409,8 +409,12 @@ def test_fsdp_that_becomes_ddp_is_told(kinds: dict[str, dict[str, Any]], tmp_pat
     command = [*launcher("fsdp2"), str(ROOT / "mmtune" / "train.py"), str(recipe)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "error: asked for 2 processes, FSDP2, and accelerate made it MULTI_CPU of 2; FSDP takes GPUs" in done.stderr
-    assert "[rank 1] error: asked for 2 processes" in done.stderr
+    told = "error: asked for 2 processes, FSDP2, and accelerate made it MULTI_CPU of 2; FSDP takes GPUs"
+    assert done.stderr.count(told) == 2  # printed by one process, and the last that the launcher says
+    root_cause = done.stderr.rpartition("Root Cause")[2]
+    assert f"traceback : {told}" in root_cause
+    assert "rank      : 0 " in root_cause
+    assert "exitcode  : 2 " in root_cause
 
 
 def test_shipped_configurations_leave_to_the_recipe_what_is_its() -> None:
