@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -183,8 +184,9 @@ def _push(arguments: argparse.Namespace) -> Any:
 
 def _chat(arguments: argparse.Namespace) -> Any:
     settle_console()
+    from mmtune.chat.image_paths import image_at
     from mmtune.chat.session import ChatSession
-    from mmtune.chat.terminal import converse
+    from mmtune.chat.terminal import EMPTY_ANSWER, converse
     from mmtune.model.compute import place
     from mmtune.model.load import load_trained
 
@@ -201,7 +203,7 @@ def _chat(arguments: argparse.Namespace) -> Any:
     window = None if arguments.window is None else (arguments.window[0], arguments.window[1])
     session = ChatSession(place(model), processor, max_new_tokens=arguments.max_new_tokens, window=window)
     for image in arguments.image:
-        session.attach(Path(image))
+        session.attach(image_at(image))
     if arguments.prompt is None:
         converse(session)
         return None
@@ -210,7 +212,10 @@ def _chat(arguments: argparse.Namespace) -> Any:
         print(piece, end="", flush=True)
         pieces.append(piece)
     print()
-    return {"prompt": arguments.prompt, "images": arguments.image, "answer": "".join(pieces)}
+    answer = "".join(pieces)
+    if not answer.strip():
+        print(EMPTY_ANSWER, file=sys.stderr)
+    return {"prompt": arguments.prompt, "images": arguments.image, "answer": answer}
 
 
 def _report(arguments: argparse.Namespace) -> Any:

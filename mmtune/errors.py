@@ -29,6 +29,13 @@ def missing_library(error: ImportError) -> str | None:
     return f"{reason} ({(str(cause).strip() or type(cause).__name__).splitlines()[0]})"
 
 
+def reason_of(error: BaseException) -> str:
+    """Why something failed, in one line: of an OSError the system's words without the path, which the message has already."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Stopped(Exception):
     """A signal ended the run after a whole step.
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from mmtune.terminal_text import escape_controls
+from mmtune.terminal_text import escape_controls, unescaped
 
 
 class StyledConsole(Console):
@@ -20,8 +20,7 @@ class StyledConsole(Console):
     """
 
     def __init__(self, **settings: Any) -> None:
-        # Below the stream that would escape rich's own sequences.
-        super().__init__(file=getattr(sys.stdout, "stream", sys.stdout), **settings)
+        super().__init__(file=unescaped(sys.stdout), **settings)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """rich's segments, their text escaped."""

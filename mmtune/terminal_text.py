@@ -97,6 +97,11 @@ def takes_any_character(stream: Any) -> bool:
     return str(stream.encoding or "utf-8").lower().startswith("utf")
 
 
+def unescaped(stream: TextIO) -> TextIO:
+    """The stream below an `EscapedStream`, for those who write terminal sequences of their own; any other stream as it is."""
+    return stream.stream if isinstance(stream, EscapedStream) else stream
+
+
 def escapes_output(run: Callable[..., int]) -> Callable[..., int]:
     """Have a command's standard output and standard error escaped while it runs; one that cannot be written ends it.
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
 
 from mmtune.data.encode import check_chat_template, encode_prompt
-from mmtune.data.media import ImageView, open_image
+from mmtune.data.media import Embedded, ImageView, open_image
 from mmtune.data.message import Message
 from mmtune.data.pixels import Window
 from mmtune.errors import UserError
@@ -42,7 +43,7 @@ class ChatSession:
         self._messages: list[Message] = []
         self._images: list[dict[str, Any]] = []
 
-    def attach(self, image: Path) -> tuple[int, int]:
+    def attach(self, image: Path | Embedded) -> tuple[int, int]:
         """Show an image with the next question; returns its (width, height) in pixels.
 
         Raises:
@@ -61,8 +62,12 @@ class ChatSession:
         self._messages = []
         self._images = []
 
-    def ask(self, question: str) -> Iterator[str]:
-        """Pieces of the greedy answer as the model writes them; the finished turn joins the conversation.
+    def ask(self, question: str) -> Generator[str]:
+        """Pieces of the greedy answer as the model generates them; the finished turn joins the conversation.
+
+        An iterator that is closed early, or interrupted by Ctrl-C, stops the model after the token in progress, and returns when
+        the generation thread has ended. The turn then joins the conversation with the pieces that were given, so that the model
+        reads what the user has read; without any piece the question is dropped, and its images wait for the next one.
 
         Raises:
             UserError: an image that is gone, or a question that is not valid Unicode.
@@ -71,24 +76,42 @@ class ChatSession:
         prompt = encode_prompt("chat", [*self._messages, turn], self._processor)
         streamer = TextIteratorStreamer(self._processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failed: list[BaseException] = []
+        stopped = Event()
+
+        def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return torch.full((len(input_ids),), stopped.is_set(), device=input_ids.device)
 
         def answer() -> None:
             try:
                 with torch.inference_mode(), as_trained(self._model):
                     inputs = to_model(self._model, prompt)
-                    generate(self._model, self._processor, inputs, self._max_new_tokens, streamer)
+                    generate(self._model, self._processor, inputs, self._max_new_tokens, streamer, [stop])
             except BaseException as error:  # handed to the reader, who would otherwise wait for ever
                 failed.append(error)
                 streamer.end()
 
-        thread = Thread(target=answer, daemon=True)
-        thread.start()
-        pieces = []
-        for piece in streamer:
-            pieces.append(piece)
-            yield piece
-        thread.join()
+        # A thread that is inside torch when the interpreter ends aborts the process: this one has ended whenever `ask` has.
+        thread = Thread(target=answer)
+        pieces: list[str] = []
+        finished = False
+        try:
+            thread.start()
+            for piece in streamer:
+                pieces.append(piece)
+                yield piece
+            finished = True
+        finally:
+            stopped.set()
+            _wait_for(thread)
+            if not failed and (finished or any(pieces)):
+                self._messages += [turn, {"role": "assistant", "content": [{"type": "text", "text": "".join(pieces)}]}]
+                self._images = []
         if failed:
             raise failed[0]
-        self._messages += [turn, {"role": "assistant", "content": [{"type": "text", "text": "".join(pieces)}]}]
-        self._images = []
+
+
+def _wait_for(thread: Thread) -> None:
+    """Until the thread has ended. Ctrl-C meanwhile asks for what is under way: the model has been told to stop."""
+    while thread.is_alive():
+        with suppress(KeyboardInterrupt):
+            thread.join()

@@ -1,41 +1,110 @@
-"""A conversation in the terminal."""
+"""A conversation in the terminal: line editing, commands, and Ctrl-C that stops an answer."""
 
 from __future__ import annotations
 
+import io
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import closing
 
+from prompt_toolkit import PromptSession
+from prompt_toolkit.output import create_output
+from prompt_toolkit.output.vt100 import Vt100_Output
+from prompt_toolkit.shortcuts import CompleteStyle
+from prompt_toolkit.utils import is_dumb_terminal
+
+from mmtune.chat.image_paths import ImagePathCompleter, image_paths
 from mmtune.chat.session import ChatSession
 from mmtune.errors import UserError
+from mmtune.terminal_text import unescaped
 
-HELP = "/image FILE shows an image with your next question, /reset starts over, /exit leaves"
+COMMANDS = {
+    "/image": "/image FILE ... shows images with your next question",
+    "/reset": "/reset starts over",
+    "/exit": "/exit leaves",
+}
+"""The commands, each with its help."""
+HELP = f"{', '.join(COMMANDS.values())}; Ctrl-C stops an answer"
+PROMPT = "> "
+EMPTY_ANSWER = "(the answer is empty)"
 
 
 def converse(session: ChatSession) -> None:
-    """Read questions and commands from standard input until it ends."""
+    """Read questions and commands from standard input until it ends.
+
+    At a terminal a line can be edited, earlier lines come back, and Ctrl-C during an answer stops it and keeps the conversation.
+    Otherwise each line of standard input is a question or a command.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C while a line is awaited; at any time when standard input is not a terminal.
+    """
+    is_interactive = sys.stdin.isatty()
+    read_line = _line_reader()
     print(HELP)
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = read_line().strip()
         except EOFError:
             return
         command, _, argument = line.partition(" ")
+        if command == "/exit":
+            return
         try:
-            if not line:
-                continue
-            if command == "/exit":
-                return
-            if command == "/reset":
-                session.reset()
-                print("(a new conversation)")
-            elif command == "/image":
-                width, height = session.attach(Path(argument.strip()))
-                print(f"({argument.strip()}, {width} x {height}: ask about it)")
-            elif command.startswith("/"):
-                print(f"(no command {command}: {HELP})")
-            else:
-                for piece in session.ask(line):
-                    print(piece, end="", flush=True)
-                print()
+            _act(session, line, command, argument.strip())
         except UserError as error:
             print(f"({error})")
+        except KeyboardInterrupt:
+            if not is_interactive:
+                raise
+            print("\n(stopped: what was answered stays in the conversation)")
+
+
+def _act(session: ChatSession, line: str, command: str, argument: str) -> None:
+    if not line:
+        return
+    if command == "/reset":
+        session.reset()
+        print("(a new conversation)")
+    elif command == "/image":
+        for name, image in image_paths(argument):
+            width, height = session.attach(image)
+            print(f"({name}, {width} x {height}: ask about it)")
+    elif command.startswith("/"):
+        raise UserError(f"no command {command}: {HELP}")
+    else:
+        is_empty = True
+        with closing(session.ask(line)) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                is_empty = is_empty and not piece.strip()
+        print(EMPTY_ANSWER if is_empty else "")
+
+
+def _line_reader() -> Callable[[], str]:
+    """Reads one line; raises EOFError where there is none, and at a terminal for Ctrl-D."""
+    is_interactive = sys.stdin.isatty()
+    if is_interactive and sys.stdout.isatty() and not is_dumb_terminal():
+        output = create_output(unescaped(sys.stdout))
+        if isinstance(output, Vt100_Output):
+            output.enable_cpr = False  # a terminal that does not report its cursor would be warned of
+        editor: PromptSession[str] = PromptSession(
+            PROMPT,
+            output=output,
+            completer=ImagePathCompleter(list(COMMANDS)),
+            complete_style=CompleteStyle.READLINE_LIKE,
+            complete_while_typing=False,
+            enable_suspend=True,
+        )
+        return editor.prompt
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused by itself, and the others are read
+
+    def read_line() -> str:
+        if is_interactive and sys.stdout.isatty():
+            print(PROMPT, end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line
+
+    return read_line

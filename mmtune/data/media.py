@@ -24,6 +24,7 @@ from mmtune.data.findings import Unusable
 from mmtune.data.image_changes import ImageChange
 from mmtune.data.media_names import data_of, path_of_file_uri, refuse_base64, refuse_scheme, unwrapped, windows_hint
 from mmtune.data.pixels import Window, lacks_range, to_rgb
+from mmtune.errors import reason_of
 from mmtune.files import user_cache
 
 MAX_PIXELS = 89_478_485
@@ -258,12 +259,14 @@ def _from_path(name: str, rules: MediaRules) -> Path:
             is_file = path.is_file()
         except (OSError, RuntimeError, ValueError) as error:  # too long a name; links in a circle; a null byte, a lone surrogate
             refuse_base64(name)
-            raise Unusable("media_path", f"cannot look up '{name[:200]}': {error}"[:400]) from error
+            raise Unusable("media_path", f"cannot look up '{name[:200]}': {reason_of(error)}"[:400]) from error
         if is_file:
             break
     if not is_file:
         refuse_base64(name)
-    windows = "" if is_file else windows_hint(name)
+    windows = (
+        "" if is_file else windows_hint(name, "as this machine names the file" if rules.outside else "relative to media_root")
+    )
     if not rules.outside and not path.is_relative_to(root):
         told = f"'{name}' lies outside media_root {root}; `allow_outside_root: true` in its source would allow it"
         raise Unusable("media_outside_root", told + windows)
@@ -303,8 +306,7 @@ def open_image(media: Media | str) -> Image.Image:
             if orientation in _TRANSPOSED:
                 shown = shown.transpose(_TRANSPOSED[orientation])
         except _DAMAGED as error:
-            told = " ".join(str(error).split())  # pydicom's has several lines
-            raise Unusable("image_damaged", f"cannot decode {media}: {told}") from error
+            raise Unusable("image_damaged", f"cannot decode {media}: {reason_of(error)}") from error
     return shown if change is None else change.apply(shown)
 
 
@@ -314,14 +316,16 @@ def opened_image(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
     try:
         file = open_media(media)
     except (OSError, ValueError) as error:
-        raise Unusable("image_unreadable", f"not an image that can be opened: {media}: {error}") from error
+        raise Unusable("image_unreadable", f"not an image that can be opened: {media}: {reason_of(error)}") from error
     with file:
         try:
             image, orientation = _opened(file)
         except _DAMAGED as error:
             bomb = isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning))
             kind = "image_too_large" if bomb else "image_unreadable"
-            reason = f"none of {', '.join(FORMATS)}, DICOM" if isinstance(error, Image.UnidentifiedImageError) else error
+            reason = (
+                f"none of {', '.join(FORMATS)}, DICOM" if isinstance(error, Image.UnidentifiedImageError) else reason_of(error)
+            )
             raise Unusable(kind, f"not an image that can be opened: {media}: {reason}") from error
         with image:
             if not 0 < image.width * image.height <= MAX_PIXELS:

@@ -104,6 +104,15 @@ def refuse_base64(name: str) -> None:
         raise Unusable("media_path", f"{detail}: write data:image;base64, before it")
 
 
-def windows_hint(name: str) -> str:
-    """What to say of a Windows path that no file has; nothing of another path."""
-    return "; it is a Windows path: write it relative to media_root" if _WINDOWS.match(name) or "\\" in name else ""
+def is_windows_path(name: str) -> bool:
+    """Whether a path begins with a drive or a server, as Windows writes them."""
+    return _WINDOWS.match(name) is not None
+
+
+def windows_hint(name: str, instead: str) -> str:
+    """What to say of a Windows path that no file has; nothing of another path.
+
+    Args:
+        instead: how to write it.
+    """
+    return f"; it is a Windows path: write it {instead}" if is_windows_path(name) or "\\" in name else ""

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from mmtune.data.message import RowError
 from mmtune.data.rows import Item, Row
-from mmtune.errors import UserError
+from mmtune.errors import UserError, reason_of
 
 KEPT_BYTES = 256 * 2**20
 """How much is kept of what was decoded; always the last group, however large."""
@@ -125,7 +125,7 @@ def _readable(path: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+        raise UserError(f"{path}: cannot be read: {reason_of(error)}") from error
 
 
 def open_arrow(path: Path, name: str) -> GroupedRows:

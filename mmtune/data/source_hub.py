@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtune.data.rows import Item, Row
-from mmtune.errors import UserError
+from mmtune.errors import UserError, reason_of
 
 if TYPE_CHECKING:
     import datasets
@@ -58,7 +58,7 @@ def open_saved(path: Path, name: str) -> DatasetRows:
     try:
         return DatasetRows(datasets.load_from_disk(str(path)), name)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read by datasets: {error}") from error
+        raise UserError(f"{path}: cannot be read by datasets: {reason_of(error)}") from error
 
 
 def open_hub(path: str, name: str) -> DatasetRows:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 from mmtune.data.media import Embedded
 from mmtune.data.message import RowError
 from mmtune.data.rows import Item, Row, not_utf8, parse_json
-from mmtune.errors import UserError
+from mmtune.errors import UserError, reason_of
 
 TEXT = ("txt", "text", "cls", "caption")
 """Members that are read as text, by the last part of their extension."""
@@ -118,7 +118,7 @@ def _files(file: BinaryIO, path: Path, start: int) -> Iterator[tarfile.TarInfo]:
                     yield member
             end = archive.offset
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a tar file that can be read: {error}") from error
+        raise UserError(f"{path}: not a tar file that can be read: {reason_of(error)}") from error
     file.seek(end)
     while chunk := file.read(2**20):
         if chunk.strip(b"\0"):

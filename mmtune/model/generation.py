@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, ProcessorMixin, WatermarkingConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, ProcessorMixin, StoppingCriteriaList, WatermarkingConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
@@ -126,6 +126,7 @@ def generate(
     batch: Mapping[str, torch.Tensor],
     max_new_tokens: int,
     streamer: BaseStreamer | None = None,
+    stopping_criteria: Sequence[Callable[..., torch.Tensor]] = (),
 ) -> torch.Tensor:
     """Greedy answers to a batch of prompts, as evaluation, parity, rehearsal and chat ask for them.
 
@@ -135,6 +136,7 @@ def generate(
     Args:
         batch: `input_ids` of shape (rows, tokens), padded on the left, with what else the model takes.
         streamer: gets the tokens of a single row as they come.
+        stopping_criteria: functions of `input_ids` and `scores` that return a boolean for each row: whether it is finished.
 
     Returns:
         Token ids of prompts and answers, int64, shape (rows, tokens).
@@ -144,7 +146,10 @@ def generate(
     inner.generation_config = GenerationConfig(**answer_settings(model, processor, max_new_tokens))
     try:
         answers: torch.Tensor = model.generate(  # type: ignore[operator]
-            **batch, generation_config=inner.generation_config, streamer=streamer
+            **batch,
+            generation_config=inner.generation_config,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList(stopping_criteria),
         )
     finally:
         inner.generation_config = own

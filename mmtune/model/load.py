@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from mmtune.builtin import tiny
-from mmtune.errors import UserError, nearest
+from mmtune.errors import UserError, nearest, reason_of
 from mmtune.files import read_json_object
 from mmtune.methods.table import METHODS
 from mmtune.model.assemble import assemble, assemble_processor
@@ -407,7 +407,7 @@ def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
         tuned = PeftModel.from_pretrained(model, str(adapter))
         found = {key for file in weight_files(adapter) for key in safe_open(file, framework="pt").keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{adapter}: cannot load the adapter: {error}") from error
+        raise UserError(f"{adapter}: cannot load the adapter: {reason_of(error)}") from error
     # PEFT loads what is there, and warns of the rest.
     expected = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
     faults = {"missing": expected - found, "not the base's": {key for key in found - expected if not _is_embedding(key)}}

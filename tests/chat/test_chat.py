@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
+import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
 
+from mmtune.chat.image_paths import ImagePathCompleter, image_paths
 from mmtune.chat.session import ChatSession
-from mmtune.chat.terminal import HELP, converse
+from mmtune.chat.terminal import COMMANDS, EMPTY_ANSWER, HELP, converse
 from mmtune.errors import UserError
 
 torch.set_num_threads(1)
@@ -118,6 +124,82 @@ def test_a_model_without_a_chat_template_is_refused(talker: tuple[Any, Any]) -> 
         ChatSession(talker[0], bare)
 
 
+def test_an_answer_that_is_stopped_stays_as_far_as_it_was_read(talker: tuple[Any, Any], picture: Path) -> None:
+    endless = ChatSession(*talker, max_new_tokens=10**6)
+    endless.attach(picture)
+    threads = threading.active_count()
+    with closing(endless.ask("what is it?")) as pieces:
+        read = "".join(itertools.islice((piece for piece in pieces if piece), 2))
+    assert threading.active_count() == threads and read
+
+    endless.attach(picture)
+    with closing(endless.ask("not read at all")):
+        pass
+    endless._max_new_tokens = NEW
+    prompt = f"<|user|><image>\nwhat is it?<|end|><|assistant|>{read}<|end|><|user|><image>\nsure?<|end|><|assistant|>"
+    assert "".join(endless.ask("sure?")) == _plain(talker, prompt, [picture, picture])
+
+
+@pytest.mark.parametrize(
+    ("line", "files"),
+    [
+        ("a b.png", ["a b.png"]),
+        ("'a b.png'", ["a b.png"]),
+        (r"a\ b.png sub/c.png", ["a b.png", "sub/c.png"]),
+        ("\"a b.png\"  'it'\\''s.png'", ["a b.png", "it's.png"]),
+        ("it's.png", ["it's.png"]),
+        (r"it\'s.png", ["it's.png"]),
+        (r"sub\c.png 'a b.png'", ["sub/c.png", "a b.png"]),
+        ("file://{folder}/a%20b.png", ["a b.png"]),
+        ("'{folder}/a b.png'", ["a b.png"]),
+        ("~/a\\ b.png", ["a b.png"]),
+    ],
+)
+def test_images_are_named_as_in_a_shell(line: str, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "sub").mkdir()
+    for name in ("a b.png", "it's.png", "sub/c.png"):
+        (tmp_path / name).touch()
+    assert [image for _, image in image_paths(line.format(folder=tmp_path))] == [tmp_path / name for name in files]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("", "name an image file"),
+        ("my cat.png", "no such file: {folder}/my"),
+        ("Tom's cat.png", "a quote is not closed"),
+        (r"C:\Users\me\a.png", "C:/Users/me/a.png; it is a Windows path: write it as this machine names the file"),
+        ("https://example.org/a.png", "a URL; download the file"),
+        ("a\0b", "cannot look up"),
+        ("x" * 300, "cannot look up"),
+    ],
+)
+def test_a_name_without_an_image_is_one_line(line: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        list(image_paths(line))
+    assert reason.format(folder=tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_commands_and_paths_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my pictures").mkdir()
+    (tmp_path / "my pictures" / "it's.png").touch()
+    completer = ImagePathCompleter(list(COMMANDS))
+
+    def completed(text: str) -> list[str]:
+        found = completer.get_completions(Document(text), CompleteEvent())
+        return [text[: len(text) + each.start_position] + each.text for each in found]
+
+    assert completed("/i") == ["/image "]
+    assert completed("/image x.png m") == [r"/image x.png my\ pictures/"]
+    assert completed(r"/image my\ pictures/i") == [r"/image my\ pictures/it\'s.png"]
+    assert completed("/image 'my p") == ["/image 'my pictures/"]
+    assert completed("") == completed("what is m") == []
+
+
 # ------------------------------------------------------------------------------------------------------------- terminal
 
 
@@ -133,15 +215,15 @@ def test_the_terminal_talks(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    lines = ["/image /nowhere/x.png", "", f"/image {picture}", "  what? ", "/help", "/image", "/reset", "sure?"]
+    lines = ["/image /nowhere/x.png", "", f"/image {picture}", "  what? ", "/help", "/image", "/reset", "sure\udcff", "sure?"]
     _converse(session, [*lines, "/exit", "never asked"], monkeypatch)
     first = _plain(talker, "<|user|><image>\nwhat?<|end|><|assistant|>", [picture])
     last = _plain(talker, "<|user|>sure?<|end|><|assistant|>", [])
     out = capsys.readouterr().out
     parts = [
-        f"{HELP}\n(not an image that can be opened: /nowhere/x.png: ",
-        f")\n({picture}, 40 x 24: ask about it)\n{first}\n(no command /help: {HELP})\n(not an image that can be opened: .: ",
-        f"(a new conversation)\n{last}\n",
+        f"{HELP}\n(no such file: /nowhere/x.png)\n({picture}, 40 x 24: ask about it)\n{first}\n(no command /help: {HELP})\n",
+        "(/image FILE ...: name an image file)\n(a new conversation)\n(chat: ",
+        f")\n{last}\n",
     ]
     at = 0
     for part in parts:
@@ -155,3 +237,13 @@ def test_the_terminal_ends_with_its_input(
 ) -> None:
     _converse(session, ["/reset"], monkeypatch)
     assert capsys.readouterr().out == f"{HELP}\n(a new conversation)\n"
+
+
+def test_an_empty_answer_is_said(
+    talker: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = copy.deepcopy(talker[0])
+    with torch.no_grad():
+        ends.lm_head.weight.zero_()  # every token alike: the first, which is special, is taken
+    _converse(ChatSession(ends, talker[1], max_new_tokens=1), ["so?"], monkeypatch)
+    assert capsys.readouterr().out == f"{HELP}\n{EMPTY_ANSWER}\n"

@@ -1,0 +1,85 @@
+"""`mmtune chat` at a terminal: line editing, Ctrl-C during an answer and at the prompt."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import select
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmtune.model.checkpoint import save_checkpoint
+
+PATIENCE_S = 120.0
+SEQUENCES = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|[=>])|\r")
+
+
+class Terminal:
+    """A program at a pseudo-terminal of its own.
+
+    Args:
+        command: the program and its arguments.
+    """
+
+    def __init__(self, command: list[str]) -> None:
+        self._master, slave = os.openpty()
+        termios.tcsetwinsize(slave, (24, 80))
+        environment = {**os.environ, "TERM": "xterm"}
+        self._process = subprocess.Popen(command, preexec_fn=lambda: os.login_tty(slave), pass_fds=[slave], env=environment)
+        os.close(slave)
+        self._printed = b""
+        self.screen = ""  # what was printed, without terminal sequences
+        self._read = 0
+
+    def type(self, keys: str) -> None:
+        """Send keys."""
+        os.write(self._master, keys.encode())
+
+    def wait_for(self, pattern: str) -> None:
+        """Until what was printed since the last wait matches."""
+        end = time.monotonic() + PATIENCE_S
+        while not (found := re.compile(pattern, re.DOTALL).search(self.screen, self._read)):
+            ready, _, _ = select.select([self._master], [], [], end - time.monotonic())
+            assert ready, f"no {pattern!r} in {self.screen[self._read :]!r}"
+            self._printed += os.read(self._master, 4096)
+            self.screen = SEQUENCES.sub("", self._printed.decode(errors="replace"))
+        self._read = found.end()
+
+    def exit_code(self) -> int:
+        """Of the program, which has nothing more to print."""
+        try:
+            return self._process.wait(PATIENCE_S)
+        finally:
+            self._process.kill()
+            os.close(self._master)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_answer_and_at_the_prompt_leaves(talker: tuple[Any, Any], tmp_path: Path) -> None:
+    model = copy.deepcopy(talker[0])
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False  # or its head would not be saved
+    save_checkpoint(model, talker[1], tmp_path / "model")
+    command = ["chat", str(tmp_path / "model"), "--max-new-tokens", "1000000"]
+    terminal = Terminal([sys.executable, "-m", "mmtune.cli", *command])
+    terminal.wait_for("/exit leaves.*>")
+    terminal.type("what is it?\r")
+    terminal.wait_for(r"what is it\?\n\S")
+    terminal.type("\x03")
+    terminal.wait_for(r"\n\(stopped: what was answered stays in the conversation\)\n.*>")
+    terminal.type("\x1b[A")
+    terminal.wait_for(r"what is it\?")
+    terminal.type("\x7f, really?\r")
+    terminal.wait_for(r"really\?\n\S")
+    terminal.type("\x03\x03")
+    terminal.wait_for(r"\n\(stopped: what was answered stays in the conversation\)\n.*>")
+    terminal.type("\x03")
+    terminal.wait_for("\ninterrupted\n")
+    assert terminal.exit_code() == 130
+    assert "Traceback" not in terminal.screen
