@@ -49,10 +49,9 @@ def add_data_verbs(verbs: Any, add: AddVerb) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> Any:
-    settle_console()
+    doctor = _doctor(arguments)
     from mmtune.data.check import Summary
 
-    doctor = _doctor(arguments)
     summary, listed = Summary(doctor.rows), []
     with _lines(arguments.out) as write:
         for found in doctor.findings(arguments.processes):
@@ -70,15 +69,24 @@ def _check(arguments: argparse.Namespace) -> Any:
 
 
 def _doctor(arguments: argparse.Namespace) -> Any:
-    from mmtune.data.check import Doctor, Rules, guess_template
-    from mmtune.recipe import Source, check_files, load_recipe
+    from mmtune.data.source import is_missing
+    from mmtune.data.template import load_data_template
+    from mmtune.preflight import check_recipe, located_errors
+    from mmtune.recipe import Source, load_recipe
 
     if not arguments.data.endswith(RECIPE_ENDINGS):
         if arguments.overrides:
             raise UserError(
                 f"{arguments.data} is no recipe, so {arguments.overrides[0]} changes nothing; give --template and --media-root"
             )
+        if is_missing(arguments.data):
+            raise UserError(f"{arguments.data}: no such file")
         template = arguments.template
+        if template is not None:
+            load_data_template(template)
+        settle_console()
+        from mmtune.data.check import Doctor, Rules, guess_template
+
         if template is None:
             template = guess_template(arguments.data)
             print(f"{arguments.data}: read with the data template {template}; --template names another")
@@ -87,19 +95,23 @@ def _doctor(arguments: argparse.Namespace) -> Any:
     if arguments.template or arguments.media_root:
         raise UserError("--template and --media-root are for a file of rows; a recipe names its own")
     recipe = load_recipe(arguments.data, arguments.overrides)
-    check_files(recipe)
-    if absent := _absent_checkpoint(recipe):
-        print(f"not checked: tokens and lengths, because {absent} is not on this machine and does not load from the hub")
-    processor = None if absent else _processor(recipe)
-    rules = Rules(processor, recipe.data.max_tokens, recipe.data.over_length, recipe.data.supervise, arguments.decode)
-    return Doctor(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), rules)
+    check_recipe(recipe, ("model", "data", "evaluate"))
+    settle_console()
+    from mmtune.data.check import Doctor, Rules
+
+    with located_errors(recipe):
+        if absent := _absent_checkpoint(recipe):
+            print(f"not checked: tokens and lengths, because {absent} is not on this machine and does not load from the hub")
+        processor = None if absent else _processor(recipe)
+        rules = Rules(processor, recipe.data.max_tokens, recipe.data.over_length, recipe.data.supervise, arguments.decode)
+        return Doctor(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), rules)
 
 
 def _absent_checkpoint(recipe: Any) -> str | None:
     """A hub id of the recipe's model whose configuration does not load, as with no network; None if all can be read."""
     from transformers.utils import CONFIG_NAME, cached_file
 
-    from mmtune.model.load import HUB_ID
+    from mmtune.model.locate import HUB_ID
 
     for name in (recipe.model.base, recipe.model.vision, recipe.model.language):
         if name and not name.startswith("builtin:") and not Path(name).exists() and HUB_ID.fullmatch(name):
@@ -136,13 +148,15 @@ def _lines(out: str | None) -> Iterator[Callable[[dict[str, str]], None]]:
 
 
 def _show(arguments: argparse.Namespace) -> Any:
+    from mmtune.preflight import check_recipe, located_errors
+    from mmtune.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    check_recipe(recipe, ("model", "data", "evaluate"))
     settle_console()
     from mmtune.data.dataset import Samples
     from mmtune.data.show import find_sample, print_view, view_sample, visible, write_page
-    from mmtune.recipe import check_files, load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    check_files(recipe)
     if arguments.row is not None:
         sample = find_sample(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), arguments.row)
     else:
@@ -150,7 +164,8 @@ def _show(arguments: argparse.Namespace) -> Any:
         if not 0 <= arguments.index < len(samples):
             raise UserError(f"--index {arguments.index}: there are {len(samples):,} training rows, from 0 on")
         sample = samples[arguments.index]
-    view = view_sample(sample, _processor(recipe), recipe.data)
+    with located_errors(recipe):
+        view = view_sample(sample, _processor(recipe), recipe.data)
     if arguments.html:
         write_page(view, Path(arguments.html))
         print(f"page: {arguments.html}")

@@ -48,20 +48,29 @@ def add_recipe_verbs(verbs: Any, add: AddVerb) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> Any:
+    from mmtune.preflight import check_recipe, located_errors
+    from mmtune.recipe import load_recipe
+    from mmtune.tuning.sizes import parse_memory
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    check_recipe(recipe, files=False)
+    limit = None if arguments.memory is None else parse_memory(arguments.memory)
     settle_console()
+    with located_errors(recipe):
+        return _plan_of(recipe, arguments, limit)
+
+
+def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> Any:
     from mmtune.data.encode import check_chat_template
     from mmtune.data.plan_report import plan_data, print_data
     from mmtune.data.source import is_missing
     from mmtune.model.load import load_bare_processor
-    from mmtune.recipe import load_recipe
     from mmtune.train import training_arguments
     from mmtune.training.rows import make_batches, optimizer_steps
     from mmtune.tuning.layouts import layouts_for, print_layouts
-    from mmtune.tuning.memory import estimate_memory, parse_memory, print_estimate, suggestions
+    from mmtune.tuning.memory import estimate_memory, print_estimate, suggestions
     from mmtune.world import ALONE
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    limit = None if arguments.memory is None else parse_memory(arguments.memory)
     missing = [source.path for source in recipe.data.train if is_missing(source.path)]
     data = None
     sample: dict[str, Any] = {"tokens": recipe.data.max_tokens, "images": 1, "supervised": None}
@@ -96,7 +105,6 @@ def _plan(arguments: argparse.Namespace) -> Any:
 
 
 def _methods(arguments: argparse.Namespace) -> Any:
-    settle_console()
     from mmtune.methods.show import method_rows, print_methods
 
     print_methods()
@@ -104,16 +112,21 @@ def _methods(arguments: argparse.Namespace) -> Any:
 
 
 def _assemble(arguments: argparse.Namespace) -> Any:
-    settle_console()
     from mmtune.files import check_replaceable
-    from mmtune.model.checkpoint import CHECKPOINT_MARK, save_checkpoint
-    from mmtune.model.load import load_base
+    from mmtune.model.locate import CHECKPOINT_MARK
+    from mmtune.preflight import check_recipe, located_errors
     from mmtune.recipe import load_recipe, needed_paths
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     out = Path(arguments.out)
     check_replaceable(out, arguments.overwrite, CHECKPOINT_MARK, needed_paths(recipe))
-    model, processor = load_base(recipe.model, recipe.train.get("seed", 42))
+    check_recipe(recipe, ("model",))
+    settle_console()
+    from mmtune.model.checkpoint import save_checkpoint
+    from mmtune.model.load import load_base
+
+    with located_errors(recipe):
+        model, processor = load_base(recipe.model, recipe.train.get("seed", 42))
     save_checkpoint(model, processor, out, overwrite=arguments.overwrite)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"assembled: {out}: {type(model).__name__}, {parameters:,} parameters")
@@ -121,29 +134,40 @@ def _assemble(arguments: argparse.Namespace) -> Any:
 
 
 def _recipe_check(arguments: argparse.Namespace) -> Any:
-    settle_console()
-    from mmtune.data.reader import check_source
-    from mmtune.model.load import UNTRAINED, local_folder, resolve_base
-    from mmtune.recipe import check_files, load_recipe
-    from mmtune.train import check_method, training_arguments
-    from mmtune.world import ALONE
+    from mmtune.preflight import base_is_here, check_recipe, located_errors
+    from mmtune.recipe import load_recipe
+    from mmtune.recipe_libraries import is_stored
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    check_files(recipe)
-    sources = {"data.train": recipe.data.train, "evaluate.data": recipe.evaluate.data if recipe.evaluate else ()}
-    for key, source in ((f"{name}.{number}", each) for name, part in sources.items() for number, each in enumerate(part)):
-        try:
-            check_source(source)
-        except UserError as error:
-            raise UserError(f"{recipe.origin(key)}: {key}: {error}") from error
-    training_arguments(recipe)
+    check_recipe(recipe)
     base = recipe.model.base
-    if base is None or base == UNTRAINED or local_folder(resolve_base(base)) is not None:
-        check_method(recipe, ALONE)
-    else:
-        print(f"not checked without a download: that {base} is there, and that its family is supported and takes the method")
+    with located_errors(recipe):
+        if base is not None and not base_is_here(recipe):
+            print(f"not checked without a download: that {base} is there, and that its family is supported and takes the method")
+        elif base is not None and not base.startswith("builtin:"):
+            _check_base_config(recipe)
+        if not is_stored("training_arguments"):  # another transformers may have rules that are not known here
+            _check_training_arguments(recipe)
     print(f"{arguments.recipe}: good")
     return {"recipe": arguments.recipe, "good": True}
+
+
+def _check_base_config(recipe: Any) -> None:
+    """Read a base's whole configuration, as transformers does."""
+    settle_console()
+    from mmtune.model.load import base_config
+    from mmtune.model.packing import check_packable_family
+
+    config = base_config(recipe.model)
+    if recipe.data.packing:
+        check_packable_family(config)
+
+
+def _check_training_arguments(recipe: Any) -> None:
+    settle_console()
+    from mmtune.train import training_arguments
+
+    training_arguments(recipe)
 
 
 def _recipe_schema(arguments: argparse.Namespace) -> Any:

@@ -81,8 +81,10 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> Any:
-    settle_console()
+    from mmtune.files import writing
+    from mmtune.preflight import check_recipe, located_errors
     from mmtune.recipe import load_recipe
+    from mmtune.run_directory import check_output_dir
 
     if isinstance(arguments.resume, str) and "=" in arguments.resume and not Path(arguments.resume).exists():
         arguments.overrides, arguments.resume = [*arguments.overrides, arguments.resume], True  # --resume key=value
@@ -90,36 +92,48 @@ def _train(arguments: argparse.Namespace) -> Any:
     if arguments.rehearse:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("a rehearsal runs in one process: mmtune train RECIPE --rehearse")
+        check_recipe(recipe, files=False)
+        settle_console()
         from mmtune.rehearse import rehearse
 
-        return rehearse(recipe)
-    from mmtune.files import writing
-    from mmtune.train import train
-
+        with located_errors(recipe):
+            return rehearse(recipe)
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume goes on with the run that --overwrite would replace; give one of them")
+    check_recipe(recipe)
+    with located_errors(recipe):
+        if not arguments.resume:
+            check_output_dir(recipe, arguments.overwrite)
+    settle_console()
+    from mmtune.train import train
+
     resume = arguments.resume if isinstance(arguments.resume, bool) else Path(arguments.resume)
-    with writing(Path(recipe.output_dir)):
+    with writing(Path(recipe.output_dir)), located_errors(recipe):
         return train(recipe, arguments.command_line, arguments.overwrite, resume)
 
 
 def _eval(arguments: argparse.Namespace) -> Any:
-    settle_console()
-    from mmtune.data.encode import check_chat_template
-    from mmtune.evaluation.report import print_scores
-    from mmtune.evaluation.run import as_json, check_questions, evaluate, score
-    from mmtune.model.compute import place
-    from mmtune.model.load import load_trained, trained_part
+    from mmtune.model.trained import trained_part
+    from mmtune.preflight import check_recipe, located_errors
     from mmtune.recipe import load_recipe
 
     trained = trained_part(Path(arguments.model))
     recipe = load_recipe(arguments.recipe or trained.run.recipe, arguments.overrides)
     if recipe.evaluate is None:
         raise UserError(f"{arguments.recipe or arguments.model}: the recipe has no `evaluate` section")
-    check_questions(recipe.evaluate)
-    model, processor = load_trained(
-        trained, chat_template=recipe.model.chat_template, trust_remote_code=arguments.trust_remote_code
-    )
+    check_recipe(recipe, ("evaluate",))
+    settle_console()
+    from mmtune.data.encode import check_chat_template
+    from mmtune.evaluation.report import print_scores
+    from mmtune.evaluation.run import as_json, check_questions, evaluate, score
+    from mmtune.model.compute import place
+    from mmtune.model.load import load_trained
+
+    with located_errors(recipe):
+        check_questions(recipe.evaluate)
+        model, processor = load_trained(
+            trained, chat_template=recipe.model.chat_template, trust_remote_code=arguments.trust_remote_code
+        )
     check_chat_template(processor)
     result: dict[str, Any] = {"tuned_scores": as_json(score(evaluate(place(model), processor, recipe.evaluate), recipe.evaluate))}
     print_scores(result)
@@ -129,6 +143,12 @@ def _eval(arguments: argparse.Namespace) -> Any:
 
 
 def _merge(arguments: argparse.Namespace) -> Any:
+    if (arguments.model is None) == (arguments.adapter is None):
+        raise UserError("give one RUN, or --adapter RUN:WEIGHT for each of several")
+    runs = [_weighted(text) for text in arguments.adapter or ()]
+    for path in [path for path, _ in runs] or [Path(arguments.model)]:
+        if not path.is_dir():
+            raise UserError(f"{path}: no such run or model")
     settle_console()
     from mmtune.release.merge import Form, combine, keep_adapter, merge
 
@@ -139,8 +159,6 @@ def _merge(arguments: argparse.Namespace) -> Any:
         "trust_remote_code": arguments.trust_remote_code,
     }
     form = Form(arguments.dtype, arguments.max_shard_size, arguments.quantize)
-    if (arguments.model is None) == (arguments.adapter is None):
-        raise UserError("give one RUN, or --adapter RUN:WEIGHT for each of several")
     if arguments.keep_adapter:
         if arguments.adapter or form != Form():
             raise UserError("--keep-adapter releases one RUN as it is: no --adapter, --dtype, --max-shard-size, --quantize")
@@ -148,7 +166,7 @@ def _merge(arguments: argparse.Namespace) -> Any:
         print(f"released: {out}: the adapter beside its base, {figures['same_answers']} of {figures['samples']} answers the same")
         return figures
     if arguments.adapter:
-        parity = combine([_weighted(text) for text in arguments.adapter], out, form=form, **shared)
+        parity = combine(runs, out, form=form, **shared)
     else:
         parity = merge(Path(arguments.model), out, form=form, **shared)
     print(
@@ -183,12 +201,8 @@ def _push(arguments: argparse.Namespace) -> Any:
 
 
 def _chat(arguments: argparse.Namespace) -> Any:
-    settle_console()
     from mmtune.chat.image_paths import image_at
-    from mmtune.chat.session import ChatSession
-    from mmtune.chat.terminal import EMPTY_ANSWER, converse
-    from mmtune.model.compute import place
-    from mmtune.model.load import load_trained
+    from mmtune.model.trained import trained_part
 
     if arguments.json and arguments.prompt is None:
         raise UserError("--json goes with --prompt")
@@ -197,13 +211,19 @@ def _chat(arguments: argparse.Namespace) -> Any:
     ):
         low, high = arguments.window
         raise UserError(f"--window {low:g} {high:g}: expected LOW HIGH, two finite numbers, the lower one first")
-    model, processor = load_trained(
-        Path(arguments.model), chat_template=arguments.chat_template, trust_remote_code=arguments.trust_remote_code
-    )
+    images = [image_at(image) for image in arguments.image]
+    trained = trained_part(Path(arguments.model))
+    settle_console()
+    from mmtune.chat.session import ChatSession
+    from mmtune.chat.terminal import EMPTY_ANSWER, converse
+    from mmtune.model.compute import place
+    from mmtune.model.load import load_trained
+
+    model, processor = load_trained(trained, chat_template=arguments.chat_template, trust_remote_code=arguments.trust_remote_code)
     window = None if arguments.window is None else (arguments.window[0], arguments.window[1])
     session = ChatSession(place(model), processor, max_new_tokens=arguments.max_new_tokens, window=window)
-    for image in arguments.image:
-        session.attach(image_at(image))
+    for image in images:
+        session.attach(image)
     if arguments.prompt is None:
         converse(session)
         return None
@@ -219,12 +239,13 @@ def _chat(arguments: argparse.Namespace) -> Any:
 
 
 def _report(arguments: argparse.Namespace) -> Any:
-    settle_console()
-    from mmtune.evaluation.report import print_scores
     from mmtune.run_directory import RunDirectory
 
     run = RunDirectory(Path(arguments.model))
     summary = run.read_summary()
+    settle_console()
+    from mmtune.evaluation.report import print_scores
+
     print_scores(summary)
     print(
         f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters trained in "

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,19 @@ from mmtune.recipe_arguments import Settings, method_arguments, training_argumen
 from mmtune.recipe_prompts import Shots
 from mmtune.recipe_sections import (
     BUILTIN_BASES,
-    ComponentTuning,
     DataSection,
     EvaluateSection,
     ModelSection,
     Projector,
     Recipe,
     Source,
-    TuneSection,
 )
+from mmtune.recipe_tune import ComponentTuning, TuneSection
 from mmtune.recipe_yaml import apply_override, read_document
 
 __all__ = [
     "BUILTIN_BASES",
+    "SECTIONS",
     "ComponentTuning",
     "DataSection",
     "EvaluateSection",
@@ -46,10 +46,12 @@ __all__ = [
     "TuneSection",
     "check_files",
     "load_recipe",
+    "located",
     "needed_paths",
     "recipe_schema",
 ]
 
+SECTIONS = ("model", "tune", "data", "evaluate", "train")
 _ROWS_FILE = re.compile(r"[^*?\[{]+\.(json|jsonl|ndjson|csv|tsv|parquet|arrow|feather|tar)", re.IGNORECASE)
 _SHORTHANDS = {f"tune.{component}": "method" for component in ("vision", "projector", "language")} | {"model.projector": "type"}
 
@@ -79,19 +81,24 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def check_files(recipe: Recipe) -> None:
+def check_files(recipe: Recipe, sections: Collection[str] = SECTIONS) -> None:
     """Look for every local file and directory that the recipe names.
+
+    Args:
+        sections: those that are looked at.
 
     Raises:
         UserError: naming each that is missing, with its key and line.
     """
     missing = []
     for key, named, kind in _named_files(recipe):
+        if key.partition(".")[0] not in sections:
+            continue
         if kind == "rows" and not _ROWS_FILE.fullmatch(named):
             continue  # a glob, a data set on the hub, or a folder: opening it says whether it is there
         if not (Path(named).is_dir() if kind == "directory" else Path(named).exists()):
             kind = "file" if kind == "rows" else kind
-            missing.append(_located(recipe, key, f"no such {kind}: {named}"))
+            missing.append(located(recipe, key, f"no such {kind}: {named}"))
     if missing:
         raise UserError("\n".join(missing))
 
@@ -186,6 +193,11 @@ def _named_files(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
                 yield f"{key}.{index}.shots.media_root", source.shots.media_root, "directory"
 
 
-def _located(recipe: Recipe, key: str, message: str) -> str:
-    place = recipe.origin(key)
-    return f"{place}: {message}" if place.startswith(f"command line: {key}=") else f"{place}: {key}: {message}"
+def located(recipe: Recipe, key: str, message: str) -> str:
+    """A message about a key of a recipe, with the place where the key, or the nearest above it, was written."""
+    place = recipe.place(key)
+    if place is None:
+        return f"{key}: {message}"
+    if (given := place.removeprefix(f"command line: {key}=")) == place:
+        return f"{place}: {key}: {message}"
+    return f"{place}: {message.removeprefix(f'{given}: ')}"

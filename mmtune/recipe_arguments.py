@@ -1,7 +1,6 @@
 """The settings that a recipe borrows: LoraConfig's and TrainingArguments' own names, types and descriptions.
 
-Both are read from the installed dataclasses, so a recipe accepts what the installed versions accept. The imports wait
-until a recipe is checked, because they bring torch along.
+Both are those of the installed versions, as `recipe_libraries` knows them, so a recipe accepts what the libraries accept.
 """
 
 from __future__ import annotations
@@ -9,33 +8,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import operator
-import re
-import types
 import typing
 from collections.abc import Mapping
 from copy import deepcopy
-from enum import Enum
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
-from pydantic import AfterValidator, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mmtune.errors import nearest
 from mmtune.methods.table import METHODS
-
-
-def _family(pattern: str) -> Any:
-    stem = pattern.partition("[")[0]
-
-    def check(value: str) -> str:
-        if not re.fullmatch(rf"{re.escape(stem)}[0-9]+", value):
-            raise ValueError(f"not {stem}N")
-        return value
-
-    return Annotated[str, AfterValidator(check), WithJsonSchema({"type": "string", "pattern": f"^{stem}[0-9]+$"})]
-
+from mmtune.recipe_libraries import library_fact
+from mmtune.recipe_types import annotation_of, choices_of, describe, numbered
 
 _BOUNDS: dict[str, Any] = {
     **dict.fromkeys(("r", "init_r", "target_r", "oft_block_size", "boft_block_size", "bottleneck_size"), Annotated[int, Ge(1)]),
@@ -44,7 +29,7 @@ _BOUNDS: dict[str, Any] = {
     **dict.fromkeys(("lora_dropout", "bottleneck_dropout", "module_dropout", "boft_dropout"), Annotated[float, Ge(0), Lt(1)]),
     **dict.fromkeys(("vera_dropout", "rank_dropout", "miss_dropout", "encoder_dropout"), Annotated[float, Ge(0), Lt(1)]),
     **dict.fromkeys(("target_modules", "feedforward_modules"), list[str] | str),
-    "init_lora_weights": bool | Literal["gaussian", "eva", "olora", "pissa", "lora_ga"] | _family("pissa_niter_[n]"),
+    "init_lora_weights": bool | Literal["gaussian", "eva", "olora", "pissa", "lora_ga"] | numbered("pissa_niter_"),
 }
 """Tighter than the dataclasses say. OFT's `r` of 0 means "by block size", and is what it is when not given."""
 
@@ -106,9 +91,13 @@ class Argument:
     """One borrowed setting."""
 
     annotation: Any
-    adapter: TypeAdapter[Any]
     default: Any
     description: str
+
+    @functools.cached_property
+    def adapter(self) -> TypeAdapter[Any]:
+        """Validates values, and makes their JSON schema."""
+        return TypeAdapter(self.annotation)
 
     def fault(self, value: object) -> str | None:
         """What is wrong with a plain value, or None."""
@@ -116,10 +105,11 @@ class Argument:
             self.adapter.validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
             own = [e for e in error.errors() if e["type"] == "recipe"]
-            hint = own[0]["msg"] if own else f"expected {_describe(self.annotation)}, got {shown(value)}"
-            return hint + (_nearest_value(self.annotation, value) if isinstance(value, str) else "")
+            hint = own[0]["msg"] if own else f"expected {describe(self.annotation, shown)}, got {shown(value)}"
+            names = choices_of(self.annotation)
+            return hint + (nearest(value, names) if names and isinstance(value, str) else "")
         except TypeError:
-            return f"expected {_describe(self.annotation)}, got {shown(value)}"
+            return f"expected {describe(self.annotation, shown)}, got {shown(value)}"
         return None
 
 
@@ -182,123 +172,37 @@ def shown(value: object) -> str:
 def method_arguments(name: str) -> Arguments:
     """What a component may hold beside `method: NAME`: the PEFT configuration's fields, less what mmtune owns."""
     method = METHODS[name]
-    # LoraConfig makes its nested configurations from mappings itself.
-    return _arguments(method.config_class(), dict(method.refused), {}, method.settings(), _BOUNDS, nested=True)
+    fields = library_fact("peft_configurations")[method.config]
+    return _arguments(fields, dict(method.refused), {}, method.settings(), _BOUNDS)
 
 
 @functools.cache
 def training_arguments() -> Arguments:
     """What `train` may hold: transformers' TrainingArguments, less what mmtune owns."""
-    from transformers import TrainingArguments
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    bounds = {**_TRAIN_BOUNDS, "report_to": _one_or_more("none", "all", *INTEGRATION_TO_CALLBACK)}
-    return _arguments(TrainingArguments, _TRAIN_OWNED, _TRAIN_GONE, {"report_to": "none"}, bounds, nested=False)
-
-
-def _one_or_more(*names: str) -> Any:
-    return Literal[names] | list[Literal[names]]  # type: ignore[valid-type]
+    names = ("none", "all", *library_fact("reporters"))
+    backends = tuple(library_fact("compile_backends"))
+    bounds = {
+        **_TRAIN_BOUNDS,
+        "report_to": Literal[names] | list[Literal[names]],  # type: ignore[valid-type]
+        "torch_compile_backend": Literal[backends] | None,
+    }
+    return _arguments(library_fact("training_arguments"), _TRAIN_OWNED, _TRAIN_GONE, {"report_to": "none"}, bounds)
 
 
 def _arguments(
-    source: Any,
-    owned: dict[str, str],
-    gone: dict[str, str],
-    defaults: dict[str, Any],
-    bounds: dict[str, Any],
-    nested: bool,
+    fields: Mapping[str, Any], owned: dict[str, str], gone: dict[str, str], defaults: dict[str, Any], bounds: dict[str, Any]
 ) -> Arguments:
-    hints = typing.get_type_hints(source, include_extras=True)
     arguments: dict[str, Argument] = {}
     refused = dict(owned)
-    for field in dataclasses.fields(source):
-        if not field.init or field.name in owned:
+    for name, field in fields.items():
+        if name in owned:
             continue
-        annotation = bounds.get(field.name) or _plain_type(hints[field.name], nested)
-        if annotation in (None, types.NoneType):
-            refused[field.name] = _PYTHON_OBJECT
+        if name not in bounds and field["type"] in (None, "null"):
+            refused[name] = _PYTHON_OBJECT
             continue
-        help_text = field.metadata.get("help") or f"See {source.__name__}."
-        default = field.default.value if isinstance(field.default, Enum) else field.default
-        arguments[field.name] = Argument(annotation, TypeAdapter(annotation), default, " ".join(str(help_text).split()))
+        annotation = bounds[name] if name in bounds else annotation_of(field["type"])
+        arguments[name] = Argument(annotation, field.get("default", dataclasses.MISSING), field["help"])
     return Arguments(arguments, refused, gone, defaults)
-
-
-def _plain_type(annotation: Any, nested: bool) -> Any:
-    """The part of an annotation that YAML can express, with enumerations as their values; None when nothing is left."""
-    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
-    if dataclasses.is_dataclass(annotation):
-        return _mapping_of(annotation) if nested else None
-    if isinstance(annotation, type) and issubclass(annotation, Enum):
-        return Literal[tuple(member.value for member in annotation)]
-    if origin is Literal:
-        # PEFT writes 'pissa_niter_[number of iters]' for a family of names.
-        families = [v for v in inner if isinstance(v, str) and "[" in v]
-        return _union(Literal[tuple(v for v in inner if v not in families)], *(_family(v) for v in families))
-    if origin in (Union, types.UnionType):
-        if any(isinstance(a, type) and issubclass(a, Enum) for a in inner):
-            # `SchedulerType | str` is converted to the enumeration later; a name outside it is wrong already here.
-            inner = tuple(a for a in inner if a is not str)
-        kept = [plain for a in inner if (plain := _plain_type(a, nested)) is not None]
-        return _union(*kept) if kept else None
-    if origin in (list, dict):
-        items = tuple(_plain_type(a, nested) for a in inner)
-        return None if None in items else origin[items]
-    return annotation
-
-
-def _union(*members: Any) -> Any:
-    return functools.reduce(operator.or_, members)
-
-
-def _mapping_of(config: Any) -> Any:
-    names = [field.name for field in dataclasses.fields(config) if field.init]
-
-    def check(value: dict[str, Any]) -> dict[str, Any]:
-        for name in value:
-            if name not in names:
-                raise PydanticCustomError("recipe", "{text}", {"text": f"unknown key '{name}'{nearest(name, names)}"})
-        return value
-
-    properties = {name: {"description": f"See {config.__name__}."} for name in names}
-    schema = {"type": "object", "properties": properties, "additionalProperties": False}
-    return Annotated[dict[str, Any], AfterValidator(check), WithJsonSchema(schema)]
-
-
-_WORDS = {
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    bool: "true or false",
-    types.NoneType: "null",
-    Any: "a value",
-}
-
-
-def _describe(annotation: Any) -> str:
-    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        bounds = [f">= {m.ge}" for m in inner if isinstance(m, Ge)] + [f"> {m.gt}" for m in inner if isinstance(m, Gt)]
-        bounds += [f"< {m.lt}" for m in inner if isinstance(m, Lt)]
-        return " ".join([_describe(inner[0]), *([" and ".join(bounds)] if bounds else [])])
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_describe(a) for a in inner))
-    if origin is Literal:
-        return ", ".join(shown(v) for v in inner) if len(inner) <= 12 else f"one of {len(inner)} names"
-    if origin is list:
-        return f"a list ({_describe(inner[0])} each)"
-    if origin is tuple:
-        return f"a list of {len(inner)}"
-    if annotation is dict or origin is dict:
-        return "a mapping"
-    return _WORDS.get(annotation, str(annotation))
-
-
-def _nearest_value(annotation: Any, value: str) -> str:
-    inner = typing.get_args(annotation)
-    members = inner if typing.get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    names = [v for a in members if typing.get_origin(a) is Literal for v in typing.get_args(a) if isinstance(v, str)]
-    return nearest(value, names) if names else ""
 
 
 def _is_plain(value: Any) -> bool:

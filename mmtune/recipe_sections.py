@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -19,8 +19,8 @@ from pydantic import (
 
 from mmtune.errors import nearest
 from mmtune.files import expand_user
-from mmtune.methods.table import INITS_IN_PARTS, METHODS, METHODS_OF_WHOLE_WEIGHTS, refusal
-from mmtune.recipe_arguments import Fault, Settings, fault, method_arguments, shown, training_arguments
+from mmtune.methods.table import METHODS, refusal
+from mmtune.recipe_arguments import Fault, Settings, fault, shown, training_arguments
 from mmtune.recipe_media import WINDOW, Augment, held_out_faults, window_faults
 from mmtune.recipe_prompts import (
     WHERE,
@@ -33,6 +33,7 @@ from mmtune.recipe_prompts import (
     words_faults,
 )
 from mmtune.recipe_section import BorrowedSettings, PathText, Section, Text
+from mmtune.recipe_tune import TuneSection, with_rates
 from mmtune.recipe_yaml import dump_yaml
 
 BUILTIN_BASES = ("builtin:tiny-llava", "builtin:tiny-llava-untrained")
@@ -110,130 +111,6 @@ class ModelSection(Section):
         # What the other form alone would have is left out, so that the text loads again.
         other = ("vision", "language", *_PARTS_ONLY) if self.base is not None else ("base",)
         return {name: value for name, value in handler(self).items() if name not in other}
-
-
-class ComponentTuning(Section):
-    """How one component is tuned. In a recipe a method's name alone, or a mapping with PEFT's names beside `method`."""
-
-    _expected: ClassVar[str] = "a method's name or a mapping"
-    method: Text = Field(description="frozen, full (its own weights), or one of `mmtune methods`.")
-    learning_rate: Annotated[StrictFloat, Field(gt=0)] | None = Field(
-        default=None, description="This component's own learning rate; null takes train.learning_rate, or else the method's."
-    )
-    loraplus_lr_ratio: Annotated[StrictFloat, Field(gt=0)] | None = Field(
-        default=None, description="LoRA+ (arXiv 2402.12354): how many times faster B learns than A. lora only."
-    )
-    settings: BorrowedSettings = Field(default_factory=Settings, description="PEFT's settings of the method, by its names.")
-
-    @classmethod
-    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
-        if isinstance(given, str):
-            given = {"method": given}
-        if not isinstance(given, dict):
-            return given, []
-        method = given.get("method")
-        own_names = ("method", "learning_rate", *(("loraplus_lr_ratio",) if method == "lora" else ()))
-        own = {name: value for name, value in given.items() if name in own_names}
-        borrowed = {name: value for name, value in given.items() if name not in own}
-        if isinstance(method, str) and method in METHODS:
-            settings, faults = method_arguments(method).check(borrowed, also_valid=own_names)
-            faults += [
-                fault(name, f"{shown(value)} is refused: {METHODS[method].values[name, value]}")
-                for name, value in borrowed.items()
-                if isinstance(value, str) and (name, value) in METHODS[method].values
-            ]
-            return own | {"settings": Settings(settings)}, faults
-        faults = []
-        if method not in ("frozen", "full") and method is not None:
-            valid = ("frozen", "full", *METHODS)
-            hint = nearest(method, valid) if isinstance(method, str) else ""
-            faults.append(fault("method", f"expected frozen, full or a method of `mmtune methods`, got {shown(method)}{hint}"))
-            return {"method": "frozen"}, faults
-        if method == "full" and "target_modules" in borrowed:
-            value = borrowed.pop("target_modules")
-            if not (isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))):
-                faults.append(fault("target_modules", f"expected a string or a list of strings, got {shown(value)}"))
-            own["settings"] = Settings({"target_modules": value})
-        for name in borrowed:
-            known = any(name in method_arguments(other).arguments for other in METHODS)
-            unknown = f"unknown key{nearest(name, own_names)}"
-            faults.append(fault(name, f"means nothing with method: {method}" if known else unknown))
-        if method == "frozen" and own.get("learning_rate") is not None:
-            faults.append(fault("learning_rate", "a frozen component has no learning rate"))
-        return own, faults
-
-    @model_serializer(mode="wrap")
-    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        own = {"learning_rate": self.learning_rate, "loraplus_lr_ratio": self.loraplus_lr_ratio}
-        return {"method": self.method, **{name: value for name, value in own.items() if value is not None}, **self.settings}
-
-
-class TuneSection(Section):
-    """What trains, component by component."""
-
-    vision: ComponentTuning = Field(default=ComponentTuning(method="frozen"), description="The vision encoder.")
-    projector: ComponentTuning = Field(default=ComponentTuning(method="full"), description="The projector.")
-    language: ComponentTuning = Field(
-        default_factory=lambda: ComponentTuning.model_validate("lora"), description="The language model."
-    )
-
-    @classmethod
-    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
-        if not isinstance(given, dict):
-            return given, []
-        tuned: dict[str, dict[str, Any]] = {}
-        for name, default in {"vision": "frozen", "projector": "full", "language": "lora"}.items():
-            value = given.get(name, default)
-            if isinstance(value, dict):
-                value = given[name] = {"method": default, **value}
-            tuned[name] = value if isinstance(value, dict) else {"method": getattr(value, "method", value)}
-        methods = {name: value["method"] for name, value in tuned.items()}
-        if list(methods.values()) == ["frozen"] * 3:
-            return given, [fault((), "vision, projector and language are all frozen, so nothing would train")]
-        return given, cls._between(tuned, methods)
-
-    @staticmethod
-    def _between(tuned: dict[str, dict[str, Any]], methods: dict[str, Any]) -> list[Fault]:
-        """What PEFT cannot keep in one adapter directory."""
-        faults = []
-        used = {name: method for name, method in methods.items() if method in METHODS}
-        for name, method in used.items():
-            if name != "language" and METHODS[method].kind != "layers":
-                faults.append(fault((name,), f"{method} is for tune.language; here frozen, full or a method for layers"))
-            if name != "language" and tuned[name].get("init_lora_weights") == "eva":
-                faults.append(fault((name,), "init_lora_weights: eva reads the language model's tokens; it is for tune.language"))
-            if name == "projector" and method in ("bottleneck", "ln_tuning"):
-                faults.append(fault((name,), f"{method} finds nothing to work on in a projector; use full or lora"))
-        if faults:
-            return faults
-        if len(set(used.values())) > 1:
-            told = ", ".join(f"{name}: {method}" for name, method in used.items())
-            faults.append(fault((), f"one adapter directory holds one method, beside full: {told}; use lora for each of them"))
-        elif len(used) > 1:
-            method = METHODS[next(iter(used.values()))]
-            ranks = ("method", "learning_rate", "target_modules", *method.by_component)
-            shared = [{key: value for key, value in tuned[name].items() if key not in ranks} for name in used]
-            if any(other != shared[0] for other in shared):
-                allowed = ", ".join(ranks[1:])
-                faults.append(fault((), f"components of one adapter differ in {allowed} only; make the rest equal"))
-        return faults
-
-    @property
-    def components(self) -> dict[str, ComponentTuning]:
-        """The three by name."""
-        return {"vision": self.vision, "projector": self.projector, "language": self.language}
-
-    @property
-    def method(self) -> str | None:
-        """The method of PEFT's kind that components use, if any does."""
-        return next((tuning.method for tuning in self.components.values() if tuning.method in METHODS), None)
-
-    @property
-    def needs_whole_weights(self) -> bool:
-        """Whether what is put in place is made from the base's weights, and needs them whole."""
-        inits = [tuning.settings.get("init_lora_weights") for tuning in self.components.values()]
-        read = any(isinstance(init, str) and not init.startswith(INITS_IN_PARTS) for init in inits)
-        return read or self.method in METHODS_OF_WHOLE_WEIGHTS
 
 
 class Source(Section):
@@ -433,7 +310,7 @@ class Recipe(Section):
         settings, faults = training_arguments().check(train)
         inner = [Fault(type=f["type"], loc=("train", *f.get("loc", ())), input=None) for f in faults]
         if "learning_rate" not in train and isinstance(given.get("tune", {}), Mapping):
-            given["tune"] = _with_rates(given.get("tune", {}))
+            given["tune"] = with_rates(given.get("tune", {}))
         return given | {"train": Settings(settings)}, inner
 
     @model_validator(mode="after")
@@ -476,6 +353,25 @@ class Recipe(Section):
         """Where a dotted key was written: `FILE:LINE`, `command line: KEY=VALUE`, or `default`."""
         return self._origins.get(key, "default")
 
+    def place(self, key: str) -> str | None:
+        """Where a dotted key, or the nearest above it, was written; None where nothing of it was."""
+        while key and key not in self._origins:
+            key = key.rpartition(".")[0]
+        return self._origins.get(key)
+
+    def has_key(self, key: str) -> bool:
+        """Whether a dotted key is one of a recipe's, written or not: of its second level at least."""
+        section, _, rest = key.partition(".")
+        name = rest.partition(".")[0]
+        names: dict[str, Mapping[str, Any]] = {
+            "model": ModelSection.model_fields,
+            "tune": TuneSection.model_fields,
+            "data": DataSection.model_fields,
+            "evaluate": EvaluateSection.model_fields,
+            "train": training_arguments().arguments,
+        }
+        return name in names[section] if section in names and name else key in Recipe.model_fields
+
     def to_yaml(self) -> str:
         """The resolved recipe, defaults filled and overrides applied, as YAML that loads back to an equal recipe."""
         return dump_yaml(self.model_dump(mode="json"))
@@ -486,15 +382,3 @@ class Recipe(Section):
 
     def __hash__(self) -> int:
         return hash(tuple(self.__dict__.values()))
-
-
-def _with_rates(tune: Mapping[str, Any]) -> dict[str, Any]:
-    """The methods' own learning rates, for a recipe that names none for the run."""
-    written = dict(tune)
-    for component, default in {"vision": "frozen", "projector": "full", "language": "lora"}.items():
-        value = written.get(component, default)
-        value = dict(value) if isinstance(value, Mapping) else {"method": value}
-        method = value.setdefault("method", default)
-        if isinstance(method, str) and method in METHODS and value.get("learning_rate") is None:
-            written[component] = value | {"learning_rate": METHODS[method].learning_rate}
-    return written

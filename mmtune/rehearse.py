@@ -22,7 +22,8 @@ from mmtune.data.template import DataTemplate, load_data_template
 from mmtune.errors import UserError
 from mmtune.evaluation.run import generate_answers
 from mmtune.methods.table import METHODS
-from mmtune.model.load import base_config, load_trained, local_folder
+from mmtune.model.load import base_config, load_trained
+from mmtune.model.locate import local_folder
 from mmtune.model.shrunk import local_files, shrunk_base
 from mmtune.model.tiny import DECODER, family_of, tiny_language, tiny_vision
 from mmtune.model.tiny_bases import tiny_base

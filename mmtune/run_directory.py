@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-from accelerate.utils import is_deepspeed_available
+from typing import TYPE_CHECKING, Any
 
 from mmtune import __version__
 from mmtune.errors import CheckFailed, UserError
@@ -27,7 +26,9 @@ from mmtune.manifest import check_manifest
 from mmtune.recipe import Recipe, needed_paths
 from mmtune.threads import usable_cores
 from mmtune.torchvision_support import prepare_torchvision
-from mmtune.world import ALONE, World
+
+if TYPE_CHECKING:
+    from mmtune.world import World
 
 SAVING = ".saving"
 """Where a checkpoint lies until it is whole."""
@@ -166,7 +167,7 @@ def check_output_dir(recipe: Recipe, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, world: World = ALONE) -> Iterator[RunDirectory]:
+def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, world: World) -> Iterator[RunDirectory]:
     """Make the run's directory and write what went in; the block prepares what will train.
 
     Of several processes the first does, and the others wait until it is there.
@@ -247,7 +248,7 @@ def _write_inputs(run: RunDirectory, recipe: Recipe, command: Sequence[str]) -> 
 
 def versions() -> dict[str, str]:
     """Of mmtune and what it stands on."""
-    names = (*LIBRARIES, "deepspeed") if is_deepspeed_available() else LIBRARIES
+    names = (*LIBRARIES, "deepspeed") if find_spec("deepspeed") else LIBRARIES
     return {"mmtune": __version__} | {name: metadata.version(name) for name in names}
 
 

@@ -37,23 +37,23 @@ from mmtune.files import check_writable, replaced_directory
 from mmtune.methods.table import refusal
 from mmtune.model.carried import carry_over, describe_tensors, unread_tensors
 from mmtune.model.chat_template import use_chat_template
-from mmtune.model.checkpoint import CHECKPOINT_MARK, save_checkpoint
+from mmtune.model.checkpoint import save_checkpoint
 from mmtune.model.components import find_components
 from mmtune.model.generation import ANSWER_TOKENS, answer_settings, unused_settings
 from mmtune.model.load import (
     ADAPTER_CONFIG,
-    UNTRAINED,
     base_config,
     base_model_type,
     load_bare_processor,
     load_base,
     load_weights,
-    resolve_base,
 )
+from mmtune.model.locate import CHECKPOINT_MARK, UNTRAINED, resolve_base
 from mmtune.model.packing import check_packable_family
 from mmtune.model.quantize import QUANTIZED
 from mmtune.model.sharded import runnable, to_save
-from mmtune.recipe import ModelSection, Recipe, check_files
+from mmtune.preflight import check_recipe
+from mmtune.recipe import ModelSection, Recipe
 from mmtune.release.card import model_card
 from mmtune.run_directory import RunDirectory, check_output_dir, new_run, peak_memory_mb, step_of, versions
 from mmtune.training.callbacks import FrozenInputsStayFrozen, RecordMetrics, StopOnSignal, draw_loss_curve
@@ -100,7 +100,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         CheckFailed: the loss became NaN or infinite.
     """
     # What goes in: the files are there, the rows make sense.
-    check_files(recipe)
+    check_recipe(recipe)
     check_launch(recipe.model.precision, recipe.train.get("deepspeed"))
     earlier = RunDirectory(Path(recipe.output_dir))
     checkpoint = None

@@ -13,7 +13,7 @@ import transformers as tf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mmtune.builtin.tiny import TRAINED
+from mmtune.builtin import TRAINED
 from mmtune.cli import entry_point
 
 MARKED = "{% for m in messages %}OPENS{% for c in m.content %}{% if c.type == 'image' %}<image>\n{% elif m.role == 'assistant' %}"

@@ -53,8 +53,10 @@ HUMAN = {"from": "human", "value": "<image>\nWhat is it?"}
 def test_a_bad_row_is_named_before_weights_are_loaded(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], message: str
 ) -> None:
-    (tmp_path / "empty_base").mkdir()  # loading it would be another error: the row's comes first
-    overrides = [write_row(tmp_path, **changes), f"model.base={tmp_path / 'empty_base'}"]
+    base = tmp_path / "no_weights"  # loading it would be another error: the row's comes first
+    base.mkdir()
+    (base / "config.json").write_text('{"model_type": "llava"}')
+    overrides = [write_row(tmp_path, **changes), f"model.base={base}"]
     assert entry_point(["train", str(recipe_file), *overrides]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -92,7 +94,7 @@ def test_a_base_without_a_chat_template_is_refused(
         if file.name not in ("chat_template.jinja", "model.safetensors"):
             (bare / file.name).write_bytes(file.read_bytes())
     assert entry_point(["train", str(recipe_file), f"model.base={bare}"]) == 2
-    assert f"model.base: {bare}: it has no chat template; set model.chat_template to " in capsys.readouterr().err
+    assert f"model.base={bare}: it has no chat template; set model.chat_template to " in capsys.readouterr().err
 
 
 def test_an_earlier_run_is_kept_unless_overwritten(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,8 +24,7 @@ from mmtune.data.collate import collate
 from mmtune.data.dataset import Samples
 from mmtune.data.encode import encode_sample
 from mmtune.data.message import text_of
-from mmtune.model.components import PROJECTORS
-from mmtune.model.packing import NEVER
+from mmtune.model.families import NEVER_PACKED, PROJECTORS
 from mmtune.model.tiny_bases import BASES, tiny_base
 from mmtune.model.tiny_templates import NEEDED
 from mmtune.recipe import load_recipe
@@ -219,7 +218,7 @@ def test_every_way_of_tuning_runs_and_merges(
     capsys.readouterr()
     packed = mmtune("train", write(family, LORA, data=", packing: true, max_tokens: 600"))
     told = capsys.readouterr().err
-    assert (packed, "packed batches cannot be exact here" in told) == ((2, True) if family in NEVER else (0, False)), told
+    assert (packed, "packed batches cannot be exact here" in told) == ((2, True) if family in NEVER_PACKED else (0, False)), told
 
 
 @pytest.mark.slow

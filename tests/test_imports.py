@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"errors", "styled_console"},
     "recipe": GROUND | {"methods"},
     "run_directory": GROUND | {"recipe"},
+    "preflight": RECIPE | {"data", "model"},
     "builtin": GROUND,
     "data": RECIPE,
     "model": RECIPE | {"builtin"},

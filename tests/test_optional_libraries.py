@@ -13,7 +13,7 @@ import transformers as tf
 
 from mmtune.cli import entry_point
 from mmtune.errors import missing_library
-from mmtune.model.components import PROJECTORS
+from mmtune.model.families import PROJECTORS
 from mmtune.model.tiny_bases import BASES, tiny_base
 
 ROOT = Path(__file__).resolve().parent.parent

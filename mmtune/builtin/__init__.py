@@ -1,0 +1,6 @@
+"""What ships inside the package: the digit scenes, and a tiny checkpoint."""
+
+from pathlib import Path
+
+TRAINED = Path(__file__).parent / "tiny_llava"
+"""The checkpoint `builtin:tiny-llava`."""

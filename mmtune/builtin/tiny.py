@@ -7,8 +7,6 @@ the first from the second.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import (
     AutoProcessor,
@@ -19,9 +17,9 @@ from transformers import (
     LlavaProcessor,
 )
 
+from mmtune.builtin import TRAINED
 from mmtune.builtin.digits import CELL
 
-TRAINED = Path(__file__).parent / "tiny_llava"
 PATCH = 8  # pixels along the side of one of the tower's patches
 
 

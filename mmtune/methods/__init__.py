@@ -1,4 +1,1 @@
-"""Tuning methods: the table of them all, and the two that PEFT lacks. Importing this makes PEFT know them."""
-
-from mmtune.methods import bottleneck as bottleneck
-from mmtune.methods import gated_prefix as gated_prefix
+"""Tuning methods: the table of them all, and the two tuners that PEFT lacks (`mmtune.methods.tuners`)."""

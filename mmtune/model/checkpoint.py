@@ -16,10 +16,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from mmtune.errors import UserError
 from mmtune.files import replaced_directory
 from mmtune.model.components import PEFT_PREFIX, find_components
+from mmtune.model.locate import CHECKPOINT_MARK
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-CHECKPOINT_MARK = "config.json"
-"""The file by which a directory is known to be a checkpoint."""
 
 
 UNUSED_WEIGHTS = ("pooler.dense.weight", "pooler.dense.bias")

@@ -9,21 +9,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftModel
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig, __version__
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
-from transformers.utils import CONFIG_NAME
 
 from mmtune.errors import UserError, nearest
-from mmtune.files import read_json_object
+from mmtune.model.families import PROJECTORS
 
 Component = Literal["vision", "projector", "language", "lm_head"]
 
@@ -32,22 +24,6 @@ WRAPPED_PREFIXES = ("", PEFT_PREFIX, "base_model.")
 """What PEFT puts before a module's name: nothing, a tuner's wrapper, or a prompt method's."""
 PROMPTS = "prompt_encoder."
 """Where a prompt method keeps its virtual tokens, which are the language model's."""
-
-PROJECTORS: dict[str, tuple[str, ...]] = {
-    "llava": ("model.multi_modal_projector",),
-    "llava_next": ("model.multi_modal_projector", "model.image_newline"),
-    "llava_onevision": ("model.multi_modal_projector", "model.image_newline"),
-    "qwen2_vl": ("model.visual.merger",),
-    "qwen2_5_vl": ("model.visual.merger",),
-    "qwen3_vl": ("model.visual.merger", "model.visual.deepstack_merger_list"),
-    "idefics3": ("model.connector",),
-    "smolvlm": ("model.connector",),
-    "internvl": ("model.multi_modal_projector",),
-    "gemma3": ("model.multi_modal_projector",),
-    "paligemma": ("model.multi_modal_projector",),
-    "mistral3": ("model.multi_modal_projector",),
-}
-"""Projector of each family by `config.model_type`: the main module first, then what else is trained with it."""
 
 
 @dataclass(frozen=True)
@@ -68,49 +44,6 @@ class Components:
     language_model: str
     lm_head: str | None
     projector_parts: tuple[str, ...] = ()
-
-
-def check_known_to_transformers(folder: Path) -> None:
-    """Refuse a checkpoint whose `model_type` transformers does not have, whatever code comes with it.
-
-    Args:
-        folder: where its `config.json` is.
-
-    Raises:
-        UserError: naming the model type; or a `config.json` that is no JSON object.
-    """
-    config = read_json_object(folder / CONFIG_NAME)
-    model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type not in CONFIG_MAPPING:
-        advice = "check it, or install a newer transformers"
-        if "auto_map" in config:
-            advice = "it brings code of its own; take the release converted for transformers (its name often ends in -hf)"
-        raise UserError(f"it has model_type {model_type!r}, which transformers {__version__} does not have: {advice}")
-
-
-def check_family(config: PreTrainedConfig, name: str) -> None:
-    """Refuse a base that is not one of the families in `PROJECTORS`, before anything else of it is read.
-
-    Args:
-        config: the base's.
-        name: the base, as the recipe names it.
-
-    Raises:
-        UserError: saying what the base is, and which key takes it if any does.
-    """
-    model_type = str(config.model_type)
-    if model_type in PROJECTORS:
-        return
-    known = f"mmtune tunes {', '.join(sorted(PROJECTORS))}"
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        advice = f"it is a language model without a vision tower; give it as model.language: {name}, beside model.vision"
-    elif model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        advice = "transformers has it as an image-text model, and where its parts are is not known here"
-    else:
-        advice = "it is not an image-text model of transformers"
-        if "vision" in model_type or model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES or hasattr(config, "patch_size"):
-            advice = f"it is a vision encoder without a language model; give it as model.vision: {name}, beside model.language"
-    raise UserError(f"it has model_type {model_type!r}, which is not supported: {advice}; as a base {known}")
 
 
 def find_components(model: nn.Module) -> Components:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
@@ -25,46 +23,26 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from mmtune.builtin import tiny
-from mmtune.errors import UserError, nearest, reason_of
+from mmtune.errors import UserError, reason_of
 from mmtune.files import read_json_object
+from mmtune.methods import tuners as tuners  # PEFT then knows all the methods
 from mmtune.methods.table import METHODS
 from mmtune.model.assemble import assemble, assemble_processor
 from mmtune.model.chat_template import own_chat_template, resolve_chat_template, set_chat_template, use_chat_template
 from mmtune.model.checkpoint import REPORTED, check_whole, load_projector, use_hub_key_names, weight_files
-from mmtune.model.components import check_family, check_known_to_transformers
+from mmtune.model.export import export_adapter
+from mmtune.model.families import check_family, local_model_type
 from mmtune.model.generation import published_generation_config
+from mmtune.model.locate import UNTRAINED, local_folder, resolve_base
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.model.ready_processor import open_processor, prepare_processor
 from mmtune.model.remote_code import NOT_ALLOWED, brings_code, first_line
 from mmtune.model.sharded import in_parts
-from mmtune.model.trained import ADAPTER_CONFIG, INITIAL, Trained, export_adapter, find_trained
+from mmtune.model.trained import ADAPTER_CONFIG, INITIAL, Trained, trained_part
 from mmtune.recipe import ModelSection, load_recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "nf4": torch.bfloat16}
 """Dtype of the weights by `model.precision`; of those that are not quantized."""
-UNTRAINED = "builtin:tiny-llava-untrained"
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-BUILTIN = {"builtin:tiny-llava": tiny.TRAINED}
-
-
-def resolve_base(base: str) -> str:
-    """A hub id or directory that transformers loads, for a recipe's `model.base`.
-
-    Raises:
-        UserError: an unknown built-in name, or a path that looks local and is not there.
-    """
-    if base.startswith("builtin:"):
-        if base not in BUILTIN:
-            raise UserError(f"model.base: '{base}' is not built in{nearest(base, {*BUILTIN, UNTRAINED})}")
-        return str(BUILTIN[base])
-    path = Path(base)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"model.base: {base} holds no config.json, so it is no model checkpoint")
-        return str(path.resolve())
-    if not HUB_ID.fullmatch(base):
-        raise UserError(f"model.base: no such directory: {base}")
-    return base
 
 
 def load_base(
@@ -229,22 +207,13 @@ def _supported_config(name: str, written: str, trust_remote_code: bool) -> PreTr
         UserError: no readable configuration, or another family.
     """
     if (folder := local_folder(written)) is not None:
-        check_known_to_transformers(folder)
+        local_model_type(folder)  # refuses one that transformers does not have
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"its configuration cannot be read: {_reason(name, error)}") from error
-    check_family(config, written)
+    check_family(str(config.model_type), written)
     return config
-
-
-def local_folder(base: str) -> Path | None:
-    """Where a base's `config.json` is on this machine: its directory, or its snapshot in the hub's cache; None: nowhere."""
-    folder = BUILTIN.get(base, Path(base))
-    if folder.is_dir():
-        return folder
-    cached = try_to_load_from_cache(base, "config.json") if HUB_ID.fullmatch(base) else None
-    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def load_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, str]:
@@ -421,19 +390,6 @@ def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
 
 def _is_embedding(key: str) -> bool:
     return any(f".{name}." in f".{key}" for name in EMBEDDING_LAYER_NAMES)
-
-
-def trained_part(path: Path) -> Trained:
-    """The weights that a path or a name stands for: see `find_trained`.
-
-    Raises:
-        UserError: nothing is there.
-        CheckFailed: a damaged checkpoint.
-    """
-    trained = find_trained(BUILTIN.get(str(path), path))
-    if not trained.path.is_dir() and not HUB_ID.fullmatch(str(path)):
-        raise UserError(f"{path}: no such run or model")
-    return trained
 
 
 def base_of_adapter(adapter: Path) -> str:

@@ -16,15 +16,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mmtune.errors import UserError
 from mmtune.model.compute import as_trained, in_eval_mode, to_model
+from mmtune.model.families import NEVER_PACKED
 
 MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 """Families whose tokens have three positions: time, height and width. Masks are made from a fourth, the place in the text."""
-
-NEVER = {
-    "paligemma": "its prompts attend in both directions, and those of all samples in a row would be one prompt",
-    "gemma3": "its image tokens attend in both directions by their place in the whole row, and positions start again in a sample",
-}
-"""Families, by `model_type`, whose masks know no samples in a row, with the reason."""
 
 SEPARATE = ("full_attention", "sliding_attention")
 """Kinds of layers that look through a mask. Convolutions and recurrent states run on from one sample into the next."""
@@ -58,8 +53,8 @@ def check_packable_family(config: PreTrainedConfig) -> None:
         UserError: naming the family or the layers, with the reason.
     """
     family = config.model_type
-    if family in NEVER:
-        raise _refusal(f"{family}: {NEVER[family]}")
+    if family in NEVER_PACKED:
+        raise _refusal(f"{family}: {NEVER_PACKED[family]}")
     text = config.get_text_config()
     others = sorted(set(getattr(text, "layer_types", None) or ()) - set(SEPARATE))
     if others:

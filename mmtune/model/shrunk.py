@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
-from mmtune.model.load import local_folder
+from mmtune.model.locate import local_folder
 
 WIDTH, HEADS, KV_HEADS, LAYERS = 64, 4, 2, 2
 HEAD_DIM = WIDTH // HEADS

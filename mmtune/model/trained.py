@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import ProcessorMixin
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from mmtune.errors import UserError
 from mmtune.manifest import NAME as MANIFEST
 from mmtune.manifest import check_manifest
-from mmtune.model.checkpoint import ADAPTER_WEIGHTS
+from mmtune.model.locate import BUILTIN, HUB_ID
 from mmtune.run_directory import RunDirectory, run_of_checkpoint
 
 ADAPTER_CONFIG = "adapter_config.json"
+CONFIG_NAME = "config.json"
+TRAINER_STATE_NAME = "trainer_state.json"
 INITIAL = "initial.safetensors"
 """In a checkpoint: LoRA's matrices before training, where their initialization took them out of the base."""
 
@@ -79,6 +72,19 @@ def find_trained(path: Path) -> Trained:
     raise UserError(f"{path}: neither a finished run (no adapter/ or model/), nor a checkpoint, nor a model (no {CONFIG_NAME})")
 
 
+def trained_part(path: Path) -> Trained:
+    """The weights that a path or a name stands for: see `find_trained`.
+
+    Raises:
+        UserError: nothing is there.
+        CheckFailed: a damaged checkpoint.
+    """
+    trained = find_trained(BUILTIN.get(str(path), path))
+    if not trained.path.is_dir() and not HUB_ID.fullmatch(str(path)):
+        raise UserError(f"{path}: no such run or model")
+    return trained
+
+
 def _last_checkpoint(run: RunDirectory) -> Trained:
     """The newest good checkpoint; a run that goes on may remove one while it is read, and has a newer one then."""
     while (last := run.last_good_checkpoint()) is not None:
@@ -97,50 +103,3 @@ def _holds_weights(path: Path) -> bool:
 def _checkpoint(path: Path, run: RunDirectory) -> Trained:
     state = json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     return Trained(path, run, state["global_step"], state["max_steps"])
-
-
-def export_adapter(trained: Trained, processor: ProcessorMixin, out: Path, base: str) -> None:
-    """Write an adapter with its processor to a directory, and of a checkpoint nothing that only training needs.
-
-    Args:
-        base: the name or path of its base that the written adapter gives.
-    """
-    out.mkdir()
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, GENERATION_CONFIG_NAME):
-        if (trained.path / name).is_file():
-            shutil.copy2(trained.path / name, out)
-    processor.save_pretrained(out)
-    if (trained.path / INITIAL).is_file():
-        to_plain_lora(out, load_file(trained.path / INITIAL))
-    settings = out / ADAPTER_CONFIG
-    config = json.loads(settings.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
-    settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def to_plain_lora(adapter: Path, initial: Mapping[str, torch.Tensor]) -> None:
-    """Make an adapter of a base that its initialization had changed an ordinary one, of twice the rank, of the base as it was.
-
-    B A - B0 A0 = [B, -B0] [A; A0]. PEFT's own conversion leaves the modules that trained in full out.
-
-    Args:
-        adapter: its directory, whose files are written again.
-        initial: A0 and B0 by key.
-    """
-    file, settings = adapter / ADAPTER_WEIGHTS, adapter / ADAPTER_CONFIG
-    tensors = load_file(file)
-    for name, before in initial.items():
-        now = tensors[name]
-        tensors[name] = torch.cat([now, before], dim=0) if ".lora_A" in name else torch.cat([now, -before], dim=1)
-    save_file(tensors, file, metadata={"format": "pt"})
-    config: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
-    # The update is scaled by alpha / r, or by alpha / sqrt(r) with rsLoRA: the scale stays.
-    grown = 2**0.5 if config["use_rslora"] else 2
-    config |= {
-        "init_lora_weights": True,
-        "lora_ga_config": None,
-        "r": 2 * config["r"],
-        "lora_alpha": grown * config["lora_alpha"],
-    }
-    config["rank_pattern"] = {name: 2 * rank for name, rank in config["rank_pattern"].items()}
-    config["alpha_pattern"] = {name: grown * alpha for name, alpha in config["alpha_pattern"].items()}
-    settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from mmtune.evaluation.report import generation_line, score_rows
 from mmtune.methods.table import METHODS
-from mmtune.model.load import BUILTIN, HUB_ID
+from mmtune.model.locate import BUILTIN, HUB_ID
 from mmtune.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 
@@ -54,7 +54,7 @@ def adapter_card(recipe: Recipe, summary: dict[str, Any], run: RunDirectory, fig
     )
     ours = known is not None and known.config.startswith("mmtune.")
     base = "base" if own_base else str(recipe.model.base)
-    lines = ["import mmtune.methods  # makes PEFT know the method"] if ours else []
+    lines = ["import mmtune.methods.tuners  # makes PEFT know the method"] if ours else []
     lines += [
         "from peft import PeftModel",
         "from transformers import AutoModelForImageTextToText, AutoProcessor",

@@ -16,8 +16,8 @@ from mmtune.errors import CheckFailed, UserError
 from mmtune.manifest import sha256
 from mmtune.methods.table import METHODS
 from mmtune.model.checkpoint import safetensors_files
-from mmtune.model.load import adapter_method, base_of_adapter, load_trained, load_whole, trained_part
-from mmtune.model.trained import Trained
+from mmtune.model.load import adapter_method, base_of_adapter, load_trained, load_whole
+from mmtune.model.trained import Trained, trained_part
 
 
 def weights_of_run(path: Path) -> Trained:

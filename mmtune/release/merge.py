@@ -24,12 +24,13 @@ from mmtune.files import replaced_directory
 from mmtune.manifest import NAME as MANIFEST
 from mmtune.manifest import write_manifest
 from mmtune.model.carried import carry_over, describe_tensors, unread_tensors
-from mmtune.model.checkpoint import CHECKPOINT_MARK
 from mmtune.model.compute import place
+from mmtune.model.export import export_adapter
 from mmtune.model.generation import ANSWER_TOKENS
-from mmtune.model.load import DTYPES, UNTRAINED, base_of_adapter, load_base, load_trained, load_whole, resolve_base
+from mmtune.model.load import DTYPES, base_of_adapter, load_base, load_trained, load_whole
+from mmtune.model.locate import CHECKPOINT_MARK, UNTRAINED, resolve_base
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
-from mmtune.model.trained import Trained, export_adapter
+from mmtune.model.trained import Trained
 from mmtune.recipe import Recipe, load_recipe, needed_paths
 from mmtune.release.card import adapter_card, model_card
 from mmtune.release.fold import adapter_of, check_mergeable, fold, fold_weighted, weights_of_run

@@ -8,7 +8,6 @@ happen, for every family and method alike; nothing here knows a model's layers.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -33,15 +32,13 @@ from transformers import (
 from mmtune.errors import UserError
 from mmtune.model.components import find_components, linear_modules
 from mmtune.model.fake import CountedMemory, QuantizedLinear, bnb_state_bytes, make_prompt_tokens_real, quiet
-from mmtune.model.load import BUILTIN, DTYPES, UNTRAINED, resolve_base
+from mmtune.model.load import DTYPES
+from mmtune.model.locate import BUILTIN, UNTRAINED, resolve_base
 from mmtune.model.parts import choose_strategy, read_image_processor, read_language, read_tower
 from mmtune.recipe import ModelSection, Recipe, Settings
 from mmtune.styled_console import StyledConsole
 from mmtune.tuning.apply import apply_tuning
 
-UNITS = (
-    {"": 1, "B": 1} | {f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)} | {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}
-)
 STATES = {"adamw": 2, "lion": 1, "rmsprop": 1, "ademamix": 3}  # bitsandbytes optimizers: tensors of state for a parameter
 CONTEXT, FRAGMENTS = 600_000_000, 0.05  # allowed for a CUDA context with its workspaces, and for gaps between tensors
 
@@ -230,20 +227,6 @@ def suggestions(
         if best.fits(limit_bytes):
             break
     return lines
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of an amount such as `24GB` (10^9 bytes) or `24GiB` (2^30 bytes).
-
-    Raises:
-        UserError: when it is no amount of memory.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", text, re.IGNORECASE)
-    unit = match[2].upper() if match else ""
-    unit += "" if unit in UNITS or unit.endswith("B") else "B"
-    if match is None or unit not in UNITS or not float(match[1]):
-        raise UserError(f"{text!r} is no amount of memory; right is, for example, 24GB (10^9 bytes) or 24GiB (2^30 bytes)")
-    return int(float(match[1]) * UNITS[unit])
 
 
 def print_estimate(estimate: MemoryEstimate, limit_bytes: int | None = None) -> None:

@@ -189,7 +189,7 @@ def reloaded(runs: Path, one_batch: dict[str, torch.Tensor]) -> dict[str, torch.
 import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-import mmtune.methods
+import mmtune.methods.tuners
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 import json

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from mmtune.builtin import tiny
+from mmtune.builtin import TRAINED
 from mmtune.model.assemble import assemble, load_projector
 from mmtune.model.carried import unread_tensors
 from mmtune.model.checkpoint import save_checkpoint, use_hub_key_names
@@ -108,13 +108,13 @@ def test_a_release_and_a_model_built_in_memory_are_saved_under_hub_names(family:
 
 
 def test_the_built_in_checkpoint_has_hub_names_and_the_values_that_were_trained() -> None:
-    weights = load_file(tiny.TRAINED / "model.safetensors")
+    weights = load_file(TRAINED / "model.safetensors")
     assert modules(weights, TIED | CLIP | PROJECTOR) == TIED | CLIP | PROJECTOR
     digest = hashlib.sha256()
     for key in sorted(weights):
         digest.update(weights[key].numpy().tobytes())
     assert digest.hexdigest() == "16d0b84ecd84138f67666d1b35626938522f68f94175cb3603de76ae2db4a5ec"
-    reload(tiny.TRAINED)
+    reload(TRAINED)
     untrained, _ = load_base(ModelSection.model_validate({"base": "builtin:tiny-llava-untrained"}), seed=0)
     assert untrained._weight_conversions  # a run that tunes all of it saves it so, too
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from mmtune.model.components import PROJECTORS
+from mmtune.model.families import PROJECTORS
 from mmtune.model.shrunk import shrunk_config
 
 

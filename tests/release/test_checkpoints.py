@@ -16,8 +16,8 @@ from transformers import AutoModelForImageTextToText
 
 from mmtune.cli import entry_point
 from mmtune.manifest import check_manifest, write_manifest
-from mmtune.model.load import load_trained, trained_part
-from mmtune.model.trained import find_trained
+from mmtune.model.load import load_trained
+from mmtune.model.trained import find_trained, trained_part
 from mmtune.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train

@@ -149,7 +149,7 @@ def test_what_cannot_be_folded_is_released_beside_its_base(
     assert figures["same_answers"] == figures["samples"] == 2
     card = (tmp_path / "out" / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    assert ("import mmtune.methods" in code) == (method == "bottleneck")
+    assert ("import mmtune.methods.tuners" in code) == (method == "bottleneck")
     script = code + "\nprint(type(model).__name__, type(processor).__name__, model.peft_config['default'].peft_type)\n"
     moved = (tmp_path / "out").rename(tmp_path / "elsewhere")
     base.rename(base.with_name("gone"))  # the release must not lean on what it was made from

@@ -27,6 +27,7 @@ from mmtune.run_directory import RunDirectory, new_run
 from mmtune.train import train
 from mmtune.training.callbacks import RecordMetrics
 from mmtune.training.trainer import TuningTrainer
+from mmtune.world import ALONE
 
 Make = Callable[..., Recipe]
 SAVES = ("train.save_strategy=steps", "train.save_steps=2", "train.max_steps=6", "tune.language.lora_dropout=0.2")
@@ -64,7 +65,7 @@ def test_resume_begins_where_there_is_no_checkpoint_yet(
         run.recipe.write_text("model:")  # cut short
         run.metrics.touch()
     if earlier.exists():  # a start that fails gives back the run that was there before the killed one
-        with pytest.raises(ZeroDivisionError), new_run(recipe, ["test"], overwrite=True):
+        with pytest.raises(ZeroDivisionError), new_run(recipe, ["test"], overwrite=True, world=ALONE):
             raise ZeroDivisionError
         assert (run.path / "mark").exists() and not earlier.exists()
         (run.path / "recipe.yaml").touch()

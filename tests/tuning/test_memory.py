@@ -20,7 +20,8 @@ from mmtune.errors import UserError
 from mmtune.model.fake import CountedMemory, bnb_state_bytes, quantized_bytes
 from mmtune.model.tiny import tiny_language, tiny_vision
 from mmtune.recipe import Recipe
-from mmtune.tuning.memory import MemoryEstimate, build_meta, estimate_memory, parse_memory, print_estimate, suggestions
+from mmtune.tuning.memory import MemoryEstimate, build_meta, estimate_memory, print_estimate, suggestions
+from mmtune.tuning.sizes import parse_memory
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "memory_estimate.py"
 SUPERVISED = 8

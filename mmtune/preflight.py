@@ -1,0 +1,99 @@
+"""Checks of a recipe before any library is imported: files, data templates, the base's family, optional libraries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+from mmtune.data.reader import check_source
+from mmtune.errors import UserError
+from mmtune.methods.table import refusal
+from mmtune.model.families import NEVER_PACKED, check_family, local_model_type
+from mmtune.model.locate import UNTRAINED, local_folder, resolve_base
+from mmtune.recipe import SECTIONS, Recipe, Source, check_files, located
+from mmtune.recipe_training import missing_libraries
+
+
+def check_recipe(recipe: Recipe, sections: Collection[str] = SECTIONS, files: bool = True) -> None:
+    """Check what a recipe names, without an import of torch or transformers.
+
+    Args:
+        sections: the sections whose files and templates are looked at.
+        files: whether the files must be there.
+
+    Raises:
+        UserError: every fault with its line and key, a line each.
+    """
+    faults: list[str] = []
+    if files:
+        with _collected(faults):
+            check_files(recipe, sections)
+    sources = {"data.train": recipe.data.train, "evaluate.data": recipe.evaluate.data if recipe.evaluate else ()}
+    for name, part in sources.items():
+        for number, source in enumerate(part if name.partition(".")[0] in sections else ()):
+            try:
+                check_source(source)
+            except UserError as error:
+                # A message begins with the key that it is about; one without a key is about the template.
+                key = re.match(r"(\w+): ", str(error))
+                wish = key[1] if key and key[1] in Source.model_fields else None
+                message = str(error).removeprefix(f"{wish}: ")
+                faults.append(located(recipe, f"{name}.{number}.{wish or 'template'}", message))
+    faults += [located(recipe, key, message) for key, message in missing_libraries(recipe.train) if "train" in sections]
+    if "model" in sections:
+        with _collected(faults), located_errors(recipe):
+            _check_base(recipe)
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))
+
+
+@contextmanager
+def _collected(faults: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        faults.append(str(error))
+
+
+def _check_base(recipe: Recipe) -> None:
+    """What a base's `model_type` tells: whether its family is supported, and takes the method and packing."""
+    base = recipe.model.base
+    model_type: str | None = "llava"  # what is assembled, and both built-in models
+    if base not in (None, UNTRAINED):
+        resolve_base(str(base))
+        if (folder := local_folder(str(base))) is None:
+            return
+        try:
+            model_type = local_model_type(folder)
+            if model_type is not None:
+                check_family(model_type, str(base))
+        except UserError as error:
+            raise UserError(f"model.base: {base}: {error}") from error
+    if recipe.data.packing and model_type in NEVER_PACKED:
+        raise UserError(
+            f"data.packing: packed batches cannot be exact here: {model_type}: {NEVER_PACKED[model_type]}; use padded batches"
+        )
+    for component, tuning in recipe.tune.components.items():
+        if tuning.method == recipe.tune.method is not None:
+            reason = refusal(tuning.method, tuning.settings, precision=recipe.model.precision, model_type=model_type)
+            if reason is not None:
+                raise UserError(f"tune.{component}: {reason}")
+
+
+def base_is_here(recipe: Recipe) -> bool:
+    """Whether the configuration of the recipe's base is on this machine, so that its family is known."""
+    base = recipe.model.base
+    return base in (None, UNTRAINED) or local_folder(resolve_base(str(base))) is not None
+
+
+@contextmanager
+def located_errors(recipe: Recipe) -> Iterator[None]:
+    """Inside, an error about a key of the recipe, which its message begins with, gets the place where the key was written."""
+    try:
+        yield
+    except UserError as error:
+        key = re.match(r"([\w.]+): ", str(error))
+        if type(error) is not UserError or key is None or not recipe.has_key(key[1]):
+            raise
+        raise UserError(located(recipe, key[1], str(error)[key.end() :])) from error
