@@ -47,7 +47,7 @@ def plain_type(annotation: Any, nested: bool) -> Any:
         if annotation is kind:
             return name
     if dataclasses.is_dataclass(annotation):
-        told = f"See {annotation.__name__}."
+        told = f"See {getattr(annotation, '__name__', annotation)}."
         return {"keys": {field.name: told for field in dataclasses.fields(annotation) if field.init}} if nested else None
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return {"choices": [member.value for member in annotation]}
