@@ -325,11 +325,12 @@ def test_a_run_may_move_with_the_base_it_assembled(make_recipe: Callable[..., Re
 
 
 def test_held_out_rows_are_read_before_weights(make_recipe: Callable[..., Recipe], rows: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty_base").mkdir()  # loading it would be another error
+    (tmp_path / "no_weights").mkdir()  # loading it would be another error
+    (tmp_path / "no_weights" / "config.json").write_text('{"model_type": "llava"}')
     made = json.loads(rows.read_text())
     made[3]["image"] = "gone.png"
     spoilt = rows.parent / "held_out.json"
     spoilt.write_text(json.dumps(made))
     section = f"evaluate={{data: [{{path: {spoilt}, template: llava}}]}}"
     with pytest.raises(UserError, match=r"evaluate: 1 of 12 rows cannot be asked:\n  held_out\.json\[3\]: image: no such file"):
-        train(make_recipe(section, f"model.base={tmp_path / 'empty_base'}"), ["test"])
+        train(make_recipe(section, f"model.base={tmp_path / 'no_weights'}"), ["test"])
