@@ -1,4 +1,4 @@
-"""A recipe's text: YAML and `key.sub=value` overrides into plain values that remember where each key was written.
+"""YAML of recipes and data templates, and `key.sub=value` overrides, into plain values that remember where each key was written.
 
 The YAML is 1.2's core schema, as editors read it, on PyYAML's safe loader: `2e-5` is a number, and `no`, `on` and
 `2024-01-01` are text, so that `save_strategy: no` means what transformers means by it.
@@ -27,8 +27,28 @@ _CORE_SCHEMA = (
 )
 
 
+MAX_BYTES = 2**20
+MAX_DEPTH = 50
+MAX_SIZE = 100_000
+"""Values and, at 64 characters each, texts of one document. What an alias stands for counts each time."""
+MAX_DIGITS = 1_000
+
+
 class _Loader(yaml.SafeLoader):
-    """The safe loader with YAML 1.2's idea of what is not text."""
+    """The safe loader with YAML 1.2's idea of what is not text, and with a bound on nesting."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_DEPTH} levels deep", mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -84,19 +104,28 @@ def fault(origin: Origin, key: str, message: str) -> str:
     return f"{origin.place}: {message}" if key == origin.override else f"{origin.place}: {key}: {message}"
 
 
-def read_document(path: Path) -> Document:
-    """Read a recipe file.
+def read_document(path: Path, kind: str = "recipe", keys: str = "model, data, output_dir") -> Document:
+    """Read a recipe, or another YAML file that holds a mapping.
+
+    Args:
+        path: the file.
+        kind: what it is, for errors.
+        keys: some that it holds, for errors.
 
     Raises:
-        UserError: for a file that cannot be read, is not YAML or is not a mapping. Duplicate and non-text keys are left
-            in `problems`, to be raised with the rest.
+        UserError: for a file that cannot be read, is too large, is not YAML or is not a mapping. Duplicate and non-text keys
+            are left in `problems`, to be raised with the rest.
     """
     if path.is_dir():
-        raise UserError(f"{path}: is a directory; give a recipe file")
+        raise UserError(f"{path}: is a directory; give a {kind} file")
     if not path.exists():
         siblings = {str(path.parent / file.name) for file in path.parent.glob("*.yaml")}
-        raise UserError(f"{path}: no such recipe file{nearest(str(path), siblings) if siblings else ''}")
+        raise UserError(f"{path}: no such {kind} file{nearest(str(path), siblings) if siblings else ''}")
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file; give a {kind} file")
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes, and a {kind} has at most {MAX_BYTES:,}")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
@@ -108,12 +137,12 @@ def read_document(path: Path) -> Document:
         line, problem = _syntax_error(error, text)
         raise UserError(f"{path}:{line}: not valid YAML: {problem}") from error
     if node is None:
-        raise UserError(f"{path}:1: the recipe is empty; it needs at least model, data and output_dir")
+        raise UserError(f"{path}:1: the {kind} is empty; expected a mapping with {keys}")
     if not isinstance(node, yaml.MappingNode):
-        kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
-        raise UserError(f"{path}:{node.start_mark.line + 1}: expected a mapping of sections (model, data, ...), got {kind}")
+        found = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
+        raise UserError(f"{path}:{node.start_mark.line + 1}: expected a mapping with {keys}, got {found}")
     document = Document(str(path))
-    document.values = _Builder(document).build(node)
+    document.values = _Builder(document, kind=kind).build(node)
     return document
 
 
@@ -191,12 +220,18 @@ def _syntax_error(error: yaml.YAMLError, text: str) -> tuple[int, str]:
 class _Builder:
     """Plain values from YAML nodes, with the origin of each key and faults noted in the document."""
 
-    def __init__(self, document: Document, override: Origin | None = None) -> None:
+    def __init__(self, document: Document, override: Origin | None = None, kind: str = "recipe") -> None:
         self._document = document
         self._override = override
+        self._kind = kind
         self._open: set[int] = set()
+        self._size = 0
 
     def build(self, node: yaml.Node, key: str = "") -> Any:
+        self._size += 1 + (len(node.value) // 64 if isinstance(node, yaml.ScalarNode) else 0)
+        if self._size > MAX_SIZE:
+            told = f"more than {MAX_SIZE:,} values, where what an alias stands for counts each time"
+            raise UserError(fault(self._origin(node), key or self._kind, told))
         if id(node) in self._open:
             self._fault(node, key, "the value contains itself")
             return None
@@ -230,7 +265,7 @@ class _Builder:
                 continue
             if name_node.tag != f"{_TAG}str":
                 shown = name if isinstance(name, str) else "a list or a mapping"
-                self._fault(name_node, key or "recipe", f"a key must be text, got {shown}; quote it")
+                self._fault(name_node, key or self._kind, f"a key must be text, got {shown}; quote it")
                 continue
             path = f"{key}.{name}" if key else name
             if name in first_line:
@@ -252,6 +287,9 @@ class _Builder:
                 return None
             if kind == "bool":
                 return {"true": True, "false": False}[text.lower()]
+            if kind in ("int", "float") and len(text) > MAX_DIGITS:
+                self._fault(node, key, f"a number of {len(text):,} characters, more than {MAX_DIGITS:,}")
+                return None
             if kind == "int":
                 return int(text, 0 if text[:2] in ("0x", "0o") else 10)
             if kind == "float":
@@ -259,7 +297,7 @@ class _Builder:
             if kind == "str":
                 return text
         except (ValueError, KeyError):
-            self._fault(node, key, f"'{text}' is not a YAML {kind}")
+            self._fault(node, key, f"'{text[:60]}' is not a YAML {kind}")
             return None
         self._fault(node, key, f"the YAML tag '{node.tag}' is not supported")
         return None

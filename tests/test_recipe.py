@@ -47,6 +47,11 @@ output_dir: runs/quickstart
 """
 
 
+def bomb(level: str) -> str:
+    """Nine lists or mappings, each of which names the one before ten times: a billion values."""
+    return "".join(f"data{n}: &a{n} " + level.format(", ".join([f"*a{n - 1}"] * 10)) + "\n" for n in range(1, 10))
+
+
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
@@ -392,10 +397,10 @@ def test_duplicate_keys_name_both_lines(write: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "x.yaml:1: the recipe is empty; it needs at least model, data and output_dir"),
-        ("# only a comment\n", "x.yaml:1: the recipe is empty; it needs at least model, data and output_dir"),
-        ("\n- a\n- b\n", "x.yaml:2: expected a mapping of sections (model, data, ...), got a list"),
-        ("hello\n", "x.yaml:1: expected a mapping of sections (model, data, ...), got a single value"),
+        ("", "x.yaml:1: the recipe is empty; expected a mapping with model, data, output_dir"),
+        ("# only a comment\n", "x.yaml:1: the recipe is empty; expected a mapping with model, data, output_dir"),
+        ("\n- a\n- b\n", "x.yaml:2: expected a mapping with model, data, output_dir, got a list"),
+        ("hello\n", "x.yaml:1: expected a mapping with model, data, output_dir, got a single value"),
         ("model: {base: b}\ndata: [1, 2\noutput_dir: o\n", "x.yaml:3: not valid YAML: "),
         ("model:\n\tbase: b\n", "x.yaml:2: not valid YAML: "),
         ("model: {base: b}\n---\nmodel: {}\n", "x.yaml:2: not valid YAML: "),
@@ -405,10 +410,24 @@ def test_duplicate_keys_name_both_lines(write: Any) -> None:
         ("model: &m\n  base: *m\n", "x.yaml:1: model.base: the value contains itself"),
         ("model: !!python/object:os.system {}\n", "x.yaml:1: model: the YAML tag "),
         ("model: {base: !!python/name:os.system x}\n", "x.yaml:1: model.base: the YAML tag "),
+        ("a: 1\nmodel: " + "[" * 100_000, "x.yaml:2: not valid YAML: nested more than 50 levels deep"),
+        ("a: 1\nmodel: " + "{a: " * 100_000, "x.yaml:2: not valid YAML: nested more than 50 levels deep"),
+        ("model: {base: " + "9" * 100_000 + "}\n", "x.yaml:1: model.base: a number of 100,000 characters, more than 1,000"),
+        ("model: {base: 0x" + "f" * 100_000 + "}\n", "x.yaml:1: model.base: a number of 100,002 characters"),
+        ("model: " + "x" * 2**20, "x.yaml: 1,048,583 bytes, and a recipe has at most 1,048,576"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_what_is_not_a_recipe_at_all(write: Any, text: str, told: str) -> None:
     assert faults(write(text))[0].startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("first", "level"), [("[x]", "[{}]"), ("{base: x}", "{{<<: [{}]}}"), ("x" * 100_000, "[{}]")], ids=["lists", "merges", "text"]
+)
+def test_what_aliases_stand_for_is_bounded(write: Any, first: str, level: str) -> None:
+    (fault,) = faults(write(f"model: &a0 {first}\n{bomb(level)}"))
+    assert fault.startswith("x.yaml:1: data") and "more than 100,000 values, where what an alias stands for counts" in fault
 
 
 def test_a_file_that_cannot_be_read(write: Any, tmp_path: Path) -> None:

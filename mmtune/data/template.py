@@ -13,7 +13,6 @@ from itertools import chain, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from mmtune.data.boxes import BOX_FIELDS
@@ -27,6 +26,7 @@ from mmtune.data.prompts import PLAIN, Options, Prompting, Verbalizer
 from mmtune.data.rows import OWN_IDS, Row
 from mmtune.data.unread import check_unread, is_empty, kind_of_name
 from mmtune.errors import UserError, nearest
+from mmtune.recipe_yaml import read_document
 from mmtune.shipped import shipped_dir
 
 ROLES = ("system", "user", "assistant")
@@ -305,7 +305,7 @@ def load_data_template(name: str) -> DataTemplate:
     """A shipped template by its name, or one of your own by the path of its YAML file.
 
     Raises:
-        UserError: for an unknown name or a file that is no data template.
+        UserError: for an unknown name or a file that is no data template, with every fault of it, a line each.
     """
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
@@ -316,10 +316,13 @@ def load_data_template(name: str) -> DataTemplate:
         if name not in shipped:
             raise UserError(f"data template '{name}' is not one of those that ship{nearest(name, set(shipped))}")
         path = shipped[name]
+    document = read_document(path, "data template", "description, conversation or messages, example")
+    template = None
     try:
-        return DataTemplate.model_validate(yaml.safe_load(path.read_bytes()))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+        template = DataTemplate.model_validate(document.values)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(f"{path}: {faults}") from error
+        for detail in error.errors():
+            document.report(".".join(map(str, detail["loc"])) or "data template", detail["msg"])
+    document.raise_problems()
+    assert template is not None
+    return template

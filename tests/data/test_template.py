@@ -263,6 +263,9 @@ example: {}
 """
 
 
+BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10))
+
+
 def test_a_template_of_ones_own_is_read_by_path(media: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(OWN, encoding="utf-8")
     row = {"chat": [{"who": "me", "says": "[img]<image>"}, {"who": "you", "says": "x"}], "pictures": ["a.png"]}
@@ -293,9 +296,17 @@ def test_a_template_of_ones_own_is_read_by_path(media: Path, tmp_path: Path) -> 
         ("description: d\nexample: {}\nmessages: [{role: user, text: '{{ x'}]", "not valid Jinja at line 1: .*{{ x"),
         (OWN.replace("description: mine", ""), "description: Field required"),
         ("a: [", "not valid YAML"),
-        ("", "mine.yaml: "),
-        ("- a", "mine.yaml: "),
-        (b"description: \xff\xfe\xff", "not valid YAML"),
+        ("", "mine.yaml:1: the data template is empty"),
+        ("- a", "mine.yaml:1: expected a mapping with description"),
+        (b"description: \xff\xfe\xff", "not UTF-8 text"),
+        (OWN + "values: {a: " + "9" * 100_000 + "}", r"mine\.yaml:7: values\.a: a number of 100,000 characters"),
+        (OWN + "values: {a: " + "[" * 5000, r"mine\.yaml:7: not valid YAML: nested more than 50 levels deep"),
+        (
+            OWN + "a0: &a0 x\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)),
+            "more than 100,000",
+        ),
+        (OWN + "images: more", r"mine\.yaml:7: images: key given twice; first on line 4"),
+        (OWN.replace("{}", "\n  when: 2024-99-99\n  1: x"), r"mine\.yaml:8: example: a key must be text, got 1"),
     ],
 )
 def test_a_bad_template_is_refused(tmp_path: Path, text: str | bytes, reason: str) -> None:
