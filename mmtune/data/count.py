@@ -26,6 +26,7 @@ from mmtune.data.encode import Supervise, encode_text
 from mmtune.data.findings import kind_of
 from mmtune.data.media import image_size
 from mmtune.data.message import Message, RowError, Sample
+from mmtune.data.resizing import check_resized, image_kwargs
 from mmtune.errors import UserError
 
 Size = tuple[int, int]
@@ -116,11 +117,12 @@ def image_replacements(processor: ProcessorMixin, sizes: list[Size]) -> list[str
         For every image the string that `processor.replace_image_token` gives after real image processing.
 
     Raises:
-        ValueError: an image that the processor refuses, in its own words.
+        ValueError: an image that the processor refuses, in its own words, or would make too large.
         UserError: a processor that does not say what it puts in place of an image.
     """
     if not sizes:
         return []
+    check_resized(processor, sizes)
     rule = _trusted_rule(processor)
     return list(_by_rule(processor, tuple(sizes), rule) if rule else _blank_replacements(processor, tuple(sizes)))
 
@@ -151,7 +153,7 @@ def _outcome(count: Callable[..., tuple[str, ...]], processor: ProcessorMixin, s
 
 
 def _by_rule(processor: ProcessorMixin, sizes: tuple[Size, ...], rule: Rule) -> tuple[str, ...]:
-    figures = rule(processor, _settings(processor), list(sizes))
+    figures = rule(processor, image_kwargs(processor), list(sizes))
     if figures is None:
         return _blank_replacements(processor, sizes)
     return tuple(str(processor.replace_image_token(figures, image_idx=index)) for index in range(len(sizes)))
@@ -169,13 +171,6 @@ def _blank_replacements(processor: ProcessorMixin, sizes: tuple[Size, ...]) -> t
     text = processor.image_token * len(sizes)
     encoded = processor(text=[text], images=[blanks], return_text_replacement_offsets=True)
     return tuple(str(each["replacement"]) for each in encoded["text_replacement_offsets"][0])
-
-
-def _settings(processor: Any) -> dict[str, Any]:
-    """What the image processor will be called with: its own settings, and over them what the processor sets for its class."""
-    own = processor.image_processor
-    settings = {name: getattr(own, name, None) for name in own.valid_kwargs.__annotations__}
-    return settings | processor._merge_kwargs(tokenizer_init_kwargs=processor.tokenizer.init_kwargs)["images_kwargs"]
 
 
 # ---- the families
@@ -326,4 +321,4 @@ def _rule(processor: Any) -> Rule | None:
 def processor_settings(processor: ProcessorMixin) -> dict[str, str]:
     """Everything that image processing depends on, for telling processors apart."""
     kinds = {"processor": type(processor).__name__, "image_processor": type(processor.image_processor).__name__}
-    return kinds | {name: repr(value) for name, value in sorted(_settings(processor).items())}
+    return kinds | {name: repr(value) for name, value in sorted(image_kwargs(processor).items())}

@@ -21,6 +21,7 @@ from mmtune.chat_rendering import MARK_START, NotExact, Span, control_tokens, re
 from mmtune.data.findings import kind_of
 from mmtune.data.media import blank_image, open_image
 from mmtune.data.message import Message, RowError, Sample, is_supervised, text_of
+from mmtune.data.resizing import check_resized
 from mmtune.data.tokens import Places, mark, spells, tokenize, tokenize_marked, unmark
 from mmtune.errors import UserError
 
@@ -264,6 +265,7 @@ def _process_images(
     if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
         raise UserError(f"model: {name} does not tell what it writes for an image, so its samples cannot be encoded exactly")
     try:
+        check_resized(processor, [image.size for image in images])
         own: Mapping[str, Any] = processor(
             images=[images],
             text=[processor.image_token * len(images)],

@@ -70,6 +70,7 @@ KINDS: dict[str, Kind] = {
         "warning", "nothing, if the field is no box in pixels of the upright image; the data template does not read it"
     ),
     "image_end_marker": Kind("warning", "write the image again: it decodes, but its end marker is missing"),
+    "image_elongated": Kind("warning", "crop the image, or pad its shorter edge: image processors refuse it or blow it up"),
     "image_animated": Kind("warning", "extract the frame you mean: only the first is used"),
     "image_rotated": Kind("note", "nothing: it is turned upright when opened; boxes must be of the upright image"),
     "image_palette": Kind("note", "nothing: it is converted to RGB when opened"),

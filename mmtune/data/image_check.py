@@ -29,6 +29,7 @@ ENDS = {PNG_START[:3]: PNG_END, JPEG_START: JPEG_END, b"GIF": b";"}
 JPEG_SCAN = 0xDA
 TIFF_PLACES = ((273, 279), (324, 325))  # offsets and lengths of strips, of tiles
 TIFF_BITS = 258
+ELONGATED = 200  # aspect ratio from which image processors refuse an image
 SIDEWAYS = 5  # EXIF orientations from here on exchange width and height
 
 
@@ -71,6 +72,8 @@ def inspect_image(media: Media, decode: bool = False) -> ImageReport:
 
 def _traits(image: Image.Image, orientation: int) -> Found:
     found = []
+    if max(image.size) > ELONGATED * min(image.size):
+        found.append(("image_elongated", f"{image.width} x {image.height} pixels"))
     if orientation > 1:
         found.append(("image_rotated", f"EXIF orientation {orientation}"))
     # Phones' MPO files hold a picture and what belongs to it, no animation.

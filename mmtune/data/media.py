@@ -30,6 +30,9 @@ from mmtune.files import user_cache
 MAX_PIXELS = 89_478_485
 """Largest image that is opened: where Pillow warns of a decompression bomb."""
 
+MAX_EDGE = 131_072
+"""Longest edge of an image that is opened, in pixels: image processors take seconds and gigabytes for a longer one."""
+
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is opened besides DICOM, by Pillow's names. Pillow knows more, among them formats that run another program."""
 
@@ -332,6 +335,9 @@ def opened_image(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
                 bound = f"more than {MAX_PIXELS}" if image.width * image.height else "which is none"
                 kind = "image_too_large" if image.width * image.height else "image_zero_size"
                 raise Unusable(kind, f"{media} has {image.width} x {image.height} pixels, {bound}")
+            if max(image.size) > MAX_EDGE:
+                told = f"{media} has {image.width} x {image.height} pixels, and an edge has at most {MAX_EDGE}"
+                raise Unusable("image_too_large", told)
             values = lacks_range(image)
             if values is not None and (not isinstance(media, ImageView) or media.window is None):
                 told = f"{media} holds {values} values, whose range is not known; give its source a line `window: [LOW, HIGH]`"

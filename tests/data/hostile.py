@@ -198,6 +198,9 @@ def images() -> list[Case]:
         _image("a TIFF of two pages", _frames("TIFF"), "image_animated", suffix="tif"),
         _image("a JPEG by the wrong name", jpeg),
         _image("a JPEG with bytes after its end", jpeg + b"\0" * 100 + b"more", suffix="jpg"),
+        _image("a line of 2,001 pixels", encoded(NOISE.resize((2001, 1)), "PNG"), "image_elongated"),
+        _image("a line of 131,073 pixels", png(131_073, 1), "image_too_large"),
+        _image("a line of 5,000,000 pixels", png(1, 5_000_000), "image_too_large"),
         _image("a single pixel", encoded(NOISE.crop((0, 0, 1, 1)), "PNG")),
     ]
 
