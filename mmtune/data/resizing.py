@@ -1,7 +1,7 @@
 """What an image processor resizes an image to, bounded before a pixel is decoded.
 
 A processor that resizes by the shorter edge keeps the aspect ratio: an image of 5,000,000 x 1 pixels, a file of a few hundred
-bytes, becomes one of 160,000,000 x 32. Processors that cut tiles, or bound the longer edge or the number of pixels, need no check.
+bytes, becomes one of 160,000,000 x 32. Processors that cut tiles, bound the longer edge or bound the pixels need no check.
 """
 
 from __future__ import annotations
