@@ -112,22 +112,22 @@ def _methods(arguments: argparse.Namespace) -> Any:
 
 
 def _assemble(arguments: argparse.Namespace) -> Any:
-    from mmtune.files import check_replaceable
+    from mmtune.files import replaced_directory
     from mmtune.model.locate import CHECKPOINT_MARK
     from mmtune.preflight import check_recipe, located_errors
     from mmtune.recipe import load_recipe, needed_paths
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     out = Path(arguments.out)
-    check_replaceable(out, arguments.overwrite, CHECKPOINT_MARK, needed_paths(recipe))
-    check_recipe(recipe, ("model",))
-    settle_console()
-    from mmtune.model.checkpoint import save_checkpoint
-    from mmtune.model.load import load_base
+    with replaced_directory(out, arguments.overwrite, CHECKPOINT_MARK, needed_paths(recipe)) as fresh:
+        check_recipe(recipe, ("model",))
+        settle_console()
+        from mmtune.model.checkpoint import write_checkpoint
+        from mmtune.model.load import load_base
 
-    with located_errors(recipe):
-        model, processor = load_base(recipe.model, recipe.train.get("seed", 42))
-    save_checkpoint(model, processor, out, overwrite=arguments.overwrite)
+        with located_errors(recipe):
+            model, processor = load_base(recipe.model, recipe.train.get("seed", 42))
+        write_checkpoint(model, processor, fresh)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"assembled: {out}: {type(model).__name__}, {parameters:,} parameters")
     return {"out": str(out), "class": type(model).__name__, "parameters": parameters}

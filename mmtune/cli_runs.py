@@ -6,12 +6,13 @@ import argparse
 import math
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mmtune.cli_verbs import AddVerb, add_recipe_arguments, add_trust
-from mmtune.console import settle_console
+from mmtune.console import settle_console, speaker
 from mmtune.errors import UserError
 
 
@@ -43,7 +44,6 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
     verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a checkpoint of one, an adapter, a model or a hub id")
     verb.add_argument("--recipe", help="the recipe whose `evaluate` section to use; a run's own by default")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-
     add_trust(verb)
 
     verb = add(verbs, "merge", _merge, "fold a run's adapter into its base and prove the result")
@@ -56,7 +56,6 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
     verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default 5GB)")
     verb.add_argument("--quantize", choices=("int8", "nf4"), help="write a quantized release too, as OUT-int8 or OUT-nf4")
     verb.add_argument("--keep-adapter", action="store_true", help="release the adapter beside its base, unmerged")
-
     add_trust(verb)
 
     verb = add(verbs, "push", _push, "show what a release would upload to the hub, and upload it with --upload")
@@ -73,7 +72,6 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
     verb.add_argument("--prompt", help="one question; without it, a conversation")
     verb.add_argument("--chat-template", metavar="NAME", help="instead of the model's own, as model.chat_template of a recipe")
     verb.add_argument("--max-new-tokens", type=int, default=256, help="an answer is cut there (default 256)")
-
     add_trust(verb)
 
     verb = add(verbs, "report", _report, "print what a run achieved")
@@ -84,7 +82,7 @@ def _train(arguments: argparse.Namespace) -> Any:
     from mmtune.files import writing
     from mmtune.preflight import check_recipe, located_errors
     from mmtune.recipe import load_recipe
-    from mmtune.run_directory import check_output_dir
+    from mmtune.run_directory import check_output_dir, locked_run
 
     if isinstance(arguments.resume, str) and "=" in arguments.resume and not Path(arguments.resume).exists():
         arguments.overrides, arguments.resume = [*arguments.overrides, arguments.resume], True  # --resume key=value
@@ -101,14 +99,15 @@ def _train(arguments: argparse.Namespace) -> Any:
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume goes on with the run that --overwrite would replace; give one of them")
     check_recipe(recipe)
-    with located_errors(recipe):
+    # The first process holds the lock for all that train together.
+    lock = nullcontext() if speaker() else locked_run(recipe)
+    with located_errors(recipe), lock, writing(Path(recipe.output_dir)):
         if not arguments.resume:
             check_output_dir(recipe, arguments.overwrite)
-    settle_console()
-    from mmtune.train import train
+        settle_console()
+        from mmtune.train import train
 
-    resume = arguments.resume if isinstance(arguments.resume, bool) else Path(arguments.resume)
-    with writing(Path(recipe.output_dir)), located_errors(recipe):
+        resume = arguments.resume if isinstance(arguments.resume, bool) else Path(arguments.resume)
         return train(recipe, arguments.command_line, arguments.overwrite, resume)
 
 

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import json
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from mmtune.errors import UserError
+from mmtune.locks import locked
 
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -87,14 +90,49 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_bytes(path: Path, data: bytes) -> None:
     """As `replace_text`, for bytes; several threads or processes may write the same file, and the last one stays."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # tempfile's would be closed to other users
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def open_as_umask_says(folder: Path) -> None:
+    """Give every file of a folder the mode that a new file gets; safetensors writes files that only their owner can read."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~umask)
+
+
+def linked_directory(out: Path) -> Path:
+    """Where a directory goes: the path itself, or what it points to where it is a symbolic link, which then stays.
+
+    Raises:
+        UserError: a link into a folder that does not exist, such as on a disk that is not mounted, or to itself.
+    """
+    if out.name in ("", ".."):  # such as `.`: its name is wanted
+        out = Path(os.path.abspath(out))  # noqa: PTH100  (resolve would follow links)
+    if not out.is_symlink():
+        return out
+    try:
+        target = out.resolve()
+    except RuntimeError as error:  # a loop
+        raise UserError(f"{out} is a symbolic link that leads back to itself; remove it") from error
+    if target.is_symlink() or not target.parent.is_dir():
+        raise UserError(f"{out} is a symbolic link to {target}, and {target.parent} is not there; make it, or remove the link")
+    return target
+
+
+def is_mount_point(path: Path) -> bool:
+    """Whether a file system or a folder of one is mounted at a path, which then cannot be renamed."""
+    mounts = Path("/proc/self/mountinfo")
+    here = str(path.resolve()).replace("\\", "\\134").replace(" ", "\\040")
+    return os.path.ismount(path) or (mounts.exists() and any(line.split(" ")[4] == here for line in mounts.open()))
 
 
 def expand_user(path: str) -> str:
@@ -117,6 +155,7 @@ def check_replaceable(out: Path, overwrite: bool, mark: str, keep: Sequence[Path
     Raises:
         UserError: with the reason.
     """
+    out = linked_directory(out)
     if not out.exists():
         return
     for path in keep:
@@ -126,6 +165,8 @@ def check_replaceable(out: Path, overwrite: bool, mark: str, keep: Sequence[Path
         raise UserError(f"{out} exists; give another path, or --overwrite to replace it")
     if not out.is_dir() or (not (out / mark).is_file() and any(out.iterdir())):
         raise UserError(f"{out} is not what would be written there (it has no {mark}), so --overwrite leaves it alone")
+    if is_mount_point(out):
+        raise UserError(f"{out} is a mount point, which cannot be replaced; give a path inside it")
 
 
 @contextlib.contextmanager
@@ -133,12 +174,36 @@ def replaced_directory(out: Path, overwrite: bool, mark: str, keep: Sequence[Pat
     """A temporary directory beside `out` that takes its name when the block ends well, and goes when it does not.
 
     The arguments are those of `check_replaceable`. What was at `out` stays whole until then, and comes back if the
-    renaming fails.
+    renaming fails. Of a symbolic link the target is replaced. Files get the modes that the umask says. One process at a time
+    may write `out`; what a killed one left beside it is removed first.
 
     Raises:
-        UserError: as `check_replaceable`; or the directory beside `out` cannot be made.
+        UserError: as `check_replaceable`; another process writes `out`; or the directory beside `out` cannot be made.
     """
-    check_replaceable(out, overwrite, mark, keep)
+    out = linked_directory(out)
+    with locked(out) as is_locked:
+        if is_locked:
+            _remove_leftovers(out)
+        check_replaceable(out, overwrite, mark, keep)
+        with _replaced(out) as fresh:
+            yield fresh
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove the temporary directories of processes that were killed; `out` is locked, so that no live one has any."""
+    name = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]+\.partial")
+    for path in out.parent.iterdir() if out.parent.is_dir() else ():
+        if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            if (path / "old").exists() and not out.exists():  # killed between the two renamings
+                (path / "old").rename(out)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:  # another user's
+                print(f"left alone: {path}: {error.strerror}")
+
+
+@contextlib.contextmanager
+def _replaced(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -148,6 +213,7 @@ def replaced_directory(out: Path, overwrite: bool, mark: str, keep: Sequence[Pat
         fresh, stale = scratch / "new", scratch / "old"
         fresh.mkdir()  # mkdtemp's own directory is closed to other users
         yield fresh
+        open_as_umask_says(fresh)
         if out.exists():
             out.rename(stale)
         try:

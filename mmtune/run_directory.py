@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmtune import __version__
 from mmtune.errors import CheckFailed, UserError
-from mmtune.files import check_replaceable, replace_text, writing
+from mmtune.files import check_replaceable, linked_directory, replace_text, writing
+from mmtune.locks import locked
 from mmtune.manifest import check_manifest
 from mmtune.recipe import Recipe, needed_paths
 from mmtune.threads import usable_cores
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 SAVING = ".saving"
 """Where a checkpoint lies until it is whole."""
+GIT_S = 10.0
 SEEN_WITHIN_S = 60.0
 """A network file system may remember for half a minute that a directory was not there."""
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "pillow", "numpy")
@@ -167,6 +169,21 @@ def check_output_dir(recipe: Recipe, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
+def locked_run(recipe: Recipe) -> Iterator[None]:
+    """Inside, no other process trains into the recipe's `output_dir`.
+
+    Raises:
+        UserError: one does; it is named.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(linked_directory(Path(recipe.output_dir))))
+        except UserError as error:
+            raise UserError(f"output_dir: {error}") from error
+        yield
+
+
+@contextlib.contextmanager
 def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, world: World) -> Iterator[RunDirectory]:
     """Make the run's directory and write what went in; the block prepares what will train.
 
@@ -177,7 +194,7 @@ def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, world: Worl
     Raises:
         UserError: as `check_output_dir`, or the directory cannot be made.
     """
-    run = RunDirectory(Path(recipe.output_dir))
+    run = RunDirectory(linked_directory(Path(recipe.output_dir)))
     if not world.first:
         _check_shared(run, world)
         yield run
@@ -253,13 +270,45 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the working directory's repository, `+changes` when its files differ; None outside one."""
+    """The commit of the working directory's repository; None outside one.
+
+    `+changes` is added when its files differ, and `+unchecked` when that took longer than `GIT_S` seconds. No program that the
+    repository's own configuration names is run: whoever wrote it need not be who trains here.
+    """
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        commit = _git("rev-parse", "HEAD").strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+    try:
+        # A filter that the user's own configuration sets up, as git-lfs does, stays.
+        listed = _git("config", "--show-scope", "--null", "--name-only", "--get-regexp", r"^filter\.").split("\0")
+        scopes = zip(listed[::2], listed[1::2], strict=False)
+        foreign = {key for scope, key in scopes if scope not in ("system", "global", "command")}
+    except subprocess.CalledProcessError:  # there is none
+        foreign = set()
+    try:
+        changes = _git("status", "--porcelain", "--ignore-submodules=all", settings=dict.fromkeys(foreign, ""))
+    except (OSError, subprocess.SubprocessError):
+        return f"{commit}+unchecked"
+    return commit + ("+changes" if changes.strip() else "")
+
+
+def _git(*arguments: str, settings: Mapping[str, str] | None = None) -> str:
+    settings = {"core.fsmonitor": "false"} | dict(settings or {})
+    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_CONFIG_COUNT": str(len(settings))}
+    for number, (key, value) in enumerate(settings.items()):
+        environment |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
+    done = subprocess.run(
+        ["git", *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=True,
+        timeout=GIT_S,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+    )
+    return done.stdout
 
 
 def peak_memory_mb() -> float:

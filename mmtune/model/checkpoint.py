@@ -77,10 +77,17 @@ def save_checkpoint(
     Raises:
         UserError: when `out` exists, unless `overwrite`.
     """
-    use_hub_key_names(model)
     with replaced_directory(Path(out), overwrite, CHECKPOINT_MARK) as fresh:
-        model.save_pretrained(fresh, state_dict=state_dict)
-        processor.save_pretrained(fresh)
+        write_checkpoint(model, processor, fresh, state_dict)
+
+
+def write_checkpoint(
+    model: PreTrainedModel, processor: ProcessorMixin, folder: Path, state_dict: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write the files of a checkpoint into a folder; arguments as for `save_checkpoint`."""
+    use_hub_key_names(model)
+    model.save_pretrained(folder, state_dict=state_dict)
+    processor.save_pretrained(folder)
 
 
 def load_projector(model: PreTrainedModel, path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from mmtune.data.plan_cache import signatures
 from mmtune.data.report import DataReport
 from mmtune.errors import UserError
-from mmtune.files import flush, sync
+from mmtune.files import flush, open_as_umask_says, sync
 from mmtune.manifest import check_manifest, names_in, write_manifest
 from mmtune.recipe import Recipe, load_recipe
 from mmtune.run_directory import SAVING, RunDirectory, becomes_seen, step_of
@@ -51,6 +51,7 @@ def keep_checkpoint(
     """
     report.write(made / REPORT)
     (made / LAYOUT).write_text(json.dumps({"layout": world.layout, "files": files}) + "\n", encoding="utf-8")
+    open_as_umask_says(made)
     write_manifest(made)
     flush(made)
     made.rename(checkpoints / made.name)
