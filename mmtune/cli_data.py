@@ -109,15 +109,13 @@ def _doctor(arguments: argparse.Namespace) -> Any:
 
 def _absent_checkpoint(recipe: Any) -> str | None:
     """A hub id of the recipe's model whose configuration does not load, as with no network; None if all can be read."""
-    from transformers.utils import CONFIG_NAME, cached_file
-
-    from mmtune.model.locate import HUB_ID
+    from mmtune.hub import is_local_name, locate_checkpoint
 
     for name in (recipe.model.base, recipe.model.vision, recipe.model.language):
-        if name and not name.startswith("builtin:") and not Path(name).exists() and HUB_ID.fullmatch(name):
+        if name and not name.startswith("builtin:") and not Path(name).exists() and not is_local_name(name):
             try:
-                cached_file(name, CONFIG_NAME)
-            except OSError:
+                locate_checkpoint(name)
+            except UserError:
                 return str(name)
     return None
 

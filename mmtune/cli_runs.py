@@ -14,6 +14,7 @@ from typing import Any
 from mmtune.cli_verbs import AddVerb, add_recipe_arguments, add_trust
 from mmtune.console import settle_console, speaker
 from mmtune.errors import UserError
+from mmtune.hub import missing
 
 
 def add_run_verbs(verbs: Any, add: AddVerb) -> None:
@@ -147,7 +148,7 @@ def _merge(arguments: argparse.Namespace) -> Any:
     runs = [_weighted(text) for text in arguments.adapter or ()]
     for path in [path for path, _ in runs] or [Path(arguments.model)]:
         if not path.is_dir():
-            raise UserError(f"{path}: no such run or model")
+            raise UserError(missing(str(path), "run or model"))
     settle_console()
     from mmtune.release.merge import Form, combine, keep_adapter, merge
 

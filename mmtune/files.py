@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import json
 import os
@@ -76,6 +77,44 @@ def check_writable(folder: Path, key: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{key}: cannot write in {place}: {error.strerror}") from error
+
+
+def nearest_path(path: Path) -> Path | None:
+    """An existing path whose every part is that of a path which does not exist, or spelt nearly so; None where there is none."""
+    found = Path(path.anchor)
+    for part in path.parts[bool(path.anchor) :]:
+        if not (found / part).exists():
+            names = _names_in(found)
+            close = difflib.get_close_matches(part, names, n=1, cutoff=0.6)
+            if not close:
+                return None
+            part = close[0]
+        found /= part
+    return found
+
+
+def not_there(path: Path, only_close: bool = False) -> str:
+    """A hint for a path that does not exist: the nearest one that does, or else what its nearest folder holds.
+
+    Args:
+        path: as it was given.
+        only_close: nothing where no path is spelt nearly so.
+    """
+    if (close := nearest_path(path)) is not None:
+        return f"; did you mean '{close}'?"
+    if only_close:
+        return ""
+    folder = next((each for each in path.parents if each.is_dir()), Path())
+    names = _names_in(folder)
+    shown = f"holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "is empty"
+    return f"; the nearest folder, {folder.absolute() if folder == Path() else folder}, {shown}"
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
+    except OSError:  # not a folder, or closed to this user
+        return []
 
 
 def user_cache(kind: str) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mmtune.errors import UserError
+from mmtune.hub import is_local_name, missing
 from mmtune.methods.table import METHODS
 from mmtune.recipe_arguments import Settings, method_arguments, training_arguments
 from mmtune.recipe_prompts import Shots
@@ -53,6 +54,8 @@ __all__ = [
 
 SECTIONS = ("model", "tune", "data", "evaluate", "train")
 _ROWS_FILE = re.compile(r"[^*?\[{]+\.(json|jsonl|ndjson|csv|tsv|parquet|arrow|feather|tar)", re.IGNORECASE)
+_HUB_PARTS = re.compile(r"[@:].*")
+"""What a data set's hub id may have behind it: `@config:split`."""
 _SHORTHANDS = {f"tune.{component}": "method" for component in ("vision", "projector", "language")} | {"model.projector": "type"}
 
 
@@ -90,17 +93,22 @@ def check_files(recipe: Recipe, sections: Collection[str] = SECTIONS) -> None:
     Raises:
         UserError: naming each that is missing, with its key and line.
     """
-    missing = []
+    faults = []
     for key, named, kind in _named_files(recipe):
         if key.partition(".")[0] not in sections:
             continue
-        if kind == "rows" and not _ROWS_FILE.fullmatch(named):
-            continue  # a glob, a data set on the hub, or a folder: opening it says whether it is there
+        if kind == "rows" and not (_ROWS_FILE.fullmatch(named) or is_local_name(_HUB_PARTS.sub("", named))):
+            continue  # a data set on the hub: opening it says whether it is there
+        if kind == "rows" and any(character in named for character in "*?[{"):
+            continue  # several files: opening them says which are there
+        if kind == "checkpoint" and not is_local_name(named):
+            continue
         if not (Path(named).is_dir() if kind == "directory" else Path(named).exists()):
-            kind = "file" if kind == "rows" else kind
-            missing.append(located(recipe, key, f"no such {kind}: {named}"))
-    if missing:
-        raise UserError("\n".join(missing))
+            rows = "file" if _ROWS_FILE.fullmatch(named) else "file or folder"
+            what = {"rows": rows, "checkpoint": "directory"}.get(kind, kind)
+            faults.append(located(recipe, key, missing(named, what)))
+    if faults:
+        raise UserError("\n".join(faults))
 
 
 def needed_paths(recipe: Recipe) -> list[Path]:
@@ -165,8 +173,8 @@ def _named_files(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     model = recipe.model
     for name in ("base", "vision", "language"):
         value = getattr(model, name)
-        if value is not None and value.startswith(("/", "./", "../")):
-            yield f"model.{name}", value, "directory"
+        if value is not None and not value.startswith("builtin:"):
+            yield f"model.{name}", value, "checkpoint"
     if model.projector is not None and model.projector.weights is not None:
         yield "model.projector.weights", model.projector.weights, "directory"
     if model.chat_template is not None and model.chat_template.endswith(".jinja"):

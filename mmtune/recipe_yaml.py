@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from mmtune.errors import UserError, nearest
+from mmtune.errors import UserError
+from mmtune.files import not_there
 
 _TAG = "tag:yaml.org,2002:"
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$")
@@ -119,8 +120,7 @@ def read_document(path: Path, kind: str = "recipe", keys: str = "model, data, ou
     if path.is_dir():
         raise UserError(f"{path}: is a directory; give a {kind} file")
     if not path.exists():
-        siblings = {str(path.parent / file.name) for file in path.parent.glob("*.yaml")}
-        raise UserError(f"{path}: no such {kind} file{nearest(str(path), siblings) if siblings else ''}")
+        raise UserError(f"{path}: no such {kind} file{not_there(path)}")
     if not path.is_file():
         raise UserError(f"{path}: not a regular file; give a {kind} file")
     try:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from mmtune import __version__
 from mmtune.errors import CheckFailed, UserError
 from mmtune.files import check_replaceable, linked_directory, replace_text, writing
+from mmtune.hub import missing
 from mmtune.locks import locked
 from mmtune.manifest import check_manifest
 from mmtune.recipe import Recipe, needed_paths
@@ -131,10 +132,40 @@ class RunDirectory:
         Raises:
             UserError: for a directory that is no finished run.
         """
+        if not self.path.exists():
+            raise UserError(missing(str(self.path), "run"))
         if not self.summary.is_file():
-            raise UserError(f"{self.path} is not a finished run: it has no summary.json")
+            state = self.unfinished() if self.recipe.is_file() else "is not a run: it has no recipe.yaml"
+            raise UserError(f"{self.path} {state}")
         summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
         return summary
+
+    def unfinished(self) -> str:
+        """How far a run without a `summary.json` has come, and which command goes on with it; follows the run's path."""
+        if self.is_leftover():
+            return "was started and has not finished a step: the next `mmtune train` of its recipe replaces it"
+        if checkpoints := self.checkpoints_by_step():
+            return (
+                f"has not finished: its last checkpoint is {checkpoints[-1].name}; `mmtune train RECIPE --resume` goes on from "
+                "there, --overwrite begins again"
+            )
+        if self.adapter.exists() or self.model.exists():
+            return (
+                f"has been trained and ended before its report: `mmtune eval {self.path}` evaluates what it has left, `mmtune "
+                "train RECIPE --overwrite` trains it again"
+            )
+        return (
+            "has not finished, and stopped before its first checkpoint (train.save_strategy and save_steps write them): `mmtune "
+            "train RECIPE --overwrite` begins again"
+        )
+
+    def is_leftover(self) -> bool:
+        """Whether this is what a start left that did not finish a step, as of a killed process: nothing in it is of use."""
+        if not self.path.is_dir() or not (self.recipe.is_file() or not any(self.path.iterdir())):
+            return False
+        logged = self.metrics.is_file() and self.metrics.stat().st_size > 0
+        outcome = (self.summary, self.adapter, self.model)
+        return not logged and not self.checkpoints_by_step() and not any(path.exists() for path in outcome)
 
     def update_summary(self, figures: dict[str, Any]) -> dict[str, Any]:
         """Add figures to `summary.json`, which is never half written."""
@@ -160,10 +191,15 @@ def check_output_dir(recipe: Recipe, overwrite: bool) -> None:
     """
     Raises:
         UserError: the recipe's `output_dir` exists and `overwrite` is not given, it is no earlier run, or it holds what the
-            recipe needs.
+            recipe needs. What a start has left that did not finish a step may be replaced without `overwrite`.
     """
+    run = RunDirectory(Path(recipe.output_dir))
+    leftover = run.is_leftover()
+    if run.recipe.is_file() and not overwrite and not leftover:
+        state = "is a finished run: --overwrite replaces it" if run.summary.is_file() else run.unfinished()
+        raise UserError(f"output_dir: {run.path} {state}; another output_dir keeps it")
     try:
-        check_replaceable(Path(recipe.output_dir), overwrite, RunDirectory(Path()).recipe.name, needed_paths(recipe))
+        check_replaceable(run.path, overwrite or leftover, run.recipe.name, needed_paths(recipe))
     except UserError as error:
         raise UserError(f"output_dir: {error}") from error
 
@@ -200,11 +236,11 @@ def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, world: Worl
         yield run
         return
     check_output_dir(recipe, overwrite)
-    earlier = run.path.with_name(f".{run.path.name}.earlier")
+    earlier = set_aside(run)
     try:
         run.path.parent.mkdir(parents=True, exist_ok=True)
-        if earlier.exists() and run.path.exists():
-            shutil.rmtree(run.path)  # of a process that was killed here, so that what it would have given back is the other
+        if earlier.exists() and run.path.exists():  # a process was killed here
+            shutil.rmtree(run.path if _is_given_back(run) else earlier)
         if run.path.exists():
             run.path.rename(earlier)
         run.path.mkdir()
@@ -221,7 +257,32 @@ def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, world: Worl
             earlier.rename(run.path)
         raise
     if earlier.exists():
+        RunDirectory(earlier).recipe.unlink(missing_ok=True)  # first, so that what a kill leaves of it is not given back
         shutil.rmtree(earlier)
+
+
+def set_aside(run: RunDirectory) -> Path:
+    """Where the earlier run is while a new one with the same path is prepared."""
+    return run.path.with_name(f".{run.path.name}.earlier")
+
+
+def clear_leftover(run: RunDirectory) -> None:
+    """Make up for a process that was killed before its first step: give back the run that it was to replace, and say so.
+
+    What such a process has left where there was no run is only named: the new run takes its place.
+    """
+    if _is_given_back(run):
+        if run.path.exists():
+            shutil.rmtree(run.path)
+        set_aside(run).rename(run.path)
+        print(f"output_dir: {run.path} is the earlier run again: a start that was to replace it ended before its first step")
+    elif run.recipe.is_file() and run.is_leftover():
+        print(f"output_dir: {run.path} is replaced: it is left of a start that ended before its first step")
+
+
+def _is_given_back(run: RunDirectory) -> bool:
+    """Whether an earlier run was set aside whole for one that did not finish a step."""
+    return RunDirectory(set_aside(run)).recipe.is_file() and (run.is_leftover() or not run.path.exists())
 
 
 def becomes_seen(is_seen: Callable[[], bool]) -> bool:

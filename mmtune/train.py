@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
+from mmtune.console import speaker
 from mmtune.data.collate import Collator, collate
 from mmtune.data.dataset import Encoder, Samples, check_rows, open_samples, stand_in
 from mmtune.data.encode import check_chat_template
@@ -33,7 +34,7 @@ from mmtune.data.stream import SampleStream
 from mmtune.errors import Stopped, UserError
 from mmtune.evaluation.report import print_scores, write_report
 from mmtune.evaluation.run import as_json, check_questions, evaluate, read_answers, score, write_answers
-from mmtune.files import check_writable, replaced_directory
+from mmtune.files import check_writable, linked_directory, replaced_directory
 from mmtune.methods.table import refusal
 from mmtune.model.carried import carry_over, describe_tensors, unread_tensors
 from mmtune.model.chat_template import use_chat_template
@@ -48,14 +49,14 @@ from mmtune.model.load import (
     load_base,
     load_weights,
 )
-from mmtune.model.locate import CHECKPOINT_MARK, UNTRAINED, resolve_base
+from mmtune.model.locate import CHECKPOINT_MARK, UNTRAINED, locate_base, resolve_base
 from mmtune.model.packing import check_packable_family
 from mmtune.model.quantize import QUANTIZED
 from mmtune.model.sharded import runnable, to_save
 from mmtune.preflight import check_recipe
 from mmtune.recipe import ModelSection, Recipe
 from mmtune.release.card import model_card
-from mmtune.run_directory import RunDirectory, check_output_dir, new_run, peak_memory_mb, step_of, versions
+from mmtune.run_directory import RunDirectory, check_output_dir, clear_leftover, new_run, peak_memory_mb, step_of, versions
 from mmtune.training.callbacks import FrozenInputsStayFrozen, RecordMetrics, StopOnSignal, draw_loss_curve
 from mmtune.training.checkpoint import (
     REPORT,
@@ -103,6 +104,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     check_recipe(recipe)
     check_launch(recipe.model.precision, recipe.train.get("deepspeed"))
     earlier = RunDirectory(Path(recipe.output_dir))
+    if not (speaker() or resume or overwrite):  # in the first process
+        clear_leftover(RunDirectory(linked_directory(earlier.path)))
     checkpoint = None
     if resume is True and earlier.summary.is_file():
         check_same_recipe(recipe, earlier)
@@ -245,7 +248,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
             processor.save_pretrained(made)
             model.generation_config.save_pretrained(made)  # with the chat template's stop tokens, which PEFT would not keep
             if not adapts and recipe.model.base not in (None, UNTRAINED):
-                carried = carry_over(unread_tensors(model, resolve_base(str(recipe.model.base))), made)
+                carried = carry_over(unread_tensors(model, locate_base(str(recipe.model.base))), made)
                 if carried:
                     print(describe_tensors(model, carried))
     after = evaluate(model, processor, recipe.evaluate, world) if recipe.evaluate else []

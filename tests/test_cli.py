@@ -148,8 +148,8 @@ def test_a_run_directory_is_complete_and_machine_readable(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["report", "nowhere"], "not a finished run"),
-        (["merge", "nowhere", "out"], "nowhere: no such run or model"),
+        (["report", "nowhere"], "no such run: nowhere"),
+        (["merge", "nowhere", "out"], "no such run or model: nowhere"),
         (["chat", "./nowhere", "--prompt", "hello"], "no such run or model"),
         (["recipe", "copy", "quickstrat"], "did you mean 'quickstart'?"),
         (["recipe", "check", "nowhere.yaml"], "nowhere.yaml"),

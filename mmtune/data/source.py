@@ -18,10 +18,11 @@ from pathlib import Path
 from mmtune.data.rows import Item, Row, Rows
 from mmtune.data.source_arrow import open_arrow, open_parquet, stream_arrow, stream_parquet
 from mmtune.data.source_csv import CsvRows, stream_csv
-from mmtune.data.source_hub import is_hub_id, is_saved, open_hub, open_saved, stream_hub
+from mmtune.data.source_hub import is_saved, open_hub, open_saved, repository_of, stream_hub
 from mmtune.data.source_json import JsonLinesRows, JsonRows, stream_json, stream_json_lines
 from mmtune.data.source_tar import TarRows, stream_tar
 from mmtune.errors import UserError
+from mmtune.hub import is_local_name, missing
 
 __all__ = ["ENDINGS", "Item", "Row", "Rows", "media_root_of", "open_rows", "stream_rows"]
 
@@ -161,7 +162,7 @@ def media_root_of(path: str | Path) -> Path:
     text = str(path)
     if Path(text).is_dir():
         return Path(text)
-    if not Path(text).exists() and is_hub_id(text) and not text.endswith(ENDINGS):
+    if _is_hub(text, None):
         return Path()
     return Path(_before_pattern(text)) if _has_pattern(text) else Path(text).parent
 
@@ -259,11 +260,15 @@ def _open_other(path: str, name: str | None, rows: str | None) -> Rows:
         return open_saved(Path(path), name or Path(path).name)
     if _is_hub(path, rows):
         return open_hub(path, name or path)
-    raise UserError(f"{path}: no such file")
+    raise UserError(missing(path, "file or folder"))
 
 
 def _is_hub(path: str, rows: str | None) -> bool:
-    return rows is None and is_hub_id(path) and not path.lower().endswith((*ENDINGS, *_PACKED)) and not Path(path).exists()
+    """Whether the rows are on the hub: no local path has this name, and it is not a local path with a wrong spelling."""
+    if rows is not None or Path(path).exists() or path.lower().endswith((*ENDINGS, *_PACKED)):
+        return False
+    repository = repository_of(path)
+    return repository is not None and not is_local_name(repository)
 
 
 def _files_of(path: str, name: str | None) -> list[tuple[Path, str]]:
@@ -310,7 +315,7 @@ def _matches(pattern: str) -> list[str]:
         names = glob.glob(plain, recursive=True)  # noqa: PTH207  (Path.glob takes no absolute pattern)
         matched = [name for name in names if Path(name).is_file()]
         if not matched:
-            raise UserError(f"{plain}: no such file" if plain == glob.escape(plain) else f"{plain}: matches no file")
+            raise UserError(missing(plain, "file") if plain == glob.escape(plain) else f"{plain}: matches no file")
         found.update(matched)
     return sorted(found)
 

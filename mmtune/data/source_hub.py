@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmtune.data.rows import Item, Row
 from mmtune.errors import UserError, reason_of
+from mmtune.files import not_there
+from mmtune.hub import unreachable
 
 if TYPE_CHECKING:
     import datasets
@@ -38,9 +40,10 @@ def is_saved(path: Path) -> bool:
     return path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file())
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether a text is written as `org/name`, `org/name:split`, `org/name@config` or `org/name@config:split`."""
-    return _HUB.fullmatch(path) is not None
+def repository_of(path: str) -> str | None:
+    """`org/name` of `org/name`, `org/name:split`, `org/name@config` or `org/name@config:split`; None of any other text."""
+    written = _HUB.fullmatch(path)
+    return written["id"] if written else None
 
 
 def open_saved(path: Path, name: str) -> DatasetRows:
@@ -79,13 +82,38 @@ def _named(row_id: str, row: Row) -> tuple[str, Row]:
     return row_id, dict(row)
 
 
+def _cached(repository: str, config: str | None, split: str, streaming: bool, reason: str) -> Any:
+    """What an earlier `load_dataset` has prepared on this machine.
+
+    Raises:
+        UserError: nothing, or not this configuration or split.
+    """
+    from datasets.packaged_modules.cache.cache import Cache
+
+    name = repository.partition("/")[2]
+    try:
+        builder = Cache(dataset_name=name, repo_id=repository, config_name=config, version="auto", hash="auto")
+        dataset = builder.as_dataset(split=split)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"there is no file or folder {repository}; {reason}; and the cache does not hold it ({str(error).splitlines()[0]}); "
+            f"give the path of a downloaded file, or HF_ENDPOINT for another hub{not_there(Path(repository), only_close=True)}"
+        ) from error
+    print(f"{repository}: read from the local cache: {reason}")
+    return dataset.to_iterable_dataset() if streaming else dataset
+
+
 def _load(path: str, streaming: bool) -> Any:
     import datasets
+    from huggingface_hub import is_offline_mode
 
     found = _HUB.fullmatch(path)
     assert found is not None
     split = found["split"] or "train"
+    reason = None if is_offline_mode() else unreachable(found["id"], "README.md", "dataset")  # datasets knows the offline mode
     try:
+        if reason is not None:
+            return _cached(found["id"], found["config"], split, streaming, reason)
         return datasets.load_dataset(found["id"], found["config"], split=split, streaming=streaming)
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):

@@ -26,6 +26,7 @@ from mmtune.data.prompts import PLAIN, Options, Prompting, Verbalizer
 from mmtune.data.rows import OWN_IDS, Row
 from mmtune.data.unread import check_unread, is_empty, kind_of_name
 from mmtune.errors import UserError, nearest
+from mmtune.hub import missing
 from mmtune.recipe_yaml import read_document
 from mmtune.shipped import shipped_dir
 
@@ -310,7 +311,7 @@ def load_data_template(name: str) -> DataTemplate:
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
-            raise UserError(f"data template {path}: no such file")
+            raise UserError(f"data template: {missing(name, 'file')}")
     else:
         shipped = shipped_templates()
         if name not in shipped:

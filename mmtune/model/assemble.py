@@ -26,7 +26,15 @@ from mmtune.model.carried import describe_tensors, unread_tensors
 from mmtune.model.chat_template import end_of_turn_ids, resolve_chat_template, set_chat_template, use_chat_template
 from mmtune.model.checkpoint import REPORTED, check_whole, load_projector, save_checkpoint
 from mmtune.model.generation import published_generation_config
-from mmtune.model.parts import Tower, choose_strategy, read_image_processor, read_language, read_tokenizer, read_tower
+from mmtune.model.parts import (
+    Tower,
+    choose_strategy,
+    locate_part,
+    read_image_processor,
+    read_language,
+    read_tokenizer,
+    read_tower,
+)
 from mmtune.model.sharded import frames, gathered, runnable
 
 __all__ = ["assemble", "load_projector", "resolve_chat_template", "save_checkpoint"]
@@ -75,6 +83,7 @@ def assemble(
     tower = read_tower(vision, trust_remote_code)
     if not -tower.layers - 1 <= vision_feature_layer <= tower.layers:
         raise UserError(f"vision_feature_layer: {vision_feature_layer} is out of range; {vision} has {tower.layers} layers")
+    language = locate_part(language, "language")
     text_config = read_language(language, trust_remote_code)
     known_tokens = len(read_tokenizer(language, trust_remote_code))
     processor = assemble_processor(vision, language, vision_feature_select_strategy, chat_template, trust_remote_code)

@@ -24,7 +24,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from mmtune.builtin import tiny
 from mmtune.errors import UserError, reason_of
-from mmtune.files import read_json_object
+from mmtune.hub import locate_checkpoint
 from mmtune.methods import tuners as tuners  # PEFT then knows all the methods
 from mmtune.methods.table import METHODS
 from mmtune.model.assemble import assemble, assemble_processor
@@ -33,12 +33,20 @@ from mmtune.model.checkpoint import REPORTED, check_whole, load_projector, use_h
 from mmtune.model.export import export_adapter
 from mmtune.model.families import check_family, local_model_type
 from mmtune.model.generation import published_generation_config
-from mmtune.model.locate import UNTRAINED, local_folder, resolve_base
+from mmtune.model.locate import UNTRAINED, local_folder, locate_base
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.model.ready_processor import open_processor, prepare_processor
 from mmtune.model.remote_code import NOT_ALLOWED, brings_code, first_line
 from mmtune.model.sharded import in_parts
-from mmtune.model.trained import ADAPTER_CONFIG, INITIAL, Trained, trained_part
+from mmtune.model.trained import (
+    ADAPTER_CONFIG,
+    INITIAL,
+    Trained,
+    adapter_config,
+    base_of_adapter,
+    located_base_of,
+    trained_part,
+)
 from mmtune.recipe import ModelSection, load_recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "nf4": torch.bfloat16}
@@ -70,7 +78,7 @@ def load_base(
         return model, processor
     if processor is None:
         processor = load_bare_processor(section)
-    model = load_weights(resolve_base(str(section.base)), section)
+    model = load_weights(locate_base(str(section.base)), section)
     use_chat_template(model, processor, str(processor.chat_template))
     return model, processor
 
@@ -191,7 +199,7 @@ def base_config(section: ModelSection) -> PreTrainedConfig:
     Raises:
         UserError: when it cannot be found, or is of a family that is not supported.
     """
-    name = resolve_base(str(section.base))
+    name = locate_base(str(section.base))
     with _named(f"model.base: {section.base}"):
         return _supported_config(name, str(section.base), section.trust_remote_code)
 
@@ -275,7 +283,7 @@ def load_bare_processor(section: ModelSection) -> ProcessorMixin:
         if section.chat_template is not None:
             template = resolve_chat_template(section.chat_template, processor.tokenizer)
     else:
-        processor, template = load_processor(resolve_base(section.base), section)
+        processor, template = load_processor(locate_base(section.base), section)
     set_chat_template(processor, template)
     return processor
 
@@ -317,6 +325,7 @@ def load_trained(
         settings = loading(source, section) | ({"dtype": dtype} if dtype else {})
     subject = str(trained.path if isinstance(path, Trained) or of_run else path)
     with _named(f"{subject}: its base {source}" if trained.is_adapter else subject):
+        source = locate_checkpoint(source)
         config = _supported_config(source, source, trust_remote_code)
     own = None if of_run or trained.is_adapter else chat_template
     try:
@@ -369,7 +378,7 @@ def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
         UserError: a base that is not there, or an adapter that is damaged, incomplete or made for another base.
     """
     adapter_method(adapter)  # refuses what PEFT would end with a traceback, or load more for than the adapter and its base
-    base = base_of_adapter(adapter)
+    base = located_base_of(adapter)
     own = (adapter / GENERATION_CONFIG_NAME).is_file()  # the base's lacks the stop tokens of the training template
     model = load_whole(base, f"{adapter}: its base {base}", quiet=own, **settings)
     try:
@@ -392,29 +401,13 @@ def _is_embedding(key: str) -> bool:
     return any(f".{name}." in f".{key}" for name in EMBEDDING_LAYER_NAMES)
 
 
-def base_of_adapter(adapter: Path) -> str:
-    """The base that an adapter directory names; the one beside it when that path is gone, as after moving a run.
-
-    Raises:
-        UserError: a directory without a readable `adapter_config.json`.
-    """
-    config = _adapter_config(adapter)
-    if not isinstance(base := config.get("base_model_name_or_path"), str):
-        raise UserError(f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path: expected a name or a path, got {base!r}")
-    if base == "base" or not Path(base).is_dir():
-        for folder in (adapter.parent, adapter.parent.parent):  # of a checkpoint, the run is one further up
-            if (folder / "base" / "config.json").is_file():
-                return str(folder / "base")
-    return base
-
-
 def adapter_method(adapter: Path) -> str:
     """A recipe's name of the method that an adapter directory names.
 
     Raises:
         UserError: no readable configuration, a method that mmtune does not know, or one that has PEFT import what it names.
     """
-    config = _adapter_config(adapter)
+    config = adapter_config(adapter)
     peft_type = config.get("peft_type")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(str(peft_type))
     method = next((name for name, method in METHODS.items() if method.config_class() is config_class), None)
@@ -426,13 +419,6 @@ def adapter_method(adapter: Path) -> str:
     if config.get("megatron_config") is not None:
         raise UserError(f"{adapter / ADAPTER_CONFIG}: megatron_config: mmtune does not run Megatron models")
     return method
-
-
-def _adapter_config(adapter: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(adapter / ADAPTER_CONFIG)
-    except (OSError, UserError) as error:
-        raise UserError(f"{adapter / ADAPTER_CONFIG}: not a readable adapter configuration: {error}") from error
 
 
 def _reason(name: str, error: Exception) -> str:

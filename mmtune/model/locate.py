@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from mmtune.builtin import TRAINED
 from mmtune.errors import UserError, nearest
+from mmtune.hub import HUB_ID, cached_snapshot, is_local_name, locate_checkpoint, missing
 
 CHECKPOINT_MARK = "config.json"
 """The file by which a directory is known to be a checkpoint."""
 UNTRAINED = "builtin:tiny-llava-untrained"
 BUILTIN = {"builtin:tiny-llava": TRAINED}
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def resolve_base(base: str) -> str:
-    """A hub id or directory that transformers loads, for a recipe's `model.base`.
+    """A hub id or directory that transformers loads, for a recipe's `model.base`; the hub is not asked.
 
     Raises:
         UserError: an unknown built-in name, or a path that looks local and is not there.
@@ -30,9 +29,22 @@ def resolve_base(base: str) -> str:
         if not (path / CHECKPOINT_MARK).is_file():
             raise UserError(f"model.base: {base} holds no config.json, so it is no model checkpoint")
         return str(path.resolve())
-    if not HUB_ID.fullmatch(base):
-        raise UserError(f"model.base: no such directory: {base}")
+    if is_local_name(base):
+        raise UserError(f"model.base: {missing(base)}")
     return base
+
+
+def locate_base(base: str) -> str:
+    """As `resolve_base`; of a hub id, the cached copy where the hub cannot be reached.
+
+    Raises:
+        UserError: as `resolve_base`; or the hub has no such model, or cannot be reached and the cache does not hold it.
+    """
+    resolved = resolve_base(base)
+    try:
+        return locate_checkpoint(resolved)
+    except UserError as error:
+        raise UserError(f"model.base: {base}: {error}") from error
 
 
 def local_folder(base: str) -> Path | None:
@@ -40,9 +52,4 @@ def local_folder(base: str) -> Path | None:
     folder = BUILTIN.get(base, Path(base))
     if folder.is_dir():
         return folder
-    if not HUB_ID.fullmatch(base):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(base, CHECKPOINT_MARK)
-    return Path(cached).parent if isinstance(cached, str) else None
+    return cached_snapshot(base, CHECKPOINT_MARK) if HUB_ID.fullmatch(base) else None

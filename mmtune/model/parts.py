@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from mmtune.errors import UserError
+from mmtune.hub import is_local_name, locate_checkpoint, missing
 from mmtune.model.remote_code import first_line
 from mmtune.model.sharded import frames
 
@@ -64,6 +64,7 @@ def read_tower(checkpoint: str, trust_remote_code: bool = False) -> Tower:
     Raises:
         UserError: with the reason.
     """
+    checkpoint = locate_part(checkpoint, "vision")
     whole = _read_config(checkpoint, "vision", trust_remote_code)
     if whole.model_type in ("siglip2", "siglip2_vision_model"):
         raise UserError(
@@ -111,7 +112,7 @@ def read_language(checkpoint: str, trust_remote_code: bool = False) -> PreTraine
     Raises:
         UserError: with the reason.
     """
-    config = _read_config(checkpoint, "language", trust_remote_code)
+    config = _read_config(locate_part(checkpoint, "language"), "language", trust_remote_code)
     kind = f"language: {checkpoint} (model_type {config.model_type!r})"
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{kind} is an encoder-decoder model; LLaVA needs a decoder that continues text")
@@ -190,7 +191,7 @@ def read_tokenizer(checkpoint: str, trust_remote_code: bool = False) -> PreTrain
         UserError: when there is none, or none that keeps offsets, which exact labels need.
     """
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(locate_part(checkpoint, "language"), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"language: the tokenizer of {checkpoint} does not load: {first_line(error)}") from error
     if not tokenizer.is_fast:
@@ -207,14 +208,23 @@ def _output_size(processor: Any) -> tuple[int, int] | None:
 
 
 def _read_config(checkpoint: str, part: str, trust_remote_code: bool) -> Any:
-    path = Path(checkpoint).expanduser()
-    if path.exists():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{part}: {checkpoint} is here but holds no config.json; give a checkpoint directory or a hub id")
-    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", checkpoint):
-        raise UserError(f"{part}: {checkpoint} does not exist: a checkpoint directory with config.json was looked for")
     try:
-        return AutoConfig.from_pretrained(str(path) if path.exists() else checkpoint, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        where = "read" if path.exists() else "found: no such local directory, and as a hub id its config.json cannot be had"
-        raise UserError(f"{part}: {checkpoint} cannot be {where}: {first_line(error)}") from error
+        raise UserError(f"{part}: {checkpoint}: its config.json cannot be read: {first_line(error)}") from error
+
+
+def locate_part(checkpoint: str, part: str) -> str:
+    """The directory or hub id of a part; of a hub that cannot be reached, the cached copy.
+
+    Raises:
+        UserError: it is neither here nor on the hub, or holds no configuration.
+    """
+    if Path(checkpoint).exists() and not Path(checkpoint, "config.json").is_file():
+        raise UserError(f"{part}: {checkpoint} is here but holds no config.json; give a checkpoint directory or a hub id")
+    if not Path(checkpoint).exists() and is_local_name(checkpoint):
+        raise UserError(f"{part}: {missing(checkpoint)}")
+    try:
+        return locate_checkpoint(checkpoint)
+    except UserError as error:
+        raise UserError(f"{part}: {error}") from error

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -35,6 +34,7 @@ from transformers import (
 )
 
 from mmtune.errors import UserError, nearest
+from mmtune.hub import cached_snapshot
 
 Kind = Literal["vision", "language", "base"]
 
@@ -243,10 +243,9 @@ def _local_model_type(checkpoint: str) -> tuple[str, int] | None:
             raise UserError(f"{checkpoint}: the directory holds no config.json")
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", checkpoint):
             return None
-        cached = try_to_load_from_cache(checkpoint, "config.json")
-        if not isinstance(cached, str):
+        if (folder := cached_snapshot(checkpoint)) is None:
             return None
-        file = Path(cached)
+        file = folder / "config.json"
     config = json.loads(file.read_text())
     return str(config.get("model_type")), int(config.get("vocab_size") or 0)
 

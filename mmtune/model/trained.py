@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmtune.errors import UserError
+from mmtune.files import read_json_object
+from mmtune.hub import is_local_name, locate_checkpoint, missing
 from mmtune.manifest import NAME as MANIFEST
 from mmtune.manifest import check_manifest
-from mmtune.model.locate import BUILTIN, HUB_ID
+from mmtune.model.locate import BUILTIN
 from mmtune.run_directory import RunDirectory, run_of_checkpoint
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -67,8 +70,13 @@ def find_trained(path: Path) -> Trained:
     if run.checkpoints_by_step() and run.recipe.is_file():
         trained = _last_checkpoint(run)
         last = trained.path
-        print(f"{path} has not finished: {last.name} is taken, after {trained.step} of {trained.steps} steps")
+        print(
+            f"{path} has not finished: {last.name} is taken, after {trained.step} of {trained.steps} steps; `mmtune train RECIPE "
+            "--resume` goes on from there"
+        )
         return trained
+    if run.recipe.is_file():
+        raise UserError(f"{path} {run.unfinished()}")
     raise UserError(f"{path}: neither a finished run (no adapter/ or model/), nor a checkpoint, nor a model (no {CONFIG_NAME})")
 
 
@@ -80,8 +88,8 @@ def trained_part(path: Path) -> Trained:
         CheckFailed: a damaged checkpoint.
     """
     trained = find_trained(BUILTIN.get(str(path), path))
-    if not trained.path.is_dir() and not HUB_ID.fullmatch(str(path)):
-        raise UserError(f"{path}: no such run or model")
+    if not trained.path.is_dir() and is_local_name(str(path)):
+        raise UserError(missing(str(path), "run or model"))
     return trained
 
 
@@ -103,3 +111,39 @@ def _holds_weights(path: Path) -> bool:
 def _checkpoint(path: Path, run: RunDirectory) -> Trained:
     state = json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     return Trained(path, run, state["global_step"], state["max_steps"])
+
+
+def adapter_config(adapter: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(adapter / ADAPTER_CONFIG)
+    except (OSError, UserError) as error:
+        raise UserError(f"{adapter / ADAPTER_CONFIG}: not a readable adapter configuration: {error}") from error
+
+
+def base_of_adapter(adapter: Path) -> str:
+    """The base that an adapter directory names; the one beside it when that path is gone, as after moving a run.
+
+    Raises:
+        UserError: a directory without a readable `adapter_config.json`.
+    """
+    config = adapter_config(adapter)
+    if not isinstance(base := config.get("base_model_name_or_path"), str):
+        raise UserError(f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path: expected a name or a path, got {base!r}")
+    if base == "base" or not Path(base).is_dir():
+        for folder in (adapter.parent, adapter.parent.parent):  # of a checkpoint, the run is one further up
+            if (folder / "base" / "config.json").is_file():
+                return str(folder / "base")
+    return base
+
+
+def located_base_of(adapter: Path) -> str:
+    """As `base_of_adapter`; of a hub id, the cached copy where the hub cannot be reached.
+
+    Raises:
+        UserError: as `base_of_adapter`, or the base is not there.
+    """
+    base = base_of_adapter(adapter)
+    try:
+        return locate_checkpoint(base)
+    except UserError as error:
+        raise UserError(f"{adapter}: its base {base}: {error}") from error

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import try_to_load_from_cache
 
 from mmtune.evaluation.report import generation_line, score_rows
+from mmtune.hub import HUB_ID, cached_snapshot
 from mmtune.methods.table import METHODS
-from mmtune.model.locate import BUILTIN, HUB_ID
+from mmtune.model.locate import BUILTIN
 from mmtune.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 
@@ -113,8 +113,8 @@ def base_licence(recipe: Recipe) -> str | None:
     """What the base's own card names as its licence, if that card is on this machine; of parts, that of the language model."""
     name = str(recipe.model.base or recipe.model.language)
     folder = BUILTIN.get(name, Path(name))
-    cached = None if folder.is_dir() or not HUB_ID.fullmatch(name) else try_to_load_from_cache(name, "README.md")
-    card = Path(cached) if isinstance(cached, str) else folder / "README.md"
+    cached = None if folder.is_dir() or not HUB_ID.fullmatch(name) else cached_snapshot(name, "README.md")
+    card = (cached or folder) / "README.md"
     if not card.is_file():
         return None
     front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), flags=re.DOTALL)

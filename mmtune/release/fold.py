@@ -16,8 +16,8 @@ from mmtune.errors import CheckFailed, UserError
 from mmtune.manifest import sha256
 from mmtune.methods.table import METHODS
 from mmtune.model.checkpoint import safetensors_files
-from mmtune.model.load import adapter_method, base_of_adapter, load_trained, load_whole
-from mmtune.model.trained import Trained, trained_part
+from mmtune.model.load import adapter_method, load_trained, load_whole
+from mmtune.model.trained import Trained, located_base_of, trained_part
 
 
 def weights_of_run(path: Path) -> Trained:
@@ -96,7 +96,7 @@ def fold_weighted(
     Raises:
         UserError: adapters of different bases or chat templates.
     """
-    bases = {trained.path: base_of_adapter(trained.path) for trained, _ in parts}
+    bases = {trained.path: located_base_of(trained.path) for trained, _ in parts}
     if len({_content(base) for base in bases.values()}) > 1:
         listing = "; ".join(f"{path}: {base}" for path, base in bases.items())
         raise UserError(f"adapters of different bases cannot be added: {listing}")

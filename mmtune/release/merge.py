@@ -27,10 +27,10 @@ from mmtune.model.carried import carry_over, describe_tensors, unread_tensors
 from mmtune.model.compute import place
 from mmtune.model.export import export_adapter
 from mmtune.model.generation import ANSWER_TOKENS
-from mmtune.model.load import DTYPES, base_of_adapter, load_base, load_trained, load_whole
-from mmtune.model.locate import CHECKPOINT_MARK, UNTRAINED, resolve_base
+from mmtune.model.load import DTYPES, load_base, load_trained, load_whole
+from mmtune.model.locate import CHECKPOINT_MARK, UNTRAINED, locate_base
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
-from mmtune.model.trained import Trained
+from mmtune.model.trained import Trained, base_of_adapter, located_base_of
 from mmtune.recipe import Recipe, load_recipe, needed_paths
 from mmtune.release.card import adapter_card, model_card
 from mmtune.release.fold import adapter_of, check_mergeable, fold, fold_weighted, weights_of_run
@@ -177,8 +177,8 @@ def summary_of(trained: Trained) -> dict[str, Any]:
 def _base_on_disk(source: Trained, recipe: Recipe) -> str | None:
     """The checkpoint that a run started from; None where it was made in memory and not written."""
     if source.is_adapter:
-        return base_of_adapter(source.path)
-    return None if recipe.model.base in (None, UNTRAINED) else resolve_base(str(recipe.model.base))
+        return located_base_of(source.path)
+    return None if recipe.model.base in (None, UNTRAINED) else locate_base(str(recipe.model.base))
 
 
 def combine(
@@ -209,7 +209,7 @@ def combine(
         check_mergeable(trained)
     first = runs[0][0].run
     recipe = load_recipe(first.recipe)
-    job = _Job(recipe, form or Form(), count, base_of_adapter(runs[0][0].path), trust_remote_code)
+    job = _Job(recipe, form or Form(), count, located_base_of(runs[0][0].path), trust_remote_code)
     needed = [*(trained.run.path for trained, _ in runs), *(trained.path for trained, _ in runs), Path(str(job.base))]
     needed += needed_paths(recipe)
     with ExitStack() as stack:

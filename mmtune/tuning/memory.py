@@ -33,7 +33,7 @@ from mmtune.errors import UserError
 from mmtune.model.components import find_components, linear_modules
 from mmtune.model.fake import CountedMemory, QuantizedLinear, bnb_state_bytes, make_prompt_tokens_real, quiet
 from mmtune.model.load import DTYPES
-from mmtune.model.locate import BUILTIN, UNTRAINED, resolve_base
+from mmtune.model.locate import BUILTIN, UNTRAINED, locate_base
 from mmtune.model.parts import choose_strategy, read_image_processor, read_language, read_tower
 from mmtune.recipe import ModelSection, Recipe, Settings
 from mmtune.styled_console import StyledConsole
@@ -325,7 +325,7 @@ def _gb(size: int) -> str:
 
 
 def _checkpoint(section: ModelSection) -> str:
-    return str(BUILTIN["builtin:tiny-llava"]) if section.base == UNTRAINED else resolve_base(str(section.base))
+    return str(BUILTIN["builtin:tiny-llava"]) if section.base == UNTRAINED else locate_base(str(section.base))
 
 
 def _unreachable(key: str, name: str, file: str, error: Exception) -> str:

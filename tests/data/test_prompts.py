@@ -311,7 +311,7 @@ def test_a_row_cannot_bring_a_partner_of_its_own(tmp_path: Path) -> None:
         ("alpaca", {"image_placeholder": "add"}, "the template alpaca puts images into no conversation"),
         (OWN, {"values": {"images": "x"}}, "has no value 'images'; it has none"),
         ("vqa_v2", {"values": {"image": "x"}, "join": "rows.json"}, "has no value 'image'; did you mean 'images'"),
-        (OWN, {"shots": {"count": 1, "path": "none.json"}}, "none.json: no such file"),
+        (OWN, {"shots": {"count": 1, "path": "none.json"}}, "no such file or folder: none.json"),
         (OWN, {"shots": {"count": 1, "path": "rows.json", "template": "lava"}}, "did you mean 'llava'"),
         (OWN, {"shots": {"count": 1, "path": "rows.json", "join": "more.json"}}, "reads no second file"),
     ],

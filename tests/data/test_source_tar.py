@@ -229,7 +229,7 @@ def test_a_name_with_a_bracket_in_it_is_a_file_if_there_is_one(shards: Path) -> 
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("s-{000..003}.tar", "s-003.tar: no such file"),
+        ("s-{000..003}.tar", "no such file: .*s-003.tar"),
         ("s-{003..000}.tar", "is no range"),
         ("s-{000}.tar", "neither a list"),
         ("t-*.tar", "matches no file"),

@@ -51,7 +51,7 @@ def test_towers_that_do_not_fit_are_refused(shelf: Path, tmp_path: Path) -> None
 
 
 def test_missing_paths_say_what_was_looked_for(shelf: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"vision: /nowhere/clip does not exist: a checkpoint directory with config.json"):
+    with pytest.raises(UserError, match=r"vision: no such directory: /nowhere/clip; the nearest folder, /, holds "):
         assemble("/nowhere/clip", str(shelf / "llama"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"language: .*empty is here but holds no config.json"):

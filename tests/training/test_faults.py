@@ -58,7 +58,8 @@ def test_resume_begins_where_there_is_no_checkpoint_yet(
     earlier = run.path.with_name(".run.earlier")
     if left == "a start over an earlier run":
         earlier.mkdir()
-        (earlier / "mark").touch()
+        for name in ("mark", "recipe.yaml"):
+            (earlier / name).touch()
     if left != "nothing":
         run.path.mkdir()
     if left.startswith("a start"):
@@ -68,13 +69,65 @@ def test_resume_begins_where_there_is_no_checkpoint_yet(
         with pytest.raises(ZeroDivisionError), new_run(recipe, ["test"], overwrite=True, world=ALONE):
             raise ZeroDivisionError
         assert (run.path / "mark").exists() and not earlier.exists()
-        (run.path / "recipe.yaml").touch()
     summary = train(recipe, ["test"], resume=True)
     assert "has no checkpoint yet, so it begins" in capsys.readouterr().out
     assert outcome(run)[1][0][0] == 1 and not earlier.exists()
     monkeypatch.setattr(mmtune.train, "load_base", None)
     assert train(recipe, ["test"], resume=True) == summary
     assert "is finished" in capsys.readouterr().out
+
+
+def make_unfinished(run: RunDirectory, state: str) -> None:
+    """What a killed process leaves."""
+    run.checkpoints.mkdir(parents=True)
+    run.recipe.write_text("model:")  # cut short
+    run.metrics.write_text('{"step": 1}\n' if state == "steps" else "")
+    if state == "checkpoint":
+        (run.checkpoints / "checkpoint-2").mkdir()
+    if state == "trained":
+        run.adapter.mkdir()
+    if state == "finished":
+        run.summary.write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ("steps", "has not finished, and stopped before its first checkpoint"),
+        ("checkpoint", "has not finished: its last checkpoint is checkpoint-2; `mmtune train RECIPE --resume` goes on"),
+        ("trained", "has been trained and ended before its report: `mmtune eval "),
+        ("finished", "is a finished run: --overwrite replaces it"),
+    ],
+)
+def test_a_second_start_says_what_is_there_and_how_to_go_on(make_recipe: Make, state: str, told: str) -> None:
+    recipe = make_recipe()
+    run = RunDirectory(Path(recipe.output_dir))
+    make_unfinished(run, state)
+    with pytest.raises(UserError, match=f"output_dir: {run.path} {told}") as error:
+        train(recipe, ["test"])
+    assert "--overwrite" in str(error.value)
+    if state != "finished":
+        with pytest.raises(UserError, match=f"{run.path} {told}"):
+            run.read_summary()
+
+
+@pytest.mark.parametrize("left", ["a start", "a start over an earlier run"])
+def test_what_a_killed_start_has_left_does_not_block_the_next(
+    make_recipe: Make, left: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe("train.max_steps=1")
+    run = RunDirectory(Path(recipe.output_dir))
+    make_unfinished(run, "killed before its first step")
+    if left == "a start":
+        train(recipe, ["test"])
+        assert capsys.readouterr().out.count("is replaced: it is left of a start that ended before its first step") == 1
+        return
+    earlier = RunDirectory(run.path.with_name(".run.earlier"))
+    make_unfinished(earlier, "finished")
+    with pytest.raises(UserError, match="is a finished run: --overwrite replaces it"):
+        train(recipe, ["test"])
+    assert "is the earlier run again" in capsys.readouterr().out
+    assert run.summary.is_file() and not earlier.path.exists()
 
 
 def test_a_run_whose_every_checkpoint_is_damaged_is_not_begun_anew(make_recipe: Make) -> None:
