@@ -20,6 +20,7 @@ from mmtune.console import speaker
 from mmtune.errors import CheckFailed, Stopped, UserError, missing_library
 from mmtune.files import expand_user
 from mmtune.launch_errors import leaves_bugs, print_error, print_lost_peer
+from mmtune.signals import ends_on_signals
 from mmtune.terminal_text import escapes_output, takes_any_character
 
 PATHS = ("recipe", "model", "out", "release", "folder", "dest", "data", "html", "media_root", "image", "adapter", "resume")
@@ -28,6 +29,7 @@ PATHS = ("recipe", "model", "out", "release", "folder", "dest", "data", "html", 
 
 @leaves_bugs()
 @escapes_output
+@ends_on_signals
 def entry_point(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. A user's mistake is shown as its message, a bug keeps its traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)

@@ -49,6 +49,18 @@ class Stopped(Exception):
         self.exit_code = 128 + number
 
 
+class Terminated(BaseException):
+    """A signal asked the process to end at once. No Exception, so that whoever goes on after one does not go on after this.
+
+    Args:
+        number: the signal's.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 class CheckFailed(Exception):
     """The input was fine and the result did not hold: a merge that differs, a check that found faults. Exit code 1.
 

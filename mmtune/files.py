@@ -118,8 +118,15 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def user_cache(kind: str) -> Path:
-    """Where a user's files of one kind are kept between runs: `~/.cache/mmtune/KIND`."""
-    return Path.home() / ".cache" / "mmtune" / kind
+    """Where a user's files of one kind are kept between runs: `~/.cache/mmtune/KIND`.
+
+    Raises:
+        UserError: the user has no home directory, as in some containers.
+    """
+    try:
+        return Path.home() / ".cache" / "mmtune" / kind
+    except RuntimeError as error:
+        raise UserError(f"the cache of {kind}: this user has no home directory; set HOME to a writable folder") from error
 
 
 def replace_text(path: Path, text: str) -> None:

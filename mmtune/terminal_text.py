@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -75,7 +77,7 @@ class EscapedStream:
         try:
             self.stream.write(shown)
         except OSError as error:
-            raise OutputFailed(error, self._name, self.stream.fileno()) from error
+            self._failed(error)
         return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -86,7 +88,14 @@ class EscapedStream:
         try:
             self.stream.flush()
         except OSError as error:
-            raise OutputFailed(error, self._name, self.stream.fileno()) from error
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        """Go on without a terminal that was closed: whether that ends the command is said by SIGHUP. Any other error counts."""
+        failed = OutputFailed(error, self._name, self.stream.fileno())
+        if error.errno != errno.EIO or not stat.S_ISCHR(os.fstat(self.stream.fileno()).st_mode):
+            raise failed from error
+        failed.discard()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

@@ -116,3 +116,13 @@ def test_a_full_disk_behind_the_output_is_named(
         monkeypatch.setattr(sys, "stdout", full)
         assert verb(lambda: print("x" * 100_000)) == 2
     assert capfd.readouterr().err == "error: cannot write to standard output: No space left on device\n"
+
+
+def test_a_terminal_that_was_closed_ends_nothing_by_itself() -> None:
+    master, slave = os.openpty()
+    os.close(master)
+    with os.fdopen(slave, "w", buffering=1) as gone:
+        stream = EscapedStream(gone, "standard output")
+        stream.write("the first\n")
+        stream.write("the second\n")
+        stream.flush()

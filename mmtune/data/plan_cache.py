@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import ProcessorMixin
 from mmtune.data.count import processor_settings
 from mmtune.data.source import data_files, media_root_of
 from mmtune.data.template import shipped_templates
+from mmtune.errors import UserError
 from mmtune.files import replace_bytes, user_cache
 from mmtune.recipe import Source
 
@@ -113,7 +115,9 @@ class PlanCache:
     @property
     def places(self) -> list[Path]:
         """Where the file may be, the best place first."""
-        folders = [*([self.beside / ".mmtune"] if self.beside else []), user_cache("plans")]
+        folders = [self.beside / ".mmtune"] if self.beside else []
+        with suppress(UserError):  # no home directory: plans are kept beside the data alone
+            folders.append(user_cache("plans"))
         return [folder / f"{self.key}.plan" for folder in folders]
 
     def read(self) -> tuple[Arrays, dict[str, Any]] | None:

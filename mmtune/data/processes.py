@@ -78,5 +78,5 @@ def settle_worker(worker: int) -> None:
     Ctrl-C, torchrun and schedulers send them to all processes of a run. It finishes its step by its workers, which end with it.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

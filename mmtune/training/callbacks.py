@@ -101,8 +101,11 @@ ECHO_S = 2.0
 """A scheduler may send a signal to each process of a job, and the launcher again to those it has started."""
 
 
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and SIGINT end the run after the present step, with a checkpoint; a second one, `ECHO_S` later, ends it at once.
+    """SIGTERM, SIGHUP and SIGINT end the run after the present step, with a checkpoint; a second, `ECHO_S` later, at once.
 
     Args:
         world: the processes, all of which stop when one is asked to.
@@ -115,7 +118,8 @@ class StopOnSignal(TrainerCallback):
         self.received: int | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        ignored = [number for number in STOPPING if signal.getsignal(number) is signal.SIG_IGN]  # as SIGHUP under nohup
+        self._before = {number: signal.signal(number, self._receive) for number in STOPPING if number not in ignored}
 
     def _receive(self, number: int, frame: object) -> None:
         if not self._since:
