@@ -85,13 +85,23 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
     overrides = getattr(parsed, "overrides", None)
     unknown = [argument for argument in rest if overrides is None or argument.startswith("-") or "=" not in argument]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{'' if overrides is None else _as_override(unknown)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     for name, value in vars(parsed).items():
         if name in PATHS and isinstance(value, (str, list)):
             setattr(parsed, name, [*map(expand_user, value)] if isinstance(value, list) else expand_user(value))
     return parsed
+
+
+def _as_override(unknown: Sequence[str]) -> str:
+    """A hint where a recipe's key is given as an option."""
+    from mmtune.recipe_mistakes import key_of_option
+
+    name, equals, value = unknown[0].removeprefix("--").partition("=")
+    value = value if equals else unknown[1] if len(unknown) > 1 and not unknown[1].startswith("-") else "VALUE"
+    key = key_of_option(name) if unknown[0].startswith("--") else None
+    return f"; a recipe's keys are given without dashes: {key}={value}" if key else ""
 
 
 class _Parser(argparse.ArgumentParser):

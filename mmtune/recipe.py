@@ -19,6 +19,7 @@ from mmtune.errors import UserError
 from mmtune.hub import is_local_name, missing
 from mmtune.methods.table import METHODS
 from mmtune.recipe_arguments import Settings, method_arguments, training_arguments
+from mmtune.recipe_mistakes import override_fault, told
 from mmtune.recipe_prompts import Shots
 from mmtune.recipe_sections import (
     BUILTIN_BASES,
@@ -30,7 +31,7 @@ from mmtune.recipe_sections import (
     Source,
 )
 from mmtune.recipe_tune import ComponentTuning, TuneSection
-from mmtune.recipe_yaml import apply_override, read_document
+from mmtune.recipe_yaml import Origin, apply_override, read_document
 
 __all__ = [
     "BUILTIN_BASES",
@@ -71,13 +72,16 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """
     document = read_document(Path(path))
     for number, override in enumerate(overrides):
-        apply_override(document, override, number, _SHORTHANDS)
+        if (message := override_fault(override)) is not None:
+            document.problems.append((Origin(f"command line: {override}", (1, number)), f"command line: {override}: {message}"))
+        else:
+            apply_override(document, override, number, _SHORTHANDS)
     recipe = None
     try:
         recipe = Recipe.model_validate(document.values)
     except ValidationError as error:
-        for detail in error.errors():
-            document.report(".".join(map(str, detail["loc"])), detail["msg"])
+        for key, message in told((".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors()):
+            document.report(key, message)
     document.raise_problems()
     assert recipe is not None
     recipe._origins.update({key: origin.place for key, origin in document.origins.items()})

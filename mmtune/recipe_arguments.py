@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import typing
 from collections.abc import Mapping
 from copy import deepcopy
@@ -20,6 +21,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from mmtune.errors import nearest
 from mmtune.methods.table import METHODS
 from mmtune.recipe_libraries import library_fact
+from mmtune.recipe_names import other_value, yes_or_no
 from mmtune.recipe_types import annotation_of, choices_of, describe, numbered
 
 _BOUNDS: dict[str, Any] = {
@@ -33,8 +35,27 @@ _BOUNDS: dict[str, Any] = {
 }
 """Tighter than the dataclasses say. OFT's `r` of 0 means "by block size", and is what it is when not given."""
 
-_TRAIN_BOUNDS: dict[str, Any] = {"train_sampling_strategy": Literal["random", "sequential"]}
-"""Rows of similar lengths come together with `data.tokens_per_batch`, not by the Trainer's other strategies."""
+_COUNT, _POSITIVE, _NOT_NEGATIVE = Annotated[int, Ge(1)], Annotated[float, Gt(0)], Annotated[float, Ge(0)]
+_TRAIN_BOUNDS: dict[str, Any] = {
+    # Rows of similar lengths come together with `data.tokens_per_batch`, not by the Trainer's other strategies.
+    "train_sampling_strategy": Literal["random", "sequential"],
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout"), _COUNT),
+    **dict.fromkeys(
+        ("save_total_limit", "torch_empty_cache_steps", "dataloader_prefetch_factor", "ddp_bucket_cap_mb"), _COUNT | None
+    ),
+    **dict.fromkeys(("num_train_epochs", "learning_rate", "adam_epsilon", "logging_steps", "save_steps"), _POSITIVE),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps"), _NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Annotated[float, Ge(0), Lt(1)]),
+    "max_steps": Annotated[int, Ge(1)] | Literal[-1],
+    "neftune_noise_alpha": _POSITIVE | None,
+    "dataloader_num_workers": Annotated[int, Ge(0)],
+    "seed": Annotated[int, Ge(0), Lt(2**32)],
+    "data_seed": Annotated[int, Ge(0), Lt(2**32)] | None,
+    **dict.fromkeys(("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), dict | None),
+    "torch_compile_mode": Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", None],
+    "debug": Literal["", "underflow_overflow"] | list[Literal["underflow_overflow"]],
+}
+"""Tighter than TrainingArguments says."""
 
 _EVALUATE = "mmtune evaluates before and after tuning, not during it; give the evaluate section"
 _UPLOAD = "mmtune does not upload; push the finished directory yourself"
@@ -99,15 +120,20 @@ class Argument:
         """Validates values, and makes their JSON schema."""
         return TypeAdapter(self.annotation)
 
-    def fault(self, value: object) -> str | None:
-        """What is wrong with a plain value, or None."""
+    def fault(self, name: str, value: object) -> str | None:
+        """What is wrong with a plain value of the setting of that name, or None."""
         try:
+            if not _is_finite(value):
+                return f"expected a finite number, got {shown(value)}"
             self.adapter.validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
             own = [e for e in error.errors() if e["type"] == "recipe"]
             hint = own[0]["msg"] if own else f"expected {describe(self.annotation, shown)}, got {shown(value)}"
+            if told := other_value(name, value) or (yes_or_no(value) if "true or false" in hint else ""):
+                return hint + told
             names = choices_of(self.annotation)
-            return hint + (nearest(value, names) if names and isinstance(value, str) else "")
+            near = nearest(value, names) if names and isinstance(value, str) else ""
+            return hint + (near if len(names) > 12 or "did you mean" in near else "")
         except TypeError:
             return f"expected {describe(self.annotation, shown)}, got {shown(value)}"
         return None
@@ -131,7 +157,7 @@ class Arguments:
             elif name not in self.arguments:
                 hint = f"; {self.gone[name]}" if name in self.gone else nearest(name, {*self.arguments, *also_valid})
                 faults.append(fault(name, f"unknown key{hint}"))
-            elif (message := self.arguments[name].fault(value)) is not None:
+            elif (message := self.arguments[name].fault(name, value)) is not None:
                 faults.append(fault(name, message))
         settings = {**self.defaults, **given}
         return {name: settings[name] for name in self.arguments if name in settings}, faults
@@ -160,6 +186,8 @@ def fault(key: str | tuple[str | int, ...], message: str) -> Fault:
 
 def shown(value: object) -> str:
     """A value as the reader would write it, short."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else f"{'-' if value < 0 else ''}.inf"
     try:
         text = json.dumps(value, ensure_ascii=False)
     except TypeError:
@@ -203,6 +231,12 @@ def _arguments(
         annotation = bounds[name] if name in bounds else annotation_of(field["type"])
         arguments[name] = Argument(annotation, field.get("default", dataclasses.MISSING), field["help"])
     return Arguments(arguments, refused, gone, defaults)
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _is_plain(value: Any) -> bool:

@@ -20,6 +20,7 @@ from pydantic import (
 from mmtune.errors import nearest
 from mmtune.files import expand_user
 from mmtune.recipe_arguments import Fault, Settings, fault, shown
+from mmtune.recipe_names import other_value, yes_or_no
 
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(expand_user)]
@@ -80,4 +81,6 @@ class Section(BaseModel):
         if kind == "literal_error" and isinstance(detail["input"], str):
             close = nearest(detail["input"], context["expected"].replace("'", "").replace(" or ", ", ").split(", "))
             hint = close if "did you mean" in close else ""
+        truth = yes_or_no(detail["input"]) if kind == "bool_type" else ""
+        hint = other_value(str(where[-1]) if where else "", detail["input"]) or hint or truth
         return fault(where, f"expected {expected}, got {shown(detail['input'])}{hint}")

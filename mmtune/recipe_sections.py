@@ -33,6 +33,7 @@ from mmtune.recipe_prompts import (
     words_faults,
 )
 from mmtune.recipe_section import BorrowedSettings, PathText, Section, Text
+from mmtune.recipe_training import training_faults
 from mmtune.recipe_tune import TuneSection, with_rates
 from mmtune.recipe_yaml import dump_yaml
 
@@ -308,6 +309,7 @@ class Recipe(Section):
         if isinstance(train.get("deepspeed"), str):
             train = {**train, "deepspeed": expand_user(train["deepspeed"])}
         settings, faults = training_arguments().check(train)
+        faults = faults or training_faults(train)
         inner = [Fault(type=f["type"], loc=("train", *f.get("loc", ())), input=None) for f in faults]
         if "learning_rate" not in train and isinstance(given.get("tune", {}), Mapping):
             given["tune"] = with_rates(given.get("tune", {}))
@@ -328,6 +330,9 @@ class Recipe(Section):
             if (self.train.get(name) or {}).get("use_reentrant"):
                 told = "use_reentrant: true gives no gradients below frozen inputs; leave it out"
                 raise ValidationError.from_exception_data("Recipe", [fault(("train", name), told)])
+        if self.data.max_nonfinite_steps and method == "adalora":
+            told = "adalora ranks by every step's gradients, so none can be skipped; leave it out"
+            raise ValidationError.from_exception_data("Recipe", [fault(("data", "max_nonfinite_steps"), told)])
         by_tokens = self.data.packing or self.data.tokens_per_batch is not None
         for name in ("per_device_train_batch_size", "dataloader_drop_last"):
             if by_tokens and self.train.get(name) is not None:

@@ -6,6 +6,10 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from mmtune.errors import nearest
+from mmtune.recipe_arguments import Fault, fault, shown
+from mmtune.recipe_libraries import library_fact
+
 OPTIMIZERS: Mapping[str, tuple[str, str]] = {
     "adamw_torch_xla": ("torch_xla", "torch_xla"),
     "adamw_torch_npu": ("torch_npu", "torch_npu"),
@@ -38,6 +42,79 @@ REPORTERS: Mapping[str, tuple[str, ...]] = {
     "swanlab": ("swanlab",),
 }
 """By a name of `report_to`: the modules of which it needs one."""
+
+
+SHAPES = ("linear", "cosine", "1-sqrt")
+"""Of the warm-up and the decay of warmup_stable_decay."""
+
+
+def training_faults(train: Mapping[str, Any]) -> list[Fault]:
+    """What is wrong between the settings of `train`, each of which has the right type; what the Trainer would find out after the
+    model is loaded."""
+    faults = _scheduler_faults(train)
+    for name in ("logging_steps", "save_steps"):
+        steps = train.get(name, 1)
+        if steps > 1 and steps != int(steps):
+            faults.append(fault(name, f"expected an integer, or a share of the run below 1, got {shown(steps)}"))
+    if train.get("dataloader_prefetch_factor") is not None and not train.get("dataloader_num_workers"):
+        faults.append(fault("dataloader_prefetch_factor", "means nothing without workers: give dataloader_num_workers"))
+    if train.get("dataloader_persistent_workers") and not train.get("dataloader_num_workers"):
+        faults.append(fault("dataloader_persistent_workers", "means nothing without workers: give dataloader_num_workers"))
+    if train.get("save_strategy") == "best":
+        faults.append(fault("save_strategy", "mmtune evaluates before and after tuning, not during it; give steps or epoch"))
+    optimizer = str(train.get("optim", ""))
+    low_rank = optimizer.startswith(("galore", "apollo"))
+    if low_rank and train.get("optim_target_modules") is None:
+        faults.append(fault("optim", f"{optimizer} needs the layers that it works on: give optim_target_modules: all-linear"))
+    if not low_rank and train.get("optim_target_modules") is not None:
+        faults.append(fault("optim_target_modules", f"means nothing with optim: {optimizer or 'its default'}; leave it out"))
+    if optimizer.endswith("layerwise") and train.get("gradient_accumulation_steps", 1) != 1:
+        faults.append(fault("optim", f"{optimizer} takes no gradient_accumulation_steps; leave them out"))
+    written = train.get("optim_args")
+    if written and not all(part.count("=") == 1 for part in written.split(",")):
+        faults.append(fault("optim_args", f"expected name=value, with commas between several, got {shown(written)}"))
+    return faults
+
+
+def _scheduler_faults(train: Mapping[str, Any]) -> list[Fault]:
+    """What is wrong with `lr_scheduler_type` and its `lr_scheduler_kwargs`."""
+    kind, given = train.get("lr_scheduler_type", "linear"), train.get("lr_scheduler_kwargs") or {}
+    if kind in ("reduce_lr_on_plateau", "greedy"):
+        told = f"{kind} follows the scores of an evaluation during training, which mmtune does not make; use cosine or linear"
+        return [fault("lr_scheduler_type", told)]
+    if kind == "constant" and train.get("warmup_steps"):
+        return [fault("lr_scheduler_type", "constant takes no warmup_steps; use constant_with_warmup, or leave them out")]
+    valid = library_fact("schedulers")[kind]
+    unknown = [name for name in given if name not in valid]
+    if unknown and not valid:
+        return [fault("lr_scheduler_kwargs", f"{kind} takes none; leave them out")]
+    faults = [fault(("lr_scheduler_kwargs", name), f"unknown key of {kind}{nearest(name, set(valid))}") for name in unknown]
+    for name, value in given.items():
+        if name in ("warmup_type", "decay_type"):
+            if value not in SHAPES:
+                faults.append(fault(("lr_scheduler_kwargs", name), f"expected {', '.join(SHAPES)}, got {shown(value)}"))
+        elif name not in unknown and value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            faults.append(fault(("lr_scheduler_kwargs", name), f"expected a number, got {shown(value)}"))
+        elif name in ("num_decay_steps", "num_stable_steps", "timescale") and isinstance(value, (int, float)) and value < 1:
+            faults.append(fault(("lr_scheduler_kwargs", name), f"expected at least 1, got {shown(value)}"))
+    if faults:
+        return faults
+    if "min_lr_rate" in valid:
+        lowest = [name for name in ("min_lr", "min_lr_rate") if given.get(name) is not None]
+        if len(lowest) != 1:
+            told = "needs its lowest rate" if not lowest else "takes one of min_lr and min_lr_rate"
+            return [fault("lr_scheduler_type", f"{kind} {told}: give lr_scheduler_kwargs: {{min_lr_rate: 0.1}}")]
+    rate = train.get("learning_rate", 5e-5)
+    for name, lowest_rate in (("lr_end", 1e-7 if kind == "polynomial" else None), ("min_lr", None)):
+        if (lowest_rate := given.get(name, lowest_rate)) is not None and lowest_rate >= rate:
+            told = f"expected less than learning_rate ({rate:g}), got {shown(lowest_rate)}"
+            faults.append(fault(("lr_scheduler_kwargs", name), told))
+    if faults:
+        return faults
+    if kind == "warmup_stable_decay" and given.get("num_decay_steps") is None:
+        told = f"{kind} needs the length of its decay: give lr_scheduler_kwargs: {{num_decay_steps: 100}}"
+        return [fault("lr_scheduler_type", told)]
+    return []
 
 
 def missing_libraries(train: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -7,10 +7,15 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, SerializerFunctionWrapHandler, StrictFloat, model_serializer
 
-from mmtune.errors import nearest
+from mmtune.errors import UserError, nearest
+from mmtune.methods.selectors import NAMED, compile_selector, is_match
 from mmtune.methods.table import INITS_IN_PARTS, METHODS, METHODS_OF_WHOLE_WEIGHTS
 from mmtune.recipe_arguments import Fault, Settings, fault, method_arguments, shown
+from mmtune.recipe_names import OTHER_METHODS, other_value
 from mmtune.recipe_section import BorrowedSettings, Section, Text
+
+_A_PATH = "model.language_model.layers.31.self_attn.out_proj"
+"""A path of a usual length, by which a selector that would not end is known."""
 
 
 class ComponentTuning(Section):
@@ -38,6 +43,7 @@ class ComponentTuning(Section):
         borrowed = {name: value for name, value in given.items() if name not in own}
         if isinstance(method, str) and method in METHODS:
             settings, faults = method_arguments(method).check(borrowed, also_valid=own_names)
+            faults += _selector_faults(borrowed)
             faults += [
                 fault(name, f"{shown(value)} is refused: {METHODS[method].values[name, value]}")
                 for name, value in borrowed.items()
@@ -48,12 +54,14 @@ class ComponentTuning(Section):
         if method not in ("frozen", "full") and method is not None:
             valid = ("frozen", "full", *METHODS)
             hint = nearest(method, valid) if isinstance(method, str) else ""
-            faults.append(fault("method", f"expected frozen, full or a method of `mmtune methods`, got {shown(method)}{hint}"))
+            told = f"; {OTHER_METHODS[method]}" if isinstance(method, str) and method in OTHER_METHODS else hint
+            faults.append(fault("method", f"expected frozen, full or a method of `mmtune methods`, got {shown(method)}{told}"))
             return {"method": "frozen"}, faults
         if method == "full" and "target_modules" in borrowed:
             value = borrowed.pop("target_modules")
             if not (isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))):
                 faults.append(fault("target_modules", f"expected a string or a list of strings, got {shown(value)}"))
+            faults += _selector_faults({"target_modules": value})
             own["settings"] = Settings({"target_modules": value})
         for name in borrowed:
             known = any(name in method_arguments(other).arguments for other in METHODS)
@@ -67,6 +75,21 @@ class ComponentTuning(Section):
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         own = {"learning_rate": self.learning_rate, "loraplus_lr_ratio": self.loraplus_lr_ratio}
         return {"method": self.method, **{name: value for name, value in own.items() if value is not None}, **self.settings}
+
+
+def _selector_faults(given: Mapping[str, Any]) -> list[Fault]:
+    """What is wrong with selectors of modules, before there is a model to select from."""
+    faults = []
+    for key in ("target_modules", "feedforward_modules"):
+        selector = given.get(key)
+        if hint := other_value("target_modules", selector):
+            faults.append(fault(key, f"{shown(selector)} is no name of a module{hint}"))
+        elif isinstance(selector, str) and selector not in NAMED:
+            try:
+                is_match(compile_selector(selector), _A_PATH)
+            except UserError as error:
+                faults.append(fault(key, str(error)))
+    return faults
 
 
 class TuneSection(Section):

@@ -303,9 +303,8 @@ def check_method(recipe: Recipe, world: World) -> None:
     Raises:
         UserError: a method or packing that does not work with the base's family or the ZeRO stage, before any weight is loaded.
     """
-    if recipe.data.max_nonfinite_steps and (world.zero_stage == 0 or recipe.tune.method == "adalora"):
-        why = "DeepSpeed without ZeRO takes every step" if world.zero_stage == 0 else "adalora ranks by every step's gradients"
-        raise UserError(f"data.max_nonfinite_steps: {why}, so none can be skipped; leave it out")
+    if recipe.data.max_nonfinite_steps and world.zero_stage == 0:
+        raise UserError("data.max_nonfinite_steps: DeepSpeed without ZeRO takes every step, so none can be skipped; leave it out")
     if recipe.model.base not in (None, UNTRAINED):
         config = base_config(recipe.model)  # refuses families that are not supported
         if recipe.data.packing:

@@ -7,7 +7,6 @@ name.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from mmtune.errors import UserError, nearest
+from mmtune.methods.selectors import compile_selector, is_match
 from mmtune.model.families import PROJECTORS
 
 Component = Literal["vision", "projector", "language", "lm_head"]
@@ -144,11 +144,8 @@ def select_modules(model: nn.Module, components: Components, component: Componen
             raise UserError(f"all-norm: the {component} component has no normalization; {_there(model, components, component)}")
         return found
     if isinstance(selector, str):
-        try:
-            pattern = re.compile(selector)
-        except re.error as error:
-            raise UserError(f"{selector!r} is not a regular expression: {error}") from error
-        found = [name for name, below in leaves.items() if pattern.fullmatch(below) or pattern.fullmatch(name.rpartition(".")[2])]
+        pattern = compile_selector(selector)
+        found = [n for n, below in leaves.items() if is_match(pattern, below) or is_match(pattern, n.rpartition(".")[2])]
         if not found:
             raise UserError(f"{selector!r} matches no module of the {component}; {_there(model, components, component)}")
         return found

@@ -1,0 +1,98 @@
+"""Names of settings that other toolkits use, and where the same is said in a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_LANGUAGE = "tune.language."
+OTHER_NAMES: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("model_name_or_path", "model_name", "model_id", "base_model", "pretrained_model_name_or_path"), "model.base"
+    ),
+    **dict.fromkeys(("dtype", "torch_dtype", "quantization_bit", "quant_bits", "quantization_config"), "model.precision"),
+    **dict.fromkeys(("load_in_4bit", "load_4bit"), "model.precision: nf4"),
+    **dict.fromkeys(("load_in_8bit", "load_8bit"), "model.precision: int8"),
+    **dict.fromkeys(("flash_attn", "flash_attention", "attn_impl", "use_flash_attention_2"), "model.attn_implementation"),
+    **dict.fromkeys(("finetuning_type", "adapter", "peft_type", "tuner_type", "train_type", "sft_type"), _LANGUAGE + "method"),
+    **dict.fromkeys(("rank", "lora_r", "lora_rank"), _LANGUAGE + "r"),
+    **dict.fromkeys(("lora_target", "lora_target_modules", "target"), _LANGUAGE + "target_modules"),
+    "lora_target_linear": _LANGUAGE + "target_modules: all-linear",
+    **dict.fromkeys(("use_peft", "use_lora"), _LANGUAGE + "method: lora"),
+    "peft_use_dora": _LANGUAGE + "use_dora",
+    **dict.fromkeys(("freeze_vision_tower", "freeze_vit"), "tune.vision: frozen"),
+    **dict.fromkeys(("freeze_multi_modal_projector", "freeze_aligner"), "tune.projector: frozen"),
+    "freeze_llm": "tune.language: frozen",
+    **dict.fromkeys(("dataset", "datasets", "dataset_name", "train_file", "train_dataset", "data_path"), "data.train"),
+    **dict.fromkeys(("eval_dataset", "val_dataset", "test_datasets", "val_set_size", "val_size", "eval_file"), "evaluate.data"),
+    **dict.fromkeys(("dataset_dir", "media_dir", "image_dir", "image_folder"), "data.train.0.media_root"),
+    **dict.fromkeys(("max_samples", "max_train_samples"), "data.train.0.limit"),
+    **dict.fromkeys(("cutoff_len", "sequence_len", "seq_length", "model_max_length"), "data.max_tokens"),
+    **dict.fromkeys(("max_length", "max_seq_length", "max_seq_len", "max_len"), "data.max_tokens"),
+    **dict.fromkeys(("sample_packing", "neat_packing"), "data.packing"),
+    "streaming": "data.stream",
+    **dict.fromkeys(("train_on_inputs", "train_on_prompt", "mask_history"), "data.supervise"),
+    **dict.fromkeys(("micro_batch_size", "batch_size", "train_batch_size"), "train.per_device_train_batch_size"),
+    **dict.fromkeys(("epochs", "num_epochs"), "train.num_train_epochs"),
+    **dict.fromkeys(("lr", "base_lr"), "train.learning_rate"),
+    **dict.fromkeys(("lr_scheduler", "scheduler"), "train.lr_scheduler_type"),
+    "optimizer": "train.optim",
+    **dict.fromkeys(("gradient_clipping", "max_norm"), "train.max_grad_norm"),
+    **dict.fromkeys(("val_batch_size", "per_device_eval_batch_size"), "evaluate.batch_size"),
+    "overwrite_output_dir": "--overwrite on the command line",
+    **dict.fromkeys(("resume_from_checkpoint", "auto_resume_from_checkpoints"), "--resume on the command line"),
+    **dict.fromkeys(("bf16", "fp16", "mixed_precision"), "model.precision"),
+}
+"""By another toolkit's name: the recipe's key, with its value where the name stands for one."""
+
+OTHER_METHODS: Mapping[str, str] = {
+    "qlora": "QLoRA is method: lora with model.precision: nf4",
+    "dora": "DoRA is method: lora with use_dora: true",
+    "qdora": "it is method: lora with use_dora: true and model.precision: nf4",
+    "rslora": "it is method: lora with use_rslora: true",
+    "pissa": "it is method: lora with init_lora_weights: pissa",
+    "olora": "it is method: lora with init_lora_weights: olora",
+    "lora_ga": "it is method: lora with init_lora_weights: lora_ga",
+    "lora+": "it is method: lora with loraplus_lr_ratio",
+    "loraplus": "it is method: lora with loraplus_lr_ratio",
+    "llama_adapter": "its name here is gated_prefix",
+    "llama-adapter": "its name here is gated_prefix",
+    "adapter": "its name here is bottleneck",
+    "adapters": "its name here is bottleneck",
+    "houlsby": "it is method: bottleneck with placement: houlsby",
+    "pfeiffer": "it is method: bottleneck with placement: pfeiffer",
+    "freeze": "its name here is frozen",
+    "none": "its name here is frozen",
+    "all": "its name here is full",
+}
+"""By another name of a method: how a recipe says it."""
+
+OTHER_VALUES: Mapping[str, Mapping[str, str]] = {
+    "precision": {
+        **dict.fromkeys(("4bit", "4-bit", "int4", "fp4", "4"), "nf4"),
+        **dict.fromkeys(("8bit", "8-bit", "fp8", "8"), "int8"),
+        **dict.fromkeys(("bfloat16", "fp16", "float16", "half", "16"), "bf16"),
+        **dict.fromkeys(("float32", "float", "32", "no"), "fp32"),
+    },
+    "optim": {
+        **dict.fromkeys(("adam", "adamw", "adamw_hf", "AdamW"), "adamw_torch"),
+        **dict.fromkeys(("adam8bit", "adam_8bit", "adamw8bit"), "adamw_bnb_8bit"),
+        "lion": "lion_32bit",
+    },
+    "lr_scheduler_type": {"cosine_annealing": "cosine", "wsd": "warmup_stable_decay", "one_cycle": "cosine", "none": "constant"},
+    "target_modules": {"all": "all-linear", "all_linear": "all-linear", "linear": "all-linear", "auto": "all-linear"},
+}
+"""By key: what people write for a value that has another name here."""
+
+
+def other_value(key: str, value: object) -> str:
+    """A hint for a value that has another name here, or nothing."""
+    name = OTHER_VALUES.get(key, {}).get(str(value)) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
+    return f"; write {name}" if name else ""
+
+
+def yes_or_no(value: object) -> str:
+    """A hint for a truth value that YAML takes for text, or nothing."""
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        return ""
+    names = {"true": ("yes", "on", "true", "1"), "false": ("no", "off", "false", "0")}
+    return next((f"; write {truth}" for truth, words in names.items() if str(value).lower() in words), "")

@@ -1,0 +1,208 @@
+"""Mistakes that people make in a recipe: each is one message with its line and what to write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainingArguments
+
+from mmtune.cli import entry_point
+from mmtune.errors import UserError
+from mmtune.methods.selectors import compile_selector, is_match
+from mmtune.recipe import load_recipe
+from mmtune.recipe_arguments import training_arguments
+from mmtune.recipe_libraries import library_fact
+from mmtune.recipe_training import OPTIMIZERS, training_faults
+
+RECIPE = """\
+model:
+  base: builtin:tiny-llava
+tune:
+  language:
+    method: lora
+data:
+  train:
+    - path: rows.jsonl
+      template: llava
+train:
+  max_steps: 200
+output_dir: runs/first
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(RECIPE, encoding="utf-8")
+    Path("rows.jsonl").write_text("{}\n", encoding="utf-8")
+    return Path("x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        # values that cannot train
+        ("train.max_steps=0", "expected an integer >= 1 or -1, got 0"),
+        ("train.learning_rate=0", "expected a number > 0, got 0"),
+        ("train.learning_rate=.nan", "expected a finite number, got .nan"),
+        ("train.learning_rate=-.inf", "expected a finite number, got -.inf"),
+        ("tune.language.learning_rate=.inf", "expected a finite number, got .inf"),
+        ("train.per_device_train_batch_size=0", "expected an integer >= 1, got 0"),
+        ("train.gradient_accumulation_steps=0", "expected an integer >= 1, got 0"),
+        ("train.num_train_epochs=0", "expected a number > 0, got 0"),
+        ("train.num_train_epochs=-1", "expected a number > 0, got -1"),
+        ("train.seed=-1", "expected an integer >= 0 and < 4294967296, got -1"),
+        ("train.logging_steps=1.5", "expected an integer, or a share of the run below 1, got 1.5"),
+        ("train.dataloader_prefetch_factor=2", "means nothing without workers: give dataloader_num_workers"),
+        ("tune.language.r=null", "expected an integer >= 1, got null"),
+        # learning rate schedulers and what they need
+        (
+            "train.lr_scheduler_type=cosine_with_min_lr",
+            "cosine_with_min_lr needs its lowest rate: give lr_scheduler_kwargs: {min_lr_rate: 0.1}",
+        ),
+        (
+            "train={lr_scheduler_type: cosine_warmup_with_min_lr, lr_scheduler_kwargs: {min_lr: 1e-6, min_lr_rate: 0.1}}",
+            "cosine_warmup_with_min_lr takes one of min_lr and min_lr_rate: give lr_scheduler_kwargs: {min_lr_rate: 0.1}",
+        ),
+        (
+            "train.lr_scheduler_type=warmup_stable_decay",
+            "warmup_stable_decay needs the length of its decay: give lr_scheduler_kwargs: {num_decay_steps: 100}",
+        ),
+        (
+            "train.lr_scheduler_type=reduce_lr_on_plateau",
+            "reduce_lr_on_plateau follows the scores of an evaluation during training, which mmtune does not make; use cosine or "
+            "linear",
+        ),
+        ("train.lr_scheduler_kwargs={min_lr: 1}", "linear takes none; leave them out"),
+        (
+            "train={lr_scheduler_type: polynomial, lr_scheduler_kwargs: {lr_ent: 1}}",
+            "unknown key of polynomial; did you mean 'lr_end'?",
+        ),
+        (
+            "train={lr_scheduler_type: polynomial, lr_scheduler_kwargs: {lr_end: 1}}",
+            "expected less than learning_rate (5e-05), got 1",
+        ),
+        (
+            "train={lr_scheduler_type: constant, warmup_steps: 10}",
+            "constant takes no warmup_steps; use constant_with_warmup, or leave them out",
+        ),
+        # values under other names
+        ("model.precision=4bit", "expected 'fp32', 'bf16', 'int8' or 'nf4', got '4bit'; write nf4"),
+        ("train.optim=adam", "expected one of 41 names, got 'adam'; write adamw_torch"),
+        ("train.gradient_checkpointing='yes'", "expected true or false or null, got 'yes'; write true"),
+        (
+            "tune.language.method=qlora",
+            "expected frozen, full or a method of `mmtune methods`, got 'qlora'; QLoRA is method: lora with model.precision: nf4",
+        ),
+        ("tune.language.target_modules=all", "'all' is no name of a module; write all-linear"),
+        ("tune.language.target_modules=(a", "'(a' is not a regular expression: missing ) at position 2"),
+        ("tune.vision={method: full, target_modules: (a}", "'(a' is not a regular expression: missing ) at position 2"),
+        # keys under other names
+        ("data.max_length=4", "unknown key; its name here is max_tokens"),
+        ("tune.language.rank=4", "unknown key; its name here is r"),
+        ("tune.language.lora_target=all", "unknown key; its name here is target_modules"),
+        ("model.load_in_4bit=true", "unknown key; write precision: nf4"),
+        ("train.load_in_4bit=true", "unknown key; write model.precision: nf4"),
+        ("train.bf16=true", "not a recipe's to set: give model.precision"),
+        ("lora_r=8", "unknown key; write tune.language.r"),
+        ("finetuning_type=lora", "unknown key; write tune.language.method"),
+        ("cutoff_len=4096", "unknown key; write data.max_tokens"),
+        ("micro_batch_size=4", "unknown key; write train.per_device_train_batch_size"),
+        ("learning_rate=1e-4", "unknown key; write train.learning_rate"),
+        ("data.learning_rate=1e-4", "unknown key; write train.learning_rate"),
+        ("data.train[0].limit=4", "items of a list are counted with dots: write data.train.0.limit=4"),
+        # what is not here
+        (
+            "train.optim=grokadamw",
+            "grokadamw needs a library that is not installed: pip install grokadamw; or give adamw_torch",
+        ),
+        ("data.train.0.template=lava", "data template 'lava' is not one of those that ship; did you mean 'llava'?"),
+        ("data.train.0.join=x", "the template llava reads no second file"),
+        ("model.base=./gone", "no such directory: ./gone"),
+    ],
+)
+def test_a_mistake_is_one_message_that_says_what_to_write(
+    recipe: Path, capsys: pytest.CaptureFixture[str], written: str, told: str
+) -> None:
+    assert entry_point(["recipe", "check", str(recipe), written]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: command line: {written}: ")
+    assert line.endswith(f": {told}")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("data:", "datas:", "x.yaml:6: datas: unknown key; did you mean 'data'?"),
+        ("data:", "dataset:", "x.yaml:6: dataset: unknown key; write data.train"),
+        ("output_dir: runs/first\n", "", "x.yaml:1: output_dir: required, and not given; such as output_dir: runs/first"),
+    ],
+)
+def test_a_section_under_another_name_is_not_missing_too(recipe: Path, old: str, new: str, told: str) -> None:
+    recipe.write_text(RECIPE.replace(old, new), encoding="utf-8")
+    with pytest.raises(UserError) as raised:
+        load_recipe(recipe)
+    assert str(raised.value) == told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--train.max_steps=3"], "a recipe's keys are given without dashes: train.max_steps=3"),
+        (["--tune.language.r", "4"], "a recipe's keys are given without dashes: tune.language.r=4"),
+        (["--learning_rate", "1e-4"], "a recipe's keys are given without dashes: train.learning_rate=1e-4"),
+        (["--lora_r=8"], "a recipe's keys are given without dashes: tune.language.r=8"),
+        (["--overwrite"], "unrecognized arguments: --overwrite\n"),
+    ],
+)
+def test_an_override_with_dashes_is_told_without(
+    recipe: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        entry_point(["recipe", "check", str(recipe), *arguments])
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_selector_that_would_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmtune.methods.selectors.SECONDS", 0.05)
+    endless = compile_selector(r"((.|\w)+)+(?<!j)")
+    with pytest.raises(UserError, match=r"takes more than 0\.05 s to match .*; write it without repeats inside repeats"):
+        is_match(endless, "model.language_model.layers.31.self_attn.out_proj")
+    assert is_match(compile_selector(r".*\.(q|v)_proj"), "layers.0.self_attn.q_proj")
+
+
+def test_an_error_about_a_key_that_comes_with_the_model_names_its_line(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("t.jinja").write_text("{{ messages }}", encoding="utf-8")
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Nothing."}]
+    Path("rows.jsonl").write_text(json.dumps({"conversations": turns}), encoding="utf-8")
+    assert entry_point(["data", "show", str(recipe), "model.chat_template=t.jinja"]) == 2
+    assert "error: command line: model.chat_template=t.jinja: " in capsys.readouterr().err
+
+
+def test_what_passes_here_is_what_training_arguments_take(tmp_path: Path) -> None:
+    """Every choice of every setting: the rules of TrainingArguments are found by those of the recipe."""
+    arguments = training_arguments().arguments
+    schedulers = library_fact("schedulers")
+    choices: dict[str, list[Any]] = {
+        name: [*schema.get("enum", ()), *(each for part in schema.get("anyOf", ()) for each in part.get("enum", ()))]
+        for name, schema in training_arguments().json_schema().items()
+    }
+    choices["report_to"] = ["none"]  # the others ask whether they are installed, and mlflow and others change the environment
+    choices["deepspeed"] = []
+    tried = 0
+    for name, values in choices.items():
+        for value in [*values, arguments[name].default]:
+            plain = value is None or isinstance(value, (bool, int, float, str))
+            if not plain or arguments[name].fault(name, value) or training_faults({name: value}):
+                continue
+            if name in ("torch_compile_backend", "torch_compile_mode", "ddp_backend") and value is not None:
+                continue  # these set up this process
+            TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **({name: value} if name != "use_cpu" else {}))
+            tried += 1
+    assert tried > 100
+    assert set(schedulers) <= set(choices["lr_scheduler_type"])
+    assert all(any(name.startswith(beginning) for name in choices["optim"]) for beginning in OPTIMIZERS)
