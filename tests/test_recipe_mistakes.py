@@ -120,7 +120,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "grokadamw needs a library that is not installed: pip install grokadamw; or give adamw_torch",
         ),
         ("data.train.0.template=lava", "data template 'lava' is not one of those that ship; did you mean 'llava'?"),
-        ("data.train.0.join=x", "the template llava reads no second file"),
+        ("data.train.0.join=rows.jsonl", "the template llava reads no second file"),
         ("model.base=./gone", "no such directory: ./gone"),
     ],
 )
@@ -130,7 +130,7 @@ def test_a_mistake_is_one_message_that_says_what_to_write(
     assert entry_point(["recipe", "check", str(recipe), written]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: command line: {written}: ")
-    assert line.endswith(f": {told}")
+    assert f": {told}" in line
 
 
 @pytest.mark.parametrize(
