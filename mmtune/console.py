@@ -8,24 +8,9 @@ import sys
 import warnings
 from pathlib import Path
 
+from mmtune.library_warnings import print_warnings_once
 from mmtune.threads import prepare_threads
 from mmtune.torchvision_support import prepare_torchvision
-
-NO_NEWS = {
-    # once for every image processor class; a run's `environment.json` records the backend instead
-    "transformers": "requires torchvision (not installed); falling back to",
-    # whenever PEFT imports it, in fp32 as well; its own code runs in place of the kernel
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-    # accelerate's own count is always 1: the Trainer accumulates by itself
-    "accelerate.accelerator": "Gradient accumulation steps mismatch",
-    # the run's first line says which device it is
-    "DeepSpeed": "Setting accelerator to CPU",
-}
-"""What libraries say by the name of their logger, of no use to who reads it."""
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not any(words in record.getMessage() for words in NO_NEWS.values())
 
 
 def speaker() -> str:
@@ -45,6 +30,7 @@ def settle_console() -> None:
     Of several processes the first speaks; of the others only errors are heard. torchvision is prepared here as well, because
     every command calls this before it imports transformers.
     """
+    print_warnings_once()  # before the libraries are imported, which may warn of each other
     prepare_threads()  # before torch is imported
     prepare_torchvision()
     from transformers import dynamic_module_utils
@@ -60,10 +46,5 @@ def settle_console() -> None:
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
 
-    for name in NO_NEWS:
-        for speaks in (logger := logging.getLogger(name), *logger.handlers):  # a logger's filter does not hold for its children
-            speaks.addFilter(_is_news)
     if not shows_progress():
         transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
