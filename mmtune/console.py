@@ -31,6 +31,9 @@ def settle_console() -> None:
     every command calls this before it imports transformers.
     """
     print_warnings_once()  # before the libraries are imported, which may warn of each other
+    if speaker():
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
     prepare_threads()  # before torch is imported
     prepare_torchvision()
     from transformers import dynamic_module_utils
@@ -43,8 +46,5 @@ def settle_console() -> None:
     if speaker():
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  (open as long as the process lives)
         transformers_logging.set_verbosity_error()
-        logging.disable(logging.WARNING)
-        warnings.simplefilter("ignore")
-
     if not shows_progress():
         transformers_logging.disable_progress_bar()

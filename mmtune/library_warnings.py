@@ -69,6 +69,12 @@ KNOWN = (
         "paging moves memory between a GPU and the host; without a GPU there is nothing to move",
     ),
     KnownWarning(
+        "bitsandbytes.autograd._functions",
+        "WARNING",
+        "MatMul8bitLt: inputs will be cast from",
+        "how int8 weights are multiplied; a merge measures what it does to the logits",
+    ),
+    KnownWarning(
         "PIL.Image",
         "DecompressionBombWarning",
         "could be decompression bomb DOS attack",
@@ -107,11 +113,11 @@ class WarningPrinter(logging.Handler):
     """Prints log records and Python warnings of libraries in one line each.
 
     A warning is printed once in this process and all that are forked from it, such as the workers of a data loader; texts that
-    differ in their numbers alone are the same warning. A record of another level is printed each time.
+    differ in their numbers alone are the same warning. An error is printed each time.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(logging.WARNING)
         self._printed = os.memfd_create("printed-warnings")  # digests, in memory that forked processes share
 
     def emit(self, record: logging.LogRecord) -> None:

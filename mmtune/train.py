@@ -67,7 +67,7 @@ from mmtune.training.checkpoint import (
     last_checkpoint,
     named_checkpoint,
 )
-from mmtune.training.reporting import reporters, write_beside
+from mmtune.training.reporting import reporters, start_trackers
 from mmtune.training.rows import first_batches, optimizer_steps, order_rows, plan_rows, prove_packed_rows, rows_to_take
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import (
@@ -213,7 +213,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         settle_fsdp(trainer.accelerator, model)
     for shown_twice in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown_twice)
-    write_beside(trainer, run)
+    start_trackers(trainer, run)
     start = time.perf_counter()
     if checkpoint is not None:
         print(f"resume: from {checkpoint}, after {step_of(checkpoint)} steps")

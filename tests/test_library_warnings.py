@@ -70,6 +70,7 @@ def test_an_unknown_warning_is_one_line_once(printed: Callable[[], list[str]], l
         logging.getLogger("otherlib.sub").warning("careful with %s", "this")
     logging.getLogger("otherlib").error("that failed")
     logging.getLogger("otherlib").error("that failed")
+    logging.getLogger("otherlib").setLevel(logging.DEBUG)
     logging.getLogger("otherlib").info("chatter")
     known = KNOWN[0]
     logging.getLogger(f"{known.module}x").warning(known.text)  # the words of one library are news in another

@@ -1,9 +1,20 @@
-"""Who is told how a run gets on, besides its own directory: nobody, unless the recipe names them."""
+"""Trackers that a run reports to besides its own directory: none, unless the recipe names them."""
 
 from __future__ import annotations
 
-from transformers import Trainer
-from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
+import io
+import os
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import (
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+    get_available_reporting_integrations,
+)
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from mmtune.errors import UserError
@@ -14,7 +25,7 @@ def reporters(asked: str | list[str]) -> list[str]:
     """The names that a recipe's `report_to` stands for. transformers adds Kubeflow to them unasked, and this does not.
 
     Raises:
-        UserError: one that is not installed.
+        UserError: one that is not installed or cannot be imported; W&B online without a login.
     """
     names = [name for name in ([asked] if isinstance(asked, str) else asked) if name != "none"]
     if not names:
@@ -23,17 +34,72 @@ def reporters(asked: str | list[str]) -> list[str]:
     if "all" in names:
         return there
     for name in names:
-        if name not in there:
-            try:
-                INTEGRATION_TO_CALLBACK[name]()
-            except (ImportError, RuntimeError) as error:
-                advice = f"not installed: pip install {name}" if name in ("tensorboard", "wandb", "trackio") else error
-                raise UserError(f"train.report_to: {name}: {advice}") from error
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            if name in there or name not in ("tensorboard", "wandb", "trackio"):
+                raise UserError(f"train.report_to: {name}: cannot be imported: {error}") from error
+            raise UserError(f"train.report_to: {name}: not installed: pip install {name}") from error
+    if "wandb" in names:
+        _check_wandb_login()
     return names
 
 
-def write_beside(trainer: Trainer, run: RunDirectory) -> None:
-    """TensorBoard's files into the run, where its own environment variable names no other place."""
-    for callback in trainer.callback_handler.callbacks:
+def _check_wandb_login() -> None:
+    """Before weights load, where W&B would ask for a login in the middle of the run. Nothing is sent."""
+    import wandb
+
+    if wandb.setup().settings.mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
+        raise UserError(
+            "train.report_to: wandb: no login on this machine: run `wandb login`, or set WANDB_MODE=offline to log into the run"
+        )
+
+
+def start_trackers(trainer: Trainer, run: RunDirectory) -> None:
+    """Begin a run in each tracker, and say where: files go into the run where no setting of the tracker names another place.
+
+    trackio keeps the runs of all projects in one place of its own, which its dashboard reads.
+
+    Raises:
+        UserError: W&B does not begin a run.
+    """
+    for callback in [*trainer.callback_handler.callbacks]:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(run.tensorboard)
+        elif isinstance(callback, WandbCallback) and trainer.is_world_process_zero():
+            _start_wandb(trainer, run.path)
+        elif isinstance(callback, TrackioCallback) and trainer.is_world_process_zero():
+            with redirect_stdout(io.StringIO()):  # instructions with terminal sequences, wherever they are printed
+                callback.setup(trainer.args, trainer.state, trainer.model)
+            print(f"trackio: {_trackio_folder()}; to see it: trackio show --project {trainer.args.project}")
+
+
+def _start_wandb(trainer: Trainer, folder: Path) -> None:
+    import wandb
+
+    try:
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", trainer.args.project),
+            name=trainer.args.run_name,
+            dir=None if os.environ.get("WANDB_DIR") else folder,
+            settings=wandb.Settings(silent=True),
+        )
+    except wandb.Error as error:
+        raise UserError(f"train.report_to: wandb: {error}") from error
+    print(f"wandb: {run.dir}; to upload it: wandb sync {Path(run.dir).parent}" if run.offline else f"wandb: {run.url}")
+    trainer.add_callback(_FinishWandb())
+
+
+class _FinishWandb(TrainerCallback):
+    """Ends W&B's run with the training: it would go on into the next one of this process."""
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        import wandb
+
+        wandb.finish()
+
+
+def _trackio_folder() -> Path:
+    from trackio.utils import TRACKIO_DIR
+
+    return Path(TRACKIO_DIR)

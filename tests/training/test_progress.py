@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import sqlite3
+import struct
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from packing_models import samples, tiny
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
+from wandb.proto import wandb_internal_pb2
 
 from mmtune.data.collate import Collator, RowSize
 from mmtune.data.dataset import Samples
@@ -297,17 +302,85 @@ def test_a_run_counts_its_rows_without_padding(
 # --------------------------------------------------------------------------------------------------------------- reporters
 
 
-def test_tensorboard_has_what_the_metrics_have(make_recipe: Callable[..., Recipe]) -> None:
-    recipe = make_recipe("train.report_to=[tensorboard]")
+def _wandb_history(file: Path) -> list[dict[str, Any]]:
+    """What a W&B file holds: a 7-byte header, then LevelDB's log format, with a record in one or several chunks of a block."""
+    data, at, body, history = file.read_bytes(), 7, b"", []
+    while at < len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        body += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last chunk of one
+            record = wandb_internal_pb2.Record.FromString(body)
+            body = b""
+            if record.WhichOneof("record_type") == "history":
+                history.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
+    return history
+
+
+def test_each_tracker_has_what_the_metrics_have(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: socket.socket, address: Any) -> None:
+        assert self.family == socket.AF_UNIX, f"{address} was called"  # W&B speaks to a process of its own
+        connect(self, address)
+
+    connect = socket.socket.connect
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)  # it reads its folder when it is imported
+    folders = {"TRACKIO_DIR": "trackio", "WANDB_CACHE_DIR": "cache", "WANDB_CONFIG_DIR": "config", "WANDB_DATA_DIR": "data"}
+    for variable, folder in {**folders, "HOME": "home"}.items():
+        (tmp_path / folder).mkdir()
+        monkeypatch.setenv(variable, str(tmp_path / folder))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    recipe = make_recipe("train.report_to=[tensorboard, wandb, trackio]", "train.project=reading", "train.run_name=first")
     train(recipe, ["test"])
-    board = EventAccumulator(str(Path(recipe.output_dir) / "tensorboard"))
-    board.Reload()
+    wandb.teardown()
     records = metrics(recipe)
     assert len(records) == 3
-    for name in records[0].keys() - {"step", "epoch"}:
+    names = records[0].keys() - {"step", "epoch"}
+    expected = [{name: pytest.approx(record[name], rel=1e-5) for name in names} for record in records]
+    run = Path(recipe.output_dir)
+
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    for name in names:
         told = [(event.step, event.value) for event in board.Scalars(f"train/{name}")]
         assert told == [(record["step"], pytest.approx(record[name], rel=1e-5)) for record in records]
-    assert not list((Path(recipe.output_dir) / "checkpoints").rglob("*tfevents*"))
+    assert not list((run / "checkpoints").rglob("*tfevents*"))
+
+    [file] = run.glob("wandb/offline-run-*/run-*.wandb")
+    history = [row for row in _wandb_history(file) if "train/loss" in row]
+    assert [row["train/global_step"] for row in history] == [1, 2, 3]
+    assert [{name: row[f"train/{name}"] for name in names} for row in history] == expected
+
+    database = sqlite3.connect(tmp_path / "trackio" / "reading.db")
+    rows = [json.loads(row) for (row,) in database.execute("SELECT metrics FROM metrics WHERE run_name = 'first' ORDER BY id")]
+    database.close()
+    logged = [row for row in rows if "train/loss" in row]
+    assert [{name: row[f"train/{name}"] for name in names} for row in logged] == expected
+
+    out = capsys.readouterr().out
+    assert f"wandb: {file.parent / 'files'}; to upload it: wandb sync {file.parent}" in out
+    assert f"trackio: {tmp_path / 'trackio'}; to see it: trackio show --project reading" in out and "\x1b" not in out
+    assert wandb.run is None
+    assert not [path for path in (tmp_path / "home").rglob("*") if "wandb" in path.name or "trackio" in path.name]
+
+
+def test_wandb_without_a_login_is_refused_before_weights_load(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "online")
+    wandb.teardown()  # its settings are read once
+    monkeypatch.setattr("mmtune.train.load_base", lambda *given: pytest.fail("weights were loaded"))
+    with pytest.raises(UserError, match=r"train.report_to: wandb: no login on this machine: .*WANDB_MODE=offline"):
+        train(make_recipe("train.report_to=wandb"), ["test"])
+    wandb.teardown()
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
