@@ -284,7 +284,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path.name} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path.name} is not a JSON object, but {json.dumps(content)[:60]}")

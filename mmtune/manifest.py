@@ -29,12 +29,11 @@ def check_manifest(folder: Path) -> dict[str, int]:
 
     Raises:
         UserError: no manifest there.
-        CheckFailed: a file is missing, changed, or not in the manifest.
+        CheckFailed: a file is missing, changed, not in the manifest, or no plain file.
     """
-    try:
-        listed = json.loads((folder / NAME).read_text(encoding="utf-8"))["files"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{folder} is nothing that mmtune finished: it has no readable {NAME}") from error
+    listed = _listed(folder)
+    if odd := sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not _is_plain(path)):
+        raise CheckFailed(f"{folder}: {', '.join(odd[:10])}: a link or a special file, and a manifest lists plain files only")
     there = _digests(folder)
     faults = [f"missing: {name}" for name in sorted(listed.keys() - there.keys())]
     faults += [f"not in the manifest: {name}" for name in sorted(there.keys() - listed.keys())]
@@ -42,6 +41,21 @@ def check_manifest(folder: Path) -> dict[str, int]:
     if faults:
         raise CheckFailed(f"{folder} is not what its {NAME} says: {'; '.join(faults[:10])}")
     return {name: (folder / name).stat().st_size for name in (*there, NAME)}
+
+
+def _listed(folder: Path) -> dict[str, dict[str, Any]]:
+    try:
+        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        listed = content["files"]
+        if all(isinstance(entry["sha256"], str) for entry in listed.values()):
+            return dict(listed)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} is nothing that mmtune finished: it has no readable {NAME}") from error
+    raise UserError(f"{folder} is nothing that mmtune finished: its {NAME} lists files without their SHA-256")
+
+
+def _is_plain(path: Path) -> bool:
+    return not path.is_symlink() and (path.is_file() or path.is_dir())
 
 
 def names_in(folder: Path) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from mmtune.threads import usable_cores
 
 CHUNK = 64
 """Rows that a process takes at a time."""
+NO_SHARED_MEMORY = re.compile(r"unable to \w+.*</torch_")
+"""torch's words where a file of shared memory cannot be made, written or given its size."""
 FEW = 256
 """So few rows are worked on in this process: others would take longer to start."""
 
@@ -64,12 +67,41 @@ def in_processes(work: Callable[[int], Any], rows: Indices, processes: int | Non
         generator=torch.Generator(),  # the loader draws a seed, and must not draw it from the run's
     )
     with tqdm(total=len(rows), desc=what, unit="row", disable=not shows_progress(), leave=False) as bar:
-        for chunk in loader:
+        for chunk in _handed_over(loader):
             bar.update(len(chunk))
             for result in chunk:
                 if isinstance(result, UserError) and not isinstance(result, RowError):
                     raise result
                 yield result
+
+
+def _handed_over(loader: torch.utils.data.DataLoader[Any]) -> Iterator[list[Any]]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if (reason := worker_failure(error)) is None:
+            raise
+        raise UserError(reason) from error
+
+
+def worker_failure(error: RuntimeError) -> str | None:
+    """Why a data loader's worker is gone or cannot hand over what it made, in one line; None for any other error.
+
+    torch has no classes for these errors.
+    """
+    text = str(error)
+    if "Bus error" in text or (NO_SHARED_MEMORY.search(text) and "Too many open files" not in text):
+        last = text.strip().splitlines()[-1].removeprefix("RuntimeError: ")
+        return (
+            f"{last.rstrip('. ')}: the shared memory (/dev/shm) in which a worker hands over its batch is full; enlarge it, as "
+            "with docker run --shm-size 8g, or work without workers (train.dataloader_num_workers: 0)"
+        )
+    if text.startswith("DataLoader worker"):
+        return (
+            f"{text.rstrip('. ')}: most likely the machine ran out of memory; lower train.dataloader_num_workers, "
+            "train.dataloader_prefetch_factor or the rows in a batch"
+        )
+    return None
 
 
 def settle_worker(worker: int) -> None:

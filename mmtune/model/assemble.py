@@ -35,6 +35,7 @@ from mmtune.model.parts import (
     read_tokenizer,
     read_tower,
 )
+from mmtune.model.remote_code import refused_pickles
 from mmtune.model.sharded import frames, gathered, runnable
 
 __all__ = ["assemble", "load_projector", "resolve_chat_template", "save_checkpoint"]
@@ -179,7 +180,7 @@ def _load(
     if auto is AutoModel:
         logging.set_verbosity_error()  # the text tower beside a vision tower is left out on purpose; no page about it
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), refused_pickles(checkpoint):
             torch.manual_seed(seed)
             model, report = auto.from_pretrained(
                 checkpoint,

@@ -29,14 +29,14 @@ from mmtune.methods import tuners as tuners  # PEFT then knows all the methods
 from mmtune.methods.table import METHODS
 from mmtune.model.assemble import assemble, assemble_processor
 from mmtune.model.chat_template import own_chat_template, resolve_chat_template, set_chat_template, use_chat_template
-from mmtune.model.checkpoint import REPORTED, check_whole, load_projector, use_hub_key_names, weight_files
+from mmtune.model.checkpoint import ADAPTER_WEIGHTS, REPORTED, check_whole, load_projector, use_hub_key_names, weight_files
 from mmtune.model.export import export_adapter
 from mmtune.model.families import check_family, local_model_type
 from mmtune.model.generation import published_generation_config
 from mmtune.model.locate import UNTRAINED, local_folder, locate_base
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
 from mmtune.model.ready_processor import open_processor, prepare_processor
-from mmtune.model.remote_code import NOT_ALLOWED, brings_code, first_line
+from mmtune.model.remote_code import NOT_ALLOWED, brings_code, first_line, refused_pickles
 from mmtune.model.sharded import in_parts
 from mmtune.model.trained import (
     ADAPTER_CONFIG,
@@ -119,9 +119,10 @@ def load_whole(
     with _named(subject):
         try:
             generation_config, left_out = published_generation_config(name, trust_remote_code)
-            model, report = AutoModelForImageTextToText.from_pretrained(
-                name, trust_remote_code=trust_remote_code, generation_config=generation_config, **REPORTED, **settings
-            )
+            with refused_pickles("its weights"):
+                model, report = AutoModelForImageTextToText.from_pretrained(
+                    name, trust_remote_code=trust_remote_code, generation_config=generation_config, **REPORTED, **settings
+                )
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"its weights do not load: {_reason(name, error)}") from error
     check_whole(subject, model, report)
@@ -378,6 +379,8 @@ def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
         UserError: a base that is not there, or an adapter that is damaged, incomplete or made for another base.
     """
     adapter_method(adapter)  # refuses what PEFT would end with a traceback, or load more for than the adapter and its base
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"{adapter}: expected its weights in {ADAPTER_WEIGHTS}; adapter_model.bin is not read")
     base = located_base_of(adapter)
     own = (adapter / GENERATION_CONFIG_NAME).is_file()  # the base's lacks the stop tokens of the training template
     model = load_whole(base, f"{adapter}: its base {base}", quiet=own, **settings)

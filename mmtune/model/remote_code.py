@@ -1,13 +1,19 @@
-"""Python code that a checkpoint brings along: who may run it, and how it is refused."""
+"""Code that a checkpoint brings along, as Python files or in a pickle: who may run it, and how it is refused."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from torch.serialization import pickle as torch_pickle
 from transformers.processing_utils import PROCESSOR_NAME
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
+
+from mmtune.errors import UserError
 
 NOT_ALLOWED = (
     "it brings Python code of its own, which nobody has allowed to run: read it, then give --trust-remote-code to a command that "
@@ -36,3 +42,23 @@ def first_line(error: BaseException) -> str:
     if "trust_remote_code=True" in text:
         return NOT_ALLOWED
     return text.splitlines()[0] if text else type(error).__name__
+
+
+@contextmanager
+def refused_pickles(subject: str) -> Iterator[None]:
+    """Inside, torch reads files that may be pickles, such as a `.bin` of weights or an `optimizer.pt`, and of them tensors alone.
+
+    Args:
+        subject: what is read, for the message.
+
+    Raises:
+        UserError: such a file is damaged, or would have run code.
+    """
+    try:
+        yield
+    except torch_pickle.UnpicklingError as error:
+        found = re.search(r"Trying to load unsupported GLOBAL \S+", str(error))
+        why = f"it calls {found[0].split()[-1]}" if found else "it is not what torch writes"
+        raise UserError(
+            f"{subject}: a file that is a pickle is refused, because it holds more than tensors and numbers or is damaged: {why}"
+        ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -46,6 +47,9 @@ def push(folder: Path, repository: str, *, upload: bool = False, private: bool =
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a release")
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        raise UserError(f"{repository}: the hub refused: {str(error).strip().splitlines()[0]}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{repository}: the hub refused: {reason}") from error
+    except httpx2.HTTPError as error:
+        raise UserError(f"{repository}: the hub cannot be reached: {str(error) or type(error).__name__}") from error
     print(f"uploaded: {commit.commit_url}")
     return result | {"uploaded": True, "url": commit.commit_url}

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from mmtune.data.batches import Batches
 from mmtune.data.encode import IGNORE_INDEX
 from mmtune.data.message import RowError
-from mmtune.data.processes import settle_worker
+from mmtune.data.processes import settle_worker, worker_failure
 from mmtune.data.report import NO_SAMPLE, NOT_FINITE, DataReport, SkippedStep
 from mmtune.data.stream import SampleStream
 from mmtune.errors import CheckFailed, UserError
@@ -30,6 +30,7 @@ from mmtune.files import flush, writing
 from mmtune.manifest import names_in
 from mmtune.model.compute import virtual_tokens
 from mmtune.model.packing import packed_inputs
+from mmtune.model.remote_code import refused_pickles
 from mmtune.model.sharded import to_save
 from mmtune.model.trained import INITIAL
 from mmtune.run_directory import SAVING
@@ -138,17 +139,15 @@ class TuningTrainer(Trainer):
         """The Trainer's.
 
         Raises:
-            UserError: a data-loader worker was killed.
+            UserError: a data-loader worker was killed or has no shared memory, or the checkpoint to go on from holds code.
         """
         try:
-            return super().train(*args, **kwargs)
+            with refused_pickles(f"resume: {kwargs.get('resume_from_checkpoint')}"):
+                return super().train(*args, **kwargs)
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):  # torch has no class for it
+            if (reason := worker_failure(error)) is None:
                 raise
-            raise UserError(
-                f"{str(error).rstrip('. ')}: most likely the machine ran out of memory; lower train.dataloader_num_workers, "
-                "train.dataloader_prefetch_factor or the rows in a batch"
-            ) from error
+            raise UserError(reason) from error
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """The Trainer's, which resumed from its last step would take one more."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from mmtune.data.collate import Collator
 from mmtune.data.dataset import Encoder, Samples, TrainingSet, check_rows, iterate_rows
 from mmtune.data.encode import OverLength
 from mmtune.data.message import RowError, text_of
+from mmtune.data.processes import worker_failure
 from mmtune.data.report import DataReport, Fault, StopRun
 from mmtune.errors import UserError
 from mmtune.recipe import DataSection, Source
@@ -189,3 +192,26 @@ def test_a_loader_sets_faulty_rows_beside_their_batch(tmp_path: Path, untrained:
     assert [len(batch["input_ids"]) if "input_ids" in batch else 0 for batch in batches] == [1, 2, 0]
     first = dataset[0]
     assert isinstance(first, dict) and torch.equal(batches[0]["labels"], first["labels"])
+
+
+class _Big(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.zeros(1_000_000)
+
+
+def _little_shared_memory(worker: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_shared_memory_that_is_too_small_is_named() -> None:
+    loader = torch.utils.data.DataLoader(_Big(), num_workers=1, worker_init_fn=_little_shared_memory)
+    with pytest.raises(RuntimeError) as caught:
+        list(loader)
+    told = str(worker_failure(caught.value))
+    assert re.match(r"unable to \w+ file .*: the shared memory \(/dev/shm\)", told) and "train.dataloader_num_workers: 0" in told
+    killed = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that workers are out of shared memory"
+    assert "/dev/shm" in str(worker_failure(RuntimeError(killed)))
+    assert worker_failure(RuntimeError("The size of tensor a (2) must match the size of tensor b (3)")) is None

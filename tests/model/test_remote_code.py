@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from transformers import dynamic_module_utils
 
 from mmtune.cli import entry_point
 from mmtune.console import settle_console
+from mmtune.manifest import write_manifest
 from mmtune.recipe import Recipe
 
 CODE = """
@@ -169,4 +171,50 @@ def test_an_adapter_cannot_name_a_base_that_runs_code(base: Path, tmp_path: Path
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(other)}), encoding="utf-8"
     )
     assert entry_point(["chat", str(adapter), "--prompt", "what?"]) == 2
+    assert not ran.exists()
+
+
+class Runs:
+    """What a pickle of it does when it is loaded: makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = str(mark)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mknod, (self._mark,)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_pickle_that_runs_code_is_one_message(
+    base: Path, tmp_path: Path, ran: Path, capsys: pytest.CaptureFixture[str], damaged: bool
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(base, model, ignore=shutil.ignore_patterns("*.safetensors*"))
+    torch.save({"weight": Runs(ran)}, model / "pytorch_model.bin")
+    if damaged:
+        (model / "pytorch_model.bin").write_bytes(b"\x80\x04garbage")
+    assert entry_point(["chat", str(model), "--prompt", "what?"]) == 2
+    assert "a file that is a pickle is refused" in capsys.readouterr().err
+    (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(base)}))
+    torch.save({"weight": Runs(ran)}, model / "adapter_model.bin")
+    assert entry_point(["chat", str(model), "--prompt", "what?"]) == 2
+    assert "expected its weights in adapter_model.safetensors" in capsys.readouterr().err
+    assert not ran.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_runs_code_is_not_gone_on_from(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, ran: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    make_recipe()
+    command = ["train", str(tmp_path / "recipe.yaml"), "train.save_strategy=steps", "train.save_steps=1"]
+    assert entry_point(command) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    shutil.rmtree(checkpoint.with_name("checkpoint-3"))
+    torch.save(Runs(ran), checkpoint / file)
+    write_manifest(checkpoint)
+    assert entry_point([*command, "--resume"]) == 2
+    assert f"resume: {checkpoint}: a file that is a pickle is refused" in capsys.readouterr().err
     assert not ran.exists()
