@@ -63,6 +63,12 @@ KNOWN = (
         "what should happen: the Trainer takes its steps without a cache",
     ),
     KnownWarning(
+        "peft.peft_model",
+        "UserWarning",
+        "Position ids are not supported for parameter efficient tuning. Ignoring position ids.",
+        "answers of prompt methods: the model counts positions from its attention mask, virtual tokens included",
+    ),
+    KnownWarning(
         "bitsandbytes.optim.optimizer",
         "UserWarning",
         "Paged optimizers are not supported on CPU. Falling back to non-paged optimizer behavior.",

@@ -27,6 +27,8 @@ COMMANDS = {
 HELP = f"{', '.join(COMMANDS.values())}; Ctrl-C stops an answer"
 PROMPT = "> "
 EMPTY_ANSWER = "(the answer is empty)"
+STOPPED = "\n(stopped: what was answered stays in the conversation)"
+STOPPED_AT_ONCE = "\n(stopped before an answer began: the question is dropped, its images wait for the next one)"
 
 
 def converse(session: ChatSession) -> None:
@@ -56,7 +58,7 @@ def converse(session: ChatSession) -> None:
         except KeyboardInterrupt:
             if not is_interactive:
                 raise
-            print("\n(stopped: what was answered stays in the conversation)")
+            print("\n(stopped)")
 
 
 def _act(session: ChatSession, line: str, command: str, argument: str) -> None:
@@ -72,12 +74,22 @@ def _act(session: ChatSession, line: str, command: str, argument: str) -> None:
     elif command.startswith("/"):
         raise UserError(f"no command {command}: {HELP}")
     else:
-        is_empty = True
-        with closing(session.ask(line)) as pieces:
+        _ask(session, line)
+
+
+def _ask(session: ChatSession, question: str) -> None:
+    answer = ""
+    try:
+        with closing(session.ask(question)) as pieces:
             for piece in pieces:
                 print(piece, end="", flush=True)
-                is_empty = is_empty and not piece.strip()
-        print(EMPTY_ANSWER if is_empty else "")
+                answer += piece
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        print(STOPPED if answer else STOPPED_AT_ONCE)
+    else:
+        print("" if answer.strip() else EMPTY_ANSWER)
 
 
 def _line_reader() -> Callable[[], str]:
