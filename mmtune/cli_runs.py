@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
-from contextlib import nullcontext
+        check_recipe(recipe, files=False)
+        settle_console()
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
     verb.add_argument(
         "--rehearse",
         action="store_true",
-        help="run the whole recipe once on tiny random weights and a few made-up rows",
+        help="run the whole recipe once on tiny random weights and a few made-up rows; under a launcher, in its processes",
     )
 
     verb = add(verbs, "eval", _eval, "score a run or a model on a recipe's held-out questions")
@@ -89,8 +88,6 @@ def _train(arguments: argparse.Namespace) -> Any:
         arguments.overrides, arguments.resume = [*arguments.overrides, arguments.resume], True  # --resume key=value
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.rehearse:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("a rehearsal runs in one process: mmtune train RECIPE --rehearse")
         check_recipe(recipe, files=False)
         settle_console()
         from mmtune.rehearse import rehearse

@@ -1,19 +1,23 @@
 """Run a recipe from end to end in a minute: tiny random weights of the same families, a few rows in the same formats.
 
 It finds what would otherwise fail hours in: a setting that the libraries refuse, a target that matches nothing, a format that
-the template does not read, an adapter that does not load back, a merge that differs. It needs no network and no weights.
+the template does not read, an adapter that does not load back, a merge that differs. It needs no network and no weights. Under a
+launcher it runs in several processes, on the CPU too, and finds what a parallelism strategy does not take.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from mmtune.data.reader import example_rows, write_rows
@@ -31,7 +35,18 @@ from mmtune.model.tiny_templates import NEEDED
 from mmtune.recipe import Recipe, Source, load_recipe
 from mmtune.release.merge import Form, keep_adapter, merge, parity_samples
 from mmtune.run_directory import RunDirectory
-from mmtune.train import train
+from mmtune.train import train, training_arguments
+from mmtune.world import (
+    ALONE,
+    World,
+    check_launch,
+    fsdp_on_cpu,
+    is_launched,
+    join_world,
+    launched_with_deepspeed,
+    launched_with_fsdp,
+    make_models_whole,
+)
 
 ROWS = 4
 
@@ -39,41 +54,87 @@ ROWS = 4
 def rehearse(recipe: Recipe) -> dict[str, Any]:
     """Load, take one optimizer step, save, load back, answer, and merge where there is an adapter, in a temporary folder.
 
+    Under a launcher all processes train together, by the strategy that was asked for. The first then does the rest alone, as
+    after a real run.
+
     Returns:
-        The rehearsed run's figures.
+        The rehearsed run's figures; in processes other than the first, nothing.
 
     Raises:
         UserError, CheckFailed: whatever the real run would raise.
     """
-    with tempfile.TemporaryDirectory(prefix="mmtune-rehearsal-") as folder:
-        place = Path(folder)
-        small = load_recipe(_write_small(recipe, place))
-        summary = train(small, ["mmtune", "train", "--rehearse"])
-        run = RunDirectory(Path(small.output_dir))
-        model, processor = load_trained(run.path)
-        answers = generate_answers(model, processor, parity_samples(small, 2), max_new_tokens=4, batch_size=2)
-        print(f"loaded back and asked: {len(answers)} answers")
-        method = METHODS.get(str(small.tune.method))
-        if run.adapter.is_dir() and (method is None or method.mergeable):
-            # One step from random weights changes less than bf16's rounding, which a real merge would refuse.
-            parity = merge(run.path, place / "merged", form=Form(dtype="fp32"), count=2)
-            summary |= asdict(parity)
-            print(f"merged: largest logit difference {parity.merge_max_logit_difference:.2g}")
-        elif run.adapter.is_dir():
-            figures = keep_adapter(run.path, place / "released", count=2)
-            summary |= {"released": figures}
-            print(f"released beside its base: largest logit difference {figures['max_logit_difference']:.2g}")
-        print("rehearsal passed: the recipe runs from end to end; the figures above are those of random weights and made-up rows")
-        return summary
+    with fsdp_on_cpu() if launched_with_fsdp() else nullcontext():
+        world = _join(recipe)
+        with _shared_folder(world) as place:
+            file = _write_small(recipe, place, world) if world.first else None
+            small = load_recipe(world.from_first(file))
+            summary = train(small, ["mmtune", "train", "--rehearse"])
+            make_models_whole()
+            if world.first:
+                summary |= _use(small, place)
+            world.wait()
+            return summary
 
 
-def _write_small(recipe: Recipe, place: Path) -> Path:
+def _join(recipe: Recipe) -> World:
+    """The processes of the launcher, which know each other before there is a small recipe to train."""
+    if not is_launched():
+        if "deepspeed" in recipe.train:
+            print(
+                "rehearsal: train.deepspeed is left out in one process; start several (torchrun or accelerate launch) to try it"
+            )
+        return ALONE
+    if os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]) != os.environ["WORLD_SIZE"]:
+        raise UserError("a rehearsal's files are temporary ones of one machine: launch it on one machine, with several processes")
+    check_launch(recipe.model.precision, recipe.train.get("deepspeed"))
+    if launched_with_fsdp() and not torch.accelerator.is_available():
+        print("rehearsal: FSDP2 shards on the CPU, which accelerate leaves to GPUs; the run itself needs them")
+    arguments = training_arguments(recipe.model_copy(update={"train": {**recipe.train, "report_to": "none"}}))
+    return join_world(arguments, recipe.model.precision)
+
+
+@contextmanager
+def _shared_folder(world: World) -> Iterator[Path]:
+    """A temporary folder of all processes, which the first one makes and removes, however they end."""
+    with ExitStack() as stack:
+        made = None
+        if world.first:
+            stack.enter_context(world.unwinding())
+            made = stack.enter_context(tempfile.TemporaryDirectory(prefix="mmtune-rehearsal-"))
+        yield Path(world.from_first(made))
+
+
+def _use(small: Recipe, place: Path) -> dict[str, Any]:
+    """Load the trained model back, ask it, and release it."""
+    run = RunDirectory(Path(small.output_dir))
+    model, processor = load_trained(run.path)
+    answers = generate_answers(model, processor, parity_samples(small, 2), max_new_tokens=4, batch_size=2)
+    print(f"loaded back and asked: {len(answers)} answers")
+    method = METHODS.get(str(small.tune.method))
+    figures: dict[str, Any] = {}
+    if run.adapter.is_dir() and (method is None or method.mergeable):
+        # One step from random weights changes less than bf16's rounding, which a real merge would refuse.
+        parity = merge(run.path, place / "merged", form=Form(dtype="fp32"), count=2)
+        figures = asdict(parity)
+        print(f"merged: largest logit difference {parity.merge_max_logit_difference:.2g}")
+    elif run.adapter.is_dir():
+        released = keep_adapter(run.path, place / "released", count=2)
+        figures = {"released": released}
+        print(f"released beside its base: largest logit difference {released['max_logit_difference']:.2g}")
+    print("rehearsal passed: the recipe runs from end to end; the figures above are those of random weights and made-up rows")
+    return figures
+
+
+def _write_small(recipe: Recipe, place: Path, world: World) -> Path:
     """The same recipe over tiny stand-ins, as a file, so that it is read and checked like any other."""
     small: dict[str, Any] = json.loads(json.dumps(recipe.model_dump(mode="json", exclude_none=True)))
     _shrink_model(recipe, small["model"], place)
-    _shrink_data(recipe.data.train, small["data"]["train"], place / "train")
+    if not launched_with_deepspeed():  # whose configuration may name the recipe's
+        small["train"] |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    each = small["train"].get("per_device_train_batch_size", 8) * small["train"].get("gradient_accumulation_steps", 1)
+    _shrink_data(recipe.data.train, small["data"]["train"], place / "train", max(ROWS, each * world.size))
     if recipe.evaluate:
-        _shrink_data(recipe.evaluate.data, small["evaluate"]["data"], place / "evaluate")
+        _shrink_data(recipe.evaluate.data, small["evaluate"]["data"], place / "evaluate", max(ROWS, world.size))
         small["evaluate"]["max_new_tokens"] = 4
     own_tokenizer = recipe.model.base is not None and local_files(recipe.model.base) is not None
     if recipe.data.max_tokens is not None and not own_tokenizer:  # a byte-level stand-in counts more tokens than the real one
@@ -83,15 +144,17 @@ def _write_small(recipe: Recipe, place: Path) -> Path:
         language["adapter_layers"] = min(language["adapter_layers"], DECODER["num_hidden_layers"])
     small["train"] |= {
         "max_steps": 1,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 1,
         "warmup_steps": 0,
         "dataloader_num_workers": 0,
         "logging_steps": 1,
-        "save_strategy": "no",
         "report_to": "none",
     }
-    small["train"].pop("deepspeed", None)  # a rehearsal is one process
+    if small["train"].get("save_strategy", "no") != "no":
+        small["train"] |= {"save_strategy": "steps", "save_steps": 1}
+    if not is_launched():
+        small["train"].pop("deepspeed", None)
+    elif isinstance(recipe.train.get("deepspeed"), str):
+        small["train"]["deepspeed"] = str(Path(recipe.train["deepspeed"]).absolute())
     small["output_dir"] = str(place / "run")
     path = place / "recipe.yaml"
     path.write_text(json.dumps(small, indent=1), encoding="utf-8")  # JSON is YAML
@@ -121,13 +184,13 @@ def _shrink_model(recipe: Recipe, section: dict[str, Any], place: Path) -> None:
             section["chat_template"] = NEEDED.get(family)
 
 
-def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], place: Path) -> None:
+def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], place: Path, count: int) -> None:
     """Rows made of the templates' own examples, and a picture for every path they name."""
     for number, (source, section) in enumerate(zip(sources, sections, strict=True)):
         folder = place / str(number)
         folder.mkdir(parents=True)
         template = load_data_template(source.template)
-        section |= _stand_in(source, template, folder / "rows.json", ROWS, seed=number)
+        section |= _stand_in(source, template, folder / "rows.json", count, seed=number)
         if source.shots is not None:
             other = load_data_template(source.shots.template or source.template)
             made = _stand_in(source, other, folder / "shots.json", source.shots.count + 1, seed=number)

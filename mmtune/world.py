@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState, PartialState
 from torch import distributed, nn
 from torch.utils.cpp_extension import get_default_build_root
 from transformers import TrainingArguments
@@ -192,12 +193,14 @@ def _ask_for_deepspeed(given: str | Mapping[str, Any]) -> None:
         raise UserError("train.deepspeed: the launcher was asked for FSDP; leave one of the two out")
     if launched_with_deepspeed():
         file = os.environ.get(DEEPSPEED_CONFIG)
+        if file == json.dumps(config):  # as this function has left it
+            return
         if file is None or _read_json(file) != config:
             raise UserError(
                 "train.deepspeed: DeepSpeed was asked for by the launcher too, with other settings; leave one of the two out"
             )
         return
-    if not set(RENDEZVOUS) <= os.environ.keys():
+    if not is_launched():
         if torch.accelerator.device_count() > 1:
             raise UserError(
                 f"train.deepspeed: one process was started and {torch.accelerator.device_count()} GPUs are there; start one for "
@@ -336,6 +339,36 @@ def check_strategy(accelerator: Accelerator, world: World, precision: str) -> No
         )
 
 
+@contextlib.contextmanager
+def fsdp_on_cpu() -> Iterator[None]:
+    """Inside, accelerate has FSDP2 shard on the CPU too, as torch can; by itself it makes DDP of it there."""
+    plain = AcceleratorState.__init__
+
+    def shard(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = shard
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = plain
+
+
+def make_models_whole() -> None:
+    """After training at ZeRO-3: from here on transformers loads a model whole, so that one process can do it alone."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+def is_launched() -> bool:
+    """Whether a launcher has started this process, alone or as one of several."""
+    return set(RENDEZVOUS) <= os.environ.keys()
+
+
 def settle_fsdp(accelerator: Accelerator, model: nn.Module) -> None:
     """Have FSDP2 divide a model by its layers, in the dtypes that it is stored in."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -349,6 +382,11 @@ def settle_fsdp(accelerator: Accelerator, model: nn.Module) -> None:
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether an error only says that another process has ended."""
     return any(words in str(error) for words in LOST_PEER)
+
+
+def launched_with_fsdp() -> bool:
+    """Whether accelerate's launcher was asked for FSDP."""
+    return _asked(FSDP)
 
 
 def launched_with_deepspeed() -> bool:

@@ -65,7 +65,7 @@ def launch(
 
     Args:
         recipes: with the layout of each: the name of a shipped configuration of accelerate, or `torchrun`, where a recipe may
-            name DeepSpeed itself. A third value is the step after which the last process gets SIGTERM, or `resume`.
+            name DeepSpeed itself. A third value is the step after which the last process gets SIGTERM, `resume`, or `rehearse`.
         folder: for what the processes are told and print.
         patience_s: seconds that a recipe may take.
 
@@ -133,22 +133,6 @@ def _work(config: str, rank: int, size: int, port: int, jobs: Path, results: Pat
         launch_command(launch_command_parser().parse_args([*_arguments(config, size), __file__]))
 
 
-def have_fsdp_on_cpu() -> None:
-    """accelerate makes DDP of FSDP without GPUs, though torch shards on the CPU as well; here it shards."""
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-    made = AcceleratorState.__init__
-
-    def make(self: Any, *args: Any, fsdp_plugin: FullyShardedDataParallelPlugin | None = None, **kwargs: Any) -> None:
-        made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    AcceleratorState.__init__ = make  # type: ignore[method-assign]
-
-
 @contextmanager
 def nothing_known() -> Iterator[None]:
     """The recipe refuses what the table says does not work; here that is what is asked."""
@@ -209,20 +193,26 @@ def train_all(jobs: Path, results: Path) -> None:
 
     from mmtune.console import settle_console
     from mmtune.recipe import load_recipe
+    from mmtune.rehearse import rehearse
     from mmtune.train import train
+    from mmtune.world import fsdp_on_cpu
 
     settle_console()
     torch.set_num_threads(1)
-    have_fsdp_on_cpu()
     launched = {**os.environ}
     for number, recipe, *how in json.loads(jobs.read_text()):
         os.environ.clear()
         os.environ.update(launched)  # without the DeepSpeed that a recipe has asked for
         resume, step = how == ["resume"], next((each for each in how if isinstance(each, int)), None)
-        with nothing_known(), signalled(step):
-            outcome = reason(
-                lambda path=Path(recipe), resume=resume: train(load_recipe(path), ["test"], overwrite=not resume, resume=resume)
-            )
+        with nothing_known(), signalled(step), fsdp_on_cpu():
+            if how == ["rehearse"]:
+                outcome = reason(lambda path=Path(recipe): rehearse(load_recipe(path)))
+            else:
+                outcome = reason(
+                    lambda path=Path(recipe), resume=resume: train(
+                        load_recipe(path), ["test"], overwrite=not resume, resume=resume
+                    )
+                )
         outcomes: list[bool | str] = [outcome] * distributed.get_world_size()
         distributed.all_gather_object(outcomes, outcome)
         gc.collect()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -415,6 +416,44 @@ def test_fsdp_that_becomes_ddp_is_told(kinds: dict[str, dict[str, Any]], tmp_pat
     assert f"traceback : {told}" in root_cause
     assert "rank      : 0 " in root_cause
     assert "exitcode  : 2 " in root_cause
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # one by one, and each starts its processes
+def test_a_strategy_is_rehearsed(kinds: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """All of it, on the CPU: what the first process does alone as well, after it has trained a part of a model."""
+    saved = {**kinds["mixed"]["train"], "save_strategy": "epoch"}
+    recipes = {
+        "ddp": {**kinds["mixed"], "train": saved},
+        "zero2": {**kinds["towers"], "train": saved},
+        "torchrun": {**kinds["mixed"], "train": {**saved, "deepspeed": str(ROOT / "recipes" / "deepspeed" / "zero3.json")}},
+        "fsdp2": kinds["mixed"],
+    }
+    jobs = []
+    for layout, recipe in recipes.items():
+        jobs.append((write({**recipe, "output_dir": str(tmp_path / layout)}), layout, "rehearse"))
+    assert launch(jobs, tmp_path) == [True] * len(jobs)
+    log = (tmp_path / "results.log").read_text(encoding="utf-8")
+    for layout in ("DDP", "ZeRO-2", "ZeRO-3", "FSDP2"):
+        assert f"training: 2 processes, {layout}, cpu" in log
+    assert log.count("loaded back and asked: 2 answers") == len(jobs)
+    assert log.count("merged: largest logit difference") == len(jobs) - 1  # all weights trained leave no adapter
+    assert log.count("rehearsal passed") == len(jobs)
+    runs = re.findall(r"^run: (\S*mmtune-rehearsal-\S+)", log, flags=re.MULTILINE)
+    assert len(runs) == len(jobs)
+    assert not any(Path(run).parent.exists() for run in runs)
+    assert not any((tmp_path / layout).exists() for layout in recipes)
+
+
+@pytest.mark.slow
+def test_the_command_is_rehearsed_by_torchrun(kinds: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    recipe = write({**kinds["text"], "output_dir": str(tmp_path / "run")})
+    command = [*launcher("torchrun"), "-m", "mmtune.cli", "train", str(recipe), "--rehearse"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "training: 2 processes, DDP" in done.stdout
+    assert done.stdout.count("rehearsal passed") == 1
+    assert not list(tmp_path.glob("mmtune-rehearsal-*"))
 
 
 def test_shipped_configurations_leave_to_the_recipe_what_is_its() -> None:
