@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-        check_recipe(recipe, files=False)
-        settle_console()
+import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
