@@ -24,12 +24,13 @@ help:
 	@echo 'make types        mypy'
 	@echo 'make clean        remove caches and build products (runs/, data/ and .venv stay)'
 
-# eval.json is the last file that `mmtune data digits` writes.
+# After Ctrl-C it goes on: eval.json is the last file that `mmtune data digits` writes, and merged/ the last folder of the run.
+# --resume goes on with a stopped run, and leaves a finished one as it is.
 quickstart: .venv/.installed
 	@if [ -e data/digits/eval.json ]; then echo 'data/digits is already there'; \
 	else set -x; .venv/bin/mmtune data digits data/digits; fi
-	@overwrite=; if [ -e runs/quickstart ]; then overwrite=--overwrite; fi; \
-	set -x; .venv/bin/mmtune train recipes/quickstart.yaml $$overwrite
+	@how=; if [ -e runs/quickstart/merged ]; then how=--overwrite; elif [ -e runs/quickstart ]; then how=--resume; fi; \
+	set -x; .venv/bin/mmtune train recipes/quickstart.yaml $$how
 	.venv/bin/mmtune merge runs/quickstart runs/quickstart/merged --overwrite
 	.venv/bin/mmtune report runs/quickstart
 

@@ -43,6 +43,8 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
     verb = add(verbs, "eval", _eval, "score a run or a model on a recipe's held-out questions")
     verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a checkpoint of one, an adapter, a model or a hub id")
     verb.add_argument("--recipe", help="the recipe whose `evaluate` section to use; a run's own by default")
+    told = "where the answers go, as JSON Lines (default: in the run, or here of another model; the last line says where)"
+    verb.add_argument("--out", metavar="FILE", help=told)
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     add_trust(verb)
 
@@ -110,6 +112,7 @@ def _train(arguments: argparse.Namespace) -> Any:
 
 
 def _eval(arguments: argparse.Namespace) -> Any:
+    from mmtune.files import writing
     from mmtune.model.trained import trained_part
     from mmtune.preflight import check_recipe, located_errors
     from mmtune.recipe import load_recipe
@@ -118,11 +121,12 @@ def _eval(arguments: argparse.Namespace) -> Any:
     recipe = load_recipe(arguments.recipe or trained.run.recipe, arguments.overrides)
     if recipe.evaluate is None:
         raise UserError(f"{arguments.recipe or arguments.model}: the recipe has no `evaluate` section")
+    out = _answers_file(arguments, trained)
     check_recipe(recipe, ("evaluate",))
     settle_console()
     from mmtune.data.encode import check_chat_template
     from mmtune.evaluation.report import print_scores
-    from mmtune.evaluation.run import as_json, check_questions, evaluate, score
+    from mmtune.evaluation.run import as_json, check_questions, evaluate, score, write_answers
     from mmtune.model.compute import place
     from mmtune.model.load import load_trained
 
@@ -132,11 +136,41 @@ def _eval(arguments: argparse.Namespace) -> Any:
             trained, chat_template=recipe.model.chat_template, trust_remote_code=arguments.trust_remote_code
         )
     check_chat_template(processor)
-    result: dict[str, Any] = {"tuned_scores": as_json(score(evaluate(place(model), processor, recipe.evaluate), recipe.evaluate))}
+    answers = evaluate(place(model), processor, recipe.evaluate, what=str(arguments.model))
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_answers(answers, out)
+    result: dict[str, Any] = {"tuned_scores": as_json(score(answers, recipe.evaluate)), "answers": str(out)}
     print_scores(result)
+    print(f"answers: {out}")
     if trained.is_checkpoint:
         result |= {"step": trained.step, "steps": trained.steps}
     return result
+
+
+def _answers_file(arguments: argparse.Namespace, trained: Any) -> Path:
+    """Where the answers of `mmtune eval` go; nothing of a run is overwritten but the answers of an earlier evaluation.
+
+    Raises:
+        UserError: no file of answers can be written there.
+    """
+    from mmtune.files import check_writable
+    from mmtune.run_directory import RunDirectory
+
+    if arguments.out is not None:
+        out = Path(arguments.out)
+    elif trained.run.recipe.is_file():
+        of = Path(arguments.recipe).stem if arguments.recipe else "eval"
+        out = trained.run.path / f"answers_{of}{f'_step_{trained.step}' if trained.is_checkpoint else ''}.jsonl"
+    else:
+        out = Path(f"answers_{Path(arguments.model).absolute().name.rpartition(':')[2]}.jsonl")
+    run = RunDirectory(out.parent)
+    if run.recipe.is_file() and out in (run.answers("before"), run.answers("after")):
+        raise UserError(f"{out} holds the run's own answers; give another file: --out FILE")
+    if out.is_dir() or (out.exists() and out.suffix != ".jsonl"):
+        raise UserError(f"--out {out}: exists and is not a .jsonl file, so it is not replaced; give another file")
+    check_writable(out.parent, "--out FILE")
+    return out
 
 
 def _merge(arguments: argparse.Namespace) -> Any:

@@ -167,7 +167,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
             before = read_answers(run.answers("before"))
         elif recipe.evaluate and recipe.evaluate.before:
             with runnable(model):
-                before = evaluate(model, processor, recipe.evaluate, world)
+                before = evaluate(model, processor, recipe.evaluate, world, "before tuning")
             if world.first:
                 write_answers(before, run.answers("before"))
 
@@ -251,7 +251,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
                 carried = carry_over(unread_tensors(model, locate_base(str(recipe.model.base))), made)
                 if carried:
                     print(describe_tensors(model, carried))
-    after = evaluate(model, processor, recipe.evaluate, world) if recipe.evaluate else []
+    after = evaluate(model, processor, recipe.evaluate, world, "after tuning") if recipe.evaluate else []
     if not world.first:
         return {}
     answer_tokens = recipe.evaluate.max_new_tokens if recipe.evaluate else ANSWER_TOKENS

@@ -134,8 +134,12 @@ def test_a_run_directory_is_complete_and_machine_readable(
     assert yaml.safe_load((run / "recipe.yaml").read_text())["train"]["max_steps"] == 3
     assert Image.open(run / "loss.png").size[0] > 100
 
+    after = (run / "answers_after.jsonl").read_bytes()
     assert entry_point(["eval", str(run), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["tuned_scores"] == summary["tuned_scores"]
+    result = json.loads(capsys.readouterr().out)
+    assert result["tuned_scores"] == summary["tuned_scores"]
+    assert result["answers"] == str(run / "answers_eval.jsonl")
+    assert (run / "answers_eval.jsonl").read_bytes() == (run / "answers_after.jsonl").read_bytes() == after
     assert entry_point(["report", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == summary
     assert entry_point(["merge", str(run), str(tmp_path / "merged"), "--samples", "2", "--json"]) == 0
@@ -143,6 +147,22 @@ def test_a_run_directory_is_complete_and_machine_readable(
     image = str(next((rows.parent / "images").rglob("*.png")))
     assert entry_point(["chat", str(run), "--image", image, "--prompt", "What?", "--max-new-tokens", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["prompt"] == "What?"
+
+
+def test_where_answers_go_is_checked_before_weights_load(
+    recipe_file: Path, tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmtune.model.load.load_trained", None)
+    recipe_file.write_text(recipe_file.read_text() + f"evaluate: {{data: [{{path: {rows}, template: llava}}]}}\n")
+    (tmp_path / "answers_after.jsonl").write_text("the run's")  # the recipe's folder looks like a run's
+    for out, told in {
+        str(tmp_path / "answers_after.jsonl"): "holds the run's own answers; give another file: --out FILE",
+        str(recipe_file): "exists and is not a .jsonl file",
+        str(recipe_file / "x.jsonl"): f"--out FILE: cannot write in {recipe_file}",
+    }.items():
+        assert entry_point(["eval", "builtin:tiny-llava", "--recipe", str(recipe_file), "--out", out]) == 2
+        assert told in capsys.readouterr().err
+    assert (tmp_path / "answers_after.jsonl").read_text() == "the run's"
 
 
 @pytest.mark.parametrize(

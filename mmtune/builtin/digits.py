@@ -28,6 +28,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from mmtune.files import replace_text
+
 T = TypeVar("T")
 
 CELL = 16  # pixels of one grid cell; a scene is 2 x 2 cells
@@ -225,6 +227,6 @@ def write_digits(folder: Path, parts: Sequence[str] = ("tune", "eval")) -> dict[
     counts = {}
     for name in parts:
         rows = make_part(name, PARTS[name], folder)
-        (folder / f"{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        replace_text(folder / f"{name}.json", json.dumps(rows, indent=1))
         counts[name] = len(rows)
     return counts

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import ProcessorMixin
 
-from mmtune.console import shows_progress
 from mmtune.data.collate import collate
 from mmtune.data.encode import IGNORE_INDEX, encode_sample
 from mmtune.data.message import RowError, Sample, split_question
+from mmtune.evaluation.progress import Progress
 from mmtune.model.compute import as_trained, in_eval_mode, to_model, virtual_tokens
 
 
@@ -29,7 +28,7 @@ def check_choices(sample: Sample) -> None:
 
 
 def score_choices(
-    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], batch_size: int
+    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], batch_size: int, what: str = "scoring"
 ) -> list[tuple[float, ...]]:
     """The log-likelihood of every candidate answer, given the conversation before it.
 
@@ -40,6 +39,7 @@ def score_choices(
         model: in any mode; it is put in eval mode and back.
         samples: conversations that end with an answer, which the model does not see, and have `choices`.
         batch_size: candidates scored at once; of similar length first, so that little is padded.
+        what: is asked, for the progress that is shown.
 
     Returns:
         For each sample, a log-probability (natural logarithm) for each of its choices.
@@ -53,11 +53,12 @@ def score_choices(
     candidates.sort(key=lambda item: _characters(samples[item[0]], item[1]))
     scores: dict[tuple[int, int], float] = {}
     starts = range(0, len(candidates), batch_size)
-    with in_eval_mode(model):
-        for start in tqdm(starts, desc="scoring", unit="batch", disable=not shows_progress(), leave=False):
+    with in_eval_mode(model), Progress(what, len(candidates), "candidate answers") as progress:
+        for start in starts:
             chosen = candidates[start : start + batch_size]
             encoded = [_encoded(samples[place], samples[place].choices[number], processor) for place, number in chosen]
             scores.update(zip(chosen, _log_likelihoods(model, encoded, processor.tokenizer.pad_token_id), strict=True))
+            progress.update(len(chosen))
     return [tuple(scores[place, number] for number in range(len(sample.choices))) for place, sample in enumerate(samples)]
 
 

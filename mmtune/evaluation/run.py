@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import ProcessorMixin
 
-from mmtune.console import shows_progress
 from mmtune.data.collate import collate
 from mmtune.data.dataset import DataReport, Samples, check_rows, iterate_rows
 from mmtune.data.encode import encode_prompt
@@ -22,6 +20,7 @@ from mmtune.data.message import RowError, Sample, split_question, text_of
 from mmtune.errors import UserError
 from mmtune.evaluation.choices import check_choices, likeliest, score_choices
 from mmtune.evaluation.metrics import exact_match, final_answer, majority_accuracy, wilson_interval
+from mmtune.evaluation.progress import Progress
 from mmtune.model.compute import as_trained, in_eval_mode, to_model, virtual_tokens
 from mmtune.model.generation import generate
 from mmtune.recipe import EvaluateSection
@@ -30,7 +29,7 @@ from mmtune.world import ALONE, World
 
 @dataclass(frozen=True)
 class Answer:
-    """One question, what was expected and what came."""
+    """One question, what was expected and what came; of several sources, the name of the one it is from."""
 
     id: str
     task: str | None
@@ -39,11 +38,17 @@ class Answer:
     reference: str
     prediction: str
     correct: bool
+    source: str | None = None
+
+    @property
+    def group(self) -> str:
+        """Whose score the answer counts in: its task's, or that of its source where the row names no task."""
+        return self.task or self.source or "untitled"
 
 
 @dataclass(frozen=True)
 class Score:
-    """Exact match over a set of answers, with a 95% Wilson interval."""
+    """Exact match over a set of answers, with a 95% Wilson interval. `task` is the answers' `group`, or overall."""
 
     task: str
     questions: int
@@ -54,7 +59,12 @@ class Score:
 
 
 def generate_answers(
-    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], max_new_tokens: int, batch_size: int
+    model: nn.Module,
+    processor: ProcessorMixin,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    batch_size: int,
+    what: str = "answering",
 ) -> list[str]:
     """Greedy answers to the samples' last questions, in their order.
 
@@ -63,13 +73,14 @@ def generate_answers(
         samples: conversations that end with the reference answer, which the model does not see.
         max_new_tokens: an answer is cut there.
         batch_size: questions answered at once; of equal length first, so that little is padded.
+        what: is asked, for the progress that is shown.
     """
     tokenizer = processor.tokenizer
     answers: dict[int, str] = {}
     order = sorted(range(len(samples)), key=lambda index: sum(len(text_of(m)) for m in samples[index].messages[:-1]))
     starts = range(0, len(order), batch_size)
-    with in_eval_mode(model):
-        for start in tqdm(starts, desc="answering", unit="batch", disable=not shows_progress(), leave=False):
+    with in_eval_mode(model), Progress(what, len(order)) as progress:
+        for start in starts:
             chosen = order[start : start + batch_size]
             prompts = {i: encode_prompt(samples[i].id, split_question(samples[i])[0], processor) for i in chosen}
             for group in _together(model, prompts):
@@ -78,6 +89,7 @@ def generate_answers(
                     output = generate(model, processor, batch, max_new_tokens)
                 texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
                 answers.update(zip(group, texts, strict=True))
+                progress.update(len(group))
     return [answers[index] for index in range(len(samples))]
 
 
@@ -113,7 +125,9 @@ def check_questions(section: EvaluateSection) -> None:
         raise UserError(f"evaluate: {len(report.quarantined)} of {len(samples)} rows cannot be asked:\n{report.listing()}")
 
 
-def evaluate(model: nn.Module, processor: ProcessorMixin, section: EvaluateSection, world: World = ALONE) -> list[Answer]:
+def evaluate(
+    model: nn.Module, processor: ProcessorMixin, section: EvaluateSection, world: World = ALONE, what: str = "evaluating"
+) -> list[Answer]:
     """Answer and score every question of the recipe's `evaluate` section.
 
     Several processes share the questions, and each has all the answers in the end. Under ZeRO-3, where a forward pass takes
@@ -122,14 +136,15 @@ def evaluate(model: nn.Module, processor: ProcessorMixin, section: EvaluateSecti
     Raises:
         RowError: a held-out row that cannot be read.
     """
-    samples = list(iterate_rows(Samples(section.data)))
+    rows = Samples(section.data)
+    samples = list(iterate_rows(rows))
     mine = range(len(samples)) if world.sharded else range(world.rank, len(samples), world.size)
     asked = [samples[index] for index in mine]
-    said = _said(model, processor, asked, section)
+    said = _said(model, processor, asked, section, what)
     answered = dict(itertools.chain.from_iterable(world.gather(list(zip(mine, said, strict=True)))))
     predictions = [answered[index] for index in range(len(samples))]
     answers = []
-    for sample, prediction in zip(samples, predictions, strict=True):
+    for index, (sample, prediction) in enumerate(zip(samples, predictions, strict=True)):
         question, reference = split_question(sample)
         concluded = final_answer(prediction, section.answer_after)
         accepted = (reference, *sample.references)
@@ -143,23 +158,26 @@ def evaluate(model: nn.Module, processor: ProcessorMixin, section: EvaluateSecti
                 reference=reference,
                 prediction=prediction.strip(),
                 correct=correct,
+                source=rows.names[rows.source_of(index)] if len(section.data) > 1 else None,
             )
         )
     return answers
 
 
-def _said(model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], section: EvaluateSection) -> list[str]:
+def _said(
+    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], section: EvaluateSection, what: str
+) -> list[str]:
     """An answer to each sample, generated or chosen."""
     if section.score == "generate":
-        return generate_answers(model, processor, samples, section.max_new_tokens, section.batch_size)
-    scores = score_choices(model, processor, samples, section.batch_size)
+        return generate_answers(model, processor, samples, section.max_new_tokens, section.batch_size, what)
+    scores = score_choices(model, processor, samples, section.batch_size, what)
     return [likeliest(sample, of_it) for sample, of_it in zip(samples, scores, strict=True)]
 
 
 def score(answers: Sequence[Answer], section: EvaluateSection) -> list[Score]:
-    """Scores per task, in the order of their first question, and last over all of them as `overall`."""
-    tasks = list(dict.fromkeys(answer.task for answer in answers))
-    groups = [(task or "untitled", [a for a in answers if a.task == task]) for task in tasks]
+    """Scores per task, or per source where rows name no task, in the order of their first question, and last `overall`."""
+    names = list(dict.fromkeys(answer.group for answer in answers))
+    groups = [(name, [answer for answer in answers if answer.group == name]) for name in names]
     if len(groups) == 1:
         groups = []
     return [_score(name, group, section.answer_after) for name, group in [*groups, ("overall", list(answers))]]
@@ -167,7 +185,7 @@ def score(answers: Sequence[Answer], section: EvaluateSection) -> list[Score]:
 
 def _score(name: str, answers: Sequence[Answer], marker: str | None) -> Score:
     correct = sum(answer.correct for answer in answers)
-    majority = majority_accuracy([final_answer(a.reference, marker) for a in answers], [a.task for a in answers])
+    majority = majority_accuracy([final_answer(a.reference, marker) for a in answers], [a.group for a in answers])
     return Score(
         task=name,
         questions=len(answers),

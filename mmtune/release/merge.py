@@ -136,19 +136,19 @@ def merge(
         fresh = job.open(stack, out, overwrite, needed)
         trained = None
         if recipe.model.precision in QUANTIZED:
-            trained = job.observe(*load_trained(source, trust_remote_code=trust_remote_code))
+            trained = job.observe(*load_trained(source, trust_remote_code=trust_remote_code), "as trained")
         model, processor = load_trained(source, torch.float32, trust_remote_code=trust_remote_code)
         place(model)
-        adapter = job.observe(model, processor)
+        adapter = job.observe(model, processor, "as trained, in fp32")
         if source.is_adapter:
             with model.disable_adapter():
-                base = answer_logits(model, processor, job.samples)
+                base = answer_logits(model, processor, job.samples, "the base")
             merged = fold(model)
-            folded = job.observe(merged, processor)
+            folded = job.observe(merged, processor, "merged")
         else:
             section = recipe.model.model_copy(update={"precision": "fp32", "trust_remote_code": trust_remote_code})
             untuned, _ = load_base(section, recipe.train.get("seed", 42))
-            base = answer_logits(place(untuned).eval(), processor, job.samples)
+            base = answer_logits(place(untuned).eval(), processor, job.samples, "the base")
             del untuned
             merged, folded = model, adapter
         _enforce_fold(adapter, base, folded)
@@ -215,10 +215,10 @@ def combine(
     with ExitStack() as stack:
         fresh = job.open(stack, out, overwrite, needed)
         merged, processor = fold_weighted(runs, trust_remote_code)
-        folded = job.observe(place(merged), processor)
+        folded = job.observe(place(merged), processor, "merged")
         base_name = str(job.base)
         untuned = load_whole(base_name, base_name, quiet=True, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        base = answer_logits(place(untuned), processor, job.samples)
+        base = answer_logits(place(untuned), processor, job.samples, "the base")
         del untuned
         if compare(base, folded.logits).largest <= TOLERANCE / 100:
             raise CheckFailed("the merged model equals the base: the adapters changed nothing, or cancel")
@@ -253,12 +253,12 @@ def keep_adapter(
     base = Path(base_of_adapter(source.path))
     with replaced_directory(out, overwrite, MANIFEST, [path, run.path, base, *needed_paths(recipe)]) as fresh:
         model, processor = load_trained(source, torch.float32, trust_remote_code=trust_remote_code)
-        expected = job.observe(place(model), processor)
+        expected = job.observe(place(model), processor, "as trained, in fp32")
         if base.is_dir():
             shutil.copytree(base, fresh / "base")
         # A base in the release is found beside the adapter, wherever the release goes.
         export_adapter(source, processor, fresh / "adapter", base="base" if base.is_dir() else str(base))
-        result = job.observe(*_placed(job.load(fresh / "adapter")))
+        result = job.observe(*_placed(job.load(fresh / "adapter")), "the release")
         figures = _figures(expected, result)
         if figures["max_logit_difference"] > 1e-6 or figures["same_answers"] < figures["samples"]:
             raise CheckFailed(f"the released adapter differs from the run's: {figures}")
@@ -308,8 +308,8 @@ class _Job:
         """What was written, loaded back from disk in fp32."""
         return load_trained(released, torch.float32, trust_remote_code=self._trusts)
 
-    def observe(self, model: PreTrainedModel, processor: ProcessorMixin) -> Observed:
-        return observe(model, processor, self.samples, self._new_tokens)
+    def observe(self, model: PreTrainedModel, processor: ProcessorMixin, what: str) -> Observed:
+        return observe(model, processor, self.samples, self._new_tokens, what)
 
     def write(
         self,
@@ -330,7 +330,7 @@ class _Job:
                 print(describe_tensors(merged, self._carried))
         merged.to("meta")  # its memory is wanted for the model that is loaded back
         gc.collect()
-        result = self.observe(*_placed(self.load(fresh)))
+        result = self.observe(*_placed(self.load(fresh)), "the release")
         difference = compare(adapter.logits, result.logits)
         parity = Parity(
             merge_samples=len(self.samples),
@@ -366,10 +366,10 @@ class _Job:
         model.save_pretrained(fresh, max_shard_size=self.form.max_shard_size)
         processor.save_pretrained(fresh)
         carry_over(self._unread, fresh, self.form.max_shard_size)
-        expected = self.observe(model, processor)
+        expected = self.observe(model, processor, kind)
         reloaded = AutoModelForImageTextToText.from_pretrained(str(fresh), device_map=where, trust_remote_code=self._trusts)
         settle_quantized(reloaded)
-        result = self.observe(reloaded, processor)
+        result = self.observe(reloaded, processor, f"the {kind} release")
         if (apart := compare(expected.logits, result.logits).largest) > TOLERANCE:
             raise CheckFailed(f"the {kind} release, loaded back from disk, differs from what was written: by {apart:.3g}")
         return replace(parity, quantized=_figures(merged, result))

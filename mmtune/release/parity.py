@@ -11,6 +11,7 @@ from transformers import ProcessorMixin
 
 from mmtune.data.encode import IGNORE_INDEX, encode_sample
 from mmtune.data.message import Sample
+from mmtune.evaluation.progress import Progress
 from mmtune.evaluation.run import generate_answers
 from mmtune.model.compute import as_trained, to_model
 
@@ -39,22 +40,28 @@ class Difference:
     kl: float
 
 
-def observe(model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], max_new_tokens: int) -> Observed:
+def observe(
+    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], max_new_tokens: int, what: str = "comparing"
+) -> Observed:
     """Logits of a model in eval mode where it answers, and what it answers on its own."""
-    logits = answer_logits(model, processor, samples)
-    return Observed(logits, generate_answers(model, processor, samples, max_new_tokens, batch_size=8))
+    logits = answer_logits(model, processor, samples, what)
+    return Observed(logits, generate_answers(model, processor, samples, max_new_tokens, batch_size=8, what=what))
 
 
-def answer_logits(model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample]) -> list[torch.Tensor]:
+def answer_logits(
+    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], what: str = "comparing"
+) -> list[torch.Tensor]:
     """`Observed.logits`, teacher-forced, one sample at a time."""
     model.eval()
     logits = []
-    for sample in samples:
-        inputs = to_model(model, encode_sample(sample, processor))
-        predicts = inputs.pop("labels")[0, 1:] != IGNORE_INDEX
-        with torch.inference_mode(), as_trained(model):
-            seen = model(**inputs).logits[0, -len(predicts) - 1 : -1]  # after any virtual tokens
-            logits.append(seen[predicts].float().cpu())
+    with Progress(what, len(samples), "logits of samples") as progress:
+        for sample in samples:
+            inputs = to_model(model, encode_sample(sample, processor))
+            predicts = inputs.pop("labels")[0, 1:] != IGNORE_INDEX
+            with torch.inference_mode(), as_trained(model):
+                seen = model(**inputs).logits[0, -len(predicts) - 1 : -1]  # after any virtual tokens
+                logits.append(seen[predicts].float().cpu())
+            progress.update(1)
     return logits
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mmtune.data.dataset import Samples, iterate_rows
 from mmtune.data.message import RowError, Sample
+from mmtune.evaluation.progress import Progress
 from mmtune.evaluation.run import Answer, as_json, evaluate, generate_answers, read_answers, score, write_answers
 from mmtune.recipe import EvaluateSection, Source
 
@@ -113,6 +114,42 @@ def test_evaluating_scores_the_conclusion(rows: Path, talker: tuple[Any, Any], m
     assert [answer.task for answer in answers] == [row["task"] for row in given]
     assert answers[0].question == given[0]["conversations"][0]["value"].removeprefix("<image>\n")
     assert [Path(answer.images[0]).name for answer in answers] == [f"{number:05d}.png" for number in range(12)]
+    assert {answer.source for answer in answers} == {None}  # there is one
+
+
+def test_rows_without_a_task_are_scored_by_their_source(
+    rows: Path, talker: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = json.loads(rows.read_text())
+    for name, part in {"a.json": given[:2], "b.json": given[2:5]}.items():
+        plain = [{key: value for key, value in row.items() if key != "task"} for row in part]
+        (tmp_path / name).write_text(json.dumps(plain))
+    sources = [Source(path=str(tmp_path / name), template="llava", media_root=str(rows.parent)) for name in ("a.json", "b.json")]
+    section = EvaluateSection(data=(*sources, Source(path=str(rows), template="llava", limit=1)), max_new_tokens=6)
+    monkeypatch.setattr("mmtune.evaluation.run.generate_answers", lambda model, processor, samples, *_: ["?"] * len(samples))
+    scores = score(evaluate(*talker, section), section)
+    assert [(each.task, each.questions) for each in scores] == [
+        ("a.json", 2),
+        ("b.json", 3),
+        (given[0]["task"], 1),  # a row that names its task counts there
+        ("overall", 6),
+    ]
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    times = iter([0.0, 10.0, 20.0, 42.0, 50.0])
+    with Progress("before tuning", 40, clock=lambda: next(times)) as progress:
+        for _ in range(4):
+            progress.update(10)
+    assert capsys.readouterr().err.splitlines() == [
+        "before tuning: 10 of 40 questions, about 00:30 left",
+        "before tuning: 30 of 40 questions, about 00:14 left",
+    ]
+    times = iter([0.0, 1.0, 2.0])
+    with Progress("short", 2, clock=lambda: next(times)) as progress:
+        progress.update(1)
+        progress.update(1)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_held_out_row_that_cannot_be_read_stops_the_evaluation(tmp_path: Path, talker: tuple[Any, Any]) -> None:
