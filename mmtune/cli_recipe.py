@@ -87,6 +87,7 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
         data |= {"steps": optimizer_steps(settings, batches), "largest_batch": batches.largest()}
         print_data(data)
         sample |= longest
+        recipe = _with_batches_of_the_data(recipe, settings.per_device_train_batch_size, batches.most_rows())
     sample |= {name: given for name in ("tokens", "images", "supervised") if (given := getattr(arguments, name)) is not None}
     if arguments.tokens is not None or arguments.images is not None:
         sample.pop("image_size", None)
@@ -102,6 +103,14 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
         print(f"  {change}")
     divided = {layout: each.as_json() for layout, each in layouts.items()}
     return estimate.as_json() | {"limit": limit, "layouts": divided, "suggestions": changes, "data": data}
+
+
+def _with_batches_of_the_data(recipe: Any, size: int, most_rows: int) -> Any:
+    """The recipe with a batch size that its data reach: no step holds more rows than there are."""
+    if recipe.data.packing or recipe.data.tokens_per_batch is not None or not 0 < most_rows < size:
+        return recipe
+    print(f"memory of a batch of {most_rows} rows: the data have no more for train.per_device_train_batch_size: {size}")
+    return recipe.model_copy(update={"train": {**recipe.train, "per_device_train_batch_size": most_rows}})
 
 
 def _methods(arguments: argparse.Namespace) -> Any:

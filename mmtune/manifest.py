@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from mmtune.errors import CheckFailed, UserError
+from mmtune.files import replace_text
 
 NAME = "manifest.json"
 
@@ -24,8 +26,11 @@ def write_manifest(folder: Path, **about: Any) -> None:
     (folder / NAME).write_text(json.dumps({**about, "files": files}, indent=2) + "\n", encoding="utf-8")
 
 
-def check_manifest(folder: Path) -> dict[str, int]:
+def check_manifest(folder: Path, may_change: Collection[str] = ()) -> dict[str, int]:
     """Compare a folder with its manifest; returns the size of every file in bytes, the manifest's too.
+
+    Args:
+        may_change: files whose content may be another.
 
     Raises:
         UserError: no manifest there.
@@ -37,10 +42,22 @@ def check_manifest(folder: Path) -> dict[str, int]:
     there = _digests(folder)
     faults = [f"missing: {name}" for name in sorted(listed.keys() - there.keys())]
     faults += [f"not in the manifest: {name}" for name in sorted(there.keys() - listed.keys())]
-    faults += [f"changed: {name}" for name in sorted(listed.keys() & there.keys()) if there[name] != listed[name]["sha256"]]
+    changed = (name for name in sorted(listed.keys() & there.keys()) if there[name] != listed[name]["sha256"])
+    faults += [f"changed: {name}" for name in changed if name not in may_change]
     if faults:
         raise CheckFailed(f"{folder} is not what its {NAME} says: {'; '.join(faults[:10])}")
     return {name: (folder / name).stat().st_size for name in (*there, NAME)}
+
+
+def list_again(folder: Path, name: str) -> bool:
+    """Bring a file's entry in the manifest up to date; returns whether it was not."""
+    manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    entry = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    if manifest["files"][name] == entry:
+        return False
+    manifest["files"][name] = entry
+    replace_text(folder / NAME, json.dumps(manifest, indent=2) + "\n")
+    return True
 
 
 def _listed(folder: Path) -> dict[str, dict[str, Any]]:

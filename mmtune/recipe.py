@@ -190,7 +190,7 @@ def _named_files(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         for index, source in enumerate(sources):
             yield f"{key}.{index}.path", source.path, "rows"
             if source.template.endswith((".yaml", ".yml")):
-                yield f"{key}.{index}.template", source.template, "file"
+                yield f"{key}.{index}.template", source.template, "data template"
             if source.media_root is not None:
                 yield f"{key}.{index}.media_root", source.media_root, "directory"
             if source.join is not None:
@@ -200,7 +200,7 @@ def _named_files(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
             if source.shots is not None and source.shots.join is not None:
                 yield f"{key}.{index}.shots.join", source.shots.join, "rows"
             if source.shots is not None and (source.shots.template or "").endswith((".yaml", ".yml")):
-                yield f"{key}.{index}.shots.template", str(source.shots.template), "file"
+                yield f"{key}.{index}.shots.template", str(source.shots.template), "data template"
             if source.shots is not None and source.shots.media_root is not None:
                 yield f"{key}.{index}.shots.media_root", source.shots.media_root, "directory"
 

@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": {"errors", "locks"},
     "hub": {"errors", "files"},
     "locks": {"errors"},
-    "manifest": {"errors"},
+    "manifest": {"errors", "files"},
     "shipped": {"errors"},
     "methods": {"errors", "styled_console"},
     "recipe": GROUND | {"methods"},

@@ -174,6 +174,10 @@ class Batches(Sampler[list[int]]):
         batch = max((batch for step in self._steps(0) for batch in step), key=self._cost, default=[])
         return {"rows": len(batch), "tokens": int(self._lengths[batch].sum()), "padded_tokens": self._cost(batch)}
 
+    def most_rows(self) -> int:
+        """The rows of the first epoch's batch that has the most of them."""
+        return max((len(batch) for step in self._steps(0) for batch in step), default=0)
+
     def _count(self, epochs: int, steps: int | None) -> int:
         if self._tokens is None:
             every = self._size * self._world

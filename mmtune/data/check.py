@@ -300,16 +300,25 @@ def guess_template(path: str) -> str:
         try:
             rows = open_rows(path, rows=template.rows)
         except UserError as error:
-            unread = str(error)
+            if template.rows is None or not unread:
+                unread = str(error)
             continue
         scores[name] = _fit(template, rows)
     if not scores:
         raise UserError(unread)
     best = [name for name, score in scores.items() if score == max(scores.values()) and score[0]]
     if len(best) != 1:
-        found = f"{', '.join(best)} read it equally well" if best else "none of those that ship reads its first rows"
+        found = f"{', '.join(best)} read it equally well" if best else f"none of those that ship reads {_described(path)}"
         raise UserError(f"{path}: which data template? {found}; name one with --template")
     return best[0]
+
+
+def _described(path: str) -> str:
+    try:
+        _, row = open_rows(path)[0]
+    except UserError:  # rows that only a template finds, under a key
+        return "its first rows"
+    return f"rows with the fields {', '.join(map(str, row))} (docs/data_templates.md says what each reads)"
 
 
 def _fit(template: DataTemplate, rows: Rows) -> tuple[int, float]:

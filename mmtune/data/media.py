@@ -274,7 +274,7 @@ def _from_path(name: str, rules: MediaRules) -> Path:
         told = f"'{name}' lies outside media_root {root}; `allow_outside_root: true` in its source would allow it"
         raise Unusable("media_outside_root", told + windows)
     if not is_file:
-        raise Unusable("media_missing", f"no such file: {path}{windows}")
+        raise Unusable("media_missing", f"no such file: {name if windows else path}{windows}")
     return path
 
 

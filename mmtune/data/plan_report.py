@@ -76,15 +76,14 @@ def plan_figures(plan: Plan, outcome: Outcome, section: DataSection) -> dict[str
     Args:
         plan: the counts.
         outcome: of the over-length policy.
-        section: the recipe's `data`. Packs hold its `tokens_per_batch`, or `max_tokens`, or else as much as the longest row.
+        section: the recipe's `data`. With `packing`, packs hold its `tokens_per_batch`, or `max_tokens`, or else as much as the
+            longest row; `packing` is null without it.
 
     Returns:
         Plain values, for JSON.
     """
     trained = outcome.lengths[outcome.lengths > 0]
     good = plan.tokens[plan.tokens > 0]
-    capacity = section.tokens_per_batch or section.max_tokens or int(trained.max(initial=1))
-    packs = pack_lengths(trained, capacity)
     return {
         "rows": len(plan),
         "rows_faulty": len(plan.faults),
@@ -106,14 +105,20 @@ def plan_figures(plan: Plan, outcome: Outcome, section: DataSection) -> dict[str
             "rows_with_smaller_images": outcome.smaller_images,
             "images_resized": outcome.images_resized,
         },
-        "packing": {
-            "capacity": capacity,
-            "packs": len(packs),
-            "efficiency": round(packing_efficiency(trained, packs, capacity), 4),
-        },
+        "packing": _packing(trained, section) if section.packing else None,
         "faults": [{"row": e.row, "field": e.field, "detail": e.detail} for _, e in sorted(plan.faults.items())],
         "counted": plan.counted,
         "kept": None if plan.kept is None else str(plan.kept),
+    }
+
+
+def _packing(trained: Numbers, section: DataSection) -> dict[str, Any]:
+    capacity = section.tokens_per_batch or section.max_tokens or int(trained.max(initial=1))
+    packs = pack_lengths(trained, capacity)
+    return {
+        "capacity": capacity,
+        "packs": len(packs),
+        "efficiency": round(packing_efficiency(trained, packs, capacity), 4),
     }
 
 
@@ -147,9 +152,9 @@ def print_data(figures: dict[str, Any]) -> None:
     share = f"{figures['image_tokens'] / tokens:.0%}, of {figures['images']:,} images"
     table.add_row("image tokens", f"{figures['image_tokens']:,}", share)
     table.add_row("supervised tokens", f"{figures['supervised_tokens']:,}", f"{figures['supervised_tokens'] / tokens:.0%}")
-    packing = figures["packing"]
-    full = f"of {packing['capacity']:,} tokens, {packing['efficiency']:.1%} full"
-    table.add_row("packs", f"{packing['packs']:,}", full)
+    if packing := figures["packing"]:
+        full = f"of {packing['capacity']:,} tokens, {packing['efficiency']:.1%} full"
+        table.add_row("packs", f"{packing['packs']:,}", full)
     table.add_row("optimizer steps", f"{figures['steps']:,}", "in one process")
     batch = figures["largest_batch"]
     how = "tokens" if batch["tokens"] == batch["padded_tokens"] else f"tokens with padding, {batch['tokens']:,} without,"

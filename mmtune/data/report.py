@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mmtune.data.encode import OverLength
+from mmtune.data.findings import KINDS
 from mmtune.data.message import RowError
 from mmtune.errors import UserError
 from mmtune.files import writing
@@ -22,11 +23,12 @@ class MediaChanged(RowError):
 
 @dataclass(frozen=True)
 class Fault:
-    """A row that did not train, or not as it was written, and why."""
+    """A row that did not train, or not as it was written, and why; `finding` is the kind of fault, a name in `KINDS`."""
 
     row: str
     field: str
     detail: str
+    finding: str = "row_unusable"
 
 
 NOT_FINITE = "its gradients are not finite"
@@ -78,12 +80,12 @@ class DataReport:
             return
         self._seen.add(error.row)
         kinds = {OverLength: self.dropped_over_length, MediaChanged: self.media_changed}
-        kinds.get(type(error), self.quarantined).append(Fault(error.row, error.field, error.detail))
+        kinds.get(type(error), self.quarantined).append(Fault(error.row, error.field, error.detail, error.finding))
 
     def stop_past(self, max_bad_fraction: float) -> None:
         """
         Raises:
-            UserError: when more rows are quarantined than the recipe allows, naming the first ten, or when none is left to train.
+            UserError: when more rows are quarantined than the recipe allows, by kind of fault, or when none is left to train.
         """
         bad = self._met if self.streamed else len(self.quarantined)
         if bad > max_bad_fraction * self.rows:
@@ -109,8 +111,17 @@ class DataReport:
                     mine.append(fault)
 
     def listing(self) -> str:
-        """The first ten quarantined rows, a line each."""
-        return "\n".join(f"  {fault.row}: {fault.field}: {fault.detail}" for fault in self.quarantined[:10])
+        """The quarantined rows by kind of fault, as `mmtune data check` groups them: the first row of each, and how many more."""
+        kinds: dict[str, list[Fault]] = {}
+        for fault in self.quarantined:
+            kinds.setdefault(fault.finding, []).append(fault)
+        lines = []
+        for name, (first, *others) in kinds.items():
+            lines.append(f"  {first.row}: {first.field}: {first.detail}")
+            if others:
+                rows = ", ".join(fault.row for fault in others[:2]) + (", ..." if len(others) > 2 else "")
+                lines.append(f"    and {len(others):,} more ({name}): {rows}; {KINDS[name].fix}")
+        return "\n".join(lines)
 
     def summary(self) -> str:
         """One line for the terminal."""

@@ -123,6 +123,12 @@ def _header(path: Path, delimiter: str, records: Iterator[tuple[int, int, bytes]
     except (csv.Error, UnicodeDecodeError) as error:
         told = not_utf8(error) if isinstance(error, UnicodeDecodeError) else error
         raise UserError(f"{path}: cannot read its first line, the names of the columns: {told}") from error
+    other = next((each for each in ";\t|," if each != delimiter and each in columns[0]), None) if len(columns) == 1 else None
+    if other is not None:
+        raise UserError(
+            f"{path}: its first line is one column, {columns[0]!r}: {delimiter!r} separates columns in a {path.suffix} file, and "
+            f"this one seems to use {other!r}; save it with {delimiter!r}"
+        )
     twice = sorted({column for column in columns if columns.count(column) > 1})
     if twice or not all(column.strip() for column in columns):
         fault = f"two columns are named '{twice[0]}'" if twice else "a column has no name"

@@ -193,7 +193,8 @@ class DataTemplate(Declaration):
     def _advice(self) -> str:
         """What to do about media that the template does not read."""
         reads = ", ".join(chain.from_iterable(self._media_fields().values()))
-        fix = f"the template reads media in {reads}; rename the key" if reads else "take a template that reads it"
+        fields = ", ".join(sorted(self.fields_read))
+        fix = f"the template reads {f'media in {reads}' if reads else f'the fields {fields}'}; rename the key"
         return f"{fix}, or list it under the source's `ignore`"
 
     def _media_fields(self) -> dict[str, tuple[str, ...]]:
@@ -311,7 +312,7 @@ def load_data_template(name: str) -> DataTemplate:
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
-            raise UserError(f"data template: {missing(name, 'file')}")
+            raise UserError(missing(name, "data template"))
     else:
         shipped = shipped_templates()
         if name not in shipped:

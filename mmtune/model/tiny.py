@@ -229,9 +229,9 @@ def family_of(checkpoint: str, kind: Kind) -> str:
         if re.search(pattern, checkpoint.lower()):
             return family
     raise UserError(
-        f"{checkpoint}: its config.json is not on this machine, and the name is none of the known {kind} checkpoints; download "
-        f"its config.json once, or name a local directory ({', '.join(sorted(set(MODEL_TYPES[kind].values())))} can be "
-        "rehearsed)"
+        f"{checkpoint}: its config.json is not on this machine, and the name is none of the known {kind} checkpoints. Only "
+        f"{', '.join(sorted(MODEL_TYPES[kind]))} can be rehearsed: if its model_type is one of these, put its config.json on "
+        f"this machine (hf download {checkpoint} config.json), or name a local directory; a download does not help another one"
     )
 
 

@@ -132,8 +132,8 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     wrong = [key for key in changed if not key.startswith(FREE)]
     if wrong:
         raise UserError(
-            f"resume: {', '.join(wrong)} differ from {run.recipe}, and the run would become another; give it a new output_dir, or "
-            "begin again with --overwrite"
+            f"resume: {', '.join(wrong)} differ from {run.recipe}, and the run would become another; give it a new output_dir, "
+            "or begin again with --overwrite"
         )
 
 

@@ -375,11 +375,13 @@ def test_figures_are_those_of_the_rows(data: Path) -> None:
     processor, samples = FAMILIES["qwen2_vl"](), Samples(_sources(data))
     plan = build_plan(samples, processor)
     limit = int(plan.tokens.max()) - 1
-    section = DataSection(train=tuple(_sources(data)), max_tokens=limit, over_length="drop_sample")
-    figures = plan_figures(plan, foretell(plan, samples, processor, limit, "drop_sample"), section)
+    section = DataSection(train=tuple(_sources(data)), max_tokens=limit, over_length="drop_sample", packing=True)
+    plan_outcome = foretell(plan, samples, processor, limit, "drop_sample")
+    figures = plan_figures(plan, plan_outcome, section)
     kept = sorted(length for length in plan.tokens.tolist() if 0 < length <= limit)
     assert (figures["rows"], figures["rows_faulty"], figures["rows_trained"]) == (6, 1, len(kept))
     assert figures["tokens"] == int(plan.tokens.sum())
+    assert plan_figures(plan, plan_outcome, section.model_copy(update={"packing": False}))["packing"] is None
     packing = figures["packing"]
     assert packing["efficiency"] == pytest.approx(sum(kept) / (packing["packs"] * limit), abs=1e-4)
     assert figures["over_length"]["rows"] == figures["over_length"]["rows_dropped"] == 6 - 1 - len(kept)

@@ -92,6 +92,20 @@ def test_a_row_counts_once_over_epochs() -> None:
     assert report.dropped_over_length == [Fault("r:2", "messages", "9 tokens")]
 
 
+def test_faults_are_listed_by_kind_with_their_number() -> None:
+    report = DataReport(rows=20)
+    for number in range(12):
+        report.add(RowError(f"r:{number}", "image", f"no such file: {number}.png", "media_missing"))
+    report.add(RowError("r:12", "messages[1]", "the answer is empty", "answer_empty"))
+    with pytest.raises(UserError) as error:
+        report.stop_past(0.1)
+    assert str(error.value).splitlines()[1:] == [
+        "  r:0: image: no such file: 0.png",
+        "    and 11 more (media_missing): r:1, r:2, ...; put the file there, or correct the path or media_root",
+        "  r:12: messages[1]: the answer is empty",
+    ]
+
+
 def test_a_run_with_no_row_left_stops_whatever_the_bound() -> None:
     report = DataReport(rows=2)
     report.add(RowError("r:1", "image", "gone"))
@@ -112,7 +126,7 @@ def test_the_report_is_json(tmp_path: Path) -> None:
         "dropped_over_length": [],
         "media_changed": [],
         "skipped_steps": [],
-        "quarantined": [{"row": "r:1", "field": "image", "detail": "kein Bild: é\udce9.png"}],
+        "quarantined": [{"row": "r:1", "field": "image", "detail": "kein Bild: é\udce9.png", "finding": "row_unusable"}],
     }
 
 

@@ -281,3 +281,10 @@ def test_without_a_connection_the_hub_is_one_clear_error(monkeypatch: pytest.Mon
         with pytest.raises(UserError, match="mmtune-tests/none-of-the-kind: no such file, and no data set"):
             read("mmtune-tests/none-of-the-kind")
     assert "trust_remote_code" not in Path(sys.modules["mmtune.data.source_hub"].__file__ or "").read_text()
+
+
+def test_another_separator_than_the_ending_says_is_named(tmp_path: Path) -> None:
+    for name, text, told in (("r.csv", "image;question\na.png;b\n", "';'"), ("r.tsv", "image,question\na.png,b\n", "','")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=f"its first line is one column, .* seems to use {told}"):
+            open_rows(tmp_path / name)

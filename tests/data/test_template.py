@@ -321,7 +321,7 @@ def test_a_bad_template_is_refused(tmp_path: Path, text: str | bytes, reason: st
     [
         ("lava", "did you mean 'llava'?"),
         ("zzz", "valid here: alpaca, aokvqa"),
-        ("none.yaml", "no such file: none.yaml"),
+        ("none.yaml", "no such data template: none.yaml"),
     ],
 )
 def test_a_template_that_is_not_there(name: str, reason: str) -> None:

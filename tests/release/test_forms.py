@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from mmtune.cli import entry_point
 from mmtune.errors import CheckFailed, UserError
+from mmtune.manifest import check_manifest, write_manifest
 from mmtune.model.load import load_trained
 from mmtune.model.quantize import quantization, settle_quantized
 from mmtune.recipe import Recipe
@@ -205,6 +206,43 @@ def test_a_pair_known_to_merge_wrongly_is_caught(base: Path, make_recipe: Make) 
     merged = observe(tuned.merge_and_unload(), processor, samples, 4)
     with pytest.raises(CheckFailed, match="differs from the adapter"):
         _enforce_fold(adapter, plain, merged)
+
+
+def test_an_edited_model_card_is_pushed_and_nothing_else_that_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card, weights = tmp_path / "README.md", tmp_path / "model.safetensors"
+    card.write_text("---\nlicense: mit\n---\n\n# A model\n")
+    weights.write_text("weights")
+    write_manifest(tmp_path, step=3)
+    uploaded: list[dict[str, int]] = []
+
+    class Api:
+        def create_repo(self, name: str, **kwargs: Any) -> None:
+            pass
+
+        def upload_folder(self, **kwargs: Any) -> SimpleNamespace:
+            uploaded.append(check_manifest(tmp_path))  # what goes is as its manifest says
+            return SimpleNamespace(commit_url="https://example.org/commit")
+
+    monkeypatch.setattr(push_module, "HfApi", Api)
+    for text, told in {
+        "# no front matter": "expected YAML front matter",
+        "---\nlicense: [mit\ntags: x\n---\n": r"README.md:\d: the front matter is not valid YAML",
+        "---\n- a list\n---\n": "the front matter is list",
+    }.items():
+        card.write_text(text)
+        with pytest.raises(UserError, match=told):
+            push(tmp_path, "me/model", upload=True)
+    card.write_text("---\nlicense: apache-2.0\n---\n\n# A model, and what it is for\n")
+    push(tmp_path, "me/model")
+    assert uploaded == []
+    push(tmp_path, "me/model", upload=True)
+    assert len(uploaded) == 1
+    assert "its entry in manifest.json is brought up to date" in capsys.readouterr().out
+    weights.write_text("other weights")
+    with pytest.raises(CheckFailed, match=r"changed: model.safetensors"):
+        push(tmp_path, "me/model", upload=True)
 
 
 def test_pushing_shows_first_and_checks_the_manifest(
