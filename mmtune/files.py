@@ -174,6 +174,18 @@ def linked_directory(out: Path) -> Path:
     return target
 
 
+def check_links_stay(folder: Path) -> None:
+    """Refuse to copy a folder with links out of it: what they point to would be copied as if it were the folder's.
+
+    Raises:
+        UserError: naming the links. Those of the hub's cache, into its own blobs, are no such links.
+    """
+    homes = [folder.resolve(), folder.resolve().parent.parent / "blobs"]
+    links = [path for path in folder.rglob("*") if path.is_symlink()]
+    if foreign := sorted(str(path) for path in links if not any(path.resolve().is_relative_to(home) for home in homes)):
+        raise UserError(f"{', '.join(foreign[:5])}: a link out of the folder, which no release copies; put the file there")
+
+
 def is_mount_point(path: Path) -> bool:
     """Whether a file system or a folder of one is mounted at a path, which then cannot be renamed."""
     mounts = Path("/proc/self/mountinfo")

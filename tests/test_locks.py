@@ -15,7 +15,7 @@ import pytest
 
 from mmtune.cli import entry_point
 from mmtune.errors import UserError
-from mmtune.files import check_replaceable, linked_directory, replace_text, replaced_directory
+from mmtune.files import check_links_stay, check_replaceable, linked_directory, replace_text, replaced_directory
 from mmtune.locks import lock_file, locked
 from mmtune.recipe import Recipe
 from mmtune.run_directory import git_commit, new_run
@@ -157,6 +157,21 @@ def test_files_get_the_modes_that_the_umask_says(base: Path, tmp_path: Path, uma
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
     assert "model.safetensors" in modes
     assert set(modes.values()) == {expected}
+
+
+def test_links_out_of_a_folder_are_not_copied_into_a_release(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots" / "1", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "weights").touch()
+    (tmp_path / "secret").touch()
+    (snapshot / "config.json").touch()
+    (snapshot / "model.safetensors").symlink_to("../../blobs/weights")
+    (snapshot / "same.json").symlink_to("config.json")
+    check_links_stay(snapshot)
+    (snapshot / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"notes\.txt: a link out of the folder"):
+        check_links_stay(snapshot)
 
 
 # ---- the commit of the working directory

@@ -164,7 +164,10 @@ def safetensors_files(folder: Path) -> list[Path]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return []
-    return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if odd := [name for name in names if Path(name).name != name or name == ".."]:
+        raise UserError(f"{index}: {odd[0]!r} is no file beside it")
+    return [folder / name for name in names]
 
 
 def weight_files(path: Path) -> list[Path]:

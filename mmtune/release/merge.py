@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 from mmtune.data.dataset import Samples, open_samples
 from mmtune.data.message import Sample
 from mmtune.errors import CheckFailed, UserError
-from mmtune.files import replaced_directory
+from mmtune.files import check_links_stay, replaced_directory
 from mmtune.manifest import NAME as MANIFEST
 from mmtune.manifest import write_manifest
 from mmtune.model.carried import carry_over, describe_tensors, unread_tensors
@@ -252,6 +252,8 @@ def keep_adapter(
     job = _Job(recipe, Form(), count, trust_remote_code=trust_remote_code)
     base = Path(base_of_adapter(source.path))
     with replaced_directory(out, overwrite, MANIFEST, [path, run.path, base, *needed_paths(recipe)]) as fresh:
+        for folder in (source.path, *([base] if base.is_dir() else [])):
+            check_links_stay(folder)
         model, processor = load_trained(source, torch.float32, trust_remote_code=trust_remote_code)
         expected = job.observe(place(model), processor, "as trained, in fp32")
         if base.is_dir():

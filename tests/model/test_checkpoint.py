@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mmtune.errors import UserError
 from mmtune.model.assemble import assemble, load_projector, save_checkpoint
+from mmtune.model.checkpoint import safetensors_files
 
 
 def test_an_existing_directory_is_only_replaced_on_purpose(llava: tuple[Any, Any], tmp_path: Path) -> None:
@@ -80,3 +82,11 @@ def test_a_projector_that_does_not_fit_is_named(shelf: Path, llava: tuple[Any, A
     with pytest.raises(UserError, match="holds none of"):
         load_projector(model, tmp_path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/model.safetensors", ".."])
+def test_an_index_names_files_beside_it(tmp_path: Path, name: str) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": name}}), encoding="utf-8")
+    with pytest.raises(UserError, match="is no file beside it"):
+        safetensors_files(tmp_path)
