@@ -16,7 +16,7 @@ from mmtune.manifest import check_manifest, write_manifest
 def release(tmp_path: Path) -> Path:
     folder = tmp_path / "release"
     (folder / "adapter").mkdir(parents=True)
-    (folder / "README.md").write_text("a card", encoding="utf-8")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\na card\n", encoding="utf-8")
     (folder / "adapter" / "a.txt").write_text("a", encoding="utf-8")
     write_manifest(folder)
     return folder
