@@ -141,6 +141,10 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     lengths = None
     if recipe.data.planned and isinstance(samples, Samples):
         lengths = plan_rows(samples, recipe, processor, data_report, world)
+    elif recipe.data.stream and recipe.data.max_tokens is not None and recipe.data.over_length == "error":
+        print(
+            "data.stream: rows are not counted beforehand, so one that is longer than data.max_tokens stops the run at its batch"
+        )
     print(f"training: {world.layout}, {arguments.device}")
     set_seed(arguments.seed)
 

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import datasets
 import pytest
 from huggingface_hub import constants
 
 from mmtune.builtin import tiny
 from mmtune.cli import entry_point
+from mmtune.data.source import open_rows, stream_rows
 from mmtune.errors import UserError
 from mmtune.files import nearest_path
 from mmtune.hub import is_local_name, locate_checkpoint, unreachable
@@ -166,12 +168,27 @@ def test_without_a_network_a_recipe_of_a_hub_id_fails_at_once(
 
 
 def test_without_a_network_a_data_set_fails_at_once(no_hub: Path) -> None:
-    from mmtune.data.source import open_rows, stream_rows
-
     for read in (open_rows, lambda name: list(stream_rows(name))):
         with pytest.raises(UserError, match="owner/rows") as error:
             read("owner/rows@config:train")
         assert "cannot be reached" in str(error.value) and "HF_ENDPOINT" in str(error.value)
+
+
+def test_without_a_network_a_prepared_data_set_is_read_from_the_cache(
+    no_hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", no_hub / "datasets")
+    Path("a.json").write_text('[{"a": 1}, {"a": 2}]')
+    datasets.load_dataset("json", data_files={"train": "a.json"}, split="train")  # prepared as one of the hub is
+    (no_hub / "datasets" / "owner___rows").mkdir()
+    prepared = next((no_hub / "datasets" / "json").iterdir()).rename(no_hub / "datasets" / "owner___rows" / "default")
+    for file in prepared.rglob("json-train.arrow"):
+        file.rename(file.with_name("rows-train.arrow"))
+    assert [row for _, row in open_rows("owner/rows")] == [{"a": 1}, {"a": 2}]
+    assert [read()[1] for read in stream_rows("owner/rows")] == [{"a": 1}, {"a": 2}]
+    assert "owner/rows: read from the local cache: the hub" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the cache does not hold it"):
+        open_rows("owner/rows:test")
 
 
 @pytest.mark.parametrize(

@@ -411,6 +411,14 @@ def test_the_command_tells_of_the_data_and_of_the_memory(
     assert plan["peak"] > 0
 
 
+def test_a_plan_shows_what_the_run_does_and_no_more(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["data.train.0.limit=3", "train.per_device_train_batch_size=8"]
+    assert entry_point(["plan", recipe_file, *few]) == 0
+    shown = capsys.readouterr().out
+    assert "packs" not in shown
+    assert "memory of a batch of 3 rows: the data have no more for train.per_device_train_batch_size: 8" in shown
+
+
 def test_without_the_data_the_memory_alone_is_told_and_why(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     gone = "data.train=[{path: gone/rows.json, template: llava}]"
     assert entry_point(["plan", recipe_file, gone, "--tokens", "40"]) == 0
