@@ -38,6 +38,7 @@ def entry_point(arguments: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], Any] = parsed.run
     who = speaker()
     try:
+        _check_utf8(given)
         if getattr(parsed, "json", False):
             # Standard output holds the JSON and nothing else; other processes than the first have none.
             with nullcontext() if who else redirect_stdout(sys.stderr):
@@ -76,6 +77,14 @@ def entry_point(arguments: Sequence[str] | None = None) -> int:
 
 def _print_json(result: Any) -> None:
     print(json.dumps(result, indent=2, ensure_ascii=not takes_any_character(sys.stdout)))
+
+
+def _check_utf8(arguments: Sequence[str]) -> None:
+    """Refuse a path whose bytes are not UTF-8: it could be written into no report."""
+    for argument in arguments:
+        shown = argument.encode("utf-8", "backslashreplace").decode()
+        if shown != argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace"):
+            raise UserError(f"{shown}: the argument is not valid UTF-8; rename the file")
 
 
 def _parse(given: Sequence[str]) -> argparse.Namespace:

@@ -78,8 +78,10 @@ def nearest(name: str, valid: list[str] | set[str] | tuple[str, ...]) -> str:
     """A hint for a misspelt name: `; did you mean 'x'?`, or the valid names when nothing is close."""
     import difflib
 
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
+    # Comparing takes the product of the lengths. What is longer than any name of ours comes from a file and is not misspelt.
+    likely = [each for each in valid if len(each) <= 100] if len(name) <= 100 and len(valid) <= 1000 else []
+    close = difflib.get_close_matches(name, likely, n=1, cutoff=0.6)
     if close:
         return f"; did you mean '{close[0]}'?"
     shown = sorted(valid)
-    return f"; valid here: {', '.join(shown[:20])}{', ...' if len(shown) > 20 else ''}"
+    return f"; valid here: {', '.join(each[:100] for each in shown[:20])}{', ...' if len(shown) > 20 else ''}"

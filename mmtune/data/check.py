@@ -177,9 +177,12 @@ class Doctor:
                 digests[:, position] = compare
                 for name in fields:
                     unread.setdefault(name, []).append(position)
+            first = {having[0] for having in unread.values()}
+            ids = {
+                position: self._row_id(number, position) for position in first
+            }  # a row is read once, however many fields it has
             for name, having in unread.items():
-                told = f"{len(having):,} rows have it, this one first"
-                yield finding(self._row_id(number, having[0]), name, "field_unknown", told)
+                yield finding(ids[having[0]], name, "field_unknown", f"{len(having):,} rows have it, this one first")
             earlier, same_id = map(_earlier, digests)
             same_id[earlier >= 0] = -1  # that a copied row has the same id says nothing new
             yield from self._repeated(number, "row", "duplicate_row", earlier)

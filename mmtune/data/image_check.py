@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmtune.data.dicom import DicomImage
 from mmtune.data.findings import Unusable
-from mmtune.data.media import Media, open_image, open_media, opened_image
+from mmtune.data.media import DAMAGED, Media, open_image, open_media, opened_image
 
 Found = list[tuple[str, str]]
 """Findings: the name, one of `mmtune.data.findings.KINDS`, and the detail."""
@@ -56,8 +56,11 @@ def inspect_image(media: Media, decode: bool = False) -> ImageReport:
     try:
         with opened_image(media) as (image, orientation):
             size = (image.height, image.width) if orientation >= SIDEWAYS else image.size
-            found = _traits(image, orientation)
-            cut = _cut(image)
+            try:
+                found = _traits(image, orientation)
+                cut = _cut(image)
+            except DAMAGED as error:  # a tag of another type than the format has
+                raise Unusable("image_unreadable", f"{media} has a damaged header: {error}") from error
     except Unusable as error:
         return ImageReport(None, [(_unopened(media, error.finding), str(error))])
     if cut or decode:
@@ -108,11 +111,8 @@ def _cut(image: Image.Image) -> bool:
     size = file.seek(0, io.SEEK_END)
     if image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]
-        return any(
-            offset + length > size
-            for offsets, lengths in TIFF_PLACES
-            for offset, length in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False)
-        )
+        strips = [pair for places in TIFF_PLACES for pair in zip(*(tags.get(tag, ()) for tag in places), strict=False)]
+        return any(not (isinstance(at, int) and isinstance(length, int)) or at + length > size for at, length in strips)
     if image.format == "BMP":
         tile = image.tile[0]  # type: ignore[attr-defined]
         raw = tile.codec_name == "raw"

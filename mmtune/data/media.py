@@ -22,7 +22,7 @@ from mmtune.data.dicom import INSTALL, DicomImage, has_pydicom, is_dicom
 from mmtune.data.fetch import fetch_media
 from mmtune.data.findings import Unusable
 from mmtune.data.image_changes import ImageChange
-from mmtune.data.media_names import data_of, path_of_file_uri, refuse_base64, refuse_scheme, unwrapped, windows_hint
+from mmtune.data.media_names import data_of, is_utf8, path_of_file_uri, refuse_base64, refuse_scheme, unwrapped, windows_hint
 from mmtune.data.pixels import Window, lacks_range, to_rgb
 from mmtune.errors import reason_of
 from mmtune.files import user_cache
@@ -30,13 +30,22 @@ from mmtune.files import user_cache
 MAX_PIXELS = 89_478_485
 """Largest image that is opened: where Pillow warns of a decompression bomb."""
 
+MAX_FILE_BYTES = 2**30
+"""Largest file of an image that is opened: `MAX_PIXELS` of 64 bits each, and more. Some decoders read the whole file."""
+
+MAX_PNG_EXIF = 2**20
+PNG_KEYWORD = 80
+"""Where a PNG's text chunk ends its keyword at the latest."""
+PNG_EXIF = (b"Raw profile type exif", b"XML:com.adobe.xmp", b"exif", b"xmp")
+"""Keywords of text chunks that may say how an image is turned."""
+
 MAX_EDGE = 131_072
 """Longest edge of an image that is opened, in pixels: image processors take seconds and gigabytes for a longer one."""
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is opened besides DICOM, by Pillow's names. Pillow knows more, among them formats that run another program."""
 
-_DAMAGED = (
+DAMAGED = (
     OSError,
     SyntaxError,
     ValueError,
@@ -255,6 +264,9 @@ def resolve_media(value: Any, rules: MediaRules) -> Path | Embedded:
 
 def _from_path(name: str, rules: MediaRules) -> Path:
     """The file of a path; of one with backslashes that no file has, of the same path with forward slashes."""
+    if not is_utf8(name):
+        shown = name[:200].encode("utf-8", "backslashreplace").decode()
+        raise Unusable("media_path", f"the name '{shown}' is not valid Unicode; rename the file")
     root = rules.root.resolve()
     for written in dict.fromkeys((name, name.replace("\\", "/"))):
         try:
@@ -308,7 +320,7 @@ def open_image(media: Media | str) -> Image.Image:
             shown = image.shown(window).convert("RGB") if isinstance(image, DicomImage) else to_rgb(image, window)
             if orientation in _TRANSPOSED:
                 shown = shown.transpose(_TRANSPOSED[orientation])
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise Unusable("image_damaged", f"cannot decode {media}: {reason_of(error)}") from error
     return shown if change is None else change.apply(shown)
 
@@ -321,9 +333,12 @@ def opened_image(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
     except (OSError, ValueError) as error:
         raise Unusable("image_unreadable", f"not an image that can be opened: {media}: {reason_of(error)}") from error
     with file:
+        if (length := file.seek(0, io.SEEK_END)) > MAX_FILE_BYTES:
+            raise Unusable("image_too_large", f"{media} has {length} bytes, more than {MAX_FILE_BYTES}")
+        file.seek(0)
         try:
             image, orientation = _opened(file)
-        except _DAMAGED as error:
+        except DAMAGED as error:
             bomb = isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning))
             kind = "image_too_large" if bomb else "image_unreadable"
             reason = (
@@ -338,7 +353,10 @@ def opened_image(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
             if max(image.size) > MAX_EDGE:
                 told = f"{media} has {image.width} x {image.height} pixels, and an edge has at most {MAX_EDGE}"
                 raise Unusable("image_too_large", told)
-            values = lacks_range(image)
+            try:
+                values = lacks_range(image)
+            except DAMAGED as error:
+                raise Unusable("image_unreadable", f"{media} has a damaged header: {error}") from error
             if values is not None and (not isinstance(media, ImageView) or media.window is None):
                 told = f"{media} holds {values} values, whose range is not known; give its source a line `window: [LOW, HIGH]`"
                 raise Unusable("image_unreadable", f"{told}, the values that become black and white (in chat: --window LOW HIGH)")
@@ -372,19 +390,24 @@ def _png_exif(file: BinaryIO) -> Any:
     """
     position = file.tell()
     file.seek(8)
-    kept, told = b"\x89PNG\r\n\x1a\n", False
+    kept: dict[bytes, bytes] = {}  # of several chunks that say the same, Pillow takes the last
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
-        if kind in (b"IHDR", b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
-            told = told or kind != b"IHDR"
-            kept += head + file.read(length + 4)
-        elif kind == b"IEND":
+        start = file.read(min(length, PNG_KEYWORD)) if kind in (b"iTXt", b"tEXt", b"zTXt") else b""
+        keyword = start.split(b"\0")[0]
+        if kind == b"IEND":
             break
+        if kind in (b"IHDR", b"eXIf") or keyword in PNG_EXIF:
+            if length > MAX_PNG_EXIF:
+                raise ValueError(f"a PNG chunk of {length} bytes, where EXIF data has at most {MAX_PNG_EXIF}")
+            if kind != b"IHDR":
+                kept.pop(keyword or kind, None)
+            kept[keyword or kind] = head + start + file.read(length - len(start) + 4)
         else:
-            file.seek(length + 4, io.SEEK_CUR)
+            file.seek(length - len(start) + 4, io.SEEK_CUR)
     file.seek(position)
-    if not told:
+    if kept.keys() <= {b"IHDR"}:
         return None
     no_pixels = struct.pack(">I4sI", 0, b"IDAT", zlib.crc32(b"IDAT"))
-    with Image.open(io.BytesIO(kept + no_pixels), formats=["PNG"]) as bare:
+    with Image.open(io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(kept.values()) + no_pixels), formats=["PNG"]) as bare:
         return Image.Image.getexif(bare).get(ExifTags.Base.Orientation)

@@ -24,6 +24,15 @@ IMAGE_IN_BASE64 = re.compile(r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|Qk[
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written: Python stands lone surrogates in for bytes that are not UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def unwrapped(value: Any) -> Any:
     """The medium that an object names: the value of its one key, or of one key in there. Any other value is returned as it is.
 

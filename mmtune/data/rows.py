@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
 from mmtune.data.message import RowError
+from mmtune.errors import UserError
 
 Row = dict[str, Any]
 
@@ -16,6 +18,9 @@ OWN_IDS = ("id", "question_id", "questionId", "sample_id", "uid", "__key__")
 
 MAX_DEPTH = 100
 """Deepest nesting of lists and objects in a row's JSON. Code that walks or prints a value recurses within Python's limit."""
+
+MAX_ROW_BYTES = 256 * 2**20
+"""Longest row of a text file, and longest text of a shard's row."""
 
 Item = Callable[[], tuple[str, Row]]
 """One row of a stream: its id and the row when called, so that a row that is skipped is never parsed. Raises RowError."""
@@ -73,6 +78,20 @@ def _is_too_deep(value: Any) -> bool:
     return bool(level)
 
 
+def text_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """The lines of a file.
+
+    Raises:
+        UserError: a line longer than a row may be, as in a file that is no text.
+    """
+    number = 0
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        if len(line) > MAX_ROW_BYTES:
+            raise UserError(f"{path}:{number}: a line of more than {MAX_ROW_BYTES // 2**20} MiB, the longest row that is read")
+        yield line
+
+
 def not_utf8(error: UnicodeDecodeError) -> str:
     """What to say of bytes that are not UTF-8."""
     before = error.object[max(0, error.start - 20) : error.start].decode("utf-8", "replace")
@@ -98,10 +117,11 @@ def object_of(row_id: str, value: Any) -> Row:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice in one object")
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ValueError(f"the key {key[:100]!r} comes twice in one object")
+        made[key] = value
     return made
 
 

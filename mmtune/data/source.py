@@ -15,6 +15,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+from mmtune.data.media_names import is_utf8
 from mmtune.data.rows import Item, Row, Rows
 from mmtune.data.source_arrow import open_arrow, open_parquet, stream_arrow, stream_parquet
 from mmtune.data.source_csv import CsvRows, stream_csv
@@ -260,6 +261,8 @@ def _open_other(path: str, name: str | None, rows: str | None) -> Rows:
         return open_saved(Path(path), name or Path(path).name)
     if _is_hub(path, rows):
         return open_hub(path, name or path)
+    if Path(path).exists() and not Path(path).is_dir():
+        raise UserError(f"{path}: a pipe, a socket or a device; rows are read from files")
     raise UserError(missing(path, "file or folder"))
 
 
@@ -273,6 +276,7 @@ def _is_hub(path: str, rows: str | None) -> bool:
 
 def _files_of(path: str, name: str | None) -> list[tuple[Path, str]]:
     """The files that a path stands for, each with its name in ids; none for what is no file or list of files."""
+    check_utf8(path)
     place = Path(path)
     if place.is_file():
         return [(place, name or place.name)]
@@ -286,7 +290,18 @@ def _files_of(path: str, name: str | None) -> list[tuple[Path, str]]:
         before = ""
     else:
         before = _before_pattern(name) if _has_pattern(name) else name
+    for file in files:
+        check_utf8(file)
     return [(Path(file), str(Path(before) / os.path.relpath(file, folder or "."))) for file in files]
+
+
+def check_utf8(path: str) -> None:
+    """
+    Raises:
+        UserError: a path that is not UTF-8. It cannot be written into reports.
+    """
+    if not is_utf8(path):
+        raise UserError(f"{path.encode('utf-8', 'backslashreplace').decode()}: the name is not valid UTF-8; rename the file")
 
 
 def _data_files(folder: Path) -> list[str]:
@@ -312,12 +327,24 @@ def _before_pattern(path: str) -> str:
 def _matches(pattern: str) -> list[str]:
     found: set[str] = set()
     for plain in _unbraced(pattern):
-        names = glob.glob(plain, recursive=True)  # noqa: PTH207  (Path.glob takes no absolute pattern)
-        matched = [name for name in names if Path(name).is_file()]
+        matched = [name for name in _globbed(plain) if Path(name).is_file()]
         if not matched:
             raise UserError(missing(plain, "file") if plain == glob.escape(plain) else f"{plain}: matches no file")
         found.update(matched)
     return sorted(found)
+
+
+def _globbed(pattern: str) -> list[str]:
+    """The paths that a pattern matches. `**` does not go into links to folders, which may lead round in a circle."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return glob.glob(pattern)  # noqa: PTH207  (Path.glob takes no absolute pattern)
+    folder = _before_pattern(pattern)
+    rest = [part if part == "**" else re.sub(r"\*+", "*", part) for part in pattern[len(folder) :].split("/")]
+    found = Path(folder).glob("/".join([*rest, "*"] if rest[-1] == "**" else rest))
+    names = [os.path.relpath(path, folder or ".") for path in found]
+    shown = any(part.startswith(".") for part in rest)
+    return [folder + name for name in names if shown or not any(part.startswith(".") for part in Path(name).parts)]
 
 
 def _unbraced(pattern: str) -> list[str]:

@@ -5,7 +5,7 @@ Images that `datasets` put into a column stay as they are: `{"bytes", "path"}`.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,7 @@ class GroupedRows:
             group = self._group(number)
         except UserError as error:
             raise RowError(row_id, "row", str(error), "row_unusable") from error
-        return row_id, _row(group, index - int(self._ends[number]) + group.num_rows)
+        return row_id, _row(row_id, group, index - int(self._ends[number]) + group.num_rows)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": OrderedDict()}
@@ -73,8 +73,26 @@ class GroupedRows:
         return self._kept[number]
 
 
-def _row(group: pa.Table | pa.RecordBatch, index: int) -> Row:
-    return dict(group.slice(index, 1).to_pylist()[0])
+def _row(row_id: str, group: pa.Table | pa.RecordBatch, index: int) -> Row:
+    """A row as plain values. It is validated first: pyarrow follows the offsets of a damaged file out of the file's memory.
+
+    Raises:
+        RowError: naming the column, for text that is not UTF-8, a date out of range, an unknown time zone, or damage.
+    """
+    row: Row = {}
+    for name, column in zip(group.schema.names, group.slice(index, 1).columns, strict=True):
+        try:
+            column.validate(full=True)
+            row[name] = column[0].as_py()
+        except (pa.ArrowException, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+            raise RowError(row_id, name, f"cannot be read as {column.type}: {error}"[:400], "row_malformed") from error
+    return row
+
+
+def _check_names(path: Path, schema: pa.Schema) -> None:
+    twice = sorted(name for name, count in Counter(schema.names).items() if count > 1)
+    if twice:
+        raise UserError(f"{path}: two columns are named '{twice[0]}'; a row has every field once")
 
 
 def open_parquet(path: Path, name: str) -> GroupedRows:
@@ -96,14 +114,21 @@ def open_parquet(path: Path, name: str) -> GroupedRows:
 def _row_group(path: Path, number: int) -> pa.Table:
     with _parquet(path) as file:
         # pyarrow's own threads do not outlive a fork, and data-loader workers are forks.
-        return _readable(path, lambda: file.read_row_group(number, use_threads=False))
+        batches = file.iter_batches(_rows_at_once(file, 1024), row_groups=[number], use_threads=False)
+        decoded, size = [], 0
+        while (batch := _readable(path, lambda: next(batches, None))) is not None:
+            decoded.append(batch)
+            size += batch.nbytes
+            if size > GROUP_BYTES:
+                raise UserError(f"{path}: row group {number} decodes to more than {GROUP_BYTES // 2**30} GiB")
+        return pa.Table.from_batches(decoded, file.schema_arrow)
 
 
 def stream_parquet(path: Path, name: str) -> Iterator[Item]:
     """The same rows in order, a few decoded at a time."""
     count = 0
     with _parquet(path) as file:
-        batches = file.iter_batches(STREAMED_ROWS, use_threads=False)
+        batches = file.iter_batches(_rows_at_once(file, STREAMED_ROWS), use_threads=False)
         while (batch := _readable(path, lambda: next(batches, None))) is not None:
             yield from _items(name, count, batch)
             count += batch.num_rows
@@ -114,11 +139,23 @@ def _items(name: str, first: int, group: pa.RecordBatch) -> Iterator[Item]:
 
 
 def _named_row(row_id: str, group: pa.RecordBatch, index: int) -> tuple[str, Row]:
-    return row_id, _row(group, index)
+    return row_id, _row(row_id, group, index)
 
 
 def _parquet(path: Path) -> pq.ParquetFile:
-    return _readable(path, lambda: pq.ParquetFile(path, memory_map=True, pre_buffer=False))
+    file = _readable(path, lambda: pq.ParquetFile(path, memory_map=True, pre_buffer=False))
+    _check_names(path, file.schema_arrow)
+    return file
+
+
+def _rows_at_once(file: pq.ParquetFile, most: int) -> int:
+    """How many rows are decoded together: no value is larger than its column's pages, and a dictionary repeats it at no cost."""
+    largest = 1
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        columns = [group.column(column).total_uncompressed_size for column in range(group.num_columns)]
+        largest = max(largest, sum(columns))
+    return max(1, min(most, KEPT_BYTES // largest))
 
 
 def _readable(path: Path, read: Callable[[], Any]) -> Any:
@@ -136,6 +173,7 @@ def open_arrow(path: Path, name: str) -> GroupedRows:
     with pa.memory_map(str(path)) as file:
         if _is_file_format(file):
             reader = _readable(path, lambda: pa.ipc.open_file(file))
+            _check_names(path, reader.schema)
             counts = [_readable(path, partial(reader.get_batch, number)).num_rows for number in range(reader.num_record_batches)]
             return GroupedRows(name, counts, partial(_file_batch, path))
         places, counts = [], []
@@ -151,6 +189,7 @@ def stream_arrow(path: Path, name: str) -> Iterator[Item]:
     with pa.memory_map(str(path)) as file:
         if _is_file_format(file):
             reader = _readable(path, lambda: pa.ipc.open_file(file))
+            _check_names(path, reader.schema)
             batches = (_readable(path, partial(reader.get_batch, number)) for number in range(reader.num_record_batches))
         else:
             batches = (batch for _, batch in _stream_batches(file, path))
@@ -168,6 +207,7 @@ def _is_file_format(file: pa.MemoryMappedFile) -> bool:
 
 def _stream_batches(file: pa.MemoryMappedFile, path: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
     reader = _readable(path, lambda: pa.ipc.open_stream(file))
+    _check_names(path, reader.schema)
     if any(pa.types.is_dictionary(field.type) for field in reader.schema):
         raise UserError(f"{path}: dictionary columns in arrow's stream format cannot be read by index; save it as parquet")
     while True:

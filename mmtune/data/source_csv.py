@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mmtune.data.message import RowError
-from mmtune.data.rows import Item, Row, not_utf8
+from mmtune.data.rows import MAX_ROW_BYTES, Item, Row, not_utf8, text_lines
 from mmtune.errors import UserError
 
 _BATCH = 256  # records that are found before the first of them is given
@@ -71,7 +72,12 @@ def _records(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[int, 
     taken: list[bytes] = []
 
     def lines() -> Iterator[str]:
-        for line in file:
+        size = 0
+        for line in text_lines(file, path):
+            size = len(line) + (size if taken else 0)
+            if size > MAX_ROW_BYTES:
+                told = f"a quote in this row is not closed within {MAX_ROW_BYTES // 2**20} MiB"
+                raise UserError(f"{path}:{reader.line_num - len(taken) + 1}: {told}")
             taken.append(line)
             yield line.decode("latin-1")
 
@@ -129,7 +135,7 @@ def _header(path: Path, delimiter: str, records: Iterator[tuple[int, int, bytes]
             f"{path}: its first line is one column, {columns[0]!r}: {delimiter!r} separates columns in a {path.suffix} file, and "
             f"this one seems to use {other!r}; save it with {delimiter!r}"
         )
-    twice = sorted({column for column in columns if columns.count(column) > 1})
+    twice = sorted(column for column, count in Counter(columns).items() if count > 1)
     if twice or not all(column.strip() for column in columns):
         fault = f"two columns are named '{twice[0]}'" if twice else "a column has no name"
         raise UserError(f"{path}: {fault}; the first line names every column once")

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmtune.data.message import RowError
-from mmtune.data.rows import Item, Row, object_of, parse_json
+from mmtune.data.rows import MAX_ROW_BYTES, Item, Row, object_of, parse_json, text_lines
 from mmtune.errors import UserError, nearest
 
 BOM = b"\xef\xbb\xbf"
@@ -49,8 +49,7 @@ class JsonRows:
         index = range(len(self))[index]
         start, end = int(self._cuts[index]) + 1, int(self._cuts[index + 1])
         with self._path.open("rb") as file:
-            file.seek(start)
-            return _element(self._name, self._rows, index, file.read(end - start))
+            return _element(self._name, self._rows, index, _between(file, self._path, start, end))
 
 
 def stream_json(path: Path, name: str, rows: str | None) -> Iterator[Item]:
@@ -60,10 +59,16 @@ def stream_json(path: Path, name: str, rows: str | None) -> Iterator[Item]:
         for cuts in _cuts(scanned, path, rows):
             for cut in cuts.tolist():
                 if start is not None:
-                    file.seek(start)
-                    yield partial(_element, name, rows, index, file.read(cut - start))
+                    yield partial(_element, name, rows, index, _between(file, path, start, cut))
                     index += 1
                 start = cut + 1
+
+
+def _between(file: BinaryIO, path: Path, start: int, end: int) -> bytes:
+    if end - start > MAX_ROW_BYTES:
+        raise UserError(f"{path}: the row at byte {start} has more than {MAX_ROW_BYTES // 2**20} MiB, the most that is read")
+    file.seek(start)
+    return file.read(end - start)
 
 
 def _element(name: str, rows: str | None, index: int, text: bytes) -> tuple[str, Row]:
@@ -251,7 +256,7 @@ class JsonLinesRows:
         self._lines = array("q")
         offset = 0
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(text_lines(file, path), start=1):
                 if _has_row(number, line):
                     self._offsets.append(offset)
                     self._lines.append(number)
@@ -270,7 +275,7 @@ class JsonLinesRows:
 def stream_json_lines(path: Path, name: str) -> Iterator[Item]:
     """The same rows in order, read as they are asked for."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(text_lines(file, path), start=1):
             if _has_row(number, line):
                 yield partial(_line, name, number, line)
 

@@ -15,11 +15,20 @@ from typing import BinaryIO
 
 from mmtune.data.media import Embedded
 from mmtune.data.message import RowError
-from mmtune.data.rows import Item, Row, not_utf8, parse_json
+from mmtune.data.rows import MAX_ROW_BYTES, Item, Row, not_utf8, parse_json
 from mmtune.errors import UserError, reason_of
 
 TEXT = ("txt", "text", "cls", "caption")
 """Members that are read as text, by the last part of their extension."""
+
+MAX_HEADERS = 8
+"""Most headers before a member that belong to it: long names, and attributes in the formats of pax and GNU."""
+MAX_HEADER_BYTES = 2**20
+MAX_PADDING = 64 * 2**20
+"""Most zeros behind the last member that are read to see whether something follows them."""
+_OF_NEXT = b"xgXLK"
+"""Types of headers that belong to the member after them."""
+_SPARSE = b"S"
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)
@@ -85,7 +94,9 @@ def _groups(file: BinaryIO, path: Path, start: int) -> Iterator[tuple[str, int, 
     """
     key, first, members = "", start, _Members()
     for member in _files(file, path, start):
-        name = member.name.removeprefix("./")
+        name = (
+            member.name.removeprefix("./").encode("utf-8", "backslashreplace").decode()
+        )  # bytes that are not UTF-8 stay readable
         if PurePosixPath(name).name.startswith(".") or name.startswith("__MACOSX/"):
             continue  # what file managers leave behind
         parts = _NAME.fullmatch(name)
@@ -106,13 +117,16 @@ def _groups(file: BinaryIO, path: Path, start: int) -> Iterator[tuple[str, int, 
 
 def _files(file: BinaryIO, path: Path, start: int) -> Iterator[tarfile.TarInfo]:
     size = file.seek(0, 2)
-    file.seek(start)
+    _check_headers(file, path, start)  # TarFile reads the first header at once
     try:
         with tarfile.TarFile(fileobj=file) as archive:
-            while (member := archive.next()) is not None:
+            while True:
+                _check_headers(file, path, archive.offset)
+                if (member := archive.next()) is None:
+                    break
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header
                 _check_member(path, member)
-                if member.offset_data + member.size > size:
+                if member.size < 0 or member.offset_data + member.size > size:
                     raise UserError(f"{path}: cut short in '{member.name}'")
                 if member.isfile():
                     yield member
@@ -123,6 +137,62 @@ def _files(file: BinaryIO, path: Path, start: int) -> Iterator[tarfile.TarInfo]:
     while chunk := file.read(2**20):
         if chunk.strip(b"\0"):
             raise UserError(f"{path}: damaged behind byte {end}, or two archives in one file")
+        if file.tell() - end > MAX_PADDING:
+            raise UserError(f"{path}: more than {MAX_PADDING // 2**20} MiB of zeros behind its last member, at byte {end}")
+
+
+def _check_headers(file: BinaryIO, path: Path, start: int) -> None:
+    """The headers of the next member, looked at before tarfile reads them: it reads one inside the other, whatever their sizes,
+    and searches attributes with patterns that take the square of their length.
+
+    Raises:
+        UserError: too many or too large ones, attributes that are none, or a sparse file.
+    """
+    place = start
+    for _ in range(MAX_HEADERS + 1):
+        file.seek(place)
+        header = file.read(tarfile.BLOCKSIZE)
+        kind = header[156:157]
+        if kind == _SPARSE:
+            name = header[:100].split(b"\0")[0].decode("utf-8", "backslashreplace")
+            raise UserError(f"{path}: the member '{name}' is a sparse file, which no data set needs; it is refused")
+        if not kind or kind not in _OF_NEXT:
+            file.seek(start)
+            return
+        size = _number(header[124:136])
+        if size is None or not 0 <= size <= MAX_HEADER_BYTES:
+            told = f"its size is {'no number' if size is None else size}, and at most {MAX_HEADER_BYTES} bytes are read"
+            raise UserError(f"{path}: the header at byte {place} is damaged: {told}")
+        if kind in b"xgX":
+            _check_attributes(path, place, file.read(size))
+        place += tarfile.BLOCKSIZE + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    raise UserError(f"{path}: more than {MAX_HEADERS} headers for one member, at byte {start}")
+
+
+def _number(field: bytes) -> int | None:
+    """A header's number: octal digits, or GNU's base 256 after a byte of 128 or, for a negative one, 255."""
+    if field[0] in (0x80, 0xFF):
+        return int.from_bytes(field[1:]) - (256 ** (len(field) - 1) if field[0] == 0xFF else 0)
+    digits = field.split(b"\0")[0].strip() or b"0"
+    return int(digits, 8) if digits.isdigit() and not digits.strip(b"01234567") else None
+
+
+def _check_attributes(path: Path, place: int, text: bytes) -> None:
+    """Attributes as pax has them, `LENGTH KEY=VALUE` and a line break, where the length counts the whole.
+
+    Raises:
+        UserError: anything else, or the attributes of a sparse file.
+    """
+    start = 0
+    while start < len(text) and text[start]:
+        digits, space, _ = text[start : start + 20].partition(b" ")
+        end = start + int(digits) if space and digits.isdigit() else start
+        record = text[start + len(digits) + 1 : end]
+        if not start < end <= len(text) or b"=" not in record or not record.endswith(b"\n"):
+            raise UserError(f"{path}: the header at byte {place} is damaged: no attribute begins at its byte {start}")
+        if record.startswith(b"GNU.sparse."):
+            raise UserError(f"{path}: the member behind byte {place} is a sparse file, which no data set needs; it is refused")
+        start = end
 
 
 def _check_member(path: Path, member: tarfile.TarInfo) -> None:
@@ -142,6 +212,9 @@ def _row(path: Path, name: str, key: str, members: _Members) -> tuple[str, Row]:
             if kind != "json" and kind not in TEXT:
                 row[extension] = Embedded(path, member, offset, size)
                 continue
+            if size > MAX_ROW_BYTES:
+                told = f"a text of {size} bytes, more than {MAX_ROW_BYTES // 2**20} MiB"
+                raise RowError(row_id, extension, told, "row_malformed")
             file.seek(offset)
             data = file.read(size)
             if kind == "json":
