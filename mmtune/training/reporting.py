@@ -49,7 +49,9 @@ def _check_wandb_login() -> None:
     """Before weights load, where W&B would ask for a login in the middle of the run. Nothing is sent."""
     import wandb
 
-    if wandb.setup().settings.mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
+    # Silent, because its lines hold terminal sequences and come from every process.
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    if settings.mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
         raise UserError(
             "train.report_to: wandb: no login on this machine: run `wandb login`, or set WANDB_MODE=offline to log into the run"
         )
@@ -86,7 +88,8 @@ def _start_wandb(trainer: Trainer, folder: Path) -> None:
         )
     except wandb.Error as error:
         raise UserError(f"train.report_to: wandb: {error}") from error
-    print(f"wandb: {run.dir}; to upload it: wandb sync {Path(run.dir).parent}" if run.offline else f"wandb: {run.url}")
+    where = f"{run.dir}; to upload it: wandb sync {Path(run.dir).parent}" if run.offline else run.url
+    print(f"wandb: {'switched off by WANDB_MODE' if run.disabled else where}")
     trainer.add_callback(_FinishWandb())
 
 

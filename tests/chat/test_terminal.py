@@ -79,6 +79,10 @@ def test_ctrl_c_stops_the_answer_and_at_the_prompt_leaves(talker: tuple[Any, Any
     terminal.wait_for(r"really\?\n\S")
     terminal.type("\x03\x03")
     terminal.wait_for(r"\n\(stopped: what was answered stays in the conversation\)\n.*>")
+    terminal.type("\x1b[200~one\ntwo 世界\x1b[201~\r")  # a pasted text of two lines is one question
+    terminal.wait_for(r"one\n *two 世界\n\S")
+    terminal.type("\x03")
+    terminal.wait_for(r"\n\(stopped: what was answered stays in the conversation\)\n.*>")
     terminal.type("\x03")
     terminal.wait_for("\ninterrupted\n")
     assert terminal.exit_code() == 130

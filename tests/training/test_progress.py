@@ -320,6 +320,7 @@ def _wandb_history(file: Path) -> list[dict[str, Any]]:
     return history
 
 
+@pytest.mark.slow
 def test_each_tracker_has_what_the_metrics_have(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
