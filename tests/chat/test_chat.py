@@ -170,7 +170,7 @@ def test_images_are_named_as_in_a_shell(line: str, files: list[str], tmp_path: P
         ("", "name an image file"),
         ("my cat.png", "no such file: {folder}/my"),
         ("Tom's cat.png", "a quote is not closed"),
-        (r"C:\Users\me\a.png", "C:/Users/me/a.png; it is a Windows path: write it as this machine names the file"),
+        (r"C:\Users\me\a.png", r"no such file: C:\Users\me\a.png; it is a Windows path: write it as this machine names the file"),
         ("https://example.org/a.png", "a URL; download the file"),
         ("a\0b", "cannot look up"),
         ("x" * 300, "cannot look up"),
