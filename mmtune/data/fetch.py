@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import ipaddress
+import re
 import socket
 import ssl
 import threading
@@ -20,6 +21,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from mmtune.data.findings import Unusable
+from mmtune.data.media_names import redacted
 from mmtune.files import replace_bytes
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -27,7 +29,26 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PORTS = {"http": 80, "https": 443}
 _UNQUOTED = "/%:@!$&'()*+,;=~?[]"
+_HOST = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_])?\.?|[0-9a-f.]*:[0-9a-f:.]*(%[a-z0-9_.-]+)?", re.IGNORECASE)
+"""A name as DNS has it, an IPv4 address in any spelling, or an IPv6 address without its brackets."""
+
+_V4_PRIVATE = tuple(
+    ipaddress.IPv4Network(network)
+    for network in (
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
+        *("192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24", "192.168.0.0/16", "192.175.48.0/24"),
+        *("198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+        "168.63.129.16/32",  # not IANA's: the metadata and health service of a cloud, reachable from its machines alone
+    )
+)
+"""IANA's registry of special-purpose IPv4 addresses, and multicast. Python's own lists differ from patch to patch."""
+_V6_GLOBAL = ipaddress.IPv6Network("2000::/3")
+"""What IANA gives out as global unicast addresses; all others are special, reserved, local or multicast."""
+_V6_PRIVATE = tuple(map(ipaddress.IPv6Network, ("2001::/23", "2001:db8::/32", "2620:4f:8000::/48", "3fff::/20")))
+"""IANA's registry of special-purpose IPv6 addresses, as far as they lie within `_V6_GLOBAL`."""
+_V4_MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
+_6TO4 = ipaddress.IPv6Network("2002::/16")  # RFC 3056: an IPv4 address follows
 
 
 @dataclass(frozen=True)
@@ -53,17 +74,17 @@ LIMITS = Limits()
 def is_public(address: Address) -> bool:
     """Whether an address is one of the open internet: not private, loopback, link-local, shared, multicast or reserved.
 
-    An IPv6 address that carries an IPv4 one (mapped, 6to4, Teredo, NAT64) is what it carries.
+    An IPv6 address that carries an IPv4 one (mapped, 6to4, NAT64) is what it carries. Teredo's are not public, as IANA has it.
     """
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:
-            return is_public(address.ipv4_mapped)
-        if address in _NAT64:
-            return is_public(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
-        carried = (address.sixtofour, *(address.teredo or ()))
-        if address.is_site_local or any(inner is not None and not is_public(inner) for inner in carried):
-            return False
-    return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
+    if isinstance(address, ipaddress.IPv4Address):
+        return not any(address in network for network in _V4_PRIVATE)
+    bits = int(address)  # without the zone of an address such as fe80::1%eth0
+    plain = ipaddress.IPv6Address(bits)
+    if plain in _V4_MAPPED or plain in _NAT64:
+        return is_public(ipaddress.IPv4Address(bits & 0xFFFF_FFFF))
+    if plain in _6TO4:
+        return is_public(ipaddress.IPv4Address(bits >> 80 & 0xFFFF_FFFF))
+    return plain in _V6_GLOBAL and not any(plain in network for network in _V6_PRIVATE)
 
 
 def fetch_media(url: str, cache: Path, limits: Limits = LIMITS, allowed: Callable[[Address], bool] = is_public) -> Path:
@@ -106,6 +127,7 @@ class _Refused(ValueError):
 
 
 def _shown(url: str) -> str:
+    url = redacted(url)
     return url if len(url) <= 200 else url[:200] + "..."
 
 
@@ -146,6 +168,8 @@ def _parsed(url: str) -> tuple[SplitResult, str, int]:
         raise _Refused(f"only http and https are fetched, not {parts.scheme or 'this'}")
     if not host:
         raise _Refused("not a valid URL: it names no host")
+    if not _HOST.fullmatch(host):
+        raise _Refused(f"not a valid URL: {host[:100]!r} is no host")
     if parts.username is not None or parts.password is not None:
         raise _Refused("a URL with a user name or password is not fetched")
     return parts, host, port

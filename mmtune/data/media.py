@@ -22,7 +22,16 @@ from mmtune.data.dicom import INSTALL, DicomImage, has_pydicom, is_dicom
 from mmtune.data.fetch import fetch_media
 from mmtune.data.findings import Unusable
 from mmtune.data.image_changes import ImageChange
-from mmtune.data.media_names import data_of, is_utf8, path_of_file_uri, refuse_base64, refuse_scheme, unwrapped, windows_hint
+from mmtune.data.media_names import (
+    data_of,
+    is_utf8,
+    path_of_file_uri,
+    redacted,
+    refuse_base64,
+    refuse_scheme,
+    unwrapped,
+    windows_hint,
+)
 from mmtune.data.pixels import Window, lacks_range, to_rgb
 from mmtune.errors import reason_of
 from mmtune.files import user_cache
@@ -256,7 +265,7 @@ def resolve_media(value: Any, rules: MediaRules) -> Path | Embedded:
         return _from_path(path_of_file_uri(name), rules)
     if scheme.startswith(("http://", "https://")):
         if not rules.urls:
-            raise Unusable("media_url", f"'{name[:100]}' is a URL; `allow_urls: true` in its source would fetch it")
+            raise Unusable("media_url", f"'{redacted(name)[:100]}' is a URL; `allow_urls: true` in its source would fetch it")
         return fetch_media(name, rules.cache or user_cache("media"))
     refuse_scheme(name)
     return _from_path(name, rules)

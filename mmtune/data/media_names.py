@@ -21,6 +21,8 @@ BESIDE = ("type", "detail")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+(:[A-Za-z][A-Za-z0-9+.-]+)*)://")
 IMAGE_IN_BASE64 = re.compile(r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|Qk[0-3]|AAAA.GZ0eXBh|AAAADGpQ)[A-Za-z0-9+/=\s]{40}")
 """How JPEG, PNG, GIF, WebP, TIFF, BMP, AVIF and JPEG 2000 files begin in base64."""
+_URL = re.compile(r"([a-z][a-z0-9+.:-]*:/{2,})([^/?#]*)([^?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+_AUTHORITY = re.compile(r"(?:[^@]*@)?((?:[^@:]|:(?=[^\]]*\]))*(?::\d*)?)")
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
@@ -31,6 +33,21 @@ def is_utf8(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def redacted(url: str) -> str:
+    """A URL for messages and reports: without its user name and password, and its query and fragment, which may hold a signature.
+
+    Any other text is returned as it is.
+    """
+    parts = _URL.match(url)
+    if parts is None:
+        return url
+    scheme, authority, path, query = parts.groups()
+    host = _AUTHORITY.fullmatch(authority)
+    if host is None:  # a password with a slash or a question mark in it, which ends the authority
+        return f"{scheme}..."
+    return f"{scheme}{host[1]}{path}{query[:1]}{'...' if query else ''}"
 
 
 def unwrapped(value: Any) -> Any:
@@ -84,7 +101,8 @@ def path_of_file_uri(uri: str) -> str:
     if rest.startswith("//"):
         host, slash, path = rest[2:].partition("/")
         if host.lower() not in ("", "localhost") or not slash:
-            detail = f"'{uri[:100]}' names the host '{host[:60]}'; a file of this machine is file:///PATH, with three slashes"
+            shown = f"'{redacted(uri)[:100]}' names the host '{host.rpartition('@')[2][:60]}'"
+            detail = f"{shown}; a file of this machine is file:///PATH, with three slashes"
             raise Unusable("media_path", detail)
         rest = f"/{path}"
     path = unquote(rest)
@@ -98,7 +116,7 @@ def refuse_scheme(name: str) -> None:
         ValueError: a URI whose scheme is not read, naming the scheme.
     """
     if scheme := _SCHEME.match(name):
-        detail = f"'{name[:100]}' is a {scheme[1]}:// URI, which is not read; download the file and give its path"
+        detail = f"'{redacted(name)[:100]}' is a {scheme[1]}:// URI, which is not read; download the file and give its path"
         raise Unusable("media_path", f"{detail} (read are paths, file:// and data: URIs, and http and https where allowed)")
 
 

@@ -20,6 +20,7 @@ import pytest
 from mmtune.data import fetch
 from mmtune.data.fetch import LIMITS, fetch_media, is_public
 from mmtune.data.media import MediaRules, resolve_media
+from mmtune.data.media_names import redacted
 
 PICTURE = b"\x89PNG not looked into here"
 SMALL = replace(LIMITS, bytes=1000)
@@ -27,6 +28,18 @@ SMALL = replace(LIMITS, bytes=1000)
 
 def loopback(address: Any) -> bool:
     return bool(address.is_loopback)
+
+
+@pytest.fixture(autouse=True)
+def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal that fails reaches no real address."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        assert ipaddress.ip_address(address[0]).is_loopback, f"a test would have connected to {address}"
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
 class Site:
@@ -208,15 +221,89 @@ def test_where_a_redirect_leads_is_checked_as_the_url_was(site: Site, tmp_path: 
         "64:ff9b::7f00:1",
         "2002:7f00:1::",
         "2002:a00:1::1",
+        "192.0.0.192",
+        "192.0.0.9",
+        "192.88.99.1",
+        "168.63.129.16",
+        "100.100.100.200",
+        "203.0.113.1",
+        "2001::1",
+        "2001:0:4136:e378:8000:63bf:3fff:fdd2",
+        "2001:20::1",
+        "3fff::1",
+        "5f00::1",
+        "4000::1",
+        "100::1",
+        "64:ff9b:1::808:808",
+        "::8.8.8.8",
+        "::ffff:192.0.0.192",
+        "::ffff:168.63.129.16",
+        "64:ff9b::a83f:8110",
+        "2002:c000:c0::1",
     ],
 )
 def test_no_address_but_a_public_one_is_public(address: str) -> None:
     assert not is_public(ipaddress.ip_address(address))
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"]
+)
 def test_a_public_address_is_public(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))
+
+
+def test_every_special_address_that_python_knows_is_special_here_too() -> None:
+    """Python's lists are of one patch level; ours must hold at least what they hold, but for what other addresses carry."""
+    for networks in (ipaddress._IPv4Constants, ipaddress._IPv6Constants):  # type: ignore[attr-defined]
+        for network in networks._private_networks:
+            assert not is_public(network[0]) and not is_public(network[-1]), network
+
+
+@pytest.mark.parametrize("host", ["a\0b", "127.0.0.1\0.example.com", "a b", "a%00b", "a\x7f", "-", "a..b\0", "exa\u2028mple"])
+def test_a_host_that_is_none_is_refused_before_anything_is_asked(host: str, tmp_path: Path, no_network: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"^cannot fetch http://.*: not a valid URL: "):
+        fetch_media(f"http://{host}/a.png", tmp_path)
+    assert no_network == []
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is looked up or connected to, which is refused."""
+    asked: list[Any] = []
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        asked.append(arguments)
+        raise OSError("refused by the test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://example.com/a.png", "https://example.com/a.png"),
+        ("https://user:secret@example.com:81/a.png?sig=secret#secret", "https://example.com:81/a.png?..."),
+        ("https://secret@example.com/a@b.png", "https://example.com/a@b.png"),
+        ("https://example.com/a.png#secret", "https://example.com/a.png#..."),
+        ("s3://key:secret@bucket/a.png?X-Amz-Signature=secret", "s3://bucket/a.png?..."),
+        ("https://user:sec/ret@example.com/a.png", "https://..."),
+        ("https://user:sec?ret@example.com/a.png", "https://..."),
+        ("http://[::1]:80/a.png", "http://[::1]:80/a.png"),
+        ("images/a.png?b", "images/a.png?b"),
+    ],
+)
+def test_a_url_is_shown_without_what_is_secret_in_it(
+    url: str, shown: str, tmp_path: Path, media: Path, no_network: list[Any]
+) -> None:
+    assert redacted(url) == shown
+    if "://" in url:
+        for urls in (False, True):
+            with pytest.raises(ValueError) as caught:
+                resolve_media(url, MediaRules(media, urls=urls, cache=tmp_path))
+            assert "secret" not in str(caught.value) and "sec/" not in str(caught.value)
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "2130706433", "0x7f.1", "[::1]", "[::ffff:127.0.0.1]", "127.1"])
