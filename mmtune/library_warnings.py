@@ -128,7 +128,10 @@ class WarningPrinter(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """A log record, as logging's handlers print it."""
-        text = record.getMessage()
+        try:
+            text = record.getMessage()
+        except (TypeError, ValueError, KeyError):  # arguments that do not fit the message are the library's mistake
+            text = f"{record.msg} {record.args}"
         if record.exc_info and record.exc_info[1] is not None:
             text += f": {type(record.exc_info[1]).__name__}: {record.exc_info[1]}"
         self._print(record.name, record.levelname, text, is_warning=record.levelno == logging.WARNING)

@@ -83,6 +83,12 @@ def test_an_unknown_warning_is_one_line_once(printed: Callable[[], list[str]], l
     ]
 
 
+def test_a_record_that_cannot_be_formatted_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    record = logging.LogRecord("lib", logging.WARNING, "lib.py", 1, "use the new name", (FutureWarning,), None)
+    WarningPrinter().handle(record)
+    assert capsys.readouterr().err == "warning: lib: use the new name (<class 'FutureWarning'>,)\n"
+
+
 def test_a_library_with_a_handler_of_its_own_prints_once(printed: Callable[[], list[str]], tmp_path: Path) -> None:
     logger = logging.getLogger("chattylib")
     logger.propagate = False
