@@ -213,8 +213,8 @@ def _ask_for_deepspeed(given: str | Mapping[str, Any]) -> None:
 def _read_json(file: str) -> Any:
     try:
         config = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{file}: no DeepSpeed configuration, which is a JSON object")
     return config

@@ -47,6 +47,7 @@ HOSTILE = [
     "{{ '{:{w}}'.format_map({'w': wide}) }}",
     "{{ ('{0}' * 100000).format('x' * 1000000) }}",
     "{{ ('%(a)s' * 100000) % {'a': 'x' * 1000000} }}",
+    "{{ ('{:1000000000}' | attr('format'))(1) }}",
     "{{ 'x'.center(wide) }}",
     "{{ 'x'.ljust(width=wide) }}",
     "{{ 'x'.rjust(wide) }}",

@@ -257,9 +257,10 @@ def test_a_deepspeed_configuration_is_looked_for_and_read(
 ) -> None:
     with pytest.raises(UserError, match=r"command line: train.deepspeed=.*no such file: .*none.json"):
         check_files(make_recipe(f"train.deepspeed={tmp_path / 'none.json'}"))
-    asked_by_recipe.write_text("stage: 3")
-    with pytest.raises(UserError, match=r"zero\.json: no JSON"):
-        check_launch("fp32", str(asked_by_recipe))
+    for text in ("stage: 3", "[" * 100_000, "9" * 5000):
+        asked_by_recipe.write_text(text)
+        with pytest.raises(UserError, match=r"zero\.json: not valid JSON"):
+            check_launch("fp32", str(asked_by_recipe))
     recipe = make_recipe("train.deepspeed={zero_optimization: {stage: 2}}")
     assert recipe.train["deepspeed"]["zero_optimization"]["stage"] == 2
     assert training_arguments(recipe).deepspeed_plugin is None  # checks and plans start no DeepSpeed

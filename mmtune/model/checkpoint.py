@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mmtune.errors import UserError
-from mmtune.files import replaced_directory
+from mmtune.files import read_json_object, replaced_directory
 from mmtune.model.components import PEFT_PREFIX, find_components
 from mmtune.model.locate import CHECKPOINT_MARK
 
@@ -164,7 +163,10 @@ def safetensors_files(folder: Path) -> list[Path]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return []
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    weights = read_json_object(index).get("weight_map")
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
+        raise UserError(f"{index}: expected `weight_map`, an object of file names by tensor")
+    names = sorted(set(weights.values()))
     if odd := [name for name in names if Path(name).name != name or name == ".."]:
         raise UserError(f"{index}: {odd[0]!r} is no file beside it")
     return [folder / name for name in names]

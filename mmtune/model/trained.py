@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +108,11 @@ def _holds_weights(path: Path) -> bool:
 
 
 def _checkpoint(path: Path, run: RunDirectory) -> Trained:
-    state = json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    return Trained(path, run, state["global_step"], state["max_steps"])
+    state = read_json_object(path / TRAINER_STATE_NAME)
+    steps = state.get("global_step"), state.get("max_steps")
+    if not all(isinstance(step, int) for step in steps):
+        raise UserError(f"{path / TRAINER_STATE_NAME}: expected the whole numbers `global_step` and `max_steps`, got {steps}")
+    return Trained(path, run, *steps)
 
 
 def adapter_config(adapter: Path) -> dict[str, Any]:

@@ -84,6 +84,23 @@ def test_a_projector_that_does_not_fit_is_named(shelf: Path, llava: tuple[Any, A
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{}", "expected `weight_map`, an object"),
+        ('{"weight_map": []}', "expected `weight_map`, an object"),
+        ('{"weight_map": {"a": 1}}', "expected `weight_map`, an object"),
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"weight_map": ' + "9" * 5000 + "}", "is not valid JSON"),
+    ],
+    ids=["nothing", "a list", "a number", "brackets", "digits"],
+)
+def test_an_index_that_is_none_is_an_error(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"model\.safetensors\.index\.json.*{reason}"):
+        safetensors_files(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "/model.safetensors", ".."])
 def test_an_index_names_files_beside_it(tmp_path: Path, name: str) -> None:
     index = tmp_path / "model.safetensors.index.json"
