@@ -270,10 +270,15 @@ def _chat(arguments: argparse.Namespace) -> Any:
 
 
 def _report(arguments: argparse.Namespace) -> Any:
+    from mmtune.files import read_record
     from mmtune.run_directory import RunDirectory
 
     run = RunDirectory(Path(arguments.model))
-    summary = run.read_summary()
+    run.read_summary()
+    number = (int, float)
+    summary = read_record(
+        run.summary, trainable_parameters=int, total_parameters=int, train_seconds=number, peak_memory_mb=number
+    )
     settle_console()
     from mmtune.evaluation.report import print_scores
 

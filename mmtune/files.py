@@ -288,6 +288,26 @@ def _replaced(out: Path) -> Iterator[Path]:
         shutil.rmtree(scratch)
 
 
+def read_record(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
+    """As `read_json_object`, of a file that mmtune or a library has written and somebody may have changed.
+
+    Args:
+        kinds: the keys that are needed, and the types of their values.
+
+    Raises:
+        UserError: also when a key is missing or its value is of another type; the message begins with the file's path.
+        OSError: the file cannot be read.
+    """
+    try:
+        content = read_json_object(path)
+    except UserError as error:
+        raise UserError(f"{path}: not as it was written: {error}") from error
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key), kind):
+            raise UserError(f"{path}: not as it was written: {key} is {str(content.get(key))[:40]!r}")
+    return content
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmtune import __version__
 from mmtune.errors import CheckFailed, UserError
-from mmtune.files import check_replaceable, linked_directory, replace_text, writing
+from mmtune.files import check_replaceable, linked_directory, read_record, replace_text, writing
 from mmtune.hub import missing
 from mmtune.locks import locked
 from mmtune.manifest import check_manifest
@@ -137,8 +137,7 @@ class RunDirectory:
         if not self.summary.is_file():
             state = self.unfinished() if self.recipe.is_file() else "is not a run: it has no recipe.yaml"
             raise UserError(f"{self.path} {state}")
-        summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
-        return summary
+        return read_record(self.summary)
 
     def unfinished(self) -> str:
         """How far a run without a `summary.json` has come, and which command goes on with it; follows the run's path."""

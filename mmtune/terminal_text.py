@@ -48,30 +48,23 @@ class OutputFailed(Exception):
         os.close(nowhere)
 
 
-class EscapedStream:
-    """A text stream that escapes control characters in all that is written to it; the rest is the stream's own.
-
-    Characters that the stream's encoding lacks are escaped as well. Whoever writes terminal sequences of its own takes `stream`.
+class GuardedStream:
+    """A text stream whose failure has a name of its own; characters that its encoding lacks are escaped.
 
     Args:
         stream: where the text goes.
         name: of the stream, for people.
-        shows_progress: whether progress bars are written here: they begin with a carriage return, or move between lines.
 
     Raises:
         OutputFailed: from `write` and `flush`, such as when the reader of a pipe is gone or a disk is full.
     """
 
-    def __init__(self, stream: TextIO, name: str, shows_progress: bool = False) -> None:
+    def __init__(self, stream: TextIO, name: str) -> None:
         self.stream = stream
-        self._name = name
-        self._shows_progress = shows_progress
+        self.title = name
 
     def write(self, text: str) -> int:
-        start = ""
-        if self._shows_progress:
-            start = text if CURSOR.fullmatch(text) else "\r" * text.startswith("\r")
-        shown = start + escape_controls(text[len(start) :])
+        shown = text
         if not takes_any_character(self.stream):
             shown = shown.encode(self.stream.encoding, "backslashreplace").decode(self.stream.encoding)
         try:
@@ -92,7 +85,7 @@ class EscapedStream:
 
     def _failed(self, error: OSError) -> None:
         """Go on without a terminal that was closed: whether that ends the command is said by SIGHUP. Any other error counts."""
-        failed = OutputFailed(error, self._name, self.stream.fileno())
+        failed = OutputFailed(error, self.title, self.stream.fileno())
         if error.errno != errno.EIO or not stat.S_ISCHR(os.fstat(self.stream.fileno()).st_mode):
             raise failed from error
         failed.discard()
@@ -101,14 +94,36 @@ class EscapedStream:
         return getattr(self.stream, name)
 
 
+class EscapedStream(GuardedStream):
+    """A guarded stream that escapes control characters in all that is written to it.
+
+    Whoever writes terminal sequences of its own takes `unescaped`.
+
+    Args:
+        stream, name: as for `GuardedStream`.
+        shows_progress: whether progress bars are written here: they begin with a carriage return, or move between lines.
+    """
+
+    def __init__(self, stream: TextIO, name: str, shows_progress: bool = False) -> None:
+        super().__init__(stream, name)
+        self._shows_progress = shows_progress
+
+    def write(self, text: str) -> int:
+        start = ""
+        if self._shows_progress:
+            start = text if CURSOR.fullmatch(text) else "\r" * text.startswith("\r")
+        super().write(start + escape_controls(text[len(start) :]))
+        return len(text)
+
+
 def takes_any_character(stream: Any) -> bool:
     """Whether a stream's encoding has every character; otherwise the writer of a JSON document escapes those beyond ASCII."""
     return str(stream.encoding or "utf-8").lower().startswith("utf")
 
 
-def unescaped(stream: TextIO) -> TextIO:
-    """The stream below an `EscapedStream`, for those who write terminal sequences of their own; any other stream as it is."""
-    return stream.stream if isinstance(stream, EscapedStream) else stream
+def unescaped(stream: Any) -> Any:
+    """An `EscapedStream` without the escaping, for those who write terminal sequences of their own; any other stream as it is."""
+    return GuardedStream(stream.stream, stream.title) if isinstance(stream, EscapedStream) else stream
 
 
 def escapes_output(run: Callable[..., int]) -> Callable[..., int]:

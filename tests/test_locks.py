@@ -206,3 +206,14 @@ def test_the_commit_is_told_and_no_program_of_the_repository_runs(repository: Pa
 def test_outside_a_repository_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert git_commit() is None
+
+
+# ---- records that somebody changed
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"trainable_parameters": "x"}', "[" * 100_000], ids=range(5))
+def test_a_summary_that_was_changed_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    (tmp_path / "summary.json").write_text(text, encoding="utf-8")
+    assert entry_point(["report", str(tmp_path)]) == 2
+    assert "summary.json: not as it was written" in capsys.readouterr().err

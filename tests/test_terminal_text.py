@@ -97,24 +97,45 @@ def test_a_table_keeps_its_styles_and_its_text_is_escaped(monkeypatch: pytest.Mo
     assert "\x1b[2J" not in text.getvalue()
 
 
-@pytest.mark.parametrize("size", [1, 100_000])
+def print_table() -> None:
+    table = Table("name")
+    table.add_row("naïve" + "x" * 100_000)
+    StyledConsole(width=200_000).print(table)
+
+
+PRINTS: dict[str, Callable[[], None]] = {
+    "a character": lambda: print("x"),
+    "more than a buffer": lambda: print("x" * 100_000),
+    "a table": print_table,
+}
+
+
+def test_a_table_on_a_terminal_without_the_characters(verb: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert verb(print_table) == 0
+    assert b"na\\xefve" in written.getvalue()
+
+
+@pytest.mark.parametrize("size", list(PRINTS))
 def test_a_closed_pipe_ends_the_command_quietly(
-    verb: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], size: int
+    verb: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], size: str
 ) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as closed:
         monkeypatch.setattr(sys, "stdout", closed)
-        assert verb(lambda: print("x" * size)) == 141
+        assert verb(PRINTS[size]) == 141
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("size", list(PRINTS))
 def test_a_full_disk_behind_the_output_is_named(
-    verb: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    verb: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], size: str
 ) -> None:
     with Path("/dev/full").open("w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        assert verb(lambda: print("x" * 100_000)) == 2
+        assert verb(PRINTS[size]) == 2
     assert capfd.readouterr().err == "error: cannot write to standard output: No space left on device\n"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from mmtune.evaluation.report import generation_line, score_rows
+from mmtune.files import read_record
 from mmtune.hub import HUB_ID, cached_snapshot
 from mmtune.methods.table import METHODS
 from mmtune.model.locate import BUILTIN
@@ -81,7 +81,7 @@ def _card(recipe: Recipe, summary: dict[str, Any], run: RunDirectory, about: str
         front["base_model"] = recipe.model.base
     if (licence := base_licence(recipe)) is not None:
         front["license"] = licence
-    environment = json.loads(run.environment.read_text(encoding="utf-8"))
+    environment = read_record(run.environment, versions=dict, python=str)
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 import re
 import shutil
@@ -20,7 +19,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 from mmtune.data.dataset import Samples, open_samples
 from mmtune.data.message import Sample
 from mmtune.errors import CheckFailed, UserError
-from mmtune.files import check_links_stay, replaced_directory
+from mmtune.files import check_links_stay, read_record, replaced_directory
 from mmtune.manifest import NAME as MANIFEST
 from mmtune.manifest import write_manifest
 from mmtune.model.carried import carry_over, describe_tensors, unread_tensors
@@ -169,7 +168,9 @@ def summary_of(trained: Trained) -> dict[str, Any]:
     """What a run's `summary.json` says; of a checkpoint, what is known of it, and nothing of the finished run."""
     if not trained.is_checkpoint:
         return trained.run.read_summary() if trained.run.summary.is_file() else {}
-    report = json.loads((trained.path / trained.run.data_report.name).read_text(encoding="utf-8"))
+    report = read_record(
+        trained.path / trained.run.data_report.name, rows=(int, type(None)), dropped_over_length=list, quarantined=list
+    )
     counts = {name: len(report[name]) for name in ("dropped_over_length", "quarantined")}
     return {"steps": trained.steps, "rows": report["rows"], **counts}
 

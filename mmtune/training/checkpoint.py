@@ -12,7 +12,7 @@ from typing import Any
 from mmtune.data.plan_cache import signatures
 from mmtune.data.report import DataReport
 from mmtune.errors import UserError
-from mmtune.files import flush, open_as_umask_says, sync
+from mmtune.files import flush, open_as_umask_says, read_record, sync
 from mmtune.manifest import check_manifest, names_in, write_manifest
 from mmtune.recipe import Recipe, load_recipe
 from mmtune.run_directory import SAVING, RunDirectory, becomes_seen, step_of
@@ -110,7 +110,7 @@ def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, world: 
     if run.summary.is_file():
         raise UserError(f"resume: {run.path} is finished; --overwrite trains it anew")
     check_same_recipe(recipe, run)
-    then = json.loads((checkpoint / LAYOUT).read_text(encoding="utf-8"))
+    then = read_record(checkpoint / LAYOUT, layout=str, files=dict)
     if then["layout"] != world.layout:
         raise UserError(f"resume: {checkpoint} was written by {then['layout']}, and this is {world.layout}; launch as before")
     files = signatures(recipe.data.train)
