@@ -6,7 +6,6 @@ imported, and leaves alone what the user or a launcher has set.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -31,9 +30,10 @@ def prepare_threads() -> None:
 def usable_cores() -> int:
     """The cores that this process may use at once: those of its affinity, and no more than its control groups' CPU quota.
 
-    `os.cpu_count` gives the machine's, in a container too. A quota of 1.5 cores counts as 2.
+    `os.cpu_count` gives the machine's, in a container too. A quota is rounded to whole cores: 1.5 counts as
+    2, and 1.2 as 1.
     """
-    return max(min((_affinity(), *map(math.ceil, cpu_quotas()))), 1)
+    return max(min((_affinity(), *map(round, cpu_quotas()))), 1)
 
 
 def _affinity() -> int:

@@ -48,6 +48,7 @@ def test_quotas_of_both_versions_are_read(tmp_path: Path, files: dict[str, str],
     [
         ([], None, 16, None),  # torch's own number
         ([1.5], None, 2, "2"),
+        ([3.2], None, 3, "3"),
         ([6, 0.5], None, 1, "1"),
         ([99], None, 16, None),
         ([], "4", 16, "4"),

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import distributed
 from mmtune import run_directory
 from mmtune.errors import UserError
 from mmtune.recipe import Recipe, check_files, load_recipe
+from mmtune.rehearse import _shared_folder, rehearse
 from mmtune.run_directory import RunDirectory, new_run
 from mmtune.train import train, training_arguments
 from mmtune.world import (
@@ -332,10 +334,11 @@ def test_how_batches_are_divided_is_not_a_recipes_to_set(make_recipe: Callable[.
         make_recipe(f"train.{key}")
 
 
-def test_an_earlier_run_is_back_when_another_process_fails(
-    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_earlier_run_is_back_after_sigterm(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    """The launcher ends the first process with SIGTERM, which would leave things as they are."""
+    """A launcher ends the first process with it when another one has failed; it would leave things as they are."""
     monkeypatch.setattr(World, "from_first", lambda self, brought: brought)
     monkeypatch.setattr(World, "gather", lambda self, mine: [mine, mine])
     recipe = make_recipe()
@@ -343,12 +346,35 @@ def test_an_earlier_run_is_back_when_another_process_fails(
     run.path.mkdir()
     run.recipe.write_text("an earlier run")
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit), new_run(recipe, ["test"], overwrite=True, world=World(size=2)):
+    with pytest.raises(SystemExit), new_run(recipe, ["test"], overwrite=True, world=World(size=size)):
         assert run.recipe.read_text() != "an earlier run"
         os.kill(os.getpid(), signal.SIGTERM)
     assert run.recipe.read_text() == "an earlier run"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml", "run"]
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@pytest.mark.parametrize("end", [SystemExit, ZeroDivisionError, None])
+def test_the_folder_of_a_rehearsal_goes_however_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: type[BaseException] | None
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(end) if end else nullcontext(), _shared_folder(World()) as place:
+        (place / "file").write_text("x")
+        assert place.parent == tmp_path
+        if end is SystemExit:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif end is not None:
+            raise end
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rehearsal_on_two_machines_is_refused(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(RENDEZVOUS, ("0", "0", "4", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="launch it on one machine"):
+        rehearse(make_recipe())
 
 
 def test_layouts_have_names() -> None:
