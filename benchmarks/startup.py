@@ -3,8 +3,9 @@
 Every command runs in a process of its own, and the import as well; all take turns. The figures are user and system time of the
 process and its children, medians over the rounds. A command with a mistake is to say so and to end with exit code 2.
 
-Beside a CPU build of torch, a CUDA wheel of torchvision cannot be imported by itself, and with it neither can transformers: the reference calls
-`mmtune.torchvision_support.prepare_torchvision` first, which imports it in a way that works. That is part of its time.
+Beside a CPU build of torch, a CUDA wheel of torchvision cannot be imported by itself, and with it neither can transformers: the
+reference calls `mmtune.torchvision_support.prepare_torchvision` first, which imports it in a way that works. That is part of its
+time.
 
 Usage: python benchmarks/startup.py [--rounds 5]
 """
@@ -99,10 +100,8 @@ def main() -> None:
                 spent = cpu_seconds([sys.executable, "-m", "mmtune.cli", *command.split()], folder, expected)
                 times[command] += [] if first else [spent]
     whole = statistics.median(reference)
-    print(
-        f"import torch, transformers, peft: {whole:.2f} s of CPU time, median of {rounds} (from {min(reference):.2f} to ", end=""
-    )
-    print(f"{max(reference):.2f})\n")
+    spread = f"from {min(reference):.2f} to {max(reference):.2f}"
+    print(f"import torch, transformers, peft: {whole:.2f} s of CPU time, median of {rounds} ({spread})\n")
     print("CPU time   of the import's   exit code   mmtune ...")
     for command, seconds in times.items():
         spent = statistics.median(seconds)

@@ -46,9 +46,13 @@ def _unknown(key: str) -> str | None:
     above, _, name = key.rpartition(".")
     target = OTHER_NAMES.get(name) or _elsewhere(name)
     if target is None:
-        refused = training_arguments().refused.get(name) if not above else None
-        return refused and f"{UNKNOWN}; of transformers' arguments, and not a recipe's to set: {refused}"
-    place, value = re.fullmatch(r"([\w.]+\b)(.*)", target).groups()  # type: ignore[union-attr]
+        train = training_arguments()
+        reason = None if above else train.gone.get(name) or train.refused.get(name)
+        return reason and f"{UNKNOWN}; of train's arguments: {reason}"
+    place, colon, value = target.partition(":")
+    value = colon + value
+    if place.startswith("--"):
+        return f"{UNKNOWN}; give {place}"
     if place.rpartition(".")[0] == above:
         here = f"{place.rpartition('.')[2]}{value}"
         return f"{UNKNOWN}; {'write' if value else 'its name here is'} {here}"

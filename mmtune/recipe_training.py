@@ -88,7 +88,10 @@ def _scheduler_faults(train: Mapping[str, Any]) -> list[Fault]:
     unknown = [name for name in given if name not in valid]
     if unknown and not valid:
         return [fault("lr_scheduler_kwargs", f"{kind} takes none; leave them out")]
-    faults = [fault(("lr_scheduler_kwargs", name), f"unknown key of {kind}{nearest(name, set(valid))}") for name in unknown]
+    faults = []
+    for name in unknown:
+        hint = "; lr_scheduler_type: cosine_with_min_lr takes min_lr" if name in ("min_lr", "min_lr_rate", "eta_min") else ""
+        faults.append(fault(("lr_scheduler_kwargs", name), f"unknown key of {kind}{hint or nearest(name, set(valid))}"))
     for name, value in given.items():
         if name in ("warmup_type", "decay_type"):
             if value not in SHAPES:

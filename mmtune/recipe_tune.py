@@ -84,6 +84,10 @@ def _selector_faults(given: Mapping[str, Any]) -> list[Fault]:
         selector = given.get(key)
         if hint := other_value("target_modules", selector):
             faults.append(fault(key, f"{shown(selector)} is no name of a module{hint}"))
+        elif isinstance(selector, list) and (wrong := [name for name in selector if set(str(name)) & set("*+?()[]|^$\\")]):
+            faults.append(
+                fault(key, f"a list holds names, and {shown(wrong[0])} is none; give a regular expression as one string")
+            )
         elif isinstance(selector, str) and selector not in NAMED:
             try:
                 is_match(compile_selector(selector), _A_PATH)

@@ -12,9 +12,10 @@ from transformers import TrainingArguments
 from mmtune.cli import entry_point
 from mmtune.errors import UserError
 from mmtune.methods.selectors import compile_selector, is_match
-from mmtune.recipe import load_recipe
+from mmtune.recipe import Source, load_recipe
 from mmtune.recipe_arguments import training_arguments
 from mmtune.recipe_libraries import library_fact
+from mmtune.recipe_names import OTHER_NAMES
 from mmtune.recipe_training import OPTIMIZERS, training_faults
 
 RECIPE = """\
@@ -108,6 +109,17 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("train.load_in_4bit=true", "unknown key; write model.precision: nf4"),
         ("train.bf16=true", "not a recipe's to set: give model.precision"),
         ("lora_r=8", "unknown key; write tune.language.r"),
+        ("overwrite_output_dir=true", "unknown key; give --overwrite on the command line"),
+        ("warmup_ratio=0.1", "unknown key; of train's arguments: a float warmup_steps below 1 is the ratio"),
+        ("remove_unused_columns=false", "unknown key; of train's arguments: mmtune's own collator decides what reaches"),
+        (
+            "train={lr_scheduler_type: cosine, lr_scheduler_kwargs: {eta_min: 1e-6}}",
+            "unknown key of cosine; lr_scheduler_type: cosine_with_min_lr takes min_lr",
+        ),
+        (
+            "tune.language.target_modules=['.*[.]1.*query']",
+            "a list holds names, and '.*[.]1.*query' is none; give a regular expression as one string",
+        ),
         ("finetuning_type=lora", "unknown key; write tune.language.method"),
         ("cutoff_len=4096", "unknown key; write data.max_tokens"),
         ("micro_batch_size=4", "unknown key; write train.per_device_train_batch_size"),
@@ -206,3 +218,15 @@ def test_what_passes_here_is_what_training_arguments_take(tmp_path: Path) -> Non
     assert tried > 100
     assert set(schedulers) <= set(choices["lr_scheduler_type"])
     assert all(any(name.startswith(beginning) for name in choices["optim"]) for beginning in OPTIMIZERS)
+
+
+def test_every_other_name_names_a_key_of_a_recipe(recipe: Path) -> None:
+    for name, target in OTHER_NAMES.items():
+        with pytest.raises(UserError) as raised:
+            load_recipe(recipe, [f"{name}=1"])
+        assert f"command line: {name}=1: unknown key; {'give' if target.startswith('--') else 'write'} {target}" in str(
+            raised.value
+        )
+        if not target.startswith("--"):
+            key = target.partition(":")[0].replace("data.train.0.", "data.")
+            assert load_recipe(recipe).has_key(key) or key.removeprefix("data.") in Source.model_fields
