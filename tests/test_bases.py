@@ -159,9 +159,9 @@ def test_what_is_set_right_is_said_and_gives_the_built_in_models_answer(
     [
         ("no_object", "chat", "{base}: generation_config.json is not a JSON object, but [1]"),
         ("no_json", "chat", "{base}: config.json is not valid JSON: Expecting property name"),
-        ("no_json", "check", "model.base: {base}: config.json is not valid JSON: Expecting property name"),
+        ("no_json", "check", "{recipe}:1: model.base: {base}: config.json is not valid JSON: Expecting property name"),
         ("odd_patch", "chat", "{base}: the model cannot take an image of 640 x 480 pixels as its processor gives it: "),
-        ("odd_patch", "check", "model.base: {base}: the model cannot take an image of 640 x 480 pixels"),
+        ("odd_patch", "check", "{recipe}:1: model.base: {base}: the model cannot take an image of 640 x 480 pixels"),
         ("llama_config", "chat", "{base}: it has model_type 'llama', which is not supported"),
         ("without_end", "chat", "{base}: its chat template does not serve"),
     ],
@@ -171,7 +171,7 @@ def test_an_error_about_a_base_begins_with_what_the_reader_wrote(
 ) -> None:
     case = bases(name)
     assert entry_point(_verbs(case)[verb]) == 2
-    assert capsys.readouterr().err.startswith("error: " + error.format(base=case / "base"))
+    assert "error: " + error.format(base=case / "base", recipe=case / "recipe.yaml") in capsys.readouterr().err
 
 
 def test_a_model_without_one_weight_is_not_asked(
