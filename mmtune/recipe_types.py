@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import operator
 import re
 import types
@@ -68,6 +69,8 @@ def plain_type(annotation: Any, nested: bool) -> Any:
 
 
 def _any_of(kinds: list[Any]) -> Any:
+    # Unions of the same members are equal, so typing's cache may give them in another order in another process.
+    kinds = sorted(kinds, key=lambda kind: (kind == "null", json.dumps(kind)))
     return (kinds[0] if len(kinds) == 1 else {"any_of": kinds}) if kinds else None
 
 
