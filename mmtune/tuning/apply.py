@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -122,6 +123,10 @@ def _with_adapter(model: PreTrainedModel, config: PeftConfig, batches: Iterable[
     if init == "eva":
         with runnable(tuned):
             initialize_lora_eva_weights(tuned, [to_model(tuned, batch) for batch in batches], show_progress_bar=False)
+    base = tuned.get_base_model()
+    if not any(isinstance(each, BaseTunerLayer) for each in (base.get_input_embeddings(), base.get_output_embeddings())):
+        # The vocabulary is the base's. PEFT would ask the hub for the base's config at every save, to find that out.
+        tuned.save_pretrained = functools.partial(tuned.save_pretrained, save_embedding_layers=False)
     return tuned
 
 

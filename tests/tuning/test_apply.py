@@ -35,6 +35,20 @@ def test_lora_count_is_its_closed_form(make_recipe: Callable[..., Recipe], base:
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
 
 
+def test_saving_an_adapter_asks_the_hub_nothing(
+    make_recipe: Callable[..., Recipe], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(str(base))
+    model.name_or_path = "owner/name"
+    adapted = apply_tuning(model, find_components(model), make_recipe().tune)
+    lookup = "peft.utils.save_and_load.check_file_exists_on_hf_hub"
+    monkeypatch.setattr(lookup, lambda *_: pytest.fail("asked the hub"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    with pytest.raises(pytest.fail.Exception, match="asked the hub"):  # as PEFT does by itself
+        type(adapted).save_pretrained(adapted, tmp_path / "other")
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
