@@ -18,14 +18,15 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from mmtune.jinja_counting import CHARGE_PASS, CHARGE_READ, count_work
+
 BUDGET = "budget of mmtune"
 """The name under which a rendering finds its budget; no name that Jinja could write."""
 
 UNITS = 10_000_000
-"""What a rendering may take: a unit for each character that a filter reads, `ITEM` for an item, `PASS` for a pass."""
+"""What a rendering may take: a unit for each character that a filter reads, `ITEM` for an item, `PASS` for a loop's pass."""
 UNITS_PER_INPUT = 200
 """Added for what the template is given, `ITEM` for each of its items and a unit for each 8 of its characters."""
-PASS = 20
 CALL = 100
 ITEM = 20
 MAX_BITS = 10_000
@@ -46,9 +47,6 @@ RENDER_FAULTS = (
 )
 """What rendering raises: Jinja runs Python's operators and methods, and writes infinity, as of 1e400, as a name."""
 
-_PASS, _READ = "mmtune pass", "mmtune read"
-"""Names of the two filters that are added to a parsed template."""
-
 _SHALLOW = (
     *("attr", "count", "d", "default", "first", "items", "last", "length", "list", "map"),
     *("reject", "rejectattr", "reverse", "select", "selectattr"),
@@ -60,7 +58,10 @@ _DEEP_TESTS = (
 )
 """Tests that read all of a value."""
 _REMOVED = ("lipsum",)
-_FORMAT_NUMBER = re.compile(r"\d+")
+_PERCENT = re.compile(r"[-#0 +]*(\d+|\*)?(?:\.(\d+|\*)?)?")
+"""Flags, width and precision of a `%` pattern's field, behind its key."""
+_SPEC = re.compile(r"\{[^{}:]*:([^{}]*)")
+"""The format of a `str.format` pattern's field, up to a field inside of it."""
 
 
 _NESTED = (list, tuple, dict, KeysView, ValuesView, ItemsView, Namespace)
@@ -155,7 +156,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.filters = {name: _charged(name, function) for name, function in self.filters.items()}
         tests: dict[str, Any] = dict(self.tests)
         self.tests |= {name: _charged(name, tests[name]) for name in _DEEP_TESTS}
-        self.filters |= {_PASS: _pass, _READ: _read}
+        self.filters |= {CHARGE_PASS: _pass, CHARGE_READ: _read}
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """The operator's result, if its size is within the budget."""
@@ -167,9 +168,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "*":
             for value, times in ((left, right), (right, left)):
                 if isinstance(value, (str, bytes, list, tuple)) and isinstance(times, int):
-                    budget.charge(len(value) * max(times, 0) // 8 + 1)
+                    units = len(value) * max(times, 0)
+                    budget.charge(units if isinstance(value, (list, tuple)) else units // 8 + 1)
         elif operator == "%" and isinstance(left, (str, bytes)):
-            _charge_format(budget, left, right)
+            _charge_percent(budget, left, right)
         else:
             budget.size(left)
             budget.size(right)
@@ -194,7 +196,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return result
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
-        _count_work(source)
+        count_work(source)
         return super()._generate(source, *args, **kwargs)
 
 
@@ -272,12 +274,10 @@ def _charged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
                 budget.charge(len(first))
         if estimate is not None:
             estimate(budget, *args, **kwargs)
-        own = (
-            ()
-            if passes is None
-            else ({"context": context, "eval_context": context.eval_ctx}.get(passes.name, context.environment),)
-        )
-        result = function(*own, *args, **kwargs)
+        if passes is not None:
+            own = {"context": context, "eval_context": context.eval_ctx, "environment": context.environment}
+            args = (own[passes.name], *args)
+        result = function(*args, **kwargs)
         if isinstance(result, Iterator):
             return _counted(budget, result)
         budget.size(result)
@@ -297,6 +297,7 @@ def _charge_numbers(budget: Budget, value: Any) -> None:
     waiting = [value]
     while waiting:
         value = waiting.pop()
+        budget.charge(ITEM)
         if isinstance(value, int):
             budget.charge(max(value, 0))
         elif isinstance(value, (list, tuple)):
@@ -305,15 +306,48 @@ def _charge_numbers(budget: Budget, value: Any) -> None:
             waiting += value.values()
 
 
-def _charge_format(budget: Budget, pattern: str | bytes, *given: Any) -> None:
-    """Charge a `%` or `format` pattern: its fields, each of all that is given, and the widths that it or its arguments name."""
+def _charge_percent(budget: Budget, pattern: str | bytes, given: Any) -> None:
+    """Charge a `%` pattern, as Python reads it: the width and precision of each field, and what is given, once for each field."""
     text = pattern.decode("latin-1") if isinstance(pattern, bytes) else pattern
-    budget.charge(sum(int(digits) if len(digits) < 10 else 10**10 for digits in _FORMAT_NUMBER.findall(text)))
-    if "*" in text or re.search(r"\{[^{}]*:[^{}]*\{", text):
+    fields, place = 0, text.find("%")
+    while 0 <= place < len(text) - 1:
+        fields, place = fields + 1, place + 1
+        if text[place] == "(":  # a key, in which parentheses may be nested
+            depth = 1
+            while depth and place < len(text) - 1:
+                place += 1
+                depth += {"(": 1, ")": -1}.get(text[place], 0)
+            place += 1
+        field = _PERCENT.match(text, place)
+        if field is not None:
+            if "*" in field.groups():
+                _charge_numbers(budget, given)
+            budget.charge(sum(map(_width, field.groups())))
+            place = field.end() + 1
+        place = text.find("%", place)
+    _charge_given(budget, fields, given)
+
+
+def _charge_format(budget: Budget, pattern: str, given: Any) -> None:
+    """Charge a `str.format` pattern: the widths of its fields, and what is given, once for each field."""
+    pattern = pattern.replace("{{", "")
+    if re.search(r"\{[^{}]*\{", pattern):  # a width that is itself a field, or digits on both sides of one
         _charge_numbers(budget, given)
-    fields = text.count("%") + text.count("{")
+        specs = [pattern]
+    else:
+        specs = _SPEC.findall(pattern)
+    budget.charge(sum(_width(digits) for spec in specs for digits in re.findall(r"\d+", spec)))
+    _charge_given(budget, pattern.count("{"), given)
+
+
+def _width(digits: str | None) -> int:
+    """The number of these digits; one beyond every budget, where there are more than a width can have."""
+    return 0 if digits in (None, "*") else int(digits) if len(digits) < 12 else 10**12
+
+
+def _charge_given(budget: Budget, fields: int, given: Any) -> None:
     if fields > 1:
-        budget.charge(fields * sum(size for value in given for size in _within(budget, value)))
+        budget.charge(fields * sum(_within(budget, given)))
     else:
         budget.read(given)
 
@@ -339,7 +373,7 @@ def _method_units(budget: Budget, owner: str | bytes, name: str, args: tuple[Any
         table = args[0] if args and isinstance(args[0], dict) else {}
         return len(owner) * max((len(value) for value in table.values() if isinstance(value, str)), default=1)
     if name in ("format", "format_map"):
-        _charge_format(budget, owner, args, kwargs)
+        _charge_format(budget, str(owner), (args, kwargs))
     elif name == "striptags":
         return _tag_units(owner)
     return 0
@@ -372,7 +406,7 @@ def _joined(budget: Budget, items: Any, between: Any = "", *_: Any, **__: Any) -
 
 
 def _formatted(budget: Budget, pattern: Any, *args: Any, **kwargs: Any) -> None:
-    _charge_format(budget, str(pattern), args, kwargs)
+    _charge_percent(budget, str(pattern), (args, kwargs))
 
 
 def _stripped_of_tags(budget: Budget, text: Any, *_: Any, **__: Any) -> None:
@@ -427,65 +461,3 @@ _FILTER_UNITS: dict[str, Callable[..., None]] = {
     "tojson": _pretty,
 }
 """By a filter, what it takes besides reading its value and arguments."""
-
-
-# ---- the parsed template
-
-
-_BODIES: Any = (nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block)
-
-
-def _count_work(template: nodes.Template) -> None:
-    """Charge every pass of a loop, a macro, a call or a block, and what operators that Jinja compiles to Python's read."""
-    _charge_operands(template)
-    for loop in template.find_all(nodes.For):
-        if loop.test is not None:
-            loop.test = _at(loop.test, nodes.And(_passing(PASS), loop.test))
-    for block in list(template.find_all(_BODIES)):
-        counted = nodes.ExprStmt(_passing(PASS + sum(map(_length, block.body))))
-        block.body = [_at(block, counted), *block.body]
-
-
-def _passing(units: int) -> nodes.Expr:
-    return nodes.Filter(nodes.Const(units), _PASS, [], [], None, None)
-
-
-def _reading(value: nodes.Expr) -> nodes.Expr:
-    return value if isinstance(value, nodes.Const) else _at(value, nodes.Filter(value, _READ, [], [], None, None))
-
-
-def _at(place: nodes.Node, node: Any) -> Any:
-    return node.set_lineno(place.lineno).set_environment(place.environment)
-
-
-def _length(node: nodes.Node) -> int:
-    """Expressions and characters of text in a part of a template. Those of a loop in it count again with each of its passes."""
-    parts = [node, *node.find_all(nodes.Node)]
-    return sum(len(part.data) if isinstance(part, nodes.TemplateData) else 1 for part in parts)
-
-
-def _charge_operands(node: nodes.Node) -> None:
-    """Charge what is read by operators that the sandbox leaves to Python: `~`, comparisons, slices, and keys of objects."""
-    for child in node.iter_child_nodes():
-        _charge_operands(child)
-    if isinstance(node, nodes.Concat):
-        node.nodes = [_reading(each) for each in node.nodes]
-    elif isinstance(node, nodes.Compare):
-        constant = isinstance(node.expr, nodes.Const) or isinstance(node.ops[0].expr, nodes.Const)
-        if len(node.ops) > 1 or not (constant and node.ops[0].op in ("eq", "ne")):
-            node.expr = _reading(node.expr)
-            for operand in node.ops:
-                operand.expr = _reading(operand.expr)
-    elif isinstance(node, nodes.Pair):
-        node.key = _reading(node.key)
-    elif isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Slice):
-        node.arg = _reading(node.arg)
-    for name, value in node.iter_fields():
-        if isinstance(value, list):
-            setattr(node, name, [_reading(each) if _is_slice(each) else each for each in value])
-        elif _is_slice(value):
-            setattr(node, name, _reading(value))
-
-
-def _is_slice(node: Any) -> bool:
-    return isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)

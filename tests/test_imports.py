@@ -25,6 +25,7 @@ MAX_LINES = 500
 # A room that is not here is a fault: a new one says where on the road it stands.
 GROUND = {
     "bounded_jinja",
+    "jinja_counting",
     "chat_rendering",
     "console",
     "errors",
@@ -44,7 +45,8 @@ RECIPE = GROUND | {"methods", "recipe", "run_directory"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
-    "bounded_jinja": set(),
+    "jinja_counting": set(),
+    "bounded_jinja": {"jinja_counting"},
     "chat_rendering": {"bounded_jinja"},
     "console": {"library_warnings", "threads", "torchvision_support"},
     "library_warnings": set(),
