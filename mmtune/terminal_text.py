@@ -11,6 +11,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any, TextIO
 
 # C0 without tab and newline, DEL, C1, the bidirectional overrides and isolates, and surrogates, which no encoding takes.
@@ -151,7 +152,8 @@ def escapes_output(run: Callable[..., int]) -> Callable[..., int]:
 
 @contextmanager
 def _escaped_streams() -> Iterator[None]:
-    out: Any = EscapedStream(sys.stdout, "standard output")
-    err: Any = EscapedStream(sys.stderr, "standard error", shows_progress=True)
-    with redirect_stdout(out), redirect_stderr(err):
-        yield
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:  # for streams that were closed before (`>&-`)
+        out: Any = EscapedStream(sys.stdout or nowhere, "standard output")
+        err: Any = EscapedStream(sys.stderr or nowhere, "standard error", shows_progress=True)
+        with redirect_stdout(out), redirect_stderr(err):
+            yield

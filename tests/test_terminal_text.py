@@ -147,3 +147,10 @@ def test_a_terminal_that_was_closed_ends_nothing_by_itself() -> None:
         stream.write("the first\n")
         stream.write("the second\n")
         stream.flush()
+
+
+def test_streams_that_were_closed_before(verb: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert verb(lambda: print("x")) == 0
+    assert verb(print_table, "--json") == 0
