@@ -24,7 +24,7 @@ from mmtune.model.compute import to_model
 from mmtune.model.sharded import runnable, size_of, to_float32
 from mmtune.recipe import TuneSection
 from mmtune.styled_console import StyledConsole
-from mmtune.tuning.settings import component_path, keeps_adapter, peft_config
+from mmtune.tuning.settings import about_key, component_path, keeps_adapter, peft_config
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def _trained_in_full(model: nn.Module, components: Components, tune: TuneSection
             continue
         chosen = None
         if "target_modules" in tuning.settings:
-            chosen = set(select_modules(model, components, component, tuning.settings["target_modules"]))  # type: ignore[arg-type]
+            with about_key(f"tune.{component}.target_modules"):
+                chosen = set(select_modules(model, components, component, tuning.settings["target_modules"]))  # type: ignore[arg-type]
         for name, _ in model.named_parameters():
             # The head is the language model's last layer; where it is tied to the embeddings it is the same parameter.
             owner = component_of(name, components)

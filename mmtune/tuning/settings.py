@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from peft import EvaConfig, LoraConfig, LoraGAConfig, OFTConfig, PeftConfig
@@ -50,7 +51,8 @@ def peft_config(model: nn.Module, components: Components, tune: TuneSection, ste
         if settings.get(key):
             found = _selected(select, model, components, users, key)
             settings[key] = [path for paths in found.values() for path in paths]
-    _check_fits(model, method.name, settings)
+    with about_key(f"tune.{next(iter(users))}"):
+        _check_fits(model, method.name, settings)
     if method.name == "adalora":
         settings["total_step"] = steps
     if settings.get("init_lora_weights") == "eva":
@@ -63,9 +65,21 @@ def peft_config(model: nn.Module, components: Components, tune: TuneSection, ste
 def _selected(
     select: Any, model: nn.Module, components: Components, users: Mapping[str, ComponentTuning], key: str
 ) -> dict[str, list[str]]:
-    return {
-        name: select(model, components, name, tuning.settings[key]) for name, tuning in users.items() if tuning.settings.get(key)
-    }
+    selected = {}
+    for name, tuning in users.items():
+        if tuning.settings.get(key):
+            with about_key(f"tune.{name}.{key}"):
+                selected[name] = select(model, components, name, tuning.settings[key])
+    return selected
+
+
+@contextlib.contextmanager
+def about_key(key: str) -> Iterator[None]:
+    """Inside, an error is about a key of the recipe, with which its message then begins."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def _check_fits(model: nn.Module, method: str, settings: Mapping[str, Any]) -> None:
@@ -118,7 +132,8 @@ def saved_modules(model: nn.Module, components: Components, tune: TuneSection) -
         if tuning.method != "full":
             continue
         if "target_modules" in tuning.settings:
-            saved += select_modules(model, components, name, tuning.settings["target_modules"])  # type: ignore[arg-type]
+            with about_key(f"tune.{name}.target_modules"):
+                saved += select_modules(model, components, name, tuning.settings["target_modules"])  # type: ignore[arg-type]
             continue
         if name == "vision" and inside and tune.projector.method != "full":
             raise UserError("tune.vision: this family's projector lies inside its vision tower; train both in full, or neither")
