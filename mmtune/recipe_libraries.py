@@ -54,7 +54,10 @@ def _training_arguments() -> dict[str, Any]:
 
 def _peft_configurations() -> dict[str, Any]:
     # LoraConfig makes its nested configurations from mappings itself.
-    return {method.config: _fields(method.config_class(), nested=True) for method in METHODS.values()}
+    fields = {method.config: _fields(method.config_class(), nested=True) for method in METHODS.values()}
+    for each in fields.values():
+        del each["peft_type"]  # its names grow as tuners are registered, and a recipe names the method instead
+    return fields
 
 
 def _fields(source: Any, nested: bool) -> dict[str, Any]:

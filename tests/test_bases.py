@@ -210,9 +210,9 @@ def test_a_planned_run_says_once_what_it_sets_right_and_keeps_its_template(
 
 @pytest.mark.parametrize("name", ["penalty", "beams", "end_behind_mark"])
 def test_answers_do_not_depend_on_what_a_base_generates_with(
-    bases: Callable[[str], Path], name: str, capsys: pytest.CaptureFixture[str]
+    bases: Callable[[str], Path], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chat, ask = _verbs(bases(name))["chat"], _verbs(bases(name))["eval"]
+    chat, ask = _verbs(bases(name))["chat"], [*_verbs(bases(name))["eval"], "--out", str(tmp_path / "answers.jsonl")]
     said = []
     for model in ("builtin:tiny-llava", chat[1]):
         assert entry_point(["chat", model, *chat[2:]]) == 0

@@ -228,7 +228,7 @@ output_dir: {tmp_path / "run"}
     (tmp_path / "recipe.yaml").write_text(text)
     assert entry_point(["recipe", "check", str(tmp_path / "recipe.yaml")]) == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert f"{tmp_path / 'recipe.yaml'}:4: data.train.0: augment: {path}:" in told
+    assert f"{tmp_path / 'recipe.yaml'}:4: data.train.0.augment: {path}:" in told
     assert "writes 'bbox' into its text as it is; declare it in the template" in told
     assert entry_point(["recipe", "check", str(tmp_path / "recipe.yaml"), "data.train.0.augment={contrast: 0.1}"]) == 0
 

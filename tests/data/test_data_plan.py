@@ -266,13 +266,11 @@ def test_a_write_that_fails_half_way_leaves_the_old_plan(data: Path, monkeypatch
     first = _plan(data)
     Image.new("RGB", (300, 300), "red").save(data.parent / "b.png")
 
-    def full(descriptor: int, mode: str) -> Any:
-        os.write(descriptor, b"half of it")
-        os.close(descriptor)
+    def full(self: Path, target: Path) -> Any:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "fdopen", full)
+        patched.setattr(Path, "replace", full)
         assert _plan(data).kept is None
     assert first.kept is not None and [first.kept] == list(first.kept.parent.iterdir())
     assert _plan(data).counted == 3

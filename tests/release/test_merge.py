@@ -277,7 +277,7 @@ def test_a_run_that_trained_everything_is_released_as_it_is(make_recipe: Callabl
 
 def test_a_run_that_changed_nothing_is_not_released(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     towers = ["tune.language=full", "tune.vision=full", "tune.projector=full"]
-    recipe = make_recipe(*towers, "train.max_steps=1", "train.learning_rate=0")
+    recipe = make_recipe(*towers, "train.max_steps=1", "train.learning_rate=1e-30")
     train(recipe, ["test"])
     with pytest.raises(CheckFailed, match="equals the base"):
         merge(Path(recipe.output_dir), tmp_path / "out", count=4)
