@@ -80,7 +80,7 @@ def nearest(name: str, valid: list[str] | set[str] | tuple[str, ...]) -> str:
 
     # Comparing takes the product of the lengths. What is longer than any name of ours comes from a file and is not misspelt.
     likely = [each for each in valid if len(each) <= 100] if len(name) <= 100 and len(valid) <= 1000 else []
-    close = difflib.get_close_matches(name, likely, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, likely, n=1, cutoff=0.6) or [each for each in likely if each.lower() == name.lower()]
     if close:
         return f"; did you mean '{close[0]}'?"
     shown = sorted(valid)

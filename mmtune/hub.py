@@ -31,7 +31,7 @@ def is_local_name(name: str) -> bool:
 def missing(name: str, what: str = "directory") -> str:
     """The message about a local path that does not exist, with the nearest one that does."""
     hub = ""
-    if HUB_ID.fullmatch(name) and Path(name).parent.is_dir():
+    if HUB_ID.fullmatch(name) and not name.lower().endswith(FILE_ENDINGS) and Path(name).parent.is_dir():
         hub = f"; it is taken for a local path and not for a hub id, because the folder {Path(name).parent} is here"
     return f"no such {what}: {name}{hub}{not_there(Path(name))}"
 

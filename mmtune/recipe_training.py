@@ -26,26 +26,27 @@ OPTIMIZERS: Mapping[str, tuple[str, str]] = {
 }
 """By the beginning of `optim`: the module that it needs, and what pip calls it. The others come with torch or bitsandbytes."""
 
-REPORTERS: Mapping[str, tuple[str, ...]] = {
-    "azure_ml": ("azureml",),
-    "comet_ml": ("comet_ml",),
-    "mlflow": ("mlflow",),
-    "neptune": ("neptune",),
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "trackio": ("trackio",),
-    "wandb": ("wandb",),
-    "codecarbon": ("codecarbon",),
-    "clearml": ("clearml",),
-    "dagshub": ("dagshub",),
-    "flyte": ("flytekit",),
-    "dvclive": ("dvclive",),
-    "swanlab": ("swanlab",),
+REPORTERS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "azure_ml": (("azureml",), "azureml-sdk"),
+    "comet_ml": (("comet_ml",), "comet-ml"),
+    "mlflow": (("mlflow",), "mlflow"),
+    "neptune": (("neptune",), "neptune"),
+    "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
+    "trackio": (("trackio",), "trackio"),
+    "wandb": (("wandb",), "wandb"),
+    "codecarbon": (("codecarbon",), "codecarbon"),
+    "clearml": (("clearml",), "clearml"),
+    "dagshub": (("dagshub",), "dagshub"),
+    "flyte": (("flytekit",), "flytekit"),
+    "dvclive": (("dvclive",), "dvclive"),
+    "swanlab": (("swanlab",), "swanlab"),
 }
-"""By a name of `report_to`: the modules of which it needs one."""
-
+"""By a name of `report_to`: the modules of which it needs one, and what pip calls the first."""
 
 SHAPES = ("linear", "cosine", "1-sqrt")
 """Of the warm-up and the decay of warmup_stable_decay."""
+LOWEST = {"num_decay_steps": 1, "num_stable_steps": 0, "timescale": 1}
+"""By a name of `lr_scheduler_kwargs`: the lowest value that it may have."""
 
 
 def training_faults(train: Mapping[str, Any]) -> list[Fault]:
@@ -56,10 +57,9 @@ def training_faults(train: Mapping[str, Any]) -> list[Fault]:
         steps = train.get(name, 1)
         if steps > 1 and steps != int(steps):
             faults.append(fault(name, f"expected an integer, or a share of the run below 1, got {shown(steps)}"))
-    if train.get("dataloader_prefetch_factor") is not None and not train.get("dataloader_num_workers"):
-        faults.append(fault("dataloader_prefetch_factor", "means nothing without workers: give dataloader_num_workers"))
-    if train.get("dataloader_persistent_workers") and not train.get("dataloader_num_workers"):
-        faults.append(fault("dataloader_persistent_workers", "means nothing without workers: give dataloader_num_workers"))
+    for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if train.get(name) and not train.get("dataloader_num_workers"):
+            faults.append(fault(name, "means nothing without workers: give dataloader_num_workers"))
     if train.get("save_strategy") == "best":
         faults.append(fault("save_strategy", "mmtune evaluates before and after tuning, not during it; give steps or epoch"))
     optimizer = str(train.get("optim", ""))
@@ -98,8 +98,8 @@ def _scheduler_faults(train: Mapping[str, Any]) -> list[Fault]:
                 faults.append(fault(("lr_scheduler_kwargs", name), f"expected {', '.join(SHAPES)}, got {shown(value)}"))
         elif name not in unknown and value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             faults.append(fault(("lr_scheduler_kwargs", name), f"expected a number, got {shown(value)}"))
-        elif name in ("num_decay_steps", "num_stable_steps", "timescale") and isinstance(value, (int, float)) and value < 1:
-            faults.append(fault(("lr_scheduler_kwargs", name), f"expected at least 1, got {shown(value)}"))
+        elif value is not None and name in LOWEST and value < LOWEST[name]:
+            faults.append(fault(("lr_scheduler_kwargs", name), f"expected at least {LOWEST[name]}, got {shown(value)}"))
     if faults:
         return faults
     if "min_lr_rate" in valid:
@@ -128,5 +128,6 @@ def missing_libraries(train: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "train.optim", f"{optimizer} needs a library that is not installed: pip install {package}; or give adamw_torch"
     asked = train.get("report_to", "none")
     for name in [asked] if isinstance(asked, str) else asked:
-        if name in REPORTERS and not any(map(find_spec, REPORTERS[name])):
-            yield "train.report_to", f"{name}: not installed: pip install {REPORTERS[name][0]}; or give none"
+        modules, package = REPORTERS.get(name, ((), ""))
+        if modules and not any(map(find_spec, modules)):
+            yield "train.report_to", f"{name}: not installed: pip install {package}; or give none"

@@ -67,7 +67,7 @@ class ComponentTuning(Section):
             known = any(name in method_arguments(other).arguments for other in METHODS)
             unknown = f"unknown key{nearest(name, own_names)}"
             faults.append(fault(name, f"means nothing with method: {method}" if known else unknown))
-        if method == "frozen" and own.get("learning_rate") is not None:
+        if method == "frozen" and own.pop("learning_rate", None) is not None:
             faults.append(fault("learning_rate", "a frozen component has no learning rate"))
         return own, faults
 

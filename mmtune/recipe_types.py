@@ -90,6 +90,13 @@ def annotation_of(kind: Any) -> Any:
     return {"list": list, "dict": dict}[what][tuple(map(annotation_of, inner))]  # type: ignore[index]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Numbered:
+    """Marks the annotation of `numbered`, for `describe`."""
+
+    stem: str
+
+
 def numbered(stem: str) -> Any:
     """The annotation of names that are a stem and a number."""
 
@@ -98,7 +105,8 @@ def numbered(stem: str) -> Any:
             raise ValueError(f"not {stem}N")
         return value
 
-    return Annotated[str, AfterValidator(check), WithJsonSchema({"type": "string", "pattern": f"^{stem}[0-9]+$"})]
+    schema = {"type": "string", "pattern": f"^{stem}[0-9]+$"}
+    return Annotated[str, AfterValidator(check), WithJsonSchema(schema), _Numbered(stem)]
 
 
 def _mapping_with(keys: dict[str, str]) -> Any:
@@ -121,6 +129,9 @@ def describe(annotation: Any, shown: typing.Callable[[object], str]) -> str:
     """
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
+        stems = [m.stem for m in inner if isinstance(m, _Numbered)]
+        if stems:
+            return f"'{stems[0]}' and a number"
         bounds = [f">= {m.ge}" for m in inner if isinstance(m, Ge)] + [f"> {m.gt}" for m in inner if isinstance(m, Gt)]
         bounds += [f"< {m.lt}" for m in inner if isinstance(m, Lt)]
         return " ".join([describe(inner[0], shown), *([" and ".join(bounds)] if bounds else [])])

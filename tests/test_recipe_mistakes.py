@@ -39,6 +39,8 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("x.yaml").write_text(RECIPE, encoding="utf-8")
     Path("rows.jsonl").write_text("{}\n", encoding="utf-8")
+    Path("folder").mkdir()
+    Path("folder/row.jsonl").touch()
     return Path("x.yaml")
 
 
@@ -58,6 +60,12 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("train.seed=-1", "expected an integer >= 0 and < 4294967296, got -1"),
         ("train.logging_steps=1.5", "expected an integer, or a share of the run below 1, got 1.5"),
         ("train.dataloader_prefetch_factor=2", "means nothing without workers: give dataloader_num_workers"),
+        ("train.dataloader_multiprocessing_context=spawn", "means nothing without workers: give dataloader_num_workers"),
+        ("tune.vision.learning_rate=0", "a frozen component has no learning rate"),
+        (
+            "tune.language.init_lora_weights=other",
+            "expected true or false or 'gaussian', 'eva', 'olora', 'pissa', 'lora_ga' or 'pissa_niter_' and a number",
+        ),
         ("tune.language.r=null", "expected an integer >= 1, got null"),
         # learning rate schedulers and what they need
         (
@@ -93,6 +101,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         # values under other names
         ("model.precision=4bit", "expected 'fp32', 'bf16', 'int8' or 'nf4', got '4bit'; write nf4"),
         ("train.optim=adam", "expected one of 41 names, got 'adam'; write adamw_torch"),
+        ("train.optim=ADAMW_TORCH", "expected one of 41 names, got 'ADAMW_TORCH'; did you mean 'adamw_torch'?"),
         ("train.gradient_checkpointing='yes'", "expected true or false or null, got 'yes'; write true"),
         (
             "tune.language.method=qlora",
@@ -134,6 +143,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("data.train.0.template=lava", "data template 'lava' is not one of those that ship; did you mean 'llava'?"),
         ("data.train.0.join=rows.jsonl", "the template llava reads no second file"),
         ("model.base=./gone", "no such directory: ./gone"),
+        ("data.train.0.path=folder/rows.jsonl", "no such file: folder/rows.jsonl; did you mean 'folder/row.jsonl'?"),
     ],
 )
 def test_a_mistake_is_one_message_that_says_what_to_write(
@@ -143,6 +153,20 @@ def test_a_mistake_is_one_message_that_says_what_to_write(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: command line: {written}: ")
     assert f": {told}" in line
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_stable_steps": 0, "num_decay_steps": 10}},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0}},
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 0, "power": 2}},
+        {"lr_scheduler_type": "constant", "warmup_steps": 0},
+        {"dataloader_multiprocessing_context": "spawn", "dataloader_num_workers": 1},
+    ],
+)
+def test_settings_at_their_bounds_are_valid(train: dict[str, Any]) -> None:
+    assert training_faults(train) == []
 
 
 @pytest.mark.parametrize(
