@@ -40,11 +40,12 @@ def open_readers(sources: Sequence[Source]) -> list[Reader]:
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
-    """The sources by name, for their losses; those that read one file in two ways are numbered."""
+    """The sources by the name of their file, or by its path where others have that name; sources of one file are numbered."""
+    files = Counter(Path(path).name for path in {source.path for source in sources})
     times: Counter[str] = Counter()
     names = []
     for source in sources:
-        name = Path(source.path).name
+        name = source.path if files[Path(source.path).name] > 1 else Path(source.path).name
         times[name] += 1
         names.append(name if times[name] == 1 else f"{name} ({times[name]})")
     return names

@@ -68,6 +68,8 @@ def test_files_of_one_name_keep_their_ids_apart(tmp_path: Path) -> None:
     check_rows(samples, report, limit=5)
     assert [fault.row for fault in report.quarantined] == [f"{paths[0]}:2", f"{paths[1]}:2"]
     assert samples[4].id == "x.json[0]"
+    assert samples.names == [str(paths[0]), str(paths[1]), "x.json"]
+    assert Samples([_source(paths[0])] * 2).names == ["r.jsonl", "r.jsonl (2)"]
 
 
 def test_media_lie_beside_the_rows_or_under_media_root(tmp_path: Path, media: Path) -> None:
