@@ -123,11 +123,13 @@ class WarningPrinter(logging.Handler):
     """
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
         self._printed = os.memfd_create("printed-warnings")  # digests, in memory that forked processes share
 
     def emit(self, record: logging.LogRecord) -> None:
         """A log record, as logging's handlers print it."""
+        if record.levelno < logging.WARNING and not _is_in(record.name, "transformers"):
+            return  # train.log_level, which is about transformers, is the only level that a recipe sets
         try:
             text = record.getMessage()
         except (TypeError, ValueError, KeyError):  # arguments that do not fit the message are the library's mistake

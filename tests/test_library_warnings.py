@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from transformers.utils import logging as transformers_logging
 
 from mmtune.data.processes import in_processes
 from mmtune.library_warnings import KNOWN, KnownWarning, WarningPrinter, print_warnings_once
@@ -81,6 +82,17 @@ def test_an_unknown_warning_is_one_line_once(printed: Callable[[], list[str]], l
         "error: otherlib: that failed",
         f"warning: {known.module}x: {known.text}",
     ]
+
+
+def test_the_log_level_of_a_recipe_is_that_of_transformers(printed: Callable[[], list[str]]) -> None:
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_info()  # as the Trainer does for train.log_level: info
+    try:
+        logging.getLogger("transformers.trainer").info("Num examples = 40")
+        logging.getLogger("transformers.trainer").debug("chatter")
+    finally:
+        transformers_logging.set_verbosity(before)
+    assert printed() == ["info: transformers: Num examples = 40"]
 
 
 def test_a_record_that_cannot_be_formatted_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
