@@ -319,6 +319,8 @@ def guess_template(path: str) -> str:
 def _described(path: str) -> str:
     try:
         _, row = open_rows(path)[0]
+    except RowError:  # not an object, or cut short: no template reads that
+        raise
     except UserError:  # rows that only a template finds, under a key
         return "its first rows"
     return f"rows with the fields {', '.join(map(str, row))} (docs/data_templates.md says what each reads)"

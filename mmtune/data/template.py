@@ -324,7 +324,17 @@ def load_data_template(name: str) -> DataTemplate:
         template = DataTemplate.model_validate(document.values)
     except ValidationError as error:
         for detail in error.errors():
-            document.report(".".join(map(str, detail["loc"])) or "data template", detail["msg"])
+            key = ".".join(map(str, detail["loc"])) or "data template"
+            document.report(key, _message(detail["type"], detail["loc"], detail["msg"]))
     document.raise_problems()
     assert template is not None
     return template
+
+
+def _message(kind: str, where: tuple[int | str, ...], message: str) -> str:
+    """What pydantic found wrong with a key, in the words of recipes."""
+    if kind == "missing":
+        return "required, and not given"
+    if kind == "extra_forbidden":
+        return f"unknown key{nearest(str(where[0]), set(DataTemplate.model_fields)) if len(where) == 1 else ''}"
+    return message.removeprefix("Value error, ")

@@ -344,9 +344,17 @@ def test_the_template_of_a_file_is_guessed_from_its_rows(tmp_path: Path, name: s
     assert guess_template(str(tmp_path / "r.jsonl")) == name
 
 
-def test_a_file_that_no_template_fits_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "r.jsonl").write_text('{"a": 1}\n')
-    with pytest.raises(UserError, match="which data template"):
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"a": 1}\n', "which data template"),
+        ("not JSON", r"r\.jsonl:1: row: not JSON"),
+        ('{"conversations": [{"from": "hum', r"r\.jsonl:1: row: not valid JSON"),
+    ],
+)
+def test_a_file_that_no_template_fits_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "r.jsonl").write_text(text)
+    with pytest.raises(UserError, match=told):
         guess_template(str(tmp_path / "r.jsonl"))
 
 

@@ -275,8 +275,8 @@ def test_a_template_of_ones_own_is_read_by_path(media: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (OWN + "imagse: x", "imagse: Extra inputs"),
-        (OWN + "messages: [{role: user, text: x}]", "exactly one of 'conversation' and 'messages'"),
+        (OWN + "imagse: x", r"imagse: unknown key; did you mean 'images'\?"),
+        (OWN + "messages: [{role: user, text: x}]", "data template: give exactly one of 'conversation' and 'messages'"),
         ("description: d\nexample: {}", "exactly one of 'conversation' and 'messages'"),
         (OWN.replace("you: assistant", "you: bot"), "'bot' is no role; roles are system, user, assistant"),
         ("description: d\nexample: {}\nmessages: [{role: tool, text: x}]", "'tool' is no role"),
@@ -294,7 +294,7 @@ def test_a_template_of_ones_own_is_read_by_path(media: Path, tmp_path: Path) -> 
             "give one of 'options' and 'verbalizer'",
         ),
         ("description: d\nexample: {}\nmessages: [{role: user, text: '{{ x'}]", "not valid Jinja at line 1: .*{{ x"),
-        (OWN.replace("description: mine", ""), "description: Field required"),
+        (OWN.replace("description: mine", ""), "description: required, and not given"),
         ("a: [", "not valid YAML"),
         ("", "mine.yaml:1: the data template is empty"),
         ("- a", "mine.yaml:1: expected a mapping with description"),
