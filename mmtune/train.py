@@ -80,7 +80,16 @@ from mmtune.tuning.apply import (
 )
 from mmtune.tuning.save import initial_factors, save_tuned
 from mmtune.tuning.settings import frozen_parts, keeps_adapter
-from mmtune.world import World, check_launch, check_same, check_strategy, join_world, launched_with_deepspeed, settle_fsdp
+from mmtune.world import (
+    World,
+    check_launch,
+    check_same,
+    check_strategy,
+    is_launched,
+    join_world,
+    launched_with_deepspeed,
+    settle_fsdp,
+)
 
 
 def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: bool | Path = False) -> dict[str, Any]:
@@ -395,6 +404,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     }
     settings |= recipe.train
     settings.pop("deepspeed", None)  # `check_launch` has seen to it
+    if not is_launched():  # TrainingArguments would look for the process group that a launcher sets up
+        settings.pop("ddp_backend", None)
     try:
         arguments = TrainingArguments(
             **settings,

@@ -30,6 +30,7 @@ from mmtune.recipe import Recipe, check_files, load_recipe
 from mmtune.rehearse import _shared_folder, rehearse
 from mmtune.run_directory import RunDirectory, new_run
 from mmtune.train import train, training_arguments
+from mmtune.tuning.memory import estimate_memory
 from mmtune.world import (
     DEEPSPEED,
     DEEPSPEED_CONFIG,
@@ -266,6 +267,12 @@ def test_a_deepspeed_configuration_is_looked_for_and_read(
     recipe = make_recipe("train.deepspeed={zero_optimization: {stage: 2}}")
     assert recipe.train["deepspeed"]["zero_optimization"]["stage"] == 2
     assert training_arguments(recipe).deepspeed_plugin is None  # checks and plans start no DeepSpeed
+
+
+def test_a_backend_of_several_processes_does_not_stop_one(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe("train.ddp_backend=gloo")
+    assert training_arguments(recipe).ddp_backend is None
+    assert estimate_memory(recipe, tokens=64).peak > 0
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def print_estimate(estimate: MemoryEstimate, limit_bytes: int | None = None) -> 
 
 
 def _arguments(recipe: Recipe) -> TrainingArguments:
-    left_out = ("report_to", "deepspeed")
+    left_out = ("report_to", "deepspeed", "ddp_backend")
     settings = {name: value for name, value in recipe.train.items() if name not in left_out}
     settings = {"use_cpu": not torch.accelerator.is_available(), **settings}
     settings |= {"report_to": "none", "bf16": recipe.model.precision != "fp32"}
