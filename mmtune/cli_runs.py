@@ -175,7 +175,7 @@ def _answers_file(arguments: argparse.Namespace, trained: Any) -> Path:
 
 def _merge(arguments: argparse.Namespace) -> Any:
     if (arguments.model is None) == (arguments.adapter is None):
-        raise UserError("give one RUN, or --adapter RUN:WEIGHT for each of several")
+        raise UserError("give RUN and OUT, or OUT and --adapter RUN:WEIGHT for each of several runs")
     runs = [_weighted(text) for text in arguments.adapter or ()]
     for path in [path for path, _ in runs] or [Path(arguments.model)]:
         if not path.is_dir():

@@ -126,6 +126,8 @@ def missing_libraries(train: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for beginning, (module, package) in OPTIMIZERS.items():
         if optimizer.startswith(beginning) and find_spec(module) is None:
             yield "train.optim", f"{optimizer} needs a library that is not installed: pip install {package}; or give adamw_torch"
+    if train.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+        yield "train.use_liger_kernel", "needs a library that is not installed: pip install liger-kernel; or give false"
     asked = train.get("report_to", "none")
     for name in [asked] if isinstance(asked, str) else asked:
         modules, package = REPORTERS.get(name, ((), ""))

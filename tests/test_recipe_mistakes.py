@@ -140,6 +140,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "train.optim=grokadamw",
             "grokadamw needs a library that is not installed: pip install grokadamw; or give adamw_torch",
         ),
+        ("train.use_liger_kernel=true", "needs a library that is not installed: pip install liger-kernel; or give false"),
         ("data.train.0.template=lava", "data template 'lava' is not one of those that ship; did you mean 'llava'?"),
         ("data.train.0.join=rows.jsonl", "the template llava reads no second file"),
         ("model.base=./gone", "no such directory: ./gone"),

@@ -103,7 +103,7 @@ def _not_json(error: json.JSONDecodeError) -> str:
     if error.msg == "Expecting value" and not error.doc[: error.pos].strip():
         return f"not JSON: the text is {error.doc.strip()[:60]!r}, expected an object {{...}}"
     around = error.doc[max(0, error.pos - 20) : error.pos + 20]
-    return f"not valid JSON: {error.msg} at character {error.pos + 1} of the row, in {around!r}"
+    return f"not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1} of the row, in {around!r}"
 
 
 def object_of(row_id: str, value: Any) -> Row:

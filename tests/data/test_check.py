@@ -349,7 +349,10 @@ def test_the_template_of_a_file_is_guessed_from_its_rows(tmp_path: Path, name: s
     [
         ('{"a": 1}\n', "which data template"),
         ("not JSON", r"r\.jsonl:1: row: not JSON"),
-        ('{"conversations": [{"from": "hum', r"r\.jsonl:1: row: not valid JSON"),
+        (
+            '{"conversations": [{"from": "hum',
+            r"r\.jsonl:1: row: not valid JSON: Unterminated string starting at character \d+ of",
+        ),
     ],
 )
 def test_a_file_that_no_template_fits_is_refused(tmp_path: Path, text: str, told: str) -> None:

@@ -77,7 +77,7 @@ def test_what_cannot_be_added(make_recipe: Make, base: Path, tmp_path: Path, cap
     assert entry_point(["merge", str(tmp_path / "out"), "--adapter", f"{run}:half"]) == 2
     assert "expected RUN:WEIGHT" in capsys.readouterr().err
     assert entry_point(["merge", str(run), str(tmp_path / "out"), "--adapter", f"{run}:1"]) == 2
-    assert "give one RUN, or --adapter" in capsys.readouterr().err
+    assert "give RUN and OUT, or OUT and --adapter" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
