@@ -18,6 +18,10 @@ IS_HELD = (errno.EACCES, errno.EAGAIN)
 HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
+class _Held(Exception):
+    """Another process holds a lock."""
+
+
 def lock_file(directory: Path) -> Path:
     """The file beside a directory whose lock stands for it. It is there only while the lock is held, or after a kill."""
     directory = Path(os.path.abspath(directory))  # noqa: PTH100  (resolve would follow links)
@@ -28,8 +32,8 @@ def lock_file(directory: Path) -> Path:
 def locked(directory: Path) -> Iterator[bool]:
     """Hold a directory's lock, whether it exists or not; yields whether it is held.
 
-    It is not where no lock can be made, as on some network file systems: a line says so, and two processes are then not told
-    apart.
+    It is not where no lock can be made, as on some network file systems or where another user's killed process has left its file:
+    a line says so, and two processes are then not told apart.
 
     Raises:
         UserError: another process holds it; its number and machine are named.
@@ -38,12 +42,10 @@ def locked(directory: Path) -> Iterator[bool]:
     made = [parent for parent in file.parents if not parent.exists()]
     try:
         descriptor = _lock(file)
+    except _Held as error:
+        raise UserError(f"{directory} is in use: {_holder(file)} writes it; wait for it, end it, or give another path") from error
     except OSError as error:
-        if error.errno in IS_HELD:
-            raise UserError(
-                f"{directory} is in use: {_holder(file)} writes it; wait for it, end it, or give another path"
-            ) from error
-        if error.errno in HAS_NO_LOCKS:
+        if error.errno in HAS_NO_LOCKS or file.exists():  # another user's
             print(f"{directory}: no lock, because {file} cannot be locked: {error.strerror}; let no second process write there")
         _remove_empty(made)
         descriptor = None  # where the directory itself cannot be written, whoever writes it says so
@@ -67,8 +69,10 @@ def _lock(file: Path) -> int:
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} ({shlex.join(sys.argv)})".encode())
                 return descriptor
-        except OSError:
+        except OSError as error:
             os.close(descriptor)
+            if error.errno in IS_HELD:
+                raise _Held from error
             raise
         os.close(descriptor)  # its holder removed it in between
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import stat
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,23 @@ def test_a_lock_ends_with_its_process_and_leaves_no_file(tmp_path: Path) -> None
     with locked(tmp_path / "new" / "run"):
         pass
     assert not (tmp_path / "new").exists()
+
+
+def test_another_user_s_file_and_a_closed_folder_are_not_taken_for_a_process_that_writes() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+        (folder := Path(name)).chmod(0o755)
+        lock_file(folder / "left").write_text("process 1 on elsewhere", encoding="utf-8")
+        lock_file(folder / "left").chmod(0o444)
+        folder.chmod(0o555)
+        child = os.fork()
+        if child == 0:
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            with locked(folder / "left") as left, locked(folder / "new") as new:
+                os._exit(int(left or new))
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        folder.chmod(0o755)
 
 
 @pytest.mark.parametrize("option", ["--overwrite", "--resume"])
