@@ -39,13 +39,14 @@ def locked(directory: Path) -> Iterator[bool]:
         UserError: another process holds it; its number and machine are named.
     """
     file = lock_file(directory)
-    made = [parent for parent in file.parents if not parent.exists()]
+    made: list[Path] = []
     try:
+        made = [parent for parent in file.parents if not parent.exists()]
         descriptor = _lock(file)
     except _Held as error:
         raise UserError(f"{directory} is in use: {_holder(file)} writes it; wait for it, end it, or give another path") from error
     except OSError as error:
-        if error.errno in HAS_NO_LOCKS or file.exists():  # another user's
+        if error.errno in HAS_NO_LOCKS or os.path.exists(file):  # noqa: PTH110  (another user's; Path's raises)
             print(f"{directory}: no lock, because {file} cannot be locked: {error.strerror}; let no second process write there")
         _remove_empty(made)
         descriptor = None  # where the directory itself cannot be written, whoever writes it says so

@@ -63,13 +63,18 @@ def test_another_user_s_file_and_a_closed_folder_are_not_taken_for_a_process_tha
         (folder := Path(name)).chmod(0o755)
         lock_file(folder / "left").write_text("process 1 on elsewhere", encoding="utf-8")
         lock_file(folder / "left").chmod(0o444)
+        (folder / "closed").mkdir(mode=0o000)
         folder.chmod(0o555)
         child = os.fork()
         if child == 0:
             if os.geteuid() == 0:
                 os.setuid(65534)
-            with locked(folder / "left") as left, locked(folder / "new") as new:
-                os._exit(int(left or new))
+            with (
+                locked(folder / "left") as left,
+                locked(folder / "new") as new,
+                locked(folder / "closed" / "deep" / "run") as deep,
+            ):
+                os._exit(int(left or new or deep))
             os._exit(2)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         folder.chmod(0o755)
