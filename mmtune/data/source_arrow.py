@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ GROUP_BYTES = 2 * 2**30
 
 STREAMED_ROWS = 64
 """How many rows of a parquet file a stream decodes at once."""
+
+CHUNK_ROWS = 1024
+"""How many rows of a row group lie together in memory."""
 
 _MAGIC = b"ARROW1"
 
@@ -113,15 +117,24 @@ def open_parquet(path: Path, name: str) -> GroupedRows:
 
 def _row_group(path: Path, number: int) -> pa.Table:
     with _parquet(path) as file:
-        # pyarrow's own threads do not outlive a fork, and data-loader workers are forks.
-        batches = file.iter_batches(_rows_at_once(file, 1024), row_groups=[number], use_threads=False)
-        decoded, size = [], 0
-        while (batch := _readable(path, lambda: next(batches, None))) is not None:
-            decoded.append(batch)
-            size += batch.nbytes
-            if size > GROUP_BYTES:
-                raise UserError(f"{path}: row group {number} decodes to more than {GROUP_BYTES // 2**30} GiB")
-        return pa.Table.from_batches(decoded, file.schema_arrow)
+        rows = _rows_at_once(file, CHUNK_ROWS)
+        batches = _bounded_batches(file, path, number, rows)
+        chunks: list[pa.RecordBatch] = []
+        while few := list(islice(batches, CHUNK_ROWS // rows)):  # pyarrow looks for a row in one chunk after the other
+            chunks += _readable(path, pa.Table.from_batches(few, file.schema_arrow).combine_chunks).to_batches()
+        return pa.Table.from_batches(chunks, file.schema_arrow)
+
+
+def _bounded_batches(file: pq.ParquetFile, path: Path, number: int, rows: int) -> Iterator[pa.RecordBatch]:
+    """A row group, as many rows at a time, until it is larger than `GROUP_BYTES`."""
+    # pyarrow's own threads do not outlive a fork, and data-loader workers are forks.
+    batches = file.iter_batches(rows, row_groups=[number], use_threads=False)
+    size = 0
+    while (batch := _readable(path, lambda: next(batches, None))) is not None:
+        size += batch.nbytes
+        if size > GROUP_BYTES:
+            raise UserError(f"{path}: row group {number} decodes to more than {GROUP_BYTES // 2**30} GiB")
+        yield batch
 
 
 def stream_parquet(path: Path, name: str) -> Iterator[Item]:

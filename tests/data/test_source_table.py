@@ -190,6 +190,18 @@ def test_a_row_group_too_large_for_one_row_is_refused_and_streams(tmp_path: Path
     assert len(list(stream_rows(path))) == 10
 
 
+def test_a_large_row_group_lies_in_few_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded row by row, as its size asks for, a row would be found by a walk over all the rows before it."""
+    monkeypatch.setattr(source_arrow, "KEPT_BYTES", 1)
+    texts = [f"text {number}" for number in range(3000)]
+    table = pa.table({"a": texts, "b": pa.array(["x", "y", None] * 1000).dictionary_encode()})
+    pq.write_table(table, tmp_path / "r.parquet")
+    group = source_arrow._row_group(tmp_path / "r.parquet", 0)
+    assert [column.num_chunks for column in group.columns] == [3, 3]
+    rows = open_rows(tmp_path / "r.parquet")
+    assert [rows[index][1] for index in (0, 1023, 1024, 2999)] == [table.to_pylist()[index] for index in (0, 1023, 1024, 2999)]
+
+
 # --------------------------------------------------------------------------------------------------- saved by `datasets`
 
 
