@@ -82,7 +82,7 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
 
 def _train(arguments: argparse.Namespace) -> Any:
     from mmtune.files import writing
-    from mmtune.preflight import check_recipe, located_errors
+    from mmtune.preflight import check_reachable, check_recipe, located_errors
     from mmtune.recipe import load_recipe
     from mmtune.run_directory import check_output_dir, locked_run
 
@@ -99,6 +99,7 @@ def _train(arguments: argparse.Namespace) -> Any:
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume goes on with the run that --overwrite would replace; give one of them")
     check_recipe(recipe)
+    check_reachable(recipe)
     # The first process holds the lock for all that train together.
     lock = nullcontext() if speaker() else locked_run(recipe)
     with located_errors(recipe), lock, writing(Path(recipe.output_dir)):

@@ -61,7 +61,7 @@ def locate_checkpoint(name: str) -> str:
     """
     if Path(name).is_dir():
         return name
-    if not HUB_ID.fullmatch(name):
+    if is_local_name(name):
         raise UserError(missing(name))
     reason = unreachable(name)
     if reason is None:

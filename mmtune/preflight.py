@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from mmtune.data.reader import check_source
 from mmtune.errors import UserError
+from mmtune.hub import locate_checkpoint
 from mmtune.methods.table import refusal
 from mmtune.model.families import NEVER_PACKED, check_family, local_model_type
 from mmtune.model.locate import UNTRAINED, local_folder, resolve_base
@@ -79,6 +80,22 @@ def _check_base(recipe: Recipe) -> None:
             reason = refusal(tuning.method, tuning.settings, precision=recipe.model.precision, model_type=model_type)
             if reason is not None:
                 raise UserError(f"tune.{component}: {reason}")
+
+
+def check_reachable(recipe: Recipe) -> None:
+    """Check that the checkpoints of a recipe's model are on this machine or on a hub that answers.
+
+    Raises:
+        UserError: with the line and key of the first that is not.
+    """
+    for key in ("base", "vision", "language"):
+        name = getattr(recipe.model, key)
+        if name is not None and not name.startswith("builtin:"):
+            with located_errors(recipe):
+                try:
+                    locate_checkpoint(name)
+                except UserError as error:
+                    raise UserError(f"model.{key}: {error}") from error
 
 
 def base_is_here(recipe: Recipe) -> bool:

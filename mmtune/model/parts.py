@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from mmtune.errors import UserError
-from mmtune.hub import is_local_name, locate_checkpoint, missing
+from mmtune.hub import locate_checkpoint
 from mmtune.model.remote_code import first_line
 from mmtune.model.sharded import frames
 
@@ -222,8 +222,6 @@ def locate_part(checkpoint: str, part: str) -> str:
     """
     if Path(checkpoint).exists() and not Path(checkpoint, "config.json").is_file():
         raise UserError(f"{part}: {checkpoint} is here but holds no config.json; give a checkpoint directory or a hub id")
-    if not Path(checkpoint).exists() and is_local_name(checkpoint):
-        raise UserError(f"{part}: {missing(checkpoint)}")
     try:
         return locate_checkpoint(checkpoint)
     except UserError as error:

@@ -83,12 +83,14 @@ def trained_part(path: Path) -> Trained:
     """The weights that a path or a name stands for: see `find_trained`.
 
     Raises:
-        UserError: nothing is there.
+        UserError: nothing is there, or the hub cannot be reached.
         CheckFailed: a damaged checkpoint.
     """
     trained = find_trained(BUILTIN.get(str(path), path))
-    if not trained.path.is_dir() and is_local_name(str(path)):
-        raise UserError(missing(str(path), "run or model"))
+    if not trained.path.is_dir():
+        if is_local_name(str(path)):
+            raise UserError(missing(str(path), "run or model"))
+        locate_checkpoint(str(path))  # a hub that cannot be reached is found before libraries are imported
     return trained
 
 
