@@ -18,6 +18,7 @@ PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 help:
 	@echo 'make quickstart   tune the built-in model on handwritten digits, merge it, report; the run is runs/quickstart'
+	@echo '                  given again it goes on where it was; rm -r runs/quickstart to train from the beginning'
 	@echo 'make test         ruff, mypy and the whole test suite'
 	@echo 'make test-fast    the tests without the slow ones'
 	@echo 'make lint         ruff check and ruff format --check'
@@ -29,7 +30,7 @@ help:
 quickstart: .venv/.installed
 	@if [ -e data/digits/eval.json ]; then echo 'data/digits is already there'; \
 	else set -x; .venv/bin/mmtune data digits data/digits; fi
-	@how=; if [ -e runs/quickstart/merged ]; then how=--overwrite; elif [ -e runs/quickstart ]; then how=--resume; fi; \
+	@how=; if [ -e runs/quickstart ]; then how=--resume; fi; \
 	set -x; .venv/bin/mmtune train recipes/quickstart.yaml $$how
 	.venv/bin/mmtune merge runs/quickstart runs/quickstart/merged --overwrite
 	.venv/bin/mmtune report runs/quickstart
