@@ -90,7 +90,7 @@ KNOWN = (
         "PIL.TiffImagePlugin",
         "UserWarning",
         "Corrupt EXIF data",
-        "the pixels are read all the same, upright where the damage hides the orientation",
+        "the pixels are read all the same; `data check` names the row where the damage may hide the orientation",
     ),
     KnownWarning(
         "PIL.TiffImagePlugin",

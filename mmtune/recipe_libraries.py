@@ -6,6 +6,7 @@ writes it. Where another version is installed, the library is imported and asked
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import inspect
@@ -95,6 +96,41 @@ def _schedulers() -> dict[str, list[str]]:
     }
 
 
+def _optimizer_arguments() -> dict[str, list[str]]:
+    """By `optim` the names that the Trainer reads from `optim_args`, from the source of what makes the optimizer."""
+    from transformers import trainer_optimizer
+
+    found = {}
+    for kind, make in trainer_optimizer._OPTIMIZER_HANDLERS.items():
+        # Of bitsandbytes' optimizers, which one function makes, AdEMAMix alone has arguments that it reads as numbers.
+        shared = make is trainer_optimizer._get_bitsandbytes_optimizer and "ademamix" not in kind.value
+        found[kind.value] = [] if shared else _names_read(ast.parse(inspect.getsource(make)))
+    return found
+
+
+def _names_read(function: ast.AST) -> list[str]:
+    """Names in `optim_args.get("NAME")`, `optim_args.pop("NAME")`, `"NAME" in optim_args`, `for key in ("NAME", ...)`."""
+    nodes: list[ast.expr] = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("ctx.optim_args.get", "ctx.optim_args.pop"):
+            nodes.append(node.args[0])
+        elif isinstance(node, ast.Compare) and ast.unparse(node.comparators[0]) == "ctx.optim_args":
+            nodes.append(node.left)
+        elif isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple):
+            nodes += node.iter.elts
+    return sorted({node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)})
+
+
+def _attention() -> list[str]:
+    """Names of `attn_implementation`, besides those of kernels on the hub; paged attention serves requests alone."""
+    from transformers import AttentionInterface
+
+    own = {
+        name for name, function in AttentionInterface._global_mapping.items() if function.__module__.startswith("transformers.")
+    }
+    return sorted({"eager", *(name for name in own if "|" not in name)})
+
+
 def _compile_backends() -> list[str]:
     from accelerate.utils import DynamoBackend
 
@@ -130,6 +166,8 @@ FACTS: Mapping[str, tuple[str, Callable[[], Any]]] = {
     "schedulers": ("transformers", _schedulers),
     "model_types": ("transformers", _model_types),
     "peft_configurations": ("peft", _peft_configurations),
+    "optimizer_arguments": ("transformers", _optimizer_arguments),
+    "attention": ("transformers", _attention),
     "compile_backends": ("accelerate", _compile_backends),
 }
 """By name the library that a fact is about, and what reads it from the library."""

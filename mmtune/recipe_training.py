@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
 from mmtune.errors import nearest
-from mmtune.recipe_arguments import Fault, fault, shown
+from mmtune.recipe_arguments import Fault, fault, shown, training_arguments
 from mmtune.recipe_libraries import library_fact
 
 OPTIMIZERS: Mapping[str, tuple[str, str]] = {
@@ -48,6 +49,9 @@ SHAPES = ("linear", "cosine", "1-sqrt")
 LOWEST = {"num_decay_steps": 1, "num_stable_steps": 0, "timescale": 1}
 """By a name of `lr_scheduler_kwargs`: the lowest value that it may have."""
 
+POLYNOMIAL_END = 1e-7
+"""What `lr_end` is by default."""
+
 
 def training_faults(train: Mapping[str, Any]) -> list[Fault]:
     """What is wrong between the settings of `train`, each of which has the right type; what the Trainer would find out after the
@@ -73,7 +77,22 @@ def training_faults(train: Mapping[str, Any]) -> list[Fault]:
     written = train.get("optim_args")
     if written and not all(part.count("=") == 1 for part in written.split(",")):
         faults.append(fault("optim_args", f"expected name=value, with commas between several, got {shown(written)}"))
+    elif written:
+        faults += _optimizer_faults(optimizer or str(training_arguments().arguments["optim"].default), written)
+    if train.get("torch_compile") is False:
+        for name in ("torch_compile_mode", "torch_compile_backend"):
+            if train.get(name) is not None:
+                faults.append(fault(name, "compiles, and torch_compile is false; leave it out, or give torch_compile: true"))
     return faults
+
+
+def _optimizer_faults(optimizer: str, written: str) -> list[Fault]:
+    """What the Trainer would leave unread of `optim_args`."""
+    valid = library_fact("optimizer_arguments")[optimizer]
+    if not valid:
+        return [fault("optim_args", f"{optimizer} takes none; leave them out")]
+    names = [part.partition("=")[0].strip() for part in written.split(",")]
+    return [fault("optim_args", f"unknown name '{n}' for {optimizer}{nearest(n, set(valid))}") for n in names if n not in valid]
 
 
 def _scheduler_faults(train: Mapping[str, Any]) -> list[Fault]:
@@ -107,17 +126,43 @@ def _scheduler_faults(train: Mapping[str, Any]) -> list[Fault]:
         if len(lowest) != 1:
             told = "needs its lowest rate" if not lowest else "takes one of min_lr and min_lr_rate"
             return [fault("lr_scheduler_type", f"{kind} {told}: give lr_scheduler_kwargs: {{min_lr_rate: 0.1}}")]
-    rate = train.get("learning_rate", 5e-5)
-    for name, lowest_rate in (("lr_end", 1e-7 if kind == "polynomial" else None), ("min_lr", None)):
-        if (lowest_rate := given.get(name, lowest_rate)) is not None and lowest_rate >= rate:
-            told = f"expected less than learning_rate ({rate:g}), got {shown(lowest_rate)}"
-            faults.append(fault(("lr_scheduler_kwargs", name), told))
+    faults = _floor_faults(train, given)
+    if kind == "polynomial" and given.get("lr_end") is None and train.get("learning_rate", 1) <= POLYNOMIAL_END:
+        told = f"polynomial ends at {POLYNOMIAL_END:g}: give a higher rate, or lr_scheduler_kwargs: {{lr_end: 0}}"
+        faults.append(fault("learning_rate", told))
     if faults:
         return faults
     if kind == "warmup_stable_decay" and given.get("num_decay_steps") is None:
         told = f"{kind} needs the length of its decay: give lr_scheduler_kwargs: {{num_decay_steps: 100}}"
         return [fault("lr_scheduler_type", told)]
-    return []
+    return _phase_faults(train, given)
+
+
+def _floor_faults(train: Mapping[str, Any], given: Mapping[str, Any]) -> list[Fault]:
+    """A lowest rate that is not below the highest. It scales every component's rate by its quotient with `learning_rate`."""
+    faults = []
+    for name, advice in (("lr_end", "0 is always valid"), ("min_lr", "min_lr_rate: 0.1 is a tenth of each component's rate")):
+        lowest, rate = given.get(name), train.get("learning_rate")
+        if lowest and rate is None:
+            told = f"is relative to train.learning_rate, which is not given: give it too; {advice}"
+            faults.append(fault(("lr_scheduler_kwargs", name), told))
+        elif lowest and lowest >= rate:
+            told = f"expected less than train.learning_rate ({rate:g}), got {shown(lowest)}; {advice}"
+            faults.append(fault(("lr_scheduler_kwargs", name), told))
+    return faults
+
+
+def _phase_faults(train: Mapping[str, Any], given: Mapping[str, Any]) -> list[Fault]:
+    """Phases of a schedule that together take more steps than the run has."""
+    steps, warmup = train.get("max_steps") or -1, train.get("warmup_steps") or 0
+    warmup = math.ceil(steps * warmup) if warmup < 1 else int(warmup)
+    stable, decay = given.get("num_stable_steps") or 0, given.get("num_decay_steps") or 0
+    if not decay or steps < 1 or warmup + stable + decay <= steps:
+        return []
+    phases = [f"warmup_steps {warmup}"] * bool(warmup) + [f"num_stable_steps {stable}"] * bool(stable)
+    beside = f" with {' and '.join(phases)}" if phases else ""
+    told = f"expected at most {max(0, steps - warmup - stable)}{beside}: train.max_steps is {steps}; got {shown(decay)}"
+    return [fault(("lr_scheduler_kwargs", "num_decay_steps"), told)]
 
 
 def missing_libraries(train: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainingArguments
+from transformers import TrainingArguments, trainer_optimizer
+from transformers.training_args import OptimizerNames
 
 from mmtune.cli import entry_point
 from mmtune.errors import UserError
@@ -91,8 +92,40 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "unknown key of polynomial; did you mean 'lr_end'?",
         ),
         (
-            "train={lr_scheduler_type: polynomial, lr_scheduler_kwargs: {lr_end: 1}}",
-            "expected less than learning_rate (5e-05), got 1",
+            "train={learning_rate: 1e-4, lr_scheduler_type: polynomial, lr_scheduler_kwargs: {lr_end: 1}}",
+            "expected less than train.learning_rate (0.0001), got 1; 0 is always valid",
+        ),
+        (
+            "train={lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: 1e-6}}",
+            "is relative to train.learning_rate, which is not given: give it too; min_lr_rate: 0.1 is a tenth of each",
+        ),
+        (
+            "train={learning_rate: 1e-8, lr_scheduler_type: polynomial}",
+            "polynomial ends at 1e-07: give a higher rate, or lr_scheduler_kwargs: {lr_end: 0}",
+        ),
+        (
+            "train={max_steps: 20, lr_scheduler_type: warmup_stable_decay, lr_scheduler_kwargs: {num_decay_steps: 21}}",
+            "expected at most 20: train.max_steps is 20; got 21",
+        ),
+        (
+            "train={max_steps: 20, warmup_steps: 0.1, lr_scheduler_type: warmup_stable_decay, lr_scheduler_kwargs: "
+            "{num_decay_steps: 19}}",
+            "expected at most 18 with warmup_steps 2: train.max_steps is 20; got 19",
+        ),
+        # settings that nothing reads
+        ("train.optim_args='momentum=0.9'", "adamw_torch_fused takes none; leave them out"),
+        ("train={optim: rmsprop_bnb, optim_args: 'alpha=0.9'}", "rmsprop_bnb takes none; leave them out"),
+        (
+            "train={optim: sgd, optim_args: 'momentun=0.9'}",
+            "unknown name 'momentun' for sgd; did you mean 'momentum'?",
+        ),
+        (
+            "train={torch_compile: false, torch_compile_mode: max-autotune}",
+            "compiles, and torch_compile is false; leave it out, or give torch_compile: true",
+        ),
+        (
+            "train={torch_compile: false, torch_compile_backend: inductor}",
+            "compiles, and torch_compile is false; leave it out, or give torch_compile: true",
         ),
         (
             "train={lr_scheduler_type: constant, warmup_steps: 10}",
@@ -162,6 +195,14 @@ def test_a_mistake_is_one_message_that_says_what_to_write(
         {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_stable_steps": 0, "num_decay_steps": 10}},
         {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0}},
         {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 0, "power": 2}},
+        {
+            "max_steps": 12,
+            "warmup_steps": 2,
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {"num_decay_steps": 10},
+        },
+        {"optim": "sgd", "optim_args": "momentum=0.9, nesterov=true"},
+        {"torch_compile": True, "torch_compile_mode": "default"},
         {"lr_scheduler_type": "constant", "warmup_steps": 0},
         {"dataloader_multiprocessing_context": "spawn", "dataloader_num_workers": 1},
     ],
@@ -243,6 +284,21 @@ def test_what_passes_here_is_what_training_arguments_take(tmp_path: Path) -> Non
     assert tried > 100
     assert set(schedulers) <= set(choices["lr_scheduler_type"])
     assert all(any(name.startswith(beginning) for name in choices["optim"]) for beginning in OPTIMIZERS)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"])
+def test_the_names_of_optim_args_are_those_that_the_trainer_asks_for(tmp_path: Path, optimizer: str) -> None:
+    asked = set()
+
+    class Asked(dict[str, str]):
+        def __contains__(self, name: object) -> bool:
+            asked.add(name)
+            return super().__contains__(name)
+
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, optim=optimizer)
+    make = trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(optimizer)]
+    make(trainer_optimizer.OptimizerContext(arguments, None, {}, {}, Asked(unknown="1")))
+    assert asked == set(library_fact("optimizer_arguments")[optimizer])
 
 
 def test_every_other_name_names_a_key_of_a_recipe(recipe: Path) -> None:

@@ -72,6 +72,9 @@ KINDS: dict[str, Kind] = {
     "image_end_marker": Kind("warning", "write the image again: it decodes, but its end marker is missing"),
     "image_elongated": Kind("warning", "crop the image, or pad its shorter edge: image processors refuse it or blow it up"),
     "image_animated": Kind("warning", "extract the frame you mean: only the first is used"),
+    "image_exif_damaged": Kind(
+        "warning", "check that the picture is upright, and save it without EXIF data: it is used as stored"
+    ),
     "image_rotated": Kind("note", "nothing: it is turned upright when opened; boxes must be of the upright image"),
     "image_palette": Kind("note", "nothing: it is converted to RGB when opened"),
     "image_transparent": Kind("note", "nothing, if the picture is right on white: transparency is composited on it when opened"),

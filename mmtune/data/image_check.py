@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmtune.data.dicom import DicomImage
 from mmtune.data.findings import Unusable
-from mmtune.data.media import DAMAGED, Media, open_image, open_media, opened_image
+from mmtune.data.media import DAMAGED, Media, exif_damage, open_image, open_media, opened_image
 
 Found = list[tuple[str, str]]
 """Findings: the name, one of `mmtune.data.findings.KINDS`, and the detail."""
@@ -79,6 +79,8 @@ def _traits(image: Image.Image, orientation: int) -> Found:
         found.append(("image_elongated", f"{image.width} x {image.height} pixels"))
     if orientation > 1:
         found.append(("image_rotated", f"EXIF orientation {orientation}"))
+    elif image.format != "TIFF" and (damage := exif_damage(image)) is not None:
+        found.append(("image_exif_damaged", f"damaged EXIF data may hide an orientation: {damage}"))
     # Phones' MPO files hold a picture and what belongs to it, no animation.
     if image.format != "MPO" and getattr(image, "is_animated", False):
         found.append(("image_animated", "several pages" if image.format == "TIFF" else "several frames"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -390,6 +391,22 @@ def _orientation(image: Image.Image, file: BinaryIO) -> int:
     else:
         found = image.getexif().get(ExifTags.Base.Orientation)
     return found if isinstance(found, int) and found in _TRANSPOSED else 1
+
+
+def exif_damage(image: Image.Image) -> str | None:
+    """Why the EXIF orientation of an opened image cannot be known, in Pillow's words; None where nothing is damaged.
+
+    Pillow only warns of damaged EXIF data, and gives the entries in front of the damage.
+    """
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if image.format == "PNG":
+            found = _png_exif(cast(BinaryIO, image.fp))  # type: ignore[attr-defined]
+        else:
+            exif = Image.Exif()  # `image.getexif` has read it before, and does not warn again
+            exif.load(image.info.get("exif", b""))
+            found = exif.get(ExifTags.Base.Orientation)
+    return " ".join(str(said[0].message).split()) if said and found is None else None
 
 
 def _png_exif(file: BinaryIO) -> Any:

@@ -184,6 +184,10 @@ def images() -> list[Case]:
         _image("a TIFF that goes round", looping_tiff(), suffix="tif"),
         _image("a JPEG on its side", encoded(NOISE, "JPEG", exif=_exif(6)), "image_rotated", suffix="jpg"),
         _image("a PNG upside down", encoded(NOISE, "PNG", exif=_exif(3)), "image_rotated"),
+        _image(
+            "a JPEG with cut EXIF data", encoded(NOISE, "JPEG", exif=_exif(6).tobytes()[:-10]), "image_exif_damaged", suffix="jpg"
+        ),
+        _image("a PNG with cut EXIF data", encoded(NOISE, "PNG", exif=_exif(6).tobytes()[:-10]), "image_exif_damaged"),
         _image("an orientation that is none", encoded(NOISE, "JPEG", exif=_exif(77)), suffix="jpg"),
         _image("a CMYK JPEG", encoded(NOISE.convert("CMYK"), "JPEG"), "image_cmyk", suffix="jpg"),
         _image("a palette", encoded(palette, "PNG"), "image_palette"),
