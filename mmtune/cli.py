@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from mmtune import __version__
@@ -94,7 +96,8 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
     overrides = getattr(parsed, "overrides", None)
     unknown = [argument for argument in rest if overrides is None or argument.startswith("-") or "=" not in argument]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{'' if overrides is None else _as_override(unknown)}")
+        hint = (overrides is not None and _as_override(unknown)) or _near_option(parsed.parser, unknown)
+        parsed.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     for name, value in vars(parsed).items():
@@ -113,10 +116,33 @@ def _as_override(unknown: Sequence[str]) -> str:
     return f"; a recipe's keys are given without dashes: {key}={value}" if key else ""
 
 
+def _near_option(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
+    """A hint where an option is misspelt or cut short."""
+    name = unknown[0].partition("=")[0]
+    options = re.findall(r"--[\w-]+", parser.format_usage())
+    close = [option for option in options if len(name) > 3 and option.startswith(name)] or get_close_matches(name, options, n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _near_choice(message: str) -> str:
+    """A hint where a verb or another choice is misspelt, from argparse's message."""
+    given = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+    close = get_close_matches(given[1], re.findall(r"[\w-]+", given[2]), n=1) if given else []
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
 class _Parser(argparse.ArgumentParser):
+    """argparse's, without abbreviated options."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
-        """As argparse's, for several processes that are started with the same arguments."""
-        print_error(f"{self.format_usage()}{self.prog}: error: {message}")
+        """As argparse's, for several processes that are started with the same arguments; without a verb, the whole help."""
+        if message.endswith("required: VERB"):
+            print_error(self.format_help().rstrip())
+            raise SystemExit(2)
+        print_error(f"{self.format_usage()}{self.prog}: error: {message}{_near_choice(message)}")
         raise SystemExit(2)
 
 
@@ -132,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], Any], about: str) -> argparse.ArgumentParser:
     verb: argparse.ArgumentParser = verbs.add_parser(name, help=about, description=about)
-    verb.set_defaults(run=run)
+    verb.set_defaults(run=run, parser=verb)
     verb.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
     return verb
 

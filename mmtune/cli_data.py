@@ -27,7 +27,7 @@ def add_data_verbs(verbs: Any, add: AddVerb) -> None:
         verbs, "check", _check, "look for faults in every row and every image's header; exit code 1 if one would fail a run"
     )
     verb.add_argument("data", metavar="RECIPE_OR_FILE", help="a recipe (YAML), or a file of rows")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
     verb.add_argument("--template", metavar="NAME", help="the data template of a file of rows (default: the one that fits)")
     verb.add_argument("--media-root", metavar="DIR", help="where a file's media paths start (default: its own folder)")
     verb.add_argument("--out", metavar="FILE", help="write the findings as JSON Lines: row, field, finding, detail, fix")
@@ -36,7 +36,7 @@ def add_data_verbs(verbs: Any, add: AddVerb) -> None:
 
     verb = add(verbs, "show", _show, "print a sample as training sees it: supervised, prompt and media tokens told apart")
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
     which = verb.add_mutually_exclusive_group()
     which.add_argument("--row", metavar="ID", help="a training or held-out row: train.json[17], or the value of its id field")
     which.add_argument("--index", type=int, default=0, metavar="N", help="the row's place among the training rows, from 0")

@@ -34,7 +34,7 @@ def add_recipe_verbs(verbs: Any, add: AddVerb) -> None:
     verb = add(verbs, "assemble", _assemble, "write the model that a recipe assembles from parts as a checkpoint")
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     verb.add_argument("out", metavar="OUT", help="where the checkpoint goes")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
     verb.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
 
     recipes = verbs.add_parser("recipe", help="check, list and copy recipes").add_subparsers(required=True, metavar="VERB")

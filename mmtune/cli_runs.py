@@ -45,7 +45,7 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
     verb.add_argument("--recipe", help="the recipe whose `evaluate` section to use; a run's own by default")
     told = "where the answers go, as JSON Lines (default: in the run, or here of another model; the last line says where)"
     verb.add_argument("--out", metavar="FILE", help=told)
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
     add_trust(verb)
 
     verb = add(verbs, "merge", _merge, "fold a run's adapter into its base and prove the result")

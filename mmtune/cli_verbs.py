@@ -13,7 +13,9 @@ AddVerb = Callable[[Any, str, Callable[[argparse.Namespace], Any], str], argpars
 def add_recipe_arguments(verb: argparse.ArgumentParser) -> None:
     """Declare a recipe and changes to it."""
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as train.learning_rate=1e-4")
+    verb.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe, such as train.learning_rate=1e-4"
+    )
 
 
 def add_trust(verb: argparse.ArgumentParser) -> None:

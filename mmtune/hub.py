@@ -29,7 +29,10 @@ def is_local_name(name: str) -> bool:
 
 
 def missing(name: str, what: str = "directory") -> str:
-    """The message about a local path that does not exist, with the nearest one that does."""
+    """The message about a local path that is no directory: a file, or nothing, with the nearest path that is there."""
+    if Path(name).is_file():
+        of_recipe = "; the run of a recipe is at its output_dir" if "run" in what and name.endswith((".yaml", ".yml")) else ""
+        return f"{name} is a file; expected a directory{'' if what == 'directory' else f' of a {what}'}{of_recipe}"
     hub = ""
     if HUB_ID.fullmatch(name) and not name.lower().endswith(FILE_ENDINGS) and Path(name).parent.is_dir():
         hub = f"; it is taken for a local path and not for a hub id, because the folder {Path(name).parent} is here"

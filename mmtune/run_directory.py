@@ -132,7 +132,7 @@ class RunDirectory:
         Raises:
             UserError: for a directory that is no finished run.
         """
-        if not self.path.exists():
+        if not self.path.is_dir():
             raise UserError(missing(str(self.path), "run"))
         if not self.summary.is_file():
             state = self.unfinished() if self.recipe.is_file() else "is not a run: it has no recipe.yaml"

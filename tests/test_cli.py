@@ -168,8 +168,39 @@ def test_where_answers_go_is_checked_before_weights_load(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([], "usage: mmtune [-h] [--version] VERB ...\n\nParameter-efficient"),
+        (["data"], "write the quickstart's data set"),
+        (["trian", "x.yaml"], "; did you mean 'train'?"),
+        (["recipe", "chek", "x.yaml"], "; did you mean 'check'?"),
+        (["train"], "the following arguments are required: RECIPE\n"),
+        (["train", "x.yaml", "--overwite"], "unrecognized arguments: --overwite; did you mean '--overwrite'?"),
+        (["data", "check", "x.jsonl", "--templat", "llava"], "--templat llava; did you mean '--template'?"),
+        (["recipe", "list", "--all"], "unrecognized arguments: --all\n"),
+    ],
+)
+def test_mistakes_in_the_command_are_named_with_what_was_meant(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        entry_point(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["report", "nowhere"], "no such run: nowhere"),
         (["merge", "nowhere", "out"], "no such run or model: nowhere"),
+        *(
+            ([*verb, "noeval.yaml", *rest], f"noeval.yaml is a file; expected a directory of a {what}; the run of a recipe is at")
+            for *verb, what, rest in (
+                ("eval", "run or model", []),
+                ("merge", "run or model", ["out"]),
+                ("chat", "run or model", []),
+                ("report", "run", []),
+            )
+        ),
         (["chat", "./nowhere", "--prompt", "hello"], "no such run or model"),
         (["recipe", "copy", "quickstrat"], "did you mean 'quickstart'?"),
         (["recipe", "check", "nowhere.yaml"], "nowhere.yaml"),
@@ -180,6 +211,7 @@ def test_other_mistakes_are_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "noeval.yaml").touch()
     assert entry_point(arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err

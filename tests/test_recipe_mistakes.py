@@ -141,6 +141,8 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "expected frozen, full or a method of `mmtune methods`, got 'qlora'; QLoRA is method: lora with model.precision: nf4",
         ),
         ("tune.language.target_modules=all", "'all' is no name of a module; write all-linear"),
+        ("tune.language.target_modules=all-liner", "'all-liner' is no name of a module; did you mean 'all-linear'?"),
+        ("tune.language.target_modules=[all-linear]", "a list holds names of modules; write target_modules: all-linear"),
         ("tune.language.target_modules=(a", "'(a' is not a regular expression: missing ) at position 2"),
         ("tune.vision={method: full, target_modules: (a}", "'(a' is not a regular expression: missing ) at position 2"),
         # keys under other names

@@ -22,6 +22,10 @@ MUCH_CPU_WAIT = 0.1
 """From this share of the time on, the progress line says that a process waited for a core."""
 
 
+BAR = 6
+"""Columns of the bar in the progress line."""
+
+
 class RecordMetrics(TrainerCallback):
     """Appends every log of the Trainer to `metrics.jsonl`, and shows it."""
 
@@ -33,7 +37,7 @@ class RecordMetrics(TrainerCallback):
         if state.is_world_process_zero:
             self._path.touch()
         if state.is_world_process_zero and not args.disable_tqdm and sys.stderr.isatty():
-            layout = "{n_fmt}/{total_fmt} |{bar:6}|{postfix}"
+            layout = f"{{n_fmt}}/{{total_fmt}} |{{bar:{BAR}}}|{{postfix}}"
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format=layout, dynamic_ncols=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -56,7 +60,7 @@ class RecordMetrics(TrainerCallback):
             with writing(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
             if self._bar is not None:
-                self._bar.set_postfix_str(shown(logs))
+                self._bar.set_postfix_str(shown(logs, _room(self._bar)))
             elif not args.disable_tqdm:
                 print(f"step {state.global_step}/{state.max_steps}  {shown(logs)}", flush=True)
         if not math.isfinite(logs["loss"]):  # the mean over the processes, so that all of them end
@@ -69,19 +73,31 @@ class RecordMetrics(TrainerCallback):
             self._bar.close()
 
 
-def shown(logs: dict[str, Any]) -> str:
-    """A log's figures in one short line."""
+def _room(bar: tqdm[Any]) -> int | None:
+    """Columns of the terminal that the bar and the step count leave; None where the terminal does not tell its width."""
+    columns = bar.format_dict["ncols"]
+    return columns - len(f"{bar.total}/{bar.total} |{'#' * BAR}|, ") if columns else None
+
+
+def shown(logs: dict[str, Any], room: int | None = None) -> str:
+    """A log's figures in one line, those of most value first.
+
+    Args:
+        room: how many characters there are; figures that do not fit are left out, from the last one on.
+    """
     memory = logs.get("accelerator_memory_mb") or logs["resident_memory_mb"]
     figures = [
+        f"{as_time(logs['seconds_left'])} left",
         f"loss {logs['loss']:.4f}",
         f"lr {logs['learning_rate']:.1e}",
-        f"{logs['tokens_per_second']:,.0f} tokens/s",
-        f"wait {logs['data_wait']:.0%}",
         *([f"waits for CPU {logs['cpu_wait']:.0%} of the time"] if logs.get("cpu_wait", 0) >= MUCH_CPU_WAIT else []),
-        *([f"MFU {logs['mfu']:.0%}"] if "mfu" in logs else []),
+        f"{logs['tokens_per_second']:,.0f} tokens/s",
         f"{memory / 1e3:.1f} GB",
-        f"{as_time(logs['seconds_left'])} left",
+        f"wait {logs['data_wait']:.0%}",
+        *([f"MFU {logs['mfu']:.0%}"] if "mfu" in logs else []),
     ]
+    while room is not None and len(figures) > 1 and len("  ".join(figures)) > room:
+        figures.pop()
     return "  ".join(figures)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import shutil
 import socket
 import sqlite3
 import struct
 import sys
+import termios
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +35,7 @@ from mmtune.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train, training_arguments
 from mmtune.training import progress
-from mmtune.training.callbacks import shown
+from mmtune.training.callbacks import RecordMetrics, shown
 from mmtune.training.cpu_wait import CpuWait
 from mmtune.training.flops import ModelFlops, Peak, peak_of
 from mmtune.training.progress import Progress, as_time
@@ -260,11 +263,33 @@ def test_times_and_lines_are_short() -> None:
     assert [as_time(each) for each in (0.2, 59.4, 59.6, 3723, 360_000)] == ["0 s", "59 s", "0:01:00", "1:02:03", "100:00:00"]
     logs = {"loss": 1.23456, "learning_rate": 2e-4, "tokens_per_second": 12345.6, "data_wait": 0.04, "mfu": 0.412}
     line = shown({**logs, "accelerator_memory_mb": 67_890.0, "seconds_left": 3723})
-    assert line == "loss 1.2346  lr 2.0e-04  12,346 tokens/s  wait 4%  MFU 41%  67.9 GB  1:02:03 left"
+    assert line == "1:02:03 left  loss 1.2346  lr 2.0e-04  12,346 tokens/s  67.9 GB  wait 4%  MFU 41%"
     busy = shown({**logs, "cpu_wait": 0.449, "resident_memory_mb": 800.0, "seconds_left": 1})
-    assert "wait 4%  waits for CPU 45% of the time  MFU 41%" in busy
+    assert "lr 2.0e-04  waits for CPU 45% of the time  12,346 tokens/s" in busy
     assert "waits for CPU" not in shown({**logs, "cpu_wait": 0.09, "resident_memory_mb": 800.0, "seconds_left": 1})
+    assert shown({**logs, "resident_memory_mb": 800.0, "seconds_left": 1}, room=10) == "1 s left"
     assert "MFU" not in shown({**{k: v for k, v in logs.items() if k != "mfu"}, "resident_memory_mb": 800.0, "seconds_left": 1})
+
+
+@pytest.mark.parametrize(("columns", "last"), [(40, "left"), (60, "lr 2.0e-04"), (80, "12,346 tokens/s"), (120, "MFU 41%")])
+def test_the_progress_line_is_fitted_to_the_terminal(
+    columns: int, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, columns))
+    state = TrainerState(max_steps=1200, global_step=40, is_world_process_zero=True)
+    logs = {"loss": 1.23456, "learning_rate": 2e-4, "tokens_per_second": 12345.6, "data_wait": 0.04, "mfu": 0.412}
+    logs |= {"accelerator_memory_mb": 67_890.0, "seconds_left": 3723}
+    with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", buffering=0) as screen:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        record, args = RecordMetrics(tmp_path / "metrics.jsonl"), TrainingArguments(disable_tqdm=False)
+        record.on_train_begin(args, state, TrainerControl())
+        record.on_log(args, state, TrainerControl(), logs)
+        record.on_train_end(args, state, TrainerControl())
+        line = [part.strip() for part in screen.read(4096).decode().split("\r") if part.strip()][-1]
+    assert line.startswith("40/1200 |")
+    assert "|, 1:02:03 left" in line
+    assert line.endswith(last)
 
 
 def test_a_run_counts_its_rows_without_padding(
