@@ -27,6 +27,7 @@ from mmtune.errors import UserError, reason_of
 from mmtune.hub import locate_checkpoint
 from mmtune.methods import tuners as tuners  # PEFT then knows all the methods
 from mmtune.methods.table import METHODS
+from mmtune.model.adapter_patterns import bound_patterns
 from mmtune.model.assemble import assemble, assemble_processor
 from mmtune.model.chat_template import own_chat_template, resolve_chat_template, set_chat_template, use_chat_template
 from mmtune.model.checkpoint import ADAPTER_WEIGHTS, REPORTED, check_whole, load_projector, use_hub_key_names, weight_files
@@ -378,14 +379,17 @@ def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
     Raises:
         UserError: a base that is not there, or an adapter that is damaged, incomplete or made for another base.
     """
-    adapter_method(adapter)  # refuses what PEFT would end with a traceback, or load more for than the adapter and its base
+    # Refuses what PEFT would end with a traceback, or load more for than the adapter and its base.
+    config_class = METHODS[adapter_method(adapter)].config_class()
     if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{adapter}: expected its weights in {ADAPTER_WEIGHTS}; adapter_model.bin is not read")
     base = located_base_of(adapter)
     own = (adapter / GENERATION_CONFIG_NAME).is_file()  # the base's lacks the stop tokens of the training template
     model = load_whole(base, f"{adapter}: its base {base}", quiet=own, **settings)
     try:
-        tuned = PeftModel.from_pretrained(model, str(adapter))
+        config = config_class.from_pretrained(str(adapter))
+        bound_patterns(config, model, adapter / ADAPTER_CONFIG)
+        tuned = PeftModel.from_pretrained(model, str(adapter), config=config)
         found = {key for file in weight_files(adapter) for key in safe_open(file, framework="pt").keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{adapter}: cannot load the adapter: {reason_of(error)}") from error
