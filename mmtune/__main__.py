@@ -1,9 +1,11 @@
-"""The program `mmtune`, also as `python -m mmtune`: the command line, with Ctrl-C answered while it is imported."""
+"""The program `mmtune`, also as `python -m mmtune`: the command line, with Ctrl-C answered while it is imported.
+
+What is imported above `main` is what the interpreter has loaded by then: Ctrl-C meanwhile would print a traceback.
+"""
 
 from __future__ import annotations
 
 import sys
-import traceback
 from types import TracebackType
 
 
@@ -21,6 +23,8 @@ def main() -> int:
 
 def _print_escaped(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
     """Print the traceback of a bug; its message may quote data."""
+    import traceback
+
     from mmtune.terminal_text import escape_controls
 
     print(escape_controls("".join(traceback.format_exception(kind, error, where))), end="", file=sys.stderr)
