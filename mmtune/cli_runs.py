@@ -81,7 +81,7 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> Any:
-    from mmtune.files import writing
+    from mmtune.files import check_writable, linked_directory, writing
     from mmtune.preflight import check_reachable, check_recipe, located_errors
     from mmtune.recipe import load_recipe
     from mmtune.run_directory import check_output_dir, locked_run
@@ -99,6 +99,8 @@ def _train(arguments: argparse.Namespace) -> Any:
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume goes on with the run that --overwrite would replace; give one of them")
     check_recipe(recipe)
+    with located_errors(recipe):
+        check_writable(linked_directory(Path(recipe.output_dir)).absolute().parent, "output_dir")
     check_reachable(recipe)
     # The first process holds the lock for all that train together.
     lock = nullcontext() if speaker() else locked_run(recipe)
@@ -121,13 +123,14 @@ def _eval(arguments: argparse.Namespace) -> Any:
     trained = trained_part(Path(arguments.model))
     recipe = load_recipe(arguments.recipe or trained.run.recipe, arguments.overrides)
     if recipe.evaluate is None:
-        raise UserError(f"{arguments.recipe or arguments.model}: the recipe has no `evaluate` section")
+        other = "" if arguments.recipe else "; `--recipe FILE` takes that of another recipe"
+        raise UserError(f"{arguments.recipe or arguments.model}: the recipe has no `evaluate` section{other}")
     out = _answers_file(arguments, trained)
     check_recipe(recipe, ("evaluate",))
     settle_console()
     from mmtune.data.encode import check_chat_template
-    from mmtune.evaluation.report import print_scores
     from mmtune.evaluation.run import as_json, check_questions, evaluate, score, write_answers
+    from mmtune.evaluation.scores import print_scores
     from mmtune.model.compute import place
     from mmtune.model.load import load_trained
 
@@ -181,6 +184,7 @@ def _merge(arguments: argparse.Namespace) -> Any:
     for path in [path for path, _ in runs] or [Path(arguments.model)]:
         if not path.is_dir():
             raise UserError(missing(str(path), "run or model"))
+    _check_release(arguments)
     settle_console()
     from mmtune.release.merge import Form, combine, keep_adapter, merge
 
@@ -212,6 +216,19 @@ def _merge(arguments: argparse.Namespace) -> Any:
                 f"{apart['same_answers']} greedy answers the same"
             )
     return asdict(parity)
+
+
+def _check_release(arguments: argparse.Namespace) -> None:
+    """Refuse a destination that must not be written, before libraries are imported."""
+    from mmtune.files import check_replaceable, check_writable
+    from mmtune.manifest import NAME
+    from mmtune.model.locate import CHECKPOINT_MARK
+
+    out = Path(arguments.out)
+    places = [out, out.with_name(f"{out.name}-{arguments.quantize}")] if arguments.quantize else [out]
+    for place in places:
+        check_replaceable(place, arguments.overwrite, NAME if arguments.keep_adapter else CHECKPOINT_MARK)
+        check_writable(place.absolute().parent, "OUT")
 
 
 def _step(parity: Any) -> str:
@@ -271,6 +288,7 @@ def _chat(arguments: argparse.Namespace) -> Any:
 
 
 def _report(arguments: argparse.Namespace) -> Any:
+    from mmtune.evaluation.scores import print_scores
     from mmtune.files import read_record
     from mmtune.run_directory import RunDirectory
 
@@ -280,10 +298,9 @@ def _report(arguments: argparse.Namespace) -> Any:
     summary = read_record(
         run.summary, trainable_parameters=int, total_parameters=int, train_seconds=number, peak_memory_mb=number
     )
-    settle_console()
-    from mmtune.evaluation.report import print_scores
-
     print_scores(summary)
+    if not summary.get("tuned_scores"):
+        print("nothing was evaluated: the recipe had no evaluate section (`mmtune eval RUN --recipe FILE` evaluates the run)")
     print(
         f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters trained in "
         f"{summary['train_seconds']:g} s, peak memory {summary['peak_memory_mb']:,.0f} MB"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from mmtune.data.reader import check_source
 from mmtune.errors import UserError
-from mmtune.hub import locate_checkpoint
+from mmtune.hub import is_local_name, locate_checkpoint
 from mmtune.methods.table import refusal
 from mmtune.model.families import NEVER_PACKED, check_family, local_model_type
 from mmtune.model.locate import UNTRAINED, local_folder, resolve_base
@@ -95,7 +95,9 @@ def check_reachable(recipe: Recipe) -> None:
                 try:
                     locate_checkpoint(name)
                 except UserError as error:
-                    raise UserError(f"model.{key}: {error}") from error
+                    tiny = " or model.base=builtin:tiny-llava" if key == "base" else ""
+                    way = "" if is_local_name(name) else f"; --rehearse{tiny} tries the recipe without a download"
+                    raise UserError(f"model.{key}: {error}{way}") from error
 
 
 def base_is_here(recipe: Recipe) -> bool:

@@ -32,8 +32,9 @@ from mmtune.data.plan_cache import signatures
 from mmtune.data.report import NO_SAMPLE, DataReport
 from mmtune.data.stream import SampleStream
 from mmtune.errors import Stopped, UserError
-from mmtune.evaluation.report import print_scores, write_report
+from mmtune.evaluation.report import write_report
 from mmtune.evaluation.run import as_json, check_questions, evaluate, read_answers, score, write_answers
+from mmtune.evaluation.scores import print_scores
 from mmtune.files import check_writable, linked_directory, replaced_directory
 from mmtune.methods.table import refusal
 from mmtune.model.carried import carry_over, describe_tensors, unread_tensors

@@ -54,6 +54,7 @@ COMMANDS = [
     # in a path
     (2, "train gone.yaml"),
     (2, "train x.yaml output_dir=taken"),
+    (2, "train x.yaml output_dir=rows.json/run"),
     (2, "train x.yaml data.train.0.path=gone.json"),
     (2, "plan x.yaml model.base=./gone"),
     (2, "data check gone.json"),
@@ -64,7 +65,10 @@ COMMANDS = [
     (2, "chat ./gone"),
     (2, "chat builtin:tiny-llava --image gone.png --prompt hello"),
     (2, "merge ./gone out"),
+    (2, "merge language taken"),
+    (2, "merge language rows.json/out"),
     (2, "report ./gone"),
+    (0, "report done"),
     # in a recipe
     *((2, f"{verb} x.yaml train.learning_rte=1e-4") for verb in ("train", "plan", "recipe check", "data check", "data show")),
     (2, "eval builtin:tiny-llava --recipe x.yaml evaluate.scroe=choices"),
@@ -103,6 +107,9 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "parts.yaml").write_text(RECIPE.replace('{base: "builtin:tiny-llava"}', PARTS), encoding="utf-8")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").touch()
+    figures = {"trainable_parameters": 1, "total_parameters": 2, "train_seconds": 3.0, "peak_memory_mb": 4.0}
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "summary.json").write_text(json.dumps(figures), encoding="utf-8")
     for base, model_type in {"language": "llama", "unknown": "own", "qwen": "qwen2_5_vl", "paligemma": "paligemma"}.items():
         (tmp_path / base).mkdir()
         (tmp_path / base / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")

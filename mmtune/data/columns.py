@@ -125,7 +125,7 @@ class Columns:
         """
         rounds = self._rounds(row_id, row, self._context(row_id, row, prompting))
         blocks: list[list[dict[str, Any]]] = [
-            [{"type": kind, kind: read_medium(row_id, f"messages[{place}]", value, rules)} for kind, value in named]
+            [{"type": kind, kind: _medium(row_id, f"messages[{place}]", row, value, rules)} for kind, value in named]
             for place, named in enumerate(self._named(row_id, row, rounds[0]))
         ]
         if self.boxes is not None:
@@ -208,3 +208,14 @@ class Columns:
             return tuple(dict.fromkeys(as_text(value) for value in values))
         except ValueError as error:
             raise RowError(row_id, "references", str(error), "field_type") from error
+
+
+def _medium(row_id: str, where: str, row: Mapping[str, Any], value: Any, rules: MediaRules) -> Media:
+    """As `read_medium`; an error is about the column that holds the value, where exactly one does."""
+    try:
+        return read_medium(row_id, where, value, rules)
+    except RowError as error:
+        columns = [
+            name for name, field in row.items() if value and (field == value or (isinstance(field, list) and value in field))
+        ]
+        raise RowError(row_id, columns[0] if len(columns) == 1 else where, error.detail, error.finding) from error

@@ -1,4 +1,4 @@
-"""What a run achieved, for people: tables in the terminal and one self-contained HTML page."""
+"""What a run achieved, for people: one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -9,58 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
-from rich.table import Table
-from rich.text import Text
 
 from mmtune.data.dataset import Samples, iterate_rows
 from mmtune.data.media import Media, open_image
 from mmtune.evaluation.run import Answer, read_answers
+from mmtune.evaluation.scores import score_rows
 from mmtune.recipe import Recipe, Source
 from mmtune.run_directory import RunDirectory
-from mmtune.styled_console import StyledConsole
 
 THUMBNAIL = 320  # pixels of the longer side; a smaller image is kept as it is and enlarged by the page
-
-
-def print_scores(summary: dict[str, Any]) -> None:
-    """Exact match before and after tuning, per task and overall, beside the commonest-answer baseline."""
-    rows = score_rows(summary)
-    if not rows:
-        return
-    table = Table(title="Held-out exact match", title_justify="left")
-    table.add_column("task")
-    for name in ("questions", "commonest answer", "base", "tuned", "95% interval"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        if row["task"] == "overall":
-            table.add_section()
-        table.add_row(*(Text(row[key]) for key in ("task", "questions", "majority", "base", "tuned", "interval")))
-    StyledConsole().print(table)
-    if "merge_max_logit_difference" in summary:
-        print(
-            f"merged: largest logit difference {summary['merge_max_logit_difference']:.2g}, "
-            f"same greedy answers {summary['merge_same_answers']} of {summary['merge_samples']}"
-        )
-
-
-def score_rows(summary: dict[str, Any]) -> list[dict[str, str]]:
-    """The lines of the score table, as text."""
-    base = {item["task"]: item for item in summary.get("base_scores", [])}
-    rows = []
-    for tuned in summary.get("tuned_scores", []):
-        low, high = tuned["interval"]
-        before = base.get(tuned["task"])
-        rows.append(
-            {
-                "task": tuned["task"],
-                "questions": str(tuned["questions"]),
-                "majority": f"{tuned['majority_accuracy']:.1%}",
-                "base": f"{before['accuracy']:.1%}" if before else "",
-                "tuned": f"{tuned['accuracy']:.1%}",
-                "interval": f"{low:.1%} to {high:.1%}",
-            }
-        )
-    return rows
 
 
 def generation_line(summary: dict[str, Any]) -> str:

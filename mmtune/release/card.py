@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from mmtune.evaluation.report import generation_line, score_rows
+from mmtune.evaluation.report import generation_line
+from mmtune.evaluation.scores import score_rows
 from mmtune.files import read_record
 from mmtune.hub import HUB_ID, cached_snapshot
 from mmtune.methods.table import METHODS

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmtune.evaluation.report import print_scores, sample_answers, score_rows, write_report
+from mmtune.evaluation.report import sample_answers, write_report
 from mmtune.evaluation.run import Answer, write_answers
+from mmtune.evaluation.scores import print_scores, score_rows
 from mmtune.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 
