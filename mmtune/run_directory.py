@@ -101,16 +101,23 @@ class RunDirectory:
         )
 
     def last_good_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is as it was written; damaged ones are printed and passed over."""
-        for path in reversed(self.checkpoints_by_step()):
+        """The newest checkpoint that is as it was written; damaged ones are printed and passed over.
+
+        Training that goes on may remove those that were listed here first. It has a newer one then: they are listed again.
+        """
+        damaged: set[Path] = set()
+        while checkpoints := [path for path in self.checkpoints_by_step() if path not in damaged]:
+            path = checkpoints[-1]
             try:
                 check_manifest(path)
-            except FileNotFoundError:  # a run that goes on has just removed it
+            except FileNotFoundError:  # it is being removed
                 continue
             except (CheckFailed, UserError) as error:
-                print(f"passed over: {error}")
-                continue
-            return path
+                if path.is_dir():
+                    print(f"passed over: {error}")
+                    damaged.add(path)
+            else:
+                return path
         return None
 
     @property

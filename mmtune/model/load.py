@@ -46,6 +46,7 @@ from mmtune.model.trained import (
     adapter_config,
     base_of_adapter,
     located_base_of,
+    removal_named,
     trained_part,
 )
 from mmtune.recipe import ModelSection, load_recipe
@@ -315,6 +316,14 @@ def load_trained(
         CheckFailed: a damaged checkpoint.
     """
     trained = path if isinstance(path, Trained) else trained_part(path)
+    subject = str(trained.path if isinstance(path, Trained) or trained.run.recipe.is_file() else path)
+    with removal_named(trained):
+        return _load_trained(trained, subject, dtype, chat_template, trust_remote_code)
+
+
+def _load_trained(
+    trained: Trained, subject: str, dtype: torch.dtype | None, chat_template: str | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
     source = base_of_adapter(trained.path) if trained.is_adapter else str(trained.path)
     settings: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     of_run = trained.run.recipe.is_file()
@@ -325,7 +334,6 @@ def load_trained(
         if dtype is not None:  # unquantized
             section = section.model_copy(update={"precision": "fp32"})
         settings = loading(source, section) | ({"dtype": dtype} if dtype else {})
-    subject = str(trained.path if isinstance(path, Trained) or of_run else path)
     with _named(f"{subject}: its base {source}" if trained.is_adapter else subject):
         source = locate_checkpoint(source)
         config = _supported_config(source, source, trust_remote_code)

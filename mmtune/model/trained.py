@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,11 +89,30 @@ def trained_part(path: Path) -> Trained:
         CheckFailed: a damaged checkpoint.
     """
     trained = find_trained(BUILTIN.get(str(path), path))
-    if not trained.path.is_dir():
-        if is_local_name(str(path)):
-            raise UserError(missing(str(path), "run or model"))
-        locate_checkpoint(str(path))  # a hub that cannot be reached is found before libraries are imported
+    with removal_named(trained):
+        if not trained.path.is_dir():
+            if is_local_name(str(path)):
+                raise UserError(missing(str(path), "run or model"))
+            locate_checkpoint(str(path))  # a hub that cannot be reached is found before libraries are imported
     return trained
+
+
+@contextmanager
+def removal_named(trained: Trained) -> Iterator[None]:
+    """For code that reads trained weights: an error says so where the reason is that training has removed the checkpoint.
+
+    Raises:
+        UserError: it has. Any other error is left as it is.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if trained.is_checkpoint and not (trained.path / TRAINER_STATE_NAME).is_file():
+            raise UserError(
+                f"{trained.path}: training removed this checkpoint before it was read; try again with {trained.run.path}, of "
+                "which the newest checkpoint is taken"
+            ) from error
+        raise
 
 
 def _last_checkpoint(run: RunDirectory) -> Trained:

@@ -29,7 +29,7 @@ from mmtune.model.generation import ANSWER_TOKENS
 from mmtune.model.load import DTYPES, load_base, load_trained, load_whole
 from mmtune.model.locate import CHECKPOINT_MARK, UNTRAINED, locate_base
 from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
-from mmtune.model.trained import Trained, base_of_adapter, located_base_of
+from mmtune.model.trained import Trained, base_of_adapter, located_base_of, removal_named
 from mmtune.recipe import Recipe, load_recipe, needed_paths
 from mmtune.release.card import adapter_card, model_card
 from mmtune.release.fold import adapter_of, check_mergeable, fold, fold_weighted, weights_of_run
@@ -252,7 +252,8 @@ def keep_adapter(
     recipe = load_recipe(run.recipe)
     job = _Job(recipe, Form(), count, trust_remote_code=trust_remote_code)
     base = Path(base_of_adapter(source.path))
-    with replaced_directory(out, overwrite, MANIFEST, [path, run.path, base, *needed_paths(recipe)]) as fresh:
+    needed = [path, run.path, base, *needed_paths(recipe)]
+    with removal_named(source), replaced_directory(out, overwrite, MANIFEST, needed) as fresh:
         for folder in (source.path, *([base] if base.is_dir() else [])):
             check_links_stay(folder)
         model, processor = load_trained(source, torch.float32, trust_remote_code=trust_remote_code)

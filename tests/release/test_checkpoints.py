@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from mmtune import run_directory
 from mmtune.cli import entry_point
+from mmtune.errors import UserError
 from mmtune.manifest import check_manifest, write_manifest
 from mmtune.model.load import load_trained
 from mmtune.model.trained import find_trained, trained_part
@@ -40,6 +43,15 @@ def stop(run: Path) -> None:
     shutil.rmtree(run / "adapter")
     for name in ("summary.json", "report.html", "answers_after.jsonl"):
         (run / name).unlink()
+
+
+def listed_checkpoint(run: Path, step: int) -> Path:
+    (run / "recipe.yaml").touch()
+    folder = run / "checkpoints" / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 3}))
+    write_manifest(folder)
+    return folder
 
 
 def logits(path: Path) -> torch.Tensor:
@@ -138,12 +150,8 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_its_name(
 
 
 def test_a_checkpoint_that_the_run_removes_meanwhile_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "recipe.yaml").touch()
     for step in (1, 2):
-        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 3}))
-        write_manifest(folder)
+        listed_checkpoint(tmp_path, step)
     read = Path.read_text
 
     def removed(path: Path, *arguments: Any, **settings: Any) -> str:
@@ -153,6 +161,32 @@ def test_a_checkpoint_that_the_run_removes_meanwhile_is_passed_over(tmp_path: Pa
 
     monkeypatch.setattr(Path, "read_text", removed)
     assert find_trained(tmp_path).step == 1
+
+
+def test_a_checkpoint_that_the_run_replaces_while_it_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = listed_checkpoint(tmp_path, 1)
+    verified = run_directory.check_manifest
+
+    def replaced(path: Path) -> None:
+        if path == first:
+            listed_checkpoint(tmp_path, 2)
+            shutil.rmtree(first)
+        verified(path)
+
+    monkeypatch.setattr(run_directory, "check_manifest", replaced)
+    assert find_trained(tmp_path).step == 2
+    assert "passed over" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_the_run_removes_before_it_is_loaded(tmp_path: Path) -> None:
+    removed = listed_checkpoint(tmp_path, 1)
+    trained = find_trained(tmp_path)
+    shutil.rmtree(removed)
+    told = f"{removed}: training removed this checkpoint before it was read; try again with {tmp_path}"
+    with pytest.raises(UserError, match=re.escape(told)):
+        load_trained(trained)
 
 
 def test_what_is_not_of_a_run_is_not_merged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
