@@ -53,7 +53,7 @@ def _plan(arguments: argparse.Namespace) -> Any:
     from mmtune.tuning.sizes import parse_memory
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    check_recipe(recipe, files=False)
+    check_recipe(recipe, files=False, libraries=("train.optim",))  # the memory of the optimizer's states is measured
     limit = None if arguments.memory is None else parse_memory(arguments.memory)
     settle_console()
     with located_errors(recipe):
@@ -65,7 +65,7 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
     from mmtune.data.plan_report import plan_data, print_data
     from mmtune.data.source import is_missing
     from mmtune.model.load import load_bare_processor
-    from mmtune.train import training_arguments
+    from mmtune.train import training_arguments, without_trackers
     from mmtune.training.rows import make_batches, optimizer_steps
     from mmtune.tuning.layouts import layouts_for, print_layouts
     from mmtune.tuning.memory import estimate_memory, print_estimate, suggestions
@@ -79,7 +79,7 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
     elif missing:
         print(f"the memory alone, because there is no data to plan: no such file: {', '.join(missing)}")
     elif not arguments.no_data:
-        settings = training_arguments(recipe)
+        settings = training_arguments(without_trackers(recipe))
         processor = load_bare_processor(recipe.model)
         check_chat_template(processor)
         data, longest, (samples, lengths) = plan_data(recipe.data, processor)

@@ -82,7 +82,7 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
 
 def _train(arguments: argparse.Namespace) -> Any:
     from mmtune.files import check_writable, linked_directory, writing
-    from mmtune.preflight import check_reachable, check_recipe, located_errors
+    from mmtune.preflight import LIBRARIES, check_reachable, check_recipe, located_errors
     from mmtune.recipe import load_recipe
     from mmtune.run_directory import check_output_dir, locked_run
 
@@ -90,7 +90,7 @@ def _train(arguments: argparse.Namespace) -> Any:
         arguments.overrides, arguments.resume = [*arguments.overrides, arguments.resume], True  # --resume key=value
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.rehearse:
-        check_recipe(recipe, files=False)
+        check_recipe(recipe, files=False, libraries=set(LIBRARIES) - {"train.report_to"})
         settle_console()
         from mmtune.rehearse import rehearse
 
@@ -173,7 +173,7 @@ def _answers_file(arguments: argparse.Namespace, trained: Any) -> Path:
         raise UserError(f"{out} holds the run's own answers; give another file: --out FILE")
     if out.is_dir() or (out.exists() and out.suffix != ".jsonl"):
         raise UserError(f"--out {out}: exists and is not a .jsonl file, so it is not replaced; give another file")
-    check_writable(out.parent, "--out FILE")
+    check_writable(out.parent, f"--out {out}")
     return out
 
 
@@ -268,7 +268,14 @@ def _chat(arguments: argparse.Namespace) -> Any:
     from mmtune.model.compute import place
     from mmtune.model.load import load_trained
 
-    model, processor = load_trained(trained, chat_template=arguments.chat_template, trust_remote_code=arguments.trust_remote_code)
+    try:
+        model, processor = load_trained(
+            trained, chat_template=arguments.chat_template, trust_remote_code=arguments.trust_remote_code
+        )
+    except UserError as error:
+        if arguments.chat_template is None or not str(error).startswith("model.chat_template: "):
+            raise
+        raise UserError(str(error).replace("model.chat_template", "--chat-template")) from error
     window = None if arguments.window is None else (arguments.window[0], arguments.window[1])
     session = ChatSession(place(model), processor, max_new_tokens=arguments.max_new_tokens, window=window)
     for image in images:

@@ -15,13 +15,19 @@ from mmtune.model.locate import UNTRAINED, local_folder, resolve_base
 from mmtune.recipe import SECTIONS, Recipe, Source, check_files, located
 from mmtune.recipe_training import missing_libraries
 
+LIBRARIES = ("model.attn_implementation", "train.optim", "train.use_liger_kernel", "train.report_to")
+"""Keys whose values may need an optional library."""
 
-def check_recipe(recipe: Recipe, sections: Collection[str] = SECTIONS, files: bool = True) -> None:
+
+def check_recipe(
+    recipe: Recipe, sections: Collection[str] = SECTIONS, files: bool = True, libraries: Collection[str] = LIBRARIES
+) -> None:
     """Check what a recipe names, without an import of torch or transformers.
 
     Args:
         sections: the sections whose files and templates are looked at.
         files: whether the files must be there.
+        libraries: those of `LIBRARIES` whose library must be installed.
 
     Raises:
         UserError: every fault with its line and key, a line each.
@@ -41,7 +47,8 @@ def check_recipe(recipe: Recipe, sections: Collection[str] = SECTIONS, files: bo
                 wish = key[1] if key and key[1] in Source.model_fields else None
                 message = str(error).removeprefix(f"{wish}: ")
                 faults.append(located(recipe, f"{name}.{number}.{wish or 'template'}", message))
-    faults += [located(recipe, key, message) for key, message in missing_libraries(recipe.train) if "train" in sections]
+    missing = missing_libraries(recipe.train, recipe.model.attn_implementation) if "train" in sections else ()
+    faults += [located(recipe, key, message) for key, message in missing if key in libraries]
     if "model" in sections:
         with _collected(faults), located_errors(recipe):
             _check_base(recipe)

@@ -19,7 +19,7 @@ from mmtune.errors import UserError
 from mmtune.hub import is_local_name, missing
 from mmtune.methods.table import METHODS
 from mmtune.recipe_arguments import Settings, method_arguments, training_arguments
-from mmtune.recipe_mistakes import override_fault, told
+from mmtune.recipe_mistakes import divided_override, override_fault, told
 from mmtune.recipe_prompts import Shots
 from mmtune.recipe_sections import (
     BUILTIN_BASES,
@@ -70,6 +70,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: with every fault of the recipe, a line each: where, which key, what was wrong, what would be right.
     """
+    if (message := divided_override(overrides)) is not None:
+        raise UserError(message)
     document = read_document(Path(path))
     for number, override in enumerate(overrides):
         if (message := override_fault(override)) is not None:

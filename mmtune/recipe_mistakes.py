@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from mmtune.recipe_arguments import method_arguments, training_arguments
 from mmtune.recipe_names import OTHER_NAMES
@@ -11,6 +11,7 @@ from mmtune.recipe_sections import DataSection, EvaluateSection, ModelSection, R
 
 UNKNOWN = "unknown key"
 MISSING = "required, and not given"
+SOURCES = "such as [{path: rows.json, template: llava}]"
 EXAMPLES = {
     "model": "such as model: {base: builtin:tiny-llava}",
     "data": "such as data: {train: [{path: rows.json, template: llava}]}",
@@ -32,7 +33,8 @@ def told(mistakes: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
             meant.add(f"{above}." * bool(above) + next(filter(None, named.groups())))
     for key, message in mistakes:
         if message != MISSING:
-            yield key, message
+            is_list = key in ("data.train", "evaluate.data") and message.startswith("expected a list")
+            yield key, f"{message}; {SOURCES}" if is_list else message
         elif key not in meant:
             yield key, f"{message}; {EXAMPLES[key]}" if key in EXAMPLES else message
 
@@ -80,8 +82,23 @@ def override_fault(text: str) -> str | None:
     """What is wrong with the form of an override `key=value`, if anything is."""
     key, equals, value = text.partition("=")
     dotted = re.sub(r"\[(\d+)\]", r".\1", key)
+    if equals and text != (together := f"{dotted.strip()}={value.strip()}") and dotted != dotted.strip():
+        return f"no space stands around =: write {together}"
     if equals and dotted != key:
         return f"items of a list are counted with dots: write {dotted}={value}"
+    return None
+
+
+def divided_override(overrides: Sequence[str]) -> str | None:
+    """What is wrong where one override `key=value` came as several arguments, with space around its `=`."""
+    for first, second, third in zip(overrides, [*overrides[1:], ""], [*overrides[2:], "", ""], strict=False):
+        if "=" not in first and second.startswith("="):
+            value = second[1:] or third
+        elif first.endswith("=") and second and "=" not in second:
+            value = second
+        else:
+            continue
+        return f"command line: {first}: no space stands around =: write {first.removesuffix('=')}={value}"
     return None
 
 

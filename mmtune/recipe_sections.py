@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from mmtune.errors import nearest
 from mmtune.files import expand_user
 from mmtune.methods.table import METHODS, refusal
 from mmtune.recipe_arguments import Fault, Settings, fault, shown, training_arguments
+from mmtune.recipe_libraries import library_fact
 from mmtune.recipe_media import WINDOW, Augment, held_out_faults, window_faults
 from mmtune.recipe_prompts import (
     WHERE,
@@ -105,6 +107,11 @@ class ModelSection(Section):
             faults.append(fault(parts[0], f"{other} is missing; a model is assembled from both"))
         elif given.get("projector") is None:
             given["projector"] = "mlp"
+        attention, names = given.get("attn_implementation"), library_fact("attention")
+        if isinstance(attention, str) and attention not in names and not re.fullmatch(r"[\w.-]+/[^/\s]+", attention):
+            told = f"expected one of {', '.join(names)}, or a kernel of the hub, owner/name, got {shown(attention)}"
+            near = nearest(attention, set(names))
+            faults.append(fault("attn_implementation", told + (near if "did you mean" in near else "")))
         return given, faults
 
     @model_serializer(mode="wrap")

@@ -44,6 +44,13 @@ REPORTERS: Mapping[str, tuple[tuple[str, ...], str]] = {
 }
 """By a name of `report_to`: the modules of which it needs one, and what pip calls the first."""
 
+ATTENTION: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "flash_attention_2": (("flash_attn", "kernels", "torch_npu"), "flash-attn"),
+    "flash_attention_3": (("flash_attn_interface", "kernels", "torch_npu"), "flash-attn-3"),
+    "flash_attention_4": (("flash_attn", "kernels", "torch_npu"), "flash-attn-4"),
+}
+"""By a name of `attn_implementation`: as `REPORTERS`. Where the first is missing, transformers takes it from the others."""
+
 SHAPES = ("linear", "cosine", "1-sqrt")
 """Of the warm-up and the decay of warmup_stable_decay."""
 LOWEST = {"num_decay_steps": 1, "num_stable_steps": 0, "timescale": 1}
@@ -165,8 +172,11 @@ def _phase_faults(train: Mapping[str, Any], given: Mapping[str, Any]) -> list[Fa
     return [fault(("lr_scheduler_kwargs", "num_decay_steps"), told)]
 
 
-def missing_libraries(train: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """A key and a message for each value whose library is not installed on this machine."""
+def missing_libraries(train: Mapping[str, Any], attention: str | None = None) -> Iterator[tuple[str, str]]:
+    """A key and a message for each value whose library is not installed on this machine; `attention` is the model's."""
+    modules, package = (("kernels",), "kernels") if "/" in (attention or "") else ATTENTION.get(attention or "", ((), ""))
+    if modules and not any(map(find_spec, modules)):
+        yield "model.attn_implementation", f"not installed: pip install {package}; or give sdpa"
     optimizer = str(train.get("optim", ""))
     for beginning, (module, package) in OPTIMIZERS.items():
         if optimizer.startswith(beginning) and find_spec(module) is None:

@@ -35,7 +35,7 @@ from mmtune.model.tiny_templates import NEEDED
 from mmtune.recipe import Recipe, Source, load_recipe
 from mmtune.release.merge import Form, keep_adapter, merge, parity_samples
 from mmtune.run_directory import RunDirectory
-from mmtune.train import train, training_arguments
+from mmtune.train import train, training_arguments, without_trackers
 from mmtune.world import (
     ALONE,
     World,
@@ -89,7 +89,7 @@ def _join(recipe: Recipe) -> World:
     check_launch(recipe.model.precision, recipe.train.get("deepspeed"))
     if launched_with_fsdp() and not torch.accelerator.is_available():
         print("rehearsal: FSDP2 shards on the CPU, which accelerate leaves to GPUs; the run itself needs them")
-    arguments = training_arguments(recipe.model_copy(update={"train": {**recipe.train, "report_to": "none"}}))
+    arguments = training_arguments(without_trackers(recipe))
     return join_world(arguments, recipe.model.precision)
 
 

@@ -428,6 +428,11 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     return arguments
 
 
+def without_trackers(recipe: Recipe) -> Recipe:
+    """The same recipe with `report_to: none`."""
+    return recipe.model_copy(update={"train": {**recipe.train, "report_to": "none"}})
+
+
 if __name__ == "__main__":
     from mmtune.cli import entry_point
 

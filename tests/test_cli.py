@@ -158,7 +158,7 @@ def test_where_answers_go_is_checked_before_weights_load(
     for out, told in {
         str(tmp_path / "answers_after.jsonl"): "holds the run's own answers; give another file: --out FILE",
         str(recipe_file): "exists and is not a .jsonl file",
-        str(recipe_file / "x.jsonl"): f"--out FILE: cannot write in {recipe_file}",
+        str(recipe_file / "x.jsonl"): f"--out {recipe_file / 'x.jsonl'}: cannot write in {recipe_file}: ",
     }.items():
         assert entry_point(["eval", "builtin:tiny-llava", "--recipe", str(recipe_file), "--out", out]) == 2
         assert told in capsys.readouterr().err
@@ -203,6 +203,10 @@ def test_mistakes_in_the_command_are_named_with_what_was_meant(
         ),
         (["chat", "./nowhere", "--prompt", "hello"], "no such run or model"),
         (["recipe", "copy", "quickstrat"], "did you mean 'quickstart'?"),
+        (
+            ["chat", "builtin:tiny-llava", "--chat-template", "nosuch", "--prompt", "?"],
+            "error: --chat-template: unknown name 'nosuch'",
+        ),
         (["recipe", "check", "nowhere.yaml"], "nowhere.yaml"),
         (["chat", "builtin:tiny-llava", "--image", "gone.png", "--prompt", "hello"], "gone.png"),
     ],

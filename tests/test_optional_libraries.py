@@ -101,7 +101,7 @@ def test_a_torchvision_that_cannot_be_imported_counts_as_absent(tmp_path: Path) 
     [
         (", optim: lomo", "recipe.yaml:5: train.optim: lomo needs a library that is not installed: pip install lomo-optim"),
         (", optim: adamw_torch_4bit", "is not installed: pip install torchao"),
-        (", use_liger_kernel: true", "error: a library that this needs is missing: You have set `use_liger_kernel`"),
+        (", use_liger_kernel: true", "train.use_liger_kernel: needs a library that is not installed: pip install liger-kernel"),
     ],
 )
 def test_a_missing_library_is_one_line(settings: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,6 +131,13 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "train={lr_scheduler_type: constant, warmup_steps: 10}",
             "constant takes no warmup_steps; use constant_with_warmup, or leave them out",
         ),
+        ("model.attn_implementation=flash_attention", "expected one of eager, flash_attention_2, flash_attention_3, "),
+        ("model.attn_implementation=sdap", "expected one of eager, flash_attention_2, flash_attention_3, "),
+        (
+            "model.attn_implementation=flash_attention_3",
+            "not installed: pip install flash-attn-3; or give sdpa",
+        ),
+        ("model.attn_implementation=a/b", "not installed: pip install kernels; or give sdpa"),
         # values under other names
         ("model.precision=4bit", "expected 'fp32', 'bf16', 'int8' or 'nf4', got '4bit'; write nf4"),
         ("train.optim=adam", "expected one of 41 names, got 'adam'; write adamw_torch"),
@@ -226,6 +233,26 @@ def test_a_section_under_another_name_is_not_missing_too(recipe: Path, old: str,
     with pytest.raises(UserError) as raised:
         load_recipe(recipe)
     assert str(raised.value) == told
+
+
+@pytest.mark.parametrize(
+    "divided", [["train.max_steps", "=", "3"], ["train.max_steps=", "3"], ["seed=1", "train.max_steps", "=3"]]
+)
+def test_an_override_in_several_arguments_is_one_message(
+    recipe: Path, capsys: pytest.CaptureFixture[str], divided: list[str]
+) -> None:
+    assert entry_point(["recipe", "check", str(recipe), *divided]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: command line: train.max_steps")
+    assert line.endswith(": no space stands around =: write train.max_steps=3")
+
+
+@pytest.mark.parametrize("settings", ["report_to: swanlab", "use_liger_kernel: true"])
+def test_a_plan_needs_no_library_of_the_run(recipe: Path, capsys: pytest.CaptureFixture[str], settings: str) -> None:
+    more = ["--no-data", "--tokens", "64", f"train={{{settings}}}"]
+    assert entry_point(["recipe", "check", str(recipe), more[-1]]) == 2
+    assert "not installed" in capsys.readouterr().err
+    assert entry_point(["plan", str(recipe), *more]) == 0
 
 
 @pytest.mark.parametrize(

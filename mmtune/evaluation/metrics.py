@@ -36,7 +36,8 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     centre = share + z * z / (2 * total)
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    low = 0.0 if correct == 0 else max(0.0, (centre - spread) / scale)  # exact where rounding would leave 1e-17
+    return low, 1.0 if correct == total else min(1.0, (centre + spread) / scale)
 
 
 def majority_accuracy(answers: Sequence[str], tasks: Sequence[str | None]) -> float:

@@ -16,7 +16,7 @@ def print_scores(summary: dict[str, Any]) -> None:
     if not rows:
         return
     table = Table(title="Held-out exact match", title_justify="left")
-    table.add_column("task")
+    table.add_column("task or source")
     for name in ("questions", "commonest answer", "base", "tuned", "95% interval"):
         table.add_column(name, justify="right")
     for row in rows:

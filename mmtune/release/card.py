@@ -188,7 +188,7 @@ def _figures(summary: dict[str, Any]) -> list[str]:
     rows = score_rows(summary)
     if not rows:
         return []
-    lines = ["| task | questions | commonest answer | base | tuned | 95% interval |", "|---|---|---|---|---|---|"]
+    lines = ["| task or source | questions | commonest answer | base | tuned | 95% interval |", "|---|---|---|---|---|---|"]
     keys = ("task", "questions", "majority", "base", "tuned", "interval")
     lines += ["| " + " | ".join(row[key] for key in keys) + " |" for row in rows]
     return ["## Figures", "Exact match on held-out questions.", "\n".join(lines)]

@@ -19,6 +19,7 @@ def test_the_interval_is_wilsons(correct: int, total: int, confidence: float) ->
 
 def test_no_questions_say_nothing() -> None:
     assert wilson_interval(0, 0) == (0, 1)
+    assert all(wilson_interval(0, total)[0] == 0 and wilson_interval(total, total)[1] == 1 for total in range(1, 100))
     assert majority_accuracy([], []) == 0
 
 
