@@ -176,10 +176,11 @@ def _show(arguments: argparse.Namespace) -> Any:
 
 def _digits(arguments: argparse.Namespace) -> Any:
     from mmtune.builtin.digits import PARTS, write_digits
+    from mmtune.files import linked_directory
     from mmtune.locks import locked
 
     parts = tuple(PARTS) if arguments.all else ("tune", "eval")
-    with locked(Path(arguments.folder)):
+    with locked(linked_directory(Path(arguments.folder))):
         counts = write_digits(Path(arguments.folder), parts)
     for part, rows in counts.items():
         print(f"{arguments.folder}/{part}.json: {rows:,} rows")
