@@ -362,8 +362,11 @@ def git_commit() -> str | None:
 
 def _git(*arguments: str, settings: Mapping[str, str] | None = None) -> str:
     settings = {"core.fsmonitor": "false"} | dict(settings or {})
-    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_CONFIG_COUNT": str(len(settings))}
-    for number, (key, value) in enumerate(settings.items()):
+    given = os.environ.get("GIT_CONFIG_COUNT", "")
+    first = int(given) if given.isdecimal() else 0  # the settings that the user has given so stay
+    count = str(first + len(settings))
+    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_CONFIG_COUNT": count}
+    for number, (key, value) in enumerate(settings.items(), first):
         environment |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
     done = subprocess.run(
         ["git", *arguments],

@@ -115,6 +115,14 @@ def test_what_a_killed_process_left_goes_and_what_is_another_s_stays(tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.b.abcdefgh.partial", ".out.notes", "other", "out"]
 
 
+def test_digits_are_not_written_through_a_link_to_a_folder_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "digits")
+    with held_elsewhere(tmp_path / "digits"):
+        assert entry_point(["data", "digits", str(tmp_path / "link")]) == 2
+    assert f"{tmp_path / 'digits'} is in use" in capsys.readouterr().err
+
+
 def test_the_target_of_a_link_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     link = tmp_path / "out"
@@ -223,6 +231,15 @@ def test_the_commit_is_told_and_no_program_of_the_repository_runs(repository: Pa
     assert git_commit() == head
     (repository / "a.txt").write_text("b", encoding="utf-8")
     assert git_commit() == f"{head}+changes"
+    assert not (repository.parent / f"ran-{repository.name}").exists()
+
+
+def test_git_settings_of_the_environment_stay(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("COUNT", "1"), ("KEY_0", "status.showUntrackedFiles"), ("VALUE_0", "no")):
+        monkeypatch.setenv(f"GIT_CONFIG_{name}", value)
+    (repository / "untracked.txt").touch()
+    commit = git_commit()
+    assert commit is not None and "+" not in commit
     assert not (repository.parent / f"ran-{repository.name}").exists()
 
 
