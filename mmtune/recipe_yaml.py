@@ -76,12 +76,17 @@ class Origin:
 
 @dataclass
 class Document:
-    """A recipe's plain values, the origin of every dotted key in them, and what was wrong with the text itself."""
+    """A recipe's plain values, the origin of every dotted key in them, and what was wrong with the text itself.
+
+    Attributes:
+        unread: keys whose text is no value; None stands for it in `values`.
+    """
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)
     problems: list[tuple[Origin, str]] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)
 
     def origin(self, key: str) -> Origin:
         """Where the key was written, or the nearest of its parents that was."""
@@ -90,7 +95,12 @@ class Document:
         return self.origins[key] if key else Origin(f"{self.name}:1", (0, 1))
 
     def report(self, key: str, message: str) -> None:
-        """Note a problem with a key, to be shown with all the others."""
+        """Note a problem with a key, to be shown with all the others.
+
+        It is left out where it may be due to a value that could not be read, which has its own line.
+        """
+        if any(_lies_in(key, each) or _lies_in(each, key) for each in self.unread):
+            return
         self.problems.append((self.origin(key), fault(self.origin(key), key, message)))
 
     def raise_problems(self) -> None:
@@ -98,6 +108,10 @@ class Document:
         if self.problems:
             lines = [text for _, text in sorted(self.problems, key=lambda problem: problem[0].order)]
             raise UserError("\n".join(dict.fromkeys(lines)))
+
+
+def _lies_in(key: str, other: str) -> bool:
+    return f"{key}.".startswith(f"{other}.")
 
 
 def fault(origin: Origin, key: str, message: str) -> str:
@@ -168,6 +182,7 @@ def apply_override(document: Document, text: str, number: int, shorthands: Mappi
         return
     value = None if node is None else _Builder(built, origin).build(node, key)
     document.problems += built.problems
+    document.unread |= built.unread
 
     parent: Any = document.values
     *above, last = key.split(".")
@@ -233,11 +248,9 @@ class _Builder:
             told = f"more than {MAX_SIZE:,} values, where what an alias stands for counts each time"
             raise UserError(fault(self._origin(node), key or self._kind, told))
         if id(node) in self._open:
-            self._fault(node, key, "the value contains itself")
-            return None
+            return self._no_value(node, key, "the value contains itself")
         if not isinstance(node, yaml.ScalarNode) and node.tag not in (f"{_TAG}map", f"{_TAG}seq"):
-            self._fault(node, key, f"the YAML tag '{node.tag}' is not supported")
-            return None
+            return self._no_value(node, key, f"the YAML tag '{node.tag}' is not supported")
         self._open.add(id(node))
         try:
             if isinstance(node, yaml.MappingNode):
@@ -288,8 +301,7 @@ class _Builder:
             if kind == "bool":
                 return {"true": True, "false": False}[text.lower()]
             if kind in ("int", "float") and len(text) > MAX_DIGITS:
-                self._fault(node, key, f"a number of {len(text):,} characters, more than {MAX_DIGITS:,}")
-                return None
+                return self._no_value(node, key, f"a number of {len(text):,} characters, more than {MAX_DIGITS:,}")
             if kind == "int":
                 return int(text, 0 if text[:2] in ("0x", "0o") else 10)
             if kind == "float":
@@ -297,10 +309,12 @@ class _Builder:
             if kind == "str":
                 return text
         except (ValueError, KeyError):
-            self._fault(node, key, f"'{text[:60]}' is not a YAML {kind}")
-            return None
-        self._fault(node, key, f"the YAML tag '{node.tag}' is not supported")
-        return None
+            return self._no_value(node, key, f"'{text[:60]}' is not a YAML {kind}")
+        return self._no_value(node, key, f"the YAML tag '{node.tag}' is not supported")
+
+    def _no_value(self, node: yaml.Node, key: str, message: str) -> None:
+        self._fault(node, key, message)
+        self._document.unread.add(key)
 
     def _origin(self, node: yaml.Node) -> Origin:
         line = node.start_mark.line + 1

@@ -340,3 +340,20 @@ def test_every_other_name_names_a_key_of_a_recipe(recipe: Path) -> None:
         if not target.startswith("--"):
             key = target.partition(":")[0].replace("data.train.0.", "data.")
             assert load_recipe(recipe).has_key(key) or key.removeprefix("data.") in Source.model_fields
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_steps=!!int many", "'many' is not a YAML int"),
+        (f"train.max_steps={'9' * 1001}", "a number of 1,001 characters, more than 1,000"),
+        ("model.base=!name x", "the YAML tag '!name' is not supported"),
+        ("tune.language=!name {method: lora}", "the YAML tag '!name' is not supported"),
+    ],
+)
+def test_a_value_that_cannot_be_read_has_one_line(recipe: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as failed:
+        load_recipe(recipe, [override, "train.weight_decay=high"])
+    lines = str(failed.value).splitlines()
+    assert lines[0] == f"command line: {override}: {message}"
+    assert len(lines) == 2 and lines[1].startswith("command line: train.weight_decay=high: expected a number")
