@@ -43,7 +43,10 @@ from mmtune.errors import UserError
 from mmtune.recipe import Source
 from mmtune.styled_console import StyledConsole
 
-FORM = ("row_not_json", "row_not_object", "field_missing", "field_type", "role_unknown", "label_unknown", "media_unread")
+FORM = (
+    *("row_not_json", "row_not_object", "field_missing", "field_type", "template_fails", "role_unknown", "label_unknown"),
+    "media_unread",
+)
 CONTROL_TOKENS = (
     *("<s>", "</s>", "<unk>", "<pad>", "<bos>", "<eos>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),

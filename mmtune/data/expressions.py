@@ -14,7 +14,7 @@ from jinja2.runtime import Context
 from pydantic import BaseModel, ConfigDict
 
 from mmtune import bounded_jinja
-from mmtune.bounded_jinja import BUDGET, COMPILE_FAULTS, RENDER_FAULTS, BoundedEnvironment, Budget
+from mmtune.bounded_jinja import BUDGET, COMPILE_FAULTS, RENDER_FAULTS, BoundedEnvironment, Budget, TooMuchWork
 from mmtune.data.boxes import Box, fractions, pixels, thousandths
 from mmtune.data.message import RowError
 
@@ -66,7 +66,7 @@ def render(row_id: str, where: str, source: str, context: Mapping[str, Any], row
     try:
         return "".join(bounded_jinja.render(_text(source), context))
     except RENDER_FAULTS as error:
-        raise _told(row_id, where, error, row) from error
+        raise _row_error(row_id, where, error, row) from error
 
 
 def evaluate(row_id: str, where: str, source: str, context: Mapping[str, Any], row: Mapping[str, Any]) -> Any:
@@ -85,7 +85,7 @@ def evaluate(row_id: str, where: str, source: str, context: Mapping[str, Any], r
                 str(item)  # raises, and says what is not defined
         return value
     except RENDER_FAULTS as error:
-        raise _told(row_id, where, error, row) from error
+        raise _row_error(row_id, where, error, row) from error
 
 
 def as_text(value: Any) -> str:
@@ -105,12 +105,15 @@ def as_text(value: Any) -> str:
     return str(value)
 
 
-def _told(row_id: str, where: str, error: Exception, row: Mapping[str, Any]) -> RowError:
+def _row_error(row_id: str, where: str, error: Exception, row: Mapping[str, Any]) -> RowError:
     columns = ", ".join(map(str, row)) or "nothing"
-    finding = "field_missing" if isinstance(error, UndefinedError) else "field_type"
     of_row = isinstance(error, (UndefinedError, NotText))
-    told = str(error)[:300] if of_row else f"the template fails{bounded_jinja.failure(error)}"
-    return RowError(row_id, where, f"{told}; the row has: {columns[:300]}", finding)
+    detail = str(error)[:300] if of_row else f"the template fails{bounded_jinja.failure(error)}"
+    if isinstance(error, UndefinedError):
+        finding = "field_missing"
+    else:
+        finding = "template_fails" if isinstance(error, (TooMuchWork, RecursionError, MemoryError)) else "field_type"
+    return RowError(row_id, where, f"{detail}; the row has: {columns[:300]}", finding)
 
 
 def _written(value: Any) -> Any:

@@ -23,6 +23,7 @@ KINDS: dict[str, Kind] = {
     "row_not_object": Kind("error", "write the row as an object of named fields"),
     "field_missing": Kind("error", "add the field, or name the data template that fits these rows"),
     "field_type": Kind("error", "give the field the type that the data template reads"),
+    "template_fails": Kind("error", "simplify the data template: it does more work than one row may take"),
     "role_unknown": Kind("error", "rename the speaker, or add it to the data template's roles"),
     "role_order": Kind("error", "order the turns: a system message first if any, then user and assistant in turns"),
     "answer_missing": Kind("error", "end the conversation with the assistant's answer, or cut the last question"),
