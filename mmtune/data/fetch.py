@@ -169,7 +169,7 @@ def _parsed(url: str) -> tuple[SplitResult, str, int]:
     if not host:
         raise _Refused("not a valid URL: it names no host")
     if not _HOST.fullmatch(host):
-        raise _Refused(f"not a valid URL: {host[:100]!r} is no host")
+        raise _Refused(f"not a valid URL: {host[:100]!r} is not a host name")
     if parts.username is not None or parts.password is not None:
         raise _Refused("a URL with a user name or password is not fetched")
     return parts, host, port

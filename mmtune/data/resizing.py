@@ -33,7 +33,7 @@ def check_resized(processor: ProcessorMixin, sizes: Sequence[tuple[int, int]]) -
         sizes: (width, height) of the images, upright.
 
     Raises:
-        ValueError: naming the size that an image has and the one that it would have.
+        Unusable: naming the size that an image has and the one that it would have.
     """
     shorter = _shorter_edge(processor)
     for width, height in sizes:

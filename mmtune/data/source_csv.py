@@ -76,8 +76,8 @@ def _records(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[int, 
         for line in text_lines(file, path):
             size = len(line) + (size if taken else 0)
             if size > MAX_ROW_BYTES:
-                told = f"a quote in this row is not closed within {MAX_ROW_BYTES // 2**20} MiB"
-                raise UserError(f"{path}:{reader.line_num - len(taken) + 1}: {told}")
+                reason = f"a quote in this row is not closed within {MAX_ROW_BYTES // 2**20} MiB"
+                raise UserError(f"{path}:{reader.line_num - len(taken) + 1}: {reason}")
             taken.append(line)
             yield line.decode("latin-1")
 
@@ -127,8 +127,8 @@ def _header(path: Path, delimiter: str, records: Iterator[tuple[int, int, bytes]
     try:
         columns = _parse(record.decode("utf-8-sig"), delimiter)
     except (csv.Error, UnicodeDecodeError) as error:
-        told = not_utf8(error) if isinstance(error, UnicodeDecodeError) else error
-        raise UserError(f"{path}: cannot read its first line, the names of the columns: {told}") from error
+        reason = not_utf8(error) if isinstance(error, UnicodeDecodeError) else error
+        raise UserError(f"{path}: cannot read its first line, the names of the columns: {reason}") from error
     other = next((each for each in ";\t|," if each != delimiter and each in columns[0]), None) if len(columns) == 1 else None
     if other is not None:
         raise UserError(
@@ -147,8 +147,8 @@ def _row(name: str, line: int, columns: list[str], delimiter: str, record: bytes
     try:
         fields = _parse(record.decode("utf-8"), delimiter)
     except (csv.Error, UnicodeDecodeError) as error:
-        told = not_utf8(error) if isinstance(error, UnicodeDecodeError) else error
-        raise RowError(row_id, "row", f"not valid CSV: {told}", "row_malformed") from error
+        reason = not_utf8(error) if isinstance(error, UnicodeDecodeError) else error
+        raise RowError(row_id, "row", f"not valid CSV: {reason}", "row_malformed") from error
     if len(fields) != len(columns):
         raise RowError(row_id, "row", f"{len(fields)} fields for {len(columns)} columns", "row_malformed")
     return row_id, dict(zip(columns, fields, strict=True))

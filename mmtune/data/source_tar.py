@@ -161,8 +161,8 @@ def _check_headers(file: BinaryIO, path: Path, start: int) -> None:
             return
         size = _number(header[124:136])
         if size is None or not 0 <= size <= MAX_HEADER_BYTES:
-            told = f"its size is {'no number' if size is None else size}, and at most {MAX_HEADER_BYTES} bytes are read"
-            raise UserError(f"{path}: the header at byte {place} is damaged: {told}")
+            problem = f"its size is {'no number' if size is None else size}, and at most {MAX_HEADER_BYTES} bytes are read"
+            raise UserError(f"{path}: the header at byte {place} is damaged: {problem}")
         if kind in b"xgX":
             _check_attributes(path, place, file.read(size))
         place += tarfile.BLOCKSIZE + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
@@ -213,8 +213,8 @@ def _row(path: Path, name: str, key: str, members: _Members) -> tuple[str, Row]:
                 row[extension] = Embedded(path, member, offset, size)
                 continue
             if size > MAX_ROW_BYTES:
-                told = f"a text of {size} bytes, more than {MAX_ROW_BYTES // 2**20} MiB"
-                raise RowError(row_id, extension, told, "row_malformed")
+                detail = f"a text of {size} bytes, more than {MAX_ROW_BYTES // 2**20} MiB"
+                raise RowError(row_id, extension, detail, "row_malformed")
             file.seek(offset)
             data = file.read(size)
             if kind == "json":
