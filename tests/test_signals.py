@@ -93,8 +93,9 @@ def test_nohup_stays_nohup(monkeypatch: pytest.MonkeyPatch) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_ctrl_c_while_the_command_line_is_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "argparse.py").write_text("raise KeyboardInterrupt", encoding="utf-8")  # imported by the command line first
+@pytest.mark.parametrize("imported", ["argparse", "traceback"])
+def test_ctrl_c_while_the_command_line_is_imported(tmp_path: Path, imported: str) -> None:
+    (tmp_path / f"{imported}.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
     program = "import sys; sys.path.insert(0, sys.argv[1]); from mmtune.__main__ import main; sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
