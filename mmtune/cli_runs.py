@@ -84,7 +84,7 @@ def _train(arguments: argparse.Namespace) -> Any:
     from mmtune.files import check_writable, linked_directory, writing
     from mmtune.preflight import LIBRARIES, check_reachable, check_recipe, located_errors
     from mmtune.recipe import load_recipe
-    from mmtune.run_directory import check_output_dir, locked_run
+    from mmtune.run_directory import RunDirectory, check_output_dir, locked_run
 
     if isinstance(arguments.resume, str) and "=" in arguments.resume and not Path(arguments.resume).exists():
         arguments.overrides, arguments.resume = [*arguments.overrides, arguments.resume], True  # --resume key=value
@@ -111,7 +111,12 @@ def _train(arguments: argparse.Namespace) -> Any:
         from mmtune.train import train
 
         resume = arguments.resume if isinstance(arguments.resume, bool) else Path(arguments.resume)
-        return train(recipe, arguments.command_line, arguments.overwrite, resume)
+        figures = train(recipe, arguments.command_line, arguments.overwrite, resume)
+        if not speaker():
+            run = RunDirectory(Path(recipe.output_dir))
+            weights = run.adapter if run.adapter.is_dir() else run.model
+            print(f"run: {run.path} ({run.report.name}, {run.summary.name}, {weights.name}/)")
+        return figures
 
 
 def _eval(arguments: argparse.Namespace) -> Any:

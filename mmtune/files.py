@@ -106,8 +106,10 @@ def not_there(path: Path, only_close: bool = False) -> str:
         return ""
     folder = next((each for each in path.parents if each.is_dir()), Path())
     names = _names_in(folder)
-    shown = f"holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "is empty"
-    return f"; the nearest folder, {folder.absolute() if folder == Path() else folder}, {shown}"
+    nearest = folder.absolute() if folder == Path() else folder
+    if not names:
+        return f"; the nearest folder is {nearest}"
+    return f"; the nearest folder, {nearest}, holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ import yaml
 
 from mmtune.errors import UserError
 from mmtune.files import not_there
+from mmtune.shipped import shipped_recipes
 
 _TAG = "tag:yaml.org,2002:"
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$")
@@ -134,7 +135,9 @@ def read_document(path: Path, kind: str = "recipe", keys: str = "model, data, ou
     if path.is_dir():
         raise UserError(f"{path}: is a directory; give a {kind} file")
     if not path.exists():
-        raise UserError(f"{path}: no such {kind} file{not_there(path)}")
+        ships = kind == "recipe" and str(path) in shipped_recipes()
+        copy = f"; a recipe of this name ships: `mmtune recipe copy {path}`, then give {path}.yaml"
+        raise UserError(f"{path}: no such {kind} file{copy if ships else not_there(path)}")
     if not path.is_file():
         raise UserError(f"{path}: not a regular file; give a {kind} file")
     try:
@@ -226,7 +229,8 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
 def _syntax_error(error: yaml.YAMLError, text: str) -> tuple[int, str]:
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
-        return mark.line + 1 if mark else 1, " ".join(part for part in (error.context, error.problem) if part)
+        told = " ".join(part for part in (error.context, error.problem) if part)
+        return mark.line + 1 if mark else 1, f"{told}; indent with spaces" if r"'\t'" in told else told
     if isinstance(error, yaml.reader.ReaderError):
         return text.count("\n", 0, error.position) + 1, f"the character {error.character!r} is not allowed"
     return 1, str(error)

@@ -308,7 +308,6 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         (run.model / "README.md").write_text(model_card(recipe, figures, run), encoding="utf-8")
     run.update_summary(figures)  # the last file: a run that has it is finished
     print_scores(figures)
-    print(f"run: {run.path} (report.html, summary.json, {out.name}/)")
     return figures
 
 

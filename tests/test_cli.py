@@ -165,6 +165,22 @@ def test_where_answers_go_is_checked_before_weights_load(
     assert (tmp_path / "answers_after.jsonl").read_text() == "the run's"
 
 
+def test_what_was_not_evaluated_is_said(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe()
+    run = tmp_path / "finished"
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "config.json").write_text("{}")
+    (run / "recipe.yaml").write_text(recipe.to_yaml())
+    figures = {"trainable_parameters": 1, "total_parameters": 2, "train_seconds": 3.0, "peak_memory_mb": 4.0}
+    (run / "summary.json").write_text(json.dumps(figures))
+    assert entry_point(["report", str(run)]) == 0
+    assert "nothing was evaluated: the recipe had no evaluate section" in capsys.readouterr().out
+    assert entry_point(["eval", str(run)]) == 2
+    assert "has no `evaluate` section; `--recipe FILE` takes that of another recipe" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -201,6 +217,10 @@ def test_mistakes_in_the_command_are_named_with_what_was_meant(
                 ("report", "run", []),
             )
         ),
+        (["train", "quickstart"], "a recipe of this name ships: `mmtune recipe copy quickstart`, then give quickstart.yaml"),
+        (["recipe", "check", "tab.yaml"], "tab.yaml:2: not valid YAML: "),
+        (["recipe", "check", "tab.yaml"], "indent with spaces"),
+        (["eval", "builtin:tiny-llava", "--recipe", "empty/x.yaml"], "no such recipe file; the nearest folder is empty\n"),
         (["chat", "./nowhere", "--prompt", "hello"], "no such run or model"),
         (["recipe", "copy", "quickstrat"], "did you mean 'quickstart'?"),
         (
@@ -216,6 +236,9 @@ def test_other_mistakes_are_exit_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "noeval.yaml").touch()
+    (tmp_path / "tab.yaml").write_text("tune:\n\tvision: full\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".hidden").touch()
     assert entry_point(arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err

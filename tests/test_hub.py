@@ -164,6 +164,9 @@ def test_without_a_network_a_recipe_of_a_hub_id_fails_at_once(
     code = entry_point([*verb.split(), "recipe.yaml"])
     printed = capsys.readouterr()
     assert (code, "owner/name" in printed.out + printed.err) == (0 if verb == "data check" else 2, True)
+    assert ("; --rehearse or model.base=builtin:tiny-llava tries the recipe without a download" in printed.err) == (
+        verb == "train"
+    )
     assert not Path("run").exists()
 
 

@@ -29,8 +29,14 @@ def image_paths(text: str) -> Iterator[tuple[str, Path | Embedded]]:
     Raises:
         UserError: no name, a quote that is not closed, or a name that no image can be found by.
     """
-    for name in _names(text):
-        yield name, image_at(name)
+    names = _names(text)
+    for name in names:
+        try:
+            yield name, image_at(name)
+        except UserError as error:
+            if len(names) == 1 or any(map(_is_file, names)):
+                raise
+            raise UserError(f"{error}; a path with spaces is written in quotes: /image 'my cat.png'") from error
 
 
 def image_at(name: str) -> Path | Embedded:

@@ -57,6 +57,11 @@ class ChatSession:
         self._images.append({"type": "image", "image": shown})
         return size
 
+    @property
+    def waiting(self) -> int:
+        """How many images go with the next question."""
+        return len(self._images)
+
     def reset(self) -> None:
         """Forget every turn and image."""
         self._messages = []

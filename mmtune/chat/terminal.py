@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from contextlib import closing
 
@@ -25,6 +27,8 @@ COMMANDS = {
 }
 """The commands, each with its help."""
 HELP = f"{', '.join(COMMANDS.values())}; Ctrl-C stops an answer"
+PLAIN_WORDS = {**dict.fromkeys(("exit", "quit"), "/exit to leave"), "reset": "/reset to start over", "help": HELP}
+"""Words that alone in a line are meant as commands, and what to type for them."""
 PROMPT = "> "
 EMPTY_ANSWER = "(the answer is empty)"
 STOPPED = "\n(stopped: what was answered stays in the conversation)"
@@ -42,7 +46,7 @@ def converse(session: ChatSession) -> None:
     """
     is_interactive = sys.stdin.isatty()
     read_line = _line_reader()
-    print(HELP)
+    print(textwrap.fill(HELP, shutil.get_terminal_size().columns) if sys.stdout.isatty() else HELP)
     while True:
         try:
             line = read_line().strip()
@@ -70,9 +74,12 @@ def _act(session: ChatSession, line: str, command: str, argument: str) -> None:
     elif command == "/image":
         for name, image in image_paths(argument):
             width, height = session.attach(image)
-            print(f"({name}, {width} x {height}: ask about it)")
+            waiting = "1 image waits" if session.waiting == 1 else f"{session.waiting} images wait"
+            print(f"({name}, {width} x {height}; {waiting} for your question)")
     elif command.startswith("/"):
         raise UserError(f"no command {command}: {HELP}")
+    elif line.lower() in PLAIN_WORDS:
+        print(f"(type {PLAIN_WORDS[line.lower()]})")
     else:
         _ask(session, line)
 

@@ -159,7 +159,7 @@ def print_data(figures: dict[str, Any]) -> None:
     batch = figures["largest_batch"]
     how = "tokens" if batch["tokens"] == batch["padded_tokens"] else f"tokens with padding, {batch['tokens']:,} without,"
     table.add_row("largest batch", f"{batch['padded_tokens']:,}", f"{how} of {batch['rows']} rows")
-    console.print(table)
+    console.print_table(table)
     bars = Table(title="Length of a row in tokens", title_justify="left", show_header=False)
     for number in range(3):
         bars.add_column(justify="left" if number == 1 else "right")

@@ -23,7 +23,7 @@ def print_scores(summary: dict[str, Any]) -> None:
         if row["task"] == "overall":
             table.add_section()
         table.add_row(*(Text(row[key]) for key in ("task", "questions", "majority", "base", "tuned", "interval")))
-    StyledConsole().print(table)
+    StyledConsole().print_table(table)
     if "merge_max_logit_difference" in summary:
         print(
             f"merged: largest logit difference {summary['merge_max_logit_difference']:.2g}, "

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rich.table import Table
 
 from mmtune.methods.table import METHODS, PRECISIONS, ZERO_STAGES, capabilities, nearest_that_works
 from mmtune.styled_console import StyledConsole
+
+LIBRARY_ERROR = re.compile(r"^\w+Error: .*", re.DOTALL)
+"""A reason that is an exception as it was caught; `--json` gives it whole."""
 
 
 def method_rows() -> list[dict[str, Any]]:
@@ -27,7 +31,7 @@ def print_methods() -> None:
         title="Methods: t trains, c with checkpointing, 123 at ZeRO stages, m merges",
         title_justify="left",
     )
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     table.add_column("learning rate", justify="right")
     for precision in PRECISIONS:
         table.add_column(precision)
@@ -41,10 +45,10 @@ def print_methods() -> None:
             cells.append(" ".join(letter if works is True else "-" for letter, works in letters.items()))
             for what, works in cell.items():
                 if works is not True and (what == "train" or cell["train"] is True):
-                    refused.append((row["method"], precision, what, works))
+                    refused.append((row["method"], precision, what, LIBRARY_ERROR.sub("it ends in an error of a library", works)))
         table.add_row(row["method"], f"{row['learning_rate']:g}", *cells)
     console = StyledConsole()
-    console.print(table)
+    console.print_table(table)
     told: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for method, precision, what, why in refused:
         nearest = nearest_that_works(method, what, precision)

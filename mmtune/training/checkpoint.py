@@ -15,6 +15,7 @@ from mmtune.errors import UserError
 from mmtune.files import flush, open_as_umask_says, read_record, sync
 from mmtune.manifest import check_manifest, names_in, write_manifest
 from mmtune.recipe import Recipe, load_recipe
+from mmtune.recipe_arguments import shown
 from mmtune.run_directory import SAVING, RunDirectory, becomes_seen, step_of
 from mmtune.world import World
 
@@ -128,7 +129,7 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     before, now = (flat(each.model_dump(mode="json")) for each in (load_recipe(run.recipe), recipe))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     for key in changed:
-        print(f"resume: {key} was {before.get(key)!r}, and is {now.get(key)!r}")
+        print(f"resume: {key} was {shown(before.get(key))}, and is {shown(now.get(key))}")
     wrong = [key for key in changed if not key.startswith(FREE)]
     if wrong:
         raise UserError(

@@ -226,7 +226,7 @@ def print_trained_modules(modules: Mapping[str, tuple[int, int]]) -> None:
         table.add_column(name, justify="right")
     for path, (count, size) in modules.items():
         table.add_row(path, f"{count:,}", f"{size:,}")
-    StyledConsole().print(table)
+    StyledConsole().print_table(table)
 
 
 def print_parameters(counts: Sequence[ComponentCount]) -> None:
@@ -242,4 +242,4 @@ def print_parameters(counts: Sequence[ComponentCount]) -> None:
     total, trainable = sum(c.total for c in counts), sum(c.trainable for c in counts)
     table.add_section()
     table.add_row("all", "", "", f"{total:,}", f"{trainable:,} ({trainable / total:.2%})", "")
-    StyledConsole().print(table)
+    StyledConsole().print_table(table)

@@ -63,7 +63,7 @@ def print_layouts(layouts: dict[str, MemoryEstimate], processes: int, limit_byte
         table.add_column(column, justify="left" if column == "layout" else "right")
     for layout, estimate in layouts.items():
         table.add_row(layout, f"{estimate.peak / 1e9:.2f}", f"{(estimate.peak + estimate.overhead) / 1e9:.2f}")
-    StyledConsole().print(table)
+    StyledConsole().print_table(table)
     if limit_bytes is not None:
         fits = next((layout for layout, estimate in layouts.items() if estimate.fits(limit_bytes)), None)
         print(f"the first that fits {limit_bytes / 1e9:.1f} GB: {fits or 'none; offload, or see the changes below'}")

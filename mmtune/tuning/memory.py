@@ -252,7 +252,7 @@ def print_estimate(estimate: MemoryEstimate, limit_bytes: int | None = None) -> 
     if limit_bytes is not None:
         verdict = "fits" if estimate.fits(limit_bytes) else "does not fit"
         table.add_row(f"limit: {verdict}", f"{limit_bytes / 1e9:.2f}")
-    StyledConsole().print(table)
+    StyledConsole().print_table(table)
 
 
 # ---- what the recipe says

@@ -215,21 +215,40 @@ def test_the_terminal_talks(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    lines = ["/image /nowhere/x.png", "", f"/image {picture}", "  what? ", "/help", "/image", "/reset", "sure\udcff", "sure?"]
+    lines = [
+        "/image /nowhere/x.png",
+        "",
+        f"/image {picture}",
+        "  what? ",
+        "/help",
+        "/image",
+        "/reset",
+        "sure\udcff",
+        "quit",
+        "sure?",
+    ]
     _converse(session, [*lines, "/exit", "never asked"], monkeypatch)
     first = _plain(talker, "<|user|><image>\nwhat?<|end|><|assistant|>", [picture])
     last = _plain(talker, "<|user|>sure?<|end|><|assistant|>", [])
     out = capsys.readouterr().out
     parts = [
-        f"{HELP}\n(no such file: /nowhere/x.png)\n({picture}, 40 x 24: ask about it)\n{first}\n(no command /help: {HELP})\n",
+        f"{HELP}\n(no such file: /nowhere/x.png)\n({picture}, 40 x 24; 1 image waits for your question)\n{first}\n"
+        f"(no command /help: {HELP})\n",
         "(/image FILE ...: name an image file)\n(a new conversation)\n(chat: ",
-        f")\n{last}\n",
+        f")\n(type /exit to leave)\n{last}\n",
     ]
     at = 0
     for part in parts:
         assert part in out[at:]
         at = out.index(part, at) + len(part)
     assert at == len(out)
+
+
+def test_a_path_with_spaces_that_is_not_there_is_to_be_quoted(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such file: .*my; a path with spaces is written in quotes: /image 'my cat\.png'"):
+        list(image_paths(f"{tmp_path}/my cat.png"))
+    with pytest.raises(UserError, match=r"no such file: .*cat\.png$"):
+        list(image_paths(f"'{tmp_path}/my cat.png'"))
 
 
 def test_the_terminal_ends_with_its_input(

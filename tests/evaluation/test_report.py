@@ -17,8 +17,11 @@ from PIL import Image
 from mmtune.evaluation.report import sample_answers, write_report
 from mmtune.evaluation.run import Answer, write_answers
 from mmtune.evaluation.scores import print_scores, score_rows
+from mmtune.methods.show import print_methods
+from mmtune.methods.table import METHODS
 from mmtune.recipe import Recipe
 from mmtune.run_directory import RunDirectory
+from mmtune.tuning.apply import ComponentCount, print_parameters, print_trained_modules
 
 HOSTILE = "<script>alert('&')</script><img src=https://evil.example/x.png onerror=alert(1)>"
 
@@ -145,6 +148,23 @@ def test_samples_are_spread_over_the_questions() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("columns", [20, 60, 120])
+def test_tables_cut_no_figure_and_no_name_off(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    print_parameters([ComponentCount("language", "lora", "nf4, in blocks of 64", 70_553_706_496, 123_456_789, 0.00012345)])
+    print_trained_modules({"model.language_model.layers.*.self_attn.q_proj": (1_280, 123_456_789)})
+    shown = capsys.readouterr().out
+    for figure in ("language", "lora", "70,553,706,496", "123,456,789", "(0.17%)", "0.00012345", "1,280"):
+        assert figure in shown
+    print_methods()
+    shown = capsys.readouterr().out
+    for name, method in METHODS.items():
+        assert f"│ {name} " in shown and f" {method.learning_rate:g} │" in shown
+    assert "Error:" not in shown and "it ends in an error of a library" in " ".join(shown.split())
 
 
 def test_score_rows_put_base_beside_tuned(capsys: pytest.CaptureFixture[str]) -> None:
