@@ -19,12 +19,12 @@ def add_recipe_verbs(verbs: Any, add: AddVerb) -> None:
         verbs: argparse's subparsers.
         add: declares one verb, as the command line does for all.
     """
-    about = "count the tokens of the data, and foretell the memory of one training step; no weight is loaded"
+    about = "count the tokens of the data, and predict the memory of one training step; no weight is loaded"
     verb = add(verbs, "plan", _plan, about)
     add_recipe_arguments(verb)
     verb.add_argument("--memory", metavar="SIZE", help="what there is, such as 24GB; suggests changes when it is too little")
     verb.add_argument("--processes", type=int, default=1, metavar="N", help="and what each of N devices takes, by layout")
-    verb.add_argument("--no-data", action="store_true", help="foretell the memory only; the data is not read")
+    verb.add_argument("--no-data", action="store_true", help="predict the memory only; the data is not read")
     verb.add_argument("--tokens", type=int, help="of the longest sample (default: the data's, or data.max_tokens)")
     verb.add_argument("--images", type=int, help="images in a sample (default: the longest sample's, or 1)")
     verb.add_argument("--supervised", type=int, help="answer tokens in a sample (default: the data's most, or all of its text)")

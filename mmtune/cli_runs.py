@@ -233,7 +233,7 @@ def _check_release(arguments: argparse.Namespace) -> None:
     places = [out, out.with_name(f"{out.name}-{arguments.quantize}")] if arguments.quantize else [out]
     for place in places:
         check_replaceable(place, arguments.overwrite, NAME if arguments.keep_adapter else CHECKPOINT_MARK)
-        check_writable(place.absolute().parent, "OUT")
+        check_writable(place.absolute().parent, str(place))
 
 
 def _step(parity: Any) -> str:

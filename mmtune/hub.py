@@ -136,7 +136,7 @@ def _asked(repository: str, file: str, kind: str, endpoint: str) -> str | None:
             return None
         raise UserError(f"{repository} on {endpoint} holds no {file}, so it is no checkpoint that transformers loads") from error
     except HFValidationError as error:
-        raise UserError(f"{local}it is no hub id: {error}") from error
+        raise UserError(f"{local}it is not a hub id: {error}") from error
     except HfHubHTTPError as error:
         return f"the hub {endpoint} answers {error.response.status_code}"
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:

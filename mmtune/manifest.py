@@ -67,8 +67,8 @@ def _listed(folder: Path) -> dict[str, dict[str, Any]]:
         if all(isinstance(entry["sha256"], str) for entry in listed.values()):
             return dict(listed)
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} is nothing that mmtune finished: it has no readable {NAME}") from error
-    raise UserError(f"{folder} is nothing that mmtune finished: its {NAME} lists files without their SHA-256")
+        raise UserError(f"{folder} is not a directory that mmtune finished: it has no readable {NAME}") from error
+    raise UserError(f"{folder} is not a directory that mmtune finished: its {NAME} lists files without their SHA-256")
 
 
 def _is_plain(path: Path) -> bool:

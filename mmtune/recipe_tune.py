@@ -84,7 +84,7 @@ def _selector_faults(given: Mapping[str, Any]) -> list[Fault]:
     for key in ("target_modules", "feedforward_modules"):
         selector = given.get(key)
         if hint := other_value("target_modules", selector):
-            faults.append(fault(key, f"{shown(selector)} is no name of a module{hint}"))
+            faults.append(fault(key, f"{shown(selector)} is not the name of a module{hint}"))
         elif isinstance(selector, list) and (special := [name for name in selector if name in NAMED]):
             faults.append(fault(key, f"a list holds names of modules; write {key}: {special[0]}, without a list"))
         elif isinstance(selector, list) and (wrong := [name for name in selector if set(str(name)) & set("*+?()[]|^$\\")]):
@@ -93,7 +93,7 @@ def _selector_faults(given: Mapping[str, Any]) -> list[Fault]:
             )
         elif isinstance(selector, str) and selector not in NAMED:
             if meant := difflib.get_close_matches(selector.lower(), NAMED, n=1, cutoff=0.8):
-                faults.append(fault(key, f"{shown(selector)} is no name of a module; did you mean '{meant[0]}'?"))
+                faults.append(fault(key, f"{shown(selector)} is not the name of a module; did you mean '{meant[0]}'?"))
                 continue
             try:
                 is_match(compile_selector(selector), _A_PATH)

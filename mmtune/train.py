@@ -119,7 +119,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     checkpoint = None
     if resume is True and earlier.summary.is_file():
         check_same_recipe(recipe, earlier)
-        print(f"resume: {earlier.path} is finished; --overwrite trains it anew")
+        print(f"resume: {earlier.path} is finished; --overwrite trains it again")
         return earlier.read_summary()
     if resume:
         checkpoint = last_checkpoint(earlier) if resume is True else named_checkpoint(earlier, Path(resume))

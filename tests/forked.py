@@ -14,7 +14,7 @@ forking.set_forkserver_preload(["tests.preloaded"])  # the server starts in the 
 
 def settle(log: Path) -> None:
     """As the first thing in such a process: what it prints goes to a file, and what it starts is started as anywhere on Linux."""
-    for leaked in ("CC", "CXX"):  # by PEFT where BOFT's CUDA code does not compile; DeepSpeed's would be compiled anew for them
+    for leaked in ("CC", "CXX"):  # by PEFT where BOFT's CUDA code does not compile; DeepSpeed's would be compiled again for them
         os.environ.pop(leaked, None)
     multiprocessing.set_start_method("fork", force=True)
     sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")

@@ -147,7 +147,7 @@ def _environment() -> BoundedEnvironment:
     environment = BoundedEnvironment(finalize=_written, undefined=StrictUndefined, autoescape=False)
     own = {"commonest": _commonest, "pick": _pick, "thousandths": thousandths, "fractions": fractions, "pixels": pixels}
     environment.filters.update(own)
-    del environment.filters["random"]  # it would draw anew in every epoch; `pick` is the row's own draw
+    del environment.filters["random"]  # it would draw again in every epoch; `pick` is the row's own draw
     environment.globals.clear()  # a row without a column of such a name has no such word either
     environment.bound()
     return environment

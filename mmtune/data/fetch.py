@@ -196,7 +196,7 @@ def _connected(host: str, port: int, limits: Limits, deadline: float, allowed: C
 
 
 def _hang_up(wire: socket.socket) -> None:
-    """End every wait of the other thread. A socket's own timeout would begin anew with every byte that drips in."""
+    """End every wait of the other thread. A socket's own timeout would begin again with every byte that drips in."""
     try:
         socket.socket.shutdown(wire, socket.SHUT_RDWR)
     except OSError:

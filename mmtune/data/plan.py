@@ -145,7 +145,7 @@ def _empty(rows: int) -> Plan:
 
 
 def _with_counts(plan: Plan, rows: Numbers, found: Iterator[Any]) -> tuple[Plan, bool]:
-    """The plan with some rows counted anew, and whether anything is different."""
+    """The plan with some rows counted again, and whether anything is different."""
     columns = [column.copy() for column in (plan.tokens, plan.media_tokens, plan.supervised, plan.images)]
     faults = dict(plan.faults)
     assert plan.media is not None
@@ -236,7 +236,7 @@ class Outcome:
     images_resized: int = 0
 
 
-def foretell(
+def predict_outcome(
     plan: Plan,
     samples: Sequence[Sample],
     processor: ProcessorMixin,
@@ -279,7 +279,7 @@ def plan_section(samples: Sequence[Sample], section: DataSection, processor: Pro
     """The plan of a recipe's rows, kept beside them, and what the recipe's policy makes of it; raises as `build_plan`."""
     cache = PlanCache(beside(section.train), plan_key(section.train, processor, section.supervise))
     plan = build_plan(samples, processor, section.supervise, cache=cache)
-    return plan, foretell(plan, samples, processor, section.max_tokens, section.over_length, section.supervise)
+    return plan, predict_outcome(plan, samples, processor, section.max_tokens, section.over_length, section.supervise)
 
 
 def _fit_row(

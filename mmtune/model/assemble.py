@@ -255,14 +255,14 @@ def _verify(
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{name} and its image processor do not fit: {error}") from error
     sizes = [(image.height, image.width) for image in images]
-    foretold = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
+    predicted = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
     for number, image in enumerate(images):
         tokens = int((batch["input_ids"][number] == model.config.image_token_id).sum())
         given = features[number].shape[0]
-        if not tokens == given == foretold[number]:
+        if not tokens == given == predicted[number]:
             raise UserError(
                 f"{name}: for an image of {image.width} x {image.height} pixels the processor writes {tokens} tokens (it "
-                f"foretells {foretold[number]}), and the model makes {given} features"
+                f"predicts {predicted[number]}), and the model makes {given} features"
             )
     one = processor(images=images[0], text=f"{IMAGE_TOKEN} A cat", return_tensors="pt").to(model.device)
     logits = model(**{**one, "pixel_values": one["pixel_values"].to(model.dtype)}).logits

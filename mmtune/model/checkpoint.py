@@ -108,7 +108,7 @@ def load_projector(model: PreTrainedModel, path: Path) -> None:
     }
     found = _projector_tensors(Path(path), projectors)
     if not found:
-        raise UserError(f"{path}: no projector weights there ({', '.join(projectors)} was looked for in its safetensors)")
+        raise UserError(f"{path}: its safetensors hold no projector weights ({', '.join(projectors)})")
     faults = [f"missing {name}" for name in sorted(wanted.keys() - found.keys())]
     faults += [f"unexpected {name}" for name in sorted(found.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & found.keys()):
@@ -168,7 +168,7 @@ def safetensors_files(folder: Path) -> list[Path]:
         raise UserError(f"{index}: expected `weight_map`, an object of file names by tensor")
     names = sorted(set(weights.values()))
     if odd := [name for name in names if Path(name).name != name or name == ".."]:
-        raise UserError(f"{index}: {odd[0]!r} is no file beside it")
+        raise UserError(f"{index}: {odd[0]!r} is not the name of a file beside it")
     return [folder / name for name in names]
 
 
@@ -179,7 +179,7 @@ def weight_files(path: Path) -> list[Path]:
         UserError: for a path that is none of these.
     """
     if not path.is_dir():
-        raise UserError(f"projector: {path} is no directory; an adapter, a run or a checkpoint directory was looked for")
+        raise UserError(f"projector: {path} is not a directory; expected an adapter, a run or a checkpoint directory")
     for folder in (path, path / "adapter"):
         if (folder / ADAPTER_WEIGHTS).is_file():
             return [folder / ADAPTER_WEIGHTS]

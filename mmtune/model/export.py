@@ -1,4 +1,4 @@
-"""Adapters written anew: without what only training needs, and as ordinary LoRA where their initialization changed the base."""
+"""Adapters written again: without what only training needs, and as ordinary LoRA where their initialization changed the base."""
 
 from __future__ import annotations
 

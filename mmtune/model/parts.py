@@ -158,7 +158,7 @@ def read_image_processor(tower: Tower, trust_remote_code: bool = False) -> Any:
     except ImportError as error:
         raise UserError(f"{name} needs a package that is missing here: {first_line(error)}") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{name} does not load (preprocessor_config.json was looked for): {first_line(error)}") from error
+        raise UserError(f"{name} does not load from preprocessor_config.json: {first_line(error)}") from error
     size, crop = processor.size, getattr(processor, "crop_size", None)
     if size is None or not (size["shortest_edge"] or size["height"]):
         raise UserError(f"{name} resizes by {size}; only a shortest edge, or height and width, gives a known number of patches")

@@ -46,7 +46,7 @@ def quantization(checkpoint: str, precision: str, trust_remote_code: bool = Fals
 def settle_quantized(model: nn.Module) -> None:
     """Check what was quantized, and keep 4-bit weights as they were stored.
 
-    On CPUs with AVX512-BF16 a forward pass without gradients packs 4-bit weights anew in place, after which every later
+    On CPUs with AVX512-BF16 a forward pass without gradients packs 4-bit weights again in place, after which every later
     dequantization gives garbage without an error.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt

@@ -81,11 +81,11 @@ def last_checkpoint(run: RunDirectory) -> Path | None:
     if (last := run.last_good_checkpoint()) is not None:
         return last
     if run.checkpoints_by_step():
-        raise UserError(f"resume: no checkpoint of {run.path} is as it was written; --overwrite trains it anew")
+        raise UserError(f"resume: no checkpoint of {run.path} is as it was written; --overwrite trains it again")
     if run.adapter.exists() or run.model.exists():
         raise UserError(
             f"resume: {run.path} has been trained, ended before its report, and has no checkpoint; `mmtune eval {run.path}` "
-            "evaluates what it has left, --overwrite trains it anew"
+            "evaluates what it has left, --overwrite trains it again"
         )
     return None
 
@@ -109,7 +109,7 @@ def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, world: 
         UserError: the run is finished, or another recipe's, in a way that would make it another run, or of another layout.
     """
     if run.summary.is_file():
-        raise UserError(f"resume: {run.path} is finished; --overwrite trains it anew")
+        raise UserError(f"resume: {run.path} is finished; --overwrite trains it again")
     check_same_recipe(recipe, run)
     then = read_record(checkpoint / LAYOUT, layout=str, files=dict)
     if then["layout"] != world.layout:

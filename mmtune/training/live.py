@@ -91,7 +91,7 @@ def load_live(model: nn.Module, checkpoint: Path) -> bool:
             for name, weight in tuner.model.named_parameters():
                 for average in (each for each in AVERAGES if f"{each}/{name}" in kept.keys()):  # noqa: SIM118  (no mapping)
                     getattr(tuner.rankallocator, average)[name] = kept.get_tensor(f"{average}/{name}").to(weight.device)
-            tuner.rankallocator.ipt = dict.fromkeys(tuner.rankallocator.exp_avg_ipt)  # each step writes them anew
+            tuner.rankallocator.ipt = dict.fromkeys(tuner.rankallocator.exp_avg_ipt)  # each step writes them again
     return True
 
 

@@ -340,7 +340,7 @@ def _told(recipe: Recipe) -> Iterator[None]:
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         name = recipe.model.base or recipe.model.language
         raise UserError(
-            f"model: the memory of {name} cannot be foretold: what it computes depends on weights ({error})"
+            f"model: the memory of {name} cannot be predicted: what it computes depends on weights ({error})"
         ) from error
 
 

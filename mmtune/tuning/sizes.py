@@ -15,11 +15,11 @@ def parse_memory(text: str) -> int:
     """Bytes of an amount such as `24GB` (10^9 bytes) or `24GiB` (2^30 bytes).
 
     Raises:
-        UserError: when it is no amount of memory.
+        UserError: when it is not an amount of memory.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", text, re.IGNORECASE)
     unit = match[2].upper() if match else ""
     unit += "" if unit in UNITS or unit.endswith("B") else "B"
     if match is None or unit not in UNITS or not float(match[1]):
-        raise UserError(f"{text!r} is no amount of memory; right is, for example, 24GB (10^9 bytes) or 24GiB (2^30 bytes)")
+        raise UserError(f"{text!r} is not an amount of memory; expected, for example, 24GB (10^9 bytes) or 24GiB (2^30 bytes)")
     return int(float(match[1]) * UNITS[unit])

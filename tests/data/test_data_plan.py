@@ -24,7 +24,7 @@ from mmtune.data.dataset import Samples
 from mmtune.data.encode import encode_sample
 from mmtune.data.message import RowError
 from mmtune.data.packing import pack_lengths, packing_efficiency
-from mmtune.data.plan import Plan, build_plan, foretell
+from mmtune.data.plan import Plan, build_plan, predict_outcome
 from mmtune.data.plan_cache import PlanCache, beside, plan_key, signatures
 from mmtune.data.plan_report import histogram, plan_figures
 from mmtune.data.shrink import fit
@@ -284,7 +284,7 @@ def test_what_a_policy_would_do_is_what_it_does(data: Path, policy: Any) -> None
     processor, samples = FAMILIES["qwen2_vl"](), Samples(_sources(data))
     plan = build_plan(samples, processor)
     limit = int(np.sort(plan.tokens)[-2]) - 1  # two rows are longer
-    outcome = foretell(plan, samples, processor, limit, policy, processes=0)
+    outcome = predict_outcome(plan, samples, processor, limit, policy, processes=0)
     assert outcome.over_length == 2
     for row in {*range(6)} - {4}:
         try:
@@ -298,7 +298,7 @@ def test_what_a_policy_would_do_is_what_it_does(data: Path, policy: Any) -> None
         assert (outcome.fewer_images, outcome.images_dropped, outcome.dropped) == (2, 2, [])
     if policy == "shrink_media":
         assert outcome.smaller_images + len(outcome.dropped) == 2 and outcome.smaller_images > 0
-    assert foretell(plan, samples, processor, None, policy).lengths.tolist() == plan.tokens.tolist()
+    assert predict_outcome(plan, samples, processor, None, policy).lengths.tolist() == plan.tokens.tolist()
 
 
 # ---- packing
@@ -374,7 +374,7 @@ def test_figures_are_those_of_the_rows(data: Path) -> None:
     plan = build_plan(samples, processor)
     limit = int(plan.tokens.max()) - 1
     section = DataSection(train=tuple(_sources(data)), max_tokens=limit, over_length="drop_sample", packing=True)
-    plan_outcome = foretell(plan, samples, processor, limit, "drop_sample")
+    plan_outcome = predict_outcome(plan, samples, processor, limit, "drop_sample")
     figures = plan_figures(plan, plan_outcome, section)
     kept = sorted(length for length in plan.tokens.tolist() if 0 < length <= limit)
     assert (figures["rows"], figures["rows_faulty"], figures["rows_trained"]) == (6, 1, len(kept))

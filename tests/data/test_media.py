@@ -103,7 +103,7 @@ def _both(tmp_path: Path, data: bytes) -> list[Path | Embedded]:
 @pytest.mark.parametrize("orientation", [*range(10), 6])
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "MPO"])
 def test_an_image_is_upright_wherever_it_lies(tmp_path: Path, format: str, orientation: int) -> None:
-    """As Pillow's own transpose has it, and its size is foretold by the header."""
+    """As Pillow's own transpose has it, and its size is predicted by the header."""
     data = _oriented(format, orientation)
     with Image.open(io.BytesIO(data)) as image:
         upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))

@@ -58,8 +58,8 @@ def test_methods_train_on_cuda(make_recipe: Callable[..., Recipe], method: str, 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "nf4"])
 def test_the_memory_estimate_holds_on_cuda(make_recipe: Callable[..., Recipe], precision: str) -> None:
     recipe = make_recipe("train.use_cpu=false", f"model.precision={precision}", "train.per_device_train_batch_size=12")
-    foretold = estimate_memory(recipe, tokens=60).peak
+    predicted = estimate_memory(recipe, tokens=60).peak
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     train(recipe, ["test"])
-    assert torch.cuda.max_memory_allocated() < 1.5 * foretold + 64e6  # a model of 8 MB: cuBLAS's workspaces are most of it
+    assert torch.cuda.max_memory_allocated() < 1.5 * predicted + 64e6  # a model of 8 MB: cuBLAS's workspaces are most of it

@@ -76,7 +76,7 @@ def test_a_projector_that_does_not_fit_is_named(shelf: Path, llava: tuple[Any, A
         save_file(tensors, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=reason):
             load_projector(model, tmp_path)
-    with pytest.raises(UserError, match="no directory"):
+    with pytest.raises(UserError, match="not a directory"):
         load_projector(model, tmp_path / "nowhere")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="holds none of"):
@@ -105,5 +105,5 @@ def test_an_index_that_is_none_is_an_error(tmp_path: Path, text: str, reason: st
 def test_an_index_names_files_beside_it(tmp_path: Path, name: str) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": name}}), encoding="utf-8")
-    with pytest.raises(UserError, match="is no file beside it"):
+    with pytest.raises(UserError, match="is not the name of a file beside it"):
         safetensors_files(tmp_path)

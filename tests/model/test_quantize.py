@@ -33,7 +33,7 @@ def test_the_language_models_layers_are_quantized_and_nothing_else(make_recipe: 
 
 
 def test_four_bit_weights_outlive_a_forward_pass(make_recipe: Callable[..., Recipe]) -> None:
-    """On CPUs with AVX512-BF16 bitsandbytes packs them anew in place, unless it is told not to."""
+    """On CPUs with AVX512-BF16 bitsandbytes packs them again in place, unless it is told not to."""
     from bitsandbytes.functional import dequantize_4bit
 
     model, _ = load_base(make_recipe("model.precision=nf4").model, 0)

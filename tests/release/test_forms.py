@@ -268,7 +268,7 @@ def test_pushing_shows_first_and_checks_the_manifest(
     assert result["uploaded"]
     assert [name for name, _ in calls] == ["me/model", "upload"]
     assert calls[0][1]["private"] is True
-    with pytest.raises(UserError, match="nothing that mmtune finished"):
+    with pytest.raises(UserError, match="not a directory that mmtune finished"):
         push(tmp_path / "run", "me/model")
     weights = load_file(out / "model.safetensors")
     save_file({name: tensor * 1.001 for name, tensor in weights.items()}, out / "model.safetensors", metadata={"format": "pt"})

@@ -41,7 +41,7 @@ def release(tmp_path: Path) -> Path:
 def test_a_manifest_that_is_none_is_one_message(release: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     (release / "manifest.json").write_text(text, encoding="utf-8", errors="surrogateescape")
     assert entry_point(["push", str(release), "me/model"]) == 2
-    assert "nothing that mmtune finished" in capsys.readouterr().err
+    assert "not a directory that mmtune finished" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "dangling", "fifo"])

@@ -130,7 +130,7 @@ def test_what_a_killed_start_has_left_does_not_block_the_next(
     assert run.summary.is_file() and not earlier.path.exists()
 
 
-def test_a_run_whose_every_checkpoint_is_damaged_is_not_begun_anew(make_recipe: Make) -> None:
+def test_a_run_whose_every_checkpoint_is_damaged_is_not_begun_again(make_recipe: Make) -> None:
     recipe = make_recipe(*SAVES)
     (Path(recipe.output_dir) / "checkpoints" / "checkpoint-2").mkdir(parents=True)
     with pytest.raises(UserError, match=r"no checkpoint of .* is as it was written"):

@@ -83,7 +83,7 @@ def test_operations_are_those_that_torch_counts(family: str, projector: bool) ->
     ours, happened = step(model, rows[:1], counted)
     # without the projector the first layer's attention needs no gradient of its own in part, which is a half percent here
     assert ours == pytest.approx(happened, rel=1e-9 if projector else 1e-2)
-    for row in (rows[1], rows[3], rows[2]):  # no image, a larger one, two: foretold from the first pass with and without
+    for row in (rows[1], rows[3], rows[2]):  # no image, a larger one, two: predicted from the first pass with and without
         ours, happened = step(model, [row], counted)
         assert ours == pytest.approx(happened, rel=0.03)
 

@@ -123,7 +123,7 @@ def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_pa
         train(make_recipe(*SAVES, "train.learning_rate=1e-3", "tune.language.r=2"), ["test"], resume=True)
     with pytest.raises(UserError, match="is no checkpoint of"):
         train(recipe, ["test"], resume=tmp_path)
-    with pytest.raises(UserError, match="nothing that mmtune finished"):
+    with pytest.raises(UserError, match="not a directory that mmtune finished"):
         train(recipe, ["test"], resume=run.checkpoints / "checkpoint-77")
     with pytest.raises(UserError, match="was written by one process, and this is 2 processes, DDP; launch as before"):
         check_resumable(recipe, run, run.checkpoints / "checkpoint-2", World(size=2))
