@@ -83,22 +83,22 @@ def override_fault(text: str) -> str | None:
     key, equals, value = text.partition("=")
     dotted = re.sub(r"\[(\d+)\]", r".\1", key)
     if equals and text != (together := f"{dotted.strip()}={value.strip()}") and dotted != dotted.strip():
-        return f"no space stands around =: write {together}"
+        return f"expected key=value without spaces: write {together}"
     if equals and dotted != key:
         return f"items of a list are counted with dots: write {dotted}={value}"
     return None
 
 
 def divided_override(overrides: Sequence[str]) -> str | None:
-    """What is wrong where one override `key=value` came as several arguments, with space around its `=`."""
+    """What is wrong where one override `key=value` came as several arguments, with spaces."""
     for first, second, third in zip(overrides, [*overrides[1:], ""], [*overrides[2:], "", ""], strict=False):
         if "=" not in first and second.startswith("="):
             value = second[1:] or third
-        elif first.endswith("=") and second and "=" not in second:
+        elif second and "=" not in second and (first.endswith("=") or re.fullmatch(r"\w+(\.\w+)+", first)):
             value = second
         else:
             continue
-        return f"command line: {first}: no space stands around =: write {first.removesuffix('=')}={value}"
+        return f"command line: {first}: expected key=value without spaces: write {first.removesuffix('=')}={value}"
     return None
 
 

@@ -471,7 +471,7 @@ def test_overrides_are_yaml_by_dotted_key_and_the_last_wins(write: Any) -> None:
         ("data.train.path=x", "data.train has no item 'path'; it has 1 item, counted from 0"),
         ("data.train=[]", "expected a list with at least one item, got []; such as [{path: rows.json, template: llava}]"),
         ("data.train=rows.json", "expected a list, got 'rows.json'; such as [{path: rows.json, template: llava}]"),
-        ("model.base = x", "no space stands around =: write model.base=x"),
+        ("model.base = x", "expected key=value without spaces: write model.base=x"),
         ("data.train=[x]", "data.train.0: expected a mapping, got 'x'"),
         (
             "tune.language.layers_to_transform.0=x",
