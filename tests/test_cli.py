@@ -116,8 +116,10 @@ def test_a_run_directory_is_complete_and_machine_readable(
 ) -> None:
     evaluate = f"evaluate={{data: [{{path: {rows}, template: llava}}], max_new_tokens: 4, answer_after: 'Answer:'}}"
     assert entry_point(["train", str(recipe_file), evaluate, "--json"]) == 0
-    summary = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    summary = json.loads(captured.out)
     run = tmp_path / "run"
+    assert f"run: {run} (report.html, summary.json, adapter/)\n" in captured.err
     assert summary == json.loads((run / "summary.json").read_text())
     assert summary["questions"] == 12
     for key in ("base_accuracy", "tuned_accuracy", "majority_accuracy", "train_seconds", "peak_memory_mb"):

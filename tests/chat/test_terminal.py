@@ -68,7 +68,7 @@ def test_ctrl_c_stops_the_answer_and_at_the_prompt_leaves(talker: tuple[Any, Any
     save_checkpoint(model, talker[1], tmp_path / "model")
     command = ["chat", str(tmp_path / "model"), "--max-new-tokens", "1000000"]
     terminal = Terminal([sys.executable, "-m", "mmtune.cli", *command])
-    terminal.wait_for("/exit leaves.*>")
+    terminal.wait_for(r"/exit\s+leaves.*>")
     terminal.type("what is it?\r")
     terminal.wait_for(r"what is it\?\n\S")
     terminal.type("\x03")
