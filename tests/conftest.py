@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,10 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 
+
+# nohup and shells that start a job in the background have these ignored, and every process that a test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 prepare_torchvision()  # before a test imports transformers
 

@@ -62,6 +62,11 @@ class ChatSession:
         """How many images go with the next question."""
         return len(self._images)
 
+    @property
+    def turns(self) -> int:
+        """How many questions and answers the conversation holds."""
+        return len(self._messages)
+
     def reset(self) -> None:
         """Forget every turn and image."""
         self._messages = []

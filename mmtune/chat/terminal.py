@@ -85,7 +85,7 @@ def _act(session: ChatSession, line: str, command: str, argument: str) -> None:
 
 
 def _ask(session: ChatSession, question: str) -> None:
-    answer = ""
+    answer, turns = "", session.turns
     try:
         with closing(session.ask(question)) as pieces:
             for piece in pieces:
@@ -94,7 +94,7 @@ def _ask(session: ChatSession, question: str) -> None:
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
-        print(STOPPED if answer else STOPPED_AT_ONCE)
+        print(STOPPED if session.turns > turns else STOPPED_AT_ONCE)
     else:
         print("" if answer.strip() else EMPTY_ANSWER)
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,13 @@ class Terminal:
 
     def exit_code(self) -> int:
         """Of the program, which has nothing more to print."""
-        try:
-            return self._process.wait(PATIENCE_S)
-        finally:
-            self._process.kill()
-            os.close(self._master)
+        return self._process.wait(PATIENCE_S)
+
+    def close(self) -> None:
+        """End the program."""
+        self._process.kill()
+        self._process.wait()
+        os.close(self._master)
 
 
 @pytest.mark.slow
@@ -67,23 +70,23 @@ def test_ctrl_c_stops_the_answer_and_at_the_prompt_leaves(talker: tuple[Any, Any
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False  # or its head would not be saved
     save_checkpoint(model, talker[1], tmp_path / "model")
     command = ["chat", str(tmp_path / "model"), "--max-new-tokens", "1000000"]
-    terminal = Terminal([sys.executable, "-m", "mmtune.cli", *command])
-    terminal.wait_for(r"/exit\s+leaves.*>")
-    terminal.type("what is it?\r")
-    terminal.wait_for(r"what is it\?\n\S")
-    terminal.type("\x03")
-    terminal.wait_for(r"\n\(stopped: what was answered stays in the conversation\)\n.*>")
-    terminal.type("\x1b[A")
-    terminal.wait_for(r"what is it\?")
-    terminal.type("\x7f, really?\r")
-    terminal.wait_for(r"really\?\n\S")
-    terminal.type("\x03\x03")
-    terminal.wait_for(r"\n\(stopped: what was answered stays in the conversation\)\n.*>")
-    terminal.type("\x1b[200~one\ntwo 世界\x1b[201~\r")  # a pasted text of two lines is one question
-    terminal.wait_for(r"one\n *two 世界\n\S")
-    terminal.type("\x03")
-    terminal.wait_for(r"\n\(stopped: what was answered stays in the conversation\)\n.*>")
-    terminal.type("\x03")
-    terminal.wait_for("\ninterrupted\n")
-    assert terminal.exit_code() == 130
-    assert "Traceback" not in terminal.screen
+    with closing(Terminal([sys.executable, "-m", "mmtune.cli", *command])) as terminal:
+        terminal.wait_for(r"/exit\s+leaves.*>")
+        terminal.type("what is it?\r")
+        terminal.wait_for(r"what is it\?\n\S")
+        terminal.type("\x03")
+        terminal.wait_for(r"\n\(stopped: what was answered stays in the conversation\)\n.*>")
+        terminal.type("\x1b[A")
+        terminal.wait_for(r"what is it\?")
+        terminal.type("\x7f, really?\r")
+        terminal.wait_for(r"really\?\n\S")
+        terminal.type("\x03\x03")
+        terminal.wait_for(r"\n\(stopped: what was answered stays in the conversation\)\n.*>")
+        terminal.type("\x1b[200~one\ntwo 世界\x1b[201~\r")  # a pasted text of two lines is one question
+        terminal.wait_for(r"one\n *two 世界\n\S")
+        terminal.type("\x03")
+        terminal.wait_for(r"\n\(stopped: what was answered stays in the conversation\)\n.*>")
+        terminal.type("\x03")
+        terminal.wait_for("\ninterrupted\n")
+        assert terminal.exit_code() == 130
+        assert "Traceback" not in terminal.screen
