@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -473,9 +472,6 @@ def test_a_strategy_is_rehearsed(kinds: dict[str, dict[str, Any]], tmp_path: Pat
     assert log.count("loaded back and asked: 2 answers") == len(jobs)
     assert log.count("merged: largest logit difference") == len(jobs) - 1  # all weights trained leave no adapter
     assert log.count("rehearsal passed") == len(jobs)
-    runs = re.findall(r"^run: (\S*mmtune-rehearsal-\S+)", log, flags=re.MULTILINE)
-    assert len(runs) == len(jobs)
-    assert not any(Path(run).parent.exists() for run in runs)
     assert not any((tmp_path / layout).exists() for layout in recipes)
 
 
