@@ -71,7 +71,8 @@ def _check(arguments: argparse.Namespace) -> Any:
 def _doctor(arguments: argparse.Namespace) -> Any:
     from mmtune.data.source import is_missing
     from mmtune.data.template import load_data_template
-    from mmtune.preflight import check_recipe, located_errors
+    from mmtune.hub import is_local_name
+    from mmtune.preflight import check_recipe, located_errors, unreachable
     from mmtune.recipe import Source, load_recipe
 
     if not arguments.data.endswith(RECIPE_ENDINGS):
@@ -100,24 +101,12 @@ def _doctor(arguments: argparse.Namespace) -> Any:
     from mmtune.data.check import Doctor, Rules
 
     with located_errors(recipe):
-        if absent := _absent_checkpoint(recipe):
+        absent = next((name for _, name, _ in unreachable(recipe) if not is_local_name(name)), None)
+        if absent is not None:
             print(f"not checked: tokens and lengths, because {absent} is not on this machine and does not load from the hub")
         processor = None if absent else _processor(recipe)
         rules = Rules(processor, recipe.data.max_tokens, recipe.data.over_length, recipe.data.supervise, arguments.decode)
         return Doctor(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), rules)
-
-
-def _absent_checkpoint(recipe: Any) -> str | None:
-    """A hub id of the recipe's model whose configuration does not load, as with no network; None if all can be read."""
-    from mmtune.hub import is_local_name, locate_checkpoint
-
-    for name in (recipe.model.base, recipe.model.vision, recipe.model.language):
-        if name and not name.startswith("builtin:") and not Path(name).exists() and not is_local_name(name):
-            try:
-                locate_checkpoint(name)
-            except UserError:
-                return str(name)
-    return None
 
 
 def _processor(recipe: Any) -> Any:

@@ -47,7 +47,7 @@ def cached_snapshot(repository: str, file: str = "config.json", kind: str = "mod
     return Path(found).parent if isinstance(found, str) else None
 
 
-def locate_checkpoint(name: str) -> str:
+def locate_checkpoint(name: str, what: str = "directory") -> str:
     """Where transformers should load a checkpoint from.
 
     A hub id is looked up with one request of `TIMEOUT_S` at most: without a network, transformers would try again for half a
@@ -55,6 +55,7 @@ def locate_checkpoint(name: str) -> str:
 
     Args:
         name: a directory or a hub id.
+        what: is expected under the name, for the message about a local path.
 
     Returns:
         The directory, the hub id, or the cached copy of its files.
@@ -65,7 +66,7 @@ def locate_checkpoint(name: str) -> str:
     if Path(name).is_dir():
         return name
     if is_local_name(name):
-        raise UserError(missing(name))
+        raise UserError(missing(name, what))
     reason = unreachable(name)
     if reason is None:
         return name

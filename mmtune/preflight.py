@@ -95,16 +95,20 @@ def check_reachable(recipe: Recipe) -> None:
     Raises:
         UserError: with the line and key of the first that is not.
     """
-    for key in ("base", "vision", "language"):
-        name = getattr(recipe.model, key)
-        if name is not None and not name.startswith("builtin:"):
-            with located_errors(recipe):
-                try:
-                    locate_checkpoint(name)
-                except UserError as error:
-                    tiny = " or model.base=builtin:tiny-llava" if key == "base" else ""
-                    way = "" if is_local_name(name) else f"; --rehearse{tiny} tries the recipe without a download"
-                    raise UserError(f"model.{key}: {error}{way}") from error
+    for key, name, error in unreachable(recipe):
+        with located_errors(recipe):
+            tiny = " or model.base=builtin:tiny-llava" if key == "base" else ""
+            way = "" if is_local_name(name) else f"; --rehearse{tiny} tries the recipe without a download"
+            raise UserError(f"model.{key}: {error}{way}") from error
+
+
+def unreachable(recipe: Recipe) -> Iterator[tuple[str, str, UserError]]:
+    """The checkpoints of a recipe's model that are neither on this machine nor on a hub that answers: key, name and reason."""
+    for key, name in recipe.model.checkpoints.items():
+        try:
+            locate_checkpoint(name)
+        except UserError as error:
+            yield key, name, error
 
 
 def base_is_here(recipe: Recipe) -> bool:

@@ -30,7 +30,7 @@ from mmtune.recipe_sections import (
     Recipe,
     Source,
 )
-from mmtune.recipe_tune import ComponentTuning, TuneSection
+from mmtune.recipe_tune import DEFAULT_METHODS, ComponentTuning, TuneSection
 from mmtune.recipe_yaml import Origin, apply_override, read_document
 
 __all__ = [
@@ -164,7 +164,7 @@ def _spell_out_methods(definitions: dict[str, Any]) -> None:
             "description": about,
             **_closed({"method": {"const": name, "description": own["method"]["description"]}, **properties}),
         }
-    for component, default in {"vision": "frozen", "projector": "full", "language": "lora"}.items():
+    for component, default in DEFAULT_METHODS.items():
         names = [*plain, *(name for name in METHODS if component == "language" or METHODS[name].kind == "layers")]
         kinds = [{"$ref": f"#/$defs/tune_{name}", **({} if name == default else {"required": ["method"]})} for name in names]
         definitions["TuneSection"]["properties"][component] |= {"anyOf": [{"enum": names}, *kinds], "default": default}
@@ -177,10 +177,8 @@ def _closed(properties: dict[str, Any]) -> dict[str, Any]:
 
 def _named_files(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     model = recipe.model
-    for name in ("base", "vision", "language"):
-        value = getattr(model, name)
-        if value is not None and not value.startswith("builtin:"):
-            yield f"model.{name}", value, "checkpoint"
+    for name, value in model.checkpoints.items():
+        yield f"model.{name}", value, "checkpoint"
     if model.projector is not None and model.projector.weights is not None:
         yield "model.projector.weights", model.projector.weights, "directory"
     if model.chat_template is not None and model.chat_template.endswith(".jinja"):

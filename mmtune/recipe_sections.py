@@ -120,6 +120,12 @@ class ModelSection(Section):
         other = ("vision", "language", *_PARTS_ONLY) if self.base is not None else ("base",)
         return {name: value for name, value in handler(self).items() if name not in other}
 
+    @property
+    def checkpoints(self) -> dict[str, str]:
+        """By key the directories and hub ids that the model is made of; a built-in base is not one."""
+        names = {"base": self.base, "vision": self.vision, "language": self.language}
+        return {key: name for key, name in names.items() if name is not None and not name.startswith("builtin:")}
+
 
 class Source(Section):
     """Where rows are and how to read them."""

@@ -15,6 +15,9 @@ from mmtune.recipe_arguments import Fault, Settings, fault, method_arguments, sh
 from mmtune.recipe_names import OTHER_METHODS, other_value
 from mmtune.recipe_section import BorrowedSettings, Section, Text
 
+DEFAULT_METHODS = {"vision": "frozen", "projector": "full", "language": "lora"}
+"""The method of each component that a recipe does not name."""
+
 _A_PATH = "model.language_model.layers.31.self_attn.out_proj"
 """A path of a usual length, by which a selector that would not end is known."""
 
@@ -105,10 +108,10 @@ def _selector_faults(given: Mapping[str, Any]) -> list[Fault]:
 class TuneSection(Section):
     """What trains, component by component."""
 
-    vision: ComponentTuning = Field(default=ComponentTuning(method="frozen"), description="The vision encoder.")
-    projector: ComponentTuning = Field(default=ComponentTuning(method="full"), description="The projector.")
+    vision: ComponentTuning = Field(default=ComponentTuning(method=DEFAULT_METHODS["vision"]), description="The vision encoder.")
+    projector: ComponentTuning = Field(default=ComponentTuning(method=DEFAULT_METHODS["projector"]), description="The projector.")
     language: ComponentTuning = Field(
-        default_factory=lambda: ComponentTuning.model_validate("lora"), description="The language model."
+        default_factory=lambda: ComponentTuning.model_validate(DEFAULT_METHODS["language"]), description="The language model."
     )
 
     @classmethod
@@ -116,7 +119,7 @@ class TuneSection(Section):
         if not isinstance(given, dict):
             return given, []
         tuned: dict[str, dict[str, Any]] = {}
-        for name, default in {"vision": "frozen", "projector": "full", "language": "lora"}.items():
+        for name, default in DEFAULT_METHODS.items():
             value = given.get(name, default)
             if isinstance(value, dict):
                 value = given[name] = {"method": default, **value}
@@ -173,7 +176,7 @@ class TuneSection(Section):
 def with_rates(tune: Mapping[str, Any]) -> dict[str, Any]:
     """The methods' own learning rates, for a recipe that names none for the run."""
     written = dict(tune)
-    for component, default in {"vision": "frozen", "projector": "full", "language": "lora"}.items():
+    for component, default in DEFAULT_METHODS.items():
         value = written.get(component, default)
         value = dict(value) if isinstance(value, Mapping) else {"method": value}
         method = value.setdefault("method", default)

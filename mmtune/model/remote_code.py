@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
 
 from mmtune.errors import UserError
+from mmtune.files import read_json_object
 
 NOT_ALLOWED = (
     "it brings Python code of its own, which nobody has allowed to run: read it, then give --trust-remote-code to a command that "
@@ -30,10 +30,9 @@ def brings_code(folder: Path) -> bool:
 
 def _read(file: Path) -> dict[str, object]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # who loads the file says what is wrong with it
+        return read_json_object(file)
+    except UserError:  # loading the file reports what is wrong with it
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmtune.errors import UserError
 from mmtune.files import read_json_object
-from mmtune.hub import is_local_name, locate_checkpoint, missing
+from mmtune.hub import locate_checkpoint
 from mmtune.manifest import NAME as MANIFEST
 from mmtune.manifest import check_manifest
 from mmtune.model.locate import BUILTIN
@@ -91,9 +91,7 @@ def trained_part(path: Path) -> Trained:
     trained = find_trained(BUILTIN.get(str(path), path))
     with removal_named(trained):
         if not trained.path.is_dir():
-            if is_local_name(str(path)):
-                raise UserError(missing(str(path), "run or model"))
-            locate_checkpoint(str(path))  # a hub that cannot be reached is found before libraries are imported
+            locate_checkpoint(str(path), "run or model")  # a hub that cannot be reached is found before libraries are imported
     return trained
 
 
