@@ -71,7 +71,7 @@ def _check(arguments: argparse.Namespace) -> Any:
 def _doctor(arguments: argparse.Namespace) -> Any:
     from mmtune.data.source import is_missing
     from mmtune.data.template import load_data_template
-    from mmtune.hub import is_local_name
+    from mmtune.hub import is_local_name, missing
     from mmtune.preflight import check_recipe, located_errors, unreachable
     from mmtune.recipe import Source, load_recipe
 
@@ -81,7 +81,7 @@ def _doctor(arguments: argparse.Namespace) -> Any:
                 f"{arguments.data} is no recipe, so {arguments.overrides[0]} changes nothing; give --template and --media-root"
             )
         if is_missing(arguments.data):
-            raise UserError(f"{arguments.data}: no such file")
+            raise UserError(missing(arguments.data, "file or folder"))
         template = arguments.template
         if template is not None:
             load_data_template(template)

@@ -249,9 +249,12 @@ def _weighted(text: str) -> tuple[Path, float]:
 
 
 def _push(arguments: argparse.Namespace) -> Any:
+    release = Path(arguments.release)
+    if not release.is_dir():
+        raise UserError(missing(arguments.release, "release"))
     from mmtune.release.push import push
 
-    return push(Path(arguments.release), arguments.repository, upload=arguments.upload, private=not arguments.public)
+    return push(release, arguments.repository, upload=arguments.upload, private=not arguments.public)
 
 
 def _chat(arguments: argparse.Namespace) -> Any:

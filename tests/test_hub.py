@@ -110,10 +110,10 @@ def test_the_nearest_path_is_followed_part_by_part(tmp_path: Path) -> None:
     assert nearest_path(tmp_path / "recipes" / "other") is None
 
 
-@pytest.mark.parametrize("verb", [["chat"], ["eval"], ["report"], ["merge"]])
+@pytest.mark.parametrize("verb", [["chat"], ["eval"], ["report"], ["merge"], ["push"], ["data", "check"]])
 def test_a_mistyped_run_names_the_nearest_one(verb: list[str], no_hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs", "quickstart").mkdir(parents=True)
-    out = ["out"] if verb == ["merge"] else []
+    out = {"merge": ["out"], "push": ["owner/name"]}.get(verb[0], [])
     assert entry_point([*verb, "runs/quickstar", *out]) == 2
     told = capsys.readouterr().err
     assert "did you mean 'runs/quickstart'?" in told
