@@ -29,7 +29,7 @@ def is_local_name(name: str) -> bool:
 
 
 def missing(name: str, what: str = "directory") -> str:
-    """The message about a local path that is no directory: a file, or nothing, with the nearest path that is there."""
+    """The message about a local path that is a file or does not exist, with the nearest path that does."""
     if Path(name).is_file():
         of_recipe = "; the run of a recipe is at its output_dir" if "run" in what and name.endswith((".yaml", ".yml")) else ""
         return f"{name} is a file; expected a directory{'' if what == 'directory' else f' of a {what}'}{of_recipe}"
@@ -135,7 +135,9 @@ def _asked(repository: str, file: str, kind: str, endpoint: str) -> str | None:
     except RemoteEntryNotFoundError as error:
         if kind == "dataset":  # not every data set has a card
             return None
-        raise UserError(f"{repository} on {endpoint} holds no {file}, so it is no checkpoint that transformers loads") from error
+        raise UserError(
+            f"{repository} on {endpoint} holds no {file}, so it is not a checkpoint that transformers loads"
+        ) from error
     except HFValidationError as error:
         raise UserError(f"{local}it is not a hub id: {error}") from error
     except HfHubHTTPError as error:

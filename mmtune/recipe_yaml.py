@@ -80,7 +80,7 @@ class Document:
     """A recipe's plain values, the origin of every dotted key in them, and what was wrong with the text itself.
 
     Attributes:
-        unread: keys whose text is no value; None stands for it in `values`.
+        unread: keys whose text cannot be read as a value; they are None in `values`.
     """
 
     name: str

@@ -61,7 +61,7 @@ def _names(text: str) -> list[str]:
     try:
         words = _words(text, escape="\\")
         if "\\" in text and not all(map(_is_file, words)):
-            folders = _words(text, escape="")  # a backslash between folders is no escape
+            folders = _words(text, escape="")  # a backslash between folders is not an escape
             if is_windows_path(text) or all(_is_file(name.replace("\\", "/")) for name in folders):
                 return folders
     except ValueError as error:

@@ -23,7 +23,7 @@ DRAW = "drawn by mmtune"
 
 
 class NotText(TemplateRuntimeError):
-    """A value that a template writes and that is no text."""
+    """A value other than text that a template would write."""
 
 
 class Declaration(BaseModel):

@@ -82,7 +82,7 @@ def text_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
     """The lines of a file.
 
     Raises:
-        UserError: a line longer than a row may be, as in a file that is no text.
+        UserError: a line longer than a row may be, as in a binary file.
     """
     number = 0
     while line := file.readline(MAX_ROW_BYTES + 1):

@@ -307,7 +307,7 @@ def load_data_template(name: str) -> DataTemplate:
     """A shipped template by its name, or one of your own by the path of its YAML file.
 
     Raises:
-        UserError: for an unknown name or a file that is no data template, with every fault of it, a line each.
+        UserError: for an unknown name or a file that is not a data template, with each of its faults on a line.
     """
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
