@@ -94,7 +94,7 @@ def _verbs(case: Path) -> dict[str, list[str]]:
         "show": ["data", "show", recipe],
         "plan": ["plan", recipe],
         "train": ["train", recipe],
-        "eval": ["eval", base, "--recipe", recipe],
+        "eval": ["eval", base, "--recipe", recipe, "--out", str(case / "answers.jsonl")],
         "chat": ["chat", base, "--prompt", "What is it?", "--image", str(case.parent / "a.png"), "--max-new-tokens", "6"],
     }
 
@@ -210,9 +210,9 @@ def test_a_planned_run_says_once_what_it_sets_right_and_keeps_its_template(
 
 @pytest.mark.parametrize("name", ["penalty", "beams", "end_behind_mark"])
 def test_answers_do_not_depend_on_what_a_base_generates_with(
-    bases: Callable[[str], Path], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bases: Callable[[str], Path], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chat, ask = _verbs(bases(name))["chat"], [*_verbs(bases(name))["eval"], "--out", str(tmp_path / "answers.jsonl")]
+    chat, ask = _verbs(bases(name))["chat"], _verbs(bases(name))["eval"]
     said = []
     for model in ("builtin:tiny-llava", chat[1]):
         assert entry_point(["chat", model, *chat[2:]]) == 0
