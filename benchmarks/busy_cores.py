@@ -35,7 +35,7 @@ READ = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 def work(name: str) -> None:
     """A process of one setting: a step for each line of standard input; five of the tiny model."""
-    from mmtune.torchvision_support import prepare_torchvision
+    from mmtune.utils.torchvision_support import prepare_torchvision
 
     prepare_torchvision()
     from step_cost import build, make_batch, step

@@ -20,7 +20,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from mmtune.data.media import image_size
+from mmtune.data.media.media import image_size
 
 DISTINCT = 20  # pictures of each format; the rest are copies under other names
 

@@ -75,7 +75,7 @@ def write_rows(path: Path, count: int) -> None:
 def run(recipe: Path, out: Path) -> tuple[float, float]:
     """Seconds to the first logged step, and the peak resident memory in MB."""
     start = time.perf_counter()
-    command = [sys.executable, "-c", "from mmtune.cli import entry_point; entry_point()", "train", str(recipe)]
+    command = [sys.executable, "-c", "from mmtune.cli.main import entry_point; entry_point()", "train", str(recipe)]
     errors = out.with_suffix(".err")
     with errors.open("wb") as file:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)

@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from mmtune.data.packing import _best_fit, pack_lengths, packing_efficiency
+from mmtune.data.batching.bin_packing import _best_fit, pack_lengths, packing_efficiency
 
 MEDIANS = (120, 180, 250)
 

@@ -19,10 +19,10 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 from killed import STEPS, draw_moments, kill_and_finish, prepare, run_unbroken
 
-from mmtune.console import settle_console
+from mmtune.console.library_output import settle_console
 
 
 def main() -> int:

@@ -17,9 +17,9 @@ from typing import Any
 
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from mmtune.recipe import Recipe
-from mmtune.tuning.layouts import LAYOUTS, per_device
-from mmtune.tuning.memory import estimate_memory
+from mmtune.planning.memory import estimate_memory
+from mmtune.planning.sharded_memory import LAYOUTS, per_device
+from mmtune.recipe.recipe import Recipe
 
 LANGUAGES = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},

@@ -35,18 +35,18 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mmtune.data.batches import Batches, Mixture
-from mmtune.data.collate import Collator
-from mmtune.data.report import DataReport
-from mmtune.model.components import find_components
-from mmtune.model.load import load_weights
-from mmtune.recipe import Recipe
+from mmtune.data.batching.batch_sampler import Batches, Mixture
+from mmtune.data.batching.collate import Collator
+from mmtune.data.data_report import DataReport
+from mmtune.models.components import find_components
+from mmtune.models.load import load_weights
+from mmtune.planning.memory import estimate_memory
+from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import LIBRARIES
-from mmtune.train import training_arguments
+from mmtune.train import build_training_arguments
 from mmtune.training.callbacks import FrozenInputsStayFrozen
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import apply_tuning, learning_rates
-from mmtune.tuning.memory import estimate_memory
 
 PATCH = 14
 CONVOLUTIONS = ("aten::mkldnn_convolution", "aten::convolution_backward")
@@ -113,7 +113,7 @@ def measured_peak(recipe: Recipe, tokens: int, supervised: int | None = None) ->
     Returns:
         Bytes of all live tensors then, scratch memory of the CPU's convolutions left out; and with it.
     """
-    arguments = training_arguments(recipe)
+    arguments = build_training_arguments(recipe)
     torch.manual_seed(0)
     model: Any = load_weights(str(recipe.model.base), recipe.model)
     vision = model.config.vision_config

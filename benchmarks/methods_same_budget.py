@@ -28,7 +28,7 @@ import transformers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mmtune.recipe import load_recipe
+from mmtune.recipe.recipe import load_recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
 

@@ -29,8 +29,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from mmtune.data.collate import collate, pack
-from mmtune.model.packing import packed_inputs
+from mmtune.data.batching.collate import collate, pack
+from mmtune.models.packed_attention import packed_inputs
 from mmtune.training.trainer import score_supervised_only
 
 IMAGE, IMAGE_TOKENS, VOCABULARY = 3, 64, 4096

@@ -4,8 +4,7 @@ Every command runs in a process of its own, and the import as well; all take tur
 process and its children, medians over the rounds. A command with a mistake is to say so and to end with exit code 2.
 
 Beside a CPU build of torch, a CUDA wheel of torchvision cannot be imported by itself, and with it neither can transformers: the
-reference calls `mmtune.torchvision_support.prepare_torchvision` first, which imports it in a way that works. That is part of its
-time.
+reference calls `prepare_torchvision` first, which imports it in a way that works. That is part of its time.
 
 Usage: python benchmarks/startup.py [--rounds 5]
 """
@@ -25,7 +24,9 @@ from pathlib import Path
 
 from PIL import Image
 
-REFERENCE = "from mmtune.torchvision_support import prepare_torchvision; prepare_torchvision(); import torch, transformers, peft"
+REFERENCE = (
+    "from mmtune.utils.torchvision_support import prepare_torchvision; prepare_torchvision(); import torch, transformers, peft"
+)
 RECIPE = """\
 model: {base: "builtin:tiny-llava"}
 data: {train: [{path: rows.json, template: llava}]}
@@ -97,7 +98,7 @@ def main() -> None:
             reference += [] if first else [spent]
             for command, expected in COMMANDS.items():
                 (folder / "copied.yaml").unlink(missing_ok=True)
-                spent = cpu_seconds([sys.executable, "-m", "mmtune.cli", *command.split()], folder, expected)
+                spent = cpu_seconds([sys.executable, "-m", "mmtune.cli.main", *command.split()], folder, expected)
                 times[command] += [] if first else [spent]
     whole = statistics.median(reference)
     spread = f"from {min(reference):.2f} to {max(reference):.2f}"

@@ -13,7 +13,7 @@ def main() -> int:
     """Run the command line; returns its exit code."""
     sys.excepthook = _print_escaped
     try:
-        from mmtune.cli import entry_point
+        from mmtune.cli.main import entry_point
 
         return entry_point()
     except KeyboardInterrupt:
@@ -25,7 +25,7 @@ def _print_escaped(kind: type[BaseException], error: BaseException, where: Trace
     """Print the traceback of a bug; its message may quote data."""
     import traceback
 
-    from mmtune.terminal_text import escape_controls
+    from mmtune.console.terminal_text import escape_controls
 
     print(escape_controls("".join(traceback.format_exception(kind, error, where))), end="", file=sys.stderr)
 

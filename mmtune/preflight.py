@@ -6,14 +6,14 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-from mmtune.data.reader import check_source
-from mmtune.errors import UserError
-from mmtune.hub import is_local_name, locate_checkpoint
-from mmtune.methods.table import refusal
-from mmtune.model.families import NEVER_PACKED, check_family, local_model_type
-from mmtune.model.locate import UNTRAINED, local_folder, resolve_base
-from mmtune.recipe import SECTIONS, Recipe, Source, check_files, located
-from mmtune.recipe_training import missing_libraries
+from mmtune.data.sources.reader import check_source
+from mmtune.families.family_table import NEVER_PACKED, check_family, local_model_type
+from mmtune.methods.method_table import refusal
+from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, resolve_base
+from mmtune.recipe.recipe import SECTIONS, Recipe, Source, check_files, located
+from mmtune.recipe.train_rules import missing_libraries
+from mmtune.utils.errors import UserError
+from mmtune.utils.hub import is_local_name, locate_checkpoint
 
 LIBRARIES = ("model.attn_implementation", "train.optim", "train.use_liger_kernel", "train.report_to")
 """Keys whose values may need an optional library."""
@@ -95,14 +95,14 @@ def check_reachable(recipe: Recipe) -> None:
     Raises:
         UserError: with the line and key of the first that is not.
     """
-    for key, name, error in unreachable(recipe):
+    for key, name, error in unreachable_checkpoints(recipe):
         with located_errors(recipe):
             tiny = " or model.base=builtin:tiny-llava" if key == "base" else ""
             way = "" if is_local_name(name) else f"; --rehearse{tiny} tries the recipe without a download"
             raise UserError(f"model.{key}: {error}{way}") from error
 
 
-def unreachable(recipe: Recipe) -> Iterator[tuple[str, str, UserError]]:
+def unreachable_checkpoints(recipe: Recipe) -> Iterator[tuple[str, str, UserError]]:
     """The checkpoints of a recipe's model that are neither on this machine nor on a hub that answers: key, name and reason."""
     for key, name in recipe.model.checkpoints.items():
         try:

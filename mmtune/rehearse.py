@@ -20,23 +20,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmtune.data.reader import example_rows, write_rows
-from mmtune.data.source import Row
-from mmtune.data.template import DataTemplate, load_data_template
-from mmtune.errors import UserError
-from mmtune.evaluation.run import generate_answers
-from mmtune.methods.table import METHODS
-from mmtune.model.load import base_config, load_trained
-from mmtune.model.locate import local_folder
-from mmtune.model.shrunk import local_files, shrunk_base
-from mmtune.model.tiny import DECODER, family_of, tiny_language, tiny_vision
-from mmtune.model.tiny_bases import tiny_base
-from mmtune.model.tiny_templates import NEEDED
-from mmtune.recipe import Recipe, Source, load_recipe
-from mmtune.release.merge import Form, keep_adapter, merge, parity_samples
-from mmtune.run_directory import RunDirectory
-from mmtune.train import train, training_arguments, without_trackers
-from mmtune.world import (
+from mmtune.data.sources.reader import example_rows, write_rows
+from mmtune.data.sources.source import Row
+from mmtune.data.templates.template import DataTemplate, load_data_template
+from mmtune.distributed.context import (
     ALONE,
     World,
     check_launch,
@@ -47,6 +34,19 @@ from mmtune.world import (
     launched_with_fsdp,
     make_models_whole,
 )
+from mmtune.evaluation.evaluate import generate_answers
+from mmtune.methods.method_table import METHODS
+from mmtune.models.checkpoints.locate_base import local_folder
+from mmtune.models.load import base_config, load_trained
+from mmtune.models.tiny.shrunk_base import local_files, shrunk_base
+from mmtune.models.tiny.tiny_bases import tiny_base
+from mmtune.models.tiny.tiny_models import DECODER, family_of, tiny_language, tiny_vision
+from mmtune.models.tiny.tiny_templates import NEEDED
+from mmtune.recipe.recipe import Recipe, Source, load_recipe
+from mmtune.release.merge import Form, keep_adapter, merge, parity_samples
+from mmtune.run_directory import RunDirectory
+from mmtune.train import build_training_arguments, train, without_trackers
+from mmtune.utils.errors import UserError
 
 ROWS = 4
 
@@ -89,7 +89,7 @@ def _join(recipe: Recipe) -> World:
     check_launch(recipe.model.precision, recipe.train.get("deepspeed"))
     if launched_with_fsdp() and not torch.accelerator.is_available():
         print("rehearsal: FSDP2 shards on the CPU, which accelerate leaves to GPUs; the run itself needs them")
-    arguments = training_arguments(without_trackers(recipe))
+    arguments = build_training_arguments(without_trackers(recipe))
     return join_world(arguments, recipe.model.precision)
 
 

@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtune import __version__
-from mmtune.errors import CheckFailed, UserError
-from mmtune.files import check_replaceable, linked_directory, read_record, replace_text, writing
-from mmtune.hub import missing
-from mmtune.locks import locked
-from mmtune.manifest import check_manifest
-from mmtune.recipe import Recipe, needed_paths
-from mmtune.threads import usable_cores
-from mmtune.torchvision_support import prepare_torchvision
+from mmtune.recipe.recipe import Recipe, needed_paths
+from mmtune.utils.errors import CheckFailed, UserError
+from mmtune.utils.files import check_replaceable, linked_directory, read_record, replace_text, writing
+from mmtune.utils.hub import missing
+from mmtune.utils.locks import locked
+from mmtune.utils.manifest import check_manifest
+from mmtune.utils.threads import usable_cores
+from mmtune.utils.torchvision_support import prepare_torchvision
 
 if TYPE_CHECKING:
-    from mmtune.world import World
+    from mmtune.distributed.context import World
 
 SAVING = ".saving"
 """Where a checkpoint lies until it is whole."""

@@ -10,7 +10,7 @@ if not __package__:  # launched as a file: its own folder comes first on the pat
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
     sys.path.insert(0, os.path.dirname(here))
-    from mmtune.console import settle_console
+    from mmtune.console.library_output import settle_console
 
     settle_console()  # before the imports below have their say
 
@@ -24,25 +24,34 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
-from mmtune.console import speaker
-from mmtune.data.collate import Collator, collate
+from mmtune.chat_templates.resolving import use_chat_template
+from mmtune.console.library_output import speaker
+from mmtune.data.batching.collate import Collator, collate
+from mmtune.data.batching.sample_stream import SampleStream
+from mmtune.data.data_report import NO_SAMPLE, DataReport
 from mmtune.data.dataset import Encoder, Samples, check_rows, open_samples, stand_in
-from mmtune.data.encode import check_chat_template
-from mmtune.data.plan_cache import signatures
-from mmtune.data.report import NO_SAMPLE, DataReport
-from mmtune.data.stream import SampleStream
-from mmtune.errors import Stopped, UserError
-from mmtune.evaluation.report import write_report
-from mmtune.evaluation.run import as_json, check_questions, evaluate, read_answers, score, write_answers
+from mmtune.data.encoding.encode import check_chat_template
+from mmtune.distributed.context import (
+    World,
+    check_launch,
+    check_same,
+    check_strategy,
+    is_launched,
+    join_world,
+    launched_with_deepspeed,
+    settle_fsdp,
+)
+from mmtune.distributed.sharded_parameters import runnable, to_save
+from mmtune.evaluation.evaluate import as_json, check_questions, evaluate, read_answers, score, write_answers
+from mmtune.evaluation.run_report import write_report
 from mmtune.evaluation.scores import print_scores
-from mmtune.files import check_writable, linked_directory, replaced_directory
-from mmtune.methods.table import refusal
-from mmtune.model.carried import carry_over, describe_tensors, unread_tensors
-from mmtune.model.chat_template import use_chat_template
-from mmtune.model.checkpoint import save_checkpoint
-from mmtune.model.components import find_components
-from mmtune.model.generation import ANSWER_TOKENS, answer_settings, unused_settings
-from mmtune.model.load import (
+from mmtune.methods.method_table import refusal
+from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
+from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK, UNTRAINED, locate_base, resolve_base
+from mmtune.models.checkpoints.unread_tensors import carry_over, describe_tensors, unread_tensors
+from mmtune.models.components import find_components
+from mmtune.models.generation import ANSWER_TOKENS, answer_settings, unused_settings
+from mmtune.models.load import (
     ADAPTER_CONFIG,
     base_config,
     base_model_type,
@@ -50,13 +59,12 @@ from mmtune.model.load import (
     load_base,
     load_weights,
 )
-from mmtune.model.locate import CHECKPOINT_MARK, UNTRAINED, locate_base, resolve_base
-from mmtune.model.packing import check_packable_family
-from mmtune.model.quantize import QUANTIZED
-from mmtune.model.sharded import runnable, to_save
+from mmtune.models.packed_attention import check_packable_family
+from mmtune.models.quantize import QUANTIZED
+from mmtune.planning.plan_cache import signatures
 from mmtune.preflight import check_recipe
-from mmtune.recipe import ModelSection, Recipe
-from mmtune.release.card import model_card
+from mmtune.recipe.recipe import ModelSection, Recipe
+from mmtune.release.model_card import model_card
 from mmtune.run_directory import RunDirectory, check_output_dir, clear_leftover, new_run, peak_memory_mb, step_of, versions
 from mmtune.training.callbacks import FrozenInputsStayFrozen, RecordMetrics, StopOnSignal, draw_loss_curve
 from mmtune.training.checkpoint import (
@@ -68,8 +76,8 @@ from mmtune.training.checkpoint import (
     last_checkpoint,
     named_checkpoint,
 )
-from mmtune.training.reporting import reporters, start_trackers
-from mmtune.training.rows import first_batches, optimizer_steps, order_rows, plan_rows, prove_packed_rows, rows_to_take
+from mmtune.training.dataloader import first_batches, optimizer_steps, order_rows, plan_rows, prove_packed_rows, rows_to_take
+from mmtune.training.trackers import reporters, start_trackers
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import (
     apply_tuning,
@@ -79,18 +87,10 @@ from mmtune.tuning.apply import (
     print_trained_modules,
     trained_modules,
 )
+from mmtune.tuning.peft_config import frozen_parts, keeps_adapter
 from mmtune.tuning.save import initial_factors, save_tuned
-from mmtune.tuning.settings import frozen_parts, keeps_adapter
-from mmtune.world import (
-    World,
-    check_launch,
-    check_same,
-    check_strategy,
-    is_launched,
-    join_world,
-    launched_with_deepspeed,
-    settle_fsdp,
-)
+from mmtune.utils.errors import Stopped, UserError
+from mmtune.utils.files import check_writable, linked_directory, replaced_directory
 
 
 def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: bool | Path = False) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
             print(f"resume: {earlier.path} has no checkpoint yet, so it begins; train.save_strategy and save_steps write them")
             overwrite = True  # what a start has left
         check_output_dir(recipe, overwrite)
-    arguments = training_arguments(recipe)
+    arguments = build_training_arguments(recipe)
     if arguments.process_index == 0:
         check_writable(earlier.path if checkpoint is not None else earlier.path.parent, "output_dir")
     samples = open_samples(recipe.data)
@@ -388,7 +388,7 @@ def settle_base(model: Any, processor: Any, section: ModelSection, made: Path | 
     return model
 
 
-def training_arguments(recipe: Recipe) -> TrainingArguments:
+def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     """transformers' own arguments from the recipe's `train` section, with what mmtune decides.
 
     Raises:
@@ -433,6 +433,6 @@ def without_trackers(recipe: Recipe) -> Recipe:
 
 
 if __name__ == "__main__":
-    from mmtune.cli import entry_point
+    from mmtune.cli.main import entry_point
 
     sys.exit(entry_point(["train", *sys.argv[1:]]))

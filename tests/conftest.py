@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mmtune.torchvision_support import prepare_torchvision
+from mmtune.utils.torchvision_support import prepare_torchvision
 
 if TYPE_CHECKING:
-    from mmtune.recipe import Recipe
+    from mmtune.recipe.recipe import Recipe
 
 # Set before torch and transformers are imported, here and in every process that a test starts. The tests need nothing
 # from the network and so must not reach for it; sums in a fixed number of threads come out the same on every machine.
@@ -36,7 +36,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 prepare_torchvision()  # before a test imports transformers
 
-LONG = ("test_quickstart.py", "test_world.py", "test_together.py", "test_faults.py", "test_capabilities.py")
+LONG = ("test_quickstart.py", "test_context.py", "test_together.py", "test_faults.py", "test_capabilities.py")
 """Minutes each: begun first, or one process would be at the last of them when the other has nothing left to do."""
 
 
@@ -70,8 +70,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in architecture with random weights, as an ordinary checkpoint."""
-    from mmtune.builtin.tiny import build_untrained
-    from mmtune.model.checkpoint import save_checkpoint
+    from mmtune.builtin.tiny_checkpoint import build_untrained
+    from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
 
     out = tmp_path_factory.mktemp("base") / "model"
     save_checkpoint(*build_untrained(seed=0), out)
@@ -84,8 +84,8 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import LlavaForConditionalGeneration
 
-    from mmtune.builtin.tiny import build_untrained
-    from mmtune.model.checkpoint import save_checkpoint
+    from mmtune.builtin.tiny_checkpoint import build_untrained
+    from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
 
     model, processor = build_untrained(seed=0)
     model.config.vision_config.num_hidden_layers, model.config.text_config.num_hidden_layers = 1, 2
@@ -101,7 +101,7 @@ def make_recipe(base: Path, rows: Path, tmp_path: Path) -> Callable[..., Recipe]
     """A LoRA recipe of three steps over `rows`, changed by `key=value` overrides."""
 
     def make(*overrides: str) -> Recipe:
-        from mmtune.recipe import load_recipe
+        from mmtune.recipe.recipe import load_recipe
 
         text = f"""
         model: {{base: {base}}}
@@ -122,7 +122,7 @@ def make_recipe(base: Path, rows: Path, tmp_path: Path) -> Callable[..., Recipe]
 @pytest.fixture(scope="session")
 def untrained() -> tuple[Any, Any]:
     """The built-in architecture with random weights, in memory, and its processor. Shared: leave both as they are."""
-    from mmtune.builtin.tiny import build_untrained
+    from mmtune.builtin.tiny_checkpoint import build_untrained
 
     model, processor = build_untrained(seed=0)
     return model.eval(), processor
@@ -133,7 +133,7 @@ def talker() -> tuple[Any, Any]:
     """As `untrained`, with weights that make it say something: the tied ones, at their size, echo the last token."""
     import torch
 
-    from mmtune.builtin.tiny import build_untrained
+    from mmtune.builtin.tiny_checkpoint import build_untrained
 
     model, processor = build_untrained(seed=0)
     generator = torch.Generator().manual_seed(0)
@@ -145,3 +145,70 @@ def talker() -> tuple[Any, Any]:
             if "language_model.layers" in name or "projector" in name:
                 parameter.mul_(1 if parameter.ndim < 2 else 5)
     return model.eval(), processor
+
+
+SPEAKS = {"vicuna_v1": "llama", "chatml": "qwen2", "llama3": "llama3", "mistral": "mistral", "gemma": "gemma", "plain": "llama"}
+
+# Qwen2's; Llama 3's differs in its numbers. Line breaks stay together, also at the end of a prompt.
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.fixture
+def media(tmp_path: Path) -> Path:
+    """A media root with the two pictures `a.png` and `b.png`, beside a file that lies outside it."""
+    from PIL import Image
+
+    root = tmp_path / "media"
+    root.mkdir()
+    Image.new("RGB", (40, 24), "teal").save(root / "a.png")
+    Image.new("RGB", (24, 40), "red").save(root / "b.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "outside.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def speakers(tmp_path_factory: pytest.TempPathFactory, untrained: tuple[Any, Any]) -> dict[str, Any]:
+    """A processor for each shipped chat template; the tokenizers have learnt to join runs of white space, as real ones do."""
+    from mmtune.models.assemble import assemble
+    from mmtune.models.tiny.tiny_models import tiny_language, tiny_vision
+
+    root = tmp_path_factory.mktemp("speakers")
+    tiny_vision("clip", root / "clip")
+    made = {"tiny": untrained[1]}
+    for name, family in SPEAKS.items():
+        if not (root / family).exists():
+            tiny_language(family, root / family, texts=["\n\n\n    the cat is on the mat\n\n yes no"] * 20, vocab_size=320)
+            if family in ("qwen2", "llama3"):
+                _split_as_published(root / family)
+        made[name] = assemble(str(root / "clip"), str(root / family), chat_template=name)[1]
+    return made
+
+
+def _split_as_published(path: Path) -> None:
+    from tokenizers import Regex, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every tiny vision encoder and language model, written once."""
+    from mmtune.models.tiny.tiny_models import LANGUAGE_FAMILIES, VISION_FAMILIES, tiny_language, tiny_vision
+
+    root = tmp_path_factory.mktemp("shelf")
+    for seed, family in enumerate(VISION_FAMILIES):
+        tiny_vision(family, root / family, seed)
+    for seed, family in enumerate(LANGUAGE_FAMILIES):
+        tiny_language(family, root / family, seed)
+    return root
+
+
+@pytest.fixture(scope="session")
+def llava(shelf: Path) -> tuple[Any, Any]:
+    from mmtune.models.assemble import assemble
+
+    return assemble(str(shelf / "clip"), str(shelf / "llama"))

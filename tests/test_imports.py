@@ -9,6 +9,8 @@ import ast
 import re
 import sys
 import tomllib
+from collections import Counter
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -21,63 +23,35 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mmtune"
 MAX_LINES = 500
 
-# What each room may import besides itself and the package's own `__init__`. docs/architecture.md draws the same table.
-# A room that is not here is a fault: a new one says where on the road it stands.
-GROUND = {
-    "bounded_jinja",
-    "jinja_counting",
-    "chat_rendering",
-    "console",
-    "errors",
-    "files",
-    "hub",
-    "locks",
-    "manifest",
-    "shipped",
-    "signals",
-    "styled_console",
-    "terminal_text",
-    "threads",
-    "torchvision_support",
-    "world",
-}
-RECIPE = GROUND | {"methods", "recipe", "run_directory"}
+MAX_FILES = 12  # Python files in one folder
+
+# What each package, and each module at the top, may import besides itself and the package's own `__init__`.
+# docs/architecture.md has the same table. A package that is not here is a fault.
+BASIC = {"console", "distributed", "utils"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
-    "errors": set(),
-    "jinja_counting": set(),
-    "bounded_jinja": {"jinja_counting"},
-    "chat_rendering": {"bounded_jinja"},
-    "console": {"library_warnings", "threads", "torchvision_support"},
-    "library_warnings": set(),
-    "threads": set(),
-    "torchvision_support": set(),
-    "terminal_text": set(),
-    "signals": {"errors"},
-    "__main__": {"cli", "terminal_text"},
-    "styled_console": {"terminal_text"},
-    "launch_errors": {"console", "terminal_text"},
-    "world": {"errors"},
-    "files": {"errors", "locks"},
-    "hub": {"errors", "files"},
-    "locks": {"errors"},
-    "manifest": {"errors", "files"},
-    "shipped": {"errors"},
-    "methods": {"errors", "styled_console"},
-    "recipe": GROUND | {"methods"},
-    "run_directory": GROUND | {"recipe"},
-    "preflight": RECIPE | {"data", "model"},
-    "builtin": GROUND,
-    "data": RECIPE,
-    "model": RECIPE | {"builtin"},
-    "tuning": RECIPE | {"model"},
-    "training": RECIPE | {"data", "model", "tuning"},
-    "evaluation": RECIPE | {"data", "model"},
-    "release": RECIPE | {"data", "model", "evaluation"},
-    "chat": RECIPE | {"data", "model"},
+    "__main__": {"cli", "console"},
+    "utils": set(),
+    "console": {"utils"},
+    "distributed": {"console", "utils"},
+    "methods": {"console", "utils"},
+    "recipe": {"methods", "utils"},
+    "families": {"recipe", "utils"},
+    "run_directory": {"distributed", "recipe", "utils"},
+    "builtin": {"utils"},
+    "chat_templates": {"utils"},
+    "data": {"chat_templates", "console", "recipe", "utils"},
+    "models": BASIC | {"builtin", "chat_templates", "families", "methods", "recipe", "run_directory"},
+    "tuning": BASIC | {"methods", "models", "recipe"},
+    "planning": BASIC | {"data", "models", "recipe", "tuning"},
+    "training": BASIC | {"data", "models", "planning", "recipe", "run_directory", "tuning"},
+    "evaluation": BASIC | {"data", "models", "recipe", "run_directory"},
+    "release": BASIC | {"data", "evaluation", "methods", "models", "recipe", "run_directory"},
+    "chat": BASIC | {"data", "models"},
+    "preflight": BASIC | {"data", "families", "methods", "models", "recipe"},
 }
-# These tell the whole story, and may import every room; the command line itself stays out of everyone's reach.
-WHOLE_STORY = {"train", "rehearse", "cli", "cli_data", "cli_recipe", "cli_runs", "cli_verbs"}
+# These run the whole job, and may import every package but the command line, which nothing imports.
+WHOLE_JOB = {"train", "rehearse", "cli"}
 
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"torch.load", "yaml.full_load", "yaml.full_load_all", "yaml.unsafe_load", "yaml.unsafe_load_all"}
@@ -86,20 +60,19 @@ UNSAFE_YAML_LOADERS = {"Loader", "CLoader", "FullLoader", "CFullLoader", "Unsafe
 
 def sources() -> list[Path]:
     files = sorted(PACKAGE.rglob("*.py"))
-    assert PACKAGE / "errors.py" in files
+    assert PACKAGE / "utils" / "errors.py" in files
     return files
 
 
 def name_of(file: Path) -> str:
-    """`mmtune/data/media.py` is `mmtune.data.media`; a package's `__init__.py` keeps its name."""
+    """`mmtune/data/media/media.py` is `mmtune.data.media.media`; a package's `__init__.py` keeps its name."""
     return ".".join(file.relative_to(ROOT).with_suffix("").parts)
 
 
-def room_of(module: str) -> str:
-    """`data` for `mmtune.data.media`, `recipe` for `mmtune.recipe_yaml` too, `__init__` for the package itself."""
+def package_of(module: str) -> str:
+    """`data` for `mmtune.data.media.media`, `__init__` for the package itself."""
     parts = module.split(".")
-    room = parts[1] if len(parts) > 1 else "__init__"
-    return "recipe" if room.startswith("recipe_") else room
+    return parts[1] if len(parts) > 1 else "__init__"
 
 
 def dotted(node: ast.AST) -> str:
@@ -125,7 +98,7 @@ def imports_of(tree: ast.AST, module: str) -> list[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
-            # `from mmtune import data` imports a room, `from mmtune import __version__` the package.
+            # `from mmtune import data` imports a subpackage, `from mmtune import __version__` only the top one.
             deep = origin == "mmtune"
             found += [(node.lineno, f"{origin}.{alias.name}" if deep else origin) for alias in node.names]
         elif isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] in ("import_module", "__import__"):
@@ -134,27 +107,27 @@ def imports_of(tree: ast.AST, module: str) -> list[tuple[int, str]]:
     return found
 
 
-def rooms_imported(tree: ast.AST, module: str, rooms: set[str]) -> list[tuple[int, str]]:
+def packages_imported(tree: ast.AST, module: str, packages: set[str]) -> list[tuple[int, str]]:
     ours = [(line, name) for line, name in imports_of(tree, module) if name.split(".")[0] == "mmtune"]
-    return [(line, room if (room := room_of(name)) in rooms else "__init__") for line, name in ours]
+    return [(line, package if (package := package_of(name)) in packages else "__init__") for line, name in ours]
 
 
-def direction_faults(source: str, module: str, rooms: set[str]) -> list[str]:
-    """The imports in `source` that go against the road. `rooms` are the names at the package's top."""
-    tree, room = ast.parse(source), room_of(module)
-    if room not in MAY_IMPORT and room not in WHOLE_STORY:
-        return [f"{module}: a room that the table of this test does not know"]
-    allowed = (rooms - {"cli"} if room in WHOLE_STORY else MAY_IMPORT[room]) | {room, "__init__"}
+def direction_faults(source: str, module: str, packages: set[str]) -> list[str]:
+    """The imports in `source` that the table does not allow. `packages` are the names at the package's top."""
+    tree, package = ast.parse(source), package_of(module)
+    if package not in MAY_IMPORT and package not in WHOLE_JOB:
+        return [f"{module}: a package that the table of this test does not have"]
+    allowed = (packages - {"cli"} if package in WHOLE_JOB else MAY_IMPORT[package]) | {package, "__init__"}
     # A file that runs as a program hands over to the command line, and is then the start of the process and no import.
     handed_over = {
         imported
         for node in ast.walk(tree)
-        if is_main_guard(node) and room in WHOLE_STORY
-        for imported in rooms_imported(node, module, rooms)
+        if is_main_guard(node) and package in WHOLE_JOB
+        for imported in packages_imported(node, module, packages)
     }
     return [
-        f"{module}:{line}: {room} may not import {other}"
-        for line, other in rooms_imported(tree, module, rooms)
+        f"{module}:{line}: {package} may not import {other}"
+        for line, other in packages_imported(tree, module, packages)
         if other not in allowed and (line, other) not in handed_over
     ]
 
@@ -241,6 +214,16 @@ def top_names() -> set[str]:
     return {item.stem for item in PACKAGE.iterdir() if item.suffix == ".py" or (item / "__init__.py").is_file()}
 
 
+def public_names(source: str) -> list[str]:
+    """The functions and classes at the top of a file whose names begin without an underscore."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return [node.name for node in ast.parse(source).body if isinstance(node, kinds) and not node.name.startswith("_")]
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
 def shadowed(names: set[str]) -> set[str]:
     """Those of `names` that a launched `mmtune/train.py`, first on the path, would hide from every other library."""
     installed = set(metadata.packages_distributions()) - {"mmtune"}
@@ -278,6 +261,17 @@ def test_a_file_holds_nothing_that_the_house_forbids(file: Path) -> None:
 def test_every_folder_of_the_package_is_a_package() -> None:
     folders = {file.parent for file in sources()}
     assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
+
+
+@pytest.mark.parametrize("folder", ["mmtune", "tests"])
+def test_a_folder_holds_few_files_and_a_file_name_occurs_once(folder: str) -> None:
+    files = [*(ROOT / folder).rglob("*.py")]
+    assert {str(place): n for place, n in Counter(file.parent for file in files).items() if n > MAX_FILES} == {}
+    assert repeated(file.name for file in files if file.name not in ("__init__.py", "conftest.py")) == []
+
+
+def test_the_name_of_a_public_function_or_class_occurs_once() -> None:
+    assert repeated(name for file in sources() for name in public_names(file.read_text("utf-8"))) == []
 
 
 def test_no_module_at_the_top_hides_a_library() -> None:
@@ -336,50 +330,50 @@ def test_constraints_pin_what_is_installed_and_what_that_requires() -> None:
 
 # ---- the checks themselves find what they are for
 
-ROOMS = {"errors", "recipe", "data", "model", "tuning", "training", "evaluation", "release", "chat", "train", "cli"}
+PACKAGES = {"utils", "recipe", "data", "models", "tuning", "training", "evaluation", "release", "chat", "train", "cli"}
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("mmtune.data.encode", "from mmtune.training.trainer import TuningTrainer"),
-        ("mmtune.data.encode", "import mmtune.model.load as load"),
-        ("mmtune.data.encode", "def late():\n    from mmtune import model"),
-        ("mmtune.data.encode", "from ..tuning import apply"),
-        ("mmtune.data.encode", "from .. import tuning"),
-        ("mmtune.data.__init__", "from ..model import load"),
-        ("mmtune.data.encode", "import importlib\nimportlib.import_module('mmtune.release')"),
-        ("mmtune.model.load", "from mmtune.data.message import Message"),
-        ("mmtune.model.load", "if TYPE_CHECKING:\n    from mmtune.evaluation import run"),
-        ("mmtune.errors", "from mmtune.recipe import Recipe"),
-        ("mmtune.recipe", "import mmtune.data"),
+        ("mmtune.data.encoding.encode", "from mmtune.training.trainer import TuningTrainer"),
+        ("mmtune.data.encoding.encode", "import mmtune.models.load as load"),
+        ("mmtune.data.encoding.encode", "def late():\n    from mmtune import models"),
+        ("mmtune.data.message", "from ..tuning import apply"),
+        ("mmtune.data.message", "from .. import tuning"),
+        ("mmtune.data.__init__", "from ..models import load"),
+        ("mmtune.data.encoding.encode", "import importlib\nimportlib.import_module('mmtune.release')"),
+        ("mmtune.models.load", "from mmtune.data.message import Message"),
+        ("mmtune.models.load", "if TYPE_CHECKING:\n    from mmtune.evaluation import run"),
+        ("mmtune.utils.errors", "from mmtune.recipe.recipe import Recipe"),
+        ("mmtune.recipe.recipe", "import mmtune.data"),
         ("mmtune.tuning.apply", "from mmtune.training import trainer"),
-        ("mmtune.evaluation.run", "from mmtune.tuning import apply"),
+        ("mmtune.evaluation.evaluate", "from mmtune.tuning import apply"),
         ("mmtune.chat.session", "from mmtune.release import merge"),
-        ("mmtune.train", "from mmtune.cli import main"),
-        ("mmtune.data.source", "if __name__ == '__main__':\n    from mmtune.cli import main"),
+        ("mmtune.train", "from mmtune.cli.main import main"),
+        ("mmtune.data.sources.source", "if __name__ == '__main__':\n    from mmtune.cli.main import main"),
         ("mmtune.helpers", ""),
     ],
 )
-def test_an_import_against_the_road_is_found(module: str, source: str) -> None:
-    assert len(direction_faults(source, module, ROOMS)) == 1
+def test_a_forbidden_import_is_reported(module: str, source: str) -> None:
+    assert len(direction_faults(source, module, PACKAGES)) == 1
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("mmtune.data.encode", "from mmtune.data import media\nfrom mmtune.errors import UserError\nimport torch"),
+        ("mmtune.data.encoding.encode", "from mmtune.data import media\nfrom mmtune.utils.errors import UserError\nimport torch"),
         ("mmtune.data.__init__", "from . import media\nfrom .encode import collate"),
-        ("mmtune.model.load", "from mmtune import __version__\nfrom mmtune.recipe import ModelSection"),
-        ("mmtune.train", "import mmtune.chat.session\nif __name__ == '__main__':\n    from mmtune.cli import main"),
-        ("mmtune.recipe_sections", "from mmtune.recipe import Recipe"),
-        ("mmtune.data.source", "from mmtune.recipe_yaml import Document"),
-        ("mmtune.cli", "from mmtune import train\nfrom mmtune.release import merge"),
-        ("mmtune.model.load", "import mmtune_addons"),
+        ("mmtune.models.load", "from mmtune import __version__\nfrom mmtune.recipe.recipe import ModelSection"),
+        ("mmtune.train", "import mmtune.chat.session\nif __name__ == '__main__':\n    from mmtune.cli.main import main"),
+        ("mmtune.recipe.sections", "from mmtune.recipe.recipe import Recipe"),
+        ("mmtune.data.sources.source", "from mmtune.recipe.yaml_lines import Document"),
+        ("mmtune.cli.main", "from mmtune import train\nfrom mmtune.release import merge"),
+        ("mmtune.models.load", "import mmtune_addons"),
     ],
 )
-def test_an_import_along_the_road_is_not_a_fault(module: str, source: str) -> None:
-    assert direction_faults(source, module, ROOMS) == []
+def test_an_allowed_import_is_not_a_fault(module: str, source: str) -> None:
+    assert direction_faults(source, module, PACKAGES) == []
 
 
 @pytest.mark.parametrize(
@@ -409,7 +403,7 @@ def test_an_import_along_the_road_is_not_a_fault(module: str, source: str) -> No
     ],
 )
 def test_forbidden_content_is_found(source: str) -> None:
-    assert content_faults(source, "mmtune.data.encode")
+    assert content_faults(source, "mmtune.data.encoding.encode")
 
 
 @pytest.mark.parametrize(
@@ -425,7 +419,7 @@ def test_forbidden_content_is_found(source: str) -> None:
     ],
 )
 def test_allowed_content_is_not_a_fault(source: str) -> None:
-    assert content_faults(source, "mmtune.data.encode") == []
+    assert content_faults(source, "mmtune.data.encoding.encode") == []
 
 
 def test_a_name_that_hides_a_library_is_found() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mmtune.builtin.digits import digit_images, draw_scene
-from mmtune.cli import entry_point
+from mmtune.cli.main import entry_point
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "own_data.md").read_text(encoding="utf-8")
 BUILTIN = ["model.base=builtin:tiny-llava", "model.precision=fp32", "train.max_steps=2"]

@@ -16,12 +16,12 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmtune.cli import entry_point
-from mmtune.recipe import load_recipe
+from mmtune.cli.main import entry_point
+from mmtune.recipe.recipe import load_recipe
 from mmtune.rehearse import rehearse
 from mmtune.release.merge import parity_samples
 from mmtune.release.parity import compare, observe, same_answers
-from mmtune.shipped import shipped_recipes
+from mmtune.utils.shipped import shipped_recipes
 
 pytestmark = pytest.mark.slow
 

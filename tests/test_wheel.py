@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmtune.model.tiny_bases import tiny_base
+from mmtune.models.tiny.tiny_bases import tiny_base
 
 pytestmark = pytest.mark.slow
 
@@ -125,7 +125,7 @@ def test_a_recipe_that_does_not_ship_is_the_users_error(installed: Path, tmp_pat
 
 def test_a_data_template_of_the_wheel_is_found(installed: Path, tmp_path: Path) -> None:
     """The library finds its own templates, with no checkout beside it."""
-    code = "from mmtune.shipped import shipped_dir; print(shipped_dir('data_templates') / 'llava.yaml')"
+    code = "from mmtune.utils.shipped import shipped_dir; print(shipped_dir('data_templates') / 'llava.yaml')"
     found = Path(succeed(installed / "python", "-c", code, cwd=tmp_path).strip())
     assert found.is_relative_to(installed.parent)
     assert found.read_bytes() == (ROOT / "data_templates" / "llava.yaml").read_bytes()
@@ -134,7 +134,7 @@ def test_a_data_template_of_the_wheel_is_found(installed: Path, tmp_path: Path) 
 TRAIN_TO_CHAT = """
 import json, sys
 from pathlib import Path
-from mmtune.cli import entry_point
+from mmtune.cli.main import entry_point
 for base in map(Path, sys.argv[1:]):
     folder = base.parent / f"of_{base.name}"
     folder.mkdir()

@@ -28,7 +28,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from mmtune.files import replace_text
+from mmtune.utils.files import replace_text
 
 T = TypeVar("T")
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 
-from mmtune.data.media import Embedded, MediaRules, resolve_media
-from mmtune.data.media_names import is_windows_path
-from mmtune.errors import UserError
-from mmtune.files import expand_user
+from mmtune.data.media.media import Embedded, MediaRules, resolve_media
+from mmtune.data.media.media_names import is_windows_path
+from mmtune.utils.errors import UserError
+from mmtune.utils.files import expand_user
 
 ANYWHERE = MediaRules(Path(), outside=True)
 """A person at the terminal may show any file of the machine."""

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
 
-from mmtune.data.encode import check_chat_template, encode_prompt
-from mmtune.data.media import Embedded, ImageView, open_image
+from mmtune.data.encoding.encode import check_chat_template, encode_prompt
+from mmtune.data.media.media import Embedded, ImageView, open_image
+from mmtune.data.media.pixels import Window
 from mmtune.data.message import Message
-from mmtune.data.pixels import Window
-from mmtune.errors import UserError
-from mmtune.model.compute import as_trained, to_model
-from mmtune.model.generation import generate
+from mmtune.models.compute import as_trained, to_model
+from mmtune.models.generation import generate
+from mmtune.utils.errors import UserError
 
 
 class ChatSession:

@@ -17,8 +17,8 @@ from prompt_toolkit.utils import is_dumb_terminal
 
 from mmtune.chat.image_paths import ImagePathCompleter, image_paths
 from mmtune.chat.session import ChatSession
-from mmtune.errors import UserError
-from mmtune.terminal_text import unescaped
+from mmtune.console.terminal_text import unescaped
+from mmtune.utils.errors import UserError
 
 COMMANDS = {
     "/image": "/image FILE ... shows images with your next question",

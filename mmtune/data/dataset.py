@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
-from mmtune.data.encode import IGNORE_INDEX, OverLength, encode_sample
-from mmtune.data.findings import KINDS
-from mmtune.data.image_check import inspect_image
-from mmtune.data.media import Media, blank_image
+from mmtune.data.data_report import DataReport, MediaChanged, StopRun
+from mmtune.data.encoding.encode import IGNORE_INDEX, OverLength, encode_sample
+from mmtune.data.encoding.over_length import fit
+from mmtune.data.media.image_headers import inspect_image
+from mmtune.data.media.media import Media, blank_image
 from mmtune.data.message import RowError, Sample
-from mmtune.data.reader import Reader
-from mmtune.data.report import DataReport, MediaChanged, StopRun
-from mmtune.data.shrink import fit
-from mmtune.data.source import Row
-from mmtune.errors import UserError
-from mmtune.recipe import DataSection, Source
+from mmtune.data.sources.reader import Reader
+from mmtune.data.sources.source import Row
+from mmtune.data.validation.issues import KINDS
+from mmtune.recipe.recipe import DataSection, Source
+from mmtune.utils.errors import UserError
 
 Handle = Callable[[], Sample]
 """Gives a row's sample when called; may raise RowError."""

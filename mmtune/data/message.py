@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mmtune.data.media import Media
-from mmtune.errors import UserError
+from mmtune.data.media.media import Media
+from mmtune.utils.errors import UserError
 
 Message = dict[str, Any]
 """`{"role": "user" | "assistant" | "system", "content": [block, ...]}` where a block is `{"type": "text", "text": str}`
@@ -21,7 +21,7 @@ class RowError(UserError):
         row: the row's id, `FILE:LINE` or `FILE[INDEX]`.
         field: the field of the row that is at fault.
         detail: what was wrong and what would be right.
-        finding: what kind of fault it is, one of `mmtune.data.findings.KINDS`, said where the fault is known.
+        finding: what kind of fault it is, one of `mmtune.data.validation.issues.KINDS`, said where the fault is known.
     """
 
     def __init__(self, row: str, field: str, detail: str, finding: str = "row_unusable") -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mmtune.console import shows_progress
+from mmtune.console.library_output import shows_progress
 from mmtune.data.message import RowError
-from mmtune.errors import UserError
-from mmtune.threads import usable_cores
+from mmtune.utils.errors import UserError
+from mmtune.utils.threads import usable_cores
 
 CHUNK = 64
 """Rows that a process takes at a time."""

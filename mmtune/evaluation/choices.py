@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from mmtune.data.collate import collate
-from mmtune.data.encode import IGNORE_INDEX, encode_sample
+from mmtune.data.batching.collate import collate
+from mmtune.data.encoding.encode import IGNORE_INDEX, encode_sample
 from mmtune.data.message import RowError, Sample, split_question
-from mmtune.evaluation.progress import Progress
-from mmtune.model.compute import as_trained, in_eval_mode, to_model, virtual_tokens
+from mmtune.evaluation.evaluation_progress import EvaluationProgress
+from mmtune.models.compute import as_trained, in_eval_mode, to_model, virtual_tokens
 
 
 def check_choices(sample: Sample) -> None:
@@ -53,7 +53,7 @@ def score_choices(
     candidates.sort(key=lambda item: _characters(samples[item[0]], item[1]))
     scores: dict[tuple[int, int], float] = {}
     starts = range(0, len(candidates), batch_size)
-    with in_eval_mode(model), Progress(what, len(candidates), "candidate answers") as progress:
+    with in_eval_mode(model), EvaluationProgress(what, len(candidates), "candidate answers") as progress:
         for start in starts:
             chosen = candidates[start : start + batch_size]
             encoded = [_encoded(samples[place], samples[place].choices[number], processor) for place, number in chosen]

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from mmtune.styled_console import StyledConsole
+from mmtune.console.styled_console import StyledConsole
 
 
 def print_scores(summary: dict[str, Any]) -> None:

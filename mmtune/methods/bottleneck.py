@@ -26,8 +26,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
-from mmtune.errors import UserError
 from mmtune.methods.register import register
+from mmtune.utils.errors import UserError
 
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
 NonLinearity = Literal["relu", "gelu", "silu"]

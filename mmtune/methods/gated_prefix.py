@@ -40,8 +40,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers import AttentionInterface
 
-from mmtune.errors import UserError
 from mmtune.methods.register import register
+from mmtune.utils.errors import UserError
 
 ATTENTION = "mmtune_gated_prefix"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")

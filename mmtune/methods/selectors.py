@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import regex
 
-from mmtune.errors import UserError
+from mmtune.utils.errors import UserError
 
 NAMED = ("all-linear", "all-norm")
 """Selectors that are names, and no expressions."""

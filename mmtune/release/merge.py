@@ -18,23 +18,23 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 
 from mmtune.data.dataset import Samples, open_samples
 from mmtune.data.message import Sample
-from mmtune.errors import CheckFailed, UserError
-from mmtune.files import check_links_stay, read_record, replaced_directory
-from mmtune.manifest import NAME as MANIFEST
-from mmtune.manifest import write_manifest
-from mmtune.model.carried import carry_over, describe_tensors, unread_tensors
-from mmtune.model.compute import place
-from mmtune.model.export import export_adapter
-from mmtune.model.generation import ANSWER_TOKENS
-from mmtune.model.load import DTYPES, load_base, load_trained, load_whole
-from mmtune.model.locate import CHECKPOINT_MARK, UNTRAINED, locate_base
-from mmtune.model.quantize import QUANTIZED, quantization, settle_quantized
-from mmtune.model.trained import Trained, base_of_adapter, located_base_of, removal_named
-from mmtune.recipe import Recipe, load_recipe, needed_paths
-from mmtune.release.card import adapter_card, model_card
-from mmtune.release.fold import adapter_of, check_mergeable, fold, fold_weighted, weights_of_run
+from mmtune.models.checkpoints.adapter_export import export_adapter
+from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK, UNTRAINED, locate_base
+from mmtune.models.checkpoints.trained_weights import Trained, base_of_adapter, located_base_of, removal_named
+from mmtune.models.checkpoints.unread_tensors import carry_over, describe_tensors, unread_tensors
+from mmtune.models.compute import place
+from mmtune.models.generation import ANSWER_TOKENS
+from mmtune.models.load import DTYPES, load_base, load_strictly, load_trained
+from mmtune.models.quantize import QUANTIZED, quantization, settle_quantized
+from mmtune.recipe.recipe import Recipe, load_recipe, needed_paths
+from mmtune.release.merge_weights import adapter_of, check_mergeable, fold, fold_weighted, weights_of_run
+from mmtune.release.model_card import adapter_card, model_card
 from mmtune.release.parity import Observed, answer_logits, compare, observe, same_answers
 from mmtune.run_directory import RunDirectory
+from mmtune.utils.errors import CheckFailed, UserError
+from mmtune.utils.files import check_links_stay, read_record, replaced_directory
+from mmtune.utils.manifest import NAME as MANIFEST
+from mmtune.utils.manifest import write_manifest
 
 TOLERANCE = 1e-4
 """Largest logit difference in fp32 between adapter and folded model: the rounding of one matrix sum against two."""
@@ -218,7 +218,7 @@ def combine(
         merged, processor = fold_weighted(runs, trust_remote_code)
         folded = job.observe(place(merged), processor, "merged")
         base_name = str(job.base)
-        untuned = load_whole(base_name, base_name, quiet=True, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        untuned = load_strictly(base_name, base_name, quiet=True, dtype=torch.float32, trust_remote_code=trust_remote_code)
         base = answer_logits(place(untuned), processor, job.samples, "the base")
         del untuned
         if compare(base, folded.logits).largest <= TOLERANCE / 100:

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from mmtune.data.encode import IGNORE_INDEX, encode_sample
+from mmtune.data.encoding.encode import IGNORE_INDEX, encode_sample
 from mmtune.data.message import Sample
-from mmtune.evaluation.progress import Progress
-from mmtune.evaluation.run import generate_answers
-from mmtune.model.compute import as_trained, to_model
+from mmtune.evaluation.evaluate import generate_answers
+from mmtune.evaluation.evaluation_progress import EvaluationProgress
+from mmtune.models.compute import as_trained, to_model
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def answer_logits(
     """`Observed.logits`, teacher-forced, one sample at a time."""
     model.eval()
     logits = []
-    with Progress(what, len(samples), "logits of samples") as progress:
+    with EvaluationProgress(what, len(samples), "logits of samples") as progress:
         for sample in samples:
             inputs = to_model(model, encode_sample(sample, processor))
             predicts = inputs.pop("labels")[0, 1:] != IGNORE_INDEX

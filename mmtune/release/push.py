@@ -11,9 +11,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from mmtune.errors import UserError
-from mmtune.manifest import NAME as MANIFEST
-from mmtune.manifest import check_manifest, list_again
+from mmtune.utils.errors import UserError
+from mmtune.utils.manifest import NAME as MANIFEST
+from mmtune.utils.manifest import check_manifest, list_again
 
 CARD = "README.md"
 """The model card."""

@@ -13,10 +13,10 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mmtune.errors import CheckFailed
-from mmtune.files import writing
+from mmtune.distributed.context import World
 from mmtune.training.progress import as_time
-from mmtune.world import World
+from mmtune.utils.errors import CheckFailed
+from mmtune.utils.files import writing
 
 MUCH_CPU_WAIT = 0.1
 """From this share of the time on, the progress line says that a process waited for a core."""
@@ -60,9 +60,9 @@ class RecordMetrics(TrainerCallback):
             with writing(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
             if self._bar is not None:
-                self._bar.set_postfix_str(shown(logs, _room(self._bar)))
+                self._bar.set_postfix_str(progress_line(logs, _room(self._bar)))
             elif not args.disable_tqdm:
-                print(f"step {state.global_step}/{state.max_steps}  {shown(logs)}", flush=True)
+                print(f"step {state.global_step}/{state.max_steps}  {progress_line(logs)}", flush=True)
         if not math.isfinite(logs["loss"]):  # the mean over the processes, so that all of them end
             raise CheckFailed(
                 f"the loss is {logs['loss']} at step {state.global_step}; lower the learning rate or look at the data"
@@ -79,7 +79,7 @@ def _room(bar: tqdm[Any]) -> int | None:
     return columns - len(f"{bar.total}/{bar.total} |{'#' * BAR}|, ") if columns else None
 
 
-def shown(logs: dict[str, Any], room: int | None = None) -> str:
+def progress_line(logs: dict[str, Any], room: int | None = None) -> str:
     """A log's figures in one line, those of most value first.
 
     Args:

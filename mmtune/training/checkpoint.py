@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmtune.data.plan_cache import signatures
-from mmtune.data.report import DataReport
-from mmtune.errors import UserError
-from mmtune.files import flush, open_as_umask_says, read_record, sync
-from mmtune.manifest import check_manifest, names_in, write_manifest
-from mmtune.recipe import Recipe, load_recipe
-from mmtune.recipe_arguments import shown
+from mmtune.data.data_report import DataReport
+from mmtune.distributed.context import World
+from mmtune.planning.plan_cache import signatures
+from mmtune.recipe.pass_through.arguments import format_value
+from mmtune.recipe.recipe import Recipe, load_recipe
 from mmtune.run_directory import SAVING, RunDirectory, becomes_seen, step_of
-from mmtune.world import World
+from mmtune.utils.errors import UserError
+from mmtune.utils.files import flush, open_as_umask_says, read_record, sync
+from mmtune.utils.manifest import check_manifest, names_in, write_manifest
 
 REPORT = "data_report.json"
 LAYOUT = "layout.json"
@@ -129,7 +129,7 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     before, now = (flat(each.model_dump(mode="json")) for each in (load_recipe(run.recipe), recipe))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     for key in changed:
-        print(f"resume: {key} was {shown(before.get(key))}, and is {shown(now.get(key))}")
+        print(f"resume: {key} was {format_value(before.get(key))}, and is {format_value(now.get(key))}")
     wrong = [key for key in changed if not key.startswith(FREE)]
     if wrong:
         raise UserError(

@@ -14,8 +14,8 @@ from peft import PeftModel
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmtune.data.collate import RowSize
-from mmtune.model.components import Components, component_of, find_components
+from mmtune.data.batching.collate import RowSize
+from mmtune.models.components import Components, component_of, find_components
 
 
 @dataclass(frozen=True)

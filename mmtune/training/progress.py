@@ -12,17 +12,17 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mmtune.data.collate import RowSize
+from mmtune.data.batching.collate import RowSize
+from mmtune.distributed.context import World
 from mmtune.run_directory import peak_memory_mb
 from mmtune.training.cpu_wait import CpuWait
 from mmtune.training.flops import ModelFlops, peak_of
-from mmtune.world import World
 
 RECENT = 10
 """The time that is left follows from so many of the last logs."""
 
 
-class Progress(TrainerCallback):
+class TrainingProgress(TrainerCallback):
     """Counts what every process does between two logs; a log brings it together.
 
     Args:

@@ -19,25 +19,25 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mmtune.data.batches import Batches
-from mmtune.data.encode import IGNORE_INDEX
+from mmtune.data.batching.batch_sampler import Batches
+from mmtune.data.batching.sample_stream import SampleStream
+from mmtune.data.data_report import NO_SAMPLE, NOT_FINITE, DataReport, SkippedStep
+from mmtune.data.encoding.encode import IGNORE_INDEX
 from mmtune.data.message import RowError
 from mmtune.data.processes import settle_worker, worker_failure
-from mmtune.data.report import NO_SAMPLE, NOT_FINITE, DataReport, SkippedStep
-from mmtune.data.stream import SampleStream
-from mmtune.errors import CheckFailed, UserError
-from mmtune.files import flush, writing
-from mmtune.manifest import names_in
-from mmtune.model.compute import virtual_tokens
-from mmtune.model.packing import packed_inputs
-from mmtune.model.remote_code import refused_pickles
-from mmtune.model.sharded import to_save
-from mmtune.model.trained import INITIAL
+from mmtune.distributed.context import ALONE, World
+from mmtune.distributed.sharded_parameters import to_save
+from mmtune.models.checkpoints.remote_code import refused_pickles
+from mmtune.models.checkpoints.trained_weights import INITIAL
+from mmtune.models.compute import virtual_tokens
+from mmtune.models.packed_attention import packed_inputs
 from mmtune.run_directory import SAVING
+from mmtune.training.adapter_state import MoveRanks, load_full_model, load_live, save_live, shared_regularization
 from mmtune.training.checkpoint import keep_checkpoint, wait_until_seen
-from mmtune.training.live import MoveRanks, load_live, load_whole, save_live, shared_regularization
-from mmtune.training.progress import Progress
-from mmtune.world import ALONE, World
+from mmtune.training.progress import TrainingProgress
+from mmtune.utils.errors import CheckFailed, UserError
+from mmtune.utils.files import flush, writing
+from mmtune.utils.manifest import names_in
 
 
 def score_supervised_only(inputs: dict[str, Any], virtual_tokens: int = 0) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class TuningTrainer(Trainer):
         self._initial = initial
         # Of each source since the last log: its summed loss and its number of supervised tokens.
         self._source_sums = torch.zeros(len(source_names), 2, dtype=torch.float64)
-        self._progress = Progress(self.model, self.args, world)
+        self._progress = TrainingProgress(self.model, self.args, world)
         self.add_callback(self._progress)
         self.add_callback(MoveRanks(lambda: self._is_empty))
 
@@ -199,7 +199,7 @@ class TuningTrainer(Trainer):
             self._source_sums[:, 1].index_add_(0, sources[piece].cpu(), torch.ones_like(losses))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's log, with the figures of `Progress`, and `loss/SOURCE` of each source that had supervised tokens since.
+        """The Trainer's log, with the metrics of `TrainingProgress` and `loss/SOURCE` of sources with supervised tokens.
 
         Whatever shows, keeps or reports the run's figures has them from here.
         """
@@ -305,7 +305,7 @@ class TuningTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)
         if not isinstance(self.model, PeftModel):
-            load_whole(self.model, checkpoint)
+            load_full_model(self.model, checkpoint)
         elif not load_live(self.model, checkpoint):
             # The Trainer would have every process read it onto the first GPU.
             self.model.load_adapter(str(checkpoint), self.model.active_adapter, is_trainable=True, torch_device="cpu")

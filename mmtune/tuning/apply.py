@@ -18,13 +18,13 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
-from mmtune.errors import UserError
-from mmtune.model.components import Components, component_of, select_modules
-from mmtune.model.compute import to_model
-from mmtune.model.sharded import runnable, size_of, to_float32
-from mmtune.recipe import TuneSection
-from mmtune.styled_console import StyledConsole
-from mmtune.tuning.settings import about_key, component_path, keeps_adapter, peft_config
+from mmtune.console.styled_console import StyledConsole
+from mmtune.distributed.sharded_parameters import runnable, size_of, to_float32
+from mmtune.models.components import Components, component_of, select_modules
+from mmtune.models.compute import to_model
+from mmtune.recipe.recipe import TuneSection
+from mmtune.tuning.peft_config import about_key, component_path, keeps_adapter, peft_config
+from mmtune.utils.errors import UserError
 
 
 @dataclass(frozen=True)

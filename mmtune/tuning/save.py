@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
-from mmtune.methods.table import MUTATING_INITS
-from mmtune.model.export import to_plain_lora
-from mmtune.model.sharded import to_save
+from mmtune.distributed.sharded_parameters import to_save
+from mmtune.methods.method_table import MUTATING_INITS
+from mmtune.models.checkpoints.adapter_export import to_plain_lora
 
 
 def initial_factors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor] | None:

@@ -17,7 +17,7 @@ import mmtune.builtin.digits as digits
 from mmtune.builtin.digits import ANSWER_MARK, PARTS, POSITIONS, digit_images, write_digits
 from mmtune.data.dataset import Samples, iterate_rows
 from mmtune.evaluation.metrics import final_answer
-from mmtune.recipe import Source
+from mmtune.recipe.recipe import Source
 
 SCENES = 80
 

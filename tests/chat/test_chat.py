@@ -20,7 +20,7 @@ from prompt_toolkit.document import Document
 from mmtune.chat.image_paths import ImagePathCompleter, image_paths
 from mmtune.chat.session import ChatSession
 from mmtune.chat.terminal import COMMANDS, EMPTY_ANSWER, HELP, converse
-from mmtune.errors import UserError
+from mmtune.utils.errors import UserError
 
 torch.set_num_threads(1)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mmtune.model.checkpoint import save_checkpoint
+from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
 
 PATIENCE_S = 120.0
 SEQUENCES = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|[=>])|\r")
@@ -70,7 +70,7 @@ def test_ctrl_c_stops_the_answer_and_at_the_prompt_leaves(talker: tuple[Any, Any
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False  # or its head would not be saved
     save_checkpoint(model, talker[1], tmp_path / "model")
     command = ["chat", str(tmp_path / "model"), "--max-new-tokens", "1000000"]
-    with closing(Terminal([sys.executable, "-m", "mmtune.cli", *command])) as terminal:
+    with closing(Terminal([sys.executable, "-m", "mmtune.cli.main", *command])) as terminal:
         terminal.wait_for(r"/exit\s+leaves.*>")
         terminal.type("what is it?\r")
         terminal.wait_for(r"what is it\?\n\s*\S")

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from mmtune.data.collate import Collator
+from mmtune.data.batching.collate import Collator
+from mmtune.data.data_report import DataReport, Fault, StopRun
 from mmtune.data.dataset import Encoder, Samples, TrainingSet, check_rows, iterate_rows
-from mmtune.data.encode import OverLength
+from mmtune.data.encoding.encode import OverLength
 from mmtune.data.message import RowError, text_of
 from mmtune.data.processes import worker_failure
-from mmtune.data.report import DataReport, Fault, StopRun
-from mmtune.errors import UserError
-from mmtune.recipe import DataSection, Source
+from mmtune.recipe.recipe import DataSection, Source
+from mmtune.utils.errors import UserError
 
 
 def _rows(folder: Path, count: int, name: str = "r.jsonl", bad: tuple[int, ...] = (), image: str | None = None) -> Path:

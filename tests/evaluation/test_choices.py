@@ -13,10 +13,10 @@ from PIL import Image
 
 from mmtune.data.dataset import Samples, iterate_rows
 from mmtune.data.message import RowError, Sample
-from mmtune.errors import UserError
 from mmtune.evaluation.choices import likeliest, score_choices
-from mmtune.evaluation.run import check_questions, evaluate
-from mmtune.recipe import EvaluateSection, Source
+from mmtune.evaluation.evaluate import check_questions, evaluate
+from mmtune.recipe.recipe import EvaluateSection, Source
+from mmtune.utils.errors import UserError
 
 torch.set_num_threads(1)
 
@@ -134,7 +134,7 @@ def test_any_accepted_answer_is_right(tmp_path: Path, talker: tuple[Any, Any], m
     rows = [{"image": "a.png", "question": "where?", "answers": ["ucsf", "University of California", "UC"]}] * 3
     (tmp_path / "rows.json").write_text(json.dumps({"data": rows}), encoding="utf-8")
     said = ["university of california.", "UCSF", "California"]
-    monkeypatch.setattr("mmtune.evaluation.run.generate_answers", lambda *_: said)
+    monkeypatch.setattr("mmtune.evaluation.evaluate.generate_answers", lambda *_: said)
     answers = evaluate(*talker, EvaluateSection(data=(Source(path=str(tmp_path / "rows.json"), template="docvqa"),)))
     assert [answer.correct for answer in answers] == [True, True, False]
     assert {answer.reference for answer in answers} == {"ucsf"}

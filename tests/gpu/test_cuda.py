@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmtune.evaluation.run import generate_answers
-from mmtune.model.load import load_trained
-from mmtune.recipe import Recipe
+from mmtune.evaluation.evaluate import generate_answers
+from mmtune.models.load import load_trained
+from mmtune.planning.memory import estimate_memory
+from mmtune.recipe.recipe import Recipe
 from mmtune.release.merge import merge, parity_samples
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
-from mmtune.tuning.memory import estimate_memory
 
 pytestmark = pytest.mark.gpu
 

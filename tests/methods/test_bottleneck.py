@@ -18,8 +18,8 @@ from programs import run_program
 from torch import nn
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from mmtune.errors import UserError
 from mmtune.methods.bottleneck import BottleneckConfig, BottleneckLayer, bottleneck_targets
+from mmtune.utils.errors import UserError
 
 LANGUAGE, VISION, PROJECTOR = "model.language_model", "model.vision_tower", "model.multi_modal_projector"
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from measure import VARIANTS, measure, measure_zero, names
+from measure_capabilities import VARIANTS, measure, measure_zero, names
 
-from mmtune.methods.table import CAPABILITIES, METHODS, PRECISIONS, capabilities, refusal
+from mmtune.methods.method_table import CAPABILITIES, METHODS, PRECISIONS, capabilities, refusal
 
 
 def works(cell: dict[str, object]) -> dict[str, bool]:

@@ -15,9 +15,9 @@ from programs import run_program
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
-from mmtune.errors import UserError
 from mmtune.methods.gated_prefix import GatedPrefixConfig, GatedPrefixLayer, gated_prefix_targets
-from mmtune.model.components import find_components
+from mmtune.models.components import find_components
+from mmtune.utils.errors import UserError
 
 HEADS, GROUPS, HEAD_DIM, WIDTH, LAYERS = 4, 2, 8, 24, 3
 TEXT: dict[str, Any] = {

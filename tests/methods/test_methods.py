@@ -15,18 +15,18 @@ from programs import run_program
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmtune.data.collate import collate
+from mmtune.data.batching.collate import collate
 from mmtune.data.dataset import Samples
-from mmtune.data.encode import encode_sample
-from mmtune.errors import UserError
-from mmtune.evaluation.run import generate_answers
-from mmtune.methods.table import METHODS
-from mmtune.model.components import find_components
-from mmtune.model.load import load_trained
-from mmtune.recipe import Recipe, load_recipe
+from mmtune.data.encoding.encode import encode_sample
+from mmtune.evaluation.evaluate import generate_answers
+from mmtune.methods.method_table import METHODS
+from mmtune.models.components import find_components
+from mmtune.models.load import load_trained
+from mmtune.recipe.recipe import Recipe, load_recipe
 from mmtune.release.merge import parity_samples
 from mmtune.train import train
 from mmtune.tuning.apply import apply_tuning, learning_rates
+from mmtune.utils.errors import UserError
 
 # The built-in architecture: 5 layers, each with q, k, v, o (128 x 128), gate, up (128 -> 352) and down (352 -> 128).
 LAYERS, WIDTH, INNER = 5, 128, 352
@@ -336,8 +336,8 @@ def test_new_tokens_train_alone(rows: Path, base: Path, tmp_path: Path, one_batc
 def test_experts_are_reached_by_parameter(tmp_path: Path) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from mmtune.model.components import Components
-    from mmtune.recipe import TuneSection
+    from mmtune.models.components import Components
+    from mmtune.recipe.recipe import TuneSection
 
     torch.manual_seed(0)
     small = {

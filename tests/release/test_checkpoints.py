@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from mmtune import run_directory
-from mmtune.cli import entry_point
-from mmtune.errors import UserError
-from mmtune.manifest import check_manifest, write_manifest
-from mmtune.model.load import load_trained
-from mmtune.model.trained import find_trained, trained_part
-from mmtune.recipe import Recipe
+from mmtune.cli.main import entry_point
+from mmtune.models.checkpoints.trained_weights import find_trained, trained_part
+from mmtune.models.load import load_trained
+from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
+from mmtune.utils.errors import UserError
+from mmtune.utils.manifest import check_manifest, write_manifest
 
 Make = Callable[..., Recipe]
 SAVES = ("train.save_strategy=steps", "train.save_steps=1")

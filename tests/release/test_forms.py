@@ -19,17 +19,17 @@ from programs import run_program
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from mmtune.cli import entry_point
-from mmtune.errors import CheckFailed, UserError
-from mmtune.manifest import check_manifest, write_manifest
-from mmtune.model.load import load_trained
-from mmtune.model.quantize import quantization, settle_quantized
-from mmtune.recipe import Recipe
+from mmtune.cli.main import entry_point
+from mmtune.models.load import load_trained
+from mmtune.models.quantize import quantization, settle_quantized
+from mmtune.recipe.recipe import Recipe
 from mmtune.release import push as push_module
 from mmtune.release.merge import Form, _enforce_fold, combine, keep_adapter, merge, parity_samples
 from mmtune.release.parity import answer_logits, compare, observe
 from mmtune.release.push import push
 from mmtune.train import train
+from mmtune.utils.errors import CheckFailed, UserError
+from mmtune.utils.manifest import check_manifest, write_manifest
 
 Make = Callable[..., Recipe]
 
@@ -82,7 +82,7 @@ def test_what_cannot_be_added(make_recipe: Make, base: Path, tmp_path: Path, cap
 
 
 def test_an_adapter_of_another_base_is_refused(make_recipe: Make, tmp_path: Path) -> None:
-    from mmtune.model.tiny_bases import tiny_base
+    from mmtune.models.tiny.tiny_bases import tiny_base
 
     run = trained(make_recipe, tmp_path / "run")
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())

@@ -16,12 +16,10 @@ from programs import run_program
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmtune.data.encode import encode_sample
-from mmtune.errors import CheckFailed, UserError
-from mmtune.manifest import check_manifest
-from mmtune.model.load import load_trained
-from mmtune.model.trained import base_of_adapter
-from mmtune.recipe import Recipe
+from mmtune.data.encoding.encode import encode_sample
+from mmtune.models.checkpoints.trained_weights import base_of_adapter
+from mmtune.models.load import load_trained
+from mmtune.recipe.recipe import Recipe
 from mmtune.release.merge import (
     TOLERANCE,
     Form,
@@ -35,6 +33,8 @@ from mmtune.release.merge import (
 from mmtune.release.parity import Observed
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
+from mmtune.utils.errors import CheckFailed, UserError
+from mmtune.utils.manifest import check_manifest
 
 
 @pytest.fixture
@@ -285,7 +285,7 @@ def test_a_run_that_changed_nothing_is_not_released(make_recipe: Callable[..., R
 
 
 def _recipe(run: RunDirectory) -> Recipe:
-    from mmtune.recipe import load_recipe
+    from mmtune.recipe.recipe import load_recipe
 
     return load_recipe(run.recipe)
 

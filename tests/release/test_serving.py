@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmtune.model.assemble import assemble
-from mmtune.model.checkpoint import save_checkpoint
-from mmtune.model.tiny import tiny_language, tiny_vision
+from mmtune.models.assemble import assemble
+from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
+from mmtune.models.tiny.tiny_models import tiny_language, tiny_vision
 
 pytestmark = pytest.mark.slow
 

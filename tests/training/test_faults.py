@@ -20,14 +20,14 @@ from killed import draw_moments, kill_and_finish, prepare, run_unbroken
 
 import mmtune.train
 from mmtune.data.dataset import Encoder
-from mmtune.errors import CheckFailed, UserError
-from mmtune.manifest import check_manifest
-from mmtune.recipe import Recipe
+from mmtune.distributed.context import ALONE
+from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory, new_run
 from mmtune.train import train
 from mmtune.training.callbacks import RecordMetrics
 from mmtune.training.trainer import TuningTrainer
-from mmtune.world import ALONE
+from mmtune.utils.errors import CheckFailed, UserError
+from mmtune.utils.manifest import check_manifest
 
 Make = Callable[..., Recipe]
 SAVES = ("train.save_strategy=steps", "train.save_steps=2", "train.max_steps=6", "tune.language.lora_dropout=0.2")
@@ -383,10 +383,10 @@ def test_a_data_file_that_changes_under_a_run_ends_it(
 
 FAILING = """
 import os, signal, sys
-from mmtune.console import settle_console
+from mmtune.console.library_output import settle_console
 settle_console()
 import mmtune.train
-from mmtune.errors import UserError
+from mmtune.utils.errors import UserError
 from mmtune.training.trainer import TuningTrainer
 
 how, *arguments = sys.argv[1:]
@@ -401,7 +401,7 @@ if os.environ["RANK"] == "1":
         mmtune.train.load_base = fail
     else:
         TuningTrainer.training_step = fail
-from mmtune.cli import entry_point
+from mmtune.cli.main import entry_point
 sys.exit(entry_point(["train", *arguments]))
 """
 

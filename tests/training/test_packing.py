@@ -12,13 +12,13 @@ from packing_models import CONFIGS, IMAGE, TEXT, TOWER, samples, tiny
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, Gemma3Config, Lfm2VlConfig, PaliGemmaConfig, TrainingArguments
 
-from mmtune.data.batches import Batches, Mixture
-from mmtune.data.collate import Collator, RowSize, collate, pack
-from mmtune.data.report import DataReport
-from mmtune.errors import UserError
+from mmtune.data.batching.batch_sampler import Batches, Mixture
+from mmtune.data.batching.collate import Collator, RowSize, collate, pack
+from mmtune.data.data_report import DataReport
 from mmtune.methods.gated_prefix import GatedPrefixConfig
-from mmtune.model.packing import check_packable, check_packable_family, packed_inputs, prove_packing
+from mmtune.models.packed_attention import check_packable, check_packable_family, packed_inputs, prove_packing
 from mmtune.training.trainer import TuningTrainer
+from mmtune.utils.errors import UserError
 
 PAD = 0
 Encoded = list[dict[str, torch.Tensor]]

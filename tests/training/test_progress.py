@@ -26,20 +26,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor, TrainerControl, TrainerState, TrainingArguments
 from wandb.proto import wandb_internal_pb2
 
-from mmtune.data.collate import Collator, RowSize
+from mmtune.data.batching.collate import Collator, RowSize
 from mmtune.data.dataset import Samples
-from mmtune.data.encode import encode_sample
-from mmtune.errors import UserError
-from mmtune.recipe import Recipe
+from mmtune.data.encoding.encode import encode_sample
+from mmtune.distributed.context import ALONE, World
+from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
-from mmtune.train import train, training_arguments
+from mmtune.train import build_training_arguments, train
 from mmtune.training import progress
-from mmtune.training.callbacks import RecordMetrics, shown
+from mmtune.training.callbacks import RecordMetrics, progress_line
 from mmtune.training.cpu_wait import CpuWait
 from mmtune.training.flops import ModelFlops, Peak, peak_of
-from mmtune.training.progress import Progress, as_time
+from mmtune.training.progress import TrainingProgress, as_time
 from mmtune.training.trainer import TuningTrainer, score_supervised_only
-from mmtune.world import ALONE, World
+from mmtune.utils.errors import UserError
 
 
 def metrics(recipe: Recipe) -> list[dict[str, Any]]:
@@ -192,10 +192,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def begun(world: World, state: TrainerState, monkeypatch: pytest.MonkeyPatch, peak: Peak | None = None) -> Progress:
+def begun(world: World, state: TrainerState, monkeypatch: pytest.MonkeyPatch, peak: Peak | None = None) -> TrainingProgress:
     monkeypatch.setattr(progress, "peak_of", lambda device: peak)
     arguments: Any = SimpleNamespace(device=torch.device("cpu"), torch_compile=False, tf32=None)
-    made = Progress(tuned("llava", True), arguments, world)
+    made = TrainingProgress(tuned("llava", True), arguments, world)
     made.on_train_begin(arguments, state, TrainerControl())
     return made
 
@@ -261,13 +261,15 @@ def test_the_time_left_follows_the_recent_rate_after_a_resume_too(clock: Clock, 
 def test_times_and_lines_are_short() -> None:
     assert [as_time(each) for each in (0.2, 59.4, 59.6, 3723, 360_000)] == ["0 s", "59 s", "0:01:00", "1:02:03", "100:00:00"]
     logs = {"loss": 1.23456, "learning_rate": 2e-4, "tokens_per_second": 12345.6, "data_wait": 0.04, "mfu": 0.412}
-    line = shown({**logs, "accelerator_memory_mb": 67_890.0, "seconds_left": 3723})
+    line = progress_line({**logs, "accelerator_memory_mb": 67_890.0, "seconds_left": 3723})
     assert line == "1:02:03 left  loss 1.2346  lr 2.0e-04  12,346 tokens/s  67.9 GB  wait 4%  MFU 41%"
-    busy = shown({**logs, "cpu_wait": 0.449, "resident_memory_mb": 800.0, "seconds_left": 1})
+    busy = progress_line({**logs, "cpu_wait": 0.449, "resident_memory_mb": 800.0, "seconds_left": 1})
     assert "lr 2.0e-04  waits for CPU 45% of the time  12,346 tokens/s" in busy
-    assert "waits for CPU" not in shown({**logs, "cpu_wait": 0.09, "resident_memory_mb": 800.0, "seconds_left": 1})
-    assert shown({**logs, "resident_memory_mb": 800.0, "seconds_left": 1}, room=10) == "1 s left"
-    assert "MFU" not in shown({**{k: v for k, v in logs.items() if k != "mfu"}, "resident_memory_mb": 800.0, "seconds_left": 1})
+    assert "waits for CPU" not in progress_line({**logs, "cpu_wait": 0.09, "resident_memory_mb": 800.0, "seconds_left": 1})
+    assert progress_line({**logs, "resident_memory_mb": 800.0, "seconds_left": 1}, room=10) == "1 s left"
+    assert "MFU" not in progress_line(
+        {**{k: v for k, v in logs.items() if k != "mfu"}, "resident_memory_mb": 800.0, "seconds_left": 1}
+    )
 
 
 @pytest.mark.parametrize(("columns", "last"), [(40, "left"), (60, "lr 2.0e-04"), (80, "12,346 tokens/s"), (120, "MFU 41%")])
@@ -308,7 +310,7 @@ def test_a_run_counts_its_rows_without_padding(
     assert record["resident_memory_mb"] > 50
     assert record["seconds_left"] == 0
     assert "mfu" not in record  # a CPU's peak is not known
-    assert f"step 3/3  {shown(record)}" in capsys.readouterr().out
+    assert f"step 3/3  {progress_line(record)}" in capsys.readouterr().out
     run = RunDirectory(Path(recipe.output_dir))
     kept = json.loads((run.checkpoints / "checkpoint-2" / "trainer_state.json").read_text())["num_input_tokens_seen"]
     for path in (run.summary, run.metrics):
@@ -412,7 +414,7 @@ def test_wandb_without_a_login_is_refused_before_weights_load(
 def test_a_reporter_that_is_not_installed_is_named_before_weights_load(
     make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("mmtune.recipe_training.find_spec", lambda module: None)
+    monkeypatch.setattr("mmtune.recipe.train_rules.find_spec", lambda module: None)
     monkeypatch.setattr("mmtune.train.load_base", lambda *given: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=f"train.report_to={name}: not installed: pip install {name}"):
         train(make_recipe(f"train.report_to={name}"), ["test"])
@@ -442,4 +444,4 @@ def test_nobody_is_told_of_a_run_by_default(make_recipe: Callable[..., Recipe], 
     assert callbacks
     assert not [each for each in callbacks if type(each).__module__.startswith("transformers.integrations")]
     assert reached == []
-    assert training_arguments(make_recipe("train.report_to=all")).report_to[-1] == "kubeflow"
+    assert build_training_arguments(make_recipe("train.report_to=all")).report_to[-1] == "kubeflow"

@@ -16,14 +16,14 @@ import pytest
 from forked import command_line
 
 from mmtune import run_directory
-from mmtune.errors import UserError
-from mmtune.recipe import Recipe
+from mmtune.distributed.context import ALONE, World
+from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
 from mmtune.training import callbacks
 from mmtune.training.callbacks import StopOnSignal
 from mmtune.training.checkpoint import check_resumable, wait_until_seen
-from mmtune.world import ALONE, World
+from mmtune.utils.errors import UserError
 
 SAVES = ("train.save_strategy=steps", "train.save_steps=2", "train.max_steps=6", "tune.language.lora_dropout=0.2")
 

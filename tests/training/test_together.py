@@ -20,12 +20,12 @@ from launched import launch, launcher
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from mmtune.builtin.tiny import build_untrained
-from mmtune.model.assemble import assemble
-from mmtune.model.checkpoint import save_checkpoint
-from mmtune.model.load import load_trained
-from mmtune.model.tiny import tiny_language, tiny_vision
-from mmtune.recipe import load_recipe
+from mmtune.builtin.tiny_checkpoint import build_untrained
+from mmtune.models.assemble import assemble
+from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
+from mmtune.models.load import load_trained
+from mmtune.models.tiny.tiny_models import tiny_language, tiny_vision
+from mmtune.recipe.recipe import load_recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
 

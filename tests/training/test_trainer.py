@@ -12,22 +12,22 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmtune.data.batches import Batches, Mixture
-from mmtune.data.collate import Collator, collate
+from mmtune.data.batching.batch_sampler import Batches, Mixture
+from mmtune.data.batching.collate import Collator, collate
+from mmtune.data.data_report import DataReport
 from mmtune.data.dataset import Encoder, Samples, TrainingSet, stand_in
-from mmtune.data.encode import encode_sample
-from mmtune.data.report import DataReport
-from mmtune.errors import CheckFailed, UserError
-from mmtune.evaluation.run import evaluate, read_answers
-from mmtune.model.components import find_components
-from mmtune.model.load import load_trained
-from mmtune.recipe import Recipe
+from mmtune.data.encoding.encode import encode_sample
+from mmtune.evaluation.evaluate import evaluate, read_answers
+from mmtune.models.components import find_components
+from mmtune.models.load import load_trained
+from mmtune.recipe.recipe import Recipe
 from mmtune.release.merge import merge
 from mmtune.run_directory import RunDirectory
-from mmtune.train import train, training_arguments
+from mmtune.train import build_training_arguments, train
 from mmtune.training.callbacks import FrozenInputsStayFrozen
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import apply_tuning, learning_rates
+from mmtune.utils.errors import CheckFailed, UserError
 
 
 def make_trainer(recipe: Recipe, base: Path, **settings: object) -> TuningTrainer:
@@ -43,7 +43,7 @@ def make_trainer(recipe: Recipe, base: Path, **settings: object) -> TuningTraine
                 parameter.normal_(std=0.05)
     return TuningTrainer(
         model=model,
-        args=training_arguments(recipe),
+        args=build_training_arguments(recipe),
         train_dataset=TrainingSet(samples, Encoder(processor, recipe.data)),
         data_collator=Collator(processor.tokenizer.pad_token_id),
         batches=Batches(Mixture.by_repeats([len(samples)], [1.0]), seed=0, size=recipe.train["per_device_train_batch_size"]),

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from mmtune.errors import UserError
-from mmtune.model.components import component_of, find_components
-from mmtune.recipe import Recipe
+from mmtune.models.components import component_of, find_components
+from mmtune.recipe.recipe import Recipe
 from mmtune.tuning.apply import apply_tuning, count_parameters, learning_rates, trained_modules
+from mmtune.utils.errors import UserError
 
 
 def tuned(recipe: Recipe, base: Path, dtype: torch.dtype = torch.float32):

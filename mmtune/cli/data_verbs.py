@@ -1,0 +1,176 @@
+"""`mmtune data VERB`: each verb is one thin function over the library."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmtune.cli.verb_arguments import AddVerb
+from mmtune.console.library_output import settle_console
+from mmtune.utils.errors import CheckFailed, UserError
+
+RECIPE_ENDINGS = (".yaml", ".yml")
+
+
+def add_data_verbs(verbs: Any, add: AddVerb) -> None:
+    """Declare the verbs under `mmtune data`.
+
+    Args:
+        verbs: argparse's subparsers.
+        add: declares one verb, as the command line does for all.
+    """
+    verb = add(
+        verbs, "check", _check, "look for faults in every row and every image's header; exit code 1 if one would fail a run"
+    )
+    verb.add_argument("data", metavar="RECIPE_OR_FILE", help="a recipe (YAML), or a file of rows")
+    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+    verb.add_argument("--template", metavar="NAME", help="the data template of a file of rows (default: the one that fits)")
+    verb.add_argument("--media-root", metavar="DIR", help="where a file's media paths start (default: its own folder)")
+    verb.add_argument("--out", metavar="FILE", help="write the findings as JSON Lines: row, field, finding, detail, fix")
+    verb.add_argument("--decode", action="store_true", help="decode every image too: finds all damage, takes many times longer")
+    verb.add_argument("--processes", type=int, metavar="N", help="how many work at once (default: one a core)")
+
+    verb = add(verbs, "show", _show, "print a sample as training sees it: supervised, prompt and media tokens told apart")
+    verb.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+    which = verb.add_mutually_exclusive_group()
+    which.add_argument("--row", metavar="ID", help="a training or held-out row: train.json[17], or the value of its id field")
+    which.add_argument("--index", type=int, default=0, metavar="N", help="the row's place among the training rows, from 0")
+    verb.add_argument("--html", metavar="FILE", help="write a page with the pictures, token by token")
+    verb.add_argument("--prompt", action="store_true", help="print only the rendered prompt, up to the last answer")
+
+    verb = add(verbs, "digits", _digits, "write the quickstart's data set of handwritten digits")
+    verb.add_argument("folder", metavar="DIR")
+    verb.add_argument("--all", action="store_true", help="also the parts that the built-in checkpoint was trained on")
+
+
+def _check(arguments: argparse.Namespace) -> Any:
+    doctor = _doctor(arguments)
+    from mmtune.data.validation.validate import Summary
+
+    summary, listed = Summary(doctor.rows), []
+    with _lines(arguments.out) as write:
+        for found in doctor.findings(arguments.processes):
+            summary.add(found)
+            write(found.as_json())
+            if arguments.json:
+                listed.append(found.as_json())
+    summary.show()
+    if arguments.out:
+        print(f"findings: {arguments.out}")
+    result = {"data": arguments.data, **summary.as_json(), "findings": listed}
+    if summary.faulty_rows:
+        raise CheckFailed(f"{arguments.data}: {summary.faulty_rows:,} of {summary.rows:,} rows cannot train", result)
+    return result
+
+
+def _doctor(arguments: argparse.Namespace) -> Any:
+    from mmtune.data.sources.source import is_missing
+    from mmtune.data.templates.template import load_data_template
+    from mmtune.preflight import check_recipe, located_errors, unreachable_checkpoints
+    from mmtune.recipe.recipe import Source, load_recipe
+    from mmtune.utils.hub import is_local_name, missing
+
+    if not arguments.data.endswith(RECIPE_ENDINGS):
+        if arguments.overrides:
+            raise UserError(
+                f"{arguments.data} is no recipe, so {arguments.overrides[0]} changes nothing; give --template and --media-root"
+            )
+        if is_missing(arguments.data):
+            raise UserError(missing(arguments.data, "file or folder"))
+        template = arguments.template
+        if template is not None:
+            load_data_template(template)
+        settle_console()
+        from mmtune.data.validation.validate import Doctor, Rules, guess_template
+
+        if template is None:
+            template = guess_template(arguments.data)
+            print(f"{arguments.data}: read with the data template {template}; --template names another")
+        source = Source(path=arguments.data, template=template, media_root=arguments.media_root)
+        return Doctor([source], rules=Rules(decode=arguments.decode))
+    if arguments.template or arguments.media_root:
+        raise UserError("--template and --media-root are for a file of rows; a recipe names its own")
+    recipe = load_recipe(arguments.data, arguments.overrides)
+    check_recipe(recipe, ("model", "data", "evaluate"))
+    settle_console()
+    from mmtune.data.validation.validate import Doctor, Rules
+
+    with located_errors(recipe):
+        absent = next((name for _, name, _ in unreachable_checkpoints(recipe) if not is_local_name(name)), None)
+        if absent is not None:
+            print(f"not checked: tokens and lengths, because {absent} is not on this machine and does not load from the hub")
+        processor = None if absent else _processor(recipe)
+        rules = Rules(processor, recipe.data.max_tokens, recipe.data.over_length, recipe.data.supervise, arguments.decode)
+        return Doctor(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), rules)
+
+
+def _processor(recipe: Any) -> Any:
+    """The recipe's processor, with a chat template that training takes."""
+    from mmtune.data.encoding.encode import check_chat_template
+    from mmtune.models.load import load_bare_processor  # takes seconds to import, and a file of rows needs none
+
+    processor = load_bare_processor(recipe.model)
+    check_chat_template(processor)
+    return processor
+
+
+@contextmanager
+def _lines(out: str | None) -> Iterator[Callable[[dict[str, str]], None]]:
+    """Writes objects as JSON Lines, or nowhere."""
+    if out is None:
+        yield lambda line: None
+        return
+    try:
+        # A file name that is not UTF-8 reaches Python as lone surrogates; written as \udcXX they are valid JSON.
+        file = Path(out).open("w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
+    with file:
+        yield lambda line: print(json.dumps(line, ensure_ascii=False), file=file)
+
+
+def _show(arguments: argparse.Namespace) -> Any:
+    from mmtune.preflight import check_recipe, located_errors
+    from mmtune.recipe.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    check_recipe(recipe, ("model", "data", "evaluate"))
+    settle_console()
+    from mmtune.data.dataset import Samples
+    from mmtune.data.validation.show_sample import find_sample, print_view, view_sample, visible, write_page
+
+    if arguments.row is not None:
+        sample = find_sample(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), arguments.row)
+    else:
+        samples = Samples(recipe.data.train)
+        if not 0 <= arguments.index < len(samples):
+            raise UserError(f"--index {arguments.index}: there are {len(samples):,} training rows, from 0 on")
+        sample = samples[arguments.index]
+    with located_errors(recipe):
+        view = view_sample(sample, _processor(recipe), recipe.data)
+    if arguments.html:
+        write_page(view, Path(arguments.html))
+        print(f"page: {arguments.html}")
+    if arguments.prompt:
+        print(visible(view.prompt))
+    elif not arguments.json and not arguments.html:
+        print_view(view)
+    return view.as_json()
+
+
+def _digits(arguments: argparse.Namespace) -> Any:
+    from mmtune.builtin.digits import PARTS, write_digits
+    from mmtune.utils.files import linked_directory
+    from mmtune.utils.locks import locked
+
+    parts = tuple(PARTS) if arguments.all else ("tune", "eval")
+    with locked(linked_directory(Path(arguments.folder))):
+        counts = write_digits(Path(arguments.folder), parts)
+    for part, rows in counts.items():
+        print(f"{arguments.folder}/{part}.json: {rows:,} rows")
+    return counts

@@ -1,0 +1,167 @@
+"""`mmtune VERB`: each verb is one thin function over the library.
+
+Exit codes: 0 done, 1 the check failed, 2 the user's input is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from mmtune import __version__
+from mmtune.cli.data_verbs import add_data_verbs
+from mmtune.cli.recipe_verbs import add_recipe_verbs
+from mmtune.cli.run_verbs import add_run_verbs
+from mmtune.console.library_output import speaker
+from mmtune.console.signals import ends_on_signals
+from mmtune.console.terminal_text import escapes_output, takes_any_character
+from mmtune.distributed.launch_errors import leaves_bugs, print_error, print_lost_peer
+from mmtune.utils.errors import CheckFailed, Stopped, UserError, missing_library
+from mmtune.utils.files import expand_user
+
+PATHS = ("recipe", "model", "out", "release", "folder", "dest", "data", "html", "media_root", "image", "adapter", "resume")
+"""Arguments that name paths: a leading `~` is the home directory, also where a shell leaves it (`--out=~/x`)."""
+
+
+@leaves_bugs()
+@escapes_output
+@ends_on_signals
+def entry_point(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. A user's mistake is shown as its message, a bug keeps its traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = _parse(given)
+    parsed.command_line = ["mmtune", *given]
+    run: Callable[[argparse.Namespace], Any] = parsed.run
+    who = speaker()
+    try:
+        _check_utf8(given)
+        if getattr(parsed, "json", False):
+            # Standard output holds the JSON and nothing else; other processes than the first have none.
+            with nullcontext() if who else redirect_stdout(sys.stderr):
+                result = run(parsed)
+            _print_json(result)
+        else:
+            run(parsed)
+    except UserError as error:
+        print_error(f"error: {error}")
+        return 2
+    except ImportError as error:
+        if (reason := missing_library(error)) is None:
+            raise
+        print_error(f"error: a library that this needs is missing: {reason}")
+        return 2
+    except CheckFailed as error:
+        if error.result is not None and getattr(parsed, "json", False):
+            _print_json(error.result)
+        print_error(f"failed: {error}")
+        return 1
+    except Stopped as error:
+        print_error(f"stopped: {error}")
+        return error.exit_code
+    except RuntimeError as error:
+        from mmtune.distributed.context import is_lost_peer
+
+        if not is_lost_peer(error):
+            raise
+        print_lost_peer()
+        return 1
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        return 130
+    return 0
+
+
+def _print_json(result: Any) -> None:
+    print(json.dumps(result, indent=2, ensure_ascii=not takes_any_character(sys.stdout)))
+
+
+def _check_utf8(arguments: Sequence[str]) -> None:
+    """Refuse a path whose bytes are not UTF-8: it could be written into no report."""
+    for argument in arguments:
+        shown = argument.encode("utf-8", "backslashreplace").decode()
+        if shown != argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace"):
+            raise UserError(f"{shown}: the argument is not valid UTF-8; rename the file")
+
+
+def _parse(given: Sequence[str]) -> argparse.Namespace:
+    """argparse takes positional arguments in one run only; overrides may also follow an option."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(given)
+    overrides = getattr(parsed, "overrides", None)
+    unknown = [argument for argument in rest if overrides is None or argument.startswith("-") or "=" not in argument]
+    if unknown:
+        hint = (overrides is not None and _as_override(unknown)) or _near_option(parsed.parser, unknown)
+        parsed.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    for name, value in vars(parsed).items():
+        if name in PATHS and isinstance(value, (str, list)):
+            setattr(parsed, name, [*map(expand_user, value)] if isinstance(value, list) else expand_user(value))
+    return parsed
+
+
+def _as_override(unknown: Sequence[str]) -> str:
+    """A hint where a recipe's key is given as an option."""
+    from mmtune.recipe.unknown_keys import key_of_option
+
+    name, equals, value = unknown[0].removeprefix("--").partition("=")
+    value = value if equals else unknown[1] if len(unknown) > 1 and not unknown[1].startswith("-") else "VALUE"
+    key = key_of_option(name) if unknown[0].startswith("--") else None
+    return f"; a recipe's keys are given without dashes: {key}={value}" if key else ""
+
+
+def _near_option(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
+    """A hint where an option is misspelt or cut short."""
+    name = unknown[0].partition("=")[0]
+    options = re.findall(r"--[\w-]+", parser.format_usage())
+    close = [option for option in options if len(name) > 3 and option.startswith(name)] or get_close_matches(name, options, n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _near_choice(message: str) -> str:
+    """A hint where a verb or another choice is misspelt, from argparse's message."""
+    given = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+    close = get_close_matches(given[1], re.findall(r"[\w-]+", given[2]), n=1) if given else []
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, without abbreviated options."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse's, for several processes that are started with the same arguments; without a verb, the whole help."""
+        if message.endswith("required: VERB"):
+            print_error(self.format_help().rstrip())
+            raise SystemExit(2)
+        print_error(f"{self.format_usage()}{self.prog}: error: {message}{_near_choice(message)}")
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mmtune", description="Parameter-efficient multimodal instruction tuning.")
+    parser.add_argument("--version", action="version", version=f"mmtune {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    add_run_verbs(verbs, _verb)
+    add_recipe_verbs(verbs, _verb)
+    add_data_verbs(verbs.add_parser("data", help="data sets").add_subparsers(required=True, metavar="VERB"), _verb)
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], Any], about: str) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(name, help=about, description=about)
+    verb.set_defaults(run=run, parser=verb)
+    verb.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    return verb
+
+
+if __name__ == "__main__":
+    sys.exit(entry_point())

@@ -1,0 +1,205 @@
+"""`mmtune plan`, `assemble`, `methods` and `mmtune recipe VERB`: each verb is one thin function over the library."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from mmtune.cli.verb_arguments import AddVerb, add_recipe_arguments
+from mmtune.console.library_output import settle_console
+from mmtune.utils.errors import UserError
+
+
+def add_recipe_verbs(verbs: Any, add: AddVerb) -> None:
+    """Declare the verbs that look at a recipe.
+
+    Args:
+        verbs: argparse's subparsers.
+        add: declares one verb, as the command line does for all.
+    """
+    about = "count the tokens of the data, and predict the memory of one training step; no weight is loaded"
+    verb = add(verbs, "plan", _plan, about)
+    add_recipe_arguments(verb)
+    verb.add_argument("--memory", metavar="SIZE", help="what there is, such as 24GB; suggests changes when it is too little")
+    verb.add_argument("--processes", type=int, default=1, metavar="N", help="and what each of N devices takes, by layout")
+    verb.add_argument("--no-data", action="store_true", help="predict the memory only; the data is not read")
+    verb.add_argument("--tokens", type=int, help="of the longest sample (default: the data's, or data.max_tokens)")
+    verb.add_argument("--images", type=int, help="images in a sample (default: the longest sample's, or 1)")
+    verb.add_argument("--supervised", type=int, help="answer tokens in a sample (default: the data's most, or all of its text)")
+
+    add(verbs, "methods", _methods, "the tuning methods, and what works with what")
+
+    verb = add(verbs, "assemble", _assemble, "write the model that a recipe assembles from parts as a checkpoint")
+    verb.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    verb.add_argument("out", metavar="OUT", help="where the checkpoint goes")
+    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+    verb.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+
+    recipes = verbs.add_parser("recipe", help="check, list and copy recipes").add_subparsers(required=True, metavar="VERB")
+    verb = add(recipes, "check", _recipe_check, "check a recipe, its files and its templates, loading no weights")
+    add_recipe_arguments(verb)
+    add(recipes, "schema", _recipe_schema, "print the JSON schema of recipes, for editors")
+    add(recipes, "list", _recipe_list, "list the recipes that ship")
+    verb = add(recipes, "copy", _recipe_copy, "copy a shipped recipe to edit")
+    verb.add_argument("name", metavar="NAME")
+    verb.add_argument("dest", metavar="DEST", nargs="?", help="a file or a folder (default: here)")
+
+
+def _plan(arguments: argparse.Namespace) -> Any:
+    from mmtune.planning.memory_sizes import parse_memory
+    from mmtune.preflight import check_recipe, located_errors
+    from mmtune.recipe.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    check_recipe(recipe, files=False, libraries=("train.optim",))  # the memory of the optimizer's states is measured
+    limit = None if arguments.memory is None else parse_memory(arguments.memory)
+    settle_console()
+    with located_errors(recipe):
+        return _plan_of(recipe, arguments, limit)
+
+
+def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> Any:
+    from mmtune.data.encoding.encode import check_chat_template
+    from mmtune.data.sources.source import is_missing
+    from mmtune.distributed.context import ALONE
+    from mmtune.models.load import load_bare_processor
+    from mmtune.planning.memory import estimate_memory, print_estimate, suggestions
+    from mmtune.planning.plan_report import plan_data, print_data
+    from mmtune.planning.sharded_memory import layouts_for, print_layouts
+    from mmtune.train import build_training_arguments, without_trackers
+    from mmtune.training.dataloader import make_batches, optimizer_steps
+
+    missing = [source.path for source in recipe.data.train if is_missing(source.path)]
+    data = None
+    sample: dict[str, Any] = {"tokens": recipe.data.max_tokens, "images": 1, "supervised": None}
+    if recipe.data.stream:
+        print("the memory alone: a stream is not looked through before it is trained on")
+    elif missing:
+        print(f"the memory alone, because there is no data to plan: no such file: {', '.join(missing)}")
+    elif not arguments.no_data:
+        settings = build_training_arguments(without_trackers(recipe))
+        processor = load_bare_processor(recipe.model)
+        check_chat_template(processor)
+        data, longest, (samples, lengths) = plan_data(recipe.data, processor)
+        batches = make_batches(samples, recipe.data, settings, ALONE, lengths)
+        data |= {"steps": optimizer_steps(settings, batches), "largest_batch": batches.largest()}
+        print_data(data)
+        sample |= longest
+        recipe = _with_batches_of_the_data(recipe, settings.per_device_train_batch_size, batches.most_rows())
+    sample |= {name: given for name in ("tokens", "images", "supervised") if (given := getattr(arguments, name)) is not None}
+    if arguments.tokens is not None or arguments.images is not None:
+        sample.pop("image_size", None)
+    if sample["tokens"] is None:
+        raise UserError("how long is the longest sample? give data.max_tokens in the recipe, or --tokens")
+    estimate = estimate_memory(recipe, **sample)
+    print_estimate(estimate, limit)
+    layouts = layouts_for(estimate, arguments.processes) if arguments.processes > 1 else {}
+    if layouts:
+        print_layouts(layouts, arguments.processes, limit)
+    changes = [] if limit is None or estimate.fits(limit) else suggestions(recipe, estimate, limit, **sample)
+    for change in changes:
+        print(f"  {change}")
+    divided = {layout: each.as_json() for layout, each in layouts.items()}
+    return estimate.as_json() | {"limit": limit, "layouts": divided, "suggestions": changes, "data": data}
+
+
+def _with_batches_of_the_data(recipe: Any, size: int, most_rows: int) -> Any:
+    """The recipe with a batch size that its data reach: no step holds more rows than there are."""
+    if recipe.data.packing or recipe.data.tokens_per_batch is not None or not 0 < most_rows < size:
+        return recipe
+    print(f"memory of a batch of {most_rows} rows: the data have no more for train.per_device_train_batch_size: {size}")
+    return recipe.model_copy(update={"train": {**recipe.train, "per_device_train_batch_size": most_rows}})
+
+
+def _methods(arguments: argparse.Namespace) -> Any:
+    from mmtune.methods.show_methods import method_rows, print_methods
+
+    print_methods()
+    return method_rows()
+
+
+def _assemble(arguments: argparse.Namespace) -> Any:
+    from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK
+    from mmtune.preflight import check_recipe, located_errors
+    from mmtune.recipe.recipe import load_recipe, needed_paths
+    from mmtune.utils.files import replaced_directory
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    out = Path(arguments.out)
+    with replaced_directory(out, arguments.overwrite, CHECKPOINT_MARK, needed_paths(recipe)) as fresh:
+        check_recipe(recipe, ("model",))
+        settle_console()
+        from mmtune.models.checkpoints.checkpoint_files import write_checkpoint
+        from mmtune.models.load import load_base
+
+        with located_errors(recipe):
+            model, processor = load_base(recipe.model, recipe.train.get("seed", 42))
+        write_checkpoint(model, processor, fresh)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"assembled: {out}: {type(model).__name__}, {parameters:,} parameters")
+    return {"out": str(out), "class": type(model).__name__, "parameters": parameters}
+
+
+def _recipe_check(arguments: argparse.Namespace) -> Any:
+    from mmtune.preflight import base_is_here, check_recipe, located_errors
+    from mmtune.recipe.pass_through.library_facts import is_stored
+    from mmtune.recipe.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    check_recipe(recipe)
+    base = recipe.model.base
+    with located_errors(recipe):
+        if base is not None and not base_is_here(recipe):
+            print(f"not checked without a download: that {base} is there, and that its family is supported and takes the method")
+        elif base is not None and not base.startswith("builtin:"):
+            _check_base_config(recipe)
+        if not is_stored("training_arguments"):  # another transformers may have rules that are not known here
+            _check_training_arguments(recipe)
+    print(f"{arguments.recipe}: good")
+    return {"recipe": arguments.recipe, "good": True}
+
+
+def _check_base_config(recipe: Any) -> None:
+    """Read a base's whole configuration, as transformers does."""
+    settle_console()
+    from mmtune.models.load import base_config
+    from mmtune.models.packed_attention import check_packable_family
+
+    config = base_config(recipe.model)
+    if recipe.data.packing:
+        check_packable_family(config)
+
+
+def _check_training_arguments(recipe: Any) -> None:
+    settle_console()
+    from mmtune.train import build_training_arguments
+
+    build_training_arguments(recipe)
+
+
+def _recipe_schema(arguments: argparse.Namespace) -> Any:
+    from mmtune.recipe.recipe import recipe_schema
+
+    schema = recipe_schema()
+    if not arguments.json:
+        print(json.dumps(schema, indent=2))
+    return schema
+
+
+def _recipe_list(arguments: argparse.Namespace) -> Any:
+    from mmtune.utils.shipped import shipped_recipes
+
+    recipes = shipped_recipes()
+    for name, path in recipes.items():
+        print(f"{name:20}  {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
+    return {name: str(path) for name, path in recipes.items()}
+
+
+def _recipe_copy(arguments: argparse.Namespace) -> Any:
+    from mmtune.utils.shipped import copy_recipe
+
+    dest = copy_recipe(arguments.name, Path(arguments.dest or "."))
+    print(f"copied: {dest}")
+    return {"recipe": str(dest)}

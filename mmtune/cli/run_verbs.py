@@ -1,0 +1,324 @@
+"""`mmtune train`, `eval`, `merge`, `push`, `chat` and `report`: each verb is one thin function over the library."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmtune.cli.verb_arguments import AddVerb, add_recipe_arguments, add_trust
+from mmtune.console.library_output import settle_console, speaker
+from mmtune.utils.errors import UserError
+from mmtune.utils.hub import missing
+
+
+def add_run_verbs(verbs: Any, add: AddVerb) -> None:
+    """Declare the verbs that make, judge and release a run.
+
+    Args:
+        verbs: argparse's subparsers.
+        add: declares one verb, as the command line does for all.
+    """
+    verb = add(verbs, "train", _train, "tune a model by a recipe")
+    add_recipe_arguments(verb)
+    verb.add_argument("--overwrite", action="store_true", help="replace an earlier run at the recipe's output_dir")
+    verb.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CHECKPOINT",
+        help="go on with the run at the recipe's output_dir, from its last good checkpoint or this one; with none yet, begin",
+    )
+    verb.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="run the whole recipe once on tiny random weights and a few made-up rows; under a launcher, in its processes",
+    )
+
+    verb = add(verbs, "eval", _eval, "score a run or a model on a recipe's held-out questions")
+    verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a checkpoint of one, an adapter, a model or a hub id")
+    verb.add_argument("--recipe", help="the recipe whose `evaluate` section to use; a run's own by default")
+    told = "where the answers go, as JSON Lines (default: in the run, or here of another model; the last line says where)"
+    verb.add_argument("--out", metavar="FILE", help=told)
+    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+    add_trust(verb)
+
+    verb = add(verbs, "merge", _merge, "fold a run's adapter into its base and prove the result")
+    verb.add_argument("model", metavar="RUN", nargs="?", help="the run, or a checkpoint of one; none with --adapter")
+    verb.add_argument("out", metavar="OUT", help="where the merged model goes")
+    verb.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+    verb.add_argument("--samples", type=int, default=32, help="samples to compare on (default 32)")
+    verb.add_argument("--adapter", action="append", metavar="RUN:WEIGHT", help="add several runs' changes; repeat it")
+    verb.add_argument("--dtype", choices=("fp32", "bf16"), help="of the released weights (default: the run's)")
+    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default 5GB)")
+    verb.add_argument("--quantize", choices=("int8", "nf4"), help="write a quantized release too, as OUT-int8 or OUT-nf4")
+    verb.add_argument("--keep-adapter", action="store_true", help="release the adapter beside its base, unmerged")
+    add_trust(verb)
+
+    verb = add(verbs, "push", _push, "show what a release would upload to the hub, and upload it with --upload")
+    verb.add_argument("release", metavar="RELEASE", help="what `mmtune merge` wrote")
+    verb.add_argument("repository", metavar="OWNER/NAME", help="on the hub")
+    verb.add_argument("--upload", action="store_true", help="upload; without it nothing leaves this machine")
+    verb.add_argument("--public", action="store_true", help="a new repository is public")
+
+    verb = add(verbs, "chat", _chat, "talk to a run or a model")
+    verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a checkpoint of one, an adapter, a model or a hub id")
+    verb.add_argument("--image", action="append", default=[], help="an image to show first; may be repeated")
+    told = "the grey values that become black and white, as `window` of the sources that trained; 8 bits take none"
+    verb.add_argument("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help=told)
+    verb.add_argument("--prompt", help="one question; without it, a conversation")
+    verb.add_argument("--chat-template", metavar="NAME", help="instead of the model's own, as model.chat_template of a recipe")
+    verb.add_argument("--max-new-tokens", type=int, default=256, help="an answer is cut there (default 256)")
+    add_trust(verb)
+
+    verb = add(verbs, "report", _report, "print what a run achieved")
+    verb.add_argument("model", metavar="RUN", help="the run directory")
+
+
+def _train(arguments: argparse.Namespace) -> Any:
+    from mmtune.preflight import LIBRARIES, check_reachable, check_recipe, located_errors
+    from mmtune.recipe.recipe import load_recipe
+    from mmtune.run_directory import RunDirectory, check_output_dir, locked_run
+    from mmtune.utils.files import check_writable, linked_directory, writing
+
+    if isinstance(arguments.resume, str) and "=" in arguments.resume and not Path(arguments.resume).exists():
+        arguments.overrides, arguments.resume = [*arguments.overrides, arguments.resume], True  # --resume key=value
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.rehearse:
+        check_recipe(recipe, files=False, libraries=set(LIBRARIES) - {"train.report_to"})
+        settle_console()
+        from mmtune.rehearse import rehearse
+
+        with located_errors(recipe):
+            return rehearse(recipe)
+    if arguments.resume and arguments.overwrite:
+        raise UserError("--resume goes on with the run that --overwrite would replace; give one of them")
+    check_recipe(recipe)
+    with located_errors(recipe):
+        check_writable(linked_directory(Path(recipe.output_dir)).absolute().parent, "output_dir")
+    check_reachable(recipe)
+    # The first process holds the lock for all that train together.
+    lock = nullcontext() if speaker() else locked_run(recipe)
+    with located_errors(recipe), lock, writing(Path(recipe.output_dir)):
+        if not arguments.resume:
+            check_output_dir(recipe, arguments.overwrite)
+        settle_console()
+        from mmtune.train import train
+
+        resume = arguments.resume if isinstance(arguments.resume, bool) else Path(arguments.resume)
+        figures = train(recipe, arguments.command_line, arguments.overwrite, resume)
+        if not speaker():
+            run = RunDirectory(Path(recipe.output_dir))
+            weights = run.adapter if run.adapter.is_dir() else run.model
+            print(f"run: {run.path} ({run.report.name}, {run.summary.name}, {weights.name}/)")
+        return figures
+
+
+def _eval(arguments: argparse.Namespace) -> Any:
+    from mmtune.models.checkpoints.trained_weights import trained_part
+    from mmtune.preflight import check_recipe, located_errors
+    from mmtune.recipe.recipe import load_recipe
+    from mmtune.utils.files import writing
+
+    trained = trained_part(Path(arguments.model))
+    recipe = load_recipe(arguments.recipe or trained.run.recipe, arguments.overrides)
+    if recipe.evaluate is None:
+        other = "" if arguments.recipe else "; `--recipe FILE` takes that of another recipe"
+        raise UserError(f"{arguments.recipe or arguments.model}: the recipe has no `evaluate` section{other}")
+    out = _answers_file(arguments, trained)
+    check_recipe(recipe, ("evaluate",))
+    settle_console()
+    from mmtune.data.encoding.encode import check_chat_template
+    from mmtune.evaluation.evaluate import as_json, check_questions, evaluate, score, write_answers
+    from mmtune.evaluation.scores import print_scores
+    from mmtune.models.compute import place
+    from mmtune.models.load import load_trained
+
+    with located_errors(recipe):
+        check_questions(recipe.evaluate)
+        model, processor = load_trained(
+            trained, chat_template=recipe.model.chat_template, trust_remote_code=arguments.trust_remote_code
+        )
+    check_chat_template(processor)
+    answers = evaluate(place(model), processor, recipe.evaluate, what=str(arguments.model))
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_answers(answers, out)
+    result: dict[str, Any] = {"tuned_scores": as_json(score(answers, recipe.evaluate)), "answers": str(out)}
+    print_scores(result)
+    print(f"answers: {out}")
+    if trained.is_checkpoint:
+        result |= {"step": trained.step, "steps": trained.steps}
+    return result
+
+
+def _answers_file(arguments: argparse.Namespace, trained: Any) -> Path:
+    """Where the answers of `mmtune eval` go; nothing of a run is overwritten but the answers of an earlier evaluation.
+
+    Raises:
+        UserError: no file of answers can be written there.
+    """
+    from mmtune.run_directory import RunDirectory
+    from mmtune.utils.files import check_writable
+
+    if arguments.out is not None:
+        out = Path(arguments.out)
+    elif trained.run.recipe.is_file():
+        of = Path(arguments.recipe).stem if arguments.recipe else "eval"
+        out = trained.run.path / f"answers_{of}{f'_step_{trained.step}' if trained.is_checkpoint else ''}.jsonl"
+    else:
+        out = Path(f"answers_{Path(arguments.model).absolute().name.rpartition(':')[2]}.jsonl")
+    run = RunDirectory(out.parent)
+    if run.recipe.is_file() and out in (run.answers("before"), run.answers("after")):
+        raise UserError(f"{out} holds the run's own answers; give another file: --out FILE")
+    if out.is_dir() or (out.exists() and out.suffix != ".jsonl"):
+        raise UserError(f"--out {out}: exists and is not a .jsonl file, so it is not replaced; give another file")
+    check_writable(out.parent, f"--out {out}")
+    return out
+
+
+def _merge(arguments: argparse.Namespace) -> Any:
+    if (arguments.model is None) == (arguments.adapter is None):
+        raise UserError("give RUN and OUT, or OUT and --adapter RUN:WEIGHT for each of several runs")
+    runs = [_weighted(text) for text in arguments.adapter or ()]
+    for path in [path for path, _ in runs] or [Path(arguments.model)]:
+        if not path.is_dir():
+            raise UserError(missing(str(path), "run or model"))
+    _check_release(arguments)
+    settle_console()
+    from mmtune.release.merge import Form, combine, keep_adapter, merge
+
+    out = Path(arguments.out)
+    shared = {
+        "overwrite": arguments.overwrite,
+        "count": arguments.samples,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+    form = Form(arguments.dtype, arguments.max_shard_size, arguments.quantize)
+    if arguments.keep_adapter:
+        if arguments.adapter or form != Form():
+            raise UserError("--keep-adapter releases one RUN as it is: no --adapter, --dtype, --max-shard-size, --quantize")
+        figures = keep_adapter(Path(arguments.model), out, **shared)
+        print(f"released: {out}: the adapter beside its base, {figures['same_answers']} of {figures['samples']} answers the same")
+        return figures
+    if arguments.adapter:
+        parity = combine(runs, out, form=form, **shared)
+    else:
+        parity = merge(Path(arguments.model), out, form=form, **shared)
+    print(
+        f"merged: {out}{_step(parity)}: largest logit difference {parity.merge_max_logit_difference:.2g} on "
+        f"{parity.merge_samples} samples, {parity.merge_same_answers} greedy answers the same"
+    )
+    for name, apart in (("as trained, quantized", parity.trained), (f"{out}-{form.quantize}", parity.quantized)):
+        if apart:
+            print(
+                f"{name}: largest logit difference {apart['max_logit_difference']:.2g} from the merged model, "
+                f"{apart['same_answers']} greedy answers the same"
+            )
+    return asdict(parity)
+
+
+def _check_release(arguments: argparse.Namespace) -> None:
+    """Refuse a destination that must not be written, before libraries are imported."""
+    from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK
+    from mmtune.utils.files import check_replaceable, check_writable
+    from mmtune.utils.manifest import NAME
+
+    out = Path(arguments.out)
+    places = [out, out.with_name(f"{out.name}-{arguments.quantize}")] if arguments.quantize else [out]
+    for place in places:
+        check_replaceable(place, arguments.overwrite, NAME if arguments.keep_adapter else CHECKPOINT_MARK)
+        check_writable(place.absolute().parent, str(place))
+
+
+def _step(parity: Any) -> str:
+    return "" if parity.merge_step == parity.merge_steps else f" (step {parity.merge_step} of {parity.merge_steps})"
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    path, _, weight = text.rpartition(":")
+    try:
+        return Path(path or text), float(weight) if path else 1.0
+    except ValueError as error:
+        raise UserError(f"--adapter {text}: expected RUN:WEIGHT, such as runs/a:0.7") from error
+
+
+def _push(arguments: argparse.Namespace) -> Any:
+    release = Path(arguments.release)
+    if not release.is_dir():
+        raise UserError(missing(arguments.release, "release"))
+    from mmtune.release.push import push
+
+    return push(release, arguments.repository, upload=arguments.upload, private=not arguments.public)
+
+
+def _chat(arguments: argparse.Namespace) -> Any:
+    from mmtune.chat.image_paths import image_at
+    from mmtune.models.checkpoints.trained_weights import trained_part
+
+    if arguments.json and arguments.prompt is None:
+        raise UserError("--json goes with --prompt")
+    if arguments.window is not None and not (
+        all(map(math.isfinite, arguments.window)) and arguments.window[0] < arguments.window[1]
+    ):
+        low, high = arguments.window
+        raise UserError(f"--window {low:g} {high:g}: expected LOW HIGH, two finite numbers, the lower one first")
+    images = [image_at(image) for image in arguments.image]
+    trained = trained_part(Path(arguments.model))
+    settle_console()
+    from mmtune.chat.session import ChatSession
+    from mmtune.chat.terminal import EMPTY_ANSWER, converse
+    from mmtune.models.compute import place
+    from mmtune.models.load import load_trained
+
+    try:
+        model, processor = load_trained(
+            trained, chat_template=arguments.chat_template, trust_remote_code=arguments.trust_remote_code
+        )
+    except UserError as error:
+        if arguments.chat_template is None or not str(error).startswith("model.chat_template: "):
+            raise
+        raise UserError(str(error).replace("model.chat_template", "--chat-template")) from error
+    window = None if arguments.window is None else (arguments.window[0], arguments.window[1])
+    session = ChatSession(place(model), processor, max_new_tokens=arguments.max_new_tokens, window=window)
+    for image in images:
+        session.attach(image)
+    if arguments.prompt is None:
+        converse(session)
+        return None
+    pieces = []
+    for piece in session.ask(arguments.prompt):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print()
+    answer = "".join(pieces)
+    if not answer.strip():
+        print(EMPTY_ANSWER, file=sys.stderr)
+    return {"prompt": arguments.prompt, "images": arguments.image, "answer": answer}
+
+
+def _report(arguments: argparse.Namespace) -> Any:
+    from mmtune.evaluation.scores import print_scores
+    from mmtune.run_directory import RunDirectory
+    from mmtune.utils.files import read_record
+
+    run = RunDirectory(Path(arguments.model))
+    run.read_summary()
+    number = (int, float)
+    summary = read_record(
+        run.summary, trainable_parameters=int, total_parameters=int, train_seconds=number, peak_memory_mb=number
+    )
+    print_scores(summary)
+    if not summary.get("tuned_scores"):
+        print("nothing was evaluated: the recipe had no evaluate section (`mmtune eval RUN --recipe FILE` evaluates the run)")
+    print(
+        f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters trained in "
+        f"{summary['train_seconds']:g} s, peak memory {summary['peak_memory_mb']:,.0f} MB"
+    )
+    print(f"page: {run.report}")
+    return summary

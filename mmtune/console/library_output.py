@@ -1,0 +1,50 @@
+"""What the libraries underneath may say on the terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from mmtune.console.library_warnings import print_warnings_once
+from mmtune.utils.threads import prepare_threads
+from mmtune.utils.torchvision_support import prepare_torchvision
+
+
+def speaker() -> str:
+    """What an error begins with in a process that is not the first of several, such as `[rank 1] `."""
+    rank = int(os.environ.get("RANK", "0"))  # as launchers say it; known before torch is imported
+    return f"[rank {rank}] " if rank else ""
+
+
+def shows_progress() -> bool:
+    """Whether somebody watches this process: it is the first, and at a terminal."""
+    return sys.stderr.isatty() and not speaker()
+
+
+def settle_console() -> None:
+    """No progress bars where there is no terminal, and no notes about the libraries' use of each other.
+
+    Of several processes the first speaks; of the others only errors are heard. torchvision is prepared here as well, because
+    every command calls this before it imports transformers.
+    """
+    print_warnings_once()  # before the libraries are imported, which may warn of each other
+    if speaker():
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+    prepare_threads()  # before torch is imported
+    prepare_torchvision()
+    from transformers import dynamic_module_utils
+    from transformers.utils import logging as transformers_logging
+
+    # What is loaded without trust_remote_code, by PEFT for one, is refused its own code, where transformers would ask for an
+    # answer on standard input and take one from a pipe.
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+
+    if speaker():
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  (open as long as the process lives)
+        transformers_logging.set_verbosity_error()
+    if not shows_progress():
+        transformers_logging.disable_progress_bar()

@@ -1,0 +1,172 @@
+"""What a recipe adds to a template: the seed of its choices, a system prompt, shuffled options, words for labels.
+
+Every choice is a hash of the seed, the row's id and what is chosen. It is the same in every process, on every machine and in
+every epoch, and does not depend on which rows were read before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import Field, field_validator
+
+from mmtune.data.message import RowError
+from mmtune.data.templates.expressions import Declaration, as_text, check_jinja, evaluate_expression
+from mmtune.utils.errors import nearest
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """A source's wishes for its prompts.
+
+    Attributes:
+        seed: of the choice of phrasing, the order of the options, and the few-shot examples.
+        system: a system message for rows without one.
+        shuffle_options: whether the answer options change places.
+        words: label to answer words, instead of the template's own.
+        values: other values for names of the template.
+        ignore: fields that are not read and may hold media.
+        add_images: whether the images of a row without any placeholder go to the start of the first user turn.
+    """
+
+    seed: int = 0
+    system: str | None = None
+    shuffle_options: bool = False
+    words: Mapping[str, str] | None = None
+    values: Mapping[str, str] = field(default_factory=dict)
+    ignore: frozenset[str] = frozenset()
+    add_images: bool = False
+
+
+PLAIN = Prompting()
+
+
+def draw(seed: int, *names: str | int) -> float:
+    """A number from 0 up to 1 that hangs on the seed and the names alone."""
+    text = "\x1f".join(str(name) for name in (seed, *names))
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits are what a float holds, so that 1 is never reached
+
+
+def shuffled(items: Sequence[Item], seed: int, *names: str | int) -> list[Item]:
+    """The items in an order that hangs on the seed, the names and their number alone."""
+    order = sorted(range(len(items)), key=lambda index: draw(seed, *names, index))
+    return [items[index] for index in order]
+
+
+@dataclass(frozen=True)
+class ClosedSet:
+    """The answers a question leaves open: what Jinja can read for each, and which is right."""
+
+    shared: dict[str, Any]
+    alternatives: list[dict[str, Any]]
+    right: int
+
+
+class Options(Declaration):
+    """Answer options of each row. They are shown as lines `A. text`."""
+
+    choices: str = Field(description="Jinja: the list of options.")
+    answer: str = Field(description="Jinja: the index of the right one, from 0.")
+
+    @field_validator("choices", "answer")
+    @classmethod
+    def _jinja(cls, source: str) -> str:
+        check_jinja(source)
+        return source
+
+    def read(self, row_id: str, row: Mapping[str, Any], context: Mapping[str, Any], prompting: Prompting) -> ClosedSet:
+        """
+        Raises:
+            RowError: when there are not two options at least, or the index is none of theirs.
+        """
+        choices = evaluate_expression(row_id, "options.choices", self.choices, context, row)
+        if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
+            raise RowError(
+                row_id,
+                "options.choices",
+                f"expected a list of 2 to {len(LETTERS)} options, found {_shown(choices)}",
+                "field_type",
+            )
+        answer = evaluate_expression(row_id, "options.answer", self.answer, context, row)
+        if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+            detail = f"expected the index of the right option, 0 to {len(choices) - 1}, found {_shown(answer)}"
+            raise RowError(row_id, "options.answer", detail, "field_type")
+        try:
+            texts = [as_text(choice) for choice in choices]
+        except ValueError as error:
+            raise RowError(row_id, "options.choices", str(error), "field_type") from error
+        order = list(range(len(texts)))
+        if prompting.shuffle_options:
+            order = shuffled(order, prompting.seed, row_id, "options")
+        lines = [f"{letter}. {texts[index]}" for letter, index in zip(LETTERS, order, strict=False)]
+        alternatives = [{"letter": letter, "option": texts[index]} for letter, index in zip(LETTERS, order, strict=False)]
+        return ClosedSet({"options": "\n".join(lines)}, alternatives, order.index(answer))
+
+
+class Verbalizer(Declaration):
+    """Labels, and the words that answer for each. A label that is a word answers for itself."""
+
+    label: str = Field(description="Jinja: the row's label.")
+    words: dict[str, str] = Field(default_factory=dict, description="Label to words; a source's `verbalizer` replaces them.")
+
+    @field_validator("label")
+    @classmethod
+    def _jinja(cls, source: str) -> str:
+        check_jinja(source)
+        return source
+
+    def label_of(self, row_id: str, row: Mapping[str, Any], context: Mapping[str, Any]) -> str:
+        """The row's label as text, as the keys of `words` are written.
+
+        Raises:
+            RowError: when it has none.
+        """
+        label = evaluate_expression(row_id, "verbalizer.label", self.label, context, row)
+        try:
+            return str(label).lower() if isinstance(label, bool) else as_text(label)
+        except ValueError as error:
+            raise RowError(row_id, "verbalizer.label", str(error), "field_type") from error
+
+    def read(self, row_id: str, row: Mapping[str, Any], context: Mapping[str, Any], prompting: Prompting) -> ClosedSet:
+        """The words of all labels and of the row's. Without any words, a label that is a word stands for itself.
+
+        Raises:
+            RowError: for a label without words that is a number or an id.
+        """
+        words = self.words if prompting.words is None else prompting.words
+        label = self.label_of(row_id, row, context)
+        candidates = list(dict.fromkeys(words.values()))
+        if not words and _is_word(label):
+            return ClosedSet({"candidates": candidates}, [{"verbalized": label}], 0)
+        answer = words.get(label, label)
+        if answer not in candidates:
+            if words:
+                detail = f"the verbalizer has no words for the label {label!r}"[:200] + nearest(
+                    label[:100], {*words, *candidates}
+                )
+            else:
+                shown = label[:100].replace("'", "''")
+                detail = f"the label {label!r} is a number or an id, not a word; "[:200]
+                detail += f"give the source words for all labels: verbalizer: {{'{shown}': WORDS, ...}}"
+            raise RowError(row_id, "verbalizer.label", detail, "label_unknown")
+        alternatives = [{"verbalized": candidate} for candidate in candidates]
+        return ClosedSet({"candidates": candidates}, alternatives, candidates.index(answer))
+
+
+def _is_word(label: str) -> bool:
+    """Whether a label reads as words: two letters at least, and no id such as class_3 or n02123045."""
+    letters = sum(character.isalpha() for character in label)
+    return letters >= 2 and label not in ("true", "false") and not re.fullmatch(r"[^\W\d_]+[_-]?\d+", label.strip())
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:100]

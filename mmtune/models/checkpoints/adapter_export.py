@@ -1,0 +1,64 @@
+"""Adapters written again: without what only training needs, and as ordinary LoRA where their initialization changed the base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import ProcessorMixin
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from mmtune.models.checkpoints.checkpoint_files import ADAPTER_WEIGHTS
+from mmtune.models.checkpoints.trained_weights import ADAPTER_CONFIG, INITIAL, Trained
+
+
+def export_adapter(trained: Trained, processor: ProcessorMixin, out: Path, base: str) -> None:
+    """Write an adapter with its processor to a directory, and of a checkpoint nothing that only training needs.
+
+    Args:
+        base: the name or path of its base that the written adapter gives.
+    """
+    out.mkdir()
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, GENERATION_CONFIG_NAME):
+        if (trained.path / name).is_file():
+            shutil.copy2(trained.path / name, out)
+    processor.save_pretrained(out)
+    if (trained.path / INITIAL).is_file():
+        to_plain_lora(out, load_file(trained.path / INITIAL))
+    settings = out / ADAPTER_CONFIG
+    config = json.loads(settings.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
+    settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def to_plain_lora(adapter: Path, initial: Mapping[str, torch.Tensor]) -> None:
+    """Make an adapter of a base that its initialization had changed an ordinary one, of twice the rank, of the base as it was.
+
+    B A - B0 A0 = [B, -B0] [A; A0]. PEFT's own conversion leaves the modules that trained in full out.
+
+    Args:
+        adapter: its directory, whose files are written again.
+        initial: A0 and B0 by key.
+    """
+    file, settings = adapter / ADAPTER_WEIGHTS, adapter / ADAPTER_CONFIG
+    tensors = load_file(file)
+    for name, before in initial.items():
+        now = tensors[name]
+        tensors[name] = torch.cat([now, before], dim=0) if ".lora_A" in name else torch.cat([now, -before], dim=1)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
+    # The update is scaled by alpha / r, or by alpha / sqrt(r) with rsLoRA: the scale stays.
+    grown = 2**0.5 if config["use_rslora"] else 2
+    config |= {
+        "init_lora_weights": True,
+        "lora_ga_config": None,
+        "r": 2 * config["r"],
+        "lora_alpha": grown * config["lora_alpha"],
+    }
+    config["rank_pattern"] = {name: 2 * rank for name, rank in config["rank_pattern"].items()}
+    config["alpha_pattern"] = {name: grown * alpha for name, alpha in config["alpha_pattern"].items()}
+    settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

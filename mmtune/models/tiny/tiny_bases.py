@@ -1,0 +1,459 @@
+"""Tiny random vision-language checkpoints of every family in the table, on disk as their releases are.
+
+Each has its family's own processor class and files, the key names of the family's checkpoints on the hub, a generation
+configuration like the published one, and a chat template that writes what the published one writes. Tests run over all of them,
+and `mmtune train --rehearse` trains on the one that stands for a recipe's base.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
+
+from mmtune.models.tiny.tiny_models import DECODER, IMAGE, PATCH, TOWER, byte_level_tokenizer
+from mmtune.models.tiny.tiny_templates import TEMPLATES
+
+TEXTS = ["\n\n\n    the cat is on the mat, what is it?\n\n yes no a photo of two dogs and a bird."] * 20
+"""What the tokenizers learn a few merges from."""
+MERGES = 60
+
+# ---- parts that several families share
+
+_TEXT: dict[str, Any] = {
+    **DECODER,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+_EYE: dict[str, Any] = {**TOWER, "hidden_size": 64, "intermediate_size": 128, "image_size": IMAGE, "patch_size": PATCH}
+_MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+_QWEN_EYE = {"depth": 2, "hidden_size": 64, "num_heads": 2, "patch_size": 14}
+_QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_QWEN_VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_SENTENCE: dict[str, Any] = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+
+
+def _tokenizer(specials: tuple[str, ...], named: dict[str, str] | None = None, **names: Any) -> PreTrainedTokenizerFast:
+    others = [token for token in specials if token not in names.values()]
+    traits = {"specials": list(dict.fromkeys([*specials, *(named or {}).values()])), "named": named or others, **names}
+    return byte_level_tokenizer(traits, TEXTS, merges=MERGES)
+
+
+def _sizes(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What a text config takes from its tokenizer; embeddings are padded, as most releases' are."""
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {**_TEXT, "vocab_size": -(-len(tokenizer) // 64) * 64, **ids}
+
+
+def _id(processor: Any, token: str) -> int:
+    return int(processor.tokenizer.convert_tokens_to_ids(token))
+
+
+def _llava_processor(kind: Any, images: Any, specials: tuple[str, ...], **settings: Any) -> ProcessorMixin:
+    processor: ProcessorMixin = kind(
+        images,
+        _tokenizer(("<unk>", "<s>", "</s>", *specials, "<pad>", "<image>"), {"image_token": "<image>"}, pad="<pad>", **_SENTENCE),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        **settings,
+    )
+    return processor
+
+
+def _llava_config(processor: Any, text: str, model_type: str = "llava", **settings: Any) -> PreTrainedConfig:
+    defaults = {
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "image_seq_length": (IMAGE // PATCH) ** 2,
+    }
+    defaults["vision_config"] = {"model_type": "clip_vision_model", **_EYE, "projection_dim": 32}
+    return AutoConfig.for_model(
+        model_type,
+        text_config={"model_type": text, **_sizes(processor.tokenizer)},
+        image_token_index=_id(processor, "<image>"),
+        tie_word_embeddings=False,
+        **(defaults | settings),
+    )
+
+
+def _square() -> dict[str, Any]:
+    return {"size": {"shortest_edge": IMAGE}, "crop_size": {"height": IMAGE, "width": IMAGE}}
+
+
+# ---- one pair of functions for a family: its processor, and its config for that processor
+
+
+def _llava(**_: Any) -> ProcessorMixin:
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    return _llava_processor(LlavaProcessor, CLIPImageProcessor(**_square()), ())
+
+
+def _llava_next() -> ProcessorMixin:
+    from transformers import LlavaNextImageProcessor, LlavaNextProcessor
+
+    tiles = [[IMAGE * h, IMAGE * w] for h, w in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+    images = LlavaNextImageProcessor(**_square(), image_grid_pinpoints=tiles)
+    return _llava_processor(LlavaNextProcessor, images, ("[INST]", "[/INST]"))
+
+
+def _llava_next_config(processor: Any) -> PreTrainedConfig:
+    tiles = processor.image_processor.image_grid_pinpoints
+    return _llava_config(processor, "mistral", "llava_next", image_grid_pinpoints=tiles)
+
+
+def _onevision() -> ProcessorMixin:
+    from transformers import LlavaOnevisionImageProcessor, LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
+
+    tiles = [[IMAGE * h, IMAGE * w] for h in range(1, 7) for w in range(1, 7)]
+    size = {"height": IMAGE, "width": IMAGE}
+    named = {"image_token": "<image>", "video_token": "<video>"}
+    processor: ProcessorMixin = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=tiles),
+        _tokenizer(_QWEN_TOKENS, named, pad="<|endoftext|>", eos="<|im_end|>"),
+        LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=(IMAGE // PATCH) ** 2,
+        vision_feature_select_strategy="full",
+    )
+    return processor
+
+
+def _onevision_config(processor: Any) -> PreTrainedConfig:
+    return _llava_config(
+        processor,
+        "qwen2",
+        "llava_onevision",
+        vision_config={"model_type": "siglip_vision_model", **_EYE, "vision_use_head": False},
+        video_token_index=_id(processor, "<video>"),
+        image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_9",
+    )
+
+
+def _qwen(kind: str, patch: int, video: str) -> ProcessorMixin:
+    import transformers as tf
+
+    pixels = {"min_pixels": 4 * (2 * patch) ** 2, "max_pixels": 64 * (2 * patch) ** 2}
+    sizes = {"patch_size": patch, "temporal_patch_size": 2, "merge_size": 2}
+    processor: ProcessorMixin = getattr(tf, kind)(
+        tf.Qwen2VLImageProcessor(**pixels, **sizes),
+        _tokenizer((*_QWEN_TOKENS, *_QWEN_VISION), pad="<|endoftext|>", eos="<|im_end|>"),
+        getattr(tf, video)(**sizes),
+    )
+    return processor
+
+
+def _qwen_config(model_type: str, vision: dict[str, Any], rope: dict[str, Any] = _MROPE) -> Callable[[Any], PreTrainedConfig]:
+    names = ("vision_start", "vision_end", "image", "video")
+
+    def config(processor: Any) -> PreTrainedConfig:
+        ids = {f"{name}_token_id": _id(processor, token) for name, token in zip(names, _QWEN_VISION, strict=True)}
+        text = {**_sizes(processor.tokenizer), "rope_parameters": rope}
+        return AutoConfig.for_model(
+            model_type, vision_config={**_QWEN_EYE, **vision}, text_config=text, tie_word_embeddings=False, **ids
+        )
+
+    return config
+
+
+def _idefics(kind: str, images: str, video: str | None) -> Callable[[], ProcessorMixin]:
+    def make() -> ProcessorMixin:
+        import transformers as tf
+
+        grid = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
+        marks = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *grid)
+        names: dict[str, Any] = {"bos": "<|im_start|>", "eos": "<end_of_utterance>", "pad": "<|im_end|>", "adds_bos": False}
+        size = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 28}}
+        parts = [getattr(tf, images)(**size), _tokenizer((*_QWEN_TOKENS, *marks), **names)]
+        parts += [getattr(tf, video)(**size)] if video else []
+        processor: ProcessorMixin = getattr(tf, kind)(*parts, image_seq_len=4)
+        return processor
+
+    return make
+
+
+def _idefics_config(model_type: str) -> Callable[[Any], PreTrainedConfig]:
+    def config(processor: Any) -> PreTrainedConfig:
+        vision = {**_EYE, "image_size": 28, "patch_size": 7}
+        text = {"model_type": "llama", **_sizes(processor.tokenizer)}
+        tokens = {"image_token_id": _id(processor, "<image>"), "pad_token_id": processor.tokenizer.pad_token_id}
+        return AutoConfig.for_model(
+            model_type, vision_config=vision, text_config=text, scale_factor=2, tie_word_embeddings=False, **tokens
+        )
+
+    return config
+
+
+def _internvl() -> ProcessorMixin:
+    from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
+
+    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    named |= {"video_token": "<video>"}
+    size = {"height": 28, "width": 28}
+    processor: ProcessorMixin = InternVLProcessor(
+        GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=6),
+        _tokenizer(_QWEN_TOKENS, named, pad="<|endoftext|>", eos="<|im_end|>"),
+        InternVLVideoProcessor(size=size),
+        image_seq_length=4,
+    )
+    return processor
+
+
+def _internvl_config(processor: Any) -> PreTrainedConfig:
+    return AutoConfig.for_model(
+        "internvl",
+        vision_config={**_EYE, "image_size": [28, 28], "patch_size": [7, 7], "use_qk_norm": False},
+        text_config={"model_type": "qwen2", **_sizes(processor.tokenizer)},
+        image_token_id=_id(processor, "<IMG_CONTEXT>"),
+        image_seq_length=4,
+        downsample_ratio=0.5,
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+
+
+def _gemma3() -> ProcessorMixin:
+    from transformers import Gemma3ImageProcessor, Gemma3Processor
+
+    named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    tokenizer = _tokenizer(
+        ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"), named, bos="<bos>", eos="<eos>", pad="<pad>"
+    )
+    processor: ProcessorMixin = Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": IMAGE, "width": IMAGE}), tokenizer, image_seq_length=4
+    )
+    return processor
+
+
+def _gemma3_config(processor: Any) -> PreTrainedConfig:
+    tokenizer = processor.tokenizer
+    return AutoConfig.for_model(
+        "gemma3",
+        vision_config={"model_type": "siglip_vision_model", **_EYE, "vision_use_head": False},
+        text_config={
+            "model_type": "gemma3_text",
+            **_sizes(tokenizer),
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 16,
+            "tie_word_embeddings": True,
+        },
+        mm_tokens_per_image=4,
+        boi_token_index=_id(processor, "<start_of_image>"),
+        eoi_token_index=_id(processor, "<end_of_image>"),
+        image_token_index=_id(processor, "<image_soft_token>"),
+        tie_word_embeddings=True,
+    )
+
+
+def _paligemma() -> ProcessorMixin:
+    from transformers import PaliGemmaProcessor, SiglipImageProcessor
+
+    images = SiglipImageProcessor(size={"height": IMAGE, "width": IMAGE})
+    images.image_seq_length = (IMAGE // PATCH) ** 2
+    tokenizer = _tokenizer(("<pad>", "<eos>", "<bos>", "<unk>", "<image>"), bos="<bos>", eos="<eos>", pad="<pad>")
+    processor: ProcessorMixin = PaliGemmaProcessor(images, tokenizer)
+    return processor
+
+
+def _paligemma_config(processor: Any) -> PreTrainedConfig:
+    return AutoConfig.for_model(
+        "paligemma",
+        vision_config={"model_type": "siglip_vision_model", **_EYE, "vision_use_head": False, "projection_dim": 64},
+        text_config={"model_type": "gemma", **_sizes(processor.tokenizer), "tie_word_embeddings": True},
+        image_token_index=_id(processor, "<image>"),
+        projection_dim=64,
+        tie_word_embeddings=True,
+    )
+
+
+def _pixtral(merge: int) -> Callable[[], ProcessorMixin]:
+    def make() -> ProcessorMixin:
+        from transformers import PixtralImageProcessor, PixtralProcessor
+
+        specials = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "<pad>")
+        tokenizer = _tokenizer((*specials, "[IMG]", "[IMG_BREAK]", "[IMG_END]"), pad="<pad>", **_SENTENCE)
+        images = PixtralImageProcessor(size={"longest_edge": 128}, patch_size=8 if merge == 1 else {"height": 8, "width": 8})
+        processor: ProcessorMixin = PixtralProcessor(images, tokenizer, patch_size=8, spatial_merge_size=merge)
+        return processor
+
+    return make
+
+
+def _pixtral_config(model_type: str) -> Callable[[Any], PreTrainedConfig]:
+    def config(processor: Any) -> PreTrainedConfig:
+        eye = {key: value for key, value in _EYE.items() if key not in ("image_size", "patch_size")}
+        settings = {"spatial_merge_size": 2} if model_type == "mistral3" else {"vision_feature_select_strategy": "full"}
+        return AutoConfig.for_model(
+            model_type,
+            vision_config={"model_type": "pixtral", **eye, "head_dim": 32, "image_size": 128, "patch_size": 8},
+            text_config={"model_type": "mistral", **_sizes(processor.tokenizer)},
+            image_token_index=_id(processor, "[IMG]"),
+            vision_feature_layer=-1,
+            tie_word_embeddings=False,
+            **settings,
+        )
+
+    return config
+
+
+# ---- the table
+
+_HEAD = (r"^lm_head\.", "language_model.lm_head.")
+_LLAVA_KEYS = (
+    _HEAD,
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^model\.(multi_modal_projector|image_newline)", r"\1"),
+)
+_CLIP_KEYS = (*_LLAVA_KEYS, (r"^model\.vision_tower\.", "vision_tower.vision_model."))
+_FLAT_KEYS = (*_LLAVA_KEYS, (r"^model\.vision_tower\.", "vision_tower."))
+_QWEN_KEYS = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
+_GREEDY = {"do_sample": False}
+
+
+@dataclass(frozen=True)
+class TinyBase:
+    """What a family's checkpoint consists of.
+
+    Attributes:
+        processor: builds the processor.
+        config: builds the model's config for that processor.
+        keys: regular expressions from the names of the module tree to those of the hub's checkpoint, and their replacements.
+        generation: the release's generation settings, besides its tokens.
+    """
+
+    processor: Callable[[], ProcessorMixin]
+    config: Callable[[Any], PreTrainedConfig]
+    keys: tuple[tuple[str, str], ...] = ()
+    generation: dict[str, Any] = field(default_factory=dict)
+
+
+_NUCLEUS = {"do_sample": True, "temperature": 0.1, "top_p": 0.001, "repetition_penalty": 1.05}
+BASES: dict[str, TinyBase] = {
+    "llava": TinyBase(_llava, lambda p: _llava_config(p, "llama"), _CLIP_KEYS),
+    "llava_pixtral": TinyBase(_pixtral(1), _pixtral_config("llava"), _FLAT_KEYS),
+    "llava_next": TinyBase(_llava_next, _llava_next_config, _CLIP_KEYS),
+    "llava_onevision": TinyBase(
+        _onevision, _onevision_config, _CLIP_KEYS, {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
+    ),
+    "qwen2_vl": TinyBase(
+        lambda: _qwen("Qwen2VLProcessor", 14, "Qwen2VLVideoProcessor"),
+        _qwen_config("qwen2_vl", {"embed_dim": 64, "mlp_ratio": 2}),
+        _QWEN_KEYS,
+        {**_NUCLEUS, "repetition_penalty": 1.0},
+    ),
+    "qwen2_5_vl": TinyBase(
+        lambda: _qwen("Qwen2_5_VLProcessor", 14, "Qwen2VLVideoProcessor"),
+        # one layer of windows, two patches wide after merging, and one of whole images
+        _qwen_config(
+            "qwen2_5_vl", {"intermediate_size": 128, "out_hidden_size": 64, "window_size": 56, "fullatt_block_indexes": [1]}
+        ),
+        _QWEN_KEYS,
+        _NUCLEUS,
+    ),
+    "qwen3_vl": TinyBase(
+        lambda: _qwen("Qwen3VLProcessor", 16, "Qwen3VLVideoProcessor"),
+        _qwen_config(
+            "qwen3_vl",
+            {
+                "intermediate_size": 128,
+                "out_hidden_size": 64,
+                "patch_size": 16,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+            {**_MROPE, "mrope_section": [3, 3, 2]},
+        ),
+        generation={"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
+    ),
+    "idefics3": TinyBase(
+        _idefics("Idefics3Processor", "Idefics3ImageProcessor", None),
+        _idefics_config("idefics3"),
+    ),
+    "smolvlm": TinyBase(
+        _idefics("SmolVLMProcessor", "SmolVLMImageProcessor", "SmolVLMVideoProcessor"),
+        _idefics_config("smolvlm"),
+    ),
+    "internvl": TinyBase(_internvl, _internvl_config, _FLAT_KEYS),
+    "gemma3": TinyBase(
+        _gemma3,
+        _gemma3_config,
+        _CLIP_KEYS,
+        {"do_sample": True, "top_k": 64, "top_p": 0.95, "cache_implementation": "hybrid"},
+    ),
+    "paligemma": TinyBase(_paligemma, _paligemma_config, _CLIP_KEYS),
+    "mistral3": TinyBase(_pixtral(2), _pixtral_config("mistral3"), _FLAT_KEYS),
+}
+"""By name: a family's `model_type`, or that with the tower's where a class serves several releases."""
+
+
+def tiny_base(family: str, out: Path, seed: int = 0) -> Path:
+    """Write a family's tiny checkpoint.
+
+    Args:
+        family: a key of `BASES`.
+        out: the directory to write.
+        seed: draws the weights.
+
+    Raises:
+        ImportError: the family's processor needs an optional library that is missing.
+    """
+    base = BASES[family]
+    processor = base.processor()
+    processor.chat_template = TEMPLATES[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(base.config(processor), trust_remote_code=False)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1 and not parameter.any():  # Gemma 3's projection begins at zero, and no image would be seen
+                    parameter.normal_(std=0.02)
+    out.mkdir(parents=True, exist_ok=True)
+    processor.save_pretrained(out)
+    _divide_processor_config(out)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(out)
+    ids = {name: getattr(processor.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    generation = {name: token for name, token in ids.items() if token is not None} | base.generation
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    save_file(_hub_tensors(model, base.keys), out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def _hub_tensors(model: Any, keys: tuple[tuple[str, str], ...]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            renamed = name
+            for pattern, replacement in keys:
+                renamed, changes = re.subn(pattern, replacement, name)
+                if changes:
+                    break
+            tensors[renamed] = tensor.contiguous()
+    return tensors
+
+
+def _divide_processor_config(folder: Path) -> None:
+    """One file for each part, as releases have it; transformers itself writes one `processor_config.json`."""
+    file = folder / "processor_config.json"
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    parts = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
+    for part, name in parts.items():
+        if part in whole:
+            settings = whole.pop(part) | {"processor_class": whole["processor_class"]}
+            (folder / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,174 @@
+"""Facts about the libraries that a recipe is checked by, kept as data so that checking one imports no library.
+
+`library_facts.json` holds each fact with the library's version that it was read from.
+`python tests/helpers/write_library_facts.py` writes it. Where another version is installed, the library is
+imported and asked, so that nothing it accepts is rejected here.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import json
+import typing
+from collections.abc import Callable, Mapping
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mmtune.methods.method_table import METHODS
+from mmtune.recipe.pass_through.annotations import plain_type
+from mmtune.utils.torchvision_support import prepare_torchvision
+
+STORED = Path(__file__).parent / "library_facts.json"
+
+
+@functools.cache
+def library_fact(name: str) -> Any:
+    """A fact of `FACTS` about the installed library: plain data, which must not be changed."""
+    library, read = FACTS[name]
+    stored = _stored().get(name)
+    if stored is not None and stored["version"] == metadata.version(library):
+        return stored["value"]
+    prepare_torchvision()
+    return read()
+
+
+def is_stored(name: str) -> bool:
+    """Whether a fact is known without an import of its library."""
+    return name in _stored() and _stored()[name]["version"] == metadata.version(FACTS[name][0])
+
+
+@functools.cache
+def _stored() -> Mapping[str, Any]:
+    stored: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8"))
+    return stored
+
+
+def _training_arguments() -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    return _fields(TrainingArguments, nested=False)
+
+
+def _peft_configurations() -> dict[str, Any]:
+    # LoraConfig makes its nested configurations from mappings itself.
+    fields = {method.config: _fields(method.config_class(), nested=True) for method in METHODS.values()}
+    for each in fields.values():
+        del each["peft_type"]  # its names grow as tuners are registered, and a recipe names the method instead
+    return fields
+
+
+def _fields(source: Any, nested: bool) -> dict[str, Any]:
+    """By name the fields that a dataclass is made from: `type` as `plain_type` has it, `default` if it is plain, and `help`."""
+    hints = typing.get_type_hints(source, include_extras=True)
+    fields = {}
+    for field in dataclasses.fields(source):
+        if field.init:
+            choices = field.metadata.get("choices")
+            kind = plain_type(hints[field.name], nested)
+            if choices and kind in ("str", {"any_of": ["str", "null"]}):
+                kind = {"choices": [*choices, *([] if kind == "str" else [None])]}
+            default = field.default.value if isinstance(field.default, Enum) else field.default
+            told = field.metadata.get("help") or f"See {source.__name__}."
+            fields[field.name] = {"type": kind, "help": " ".join(str(told).split())}
+            if default is None or isinstance(default, (bool, int, float, str)):
+                fields[field.name]["default"] = default
+    return fields
+
+
+def _reporters() -> list[str]:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    return list(INTEGRATION_TO_CALLBACK)
+
+
+def _schedulers() -> dict[str, list[str]]:
+    """By `lr_scheduler_type` what `lr_scheduler_kwargs` may hold."""
+    from transformers import optimization
+
+    given = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+    return {
+        kind.value: [name for name in inspect.signature(make).parameters if name not in given]
+        for kind, make in optimization.TYPE_TO_SCHEDULER_FUNCTION.items()
+    }
+
+
+def _optimizer_arguments() -> dict[str, list[str]]:
+    """By `optim` the names that the Trainer reads from `optim_args`, from the source of what makes the optimizer."""
+    from transformers import trainer_optimizer
+
+    found = {}
+    for kind, make in trainer_optimizer._OPTIMIZER_HANDLERS.items():
+        # Of bitsandbytes' optimizers, which one function makes, AdEMAMix alone has arguments that it reads as numbers.
+        shared = make is trainer_optimizer._get_bitsandbytes_optimizer and "ademamix" not in kind.value
+        found[kind.value] = [] if shared else _names_read(ast.parse(inspect.getsource(make)))
+    return found
+
+
+def _names_read(function: ast.AST) -> list[str]:
+    """Names in `optim_args.get("NAME")`, `optim_args.pop("NAME")`, `"NAME" in optim_args`, `for key in ("NAME", ...)`."""
+    nodes: list[ast.expr] = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("ctx.optim_args.get", "ctx.optim_args.pop"):
+            nodes.append(node.args[0])
+        elif isinstance(node, ast.Compare) and ast.unparse(node.comparators[0]) == "ctx.optim_args":
+            nodes.append(node.left)
+        elif isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple):
+            nodes += node.iter.elts
+    return sorted({node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)})
+
+
+def _attention() -> list[str]:
+    """Names of `attn_implementation`, besides those of kernels on the hub; paged attention serves requests alone."""
+    from transformers import AttentionInterface
+
+    own = {
+        name for name, function in AttentionInterface._global_mapping.items() if function.__module__.startswith("transformers.")
+    }
+    return sorted({"eager", *(name for name in own if "|" not in name)})
+
+
+def _compile_backends() -> list[str]:
+    from accelerate.utils import DynamoBackend
+
+    return [backend.value.lower() for backend in DynamoBackend if backend is not DynamoBackend.NO]
+
+
+def _model_types() -> dict[str, str]:
+    """By `model_type` what transformers has it as: image-text, language, vision, or other."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto as auto
+
+    both = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    kinds = {}
+    for name in sorted(CONFIG_MAPPING):
+        if name in both:
+            kinds[name] = "image-text"
+        elif name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            kinds[name] = "language"
+        elif (
+            "vision" in name
+            or name in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+            or hasattr(CONFIG_MAPPING[name], "patch_size")
+        ):
+            kinds[name] = "vision"
+        else:
+            kinds[name] = "other"
+    return kinds
+
+
+FACTS: Mapping[str, tuple[str, Callable[[], Any]]] = {
+    "training_arguments": ("transformers", _training_arguments),
+    "reporters": ("transformers", _reporters),
+    "schedulers": ("transformers", _schedulers),
+    "model_types": ("transformers", _model_types),
+    "peft_configurations": ("peft", _peft_configurations),
+    "optimizer_arguments": ("transformers", _optimizer_arguments),
+    "attention": ("transformers", _attention),
+    "compile_backends": ("accelerate", _compile_backends),
+}
+"""By name the library that a fact is about, and what reads it from the library."""

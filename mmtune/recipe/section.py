@@ -1,0 +1,86 @@
+"""What every section of a recipe stands on: frozen typed objects whose errors are for the reader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    model_validator,
+)
+
+from mmtune.recipe.other_toolkits import other_value, yes_or_no
+from mmtune.recipe.pass_through.arguments import Fault, Settings, fault, format_value
+from mmtune.utils.errors import nearest
+from mmtune.utils.files import expand_user
+
+Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(expand_user)]
+BorrowedSettings = Annotated[Settings, PlainSerializer(dict), WithJsonSchema({"type": "object"})]
+
+
+class Section(BaseModel):
+    """A frozen part of the recipe, whose errors are for the reader and are all found at once."""
+
+    _expected: ClassVar[str] = "a mapping"
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+    @classmethod
+    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+        """Shorthands spelt out, and what is wrong between the keys; pydantic then checks each key."""
+        return given, []
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check(cls, given: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        if isinstance(given, cls):
+            return handler(given)
+        arranged, faults = cls._arrange(dict(given) if isinstance(given, Mapping) else given)
+        try:
+            section = handler(arranged)
+        except ValidationError as error:
+            # pydantic counts a list's sound items only, and calls a list of one faulty item too short as well.
+            told = (e for e in error.errors() if e["type"] != "too_short" or not e["input"])
+            faults = [*faults, *(cls._readable(detail) for detail in told)]
+        if faults:
+            raise ValidationError.from_exception_data(cls.__name__, faults)
+        return section
+
+    @classmethod
+    def _readable(cls, detail: Any) -> Fault:
+        kind, where, context = detail["type"], detail["loc"], detail.get("ctx", {})
+        if kind == "recipe":
+            return fault(where, detail["msg"])
+        if kind == "extra_forbidden":
+            return fault(where, f"unknown key{nearest(str(where[-1]), set(cls.model_fields))}")
+        if kind == "missing":
+            return fault(where, "required, and not given")
+        expected = {
+            "model_type": cls._expected,
+            "tuple_type": "a list",
+            "string_type": "a string",
+            "string_too_short": "a string that is not empty",
+            "int_type": "an integer",
+            "float_type": "a number",
+            "bool_type": "true or false",
+            "too_short": "a list with at least one item",
+            "literal_error": context.get("expected", ""),
+            "greater_than": f"more than {context.get('gt', 0):g}",
+            "greater_than_equal": f"at least {context.get('ge', 0):g}",
+            "less_than_equal": f"at most {context.get('le', 0):g}",
+        }.get(kind, detail["msg"].removeprefix("Input should be "))
+        hint = ""
+        if kind == "literal_error" and isinstance(detail["input"], str):
+            close = nearest(detail["input"], context["expected"].replace("'", "").replace(" or ", ", ").split(", "))
+            hint = close if "did you mean" in close else ""
+        truth = yes_or_no(detail["input"]) if kind == "bool_type" else ""
+        hint = other_value(str(where[-1]) if where else "", detail["input"]) or hint or truth
+        return fault(where, f"expected {expected}, got {format_value(detail['input'])}{hint}")

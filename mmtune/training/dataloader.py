@@ -1,0 +1,183 @@
+"""The training rows in the order and the batches that a recipe asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import accumulate, islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import ProcessorMixin, TrainingArguments
+
+from mmtune.data.batching.batch_sampler import Batches, Mixture
+from mmtune.data.batching.collate import ASIDE, Collator, collate, pack
+from mmtune.data.batching.sample_stream import SampleStream
+from mmtune.data.data_report import DataReport
+from mmtune.data.dataset import OTHER_POLICIES, Encoder, Handle, Samples, StreamedSamples, TrainingSet
+from mmtune.data.encoding.encode import too_long
+from mmtune.distributed.context import World
+from mmtune.models.packed_attention import check_packable, prove_packing
+from mmtune.planning.token_plan import plan_section
+from mmtune.recipe.recipe import DataSection, Recipe
+from mmtune.utils.errors import UserError
+
+
+def rows_to_take(samples: Samples | StreamedSamples, arguments: TrainingArguments) -> int:
+    """How many rows there are; of a stream, how many the run takes."""
+    if isinstance(samples, Samples):
+        return len(samples)
+    every = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return int(arguments.max_steps * every)
+
+
+def plan_rows(samples: Samples, recipe: Recipe, processor: ProcessorMixin, report: DataReport, world: World) -> NDArray[np.int64]:
+    """Count every row's tokens, in the first process, with no weight loaded; rows that cannot train go to the report.
+
+    Returns:
+        Tokens of every row as it will train, shape (rows,); 0 for one that will not.
+
+    Raises:
+        UserError: more rows cannot train than the recipe allows, or one is too long under `over_length: error`.
+    """
+    found = None
+    if world.first:
+        section = recipe.data
+        plan, outcome = plan_section(samples, section, processor)
+        limit = section.max_tokens or 0  # without one no row is dropped
+        longer = [too_long(samples[row].id, int(plan.tokens[row]), limit) for row in outcome.dropped]
+        if longer and section.over_length == "error":
+            raise UserError(f"{len(longer)} rows are too long, the first: {longer[0]} ({OTHER_POLICIES})")
+        found = outcome.lengths, [*plan.faults.values(), *longer]
+    lengths, faults = world.from_first(found)
+    for fault in faults:
+        report.add(fault)
+    report.checked = len(samples)
+    report.stop_past(recipe.data.max_bad_fraction)
+    return lengths
+
+
+def order_rows(
+    samples: Samples | StreamedSamples,
+    encoder: Encoder,
+    collator: Collator,
+    section: DataSection,
+    arguments: TrainingArguments,
+    world: World,
+    lengths: NDArray[np.int64] | None = None,
+) -> tuple[Dataset[Any], Batches | None]:
+    """What the Trainer takes its batches from.
+
+    Args:
+        lengths: tokens of every row, 0 for one that cannot train; None where they were not counted.
+
+    Returns:
+        The rows by index, and which of them make which batch; or a stream of batches and None.
+    """
+    if isinstance(samples, Samples):
+        return TrainingSet(samples, encoder), make_batches(samples, section, arguments, world, lengths)
+    stream = SampleStream(
+        samples.openers,
+        samples.weights,
+        partial(_make_batch, collator, encoder),
+        seed=_seed(arguments),
+        window=section.shuffle_window if arguments.train_sampling_strategy == "random" else 1,
+        size=arguments.per_device_train_batch_size,
+        rank=world.rank,
+        world=world.size,
+    )
+    return stream, None
+
+
+def make_batches(
+    samples: Samples, section: DataSection, arguments: TrainingArguments, world: World, lengths: NDArray[np.int64] | None
+) -> Batches:
+    """The batches of this process, as the recipe asks for them.
+
+    Args:
+        lengths: as `order_rows`.
+    """
+    counts = samples.counts
+    if lengths is not None:
+        ends = list(accumulate(counts))
+        counts = [int((lengths[end - count : end] > 0).sum()) for count, end in zip(counts, ends, strict=True)]
+    mix = Mixture.by_ratio if section.mix == "ratio" else Mixture.by_repeats
+    mixture = mix(counts, [source.weight for source in section.train])
+    for name, count, take in zip(samples.names, counts, mixture.takes, strict=True):
+        if count and not take:
+            raise UserError(
+                f"data.train: the weight of {name} takes not one of its {count} rows in an epoch; give it a larger one"
+            )
+    every = arguments.per_device_train_batch_size * world.size
+    by_tokens = section.packing or section.tokens_per_batch is not None
+    if arguments.dataloader_drop_last and not by_tokens and len(mixture) < every:
+        raise UserError(f"train.dataloader_drop_last: {len(mixture)} rows fill no batch of {every}; leave it out")
+    return Batches(
+        mixture,
+        seed=_seed(arguments),
+        size=arguments.per_device_train_batch_size,
+        accumulation=arguments.gradient_accumulation_steps,
+        rank=world.rank,
+        world=world.size,
+        lengths=lengths,
+        tokens=section.tokens_per_batch or (section.max_tokens if section.packing else None),
+        packed=section.packing,
+        largest_first=section.largest_batch_first,
+        drop_last=arguments.dataloader_drop_last,
+        shuffled=arguments.train_sampling_strategy == "random",
+        epochs=math.ceil(arguments.num_train_epochs),
+        steps=arguments.max_steps if arguments.max_steps > 0 else None,
+        visits=any(source.augment is not None for source in section.train),
+    )
+
+
+def _make_batch(collator: Collator, encoder: Encoder, rows: Sequence[tuple[int, Handle]]) -> dict[str, Any]:
+    return collator([encoder(handle, source) for source, handle in rows])
+
+
+def _seed(arguments: TrainingArguments) -> int:
+    return int(arguments.seed if arguments.data_seed is None else arguments.data_seed)
+
+
+def optimizer_steps(arguments: TrainingArguments, batches: Batches | None) -> int:
+    """How many optimizer steps the run takes."""
+    if arguments.max_steps > 0 or batches is None:
+        return int(arguments.max_steps)
+    return math.ceil(arguments.num_train_epochs * -(-len(batches) // arguments.gradient_accumulation_steps))
+
+
+def first_batches(
+    samples: Samples | StreamedSamples, encoder: Encoder, pad_token_id: int, size: int = 4, count: int = 16
+) -> Iterator[dict[str, Any]]:
+    """Up to `count` padded batches of rows from all over the data, for initializations that look at it.
+
+    Rows that fail are left out. They are the same in every layout, which so starts alike.
+    """
+    usable = _usable(samples, encoder, size * count)
+    while rows := list(islice(usable, size)):
+        yield collate(rows, pad_token_id)
+
+
+def prove_packed_rows(model: nn.Module, samples: Samples, encoder: Encoder, pad_token_id: int) -> None:
+    """Compare a few short packed rows with the same rows alone, those with images first.
+
+    Raises:
+        UserError: the model is known not to keep packed samples apart, or is seen not to.
+    """
+    check_packable(model)
+    chosen = sorted(_usable(samples, encoder, 64), key=lambda row: ("pixel_values" not in row, row["input_ids"].shape[1]))[:3]
+    if len(chosen) > 1:
+        prove_packing(model, pack(chosen), [collate([row], pad_token_id) for row in chosen])
+
+
+def _usable(samples: Samples | StreamedSamples, encoder: Encoder, count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """What the model takes of up to `count` rows from all over the data, less those that fail."""
+    for handle in samples.some(count):
+        row = encoder(handle)
+        if not isinstance(row, UserError):
+            yield {key: value for key, value in row.items() if key not in (*ASIDE, "source_ids")}

@@ -1,0 +1,106 @@
+"""Trackers that a run reports to besides its own directory: none, unless the recipe names them."""
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import (
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+    get_available_reporting_integrations,
+)
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from mmtune.run_directory import RunDirectory
+from mmtune.utils.errors import UserError
+
+
+def reporters(asked: str | list[str]) -> list[str]:
+    """The names that a recipe's `report_to` stands for. transformers adds Kubeflow to them unasked, and this does not.
+
+    Raises:
+        UserError: one that cannot be imported; W&B online without a login.
+    """
+    names = [name for name in ([asked] if isinstance(asked, str) else asked) if name != "none"]
+    if not names:
+        return []
+    if "all" in names:
+        there: list[str] = get_available_reporting_integrations()
+        return there
+    for name in names:
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            raise UserError(f"train.report_to: {name}: cannot be imported: {error}") from error
+    if "wandb" in names:
+        _check_wandb_login()
+    return names
+
+
+def _check_wandb_login() -> None:
+    """Before weights load, where W&B would ask for a login in the middle of the run. Nothing is sent."""
+    import wandb
+
+    # Silent, because its lines hold terminal sequences and come from every process.
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    if settings.mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
+        raise UserError(
+            "train.report_to: wandb: no login on this machine: run `wandb login`, or set WANDB_MODE=offline to log into the run"
+        )
+
+
+def start_trackers(trainer: Trainer, run: RunDirectory) -> None:
+    """Begin a run in each tracker, and say where: files go into the run where no setting of the tracker names another place.
+
+    trackio keeps the runs of all projects in one place of its own, which its dashboard reads.
+
+    Raises:
+        UserError: W&B does not begin a run.
+    """
+    for callback in [*trainer.callback_handler.callbacks]:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(run.tensorboard)
+        elif isinstance(callback, WandbCallback) and trainer.is_world_process_zero():
+            _start_wandb(trainer, run.path)
+        elif isinstance(callback, TrackioCallback) and trainer.is_world_process_zero():
+            with redirect_stdout(io.StringIO()):  # instructions with terminal sequences, wherever they are printed
+                callback.setup(trainer.args, trainer.state, trainer.model)
+            print(f"trackio: {_trackio_folder()}; to see it: trackio show --project {trainer.args.project}")
+
+
+def _start_wandb(trainer: Trainer, folder: Path) -> None:
+    import wandb
+
+    try:
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", trainer.args.project),
+            name=trainer.args.run_name,
+            dir=None if os.environ.get("WANDB_DIR") else folder,
+            settings=wandb.Settings(silent=True),
+        )
+    except wandb.Error as error:
+        raise UserError(f"train.report_to: wandb: {error}") from error
+    where = f"{run.dir}; to upload it: wandb sync {Path(run.dir).parent}" if run.offline else run.url
+    print(f"wandb: {'switched off by WANDB_MODE' if run.disabled else where}")
+    trainer.add_callback(_FinishWandb())
+
+
+class _FinishWandb(TrainerCallback):
+    """Ends W&B's run with the training: it would go on into the next one of this process."""
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        import wandb
+
+        wandb.finish()
+
+
+def _trackio_folder() -> Path:
+    from trackio.utils import TRACKIO_DIR
+
+    return Path(TRACKIO_DIR)

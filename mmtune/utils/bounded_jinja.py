@@ -1,0 +1,463 @@
+"""Jinja with a bound on the work of one rendering: data templates and chat templates come from people whom nobody vouches for.
+
+The environment is Jinja's immutable sandbox. Every operation whose cost can grow is charged to a `Budget` before it runs:
+operators and methods by the size of their result, filters and tests by the size of what they read, and each pass of a loop, a
+macro or a block. Loops are charged by a filter that is added to the parsed template, so that what an honest template writes does
+not change. Time and memory are at most proportional to the budget, which grows with the size of what a template is given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from functools import wraps
+from typing import Any
+
+from jinja2 import Template, TemplateError, TemplateRuntimeError, nodes, pass_context
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from mmtune.utils.jinja_counting import CHARGE_PASS, CHARGE_READ, count_work
+
+BUDGET = "budget of mmtune"
+"""The name under which a rendering finds its budget; no name that Jinja could write."""
+
+UNITS = 10_000_000
+"""What a rendering may take: a unit for each character that a filter reads, `ITEM` for an item, `PASS` for a loop's pass."""
+UNITS_PER_INPUT = 200
+"""Added for what the template is given, `ITEM` for each of its items and a unit for each 8 of its characters."""
+CALL = 100
+ITEM = 20
+MAX_BITS = 10_000
+"""Longest whole number, in bits."""
+
+COMPILE_FAULTS = (TemplateError, SyntaxError, RecursionError, MemoryError, ValueError, OverflowError)
+"""What compiling a template raises: Jinja's own errors, and Python's for brackets, loops or numbers beyond what it takes."""
+RENDER_FAULTS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    NameError,
+    RecursionError,
+    MemoryError,
+)
+"""What rendering raises: Jinja runs Python's operators and methods, and writes infinity, as of 1e400, as a name."""
+
+_SHALLOW = (
+    *("attr", "count", "d", "default", "first", "items", "last", "length", "list", "map"),
+    *("reject", "rejectattr", "reverse", "select", "selectattr"),
+)
+"""Filters that read their value's items and not what is inside of these."""
+_DEEP_TESTS = (
+    *("==", "!=", "<", "<=", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "le", "lessthan", "lt", "ne"),
+    *("in", "lower", "upper"),
+)
+"""Tests that read all of a value."""
+_REMOVED = ("lipsum",)
+_PERCENT = re.compile(r"[-#0 +]*(\d+|\*)?(?:\.(\d+|\*)?)?")
+"""Flags, width and precision of a `%` pattern's field, behind its key."""
+_SPEC = re.compile(r"\{[^{}:]*:([^{}]*)")
+"""The format of a `str.format` pattern's field, up to a field inside of it."""
+
+
+_NESTED = (list, tuple, dict, KeysView, ValuesView, ItemsView, Namespace)
+
+
+class TooMuchWork(TemplateRuntimeError):
+    """A template that takes more than its budget."""
+
+
+class Budget:
+    """What one rendering may still take.
+
+    Args:
+        given: what the template can read, whose size adds to the budget.
+    """
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self._given: Mapping[str, Any] | None = given
+        self._left = UNITS
+
+    def charge(self, units: int) -> None:
+        """
+        Raises:
+            TooMuchWork: when more was taken than the budget holds.
+        """
+        self._left -= units
+        if self._left < 0:
+            if self._given is not None:
+                self._left += UNITS_PER_INPUT * sum(_sizes(self._given))
+                self._given = None
+            if self._left < 0:
+                raise TooMuchWork("it does more work than a template may: a loop, a repetition or a width in it is too large")
+
+    def read(self, value: Any) -> None:
+        """Charge a value with all that is inside of it, as often as it is there."""
+        if isinstance(value, (str, bytes)):
+            self.charge(len(value) // 8 + 1)
+        elif isinstance(value, _NESTED):
+            for size in _sizes(value):
+                self.charge(size)
+
+    def size(self, value: Any) -> None:
+        """Charge a value by its length alone."""
+        if isinstance(value, (str, bytes)):
+            self.charge(len(value) // 8 + 1)
+        elif isinstance(value, (list, tuple, dict)):
+            self.charge(len(value) + 1)
+
+
+def _sizes(value: Any) -> Iterator[int]:
+    """Units of nested lists and objects: `ITEM` for each item, and one for each 8 characters. A shared item counts each time."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (str, bytes)):
+            yield len(value) // 8 + ITEM
+            continue
+        yield ITEM
+        if isinstance(value, dict):
+            waiting += value.keys()
+            waiting += value.values()
+        elif isinstance(value, Namespace):
+            waiting.append(object.__getattribute__(value, "_Namespace__attrs"))
+        elif isinstance(value, _NESTED):
+            waiting += value
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """A sandbox whose templates are rendered by `render` or with a `Budget` under `BUDGET` in their context.
+
+    Args:
+        finalize: as Jinja's, of a value that is written.
+        options: Jinja's.
+    """
+
+    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
+
+    def __init__(self, finalize: Callable[[Any], Any] | None = None, **options: Any) -> None:
+        @pass_context
+        def written(context: Context, value: Any) -> Any:
+            value = value if finalize is None else finalize(value)
+            _budget(context).read(value)
+            return value
+
+        # Folding constants would run filters on them when a template is compiled, where there is no budget.
+        super().__init__(optimized=False, finalize=written, **options)
+
+    def bound(self) -> None:
+        """Charge all filters and tests, and take out what has no bound; called once, when the environment has all of its own."""
+        for name in _REMOVED:
+            self.globals.pop(name, None)
+        self.filters = {name: _charged(name, function) for name, function in self.filters.items()}
+        tests: dict[str, Any] = dict(self.tests)
+        self.tests |= {name: _charged(name, tests[name]) for name in _DEEP_TESTS}
+        self.filters |= {CHARGE_PASS: _pass, CHARGE_READ: _read}
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """The operator's result, if its size is within the budget."""
+        budget = _budget(context)
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+            if bits > MAX_BITS:
+                raise TooMuchWork(f"a number would have more than {MAX_BITS} bits")
+        elif operator == "*":
+            for value, times in ((left, right), (right, left)):
+                if isinstance(value, (str, bytes, list, tuple)) and isinstance(times, int):
+                    units = len(value) * max(times, 0)
+                    budget.charge(units if isinstance(value, (list, tuple)) else units // 8 + 1)
+        elif operator == "%" and isinstance(left, (str, bytes)):
+            _charge_percent(budget, left, right)
+        else:
+            budget.size(left)
+            budget.size(right)
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        """A call's result, if its size is within the budget."""
+        budget = _budget(__context)
+        budget.charge(CALL)
+        method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if isinstance(owner, (str, bytes)):
+            budget.charge(_method_units(budget, owner, name, args, kwargs))
+        elif name in ("index", "count"):
+            budget.read(owner)
+        elif name == "to_bytes":
+            _charge_numbers(budget, (args, kwargs))
+        budget.read(args)
+        budget.read(kwargs)
+        result = super().call(__context, __obj, *args, **kwargs)
+        budget.size(result)
+        return result
+
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        count_work(source)
+        return super()._generate(source, *args, **kwargs)
+
+
+def render_bounded(template: Template, given: Mapping[str, Any]) -> Iterator[str]:
+    """The pieces of a rendered template.
+
+    Args:
+        template: of a `BoundedEnvironment`.
+        given: what it can read.
+
+    Raises:
+        TemplateError: and others of `RENDER_FAULTS`, which `failure` puts into words.
+    """
+    return template.root_render_func(template.new_context({**given, BUDGET: Budget(given)}))
+
+
+def line_of(error: BaseException) -> int | None:
+    """The line of the template at which it does not parse, or at which its rendering failed; None where none is known."""
+    line = getattr(error, "lineno", None)
+    trace = error.__traceback__
+    while trace is not None:
+        template = trace.tb_frame.f_globals.get("__jinja_template__")
+        if template is not None:
+            line = template.get_corresponding_lineno(trace.tb_lineno)
+        trace = trace.tb_next
+    return line
+
+
+def failure(error: BaseException) -> str:
+    """Where and why a template fails, to follow `the template fails`: ` at line 3: ...`, in one line of bounded length."""
+    if isinstance(error, RecursionError):
+        reason = "it is nested too deeply, or calls itself without end"
+    else:
+        reason = " ".join(str(error).split()) or type(error).__name__
+    line = line_of(error)
+    return f"{f' at line {line}' if line else ''}: {reason[:300]}"
+
+
+def _budget(context: Context) -> Budget:
+    budget: Budget = context.parent[BUDGET]
+    return budget
+
+
+@pass_context
+def _pass(context: Context, units: int) -> bool:
+    context.parent[BUDGET].charge(units)
+    return True
+
+
+@pass_context
+def _read(context: Context, value: Any) -> Any:
+    context.parent[BUDGET].read(value)
+    return value
+
+
+def _charged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter or test that is charged for what it reads and gives."""
+    passes = getattr(function, "jinja_pass_arg", None)
+    estimate = _FILTER_UNITS.get(name)
+
+    @pass_context
+    @wraps(function)
+    def charged(context: Context, *args: Any, **kwargs: Any) -> Any:
+        budget = _budget(context)
+        budget.charge(1)
+        first = args[0] if args else None
+        if name in _SHALLOW:
+            budget.size(first)
+        else:
+            if isinstance(first, Iterator):  # of another filter, lazily; what it gives is read here
+                args = (list(_counted(budget, first)), *args[1:])
+            budget.read(args)
+            budget.read(kwargs)
+            if isinstance(first, str):
+                budget.charge(len(first))
+        if estimate is not None:
+            estimate(budget, *args, **kwargs)
+        if passes is not None:
+            own = {"context": context, "eval_context": context.eval_ctx, "environment": context.environment}
+            args = (own[passes.name], *args)
+        result = function(*args, **kwargs)
+        if isinstance(result, Iterator):
+            return _counted(budget, result)
+        budget.size(result)
+        return result
+
+    return charged
+
+
+def _counted(budget: Budget, items: Iterator[Any]) -> Iterator[Any]:
+    for item in items:
+        budget.charge(1)
+        yield item
+
+
+def _charge_numbers(budget: Budget, value: Any) -> None:
+    """Charge every whole number in a value, which may be a width or a count."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        budget.charge(ITEM)
+        if isinstance(value, int):
+            budget.charge(max(value, 0))
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value.values()
+
+
+def _charge_percent(budget: Budget, pattern: str | bytes, given: Any) -> None:
+    """Charge a `%` pattern, as Python reads it: the width and precision of each field, and what is given, once for each field."""
+    text = pattern.decode("latin-1") if isinstance(pattern, bytes) else pattern
+    fields, place = 0, text.find("%")
+    while 0 <= place < len(text) - 1:
+        fields, place = fields + 1, place + 1
+        if text[place] == "(":  # a key, in which parentheses may be nested
+            depth = 1
+            while depth and place < len(text) - 1:
+                place += 1
+                depth += {"(": 1, ")": -1}.get(text[place], 0)
+            place += 1
+        field = _PERCENT.match(text, place)
+        if field is not None:
+            if "*" in field.groups():
+                _charge_numbers(budget, given)
+            budget.charge(sum(map(_width, field.groups())))
+            place = field.end() + 1
+        place = text.find("%", place)
+    _charge_given(budget, fields, given)
+
+
+def _charge_format(budget: Budget, pattern: str, given: Any) -> None:
+    """Charge a `str.format` pattern: the widths of its fields, and what is given, once for each field."""
+    pattern = pattern.replace("{{", "")
+    if re.search(r"\{[^{}]*\{", pattern):  # a width that is itself a field, or digits on both sides of one
+        _charge_numbers(budget, given)
+        specs = [pattern]
+    else:
+        specs = _SPEC.findall(pattern)
+    budget.charge(sum(_width(digits) for spec in specs for digits in re.findall(r"\d+", spec)))
+    _charge_given(budget, pattern.count("{"), given)
+
+
+def _width(digits: str | None) -> int:
+    """The number of these digits; one beyond every budget, where there are more than a width can have."""
+    return 0 if digits in (None, "*") else int(digits) if len(digits) < 12 else 10**12
+
+
+def _charge_given(budget: Budget, fields: int, given: Any) -> None:
+    if fields > 1:
+        budget.charge(fields * sum(_within(budget, given)))
+    else:
+        budget.read(given)
+
+
+def _within(budget: Budget, value: Any) -> Iterator[int]:
+    for size in _sizes(value):
+        budget.charge(1)
+        yield size
+
+
+def _method_units(budget: Budget, owner: str | bytes, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """What a method of a text takes besides reading it."""
+    budget.charge(len(owner) // 8 + 1)
+    if name in ("center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes"):
+        tabs = _occurrences(owner, "\t") if name == "expandtabs" else 1
+        numbers = [value for value in (*args, *kwargs.values()) if isinstance(value, int)]
+        return max(0, *numbers, 0) * tabs
+    if name == "replace" and len(args) > 1 and isinstance(args[0], type(owner)) and isinstance(args[1], type(owner)):
+        return (owner.count(args[0]) * len(args[1])) // 8  # type: ignore[arg-type]
+    if name == "join":
+        return len(owner) * (len(args[0]) if args and isinstance(args[0], (str, bytes, list, tuple, dict)) else 0)
+    if name == "translate":
+        table = args[0] if args and isinstance(args[0], dict) else {}
+        return len(owner) * max((len(value) for value in table.values() if isinstance(value, str)), default=1)
+    if name in ("format", "format_map"):
+        _charge_format(budget, str(owner), (args, kwargs))
+    elif name == "striptags":
+        return _tag_units(owner)
+    return 0
+
+
+def _tag_units(text: str | bytes) -> int:
+    """Tags are taken out one at a time, and the rest is copied for each."""
+    return len(text) * (_occurrences(text, "<") + 1) // 8
+
+
+def _occurrences(text: str | bytes, character: str) -> int:
+    return text.count(character) if isinstance(text, str) else text.count(character.encode())
+
+
+def _per_line(budget: Budget, text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
+    wide = width if isinstance(width, int) else len(width) if isinstance(width, str) else 0
+    budget.charge(max(0, wide) * (str(text).count("\n") + 1))
+
+
+def _widths(budget: Budget, _: Any, *args: Any, **kwargs: Any) -> None:
+    _charge_numbers(budget, (args, kwargs))
+
+
+def _replaced(budget: Budget, text: Any, old: Any = "", new: Any = "", *_: Any, **__: Any) -> None:
+    budget.charge(str(text).count(str(old)) * len(str(new)) // 8)
+
+
+def _joined(budget: Budget, items: Any, between: Any = "", *_: Any, **__: Any) -> None:
+    budget.charge(len(str(between)) * (len(items) if isinstance(items, (str, list, tuple, dict)) else 0))
+
+
+def _formatted(budget: Budget, pattern: Any, *args: Any, **kwargs: Any) -> None:
+    _charge_percent(budget, str(pattern), (args, kwargs))
+
+
+def _stripped_of_tags(budget: Budget, text: Any, *_: Any, **__: Any) -> None:
+    budget.charge(_tag_units(str(text)))
+
+
+def _summed(budget: Budget, items: Any, *_: Any, **__: Any) -> None:
+    """Lists are added one to the other, and what was added before is copied each time."""
+    if isinstance(items, (list, tuple)) and not all(isinstance(item, (int, float)) for item in items):
+        budget.charge(len(items) * sum(_within(budget, items)) // 8)
+
+
+def _compared(budget: Budget, items: Any, *_: Any, **__: Any) -> None:
+    """Each item is compared with every other."""
+    if isinstance(items, (list, tuple)):
+        budget.charge(len(items) * sum(_within(budget, items)) // 8)
+
+
+def _by_word(budget: Budget, text: Any, width: Any = 79, *args: Any, **kwargs: Any) -> None:
+    """Patterns are tried on each word, and a long one is taken apart piece by piece."""
+    width = kwargs.get("width", width)
+    words = str(text).split()
+    line = width if isinstance(width, int) and width > 0 else 1
+    budget.charge(sum(len(word) ** 2 for word in words) // (8 * line) + 10 * len(str(text)))
+    ends = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, str)]
+    budget.charge(max(ends, default=1) * (len(words) + len(str(text)) // line))
+
+
+def _pretty(budget: Budget, value: Any, indent: Any = None, *_: Any, **kwargs: Any) -> None:
+    """Every item of a value on a line of its own, indented by its depth."""
+    wide = kwargs.get("indent", indent)
+    wide = len(wide) if isinstance(wide, str) else max(0, wide) if isinstance(wide, int) else 0
+    items = sum(1 for _ in _within(budget, value))
+    budget.charge(items * wide * 8)
+
+
+_FILTER_UNITS: dict[str, Callable[..., None]] = {
+    "center": _widths,
+    "batch": _widths,
+    "slice": _widths,
+    "round": _widths,
+    "truncate": _widths,
+    "indent": _per_line,
+    "replace": _replaced,
+    "join": _joined,
+    "format": _formatted,
+    "striptags": _stripped_of_tags,
+    "urlize": _by_word,
+    "wordwrap": _by_word,
+    "sum": _summed,
+    "commonest": _compared,
+    "tojson": _pretty,
+}
+"""By a filter, what it takes besides reading its value and arguments."""

@@ -1,0 +1,204 @@
+"""Batches: one order of the rows for every layout, each row once, within the budget, and evenly spread."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import BatchSampler, RandomSampler
+
+from mmtune.data.batching.batch_sampler import Batches, Mixture, spread
+
+
+def alone(count: int) -> Mixture:
+    return Mixture.by_repeats([count], [1.0])
+
+
+def llava_like(count: int, seed: int = 0) -> Any:
+    """A picture of 576 tokens in nineteen of twenty, and text around a median of 130 tokens."""
+    random = np.random.default_rng(seed)
+    text = np.clip(random.lognormal(np.log(130), 0.9, count), 12, 1400).astype(np.int64)
+    return text + 576 * (random.random(count) < 0.95)
+
+
+def steps(batches: list[Batches], accumulation: int) -> list[Counter[int]]:
+    """The rows of each optimizer step, over all processes."""
+    ranks = [list(each) for each in batches]
+    assert len({len(rank) for rank in ranks}) == 1
+    assert [len(rank) for rank in ranks] == [len(each) for each in batches]
+    starts = range(0, len(ranks[0]), accumulation)
+    return [Counter(chain.from_iterable(chain.from_iterable(r[i : i + accumulation] for r in ranks))) for i in starts]
+
+
+def test_the_order_is_that_of_torchs_own_sampler() -> None:
+    batches = Batches(alone(23), seed=5, size=4)
+    for epoch in (0, 1, 0):
+        batches.set_epoch(epoch)
+        sampler = RandomSampler(range(23), generator=torch.Generator().manual_seed(5 + epoch))
+        assert list(batches) == list(BatchSampler(sampler, 4, drop_last=False))
+
+
+@pytest.mark.parametrize("kind", ["size", "lengths", "tokens", "packed"])
+@pytest.mark.parametrize("count", [1, 7, 48, 101])
+def test_a_step_has_the_same_rows_in_every_layout(kind: str, count: int) -> None:
+    lengths = None if kind == "size" else llava_like(count)
+    more: dict[str, Any] = {"tokens": 4096, "packed": kind == "packed"} if kind in ("tokens", "packed") else {}
+    found = []
+    for world, accumulation, size in ((1, 6, 2), (2, 3, 2), (3, 2, 2), (6, 1, 2)):
+        of = [
+            Batches(alone(count), seed=1, size=size, accumulation=accumulation, rank=rank, world=world, lengths=lengths, **more)
+            for rank in range(world)
+        ]
+        for each in of:
+            each.set_epoch(3)
+        found.append(steps(of, accumulation))
+    assert all(other == found[0] for other in found[1:])
+    assert sum(found[0], Counter()) == Counter(range(count))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=80), st.integers(1, 4), st.integers(1, 3), st.booleans())
+def test_a_budget_is_kept_and_no_row_is_lost(lengths: list[int], world: int, accumulation: int, packed: bool) -> None:
+    if not any(lengths):
+        lengths[0] = 1
+    of = [
+        Batches(
+            alone(sum(length > 0 for length in lengths)),
+            seed=0,
+            size=1,
+            accumulation=accumulation,
+            rank=rank,
+            world=world,
+            lengths=np.array(lengths),
+            tokens=50,
+            packed=packed,
+            largest_first=True,
+        )
+        for rank in range(world)
+    ]
+    made = [list(each) for each in of]
+    assert len({len(each) for each in made}) == 1
+    assert Counter(chain.from_iterable(chain.from_iterable(made))) == Counter(i for i, length in enumerate(lengths) if length)
+    for batch in chain.from_iterable(made):
+        sizes = [lengths[row] for row in batch]
+        assert (sum(sizes) if packed else max(sizes, default=0) * len(sizes)) <= 50
+
+
+@pytest.mark.parametrize("more", [{}, {"tokens": 64}, {"tokens": 64, "packed": True}], ids=["size", "tokens", "packed"])
+def test_the_largest_batch_comes_first_and_in_the_first_epoch_only(more: dict[str, Any]) -> None:
+    lengths = np.array([3, 9, 4, 50, 2, 7, 7, 1] * 4)
+    lengths[13] = 60
+    for seed in range(8):  # by chance the largest batch may come first anyway
+        plain = Batches(alone(32), seed=seed, size=4, lengths=lengths, **more)
+        batches = Batches(alone(32), seed=seed, size=4, lengths=lengths, largest_first=True, **more)
+        largest = max(lengths[batch].sum() if "packed" in more else lengths[batch].max() * len(batch) for batch in batches)
+        first = next(iter(batches))
+        assert (lengths[first].sum() if "packed" in more else lengths[first].max() * len(first)) == largest
+        assert Counter(chain.from_iterable(batches)) == Counter(range(32))
+        batches.set_epoch(1)
+        assert list(batches) == list(_at(plain, 1))
+
+
+def test_the_largest_batch_is_told_with_and_without_its_padding() -> None:
+    lengths = np.array([3, 9, 4, 50, 2, 7, 0, 60])
+    found = Batches(alone(7), seed=2, size=2, lengths=lengths).largest()
+    assert found["rows"] == 2 and found["padded_tokens"] == 120 and 62 <= found["tokens"] <= 110
+
+
+def _at(batches: Batches, epoch: int) -> Batches:
+    batches.set_epoch(epoch)
+    return batches
+
+
+@pytest.mark.parametrize("world", [8, 64, 512])
+@pytest.mark.parametrize("kind", ["packed", "tokens", "size"])
+def test_processes_have_equal_work_within_three_per_cent(world: int, kind: str) -> None:
+    lengths = llava_like(world * 160)
+    more: dict[str, Any] = {"tokens": 16384, "packed": kind == "packed"} if kind != "size" else {}
+    batches = Batches(alone(len(lengths)), seed=0, size=16, accumulation=world, lengths=lengths, **more)  # one takes all in turn
+    tokens = np.array([lengths[batch].sum() for batch in batches])
+    whole = tokens[: len(tokens) // world * world].reshape(-1, world)[:-1]  # the last step has what is left over
+    worst = whole.max(axis=1) / whole.mean(axis=1) - 1
+    assert len(whole) >= 4
+    assert max(sorted(worst)[:-1]) < 0.03
+
+
+def test_spreading_fills_every_batch_and_balances_it() -> None:
+    rows = np.arange(12)
+    lengths = np.array([100, 1, 1, 1, 50, 50, 1, 1, 1, 1, 90, 7])
+    made = spread(rows, lengths, 3, 4)
+    assert sorted(chain.from_iterable(made)) == list(range(12)) and [len(batch) for batch in made] == [4, 4, 4]
+    assert max(lengths[batch].sum() for batch in made) == 103  # the best there is: 100 with three of one token
+
+
+def test_the_last_rows_are_shared_and_none_is_taken_twice() -> None:
+    of = [list(Batches(alone(5), seed=0, size=2, rank=rank, world=2)) for rank in range(2)]
+    assert [[len(batch) for batch in rank] for rank in of] == [[2, 1], [2, 0]]
+    dropped = [list(Batches(alone(5), seed=0, size=2, rank=rank, world=2, drop_last=True)) for rank in range(2)]
+    assert [[len(batch) for batch in rank] for rank in dropped] == [[2], [2]]
+
+
+# ------------------------------------------------------------------------------------------------------------ mixtures
+
+
+def test_repeats_and_ratios_take_what_the_weights_say() -> None:
+    assert Mixture.by_repeats([10, 4, 7], [1.0, 2.5, 0.3]).takes == (10, 10, 2)
+    assert Mixture.by_ratio([10, 90], [1.0, 1.0]).takes == (50, 50)
+    assert Mixture.by_ratio([10, 10, 10], [1.0, 1.0, 5.0]).takes == (4, 4, 22)
+    assert Mixture.by_ratio([10, 0, 10], [1.0, 9.0, 1.0]).takes == (10, 0, 10)  # a source with no row that can train
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 30), st.floats(0.05, 4)), min_size=1, max_size=4), st.booleans())
+def test_every_row_is_met_equally_often_over_the_epochs(sources: list[tuple[int, float]], ratio: bool) -> None:
+    counts, weights = zip(*sources, strict=True)
+    mixture = (Mixture.by_ratio if ratio else Mixture.by_repeats)(counts, weights)
+    met: Counter[int] = Counter()
+    for epoch in range(7):
+        rows = mixture.rows(0, epoch)
+        assert len(rows) == len(mixture)
+        met.update(rows.tolist())
+    start = 0
+    for count, take in zip(counts, mixture.takes, strict=True):
+        times = [met[row] for row in range(start, start + count)]
+        assert sum(times) == 7 * take and max(times) - min(times) <= 1
+        start += count
+
+
+def test_a_source_of_half_weight_has_another_half_in_the_next_epoch() -> None:
+    batches = Batches(Mixture.by_repeats([8, 6], [1.0, 0.5]), seed=0, size=1)
+    first, second = set(chain.from_iterable(batches)), set(chain.from_iterable(_at(batches, 1)))
+    assert first & second == set(range(8)) and first | second == set(range(14))
+
+
+@pytest.mark.parametrize("kind", ["size", "tokens", "packed"])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_epoch_has_as_many_batches_as_announced(kind: str, seed: int) -> None:
+    """Also where rows cannot train and an epoch takes a part of them."""
+    lengths = np.random.default_rng(seed).integers(1, 40, 100)
+    lengths[np.random.default_rng(seed + 9).permutation(100)[:40]] = 0
+    more: dict[str, Any] = {"tokens": 90, "packed": kind == "packed"} if kind != "size" else {}
+    mixture = Mixture.by_repeats([60], [0.5])
+    batches = Batches(mixture, seed=seed, size=2, accumulation=3, lengths=lengths, steps=30, **more)
+    met: Counter[int] = Counter()
+    for epoch in range(4):
+        made = list(_at(batches, epoch))
+        assert len(made) == len(batches)
+        met.update(chain.from_iterable(made))
+    assert met == dict.fromkeys(np.flatnonzero(lengths).tolist(), 2)
+
+
+def test_packed_epochs_of_parts_of_a_source_have_equally_many_batches() -> None:
+    lengths = np.random.default_rng(0).integers(1, 40, 50)
+    batches = Batches(
+        Mixture.by_repeats([50], [0.3]), seed=0, size=1, lengths=lengths, tokens=50, packed=True, accumulation=2, epochs=6
+    )
+    for epoch in range(6):
+        made = list(_at(batches, epoch))
+        assert len(made) == len(batches) and all(lengths[batch].sum() <= 50 for batch in made)

@@ -1,0 +1,41 @@
+"""What a recipe says of a source holds for its rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmtune.data.dataset import Samples
+from mmtune.data.message import RowError
+from mmtune.recipe.recipe import Source
+
+
+def _llava(image: str) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Teal."}]
+    return {"image": image, "conversations": turns}
+
+
+def test_what_a_source_allows_holds_for_its_rows(tmp_path: Path, media: Path) -> None:
+    rows = [_llava("../outside.png"), _llava("https://example.org/a.png"), _llava("a.png")]
+    path = str(tmp_path / "r.json")
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    confined = Samples([Source(path=path, template="llava", media_root=str(media))])
+    for index, reason in ((0, "lies outside media_root"), (1, "is a URL; `allow_urls: true`")):
+        with pytest.raises(RowError, match=rf"^r\.json\[{index}\]: image: .*{reason}"):
+            confined[index]
+    assert confined[2].images == [media / "a.png"]
+    free = Samples([Source(path=path, template="llava", media_root=str(media), allow_outside_root=True)])
+    assert free[0].images == [tmp_path / "outside.png"]
+
+
+def test_rows_of_several_folders_keep_their_ids_apart(tmp_path: Path, media: Path) -> None:
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "r.jsonl").write_text(json.dumps(_llava("a.png")))
+    folders = [Source(path=str(tmp_path / folder), template="llava", media_root=str(media)) for folder in ("x", "y")]
+    assert [sample.id for sample in Samples(folders)] == [f"{tmp_path}/x/r.jsonl:1", f"{tmp_path}/y/r.jsonl:1"]
+    one = Samples([Source(path=f"{tmp_path}/*/r.jsonl", template="llava", media_root=str(media))])
+    assert [sample.id for sample in one] == ["x/r.jsonl:1", "y/r.jsonl:1"]

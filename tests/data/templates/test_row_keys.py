@@ -1,0 +1,422 @@
+"""What a row says in its keys is honoured or refused: media, indexes, placeholders; and by every verb the same."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from message_rows import assistant, contents, samples, talk, user
+from PIL import Image
+
+from mmtune.cli.main import entry_point
+from mmtune.data.media.media import Embedded, open_image
+from mmtune.data.message import RowError
+from mmtune.data.sources.reader import Reader
+from mmtune.data.templates.unread_media import holds_media
+from mmtune.recipe.recipe import Source
+
+# ---------------------------------------------------------------------------------------------------- media that nobody reads
+
+UNREAD: list[tuple[str, dict[str, Any], str]] = [
+    ("messages", {"image": "a.png", "messages": [user("q"), assistant("a")]}, "image"),
+    ("messages", {"image_0": "ex_399_img_0", "messages": [user("q"), assistant("a")]}, "image_0"),
+    ("messages", {"img_path": "a.png", "messages": [user("q"), assistant("a")]}, "img_path"),
+    ("messages", {"shown": ["x", "pics/a b.JPG"], "messages": [user("q"), assistant("a")]}, "shown"),
+    ("messages", {"shown": "https://x.org/a.webp?size=3", "messages": [user("q"), assistant("a")]}, "shown"),
+    ("messages", {"shown": "pics\\a.png", "messages": [user("q"), assistant("a")]}, "shown"),
+    ("messages", {"shown": "data:image/png;base64,AAAA", "messages": [user("q"), assistant("a")]}, "shown"),
+    ("messages", {"shown": {"bytes": None, "path": "a"}, "messages": [user("q"), assistant("a")]}, "shown"),
+    ("messages", {"messages": [user("q", image_url="a"), assistant("a")]}, r"messages\[0\]\.image_url"),
+    ("messages", {"messages": [user("q"), assistant("a", shown="a.png")]}, r"messages\[1\]\.shown"),
+    (
+        "messages",
+        {"messages": [user([{"type": "text", "text": "q", "image": "a.png"}]), assistant("a")]},
+        r"content\[0\]\.image",
+    ),
+    ("messages", {"messages": [user([{"type": "image", "file": "a.png"}]), assistant("a")]}, r"content\[0\]\.file"),
+    ("llava", {"video": "v.mp4", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "video"),
+    ("llava", {"images": ["a.png"], "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "images"),
+    ("alpaca", {"image": "a.png", "instruction": "q", "input": "", "output": "a"}, "image"),
+    ("vqa", {"image": "a.png", "mask": "m.png", "question": "q", "answer": "a"}, "mask"),
+    ("messages", {"attachments": [{"type": "image", "image": "ex_3"}], "messages": [user("q"), assistant("a")]}, "attachments"),
+    ("messages", {"attachments": [{"image_url": {"url": "a.jpg"}}], "messages": [user("q"), assistant("a")]}, "attachments"),
+    ("messages", {"meta": {"file_name": "a.jpg", "n": 1}, "messages": [user("q"), assistant("a")]}, "meta"),
+    ("messages", {"meta": {"url": "https://x.org/a.jpg", "n": 1}, "messages": [user("q"), assistant("a")]}, "meta"),
+    ("messages", {"messages": [user("q", files=[{"name": "0.png"}]), assistant("a")]}, r"messages\[0\]\.files"),
+    ("messages", {"messages": [user([{"type": "image", "file": {"file_id": "0.png"}}]), assistant("a")]}, r"content\[0\]\.file"),
+]
+
+
+@pytest.mark.parametrize(("template", "row", "where"), UNREAD)
+def test_media_that_nobody_reads_are_an_error_of_the_row(media: Path, template: str, row: dict[str, Any], where: str) -> None:
+    with pytest.raises(RowError, match=rf"^rows\.json\[0\]: \S*{where}: names or holds media and is not read; ") as caught:
+        samples(media, row, template=template)
+    assert caught.value.finding == "media_unread"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in ("image", "images", "video") for value in (None, "", [], {}, False, 0, 3)),
+        ("image_id", 7),
+        ("image_width", "640"),
+        ("num_images", 2),
+        ("has_image", True),
+        ("image_caption", "a cat"),
+        ("source", "https://en.wikipedia.org/wiki/Cat"),
+        ("source", {"url": "https://en.wikipedia.org/wiki/Cat"}),
+        ("title", "How to open a .png"),
+        ("source", "see fig1.png"),
+        ("image_url", {"url": None}),
+        ("image", {"bytes": None, "path": None}),
+        ("images", [None]),
+        ("images", [[], {"url": ""}]),
+        *(("image", word) for word in ("None", "none", "null", "nan", "False", "false")),
+        ("caption", "The file is not there.\nSee a.png"),
+        ("version", "v1.0"),
+        ("notes", ["a", "b"]),
+        ("embedding", [0.1, 0.2]),
+        ("table", "rows.json"),
+    ],
+)
+def test_what_only_speaks_of_media_is_no_media(key: str, value: Any) -> None:
+    assert not holds_media(key, value)
+
+
+def test_a_picture_s_address_in_metadata_is_provenance_where_media_are_read(media: Path) -> None:
+    source = {"url": "https://x.org/a.png", "licence": "CC"}
+    assert holds_media("source", source) and not holds_media("source", source, provenance=True)
+    assert holds_media("source", {**source, "file": "a.png"}, provenance=True)
+    assert holds_media("a", [{"type": "image", "url": "https://x.org/a.png", "n": 1}], provenance=True)
+    row = {"images": ["a.png"], "source": source, "messages": [user("<image>q", meta=source), assistant("a")]}
+    assert contents(samples(media, row)[0]) == [["<a.png>", "q"], ["a"]]
+
+
+def test_what_is_not_media_leaves_a_row_whole(media: Path) -> None:
+    text = {"type": "text", "text": "q", "image_url": {"url": None}}
+    picture = {"type": "image", "image": "a.png", "url": {"url": None}}
+    rows = {"image": {"bytes": None, "path": None}, "messages": [user([text, picture], name="bob.png"), assistant("a")]}
+    assert contents(samples(media, rows)[0]) == [["q", "<a.png>"], ["a"]]
+
+
+def test_anthropic_s_source_is_read_or_refused(media: Path) -> None:
+    data = base64.b64encode(_png("red")).decode()
+
+    def row(source: Any) -> dict[str, Any]:
+        return {"images": [], "messages": [user([{"type": "image", "source": source}]), assistant("a")]}
+
+    [sample] = samples(media, row({"type": "base64", "media_type": "image/png", "data": data}))
+    assert open_image(sample.images[0]).getpixel((0, 0)) == (255, 0, 0)
+    for source, reason in (
+        ({"type": "url", "url": "https://x.org/a.png"}, "is a URL; `allow_urls: true`"),
+        ({"type": "file", "file_id": "f1"}, "got an object with type, file_id"),
+        ({"type": "base64", "media_type": "image/png", "data": "!"}, "not valid base64"),
+    ):
+        with pytest.raises(RowError, match=rf"messages\[0\]\.content\[0\]\.source: .*{reason}"):
+            samples(media, row(source))
+
+
+def test_bytes_and_members_are_media() -> None:
+    assert (
+        holds_media("a", b"\x89PNG") and holds_media("a", {"bytes": b"x", "path": None}) and holds_media("a", "/9j/" + "A" * 200)
+    )
+    assert holds_media("seg.png", Embedded(Path("s.tar"), "1.seg.png")) and not holds_media(
+        "npy", Embedded(Path("s.tar"), "1.npy")
+    )
+
+
+def test_media_that_are_meant_to_be_left_out(media: Path) -> None:
+    """Named in `ignore`, read by `where`, the row's own id, or null as parquet fills it."""
+    row = {
+        "id": "pics/a.png",
+        "thumb": "t.png",
+        "set": "a.png",
+        "image": None,
+        "messages": [user("q", image=None), assistant("a")],
+    }
+    [sample] = samples(media, row, ignore=["thumb"], where={"set": "a.png"})
+    assert contents(sample) == [["q"], ["a"]]
+    with pytest.raises(RowError, match="thumb: names or holds media"):
+        samples(media, row, where={"set": "a.png"})
+
+
+# ---------------------------------------------------------------------------------------------------- media of a turn
+
+
+@pytest.mark.parametrize(
+    ("turns", "images", "told"),
+    [
+        ([user("q", images=["a.png"]), assistant("a")], [], [["<a.png>", "q"], ["a"]]),
+        ([user("q", image="a.png"), assistant("a")], [], [["<a.png>", "q"], ["a"]]),
+        (
+            [user("<image>\nq <image>r", images=["b.png", "a.png"]), assistant("a")],
+            [],
+            [["<b.png>", "q ", "<a.png>", "r"], ["a"]],
+        ),
+        (
+            [user([{"type": "text", "text": "q"}, {"type": "image"}], images=["a.png"]), assistant("a")],
+            [],
+            [["q", "<a.png>"], ["a"]],
+        ),
+        (
+            [user("<image>q"), assistant("a"), user("r", images=["b.png"]), assistant("b")],
+            ["a.png"],
+            [["<a.png>", "q"], ["a"], ["<b.png>", "r"], ["b"]],
+        ),
+        (
+            [
+                user([{"type": "image", "index": 1}, {"type": "image", "index": 0}, {"type": "text", "text": "q"}]),
+                assistant("a"),
+            ],
+            ["a.png", "b.png"],
+            [["<b.png>", "<a.png>", "q"], ["a"]],
+        ),
+        (
+            [user([{"type": "image", "index": 0}]), assistant("a"), user([{"type": "image", "index": 0}]), assistant("b")],
+            ["a.png"],
+            [["<a.png>"], ["a"], ["<a.png>"], ["b"]],
+        ),
+        ([user([{"type": "image", "index": None, "text": None}]), assistant("a")], ["a.png"], [["<a.png>"], ["a"]]),
+        ([user([{"type": "image_url", "image_url": "a.png"}]), assistant("a")], [], [["<a.png>"], ["a"]]),
+        ([user([{"type": "image", "image_url": {"url": "a.png", "detail": "low"}}]), assistant("a")], [], [["<a.png>"], ["a"]]),
+    ],
+)
+def test_media_of_turns_and_blocks(media: Path, turns: list[Any], images: list[str], told: list[list[str]]) -> None:
+    [sample] = samples(media, {"messages": turns, "images": images})
+    assert contents(sample) == told
+
+
+@pytest.mark.parametrize(
+    ("turns", "images", "reason"),
+    [
+        ([user("<image>q", images=["a.png", "b.png"]), assistant("a")], [], r"messages\[0\]: 2 images for 1 '<image>' pl"),
+        ([user("q", images=["a.png"], image="a.png"), assistant("a")], [], r"messages\[0\]\.images: 'image' is given too"),
+        ([user("q", images=["none.png"]), assistant("a")], [], r"messages\[0\]\.images: no such file"),
+        ([user("q"), assistant("a", images=["a.png"])], [], r"messages\[1\]: an answer cannot hold an image"),
+        ([user("q", images=["a.png"]), assistant("a")], ["b.png"], "images: 1 images for 0 '<image>' placeholders"),
+        ([user([{"type": "image", "index": 2}]), assistant("a")], ["a.png"], "index from 0 on into 1 images, got 2"),
+        ([user([{"type": "image", "index": -1}]), assistant("a")], ["a.png"], r"content\[0\]\.index: .* got -1"),
+        ([user([{"type": "image", "index": "0"}]), assistant("a")], ["a.png"], "got '0'"),
+        ([user([{"type": "image", "index": 0}]), assistant("a")], ["a.png", "b.png"], "2 images, and no block has index 1"),
+        (
+            [user([{"type": "image", "index": 0}, {"type": "image"}]), assistant("a")],
+            ["a.png"],
+            "some blocks have an index and",
+        ),
+        ([user([{"type": "image", "image": "a.png", "path": "b.png"}]), assistant("a")], [], "both 'image' and 'path'"),
+    ],
+)
+def test_media_of_turns_that_are_not_clear(media: Path, turns: list[Any], images: list[str], reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        samples(media, {"messages": turns, "images": images})
+
+
+def test_images_without_a_placeholder_are_added_where_the_source_says_so(media: Path) -> None:
+    row = {
+        "images": ["a.png", "b.png"],
+        "messages": [{"role": "system", "content": "s"}, user("q"), assistant("a"), user("r"), assistant("b")],
+    }
+    with pytest.raises(RowError, match=r"images: 2 images for 0 '<image>' placeholders; `image_placeholder: add` in the source"):
+        samples(media, row)
+    [sample] = samples(media, row, image_placeholder="add")
+    assert contents(sample) == [["s"], ["<a.png>", "<b.png>", "q"], ["a"], ["r"], ["b"]]
+    row["messages"] = [user("<image>q"), assistant("a")]
+    with pytest.raises(RowError, match=r"2 images for 1 '<image>' placeholders$"):
+        samples(media, row, image_placeholder="add")
+    row["messages"] = [user([{"type": "image", "index": 0}]), assistant("a")]
+    with pytest.raises(RowError, match="no block has index 1"):
+        samples(media, row, image_placeholder="add")
+    for images in ({"images": ["a.png"]}, {"image": "a.png"}, {"images": [], "image": "a.png"}):  # TRL's rows have either
+        trl = {**images, "prompt": [user([{"type": "text", "text": "q"}])], "completion": [assistant("a")]}
+        [sample] = samples(media, trl, template="prompt_completion", image_placeholder="add")
+        assert contents(sample) == [["<a.png>", "q"], ["a"]]
+    with pytest.raises(RowError, match="images: 'image' is given too; give one of them"):
+        samples(media, {**trl, "images": ["b.png"]}, template="prompt_completion")
+
+
+# ---------------------------------------------------------------------------------------------------- shards
+
+
+def _shard(folder: Path, *rows: dict[str, Any]) -> Path:
+    """A shard of rows: each a member's ending to its bytes, or to what its JSON holds."""
+    with tarfile.open(folder / "s.tar", "w") as tar:
+        for number, row in enumerate(rows):
+            for ending, value in row.items():
+                data = value if isinstance(value, bytes) else json.dumps(value).encode()
+                member = tarfile.TarInfo(f"{number:03d}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return folder / "s.tar"
+
+
+def _png(color: str) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(out, "PNG")
+    return out.getvalue()
+
+
+def _nested(question: str, **keys: Any) -> dict[str, Any]:
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "a"}], **keys}
+
+
+def test_a_conversation_inside_of_a_shards_json(tmp_path: Path) -> None:
+    many = {f"{n}.png": _png("red") for n in range(11)}
+    rows = [
+        {"json": _nested("<image>q", id="x7"), "png": _png("red")},
+        {"json": _nested("<image>q", image="coco/7.jpg"), "jpg": _png("red")},
+        {"json": _nested("q")},
+        {"json": _nested("<image>" * 11), **many},
+        {"json": _nested("<image><image>", image=["p/1.png", "0.png"]), "0.png": _png("red"), "1.png": _png("red")},
+        {"json": _nested("<image><image>", image=["005.1.png", {"path": "005.0.png"}]), "0.png": b"", "1.png": b""},
+    ]
+    reader = Reader(Source(path=str(_shard(tmp_path, *rows)), template="llava"))
+    opened = reader.open()
+    told = [contents(reader.sample(*opened[index])) for index in range(len(opened))]
+    assert told[:3] == [[["<000.png>", "q"], ["a"]], [["<001.jpg>", "q"], ["a"]], [["q"], ["a"]]]
+    assert told[3][0] == [f"<003.{n}.png>" for n in range(11)]
+    assert [told[4][0], told[5][0]] == [[f"<00{row}.{n}.png>" for n in (1, 0)] for row in (4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"json": _nested("<image>q", image=["a", "b"]), "png": _png("red")}, r"s\.tar:000: image: 2 in `json` and 1 members"),
+        (
+            {"json": _nested("<image><image>", image=["1.png", "x.png"]), "0.png": b"", "1.png": b""},
+            r"image: `json` names 'x\.png', which is not a member of the shard's row \(0\.png, 1\.png\)",
+        ),
+        ({"json": _nested("<image>", image="1.png"), "0.png": b"", "1.png": b""}, r"image: the member 0\.png .* is not named"),
+        ({"json": _nested("q"), "png": _png("red")}, "image: 1 images for 0"),
+        ({"json": _nested("q"), "mp4": b"x"}, "mp4: names or holds media and is not read"),
+        ({"json": _nested("q", video="a.mp4")}, "video: names or holds media and is not read"),
+    ],
+)
+def test_a_shards_row_whose_media_are_not_clear(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    reader = Reader(Source(path=str(_shard(tmp_path, row)), template="llava"))
+    with pytest.raises(RowError, match=reason):
+        reader.sample(*reader.open()[0])
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def mmtune(media: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs a verb over a recipe of some rows; gives the exit code and what was printed."""
+
+    def run(verb: list[str], rows: list[Any], source: dict[str, Any], *overrides: str, **sections: Any) -> tuple[int, str]:
+        (media / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+        data = {"train": [{"path": str(media / "rows.json"), "template": "messages", **source}]}
+        document = {"model": {"base": str(base)}, "data": data, "output_dir": str(media / "run"), **sections}
+        document["train"] = {"use_cpu": True, "max_steps": 1, "per_device_train_batch_size": 1}
+        (media / "recipe.yaml").write_text(json.dumps(document), encoding="utf-8")
+        code = entry_point([*verb, str(media / "recipe.yaml"), *overrides])
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+CATS = {"images": ["a.png"], "prompt": [user("<image>q")], "completion": [assistant("a cat")]}
+
+
+@pytest.mark.parametrize(
+    ("template", "rows", "trains", "images"),
+    [
+        ("messages", [{"messages": [user("q", images=["a.png"]), assistant("a cat")]}], ["a cat"], 1),
+        (
+            "messages",
+            [
+                {
+                    "images": ["a.png", "b.png"],
+                    "messages": [user([{"type": "image", "index": 1}, {"type": "image", "index": 0}]), assistant("b")],
+                }
+            ],
+            ["b"],
+            2,
+        ),
+        ("prompt_completion", [CATS], ["a cat"], 1),
+        (
+            "query_response",
+            [{"images": ["a.png"], "query": "<image>q", "response": "b", "history": [["Hello", "Hi"]]}],
+            ["Hi", "b"],
+            1,
+        ),
+        ("classification", "image,label\na.png,cat\n", ["cat"], 1),
+        ("llava", b"", ["a"], 1),
+    ],
+    ids=["images in a turn", "index", "prompt_completion", "query_response", "word labels", "shard"],
+)
+def test_rows_as_people_bring_them_are_checked_and_shown(
+    media: Path, base: Path, capsys: pytest.CaptureFixture[str], template: str, rows: Any, trains: list[str], images: int
+) -> None:
+    if isinstance(rows, bytes):
+        path = _shard(media, {"json": _nested("<image>q"), "png": _png("red")})
+    elif isinstance(rows, str):
+        (path := media / "rows.csv").write_text(rows, encoding="utf-8")
+    else:
+        (path := media / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    data = {"train": [{"path": str(path), "template": template}]}
+    (media / "recipe.yaml").write_text(json.dumps({"model": {"base": str(base)}, "data": data, "output_dir": "run"}))
+    assert entry_point(["data", "check", str(media / "recipe.yaml")]) == 0
+    capsys.readouterr()
+    assert entry_point(["data", "show", "--json", str(media / "recipe.yaml")]) == 0
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    assert "".join(token["text"] for token in tokens if token["kind"] == "supervised") == "".join(f"{a}<|end|>" for a in trains)
+    assert sum(token["kind"] == "media" for token in tokens) == 16 * images
+
+
+def test_a_file_that_is_no_json_is_refused_by_every_verb(media: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {"train": [{"path": str(media / "rows.json"), "template": "llava"}]}
+    (media / "recipe.yaml").write_text(json.dumps({"model": {"base": str(base)}, "data": data, "output_dir": str(media / "run")}))
+    for text, told in (
+        (b"this is not json", "rows.json:1: not JSON"),
+        ("[]".encode("utf-16"), "rows.json: the text is in UTF-16"),
+    ):
+        (media / "rows.json").write_bytes(text)
+        for verb in (["data", "check"], ["data", "show"], ["plan"], ["train"]):
+            assert entry_point([*verb, str(media / "recipe.yaml")]) == 2
+            assert told in capsys.readouterr().err
+
+
+def test_a_key_with_media_is_told_by_check_plan_and_train(mmtune: Callable[..., tuple[int, str]]) -> None:
+    rows = [{"image": "a.png", "messages": [user("q"), assistant("a")]}]
+    code, told = mmtune(["data", "check"], rows, {})
+    assert code == 1 and "media_unread" in told and "0 notes" in told
+    for verb in (["plan"], ["train"]):
+        code, told = mmtune(verb, rows, {})
+        assert "rows.json[0]: image: names or holds media and is not read; the template reads media in images, videos" in told, (
+            verb
+        )
+    assert code == 2 and "1 of 1 rows cannot train" in told
+    assert mmtune(["data", "check"], rows, {"ignore": ["image"]})[0] == 0
+
+
+def test_a_weight_is_seen_by_check_show_and_plan(mmtune: Callable[..., tuple[int, str]]) -> None:
+    rows = [talk({"weight": 0}, {})]
+    assert mmtune(["data", "check"], rows, {})[0] == 0
+    _, told = mmtune(["data", "show", "--json"], rows, {})
+    shown = [token["text"] for token in json.loads(told)["tokens"] if token["kind"] == "supervised"]
+    assert "".join(shown) == "right<|end|>"
+    _, told = mmtune(["plan"], rows, {})
+    assert re.search(rf"supervised tokens │ +{len(shown)} ", told)
+
+
+def test_a_last_answer_of_weight_0_can_train_and_cannot_be_asked(mmtune: Callable[..., tuple[int, str]], media: Path) -> None:
+    rows = [talk({}, {"weight": 0})]
+    assert mmtune(["data", "check"], rows, {})[0] == 0
+    code, told = mmtune(["data", "check"], rows, {}, "data.supervise=last")
+    assert code == 1 and "nothing_supervised" in told
+    (media / "held_out.json").write_text(json.dumps(rows), encoding="utf-8")
+    asked = {"data": [{"path": str(media / "held_out.json"), "template": "messages"}]}
+    code, told = mmtune(["data", "check"], [talk({}, {})], {}, evaluate=asked)
+    assert code == 1 and "reference_weight" in told
+    code, told = mmtune(["train"], [talk({}, {})], {}, evaluate=asked)
+    assert code == 2 and "1 of 1 rows cannot be asked:\n  held_out.json[0]: messages: the last answer has weight 0" in told

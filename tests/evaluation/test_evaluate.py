@@ -1,0 +1,188 @@
+"""Answers in batches are those of plain `model.generate` one by one; scores are hand counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mmtune.data.dataset import Samples, iterate_rows
+from mmtune.data.message import RowError, Sample
+from mmtune.evaluation.evaluate import Answer, as_json, evaluate, generate_answers, read_answers, score, write_answers
+from mmtune.evaluation.evaluation_progress import EvaluationProgress
+from mmtune.recipe.recipe import EvaluateSection, Source
+
+torch.set_num_threads(1)
+
+
+def _section(rows: Path, **settings: Any) -> EvaluateSection:
+    return EvaluateSection(data=(Source(path=str(rows), template="llava"),), max_new_tokens=6, **settings)
+
+
+def _plain(model: Any, processor: Any, sample: Sample) -> str:
+    """One question through transformers alone."""
+    talk = [
+        {
+            "role": message["role"],
+            "content": [
+                {**block, "image": Image.open(block["image"]).convert("RGB")} if block["type"] == "image" else block
+                for block in message["content"]
+            ],
+        }
+        for message in sample.messages[:-1]
+    ]
+    ask = processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        out = model.generate(**ask, max_new_tokens=6, do_sample=False)
+    text: str = processor.tokenizer.decode(out[0, ask["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
+
+
+@pytest.fixture(scope="module")
+def samples(rows: Path) -> list[Sample]:
+    """Questions of different lengths: with an image, without one, with two, and after an earlier turn."""
+    first, second, *rest = iterate_rows(Samples([Source(path=str(rows), template="llava")]))
+    words = [{"type": "text", "text": "a rather longer question, with no image at all, that pads the others on their left"}]
+    question, answer = second.messages
+    image = first.messages[0]["content"][0]
+    return [
+        Sample("text", [{"role": "user", "content": words}, answer]),
+        first,
+        Sample("two", [{"role": "user", "content": [image, *question["content"]]}, answer]),
+        Sample("turns", [*first.messages, {"role": "user", "content": words}, answer]),
+        *rest[:2],
+    ]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(talker: tuple[Any, Any], samples: list[Sample]) -> list[str]:
+    return [_plain(*talker, sample) for sample in samples]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 99])
+def test_batched_answers_are_those_of_one_by_one(
+    talker: tuple[Any, Any], samples: list[Sample], one_by_one: list[str], batch_size: int
+) -> None:
+    answers = generate_answers(*talker, samples, max_new_tokens=6, batch_size=batch_size)
+    assert answers == one_by_one
+    assert len(set(answers)) > 1  # so that their order means something
+
+
+def test_no_questions_no_answers(talker: tuple[Any, Any]) -> None:
+    assert generate_answers(*talker, [], max_new_tokens=6, batch_size=4) == []
+
+
+def test_every_module_keeps_its_mode(talker: tuple[Any, Any], samples: list[Sample]) -> None:
+    model, processor = talker
+    model.train()
+    model.model.vision_tower.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    asked: list[bool] = []
+    hook = model.model.register_forward_hook(lambda module, *_: asked.append(module.training))
+    try:
+        generate_answers(model, processor, samples[:1], max_new_tokens=2, batch_size=1)
+        assert {name: module.training for name, module in model.named_modules()} == before
+        assert asked and not any(asked)
+    finally:
+        hook.remove()
+        model.eval()
+
+
+def test_a_question_that_cannot_be_asked_is_named(talker: tuple[Any, Any]) -> None:
+    turns = [{"role": role, "content": [{"type": "text", "text": "half of \ud83d"}]} for role in ("user", "assistant")]
+    with pytest.raises(RowError, match=r"^row: messages\[0\]: the text is not valid Unicode"):
+        generate_answers(*talker, [Sample("row", turns)], max_new_tokens=2, batch_size=1)
+    with pytest.raises(RowError, match=r"^row: messages: the conversation does not end with an answer"):
+        generate_answers(*talker, [Sample("row", turns[:1])], max_new_tokens=2, batch_size=1)
+
+
+def test_evaluating_scores_the_conclusion(rows: Path, talker: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = json.loads(rows.read_text())
+    references = [row["conversations"][1]["value"] for row in given]
+    said = [*references[:9], "", "no idea", references[11].rpartition("Answer:")[2]]
+    monkeypatch.setattr("mmtune.evaluation.evaluate.generate_answers", lambda *_: said)
+    answers = evaluate(*talker, _section(rows, answer_after="Answer:"))
+    assert [answer.correct for answer in answers] == [True] * 9 + [False, False, True]
+    assert [answer.correct for answer in evaluate(*talker, _section(rows))] == [True] * 9 + [False] * 3
+    assert [answer.reference for answer in answers] == references
+    assert [answer.id for answer in answers] == [f"rows.json[{number}]" for number in range(12)]
+    assert [answer.task for answer in answers] == [row["task"] for row in given]
+    assert answers[0].question == given[0]["conversations"][0]["value"].removeprefix("<image>\n")
+    assert [Path(answer.images[0]).name for answer in answers] == [f"{number:05d}.png" for number in range(12)]
+    assert {answer.source for answer in answers} == {None}  # there is one
+
+
+def test_rows_without_a_task_are_scored_by_their_source(
+    rows: Path, talker: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = json.loads(rows.read_text())
+    for name, part in {"a.json": given[:2], "b.json": given[2:5]}.items():
+        plain = [{key: value for key, value in row.items() if key != "task"} for row in part]
+        (tmp_path / name).write_text(json.dumps(plain))
+    sources = [Source(path=str(tmp_path / name), template="llava", media_root=str(rows.parent)) for name in ("a.json", "b.json")]
+    section = EvaluateSection(data=(*sources, Source(path=str(rows), template="llava", limit=1)), max_new_tokens=6)
+    monkeypatch.setattr("mmtune.evaluation.evaluate.generate_answers", lambda model, processor, samples, *_: ["?"] * len(samples))
+    scores = score(evaluate(*talker, section), section)
+    assert [(each.task, each.questions) for each in scores] == [
+        ("a.json", 2),
+        ("b.json", 3),
+        (given[0]["task"], 1),  # a row that names its task counts there
+        ("overall", 6),
+    ]
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    times = iter([0.0, 10.0, 20.0, 42.0, 50.0])
+    with EvaluationProgress("before tuning", 40, clock=lambda: next(times)) as progress:
+        for _ in range(4):
+            progress.update(10)
+    assert capsys.readouterr().err.splitlines() == [
+        "before tuning: 10 of 40 questions, about 00:30 left",
+        "before tuning: 30 of 40 questions, about 00:14 left",
+    ]
+    times = iter([0.0, 1.0, 2.0])
+    with EvaluationProgress("short", 2, clock=lambda: next(times)) as progress:
+        progress.update(1)
+        progress.update(1)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_held_out_row_that_cannot_be_read_stops_the_evaluation(tmp_path: Path, talker: tuple[Any, Any]) -> None:
+    (tmp_path / "r.jsonl").write_text('{"conversations": []}')
+    with pytest.raises(RowError, match=r"r\.jsonl:1: conversations"):
+        evaluate(*talker, _section(tmp_path / "r.jsonl"))
+
+
+def _answer(task: str | None, correct: bool, reference: str = "1 2. Answer: yes", **changes: Any) -> Answer:
+    answer = Answer("r", task=task, question="?", images=(), reference=reference, prediction="", correct=correct)
+    return dataclasses.replace(answer, **changes)
+
+
+def test_scores_are_counted_per_task_and_over_all(rows: Path) -> None:
+    answers = [
+        _answer("b", True),
+        _answer("a", False),
+        _answer("b", True),
+        _answer("b", False, "x. Answer: no"),
+        _answer(None, True),
+    ]
+    scores = score(answers, _section(rows, answer_after="Answer:"))
+    figures = [(s.task, s.questions, s.correct, s.accuracy, s.majority_accuracy) for s in scores]
+    assert figures == [("b", 3, 2, 2 / 3, 2 / 3), ("a", 1, 0, 0, 1), ("untitled", 1, 1, 1, 1), ("overall", 5, 3, 3 / 5, 4 / 5)]
+    assert scores[0].interval == pytest.approx((0.20765, 0.93851), abs=1e-5)  # scipy.stats.binomtest(2, 3), wilson
+    assert json.loads(json.dumps(as_json(scores)))[3]["accuracy"] == 0.6
+    one = score(answers[:1], _section(rows))
+    assert [s.task for s in one] == ["overall"]
+    assert [dataclasses.astuple(s) for s in score([], _section(rows))] == [("overall", 0, 0, 0.0, (0.0, 1.0), 0.0)]
+
+
+def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
+    odd = "line\nbreak \u2028 \u2029 \x85 \x0b \x1c \r\n é 猫 <|end|>"
+    answers = [_answer(None, True, odd, prediction=odd, question=odd, images=("a.png", "b.png")), _answer("t", False)]
+    write_answers(answers, tmp_path / "a.jsonl")
+    assert read_answers(tmp_path / "a.jsonl") == answers

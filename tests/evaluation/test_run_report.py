@@ -1,0 +1,184 @@
+"""The page holds everything inside itself, shows hostile text as text, and shows what went wrong."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mmtune.evaluation.evaluate import Answer, write_answers
+from mmtune.evaluation.run_report import sample_answers, write_report
+from mmtune.evaluation.scores import print_scores, score_rows
+from mmtune.methods.method_table import METHODS
+from mmtune.methods.show_methods import print_methods
+from mmtune.recipe.recipe import Recipe
+from mmtune.run_directory import RunDirectory
+from mmtune.tuning.apply import ComponentCount, print_parameters, print_trained_modules
+
+HOSTILE = "<script>alert('&')</script><img src=https://evil.example/x.png onerror=alert(1)>"
+
+
+class _Page(HTMLParser):
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def _answer(number: int, correct: bool, **changes: Any) -> Answer:
+    answer = Answer(f"r[{number}]", task="t", question="?", images=(), reference="x", prediction="y", correct=correct)
+    return dataclasses.replace(answer, **changes)
+
+
+SCORE = {"questions": 4, "correct": 1, "accuracy": 0.25, "interval": (0.05, 0.7), "majority_accuracy": 0.5}
+SUMMARY = {
+    "trainable_parameters": 1234567,
+    "total_parameters": 7654321,
+    "train_seconds": 12.5,
+    "rows": 12,
+    "quarantined": 1,
+    "dropped_over_length": 2,
+    "peak_memory_mb": 1500.4,
+    "tuned_scores": [{"task": HOSTILE, **SCORE}, {"task": "overall", **SCORE, "accuracy": 0.75}],
+    "base_scores": [{"task": "overall", **SCORE}],
+}
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def _run(recipe: Recipe, answers: list[Answer], before: list[Answer]) -> tuple[RunDirectory, _Page]:
+    run = RunDirectory(Path(recipe.output_dir))
+    run.path.mkdir()
+    run.recipe.write_text(recipe.to_yaml())
+    Image.new("RGB", (8, 8)).save(run.loss_curve)
+    run.update_summary(SUMMARY)
+    write_answers(answers, run.answers("after"))
+    write_answers(before, run.answers("before"))
+    write_report(run, recipe, run.read_summary())
+    return run, _Page(run.report.read_text(encoding="utf-8"))
+
+
+def test_the_page_is_self_contained_and_shows_hostile_text_as_text(make_recipe: MakeRecipe, rows: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (1000, 500), (10, 200, 30)).save(tmp_path / "wide.png")
+    images = (str(tmp_path / "wide.png"), str(tmp_path / "wide.png"))
+    hostile = _answer(0, False, question=HOSTILE, prediction=HOSTILE, reference=HOSTILE, id=HOSTILE, task=HOSTILE, images=images)
+    recipe = make_recipe(f"evaluate.data=[{{path: {rows}, template: llava}}]", "evaluate.samples=8")
+    _, page = _run(recipe, [hostile, _answer(1, True, prediction="")], [hostile, _answer(1, False, prediction="before all")])
+
+    kinds = {tag for tag, _ in page.tags}
+    assert not kinds & {"script", "link", "iframe", "object", "base"}
+    for tag, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes), tag
+        assert not attributes.get("href")
+        assert (attributes.get("src") or "data:").startswith("data:")
+    style = re.search(r"<style>(.*?)</style>", (Path(recipe.output_dir) / "report.html").read_text(), re.DOTALL)
+    assert style and "url(" not in style[1] and "@import" not in style[1]
+    assert page.text.count(HOSTILE) == 7  # a score, question, reference, both predictions, id, task
+
+    pictures = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    assert len(pictures) == 3
+    decoded = [Image.open(io.BytesIO(base64.b64decode(str(picture).partition("base64,")[2]))) for picture in pictures]
+    assert [image.size for image in decoded] == [(8, 8), (320, 160), (320, 160)]
+    assert decoded[1].convert("RGB").getpixel((5, 5)) == (10, 200, 30)
+    for shown in ("1,234,567 of 7,654,321", "1 quarantined, 2 dropped", "(nothing)", "before all", "5.0% to 70.0%", "75.0%"):
+        assert shown in " ".join(page.text.split())
+
+
+def test_a_run_without_evaluation_has_a_page(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe()
+    assert recipe.evaluate is None
+    _, page = _run(recipe, [], [])
+    assert [tag for tag, _ in page.tags].count("img") == 1 and "Answers" not in page.text
+
+
+def test_a_run_without_answers_has_a_page(make_recipe: MakeRecipe, rows: Path) -> None:
+    recipe = make_recipe(f"evaluate.data=[{{path: {rows}, template: llava}}]", "evaluate.before=false")
+    _, page = _run(recipe, [], [])
+    assert "Answers" not in page.text
+
+
+# --------------------------------------------------------------------------------------------------------------- samples
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "count", "shown_right", "shown_wrong"),
+    [
+        (90, 10, 24, 18, 6),
+        (99, 1, 24, 23, 1),
+        (100, 0, 24, 24, 0),
+        (0, 100, 24, 0, 24),
+        (10, 90, 24, 10, 14),
+        (3, 2, 24, 3, 2),
+        (9, 9, 2, 1, 1),
+        (9, 9, 1, 0, 1),
+        (9, 9, 0, 0, 0),
+        (0, 0, 24, 0, 0),
+    ],
+)
+def test_samples_include_wrong_answers(right: int, wrong: int, count: int, shown_right: int, shown_wrong: int) -> None:
+    answers = sorted([_answer(n, True) for n in range(right)] + [_answer(n + right, False) for n in range(wrong)], key=_shuffled)
+    shown = sample_answers(answers, count)
+    assert [sum(a.correct for a in shown), sum(not a.correct for a in shown)] == [shown_right, shown_wrong]
+    assert shown == [answer for answer in answers if answer in shown] == sample_answers(answers, count)
+
+
+def _shuffled(answer: Answer) -> int:
+    return int(answer.id[2:-1]) * 37 % 101
+
+
+def test_samples_are_spread_over_the_questions() -> None:
+    shown = sample_answers([_answer(n, True) for n in range(100)], 4)
+    assert [answer.id for answer in shown] == ["r[0]", "r[25]", "r[50]", "r[75]"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("columns", [20, 60, 120])
+def test_tables_cut_no_figure_and_no_name_off(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    print_parameters([ComponentCount("language", "lora", "nf4, in blocks of 64", 70_553_706_496, 123_456_789, 0.00012345)])
+    print_trained_modules({"model.language_model.layers.*.self_attn.q_proj": (1_280, 123_456_789)})
+    shown = capsys.readouterr().out
+    for figure in ("language", "lora", "70,553,706,496", "123,456,789", "(0.17%)", "0.00012345", "1,280"):
+        assert figure in shown
+    print_methods()
+    shown = capsys.readouterr().out
+    for name, method in METHODS.items():
+        assert f"│ {name} " in shown and f" {method.learning_rate:g} │" in shown
+    assert "Error:" not in shown and "it ends in an error of a library" in " ".join(shown.split())
+
+
+def test_score_rows_put_base_beside_tuned(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = score_rows(SUMMARY)
+    assert lines[1] == {
+        "task": "overall",
+        "questions": "4",
+        "majority": "50.0%",
+        "base": "25.0%",
+        "tuned": "75.0%",
+        "interval": "5.0% to 70.0%",
+    }
+    assert lines[0]["base"] == "" and score_rows({}) == []
+    print_scores({"tuned_scores": [{"task": "[bold]x[/bold]", **SCORE}]})
+    assert "[bold]x[/bold]" in capsys.readouterr().out
+    print_scores({})
+    assert capsys.readouterr().out == ""

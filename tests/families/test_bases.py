@@ -1,0 +1,263 @@
+"""Bases as they are published, by the command line: what is wrong in them is set right and said, or refused by every verb."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers as tf
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from mmtune.builtin import TRAINED
+from mmtune.cli.main import entry_point
+
+MARKED = "{% for m in messages %}OPENS{% for c in m.content %}{% if c.type == 'image' %}<image>\n{% elif m.role == 'assistant' %}"
+WITHOUT_END = MARKED.replace("OPENS", "{{ m.role | upper }}: ") + (
+    "{% generation %}{{ c.text }} {% endgeneration %}{% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+END_BEHIND_MARK = MARKED.replace("OPENS", "<|{{ m.role }}|>") + (
+    "{% generation %}{{ c.text }}{% endgeneration %}{% else %}{{ c.text }}{% endif %}{% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CHANGES: dict[str, dict[str, Any]] = {
+    "sampling": {"generation_config.json": {"temperature": 0.9, "top_p": 0.6, "eos_token_id": None}},
+    "returns_several": {"generation_config.json": {"num_return_sequences": 2, "pad_token_id": -1, "max_length": 9}},
+    "sampling_in_config": {"generation_config.json": None, "config.json": {"temperature": 0.9, "top_p": 0.6}},
+    "stops_beyond": {"generation_config.json": {"eos_token_id": [1, 999999]}},
+    "no_object": {"generation_config.json": "[1]"},
+    "no_json": {"config.json": "{"},
+    "odd_patch": {"processor_config.json": {"patch_size": "x"}},
+    "llama_config": {"config.json": json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})},
+    "penalty": {"generation_config.json": {"repetition_penalty": 3.0, "suppress_tokens": [260], "max_length": 9}},
+    "beams": {"generation_config.json": {"num_beams": 4}},
+    "lacks_extra_tokens": {"processor_config.json": {"num_additional_image_tokens": None, "patch_size": None}},
+    "counts_too_few": {"processor_config.json": {"num_additional_image_tokens": 0}},
+    "without_end": {"chat_template.jinja": WITHOUT_END},
+    "end_behind_mark": {"chat_template.jinja": END_BEHIND_MARK},
+    "dated": {"chat_template.jinja": "{{ strftime_now('%Y') }}" + END_BEHIND_MARK},
+    "pads_with_images": {"tokenizer_config.json": {"pad_token": "<image>"}},
+    "pads_with_ends": {"tokenizer_config.json": {"pad_token": "<|end|>"}},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """The built-in checkpoint with changed files, by the name of the change, beside rows and a recipe that names it."""
+    folder = tmp_path_factory.mktemp("bases")
+    Image.new("RGB", (48, 40), "teal").save(folder / "a.png")
+    answers = ("yes", "no", "two", "one")
+    row = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": ""}]
+    rows = [{"image": "a.png", "conversations": [row[0], {**row[1], "value": answer}]} for answer in answers]
+    (folder / "rows.json").write_text(json.dumps(rows))
+
+    def make(name: str) -> Path:
+        out = folder / name
+        if not out.exists():
+            out.mkdir()
+            (out / "base").mkdir()
+            for file in TRAINED.iterdir():
+                (out / "base" / file.name).symlink_to(file)
+            for file, change in CHANGES[name].items():
+                path = out / "base" / file
+                text = path.read_text()
+                path.unlink()
+                if change is None:
+                    continue
+                if isinstance(change, str):
+                    path.write_text(change)
+                else:
+                    content = {key: value for key, value in {**json.loads(text), **change}.items() if value is not None}
+                    path.write_text(json.dumps(content))
+            source = f"{{path: {folder / 'rows.json'}, template: llava}}"
+            (out / "recipe.yaml").write_text(
+                f"model: {{base: {out / 'base'}}}\ntune: {{language: {{method: lora, r: 2}}}}\ndata: {{train: [{source}]}}\n"
+                f"evaluate: {{data: [{source}], max_new_tokens: 6}}\noutput_dir: {out / 'run'}\n"
+                "train: {max_steps: 1, learning_rate: 1e-3, per_device_train_batch_size: 2, use_cpu: true}\n"
+            )
+        return out
+
+    yield make
+    shutil.rmtree(folder)
+
+
+def _verbs(case: Path) -> dict[str, list[str]]:
+    """Every verb that reads a base, with what it takes."""
+    recipe, base = str(case / "recipe.yaml"), str(case / "base")
+    return {
+        "check": ["data", "check", recipe, "--processes", "1"],
+        "show": ["data", "show", recipe],
+        "plan": ["plan", recipe],
+        "train": ["train", recipe],
+        "eval": ["eval", base, "--recipe", recipe, "--out", str(case / "answers.jsonl")],
+        "chat": ["chat", base, "--prompt", "What is it?", "--image", str(case.parent / "a.png"), "--max-new-tokens", "6"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        (
+            "without_end",
+            "its chat template does not serve: on a question with an image, the chat template writes ' ' after an answer and no "
+            "token that ends it, so the end would not be learnt; set model.chat_template: vicuna_v1, which writes the same turns",
+        ),
+        (
+            "counts_too_few",
+            "for an image of 640 x 480 pixels the processor writes 15 tokens of id 5, and the model makes 16 features; in the "
+            "processor's files num_additional_image_tokens: expected 1, got 0",
+        ),
+    ],
+)
+def test_every_verb_refuses_a_base_with_the_same_words(
+    bases: Callable[[str], Path], name: str, error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = bases(name)
+    for verb, command in _verbs(case).items():
+        assert entry_point(command) == 2, verb
+        assert error in capsys.readouterr().err, verb
+    assert not (case / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("sampling", "left out, because transformers refuses to save a model with it: temperature 0.9, top_p 0.6"),
+        (
+            "returns_several",
+            "transformers refuses to save a model with it: num_return_sequences 2; because the model has no such token: "
+            "pad_token_id -1",
+        ),
+        (
+            "sampling_in_config",
+            "config.json: left out, because transformers refuses to save a model with it: temperature 0.9, top",
+        ),
+        ("stops_beyond", "generation_config.json: left out, because the model has no such token: eos_token_id 999999\n"),
+        ("lacks_extra_tokens", "lack keys that follow from config.json: patch_size: 8, num_additional_image_tokens: 1"),
+        ("pads_with_images", "pad_token: '<|pad|>', because '<image>' stands for an image"),
+        ("pads_with_ends", "pad_token: '<|pad|>', because '<|end|>' ends a turn"),
+    ],
+)
+def test_what_is_set_right_is_said_and_gives_the_built_in_models_answer(
+    bases: Callable[[str], Path], name: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = _verbs(bases(name))["chat"]
+    assert entry_point(["chat", "builtin:tiny-llava", *chat[2:]]) == 0
+    answer = capsys.readouterr().out
+    assert entry_point(chat) == 0
+    told, *rest = capsys.readouterr().out.splitlines(keepends=True)
+    assert line in told and "".join(rest) == answer
+
+
+@pytest.mark.parametrize(
+    ("name", "verb", "error"),
+    [
+        ("no_object", "chat", "{base}: generation_config.json is not a JSON object, but [1]"),
+        ("no_json", "chat", "{base}: config.json is not valid JSON: Expecting property name"),
+        ("no_json", "check", "{recipe}:1: model.base: {base}: config.json is not valid JSON: Expecting property name"),
+        ("odd_patch", "chat", "{base}: the model cannot take an image of 640 x 480 pixels as its processor gives it: "),
+        ("odd_patch", "check", "{recipe}:1: model.base: {base}: the model cannot take an image of 640 x 480 pixels"),
+        ("llama_config", "chat", "{base}: it has model_type 'llama', which is not supported"),
+        ("without_end", "chat", "{base}: its chat template does not serve"),
+    ],
+)
+def test_an_error_about_a_base_begins_with_what_the_reader_wrote(
+    bases: Callable[[str], Path], name: str, verb: str, error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = bases(name)
+    assert entry_point(_verbs(case)[verb]) == 2
+    assert "error: " + error.format(base=case / "base", recipe=case / "recipe.yaml") in capsys.readouterr().err
+
+
+def test_a_model_without_one_weight_is_not_asked(
+    bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in TRAINED.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    weights = load_file(TRAINED / "model.safetensors")
+    del weights[next(name for name in weights if "multi_modal_projector" in name)]
+    (tmp_path / "model.safetensors").unlink()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    verbs = _verbs(bases("beams"))
+    assert entry_point(["chat", str(tmp_path), *verbs["chat"][2:]]) == 2
+    assert f"error: {tmp_path}: not a whole LlavaForConditionalGeneration: no weights for " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_planned_run_says_once_what_it_sets_right_and_keeps_its_template(
+    bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = bases("pads_with_images")
+    assert entry_point([*_verbs(case)["train"], "data.plan=true"]) == 0
+    assert capsys.readouterr().out.count("pad_token:") == 1
+    run, recipe = str(case / "run"), str(case / "recipe.yaml")
+    refusal = f"error: {run}/adapter: it was trained with another chat template than vicuna_v1; leave that out"
+    for command in (
+        ["eval", run, "model.chat_template=vicuna_v1"],
+        ["chat", run, "--chat-template", "vicuna_v1", "--prompt", "x"],
+    ):
+        assert entry_point(command) == 2
+        assert refusal in capsys.readouterr().err
+    assert entry_point(["eval", run, "--recipe", recipe, "model.chat_template=vicuna_v1"]) == 2
+    assert refusal in capsys.readouterr().err
+    assert entry_point(["eval", run]) == 0
+
+
+@pytest.mark.parametrize("name", ["penalty", "beams", "end_behind_mark"])
+def test_answers_do_not_depend_on_what_a_base_generates_with(
+    bases: Callable[[str], Path], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat, ask = _verbs(bases(name))["chat"], _verbs(bases(name))["eval"]
+    said = []
+    for model in ("builtin:tiny-llava", chat[1]):
+        assert entry_point(["chat", model, *chat[2:]]) == 0
+        assert entry_point(["eval", model, *ask[2:]]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+def test_a_template_may_be_named_for_a_chat(bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    verbs = _verbs(bases("without_end"))
+    assert entry_point([*verbs["chat"], "--chat-template", "vicuna_v1"]) == 0
+    assert entry_point([*verbs["eval"], "model.chat_template=vicuna_v1"]) == 0
+    capsys.readouterr()
+    assert entry_point([*verbs["show"], "model.chat_template=vicuna_v1", "--prompt"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("ASSISTANT:")
+
+
+def test_the_token_behind_the_mark_is_learnt(bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert entry_point([*_verbs(bases("end_behind_mark"))["show"], "--json"]) == 0
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    assert [token["text"] for token in tokens if token["kind"] == "supervised"][-1] == "<|end|>"
+
+
+def test_a_template_that_writes_the_date_is_said(bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry_point([*_verbs(bases("dated"))["show"], "--prompt"]) == 0
+    assert "chat template: it writes the date (strftime_now)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sampling", "penalty"])
+def test_a_release_keeps_its_bases_generation_config_and_says_what_answers_used(bases: Callable[[str], Path], name: str) -> None:
+    case = bases(name)
+    assert entry_point(_verbs(case)["train"]) == 0
+    assert entry_point(["merge", str(case / "run"), str(case / "out")]) == 0
+    summary = json.loads((case / "run" / "summary.json").read_text())
+    used = {"do_sample": False, "num_beams": 1, "max_new_tokens": 6, "eos_token_id": [1], "pad_token_id": 0, "bos_token_id": None}
+    assert summary["generation"] == used
+    kept = CHANGES["penalty"]["generation_config.json"] if name == "penalty" else {}
+    assert summary["generation_not_used"] == kept
+    for folder in (case / "run" / "adapter", case / "out"):
+        released = tf.GenerationConfig.from_pretrained(folder)
+        released.validate(strict=True)
+        assert released.eos_token_id == [1] and kept.items() <= released.to_diff_dict().items()
+    for file in (case / "run" / "report.html", case / "out" / "README.md"):
+        text = file.read_text()
+        assert "Answers are generated greedily, at most 6 new tokens, ended by token 1, padded with token 0." in text
+        assert ("repetition_penalty 3.0" in text) == (name == "penalty")

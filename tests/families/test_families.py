@@ -1,0 +1,231 @@
+"""Every family of the table from its release's files to an answer, with its real processor, beside plain transformers and PEFT.
+
+A family's tiny checkpoint is laid out as its releases are (`models/tiny/tiny_bases.py`). All commands run in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from safetensors.torch import load_file
+
+from mmtune.cli.main import entry_point
+from mmtune.data.batching.collate import collate
+from mmtune.data.dataset import Samples
+from mmtune.data.encoding.encode import encode_sample
+from mmtune.data.message import text_of
+from mmtune.families.family_table import NEVER_PACKED, PROJECTORS
+from mmtune.models.tiny.tiny_bases import BASES, tiny_base
+from mmtune.models.tiny.tiny_templates import NEEDED
+from mmtune.recipe.recipe import load_recipe
+from mmtune.run_directory import RunDirectory
+
+FAST = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "gemma3")
+"""What the fast tests run over; the others are slow."""
+FAMILY = [family if family in FAST else pytest.param(family, marks=pytest.mark.slow) for family in BASES]
+ENDS = {"idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>", "gemma3": "<end_of_turn>", "paligemma": "<eos>"}
+ENDS |= dict.fromkeys(("llava", "llava_pixtral", "llava_next", "mistral3"), "</s>")
+LEADS = dict.fromkeys(("llava", "llava_next", "idefics3", "smolvlm"), " ")
+"""What the model writes before an answer, where its prompt ends without it."""
+SIZES = [(90, 70), (40, 120), (64, 64), (200, 60)]
+LORA = "language: {method: lora, r: 4, lora_alpha: 8, target_modules: all-linear}"
+SGD = "optim: sgd, learning_rate: 1.0, max_grad_norm: 0, lr_scheduler_type: constant"
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five conversations: one turn and two, no image, one and two images of several sizes; `images.json` without the first."""
+    folder = tmp_path_factory.mktemp("rows")
+    random = np.random.default_rng(0)
+    for number, (width, height) in enumerate(SIZES):
+        pixels = random.integers(0, 256, size=(height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    talks = [
+        ([], ["Is it text?", "yes, it is"]),
+        (["0.png"], ["<image>What is it?", "a red cat", "Again?", "no"]),
+        (["1.png"], ["<image>How many?", "two"]),
+        (["2.png", "3.png"], ["<image><image>Which?", "the first one"]),
+        (["3.png"], ["<image>Where is the bird?", "on the mat"]),
+    ]
+    made = [
+        {"images": images, "messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]}
+        for images, turns in talks
+    ]
+    (folder / "rows.json").write_text(json.dumps(made), encoding="utf-8")
+    (folder / "images.json").write_text(json.dumps(made[1:]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The checkpoint of a family, written once."""
+    folder = tmp_path_factory.mktemp("bases")
+
+    def base(family: str) -> Path:
+        return folder / family if (folder / family).exists() else tiny_base(family, folder / family)
+
+    return base
+
+
+@pytest.fixture
+def write(rows: Path, bases: Callable[[str], Path], tmp_path: Path) -> Write:
+    """Writes a recipe of one step over all rows, and gives its path; `run` in its folder is its output."""
+
+    def recipe(family: str, tune: str, model: str = "", data: str = "", train: str = "learning_rate: 1e-2") -> Path:
+        template = f", chat_template: {NEEDED[family]}" if family in NEEDED else ""
+        data_file = rows / ("images.json" if family == "paligemma" else "rows.json")  # its processor takes no text alone
+        batch = "" if "packing" in data else ", per_device_train_batch_size: 5"
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / "recipe.yaml").write_text(
+            f"""
+            model: {{base: {bases(family)}{template}{model}}}
+            tune: {{{tune}}}
+            data: {{train: [{{path: {data_file}, template: messages}}]{data}}}
+            evaluate: {{data: [{{path: {data_file}, template: messages}}], max_new_tokens: 6, before: false}}
+            train: {{max_steps: 1, logging_steps: 1, use_cpu: true, {train}{batch}}}
+            output_dir: {folder / "run"}
+            """
+        )
+        return folder / "recipe.yaml"
+
+    return recipe
+
+
+def mmtune(*arguments: str | Path) -> int:
+    return entry_point([str(argument) for argument in arguments])
+
+
+def test_the_table_has_a_checkpoint_for_every_family() -> None:
+    assert {re.sub("_pixtral$", "", family) for family in BASES} == set(PROJECTORS)
+    assert set(FAST) <= set(BASES) and len(FAST) == 8
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_a_step_is_that_of_plain_transformers_and_peft(
+    family: str, write: Write, bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checked and planned before; loss, gradients of LoRA and projector, and labels; what was trained answers after its merge."""
+    path = write(family, LORA, train=SGD)
+    run, merged = path.parent / "run", path.parent / "merged"
+    for command in (["recipe", "check", path], ["data", "check", path], ["plan", path], ["train", path]):
+        assert mmtune(*command) == 0, capsys.readouterr()
+    printed = capsys.readouterr().out
+    assert ("model.image_newline stays frozen" in printed) == (family in ("llava_next", "llava_onevision"))
+    assert mmtune("merge", run, merged, "--dtype", "fp32", "--samples", "2") == 0, capsys.readouterr()
+
+    recipe = load_recipe(path)
+    samples = list(Samples(recipe.data.train))
+    processor = tf.AutoProcessor.from_pretrained(run / "adapter")
+    encoded = [encode_sample(sample, processor) for sample in samples]
+    for sample, tensors in zip(samples, encoded, strict=True):
+        labels = tensors["labels"]
+        answers = [text_of(message) for message in sample.messages if message["role"] == "assistant"]
+        learnt = processor.tokenizer.decode(labels[labels != -100])
+        assert learnt == "".join(LEADS.get(family, "") + answer + ENDS.get(family, "<|im_end|>") for answer in answers)
+
+    model = _reference(bases(family), run / "adapter")
+    batch = collate(encoded, processor.tokenizer.pad_token_id)
+    labels = batch.pop("labels")
+    logits = model(**batch).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    loss.backward()
+    [logged] = [row["loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    assert logged == pytest.approx(loss.item(), rel=1e-4, abs=1e-4)
+    trained = load_file(run / "adapter" / "adapter_model.safetensors")
+    compared = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_A." not in name:  # the gradient of A is zero where B is
+            saved = trained[name.replace(".default", "").replace(".modules_to_save", "")]
+            step, gradient = parameter.detach() - saved, parameter.grad  # a learning rate of 1
+            scale = gradient.abs().max().item()
+            assert scale > 0, name
+            torch.testing.assert_close(
+                step, gradient, rtol=0, atol=1e-3 * scale + 1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
+            compared += 1
+    assert compared == sum(".lora_A." not in name for name in trained)
+
+    question = samples[-1].messages[:1]
+    plain = tf.AutoModelForImageTextToText.from_pretrained(merged)
+    shown = [{**question[0], "content": [_opened(block) for block in question[0]["content"]]}]
+    inputs = tf.AutoProcessor.from_pretrained(merged).apply_chat_template(
+        shown, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = plain.generate(**inputs, max_new_tokens=6, do_sample=False, repetition_penalty=1.0)
+    said = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers = [json.loads(line)["prediction"] for line in (RunDirectory(run).answers("after")).read_text().splitlines()]
+    assert said.strip() == answers[-1]
+    for asked in (run, merged):
+        assert mmtune("chat", asked, "--image", samples[-1].images[0], "--prompt", "What?", "--max-new-tokens", "3") == 0
+
+
+def _opened(block: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "image", "image": Image.open(block["image"])} if block["type"] == "image" else block
+
+
+def _reference(base: Path, adapter: Path) -> Any:
+    """Plain transformers and PEFT, at the start of the run: the same LoRA, its A taken from the adapter, B zero."""
+    model = tf.AutoModelForImageTextToText.from_pretrained(base)
+    config = LoraConfig.from_pretrained(str(adapter))
+    fresh = LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        target_modules=config.target_modules,
+        modules_to_save=config.modules_to_save,
+        task_type="CAUSAL_LM",
+    )
+    tuned = get_peft_model(model, fresh)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if ".lora_A." in name:
+                parameter.copy_(saved[name.replace(".default", "")])
+    return tuned.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", BASES)
+def test_every_way_of_tuning_runs_and_merges(
+    family: str, write: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rehearsal; LoRA in the tower; full tuning; packing, or why not; nf4 with its plan; evaluation of a run."""
+    assert mmtune("train", write(family, LORA), "--rehearse") == 0, capsys.readouterr()
+    recipes = {
+        "tower": write(family, f"vision: {{method: lora, r: 4, target_modules: all-linear}}, {LORA}"),
+        "full": write(family, "vision: {method: full}, projector: {method: full}, language: {method: full}"),
+        "nf4": write(family, LORA, model=", precision: nf4"),
+    }
+    for name, path in recipes.items():
+        assert mmtune("train", path) == 0, (name, capsys.readouterr())
+        dtype = () if name == "nf4" else ("--dtype", "fp32")
+        merged = mmtune("merge", path.parent / "run", path.parent / "merged", "--samples", "2", *dtype)
+        assert merged == 0, (name, capsys.readouterr())
+    assert mmtune("plan", recipes["nf4"]) == 0, capsys.readouterr()
+    assert mmtune("eval", recipes["tower"].parent / "run") == 0, capsys.readouterr()
+    capsys.readouterr()
+    packed = mmtune("train", write(family, LORA, data=", packing: true, max_tokens: 600"))
+    told = capsys.readouterr().err
+    assert (packed, "packed batches cannot be exact here" in told) == ((2, True) if family in NEVER_PACKED else (0, False)), told
+
+
+@pytest.mark.slow
+def test_a_rehearsal_says_what_stands_in(write: Write, bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = write("qwen2_5_vl", LORA)
+    for name in ("Qwen/Qwen2.5-VL-3B-Instruct", "llava-hf/llava-1.5-7b-hf"):
+        assert mmtune("train", path, f"model.base={name}", "--rehearse") == 0, capsys.readouterr()
+        assert f"rehearsal: {name} is not on this machine; the tiny " in capsys.readouterr().out
+    assert mmtune("train", path, f"model.base={bases('qwen2_5_vl')}", "--rehearse") == 0
+    assert "stands in" not in capsys.readouterr().out

@@ -1,0 +1,14 @@
+"""What the fork server imports before it forks processes of tests (forked.py): all that a run needs, in the right order."""
+
+from mmtune.utils.torchvision_support import prepare_torchvision
+
+prepare_torchvision()
+
+import accelerate.commands.launch  # noqa: E402, F401
+import deepspeed  # noqa: E402, F401
+import matplotlib.backends.backend_agg  # noqa: E402, F401
+import transformers.models.clip.modeling_clip  # noqa: E402
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
+
+import mmtune.cli.main  # noqa: E402
+import mmtune.train  # noqa: E402, F401

@@ -1,0 +1,18 @@
+"""The configuration of a rehearsal: every family's shrinks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+from mmtune.families.family_table import PROJECTORS
+from mmtune.models.tiny.shrunk_base import shrunk_config
+
+
+@pytest.mark.parametrize("model_type", PROJECTORS)
+def test_a_full_size_configuration_becomes_a_small_model(model_type: str) -> None:
+    config = shrunk_config(CONFIG_MAPPING[model_type]())
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 30_000_000

@@ -1,0 +1,360 @@
+"""Mistakes that people make in a recipe: each is one message with its line and what to write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainingArguments, trainer_optimizer
+from transformers.training_args import OptimizerNames
+
+from mmtune.cli.main import entry_point
+from mmtune.methods.selectors import compile_selector, is_match
+from mmtune.recipe.other_toolkits import OTHER_NAMES
+from mmtune.recipe.pass_through.arguments import train_arguments
+from mmtune.recipe.pass_through.library_facts import library_fact
+from mmtune.recipe.recipe import Source, load_recipe
+from mmtune.recipe.train_rules import OPTIMIZERS, training_faults
+from mmtune.utils.errors import UserError
+
+RECIPE = """\
+model:
+  base: builtin:tiny-llava
+tune:
+  language:
+    method: lora
+data:
+  train:
+    - path: rows.jsonl
+      template: llava
+train:
+  max_steps: 200
+output_dir: runs/first
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(RECIPE, encoding="utf-8")
+    Path("rows.jsonl").write_text("{}\n", encoding="utf-8")
+    Path("folder").mkdir()
+    Path("folder/row.jsonl").touch()
+    return Path("x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        # values that cannot train
+        ("train.max_steps=0", "expected an integer >= 1 or -1, got 0"),
+        ("train.learning_rate=0", "expected a number > 0, got 0"),
+        ("train.learning_rate=.nan", "expected a finite number, got .nan"),
+        ("train.learning_rate=-.inf", "expected a finite number, got -.inf"),
+        ("tune.language.learning_rate=.inf", "expected a finite number, got .inf"),
+        ("train.per_device_train_batch_size=0", "expected an integer >= 1, got 0"),
+        ("train.gradient_accumulation_steps=0", "expected an integer >= 1, got 0"),
+        ("train.num_train_epochs=0", "expected a number > 0, got 0"),
+        ("train.num_train_epochs=-1", "expected a number > 0, got -1"),
+        ("train.seed=-1", "expected an integer >= 0 and < 4294967296, got -1"),
+        ("train.logging_steps=1.5", "expected an integer, or a share of the run below 1, got 1.5"),
+        ("train.dataloader_prefetch_factor=2", "means nothing without workers: give dataloader_num_workers"),
+        ("train.dataloader_multiprocessing_context=spawn", "means nothing without workers: give dataloader_num_workers"),
+        ("tune.vision.learning_rate=0", "a frozen component has no learning rate"),
+        (
+            "tune.language.init_lora_weights=other",
+            "expected true or false or 'gaussian', 'eva', 'olora', 'pissa', 'lora_ga' or 'pissa_niter_' and a number",
+        ),
+        ("tune.language.r=null", "expected an integer >= 1, got null"),
+        # learning rate schedulers and what they need
+        (
+            "train.lr_scheduler_type=cosine_with_min_lr",
+            "cosine_with_min_lr needs its lowest rate: give lr_scheduler_kwargs: {min_lr_rate: 0.1}",
+        ),
+        (
+            "train={lr_scheduler_type: cosine_warmup_with_min_lr, lr_scheduler_kwargs: {min_lr: 1e-6, min_lr_rate: 0.1}}",
+            "cosine_warmup_with_min_lr takes one of min_lr and min_lr_rate: give lr_scheduler_kwargs: {min_lr_rate: 0.1}",
+        ),
+        (
+            "train.lr_scheduler_type=warmup_stable_decay",
+            "warmup_stable_decay needs the length of its decay: give lr_scheduler_kwargs: {num_decay_steps: 100}",
+        ),
+        (
+            "train.lr_scheduler_type=reduce_lr_on_plateau",
+            "reduce_lr_on_plateau follows the scores of an evaluation during training, which mmtune does not make; use cosine or "
+            "linear",
+        ),
+        ("train.lr_scheduler_kwargs={min_lr: 1}", "linear takes none; leave them out"),
+        (
+            "train={lr_scheduler_type: polynomial, lr_scheduler_kwargs: {lr_ent: 1}}",
+            "unknown key of polynomial; did you mean 'lr_end'?",
+        ),
+        (
+            "train={learning_rate: 1e-4, lr_scheduler_type: polynomial, lr_scheduler_kwargs: {lr_end: 1}}",
+            "expected less than train.learning_rate (0.0001), got 1; 0 is always valid",
+        ),
+        (
+            "train={lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: 1e-6}}",
+            "is relative to train.learning_rate, which is not given: give it too; min_lr_rate: 0.1 is a tenth of each",
+        ),
+        (
+            "train={learning_rate: 1e-8, lr_scheduler_type: polynomial}",
+            "polynomial ends at 1e-07: give a higher rate, or lr_scheduler_kwargs: {lr_end: 0}",
+        ),
+        (
+            "train={max_steps: 20, lr_scheduler_type: warmup_stable_decay, lr_scheduler_kwargs: {num_decay_steps: 21}}",
+            "expected at most 20: train.max_steps is 20; got 21",
+        ),
+        (
+            "train={max_steps: 20, warmup_steps: 0.1, lr_scheduler_type: warmup_stable_decay, lr_scheduler_kwargs: "
+            "{num_decay_steps: 19}}",
+            "expected at most 18 with warmup_steps 2: train.max_steps is 20; got 19",
+        ),
+        # settings that nothing reads
+        ("train.optim_args='momentum=0.9'", "adamw_torch_fused takes none; leave them out"),
+        ("train={optim: rmsprop_bnb, optim_args: 'alpha=0.9'}", "rmsprop_bnb takes none; leave them out"),
+        (
+            "train={optim: sgd, optim_args: 'momentun=0.9'}",
+            "unknown name 'momentun' for sgd; did you mean 'momentum'?",
+        ),
+        (
+            "train={torch_compile: false, torch_compile_mode: max-autotune}",
+            "compiles, and torch_compile is false; leave it out, or give torch_compile: true",
+        ),
+        (
+            "train={torch_compile: false, torch_compile_backend: inductor}",
+            "compiles, and torch_compile is false; leave it out, or give torch_compile: true",
+        ),
+        (
+            "train={lr_scheduler_type: constant, warmup_steps: 10}",
+            "constant takes no warmup_steps; use constant_with_warmup, or leave them out",
+        ),
+        ("model.attn_implementation=flash_attention", "expected one of eager, flash_attention_2, flash_attention_3, "),
+        ("model.attn_implementation=sdap", "expected one of eager, flash_attention_2, flash_attention_3, "),
+        (
+            "model.attn_implementation=flash_attention_3",
+            "not installed: pip install flash-attn-3; or give sdpa",
+        ),
+        ("model.attn_implementation=a/b", "not installed: pip install kernels; or give sdpa"),
+        # values under other names
+        ("model.precision=4bit", "expected 'fp32', 'bf16', 'int8' or 'nf4', got '4bit'; write nf4"),
+        ("train.optim=adam", "expected one of 41 names, got 'adam'; write adamw_torch"),
+        ("train.optim=ADAMW_TORCH", "expected one of 41 names, got 'ADAMW_TORCH'; did you mean 'adamw_torch'?"),
+        ("train.gradient_checkpointing='yes'", "expected true or false or null, got 'yes'; write true"),
+        (
+            "tune.language.method=qlora",
+            "expected frozen, full or a method of `mmtune methods`, got 'qlora'; QLoRA is method: lora with model.precision: nf4",
+        ),
+        ("tune.language.target_modules=all", "'all' is not the name of a module; write all-linear"),
+        ("tune.language.target_modules=all-liner", "'all-liner' is not the name of a module; did you mean 'all-linear'?"),
+        ("tune.language.target_modules=[all-linear]", "a list holds names of modules; write target_modules: all-linear"),
+        ("tune.language.target_modules=(a", "'(a' is not a regular expression: missing ) at position 2"),
+        ("tune.vision={method: full, target_modules: (a}", "'(a' is not a regular expression: missing ) at position 2"),
+        # keys under other names
+        ("data.max_length=4", "unknown key; its name here is max_tokens"),
+        ("tune.language.rank=4", "unknown key; its name here is r"),
+        ("tune.language.lora_target=all", "unknown key; its name here is target_modules"),
+        ("model.load_in_4bit=true", "unknown key; write precision: nf4"),
+        ("train.load_in_4bit=true", "unknown key; write model.precision: nf4"),
+        ("train.bf16=true", "not a recipe's to set: give model.precision"),
+        ("lora_r=8", "unknown key; write tune.language.r"),
+        ("overwrite_output_dir=true", "unknown key; give --overwrite on the command line"),
+        ("warmup_ratio=0.1", "unknown key; of train's arguments: a float warmup_steps below 1 is the ratio"),
+        ("remove_unused_columns=false", "unknown key; of train's arguments: mmtune's own collator decides what reaches"),
+        (
+            "train={lr_scheduler_type: cosine, lr_scheduler_kwargs: {eta_min: 1e-6}}",
+            "unknown key of cosine; lr_scheduler_type: cosine_with_min_lr takes min_lr",
+        ),
+        (
+            "tune.language.target_modules=['.*[.]1.*query']",
+            "a list holds names, and '.*[.]1.*query' is none; give a regular expression as one string",
+        ),
+        ("finetuning_type=lora", "unknown key; write tune.language.method"),
+        ("cutoff_len=4096", "unknown key; write data.max_tokens"),
+        ("micro_batch_size=4", "unknown key; write train.per_device_train_batch_size"),
+        ("learning_rate=1e-4", "unknown key; write train.learning_rate"),
+        ("data.learning_rate=1e-4", "unknown key; write train.learning_rate"),
+        ("data.train[0].limit=4", "items of a list are counted with dots: write data.train.0.limit=4"),
+        # what is not here
+        (
+            "train.optim=grokadamw",
+            "grokadamw needs a library that is not installed: pip install grokadamw; or give adamw_torch",
+        ),
+        ("train.use_liger_kernel=true", "needs a library that is not installed: pip install liger-kernel; or give false"),
+        ("data.train.0.template=lava", "data template 'lava' is not one of those that ship; did you mean 'llava'?"),
+        ("data.train.0.join=rows.jsonl", "the template llava reads no second file"),
+        ("model.base=./gone", "no such directory: ./gone"),
+        ("data.train.0.path=folder/rows.jsonl", "no such file: folder/rows.jsonl; did you mean 'folder/row.jsonl'?"),
+    ],
+)
+def test_a_mistake_is_one_message_that_says_what_to_write(
+    recipe: Path, capsys: pytest.CaptureFixture[str], written: str, told: str
+) -> None:
+    assert entry_point(["recipe", "check", str(recipe), written]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: command line: {written}: ")
+    assert f": {told}" in line
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_stable_steps": 0, "num_decay_steps": 10}},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0}},
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 0, "power": 2}},
+        {
+            "max_steps": 12,
+            "warmup_steps": 2,
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {"num_decay_steps": 10},
+        },
+        {"optim": "sgd", "optim_args": "momentum=0.9, nesterov=true"},
+        {"torch_compile": True, "torch_compile_mode": "default"},
+        {"lr_scheduler_type": "constant", "warmup_steps": 0},
+        {"dataloader_multiprocessing_context": "spawn", "dataloader_num_workers": 1},
+    ],
+)
+def test_settings_at_their_bounds_are_valid(train: dict[str, Any]) -> None:
+    assert training_faults(train) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("data:", "datas:", "x.yaml:6: datas: unknown key; did you mean 'data'?"),
+        ("data:", "dataset:", "x.yaml:6: dataset: unknown key; write data.train"),
+        ("output_dir: runs/first\n", "", "x.yaml:1: output_dir: required, and not given; such as output_dir: runs/first"),
+    ],
+)
+def test_a_section_under_another_name_is_not_missing_too(recipe: Path, old: str, new: str, told: str) -> None:
+    recipe.write_text(RECIPE.replace(old, new), encoding="utf-8")
+    with pytest.raises(UserError) as raised:
+        load_recipe(recipe)
+    assert str(raised.value) == told
+
+
+@pytest.mark.parametrize(
+    "divided",
+    [["train.max_steps", "=", "3"], ["train.max_steps=", "3"], ["train.max_steps", "3"], ["seed=1", "train.max_steps", "=3"]],
+)
+def test_an_override_in_several_arguments_is_one_message(
+    recipe: Path, capsys: pytest.CaptureFixture[str], divided: list[str]
+) -> None:
+    assert entry_point(["recipe", "check", str(recipe), *divided]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: command line: train.max_steps")
+    assert line.endswith(": expected key=value without spaces: write train.max_steps=3")
+
+
+@pytest.mark.parametrize("settings", ["report_to: swanlab", "use_liger_kernel: true"])
+def test_a_plan_needs_no_library_of_the_run(recipe: Path, capsys: pytest.CaptureFixture[str], settings: str) -> None:
+    more = ["--no-data", "--tokens", "64", f"train={{{settings}}}"]
+    assert entry_point(["recipe", "check", str(recipe), more[-1]]) == 2
+    assert "not installed" in capsys.readouterr().err
+    assert entry_point(["plan", str(recipe), *more]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--train.max_steps=3"], "a recipe's keys are given without dashes: train.max_steps=3"),
+        (["--tune.language.r", "4"], "a recipe's keys are given without dashes: tune.language.r=4"),
+        (["--learning_rate", "1e-4"], "a recipe's keys are given without dashes: train.learning_rate=1e-4"),
+        (["--lora_r=8"], "a recipe's keys are given without dashes: tune.language.r=8"),
+        (["--overwrite"], "unrecognized arguments: --overwrite\n"),
+    ],
+)
+def test_an_override_with_dashes_is_told_without(
+    recipe: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        entry_point(["recipe", "check", str(recipe), *arguments])
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_selector_that_would_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmtune.methods.selectors.SECONDS", 0.05)
+    endless = compile_selector(r"((.|\w)+)+(?<!j)")
+    with pytest.raises(UserError, match=r"takes more than 0\.05 s to match .*; write it without repeats inside repeats"):
+        is_match(endless, "model.language_model.layers.31.self_attn.out_proj")
+    assert is_match(compile_selector(r".*\.(q|v)_proj"), "layers.0.self_attn.q_proj")
+
+
+def test_an_error_about_a_key_that_comes_with_the_model_names_its_line(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("t.jinja").write_text("{{ messages }}", encoding="utf-8")
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Nothing."}]
+    Path("rows.jsonl").write_text(json.dumps({"conversations": turns}), encoding="utf-8")
+    assert entry_point(["data", "show", str(recipe), "model.chat_template=t.jinja"]) == 2
+    assert "error: command line: model.chat_template=t.jinja: " in capsys.readouterr().err
+
+
+def test_what_passes_here_is_what_training_arguments_take(tmp_path: Path) -> None:
+    """Every choice of every setting: the rules of TrainingArguments are found by those of the recipe."""
+    arguments = train_arguments().arguments
+    schedulers = library_fact("schedulers")
+    choices: dict[str, list[Any]] = {
+        name: [*schema.get("enum", ()), *(each for part in schema.get("anyOf", ()) for each in part.get("enum", ()))]
+        for name, schema in train_arguments().json_schema().items()
+    }
+    choices["report_to"] = ["none"]  # the others ask whether they are installed, and mlflow and others change the environment
+    choices["deepspeed"] = []
+    tried = 0
+    for name, values in choices.items():
+        for value in [*values, arguments[name].default]:
+            plain = value is None or isinstance(value, (bool, int, float, str))
+            if not plain or arguments[name].fault(name, value) or training_faults({name: value}):
+                continue
+            if name in ("torch_compile_backend", "torch_compile_mode", "ddp_backend") and value is not None:
+                continue  # these set up this process
+            TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **({name: value} if name != "use_cpu" else {}))
+            tried += 1
+    assert tried > 100
+    assert set(schedulers) <= set(choices["lr_scheduler_type"])
+    assert all(any(name.startswith(beginning) for name in choices["optim"]) for beginning in OPTIMIZERS)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"])
+def test_the_names_of_optim_args_are_those_that_the_trainer_asks_for(tmp_path: Path, optimizer: str) -> None:
+    asked = set()
+
+    class Asked(dict[str, str]):
+        def __contains__(self, name: object) -> bool:
+            asked.add(name)
+            return super().__contains__(name)
+
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, optim=optimizer)
+    make = trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(optimizer)]
+    make(trainer_optimizer.OptimizerContext(arguments, None, {}, {}, Asked(unknown="1")))
+    assert asked == set(library_fact("optimizer_arguments")[optimizer])
+
+
+def test_every_other_name_names_a_key_of_a_recipe(recipe: Path) -> None:
+    for name, target in OTHER_NAMES.items():
+        with pytest.raises(UserError) as raised:
+            load_recipe(recipe, [f"{name}=1"])
+        assert f"command line: {name}=1: unknown key; {'give' if target.startswith('--') else 'write'} {target}" in str(
+            raised.value
+        )
+        if not target.startswith("--"):
+            key = target.partition(":")[0].replace("data.train.0.", "data.")
+            assert load_recipe(recipe).has_key(key) or key.removeprefix("data.") in Source.model_fields
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_steps=!!int many", "'many' is not a YAML int"),
+        (f"train.max_steps={'9' * 1001}", "a number of 1,001 characters, more than 1,000"),
+        ("model.base=!name x", "the YAML tag '!name' is not supported"),
+        ("tune.language=!name {method: lora}", "the YAML tag '!name' is not supported"),
+    ],
+)
+def test_a_value_that_cannot_be_read_has_one_line(recipe: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as failed:
+        load_recipe(recipe, [override, "train.weight_decay=high"])
+    lines = str(failed.value).splitlines()
+    assert lines[0] == f"command line: {override}: {message}"
+    assert len(lines) == 2 and lines[1].startswith("command line: train.weight_decay=high: expected a number")
