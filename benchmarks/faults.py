@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 from killed import STEPS, draw_moments, kill_and_finish, prepare, run_unbroken
 
-from mmtune.console.library_output import settle_console
+from mmtune.console.library_output import configure_console
 
 
 def main() -> int:
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--moments", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    settle_console()
+    configure_console()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {versions}; seed {arguments.seed}")
     begun = time.monotonic()

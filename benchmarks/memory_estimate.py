@@ -44,7 +44,7 @@ from mmtune.planning.memory import estimate_memory
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import LIBRARIES
 from mmtune.train import build_training_arguments
-from mmtune.training.callbacks import FrozenInputsStayFrozen
+from mmtune.training.callbacks import DisableInputRequireGrads
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import apply_tuning, learning_rates
 
@@ -133,11 +133,11 @@ def measured_peak(recipe: Recipe, tokens: int, supervised: int | None = None) ->
         args=arguments,
         train_dataset=[row] * rows,
         data_collator=Collator(0),
-        callbacks=[FrozenInputsStayFrozen()],
+        callbacks=[DisableInputRequireGrads()],
         data_report=DataReport(rows=rows),
         max_bad_fraction=0.0,
         learning_rates=learning_rates(model, components, recipe.tune, arguments.learning_rate),
-        unscored=row,
+        dummy_batch=row,
         batches=Batches(Mixture.by_repeats([rows], [1.0]), seed=0, size=arguments.per_device_train_batch_size),
     )
     for shown in (ProgressCallback, PrinterCallback):

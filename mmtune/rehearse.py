@@ -24,12 +24,12 @@ from mmtune.data.sources.reader import example_rows, write_rows
 from mmtune.data.sources.source import Row
 from mmtune.data.templates.template import DataTemplate, load_data_template
 from mmtune.distributed.context import (
-    ALONE,
-    World,
+    SINGLE_PROCESS,
+    DistributedContext,
     check_launch,
     fsdp_on_cpu,
+    init_distributed,
     is_launched,
-    join_world,
     launched_with_deepspeed,
     launched_with_fsdp,
     make_models_whole,
@@ -43,7 +43,7 @@ from mmtune.models.tiny.tiny_bases import tiny_base
 from mmtune.models.tiny.tiny_models import DECODER, family_of, tiny_language, tiny_vision
 from mmtune.models.tiny.tiny_templates import NEEDED
 from mmtune.recipe.recipe import Recipe, Source, load_recipe
-from mmtune.release.merge import Form, keep_adapter, merge, parity_samples
+from mmtune.release.merge import ExportOptions, keep_adapter, merge, parity_samples
 from mmtune.run_directory import RunDirectory
 from mmtune.train import build_training_arguments, train, without_trackers
 from mmtune.utils.errors import UserError
@@ -64,44 +64,44 @@ def rehearse(recipe: Recipe) -> dict[str, Any]:
         UserError, CheckFailed: whatever the real run would raise.
     """
     with fsdp_on_cpu() if launched_with_fsdp() else nullcontext():
-        world = _join(recipe)
-        with _shared_folder(world) as place:
-            file = _write_small(recipe, place, world) if world.first else None
-            small = load_recipe(world.from_first(file))
+        dist = _join(recipe)
+        with _shared_folder(dist) as place:
+            file = _write_small(recipe, place, dist) if dist.is_main_process else None
+            small = load_recipe(dist.broadcast_object(file))
             summary = train(small, ["mmtune", "train", "--rehearse"])
             make_models_whole()
-            if world.first:
+            if dist.is_main_process:
                 summary |= _use(small, place)
-            world.wait()
+            dist.barrier()
             return summary
 
 
-def _join(recipe: Recipe) -> World:
+def _join(recipe: Recipe) -> DistributedContext:
     """The processes of the launcher, which know each other before there is a small recipe to train."""
     if not is_launched():
         if "deepspeed" in recipe.train:
             print(
                 "rehearsal: train.deepspeed is left out in one process; start several (torchrun or accelerate launch) to try it"
             )
-        return ALONE
+        return SINGLE_PROCESS
     if os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]) != os.environ["WORLD_SIZE"]:
         raise UserError("a rehearsal's files are temporary ones of one machine: launch it on one machine, with several processes")
     check_launch(recipe.model.precision, recipe.train.get("deepspeed"))
     if launched_with_fsdp() and not torch.accelerator.is_available():
         print("rehearsal: FSDP2 shards on the CPU, which accelerate leaves to GPUs; the run itself needs them")
     arguments = build_training_arguments(without_trackers(recipe))
-    return join_world(arguments, recipe.model.precision)
+    return init_distributed(arguments, recipe.model.precision)
 
 
 @contextmanager
-def _shared_folder(world: World) -> Iterator[Path]:
+def _shared_folder(dist: DistributedContext) -> Iterator[Path]:
     """A temporary folder of all processes, which the first one makes and removes, however they end."""
     with ExitStack() as stack:
         made = None
-        if world.first:
-            stack.enter_context(world.unwinding())
+        if dist.is_main_process:
+            stack.enter_context(dist.unwinding())
             made = stack.enter_context(tempfile.TemporaryDirectory(prefix="mmtune-rehearsal-"))
-        yield Path(world.from_first(made))
+        yield Path(dist.broadcast_object(made))
 
 
 def _use(small: Recipe, place: Path) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _use(small: Recipe, place: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     if run.adapter.is_dir() and (method is None or method.mergeable):
         # One step from random weights changes less than bf16's rounding, which a real merge would refuse.
-        parity = merge(run.path, place / "merged", form=Form(dtype="fp32"), count=2)
+        parity = merge(run.path, place / "merged", form=ExportOptions(dtype="fp32"), count=2)
         figures = asdict(parity)
         print(f"merged: largest logit difference {parity.merge_max_logit_difference:.2g}")
     elif run.adapter.is_dir():
@@ -125,16 +125,16 @@ def _use(small: Recipe, place: Path) -> dict[str, Any]:
     return figures
 
 
-def _write_small(recipe: Recipe, place: Path, world: World) -> Path:
+def _write_small(recipe: Recipe, place: Path, dist: DistributedContext) -> Path:
     """The same recipe over tiny stand-ins, as a file, so that it is read and checked like any other."""
     small: dict[str, Any] = json.loads(json.dumps(recipe.model_dump(mode="json", exclude_none=True)))
     _shrink_model(recipe, small["model"], place)
     if not launched_with_deepspeed():  # whose configuration may name the recipe's
         small["train"] |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
     each = small["train"].get("per_device_train_batch_size", 8) * small["train"].get("gradient_accumulation_steps", 1)
-    _shrink_data(recipe.data.train, small["data"]["train"], place / "train", max(ROWS, each * world.size))
+    _shrink_data(recipe.data.train, small["data"]["train"], place / "train", max(ROWS, each * dist.size))
     if recipe.evaluate:
-        _shrink_data(recipe.evaluate.data, small["evaluate"]["data"], place / "evaluate", max(ROWS, world.size))
+        _shrink_data(recipe.evaluate.data, small["evaluate"]["data"], place / "evaluate", max(ROWS, dist.size))
         small["evaluate"]["max_new_tokens"] = 4
     own_tokenizer = recipe.model.base is not None and local_files(recipe.model.base) is not None
     if recipe.data.max_tokens is not None and not own_tokenizer:  # a byte-level stand-in counts more tokens than the real one

@@ -30,7 +30,7 @@ from mmtune.utils.threads import usable_cores
 from mmtune.utils.torchvision_support import prepare_torchvision
 
 if TYPE_CHECKING:
-    from mmtune.distributed.context import World
+    from mmtune.distributed.context import DistributedContext
 
 SAVING = ".saving"
 """Where a checkpoint lies until it is whole."""
@@ -226,7 +226,7 @@ def locked_run(recipe: Recipe) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, world: World) -> Iterator[RunDirectory]:
+def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, dist: DistributedContext) -> Iterator[RunDirectory]:
     """Make the run's directory and write what went in; the block prepares what will train.
 
     Of several processes the first does, and the others wait until it is there.
@@ -237,8 +237,8 @@ def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, world: Worl
         UserError: as `check_output_dir`, or the directory cannot be made.
     """
     run = RunDirectory(linked_directory(Path(recipe.output_dir)))
-    if not world.first:
-        _check_shared(run, world)
+    if not dist.is_main_process:
+        _check_shared(run, dist)
         yield run
         return
     check_output_dir(recipe, overwrite)
@@ -253,9 +253,9 @@ def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, world: Worl
     except OSError as error:
         raise UserError(f"output_dir: cannot make {run.path}: {error.strerror}") from error
     try:
-        with writing(run.path), world.unwinding():
+        with writing(run.path), dist.unwinding():
             _write_inputs(run, recipe, command)
-            _check_shared(run, world)
+            _check_shared(run, dist)
             yield run
     except BaseException:
         shutil.rmtree(run.path)
@@ -299,11 +299,11 @@ def becomes_seen(is_seen: Callable[[], bool]) -> bool:
     return seen
 
 
-def _check_shared(run: RunDirectory, world: World) -> None:
+def _check_shared(run: RunDirectory, dist: DistributedContext) -> None:
     """Wait for what the first process has written, and for every other to see it."""
-    written = world.from_first(run.environment.read_text(encoding="utf-8") if world.first else None)
+    written = dist.broadcast_object(run.environment.read_text(encoding="utf-8") if dist.is_main_process else None)
     seen = becomes_seen(lambda: run.environment.is_file() and run.environment.read_text(encoding="utf-8") == written)
-    blind = [str(rank) for rank, sees in enumerate(world.gather(seen)) if not sees]
+    blind = [str(rank) for rank, sees in enumerate(dist.all_gather_object(seen)) if not sees]
     if blind:
         raise UserError(
             f"output_dir: process {', '.join(blind)} does not see what process 0 wrote to {run.path.absolute()}; a directory on "

@@ -10,9 +10,9 @@ if not __package__:  # launched as a file: its own folder comes first on the pat
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
     sys.path.insert(0, os.path.dirname(here))
-    from mmtune.console.library_output import settle_console
+    from mmtune.console.library_output import configure_console
 
-    settle_console()  # before the imports below have their say
+    configure_console()  # before the imports below have their say
 
 import shutil
 import signal
@@ -25,23 +25,23 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
 from mmtune.chat_templates.resolving import use_chat_template
-from mmtune.console.library_output import speaker
+from mmtune.console.library_output import rank_prefix
 from mmtune.data.batching.collate import Collator, collate
 from mmtune.data.batching.sample_stream import SampleStream
 from mmtune.data.data_report import NO_SAMPLE, DataReport
-from mmtune.data.dataset import Encoder, Samples, check_rows, open_samples, stand_in
+from mmtune.data.dataset import Encoder, Samples, check_rows, dummy_sample, open_samples
 from mmtune.data.encoding.encode import check_chat_template
 from mmtune.distributed.context import (
-    World,
+    DistributedContext,
     check_launch,
     check_same,
     check_strategy,
+    configure_fsdp,
+    init_distributed,
     is_launched,
-    join_world,
     launched_with_deepspeed,
-    settle_fsdp,
 )
-from mmtune.distributed.sharded_parameters import runnable, to_save
+from mmtune.distributed.sharded_parameters import full_state_dict, gathered_forward
 from mmtune.evaluation.evaluate import as_json, check_questions, evaluate, read_answers, score, write_answers
 from mmtune.evaluation.run_report import write_report
 from mmtune.evaluation.scores import print_scores
@@ -66,15 +66,15 @@ from mmtune.preflight import check_recipe
 from mmtune.recipe.recipe import ModelSection, Recipe
 from mmtune.release.model_card import model_card
 from mmtune.run_directory import RunDirectory, check_output_dir, clear_leftover, new_run, peak_memory_mb, step_of, versions
-from mmtune.training.callbacks import FrozenInputsStayFrozen, RecordMetrics, StopOnSignal, draw_loss_curve
+from mmtune.training.callbacks import DisableInputRequireGrads, RecordMetrics, StopOnSignal, draw_loss_curve
 from mmtune.training.checkpoint import (
     REPORT,
     check_resumable,
     check_same_recipe,
-    cut_back,
     flat,
     last_checkpoint,
     named_checkpoint,
+    truncate_to_step,
 )
 from mmtune.training.dataloader import first_batches, optimizer_steps, order_rows, plan_rows, prove_packed_rows, rows_to_take
 from mmtune.training.trackers import reporters, start_trackers
@@ -114,7 +114,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     check_recipe(recipe)
     check_launch(recipe.model.precision, recipe.train.get("deepspeed"))
     earlier = RunDirectory(Path(recipe.output_dir))
-    if not (speaker() or resume or overwrite):  # in the first process
+    if not (rank_prefix() or resume or overwrite):  # in the first process
         clear_leftover(RunDirectory(linked_directory(earlier.path)))
     checkpoint = None
     if resume is True and earlier.summary.is_file():
@@ -137,42 +137,42 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     data_report.stop_past(recipe.data.max_bad_fraction)
     if recipe.evaluate:
         check_questions(recipe.evaluate)
-    in_parts = recipe.model.precision not in QUANTIZED and not recipe.tune.needs_whole_weights
-    world = join_world(arguments, recipe.model.precision, in_parts)
+    is_sharded = recipe.model.precision not in QUANTIZED and not recipe.tune.needs_whole_weights
+    dist = init_distributed(arguments, recipe.model.precision, is_sharded)
     mine = {**flat(recipe.model_dump(mode="json")), **versions(), "rows": data_report.rows}
-    check_same(world, {**mine, "checkpoint": checkpoint and checkpoint.name})  # a shared file system may lag behind in one
-    check_method(recipe, world)
-    if world.fsdp:
+    check_same(dist, {**mine, "checkpoint": checkpoint and checkpoint.name})  # a shared file system may lag behind in one
+    check_method(recipe, dist)
+    if dist.fsdp:
         check_fsdp(recipe, arguments, checkpoint)
     if checkpoint is not None:
-        check_resumable(recipe, earlier, checkpoint, world)
+        check_resumable(recipe, earlier, checkpoint, dist)
     processor = load_bare_processor(recipe.model)
     check_chat_template(processor)
     lengths = None
     if recipe.data.planned and isinstance(samples, Samples):
-        lengths = plan_rows(samples, recipe, processor, data_report, world)
+        lengths = plan_rows(samples, recipe, processor, data_report, dist)
     elif recipe.data.stream and recipe.data.max_tokens is not None and recipe.data.over_length == "error":
         print(
             "data.stream: rows are not counted beforehand, so one that is longer than data.max_tokens stops the run at its batch"
         )
-    print(f"training: {world.layout}, {arguments.device}")
+    print(f"training: {dist.layout}, {arguments.device}")
     set_seed(arguments.seed)
 
     # The base.
     model, processor = load_base(recipe.model, arguments.seed, processor)
     components = find_components(model)
     encoder = Encoder(processor, recipe.data)
-    blank = stand_in(processor)
+    blank = dummy_sample(processor)
     # Every process runs the vision tower in every step, or the others would wait for its part in ZeRO-3 and DDP.
     pad_token_id = processor.tokenizer.pad_token_id
-    collator = Collator(pad_token_id, blank if world.size > 1 else None, recipe.data.packing)
-    rows, batches = order_rows(samples, encoder, collator, recipe.data, arguments, world, lengths)
+    collator = Collator(pad_token_id, blank if dist.size > 1 else None, recipe.data.packing)
+    rows, batches = order_rows(samples, encoder, collator, recipe.data, arguments, dist, lengths)
     adapts = keeps_adapter(recipe.tune)
     before = None
-    with new_run(recipe, command, overwrite, world) if checkpoint is None else nullcontext(earlier) as run:
-        if world.first:
+    with new_run(recipe, command, overwrite, dist) if checkpoint is None else nullcontext(earlier) as run:
+        if dist.is_main_process:
             data_report.write(run.data_report)
-        model = settle_base(model, processor, recipe.model, run.base if adapts else None, world)
+        model = materialize_base(model, processor, recipe.model, run.base if adapts else None, dist)
         if recipe.model.precision not in QUANTIZED:  # bitsandbytes has put those where they stay
             model.to(arguments.device)
 
@@ -180,9 +180,9 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         if checkpoint is not None and run.answers("before").is_file():
             before = read_answers(run.answers("before"))
         elif recipe.evaluate and recipe.evaluate.before:
-            with runnable(model):
-                before = evaluate(model, processor, recipe.evaluate, world, "before tuning")
-            if world.first:
+            with gathered_forward(model):
+                before = evaluate(model, processor, recipe.evaluate, dist, "before tuning")
+            if dist.is_main_process:
                 write_answers(before, run.answers("before"))
 
         # What trains.
@@ -199,39 +199,39 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
             print(f"tune.projector: {part} stays frozen: PEFT saves modules beside an adapter, and it is a parameter of its own")
         initial = initial_factors(model)
         if recipe.data.packing and isinstance(samples, Samples):
-            with runnable(model):
+            with gathered_forward(model):
                 prove_packed_rows(model, samples, encoder, pad_token_id)
 
     # Training.
-    stop = StopOnSignal(world)
+    stop = StopOnSignal(dist)
     trainer = TuningTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         data_collator=collator,
         processing_class=processor,
-        callbacks=[RecordMetrics(run.metrics), FrozenInputsStayFrozen(), stop],
+        callbacks=[RecordMetrics(run.metrics), DisableInputRequireGrads(), stop],
         data_report=data_report,
         max_bad_fraction=recipe.data.max_bad_fraction,
         max_nonfinite_steps=recipe.data.max_nonfinite_steps,
-        world=world,
+        dist=dist,
         learning_rates=learning_rates(model, components, recipe.tune, arguments.learning_rate),
-        unscored=collate([blank], pad_token_id),
+        dummy_batch=collate([blank], pad_token_id),
         batches=batches,
         source_names=samples.names if len(recipe.data.train) > 1 else (),
-        data_files=signatures(recipe.data.train) if world.first else {},  # who keeps the checkpoints
+        data_files=signatures(recipe.data.train) if dist.is_main_process else {},  # who keeps the checkpoints
         initial=initial,
     )
-    check_strategy(trainer.accelerator, world, recipe.model.precision)
-    if world.fsdp:
-        settle_fsdp(trainer.accelerator, model)
+    check_strategy(trainer.accelerator, dist, recipe.model.precision)
+    if dist.fsdp:
+        configure_fsdp(trainer.accelerator, model)
     for shown_twice in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown_twice)
     start_trackers(trainer, run)
     start = time.perf_counter()
     if checkpoint is not None:
         print(f"resume: from {checkpoint}, after {step_of(checkpoint)} steps")
-        go_on(checkpoint, run, data_report, rows, arguments)
+        restore_training_state(checkpoint, run, data_report, rows, arguments)
     never_trained = False
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -240,13 +240,13 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         raise
     finally:
         stop.restore()
-        if world.first and never_trained:  # nothing is left that would be in the way of the next start
+        if dist.is_main_process and never_trained:  # nothing is left that would be in the way of the next start
             shutil.rmtree(run.path, ignore_errors=True)
-        elif world.first:
+        elif dist.is_main_process:
             data_report.write(run.data_report)
     if stop.received is not None:
         name = signal.Signals(stop.received).name
-        kept = "under FSDP2 there is no checkpoint" if world.fsdp else "--resume goes on from there"
+        kept = "under FSDP2 there is no checkpoint" if dist.fsdp else "--resume goes on from there"
         raise Stopped(stop.received, f"by {name} after step {trainer.state.global_step}; {kept}")
     if not trainer.supervised and checkpoint is None:
         raise UserError(f"no row that was taken could train: {data_report.summary()}; see {run.data_report}")
@@ -256,24 +256,24 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     # What comes out.
     out = run.adapter if adapts else run.model
     mark = ADAPTER_CONFIG if adapts else CHECKPOINT_MARK
-    with replaced_directory(out, True, mark) if world.first else nullcontext(out) as made:
-        save_tuned(model, made, initial, world.first)
-        if world.first:
+    with replaced_directory(out, True, mark) if dist.is_main_process else nullcontext(out) as made:
+        save_tuned(model, made, initial, dist.is_main_process)
+        if dist.is_main_process:
             processor.save_pretrained(made)
             model.generation_config.save_pretrained(made)  # with the chat template's stop tokens, which PEFT would not keep
             if not adapts and recipe.model.base not in (None, UNTRAINED):
                 carried = carry_over(unread_tensors(model, locate_base(str(recipe.model.base))), made)
                 if carried:
                     print(describe_tensors(model, carried))
-    after = evaluate(model, processor, recipe.evaluate, world, "after tuning") if recipe.evaluate else []
-    if not world.first:
+    after = evaluate(model, processor, recipe.evaluate, dist, "after tuning") if recipe.evaluate else []
+    if not dist.is_main_process:
         return {}
     answer_tokens = recipe.evaluate.max_new_tokens if recipe.evaluate else ANSWER_TOKENS
     draw_loss_curve(run.metrics, run.loss_curve)
     figures: dict[str, Any] = {
         "train_seconds": train_seconds,
         "steps": trainer.state.global_step,
-        "layout": world.layout,
+        "layout": dist.layout,
         "trainable_parameters": sum(count.trainable for count in counts),
         "total_parameters": sum(count.total for count in counts),
         "peak_memory_mb": peak_memory_mb(),
@@ -311,12 +311,12 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     return figures
 
 
-def check_method(recipe: Recipe, world: World) -> None:
+def check_method(recipe: Recipe, dist: DistributedContext) -> None:
     """
     Raises:
         UserError: a method or packing that does not work with the base's family or the ZeRO stage, before any weight is loaded.
     """
-    if recipe.data.max_nonfinite_steps and world.zero_stage == 0:
+    if recipe.data.max_nonfinite_steps and dist.zero_stage == 0:
         raise UserError("data.max_nonfinite_steps: DeepSpeed without ZeRO takes every step, so none can be skipped; leave it out")
     if recipe.model.base not in (None, UNTRAINED):
         config = base_config(recipe.model)  # refuses families that are not supported
@@ -329,7 +329,7 @@ def check_method(recipe: Recipe, world: World) -> None:
                 tuning.settings,
                 precision=recipe.model.precision,
                 model_type=base_model_type(recipe.model),
-                zero_stage=world.zero_stage,
+                zero_stage=dist.zero_stage,
             )
             if reason is not None:
                 raise UserError(f"tune.{component}: {reason}")
@@ -352,17 +352,19 @@ def check_fsdp(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | 
         )
 
 
-def go_on(checkpoint: Path, run: RunDirectory, report: DataReport, rows: Any, arguments: TrainingArguments) -> None:
+def restore_training_state(
+    checkpoint: Path, run: RunDirectory, report: DataReport, rows: Any, arguments: TrainingArguments
+) -> None:
     """Put the data, the report and the metrics where the checkpoint left them."""
     report.load(checkpoint / REPORT)
     if arguments.process_index == 0:
-        cut_back(run, step_of(checkpoint))
+        truncate_to_step(run, step_of(checkpoint))
     if isinstance(rows, SampleStream):
         rows.start_at(step_of(checkpoint) * arguments.gradient_accumulation_steps)
         arguments.ignore_data_skip = True  # the stream has passed over them, unparsed
 
 
-def settle_base(model: Any, processor: Any, section: ModelSection, made: Path | None, world: World) -> Any:
+def materialize_base(model: Any, processor: Any, section: ModelSection, made: Path | None, dist: DistributedContext) -> Any:
     """Give the base a place that an adapter can name, and its precision.
 
     Args:
@@ -375,12 +377,12 @@ def settle_base(model: Any, processor: Any, section: ModelSection, made: Path | 
         model.name_or_path = resolve_base(section.base)
     elif made is not None:
         there = (made / CHECKPOINT_MARK).exists()
-        world.wait()  # until every process has looked
+        dist.barrier()  # until every process has looked
         if not there:
-            with to_save(model, world.first) as state:
-                if world.first:
+            with full_state_dict(model, dist.is_main_process) as state:
+                if dist.is_main_process:
                     save_checkpoint(model, processor, made, state_dict=state)
-            world.wait()
+            dist.barrier()
         if section.precision in QUANTIZED:
             model = load_weights(str(made), section)
             use_chat_template(model, processor, processor.chat_template)
@@ -410,7 +412,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         arguments = TrainingArguments(
             **settings,
             output_dir=os.path.join(recipe.output_dir, "checkpoints"),
-            # DeepSpeed's own mixed precision would round what trains: `join_world` has it use torch's autocast as well
+            # DeepSpeed's own mixed precision would round what trains: `init_distributed` has it use torch's autocast as well
             bf16=recipe.model.precision != "fp32" and not launched_with_deepspeed(),
             remove_unused_columns=False,
             label_names=["labels"],

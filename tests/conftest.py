@@ -167,12 +167,12 @@ def media(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def speakers(tmp_path_factory: pytest.TempPathFactory, untrained: tuple[Any, Any]) -> dict[str, Any]:
+def template_processors(tmp_path_factory: pytest.TempPathFactory, untrained: tuple[Any, Any]) -> dict[str, Any]:
     """A processor for each shipped chat template; the tokenizers have learnt to join runs of white space, as real ones do."""
     from mmtune.models.assemble import assemble
     from mmtune.models.tiny.tiny_models import tiny_language, tiny_vision
 
-    root = tmp_path_factory.mktemp("speakers")
+    root = tmp_path_factory.mktemp("template_processors")
     tiny_vision("clip", root / "clip")
     made = {"tiny": untrained[1]}
     for name, family in SPEAKS.items():

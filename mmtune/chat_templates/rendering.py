@@ -293,10 +293,10 @@ def _places(text: str, messages: Messages, template: str, tokenizer: PreTrainedT
             for block in message["content"]:
                 if block["type"] != "text":
                     raise NotExact(f"an assistant turn holds text only, not {block['type']}")
-                stand_in = next(free)
-                stands_for[stand_in] = block["text"]
-                pieces[-1].append(stand_in)
-                content.append({**block, "text": stand_in})
+                dummy_sample = next(free)
+                stands_for[dummy_sample] = block["text"]
+                pieces[-1].append(dummy_sample)
+                content.append({**block, "text": dummy_sample})
             message = {**message, "content": content}
         exchanged.append(message)
     frame, _ = _render(exchanged, template, tokenizer)

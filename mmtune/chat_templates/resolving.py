@@ -179,7 +179,7 @@ def set_chat_template(processor: ProcessorMixin, template: str) -> None:
         UserError: as there.
     """
     processor.chat_template = processor.tokenizer.chat_template = template
-    settle_special_tokens(processor.tokenizer, template)
+    configure_special_tokens(processor.tokenizer, template)
 
 
 def stop_token_ids(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
@@ -272,7 +272,7 @@ def _fault(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str) 
     return None
 
 
-def settle_special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+def configure_special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """Tell a tokenizer not to add a token around a rendered conversation that the template writes, and none behind it.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.cli.verb_arguments import AddVerb
-from mmtune.console.library_output import settle_console
+from mmtune.console.library_output import configure_console
 from mmtune.utils.errors import CheckFailed, UserError
 
 RECIPE_ENDINGS = (".yaml", ".yml")
@@ -30,7 +30,7 @@ def add_data_verbs(verbs: Any, add: AddVerb) -> None:
     verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
     verb.add_argument("--template", metavar="NAME", help="the data template of a file of rows (default: the one that fits)")
     verb.add_argument("--media-root", metavar="DIR", help="where a file's media paths start (default: its own folder)")
-    verb.add_argument("--out", metavar="FILE", help="write the findings as JSON Lines: row, field, finding, detail, fix")
+    verb.add_argument("--out", metavar="FILE", help="write the issues as JSON Lines: row, field, issue, detail, fix")
     verb.add_argument("--decode", action="store_true", help="decode every image too: finds all damage, takes many times longer")
     verb.add_argument("--processes", type=int, metavar="N", help="how many work at once (default: one a core)")
 
@@ -54,15 +54,15 @@ def _check(arguments: argparse.Namespace) -> Any:
 
     summary, listed = Summary(doctor.rows), []
     with _lines(arguments.out) as write:
-        for found in doctor.findings(arguments.processes):
+        for found in doctor.issues(arguments.processes):
             summary.add(found)
             write(found.as_json())
             if arguments.json:
                 listed.append(found.as_json())
     summary.show()
     if arguments.out:
-        print(f"findings: {arguments.out}")
-    result = {"data": arguments.data, **summary.as_json(), "findings": listed}
+        print(f"issues: {arguments.out}")
+    result = {"data": arguments.data, **summary.as_json(), "issues": listed}
     if summary.faulty_rows:
         raise CheckFailed(f"{arguments.data}: {summary.faulty_rows:,} of {summary.rows:,} rows cannot train", result)
     return result
@@ -85,20 +85,20 @@ def _doctor(arguments: argparse.Namespace) -> Any:
         template = arguments.template
         if template is not None:
             load_data_template(template)
-        settle_console()
-        from mmtune.data.validation.validate import Doctor, Rules, guess_template
+        configure_console()
+        from mmtune.data.validation.validate import Rules, Validator, guess_template
 
         if template is None:
             template = guess_template(arguments.data)
             print(f"{arguments.data}: read with the data template {template}; --template names another")
         source = Source(path=arguments.data, template=template, media_root=arguments.media_root)
-        return Doctor([source], rules=Rules(decode=arguments.decode))
+        return Validator([source], rules=Rules(decode=arguments.decode))
     if arguments.template or arguments.media_root:
         raise UserError("--template and --media-root are for a file of rows; a recipe names its own")
     recipe = load_recipe(arguments.data, arguments.overrides)
     check_recipe(recipe, ("model", "data", "evaluate"))
-    settle_console()
-    from mmtune.data.validation.validate import Doctor, Rules
+    configure_console()
+    from mmtune.data.validation.validate import Rules, Validator
 
     with located_errors(recipe):
         absent = next((name for _, name, _ in unreachable_checkpoints(recipe) if not is_local_name(name)), None)
@@ -106,7 +106,7 @@ def _doctor(arguments: argparse.Namespace) -> Any:
             print(f"not checked: tokens and lengths, because {absent} is not on this machine and does not load from the hub")
         processor = None if absent else _processor(recipe)
         rules = Rules(processor, recipe.data.max_tokens, recipe.data.over_length, recipe.data.supervise, arguments.decode)
-        return Doctor(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), rules)
+        return Validator(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), rules)
 
 
 def _processor(recipe: Any) -> Any:
@@ -140,7 +140,7 @@ def _show(arguments: argparse.Namespace) -> Any:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     check_recipe(recipe, ("model", "data", "evaluate"))
-    settle_console()
+    configure_console()
     from mmtune.data.dataset import Samples
     from mmtune.data.validation.show_sample import find_sample, print_view, view_sample, visible, write_page
 

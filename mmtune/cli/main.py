@@ -18,7 +18,7 @@ from mmtune import __version__
 from mmtune.cli.data_verbs import add_data_verbs
 from mmtune.cli.recipe_verbs import add_recipe_verbs
 from mmtune.cli.run_verbs import add_run_verbs
-from mmtune.console.library_output import speaker
+from mmtune.console.library_output import rank_prefix
 from mmtune.console.signals import ends_on_signals
 from mmtune.console.terminal_text import escapes_output, takes_any_character
 from mmtune.distributed.launch_errors import leaves_bugs, print_error, print_lost_peer
@@ -38,7 +38,7 @@ def entry_point(arguments: Sequence[str] | None = None) -> int:
     parsed = _parse(given)
     parsed.command_line = ["mmtune", *given]
     run: Callable[[argparse.Namespace], Any] = parsed.run
-    who = speaker()
+    who = rank_prefix()
     try:
         _check_utf8(given)
         if getattr(parsed, "json", False):

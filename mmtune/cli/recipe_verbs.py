@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.cli.verb_arguments import AddVerb, add_recipe_arguments
-from mmtune.console.library_output import settle_console
+from mmtune.console.library_output import configure_console
 from mmtune.utils.errors import UserError
 
 
@@ -55,7 +55,7 @@ def _plan(arguments: argparse.Namespace) -> Any:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     check_recipe(recipe, files=False, libraries=("train.optim",))  # the memory of the optimizer's states is measured
     limit = None if arguments.memory is None else parse_memory(arguments.memory)
-    settle_console()
+    configure_console()
     with located_errors(recipe):
         return _plan_of(recipe, arguments, limit)
 
@@ -63,7 +63,7 @@ def _plan(arguments: argparse.Namespace) -> Any:
 def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> Any:
     from mmtune.data.encoding.encode import check_chat_template
     from mmtune.data.sources.source import is_missing
-    from mmtune.distributed.context import ALONE
+    from mmtune.distributed.context import SINGLE_PROCESS
     from mmtune.models.load import load_bare_processor
     from mmtune.planning.memory import estimate_memory, print_estimate, suggestions
     from mmtune.planning.plan_report import plan_data, print_data
@@ -83,7 +83,7 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
         processor = load_bare_processor(recipe.model)
         check_chat_template(processor)
         data, longest, (samples, lengths) = plan_data(recipe.data, processor)
-        batches = make_batches(samples, recipe.data, settings, ALONE, lengths)
+        batches = make_batches(samples, recipe.data, settings, SINGLE_PROCESS, lengths)
         data |= {"steps": optimizer_steps(settings, batches), "largest_batch": batches.largest()}
         print_data(data)
         sample |= longest
@@ -130,7 +130,7 @@ def _assemble(arguments: argparse.Namespace) -> Any:
     out = Path(arguments.out)
     with replaced_directory(out, arguments.overwrite, CHECKPOINT_MARK, needed_paths(recipe)) as fresh:
         check_recipe(recipe, ("model",))
-        settle_console()
+        configure_console()
         from mmtune.models.checkpoints.checkpoint_files import write_checkpoint
         from mmtune.models.load import load_base
 
@@ -163,7 +163,7 @@ def _recipe_check(arguments: argparse.Namespace) -> Any:
 
 def _check_base_config(recipe: Any) -> None:
     """Read a base's whole configuration, as transformers does."""
-    settle_console()
+    configure_console()
     from mmtune.models.load import base_config
     from mmtune.models.packed_attention import check_packable_family
 
@@ -173,7 +173,7 @@ def _check_base_config(recipe: Any) -> None:
 
 
 def _check_training_arguments(recipe: Any) -> None:
-    settle_console()
+    configure_console()
     from mmtune.train import build_training_arguments
 
     build_training_arguments(recipe)

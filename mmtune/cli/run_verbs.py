@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.cli.verb_arguments import AddVerb, add_recipe_arguments, add_trust
-from mmtune.console.library_output import settle_console, speaker
+from mmtune.console.library_output import configure_console, rank_prefix
 from mmtune.utils.errors import UserError
 from mmtune.utils.hub import missing
 
@@ -91,7 +91,7 @@ def _train(arguments: argparse.Namespace) -> Any:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.rehearse:
         check_recipe(recipe, files=False, libraries=set(LIBRARIES) - {"train.report_to"})
-        settle_console()
+        configure_console()
         from mmtune.rehearse import rehearse
 
         with located_errors(recipe):
@@ -103,16 +103,16 @@ def _train(arguments: argparse.Namespace) -> Any:
         check_writable(linked_directory(Path(recipe.output_dir)).absolute().parent, "output_dir")
     check_reachable(recipe)
     # The first process holds the lock for all that train together.
-    lock = nullcontext() if speaker() else locked_run(recipe)
+    lock = nullcontext() if rank_prefix() else locked_run(recipe)
     with located_errors(recipe), lock, writing(Path(recipe.output_dir)):
         if not arguments.resume:
             check_output_dir(recipe, arguments.overwrite)
-        settle_console()
+        configure_console()
         from mmtune.train import train
 
         resume = arguments.resume if isinstance(arguments.resume, bool) else Path(arguments.resume)
         figures = train(recipe, arguments.command_line, arguments.overwrite, resume)
-        if not speaker():
+        if not rank_prefix():
             run = RunDirectory(Path(recipe.output_dir))
             weights = run.adapter if run.adapter.is_dir() else run.model
             print(f"run: {run.path} ({run.report.name}, {run.summary.name}, {weights.name}/)")
@@ -132,11 +132,11 @@ def _eval(arguments: argparse.Namespace) -> Any:
         raise UserError(f"{arguments.recipe or arguments.model}: the recipe has no `evaluate` section{other}")
     out = _answers_file(arguments, trained)
     check_recipe(recipe, ("evaluate",))
-    settle_console()
+    configure_console()
     from mmtune.data.encoding.encode import check_chat_template
     from mmtune.evaluation.evaluate import as_json, check_questions, evaluate, score, write_answers
     from mmtune.evaluation.scores import print_scores
-    from mmtune.models.compute import place
+    from mmtune.models.compute import to_best_device
     from mmtune.models.load import load_trained
 
     with located_errors(recipe):
@@ -145,7 +145,7 @@ def _eval(arguments: argparse.Namespace) -> Any:
             trained, chat_template=recipe.model.chat_template, trust_remote_code=arguments.trust_remote_code
         )
     check_chat_template(processor)
-    answers = evaluate(place(model), processor, recipe.evaluate, what=str(arguments.model))
+    answers = evaluate(to_best_device(model), processor, recipe.evaluate, what=str(arguments.model))
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_answers(answers, out)
@@ -190,8 +190,8 @@ def _merge(arguments: argparse.Namespace) -> Any:
         if not path.is_dir():
             raise UserError(missing(str(path), "run or model"))
     _check_release(arguments)
-    settle_console()
-    from mmtune.release.merge import Form, combine, keep_adapter, merge
+    configure_console()
+    from mmtune.release.merge import ExportOptions, combine, keep_adapter, merge
 
     out = Path(arguments.out)
     shared = {
@@ -199,9 +199,9 @@ def _merge(arguments: argparse.Namespace) -> Any:
         "count": arguments.samples,
         "trust_remote_code": arguments.trust_remote_code,
     }
-    form = Form(arguments.dtype, arguments.max_shard_size, arguments.quantize)
+    form = ExportOptions(arguments.dtype, arguments.max_shard_size, arguments.quantize)
     if arguments.keep_adapter:
-        if arguments.adapter or form != Form():
+        if arguments.adapter or form != ExportOptions():
             raise UserError("--keep-adapter releases one RUN as it is: no --adapter, --dtype, --max-shard-size, --quantize")
         figures = keep_adapter(Path(arguments.model), out, **shared)
         print(f"released: {out}: the adapter beside its base, {figures['same_answers']} of {figures['samples']} answers the same")
@@ -270,10 +270,10 @@ def _chat(arguments: argparse.Namespace) -> Any:
         raise UserError(f"--window {low:g} {high:g}: expected LOW HIGH, two finite numbers, the lower one first")
     images = [image_at(image) for image in arguments.image]
     trained = trained_part(Path(arguments.model))
-    settle_console()
+    configure_console()
     from mmtune.chat.session import ChatSession
     from mmtune.chat.terminal import EMPTY_ANSWER, converse
-    from mmtune.models.compute import place
+    from mmtune.models.compute import to_best_device
     from mmtune.models.load import load_trained
 
     try:
@@ -285,7 +285,7 @@ def _chat(arguments: argparse.Namespace) -> Any:
             raise
         raise UserError(str(error).replace("model.chat_template", "--chat-template")) from error
     window = None if arguments.window is None else (arguments.window[0], arguments.window[1])
-    session = ChatSession(place(model), processor, max_new_tokens=arguments.max_new_tokens, window=window)
+    session = ChatSession(to_best_device(model), processor, max_new_tokens=arguments.max_new_tokens, window=window)
     for image in images:
         session.attach(image)
     if arguments.prompt is None:

@@ -13,7 +13,7 @@ from mmtune.utils.threads import prepare_threads
 from mmtune.utils.torchvision_support import prepare_torchvision
 
 
-def speaker() -> str:
+def rank_prefix() -> str:
     """What an error begins with in a process that is not the first of several, such as `[rank 1] `."""
     rank = int(os.environ.get("RANK", "0"))  # as launchers say it; known before torch is imported
     return f"[rank {rank}] " if rank else ""
@@ -21,17 +21,17 @@ def speaker() -> str:
 
 def shows_progress() -> bool:
     """Whether somebody watches this process: it is the first, and at a terminal."""
-    return sys.stderr.isatty() and not speaker()
+    return sys.stderr.isatty() and not rank_prefix()
 
 
-def settle_console() -> None:
+def configure_console() -> None:
     """No progress bars where there is no terminal, and no notes about the libraries' use of each other.
 
     Of several processes the first speaks; of the others only errors are heard. torchvision is prepared here as well, because
     every command calls this before it imports transformers.
     """
     print_warnings_once()  # before the libraries are imported, which may warn of each other
-    if speaker():
+    if rank_prefix():
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     prepare_threads()  # before torch is imported
@@ -43,7 +43,7 @@ def settle_console() -> None:
     # answer on standard input and take one from a pipe.
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
-    if speaker():
+    if rank_prefix():
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  (open as long as the process lives)
         transformers_logging.set_verbosity_error()
     if not shows_progress():

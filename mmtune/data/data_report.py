@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmtune.data.encoding.encode import OverLength
 from mmtune.data.message import RowError
-from mmtune.data.validation.issues import KINDS
+from mmtune.data.validation.issues import ISSUE_TYPES
 from mmtune.utils.errors import UserError
 from mmtune.utils.files import writing
 
@@ -23,12 +23,12 @@ class MediaChanged(RowError):
 
 @dataclass(frozen=True)
 class Fault:
-    """A row that did not train, or not as it was written, and why; `finding` is the kind of fault, a name in `KINDS`."""
+    """A row that did not train, or not as it was written, and why; `issue` is the kind of fault, a name in `ISSUE_TYPES`."""
 
     row: str
     field: str
     detail: str
-    finding: str = "row_unusable"
+    issue: str = "row_unusable"
 
 
 NOT_FINITE = "its gradients are not finite"
@@ -80,7 +80,7 @@ class DataReport:
             return
         self._seen.add(error.row)
         kinds = {OverLength: self.dropped_over_length, MediaChanged: self.media_changed}
-        kinds.get(type(error), self.quarantined).append(Fault(error.row, error.field, error.detail, error.finding))
+        kinds.get(type(error), self.quarantined).append(Fault(error.row, error.field, error.detail, error.issue))
 
     def stop_past(self, max_bad_fraction: float) -> None:
         """
@@ -114,13 +114,13 @@ class DataReport:
         """The quarantined rows by kind of fault, as `mmtune data check` groups them: the first row of each, and how many more."""
         kinds: dict[str, list[Fault]] = {}
         for fault in self.quarantined:
-            kinds.setdefault(fault.finding, []).append(fault)
+            kinds.setdefault(fault.issue, []).append(fault)
         lines = []
         for name, (first, *others) in kinds.items():
             lines.append(f"  {first.row}: {first.field}: {first.detail}")
             if others:
                 rows = ", ".join(fault.row for fault in others[:2]) + (", ..." if len(others) > 2 else "")
-                lines.append(f"    and {len(others):,} more ({name}): {rows}; {KINDS[name].fix}")
+                lines.append(f"    and {len(others):,} more ({name}): {rows}; {ISSUE_TYPES[name].fix}")
         return "\n".join(lines)
 
     def summary(self) -> str:

@@ -21,7 +21,7 @@ from mmtune.data.media.media import Media, blank_image
 from mmtune.data.message import RowError, Sample
 from mmtune.data.sources.reader import Reader
 from mmtune.data.sources.source import Row
-from mmtune.data.validation.issues import KINDS
+from mmtune.data.validation.issues import ISSUE_TYPES
 from mmtune.recipe.recipe import DataSection, Source
 from mmtune.utils.errors import UserError
 
@@ -152,8 +152,8 @@ def check_rows(samples: Samples | StreamedSamples, report: DataReport, limit: in
 
 
 def _check_header(row_id: str, image: Media) -> None:
-    for name, detail in inspect_image(image).findings:
-        if KINDS[name].severity == "error":
+    for name, detail in inspect_image(image).issues:
+        if ISSUE_TYPES[name].severity == "error":
             raise RowError(row_id, "image", detail, name)
 
 
@@ -226,7 +226,7 @@ def iterate_rows(samples: Samples) -> Iterator[Sample]:
     return (samples[index] for index in range(len(samples)))
 
 
-def stand_in(processor: ProcessorMixin) -> Encoded:
+def dummy_sample(processor: ProcessorMixin) -> Encoded:
     """A question about a blank image with no position supervised, encoded: it adds nothing to the loss or to any gradient.
 
     It takes the place of a batch whose every row was dropped, and the vision tower's part where a batch has no image.

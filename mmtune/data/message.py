@@ -21,18 +21,18 @@ class RowError(UserError):
         row: the row's id, `FILE:LINE` or `FILE[INDEX]`.
         field: the field of the row that is at fault.
         detail: what was wrong and what would be right.
-        finding: what kind of fault it is, one of `mmtune.data.validation.issues.KINDS`, said where the fault is known.
+        issue: what kind of fault it is, one of `mmtune.data.validation.issues.ISSUE_TYPES`, said where the fault is known.
     """
 
-    def __init__(self, row: str, field: str, detail: str, finding: str = "row_unusable") -> None:
+    def __init__(self, row: str, field: str, detail: str, issue: str = "row_unusable") -> None:
         super().__init__(f"{row}: {field}: {detail}")
         self.row = row
         self.field = field
         self.detail = detail
-        self.finding = finding
+        self.issue = issue
 
     def __reduce__(self) -> tuple[type[RowError], tuple[str, str, str, str]]:
-        return type(self), (self.row, self.field, self.detail, self.finding)  # data-loader workers send it between processes
+        return type(self), (self.row, self.field, self.detail, self.issue)  # data-loader workers send it between processes
 
 
 @dataclass(frozen=True)

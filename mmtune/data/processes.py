@@ -63,7 +63,7 @@ def in_processes(work: Callable[[int], Any], rows: Indices, processes: int | Non
         batch_size=CHUNK,
         num_workers=processes,
         collate_fn=list,
-        worker_init_fn=settle_worker,
+        worker_init_fn=prepare_worker,
         generator=torch.Generator(),  # the loader draws a seed, and must not draw it from the run's
     )
     with tqdm(total=len(rows), desc=what, unit="row", disable=not shows_progress(), leave=False) as bar:
@@ -104,7 +104,7 @@ def worker_failure(error: RuntimeError) -> str | None:
     return None
 
 
-def settle_worker(worker: int) -> None:
+def prepare_worker(worker: int) -> None:
     """No word of the tokenizer's about having been forked; and signals are left to the process that this one works for.
 
     Ctrl-C, torchrun and schedulers send them to all processes of a run. It finishes its step by its workers, which end with it.

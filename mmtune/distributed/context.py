@@ -1,6 +1,6 @@
 """The processes that train together: what they were asked to be, what each does alone, and what all do at once.
 
-accelerate's launcher says in the environment what it was asked for; `join_world` holds that against what came to be.
+accelerate's launcher says in the environment what it was asked for; `init_distributed` holds that against what came to be.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COPIES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """
     Attributes:
         rank: this process's number, from 0.
@@ -54,7 +54,7 @@ class World:
     construction: Any = field(default=None, repr=False, compare=False)
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
@@ -71,7 +71,7 @@ class World:
         strategy = "FSDP2" if self.fsdp else "DDP" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
         return f"{self.size} process{'es' if self.size > 1 else ''}, {strategy}"
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every process is here."""
         if self.size > 1:
             here = [torch.accelerator.current_device_index()] if distributed.get_backend() == "nccl" else None
@@ -86,7 +86,7 @@ class World:
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    def any(self, mine: bool, device: torch.device) -> bool:
+    def any_rank(self, mine: bool, device: torch.device) -> bool:
         """Whether it is so in any process."""
         if self.size == 1:
             return mine
@@ -94,7 +94,7 @@ class World:
         distributed.all_reduce(flag, distributed.ReduceOp.MAX)
         return bool(flag)
 
-    def from_first(self, brought: Any) -> Any:
+    def broadcast_object(self, brought: Any) -> Any:
         """What the first process brings, in every process."""
         if self.size > 1:
             passed = [brought]
@@ -102,7 +102,7 @@ class World:
             brought = passed[0]
         return brought
 
-    def gather(self, mine: Any) -> list[Any]:
+    def all_gather_object(self, mine: Any) -> list[Any]:
         """What every process brings, in the order of their ranks, in every process."""
         if self.size == 1:
             return [mine]
@@ -111,7 +111,7 @@ class World:
         return brought
 
 
-ALONE = World()
+SINGLE_PROCESS = DistributedContext()
 
 
 def check_launch(precision: str, deepspeed_config: str | Mapping[str, Any] | None = None) -> None:
@@ -159,7 +159,7 @@ def check_launch(precision: str, deepspeed_config: str | Mapping[str, Any] | Non
         except ImportError as error:
             raise UserError("launched with DeepSpeed, which is not installed: pip install 'mmtune[deepspeed]'") from error
         _tell_of_locks()
-        os.environ[LAUNCHED_WITH] = "no"  # DeepSpeed's own mixed precision would round what trains; see `join_world`
+        os.environ[LAUNCHED_WITH] = "no"  # DeepSpeed's own mixed precision would round what trains; see `init_distributed`
 
 
 def _tell_of_locks() -> None:
@@ -217,7 +217,7 @@ def _read_json(file: str) -> Any:
     return config
 
 
-def join_world(arguments: TrainingArguments, precision: str, in_parts: bool = False) -> World:
+def init_distributed(arguments: TrainingArguments, precision: str, is_sharded: bool = False) -> DistributedContext:
     """The processes that `TrainingArguments` has brought together, checked.
 
     Under DeepSpeed, precision is what it is in one process: weights as stored, trained ones in fp32, and torch's autocast.
@@ -233,11 +233,11 @@ def join_world(arguments: TrainingArguments, precision: str, in_parts: bool = Fa
     announced = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.world_size != announced:
         raise UserError(f"{announced} processes were announced and {arguments.world_size} came together; look at the launcher")
-    world = World(arguments.process_index, arguments.world_size)
+    dist = DistributedContext(arguments.process_index, arguments.world_size)
     _check_backend(arguments)
-    world.wait()  # until every process has looked at what is there, and before the first makes anything
+    dist.barrier()  # until every process has looked at what is there, and before the first makes anything
     if plugin is None:
-        return World(world.rank, world.size, fsdp=_asked(FSDP))
+        return DistributedContext(dist.rank, dist.size, fsdp=_asked(FSDP))
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     if arguments.use_cpu and torch.accelerator.is_available():
@@ -275,14 +275,14 @@ def join_world(arguments: TrainingArguments, precision: str, in_parts: bool = Fa
     zero = config.setdefault("zero_optimization", {})
     zero.setdefault("reduce_bucket_size", REDUCE_BUCKET)  # DeepSpeed would take 2 or 4 GB for gradients on their way
     stage, construction = int(zero.get("stage", 0)), None
-    if stage == 3 and in_parts:
+    if stage == 3 and is_sharded:
         # DeepSpeed makes every weight of the one dtype that its configuration names, here the one that transformers loads.
         dtype = {"bf16": {"enabled": precision == "bf16"}}
         construction = HfDeepSpeedConfig({"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1, **dtype})
-    return World(arguments.process_index, arguments.world_size, stage, construction=construction)
+    return DistributedContext(arguments.process_index, arguments.world_size, stage, construction=construction)
 
 
-def check_same(world: World, mine: Mapping[str, Any]) -> None:
+def check_same(dist: DistributedContext, mine: Mapping[str, Any]) -> None:
     """
     Args:
         mine: what every process must have alike, by name.
@@ -290,7 +290,7 @@ def check_same(world: World, mine: Mapping[str, Any]) -> None:
     Raises:
         UserError: a process has something else; it and its rank are named.
     """
-    first, *others = world.gather(dict(mine))
+    first, *others = dist.all_gather_object(dict(mine))
     for rank, theirs in enumerate(others, start=1):
         for name in sorted({*first, *theirs}):
             if first.get(name) != theirs.get(name):
@@ -310,7 +310,7 @@ def _check_backend(arguments: TrainingArguments) -> None:
         raise UserError(f"processes on {device} were to talk by {asked}, and do by {backends.get(device)}; look at the launcher")
 
 
-def check_strategy(accelerator: Accelerator, world: World, precision: str) -> None:
+def check_strategy(accelerator: Accelerator, dist: DistributedContext, precision: str) -> None:
     """
     Args:
         precision: the recipe's `model.precision`.
@@ -322,11 +322,11 @@ def check_strategy(accelerator: Accelerator, world: World, precision: str) -> No
     stage = None if plugin is None else plugin.zero_stage
     alone = accelerator.distributed_type == DistributedType.NO
     fsdp = accelerator.distributed_type == DistributedType.FSDP
-    came = World(world.rank, accelerator.num_processes, stage, fsdp)
-    if came != world or (alone and world.size > 1):
+    came = DistributedContext(dist.rank, accelerator.num_processes, stage, fsdp)
+    if came != dist or (alone and dist.size > 1):
         raise UserError(
-            f"asked for {world.layout}, and accelerate made it {accelerator.distributed_type.value} of "
-            f"{accelerator.num_processes}; {'FSDP takes GPUs' if world.fsdp else 'look at the launcher configuration'}"
+            f"asked for {dist.layout}, and accelerate made it {accelerator.distributed_type.value} of "
+            f"{accelerator.num_processes}; {'FSDP takes GPUs' if dist.fsdp else 'look at the launcher configuration'}"
         )
     rounded = "no" if precision == "fp32" or plugin else "bf16"
     if accelerator.mixed_precision != rounded:
@@ -366,7 +366,7 @@ def is_launched() -> bool:
     return set(RENDEZVOUS) <= os.environ.keys()
 
 
-def settle_fsdp(accelerator: Accelerator, model: nn.Module) -> None:
+def configure_fsdp(accelerator: Accelerator, model: nn.Module) -> None:
     """Have FSDP2 divide a model by its layers, in the dtypes that it is stored in."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 

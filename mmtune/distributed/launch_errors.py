@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mmtune.console.library_output import speaker
+from mmtune.console.library_output import rank_prefix
 from mmtune.console.terminal_text import escape_controls
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -29,7 +29,7 @@ LAUNCHER_S = 5.0
 def print_error(text: str) -> None:
     """Print the error that ends this process, unless the machine's first process ends with the same one."""
     if leave_error(text):
-        print(f"{speaker()}{text}", file=sys.stderr)
+        print(f"{rank_prefix()}{text}", file=sys.stderr)
 
 
 def leave_error(text: str, message: str | None = None) -> bool:
@@ -65,7 +65,7 @@ def print_lost_peer() -> None:
     file = _error_file()
     if file is None or (file.parent.name == "0" and not any(file.parent.parent.glob(f"*/{file.name}"))):
         text = "aborted: another process of the run ended; see its error, or the launcher's root cause"
-        print(f"{speaker()}{text}", file=sys.stderr, flush=True)
+        print(f"{rank_prefix()}{text}", file=sys.stderr, flush=True)
     if file is not None:
         time.sleep(LAUNCHER_S)
 
@@ -79,8 +79,8 @@ def leaves_bugs() -> Iterator[None]:
         if isinstance(error, Exception):
             if not leave_error(traceback.format_exc().strip(), f"{type(error).__name__}: {error}"):
                 sys.excepthook = lambda *error: None
-            elif speaker():
-                print(f"{speaker()}failed:", file=sys.stderr)
+            elif rank_prefix():
+                print(f"{rank_prefix()}failed:", file=sys.stderr)
         raise
 
 

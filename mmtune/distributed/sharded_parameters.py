@@ -19,13 +19,13 @@ from transformers.modeling_utils import set_zero3_state
 
 
 @contextlib.contextmanager
-def frames() -> Iterator[None]:
+def meta_init() -> Iterator[None]:
     """Inside, models are made without weights, which transformers at ZeRO-3 would divide, and no random number is drawn."""
     with torch.device("meta"), set_zero3_state(), torch.random.fork_rng(devices=[]):
         yield
 
 
-def in_parts(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether this process holds only its part of the model."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
@@ -60,11 +60,11 @@ def gathered(parameters: Sequence[nn.Parameter], changed: bool = False) -> Itera
 
 
 @contextlib.contextmanager
-def runnable(model: PreTrainedModel) -> Iterator[None]:
+def gathered_forward(model: PreTrainedModel) -> Iterator[None]:
     """Inside, a model in parts can be run before the trainer has it: what lies outside of its layers is whole, and a layer while
     it is at work. All processes run it together.
     """
-    if not in_parts(model):
+    if not is_sharded(model):
         yield
         return
     kinds = set(model._no_split_modules or ())
@@ -95,7 +95,7 @@ def runnable(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def to_save(model: nn.Module, first: bool) -> Iterator[dict[str, torch.Tensor] | None]:
+def full_state_dict(model: nn.Module, first: bool) -> Iterator[dict[str, torch.Tensor] | None]:
     """Inside, an adapter is whole in every process, which its own way of saving looks at; all enter together.
 
     Args:

@@ -14,7 +14,7 @@ from mmtune.data.batching.collate import collate
 from mmtune.data.encoding.encode import IGNORE_INDEX, encode_sample
 from mmtune.data.message import RowError, Sample, split_question
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
-from mmtune.models.compute import as_trained, in_eval_mode, to_model, virtual_tokens
+from mmtune.models.compute import in_eval_mode, to_model, training_autocast, virtual_tokens
 
 
 def check_choices(sample: Sample) -> None:
@@ -91,7 +91,7 @@ def _log_likelihoods(model: nn.Module, encoded: list[dict[str, torch.Tensor]], p
     labels = batch.pop("labels")
     # Only the positions before a supervised token need the vocabulary's width: a batch of prompts would not fit in memory.
     wanted = (labels != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
-    with torch.inference_mode(), as_trained(model):
+    with torch.inference_mode(), training_autocast(model):
         logits = model(**batch, logits_to_keep=wanted - 1 + virtual_tokens(model)).logits
     targets = labels[:, wanted]
     # (candidates, positions); what is not supervised has a loss of 0.

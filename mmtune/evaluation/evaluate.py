@@ -17,11 +17,11 @@ from mmtune.data.batching.collate import collate
 from mmtune.data.dataset import DataReport, Samples, check_rows, iterate_rows
 from mmtune.data.encoding.encode import encode_prompt
 from mmtune.data.message import RowError, Sample, split_question, text_of
-from mmtune.distributed.context import ALONE, World
+from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.evaluation.choices import check_choices, likeliest, score_choices
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
 from mmtune.evaluation.metrics import exact_match, final_answer, majority_accuracy, wilson_interval
-from mmtune.models.compute import as_trained, in_eval_mode, to_model, virtual_tokens
+from mmtune.models.compute import in_eval_mode, to_model, training_autocast, virtual_tokens
 from mmtune.models.generation import generate
 from mmtune.recipe.recipe import EvaluateSection
 from mmtune.utils.errors import UserError
@@ -85,7 +85,7 @@ def generate_answers(
             prompts = {i: encode_prompt(samples[i].id, split_question(samples[i])[0], processor) for i in chosen}
             for group in _together(model, prompts):
                 batch = to_model(model, collate([prompts[i] for i in group], tokenizer.pad_token_id, side="left"))
-                with torch.inference_mode(), as_trained(model):
+                with torch.inference_mode(), training_autocast(model):
                     output = generate(model, processor, batch, max_new_tokens)
                 texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
                 answers.update(zip(group, texts, strict=True))
@@ -126,7 +126,11 @@ def check_questions(section: EvaluateSection) -> None:
 
 
 def evaluate(
-    model: nn.Module, processor: ProcessorMixin, section: EvaluateSection, world: World = ALONE, what: str = "evaluating"
+    model: nn.Module,
+    processor: ProcessorMixin,
+    section: EvaluateSection,
+    dist: DistributedContext = SINGLE_PROCESS,
+    what: str = "evaluating",
 ) -> list[Answer]:
     """Answer and score every question of the recipe's `evaluate` section.
 
@@ -138,10 +142,10 @@ def evaluate(
     """
     rows = Samples(section.data)
     samples = list(iterate_rows(rows))
-    mine = range(len(samples)) if world.sharded else range(world.rank, len(samples), world.size)
+    mine = range(len(samples)) if dist.sharded else range(dist.rank, len(samples), dist.size)
     asked = [samples[index] for index in mine]
     said = _said(model, processor, asked, section, what)
-    answered = dict(itertools.chain.from_iterable(world.gather(list(zip(mine, said, strict=True)))))
+    answered = dict(itertools.chain.from_iterable(dist.all_gather_object(list(zip(mine, said, strict=True)))))
     predictions = [answered[index] for index in range(len(samples))]
     answers = []
     for index, (sample, prediction) in enumerate(zip(samples, predictions, strict=True)):

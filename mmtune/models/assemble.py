@@ -22,7 +22,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import logging
 
 from mmtune.chat_templates.resolving import end_of_turn_ids, resolve_chat_template, set_chat_template, use_chat_template
-from mmtune.distributed.sharded_parameters import frames, gathered, runnable
+from mmtune.distributed.sharded_parameters import gathered, gathered_forward, meta_init
 from mmtune.models.checkpoints.checkpoint_files import REPORTED, check_whole, load_projector, save_checkpoint
 from mmtune.models.checkpoints.remote_code import refused_pickles
 from mmtune.models.checkpoints.unread_tensors import describe_tensors, unread_tensors
@@ -98,7 +98,7 @@ def assemble(
     if unread := unread_tensors(causal, language):
         print(describe_tensors(causal, unread, f"left out of {language}"))
     sample = tokenizer("A cat sat on the mat.", return_tensors="pt")["input_ids"]
-    with torch.no_grad(), runnable(causal):
+    with torch.no_grad(), gathered_forward(causal):
         own_logits = causal(sample.to(causal.device)).logits
 
     config = LlavaConfig(
@@ -117,7 +117,7 @@ def assemble(
     for part in (model.config, model.config.text_config):
         part.pad_token_id, part.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
         part.eos_token_id = tokenizer.eos_token_id
-    with runnable(model):
+    with gathered_forward(model):
         _verify(model, processor, tower, language, sample.to(model.device), own_logits)
     return model, processor
 
@@ -199,7 +199,7 @@ def _load(
 
 
 def _compose(config: LlavaConfig, encoder: Any, causal: Any, dtype: torch.dtype, seed: int) -> LlavaForConditionalGeneration:
-    with frames():
+    with meta_init():
         model = LlavaForConditionalGeneration(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from mmtune.distributed.sharded_parameters import frames
+from mmtune.distributed.sharded_parameters import meta_init
 from mmtune.models.checkpoints.remote_code import first_line
 from mmtune.utils.errors import UserError
 from mmtune.utils.hub import locate_checkpoint
@@ -130,7 +130,7 @@ def read_language(checkpoint: str, trust_remote_code: bool = False) -> PreTraine
                 f"{kind} computes its logits with {field} {value}, which LlavaForConditionalGeneration's head leaves out: the "
                 "probabilities would not be the language model's own"
             )
-    with frames():
+    with meta_init():
         decoder: Any = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
     if not hasattr(decoder, "embed_tokens"):
         raise UserError(

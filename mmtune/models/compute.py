@@ -11,7 +11,7 @@ from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig
 from torch import nn
 
 
-def place(model: nn.Module) -> nn.Module:
+def to_best_device(model: nn.Module) -> nn.Module:
     """Move a model to the accelerator if there is one that it fits, with a fifth to spare for what it computes."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or getattr(model, "is_quantized", False):  # a quantized model is loaded where it stays
@@ -31,7 +31,7 @@ def to_model(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value.to(first.device) for key, value in cast.items()}
 
 
-def as_trained(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+def training_autocast(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Autocast as in training when fp32 weights stand beside half-precision ones, which no layer would accept otherwise."""
     kinds = {(parameter.dtype, parameter.device.type) for parameter in model.parameters() if parameter.is_floating_point()}
     half = next(((dtype, device) for dtype, device in kinds if dtype in (torch.bfloat16, torch.float16)), None)

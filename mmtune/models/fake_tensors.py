@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.utils import logging as transformers_logging
 
 Kind = Literal["weights", "quantization_constants", "trainable", "gradients", "optimizer", "activations", "logits"]
-KINDS: tuple[Kind, ...] = (
+ISSUE_TYPES: tuple[Kind, ...] = (
     "weights",
     "quantization_constants",
     "trainable",
@@ -85,7 +85,7 @@ class CountedMemory(TorchDispatchMode):
         self.moment = ""
         self._vocabulary = vocabulary
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.live: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+        self.live: dict[Kind, int] = dict.fromkeys(ISSUE_TYPES, 0)
         self._storages: dict[int, tuple[Kind, int]] = {}
         self.forget_peak()
 

@@ -24,7 +24,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from mmtune.builtin import tiny_checkpoint as tiny
 from mmtune.chat_templates.resolving import own_chat_template, resolve_chat_template, set_chat_template, use_chat_template
-from mmtune.distributed.sharded_parameters import in_parts
+from mmtune.distributed.sharded_parameters import is_sharded
 from mmtune.families.family_table import check_family, local_model_type
 from mmtune.methods import tuners as tuners  # PEFT then knows all the methods
 from mmtune.methods.method_table import METHODS
@@ -53,7 +53,7 @@ from mmtune.models.checkpoints.trained_weights import (
 )
 from mmtune.models.generation import published_generation_config
 from mmtune.models.processors.ready_processor import open_processor, prepare_processor
-from mmtune.models.quantize import QUANTIZED, quantization, settle_quantized
+from mmtune.models.quantize import QUANTIZED, prepare_quantized, quantization
 from mmtune.recipe.recipe import ModelSection, load_recipe
 from mmtune.utils.errors import UserError, reason_of
 from mmtune.utils.hub import locate_checkpoint
@@ -103,7 +103,7 @@ def load_weights(name: str, section: ModelSection) -> PreTrainedModel:
     """
     subject = f"model.base: {section.base}" if section.base else name
     model = load_strictly(name, subject, **loading(name, section))
-    if in_parts(model):  # transformers then notes all renamings of the class, and would undo those that it has not done
+    if is_sharded(model):  # transformers then notes all renamings of the class, and would undo those that it has not done
         model._weight_conversions = [each for each in model._weight_conversions if each.was_used()]
     return model
 
@@ -138,7 +138,7 @@ def load_strictly(
     if left_out and not quiet:
         print(f"{subject}: {left_out}")
     if getattr(model, "is_quantized", False):
-        settle_quantized(model)
+        prepare_quantized(model)
     return model
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mmtune.families.family_table import NEVER_PACKED
-from mmtune.models.compute import as_trained, in_eval_mode, to_model
+from mmtune.models.compute import in_eval_mode, to_model, training_autocast
 from mmtune.utils.errors import UserError
 
 MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
@@ -98,7 +98,7 @@ def prove_packing(model: nn.Module, packed: dict[str, Any], singles: list[dict[s
     Raises:
         UserError: when they differ by more than the tolerance, relative to the size of the logits.
     """
-    with in_eval_mode(model), torch.no_grad(), as_trained(model):
+    with in_eval_mode(model), torch.no_grad(), training_autocast(model):
         together = _supervised_logits(model, packed)
         alone = torch.cat([_supervised_logits(model, single) for single in singles])
     tolerance = FULL_TOLERANCE if together.dtype == torch.float32 else HALF_TOLERANCE

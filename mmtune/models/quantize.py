@@ -43,7 +43,7 @@ def quantization(checkpoint: str, precision: str, trust_remote_code: bool = Fals
     )
 
 
-def settle_quantized(model: nn.Module) -> None:
+def prepare_quantized(model: nn.Module) -> None:
     """Check what was quantized, and keep 4-bit weights as they were stored.
 
     On CPUs with AVX512-BF16 a forward pass without gradients packs 4-bit weights again in place, after which every later

@@ -22,14 +22,14 @@ from mmtune.models.checkpoints.adapter_export import export_adapter
 from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK, UNTRAINED, locate_base
 from mmtune.models.checkpoints.trained_weights import Trained, base_of_adapter, located_base_of, removal_named
 from mmtune.models.checkpoints.unread_tensors import carry_over, describe_tensors, unread_tensors
-from mmtune.models.compute import place
+from mmtune.models.compute import to_best_device
 from mmtune.models.generation import ANSWER_TOKENS
 from mmtune.models.load import DTYPES, load_base, load_strictly, load_trained
-from mmtune.models.quantize import QUANTIZED, quantization, settle_quantized
+from mmtune.models.quantize import QUANTIZED, prepare_quantized, quantization
 from mmtune.recipe.recipe import Recipe, load_recipe, needed_paths
 from mmtune.release.merge_weights import adapter_of, check_mergeable, fold, fold_weighted, weights_of_run
 from mmtune.release.model_card import adapter_card, model_card
-from mmtune.release.parity import Observed, answer_logits, compare, observe, same_answers
+from mmtune.release.parity import ModelOutputs, answer_logits, compare, observe, same_answers
 from mmtune.run_directory import RunDirectory
 from mmtune.utils.errors import CheckFailed, UserError
 from mmtune.utils.files import check_links_stay, read_record, replaced_directory
@@ -79,7 +79,7 @@ class Parity:
 
 
 @dataclass(frozen=True)
-class Form:
+class ExportOptions:
     """What a release is written as.
 
     Attributes:
@@ -97,7 +97,7 @@ def merge(
     path: Path,
     out: Path,
     *,
-    form: Form | None = None,
+    form: ExportOptions | None = None,
     overwrite: bool = False,
     count: int = 32,
     trust_remote_code: bool = False,
@@ -129,7 +129,7 @@ def merge(
     recipe = load_recipe(run.recipe)
     if source.is_adapter:
         check_mergeable(source)
-    job = _Job(recipe, form or Form(), count, _base_on_disk(source, recipe), trust_remote_code)
+    job = _Job(recipe, form or ExportOptions(), count, _base_on_disk(source, recipe), trust_remote_code)
     needed = [path, run.path, *needed_paths(recipe), *([Path(job.base)] if job.base else [])]
     with ExitStack() as stack:
         fresh = job.open(stack, out, overwrite, needed)
@@ -137,7 +137,7 @@ def merge(
         if recipe.model.precision in QUANTIZED:
             trained = job.observe(*load_trained(source, trust_remote_code=trust_remote_code), "as trained")
         model, processor = load_trained(source, torch.float32, trust_remote_code=trust_remote_code)
-        place(model)
+        to_best_device(model)
         adapter = job.observe(model, processor, "as trained, in fp32")
         if source.is_adapter:
             with model.disable_adapter():
@@ -147,7 +147,7 @@ def merge(
         else:
             section = recipe.model.model_copy(update={"precision": "fp32", "trust_remote_code": trust_remote_code})
             untuned, _ = load_base(section, recipe.train.get("seed", 42))
-            base = answer_logits(place(untuned).eval(), processor, job.samples, "the base")
+            base = answer_logits(to_best_device(untuned).eval(), processor, job.samples, "the base")
             del untuned
             merged, folded = model, adapter
         _enforce_fold(adapter, base, folded)
@@ -186,7 +186,7 @@ def combine(
     parts: Sequence[tuple[Path, float]],
     out: Path,
     *,
-    form: Form | None = None,
+    form: ExportOptions | None = None,
     overwrite: bool = False,
     count: int = 32,
     trust_remote_code: bool = False,
@@ -210,16 +210,16 @@ def combine(
         check_mergeable(trained)
     first = runs[0][0].run
     recipe = load_recipe(first.recipe)
-    job = _Job(recipe, form or Form(), count, located_base_of(runs[0][0].path), trust_remote_code)
+    job = _Job(recipe, form or ExportOptions(), count, located_base_of(runs[0][0].path), trust_remote_code)
     needed = [*(trained.run.path for trained, _ in runs), *(trained.path for trained, _ in runs), Path(str(job.base))]
     needed += needed_paths(recipe)
     with ExitStack() as stack:
         fresh = job.open(stack, out, overwrite, needed)
         merged, processor = fold_weighted(runs, trust_remote_code)
-        folded = job.observe(place(merged), processor, "merged")
+        folded = job.observe(to_best_device(merged), processor, "merged")
         base_name = str(job.base)
         untuned = load_strictly(base_name, base_name, quiet=True, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        base = answer_logits(place(untuned), processor, job.samples, "the base")
+        base = answer_logits(to_best_device(untuned), processor, job.samples, "the base")
         del untuned
         if compare(base, folded.logits).largest <= TOLERANCE / 100:
             raise CheckFailed("the merged model equals the base: the adapters changed nothing, or cancel")
@@ -250,14 +250,14 @@ def keep_adapter(
     source = adapter_of(path)
     run = source.run
     recipe = load_recipe(run.recipe)
-    job = _Job(recipe, Form(), count, trust_remote_code=trust_remote_code)
+    job = _Job(recipe, ExportOptions(), count, trust_remote_code=trust_remote_code)
     base = Path(base_of_adapter(source.path))
     needed = [path, run.path, base, *needed_paths(recipe)]
     with removal_named(source), replaced_directory(out, overwrite, MANIFEST, needed) as fresh:
         for folder in (source.path, *([base] if base.is_dir() else [])):
             check_links_stay(folder)
         model, processor = load_trained(source, torch.float32, trust_remote_code=trust_remote_code)
-        expected = job.observe(place(model), processor, "as trained, in fp32")
+        expected = job.observe(to_best_device(model), processor, "as trained, in fp32")
         if base.is_dir():
             shutil.copytree(base, fresh / "base")
         # A base in the release is found beside the adapter, wherever the release goes.
@@ -284,7 +284,9 @@ def parity_samples(recipe: Recipe, count: int) -> list[Sample]:
 class _Job:
     """What is asked of every model of one merge, and how the result is written."""
 
-    def __init__(self, recipe: Recipe, form: Form, count: int, base: str | None = None, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, form: ExportOptions, count: int, base: str | None = None, trust_remote_code: bool = False
+    ) -> None:
         if count < 1:
             raise UserError(f"--samples {count}: a release is compared on at least one sample")
         if not re.fullmatch(r"\d+[KMGT]I?B", form.max_shard_size.upper()):
@@ -312,7 +314,7 @@ class _Job:
         """What was written, loaded back from disk in fp32."""
         return load_trained(released, torch.float32, trust_remote_code=self._trusts)
 
-    def observe(self, model: PreTrainedModel, processor: ProcessorMixin, what: str) -> Observed:
+    def observe(self, model: PreTrainedModel, processor: ProcessorMixin, what: str) -> ModelOutputs:
         return observe(model, processor, self.samples, self._new_tokens, what)
 
     def write(
@@ -320,9 +322,9 @@ class _Job:
         fresh: Path,
         merged: PreTrainedModel,
         processor: ProcessorMixin,
-        adapter: Observed,
+        adapter: ModelOutputs,
         base: list[torch.Tensor],
-        folded: Observed,
+        folded: ModelOutputs,
     ) -> Parity:
         """Write the model in its dtype, load it back in fp32, and compare."""
         merged.to(DTYPES[self.dtype]).save_pretrained(fresh, max_shard_size=self.form.max_shard_size)
@@ -351,7 +353,7 @@ class _Job:
         _enforce_release(parity, change=compare(base, adapter.logits).mean)
         return parity
 
-    def write_quantized(self, merged: Observed, processor: ProcessorMixin, parity: Parity) -> Parity:
+    def write_quantized(self, merged: ModelOutputs, processor: ProcessorMixin, parity: Parity) -> Parity:
         """Write the quantized release beside the whole one, if it is asked for."""
         kind = self.form.quantize
         if kind is None:
@@ -366,13 +368,13 @@ class _Job:
             device_map=where,
             trust_remote_code=self._trusts,
         )
-        settle_quantized(model)
+        prepare_quantized(model)
         model.save_pretrained(fresh, max_shard_size=self.form.max_shard_size)
         processor.save_pretrained(fresh)
         carry_over(self._unread, fresh, self.form.max_shard_size)
         expected = self.observe(model, processor, kind)
         reloaded = AutoModelForImageTextToText.from_pretrained(str(fresh), device_map=where, trust_remote_code=self._trusts)
-        settle_quantized(reloaded)
+        prepare_quantized(reloaded)
         result = self.observe(reloaded, processor, f"the {kind} release")
         if (apart := compare(expected.logits, result.logits).largest) > TOLERANCE:
             raise CheckFailed(f"the {kind} release, loaded back from disk, differs from what was written: by {apart:.3g}")
@@ -387,10 +389,10 @@ class _Job:
 
 
 def _placed(loaded: tuple[Any, ProcessorMixin]) -> tuple[Any, ProcessorMixin]:
-    return place(loaded[0]), loaded[1]
+    return to_best_device(loaded[0]), loaded[1]
 
 
-def _figures(one: Observed, other: Observed) -> dict[str, Any]:
+def _figures(one: ModelOutputs, other: ModelOutputs) -> dict[str, Any]:
     difference = compare(one.logits, other.logits)
     return {
         "samples": len(one.answers),
@@ -401,7 +403,7 @@ def _figures(one: Observed, other: Observed) -> dict[str, Any]:
     }
 
 
-def _enforce_fold(adapter: Observed, base: list[torch.Tensor], folded: Observed) -> None:
+def _enforce_fold(adapter: ModelOutputs, base: list[torch.Tensor], folded: ModelOutputs) -> None:
     if compare(base, folded.logits).largest <= TOLERANCE / 100:
         raise CheckFailed("the merged model equals the base: tuning changed nothing, or the adapter was not folded in")
     apart = compare(adapter.logits, folded.logits).largest

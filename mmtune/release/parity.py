@@ -13,11 +13,11 @@ from mmtune.data.encoding.encode import IGNORE_INDEX, encode_sample
 from mmtune.data.message import Sample
 from mmtune.evaluation.evaluate import generate_answers
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
-from mmtune.models.compute import as_trained, to_model
+from mmtune.models.compute import to_model, training_autocast
 
 
 @dataclass(frozen=True)
-class Observed:
+class ModelOutputs:
     """What a model does on a set of samples.
 
     Attributes:
@@ -42,23 +42,23 @@ class Difference:
 
 def observe(
     model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], max_new_tokens: int, what: str = "comparing"
-) -> Observed:
+) -> ModelOutputs:
     """Logits of a model in eval mode where it answers, and what it answers on its own."""
     logits = answer_logits(model, processor, samples, what)
-    return Observed(logits, generate_answers(model, processor, samples, max_new_tokens, batch_size=8, what=what))
+    return ModelOutputs(logits, generate_answers(model, processor, samples, max_new_tokens, batch_size=8, what=what))
 
 
 def answer_logits(
     model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], what: str = "comparing"
 ) -> list[torch.Tensor]:
-    """`Observed.logits`, teacher-forced, one sample at a time."""
+    """`ModelOutputs.logits`, teacher-forced, one sample at a time."""
     model.eval()
     logits = []
     with EvaluationProgress(what, len(samples), "logits of samples") as progress:
         for sample in samples:
             inputs = to_model(model, encode_sample(sample, processor))
             predicts = inputs.pop("labels")[0, 1:] != IGNORE_INDEX
-            with torch.inference_mode(), as_trained(model):
+            with torch.inference_mode(), training_autocast(model):
                 seen = model(**inputs).logits[0, -len(predicts) - 1 : -1]  # after any virtual tokens
                 logits.append(seen[predicts].float().cpu())
             progress.update(1)
@@ -66,7 +66,7 @@ def answer_logits(
 
 
 def compare(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
-    """The difference of `Observed.logits`, KL(one || other) over all samples and positions."""
+    """The difference of `ModelOutputs.logits`, KL(one || other) over all samples and positions."""
     a, b = torch.cat(list(one)).double(), torch.cat(list(other)).double()
     if not (a.isfinite().all() and b.isfinite().all()):
         return Difference(float("inf"), float("inf"), float("inf"))
@@ -75,6 +75,6 @@ def compare(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Diffe
     return Difference(apart.max().item(), apart.mean().item(), kl.item())
 
 
-def same_answers(one: Observed, other: Observed) -> int:
+def same_answers(one: ModelOutputs, other: ModelOutputs) -> int:
     """How many greedy answers are the same text."""
     return sum(a == b for a, b in zip(one.answers, other.answers, strict=True))

@@ -23,7 +23,7 @@ AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 """By which AdaLoRA chooses ranks."""
 
 
-class MoveRanks(TrainerCallback):
+class AdaLoraStep(TrainerCallback):
     """AdaLoRA's step: ranks move by the importance of the gradients that the optimizer has just used.
 
     Args:
@@ -64,7 +64,7 @@ def shared_regularization(model: nn.Module, passes: int) -> Iterator[None]:
         config.orth_reg_weight = whole
 
 
-def save_live(model: nn.Module, checkpoint: Path) -> None:
+def save_adapter_state(model: nn.Module, checkpoint: Path) -> None:
     """Keep, in a checkpoint, the weights of an adapter whose file is not what trains, and AdaLoRA's averages beside them."""
     if not _is_more_than_its_file(model):
         return
@@ -77,8 +77,8 @@ def save_live(model: nn.Module, checkpoint: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}, checkpoint / LIVE, metadata)
 
 
-def load_live(model: nn.Module, checkpoint: Path) -> bool:
-    """Put back what `save_live` kept; false where the adapter's file is all there is."""
+def load_adapter_state(model: nn.Module, checkpoint: Path) -> bool:
+    """Put back what `save_adapter_state` kept; false where the adapter's file is all there is."""
     if not _is_more_than_its_file(model):
         return False
     tuner = _adalora(model)

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mmtune.distributed.context import World
+from mmtune.distributed.context import DistributedContext
 from mmtune.training.progress import as_time
 from mmtune.utils.errors import CheckFailed
 from mmtune.utils.files import writing
@@ -101,7 +101,7 @@ def progress_line(logs: dict[str, Any], room: int | None = None) -> str:
     return "  ".join(figures)
 
 
-class FrozenInputsStayFrozen(TrainerCallback):
+class DisableInputRequireGrads(TrainerCallback):
     """Undoes what gradient checkpointing does to frozen inputs.
 
     Enabling checkpointing on a PEFT model hooks every embedding, the vision tower's patch embedding included, to require
@@ -124,11 +124,11 @@ class StopOnSignal(TrainerCallback):
     """SIGTERM, SIGHUP and SIGINT end the run after the present step, with a checkpoint; a second, `ECHO_S` later, at once.
 
     Args:
-        world: the processes, all of which stop when one is asked to.
+        dist: the processes, all of which stop when one is asked to.
     """
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, dist: DistributedContext) -> None:
+        self._dist = dist
         self._before: dict[int, Any] = {}
         self._since = 0.0
         self.received: int | None = None
@@ -151,9 +151,9 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._world.any(self.received is not None, args.device):
+        if self._dist.any_rank(self.received is not None, args.device):
             self.received = self.received or signal.SIGTERM
-            control.should_save = not self._world.fsdp
+            control.should_save = not self._dist.fsdp
             control.should_training_stop = True
 
 

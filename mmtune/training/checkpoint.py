@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.data.data_report import DataReport
-from mmtune.distributed.context import World
+from mmtune.distributed.context import DistributedContext
 from mmtune.planning.plan_cache import signatures
 from mmtune.recipe.pass_through.arguments import format_value
 from mmtune.recipe.recipe import Recipe, load_recipe
@@ -38,8 +38,8 @@ FREE = (
 """What a run may change when it goes on: nothing that a step depends on."""
 
 
-def keep_checkpoint(
-    made: Path, checkpoints: Path, report: DataReport, world: World, files: dict[str, Any], limit: int | None
+def finalize_checkpoint(
+    made: Path, checkpoints: Path, report: DataReport, dist: DistributedContext, files: dict[str, Any], limit: int | None
 ) -> None:
     """Give a checkpoint that is written in full its name, and delete older ones past the limit.
 
@@ -51,7 +51,7 @@ def keep_checkpoint(
         limit: how many to keep; None keeps all.
     """
     report.write(made / REPORT)
-    (made / LAYOUT).write_text(json.dumps({"layout": world.layout, "files": files}) + "\n", encoding="utf-8")
+    (made / LAYOUT).write_text(json.dumps({"layout": dist.layout, "files": files}) + "\n", encoding="utf-8")
     open_as_umask_says(made)
     write_manifest(made)
     flush(made)
@@ -103,7 +103,7 @@ def named_checkpoint(run: RunDirectory, checkpoint: Path) -> Path:
     return checkpoint
 
 
-def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, world: World) -> None:
+def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, dist: DistributedContext) -> None:
     """
     Raises:
         UserError: the run is finished, or another recipe's, in a way that would make it another run, or of another layout.
@@ -112,8 +112,8 @@ def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, world: 
         raise UserError(f"resume: {run.path} is finished; --overwrite trains it again")
     check_same_recipe(recipe, run)
     then = read_record(checkpoint / LAYOUT, layout=str, files=dict)
-    if then["layout"] != world.layout:
-        raise UserError(f"resume: {checkpoint} was written by {then['layout']}, and this is {world.layout}; launch as before")
+    if then["layout"] != dist.layout:
+        raise UserError(f"resume: {checkpoint} was written by {then['layout']}, and this is {dist.layout}; launch as before")
     files = signatures(recipe.data.train)
     changed = [name for name in sorted({*files, *then["files"]}) if files.get(name) != then["files"].get(name)]
     if changed:
@@ -138,7 +138,7 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
         )
 
 
-def cut_back(run: RunDirectory, step: int) -> None:
+def truncate_to_step(run: RunDirectory, step: int) -> None:
     """Take out of a run what came after a step or is unfinished: checkpoints, lines of `metrics.jsonl`. It all comes again."""
     for unfinished in (run.checkpoints / SAVING, *run.path.glob(".*.partial")):
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -21,7 +21,7 @@ from mmtune.data.batching.sample_stream import SampleStream
 from mmtune.data.data_report import DataReport
 from mmtune.data.dataset import OTHER_POLICIES, Encoder, Handle, Samples, StreamedSamples, TrainingSet
 from mmtune.data.encoding.encode import too_long
-from mmtune.distributed.context import World
+from mmtune.distributed.context import DistributedContext
 from mmtune.models.packed_attention import check_packable, prove_packing
 from mmtune.planning.token_plan import plan_section
 from mmtune.recipe.recipe import DataSection, Recipe
@@ -36,7 +36,9 @@ def rows_to_take(samples: Samples | StreamedSamples, arguments: TrainingArgument
     return int(arguments.max_steps * every)
 
 
-def plan_rows(samples: Samples, recipe: Recipe, processor: ProcessorMixin, report: DataReport, world: World) -> NDArray[np.int64]:
+def plan_rows(
+    samples: Samples, recipe: Recipe, processor: ProcessorMixin, report: DataReport, dist: DistributedContext
+) -> NDArray[np.int64]:
     """Count every row's tokens, in the first process, with no weight loaded; rows that cannot train go to the report.
 
     Returns:
@@ -46,7 +48,7 @@ def plan_rows(samples: Samples, recipe: Recipe, processor: ProcessorMixin, repor
         UserError: more rows cannot train than the recipe allows, or one is too long under `over_length: error`.
     """
     found = None
-    if world.first:
+    if dist.is_main_process:
         section = recipe.data
         plan, outcome = plan_section(samples, section, processor)
         limit = section.max_tokens or 0  # without one no row is dropped
@@ -54,7 +56,7 @@ def plan_rows(samples: Samples, recipe: Recipe, processor: ProcessorMixin, repor
         if longer and section.over_length == "error":
             raise UserError(f"{len(longer)} rows are too long, the first: {longer[0]} ({OTHER_POLICIES})")
         found = outcome.lengths, [*plan.faults.values(), *longer]
-    lengths, faults = world.from_first(found)
+    lengths, faults = dist.broadcast_object(found)
     for fault in faults:
         report.add(fault)
     report.checked = len(samples)
@@ -68,7 +70,7 @@ def order_rows(
     collator: Collator,
     section: DataSection,
     arguments: TrainingArguments,
-    world: World,
+    dist: DistributedContext,
     lengths: NDArray[np.int64] | None = None,
 ) -> tuple[Dataset[Any], Batches | None]:
     """What the Trainer takes its batches from.
@@ -80,7 +82,7 @@ def order_rows(
         The rows by index, and which of them make which batch; or a stream of batches and None.
     """
     if isinstance(samples, Samples):
-        return TrainingSet(samples, encoder), make_batches(samples, section, arguments, world, lengths)
+        return TrainingSet(samples, encoder), make_batches(samples, section, arguments, dist, lengths)
     stream = SampleStream(
         samples.openers,
         samples.weights,
@@ -88,14 +90,18 @@ def order_rows(
         seed=_seed(arguments),
         window=section.shuffle_window if arguments.train_sampling_strategy == "random" else 1,
         size=arguments.per_device_train_batch_size,
-        rank=world.rank,
-        world=world.size,
+        rank=dist.rank,
+        world_size=dist.size,
     )
     return stream, None
 
 
 def make_batches(
-    samples: Samples, section: DataSection, arguments: TrainingArguments, world: World, lengths: NDArray[np.int64] | None
+    samples: Samples,
+    section: DataSection,
+    arguments: TrainingArguments,
+    dist: DistributedContext,
+    lengths: NDArray[np.int64] | None,
 ) -> Batches:
     """The batches of this process, as the recipe asks for them.
 
@@ -113,7 +119,7 @@ def make_batches(
             raise UserError(
                 f"data.train: the weight of {name} takes not one of its {count} rows in an epoch; give it a larger one"
             )
-    every = arguments.per_device_train_batch_size * world.size
+    every = arguments.per_device_train_batch_size * dist.size
     by_tokens = section.packing or section.tokens_per_batch is not None
     if arguments.dataloader_drop_last and not by_tokens and len(mixture) < every:
         raise UserError(f"train.dataloader_drop_last: {len(mixture)} rows fill no batch of {every}; leave it out")
@@ -122,8 +128,8 @@ def make_batches(
         seed=_seed(arguments),
         size=arguments.per_device_train_batch_size,
         accumulation=arguments.gradient_accumulation_steps,
-        rank=world.rank,
-        world=world.size,
+        rank=dist.rank,
+        world_size=dist.size,
         lengths=lengths,
         tokens=section.tokens_per_batch or (section.max_tokens if section.packing else None),
         packed=section.packing,

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmtune.data.batching.collate import RowSize
-from mmtune.distributed.context import World
+from mmtune.distributed.context import DistributedContext
 from mmtune.run_directory import peak_memory_mb
 from mmtune.training.cpu_wait import CpuWait
 from mmtune.training.flops import ModelFlops, peak_of
@@ -29,9 +29,9 @@ class TrainingProgress(TrainerCallback):
         model: as it trains, without the wrappers of a distributed run.
     """
 
-    def __init__(self, model: nn.Module, arguments: TrainingArguments, world: World) -> None:
+    def __init__(self, model: nn.Module, arguments: TrainingArguments, dist: DistributedContext) -> None:
         self._arguments = arguments
-        self._world = world
+        self._dist = dist
         self._peak = peak_of(arguments.device)
         # A compiled forward pass cannot be looked into.
         knows = self._peak is not None and not arguments.torch_compile and ModelFlops.knows(model)
@@ -70,7 +70,7 @@ class TrainingProgress(TrainerCallback):
 
     def count_tokens(self, state: TrainerState) -> None:
         """Bring the state's number of tokens up to date, over all processes; all of them call it."""
-        state.num_input_tokens_seen += sum(self._world.gather(self._tokens))
+        state.num_input_tokens_seen += sum(self._dist.all_gather_object(self._tokens))
         self._tokens = 0
 
     def figures(self, state: TrainerState) -> dict[str, float]:
@@ -88,7 +88,7 @@ class TrainingProgress(TrainerCallback):
         flops = None if self._flops is None else self._flops.take()
         cpu = self._cpu.take()
         lacked = None if cpu is None else cpu / seconds
-        brought = self._world.gather((self._samples, self._waited / seconds, lacked, memory, flops))
+        brought = self._dist.all_gather_object((self._samples, self._waited / seconds, lacked, memory, flops))
         samples, waits, lacks, memories, work = zip(*brought, strict=True)
         first, step = self._logs[0]
         left = (now - first) / max(state.global_step - step, 1) * (state.max_steps - state.global_step)
@@ -104,7 +104,7 @@ class TrainingProgress(TrainerCallback):
         if known := [share for share in lacks if share is not None]:
             found["cpu_wait"] = round(min(max(known), 1.0), 4)
         if self._flops is not None and self._peak is not None and None not in work:
-            could = self._peak.at(self._flops.dtype, bool(self._arguments.tf32)) * seconds * self._world.size
+            could = self._peak.at(self._flops.dtype, bool(self._arguments.tf32)) * seconds * self._dist.size
             found["mfu"] = round(sum(work) / could, 4)
         self._logs.append((now, state.global_step))
         self._tokens_before, self._samples, self._waited = state.num_input_tokens_seen, 0, 0.0

@@ -24,16 +24,22 @@ from mmtune.data.batching.sample_stream import SampleStream
 from mmtune.data.data_report import NO_SAMPLE, NOT_FINITE, DataReport, SkippedStep
 from mmtune.data.encoding.encode import IGNORE_INDEX
 from mmtune.data.message import RowError
-from mmtune.data.processes import settle_worker, worker_failure
-from mmtune.distributed.context import ALONE, World
-from mmtune.distributed.sharded_parameters import to_save
+from mmtune.data.processes import prepare_worker, worker_failure
+from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
+from mmtune.distributed.sharded_parameters import full_state_dict
 from mmtune.models.checkpoints.remote_code import refused_pickles
 from mmtune.models.checkpoints.trained_weights import INITIAL
 from mmtune.models.compute import virtual_tokens
 from mmtune.models.packed_attention import packed_inputs
 from mmtune.run_directory import SAVING
-from mmtune.training.adapter_state import MoveRanks, load_full_model, load_live, save_live, shared_regularization
-from mmtune.training.checkpoint import keep_checkpoint, wait_until_seen
+from mmtune.training.adapter_state import (
+    AdaLoraStep,
+    load_adapter_state,
+    load_full_model,
+    save_adapter_state,
+    shared_regularization,
+)
+from mmtune.training.checkpoint import finalize_checkpoint, wait_until_seen
 from mmtune.training.progress import TrainingProgress
 from mmtune.utils.errors import CheckFailed, UserError
 from mmtune.utils.files import flush, writing
@@ -85,7 +91,7 @@ class TuningTrainer(Trainer):
         data_report: counts rows that fail while training.
         max_bad_fraction: stop when more than this part of the rows failed.
         max_nonfinite_steps: skip so many steps whose gradients are not finite, and stop at the next.
-        world: the processes that train together; each counts the rows that failed in any.
+        dist: the processes that train together; each counts the rows that failed in any.
         learning_rates: rate by parameter name, for parameters that do not take the run's own.
         unscored: a batch with nothing supervised, which stands in for one whose every row was dropped, so that the number of
             steps stays what was announced. A step of which nothing else is left, in any process, changes nothing.
@@ -101,9 +107,9 @@ class TuningTrainer(Trainer):
         data_report: DataReport,
         max_bad_fraction: float,
         max_nonfinite_steps: int = 0,
-        world: World = ALONE,
+        dist: DistributedContext = SINGLE_PROCESS,
         learning_rates: Mapping[str, float],
-        unscored: dict[str, Any],
+        dummy_batch: dict[str, Any],
         batches: Batches | None = None,
         source_names: Sequence[str] = (),
         data_files: Mapping[str, Any] | None = None,
@@ -115,10 +121,10 @@ class TuningTrainer(Trainer):
         self._data_report = data_report
         self._max_bad_fraction = max_bad_fraction
         self._max_nonfinite_steps = max_nonfinite_steps
-        self._world = world
+        self._dist = dist
         self._passes = 1  # over which the present step sums
         self._learning_rates = dict(learning_rates)
-        self._unscored = unscored
+        self._unscored = dummy_batch
         self._step_rows: list[str] = []  # of this process
         self._is_empty = False  # whether the present step has no supervised token in any process
         self._steps_taken = 0
@@ -131,9 +137,9 @@ class TuningTrainer(Trainer):
         self._initial = initial
         # Of each source since the last log: its summed loss and its number of supervised tokens.
         self._source_sums = torch.zeros(len(source_names), 2, dtype=torch.float64)
-        self._progress = TrainingProgress(self.model, self.args, world)
+        self._progress = TrainingProgress(self.model, self.args, dist)
         self.add_callback(self._progress)
-        self.add_callback(MoveRanks(lambda: self._is_empty))
+        self.add_callback(AdaLoraStep(lambda: self._is_empty))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's.
@@ -186,7 +192,7 @@ class TuningTrainer(Trainer):
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager[None]:
         """The Trainer's, none; under FSDP2 torch's autocast, which accelerate leaves to FSDP2's rounding of what trains."""
         context: contextlib.AbstractContextManager[None]
-        context = self.accelerator.autocast() if self._world.fsdp else super().autocast_smart_context_manager(cache_enabled)
+        context = self.accelerator.autocast() if self._dist.fsdp else super().autocast_smart_context_manager(cache_enabled)
         return context
 
     @torch.no_grad()
@@ -206,7 +212,7 @@ class TuningTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._progress.figures(self.state))
             if self._source_names:
-                sums = torch.stack(self._world.gather(self._source_sums)).sum(dim=0)
+                sums = torch.stack(self._dist.all_gather_object(self._source_sums)).sum(dim=0)
                 self._source_sums.zero_()
                 for name, (loss, tokens) in zip(self._source_names, sums.tolist(), strict=True):
                     if tokens:
@@ -248,7 +254,7 @@ class TuningTrainer(Trainer):
         return self._skip_step(model, NOT_FINITE)
 
     def _rows_of_step(self) -> list[str]:
-        return list(itertools.chain.from_iterable(self._world.gather(self._step_rows)))
+        return list(itertools.chain.from_iterable(self._dist.all_gather_object(self._step_rows)))
 
     def _skip_step(self, model: nn.Module, reason: str) -> None:
         """Let the present step change no weight, no optimizer state and no logged loss. The learning rate's schedule goes on."""
@@ -265,10 +271,10 @@ class TuningTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's; under DeepSpeed what trained is gathered first, as the Trainer cannot for every method."""
-        if self._world.zero_stage is None:
+        if self._dist.zero_stage is None:
             super().save_model(output_dir, _internal_call)
             return
-        with to_save(self.model, self._world.first) as state:
+        with full_state_dict(self.model, self._dist.is_main_process) as state:
             self._save(output_dir, state)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -285,18 +291,18 @@ class TuningTrainer(Trainer):
             with writing(checkpoints / name):
                 super()._save_checkpoint(model, trial)
                 made, limit = checkpoints / SAVING / name, self.args.save_total_limit
-                if self._world.first and self._world.zero_stage is None:  # DeepSpeed keeps weights of its own
-                    save_live(self.model, made)
-                if self._world.first:  # with these a checkpoint of an adapter can be released
+                if self._dist.is_main_process and self._dist.zero_stage is None:  # DeepSpeed keeps weights of its own
+                    save_adapter_state(self.model, made)
+                if self._dist.is_main_process:  # with these a checkpoint of an adapter can be released
                     self.model.generation_config.save_pretrained(made)
                     if self._initial is not None:
                         save_file(self._initial, made / INITIAL, metadata={"format": "pt"})
-                self._world.wait()
+                self._dist.barrier()
                 flush(made)
-                written = set[str]().union(*self._world.gather(names_in(made)))
-                if self._world.first:
+                written = set[str]().union(*self._dist.all_gather_object(names_in(made)))
+                if self._dist.is_main_process:
                     wait_until_seen(made, written)
-                    keep_checkpoint(made, checkpoints, self._data_report, self._world, self._data_files, limit)
+                    finalize_checkpoint(made, checkpoints, self._data_report, self._dist, self._data_files, limit)
         except UserError:
             shutil.rmtree(checkpoints / SAVING, ignore_errors=True)  # a full disk has no room for a part of a checkpoint
             raise
@@ -306,7 +312,7 @@ class TuningTrainer(Trainer):
         checkpoint = Path(resume_from_checkpoint)
         if not isinstance(self.model, PeftModel):
             load_full_model(self.model, checkpoint)
-        elif not load_live(self.model, checkpoint):
+        elif not load_adapter_state(self.model, checkpoint):
             # The Trainer would have every process read it onto the first GPU.
             self.model.load_adapter(str(checkpoint), self.model.active_adapter, is_trainable=True, torch_device="cpu")
 
@@ -319,7 +325,7 @@ class TuningTrainer(Trainer):
             "persistent_workers": self.args.dataloader_persistent_workers,
             "multiprocessing_context": self.args.dataloader_multiprocessing_context,
             "prefetch_factor": self.args.dataloader_prefetch_factor,
-            "worker_init_fn": settle_worker,
+            "worker_init_fn": prepare_worker,
             "generator": torch.Generator(),  # a loader draws a seed, and would draw it from the run's, once more when resumed
         }
         if isinstance(self.train_dataset, SampleStream):
@@ -335,13 +341,13 @@ class TuningTrainer(Trainer):
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
-        self._passes = len(batches) * self._world.size
+        self._passes = len(batches) * self._dist.size
         self._before_step = self._tr_loss.clone(), self._source_sums.clone()
         faults = [fault for batch in batches for fault in batch.pop("faults")]
         self._step_rows = [row for batch in batches for row in batch.pop("rows")]
         self._step_rows += [fault.row for fault in faults if isinstance(fault, RowError) and fault.row not in self._step_rows]
-        if self._world.any(bool(faults), device):
-            for fault in itertools.chain.from_iterable(self._world.gather(faults)):
+        if self._dist.any_rank(bool(faults), device):
+            for fault in itertools.chain.from_iterable(self._dist.all_gather_object(faults)):
                 self._data_report.add(fault)
             self._data_report.stop_past(self._max_bad_fraction)
         for batch in batches:

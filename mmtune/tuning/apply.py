@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mmtune.console.styled_console import StyledConsole
-from mmtune.distributed.sharded_parameters import runnable, size_of, to_float32
+from mmtune.distributed.sharded_parameters import gathered_forward, size_of, to_float32
 from mmtune.models.components import Components, component_of, select_modules
 from mmtune.models.compute import to_model
 from mmtune.recipe.recipe import TuneSection
@@ -122,7 +122,7 @@ def _with_adapter(model: PreTrainedModel, config: PeftConfig, batches: Iterable[
         preprocess_loraga(model, config, gradients)
     tuned = get_peft_model(model, config)
     if init == "eva":
-        with runnable(tuned):
+        with gathered_forward(tuned):
             initialize_lora_eva_weights(tuned, [to_model(tuned, batch) for batch in batches], show_progress_bar=False)
     base = tuned.get_base_model()
     if not any(isinstance(each, BaseTunerLayer) for each in (base.get_input_embeddings(), base.get_output_embeddings())):

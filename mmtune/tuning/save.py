@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
-from mmtune.distributed.sharded_parameters import to_save
+from mmtune.distributed.sharded_parameters import full_state_dict
 from mmtune.methods.method_table import MUTATING_INITS
 from mmtune.models.checkpoints.adapter_export import to_plain_lora
 
@@ -37,7 +37,7 @@ def save_tuned(
         initial: from `initial_factors`. The adapter is then written as an ordinary LoRA: see `to_plain_lora`.
         first: whether this is the first process.
     """
-    with to_save(model, first) as state:
+    with full_state_dict(model, first) as state:
         if first:
             model.save_pretrained(out, state_dict=state)
     if initial is None or not first:

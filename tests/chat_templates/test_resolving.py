@@ -10,7 +10,7 @@ import pytest
 import transformers as tf
 from PIL import Image
 
-from mmtune.chat_templates.resolving import settle_special_tokens, template_names
+from mmtune.chat_templates.resolving import configure_special_tokens, template_names
 from mmtune.models.assemble import assemble, resolve_chat_template, save_checkpoint
 from mmtune.models.tiny.tiny_models import LANGUAGE_FAMILIES, tiny_language
 from mmtune.utils.errors import UserError
@@ -70,7 +70,7 @@ PROMPT_ENDS_MID_LINE = ("vicuna_v1", "mistral")  # the answer's leading space is
 
 
 @pytest.fixture(scope="module")
-def speakers(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def template_processors(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A processor for each shipped template."""
     made = {name: assemble(str(shelf / "clip"), str(shelf / family), chat_template=name)[1] for name, family in SPEAKS.items()}
     tiny = tmp_path_factory.mktemp("tiny")
@@ -87,8 +87,8 @@ def test_every_shipped_template_is_tested() -> None:
 
 
 @pytest.mark.parametrize("name", END)
-def test_supervised_tokens_are_the_answer_and_its_end(speakers: dict[str, Any], name: str) -> None:
-    processor = speakers[name]
+def test_supervised_tokens_are_the_answer_and_its_end(template_processors: dict[str, Any], name: str) -> None:
+    processor = template_processors[name]
     space = " " if name in PROMPT_ENDS_MID_LINE else ""
     answers = ["a cat, twice.", "No: 2 dogs\nand\n\na bird"]
     system = [] if name == "plain" else [("system", "Be brief.")]
@@ -113,8 +113,8 @@ def test_supervised_tokens_are_the_answer_and_its_end(speakers: dict[str, Any], 
 
 
 @pytest.mark.parametrize("name", sorted(set(END) - {"plain"}))
-def test_the_prompt_of_a_question_is_a_prefix_of_the_training_text(speakers: dict[str, Any], name: str) -> None:
-    processor = speakers[name]
+def test_the_prompt_of_a_question_is_a_prefix_of_the_training_text(template_processors: dict[str, Any], name: str) -> None:
+    processor = template_processors[name]
     talk = _talk(("system", "Be brief."), ("user", [IMAGES[0], "What?"]), ("assistant", "it is"))
     prompt = processor.apply_chat_template(talk[:-1], tokenize=True, return_dict=True, add_generation_prompt=True)
     asked = prompt["input_ids"][0]
@@ -151,30 +151,30 @@ RENDERED = {
 
 
 @pytest.mark.parametrize("name", END)
-def test_rendered_text_is_the_familys(speakers: dict[str, Any], name: str) -> None:
+def test_rendered_text_is_the_familys(template_processors: dict[str, Any], name: str) -> None:
     talk = _talk(
         ("user", [IMAGES[0], "What?"]),
         ("assistant", "cat"),
         ("user", ["And\n", IMAGES[1], " now?"]),
         ("assistant", "dog"),
     )
-    assert speakers[name].apply_chat_template(talk) == RENDERED[name]
+    assert template_processors[name].apply_chat_template(talk) == RENDERED[name]
     talk[0]["content"][1]["text"] = "\nWhat?"  # a source that leaves LLaVA's own newline in: still one newline
-    assert speakers[name].apply_chat_template(talk) == RENDERED[name]
+    assert template_processors[name].apply_chat_template(talk) == RENDERED[name]
 
 
-def test_templates_refuse_what_they_would_lose(speakers: dict[str, Any]) -> None:
+def test_templates_refuse_what_they_would_lose(template_processors: dict[str, Any]) -> None:
     for talk, reason in (
         (_talk(("user", "Draw."), ("assistant", [IMAGES[0]])), "text only"),
         (_talk(("tool", "x")), "tool"),
         ([{"role": "user", "content": [{"type": "audio", "audio": "x"}]}], "audio"),
     ):
-        for name, processor in speakers.items():
+        for name, processor in template_processors.items():
             with pytest.raises(Exception, match=reason):
                 processor.apply_chat_template(talk)
                 raise AssertionError(name)
     with pytest.raises(Exception, match="system"):
-        speakers["gemma"].apply_chat_template(_talk(("system", "Be brief."), ("assistant", "yes")))
+        template_processors["gemma"].apply_chat_template(_talk(("system", "Be brief."), ("assistant", "yes")))
 
 
 def test_a_sentencepiece_tokenizer_and_its_own_bos(shelf: Path, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_tokenizer_adds_nothing_that_the_template_writes(add_bos: bool, add_eo
     turn = "{{ m.role }}: {{ m.content[-1].text }}{{ '</s>' if m.role == 'assistant' }}"
     template = "<s>" * writes_bos + "{% for m in messages %}" + turn + "{% endfor %}"
     assert (tokenizer("a")["input_ids"][0] == 1, tokenizer("a")["input_ids"][-1] == 2) == (add_bos, add_eos)
-    settle_special_tokens(tokenizer, template)
+    configure_special_tokens(tokenizer, template)
     text = tokenizer.apply_chat_template(_talk(("user", "a"), ("assistant", "b")), chat_template=template, tokenize=False)
     ids = tokenizer(text)["input_ids"]
     assert (ids.count(1), ids.count(2)) == (int(writes_bos or add_bos), 1)

@@ -267,7 +267,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_processes_than_the_first_tell_who_they_are(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli_recipe, "settle_console", lambda: None)
+    monkeypatch.setattr(cli_recipe, "configure_console", lambda: None)
     monkeypatch.setenv("RANK", "3")
     assert entry_point(["train", str(recipe_file), "train.fsdp=true"]) == 2
     told = capsys.readouterr().err

@@ -17,7 +17,7 @@ from mmtune.cli import main as cli
 from mmtune.cli import recipe_verbs as cli_recipe
 from mmtune.cli.main import entry_point
 from mmtune.console.signals import ENDING
-from mmtune.distributed.context import ALONE
+from mmtune.distributed.context import SINGLE_PROCESS
 from mmtune.training.callbacks import StopOnSignal
 from mmtune.utils.files import replaced_directory
 
@@ -85,7 +85,7 @@ def test_nohup_stays_nohup(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         monkeypatch.setattr(cli_recipe, "_methods", lambda arguments: signal.raise_signal(signal.SIGHUP))
         assert entry_point(["methods"]) == 0
-        stop = StopOnSignal(ALONE)
+        stop = StopOnSignal(SINGLE_PROCESS)
         stop.on_train_begin(nothing, nothing, nothing)
         signal.raise_signal(signal.SIGHUP)
         stop.restore()

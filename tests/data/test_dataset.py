@@ -128,7 +128,7 @@ def test_the_report_is_json(tmp_path: Path) -> None:
         "dropped_over_length": [],
         "media_changed": [],
         "skipped_steps": [],
-        "quarantined": [{"row": "r:1", "field": "image", "detail": "kein Bild: é\udce9.png", "finding": "row_unusable"}],
+        "quarantined": [{"row": "r:1", "field": "image", "detail": "kein Bild: é\udce9.png", "issue": "row_unusable"}],
     }
 
 

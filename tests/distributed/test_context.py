@@ -28,7 +28,7 @@ from mmtune.distributed.context import (
     DEEPSPEED,
     DEEPSPEED_CONFIG,
     RENDEZVOUS,
-    World,
+    DistributedContext,
     _check_backend,
     check_launch,
     check_same,
@@ -275,27 +275,37 @@ def test_a_backend_of_several_processes_does_not_stop_one(make_recipe: Callable[
 
 
 @pytest.mark.parametrize(
-    ("world", "made", "precision", "told"),
+    ("dist", "made", "precision", "told"),
     [
-        (World(size=2), (2, DistributedType.MULTI_CPU, "no"), "fp32", None),
-        (World(), (1, DistributedType.MULTI_CPU, "no"), "fp32", None),  # torchrun --nproc-per-node 1
-        (World(size=2), (1, DistributedType.NO, "no"), "fp32", "asked for 2 processes, DDP, and accelerate made it NO of 1"),
+        (DistributedContext(size=2), (2, DistributedType.MULTI_CPU, "no"), "fp32", None),
+        (DistributedContext(), (1, DistributedType.MULTI_CPU, "no"), "fp32", None),  # torchrun --nproc-per-node 1
         (
-            World(size=2, fsdp=True),
+            DistributedContext(size=2),
+            (1, DistributedType.NO, "no"),
+            "fp32",
+            "asked for 2 processes, DDP, and accelerate made it NO of 1",
+        ),
+        (
+            DistributedContext(size=2, fsdp=True),
             (2, DistributedType.MULTI_CPU, "no"),
             "fp32",
             "made it MULTI_CPU of 2; FSDP takes GPUs",
         ),
-        (World(size=2), (2, DistributedType.FSDP, "no"), "fp32", "made it FSDP"),
-        (World(size=2), (2, DistributedType.MULTI_CPU, "no"), "bf16", "made the mixed precision no of it, where bf16"),
+        (DistributedContext(size=2), (2, DistributedType.FSDP, "no"), "fp32", "made it FSDP"),
+        (
+            DistributedContext(size=2),
+            (2, DistributedType.MULTI_CPU, "no"),
+            "bf16",
+            "made the mixed precision no of it, where bf16",
+        ),
     ],
 )
 def test_what_accelerate_made_of_it_is_checked(
-    world: World, made: tuple[int, DistributedType, str], precision: str, told: str | None
+    dist: DistributedContext, made: tuple[int, DistributedType, str], precision: str, told: str | None
 ) -> None:
     accelerator: Any = SimpleNamespace(num_processes=made[0], distributed_type=made[1], mixed_precision=made[2])
     with pytest.raises(UserError, match=told) if told else nullcontext():
-        check_strategy(accelerator, world, precision)
+        check_strategy(accelerator, dist, precision)
 
 
 def test_processes_that_talk_through_the_cpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,22 +319,22 @@ def test_processes_that_talk_through_the_cpu_are_refused(monkeypatch: pytest.Mon
 
 def test_processes_with_different_recipes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = {"train.learning_rate": 0.2, "torch": "2.13.0"}
-    monkeypatch.setattr(World, "gather", lambda self, mine: [mine, mine, theirs])
-    check_same(World(size=3), theirs)
+    monkeypatch.setattr(DistributedContext, "all_gather_object", lambda self, mine: [mine, mine, theirs])
+    check_same(DistributedContext(size=3), theirs)
     with pytest.raises(UserError, match=r"process 2 has train.learning_rate: 0.2, and process 0 0.1"):
-        check_same(World(size=3), {"train.learning_rate": 0.1, "torch": "2.13.0"})
+        check_same(DistributedContext(size=3), {"train.learning_rate": 0.1, "torch": "2.13.0"})
 
 
 def test_an_output_dir_that_is_not_shared_is_told(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     """The second process finds an earlier run where the first has made a new one."""
     monkeypatch.setattr(run_directory, "SEEN_WITHIN_S", 0.0)
-    monkeypatch.setattr(World, "from_first", lambda self, brought: "new")
-    monkeypatch.setattr(World, "gather", lambda self, mine: [True, mine])
+    monkeypatch.setattr(DistributedContext, "broadcast_object", lambda self, brought: "new")
+    monkeypatch.setattr(DistributedContext, "all_gather_object", lambda self, mine: [True, mine])
     recipe = make_recipe()
     run = RunDirectory(Path(recipe.output_dir))
     run.path.mkdir()
     run.environment.write_text("earlier")
-    second = new_run(recipe, ["test"], overwrite=True, world=World(rank=1, size=2))
+    second = new_run(recipe, ["test"], overwrite=True, dist=DistributedContext(rank=1, size=2))
     with pytest.raises(UserError, match="output_dir: process 1 does not see what process 0 wrote"), second:
         pass
 
@@ -345,14 +355,14 @@ def test_an_earlier_run_is_back_after_sigterm(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     """A launcher ends the first process with it when another one has failed; it would leave things as they are."""
-    monkeypatch.setattr(World, "from_first", lambda self, brought: brought)
-    monkeypatch.setattr(World, "gather", lambda self, mine: [mine, mine])
+    monkeypatch.setattr(DistributedContext, "broadcast_object", lambda self, brought: brought)
+    monkeypatch.setattr(DistributedContext, "all_gather_object", lambda self, mine: [mine, mine])
     recipe = make_recipe()
     run = RunDirectory(Path(recipe.output_dir))
     run.path.mkdir()
     run.recipe.write_text("an earlier run")
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit), new_run(recipe, ["test"], overwrite=True, world=World(size=size)):
+    with pytest.raises(SystemExit), new_run(recipe, ["test"], overwrite=True, dist=DistributedContext(size=size)):
         assert run.recipe.read_text() != "an earlier run"
         os.kill(os.getpid(), signal.SIGTERM)
     assert run.recipe.read_text() == "an earlier run"
@@ -365,7 +375,7 @@ def test_the_folder_of_a_rehearsal_goes_however_it_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: type[BaseException] | None
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with pytest.raises(end) if end else nullcontext(), _shared_folder(World()) as place:
+    with pytest.raises(end) if end else nullcontext(), _shared_folder(DistributedContext()) as place:
         (place / "file").write_text("x")
         assert place.parent == tmp_path
         if end is SystemExit:
@@ -384,10 +394,10 @@ def test_a_rehearsal_on_two_machines_is_refused(make_recipe: Callable[..., Recip
 
 
 def test_layouts_have_names() -> None:
-    assert World().layout == "one process"
-    assert World(size=2).layout == "2 processes, DDP"
-    assert World(size=1, zero_stage=2).layout == "1 process, ZeRO-2"
-    assert World(size=2, fsdp=True).layout == "2 processes, FSDP2"
+    assert DistributedContext().layout == "one process"
+    assert DistributedContext(size=2).layout == "2 processes, DDP"
+    assert DistributedContext(size=1, zero_stage=2).layout == "1 process, ZeRO-2"
+    assert DistributedContext(size=2, fsdp=True).layout == "2 processes, FSDP2"
 
 
 CONTRADICTIONS = {

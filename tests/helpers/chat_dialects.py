@@ -220,7 +220,7 @@ DIALECTS = {
 
 
 @cache
-def speaker(name: str, marked: bool = True) -> tf.LlavaProcessor:
+def dialect_processor(name: str, marked: bool = True) -> tf.LlavaProcessor:
     """A processor whose chat template is the dialect's, with its marks or without."""
     dialect = DIALECTS[name]
     names = {key: token for key, token in (("bos_token", dialect.bos), ("eos_token", dialect.eos)) if token}

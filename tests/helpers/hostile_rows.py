@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 Found = tuple[tuple[str, str], ...]
-"""Fields and names of findings, in the doctor's order."""
+"""Fields and names of issues, in the doctor's order."""
 
 
 @dataclass(frozen=True)

@@ -191,13 +191,13 @@ def train_all(jobs: Path, results: Path) -> None:
     import torch
     from torch import distributed
 
-    from mmtune.console.library_output import settle_console
+    from mmtune.console.library_output import configure_console
     from mmtune.distributed.context import fsdp_on_cpu
     from mmtune.recipe.recipe import load_recipe
     from mmtune.rehearse import rehearse
     from mmtune.train import train
 
-    settle_console()
+    configure_console()
     torch.set_num_threads(1)
     launched = {**os.environ}
     for number, recipe, *how in json.loads(jobs.read_text()):

@@ -11,20 +11,20 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from mmtune.models.load import load_base, load_trained
-from mmtune.models.quantize import quantization, settle_quantized
+from mmtune.models.quantize import prepare_quantized, quantization
 from mmtune.recipe.recipe import Recipe
 from mmtune.train import train
 
-KINDS = {"nf4": Linear4bit, "int8": Linear8bitLt}
+ISSUE_TYPES = {"nf4": Linear4bit, "int8": Linear8bitLt}
 
 
-@pytest.mark.parametrize("precision", KINDS)
+@pytest.mark.parametrize("precision", ISSUE_TYPES)
 def test_the_language_models_layers_are_quantized_and_nothing_else(make_recipe: Callable[..., Recipe], precision: str) -> None:
     model, _ = load_base(make_recipe(f"model.precision={precision}").model, 0)
     quantized = {name for name, module in model.named_modules() if isinstance(module, (Linear4bit, Linear8bitLt))}
     assert len(quantized) == 5 * 7
     assert all(name.startswith("model.language_model.layers.") for name in quantized)
-    assert {type(model.get_submodule(name)) for name in quantized} == {KINDS[precision]}
+    assert {type(model.get_submodule(name)) for name in quantized} == {ISSUE_TYPES[precision]}
     whole = {p.dtype for name, p in model.named_parameters() if name.rpartition(".")[0] not in quantized}
     assert whole == {torch.bfloat16}
     if precision == "nf4":
@@ -64,7 +64,7 @@ def test_quantizing_what_must_stay_whole_is_noticed(base: Path) -> None:
     config = BitsAndBytesConfig(load_in_8bit=True)  # transformers' own default
     model = AutoModelForImageTextToText.from_pretrained(str(base), quantization_config=config, device_map={"": "cpu"})
     with pytest.raises(AssertionError, match=r"of the (vision|projector) component was quantized"):
-        settle_quantized(model)
+        prepare_quantized(model)
 
 
 @pytest.mark.slow

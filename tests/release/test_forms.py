@@ -21,10 +21,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from mmtune.cli.main import entry_point
 from mmtune.models.load import load_trained
-from mmtune.models.quantize import quantization, settle_quantized
+from mmtune.models.quantize import prepare_quantized, quantization
 from mmtune.recipe.recipe import Recipe
 from mmtune.release import push as push_module
-from mmtune.release.merge import Form, _enforce_fold, combine, keep_adapter, merge, parity_samples
+from mmtune.release.merge import ExportOptions, _enforce_fold, combine, keep_adapter, merge, parity_samples
 from mmtune.release.parity import answer_logits, compare, observe
 from mmtune.release.push import push
 from mmtune.train import train
@@ -96,7 +96,7 @@ def test_an_adapter_of_another_base_is_refused(make_recipe: Make, tmp_path: Path
 def test_half_precision_in_shards_with_a_manifest(make_recipe: Make, tmp_path: Path) -> None:
     run = trained(make_recipe, tmp_path / "run")
     out = tmp_path / "out"
-    assert merge(run, out, form=Form("bf16", "1MB"), count=2).merge_dtype == "bf16"
+    assert merge(run, out, form=ExportOptions("bf16", "1MB"), count=2).merge_dtype == "bf16"
     shards = sorted(out.glob("model-*.safetensors"))
     assert len(shards) > 2
     assert {t.dtype for shard in shards for t in load_file(shard).values()} == {torch.bfloat16}
@@ -111,7 +111,7 @@ def test_half_precision_in_shards_with_a_manifest(make_recipe: Make, tmp_path: P
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantized_release_and_a_quantized_training(make_recipe: Make, tmp_path: Path, kind: str) -> None:
     run = trained(make_recipe, tmp_path / "run", f"model.precision={kind}")
-    parity = merge(run, tmp_path / "out", form=Form(quantize=kind), count=2)
+    parity = merge(run, tmp_path / "out", form=ExportOptions(quantize=kind), count=2)
     assert parity.merge_dtype == "bf16"
     assert parity.trained is not None
     assert 0 < parity.trained["max_logit_difference"] < 1
@@ -131,9 +131,9 @@ def test_a_quantized_release_takes_no_place_that_is_needed(make_recipe: Make, ba
     shutil.copytree(base, tmp_path / "out-nf4")
     run = trained(make_recipe, tmp_path / "run", f"model.base={tmp_path / 'out-nf4'}")
     with pytest.raises(UserError, match="out-nf4, which is needed"):
-        merge(run, tmp_path / "out", form=Form(quantize="nf4"), overwrite=True, count=2)
+        merge(run, tmp_path / "out", form=ExportOptions(quantize="nf4"), overwrite=True, count=2)
     with pytest.raises(UserError, match="--max-shard-size abc: expected a size such as 5GB"):
-        merge(run, tmp_path / "out", form=Form(max_shard_size="abc"), count=2)
+        merge(run, tmp_path / "out", form=ExportOptions(max_shard_size="abc"), count=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out-nf4", "recipe.yaml", "run"]
 
 
@@ -189,7 +189,7 @@ def test_a_pair_known_to_merge_wrongly_is_caught(base: Path, make_recipe: Make) 
     """PEFT merges C3A into an int8 base without an error, into other weights."""
     config = quantization(str(base), "int8")
     model = AutoModelForImageTextToText.from_pretrained(str(base), quantization_config=config, device_map={"": "cpu"})
-    settle_quantized(model)
+    prepare_quantized(model)
     tuned = get_peft_model(
         model, C3AConfig(block_size=32, target_modules=r".*language_model.*\.(q|v)_proj", task_type="CAUSAL_LM")
     )

@@ -22,7 +22,7 @@ from mmtune.models.load import load_trained
 from mmtune.recipe.recipe import Recipe
 from mmtune.release.merge import (
     TOLERANCE,
-    Form,
+    ExportOptions,
     Parity,
     _enforce_fold,
     _enforce_release,
@@ -30,7 +30,7 @@ from mmtune.release.merge import (
     merge,
     parity_samples,
 )
-from mmtune.release.parity import Observed
+from mmtune.release.parity import ModelOutputs
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
 from mmtune.utils.errors import CheckFailed, UserError
@@ -264,7 +264,7 @@ def test_a_run_that_trained_everything_is_released_as_it_is(make_recipe: Callabl
     run = Path(recipe.output_dir)
     with pytest.raises(UserError, match="it has no adapter"):
         keep_adapter(run, tmp_path / "kept")
-    parity = merge(run, tmp_path / "out", count=4, form=Form(dtype="bf16", max_shard_size="2MB"))
+    parity = merge(run, tmp_path / "out", count=4, form=ExportOptions(dtype="bf16", max_shard_size="2MB"))
     assert parity.merge_fold_difference == 0 < parity.merge_max_logit_difference < parity.merge_difference_from_base
     assert "manifest.json" in check_manifest(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
@@ -293,9 +293,9 @@ def _recipe(run: RunDirectory) -> Recipe:
 def test_a_merge_whose_answers_differ_is_refused_although_its_logits_agree() -> None:
     """Greedy answers are a check of their own: a stop token or a chat template that is lost leaves the logits as they are."""
     tuned, base = [torch.tensor([[0.0, 1.0]])], [torch.tensor([[1.0, 0.0]])]
-    _enforce_fold(Observed(tuned, ["7"]), base, Observed(tuned, ["7"]))
+    _enforce_fold(ModelOutputs(tuned, ["7"]), base, ModelOutputs(tuned, ["7"]))
     with pytest.raises(CheckFailed, match="answers 1 of 2 samples unlike the adapter"):
-        _enforce_fold(Observed(tuned, ["7", "8"]), base, Observed(tuned, ["7", "8 and on"]))
+        _enforce_fold(ModelOutputs(tuned, ["7", "8"]), base, ModelOutputs(tuned, ["7", "8 and on"]))
     parity = Parity(
         merge_samples=2,
         merge_dtype="fp32",

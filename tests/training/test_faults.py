@@ -20,7 +20,7 @@ from killed import draw_moments, kill_and_finish, prepare, run_unbroken
 
 import mmtune.train
 from mmtune.data.dataset import Encoder
-from mmtune.distributed.context import ALONE
+from mmtune.distributed.context import SINGLE_PROCESS
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory, new_run
 from mmtune.train import train
@@ -66,7 +66,7 @@ def test_resume_begins_where_there_is_no_checkpoint_yet(
         run.recipe.write_text("model:")  # cut short
         run.metrics.touch()
     if earlier.exists():  # a start that fails gives back the run that was there before the killed one
-        with pytest.raises(ZeroDivisionError), new_run(recipe, ["test"], overwrite=True, world=ALONE):
+        with pytest.raises(ZeroDivisionError), new_run(recipe, ["test"], overwrite=True, dist=SINGLE_PROCESS):
             raise ZeroDivisionError
         assert (run.path / "mark").exists() and not earlier.exists()
     summary = train(recipe, ["test"], resume=True)

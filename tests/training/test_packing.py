@@ -32,12 +32,12 @@ def supervised(encoded: Encoded) -> int:
     return sum(int((sample["labels"][:, 1:] != -100).sum()) for sample in encoded)
 
 
-def as_trained(model: Any, batch: dict[str, Any], count: int, out: Path) -> torch.Tensor:
+def training_autocast(model: Any, batch: dict[str, Any], count: int, out: Path) -> torch.Tensor:
     """The loss of one batch as our trainer computes it."""
     settings = {
         "args": TrainingArguments(output_dir=str(out), use_cpu=True, report_to="none"),
         "learning_rates": {},
-        "unscored": {},
+        "dummy_batch": {},
     }
     trainer = TuningTrainer(model=model, data_report=DataReport(rows=1), max_bad_fraction=0, **settings)
     loss: torch.Tensor = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(count))
@@ -84,8 +84,8 @@ def test_packed_padded_and_single_samples_have_the_same_gradients(family: str, a
     count = supervised(encoded)
     expected = gradients(model, [as_plain(model, batch, count) for batch in single(encoded)])
     assert any("vision" in name or "visual" in name for name in expected)
-    assert_same(gradients(model, [as_trained(model, collate(encoded, PAD), count, tmp_path)]), expected)
-    assert_same(gradients(model, [as_trained(model, pack(encoded), count, tmp_path)]), expected)
+    assert_same(gradients(model, [training_autocast(model, collate(encoded, PAD), count, tmp_path)]), expected)
+    assert_same(gradients(model, [training_autocast(model, pack(encoded), count, tmp_path)]), expected)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -96,8 +96,8 @@ def test_gradients_of_an_adapter_agree_too(family: str, checkpointing: bool, tmp
     expected = gradients(model, [as_plain(model, batch, count) for batch in single(encoded)])
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    assert_same(gradients(model, [as_trained(model, collate(encoded, PAD), count, tmp_path)]), expected)
-    assert_same(gradients(model, [as_trained(model, pack(encoded), count, tmp_path)]), expected)
+    assert_same(gradients(model, [training_autocast(model, collate(encoded, PAD), count, tmp_path)]), expected)
+    assert_same(gradients(model, [training_autocast(model, pack(encoded), count, tmp_path)]), expected)
 
 
 def test_gated_prefixes_see_one_sample_at_a_time(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_gated_prefixes_see_one_sample_at_a_time(tmp_path: Path) -> None:
     model, encoded = adapted(tiny("llava"), GatedPrefixConfig(adapter_len=3, target_modules=modules)), samples("llava")
     count = supervised(encoded)
     expected = gradients(model, [as_plain(model, batch, count) for batch in single(encoded)])
-    assert_same(gradients(model, [as_trained(model, pack(encoded), count, tmp_path)]), expected)
+    assert_same(gradients(model, [training_autocast(model, pack(encoded), count, tmp_path)]), expected)
 
 
 def test_a_step_over_a_packed_row_is_the_step_over_a_padded_batch(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_step_over_a_packed_row_is_the_step_over_a_padded_batch(tmp_path: Path
             data_report=DataReport(rows=4),
             max_bad_fraction=0,
             learning_rates={},
-            unscored={},
+            dummy_batch={},
             batches=Batches(Mixture.by_repeats([4], [1.0]), seed=0, size=arguments.per_device_train_batch_size),
         )
         trainer.train()
@@ -153,7 +153,7 @@ def test_positions_that_run_on_are_found(family: str, tmp_path: Path) -> None:
     joined = pack(encoded)
     joined["position_ids"] = torch.arange(joined["input_ids"].shape[1])[None]
     with pytest.raises(AssertionError, match="not close"):
-        assert_same(gradients(model, [as_trained(model, joined, count, tmp_path)]), expected)
+        assert_same(gradients(model, [training_autocast(model, joined, count, tmp_path)]), expected)
     with pytest.raises(UserError, match=rf"packed batches cannot be exact here: {family}: the logits .* differ"):
         prove_packing(model, joined, single(encoded))
 
@@ -284,7 +284,7 @@ def test_a_row_crosses_no_border() -> None:
 def test_the_collator_packs_rows_and_sets_faults_beside_them() -> None:
     encoded = samples("qwen2_5_vl")
     image = {**encoded[0], "labels": torch.full_like(encoded[0]["labels"], -100)}
-    batch = Collator(PAD, stand_in=image, packed=True)([encoded[1]])
+    batch = Collator(PAD, dummy_sample=image, packed=True)([encoded[1]])
     assert batch.pop("faults") == batch.pop("rows") == []
     assert batch.pop("sizes") == [RowSize(encoded[1]["input_ids"].shape[1], supervised([encoded[1]]), 0)]
     expected = pack([encoded[1], image])

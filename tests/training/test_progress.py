@@ -29,7 +29,7 @@ from wandb.proto import wandb_internal_pb2
 from mmtune.data.batching.collate import Collator, RowSize
 from mmtune.data.dataset import Samples
 from mmtune.data.encoding.encode import encode_sample
-from mmtune.distributed.context import ALONE, World
+from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import build_training_arguments, train
@@ -176,12 +176,12 @@ class Clock:
         return self.now
 
 
-class Together(World):
+class Together(DistributedContext):
     """Two processes, of which the other brings what it is told to."""
 
     other: dict[type, Any]
 
-    def gather(self, mine: Any) -> list[Any]:
+    def all_gather_object(self, mine: Any) -> list[Any]:
         return [mine, self.other[type(mine)]]
 
 
@@ -192,22 +192,24 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def begun(world: World, state: TrainerState, monkeypatch: pytest.MonkeyPatch, peak: Peak | None = None) -> TrainingProgress:
+def begun(
+    dist: DistributedContext, state: TrainerState, monkeypatch: pytest.MonkeyPatch, peak: Peak | None = None
+) -> TrainingProgress:
     monkeypatch.setattr(progress, "peak_of", lambda device: peak)
     arguments: Any = SimpleNamespace(device=torch.device("cpu"), torch_compile=False, tf32=None)
-    made = TrainingProgress(tuned("llava", True), arguments, world)
+    made = TrainingProgress(tuned("llava", True), arguments, dist)
     made.on_train_begin(arguments, state, TrainerControl())
     return made
 
 
 def test_figures_are_those_of_all_processes(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = Together(0, 2)
-    world.__dict__["other"] = {
+    dist = Together(0, 2)
+    dist.__dict__["other"] = {
         int: 300,
         tuple: (6, 0.5, 0.25, 9e9, 3e12),
     }  # tokens; samples, waits for data and for a core, memory, operations
     state = TrainerState(max_steps=100)
-    found = begun(world, state, monkeypatch, Peak(9, None, 1))
+    found = begun(dist, state, monkeypatch, Peak(9, None, 1))
     monkeypatch.setattr(ModelFlops, "take", lambda self: 1e12)
     with found.waiting():
         clock.now += 1
@@ -222,7 +224,7 @@ def test_figures_are_those_of_all_processes(clock: Clock, monkeypatch: pytest.Mo
     assert figures["resident_memory_mb"] == 9e9
     assert figures["mfu"] == 0.5  # 4e12 operations in 4 s on two devices that can do 1e12
     assert (figures["seconds"], figures["seconds_left"]) == (4, 36)
-    world.__dict__["other"] |= {tuple: (0, 0.0, None, 0.0, None)}
+    dist.__dict__["other"] |= {tuple: (0, 0.0, None, 0.0, None)}
     clock.now += 1
     assert "mfu" not in found.figures(state)
 
@@ -246,7 +248,7 @@ def test_the_wait_for_a_core_is_that_of_the_thread_that_waited_longest(tmp_path:
 
 def test_the_time_left_follows_the_recent_rate_after_a_resume_too(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     state = TrainerState(max_steps=1000, global_step=500, num_input_tokens_seen=7)
-    found = begun(ALONE, state, monkeypatch)
+    found = begun(SINGLE_PROCESS, state, monkeypatch)
 
     def log(seconds: float) -> float:
         clock.now += seconds

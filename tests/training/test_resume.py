@@ -16,7 +16,7 @@ import pytest
 from forked import command_line
 
 from mmtune import run_directory
-from mmtune.distributed.context import ALONE, World
+from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
@@ -126,7 +126,7 @@ def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_pa
     with pytest.raises(UserError, match="not a directory that mmtune finished"):
         train(recipe, ["test"], resume=run.checkpoints / "checkpoint-77")
     with pytest.raises(UserError, match="was written by one process, and this is 2 processes, DDP; launch as before"):
-        check_resumable(recipe, run, run.checkpoints / "checkpoint-2", World(size=2))
+        check_resumable(recipe, run, run.checkpoints / "checkpoint-2", DistributedContext(size=2))
     data = Path(recipe.data.train[0].path)
     written = data.read_text()
     data.write_text(json.dumps(json.loads(written)[::-1]))
@@ -146,7 +146,7 @@ def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_pa
 def test_a_second_signal_ends_at_once_and_an_echo_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    stop, nothing = StopOnSignal(ALONE), cast(Any, None)
+    stop, nothing = StopOnSignal(SINGLE_PROCESS), cast(Any, None)
     stop.on_train_begin(nothing, nothing, nothing)
     try:
         signal.raise_signal(signal.SIGTERM)

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mmtune.data.batching.batch_sampler import Batches, Mixture
 from mmtune.data.batching.collate import Collator, collate
 from mmtune.data.data_report import DataReport
-from mmtune.data.dataset import Encoder, Samples, TrainingSet, stand_in
+from mmtune.data.dataset import Encoder, Samples, TrainingSet, dummy_sample
 from mmtune.data.encoding.encode import encode_sample
 from mmtune.evaluation.evaluate import evaluate, read_answers
 from mmtune.models.components import find_components
@@ -24,7 +24,7 @@ from mmtune.recipe.recipe import Recipe
 from mmtune.release.merge import merge
 from mmtune.run_directory import RunDirectory
 from mmtune.train import build_training_arguments, train
-from mmtune.training.callbacks import FrozenInputsStayFrozen
+from mmtune.training.callbacks import DisableInputRequireGrads
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import apply_tuning, learning_rates
 from mmtune.utils.errors import CheckFailed, UserError
@@ -47,9 +47,9 @@ def make_trainer(recipe: Recipe, base: Path, **settings: object) -> TuningTraine
         train_dataset=TrainingSet(samples, Encoder(processor, recipe.data)),
         data_collator=Collator(processor.tokenizer.pad_token_id),
         batches=Batches(Mixture.by_repeats([len(samples)], [1.0]), seed=0, size=recipe.train["per_device_train_batch_size"]),
-        unscored=collate([stand_in(processor)], 0),
+        dummy_batch=collate([dummy_sample(processor)], 0),
         processing_class=processor,
-        callbacks=[FrozenInputsStayFrozen()],
+        callbacks=[DisableInputRequireGrads()],
         data_report=DataReport(rows=len(samples)),
         max_bad_fraction=recipe.data.max_bad_fraction,
         learning_rates=learning_rates(model, find_components(model), recipe.tune, recipe.train["learning_rate"]),

@@ -124,7 +124,7 @@ def test_a_hostile_data_template_fails_where_it_stands(template: str) -> None:
 def test_the_value_of_an_expression_is_bounded(template: str) -> None:
     with pytest.raises(RowError, match=r"^r: boxes: the template fails at line 1: it does more work") as failed:
         evaluate_expression("r", "boxes", template, ROW, ROW)
-    assert failed.value.finding == "template_fails"
+    assert failed.value.issue == "template_fails"
 
 
 @pytest.mark.timeout(60)

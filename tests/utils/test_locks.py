@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mmtune.cli.main import entry_point
-from mmtune.distributed.context import ALONE
+from mmtune.distributed.context import SINGLE_PROCESS
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import git_commit, new_run
 from mmtune.utils.errors import UserError
@@ -163,11 +163,11 @@ def test_a_run_behind_a_link_is_replaced_there(make_recipe: Callable[..., Recipe
     (tmp_path / "run").symlink_to(tmp_path / "disk")
     recipe = make_recipe()
     for _ in range(2):
-        with new_run(recipe, ["test"], True, ALONE) as run:
+        with new_run(recipe, ["test"], True, SINGLE_PROCESS) as run:
             assert run.path == tmp_path / "disk"
     assert (tmp_path / "run").is_symlink()
     assert (tmp_path / "run" / "recipe.yaml").is_file()
-    with pytest.raises(ZeroDivisionError), new_run(recipe, ["test"], True, ALONE):
+    with pytest.raises(ZeroDivisionError), new_run(recipe, ["test"], True, SINGLE_PROCESS):
         raise ZeroDivisionError
     assert (tmp_path / "run" / "recipe.yaml").is_file()
 

@@ -91,7 +91,7 @@ class Batches(Sampler[list[int]]):
         seed: of the order; one seed gives one order.
         size: rows in a batch.
         accumulation: batches of each process in an optimizer step.
-        rank, world: this process and how many there are.
+        rank, world_size: this process and how many there are.
         lengths: tokens of every row, 0 for one that cannot train, which the mixture leaves out; None if they were not counted.
         tokens: the most tokens in a batch, which then replaces `size`.
         packed: `tokens` counts the rows' own tokens, one after another, not the longest row's for each.
@@ -111,7 +111,7 @@ class Batches(Sampler[list[int]]):
         size: int,
         accumulation: int = 1,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         lengths: NDArray[np.int64] | None = None,
         tokens: int | None = None,
         packed: bool = False,
@@ -126,8 +126,8 @@ class Batches(Sampler[list[int]]):
         self._visits = visits
         self._seed = seed
         self._size = size
-        self._group = accumulation * world
-        self._rank, self._world = rank, world
+        self._group = accumulation * world_size
+        self._rank, self._world_size = rank, world_size
         self._lengths = lengths
         self._usable = None if lengths is None else np.flatnonzero(lengths > 0)
         assert self._usable is None or len(self._usable) == sum(mixture.counts)
@@ -151,7 +151,7 @@ class Batches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[Any]]:
         steps = self._steps(self._epoch)
         for step in self._numbered(steps) if self._visits else steps:
-            yield from step[self._rank :: self._world]
+            yield from step[self._rank :: self._world_size]
 
     def _numbered(self, steps: Iterator[list[list[int]]]) -> Iterator[list[list[tuple[int, int]]]]:
         """The epoch's steps of all processes, with the number of each visit: it is the same in every layout."""
@@ -180,7 +180,7 @@ class Batches(Sampler[list[int]]):
 
     def _count(self, epochs: int, steps: int | None) -> int:
         if self._tokens is None:
-            every = self._size * self._world
+            every = self._size * self._world_size
             return len(self._mixture) // every if self._drop_last else -(-len(self._mixture) // every)
         differ = any(take % count for count, take in zip(self._mixture.counts, self._mixture.takes, strict=True) if count)
         first = list(self._steps(0))
@@ -191,10 +191,10 @@ class Batches(Sampler[list[int]]):
             self._wanted = max(self._wanted, sum(map(len, self._steps(epoch))))
         if self._wanted == own:
             self._first = first
-        return self._wanted // self._world
+        return self._wanted // self._world_size
 
     def _steps(self, epoch: int) -> Iterator[list[list[int]]]:
-        """Each optimizer step's batches, `accumulation * world` of them, fewer in an epoch's last step."""
+        """Each optimizer step's batches, `accumulation * world_size` of them, fewer in an epoch's last step."""
         if epoch == 0 and self._first is not None:
             return iter(self._first)
         rows = self._mixture.rows(self._seed, epoch)
@@ -215,13 +215,13 @@ class Batches(Sampler[list[int]]):
         for start in range(0, len(rows), every):
             step = rows[start : start + every]
             if self._drop_last:
-                step = step[: len(step) - len(step) % (self._size * self._world)]
+                step = step[: len(step) - len(step) % (self._size * self._world_size)]
             if len(step):
                 yield self._shared(step)
 
     def _shared(self, step: Rows) -> list[list[int]]:
         """A step's rows in batches, those of equal place in all processes equally many, with their tokens spread evenly."""
-        count = min(self._group, -(-len(step) // (self._size * self._world)) * self._world)
+        count = min(self._group, -(-len(step) // (self._size * self._world_size)) * self._world_size)
         if self._lengths is None or count == 1:
             pieces = [step[start : start + self._size].tolist() for start in range(0, len(step), self._size)]
             return pieces + [[] for _ in range(count - len(pieces))]

@@ -32,14 +32,14 @@ class Collator:
 
     Args:
         pad_token_id: what fills shorter rows up.
-        stand_in: a row with an image and nothing supervised (`mmtune.data.dataset.stand_in`), put into batches without
+        stand_in: a row with an image and nothing supervised (`mmtune.data.dataset.dummy_sample`), put into batches without
             images, so that the vision tower takes part in every step.
         packed: all samples of a batch in one row, in place of a row each.
     """
 
-    def __init__(self, pad_token_id: int, stand_in: dict[str, torch.Tensor] | None = None, packed: bool = False) -> None:
+    def __init__(self, pad_token_id: int, dummy_sample: dict[str, torch.Tensor] | None = None, packed: bool = False) -> None:
         self._pad_token_id = pad_token_id
-        self._stand_in = stand_in
+        self._stand_in = dummy_sample
         self._packed = packed
 
     def __call__(self, items: Sequence[dict[str, Any] | UserError]) -> dict[str, Any]:

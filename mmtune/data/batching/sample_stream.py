@@ -29,7 +29,7 @@ class SampleStream(IterableDataset[Any]):
         seed: of the order.
         window: how many rows of a source are shuffled among themselves, and held in memory unparsed.
         size: rows in a batch.
-        rank, world: this process and how many there are.
+        rank, world_size: this process and how many there are.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class SampleStream(IterableDataset[Any]):
         window: int,
         size: int,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
     ) -> None:
         self._sources = list(sources)
         self._weights = np.array(weights, dtype=float) / sum(weights)
@@ -50,7 +50,7 @@ class SampleStream(IterableDataset[Any]):
         self._seed = seed
         self._window = window
         self._size = size
-        self._rank, self._world = rank, world
+        self._rank, self._world_size = rank, world_size
         self._first = 0
 
     def start_at(self, batch: int) -> None:
@@ -60,7 +60,7 @@ class SampleStream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        every = self._size * self._world
+        every = self._size * self._world_size
         rows = self._mixed(self._first * every)
         for block in itertools.count():
             try:

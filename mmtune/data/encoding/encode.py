@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import Gemma3nProcessor, Gemma3Processor, PaliGemmaProcessor, ProcessorMixin
 
 from mmtune.chat_templates.rendering import MARK_START, NotExact, Span, control_tokens, render_conversation, render_prompt
-from mmtune.data.encoding.token_spans import Places, mark, spells, tokenize, tokenize_marked, unmark
+from mmtune.data.encoding.token_spans import TokenSpans, mark, spells, tokenize, tokenize_marked, unmark
 from mmtune.data.media.media import blank_image, open_image
 from mmtune.data.media.resizing import check_resized
 from mmtune.data.message import Message, RowError, Sample, is_supervised, text_of
@@ -106,7 +106,7 @@ def _encode_text(
             input_ids, offsets = tokenize(tokenizer, text, not writes_bos, image_tokens(processor))
     except NotExact as error:
         raise RowError(sample_id, "messages", str(error), "chat_template") from error
-    places = Places(offsets)
+    places = TokenSpans(offsets)
     if not prompt:
         _check_edges(sample_id, messages, processor, replacements, input_ids, [places.crosses(span) for span in spans])
     in_loss = [] if prompt else _in_loss(messages, supervise)

@@ -158,7 +158,7 @@ def _after_newline(newline: list[int], ids: list[int]) -> list[int] | None:
     return ids[len(newline) :] if ids[: len(newline)] == newline else None
 
 
-class Places:
+class TokenSpans:
     """Which tokens stand for which characters."""
 
     def __init__(self, offsets: list[Span]) -> None:

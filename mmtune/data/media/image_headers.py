@@ -20,7 +20,7 @@ from mmtune.data.media.media import DAMAGED, Media, exif_damage, open_image, ope
 from mmtune.data.validation.issues import Unusable
 
 Found = list[tuple[str, str]]
-"""Findings: the name, one of `mmtune.data.validation.issues.KINDS`, and the detail."""
+"""Findings: the name, one of `mmtune.data.validation.issues.ISSUE_TYPES`, and the detail."""
 
 TAIL = 65_536  # bytes at the end in which an end marker is looked for: cameras and programs write their own after it
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
@@ -39,11 +39,11 @@ class ImageReport:
 
     Attributes:
         size: width and height in pixels of the upright image; None for one that cannot be opened.
-        findings: none for an ordinary image; one error for one that training could not open.
+        issues: none for an ordinary image; one error for one that training could not open.
     """
 
     size: tuple[int, int] | None
-    findings: Found
+    issues: Found
 
 
 def inspect_image(media: Media, decode: bool = False) -> ImageReport:
@@ -62,12 +62,12 @@ def inspect_image(media: Media, decode: bool = False) -> ImageReport:
             except DAMAGED as error:  # a tag of another type than the format has
                 raise Unusable("image_unreadable", f"{media} has a damaged header: {error}") from error
     except Unusable as error:
-        return ImageReport(None, [(_unopened(media, error.finding), str(error))])
+        return ImageReport(None, [(_unopened(media, error.issue), str(error))])
     if cut or decode:
         try:
             open_image(media)
         except Unusable as error:
-            found.append(("image_truncated" if cut else error.finding, str(error)))
+            found.append(("image_truncated" if cut else error.issue, str(error)))
         else:
             found += [("image_end_marker", f"{media} ends before its format says")] if cut else []
     return ImageReport(size, found)
@@ -164,10 +164,10 @@ def _tail(file: BinaryIO, size: int, start: int) -> bytes:
     return file.read(TAIL)
 
 
-def _unopened(media: Media, finding: str) -> str:
+def _unopened(media: Media, issue: str) -> str:
     """A nearer name for a file that could not be opened as an image: it holds nothing, or its end is missing as well."""
-    if finding != "image_unreadable":
-        return finding
+    if issue != "image_unreadable":
+        return issue
     with (
         contextlib.suppress(OSError, ValueError),
         open_media(media) as file,
@@ -181,4 +181,4 @@ def _unopened(media: Media, finding: str) -> str:
         head = file.read(24)
         if head.startswith(PNG_START) and not (any(head[16:20]) and any(head[20:24])):
             return "image_zero_size"
-    return finding
+    return issue

@@ -292,5 +292,5 @@ def _line(name: str, number: int, line: bytes) -> tuple[str, Row]:
     except RowError as error:
         if text.lstrip().startswith(b"["):
             detail = f"{error.detail}; each line is a row here: a file that holds one list is named .json"
-            raise RowError(row_id, error.field, detail, error.finding) from error
+            raise RowError(row_id, error.field, detail, error.issue) from error
         raise

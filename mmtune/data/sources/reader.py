@@ -195,7 +195,7 @@ class _Shots:
                     continue
                 messages = self._reader.sample(other_id, other).messages
             except RowError as error:
-                raise RowError(row_id, "shots", f"the example {error}", error.finding) from error
+                raise RowError(row_id, "shots", f"the example {error}", error.issue) from error
             examples.append([message for message in messages if message["role"] != "system"])
         if len(examples) < self._count:
             raise RowError(

@@ -218,4 +218,4 @@ def _medium(row_id: str, where: str, row: Mapping[str, Any], value: Any, rules: 
         columns = [
             name for name, field in row.items() if value and (field == value or (isinstance(field, list) and value in field))
         ]
-        raise RowError(row_id, columns[0] if len(columns) == 1 else where, error.detail, error.finding) from error
+        raise RowError(row_id, columns[0] if len(columns) == 1 else where, error.detail, error.issue) from error

@@ -110,10 +110,10 @@ def _row_error(row_id: str, where: str, error: Exception, row: Mapping[str, Any]
     of_row = isinstance(error, (UndefinedError, NotText))
     detail = str(error)[:300] if of_row else f"the template fails{bounded_jinja.failure(error)}"
     if isinstance(error, UndefinedError):
-        finding = "field_missing"
+        issue = "field_missing"
     else:
-        finding = "template_fails" if isinstance(error, (TooMuchWork, RecursionError, MemoryError)) else "field_type"
-    return RowError(row_id, where, f"{detail}; the row has: {columns[:300]}", finding)
+        issue = "template_fails" if isinstance(error, (TooMuchWork, RecursionError, MemoryError)) else "field_type"
+    return RowError(row_id, where, f"{detail}; the row has: {columns[:300]}", issue)
 
 
 def _written(value: Any) -> Any:

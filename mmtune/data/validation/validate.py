@@ -38,7 +38,7 @@ from mmtune.data.sources.source import Row, Rows, open_rows
 from mmtune.data.templates.boxes import BOX_FIELDS
 from mmtune.data.templates.template import DataTemplate, load_data_template, shipped_templates
 from mmtune.data.templates.unread_media import holds_media
-from mmtune.data.validation.issues import KINDS, Finding, finding
+from mmtune.data.validation.issues import ISSUE_TYPES, Issue, issue
 from mmtune.data.validation.show_sample import visible
 from mmtune.recipe.recipe import Source
 from mmtune.utils.errors import UserError
@@ -92,12 +92,12 @@ class Summary:
     faulty_rows: int = 0
     _faulty: str | None = field(default=None, init=False, repr=False)
 
-    def add(self, found: Finding) -> None:
-        """Count a finding; the errors of one row come one after the other."""
-        self.counts[found.finding] += 1
-        first = self.first.setdefault(found.finding, [])
+    def add(self, found: Issue) -> None:
+        """Count an issue; the errors of one row come one after the other."""
+        self.counts[found.issue] += 1
+        first = self.first.setdefault(found.issue, [])
         if not first:
-            self.details[found.finding] = f"{found.field}: {found.detail}"
+            self.details[found.issue] = f"{found.field}: {found.detail}"
         if len(first) < 3:
             first.append(found.row)
         if found.severity == "error" and found.row != self._faulty:
@@ -105,10 +105,10 @@ class Summary:
             self.faulty_rows += 1
 
     def severities(self) -> dict[str, int]:
-        """The number of findings of each severity."""
+        """The number of issues of each severity."""
         totals = dict.fromkeys(("error", "warning", "note"), 0)
         for name, count in self.counts.items():
-            totals[KINDS[name].severity] += count
+            totals[ISSUE_TYPES[name].severity] += count
         return totals
 
     def as_json(self) -> dict[str, Any]:
@@ -116,10 +116,10 @@ class Summary:
         return {"rows": self.rows, "faulty_rows": self.faulty_rows, "severities": self.severities(), "counts": dict(self.counts)}
 
     def show(self) -> None:
-        """Print each kind of finding, the gravest first: how many, the first rows, what the first one says, what to do."""
+        """Print each type of issue, the gravest first: how many, the first rows, what the first one says, what to do."""
         table = Table(box=None, show_header=False, pad_edge=False)
         styles = {"error": "bold red", "warning": "yellow", "note": "cyan"}
-        for name, kind in KINDS.items():
+        for name, kind in ISSUE_TYPES.items():
             if count := self.counts[name]:
                 rows = ", ".join(self.first[name]) + (", ..." if count > len(self.first[name]) else "")
                 told = Text.assemble(rows, "\n", visible(self.details[name][:300]), "\n", (kind.fix, "dim"))
@@ -140,7 +140,7 @@ class _Part:
     known: frozenset[str]
 
 
-class Doctor:
+class Validator:
     """Checks every row of some sources."""
 
     def __init__(self, train: Sequence[Source], held_out: Sequence[Source] = (), rules: Rules | None = None) -> None:
@@ -159,7 +159,7 @@ class Doctor:
         self._parts = [_open(each, bool(part)) for part, of in enumerate((train, held_out)) for each in open_readers(of)]
         self.rows = sum(len(part.rows) for part in self._parts)
 
-    def findings(self, processes: int | None = None) -> Iterator[Finding]:
+    def issues(self, processes: int | None = None) -> Iterator[Issue]:
         """Everything that is found, source after source and row after row; what comes of comparing rows follows them.
 
         A bar shows the progress on a terminal.
@@ -185,7 +185,7 @@ class Doctor:
                 position: self._row_id(number, position) for position in first
             }  # a row is read once, however many fields it has
             for name, having in unread.items():
-                yield finding(ids[having[0]], name, "field_unknown", f"{len(having):,} rows have it, this one first")
+                yield issue(ids[having[0]], name, "field_unknown", f"{len(having):,} rows have it, this one first")
             earlier, same_id = map(_earlier, digests)
             same_id[earlier >= 0] = -1  # that a copied row has the same id says nothing new
             yield from self._repeated(number, "row", "duplicate_row", earlier)
@@ -193,13 +193,13 @@ class Doctor:
             compared.append(digests[0])
         yield from self._held_out(compared)
 
-    def _check(self, part: _Part, position: int) -> tuple[list[Finding], tuple[int, int], list[str]]:
+    def _check(self, part: _Part, position: int) -> tuple[list[Issue], tuple[int, int], list[str]]:
         """Of a row what is found, digests of it and of its own id (0 where there is nothing to compare), and fields not read."""
         try:
             row_id, row = part.rows[position]
         except RowError as error:
             return [_of(error)], (0, 0), []
-        found: list[Finding] = []
+        found: list[Issue] = []
         media = []
         read = row
         try:
@@ -215,25 +215,25 @@ class Doctor:
         unread = [name for name in read if name not in part.known and not holds_media(name, read[name], bool(media))]
         return found, digests, unread
 
-    def _sample(self, sample: Sample, row: Row, declared: bool, held_out: bool) -> Iterator[Finding]:
+    def _sample(self, sample: Sample, row: Row, declared: bool, held_out: bool) -> Iterator[Issue]:
         images = sample.images
         sizes: list[Any] = []
         for number, media in enumerate(images):
             report = inspect_image(media, self._rules.decode)
             sizes.append(report.size)
             where = "image" if len(images) == 1 else f"image[{number}]"
-            yield from (finding(sample.id, where, name, detail) for name, detail in report.findings)
-        told: list[Finding] = []
+            yield from (issue(sample.id, where, name, detail) for name, detail in report.issues)
+        told: list[Issue] = []
         for number, message in enumerate(sample.messages):
             told += self._text(sample.id, f"messages[{number}]", message)
         yield from told
         if self._rules.processor is not None and None not in sizes:
-            known = [(each.field, each.finding) for each in told]
-            yield from (each for each in self._tokens(sample, sizes, held_out) if (each.field, each.finding) not in known)
+            known = [(each.field, each.issue) for each in told]
+            yield from (each for each in self._tokens(sample, sizes, held_out) if (each.field, each.issue) not in known)
         if len(sizes) == 1 and sizes[0] is not None and not declared:
             yield from _boxes(sample.id, row, sizes[0])
 
-    def _tokens(self, sample: Sample, sizes: list[Size], held_out: bool) -> Iterator[Finding]:
+    def _tokens(self, sample: Sample, sizes: list[Size], held_out: bool) -> Iterator[Issue]:
         """What comes of encoding the text, as training does, with image tokens counted from the images' sizes."""
         rules = self._rules
         assert rules.processor is not None
@@ -245,28 +245,28 @@ class Doctor:
             yield _of(error)
             return
         if counts.supervised == 0:
-            yield finding(sample.id, "messages", "nothing_supervised", f"none of {counts.tokens:,} tokens is an answer's")
+            yield issue(sample.id, "messages", "nothing_supervised", f"none of {counts.tokens:,} tokens is an answer's")
         if not held_out and rules.max_tokens is not None and counts.tokens > rules.max_tokens:
             kind = "too_long" if rules.over_length == "error" else "too_long_by_policy"
-            yield finding(sample.id, "messages", kind, too_long(sample.id, counts.tokens, rules.max_tokens).detail)
+            yield issue(sample.id, "messages", kind, too_long(sample.id, counts.tokens, rules.max_tokens).detail)
 
-    def _text(self, row_id: str, where: str, message: Message) -> Iterator[Finding]:
+    def _text(self, row_id: str, where: str, message: Message) -> Iterator[Issue]:
         text = text_of(message)
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            yield finding(row_id, where, "text_not_unicode", f"the text is not valid Unicode: {error}")
+            yield issue(row_id, where, "text_not_unicode", f"the text is not valid Unicode: {error}")
         if "\0" in text:
-            yield finding(row_id, where, "text_nul", f"{text.count(chr(0))} NUL characters")
+            yield issue(row_id, where, "text_nul", f"{text.count(chr(0))} NUL characters")
         if spelt := sorted(set(self._control.findall(text))):
-            yield finding(row_id, where, "control_token", f"the text spells {', '.join(spelt)}")
+            yield issue(row_id, where, "control_token", f"the text spells {', '.join(spelt)}")
 
-    def _repeated(self, number: int, where: str, kind: str, earlier: Positions) -> Iterator[Finding]:
+    def _repeated(self, number: int, where: str, kind: str, earlier: Positions) -> Iterator[Issue]:
         for position in np.flatnonzero(earlier >= 0).tolist():
             told = f"the same as that of {self._row_id(number, int(earlier[position]))}"
-            yield finding(self._row_id(number, position), where, kind, told)
+            yield issue(self._row_id(number, position), where, kind, told)
 
-    def _held_out(self, digests: list[Digests]) -> Iterator[Finding]:
+    def _held_out(self, digests: list[Digests]) -> Iterator[Issue]:
         """The rows of the evaluation that train as well."""
         trains = [number for number, part in enumerate(self._parts) if not part.held_out]
         for number, part in enumerate(self._parts):
@@ -274,7 +274,7 @@ class Doctor:
                 both, here, there = np.intersect1d(digests[number], digests[other], return_indices=True)
                 for position, twin in sorted(zip(here[both != 0].tolist(), there[both != 0].tolist(), strict=True)):
                     told = f"also in the training data: {self._row_id(other, twin)}"
-                    yield finding(self._row_id(number, position), "row", "row_held_out", told)
+                    yield issue(self._row_id(number, position), "row", "row_held_out", told)
 
     def _row_id(self, number: int, position: int) -> str:
         return self._parts[number].rows[position][0]
@@ -286,8 +286,8 @@ def _open(reader: Reader, held_out: bool) -> _Part:
     return _Part(reader, rows, held_out, frozenset(known))
 
 
-def _of(error: RowError) -> Finding:
-    return finding(error.row, error.field, error.finding, error.detail)
+def _of(error: RowError) -> Issue:
+    return issue(error.row, error.field, error.issue, error.detail)
 
 
 def guess_template(path: str) -> str:
@@ -339,7 +339,7 @@ def _fit(template: DataTemplate, rows: Rows) -> tuple[int, float]:
             alike += len(row.keys() & template.example.keys()) / len(row.keys() | template.example.keys())
             template.sample(row_id, row, rules)
         except RowError as error:
-            read += error.finding not in FORM
+            read += error.issue not in FORM
         else:
             read += 1
     return read, round(alike, 6)
@@ -377,7 +377,7 @@ def _id_digest(row: Row) -> int:
     return 0 if given is None else _digest(given)
 
 
-def _boxes(row_id: str, row: Row, size: tuple[int, int]) -> Iterator[Finding]:
+def _boxes(row_id: str, row: Row, size: tuple[int, int]) -> Iterator[Issue]:
     """Fields that look like boxes and that the template does not read: outside the image in either layout."""
     for name in BOX_FIELDS:
         given: Any = row.get(name)
@@ -387,7 +387,7 @@ def _boxes(row_id: str, row: Row, size: tuple[int, int]) -> Iterator[Finding]:
             numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(edge, (int, float)) for edge in box)
             if numbers and not _inside(box, size):
                 where = f"{name}[{number}]" if several else name
-                yield finding(row_id, where, "box_suspect", f"{box} in an image of {size[0]} x {size[1]} pixels")
+                yield issue(row_id, where, "box_suspect", f"{box} in an image of {size[0]} x {size[1]} pixels")
 
 
 def _inside(box: list[float], size: tuple[int, int]) -> bool:

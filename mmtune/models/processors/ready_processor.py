@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from mmtune.chat_templates.resolving import end_of_turn_ids
-from mmtune.distributed.sharded_parameters import frames
+from mmtune.distributed.sharded_parameters import meta_init
 from mmtune.models.compatibility import EXTRA_TOKENS
 from mmtune.models.components import find_components
 from mmtune.models.fake_tensors import CountedMemory, quiet
@@ -185,7 +185,7 @@ def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_co
         return
     seen: dict[Any, int] = {}
     with quiet():
-        with frames():
+        with meta_init():
             model: Any = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code).eval()
         find_components(model)  # refuses a structure without the parts that tuning needs
         if not hasattr(model, "get_image_features"):

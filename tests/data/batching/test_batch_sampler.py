@@ -50,10 +50,19 @@ def test_a_step_has_the_same_rows_in_every_layout(kind: str, count: int) -> None
     lengths = None if kind == "size" else llava_like(count)
     more: dict[str, Any] = {"tokens": 4096, "packed": kind == "packed"} if kind in ("tokens", "packed") else {}
     found = []
-    for world, accumulation, size in ((1, 6, 2), (2, 3, 2), (3, 2, 2), (6, 1, 2)):
+    for world_size, accumulation, size in ((1, 6, 2), (2, 3, 2), (3, 2, 2), (6, 1, 2)):
         of = [
-            Batches(alone(count), seed=1, size=size, accumulation=accumulation, rank=rank, world=world, lengths=lengths, **more)
-            for rank in range(world)
+            Batches(
+                alone(count),
+                seed=1,
+                size=size,
+                accumulation=accumulation,
+                rank=rank,
+                world_size=world_size,
+                lengths=lengths,
+                **more,
+            )
+            for rank in range(world_size)
         ]
         for each in of:
             each.set_epoch(3)
@@ -64,7 +73,7 @@ def test_a_step_has_the_same_rows_in_every_layout(kind: str, count: int) -> None
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=80), st.integers(1, 4), st.integers(1, 3), st.booleans())
-def test_a_budget_is_kept_and_no_row_is_lost(lengths: list[int], world: int, accumulation: int, packed: bool) -> None:
+def test_a_budget_is_kept_and_no_row_is_lost(lengths: list[int], world_size: int, accumulation: int, packed: bool) -> None:
     if not any(lengths):
         lengths[0] = 1
     of = [
@@ -74,13 +83,13 @@ def test_a_budget_is_kept_and_no_row_is_lost(lengths: list[int], world: int, acc
             size=1,
             accumulation=accumulation,
             rank=rank,
-            world=world,
+            world_size=world_size,
             lengths=np.array(lengths),
             tokens=50,
             packed=packed,
             largest_first=True,
         )
-        for rank in range(world)
+        for rank in range(world_size)
     ]
     made = [list(each) for each in of]
     assert len({len(each) for each in made}) == 1
@@ -116,14 +125,16 @@ def _at(batches: Batches, epoch: int) -> Batches:
     return batches
 
 
-@pytest.mark.parametrize("world", [8, 64, 512])
+@pytest.mark.parametrize("world_size", [8, 64, 512])
 @pytest.mark.parametrize("kind", ["packed", "tokens", "size"])
-def test_processes_have_equal_work_within_three_per_cent(world: int, kind: str) -> None:
-    lengths = llava_like(world * 160)
+def test_processes_have_equal_work_within_three_per_cent(world_size: int, kind: str) -> None:
+    lengths = llava_like(world_size * 160)
     more: dict[str, Any] = {"tokens": 16384, "packed": kind == "packed"} if kind != "size" else {}
-    batches = Batches(alone(len(lengths)), seed=0, size=16, accumulation=world, lengths=lengths, **more)  # one takes all in turn
+    batches = Batches(
+        alone(len(lengths)), seed=0, size=16, accumulation=world_size, lengths=lengths, **more
+    )  # one takes all in turn
     tokens = np.array([lengths[batch].sum() for batch in batches])
-    whole = tokens[: len(tokens) // world * world].reshape(-1, world)[:-1]  # the last step has what is left over
+    whole = tokens[: len(tokens) // world_size * world_size].reshape(-1, world_size)[:-1]  # the last step has what is left over
     worst = whole.max(axis=1) / whole.mean(axis=1) - 1
     assert len(whole) >= 4
     assert max(sorted(worst)[:-1]) < 0.03
@@ -138,9 +149,9 @@ def test_spreading_fills_every_batch_and_balances_it() -> None:
 
 
 def test_the_last_rows_are_shared_and_none_is_taken_twice() -> None:
-    of = [list(Batches(alone(5), seed=0, size=2, rank=rank, world=2)) for rank in range(2)]
+    of = [list(Batches(alone(5), seed=0, size=2, rank=rank, world_size=2)) for rank in range(2)]
     assert [[len(batch) for batch in rank] for rank in of] == [[2, 1], [2, 0]]
-    dropped = [list(Batches(alone(5), seed=0, size=2, rank=rank, world=2, drop_last=True)) for rank in range(2)]
+    dropped = [list(Batches(alone(5), seed=0, size=2, rank=rank, world_size=2, drop_last=True)) for rank in range(2)]
     assert [[len(batch) for batch in rank] for rank in dropped] == [[2], [2]]
 
 

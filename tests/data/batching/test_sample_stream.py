@@ -55,11 +55,14 @@ def test_an_epoch_has_every_row_once_and_the_next_has_another_order() -> None:
     assert flat != list(chain.from_iterable(taken(stream(20, seed=1), 10)))
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (2, 3), (3, 1)])
-def test_processes_and_workers_share_one_order(world: int, workers: int) -> None:
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (2, 3), (3, 1)])
+def test_processes_and_workers_share_one_order(world_size: int, workers: int) -> None:
     whole = list(chain.from_iterable(taken(stream(30, 11, size=6), 8)))
-    size = 6 // world if 6 % world == 0 else 1
-    ranks = [taken(stream(30, 11, size=size, rank=rank, world=world), 48 // (size * world), workers) for rank in range(world)]
+    size = 6 // world_size if 6 % world_size == 0 else 1
+    ranks = [
+        taken(stream(30, 11, size=size, rank=rank, world_size=world_size), 48 // (size * world_size), workers)
+        for rank in range(world_size)
+    ]
     assert list(chain.from_iterable(chain.from_iterable(step) for step in zip(*ranks, strict=True))) == whole
 
 

@@ -67,8 +67,10 @@ def _conversations(media: Path) -> dict[str, Sample]:
 
 @pytest.mark.parametrize("case", list(_conversations(Path())))
 @pytest.mark.parametrize("name", TALKING)
-def test_supervised_tokens_are_the_answers_and_their_ends(speakers: dict[str, Any], media: Path, name: str, case: str) -> None:
-    processor, sample = speakers[name], _conversations(media)[case]
+def test_supervised_tokens_are_the_answers_and_their_ends(
+    template_processors: dict[str, Any], media: Path, name: str, case: str
+) -> None:
+    processor, sample = template_processors[name], _conversations(media)[case]
     encoded = encode_sample(sample, processor)
     answers = [message["content"][0]["text"] for message in sample.messages if message["role"] == "assistant"]
     if name == "chatml":  # Qwen's tokenizer composes accents
@@ -84,16 +86,16 @@ def test_supervised_tokens_are_the_answers_and_their_ends(speakers: dict[str, An
         assert len(encoded["pixel_values"]) == len(sample.images)
 
 
-def test_a_caption_is_supervised_with_its_newline(speakers: dict[str, Any], media: Path) -> None:
-    processor = speakers["plain"]
+def test_a_caption_is_supervised_with_its_newline(template_processors: dict[str, Any], media: Path) -> None:
+    processor = template_processors["plain"]
     assert _spans(encode_sample(_sample([str(media / "a.png"), "Describe."], "a cat"), processor), processor) == ["a cat\n"]
     with pytest.raises(RowError, match=r"r\.json\[7\]: messages: 1 supervised spans for 2 answers"):
         encode_sample(_sample("a", "b", "c", "d"), processor)  # with no words between, two captions run together
 
 
 @pytest.mark.parametrize("name", TALKING)
-def test_the_loss_can_fall_on_the_last_answer_alone(speakers: dict[str, Any], media: Path, name: str) -> None:
-    processor, sample = speakers[name], _conversations(media)["several images"]
+def test_the_loss_can_fall_on_the_last_answer_alone(template_processors: dict[str, Any], media: Path, name: str) -> None:
+    processor, sample = template_processors[name], _conversations(media)["several images"]
     whole, last = encode_sample(sample, processor), encode_sample(sample, processor, supervise="last")
     assert _spans(last, processor) == _spans(whole, processor)[-1:] and len(_spans(whole, processor)) == 2
     assert all(torch.equal(whole[key], last[key]) for key in whole if key != "labels")
@@ -119,9 +121,9 @@ SPACES = st.text(st.sampled_from(" \n\t\rab.é"), max_size=12)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(question=SPACES, answer=SPACES.filter(str.strip))
 def test_labels_are_exact_or_refused_when_white_space_joins(
-    speakers: dict[str, Any], name: str, question: str, answer: str
+    template_processors: dict[str, Any], name: str, question: str, answer: str
 ) -> None:
-    processor, sample = speakers[name], _sample(question, answer)
+    processor, sample = template_processors[name], _sample(question, answer)
     try:
         encoded = encode_sample(sample, processor)
     except RowError as error:
@@ -130,17 +132,19 @@ def test_labels_are_exact_or_refused_when_white_space_joins(
     assert _spans(encoded, processor) == [SPACE.get(name, "") + answer + END[name]]
 
 
-def test_white_space_does_join_here_and_is_refused(speakers: dict[str, Any]) -> None:
+def test_white_space_does_join_here_and_is_refused(template_processors: dict[str, Any]) -> None:
     with pytest.raises(RowError, match=r"r\.json\[7\]: messages\[1\]: the answer begins with white space"):
-        encode_sample(_sample("q", "\n\nfoo"), speakers["chatml"])
-    assert _spans(encode_sample(_sample("q", " foo"), speakers["chatml"]), speakers["chatml"]) == [" foo<|im_end|>"]
+        encode_sample(_sample("q", "\n\nfoo"), template_processors["chatml"])
+    assert _spans(encode_sample(_sample("q", " foo"), template_processors["chatml"]), template_processors["chatml"]) == [
+        " foo<|im_end|>"
+    ]
 
 
 @pytest.mark.parametrize("case", list(_conversations(Path())))
 @pytest.mark.parametrize("name", TALKING)
-def test_training_and_serving_agree(speakers: dict[str, Any], media: Path, name: str, case: str) -> None:
+def test_training_and_serving_agree(template_processors: dict[str, Any], media: Path, name: str, case: str) -> None:
     """At every answer, what is served is what was trained up to there; and both are what the processor gives by itself."""
-    processor, sample = speakers[name], _conversations(media)[case]
+    processor, sample = template_processors[name], _conversations(media)[case]
     trained = encode_sample(sample, processor)
     opened = with_images(sample.id, sample.messages)
     plain = processor.apply_chat_template(opened, tokenize=True, return_dict=True, return_tensors="pt")
@@ -170,8 +174,10 @@ SPELLS = {
 
 
 @pytest.mark.parametrize(("name", "token"), [(name, token) for name, tokens in SPELLS.items() for token in tokens])
-def test_a_control_token_that_text_spells_stays_text(speakers: dict[str, Any], media: Path, name: str, token: str) -> None:
-    processor, tokenizer, a = speakers[name], speakers[name].tokenizer, str(media / "a.png")
+def test_a_control_token_that_text_spells_stays_text(
+    template_processors: dict[str, Any], media: Path, name: str, token: str
+) -> None:
+    processor, tokenizer, a = template_processors[name], template_processors[name].tokenizer, str(media / "a.png")
     for turns in (
         [f"say {token}!", "ok"],
         [[a, f"{token}{token} it"], f"ok{token}", [f"{token}\n", a], f"  {token[1:]}<{token} é."],
@@ -231,8 +237,8 @@ def test_an_image_that_cannot_be_decoded_is_named(untrained: tuple[Any, Any], me
 
 
 @pytest.mark.parametrize("name", END)
-def test_the_shipped_chat_templates_pass(speakers: dict[str, Any], name: str) -> None:
-    check_chat_template(speakers[name])
+def test_the_shipped_chat_templates_pass(template_processors: dict[str, Any], name: str) -> None:
+    check_chat_template(template_processors[name])
 
 
 TURNS = (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers as tf
 import trl
-from chat_dialects import DIALECTS, Dialect, spans_of, speaker
+from chat_dialects import DIALECTS, Dialect, dialect_processor, spans_of
 from family_processors import byte_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,7 +68,7 @@ def answers_of(messages: list[Message], dialect: Dialect) -> list[str]:
 
 @pytest.mark.parametrize("name", DIALECTS)
 def test_labels_are_the_answers_and_their_ends_with_marks_and_without(name: str) -> None:
-    dialect, marked, unmarked = DIALECTS[name], speaker(name), speaker(name, marked=False)
+    dialect, marked, unmarked = DIALECTS[name], dialect_processor(name), dialect_processor(name, marked=False)
     assert "generation" in marked.chat_template and "generation %}" not in unmarked.chat_template
 
     @settings(max_examples=20, deadline=None, derandomize=True)
@@ -99,7 +99,7 @@ def test_labels_are_the_answers_and_their_ends_with_marks_and_without(name: str)
 @pytest.mark.parametrize("marked", [True, False])
 @pytest.mark.parametrize("name", DIALECTS)
 def test_the_dialects_pass_the_check_before_training(name: str, marked: bool) -> None:
-    check_chat_template(speaker(name, marked))
+    check_chat_template(dialect_processor(name, marked))
 
 
 # ------------------------------------------------------------------------------------------------------------------ TRL
@@ -220,7 +220,7 @@ def test_a_template_without_marks_is_exact_or_says_why_not(turn: str, prompt: st
 @pytest.mark.parametrize("marked", [True, False])
 def test_white_space_that_a_template_takes_off_is_named(marked: bool) -> None:
     with pytest.raises(RowError, match="takes white space off the ends of an answer; take it out of the row"):
-        encode_text("r", _talk("what?", "a dog\n"), speaker("llama-3", marked), [])
+        encode_text("r", _talk("what?", "a dog\n"), dialect_processor("llama-3", marked), [])
 
 
 @pytest.mark.parametrize("marked", [True, False])
@@ -263,13 +263,13 @@ def test_media_without_an_encoding_are_named(kind: str) -> None:
     messages = _talk("what?", "a dog")
     messages[0]["content"].insert(0, {"type": kind, kind: "clip"})
     with pytest.raises(RowError, match=rf"r: messages\[0\]: {kind} cannot be encoded yet"):
-        encode_text("r", messages, speaker("zephyr"), [])
+        encode_text("r", messages, dialect_processor("zephyr"), [])
 
 
 def test_placeholders_are_as_many_as_images() -> None:
     messages = _talk(["image", "what?"], "a dog")
     with pytest.raises(RowError, match="writes 1 image placeholders for 2 images"):
-        encode_text("r", messages, speaker("zephyr"), ["<image>"] * 2)
+        encode_text("r", messages, dialect_processor("zephyr"), ["<image>"] * 2)
     forgets = _speaks(TURN.format("{{ m.content[-1].text }}<|im_end|>", PROMPT), "<image>")
     with pytest.raises(RowError, match="writes 0 image placeholders for 1 images"):
         encode_text("r", messages, forgets, ["<image>"])

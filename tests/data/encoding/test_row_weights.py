@@ -61,7 +61,7 @@ def test_a_weight_and_the_last_answer_alone(untrained: tuple[Any, Any], media: P
         RowError, match=r"rows\.json\[1\]: messages: the last answer, .* has weight 0, so that nothing trains"
     ) as caught:
         encode_sample(without, untrained[1], supervise="last")
-    assert caught.value.finding == "nothing_supervised"
+    assert caught.value.issue == "nothing_supervised"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
 from mmtune.chat_templates.rendering import MARK_END, MARK_START, NotExact, control_tokens
-from mmtune.data.encoding.token_spans import Places, mark, spells, tokenize, tokenize_marked, unmark
+from mmtune.data.encoding.token_spans import TokenSpans, mark, spells, tokenize, tokenize_marked, unmark
 
 SPECIALS = ("<s>", "</s>", "<image>", "<end>")
 
@@ -83,7 +83,7 @@ def test_places_are_the_tokens_that_share_a_character(name: str, pieces: list[st
     start = int(cut * (len(text) - 1))
     span = (start, start + 1 + int(length * (len(text) - start - 1)))
     expected = [begin < span[1] and end > span[0] for begin, end in offsets]  # as transformers tells them
-    places = Places(offsets)
+    places = TokenSpans(offsets)
     assert places.mask([span]) == expected
     touched = [offset for offset, inside in zip(offsets, expected, strict=True) if inside]
     if touched:

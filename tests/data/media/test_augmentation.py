@@ -26,8 +26,8 @@ from mmtune.data.media.media import ImageView, image_size, open_image
 from mmtune.data.message import RowError, text_of
 from mmtune.data.templates.boxes import Box
 from mmtune.data.validation.show_sample import view_sample
-from mmtune.data.validation.validate import Doctor, Rules
-from mmtune.distributed.context import ALONE
+from mmtune.data.validation.validate import Rules, Validator
+from mmtune.distributed.context import SINGLE_PROCESS
 from mmtune.evaluation.evaluate import Answer
 from mmtune.evaluation.run_report import _images
 from mmtune.planning.token_plan import build_plan
@@ -276,7 +276,7 @@ def test_draws_are_the_same_with_workers_in_processes_and_after_a_resume(tmp_pat
     for workers in (1, 2):
         assert _seen(_loader(samples, processor, section, workers), range(2)) == whole
     assert _seen(_loader(samples, processor, section, 2), range(1, 2), skip=3) == whole[7:]
-    apart = [_seen(_loader(samples, processor, section, rank=rank, world=2), range(2)) for rank in range(2)]
+    apart = [_seen(_loader(samples, processor, section, rank=rank, world_size=2), range(2)) for rank in range(2)]
     assert [batch for pair in zip(*apart, strict=True) for batch in pair] == whole
 
 
@@ -292,7 +292,7 @@ def test_batches_number_visits_where_a_source_is_augmented(tmp_path: Path, make_
 
     for augment, kind in (({"flip": 0.5}, tuple), (None, int)):
         recipe = make_recipe(f"data.train.0.path={_rows(tmp_path)}", f"data.train.0.augment={json.dumps(augment)}")
-        batches = make_batches(Samples(recipe.data.train), recipe.data, build_training_arguments(recipe), ALONE, None)
+        batches = make_batches(Samples(recipe.data.train), recipe.data, build_training_arguments(recipe), SINGLE_PROCESS, None)
         assert all(isinstance(row, kind) for batch in batches for row in batch)
 
 
@@ -375,8 +375,8 @@ def test_lengths_are_planned_checked_and_shown_of_augmented_images(tmp_path: Pat
     assert plan.media is not None and plan.media.files == [str(tmp_path / f"{index}.png") for index in range(4)]
     limit = int(plan.tokens.max())
     for augment, kinds in ((source.augment, set()), (None, {"too_long"})):
-        doctor = Doctor([source.model_copy(update={"augment": augment})], rules=Rules(processor, max_tokens=limit))
-        assert {each.finding for each in doctor.findings(1) if each.severity == "error"} == kinds
+        doctor = Validator([source.model_copy(update={"augment": augment})], rules=Rules(processor, max_tokens=limit))
+        assert {each.issue for each in doctor.issues(1) if each.severity == "error"} == kinds
     view = view_sample(samples[0], processor, DataSection(train=(source,)))
     assert len(view.tokens) == plan.tokens[0] and "images are augmented as when the row trains first" in view.notes[0]
 

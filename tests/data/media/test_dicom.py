@@ -146,7 +146,7 @@ def test_an_enhanced_file_keeps_its_settings_for_each_frame() -> None:
     }
     data = _dicom(np.stack([VALUES, VALUES[::-1]]), NumberOfFrames="2", **groups)
     assert np.array_equal(_grey(data), _standard(VALUES * 2.0 - 100, 500, 800))
-    found = dict(inspect_image(_media(data)).findings)
+    found = dict(inspect_image(_media(data)).issues)
     assert found == {"image_animated": "several frames", "image_16bit": "DICOM with 16 bits a channel"}
 
 

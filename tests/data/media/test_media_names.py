@@ -136,5 +136,5 @@ def test_rows_with_uris_and_windows_paths_are_checked(media: Path, capsys: pytes
     assert f"image 1: {media / 'imgs' / 'a.png'}" in capsys.readouterr().out.replace("\n", "")
     assert entry_point(["data", "check", str(_case(media, [*good, _encoded()])), "--out", str(media / "found.jsonl")]) == 1
     found = [json.loads(line) for line in (media / "found.jsonl").read_text().splitlines()]
-    [error] = [each for each in found if each["finding"] == "media_path"]
+    [error] = [each for each in found if each["issue"] == "media_path"]
     assert error["row"] == "rows.json[3]" and "write data:image;base64, before it" in error["detail"]

@@ -182,7 +182,7 @@ def test_sixteen_bits_with_alpha_keep_the_upper_eight() -> None:
 def test_a_fourth_channel_that_is_no_alpha_is_not_transparent() -> None:
     data = np.dstack([COLOURS, ALPHA]).tobytes()
     assert np.array_equal(_pixels(_tiff(data, (7, 9), [8] * 4, 2, "<", {338: 0})), COLOURS)
-    assert inspect_image(_media(_tiff(data, (7, 9), [8] * 4, 2, "<", {338: 0}))).findings == []
+    assert inspect_image(_media(_tiff(data, (7, 9), [8] * 4, 2, "<", {338: 0}))).issues == []
 
 
 def test_training_evaluation_and_chat_see_the_same_picture(tmp_path: Path, untrained: Any) -> None:
@@ -258,7 +258,7 @@ def test_without_a_window_sixteen_bits_keep_the_upper_eight_and_others_are_refus
     for read in (image_size, open_image):
         with pytest.raises(ValueError, match=rf"holds {kind} values, .* a line `window: \[LOW, HIGH\]`"):
             read(media)
-    assert [name for name, _ in inspect_image(media).findings] == ["image_unreadable"]
+    assert [name for name, _ in inspect_image(media).issues] == ["image_unreadable"]
 
 
 def test_a_window_leaves_images_of_eight_bits_as_they_are() -> None:
@@ -286,7 +286,7 @@ def test_the_first_page_of_a_tiff_is_shown() -> None:
     pages = [Image.fromarray((WIDE + step).clip(0, 65_535).astype(np.uint16)) for step in (0, 9_000)]
     data = _saved(pages[0], "TIFF", save_all=True, append_images=pages[1:])
     assert np.array_equal(_pixels(data)[..., 0], WIDE // 256)
-    found = dict(inspect_image(_media(data)).findings)
+    found = dict(inspect_image(_media(data)).issues)
     assert found["image_animated"] == "several pages" and found["image_16bit"] == "TIFF with 16 bits a channel"
 
 

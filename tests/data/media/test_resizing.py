@@ -36,7 +36,7 @@ def test_a_long_and_narrow_image_is_counted_and_encoded_within_bounds_or_refused
         try:
             outcomes.append(outcome(_sample(size)))
         except RowError as error:
-            assert error.row == "rows.jsonl:7" and error.finding == "image_refused"
+            assert error.row == "rows.jsonl:7" and error.issue == "image_refused"
             outcomes.append(str(error))
     assert outcomes[0] == outcomes[1]
 

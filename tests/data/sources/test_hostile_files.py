@@ -23,7 +23,7 @@ from mmtune.data.sources import json_rows as source_json
 from mmtune.data.sources import rows as rows_module
 from mmtune.data.sources import webdataset_rows as source_tar
 from mmtune.data.sources.source import open_rows, stream_rows
-from mmtune.data.validation.validate import Doctor
+from mmtune.data.validation.validate import Validator
 from mmtune.recipe.recipe import Source
 from mmtune.utils.errors import UserError, nearest
 
@@ -132,7 +132,7 @@ def test_a_value_that_is_none_is_an_error_of_its_row_and_column(name: str, file:
     for read in (lambda: rows[1], streamed[1]):
         with pytest.raises(RowError, match=rf"^{file}\[1\]: bad: cannot be read as ") as caught:
             read()
-        assert caught.value.finding == "row_malformed"
+        assert caught.value.issue == "row_malformed"
 
 
 @pytest.mark.parametrize("file", WRITERS)
@@ -193,8 +193,8 @@ def test_a_row_of_many_fields_is_read_once_to_name_them(tmp_path: Path, monkeypa
     read = source_csv.CsvRows.__getitem__
     monkeypatch.setattr(source_csv.CsvRows, "__getitem__", lambda self, index: (reads.append(index), read(self, index))[1])
     (tmp_path / "r.csv").write_text(f"{','.join(f'c{n}' for n in range(500))}\n{','.join(['1'] * 500)}\n")
-    found = list(Doctor([Source(path=str(tmp_path / "r.csv"), template="vqa")]).findings(1))
-    assert len([each for each in found if each.finding == "field_unknown"]) == 500 and len(reads) <= 2
+    found = list(Validator([Source(path=str(tmp_path / "r.csv"), template="vqa")]).issues(1))
+    assert len([each for each in found if each.issue == "field_unknown"]) == 500 and len(reads) <= 2
 
 
 @pytest.mark.parametrize("file", ["r.jsonl", "r.csv", "r.json", "quoted.csv"])
@@ -286,11 +286,11 @@ def test_a_tiff_tag_of_another_type_is_an_error_of_the_image(tag: int, tmp_path:
         opens = True
     except ValueError:
         opens = False
-    assert opens == (not any(name in ("image_unreadable", "image_damaged", "image_truncated") for name, _ in report.findings))
+    assert opens == (not any(name in ("image_unreadable", "image_damaged", "image_truncated") for name, _ in report.issues))
 
 
 def test_a_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "a.webp").write_bytes(b"RIFF\xff\xff\xff\x7fWEBPVP8 ")
     os.truncate(tmp_path / "a.webp", 2**40)
-    found: list[Any] = inspect_image(tmp_path / "a.webp").findings
+    found: list[Any] = inspect_image(tmp_path / "a.webp").issues
     assert [name for name, _ in found] == ["image_too_large"]

@@ -139,10 +139,10 @@ def _write(path: Path, kind: str) -> Path:
     return path
 
 
-KINDS = [("r.parquet", "parquet"), ("r.arrow", "arrow file"), ("r.arrow", "arrow stream"), ("r.feather", "feather")]
+ISSUE_TYPES = [("r.parquet", "parquet"), ("r.arrow", "arrow file"), ("r.arrow", "arrow stream"), ("r.feather", "feather")]
 
 
-@pytest.mark.parametrize(("name", "kind"), KINDS)
+@pytest.mark.parametrize(("name", "kind"), ISSUE_TYPES)
 def test_a_columnar_file_is_read_by_group(tmp_path: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _write(tmp_path / name, kind)
     assert _both(path) == [(f"{name}[{n}]", row) for n, row in enumerate(TABLE.to_pylist())]
@@ -171,7 +171,7 @@ def test_a_columnar_file_that_is_none_says_so(tmp_path: Path, name: str, content
             read(tmp_path / name)
 
 
-@pytest.mark.parametrize(("name", "kind"), KINDS)
+@pytest.mark.parametrize(("name", "kind"), ISSUE_TYPES)
 def test_a_columnar_file_cut_short_is_no_short_file(tmp_path: Path, name: str, kind: str) -> None:
     path = _write(tmp_path / name, kind)
     whole = path.read_bytes()

@@ -58,7 +58,7 @@ UNREAD: list[tuple[str, dict[str, Any], str]] = [
 def test_media_that_nobody_reads_are_an_error_of_the_row(media: Path, template: str, row: dict[str, Any], where: str) -> None:
     with pytest.raises(RowError, match=rf"^rows\.json\[0\]: \S*{where}: names or holds media and is not read; ") as caught:
         samples(media, row, template=template)
-    assert caught.value.finding == "media_unread"
+    assert caught.value.issue == "media_unread"
 
 
 @pytest.mark.parametrize(

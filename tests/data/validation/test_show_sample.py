@@ -91,8 +91,8 @@ def test_texts_join_to_the_decoded_text(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vicuna_v1", "gemma", "mistral", "chatml"])
-def test_texts_of_other_tokenizers_keep_their_spaces(speakers: dict[str, Any], name: str) -> None:
-    tokenizer = speakers[name].tokenizer
+def test_texts_of_other_tokenizers_keep_their_spaces(template_processors: dict[str, Any], name: str) -> None:
+    tokenizer = template_processors[name].tokenizer
     ids = tokenizer("the cat  is on\n\nthe mat \u732b \U0001f431.", add_special_tokens=False).input_ids
     texts = token_texts(tokenizer, ids)
     assert "".join(texts) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)

@@ -25,13 +25,13 @@ from mmtune.data.message import RowError
 from mmtune.data.sources.reader import Reader
 from mmtune.data.templates.prompts import Prompting
 from mmtune.data.templates.template import load_data_template, shipped_templates
-from mmtune.data.validation.issues import KINDS, Finding
-from mmtune.data.validation.validate import Doctor, Rules, Summary, guess_template
+from mmtune.data.validation.issues import ISSUE_TYPES, Issue
+from mmtune.data.validation.validate import Rules, Summary, Validator, guess_template
 from mmtune.recipe.recipe import Source
 from mmtune.utils.errors import UserError
 
 CASES = hostile.cases()
-ERRORS = {name for name, kind in KINDS.items() if kind.severity == "error"}
+ERRORS = {name for name, kind in ISSUE_TYPES.items() if kind.severity == "error"}
 
 
 @pytest.fixture(scope="session")
@@ -41,12 +41,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 @pytest.fixture(scope="session")
-def findings(corpus: Source) -> dict[str, list[Finding]]:
-    return by_row(Doctor([corpus]).findings())
+def issues(corpus: Source) -> dict[str, list[Issue]]:
+    return by_row(Validator([corpus]).issues())
 
 
-def by_row(found: Any) -> dict[str, list[Finding]]:
-    rows: dict[str, list[Finding]] = {}
+def by_row(found: Any) -> dict[str, list[Issue]]:
+    rows: dict[str, list[Issue]] = {}
     for each in found:
         rows.setdefault(each.row, []).append(each)
     return rows
@@ -57,7 +57,7 @@ def outcome(reader: Reader, index: int, processor: Any) -> str | None:
     try:
         encode_sample(reader.sample(*reader.open()[index]), processor)
     except RowError as error:
-        return error.finding
+        return error.issue
     return None
 
 
@@ -70,18 +70,18 @@ def test_the_corpus_is_large_and_each_case_its_own() -> None:
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[case.name for case in CASES])
-def test_a_hostile_row_has_its_finding_and_no_other(findings: dict[str, list[Finding]], number: int) -> None:
-    found = findings.get(f"hostile.jsonl:{number + 1}", [])
-    assert tuple((each.field, each.finding) for each in found if each.finding != "field_unknown") == CASES[number].found
+def test_a_hostile_row_has_its_issue_and_no_other(issues: dict[str, list[Issue]], number: int) -> None:
+    found = issues.get(f"hostile.jsonl:{number + 1}", [])
+    assert tuple((each.field, each.issue) for each in found if each.issue != "field_unknown") == CASES[number].found
     assert all(each.detail and each.fix for each in found)
 
 
 @pytest.mark.slow
 def test_what_cannot_train_is_an_error_and_what_is_an_error_cannot_train(corpus: Source, untrained: tuple[Any, Any]) -> None:
     processor, reader = untrained[1], Reader(corpus)
-    found = by_row(Doctor([corpus], rules=Rules(processor)).findings())
+    found = by_row(Validator([corpus], rules=Rules(processor)).issues())
     for number, case in enumerate(CASES):
-        refused = [each.finding for each in found.get(f"hostile.jsonl:{number + 1}", []) if each.finding in ERRORS]
+        refused = [each.issue for each in found.get(f"hostile.jsonl:{number + 1}", []) if each.issue in ERRORS]
         assert len(refused) <= 1, case.name
         trained = outcome(reader, number, processor)
         if case.decoding:
@@ -91,17 +91,17 @@ def test_what_cannot_train_is_an_error_and_what_is_an_error_cannot_train(corpus:
 
 
 def test_decoding_finds_the_rest(corpus: Source) -> None:
-    found = by_row(Doctor([corpus], rules=Rules(decode=True)).findings())
+    found = by_row(Validator([corpus], rules=Rules(decode=True)).issues())
     for number, case in enumerate(CASES):
         if case.decoding:
-            assert [each.finding for each in found[f"hostile.jsonl:{number + 1}"]] == [case.decoding], case.name
+            assert [each.issue for each in found[f"hostile.jsonl:{number + 1}"]] == [case.decoding], case.name
 
 
 def test_rows_are_checked_in_several_processes_as_in_one(
-    corpus: Source, findings: dict[str, list[Finding]], monkeypatch: pytest.MonkeyPatch
+    corpus: Source, issues: dict[str, list[Issue]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "CHUNK", 16)
-    assert by_row(Doctor([corpus]).findings(processes=2)) == findings
+    assert by_row(Validator([corpus]).issues(processes=2)) == issues
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -111,7 +111,7 @@ def test_what_is_wrong_with_the_model_ends_the_check_with_its_reason_alone(
     processor = copy.deepcopy(untrained[1])
     processor.chat_template = None
     with pytest.raises(UserError, match=r"^model: its processor has no chat template; name one with model\.chat_template$"):
-        list(Doctor([corpus], rules=Rules(processor)).findings(processes=others))
+        list(Validator([corpus], rules=Rules(processor)).issues(processes=others))
 
 
 # ------------------------------------------------------------------------------------------------------- between the rows
@@ -129,7 +129,7 @@ def _talk(question: str, answer: str = "yes", **fields: Any) -> dict[str, Any]:
 def test_repetitions_are_within_a_source_and_name_the_first(tmp_path: Path) -> None:
     one = _rows(tmp_path / "one.jsonl", _talk("a", id=1), _talk("b", id=2), _talk("a", id=1), _talk("c", id=2), _talk("a", id=1))
     two = _rows(tmp_path / "two.jsonl", _talk("a", id=1), _talk("d"), _talk("e"), _talk("f", id="1"))
-    found = [(each.row, each.finding, each.detail.split()[-1]) for each in Doctor([one, two]).findings()]
+    found = [(each.row, each.issue, each.detail.split()[-1]) for each in Validator([one, two]).issues()]
     assert found == [
         ("one.jsonl:3", "duplicate_row", "one.jsonl:1"),
         ("one.jsonl:5", "duplicate_row", "one.jsonl:1"),
@@ -140,8 +140,8 @@ def test_repetitions_are_within_a_source_and_name_the_first(tmp_path: Path) -> N
 def test_a_held_out_row_that_trains_is_named(tmp_path: Path) -> None:
     train = _rows(tmp_path / "train.jsonl", _talk("a"), _talk("b"))
     held_out = _rows(tmp_path / "held_out.jsonl", _talk("c"), _talk("b"))
-    found = list(Doctor([train], [held_out]).findings())
-    assert [(each.row, each.finding) for each in found] == [("held_out.jsonl:2", "row_held_out")]
+    found = list(Validator([train], [held_out]).issues())
+    assert [(each.row, each.issue) for each in found] == [("held_out.jsonl:2", "row_held_out")]
     assert "train.jsonl:2" in found[0].detail
 
 
@@ -151,13 +151,13 @@ def test_the_same_path_under_another_root_is_another_image(tmp_path: Path) -> No
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
         sources.append(_rows(tmp_path / name / f"{name}.jsonl", _talk("<image>\nWhat?", image="a.png")))
-    assert list(Doctor(sources[:1], sources[1:]).findings()) == []
+    assert list(Validator(sources[:1], sources[1:]).issues()) == []
 
 
 def test_a_field_that_nobody_reads_is_told_once(tmp_path: Path) -> None:
     source = _rows(tmp_path / "r.jsonl", _talk("a"), _talk("b", imgae="x"), _talk("c", imgae="y"), _talk("d", id=4))
-    found = list(Doctor([source]).findings())
-    assert [(each.row, each.field, each.finding) for each in found] == [("r.jsonl:2", "imgae", "field_unknown")]
+    found = list(Validator([source]).issues())
+    assert [(each.row, each.field, each.issue) for each in found] == [("r.jsonl:2", "imgae", "field_unknown")]
     assert "2 rows" in found[0].detail
 
 
@@ -186,8 +186,8 @@ def test_a_long_row_fails_a_run_unless_the_recipe_drops_it(
 ) -> None:
     source = _rows(tmp_path / "r.jsonl", _talk("short"), _talk("long " * 50))
     length = encode_sample(Reader(source).sample("r", _talk("short")), untrained[1])["input_ids"].shape[1]
-    found = list(Doctor([source], rules=Rules(untrained[1], length, policy)).findings())
-    assert [(each.row, each.finding) for each in found] == [("r.jsonl:2", kind)]
+    found = list(Validator([source], rules=Rules(untrained[1], length, policy)).issues())
+    assert [(each.row, each.issue) for each in found] == [("r.jsonl:2", kind)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- images
@@ -202,7 +202,7 @@ def test_a_file_cut_anywhere_is_found_exactly_when_training_could_not_open_it(tm
     path = tmp_path / "cut"
     for length in sorted({*range(0, len(whole), 7), *range(len(whole) - 16, len(whole) + 1)}):
         path.write_bytes(whole[:length])
-        errors = [name for name, _ in inspect_image(path).findings if name in ERRORS]
+        errors = [name for name, _ in inspect_image(path).issues if name in ERRORS]
         try:
             open_image(path)
         except ValueError:
@@ -229,8 +229,8 @@ def test_no_image_crashes_and_none_passes_silently(tmp_path: Path, whole: bytes,
     path = tmp_path / "fuzzed"
     path.write_bytes(content)
     scan, decoded = inspect_image(path), inspect_image(path, decode=True)
-    errors = [name for name, _ in decoded.findings if name in ERRORS]
-    assert {name for name, _ in scan.findings} <= {name for name, _ in decoded.findings}
+    errors = [name for name, _ in decoded.issues if name in ERRORS]
+    assert {name for name, _ in scan.issues} <= {name for name, _ in decoded.issues}
     try:
         image = open_image(path)
     except ValueError:
@@ -278,8 +278,8 @@ def test_no_row_crashes_and_the_doctor_agrees_with_training(
         if place in _places(row):
             row = _mutated(row, place, by)
     source = _rows(tmp_path / "fuzz.jsonl", row).model_copy(update={"media_root": corpus.media_root})
-    found = list(Doctor([source], rules=Rules(untrained[1])).findings())
-    refused = [each.finding for each in found if each.finding in ERRORS]
+    found = list(Validator([source], rules=Rules(untrained[1])).issues())
+    refused = [each.issue for each in found if each.issue in ERRORS]
     assert (refused == []) == (outcome(Reader(source), 0, untrained[1]) is None), (row, found)
     json.dumps([each.as_json() for each in found])
 
@@ -292,7 +292,7 @@ def test_no_line_of_bytes_crashes(tmp_path: Path, place: int, bits: int, cut: bo
     path = tmp_path / "bytes.jsonl"
     path.write_bytes(json.dumps(_talk("first")).encode() + b"\n" + bytes(line[: place % len(line)] if cut else line) + b"\n")
     summary = Summary(rows=1)
-    for each in Doctor([Source(path=str(path), template="llava")]).findings():
+    for each in Validator([Source(path=str(path), template="llava")]).issues():
         summary.add(each)
         assert each.severity in ("error", "warning", "note")
 
@@ -300,15 +300,15 @@ def test_no_line_of_bytes_crashes(tmp_path: Path, place: int, bits: int, cut: bo
 # ---------------------------------------------------------------------------------------------------------- command line
 
 
-def test_the_command_writes_findings_and_fails_for_errors_alone(
+def test_the_command_writes_issues_and_fails_for_errors_alone(
     tmp_path: Path, corpus: Source, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "findings.jsonl"
+    out = tmp_path / "issues.jsonl"
     arguments = ["data", "check", corpus.path, "--media-root", str(corpus.media_root), "--template", "llava", "--out", str(out)]
     assert entry_point(arguments) == 1
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert all(list(line) == ["row", "field", "finding", "detail", "fix"] for line in lines)
-    written = [(line["row"], line["finding"]) for line in lines if line["finding"] != "field_unknown"]
+    assert all(list(line) == ["row", "field", "issue", "detail", "fix"] for line in lines)
+    written = [(line["row"], line["issue"]) for line in lines if line["issue"] != "field_unknown"]
     assert sorted(written) == sorted(
         (f"hostile.jsonl:{number}", kind) for number, case in enumerate(CASES, start=1) for _, kind in case.found
     )
@@ -319,7 +319,7 @@ def test_the_command_writes_findings_and_fails_for_errors_alone(
 
     assert entry_point([*arguments[:-2], "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
-    assert told["findings"] == lines and told["rows"] == len(CASES) and told["faulty_rows"] == faulty
+    assert told["issues"] == lines and told["rows"] == len(CASES) and told["faulty_rows"] == faulty
 
 
 def test_warnings_do_not_fail_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -385,4 +385,4 @@ def test_every_fault_says_its_kind_where_it_is_raised() -> None:
     for where, kind in made:
         assert kind is not None, f"{where} does not say what kind of fault it is"
         named = [node.value for node in ast.walk(kind) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-        assert set(named) - {"assistant"} <= set(KINDS), f"{where} says {named}"
+        assert set(named) - {"assistant"} <= set(ISSUE_TYPES), f"{where} says {named}"

@@ -18,7 +18,7 @@ from peft.tuners.prompt_tuning import PromptEmbedding
 from transformers import dynamic_module_utils
 
 from mmtune.cli.main import entry_point
-from mmtune.console.library_output import settle_console
+from mmtune.console.library_output import configure_console
 from mmtune.recipe.recipe import Recipe
 from mmtune.utils.manifest import write_manifest
 
@@ -135,7 +135,7 @@ def test_what_peft_loads_by_itself_is_not_asked_for_either(base: Path, tmp_path:
     tokenizer = with_code(base, tmp_path / "model", ran, "tokenizer_config.json")
     unknown = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
     (tokenizer / "config.json").write_text(json.dumps(unknown), encoding="utf-8")
-    settle_console()
+    configure_console()
     settings = {"num_virtual_tokens": 2, "token_dim": 4, "num_transformer_submodules": 1}
     settings |= {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a"}
     with pytest.raises(ValueError, match="trust_remote_code"):
