@@ -224,7 +224,7 @@ def init_distributed(arguments: TrainingArguments, precision: str, is_sharded: b
 
     Args:
         precision: the recipe's `model.precision`.
-        in_parts: at ZeRO-3 models are made in parts, a part in each process; otherwise whole, and divided when training begins.
+        is_sharded: models are sharded while they are constructed (ZeRO-3); otherwise each process constructs the full model.
 
     Raises:
         UserError: fewer processes than the launcher announced, or a DeepSpeed configuration that contradicts the recipe.

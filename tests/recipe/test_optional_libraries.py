@@ -43,8 +43,8 @@ def _recipe(folder: Path, base: Path | str, template: str = "", more: str = "", 
 NEEDS = """
 import json, sys
 from pathlib import Path
-from mmtune.console.library_output import settle_console
-settle_console()
+from mmtune.console.library_output import configure_console
+configure_console()
 from mmtune.utils.errors import UserError
 from mmtune.models.processors.processor import read_processor
 needs = []

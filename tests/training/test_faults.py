@@ -383,8 +383,8 @@ def test_a_data_file_that_changes_under_a_run_ends_it(
 
 FAILING = """
 import os, signal, sys
-from mmtune.console.library_output import settle_console
-settle_console()
+from mmtune.console.library_output import configure_console
+configure_console()
 import mmtune.train
 from mmtune.utils.errors import UserError
 from mmtune.training.trainer import TuningTrainer

@@ -20,7 +20,7 @@ from mmtune.data.media.media import DAMAGED, Media, exif_damage, open_image, ope
 from mmtune.data.validation.issues import Unusable
 
 Found = list[tuple[str, str]]
-"""Findings: the name, one of `mmtune.data.validation.issues.ISSUE_TYPES`, and the detail."""
+"""Issues: the type, one of `mmtune.data.validation.issues.ISSUE_TYPES`, and the detail."""
 
 TAIL = 65_536  # bytes at the end in which an end marker is looked for: cameras and programs write their own after it
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
