@@ -1,0 +1,104 @@
+"""The vocabulary of code, tests and docs: identifiers and phrases that were replaced by the field's terms.
+
+Each pattern has what to write instead. A literal space in a pattern also matches a line break, in comments too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("mmtune", "tests", "docs", "benchmarks", "recipes", "data_templates")
+SUFFIXES = {".py", ".md", ".yaml", ".jinja", ".css"}
+
+IDENTIFIERS: Mapping[str, str] = {
+    r"\bWorld\b": "DistributedContext",
+    r"\bALONE\b": "SINGLE_PROCESS",
+    r"\bjoin_world\b": "init_distributed",
+    r"\bfrom_first\b": "broadcast_object",
+    r"\bis_first\b|\.first\(": "is_main_process",
+    r"\brunnable\b": "gathered_forward",
+    r"\bto_save\b": "full_state_dict",
+    r"\bframes\(\)": "meta_init()",
+    r"\bas_trained\b": "training_autocast",
+    r"\bin_parts\b": "is_sharded",
+    r"\bgo_on\b": "restore_training_state",
+    r"\bcut_back\b": "truncate_to_step",
+    r"\bkeep_checkpoint\b": "finalize_checkpoint",
+    r"\bFrozenInputsStayFrozen\b": "DisableInputRequireGrads",
+    r"\bMoveRanks\b": "AdaLoraStep",
+    r"\b(save|load)_live\b": "save_adapter_state, load_adapter_state",
+    r"\bsettle_(base|console|fsdp|worker|quantized|special_tokens)\b": "configure_* or prepare_*; materialize_base",
+    r"\bDoctor\b": "Validator",
+    r"\bFindings?\b": "Issue",
+    r"\bPlaces\b": "TokenSpans",
+    r"\bObserved\b": "ModelOutputs",
+    r"\bforetell\w*": "predict",
+    r"\bmmtune[/.]model\b": "mmtune.models",
+    r"\bmmtune[/.](world|recipe_\w+|cli_\w+|chat_rendering)\b": "the module's present path (docs/architecture.md)",
+}
+"""Old names of functions, classes and modules, and the present ones."""
+
+PHRASES: Mapping[str, str] = {
+    r"\banew\b": "again",
+    r"\bwhereof\b": "of which, in a sentence of its own",
+}
+"""Wording that a reader has to translate, whatever its case, and plain English."""
+
+
+def checked_files() -> list[Path]:
+    """Every text file that the vocabulary holds for, but this one."""
+    files = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*")) if path.suffix in SUFFIXES]
+    return [
+        path for path in [*files, *sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md"] if path != Path(__file__).resolve()
+    ]
+
+
+def _compiled(words: Mapping[str, str], flags: int) -> Iterator[tuple[re.Pattern[str], str]]:
+    return ((re.compile(pattern.replace(" ", r"[\s#]+"), flags), instead) for pattern, instead in words.items())
+
+
+PATTERNS = [*_compiled(IDENTIFIERS, 0), *_compiled(PHRASES, re.IGNORECASE)]
+
+
+def word_issues(path: str, text: str) -> list[str]:
+    """`path:line: 'words': write ...` for each old identifier and phrase in a file's path and text."""
+    issues = [f"{path}: {match[0]!r}: write {instead}" for pattern, instead in PATTERNS for match in pattern.finditer(path)]
+    for pattern, instead in PATTERNS:
+        for match in pattern.finditer(text):
+            line = text.count("\n", 0, match.start()) + 1
+            issues.append(f"{path}:{line}: {' '.join(match[0].split())!r}: write {instead}")
+    return issues
+
+
+def test_no_file_has_an_old_word() -> None:
+    files = checked_files()
+    assert len(files) > 300
+    issues = [issue for path in files for issue in word_issues(str(path.relative_to(ROOT)), path.read_text("utf-8"))]
+    assert not issues, "\n".join(issues)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "expected"),
+    [
+        ("mmtune/a.py", "x = 1\ny = join_world()\n", "mmtune/a.py:2: 'join_world': write init_distributed"),
+        ("docs/a.md", "It begins Anew.\n", "docs/a.md:1: 'Anew': write again"),
+        ("mmtune/cut_back.py", "", "mmtune/cut_back.py: 'cut_back': write truncate_to_step"),
+    ],
+)
+def test_an_old_word_is_found(path: str, text: str, expected: str) -> None:
+    assert word_issues(path, text) == [expected]
+
+
+def test_a_phrase_is_found_over_a_line_break_of_a_comment() -> None:
+    pattern, _ = next(_compiled({"of two words": ""}, 0))
+    assert pattern.search("# a phrase of two\n    # words")
+
+
+@pytest.mark.parametrize("text", ["the worlds of ALONELY", "go_online()", "a placeholder", "is_main_process"])
+def test_other_words_pass(text: str) -> None:
+    assert word_issues("mmtune/a.py", text) == []
