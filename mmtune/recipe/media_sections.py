@@ -6,8 +6,9 @@ import math
 from typing import Annotated, Any
 
 from pydantic import Field, StrictFloat, StrictInt
+from pydantic_core import InitErrorDetails
 
-from mmtune.recipe.pass_through.arguments import Fault, fault, format_value
+from mmtune.recipe.pass_through.arguments import error_at, format_value
 from mmtune.recipe.section import Section
 
 WINDOW = (
@@ -33,8 +34,8 @@ class Augment(Section):
     saturation: Share = Field(default=0.0, description="As brightness.")
 
     @classmethod
-    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
-        return given, [fault((), "names nothing to change; leave it out")] if given == {} else []
+    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
+        return given, [error_at((), "names nothing to change; leave it out")] if given == {} else []
 
     @property
     def moves(self) -> bool:
@@ -42,7 +43,7 @@ class Augment(Section):
         return self.resize is not None or self.crop < 1 or self.flip > 0
 
 
-def window_faults(given: Any) -> list[Fault]:
+def window_errors(given: Any) -> list[InitErrorDetails]:
     """Check a source's `window`, two numbers."""
     window = given.get("window") if isinstance(given, dict) else None
     if window is None:
@@ -54,12 +55,12 @@ def window_faults(given: Any) -> list[Fault]:
         return []
     given["window"] = None
     told = "a window of center c and width w is [c - w/2, c + w/2]"
-    return [fault("window", f"expected [LOW, HIGH], two numbers, the lower one first, got {format_value(window)}; {told}")]
+    return [error_at("window", f"expected [LOW, HIGH], two numbers, the lower one first, got {format_value(window)}; {told}")]
 
 
-def held_out_faults(given: Any) -> list[Fault]:
+def evaluation_augment_errors(given: Any) -> list[InitErrorDetails]:
     """Refuse `augment` in the sources of the evaluation."""
     sources = given.get("data") if isinstance(given, dict) else None
     sources = sources if isinstance(sources, (list, tuple)) else ()
     having = [number for number, source in enumerate(sources) if isinstance(source, dict) and source.get("augment") is not None]
-    return [fault(("data", number, "augment"), "held-out rows are never augmented; leave it out") for number in having]
+    return [error_at(("data", number, "augment"), "held-out rows are never augmented; leave it out") for number in having]

@@ -84,13 +84,13 @@ OTHER_VALUES: Mapping[str, Mapping[str, str]] = {
 """By key: what people write for a value that has another name here."""
 
 
-def other_value(key: str, value: object) -> str:
+def value_hint(key: str, value: object) -> str:
     """A hint for a value that has another name here, or nothing."""
     name = OTHER_VALUES.get(key, {}).get(str(value)) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
     return f"; write {name}" if name else ""
 
 
-def yes_or_no(value: object) -> str:
+def boolean_hint(value: object) -> str:
     """A hint for a truth value that YAML takes for text, or nothing."""
     if not isinstance(value, (str, int)) or isinstance(value, bool):
         return ""

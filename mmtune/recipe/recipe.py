@@ -28,7 +28,7 @@ from mmtune.recipe.sections import (
     Source,
 )
 from mmtune.recipe.tune_section import DEFAULT_METHODS, ComponentTuning, TuneSection
-from mmtune.recipe.unknown_keys import divided_override, override_fault, told
+from mmtune.recipe.unknown_keys import override_error, split_override_error, told
 from mmtune.recipe.yaml_lines import Origin, apply_override, read_document
 from mmtune.utils.errors import UserError
 from mmtune.utils.hub import is_local_name, missing
@@ -70,11 +70,11 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: with every fault of the recipe, a line each: where, which key, what was wrong, what would be right.
     """
-    if (message := divided_override(overrides)) is not None:
+    if (message := split_override_error(overrides)) is not None:
         raise UserError(message)
     document = read_document(Path(path))
     for number, override in enumerate(overrides):
-        if (message := override_fault(override)) is not None:
+        if (message := override_error(override)) is not None:
             document.problems.append((Origin(f"command line: {override}", (1, number)), f"command line: {override}: {message}"))
         else:
             apply_override(document, override, number, _SHORTHANDS)
@@ -99,7 +99,7 @@ def check_files(recipe: Recipe, sections: Collection[str] = SECTIONS) -> None:
     Raises:
         UserError: naming each that is missing, with its key and line.
     """
-    faults = []
+    errors = []
     for key, named, kind in _named_files(recipe):
         if key.partition(".")[0] not in sections:
             continue
@@ -112,9 +112,9 @@ def check_files(recipe: Recipe, sections: Collection[str] = SECTIONS) -> None:
         if not (Path(named).is_dir() if kind == "directory" else Path(named).exists()):
             rows = "file" if _ROWS_FILE.fullmatch(named) else "file or folder"
             what = {"rows": rows, "checkpoint": "directory"}.get(kind, kind)
-            faults.append(located(recipe, key, missing(named, what)))
-    if faults:
-        raise UserError("\n".join(faults))
+            errors.append(located(recipe, key, missing(named, what)))
+    if errors:
+        raise UserError("\n".join(errors))
 
 
 def needed_paths(recipe: Recipe) -> list[Path]:

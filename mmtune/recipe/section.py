@@ -16,15 +16,16 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core import InitErrorDetails
 
-from mmtune.recipe.other_toolkits import other_value, yes_or_no
-from mmtune.recipe.pass_through.arguments import Fault, Settings, fault, format_value
+from mmtune.recipe.other_toolkits import boolean_hint, value_hint
+from mmtune.recipe.pass_through.arguments import Settings, error_at, format_value
 from mmtune.utils.errors import nearest
 from mmtune.utils.files import expand_user
 
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(expand_user)]
-BorrowedSettings = Annotated[Settings, PlainSerializer(dict), WithJsonSchema({"type": "object"})]
+PassThroughArguments = Annotated[Settings, PlainSerializer(dict), WithJsonSchema({"type": "object"})]
 
 
 class Section(BaseModel):
@@ -34,7 +35,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
     @classmethod
-    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
         """Shorthands spelt out, and what is wrong between the keys; pydantic then checks each key."""
         return given, []
 
@@ -43,26 +44,26 @@ class Section(BaseModel):
     def _check(cls, given: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         if isinstance(given, cls):
             return handler(given)
-        arranged, faults = cls._arrange(dict(given) if isinstance(given, Mapping) else given)
+        arranged, errors = cls._normalize(dict(given) if isinstance(given, Mapping) else given)
         try:
             section = handler(arranged)
         except ValidationError as error:
             # pydantic counts a list's sound items only, and calls a list of one faulty item too short as well.
             told = (e for e in error.errors() if e["type"] != "too_short" or not e["input"])
-            faults = [*faults, *(cls._readable(detail) for detail in told)]
-        if faults:
-            raise ValidationError.from_exception_data(cls.__name__, faults)
+            errors = [*errors, *(cls._to_message(detail) for detail in told)]
+        if errors:
+            raise ValidationError.from_exception_data(cls.__name__, errors)
         return section
 
     @classmethod
-    def _readable(cls, detail: Any) -> Fault:
+    def _to_message(cls, detail: Any) -> InitErrorDetails:
         kind, where, context = detail["type"], detail["loc"], detail.get("ctx", {})
         if kind == "recipe":
-            return fault(where, detail["msg"])
+            return error_at(where, detail["msg"])
         if kind == "extra_forbidden":
-            return fault(where, f"unknown key{nearest(str(where[-1]), set(cls.model_fields))}")
+            return error_at(where, f"unknown key{nearest(str(where[-1]), set(cls.model_fields))}")
         if kind == "missing":
-            return fault(where, "required, and not given")
+            return error_at(where, "required, and not given")
         expected = {
             "model_type": cls._expected,
             "tuple_type": "a list",
@@ -81,6 +82,6 @@ class Section(BaseModel):
         if kind == "literal_error" and isinstance(detail["input"], str):
             close = nearest(detail["input"], context["expected"].replace("'", "").replace(" or ", ", ").split(", "))
             hint = close if "did you mean" in close else ""
-        truth = yes_or_no(detail["input"]) if kind == "bool_type" else ""
-        hint = other_value(str(where[-1]) if where else "", detail["input"]) or hint or truth
-        return fault(where, f"expected {expected}, got {format_value(detail['input'])}{hint}")
+        truth = boolean_hint(detail["input"]) if kind == "bool_type" else ""
+        hint = value_hint(str(where[-1]) if where else "", detail["input"]) or hint or truth
+        return error_at(where, f"expected {expected}, got {format_value(detail['input'])}{hint}")

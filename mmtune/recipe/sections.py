@@ -17,10 +17,11 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import InitErrorDetails
 
 from mmtune.methods.method_table import METHODS, refusal
-from mmtune.recipe.media_sections import WINDOW, Augment, held_out_faults, window_faults
-from mmtune.recipe.pass_through.arguments import Fault, Settings, fault, format_value, train_arguments
+from mmtune.recipe.media_sections import WINDOW, Augment, evaluation_augment_errors, window_errors
+from mmtune.recipe.pass_through.arguments import Settings, error_at, format_value, train_arguments
 from mmtune.recipe.pass_through.library_facts import library_fact
 from mmtune.recipe.prompt_sections import (
     WHERE,
@@ -28,19 +29,19 @@ from mmtune.recipe.prompt_sections import (
     LabelsToWords,
     NamesToText,
     Shots,
-    values_faults,
-    where_faults,
-    words_faults,
+    values_errors,
+    verbalizer_errors,
+    where_errors,
 )
-from mmtune.recipe.section import BorrowedSettings, PathText, Section, Text
-from mmtune.recipe.train_rules import training_faults
+from mmtune.recipe.section import PassThroughArguments, PathText, Section, Text
+from mmtune.recipe.train_rules import training_errors
 from mmtune.recipe.tune_section import TuneSection, with_rates
 from mmtune.recipe.yaml_lines import dump_yaml
 from mmtune.utils.errors import nearest
 from mmtune.utils.files import expand_user
 
 BUILTIN_BASES = ("builtin:tiny-llava", "builtin:tiny-llava-untrained")
-_PARTS_ONLY = ("projector", "vision_feature_layer", "vision_feature_select_strategy")
+_ASSEMBLED_ONLY = ("projector", "vision_feature_layer", "vision_feature_select_strategy")
 
 
 class Projector(Section):
@@ -52,7 +53,7 @@ class Projector(Section):
     )
 
     @classmethod
-    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
         return ({"type": given} if isinstance(given, str) else given), []
 
 
@@ -88,36 +89,36 @@ class ModelSection(Section):
     )
 
     @classmethod
-    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
         if not isinstance(given, dict):
             return given, []
-        faults: list[Fault] = []
+        errors: list[InitErrorDetails] = []
         base, parts = given.get("base"), [part for part in ("vision", "language") if given.get(part) is not None]
         if base is not None:
-            faults += [fault(part, "base is given too; give either base, or vision and language") for part in parts]
-            for name in _PARTS_ONLY if not parts else ():
+            errors += [error_at(part, "base is given too; give either base, or vision and language") for part in parts]
+            for name in _ASSEMBLED_ONLY if not parts else ():
                 if given.get(name) is not None:
-                    faults.append(fault(name, "only means something for a model assembled from vision and language"))
+                    errors.append(error_at(name, "only means something for a model assembled from vision and language"))
             if isinstance(base, str) and base.startswith("builtin:") and base not in BUILTIN_BASES:
-                faults.append(fault("base", f"no built-in model '{base}'{nearest(base, BUILTIN_BASES)}"))
+                errors.append(error_at("base", f"no built-in model '{base}'{nearest(base, BUILTIN_BASES)}"))
         elif not parts:
-            faults.append(fault((), "give either base, or vision and language"))
+            errors.append(error_at((), "give either base, or vision and language"))
         elif len(parts) == 1:
             other = "language" if parts == ["vision"] else "vision"
-            faults.append(fault(parts[0], f"{other} is missing; a model is assembled from both"))
+            errors.append(error_at(parts[0], f"{other} is missing; a model is assembled from both"))
         elif given.get("projector") is None:
             given["projector"] = "mlp"
         attention, names = given.get("attn_implementation"), library_fact("attention")
         if isinstance(attention, str) and attention not in names and not re.fullmatch(r"[\w.-]+/[^/\s]+", attention):
             told = f"expected one of {', '.join(names)}, or a kernel of the hub, owner/name, got {format_value(attention)}"
             near = nearest(attention, set(names))
-            faults.append(fault("attn_implementation", told + (near if "did you mean" in near else "")))
-        return given, faults
+            errors.append(error_at("attn_implementation", told + (near if "did you mean" in near else "")))
+        return given, errors
 
     @model_serializer(mode="wrap")
-    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # What the other form alone would have is left out, so that the text loads again.
-        other = ("vision", "language", *_PARTS_ONLY) if self.base is not None else ("base",)
+        other = ("vision", "language", *_ASSEMBLED_ONLY) if self.base is not None else ("base",)
         return {name: value for name, value in handler(self).items() if name not in other}
 
     @property
@@ -179,10 +180,10 @@ class Source(Section):
     )
 
     @classmethod
-    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
         if isinstance(given, dict) and isinstance(given.get("shots"), Mapping) and "path" in given:
             given["shots"] = {"path": given["path"], **given["shots"]}
-        return given, where_faults(given) + words_faults(given) + values_faults(given) + window_faults(given)
+        return given, where_errors(given) + verbalizer_errors(given) + values_errors(given) + window_errors(given)
 
 
 class DataSection(Section):
@@ -239,29 +240,29 @@ class DataSection(Section):
     )
 
     @classmethod
-    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
         if not isinstance(given, dict):
             return given, []
-        faults = []
+        errors = []
         if given.get("packing") is True and given.get("tokens_per_batch") is None and given.get("max_tokens") is None:
-            faults.append(fault("packing", "give tokens_per_batch or max_tokens: the longest row of joined samples"))
+            errors.append(error_at("packing", "give tokens_per_batch or max_tokens: the longest row of joined samples"))
         most, longest = given.get("tokens_per_batch"), given.get("max_tokens")
         if isinstance(most, int) and isinstance(longest, int) and most < longest:
-            faults.append(fault("tokens_per_batch", f"{most} is less than max_tokens: {longest}, so a sample might fit no batch"))
+            errors.append(error_at("tokens_per_batch", f"expected at least max_tokens ({longest}), got {most}"))
         if isinstance(most, int) and longest is None and given.get("stream") is not True:
-            faults.append(fault("tokens_per_batch", "give max_tokens too, so that no sample is longer than a batch"))
+            errors.append(error_at("tokens_per_batch", "give max_tokens too, so that no sample is longer than a batch"))
         if given.get("over_length") in ("drop_sample", "drop_media", "shrink_media") and longest is None:
-            faults.append(fault("over_length", f"{given['over_length']} means nothing without max_tokens"))
+            errors.append(error_at("over_length", f"{given['over_length']} means nothing without max_tokens"))
         if given.get("stream") is True:
             for name in ("plan", "packing", "tokens_per_batch", "largest_batch_first"):
                 if given.get(name):
-                    faults.append(fault(name, "needs every row's length before training, which a stream does not know"))
+                    errors.append(error_at(name, "needs every row's length before training, which a stream does not know"))
             sources = given.get("train")
             if isinstance(sources, (list, tuple)) and len(sources) > 1 and given.get("mix") != "ratio":
-                faults.append(fault("mix", "the sources of a stream have no known length: give mix: ratio"))
+                errors.append(error_at("mix", "the sources of a stream have no known length: give mix: ratio"))
         elif "shuffle_window" in given and given["shuffle_window"] != 10_000:
-            faults.append(fault("shuffle_window", "means nothing without stream: true; otherwise all rows are shuffled"))
-        return given, faults
+            errors.append(error_at("shuffle_window", "means nothing without stream: true; otherwise all rows are shuffled"))
+        return given, errors
 
     @property
     def planned(self) -> bool:
@@ -291,8 +292,8 @@ class EvaluateSection(Section):
     )
 
     @classmethod
-    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
-        return given, held_out_faults(given)
+    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
+        return given, evaluation_augment_errors(given)
 
 
 class Recipe(Section):
@@ -302,7 +303,7 @@ class Recipe(Section):
     tune: TuneSection = Field(default_factory=TuneSection, description="What trains, and by which method.")
     data: DataSection = Field(description="The rows to train on.")
     evaluate: EvaluateSection | None = Field(default=None, description="The held-out evaluation; null evaluates nothing.")
-    train: BorrowedSettings = Field(
+    train: PassThroughArguments = Field(
         default_factory=lambda: Settings({"report_to": "none"}),
         description="transformers' TrainingArguments, by their own names; those not given keep transformers' defaults.",
     )
@@ -311,52 +312,52 @@ class Recipe(Section):
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @classmethod
-    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
         if not isinstance(given, dict):
             return given, []
         # A section whose every line is commented out reads as null.
         given = {name: value for name, value in given.items() if value is not None or name not in ("tune", "train")}
         train = given.pop("train", {})
         if not isinstance(train, Mapping):
-            return given, [fault("train", f"expected a mapping, got {format_value(train)}")]
+            return given, [error_at("train", f"expected a mapping, got {format_value(train)}")]
         if isinstance(train.get("deepspeed"), str):
             train = {**train, "deepspeed": expand_user(train["deepspeed"])}
-        settings, faults = train_arguments().check(train)
-        faults = faults or training_faults(train)
-        inner = [Fault(type=f["type"], loc=("train", *f.get("loc", ())), input=None) for f in faults]
+        settings, errors = train_arguments().check(train)
+        errors = errors or training_errors(train)
+        inner = [InitErrorDetails(type=f["type"], loc=("train", *f.get("loc", ())), input=None) for f in errors]
         if "learning_rate" not in train and isinstance(given.get("tune", {}), Mapping):
             given["tune"] = with_rates(given.get("tune", {}))
         return given | {"train": Settings(settings)}, inner
 
     @model_validator(mode="after")
-    def _works(self) -> Recipe:
+    def _check_combinations(self) -> Recipe:
         """Refuse what the method's table says does not work, and write the methods' learning rates out."""
         method, precision = self.tune.method, self.model.precision
         if precision in ("int8", "nf4"):
             if self.tune.language.method == "full":
                 told = f"quantized weights cannot train: with model.precision: {precision} use lora, or bf16 with full"
-                raise ValidationError.from_exception_data("Recipe", [fault(("tune", "language"), told)])
+                raise ValidationError.from_exception_data("Recipe", [error_at(("tune", "language"), told)])
             if method is None and self.tune.vision.method == "full":
                 told = f"leaves a whole model, which model.precision: {precision} is not; use bf16, or lora in the language model"
-                raise ValidationError.from_exception_data("Recipe", [fault(("tune", "vision"), told)])
+                raise ValidationError.from_exception_data("Recipe", [error_at(("tune", "vision"), told)])
         for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
             if (self.train.get(name) or {}).get("use_reentrant"):
                 told = "use_reentrant: true gives no gradients below frozen inputs; leave it out"
-                raise ValidationError.from_exception_data("Recipe", [fault(("train", name), told)])
+                raise ValidationError.from_exception_data("Recipe", [error_at(("train", name), told)])
         if self.data.max_nonfinite_steps and method == "adalora":
             told = "adalora ranks by every step's gradients, so none can be skipped; leave it out"
-            raise ValidationError.from_exception_data("Recipe", [fault(("data", "max_nonfinite_steps"), told)])
+            raise ValidationError.from_exception_data("Recipe", [error_at(("data", "max_nonfinite_steps"), told)])
         by_tokens = self.data.packing or self.data.tokens_per_batch is not None
         for name in ("per_device_train_batch_size", "dataloader_drop_last"):
             if by_tokens and self.train.get(name) is not None:
                 told = "means nothing where data.packing or data.tokens_per_batch makes the batches; leave it out"
-                raise ValidationError.from_exception_data("Recipe", [fault(("train", name), told)])
+                raise ValidationError.from_exception_data("Recipe", [error_at(("train", name), told)])
         if self.data.stream and (self.train.get("max_steps") or -1) < 1:
             told = "a stream has no known length: give train.max_steps"
-            raise ValidationError.from_exception_data("Recipe", [fault(("train", "max_steps"), told)])
+            raise ValidationError.from_exception_data("Recipe", [error_at(("train", "max_steps"), told)])
         if self.data.packing and method is not None and METHODS[method].kind == "prompt":
             told = f"{method} puts its prompt before the first sample of a packed row and before no other; take packing out"
-            raise ValidationError.from_exception_data("Recipe", [fault(("data", "packing"), told)])
+            raise ValidationError.from_exception_data("Recipe", [error_at(("data", "packing"), told)])
         if method is None:
             return self
         settings = next(t.settings for t in self.tune.components.values() if t.method == method)
@@ -364,7 +365,7 @@ class Recipe(Section):
         reason = refusal(method, settings, precision=self.model.precision, checkpointing=checkpointing)
         if reason is not None:
             where = next(name for name, tuning in self.tune.components.items() if tuning.method == method)
-            raise ValidationError.from_exception_data("Recipe", [fault(("tune", where), reason)])
+            raise ValidationError.from_exception_data("Recipe", [error_at(("tune", where), reason)])
         return self
 
     def origin(self, key: str) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from mmtune.recipe.pass_through.arguments import Fault, fault, format_value, train_arguments
+from pydantic_core import InitErrorDetails
+
+from mmtune.recipe.pass_through.arguments import error_at, format_value, train_arguments
 from mmtune.recipe.pass_through.library_facts import library_fact
 from mmtune.utils.errors import nearest
 
@@ -60,106 +62,108 @@ POLYNOMIAL_END = 1e-7
 """What `lr_end` is by default."""
 
 
-def training_faults(train: Mapping[str, Any]) -> list[Fault]:
+def training_errors(train: Mapping[str, Any]) -> list[InitErrorDetails]:
     """What is wrong between the settings of `train`, each of which has the right type; what the Trainer would find out after the
     model is loaded."""
-    faults = _scheduler_faults(train)
+    errors = _scheduler_errors(train)
     for name in ("logging_steps", "save_steps"):
         steps = train.get(name, 1)
         if steps > 1 and steps != int(steps):
-            faults.append(fault(name, f"expected an integer, or a share of the run below 1, got {format_value(steps)}"))
+            errors.append(error_at(name, f"expected an integer, or a share of the run below 1, got {format_value(steps)}"))
     for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context"):
         if train.get(name) and not train.get("dataloader_num_workers"):
-            faults.append(fault(name, "means nothing without workers: give dataloader_num_workers"))
+            errors.append(error_at(name, "means nothing without workers: give dataloader_num_workers"))
     if train.get("save_strategy") == "best":
-        faults.append(fault("save_strategy", "mmtune evaluates before and after tuning, not during it; give steps or epoch"))
+        errors.append(error_at("save_strategy", "mmtune evaluates before and after tuning, not during it; give steps or epoch"))
     optimizer = str(train.get("optim", ""))
     low_rank = optimizer.startswith(("galore", "apollo"))
     if low_rank and train.get("optim_target_modules") is None:
-        faults.append(fault("optim", f"{optimizer} needs the layers that it works on: give optim_target_modules: all-linear"))
+        errors.append(error_at("optim", f"{optimizer} needs the layers that it works on: give optim_target_modules: all-linear"))
     if not low_rank and train.get("optim_target_modules") is not None:
-        faults.append(fault("optim_target_modules", f"means nothing with optim: {optimizer or 'its default'}; leave it out"))
+        errors.append(error_at("optim_target_modules", f"means nothing with optim: {optimizer or 'its default'}; leave it out"))
     if optimizer.endswith("layerwise") and train.get("gradient_accumulation_steps", 1) != 1:
-        faults.append(fault("optim", f"{optimizer} takes no gradient_accumulation_steps; leave them out"))
+        errors.append(error_at("optim", f"{optimizer} takes no gradient_accumulation_steps; leave them out"))
     written = train.get("optim_args")
     if written and not all(part.count("=") == 1 for part in written.split(",")):
-        faults.append(fault("optim_args", f"expected name=value, with commas between several, got {format_value(written)}"))
+        errors.append(error_at("optim_args", f"expected name=value, with commas between several, got {format_value(written)}"))
     elif written:
-        faults += _optimizer_faults(optimizer or str(train_arguments().arguments["optim"].default), written)
+        errors += _optimizer_errors(optimizer or str(train_arguments().arguments["optim"].default), written)
     if train.get("torch_compile") is False:
         for name in ("torch_compile_mode", "torch_compile_backend"):
             if train.get(name) is not None:
-                faults.append(fault(name, "compiles, and torch_compile is false; leave it out, or give torch_compile: true"))
-    return faults
+                errors.append(error_at(name, "compiles, and torch_compile is false; leave it out, or give torch_compile: true"))
+    return errors
 
 
-def _optimizer_faults(optimizer: str, written: str) -> list[Fault]:
+def _optimizer_errors(optimizer: str, written: str) -> list[InitErrorDetails]:
     """What the Trainer would leave unread of `optim_args`."""
     valid = library_fact("optimizer_arguments")[optimizer]
     if not valid:
-        return [fault("optim_args", f"{optimizer} takes none; leave them out")]
+        return [error_at("optim_args", f"{optimizer} takes none; leave them out")]
     names = [part.partition("=")[0].strip() for part in written.split(",")]
-    return [fault("optim_args", f"unknown name '{n}' for {optimizer}{nearest(n, set(valid))}") for n in names if n not in valid]
+    return [
+        error_at("optim_args", f"unknown name '{n}' for {optimizer}{nearest(n, set(valid))}") for n in names if n not in valid
+    ]
 
 
-def _scheduler_faults(train: Mapping[str, Any]) -> list[Fault]:
+def _scheduler_errors(train: Mapping[str, Any]) -> list[InitErrorDetails]:
     """What is wrong with `lr_scheduler_type` and its `lr_scheduler_kwargs`."""
     kind, given = train.get("lr_scheduler_type", "linear"), train.get("lr_scheduler_kwargs") or {}
     if kind in ("reduce_lr_on_plateau", "greedy"):
         told = f"{kind} follows the scores of an evaluation during training, which mmtune does not make; use cosine or linear"
-        return [fault("lr_scheduler_type", told)]
+        return [error_at("lr_scheduler_type", told)]
     if kind == "constant" and train.get("warmup_steps"):
-        return [fault("lr_scheduler_type", "constant takes no warmup_steps; use constant_with_warmup, or leave them out")]
+        return [error_at("lr_scheduler_type", "constant takes no warmup_steps; use constant_with_warmup, or leave them out")]
     valid = library_fact("schedulers")[kind]
     unknown = [name for name in given if name not in valid]
     if unknown and not valid:
-        return [fault("lr_scheduler_kwargs", f"{kind} takes none; leave them out")]
-    faults = []
+        return [error_at("lr_scheduler_kwargs", f"{kind} takes none; leave them out")]
+    errors = []
     for name in unknown:
         hint = "; lr_scheduler_type: cosine_with_min_lr takes min_lr" if name in ("min_lr", "min_lr_rate", "eta_min") else ""
-        faults.append(fault(("lr_scheduler_kwargs", name), f"unknown key of {kind}{hint or nearest(name, set(valid))}"))
+        errors.append(error_at(("lr_scheduler_kwargs", name), f"unknown key of {kind}{hint or nearest(name, set(valid))}"))
     for name, value in given.items():
         if name in ("warmup_type", "decay_type"):
             if value not in SHAPES:
-                faults.append(fault(("lr_scheduler_kwargs", name), f"expected {', '.join(SHAPES)}, got {format_value(value)}"))
+                errors.append(error_at(("lr_scheduler_kwargs", name), f"expected {', '.join(SHAPES)}, got {format_value(value)}"))
         elif name not in unknown and value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            faults.append(fault(("lr_scheduler_kwargs", name), f"expected a number, got {format_value(value)}"))
+            errors.append(error_at(("lr_scheduler_kwargs", name), f"expected a number, got {format_value(value)}"))
         elif value is not None and name in LOWEST and value < LOWEST[name]:
-            faults.append(fault(("lr_scheduler_kwargs", name), f"expected at least {LOWEST[name]}, got {format_value(value)}"))
-    if faults:
-        return faults
+            errors.append(error_at(("lr_scheduler_kwargs", name), f"expected at least {LOWEST[name]}, got {format_value(value)}"))
+    if errors:
+        return errors
     if "min_lr_rate" in valid:
         lowest = [name for name in ("min_lr", "min_lr_rate") if given.get(name) is not None]
         if len(lowest) != 1:
             told = "needs its lowest rate" if not lowest else "takes one of min_lr and min_lr_rate"
-            return [fault("lr_scheduler_type", f"{kind} {told}: give lr_scheduler_kwargs: {{min_lr_rate: 0.1}}")]
-    faults = _floor_faults(train, given)
+            return [error_at("lr_scheduler_type", f"{kind} {told}: give lr_scheduler_kwargs: {{min_lr_rate: 0.1}}")]
+    errors = _lowest_rate_errors(train, given)
     if kind == "polynomial" and given.get("lr_end") is None and train.get("learning_rate", 1) <= POLYNOMIAL_END:
         told = f"polynomial ends at {POLYNOMIAL_END:g}: give a higher rate, or lr_scheduler_kwargs: {{lr_end: 0}}"
-        faults.append(fault("learning_rate", told))
-    if faults:
-        return faults
+        errors.append(error_at("learning_rate", told))
+    if errors:
+        return errors
     if kind == "warmup_stable_decay" and given.get("num_decay_steps") is None:
         told = f"{kind} needs the length of its decay: give lr_scheduler_kwargs: {{num_decay_steps: 100}}"
-        return [fault("lr_scheduler_type", told)]
-    return _phase_faults(train, given)
+        return [error_at("lr_scheduler_type", told)]
+    return _phase_errors(train, given)
 
 
-def _floor_faults(train: Mapping[str, Any], given: Mapping[str, Any]) -> list[Fault]:
+def _lowest_rate_errors(train: Mapping[str, Any], given: Mapping[str, Any]) -> list[InitErrorDetails]:
     """A lowest rate that is not below the highest. It scales every component's rate by its quotient with `learning_rate`."""
-    faults = []
+    errors = []
     for name, advice in (("lr_end", "0 is always valid"), ("min_lr", "min_lr_rate: 0.1 is a tenth of each component's rate")):
         lowest, rate = given.get(name), train.get("learning_rate")
         if lowest and rate is None:
             told = f"is relative to train.learning_rate, which is not given: give it too; {advice}"
-            faults.append(fault(("lr_scheduler_kwargs", name), told))
+            errors.append(error_at(("lr_scheduler_kwargs", name), told))
         elif lowest and lowest >= rate:
             told = f"expected less than train.learning_rate ({rate:g}), got {format_value(lowest)}; {advice}"
-            faults.append(fault(("lr_scheduler_kwargs", name), told))
-    return faults
+            errors.append(error_at(("lr_scheduler_kwargs", name), told))
+    return errors
 
 
-def _phase_faults(train: Mapping[str, Any], given: Mapping[str, Any]) -> list[Fault]:
+def _phase_errors(train: Mapping[str, Any], given: Mapping[str, Any]) -> list[InitErrorDetails]:
     """Phases of a schedule that together take more steps than the run has."""
     steps, warmup = train.get("max_steps") or -1, train.get("warmup_steps") or 0
     warmup = math.ceil(steps * warmup) if warmup < 1 else int(warmup)
@@ -169,7 +173,7 @@ def _phase_faults(train: Mapping[str, Any], given: Mapping[str, Any]) -> list[Fa
     phases = [f"warmup_steps {warmup}"] * bool(warmup) + [f"num_stable_steps {stable}"] * bool(stable)
     beside = f" with {' and '.join(phases)}" if phases else ""
     told = f"expected at most {max(0, steps - warmup - stable)}{beside}: train.max_steps is {steps}; got {format_value(decay)}"
-    return [fault(("lr_scheduler_kwargs", "num_decay_steps"), told)]
+    return [error_at(("lr_scheduler_kwargs", "num_decay_steps"), told)]
 
 
 def missing_libraries(train: Mapping[str, Any], attention: str | None = None) -> Iterator[tuple[str, str]]:

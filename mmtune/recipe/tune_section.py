@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, SerializerFunctionWrapHandler, StrictFloat, model_serializer
+from pydantic_core import InitErrorDetails
 
 from mmtune.methods.method_table import INITS_IN_PARTS, METHODS, METHODS_OF_WHOLE_WEIGHTS
 from mmtune.methods.selectors import NAMED, compile_selector, is_match
-from mmtune.recipe.other_toolkits import OTHER_METHODS, other_value
-from mmtune.recipe.pass_through.arguments import Fault, Settings, fault, format_value, method_arguments
-from mmtune.recipe.section import BorrowedSettings, Section, Text
+from mmtune.recipe.other_toolkits import OTHER_METHODS, value_hint
+from mmtune.recipe.pass_through.arguments import Settings, error_at, format_value, method_arguments
+from mmtune.recipe.section import PassThroughArguments, Section, Text
 from mmtune.utils.errors import UserError, nearest
 
 DEFAULT_METHODS = {"vision": "frozen", "projector": "full", "language": "lora"}
@@ -33,10 +34,10 @@ class ComponentTuning(Section):
     loraplus_lr_ratio: Annotated[StrictFloat, Field(gt=0)] | None = Field(
         default=None, description="LoRA+ (arXiv 2402.12354): how many times faster B learns than A. lora only."
     )
-    settings: BorrowedSettings = Field(default_factory=Settings, description="PEFT's settings of the method, by its names.")
+    settings: PassThroughArguments = Field(default_factory=Settings, description="PEFT's settings of the method, by its names.")
 
     @classmethod
-    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
         if isinstance(given, str):
             given = {"method": given}
         if not isinstance(given, dict):
@@ -46,65 +47,68 @@ class ComponentTuning(Section):
         own = {name: value for name, value in given.items() if name in own_names}
         borrowed = {name: value for name, value in given.items() if name not in own}
         if isinstance(method, str) and method in METHODS:
-            settings, faults = method_arguments(method).check(borrowed, also_valid=own_names)
-            faults += _selector_faults(borrowed)
-            faults += [
-                fault(name, f"{format_value(value)} is refused: {METHODS[method].values[name, value]}")
+            settings, errors = method_arguments(method).check(borrowed, also_valid=own_names)
+            errors += _selector_errors(borrowed)
+            errors += [
+                error_at(name, f"{format_value(value)} is refused: {METHODS[method].values[name, value]}")
                 for name, value in borrowed.items()
                 if isinstance(value, str) and (name, value) in METHODS[method].values
             ]
-            return own | {"settings": Settings(settings)}, faults
-        faults = []
+            return own | {"settings": Settings(settings)}, errors
+        errors = []
         if method not in ("frozen", "full") and method is not None:
             valid = ("frozen", "full", *METHODS)
             hint = nearest(method, valid) if isinstance(method, str) else ""
             told = f"; {OTHER_METHODS[method]}" if isinstance(method, str) and method in OTHER_METHODS else hint
-            faults.append(
-                fault("method", f"expected frozen, full or a method of `mmtune methods`, got {format_value(method)}{told}")
+            errors.append(
+                error_at("method", f"expected frozen, full or a method of `mmtune methods`, got {format_value(method)}{told}")
             )
-            return {"method": "frozen"}, faults
+            return {"method": "frozen"}, errors
         if method == "full" and "target_modules" in borrowed:
             value = borrowed.pop("target_modules")
             if not (isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))):
-                faults.append(fault("target_modules", f"expected a string or a list of strings, got {format_value(value)}"))
-            faults += _selector_faults({"target_modules": value})
+                errors.append(error_at("target_modules", f"expected a string or a list of strings, got {format_value(value)}"))
+            errors += _selector_errors({"target_modules": value})
             own["settings"] = Settings({"target_modules": value})
         for name in borrowed:
             known = any(name in method_arguments(other).arguments for other in METHODS)
             unknown = f"unknown key{nearest(name, own_names)}"
-            faults.append(fault(name, f"means nothing with method: {method}" if known else unknown))
+            errors.append(error_at(name, f"means nothing with method: {method}" if known else unknown))
         if method == "frozen" and own.pop("learning_rate", None) is not None:
-            faults.append(fault("learning_rate", "a frozen component has no learning rate"))
-        return own, faults
+            errors.append(error_at("learning_rate", "a frozen component has no learning rate"))
+        return own, errors
 
     @model_serializer(mode="wrap")
-    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         own = {"learning_rate": self.learning_rate, "loraplus_lr_ratio": self.loraplus_lr_ratio}
         return {"method": self.method, **{name: value for name, value in own.items() if value is not None}, **self.settings}
 
 
-def _selector_faults(given: Mapping[str, Any]) -> list[Fault]:
+def _selector_errors(given: Mapping[str, Any]) -> list[InitErrorDetails]:
     """What is wrong with selectors of modules, before there is a model to select from."""
-    faults = []
+    errors = []
     for key in ("target_modules", "feedforward_modules"):
         selector = given.get(key)
-        if hint := other_value("target_modules", selector):
-            faults.append(fault(key, f"{format_value(selector)} is not the name of a module{hint}"))
+        if hint := value_hint("target_modules", selector):
+            errors.append(error_at(key, f"{format_value(selector)} is not the name of a module{hint}"))
         elif isinstance(selector, list) and (special := [name for name in selector if name in NAMED]):
-            faults.append(fault(key, f"a list holds names of modules; write {key}: {special[0]}, without a list"))
+            errors.append(error_at(key, f"a list holds names of modules; write {key}: {special[0]}, without a list"))
         elif isinstance(selector, list) and (wrong := [name for name in selector if set(str(name)) & set("*+?()[]|^$\\")]):
-            faults.append(
-                fault(key, f"a list holds names, and {format_value(wrong[0])} is none; give a regular expression as one string")
+            errors.append(
+                error_at(
+                    key,
+                    f"expected module names in the list, got {format_value(wrong[0])}; give a regular expression as one string",
+                )
             )
         elif isinstance(selector, str) and selector not in NAMED:
             if meant := difflib.get_close_matches(selector.lower(), NAMED, n=1, cutoff=0.8):
-                faults.append(fault(key, f"{format_value(selector)} is not the name of a module; did you mean '{meant[0]}'?"))
+                errors.append(error_at(key, f"{format_value(selector)} is not the name of a module; did you mean '{meant[0]}'?"))
                 continue
             try:
                 is_match(compile_selector(selector), _A_PATH)
             except UserError as error:
-                faults.append(fault(key, str(error)))
-    return faults
+                errors.append(error_at(key, str(error)))
+    return errors
 
 
 class TuneSection(Section):
@@ -117,7 +121,7 @@ class TuneSection(Section):
     )
 
     @classmethod
-    def _arrange(cls, given: Any) -> tuple[Any, list[Fault]]:
+    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
         if not isinstance(given, dict):
             return given, []
         tuned: dict[str, dict[str, Any]] = {}
@@ -128,34 +132,34 @@ class TuneSection(Section):
             tuned[name] = value if isinstance(value, dict) else {"method": getattr(value, "method", value)}
         methods = {name: value["method"] for name, value in tuned.items()}
         if list(methods.values()) == ["frozen"] * 3:
-            return given, [fault((), "vision, projector and language are all frozen, so nothing would train")]
+            return given, [error_at((), "vision, projector and language are all frozen, so nothing would train")]
         return given, cls._between(tuned, methods)
 
     @staticmethod
-    def _between(tuned: dict[str, dict[str, Any]], methods: dict[str, Any]) -> list[Fault]:
+    def _between(tuned: dict[str, dict[str, Any]], methods: dict[str, Any]) -> list[InitErrorDetails]:
         """What PEFT cannot keep in one adapter directory."""
-        faults = []
+        errors = []
         used = {name: method for name, method in methods.items() if method in METHODS}
         for name, method in used.items():
             if name != "language" and METHODS[method].kind != "layers":
-                faults.append(fault((name,), f"{method} is for tune.language; here frozen, full or a method for layers"))
+                errors.append(error_at((name,), f"{method} is for tune.language; here frozen, full or a method for layers"))
             if name != "language" and tuned[name].get("init_lora_weights") == "eva":
-                faults.append(fault((name,), "init_lora_weights: eva reads the language model's tokens; it is for tune.language"))
+                errors.append(error_at((name,), "init_lora_weights: eva is supported in tune.language only"))
             if name == "projector" and method in ("bottleneck", "ln_tuning"):
-                faults.append(fault((name,), f"{method} finds nothing to work on in a projector; use full or lora"))
-        if faults:
-            return faults
+                errors.append(error_at((name,), f"{method} finds nothing to work on in a projector; use full or lora"))
+        if errors:
+            return errors
         if len(set(used.values())) > 1:
             told = ", ".join(f"{name}: {method}" for name, method in used.items())
-            faults.append(fault((), f"one adapter directory holds one method, beside full: {told}; use lora for each of them"))
+            errors.append(error_at((), f"one adapter directory holds one method, beside full: {told}; use lora for each of them"))
         elif len(used) > 1:
             method = METHODS[next(iter(used.values()))]
             ranks = ("method", "learning_rate", "target_modules", *method.by_component)
             shared = [{key: value for key, value in tuned[name].items() if key not in ranks} for name in used]
             if any(other != shared[0] for other in shared):
                 allowed = ", ".join(ranks[1:])
-                faults.append(fault((), f"components of one adapter differ in {allowed} only; make the rest equal"))
-        return faults
+                errors.append(error_at((), f"components of one adapter differ in {allowed} only; make the rest equal"))
+        return errors
 
     @property
     def components(self) -> dict[str, ComponentTuning]:

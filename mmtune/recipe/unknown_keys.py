@@ -49,7 +49,7 @@ def _unknown(key: str) -> str | None:
     target = OTHER_NAMES.get(name) or _elsewhere(name)
     if target is None:
         train = train_arguments()
-        reason = None if above else train.gone.get(name) or train.refused.get(name)
+        reason = None if above else train.renamed.get(name) or train.managed.get(name)
         return reason and f"{UNKNOWN}; of train's arguments: {reason}"
     place, colon, value = target.partition(":")
     value = colon + value
@@ -78,7 +78,7 @@ def _elsewhere(name: str) -> str | None:
     return next((f"{section}.{name}" for section, names in sections.items() if name in names), None)
 
 
-def override_fault(text: str) -> str | None:
+def override_error(text: str) -> str | None:
     """What is wrong with the form of an override `key=value`, if anything is."""
     key, equals, value = text.partition("=")
     dotted = re.sub(r"\[(\d+)\]", r".\1", key)
@@ -89,7 +89,7 @@ def override_fault(text: str) -> str | None:
     return None
 
 
-def divided_override(overrides: Sequence[str]) -> str | None:
+def split_override_error(overrides: Sequence[str]) -> str | None:
     """What is wrong where one override `key=value` came as several arguments, with spaces."""
     for first, second, third in zip(overrides, [*overrides[1:], ""], [*overrides[2:], "", ""], strict=False):
         if "=" not in first and second.startswith("="):

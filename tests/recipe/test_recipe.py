@@ -63,7 +63,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return write_recipe
 
 
-def faults(path: str, *overrides: str) -> list[str]:
+def errors(path: str, *overrides: str) -> list[str]:
     with pytest.raises(UserError) as raised:
         load_recipe(path, overrides)
     return str(raised.value).splitlines()
@@ -134,7 +134,7 @@ def test_settings_are_what_peft_and_the_trainer_take(write: Any, tmp_path: Path)
         ],
     )
     assert load_recipe("x.yaml", ["tune.language.init_lora_weights=pissa_niter_4"])
-    assert len(faults("x.yaml", "tune.language.init_lora_weights=pissa_niter_few")) == 1
+    assert len(errors("x.yaml", "tune.language.init_lora_weights=pissa_niter_few")) == 1
     config = LoraConfig(**recipe.tune.language.settings)
     assert (config.r, config.target_modules, config.eva_config.rho) == (8, {"q_proj", "v_proj"}, 2.5)
     arguments = TrainingArguments(output_dir=str(tmp_path), **recipe.train)
@@ -354,7 +354,7 @@ def test_anchors_and_merge_keys(write: Any) -> None:
     ],
 )
 def test_a_mistake_names_file_line_key_and_what_would_be_right(write: Any, old: str, new: str, told: str) -> None:
-    found = faults(write(changed(old, new)))
+    found = errors(write(changed(old, new)))
     assert [line for line in found if line.startswith(told)], found
     if not told.endswith(" "):
         assert told in found
@@ -362,14 +362,14 @@ def test_a_mistake_names_file_line_key_and_what_would_be_right(write: Any, old: 
 
 
 def test_long_choices_end_in_the_nearest(write: Any) -> None:
-    (line,) = faults(write(changed("max_steps: 200", "optim: adamw_torc")))
+    (line,) = errors(write(changed("max_steps: 200", "optim: adamw_torc")))
     assert line.endswith("names, got 'adamw_torc'; did you mean 'adamw_torch'?")
 
 
 def test_every_mistake_is_told_at_once_in_the_order_of_the_file(write: Any) -> None:
     text = changed("r: 8", "lora_alhpa: 8").replace("max_steps: 200", "max_stpes: 200").replace("output_dir: ", "outdir: ")
     text = text.replace("base: builtin:tiny-llava", "base: 5\n  vision: v").replace("  vision: frozen", "  vision: prefix_tuning")
-    found = faults(write(text), "data.check_rows=many", "tune.language.r=0", "no_equals")
+    found = errors(write(text), "data.check_rows=many", "tune.language.r=0", "no_equals")
     assert [line.partition(": ")[0] for line in found] == [
         "x.yaml:2", "x.yaml:3", "x.yaml:5", "x.yaml:9", "x.yaml:21", "x.yaml:23", "command line",
         "command line", "command line",
@@ -380,13 +380,13 @@ def test_every_mistake_is_told_at_once_in_the_order_of_the_file(write: Any) -> N
 def test_everything_frozen_is_refused(write: Any) -> None:
     overrides = ["tune.projector=frozen", "tune.language=frozen"]
     told = "x.yaml:3: tune: vision, projector and language are all frozen, so nothing would train"
-    assert faults(write(), *overrides) == [told]
+    assert errors(write(), *overrides) == [told]
     assert load_recipe("x.yaml", [*overrides, "tune.vision=full"]).tune.vision.method == "full"
 
 
 def test_duplicate_keys_name_both_lines(write: Any) -> None:
     text = changed("  max_steps: 200\n", "  max_steps: 200\n  learning_rate: 2e-3\n  warmup: 3\n")
-    assert faults(write(text + "model: {base: b}\n")) == [
+    assert errors(write(text + "model: {base: b}\n")) == [
         "x.yaml:21: train.learning_rate: key given twice; first on line 19",
         "x.yaml:22: train.warmup: unknown key; did you mean 'warmup_steps'?",
         "x.yaml:25: model: key given twice; first on line 1",
@@ -418,24 +418,24 @@ def test_duplicate_keys_name_both_lines(write: Any) -> None:
     ids=lambda text: text[:40],
 )
 def test_what_is_not_a_recipe_at_all(write: Any, text: str, told: str) -> None:
-    assert faults(write(text))[0].startswith(told)
+    assert errors(write(text))[0].startswith(told)
 
 
 @pytest.mark.parametrize(
     ("first", "level"), [("[x]", "[{}]"), ("{base: x}", "{{<<: [{}]}}"), ("x" * 100_000, "[{}]")], ids=["lists", "merges", "text"]
 )
 def test_what_aliases_stand_for_is_bounded(write: Any, first: str, level: str) -> None:
-    (fault,) = faults(write(f"model: &a0 {first}\n{bomb(level)}"))
-    assert fault.startswith("x.yaml:1: data") and "more than 100,000 values, where what an alias stands for counts" in fault
+    (error_at,) = errors(write(f"model: &a0 {first}\n{bomb(level)}"))
+    assert error_at.startswith("x.yaml:1: data") and "more than 100,000 values, where what an alias stands for counts" in error_at
 
 
 def test_a_file_that_cannot_be_read(write: Any, tmp_path: Path) -> None:
     write(name="quickstart.yaml")
     Path("folder").mkdir()
     Path("latin.yaml").write_bytes(b"model: {base: caf\xe9}\n")
-    assert faults("folder") == ["folder: is a directory; give a recipe file"]
-    assert faults("quikstart.yaml") == ["quikstart.yaml: no such recipe file; did you mean 'quickstart.yaml'?"]
-    assert faults("latin.yaml") == ["latin.yaml: not UTF-8 text (byte 17)"]
+    assert errors("folder") == ["folder: is a directory; give a recipe file"]
+    assert errors("quikstart.yaml") == ["quikstart.yaml: no such recipe file; did you mean 'quickstart.yaml'?"]
+    assert errors("latin.yaml") == ["latin.yaml: not UTF-8 text (byte 17)"]
 
 
 # Overrides.
@@ -487,7 +487,7 @@ def test_overrides_are_yaml_by_dotted_key_and_the_last_wins(write: Any) -> None:
     ],
 )
 def test_a_mistake_on_the_command_line(write: Any, override: str, told: str) -> None:
-    assert faults(write(), override) == [f"command line: {override}: {told}"]
+    assert errors(write(), override) == [f"command line: {override}: {told}"]
 
 
 def test_origin_of_every_key(write: Any) -> None:
@@ -642,7 +642,7 @@ def test_refused_settings_are_no_keys_of_the_recipe_and_the_rest_are_all_there()
         for name, argument in table.arguments.items():
             default = argument.default
             if default is None or isinstance(default, (bool, int, float, str)):
-                assert argument.fault(name, default) is None or name in (
+                assert argument.error_at(name, default) is None or name in (
                     "target_modules",
                     "feedforward_modules",
                     "num_virtual_tokens",

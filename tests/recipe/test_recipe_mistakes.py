@@ -16,7 +16,7 @@ from mmtune.recipe.other_toolkits import OTHER_NAMES
 from mmtune.recipe.pass_through.arguments import train_arguments
 from mmtune.recipe.pass_through.library_facts import library_fact
 from mmtune.recipe.recipe import Source, load_recipe
-from mmtune.recipe.train_rules import OPTIMIZERS, training_faults
+from mmtune.recipe.train_rules import OPTIMIZERS, training_errors
 from mmtune.utils.errors import UserError
 
 RECIPE = """\
@@ -169,7 +169,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (
             "tune.language.target_modules=['.*[.]1.*query']",
-            "a list holds names, and '.*[.]1.*query' is none; give a regular expression as one string",
+            "expected module names in the list, got '.*[.]1.*query'; give a regular expression as one string",
         ),
         ("finetuning_type=lora", "unknown key; write tune.language.method"),
         ("cutoff_len=4096", "unknown key; write data.max_tokens"),
@@ -217,7 +217,7 @@ def test_a_mistake_is_one_message_that_says_what_to_write(
     ],
 )
 def test_settings_at_their_bounds_are_valid(train: dict[str, Any]) -> None:
-    assert training_faults(train) == []
+    assert training_errors(train) == []
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_what_passes_here_is_what_training_arguments_take(tmp_path: Path) -> Non
     for name, values in choices.items():
         for value in [*values, arguments[name].default]:
             plain = value is None or isinstance(value, (bool, int, float, str))
-            if not plain or arguments[name].fault(name, value) or training_faults({name: value}):
+            if not plain or arguments[name].error_at(name, value) or training_errors({name: value}):
                 continue
             if name in ("torch_compile_backend", "torch_compile_mode", "ddp_backend") and value is not None:
                 continue  # these set up this process

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mmtune.methods.method_table import METHODS
-from mmtune.recipe.other_toolkits import other_value, yes_or_no
+from mmtune.recipe.other_toolkits import boolean_hint, value_hint
 from mmtune.recipe.pass_through.annotations import annotation_of, choices_of, describe, numbered
 from mmtune.recipe.pass_through.library_facts import library_fact
 from mmtune.utils.errors import nearest
@@ -61,16 +61,16 @@ _EVALUATE = "mmtune evaluates before and after tuning, not during it; give the e
 _UPLOAD = "mmtune does not upload; push the finished directory yourself"
 _PRECISION = "give model.precision"
 _LAUNCH = "the launcher is asked for it: accelerate launch --config_file recipes/accelerate/fsdp2.yaml mmtune/train.py RECIPE"
-_DIVIDED = "mmtune decides how batches are divided, so that every layout trains the same"
+_BATCH_SPLIT = "mmtune decides how batches are divided, so that every layout trains the same"
 _COLUMNS = "mmtune's own collator decides what reaches the model"
-_TRAIN_OWNED = {
+_TRAIN_MANAGED = {
     "output_dir": "give output_dir at the top of the recipe",
     "logging_dir": "logs go into output_dir",
     "resume_from_checkpoint": "give --resume on the command line",
     "remove_unused_columns": _COLUMNS,
     "label_names": _COLUMNS,
     "local_rank": "the launcher sets it",
-    **dict.fromkeys(("average_tokens_across_devices", "accelerator_config"), _DIVIDED),
+    **dict.fromkeys(("average_tokens_across_devices", "accelerator_config"), _BATCH_SPLIT),
     **dict.fromkeys(("fsdp", "fsdp_config"), _LAUNCH),
     "parallelism_config": "mmtune does not train with it; DDP, DeepSpeed ZeRO or FSDP2 is right",
     **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), _PRECISION),
@@ -93,7 +93,7 @@ _TRAIN_OWNED = {
     "auto_find_batch_size": "the batch is a part of the recipe; mmtune plan finds the largest that fits",
     "dataloader_in_order": "batches come in one order",
 }
-_TRAIN_GONE = {
+_TRAIN_RENAMED = {
     "warmup_ratio": "a float warmup_steps below 1 is the ratio, as in warmup_steps: 0.03",
     "evaluation_strategy": _EVALUATE,
     "max_length": "give data.max_tokens",
@@ -120,7 +120,7 @@ class Argument:
         """Validates values, and makes their JSON schema."""
         return TypeAdapter(self.annotation)
 
-    def fault(self, name: str, value: object) -> str | None:
+    def error_message(self, name: str, value: object) -> str | None:
         """What is wrong with a plain value of the setting of that name, or None."""
         try:
             if not _is_finite(value):
@@ -129,7 +129,7 @@ class Argument:
         except ValidationError as error:
             own = [e for e in error.errors() if e["type"] == "recipe"]
             hint = own[0]["msg"] if own else f"expected {describe(self.annotation, format_value)}, got {format_value(value)}"
-            if told := other_value(name, value) or (yes_or_no(value) if "true or false" in hint else ""):
+            if told := value_hint(name, value) or (boolean_hint(value) if "true or false" in hint else ""):
                 return hint + told
             names = choices_of(self.annotation)
             near = nearest(value, names) if names and isinstance(value, str) else ""
@@ -144,23 +144,23 @@ class Arguments:
     """The settings borrowed from one dataclass, by name, and those refused, with the reason."""
 
     arguments: dict[str, Argument]
-    refused: dict[str, str]
-    gone: dict[str, str]
+    managed: dict[str, str]
+    renamed: dict[str, str]
     defaults: dict[str, Any]
 
-    def check(self, given: Mapping[str, Any], also_valid: tuple[str, ...] = ()) -> tuple[dict[str, Any], list[Fault]]:
+    def check(self, given: Mapping[str, Any], also_valid: tuple[str, ...] = ()) -> tuple[dict[str, Any], list[InitErrorDetails]]:
         """The given settings over mmtune's defaults, in the dataclass's order, and a fault for each that is wrong."""
-        faults = []
+        errors = []
         for name, value in given.items():
-            if name in self.refused:
-                faults.append(fault(name, f"not a recipe's to set: {self.refused[name]}"))
+            if name in self.managed:
+                errors.append(error_at(name, f"not a recipe's to set: {self.managed[name]}"))
             elif name not in self.arguments:
-                hint = f"; {self.gone[name]}" if name in self.gone else nearest(name, {*self.arguments, *also_valid})
-                faults.append(fault(name, f"unknown key{hint}"))
-            elif (message := self.arguments[name].fault(name, value)) is not None:
-                faults.append(fault(name, message))
+                hint = f"; {self.renamed[name]}" if name in self.renamed else nearest(name, {*self.arguments, *also_valid})
+                errors.append(error_at(name, f"unknown key{hint}"))
+            elif (message := self.arguments[name].error_message(name, value)) is not None:
+                errors.append(error_at(name, message))
         settings = {**self.defaults, **given}
-        return {name: settings[name] for name in self.arguments if name in settings}, faults
+        return {name: settings[name] for name in self.arguments if name in settings}, errors
 
     def json_schema(self) -> dict[str, Any]:
         """JSON schemas of the settings, by name."""
@@ -174,10 +174,7 @@ class Arguments:
         }
 
 
-Fault = InitErrorDetails
-
-
-def fault(key: str | tuple[str | int, ...], message: str) -> Fault:
+def error_at(key: str | tuple[str | int, ...], message: str) -> InitErrorDetails:
     """A pydantic error at a key whose message is already meant for the reader."""
     # The custom error fills {names} in its template from the context alone, so the text goes through the context.
     error = PydanticCustomError("recipe", "{text}", {"text": message})
@@ -214,23 +211,23 @@ def train_arguments() -> Arguments:
         "report_to": Literal[names] | list[Literal[names]],  # type: ignore[valid-type]
         "torch_compile_backend": Literal[backends] | None,
     }
-    return _arguments(library_fact("training_arguments"), _TRAIN_OWNED, _TRAIN_GONE, {"report_to": "none"}, bounds)
+    return _arguments(library_fact("training_arguments"), _TRAIN_MANAGED, _TRAIN_RENAMED, {"report_to": "none"}, bounds)
 
 
 def _arguments(
-    fields: Mapping[str, Any], owned: dict[str, str], gone: dict[str, str], defaults: dict[str, Any], bounds: dict[str, Any]
+    fields: Mapping[str, Any], managed: dict[str, str], renamed: dict[str, str], defaults: dict[str, Any], bounds: dict[str, Any]
 ) -> Arguments:
     arguments: dict[str, Argument] = {}
-    refused = dict(owned)
+    refused = dict(managed)
     for name, field in fields.items():
-        if name in owned:
+        if name in managed:
             continue
         if name not in bounds and field["type"] in (None, "null"):
             refused[name] = _PYTHON_OBJECT
             continue
         annotation = bounds[name] if name in bounds else annotation_of(field["type"])
         arguments[name] = Argument(annotation, field.get("default", dataclasses.MISSING), field["help"])
-    return Arguments(arguments, refused, gone, defaults)
+    return Arguments(arguments, refused, renamed, defaults)
 
 
 def _is_finite(value: Any) -> bool:
