@@ -626,23 +626,23 @@ def test_the_schema_agrees_with_the_loader(write: Any) -> None:
         ("tune", "vision", "prefix_tuning"), ("model", "precision", "nf3"), ("model", "vision", "v"),
         ("tune", "vision", {"method": "gated_prefix"}),
     ]:  # fmt: skip
-        refused = json.loads(json.dumps(plain))
-        refused[section][name] = value
-        assert list(validator.iter_errors(refused)), (section, name)
+        invalid = json.loads(json.dumps(plain))
+        invalid[section][name] = value
+        assert list(validator.iter_errors(invalid)), (section, name)
 
 
-def test_refused_settings_are_no_keys_of_the_recipe_and_the_rest_are_all_there() -> None:
+def test_managed_arguments_are_not_keys_of_the_recipe_and_the_rest_are_all_there() -> None:
     import dataclasses
 
     tables = [(method_arguments(name), method.config_class()) for name, method in METHODS.items()]
     for table, source in (*tables, (train_arguments(), TrainingArguments)):
         names = {field.name for field in dataclasses.fields(source) if field.init}
-        assert set(table.arguments) | (set(table.refused) & names) == names
-        assert not set(table.arguments) & set(table.refused)
+        assert set(table.arguments) | (set(table.managed) & names) == names
+        assert not set(table.arguments) & set(table.managed)
         for name, argument in table.arguments.items():
             default = argument.default
             if default is None or isinstance(default, (bool, int, float, str)):
-                assert argument.error_at(name, default) is None or name in (
+                assert argument.error_message(name, default) is None or name in (
                     "target_modules",
                     "feedforward_modules",
                     "num_virtual_tokens",
