@@ -305,7 +305,7 @@ def test_what_passes_here_is_what_training_arguments_take(tmp_path: Path) -> Non
     for name, values in choices.items():
         for value in [*values, arguments[name].default]:
             plain = value is None or isinstance(value, (bool, int, float, str))
-            if not plain or arguments[name].error_at(name, value) or training_errors({name: value}):
+            if not plain or arguments[name].error_message(name, value) or training_errors({name: value}):
                 continue
             if name in ("torch_compile_backend", "torch_compile_mode", "ddp_backend") and value is not None:
                 continue  # these set up this process
