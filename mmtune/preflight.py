@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from mmtune.data.sources.reader import check_source
-from mmtune.families.family_table import NEVER_PACKED, check_family, local_model_type
+from mmtune.families.family_table import UNPACKABLE, check_family, local_model_type
 from mmtune.methods.method_table import refusal
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, resolve_base
 from mmtune.recipe.recipe import SECTIONS, Recipe, Source, check_files, located
@@ -78,9 +78,9 @@ def _check_base(recipe: Recipe) -> None:
                 check_family(model_type, str(base))
         except UserError as error:
             raise UserError(f"model.base: {base}: {error}") from error
-    if recipe.data.packing and model_type in NEVER_PACKED:
+    if recipe.data.packing and model_type in UNPACKABLE:
         raise UserError(
-            f"data.packing: packed batches cannot be exact here: {model_type}: {NEVER_PACKED[model_type]}; use padded batches"
+            f"data.packing: packed batches cannot be exact here: {model_type}: {UNPACKABLE[model_type]}; use padded batches"
         )
     for component, tuning in recipe.tune.components.items():
         if tuning.method == recipe.tune.method is not None:

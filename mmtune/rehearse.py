@@ -38,12 +38,12 @@ from mmtune.evaluation.evaluate import generate_answers
 from mmtune.methods.method_table import METHODS
 from mmtune.models.checkpoints.locate_base import local_folder
 from mmtune.models.load import base_config, load_trained
-from mmtune.models.tiny.shrunk_base import local_files, shrunk_base
-from mmtune.models.tiny.tiny_bases import tiny_base
-from mmtune.models.tiny.tiny_models import DECODER, family_of, tiny_language, tiny_vision
-from mmtune.models.tiny.tiny_templates import NEEDED
+from mmtune.models.tiny.shrunk_base import local_files, write_shrunk_base
+from mmtune.models.tiny.tiny_bases import write_tiny_base
+from mmtune.models.tiny.tiny_models import DECODER, tiny_family, write_tiny_language, write_tiny_vision
+from mmtune.models.tiny.tiny_templates import REQUIRED_TEMPLATES
 from mmtune.recipe.recipe import Recipe, Source, load_recipe
-from mmtune.release.merge import ExportOptions, keep_adapter, merge, parity_samples
+from mmtune.release.merge import ExportOptions, merge, parity_samples, release_adapter
 from mmtune.run_directory import RunDirectory
 from mmtune.train import build_training_arguments, train, without_trackers
 from mmtune.utils.errors import UserError
@@ -118,7 +118,7 @@ def _use(small: Recipe, place: Path) -> dict[str, Any]:
         figures = asdict(parity)
         print(f"merged: largest logit difference {parity.merge_max_logit_difference:.2g}")
     elif run.adapter.is_dir():
-        released = keep_adapter(run.path, place / "released", count=2)
+        released = release_adapter(run.path, place / "released", count=2)
         figures = {"released": released}
         print(f"released beside its base: largest logit difference {released['max_logit_difference']:.2g}")
     print("rehearsal passed: the recipe runs from end to end; the figures above are those of random weights and made-up rows")
@@ -165,23 +165,23 @@ def _shrink_model(recipe: Recipe, section: dict[str, Any], place: Path) -> None:
     base = recipe.model.base
     if base is None:
         assert recipe.model.vision is not None and recipe.model.language is not None  # the recipe holds this
-        vision = tiny_vision(family_of(recipe.model.vision, "vision"), place / "vision")
-        language = tiny_language(family_of(recipe.model.language, "language"), place / "language")
+        vision = write_tiny_vision(tiny_family(recipe.model.vision, "vision"), place / "vision")
+        language = write_tiny_language(tiny_family(recipe.model.language, "language"), place / "language")
         section |= {"vision": str(vision), "language": str(language), "projector": "mlp"}
     elif not base.startswith("builtin:"):
         if local_folder(base) is not None:
             base_config(recipe.model)  # refuses families that are not supported
         if (files := local_files(base)) is not None:
-            section["base"] = str(shrunk_base(base, files, place / "base"))
+            section["base"] = str(write_shrunk_base(base, files, place / "base"))
             return
-        family = family_of(base, "base")
-        section["base"] = str(tiny_base(family, place / "base"))
+        family = tiny_family(base, "base")
+        section["base"] = str(write_tiny_base(family, place / "base"))
         print(
             f"rehearsal: {base} is not on this machine; the tiny {family} stands in for it, so its own tokenizer, "
             "chat template and image sizes are not rehearsed"
         )
         if section.get("chat_template") is None:
-            section["chat_template"] = NEEDED.get(family)
+            section["chat_template"] = REQUIRED_TEMPLATES.get(family)
 
 
 def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], place: Path, count: int) -> None:

@@ -42,15 +42,15 @@ from mmtune.distributed.context import (
     launched_with_deepspeed,
 )
 from mmtune.distributed.sharded_parameters import full_state_dict, gathered_forward
-from mmtune.evaluation.evaluate import as_json, check_questions, evaluate, read_answers, score, write_answers
+from mmtune.evaluation.evaluate import check_questions, evaluate, read_answers, score, scores_to_dicts, write_answers
 from mmtune.evaluation.run_report import write_report
 from mmtune.evaluation.scores import print_scores
 from mmtune.methods.method_table import refusal
 from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
 from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK, UNTRAINED, locate_base, resolve_base
-from mmtune.models.checkpoints.unread_tensors import carry_over, describe_tensors, unread_tensors
+from mmtune.models.checkpoints.unread_tensors import append_tensors, describe_unread_tensors, find_unread_tensors
 from mmtune.models.components import find_components
-from mmtune.models.generation import ANSWER_TOKENS, answer_settings, unused_settings
+from mmtune.models.generation import DEFAULT_MAX_NEW_TOKENS, generation_settings, unused_settings
 from mmtune.models.load import (
     ADAPTER_CONFIG,
     base_config,
@@ -262,13 +262,13 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
             processor.save_pretrained(made)
             model.generation_config.save_pretrained(made)  # with the chat template's stop tokens, which PEFT would not keep
             if not adapts and recipe.model.base not in (None, UNTRAINED):
-                carried = carry_over(unread_tensors(model, locate_base(str(recipe.model.base))), made)
+                carried = append_tensors(find_unread_tensors(model, locate_base(str(recipe.model.base))), made)
                 if carried:
-                    print(describe_tensors(model, carried))
+                    print(describe_unread_tensors(model, carried))
     after = evaluate(model, processor, recipe.evaluate, dist, "after tuning") if recipe.evaluate else []
     if not dist.is_main_process:
         return {}
-    answer_tokens = recipe.evaluate.max_new_tokens if recipe.evaluate else ANSWER_TOKENS
+    answer_tokens = recipe.evaluate.max_new_tokens if recipe.evaluate else DEFAULT_MAX_NEW_TOKENS
     draw_loss_curve(run.metrics, run.loss_curve)
     figures: dict[str, Any] = {
         "train_seconds": train_seconds,
@@ -282,7 +282,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         "quarantined": len(data_report.quarantined),
         "skipped_steps": len(data_report.skipped_steps),
         "steps_without_samples": data_report.count_skipped(NO_SAMPLE),
-        "generation": answer_settings(model, processor, answer_tokens),
+        "generation": generation_settings(model, processor, answer_tokens),
         "generation_not_used": unused_settings(model),
     }
     if recipe.evaluate:
@@ -293,14 +293,14 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
             "tuned_accuracy": tuned[-1].accuracy,
             "tuned_interval": tuned[-1].interval,
             "majority_accuracy": tuned[-1].majority_accuracy,
-            "tuned_scores": as_json(tuned),
+            "tuned_scores": scores_to_dicts(tuned),
         }
         if before:
             base = score(before, recipe.evaluate)
             figures |= {
                 "base_accuracy": base[-1].accuracy,
                 "base_interval": base[-1].interval,
-                "base_scores": as_json(base),
+                "base_scores": scores_to_dicts(base),
             }
     figures["peak_memory_mb"] = peak_memory_mb()
     write_report(run, recipe, figures)

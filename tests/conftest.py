@@ -59,10 +59,10 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve rows of the quickstart's tasks with their images, as `rows.json`."""
-    from mmtune.builtin.digits import TUNE_TASKS, Part, make_part
+    from mmtune.builtin.digits import TUNE_TASKS, Split, write_split
 
     folder = tmp_path_factory.mktemp("rows")
-    made = make_part("rows", Part(scenes=12, held_out=False, tasks=TUNE_TASKS, questions=1, seed=0), folder)
+    made = write_split("rows", Split(scenes=12, held_out=False, tasks=TUNE_TASKS, questions=1, seed=0), folder)
     (folder / "rows.json").write_text(json.dumps(made), encoding="utf-8")
     return folder / "rows.json"
 
@@ -129,7 +129,7 @@ def untrained() -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="session")
-def talker() -> tuple[Any, Any]:
+def answering_llava() -> tuple[Any, Any]:
     """As `untrained`, with weights that make it say something: the tied ones, at their size, echo the last token."""
     import torch
 
@@ -170,14 +170,14 @@ def media(tmp_path: Path) -> Path:
 def template_processors(tmp_path_factory: pytest.TempPathFactory, untrained: tuple[Any, Any]) -> dict[str, Any]:
     """A processor for each shipped chat template; the tokenizers have learnt to join runs of white space, as real ones do."""
     from mmtune.models.assemble import assemble
-    from mmtune.models.tiny.tiny_models import tiny_language, tiny_vision
+    from mmtune.models.tiny.tiny_models import write_tiny_language, write_tiny_vision
 
     root = tmp_path_factory.mktemp("template_processors")
-    tiny_vision("clip", root / "clip")
+    write_tiny_vision("clip", root / "clip")
     made = {"tiny": untrained[1]}
     for name, family in SPEAKS.items():
         if not (root / family).exists():
-            tiny_language(family, root / family, texts=["\n\n\n    the cat is on the mat\n\n yes no"] * 20, vocab_size=320)
+            write_tiny_language(family, root / family, texts=["\n\n\n    the cat is on the mat\n\n yes no"] * 20, vocab_size=320)
             if family in ("qwen2", "llama3"):
                 _split_as_published(root / family)
         made[name] = assemble(str(root / "clip"), str(root / family), chat_template=name)[1]
@@ -195,20 +195,20 @@ def _split_as_published(path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every tiny vision encoder and language model, written once."""
-    from mmtune.models.tiny.tiny_models import LANGUAGE_FAMILIES, VISION_FAMILIES, tiny_language, tiny_vision
+    from mmtune.models.tiny.tiny_models import LANGUAGE_FAMILIES, VISION_FAMILIES, write_tiny_language, write_tiny_vision
 
-    root = tmp_path_factory.mktemp("shelf")
+    root = tmp_path_factory.mktemp("tiny_checkpoints")
     for seed, family in enumerate(VISION_FAMILIES):
-        tiny_vision(family, root / family, seed)
+        write_tiny_vision(family, root / family, seed)
     for seed, family in enumerate(LANGUAGE_FAMILIES):
-        tiny_language(family, root / family, seed)
+        write_tiny_language(family, root / family, seed)
     return root
 
 
 @pytest.fixture(scope="session")
-def llava(shelf: Path) -> tuple[Any, Any]:
+def llava(tiny_checkpoints: Path) -> tuple[Any, Any]:
     from mmtune.models.assemble import assemble
 
-    return assemble(str(shelf / "clip"), str(shelf / "llama"))
+    return assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / "llama"))

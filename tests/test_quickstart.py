@@ -20,7 +20,7 @@ from mmtune.cli.main import entry_point
 from mmtune.recipe.recipe import load_recipe
 from mmtune.rehearse import rehearse
 from mmtune.release.merge import parity_samples
-from mmtune.release.parity import compare, observe, same_answers
+from mmtune.release.parity import collect_outputs, compare, count_same_answers
 from mmtune.utils.shipped import shipped_recipes
 
 pytestmark = pytest.mark.slow
@@ -91,9 +91,9 @@ def test_the_merged_model_is_the_adapter_on_32_samples(checkout: Path, monkeypat
     seen = []
     for part in ("adapter", "merged"):
         model = AutoModelForImageTextToText.from_pretrained(str(run / part), dtype=torch.float32)
-        seen.append(observe(model, AutoProcessor.from_pretrained(str(run / part)), samples, 16))
+        seen.append(collect_outputs(model, AutoProcessor.from_pretrained(str(run / part)), samples, 16))
     assert compare(seen[0].logits, seen[1].logits).largest < 1e-4
-    assert same_answers(*seen) == 32
+    assert count_same_answers(*seen) == 32
 
 
 @pytest.mark.parametrize("command", readme_commands())

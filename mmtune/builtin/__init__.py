@@ -2,5 +2,5 @@
 
 from pathlib import Path
 
-TRAINED = Path(__file__).parent / "tiny_llava"
+TINY_LLAVA = Path(__file__).parent / "tiny_llava"
 """The checkpoint `builtin:tiny-llava`."""

@@ -38,7 +38,7 @@ ANSWER_MARK = "Answer:"
 
 
 @dataclass(frozen=True)
-class Part:
+class Split:
     """One file of the data set: how many scenes, from which digits, asked which tasks."""
 
     scenes: int
@@ -51,13 +51,13 @@ class Part:
 READ_TASKS = ("read", "position", "row", "where")
 WORD_TASKS = (*READ_TASKS, "repeat", "conclude", "repeat", "conclude")
 TUNE_TASKS = ("presence", "count", "same", "larger")
-PARTS = {
-    "read": Part(24_000, False, READ_TASKS, 4, seed=1),
-    "words": Part(16_000, False, WORD_TASKS, 4, seed=5),
-    "read_eval": Part(800, True, READ_TASKS, 1, seed=2),
-    "words_eval": Part(900, True, (*READ_TASKS, "repeat", "conclude"), 1, seed=6),
-    "tune": Part(8_000, False, TUNE_TASKS, 2, seed=3),
-    "eval": Part(600, True, TUNE_TASKS, 1, seed=4),
+SPLITS = {
+    "read": Split(24_000, False, READ_TASKS, 4, seed=1),
+    "words": Split(16_000, False, WORD_TASKS, 4, seed=5),
+    "read_eval": Split(800, True, READ_TASKS, 1, seed=2),
+    "words_eval": Split(900, True, (*READ_TASKS, "repeat", "conclude"), 1, seed=6),
+    "tune": Split(8_000, False, TUNE_TASKS, 2, seed=3),
+    "eval": Split(600, True, TUNE_TASKS, 1, seed=4),
 }
 
 
@@ -186,7 +186,7 @@ TASKS: dict[str, Callable[[list[int], np.random.Generator], tuple[str, str]]] = 
 }
 
 
-def make_part(name: str, part: Part, folder: Path) -> list[dict]:
+def write_split(name: str, part: Split, folder: Path) -> list[dict]:
     """Draw every scene of `part` under `folder`/images/`name` and return its rows, in LLaVA's format plus `task`."""
     rng = np.random.default_rng(part.seed)
     images, labels = digit_images(part.held_out)
@@ -226,7 +226,7 @@ def write_digits(folder: Path, parts: Sequence[str] = ("tune", "eval")) -> dict[
     """
     counts = {}
     for name in parts:
-        rows = make_part(name, PARTS[name], folder)
+        rows = write_split(name, SPLITS[name], folder)
         replace_text(folder / f"{name}.json", json.dumps(rows, indent=1))
         counts[name] = len(rows)
     return counts

@@ -17,7 +17,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from mmtune.builtin import TRAINED
+from mmtune.builtin import TINY_LLAVA
 from mmtune.builtin.digits import CELL
 
 PATCH = 8  # pixels along the side of one of the tower's patches
@@ -28,7 +28,7 @@ def build_processor() -> LlavaProcessor:
 
     Its tokenizer is a byte-level BPE of 372 tokens whose merges were learnt from the data set's questions.
     """
-    processor: LlavaProcessor = AutoProcessor.from_pretrained(str(TRAINED), trust_remote_code=False)
+    processor: LlavaProcessor = AutoProcessor.from_pretrained(str(TINY_LLAVA), trust_remote_code=False)
     return processor
 
 

@@ -16,7 +16,7 @@ from mmtune.data.media.media_names import is_windows_path
 from mmtune.utils.errors import UserError
 from mmtune.utils.files import expand_user
 
-ANYWHERE = MediaRules(Path(), outside=True)
+ANY_PATH = MediaRules(Path(), outside=True)
 """A person at the terminal may show any file of the machine."""
 
 
@@ -32,14 +32,14 @@ def image_paths(text: str) -> Iterator[tuple[str, Path | Embedded]]:
     names = _names(text)
     for name in names:
         try:
-            yield name, image_at(name)
+            yield name, resolve_image(name)
         except UserError as error:
             if len(names) == 1 or any(map(_is_file, names)):
                 raise
             raise UserError(f"{error}; a path with spaces is written in quotes: /image 'my cat.png'") from error
 
 
-def image_at(name: str) -> Path | Embedded:
+def resolve_image(name: str) -> Path | Embedded:
     """The image of one name: a path, a `file://` or a `data:` URI.
 
     Raises:
@@ -48,7 +48,7 @@ def image_at(name: str) -> Path | Embedded:
     if name.lower().startswith(("http://", "https://")):
         raise UserError(f"{name}: a URL; download the file and give its path")
     try:
-        return resolve_media(expand_user(name), ANYWHERE)
+        return resolve_media(expand_user(name), ANY_PATH)
     except ValueError as error:
         raise UserError(str(error)) from error
 

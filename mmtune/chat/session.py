@@ -15,7 +15,7 @@ from mmtune.data.encoding.encode import check_chat_template, encode_prompt
 from mmtune.data.media.media import Embedded, ImageView, open_image
 from mmtune.data.media.pixels import Window
 from mmtune.data.message import Message
-from mmtune.models.compute import to_model, training_autocast
+from mmtune.models.compute import move_batch, training_autocast
 from mmtune.models.generation import generate
 from mmtune.utils.errors import UserError
 
@@ -58,7 +58,7 @@ class ChatSession:
         return size
 
     @property
-    def waiting(self) -> int:
+    def pending_images(self) -> int:
         """How many images go with the next question."""
         return len(self._images)
 
@@ -94,7 +94,7 @@ class ChatSession:
         def answer() -> None:
             try:
                 with torch.inference_mode(), training_autocast(self._model):
-                    inputs = to_model(self._model, prompt)
+                    inputs = move_batch(self._model, prompt)
                     generate(self._model, self._processor, inputs, self._max_new_tokens, streamer, [stop])
             except BaseException as error:  # handed to the reader, who would otherwise wait for ever
                 failed.append(error)

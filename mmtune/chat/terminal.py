@@ -27,7 +27,7 @@ COMMANDS = {
 }
 """The commands, each with its help."""
 HELP = f"{', '.join(COMMANDS.values())}; Ctrl-C stops an answer"
-PLAIN_WORDS = {**dict.fromkeys(("exit", "quit"), "/exit to leave"), "reset": "/reset to start over", "help": HELP}
+COMMAND_HINTS = {**dict.fromkeys(("exit", "quit"), "/exit to leave"), "reset": "/reset to start over", "help": HELP}
 """Words that alone in a line are meant as commands, and what to type for them."""
 PROMPT = "> "
 EMPTY_ANSWER = "(the answer is empty)"
@@ -35,7 +35,7 @@ STOPPED = "\n(stopped: what was answered stays in the conversation)"
 STOPPED_AT_ONCE = "\n(stopped before an answer began: the question is dropped, its images wait for the next one)"
 
 
-def converse(session: ChatSession) -> None:
+def run_chat(session: ChatSession) -> None:
     """Read questions and commands from standard input until it ends.
 
     At a terminal a line can be edited, earlier lines come back, and Ctrl-C during an answer stops it and keeps the conversation.
@@ -74,12 +74,12 @@ def _act(session: ChatSession, line: str, command: str, argument: str) -> None:
     elif command == "/image":
         for name, image in image_paths(argument):
             width, height = session.attach(image)
-            waiting = "1 image waits" if session.waiting == 1 else f"{session.waiting} images wait"
+            waiting = "1 image waits" if session.pending_images == 1 else f"{session.pending_images} images wait"
             print(f"({name}, {width} x {height}; {waiting} for your question)")
     elif command.startswith("/"):
         raise UserError(f"no command {command}: {HELP}")
-    elif line.lower() in PLAIN_WORDS:
-        print(f"(type {PLAIN_WORDS[line.lower()]})")
+    elif line.lower() in COMMAND_HINTS:
+        print(f"(type {COMMAND_HINTS[line.lower()]})")
     else:
         _ask(session, line)
 

@@ -164,11 +164,11 @@ def _show(arguments: argparse.Namespace) -> Any:
 
 
 def _digits(arguments: argparse.Namespace) -> Any:
-    from mmtune.builtin.digits import PARTS, write_digits
+    from mmtune.builtin.digits import SPLITS, write_digits
     from mmtune.utils.files import linked_directory
     from mmtune.utils.locks import locked
 
-    parts = tuple(PARTS) if arguments.all else ("tune", "eval")
+    parts = tuple(SPLITS) if arguments.all else ("tune", "eval")
     with locked(linked_directory(Path(arguments.folder))):
         counts = write_digits(Path(arguments.folder), parts)
     for part, rows in counts.items():

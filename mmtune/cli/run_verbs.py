@@ -120,12 +120,12 @@ def _train(arguments: argparse.Namespace) -> Any:
 
 
 def _eval(arguments: argparse.Namespace) -> Any:
-    from mmtune.models.checkpoints.trained_weights import trained_part
+    from mmtune.models.checkpoints.trained_weights import locate_trained_weights
     from mmtune.preflight import check_recipe, located_errors
     from mmtune.recipe.recipe import load_recipe
     from mmtune.utils.files import writing
 
-    trained = trained_part(Path(arguments.model))
+    trained = locate_trained_weights(Path(arguments.model))
     recipe = load_recipe(arguments.recipe or trained.run.recipe, arguments.overrides)
     if recipe.evaluate is None:
         other = "" if arguments.recipe else "; `--recipe FILE` takes that of another recipe"
@@ -134,7 +134,7 @@ def _eval(arguments: argparse.Namespace) -> Any:
     check_recipe(recipe, ("evaluate",))
     configure_console()
     from mmtune.data.encoding.encode import check_chat_template
-    from mmtune.evaluation.evaluate import as_json, check_questions, evaluate, score, write_answers
+    from mmtune.evaluation.evaluate import check_questions, evaluate, score, scores_to_dicts, write_answers
     from mmtune.evaluation.scores import print_scores
     from mmtune.models.compute import to_best_device
     from mmtune.models.load import load_trained
@@ -149,7 +149,7 @@ def _eval(arguments: argparse.Namespace) -> Any:
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_answers(answers, out)
-    result: dict[str, Any] = {"tuned_scores": as_json(score(answers, recipe.evaluate)), "answers": str(out)}
+    result: dict[str, Any] = {"tuned_scores": scores_to_dicts(score(answers, recipe.evaluate)), "answers": str(out)}
     print_scores(result)
     print(f"answers: {out}")
     if trained.is_checkpoint:
@@ -191,7 +191,7 @@ def _merge(arguments: argparse.Namespace) -> Any:
             raise UserError(missing(str(path), "run or model"))
     _check_release(arguments)
     configure_console()
-    from mmtune.release.merge import ExportOptions, combine, keep_adapter, merge
+    from mmtune.release.merge import ExportOptions, combine_adapters, merge, release_adapter
 
     out = Path(arguments.out)
     shared = {
@@ -203,11 +203,11 @@ def _merge(arguments: argparse.Namespace) -> Any:
     if arguments.keep_adapter:
         if arguments.adapter or form != ExportOptions():
             raise UserError("--keep-adapter releases one RUN as it is: no --adapter, --dtype, --max-shard-size, --quantize")
-        figures = keep_adapter(Path(arguments.model), out, **shared)
+        figures = release_adapter(Path(arguments.model), out, **shared)
         print(f"released: {out}: the adapter beside its base, {figures['same_answers']} of {figures['samples']} answers the same")
         return figures
     if arguments.adapter:
-        parity = combine(runs, out, form=form, **shared)
+        parity = combine_adapters(runs, out, form=form, **shared)
     else:
         parity = merge(Path(arguments.model), out, form=form, **shared)
     print(
@@ -258,8 +258,8 @@ def _push(arguments: argparse.Namespace) -> Any:
 
 
 def _chat(arguments: argparse.Namespace) -> Any:
-    from mmtune.chat.image_paths import image_at
-    from mmtune.models.checkpoints.trained_weights import trained_part
+    from mmtune.chat.image_paths import resolve_image
+    from mmtune.models.checkpoints.trained_weights import locate_trained_weights
 
     if arguments.json and arguments.prompt is None:
         raise UserError("--json goes with --prompt")
@@ -268,11 +268,11 @@ def _chat(arguments: argparse.Namespace) -> Any:
     ):
         low, high = arguments.window
         raise UserError(f"--window {low:g} {high:g}: expected LOW HIGH, two finite numbers, the lower one first")
-    images = [image_at(image) for image in arguments.image]
-    trained = trained_part(Path(arguments.model))
+    images = [resolve_image(image) for image in arguments.image]
+    trained = locate_trained_weights(Path(arguments.model))
     configure_console()
     from mmtune.chat.session import ChatSession
-    from mmtune.chat.terminal import EMPTY_ANSWER, converse
+    from mmtune.chat.terminal import EMPTY_ANSWER, run_chat
     from mmtune.models.compute import to_best_device
     from mmtune.models.load import load_trained
 
@@ -289,7 +289,7 @@ def _chat(arguments: argparse.Namespace) -> Any:
     for image in images:
         session.attach(image)
     if arguments.prompt is None:
-        converse(session)
+        run_chat(session)
         return None
     pieces = []
     for piece in session.ask(arguments.prompt):

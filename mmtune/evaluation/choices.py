@@ -14,7 +14,7 @@ from mmtune.data.batching.collate import collate
 from mmtune.data.encoding.encode import IGNORE_INDEX, encode_sample
 from mmtune.data.message import RowError, Sample, split_question
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
-from mmtune.models.compute import in_eval_mode, to_model, training_autocast, virtual_tokens
+from mmtune.models.compute import count_virtual_tokens, in_eval_mode, move_batch, training_autocast
 
 
 def check_choices(sample: Sample) -> None:
@@ -62,7 +62,7 @@ def score_choices(
     return [tuple(scores[place, number] for number in range(len(sample.choices))) for place, sample in enumerate(samples)]
 
 
-def likeliest(sample: Sample, scores: Sequence[float]) -> str:
+def most_likely_choice(sample: Sample, scores: Sequence[float]) -> str:
     """The choice with the highest score; of equals the first."""
     return sample.choices[max(range(len(scores)), key=lambda number: scores[number])]
 
@@ -87,12 +87,12 @@ def _encoded(sample: Sample, choice: str, processor: ProcessorMixin) -> dict[str
 
 
 def _log_likelihoods(model: nn.Module, encoded: list[dict[str, torch.Tensor]], pad_token_id: int) -> list[float]:
-    batch: dict[str, Any] = to_model(model, collate(encoded, pad_token_id))
+    batch: dict[str, Any] = move_batch(model, collate(encoded, pad_token_id))
     labels = batch.pop("labels")
     # Only the positions before a supervised token need the vocabulary's width: a batch of prompts would not fit in memory.
     wanted = (labels != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
     with torch.inference_mode(), training_autocast(model):
-        logits = model(**batch, logits_to_keep=wanted - 1 + virtual_tokens(model)).logits
+        logits = model(**batch, logits_to_keep=wanted - 1 + count_virtual_tokens(model)).logits
     targets = labels[:, wanted]
     # (candidates, positions); what is not supervised has a loss of 0.
     losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none")

@@ -18,10 +18,10 @@ from mmtune.data.dataset import DataReport, Samples, check_rows, iterate_rows
 from mmtune.data.encoding.encode import encode_prompt
 from mmtune.data.message import RowError, Sample, split_question, text_of
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
-from mmtune.evaluation.choices import check_choices, likeliest, score_choices
+from mmtune.evaluation.choices import check_choices, most_likely_choice, score_choices
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
 from mmtune.evaluation.metrics import exact_match, final_answer, majority_accuracy, wilson_interval
-from mmtune.models.compute import in_eval_mode, to_model, training_autocast, virtual_tokens
+from mmtune.models.compute import count_virtual_tokens, in_eval_mode, move_batch, training_autocast
 from mmtune.models.generation import generate
 from mmtune.recipe.recipe import EvaluateSection
 from mmtune.utils.errors import UserError
@@ -84,7 +84,7 @@ def generate_answers(
             chosen = order[start : start + batch_size]
             prompts = {i: encode_prompt(samples[i].id, split_question(samples[i])[0], processor) for i in chosen}
             for group in _together(model, prompts):
-                batch = to_model(model, collate([prompts[i] for i in group], tokenizer.pad_token_id, side="left"))
+                batch = move_batch(model, collate([prompts[i] for i in group], tokenizer.pad_token_id, side="left"))
                 with torch.inference_mode(), training_autocast(model):
                     output = generate(model, processor, batch, max_new_tokens)
                 texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -96,7 +96,7 @@ def generate_answers(
 def _together(model: nn.Module, prompts: dict[int, dict[str, torch.Tensor]]) -> list[list[int]]:
     """Which prompts share a batch: all, or with virtual tokens those of one length. PEFT puts these before the padding, so that
     a padded question would stand at another distance from them than the same question alone."""
-    if not virtual_tokens(model):
+    if not count_virtual_tokens(model):
         return [list(prompts)]
     lengths: dict[int, list[int]] = {}
     for index, prompt in prompts.items():
@@ -175,7 +175,7 @@ def _said(
     if section.score == "generate":
         return generate_answers(model, processor, samples, section.max_new_tokens, section.batch_size, what)
     scores = score_choices(model, processor, samples, section.batch_size, what)
-    return [likeliest(sample, of_it) for sample, of_it in zip(samples, scores, strict=True)]
+    return [most_likely_choice(sample, of_it) for sample, of_it in zip(samples, scores, strict=True)]
 
 
 def score(answers: Sequence[Answer], section: EvaluateSection) -> list[Score]:
@@ -211,6 +211,6 @@ def read_answers(path: Path) -> list[Answer]:
         return [Answer(**{**row, "images": tuple(row["images"])}) for row in map(json.loads, lines)]
 
 
-def as_json(scores: Sequence[Score]) -> list[dict[str, Any]]:
+def scores_to_dicts(scores: Sequence[Score]) -> list[dict[str, Any]]:
     """Plain values, for a summary file."""
     return [asdict(item) for item in scores]

@@ -43,7 +43,7 @@ def write_report(run: RunDirectory, recipe: Recipe, summary: dict[str, Any]) -> 
     if recipe.evaluate:
         after = read_answers(run.answers("after"))
         before = {a.id: a.prediction for a in read_answers(run.answers("before"))} if recipe.evaluate.before else {}
-        shown = sample_answers(after, recipe.evaluate.samples)
+        shown = select_answers(after, recipe.evaluate.samples)
         images = _images(shown, recipe.evaluate.data)
         samples = [
             {
@@ -66,7 +66,7 @@ def write_report(run: RunDirectory, recipe: Recipe, summary: dict[str, Any]) -> 
     run.report.write_text(text, encoding="utf-8")
 
 
-def sample_answers(answers: Sequence[Answer], count: int) -> list[Answer]:
+def select_answers(answers: Sequence[Answer], count: int) -> list[Answer]:
     """Up to `count` answers spread evenly over the questions; a quarter of the places, and what right ones leave, for wrong."""
     right = [answer for answer in answers if answer.correct]
     wrong = _spread([answer for answer in answers if not answer.correct], max(-(-count // 4), count - len(right)))

@@ -25,7 +25,7 @@ PROJECTORS: dict[str, tuple[str, ...]] = {
 }
 """Projector of each family by `config.model_type`: the main module first, then what else is trained with it."""
 
-NEVER_PACKED = {
+UNPACKABLE = {
     "paligemma": "its prompts attend in both directions, and those of all samples in a row would be one prompt",
     "gemma3": "its image tokens attend in both directions by their place in the whole row, and positions start again in a sample",
 }

@@ -23,19 +23,19 @@ from transformers.utils import logging
 
 from mmtune.chat_templates.resolving import end_of_turn_ids, resolve_chat_template, set_chat_template, use_chat_template
 from mmtune.distributed.sharded_parameters import gathered, gathered_forward, meta_init
-from mmtune.models.checkpoints.checkpoint_files import REPORTED, check_whole, load_projector, save_checkpoint
-from mmtune.models.checkpoints.remote_code import refused_pickles
-from mmtune.models.checkpoints.unread_tensors import describe_tensors, unread_tensors
+from mmtune.models.checkpoints.checkpoint_files import LOADING_INFO, check_weights_loaded, load_projector, save_checkpoint
+from mmtune.models.checkpoints.remote_code import reject_unsafe_pickles
+from mmtune.models.checkpoints.unread_tensors import describe_unread_tensors, find_unread_tensors
 from mmtune.models.compatibility import (
-    Tower,
-    choose_strategy,
-    locate_part,
+    VisionTower,
+    choose_feature_select_strategy,
+    locate_component,
     read_image_processor,
-    read_language,
+    read_language_config,
     read_tokenizer,
-    read_tower,
+    read_vision_tower,
 )
-from mmtune.models.generation import published_generation_config
+from mmtune.models.generation import read_generation_config
 from mmtune.utils.errors import UserError
 
 __all__ = ["assemble", "load_projector", "resolve_chat_template", "save_checkpoint"]
@@ -81,22 +81,22 @@ def assemble(
     Raises:
         UserError: when the parts do not fit, with the reason; before weights are loaded where configs tell.
     """
-    tower = read_tower(vision, trust_remote_code)
+    tower = read_vision_tower(vision, trust_remote_code)
     if not -tower.layers - 1 <= vision_feature_layer <= tower.layers:
         raise UserError(f"vision_feature_layer: {vision_feature_layer} is out of range; {vision} has {tower.layers} layers")
-    language = locate_part(language, "language")
-    text_config = read_language(language, trust_remote_code)
+    language = locate_component(language, "language")
+    text_config = read_language_config(language, trust_remote_code)
     known_tokens = len(read_tokenizer(language, trust_remote_code))
     processor = assemble_processor(vision, language, vision_feature_select_strategy, chat_template, trust_remote_code)
     tokenizer, template = processor.tokenizer, str(processor.chat_template)
 
     encoder = _load(AutoModel, vision, tower.config, dtype, seed, trust_remote_code)
-    generation_config, left_out = published_generation_config(language, trust_remote_code)
+    generation_config, left_out = read_generation_config(language, trust_remote_code)
     causal = _load(AutoModelForCausalLM, language, text_config, dtype, seed, trust_remote_code, generation_config)
     if left_out:
         print(f"{language}: {left_out}")
-    if unread := unread_tensors(causal, language):
-        print(describe_tensors(causal, unread, f"left out of {language}"))
+    if unread := find_unread_tensors(causal, language):
+        print(describe_unread_tensors(causal, unread, f"left out of {language}"))
     sample = tokenizer("A cat sat on the mat.", return_tensors="pt")["input_ids"]
     with torch.no_grad(), gathered_forward(causal):
         own_logits = causal(sample.to(causal.device)).logits
@@ -134,9 +134,9 @@ def assemble_processor(
     Raises:
         UserError: as `assemble`.
     """
-    tower = read_tower(vision, trust_remote_code)
-    strategy = choose_strategy(tower, vision_feature_select_strategy)
-    text_config = read_language(language, trust_remote_code)
+    tower = read_vision_tower(vision, trust_remote_code)
+    strategy = choose_feature_select_strategy(tower, vision_feature_select_strategy)
+    text_config = read_language_config(language, trust_remote_code)
     tokenizer = read_tokenizer(language, trust_remote_code)
     template = resolve_chat_template(chat_template, tokenizer, model_type=text_config.model_type, image_token=IMAGE_TOKEN)
     image_processor = read_image_processor(tower, trust_remote_code)
@@ -146,7 +146,7 @@ def assemble_processor(
         tokenizer=tokenizer,
         patch_size=tower.patch_size,
         vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=tower.extra_tokens,
+        num_additional_image_tokens=tower.prefix_tokens,
         image_token=IMAGE_TOKEN,
         chat_template=template,
     )
@@ -180,7 +180,7 @@ def _load(
     if auto is AutoModel:
         logging.set_verbosity_error()  # the text tower beside a vision tower is left out on purpose; no page about it
     try:
-        with torch.random.fork_rng(devices=[]), refused_pickles(checkpoint):
+        with torch.random.fork_rng(devices=[]), reject_unsafe_pickles(checkpoint):
             torch.manual_seed(seed)
             model, report = auto.from_pretrained(
                 checkpoint,
@@ -188,13 +188,13 @@ def _load(
                 dtype=dtype,
                 trust_remote_code=trust,
                 generation_config=generation_config,
-                **REPORTED,
+                **LOADING_INFO,
             )
     except OSError as error:
         raise UserError(f"{checkpoint}: its weights do not load: {str(error).strip().splitlines()[0]}") from error
     finally:
         logging.set_verbosity(verbosity)
-    check_whole(checkpoint, model, report)
+    check_weights_loaded(checkpoint, model, report)
     return model.eval()
 
 
@@ -242,7 +242,7 @@ def _resize(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizer
 def _verify(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    tower: Tower,
+    tower: VisionTower,
     language: str,
     sample: torch.Tensor,
     own_logits: torch.Tensor,

@@ -25,7 +25,7 @@ from mmtune.models.checkpoints.remote_code import first_line
 from mmtune.utils.errors import UserError
 from mmtune.utils.hub import locate_checkpoint
 
-EXTRA_TOKENS = {
+PREFIX_TOKENS = {
     "clip_vision_model": 1,
     "siglip_vision_model": 0,
     "dinov2": 1,
@@ -35,36 +35,36 @@ EXTRA_TOKENS = {
 }
 """Tokens that a tower puts before its patches, registers not counted: the class token, or none."""
 
-INTERPOLATES = {"dinov2", "dinov2_with_registers", "dinov3_vit"}
+INTERPOLATES_POSITIONS = {"dinov2", "dinov2_with_registers", "dinov3_vit"}
 """Towers whose plain forward fits its positions to any image size; the others take their own `image_size` only."""
 
 
 @dataclass(frozen=True)
-class Tower:
+class VisionTower:
     """A vision encoder, from its config.
 
     Attributes:
         checkpoint: where it comes from.
         config: the encoder's own config, also where the checkpoint holds a text tower beside it.
         patch_size: pixels along the side of a patch.
-        extra_tokens: tokens before the patches (class token and registers).
+        prefix_tokens: tokens before the patches (class token and registers).
         layers: its hidden layers; `hidden_states` has one more entry.
     """
 
     checkpoint: str
     config: PreTrainedConfig
     patch_size: int
-    extra_tokens: int
+    prefix_tokens: int
     layers: int
 
 
-def read_tower(checkpoint: str, trust_remote_code: bool = False) -> Tower:
+def read_vision_tower(checkpoint: str, trust_remote_code: bool = False) -> VisionTower:
     """Read a vision encoder's config and refuse what LLaVA cannot carry.
 
     Raises:
         UserError: with the reason.
     """
-    checkpoint = locate_part(checkpoint, "vision")
+    checkpoint = locate_component(checkpoint, "vision")
     whole = _read_config(checkpoint, "vision", trust_remote_code)
     if whole.model_type in ("siglip2", "siglip2_vision_model"):
         raise UserError(
@@ -72,10 +72,10 @@ def read_tower(checkpoint: str, trust_remote_code: bool = False) -> Tower:
             "LlavaForConditionalGeneration does not pass on; take a fixed-resolution SigLIP2 checkpoint (model_type siglip)"
         )
     config = whole.vision_config if whole.model_type in ("clip", "siglip") else whole
-    if config.model_type not in EXTRA_TOKENS:
+    if config.model_type not in PREFIX_TOKENS:
         raise UserError(
             f"vision: {checkpoint} has model_type {config.model_type!r}, whose hidden states are not known to be a sequence of "
-            f"patches, which LLaVA's projector reads; these are: {', '.join(sorted(EXTRA_TOKENS))}"
+            f"patches, which LLaVA's projector reads; these are: {', '.join(sorted(PREFIX_TOKENS))}"
         )
     patch = config.patch_size
     if not isinstance(patch, int):
@@ -84,21 +84,21 @@ def read_tower(checkpoint: str, trust_remote_code: bool = False) -> Tower:
         patch = patch[0]
     if config.model_type == "siglip_vision_model":
         config.vision_use_head = False  # LLaVA reads a hidden layer; the pooling head would be dead weight
-    extra = EXTRA_TOKENS[config.model_type] + (getattr(config, "num_register_tokens", 0) or 0)
-    return Tower(checkpoint, config, patch, extra, config.num_hidden_layers)
+    extra = PREFIX_TOKENS[config.model_type] + (getattr(config, "num_register_tokens", 0) or 0)
+    return VisionTower(checkpoint, config, patch, extra, config.num_hidden_layers)
 
 
-def choose_strategy(tower: Tower, asked: str | None) -> str:
+def choose_feature_select_strategy(tower: VisionTower, asked: str | None) -> str:
     """`vision_feature_select_strategy`: "default" drops the first token, which must be the class token; "full" keeps all.
 
     Raises:
         UserError: for an unknown one, and for "default" on a tower without a class token.
     """
     if asked is None:
-        return "default" if tower.extra_tokens else "full"
+        return "default" if tower.prefix_tokens else "full"
     if asked not in ("default", "full"):
         raise UserError(f"vision_feature_select_strategy: {asked!r} is neither 'default' nor 'full'")
-    if asked == "default" and not tower.extra_tokens:
+    if asked == "default" and not tower.prefix_tokens:
         raise UserError(
             f"vision_feature_select_strategy: 'default' drops the first token, and {tower.checkpoint} "
             f"({tower.config.model_type}) has no class token there: a real patch would be lost; say 'full' or leave it out"
@@ -106,13 +106,13 @@ def choose_strategy(tower: Tower, asked: str | None) -> str:
     return asked
 
 
-def read_language(checkpoint: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+def read_language_config(checkpoint: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Read a language model's config and refuse what LLaVA cannot carry.
 
     Raises:
         UserError: with the reason.
     """
-    config = _read_config(locate_part(checkpoint, "language"), "language", trust_remote_code)
+    config = _read_config(locate_component(checkpoint, "language"), "language", trust_remote_code)
     kind = f"language: {checkpoint} (model_type {config.model_type!r})"
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{kind} is an encoder-decoder model; LLaVA needs a decoder that continues text")
@@ -140,7 +140,7 @@ def read_language(checkpoint: str, trust_remote_code: bool = False) -> PreTraine
     return config
 
 
-def read_image_processor(tower: Tower, trust_remote_code: bool = False) -> Any:
+def read_image_processor(tower: VisionTower, trust_remote_code: bool = False) -> Any:
     """The tower's image processor, set so that its output is what the tower takes and LlavaProcessor can count it.
 
     Changes, where needed: the size becomes the tower's (unless the tower fits its positions to any size, as DINOv2
@@ -163,7 +163,7 @@ def read_image_processor(tower: Tower, trust_remote_code: bool = False) -> Any:
     if size is None or not (size["shortest_edge"] or size["height"]):
         raise UserError(f"{name} resizes by {size}; only a shortest edge, or height and width, gives a known number of patches")
     published = _output_size(processor)
-    if tower.config.model_type in INTERPOLATES and published is not None:
+    if tower.config.model_type in INTERPOLATES_POSITIONS and published is not None:
         wanted = published
     else:
         image = tower.config.image_size
@@ -191,7 +191,9 @@ def read_tokenizer(checkpoint: str, trust_remote_code: bool = False) -> PreTrain
         UserError: when there is none, or none that keeps offsets, which exact labels need.
     """
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(locate_part(checkpoint, "language"), trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            locate_component(checkpoint, "language"), trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"language: the tokenizer of {checkpoint} does not load: {first_line(error)}") from error
     if not tokenizer.is_fast:
@@ -214,7 +216,7 @@ def _read_config(checkpoint: str, part: str, trust_remote_code: bool) -> Any:
         raise UserError(f"{part}: {checkpoint}: its config.json cannot be read: {first_line(error)}") from error
 
 
-def locate_part(checkpoint: str, part: str) -> str:
+def locate_component(checkpoint: str, part: str) -> str:
     """The directory or hub id of a part; of a hub that cannot be reached, the cached copy.
 
     Raises:

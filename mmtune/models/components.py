@@ -20,9 +20,9 @@ from mmtune.utils.errors import UserError, nearest
 Component = Literal["vision", "projector", "language", "lm_head"]
 
 PEFT_PREFIX = "base_model.model."
-WRAPPED_PREFIXES = ("", PEFT_PREFIX, "base_model.")
+PEFT_PREFIXES = ("", PEFT_PREFIX, "base_model.")
 """What PEFT puts before a module's name: nothing, a tuner's wrapper, or a prompt method's."""
-PROMPTS = "prompt_encoder."
+PROMPT_ENCODER = "prompt_encoder."
 """Where a prompt method keeps its virtual tokens, which are the language model's."""
 
 
@@ -35,7 +35,7 @@ class Components:
         projector: the module that brings image features to the language model's width.
         language_model: the decoder, with its token embeddings.
         lm_head: the output embeddings.
-        projector_parts: further modules and parameters that belong to the projector (LLaVA-NeXT's `image_newline`,
+        projector_extras: further modules and parameters that belong to the projector (LLaVA-NeXT's `image_newline`,
             Qwen3-VL's DeepStack mergers).
     """
 
@@ -43,7 +43,7 @@ class Components:
     projector: str | None
     language_model: str
     lm_head: str | None
-    projector_parts: tuple[str, ...] = ()
+    projector_extras: tuple[str, ...] = ()
 
 
 def find_components(model: nn.Module) -> Components:
@@ -53,7 +53,7 @@ def find_components(model: nn.Module) -> Components:
         model: a `...ForConditionalGeneration` of one of the families in `PROJECTORS`.
 
     Returns:
-        Paths that `model.get_submodule` takes, for `projector_parts` paths of modules or parameters.
+        Paths that `model.get_submodule` takes, for `projector_extras` paths of modules or parameters.
 
     Raises:
         UserError: for a family that is not known.
@@ -81,7 +81,7 @@ def find_components(model: nn.Module) -> Components:
         projector=prefix + projectors[0],
         language_model=names[id(language)],
         lm_head=names[id(head)],
-        projector_parts=tuple(prefix + path for path in projectors[1:]),
+        projector_extras=tuple(prefix + path for path in projectors[1:]),
     )
 
 
@@ -94,12 +94,12 @@ def component_of(name: str, components: Components) -> Component:
     Raises:
         UserError: when no component owns it (a module that encloses several, or an unknown one).
     """
-    if name.startswith(PROMPTS):
+    if name.startswith(PROMPT_ENCODER):
         return "language"
     owner, depth = None, -1
     for path, component in _paths(components):
-        for spelled in {name.removeprefix(prefix) for prefix in WRAPPED_PREFIXES}:
-            for root in {path.removeprefix(prefix) for prefix in WRAPPED_PREFIXES}:
+        for spelled in {name.removeprefix(prefix) for prefix in PEFT_PREFIXES}:
+            for root in {path.removeprefix(prefix) for prefix in PEFT_PREFIXES}:
                 if (spelled == root or spelled.startswith(root + ".")) and len(root) > depth:
                     owner, depth = component, len(root)
     if owner is None:
@@ -186,7 +186,7 @@ def _paths(components: Components) -> list[tuple[str, Component]]:
     pairs: list[tuple[str | None, Component]] = [
         (components.lm_head, "lm_head"),
         (components.projector, "projector"),
-        *((path, "projector") for path in components.projector_parts),
+        *((path, "projector") for path in components.projector_extras),
         (components.vision_tower, "vision"),
         (components.language_model, "language"),
     ]

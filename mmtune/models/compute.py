@@ -24,7 +24,7 @@ def to_best_device(model: nn.Module) -> nn.Module:
     return model.to(accelerator)
 
 
-def to_model(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+def move_batch(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """A batch on the model's device, its images in the dtype of the model's first layer."""
     first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     cast = {key: value.to(first.dtype) if value.is_floating_point() else value for key, value in batch.items()}
@@ -52,7 +52,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def virtual_tokens(model: nn.Module) -> int:
+def count_virtual_tokens(model: nn.Module) -> int:
     """How many tokens a model's prompt method puts before the input embeddings."""
     config = model.active_peft_config if isinstance(model, PeftModel) else None
     if isinstance(config, (PromptTuningConfig, PromptEncoderConfig)):  # prefix tuning writes into the cache instead

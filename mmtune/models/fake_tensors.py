@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.utils import logging as transformers_logging
 
-Kind = Literal["weights", "quantization_constants", "trainable", "gradients", "optimizer", "activations", "logits"]
-ISSUE_TYPES: tuple[Kind, ...] = (
+MemoryKind = Literal["weights", "quantization_constants", "trainable", "gradients", "optimizer", "activations", "logits"]
+MEMORY_KINDS: tuple[MemoryKind, ...] = (
     "weights",
     "quantization_constants",
     "trainable",
@@ -43,7 +43,7 @@ _INDEXING = {
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def suppress_fake_tensor_warnings() -> Iterator[None]:
     """Without the libraries' remarks on tensors that have no data."""
     verbosity, torchs = transformers_logging.get_verbosity(), logging.getLogger(fake_tensor.__name__)
     transformers_logging.set_verbosity_error()
@@ -61,7 +61,7 @@ def _nothing(record: logging.LogRecord) -> bool:
     return False
 
 
-class CountedMemory(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Runs what happens inside it on fake tensors, and counts the bytes of live storages by kind.
 
     Integers and masks stay real, as do small tensors that a model makes itself, because token ids and image grids decide what is
@@ -72,34 +72,34 @@ class CountedMemory(TorchDispatchMode):
         vocabulary: tensors whose last dimension has this size count as logits.
 
     Attributes:
-        making: the kind of what is made next.
+        allocating: the kind of what is made next.
         moment: a name for what is going on.
         live: bytes by kind now.
         fullest: bytes by kind at the moment when most was live.
-        fullest_moment: `moment` then.
+        peak_phase: `moment` then.
     """
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
-        self.making: Kind = "activations"
-        self.moment = ""
+        self.allocating: MemoryKind = "activations"
+        self.phase = ""
         self._vocabulary = vocabulary
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.live: dict[Kind, int] = dict.fromkeys(ISSUE_TYPES, 0)
-        self._storages: dict[int, tuple[Kind, int]] = {}
-        self.forget_peak()
+        self.live: dict[MemoryKind, int] = dict.fromkeys(MEMORY_KINDS, 0)
+        self._storages: dict[int, tuple[MemoryKind, int]] = {}
+        self.reset_peak()
 
-    def forget_peak(self) -> None:
+    def reset_peak(self) -> None:
         """Begin again with what is live now."""
-        self._most, self.fullest, self.fullest_moment = 0, dict(self.live), self.moment
+        self._most, self.peak, self.peak_phase = 0, dict(self.live), self.phase
         self._note()
 
-    def add(self, kind: Kind, size: int) -> None:
+    def add(self, kind: MemoryKind, size: int) -> None:
         """Count `size` bytes for good."""
         self.live[kind] += size
         self._note()
 
-    def track(self, tensor: torch.Tensor, kind: Kind, size: int | None = None) -> None:
+    def track(self, tensor: torch.Tensor, kind: MemoryKind, size: int | None = None) -> None:
         """Count a tensor's storage, unless it is known, until it is gone.
 
         Args:
@@ -115,7 +115,7 @@ class CountedMemory(TorchDispatchMode):
         weakref.finalize(storage, self._gone, key)
         self._note()
 
-    def move(self, tensor: torch.Tensor, kind: Kind) -> None:
+    def move(self, tensor: torch.Tensor, kind: MemoryKind) -> None:
         """Count a tensor's storage as another kind from now on."""
         key = tensor.untyped_storage()._cdata
         was, size = self._storages[key]
@@ -128,7 +128,7 @@ class CountedMemory(TorchDispatchMode):
         with self._fake:
             return torch.empty(shape or tensor.shape, dtype=tensor.dtype, device="cpu")
 
-    def hold(self, model: nn.Module) -> None:
+    def track_model(self, model: nn.Module) -> None:
         """Make every parameter and buffer of a model fake, shared ones once, and count them."""
         made: dict[int, torch.Tensor] = {}
         for module in list(model.modules()):
@@ -156,7 +156,7 @@ class CountedMemory(TorchDispatchMode):
     def _note(self) -> None:
         now = sum(self.live.values())
         if now > self._most:
-            self._most, self.fullest, self.fullest_moment = now, dict(self.live), self.moment
+            self._most, self.peak, self.peak_phase = now, dict(self.live), self.phase
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -176,8 +176,8 @@ class CountedMemory(TorchDispatchMode):
                 out = func(*args, **kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                scores = tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary and self.making == "activations"
-                self.track(tensor, "logits" if scores else self.making)
+                scores = tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary and self.allocating == "activations"
+                self.track(tensor, "logits" if scores else self.allocating)
         return out
 
 

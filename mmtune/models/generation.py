@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 from mmtune.chat_templates.resolving import stop_token_ids
 from mmtune.utils.files import read_json_object
 
-ANSWER_TOKENS = 64
+DEFAULT_MAX_NEW_TOKENS = 64
 """At most this many new tokens, where a recipe has no `evaluate` section to say."""
 
 MODES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate", "_from_model_config")
@@ -28,7 +28,7 @@ ABSENT = "the model has no such token"
 TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
-def published_generation_config(name: str, trust_remote_code: bool = False) -> tuple[GenerationConfig, str | None]:
+def read_generation_config(name: str, trust_remote_code: bool = False) -> tuple[GenerationConfig, str | None]:
     """A checkpoint's own generation config, without the settings that transformers refuses to save.
 
     `generation_config.json` of Vicuna has `temperature` without `do_sample`, for one: it has no effect, and a model that
@@ -51,12 +51,12 @@ def published_generation_config(name: str, trust_remote_code: bool = False) -> t
     else:
         published = read_json_object(Path(file))
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    generation_config, left_out = valid_generation_config(published, config.get_text_config().vocab_size)
+    generation_config, left_out = make_generation_config_valid(published, config.get_text_config().vocab_size)
     reasons = [f"because {reason}: {', '.join(settings)}" for reason, settings in left_out.items()]
     return generation_config, f"{Path(file).name}: left out, {'; '.join(reasons)}" if reasons else None
 
 
-def valid_generation_config(published: Mapping[str, Any], vocabulary: int) -> tuple[GenerationConfig, dict[str, list[str]]]:
+def make_generation_config_valid(published: Mapping[str, Any], vocabulary: int) -> tuple[GenerationConfig, dict[str, list[str]]]:
     """As many settings as transformers accepts together, and those that were left out, by the reason.
 
     Args:
@@ -98,7 +98,7 @@ def _is_token(token: Any, vocabulary: int) -> bool:
     return isinstance(token, int) and 0 <= token < vocabulary
 
 
-def answer_settings(model: torch.nn.Module, processor: ProcessorMixin, max_new_tokens: int) -> dict[str, Any]:
+def generation_settings(model: torch.nn.Module, processor: ProcessorMixin, max_new_tokens: int) -> dict[str, Any]:
     """The settings of `generate`: greedy, ended by every token that ends a turn, with nothing of the base's own settings."""
     tokenizer = processor.tokenizer
     return {
@@ -143,7 +143,7 @@ def generate(
     """
     inner = _inner(model)
     own = inner.generation_config
-    inner.generation_config = GenerationConfig(**answer_settings(model, processor, max_new_tokens))
+    inner.generation_config = GenerationConfig(**generation_settings(model, processor, max_new_tokens))
     try:
         answers: torch.Tensor = model.generate(  # type: ignore[operator]
             **batch,

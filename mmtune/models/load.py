@@ -30,30 +30,30 @@ from mmtune.methods import tuners as tuners  # PEFT then knows all the methods
 from mmtune.methods.method_table import METHODS
 from mmtune.models.assemble import assemble, assemble_processor
 from mmtune.models.checkpoints.adapter_export import export_adapter
-from mmtune.models.checkpoints.adapter_patterns import bound_patterns
+from mmtune.models.checkpoints.adapter_patterns import expand_patterns
 from mmtune.models.checkpoints.checkpoint_files import (
     ADAPTER_WEIGHTS,
-    REPORTED,
-    check_whole,
+    LOADING_INFO,
+    check_weights_loaded,
     load_projector,
-    use_hub_key_names,
+    set_hub_key_mapping,
     weight_files,
 )
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, locate_base
-from mmtune.models.checkpoints.remote_code import NOT_ALLOWED, brings_code, first_line, refused_pickles
+from mmtune.models.checkpoints.remote_code import CODE_NOT_ALLOWED, first_line, has_remote_code, reject_unsafe_pickles
 from mmtune.models.checkpoints.trained_weights import (
     ADAPTER_CONFIG,
-    INITIAL,
-    Trained,
-    adapter_config,
-    base_of_adapter,
-    located_base_of,
-    removal_named,
-    trained_part,
+    INITIAL_LORA,
+    TrainedWeights,
+    locate_adapter_base,
+    locate_trained_weights,
+    read_adapter_base,
+    read_adapter_config,
+    report_removed_checkpoint,
 )
-from mmtune.models.generation import published_generation_config
-from mmtune.models.processors.ready_processor import open_processor, prepare_processor
-from mmtune.models.quantize import QUANTIZED, prepare_quantized, quantization
+from mmtune.models.generation import read_generation_config
+from mmtune.models.processors.ready_processor import load_completed_processor, prepare_processor
+from mmtune.models.quantize import QUANTIZED, prepare_quantized, quantization_config
 from mmtune.recipe.recipe import ModelSection, load_recipe
 from mmtune.utils.errors import UserError, reason_of
 from mmtune.utils.hub import locate_checkpoint
@@ -81,7 +81,7 @@ def load_base(
     dtype = DTYPES[section.precision]
     if section.base in (None, UNTRAINED):
         model, processor = _made_here(section, seed, dtype)
-        use_hub_key_names(model)
+        set_hub_key_mapping(model)
         if section.attn_implementation is not None:
             model.set_attn_implementation(section.attn_implementation)
         return model, processor
@@ -127,14 +127,14 @@ def load_strictly(
     model: PreTrainedModel
     with _named(subject):
         try:
-            generation_config, left_out = published_generation_config(name, trust_remote_code)
-            with refused_pickles("its weights"):
+            generation_config, left_out = read_generation_config(name, trust_remote_code)
+            with reject_unsafe_pickles("its weights"):
                 model, report = AutoModelForImageTextToText.from_pretrained(
-                    name, trust_remote_code=trust_remote_code, generation_config=generation_config, **REPORTED, **settings
+                    name, trust_remote_code=trust_remote_code, generation_config=generation_config, **LOADING_INFO, **settings
                 )
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"its weights do not load: {_reason(name, error)}") from error
-    check_whole(subject, model, report)
+    check_weights_loaded(subject, model, report)
     if left_out and not quiet:
         print(f"{subject}: {left_out}")
     if getattr(model, "is_quantized", False):
@@ -159,7 +159,7 @@ def loading(name: str, section: ModelSection) -> dict[str, Any]:
         "attn_implementation": section.attn_implementation,
     }
     if section.precision in QUANTIZED:
-        settings["quantization_config"] = quantization(name, section.precision, section.trust_remote_code)
+        settings["quantization_config"] = quantization_config(name, section.precision, section.trust_remote_code)
         # bitsandbytes quantizes where the layers will stay.
         here = torch.accelerator.current_accelerator(check_available=True)
         settings["device_map"] = {
@@ -259,7 +259,7 @@ def _ready_processor(
 def _open(name: str, subject: str, config: PreTrainedConfig, trust_remote_code: bool) -> ProcessorMixin:
     with _named(subject):
         try:
-            return open_processor(name, config, trust_remote_code)
+            return load_completed_processor(name, config, trust_remote_code)
         except (OSError, ValueError) as error:
             raise UserError(f"its processor does not load: {_reason(name, error)}") from error
 
@@ -299,7 +299,7 @@ def load_bare_processor(section: ModelSection) -> ProcessorMixin:
 
 
 def load_trained(
-    path: Path | Trained,
+    path: Path | TrainedWeights,
     dtype: torch.dtype | None = None,
     chat_template: str | None = None,
     trust_remote_code: bool = False,
@@ -309,7 +309,7 @@ def load_trained(
     A run is loaded as its recipe says: precision and attention. Whether code that it brings may run is not the run's to say.
 
     Args:
-        path: the run, the checkpoint, the adapter, or the model; or what `trained_part` has found there.
+        path: the run, the checkpoint, the adapter, or the model; or what `locate_trained_weights` has found there.
         dtype: of the base's weights, unquantized; None takes the run's precision, or else the checkpoint's own.
         chat_template: as a recipe's `model.chat_template`; None takes the checkpoint's own, which of a run is the one that it was
             trained with, and another is refused.
@@ -322,16 +322,16 @@ def load_trained(
         UserError: nothing there, a damaged file, an adapter that does not fit its base, or code that may not run.
         CheckFailed: a damaged checkpoint.
     """
-    trained = path if isinstance(path, Trained) else trained_part(path)
-    subject = str(trained.path if isinstance(path, Trained) or trained.run.recipe.is_file() else path)
-    with removal_named(trained):
+    trained = path if isinstance(path, TrainedWeights) else locate_trained_weights(path)
+    subject = str(trained.path if isinstance(path, TrainedWeights) or trained.run.recipe.is_file() else path)
+    with report_removed_checkpoint(trained):
         return _load_trained(trained, subject, dtype, chat_template, trust_remote_code)
 
 
 def _load_trained(
-    trained: Trained, subject: str, dtype: torch.dtype | None, chat_template: str | None, trust_remote_code: bool
+    trained: TrainedWeights, subject: str, dtype: torch.dtype | None, chat_template: str | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
-    source = base_of_adapter(trained.path) if trained.is_adapter else str(trained.path)
+    source = read_adapter_base(trained.path) if trained.is_adapter else str(trained.path)
     settings: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     of_run = trained.run.recipe.is_file()
     if of_run:
@@ -358,7 +358,7 @@ def _load_trained(
         set_chat_template(processor, template)
         if not trained.is_adapter:
             return load_strictly(source, subject, **settings).eval(), processor
-        if not (trained.path / INITIAL).is_file():
+        if not (trained.path / INITIAL_LORA).is_file():
             return load_adapter(trained.path, **settings).eval(), processor
         with tempfile.TemporaryDirectory() as folder:
             plain = Path(folder) / "adapter"
@@ -368,7 +368,7 @@ def _load_trained(
         raise UserError(f"cannot load a model from {trained.path}: {_reason(str(trained.path), error)}") from error
 
 
-def _model_section(trained: Trained, source: str, trust_remote_code: bool) -> ModelSection:
+def _model_section(trained: TrainedWeights, source: str, trust_remote_code: bool) -> ModelSection:
     """The `model` section of a run's recipe, with the permission of whoever loads the run in place of the run's own.
 
     Raises:
@@ -378,7 +378,7 @@ def _model_section(trained: Trained, source: str, trust_remote_code: bool) -> Mo
     if not trust_remote_code:
         folder = local_folder(source)
         kernel = section.attn_implementation is not None and "/" in section.attn_implementation
-        if kernel or (section.trust_remote_code and (folder is None or brings_code(folder))):
+        if kernel or (section.trust_remote_code and (folder is None or has_remote_code(folder))):
             what = f"the attention kernel {section.attn_implementation}" if kernel else source
             raise UserError(f"{trained.run.path}: it was trained with code of {what}, which runs only with --trust-remote-code")
     return section.model_copy(update={"trust_remote_code": trust_remote_code})
@@ -398,12 +398,12 @@ def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
     config_class = METHODS[adapter_method(adapter)].config_class()
     if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{adapter}: expected its weights in {ADAPTER_WEIGHTS}; adapter_model.bin is not read")
-    base = located_base_of(adapter)
+    base = locate_adapter_base(adapter)
     own = (adapter / GENERATION_CONFIG_NAME).is_file()  # the base's lacks the stop tokens of the training template
     model = load_strictly(base, f"{adapter}: its base {base}", quiet=own, **settings)
     try:
         config = config_class.from_pretrained(str(adapter))
-        bound_patterns(config, model, adapter / ADAPTER_CONFIG)
+        expand_patterns(config, model, adapter / ADAPTER_CONFIG)
         tuned = PeftModel.from_pretrained(model, str(adapter), config=config)
         found = {key for file in weight_files(adapter) for key in safe_open(file, framework="pt").keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
@@ -429,7 +429,7 @@ def adapter_method(adapter: Path) -> str:
     Raises:
         UserError: no readable configuration, a method that mmtune does not know, or one that has PEFT import what it names.
     """
-    config = adapter_config(adapter)
+    config = read_adapter_config(adapter)
     peft_type = config.get("peft_type")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(str(peft_type))
     method = next((name for name, method in METHODS.items() if method.config_class() is config_class), None)
@@ -445,6 +445,6 @@ def adapter_method(adapter: Path) -> str:
 
 def _reason(name: str, error: Exception) -> str:
     line = first_line(error)
-    if line == NOT_ALLOWED:
+    if line == CODE_NOT_ALLOWED:
         return line
     return line if Path(name).is_dir() else f"there is no such directory, and it does not load as a hub id: {line}"

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mmtune.families.family_table import NEVER_PACKED
-from mmtune.models.compute import in_eval_mode, to_model, training_autocast
+from mmtune.families.family_table import UNPACKABLE
+from mmtune.models.compute import in_eval_mode, move_batch, training_autocast
 from mmtune.utils.errors import UserError
 
 MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
@@ -35,7 +35,7 @@ Rounding alone made 1e-6 and 5e-3 on small models, a leak 0.06 to 1.
 
 
 def check_packable(model: nn.Module) -> None:
-    """Refuse what is known not to keep samples apart. What is not refused here is still to be proved: `prove_packing`.
+    """Refuse what is known not to keep samples apart. What is not refused here is still to be proved: `verify_packing`.
 
     Raises:
         UserError: naming the family, the prompt method or the layers, with the reason.
@@ -53,8 +53,8 @@ def check_packable_family(config: PreTrainedConfig) -> None:
         UserError: naming the family or the layers, with the reason.
     """
     family = config.model_type
-    if family in NEVER_PACKED:
-        raise _refusal(f"{family}: {NEVER_PACKED[family]}")
+    if family in UNPACKABLE:
+        raise _refusal(f"{family}: {UNPACKABLE[family]}")
     text = config.get_text_config()
     others = sorted(set(getattr(text, "layer_types", None) or ()) - set(SEPARATE))
     if others:
@@ -84,7 +84,7 @@ def packed_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "use_cache": False}
 
 
-def prove_packing(model: nn.Module, packed: dict[str, Any], singles: list[dict[str, Any]]) -> None:
+def verify_packing(model: nn.Module, packed: dict[str, Any], singles: list[dict[str, Any]]) -> None:
     """Compare the logits of samples packed into one row with those of the same samples, each alone.
 
     The model computes in its own precision. In half precision rounding alone makes differences, so that only a leak that changes
@@ -112,7 +112,7 @@ def prove_packing(model: nn.Module, packed: dict[str, Any], singles: list[dict[s
 
 def _supervised_logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """Shape (supervised tokens, vocabulary), in the order of the samples."""
-    inputs = packed_inputs(model, to_model(model, batch))
+    inputs = packed_inputs(model, move_batch(model, batch))
     supervised = nn.functional.pad(inputs.pop("labels"), (0, 1), value=-100)[:, 1:] != -100
     logits: torch.Tensor = model(**inputs, logits_to_keep=supervised).logits
     return logits

@@ -13,7 +13,7 @@ from mmtune.models.components import component_of, find_components
 QUANTIZED = ("int8", "nf4")
 
 
-def quantization(checkpoint: str, precision: str, trust_remote_code: bool = False) -> BitsAndBytesConfig:
+def quantization_config(checkpoint: str, precision: str, trust_remote_code: bool = False) -> BitsAndBytesConfig:
     """How a checkpoint is quantized: the language model's linear layers, and nothing else.
 
     The vision tower, the projector and the head stay in bf16: they hold few of the weights, and what trains in full must be
@@ -21,7 +21,7 @@ def quantization(checkpoint: str, precision: str, trust_remote_code: bool = Fals
 
     Args:
         checkpoint: a directory or hub id.
-        precision: `int8` (LLM.int8, arXiv 2208.07339) or `nf4` with double quantization (QLoRA, arXiv 2305.14314).
+        precision: `int8` (LLM.int8, arXiv 2208.07339) or `nf4` with double quantization_config (QLoRA, arXiv 2305.14314).
 
     Raises:
         UserError: a family whose components are not known.
@@ -30,7 +30,7 @@ def quantization(checkpoint: str, precision: str, trust_remote_code: bool = Fals
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
     components = find_components(model)
-    whole = [components.vision_tower, components.projector, *components.projector_parts, components.lm_head]
+    whole = [components.vision_tower, components.projector, *components.projector_extras, components.lm_head]
     skip = [path for path in whole if path is not None]
     if precision == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)

@@ -31,9 +31,20 @@ from transformers import (
 
 from mmtune.console.styled_console import StyledConsole
 from mmtune.models.checkpoints.locate_base import BUILTIN, UNTRAINED, locate_base
-from mmtune.models.compatibility import choose_strategy, read_image_processor, read_language, read_tower
+from mmtune.models.compatibility import (
+    choose_feature_select_strategy,
+    read_image_processor,
+    read_language_config,
+    read_vision_tower,
+)
 from mmtune.models.components import find_components, linear_modules
-from mmtune.models.fake_tensors import CountedMemory, QuantizedLinear, bnb_state_bytes, make_prompt_tokens_real, quiet
+from mmtune.models.fake_tensors import (
+    MemoryTracker,
+    QuantizedLinear,
+    bnb_state_bytes,
+    make_prompt_tokens_real,
+    suppress_fake_tensor_warnings,
+)
 from mmtune.models.load import DTYPES
 from mmtune.recipe.recipe import ModelSection, Recipe, Settings
 from mmtune.tuning.apply import apply_tuning
@@ -112,7 +123,7 @@ def estimate_memory(
             model whose computation depends on values that only real weights have.
     """
     arguments = _arguments(recipe)
-    with quiet():
+    with suppress_fake_tensor_warnings():
         model = build_meta(recipe.model)
         components = find_components(model)
         if recipe.model.precision in ("int8", "nf4"):
@@ -127,8 +138,8 @@ def estimate_memory(
             every, offload = settings.pop("every_n_layers", 1), settings.pop("offload", False)
             tuned.activation_checkpointing_enable(settings or None, every_n_layers=every, offload=offload)
         tuned.disable_input_require_grads()  # as training does: a frozen tower takes no part in the backward pass
-        memory = CountedMemory(model.config.get_text_config().vocab_size)
-        memory.hold(tuned)
+        memory = MemoryTracker(model.config.get_text_config().vocab_size)
+        memory.track_model(tuned)
         with _told(recipe):
             pixels = _pixels(recipe.model, memory, images * arguments.per_device_train_batch_size, image_size)
             batch = _batch(tuned, memory, pixels, arguments, tokens, images, supervised)
@@ -154,14 +165,14 @@ def build_meta(section: ModelSection) -> PreTrainedModel:
             raise UserError(_unreachable("model.base", section.base, "config.json", error)) from error
     else:
         assert section.vision is not None and section.language is not None  # the recipe holds this
-        tower = read_tower(section.vision, section.trust_remote_code)
-        text = read_language(section.language, section.trust_remote_code)
+        tower = read_vision_tower(section.vision, section.trust_remote_code)
+        text = read_language_config(section.language, section.trust_remote_code)
         config = LlavaConfig(
             vision_config=tower.config,
             text_config=text,
             image_token_index=text.vocab_size - 1,
             vision_feature_layer=section.vision_feature_layer,
-            vision_feature_select_strategy=choose_strategy(tower, section.vision_feature_select_strategy),
+            vision_feature_select_strategy=choose_feature_select_strategy(tower, section.vision_feature_select_strategy),
         )
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -347,12 +358,14 @@ def _told(recipe: Recipe) -> Iterator[None]:
 # ---- what a step is made of
 
 
-def _pixels(section: ModelSection, memory: CountedMemory, count: int, size: tuple[int, int]) -> dict[str, torch.Tensor]:
+def _pixels(section: ModelSection, memory: MemoryTracker, count: int, size: tuple[int, int]) -> dict[str, torch.Tensor]:
     """What the image processor makes of blank images."""
     if not count:
         return {}
     if section.base is None:
-        processor = read_image_processor(read_tower(str(section.vision), section.trust_remote_code), section.trust_remote_code)
+        processor = read_image_processor(
+            read_vision_tower(str(section.vision), section.trust_remote_code), section.trust_remote_code
+        )
     else:
         try:
             processor = AutoImageProcessor.from_pretrained(_checkpoint(section), trust_remote_code=section.trust_remote_code)
@@ -370,7 +383,7 @@ def _pixels(section: ModelSection, memory: CountedMemory, count: int, size: tupl
 
 def _batch(
     model: Any,
-    memory: CountedMemory,
+    memory: MemoryTracker,
     pixels: dict[str, torch.Tensor],
     arguments: TrainingArguments,
     tokens: int,
@@ -405,7 +418,7 @@ def _batch(
 
 
 def _step(
-    model: Any, memory: CountedMemory, batch: dict[str, torch.Tensor], arguments: TrainingArguments
+    model: Any, memory: MemoryTracker, batch: dict[str, torch.Tensor], arguments: TrainingArguments
 ) -> tuple[dict[Any, int], str]:
     """A whole optimizer step in the order of transformers' Trainer; what was live at its fullest, by kind, and when that was.
 
@@ -420,19 +433,19 @@ def _step(
     for tensor in batch.values():  # the loader has put every batch of the step on the device
         memory.track(tensor, "activations")
         memory.add("activations", (arguments.gradient_accumulation_steps - 1) * tensor.nbytes)
-    memory.forget_peak()
+    memory.reset_peak()
     with memory:
         for _ in range(min(arguments.gradient_accumulation_steps, 2)):
-            memory.moment = "forward"
+            memory.phase = "forward"
             scored = _scored(model, batch)
             loss = forward(**scored, num_items_in_batch=torch.tensor(1)).loss
             del scored
-            memory.moment = "backward"
+            memory.phase = "backward"
             loss.backward()
             del loss
-        computing, moment = memory.fullest, memory.fullest_moment
-        memory.moment, memory.making = "optimizer", "optimizer"
-        memory.forget_peak()
+        computing, moment = memory.peak, memory.peak_phase
+        memory.phase, memory.allocating = "optimizer", "optimizer"
+        memory.reset_peak()
         reached = [parameter for parameter in trained if parameter.grad is not None]
         if arguments.max_grad_norm:
             nn.utils.clip_grad_norm_(reached, arguments.max_grad_norm)
@@ -440,9 +453,9 @@ def _step(
         if optimizer is not None:
             optimizer.step()
     computing["optimizer"] = memory.live["optimizer"]
-    if sum(computing.values()) >= sum(memory.fullest.values()):
+    if sum(computing.values()) >= sum(memory.peak.values()):
         return computing, moment
-    return memory.fullest, "optimizer"
+    return memory.peak, "optimizer"
 
 
 def _autocast(arguments: TrainingArguments) -> torch.autocast:
@@ -459,7 +472,7 @@ def _scored(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def _optimizer(
-    model: Any, memory: CountedMemory, trained: list[nn.Parameter], arguments: TrainingArguments
+    model: Any, memory: MemoryTracker, trained: list[nn.Parameter], arguments: TrainingArguments
 ) -> torch.optim.Optimizer | None:
     """The Trainer's optimizer; of bitsandbytes' only the bytes of the states are counted."""
     name = str(getattr(arguments.optim, "value", arguments.optim))

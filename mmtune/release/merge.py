@@ -20,16 +20,21 @@ from mmtune.data.dataset import Samples, open_samples
 from mmtune.data.message import Sample
 from mmtune.models.checkpoints.adapter_export import export_adapter
 from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK, UNTRAINED, locate_base
-from mmtune.models.checkpoints.trained_weights import Trained, base_of_adapter, located_base_of, removal_named
-from mmtune.models.checkpoints.unread_tensors import carry_over, describe_tensors, unread_tensors
+from mmtune.models.checkpoints.trained_weights import (
+    TrainedWeights,
+    locate_adapter_base,
+    read_adapter_base,
+    report_removed_checkpoint,
+)
+from mmtune.models.checkpoints.unread_tensors import append_tensors, describe_unread_tensors, find_unread_tensors
 from mmtune.models.compute import to_best_device
-from mmtune.models.generation import ANSWER_TOKENS
+from mmtune.models.generation import DEFAULT_MAX_NEW_TOKENS
 from mmtune.models.load import DTYPES, load_base, load_strictly, load_trained
-from mmtune.models.quantize import QUANTIZED, prepare_quantized, quantization
+from mmtune.models.quantize import QUANTIZED, prepare_quantized, quantization_config
 from mmtune.recipe.recipe import Recipe, load_recipe, needed_paths
-from mmtune.release.merge_weights import adapter_of, check_mergeable, fold, fold_weighted, weights_of_run
+from mmtune.release.merge_weights import check_mergeable, locate_run_adapter, locate_run_weights, merge_adapter, merge_weighted
 from mmtune.release.model_card import adapter_card, model_card
-from mmtune.release.parity import ModelOutputs, answer_logits, compare, observe, same_answers
+from mmtune.release.parity import ModelOutputs, answer_logits, collect_outputs, compare, count_same_answers
 from mmtune.run_directory import RunDirectory
 from mmtune.utils.errors import CheckFailed, UserError
 from mmtune.utils.files import check_links_stay, read_record, replaced_directory
@@ -53,11 +58,11 @@ class Parity:
         merge_dtype: of the released weights.
         merge_max_logit_difference, merge_mean_logit_difference, merge_kl: see `parity.Difference`.
         merge_same_answers: greedy answers that are the same text.
-        merge_fold_difference: the largest logit difference before rounding to `merge_dtype`.
-        merge_tolerance: what `merge_fold_difference` may be.
+        merge_unrounded_difference: the largest logit difference before rounding to `merge_dtype`.
+        merge_tolerance: what `merge_unrounded_difference` may be.
         merge_difference_from_base: largest logit difference from the untuned base, which the release must not equal.
         merge_step, merge_steps: the optimizer steps that the released weights have behind them, and those of the whole run.
-        merge_carried: tensors of the base that its class does not read, which are in the release as they are.
+        merge_copied_tensors: tensors of the base that its class does not read, which are in the release as they are.
         trained: the same against the adapter on the quantized base that it was trained on; nothing is asked of these.
         quantized: the quantized release, loaded back, against the merged model; nothing is asked of these.
     """
@@ -68,12 +73,12 @@ class Parity:
     merge_mean_logit_difference: float
     merge_kl: float
     merge_same_answers: int
-    merge_fold_difference: float
+    merge_unrounded_difference: float
     merge_tolerance: float
     merge_difference_from_base: float
     merge_step: int | None = None
     merge_steps: int | None = None
-    merge_carried: tuple[str, ...] = ()
+    merge_copied_tensors: tuple[str, ...] = ()
     trained: dict[str, Any] | None = None
     quantized: dict[str, Any] | None = None
 
@@ -124,7 +129,7 @@ def merge(
             replaced.
         CheckFailed: the merged model differs from what was trained, or equals the base; nothing is left at `out`.
     """
-    source = weights_of_run(path)
+    source = locate_run_weights(path)
     run = source.run
     recipe = load_recipe(run.recipe)
     if source.is_adapter:
@@ -135,28 +140,28 @@ def merge(
         fresh = job.open(stack, out, overwrite, needed)
         trained = None
         if recipe.model.precision in QUANTIZED:
-            trained = job.observe(*load_trained(source, trust_remote_code=trust_remote_code), "as trained")
+            trained = job.collect_outputs(*load_trained(source, trust_remote_code=trust_remote_code), "as trained")
         model, processor = load_trained(source, torch.float32, trust_remote_code=trust_remote_code)
         to_best_device(model)
-        adapter = job.observe(model, processor, "as trained, in fp32")
+        adapter = job.collect_outputs(model, processor, "as trained, in fp32")
         if source.is_adapter:
             with model.disable_adapter():
                 base = answer_logits(model, processor, job.samples, "the base")
-            merged = fold(model)
-            folded = job.observe(merged, processor, "merged")
+            merged = merge_adapter(model)
+            folded = job.collect_outputs(merged, processor, "merged")
         else:
             section = recipe.model.model_copy(update={"precision": "fp32", "trust_remote_code": trust_remote_code})
             untuned, _ = load_base(section, recipe.train.get("seed", 42))
             base = answer_logits(to_best_device(untuned).eval(), processor, job.samples, "the base")
             del untuned
             merged, folded = model, adapter
-        _enforce_fold(adapter, base, folded)
+        _check_merge(adapter, base, folded)
         parity = job.write(fresh, merged, processor, adapter, base, folded)
         del model, merged
         if trained is not None:
             parity = replace(parity, trained=_figures(trained, folded))
         parity = job.write_quantized(folded, processor, parity)
-        summary = summary_of(source)
+        summary = read_weights_summary(source)
         parity = replace(parity, merge_step=source.step or summary.get("steps"), merge_steps=summary.get("steps"))
         job.finish(summary | asdict(parity), run)
     if run.summary.is_file() and not source.is_checkpoint:
@@ -164,7 +169,7 @@ def merge(
     return parity
 
 
-def summary_of(trained: Trained) -> dict[str, Any]:
+def read_weights_summary(trained: TrainedWeights) -> dict[str, Any]:
     """What a run's `summary.json` says; of a checkpoint, what is known of it, and nothing of the finished run."""
     if not trained.is_checkpoint:
         return trained.run.read_summary() if trained.run.summary.is_file() else {}
@@ -175,14 +180,14 @@ def summary_of(trained: Trained) -> dict[str, Any]:
     return {"steps": trained.steps, "rows": report["rows"], **counts}
 
 
-def _base_on_disk(source: Trained, recipe: Recipe) -> str | None:
+def _base_on_disk(source: TrainedWeights, recipe: Recipe) -> str | None:
     """The checkpoint that a run started from; None where it was made in memory and not written."""
     if source.is_adapter:
-        return located_base_of(source.path)
+        return locate_adapter_base(source.path)
     return None if recipe.model.base in (None, UNTRAINED) else locate_base(str(recipe.model.base))
 
 
-def combine(
+def combine_adapters(
     parts: Sequence[tuple[Path, float]],
     out: Path,
     *,
@@ -205,18 +210,18 @@ def combine(
     for path, weight in parts:
         if not math.isfinite(weight):
             raise UserError(f"{path}: {weight} is no weight")
-    runs = [(adapter_of(path), weight) for path, weight in parts]
+    runs = [(locate_run_adapter(path), weight) for path, weight in parts]
     for trained, _ in runs:
         check_mergeable(trained)
     first = runs[0][0].run
     recipe = load_recipe(first.recipe)
-    job = _Job(recipe, form or ExportOptions(), count, located_base_of(runs[0][0].path), trust_remote_code)
+    job = _Job(recipe, form or ExportOptions(), count, locate_adapter_base(runs[0][0].path), trust_remote_code)
     needed = [*(trained.run.path for trained, _ in runs), *(trained.path for trained, _ in runs), Path(str(job.base))]
     needed += needed_paths(recipe)
     with ExitStack() as stack:
         fresh = job.open(stack, out, overwrite, needed)
-        merged, processor = fold_weighted(runs, trust_remote_code)
-        folded = job.observe(to_best_device(merged), processor, "merged")
+        merged, processor = merge_weighted(runs, trust_remote_code)
+        folded = job.collect_outputs(to_best_device(merged), processor, "merged")
         base_name = str(job.base)
         untuned = load_strictly(base_name, base_name, quiet=True, dtype=torch.float32, trust_remote_code=trust_remote_code)
         base = answer_logits(to_best_device(untuned), processor, job.samples, "the base")
@@ -232,7 +237,7 @@ def combine(
     return parity
 
 
-def keep_adapter(
+def release_adapter(
     path: Path, out: Path, *, overwrite: bool = False, count: int = 32, trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """Release a run as its adapter and, unless that is on the hub, its base: for methods that cannot be folded.
@@ -247,26 +252,26 @@ def keep_adapter(
         UserError: no adapter in the run, or an `out` that must not be replaced.
         CheckFailed: what was released differs from the run.
     """
-    source = adapter_of(path)
+    source = locate_run_adapter(path)
     run = source.run
     recipe = load_recipe(run.recipe)
     job = _Job(recipe, ExportOptions(), count, trust_remote_code=trust_remote_code)
-    base = Path(base_of_adapter(source.path))
+    base = Path(read_adapter_base(source.path))
     needed = [path, run.path, base, *needed_paths(recipe)]
-    with removal_named(source), replaced_directory(out, overwrite, MANIFEST, needed) as fresh:
+    with report_removed_checkpoint(source), replaced_directory(out, overwrite, MANIFEST, needed) as fresh:
         for folder in (source.path, *([base] if base.is_dir() else [])):
             check_links_stay(folder)
         model, processor = load_trained(source, torch.float32, trust_remote_code=trust_remote_code)
-        expected = job.observe(to_best_device(model), processor, "as trained, in fp32")
+        expected = job.collect_outputs(to_best_device(model), processor, "as trained, in fp32")
         if base.is_dir():
             shutil.copytree(base, fresh / "base")
         # A base in the release is found beside the adapter, wherever the release goes.
         export_adapter(source, processor, fresh / "adapter", base="base" if base.is_dir() else str(base))
-        result = job.observe(*_placed(job.load(fresh / "adapter")), "the release")
+        result = job.collect_outputs(*_placed(job.load(fresh / "adapter")), "the release")
         figures = _figures(expected, result)
         if figures["max_logit_difference"] > 1e-6 or figures["same_answers"] < figures["samples"]:
             raise CheckFailed(f"the released adapter differs from the run's: {figures}")
-        summary = summary_of(source)
+        summary = read_weights_summary(source)
         steps = {"merge_step": source.step or summary.get("steps"), "merge_steps": summary.get("steps")}
         card = adapter_card(recipe, summary | steps, run, figures, base.is_dir())
         (fresh / "README.md").write_text(card, encoding="utf-8")
@@ -300,7 +305,7 @@ class _Job:
         self._recipe = recipe
         self._unread: dict[str, Path] = {}
         self._carried: dict[str, Any] = {}
-        self._new_tokens = recipe.evaluate.max_new_tokens if recipe.evaluate else ANSWER_TOKENS
+        self._new_tokens = recipe.evaluate.max_new_tokens if recipe.evaluate else DEFAULT_MAX_NEW_TOKENS
 
     def open(self, stack: ExitStack, out: Path, overwrite: bool, needed: Sequence[Path]) -> Path:
         """Temporary directories for the release and, if it is asked for, the quantized one; refused before anything is loaded."""
@@ -314,8 +319,8 @@ class _Job:
         """What was written, loaded back from disk in fp32."""
         return load_trained(released, torch.float32, trust_remote_code=self._trusts)
 
-    def observe(self, model: PreTrainedModel, processor: ProcessorMixin, what: str) -> ModelOutputs:
-        return observe(model, processor, self.samples, self._new_tokens, what)
+    def collect_outputs(self, model: PreTrainedModel, processor: ProcessorMixin, what: str) -> ModelOutputs:
+        return collect_outputs(model, processor, self.samples, self._new_tokens, what)
 
     def write(
         self,
@@ -330,13 +335,13 @@ class _Job:
         merged.to(DTYPES[self.dtype]).save_pretrained(fresh, max_shard_size=self.form.max_shard_size)
         processor.save_pretrained(fresh)
         if self.base is not None:
-            self._unread = unread_tensors(merged, self.base)
-            self._carried = carry_over(self._unread, fresh, self.form.max_shard_size)
+            self._unread = find_unread_tensors(merged, self.base)
+            self._carried = append_tensors(self._unread, fresh, self.form.max_shard_size)
             if self._carried:
-                print(describe_tensors(merged, self._carried))
+                print(describe_unread_tensors(merged, self._carried))
         merged.to("meta")  # its memory is wanted for the model that is loaded back
         gc.collect()
-        result = self.observe(*_placed(self.load(fresh)), "the release")
+        result = self.collect_outputs(*_placed(self.load(fresh)), "the release")
         difference = compare(adapter.logits, result.logits)
         parity = Parity(
             merge_samples=len(self.samples),
@@ -344,13 +349,13 @@ class _Job:
             merge_max_logit_difference=difference.largest,
             merge_mean_logit_difference=difference.mean,
             merge_kl=difference.kl,
-            merge_same_answers=same_answers(adapter, result),
-            merge_fold_difference=compare(adapter.logits, folded.logits).largest,
+            merge_same_answers=count_same_answers(adapter, result),
+            merge_unrounded_difference=compare(adapter.logits, folded.logits).largest,
             merge_tolerance=TOLERANCE,
             merge_difference_from_base=compare(base, result.logits).largest,
-            merge_carried=tuple(self._carried),
+            merge_copied_tensors=tuple(self._carried),
         )
-        _enforce_release(parity, change=compare(base, adapter.logits).mean)
+        _check_release(parity, change=compare(base, adapter.logits).mean)
         return parity
 
     def write_quantized(self, merged: ModelOutputs, processor: ProcessorMixin, parity: Parity) -> Parity:
@@ -359,7 +364,7 @@ class _Job:
         if kind is None:
             return parity
         whole, fresh = self.written
-        config = quantization(str(whole), kind, self._trusts)
+        config = quantization_config(str(whole), kind, self._trusts)
         where = {"": torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")}
         model = AutoModelForImageTextToText.from_pretrained(
             str(whole),
@@ -371,18 +376,18 @@ class _Job:
         prepare_quantized(model)
         model.save_pretrained(fresh, max_shard_size=self.form.max_shard_size)
         processor.save_pretrained(fresh)
-        carry_over(self._unread, fresh, self.form.max_shard_size)
-        expected = self.observe(model, processor, kind)
+        append_tensors(self._unread, fresh, self.form.max_shard_size)
+        expected = self.collect_outputs(model, processor, kind)
         reloaded = AutoModelForImageTextToText.from_pretrained(str(fresh), device_map=where, trust_remote_code=self._trusts)
         prepare_quantized(reloaded)
-        result = self.observe(reloaded, processor, f"the {kind} release")
+        result = self.collect_outputs(reloaded, processor, f"the {kind} release")
         if (apart := compare(expected.logits, result.logits).largest) > TOLERANCE:
             raise CheckFailed(f"the {kind} release, loaded back from disk, differs from what was written: by {apart:.3g}")
         return replace(parity, quantized=_figures(merged, result))
 
     def finish(self, summary: dict[str, Any], run: RunDirectory) -> None:
         """Write the cards and the manifests."""
-        about = {"step": summary["merge_step"], "steps": summary["merge_steps"], "carried_tensors": self._carried}
+        about = {"step": summary["merge_step"], "steps": summary["merge_steps"], "copied_tensors": self._carried}
         for folder in self.written:
             (folder / "README.md").write_text(model_card(self._recipe, summary, run), encoding="utf-8")
             write_manifest(folder, **about)
@@ -399,11 +404,11 @@ def _figures(one: ModelOutputs, other: ModelOutputs) -> dict[str, Any]:
         "max_logit_difference": difference.largest,
         "mean_logit_difference": difference.mean,
         "kl": difference.kl,
-        "same_answers": same_answers(one, other),
+        "same_answers": count_same_answers(one, other),
     }
 
 
-def _enforce_fold(adapter: ModelOutputs, base: list[torch.Tensor], folded: ModelOutputs) -> None:
+def _check_merge(adapter: ModelOutputs, base: list[torch.Tensor], folded: ModelOutputs) -> None:
     if compare(base, folded.logits).largest <= TOLERANCE / 100:
         raise CheckFailed("the merged model equals the base: tuning changed nothing, or the adapter was not folded in")
     apart = compare(adapter.logits, folded.logits).largest
@@ -411,13 +416,13 @@ def _enforce_fold(adapter: ModelOutputs, base: list[torch.Tensor], folded: Model
         raise CheckFailed(
             f"the merged model differs from the adapter: largest logit difference {apart:.3g}, more than {TOLERANCE:g}"
         )
-    if (same := same_answers(adapter, folded)) < len(adapter.answers):
+    if (same := count_same_answers(adapter, folded)) < len(adapter.answers):
         raise CheckFailed(
             f"the merged model answers {len(adapter.answers) - same} of {len(adapter.answers)} samples unlike the adapter"
         )
 
 
-def _enforce_release(parity: Parity, change: float) -> None:
+def _check_release(parity: Parity, change: float) -> None:
     exact = parity.merge_dtype == "fp32"
     apart, allowed = parity.merge_mean_logit_difference, ROUNDING * change
     if exact and (parity.merge_max_logit_difference > TOLERANCE or parity.merge_same_answers < parity.merge_samples):

@@ -14,38 +14,38 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from mmtune.methods.method_table import METHODS
 from mmtune.models.checkpoints.checkpoint_files import safetensors_files
-from mmtune.models.checkpoints.trained_weights import Trained, located_base_of, trained_part
+from mmtune.models.checkpoints.trained_weights import TrainedWeights, locate_adapter_base, locate_trained_weights
 from mmtune.models.load import adapter_method, load_strictly, load_trained
 from mmtune.utils.errors import CheckFailed, UserError
 from mmtune.utils.manifest import sha256
 
 
-def weights_of_run(path: Path) -> Trained:
+def locate_run_weights(path: Path) -> TrainedWeights:
     """What a run has trained, or had at one of its checkpoints.
 
     Raises:
         UserError: neither of these, or nothing was trained yet.
         CheckFailed: a damaged checkpoint.
     """
-    trained = trained_part(path)
+    trained = locate_trained_weights(path)
     if not trained.run.recipe.is_file():
         raise UserError(f"{path} is neither a run nor a checkpoint in a run's checkpoints/: there is no recipe.yaml")
     return trained
 
 
-def adapter_of(path: Path) -> Trained:
-    """As `weights_of_run`, of a run that trains an adapter.
+def locate_run_adapter(path: Path) -> TrainedWeights:
+    """As `locate_run_weights`, of a run that trains an adapter.
 
     Raises:
         UserError: a run that trains the whole model as well.
     """
-    trained = weights_of_run(path)
+    trained = locate_run_weights(path)
     if not trained.is_adapter:
         raise UserError(f"{path} trained the whole model, so it has no adapter; `mmtune merge RUN OUT` alone releases it")
     return trained
 
 
-def check_mergeable(trained: Trained) -> None:
+def check_mergeable(trained: TrainedWeights) -> None:
     """
     Raises:
         UserError: the adapter's method is no change of weights.
@@ -64,7 +64,7 @@ def _content(base: str) -> tuple[str, ...]:
     return tuple(sha256(file) for file in files) or (base,)
 
 
-def fold(model: PeftModel) -> PreTrainedModel:
+def merge_adapter(model: PeftModel) -> PreTrainedModel:
     """The base with the active adapter folded into it, and nothing of PEFT left."""
     base = model.get_base_model()
     for name, wrapper in list(base.named_modules()):
@@ -79,8 +79,8 @@ def fold(model: PeftModel) -> PreTrainedModel:
     return merged
 
 
-def fold_weighted(
-    parts: Sequence[tuple[Trained, float]], trust_remote_code: bool = False
+def merge_weighted(
+    parts: Sequence[tuple[TrainedWeights, float]], trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """One base plus the weighted sum of what several adapters change in its weights, in fp32.
 
@@ -96,7 +96,7 @@ def fold_weighted(
     Raises:
         UserError: adapters of different bases or chat templates.
     """
-    bases = {trained.path: located_base_of(trained.path) for trained, _ in parts}
+    bases = {trained.path: locate_adapter_base(trained.path) for trained, _ in parts}
     if len({_content(base) for base in bases.values()}) > 1:
         listing = "; ".join(f"{path}: {base}" for path, base in bases.items())
         raise UserError(f"adapters of different bases cannot be added: {listing}")
@@ -108,7 +108,7 @@ def fold_weighted(
     for trained, weight in parts:
         tuned, processor = load_trained(trained, torch.float32, trust_remote_code=trust_remote_code)
         processors.append(processor)
-        merged = fold(tuned)
+        merged = merge_adapter(tuned)
         base.generation_config = merged.generation_config
         for name, tensor in merged.state_dict().items():
             if name in before:

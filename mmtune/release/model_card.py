@@ -80,7 +80,7 @@ def _card(recipe: Recipe, summary: dict[str, Any], run: RunDirectory, about: str
     }
     if recipe.model.base and not recipe.model.base.startswith("builtin:"):
         front["base_model"] = recipe.model.base
-    if (licence := base_licence(recipe)) is not None:
+    if (licence := base_license(recipe)) is not None:
         front["license"] = licence
     environment = read_record(run.environment, versions=dict, python=str)
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
@@ -110,7 +110,7 @@ def _base_name(recipe: Recipe) -> str:
     return recipe.model.base or f"{recipe.model.vision} + {recipe.model.language}"
 
 
-def base_licence(recipe: Recipe) -> str | None:
+def base_license(recipe: Recipe) -> str | None:
     """What the base's own card names as its licence, if that card is on this machine; of parts, that of the language model."""
     name = str(recipe.model.base or recipe.model.language)
     folder = BUILTIN.get(name, Path(name))
@@ -152,9 +152,9 @@ def _merge(summary: dict[str, Any]) -> list[str]:
         f"{summary['merge_samples']} samples, computing in fp32: largest logit difference "
         f"{summary['merge_max_logit_difference']:.3g}, mean {summary['merge_mean_logit_difference']:.3g}, KL divergence "
         f"{summary['merge_kl']:.3g}, {summary['merge_same_answers']} of {summary['merge_samples']} greedy answers the same. "
-        f"Before rounding to {summary['merge_dtype']}: {summary['merge_fold_difference']:.3g} (allowed: "
+        f"Before rounding to {summary['merge_dtype']}: {summary['merge_unrounded_difference']:.3g} (allowed: "
         f"{summary['merge_tolerance']:g}). Largest difference from the base: {summary['merge_difference_from_base']:.3g}.",
-        *_carried(summary.get("merge_carried", ())),
+        *_carried(summary.get("merge_copied_tensors", ())),
         *_extra("The adapter on the quantized base that it was trained on, against this", summary.get("trained")),
         *_extra("The quantized release beside this, against this", summary.get("quantized")),
     ]

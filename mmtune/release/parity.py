@@ -13,7 +13,7 @@ from mmtune.data.encoding.encode import IGNORE_INDEX, encode_sample
 from mmtune.data.message import Sample
 from mmtune.evaluation.evaluate import generate_answers
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
-from mmtune.models.compute import to_model, training_autocast
+from mmtune.models.compute import move_batch, training_autocast
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Difference:
     kl: float
 
 
-def observe(
+def collect_outputs(
     model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], max_new_tokens: int, what: str = "comparing"
 ) -> ModelOutputs:
     """Logits of a model in eval mode where it answers, and what it answers on its own."""
@@ -56,7 +56,7 @@ def answer_logits(
     logits = []
     with EvaluationProgress(what, len(samples), "logits of samples") as progress:
         for sample in samples:
-            inputs = to_model(model, encode_sample(sample, processor))
+            inputs = move_batch(model, encode_sample(sample, processor))
             predicts = inputs.pop("labels")[0, 1:] != IGNORE_INDEX
             with torch.inference_mode(), training_autocast(model):
                 seen = model(**inputs).logits[0, -len(predicts) - 1 : -1]  # after any virtual tokens
@@ -75,6 +75,6 @@ def compare(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Diffe
     return Difference(apart.max().item(), apart.mean().item(), kl.item())
 
 
-def same_answers(one: ModelOutputs, other: ModelOutputs) -> int:
+def count_same_answers(one: ModelOutputs, other: ModelOutputs) -> int:
     """How many greedy answers are the same text."""
     return sum(a == b for a, b in zip(one.answers, other.answers, strict=True))

@@ -22,7 +22,7 @@ from mmtune.data.data_report import DataReport
 from mmtune.data.dataset import OTHER_POLICIES, Encoder, Handle, Samples, StreamedSamples, TrainingSet
 from mmtune.data.encoding.encode import too_long
 from mmtune.distributed.context import DistributedContext
-from mmtune.models.packed_attention import check_packable, prove_packing
+from mmtune.models.packed_attention import check_packable, verify_packing
 from mmtune.planning.token_plan import plan_section
 from mmtune.recipe.recipe import DataSection, Recipe
 from mmtune.utils.errors import UserError
@@ -178,7 +178,7 @@ def prove_packed_rows(model: nn.Module, samples: Samples, encoder: Encoder, pad_
     check_packable(model)
     chosen = sorted(_usable(samples, encoder, 64), key=lambda row: ("pixel_values" not in row, row["input_ids"].shape[1]))[:3]
     if len(chosen) > 1:
-        prove_packing(model, pack(chosen), [collate([row], pad_token_id) for row in chosen])
+        verify_packing(model, pack(chosen), [collate([row], pad_token_id) for row in chosen])
 
 
 def _usable(samples: Samples | StreamedSamples, encoder: Encoder, count: int) -> Iterator[dict[str, torch.Tensor]]:

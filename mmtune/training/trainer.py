@@ -27,9 +27,9 @@ from mmtune.data.message import RowError
 from mmtune.data.processes import prepare_worker, worker_failure
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.distributed.sharded_parameters import full_state_dict
-from mmtune.models.checkpoints.remote_code import refused_pickles
-from mmtune.models.checkpoints.trained_weights import INITIAL
-from mmtune.models.compute import virtual_tokens
+from mmtune.models.checkpoints.remote_code import reject_unsafe_pickles
+from mmtune.models.checkpoints.trained_weights import INITIAL_LORA
+from mmtune.models.compute import count_virtual_tokens
 from mmtune.models.packed_attention import packed_inputs
 from mmtune.run_directory import SAVING
 from mmtune.training.adapter_state import (
@@ -148,7 +148,7 @@ class TuningTrainer(Trainer):
             UserError: a data-loader worker was killed or has no shared memory, or the checkpoint to go on from holds code.
         """
         try:
-            with refused_pickles(f"resume: {kwargs.get('resume_from_checkpoint')}"):
+            with reject_unsafe_pickles(f"resume: {kwargs.get('resume_from_checkpoint')}"):
                 return super().train(*args, **kwargs)
         except RuntimeError as error:
             if (reason := worker_failure(error)) is None:
@@ -181,7 +181,7 @@ class TuningTrainer(Trainer):
         """Cross entropy at supervised positions, summed and divided by their number over the whole optimizer step."""
         plain = self.accelerator.unwrap_model(model)
         sources = inputs.pop("source_ids", None)
-        before = virtual_tokens(plain)
+        before = count_virtual_tokens(plain)
         scored = score_supervised_only(packed_inputs(plain, inputs), before)
         with shared_regularization(plain, self._passes), self._progress.learning(scored):
             loss, outputs = super().compute_loss(model, scored, True, num_items_in_batch)
@@ -296,7 +296,7 @@ class TuningTrainer(Trainer):
                 if self._dist.is_main_process:  # with these a checkpoint of an adapter can be released
                     self.model.generation_config.save_pretrained(made)
                     if self._initial is not None:
-                        save_file(self._initial, made / INITIAL, metadata={"format": "pt"})
+                        save_file(self._initial, made / INITIAL_LORA, metadata={"format": "pt"})
                 self._dist.barrier()
                 flush(made)
                 written = set[str]().union(*self._dist.all_gather_object(names_in(made)))

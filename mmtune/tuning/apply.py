@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from mmtune.console.styled_console import StyledConsole
 from mmtune.distributed.sharded_parameters import gathered_forward, size_of, to_float32
 from mmtune.models.components import Components, component_of, select_modules
-from mmtune.models.compute import to_model
+from mmtune.models.compute import move_batch
 from mmtune.recipe.recipe import TuneSection
 from mmtune.tuning.peft_config import about_key, component_path, keeps_adapter, peft_config
 from mmtune.utils.errors import UserError
@@ -117,13 +117,13 @@ def _with_adapter(model: PreTrainedModel, config: PeftConfig, batches: Iterable[
 
         def gradients() -> None:
             for batch in batches:
-                model(**to_model(model, batch)).loss.backward()
+                model(**move_batch(model, batch)).loss.backward()
 
         preprocess_loraga(model, config, gradients)
     tuned = get_peft_model(model, config)
     if init == "eva":
         with gathered_forward(tuned):
-            initialize_lora_eva_weights(tuned, [to_model(tuned, batch) for batch in batches], show_progress_bar=False)
+            initialize_lora_eva_weights(tuned, [move_batch(tuned, batch) for batch in batches], show_progress_bar=False)
     base = tuned.get_base_model()
     if not any(isinstance(each, BaseTunerLayer) for each in (base.get_input_embeddings(), base.get_output_embeddings())):
         # The vocabulary is the base's. PEFT would ask the hub for the base's config at every save, to find that out.

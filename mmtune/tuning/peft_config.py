@@ -147,7 +147,7 @@ def saved_modules(model: nn.Module, components: Components, tune: TuneSection) -
         if name == "projector" and components.projector is not None and not (vision_whole and inside):
             saved.append(components.projector)
         kept_frozen = frozen_parts(model, components, tune)
-        for part in components.projector_parts if name == "projector" else ():
+        for part in components.projector_extras if name == "projector" else ():
             if part in kept_frozen:
                 continue
             inner = model.get_submodule(part)
@@ -164,7 +164,7 @@ def frozen_parts(model: nn.Module, components: Components, tune: TuneSection) ->
     if tune.projector.method != "full" or "target_modules" in tune.projector.settings or not keeps_adapter(tune):
         return []
     parameters = dict(model.named_parameters())
-    return [part for part in components.projector_parts if part in parameters]
+    return [part for part in components.projector_extras if part in parameters]
 
 
 def keeps_adapter(tune: TuneSection) -> bool:

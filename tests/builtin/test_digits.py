@@ -14,7 +14,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 import mmtune.builtin.digits as digits
-from mmtune.builtin.digits import ANSWER_MARK, PARTS, POSITIONS, digit_images, write_digits
+from mmtune.builtin.digits import ANSWER_MARK, POSITIONS, SPLITS, digit_images, write_digits
 from mmtune.data.dataset import Samples, iterate_rows
 from mmtune.evaluation.metrics import final_answer
 from mmtune.recipe.recipe import Source
@@ -24,7 +24,7 @@ SCENES = 80
 
 @pytest.fixture(scope="module")
 def small() -> dict[str, Any]:
-    return {name: dataclasses.replace(part, scenes=SCENES) for name, part in PARTS.items()}
+    return {name: dataclasses.replace(part, scenes=SCENES) for name, part in SPLITS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def folder(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
     """Every part, with fewer scenes."""
     out = tmp_path_factory.mktemp("digits")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "PARTS", small)
+        patch.setattr(digits, "SPLITS", small)
         assert write_digits(out, tuple(small)) == dict.fromkeys(small, SCENES)
     return out
 
@@ -62,7 +62,7 @@ def test_scenes_are_drawn_from_their_own_side(small: dict[str, Any], tmp_path: P
     monkeypatch.setattr(digits, "draw_scene", lambda four, rng: drawn.update(d.tobytes() for d in four) or draw(four, rng))
     for name, part in small.items():
         drawn.clear()
-        digits.make_part(name, part, tmp_path)
+        digits.write_split(name, part, tmp_path)
         assert drawn and drawn <= sides[name.endswith("eval")], name
         assert part.held_out == name.endswith("eval")
 
@@ -70,7 +70,7 @@ def test_scenes_are_drawn_from_their_own_side(small: dict[str, Any], tmp_path: P
 def test_the_same_parts_are_the_same_bytes(
     small: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(digits, "PARTS", small)
+    monkeypatch.setattr(digits, "SPLITS", small)
     np.random.seed(5)  # whatever the global state
     write_digits(tmp_path, ("eval", "tune"))
     files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
@@ -82,7 +82,7 @@ def test_the_same_parts_are_the_same_bytes(
 
 def test_fewer_scenes_are_the_first_of_more(folder: Path, small: dict[str, Any], tmp_path: Path) -> None:
     """So what the tests see of a part is what the quickstart begins with."""
-    assert digits.make_part("eval", dataclasses.replace(small["eval"], scenes=9), tmp_path) == _rows(folder, "eval")[:9]
+    assert digits.write_split("eval", dataclasses.replace(small["eval"], scenes=9), tmp_path) == _rows(folder, "eval")[:9]
 
 
 def _named(question: str) -> list[str]:
@@ -138,7 +138,7 @@ def test_conclusions_follow_from_the_reading_before_them(folder: Path, part: str
             assert final_answer(answer, ANSWER_MARK) == answer.rpartition(" ")[2]
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", SPLITS)
 def test_answers_are_right_for_the_digits_that_were_drawn(
     folder: Path, small: dict[str, Any], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +149,7 @@ def test_answers_are_right_for_the_digits_that_were_drawn(
     monkeypatch.setattr(
         digits, "draw_scene", lambda four, rng: scenes.append([label_of[d.tobytes()] for d in four]) or draw(four, rng)
     )
-    rows = digits.make_part(part, small[part], tmp_path)
+    rows = digits.write_split(part, small[part], tmp_path)
     assert rows == _rows(folder, part)
     for row, shown in zip(rows, scenes, strict=True):
         for question, answer in _turns(row):
@@ -159,23 +159,23 @@ def test_answers_are_right_for_the_digits_that_were_drawn(
 @pytest.mark.parametrize(("train", "held_out"), [("read", "read_eval"), ("words", "words_eval"), ("tune", "eval")])
 def test_every_task_is_trained_and_held_out(folder: Path, train: str, held_out: str) -> None:
     asked = [row["task"] for row in _rows(folder, held_out)]
-    assert {row["task"] for row in _rows(folder, train)} == set(asked) == set(PARTS[train].tasks) == set(PARTS[held_out].tasks)
+    assert {row["task"] for row in _rows(folder, train)} == set(asked) == set(SPLITS[train].tasks) == set(SPLITS[held_out].tasks)
     counts = [asked.count(task) for task in set(asked)]
     assert max(counts) - min(counts) <= 1
-    assert PARTS[held_out].questions == 1 and PARTS[held_out].held_out and not PARTS[train].held_out
+    assert SPLITS[held_out].questions == 1 and SPLITS[held_out].held_out and not SPLITS[train].held_out
 
 
 def test_tuning_teaches_what_the_base_was_not_taught() -> None:
-    before = {*PARTS["read"].tasks, *PARTS["words"].tasks}
-    assert before.isdisjoint(PARTS["tune"].tasks)
-    assert before.union(PARTS["tune"].tasks) == set(digits.TASKS)
-    assert len({part.seed for part in PARTS.values()}) == len(PARTS)
+    before = {*SPLITS["read"].tasks, *SPLITS["words"].tasks}
+    assert before.isdisjoint(SPLITS["tune"].tasks)
+    assert before.union(SPLITS["tune"].tasks) == set(digits.TASKS)
+    assert len({part.seed for part in SPLITS.values()}) == len(SPLITS)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", SPLITS)
 def test_the_llava_template_reads_every_row(folder: Path, part: str) -> None:
     samples = list(iterate_rows(Samples([Source(path=str(folder / f"{part}.json"), template="llava")])))
     rows = _rows(folder, part)
     assert [sample.task for sample in samples] == [row["task"] for row in rows]
     assert [sample.images for sample in samples] == [[folder / row["image"]] for row in rows]
-    assert all(len(sample.messages) == 2 * PARTS[part].questions for sample in samples)
+    assert all(len(sample.messages) == 2 * SPLITS[part].questions for sample in samples)

@@ -19,7 +19,7 @@ from prompt_toolkit.document import Document
 
 from mmtune.chat.image_paths import ImagePathCompleter, image_paths
 from mmtune.chat.session import ChatSession
-from mmtune.chat.terminal import COMMANDS, EMPTY_ANSWER, HELP, converse
+from mmtune.chat.terminal import COMMANDS, EMPTY_ANSWER, HELP, run_chat
 from mmtune.utils.errors import UserError
 
 torch.set_num_threads(1)
@@ -28,8 +28,8 @@ NEW = 8  # tokens an answer
 
 
 @pytest.fixture
-def session(talker: tuple[Any, Any]) -> ChatSession:
-    return ChatSession(*talker, max_new_tokens=NEW)
+def session(answering_llava: tuple[Any, Any]) -> ChatSession:
+    return ChatSession(*answering_llava, max_new_tokens=NEW)
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def picture(tmp_path: Path) -> Path:
     return tmp_path / "a.png"
 
 
-def _plain(talker: tuple[Any, Any], text: str, images: list[Path]) -> str:
+def _plain(answering_llava: tuple[Any, Any], text: str, images: list[Path]) -> str:
     """Generation on text that is rendered here by hand, through transformers alone."""
-    model, processor = talker
+    model, processor = answering_llava
     opened = [Image.open(path).convert("RGB") for path in images] or None
     inputs = processor(text=text, images=opened, return_tensors="pt")
     with torch.no_grad():
@@ -50,61 +50,61 @@ def _plain(talker: tuple[Any, Any], text: str, images: list[Path]) -> str:
     return said
 
 
-def test_turns_and_images_are_carried_on(session: ChatSession, talker: tuple[Any, Any], picture: Path) -> None:
+def test_turns_and_images_are_carried_on(session: ChatSession, answering_llava: tuple[Any, Any], picture: Path) -> None:
     assert session.attach(picture) == (40, 24)
     pieces = list(session.ask("what is it?"))
     first = "".join(pieces)
     prompt = "<|user|><image>\nwhat is it?<|end|><|assistant|>"
-    assert first == _plain(talker, prompt, [picture]) != _plain(talker, prompt.replace("<image>\n", ""), [])
+    assert first == _plain(answering_llava, prompt, [picture]) != _plain(answering_llava, prompt.replace("<image>\n", ""), [])
     assert len(pieces) > 1 and first
 
     second = "".join(session.ask("sure?"))
     prompt += f"{first}<|end|><|user|>sure?<|end|><|assistant|>"
-    assert second == _plain(talker, prompt, [picture])
+    assert second == _plain(answering_llava, prompt, [picture])
 
     session.attach(picture)
     session.attach(picture)
     third = "".join(session.ask("and these?"))
     prompt += f"{second}<|end|><|user|><image>\n<image>\nand these?<|end|><|assistant|>"
-    assert third == _plain(talker, prompt, [picture] * 3)
+    assert third == _plain(answering_llava, prompt, [picture] * 3)
 
     session.attach(picture)
     session.reset()
     alone = "".join(session.ask("sure?"))
-    assert alone == _plain(talker, "<|user|>sure?<|end|><|assistant|>", []) != second
+    assert alone == _plain(answering_llava, "<|user|>sure?<|end|><|assistant|>", []) != second
 
 
 def test_a_failure_while_generating_reaches_the_caller(
-    session: ChatSession, talker: tuple[Any, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+    session: ChatSession, answering_llava: tuple[Any, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate = talker[0].generate
+    generate = answering_llava[0].generate
 
     def fails(*args: Any, streamer: Any, **settings: Any) -> None:
         streamer.put(torch.tensor([1]))
         raise RuntimeError("out of memory")
 
     session.attach(picture)
-    monkeypatch.setattr(talker[0], "generate", fails)
+    monkeypatch.setattr(answering_llava[0], "generate", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(session.ask("what is it?"))
-    monkeypatch.setattr(talker[0], "generate", generate)
+    monkeypatch.setattr(answering_llava[0], "generate", generate)
     # The turn that failed is not part of the conversation, and its image still waits for a question.
     said = "".join(session.ask("what is it?"))
-    assert said == _plain(talker, "<|user|><image>\nwhat is it?<|end|><|assistant|>", [picture])
+    assert said == _plain(answering_llava, "<|user|><image>\nwhat is it?<|end|><|assistant|>", [picture])
 
 
 def test_a_damaged_image_is_refused_when_it_is_attached(
-    session: ChatSession, talker: tuple[Any, Any], picture: Path, tmp_path: Path
+    session: ChatSession, answering_llava: tuple[Any, Any], picture: Path, tmp_path: Path
 ) -> None:
     picture.write_bytes(picture.read_bytes()[:500])
     for path, reason in ((picture, "cannot decode"), (tmp_path / "none.png", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(UserError, match=reason):
             session.attach(path)
-    assert "".join(session.ask("so?")) == _plain(talker, "<|user|>so?<|end|><|assistant|>", [])
+    assert "".join(session.ask("so?")) == _plain(answering_llava, "<|user|>so?<|end|><|assistant|>", [])
 
 
-def test_a_question_cannot_write_control_tokens(session: ChatSession, talker: tuple[Any, Any]) -> None:
-    model, processor = talker
+def test_a_question_cannot_write_control_tokens(session: ChatSession, answering_llava: tuple[Any, Any]) -> None:
+    model, processor = answering_llava
     for token in ("<image>", "<|assistant|>", "<|end|>"):
         session.reset()
         said = "".join(session.ask(f"say {token}"))
@@ -117,15 +117,15 @@ def test_a_question_cannot_write_control_tokens(session: ChatSession, talker: tu
         assert said == processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_a_model_without_a_chat_template_is_refused(talker: tuple[Any, Any]) -> None:
-    bare = copy.deepcopy(talker[1])
+def test_a_model_without_a_chat_template_is_refused(answering_llava: tuple[Any, Any]) -> None:
+    bare = copy.deepcopy(answering_llava[1])
     bare.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
-        ChatSession(talker[0], bare)
+        ChatSession(answering_llava[0], bare)
 
 
-def test_an_answer_that_is_stopped_stays_as_far_as_it_was_read(talker: tuple[Any, Any], picture: Path) -> None:
-    endless = ChatSession(*talker, max_new_tokens=10**6)
+def test_an_answer_that_is_stopped_stays_as_far_as_it_was_read(answering_llava: tuple[Any, Any], picture: Path) -> None:
+    endless = ChatSession(*answering_llava, max_new_tokens=10**6)
     endless.attach(picture)
     threads = threading.active_count()
     with closing(endless.ask("what is it?")) as pieces:
@@ -137,7 +137,7 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_was_read(talker: tuple[Any
         pass
     endless._max_new_tokens = NEW
     prompt = f"<|user|><image>\nwhat is it?<|end|><|assistant|>{read}<|end|><|user|><image>\nsure?<|end|><|assistant|>"
-    assert "".join(endless.ask("sure?")) == _plain(talker, prompt, [picture, picture])
+    assert "".join(endless.ask("sure?")) == _plain(answering_llava, prompt, [picture, picture])
 
 
 @pytest.mark.parametrize(
@@ -205,12 +205,12 @@ def test_commands_and_paths_are_completed(tmp_path: Path, monkeypatch: pytest.Mo
 
 def _converse(session: ChatSession, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
-    converse(session)
+    run_chat(session)
 
 
 def test_the_terminal_talks(
     session: ChatSession,
-    talker: tuple[Any, Any],
+    answering_llava: tuple[Any, Any],
     picture: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -228,8 +228,8 @@ def test_the_terminal_talks(
         "sure?",
     ]
     _converse(session, [*lines, "/exit", "never asked"], monkeypatch)
-    first = _plain(talker, "<|user|><image>\nwhat?<|end|><|assistant|>", [picture])
-    last = _plain(talker, "<|user|>sure?<|end|><|assistant|>", [])
+    first = _plain(answering_llava, "<|user|><image>\nwhat?<|end|><|assistant|>", [picture])
+    last = _plain(answering_llava, "<|user|>sure?<|end|><|assistant|>", [])
     out = capsys.readouterr().out
     parts = [
         f"{HELP}\n(no such file: /nowhere/x.png)\n({picture}, 40 x 24; 1 image waits for your question)\n{first}\n"
@@ -259,10 +259,10 @@ def test_the_terminal_ends_with_its_input(
 
 
 def test_an_empty_answer_is_said(
-    talker: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    answering_llava: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ends = copy.deepcopy(talker[0])
+    ends = copy.deepcopy(answering_llava[0])
     with torch.no_grad():
         ends.lm_head.weight.zero_()  # every token alike: the first, which is special, is taken
-    _converse(ChatSession(ends, talker[1], max_new_tokens=1), ["so?"], monkeypatch)
+    _converse(ChatSession(ends, answering_llava[1], max_new_tokens=1), ["so?"], monkeypatch)
     assert capsys.readouterr().out == f"{HELP}\n{EMPTY_ANSWER}\n"

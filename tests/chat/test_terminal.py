@@ -65,10 +65,10 @@ class Terminal:
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_the_answer_and_at_the_prompt_leaves(talker: tuple[Any, Any], tmp_path: Path) -> None:
-    model = copy.deepcopy(talker[0])
+def test_ctrl_c_stops_the_answer_and_at_the_prompt_leaves(answering_llava: tuple[Any, Any], tmp_path: Path) -> None:
+    model = copy.deepcopy(answering_llava[0])
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False  # or its head would not be saved
-    save_checkpoint(model, talker[1], tmp_path / "model")
+    save_checkpoint(model, answering_llava[1], tmp_path / "model")
     command = ["chat", str(tmp_path / "model"), "--max-new-tokens", "1000000"]
     with closing(Terminal([sys.executable, "-m", "mmtune.cli.main", *command])) as terminal:
         terminal.wait_for(r"/exit\s+leaves.*>")

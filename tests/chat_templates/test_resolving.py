@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmtune.chat_templates.resolving import configure_special_tokens, template_names
 from mmtune.models.assemble import assemble, resolve_chat_template, save_checkpoint
-from mmtune.models.tiny.tiny_models import LANGUAGE_FAMILIES, tiny_language
+from mmtune.models.tiny.tiny_models import LANGUAGE_FAMILIES, write_tiny_language
 from mmtune.utils.errors import UserError
 
 IMAGES = [Image.new("RGB", (90, 60), "teal"), Image.new("RGB", (20, 70), "red")]
@@ -45,8 +45,8 @@ def _encode(processor: Any, messages: list[dict[str, Any]]) -> tuple[list[int], 
 
 
 @pytest.mark.parametrize("family", LANGUAGE_FAMILIES)
-def test_special_tokens_are_where_they_should_be(shelf: Path, family: str) -> None:
-    model, processor = assemble(str(shelf / "clip"), str(shelf / family))
+def test_special_tokens_are_where_they_should_be(tiny_checkpoints: Path, family: str) -> None:
+    model, processor = assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / family))
     tokenizer = processor.tokenizer
     eos = model.generation_config.eos_token_id
     assert tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in eos
@@ -70,15 +70,18 @@ PROMPT_ENDS_MID_LINE = ("vicuna_v1", "mistral")  # the answer's leading space is
 
 
 @pytest.fixture(scope="module")
-def template_processors(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def template_processors(tiny_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A processor for each shipped template."""
-    made = {name: assemble(str(shelf / "clip"), str(shelf / family), chat_template=name)[1] for name, family in SPEAKS.items()}
+    made = {
+        name: assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / family), chat_template=name)[1]
+        for name, family in SPEAKS.items()
+    }
     tiny = tmp_path_factory.mktemp("tiny")
-    tiny_language("llama", tiny)
+    write_tiny_language("llama", tiny)
     tokenizer = tf.AutoTokenizer.from_pretrained(tiny)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]})
     tokenizer.save_pretrained(tiny)
-    made["tiny"] = assemble(str(shelf / "clip"), str(tiny), chat_template="tiny")[1]
+    made["tiny"] = assemble(str(tiny_checkpoints / "clip"), str(tiny), chat_template="tiny")[1]
     return made
 
 
@@ -177,9 +180,9 @@ def test_templates_refuse_what_they_would_lose(template_processors: dict[str, An
         template_processors["gemma"].apply_chat_template(_talk(("system", "Be brief."), ("assistant", "yes")))
 
 
-def test_a_sentencepiece_tokenizer_and_its_own_bos(shelf: Path, tmp_path: Path) -> None:
+def test_a_sentencepiece_tokenizer_and_its_own_bos(tiny_checkpoints: Path, tmp_path: Path) -> None:
     """Llama's real tokenizer class: a metaspace before words, and a beginning token that it adds itself."""
-    tiny_language("llama", tmp_path)
+    write_tiny_language("llama", tmp_path)
     letters = sorted(set("▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ'.,:?"))
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -190,7 +193,7 @@ def test_a_sentencepiece_tokenizer_and_its_own_bos(shelf: Path, tmp_path: Path) 
     model = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
     model.resize_token_embeddings(len(tokens))
     model.save_pretrained(tmp_path)
-    model, processor = assemble(str(shelf / "clip"), str(tmp_path))
+    model, processor = assemble(str(tiny_checkpoints / "clip"), str(tmp_path))
     save_checkpoint(model, processor, tmp_path / "out")
     for each in (processor, tf.AutoProcessor.from_pretrained(tmp_path / "out")):
         talk = _talk(("user", [IMAGES[0], "What?"]), ("assistant", "a cat"))
@@ -208,13 +211,13 @@ def test_a_sentencepiece_tokenizer_and_its_own_bos(shelf: Path, tmp_path: Path) 
         ("chatml", "llama", r"<\|im_start\|>"),
     ],
 )
-def test_chat_template_names_are_checked(shelf: Path, name: str, family: str, reason: str) -> None:
+def test_chat_template_names_are_checked(tiny_checkpoints: Path, name: str, family: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        assemble(str(shelf / "clip"), str(shelf / family), chat_template=name)
+        assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / family), chat_template=name)
 
 
-def test_chat_templates_from_files_are_checked(shelf: Path, tmp_path: Path) -> None:
-    tokenizer = tf.AutoTokenizer.from_pretrained(shelf / "qwen2")
+def test_chat_templates_from_files_are_checked(tiny_checkpoints: Path, tmp_path: Path) -> None:
+    tokenizer = tf.AutoTokenizer.from_pretrained(tiny_checkpoints / "qwen2")
     for text, reason in {
         "{{ messages[0].role }}": "writes <image> 0 times",
         "<image>{{ messages[0].role }}": "no {% generation %} marks",
@@ -239,8 +242,8 @@ def test_chat_templates_from_files_are_checked(shelf: Path, tmp_path: Path) -> N
         resolve_chat_template(str(tmp_path / "own.jinja"), tokenizer)
 
 
-def test_a_text_models_own_template_is_not_taken_unless_it_places_images(shelf: Path) -> None:
-    tokenizer = tf.AutoTokenizer.from_pretrained(shelf / "qwen2")
+def test_a_text_models_own_template_is_not_taken_unless_it_places_images(tiny_checkpoints: Path) -> None:
+    tokenizer = tf.AutoTokenizer.from_pretrained(tiny_checkpoints / "qwen2")
     assert tokenizer.chat_template is not None
     chatml = resolve_chat_template("chatml", tokenizer)
     assert resolve_chat_template(None, tokenizer, model_type="qwen2") == chatml

@@ -289,9 +289,9 @@ def test_accelerate_launches_the_file_itself(recipe_file: Path, tmp_path: Path) 
 def test_assemble_writes_a_checkpoint_that_plain_transformers_loads(tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from mmtune.models.tiny.tiny_models import tiny_language, tiny_vision
+    from mmtune.models.tiny.tiny_models import write_tiny_language, write_tiny_vision
 
-    vision, language = tiny_vision("siglip", tmp_path / "vision"), tiny_language("qwen2", tmp_path / "language")
+    vision, language = write_tiny_vision("siglip", tmp_path / "vision"), write_tiny_language("qwen2", tmp_path / "language")
     overrides = [f"model.vision={vision}", f"model.language={language}", "model.chat_template=chatml", "model.projector=mlp"]
     recipe = ROOT / "recipes" / "llava_lora.yaml"
     command = ["assemble", str(recipe), str(tmp_path / "out"), *overrides, "model.vision_feature_select_strategy=full"]

@@ -29,7 +29,7 @@ output_dir: run
 """
 VERBS = ["train", "plan", "eval", "merge", "push", "chat", "report", "methods", "assemble", "data", "recipe"]
 VERBS += ["data check", "data show", "data digits", "recipe check", "recipe schema", "recipe list", "recipe copy"]
-PARTS = "{vision: openai/clip-vit-large-patch14, language: lmsys/vicuna-7b-v1.5}"
+SPLITS = "{vision: openai/clip-vit-large-patch14, language: lmsys/vicuna-7b-v1.5}"
 COMMANDS = [
     # exit code, command line
     *((0, f"{verb} --help".strip()) for verb in ["", *VERBS]),
@@ -104,7 +104,7 @@ def folder(tmp_path: Path) -> Path:
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Nothing."}]
     (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns}]), encoding="utf-8")
     (tmp_path / "x.yaml").write_text(RECIPE, encoding="utf-8")
-    (tmp_path / "parts.yaml").write_text(RECIPE.replace('{base: "builtin:tiny-llava"}', PARTS), encoding="utf-8")
+    (tmp_path / "parts.yaml").write_text(RECIPE.replace('{base: "builtin:tiny-llava"}', SPLITS), encoding="utf-8")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").touch()
     figures = {"trainable_parameters": 1, "total_parameters": 2, "train_seconds": 3.0, "peak_memory_mb": 4.0}

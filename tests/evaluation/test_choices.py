@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmtune.data.dataset import Samples, iterate_rows
 from mmtune.data.message import RowError, Sample
-from mmtune.evaluation.choices import likeliest, score_choices
+from mmtune.evaluation.choices import most_likely_choice, score_choices
 from mmtune.evaluation.evaluate import check_questions, evaluate
 from mmtune.recipe.recipe import EvaluateSection, Source
 from mmtune.utils.errors import UserError
@@ -62,17 +62,17 @@ def _plain(model: Any, processor: Any, sample: Sample, choice: str) -> float:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 99])
-def test_scores_are_those_of_plain_transformers(talker: tuple[Any, Any], samples: list[Sample], batch_size: int) -> None:
-    scores = score_choices(*talker, samples, batch_size)
-    expected = [[_plain(*talker, sample, choice) for choice in sample.choices] for sample in samples]
+def test_scores_are_those_of_plain_transformers(answering_llava: tuple[Any, Any], samples: list[Sample], batch_size: int) -> None:
+    scores = score_choices(*answering_llava, samples, batch_size)
+    expected = [[_plain(*answering_llava, sample, choice) for choice in sample.choices] for sample in samples]
     assert [len(of_it) for of_it in scores] == [2, 3, 4, 5]
     for of_it, of_plain in zip(scores, expected, strict=True):
         assert of_it == pytest.approx(of_plain, rel=1e-4, abs=1e-4)
         assert len({round(score, 2) for score in of_plain}) == len(of_plain)  # so that their order means something
 
 
-def test_no_gradient_and_every_module_keeps_its_mode(talker: tuple[Any, Any], samples: list[Sample]) -> None:
-    model, processor = talker
+def test_no_gradient_and_every_module_keeps_its_mode(answering_llava: tuple[Any, Any], samples: list[Sample]) -> None:
+    model, processor = answering_llava
     model.train()
     model.model.vision_tower.eval()
     before = {name: module.training for name, module in model.named_modules()}
@@ -87,8 +87,8 @@ def test_no_gradient_and_every_module_keeps_its_mode(talker: tuple[Any, Any], sa
         model.eval()
 
 
-def test_only_the_answer_is_given_the_vocabularys_width(talker: tuple[Any, Any], samples: list[Sample]) -> None:
-    model, processor = talker
+def test_only_the_answer_is_given_the_vocabularys_width(answering_llava: tuple[Any, Any], samples: list[Sample]) -> None:
+    model, processor = answering_llava
     widths: list[int] = []
     hook = model.lm_head.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[1]))
     try:
@@ -98,16 +98,16 @@ def test_only_the_answer_is_given_the_vocabularys_width(talker: tuple[Any, Any],
     assert widths == [2]  # a letter and the end of the turn
 
 
-def test_an_open_question_is_refused(talker: tuple[Any, Any], samples: list[Sample]) -> None:
+def test_an_open_question_is_refused(answering_llava: tuple[Any, Any], samples: list[Sample]) -> None:
     with pytest.raises(RowError, match=r"^r\[0\]: choices: 1 candidate answers; evaluate\.score: choices needs a template with"):
-        score_choices(*talker, [replace(samples[0], choices=("yes",))], 2)
+        score_choices(*answering_llava, [replace(samples[0], choices=("yes",))], 2)
 
 
 def test_the_likeliest_is_the_first_of_equals(samples: list[Sample]) -> None:
-    assert likeliest(samples[2], (-3.0, -1.0, -2.0, -1.0)) == "no"
+    assert most_likely_choice(samples[2], (-3.0, -1.0, -2.0, -1.0)) == "no"
 
 
-def test_an_evaluation_scores_classes(tmp_path: Path, talker: tuple[Any, Any]) -> None:
+def test_an_evaluation_scores_classes(tmp_path: Path, answering_llava: tuple[Any, Any]) -> None:
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
     lines = [{"image": "a.png", "text": text, "label": label} for text, label in (("It is red.", 1), ("It is blue.", 0))]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
@@ -115,9 +115,9 @@ def test_an_evaluation_scores_classes(tmp_path: Path, talker: tuple[Any, Any]) -
     source = {"path": str(tmp_path / "rows.jsonl"), "template": "image_text_match", "verbalizer": words}
     section = EvaluateSection.model_validate({"data": [source], "score": "choices", "batch_size": 3})
     check_questions(section)
-    answers = evaluate(*talker, section)
+    answers = evaluate(*answering_llava, section)
     asked = list(iterate_rows(Samples(section.data)))
-    expected = [max(words.values(), key=lambda word: _plain(*talker, sample, word)) for sample in asked]
+    expected = [max(words.values(), key=lambda word: _plain(*answering_llava, sample, word)) for sample in asked]
     assert [answer.prediction for answer in answers] == expected
     assert [answer.reference for answer in answers] == ["right", "wrong"]
     assert [answer.correct for answer in answers] == [e == r for e, r in zip(expected, ["right", "wrong"], strict=True)]
@@ -129,12 +129,12 @@ def test_an_open_template_cannot_be_scored_by_choices(rows: Path) -> None:
         check_questions(section)
 
 
-def test_any_accepted_answer_is_right(tmp_path: Path, talker: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_accepted_answer_is_right(tmp_path: Path, answering_llava: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
     rows = [{"image": "a.png", "question": "where?", "answers": ["ucsf", "University of California", "UC"]}] * 3
     (tmp_path / "rows.json").write_text(json.dumps({"data": rows}), encoding="utf-8")
     said = ["university of california.", "UCSF", "California"]
     monkeypatch.setattr("mmtune.evaluation.evaluate.generate_answers", lambda *_: said)
-    answers = evaluate(*talker, EvaluateSection(data=(Source(path=str(tmp_path / "rows.json"), template="docvqa"),)))
+    answers = evaluate(*answering_llava, EvaluateSection(data=(Source(path=str(tmp_path / "rows.json"), template="docvqa"),)))
     assert [answer.correct for answer in answers] == [True, True, False]
     assert {answer.reference for answer in answers} == {"ucsf"}

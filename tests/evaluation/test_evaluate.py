@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmtune.data.dataset import Samples, iterate_rows
 from mmtune.data.message import RowError, Sample
-from mmtune.evaluation.evaluate import Answer, as_json, evaluate, generate_answers, read_answers, score, write_answers
+from mmtune.evaluation.evaluate import Answer, evaluate, generate_answers, read_answers, score, scores_to_dicts, write_answers
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
 from mmtune.recipe.recipe import EvaluateSection, Source
 
@@ -60,25 +60,25 @@ def samples(rows: Path) -> list[Sample]:
 
 
 @pytest.fixture(scope="module")
-def one_by_one(talker: tuple[Any, Any], samples: list[Sample]) -> list[str]:
-    return [_plain(*talker, sample) for sample in samples]
+def one_by_one(answering_llava: tuple[Any, Any], samples: list[Sample]) -> list[str]:
+    return [_plain(*answering_llava, sample) for sample in samples]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 99])
 def test_batched_answers_are_those_of_one_by_one(
-    talker: tuple[Any, Any], samples: list[Sample], one_by_one: list[str], batch_size: int
+    answering_llava: tuple[Any, Any], samples: list[Sample], one_by_one: list[str], batch_size: int
 ) -> None:
-    answers = generate_answers(*talker, samples, max_new_tokens=6, batch_size=batch_size)
+    answers = generate_answers(*answering_llava, samples, max_new_tokens=6, batch_size=batch_size)
     assert answers == one_by_one
     assert len(set(answers)) > 1  # so that their order means something
 
 
-def test_no_questions_no_answers(talker: tuple[Any, Any]) -> None:
-    assert generate_answers(*talker, [], max_new_tokens=6, batch_size=4) == []
+def test_no_questions_no_answers(answering_llava: tuple[Any, Any]) -> None:
+    assert generate_answers(*answering_llava, [], max_new_tokens=6, batch_size=4) == []
 
 
-def test_every_module_keeps_its_mode(talker: tuple[Any, Any], samples: list[Sample]) -> None:
-    model, processor = talker
+def test_every_module_keeps_its_mode(answering_llava: tuple[Any, Any], samples: list[Sample]) -> None:
+    model, processor = answering_llava
     model.train()
     model.model.vision_tower.eval()
     before = {name: module.training for name, module in model.named_modules()}
@@ -93,22 +93,22 @@ def test_every_module_keeps_its_mode(talker: tuple[Any, Any], samples: list[Samp
         model.eval()
 
 
-def test_a_question_that_cannot_be_asked_is_named(talker: tuple[Any, Any]) -> None:
+def test_a_question_that_cannot_be_asked_is_named(answering_llava: tuple[Any, Any]) -> None:
     turns = [{"role": role, "content": [{"type": "text", "text": "half of \ud83d"}]} for role in ("user", "assistant")]
     with pytest.raises(RowError, match=r"^row: messages\[0\]: the text is not valid Unicode"):
-        generate_answers(*talker, [Sample("row", turns)], max_new_tokens=2, batch_size=1)
+        generate_answers(*answering_llava, [Sample("row", turns)], max_new_tokens=2, batch_size=1)
     with pytest.raises(RowError, match=r"^row: messages: the conversation does not end with an answer"):
-        generate_answers(*talker, [Sample("row", turns[:1])], max_new_tokens=2, batch_size=1)
+        generate_answers(*answering_llava, [Sample("row", turns[:1])], max_new_tokens=2, batch_size=1)
 
 
-def test_evaluating_scores_the_conclusion(rows: Path, talker: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluating_scores_the_conclusion(rows: Path, answering_llava: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     given = json.loads(rows.read_text())
     references = [row["conversations"][1]["value"] for row in given]
     said = [*references[:9], "", "no idea", references[11].rpartition("Answer:")[2]]
     monkeypatch.setattr("mmtune.evaluation.evaluate.generate_answers", lambda *_: said)
-    answers = evaluate(*talker, _section(rows, answer_after="Answer:"))
+    answers = evaluate(*answering_llava, _section(rows, answer_after="Answer:"))
     assert [answer.correct for answer in answers] == [True] * 9 + [False, False, True]
-    assert [answer.correct for answer in evaluate(*talker, _section(rows))] == [True] * 9 + [False] * 3
+    assert [answer.correct for answer in evaluate(*answering_llava, _section(rows))] == [True] * 9 + [False] * 3
     assert [answer.reference for answer in answers] == references
     assert [answer.id for answer in answers] == [f"rows.json[{number}]" for number in range(12)]
     assert [answer.task for answer in answers] == [row["task"] for row in given]
@@ -118,7 +118,7 @@ def test_evaluating_scores_the_conclusion(rows: Path, talker: tuple[Any, Any], m
 
 
 def test_rows_without_a_task_are_scored_by_their_source(
-    rows: Path, talker: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: Path, answering_llava: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = json.loads(rows.read_text())
     for name, part in {"a.json": given[:2], "b.json": given[2:5]}.items():
@@ -127,7 +127,7 @@ def test_rows_without_a_task_are_scored_by_their_source(
     sources = [Source(path=str(tmp_path / name), template="llava", media_root=str(rows.parent)) for name in ("a.json", "b.json")]
     section = EvaluateSection(data=(*sources, Source(path=str(rows), template="llava", limit=1)), max_new_tokens=6)
     monkeypatch.setattr("mmtune.evaluation.evaluate.generate_answers", lambda model, processor, samples, *_: ["?"] * len(samples))
-    scores = score(evaluate(*talker, section), section)
+    scores = score(evaluate(*answering_llava, section), section)
     assert [(each.task, each.questions) for each in scores] == [
         ("a.json", 2),
         ("b.json", 3),
@@ -152,10 +152,10 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(capsys: pyte
     assert capsys.readouterr().err == ""
 
 
-def test_a_held_out_row_that_cannot_be_read_stops_the_evaluation(tmp_path: Path, talker: tuple[Any, Any]) -> None:
+def test_a_held_out_row_that_cannot_be_read_stops_the_evaluation(tmp_path: Path, answering_llava: tuple[Any, Any]) -> None:
     (tmp_path / "r.jsonl").write_text('{"conversations": []}')
     with pytest.raises(RowError, match=r"r\.jsonl:1: conversations"):
-        evaluate(*talker, _section(tmp_path / "r.jsonl"))
+        evaluate(*answering_llava, _section(tmp_path / "r.jsonl"))
 
 
 def _answer(task: str | None, correct: bool, reference: str = "1 2. Answer: yes", **changes: Any) -> Answer:
@@ -175,7 +175,7 @@ def test_scores_are_counted_per_task_and_over_all(rows: Path) -> None:
     figures = [(s.task, s.questions, s.correct, s.accuracy, s.majority_accuracy) for s in scores]
     assert figures == [("b", 3, 2, 2 / 3, 2 / 3), ("a", 1, 0, 0, 1), ("untitled", 1, 1, 1, 1), ("overall", 5, 3, 3 / 5, 4 / 5)]
     assert scores[0].interval == pytest.approx((0.20765, 0.93851), abs=1e-5)  # scipy.stats.binomtest(2, 3), wilson
-    assert json.loads(json.dumps(as_json(scores)))[3]["accuracy"] == 0.6
+    assert json.loads(json.dumps(scores_to_dicts(scores)))[3]["accuracy"] == 0.6
     one = score(answers[:1], _section(rows))
     assert [s.task for s in one] == ["overall"]
     assert [dataclasses.astuple(s) for s in score([], _section(rows))] == [("overall", 0, 0, 0.0, (0.0, 1.0), 0.0)]

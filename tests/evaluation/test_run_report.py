@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from mmtune.evaluation.evaluate import Answer, write_answers
-from mmtune.evaluation.run_report import sample_answers, write_report
+from mmtune.evaluation.run_report import select_answers, write_report
 from mmtune.evaluation.scores import print_scores, score_rows
 from mmtune.methods.method_table import METHODS
 from mmtune.methods.show_methods import print_methods
@@ -133,9 +133,9 @@ def test_a_run_without_answers_has_a_page(make_recipe: MakeRecipe, rows: Path) -
 )
 def test_samples_include_wrong_answers(right: int, wrong: int, count: int, shown_right: int, shown_wrong: int) -> None:
     answers = sorted([_answer(n, True) for n in range(right)] + [_answer(n + right, False) for n in range(wrong)], key=_shuffled)
-    shown = sample_answers(answers, count)
+    shown = select_answers(answers, count)
     assert [sum(a.correct for a in shown), sum(not a.correct for a in shown)] == [shown_right, shown_wrong]
-    assert shown == [answer for answer in answers if answer in shown] == sample_answers(answers, count)
+    assert shown == [answer for answer in answers if answer in shown] == select_answers(answers, count)
 
 
 def _shuffled(answer: Answer) -> int:
@@ -143,7 +143,7 @@ def _shuffled(answer: Answer) -> int:
 
 
 def test_samples_are_spread_over_the_questions() -> None:
-    shown = sample_answers([_answer(n, True) for n in range(100)], 4)
+    shown = select_answers([_answer(n, True) for n in range(100)], 4)
     assert [answer.id for answer in shown] == ["r[0]", "r[25]", "r[50]", "r[75]"]
 
 

@@ -13,7 +13,7 @@ import transformers as tf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mmtune.builtin import TRAINED
+from mmtune.builtin import TINY_LLAVA
 from mmtune.cli.main import entry_point
 
 MARKED = "{% for m in messages %}OPENS{% for c in m.content %}{% if c.type == 'image' %}<image>\n{% elif m.role == 'assistant' %}"
@@ -61,7 +61,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
         if not out.exists():
             out.mkdir()
             (out / "base").mkdir()
-            for file in TRAINED.iterdir():
+            for file in TINY_LLAVA.iterdir():
                 (out / "base" / file.name).symlink_to(file)
             for file, change in CHANGES[name].items():
                 path = out / "base" / file
@@ -177,9 +177,9 @@ def test_an_error_about_a_base_begins_with_what_the_reader_wrote(
 def test_a_model_without_one_weight_is_not_asked(
     bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for file in TRAINED.iterdir():
+    for file in TINY_LLAVA.iterdir():
         (tmp_path / file.name).symlink_to(file)
-    weights = load_file(TRAINED / "model.safetensors")
+    weights = load_file(TINY_LLAVA / "model.safetensors")
     del weights[next(name for name in weights if "multi_modal_projector" in name)]
     (tmp_path / "model.safetensors").unlink()
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})

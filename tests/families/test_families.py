@@ -24,9 +24,9 @@ from mmtune.data.batching.collate import collate
 from mmtune.data.dataset import Samples
 from mmtune.data.encoding.encode import encode_sample
 from mmtune.data.message import text_of
-from mmtune.families.family_table import NEVER_PACKED, PROJECTORS
-from mmtune.models.tiny.tiny_bases import BASES, tiny_base
-from mmtune.models.tiny.tiny_templates import NEEDED
+from mmtune.families.family_table import PROJECTORS, UNPACKABLE
+from mmtune.models.tiny.tiny_bases import BASES, write_tiny_base
+from mmtune.models.tiny.tiny_templates import REQUIRED_TEMPLATES
 from mmtune.recipe.recipe import load_recipe
 from mmtune.run_directory import RunDirectory
 
@@ -74,7 +74,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     folder = tmp_path_factory.mktemp("bases")
 
     def base(family: str) -> Path:
-        return folder / family if (folder / family).exists() else tiny_base(family, folder / family)
+        return folder / family if (folder / family).exists() else write_tiny_base(family, folder / family)
 
     return base
 
@@ -84,7 +84,7 @@ def write(rows: Path, bases: Callable[[str], Path], tmp_path: Path) -> Write:
     """Writes a recipe of one step over all rows, and gives its path; `run` in its folder is its output."""
 
     def recipe(family: str, tune: str, model: str = "", data: str = "", train: str = "learning_rate: 1e-2") -> Path:
-        template = f", chat_template: {NEEDED[family]}" if family in NEEDED else ""
+        template = f", chat_template: {REQUIRED_TEMPLATES[family]}" if family in REQUIRED_TEMPLATES else ""
         data_file = rows / ("images.json" if family == "paligemma" else "rows.json")  # its processor takes no text alone
         batch = "" if "packing" in data else ", per_device_train_batch_size: 5"
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -218,7 +218,7 @@ def test_every_way_of_tuning_runs_and_merges(
     capsys.readouterr()
     packed = mmtune("train", write(family, LORA, data=", packing: true, max_tokens: 600"))
     told = capsys.readouterr().err
-    assert (packed, "packed batches cannot be exact here" in told) == ((2, True) if family in NEVER_PACKED else (0, False)), told
+    assert (packed, "packed batches cannot be exact here" in told) == ((2, True) if family in UNPACKABLE else (0, False)), told
 
 
 @pytest.mark.slow

@@ -86,11 +86,11 @@ def draw_moments(count: int, seed: int) -> list[Moment]:
 
 def prepare(folder: Path) -> None:
     """Twelve rows, one more whose image is missing, and an untrained model."""
-    from mmtune.builtin.digits import TUNE_TASKS, Part, make_part
+    from mmtune.builtin.digits import TUNE_TASKS, Split, write_split
     from mmtune.builtin.tiny_checkpoint import build_untrained
     from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
 
-    rows = make_part("rows", Part(scenes=12, held_out=False, tasks=TUNE_TASKS, questions=1, seed=0), folder)
+    rows = write_split("rows", Split(scenes=12, held_out=False, tasks=TUNE_TASKS, questions=1, seed=0), folder)
     rows.insert(5, {**rows[0], "image": "missing.png"})
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     save_checkpoint(*build_untrained(seed=0), folder / "model")

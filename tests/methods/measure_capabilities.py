@@ -140,14 +140,14 @@ def _method(name: str) -> table.Method:
 
 
 def main() -> None:
-    from mmtune.builtin.digits import TUNE_TASKS, Part, make_part
+    from mmtune.builtin.digits import TUNE_TASKS, Split, write_split
     from mmtune.builtin.tiny_checkpoint import build_untrained
     from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        made = make_part("rows", Part(scenes=12, held_out=False, tasks=TUNE_TASKS, questions=1, seed=0), folder)
+        made = write_split("rows", Split(scenes=12, held_out=False, tasks=TUNE_TASKS, questions=1, seed=0), folder)
         (folder / "rows.json").write_text(json.dumps(made), encoding="utf-8")
         save_checkpoint(*build_untrained(seed=0), folder / "base")
         rows, base = folder / "rows.json", folder / "base"

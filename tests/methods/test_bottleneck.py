@@ -301,9 +301,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(model: Any, inputs: dic
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_generation_is_the_same_with_and_without_cache(
-    talker: tuple[Any, Any], inputs: dict[str, torch.Tensor], placement: str
+    answering_llava: tuple[Any, Any], inputs: dict[str, torch.Tensor], placement: str
 ) -> None:
-    peft = tuned(copy.deepcopy(talker[0]), placement=placement).eval()
+    peft = tuned(copy.deepcopy(answering_llava[0]), placement=placement).eval()
     randomize(peft)
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "output_logits": True}
     answers = [

@@ -11,18 +11,18 @@ from PIL import Image
 from programs import run_program
 
 from mmtune.models.assemble import assemble, save_checkpoint
-from mmtune.models.tiny.tiny_models import LANGUAGE_FAMILIES, VISION_FAMILIES, tiny_language, tiny_vision
+from mmtune.models.tiny.tiny_models import LANGUAGE_FAMILIES, VISION_FAMILIES, write_tiny_language, write_tiny_vision
 
 IMAGES = [Image.new("RGB", (90, 60), "teal"), Image.new("RGB", (20, 70), "red")]
 
 
 @pytest.mark.parametrize("language", LANGUAGE_FAMILIES)
 @pytest.mark.parametrize("vision", VISION_FAMILIES)
-def test_parts_keep_their_weights_and_tokens_match_features(shelf: Path, vision: str, language: str) -> None:
-    model, processor = assemble(str(shelf / vision), str(shelf / language))
+def test_parts_keep_their_weights_and_tokens_match_features(tiny_checkpoints: Path, vision: str, language: str) -> None:
+    model, processor = assemble(str(tiny_checkpoints / vision), str(tiny_checkpoints / language))
     batch = processor(images=IMAGES, text=["<image> a cat", "<image> b"], return_tensors="pt", padding=True)
     with torch.no_grad():
-        own = tf.AutoModel.from_pretrained(shelf / vision)
+        own = tf.AutoModel.from_pretrained(tiny_checkpoints / vision)
         own = getattr(own, "vision_model", own)
         expected = own(pixel_values=batch["pixel_values"], output_hidden_states=True).hidden_states[-2]
         if vision != "siglip":
@@ -37,7 +37,7 @@ def test_parts_keep_their_weights_and_tokens_match_features(shelf: Path, vision:
         assert model.config.image_seq_length == 16
         model(**batch)
 
-        causal = tf.AutoModelForCausalLM.from_pretrained(shelf / language)
+        causal = tf.AutoModelForCausalLM.from_pretrained(tiny_checkpoints / language)
         ids = processor.tokenizer("Some words.", return_tensors="pt")["input_ids"]
         theirs = causal(ids, output_hidden_states=True)
         mine = model(ids, output_hidden_states=True)
@@ -55,16 +55,16 @@ def test_parts_keep_their_weights_and_tokens_match_features(shelf: Path, vision:
 
 @pytest.mark.parametrize(("known", "rows", "after"), [(319, 320, 384), (320, 320, 322), (300, 320, 320)])
 def test_embeddings_grow_only_where_needed_and_stay_padded(
-    shelf: Path, tmp_path: Path, known: int, rows: int, after: int
+    tiny_checkpoints: Path, tmp_path: Path, known: int, rows: int, after: int
 ) -> None:
     """Two tokens are new, `<pad>` and `<image>`; rows beyond the tokenizer's mean that the source was padded."""
-    tokenizer = tf.AutoTokenizer.from_pretrained(shelf / "llama")
+    tokenizer = tf.AutoTokenizer.from_pretrained(tiny_checkpoints / "llama")
     tokenizer.add_tokens([f"<extra{number}>" for number in range(known - len(tokenizer))])
     tokenizer.save_pretrained(tmp_path)
-    source = tf.AutoModelForCausalLM.from_pretrained(shelf / "llama")
+    source = tf.AutoModelForCausalLM.from_pretrained(tiny_checkpoints / "llama")
     source.resize_token_embeddings(rows)
     source.save_pretrained(tmp_path)
-    model, processor = assemble(str(shelf / "vit"), str(tmp_path))
+    model, processor = assemble(str(tiny_checkpoints / "vit"), str(tmp_path))
     assert len(processor.tokenizer) == known + 2
     head, embeddings = model.lm_head.weight, model.get_input_embeddings().weight
     assert head.shape[0] == embeddings.shape[0] == model.config.text_config.vocab_size == after
@@ -73,22 +73,22 @@ def test_embeddings_grow_only_where_needed_and_stay_padded(
     assert torch.allclose(head[rows:], source.lm_head.weight.mean(dim=0).expand(after - rows, -1), atol=1e-6)
 
 
-def test_a_padding_token_that_ends_turns_is_exchanged(shelf: Path, tmp_path: Path) -> None:
-    tiny_language("qwen2", tmp_path)
+def test_a_padding_token_that_ends_turns_is_exchanged(tiny_checkpoints: Path, tmp_path: Path) -> None:
+    write_tiny_language("qwen2", tmp_path)
     tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.add_special_tokens({"pad_token": "<|im_end|>"})
     tokenizer.save_pretrained(tmp_path)
-    model, processor = assemble(str(shelf / "vit"), str(tmp_path))
+    model, processor = assemble(str(tiny_checkpoints / "vit"), str(tmp_path))
     assert processor.tokenizer.pad_token == "<|endoftext|>"
     assert model.generation_config.pad_token_id == model.config.text_config.pad_token_id == processor.tokenizer.pad_token_id
 
 
-def test_the_projector_comes_from_the_seed_and_nothing_else_does(shelf: Path) -> None:
+def test_the_projector_comes_from_the_seed_and_nothing_else_does(tiny_checkpoints: Path) -> None:
     torch.manual_seed(5)
-    first, _ = assemble(str(shelf / "clip"), str(shelf / "llama"), seed=1)
+    first, _ = assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / "llama"), seed=1)
     after = torch.rand(1)
-    same, _ = assemble(str(shelf / "clip"), str(shelf / "llama"), seed=1)
-    other, _ = assemble(str(shelf / "clip"), str(shelf / "llama"), seed=2)
+    same, _ = assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / "llama"), seed=1)
+    other, _ = assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / "llama"), seed=2)
     torch.manual_seed(5)
     assert torch.equal(after, torch.rand(1))  # the caller's random state is left alone
     changed = {name for name, value in first.state_dict().items() if not torch.equal(value, other.state_dict()[name])}
@@ -96,10 +96,10 @@ def test_the_projector_comes_from_the_seed_and_nothing_else_does(shelf: Path) ->
     assert all(torch.equal(value, same.state_dict()[name]) for name, value in first.state_dict().items())
 
 
-def test_bf16_and_the_last_layer(shelf: Path) -> None:
+def test_bf16_and_the_last_layer(tiny_checkpoints: Path) -> None:
     model, processor = assemble(
-        str(shelf / "dinov2"),
-        str(shelf / "gemma"),
+        str(tiny_checkpoints / "dinov2"),
+        str(tiny_checkpoints / "gemma"),
         dtype=torch.bfloat16,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
@@ -109,44 +109,44 @@ def test_bf16_and_the_last_layer(shelf: Path) -> None:
     assert model.config.image_seq_length == 17
 
 
-def test_a_classifiers_vit_and_a_bare_clip_tower_serve(shelf: Path, tmp_path: Path) -> None:
-    whole = tf.CLIPModel.from_pretrained(shelf / "clip")
+def test_a_classifiers_vit_and_a_bare_clip_tower_serve(tiny_checkpoints: Path, tmp_path: Path) -> None:
+    whole = tf.CLIPModel.from_pretrained(tiny_checkpoints / "clip")
     whole.vision_model.save_pretrained(tmp_path / "bare")
-    tf.AutoImageProcessor.from_pretrained(shelf / "clip").save_pretrained(tmp_path / "bare")
-    model, _ = assemble(str(tmp_path / "bare"), str(shelf / "llama"))
+    tf.AutoImageProcessor.from_pretrained(tiny_checkpoints / "clip").save_pretrained(tmp_path / "bare")
+    model, _ = assemble(str(tmp_path / "bare"), str(tiny_checkpoints / "llama"))
     theirs = whole.vision_model.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in model.model.vision_tower.state_dict().items())
 
-    classifier = tf.ViTForImageClassification(tf.ViTConfig.from_pretrained(shelf / "vit"))
+    classifier = tf.ViTForImageClassification(tf.ViTConfig.from_pretrained(tiny_checkpoints / "vit"))
     classifier.save_pretrained(tmp_path / "classifier")
-    tf.AutoImageProcessor.from_pretrained(shelf / "vit").save_pretrained(tmp_path / "classifier")
-    model, _ = assemble(str(tmp_path / "classifier"), str(shelf / "llama"))
+    tf.AutoImageProcessor.from_pretrained(tiny_checkpoints / "vit").save_pretrained(tmp_path / "classifier")
+    model, _ = assemble(str(tmp_path / "classifier"), str(tiny_checkpoints / "llama"))
     tower = model.model.vision_tower.state_dict()
     assert all(torch.equal(value, tower[name]) for name, value in classifier.vit.state_dict().items())
 
 
-def test_registers_are_counted(shelf: Path, tmp_path: Path) -> None:
+def test_registers_are_counted(tiny_checkpoints: Path, tmp_path: Path) -> None:
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2, "patch_size": 14}
     config = tf.Dinov2WithRegistersConfig(**size, image_size=56, num_register_tokens=3)
     tf.Dinov2WithRegistersModel(config).save_pretrained(tmp_path)
-    tf.AutoImageProcessor.from_pretrained(shelf / "dinov2").save_pretrained(tmp_path)
-    model, processor = assemble(str(tmp_path), str(shelf / "llama"))
+    tf.AutoImageProcessor.from_pretrained(tiny_checkpoints / "dinov2").save_pretrained(tmp_path)
+    model, processor = assemble(str(tmp_path), str(tiny_checkpoints / "llama"))
     assert processor.num_additional_image_tokens == 4 and model.config.image_seq_length == 19
 
 
-def test_image_processors_are_fitted_to_the_tower(shelf: Path, tmp_path: Path) -> None:
+def test_image_processors_are_fitted_to_the_tower(tiny_checkpoints: Path, tmp_path: Path) -> None:
     for family, settings in {
         "clip": {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}},
         "siglip": {"size": {"height": 384, "width": 384}},
         "vit": {"size": {"height": 224, "width": 224}},
     }.items():
-        tf.AutoModel.from_pretrained(shelf / family).save_pretrained(tmp_path / family)
-        processor = tf.AutoImageProcessor.from_pretrained(shelf / family, **settings)
+        tf.AutoModel.from_pretrained(tiny_checkpoints / family).save_pretrained(tmp_path / family)
+        processor = tf.AutoImageProcessor.from_pretrained(tiny_checkpoints / family, **settings)
         processor.save_pretrained(tmp_path / family)
-        made = assemble(str(tmp_path / family), str(shelf / "llama"))[1]
+        made = assemble(str(tmp_path / family), str(tiny_checkpoints / "llama"))[1]
         pixels = made.image_processor([Image.new("L", (100, 80))], return_tensors="pt")["pixel_values"]
         assert pixels.shape == (1, 3, 56, 56), family
-    _, made = assemble(str(shelf / "dinov2"), str(shelf / "llama"))
+    _, made = assemble(str(tiny_checkpoints / "dinov2"), str(tiny_checkpoints / "llama"))
     assert made.image_processor.crop_size["height"] == 56  # the published crop stays; the checkpoint's image_size is 70
 
 
@@ -172,8 +172,8 @@ with torch.no_grad():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("vision", "language"), [("siglip", "llama3"), ("vit", "gemma")])
-def test_a_saved_checkpoint_loads_without_mmtune(shelf: Path, tmp_path: Path, vision: str, language: str) -> None:
-    model, processor = assemble(str(shelf / vision), str(shelf / language))
+def test_a_saved_checkpoint_loads_without_mmtune(tiny_checkpoints: Path, tmp_path: Path, vision: str, language: str) -> None:
+    model, processor = assemble(str(tiny_checkpoints / vision), str(tiny_checkpoints / language))
     save_checkpoint(model, processor, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert (tmp_path / "out" / "model.safetensors").is_file()
@@ -196,8 +196,8 @@ def test_a_processor_without_weights_is_that_of_the_model(base: Path, tmp_path: 
     from mmtune.models.load import load_bare_processor, load_base
     from mmtune.recipe.recipe import ModelSection
 
-    tiny_vision("siglip", tmp_path / "vision")
-    tiny_language("qwen2", tmp_path / "language")
+    write_tiny_vision("siglip", tmp_path / "vision")
+    write_tiny_language("qwen2", tmp_path / "language")
     ready = {"base": str(base)}
     parts = {"vision": str(tmp_path / "vision"), "language": str(tmp_path / "language")}
     for given in (ready, {"base": "builtin:tiny-llava-untrained"}, parts, {**parts, "chat_template": "plain"}):

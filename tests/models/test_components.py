@@ -64,7 +64,7 @@ def test_every_parameter_belongs_to_one_component(family: str) -> None:
 )
 def test_what_is_trained_with_the_projector_belongs_to_it(family: str, part: str) -> None:
     components = find_components(_build(family))
-    assert components.projector_parts == (part,)
+    assert components.projector_extras == (part,)
     assert component_of(part, components) == "projector"
 
 

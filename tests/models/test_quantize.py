@@ -11,20 +11,20 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from mmtune.models.load import load_base, load_trained
-from mmtune.models.quantize import prepare_quantized, quantization
+from mmtune.models.quantize import prepare_quantized, quantization_config
 from mmtune.recipe.recipe import Recipe
 from mmtune.train import train
 
-ISSUE_TYPES = {"nf4": Linear4bit, "int8": Linear8bitLt}
+LAYER_TYPES = {"nf4": Linear4bit, "int8": Linear8bitLt}
 
 
-@pytest.mark.parametrize("precision", ISSUE_TYPES)
+@pytest.mark.parametrize("precision", LAYER_TYPES)
 def test_the_language_models_layers_are_quantized_and_nothing_else(make_recipe: Callable[..., Recipe], precision: str) -> None:
     model, _ = load_base(make_recipe(f"model.precision={precision}").model, 0)
     quantized = {name for name, module in model.named_modules() if isinstance(module, (Linear4bit, Linear8bitLt))}
     assert len(quantized) == 5 * 7
     assert all(name.startswith("model.language_model.layers.") for name in quantized)
-    assert {type(model.get_submodule(name)) for name in quantized} == {ISSUE_TYPES[precision]}
+    assert {type(model.get_submodule(name)) for name in quantized} == {LAYER_TYPES[precision]}
     whole = {p.dtype for name, p in model.named_parameters() if name.rpartition(".")[0] not in quantized}
     assert whole == {torch.bfloat16}
     if precision == "nf4":
@@ -53,7 +53,7 @@ def test_a_projector_inside_the_vision_tower_stays_whole_too(tmp_path: Path) -> 
     Qwen2_5_VLConfig(vision_config=vision, text_config={**text, "num_key_value_heads": 2, "vocab_size": 64}).save_pretrained(
         tmp_path
     )
-    config = quantization(str(tmp_path), "nf4")
+    config = quantization_config(str(tmp_path), "nf4")
     assert config.llm_int8_skip_modules == ["model.visual", "model.visual.merger", "lm_head"]
     assert config.bnb_4bit_use_double_quant
 
@@ -79,10 +79,10 @@ def test_eight_bit_and_paged_optimizers_step(make_recipe: Callable[..., Recipe],
 
 @pytest.mark.slow
 def test_parts_are_assembled_whole_and_trained_quantized(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    from mmtune.models.tiny.tiny_models import tiny_language, tiny_vision
+    from mmtune.models.tiny.tiny_models import write_tiny_language, write_tiny_vision
 
-    tiny_vision("siglip", tmp_path / "vision")
-    tiny_language("qwen2", tmp_path / "language", hidden_size=64, intermediate_size=128)
+    write_tiny_vision("siglip", tmp_path / "vision")
+    write_tiny_language("qwen2", tmp_path / "language", hidden_size=64, intermediate_size=128)
     parts = f"{{vision: {tmp_path / 'vision'}, language: {tmp_path / 'language'}, precision: nf4}}"
     recipe = make_recipe(f"model={parts}")
     train(recipe, ["test"])

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmtune.models.fake_tensors import CountedMemory, bnb_state_bytes, quantized_bytes
-from mmtune.models.tiny.tiny_models import tiny_language, tiny_vision
+from mmtune.models.fake_tensors import MemoryTracker, bnb_state_bytes, quantized_bytes
+from mmtune.models.tiny.tiny_models import write_tiny_language, write_tiny_vision
 from mmtune.planning.memory import MemoryEstimate, build_meta, estimate_memory, print_estimate, suggestions
 from mmtune.planning.memory_sizes import parse_memory
 from mmtune.recipe.recipe import Recipe
@@ -156,7 +156,7 @@ def test_paged_states_can_leave_the_device() -> None:
 
 
 def test_a_model_of_two_parts_is_estimated_from_their_configs(tmp_path: Path) -> None:
-    vision, language = tiny_vision("siglip", tmp_path / "vision"), tiny_language("qwen2", tmp_path / "language")
+    vision, language = write_tiny_vision("siglip", tmp_path / "vision"), write_tiny_language("qwen2", tmp_path / "language")
     for folder in (vision, language):
         for weights in folder.glob("*.safetensors"):
             weights.unlink()
@@ -174,7 +174,7 @@ def test_a_model_of_two_parts_is_estimated_from_their_configs(tmp_path: Path) ->
 
 
 def test_a_storage_counts_until_its_last_tensor_is_gone() -> None:
-    memory = CountedMemory(vocabulary=7)
+    memory = MemoryTracker(vocabulary=7)
     weight = memory.fake(torch.empty(100, 100))
     memory.track(weight, "weights")
     with memory:
@@ -188,7 +188,7 @@ def test_a_storage_counts_until_its_last_tensor_is_gone() -> None:
     assert memory.live["activations"] == 0
     assert memory.live["logits"] == scores.nbytes == 84
     assert memory.live["weights"] == 40_000
-    assert sum(memory.fullest.values()) == 80_000
+    assert sum(memory.peak.values()) == 80_000
 
 
 @pytest.mark.slow
@@ -244,7 +244,7 @@ def test_images_that_leave_no_room_are_refused(recipe_of: Callable[..., Recipe])
             "model.base: nobody/has-this-model: no local directory",
         ),
         (
-            {"vision": "nobody/tower", "language": "nobody/talker"},
+            {"vision": "nobody/tower", "language": "nobody/answering_llava"},
             "vision: no local directory nobody/tower; HF_HUB",
         ),
     ],

@@ -13,7 +13,7 @@ import transformers as tf
 
 from mmtune.cli.main import entry_point
 from mmtune.families.family_table import PROJECTORS
-from mmtune.models.tiny.tiny_bases import BASES, tiny_base
+from mmtune.models.tiny.tiny_bases import BASES, write_tiny_base
 from mmtune.utils.errors import missing_library
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ print(json.dumps(needs))
 def test_the_docs_name_the_families_that_need_torchvision(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(_broken_torchvision(tmp_path))}
     for family in BASES:
-        tiny_base(family, tmp_path / "bases" / family)
+        write_tiny_base(family, tmp_path / "bases" / family)
     command = [sys.executable, "-c", NEEDS, str(tmp_path / "bases")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     table = [
@@ -87,7 +87,7 @@ def test_a_torchvision_that_cannot_be_imported_counts_as_absent(tmp_path: Path) 
         command = [sys.executable, "-c", COMMAND, "train", str(recipe)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
-    needs = run(_recipe(tmp_path / "qwen", tiny_base("qwen2_5_vl", tmp_path / "qwen_base")))
+    needs = run(_recipe(tmp_path / "qwen", write_tiny_base("qwen2_5_vl", tmp_path / "qwen_base")))
     assert needs.returncode == 2 and "Traceback" not in needs.stderr
     assert "torchvision is installed, but it cannot be imported: libcudart.so.13: cannot open it" in needs.stderr
     assert "pip install 'mmtune[vision]'" in needs.stderr

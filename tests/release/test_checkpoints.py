@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 
 from mmtune import run_directory
 from mmtune.cli.main import entry_point
-from mmtune.models.checkpoints.trained_weights import find_trained, trained_part
+from mmtune.models.checkpoints.trained_weights import find_trained_weights, locate_trained_weights
 from mmtune.models.load import load_trained
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
@@ -74,7 +74,7 @@ def test_a_checkpoint_is_released_with_its_own_figures(run: Path, base: Path, tm
     assert (run / "summary.json").read_bytes() == before  # which is the finished run's
     check_manifest(out)
     assert {key: json.loads((out / "manifest.json").read_text())[key] for key in ("step", "steps")} == {"step": 2, "steps": 3}
-    assert "Trained for 2 of 3 optimizer steps, which is a checkpoint" in card(out)
+    assert "TrainedWeights for 2 of 3 optimizer steps, which is a checkpoint" in card(out)
     assert "## Figures" not in card(out) and "12 rows; 0 quarantined" in card(out)
 
     plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), str(checkpoint)).merge_and_unload()
@@ -82,10 +82,10 @@ def test_a_checkpoint_is_released_with_its_own_figures(run: Path, base: Path, tm
     torch.testing.assert_close({name: released[name] for name in expected}, expected, atol=1e-6, rtol=0)
 
     assert entry_point(["merge", str(run), str(tmp_path / "last"), "--samples", "2"]) == 0
-    assert "Trained for 3 of 3 optimizer steps." in card(tmp_path / "last") and "## Figures" in card(tmp_path / "last")
+    assert "TrainedWeights for 3 of 3 optimizer steps." in card(tmp_path / "last") and "## Figures" in card(tmp_path / "last")
     kept = tmp_path / "kept"
     assert entry_point(["merge", str(checkpoint), str(kept), "--samples", "2", "--keep-adapter"]) == 0
-    assert "Trained for 2 of 3 optimizer steps, which" in card(kept) and "## Figures" not in card(kept)
+    assert "TrainedWeights for 2 of 3 optimizer steps, which" in card(kept) and "## Figures" not in card(kept)
     assert not {"optimizer.pt", "trainer_state.json"} & {file.name for file in (kept / "adapter").iterdir()}
     assert torch.equal(logits(kept / "adapter"), logits(checkpoint))
     both = ["--adapter", f"{checkpoint}:0.5", "--adapter", f"{run}:0.5"]
@@ -109,7 +109,7 @@ def test_a_stopped_run_is_used_as_far_as_it_came(run: Path, tmp_path: Path, caps
         said = capsys.readouterr().out
         assert said.count("run has not finished: checkpoint-2 is taken, after 2 of 3 steps") == 1
         assert said.count("checkpoint-3 is not what its manifest.json says: changed: adapter_model.safetensors") == 1
-    assert "Trained for 2 of 3 optimizer steps" in card(tmp_path / "out") and not (run / "summary.json").exists()
+    assert "TrainedWeights for 2 of 3 optimizer steps" in card(tmp_path / "out") and not (run / "summary.json").exists()
     assert entry_point(["eval", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 2
     moved = run.rename(tmp_path / "moved")
@@ -160,7 +160,7 @@ def test_a_checkpoint_that_the_run_removes_meanwhile_is_passed_over(tmp_path: Pa
         return read(path, *arguments, **settings)
 
     monkeypatch.setattr(Path, "read_text", removed)
-    assert find_trained(tmp_path).step == 1
+    assert find_trained_weights(tmp_path).step == 1
 
 
 def test_a_checkpoint_that_the_run_replaces_while_it_is_verified(
@@ -176,13 +176,13 @@ def test_a_checkpoint_that_the_run_replaces_while_it_is_verified(
         verified(path)
 
     monkeypatch.setattr(run_directory, "check_manifest", replaced)
-    assert find_trained(tmp_path).step == 2
+    assert find_trained_weights(tmp_path).step == 2
     assert "passed over" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_the_run_removes_before_it_is_loaded(tmp_path: Path) -> None:
     removed = listed_checkpoint(tmp_path, 1)
-    trained = find_trained(tmp_path)
+    trained = find_trained_weights(tmp_path)
     shutil.rmtree(removed)
     told = f"{removed}: training removed this checkpoint before it was read; try again with {tmp_path}"
     with pytest.raises(UserError, match=re.escape(told)):
@@ -191,7 +191,7 @@ def test_a_checkpoint_that_the_run_removes_before_it_is_loaded(tmp_path: Path) -
 
 def test_what_is_not_of_a_run_is_not_merged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run / "checkpoints" / "checkpoint-2", tmp_path / "copy")
-    assert trained_part(tmp_path / "copy").step == 2
+    assert locate_trained_weights(tmp_path / "copy").step == 2
     for path in (tmp_path / "copy", run / "adapter"):
         assert entry_point(["merge", str(path), str(tmp_path / "out")]) == 2
         assert f"{path} is neither a run nor a checkpoint in a run's checkpoints/" in capsys.readouterr().err
@@ -219,5 +219,5 @@ def test_checkpoints_of_a_model_that_is_tuned_in_full(make_recipe: Make, tmp_pat
     assert entry_point(["merge", str(checkpoint), str(tmp_path / "out"), "--samples", "2", "--dtype", "fp32"]) == 0
     trained, released = (load_file(path / "model.safetensors") for path in (checkpoint, tmp_path / "out"))
     assert trained.keys() == released.keys() and all(torch.equal(trained[name], released[name]) for name in trained)
-    assert "Trained for 2 of 3 optimizer steps" in card(tmp_path / "out")
+    assert "TrainedWeights for 2 of 3 optimizer steps" in card(tmp_path / "out")
     assert "optimizer.pt" not in {file.name for file in (tmp_path / "out").iterdir()}

@@ -21,11 +21,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from mmtune.cli.main import entry_point
 from mmtune.models.load import load_trained
-from mmtune.models.quantize import prepare_quantized, quantization
+from mmtune.models.quantize import prepare_quantized, quantization_config
 from mmtune.recipe.recipe import Recipe
 from mmtune.release import push as push_module
-from mmtune.release.merge import ExportOptions, _enforce_fold, combine, keep_adapter, merge, parity_samples
-from mmtune.release.parity import answer_logits, compare, observe
+from mmtune.release.merge import ExportOptions, _check_merge, combine_adapters, merge, parity_samples, release_adapter
+from mmtune.release.parity import answer_logits, collect_outputs, compare
 from mmtune.release.push import push
 from mmtune.train import train
 from mmtune.utils.errors import CheckFailed, UserError
@@ -43,7 +43,7 @@ def trained(make_recipe: Make, path: Path, *overrides: str) -> Path:
 
 def test_weighted_adapters_equal_pefts_own_sum(make_recipe: Make, base: Path, tmp_path: Path) -> None:
     runs = [trained(make_recipe, tmp_path / name, f"train.seed={n}", "tune.projector=frozen") for n, name in enumerate("ab")]
-    combine([(runs[0], 0.7), (runs[1], 0.3)], tmp_path / "out", count=3)
+    combine_adapters([(runs[0], 0.7), (runs[1], 0.3)], tmp_path / "out", count=3)
     peft = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(str(base)), str(runs[0] / "adapter"), "a")
     peft.load_adapter(str(runs[1] / "adapter"), "b")
     peft.add_weighted_adapter(["a", "b"], [0.7, 0.3], "sum", combination_type="cat")
@@ -58,7 +58,7 @@ def test_weighted_adapters_equal_pefts_own_sum(make_recipe: Make, base: Path, tm
 def test_one_adapter_of_weight_one_is_the_merge(make_recipe: Make, tmp_path: Path) -> None:
     run = trained(make_recipe, tmp_path / "run")
     merge(run, tmp_path / "merged", count=2)
-    combine([(run, 1.0)], tmp_path / "sum", count=2)
+    combine_adapters([(run, 1.0)], tmp_path / "sum", count=2)
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "sum"))
     assert one.keys() == other.keys()
     for name in one:
@@ -69,11 +69,11 @@ def test_what_cannot_be_added(make_recipe: Make, base: Path, tmp_path: Path, cap
     run = trained(make_recipe, tmp_path / "run")
     other = trained(make_recipe, tmp_path / "other", "model.base=builtin:tiny-llava")
     with pytest.raises(UserError, match="adapters of different bases cannot be added"):
-        combine([(run, 1.0), (other, 1.0)], tmp_path / "out", count=2)
+        combine_adapters([(run, 1.0), (other, 1.0)], tmp_path / "out", count=2)
     with pytest.raises(UserError, match="nan is no weight"):
-        combine([(run, float("nan"))], tmp_path / "out", count=2)
+        combine_adapters([(run, float("nan"))], tmp_path / "out", count=2)
     with pytest.raises(CheckFailed, match="the adapters changed nothing, or cancel"):
-        combine([(run, 1.0), (run, -1.0)], tmp_path / "out", count=2)
+        combine_adapters([(run, 1.0), (run, -1.0)], tmp_path / "out", count=2)
     assert entry_point(["merge", str(tmp_path / "out"), "--adapter", f"{run}:half"]) == 2
     assert "expected RUN:WEIGHT" in capsys.readouterr().err
     assert entry_point(["merge", str(run), str(tmp_path / "out"), "--adapter", f"{run}:1"]) == 2
@@ -82,11 +82,11 @@ def test_what_cannot_be_added(make_recipe: Make, base: Path, tmp_path: Path, cap
 
 
 def test_an_adapter_of_another_base_is_refused(make_recipe: Make, tmp_path: Path) -> None:
-    from mmtune.models.tiny.tiny_bases import tiny_base
+    from mmtune.models.tiny.tiny_bases import write_tiny_base
 
     run = trained(make_recipe, tmp_path / "run")
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = str(tiny_base("llava", tmp_path / "stranger"))
+    config["base_model_name_or_path"] = str(write_tiny_base("llava", tmp_path / "stranger"))
     (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"cannot load the adapter|not a whole adapter of its base"):
         merge(run, tmp_path / "out", count=2)
@@ -146,7 +146,7 @@ def test_what_cannot_be_folded_is_released_beside_its_base(
     assert entry_point(["merge", str(run), str(tmp_path / "out")]) == 2
     assert f"{method} is no change of weights, so it cannot be merged; --keep-adapter releases it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    figures = keep_adapter(run, tmp_path / "out", count=2)
+    figures = release_adapter(run, tmp_path / "out", count=2)
     assert figures["same_answers"] == figures["samples"] == 2
     card = (tmp_path / "out" / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
@@ -165,7 +165,7 @@ def test_what_cannot_be_folded_is_released_beside_its_base(
     assert compare(answer_logits(model, processor, samples), answer_logits(expected, processor, samples)).largest == 0
     assert str(tmp_path) not in (moved / "adapter" / "adapter_config.json").read_text()
     with pytest.raises(UserError, match="needed"):
-        keep_adapter(run, run, overwrite=True)
+        release_adapter(run, run, overwrite=True)
 
 
 def test_a_full_disk_leaves_the_old_release(make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_a_full_disk_leaves_the_old_release(make_recipe: Make, tmp_path: Path, m
 
 def test_a_pair_known_to_merge_wrongly_is_caught(base: Path, make_recipe: Make) -> None:
     """PEFT merges C3A into an int8 base without an error, into other weights."""
-    config = quantization(str(base), "int8")
+    config = quantization_config(str(base), "int8")
     model = AutoModelForImageTextToText.from_pretrained(str(base), quantization_config=config, device_map={"": "cpu"})
     prepare_quantized(model)
     tuned = get_peft_model(
@@ -200,12 +200,12 @@ def test_a_pair_known_to_merge_wrongly_is_caught(base: Path, make_recipe: Make) 
                 parameter.normal_(std=0.02)
     processor = AutoProcessor.from_pretrained(str(base))
     samples = parity_samples(make_recipe(), 2)
-    adapter = observe(tuned, processor, samples, 4)
+    adapter = collect_outputs(tuned, processor, samples, 4)
     with tuned.disable_adapter():
         plain = answer_logits(tuned, processor, samples)
-    merged = observe(tuned.merge_and_unload(), processor, samples, 4)
+    merged = collect_outputs(tuned.merge_and_unload(), processor, samples, 4)
     with pytest.raises(CheckFailed, match="differs from the adapter"):
-        _enforce_fold(adapter, plain, merged)
+        _check_merge(adapter, plain, merged)
 
 
 def test_an_edited_model_card_is_pushed_and_nothing_else_that_changed(

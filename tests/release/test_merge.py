@@ -17,18 +17,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtune.data.encoding.encode import encode_sample
-from mmtune.models.checkpoints.trained_weights import base_of_adapter
+from mmtune.models.checkpoints.trained_weights import read_adapter_base
 from mmtune.models.load import load_trained
 from mmtune.recipe.recipe import Recipe
 from mmtune.release.merge import (
     TOLERANCE,
     ExportOptions,
     Parity,
-    _enforce_fold,
-    _enforce_release,
-    keep_adapter,
+    _check_merge,
+    _check_release,
     merge,
     parity_samples,
+    release_adapter,
 )
 from mmtune.release.parity import ModelOutputs
 from mmtune.run_directory import RunDirectory
@@ -202,7 +202,7 @@ def test_half_precision_is_folded_exactly_and_its_rounding_is_held(
     run = RunDirectory(Path(recipe.output_dir))
     parity = merge(run.path, tmp_path / "out", count=4)
     assert parity.merge_dtype == "bf16"
-    assert parity.merge_fold_difference < 1e-4 < parity.merge_mean_logit_difference
+    assert parity.merge_unrounded_difference < 1e-4 < parity.merge_mean_logit_difference
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
 
@@ -220,7 +220,7 @@ def test_half_precision_is_folded_exactly_and_its_rounding_is_held(
             merge(run.path, tmp_path / "wrong", count=4)
     # An adapter as small as the rounding of the weights is lost in bf16, and that is said.
     change_adapter(run, lambda tensor: tensor * 1e-3, only="lora_B")
-    restore_projector(run, base_of_adapter(run.adapter))
+    restore_projector(run, read_adapter_base(run.adapter))
     with pytest.raises(CheckFailed, match="rounding the merged model to bf16"):
         merge(run.path, tmp_path / "lost", count=4)
     assert not (tmp_path / "wrong").exists()
@@ -263,9 +263,9 @@ def test_a_run_that_trained_everything_is_released_as_it_is(make_recipe: Callabl
     train(recipe, ["test"])
     run = Path(recipe.output_dir)
     with pytest.raises(UserError, match="it has no adapter"):
-        keep_adapter(run, tmp_path / "kept")
+        release_adapter(run, tmp_path / "kept")
     parity = merge(run, tmp_path / "out", count=4, form=ExportOptions(dtype="bf16", max_shard_size="2MB"))
-    assert parity.merge_fold_difference == 0 < parity.merge_max_logit_difference < parity.merge_difference_from_base
+    assert parity.merge_unrounded_difference == 0 < parity.merge_max_logit_difference < parity.merge_difference_from_base
     assert "manifest.json" in check_manifest(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     trained, released = load_file(run / "model" / "model.safetensors"), {}
@@ -293,9 +293,9 @@ def _recipe(run: RunDirectory) -> Recipe:
 def test_a_merge_whose_answers_differ_is_refused_although_its_logits_agree() -> None:
     """Greedy answers are a check of their own: a stop token or a chat template that is lost leaves the logits as they are."""
     tuned, base = [torch.tensor([[0.0, 1.0]])], [torch.tensor([[1.0, 0.0]])]
-    _enforce_fold(ModelOutputs(tuned, ["7"]), base, ModelOutputs(tuned, ["7"]))
+    _check_merge(ModelOutputs(tuned, ["7"]), base, ModelOutputs(tuned, ["7"]))
     with pytest.raises(CheckFailed, match="answers 1 of 2 samples unlike the adapter"):
-        _enforce_fold(ModelOutputs(tuned, ["7", "8"]), base, ModelOutputs(tuned, ["7", "8 and on"]))
+        _check_merge(ModelOutputs(tuned, ["7", "8"]), base, ModelOutputs(tuned, ["7", "8 and on"]))
     parity = Parity(
         merge_samples=2,
         merge_dtype="fp32",
@@ -303,10 +303,10 @@ def test_a_merge_whose_answers_differ_is_refused_although_its_logits_agree() -> 
         merge_mean_logit_difference=0.0,
         merge_kl=0.0,
         merge_same_answers=2,
-        merge_fold_difference=0.0,
+        merge_unrounded_difference=0.0,
         merge_tolerance=TOLERANCE,
         merge_difference_from_base=1.0,
     )
-    _enforce_release(parity, change=1.0)
+    _check_release(parity, change=1.0)
     with pytest.raises(CheckFailed, match=r"loaded back from disk, differs from the adapter: .* 1 of 2 answers the same"):
-        _enforce_release(replace(parity, merge_same_answers=1), change=1.0)
+        _check_release(replace(parity, merge_same_answers=1), change=1.0)

@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtune.models.assemble import assemble
 from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
-from mmtune.models.tiny.tiny_models import tiny_language, tiny_vision
+from mmtune.models.tiny.tiny_models import write_tiny_language, write_tiny_vision
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     out = {}
     for vision, language in PAIRS:
-        parts = tiny_vision(vision, folder / vision), tiny_language(language, folder / language)
+        parts = write_tiny_vision(vision, folder / vision), write_tiny_language(language, folder / language)
         model, processor = assemble(*map(str, parts), chat_template=TEMPLATES[language])
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -16,7 +16,7 @@ from mmtune.data.batching.batch_sampler import Batches, Mixture
 from mmtune.data.batching.collate import Collator, RowSize, collate, pack
 from mmtune.data.data_report import DataReport
 from mmtune.methods.gated_prefix import GatedPrefixConfig
-from mmtune.models.packed_attention import check_packable, check_packable_family, packed_inputs, prove_packing
+from mmtune.models.packed_attention import check_packable, check_packable_family, packed_inputs, verify_packing
 from mmtune.training.trainer import TuningTrainer
 from mmtune.utils.errors import UserError
 
@@ -155,7 +155,7 @@ def test_positions_that_run_on_are_found(family: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="not close"):
         assert_same(gradients(model, [training_autocast(model, joined, count, tmp_path)]), expected)
     with pytest.raises(UserError, match=rf"packed batches cannot be exact here: {family}: the logits .* differ"):
-        prove_packing(model, joined, single(encoded))
+        verify_packing(model, joined, single(encoded))
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
@@ -165,9 +165,9 @@ def test_two_samples_prove_that_a_model_keeps_them_apart(family: str, pair: tupl
     model.lm_head.eval()
     encoded = [samples(family)[number] for number in pair]
     check_packable(model)
-    prove_packing(model, pack(encoded), single(encoded))
+    verify_packing(model, pack(encoded), single(encoded))
     assert [name for name, module in model.named_modules() if not module.training] == ["lm_head"]  # as it was
-    prove_packing(model.bfloat16(), pack(encoded), single(encoded))
+    verify_packing(model.bfloat16(), pack(encoded), single(encoded))
 
 
 def test_the_cache_that_a_config_asks_for_does_not_join_samples() -> None:
@@ -175,7 +175,7 @@ def test_the_cache_that_a_config_asks_for_does_not_join_samples() -> None:
     model, encoded = tiny("llava"), samples("llava")
     model.config.text_config.use_cache = True
     assert packed_inputs(model, pack(encoded))["use_cache"] is False
-    prove_packing(model, pack(encoded), single(encoded))
+    verify_packing(model, pack(encoded), single(encoded))
 
 
 def test_three_positions_are_the_models_own_for_every_sample() -> None:
@@ -261,7 +261,7 @@ def test_the_proof_finds_a_family_that_nobody_named() -> None:
     for sample in encoded:
         sample["token_type_ids"] = (sample["input_ids"] == IMAGE).long()
     with pytest.raises(UserError, match="gemma3: the logits of"):
-        prove_packing(model, pack(encoded), single(encoded))
+        verify_packing(model, pack(encoded), single(encoded))
 
 
 # -------------------------------------------------------------------------------------------------- rows

@@ -24,7 +24,7 @@ from mmtune.builtin.tiny_checkpoint import build_untrained
 from mmtune.models.assemble import assemble
 from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
 from mmtune.models.load import load_trained
-from mmtune.models.tiny.tiny_models import tiny_language, tiny_vision
+from mmtune.models.tiny.tiny_models import write_tiny_language, write_tiny_vision
 from mmtune.recipe.recipe import load_recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
@@ -124,7 +124,10 @@ def test_deepspeed_leaves_out_a_step_that_is_not_finite(stopped: dict[tuple[str,
 @pytest.mark.slow
 def test_a_model_assembled_at_zero_3_is_saved_as_one_process_saves_it(shallow: Path, mixed: Path, tmp_path: Path) -> None:
     """The base beside an adapter, and a model that was tuned in full."""
-    parts = {"vision": str(tiny_vision("clip", tmp_path / "clip")), "language": str(tiny_language("qwen3", tmp_path / "qwen3"))}
+    parts = {
+        "vision": str(write_tiny_vision("clip", tmp_path / "clip")),
+        "language": str(write_tiny_language("qwen3", tmp_path / "qwen3")),
+    }
     paths = []
     for name, tune in {"adapter": {"language": {"method": "lora"}}, "full": {"language": "full", "vision": "full"}}.items():
         path = recipe(tmp_path, shallow, mixed, name, train={"max_steps": 1})

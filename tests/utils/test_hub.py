@@ -87,7 +87,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[str]]:
 def into_cache(cache: Path, name: str) -> Path:
     """Lay the built-in model into a cache as the hub's client does."""
     folder = cache / f"models--{name.replace('/', '--')}"
-    shutil.copytree(tiny.TRAINED, folder / "snapshots" / "abc")
+    shutil.copytree(tiny.TINY_LLAVA, folder / "snapshots" / "abc")
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("abc")
     return folder / "snapshots" / "abc"

@@ -14,10 +14,10 @@ from transformers import ProcessorMixin
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from mmtune.models.checkpoints.checkpoint_files import ADAPTER_WEIGHTS
-from mmtune.models.checkpoints.trained_weights import ADAPTER_CONFIG, INITIAL, Trained
+from mmtune.models.checkpoints.trained_weights import ADAPTER_CONFIG, INITIAL_LORA, TrainedWeights
 
 
-def export_adapter(trained: Trained, processor: ProcessorMixin, out: Path, base: str) -> None:
+def export_adapter(trained: TrainedWeights, processor: ProcessorMixin, out: Path, base: str) -> None:
     """Write an adapter with its processor to a directory, and of a checkpoint nothing that only training needs.
 
     Args:
@@ -28,8 +28,8 @@ def export_adapter(trained: Trained, processor: ProcessorMixin, out: Path, base:
         if (trained.path / name).is_file():
             shutil.copy2(trained.path / name, out)
     processor.save_pretrained(out)
-    if (trained.path / INITIAL).is_file():
-        to_plain_lora(out, load_file(trained.path / INITIAL))
+    if (trained.path / INITIAL_LORA).is_file():
+        to_plain_lora(out, load_file(trained.path / INITIAL_LORA))
     settings = out / ADAPTER_CONFIG
     config = json.loads(settings.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
     settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -30,7 +30,7 @@ EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _PLAIN = re.compile(r"[\w.-]+")
 
 
-def bound_patterns(config: PeftConfig, model: nn.Module, file: Path) -> None:
+def expand_patterns(config: PeftConfig, model: nn.Module, file: Path) -> None:
     """Replace each expression of a configuration by one that lists the paths it matches, in place.
 
     What PEFT makes of the configuration stays the same. Plain names are left as they are.

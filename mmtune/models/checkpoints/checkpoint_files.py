@@ -22,16 +22,16 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 UNUSED_WEIGHTS = ("pooler.dense.weight", "pooler.dense.bias")
 """Of towers whose pooled output is not read; some checkpoints lack them."""
-REPORTED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-"""For `from_pretrained`, so that it reports to `check_whole` what it would otherwise draw at random or end with a traceback."""
+LOADING_INFO: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Arguments of `from_pretrained` that report missing and mismatched weights, which `check_weights_loaded` checks."""
 
 
-def check_whole(name: str, model: PreTrainedModel, report: Mapping[str, Collection[Any]]) -> None:
+def check_weights_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Collection[Any]]) -> None:
     """Refuse a checkpoint that leaves some of its weights to chance.
 
     Args:
         name: of the checkpoint, for the message.
-        report: transformers' own, which comes with `REPORTED`.
+        report: transformers' own, which comes with `LOADING_INFO`.
 
     Raises:
         UserError: naming weights that are missing or of another shape.
@@ -48,7 +48,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def use_hub_key_names(model: PreTrainedModel) -> None:
+def set_hub_key_mapping(model: PreTrainedModel) -> None:
     """Have a model that was built in memory saved under the key names of hub checkpoints of its class.
 
     transformers notes the renamings of a checkpoint that it loads in `_weight_conversions`, and undoes them when it saves. A
@@ -84,7 +84,7 @@ def write_checkpoint(
     model: PreTrainedModel, processor: ProcessorMixin, folder: Path, state_dict: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Write the files of a checkpoint into a folder; arguments as for `save_checkpoint`."""
-    use_hub_key_names(model)
+    set_hub_key_mapping(model)
     model.save_pretrained(folder, state_dict=state_dict)
     processor.save_pretrained(folder)
 
@@ -100,7 +100,7 @@ def load_projector(model: PreTrainedModel, path: Path) -> None:
         UserError: naming any tensor that is missing, unexpected or of another shape.
     """
     components = find_components(model)
-    projectors = [part for part in (components.projector, *components.projector_parts) if part is not None]
+    projectors = [part for part in (components.projector, *components.projector_extras) if part is not None]
     wanted = {
         name: parameter
         for name, parameter in (*model.named_parameters(), *model.named_buffers())

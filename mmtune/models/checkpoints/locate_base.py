@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmtune.builtin import TRAINED
+from mmtune.builtin import TINY_LLAVA
 from mmtune.utils.errors import UserError, nearest
 from mmtune.utils.hub import HUB_ID, cached_snapshot, is_local_name, locate_checkpoint, missing
 
 CHECKPOINT_MARK = "config.json"
 """The file by which a directory is known to be a checkpoint."""
 UNTRAINED = "builtin:tiny-llava-untrained"
-BUILTIN = {"builtin:tiny-llava": TRAINED}
+BUILTIN = {"builtin:tiny-llava": TINY_LLAVA}
 
 
 def resolve_base(base: str) -> str:

@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
 from mmtune.utils.errors import UserError
 from mmtune.utils.files import read_json_object
 
-NOT_ALLOWED = (
+CODE_NOT_ALLOWED = (
     "it brings Python code of its own, which nobody has allowed to run: read it, then give --trust-remote-code to a command that "
     "loads a run or a model, or set model.trust_remote_code: true in a recipe that you train"
 )
@@ -23,7 +23,7 @@ FILES_WITH_CODE = (CONFIG_NAME, PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, TOKENIZE
 """Where `auto_map` names classes of such code."""
 
 
-def brings_code(folder: Path) -> bool:
+def has_remote_code(folder: Path) -> bool:
     """Whether the files of a checkpoint name classes of its own code."""
     return any("auto_map" in _read(folder / name) for name in FILES_WITH_CODE if (folder / name).is_file())
 
@@ -36,15 +36,15 @@ def _read(file: Path) -> dict[str, object]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of transformers says, in one line; `NOT_ALLOWED` where it asks for `trust_remote_code`."""
+    """What an error of transformers says, in one line; `CODE_NOT_ALLOWED` where it asks for `trust_remote_code`."""
     text = str(error).strip()
     if "trust_remote_code=True" in text:
-        return NOT_ALLOWED
+        return CODE_NOT_ALLOWED
     return text.splitlines()[0] if text else type(error).__name__
 
 
 @contextmanager
-def refused_pickles(subject: str) -> Iterator[None]:
+def reject_unsafe_pickles(subject: str) -> Iterator[None]:
     """Inside, torch reads files that may be pickles, such as a `.bin` of weights or an `optimizer.pt`, and of them tensors alone.
 
     Args:

@@ -19,12 +19,12 @@ from mmtune.utils.manifest import check_manifest
 ADAPTER_CONFIG = "adapter_config.json"
 CONFIG_NAME = "config.json"
 TRAINER_STATE_NAME = "trainer_state.json"
-INITIAL = "initial.safetensors"
+INITIAL_LORA = "initial.safetensors"
 """In a checkpoint: LoRA's matrices before training, where their initialization took them out of the base."""
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedWeights:
     """The weights that a path stands for.
 
     Attributes:
@@ -49,7 +49,7 @@ class Trained:
         return self.step is not None
 
 
-def find_trained(path: Path) -> Trained:
+def find_trained_weights(path: Path) -> TrainedWeights:
     """The weights of a run or of one of its checkpoints; any other path is taken as it is.
 
     Of a run that has not finished the last good checkpoint is taken, which is printed.
@@ -61,13 +61,13 @@ def find_trained(path: Path) -> Trained:
     run = RunDirectory(path)
     for part in (run.adapter, run.model):
         if _holds_weights(part):
-            return Trained(part, run)
+            return TrainedWeights(part, run)
     owner = run_of_checkpoint(path)
     if owner is not None or all((path / name).is_file() for name in (TRAINER_STATE_NAME, MANIFEST)):  # or a copy of one
         check_manifest(path)
         return _checkpoint(path, owner or run)
     if _holds_weights(path) or not path.is_dir():
-        return Trained(path, run)
+        return TrainedWeights(path, run)
     if run.checkpoints_by_step() and run.recipe.is_file():
         trained = _last_checkpoint(run)
         last = trained.path
@@ -81,22 +81,22 @@ def find_trained(path: Path) -> Trained:
     raise UserError(f"{path}: neither a finished run (no adapter/ or model/), nor a checkpoint, nor a model (no {CONFIG_NAME})")
 
 
-def trained_part(path: Path) -> Trained:
-    """The weights that a path or a name stands for: see `find_trained`.
+def locate_trained_weights(path: Path) -> TrainedWeights:
+    """The weights that a path or a name stands for: see `find_trained_weights`.
 
     Raises:
         UserError: nothing is there, or the hub cannot be reached.
         CheckFailed: a damaged checkpoint.
     """
-    trained = find_trained(BUILTIN.get(str(path), path))
-    with removal_named(trained):
+    trained = find_trained_weights(BUILTIN.get(str(path), path))
+    with report_removed_checkpoint(trained):
         if not trained.path.is_dir():
             locate_checkpoint(str(path), "run or model")  # a hub that cannot be reached is found before libraries are imported
     return trained
 
 
 @contextmanager
-def removal_named(trained: Trained) -> Iterator[None]:
+def report_removed_checkpoint(trained: TrainedWeights) -> Iterator[None]:
     """For code that reads trained weights: an error says so where the reason is that training has removed the checkpoint.
 
     Raises:
@@ -113,7 +113,7 @@ def removal_named(trained: Trained) -> Iterator[None]:
         raise
 
 
-def _last_checkpoint(run: RunDirectory) -> Trained:
+def _last_checkpoint(run: RunDirectory) -> TrainedWeights:
     """The newest good checkpoint; a run that goes on may remove one while it is read, and has a newer one then."""
     while (last := run.last_good_checkpoint()) is not None:
         try:
@@ -128,28 +128,28 @@ def _holds_weights(path: Path) -> bool:
     return (path / ADAPTER_CONFIG).is_file() or (path / CONFIG_NAME).is_file()
 
 
-def _checkpoint(path: Path, run: RunDirectory) -> Trained:
+def _checkpoint(path: Path, run: RunDirectory) -> TrainedWeights:
     state = read_json_object(path / TRAINER_STATE_NAME)
     steps = state.get("global_step"), state.get("max_steps")
     if not all(isinstance(step, int) for step in steps):
         raise UserError(f"{path / TRAINER_STATE_NAME}: expected the whole numbers `global_step` and `max_steps`, got {steps}")
-    return Trained(path, run, *steps)
+    return TrainedWeights(path, run, *steps)
 
 
-def adapter_config(adapter: Path) -> dict[str, Any]:
+def read_adapter_config(adapter: Path) -> dict[str, Any]:
     try:
         return read_json_object(adapter / ADAPTER_CONFIG)
     except (OSError, UserError) as error:
         raise UserError(f"{adapter / ADAPTER_CONFIG}: not a readable adapter configuration: {error}") from error
 
 
-def base_of_adapter(adapter: Path) -> str:
+def read_adapter_base(adapter: Path) -> str:
     """The base that an adapter directory names; the one beside it when that path is gone, as after moving a run.
 
     Raises:
         UserError: a directory without a readable `adapter_config.json`.
     """
-    config = adapter_config(adapter)
+    config = read_adapter_config(adapter)
     if not isinstance(base := config.get("base_model_name_or_path"), str):
         raise UserError(f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path: expected a name or a path, got {base!r}")
     if base == "base" or not Path(base).is_dir():
@@ -159,13 +159,13 @@ def base_of_adapter(adapter: Path) -> str:
     return base
 
 
-def located_base_of(adapter: Path) -> str:
-    """As `base_of_adapter`; of a hub id, the cached copy where the hub cannot be reached.
+def locate_adapter_base(adapter: Path) -> str:
+    """As `read_adapter_base`; of a hub id, the cached copy where the hub cannot be reached.
 
     Raises:
-        UserError: as `base_of_adapter`, or the base is not there.
+        UserError: as `read_adapter_base`, or the base is not there.
     """
-    base = base_of_adapter(adapter)
+    base = read_adapter_base(adapter)
     try:
         return locate_checkpoint(base)
     except UserError as error:

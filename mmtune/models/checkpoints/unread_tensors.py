@@ -19,7 +19,7 @@ from mmtune.models.checkpoints.checkpoint_files import safetensors_files
 from mmtune.utils.errors import CheckFailed
 
 
-def unread_tensors(model: PreTrainedModel, source: str) -> dict[str, Path]:
+def find_unread_tensors(model: PreTrainedModel, source: str) -> dict[str, Path]:
     """The tensors of a checkpoint that have no module in the model: their keys, as stored, and the files that hold them.
 
     The keys are renamed as transformers renames them when it loads. What it then does not find in the model it drops, without
@@ -45,11 +45,11 @@ def unread_tensors(model: PreTrainedModel, source: str) -> dict[str, Path]:
     return unread
 
 
-def carry_over(tensors: Mapping[str, Path], out: Path, max_shard_size: str = "5GB") -> dict[str, dict[str, object]]:
+def append_tensors(tensors: Mapping[str, Path], out: Path, max_shard_size: str = "5GB") -> dict[str, dict[str, object]]:
     """Add tensors to a checkpoint in shards of their own, byte for byte.
 
     Args:
-        tensors: from `unread_tensors`.
+        tensors: from `find_unread_tensors`.
         out: a saved checkpoint; its files get the names of shards, and its index is written again.
         max_shard_size: of a new file, as transformers takes it.
 
@@ -94,7 +94,9 @@ def _size(file: Path) -> int:
         return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
 
 
-def describe_tensors(model: PreTrainedModel, keys: Collection[str], done: str = "carried over from the base unchanged") -> str:
+def describe_unread_tensors(
+    model: PreTrainedModel, keys: Collection[str], done: str = "carried over from the base unchanged"
+) -> str:
     """One line on tensors that a class does not read, and what was done with them."""
     names = ", ".join([*keys][:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
     return f"tensors that {type(model).__name__} does not read, {done}: {len(keys)} ({names})"

@@ -20,9 +20,9 @@ from transformers import (
 
 from mmtune.chat_templates.resolving import end_of_turn_ids
 from mmtune.distributed.sharded_parameters import meta_init
-from mmtune.models.compatibility import EXTRA_TOKENS
+from mmtune.models.compatibility import PREFIX_TOKENS
 from mmtune.models.components import find_components
-from mmtune.models.fake_tensors import CountedMemory, quiet
+from mmtune.models.fake_tensors import MemoryTracker, suppress_fake_tensor_warnings
 from mmtune.models.processors.processor import read_processor
 from mmtune.utils.errors import UserError
 
@@ -48,7 +48,7 @@ def _grid(config: Any) -> int:
 
 def _extra(config: Any) -> int | None:
     tower = config.vision_config
-    known = EXTRA_TOKENS.get(tower.model_type)
+    known = PREFIX_TOKENS.get(tower.model_type)
     return None if known is None else known + (getattr(tower, "num_register_tokens", 0) or 0)
 
 
@@ -69,7 +69,7 @@ _QWEN: dict[str, Rule] = {
 _SHUFFLED: dict[str, Rule] = {"image_seq_len": lambda config: _grid(config) // config.scale_factor**2}
 _TILES: dict[str, Rule] = {"image_processor.image_grid_pinpoints": lambda config: config.image_grid_pinpoints}
 
-KEYS: dict[str, dict[str, Rule]] = {
+PROCESSOR_KEYS: dict[str, dict[str, Rule]] = {
     "LlavaProcessor": _LLAVA,
     "LlavaNextProcessor": {**_LLAVA, **_TILES},
     "LlavaOnevisionProcessor": {
@@ -91,7 +91,7 @@ KEYS: dict[str, dict[str, Rule]] = {
 """By a processor's class: the keys that decide how many tokens stand for an image, and their values by the model's config."""
 
 
-def open_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> ProcessorMixin:
+def load_completed_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> ProcessorMixin:
     """A checkpoint's processor, with the keys that its files leave out taken from the model's config.
 
     Args:
@@ -129,7 +129,7 @@ def _complete(name: str, processor: Any, config: PreTrainedConfig) -> None:
     if images is None:
         images, _ = type(processor.image_processor).get_image_processor_dict(name)
     filled = {}
-    for key, rule in KEYS.get(type(processor).__name__, {}).items():
+    for key, rule in PROCESSOR_KEYS.get(type(processor).__name__, {}).items():
         owner, attribute = _owner(processor, key)
         given = (published if owner is processor else images).get(attribute)
         value = rule(config)
@@ -184,14 +184,14 @@ def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_co
     if (token := getattr(config, "image_token_id", None)) is None:
         return
     seen: dict[Any, int] = {}
-    with quiet():
+    with suppress_fake_tensor_warnings():
         with meta_init():
             model: Any = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code).eval()
         find_components(model)  # refuses a structure without the parts that tuning needs
         if not hasattr(model, "get_image_features"):
             return
-        memory = CountedMemory(0)
-        memory.hold(model)
+        memory = MemoryTracker(0)
+        memory.track_model(model)
         takes = inspect.signature(model.get_image_features).parameters
         for width, height in PROBE_SIZES:
             image = Image.new("RGB", (width, height), "red")
@@ -216,7 +216,7 @@ def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_co
                 )
 
 
-def _features(model: Any, memory: CountedMemory, inputs: dict[str, torch.Tensor]) -> int:
+def _features(model: Any, memory: MemoryTracker, inputs: dict[str, torch.Tensor]) -> int:
     with memory, torch.no_grad():
         features = model.get_image_features(**inputs, return_dict=True).pooler_output
     parts = features if isinstance(features, (list, tuple)) else [features]
@@ -229,14 +229,14 @@ def _wrong(processor: Any, config: Any) -> str:
     token = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
     if processor.image_token_id != config.image_token_id and not isinstance(processor, Gemma3Processor):
         wrong.append(f"image_token is {processor.image_token!r} (id {processor.image_token_id}), and in config.json {token!r}")
-    for key, rule in KEYS.get(type(processor).__name__, {}).items():
+    for key, rule in PROCESSOR_KEYS.get(type(processor).__name__, {}).items():
         owner, attribute = _owner(processor, key)
         value, given = rule(config), getattr(owner, attribute)
         if value is not None and given != value:
             wrong.append(f"{key}: expected {value}, got {given}")
     if wrong:
         return f"; in the processor's files {'; '.join(wrong)}"
-    keys = ", ".join(KEYS.get(type(processor).__name__, {}))
+    keys = ", ".join(PROCESSOR_KEYS.get(type(processor).__name__, {}))
     return f"; the processor's files do not fit config.json: look at the image size{', ' + keys if keys else ''}"
 
 

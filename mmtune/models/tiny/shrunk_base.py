@@ -46,7 +46,7 @@ def local_files(base: str) -> Path | None:
     return folder if folder and all(any((folder / name).is_file() for name in names) for names in needed) else None
 
 
-def shrunk_base(name: str, folder: Path, out: Path, seed: int = 0) -> Path:
+def write_shrunk_base(name: str, folder: Path, out: Path, seed: int = 0) -> Path:
     """Write a base's files with a tiny random model in place of its weights.
 
     Args:

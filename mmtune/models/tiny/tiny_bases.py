@@ -400,7 +400,7 @@ BASES: dict[str, TinyBase] = {
 """By name: a family's `model_type`, or that with the tower's where a class serves several releases."""
 
 
-def tiny_base(family: str, out: Path, seed: int = 0) -> Path:
+def write_tiny_base(family: str, out: Path, seed: int = 0) -> Path:
     """Write a family's tiny checkpoint.
 
     Args:

@@ -133,7 +133,7 @@ NAMES: dict[str, list[tuple[str, str]]] = {
 """Well-known hub names, tried in order, for checkpoints that are not on this machine."""
 
 
-def tiny_vision(family: str, out: Path, seed: int = 0) -> Path:
+def write_tiny_vision(family: str, out: Path, seed: int = 0) -> Path:
     """Write a tiny random vision encoder with its image processor.
 
     CLIP and SigLIP are written whole, text tower included, as they are published. DINOv2's processor crops to fewer
@@ -170,7 +170,7 @@ def tiny_vision(family: str, out: Path, seed: int = 0) -> Path:
     return out
 
 
-def tiny_language(
+def write_tiny_language(
     family: str, out: Path, seed: int = 0, *, texts: Iterable[str] = (), vocab_size: int = 0, **overrides: Any
 ) -> Path:
     """Write a tiny random language model with a byte-level tokenizer that carries the family's special tokens.
@@ -207,7 +207,7 @@ def tiny_language(
     return out
 
 
-def family_of(checkpoint: str, kind: Kind) -> str:
+def tiny_family(checkpoint: str, kind: Kind) -> str:
     """The tiny family that stands in for a checkpoint, found without the network.
 
     Args:

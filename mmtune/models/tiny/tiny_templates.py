@@ -69,5 +69,5 @@ TEMPLATES: dict[str, str | None] = {
 }
 """By the name of the tiny checkpoint; None: the releases have none."""
 
-NEEDED = {"llava": "vicuna_v1", "paligemma": "paligemma"}
+REQUIRED_TEMPLATES = {"llava": "vicuna_v1", "paligemma": "paligemma"}
 """The `model.chat_template` that a recipe has to name, because the release's own template writes no end or it has none."""

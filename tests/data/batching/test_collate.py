@@ -14,8 +14,8 @@ from PIL import Image
 from mmtune.data.batching.collate import collate, pack
 from mmtune.data.encoding.encode import encode_prompt, encode_sample
 from mmtune.data.message import Message, Sample
-from mmtune.families.family_table import NEVER_PACKED
-from mmtune.models.packed_attention import check_packable, prove_packing
+from mmtune.families.family_table import UNPACKABLE
+from mmtune.models.packed_attention import check_packable, verify_packing
 from mmtune.models.tiny.tiny_bases import BASES
 
 SIZES = [[(60, 40)], [], [(150, 40), (30, 90)], [(100, 200)], []]
@@ -107,12 +107,12 @@ def model_for(family: str, processor: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", sorted({*FAMILIES} - {*NEVER_PACKED}))
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {*UNPACKABLE}))
 def test_a_model_answers_a_batch_as_it_answers_each_sample(family: str, tmp_path: Path) -> None:
     processor = FAMILIES[family]()
     model, encoded = model_for(family, processor), samples(processor, tmp_path)
     pad = processor.tokenizer.pad_token_id
     alone = [collate([sample], pad) for sample in encoded]
     check_packable(model)
-    prove_packing(model, collate(encoded, pad), alone)
-    prove_packing(model, pack(encoded), alone)
+    verify_packing(model, collate(encoded, pad), alone)
+    verify_packing(model, pack(encoded), alone)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from mmtune.methods import selectors
-from mmtune.models.checkpoints.adapter_patterns import bound_patterns
+from mmtune.models.checkpoints.adapter_patterns import expand_patterns
 from mmtune.models.load import load_adapter
 from mmtune.utils.errors import UserError
 
@@ -75,7 +75,7 @@ def test_an_expression_that_never_ends_is_refused(
     config = LoraConfig(target_modules=["q_proj"])
     setattr(config, setting, value)
     with pytest.raises(UserError, match=f"^adapter_config.json: {setting}: .*{message}"):
-        bound_patterns(config, MODEL, Path("adapter_config.json"))
+        expand_patterns(config, MODEL, Path("adapter_config.json"))
 
 
 def test_peft_matches_no_expression_but_the_paths_it_stands_for() -> None:
@@ -84,12 +84,12 @@ def test_peft_matches_no_expression_but_the_paths_it_stands_for() -> None:
         exclude_modules=".*k_proj",
         rank_pattern={".*_proj": 2, "q_proj": 3},
     )
-    bound_patterns(config, MODEL, Path("adapter_config.json"))
+    expand_patterns(config, MODEL, Path("adapter_config.json"))
     assert config.target_modules == re.escape("((.*)*)*x")
     assert config.exclude_modules == r"a_module_with_a_name_that_is_long\.k_proj"
     long = r"a_module_with_a_name_that_is_long\."
     assert list(config.rank_pattern) == [rf"^(?:{long}q_proj|{long}k_proj)", "q_proj"]
     for kept in ("all-linear", ["q_proj"]):
         config = LoraConfig(target_modules=kept)
-        bound_patterns(config, MODEL, Path("adapter_config.json"))
+        expand_patterns(config, MODEL, Path("adapter_config.json"))
         assert config.target_modules == LoraConfig(target_modules=kept).target_modules

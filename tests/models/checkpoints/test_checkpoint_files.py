@@ -32,12 +32,14 @@ def test_an_existing_directory_is_only_replaced_on_purpose(llava: tuple[Any, Any
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def _other(shelf: Path) -> Any:
-    return assemble(str(shelf / "clip"), str(shelf / "llama"), seed=9)[0]
+def _other(tiny_checkpoints: Path) -> Any:
+    return assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / "llama"), seed=9)[0]
 
 
-def test_a_projector_is_read_from_an_adapter_a_run_and_a_checkpoint(shelf: Path, llava: tuple[Any, Any], tmp_path: Path) -> None:
-    source = _other(shelf)
+def test_a_projector_is_read_from_an_adapter_a_run_and_a_checkpoint(
+    tiny_checkpoints: Path, llava: tuple[Any, Any], tmp_path: Path
+) -> None:
+    source = _other(tiny_checkpoints)
     expected = {key: value.clone() for key, value in source.model.multi_modal_projector.state_dict().items()}
     save_checkpoint(source, llava[1], tmp_path / "whole")
     lora = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj", modules_to_save=["multi_modal_projector"])
@@ -49,18 +51,18 @@ def test_a_projector_is_read_from_an_adapter_a_run_and_a_checkpoint(shelf: Path,
     older |= {f"{prefix}.original_module.{key}": torch.zeros_like(value) for key, value in expected.items()}
     save_file(older, tmp_path / "older" / "adapter_model.safetensors")
     for path in (tmp_path / "whole", tmp_path / "run", tmp_path / "run" / "adapter", tmp_path / "older"):
-        model, _ = assemble(str(shelf / "clip"), str(shelf / "llama"))
+        model, _ = assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / "llama"))
         load_projector(model, path)
         got = model.model.multi_modal_projector.state_dict()
         assert got.keys() == expected.keys() and all(torch.equal(got[key], expected[key]) for key in got)
 
 
-def test_a_projector_that_does_not_fit_is_named(shelf: Path, llava: tuple[Any, Any], tmp_path: Path) -> None:
+def test_a_projector_that_does_not_fit_is_named(tiny_checkpoints: Path, llava: tuple[Any, Any], tmp_path: Path) -> None:
     model, _ = llava
     before = {key: value.clone() for key, value in model.state_dict().items()}
     good = {
         f"model.multi_modal_projector.{key}": value
-        for key, value in _other(shelf).model.multi_modal_projector.state_dict().items()
+        for key, value in _other(tiny_checkpoints).model.multi_modal_projector.state_dict().items()
     }
     first = "model.multi_modal_projector.linear_1.weight"
     for change, reason in (

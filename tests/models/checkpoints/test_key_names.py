@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from mmtune.builtin import TRAINED
+from mmtune.builtin import TINY_LLAVA
 from mmtune.models.assemble import assemble, load_projector
-from mmtune.models.checkpoints.checkpoint_files import save_checkpoint, use_hub_key_names
-from mmtune.models.checkpoints.unread_tensors import unread_tensors
+from mmtune.models.checkpoints.checkpoint_files import save_checkpoint, set_hub_key_mapping
+from mmtune.models.checkpoints.unread_tensors import find_unread_tensors
 from mmtune.models.load import load_base
-from mmtune.models.tiny.tiny_bases import BASES, tiny_base
+from mmtune.models.tiny.tiny_bases import BASES, write_tiny_base
 from mmtune.recipe.recipe import ModelSection
 
 LLAMA = {
@@ -79,8 +79,8 @@ def keys_of(path: Path) -> set[str]:
     ("vision", "language"),
     [*((vision, "llama") for vision in TOWERS), *(("siglip", language) for language in ("qwen2", "qwen3", "gemma", "gemma3"))],
 )
-def test_an_assembled_model_has_hub_names(shelf: Path, tmp_path: Path, vision: str, language: str) -> None:
-    model, processor = assemble(str(shelf / vision), str(shelf / language))
+def test_an_assembled_model_has_hub_names(tiny_checkpoints: Path, tmp_path: Path, vision: str, language: str) -> None:
+    model, processor = assemble(str(tiny_checkpoints / vision), str(tiny_checkpoints / language))
     save_checkpoint(model, processor, tmp_path / "out")
     head = set() if model.config.text_config.tie_word_embeddings else {"language_model.lm_head"}
     known = TIED | head | PROJECTOR | TOWERS[vision]
@@ -92,15 +92,15 @@ def test_an_assembled_model_has_hub_names(shelf: Path, tmp_path: Path, vision: s
 
 @pytest.mark.parametrize("family", BASES)
 def test_a_release_and_a_model_built_in_memory_are_saved_under_hub_names(family: str, tmp_path: Path) -> None:
-    release = tiny_base(family, tmp_path / "release")
+    release = write_tiny_base(family, tmp_path / "release")
     assert modules(keys_of(release), HUB[family]) == HUB[family]
     model = reload(release)
-    assert not unread_tensors(model, str(release))
+    assert not find_unread_tensors(model, str(release))
     model.save_pretrained(tmp_path / "saved", max_shard_size="200KB")
     assert keys_of(tmp_path / "saved") == keys_of(release)
     made = type(model)(model.config)  # without what transformers notes while it loads
     made.load_state_dict(model.state_dict())
-    use_hub_key_names(made)
+    set_hub_key_mapping(made)
     made.save_pretrained(tmp_path / "made", max_shard_size="200KB")
     assert keys_of(tmp_path / "made") == keys_of(release)
     weights = reload(tmp_path / "made").state_dict()
@@ -108,18 +108,18 @@ def test_a_release_and_a_model_built_in_memory_are_saved_under_hub_names(family:
 
 
 def test_the_built_in_checkpoint_has_hub_names_and_the_values_that_were_trained() -> None:
-    weights = load_file(TRAINED / "model.safetensors")
+    weights = load_file(TINY_LLAVA / "model.safetensors")
     assert modules(weights, TIED | CLIP | PROJECTOR) == TIED | CLIP | PROJECTOR
     digest = hashlib.sha256()
     for key in sorted(weights):
         digest.update(weights[key].numpy().tobytes())
     assert digest.hexdigest() == "16d0b84ecd84138f67666d1b35626938522f68f94175cb3603de76ae2db4a5ec"
-    reload(TRAINED)
+    reload(TINY_LLAVA)
     untrained, _ = load_base(ModelSection.model_validate({"base": "builtin:tiny-llava-untrained"}), seed=0)
     assert untrained._weight_conversions  # a run that tunes all of it saves it so, too
 
 
-def test_either_spelling_of_a_checkpoint_loads(shelf: Path, llava: tuple[Any, Any], tmp_path: Path) -> None:
+def test_either_spelling_of_a_checkpoint_loads(tiny_checkpoints: Path, llava: tuple[Any, Any], tmp_path: Path) -> None:
     """Older files have the names that transformers gives a model that was built in memory."""
     model, processor = llava
     save_checkpoint(model, processor, tmp_path / "hub")
@@ -131,7 +131,7 @@ def test_either_spelling_of_a_checkpoint_loads(shelf: Path, llava: tuple[Any, An
     for spelling in ("hub", "older"):
         loaded = reload(tmp_path / spelling).state_dict()
         assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
-        other, _ = assemble(str(shelf / "clip"), str(shelf / "llama"), seed=9)
+        other, _ = assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / "llama"), seed=9)
         load_projector(other, tmp_path / spelling)
         projector = model.model.multi_modal_projector.state_dict()
         assert all(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from mmtune.cli.main import entry_point
-from mmtune.models.checkpoints.unread_tensors import carry_over, unread_tensors
+from mmtune.models.checkpoints.unread_tensors import append_tensors, find_unread_tensors
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
@@ -85,7 +85,7 @@ def test_what_transformers_does_not_read_is_found_by_the_names_in_the_file(odd: 
     """Renamed keys and a tied weight that is stored twice are read."""
     for source in (odd, in_memory_names(odd, tmp_path / "older")):
         model, report = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True)
-        assert unread_tensors(model, str(source)) == dict.fromkeys(EXTRA, source / "one.safetensors")
+        assert find_unread_tensors(model, str(source)) == dict.fromkeys(EXTRA, source / "one.safetensors")
         assert set(report["unexpected_keys"]) == set(EXTRA)
 
 
@@ -96,7 +96,7 @@ def test_a_base_of_the_hub_is_read_in_the_cache(odd: Path, tmp_path: Path, monke
     (stored / "refs" / "main").write_text("abc")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     model = AutoModelForImageTextToText.from_pretrained("someone/odd")
-    assert unread_tensors(model, "someone/odd") == dict.fromkeys(EXTRA, stored / "snapshots" / "abc" / "one.safetensors")
+    assert find_unread_tensors(model, "someone/odd") == dict.fromkeys(EXTRA, stored / "snapshots" / "abc" / "one.safetensors")
 
 
 def test_what_a_class_drops_without_a_warning_is_found(tmp_path: Path) -> None:
@@ -111,17 +111,17 @@ def test_what_a_class_drops_without_a_warning_is_found(tmp_path: Path) -> None:
     save_file(load_file(file) | {"mtp.norm.weight": torch.ones(16)}, file, {"format": "pt"})
     model, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", output_loading_info=True)
     assert not report["unexpected_keys"]
-    assert unread_tensors(model, str(tmp_path / "base")) == {"mtp.norm.weight": file}
+    assert find_unread_tensors(model, str(tmp_path / "base")) == {"mtp.norm.weight": file}
     model.save_pretrained(tmp_path / "out", max_shard_size="40KB")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    carry_over({"mtp.norm.weight": file}, tmp_path / "out")
+    append_tensors({"mtp.norm.weight": file}, tmp_path / "out")
     assert torch.equal(read(tmp_path / "out")["mtp.norm.weight"], torch.ones(16))
 
 
 def test_a_tensor_is_not_carried_over_another(odd: Path, tmp_path: Path) -> None:
     shutil.copytree(odd, tmp_path / "out")
     with pytest.raises(CheckFailed, match="would be there twice"):
-        carry_over(dict.fromkeys(EXTRA, odd / "one.safetensors"), tmp_path / "out")
+        append_tensors(dict.fromkeys(EXTRA, odd / "one.safetensors"), tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -138,10 +138,10 @@ def test_a_merge_carries_them_over(
     for folder in (out, tmp_path / "out-nf4"):
         assert holds_extra(folder)
         check_manifest(folder)
-        listed = json.loads((folder / "manifest.json").read_text())["carried_tensors"]
+        listed = json.loads((folder / "manifest.json").read_text())["copied_tensors"]
         assert listed["model.layers.92.scale"] == {"dtype": "bfloat16", "shape": []} and listed.keys() == EXTRA.keys()
         assert "`mtp.layers.0.weight`" in (folder / "README.md").read_text()
-    assert RunDirectory(Path(run)).read_summary()["merge_carried"] == sorted(EXTRA)
+    assert RunDirectory(Path(run)).read_summary()["merge_copied_tensors"] == sorted(EXTRA)
     assert entry_point(["merge", "--adapter", f"{run}:0.5", str(tmp_path / "sum"), "--samples", "2"]) == 0
     assert holds_extra(tmp_path / "sum")
     assert entry_point(["merge", run, str(tmp_path / "kept"), "--keep-adapter", "--samples", "2"]) == 0
@@ -159,7 +159,7 @@ def test_a_model_that_was_tuned_in_full_has_them(make_recipe: Callable[..., Reci
 
 def test_nothing_is_written_where_there_is_nothing_to_carry(base: Path, tmp_path: Path) -> None:
     model: Any = AutoModelForImageTextToText.from_pretrained(base)
-    assert unread_tensors(model, str(base)) == {}
+    assert find_unread_tensors(model, str(base)) == {}
     shutil.copytree(base, tmp_path / "out")
-    assert carry_over({}, tmp_path / "out") == {}
+    assert append_tensors({}, tmp_path / "out") == {}
     assert [file.name for file in (tmp_path / "out").glob("model*")] == ["model.safetensors"]

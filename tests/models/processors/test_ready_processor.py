@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from family_processors import FAMILIES, TURNS, byte_level
 
-from mmtune.models.processors.ready_processor import KEYS, check_image_tokens, choose_pad_token, prepare_processor
+from mmtune.models.processors.ready_processor import PROCESSOR_KEYS, check_image_tokens, choose_pad_token, prepare_processor
 from mmtune.models.tiny.tiny_bases import BASES
 from mmtune.utils.errors import UserError
 
@@ -25,7 +25,7 @@ def test_a_processor_and_its_model_agree(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_key_that_does_not_fit_is_named_with_the_value_it_should_have(family: str) -> None:
     config = BASES[family].config(FAMILIES[family]())
-    for key, rule in KEYS[type(FAMILIES[family]()).__name__].items():
+    for key, rule in PROCESSOR_KEYS[type(FAMILIES[family]()).__name__].items():
         processor: Any = copy.deepcopy(FAMILIES[family]())
         owner = processor.image_processor if "." in key else processor
         attribute = key.rpartition(".")[2]

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import transformers as tf
 
-from mmtune.models.tiny.tiny_models import VISION_FAMILIES, family_of, tiny_language, tiny_vision
+from mmtune.models.tiny.tiny_models import VISION_FAMILIES, tiny_family, write_tiny_language, write_tiny_vision
 from mmtune.utils.errors import UserError
 
 
 def test_tiny_tokenizers_learn_from_texts(tmp_path: Path) -> None:
-    tiny_language("llama", tmp_path, texts=["how many sevens are there"] * 5, vocab_size=290)
+    write_tiny_language("llama", tmp_path, texts=["how many sevens are there"] * 5, vocab_size=290)
     tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path)
     assert len(tokenizer("sevens", add_special_tokens=False)["input_ids"]) < 6
     assert tokenizer.decode(tokenizer("naïve 日本", add_special_tokens=False)["input_ids"]) == "naïve 日本"
@@ -52,18 +52,18 @@ def test_tiny_tokenizers_learn_from_texts(tmp_path: Path) -> None:
     ],
 )
 def test_families_of_well_known_names(checkpoint: str, kind: Any, family: str) -> None:
-    assert family_of(checkpoint, kind) == family
+    assert tiny_family(checkpoint, kind) == family
 
 
-def test_families_of_local_checkpoints_and_unknown_names(shelf: Path, tmp_path: Path) -> None:
+def test_families_of_local_checkpoints_and_unknown_names(tiny_checkpoints: Path, tmp_path: Path) -> None:
     for name in VISION_FAMILIES:
-        assert family_of(str(shelf / name), "vision") == name
+        assert tiny_family(str(tiny_checkpoints / name), "vision") == name
     for name in ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3"):
-        assert family_of(str(shelf / name), "language") == name
+        assert tiny_family(str(tiny_checkpoints / name), "language") == name
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 128256}))
-    assert family_of(str(tmp_path), "language") == "llama3"
+    assert tiny_family(str(tmp_path), "language") == "llama3"
     with pytest.raises(UserError, match=r"model_type 'clip'.*llama"):
-        family_of(str(shelf / "clip"), "language")
+        tiny_family(str(tiny_checkpoints / "clip"), "language")
     for name in (
         "someone/model",
         "google/siglip2-base-patch16-naflex",
@@ -71,8 +71,8 @@ def test_families_of_local_checkpoints_and_unknown_names(shelf: Path, tmp_path: 
         "google/gemma-2-9b",
     ):
         with pytest.raises(UserError, match=r"download its config.json once|model_type"):
-            family_of(name, "vision" if "siglip" in name else "language")
+            tiny_family(name, "vision" if "siglip" in name else "language")
     with pytest.raises(UserError, match="did you mean 'clip'"):
-        tiny_vision("clp", shelf / "x")
+        write_tiny_vision("clp", tiny_checkpoints / "x")
     with pytest.raises(UserError, match="no tiny language model 'gpt2'"):
-        tiny_language("gpt2", shelf / "x")
+        write_tiny_language("gpt2", tiny_checkpoints / "x")
