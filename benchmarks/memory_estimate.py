@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mmtune.data.batching.batch_sampler import Batches, Mixture
+from mmtune.data.batching.batch_sampler import Mixture, MixtureBatchSampler
 from mmtune.data.batching.collate import Collator
 from mmtune.data.data_report import DataReport
 from mmtune.models.components import find_components
@@ -138,7 +138,7 @@ def measured_peak(recipe: Recipe, tokens: int, supervised: int | None = None) ->
         max_bad_fraction=0.0,
         learning_rates=learning_rates(model, components, recipe.tune, arguments.learning_rate),
         dummy_batch=row,
-        batches=Batches(Mixture.by_repeats([rows], [1.0]), seed=0, size=arguments.per_device_train_batch_size),
+        batches=MixtureBatchSampler(Mixture.by_repeats([rows], [1.0]), seed=0, size=arguments.per_device_train_batch_size),
     )
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)

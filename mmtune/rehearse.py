@@ -236,7 +236,7 @@ def example_images(template: DataTemplate, row: Row | None = None, values: Mappi
             found.append(value)
 
     if template.conversation is None:
-        found = [name for kind, name in template.columns().named_media(row, values) if kind == "image"]
+        found = [name for kind, name in template.columns().media_values(row, values) if kind == "image"]
     else:
         walk(row)
     return list(dict.fromkeys(found))

@@ -29,7 +29,7 @@ from mmtune.console.library_output import rank_prefix
 from mmtune.data.batching.collate import Collator, collate
 from mmtune.data.batching.sample_stream import SampleStream
 from mmtune.data.data_report import NO_SAMPLE, DataReport
-from mmtune.data.dataset import Encoder, Samples, check_rows, dummy_sample, open_samples
+from mmtune.data.dataset import IndexedSamples, SampleEncoder, check_rows, dummy_sample, open_samples
 from mmtune.data.encoding.encode import check_chat_template
 from mmtune.distributed.context import (
     DistributedContext,
@@ -149,7 +149,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     processor = load_bare_processor(recipe.model)
     check_chat_template(processor)
     lengths = None
-    if recipe.data.planned and isinstance(samples, Samples):
+    if recipe.data.planned and isinstance(samples, IndexedSamples):
         lengths = plan_rows(samples, recipe, processor, data_report, dist)
     elif recipe.data.stream and recipe.data.max_tokens is not None and recipe.data.over_length == "error":
         print(
@@ -161,7 +161,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     # The base.
     model, processor = load_base(recipe.model, arguments.seed, processor)
     components = find_components(model)
-    encoder = Encoder(processor, recipe.data)
+    encoder = SampleEncoder(processor, recipe.data)
     blank = dummy_sample(processor)
     # Every process runs the vision tower in every step, or the others would wait for its part in ZeRO-3 and DDP.
     pad_token_id = processor.tokenizer.pad_token_id
@@ -198,7 +198,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         for part in kept_frozen:
             print(f"tune.projector: {part} stays frozen: PEFT saves modules beside an adapter, and it is a parameter of its own")
         initial = initial_factors(model)
-        if recipe.data.packing and isinstance(samples, Samples):
+        if recipe.data.packing and isinstance(samples, IndexedSamples):
             with gathered_forward(model):
                 prove_packed_rows(model, samples, encoder, pad_token_id)
 

@@ -38,6 +38,13 @@ IDENTIFIERS: Mapping[str, str] = {
     r"\bPlaces\b": "TokenSpans",
     r"\bObserved\b": "ModelOutputs",
     r"\bforetell\w*": "predict",
+    r"\bUnusable\b": "DataIssueError",
+    r"\bNotExact\b": "ChatTemplateError",
+    r"\bStopRun\b": "StopRunError",
+    r"\bin_processes\(": "map_rows",
+    r"\b(has_marks|MARK_START|MARK_END|tokenize_marked|unmark)\b": "has_generation_tags, escape_control_tokens, ESCAPE_START",
+    r"\b(own_chat_template|as_shown|sizes_of|shrink_to_fit|media_root_of|named_media)\b": "training_chat_template, to_template_messages",
+    r"\b(JoinedRows|LeftOutRows|ClosedSet|Prompting|AS_THEY_ARE)\b": "ConcatenatedRows, ClosedAnswers, PromptSettings",
     r"\bmmtune[/.]model\b": "mmtune.models",
     r"\bmmtune[/.](world|recipe_\w+|cli_\w+|chat_rendering)\b": "the module's present path (docs/architecture.md)",
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 
-from mmtune.data.media.media import Embedded, MediaRules, resolve_media
+from mmtune.data.media.media import EmbeddedMedia, MediaRules, resolve_media
 from mmtune.data.media.media_names import is_windows_path
 from mmtune.utils.errors import UserError
 from mmtune.utils.files import expand_user
@@ -20,7 +20,7 @@ ANY_PATH = MediaRules(Path(), outside=True)
 """A person at the terminal may show any file of the machine."""
 
 
-def image_paths(text: str) -> Iterator[tuple[str, Path | Embedded]]:
+def image_paths(text: str) -> Iterator[tuple[str, Path | EmbeddedMedia]]:
     r"""The images that a line names, each with the name as it was given.
 
     Names are read as a shell reads words: `'a b.png'`, `a\ b.png`, several in a line. A line that is the path of a file is that
@@ -39,7 +39,7 @@ def image_paths(text: str) -> Iterator[tuple[str, Path | Embedded]]:
             raise UserError(f"{error}; a path with spaces is written in quotes: /image 'my cat.png'") from error
 
 
-def resolve_image(name: str) -> Path | Embedded:
+def resolve_image(name: str) -> Path | EmbeddedMedia:
     """The image of one name: a path, a `file://` or a `data:` URI.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
 
 from mmtune.data.encoding.encode import check_chat_template, encode_prompt
-from mmtune.data.media.media import Embedded, ImageView, open_image
+from mmtune.data.media.media import EmbeddedMedia, ImageView, open_image
 from mmtune.data.media.pixels import Window
 from mmtune.data.message import Message
 from mmtune.models.compute import move_batch, training_autocast
@@ -43,7 +43,7 @@ class ChatSession:
         self._messages: list[Message] = []
         self._images: list[dict[str, Any]] = []
 
-    def attach(self, image: Path | Embedded) -> tuple[int, int]:
+    def attach(self, image: Path | EmbeddedMedia) -> tuple[int, int]:
         """Show an image with the next question; returns its (width, height) in pixels.
 
         Raises:

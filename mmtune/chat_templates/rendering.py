@@ -17,28 +17,28 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END as MARK_END
-from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START as MARK_START
+from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END as ESCAPE_END
+from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START as ESCAPE_START
 from transformers.utils.chat_template_utils import _compile_jinja_template, _plain_template_data
 
 from mmtune.utils.bounded_jinja import COMPILE_FAULTS, RENDER_FAULTS, BoundedEnvironment, TooMuchWork, failure, render_bounded
 
-MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-STAND_INS = range(0x100000, 0x10FFFE)
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PLACEHOLDER_CODE_POINTS = range(0x100000, 0x10FFFE)
 """Code points that no standard gives a meaning; those that a conversation does not use stand in for its answers."""
 
-UNMARKED = "the chat template has no {% generation %} marks"
-STRIPPED = "the chat template takes white space off the ends of an answer; take it out of the row"
+NO_GENERATION_TAGS = "the chat template has no {% generation %} marks"
+ANSWER_STRIPPED = "the chat template takes white space off the ends of an answer; take it out of the row"
 
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 
 
-class NotExact(ValueError):
+class ChatTemplateError(ValueError):
     """What the template wrote cannot be told apart into answers and the rest; the message says why."""
 
 
-class Control(NamedTuple):
+class ControlTokenPatterns(NamedTuple):
     """Patterns of the tokens that only a chat template may write.
 
     Attributes:
@@ -51,27 +51,27 @@ class Control(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def _control_tokens(tokenizer: PreTrainedTokenizerBase, size: int, template: str) -> Control:
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, size: int, template: str) -> ControlTokenPatterns:
     tokens = sorted(tokenizer._get_control_tokens(template), key=len, reverse=True)
     anyone = "|".join(map(re.escape, tokens)) or "(?!)"
-    return Control(re.compile(anyone), re.compile(f"(?<!{MARK_START})(?:{anyone})"))
+    return ControlTokenPatterns(re.compile(anyone), re.compile(f"(?<!{ESCAPE_START})(?:{anyone})"))
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> Control:
+def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> ControlTokenPatterns:
     """The tokenizer's special tokens, and those of its added tokens that stand in the template."""
     return _control_tokens(tokenizer, len(tokenizer), template)
 
 
-def has_marks(template: str) -> bool:
+def has_generation_tags(template: str) -> bool:
     """Whether a chat template marks what the assistant says."""
-    return MARKS.search(template) is not None
+    return GENERATION_TAG.search(template) is not None
 
 
 def render_text(messages: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """A whole conversation as text, whatever its answers can be told by.
 
     Raises:
-        NotExact: when the template refuses the conversation.
+        ChatTemplateError: when the template refuses the conversation.
     """
     return _render(messages, template, tokenizer)[0]
 
@@ -80,7 +80,7 @@ def render_prompt(messages: Messages, template: str, tokenizer: PreTrainedTokeni
     """The text up to where the model's answer begins.
 
     Raises:
-        NotExact: when the template refuses the conversation.
+        ChatTemplateError: when the template refuses the conversation.
     """
     return _render(messages, template, tokenizer, add_generation_prompt=True)[0]
 
@@ -98,20 +98,22 @@ def render_conversation(messages: Messages, template: str, tokenizer: PreTrained
         writes before it (a space where the prompt ends at a colon), and the token that ends the turn.
 
     Raises:
-        NotExact: when the spans cannot be exact, or the template refuses the conversation.
+        ChatTemplateError: when the spans cannot be exact, or the template refuses the conversation.
     """
     text, marked = _render(messages, template, tokenizer)
-    if not has_marks(template):
+    if not has_generation_tags(template):
         return text, _unmarked_spans(text, messages, template, tokenizer)
     spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     marked = _joined(marked)
     if len(marked) != len(spoken):
         detail = f"{len(marked)} supervised spans for {len(spoken)} answers: the chat template dropped or joined one"
-        raise NotExact(detail)
+        raise ChatTemplateError(detail)
     spans = [_checked(text, span, messages, number, template, tokenizer) for span, number in zip(marked, spoken, strict=True)]
     ends = {text[mark[1] : span[1]] for mark, span in zip(marked, spans, strict=True)}
     if len(ends) > 1:
-        raise NotExact(f"the chat template writes different tokens behind its answers: {', '.join(map(repr, sorted(ends)))}")
+        raise ChatTemplateError(
+            f"the chat template writes different tokens behind its answers: {', '.join(map(repr, sorted(ends)))}"
+        )
     return text, spans
 
 
@@ -121,7 +123,7 @@ def _render(
     try:
         compiled = _compiled(template)
     except COMPILE_FAULTS as error:
-        raise NotExact(f"the chat template is not valid Jinja{failure(error)}") from error
+        raise ChatTemplateError(f"the chat template is not valid Jinja{failure(error)}") from error
     written = _Written()
     given = {
         **_plain_template_data(dict(tokenizer.special_tokens_map)),
@@ -137,8 +139,8 @@ def _render(
             written.length += len(piece)
     except RENDER_FAULTS as error:
         if isinstance(error, TemplateError) and not isinstance(error, TooMuchWork):
-            raise NotExact(f"the chat template refuses this conversation: {error}"[:400]) from error
-        raise NotExact(f"the chat template fails on this conversation{failure(error)}") from error
+            raise ChatTemplateError(f"the chat template refuses this conversation: {error}"[:400]) from error
+        raise ChatTemplateError(f"the chat template fails on this conversation{failure(error)}") from error
     return "".join(written.pieces), written.spans
 
 
@@ -220,12 +222,12 @@ def _checked(text: str, span: Span, messages: Messages, number: int, template: s
     tail = (text[end : token.start()] + text[token.end() : stop]) if token else text[end:stop]
     if begin < 0 or text[start:begin].strip() or tail.strip():
         if answer != answer.strip() and answer.strip() in text[start:stop]:
-            raise NotExact(STRIPPED)
-        supervised, spoken = (part.replace(MARK_START, "").replace(MARK_END, "") for part in (text[span[0] : stop], answer))
+            raise ChatTemplateError(ANSWER_STRIPPED)
+        supervised, spoken = (part.replace(ESCAPE_START, "").replace(ESCAPE_END, "") for part in (text[span[0] : stop], answer))
         detail = "right is the answer as it stands in the row and one token that ends it"
-        raise NotExact(f"the chat template supervises {supervised!r} for the answer {spoken!r}; {detail}")
+        raise ChatTemplateError(f"the chat template supervises {supervised!r} for the answer {spoken!r}; {detail}")
     if token is None and "\n" not in tail:
-        raise NotExact(
+        raise ChatTemplateError(
             f"the chat template writes {tail!r} after an answer and no token that ends it, so the end would not be learnt"
         )
     return start, token.end() if token else stop
@@ -263,18 +265,18 @@ def _unmarked_spans(text: str, messages: Messages, template: str, tokenizer: Pre
     _, last = places[-1]
     token = written.search(whole, last)
     if not whole.startswith(text[:last]) or token is None or whole[last : token.start()].strip():
-        raise NotExact(f"{UNMARKED}, and writes no token that would end the turn after the last answer")
+        raise ChatTemplateError(f"{NO_GENERATION_TAGS}, and writes no token that would end the turn after the last answer")
     turn_end = whole[last : token.end()]
     spans = []
     for number, (begin, end) in zip(spoken, places, strict=True):
         prompt = render_prompt(messages[:number], template, tokenizer)
         if not text.startswith(prompt) or len(prompt) > begin or text[len(prompt) : begin].strip():
-            raise NotExact(
-                f"{UNMARKED}, and what it writes before an answer is not the prompt that the model is given: "
+            raise ChatTemplateError(
+                f"{NO_GENERATION_TAGS}, and what it writes before an answer is not the prompt that the model is given: "
                 f"{text[max(0, begin - 40) : begin]!r} for {prompt[-40:]!r}"
             )
         if not text.startswith(turn_end, end):
-            raise NotExact(f"{UNMARKED}, and ends the last turn with {turn_end!r} and another one otherwise")
+            raise ChatTemplateError(f"{NO_GENERATION_TAGS}, and ends the last turn with {turn_end!r} and another one otherwise")
         spans.append((len(prompt), end + len(turn_end)))
     return spans
 
@@ -282,7 +284,7 @@ def _unmarked_spans(text: str, messages: Messages, template: str, tokenizer: Pre
 def _places(text: str, messages: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
     """Where each answer stands in the text, found by rendering the conversation with a stand-in for every piece of one."""
     used = set().union(*(_spoken(message) for message in messages))
-    free = (chr(code) for code in STAND_INS if chr(code) not in used)
+    free = (chr(code) for code in PLACEHOLDER_CODE_POINTS if chr(code) not in used)
     stands_for: dict[str, str] = {}
     exchanged: Messages = []
     pieces: list[list[str]] = []
@@ -292,7 +294,7 @@ def _places(text: str, messages: Messages, template: str, tokenizer: PreTrainedT
             content = []
             for block in message["content"]:
                 if block["type"] != "text":
-                    raise NotExact(f"an assistant turn holds text only, not {block['type']}")
+                    raise ChatTemplateError(f"an assistant turn holds text only, not {block['type']}")
                 dummy_sample = next(free)
                 stands_for[dummy_sample] = block["text"]
                 pieces[-1].append(dummy_sample)
@@ -301,7 +303,7 @@ def _places(text: str, messages: Messages, template: str, tokenizer: PreTrainedT
         exchanged.append(message)
     frame, _ = _render(exchanged, template, tokenizer)
     if [character for character in frame if character in stands_for] != list(stands_for):
-        raise NotExact(f"{UNMARKED}, and drops or repeats an answer")
+        raise ChatTemplateError(f"{NO_GENERATION_TAGS}, and drops or repeats an answer")
     at: dict[str, Span] = {}
     built = ""
     for part in re.split(f"([{''.join(stands_for)}])", frame):
@@ -310,6 +312,8 @@ def _places(text: str, messages: Messages, template: str, tokenizer: PreTrainedT
         built += stands_for.get(part, part)
     if built != text:
         if any(answer != answer.strip() for answer in stands_for.values()):
-            raise NotExact(STRIPPED)
-        raise NotExact(f"{UNMARKED}, and changes an answer, or what stands around it for words that it looks for in one")
+            raise ChatTemplateError(ANSWER_STRIPPED)
+        raise ChatTemplateError(
+            f"{NO_GENERATION_TAGS}, and changes an answer, or what stands around it for words that it looks for in one"
+        )
     return [(at[stand_ins[0]][0], at[stand_ins[-1]][1]) for stand_ins in pieces]

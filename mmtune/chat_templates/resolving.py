@@ -9,7 +9,13 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from mmtune.chat_templates.rendering import NotExact, has_marks, render_conversation, render_prompt, render_text
+from mmtune.chat_templates.rendering import (
+    ChatTemplateError,
+    has_generation_tags,
+    render_conversation,
+    render_prompt,
+    render_text,
+)
 from mmtune.utils.errors import UserError, nearest
 
 TEMPLATES = Path(__file__).parent
@@ -93,7 +99,7 @@ def resolve_chat_template(
     return template
 
 
-def own_chat_template(processor: ProcessorMixin) -> str:
+def training_chat_template(processor: ProcessorMixin) -> str:
     """The chat template of a ready vision-language model, made to mark answers where it does not.
 
     A template without `{% generation %}` marks is exchanged for TRL's training template of the same text, when there is
@@ -106,7 +112,7 @@ def own_chat_template(processor: ProcessorMixin) -> str:
     tokenizer, image_token = processor.tokenizer, processor.image_token
     if own is None:
         raise UserError(f"it has no chat template; {_advice(None, tokenizer, image_token)}")
-    if has_marks(own) and not _fault(own, tokenizer, image_token):
+    if has_generation_tags(own) and not _fault(own, tokenizer, image_token):
         return own
     from trl.chat_template_utils import get_training_chat_template
 
@@ -246,7 +252,7 @@ def _turns(template: str, tokenizer: PreTrainedTokenizerBase, end: str) -> tuple
     messages = [{"role": role, "content": [{"type": "text", "text": word}]} for role, word in zip(roles, words, strict=True)]
     try:
         text = render_text(messages, template, tokenizer)
-    except NotExact:
+    except ChatTemplateError:
         return None
     pieces = re.fullmatch(f".*{words[1]}(.*){words[2]}(.*){words[3]}.*", text, re.DOTALL)
     return tuple(" ".join(piece.replace(end, " ").split()) for piece in pieces.groups()) if pieces else None
@@ -267,7 +273,7 @@ def _fault(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str) 
         if prompt.count(image_token) != 1:
             return f"it writes {image_token} {prompt.count(image_token)} times for one image"
         render_conversation([QUESTION, ANSWER], template, tokenizer)
-    except NotExact as error:
+    except ChatTemplateError as error:
         return f"on a question with an image, {error}"
     return None
 

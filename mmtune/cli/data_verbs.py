@@ -50,9 +50,9 @@ def add_data_verbs(verbs: Any, add: AddVerb) -> None:
 
 def _check(arguments: argparse.Namespace) -> Any:
     doctor = _doctor(arguments)
-    from mmtune.data.validation.validate import Summary
+    from mmtune.data.validation.validate import IssueSummary
 
-    summary, listed = Summary(doctor.rows), []
+    summary, listed = IssueSummary(doctor.rows), []
     with _lines(arguments.out) as write:
         for found in doctor.issues(arguments.processes):
             summary.add(found)
@@ -69,7 +69,7 @@ def _check(arguments: argparse.Namespace) -> Any:
 
 
 def _doctor(arguments: argparse.Namespace) -> Any:
-    from mmtune.data.sources.source import is_missing
+    from mmtune.data.sources.source import is_missing_path
     from mmtune.data.templates.template import load_data_template
     from mmtune.preflight import check_recipe, located_errors, unreachable_checkpoints
     from mmtune.recipe.recipe import Source, load_recipe
@@ -80,32 +80,34 @@ def _doctor(arguments: argparse.Namespace) -> Any:
             raise UserError(
                 f"{arguments.data} is no recipe, so {arguments.overrides[0]} changes nothing; give --template and --media-root"
             )
-        if is_missing(arguments.data):
+        if is_missing_path(arguments.data):
             raise UserError(missing(arguments.data, "file or folder"))
         template = arguments.template
         if template is not None:
             load_data_template(template)
         configure_console()
-        from mmtune.data.validation.validate import Rules, Validator, guess_template
+        from mmtune.data.validation.validate import ValidationSettings, Validator, guess_template
 
         if template is None:
             template = guess_template(arguments.data)
             print(f"{arguments.data}: read with the data template {template}; --template names another")
         source = Source(path=arguments.data, template=template, media_root=arguments.media_root)
-        return Validator([source], rules=Rules(decode=arguments.decode))
+        return Validator([source], rules=ValidationSettings(decode=arguments.decode))
     if arguments.template or arguments.media_root:
         raise UserError("--template and --media-root are for a file of rows; a recipe names its own")
     recipe = load_recipe(arguments.data, arguments.overrides)
     check_recipe(recipe, ("model", "data", "evaluate"))
     configure_console()
-    from mmtune.data.validation.validate import Rules, Validator
+    from mmtune.data.validation.validate import ValidationSettings, Validator
 
     with located_errors(recipe):
         absent = next((name for _, name, _ in unreachable_checkpoints(recipe) if not is_local_name(name)), None)
         if absent is not None:
             print(f"not checked: tokens and lengths, because {absent} is not on this machine and does not load from the hub")
         processor = None if absent else _processor(recipe)
-        rules = Rules(processor, recipe.data.max_tokens, recipe.data.over_length, recipe.data.supervise, arguments.decode)
+        rules = ValidationSettings(
+            processor, recipe.data.max_tokens, recipe.data.over_length, recipe.data.supervise, arguments.decode
+        )
         return Validator(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), rules)
 
 
@@ -141,13 +143,13 @@ def _show(arguments: argparse.Namespace) -> Any:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     check_recipe(recipe, ("model", "data", "evaluate"))
     configure_console()
-    from mmtune.data.dataset import Samples
-    from mmtune.data.validation.show_sample import find_sample, print_view, view_sample, visible, write_page
+    from mmtune.data.dataset import IndexedSamples
+    from mmtune.data.validation.show_sample import escape_invisible, find_sample, print_sample, view_sample, write_page
 
     if arguments.row is not None:
         sample = find_sample(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), arguments.row)
     else:
-        samples = Samples(recipe.data.train)
+        samples = IndexedSamples(recipe.data.train)
         if not 0 <= arguments.index < len(samples):
             raise UserError(f"--index {arguments.index}: there are {len(samples):,} training rows, from 0 on")
         sample = samples[arguments.index]
@@ -157,9 +159,9 @@ def _show(arguments: argparse.Namespace) -> Any:
         write_page(view, Path(arguments.html))
         print(f"page: {arguments.html}")
     if arguments.prompt:
-        print(visible(view.prompt))
+        print(escape_invisible(view.prompt))
     elif not arguments.json and not arguments.html:
-        print_view(view)
+        print_sample(view)
     return view.as_json()
 
 

@@ -62,7 +62,7 @@ def _plan(arguments: argparse.Namespace) -> Any:
 
 def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> Any:
     from mmtune.data.encoding.encode import check_chat_template
-    from mmtune.data.sources.source import is_missing
+    from mmtune.data.sources.source import is_missing_path
     from mmtune.distributed.context import SINGLE_PROCESS
     from mmtune.models.load import load_bare_processor
     from mmtune.planning.memory import estimate_memory, print_estimate, suggestions
@@ -71,7 +71,7 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
     from mmtune.train import build_training_arguments, without_trackers
     from mmtune.training.dataloader import make_batches, optimizer_steps
 
-    missing = [source.path for source in recipe.data.train if is_missing(source.path)]
+    missing = [source.path for source in recipe.data.train if is_missing_path(source.path)]
     data = None
     sample: dict[str, Any] = {"tokens": recipe.data.max_tokens, "images": 1, "supervised": None}
     if recipe.data.stream:
@@ -87,7 +87,7 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
         data |= {"steps": optimizer_steps(settings, batches), "largest_batch": batches.largest()}
         print_data(data)
         sample |= longest
-        recipe = _with_batches_of_the_data(recipe, settings.per_device_train_batch_size, batches.most_rows())
+        recipe = _with_batches_of_the_data(recipe, settings.per_device_train_batch_size, batches.max_batch_rows())
     sample |= {name: given for name in ("tokens", "images", "supervised") if (given := getattr(arguments, name)) is not None}
     if arguments.tokens is not None or arguments.images is not None:
         sample.pop("image_size", None)
@@ -105,12 +105,12 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
     return estimate.as_json() | {"limit": limit, "layouts": divided, "suggestions": changes, "data": data}
 
 
-def _with_batches_of_the_data(recipe: Any, size: int, most_rows: int) -> Any:
+def _with_batches_of_the_data(recipe: Any, size: int, max_batch_rows: int) -> Any:
     """The recipe with a batch size that its data reach: no step holds more rows than there are."""
-    if recipe.data.packing or recipe.data.tokens_per_batch is not None or not 0 < most_rows < size:
+    if recipe.data.packing or recipe.data.tokens_per_batch is not None or not 0 < max_batch_rows < size:
         return recipe
-    print(f"memory of a batch of {most_rows} rows: the data have no more for train.per_device_train_batch_size: {size}")
-    return recipe.model_copy(update={"train": {**recipe.train, "per_device_train_batch_size": most_rows}})
+    print(f"memory of a batch of {max_batch_rows} rows: the data have no more for train.per_device_train_batch_size: {size}")
+    return recipe.model_copy(update={"train": {**recipe.train, "per_device_train_batch_size": max_batch_rows}})
 
 
 def _methods(arguments: argparse.Namespace) -> Any:

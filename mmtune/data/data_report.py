@@ -13,7 +13,7 @@ from mmtune.utils.errors import UserError
 from mmtune.utils.files import writing
 
 
-class StopRun(RowError):
+class StopRunError(RowError):
     """A row that the recipe says ends the run, whatever `data.max_bad_fraction` allows."""
 
 
@@ -22,7 +22,7 @@ class MediaChanged(RowError):
 
 
 @dataclass(frozen=True)
-class Fault:
+class RowIssue:
     """A row that did not train, or not as it was written, and why; `issue` is the kind of fault, a name in `ISSUE_TYPES`."""
 
     row: str
@@ -59,9 +59,9 @@ class DataReport:
     rows: int
     checked: int = 0
     streamed: bool = False
-    dropped_over_length: list[Fault] = field(default_factory=list)
-    media_changed: list[Fault] = field(default_factory=list)
-    quarantined: list[Fault] = field(default_factory=list)
+    dropped_over_length: list[RowIssue] = field(default_factory=list)
+    media_changed: list[RowIssue] = field(default_factory=list)
+    quarantined: list[RowIssue] = field(default_factory=list)
     skipped_steps: list[SkippedStep] = field(default_factory=list)
     _seen: set[str] = field(default_factory=set, init=False, repr=False)
     _met: int = field(default=0, init=False, repr=False)
@@ -70,9 +70,9 @@ class DataReport:
         """Count a row once, however many epochs meet it.
 
         Raises:
-            UserError: the error itself, when it is a StopRun, which no bound excuses, or not of one row.
+            UserError: the error itself, when it is a StopRunError, which no bound excuses, or not of one row.
         """
-        if isinstance(error, StopRun) or not isinstance(error, RowError):
+        if isinstance(error, StopRunError) or not isinstance(error, RowError):
             raise error
         if type(error) not in (OverLength, MediaChanged):
             self._met += 1
@@ -80,7 +80,7 @@ class DataReport:
             return
         self._seen.add(error.row)
         kinds = {OverLength: self.dropped_over_length, MediaChanged: self.media_changed}
-        kinds.get(type(error), self.quarantined).append(Fault(error.row, error.field, error.detail, error.issue))
+        kinds.get(type(error), self.quarantined).append(RowIssue(error.row, error.field, error.detail, error.issue))
 
     def stop_past(self, max_bad_fraction: float) -> None:
         """
@@ -105,14 +105,14 @@ class DataReport:
             (self.media_changed, "media_changed"),
             (self.quarantined, "quarantined"),
         ):
-            for fault in (Fault(**each) for each in written[name]):
+            for fault in (RowIssue(**each) for each in written[name]):
                 if fault.row not in self._seen:
                     self._seen.add(fault.row)
                     mine.append(fault)
 
     def listing(self) -> str:
         """The quarantined rows by kind of fault, as `mmtune data check` groups them: the first row of each, and how many more."""
-        kinds: dict[str, list[Fault]] = {}
+        kinds: dict[str, list[RowIssue]] = {}
         for fault in self.quarantined:
             kinds.setdefault(fault.issue, []).append(fault)
         lines = []

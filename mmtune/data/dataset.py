@@ -13,30 +13,30 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
-from mmtune.data.data_report import DataReport, MediaChanged, StopRun
+from mmtune.data.data_report import DataReport, MediaChanged, StopRunError
 from mmtune.data.encoding.encode import IGNORE_INDEX, OverLength, encode_sample
-from mmtune.data.encoding.over_length import fit
+from mmtune.data.encoding.over_length import fit_to_budget
 from mmtune.data.media.image_headers import inspect_image
 from mmtune.data.media.media import Media, blank_image
 from mmtune.data.message import RowError, Sample
-from mmtune.data.sources.reader import Reader
+from mmtune.data.sources.reader import SourceReader
 from mmtune.data.sources.source import Row
 from mmtune.data.validation.issues import ISSUE_TYPES
 from mmtune.recipe.recipe import DataSection, Source
 from mmtune.utils.errors import UserError
 
-Handle = Callable[[], Sample]
+LazySample = Callable[[], Sample]
 """Gives a row's sample when called; may raise RowError."""
 Encoded = dict[str, Any]
 """Tensors as `encode_sample` gives them, the row's id as `row`, and as `note` what was done to its media."""
 
 
-def open_readers(sources: Sequence[Source]) -> list[Reader]:
+def open_readers(sources: Sequence[Source]) -> list[SourceReader]:
     """Of each source; its rows' ids begin with the file's name, or with the whole path where that would not keep them apart."""
     paths = {source.path for source in sources}
     files = Counter(Path(path).name for path in paths)
     several = len(paths) > 1 and any(not Path(path).is_file() for path in paths)
-    return [Reader(source, source.path if several or files[Path(source.path).name] > 1 else None) for source in sources]
+    return [SourceReader(source, source.path if several or files[Path(source.path).name] > 1 else None) for source in sources]
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
@@ -51,7 +51,7 @@ def _names(sources: Sequence[Source]) -> list[str]:
     return names
 
 
-class Samples(Sequence[Sample]):
+class IndexedSamples(Sequence[Sample]):
     """The rows of several sources in order, turned into samples when asked for."""
 
     def __init__(self, sources: Sequence[Source], planned: bool = False) -> None:
@@ -93,7 +93,7 @@ class Samples(Sequence[Sample]):
         """The number of the source that a row comes from."""
         return bisect_right(self._ends, index)
 
-    def some(self, count: int) -> Iterator[Handle]:
+    def subset(self, count: int) -> Iterator[LazySample]:
         """Up to `count` rows, spread evenly."""
         count = min(count, len(self))
         return (partial(self.__getitem__, step * len(self) // count) for step in range(count))
@@ -112,36 +112,36 @@ class StreamedSamples:
         self.names = _names(sources)
 
     @property
-    def openers(self) -> list[Callable[[int], Iterator[Handle]]]:
+    def stream_openers(self) -> list[Callable[[int], Iterator[LazySample]]]:
         """For each source, what opens it for the visit with a number."""
         return [partial(_handles, reader) for reader in self._readers]
 
-    def some(self, count: int) -> Iterator[Handle]:
+    def subset(self, count: int) -> Iterator[LazySample]:
         """The first rows of each source, `count` in all."""
         share = -(-count // len(self._readers))
-        return (handle for open_source in self.openers for handle in islice(open_source(0), share))
+        return (handle for open_source in self.stream_openers for handle in islice(open_source(0), share))
 
 
-def _handles(reader: Reader, visit: int) -> Iterator[Handle]:
+def _handles(reader: SourceReader, visit: int) -> Iterator[LazySample]:
     return (partial(_parsed, reader, visit, read) for read in reader.stream())
 
 
-def _parsed(reader: Reader, visit: int, read: Callable[[], tuple[str, Row]]) -> Sample:
+def _parsed(reader: SourceReader, visit: int, read: Callable[[], tuple[str, Row]]) -> Sample:
     return reader.sample(*read(), visit)
 
 
-def open_samples(section: DataSection) -> Samples | StreamedSamples:
+def open_samples(section: DataSection) -> IndexedSamples | StreamedSamples:
     """The recipe's training rows, by index or as a stream.
 
     Raises:
         UserError: a missing or unreadable file, or an unknown template.
     """
-    return StreamedSamples(section.train) if section.stream else Samples(section.train, section.planned)
+    return StreamedSamples(section.train) if section.stream else IndexedSamples(section.train, section.planned)
 
 
-def check_rows(samples: Samples | StreamedSamples, report: DataReport, limit: int) -> None:
+def check_rows(samples: IndexedSamples | StreamedSamples, report: DataReport, limit: int) -> None:
     """Read up to `limit` rows and their images' headers and ends; faults go to the report. Decodes nothing that looks whole."""
-    for handle in samples.some(limit):
+    for handle in samples.subset(limit):
         report.checked += 1
         try:
             sample = handle()
@@ -157,10 +157,10 @@ def _check_header(row_id: str, image: Media) -> None:
             raise RowError(row_id, "image", detail, name)
 
 
-OTHER_POLICIES = "data.over_length: drop_sample, drop_media and shrink_media would go on"
+OVER_LENGTH_HINT = "data.over_length: drop_sample, drop_media and shrink_media would go on"
 
 
-class Encoder:
+class SampleEncoder:
     """Samples to tensors by a recipe's data section; what is wrong with one comes back as its RowError.
 
     Args:
@@ -172,7 +172,7 @@ class Encoder:
         self._processor = processor
         self._section = section
 
-    def __call__(self, handle: Handle, source: int = 0) -> Encoded | UserError:
+    def __call__(self, handle: LazySample, source: int = 0) -> Encoded | UserError:
         """
         Returns:
             As `encode_sample`, with the row's id as `row`, and with several sources `source_ids` (int64, shape (1, length)), each
@@ -187,7 +187,7 @@ class Encoder:
             encoded: Encoded = {**encode_sample(sample, self._processor, section.max_tokens, section.supervise), "row": sample.id}
         except OverLength as error:
             if section.over_length == "error":
-                return StopRun(error.row, error.field, f"{error.detail} ({OTHER_POLICIES})")
+                return StopRunError(error.row, error.field, f"{error.detail} ({OVER_LENGTH_HINT})")
             return error
         except UserError as error:  # of the row, or of the whole file: raised where the batch is taken, not in a worker
             return error
@@ -198,7 +198,7 @@ class Encoder:
         return encoded
 
     def _fitted(self, sample: Sample, max_tokens: int) -> tuple[Sample, MediaChanged | None]:
-        fitted = fit(sample, self._processor, max_tokens, self._section.over_length, self._section.supervise)
+        fitted = fit_to_budget(sample, self._processor, max_tokens, self._section.over_length, self._section.supervise)
         done = [f"{fitted.dropped} images dropped"] * bool(fitted.dropped)
         done += [f"{fitted.resized} images made smaller"] * bool(fitted.resized)
         if not done:
@@ -209,7 +209,7 @@ class Encoder:
 class TrainingSet(torch.utils.data.Dataset[Encoded | UserError]):
     """Encoded samples by index, or by index and visit; a row that fails comes back as its RowError."""
 
-    def __init__(self, samples: Samples, encoder: Encoder) -> None:
+    def __init__(self, samples: IndexedSamples, encoder: SampleEncoder) -> None:
         self._samples = samples
         self._encoder = encoder
 
@@ -221,7 +221,7 @@ class TrainingSet(torch.utils.data.Dataset[Encoded | UserError]):
         return self._encoder(partial(self._samples.visit, row, visit), self._samples.source_of(row))
 
 
-def iterate_rows(samples: Samples) -> Iterator[Sample]:
+def iterate_rows(samples: IndexedSamples) -> Iterator[Sample]:
     """Every sample in order; raises at the first row that fails."""
     return (samples[index] for index in range(len(samples)))
 

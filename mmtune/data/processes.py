@@ -43,7 +43,7 @@ class _Rows(torch.utils.data.Dataset[Any]):
             return error
 
 
-def in_processes(work: Callable[[int], Any], rows: Indices, processes: int | None, what: str) -> Iterator[Any]:
+def map_rows(work: Callable[[int], Any], rows: Indices, processes: int | None, what: str) -> Iterator[Any]:
     """What `work` makes of each row, in order, with a progress bar where somebody watches.
 
     Args:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from mmtune.data.batching.collate import collate
-from mmtune.data.dataset import DataReport, Samples, check_rows, iterate_rows
+from mmtune.data.dataset import DataReport, IndexedSamples, check_rows, iterate_rows
 from mmtune.data.encoding.encode import encode_prompt
 from mmtune.data.message import RowError, Sample, split_question, text_of
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
@@ -110,10 +110,10 @@ def check_questions(section: EvaluateSection) -> None:
     Raises:
         UserError: naming the rows that cannot be asked. A figure over fewer questions than announced would be another figure.
     """
-    samples = Samples(section.data)
+    samples = IndexedSamples(section.data)
     report = DataReport(rows=len(samples))
     check_rows(samples, report, len(samples))
-    for handle in samples.some(len(samples)):
+    for handle in samples.subset(len(samples)):
         try:
             split_question(handle())
         except RowError as error:
@@ -140,7 +140,7 @@ def evaluate(
     Raises:
         RowError: a held-out row that cannot be read.
     """
-    rows = Samples(section.data)
+    rows = IndexedSamples(section.data)
     samples = list(iterate_rows(rows))
     mine = range(len(samples)) if dist.sharded else range(dist.rank, len(samples), dist.size)
     asked = [samples[index] for index in mine]

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from mmtune.data.dataset import Samples, iterate_rows
+from mmtune.data.dataset import IndexedSamples, iterate_rows
 from mmtune.data.media.media import Media, open_image
 from mmtune.evaluation.evaluate import Answer, read_answers
 from mmtune.evaluation.scores import score_rows
@@ -85,7 +85,7 @@ def _images(answers: Sequence[Answer], sources: Sequence[Source]) -> dict[str, S
     if not windows and all(Path(name).is_file() for answer in answers for name in answer.images):
         return {answer.id: [Path(name) for name in answer.images] for answer in answers}
     wanted = {answer.id for answer in answers}
-    return {sample.id: sample.images for sample in iterate_rows(Samples(sources)) if sample.id in wanted}
+    return {sample.id: sample.images for sample in iterate_rows(IndexedSamples(sources)) if sample.id in wanted}
 
 
 def _picture(media: Media) -> str:

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from mmtune.builtin import tiny_checkpoint as tiny
-from mmtune.chat_templates.resolving import own_chat_template, resolve_chat_template, set_chat_template, use_chat_template
+from mmtune.chat_templates.resolving import resolve_chat_template, set_chat_template, training_chat_template, use_chat_template
 from mmtune.distributed.sharded_parameters import is_sharded
 from mmtune.families.family_table import check_family, local_model_type
 from mmtune.methods import tuners as tuners  # PEFT then knows all the methods
@@ -268,7 +268,7 @@ def _chat_template(processor: ProcessorMixin, subject: str, named: str | None) -
     """The template that a recipe names, or else the checkpoint's own."""
     if named is None:
         with _named(subject):
-            template = own_chat_template(processor)
+            template = training_chat_template(processor)
     else:
         template = resolve_chat_template(named, processor.tokenizer, image_token=processor.image_token)
     if "strftime_now" in template:

@@ -17,7 +17,7 @@ import numpy as np
 from transformers import ProcessorMixin
 
 from mmtune.data.encoding.token_counts import processor_settings
-from mmtune.data.sources.source import data_files, media_root_of
+from mmtune.data.sources.source import data_files, default_media_root
 from mmtune.data.templates.template import shipped_templates
 from mmtune.recipe.recipe import Source
 from mmtune.utils.errors import UserError
@@ -161,4 +161,4 @@ def beside(sources: Sequence[Source]) -> Path | None:
     path = sources[0].path
     if not data_files(path):
         return None
-    return Path(path).absolute().parent if Path(path).exists() else media_root_of(path).absolute()
+    return Path(path).absolute().parent if Path(path).exists() else default_media_root(path).absolute()

@@ -12,9 +12,9 @@ from transformers import ProcessorMixin
 
 from mmtune.console.styled_console import StyledConsole
 from mmtune.data.batching.bin_packing import pack_lengths, packing_efficiency
-from mmtune.data.dataset import Samples
-from mmtune.data.encoding.over_length import fit
-from mmtune.data.encoding.token_counts import image_replacements, sizes_of
+from mmtune.data.dataset import IndexedSamples
+from mmtune.data.encoding.over_length import fit_to_budget
+from mmtune.data.encoding.token_counts import image_replacements, image_sizes
 from mmtune.data.message import Sample
 from mmtune.planning.token_plan import Numbers, Outcome, Plan, plan_section
 from mmtune.recipe.recipe import DataSection
@@ -23,7 +23,7 @@ BARS, WIDTH = 12, 40
 SHOWN = 10
 
 
-Lengths = tuple[Samples, Numbers]
+Lengths = tuple[IndexedSamples, Numbers]
 """The rows, and the tokens of each as it would train."""
 
 
@@ -42,14 +42,14 @@ def plan_data(section: DataSection, processor: ProcessorMixin) -> tuple[dict[str
     Raises:
         UserError: data that cannot be read, or a processor whose tokens cannot be counted.
     """
-    samples = Samples(section.train)
+    samples = IndexedSamples(section.train)
     plan, outcome = plan_section(samples, section, processor)
     figures = plan_figures(plan, outcome, section)
     lengths = samples, outcome.lengths
     if not figures["rows_trained"]:
         return figures, {}, lengths
     row = int(outcome.lengths.argmax())
-    fitted = fit(samples[row], processor, section.max_tokens, section.over_length, section.supervise)
+    fitted = fit_to_budget(samples[row], processor, section.max_tokens, section.over_length, section.supervise)
     longest: dict[str, Any] = {"tokens": fitted.counts.tokens, "images": fitted.counts.images}
     longest["supervised"] = int(plan.supervised[outcome.lengths > 0].max())
     if fitted.counts.images:
@@ -60,7 +60,7 @@ def plan_data(section: DataSection, processor: ProcessorMixin) -> tuple[dict[str
 
 def _typical_size(sample: Sample, processor: ProcessorMixin) -> tuple[int, int]:
     """The largest of a sample's images of which as many as it has take no more tokens than its own."""
-    sizes = sizes_of(sample.messages)
+    sizes = image_sizes(sample.messages)
 
     def characters(images: Sequence[tuple[int, int]]) -> int:
         return sum(map(len, image_replacements(processor, list(images))))
@@ -139,7 +139,7 @@ def print_data(figures: dict[str, Any]) -> None:
     """A page in the terminal.
 
     Args:
-        figures: from `plan_data`, with the optimizer steps under `steps` and `Batches.largest` under `largest_batch`.
+        figures: from `plan_data`, with the optimizer steps under `steps` and `MixtureBatchSampler.largest` under `largest_batch`.
     """
     console = StyledConsole()
     tokens = max(1, figures["tokens"])

@@ -13,10 +13,10 @@ import numpy as np
 from transformers import ProcessorMixin
 
 from mmtune.data.encoding.encode import Supervise
-from mmtune.data.encoding.over_length import Policy, fit
+from mmtune.data.encoding.over_length import Policy, fit_to_budget
 from mmtune.data.encoding.token_counts import count_tokens, counts_by_arithmetic
 from mmtune.data.message import RowError, Sample
-from mmtune.data.processes import in_processes
+from mmtune.data.processes import map_rows
 from mmtune.planning.plan_cache import Arrays, PlanCache, beside, plan_key
 from mmtune.recipe.recipe import DataSection
 
@@ -92,7 +92,7 @@ def build_plan(
         processor: the model's, its chat template settled.
         supervise: the recipe's `data.supervise`.
         cache: where the plan is kept; None keeps nothing.
-        processes: how many count, as `in_processes`.
+        processes: how many count, as `map_rows`.
 
     Raises:
         UserError: a processor whose tokens cannot be counted.
@@ -106,7 +106,7 @@ def build_plan(
         assert plan.media is not None
         stale = np.union1d(plan.media.stale_rows(), np.array(sorted(plan.faults), dtype=np.int64))
     counts_by_arithmetic(processor)  # found out once, here, and not in every process
-    found = in_processes(partial(_count_row, samples, processor, supervise), stale, processes, "counting tokens")
+    found = map_rows(partial(_count_row, samples, processor, supervise), stale, processes, "counting tokens")
     plan, changed = _with_counts(plan, stale, found)
     kept = None
     if cache is not None:
@@ -264,7 +264,7 @@ def predict_outcome(
     fits = partial(_fit_row, samples, processor, supervise, max_tokens, policy)
     dropped: list[int] = []
     fewer = images_dropped = smaller = images_resized = 0
-    for row, result in zip(longer.tolist(), in_processes(fits, longer, processes, "fitting long rows"), strict=True):
+    for row, result in zip(longer.tolist(), map_rows(fits, longer, processes, "fitting long rows"), strict=True):
         if isinstance(result, RowError):
             dropped.append(row)
             lengths[row] = 0
@@ -285,5 +285,5 @@ def plan_section(samples: Sequence[Sample], section: DataSection, processor: Pro
 def _fit_row(
     samples: Sequence[Sample], processor: ProcessorMixin, supervise: Supervise, max_tokens: int, policy: Policy, index: int
 ) -> Any:
-    fitted = fit(samples[index], processor, max_tokens, policy, supervise)
+    fitted = fit_to_budget(samples[index], processor, max_tokens, policy, supervise)
     return fitted.counts.tokens, fitted.dropped, fitted.resized

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
-from mmtune.data.dataset import Samples, open_samples
+from mmtune.data.dataset import IndexedSamples, open_samples
 from mmtune.data.message import Sample
 from mmtune.models.checkpoints.adapter_export import export_adapter
 from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK, UNTRAINED, locate_base
@@ -282,8 +282,10 @@ def release_adapter(
 def parity_samples(recipe: Recipe, count: int) -> list[Sample]:
     """Up to `count` samples spread over the recipe's held-out data, or its training data, not augmented, when it has none."""
     plain = tuple(source.model_copy(update={"augment": None}) for source in recipe.data.train)
-    samples = Samples(recipe.evaluate.data) if recipe.evaluate else open_samples(recipe.data.model_copy(update={"train": plain}))
-    return [handle() for handle in islice(samples.some(count), count)]
+    samples = (
+        IndexedSamples(recipe.evaluate.data) if recipe.evaluate else open_samples(recipe.data.model_copy(update={"train": plain}))
+    )
+    return [handle() for handle in islice(samples.subset(count), count)]
 
 
 class _Job:

@@ -15,12 +15,12 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import ProcessorMixin, TrainingArguments
 
-from mmtune.data.batching.batch_sampler import Batches, Mixture
-from mmtune.data.batching.collate import ASIDE, Collator, collate, pack
+from mmtune.data.batching.batch_sampler import Mixture, MixtureBatchSampler
+from mmtune.data.batching.collate import METADATA_KEYS, Collator, collate, pack
 from mmtune.data.batching.sample_stream import SampleStream
 from mmtune.data.data_report import DataReport
-from mmtune.data.dataset import OTHER_POLICIES, Encoder, Handle, Samples, StreamedSamples, TrainingSet
-from mmtune.data.encoding.encode import too_long
+from mmtune.data.dataset import OVER_LENGTH_HINT, IndexedSamples, LazySample, SampleEncoder, StreamedSamples, TrainingSet
+from mmtune.data.encoding.encode import over_length_error
 from mmtune.distributed.context import DistributedContext
 from mmtune.models.packed_attention import check_packable, verify_packing
 from mmtune.planning.token_plan import plan_section
@@ -28,16 +28,16 @@ from mmtune.recipe.recipe import DataSection, Recipe
 from mmtune.utils.errors import UserError
 
 
-def rows_to_take(samples: Samples | StreamedSamples, arguments: TrainingArguments) -> int:
+def rows_to_take(samples: IndexedSamples | StreamedSamples, arguments: TrainingArguments) -> int:
     """How many rows there are; of a stream, how many the run takes."""
-    if isinstance(samples, Samples):
+    if isinstance(samples, IndexedSamples):
         return len(samples)
     every = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     return int(arguments.max_steps * every)
 
 
 def plan_rows(
-    samples: Samples, recipe: Recipe, processor: ProcessorMixin, report: DataReport, dist: DistributedContext
+    samples: IndexedSamples, recipe: Recipe, processor: ProcessorMixin, report: DataReport, dist: DistributedContext
 ) -> NDArray[np.int64]:
     """Count every row's tokens, in the first process, with no weight loaded; rows that cannot train go to the report.
 
@@ -52,9 +52,9 @@ def plan_rows(
         section = recipe.data
         plan, outcome = plan_section(samples, section, processor)
         limit = section.max_tokens or 0  # without one no row is dropped
-        longer = [too_long(samples[row].id, int(plan.tokens[row]), limit) for row in outcome.dropped]
+        longer = [over_length_error(samples[row].id, int(plan.tokens[row]), limit) for row in outcome.dropped]
         if longer and section.over_length == "error":
-            raise UserError(f"{len(longer)} rows are too long, the first: {longer[0]} ({OTHER_POLICIES})")
+            raise UserError(f"{len(longer)} rows are too long, the first: {longer[0]} ({OVER_LENGTH_HINT})")
         found = outcome.lengths, [*plan.faults.values(), *longer]
     lengths, faults = dist.broadcast_object(found)
     for fault in faults:
@@ -65,14 +65,14 @@ def plan_rows(
 
 
 def order_rows(
-    samples: Samples | StreamedSamples,
-    encoder: Encoder,
+    samples: IndexedSamples | StreamedSamples,
+    encoder: SampleEncoder,
     collator: Collator,
     section: DataSection,
     arguments: TrainingArguments,
     dist: DistributedContext,
     lengths: NDArray[np.int64] | None = None,
-) -> tuple[Dataset[Any], Batches | None]:
+) -> tuple[Dataset[Any], MixtureBatchSampler | None]:
     """What the Trainer takes its batches from.
 
     Args:
@@ -81,10 +81,10 @@ def order_rows(
     Returns:
         The rows by index, and which of them make which batch; or a stream of batches and None.
     """
-    if isinstance(samples, Samples):
+    if isinstance(samples, IndexedSamples):
         return TrainingSet(samples, encoder), make_batches(samples, section, arguments, dist, lengths)
     stream = SampleStream(
-        samples.openers,
+        samples.stream_openers,
         samples.weights,
         partial(_make_batch, collator, encoder),
         seed=_seed(arguments),
@@ -97,12 +97,12 @@ def order_rows(
 
 
 def make_batches(
-    samples: Samples,
+    samples: IndexedSamples,
     section: DataSection,
     arguments: TrainingArguments,
     dist: DistributedContext,
     lengths: NDArray[np.int64] | None,
-) -> Batches:
+) -> MixtureBatchSampler:
     """The batches of this process, as the recipe asks for them.
 
     Args:
@@ -123,7 +123,7 @@ def make_batches(
     by_tokens = section.packing or section.tokens_per_batch is not None
     if arguments.dataloader_drop_last and not by_tokens and len(mixture) < every:
         raise UserError(f"train.dataloader_drop_last: {len(mixture)} rows fill no batch of {every}; leave it out")
-    return Batches(
+    return MixtureBatchSampler(
         mixture,
         seed=_seed(arguments),
         size=arguments.per_device_train_batch_size,
@@ -142,7 +142,7 @@ def make_batches(
     )
 
 
-def _make_batch(collator: Collator, encoder: Encoder, rows: Sequence[tuple[int, Handle]]) -> dict[str, Any]:
+def _make_batch(collator: Collator, encoder: SampleEncoder, rows: Sequence[tuple[int, LazySample]]) -> dict[str, Any]:
     return collator([encoder(handle, source) for source, handle in rows])
 
 
@@ -150,7 +150,7 @@ def _seed(arguments: TrainingArguments) -> int:
     return int(arguments.seed if arguments.data_seed is None else arguments.data_seed)
 
 
-def optimizer_steps(arguments: TrainingArguments, batches: Batches | None) -> int:
+def optimizer_steps(arguments: TrainingArguments, batches: MixtureBatchSampler | None) -> int:
     """How many optimizer steps the run takes."""
     if arguments.max_steps > 0 or batches is None:
         return int(arguments.max_steps)
@@ -158,7 +158,7 @@ def optimizer_steps(arguments: TrainingArguments, batches: Batches | None) -> in
 
 
 def first_batches(
-    samples: Samples | StreamedSamples, encoder: Encoder, pad_token_id: int, size: int = 4, count: int = 16
+    samples: IndexedSamples | StreamedSamples, encoder: SampleEncoder, pad_token_id: int, size: int = 4, count: int = 16
 ) -> Iterator[dict[str, Any]]:
     """Up to `count` padded batches of rows from all over the data, for initializations that look at it.
 
@@ -169,7 +169,7 @@ def first_batches(
         yield collate(rows, pad_token_id)
 
 
-def prove_packed_rows(model: nn.Module, samples: Samples, encoder: Encoder, pad_token_id: int) -> None:
+def prove_packed_rows(model: nn.Module, samples: IndexedSamples, encoder: SampleEncoder, pad_token_id: int) -> None:
     """Compare a few short packed rows with the same rows alone, those with images first.
 
     Raises:
@@ -181,9 +181,9 @@ def prove_packed_rows(model: nn.Module, samples: Samples, encoder: Encoder, pad_
         verify_packing(model, pack(chosen), [collate([row], pad_token_id) for row in chosen])
 
 
-def _usable(samples: Samples | StreamedSamples, encoder: Encoder, count: int) -> Iterator[dict[str, torch.Tensor]]:
+def _usable(samples: IndexedSamples | StreamedSamples, encoder: SampleEncoder, count: int) -> Iterator[dict[str, torch.Tensor]]:
     """What the model takes of up to `count` rows from all over the data, less those that fail."""
-    for handle in samples.some(count):
+    for handle in samples.subset(count):
         row = encoder(handle)
         if not isinstance(row, UserError):
-            yield {key: value for key, value in row.items() if key not in (*ASIDE, "source_ids")}
+            yield {key: value for key, value in row.items() if key not in (*METADATA_KEYS, "source_ids")}

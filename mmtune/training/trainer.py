@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mmtune.data.batching.batch_sampler import Batches
+from mmtune.data.batching.batch_sampler import MixtureBatchSampler
 from mmtune.data.batching.sample_stream import SampleStream
 from mmtune.data.data_report import NO_SAMPLE, NOT_FINITE, DataReport, SkippedStep
 from mmtune.data.encoding.encode import IGNORE_INDEX
@@ -77,7 +77,7 @@ EMPTY_STEPS = 10
 class EpochLoader(DataLoader[Any]):
     """Tells its batches which epoch begins, as the Trainer asks of loaders."""
 
-    batch_sampler: Batches
+    batch_sampler: MixtureBatchSampler
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch the next iteration gives."""
@@ -110,7 +110,7 @@ class TuningTrainer(Trainer):
         dist: DistributedContext = SINGLE_PROCESS,
         learning_rates: Mapping[str, float],
         dummy_batch: dict[str, Any],
-        batches: Batches | None = None,
+        batches: MixtureBatchSampler | None = None,
         source_names: Sequence[str] = (),
         data_files: Mapping[str, Any] | None = None,
         initial: dict[str, torch.Tensor] | None = None,

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 import mmtune.builtin.digits as digits
 from mmtune.builtin.digits import ANSWER_MARK, POSITIONS, SPLITS, digit_images, write_digits
-from mmtune.data.dataset import Samples, iterate_rows
+from mmtune.data.dataset import IndexedSamples, iterate_rows
 from mmtune.evaluation.metrics import final_answer
 from mmtune.recipe.recipe import Source
 
@@ -174,7 +174,7 @@ def test_tuning_teaches_what_the_base_was_not_taught() -> None:
 
 @pytest.mark.parametrize("part", SPLITS)
 def test_the_llava_template_reads_every_row(folder: Path, part: str) -> None:
-    samples = list(iterate_rows(Samples([Source(path=str(folder / f"{part}.json"), template="llava")])))
+    samples = list(iterate_rows(IndexedSamples([Source(path=str(folder / f"{part}.json"), template="llava")])))
     rows = _rows(folder, part)
     assert [sample.task for sample in samples] == [row["task"] for row in rows]
     assert [sample.images for sample in samples] == [[folder / row["image"]] for row in rows]

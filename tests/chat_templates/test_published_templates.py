@@ -9,7 +9,7 @@ import transformers as tf
 from chat_dialects import spans_of
 from family_processors import byte_level
 
-from mmtune.chat_templates.resolving import own_chat_template, resolve_chat_template, set_chat_template
+from mmtune.chat_templates.resolving import resolve_chat_template, set_chat_template, training_chat_template
 from mmtune.data.encoding.encode import check_chat_template, encode_prompt, encode_text
 from mmtune.utils.errors import UserError
 
@@ -148,7 +148,7 @@ def _messages(*answers: str) -> list[dict[str, Any]]:
 def test_published_templates_give_exact_labels(name: str) -> None:
     template, specials, image, span = EXACT[name]
     processor = _processor(template, specials, image)
-    set_chat_template(processor, own_chat_template(processor))
+    set_chat_template(processor, training_chat_template(processor))
     check_chat_template(processor)
     messages = _messages("a cat", "no\n\ndog")
     encoded = encode_text("r", messages, processor, [image * 4])
@@ -165,7 +165,7 @@ def test_a_template_that_ends_no_answer_names_the_shipped_one_that_does(system: 
     """LLaVA-1.5's and LLaVA-NeXT-Vicuna's: a space behind the answer."""
     processor = _processor(system + LLAVA_15, LLAMA, "<image>")
     with pytest.raises(UserError, match=r"' ' after an answer and no token that ends it.*model.chat_template: vicuna_v1,"):
-        own_chat_template(processor)
+        training_chat_template(processor)
     resolve_chat_template("vicuna_v1", processor.tokenizer)  # the advice leads somewhere
 
 
@@ -193,16 +193,16 @@ def test_a_template_that_ends_no_answer_names_the_shipped_one_that_does(system: 
 )
 def test_a_template_that_does_not_serve_names_what_would(template: Any, specials: Any, image: str, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        own_chat_template(_processor(template, specials, image))
+        training_chat_template(_processor(template, specials, image))
 
 
 def test_of_several_templates_the_default_is_used_and_said(capsys: pytest.CaptureFixture[str]) -> None:
     template, specials, image, _ = EXACT["llava-next-chatml"]
-    assert own_chat_template(_processor({"default": template, "rag": "x"}, specials, image)) == template
+    assert training_chat_template(_processor({"default": template, "rag": "x"}, specials, image)) == template
     assert "of its chat templates (default, rag) the one called default is used" in capsys.readouterr().out
     processor = _processor(None, specials, image)
     processor.tokenizer.chat_template = template  # in tokenizer_config.json alone
-    assert own_chat_template(processor) == template
+    assert training_chat_template(processor) == template
 
 
 def test_a_system_message_that_a_template_cannot_take_is_a_fault_of_its_row() -> None:

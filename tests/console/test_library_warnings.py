@@ -13,7 +13,7 @@ import pytest
 from transformers.utils import logging as transformers_logging
 
 from mmtune.console.library_warnings import KNOWN, KnownWarning, WarningPrinter, print_warnings_once
-from mmtune.data.processes import in_processes
+from mmtune.data.processes import map_rows
 
 
 @pytest.fixture
@@ -121,6 +121,6 @@ def _warn(index: int) -> int:
 
 
 def test_workers_print_a_warning_once_together(printed: Callable[[], list[str]]) -> None:
-    assert list(in_processes(_warn, range(200), 2, "rows")) == list(range(200))
+    assert list(map_rows(_warn, range(200), 2, "rows")) == list(range(200))
     [line] = printed()
     assert line in ("warning: rowlib: row 0 is odd", "warning: rowlib: row 64 is odd")

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from mmtune.data.batching.collate import Collator
-from mmtune.data.data_report import DataReport, Fault, StopRun
-from mmtune.data.dataset import Encoder, Samples, TrainingSet, check_rows, iterate_rows
+from mmtune.data.data_report import DataReport, RowIssue, StopRunError
+from mmtune.data.dataset import IndexedSamples, SampleEncoder, TrainingSet, check_rows, iterate_rows
 from mmtune.data.encoding.encode import OverLength
 from mmtune.data.message import RowError, text_of
 from mmtune.data.processes import worker_failure
@@ -49,7 +49,7 @@ def test_samples_run_through_the_sources_in_order(tmp_path: Path) -> None:
         _source(_rows(tmp_path / "two", 1, "b.json")),
         _source(_rows(tmp_path / "three", 4, "c.json"), limit=9),
     ]
-    samples = Samples(sources)
+    samples = IndexedSamples(sources)
     ids = ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.json[0]", "c.json[0]", "c.json[1]", "c.json[2]", "c.json[3]"]
     asked = ["one 0", "one 1", "one 2", "two 0", "three 0", "three 1", "three 2", "three 3"]
     assert len(samples) == 8
@@ -63,21 +63,21 @@ def test_samples_run_through_the_sources_in_order(tmp_path: Path) -> None:
 
 def test_files_of_one_name_keep_their_ids_apart(tmp_path: Path) -> None:
     paths = [_rows(tmp_path / "one", 2, bad=(1,)), _rows(tmp_path / "two", 2, bad=(1,)), _rows(tmp_path / "two", 1, "x.json")]
-    samples = Samples([_source(path) for path in paths])
+    samples = IndexedSamples([_source(path) for path in paths])
     report = DataReport(rows=5)
     check_rows(samples, report, limit=5)
     assert [fault.row for fault in report.quarantined] == [f"{paths[0]}:2", f"{paths[1]}:2"]
     assert samples[4].id == "x.json[0]"
     assert samples.names == [str(paths[0]), str(paths[1]), "x.json"]
-    assert Samples([_source(paths[0])] * 2).names == ["r.jsonl", "r.jsonl (2)"]
+    assert IndexedSamples([_source(paths[0])] * 2).names == ["r.jsonl", "r.jsonl (2)"]
 
 
 def test_media_lie_beside_the_rows_or_under_media_root(tmp_path: Path, media: Path) -> None:
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "a.png").write_bytes((media / "b.png").read_bytes())
     rows = _rows(tmp_path / "rows", 1, image="a.png")
-    assert Samples([_source(rows)])[0].images == [tmp_path / "rows" / "a.png"]
-    assert Samples([_source(rows, media_root=str(media))])[0].images == [media / "a.png"]
+    assert IndexedSamples([_source(rows)])[0].images == [tmp_path / "rows" / "a.png"]
+    assert IndexedSamples([_source(rows, media_root=str(media))])[0].images == [media / "a.png"]
 
 
 # --------------------------------------------------------------------------------------------------------------- faults
@@ -90,8 +90,8 @@ def test_a_row_counts_once_over_epochs() -> None:
         report.add(OverLength("r:2", "messages", "9 tokens"))
         report.add(RowError("r:3", "image", "gone"))
     report.add(RowError("r:1", "messages", "another fault of the same row"))
-    assert report.quarantined == [Fault("r:1", "image", "gone"), Fault("r:3", "image", "gone")]
-    assert report.dropped_over_length == [Fault("r:2", "messages", "9 tokens")]
+    assert report.quarantined == [RowIssue("r:1", "image", "gone"), RowIssue("r:3", "image", "gone")]
+    assert report.dropped_over_length == [RowIssue("r:2", "messages", "9 tokens")]
 
 
 def test_faults_are_listed_by_kind_with_their_number() -> None:
@@ -152,7 +152,7 @@ def test_the_run_stops_past_the_bound_and_not_at_it(bad: int, rows: int, bound: 
 
 @pytest.mark.parametrize(("limit", "seen"), [(0, []), (1, [0]), (3, [0, 3, 6]), (10, list(range(10))), (99, list(range(10)))])
 def test_checked_rows_are_spread(tmp_path: Path, limit: int, seen: list[int]) -> None:
-    samples = Samples([_source(_rows(tmp_path, 10, bad=tuple(range(10))))])
+    samples = IndexedSamples([_source(_rows(tmp_path, 10, bad=tuple(range(10))))])
     report = DataReport(rows=10)
     check_rows(samples, report, limit)
     assert report.checked == len(seen)
@@ -164,7 +164,7 @@ def test_checking_reads_headers_and_decodes_nothing(tmp_path: Path, media: Path)
     (media / "text.png").write_text("not an image")
     for name, faults in (("a.png", 0), ("cut.png", 2), ("text.png", 2), ("none.png", 2)):
         report = DataReport(rows=2)
-        samples = Samples([_source(_rows(tmp_path / "rows", 2, image=name), media_root=str(media))])
+        samples = IndexedSamples([_source(_rows(tmp_path / "rows", 2, image=name), media_root=str(media))])
         check_rows(samples, report, limit=2)
         assert len(report.quarantined) == faults
         assert all(fault.field == "image" and name in fault.detail for fault in report.quarantined)
@@ -174,18 +174,18 @@ def test_checking_reads_headers_and_decodes_nothing(tmp_path: Path, media: Path)
 
 
 def test_long_samples_stop_the_run_or_are_dropped(tmp_path: Path, untrained: tuple[Any, Any]) -> None:
-    samples = Samples([_source(_rows(tmp_path, 1))])
-    dropped = TrainingSet(samples, Encoder(untrained[1], _section(max_tokens=4, over_length="drop_sample")))[0]
+    samples = IndexedSamples([_source(_rows(tmp_path, 1))])
+    dropped = TrainingSet(samples, SampleEncoder(untrained[1], _section(max_tokens=4, over_length="drop_sample")))[0]
     report = DataReport(rows=1)
     assert isinstance(dropped, OverLength)
     report.add(dropped)
     assert [fault.row for fault in report.dropped_over_length] == ["r.jsonl:1"] and not report.quarantined
-    stops = TrainingSet(samples, Encoder(untrained[1], _section(max_tokens=4)))[0]
+    stops = TrainingSet(samples, SampleEncoder(untrained[1], _section(max_tokens=4)))[0]
     with pytest.raises(UserError, match=r"r\.jsonl:1: messages: \d+ tokens, more than data.max_tokens: 4 .*drop_sample"):
         report.add(stops)  # whatever max_bad_fraction allows
 
 
-@pytest.mark.parametrize("kind", [RowError, OverLength, StopRun])
+@pytest.mark.parametrize("kind", [RowError, OverLength, StopRunError])
 def test_errors_travel_between_processes(kind: type[RowError]) -> None:
     back = pickle.loads(pickle.dumps(kind("r:1", "image", "gone")))  # noqa: S301
     assert type(back) is kind
@@ -195,7 +195,7 @@ def test_errors_travel_between_processes(kind: type[RowError]) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_sets_faulty_rows_beside_their_batch(tmp_path: Path, untrained: tuple[Any, Any], workers: int) -> None:
     processor = untrained[1]
-    dataset = TrainingSet(Samples([_source(_rows(tmp_path, 6, bad=(1, 4, 5)))]), Encoder(processor, _section()))
+    dataset = TrainingSet(IndexedSamples([_source(_rows(tmp_path, 6, bad=(1, 4, 5)))]), SampleEncoder(processor, _section()))
     collator = Collator(processor.tokenizer.pad_token_id)
     loader = torch.utils.data.DataLoader(dataset, batch_size=2, collate_fn=collator, num_workers=workers)
     batches = list(loader)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmtune.data.dataset import Samples, iterate_rows
+from mmtune.data.dataset import IndexedSamples, iterate_rows
 from mmtune.data.message import RowError, Sample
 from mmtune.evaluation.choices import most_likely_choice, score_choices
 from mmtune.evaluation.evaluate import check_questions, evaluate
@@ -26,7 +26,7 @@ CHOICES = ("yes", "no", "yes indeed, and rather more of it", "A", "7")
 @pytest.fixture(scope="module")
 def samples(rows: Path) -> list[Sample]:
     """Closed questions of different lengths: with an image, without one, with two, after an earlier turn, after a system's."""
-    first, second, *_ = iterate_rows(Samples([Source(path=str(rows), template="llava")]))
+    first, second, *_ = iterate_rows(IndexedSamples([Source(path=str(rows), template="llava")]))
     words = [{"type": "text", "text": "a rather longer question, with no image at all"}]
     question, answer = second.messages
     image = first.messages[0]["content"][0]
@@ -116,7 +116,7 @@ def test_an_evaluation_scores_classes(tmp_path: Path, answering_llava: tuple[Any
     section = EvaluateSection.model_validate({"data": [source], "score": "choices", "batch_size": 3})
     check_questions(section)
     answers = evaluate(*answering_llava, section)
-    asked = list(iterate_rows(Samples(section.data)))
+    asked = list(iterate_rows(IndexedSamples(section.data)))
     expected = [max(words.values(), key=lambda word: _plain(*answering_llava, sample, word)) for sample in asked]
     assert [answer.prediction for answer in answers] == expected
     assert [answer.reference for answer in answers] == ["right", "wrong"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmtune.data.dataset import Samples, iterate_rows
+from mmtune.data.dataset import IndexedSamples, iterate_rows
 from mmtune.data.message import RowError, Sample
 from mmtune.evaluation.evaluate import Answer, evaluate, generate_answers, read_answers, score, scores_to_dicts, write_answers
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
@@ -46,7 +46,7 @@ def _plain(model: Any, processor: Any, sample: Sample) -> str:
 @pytest.fixture(scope="module")
 def samples(rows: Path) -> list[Sample]:
     """Questions of different lengths: with an image, without one, with two, and after an earlier turn."""
-    first, second, *rest = iterate_rows(Samples([Source(path=str(rows), template="llava")]))
+    first, second, *rest = iterate_rows(IndexedSamples([Source(path=str(rows), template="llava")]))
     words = [{"type": "text", "text": "a rather longer question, with no image at all, that pads the others on their left"}]
     question, answer = second.messages
     image = first.messages[0]["content"][0]

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from mmtune.cli.main import entry_point
 from mmtune.data.batching.collate import collate
-from mmtune.data.dataset import Samples
+from mmtune.data.dataset import IndexedSamples
 from mmtune.data.encoding.encode import encode_sample
 from mmtune.data.message import text_of
 from mmtune.families.family_table import PROJECTORS, UNPACKABLE
@@ -127,7 +127,7 @@ def test_a_step_is_that_of_plain_transformers_and_peft(
     assert mmtune("merge", run, merged, "--dtype", "fp32", "--samples", "2") == 0, capsys.readouterr()
 
     recipe = load_recipe(path)
-    samples = list(Samples(recipe.data.train))
+    samples = list(IndexedSamples(recipe.data.train))
     processor = tf.AutoProcessor.from_pretrained(run / "adapter")
     encoded = [encode_sample(sample, processor) for sample in samples]
     for sample, tensors in zip(samples, encoded, strict=True):

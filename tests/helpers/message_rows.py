@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.data.message import Sample
-from mmtune.data.sources.reader import Reader
+from mmtune.data.sources.reader import SourceReader
 from mmtune.recipe.recipe import Source
 
 
@@ -21,7 +21,7 @@ def assistant(content: Any, **keys: Any) -> dict[str, Any]:
 
 def samples(media: Path, *rows: dict[str, Any], template: str = "messages", **settings: Any) -> list[Sample]:
     (media / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    reader = Reader(Source(path=str(media / "rows.json"), template=template, **settings))
+    reader = SourceReader(Source(path=str(media / "rows.json"), template=template, **settings))
     opened = reader.open()
     return [reader.sample(*opened[index]) for index in range(len(opened))]
 

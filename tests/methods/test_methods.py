@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtune.data.batching.collate import collate
-from mmtune.data.dataset import Samples
+from mmtune.data.dataset import IndexedSamples
 from mmtune.data.encoding.encode import encode_sample
 from mmtune.evaluation.evaluate import generate_answers
 from mmtune.methods.method_table import METHODS
@@ -73,7 +73,7 @@ NOT_AT_ZERO = {"prompt_tuning", "p_tuning", "prefix_tuning"}
 @pytest.fixture(scope="module")
 def one_batch(rows: Path, base: Path) -> dict[str, torch.Tensor]:
     processor = AutoProcessor.from_pretrained(str(base))
-    samples = Samples(
+    samples = IndexedSamples(
         load_recipe_text(
             rows.parent, f"{{model: {{base: {base}}}, data: {{train: [{{path: {rows}, template: llava}}]}}, output_dir: x}}"
         ).data.train

@@ -20,9 +20,9 @@ from PIL import Image
 
 from mmtune.cli.main import entry_point
 from mmtune.data.batching.bin_packing import pack_lengths, packing_efficiency
-from mmtune.data.dataset import Samples
+from mmtune.data.dataset import IndexedSamples
 from mmtune.data.encoding.encode import encode_sample
-from mmtune.data.encoding.over_length import fit
+from mmtune.data.encoding.over_length import fit_to_budget
 from mmtune.data.message import RowError
 from mmtune.planning import plan_cache
 from mmtune.planning.plan_cache import PlanCache, beside, plan_key, signatures
@@ -65,7 +65,7 @@ def _plan(data: Path, processor: Any = None, supervise: Any = "all", **arguments
     processor = processor or FAMILIES["qwen2_vl"]()
     sources = _sources(data)
     cache = PlanCache(beside(sources), plan_key(sources, processor, supervise))
-    return build_plan(Samples(sources), processor, supervise, cache=cache, **arguments)
+    return build_plan(IndexedSamples(sources), processor, supervise, cache=cache, **arguments)
 
 
 def _same(plan: Plan, other: Plan) -> bool:
@@ -80,7 +80,7 @@ def _same(plan: Plan, other: Plan) -> bool:
 
 @pytest.mark.parametrize("supervise", ["all", "last"])
 def test_a_plan_holds_what_encoding_gives_and_lists_what_cannot_train(data: Path, supervise: Any) -> None:
-    processor, samples = FAMILIES["qwen2_vl"](), Samples(_sources(data))
+    processor, samples = FAMILIES["qwen2_vl"](), IndexedSamples(_sources(data))
     plan = build_plan(samples, processor, supervise)
     assert list(plan.faults) == [4] and "no such file" in str(plan.faults[4])
     assert plan.faults[4].row == "rows.jsonl:5"
@@ -96,7 +96,7 @@ def test_a_plan_holds_what_encoding_gives_and_lists_what_cannot_train(data: Path
 def test_several_processes_count_the_same(data: Path) -> None:
     rows = data.read_text(encoding="utf-8")
     data.write_text(rows * 25, encoding="utf-8")  # more than one chunk
-    samples, processor = Samples(_sources(data)), FAMILIES["llava"]()
+    samples, processor = IndexedSamples(_sources(data)), FAMILIES["llava"]()
     state = torch.random.get_rng_state()
     assert _same(build_plan(samples, processor, processes=2), build_plan(samples, processor, processes=0))
     assert torch.equal(torch.random.get_rng_state(), state)  # the run's draws are its own
@@ -112,7 +112,7 @@ def test_a_processor_that_cannot_be_counted_stops_the_plan_in_any_process(data: 
     processor.__class__ = Silent
     for processes in (0, 1):
         with pytest.raises(UserError, match=r"^model: Silent does not say what it puts in place of an image"):
-            build_plan(Samples(_sources(data)), processor, processes=processes)
+            build_plan(IndexedSamples(_sources(data)), processor, processes=processes)
 
 
 # ---- what is kept
@@ -133,7 +133,7 @@ def test_a_changed_picture_is_counted_again_and_no_other_row(data: Path) -> None
     second = _plan(data)
     assert second.counted == 2 + 1  # two rows have it, and one is at fault
     assert [row for row in range(6) if first.tokens[row] != second.tokens[row]] == [2, 3]
-    assert _same(second, build_plan(Samples(_sources(data)), FAMILIES["qwen2_vl"]()))
+    assert _same(second, build_plan(IndexedSamples(_sources(data)), FAMILIES["qwen2_vl"]()))
     assert _plan(data).counted == 1
 
 
@@ -153,7 +153,7 @@ def test_a_picture_that_goes_or_comes_is_noticed(data: Path) -> None:
     (data.parent / "large.png").rename(data.parent / "missing.png")
     plan = _plan(data)
     assert list(plan.faults) == [5] and plan.tokens[4] > 0
-    assert _same(plan, build_plan(Samples(_sources(data)), FAMILIES["qwen2_vl"]()))
+    assert _same(plan, build_plan(IndexedSamples(_sources(data)), FAMILIES["qwen2_vl"]()))
     assert _plan(data).counted == 1
 
 
@@ -182,7 +182,7 @@ def test_whatever_a_plan_is_made_from_is_part_of_its_key(data: Path, change: Cal
     change(data, fresh)
     plan = _plan(data, fresh)
     assert plan.counted == 6
-    assert _same(plan, build_plan(Samples(_sources(data)), fresh))
+    assert _same(plan, build_plan(IndexedSamples(_sources(data)), fresh))
 
 
 def test_what_the_recipe_says_is_part_of_the_key(data: Path) -> None:
@@ -281,14 +281,14 @@ def test_a_write_that_fails_half_way_leaves_the_old_plan(data: Path, monkeypatch
 
 @pytest.mark.parametrize("policy", ["error", "drop_sample", "drop_media", "shrink_media"])
 def test_what_a_policy_would_do_is_what_it_does(data: Path, policy: Any) -> None:
-    processor, samples = FAMILIES["qwen2_vl"](), Samples(_sources(data))
+    processor, samples = FAMILIES["qwen2_vl"](), IndexedSamples(_sources(data))
     plan = build_plan(samples, processor)
     limit = int(np.sort(plan.tokens)[-2]) - 1  # two rows are longer
     outcome = predict_outcome(plan, samples, processor, limit, policy, processes=0)
     assert outcome.over_length == 2
     for row in {*range(6)} - {4}:
         try:
-            fitted = fit(samples[row], processor, limit, policy)
+            fitted = fit_to_budget(samples[row], processor, limit, policy)
         except RowError:
             assert outcome.lengths[row] == 0 and row in outcome.dropped
         else:
@@ -370,7 +370,7 @@ def test_a_histogram_has_every_row_once() -> None:
 
 
 def test_figures_are_those_of_the_rows(data: Path) -> None:
-    processor, samples = FAMILIES["qwen2_vl"](), Samples(_sources(data))
+    processor, samples = FAMILIES["qwen2_vl"](), IndexedSamples(_sources(data))
     plan = build_plan(samples, processor)
     limit = int(plan.tokens.max()) - 1
     section = DataSection(train=tuple(_sources(data)), max_tokens=limit, over_length="drop_sample", packing=True)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtune.data.batching.collate import collate
-from mmtune.data.dataset import Samples
+from mmtune.data.dataset import IndexedSamples
 from mmtune.data.encoding.encode import encode_sample
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
@@ -50,7 +50,7 @@ def test_each_sources_loss_is_that_of_plain_transformers(
     record = metrics(recipe)[0]
     model = AutoModelForImageTextToText.from_pretrained(str(base))
     processor = AutoProcessor.from_pretrained(str(base))
-    encoded = [encode_sample(sample, processor) for sample in Samples(recipe.data.train)]
+    encoded = [encode_sample(sample, processor) for sample in IndexedSamples(recipe.data.train)]
     for name, part in (("one.jsonl", encoded[:7]), ("two.jsonl", encoded[7:])):
         with torch.no_grad():
             loss = model(**collate(part, processor.tokenizer.pad_token_id)).loss
@@ -93,7 +93,7 @@ def test_a_stream_trains_as_the_rows_by_index_do(make_recipe: Callable[..., Reci
 def test_media_go_or_a_row_does_and_both_are_told(make_recipe: Callable[..., Recipe], base: Path, policy: str) -> None:
     recipe = make_recipe()
     processor = AutoProcessor.from_pretrained(str(base))
-    encoded = [encode_sample(sample, processor) for sample in Samples(recipe.data.train)]
+    encoded = [encode_sample(sample, processor) for sample in IndexedSamples(recipe.data.train)]
     lengths = [each["input_ids"].shape[1] for each in encoded]
     limit = sorted(lengths)[6]
     recipe = make_recipe(
@@ -131,7 +131,7 @@ def test_packed_and_padded_batches_of_one_budget_train_alike(make_recipe: Callab
     expected = [record[name] for record in metrics(whole) for name in ("loss", "grad_norm")]
     longest = max(
         encode_sample(sample, AutoProcessor.from_pretrained(str(base)))["input_ids"].shape[1]
-        for sample in Samples(whole.data.train)
+        for sample in IndexedSamples(whole.data.train)
     )
     for settings in ("data.packing=true", "data.packing=false"):
         recipe = make_recipe(

@@ -19,7 +19,7 @@ import torch
 from killed import draw_moments, kill_and_finish, prepare, run_unbroken
 
 import mmtune.train
-from mmtune.data.dataset import Encoder
+from mmtune.data.dataset import SampleEncoder
 from mmtune.distributed.context import SINGLE_PROCESS
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory, new_run
@@ -206,9 +206,9 @@ def test_a_killed_worker_is_said_and_the_run_goes_on(
     run = RunDirectory(Path(recipe.output_dir))
     train(recipe, ["test"])
     expected = outcome(run)
-    encode, step, now = Encoder.__call__, TuningTrainer.training_step, tmp_path / "now"
+    encode, step, now = SampleEncoder.__call__, TuningTrainer.training_step, tmp_path / "now"
 
-    def killed(self: Encoder, *args: Any) -> Any:
+    def killed(self: SampleEncoder, *args: Any) -> Any:
         if torch.utils.data.get_worker_info() is not None and now.exists():
             os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does for want of memory
         return encode(self, *args)
@@ -219,7 +219,7 @@ def test_a_killed_worker_is_said_and_the_run_goes_on(
         return step(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Encoder, "__call__", killed)
+        patch.setattr(SampleEncoder, "__call__", killed)
         patch.setattr(TuningTrainer, "training_step", training_step)
         with pytest.raises(
             UserError, match=r"DataLoader worker .*(killed|exited unexpectedly).*: .*lower train\.dataloader_num_workers"

@@ -12,7 +12,7 @@ from packing_models import CONFIGS, IMAGE, TEXT, TOWER, samples, tiny
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, Gemma3Config, Lfm2VlConfig, PaliGemmaConfig, TrainingArguments
 
-from mmtune.data.batching.batch_sampler import Batches, Mixture
+from mmtune.data.batching.batch_sampler import Mixture, MixtureBatchSampler
 from mmtune.data.batching.collate import Collator, RowSize, collate, pack
 from mmtune.data.data_report import DataReport
 from mmtune.methods.gated_prefix import GatedPrefixConfig
@@ -135,7 +135,7 @@ def test_a_step_over_a_packed_row_is_the_step_over_a_padded_batch(tmp_path: Path
             max_bad_fraction=0,
             learning_rates={},
             dummy_batch={},
-            batches=Batches(Mixture.by_repeats([4], [1.0]), seed=0, size=arguments.per_device_train_batch_size),
+            batches=MixtureBatchSampler(Mixture.by_repeats([4], [1.0]), seed=0, size=arguments.per_device_train_batch_size),
         )
         trainer.train()
         after.append(dict(trainer.model.named_parameters()))

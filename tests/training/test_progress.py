@@ -27,7 +27,7 @@ from transformers import AutoProcessor, TrainerControl, TrainerState, TrainingAr
 from wandb.proto import wandb_internal_pb2
 
 from mmtune.data.batching.collate import Collator, RowSize
-from mmtune.data.dataset import Samples
+from mmtune.data.dataset import IndexedSamples
 from mmtune.data.encoding.encode import encode_sample
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.recipe.recipe import Recipe
@@ -300,7 +300,7 @@ def test_a_run_counts_its_rows_without_padding(
 ) -> None:
     processor = AutoProcessor.from_pretrained(str(base))
     recipe = make_recipe("train.save_strategy=steps", "train.save_steps=2", "train.logging_steps=3")
-    rows = [encode_sample(sample, processor) for sample in Samples(recipe.data.train)]
+    rows = [encode_sample(sample, processor) for sample in IndexedSamples(recipe.data.train)]
     lengths = [row["input_ids"].shape[1] for row in rows]
     assert len(set(lengths)) > 1
     train(recipe, ["test"])

@@ -12,10 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmtune.data.batching.batch_sampler import Batches, Mixture
+from mmtune.data.batching.batch_sampler import Mixture, MixtureBatchSampler
 from mmtune.data.batching.collate import Collator, collate
 from mmtune.data.data_report import DataReport
-from mmtune.data.dataset import Encoder, Samples, TrainingSet, dummy_sample
+from mmtune.data.dataset import IndexedSamples, SampleEncoder, TrainingSet, dummy_sample
 from mmtune.data.encoding.encode import encode_sample
 from mmtune.evaluation.evaluate import evaluate, read_answers
 from mmtune.models.components import find_components
@@ -32,7 +32,7 @@ from mmtune.utils.errors import CheckFailed, UserError
 
 def make_trainer(recipe: Recipe, base: Path, **settings: object) -> TuningTrainer:
     processor = AutoProcessor.from_pretrained(str(base))
-    samples = Samples(recipe.data.train)
+    samples = IndexedSamples(recipe.data.train)
     torch.manual_seed(1)
     model = AutoModelForImageTextToText.from_pretrained(str(base))
     components = find_components(model)
@@ -44,9 +44,11 @@ def make_trainer(recipe: Recipe, base: Path, **settings: object) -> TuningTraine
     return TuningTrainer(
         model=model,
         args=build_training_arguments(recipe),
-        train_dataset=TrainingSet(samples, Encoder(processor, recipe.data)),
+        train_dataset=TrainingSet(samples, SampleEncoder(processor, recipe.data)),
         data_collator=Collator(processor.tokenizer.pad_token_id),
-        batches=Batches(Mixture.by_repeats([len(samples)], [1.0]), seed=0, size=recipe.train["per_device_train_batch_size"]),
+        batches=MixtureBatchSampler(
+            Mixture.by_repeats([len(samples)], [1.0]), seed=0, size=recipe.train["per_device_train_batch_size"]
+        ),
         dummy_batch=collate([dummy_sample(processor)], 0),
         processing_class=processor,
         callbacks=[DisableInputRequireGrads()],
@@ -205,7 +207,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(make_recipe: Callable[..., Re
 def test_the_longest_allowed_sample_trains_and_one_more_token_does_not(make_recipe: Callable[..., Recipe], base: Path) -> None:
     processor = AutoProcessor.from_pretrained(str(base))
     recipe = make_recipe()
-    lengths = [encode_sample(sample, processor)["input_ids"].shape[1] for sample in Samples(recipe.data.train)]
+    lengths = [encode_sample(sample, processor)["input_ids"].shape[1] for sample in IndexedSamples(recipe.data.train)]
     longest = max(lengths)
     assert train(make_recipe(f"data.max_tokens={longest}", "train.num_train_epochs=1"), ["test"])["dropped_over_length"] == 0
     with pytest.raises(UserError, match=f"{longest} tokens, more than data.max_tokens: {longest - 1}"):

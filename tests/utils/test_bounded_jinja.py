@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mmtune.chat_templates.rendering import NotExact, _render, render_text
+from mmtune.chat_templates.rendering import ChatTemplateError, _render, render_text
 from mmtune.chat_templates.resolving import TEMPLATES, resolve_chat_template
 from mmtune.data.message import RowError
 from mmtune.data.templates.expressions import check_jinja, evaluate_expression, render_expression
@@ -142,7 +142,7 @@ def test_the_value_of_an_expression_is_bounded(template: str) -> None:
 def test_what_does_not_compile_is_said(template: str) -> None:
     with pytest.raises(ValueError, match=r"^not valid Jinja.{1,700}$"):
         check_jinja(template)
-    with pytest.raises(NotExact, match=r"^the chat template is not valid Jinja.{1,400}$"):
+    with pytest.raises(ChatTemplateError, match=r"^the chat template is not valid Jinja.{1,400}$"):
         render_text([], template, _tokenizer())
 
 
@@ -163,7 +163,7 @@ def test_what_does_not_compile_is_said(template: str) -> None:
 )
 def test_a_hostile_chat_template_fails_where_it_stands(template: str) -> None:
     talk = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
-    with pytest.raises(NotExact, match="the chat template fails on this conversation at line 2: it does more work"):
+    with pytest.raises(ChatTemplateError, match="the chat template fails on this conversation at line 2: it does more work"):
         render_text(talk, f"\n{template}", _tokenizer())
 
 
@@ -252,7 +252,7 @@ def test_chat_templates_write_what_transformers_writes(file: Path) -> None:
                     **settings,
                 )
             except (TemplateError, TypeError, ValueError, LookupError) as error:
-                with pytest.raises(NotExact, match=r"^the chat template ") as caught:
+                with pytest.raises(ChatTemplateError, match=r"^the chat template ") as caught:
                     _render(talk, template, tokenizer, prompt)
                 assert str(error)[:200] in str(caught.value)
             else:

@@ -83,7 +83,7 @@ def _rounds(count: int, take: int, key: tuple[int, int], epoch: int) -> Rows:
     return np.concatenate(pieces)
 
 
-class Batches(Sampler[list[int]]):
+class MixtureBatchSampler(Sampler[list[int]]):
     """The batches of one process, as lists of row numbers, epoch by epoch.
 
     Args:
@@ -174,7 +174,7 @@ class Batches(Sampler[list[int]]):
         batch = max((batch for step in self._steps(0) for batch in step), key=self._cost, default=[])
         return {"rows": len(batch), "tokens": int(self._lengths[batch].sum()), "padded_tokens": self._cost(batch)}
 
-    def most_rows(self) -> int:
+    def max_batch_rows(self) -> int:
         """The rows of the first epoch's batch that has the most of them."""
         return max((len(batch) for step in self._steps(0) for batch in step), default=0)
 
@@ -225,7 +225,7 @@ class Batches(Sampler[list[int]]):
         if self._lengths is None or count == 1:
             pieces = [step[start : start + self._size].tolist() for start in range(0, len(step), self._size)]
             return pieces + [[] for _ in range(count - len(pieces))]
-        return spread(step, self._lengths[step], count, self._size)
+        return balance(step, self._lengths[step], count, self._size)
 
     def _of_tokens(self, rows: Rows, random: np.random.Generator) -> list[list[list[int]]]:
         assert self._lengths is not None and self._tokens is not None
@@ -252,7 +252,7 @@ class Batches(Sampler[list[int]]):
         return [steps[largest], *steps[:largest], *steps[largest + 1 :]]
 
 
-def spread(rows: Rows, lengths: NDArray[np.int64], count: int, size: int) -> list[list[int]]:
+def balance(rows: Rows, lengths: NDArray[np.int64], count: int, size: int) -> list[list[int]]:
     """Share rows out among `count` batches of at most `size`: the longest first, each to the batch with the fewest tokens.
 
     (Graham 1969, SIAM J. Appl. Math. 17:416-429, with a bound on the number of rows.)

@@ -14,7 +14,7 @@ from mmtune.utils.errors import UserError
 PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids", "source_ids")
 """What comes with one value a token, shape (1, length); everything else stacks by image, tile or patch."""
 
-ASIDE = ("row", "note")
+METADATA_KEYS = ("row", "note")
 """What an encoded row carries besides tensors: its id, and what was done to its media."""
 
 
@@ -46,7 +46,7 @@ class Collator:
         given = [item for item in items if not isinstance(item, UserError)]
         faults = [item for item in items if isinstance(item, UserError)] + [item["note"] for item in given if "note" in item]
         rows = [item["row"] for item in given if "row" in item]
-        encoded = [{key: value for key, value in item.items() if key not in ASIDE} for item in given]
+        encoded = [{key: value for key, value in item.items() if key not in METADATA_KEYS} for item in given]
         sizes = [_size(item) for item in encoded]
         if encoded and self._stand_in is not None and not any("pixel_values" in item for item in encoded):
             encoded.append(self._stand_in)

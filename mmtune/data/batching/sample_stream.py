@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from mmtune.utils.errors import UserError
 
-Handle = Callable[[], Any]
+LazySample = Callable[[], Any]
 """Gives a row's sample when called; may raise RowError."""
 
 
@@ -34,9 +34,9 @@ class SampleStream(IterableDataset[Any]):
 
     def __init__(
         self,
-        sources: Sequence[Callable[[int], Iterator[Handle]]],
+        sources: Sequence[Callable[[int], Iterator[LazySample]]],
         weights: Sequence[float],
-        make_batch: Callable[[list[tuple[int, Handle]]], Any],
+        make_batch: Callable[[list[tuple[int, LazySample]]], Any],
         *,
         seed: int,
         window: int,
@@ -71,7 +71,7 @@ class SampleStream(IterableDataset[Any]):
             if block % workers == number:
                 yield self._make_batch(taken[self._rank * self._size : (self._rank + 1) * self._size])
 
-    def _mixed(self, skip: int) -> Iterator[tuple[int, Handle]]:
+    def _mixed(self, skip: int) -> Iterator[tuple[int, LazySample]]:
         """Rows of all sources from a position on, always from the source that is furthest behind its share."""
         turns = self._turns()
         taken = [0] * len(self._sources)
@@ -89,7 +89,7 @@ class SampleStream(IterableDataset[Any]):
             owed[source] -= 1
             yield source
 
-    def _shuffled(self, source: int, skip: int) -> Iterator[Handle]:
+    def _shuffled(self, source: int, skip: int) -> Iterator[LazySample]:
         """A source's rows, epoch after epoch, from a position on."""
         for epoch in itertools.count():
             read = 0

@@ -17,12 +17,26 @@ import torch
 from PIL import Image
 from transformers import Gemma3nProcessor, Gemma3Processor, PaliGemmaProcessor, ProcessorMixin
 
-from mmtune.chat_templates.rendering import MARK_START, NotExact, Span, control_tokens, render_conversation, render_prompt
-from mmtune.data.encoding.token_spans import TokenSpans, mark, spells, tokenize, tokenize_marked, unmark
+from mmtune.chat_templates.rendering import (
+    ESCAPE_START,
+    ChatTemplateError,
+    Span,
+    control_tokens,
+    render_conversation,
+    render_prompt,
+)
+from mmtune.data.encoding.token_spans import (
+    TokenSpans,
+    escape_control_tokens,
+    has_control_tokens,
+    tokenize,
+    tokenize_escaped,
+    unescape_control_tokens,
+)
 from mmtune.data.media.media import blank_image, open_image
 from mmtune.data.media.resizing import check_resized
 from mmtune.data.message import Message, RowError, Sample, is_supervised, text_of
-from mmtune.data.validation.issues import kind_of
+from mmtune.data.validation.issues import issue_type_of
 from mmtune.utils.errors import UserError
 
 IGNORE_INDEX = -100
@@ -86,10 +100,10 @@ def _encode_text(
 ) -> EncodedText:
     tokenizer, template = processor.tokenizer, chat_template_of(processor)
     control = control_tokens(tokenizer, template).spelled
-    shown = as_shown(sample_id, messages)
-    marked = any(spells(text_of(message), control) for message in shown)
+    shown = to_template_messages(sample_id, messages)
+    marked = any(has_control_tokens(text_of(message), control) for message in shown)
     if marked:
-        shown = [{**message, "content": mark(message["content"], control)} for message in shown]
+        shown = [{**message, "content": escape_control_tokens(message["content"], control)} for message in shown]
     spans: list[Span] = []
     try:
         if prompt:
@@ -99,17 +113,17 @@ def _encode_text(
         writes_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         text, spans, media_spans = _expand(text, spans, processor, replacements)
         if marked:
-            input_ids, offsets = tokenize_marked(tokenizer, text, not writes_bos)
-            text, moved = unmark(text, [*spans, *media_spans])
+            input_ids, offsets = tokenize_escaped(tokenizer, text, not writes_bos)
+            text, moved = unescape_control_tokens(text, [*spans, *media_spans])
             spans, media_spans = moved[: len(spans)], moved[len(spans) :]
         else:
             input_ids, offsets = tokenize(tokenizer, text, not writes_bos, image_tokens(processor))
-    except NotExact as error:
+    except ChatTemplateError as error:
         raise RowError(sample_id, "messages", str(error), "chat_template") from error
     places = TokenSpans(offsets)
     if not prompt:
         _check_edges(sample_id, messages, processor, replacements, input_ids, [places.crosses(span) for span in spans])
-    in_loss = [] if prompt else _in_loss(messages, supervise)
+    in_loss = [] if prompt else _supervised_answers(messages, supervise)
     if in_loss and not any(in_loss):
         which = "every answer" if supervise == "all" else "the last answer, which data.supervise: last takes alone,"
         raise RowError(sample_id, "messages", f"{which} has weight 0, so that nothing trains", "nothing_supervised")
@@ -117,7 +131,7 @@ def _encode_text(
     return EncodedText(input_ids, places.mask(trained), places.mask(media_spans), offsets, text)
 
 
-def _in_loss(messages: list[Message], supervise: Supervise) -> list[bool]:
+def _supervised_answers(messages: list[Message], supervise: Supervise) -> list[bool]:
     """Of each answer, whether the loss falls on it."""
     answers = [is_supervised(message) for message in messages if message["role"] == "assistant"]
     return answers if supervise == "all" else [False] * (len(answers) - 1) + answers[-1:]
@@ -143,7 +157,7 @@ def chat_template_of(processor: ProcessorMixin) -> str:
     return template
 
 
-def as_shown(sample_id: str, messages: list[Message]) -> list[Message]:
+def to_template_messages(sample_id: str, messages: list[Message]) -> list[Message]:
     """The messages as a chat template sees them: it asks whether a block has an image, and never reads one.
 
     Raises:
@@ -175,15 +189,15 @@ def _expand(
     """The text with its image placeholders expanded, the spans moved along, and the spans of the expanded placeholders.
 
     Raises:
-        NotExact: when there are not as many placeholders as images.
+        ChatTemplateError: when there are not as many placeholders as images.
     """
     token = getattr(processor, "image_token", None)
-    found = [match.end() for match in re.finditer(f"(?<!{MARK_START}){re.escape(token)}", text)] if token else []
+    found = [match.end() for match in re.finditer(f"(?<!{ESCAPE_START}){re.escape(token)}", text)] if token else []
     if len(found) != len(replacements):
-        raise NotExact(f"the chat template writes {len(found)} image placeholders for {len(replacements)} images")
+        raise ChatTemplateError(f"the chat template writes {len(found)} image placeholders for {len(replacements)} images")
     if isinstance(processor, PaliGemmaProcessor):
         if not found:
-            raise NotExact("PaliGemma's processor takes no conversation without an image")
+            raise ChatTemplateError("PaliGemma's processor takes no conversation without an image")
         # It writes the beginning of the sequence after the last image, and a newline at the end: of a prompt, the newline before
         # the answer, which the model then does not have to write.
         last, bos = found[-1], processor.tokenizer.bos_token
@@ -202,7 +216,7 @@ def _expand(
     return texts[0], [(moved(start), moved(end)) for start, end in spans], [change["new_span"] for change in changes]
 
 
-def with_images(sample_id: str, messages: list[Message]) -> list[Message]:
+def open_images(sample_id: str, messages: list[Message]) -> list[Message]:
     """The same messages with every image opened, at the `size` that its block asks for, if it does.
 
     Raises:
@@ -216,7 +230,7 @@ def with_images(sample_id: str, messages: list[Message]) -> list[Message]:
                 try:
                     image = open_image(block["image"])
                 except ValueError as error:
-                    raise RowError(sample_id, "image", str(error), kind_of(error)) from error
+                    raise RowError(sample_id, "image", str(error), issue_type_of(error)) from error
                 if "size" in block:  # `data.over_length: shrink_media` asks for it
                     image = image.resize(block["size"], Image.Resampling.LANCZOS)
                 block = {"type": "image", "image": image}
@@ -247,7 +261,7 @@ def encode_sample(
     text = encode_text(sample.id, sample.messages, processor, replacements, supervise)
     length = len(text.input_ids)
     if max_tokens is not None and length > max_tokens:
-        raise too_long(sample.id, length, max_tokens)
+        raise over_length_error(sample.id, length, max_tokens)
     tensors = {**_per_token(processor, text), **media}
     unsupervised = ~torch.tensor([text.supervised])
     return {**tensors, "labels": tensors["input_ids"].masked_fill(unsupervised, IGNORE_INDEX)}
@@ -257,7 +271,7 @@ def _process_images(
     sample_id: str, messages: list[Message], processor: ProcessorMixin
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The media tensors of a conversation's images, as the processor makes them, and what it writes for each image."""
-    opened = with_images(sample_id, messages)
+    opened = open_images(sample_id, messages)
     images = [block["image"] for message in opened for block in message["content"] if block["type"] == "image"]
     if not images:
         return {}, []
@@ -373,6 +387,6 @@ class OverLength(RowError):
     """A sample longer than `data.max_tokens`."""
 
 
-def too_long(row_id: str, tokens: int, max_tokens: int, tried: str = "") -> OverLength:
+def over_length_error(row_id: str, tokens: int, max_tokens: int, tried: str = "") -> OverLength:
     """The error of a row with so many tokens; `tried` says what did not make it fit."""
     return OverLength(row_id, "messages", f"{tokens} tokens, more than data.max_tokens: {max_tokens}{tried}")

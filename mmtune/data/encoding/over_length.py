@@ -13,20 +13,20 @@ from typing import Any, Literal
 
 from transformers import ProcessorMixin
 
-from mmtune.data.encoding.encode import Supervise, too_long
-from mmtune.data.encoding.token_counts import Counts, Size, count_tokens, image_replacements, sample_replacements, sizes_of
+from mmtune.data.encoding.encode import Supervise, over_length_error
+from mmtune.data.encoding.token_counts import Counts, Size, count_tokens, image_replacements, image_sizes, sample_replacements
 from mmtune.data.message import Message, RowError, Sample
-from mmtune.data.validation.issues import kind_of
+from mmtune.data.validation.issues import issue_type_of
 
 Policy = Literal["error", "drop_sample", "drop_media", "shrink_media"]
-Place = tuple[int, int]
+ImagePosition = tuple[int, int]
 """Of an image: the number of its message, and of its block in there."""
 
 SMALLEST_EDGE = 32
 """No image is made smaller than this many pixels along its shorter edge."""
 STEPS = 20
 """Halvings of the range of image areas: the area found is within a millionth of the range of the best."""
-RUNG = 0.75
+AREA_RATIO = 0.75
 """Ratio of the areas that are tried one by one where halving finds nothing."""
 
 
@@ -47,7 +47,7 @@ class FittedSample:
     resized: int = 0
 
 
-def fit(
+def fit_to_budget(
     sample: Sample, processor: ProcessorMixin, max_tokens: int | None, policy: Policy, supervise: Supervise = "all"
 ) -> FittedSample:
     """A sample within `max_tokens`, by the recipe's `data.over_length`.
@@ -56,7 +56,7 @@ def fit(
         sample: the conversation.
         processor: the model's processor.
         max_tokens: the longest sample, in tokens with its images; None is no limit.
-        policy: `error` and `drop_sample` refuse a longer sample, `drop_media` takes whole images out of it, `shrink_media` makes
+        policy: `error` and `drop_sample` refuse a longer sample, `drop_image` takes whole images out of it, `shrink_media` makes
             its images smaller.
         supervise: as the recipe's `data.supervise`.
 
@@ -70,13 +70,13 @@ def fit(
         return _with_fewer_images(sample, processor, max_tokens, counts, supervise)
     if policy == "shrink_media":
         return _with_smaller_images(sample, processor, max_tokens, counts, supervise)
-    raise too_long(sample.id, counts.tokens, max_tokens)
+    raise over_length_error(sample.id, counts.tokens, max_tokens)
 
 
 # ---- fewer images
 
 
-def drop_media(messages: list[Message], place: Place) -> list[Message]:
+def drop_image(messages: list[Message], place: ImagePosition) -> list[Message]:
     """The messages without one image: its pixels and its placeholder. Words that it kept apart stay apart, by a line break."""
     number, index = place
     content = list(messages[number]["content"])
@@ -98,27 +98,27 @@ def _with_fewer_images(
         place = _next_to_drop(fitted.sample, processor)
         if place is None:
             tried = f", and {fitted.counts.tokens} without the images that could be dropped" * bool(fitted.dropped)
-            raise too_long(sample.id, counts.tokens, max_tokens, tried)
-        fewer = replace(fitted.sample, messages=drop_media(fitted.sample.messages, place))
+            raise over_length_error(sample.id, counts.tokens, max_tokens, tried)
+        fewer = replace(fitted.sample, messages=drop_image(fitted.sample.messages, place))
         fitted = FittedSample(fewer, count_tokens(fewer, processor, supervise), fitted.dropped + 1)
     return fitted
 
 
-def _next_to_drop(sample: Sample, processor: ProcessorMixin) -> Place | None:
-    places = _places(sample.messages)
+def _next_to_drop(sample: Sample, processor: ProcessorMixin) -> ImagePosition | None:
+    places = _image_positions(sample.messages)
     lengths = [_tokens(processor, text) for text in sample_replacements(sample, processor)]
-    spare = [i for i, (number, _) in enumerate(places) if _says_more(sample.messages[number])]
+    spare = [i for i, (number, _) in enumerate(places) if _has_other_content(sample.messages[number])]
     if not spare:
         return None
     return places[min(spare, key=lambda i: (-lengths[i], places[i][0], -places[i][1]))]
 
 
-def _places(messages: list[Message]) -> list[Place]:
+def _image_positions(messages: list[Message]) -> list[ImagePosition]:
     blocks = [(number, index) for number, message in enumerate(messages) for index in range(len(message["content"]))]
     return [(number, index) for number, index in blocks if messages[number]["content"][index]["type"] == "image"]
 
 
-def _says_more(message: Message) -> bool:
+def _has_other_content(message: Message) -> bool:
     """Whether a turn still has something in it without one of its images."""
     images = sum(block["type"] == "image" for block in message["content"])
     return images > 1 or any(block["type"] == "text" and block["text"].strip() for block in message["content"])
@@ -137,10 +137,10 @@ def _with_smaller_images(
     budget = counts.media_tokens - (counts.tokens - max_tokens)
     sizes = _sizes(sample)
     while True:
-        smaller = shrink_to_fit(sizes, processor, budget)
+        smaller = resize_images(sizes, processor, budget)
         if smaller is None:
-            raise too_long(sample.id, counts.tokens, max_tokens, ", and no smaller images make it fit")
-        fitted = replace(sample, messages=with_sizes(sample.messages, smaller))
+            raise over_length_error(sample.id, counts.tokens, max_tokens, ", and no smaller images make it fit")
+        fitted = replace(sample, messages=set_image_sizes(sample.messages, smaller))
         now = count_tokens(fitted, processor, supervise)
         if now.tokens <= max_tokens:
             return FittedSample(fitted, now, resized=sum(old != new for old, new in zip(sizes, smaller, strict=True)))
@@ -149,18 +149,18 @@ def _with_smaller_images(
 
 def _sizes(sample: Sample) -> list[Size]:
     try:
-        return sizes_of(sample.messages)
+        return image_sizes(sample.messages)
     except ValueError as error:
-        raise RowError(sample.id, "image", str(error), kind_of(error, "image_refused")) from error
+        raise RowError(sample.id, "image", str(error), issue_type_of(error, "image_refused")) from error
 
 
-def with_sizes(messages: list[Message], sizes: list[Size]) -> list[Message]:
+def set_image_sizes(messages: list[Message], sizes: list[Size]) -> list[Message]:
     """The messages with a `size` in the block of every image, in order."""
     given: Iterator[Size] = iter(sizes)
     return [{**m, "content": [{**b, "size": next(given)} if b["type"] == "image" else b for b in m["content"]]} for m in messages]
 
 
-def shrink_to_fit(sizes: list[Size], processor: ProcessorMixin, budget: int) -> list[Size] | None:
+def resize_images(sizes: list[Size], processor: ProcessorMixin, budget: int) -> list[Size] | None:
     """Sizes of a sample's images with which they take no more than `budget` tokens.
 
     All images larger than some area are brought down to it, with their aspect ratios, and the smaller ones are left alone: the
@@ -195,11 +195,15 @@ def shrink_to_fit(sizes: list[Size], processor: ProcessorMixin, budget: int) -> 
         return list(sizes)
     serves, too_much = least, most
     if not within(least):
-        rungs = [most * RUNG**step for step in range(1, max(1, math.ceil(math.log(least / most, RUNG))))] if most > least else []
+        rungs = (
+            [most * AREA_RATIO**step for step in range(1, max(1, math.ceil(math.log(least / most, AREA_RATIO))))]
+            if most > least
+            else []
+        )
         found = next((area for area in rungs if within(area)), None)
         if found is None:
             return None
-        serves, too_much = found, min(found / RUNG, most)
+        serves, too_much = found, min(found / AREA_RATIO, most)
     for _ in range(STEPS):
         middle = (serves + too_much) / 2
         serves, too_much = (middle, too_much) if within(middle) else (serves, middle)

@@ -26,14 +26,14 @@ from mmtune.data.encoding.encode import Supervise, encode_text
 from mmtune.data.media.media import image_size
 from mmtune.data.media.resizing import check_resized, image_kwargs
 from mmtune.data.message import Message, RowError, Sample
-from mmtune.data.validation.issues import kind_of
+from mmtune.data.validation.issues import issue_type_of
 from mmtune.utils.errors import UserError
 
 Size = tuple[int, int]
 """(width, height) in pixels, upright."""
 
-Figures = dict[str, Any]
-Rule = Callable[[Any, dict[str, Any], list[Size]], Figures | None]
+ImageFigures = dict[str, Any]
+CountRule = Callable[[Any, dict[str, Any], list[Size]], ImageFigures | None]
 """From a processor, its image processor's settings and the images of one sample to what `replace_image_token` reads; None: ask
 the processor itself."""
 
@@ -84,9 +84,9 @@ def sample_replacements(sample: Sample, processor: ProcessorMixin) -> list[str]:
         UserError: as `image_replacements`.
     """
     try:
-        sizes = sizes_of(sample.messages)
+        sizes = image_sizes(sample.messages)
     except ValueError as error:
-        raise RowError(sample.id, "image", str(error), kind_of(error)) from error
+        raise RowError(sample.id, "image", str(error), issue_type_of(error)) from error
     try:
         return image_replacements(processor, sizes)
     except ValueError as error:  # in the words of `encode_sample`
@@ -94,7 +94,7 @@ def sample_replacements(sample: Sample, processor: ProcessorMixin) -> list[str]:
         raise RowError(sample.id, "image", told, "image_refused") from error
 
 
-def sizes_of(messages: list[Message]) -> list[Size]:
+def image_sizes(messages: list[Message]) -> list[Size]:
     """(width, height) of every image as the processor will see it: of its header, or the `size` that its block asks for.
 
     Raises:
@@ -133,7 +133,7 @@ def counts_by_arithmetic(processor: ProcessorMixin) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _trusted_rule(processor: ProcessorMixin) -> Rule | None:
+def _trusted_rule(processor: ProcessorMixin) -> CountRule | None:
     """The rule of the processor's family, if it agrees with the processor: another release of transformers might differ."""
     rule = _rule(processor)
     if rule is None:
@@ -144,7 +144,7 @@ def _trusted_rule(processor: ProcessorMixin) -> Rule | None:
     return rule if agrees else None
 
 
-def _outcome(count: Callable[..., tuple[str, ...]], processor: ProcessorMixin, sizes: tuple[Size, ...], *rule: Rule) -> Any:
+def _outcome(count: Callable[..., tuple[str, ...]], processor: ProcessorMixin, sizes: tuple[Size, ...], *rule: CountRule) -> Any:
     """What comes of counting: texts, or the words of a refusal."""
     try:
         return count(processor, sizes, *rule)
@@ -152,7 +152,7 @@ def _outcome(count: Callable[..., tuple[str, ...]], processor: ProcessorMixin, s
         return str(error)
 
 
-def _by_rule(processor: ProcessorMixin, sizes: tuple[Size, ...], rule: Rule) -> tuple[str, ...]:
+def _by_rule(processor: ProcessorMixin, sizes: tuple[Size, ...], rule: CountRule) -> tuple[str, ...]:
     figures = rule(processor, image_kwargs(processor), list(sizes))
     if figures is None:
         return _blank_replacements(processor, sizes)
@@ -176,7 +176,7 @@ def _blank_replacements(processor: ProcessorMixin, sizes: tuple[Size, ...]) -> t
 # ---- the families
 
 
-def _llava(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> Figures | None:
+def _llava(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageFigures | None:
     """One crop or one fixed size, whatever comes in."""
     final = settings["crop_size"] if settings["do_center_crop"] else settings["size"] if settings["do_resize"] else None
     if not final or not final.get("height") or not final.get("width"):
@@ -184,12 +184,12 @@ def _llava(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> Figur
     return {"pixel_values": [_hollow((final["width"], final["height"]))] * len(sizes)}
 
 
-def _paligemma(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> Figures | None:
+def _paligemma(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageFigures | None:
     """A number of its own for every image."""
     return {}
 
 
-def _llava_next(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> Figures | None:
+def _llava_next(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageFigures | None:
     """Tiles of the resolution that fits the image best, and the image as a whole; the processor counts them from the sizes."""
     size = settings["size"]
     edge = size.get("shortest_edge")
@@ -203,7 +203,7 @@ def _llava_next(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> 
     }
 
 
-def _qwen2_vl(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> Figures | None:
+def _qwen2_vl(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageFigures | None:
     """A grid of patches that keeps the aspect ratio, between a least and a largest number of pixels."""
     if not settings["do_resize"]:
         return None
@@ -216,7 +216,7 @@ def _qwen2_vl(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> Fi
     return {"image_grid_thw": np.array(grids)}
 
 
-def _idefics3(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> Figures | None:
+def _idefics3(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageFigures | None:
     """Rows and columns of tiles, after the longest edge was made as long as the settings say."""
     tile = settings["max_image_size"]["longest_edge"]
     rows, columns = [], []
@@ -247,7 +247,7 @@ def _whole_tiles(height: int, width: int, tile: int) -> Size:
     return height, width
 
 
-def _internvl(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> Figures | None:
+def _internvl(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageFigures | None:
     """The grid of tiles whose aspect ratio is nearest, and a thumbnail beside more than one tile."""
     if not settings["crop_to_patches"] or settings["max_patches"] <= 1:
         return {"num_patches": [1] * len(sizes)}
@@ -259,7 +259,7 @@ def _internvl(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> Fi
     return {"num_patches": counts}
 
 
-def _gemma3(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> Figures | None:
+def _gemma3(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageFigures | None:
     """Always the whole image; with pan and scan, crops of a long one too."""
     names = ("pan_and_scan_min_crop_size", "pan_and_scan_max_num_crops", "pan_and_scan_min_ratio_to_activate")
     if not settings["do_pan_and_scan"]:
@@ -270,7 +270,7 @@ def _gemma3(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> Figu
     return {"num_crops": [len(processor.image_processor.pan_and_scan(_hollow(size), **limits)) for size in sizes]}
 
 
-def _pixtral(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> Figures | None:
+def _pixtral(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageFigures | None:
     """Whole patches, no edge longer than the settings say."""
     longest, size = settings["size"].get("longest_edge"), settings["size"]
     if not settings["do_resize"] or settings["do_center_crop"]:
@@ -289,7 +289,7 @@ def _hollow(size: Size) -> np.ndarray[Any, Any]:
 
 
 _SQUARE = ("CLIPImageProcessor", "SiglipImageProcessor", "BitImageProcessor", "ViTImageProcessor", "DeiTImageProcessor")
-RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {
+COUNT_RULES: dict[str, tuple[CountRule, tuple[str, ...]]] = {
     "LlavaProcessor": (_llava, (*_SQUARE, "LlavaImageProcessor")),
     "LlavaNextProcessor": (_llava_next, ("LlavaNextImageProcessor",)),
     "LlavaOnevisionProcessor": (_llava_next, ("LlavaOnevisionImageProcessor",)),
@@ -306,13 +306,13 @@ RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {
 """By a processor's class: its rule, and the image processors that the rule knows."""
 
 
-def _rule(processor: Any) -> Rule | None:
+def _rule(processor: Any) -> CountRule | None:
     """The rule for this pair of classes, if there is one. A subclass has its parent's, until it is found to disagree."""
     if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
         return None
     for name in (each.__name__ for each in type(processor).__mro__):
-        if name in RULES:
-            rule, image_processors = RULES[name]
+        if name in COUNT_RULES:
+            rule, image_processors = COUNT_RULES[name]
             used = type(processor.image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
             return rule if used in image_processors else None
     return None

@@ -14,10 +14,10 @@ from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END as MARK_END
+from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END as ESCAPE_END
 from transformers.utils.chat_template_utils import mark_control_tokens
 
-from mmtune.chat_templates.rendering import MARK_START, NotExact, Span
+from mmtune.chat_templates.rendering import ESCAPE_START, ChatTemplateError, Span
 
 ADDED: Span = (0, 0)
 """The offsets of a token that the tokenizer adds by itself."""
@@ -82,12 +82,12 @@ def _move(offsets: list[Span], by: int) -> list[Span]:
     return [(start + by, end + by) if end else ADDED for start, end in offsets] if by else offsets
 
 
-def spells(text: str, control: re.Pattern[str]) -> bool:
+def has_control_tokens(text: str, control: re.Pattern[str]) -> bool:
     """Whether a text must be marked: it spells a control token, or holds a character that marks one."""
-    return control.search(text) is not None or MARK_START in text or MARK_END in text
+    return control.search(text) is not None or ESCAPE_START in text or ESCAPE_END in text
 
 
-def mark(content: list[dict[str, Any]], control: re.Pattern[str]) -> list[dict[str, Any]]:
+def escape_control_tokens(content: list[dict[str, Any]], control: re.Pattern[str]) -> list[dict[str, Any]]:
     """The blocks of a message with every control token that their texts spell marked as text."""
     marked = [
         {**block, "text": mark_control_tokens(block["text"], control)} if block["type"] == "text" else block for block in content
@@ -96,30 +96,32 @@ def mark(content: list[dict[str, Any]], control: re.Pattern[str]) -> list[dict[s
         if first["type"] == second["type"] == "text":
             both, border = first["text"] + second["text"], len(first["text"])
             if any(found.start() < border < found.end() for found in control.finditer(both)):
-                block["text"] += MARK_END  # keeps the two halves apart
+                block["text"] += ESCAPE_END  # keeps the two halves apart
     return marked
 
 
 @lru_cache(maxsize=8)
 def _marked_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str]:
     longest_first = sorted(tokenizer.added_tokens_encoder, key=len, reverse=True)
-    return re.compile(f"{MARK_START}({'|'.join(map(re.escape, longest_first)) or '(?!)'}){MARK_END}|[{MARK_START}{MARK_END}]")
+    return re.compile(
+        f"{ESCAPE_START}({'|'.join(map(re.escape, longest_first)) or '(?!)'}){ESCAPE_END}|[{ESCAPE_START}{ESCAPE_END}]"
+    )
 
 
-def unmark(text: str, spans: list[Span]) -> tuple[str, list[Span]]:
+def unescape_control_tokens(text: str, spans: list[Span]) -> tuple[str, list[Span]]:
     """The text without its marks, and where spans of the marked one lie in it."""
-    marks = [found.start() for found in re.finditer(f"[{MARK_START}{MARK_END}]", text)]
-    bare = text.replace(MARK_START, "").replace(MARK_END, "")
+    marks = [found.start() for found in re.finditer(f"[{ESCAPE_START}{ESCAPE_END}]", text)]
+    bare = text.replace(ESCAPE_START, "").replace(ESCAPE_END, "")
     return bare, [(start - bisect_left(marks, start), end - bisect_left(marks, end)) for start, end in spans]
 
 
-def tokenize_marked(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> tuple[list[int], list[Span]]:
+def tokenize_escaped(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> tuple[list[int], list[Span]]:
     """As `tokenize`, for a rendered text with marks. Offsets are those of the text without them.
 
     All tokens of a marked spelling have the offsets of the whole spelling.
 
     Raises:
-        NotExact: when the tokenizer gives the control token for plain text, so that nothing can tell them apart.
+        ChatTemplateError: when the tokenizer gives the control token for plain text, so that nothing can tell them apart.
     """
     newline = tokenizer.encode("\n", add_special_tokens=False)
     ids: list[int] = []
@@ -133,7 +135,9 @@ def tokenize_marked(tokenizer: PreTrainedTokenizerBase, text: str, add_special_t
             spelt = _after_newline(newline, tokenizer._encode_without_added_tokens("\n" + piece))
             spelt = tokenizer._encode_without_added_tokens(piece) if spelt is None else spelt
             if tokenizer.convert_tokens_to_ids(piece) in spelt:
-                raise NotExact(f"the text spells {piece!r}, and the tokenizer has no other way to write that; take it out")
+                raise ChatTemplateError(
+                    f"the text spells {piece!r}, and the tokenizer has no other way to write that; take it out"
+                )
             ids += spelt
             offsets += [(place, place + len(piece))] * len(spelt)
         else:

@@ -14,7 +14,7 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class ImageChange:
+class ImageAugmentation:
     """What was drawn for one image. The defaults change nothing.
 
     Attributes:

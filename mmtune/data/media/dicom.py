@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 from mmtune.data.media.pixels import Window, windowed
 
 PREAMBLE, MAGIC = 128, b"DICM"
-INSTALL = "a DICOM file, which pydicom reads; install it: pip install 'mmtune[dicom]'"
+PYDICOM_MISSING = "a DICOM file, which pydicom reads; install it: pip install 'mmtune[dicom]'"
 DEFLATED = "1.2.840.10008.1.2.1.99"
 """The transfer syntax that zlib compresses with the header: a small file may unpack to any size before its header is read."""
 

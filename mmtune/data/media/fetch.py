@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
-from mmtune.data.media.media_names import redacted
-from mmtune.data.validation.issues import Unusable
+from mmtune.data.media.media_names import redact_url
+from mmtune.data.validation.issues import DataIssueError
 from mmtune.utils.files import replace_bytes
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -52,7 +52,7 @@ _6TO4 = ipaddress.IPv6Network("2002::/16")  # RFC 3056: an IPv4 address follows
 
 
 @dataclass(frozen=True)
-class Limits:
+class FetchLimits:
     """What one URL may take.
 
     Attributes:
@@ -68,10 +68,10 @@ class Limits:
     redirects: int = 5
 
 
-LIMITS = Limits()
+DEFAULT_LIMITS = FetchLimits()
 
 
-def is_public(address: Address) -> bool:
+def is_public_address(address: Address) -> bool:
     """Whether an address is one of the open internet: not private, loopback, link-local, shared, multicast or reserved.
 
     An IPv6 address that carries an IPv4 one (mapped, 6to4, NAT64) is what it carries. Teredo's are not public, as IANA has it.
@@ -81,13 +81,15 @@ def is_public(address: Address) -> bool:
     bits = int(address)  # without the zone of an address such as fe80::1%eth0
     plain = ipaddress.IPv6Address(bits)
     if plain in _V4_MAPPED or plain in _NAT64:
-        return is_public(ipaddress.IPv4Address(bits & 0xFFFF_FFFF))
+        return is_public_address(ipaddress.IPv4Address(bits & 0xFFFF_FFFF))
     if plain in _6TO4:
-        return is_public(ipaddress.IPv4Address(bits >> 80 & 0xFFFF_FFFF))
+        return is_public_address(ipaddress.IPv4Address(bits >> 80 & 0xFFFF_FFFF))
     return plain in _V6_GLOBAL and not any(plain in network for network in _V6_PRIVATE)
 
 
-def fetch_media(url: str, cache: Path, limits: Limits = LIMITS, allowed: Callable[[Address], bool] = is_public) -> Path:
+def fetch_media(
+    url: str, cache: Path, limits: FetchLimits = DEFAULT_LIMITS, allowed: Callable[[Address], bool] = is_public_address
+) -> Path:
     """The image at a URL, as a file in the cache; fetched if it is not there.
 
     Args:
@@ -116,10 +118,10 @@ def fetch_media(url: str, cache: Path, limits: Limits = LIMITS, allowed: Callabl
             asked = urljoin(asked, location)
         except (OSError, http.client.HTTPException) as error:
             reason = "took too long" if time.monotonic() >= deadline else str(error) or type(error).__name__
-            raise Unusable("media_fetch", f"cannot fetch {_shown(url)}: {reason}") from error
+            raise DataIssueError("media_fetch", f"cannot fetch {_shown(url)}: {reason}") from error
         except ValueError as refused:
-            raise Unusable("media_fetch", f"cannot fetch {_shown(url)}: {refused}") from refused
-    raise Unusable("media_fetch", f"cannot fetch {_shown(url)}: more than {limits.redirects} redirects")
+            raise DataIssueError("media_fetch", f"cannot fetch {_shown(url)}: {refused}") from refused
+    raise DataIssueError("media_fetch", f"cannot fetch {_shown(url)}: more than {limits.redirects} redirects")
 
 
 class _Refused(ValueError):
@@ -127,11 +129,11 @@ class _Refused(ValueError):
 
 
 def _shown(url: str) -> str:
-    url = redacted(url)
+    url = redact_url(url)
     return url if len(url) <= 200 else url[:200] + "..."
 
 
-def _get(url: str, limits: Limits, deadline: float, allowed: Callable[[Address], bool]) -> tuple[bytes, str | None]:
+def _get(url: str, limits: FetchLimits, deadline: float, allowed: Callable[[Address], bool]) -> tuple[bytes, str | None]:
     """The body, or where a redirect leads."""
     parts, host, port = _parsed(url)
     secure = ssl.create_default_context() if parts.scheme == "https" else None
@@ -175,7 +177,7 @@ def _parsed(url: str) -> tuple[SplitResult, str, int]:
     return parts, host, port
 
 
-def _connected(host: str, port: int, limits: Limits, deadline: float, allowed: Callable[[Address], bool]) -> socket.socket:
+def _connected(host: str, port: int, limits: FetchLimits, deadline: float, allowed: Callable[[Address], bool]) -> socket.socket:
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for *_, where in found:
         address = ipaddress.ip_address(str(where[0]))
@@ -203,7 +205,7 @@ def _hang_up(wire: socket.socket) -> None:
         return  # it was over already
 
 
-def _read(response: http.client.HTTPResponse, limits: Limits, deadline: float) -> tuple[bytes, str | None]:
+def _read(response: http.client.HTTPResponse, limits: FetchLimits, deadline: float) -> tuple[bytes, str | None]:
     if time.monotonic() >= deadline:  # and hung up on: headers cut short look like headers that end
         raise _Refused("took too long")
     location = response.headers.get("Location")

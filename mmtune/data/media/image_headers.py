@@ -16,11 +16,11 @@ from typing import BinaryIO, cast
 from PIL import Image
 
 from mmtune.data.media.dicom import DicomImage
-from mmtune.data.media.media import DAMAGED, Media, exif_damage, open_image, open_media, opened_image
-from mmtune.data.validation.issues import Unusable
+from mmtune.data.media.media import DECODE_ERRORS, Media, exif_damage, open_image, open_image_header, open_media
+from mmtune.data.validation.issues import DataIssueError
 
-Found = list[tuple[str, str]]
-"""Issues: the type, one of `mmtune.data.validation.issues.ISSUE_TYPES`, and the detail."""
+ImageIssues = list[tuple[str, str]]
+"""Issues of one image: the issue type (a key of `ISSUE_TYPES`) and the detail."""
 
 TAIL = 65_536  # bytes at the end in which an end marker is looked for: cameras and programs write their own after it
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
@@ -43,7 +43,7 @@ class ImageReport:
     """
 
     size: tuple[int, int] | None
-    issues: Found
+    issues: ImageIssues
 
 
 def inspect_image(media: Media, decode: bool = False) -> ImageReport:
@@ -54,26 +54,26 @@ def inspect_image(media: Media, decode: bool = False) -> ImageReport:
         decode: decode it whole even if it looks well, which finds all damage and takes many times longer.
     """
     try:
-        with opened_image(media) as (image, orientation):
+        with open_image_header(media) as (image, orientation):
             size = (image.height, image.width) if orientation >= SIDEWAYS else image.size
             try:
                 found = _traits(image, orientation)
                 cut = _cut(image)
-            except DAMAGED as error:  # a tag of another type than the format has
-                raise Unusable("image_unreadable", f"{media} has a damaged header: {error}") from error
-    except Unusable as error:
+            except DECODE_ERRORS as error:  # a tag of another type than the format has
+                raise DataIssueError("image_unreadable", f"{media} has a damaged header: {error}") from error
+    except DataIssueError as error:
         return ImageReport(None, [(_unopened(media, error.issue), str(error))])
     if cut or decode:
         try:
             open_image(media)
-        except Unusable as error:
+        except DataIssueError as error:
             found.append(("image_truncated" if cut else error.issue, str(error)))
         else:
             found += [("image_end_marker", f"{media} ends before its format says")] if cut else []
     return ImageReport(size, found)
 
 
-def _traits(image: Image.Image, orientation: int) -> Found:
+def _traits(image: Image.Image, orientation: int) -> ImageIssues:
     found = []
     if max(image.size) > ELONGATED * min(image.size):
         found.append(("image_elongated", f"{image.width} x {image.height} pixels"))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmtune.data.media.augmentation import ImageChange
-from mmtune.data.media.media import Embedded, ImageView, Media
+from mmtune.data.media.augmentation import ImageAugmentation
+from mmtune.data.media.media import EmbeddedMedia, ImageView, Media
 from mmtune.data.media.pixels import Window
 from mmtune.data.message import Message, RowError, text_of
 from mmtune.data.templates.boxes import Box
@@ -38,7 +38,7 @@ class ImageSettings:
     seed: int = 0
     visit: int = 0
 
-    def view(self, image: Path | Embedded, row_id: str, number: int, boxes: Sequence[Box] = ()) -> Media:
+    def view(self, image: Path | EmbeddedMedia, row_id: str, number: int, boxes: Sequence[Box] = ()) -> Media:
         """An image as it is to be opened; what needs no setting comes back as it is.
 
         Args:
@@ -51,7 +51,7 @@ class ImageSettings:
             return image
         return ImageView(image, self.window, self._drawn(row_id, number, boxes))
 
-    def _drawn(self, row_id: str, number: int, boxes: Sequence[Box]) -> ImageChange | None:
+    def _drawn(self, row_id: str, number: int, boxes: Sequence[Box]) -> ImageAugmentation | None:
         augment = self.augment
         if augment is None:
             return None
@@ -65,7 +65,7 @@ class ImageSettings:
         keep = None
         if boxes:
             keep = (min(b.x1 for b in boxes), min(b.y1 for b in boxes), max(b.x2 for b in boxes), max(b.y2 for b in boxes))
-        return ImageChange(
+        return ImageAugmentation(
             crop=augment.crop + (1 - augment.crop) * at("crop"),
             place=(at("left"), at("top")),
             keep=keep,
@@ -102,4 +102,4 @@ class ImageSettings:
                 raise RowError(row_id, f"messages[{place}]", f"{detail}; {fix}", "box_unmoved")
 
 
-AS_THEY_ARE = ImageSettings()
+DEFAULT_IMAGE_SETTINGS = ImageSettings()

@@ -1,8 +1,8 @@
-"""Media: where they may lie, and how an image is opened, the same everywhere.
+"""Media of a row: resolving references to files, and opening images.
 
-A row names an image by a path, or carries it inside: a member of an archive, a column of bytes, a `data:` URI. `resolve_media`
-turns each into a `Media`, a path that was checked or an `Embedded`; behind it nothing knows how the row said it. What a source
-of the recipe adds to an image, a window or a drawn augmentation, makes it an `ImageView`, which is opened like the others.
+A row names an image by a path, or contains it: a member of an archive, a column of bytes, a `data:` URI. `resolve_media` turns
+each into a `Media`: a checked path or an `EmbeddedMedia`. Later code does not know which form the row used. If the recipe's
+source sets a window or an augmentation, the image becomes an `ImageView`, which is opened in the same way.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from typing import Any, BinaryIO, cast
 
 from PIL import ExifTags, Image
 
-from mmtune.data.media.augmentation import ImageChange
-from mmtune.data.media.dicom import INSTALL, DicomImage, has_pydicom, is_dicom
+from mmtune.data.media.augmentation import ImageAugmentation
+from mmtune.data.media.dicom import PYDICOM_MISSING, DicomImage, has_pydicom, is_dicom
 from mmtune.data.media.fetch import fetch_media
 from mmtune.data.media.media_names import (
-    data_of,
+    check_not_bare_base64,
+    check_uri_scheme,
+    decode_data_uri,
+    file_uri_to_path,
     is_utf8,
-    path_of_file_uri,
-    redacted,
-    refuse_base64,
-    refuse_scheme,
-    unwrapped,
+    redact_url,
+    unwrap_media,
     windows_hint,
 )
-from mmtune.data.media.pixels import Window, lacks_range, to_rgb
-from mmtune.data.validation.issues import Unusable
+from mmtune.data.media.pixels import Window, to_rgb, values_that_need_window
+from mmtune.data.validation.issues import DataIssueError
 from mmtune.utils.errors import reason_of
 from mmtune.utils.files import user_cache
 
@@ -55,7 +55,7 @@ MAX_EDGE = 131_072
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is opened besides DICOM, by Pillow's names. Pillow knows more, among them formats that run another program."""
 
-DAMAGED = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -86,7 +86,7 @@ _TRANSPOSED = {
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddedMedia:
     """A medium that lies inside another file.
 
     Attributes:
@@ -182,9 +182,9 @@ class ImageView:
         change: a drawn augmentation; None leaves the image as it is.
     """
 
-    image: Path | Embedded
+    image: Path | EmbeddedMedia
     window: Window | None = None
-    change: ImageChange | None = None
+    change: ImageAugmentation | None = None
 
     def __str__(self) -> str:
         return str(self.image)
@@ -192,10 +192,10 @@ class ImageView:
     @property
     def container(self) -> Path:
         """The file itself, or the one that an embedded image lies in."""
-        return self.image.container if isinstance(self.image, Embedded) else self.image
+        return self.image.container if isinstance(self.image, EmbeddedMedia) else self.image
 
 
-Media = Path | Embedded | ImageView
+Media = Path | EmbeddedMedia | ImageView
 
 
 def open_media(media: Media | str) -> BinaryIO:
@@ -206,14 +206,14 @@ def open_media(media: Media | str) -> BinaryIO:
     """
     if isinstance(media, ImageView):
         media = media.image
-    return media.open() if isinstance(media, Embedded) else Path(media).open("rb")
+    return media.open() if isinstance(media, EmbeddedMedia) else Path(media).open("rb")
 
 
-def blank_image() -> Embedded:
+def blank_image() -> EmbeddedMedia:
     """A small black image in hand, where a picture is needed and none in particular."""
     file = io.BytesIO()
     Image.new("RGB", (32, 32)).save(file, "PNG")
-    return Embedded(Path("blank"), "blank.png", data=file.getvalue())
+    return EmbeddedMedia(Path("blank"), "blank.png", data=file.getvalue())
 
 
 @dataclass(frozen=True)
@@ -233,20 +233,20 @@ class MediaRules:
     cache: Path | None = None
 
 
-def resolve_media(value: Any, rules: MediaRules) -> Path | Embedded:
-    """What a row says of a medium, as something that can be opened.
+def resolve_media(value: Any, rules: MediaRules) -> Path | EmbeddedMedia:
+    """Resolve a row's reference to an image, video or audio file to a file path or embedded bytes.
 
     Args:
-        value: a path, a `file:` or `data:` URI, a URL, bytes, an `Embedded`, `{"bytes", "path"}` as `datasets` and parquet files
-            have it, or an object that holds one of these under `path`, `url`, `image_url` or `image`.
-        rules: what the row may name.
+        value: a path, a `file:` or `data:` URI, a URL, bytes, an `EmbeddedMedia`, `{"bytes", "path"}` (the format of `datasets`
+            and parquet files), or an object with one of these under `path`, `url`, `image_url` or `image`.
+        rules: which files and URLs are allowed.
 
     Raises:
-        ValueError: with the reason: no such file, outside the root with links followed, a URL where none are allowed, a URI of
-            another scheme, or a value that is none of these.
+        DataIssueError: the file does not exist or is outside the media root (links followed), URLs are not allowed, the URI
+            scheme is not supported, or the value has another type.
     """
-    value = unwrapped(value)
-    if isinstance(value, Embedded):
+    value = unwrap_media(value)
+    if isinstance(value, EmbeddedMedia):
         return value
     if isinstance(value, (bytes, bytearray, memoryview)):
         value = {"bytes": value}
@@ -254,21 +254,23 @@ def resolve_media(value: Any, rules: MediaRules) -> Path | Embedded:
         data, path = value["bytes"], value.get("path")
         if not isinstance(data, (bytes, bytearray, memoryview)):
             told = f"'bytes' holds {type(data).__name__}, not bytes; base64 goes into a string: data:image;base64,..."
-            raise Unusable("media_path", told)
-        return Embedded(rules.root, path if isinstance(path, str) and path else "bytes", data=bytes(data))
+            raise DataIssueError("media_path", told)
+        return EmbeddedMedia(rules.root, path if isinstance(path, str) and path else "bytes", data=bytes(data))
     name = str(value) if isinstance(value, Path) else value
     if not isinstance(name, str):
-        raise Unusable("media_path", f"expected the path of an image or its bytes, found {type(name).__name__}")
+        raise DataIssueError("media_path", f"expected the path of an image or its bytes, found {type(name).__name__}")
     scheme = name[:8].lower()
     if scheme.startswith("data:"):
-        return Embedded(rules.root, "data: URI", data=data_of(name))
+        return EmbeddedMedia(rules.root, "data: URI", data=decode_data_uri(name))
     if scheme.startswith("file:/"):
-        return _from_path(path_of_file_uri(name), rules)
+        return _from_path(file_uri_to_path(name), rules)
     if scheme.startswith(("http://", "https://")):
         if not rules.urls:
-            raise Unusable("media_url", f"'{redacted(name)[:100]}' is a URL; `allow_urls: true` in its source would fetch it")
+            raise DataIssueError(
+                "media_url", f"'{redact_url(name)[:100]}' is a URL; `allow_urls: true` in its source would fetch it"
+            )
         return fetch_media(name, rules.cache or user_cache("media"))
-    refuse_scheme(name)
+    check_uri_scheme(name)
     return _from_path(name, rules)
 
 
@@ -276,27 +278,27 @@ def _from_path(name: str, rules: MediaRules) -> Path:
     """The file of a path; of one with backslashes that no file has, of the same path with forward slashes."""
     if not is_utf8(name):
         shown = name[:200].encode("utf-8", "backslashreplace").decode()
-        raise Unusable("media_path", f"the name '{shown}' is not valid Unicode; rename the file")
+        raise DataIssueError("media_path", f"the name '{shown}' is not valid Unicode; rename the file")
     root = rules.root.resolve()
     for written in dict.fromkeys((name, name.replace("\\", "/"))):
         try:
             path = (root / written).resolve()
             is_file = path.is_file()
         except (OSError, RuntimeError, ValueError) as error:  # too long a name; links in a circle; a null byte, a lone surrogate
-            refuse_base64(name)
-            raise Unusable("media_path", f"cannot look up '{name[:200]}': {reason_of(error)}"[:400]) from error
+            check_not_bare_base64(name)
+            raise DataIssueError("media_path", f"cannot look up '{name[:200]}': {reason_of(error)}"[:400]) from error
         if is_file:
             break
     if not is_file:
-        refuse_base64(name)
+        check_not_bare_base64(name)
     windows = (
         "" if is_file else windows_hint(name, "as this machine names the file" if rules.outside else "relative to media_root")
     )
     if not rules.outside and not path.is_relative_to(root):
         told = f"'{name}' lies outside media_root {root}; `allow_outside_root: true` in its source would allow it"
-        raise Unusable("media_outside_root", told + windows)
+        raise DataIssueError("media_outside_root", told + windows)
     if not is_file:
-        raise Unusable("media_missing", f"no such file: {name if windows else path}{windows}")
+        raise DataIssueError("media_missing", f"no such file: {name if windows else path}{windows}")
     return path
 
 
@@ -306,11 +308,11 @@ def image_size(media: Media | str) -> tuple[int, int]:
     Raises:
         ValueError: for a file that is no image, has no pixels, or has too many.
     """
-    with opened_image(media) as (image, orientation):
-        return changed_size(media, (image.height, image.width) if orientation >= 5 else (image.width, image.height))
+    with open_image_header(media) as (image, orientation):
+        return augmented_size(media, (image.height, image.width) if orientation >= 5 else (image.width, image.height))
 
 
-def changed_size(media: Media | str, size: tuple[int, int]) -> tuple[int, int]:
+def augmented_size(media: Media | str, size: tuple[int, int]) -> tuple[int, int]:
     """The size of an image of which the file has `size`, upright: an `ImageView` may change it."""
     return media.change.size(size) if isinstance(media, ImageView) and media.change is not None else size
 
@@ -325,51 +327,53 @@ def open_image(media: Media | str) -> Image.Image:
         ValueError: for a file that is no image, is cut short, has no pixels or too many.
     """
     window, change = (media.window, media.change) if isinstance(media, ImageView) else (None, None)
-    with opened_image(media) as (image, orientation):
+    with open_image_header(media) as (image, orientation):
         try:
             shown = image.shown(window).convert("RGB") if isinstance(image, DicomImage) else to_rgb(image, window)
             if orientation in _TRANSPOSED:
                 shown = shown.transpose(_TRANSPOSED[orientation])
-        except DAMAGED as error:
-            raise Unusable("image_damaged", f"cannot decode {media}: {reason_of(error)}") from error
+        except DECODE_ERRORS as error:
+            raise DataIssueError("image_damaged", f"cannot decode {media}: {reason_of(error)}") from error
     return shown if change is None else change.apply(shown)
 
 
 @contextmanager
-def opened_image(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
+def open_image_header(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
     """An image whose header was read and found fit, with its EXIF orientation. Both files are closed at the end."""
     try:
         file = open_media(media)
     except (OSError, ValueError) as error:
-        raise Unusable("image_unreadable", f"not an image that can be opened: {media}: {reason_of(error)}") from error
+        raise DataIssueError("image_unreadable", f"not an image that can be opened: {media}: {reason_of(error)}") from error
     with file:
         if (length := file.seek(0, io.SEEK_END)) > MAX_FILE_BYTES:
-            raise Unusable("image_too_large", f"{media} has {length} bytes, more than {MAX_FILE_BYTES}")
+            raise DataIssueError("image_too_large", f"{media} has {length} bytes, more than {MAX_FILE_BYTES}")
         file.seek(0)
         try:
             image, orientation = _opened(file)
-        except DAMAGED as error:
+        except DECODE_ERRORS as error:
             bomb = isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning))
             kind = "image_too_large" if bomb else "image_unreadable"
             reason = (
                 f"none of {', '.join(FORMATS)}, DICOM" if isinstance(error, Image.UnidentifiedImageError) else reason_of(error)
             )
-            raise Unusable(kind, f"not an image that can be opened: {media}: {reason}") from error
+            raise DataIssueError(kind, f"not an image that can be opened: {media}: {reason}") from error
         with image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
                 bound = f"more than {MAX_PIXELS}" if image.width * image.height else "which is none"
                 kind = "image_too_large" if image.width * image.height else "image_zero_size"
-                raise Unusable(kind, f"{media} has {image.width} x {image.height} pixels, {bound}")
+                raise DataIssueError(kind, f"{media} has {image.width} x {image.height} pixels, {bound}")
             if max(image.size) > MAX_EDGE:
                 told = f"{media} has {image.width} x {image.height} pixels, and an edge has at most {MAX_EDGE}"
-                raise Unusable("image_too_large", told)
+                raise DataIssueError("image_too_large", told)
             try:
-                values = lacks_range(image)
-            except DAMAGED as error:
-                raise Unusable("image_unreadable", f"{media} has a damaged header: {error}") from error
+                values = values_that_need_window(image)
+            except DECODE_ERRORS as error:
+                raise DataIssueError("image_unreadable", f"{media} has a damaged header: {error}") from error
             if values is not None and (not isinstance(media, ImageView) or media.window is None):
                 told = f"{media} holds {values} values, whose range is not known; give its source a line `window: [LOW, HIGH]`"
-                raise Unusable("image_unreadable", f"{told}, the values that become black and white (in chat: --window LOW HIGH)")
+                raise DataIssueError(
+                    "image_unreadable", f"{told}, the values that become black and white (in chat: --window LOW HIGH)"
+                )
             yield image, orientation
 
 
@@ -378,7 +382,7 @@ def _opened(file: BinaryIO) -> tuple[Image.Image, int]:
         image = Image.open(file, formats=FORMATS)
         return image, _orientation(image, file)
     if not has_pydicom():
-        raise ValueError(INSTALL)
+        raise ValueError(PYDICOM_MISSING)
     return DicomImage(file), 1
 
 

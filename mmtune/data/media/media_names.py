@@ -8,14 +8,14 @@ import re
 from typing import Any
 from urllib.parse import unquote
 
-from mmtune.data.validation.issues import Unusable
+from mmtune.data.validation.issues import DataIssueError
 
 MAX_DATA_URI = 32 * 2**20
 """Longest `data:` URI that is decoded, in characters."""
 
 WRAPPERS = ("path", "url", "image_url", "image")
 """Keys of an object that names a medium, one at a time: `{"url": ...}`, `{"image_url": {"url": ...}}`."""
-BESIDE = ("type", "detail")
+DETAIL_KEYS = ("type", "detail")
 """Keys that OpenAI's format has beside them, which say nothing of where the medium is."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+(:[A-Za-z][A-Za-z0-9+.-]+)*)://")
@@ -35,7 +35,7 @@ def is_utf8(name: str) -> bool:
     return True
 
 
-def redacted(url: str) -> str:
+def redact_url(url: str) -> str:
     """A URL for messages and reports: without its user name and password, and its query and fragment, which may hold a signature.
 
     Any other text is returned as it is.
@@ -50,7 +50,7 @@ def redacted(url: str) -> str:
     return f"{scheme}{host[1]}{path}{query[:1]}{'...' if query else ''}"
 
 
-def unwrapped(value: Any) -> Any:
+def unwrap_media(value: Any) -> Any:
     """The medium that an object names: the value of its one key, or of one key in there. Any other value is returned as it is.
 
     `{"type": "base64", "media_type": ..., "data": ...}`, as in Anthropic's blocks, becomes a `data:` URI.
@@ -62,9 +62,9 @@ def unwrapped(value: Any) -> Any:
         if value.get("type") == "base64" and isinstance(value.get("data"), str) and set(value) <= {"type", "media_type", "data"}:
             return f"data:{value.get('media_type') or 'image'};base64,{value['data']}"
         named = [key for key in WRAPPERS if value.get(key) is not None]
-        if len(named) != 1 or not set(value) <= {*WRAPPERS, *BESIDE, "bytes"}:
+        if len(named) != 1 or not set(value) <= {*WRAPPERS, *DETAIL_KEYS, "bytes"}:
             forms = '{"path": ...}, {"bytes": ...}, {"url": ...} or {"image_url": {"url": ...}}'
-            raise Unusable("media_path", f"expected the path of an image or its bytes, or {forms}; got {_kind(value)}")
+            raise DataIssueError("media_path", f"expected the path of an image or its bytes, or {forms}; got {_kind(value)}")
         value = value[named[0]]
     return value
 
@@ -73,25 +73,25 @@ def _kind(value: dict[Any, Any]) -> str:
     return f"an object with {', '.join(map(str, value)) or 'nothing'}"[:200]
 
 
-def data_of(uri: str) -> bytes:
+def decode_data_uri(uri: str) -> bytes:
     """The bytes of a `data:` URI (RFC 2397) of an image in base64; `data:image;base64,` without a format will do.
 
     Raises:
         ValueError: one that is too long, of something else, or not in base64.
     """
     if len(uri) > MAX_DATA_URI:
-        raise Unusable("media_path", f"a data: URI of {len(uri)} characters, more than {MAX_DATA_URI}")
+        raise DataIssueError("media_path", f"a data: URI of {len(uri)} characters, more than {MAX_DATA_URI}")
     head, comma, body = uri.partition(",")
     kind, *parameters = head[5:].lower().split(";")
     if not comma or kind.partition("/")[0] != "image" or parameters[-1:] != ["base64"]:
-        raise Unusable("media_path", f"'{uri[:60]}' is not a data: URI of an image in base64 (data:image/png;base64,...)")
+        raise DataIssueError("media_path", f"'{uri[:60]}' is not a data: URI of an image in base64 (data:image/png;base64,...)")
     try:
         return base64.b64decode("".join(unquote(body).split()), validate=True)
     except (binascii.Error, ValueError) as error:  # ValueError: characters outside of ASCII
-        raise Unusable("media_path", f"'{uri[:60]}' is not valid base64: {error}") from error
+        raise DataIssueError("media_path", f"'{uri[:60]}' is not valid base64: {error}") from error
 
 
-def path_of_file_uri(uri: str) -> str:
+def file_uri_to_path(uri: str) -> str:
     """The path of a `file:` URI (RFC 8089), percent-encoding resolved.
 
     Raises:
@@ -101,26 +101,26 @@ def path_of_file_uri(uri: str) -> str:
     if rest.startswith("//"):
         host, slash, path = rest[2:].partition("/")
         if host.lower() not in ("", "localhost") or not slash:
-            shown = f"'{redacted(uri)[:100]}' names the host '{host.rpartition('@')[2][:60]}'"
+            shown = f"'{redact_url(uri)[:100]}' names the host '{host.rpartition('@')[2][:60]}'"
             detail = f"{shown}; a file of this machine is file:///PATH, with three slashes"
-            raise Unusable("media_path", detail)
+            raise DataIssueError("media_path", detail)
         rest = f"/{path}"
     path = unquote(rest)
     return path[1:] if _WINDOWS.match(path[1:]) else path  # file:///C:/data/a.png
 
 
-def refuse_scheme(name: str) -> None:
+def check_uri_scheme(name: str) -> None:
     """Refuse a URI of a scheme that is not read.
 
     Raises:
         ValueError: a URI whose scheme is not read, naming the scheme.
     """
     if scheme := _SCHEME.match(name):
-        detail = f"'{redacted(name)[:100]}' is a {scheme[1]}:// URI, which is not read; download the file and give its path"
-        raise Unusable("media_path", f"{detail} (read are paths, file:// and data: URIs, and http and https where allowed)")
+        detail = f"'{redact_url(name)[:100]}' is a {scheme[1]}:// URI, which is not read; download the file and give its path"
+        raise DataIssueError("media_path", f"{detail} (read are paths, file:// and data: URIs, and http and https where allowed)")
 
 
-def refuse_base64(name: str) -> None:
+def check_not_bare_base64(name: str) -> None:
     """Refuse an image in base64 without its `data:` head, which reads like a path.
 
     Raises:
@@ -128,7 +128,7 @@ def refuse_base64(name: str) -> None:
     """
     if IMAGE_IN_BASE64.match(name):
         detail = f"'{name[:40]}...' is an image in base64 whose head is missing"
-        raise Unusable("media_path", f"{detail}: write data:image;base64, before it")
+        raise DataIssueError("media_path", f"{detail}: write data:image;base64, before it")
 
 
 def is_windows_path(name: str) -> bool:

@@ -22,7 +22,7 @@ SCALES = {"L;2": 85.0, "L;4": 17.0, "RGB;16B": 1 / 256}
 """By a PNG's raw mode, by what Pillow multiplies its values when it decodes them. The transparent value it leaves as it is."""
 
 
-def lacks_range(image: Image.Image) -> str | None:
+def values_that_need_window(image: Image.Image) -> str | None:
     """What values an image has whose range only a window can tell; None for one that needs no window.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-from mmtune.data.validation.issues import Unusable
+from mmtune.data.validation.issues import DataIssueError
 
 MAX_RESIZED = 2**24
 """Largest image that a processor makes of another, in pixels: at a shorter edge of 336, an aspect ratio of 148."""
@@ -33,7 +33,7 @@ def check_resized(processor: ProcessorMixin, sizes: Sequence[tuple[int, int]]) -
         sizes: (width, height) of the images, upright.
 
     Raises:
-        Unusable: naming the size that an image has and the one that it would have.
+        DataIssueError: naming the size that an image has and the one that it would have.
     """
     shorter = _shorter_edge(processor)
     for width, height in sizes:
@@ -43,7 +43,7 @@ def check_resized(processor: ProcessorMixin, sizes: Sequence[tuple[int, int]]) -
                 f"an image of {width} x {height} pixels becomes one of {longer} x {shorter} when its shorter edge is "
                 f"resized to {shorter}, and at most {MAX_RESIZED} pixels are processed; crop it, or pad its shorter edge"
             )
-            raise Unusable("image_refused", detail)
+            raise DataIssueError("image_refused", detail)
 
 
 @lru_cache(maxsize=8)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmtune.data.message import RowError
-from mmtune.data.sources.rows import Item, Row
+from mmtune.data.sources.rows import LazyRow, Row
 from mmtune.utils.errors import UserError, reason_of
 
 KEPT_BYTES = 256 * 2**20
@@ -137,7 +137,7 @@ def _bounded_batches(file: pq.ParquetFile, path: Path, number: int, rows: int) -
         yield batch
 
 
-def stream_parquet(path: Path, name: str) -> Iterator[Item]:
+def stream_parquet(path: Path, name: str) -> Iterator[LazyRow]:
     """The same rows in order, a few decoded at a time."""
     count = 0
     with _parquet(path) as file:
@@ -147,7 +147,7 @@ def stream_parquet(path: Path, name: str) -> Iterator[Item]:
             count += batch.num_rows
 
 
-def _items(name: str, first: int, group: pa.RecordBatch) -> Iterator[Item]:
+def _items(name: str, first: int, group: pa.RecordBatch) -> Iterator[LazyRow]:
     return (partial(_named_row, f"{name}[{first + index}]", group, index) for index in range(group.num_rows))
 
 
@@ -196,7 +196,7 @@ def open_arrow(path: Path, name: str) -> GroupedRows:
         return GroupedRows(name, counts, partial(_stream_batch, path, places))
 
 
-def stream_arrow(path: Path, name: str) -> Iterator[Item]:
+def stream_arrow(path: Path, name: str) -> Iterator[LazyRow]:
     """The same rows in order, a record batch at a time."""
     count = 0
     with pa.memory_map(str(path)) as file:

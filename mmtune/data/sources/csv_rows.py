@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mmtune.data.message import RowError
-from mmtune.data.sources.rows import MAX_ROW_BYTES, Item, Row, not_utf8, text_lines
+from mmtune.data.sources.rows import MAX_ROW_BYTES, LazyRow, Row, text_lines, utf8_error_message
 from mmtune.utils.errors import UserError
 
 _BATCH = 256  # records that are found before the first of them is given
@@ -50,7 +50,7 @@ class CsvRows:
         return _row(self._name, self._lines[index], self._columns, self._delimiter, record)
 
 
-def stream_csv(path: Path, name: str) -> Iterator[Item]:
+def stream_csv(path: Path, name: str) -> Iterator[LazyRow]:
     """The same rows in order, read as they are asked for."""
     delimiter = DELIMITERS[path.suffix.lower()]
     with path.open("rb") as file:
@@ -127,7 +127,7 @@ def _header(path: Path, delimiter: str, records: Iterator[tuple[int, int, bytes]
     try:
         columns = _parse(record.decode("utf-8-sig"), delimiter)
     except (csv.Error, UnicodeDecodeError) as error:
-        reason = not_utf8(error) if isinstance(error, UnicodeDecodeError) else error
+        reason = utf8_error_message(error) if isinstance(error, UnicodeDecodeError) else error
         raise UserError(f"{path}: cannot read its first line, the names of the columns: {reason}") from error
     other = next((each for each in ";\t|," if each != delimiter and each in columns[0]), None) if len(columns) == 1 else None
     if other is not None:
@@ -147,7 +147,7 @@ def _row(name: str, line: int, columns: list[str], delimiter: str, record: bytes
     try:
         fields = _parse(record.decode("utf-8"), delimiter)
     except (csv.Error, UnicodeDecodeError) as error:
-        reason = not_utf8(error) if isinstance(error, UnicodeDecodeError) else error
+        reason = utf8_error_message(error) if isinstance(error, UnicodeDecodeError) else error
         raise RowError(row_id, "row", f"not valid CSV: {reason}", "row_malformed") from error
     if len(fields) != len(columns):
         raise RowError(row_id, "row", f"{len(fields)} fields for {len(columns)} columns", "row_malformed")

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmtune.data.sources.rows import Item, Row
+from mmtune.data.sources.rows import LazyRow, Row
 from mmtune.utils.errors import UserError, reason_of
 from mmtune.utils.files import not_there
 from mmtune.utils.hub import unreachable_reason
@@ -35,12 +35,12 @@ class DatasetRows:
         return f"{self._name}[{index}]", self._dataset[index].to_pylist()[0]
 
 
-def is_saved(path: Path) -> bool:
+def is_saved_dataset(path: Path) -> bool:
     """Whether `datasets` saved a data set, or several splits of one, in this directory."""
     return path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file())
 
 
-def repository_of(path: str) -> str | None:
+def hub_repository(path: str) -> str | None:
     """`org/name` of `org/name`, `org/name:split`, `org/name@config` or `org/name@config:split`; None of any other text."""
     written = _HUB.fullmatch(path)
     return written["id"] if written else None
@@ -54,7 +54,7 @@ def open_saved(path: Path, name: str) -> DatasetRows:
     import datasets
 
     if (path / "dataset_dict.json").is_file():
-        splits = sorted(folder.name for folder in path.iterdir() if is_saved(folder))
+        splits = sorted(folder.name for folder in path.iterdir() if is_saved_dataset(folder))
         raise UserError(
             f"{path}: holds the splits {', '.join(splits)}; name one of them, such as {path / splits[0] if splits else path}"
         )
@@ -72,7 +72,7 @@ def open_hub(path: str, name: str) -> DatasetRows:
     return DatasetRows(_load(path, streaming=False), name)
 
 
-def stream_hub(path: str, name: str) -> Iterator[Item]:
+def stream_hub(path: str, name: str) -> Iterator[LazyRow]:
     """The same rows in order, downloaded as they are asked for."""
     for index, row in enumerate(_load(path, streaming=True).decode(False)):
         yield partial(_named, f"{name}[{index}]", row)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmtune.data.message import RowError
-from mmtune.data.sources.rows import MAX_ROW_BYTES, Item, Row, object_of, parse_json, text_lines
+from mmtune.data.sources.rows import MAX_ROW_BYTES, LazyRow, Row, expect_object, parse_json, text_lines
 from mmtune.utils.errors import UserError, nearest
 
 BOM = b"\xef\xbb\xbf"
@@ -52,7 +52,7 @@ class JsonRows:
             return _element(self._name, self._rows, index, _between(file, self._path, start, end))
 
 
-def stream_json(path: Path, name: str, rows: str | None) -> Iterator[Item]:
+def stream_json(path: Path, name: str, rows: str | None) -> Iterator[LazyRow]:
     """The same rows in order, read as they are asked for."""
     index, start = 0, None
     with path.open("rb") as scanned, path.open("rb") as file:
@@ -74,12 +74,12 @@ def _between(file: BinaryIO, path: Path, start: int, end: int) -> bytes:
 def _element(name: str, rows: str | None, index: int, text: bytes) -> tuple[str, Row]:
     if rows != EVERY_KEY:
         row_id = f"{name}[{index}]" if rows is None else f"{name}:{rows}[{index}]"
-        return row_id, object_of(row_id, parse_json(row_id, "row", text))
+        return row_id, expect_object(row_id, parse_json(row_id, "row", text))
     row_id = f"{name}:{key}" if (key := _key(text)) is not None else f"{name}[{index}]"
-    [(key, row)] = object_of(row_id, parse_json(row_id, "row", b"{" + text + b"}")).items() or [(None, None)]
+    [(key, row)] = expect_object(row_id, parse_json(row_id, "row", b"{" + text + b"}")).items() or [(None, None)]
     if key is None:
         raise RowError(row_id, "row", "not valid JSON: a comma with nothing behind it", "row_not_json")
-    return row_id, {**object_of(row_id, row), "__key__": key}
+    return row_id, {**expect_object(row_id, row), "__key__": key}
 
 
 def _key(member: bytes) -> str | None:
@@ -272,7 +272,7 @@ class JsonLinesRows:
             return _line(self._name, self._lines[index], file.readline())
 
 
-def stream_json_lines(path: Path, name: str) -> Iterator[Item]:
+def stream_json_lines(path: Path, name: str) -> Iterator[LazyRow]:
     """The same rows in order, read as they are asked for."""
     with path.open("rb") as file:
         for number, line in enumerate(text_lines(file, path), start=1):
@@ -288,7 +288,7 @@ def _line(name: str, number: int, line: bytes) -> tuple[str, Row]:
     row_id = f"{name}:{number}"
     text = line.removeprefix(BOM) if number == 1 else line
     try:
-        return row_id, object_of(row_id, parse_json(row_id, "row", text))
+        return row_id, expect_object(row_id, parse_json(row_id, "row", text))
     except RowError as error:
         if text.lstrip().startswith(b"["):
             detail = f"{error.detail}; each line is a row here: a file that holds one list is named .json"

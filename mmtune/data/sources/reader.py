@@ -13,14 +13,14 @@ from typing import Any
 from mmtune.data.media.image_settings import ImageSettings
 from mmtune.data.media.media import MediaRules
 from mmtune.data.message import RowError, Sample
-from mmtune.data.sources.source import FileWatch, Item, Row, Rows, media_root_of, open_rows, stream_rows
-from mmtune.data.templates.prompts import Prompting, draw
+from mmtune.data.sources.source import FileWatch, LazyRow, Row, Rows, default_media_root, open_rows, stream_rows
+from mmtune.data.templates.prompts import PromptSettings, draw
 from mmtune.data.templates.template import DataTemplate, Join, load_data_template, lookup
 from mmtune.recipe.recipe import Shots, Source
 from mmtune.utils.errors import UserError, nearest
 
 
-class Reader:
+class SourceReader:
     """Rows of one source to samples: template, partners, prompts and few-shot examples.
 
     Args:
@@ -34,14 +34,14 @@ class Reader:
     def __init__(self, source: Source, name: str | None = None) -> None:
         self.source = source
         self.template = check_source(source)
-        root = Path(source.media_root) if source.media_root else media_root_of(source.path)
+        root = Path(source.media_root) if source.media_root else default_media_root(source.path)
         self.rules = MediaRules(root, source.allow_outside_root, source.allow_urls)
         self._name = name
         self._watch = FileWatch()
         words = None if source.verbalizer is None else dict(source.verbalizer)
         self._images = ImageSettings(source.window, source.augment, source.seed)
         self.ignored = frozenset(source.ignore) | {field.split(".")[0] for field in source.where or ()}
-        self._prompting = Prompting(
+        self._prompting = PromptSettings(
             source.seed,
             source.system,
             source.shuffle_options,
@@ -64,7 +64,7 @@ class Reader:
                 raise UserError(f"{self.source.path}: no row has {' and '.join(filter(None, wanted))}")
         return _Chosen(rows, chosen[: self.source.limit])
 
-    def stream(self) -> Iterator[Item]:
+    def stream(self) -> Iterator[LazyRow]:
         """The same rows in turn, each parsed when it is called for; with `where`, parsed once more to be chosen."""
         rows = stream_rows(self.source.path, self._name, rows=self.template.rows, watch=self._watch)
         return islice(filter(self._wanted, rows) if self._chooses else rows, self.source.limit)
@@ -96,7 +96,7 @@ class Reader:
     def _chooses(self) -> bool:
         return bool(self.source.where) or self.template.leave_out_empty is not None
 
-    def _wanted(self, parse: Item) -> bool:
+    def _wanted(self, parse: LazyRow) -> bool:
         try:
             _, row = parse()
         except RowError:
@@ -174,7 +174,7 @@ class _Shots:
         self._path = shots.path
         self._same_file = own
         self._seed = source.seed
-        self._reader = Reader(_source_of(source, shots), name if own else None)
+        self._reader = SourceReader(_source_of(source, shots), name if own else None)
         self._rows = self._reader.open()
         if len(self._rows) < self._count + (own and shots.where is None):
             raise UserError(f"shots: {shots.path} holds {len(self._rows)} rows, too few for {self._count} examples of other rows")

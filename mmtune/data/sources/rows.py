@@ -13,7 +13,7 @@ from mmtune.utils.errors import UserError
 
 Row = dict[str, Any]
 
-OWN_IDS = ("id", "question_id", "questionId", "sample_id", "uid", "__key__")
+ID_FIELDS = ("id", "question_id", "questionId", "sample_id", "uid", "__key__")
 """Fields by which rows are known in their own data set."""
 
 MAX_DEPTH = 100
@@ -22,7 +22,7 @@ MAX_DEPTH = 100
 MAX_ROW_BYTES = 256 * 2**20
 """Longest row of a text file, and longest text of a shard's row."""
 
-Item = Callable[[], tuple[str, Row]]
+LazyRow = Callable[[], tuple[str, Row]]
 """One row of a stream: its id and the row when called, so that a row that is skipped is never parsed. Raises RowError."""
 
 
@@ -40,9 +40,9 @@ class Rows(Protocol):
         ...
 
 
-def own_id(row: Row) -> str | int | None:
+def id_in_dataset(row: Row) -> str | int | None:
     """The id by which a row is known in its own data set; None where it has none."""
-    given = next((row[name] for name in OWN_IDS if name in row), None)
+    given = next((row[name] for name in ID_FIELDS if name in row), None)
     return given if isinstance(given, (str, int)) and given != "" else None
 
 
@@ -57,7 +57,7 @@ def parse_json(row_id: str, field: str, text: bytes) -> Any:
     except json.JSONDecodeError as error:
         raise RowError(row_id, field, _not_json(error), "row_not_json") from error
     except UnicodeDecodeError as error:
-        raise RowError(row_id, field, f"not valid JSON: {not_utf8(error)}", "row_not_json") from error
+        raise RowError(row_id, field, f"not valid JSON: {utf8_error_message(error)}", "row_not_json") from error
     except ValueError as error:  # a key that comes twice, no finite number, or one with thousands of digits
         raise RowError(row_id, field, f"not valid JSON: {error}", "row_not_json") from error
     except RecursionError as error:
@@ -92,7 +92,7 @@ def text_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
         yield line
 
 
-def not_utf8(error: UnicodeDecodeError) -> str:
+def utf8_error_message(error: UnicodeDecodeError) -> str:
     """What to say of bytes that are not UTF-8."""
     before = error.object[max(0, error.start - 20) : error.start].decode("utf-8", "replace")
     return f"not valid UTF-8: byte {error.object[error.start]:#04x} behind {before!r}; save the file as UTF-8"
@@ -106,7 +106,7 @@ def _not_json(error: json.JSONDecodeError) -> str:
     return f"not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1} of the row, in {around!r}"
 
 
-def object_of(row_id: str, value: Any) -> Row:
+def expect_object(row_id: str, value: Any) -> Row:
     """
     Raises:
         RowError: for a row that is no object.

@@ -18,14 +18,14 @@ from pathlib import Path
 from mmtune.data.media.media_names import is_utf8
 from mmtune.data.sources.arrow_rows import open_arrow, open_parquet, stream_arrow, stream_parquet
 from mmtune.data.sources.csv_rows import CsvRows, stream_csv
-from mmtune.data.sources.hub_rows import is_saved, open_hub, open_saved, repository_of, stream_hub
+from mmtune.data.sources.hub_rows import hub_repository, is_saved_dataset, open_hub, open_saved, stream_hub
 from mmtune.data.sources.json_rows import JsonLinesRows, JsonRows, stream_json, stream_json_lines
-from mmtune.data.sources.rows import Item, Row, Rows
+from mmtune.data.sources.rows import LazyRow, Row, Rows
 from mmtune.data.sources.webdataset_rows import TarRows, stream_tar
 from mmtune.utils.errors import UserError
 from mmtune.utils.hub import is_local_name, missing
 
-__all__ = ["ENDINGS", "Item", "Row", "Rows", "media_root_of", "open_rows", "stream_rows"]
+__all__ = ["ENDINGS", "LazyRow", "Row", "Rows", "default_media_root", "open_rows", "stream_rows"]
 
 _OPEN: dict[str, Callable[[Path, str], Rows]] = {
     ".jsonl": JsonLinesRows,
@@ -37,7 +37,7 @@ _OPEN: dict[str, Callable[[Path, str], Rows]] = {
     ".feather": open_arrow,
     ".tar": TarRows,
 }
-_STREAM: dict[str, Callable[[Path, str], Iterator[Item]]] = {
+_STREAM: dict[str, Callable[[Path, str], Iterator[LazyRow]]] = {
     ".jsonl": stream_json_lines,
     ".ndjson": stream_json_lines,
     ".csv": stream_csv,
@@ -127,7 +127,7 @@ def open_rows(path: str | Path, name: str | None = None, rows: str | None = None
     """
     files = _files_of(str(path), name)
     opened = [_open_file(file, named, rows) for file, named in files] if files else [_open_other(str(path), name, rows)]
-    made = opened[0] if len(opened) == 1 else JoinedRows(opened)
+    made = opened[0] if len(opened) == 1 else ConcatenatedRows(opened)
     if len(made) == 0:
         raise UserError(f"{path}: holds no rows")
     return made
@@ -135,7 +135,7 @@ def open_rows(path: str | Path, name: str | None = None, rows: str | None = None
 
 def stream_rows(
     path: str | Path, name: str | None = None, rows: str | None = None, watch: FileWatch | None = None
-) -> Iterator[Item]:
+) -> Iterator[LazyRow]:
     """The same rows in the same order with the same ids, read as they are asked for and without an index of the whole.
 
     Args:
@@ -158,7 +158,7 @@ def stream_rows(
         raise UserError(f"{path}: holds no rows")
 
 
-def media_root_of(path: str | Path) -> Path:
+def default_media_root(path: str | Path) -> Path:
     """Where the media of a source lie that says nothing of it: beside its file or files, or in its folder."""
     text = str(path)
     if Path(text).is_dir():
@@ -168,7 +168,7 @@ def media_root_of(path: str | Path) -> Path:
     return Path(_before_pattern(text)) if _has_pattern(text) else Path(text).parent
 
 
-def is_missing(path: str) -> bool:
+def is_missing_path(path: str) -> bool:
     """Whether a source's path names a local file or folder that is not there."""
     return not Path(path).exists() and not _has_pattern(path) and not _is_hub(path, None)
 
@@ -179,12 +179,12 @@ def data_files(path: str | Path) -> list[Path]:
     Raises:
         UserError: a pattern without files, or a folder without files of rows.
     """
-    if is_saved(Path(path)):
+    if is_saved_dataset(Path(path)):
         return sorted(file for file in Path(path).rglob("*") if file.is_file())
     return [file for file, _ in _files_of(str(path), None)]
 
 
-class JoinedRows:
+class ConcatenatedRows:
     """The rows of several files, one file after the other."""
 
     def __init__(self, parts: Sequence[Rows]) -> None:
@@ -201,7 +201,7 @@ class JoinedRows:
         return self._parts[part][index - self._ends[part] + len(self._parts[part])]
 
 
-def _stream(path: str, name: str | None, rows: str | None, watch: FileWatch) -> Iterator[Item]:
+def _stream(path: str, name: str | None, rows: str | None, watch: FileWatch) -> Iterator[LazyRow]:
     files = _files_of(path, name)
     for file, named in files:
         _check_file(file, rows)
@@ -255,7 +255,7 @@ def _check_text(file: Path, head: bytes) -> None:
 
 def _open_other(path: str, name: str | None, rows: str | None) -> Rows:
     """What is no file and no list of files: a saved data set, or one on the hub."""
-    if is_saved(Path(path)):
+    if is_saved_dataset(Path(path)):
         if rows is not None:
             raise UserError(f"{path}: `rows: {rows}` reads an object in a .json file, and this is none")
         return open_saved(Path(path), name or Path(path).name)
@@ -270,7 +270,7 @@ def _is_hub(path: str, rows: str | None) -> bool:
     """Whether the rows are on the hub: no local path has this name, and it is not a local path with a wrong spelling."""
     if rows is not None or Path(path).exists() or path.lower().endswith((*ENDINGS, *_PACKED)):
         return False
-    repository = repository_of(path)
+    repository = hub_repository(path)
     return repository is not None and not is_local_name(repository)
 
 
@@ -280,7 +280,7 @@ def _files_of(path: str, name: str | None) -> list[tuple[Path, str]]:
     place = Path(path)
     if place.is_file():
         return [(place, name or place.name)]
-    if place.is_dir() and not is_saved(place):
+    if place.is_dir() and not is_saved_dataset(place):
         folder, files = path, _data_files(place)
     elif not place.exists() and _has_pattern(path):
         folder, files = _before_pattern(path), _matches(path)

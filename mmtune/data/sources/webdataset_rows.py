@@ -1,6 +1,6 @@
 """Rows of webdataset shards: tar files in which the members of one row stand side by side and share a name up to its first dot.
 
-Only headers are read to index a shard. A medium becomes an `Embedded`, a slice of the shard, and nothing is ever unpacked.
+Only headers are read to index a shard. A medium becomes an `EmbeddedMedia`, a slice of the shard, and nothing is ever unpacked.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from mmtune.data.media.media import Embedded
+from mmtune.data.media.media import EmbeddedMedia
 from mmtune.data.message import RowError
-from mmtune.data.sources.rows import MAX_ROW_BYTES, Item, Row, not_utf8, parse_json
+from mmtune.data.sources.rows import MAX_ROW_BYTES, LazyRow, Row, parse_json, utf8_error_message
 from mmtune.utils.errors import UserError, reason_of
 
 TEXT = ("txt", "text", "cls", "caption")
@@ -60,7 +60,7 @@ class TarRows:
         return _row(self._path, self._name, key, members)
 
 
-def stream_tar(path: Path, name: str) -> Iterator[Item]:
+def stream_tar(path: Path, name: str) -> Iterator[LazyRow]:
     """The same rows in order, read as they are asked for."""
     keys: set[str] = set()
     with _opened(path) as file:
@@ -210,7 +210,7 @@ def _row(path: Path, name: str, key: str, members: _Members) -> tuple[str, Row]:
         for extension, member, offset, size in members:
             kind = extension.rpartition(".")[2]
             if kind != "json" and kind not in TEXT:
-                row[extension] = Embedded(path, member, offset, size)
+                row[extension] = EmbeddedMedia(path, member, offset, size)
                 continue
             if size > MAX_ROW_BYTES:
                 detail = f"a text of {size} bytes, more than {MAX_ROW_BYTES // 2**20} MiB"
@@ -223,5 +223,5 @@ def _row(path: Path, name: str, key: str, members: _Members) -> tuple[str, Row]:
             try:
                 row[extension] = data.decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                raise RowError(row_id, extension, not_utf8(error), "row_malformed") from error
+                raise RowError(row_id, extension, utf8_error_message(error), "row_malformed") from error
     return row_id, row

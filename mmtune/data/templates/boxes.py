@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmtune.data.validation.issues import Unusable
+from mmtune.data.validation.issues import DataIssueError
 
 SLACK = 0.01
 """How far, in pixels, a box may pass the border: COCO writes its boxes with two decimals. It is cut off at the border."""
@@ -47,18 +47,18 @@ def read_boxes(value: Any, layout: Literal["xywh", "xyxy"], size: tuple[int, int
 def _read(value: Any, layout: str, size: tuple[int, int], clip: bool) -> Box:
     numbers = isinstance(value, (list, tuple)) and all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in value)
     if not numbers or len(value) != 4 or not all(-1e9 < n < 1e9 for n in value):
-        raise Unusable("box_malformed", f"expected a box of four numbers, found {value!r}"[:200])
+        raise DataIssueError("box_malformed", f"expected a box of four numbers, found {value!r}"[:200])
     x1, y1, x2, y2 = value
     if layout == "xywh":
         x2, y2 = x1 + x2, y1 + y2
     width, height = size
     if x2 <= x1 or y2 <= y1:
-        raise Unusable("box_malformed", f"the box {list(value)} ({layout}) is empty")
+        raise DataIssueError("box_malformed", f"the box {list(value)} ({layout}) is empty")
     outside = min(x1, y1) < -SLACK or x2 > width + SLACK or y2 > height + SLACK
     wholly = x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0
     if outside and (wholly or not clip):
         where = "lies outside" if wholly else "reaches out"
-        raise Unusable("box_outside", f"the box {list(value)} ({layout}) {where} of the image of {width} x {height} pixels")
+        raise DataIssueError("box_outside", f"the box {list(value)} ({layout}) {where} of the image of {width} x {height} pixels")
     return Box(max(x1, 0), max(y1, 0), min(x2, width), min(y2, height), width, height)
 
 

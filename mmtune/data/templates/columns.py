@@ -8,19 +8,26 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mmtune.data.media.image_settings import AS_THEY_ARE, ImageSettings
+from mmtune.data.media.image_settings import DEFAULT_IMAGE_SETTINGS, ImageSettings
 from mmtune.data.media.media import ImageView, Media, MediaRules, image_size
 from mmtune.data.message import Message, RowError
 from mmtune.data.templates.boxes import Box, read_boxes
-from mmtune.data.templates.conversation import among, read_medium
-from mmtune.data.templates.expressions import DRAW, Declaration, as_text, check_jinja, evaluate_expression, render_expression
-from mmtune.data.templates.prompts import ClosedSet, Options, Prompting, Verbalizer, draw
-from mmtune.data.validation.issues import kind_of
+from mmtune.data.templates.conversation import missing_field_hint, resolve_row_media
+from mmtune.data.templates.expressions import (
+    DRAW_VARIABLE,
+    TemplateSection,
+    as_text,
+    check_jinja,
+    evaluate_expression,
+    render_expression,
+)
+from mmtune.data.templates.prompts import ClosedAnswers, Options, PromptSettings, Verbalizer, draw
+from mmtune.data.validation.issues import issue_type_of
 
 Context = dict[str, Any]
 
 
-class Turn(Declaration):
+class TurnTemplate(TemplateSection):
     """One message written from the row's columns."""
 
     role: str
@@ -54,10 +61,10 @@ class Turn(Declaration):
 
     def said(self, row_id: str, where: str, row: Mapping[str, Any], context: Context) -> str:
         """The text, in the phrasing that the row's draw falls on."""
-        return render_expression(row_id, where, self.text[int(context[DRAW] * len(self.text))], context, row)
+        return render_expression(row_id, where, self.text[int(context[DRAW_VARIABLE] * len(self.text))], context, row)
 
 
-class Boxes(Declaration):
+class BoxDeclaration(TemplateSection):
     """Boxes in the row's image. Jinja reads the first as `box` and all of them as `boxes`."""
 
     value: str = Field(description="Jinja: one box of four numbers in pixels, or a list of them.")
@@ -85,11 +92,11 @@ class Boxes(Declaration):
             size = image_size(images[0])
             return [read_boxes(value, self.layout, size, self.outside == "clip") for value in values]
         except ValueError as error:
-            raise RowError(row_id, "boxes", str(error), kind_of(error)) from error
+            raise RowError(row_id, "boxes", str(error), issue_type_of(error)) from error
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnTemplate:
     """What a template without a conversation says of a row.
 
     Attributes:
@@ -102,12 +109,12 @@ class Columns:
         references: Jinja for all accepted answers.
     """
 
-    turns: tuple[Turn, ...]
+    turns: tuple[TurnTemplate, ...]
     values: Mapping[str, str]
     repeat: Mapping[str, str]
     options: Options | None
     verbalizer: Verbalizer | None
-    boxes: Boxes | None
+    boxes: BoxDeclaration | None
     references: str | None
 
     def messages(
@@ -115,8 +122,8 @@ class Columns:
         row_id: str,
         row: Mapping[str, Any],
         rules: MediaRules,
-        prompting: Prompting,
-        settings: ImageSettings = AS_THEY_ARE,
+        prompting: PromptSettings,
+        settings: ImageSettings = DEFAULT_IMAGE_SETTINGS,
     ) -> tuple[list[Message], tuple[str, ...], tuple[str, ...]]:
         """The messages, the candidate answers, and the accepted ones. An image with boxes, and they, change by `settings`.
 
@@ -150,20 +157,20 @@ class Columns:
         last = rounds[-1] | extra
         return messages, self._choices(row_id, row, last, closed), self._references(row_id, row, last)
 
-    def named_media(self, row: Mapping[str, Any], values: Mapping[str, str] | None = None) -> list[tuple[str, Any]]:
+    def media_values(self, row: Mapping[str, Any], values: Mapping[str, str] | None = None) -> list[tuple[str, Any]]:
         """The kind of each medium that a row names, and what it says of it, nothing looked up.
 
         Raises:
             RowError: naming the part of the template that cannot be made of the row.
         """
-        context = self._rounds("row", row, self._context("row", row, Prompting(values=values or {})))[0]
+        context = self._rounds("row", row, self._context("row", row, PromptSettings(values=values or {})))[0]
         return [medium for turn in self._named("row", row, context) for medium in turn]
 
     def _named(self, row_id: str, row: Mapping[str, Any], context: Context) -> list[list[tuple[str, Any]]]:
         return [turn.media(row_id, f"messages[{place}]", row, context) for place, turn in enumerate(self.turns)]
 
-    def _context(self, row_id: str, row: Mapping[str, Any], prompting: Prompting) -> Context:
-        return {**row, **self.values, **prompting.values, DRAW: draw(prompting.seed, row_id, "phrasing")}
+    def _context(self, row_id: str, row: Mapping[str, Any], prompting: PromptSettings) -> Context:
+        return {**row, **self.values, **prompting.values, DRAW_VARIABLE: draw(prompting.seed, row_id, "phrasing")}
 
     def _rounds(self, row_id: str, row: Mapping[str, Any], context: Context) -> list[Context]:
         """What Jinja can read, once for each repetition."""
@@ -176,7 +183,7 @@ class Columns:
                 raise RowError(
                     row_id,
                     field,
-                    "expected a list that is not empty" + among(row, field),
+                    "expected a list that is not empty" + missing_field_hint(row, field),
                     "field_type" if field in row else "field_missing",
                 )
             lists[name] = values
@@ -186,11 +193,11 @@ class Columns:
             raise RowError(row_id, next(iter(counts)), f"the lists differ in length: {told}", "field_type")
         return [context | dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
-    def _closed(self, row_id: str, row: Mapping[str, Any], context: Context, prompting: Prompting) -> ClosedSet | None:
+    def _closed(self, row_id: str, row: Mapping[str, Any], context: Context, prompting: PromptSettings) -> ClosedAnswers | None:
         part = self.options or self.verbalizer
         return None if part is None else part.read(row_id, row, context, prompting)
 
-    def _choices(self, row_id: str, row: Mapping[str, Any], context: Context, closed: ClosedSet | None) -> tuple[str, ...]:
+    def _choices(self, row_id: str, row: Mapping[str, Any], context: Context, closed: ClosedAnswers | None) -> tuple[str, ...]:
         """The last answer, once as each alternative would write it."""
         if closed is None or len(closed.alternatives) < 2 or self.turns[-1].role != "assistant":
             return ()
@@ -211,9 +218,9 @@ class Columns:
 
 
 def _medium(row_id: str, where: str, row: Mapping[str, Any], value: Any, rules: MediaRules) -> Media:
-    """As `read_medium`; an error is about the column that holds the value, where exactly one does."""
+    """As `resolve_row_media`; an error is about the column that holds the value, where exactly one does."""
     try:
-        return read_medium(row_id, where, value, rules)
+        return resolve_row_media(row_id, where, value, rules)
     except RowError as error:
         columns = [
             name for name, field in row.items() if value and (field == value or (isinstance(field, list) and value in field))

@@ -11,9 +11,9 @@ from pydantic import Field, model_validator
 
 from mmtune.data.media.media import Media, MediaRules, resolve_media
 from mmtune.data.message import Message, RowError, has_media
-from mmtune.data.templates.expressions import Declaration
-from mmtune.data.templates.unread_media import check_unread, is_empty
-from mmtune.data.validation.issues import kind_of
+from mmtune.data.templates.expressions import TemplateSection
+from mmtune.data.templates.unread_media import check_unread, is_empty_value
+from mmtune.data.validation.issues import issue_type_of
 from mmtune.utils.errors import nearest
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
@@ -32,7 +32,7 @@ SPEAKER = "name"
 """A turn's key with the name of its speaker, in OpenAI's format. It is not read and may look like a file's name."""
 
 
-class Conversation(Declaration):
+class Conversation(TemplateSection):
     """Where a row keeps its turns: as one list, or as a question and its answer."""
 
     field: str | None = Field(default=None, description="The row's field that holds the list of turns.")
@@ -109,7 +109,7 @@ class Conversation(Declaration):
     def _turns(self, row_id: str, row: Mapping[str, Any]) -> Iterator[_Turn]:
         if self.field is not None:
             yield from self._listed(
-                row_id, self.field, row.get(self.field), "expected a list of turns" + among(row, self.field), row
+                row_id, self.field, row.get(self.field), "expected a list of turns" + missing_field_hint(row, self.field), row
             )
             return
         question, answer = (_present(row_id, row, str(name)) for name in (self.question, self.answer))
@@ -188,7 +188,7 @@ _OWN_MEDIA = {name for names in TURN_MEDIA.values() for name in names}
 
 def _present(row_id: str, row: Mapping[str, Any], name: str) -> Any:
     if row.get(name) is None:
-        raise RowError(row_id, name, "expected a text or a list of turns" + among(row, name), "field_missing")
+        raise RowError(row_id, name, "expected a text or a list of turns" + missing_field_hint(row, name), "field_missing")
     return row[name]
 
 
@@ -220,7 +220,7 @@ def _trains(row_id: str, turn: _Turn) -> bool:
     return turn.role != "assistant" or bool(next(iter(weights.values()), turn.trains))
 
 
-def refuse_row_weights(row_id: str, row: Mapping[str, Any], read: Collection[str]) -> None:
+def check_no_row_weights(row_id: str, row: Mapping[str, Any], read: Collection[str]) -> None:
     """Refuse a weight of a whole row: loss falls on turns, each by its own weight.
 
     Args:
@@ -325,7 +325,7 @@ class _RowMedia:
         if len(named) > 1:
             raise RowError(self._row_id, f"{where}{named[0]}", f"'{named[1]}' is given too; give one of them", "field_type")
         values = _values(keys[named[0]]) if named else []
-        return _Supply([read_medium(self._row_id, f"{where}{named[0]}", value, self._rules) for value in values])
+        return _Supply([resolve_row_media(self._row_id, f"{where}{named[0]}", value, self._rules) for value in values])
 
     def _check(self, where: str, kind: str, supply: _Supply, hint: str = "") -> None:
         count, several = len(supply.media), kind if kind == "audio" else f"{kind}s"
@@ -366,7 +366,7 @@ class _RowMedia:
         kind = str(kind).removesuffix("_url")
         if kind in PLACEHOLDERS:
             names = (kind, f"{kind}_url", "path", "url", "bytes")
-            named = [name for name in names if not is_empty(block.get(name))]
+            named = [name for name in names if not is_empty_value(block.get(name))]
             if _is_source(block.get("source")):  # Anthropic's
                 named.append("source")
             read = {"type", *names, *named}
@@ -382,7 +382,7 @@ class _RowMedia:
             if isinstance(value, dict) and isinstance(value.get("url"), str):  # OpenAI's {"url", "detail"}
                 value = value["url"]
             where = f"{where}.source" if named == ["source"] else where
-            return {"type": kind, kind: read_medium(self._row_id, where, value, self._rules)}
+            return {"type": kind, kind: resolve_row_media(self._row_id, where, value, self._rules)}
         raise RowError(self._row_id, where, f"expected a text, image, video or audio block, got {block!r}"[:200], "field_type")
 
     def _next(self, kind: str, where: str = "", index: Any = None) -> dict[str, Any]:
@@ -399,16 +399,16 @@ class _RowMedia:
 
 def _is_source(value: Any) -> bool:
     """Whether a block's `source` holds its medium: `{"type": "base64" | "url" | "file", ...}`."""
-    return isinstance(value, Mapping) and ("type" in value or "data" in value) and not is_empty(value)
+    return isinstance(value, Mapping) and ("type" in value or "data" in value) and not is_empty_value(value)
 
 
 def _values(value: Any) -> list[Any]:
-    if value is None or (isinstance(value, str) and not value) or (isinstance(value, Mapping) and is_empty(value)):
+    if value is None or (isinstance(value, str) and not value) or (isinstance(value, Mapping) and is_empty_value(value)):
         return []
     return value if isinstance(value, list) else [value]
 
 
-def read_medium(row_id: str, field: str, value: Any, rules: MediaRules) -> Media:
+def resolve_row_media(row_id: str, field: str, value: Any, rules: MediaRules) -> Media:
     """What a row says of a medium, resolved.
 
     Raises:
@@ -417,9 +417,9 @@ def read_medium(row_id: str, field: str, value: Any, rules: MediaRules) -> Media
     try:
         return resolve_media(value, rules)
     except ValueError as error:
-        raise RowError(row_id, field, str(error), kind_of(error)) from error
+        raise RowError(row_id, field, str(error), issue_type_of(error)) from error
 
 
-def among(row: Mapping[str, Any], field: str) -> str:
+def missing_field_hint(row: Mapping[str, Any], field: str) -> str:
     """A hint for a field that a row does not have."""
     return "" if field in row else nearest(field, {str(key) for key in row})

@@ -18,7 +18,7 @@ from mmtune.data.templates.boxes import Box, fractions, pixels, thousandths
 from mmtune.utils import bounded_jinja
 from mmtune.utils.bounded_jinja import BUDGET, COMPILE_FAULTS, RENDER_FAULTS, BoundedEnvironment, Budget, TooMuchWork
 
-DRAW = "drawn by mmtune"
+DRAW_VARIABLE = "drawn by mmtune"
 """The name under which an expression finds the row's draw; no name that Jinja could write, so no row has it."""
 
 
@@ -26,7 +26,7 @@ class NotText(TemplateRuntimeError):
     """A value other than text that a template would write."""
 
 
-class Declaration(BaseModel):
+class TemplateSection(BaseModel):
     """A part of a data template; an unknown key in it is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -139,7 +139,7 @@ def _pick(context: Context, values: Any) -> Any:
     values = list(values)
     if not values:
         raise ValueError("pick from an empty list")
-    return values[int(context[DRAW] * 2**20 % 1 * len(values))]
+    return values[int(context[DRAW_VARIABLE] * 2**20 % 1 * len(values))]
 
 
 @cache

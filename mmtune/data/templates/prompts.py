@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import Field, field_validator
 
 from mmtune.data.message import RowError
-from mmtune.data.templates.expressions import Declaration, as_text, check_jinja, evaluate_expression
+from mmtune.data.templates.expressions import TemplateSection, as_text, check_jinja, evaluate_expression
 from mmtune.utils.errors import nearest
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Prompting:
+class PromptSettings:
     """A source's wishes for its prompts.
 
     Attributes:
@@ -46,7 +46,7 @@ class Prompting:
     add_images: bool = False
 
 
-PLAIN = Prompting()
+DEFAULT_PROMPT_SETTINGS = PromptSettings()
 
 
 def draw(seed: int, *names: str | int) -> float:
@@ -63,7 +63,7 @@ def shuffled(items: Sequence[Item], seed: int, *names: str | int) -> list[Item]:
 
 
 @dataclass(frozen=True)
-class ClosedSet:
+class ClosedAnswers:
     """The answers a question leaves open: what Jinja can read for each, and which is right."""
 
     shared: dict[str, Any]
@@ -71,7 +71,7 @@ class ClosedSet:
     right: int
 
 
-class Options(Declaration):
+class Options(TemplateSection):
     """Answer options of each row. They are shown as lines `A. text`."""
 
     choices: str = Field(description="Jinja: the list of options.")
@@ -83,7 +83,7 @@ class Options(Declaration):
         check_jinja(source)
         return source
 
-    def read(self, row_id: str, row: Mapping[str, Any], context: Mapping[str, Any], prompting: Prompting) -> ClosedSet:
+    def read(self, row_id: str, row: Mapping[str, Any], context: Mapping[str, Any], prompting: PromptSettings) -> ClosedAnswers:
         """
         Raises:
             RowError: when there are not two options at least, or the index is none of theirs.
@@ -109,10 +109,10 @@ class Options(Declaration):
             order = shuffled(order, prompting.seed, row_id, "options")
         lines = [f"{letter}. {texts[index]}" for letter, index in zip(LETTERS, order, strict=False)]
         alternatives = [{"letter": letter, "option": texts[index]} for letter, index in zip(LETTERS, order, strict=False)]
-        return ClosedSet({"options": "\n".join(lines)}, alternatives, order.index(answer))
+        return ClosedAnswers({"options": "\n".join(lines)}, alternatives, order.index(answer))
 
 
-class Verbalizer(Declaration):
+class Verbalizer(TemplateSection):
     """Labels, and the words that answer for each. A label that is a word answers for itself."""
 
     label: str = Field(description="Jinja: the row's label.")
@@ -136,7 +136,7 @@ class Verbalizer(Declaration):
         except ValueError as error:
             raise RowError(row_id, "verbalizer.label", str(error), "field_type") from error
 
-    def read(self, row_id: str, row: Mapping[str, Any], context: Mapping[str, Any], prompting: Prompting) -> ClosedSet:
+    def read(self, row_id: str, row: Mapping[str, Any], context: Mapping[str, Any], prompting: PromptSettings) -> ClosedAnswers:
         """The words of all labels and of the row's. Without any words, a label that is a word stands for itself.
 
         Raises:
@@ -146,7 +146,7 @@ class Verbalizer(Declaration):
         label = self.label_of(row_id, row, context)
         candidates = list(dict.fromkeys(words.values()))
         if not words and _is_word(label):
-            return ClosedSet({"candidates": candidates}, [{"verbalized": label}], 0)
+            return ClosedAnswers({"candidates": candidates}, [{"verbalized": label}], 0)
         answer = words.get(label, label)
         if answer not in candidates:
             if words:
@@ -159,7 +159,7 @@ class Verbalizer(Declaration):
                 detail += f"give the source words for all labels: verbalizer: {{'{shown}': WORDS, ...}}"
             raise RowError(row_id, "verbalizer.label", detail, "label_unknown")
         alternatives = [{"verbalized": candidate} for candidate in candidates]
-        return ClosedSet({"candidates": candidates}, alternatives, candidates.index(answer))
+        return ClosedAnswers({"candidates": candidates}, alternatives, candidates.index(answer))
 
 
 def _is_word(label: str) -> bool:

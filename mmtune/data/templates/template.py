@@ -15,16 +15,16 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from mmtune.data.media.image_settings import AS_THEY_ARE, ImageSettings
-from mmtune.data.media.media import Embedded, MediaRules
+from mmtune.data.media.image_settings import DEFAULT_IMAGE_SETTINGS, ImageSettings
+from mmtune.data.media.media import EmbeddedMedia, MediaRules
 from mmtune.data.message import Message, RowError, Sample, has_media, is_supervised
-from mmtune.data.sources.rows import OWN_IDS, Row
+from mmtune.data.sources.rows import ID_FIELDS, Row
 from mmtune.data.templates.boxes import BOX_FIELDS
-from mmtune.data.templates.columns import Boxes, Columns, Turn
-from mmtune.data.templates.conversation import PLACEHOLDERS, Conversation, refuse_row_weights
-from mmtune.data.templates.expressions import Declaration, check_jinja, names_read
-from mmtune.data.templates.prompts import PLAIN, Options, Prompting, Verbalizer
-from mmtune.data.templates.unread_media import check_unread, is_empty, kind_of_name
+from mmtune.data.templates.columns import BoxDeclaration, ColumnTemplate, TurnTemplate
+from mmtune.data.templates.conversation import PLACEHOLDERS, Conversation, check_no_row_weights
+from mmtune.data.templates.expressions import TemplateSection, check_jinja, names_read
+from mmtune.data.templates.prompts import DEFAULT_PROMPT_SETTINGS, Options, PromptSettings, Verbalizer
+from mmtune.data.templates.unread_media import check_unread, is_empty_value, modality_of_file
 from mmtune.recipe.yaml_lines import read_document
 from mmtune.utils.errors import UserError, nearest
 from mmtune.utils.hub import missing
@@ -35,7 +35,7 @@ _IN_CONVERSATIONS = ("images", "videos", "audio", "placeholder")
 _IN_MESSAGES = ("join", "values", "repeat", "options", "verbalizer", "boxes", "references")
 
 
-class Join(Declaration):
+class Join(TemplateSection):
     """Each row's partner in another list, which Jinja reads as `joined`."""
 
     by: str = Field(description="The row's field that names its partner.")
@@ -46,7 +46,7 @@ class Join(Declaration):
     )
 
 
-class DataTemplate(Declaration):
+class DataTemplate(TemplateSection):
     """One data template. Exactly one of `conversation` and `messages` is given."""
 
     description: str
@@ -63,7 +63,7 @@ class DataTemplate(Declaration):
     placeholder: str = Field(
         default=PLACEHOLDERS["image"], min_length=1, description="What stands in a turn's text where an image goes."
     )
-    messages: tuple[Turn, ...] = ()
+    messages: tuple[TurnTemplate, ...] = ()
     values: dict[str, str] = Field(
         default_factory=dict, description="Names that Jinja can read besides the row's, with values that a source can replace."
     )
@@ -73,7 +73,7 @@ class DataTemplate(Declaration):
     )
     options: Options | None = None
     verbalizer: Verbalizer | None = None
-    boxes: Boxes | None = None
+    boxes: BoxDeclaration | None = None
     references: str | None = Field(default=None, description="Jinja: the list of all accepted answers.")
     task: str | None = Field(default=None, description="The row's field that names its task, if it has one; a.b is b inside a.")
     ignore: tuple[str, ...] = Field(
@@ -107,8 +107,8 @@ class DataTemplate(Declaration):
         row_id: str,
         row: Row,
         rules: MediaRules,
-        prompting: Prompting = PLAIN,
-        settings: ImageSettings = AS_THEY_ARE,
+        prompting: PromptSettings = DEFAULT_PROMPT_SETTINGS,
+        settings: ImageSettings = DEFAULT_IMAGE_SETTINGS,
     ) -> Sample:
         """Turn a row into messages and check what can be checked without decoding an image.
 
@@ -125,12 +125,12 @@ class DataTemplate(Declaration):
                 `settings` would leave behind.
         """
         row = self.unpacked(row_id, row)
-        read = self.fields_read | prompting.ignore | {*self.ignore, *OWN_IDS}
+        read = self.fields_read | prompting.ignore | {*self.ignore, *ID_FIELDS}
         check_unread(row_id, "", row, read, self._advice, provenance=True)
         choices: tuple[str, ...] = ()
         references: tuple[str, ...] = ()
         if self.conversation:
-            refuse_row_weights(row_id, row, read)
+            check_no_row_weights(row_id, row, read)
             fields = {kind: names for kind, names in self._media_fields().items() if names}
             messages = self.conversation.messages(row_id, row, rules, fields, self.placeholder, prompting.add_images)
         else:
@@ -180,11 +180,13 @@ class DataTemplate(Declaration):
         whole = {**inner, **members}
         for kind, fields in self._media_fields().items():
             own = {
-                name: value for name, value in members.items() if isinstance(value, Embedded) and kind_of_name(value.name) == kind
+                name: value
+                for name, value in members.items()
+                if isinstance(value, EmbeddedMedia) and modality_of_file(value.name) == kind
             }
             if not own or not fields:
                 continue
-            field = next((name for name in fields if not is_empty(inner.get(name))), fields[0])
+            field = next((name for name in fields if not is_empty_value(inner.get(name))), fields[0])
             whole = {name: value for name, value in whole.items() if name not in own}
             whole[field] = _members_in_order(row_id, field, inner.get(field), own)
         return whole
@@ -201,9 +203,9 @@ class DataTemplate(Declaration):
         declared = {"image": self.images, "video": self.videos, "audio": self.audio}
         return {kind: () if names is None else (names,) if isinstance(names, str) else names for kind, names in declared.items()}
 
-    def columns(self) -> Columns:
+    def columns(self) -> ColumnTemplate:
         """What a template without a conversation says, apart from the rest."""
-        return Columns(self.messages, self.values, self.repeat, self.options, self.verbalizer, self.boxes, self.references)
+        return ColumnTemplate(self.messages, self.values, self.repeat, self.options, self.verbalizer, self.boxes, self.references)
 
     def undeclared_boxes(self) -> str | None:
         """A column with a box's name that a text reads as it is; None where there is none, or the template declares boxes."""
@@ -250,7 +252,7 @@ def _check_turns(row_id: str, messages: list[Message]) -> None:
             raise RowError(row_id, f"messages[{number}]", f"an answer cannot hold {_with_article(media[0])}", "image_in_answer")
 
 
-def _members_in_order(row_id: str, field: str, named: Any, members: Mapping[str, Embedded]) -> list[Embedded]:
+def _members_in_order(row_id: str, field: str, named: Any, members: Mapping[str, EmbeddedMedia]) -> list[EmbeddedMedia]:
     """A row's members of one kind in the order of the media that its `json` names.
 
     Args:
@@ -262,7 +264,7 @@ def _members_in_order(row_id: str, field: str, named: Any, members: Mapping[str,
     Raises:
         RowError: a count that differs, a path that names no member where another does, or a member that none names.
     """
-    if is_empty(named):
+    if is_empty_value(named):
         return [members[key] for key in sorted(members, key=_by_number)]
     paths = [item.get("path") if isinstance(item, Mapping) else item for item in (named if isinstance(named, list) else [named])]
     keys = [next((key for key in members if _names_member(path, key, members[key])), None) for path in paths]
@@ -281,7 +283,7 @@ def _members_in_order(row_id: str, field: str, named: Any, members: Mapping[str,
     return [members[key] for key in sorted(members, key=_by_number)]
 
 
-def _names_member(path: Any, key: str, member: Embedded) -> bool:
+def _names_member(path: Any, key: str, member: EmbeddedMedia) -> bool:
     """Whether a path ends in the key or the name of a member."""
     if not isinstance(path, str):
         return False

@@ -8,8 +8,8 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from mmtune.data.media.media import Embedded
-from mmtune.data.media.media_names import BESIDE, IMAGE_IN_BASE64, WRAPPERS
+from mmtune.data.media.media import EmbeddedMedia
+from mmtune.data.media.media_names import DETAIL_KEYS, IMAGE_IN_BASE64, WRAPPERS
 from mmtune.data.message import RowError
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
@@ -39,12 +39,12 @@ _EMPTY_WORDS = ("", "none", "null", "nan", "false")
 _LONGEST_PATH = 2048
 
 
-def kind_of_name(name: str) -> str | None:
+def modality_of_file(name: str) -> str | None:
     """`image`, `video` or `audio`, by the ending of a file's name; None for any other."""
     return _KIND_OF.get(PurePosixPath(name).suffix.lower())
 
 
-def is_empty(value: Any) -> bool:
+def is_empty_value(value: Any) -> bool:
     """Whether a value holds nothing: null, an empty text or a word for null, or lists and objects of these alone."""
     return all(
         leaf is None or (isinstance(leaf, str) and leaf.strip().lower() in _EMPTY_WORDS) or leaf == b""
@@ -61,7 +61,7 @@ def holds_media(key: str, value: Any, provenance: bool = False) -> bool:
         provenance: whether a web address beside other keys of an object inside of the value says where media come from, and
             is none itself.
     """
-    if isinstance(value, (bool, int, float)) or is_empty(value):
+    if isinstance(value, (bool, int, float)) or is_empty_value(value):
         return False
     return _is_media_name(key) or _looks_like_media(key, value, provenance)
 
@@ -98,14 +98,14 @@ def _is_media_name(key: str) -> bool:
 
 def _looks_like_media(key: str, value: Any, provenance: bool) -> bool:
     for name, leaf, place in _leaves(key, value):
-        if isinstance(leaf, bool) or is_empty(leaf):
+        if isinstance(leaf, bool) or is_empty_value(leaf):
             continue
         if place == "block" and (name in _IN_BLOCKS or _is_media_name(name)):
             return True
         if isinstance(leaf, str):
             is_media = _is_media_text(leaf) and not (provenance and place == "metadata" and _is_web_address(leaf))
-        elif isinstance(leaf, Embedded):
-            is_media = kind_of_name(leaf.name) is not None
+        elif isinstance(leaf, EmbeddedMedia):
+            is_media = modality_of_file(leaf.name) is not None
         else:
             is_media = isinstance(leaf, (bytes, bytearray, memoryview))
         if is_media:
@@ -120,7 +120,7 @@ def _is_media_text(text: str) -> bool:
     if len(text) > _LONGEST_PATH or "\n" in text:
         return False
     path = _path_of(text)
-    if kind_of_name(path) is None:
+    if modality_of_file(path) is None:
         return False
     if not re.search(r"\s", path):
         return True
@@ -166,4 +166,4 @@ def _place(item: Mapping[Any, Any]) -> str:
         return "block"
     if "bytes" in item and set(item) <= {"bytes", "path"} and isinstance(item["bytes"], (str, bytes, list, type(None))):
         return "block"
-    return "" if set(item) <= {*WRAPPERS, *BESIDE, "bytes"} else "metadata"
+    return "" if set(item) <= {*WRAPPERS, *DETAIL_KEYS, "bytes"} else "metadata"

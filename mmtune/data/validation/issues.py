@@ -87,7 +87,7 @@ ISSUE_TYPES: dict[str, IssueType] = {
 }
 
 
-class Unusable(ValueError):
+class DataIssueError(ValueError):
     """What is wrong with a part of a row, said where the row's id is not known.
 
     Args:
@@ -100,13 +100,13 @@ class Unusable(ValueError):
         self.issue = issue
         self.detail = detail
 
-    def __reduce__(self) -> tuple[type[Unusable], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[DataIssueError], tuple[str, str]]:
         return type(self), (self.issue, self.detail)  # sent between processes
 
 
-def kind_of(error: ValueError, otherwise: str = "row_unusable") -> str:
+def issue_type_of(error: ValueError, otherwise: str = "row_unusable") -> str:
     """The kind of fault that an error says, a name in `ISSUE_TYPES`; `otherwise` if it says none."""
-    return error.issue if isinstance(error, Unusable) else otherwise
+    return error.issue if isinstance(error, DataIssueError) else otherwise
 
 
 @dataclass(frozen=True)

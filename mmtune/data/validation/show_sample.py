@@ -21,13 +21,13 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from mmtune.chat_templates.rendering import render_prompt
 from mmtune.console.styled_console import StyledConsole
 from mmtune.data.dataset import open_readers
-from mmtune.data.encoding.encode import OverLength, as_shown, chat_template_of, encode_text
-from mmtune.data.encoding.over_length import fit
+from mmtune.data.encoding.encode import OverLength, chat_template_of, encode_text, to_template_messages
+from mmtune.data.encoding.over_length import fit_to_budget
 from mmtune.data.encoding.token_counts import sample_replacements
 from mmtune.data.media.media import ImageView, Media, open_image
 from mmtune.data.message import RowError, Sample
-from mmtune.data.sources.reader import Reader
-from mmtune.data.sources.rows import Row, own_id
+from mmtune.data.sources.reader import SourceReader
+from mmtune.data.sources.rows import Row, id_in_dataset
 from mmtune.recipe.recipe import DataSection, Source
 from mmtune.utils.errors import UserError
 
@@ -55,7 +55,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class View:
+class SampleView:
     """One sample, encoded.
 
     Attributes:
@@ -93,7 +93,7 @@ def find_sample(train: Sequence[Source], held_out: Sequence[Source], row_id: str
         RowError: when the row cannot be read.
     """
     example = ""
-    own: dict[str, tuple[Reader, Row]] = {}
+    own: dict[str, tuple[SourceReader, Row]] = {}
     for reader in (*open_readers(train), *open_readers(held_out)):
         rows = reader.open()
         for index in _likely_first(row_id, len(rows)):
@@ -107,7 +107,7 @@ def find_sample(train: Sequence[Source], held_out: Sequence[Source], row_id: str
                 return reader.sample(found, row)
             example = found
             # A shard's row may have it in its `json`.
-            ids = [own_id(each) for each in (row, row.get("json")) if isinstance(each, dict)]
+            ids = [id_in_dataset(each) for each in (row, row.get("json")) if isinstance(each, dict)]
             if row_id in [str(each) for each in ids if each is not None]:
                 own[found] = (reader, row)
     if len(own) > 1:
@@ -126,7 +126,7 @@ def _likely_first(row_id: str, count: int) -> Iterator[int]:
     yield from (index for index in range(count) if index not in likely)
 
 
-def view_sample(sample: Sample, processor: ProcessorMixin, section: DataSection) -> View:
+def view_sample(sample: Sample, processor: ProcessorMixin, section: DataSection) -> SampleView:
     """Encode a sample as a recipe trains on it, without opening its images.
 
     Args:
@@ -140,7 +140,7 @@ def view_sample(sample: Sample, processor: ProcessorMixin, section: DataSection)
     notes = []
     if section.max_tokens is not None:
         try:
-            fitted = fit(sample, processor, section.max_tokens, section.over_length, section.supervise)
+            fitted = fit_to_budget(sample, processor, section.max_tokens, section.over_length, section.supervise)
         except OverLength as error:
             notes.append(f"does not train: {error.detail} (data.over_length: {section.over_length})")
         else:
@@ -156,9 +156,9 @@ def view_sample(sample: Sample, processor: ProcessorMixin, section: DataSection)
     ]
     texts = token_texts(processor.tokenizer, encoded.input_ids)
     tokens = [Token(*each) for each in zip(encoded.input_ids, texts, kinds, strict=True)]
-    question = as_shown(sample.id, sample.messages[:-1])
+    question = to_template_messages(sample.id, sample.messages[:-1])
     prompt = render_prompt(question, chat_template_of(processor), processor.tokenizer)
-    return View(sample, tokens, prompt, notes)
+    return SampleView(sample, tokens, prompt, notes)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> list[str]:
@@ -190,26 +190,26 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> lis
 # ---- terminal
 
 
-def print_view(view: View, console: Console | None = None) -> None:
+def print_sample(view: SampleView, console: Console | None = None) -> None:
     """Print a sample: runs of tokens of one kind, each beside the name of its kind, so that it reads without colours too."""
     console = console or StyledConsole(highlight=False)
-    console.print(Text(visible(view.sample.id), "bold"))
+    console.print(Text(escape_invisible(view.sample.id), "bold"))
     console.print(Text(view.summary()))
     for note in view.notes:
         console.print(Text(note, "yellow"))
     for number, media in enumerate(view.sample.images, start=1):
-        console.print(Text(f"image {number}: {visible(str(media))}"))
+        console.print(Text(f"image {number}: {escape_invisible(str(media))}"))
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for kind, grouped in groupby(view.tokens, key=lambda token: token.kind):
         run = list(grouped)
-        text = collapsed(run) if kind == "media" else "".join(token.text for token in run)
-        table.add_row(Text(f"{kind:>10} |", STYLES[kind] or "dim"), Text(lines_marked(text), STYLES[kind]))
+        text = collapse_repeats(run) if kind == "media" else "".join(token.text for token in run)
+        table.add_row(Text(f"{kind:>10} |", STYLES[kind] or "dim"), Text(show_line_breaks(text), STYLES[kind]))
     console.print(table)
 
 
-def collapsed(tokens: Sequence[Token]) -> str:
+def collapse_repeats(tokens: Sequence[Token]) -> str:
     """The text of media tokens, those that repeat as `<image> x 576`."""
     parts = []
     for _, run in groupby(tokens, key=lambda token: token.id):
@@ -218,14 +218,14 @@ def collapsed(tokens: Sequence[Token]) -> str:
     return " ".join(parts)
 
 
-def visible(text: str) -> str:
+def escape_invisible(text: str) -> str:
     """Characters that show nothing, or move what stands beside them, as escapes; line breaks stay."""
     return "".join(char if char.isprintable() or char == "\n" else _escape(char) for char in text)
 
 
-def lines_marked(text: str) -> str:
-    """As `visible`, with a mark at the end of each line."""
-    return visible(text).replace("\n", "\u23ce\n").removesuffix("\n")
+def show_line_breaks(text: str) -> str:
+    """As `escape_invisible`, with a mark at the end of each line."""
+    return escape_invisible(text).replace("\n", "\u23ce\n").removesuffix("\n")
 
 
 def _escape(char: str) -> str:
@@ -245,7 +245,7 @@ class _Shown:
     times: int = 1
 
 
-def write_page(view: View, path: Path) -> None:
+def write_page(view: SampleView, path: Path) -> None:
     """Write a page with the sample's pictures and its tokens, their ids on hover; everything is inside the one file.
 
     Raises:
@@ -256,12 +256,12 @@ def write_page(view: View, path: Path) -> None:
     )
     style = environment.get_template("sample.css").render()
     page = environment.get_template("sample.html.jinja").render(
-        row=visible(view.sample.id),
+        row=escape_invisible(view.sample.id),
         summary=view.summary(),
         notes=view.notes,
         pictures=[_picture(media) for media in view.sample.images],
         runs=[(kind, list(_shown(list(run)))) for kind, run in groupby(view.tokens, key=lambda token: token.kind)],
-        prompt=visible(view.prompt),
+        prompt=escape_invisible(view.prompt),
         style=style,
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii"),
     )
@@ -276,22 +276,22 @@ def _shown(tokens: Sequence[Token]) -> Iterator[_Shown]:
     if tokens[0].kind == "media":
         for number, run in groupby(tokens, key=lambda token: token.id):
             same = list(run)
-            yield _Shown(visible(same[0].text), str(number), "media", len(same))
+            yield _Shown(escape_invisible(same[0].text), str(number), "media", len(same))
         return
     ids: list[str] = []
     for position, token in enumerate(tokens):
         ids.append(str(token.id))
         if token.text or position == len(tokens) - 1:
-            yield _Shown(lines_marked(token.text) + "\n" * token.text.endswith("\n"), " ".join(ids), token.kind)
+            yield _Shown(show_line_breaks(token.text) + "\n" * token.text.endswith("\n"), " ".join(ids), token.kind)
             ids = []
 
 
 def _picture(media: Media) -> dict[str, Any]:
-    name = visible(str(media))
+    name = escape_invisible(str(media))
     try:
         image = open_image(media)
     except ValueError as error:
-        return {"name": name, "fault": visible(str(error))}
+        return {"name": name, "fault": escape_invisible(str(error))}
     size = f"{image.width} x {image.height}"
     small = max(image.size) <= SMALL
     image.thumbnail((PICTURE, PICTURE))

@@ -25,21 +25,21 @@ from transformers import ProcessorMixin
 
 from mmtune.console.styled_console import StyledConsole
 from mmtune.data.dataset import open_readers
-from mmtune.data.encoding.encode import Supervise, too_long
-from mmtune.data.encoding.over_length import with_sizes
+from mmtune.data.encoding.encode import Supervise, over_length_error
+from mmtune.data.encoding.over_length import set_image_sizes
 from mmtune.data.encoding.token_counts import Size, count_tokens
 from mmtune.data.media.image_headers import inspect_image
-from mmtune.data.media.media import MediaRules, changed_size
+from mmtune.data.media.media import MediaRules, augmented_size
 from mmtune.data.message import Message, RowError, Sample, split_question, text_of
-from mmtune.data.processes import in_processes
-from mmtune.data.sources.reader import Reader
-from mmtune.data.sources.rows import OWN_IDS, own_id
+from mmtune.data.processes import map_rows
+from mmtune.data.sources.reader import SourceReader
+from mmtune.data.sources.rows import ID_FIELDS, id_in_dataset
 from mmtune.data.sources.source import Row, Rows, open_rows
 from mmtune.data.templates.boxes import BOX_FIELDS
 from mmtune.data.templates.template import DataTemplate, load_data_template, shipped_templates
 from mmtune.data.templates.unread_media import holds_media
 from mmtune.data.validation.issues import ISSUE_TYPES, Issue, issue
-from mmtune.data.validation.show_sample import visible
+from mmtune.data.validation.show_sample import escape_invisible
 from mmtune.recipe.recipe import Source
 from mmtune.utils.errors import UserError
 
@@ -63,7 +63,7 @@ Digests = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 @dataclass(frozen=True)
-class Rules:
+class ValidationSettings:
     """What rows are held to besides their templates.
 
     Attributes:
@@ -82,7 +82,7 @@ class Rules:
 
 
 @dataclass
-class Summary:
+class IssueSummary:
     """What was found, counted."""
 
     rows: int
@@ -122,7 +122,7 @@ class Summary:
         for name, kind in ISSUE_TYPES.items():
             if count := self.counts[name]:
                 rows = ", ".join(self.first[name]) + (", ..." if count > len(self.first[name]) else "")
-                told = Text.assemble(rows, "\n", visible(self.details[name][:300]), "\n", (kind.fix, "dim"))
+                told = Text.assemble(rows, "\n", escape_invisible(self.details[name][:300]), "\n", (kind.fix, "dim"))
                 table.add_row(Text(kind.severity, styles[kind.severity]), Text(name), Text(f"{count:,}", justify="right"), told)
         if self.counts:
             StyledConsole().print(table)
@@ -131,10 +131,10 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _OpenSource:
     """One source, open."""
 
-    reader: Reader
+    reader: SourceReader
     rows: Rows
     held_out: bool
     known: frozenset[str]
@@ -143,7 +143,7 @@ class _Part:
 class Validator:
     """Checks every row of some sources."""
 
-    def __init__(self, train: Sequence[Source], held_out: Sequence[Source] = (), rules: Rules | None = None) -> None:
+    def __init__(self, train: Sequence[Source], held_out: Sequence[Source] = (), rules: ValidationSettings | None = None) -> None:
         """
         Args:
             train: the sources that train.
@@ -153,7 +153,7 @@ class Validator:
         Raises:
             UserError: a missing or unreadable file, or an unknown template.
         """
-        self._rules = rules or Rules()
+        self._rules = rules or ValidationSettings()
         self._control = _spelling(self._rules.processor)
         # Opened apart, as a run opens them: rows have the ids, and with them the draws, that they have there.
         self._parts = [_open(each, bool(part)) for part, of in enumerate((train, held_out)) for each in open_readers(of)]
@@ -165,7 +165,7 @@ class Validator:
         A bar shows the progress on a terminal.
 
         Args:
-            processes: how many work at once, as `in_processes`.
+            processes: how many work at once, as `map_rows`.
 
         Raises:
             UserError: what is wrong with more than a row, such as a model without a chat template.
@@ -174,7 +174,7 @@ class Validator:
         for number, part in enumerate(self._parts):
             digests = np.zeros((2, len(part.rows)), np.uint64)
             unread: dict[str, list[int]] = {}
-            checked = in_processes(partial(self._check, part), range(len(part.rows)), processes, "checking rows")
+            checked = map_rows(partial(self._check, part), range(len(part.rows)), processes, "checking rows")
             for position, (found, compare, fields) in enumerate(checked):
                 yield from found
                 digests[:, position] = compare
@@ -186,19 +186,19 @@ class Validator:
             }  # a row is read once, however many fields it has
             for name, having in unread.items():
                 yield issue(ids[having[0]], name, "field_unknown", f"{len(having):,} rows have it, this one first")
-            earlier, same_id = map(_earlier, digests)
+            earlier, same_id = map(_first_occurrences, digests)
             same_id[earlier >= 0] = -1  # that a copied row has the same id says nothing new
             yield from self._repeated(number, "row", "duplicate_row", earlier)
             yield from self._repeated(number, "id", "duplicate_id", same_id)
             compared.append(digests[0])
         yield from self._held_out(compared)
 
-    def _check(self, part: _Part, position: int) -> tuple[list[Issue], tuple[int, int], list[str]]:
+    def _check(self, part: _OpenSource, position: int) -> tuple[list[Issue], tuple[int, int], list[str]]:
         """Of a row what is found, digests of it and of its own id (0 where there is nothing to compare), and fields not read."""
         try:
             row_id, row = part.rows[position]
         except RowError as error:
-            return [_of(error)], (0, 0), []
+            return [_issue_of_error(error)], (0, 0), []
         found: list[Issue] = []
         media = []
         read = row
@@ -210,7 +210,7 @@ class Validator:
                 split_question(sample)
             found += self._sample(sample, read, part.reader.template.boxes is not None, part.held_out)
         except RowError as error:
-            found.append(_of(error))
+            found.append(_issue_of_error(error))
         digests = _digest((row, [str(image) for image in media])), _id_digest(read)
         unread = [name for name in read if name not in part.known and not holds_media(name, read[name], bool(media))]
         return found, digests, unread
@@ -237,18 +237,18 @@ class Validator:
         """What comes of encoding the text, as training does, with image tokens counted from the images' sizes."""
         rules = self._rules
         assert rules.processor is not None
-        shown = [changed_size(media, size) for media, size in zip(sample.images, sizes, strict=True)]
-        sized = replace(sample, messages=with_sizes(sample.messages, shown))
+        shown = [augmented_size(media, size) for media, size in zip(sample.images, sizes, strict=True)]
+        sized = replace(sample, messages=set_image_sizes(sample.messages, shown))
         try:
             counts = count_tokens(sized, rules.processor, rules.supervise)
         except RowError as error:
-            yield _of(error)
+            yield _issue_of_error(error)
             return
         if counts.supervised == 0:
             yield issue(sample.id, "messages", "nothing_supervised", f"none of {counts.tokens:,} tokens is an answer's")
         if not held_out and rules.max_tokens is not None and counts.tokens > rules.max_tokens:
             kind = "too_long" if rules.over_length == "error" else "too_long_by_policy"
-            yield issue(sample.id, "messages", kind, too_long(sample.id, counts.tokens, rules.max_tokens).detail)
+            yield issue(sample.id, "messages", kind, over_length_error(sample.id, counts.tokens, rules.max_tokens).detail)
 
     def _text(self, row_id: str, where: str, message: Message) -> Iterator[Issue]:
         text = text_of(message)
@@ -280,13 +280,13 @@ class Validator:
         return self._parts[number].rows[position][0]
 
 
-def _open(reader: Reader, held_out: bool) -> _Part:
+def _open(reader: SourceReader, held_out: bool) -> _OpenSource:
     rows = reader.open()
-    known = reader.template.fields_read | reader.ignored | {*reader.template.ignore, *OWN_IDS, *BOX_FIELDS}
-    return _Part(reader, rows, held_out, frozenset(known))
+    known = reader.template.fields_read | reader.ignored | {*reader.template.ignore, *ID_FIELDS, *BOX_FIELDS}
+    return _OpenSource(reader, rows, held_out, frozenset(known))
 
 
-def _of(error: RowError) -> Issue:
+def _issue_of_error(error: RowError) -> Issue:
     return issue(error.row, error.field, error.issue, error.detail)
 
 
@@ -355,7 +355,7 @@ def _spelling(processor: ProcessorMixin | None) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
 
 
-def _earlier(digests: Digests) -> Positions:
+def _first_occurrences(digests: Digests) -> Positions:
     """For each digest the first position that has the same one, if that is an earlier position; else -1."""
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     earlier = first[inverse]
@@ -373,7 +373,7 @@ def _plain(value: Any) -> str:
 
 
 def _id_digest(row: Row) -> int:
-    given = own_id(row)
+    given = id_in_dataset(row)
     return 0 if given is None else _digest(given)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, RandomSampler
 
-from mmtune.data.batching.batch_sampler import Batches, Mixture, spread
+from mmtune.data.batching.batch_sampler import Mixture, MixtureBatchSampler, balance
 
 
 def alone(count: int) -> Mixture:
@@ -27,7 +27,7 @@ def llava_like(count: int, seed: int = 0) -> Any:
     return text + 576 * (random.random(count) < 0.95)
 
 
-def steps(batches: list[Batches], accumulation: int) -> list[Counter[int]]:
+def steps(batches: list[MixtureBatchSampler], accumulation: int) -> list[Counter[int]]:
     """The rows of each optimizer step, over all processes."""
     ranks = [list(each) for each in batches]
     assert len({len(rank) for rank in ranks}) == 1
@@ -37,7 +37,7 @@ def steps(batches: list[Batches], accumulation: int) -> list[Counter[int]]:
 
 
 def test_the_order_is_that_of_torchs_own_sampler() -> None:
-    batches = Batches(alone(23), seed=5, size=4)
+    batches = MixtureBatchSampler(alone(23), seed=5, size=4)
     for epoch in (0, 1, 0):
         batches.set_epoch(epoch)
         sampler = RandomSampler(range(23), generator=torch.Generator().manual_seed(5 + epoch))
@@ -52,7 +52,7 @@ def test_a_step_has_the_same_rows_in_every_layout(kind: str, count: int) -> None
     found = []
     for world_size, accumulation, size in ((1, 6, 2), (2, 3, 2), (3, 2, 2), (6, 1, 2)):
         of = [
-            Batches(
+            MixtureBatchSampler(
                 alone(count),
                 seed=1,
                 size=size,
@@ -77,7 +77,7 @@ def test_a_budget_is_kept_and_no_row_is_lost(lengths: list[int], world_size: int
     if not any(lengths):
         lengths[0] = 1
     of = [
-        Batches(
+        MixtureBatchSampler(
             alone(sum(length > 0 for length in lengths)),
             seed=0,
             size=1,
@@ -104,8 +104,8 @@ def test_the_largest_batch_comes_first_and_in_the_first_epoch_only(more: dict[st
     lengths = np.array([3, 9, 4, 50, 2, 7, 7, 1] * 4)
     lengths[13] = 60
     for seed in range(8):  # by chance the largest batch may come first anyway
-        plain = Batches(alone(32), seed=seed, size=4, lengths=lengths, **more)
-        batches = Batches(alone(32), seed=seed, size=4, lengths=lengths, largest_first=True, **more)
+        plain = MixtureBatchSampler(alone(32), seed=seed, size=4, lengths=lengths, **more)
+        batches = MixtureBatchSampler(alone(32), seed=seed, size=4, lengths=lengths, largest_first=True, **more)
         largest = max(lengths[batch].sum() if "packed" in more else lengths[batch].max() * len(batch) for batch in batches)
         first = next(iter(batches))
         assert (lengths[first].sum() if "packed" in more else lengths[first].max() * len(first)) == largest
@@ -116,11 +116,11 @@ def test_the_largest_batch_comes_first_and_in_the_first_epoch_only(more: dict[st
 
 def test_the_largest_batch_is_told_with_and_without_its_padding() -> None:
     lengths = np.array([3, 9, 4, 50, 2, 7, 0, 60])
-    found = Batches(alone(7), seed=2, size=2, lengths=lengths).largest()
+    found = MixtureBatchSampler(alone(7), seed=2, size=2, lengths=lengths).largest()
     assert found["rows"] == 2 and found["padded_tokens"] == 120 and 62 <= found["tokens"] <= 110
 
 
-def _at(batches: Batches, epoch: int) -> Batches:
+def _at(batches: MixtureBatchSampler, epoch: int) -> MixtureBatchSampler:
     batches.set_epoch(epoch)
     return batches
 
@@ -130,7 +130,7 @@ def _at(batches: Batches, epoch: int) -> Batches:
 def test_processes_have_equal_work_within_three_per_cent(world_size: int, kind: str) -> None:
     lengths = llava_like(world_size * 160)
     more: dict[str, Any] = {"tokens": 16384, "packed": kind == "packed"} if kind != "size" else {}
-    batches = Batches(
+    batches = MixtureBatchSampler(
         alone(len(lengths)), seed=0, size=16, accumulation=world_size, lengths=lengths, **more
     )  # one takes all in turn
     tokens = np.array([lengths[batch].sum() for batch in batches])
@@ -143,15 +143,15 @@ def test_processes_have_equal_work_within_three_per_cent(world_size: int, kind: 
 def test_spreading_fills_every_batch_and_balances_it() -> None:
     rows = np.arange(12)
     lengths = np.array([100, 1, 1, 1, 50, 50, 1, 1, 1, 1, 90, 7])
-    made = spread(rows, lengths, 3, 4)
+    made = balance(rows, lengths, 3, 4)
     assert sorted(chain.from_iterable(made)) == list(range(12)) and [len(batch) for batch in made] == [4, 4, 4]
     assert max(lengths[batch].sum() for batch in made) == 103  # the best there is: 100 with three of one token
 
 
 def test_the_last_rows_are_shared_and_none_is_taken_twice() -> None:
-    of = [list(Batches(alone(5), seed=0, size=2, rank=rank, world_size=2)) for rank in range(2)]
+    of = [list(MixtureBatchSampler(alone(5), seed=0, size=2, rank=rank, world_size=2)) for rank in range(2)]
     assert [[len(batch) for batch in rank] for rank in of] == [[2, 1], [2, 0]]
-    dropped = [list(Batches(alone(5), seed=0, size=2, rank=rank, world_size=2, drop_last=True)) for rank in range(2)]
+    dropped = [list(MixtureBatchSampler(alone(5), seed=0, size=2, rank=rank, world_size=2, drop_last=True)) for rank in range(2)]
     assert [[len(batch) for batch in rank] for rank in dropped] == [[2], [2]]
 
 
@@ -183,7 +183,7 @@ def test_every_row_is_met_equally_often_over_the_epochs(sources: list[tuple[int,
 
 
 def test_a_source_of_half_weight_has_another_half_in_the_next_epoch() -> None:
-    batches = Batches(Mixture.by_repeats([8, 6], [1.0, 0.5]), seed=0, size=1)
+    batches = MixtureBatchSampler(Mixture.by_repeats([8, 6], [1.0, 0.5]), seed=0, size=1)
     first, second = set(chain.from_iterable(batches)), set(chain.from_iterable(_at(batches, 1)))
     assert first & second == set(range(8)) and first | second == set(range(14))
 
@@ -196,7 +196,7 @@ def test_every_epoch_has_as_many_batches_as_announced(kind: str, seed: int) -> N
     lengths[np.random.default_rng(seed + 9).permutation(100)[:40]] = 0
     more: dict[str, Any] = {"tokens": 90, "packed": kind == "packed"} if kind != "size" else {}
     mixture = Mixture.by_repeats([60], [0.5])
-    batches = Batches(mixture, seed=seed, size=2, accumulation=3, lengths=lengths, steps=30, **more)
+    batches = MixtureBatchSampler(mixture, seed=seed, size=2, accumulation=3, lengths=lengths, steps=30, **more)
     met: Counter[int] = Counter()
     for epoch in range(4):
         made = list(_at(batches, epoch))
@@ -207,7 +207,7 @@ def test_every_epoch_has_as_many_batches_as_announced(kind: str, seed: int) -> N
 
 def test_packed_epochs_of_parts_of_a_source_have_equally_many_batches() -> None:
     lengths = np.random.default_rng(0).integers(1, 40, 50)
-    batches = Batches(
+    batches = MixtureBatchSampler(
         Mixture.by_repeats([50], [0.3]), seed=0, size=1, lengths=lengths, tokens=50, packed=True, accumulation=2, epochs=6
     )
     for epoch in range(6):

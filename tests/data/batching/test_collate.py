@@ -23,11 +23,11 @@ SIZES = [[(60, 40)], [], [(150, 40), (30, 90)], [(100, 200)], []]
 WORDS = ["what is it?", "nothing to see, yes or no?", "two", "the cat is on the mat", "yes?"]
 
 
-def conversations(folder: Path, with_images: bool = True) -> list[list[Message]]:
+def conversations(folder: Path, open_images: bool = True) -> list[list[Message]]:
     made = []
     for number, (sizes, words) in enumerate(zip(SIZES, WORDS, strict=True)):
         content: list[dict[str, Any]] = []
-        for place, size in enumerate(sizes if with_images else []):
+        for place, size in enumerate(sizes if open_images else []):
             path = folder / f"{number}_{place}.png"
             # Neither flat nor like another: what is joined in the wrong order does not compare equal.
             Image.radial_gradient("L").resize(size).rotate(37 * number + 11 * place).convert("RGB").save(path)
@@ -73,7 +73,7 @@ def test_a_batch_is_the_processors_own(family: str, side: str, tmp_path: Path) -
 @pytest.mark.parametrize("family", sorted({*FAMILIES} - {"paligemma"}))
 def test_a_batch_of_text_alone_has_no_media(family: str, tmp_path: Path) -> None:
     processor = FAMILIES[family]()
-    talks = conversations(tmp_path, with_images=False)
+    talks = conversations(tmp_path, open_images=False)
     batch = collate([encode_prompt("r", talk, processor) for talk in talks], processor.tokenizer.pad_token_id)
     assert_same(batch, of_the_processor(processor, talks, "right"))
 

@@ -19,7 +19,7 @@ from mmtune.data.encoding.encode import (
     check_chat_template,
     encode_prompt,
     encode_sample,
-    with_images,
+    open_images,
 )
 from mmtune.data.message import Message, RowError, Sample
 from mmtune.utils.errors import UserError
@@ -146,7 +146,7 @@ def test_training_and_serving_agree(template_processors: dict[str, Any], media: 
     """At every answer, what is served is what was trained up to there; and both are what the processor gives by itself."""
     processor, sample = template_processors[name], _conversations(media)[case]
     trained = encode_sample(sample, processor)
-    opened = with_images(sample.id, sample.messages)
+    opened = open_images(sample.id, sample.messages)
     plain = processor.apply_chat_template(opened, tokenize=True, return_dict=True, return_tensors="pt")
     assert set(trained) == {*plain, "labels"}
     assert all(torch.equal(trained[key], plain[key]) for key in plain)
@@ -186,7 +186,7 @@ def test_a_control_token_that_text_spells_stays_text(
         sample = _sample(*turns)
         encoded = encode_sample(sample, processor)
         plain = processor.apply_chat_template(
-            with_images(sample.id, sample.messages),
+            open_images(sample.id, sample.messages),
             tokenize=True,
             return_dict=True,
             sanitize_control_tokens=True,
@@ -197,7 +197,7 @@ def test_a_control_token_that_text_spells_stays_text(
         assert _spans(encoded, processor) == [SPACE.get(name, "") + answer + END[name] for answer in answers]
         prompt = encode_prompt(sample.id, sample.messages[:-1], processor)
         served = processor.apply_chat_template(
-            with_images(sample.id, sample.messages[:-1]),
+            open_images(sample.id, sample.messages[:-1]),
             tokenize=True,
             return_dict=True,
             sanitize_control_tokens=True,

@@ -11,7 +11,7 @@ import transformers as tf
 from family_processors import FAMILIES
 from PIL import Image
 
-from mmtune.data.encoding.encode import IGNORE_INDEX, check_chat_template, encode_prompt, encode_sample, encode_text, with_images
+from mmtune.data.encoding.encode import IGNORE_INDEX, check_chat_template, encode_prompt, encode_sample, encode_text, open_images
 from mmtune.data.message import Message, RowError, Sample
 from mmtune.utils.errors import UserError
 
@@ -54,7 +54,7 @@ def _plain(messages: list[Message], processor: Any, sanitize: bool, prompt: bool
     """What the processor gives by itself."""
     return dict(
         processor.apply_chat_template(
-            with_images("r", messages),
+            open_images("r", messages),
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
@@ -104,7 +104,7 @@ def test_text_alone_gives_the_tokens_of_the_whole_sample(pictures: Path, family:
     """What counting does: the same tokens from the replacement strings, no pixel read; media tokens are told apart."""
     processor = FAMILIES[family]()
     sample = _sample(CONVERSATIONS["several"], pictures, processor)
-    images = [block["image"] for message in with_images("r", sample.messages) for block in message["content"] if "image" in block]
+    images = [block["image"] for message in open_images("r", sample.messages) for block in message["content"] if "image" in block]
     inputs = processor(
         images=[images],
         text=[processor.image_token * 3],

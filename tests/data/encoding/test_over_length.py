@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmtune.data.encoding.encode import OverLength, encode_sample
-from mmtune.data.encoding.over_length import SMALLEST_EDGE, FittedSample, drop_media, fit, shrink_to_fit
+from mmtune.data.encoding.over_length import SMALLEST_EDGE, FittedSample, drop_image, fit_to_budget, resize_images
 from mmtune.data.encoding.token_counts import Size, count_tokens, image_replacements
 from mmtune.data.message import RowError, Sample
 
@@ -66,7 +66,7 @@ def test_a_sample_that_fits_is_left_alone(pictures: dict[str, Path], policy: Any
     processor, sample = FAMILIES["qwen2_vl"](), _sample([pictures["large"], "what?"], ["a wall"])
     counts = count_tokens(sample, processor)
     for limit in (counts.tokens, None):
-        assert fit(sample, processor, limit, policy) == FittedSample(sample, counts)
+        assert fit_to_budget(sample, processor, limit, policy) == FittedSample(sample, counts)
 
 
 @pytest.mark.parametrize("policy", ["error", "drop_sample"])
@@ -74,7 +74,7 @@ def test_a_long_sample_is_refused_in_the_encoders_words(pictures: dict[str, Path
     processor, sample = FAMILIES["qwen2_vl"](), _sample([pictures["large"], "what?"], ["a wall"])
     limit = count_tokens(sample, processor).tokens - 1
     with pytest.raises(OverLength) as counted:
-        fit(sample, processor, limit, policy)
+        fit_to_budget(sample, processor, limit, policy)
     with pytest.raises(OverLength) as encoded:
         encode_sample(sample, processor, limit)
     assert str(counted.value) == str(encoded.value)
@@ -87,11 +87,11 @@ def test_the_largest_image_goes_first_and_no_more_than_needed(pictures: dict[str
     processor = FAMILIES["qwen2_vl"]()
     sample = _sample([pictures["small"], pictures["large"], pictures["wide"], "which?"], ["the last"])
     whole = count_tokens(sample, processor).tokens
-    fitted = fit(sample, processor, whole - 1, "drop_media")
+    fitted = fit_to_budget(sample, processor, whole - 1, "drop_media")
     assert (_names(fitted), fitted.dropped, fitted.resized) == (["small", "wide"], 1, 0)
     assert fitted.counts.tokens == _length(processor, fitted.sample) < whole
     assert _answers(fitted.sample) == _answers(sample)
-    assert _names(fit(sample, processor, fitted.counts.tokens - 1, "drop_media")) == ["small"]
+    assert _names(fit_to_budget(sample, processor, fitted.counts.tokens - 1, "drop_media")) == ["small"]
 
 
 def test_of_equal_images_the_last_of_the_earliest_turn_goes_first(pictures: dict[str, Path]) -> None:
@@ -100,7 +100,7 @@ def test_of_equal_images_the_last_of_the_earliest_turn_goes_first(pictures: dict
     limit = count_tokens(sample, processor).tokens - 1
     kept = []
     for _ in range(3):
-        fitted = fit(sample, processor, limit, "drop_media")
+        fitted = fit_to_budget(sample, processor, limit, "drop_media")
         kept.append([[Path(b["image"]).stem for b in m["content"] if b["type"] == "image"] for m in fitted.sample.messages[::2]])
         limit = fitted.counts.tokens - 1
     assert kept == [[["small"], ["small"]], [[], ["small"]], [[], []]]
@@ -108,9 +108,9 @@ def test_of_equal_images_the_last_of_the_earliest_turn_goes_first(pictures: dict
 
 def test_words_around_a_dropped_image_stay_apart(pictures: dict[str, Path]) -> None:
     messages = _sample(["look", pictures["small"], "at this"], ["yes"]).messages
-    assert drop_media(messages, (0, 1))[0]["content"] == [{"type": "text", "text": "look\nat this"}]
+    assert drop_image(messages, (0, 1))[0]["content"] == [{"type": "text", "text": "look\nat this"}]
     messages = _sample(["look ", pictures["small"], "at this"], ["yes"]).messages
-    assert drop_media(messages, (0, 1))[0]["content"] == [{"type": "text", "text": "look at this"}]
+    assert drop_image(messages, (0, 1))[0]["content"] == [{"type": "text", "text": "look at this"}]
     assert len(messages[0]["content"]) == 3  # the given ones stay whole
 
 
@@ -118,22 +118,22 @@ def test_an_image_that_is_a_whole_turn_stays_and_the_sample_goes(pictures: dict[
     processor, sample = FAMILIES["qwen2_vl"](), _sample([pictures["large"]], ["a wall"])
     limit = count_tokens(sample, processor).tokens - 1
     with pytest.raises(OverLength, match=rf"{limit + 1} tokens, more than data\.max_tokens: {limit}$"):
-        fit(sample, processor, limit, "drop_media")
+        fit_to_budget(sample, processor, limit, "drop_media")
 
 
 def test_a_sample_too_long_without_its_images_goes(pictures: dict[str, Path]) -> None:
     processor, sample = FAMILIES["qwen2_vl"](), _sample([pictures["small"], "what? " * 20], ["a wall"])
     bare = count_tokens(_sample(["what? " * 20], ["a wall"]), processor).tokens
-    assert fit(sample, processor, bare, "drop_media").counts.tokens == bare
+    assert fit_to_budget(sample, processor, bare, "drop_media").counts.tokens == bare
     with pytest.raises(OverLength, match=f"and {bare} without the images that could be dropped"):
-        fit(sample, processor, bare - 1, "drop_media")
+        fit_to_budget(sample, processor, bare - 1, "drop_media")
 
 
 def test_an_image_left_alone_may_take_more_and_is_counted_so(pictures: dict[str, Path]) -> None:
     processor = FAMILIES["llava_onevision"]()  # tiles an image that is alone in its sample
     sample = _sample([pictures["small"], pictures["twin"], "what?"], ["a wall"])
     whole = count_tokens(sample, processor).tokens
-    fitted = fit(sample, processor, whole - 1, "drop_media")
+    fitted = fit_to_budget(sample, processor, whole - 1, "drop_media")
     assert fitted.dropped == 2
     assert fitted.counts.tokens == _length(processor, fitted.sample) < whole
 
@@ -148,7 +148,7 @@ def test_images_shrink_until_they_fit_and_are_encoded_to_that_length(pictures: d
     if name == "llava_onevision":  # of several images each has one tile
         sample = _sample([pictures["large"], "what?\n"], ["a wall"])
     counts = count_tokens(sample, processor)
-    fitted = fit(sample, processor, counts.tokens - 1, "shrink_media")
+    fitted = fit_to_budget(sample, processor, counts.tokens - 1, "shrink_media")
     assert fitted.resized and not fitted.dropped
     assert fitted.counts.tokens == _length(processor, fitted.sample) < counts.tokens
     assert _answers(fitted.sample) == _answers(sample)
@@ -160,15 +160,15 @@ def test_where_size_does_not_matter_the_sample_goes(pictures: dict[str, Path], n
     processor, sample = FAMILIES[name](), _sample([pictures["large"], "what?"], ["a wall"])
     limit = count_tokens(sample, processor).tokens - 1
     with pytest.raises(OverLength, match="no smaller images make it fit"):
-        fit(sample, processor, limit, "shrink_media")
-    assert shrink_to_fit([(300, 240)], processor, _media_tokens(processor, [(300, 240)]) - 1) is None
+        fit_to_budget(sample, processor, limit, "shrink_media")
+    assert resize_images([(300, 240)], processor, _media_tokens(processor, [(300, 240)]) - 1) is None
 
 
 def test_the_largest_shrink_first_and_no_further_than_needed() -> None:
     processor = FAMILIES["qwen2_vl"]()  # patches of 28 x 28 pixels, at most 64
     sizes = [(90, 90), (224, 224), (168, 168)]  # 9, 64 and 36 tokens
     assert _media_tokens(processor, sizes) == 109
-    smaller = shrink_to_fit(sizes, processor, 108)
+    smaller = resize_images(sizes, processor, 108)
     assert smaller is not None and [smaller[0], smaller[2]] == [sizes[0], sizes[2]]
     assert smaller[1][0] == smaller[1][1] == 209  # 210 would still be rounded up to 8 x 8 patches
     assert _media_tokens(processor, smaller) == 9 + 49 + 36
@@ -186,7 +186,7 @@ def test_shrunken_images_keep_their_shape_and_the_budget(name: str, sizes: list[
         budget = int(_media_tokens(processor, sizes) * share)
     except ValueError:  # a shape that the family refuses
         return
-    smaller = shrink_to_fit(sizes, processor, budget)
+    smaller = resize_images(sizes, processor, budget)
     if smaller is None:
         return
     images = [Image.new("RGB", size) for size in smaller]
@@ -203,4 +203,4 @@ def test_shrunken_images_keep_their_shape_and_the_budget(name: str, sizes: list[
 def test_an_image_that_cannot_be_read_is_the_rows_fault(media: Path) -> None:
     (media / "a.png").write_bytes(b"no image")
     with pytest.raises(RowError, match=r"rows\.json\[3\]: image: "):
-        fit(_sample([media / "a.png", "what?"], ["no"]), FAMILIES["qwen2_vl"](), 10, "shrink_media")
+        fit_to_budget(_sample([media / "a.png", "what?"], ["no"]), FAMILIES["qwen2_vl"](), 10, "shrink_media")

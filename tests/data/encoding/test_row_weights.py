@@ -14,7 +14,7 @@ from mmtune.data.batching.collate import pack
 from mmtune.data.encoding.encode import IGNORE_INDEX, encode_sample
 from mmtune.data.encoding.token_counts import count_tokens
 from mmtune.data.message import RowError, Sample, is_supervised, split_question
-from mmtune.data.sources.reader import Reader
+from mmtune.data.sources.reader import SourceReader
 from mmtune.recipe.recipe import Source
 
 
@@ -85,7 +85,7 @@ def test_a_weight_and_the_last_answer_alone(untrained: tuple[Any, Any], media: P
 def test_a_weight_that_cannot_be_honoured_is_an_error(
     media: Path, first: dict[str, Any], last: dict[str, Any], reason: str
 ) -> None:
-    reader = Reader(Source(path=str(media / "rows.jsonl"), template="messages"))
+    reader = SourceReader(Source(path=str(media / "rows.jsonl"), template="messages"))
     with pytest.raises(RowError, match=reason):
         reader.sample("r", talk(first, last))
 

@@ -11,8 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
-from mmtune.chat_templates.rendering import MARK_END, MARK_START, NotExact, control_tokens
-from mmtune.data.encoding.token_spans import TokenSpans, mark, spells, tokenize, tokenize_marked, unmark
+from mmtune.chat_templates.rendering import ESCAPE_END, ESCAPE_START, ChatTemplateError, control_tokens
+from mmtune.data.encoding.token_spans import (
+    TokenSpans,
+    escape_control_tokens,
+    has_control_tokens,
+    tokenize,
+    tokenize_escaped,
+    unescape_control_tokens,
+)
 
 SPECIALS = ("<s>", "</s>", "<image>", "<end>")
 
@@ -101,29 +108,33 @@ def test_marked_spellings_are_what_transformers_makes_of_them(name: str, turns: 
     control = control_tokens(tokenizer, TEMPLATE).spelled
     messages = [{"role": "user", "content": [{"type": "text", "text": turn}]} for turn in turns]
     theirs = tokenizer.apply_chat_template(messages, chat_template=TEMPLATE, sanitize_control_tokens=True)
-    rendered = "<s>" + "".join(mark(message["content"], control)[0]["text"] + "<end>" for message in messages)
-    ids, offsets = tokenize_marked(tokenizer, rendered, False)
+    rendered = "<s>" + "".join(escape_control_tokens(message["content"], control)[0]["text"] + "<end>" for message in messages)
+    ids, offsets = tokenize_escaped(tokenizer, rendered, False)
     assert ids == theirs["input_ids"]
-    text, _ = unmark(rendered, [])
+    text, _ = unescape_control_tokens(rendered, [])
     assert text == "<s>" + "".join(turn + "<end>" for turn in turns)
     assert offsets == sorted(offsets) and offsets[-1][1] == len(text)
     ends = [number for number, token in enumerate(ids) if token == tokenizer.convert_tokens_to_ids("<end>")]
     assert len(ends) == len(turns) and [text[slice(*offsets[number])].strip() for number in ends] == ["<end>"] * len(turns)
-    framed, _ = tokenize_marked(tokenizer, rendered, True)
+    framed, _ = tokenize_escaped(tokenizer, rendered, True)
     around = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     assert len(framed) - len(ids) == len(around[0]) - len(around[1]) and "".join(map(chr, ids)) in "".join(map(chr, framed))
 
 
 def test_marks_move_spans_and_are_dropped_from_texts() -> None:
-    rendered = f"a{MARK_START}<end>{MARK_END}b{MARK_END}<end>"
-    assert unmark(rendered, [(0, 1), (1, 8), (8, 10), (10, 15), (0, 15)]) == (
+    rendered = f"a{ESCAPE_START}<end>{ESCAPE_END}b{ESCAPE_END}<end>"
+    assert unescape_control_tokens(rendered, [(0, 1), (1, 8), (8, 10), (10, 15), (0, 15)]) == (
         "a<end>b<end>",
         [(0, 1), (1, 6), (6, 7), (7, 12), (0, 12)],
     )
     control = control_tokens(_bytes(), TEMPLATE).spelled
-    assert spells("x<end>", control) and spells(MARK_END, control) and not spells("<en d>", control)
+    assert (
+        has_control_tokens("x<end>", control)
+        and has_control_tokens(ESCAPE_END, control)
+        and not has_control_tokens("<en d>", control)
+    )
     halves = [{"type": "text", "text": "<en"}, {"type": "text", "text": "d>"}, {"type": "image"}, {"type": "text", "text": "d>"}]
-    assert [block.get("text") for block in mark(halves, control)] == [f"<en{MARK_END}", "d>", None, "d>"]
+    assert [block.get("text") for block in escape_control_tokens(halves, control)] == [f"<en{ESCAPE_END}", "d>", None, "d>"]
 
 
 def test_a_token_that_plain_text_gives_is_refused() -> None:
@@ -134,5 +145,5 @@ def test_a_token_that_plain_text_gives_is_refused() -> None:
     bare = Tokenizer(WordLevel({"<end>": 0, "a": 1, "?": 2}, unk_token="?"))
     bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<end>", unk_token="?")
-    with pytest.raises(NotExact, match="the text spells '<end>', and the tokenizer has no other way to write that"):
-        tokenize_marked(tokenizer, f"a {MARK_START}<end>{MARK_END} a", False)
+    with pytest.raises(ChatTemplateError, match="the text spells '<end>', and the tokenizer has no other way to write that"):
+        tokenize_escaped(tokenizer, f"a {ESCAPE_START}<end>{ESCAPE_END} a", False)

@@ -17,16 +17,16 @@ from PIL import Image, ImageDraw
 
 from mmtune.chat.session import ChatSession
 from mmtune.cli.main import entry_point
-from mmtune.data.batching.batch_sampler import Batches, Mixture
-from mmtune.data.dataset import Encoder, Samples, StreamedSamples, TrainingSet
+from mmtune.data.batching.batch_sampler import Mixture, MixtureBatchSampler
+from mmtune.data.dataset import IndexedSamples, SampleEncoder, StreamedSamples, TrainingSet
 from mmtune.data.encoding.encode import encode_sample
 from mmtune.data.encoding.token_counts import count_tokens
-from mmtune.data.media.augmentation import ImageChange
+from mmtune.data.media.augmentation import ImageAugmentation
 from mmtune.data.media.media import ImageView, image_size, open_image
 from mmtune.data.message import RowError, text_of
 from mmtune.data.templates.boxes import Box
 from mmtune.data.validation.show_sample import view_sample
-from mmtune.data.validation.validate import Rules, Validator
+from mmtune.data.validation.validate import ValidationSettings, Validator
 from mmtune.distributed.context import SINGLE_PROCESS
 from mmtune.evaluation.evaluate import Answer
 from mmtune.evaluation.run_report import _images
@@ -58,21 +58,21 @@ def _resized(pixels: Any, size: tuple[int, int]) -> Any:
 
 
 def test_a_cut_is_resized_to_the_images_size() -> None:
-    change = ImageChange(crop=0.5, place=(0.99, 0.25))
+    change = ImageAugmentation(crop=0.5, place=(0.99, 0.25))
     assert change.cut(IMAGE.size) == (28, 5, 56, 25)  # half of 56 x 40; the last of 29 places, and 0.25 x 21 of 21
     made = np.asarray(change.apply(IMAGE), dtype=np.float64)
     assert np.abs(made - _resized(PIXELS[5:25, 28:56], (56, 40))).max() <= 2  # each of the two passes is rounded
 
 
 def test_an_image_is_brought_down_to_the_longest_side() -> None:
-    change = ImageChange(longest=32)
+    change = ImageAugmentation(longest=32)
     assert change.size(IMAGE.size) == (32, 23)
     assert np.abs(np.asarray(change.apply(IMAGE), dtype=np.float64) - _resized(PIXELS, (32, 23))).max() <= 1
-    assert np.array_equal(np.asarray(ImageChange(longest=56).apply(IMAGE)), PIXELS)
+    assert np.array_equal(np.asarray(ImageAugmentation(longest=56).apply(IMAGE)), PIXELS)
 
 
 def test_a_flip_mirrors_left_and_right() -> None:
-    assert np.array_equal(np.asarray(ImageChange(flipped=True).apply(IMAGE)), PIXELS[:, ::-1])
+    assert np.array_equal(np.asarray(ImageAugmentation(flipped=True).apply(IMAGE)), PIXELS[:, ::-1])
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.6, 1.3, 2.0])
@@ -82,18 +82,18 @@ def test_colours_are_blended(name: str, factor: float) -> None:
     luma = PIXELS @ np.array([0.299, 0.587, 0.114])
     degenerate = {"brightness": np.zeros(1), "contrast": np.floor(luma.mean() + 0.5), "saturation": luma[..., None]}[name]
     expected = np.clip(degenerate + factor * (PIXELS.astype(np.float64) - degenerate), 0, 255)
-    made = np.asarray(ImageChange(**{name: factor}).apply(IMAGE), dtype=np.float64)
+    made = np.asarray(ImageAugmentation(**{name: factor}).apply(IMAGE), dtype=np.float64)
     assert np.abs(made - expected).max() <= 2
 
 
 def test_operations_come_in_their_order() -> None:
-    change = ImageChange(crop=0.5, longest=32, flipped=True, brightness=0.5)
+    change = ImageAugmentation(crop=0.5, longest=32, flipped=True, brightness=0.5)
     expected = _resized(PIXELS[:20, :28], (32, 23))[:, ::-1] * 0.5
     assert np.abs(np.asarray(change.apply(IMAGE), dtype=np.float64) - expected).max() <= 2
 
 
 CHANGES = st.builds(
-    ImageChange,
+    ImageAugmentation,
     crop=st.floats(0.01, 1),
     place=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
     longest=st.none() | st.integers(32, 300),
@@ -103,14 +103,16 @@ CHANGES = st.builds(
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(change=CHANGES, width=st.integers(1, 200), height=st.integers(1, 200), data=st.data())
-def test_a_cut_lies_in_the_image_and_keeps_its_boxes(change: ImageChange, width: int, height: int, data: st.DataObject) -> None:
+def test_a_cut_lies_in_the_image_and_keeps_its_boxes(
+    change: ImageAugmentation, width: int, height: int, data: st.DataObject
+) -> None:
     left, top, right, bottom = change.cut((width, height))
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
     assert (right - left, bottom - top) == (max(1, round(width * change.crop)), max(1, round(height * change.crop)))
     assert change.apply(Image.new("RGB", (width, height))).size == change.size((width, height))
     x1, y1 = data.draw(st.floats(0, width - 0.5)), data.draw(st.floats(0, height - 0.5))
     x2, y2 = data.draw(st.floats(x1 + 0.4, width)), data.draw(st.floats(y1 + 0.4, height))
-    keeping = ImageChange(change.crop, change.place, (x1, y1, x2, y2), change.longest, change.flipped)
+    keeping = ImageAugmentation(change.crop, change.place, (x1, y1, x2, y2), change.longest, change.flipped)
     left, top, right, bottom = keeping.cut((width, height))
     assert 0 <= left <= x1 and x2 <= right <= width and 0 <= top <= y1 and y2 <= bottom <= height
     box = keeping.box(Box(x1, y1, x2, y2, width, height))
@@ -152,22 +154,22 @@ def _source(folder: Path, template: str = "llava", augment: Any = DRAWN, **more:
     return Source(path=_rows(folder), template=template, augment=augment, **more)
 
 
-def _pixels(samples: Samples, visit: int) -> list[bytes]:
+def _pixels(samples: IndexedSamples, visit: int) -> list[bytes]:
     return [open_image(samples.visit(index, visit).images[0]).tobytes() for index in range(len(samples))]
 
 
 def test_nothing_changes_without_augment(tmp_path: Path) -> None:
-    samples = Samples([_source(tmp_path, augment=None)])
+    samples = IndexedSamples([_source(tmp_path, augment=None)])
     for visit in range(2):
         assert [samples.visit(index, visit).images for index in range(4)] == [[tmp_path / f"{index}.png"] for index in range(4)]
 
 
 def test_every_visit_of_a_row_is_drawn_again_and_is_always_the_same(tmp_path: Path) -> None:
-    first, second = Samples([_source(tmp_path)]), Samples([_source(tmp_path)])
+    first, second = IndexedSamples([_source(tmp_path)]), IndexedSamples([_source(tmp_path)])
     drawn = [_pixels(first, visit) for visit in range(3)]
     assert drawn == [_pixels(second, visit) for visit in range(3)]
     assert len({pixels for visit in drawn for pixels in visit}) == 12
-    assert _pixels(Samples([_source(tmp_path, seed=1)]), 0) != drawn[0]
+    assert _pixels(IndexedSamples([_source(tmp_path, seed=1)]), 0) != drawn[0]
     changes = [first.visit(index, visit).images[0].change for index in range(4) for visit in range(50)]
     assert 80 < sum(change.flipped for change in changes) < 120
     assert all(0.5 <= change.crop < 1 and 0.7 <= change.contrast <= 1.3 for change in changes)
@@ -176,7 +178,7 @@ def test_every_visit_of_a_row_is_drawn_again_and_is_always_the_same(tmp_path: Pa
 def test_boxes_follow_the_image(tmp_path: Path) -> None:
     """The square's pixels are where the text says, for every draw; half a pixel of blur at each edge."""
     source = _source(tmp_path, str(tmp_path / "boxes.yaml"), DRAWN | {"resize": 100})
-    samples = Samples([source])
+    samples = IndexedSamples([source])
     texts = set()
     for index in range(4):
         for visit in range(6):
@@ -196,9 +198,9 @@ def test_boxes_follow_the_image(tmp_path: Path) -> None:
 
 def test_boxes_of_a_planned_run_keep_their_first_draw(tmp_path: Path) -> None:
     """Their numbers are text, whose tokens were counted."""
-    samples = Samples([_source(tmp_path, str(tmp_path / "boxes.yaml"))], planned=True)
+    samples = IndexedSamples([_source(tmp_path, str(tmp_path / "boxes.yaml"))], planned=True)
     assert samples.visit(1, 5) == samples.visit(1, 0) == samples[1]
-    assert Samples([_source(tmp_path)], planned=True).visit(1, 5) != samples.visit(1, 0)
+    assert IndexedSamples([_source(tmp_path)], planned=True).visit(1, 5) != samples.visit(1, 0)
 
 
 @pytest.mark.parametrize(
@@ -211,8 +213,8 @@ def test_boxes_that_only_the_text_knows_are_refused(tmp_path: Path, text: str) -
     Path(path).write_text(json.dumps(rows))
     for augment in ({"crop": 0.9}, {"flip": 0.1}, {"resize": 64}):
         with pytest.raises(RowError, match=r"^rows.json\[0\]: messages\[1\]: the text has a box, '.* take these out, or declare"):
-            Samples([Source(path=path, template="llava", augment=augment)])[0]
-    assert Samples([Source(path=path, template="llava", augment={"contrast": 0.5})])[0].images
+            IndexedSamples([Source(path=path, template="llava", augment=augment)])[0]
+    assert IndexedSamples([Source(path=path, template="llava", augment={"contrast": 0.5})])[0].images
 
 
 def test_a_template_that_writes_boxes_undeclared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,13 +239,13 @@ def test_held_out_rows_and_parity_are_not_augmented(tmp_path: Path, make_recipe:
     path = _rows(tmp_path)
     recipe = make_recipe(f"data.train.0.path={path}", "data.train.0.augment={flip: 1.0}")
     assert [sample.images[0] for sample in parity_samples(recipe, 4)] == [tmp_path / f"{index}.png" for index in range(4)]
-    assert all(isinstance(sample.images[0], ImageView) for sample in Samples(recipe.data.train))
+    assert all(isinstance(sample.images[0], ImageView) for sample in IndexedSamples(recipe.data.train))
     with pytest.raises(UserError, match=r"held-out rows are never augmented; leave it out"):
         make_recipe(f"evaluate={{data: [{{path: {path}, template: llava, augment: {{flip: 0.5}}}}]}}")
 
 
 def test_examples_are_shown_as_they_are(tmp_path: Path) -> None:
-    [sample] = list(Samples([_source(tmp_path, shots={"count": 1}, limit=1)]))
+    [sample] = list(IndexedSamples([_source(tmp_path, shots={"count": 1}, limit=1)]))
     assert [isinstance(image, ImageView) for image in sample.images] == [False, True]
 
 
@@ -259,17 +261,17 @@ def _seen(loader: Any, epochs: range, skip: int = 0) -> list[Any]:
     return seen
 
 
-def _loader(samples: Samples, processor: Any, section: DataSection, workers: int = 0, **layout: Any) -> EpochLoader:
-    batches = Batches(
+def _loader(samples: IndexedSamples, processor: Any, section: DataSection, workers: int = 0, **layout: Any) -> EpochLoader:
+    batches = MixtureBatchSampler(
         Mixture.by_repeats(samples.counts, [source.weight for source in section.train]), seed=0, size=2, visits=True, **layout
     )
-    dataset = TrainingSet(samples, Encoder(processor, section))
+    dataset = TrainingSet(samples, SampleEncoder(processor, section))
     return EpochLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=workers, persistent_workers=workers > 0)
 
 
 def test_draws_are_the_same_with_workers_in_processes_and_after_a_resume(tmp_path: Path, untrained: Any) -> None:
     section = DataSection(train=(_source(tmp_path, weight=2.0),))
-    samples, processor = Samples(section.train), untrained[1]
+    samples, processor = IndexedSamples(section.train), untrained[1]
     whole = _seen(_loader(samples, processor, section), range(2))
     pictures = [pixels for batch in whole for _, pixels in batch]
     assert len(whole) == 8 and len(set(pictures)) == 16  # 4 rows, twice in each of two epochs
@@ -281,9 +283,9 @@ def test_draws_are_the_same_with_workers_in_processes_and_after_a_resume(tmp_pat
 
 
 def test_a_stream_draws_by_its_epoch(tmp_path: Path) -> None:
-    indexed, streamed = Samples([_source(tmp_path)]), StreamedSamples([_source(tmp_path)])
+    indexed, streamed = IndexedSamples([_source(tmp_path)]), StreamedSamples([_source(tmp_path)])
     for epoch in range(2):
-        handles = list(streamed.openers[0](epoch))
+        handles = list(streamed.stream_openers[0](epoch))
         assert [handle() for handle in handles] == [indexed.visit(index, epoch) for index in range(4)]
 
 
@@ -292,15 +294,17 @@ def test_batches_number_visits_where_a_source_is_augmented(tmp_path: Path, make_
 
     for augment, kind in (({"flip": 0.5}, tuple), (None, int)):
         recipe = make_recipe(f"data.train.0.path={_rows(tmp_path)}", f"data.train.0.augment={json.dumps(augment)}")
-        batches = make_batches(Samples(recipe.data.train), recipe.data, build_training_arguments(recipe), SINGLE_PROCESS, None)
+        batches = make_batches(
+            IndexedSamples(recipe.data.train), recipe.data, build_training_arguments(recipe), SINGLE_PROCESS, None
+        )
         assert all(isinstance(row, kind) for batch in batches for row in batch)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava_next"])
 def test_counted_tokens_are_those_of_every_visit(tmp_path: Path, family: str) -> None:
     processor = FAMILIES[family]()
-    plain = Samples([_source(tmp_path, augment=None)])
-    samples = Samples([_source(tmp_path, augment=DRAWN | {"resize": 70})])
+    plain = IndexedSamples([_source(tmp_path, augment=None)])
+    samples = IndexedSamples([_source(tmp_path, augment=DRAWN | {"resize": 70})])
     for index in range(2):
         tokens = count_tokens(samples[index], processor).tokens
         assert tokens < count_tokens(plain[index], processor).tokens
@@ -310,7 +314,7 @@ def test_counted_tokens_are_those_of_every_visit(tmp_path: Path, family: str) ->
 
 def test_a_planned_run_with_boxes_trains_on_the_counted_lengths(tmp_path: Path) -> None:
     processor = FAMILIES["qwen2_vl"]()
-    samples = Samples([_source(tmp_path, str(tmp_path / "boxes.yaml"))], planned=True)
+    samples = IndexedSamples([_source(tmp_path, str(tmp_path / "boxes.yaml"))], planned=True)
     for index in range(2):
         lengths = {encode_sample(samples.visit(index, visit), processor)["input_ids"].shape[1] for visit in range(3)}
         assert lengths == {count_tokens(samples[index], processor).tokens}
@@ -355,13 +359,13 @@ def test_a_source_shows_its_images_through_its_window(tmp_path: Path, untrained:
     rows = json.loads(Path(path).read_text())
     rows[0]["image"] = "ct.tif"
     Path(path).write_text(json.dumps(rows))
-    [sample] = list(Samples([Source(path=path, template="llava", window=(-160.0, 240.0))]))
+    [sample] = list(IndexedSamples([Source(path=path, template="llava", window=(-160.0, 240.0))]))
     expected = np.floor(np.clip((values.astype(np.float64) + 160) / 400, 0, 1) * 255 + 0.5)
     assert np.array_equal(np.asarray(open_image(sample.images[0]))[..., 0], expected)
     Image.fromarray(expected.astype(np.uint8)).save(tmp_path / "0.png")
     rows[0]["image"] = "0.png"
     Path(path).write_text(json.dumps(rows))
-    [flat] = list(Samples([Source(path=path, template="llava")]))
+    [flat] = list(IndexedSamples([Source(path=path, template="llava")]))
     seen, same = (encode_sample(each, untrained[1])["pixel_values"] for each in (sample, flat))
     assert torch.equal(seen, same)
 
@@ -369,13 +373,15 @@ def test_a_source_shows_its_images_through_its_window(tmp_path: Path, untrained:
 def test_lengths_are_planned_checked_and_shown_of_augmented_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     processor = FAMILIES["qwen2_vl"]()
     source = _source(tmp_path, augment={"resize": 64, "flip": 1.0})
-    samples = Samples([source])
+    samples = IndexedSamples([source])
     plan = build_plan(samples, processor)
     assert plan.tokens.tolist() == [encode_sample(samples.visit(index, 3), processor)["input_ids"].shape[1] for index in range(4)]
     assert plan.media is not None and plan.media.files == [str(tmp_path / f"{index}.png") for index in range(4)]
     limit = int(plan.tokens.max())
     for augment, kinds in ((source.augment, set()), (None, {"too_long"})):
-        doctor = Validator([source.model_copy(update={"augment": augment})], rules=Rules(processor, max_tokens=limit))
+        doctor = Validator(
+            [source.model_copy(update={"augment": augment})], rules=ValidationSettings(processor, max_tokens=limit)
+        )
         assert {each.issue for each in doctor.issues(1) if each.severity == "error"} == kinds
     view = view_sample(samples[0], processor, DataSection(train=(source,)))
     assert len(view.tokens) == plan.tokens[0] and "images are augmented as when the row trains first" in view.notes[0]
@@ -386,7 +392,7 @@ def test_a_report_and_chat_show_images_through_the_window(tmp_path: Path, untrai
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a ramp"}]
     (tmp_path / "rows.json").write_text(json.dumps([{"image": "0.tif", "conversations": turns}]))
     source = Source(path=str(tmp_path / "rows.json"), template="llava", window=(0.0, 4.0))
-    [sample] = list(Samples([source]))
+    [sample] = list(IndexedSamples([source]))
     answer = Answer(sample.id, None, "What?", (str(sample.images[0]),), "a ramp", "a ramp", True)
     [image] = _images([answer], [source])[sample.id]
     assert np.asarray(open_image(image))[..., 0].ravel()[[0, -1]].tolist() == [0, 255]

@@ -25,7 +25,7 @@ from pydicom.uid import (
 )
 
 from mmtune.data.media.image_headers import inspect_image
-from mmtune.data.media.media import Embedded, ImageView, MediaRules, image_size, open_image, resolve_media
+from mmtune.data.media.media import EmbeddedMedia, ImageView, MediaRules, image_size, open_image, resolve_media
 
 VALUES = np.random.default_rng(0).integers(0, 4096, (5, 8)).astype(np.uint16)
 
@@ -55,8 +55,8 @@ def _dicom(pixels: Any, photometric: str = "MONOCHROME2", syntax: str = Explicit
     return file.getvalue()
 
 
-def _media(data: bytes) -> Embedded:
-    return Embedded(Path("rows"), "scan.dcm", data=data)
+def _media(data: bytes) -> EmbeddedMedia:
+    return EmbeddedMedia(Path("rows"), "scan.dcm", data=data)
 
 
 def _grey(data: bytes, window: tuple[float, float] | None = None) -> np.ndarray[Any, Any]:
@@ -189,7 +189,7 @@ def test_it_is_found_by_its_content_wherever_it_lies(tmp_path: Path) -> None:
     (tmp_path / "all").write_bytes(b"before" + data + b"behind")
     expected = np.asarray(open_image(_media(data)))
     found = resolve_media("scan", MediaRules(tmp_path))
-    for media in (found, Embedded(tmp_path / "all", "scan", offset=6, length=len(data))):
+    for media in (found, EmbeddedMedia(tmp_path / "all", "scan", offset=6, length=len(data))):
         assert image_size(media) == (8, 5) and np.array_equal(np.asarray(open_image(media)), expected)
 
 

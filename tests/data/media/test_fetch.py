@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 
 from mmtune.data.media import fetch
-from mmtune.data.media.fetch import LIMITS, fetch_media, is_public
+from mmtune.data.media.fetch import DEFAULT_LIMITS, fetch_media, is_public_address
 from mmtune.data.media.media import MediaRules, resolve_media
-from mmtune.data.media.media_names import redacted
+from mmtune.data.media.media_names import redact_url
 
 PICTURE = b"\x89PNG not looked into here"
-SMALL = replace(LIMITS, bytes=1000)
+SMALL = replace(DEFAULT_LIMITS, bytes=1000)
 
 
 def loopback(address: Any) -> bool:
@@ -96,7 +96,7 @@ class Serving(socketserver.ThreadingTCPServer):
         pass  # a client that hangs up
 
 
-def _fetch(site: Any, path: str, cache: Path, limits: fetch.Limits = SMALL) -> Path:
+def _fetch(site: Any, path: str, cache: Path, limits: fetch.FetchLimits = SMALL) -> Path:
     return fetch_media(site.url + path, cache, limits, loopback)
 
 
@@ -243,21 +243,21 @@ def test_where_a_redirect_leads_is_checked_as_the_url_was(site: Site, tmp_path: 
     ],
 )
 def test_no_address_but_a_public_one_is_public(address: str) -> None:
-    assert not is_public(ipaddress.ip_address(address))
+    assert not is_public_address(ipaddress.ip_address(address))
 
 
 @pytest.mark.parametrize(
     "address", ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"]
 )
 def test_a_public_address_is_public(address: str) -> None:
-    assert is_public(ipaddress.ip_address(address))
+    assert is_public_address(ipaddress.ip_address(address))
 
 
 def test_every_special_address_that_python_knows_is_special_here_too() -> None:
     """Python's lists are of one patch level; ours must hold at least what they hold, but for what other addresses carry."""
     for networks in (ipaddress._IPv4Constants, ipaddress._IPv6Constants):  # type: ignore[attr-defined]
         for network in networks._private_networks:
-            assert not is_public(network[0]) and not is_public(network[-1]), network
+            assert not is_public_address(network[0]) and not is_public_address(network[-1]), network
 
 
 @pytest.mark.parametrize("host", ["a\0b", "127.0.0.1\0.example.com", "a b", "a%00b", "a\x7f", "-", "a..b\0", "exa\u2028mple"])
@@ -298,7 +298,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_a_url_is_shown_without_what_is_secret_in_it(
     url: str, shown: str, tmp_path: Path, media: Path, no_network: list[Any]
 ) -> None:
-    assert redacted(url) == shown
+    assert redact_url(url) == shown
     if "://" in url:
         for urls in (False, True):
             with pytest.raises(ValueError) as caught:
@@ -373,7 +373,7 @@ def test_a_row_may_name_a_url_only_where_its_source_allows_it(
     with pytest.raises(ValueError, match="only public addresses"):
         resolve_media(url, rules)
     assert site.asked == []
-    kept = fetch_media(url, tmp_path / "cache", LIMITS, loopback)
+    kept = fetch_media(url, tmp_path / "cache", DEFAULT_LIMITS, loopback)
     assert resolve_media(url, rules) == kept
 
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from mmtune.data.media.media import MAX_PIXELS, Embedded, MediaRules, image_size, open_image, resolve_media
+from mmtune.data.media.media import MAX_PIXELS, EmbeddedMedia, MediaRules, image_size, open_image, resolve_media
 
 RNG = np.random.default_rng(0)
 NOISE = Image.fromarray(RNG.integers(0, 256, (60, 80, 3), dtype=np.uint8))
@@ -89,14 +89,14 @@ def _oriented(format: str, orientation: int, image: Image.Image = NOISE, **optio
     return out.getvalue()
 
 
-def _both(tmp_path: Path, data: bytes) -> list[Path | Embedded]:
+def _both(tmp_path: Path, data: bytes) -> list[Path | EmbeddedMedia]:
     """The same bytes as a file, in hand, and as a slice of another file."""
     (tmp_path / "a").write_bytes(data)
     (tmp_path / "all").write_bytes(b"before" * 99 + data + b"\xff\xd8 behind" * 99)
     return [
         tmp_path / "a",
-        Embedded(tmp_path, "a", data=data),
-        Embedded(tmp_path / "all", "a", offset=6 * 99, length=len(data)),
+        EmbeddedMedia(tmp_path, "a", data=data),
+        EmbeddedMedia(tmp_path / "all", "a", offset=6 * 99, length=len(data)),
     ]
 
 
@@ -224,7 +224,7 @@ def test_hostile_bytes_are_refused_or_keep_what_the_header_says(format: str, dat
     for _ in range(data.draw(st.integers(1, 6))):
         content[data.draw(st.integers(0, min(len(content), 400) - 1))] = data.draw(st.integers(0, 255))
     content = content[: data.draw(st.sampled_from([len(content), len(content) // 2, 30, 300]))]
-    media = Embedded(Path("rows"), format, data=bytes(content))
+    media = EmbeddedMedia(Path("rows"), format, data=bytes(content))
     try:
         size = image_size(media)
     except ValueError:
@@ -243,7 +243,11 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     (tmp_path / "bomb").write_bytes(_png(60_000, 60_000))
     (tmp_path / "cut").write_bytes(_oriented("JPEG", 1)[:900])
     bad = [tmp_path / "bad", tmp_path / "bomb", tmp_path / "cut", tmp_path / "none", tmp_path]
-    bad += [Embedded(tmp_path / "all", "past", 0, 10**9), Embedded(tmp_path / "all", "behind", -1, 3), Embedded(tmp_path, "x")]
+    bad += [
+        EmbeddedMedia(tmp_path / "all", "past", 0, 10**9),
+        EmbeddedMedia(tmp_path / "all", "behind", -1, 3),
+        EmbeddedMedia(tmp_path, "x"),
+    ]
     before = len(list(descriptors.iterdir()))
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", ResourceWarning)
@@ -261,8 +265,8 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
 
 def test_a_slice_is_a_file_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "all").write_bytes(bytes(range(100)))
-    slice_ = Embedded(tmp_path / "all", "a", offset=10, length=20)
-    assert str(slice_) == f"{tmp_path}/all!a" and "\\x" not in repr(Embedded(tmp_path, "a", data=b"\xff"))
+    slice_ = EmbeddedMedia(tmp_path / "all", "a", offset=10, length=20)
+    assert str(slice_) == f"{tmp_path}/all!a" and "\\x" not in repr(EmbeddedMedia(tmp_path, "a", data=b"\xff"))
     with slice_.open() as file, io.BytesIO(bytes(range(10, 30))) as plain:
         for offset, whence, count in ((0, 0, 5), (3, 1, 4), (-6, 2, 4), (0, 2, 9), (50, 0, 1), (18, 0, 9), (0, 0, -1)):
             assert file.seek(offset, whence) == plain.seek(offset, whence)
@@ -271,7 +275,7 @@ def test_a_slice_is_a_file_of_its_own(tmp_path: Path) -> None:
             file.seek(-1)
     for offset, length, reason in ((90, 11, "bytes 90 to 101 of a file of 100"), (-1, 5, "bytes -1"), (5, -1, "bytes 5 to 4")):
         with pytest.raises(ValueError, match=reason):
-            Embedded(tmp_path / "all", "a", offset, length).open()
+            EmbeddedMedia(tmp_path / "all", "a", offset, length).open()
 
 
 def test_what_a_row_carries_is_found(media: Path) -> None:
@@ -284,10 +288,10 @@ def test_what_a_row_carries_is_found(media: Path) -> None:
         {"bytes": data, "path": "../a.png"},
         {"bytes": data},
         uri,
-        Embedded(media, "a", data=data),
+        EmbeddedMedia(media, "a", data=data),
     ):
         found = resolve_media(value, rules)
-        assert isinstance(found, Embedded) and found.data == data
+        assert isinstance(found, EmbeddedMedia) and found.data == data
         assert image_size(found) == open_image(found).size == (40, 24)
     for value in ({"bytes": None, "path": "a.png"}, {"path": "a.png"}, Path("a.png")):
         assert resolve_media(value, rules) == (media / "a.png").resolve()

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mmtune.cli.main import entry_point
-from mmtune.data.media.media import Embedded, MediaRules, open_image, resolve_media
+from mmtune.data.media.media import EmbeddedMedia, MediaRules, open_image, resolve_media
 
 
 def _encoded(format: str = "JPEG") -> str:
@@ -27,7 +27,7 @@ def test_a_data_uri_is_read_with_a_format_or_without(media: Path, head: str) -> 
     lines = "\n".join(body[start : start + 76] for start in range(0, len(body), 76))  # as MIME breaks it
     for written in (body, lines, body.replace("+", "%2B").replace("=", "%3D")):
         found = resolve_media(head + written, MediaRules(media))
-        assert isinstance(found, Embedded) and open_image(found).getpixel((3, 3))[0] > 250
+        assert isinstance(found, EmbeddedMedia) and open_image(found).getpixel((3, 3))[0] > 250
 
 
 def test_a_file_uri_is_a_path_below_the_root(media: Path) -> None:

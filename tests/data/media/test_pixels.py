@@ -20,7 +20,7 @@ from mmtune.chat.session import ChatSession
 from mmtune.cli.main import entry_point
 from mmtune.data.encoding.encode import encode_prompt
 from mmtune.data.media.image_headers import inspect_image
-from mmtune.data.media.media import Embedded, ImageView, image_size, open_image
+from mmtune.data.media.media import EmbeddedMedia, ImageView, image_size, open_image
 from mmtune.data.media.pixels import windowed
 
 RNG = np.random.default_rng(0)
@@ -34,8 +34,8 @@ def _on_white(colours: Any, alpha: Any) -> np.ndarray[Any, Any]:
     return np.floor(share * np.asarray(colours, dtype=np.float64) + (1 - share) * 255 + 0.5).astype(np.uint8)
 
 
-def _media(data: bytes) -> Embedded:
-    return Embedded(Path("rows"), "image", data=data)
+def _media(data: bytes) -> EmbeddedMedia:
+    return EmbeddedMedia(Path("rows"), "image", data=data)
 
 
 def _saved(image: Image.Image, format: str, **options: Any) -> bytes:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmtune.data.encoding.encode import encode_prompt, encode_sample
 from mmtune.data.encoding.token_counts import count_tokens
-from mmtune.data.media.media import Embedded
+from mmtune.data.media.media import EmbeddedMedia
 from mmtune.data.media.resizing import MAX_RESIZED, check_resized
 from mmtune.data.message import RowError, Sample
 
@@ -21,7 +21,7 @@ from mmtune.data.message import RowError, Sample
 def _sample(size: tuple[int, int]) -> Sample:
     file = io.BytesIO()
     Image.new("L", size).save(file, "PNG")
-    image = {"type": "image", "image": Embedded(Path("rows"), "long.png", data=file.getvalue())}
+    image = {"type": "image", "image": EmbeddedMedia(Path("rows"), "long.png", data=file.getvalue())}
     ask = {"role": "user", "content": [image, {"type": "text", "text": "What?"}]}
     return Sample("rows.jsonl:7", [ask, {"role": "assistant", "content": [{"type": "text", "text": "A line."}]}])
 

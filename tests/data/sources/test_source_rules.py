@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mmtune.data.dataset import Samples
+from mmtune.data.dataset import IndexedSamples
 from mmtune.data.message import RowError
 from mmtune.recipe.recipe import Source
 
@@ -22,12 +22,12 @@ def test_what_a_source_allows_holds_for_its_rows(tmp_path: Path, media: Path) ->
     rows = [_llava("../outside.png"), _llava("https://example.org/a.png"), _llava("a.png")]
     path = str(tmp_path / "r.json")
     (tmp_path / "r.json").write_text(json.dumps(rows))
-    confined = Samples([Source(path=path, template="llava", media_root=str(media))])
+    confined = IndexedSamples([Source(path=path, template="llava", media_root=str(media))])
     for index, reason in ((0, "lies outside media_root"), (1, "is a URL; `allow_urls: true`")):
         with pytest.raises(RowError, match=rf"^r\.json\[{index}\]: image: .*{reason}"):
             confined[index]
     assert confined[2].images == [media / "a.png"]
-    free = Samples([Source(path=path, template="llava", media_root=str(media), allow_outside_root=True)])
+    free = IndexedSamples([Source(path=path, template="llava", media_root=str(media), allow_outside_root=True)])
     assert free[0].images == [tmp_path / "outside.png"]
 
 
@@ -36,6 +36,6 @@ def test_rows_of_several_folders_keep_their_ids_apart(tmp_path: Path, media: Pat
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "r.jsonl").write_text(json.dumps(_llava("a.png")))
     folders = [Source(path=str(tmp_path / folder), template="llava", media_root=str(media)) for folder in ("x", "y")]
-    assert [sample.id for sample in Samples(folders)] == [f"{tmp_path}/x/r.jsonl:1", f"{tmp_path}/y/r.jsonl:1"]
-    one = Samples([Source(path=f"{tmp_path}/*/r.jsonl", template="llava", media_root=str(media))])
+    assert [sample.id for sample in IndexedSamples(folders)] == [f"{tmp_path}/x/r.jsonl:1", f"{tmp_path}/y/r.jsonl:1"]
+    one = IndexedSamples([Source(path=f"{tmp_path}/*/r.jsonl", template="llava", media_root=str(media))])
     assert [sample.id for sample in one] == ["x/r.jsonl:1", "y/r.jsonl:1"]

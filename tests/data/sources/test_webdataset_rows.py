@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmtune.data.media.media import Embedded, image_size, open_image
+from mmtune.data.media.media import EmbeddedMedia, image_size, open_image
 from mmtune.data.message import RowError
-from mmtune.data.sources.source import media_root_of, open_rows, stream_rows
+from mmtune.data.sources.source import default_media_root, open_rows, stream_rows
 from mmtune.utils.errors import UserError
 
 KEY = st.builds("".join, st.tuples(st.sampled_from(["", "a/", "b/c/"]), st.text("abé-", min_size=1, max_size=120)))
@@ -67,7 +67,7 @@ def test_a_shard_gives_rows_of_members(tmp_path: Path, format: int) -> None:
     assert second["txt"] == "é\n" and second["cls"] == "7"
     with tarfile.open(path) as archive:
         for medium, name in ((first["jpg"], "a.jpg"), (first["seg.png"], "a.seg.PNG"), (second["png"], f"./{long}.png")):
-            assert isinstance(medium, Embedded) and medium.data is None
+            assert isinstance(medium, EmbeddedMedia) and medium.data is None
             assert str(medium) == f"{path}!{name.removeprefix('./')}"
             with medium.open() as file:
                 assert file.read() == archive.extractfile(name).read()  # type: ignore[union-attr]
@@ -249,7 +249,7 @@ def test_files_that_are_not_there_are_named(shards: Path, path: str, reason: str
 
 
 def test_media_lie_beside_the_rows(shards: Path) -> None:
-    assert media_root_of(shards / "x" / "r.jsonl") == shards / "x"
-    assert media_root_of(shards / "x") == shards / "x"
-    assert media_root_of(f"{shards}/*/r.jsonl") == shards
-    assert media_root_of("s-{000..002}.tar") == media_root_of("org/name@config:train") == Path()
+    assert default_media_root(shards / "x" / "r.jsonl") == shards / "x"
+    assert default_media_root(shards / "x") == shards / "x"
+    assert default_media_root(f"{shards}/*/r.jsonl") == shards
+    assert default_media_root("s-{000..002}.tar") == default_media_root("org/name@config:train") == Path()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmtune.data.media.media import MediaRules
 from mmtune.data.message import RowError, text_of
-from mmtune.data.sources.reader import Reader
+from mmtune.data.sources.reader import SourceReader
 from mmtune.data.templates.boxes import Box, fractions, pixels, read_boxes, thousandths
 from mmtune.data.templates.template import DataTemplate
 from mmtune.recipe.recipe import Source
@@ -141,7 +141,7 @@ def test_rows_with_nothing_to_repeat_are_left_out_where_the_template_says_so(tmp
     turns = [{"role": "user", "text": "what?"}, {"role": "assistant", "text": "{{ thing }}"}]
     template = {"description": "d", "messages": turns, "repeat": {"thing": "things"}, "leave_out_empty": "things", "example": {}}
     (tmp_path / "t.yaml").write_text(json.dumps(template))
-    reader = Reader(Source(path=str(tmp_path / "rows.json"), template=str(tmp_path / "t.yaml")))
+    reader = SourceReader(Source(path=str(tmp_path / "rows.json"), template=str(tmp_path / "t.yaml")))
     opened = reader.open()
     kept = [opened[index][0] for index in range(len(opened))]
     assert kept == [parse()[0] for parse in reader.stream()] == ["rows.json[1]", "rows.json[3]", "rows.json[4]"]

@@ -16,8 +16,8 @@ from jsonschema import Draft202012Validator
 
 from mmtune.data.media.media import MediaRules
 from mmtune.data.message import RowError, Sample, text_of
-from mmtune.data.sources.reader import Reader
-from mmtune.data.templates.prompts import Prompting, draw, shuffled
+from mmtune.data.sources.reader import SourceReader
+from mmtune.data.templates.prompts import PromptSettings, draw, shuffled
 from mmtune.data.templates.template import DataTemplate
 from mmtune.recipe.recipe import Source, load_recipe, recipe_schema
 from mmtune.utils.errors import UserError
@@ -56,7 +56,7 @@ def test_every_phrasing_is_drawn_about_as_often_and_by_the_row_alone() -> None:
     assert set(counts) == set("abc") and min(counts.values()) > 150  # 200 expected, with a deviation of 12
     # Phrasings of equal number go together.
     assert {question[0]: answer for question, answer in first} == {"a": "1", "b": "2", "c": "3"}
-    other = [_texts(template.sample(f"r[{n}]", {"n": n}, RULES, Prompting(seed=1))) for n in range(600)]
+    other = [_texts(template.sample(f"r[{n}]", {"n": n}, RULES, PromptSettings(seed=1))) for n in range(600)]
     assert other != first
 
 
@@ -71,10 +71,10 @@ def test_picking_and_the_commonest() -> None:
 
 
 def test_a_system_message_is_for_rows_without_one() -> None:
-    assert _texts(_template("q").sample("r", {}, RULES, Prompting(system="s"))) == ["s", "q", "x"]
+    assert _texts(_template("q").sample("r", {}, RULES, PromptSettings(system="s"))) == ["s", "q", "x"]
     turns = [{"role": "system", "text": "own"}, {"role": "user", "text": "q"}, {"role": "assistant", "text": "x"}]
     own = DataTemplate.model_validate({"description": "d", "messages": turns, "example": {}})
-    assert _texts(own.sample("r", {}, RULES, Prompting(system="s"))) == ["own", "q", "x"]
+    assert _texts(own.sample("r", {}, RULES, PromptSettings(system="s"))) == ["own", "q", "x"]
 
 
 OPTIONS = {"choices": "{{ choices }}", "answer": "{{ right }}"}
@@ -89,7 +89,7 @@ def test_options_keep_their_answer_in_any_order() -> None:
     orders = set()
     letters: Counter[str] = Counter()
     for number in range(400):
-        sample = template.sample(f"r[{number}]", row, RULES, Prompting(shuffle_options=True))
+        sample = template.sample(f"r[{number}]", row, RULES, PromptSettings(shuffle_options=True))
         lines, answer = _texts(sample)
         shown = dict(line.split(". ") for line in lines.splitlines())
         assert list(shown) == list("ABCD") and sorted(shown.values()) == ["3", "ant", "bee", "dog"]
@@ -129,7 +129,7 @@ def test_labels_are_put_into_words() -> None:
         assert _texts(sample) == ["no or yes?", f"It is {answer}."]
         assert sample.choices == ("It is no.", "It is yes.")
     assert _texts(template.sample("r", {"label": True}, RULES))[1] == "It is yes."
-    other = Prompting(words={"0": "cat", "1": "dog"})
+    other = PromptSettings(words={"0": "cat", "1": "dog"})
     assert _texts(template.sample("r", {"label": 1}, RULES, other)) == ["cat or dog?", "It is dog."]
     for label, reason in {"10": "no words for the label '10'; did you mean '1'", None: "made of null"}.items():
         with pytest.raises(RowError, match=rf"^r: verbalizer\.label: .*{reason}"):
@@ -149,7 +149,7 @@ def test_labels_that_are_words_are_their_own_words() -> None:
             RowError, match=r"^r: verbalizer\.label: .* is a number or an id, .*: verbalizer: \{'.*': WORDS, \.\.\.\}"
         ):
             template.sample("r", {"label": label}, RULES)
-    listed = Prompting(words={"0": "cat", "1": "dog"})  # verbalizer: [cat, dog]
+    listed = PromptSettings(words={"0": "cat", "1": "dog"})  # verbalizer: [cat, dog]
     sample = template.sample("r", {"label": "dog"}, RULES, listed)
     assert _texts(sample) == ["cat or dog?", "It is dog."] and sample.choices == ("It is cat.", "It is dog.")
     with pytest.raises(RowError, match="no words for the label 'dogs'; did you mean 'dog'"):
@@ -172,7 +172,7 @@ def _source(folder: Path, rows: list[dict[str, Any]] | None = None, template: st
     return Source.model_validate({"path": str(folder / "rows.json"), "template": str(folder / "mine.yaml"), **settings})
 
 
-def _all(reader: Reader) -> list[Sample]:
+def _all(reader: SourceReader) -> list[Sample]:
     rows = reader.open()
     return [reader.sample(*rows[index]) for index in range(len(rows))]
 
@@ -187,23 +187,23 @@ def _all(reader: Reader) -> list[Sample]:
     ],
 )
 def test_rows_are_chosen_under_their_own_ids(tmp_path: Path, where: dict[str, Any], chosen: list[int]) -> None:
-    reader = Reader(_source(tmp_path, where=where))
+    reader = SourceReader(_source(tmp_path, where=where))
     assert [sample.id for sample in _all(reader)] == [f"rows.json[{n}]" for n in chosen]
     assert [parse()[1]["id"] for parse in reader.stream()] == chosen
-    first = Reader(_source(tmp_path, where=where, limit=1))
+    first = SourceReader(_source(tmp_path, where=where, limit=1))
     assert [sample.id for sample in _all(first)] == [f"rows.json[{chosen[0]}]"]
     assert [parse()[1]["id"] for parse in first.stream()] == chosen[:1]
 
 
 def test_no_row_chosen_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rows\.json: no row has id: '1'"):
-        Reader(_source(tmp_path, where={"id": "1"})).open()
+        SourceReader(_source(tmp_path, where={"id": "1"})).open()
 
 
 def test_few_shot_examples_are_other_rows_of_the_same_file(tmp_path: Path) -> None:
     source = _source(tmp_path, shots={"count": 3, "path": str(tmp_path / "rows.json"), "where": {"split": "train"}}, system="s")
-    samples = _all(Reader(source))
-    assert samples == _all(Reader(source))
+    samples = _all(SourceReader(source))
+    assert samples == _all(SourceReader(source))
     used: Counter[str] = Counter()
     for number, sample in enumerate(samples):
         texts = _texts(sample)
@@ -214,14 +214,14 @@ def test_few_shot_examples_are_other_rows_of_the_same_file(tmp_path: Path) -> No
         assert all(int(question[1:]) % 3 for question in questions)
         used.update(questions)
     assert len(used) == 8  # every row of the split serves
-    assert _all(Reader(source.model_copy(update={"limit": 2}))) == samples[:2]  # and so it does beside fewer rows
-    other = _all(Reader(source.model_copy(update={"seed": 1})))
+    assert _all(SourceReader(source.model_copy(update={"limit": 2}))) == samples[:2]  # and so it does beside fewer rows
+    other = _all(SourceReader(source.model_copy(update={"seed": 1})))
     assert [_texts(sample)[-1] for sample in other] == [_texts(sample)[-1] for sample in samples] and other != samples
 
 
 def test_as_many_rows_as_examples_are_enough_from_another_split(tmp_path: Path) -> None:
     train = {"count": 8, "path": str(tmp_path / "rows.json"), "where": {"split": "train"}}
-    samples = _all(Reader(_source(tmp_path, where={"split": "test"}, shots=train)))
+    samples = _all(SourceReader(_source(tmp_path, where={"split": "test"}, shots=train)))
     assert {len(sample.messages) for sample in samples} == {18}
 
 
@@ -229,7 +229,7 @@ def test_few_shot_examples_of_another_file_bring_their_images(tmp_path: Path, me
     shots = tmp_path / "shots.jsonl"
     shots.write_text(json.dumps({"image": "b.png", "question": "which?", "answer": "this"}), encoding="utf-8")
     settings = {"count": 1, "path": str(shots), "template": "vqa", "media_root": str(media)}
-    [first, *_] = _all(Reader(_source(tmp_path, shots=settings)))
+    [first, *_] = _all(SourceReader(_source(tmp_path, shots=settings)))
     assert first.images == [media.resolve() / "b.png"]
     assert [message["role"] for message in first.messages] == ["user", "assistant"] * 2
     assert _texts(first)[1:] == ["this", "q0", "a0"]
@@ -240,18 +240,18 @@ def test_a_row_is_no_example_of_itself_in_a_copy_of_the_file(tmp_path: Path) -> 
     source = _source(tmp_path, rows)
     (tmp_path / "copy.json").write_text(json.dumps(rows), encoding="utf-8")
     shots = {"count": 1, "path": str(tmp_path / "copy.json")}
-    samples = _all(Reader(Source.model_validate({**source.model_dump(exclude_none=True), "shots": shots})))
+    samples = _all(SourceReader(Source.model_validate({**source.model_dump(exclude_none=True), "shots": shots})))
     assert [_texts(sample)[0] for sample in samples] == ["q1", "q0"]
 
 
 def test_examples_that_cannot_be_had_are_named(tmp_path: Path) -> None:
     same = {"count": 2, "path": str(tmp_path / "rows.json")}
     with pytest.raises(UserError, match=r"shots: .*rows\.json holds 2 rows, too few for 2 examples of other rows"):
-        Reader(_source(tmp_path, ROWS[:2], shots=same))
-    twins = Reader(_source(tmp_path, [ROWS[0], ROWS[0], ROWS[1]], shots=same))
+        SourceReader(_source(tmp_path, ROWS[:2], shots=same))
+    twins = SourceReader(_source(tmp_path, [ROWS[0], ROWS[0], ROWS[1]], shots=same))
     with pytest.raises(RowError, match=r"^rows\.json\[0\]: shots: .*rows\.json holds 1 rows unlike this one, not 2"):
         _all(twins)
-    broken = Reader(_source(tmp_path, [ROWS[0], {**ROWS[1], "a": ""}], shots={**same, "count": 1}))
+    broken = SourceReader(_source(tmp_path, [ROWS[0], {**ROWS[1], "a": ""}], shots={**same, "count": 1}))
     with pytest.raises(RowError, match=r"^rows\.json\[0\]: shots: the example rows\.json\[1\]: messages\[1\]: .*empty"):
         _all(broken)
 
@@ -264,10 +264,10 @@ example: {q: q, id: 1, joined: {id: 1, a: a}}
 """
 
 
-def _joined(folder: Path, ids: list[Any], partners: list[dict[str, Any]]) -> Reader:
+def _joined(folder: Path, ids: list[Any], partners: list[dict[str, Any]]) -> SourceReader:
     (folder / "more.json").write_text(json.dumps({"more": partners}), encoding="utf-8")
     rows = [{"q": "q", "id": value} for value in ids]
-    return Reader(_source(folder, rows, JOINED, join=str(folder / "more.json")))
+    return SourceReader(_source(folder, rows, JOINED, join=str(folder / "more.json")))
 
 
 def test_partners_are_joined_by_value(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_a_row_cannot_bring_a_partner_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "more.json").write_text('{"more": [{"id": 1, "a": "true"}]}', encoding="utf-8")
     rows = [{"q": "q", "id": 1, "joined": {"id": 1, "a": "false"}}]
     with pytest.raises(RowError, match=r"^rows\.json\[0\]: joined: the row has a field of this name"):
-        _all(Reader(_source(tmp_path, rows, JOINED, join=str(tmp_path / "more.json"))))
+        _all(SourceReader(_source(tmp_path, rows, JOINED, join=str(tmp_path / "more.json"))))
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_a_wish_that_the_template_cannot_meet(tmp_path: Path, template: str, set
     if "\n" not in template:
         settings = {**settings, "template": template}
     with pytest.raises(UserError, match=reason):
-        Reader(Source.model_validate({**source.model_dump(exclude_none=True), **settings}))
+        SourceReader(Source.model_validate({**source.model_dump(exclude_none=True), **settings}))
 
 
 RECIPE = """

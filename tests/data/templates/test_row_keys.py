@@ -16,9 +16,9 @@ from message_rows import assistant, contents, samples, talk, user
 from PIL import Image
 
 from mmtune.cli.main import entry_point
-from mmtune.data.media.media import Embedded, open_image
+from mmtune.data.media.media import EmbeddedMedia, open_image
 from mmtune.data.message import RowError
-from mmtune.data.sources.reader import Reader
+from mmtune.data.sources.reader import SourceReader
 from mmtune.data.templates.unread_media import holds_media
 from mmtune.recipe.recipe import Source
 
@@ -127,8 +127,8 @@ def test_bytes_and_members_are_media() -> None:
     assert (
         holds_media("a", b"\x89PNG") and holds_media("a", {"bytes": b"x", "path": None}) and holds_media("a", "/9j/" + "A" * 200)
     )
-    assert holds_media("seg.png", Embedded(Path("s.tar"), "1.seg.png")) and not holds_media(
-        "npy", Embedded(Path("s.tar"), "1.npy")
+    assert holds_media("seg.png", EmbeddedMedia(Path("s.tar"), "1.seg.png")) and not holds_media(
+        "npy", EmbeddedMedia(Path("s.tar"), "1.npy")
     )
 
 
@@ -276,7 +276,7 @@ def test_a_conversation_inside_of_a_shards_json(tmp_path: Path) -> None:
         {"json": _nested("<image><image>", image=["p/1.png", "0.png"]), "0.png": _png("red"), "1.png": _png("red")},
         {"json": _nested("<image><image>", image=["005.1.png", {"path": "005.0.png"}]), "0.png": b"", "1.png": b""},
     ]
-    reader = Reader(Source(path=str(_shard(tmp_path, *rows)), template="llava"))
+    reader = SourceReader(Source(path=str(_shard(tmp_path, *rows)), template="llava"))
     opened = reader.open()
     told = [contents(reader.sample(*opened[index])) for index in range(len(opened))]
     assert told[:3] == [[["<000.png>", "q"], ["a"]], [["<001.jpg>", "q"], ["a"]], [["q"], ["a"]]]
@@ -299,7 +299,7 @@ def test_a_conversation_inside_of_a_shards_json(tmp_path: Path) -> None:
     ],
 )
 def test_a_shards_row_whose_media_are_not_clear(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
-    reader = Reader(Source(path=str(_shard(tmp_path, row)), template="llava"))
+    reader = SourceReader(Source(path=str(_shard(tmp_path, row)), template="llava"))
     with pytest.raises(RowError, match=reason):
         reader.sample(*reader.open()[0])
 

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from mmtune.data.media.media import Embedded, MediaRules, image_size
+from mmtune.data.media.media import EmbeddedMedia, MediaRules, image_size
 from mmtune.data.message import RowError, Sample, text_of
-from mmtune.data.sources.reader import Reader, example_rows, write_rows
-from mmtune.data.templates.prompts import Prompting
+from mmtune.data.sources.reader import SourceReader, example_rows, write_rows
+from mmtune.data.templates.prompts import PromptSettings
 from mmtune.data.templates.template import load_data_template
 from mmtune.recipe.recipe import Source, load_recipe
 from mmtune.rehearse import draw_picture, example_images, rehearse
@@ -82,12 +82,12 @@ def _place(root: Path, kind: str, name: str) -> None:
         (root / name).write_bytes(b"not decoded")
 
 
-def _reader(name: str, root: Path, **settings: Any) -> Reader:
+def _reader(name: str, root: Path, **settings: Any) -> SourceReader:
     keys = {**SOURCES[name], "template": name, "media_root": str(root), **settings}
     for key in ("path", "join"):
         if key in keys and not Path(keys[key]).is_absolute():
             keys[key] = str(FIXTURES / name / keys[key])
-    return Reader(Source.model_validate(keys))
+    return SourceReader(Source.model_validate(keys))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def _same(block: dict[str, Any], expected: Any, root: Path) -> bool:
         return block["type"] == "text" and block["text"] in expected["any of"]
     if isinstance(expected, dict):
         [(kind, name)] = expected.items()
-        if isinstance(block.get(kind), Embedded):
+        if isinstance(block.get(kind), EmbeddedMedia):
             return block["type"] == kind and block[kind].name == name
         return block == {"type": kind, kind: root.resolve() / name}
     return block == {"type": "text", "text": expected}
@@ -149,11 +149,11 @@ def test_a_template_reads_its_own_example(name: str, tmp_path: Path) -> None:
     for row in rows:
         for image in example_images(template, row):
             draw_picture(tmp_path / image, seed=0)
-        for kind, medium in template.columns().named_media(row) if template.messages else ():
+        for kind, medium in template.columns().media_values(row) if template.messages else ():
             _place(tmp_path, kind, str(medium))
     written = write_rows(template, rows, tmp_path / "rows.json")
     keys = {key: value for key, value in SOURCES[name].items() if key not in ("path", "join", "where", "values")}
-    reader = Reader(Source.model_validate({**keys, **written, "template": name, "media_root": str(tmp_path)}))
+    reader = SourceReader(Source.model_validate({**keys, **written, "template": name, "media_root": str(tmp_path)}))
     opened = reader.open()
     samples = [reader.sample(*opened[index]) for index in range(len(opened))]
     assert len(samples) == 2 and len({sample.id for sample in samples}) == 2
@@ -167,7 +167,7 @@ def test_an_image_inside_a_parquet_file_is_its_rows(tmp_path: Path) -> None:
         draw_picture(tmp_path / "a.png", seed=0)
         row["image"] = {"bytes": (tmp_path / "a.png").read_bytes(), "path": row["image"]}
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "val.parquet")
-    reader = Reader(Source(path=str(tmp_path / "val.parquet"), template="refcoco"))
+    reader = SourceReader(Source(path=str(tmp_path / "val.parquet"), template="refcoco"))
     opened = reader.open()
     samples = [reader.sample(*opened[index]) for index in range(len(opened))]
     assert [image_size(sample.images[0]) for sample in samples] == [(64, 48)] * 2
@@ -242,7 +242,7 @@ def _check_sound(sample: Sample) -> None:
     for message in sample.messages:
         for block in message["content"]:
             what = block[block["type"]]
-            assert isinstance(what, str) if block["type"] == "text" else isinstance(what, Embedded) or what.is_file()
+            assert isinstance(what, str) if block["type"] == "text" else isinstance(what, EmbeddedMedia) or what.is_file()
         if message["role"] == "assistant":
             assert "".join(block["text"] for block in message["content"]).strip()
     assert all(isinstance(text, str) for text in (*sample.choices, *sample.references))
@@ -263,7 +263,7 @@ def test_a_hostile_row_is_refused_by_name_or_sound(name: str, roots: dict[str, P
     if template.join is not None:
         sound = [{**row, "joined": partners[row[template.join.by]]} for row in sound]
     words = {str(label): word for label, word in enumerate(CIFAR10)} if name == "classification" else None
-    prompting = Prompting(words=words, values=SOURCES[name].get("values", {}))
+    prompting = PromptSettings(words=words, values=SOURCES[name].get("values", {}))
     for row in sound:
         _check_sound(template.sample("row", row, MediaRules(roots[name]), prompting))
     outcomes = set()

@@ -20,10 +20,18 @@ from PIL import Image
 from rich.console import Console
 
 from mmtune.cli.main import entry_point
-from mmtune.data.dataset import Samples
+from mmtune.data.dataset import IndexedSamples
 from mmtune.data.encoding.encode import IGNORE_INDEX, encode_prompt, encode_sample
 from mmtune.data.message import RowError, Sample, text_of
-from mmtune.data.validation.show_sample import View, find_sample, print_view, token_texts, view_sample, visible, write_page
+from mmtune.data.validation.show_sample import (
+    SampleView,
+    escape_invisible,
+    find_sample,
+    print_sample,
+    token_texts,
+    view_sample,
+    write_page,
+)
 from mmtune.recipe.recipe import DataSection, Recipe, Source
 from mmtune.utils.errors import UserError
 
@@ -49,9 +57,9 @@ def _sample(media: Path, *turns: str) -> Sample:
 HARD = "caf\u00e9 \u732b \U0001f431\u200d\u2b1b e\u0301 \ufffd <|im_end|> <image>"
 
 
-def _printed(view: View, **settings: Any) -> str:
+def _printed(view: SampleView, **settings: Any) -> str:
     out = io.StringIO()
-    print_view(view, Console(file=out, width=80, **settings))
+    print_sample(view, Console(file=out, width=80, **settings))
     return out.getvalue()
 
 
@@ -159,7 +167,7 @@ def test_text_cannot_move_the_cursor_or_turn_a_line_around(media: Path, untraine
     shown = _printed(view)
     assert not set("\x1b\u202e\x9b\0\r") & set(shown)
     assert all(escape in shown for escape in ("\\x1b[2Jgone", "\\u202e", "[red]x[/red]", "\\x9b", "\\x00", "yes\\r"))
-    assert visible("tab\there\nline \u00e9\u732b") == "tab\\there\nline \u00e9\u732b"
+    assert escape_invisible("tab\there\nline \u00e9\u732b") == "tab\\there\nline \u00e9\u732b"
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
@@ -322,7 +330,7 @@ def test_a_row_is_shown_as_a_run_makes_it(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text(json.dumps(template))
     paths = (tmp_path / folder / "rows.jsonl" for folder in ("train", "held_out"))
     train, held_out = (Source(path=str(path), template=str(tmp_path / "t.yaml")) for path in paths)
-    trained = list(Samples([train]))
+    trained = list(IndexedSamples([train]))
     assert {text_of(sample.messages[0])[:3] for sample in trained} == {"ONE", "TWO"}
     for sample in trained:
         assert find_sample([train], [held_out], sample.id) == sample

@@ -22,11 +22,11 @@ from mmtune.data.encoding.encode import encode_sample
 from mmtune.data.media.image_headers import inspect_image
 from mmtune.data.media.media import MediaRules, open_image
 from mmtune.data.message import RowError
-from mmtune.data.sources.reader import Reader
-from mmtune.data.templates.prompts import Prompting
+from mmtune.data.sources.reader import SourceReader
+from mmtune.data.templates.prompts import PromptSettings
 from mmtune.data.templates.template import load_data_template, shipped_templates
 from mmtune.data.validation.issues import ISSUE_TYPES, Issue
-from mmtune.data.validation.validate import Rules, Summary, Validator, guess_template
+from mmtune.data.validation.validate import IssueSummary, ValidationSettings, Validator, guess_template
 from mmtune.recipe.recipe import Source
 from mmtune.utils.errors import UserError
 
@@ -52,7 +52,7 @@ def by_row(found: Any) -> dict[str, list[Issue]]:
     return rows
 
 
-def outcome(reader: Reader, index: int, processor: Any) -> str | None:
+def outcome(reader: SourceReader, index: int, processor: Any) -> str | None:
     """The kind of fault for which training would quarantine a row; None for one that trains."""
     try:
         encode_sample(reader.sample(*reader.open()[index]), processor)
@@ -78,8 +78,8 @@ def test_a_hostile_row_has_its_issue_and_no_other(issues: dict[str, list[Issue]]
 
 @pytest.mark.slow
 def test_what_cannot_train_is_an_error_and_what_is_an_error_cannot_train(corpus: Source, untrained: tuple[Any, Any]) -> None:
-    processor, reader = untrained[1], Reader(corpus)
-    found = by_row(Validator([corpus], rules=Rules(processor)).issues())
+    processor, reader = untrained[1], SourceReader(corpus)
+    found = by_row(Validator([corpus], rules=ValidationSettings(processor)).issues())
     for number, case in enumerate(CASES):
         refused = [each.issue for each in found.get(f"hostile.jsonl:{number + 1}", []) if each.issue in ERRORS]
         assert len(refused) <= 1, case.name
@@ -91,7 +91,7 @@ def test_what_cannot_train_is_an_error_and_what_is_an_error_cannot_train(corpus:
 
 
 def test_decoding_finds_the_rest(corpus: Source) -> None:
-    found = by_row(Validator([corpus], rules=Rules(decode=True)).issues())
+    found = by_row(Validator([corpus], rules=ValidationSettings(decode=True)).issues())
     for number, case in enumerate(CASES):
         if case.decoding:
             assert [each.issue for each in found[f"hostile.jsonl:{number + 1}"]] == [case.decoding], case.name
@@ -111,7 +111,7 @@ def test_what_is_wrong_with_the_model_ends_the_check_with_its_reason_alone(
     processor = copy.deepcopy(untrained[1])
     processor.chat_template = None
     with pytest.raises(UserError, match=r"^model: its processor has no chat template; name one with model\.chat_template$"):
-        list(Validator([corpus], rules=Rules(processor)).issues(processes=others))
+        list(Validator([corpus], rules=ValidationSettings(processor)).issues(processes=others))
 
 
 # ------------------------------------------------------------------------------------------------------- between the rows
@@ -168,7 +168,7 @@ def test_a_template_knows_the_fields_that_it_reads(name: str, monkeypatch: pytes
     monkeypatch.setattr("mmtune.data.templates.columns.image_size", lambda media: (1000, 1000))
     template = load_data_template(name)
     words = {"0": "cat", "1": "dog", "2": "bird", "3": "fish", "7": "horse"} if template.verbalizer else None
-    rules, prompting = MediaRules(Path()), Prompting(words=words)
+    rules, prompting = MediaRules(Path()), PromptSettings(words=words)
     whole = template.sample("r", template.example, rules, prompting)
     read = template.fields_read
     assert read & template.example.keys()
@@ -185,8 +185,8 @@ def test_a_long_row_fails_a_run_unless_the_recipe_drops_it(
     tmp_path: Path, untrained: tuple[Any, Any], policy: str, kind: str
 ) -> None:
     source = _rows(tmp_path / "r.jsonl", _talk("short"), _talk("long " * 50))
-    length = encode_sample(Reader(source).sample("r", _talk("short")), untrained[1])["input_ids"].shape[1]
-    found = list(Validator([source], rules=Rules(untrained[1], length, policy)).issues())
+    length = encode_sample(SourceReader(source).sample("r", _talk("short")), untrained[1])["input_ids"].shape[1]
+    found = list(Validator([source], rules=ValidationSettings(untrained[1], length, policy)).issues())
     assert [(each.row, each.issue) for each in found] == [("r.jsonl:2", kind)]
 
 
@@ -278,9 +278,9 @@ def test_no_row_crashes_and_the_doctor_agrees_with_training(
         if place in _places(row):
             row = _mutated(row, place, by)
     source = _rows(tmp_path / "fuzz.jsonl", row).model_copy(update={"media_root": corpus.media_root})
-    found = list(Validator([source], rules=Rules(untrained[1])).issues())
+    found = list(Validator([source], rules=ValidationSettings(untrained[1])).issues())
     refused = [each.issue for each in found if each.issue in ERRORS]
-    assert (refused == []) == (outcome(Reader(source), 0, untrained[1]) is None), (row, found)
+    assert (refused == []) == (outcome(SourceReader(source), 0, untrained[1]) is None), (row, found)
     json.dumps([each.as_json() for each in found])
 
 
@@ -291,7 +291,7 @@ def test_no_line_of_bytes_crashes(tmp_path: Path, place: int, bits: int, cut: bo
     line[place % len(line)] ^= bits
     path = tmp_path / "bytes.jsonl"
     path.write_bytes(json.dumps(_talk("first")).encode() + b"\n" + bytes(line[: place % len(line)] if cut else line) + b"\n")
-    summary = Summary(rows=1)
+    summary = IssueSummary(rows=1)
     for each in Validator([Source(path=str(path), template="llava")]).issues():
         summary.add(each)
         assert each.severity in ("error", "warning", "note")
@@ -366,14 +366,14 @@ def test_a_file_that_no_template_fits_is_refused(tmp_path: Path, text: str, told
 
 
 def _faults_raised() -> list[tuple[str, ast.expr | None]]:
-    """Every RowError and Unusable that the package makes: where, and the expression that gives its kind."""
+    """Every RowError and DataIssueError that the package makes: where, and the expression that gives its kind."""
     made = []
     for path in sorted(Path(data.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
             if name == "RowError" and isinstance(node, ast.Call) and not isinstance(node.args[0], ast.Name | ast.Attribute):
                 continue
-            if name in ("RowError", "Unusable") and isinstance(node, ast.Call):
+            if name in ("RowError", "DataIssueError") and isinstance(node, ast.Call):
                 place = 3 if name == "RowError" else 0
                 made.append((f"{path.name}:{node.lineno}", node.args[place] if len(node.args) > place else None))
     return made
