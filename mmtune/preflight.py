@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -10,9 +9,9 @@ from mmtune.data.sources.reader import check_source
 from mmtune.families.family_table import UNPACKABLE, check_family, local_model_type
 from mmtune.methods.method_table import refusal
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, resolve_base
-from mmtune.recipe.recipe import SECTIONS, Recipe, Source, check_files, located
+from mmtune.recipe.recipe import SECTIONS, Recipe, check_files, located
 from mmtune.recipe.train_rules import missing_libraries
-from mmtune.utils.errors import UserError
+from mmtune.utils.errors import RecipeValueError, UserError, errors_at_key
 from mmtune.utils.hub import is_local_name, locate_checkpoint
 
 LIBRARIES = ("model.attn_implementation", "train.optim", "train.use_liger_kernel", "train.report_to")
@@ -32,36 +31,33 @@ def check_recipe(
     Raises:
         UserError: every fault with its line and key, a line each.
     """
-    faults: list[str] = []
+    errors: list[str] = []
     if files:
-        with _collected(faults):
+        with _collected(errors):
             check_files(recipe, sections)
     sources = {"data.train": recipe.data.train, "evaluate.data": recipe.evaluate.data if recipe.evaluate else ()}
     for name, part in sources.items():
         for number, source in enumerate(part if name.partition(".")[0] in sections else ()):
             try:
-                check_source(source)
-            except UserError as error:
-                # A message begins with the key that it is about; one without a key is about the template.
-                key = re.match(r"(\w+): ", str(error))
-                wish = key[1] if key and key[1] in Source.model_fields else None
-                message = str(error).removeprefix(f"{wish}: ")
-                faults.append(located(recipe, f"{name}.{number}.{wish or 'template'}", message))
+                with errors_at_key("template"):
+                    check_source(source)
+            except RecipeValueError as error:
+                errors.append(located(recipe, f"{name}.{number}.{error.key}", error.problem))
     missing = missing_libraries(recipe.train, recipe.model.attn_implementation) if "train" in sections else ()
-    faults += [located(recipe, key, message) for key, message in missing if key in libraries]
+    errors += [located(recipe, key, message) for key, message in missing if key in libraries]
     if "model" in sections:
-        with _collected(faults), located_errors(recipe):
+        with _collected(errors), located_errors(recipe):
             _check_base(recipe)
-    if faults:
-        raise UserError("\n".join(dict.fromkeys(faults)))
+    if errors:
+        raise UserError("\n".join(dict.fromkeys(errors)))
 
 
 @contextmanager
-def _collected(faults: list[str]) -> Iterator[None]:
+def _collected(errors: list[str]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        faults.append(str(error))
+        errors.append(str(error))
 
 
 def _check_base(recipe: Recipe) -> None:
@@ -77,16 +73,16 @@ def _check_base(recipe: Recipe) -> None:
             if model_type is not None:
                 check_family(model_type, str(base))
         except UserError as error:
-            raise UserError(f"model.base: {base}: {error}") from error
+            raise RecipeValueError("model.base", f"{base}: {error}") from error
     if recipe.data.packing and model_type in UNPACKABLE:
-        raise UserError(
-            f"data.packing: packed batches cannot be exact here: {model_type}: {UNPACKABLE[model_type]}; use padded batches"
+        raise RecipeValueError(
+            "data.packing", f"packed batches cannot be exact here: {model_type}: {UNPACKABLE[model_type]}; use padded batches"
         )
     for component, tuning in recipe.tune.components.items():
         if tuning.method == recipe.tune.method is not None:
             reason = refusal(tuning.method, tuning.settings, precision=recipe.model.precision, model_type=model_type)
             if reason is not None:
-                raise UserError(f"tune.{component}: {reason}")
+                raise RecipeValueError(f"tune.{component}", f"{reason}")
 
 
 def check_reachable(recipe: Recipe) -> None:
@@ -99,7 +95,7 @@ def check_reachable(recipe: Recipe) -> None:
         with located_errors(recipe):
             tiny = " or model.base=builtin:tiny-llava" if key == "base" else ""
             way = "" if is_local_name(name) else f"; --rehearse{tiny} tries the recipe without a download"
-            raise UserError(f"model.{key}: {error}{way}") from error
+            raise RecipeValueError(f"model.{key}", f"{error}{way}") from error
 
 
 def unreachable_checkpoints(recipe: Recipe) -> Iterator[tuple[str, str, UserError]]:
@@ -119,11 +115,8 @@ def base_is_here(recipe: Recipe) -> bool:
 
 @contextmanager
 def located_errors(recipe: Recipe) -> Iterator[None]:
-    """Inside, an error about a key of the recipe, which its message begins with, gets the place where the key was written."""
+    """Add to each RecipeValueError of the block where its key was written: the file and line, or the command line."""
     try:
         yield
-    except UserError as error:
-        key = re.match(r"([\w.]+): ", str(error))
-        if type(error) is not UserError or key is None or not recipe.has_key(key[1]):
-            raise
-        raise UserError(located(recipe, key[1], str(error)[key.end() :])) from error
+    except RecipeValueError as error:
+        raise UserError(located(recipe, error.key, error.problem)) from error

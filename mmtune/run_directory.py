@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmtune import __version__
 from mmtune.recipe.recipe import Recipe, needed_paths
-from mmtune.utils.errors import CheckFailed, UserError
+from mmtune.utils.errors import CheckFailed, RecipeValueError, UserError
 from mmtune.utils.files import check_replaceable, linked_directory, read_record, replace_text, writing
 from mmtune.utils.hub import missing
 from mmtune.utils.locks import locked
@@ -203,11 +203,11 @@ def check_output_dir(recipe: Recipe, overwrite: bool) -> None:
     leftover = run.is_leftover()
     if run.recipe.is_file() and not overwrite and not leftover:
         state = "is a finished run: --overwrite replaces it" if run.summary.is_file() else run.unfinished()
-        raise UserError(f"output_dir: {run.path} {state}; another output_dir keeps it")
+        raise RecipeValueError("output_dir", f"{run.path} {state}; another output_dir keeps it")
     try:
         check_replaceable(run.path, overwrite or leftover, run.recipe.name, needed_paths(recipe))
     except UserError as error:
-        raise UserError(f"output_dir: {error}") from error
+        raise RecipeValueError("output_dir", f"{error}") from error
 
 
 @contextlib.contextmanager
@@ -221,7 +221,7 @@ def locked_run(recipe: Recipe) -> Iterator[None]:
         try:
             stack.enter_context(locked(linked_directory(Path(recipe.output_dir))))
         except UserError as error:
-            raise UserError(f"output_dir: {error}") from error
+            raise RecipeValueError("output_dir", f"{error}") from error
         yield
 
 
@@ -251,7 +251,7 @@ def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, dist: Distr
             run.path.rename(earlier)
         run.path.mkdir()
     except OSError as error:
-        raise UserError(f"output_dir: cannot make {run.path}: {error.strerror}") from error
+        raise RecipeValueError("output_dir", f"cannot make {run.path}: {error.strerror}") from error
     try:
         with writing(run.path), dist.unwinding():
             _write_inputs(run, recipe, command)
@@ -305,9 +305,10 @@ def _check_shared(run: RunDirectory, dist: DistributedContext) -> None:
     seen = becomes_seen(lambda: run.environment.is_file() and run.environment.read_text(encoding="utf-8") == written)
     blind = [str(rank) for rank, sees in enumerate(dist.all_gather_object(seen)) if not sees]
     if blind:
-        raise UserError(
-            f"output_dir: process {', '.join(blind)} does not see what process 0 wrote to {run.path.absolute()}; a directory on "
-            "a file system that all machines share is right"
+        raise RecipeValueError(
+            "output_dir",
+            f"process {', '.join(blind)} does not see what process 0 wrote to {run.path.absolute()}; a directory on "
+            "a file system that all machines share is right",
         )
 
 

@@ -89,7 +89,7 @@ from mmtune.tuning.apply import (
 )
 from mmtune.tuning.peft_config import frozen_parts, keeps_adapter
 from mmtune.tuning.save import initial_factors, save_tuned
-from mmtune.utils.errors import Stopped, UserError
+from mmtune.utils.errors import RecipeValueError, Stopped, UserError, errors_at_key
 from mmtune.utils.files import check_writable, linked_directory, replaced_directory
 
 
@@ -130,7 +130,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         check_output_dir(recipe, overwrite)
     arguments = build_training_arguments(recipe)
     if arguments.process_index == 0:
-        check_writable(earlier.path if checkpoint is not None else earlier.path.parent, "output_dir")
+        with errors_at_key("output_dir"):
+            check_writable(earlier.path if checkpoint is not None else earlier.path.parent)
     samples = open_samples(recipe.data)
     data_report = DataReport(rows=rows_to_take(samples, arguments), streamed=recipe.data.stream)
     check_rows(samples, data_report, recipe.data.check_rows)
@@ -317,7 +318,9 @@ def check_method(recipe: Recipe, dist: DistributedContext) -> None:
         UserError: a method or packing that does not work with the base's family or the ZeRO stage, before any weight is loaded.
     """
     if recipe.data.max_nonfinite_steps and dist.zero_stage == 0:
-        raise UserError("data.max_nonfinite_steps: DeepSpeed without ZeRO takes every step, so none can be skipped; leave it out")
+        raise RecipeValueError(
+            "data.max_nonfinite_steps", "DeepSpeed without ZeRO takes every step, so none can be skipped; leave it out"
+        )
     if recipe.model.base not in (None, UNTRAINED):
         config = base_config(recipe.model)  # refuses families that are not supported
         if recipe.data.packing:
@@ -332,7 +335,7 @@ def check_method(recipe: Recipe, dist: DistributedContext) -> None:
                 zero_stage=dist.zero_stage,
             )
             if reason is not None:
-                raise UserError(f"tune.{component}: {reason}")
+                raise RecipeValueError(f"tune.{component}", f"{reason}")
 
 
 def check_fsdp(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | None) -> None:
@@ -341,14 +344,17 @@ def check_fsdp(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | 
         UserError: what has not been held to one process under FSDP2.
     """
     if recipe.model.precision in QUANTIZED:
-        raise UserError(
-            f"model.precision: {recipe.model.precision}: FSDP2 does not divide quantized weights; launch with DDP or ZeRO"
+        raise RecipeValueError(
+            "model.precision", f"{recipe.model.precision}: FSDP2 does not divide quantized weights; launch with DDP or ZeRO"
         )
     if recipe.tune.method not in (None, "lora"):
-        raise UserError(f"tune: {recipe.tune.method} has not been proven under FSDP2; launch with DDP or ZeRO, or use lora")
+        raise RecipeValueError(
+            "tune", f"{recipe.tune.method} has not been proven under FSDP2; launch with DDP or ZeRO, or use lora"
+        )
     if arguments.save_strategy != "no" or checkpoint is not None:
-        raise UserError(
-            "train.save_strategy: a run under FSDP2 cannot go on from a checkpoint yet; leave it out, or launch with DDP or ZeRO"
+        raise RecipeValueError(
+            "train.save_strategy",
+            "a run under FSDP2 cannot go on from a checkpoint yet; leave it out, or launch with DDP or ZeRO",
         )
 
 
@@ -419,7 +425,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
             logging_nan_inf_filter=False,
         )
     except (ValueError, TypeError) as error:
-        raise UserError(f"train: {error}") from error
+        raise RecipeValueError("train", f"{error}") from error
     arguments.report_to = reporters(settings["report_to"])
     if arguments.n_gpu > 1:  # the Trainer would wrap the model in DataParallel, which gathers losses that are already divided
         raise UserError(

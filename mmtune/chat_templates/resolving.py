@@ -16,7 +16,7 @@ from mmtune.chat_templates.rendering import (
     render_prompt,
     render_text,
 )
-from mmtune.utils.errors import UserError, nearest
+from mmtune.utils.errors import RecipeValueError, UserError, nearest
 
 TEMPLATES = Path(__file__).parent
 
@@ -76,26 +76,27 @@ def resolve_chat_template(
             return own
         name = _default(tokenizer, model_type)
         if name is None:
-            raise UserError(
-                f"model.chat_template: there is no default for model_type {model_type!r}, and its tokenizer's own template "
+            raise RecipeValueError(
+                "model.chat_template",
+                f"there is no default for model_type {model_type!r}, and its tokenizer's own template "
                 + ("is missing" if not own else f"does not serve: {_fault(str(own), tokenizer, image_token)}")
-                + f"; {_advice(None, tokenizer, image_token)}"
+                + f"; {_advice(None, tokenizer, image_token)}",
             )
     if name in template_names():
         template = _shipped(name)
         lacks = _lacks(name, tokenizer)
         if lacks:
-            raise UserError(f"model.chat_template: {name} {lacks}; {_advice(None, tokenizer, image_token)}")
+            raise RecipeValueError("model.chat_template", f"{name} {lacks}; {_advice(None, tokenizer, image_token)}")
     elif name.endswith(".jinja"):
         if not Path(name).is_file():
-            raise UserError(f"model.chat_template: there is no file {name}")
+            raise RecipeValueError("model.chat_template", f"there is no file {name}")
         template = Path(name).read_text(encoding="utf-8")
     else:
         near = nearest(name, template_names())
-        raise UserError(f"model.chat_template: unknown name {name!r}{near}; or the path of a .jinja file")
+        raise RecipeValueError("model.chat_template", f"unknown name {name!r}{near}; or the path of a .jinja file")
     fault = _fault(template, tokenizer, image_token)
     if fault:
-        raise UserError(f"model.chat_template: {name}: {fault}; {_advice(template, tokenizer, image_token)}")
+        raise RecipeValueError("model.chat_template", f"{name}: {fault}; {_advice(template, tokenizer, image_token)}")
     return template
 
 

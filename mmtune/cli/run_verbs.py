@@ -12,7 +12,7 @@ from typing import Any
 
 from mmtune.cli.verb_arguments import AddVerb, add_recipe_arguments, add_trust
 from mmtune.console.library_output import configure_console, rank_prefix
-from mmtune.utils.errors import UserError
+from mmtune.utils.errors import RecipeValueError, UserError, errors_at_key
 from mmtune.utils.hub import missing
 
 
@@ -99,8 +99,8 @@ def _train(arguments: argparse.Namespace) -> Any:
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume goes on with the run that --overwrite would replace; give one of them")
     check_recipe(recipe)
-    with located_errors(recipe):
-        check_writable(linked_directory(Path(recipe.output_dir)).absolute().parent, "output_dir")
+    with located_errors(recipe), errors_at_key("output_dir"):
+        check_writable(linked_directory(Path(recipe.output_dir)).absolute().parent)
     check_reachable(recipe)
     # The first process holds the lock for all that train together.
     lock = nullcontext() if rank_prefix() else locked_run(recipe)
@@ -178,7 +178,7 @@ def _answers_file(arguments: argparse.Namespace, trained: Any) -> Path:
         raise UserError(f"{out} holds the run's own answers; give another file: --out FILE")
     if out.is_dir() or (out.exists() and out.suffix != ".jsonl"):
         raise UserError(f"--out {out}: exists and is not a .jsonl file, so it is not replaced; give another file")
-    check_writable(out.parent, f"--out {out}")
+    check_writable(out.parent, f"--out {out}: ")
     return out
 
 
@@ -233,7 +233,7 @@ def _check_release(arguments: argparse.Namespace) -> None:
     places = [out, out.with_name(f"{out.name}-{arguments.quantize}")] if arguments.quantize else [out]
     for place in places:
         check_replaceable(place, arguments.overwrite, NAME if arguments.keep_adapter else CHECKPOINT_MARK)
-        check_writable(place.absolute().parent, str(place))
+        check_writable(place.absolute().parent, f"{place}: ")
 
 
 def _step(parity: Any) -> str:
@@ -280,10 +280,10 @@ def _chat(arguments: argparse.Namespace) -> Any:
         model, processor = load_trained(
             trained, chat_template=arguments.chat_template, trust_remote_code=arguments.trust_remote_code
         )
-    except UserError as error:
-        if arguments.chat_template is None or not str(error).startswith("model.chat_template: "):
+    except RecipeValueError as error:
+        if arguments.chat_template is None or error.key != "model.chat_template":
             raise
-        raise UserError(str(error).replace("model.chat_template", "--chat-template")) from error
+        raise UserError(f"--chat-template: {error.problem}") from error
     window = None if arguments.window is None else (arguments.window[0], arguments.window[1])
     session = ChatSession(to_best_device(model), processor, max_new_tokens=arguments.max_new_tokens, window=window)
     for image in images:

@@ -22,7 +22,7 @@ from torch import distributed, nn
 from torch.utils.cpp_extension import get_default_build_root
 from transformers import TrainingArguments
 
-from mmtune.utils.errors import UserError
+from mmtune.utils.errors import RecipeValueError, UserError
 
 LAUNCHED_WITH = "ACCELERATE_MIXED_PRECISION"
 LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
@@ -187,21 +187,22 @@ def _check_rendezvous() -> None:
 def _ask_for_deepspeed(given: str | Mapping[str, Any]) -> None:
     config = _read_json(given) if isinstance(given, str) else dict(given)
     if _asked(FSDP):
-        raise UserError("train.deepspeed: the launcher was asked for FSDP; leave one of the two out")
+        raise RecipeValueError("train.deepspeed", "the launcher was asked for FSDP; leave one of the two out")
     if launched_with_deepspeed():
         file = os.environ.get(DEEPSPEED_CONFIG)
         if file == json.dumps(config):  # as this function has left it
             return
         if file is None or _read_json(file) != config:
-            raise UserError(
-                "train.deepspeed: DeepSpeed was asked for by the launcher too, with other settings; leave one of the two out"
+            raise RecipeValueError(
+                "train.deepspeed", "DeepSpeed was asked for by the launcher too, with other settings; leave one of the two out"
             )
         return
     if not is_launched():
         if torch.accelerator.device_count() > 1:
-            raise UserError(
-                f"train.deepspeed: one process was started and {torch.accelerator.device_count()} GPUs are there; start one for "
-                "each (accelerate launch --num_processes N mmtune/train.py RECIPE), or choose one, as with CUDA_VISIBLE_DEVICES=0"
+            raise RecipeValueError(
+                "train.deepspeed",
+                f"one process was started and {torch.accelerator.device_count()} GPUs are there; start one for "
+                "each (accelerate launch --num_processes N mmtune/train.py RECIPE), or choose one with CUDA_VISIBLE_DEVICES=0",
             )
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ |= {DEEPSPEED: "true", DEEPSPEED_CONFIG: json.dumps(config)}
@@ -241,7 +242,7 @@ def init_distributed(arguments: TrainingArguments, precision: str, is_sharded: b
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     if arguments.use_cpu and torch.accelerator.is_available():
-        raise UserError("train.use_cpu: DeepSpeed takes the accelerator that is there; leave one of the two out")
+        raise RecipeValueError("train.use_cpu", "DeepSpeed takes the accelerator that is there; leave one of the two out")
     config = plugin.hf_ds_config.config  # what the Trainer fills in and hands on
     for kind in ("fp16", "bf16", "torch_autocast"):
         if config.get(kind, {}).get("enabled") is True:

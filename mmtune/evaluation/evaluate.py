@@ -24,7 +24,7 @@ from mmtune.evaluation.metrics import exact_match, final_answer, majority_accura
 from mmtune.models.compute import count_virtual_tokens, in_eval_mode, move_batch, training_autocast
 from mmtune.models.generation import generate
 from mmtune.recipe.recipe import EvaluateSection
-from mmtune.utils.errors import UserError
+from mmtune.utils.errors import RecipeValueError
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ def check_questions(section: EvaluateSection) -> None:
         for sample in iterate_rows(samples):
             check_choices(sample)
     if report.quarantined:
-        raise UserError(f"evaluate: {len(report.quarantined)} of {len(samples)} rows cannot be asked:\n{report.listing()}")
+        raise RecipeValueError(
+            "evaluate", f"{len(report.quarantined)} of {len(samples)} rows cannot be asked:\n{report.listing()}"
+        )
 
 
 def evaluate(

@@ -36,7 +36,7 @@ from mmtune.models.compatibility import (
     read_vision_tower,
 )
 from mmtune.models.generation import read_generation_config
-from mmtune.utils.errors import UserError
+from mmtune.utils.errors import RecipeValueError, UserError
 
 __all__ = ["assemble", "load_projector", "resolve_chat_template", "save_checkpoint"]
 
@@ -211,7 +211,9 @@ def _compose(config: LlavaConfig, encoder: Any, causal: Any, dtype: torch.dtype,
         (model.lm_head, head),
     ):
         if type(mine) is not type(theirs):
-            raise UserError(f"model: {type(theirs).__name__} has no place in LLaVA, which builds {type(mine).__name__} there")
+            raise RecipeValueError(
+                "model", f"{type(theirs).__name__} has no place in LLaVA, which builds {type(mine).__name__} there"
+            )
     if head.bias is not None:
         raise UserError(f"language: {type(causal).__name__}'s output layer has a bias, which LLaVA's has not")
     model.model.vision_tower = encoder

@@ -15,7 +15,7 @@ from torch import nn
 
 from mmtune.families.family_table import PROJECTORS
 from mmtune.methods.selectors import compile_selector, is_match
-from mmtune.utils.errors import UserError, nearest
+from mmtune.utils.errors import RecipeValueError, UserError, nearest
 
 Component = Literal["vision", "projector", "language", "lm_head"]
 
@@ -64,9 +64,10 @@ def find_components(model: nn.Module) -> Components:
     prefix = names[id(inner)] + "." if inner is not model else ""
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if model_type not in PROJECTORS or head is None:
-        raise UserError(
-            f"model: {type(inner).__name__} (model_type {model_type!r}) is not a family whose components are known; known: "
-            f"{', '.join(sorted(PROJECTORS))}, each as its ...ForConditionalGeneration class"
+        raise RecipeValueError(
+            "model",
+            f"{type(inner).__name__} (model_type {model_type!r}) is not a family whose components are known; known: "
+            f"{', '.join(sorted(PROJECTORS))}, each as its ...ForConditionalGeneration class",
         )
     known = {name for name, _ in (*inner.named_modules(), *inner.named_parameters())}
     projectors = [path for path in PROJECTORS[model_type] if path in known]
@@ -75,7 +76,9 @@ def find_components(model: nn.Module) -> Components:
     found["projector"] = bool(projectors)
     missing = [name for name, there in found.items() if not there]
     if missing:
-        raise UserError(f"model: found no {' and no '.join(missing)} in {type(inner).__name__} (model_type {model_type!r})")
+        raise RecipeValueError(
+            "model", f"found no {' and no '.join(missing)} in {type(inner).__name__} (model_type {model_type!r})"
+        )
     return Components(
         vision_tower=names[id(vision)],
         projector=prefix + projectors[0],
@@ -103,7 +106,7 @@ def component_of(name: str, components: Components) -> Component:
                 if (spelled == root or spelled.startswith(root + ".")) and len(root) > depth:
                     owner, depth = component, len(root)
     if owner is None:
-        raise UserError(f"model: {name!r} lies in no component: {', '.join(path for path, _ in _paths(components))}")
+        raise RecipeValueError("model", f"{name!r} lies in no component: {', '.join(path for path, _ in _paths(components))}")
     return owner
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ from mmtune.models.generation import read_generation_config
 from mmtune.models.processors.ready_processor import load_completed_processor, prepare_processor
 from mmtune.models.quantize import QUANTIZED, prepare_quantized, quantization_config
 from mmtune.recipe.recipe import ModelSection, load_recipe
-from mmtune.utils.errors import UserError, reason_of
+from mmtune.utils.errors import UserError, errors_at_key, reason_of
 from mmtune.utils.hub import locate_checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "nf4": torch.bfloat16}
@@ -101,8 +101,8 @@ def load_weights(name: str, section: ModelSection) -> PreTrainedModel:
     Raises:
         UserError: when it does not load, or lacks weights, which transformers would draw at random.
     """
-    subject = f"model.base: {section.base}" if section.base else name
-    model = load_strictly(name, subject, **loading(name, section))
+    with errors_at_key("model.base") if section.base else nullcontext():
+        model = load_strictly(name, section.base or name, **loading(name, section))
     if is_sharded(model):  # transformers then notes all renamings of the class, and would undo those that it has not done
         model._weight_conversions = [each for each in model._weight_conversions if each.was_used()]
     return model
@@ -210,7 +210,7 @@ def base_config(section: ModelSection) -> PreTrainedConfig:
         UserError: when it cannot be found, or is of a family that is not supported.
     """
     name = locate_base(str(section.base))
-    with _named(f"model.base: {section.base}"):
+    with errors_at_key("model.base"), _named(str(section.base)):
         return _supported_config(name, str(section.base), section.trust_remote_code)
 
 
@@ -242,7 +242,8 @@ def load_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, st
             the assistant says.
     """
     config = base_config(section)
-    return _ready_processor(name, f"model.base: {section.base}", config, section.chat_template, section.trust_remote_code)
+    with errors_at_key("model.base"):
+        return _ready_processor(name, str(section.base), config, section.chat_template, section.trust_remote_code)
 
 
 def _ready_processor(

@@ -48,7 +48,7 @@ from mmtune.models.fake_tensors import (
 from mmtune.models.load import DTYPES
 from mmtune.recipe.recipe import ModelSection, Recipe, Settings
 from mmtune.tuning.apply import apply_tuning
-from mmtune.utils.errors import UserError
+from mmtune.utils.errors import RecipeValueError, UserError
 
 STATES = {"adamw": 2, "lion": 1, "rmsprop": 1, "ademamix": 3}  # bitsandbytes optimizers: tensors of state for a parameter
 CONTEXT, FRAGMENTS = 600_000_000, 0.05  # allowed for a CUDA context with its workspaces, and for gaps between tensors
@@ -183,7 +183,7 @@ def build_meta(section: ModelSection) -> PreTrainedModel:
                 trust_remote_code=section.trust_remote_code,
             )
     except ValueError as error:
-        raise UserError(f"model: cannot be built from its config: {str(error).strip().splitlines()[0]}") from error
+        raise RecipeValueError("model", f"cannot be built from its config: {str(error).strip().splitlines()[0]}") from error
     return model
 
 
@@ -277,7 +277,7 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
     try:
         return TrainingArguments(output_dir=recipe.output_dir, **settings)
     except (ValueError, TypeError) as error:
-        raise UserError(f"train: {error}") from error
+        raise RecipeValueError("train", f"{error}") from error
 
 
 def _without_looks_at_data(recipe: Recipe) -> Recipe:
@@ -350,8 +350,8 @@ def _told(recipe: Recipe) -> Iterator[None]:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         name = recipe.model.base or recipe.model.language
-        raise UserError(
-            f"model: the memory of {name} cannot be predicted: what it computes depends on weights ({error})"
+        raise RecipeValueError(
+            "model", f"the memory of {name} cannot be predicted: what it computes depends on weights ({error})"
         ) from error
 
 

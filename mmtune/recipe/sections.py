@@ -378,19 +378,6 @@ class Recipe(Section):
             key = key.rpartition(".")[0]
         return self._origins.get(key)
 
-    def has_key(self, key: str) -> bool:
-        """Whether a dotted key is one of a recipe's, written or not: of its second level at least."""
-        section, _, rest = key.partition(".")
-        name = rest.partition(".")[0]
-        names: dict[str, Mapping[str, Any]] = {
-            "model": ModelSection.model_fields,
-            "tune": TuneSection.model_fields,
-            "data": DataSection.model_fields,
-            "evaluate": EvaluateSection.model_fields,
-            "train": train_arguments().arguments,
-        }
-        return name in names[section] if section in names and name else key in Recipe.model_fields
-
     def to_yaml(self) -> str:
         """The resolved recipe, defaults filled and overrides applied, as YAML that loads back to an equal recipe."""
         return dump_yaml(self.model_dump(mode="json"))

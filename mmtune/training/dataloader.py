@@ -25,7 +25,7 @@ from mmtune.distributed.context import DistributedContext
 from mmtune.models.packed_attention import check_packable, verify_packing
 from mmtune.planning.token_plan import plan_section
 from mmtune.recipe.recipe import DataSection, Recipe
-from mmtune.utils.errors import UserError
+from mmtune.utils.errors import RecipeValueError, UserError
 
 
 def rows_to_take(samples: IndexedSamples | StreamedSamples, arguments: TrainingArguments) -> int:
@@ -116,13 +116,13 @@ def make_batches(
     mixture = mix(counts, [source.weight for source in section.train])
     for name, count, take in zip(samples.names, counts, mixture.takes, strict=True):
         if count and not take:
-            raise UserError(
-                f"data.train: the weight of {name} takes not one of its {count} rows in an epoch; give it a larger one"
+            raise RecipeValueError(
+                "data.train", f"the weight of {name} takes not one of its {count} rows in an epoch; give it a larger one"
             )
     every = arguments.per_device_train_batch_size * dist.size
     by_tokens = section.packing or section.tokens_per_batch is not None
     if arguments.dataloader_drop_last and not by_tokens and len(mixture) < every:
-        raise UserError(f"train.dataloader_drop_last: {len(mixture)} rows fill no batch of {every}; leave it out")
+        raise RecipeValueError("train.dataloader_drop_last", f"{len(mixture)} rows fill no batch of {every}; leave it out")
     return MixtureBatchSampler(
         mixture,
         seed=_seed(arguments),

@@ -18,7 +18,7 @@ from transformers.integrations import (
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from mmtune.run_directory import RunDirectory
-from mmtune.utils.errors import UserError
+from mmtune.utils.errors import RecipeValueError
 
 
 def reporters(asked: str | list[str]) -> list[str]:
@@ -37,7 +37,7 @@ def reporters(asked: str | list[str]) -> list[str]:
         try:
             INTEGRATION_TO_CALLBACK[name]()
         except (ImportError, RuntimeError) as error:
-            raise UserError(f"train.report_to: {name}: cannot be imported: {error}") from error
+            raise RecipeValueError("train.report_to", f"{name}: cannot be imported: {error}") from error
     if "wandb" in names:
         _check_wandb_login()
     return names
@@ -50,8 +50,8 @@ def _check_wandb_login() -> None:
     # Silent, because its lines hold terminal sequences and come from every process.
     settings = wandb.setup(wandb.Settings(silent=True)).settings
     if settings.mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
-        raise UserError(
-            "train.report_to: wandb: no login on this machine: run `wandb login`, or set WANDB_MODE=offline to log into the run"
+        raise RecipeValueError(
+            "train.report_to", "wandb: no login on this machine: run `wandb login`, or set WANDB_MODE=offline to log into the run"
         )
 
 
@@ -85,7 +85,7 @@ def _start_wandb(trainer: Trainer, folder: Path) -> None:
             settings=wandb.Settings(silent=True),
         )
     except wandb.Error as error:
-        raise UserError(f"train.report_to: wandb: {error}") from error
+        raise RecipeValueError("train.report_to", f"wandb: {error}") from error
     where = f"{run.dir}; to upload it: wandb sync {Path(run.dir).parent}" if run.offline else run.url
     print(f"wandb: {'switched off by WANDB_MODE' if run.disabled else where}")
     trainer.add_callback(_FinishWandb())

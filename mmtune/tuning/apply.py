@@ -23,8 +23,8 @@ from mmtune.distributed.sharded_parameters import gathered_forward, size_of, to_
 from mmtune.models.components import Components, component_of, select_modules
 from mmtune.models.compute import move_batch
 from mmtune.recipe.recipe import TuneSection
-from mmtune.tuning.peft_config import about_key, component_path, keeps_adapter, peft_config
-from mmtune.utils.errors import UserError
+from mmtune.tuning.peft_config import component_path, keeps_adapter, peft_config
+from mmtune.utils.errors import RecipeValueError, errors_at_key
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def apply_tuning(
     """
     for name, tuning in tune.components.items():
         if tuning.method != "frozen" and component_path(components, name) is None:
-            raise UserError(f"tune.{name}: {type(model).__name__} has no {name} component; set it to frozen")
+            raise RecipeValueError(f"tune.{name}", f"{type(model).__name__} has no {name} component; set it to frozen")
     model.requires_grad_(False)
     if keeps_adapter(tune):
         with _told(tune):
@@ -89,7 +89,7 @@ def _trained_in_full(model: nn.Module, components: Components, tune: TuneSection
             continue
         chosen = None
         if "target_modules" in tuning.settings:
-            with about_key(f"tune.{component}.target_modules"):
+            with errors_at_key(f"tune.{component}.target_modules"):
                 chosen = set(select_modules(model, components, component, tuning.settings["target_modules"]))  # type: ignore[arg-type]
         for name, _ in model.named_parameters():
             # The head is the language model's last layer; where it is tied to the embeddings it is the same parameter.
@@ -107,7 +107,7 @@ def _told(tune: TuneSection) -> Iterator[None]:
         yield
     except ValueError as error:
         where = next((name for name, tuning in tune.components.items() if tuning.method == tune.method), "language")
-        raise UserError(f"tune.{where}: {str(error).strip()}") from error
+        raise RecipeValueError(f"tune.{where}", f"{str(error).strip()}") from error
 
 
 def _with_adapter(model: PreTrainedModel, config: PeftConfig, batches: Iterable[Mapping[str, torch.Tensor]]) -> PeftModel:

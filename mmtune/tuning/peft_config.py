@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import EvaConfig, LoraConfig, LoraGAConfig, OFTConfig, PeftConfig
@@ -15,7 +14,7 @@ from mmtune.methods.gated_prefix import gated_prefix_targets
 from mmtune.methods.method_table import METHODS, MUTATING_INITS
 from mmtune.models.components import Components, select_modules, select_parameters
 from mmtune.recipe.recipe import ComponentTuning, TuneSection
-from mmtune.utils.errors import UserError
+from mmtune.utils.errors import RecipeValueError, UserError, errors_at_key
 
 
 def peft_config(model: nn.Module, components: Components, tune: TuneSection, steps: int | None) -> PeftConfig:
@@ -51,7 +50,7 @@ def peft_config(model: nn.Module, components: Components, tune: TuneSection, ste
         if settings.get(key):
             found = _selected(select, model, components, users, key)
             settings[key] = [path for paths in found.values() for path in paths]
-    with about_key(f"tune.{next(iter(users))}"):
+    with errors_at_key(f"tune.{next(iter(users))}"):
         _check_fits(model, method.name, settings)
     if method.name == "adalora":
         settings["total_step"] = steps
@@ -68,18 +67,9 @@ def _selected(
     selected = {}
     for name, tuning in users.items():
         if tuning.settings.get(key):
-            with about_key(f"tune.{name}.{key}"):
+            with errors_at_key(f"tune.{name}.{key}"):
                 selected[name] = select(model, components, name, tuning.settings[key])
     return selected
-
-
-@contextlib.contextmanager
-def about_key(key: str) -> Iterator[None]:
-    """Inside, an error is about a key of the recipe, with which its message then begins."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
 
 
 def _check_fits(model: nn.Module, method: str, settings: Mapping[str, Any]) -> None:
@@ -132,15 +122,18 @@ def saved_modules(model: nn.Module, components: Components, tune: TuneSection) -
         if tuning.method != "full":
             continue
         if "target_modules" in tuning.settings:
-            with about_key(f"tune.{name}.target_modules"):
+            with errors_at_key(f"tune.{name}.target_modules"):
                 saved += select_modules(model, components, name, tuning.settings["target_modules"])  # type: ignore[arg-type]
             continue
         if name == "vision" and inside and tune.projector.method != "full":
-            raise UserError("tune.vision: this family's projector lies inside its vision tower; train both in full, or neither")
+            raise RecipeValueError(
+                "tune.vision", "this family's projector lies inside its vision tower; train both in full, or neither"
+            )
         if name == "language":
-            raise UserError(
-                "tune.language: full beside a method in another component would save the whole language model in the adapter; "
-                "tune those components in full too, or name some layers with target_modules"
+            raise RecipeValueError(
+                "tune.language",
+                "full beside a method in another component would save the whole language model in the adapter; "
+                "tune those components in full too, or name some layers with target_modules",
             )
         if name == "vision" and components.vision_tower is not None:
             saved.append(components.vision_tower)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -10,6 +12,34 @@ class UserError(Exception):
 
     The message says what was wrong, where (file and line, row id, key or module path), and what would be right.
     """
+
+
+class RecipeValueError(UserError):
+    """The value of a recipe's key is wrong. The message begins with the key.
+
+    Args:
+        key: dotted, such as `train.learning_rate`; for an error about one source of rows, relative to that source.
+        problem: what is wrong, and what would be right.
+    """
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(key, problem)
+        self.key = key
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.problem}"
+
+
+@contextmanager
+def errors_at_key(key: str) -> Iterator[None]:
+    """Raise each UserError of the block as a RecipeValueError of a key; one that names a key already is raised as it is."""
+    try:
+        yield
+    except RecipeValueError:
+        raise
+    except UserError as error:
+        raise RecipeValueError(key, str(error)) from error
 
 
 def missing_library(error: ImportError) -> str | None:

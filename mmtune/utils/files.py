@@ -62,21 +62,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_writable(folder: Path, key: str) -> None:
-    """
+def check_writable(folder: Path, prefix: str = "") -> None:
+    """Check that a file can be created in a folder, or in its nearest existing parent.
+
     Args:
-        folder: where something will be written later on.
-        key: of the recipe, for the message.
+        folder: where something will be written later.
+        prefix: begins the message.
 
     Raises:
-        UserError: no file can be made in a folder, or in the nearest one above it that exists.
+        UserError: no file can be created there.
     """
-    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise UserError(f"{key}: cannot write in {place}: {error.strerror}") from error
+        raise UserError(f"{prefix}cannot write in {existing}: {error.strerror}") from error
 
 
 def nearest_path(path: Path) -> Path | None:

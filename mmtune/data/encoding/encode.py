@@ -37,7 +37,7 @@ from mmtune.data.media.media import blank_image, open_image
 from mmtune.data.media.resizing import check_resized
 from mmtune.data.message import Message, RowError, Sample, is_supervised, text_of
 from mmtune.data.validation.issues import issue_type_of
-from mmtune.utils.errors import UserError
+from mmtune.utils.errors import RecipeValueError
 
 IGNORE_INDEX = -100
 
@@ -153,7 +153,7 @@ def chat_template_of(processor: ProcessorMixin) -> str:
     if isinstance(template, dict):
         template = template.get("default")
     if not template:
-        raise UserError("model: its processor has no chat template; name one with model.chat_template")
+        raise RecipeValueError("model", "its processor has no chat template; name one with model.chat_template")
     return template
 
 
@@ -277,7 +277,9 @@ def _process_images(
         return {}, []
     name = type(processor).__name__
     if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
-        raise UserError(f"model: {name} does not tell what it writes for an image, so its samples cannot be encoded exactly")
+        raise RecipeValueError(
+            "model", f"{name} does not tell what it writes for an image, so its samples cannot be encoded exactly"
+        )
     try:
         check_resized(processor, [image.size for image in images])
         own: Mapping[str, Any] = processor(
@@ -373,13 +375,16 @@ def check_chat_template(processor: ProcessorMixin) -> None:
         try:
             labels = encode_sample(Sample("chat template", messages), processor)["labels"]
         except RowError as error:
-            raise UserError(f"model: the chat template gives no exact labels: {error.detail}; {OTHER_TEMPLATE}") from error
+            raise RecipeValueError(
+                "model", f"the chat template gives no exact labels: {error.detail}; {OTHER_TEMPLATE}"
+            ) from error
         span = labels[labels != IGNORE_INDEX].tolist()
         text, end = processor.tokenizer.decode(span[:-1]), processor.tokenizer.decode(span[-1:])
         if text.strip() != word:
-            raise UserError(
-                f"model: the chat template supervises {text + end!r} for the answer {word!r}; right is the answer and one token "
-                f"that ends it; {OTHER_TEMPLATE}"
+            raise RecipeValueError(
+                "model",
+                f"the chat template supervises {text + end!r} for the answer {word!r}; right is the answer and one token "
+                f"that ends it; {OTHER_TEMPLATE}",
             )
 
 

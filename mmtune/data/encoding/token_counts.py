@@ -27,7 +27,7 @@ from mmtune.data.media.media import image_size
 from mmtune.data.media.resizing import check_resized, image_kwargs
 from mmtune.data.message import Message, RowError, Sample
 from mmtune.data.validation.issues import issue_type_of
-from mmtune.utils.errors import UserError
+from mmtune.utils.errors import RecipeValueError
 
 Size = tuple[int, int]
 """(width, height) in pixels, upright."""
@@ -163,9 +163,10 @@ def _by_rule(processor: ProcessorMixin, sizes: tuple[Size, ...], rule: CountRule
 def _blank_replacements(processor: ProcessorMixin, sizes: tuple[Size, ...]) -> tuple[str, ...]:
     """By the real processor, from images of one colour."""
     if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
-        raise UserError(
-            f"model: {type(processor).__name__} does not say what it puts in place of an image (it has no replace_image_token), "
-            "so its tokens cannot be counted beforehand; use a model whose processor does"
+        raise RecipeValueError(
+            "model",
+            f"{type(processor).__name__} does not say what it puts in place of an image (it has no replace_image_token), "
+            "so its tokens cannot be counted beforehand; use a model whose processor does",
         )
     blanks = [Image.new("RGB", size) for size in sizes]
     text = processor.image_token * len(sizes)

@@ -17,7 +17,7 @@ from mmtune.data.sources.source import FileWatch, LazyRow, Row, Rows, default_me
 from mmtune.data.templates.prompts import PromptSettings, draw
 from mmtune.data.templates.template import DataTemplate, Join, load_data_template, lookup
 from mmtune.recipe.recipe import Shots, Source
-from mmtune.utils.errors import UserError, nearest
+from mmtune.utils.errors import RecipeValueError, UserError, nearest
 
 
 class SourceReader:
@@ -28,7 +28,7 @@ class SourceReader:
         name: stands for the file in the rows' ids; None takes the file's own name.
 
     Raises:
-        UserError: an unknown template, a file that is missing or cannot be read, or a wish that the template cannot meet.
+        UserError: an unknown template, a file that is missing or cannot be read, or a setting that the template does not support.
     """
 
     def __init__(self, source: Source, name: str | None = None) -> None:
@@ -239,28 +239,30 @@ def check_source(source: Source) -> DataTemplate:
     """A source's template, checked to be one that can do what the source asks of it. No row is read.
 
     Raises:
-        UserError: an unknown template, one that is faulty, or a wish that it cannot meet.
+        UserError: the template is unknown or invalid.
+        RecipeValueError: the template does not support a setting of the source; its key is the setting's.
     """
     template = load_data_template(source.template)
     name, verbalizer, join = source.template, template.verbalizer, template.join
     if source.image_placeholder == "add" and (template.conversation is None or template.images is None):
-        raise UserError(f"image_placeholder: the template {name} puts images into no conversation of the rows'")
+        raise RecipeValueError("image_placeholder", f"the template {name} puts images into no conversation of the rows'")
     if source.shuffle_options and template.options is None:
-        raise UserError(f"shuffle_options: the template {name} declares no options to shuffle")
+        raise RecipeValueError("shuffle_options", f"the template {name} declares no options to shuffle")
     if source.verbalizer is not None and verbalizer is None:
-        raise UserError(f"verbalizer: the template {name} declares no labels to put into words")
+        raise RecipeValueError("verbalizer", f"the template {name} declares no labels to put into words")
     for value in source.values or {}:
         if value not in template.values:
             hint = nearest(value, set(template.values)) if template.values else "; it has none"
-            raise UserError(f"values: the template {name} has no value '{value}'{hint}")
+            raise RecipeValueError("values", f"the template {name} has no value '{value}'{hint}")
     if source.join is not None and (join is None or join.same_file):
-        raise UserError(f"join: the template {name} reads no second file")
+        raise RecipeValueError("join", f"the template {name} reads no second file")
     if source.join is None and join is not None and not join.same_file:
-        raise UserError(f"join: the template {name} needs a second file; name it in the source: join: FILE")
+        raise RecipeValueError("join", f"the template {name} needs a second file; name it in the source: join: FILE")
     if source.augment is not None and source.augment.moves and (written := template.undeclared_boxes()):
-        raise UserError(
-            f"augment: {source.path}: resize, crop and flip move the image, and the template {name} writes '{written}' into its "
-            "text as it is; declare it in the template (`boxes`), or take these out of `augment`"
+        raise RecipeValueError(
+            "augment",
+            f"{source.path}: resize, crop and flip move the image, and the template {name} writes '{written}' into its "
+            "text as it is; declare it in the template (`boxes`), or take these out of `augment`",
         )
     if source.shots is not None:
         check_source(_source_of(source, source.shots))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmtune.builtin import TINY_LLAVA
-from mmtune.utils.errors import UserError, nearest
+from mmtune.utils.errors import RecipeValueError, UserError, nearest
 from mmtune.utils.hub import HUB_ID, cached_snapshot, is_local_name, locate_checkpoint, missing
 
 CHECKPOINT_MARK = "config.json"
@@ -22,15 +22,15 @@ def resolve_base(base: str) -> str:
     """
     if base.startswith("builtin:"):
         if base not in BUILTIN:
-            raise UserError(f"model.base: '{base}' is not built in{nearest(base, {*BUILTIN, UNTRAINED})}")
+            raise RecipeValueError("model.base", f"'{base}' is not built in{nearest(base, {*BUILTIN, UNTRAINED})}")
         return str(BUILTIN[base])
     path = Path(base)
     if path.is_dir():
         if not (path / CHECKPOINT_MARK).is_file():
-            raise UserError(f"model.base: {base} holds no config.json, so it is no model checkpoint")
+            raise RecipeValueError("model.base", f"{base} holds no config.json, so it is no model checkpoint")
         return str(path.resolve())
     if is_local_name(base):
-        raise UserError(f"model.base: {missing(base)}")
+        raise RecipeValueError("model.base", f"{missing(base)}")
     return base
 
 
@@ -44,7 +44,7 @@ def locate_base(base: str) -> str:
     try:
         return locate_checkpoint(resolved)
     except UserError as error:
-        raise UserError(f"model.base: {base}: {error}") from error
+        raise RecipeValueError("model.base", f"{base}: {error}") from error
 
 
 def local_folder(base: str) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import AutoProcessor, ProcessorMixin
 
-from mmtune.utils.errors import UserError, missing_library
+from mmtune.utils.errors import RecipeValueError, missing_library
 from mmtune.utils.torchvision_support import prepare_torchvision
 
 VISION_EXTRA = "pip install 'mmtune[vision]' installs torchvision and num2words"
@@ -26,7 +26,7 @@ def read_processor(name: str, trust_remote_code: bool) -> ProcessorMixin:
             raise
         torchvision = prepare_torchvision()
         found = "" if torchvision.usable else f"; torchvision is {torchvision.detail}"
-        raise UserError(
-            f"model: the processor of {name} needs a library that is missing{found}; {VISION_EXTRA} ({reason})"
+        raise RecipeValueError(
+            "model", f"the processor of {name} needs a library that is missing{found}; {VISION_EXTRA} ({reason})"
         ) from error
     return processor
