@@ -40,6 +40,7 @@ from mmtune.data.batching.collate import Collator
 from mmtune.data.data_report import DataReport
 from mmtune.models.components import find_components
 from mmtune.models.load import load_weights
+from mmtune.objectives.sft import SupervisedTuning
 from mmtune.planning.memory import estimate_memory
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import LIBRARIES
@@ -135,6 +136,7 @@ def measured_peak(recipe: Recipe, tokens: int, supervised: int | None = None) ->
         data_collator=Collator(0),
         callbacks=[DisableInputRequireGrads()],
         data_report=DataReport(rows=rows),
+        objective=SupervisedTuning(recipe.objective),
         max_bad_fraction=0.0,
         learning_rates=learning_rates(model, components, recipe.tune, arguments.learning_rate),
         dummy_batch=row,

@@ -31,7 +31,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from mmtune.data.batching.collate import collate, pack
 from mmtune.models.packed_attention import packed_inputs
-from mmtune.training.trainer import score_supervised_only
+from mmtune.objectives.sft import score_supervised_only
 
 IMAGE, IMAGE_TOKENS, VOCABULARY = 3, 64, 4096
 Encoded = dict[str, torch.Tensor]

@@ -25,7 +25,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from mmtune.training.trainer import score_supervised_only
+from mmtune.objectives.sft import score_supervised_only
 
 ANSWER = 0.15  # share of the text that is supervised
 

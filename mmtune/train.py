@@ -26,10 +26,9 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments, s
 
 from mmtune.chat_templates.resolving import use_chat_template
 from mmtune.console.library_output import rank_prefix
-from mmtune.data.batching.collate import Collator, collate
 from mmtune.data.batching.sample_stream import SampleStream
 from mmtune.data.data_report import NO_SAMPLE, DataReport
-from mmtune.data.dataset import IndexedSamples, SampleEncoder, check_rows, dummy_sample, open_samples
+from mmtune.data.dataset import IndexedSamples, check_rows, open_samples
 from mmtune.data.encoding.encode import check_chat_template
 from mmtune.distributed.context import (
     DistributedContext,
@@ -61,6 +60,8 @@ from mmtune.models.load import (
 )
 from mmtune.models.packed_attention import check_packable_family
 from mmtune.models.quantize import QUANTIZED
+from mmtune.objectives.objective_table import build_objective
+from mmtune.objectives.sft import pad_token_id
 from mmtune.planning.plan_cache import signatures
 from mmtune.preflight import check_recipe
 from mmtune.recipe.recipe import ModelSection, Recipe
@@ -149,6 +150,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         check_resumable(recipe, earlier, checkpoint, dist)
     processor = load_bare_processor(recipe.model)
     check_chat_template(processor)
+    objective = build_objective(recipe, processor)
     lengths = None
     if recipe.data.planned and isinstance(samples, IndexedSamples):
         lengths = plan_rows(samples, recipe, processor, data_report, dist)
@@ -162,11 +164,8 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     # The base.
     model, processor = load_base(recipe.model, arguments.seed, processor)
     components = find_components(model)
-    encoder = SampleEncoder(processor, recipe.data)
-    blank = dummy_sample(processor)
-    # Every process runs the vision tower in every step, or the others would wait for its part in ZeRO-3 and DDP.
-    pad_token_id = processor.tokenizer.pad_token_id
-    collator = Collator(pad_token_id, blank if dist.size > 1 else None, recipe.data.packing)
+    encoder = objective.encoder(processor, recipe.data)
+    collator = objective.collator(processor, recipe.data.packing, always_images=dist.size > 1)
     rows, batches = order_rows(samples, encoder, collator, recipe.data, arguments, dist, lengths)
     adapts = keeps_adapter(recipe.tune)
     before = None
@@ -188,7 +187,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
 
         # What trains.
         steps = optimizer_steps(arguments, batches)
-        sample = first_batches(samples, encoder, pad_token_id)
+        sample = first_batches(samples, encoder, pad_token_id(processor))
         set_seed(arguments.seed)  # what is drawn does not hang on how the base came here
         kept_frozen = frozen_parts(model, components, recipe.tune)
         model = apply_tuning(model, components, recipe.tune, steps=steps, batches=sample)
@@ -201,7 +200,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         initial = initial_factors(model)
         if recipe.data.packing and isinstance(samples, IndexedSamples):
             with gathered_forward(model):
-                prove_packed_rows(model, samples, encoder, pad_token_id)
+                prove_packed_rows(model, samples, encoder, pad_token_id(processor))
 
     # Training.
     stop = StopOnSignal(dist)
@@ -212,12 +211,13 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         data_collator=collator,
         processing_class=processor,
         callbacks=[RecordMetrics(run.metrics), DisableInputRequireGrads(), stop],
+        objective=objective,
         data_report=data_report,
         max_bad_fraction=recipe.data.max_bad_fraction,
         max_nonfinite_steps=recipe.data.max_nonfinite_steps,
         dist=dist,
         learning_rates=learning_rates(model, components, recipe.tune, arguments.learning_rate),
-        dummy_batch=collate([blank], pad_token_id),
+        dummy_batch=objective.dummy_batch(processor),
         batches=batches,
         source_names=samples.names if len(recipe.data.train) > 1 else (),
         data_files=signatures(recipe.data.train) if dist.is_main_process else {},  # who keeps the checkpoints

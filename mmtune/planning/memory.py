@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
-from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig
+from peft import PeftModel
 from PIL import Image
 from rich.table import Table
 from torch import nn
@@ -46,6 +46,8 @@ from mmtune.models.fake_tensors import (
     suppress_fake_tensor_warnings,
 )
 from mmtune.models.load import DTYPES
+from mmtune.objectives.objective_table import OBJECTIVES
+from mmtune.objectives.sft import SupervisedTuning
 from mmtune.recipe.recipe import ModelSection, Recipe, Settings
 from mmtune.tuning.apply import apply_tuning
 from mmtune.utils.errors import RecipeValueError, UserError
@@ -123,6 +125,7 @@ def estimate_memory(
             model whose computation depends on values that only real weights have.
     """
     arguments = _arguments(recipe)
+    objective = OBJECTIVES[recipe.objective.type](recipe.objective)
     with suppress_fake_tensor_warnings():
         model = build_meta(recipe.model)
         components = find_components(model)
@@ -143,7 +146,7 @@ def estimate_memory(
         with _told(recipe):
             pixels = _pixels(recipe.model, memory, images * arguments.per_device_train_batch_size, image_size)
             batch = _batch(tuned, memory, pixels, arguments, tokens, images, supervised)
-            fullest, moment = _step(tuned, memory, batch, arguments)
+            fullest, moment = _step(tuned, objective, memory, batch, arguments)
     return MemoryEstimate(**fullest, moment=moment)
 
 
@@ -418,7 +421,11 @@ def _batch(
 
 
 def _step(
-    model: Any, memory: MemoryTracker, batch: dict[str, torch.Tensor], arguments: TrainingArguments
+    model: Any,
+    objective: SupervisedTuning,
+    memory: MemoryTracker,
+    batch: dict[str, torch.Tensor],
+    arguments: TrainingArguments,
 ) -> tuple[dict[Any, int], str]:
     """A whole optimizer step in the order of transformers' Trainer; what was live at its fullest, by kind, and when that was.
 
@@ -437,9 +444,9 @@ def _step(
     with memory:
         for _ in range(min(arguments.gradient_accumulation_steps, 2)):
             memory.phase = "forward"
-            scored = _scored(model, batch)
-            loss = forward(**scored, num_items_in_batch=torch.tensor(1)).loss
-            del scored
+            inputs = objective.model_inputs(model, batch)
+            loss = objective.compute_loss(forward, inputs, torch.tensor(1)).loss
+            del inputs
             memory.phase = "backward"
             loss.backward()
             del loss
@@ -460,15 +467,6 @@ def _step(
 
 def _autocast(arguments: TrainingArguments) -> torch.autocast:
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=arguments.bf16)
-
-
-def _scored(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Logits at supervised positions only, as `training.trainer.score_supervised_only` asks for them."""
-    config = model.active_peft_config if isinstance(model, PeftModel) else None
-    virtual = config.num_virtual_tokens if isinstance(config, (PromptTuningConfig, PromptEncoderConfig)) else 0
-    shifted = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-    keep = shifted != -100
-    return {**batch, "shift_labels": shifted[keep], "logits_to_keep": nn.functional.pad(keep, (virtual, 0), value=False)}
 
 
 def _optimizer(

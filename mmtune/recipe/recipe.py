@@ -53,7 +53,7 @@ __all__ = [
     "recipe_schema",
 ]
 
-SECTIONS = ("model", "tune", "data", "evaluate", "train")
+SECTIONS = ("model", "tune", "objective", "data", "evaluate", "train")
 _ROWS_FILE = re.compile(r"[^*?\[{]+\.(json|jsonl|ndjson|csv|tsv|parquet|arrow|feather|tar)", re.IGNORECASE)
 _HUB_PARTS = re.compile(r"[@:].*")
 """What a data set's hub id may have behind it: `@config:split`."""
@@ -183,6 +183,8 @@ def _named_files(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         yield "model.projector.weights", model.projector.weights, "directory"
     if model.chat_template is not None and model.chat_template.endswith(".jinja"):
         yield "model.chat_template", model.chat_template, "file"
+    for key, path, kind in recipe.objective.named_files():
+        yield f"objective.{key}", path, kind
     if isinstance(recipe.train.get("deepspeed"), str):
         yield "train.deepspeed", recipe.train["deepspeed"], "file"
     lists = {"data.train": recipe.data.train, "evaluate.data": recipe.evaluate.data if recipe.evaluate else ()}

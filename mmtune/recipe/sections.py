@@ -21,6 +21,7 @@ from pydantic_core import InitErrorDetails
 
 from mmtune.methods.method_table import METHODS, refusal
 from mmtune.recipe.media_sections import WINDOW, Augment, evaluation_augment_errors, window_errors
+from mmtune.recipe.objective_section import AnyObjectiveSection, SftSection
 from mmtune.recipe.pass_through.arguments import Settings, error_at, format_value, train_arguments
 from mmtune.recipe.pass_through.library_facts import library_fact
 from mmtune.recipe.prompt_sections import (
@@ -301,6 +302,7 @@ class Recipe(Section):
 
     model: ModelSection = Field(description="The model to tune.")
     tune: TuneSection = Field(default_factory=TuneSection, description="What trains, and by which method.")
+    objective: AnyObjectiveSection = Field(default=SftSection(), description="What the training minimizes.")
     data: DataSection = Field(description="The rows to train on.")
     evaluate: EvaluateSection | None = Field(default=None, description="The held-out evaluation; null evaluates nothing.")
     train: PassThroughArguments = Field(
@@ -316,7 +318,7 @@ class Recipe(Section):
         if not isinstance(given, dict):
             return given, []
         # A section whose every line is commented out reads as null.
-        given = {name: value for name, value in given.items() if value is not None or name not in ("tune", "train")}
+        given = {name: value for name, value in given.items() if value is not None or name not in ("tune", "objective", "train")}
         train = given.pop("train", {})
         if not isinstance(train, Mapping):
             return given, [error_at("train", f"expected a mapping, got {format_value(train)}")]
@@ -355,6 +357,8 @@ class Recipe(Section):
         if self.data.stream and (self.train.get("max_steps") or -1) < 1:
             told = "a stream has no known length: give train.max_steps"
             raise ValidationError.from_exception_data("Recipe", [error_at(("train", "max_steps"), told)])
+        for key, message in self.objective.conflicts(self):
+            raise ValidationError.from_exception_data("Recipe", [error_at(("objective", *key), message)])
         if self.data.packing and method is not None and METHODS[method].kind == "prompt":
             told = f"{method} puts its prompt before the first sample of a packed row and before no other; take packing out"
             raise ValidationError.from_exception_data("Recipe", [error_at(("data", "packing"), told)])

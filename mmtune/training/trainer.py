@@ -22,15 +22,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from mmtune.data.batching.batch_sampler import MixtureBatchSampler
 from mmtune.data.batching.sample_stream import SampleStream
 from mmtune.data.data_report import NO_SAMPLE, NOT_FINITE, DataReport, SkippedStep
-from mmtune.data.encoding.encode import IGNORE_INDEX
 from mmtune.data.message import RowError
 from mmtune.data.processes import prepare_worker, worker_failure
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.distributed.sharded_parameters import full_state_dict
 from mmtune.models.checkpoints.remote_code import reject_unsafe_pickles
 from mmtune.models.checkpoints.trained_weights import INITIAL_LORA
-from mmtune.models.compute import count_virtual_tokens
-from mmtune.models.packed_attention import packed_inputs
+from mmtune.objectives.sft import SupervisedTuning
 from mmtune.run_directory import SAVING
 from mmtune.training.adapter_state import (
     AdaLoraStep,
@@ -40,30 +38,11 @@ from mmtune.training.adapter_state import (
     shared_regularization,
 )
 from mmtune.training.checkpoint import finalize_checkpoint, wait_until_seen
+from mmtune.training.loss_record import LossRecord
 from mmtune.training.progress import TrainingProgress
 from mmtune.utils.errors import CheckFailed, UserError
 from mmtune.utils.files import flush, writing
 from mmtune.utils.manifest import names_in
-
-
-def score_supervised_only(inputs: dict[str, Any], virtual_tokens: int = 0) -> dict[str, Any]:
-    """Ask the model for logits at supervised positions only.
-
-    The loss is unchanged: positions with label -100 contribute nothing to cross entropy, so not computing their logits
-    saves memory and time and alters no gradient.
-
-    Args:
-        inputs: a batch with `labels` of shape (batch, length), int64.
-        virtual_tokens: how many a prompt method puts before the input.
-
-    Returns:
-        The batch with `shift_labels` of shape (supervised,), and `logits_to_keep`, a boolean mask of shape
-        (batch, virtual tokens + length) that picks the positions that predict them.
-    """
-    shifted = nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
-    keep = shifted != IGNORE_INDEX
-    mask = nn.functional.pad(keep, (virtual_tokens, 0), value=False)
-    return {**inputs, "shift_labels": shifted[keep], "logits_to_keep": mask}
 
 
 def _listing(rows: Sequence[str]) -> str:
@@ -88,6 +67,7 @@ class TuningTrainer(Trainer):
     """Trains on `Collator`'s batches.
 
     Args:
+        objective: makes the model's inputs of a batch, the loss, and the denominator of a step.
         data_report: counts rows that fail while training.
         max_bad_fraction: stop when more than this part of the rows failed.
         max_nonfinite_steps: skip so many steps whose gradients are not finite, and stop at the next.
@@ -104,6 +84,7 @@ class TuningTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
+        objective: SupervisedTuning,
         data_report: DataReport,
         max_bad_fraction: float,
         max_nonfinite_steps: int = 0,
@@ -118,6 +99,7 @@ class TuningTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss below is a sum divided by the global count of supervised tokens
+        self._objective = objective
         self._data_report = data_report
         self._max_bad_fraction = max_bad_fraction
         self._max_nonfinite_steps = max_nonfinite_steps
@@ -129,14 +111,12 @@ class TuningTrainer(Trainer):
         self._is_empty = False  # whether the present step has no supervised token in any process
         self._steps_taken = 0
         self._saved_step = 0
-        self._before_step: tuple[torch.Tensor, ...] = ()  # what a step adds to that the log averages
+        self._loss_before_step = torch.zeros(())
         self.supervised = 0  # tokens that the run has trained on, over all processes
         self._batches = batches
-        self._source_names = list(source_names)
         self._data_files = dict(data_files or {})
         self._initial = initial
-        # Of each source since the last log: its summed loss and its number of supervised tokens.
-        self._source_sums = torch.zeros(len(source_names), 2, dtype=torch.float64)
+        self._losses = LossRecord(source_names, dist)
         self._progress = TrainingProgress(self.model, self.args, dist)
         self.add_callback(self._progress)
         self.add_callback(AdaLoraStep(lambda: self._is_empty))
@@ -178,16 +158,18 @@ class TuningTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Cross entropy at supervised positions, summed and divided by their number over the whole optimizer step."""
+        """The objective's loss, divided by the denominator of the whole optimizer step."""
         plain = self.accelerator.unwrap_model(model)
         sources = inputs.pop("source_ids", None)
-        before = count_virtual_tokens(plain)
-        scored = score_supervised_only(packed_inputs(plain, inputs), before)
-        with shared_regularization(plain, self._passes), self._progress.learning(scored):
-            loss, outputs = super().compute_loss(model, scored, True, num_items_in_batch)
+        inputs = self._objective.model_inputs(plain, inputs)
+        with shared_regularization(plain, self._passes), self._progress.learning(inputs):
+            losses = self._objective.compute_loss(model, inputs, num_items_in_batch)
+        self._losses.add_parts(losses.parts)
         if sources is not None:
-            self._add_by_source(outputs["logits"], scored["shift_labels"], sources[scored["logits_to_keep"][:, before:]])
-        return (loss, outputs) if return_outputs else loss
+            self._losses.add_by_source(*self._objective.losses_by_source(losses, inputs, sources))
+        # The processes' gradients are averaged, and the denominator counts the batches of all of them.
+        loss = losses.loss if num_items_in_batch is None else losses.loss * self.accelerator.num_processes
+        return (loss, losses.outputs) if return_outputs else loss
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager[None]:
         """The Trainer's, none; under FSDP2 torch's autocast, which accelerate leaves to FSDP2's rounding of what trains."""
@@ -195,28 +177,14 @@ class TuningTrainer(Trainer):
         context = self.accelerator.autocast() if self._dist.fsdp else super().autocast_smart_context_manager(cache_enabled)
         return context
 
-    @torch.no_grad()
-    def _add_by_source(self, logits: torch.Tensor, targets: torch.Tensor, sources: torch.Tensor) -> None:
-        logits = logits.view(-1, logits.shape[-1])
-        for start in range(0, len(targets), 1024):  # a piece at a time: in fp32 a large vocabulary's would fill the memory
-            piece = slice(start, start + 1024)
-            losses = nn.functional.cross_entropy(logits[piece].float(), targets[piece], reduction="none").double().cpu()
-            self._source_sums[:, 0].index_add_(0, sources[piece].cpu(), losses)
-            self._source_sums[:, 1].index_add_(0, sources[piece].cpu(), torch.ones_like(losses))
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's log, with the metrics of `TrainingProgress` and `loss/SOURCE` of sources with supervised tokens.
+        """The Trainer's log, with the metrics of `TrainingProgress` and the losses of `LossRecord`.
 
         Whatever shows, keeps or reports the run's figures has them from here.
         """
         if "loss" in logs:
             logs.update(self._progress.figures(self.state))
-            if self._source_names:
-                sums = torch.stack(self._dist.all_gather_object(self._source_sums)).sum(dim=0)
-                self._source_sums.zero_()
-                for name, (loss, tokens) in zip(self._source_names, sums.tolist(), strict=True):
-                    if tokens:
-                        logs[f"loss/{name}"] = loss / tokens
+            logs.update(self._losses.take())
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -265,8 +233,8 @@ class TuningTrainer(Trainer):
             parameter.grad = None  # which optimizers pass over, moments and weight decay included
         if self.accelerator.optimizer_step_was_skipped:
             self.lr_scheduler.step()  # the Trainer stops it for a step that DeepSpeed has left out, and for no other
-        for kept, before in zip((self._tr_loss, self._source_sums), self._before_step, strict=True):
-            kept.copy_(before)
+        self._tr_loss.copy_(self._loss_before_step)
+        self._losses.drop_step()
         self._globalstep_last_logged += 1  # the log divides by the steps since
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -342,7 +310,8 @@ class TuningTrainer(Trainer):
             if isinstance(batch, UserError):
                 raise batch
         self._passes = len(batches) * self._dist.size
-        self._before_step = self._tr_loss.clone(), self._source_sums.clone()
+        self._loss_before_step = self._tr_loss.clone()
+        self._losses.begin_step()
         faults = [fault for batch in batches for fault in batch.pop("faults")]
         self._step_rows = [row for batch in batches for row in batch.pop("rows")]
         self._step_rows += [fault.row for fault in faults if isinstance(fault, RowError) and fault.row not in self._step_rows]
@@ -353,7 +322,7 @@ class TuningTrainer(Trainer):
         for batch in batches:
             self._progress.add(batch.pop("sizes"), "pixel_values" in batch)
         usable = [batch or dict(self._unscored) for batch in batches]
-        count = self._get_num_items_in_batch(usable, device)
+        count = self.accelerator.gather(self._objective.denominator(usable).to(device)).sum()
         self.supervised += int(count)
         self._is_empty = not int(count)
         self._steps_taken += 1

@@ -567,7 +567,7 @@ def test_the_resolved_recipe_is_in_the_order_of_the_schema(write: Any) -> None:
     text = "output_dir: o\ntrain: {seed: 1, learning_rate: 1, max_steps: 2}\ndata: {train: [{template: t, path: p}]}\n"
     text += "tune: {language: {target_modules: [a], r: 3, method: lora}}\nmodel: {base: b}\n"
     written = yaml.safe_load(load_recipe(write(text)).to_yaml())
-    assert list(written) == ["model", "tune", "data", "evaluate", "train", "output_dir"]
+    assert list(written) == ["model", "tune", "objective", "data", "evaluate", "train", "output_dir"]
     assert list(written["tune"]["language"]) == ["method", "r", "target_modules", "lora_alpha", "lora_dropout"]
     assert list(written["train"]) == ["max_steps", "learning_rate", "report_to", "seed"]
     assert list(written["data"]["train"][0]) == list(Source.model_fields)

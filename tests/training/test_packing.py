@@ -17,6 +17,8 @@ from mmtune.data.batching.collate import Collator, RowSize, collate, pack
 from mmtune.data.data_report import DataReport
 from mmtune.methods.gated_prefix import GatedPrefixConfig
 from mmtune.models.packed_attention import check_packable, check_packable_family, packed_inputs, verify_packing
+from mmtune.objectives.sft import SupervisedTuning
+from mmtune.recipe.objective_section import SftSection
 from mmtune.training.trainer import TuningTrainer
 from mmtune.utils.errors import UserError
 
@@ -39,7 +41,9 @@ def training_autocast(model: Any, batch: dict[str, Any], count: int, out: Path) 
         "learning_rates": {},
         "dummy_batch": {},
     }
-    trainer = TuningTrainer(model=model, data_report=DataReport(rows=1), max_bad_fraction=0, **settings)
+    trainer = TuningTrainer(
+        model=model, data_report=DataReport(rows=1), objective=SupervisedTuning(SftSection()), max_bad_fraction=0, **settings
+    )
     loss: torch.Tensor = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(count))
     return loss
 
@@ -132,6 +136,7 @@ def test_a_step_over_a_packed_row_is_the_step_over_a_padded_batch(tmp_path: Path
             train_dataset=samples("qwen2_5_vl"),
             data_collator=Collator(PAD, packed=packed),
             data_report=DataReport(rows=4),
+            objective=SupervisedTuning(SftSection()),
             max_bad_fraction=0,
             learning_rates={},
             dummy_batch={},

@@ -30,6 +30,7 @@ from mmtune.data.batching.collate import Collator, RowSize
 from mmtune.data.dataset import IndexedSamples
 from mmtune.data.encoding.encode import encode_sample
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
+from mmtune.objectives.sft import score_supervised_only
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import build_training_arguments, train
@@ -38,7 +39,7 @@ from mmtune.training.callbacks import RecordMetrics, progress_line
 from mmtune.training.cpu_wait import CpuWait
 from mmtune.training.flops import ModelFlops, Peak, peak_of
 from mmtune.training.progress import TrainingProgress, as_time
-from mmtune.training.trainer import TuningTrainer, score_supervised_only
+from mmtune.training.trainer import TuningTrainer
 from mmtune.utils.errors import UserError
 
 

@@ -20,6 +20,7 @@ from mmtune.data.encoding.encode import encode_sample
 from mmtune.evaluation.evaluate import evaluate, read_answers
 from mmtune.models.components import find_components
 from mmtune.models.load import load_trained
+from mmtune.objectives.sft import SupervisedTuning
 from mmtune.recipe.recipe import Recipe
 from mmtune.release.merge import merge
 from mmtune.run_directory import RunDirectory
@@ -53,6 +54,7 @@ def make_trainer(recipe: Recipe, base: Path, **settings: object) -> TuningTraine
         processing_class=processor,
         callbacks=[DisableInputRequireGrads()],
         data_report=DataReport(rows=len(samples)),
+        objective=SupervisedTuning(recipe.objective),
         max_bad_fraction=recipe.data.max_bad_fraction,
         learning_rates=learning_rates(model, find_components(model), recipe.tune, recipe.train["learning_rate"]),
         **settings,

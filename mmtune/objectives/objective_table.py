@@ -1,0 +1,24 @@
+"""The objectives by name: what a training run minimizes, and on what kind of batch."""
+
+from __future__ import annotations
+
+from transformers import ProcessorMixin
+
+from mmtune.objectives.sft import SupervisedTuning
+from mmtune.recipe.recipe import Recipe
+
+OBJECTIVES: dict[str, type[SupervisedTuning]] = {
+    "sft": SupervisedTuning,
+}
+"""By `objective.type` in a recipe. `SupervisedTuning` documents what an entry defines."""
+
+
+def build_objective(recipe: Recipe, processor: ProcessorMixin) -> SupervisedTuning:
+    """The recipe's objective, checked against the model's processor. No weight is loaded.
+
+    Raises:
+        UserError: the objective does not fit the model, where that shows without weights.
+    """
+    objective = OBJECTIVES[recipe.objective.type](recipe.objective)
+    objective.check(recipe, processor)
+    return objective

@@ -1,0 +1,163 @@
+"""Supervised fine-tuning: cross entropy at supervised positions. Other objectives extend this class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import ProcessorMixin
+
+from mmtune.data.batching.collate import Collator, collate
+from mmtune.data.dataset import SampleEncoder, dummy_sample
+from mmtune.data.encoding.encode import IGNORE_INDEX
+from mmtune.models.compute import count_virtual_tokens
+from mmtune.models.packed_attention import packed_inputs
+from mmtune.recipe.objective_section import ObjectiveSection
+from mmtune.recipe.recipe import DataSection, Recipe
+
+CHUNK = 1024
+"""Tokens whose fp32 logits are in memory at a time when losses are only reported: a vocabulary may have 150,000 entries."""
+
+
+def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Mask of the positions that predict a supervised token, shape (batch, length), from labels of the same shape."""
+    return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:] != IGNORE_INDEX
+
+
+def score_supervised_only(inputs: dict[str, Any], virtual_tokens: int = 0) -> dict[str, Any]:
+    """Ask the model for logits at supervised positions only.
+
+    The loss is unchanged: positions with label -100 contribute nothing to cross entropy, so not computing their logits
+    saves memory and time and changes no gradient.
+
+    Args:
+        inputs: a batch with `labels` of shape (batch, length), int64.
+        virtual_tokens: the number of tokens that a prompt method puts before the input.
+
+    Returns:
+        The batch with `shift_labels` of shape (supervised,), and `logits_to_keep`, a boolean mask of shape
+        (batch, virtual tokens + length) that selects the positions that predict them.
+    """
+    keep = supervised_positions(inputs["labels"])
+    targets = inputs["labels"][:, 1:][keep[:, :-1]]
+    mask = nn.functional.pad(keep, (virtual_tokens, 0), value=False)
+    return {**inputs, "shift_labels": targets, "logits_to_keep": mask}
+
+
+def cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of every token in fp64 on the CPU, shape (supervised,), without a gradient.
+
+    Args:
+        logits: shape (..., supervised, vocabulary).
+        targets: shape (supervised,), int64.
+    """
+    logits = logits.detach().view(-1, logits.shape[-1])
+    pieces = [slice(start, start + CHUNK) for start in range(0, len(targets), CHUNK)]
+    losses = [nn.functional.cross_entropy(logits[piece].float(), targets[piece], reduction="none") for piece in pieces]
+    return torch.cat(losses).double().cpu() if losses else torch.zeros(0, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of one batch, each a sum over its supervised tokens divided by the number of them in the optimizer step.
+
+    Attributes:
+        loss: what is minimized, a scalar with a gradient.
+        logits: at the supervised positions, shape (..., supervised, vocabulary).
+        outputs: the model's.
+        parts: scalars to report by name, without a gradient, where the loss has several parts.
+    """
+
+    loss: torch.Tensor
+    logits: torch.Tensor
+    outputs: Any
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class SupervisedTuning:
+    """The objective `sft`, and what any objective defines: its batches, the denominator of a step, its loss.
+
+    A row must give a conversation (`mmtune.data.message.Sample`) with at least one supervised answer.
+
+    Args:
+        settings: the recipe's `objective` section.
+    """
+
+    def __init__(self, settings: ObjectiveSection) -> None:
+        self.settings = settings
+
+    def check(self, recipe: Recipe, processor: ProcessorMixin) -> None:
+        """Compare the objective with the recipe and the model's processor, before any weight is loaded.
+
+        Raises:
+            UserError: they do not fit.
+        """
+
+    @property
+    def frozen_models(self) -> list[nn.Module]:
+        """The models beside the trained one that run a forward pass on every batch; memory and FLOPs count them."""
+        return []
+
+    def encoder(self, processor: ProcessorMixin, section: DataSection) -> SampleEncoder:
+        """Encodes one row for this objective."""
+        return SampleEncoder(processor, section)
+
+    def collator(self, processor: ProcessorMixin, packed: bool = False, always_images: bool = False) -> Collator:
+        """Makes a batch of encoded rows.
+
+        Args:
+            packed: all rows of a batch in one sequence.
+            always_images: a batch without images gets a dummy sample with one, so that every process runs the vision tower in
+                every step; the others would wait for it at ZeRO-3 and in DDP.
+        """
+        return Collator(pad_token_id(processor), dummy_sample(processor) if always_images else None, packed)
+
+    def dummy_batch(self, processor: ProcessorMixin) -> dict[str, torch.Tensor]:
+        """A batch that adds nothing to the loss, to the denominator or to any gradient."""
+        return collate([dummy_sample(processor)], pad_token_id(processor))
+
+    def denominator(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+        """What the summed loss of these batches is divided by, a scalar int64: the number of supervised tokens.
+
+        The trainer adds those of all processes; zero is a step without a sample.
+        """
+        return torch.stack([supervised_positions(batch["labels"]).sum() for batch in batches]).sum()
+
+    def model_inputs(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the model takes of a batch.
+
+        Args:
+            model: without the wrappers of a distributed run.
+        """
+        return score_supervised_only(packed_inputs(model, batch), count_virtual_tokens(model))
+
+    def compute_loss(
+        self, model: Callable[..., Any], inputs: dict[str, Any], denominator: torch.Tensor | int | None = None
+    ) -> Losses:
+        """Forward pass and loss of one batch.
+
+        Args:
+            model: the model that trains, with its wrappers.
+            inputs: from `model_inputs`.
+            denominator: of the whole optimizer step; None takes the batch's own.
+        """
+        outputs = model(**inputs, num_items_in_batch=denominator)
+        return Losses(outputs["loss"], outputs["logits"], outputs)
+
+    def losses_by_source(
+        self, losses: Losses, inputs: dict[str, Any], sources: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of every supervised token and the number of its data source, both of shape (supervised,).
+
+        Args:
+            sources: the source of every token of the batch, int64, shape (batch, length).
+        """
+        return cross_entropies(losses.logits, inputs["shift_labels"]), sources[supervised_positions(inputs["labels"])]
+
+
+def pad_token_id(processor: ProcessorMixin) -> int:
+    """The token that fills shorter rows of a batch."""
+    return int(processor.tokenizer.pad_token_id)
