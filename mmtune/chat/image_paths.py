@@ -1,4 +1,4 @@
-"""Images as a person names them in a conversation: shell words, dropped files, `file://` URIs; and their completion."""
+"""Image paths in a chat: parsing of `/image` arguments (shell words, dropped files, `file://` URIs) and their completion."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from mmtune.utils.errors import UserError
 from mmtune.utils.files import expand_user
 
 ANY_PATH = MediaRules(Path(), outside=True)
-"""A person at the terminal may show any file of the machine."""
+"""In a chat, an image may be any file on this machine."""
 
 
 def image_paths(text: str) -> Iterator[tuple[str, Path | EmbeddedMedia]]:
-    r"""The images that a line names, each with the name as it was given.
+    r"""The images in the argument of `/image`, each with its name as typed.
 
-    Names are read as a shell reads words: `'a b.png'`, `a\ b.png`, several in a line. A line that is the path of a file is that
-    file, with its spaces. Backslashes may also separate folders.
+    Names are parsed as shell words: `'a b.png'`, `a\ b.png`, several per line. If the whole line is the path of an existing file,
+    spaces included, it is that file. Backslashes may also separate folders.
 
     Raises:
-        UserError: no name, a quote that is not closed, or a name that no image can be found by.
+        UserError: no name, an unclosed quote, or a name that is not an image file.
     """
     names = _names(text)
     for name in names:
@@ -36,17 +36,17 @@ def image_paths(text: str) -> Iterator[tuple[str, Path | EmbeddedMedia]]:
         except UserError as error:
             if len(names) == 1 or any(map(_is_file, names)):
                 raise
-            raise UserError(f"{error}; a path with spaces is written in quotes: /image 'my cat.png'") from error
+            raise UserError(f"{error}; put a path with spaces in quotes: /image 'my cat.png'") from error
 
 
 def resolve_image(name: str) -> Path | EmbeddedMedia:
-    """The image of one name: a path, a `file://` or a `data:` URI.
+    """The image of a name: a path, a `file://` URI or a `data:` URI.
 
     Raises:
-        UserError: a name that no image can be found by.
+        UserError: a URL, or a name that is not a file.
     """
     if name.lower().startswith(("http://", "https://")):
-        raise UserError(f"{name}: a URL; download the file and give its path")
+        raise UserError(f"{name}: expected a local file, got a URL; download the file and give its path")
     try:
         return resolve_media(expand_user(name), ANY_PATH)
     except ValueError as error:
@@ -55,7 +55,7 @@ def resolve_image(name: str) -> Path | EmbeddedMedia:
 
 def _names(text: str) -> list[str]:
     if not text:
-        raise UserError("/image FILE ...: name an image file")
+        raise UserError("/image: expected at least one image file: /image FILE ...")
     if _is_file(text):
         return [text]
     try:
@@ -65,7 +65,7 @@ def _names(text: str) -> list[str]:
             if is_windows_path(text) or all(_is_file(name.replace("\\", "/")) for name in folders):
                 return folders
     except ValueError as error:
-        raise UserError(f'/image {text}: a quote is not closed; write the path in quotes, as in /image "it\'s.png"') from error
+        raise UserError(f'/image {text}: unclosed quote; put the path in quotes: /image "it\'s.png"') from error
     return words
 
 
@@ -76,16 +76,16 @@ def _words(text: str, escape: str) -> list[str]:
 
 
 def _is_file(name: str) -> bool:
-    with suppress(OSError):  # too long a name, for one
+    with suppress(OSError):  # for example a name that is too long
         return Path(expand_user(name)).is_file()
     return False
 
 
 class ImagePathCompleter(Completer):
-    """Completes commands, and after `/image` paths, with spaces and quotes escaped.
+    """Completes commands, and paths after `/image`, with spaces and quotes escaped.
 
     Args:
-        commands: each begins with a slash.
+        commands: the chat commands; each starts with a slash.
     """
 
     _LAST_WORD = re.compile(r"""(?:^|\s)(?P<word>'[^']*|"[^"]*|(?:\\.|[^\s\\'"])*)$""")
@@ -99,10 +99,10 @@ class ImagePathCompleter(Completer):
         command, space, argument = text.partition(" ")
         if not space:
             yield from (Completion(f"{name} ", -len(text)) for name in self._commands if text and name.startswith(text))
-        elif command == "/image" and (found := self._LAST_WORD.search(argument)):
-            word = found["word"]
+        elif command == "/image" and (match := self._LAST_WORD.search(argument)):
+            word = match["word"]
             is_quoted = word[:1] in ("'", '"')
             path = word[1:] if is_quoted else re.sub(r"\\(.)", r"\1", word)
-            for each in self._paths.get_completions(Document(path), complete_event):
-                rest = each.text + "/" * each.display_text.endswith("/")
-                yield Completion(rest if is_quoted else re.sub(r"([\s\\'\"])", r"\\\1", rest), display=each.display)
+            for completion in self._paths.get_completions(Document(path), complete_event):
+                rest = completion.text + "/" * completion.display_text.endswith("/")
+                yield Completion(rest if is_quoted else re.sub(r"([\s\\'\"])", r"\\\1", rest), display=completion.display)

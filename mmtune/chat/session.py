@@ -1,4 +1,4 @@
-"""A conversation with a model: its turns, its images, and answers as they come."""
+"""Chat session: conversation history, images, and streamed answers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ from mmtune.utils.errors import UserError
 
 
 class ChatSession:
-    """Holds the turns so far; the prompt is rendered by the very chat template that the model was trained with.
+    """The conversation history and its images; prompts are rendered with the processor's chat template, as in training.
 
     Args:
-        model: in eval mode.
-        processor: its processor, with a chat template that `check_chat_template` accepts.
-        max_new_tokens: an answer is cut there.
-        window: the grey values that become black and white in the images, as a source's `window`.
+        model: the model, in eval mode.
+        processor: the model's processor, with a chat template that `check_chat_template` accepts.
+        max_new_tokens: at most this many new tokens per answer.
+        window: the gray values that map to black and white, as the `window` of a recipe's data source.
+
+    Raises:
+        UserError: `max_new_tokens` below 1, or an unusable chat template.
     """
 
     def __init__(
@@ -35,7 +38,7 @@ class ChatSession:
     ) -> None:
         check_chat_template(processor)
         if max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens {max_new_tokens}: an answer has at least one token")
+            raise UserError(f"--max-new-tokens {max_new_tokens}: expected at least 1")
         self._model = model
         self._processor = processor
         self._max_new_tokens = max_new_tokens
@@ -44,84 +47,84 @@ class ChatSession:
         self._images: list[dict[str, Any]] = []
 
     def attach(self, image: Path | EmbeddedMedia) -> tuple[int, int]:
-        """Show an image with the next question; returns its (width, height) in pixels.
+        """Attach an image to the next question; returns its (width, height) in pixels.
 
         Raises:
-            UserError: a file that is missing, no image, or damaged.
+            UserError: a file that is missing, damaged or not an image.
         """
-        shown = ImageView(image, self._window)
+        view = ImageView(image, self._window)
         try:
-            size = open_image(shown).size  # the whole of it: a question asked later could not say which image failed
+            size = open_image(view).size  # decodes it completely: an error during a later question would not name the image
         except ValueError as error:
             raise UserError(str(error)) from error
-        self._images.append({"type": "image", "image": shown})
+        self._images.append({"type": "image", "image": view})
         return size
 
     @property
     def pending_images(self) -> int:
-        """How many images go with the next question."""
+        """The number of images attached to the next question."""
         return len(self._images)
 
     @property
     def turns(self) -> int:
-        """How many questions and answers the conversation holds."""
+        """The number of messages in the conversation: questions and answers."""
         return len(self._messages)
 
     def reset(self) -> None:
-        """Forget every turn and image."""
+        """Delete all messages and images."""
         self._messages = []
         self._images = []
 
     def ask(self, question: str) -> Generator[str]:
-        """Pieces of the greedy answer as the model generates them; the finished turn joins the conversation.
+        """Stream the greedy answer in text chunks; question and answer are then added to the conversation.
 
-        An iterator that is closed early, or interrupted by Ctrl-C, stops the model after the token in progress, and returns when
-        the generation thread has ended. The turn then joins the conversation with the pieces that were given, so that the model
-        reads what the user has read; without any piece the question is dropped, and its images wait for the next one.
+        If the iterator is closed early or Ctrl-C interrupts it, generation stops after the current token, and the call returns
+        when the generation thread has ended. The chunks already yielded are added as the answer, so the model sees what the user
+        has read. If none was yielded, the question is dropped and its images stay attached to the next question.
 
         Raises:
-            UserError: an image that is gone, or a question that is not valid Unicode.
+            UserError: an image that no longer exists, or a question that is not valid Unicode.
         """
-        turn: Message = {"role": "user", "content": [*self._images, {"type": "text", "text": question}]}
-        prompt = encode_prompt("chat", [*self._messages, turn], self._processor)
+        message: Message = {"role": "user", "content": [*self._images, {"type": "text", "text": question}]}
+        prompt = encode_prompt("chat", [*self._messages, message], self._processor)
         streamer = TextIteratorStreamer(self._processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        failed: list[BaseException] = []
-        stopped = Event()
+        errors: list[BaseException] = []
+        stop_requested = Event()
 
         def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            return torch.full((len(input_ids),), stopped.is_set(), device=input_ids.device)
+            return torch.full((len(input_ids),), stop_requested.is_set(), device=input_ids.device)
 
-        def answer() -> None:
+        def generate_answer() -> None:
             try:
                 with torch.inference_mode(), training_autocast(self._model):
                     inputs = move_batch(self._model, prompt)
                     generate(self._model, self._processor, inputs, self._max_new_tokens, streamer, [stop])
-            except BaseException as error:  # handed to the reader, who would otherwise wait for ever
-                failed.append(error)
+            except BaseException as error:  # raised again in the calling thread, which would otherwise wait forever
+                errors.append(error)
                 streamer.end()
 
-        # A thread that is inside torch when the interpreter ends aborts the process: this one has ended whenever `ask` has.
-        thread = Thread(target=answer)
-        pieces: list[str] = []
+        # A thread that is inside torch when the interpreter exits aborts the process, so it must end before `ask` returns.
+        thread = Thread(target=generate_answer)
+        chunks: list[str] = []
         finished = False
         try:
             thread.start()
-            for piece in streamer:
-                pieces.append(piece)
-                yield piece
+            for chunk in streamer:
+                chunks.append(chunk)
+                yield chunk
             finished = True
         finally:
-            stopped.set()
-            _wait_for(thread)
-            if not failed and (finished or any(pieces)):
-                self._messages += [turn, {"role": "assistant", "content": [{"type": "text", "text": "".join(pieces)}]}]
+            stop_requested.set()
+            _join(thread)
+            if not errors and (finished or any(chunks)):
+                self._messages += [message, {"role": "assistant", "content": [{"type": "text", "text": "".join(chunks)}]}]
                 self._images = []
-        if failed:
-            raise failed[0]
+        if errors:
+            raise errors[0]
 
 
-def _wait_for(thread: Thread) -> None:
-    """Until the thread has ended. Ctrl-C meanwhile asks for what is under way: the model has been told to stop."""
+def _join(thread: Thread) -> None:
+    """Wait for the thread to end, ignoring Ctrl-C: generation has already been asked to stop."""
     while thread.is_alive():
         with suppress(KeyboardInterrupt):
             thread.join()

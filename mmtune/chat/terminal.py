@@ -1,4 +1,4 @@
-"""A conversation in the terminal: line editing, commands, and Ctrl-C that stops an answer."""
+"""Chat in the terminal: line editing, commands, and Ctrl-C to stop an answer."""
 
 from __future__ import annotations
 
@@ -21,28 +21,32 @@ from mmtune.console.terminal_text import unescaped
 from mmtune.utils.errors import UserError
 
 COMMANDS = {
-    "/image": "/image FILE ... shows images with your next question",
-    "/reset": "/reset starts over",
-    "/exit": "/exit leaves",
+    "/image": "/image FILE ... attaches images to your next question",
+    "/reset": "/reset starts a new conversation",
+    "/exit": "/exit ends the chat",
 }
-"""The commands, each with its help."""
+"""The commands and their help texts."""
 HELP = f"{', '.join(COMMANDS.values())}; Ctrl-C stops an answer"
-COMMAND_HINTS = {**dict.fromkeys(("exit", "quit"), "/exit to leave"), "reset": "/reset to start over", "help": HELP}
-"""Words that alone in a line are meant as commands, and what to type for them."""
+COMMAND_HINTS = {
+    **dict.fromkeys(("exit", "quit"), "/exit to end the chat"),
+    "reset": "/reset to start a new conversation",
+    "help": HELP,
+}
+"""Lines that are probably meant as commands, and what to type instead."""
 PROMPT = "> "
 EMPTY_ANSWER = "(the answer is empty)"
-STOPPED = "\n(stopped: what was answered stays in the conversation)"
-STOPPED_AT_ONCE = "\n(stopped before an answer began: the question is dropped, its images wait for the next one)"
+STOPPED = "\n(stopped: the text so far stays in the conversation)"
+STOPPED_AT_ONCE = "\n(stopped before the first token: the question is dropped; its images stay attached to the next one)"
 
 
 def run_chat(session: ChatSession) -> None:
     """Read questions and commands from standard input until it ends.
 
-    At a terminal a line can be edited, earlier lines come back, and Ctrl-C during an answer stops it and keeps the conversation.
+    On a terminal, lines can be edited and have a history, and Ctrl-C during an answer stops it but keeps the conversation.
     Otherwise each line of standard input is a question or a command.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C while a line is awaited; at any time when standard input is not a terminal.
+        KeyboardInterrupt: Ctrl-C at the prompt; at any time if standard input is not a terminal.
     """
     is_interactive = sys.stdin.isatty()
     read_line = _line_reader()
@@ -56,7 +60,7 @@ def run_chat(session: ChatSession) -> None:
         if command == "/exit":
             return
         try:
-            _act(session, line, command, argument.strip())
+            _handle_line(session, line, command, argument.strip())
         except UserError as error:
             print(f"({error})")
         except KeyboardInterrupt:
@@ -65,19 +69,19 @@ def run_chat(session: ChatSession) -> None:
             print("\n(stopped)")
 
 
-def _act(session: ChatSession, line: str, command: str, argument: str) -> None:
+def _handle_line(session: ChatSession, line: str, command: str, argument: str) -> None:
     if not line:
         return
     if command == "/reset":
         session.reset()
-        print("(a new conversation)")
+        print("(new conversation)")
     elif command == "/image":
         for name, image in image_paths(argument):
             width, height = session.attach(image)
-            waiting = "1 image waits" if session.pending_images == 1 else f"{session.pending_images} images wait"
-            print(f"({name}, {width} x {height}; {waiting} for your question)")
+            attached = "1 image" if session.pending_images == 1 else f"{session.pending_images} images"
+            print(f"({name}, {width} x {height}; {attached} attached to your next question)")
     elif command.startswith("/"):
-        raise UserError(f"no command {command}: {HELP}")
+        raise UserError(f"unknown command {command}; commands: {HELP}")
     elif line.lower() in COMMAND_HINTS:
         print(f"(type {COMMAND_HINTS[line.lower()]})")
     else:
@@ -87,10 +91,10 @@ def _act(session: ChatSession, line: str, command: str, argument: str) -> None:
 def _ask(session: ChatSession, question: str) -> None:
     answer, turns = "", session.turns
     try:
-        with closing(session.ask(question)) as pieces:
-            for piece in pieces:
-                print(piece, end="", flush=True)
-                answer += piece
+        with closing(session.ask(question)) as chunks:
+            for chunk in chunks:
+                print(chunk, end="", flush=True)
+                answer += chunk
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
@@ -100,12 +104,12 @@ def _ask(session: ChatSession, question: str) -> None:
 
 
 def _line_reader() -> Callable[[], str]:
-    """Reads one line; raises EOFError where there is none, and at a terminal for Ctrl-D."""
+    """A function that reads one line; it raises EOFError at the end of the input and for Ctrl-D on a terminal."""
     is_interactive = sys.stdin.isatty()
     if is_interactive and sys.stdout.isatty() and not is_dumb_terminal():
         output = create_output(unescaped(sys.stdout))
         if isinstance(output, Vt100_Output):
-            output.enable_cpr = False  # a terminal that does not report its cursor would be warned of
+            output.enable_cpr = False  # avoids prompt_toolkit's warning on terminals that do not report the cursor position
         editor: PromptSession[str] = PromptSession(
             PROMPT,
             output=output,
@@ -116,7 +120,7 @@ def _line_reader() -> Callable[[], str]:
         )
         return editor.prompt
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused by itself, and the others are read
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is an error of its own; other lines are read
 
     def read_line() -> str:
         if is_interactive and sys.stdout.isatty():

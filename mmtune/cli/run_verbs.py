@@ -145,7 +145,7 @@ def _eval(arguments: argparse.Namespace) -> Any:
             trained, chat_template=recipe.model.chat_template, trust_remote_code=arguments.trust_remote_code
         )
     check_chat_template(processor)
-    answers = evaluate(to_best_device(model), processor, recipe.evaluate, what=str(arguments.model))
+    answers = evaluate(to_best_device(model), processor, recipe.evaluate, label=str(arguments.model))
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_answers(answers, out)

@@ -1,4 +1,4 @@
-"""Ask a model every held-out question and score the answers."""
+"""Evaluation: answers of a model to the held-out questions, and their scores."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ from mmtune.utils.errors import RecipeValueError
 
 @dataclass(frozen=True)
 class Answer:
-    """One question, what was expected and what came; of several sources, the name of the one it is from."""
+    """A held-out question with its reference answer and the model's prediction.
+
+    Attributes:
+        id: the row id.
+        task: the task that the row names, or None.
+        images: paths or URIs of the question's images.
+        source: the name of the row's source; None if the recipe has one source.
+    """
 
     id: str
     task: str | None
@@ -42,13 +49,16 @@ class Answer:
 
     @property
     def group(self) -> str:
-        """Whose score the answer counts in: its task's, or that of its source where the row names no task."""
+        """The group whose score the answer counts in: its task, or its source if the row names no task."""
         return self.task or self.source or "untitled"
 
 
 @dataclass(frozen=True)
 class Score:
-    """Exact match over a set of answers, with a 95% Wilson interval. `task` is the answers' `group`, or overall."""
+    """Exact-match accuracy over a group of answers, with a 95% Wilson interval and the majority-class baseline.
+
+    `task` is the `group` of the answers, or `overall`.
+    """
 
     task: str
     questions: int
@@ -64,26 +74,25 @@ def generate_answers(
     samples: Sequence[Sample],
     max_new_tokens: int,
     batch_size: int,
-    what: str = "answering",
+    label: str = "answering",
 ) -> list[str]:
-    """Greedy answers to the samples' last questions, in their order.
+    """Greedy answers to the last questions of samples, in the order of the samples.
 
     Args:
-        model: in any mode; it is put in eval mode and back.
-        samples: conversations that end with the reference answer, which the model does not see.
-        max_new_tokens: an answer is cut there.
-        batch_size: questions answered at once; of equal length first, so that little is padded.
-        what: is asked, for the progress that is shown.
+        model: in train or eval mode; it runs in eval mode, and its mode is restored.
+        samples: conversations that end with the reference answer, which is not shown to the model.
+        max_new_tokens: at most this many new tokens per answer.
+        batch_size: questions per batch; questions are sorted by length to reduce padding.
+        label: the label of the progress display.
     """
     tokenizer = processor.tokenizer
     answers: dict[int, str] = {}
     order = sorted(range(len(samples)), key=lambda index: sum(len(text_of(m)) for m in samples[index].messages[:-1]))
-    starts = range(0, len(order), batch_size)
-    with in_eval_mode(model), EvaluationProgress(what, len(order)) as progress:
-        for start in starts:
-            chosen = order[start : start + batch_size]
-            prompts = {i: encode_prompt(samples[i].id, split_question(samples[i])[0], processor) for i in chosen}
-            for group in _together(model, prompts):
+    with in_eval_mode(model), EvaluationProgress(label, len(order)) as progress:
+        for start in range(0, len(order), batch_size):
+            chunk = order[start : start + batch_size]
+            prompts = {i: encode_prompt(samples[i].id, split_question(samples[i])[0], processor) for i in chunk}
+            for group in _batch_groups(model, prompts):
                 batch = move_batch(model, collate([prompts[i] for i in group], tokenizer.pad_token_id, side="left"))
                 with torch.inference_mode(), training_autocast(model):
                     output = generate(model, processor, batch, max_new_tokens)
@@ -93,9 +102,11 @@ def generate_answers(
     return [answers[index] for index in range(len(samples))]
 
 
-def _together(model: nn.Module, prompts: dict[int, dict[str, torch.Tensor]]) -> list[list[int]]:
-    """Which prompts share a batch: all, or with virtual tokens those of one length. PEFT puts these before the padding, so that
-    a padded question would stand at another distance from them than the same question alone."""
+def _batch_groups(model: nn.Module, prompts: dict[int, dict[str, torch.Tensor]]) -> list[list[int]]:
+    """Indices of the prompts that may share a batch: all, or those of equal length if the model has virtual tokens.
+
+    PEFT puts virtual tokens before the padding. Padding would change their distance to the prompt, and with it the answer.
+    """
     if not count_virtual_tokens(model):
         return [list(prompts)]
     lengths: dict[int, list[int]] = {}
@@ -105,10 +116,11 @@ def _together(model: nn.Module, prompts: dict[int, dict[str, torch.Tensor]]) -> 
 
 
 def check_questions(section: EvaluateSection) -> None:
-    """Read every held-out row and its images' headers, with no model.
+    """Read every held-out row and the headers of its images, without a model.
 
     Raises:
-        UserError: naming the rows that cannot be asked. A figure over fewer questions than announced would be another figure.
+        UserError: rows that cannot be evaluated, by id. They are not skipped: an accuracy over fewer questions would be another
+            metric.
     """
     samples = IndexedSamples(section.data)
     report = DataReport(rows=len(samples))
@@ -123,7 +135,7 @@ def check_questions(section: EvaluateSection) -> None:
             check_choices(sample)
     if report.quarantined:
         raise RecipeValueError(
-            "evaluate", f"{len(report.quarantined)} of {len(samples)} rows cannot be asked:\n{report.listing()}"
+            "evaluate", f"{len(report.quarantined)} of {len(samples)} rows cannot be evaluated:\n{report.listing()}"
         )
 
 
@@ -132,29 +144,29 @@ def evaluate(
     processor: ProcessorMixin,
     section: EvaluateSection,
     dist: DistributedContext = SINGLE_PROCESS,
-    what: str = "evaluating",
+    label: str = "evaluating",
 ) -> list[Answer]:
     """Answer and score every question of the recipe's `evaluate` section.
 
-    Several processes share the questions, and each has all the answers in the end. Under ZeRO-3, where a forward pass takes
-    all of them, each asks them all.
+    Ranks share the questions, and every rank returns all answers. Under ZeRO-3 a forward pass needs all ranks, so every rank
+    answers all questions.
 
     Raises:
         RowError: a held-out row that cannot be read.
     """
     rows = IndexedSamples(section.data)
     samples = list(iterate_rows(rows))
-    mine = range(len(samples)) if dist.sharded else range(dist.rank, len(samples), dist.size)
-    asked = [samples[index] for index in mine]
-    said = _said(model, processor, asked, section, what)
-    answered = dict(itertools.chain.from_iterable(dist.all_gather_object(list(zip(mine, said, strict=True)))))
-    predictions = [answered[index] for index in range(len(samples))]
+    indices = range(len(samples)) if dist.sharded else range(dist.rank, len(samples), dist.size)
+    rank_predictions = _predict(model, processor, [samples[index] for index in indices], section, label)
+    gathered = dist.all_gather_object(list(zip(indices, rank_predictions, strict=True)))
+    predictions = dict(itertools.chain.from_iterable(gathered))
     answers = []
-    for index, (sample, prediction) in enumerate(zip(samples, predictions, strict=True)):
+    for index, sample in enumerate(samples):
+        prediction = predictions[index]
         question, reference = split_question(sample)
-        concluded = final_answer(prediction, section.answer_after)
-        accepted = (reference, *sample.references)
-        correct = any(exact_match(concluded, final_answer(answer, section.answer_after)) for answer in accepted)
+        conclusion = final_answer(prediction, section.answer_after)
+        references = (reference, *sample.references)
+        correct = any(exact_match(conclusion, final_answer(text, section.answer_after)) for text in references)
         answers.append(
             Answer(
                 id=sample.id,
@@ -170,18 +182,18 @@ def evaluate(
     return answers
 
 
-def _said(
-    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], section: EvaluateSection, what: str
+def _predict(
+    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], section: EvaluateSection, label: str
 ) -> list[str]:
-    """An answer to each sample, generated or chosen."""
+    """The prediction for each sample: generated text, or the most likely choice."""
     if section.score == "generate":
-        return generate_answers(model, processor, samples, section.max_new_tokens, section.batch_size, what)
-    scores = score_choices(model, processor, samples, section.batch_size, what)
-    return [most_likely_choice(sample, of_it) for sample, of_it in zip(samples, scores, strict=True)]
+        return generate_answers(model, processor, samples, section.max_new_tokens, section.batch_size, label)
+    scores = score_choices(model, processor, samples, section.batch_size, label)
+    return [most_likely_choice(sample, sample_scores) for sample, sample_scores in zip(samples, scores, strict=True)]
 
 
 def score(answers: Sequence[Answer], section: EvaluateSection) -> list[Score]:
-    """Scores per task, or per source where rows name no task, in the order of their first question, and last `overall`."""
+    """Scores per group in the order of first questions, then `overall`; a group is a task, or a source if rows name no task."""
     names = list(dict.fromkeys(answer.group for answer in answers))
     groups = [(name, [answer for answer in answers if answer.group == name]) for name in names]
     if len(groups) == 1:
@@ -203,16 +215,16 @@ def _score(name: str, answers: Sequence[Answer], marker: str | None) -> Score:
 
 
 def write_answers(answers: Sequence[Answer], path: Path) -> None:
-    """One JSON object a line, in the order asked."""
+    """Write answers as JSON lines, in the order of the questions."""
     path.write_text("".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """What `write_answers` wrote."""
-    with path.open(encoding="utf-8") as lines:  # str.splitlines would also split at U+0085 and U+2028, which answers may hold
+    """Read answers that `write_answers` wrote."""
+    with path.open(encoding="utf-8") as lines:  # str.splitlines would also split at U+0085 and U+2028 inside an answer
         return [Answer(**{**row, "images": tuple(row["images"])}) for row in map(json.loads, lines)]
 
 
 def scores_to_dicts(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """Plain values, for a summary file."""
+    """Scores as JSON-serializable dicts, for `summary.json`."""
     return [asdict(item) for item in scores]

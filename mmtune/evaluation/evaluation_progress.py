@@ -1,4 +1,4 @@
-"""Progress of an evaluation: a bar on a terminal, elsewhere a line now and then."""
+"""Progress of an evaluation: a bar on a terminal, otherwise a line every 30 seconds."""
 
 from __future__ import annotations
 
@@ -12,36 +12,38 @@ from tqdm import tqdm
 from mmtune.console.library_output import shows_progress
 
 EVERY_S = 30.0
-"""Where there is no terminal, a line is written so often at most."""
+"""Minimum seconds between two progress lines without a terminal."""
 BAR = "{desc}: {n_fmt} of {total_fmt} {unit} |{bar:6}| {remaining} left"
 
 
 class EvaluationProgress:
-    """Shows how many questions a model has answered, of how many, and the time that is left; used as a context manager.
+    """Context manager that shows the number of answered questions and the remaining time.
 
-    On a terminal it is a bar, which goes when the work ends. Elsewhere a line is written every `EVERY_S`, and a first one as soon
-    as it is known that the work takes longer than that; short work writes none.
+    On a terminal it shows a bar, which is removed at the end. Otherwise it prints a line every `EVERY_S` seconds, and the first
+    one as soon as the estimated time exceeds `EVERY_S`; a shorter evaluation prints nothing.
 
     Args:
-        what: is evaluated, for the reader.
-        total: how many questions there are.
-        unit: what is counted.
-        clock: gives the seconds.
+        label: what is evaluated.
+        total: the number of questions.
+        unit: the name of what is counted.
+        clock: returns the time in seconds.
     """
 
-    def __init__(self, what: str, total: int, unit: str = "questions", clock: Callable[[], float] = time.monotonic) -> None:
-        self._what, self._total, self._unit, self._clock = what, total, unit, clock
+    def __init__(self, label: str, total: int, unit: str = "questions", clock: Callable[[], float] = time.monotonic) -> None:
+        self._label, self._total, self._unit, self._clock = label, total, unit, clock
         self._done = 0
         self._bar: tqdm[Any] | None = None
 
     def __enter__(self) -> EvaluationProgress:
         self._start = self._last = self._clock()
         if shows_progress():
-            self._bar = tqdm(total=self._total, desc=self._what, unit=self._unit, bar_format=BAR, leave=False, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=self._total, desc=self._label, unit=self._unit, bar_format=BAR, leave=False, dynamic_ncols=True
+            )
         return self
 
     def update(self, count: int) -> None:
-        """Count questions that are answered."""
+        """Add `count` answered questions."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
@@ -51,7 +53,7 @@ class EvaluationProgress:
         if left > 0 and (now - self._last >= EVERY_S or (self._done == count and left >= EVERY_S)):
             self._last = now
             print(
-                f"{self._what}: {self._done:,} of {self._total:,} {self._unit}, about {tqdm.format_interval(left)} left",
+                f"{self._label}: {self._done:,} of {self._total:,} {self._unit}, about {tqdm.format_interval(left)} left",
                 file=sys.stderr,
                 flush=True,
             )

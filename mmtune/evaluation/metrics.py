@@ -1,4 +1,4 @@
-"""Exact match, its interval, and what always giving the commonest answer would reach."""
+"""Exact match, its confidence interval, and the accuracy of the majority-class baseline."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from statistics import NormalDist
 
 
 def final_answer(text: str, marker: str | None) -> str:
-    """What an answer concludes: the text after the last `marker`, or all of it where there is none, without outer space."""
+    """The text after the last `marker`, or the whole text if it has no marker; stripped."""
     return (text.rpartition(marker)[2] if marker else text).strip()
 
 
 def normalize(answer: str) -> str:
-    """Case, outer space, runs of space and one closing full stop do not count."""
+    """Text for comparison: case-folded, whitespace collapsed, and one trailing full stop removed."""
     return " ".join(answer.casefold().split()).removesuffix(".").rstrip()
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether two final answers are the same text after `normalize`."""
+    """Whether two final answers are equal after `normalize`."""
     return normalize(prediction) == normalize(reference)
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson, 1927, JASA 22:209-212), which holds near 0 and 1 and in small samples.
+    """Wilson score interval of a proportion (Wilson, 1927, JASA 22:209-212); valid near 0 and 1 and for small samples.
 
     Returns:
         (low, high), both within [0, 1]; (0, 1) when `total` is 0.
@@ -32,16 +32,16 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     if total == 0:
         return 0.0, 1.0
     z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = correct / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    p = correct / total
+    centre = p + z * z / (2 * total)
+    spread = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
-    low = 0.0 if correct == 0 else max(0.0, (centre - spread) / scale)  # exact where rounding would leave 1e-17
+    low = 0.0 if correct == 0 else max(0.0, (centre - spread) / scale)  # exactly 0: rounding could leave 1e-17
     return low, 1.0 if correct == total else min(1.0, (centre + spread) / scale)
 
 
 def majority_accuracy(answers: Sequence[str], tasks: Sequence[str | None]) -> float:
-    """Accuracy of giving, for each task, its commonest reference answer: what a model reaches that never looks."""
+    """Accuracy of the majority-class baseline: the most frequent reference answer of each task, whatever the image."""
     if not answers:
         return 0.0
     by_task: dict[str | None, Counter[str]] = {}

@@ -1,4 +1,4 @@
-"""The table of a run's scores; no model and no data are needed for it."""
+"""The score table of a run, made from `summary.json` alone."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mmtune.console.styled_console import StyledConsole
 
 
 def print_scores(summary: dict[str, Any]) -> None:
-    """Exact match before and after tuning, per task and overall, beside the commonest-answer baseline."""
+    """Print exact match before and after tuning, per task and overall, with the majority-class baseline."""
     rows = score_rows(summary)
     if not rows:
         return
     table = Table(title="Held-out exact match", title_justify="left")
     table.add_column("task or source")
-    for name in ("questions", "commonest answer", "base", "tuned", "95% interval"):
+    for name in ("questions", "majority-class baseline", "base", "tuned", "95% interval"):
         table.add_column(name, justify="right")
     for row in rows:
         if row["task"] == "overall":
@@ -27,12 +27,12 @@ def print_scores(summary: dict[str, Any]) -> None:
     if "merge_max_logit_difference" in summary:
         print(
             f"merged: largest logit difference {summary['merge_max_logit_difference']:.2g}, "
-            f"same greedy answers {summary['merge_same_answers']} of {summary['merge_samples']}"
+            f"{summary['merge_same_answers']} of {summary['merge_samples']} greedy answers identical"
         )
 
 
 def score_rows(summary: dict[str, Any]) -> list[dict[str, str]]:
-    """The lines of the score table, as text."""
+    """The rows of the score table, as text."""
     base = {item["task"]: item for item in summary.get("base_scores", [])}
     rows = []
     for tuned in summary.get("tuned_scores", []):

@@ -41,20 +41,20 @@ class Difference:
 
 
 def collect_outputs(
-    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], max_new_tokens: int, what: str = "comparing"
+    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], max_new_tokens: int, label: str = "comparing"
 ) -> ModelOutputs:
     """Logits of a model in eval mode where it answers, and what it answers on its own."""
-    logits = answer_logits(model, processor, samples, what)
-    return ModelOutputs(logits, generate_answers(model, processor, samples, max_new_tokens, batch_size=8, what=what))
+    logits = answer_logits(model, processor, samples, label)
+    return ModelOutputs(logits, generate_answers(model, processor, samples, max_new_tokens, batch_size=8, label=label))
 
 
 def answer_logits(
-    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], what: str = "comparing"
+    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], label: str = "comparing"
 ) -> list[torch.Tensor]:
     """`ModelOutputs.logits`, teacher-forced, one sample at a time."""
     model.eval()
     logits = []
-    with EvaluationProgress(what, len(samples), "logits of samples") as progress:
+    with EvaluationProgress(label, len(samples), "logits of samples") as progress:
         for sample in samples:
             inputs = move_batch(model, encode_sample(sample, processor))
             predicts = inputs.pop("labels")[0, 1:] != IGNORE_INDEX

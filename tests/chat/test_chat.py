@@ -1,4 +1,4 @@
-"""A conversation says what plain transformers would say, keeps its turns, and survives what goes wrong."""
+"""Chat: answers equal those of plain transformers, the history is kept, and errors leave the conversation usable."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mmtune.utils.errors import UserError
 
 torch.set_num_threads(1)
 
-NEW = 8  # tokens an answer
+NEW = 8  # max_new_tokens
 
 
 @pytest.fixture
@@ -33,49 +33,49 @@ def session(answering_llava: tuple[Any, Any]) -> ChatSession:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image(tmp_path: Path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     return tmp_path / "a.png"
 
 
 def _plain(answering_llava: tuple[Any, Any], text: str, images: list[Path]) -> str:
-    """Generation on text that is rendered here by hand, through transformers alone."""
+    """The answer of plain transformers to a prompt that is rendered by hand."""
     model, processor = answering_llava
     opened = [Image.open(path).convert("RGB") for path in images] or None
     inputs = processor(text=text, images=opened, return_tensors="pt")
     with torch.no_grad():
-        out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
-    said: str = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return said
+        output = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    answer: str = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer
 
 
-def test_turns_and_images_are_carried_on(session: ChatSession, answering_llava: tuple[Any, Any], picture: Path) -> None:
-    assert session.attach(picture) == (40, 24)
-    pieces = list(session.ask("what is it?"))
-    first = "".join(pieces)
+def test_the_prompt_has_all_earlier_turns_and_images(session: ChatSession, answering_llava: tuple[Any, Any], image: Path) -> None:
+    assert session.attach(image) == (40, 24)
+    chunks = list(session.ask("what is it?"))
+    first = "".join(chunks)
     prompt = "<|user|><image>\nwhat is it?<|end|><|assistant|>"
-    assert first == _plain(answering_llava, prompt, [picture]) != _plain(answering_llava, prompt.replace("<image>\n", ""), [])
-    assert len(pieces) > 1 and first
+    assert first == _plain(answering_llava, prompt, [image]) != _plain(answering_llava, prompt.replace("<image>\n", ""), [])
+    assert len(chunks) > 1 and first
 
     second = "".join(session.ask("sure?"))
     prompt += f"{first}<|end|><|user|>sure?<|end|><|assistant|>"
-    assert second == _plain(answering_llava, prompt, [picture])
+    assert second == _plain(answering_llava, prompt, [image])
 
-    session.attach(picture)
-    session.attach(picture)
+    session.attach(image)
+    session.attach(image)
     third = "".join(session.ask("and these?"))
     prompt += f"{second}<|end|><|user|><image>\n<image>\nand these?<|end|><|assistant|>"
-    assert third == _plain(answering_llava, prompt, [picture] * 3)
+    assert third == _plain(answering_llava, prompt, [image] * 3)
 
-    session.attach(picture)
+    session.attach(image)
     session.reset()
     alone = "".join(session.ask("sure?"))
     assert alone == _plain(answering_llava, "<|user|>sure?<|end|><|assistant|>", []) != second
 
 
 def test_a_failure_while_generating_reaches_the_caller(
-    session: ChatSession, answering_llava: tuple[Any, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+    session: ChatSession, answering_llava: tuple[Any, Any], image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generate = answering_llava[0].generate
 
@@ -83,21 +83,21 @@ def test_a_failure_while_generating_reaches_the_caller(
         streamer.put(torch.tensor([1]))
         raise RuntimeError("out of memory")
 
-    session.attach(picture)
+    session.attach(image)
     monkeypatch.setattr(answering_llava[0], "generate", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(session.ask("what is it?"))
     monkeypatch.setattr(answering_llava[0], "generate", generate)
-    # The turn that failed is not part of the conversation, and its image still waits for a question.
-    said = "".join(session.ask("what is it?"))
-    assert said == _plain(answering_llava, "<|user|><image>\nwhat is it?<|end|><|assistant|>", [picture])
+    # The failed question is not part of the conversation, and its image is still attached.
+    answer = "".join(session.ask("what is it?"))
+    assert answer == _plain(answering_llava, "<|user|><image>\nwhat is it?<|end|><|assistant|>", [image])
 
 
-def test_a_damaged_image_is_refused_when_it_is_attached(
-    session: ChatSession, answering_llava: tuple[Any, Any], picture: Path, tmp_path: Path
+def test_attaching_a_damaged_image_is_an_error(
+    session: ChatSession, answering_llava: tuple[Any, Any], image: Path, tmp_path: Path
 ) -> None:
-    picture.write_bytes(picture.read_bytes()[:500])
-    for path, reason in ((picture, "cannot decode"), (tmp_path / "none.png", "No such file"), (tmp_path, "Is a directory")):
+    image.write_bytes(image.read_bytes()[:500])
+    for path, reason in ((image, "cannot decode"), (tmp_path / "none.png", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(UserError, match=reason):
             session.attach(path)
     assert "".join(session.ask("so?")) == _plain(answering_llava, "<|user|>so?<|end|><|assistant|>", [])
@@ -107,37 +107,42 @@ def test_a_question_cannot_write_control_tokens(session: ChatSession, answering_
     model, processor = answering_llava
     for token in ("<image>", "<|assistant|>", "<|end|>"):
         session.reset()
-        said = "".join(session.ask(f"say {token}"))
-        turn = {"role": "user", "content": [{"type": "text", "text": f"say {token}"}]}
+        answer = "".join(session.ask(f"say {token}"))
+        message = {"role": "user", "content": [{"type": "text", "text": f"say {token}"}]}
         inputs = processor.apply_chat_template(
-            [turn], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True, sanitize_control_tokens=True
+            [message],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            sanitize_control_tokens=True,
         )
         with torch.no_grad():
-            out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
-        assert said == processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            output = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+        assert answer == processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_a_model_without_a_chat_template_is_refused(answering_llava: tuple[Any, Any]) -> None:
+def test_a_model_without_a_chat_template_is_an_error(answering_llava: tuple[Any, Any]) -> None:
     bare = copy.deepcopy(answering_llava[1])
     bare.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         ChatSession(answering_llava[0], bare)
 
 
-def test_an_answer_that_is_stopped_stays_as_far_as_it_was_read(answering_llava: tuple[Any, Any], picture: Path) -> None:
+def test_a_stopped_answer_stays_as_far_as_it_was_read(answering_llava: tuple[Any, Any], image: Path) -> None:
     endless = ChatSession(*answering_llava, max_new_tokens=10**6)
-    endless.attach(picture)
+    endless.attach(image)
     threads = threading.active_count()
-    with closing(endless.ask("what is it?")) as pieces:
-        read = "".join(itertools.islice((piece for piece in pieces if piece), 2))
+    with closing(endless.ask("what is it?")) as chunks:
+        read = "".join(itertools.islice((chunk for chunk in chunks if chunk), 2))
     assert threading.active_count() == threads and read
 
-    endless.attach(picture)
+    endless.attach(image)
     with closing(endless.ask("not read at all")):
         pass
     endless._max_new_tokens = NEW
     prompt = f"<|user|><image>\nwhat is it?<|end|><|assistant|>{read}<|end|><|user|><image>\nsure?<|end|><|assistant|>"
-    assert "".join(endless.ask("sure?")) == _plain(answering_llava, prompt, [picture, picture])
+    assert "".join(endless.ask("sure?")) == _plain(answering_llava, prompt, [image, image])
 
 
 @pytest.mark.parametrize(
@@ -155,7 +160,9 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_was_read(answering_llava: 
         ("~/a\\ b.png", ["a b.png"]),
     ],
 )
-def test_images_are_named_as_in_a_shell(line: str, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_paths_are_parsed_as_shell_words(
+    line: str, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "sub").mkdir()
@@ -167,16 +174,18 @@ def test_images_are_named_as_in_a_shell(line: str, files: list[str], tmp_path: P
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("", "name an image file"),
+        ("", "expected at least one image file"),
         ("my cat.png", "no such file: {folder}/my"),
-        ("Tom's cat.png", "a quote is not closed"),
+        ("Tom's cat.png", "unclosed quote"),
         (r"C:\Users\me\a.png", r"no such file: C:\Users\me\a.png; it is a Windows path: write it as this machine names the file"),
-        ("https://example.org/a.png", "a URL; download the file"),
+        ("https://example.org/a.png", "expected a local file, got a URL; download the file"),
         ("a\0b", "cannot look up"),
         ("x" * 300, "cannot look up"),
     ],
 )
-def test_a_name_without_an_image_is_one_line(line: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_not_an_image_is_an_error_of_one_line(
+    line: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         list(image_paths(line))
@@ -185,18 +194,18 @@ def test_a_name_without_an_image_is_one_line(line: str, reason: str, tmp_path: P
 
 def test_commands_and_paths_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my pictures").mkdir()
-    (tmp_path / "my pictures" / "it's.png").touch()
+    (tmp_path / "my images").mkdir()
+    (tmp_path / "my images" / "it's.png").touch()
     completer = ImagePathCompleter(list(COMMANDS))
 
     def completed(text: str) -> list[str]:
-        found = completer.get_completions(Document(text), CompleteEvent())
-        return [text[: len(text) + each.start_position] + each.text for each in found]
+        completions = completer.get_completions(Document(text), CompleteEvent())
+        return [text[: len(text) + completion.start_position] + completion.text for completion in completions]
 
     assert completed("/i") == ["/image "]
-    assert completed("/image x.png m") == [r"/image x.png my\ pictures/"]
-    assert completed(r"/image my\ pictures/i") == [r"/image my\ pictures/it\'s.png"]
-    assert completed("/image 'my p") == ["/image 'my pictures/"]
+    assert completed("/image x.png m") == [r"/image x.png my\ images/"]
+    assert completed(r"/image my\ images/i") == [r"/image my\ images/it\'s.png"]
+    assert completed("/image 'my i") == ["/image 'my images/"]
     assert completed("") == completed("what is m") == []
 
 
@@ -208,17 +217,17 @@ def _converse(session: ChatSession, lines: list[str], monkeypatch: pytest.Monkey
     run_chat(session)
 
 
-def test_the_terminal_talks(
+def test_a_chat_with_questions_commands_and_errors(
     session: ChatSession,
     answering_llava: tuple[Any, Any],
-    picture: Path,
+    image: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     lines = [
         "/image /nowhere/x.png",
         "",
-        f"/image {picture}",
+        f"/image {image}",
         "  what? ",
         "/help",
         "/image",
@@ -228,41 +237,41 @@ def test_the_terminal_talks(
         "sure?",
     ]
     _converse(session, [*lines, "/exit", "never asked"], monkeypatch)
-    first = _plain(answering_llava, "<|user|><image>\nwhat?<|end|><|assistant|>", [picture])
+    first = _plain(answering_llava, "<|user|><image>\nwhat?<|end|><|assistant|>", [image])
     last = _plain(answering_llava, "<|user|>sure?<|end|><|assistant|>", [])
-    out = capsys.readouterr().out
-    parts = [
-        f"{HELP}\n(no such file: /nowhere/x.png)\n({picture}, 40 x 24; 1 image waits for your question)\n{first}\n"
-        f"(no command /help: {HELP})\n",
-        "(/image FILE ...: name an image file)\n(a new conversation)\n(chat: ",
-        f")\n(type /exit to leave)\n{last}\n",
+    output = capsys.readouterr().out
+    expected = [
+        f"{HELP}\n(no such file: /nowhere/x.png)\n({image}, 40 x 24; 1 image attached to your next question)\n{first}\n"
+        f"(unknown command /help; commands: {HELP})\n",
+        "(/image: expected at least one image file: /image FILE ...)\n(new conversation)\n(chat: ",
+        f")\n(type /exit to end the chat)\n{last}\n",
     ]
-    at = 0
-    for part in parts:
-        assert part in out[at:]
-        at = out.index(part, at) + len(part)
-    assert at == len(out)
+    position = 0
+    for text in expected:
+        assert text in output[position:]
+        position = output.index(text, position) + len(text)
+    assert position == len(output)
 
 
-def test_a_path_with_spaces_that_is_not_there_is_to_be_quoted(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such file: .*my; a path with spaces is written in quotes: /image 'my cat\.png'"):
+def test_a_missing_path_with_spaces_suggests_quotes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such file: .*my; put a path with spaces in quotes: /image 'my cat\.png'"):
         list(image_paths(f"{tmp_path}/my cat.png"))
     with pytest.raises(UserError, match=r"no such file: .*cat\.png$"):
         list(image_paths(f"'{tmp_path}/my cat.png'"))
 
 
-def test_the_terminal_ends_with_its_input(
+def test_the_chat_ends_with_its_input(
     session: ChatSession, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _converse(session, ["/reset"], monkeypatch)
-    assert capsys.readouterr().out == f"{HELP}\n(a new conversation)\n"
+    assert capsys.readouterr().out == f"{HELP}\n(new conversation)\n"
 
 
-def test_an_empty_answer_is_said(
+def test_an_empty_answer_is_reported(
     answering_llava: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ends = copy.deepcopy(answering_llava[0])
+    model = copy.deepcopy(answering_llava[0])
     with torch.no_grad():
-        ends.lm_head.weight.zero_()  # every token alike: the first, which is special, is taken
-    _converse(ChatSession(ends, answering_llava[1], max_new_tokens=1), ["so?"], monkeypatch)
+        model.lm_head.weight.zero_()  # equal logits: greedy decoding takes token 0, which is special
+    _converse(ChatSession(model, answering_llava[1], max_new_tokens=1), ["so?"], monkeypatch)
     assert capsys.readouterr().out == f"{HELP}\n{EMPTY_ANSWER}\n"

@@ -1,4 +1,4 @@
-"""`mmtune chat` at a terminal: line editing, Ctrl-C during an answer and at the prompt."""
+"""`mmtune chat` on a terminal: line editing, Ctrl-C during an answer and at the prompt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEQUENCES = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|[=>])|\r")
 
 
 class Terminal:
-    """A program at a pseudo-terminal of its own.
+    """A program on its own pseudo-terminal.
 
     Args:
         command: the program and its arguments.
@@ -44,17 +44,17 @@ class Terminal:
         os.write(self._master, keys.encode())
 
     def wait_for(self, pattern: str) -> None:
-        """Until what was printed since the last wait matches."""
+        """Wait until the output since the last call matches."""
         end = time.monotonic() + PATIENCE_S
-        while not (found := re.compile(pattern, re.DOTALL).search(self.screen, self._read)):
+        while not (match := re.compile(pattern, re.DOTALL).search(self.screen, self._read)):
             ready, _, _ = select.select([self._master], [], [], end - time.monotonic())
             assert ready, f"no {pattern!r} in {self.screen[self._read :]!r}"
             self._printed += os.read(self._master, 4096)
             self.screen = SEQUENCES.sub("", self._printed.decode(errors="replace"))
-        self._read = found.end()
+        self._read = match.end()
 
     def exit_code(self) -> int:
-        """Of the program, which has nothing more to print."""
+        """Wait for the program to end and return its exit code."""
         return self._process.wait(PATIENCE_S)
 
     def close(self) -> None:
@@ -65,27 +65,27 @@ class Terminal:
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_the_answer_and_at_the_prompt_leaves(answering_llava: tuple[Any, Any], tmp_path: Path) -> None:
+def test_ctrl_c_stops_an_answer_and_ends_the_chat_at_the_prompt(answering_llava: tuple[Any, Any], tmp_path: Path) -> None:
     model = copy.deepcopy(answering_llava[0])
-    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False  # or its head would not be saved
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False  # otherwise its head is not saved
     save_checkpoint(model, answering_llava[1], tmp_path / "model")
     command = ["chat", str(tmp_path / "model"), "--max-new-tokens", "1000000"]
     with closing(Terminal([sys.executable, "-m", "mmtune.cli.main", *command])) as terminal:
-        terminal.wait_for(r"/exit\s+leaves.*>")
+        terminal.wait_for(r"/exit\s+ends\s+the\s+chat.*>")
         terminal.type("what is it?\r")
         terminal.wait_for(r"what is it\?\n\s*\S")
         terminal.type("\x03")
-        terminal.wait_for(r"\n\(stopped: what was answered stays in the conversation\)\n.*>")
+        terminal.wait_for(r"\n\(stopped: the text so far stays in the conversation\)\n.*>")
         terminal.type("\x1b[A")
         terminal.wait_for(r"what is it\?")
         terminal.type("\x7f, really?\r")
         terminal.wait_for(r"really\?\n\s*\S")
         terminal.type("\x03\x03")
-        terminal.wait_for(r"\n\(stopped: what was answered stays in the conversation\)\n.*>")
+        terminal.wait_for(r"\n\(stopped: the text so far stays in the conversation\)\n.*>")
         terminal.type("\x1b[200~one\ntwo 世界\x1b[201~\r")  # a pasted text of two lines is one question
         terminal.wait_for(r"one\n *two 世界\n\s*\S")
         terminal.type("\x03")
-        terminal.wait_for(r"\n\(stopped: what was answered stays in the conversation\)\n.*>")
+        terminal.wait_for(r"\n\(stopped: the text so far stays in the conversation\)\n.*>")
         terminal.type("\x03")
         terminal.wait_for("\ninterrupted\n")
         assert terminal.exit_code() == 130

@@ -1,4 +1,4 @@
-"""Answers in batches are those of plain `model.generate` one by one; scores are hand counts."""
+"""Evaluation: batched answers equal those of plain `model.generate` on single prompts; scores equal hand counts."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def _section(rows: Path, **settings: Any) -> EvaluateSection:
     return EvaluateSection(data=(Source(path=str(rows), template="llava"),), max_new_tokens=6, **settings)
 
 
-def _plain(model: Any, processor: Any, sample: Sample) -> str:
-    """One question through transformers alone."""
-    talk = [
+def _reference_answer(model: Any, processor: Any, sample: Sample) -> str:
+    """The answer to one question from plain transformers."""
+    prompt = [
         {
             "role": message["role"],
             "content": [
@@ -36,10 +36,11 @@ def _plain(model: Any, processor: Any, sample: Sample) -> str:
         }
         for message in sample.messages[:-1]
     ]
-    ask = processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template(prompt, **settings)
     with torch.no_grad():
-        out = model.generate(**ask, max_new_tokens=6, do_sample=False)
-    text: str = processor.tokenizer.decode(out[0, ask["input_ids"].shape[1] :], skip_special_tokens=True)
+        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    text: str = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text
 
 
@@ -60,40 +61,40 @@ def samples(rows: Path) -> list[Sample]:
 
 
 @pytest.fixture(scope="module")
-def one_by_one(answering_llava: tuple[Any, Any], samples: list[Sample]) -> list[str]:
-    return [_plain(*answering_llava, sample) for sample in samples]
+def reference_answers(answering_llava: tuple[Any, Any], samples: list[Sample]) -> list[str]:
+    return [_reference_answer(*answering_llava, sample) for sample in samples]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 99])
-def test_batched_answers_are_those_of_one_by_one(
-    answering_llava: tuple[Any, Any], samples: list[Sample], one_by_one: list[str], batch_size: int
+def test_batched_answers_equal_single_answers(
+    answering_llava: tuple[Any, Any], samples: list[Sample], reference_answers: list[str], batch_size: int
 ) -> None:
     answers = generate_answers(*answering_llava, samples, max_new_tokens=6, batch_size=batch_size)
-    assert answers == one_by_one
-    assert len(set(answers)) > 1  # so that their order means something
+    assert answers == reference_answers
+    assert len(set(answers)) > 1  # distinct, so that the order is tested
 
 
-def test_no_questions_no_answers(answering_llava: tuple[Any, Any]) -> None:
+def test_no_questions_give_no_answers(answering_llava: tuple[Any, Any]) -> None:
     assert generate_answers(*answering_llava, [], max_new_tokens=6, batch_size=4) == []
 
 
-def test_every_module_keeps_its_mode(answering_llava: tuple[Any, Any], samples: list[Sample]) -> None:
+def test_generation_restores_module_modes(answering_llava: tuple[Any, Any], samples: list[Sample]) -> None:
     model, processor = answering_llava
     model.train()
     model.model.vision_tower.eval()
     before = {name: module.training for name, module in model.named_modules()}
-    asked: list[bool] = []
-    hook = model.model.register_forward_hook(lambda module, *_: asked.append(module.training))
+    modes: list[bool] = []
+    hook = model.model.register_forward_hook(lambda module, *_: modes.append(module.training))
     try:
         generate_answers(model, processor, samples[:1], max_new_tokens=2, batch_size=1)
         assert {name: module.training for name, module in model.named_modules()} == before
-        assert asked and not any(asked)
+        assert modes and not any(modes)
     finally:
         hook.remove()
         model.eval()
 
 
-def test_a_question_that_cannot_be_asked_is_named(answering_llava: tuple[Any, Any]) -> None:
+def test_a_question_that_cannot_be_encoded_is_an_error_with_its_row_id(answering_llava: tuple[Any, Any]) -> None:
     turns = [{"role": role, "content": [{"type": "text", "text": "half of \ud83d"}]} for role in ("user", "assistant")]
     with pytest.raises(RowError, match=r"^row: messages\[0\]: the text is not valid Unicode"):
         generate_answers(*answering_llava, [Sample("row", turns)], max_new_tokens=2, batch_size=1)
@@ -101,29 +102,31 @@ def test_a_question_that_cannot_be_asked_is_named(answering_llava: tuple[Any, An
         generate_answers(*answering_llava, [Sample("row", turns[:1])], max_new_tokens=2, batch_size=1)
 
 
-def test_evaluating_scores_the_conclusion(rows: Path, answering_llava: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    given = json.loads(rows.read_text())
-    references = [row["conversations"][1]["value"] for row in given]
-    said = [*references[:9], "", "no idea", references[11].rpartition("Answer:")[2]]
-    monkeypatch.setattr("mmtune.evaluation.evaluate.generate_answers", lambda *_: said)
+def test_evaluate_scores_the_text_after_answer_after(
+    rows: Path, answering_llava: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.loads(rows.read_text())
+    references = [row["conversations"][1]["value"] for row in content]
+    predictions = [*references[:9], "", "no idea", references[11].rpartition("Answer:")[2]]
+    monkeypatch.setattr("mmtune.evaluation.evaluate.generate_answers", lambda *_: predictions)
     answers = evaluate(*answering_llava, _section(rows, answer_after="Answer:"))
     assert [answer.correct for answer in answers] == [True] * 9 + [False, False, True]
     assert [answer.correct for answer in evaluate(*answering_llava, _section(rows))] == [True] * 9 + [False] * 3
     assert [answer.reference for answer in answers] == references
     assert [answer.id for answer in answers] == [f"rows.json[{number}]" for number in range(12)]
-    assert [answer.task for answer in answers] == [row["task"] for row in given]
-    assert answers[0].question == given[0]["conversations"][0]["value"].removeprefix("<image>\n")
+    assert [answer.task for answer in answers] == [row["task"] for row in content]
+    assert answers[0].question == content[0]["conversations"][0]["value"].removeprefix("<image>\n")
     assert [Path(answer.images[0]).name for answer in answers] == [f"{number:05d}.png" for number in range(12)]
-    assert {answer.source for answer in answers} == {None}  # there is one
+    assert {answer.source for answer in answers} == {None}  # the recipe has one source
 
 
 def test_rows_without_a_task_are_scored_by_their_source(
     rows: Path, answering_llava: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = json.loads(rows.read_text())
-    for name, part in {"a.json": given[:2], "b.json": given[2:5]}.items():
-        plain = [{key: value for key, value in row.items() if key != "task"} for row in part]
-        (tmp_path / name).write_text(json.dumps(plain))
+    content = json.loads(rows.read_text())
+    for name, chunk in {"a.json": content[:2], "b.json": content[2:5]}.items():
+        without_task = [{key: value for key, value in row.items() if key != "task"} for row in chunk]
+        (tmp_path / name).write_text(json.dumps(without_task))
     sources = [Source(path=str(tmp_path / name), template="llava", media_root=str(rows.parent)) for name in ("a.json", "b.json")]
     section = EvaluateSection(data=(*sources, Source(path=str(rows), template="llava", limit=1)), max_new_tokens=6)
     monkeypatch.setattr("mmtune.evaluation.evaluate.generate_answers", lambda model, processor, samples, *_: ["?"] * len(samples))
@@ -131,12 +134,12 @@ def test_rows_without_a_task_are_scored_by_their_source(
     assert [(each.task, each.questions) for each in scores] == [
         ("a.json", 2),
         ("b.json", 3),
-        (given[0]["task"], 1),  # a row that names its task counts there
+        (content[0]["task"], 1),  # a row with a task counts in its task
         ("overall", 6),
     ]
 
 
-def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_without_a_terminal_is_a_line_every_30_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     times = iter([0.0, 10.0, 20.0, 42.0, 50.0])
     with EvaluationProgress("before tuning", 40, clock=lambda: next(times)) as progress:
         for _ in range(4):
@@ -163,7 +166,7 @@ def _answer(task: str | None, correct: bool, reference: str = "1 2. Answer: yes"
     return dataclasses.replace(answer, **changes)
 
 
-def test_scores_are_counted_per_task_and_over_all(rows: Path) -> None:
+def test_scores_per_task_and_overall(rows: Path) -> None:
     answers = [
         _answer("b", True),
         _answer("a", False),
@@ -172,8 +175,8 @@ def test_scores_are_counted_per_task_and_over_all(rows: Path) -> None:
         _answer(None, True),
     ]
     scores = score(answers, _section(rows, answer_after="Answer:"))
-    figures = [(s.task, s.questions, s.correct, s.accuracy, s.majority_accuracy) for s in scores]
-    assert figures == [("b", 3, 2, 2 / 3, 2 / 3), ("a", 1, 0, 0, 1), ("untitled", 1, 1, 1, 1), ("overall", 5, 3, 3 / 5, 4 / 5)]
+    metrics = [(s.task, s.questions, s.correct, s.accuracy, s.majority_accuracy) for s in scores]
+    assert metrics == [("b", 3, 2, 2 / 3, 2 / 3), ("a", 1, 0, 0, 1), ("untitled", 1, 1, 1, 1), ("overall", 5, 3, 3 / 5, 4 / 5)]
     assert scores[0].interval == pytest.approx((0.20765, 0.93851), abs=1e-5)  # scipy.stats.binomtest(2, 3), wilson
     assert json.loads(json.dumps(scores_to_dicts(scores)))[3]["accuracy"] == 0.6
     one = score(answers[:1], _section(rows))
@@ -181,7 +184,7 @@ def test_scores_are_counted_per_task_and_over_all(rows: Path) -> None:
     assert [dataclasses.astuple(s) for s in score([], _section(rows))] == [("overall", 0, 0, 0.0, (0.0, 1.0), 0.0)]
 
 
-def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_written_answers_are_read_back_unchanged(tmp_path: Path) -> None:
     odd = "line\nbreak \u2028 \u2029 \x85 \x0b \x1c \r\n é 猫 <|end|>"
     answers = [_answer(None, True, odd, prediction=odd, question=odd, images=("a.png", "b.png")), _answer("t", False)]
     write_answers(answers, tmp_path / "a.jsonl")

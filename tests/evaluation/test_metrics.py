@@ -1,4 +1,4 @@
-"""Scores against scipy, hand counts, and answers that try to be taken for others."""
+"""Metrics against scipy and hand counts; answers that are similar but not equal."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from mmtune.evaluation.metrics import exact_match, final_answer, majority_accura
 
 @pytest.mark.parametrize("confidence", [0.95, 0.8])
 @pytest.mark.parametrize(("correct", "total"), [(0, 1), (1, 1), (0, 600), (600, 600), (1, 600), (299, 600), (513, 600), (7, 10)])
-def test_the_interval_is_wilsons(correct: int, total: int, confidence: float) -> None:
+def test_the_interval_equals_scipys_wilson_interval(correct: int, total: int, confidence: float) -> None:
     expected = binomtest(correct, total).proportion_ci(confidence_level=confidence, method="wilson")
     low, high = wilson_interval(correct, total, confidence)
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
     assert 0 <= low <= correct / total <= high <= 1
 
 
-def test_no_questions_say_nothing() -> None:
+def test_metrics_without_questions() -> None:
     assert wilson_interval(0, 0) == (0, 1)
     assert all(wilson_interval(0, total)[0] == 0 and wilson_interval(total, total)[1] == 1 for total in range(1, 100))
     assert majority_accuracy([], []) == 0
 
 
 @pytest.mark.parametrize("prediction", ["yes", "Yes", "YES.", " yes\n", "yes .", "y" + "e" + "s.", "\tyes"])
-def test_what_does_not_count(prediction: str) -> None:
+def test_exact_match_ignores_case_whitespace_and_a_full_stop(prediction: str) -> None:
     assert exact_match(prediction, "yes") and exact_match("yes", prediction)
 
 
@@ -75,7 +75,7 @@ def test_the_conclusion_of_an_answer(text: str, marker: str | None, answer: str)
     assert final_answer(text, marker) == answer
 
 
-def test_the_commonest_answer_is_counted_per_task() -> None:
+def test_the_majority_class_baseline_is_counted_per_task() -> None:
     answers = ["yes", "no", "Yes.", "2", "3", "3", "2", "1"]
     tasks = ["presence"] * 3 + ["count"] * 5
     assert majority_accuracy(answers, tasks) == (2 + 2) / 8

@@ -1,4 +1,4 @@
-"""The page holds everything inside itself, shows hostile text as text, and shows what went wrong."""
+"""The HTML report is self-contained, escapes hostile text, and shows wrong answers."""
 
 from __future__ import annotations
 
@@ -96,18 +96,18 @@ def test_the_page_is_self_contained_and_shows_hostile_text_as_text(make_recipe: 
     decoded = [Image.open(io.BytesIO(base64.b64decode(str(picture).partition("base64,")[2]))) for picture in pictures]
     assert [image.size for image in decoded] == [(8, 8), (320, 160), (320, 160)]
     assert decoded[1].convert("RGB").getpixel((5, 5)) == (10, 200, 30)
-    for shown in ("1,234,567 of 7,654,321", "1 quarantined, 2 dropped", "(nothing)", "before all", "5.0% to 70.0%", "75.0%"):
+    for shown in ("1,234,567 of 7,654,321", "1 quarantined, 2 dropped", "(empty answer)", "before all", "5.0% to 70.0%", "75.0%"):
         assert shown in " ".join(page.text.split())
 
 
-def test_a_run_without_evaluation_has_a_page(make_recipe: MakeRecipe) -> None:
+def test_the_report_of_a_run_without_evaluation(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe()
     assert recipe.evaluate is None
     _, page = _run(recipe, [], [])
     assert [tag for tag, _ in page.tags].count("img") == 1 and "Answers" not in page.text
 
 
-def test_a_run_without_answers_has_a_page(make_recipe: MakeRecipe, rows: Path) -> None:
+def test_the_report_of_a_run_without_answers(make_recipe: MakeRecipe, rows: Path) -> None:
     recipe = make_recipe(f"evaluate.data=[{{path: {rows}, template: llava}}]", "evaluate.before=false")
     _, page = _run(recipe, [], [])
     assert "Answers" not in page.text
@@ -117,7 +117,7 @@ def test_a_run_without_answers_has_a_page(make_recipe: MakeRecipe, rows: Path) -
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "count", "shown_right", "shown_wrong"),
+    ("correct", "wrong", "count", "selected_correct", "selected_wrong"),
     [
         (90, 10, 24, 18, 6),
         (99, 1, 24, 23, 1),
@@ -131,35 +131,38 @@ def test_a_run_without_answers_has_a_page(make_recipe: MakeRecipe, rows: Path) -
         (0, 0, 24, 0, 0),
     ],
 )
-def test_samples_include_wrong_answers(right: int, wrong: int, count: int, shown_right: int, shown_wrong: int) -> None:
-    answers = sorted([_answer(n, True) for n in range(right)] + [_answer(n + right, False) for n in range(wrong)], key=_shuffled)
-    shown = select_answers(answers, count)
-    assert [sum(a.correct for a in shown), sum(not a.correct for a in shown)] == [shown_right, shown_wrong]
-    assert shown == [answer for answer in answers if answer in shown] == select_answers(answers, count)
+def test_a_quarter_of_the_selected_answers_is_wrong(
+    correct: int, wrong: int, count: int, selected_correct: int, selected_wrong: int
+) -> None:
+    answers = [_answer(n, True) for n in range(correct)] + [_answer(n + correct, False) for n in range(wrong)]
+    answers.sort(key=_shuffled)
+    selected = select_answers(answers, count)
+    assert [sum(a.correct for a in selected), sum(not a.correct for a in selected)] == [selected_correct, selected_wrong]
+    assert selected == [answer for answer in answers if answer in selected] == select_answers(answers, count)
 
 
 def _shuffled(answer: Answer) -> int:
     return int(answer.id[2:-1]) * 37 % 101
 
 
-def test_samples_are_spread_over_the_questions() -> None:
-    shown = select_answers([_answer(n, True) for n in range(100)], 4)
-    assert [answer.id for answer in shown] == ["r[0]", "r[25]", "r[50]", "r[75]"]
+def test_selected_answers_are_evenly_spaced() -> None:
+    selected = select_answers([_answer(n, True) for n in range(100)], 4)
+    assert [answer.id for answer in selected] == ["r[0]", "r[25]", "r[50]", "r[75]"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- scores
 
 
 @pytest.mark.parametrize("columns", [20, 60, 120])
-def test_tables_cut_no_figure_and_no_name_off(
+def test_tables_truncate_no_number_and_no_name(
     columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     print_parameters([ComponentCount("language", "lora", "nf4, in blocks of 64", 70_553_706_496, 123_456_789, 0.00012345)])
     print_trained_modules({"model.language_model.layers.*.self_attn.q_proj": (1_280, 123_456_789)})
     shown = capsys.readouterr().out
-    for figure in ("language", "lora", "70,553,706,496", "123,456,789", "(0.17%)", "0.00012345", "1,280"):
-        assert figure in shown
+    for cell in ("language", "lora", "70,553,706,496", "123,456,789", "(0.17%)", "0.00012345", "1,280"):
+        assert cell in shown
     print_methods()
     shown = capsys.readouterr().out
     for name, method in METHODS.items():
@@ -167,7 +170,7 @@ def test_tables_cut_no_figure_and_no_name_off(
     assert "Error:" not in shown and "it ends in an error of a library" in " ".join(shown.split())
 
 
-def test_score_rows_put_base_beside_tuned(capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_rows_have_base_and_tuned_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
     lines = score_rows(SUMMARY)
     assert lines[1] == {
         "task": "overall",

@@ -259,5 +259,5 @@ def test_a_release_keeps_its_bases_generation_config_and_says_what_answers_used(
         assert released.eos_token_id == [1] and kept.items() <= released.to_diff_dict().items()
     for file in (case / "run" / "report.html", case / "out" / "README.md"):
         text = file.read_text()
-        assert "Answers are generated greedily, at most 6 new tokens, ended by token 1, padded with token 0." in text
+        assert "Answers are generated greedily: at most 6 new tokens, stop token 1, padding token 0." in text
         assert ("repetition_penalty 3.0" in text) == (name == "penalty")

@@ -74,7 +74,7 @@ def test_a_checkpoint_is_released_with_its_own_figures(run: Path, base: Path, tm
     assert (run / "summary.json").read_bytes() == before  # which is the finished run's
     check_manifest(out)
     assert {key: json.loads((out / "manifest.json").read_text())[key] for key in ("step", "steps")} == {"step": 2, "steps": 3}
-    assert "TrainedWeights for 2 of 3 optimizer steps, which is a checkpoint" in card(out)
+    assert "Trained for 2 of 3 optimizer steps, which is a checkpoint" in card(out)
     assert "## Figures" not in card(out) and "12 rows; 0 quarantined" in card(out)
 
     plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), str(checkpoint)).merge_and_unload()
@@ -82,10 +82,10 @@ def test_a_checkpoint_is_released_with_its_own_figures(run: Path, base: Path, tm
     torch.testing.assert_close({name: released[name] for name in expected}, expected, atol=1e-6, rtol=0)
 
     assert entry_point(["merge", str(run), str(tmp_path / "last"), "--samples", "2"]) == 0
-    assert "TrainedWeights for 3 of 3 optimizer steps." in card(tmp_path / "last") and "## Figures" in card(tmp_path / "last")
+    assert "Trained for 3 of 3 optimizer steps." in card(tmp_path / "last") and "## Figures" in card(tmp_path / "last")
     kept = tmp_path / "kept"
     assert entry_point(["merge", str(checkpoint), str(kept), "--samples", "2", "--keep-adapter"]) == 0
-    assert "TrainedWeights for 2 of 3 optimizer steps, which" in card(kept) and "## Figures" not in card(kept)
+    assert "Trained for 2 of 3 optimizer steps, which" in card(kept) and "## Figures" not in card(kept)
     assert not {"optimizer.pt", "trainer_state.json"} & {file.name for file in (kept / "adapter").iterdir()}
     assert torch.equal(logits(kept / "adapter"), logits(checkpoint))
     both = ["--adapter", f"{checkpoint}:0.5", "--adapter", f"{run}:0.5"]
@@ -109,7 +109,7 @@ def test_a_stopped_run_is_used_as_far_as_it_came(run: Path, tmp_path: Path, caps
         said = capsys.readouterr().out
         assert said.count("run has not finished: checkpoint-2 is taken, after 2 of 3 steps") == 1
         assert said.count("checkpoint-3 is not what its manifest.json says: changed: adapter_model.safetensors") == 1
-    assert "TrainedWeights for 2 of 3 optimizer steps" in card(tmp_path / "out") and not (run / "summary.json").exists()
+    assert "Trained for 2 of 3 optimizer steps" in card(tmp_path / "out") and not (run / "summary.json").exists()
     assert entry_point(["eval", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 2
     moved = run.rename(tmp_path / "moved")
@@ -219,5 +219,5 @@ def test_checkpoints_of_a_model_that_is_tuned_in_full(make_recipe: Make, tmp_pat
     assert entry_point(["merge", str(checkpoint), str(tmp_path / "out"), "--samples", "2", "--dtype", "fp32"]) == 0
     trained, released = (load_file(path / "model.safetensors") for path in (checkpoint, tmp_path / "out"))
     assert trained.keys() == released.keys() and all(torch.equal(trained[name], released[name]) for name in trained)
-    assert "TrainedWeights for 2 of 3 optimizer steps" in card(tmp_path / "out")
+    assert "Trained for 2 of 3 optimizer steps" in card(tmp_path / "out")
     assert "optimizer.pt" not in {file.name for file in (tmp_path / "out").iterdir()}
