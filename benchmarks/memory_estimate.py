@@ -44,9 +44,9 @@ from mmtune.objectives.sft import SupervisedTuning
 from mmtune.planning.memory import estimate_memory
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import LIBRARIES
-from mmtune.train import build_training_arguments
 from mmtune.training.callbacks import DisableInputRequireGrads
 from mmtune.training.trainer import TuningTrainer
+from mmtune.training.training_arguments import build_training_arguments
 from mmtune.tuning.apply import apply_tuning, learning_rates
 
 PATCH = 14

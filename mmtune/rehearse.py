@@ -45,7 +45,8 @@ from mmtune.models.tiny.tiny_templates import REQUIRED_TEMPLATES
 from mmtune.recipe.recipe import Recipe, Source, load_recipe
 from mmtune.release.merge import ExportOptions, merge, parity_samples, release_adapter
 from mmtune.run_directory import RunDirectory
-from mmtune.train import build_training_arguments, train, without_trackers
+from mmtune.train import train
+from mmtune.training.training_arguments import build_training_arguments, without_trackers
 from mmtune.utils.errors import UserError
 
 ROWS = 4

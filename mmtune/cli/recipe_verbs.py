@@ -68,8 +68,8 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
     from mmtune.planning.memory import estimate_memory, print_estimate, suggestions
     from mmtune.planning.plan_report import plan_data, print_data
     from mmtune.planning.sharded_memory import layouts_for, print_layouts
-    from mmtune.train import build_training_arguments, without_trackers
     from mmtune.training.dataloader import make_batches, optimizer_steps
+    from mmtune.training.training_arguments import build_training_arguments, without_trackers
 
     missing = [source.path for source in recipe.data.train if is_missing_path(source.path)]
     data = None
@@ -174,7 +174,7 @@ def _check_base_config(recipe: Any) -> None:
 
 def _check_training_arguments(recipe: Any) -> None:
     configure_console()
-    from mmtune.train import build_training_arguments
+    from mmtune.training.training_arguments import build_training_arguments
 
     build_training_arguments(recipe)
 

@@ -137,6 +137,16 @@ class DataReport:
         """How many steps were skipped for a reason."""
         return sum(step.reason == reason for step in self.skipped_steps)
 
+    def metrics(self) -> dict[str, int]:
+        """Counts for the summary of a run."""
+        return {
+            "rows": self.rows,
+            "dropped_over_length": len(self.dropped_over_length),
+            "quarantined": len(self.quarantined),
+            "skipped_steps": len(self.skipped_steps),
+            "steps_without_samples": self.count_skipped(NO_SAMPLE),
+        }
+
     def write(self, path: Path) -> None:
         """Write the report as JSON."""
         report = {name: value for name, value in asdict(self).items() if not name.startswith("_")}

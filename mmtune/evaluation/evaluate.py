@@ -214,6 +214,26 @@ def _score(name: str, answers: Sequence[Answer], marker: str | None) -> Score:
     )
 
 
+def score_metrics(before: Sequence[Answer], after: Sequence[Answer], section: EvaluateSection) -> dict[str, Any]:
+    """The metrics of a run's summary, from the answers before and after tuning.
+
+    Args:
+        before: empty where the base was not evaluated.
+    """
+    tuned = score(after, section)
+    metrics: dict[str, Any] = {
+        "questions": tuned[-1].questions,
+        "tuned_accuracy": tuned[-1].accuracy,
+        "tuned_interval": tuned[-1].interval,
+        "majority_accuracy": tuned[-1].majority_accuracy,
+        "tuned_scores": scores_to_dicts(tuned),
+    }
+    if before:
+        base = score(before, section)
+        metrics |= {"base_accuracy": base[-1].accuracy, "base_interval": base[-1].interval, "base_scores": scores_to_dicts(base)}
+    return metrics
+
+
 def write_answers(answers: Sequence[Answer], path: Path) -> None:
     """Write answers as JSON lines, in the order of the questions."""
     path.write_text("".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mmtune.distributed.context import DistributedContext
 from mmtune.training.progress import as_time
-from mmtune.utils.errors import CheckFailed
+from mmtune.utils.errors import CheckFailed, Stopped
 from mmtune.utils.files import writing
 
 MUCH_CPU_WAIT = 0.1
@@ -149,6 +149,16 @@ class StopOnSignal(TrainerCallback):
         while self._before:
             number, handler = self._before.popitem()
             signal.signal(number, handler)
+
+    def raise_if_received(self, step: int) -> None:
+        """
+        Raises:
+            Stopped: a signal ended training after `step`.
+        """
+        if self.received is not None:
+            name = signal.Signals(self.received).name
+            kept = "under FSDP2 there is no checkpoint" if self._dist.fsdp else "--resume goes on from there"
+            raise Stopped(self.received, f"by {name} after step {step}; {kept}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._dist.any_rank(self.received is not None, args.device):

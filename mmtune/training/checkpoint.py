@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
+from mmtune.data.batching.sample_stream import SampleStream
 from mmtune.data.data_report import DataReport
 from mmtune.distributed.context import DistributedContext
 from mmtune.planning.plan_cache import signatures
@@ -101,6 +104,48 @@ def named_checkpoint(run: RunDirectory, checkpoint: Path) -> Path:
         raise UserError(f"resume: {checkpoint} is no checkpoint of {run.path}; those are in {run.checkpoints}")
     check_manifest(checkpoint)
     return checkpoint
+
+
+def checkpoint_to_resume(run: RunDirectory, resume: bool | Path) -> Path | None:
+    """The checkpoint that a run resumes from: none, its last good one, or the one at a path.
+
+    Raises:
+        UserError, CheckFailed: as `last_checkpoint` and `named_checkpoint`.
+    """
+    if resume is False:
+        return None
+    checkpoint = last_checkpoint(run) if resume is True else named_checkpoint(run, Path(resume))
+    if checkpoint is None:
+        print(f"resume: {run.path} has no checkpoint yet, so it begins; train.save_strategy and save_steps write them")
+    return checkpoint
+
+
+def finished_summary(recipe: Recipe) -> dict[str, Any] | None:
+    """The summary of the recipe's run, if that has finished.
+
+    Raises:
+        UserError: the finished run is another recipe's.
+    """
+    run = RunDirectory(Path(recipe.output_dir))
+    if not run.summary.is_file():
+        return None
+    check_same_recipe(recipe, run)
+    print(f"resume: {run.path} is finished; --overwrite trains it again")
+    return run.read_summary()
+
+
+def restore_training_state(
+    checkpoint: Path, run: RunDirectory, report: DataReport, rows: Any, arguments: TrainingArguments
+) -> None:
+    """Put the data, the report and the metrics where the checkpoint left them."""
+    step = step_of(checkpoint)
+    print(f"resume: from {checkpoint}, after {step} steps")
+    report.load(checkpoint / REPORT)
+    if arguments.process_index == 0:
+        truncate_to_step(run, step)
+    if isinstance(rows, SampleStream):
+        rows.start_at(step * arguments.gradient_accumulation_steps)
+        arguments.ignore_data_skip = True  # the stream skips them without parsing
 
 
 def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, dist: DistributedContext) -> None:

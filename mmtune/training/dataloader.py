@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
 from typing import Any
@@ -11,18 +12,27 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from torch.utils.data import Dataset
-from transformers import ProcessorMixin, TrainingArguments
+from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 
 from mmtune.data.batching.batch_sampler import Mixture, MixtureBatchSampler
 from mmtune.data.batching.collate import METADATA_KEYS, Collator, collate, pack
 from mmtune.data.batching.sample_stream import SampleStream
 from mmtune.data.data_report import DataReport
-from mmtune.data.dataset import OVER_LENGTH_HINT, IndexedSamples, LazySample, SampleEncoder, StreamedSamples, TrainingSet
+from mmtune.data.dataset import (
+    OVER_LENGTH_HINT,
+    IndexedSamples,
+    LazySample,
+    SampleEncoder,
+    StreamedSamples,
+    TrainingSet,
+    dummy_sample,
+)
 from mmtune.data.encoding.encode import over_length_error
 from mmtune.distributed.context import DistributedContext
+from mmtune.distributed.sharded_parameters import gathered_forward
 from mmtune.models.packed_attention import check_packable, verify_packing
+from mmtune.objectives.sft import SupervisedTuning, pad_token_id
 from mmtune.planning.token_plan import plan_section
 from mmtune.recipe.recipe import DataSection, Recipe
 from mmtune.utils.errors import RecipeValueError, UserError
@@ -37,53 +47,109 @@ def rows_to_take(samples: IndexedSamples | StreamedSamples, arguments: TrainingA
 
 
 def plan_rows(
-    samples: IndexedSamples, recipe: Recipe, processor: ProcessorMixin, report: DataReport, dist: DistributedContext
-) -> NDArray[np.int64]:
-    """Count every row's tokens, in the first process, with no weight loaded; rows that cannot train go to the report.
+    samples: IndexedSamples | StreamedSamples,
+    recipe: Recipe,
+    processor: ProcessorMixin,
+    report: DataReport,
+    dist: DistributedContext,
+) -> NDArray[np.int64] | None:
+    """Count every row's tokens, if the recipe needs that, in the main process; rows that cannot train go to the report.
 
     Returns:
-        Tokens of every row as it will train, shape (rows,); 0 for one that will not.
+        Tokens of every row as it will train, shape (rows,); 0 for one that will not. None where rows are not counted beforehand.
 
     Raises:
         UserError: more rows cannot train than the recipe allows, or one is too long under `over_length: error`.
     """
-    found = None
+    section = recipe.data
+    if not (section.planned and isinstance(samples, IndexedSamples)):
+        if section.stream and section.max_tokens is not None and section.over_length == "error":
+            print(
+                "data.stream: rows are not counted beforehand, so one that is longer than data.max_tokens stops the run at its "
+                "batch"
+            )
+        return None
+    counted = None
     if dist.is_main_process:
-        section = recipe.data
         plan, outcome = plan_section(samples, section, processor)
         limit = section.max_tokens or 0  # without one no row is dropped
         longer = [over_length_error(samples[row].id, int(plan.tokens[row]), limit) for row in outcome.dropped]
         if longer and section.over_length == "error":
             raise UserError(f"{len(longer)} rows are too long, the first: {longer[0]} ({OVER_LENGTH_HINT})")
-        found = outcome.lengths, [*plan.faults.values(), *longer]
-    lengths, faults = dist.broadcast_object(found)
+        counted = outcome.lengths, [*plan.faults.values(), *longer]
+    lengths, faults = dist.broadcast_object(counted)
     for fault in faults:
         report.add(fault)
     report.checked = len(samples)
-    report.stop_past(recipe.data.max_bad_fraction)
+    report.stop_past(section.max_bad_fraction)
     return lengths
 
 
-def order_rows(
+@dataclass(frozen=True)
+class TrainingData:
+    """The rows of a run, encoded on access, in their batches.
+
+    Attributes:
+        samples: the rows before they are encoded.
+        rows: a map-style data set of encoded rows, or a stream of batches.
+        batches: the row indices of each batch; None for a stream.
+    """
+
+    samples: IndexedSamples | StreamedSamples
+    encoder: SampleEncoder
+    collator: Collator
+    rows: Dataset[Any]
+    batches: MixtureBatchSampler | None
+    pad_token_id: int
+
+    @property
+    def source_names(self) -> Sequence[str]:
+        """Names of the sources whose losses are logged separately; none where there is only one source."""
+        return self.samples.names if len(self.samples.names) > 1 else ()
+
+    def first_batches(self, size: int = 4, count: int = 16) -> Iterator[dict[str, Any]]:
+        """Up to `count` padded batches of rows from all over the data, for initializations that look at it.
+
+        Rows that fail are left out. The batches are the same under every parallelism strategy.
+        """
+        usable = _usable(self.samples, self.encoder, size * count)
+        while rows := list(islice(usable, size)):
+            yield collate(rows, self.pad_token_id)
+
+
+def prepare_data(
     samples: IndexedSamples | StreamedSamples,
+    processor: ProcessorMixin,
+    objective: SupervisedTuning,
+    section: DataSection,
+    arguments: TrainingArguments,
+    dist: DistributedContext,
+    lengths: NDArray[np.int64] | None = None,
+) -> TrainingData:
+    """SampleEncoder, collator and batches of a run.
+
+    Args:
+        lengths: tokens of every row, 0 for one that cannot train; None where they were not counted.
+    """
+    encoder = objective.encoder(processor, section)
+    collator = objective.collator(processor, section.packing, always_images=dist.size > 1)
+    rows: Dataset[Any]
+    if isinstance(samples, IndexedSamples):
+        rows, batches = TrainingSet(samples, encoder), make_batches(samples, section, arguments, dist, lengths)
+    else:
+        rows, batches = _stream(samples, encoder, collator, section, arguments, dist), None
+    return TrainingData(samples, encoder, collator, rows, batches, pad_token_id(processor))
+
+
+def _stream(
+    samples: StreamedSamples,
     encoder: SampleEncoder,
     collator: Collator,
     section: DataSection,
     arguments: TrainingArguments,
     dist: DistributedContext,
-    lengths: NDArray[np.int64] | None = None,
-) -> tuple[Dataset[Any], MixtureBatchSampler | None]:
-    """What the Trainer takes its batches from.
-
-    Args:
-        lengths: tokens of every row, 0 for one that cannot train; None where they were not counted.
-
-    Returns:
-        The rows by index, and which of them make which batch; or a stream of batches and None.
-    """
-    if isinstance(samples, IndexedSamples):
-        return TrainingSet(samples, encoder), make_batches(samples, section, arguments, dist, lengths)
-    stream = SampleStream(
+) -> SampleStream:
+    return SampleStream(
         samples.stream_openers,
         samples.weights,
         partial(_make_batch, collator, encoder),
@@ -93,7 +159,6 @@ def order_rows(
         rank=dist.rank,
         world_size=dist.size,
     )
-    return stream, None
 
 
 def make_batches(
@@ -106,7 +171,7 @@ def make_batches(
     """The batches of this process, as the recipe asks for them.
 
     Args:
-        lengths: as `order_rows`.
+        lengths: as `prepare_data`.
     """
     counts = samples.counts
     if lengths is not None:
@@ -157,28 +222,20 @@ def optimizer_steps(arguments: TrainingArguments, batches: MixtureBatchSampler |
     return math.ceil(arguments.num_train_epochs * -(-len(batches) // arguments.gradient_accumulation_steps))
 
 
-def first_batches(
-    samples: IndexedSamples | StreamedSamples, encoder: SampleEncoder, pad_token_id: int, size: int = 4, count: int = 16
-) -> Iterator[dict[str, Any]]:
-    """Up to `count` padded batches of rows from all over the data, for initializations that look at it.
-
-    Rows that fail are left out. They are the same in every layout, which so starts alike.
-    """
-    usable = _usable(samples, encoder, size * count)
-    while rows := list(islice(usable, size)):
-        yield collate(rows, pad_token_id)
-
-
-def prove_packed_rows(model: nn.Module, samples: IndexedSamples, encoder: SampleEncoder, pad_token_id: int) -> None:
+def prove_packed_rows(model: PreTrainedModel, data: TrainingData) -> None:
     """Compare a few short packed rows with the same rows alone, those with images first.
 
     Raises:
         UserError: the model is known not to keep packed samples apart, or is seen not to.
     """
-    check_packable(model)
-    chosen = sorted(_usable(samples, encoder, 64), key=lambda row: ("pixel_values" not in row, row["input_ids"].shape[1]))[:3]
-    if len(chosen) > 1:
-        verify_packing(model, pack(chosen), [collate([row], pad_token_id) for row in chosen])
+    if not isinstance(data.samples, IndexedSamples):
+        return
+    with gathered_forward(model):
+        check_packable(model)
+        usable = _usable(data.samples, data.encoder, 64)
+        chosen = sorted(usable, key=lambda row: ("pixel_values" not in row, row["input_ids"].shape[1]))[:3]
+        if len(chosen) > 1:
+            verify_packing(model, pack(chosen), [collate([row], data.pad_token_id) for row in chosen])
 
 
 def _usable(samples: IndexedSamples | StreamedSamples, encoder: SampleEncoder, count: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from mmtune.console.styled_console import StyledConsole
 from mmtune.distributed.sharded_parameters import gathered_forward, size_of, to_float32
-from mmtune.models.components import Components, component_of, select_modules
+from mmtune.models.components import Components, component_of, find_components, select_modules
 from mmtune.models.compute import move_batch
 from mmtune.recipe.recipe import TuneSection
-from mmtune.tuning.peft_config import component_path, keeps_adapter, peft_config
+from mmtune.tuning.peft_config import component_path, frozen_parts, keeps_adapter, peft_config
+from mmtune.tuning.save import initial_factors
 from mmtune.utils.errors import RecipeValueError, errors_at_key
 
 
@@ -37,6 +38,48 @@ class ComponentCount:
     total: int
     trainable: int
     learning_rate: float | None
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """The model as it trains.
+
+    Attributes:
+        counts: parameters by component.
+        learning_rates: by parameter name, where it is not the run's own.
+        initial: LoRA's matrices before training, where the adapter's file needs them (`initial_factors`).
+    """
+
+    model: PreTrainedModel | PeftModel
+    counts: list[ComponentCount]
+    learning_rates: dict[str, float]
+    initial: dict[str, torch.Tensor] | None
+
+
+def tune_model(
+    model: PreTrainedModel,
+    tune: TuneSection,
+    learning_rate: float,
+    *,
+    steps: int | None = None,
+    batches: Iterable[Mapping[str, torch.Tensor]] = (),
+) -> TunedModel:
+    """Apply the recipe's `tune` section with `apply_tuning`, and print the adapted modules and the trainable parameters.
+
+    Args:
+        learning_rate: the run's own rate, for components that name none.
+        steps, batches: as `apply_tuning`.
+    """
+    base_components = find_components(model)
+    kept_frozen = frozen_parts(model, base_components, tune)
+    tuned = apply_tuning(model, base_components, tune, steps=steps, batches=batches)
+    components = find_components(tuned)
+    counts = count_parameters(tuned, components, tune, learning_rate)
+    print_trained_modules(trained_modules(tuned))
+    print_parameters(counts)
+    for part in kept_frozen:
+        print(f"tune.projector: {part} stays frozen: PEFT saves modules beside an adapter, and it is a parameter of its own")
+    return TunedModel(tuned, counts, learning_rates(tuned, components, tune, learning_rate), initial_factors(tuned))
 
 
 def apply_tuning(

@@ -38,7 +38,8 @@ from mmtune.planning.memory import estimate_memory
 from mmtune.recipe.recipe import Recipe, check_files, load_recipe
 from mmtune.rehearse import _shared_folder, rehearse
 from mmtune.run_directory import RunDirectory, new_run
-from mmtune.train import build_training_arguments, train
+from mmtune.train import train
+from mmtune.training.training_arguments import build_training_arguments
 from mmtune.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -113,7 +113,9 @@ def test_a_run_without_one_row_that_fits_stops(make_recipe: Callable[..., Recipe
     too_short = ("data.over_length=drop_sample", "data.max_tokens=4")
     with pytest.raises(UserError, match="no row can train"):
         train(make_recipe(*too_short, "train.max_steps=9"), ["test"])
-    with pytest.raises(UserError, match="no row that was taken could train: data: 12 rows, 0 quarantined, 8 dropped as too long"):
+    with pytest.raises(
+        UserError, match="every sampled row was dropped or quarantined; data: 12 rows, 0 quarantined, 8 dropped as too long"
+    ):
         train(make_recipe(*too_short, "train.max_steps=2"), ["test"], overwrite=True)
     slow = ("train.max_steps=40", "train.per_device_train_batch_size=1")
     with pytest.raises(UserError, match="nothing in the first 10 steps could train"):

@@ -24,9 +24,10 @@ from mmtune.objectives.sft import SupervisedTuning
 from mmtune.recipe.recipe import Recipe
 from mmtune.release.merge import merge
 from mmtune.run_directory import RunDirectory
-from mmtune.train import build_training_arguments, train
+from mmtune.train import train
 from mmtune.training.callbacks import DisableInputRequireGrads
 from mmtune.training.trainer import TuningTrainer
+from mmtune.training.training_arguments import build_training_arguments
 from mmtune.tuning.apply import apply_tuning, learning_rates
 from mmtune.utils.errors import CheckFailed, UserError
 

@@ -94,6 +94,16 @@ def _size(file: Path) -> int:
         return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
 
 
+def carry_over_unread_tensors(model: PreTrainedModel, base: str, out: Path) -> None:
+    """Append the tensors of the base that its class does not read to a saved model, and print their names.
+
+    Args:
+        base: directory or hub id of the base, which is on this machine.
+    """
+    if appended := append_tensors(find_unread_tensors(model, base), out):
+        print(describe_unread_tensors(model, appended))
+
+
 def describe_unread_tensors(
     model: PreTrainedModel, keys: Collection[str], done: str = "carried over from the base unchanged"
 ) -> str:

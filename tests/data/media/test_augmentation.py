@@ -290,7 +290,7 @@ def test_a_stream_draws_by_its_epoch(tmp_path: Path) -> None:
 
 
 def test_batches_number_visits_where_a_source_is_augmented(tmp_path: Path, make_recipe: Any) -> None:
-    from mmtune.train import build_training_arguments
+    from mmtune.training.training_arguments import build_training_arguments
 
     for augment, kind in (({"flip": 0.5}, tuple), (None, int)):
         recipe = make_recipe(f"data.train.0.path={_rows(tmp_path)}", f"data.train.0.augment={json.dumps(augment)}")

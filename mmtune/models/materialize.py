@@ -1,0 +1,45 @@
+"""The base as an adapter needs it: a location to name, and the precision of the recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmtune.chat_templates.resolving import use_chat_template
+from mmtune.distributed.context import DistributedContext
+from mmtune.distributed.sharded_parameters import full_state_dict
+from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
+from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK, UNTRAINED, resolve_base
+from mmtune.models.load import load_weights
+from mmtune.models.quantize import QUANTIZED
+from mmtune.recipe.recipe import ModelSection
+
+
+def materialize_base(
+    model: Any, processor: Any, section: ModelSection, out: Path | None, dist: DistributedContext, device: torch.device
+) -> Any:
+    """Give the base a location that an adapter can name, the precision of the recipe, and its device.
+
+    Args:
+        out: where a model that was assembled here is written; None when the run saves a full model, which needs no base.
+
+    Returns:
+        The model; quantized from the files at `out`, if it was assembled here for int8 or nf4.
+    """
+    if section.base not in (None, UNTRAINED):
+        model.name_or_path = resolve_base(section.base)
+    elif out is not None:
+        exists = (out / CHECKPOINT_MARK).exists()
+        dist.barrier()  # every process has looked before the main one writes
+        if not exists:
+            with full_state_dict(model, dist.is_main_process) as state:
+                if dist.is_main_process:
+                    save_checkpoint(model, processor, out, state_dict=state)
+            dist.barrier()
+        if section.precision in QUANTIZED:
+            model = load_weights(str(out), section)
+            use_chat_template(model, processor, processor.chat_template)
+        model.name_or_path = str(out.resolve())
+    return model if section.precision in QUANTIZED else model.to(device)  # bitsandbytes has put its weights on their device

@@ -1,0 +1,123 @@
+"""The training loop of a run: inputs that were validated, the Trainer made from them, and what happens when it ends."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PrinterCallback, ProcessorMixin, ProgressCallback, TrainingArguments
+
+from mmtune.data.data_report import DataReport
+from mmtune.data.dataset import IndexedSamples, StreamedSamples
+from mmtune.distributed.context import DistributedContext, check_strategy, configure_fsdp
+from mmtune.planning.plan_cache import signatures
+from mmtune.recipe.recipe import Recipe
+from mmtune.run_directory import RunDirectory
+from mmtune.training.callbacks import DisableInputRequireGrads, RecordMetrics, StopOnSignal
+from mmtune.training.dataloader import TrainingData
+from mmtune.training.trackers import start_trackers
+from mmtune.training.trainer import TuningTrainer
+from mmtune.tuning.apply import TunedModel
+from mmtune.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What was validated before any weight is loaded.
+
+    Attributes:
+        overwrite: whether an earlier run at the recipe's `output_dir` is replaced.
+        checkpoint: where training resumes; None for a new run.
+        lengths: tokens of every row, shape (rows,), 0 for a row that cannot train; None where rows are not counted beforehand.
+    """
+
+    recipe: Recipe
+    overwrite: bool
+    checkpoint: Path | None
+    arguments: TrainingArguments
+    dist: DistributedContext
+    samples: IndexedSamples | StreamedSamples
+    data_report: DataReport
+    processor: ProcessorMixin
+    lengths: NDArray[np.int64] | None
+
+    @property
+    def run(self) -> RunDirectory:
+        """The directory that the recipe names."""
+        return RunDirectory(Path(self.recipe.output_dir))
+
+
+def create_trainer(
+    inputs: RunInputs, tuned: TunedModel, data: TrainingData, processor: ProcessorMixin, run: RunDirectory
+) -> TuningTrainer:
+    """The Trainer of a run, with its parallelism strategy checked and its trackers started.
+
+    Raises:
+        UserError: accelerate set up another strategy than the launcher announced, or a tracker does not start.
+    """
+    recipe, dist = inputs.recipe, inputs.dist
+    trainer = TuningTrainer(
+        model=tuned.model,
+        args=inputs.arguments,
+        train_dataset=data.rows,
+        data_collator=data.collator,
+        processing_class=processor,
+        callbacks=[RecordMetrics(run.metrics), DisableInputRequireGrads()],
+        data_report=inputs.data_report,
+        max_bad_fraction=recipe.data.max_bad_fraction,
+        max_nonfinite_steps=recipe.data.max_nonfinite_steps,
+        dist=dist,
+        learning_rates=tuned.learning_rates,
+        dummy_batch=data.dummy_batch,
+        batches=data.batches,
+        source_names=data.source_names,
+        data_files=signatures(recipe.data.train) if dist.is_main_process else {},  # only it finalizes checkpoints
+        initial=tuned.initial,
+    )
+    check_strategy(trainer.accelerator, dist, recipe.model.precision)
+    if dist.fsdp:
+        configure_fsdp(trainer.accelerator, tuned.model)
+    for duplicate in (ProgressCallback, PrinterCallback):  # RecordMetrics prints the same
+        trainer.remove_callback(duplicate)
+    start_trackers(trainer, run)
+    return trainer
+
+
+def run_training(trainer: TuningTrainer, inputs: RunInputs, run: RunDirectory) -> dict[str, Any]:
+    """Train to the end, and write the data report however training ends.
+
+    A new run that fails before its first step leaves nothing behind.
+
+    Returns:
+        `train_seconds` and `steps`, for the summary.
+
+    Raises:
+        Stopped: a signal ended training after a whole step.
+        UserError: no usable training sample, or an error of `TuningTrainer.train`.
+    """
+    checkpoint, report, is_main_process = inputs.checkpoint, inputs.data_report, inputs.dist.is_main_process
+    stop = StopOnSignal(inputs.dist)
+    trainer.add_callback(stop)
+    start = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (UserError, RuntimeError):  # such as a row that stops the run, or a first batch that does not fit into memory
+        if is_main_process and checkpoint is None and trainer.state.global_step == 0:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    finally:
+        stop.restore()
+        if is_main_process and run.path.is_dir():
+            report.write(run.data_report)
+    stop.raise_if_received(trainer.state.global_step)
+    if not trainer.supervised and checkpoint is None:
+        raise UserError(
+            f"no usable training sample: every sampled row was dropped or quarantined; {report.summary()}; see {run.data_report}"
+        )
+    print(report.summary())
+    return {"train_seconds": round(time.perf_counter() - start, 1), "steps": trainer.state.global_step}

@@ -1,0 +1,59 @@
+"""transformers' TrainingArguments from a recipe's `train` section."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from mmtune.distributed.context import is_launched, launched_with_deepspeed
+from mmtune.recipe.recipe import Recipe
+from mmtune.run_directory import RunDirectory
+from mmtune.training.trackers import reporters
+from mmtune.utils.errors import RecipeValueError, UserError
+
+
+def build_training_arguments(recipe: Recipe) -> TrainingArguments:
+    """transformers' own arguments from the recipe's `train` section, with what mmtune decides.
+
+    Raises:
+        UserError: values that TrainingArguments refuses together.
+    """
+    settings: dict[str, Any] = {
+        "report_to": "none",
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),
+        "ddp_find_unused_parameters": True,  # a tower's last layers may be trained and unused, checkpointing or not
+    }
+    settings |= recipe.train
+    settings.pop("deepspeed", None)  # `check_launch` has seen to it
+    if not is_launched():  # TrainingArguments would look for the process group that a launcher sets up
+        settings.pop("ddp_backend", None)
+    try:
+        arguments = TrainingArguments(
+            **settings,
+            output_dir=str(RunDirectory(Path(recipe.output_dir)).checkpoints),
+            # DeepSpeed's own mixed precision would round what trains: `init_distributed` has it use torch's autocast as well
+            bf16=recipe.model.precision != "fp32" and not launched_with_deepspeed(),
+            remove_unused_columns=False,
+            label_names=["labels"],
+            logging_nan_inf_filter=False,
+        )
+    except (ValueError, TypeError) as error:
+        raise RecipeValueError("train", f"{error}") from error
+    arguments.report_to = reporters(settings["report_to"])
+    if arguments.n_gpu > 1:  # the Trainer would wrap the model in DataParallel, which gathers losses that are already divided
+        raise UserError(
+            f"one process sees {arguments.n_gpu} GPUs: give each its own (accelerate launch --multi_gpu --num_processes "
+            f"{arguments.n_gpu} mmtune/train.py RECIPE), or choose one, as with CUDA_VISIBLE_DEVICES=0"
+        )
+    return arguments
+
+
+def without_trackers(recipe: Recipe) -> Recipe:
+    """The same recipe with `report_to: none`."""
+    return recipe.model_copy(update={"train": {**recipe.train, "report_to": "none"}})

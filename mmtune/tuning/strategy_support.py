@@ -1,0 +1,67 @@
+"""Combinations of method, precision, packing and parallelism strategy that a run does not support."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from mmtune.distributed.context import DistributedContext
+from mmtune.methods.method_table import refusal
+from mmtune.models.checkpoints.locate_base import UNTRAINED
+from mmtune.models.load import base_config, base_model_type
+from mmtune.models.packed_attention import check_packable_family
+from mmtune.models.quantize import QUANTIZED
+from mmtune.recipe.recipe import Recipe
+from mmtune.utils.errors import RecipeValueError
+
+
+def takes_sharded_weights(recipe: Recipe) -> bool:
+    """Whether models may be built sharded at ZeRO-3: weights are not quantized, and no initialization needs the full ones."""
+    return recipe.model.precision not in QUANTIZED and not recipe.tune.needs_whole_weights
+
+
+def check_method(recipe: Recipe, dist: DistributedContext) -> None:
+    """
+    Raises:
+        UserError: a method or packing that does not work with the base's family or the ZeRO stage, before any weight is loaded.
+    """
+    if recipe.data.max_nonfinite_steps and dist.zero_stage == 0:
+        raise RecipeValueError(
+            "data.max_nonfinite_steps", "DeepSpeed without ZeRO takes every step, so none can be skipped; leave it out"
+        )
+    if recipe.model.base not in (None, UNTRAINED):
+        config = base_config(recipe.model)  # refuses families that are not supported
+        if recipe.data.packing:
+            check_packable_family(config)
+    for component, tuning in recipe.tune.components.items():
+        if tuning.method == recipe.tune.method:
+            reason = refusal(
+                tuning.method,
+                tuning.settings,
+                precision=recipe.model.precision,
+                model_type=base_model_type(recipe.model),
+                zero_stage=dist.zero_stage,
+            )
+            if reason is not None:
+                raise RecipeValueError(f"tune.{component}", reason)
+
+
+def check_fsdp(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | None) -> None:
+    """
+    Raises:
+        UserError: what has not been held to one process under FSDP2.
+    """
+    if recipe.model.precision in QUANTIZED:
+        raise RecipeValueError(
+            "model.precision", f"{recipe.model.precision}: FSDP2 does not divide quantized weights; launch with DDP or ZeRO"
+        )
+    if recipe.tune.method not in (None, "lora"):
+        raise RecipeValueError(
+            "tune", f"{recipe.tune.method} has not been proven under FSDP2; launch with DDP or ZeRO, or use lora"
+        )
+    if arguments.save_strategy != "no" or checkpoint is not None:
+        raise RecipeValueError(
+            "train.save_strategy",
+            "a run under FSDP2 cannot go on from a checkpoint yet; leave it out, or launch with DDP or ZeRO",
+        )
