@@ -34,6 +34,7 @@ from mmtune.models.checkpoints.unread_tensors import carry_over_unread_tensors
 from mmtune.models.generation import DEFAULT_MAX_NEW_TOKENS, generation_settings, unused_settings
 from mmtune.models.load import ADAPTER_CONFIG, load_bare_processor, load_base
 from mmtune.models.materialize import materialize_base
+from mmtune.objectives.objective_table import build_objective
 from mmtune.preflight import check_recipe
 from mmtune.recipe.recipe import Recipe
 from mmtune.release.model_card import model_card
@@ -118,9 +119,10 @@ def validate(recipe: Recipe, overwrite: bool, resume: bool | Path) -> RunInputs:
 
     processor = load_bare_processor(recipe.model)
     check_chat_template(processor)
+    objective = build_objective(recipe, processor)
     lengths = plan_rows(samples, recipe, processor, data_report, dist)
     print(f"training: {dist.layout}, {arguments.device}")
-    return RunInputs(recipe, overwrite, checkpoint, arguments, dist, samples, data_report, processor, lengths)
+    return RunInputs(recipe, overwrite, checkpoint, arguments, dist, samples, data_report, processor, objective, lengths)
 
 
 def load(inputs: RunInputs) -> tuple[Any, ProcessorMixin, TrainingData]:
@@ -128,7 +130,9 @@ def load(inputs: RunInputs) -> tuple[Any, ProcessorMixin, TrainingData]:
     arguments = inputs.arguments
     set_seed(arguments.seed)
     model, processor = load_base(inputs.recipe.model, arguments.seed, inputs.processor)
-    return model, processor, prepare_data(inputs.samples, processor, inputs.recipe.data, arguments, inputs.dist, inputs.lengths)
+    section, dist = inputs.recipe.data, inputs.dist
+    data = prepare_data(inputs.samples, processor, inputs.objective, section, arguments, dist, inputs.lengths)
+    return model, processor, data
 
 
 def evaluate_base(inputs: RunInputs, model: Any, processor: ProcessorMixin, run: RunDirectory) -> list[Answer]:

@@ -26,7 +26,6 @@ from mmtune.data.dataset import (
     SampleEncoder,
     StreamedSamples,
     TrainingSet,
-    dummy_sample,
 )
 from mmtune.data.encoding.encode import over_length_error
 from mmtune.distributed.context import DistributedContext

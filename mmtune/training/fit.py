@@ -15,6 +15,7 @@ from transformers import PrinterCallback, ProcessorMixin, ProgressCallback, Trai
 from mmtune.data.data_report import DataReport
 from mmtune.data.dataset import IndexedSamples, StreamedSamples
 from mmtune.distributed.context import DistributedContext, check_strategy, configure_fsdp
+from mmtune.objectives.sft import SupervisedTuning
 from mmtune.planning.plan_cache import signatures
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
@@ -44,6 +45,7 @@ class RunInputs:
     samples: IndexedSamples | StreamedSamples
     data_report: DataReport
     processor: ProcessorMixin
+    objective: SupervisedTuning
     lengths: NDArray[np.int64] | None
 
     @property
@@ -73,7 +75,8 @@ def create_trainer(
         max_nonfinite_steps=recipe.data.max_nonfinite_steps,
         dist=dist,
         learning_rates=tuned.learning_rates,
-        dummy_batch=data.dummy_batch,
+        objective=inputs.objective,
+        dummy_batch=inputs.objective.dummy_batch(processor),
         batches=data.batches,
         source_names=data.source_names,
         data_files=signatures(recipe.data.train) if dist.is_main_process else {},  # only it finalizes checkpoints
