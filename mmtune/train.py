@@ -74,8 +74,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         return summary
     inputs = validate(recipe, overwrite, resume)
     model, processor, data = load(inputs)
-    new = inputs.checkpoint is None
-    with new_run(recipe, command, inputs.overwrite, inputs.dist) if new else nullcontext(inputs.run) as run:
+    with nullcontext(inputs.run) if inputs.checkpoint else new_run(recipe, command, inputs.overwrite, inputs.dist) as run:
         if inputs.dist.is_main_process:
             inputs.data_report.write(run.data_report)
         adapter_base = run.base if keeps_adapter(recipe.tune) else None
@@ -130,8 +129,7 @@ def load(inputs: RunInputs) -> tuple[Any, ProcessorMixin, TrainingData]:
     arguments = inputs.arguments
     set_seed(arguments.seed)
     model, processor = load_base(inputs.recipe.model, arguments.seed, inputs.processor)
-    section, dist = inputs.recipe.data, inputs.dist
-    data = prepare_data(inputs.samples, processor, inputs.objective, section, arguments, dist, inputs.lengths)
+    data = prepare_data(inputs.samples, processor, inputs.objective, inputs.recipe.data, arguments, inputs.dist, inputs.lengths)
     return model, processor, data
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmtune.distributed.context import DistributedContext
-from mmtune.training.progress import as_time
+from mmtune.training.throughput.progress import as_time
 from mmtune.utils.errors import CheckFailed, Stopped
 from mmtune.utils.files import writing
 

@@ -39,7 +39,7 @@ from mmtune.training.adapter_state import (
 )
 from mmtune.training.checkpoint import finalize_checkpoint, wait_until_seen
 from mmtune.training.loss_record import LossRecord
-from mmtune.training.progress import TrainingProgress
+from mmtune.training.throughput.progress import TrainingProgress
 from mmtune.utils.errors import CheckFailed, UserError
 from mmtune.utils.files import flush, writing
 from mmtune.utils.manifest import names_in

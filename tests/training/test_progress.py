@@ -34,11 +34,11 @@ from mmtune.objectives.sft import score_supervised_only
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
-from mmtune.training import progress
 from mmtune.training.callbacks import RecordMetrics, progress_line
-from mmtune.training.cpu_wait import CpuWait
-from mmtune.training.flops import ModelFlops, Peak, peak_of
-from mmtune.training.progress import TrainingProgress, as_time
+from mmtune.training.throughput import progress
+from mmtune.training.throughput.cpu_wait import CpuWait
+from mmtune.training.throughput.flops import ModelFlops, Peak, peak_of
+from mmtune.training.throughput.progress import TrainingProgress, as_time
 from mmtune.training.trainer import TuningTrainer
 from mmtune.training.training_arguments import build_training_arguments
 from mmtune.utils.errors import UserError

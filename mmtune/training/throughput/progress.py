@@ -15,8 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from mmtune.data.batching.collate import RowSize
 from mmtune.distributed.context import DistributedContext
 from mmtune.run_directory import peak_memory_mb
-from mmtune.training.cpu_wait import CpuWait
-from mmtune.training.flops import ModelFlops, peak_of
+from mmtune.training.throughput.cpu_wait import CpuWait
+from mmtune.training.throughput.flops import ModelFlops, peak_of
 
 RECENT = 10
 """The time that is left follows from so many of the last logs."""
