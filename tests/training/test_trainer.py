@@ -337,5 +337,5 @@ def test_held_out_rows_are_read_before_weights(make_recipe: Callable[..., Recipe
     spoilt = rows.parent / "held_out.json"
     spoilt.write_text(json.dumps(made))
     section = f"evaluate={{data: [{{path: {spoilt}, template: llava}}]}}"
-    with pytest.raises(UserError, match=r"evaluate: 1 of 12 rows cannot be evaluated:\n  held_out\.json\[3\]: image: no such file"):
+    with pytest.raises(UserError, match=r"1 of 12 rows cannot be evaluated:\n  held_out\.json\[3\]: image: no such file"):
         train(make_recipe(section, f"model.base={tmp_path / 'no_weights'}"), ["test"])
