@@ -1,4 +1,4 @@
-"""Names of settings that other toolkits use, and where the same is said in a recipe."""
+"""Names that other toolkits use for settings, methods and values, and what to write in a recipe instead."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ OTHER_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("resume_from_checkpoint", "auto_resume_from_checkpoints"), "--resume on the command line"),
     **dict.fromkeys(("bf16", "fp16", "mixed_precision"), "model.precision"),
 }
-"""By another toolkit's name: the recipe's key, with its value where the name stands for one."""
+"""By another toolkit's name: the recipe's key, with a value if the name implies one."""
 
 OTHER_METHODS: Mapping[str, str] = {
     "qlora": "QLoRA is method: lora with model.precision: nf4",
@@ -85,7 +85,7 @@ OTHER_METHODS: Mapping[str, str] = {
     "none": "its name here is frozen",
     "all": "its name here is full",
 }
-"""By another name of a method: how a recipe says it."""
+"""By another name of a method: what to write in a recipe."""
 
 OTHER_VALUES: Mapping[str, Mapping[str, str]] = {
     "precision": {
@@ -102,17 +102,17 @@ OTHER_VALUES: Mapping[str, Mapping[str, str]] = {
     "lr_scheduler_type": {"cosine_annealing": "cosine", "wsd": "warmup_stable_decay", "one_cycle": "cosine", "none": "constant"},
     "target_modules": {"all": "all-linear", "all_linear": "all-linear", "linear": "all-linear", "auto": "all-linear"},
 }
-"""By key: what people write for a value that has another name here."""
+"""By key: other names of its values, and the value to write."""
 
 
 def value_hint(key: str, value: object) -> str:
-    """A hint for a value that has another name here, or nothing."""
+    """A hint for a value that has another name in a recipe: `; write nf4`. Otherwise an empty text."""
     name = OTHER_VALUES.get(key, {}).get(str(value)) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
     return f"; write {name}" if name else ""
 
 
 def boolean_hint(value: object) -> str:
-    """A hint for a truth value that YAML takes for text, or nothing."""
+    """A hint for a boolean that YAML reads as text: `; write true`. Otherwise an empty text."""
     if not isinstance(value, (str, int)) or isinstance(value, bool):
         return ""
     names = {"true": ("yes", "on", "true", "1"), "false": ("no", "off", "false", "0")}

@@ -1,9 +1,9 @@
-"""The recipe: what to tune, how, on what, and where it goes. YAML and overrides in, frozen typed objects out.
+"""Loading and validating a recipe: YAML and `key=value` overrides in, frozen typed objects out.
 
     recipe = load_recipe("recipes/quickstart.yaml", ["train.max_steps=10"])
     check_files(recipe)
 
-`tune.language` takes PEFT's own names and `train` TrainingArguments' own; `mmtune.recipe.sections` declares everything else.
+`tune` takes the arguments of PEFT and `train` those of TrainingArguments; `mmtune.recipe.sections` declares all other keys.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mmtune.recipe.sections import (
     Source,
 )
 from mmtune.recipe.tune_section import DEFAULT_METHODS, ComponentTuning, TuneSection
-from mmtune.recipe.unknown_keys import override_error, split_override_error, told
+from mmtune.recipe.unknown_keys import error_messages, override_error, split_override_error
 from mmtune.recipe.yaml_lines import Origin, apply_override, read_document
 from mmtune.utils.errors import UserError
 from mmtune.utils.hub import is_local_name, missing
@@ -56,19 +56,19 @@ __all__ = [
 SECTIONS = ("model", "tune", "objective", "data", "evaluate", "train")
 _ROWS_FILE = re.compile(r"[^*?\[{]+\.(json|jsonl|ndjson|csv|tsv|parquet|arrow|feather|tar)", re.IGNORECASE)
 _HUB_PARTS = re.compile(r"[@:].*")
-"""What a data set's hub id may have behind it: `@config:split`."""
+"""The part of a data set's hub id after the repository: `@config:split`."""
 _SHORTHANDS = {f"tune.{component}": "method" for component in ("vision", "projector", "language")} | {"model.projector": "type"}
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply `key.sub=value` overrides and check every key. Files that it names are not looked for yet.
+    """Read a recipe, apply `key.sub=value` overrides and check every key. Whether its files exist is not checked (`check_files`).
 
     Args:
         path: the YAML file.
         overrides: `key.sub=value`, the value as YAML; list items by index (`data.train.0.path=rows.jsonl`).
 
     Raises:
-        UserError: with every fault of the recipe, a line each: where, which key, what was wrong, what would be right.
+        UserError: all errors of the recipe, one per line: where it was written, the key, what was wrong, what was expected.
     """
     if (message := split_override_error(overrides)) is not None:
         raise UserError(message)
@@ -82,7 +82,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(document.values)
     except ValidationError as error:
-        for key, message in told((".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors()):
+        for key, message in error_messages(error.errors()):
             document.report(key, message)
     document.raise_problems()
     assert recipe is not None
@@ -91,22 +91,22 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def check_files(recipe: Recipe, sections: Collection[str] = SECTIONS) -> None:
-    """Look for every local file and directory that the recipe names.
+    """Check that every local file and directory of the recipe exists.
 
     Args:
-        sections: those that are looked at.
+        sections: those that are checked.
 
     Raises:
-        UserError: naming each that is missing, with its key and line.
+        UserError: each missing path with its key and line.
     """
     errors = []
     for key, named, kind in _named_files(recipe):
         if key.partition(".")[0] not in sections:
             continue
         if kind == "rows" and not (_ROWS_FILE.fullmatch(named) or is_local_name(_HUB_PARTS.sub("", named))):
-            continue  # a data set on the hub: opening it says whether it is there
+            continue  # a data set on the hub: checked when it is opened
         if kind == "rows" and any(character in named for character in "*?[{"):
-            continue  # several files: opening them says which are there
+            continue  # several files: checked when they are opened
         if kind == "checkpoint" and not is_local_name(named):
             continue
         if not (Path(named).is_dir() if kind == "directory" else Path(named).exists()):
@@ -118,16 +118,16 @@ def check_files(recipe: Recipe, sections: Collection[str] = SECTIONS) -> None:
 
 
 def needed_paths(recipe: Recipe) -> list[Path]:
-    """Every path that a recipe reads; a hub id among them is a path that does not exist."""
+    """Every path that a recipe reads. A hub id is among them as a path that does not exist."""
     checkpoints = (recipe.model.base, recipe.model.vision, recipe.model.language)
     return [Path(name) for name in (*checkpoints, *(named for _, named, _ in _named_files(recipe))) if name is not None]
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The recipe's JSON schema (draft 2020-12), with TrainingArguments' and LoraConfig's names, for editors."""
+    """The recipe's JSON schema (draft 2020-12) for editors, with the pass-through arguments of PEFT and TrainingArguments."""
     schema = Recipe.model_json_schema(mode="validation")
     definitions = schema["$defs"]
-    _spell_out_methods(definitions)
+    _add_methods(definitions)
     projector = definitions["ModelSection"]["properties"]["projector"]
     projector["anyOf"].insert(0, {"enum": ["mlp"]})
     definitions["ModelSection"]["oneOf"] = [
@@ -142,10 +142,10 @@ def recipe_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "mmtune recipe"}
 
 
-def _spell_out_methods(definitions: dict[str, Any]) -> None:
-    """A component takes a method's name, or a mapping that holds that method's settings."""
-    own = definitions.pop("ComponentTuning")["properties"]
-    rate = {"learning_rate": own["learning_rate"]}
+def _add_methods(definitions: dict[str, Any]) -> None:
+    """Add the schema of each component: a method's name, or a mapping with the arguments of that method."""
+    fields = definitions.pop("ComponentTuning")["properties"]
+    rate = {"learning_rate": fields["learning_rate"]}
     plain = {
         "frozen": {},
         "full": {
@@ -156,13 +156,13 @@ def _spell_out_methods(definitions: dict[str, Any]) -> None:
             },
         },
     }
-    borrowed = {name: {**rate, **method_arguments(name).json_schema()} for name in METHODS}
-    borrowed["lora"]["loraplus_lr_ratio"] = own["loraplus_lr_ratio"]
-    for name, properties in {**plain, **borrowed}.items():
-        about = METHODS[name].about if name in METHODS else own["method"]["description"]
+    pass_through = {name: {**rate, **method_arguments(name).json_schema()} for name in METHODS}
+    pass_through["lora"]["loraplus_lr_ratio"] = fields["loraplus_lr_ratio"]
+    for name, properties in {**plain, **pass_through}.items():
+        about = METHODS[name].about if name in METHODS else fields["method"]["description"]
         definitions[f"tune_{name}"] = {
             "description": about,
-            **_closed({"method": {"const": name, "description": own["method"]["description"]}, **properties}),
+            **_closed({"method": {"const": name, "description": fields["method"]["description"]}, **properties}),
         }
     for component, default in DEFAULT_METHODS.items():
         names = [*plain, *(name for name in METHODS if component == "language" or METHODS[name].kind == "layers")]
@@ -208,10 +208,11 @@ def _named_files(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
 
 
 def located(recipe: Recipe, key: str, message: str) -> str:
-    """A message about a key of a recipe, with the place where the key, or the nearest above it, was written."""
-    place = recipe.place(key)
-    if place is None:
+    """A message about a key of a recipe, with the location where the key, or its nearest written parent, was written."""
+    location = recipe.location(key)
+    if location is None:
         return f"{key}: {message}"
-    if (given := place.removeprefix(f"command line: {key}=")) == place:
-        return f"{place}: {key}: {message}"
-    return f"{place}: {message.removeprefix(f'{given}: ')}"
+    value = location.removeprefix(f"command line: {key}=")
+    if value == location:
+        return f"{location}: {key}: {message}"
+    return f"{location}: {message.removeprefix(f'{value}: ')}"  # the location shows the value already

@@ -1,4 +1,4 @@
-"""What every section of a recipe stands on: frozen typed objects whose errors are for the reader."""
+"""Base class of a recipe's sections: frozen pydantic models that report all errors at once, in messages for the user."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from mmtune.recipe.other_toolkits import boolean_hint, value_hint
-from mmtune.recipe.pass_through.arguments import Settings, error_at, format_value
-from mmtune.utils.errors import nearest
+from mmtune.recipe.pass_through.annotations import choices_of
+from mmtune.recipe.pass_through.arguments import MISSING, Settings, copied_error, error_at, format_value, unknown_key_at
+from mmtune.utils.errors import closest_hint
 from mmtune.utils.files import expand_user
 
 Text = Annotated[str, Field(min_length=1)]
@@ -29,41 +30,46 @@ PassThroughArguments = Annotated[Settings, PlainSerializer(dict), WithJsonSchema
 
 
 class Section(BaseModel):
-    """A frozen part of the recipe, whose errors are for the reader and are all found at once."""
+    """A frozen part of the recipe. All errors in it are reported at once, in messages for the user."""
 
     _expected: ClassVar[str] = "a mapping"
+    _examples: ClassVar[Mapping[str, str]] = {}
+    """By key: an example of a value, for errors about a missing value or one that is not a list."""
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
     @classmethod
-    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
-        """Shorthands spelt out, and what is wrong between the keys; pydantic then checks each key."""
-        return given, []
+    def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:
+        """The values with shorthands expanded, and errors of combinations of keys; pydantic then checks each key."""
+        return values, []
 
     @model_validator(mode="wrap")
     @classmethod
-    def _check(cls, given: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        if isinstance(given, cls):
-            return handler(given)
-        arranged, errors = cls._normalize(dict(given) if isinstance(given, Mapping) else given)
+    def _collect_errors(cls, values: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        if isinstance(values, cls):
+            return handler(values)
+        normalized, errors = cls._normalize(dict(values) if isinstance(values, Mapping) else values)
         try:
-            section = handler(arranged)
+            section = handler(normalized)
         except ValidationError as error:
-            # pydantic counts a list's sound items only, and calls a list of one faulty item too short as well.
-            told = (e for e in error.errors() if e["type"] != "too_short" or not e["input"])
-            errors = [*errors, *(cls._to_message(detail) for detail in told)]
+            # pydantic counts the valid items of a list only: a list of one invalid item is reported as too short as well.
+            details = (each for each in error.errors() if each["type"] != "too_short" or not each["input"])
+            errors = [*errors, *map(cls._user_error, details)]
         if errors:
             raise ValidationError.from_exception_data(cls.__name__, errors)
         return section
 
     @classmethod
-    def _to_message(cls, detail: Any) -> InitErrorDetails:
-        kind, where, context = detail["type"], detail["loc"], detail.get("ctx", {})
-        if kind == "recipe":
-            return error_at(where, detail["msg"])
+    def _user_error(cls, detail: Any) -> InitErrorDetails:
+        """An error of pydantic's with a message for the user."""
+        kind, loc, value, context = detail["type"], detail["loc"], detail["input"], detail.get("ctx", {})
+        if "text" in context:
+            return copied_error(detail)
+        name = str(loc[-1]) if loc else ""
+        example = f"; {cls._examples[name]}" if name in cls._examples else ""
         if kind == "extra_forbidden":
-            return error_at(where, f"unknown key{nearest(str(where[-1]), set(cls.model_fields))}")
+            return unknown_key_at(loc, set(cls.model_fields))
         if kind == "missing":
-            return error_at(where, "required, and not given")
+            return error_at(loc, f"required, and not given{example}", kind=MISSING)
         expected = {
             "model_type": cls._expected,
             "tuple_type": "a list",
@@ -78,10 +84,11 @@ class Section(BaseModel):
             "greater_than_equal": f"at least {context.get('ge', 0):g}",
             "less_than_equal": f"at most {context.get('le', 0):g}",
         }.get(kind, detail["msg"].removeprefix("Input should be "))
-        hint = ""
-        if kind == "literal_error" and isinstance(detail["input"], str):
-            close = nearest(detail["input"], context["expected"].replace("'", "").replace(" or ", ", ").split(", "))
-            hint = close if "did you mean" in close else ""
-        truth = boolean_hint(detail["input"]) if kind == "bool_type" else ""
-        hint = value_hint(str(where[-1]) if where else "", detail["input"]) or hint or truth
-        return error_at(where, f"expected {expected}, got {format_value(detail['input'])}{hint}")
+        hint = value_hint(name, value)
+        if not hint and kind == "literal_error" and isinstance(value, str):
+            hint = closest_hint(value, choices_of(cls.model_fields[name].annotation))
+        if not hint and kind == "bool_type":
+            hint = boolean_hint(value)
+        if kind in ("tuple_type", "too_short"):
+            hint += example
+        return error_at(loc, f"expected {expected}, got {format_value(value)}{hint}")

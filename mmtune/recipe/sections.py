@@ -1,10 +1,10 @@
-"""The recipe's sections as frozen typed objects, each with its own checks. `mmtune.recipe.recipe` reads and writes them."""
+"""Sections of a recipe: frozen pydantic models, each with its own checks. `mmtune.recipe.recipe` loads a recipe."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -38,7 +38,7 @@ from mmtune.recipe.section import PassThroughArguments, PathText, Section, Text
 from mmtune.recipe.train_rules import training_errors
 from mmtune.recipe.tune_section import TuneSection, with_rates
 from mmtune.recipe.yaml_lines import dump_yaml
-from mmtune.utils.errors import nearest
+from mmtune.utils.errors import closest_hint, nearest
 from mmtune.utils.files import expand_user
 
 BUILTIN_BASES = ("builtin:tiny-llava", "builtin:tiny-llava-untrained")
@@ -46,43 +46,43 @@ _ASSEMBLED_ONLY = ("projector", "vision_feature_layer", "vision_feature_select_s
 
 
 class Projector(Section):
-    """The projector between a vision encoder and a language model that come from two checkpoints."""
+    """Projector of an assembled model, between a vision encoder and a language model from two checkpoints."""
 
-    type: Literal["mlp"] = Field(default="mlp", description="Its form: LLaVA's two-layer MLP.")
+    type: Literal["mlp"] = Field(default="mlp", description="The architecture: LLaVA's two-layer MLP.")
     weights: PathText | None = Field(
-        default=None, description="A run, adapter or checkpoint directory to take its weights from; null: random."
+        default=None, description="A run, adapter or checkpoint directory to load its weights from; null: random weights."
     )
 
     @classmethod
-    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
-        return ({"type": given} if isinstance(given, str) else given), []
+    def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:
+        return ({"type": values} if isinstance(values, str) else values), []
 
 
 class ModelSection(Section):
-    """The model: a ready vision-language checkpoint (`base`), or one put together from `vision` and `language`."""
+    """Model: a vision-language checkpoint (`base`), or one assembled from `vision` and `language`."""
 
     base: PathText | None = Field(
         default=None,
-        description="A ready vision-language model: a hub id, a local directory, or builtin:tiny-llava, the small one "
-        "that ships (builtin:tiny-llava-untrained is the same with random weights).",
+        description="A vision-language model: a hub id, a local directory, or builtin:tiny-llava, the model that ships with "
+        "mmtune (builtin:tiny-llava-untrained: the same model with random weights).",
     )
     vision: PathText | None = Field(default=None, description="A vision encoder to assemble from: hub id or directory.")
     language: PathText | None = Field(default=None, description="A language model to assemble from: hub id or directory.")
     projector: Projector | None = Field(default=None, description="Assembled models: mlp, or {type: mlp, weights: DIR}.")
     vision_feature_layer: StrictInt = Field(
-        default=-2, description="Assembled models: the encoder layer that is projected; -2 is the last but one."
+        default=-2, description="Assembled models: the encoder layer that the projector reads; -2 is the second to last."
     )
     vision_feature_select_strategy: Literal["default", "full"] | None = Field(
         default=None,
-        description="Assembled models: default drops the class token, full keeps all; null follows the encoder.",
+        description="Assembled models: default drops the class token, full keeps all tokens; null chooses by the encoder.",
     )
     chat_template: PathText | None = Field(
-        default=None, description="A shipped chat template's name or a .jinja file; null takes the checkpoint's own."
+        default=None, description="The name of a shipped chat template, or a .jinja file; null: the checkpoint's own."
     )
     precision: Literal["fp32", "bf16", "int8", "nf4"] = Field(
         default="fp32",
-        description="The base's weights while training. int8 and nf4 quantize the language model's layers and keep the rest in "
-        "bf16; what trains is fp32.",
+        description="Precision of the frozen weights. int8 and nf4 quantize the layers of the language model and keep the rest "
+        "in bf16; trainable parameters are fp32.",
     )
     trust_remote_code: StrictBool = Field(default=False, description="Run Python code that comes with a checkpoint.")
     attn_implementation: Text | None = Field(
@@ -90,294 +90,316 @@ class ModelSection(Section):
     )
 
     @classmethod
-    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
-        if not isinstance(given, dict):
-            return given, []
+    def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:
+        if not isinstance(values, dict):
+            return values, []
         errors: list[InitErrorDetails] = []
-        base, parts = given.get("base"), [part for part in ("vision", "language") if given.get(part) is not None]
+        base, components = values.get("base"), [name for name in ("vision", "language") if values.get(name) is not None]
         if base is not None:
-            errors += [error_at(part, "base is given too; give either base, or vision and language") for part in parts]
-            for name in _ASSEMBLED_ONLY if not parts else ():
-                if given.get(name) is not None:
-                    errors.append(error_at(name, "only means something for a model assembled from vision and language"))
+            errors += [error_at(name, "base is given too; give either base, or vision and language") for name in components]
+            for name in _ASSEMBLED_ONLY if not components else ():
+                if values.get(name) is not None:
+                    errors.append(
+                        error_at(
+                            name, "not supported with base: it is for a model assembled from vision and language; leave it out"
+                        )
+                    )
             if isinstance(base, str) and base.startswith("builtin:") and base not in BUILTIN_BASES:
-                errors.append(error_at("base", f"no built-in model '{base}'{nearest(base, BUILTIN_BASES)}"))
-        elif not parts:
+                errors.append(error_at("base", f"unknown built-in model '{base}'{nearest(base, BUILTIN_BASES)}"))
+        elif not components:
             errors.append(error_at((), "give either base, or vision and language"))
-        elif len(parts) == 1:
-            other = "language" if parts == ["vision"] else "vision"
-            errors.append(error_at(parts[0], f"{other} is missing; a model is assembled from both"))
-        elif given.get("projector") is None:
-            given["projector"] = "mlp"
-        attention, names = given.get("attn_implementation"), library_fact("attention")
+        elif len(components) == 1:
+            other = "language" if components == ["vision"] else "vision"
+            errors.append(error_at(components[0], f"model.{other} is missing; a model is assembled from both"))
+        elif values.get("projector") is None:
+            values["projector"] = "mlp"
+        attention, names = values.get("attn_implementation"), library_fact("attention")
         if isinstance(attention, str) and attention not in names and not re.fullmatch(r"[\w.-]+/[^/\s]+", attention):
-            told = f"expected one of {', '.join(names)}, or a kernel of the hub, owner/name, got {format_value(attention)}"
-            near = nearest(attention, set(names))
-            errors.append(error_at("attn_implementation", told + (near if "did you mean" in near else "")))
-        return given, errors
+            expected = f"expected one of {', '.join(names)}, or a hub kernel, owner/name"
+            hint = closest_hint(attention, names)
+            errors.append(error_at("attn_implementation", f"{expected}, got {format_value(attention)}{hint}"))
+        return values, errors
 
     @model_serializer(mode="wrap")
     def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # What the other form alone would have is left out, so that the text loads again.
+        # Keys of the other kind of model are left out, so that the YAML loads again.
         other = ("vision", "language", *_ASSEMBLED_ONLY) if self.base is not None else ("base",)
         return {name: value for name, value in handler(self).items() if name not in other}
 
     @property
     def checkpoints(self) -> dict[str, str]:
-        """By key the directories and hub ids that the model is made of; a built-in base is not one."""
+        """The directories and hub ids of the model by key, without a built-in base."""
         names = {"base": self.base, "vision": self.vision, "language": self.language}
         return {key: name for key, name in names.items() if name is not None and not name.startswith("builtin:")}
 
 
 class Source(Section):
-    """Where rows are and how to read them."""
+    """Source of rows: where they are and how to read them."""
 
     path: PathText = Field(
         description="A file of rows (.json, .jsonl, .csv, .tsv, .parquet, .arrow, .tar), a glob or brace list of such files, a "
         "folder of them, a directory that datasets saved, or a hub id (org/name@config:split)."
     )
-    template: PathText = Field(description="A shipped data template's name, or a template of your own (.yaml).")
-    media_root: PathText | None = Field(default=None, description="Where media paths start; null: the file's own directory.")
+    template: PathText = Field(description="The name of a shipped data template, or a .yaml file.")
+    media_root: PathText | None = Field(
+        default=None, description="The directory that media paths are relative to; null: the directory of the file."
+    )
     allow_outside_root: StrictBool = Field(
-        default=False, description="Let media paths lead out of media_root, by .., an absolute path or a link."
+        default=False, description="Allow media paths outside media_root: .., absolute paths and symbolic links."
     )
     allow_urls: StrictBool = Field(
-        default=False, description="Fetch media that are http or https URLs, within limits, and keep them in a cache."
+        default=False, description="Download media from http and https URLs, within limits, into a cache."
     )
     window: tuple[StrictFloat, StrictFloat] | None = Field(default=None, description=WINDOW)
     augment: Augment | None = Field(default=None, description="Random changes to the training images; null: none.")
-    limit: Annotated[StrictInt, Field(ge=1)] | None = Field(
-        default=None, description="Take only the first so many rows; null takes all."
-    )
+    limit: Annotated[StrictInt, Field(ge=1)] | None = Field(default=None, description="Use only this many first rows; null: all.")
     weight: Annotated[StrictFloat, Field(gt=0)] = Field(
-        default=1.0, description="How often an epoch takes the source (data.mix: repeats), or its part of an epoch (ratio)."
+        default=1.0,
+        description="How often an epoch repeats the source (data.mix: repeats), or its share of an epoch (data.mix: ratio).",
     )
     where: FieldsToValues | None = Field(default=None, description=WHERE)
     image_placeholder: Literal["error", "add"] = Field(
         default="error",
-        description="A row with images and no placeholder for any of them: an error, or the images are added at the start of the "
-        "first user turn.",
+        description="A row with images and no placeholder: an error, or add the images at the start of the first user turn.",
     )
     ignore: tuple[Text, ...] = Field(
-        default=(), description="Fields of the rows that name or hold media and are meant to be left out; others are an error."
+        default=(),
+        description="Fields of the rows with media that are left out on purpose; other unread media fields are an error.",
     )
     join: PathText | None = Field(
-        default=None, description="A second file with a partner for each row, for templates that ask for one (vqa_v2)."
+        default=None, description="A second file whose rows are joined to the rows, for templates that need one (vqa_v2)."
     )
     values: NamesToText | None = Field(
-        default=None, description="Values for names that the template leaves open, such as {images: val2014} for vqa_v2."
+        default=None, description="Values of the template's parameters, such as {images: val2014} for vqa_v2."
     )
-    system: Text | None = Field(default=None, description="A system message for rows that have none of their own.")
+    system: Text | None = Field(default=None, description="A system message for rows without one.")
     shots: Shots | None = Field(default=None, description="Few-shot examples before each question.")
-    shuffle_options: StrictBool = Field(default=False, description="Shuffle the answer options of templates that declare them.")
+    shuffle_options: StrictBool = Field(
+        default=False, description="Shuffle the answer options, for templates that declare options."
+    )
     verbalizer: LabelsToWords | None = Field(
         default=None,
-        description="Label to answer words, {'0': cat, '1': dog}, or a list of words from label 0 on; for templates that declare "
+        description="Answer words by label, {'0': cat, '1': dog}, or as a list for labels 0, 1, ...; for templates that declare "
         "labels.",
     )
     seed: StrictInt = Field(
         default=0,
-        description="Of the choice of phrasing, examples and the order of options, the same in every epoch, and of augment.",
+        description="Seed of the choice of prompts and examples, of the option order (the same in every epoch) and of augment.",
     )
 
     @classmethod
-    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
-        if isinstance(given, dict) and isinstance(given.get("shots"), Mapping) and "path" in given:
-            given["shots"] = {"path": given["path"], **given["shots"]}
-        return given, where_errors(given) + verbalizer_errors(given) + values_errors(given) + window_errors(given)
+    def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:
+        if isinstance(values, dict) and isinstance(values.get("shots"), Mapping) and "path" in values:
+            values["shots"] = {"path": values["path"], **values["shots"]}
+        return values, where_errors(values) + verbalizer_errors(values) + values_errors(values) + window_errors(values)
 
 
 class DataSection(Section):
-    """The training data."""
+    """Training data."""
 
+    _examples: ClassVar = {"train": "such as [{path: rows.json, template: llava}]"}
     train: tuple[Source, ...] = Field(min_length=1, description="The sources of training rows.")
     mix: Literal["repeats", "ratio"] = Field(
         default="repeats",
-        description="What the weights of sources are: repeats in an epoch, or ratios of an epoch as long as all sources.",
+        description="The meaning of weight: repeats in an epoch, or the share of an epoch as long as all sources together.",
     )
     supervise: Literal["all", "last"] = Field(
-        default="all", description="Loss on all answers of a conversation, or on its last one."
+        default="all", description="Compute the loss on all answers of a conversation, or on the last one."
     )
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(
-        default=None, description="The longest sample, in tokens with its images; null is no limit."
+        default=None, description="The maximum length of a sample in tokens, image tokens included; null: no limit."
     )
     over_length: Literal["error", "drop_sample", "drop_media", "shrink_media"] = Field(
         default="error",
-        description="A sample over max_tokens stops the run (error), is dropped (drop_sample), loses whole images (drop_media), "
-        "or has its images made smaller (shrink_media); all are counted.",
+        description="A sample longer than max_tokens: stop the run (error), drop the sample (drop_sample), drop whole images "
+        "(drop_media), or reduce its images (shrink_media). The data report counts each.",
     )
     plan: StrictBool = Field(
         default=False,
-        description="Count every row's tokens before weights load, and balance batches over the processes by them. packing, "
-        "tokens_per_batch and largest_batch_first do so too.",
+        description="Count the tokens of every row before the weights are loaded, and balance the batches of the processes "
+        "by them. Implied by packing, tokens_per_batch and largest_batch_first.",
     )
     packing: StrictBool = Field(
-        default=False, description="Join samples, which do not attend to each other, to rows of at most tokens_per_batch tokens."
+        default=False,
+        description="Pack samples into rows of at most tokens_per_batch tokens; samples do not attend to each other.",
     )
     tokens_per_batch: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None,
-        description="The most tokens in a batch, padding counted, in place of train.per_device_train_batch_size; samples of "
-        "similar lengths come together. With packing, null is max_tokens.",
+        description="The maximum number of tokens in a batch, with padding, instead of train.per_device_train_batch_size; "
+        "samples are grouped by length. With packing, null: max_tokens.",
     )
     largest_batch_first: StrictBool = Field(
-        default=False, description="Begin with the step that has the most tokens, so that too little memory shows at once."
+        default=False, description="Train the step with the most tokens first, so that running out of memory shows at once."
     )
-    stream: StrictBool = Field(
-        default=False, description="Read the rows in order as training goes, without looking through the whole data first."
-    )
+    stream: StrictBool = Field(default=False, description="Read rows in order during training, without reading all data first.")
     shuffle_window: Annotated[StrictInt, Field(ge=1)] = Field(
-        default=10_000, description="With stream: how many rows of a source are shuffled among themselves."
+        default=10_000, description="With stream: the size of the shuffle buffer, in rows of a source."
     )
     max_bad_fraction: Annotated[StrictFloat, Field(ge=0, le=1)] = Field(
-        default=0.0, description="The fraction of rows that may be quarantined before the run stops, from 0 to 1."
+        default=0.0, description="The fraction of rows, from 0 to 1, that may be quarantined before the run stops."
     )
     max_nonfinite_steps: Annotated[StrictInt, Field(ge=0)] = Field(
         default=0,
-        description="How many steps whose gradients are NaN or infinite may be skipped before the run stops, their rows named.",
+        description="How many steps with NaN or infinite gradients may be skipped before the run stops; their rows are reported.",
     )
     check_rows: Annotated[StrictInt, Field(ge=0)] = Field(
         default=2000,
-        description="How many rows have their text and image headers checked before weights load; 0 for none.",
+        description="How many rows are checked (text and image headers) before the weights are loaded; 0: none.",
     )
 
     @classmethod
-    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
-        if not isinstance(given, dict):
-            return given, []
+    def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:
+        if not isinstance(values, dict):
+            return values, []
         errors = []
-        if given.get("packing") is True and given.get("tokens_per_batch") is None and given.get("max_tokens") is None:
-            errors.append(error_at("packing", "give tokens_per_batch or max_tokens: the longest row of joined samples"))
-        most, longest = given.get("tokens_per_batch"), given.get("max_tokens")
+        if values.get("packing") is True and values.get("tokens_per_batch") is None and values.get("max_tokens") is None:
+            errors.append(error_at("packing", "give tokens_per_batch or max_tokens, the maximum length of a packed row"))
+        most, longest = values.get("tokens_per_batch"), values.get("max_tokens")
         if isinstance(most, int) and isinstance(longest, int) and most < longest:
             errors.append(error_at("tokens_per_batch", f"expected at least max_tokens ({longest}), got {most}"))
-        if isinstance(most, int) and longest is None and given.get("stream") is not True:
-            errors.append(error_at("tokens_per_batch", "give max_tokens too, so that no sample is longer than a batch"))
-        if given.get("over_length") in ("drop_sample", "drop_media", "shrink_media") and longest is None:
-            errors.append(error_at("over_length", f"{given['over_length']} means nothing without max_tokens"))
-        if given.get("stream") is True:
+        if isinstance(most, int) and longest is None and values.get("stream") is not True:
+            errors.append(error_at("tokens_per_batch", "needs max_tokens, so that no sample is longer than a batch: give it too"))
+        if values.get("over_length") in ("drop_sample", "drop_media", "shrink_media") and longest is None:
+            errors.append(error_at("over_length", f"{values['over_length']} needs max_tokens: give it, or leave over_length out"))
+        if values.get("stream") is True:
             for name in ("plan", "packing", "tokens_per_batch", "largest_batch_first"):
-                if given.get(name):
-                    errors.append(error_at(name, "needs every row's length before training, which a stream does not know"))
-            sources = given.get("train")
-            if isinstance(sources, (list, tuple)) and len(sources) > 1 and given.get("mix") != "ratio":
-                errors.append(error_at("mix", "the sources of a stream have no known length: give mix: ratio"))
-        elif "shuffle_window" in given and given["shuffle_window"] != 10_000:
-            errors.append(error_at("shuffle_window", "means nothing without stream: true; otherwise all rows are shuffled"))
-        return given, errors
+                if values.get(name):
+                    errors.append(
+                        error_at(
+                            name,
+                            "not supported with stream: true, where row lengths are unknown before training; leave it out",
+                        )
+                    )
+            sources = values.get("train")
+            if isinstance(sources, (list, tuple)) and len(sources) > 1 and values.get("mix") != "ratio":
+                errors.append(error_at("mix", "expected ratio: the sources of a stream have no known length"))
+        elif "shuffle_window" in values and values["shuffle_window"] != 10_000:
+            errors.append(error_at("shuffle_window", "needs stream: true; without it all rows are shuffled; leave it out"))
+        return values, errors
 
     @property
     def planned(self) -> bool:
-        """Whether every row's tokens are counted before weights load; where a long row stops the run, it stops there."""
+        """Whether the tokens of every row are counted before weights are loaded: also if a row over max_tokens stops the run."""
         stops = self.max_tokens is not None and self.over_length == "error" and not self.stream
         return self.plan or self.packing or self.tokens_per_batch is not None or self.largest_batch_first or stops
 
 
 class EvaluateSection(Section):
-    """Exact match on held-out rows."""
+    """Evaluation on held-out rows."""
 
+    _examples: ClassVar = {"data": "such as [{path: rows.json, template: llava}]"}
     data: tuple[Source, ...] = Field(min_length=1, description="The sources of held-out rows.")
     answer_after: Text | None = Field(
-        default=None, description="Compare only what follows this text in the answer; null compares the whole answer."
+        default=None, description="Compare only the text after this in the answer; null: the whole answer."
     )
     max_new_tokens: Annotated[StrictInt, Field(ge=1)] = Field(
-        default=64, description="The longest answer to generate, in tokens."
+        default=64, description="The maximum length of a generated answer, in tokens."
     )
     score: Literal["generate", "choices"] = Field(
         default="generate",
-        description="Generate an answer, or take the likeliest of the row's candidates: answer options, or a verbalizer's words.",
+        description="generate: generate an answer. choices: take the most likely candidate (options, verbalizer).",
     )
-    batch_size: Annotated[StrictInt, Field(ge=1)] = Field(default=16, description="Rows that are answered at once.")
-    before: StrictBool = Field(default=True, description="Evaluate before tuning too, for comparison.")
+    batch_size: Annotated[StrictInt, Field(ge=1)] = Field(default=16, description="Rows per batch.")
+    before: StrictBool = Field(default=True, description="Evaluate the base before tuning too.")
     samples: Annotated[StrictInt, Field(ge=0)] = Field(
         default=24, description="How many answers the report shows with their images."
     )
 
     @classmethod
-    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
-        return given, evaluation_augment_errors(given)
+    def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:
+        return values, evaluation_augment_errors(values)
 
 
 class Recipe(Section):
-    """A whole recipe. Make one with `load_recipe`."""
+    """A complete recipe. `load_recipe` creates it."""
 
+    _examples: ClassVar = {
+        "model": "such as model: {base: builtin:tiny-llava}",
+        "data": "such as data: {train: [{path: rows.json, template: llava}]}",
+        "output_dir": "such as output_dir: runs/first",
+    }
     model: ModelSection = Field(description="The model to tune.")
-    tune: TuneSection = Field(default_factory=TuneSection, description="What trains, and by which method.")
+    tune: TuneSection = Field(default_factory=TuneSection, description="The tuning method of each component.")
     objective: AnyObjectiveSection = Field(default=SftSection(), description="What the training minimizes.")
     data: DataSection = Field(description="The rows to train on.")
-    evaluate: EvaluateSection | None = Field(default=None, description="The held-out evaluation; null evaluates nothing.")
+    evaluate: EvaluateSection | None = Field(default=None, description="The evaluation on held-out rows; null: none.")
     train: PassThroughArguments = Field(
         default_factory=lambda: Settings({"report_to": "none"}),
-        description="transformers' TrainingArguments, by their own names; those not given keep transformers' defaults.",
+        description="Arguments of transformers' TrainingArguments; those not given keep transformers' defaults.",
     )
     output_dir: PathText = Field(description="The run directory.")
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @classmethod
-    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
-        if not isinstance(given, dict):
-            return given, []
-        # A section whose every line is commented out reads as null.
-        given = {name: value for name, value in given.items() if value is not None or name not in ("tune", "objective", "train")}
-        train = given.pop("train", {})
+    def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:
+        if not isinstance(values, dict):
+            return values, []
+        # A section in which all lines are commented out is null in YAML.
+        values = {
+            name: value for name, value in values.items() if value is not None or name not in ("tune", "objective", "train")
+        }
+        train = values.pop("train", {})
         if not isinstance(train, Mapping):
-            return given, [error_at("train", f"expected a mapping, got {format_value(train)}")]
+            return values, [error_at("train", f"expected a mapping, got {format_value(train)}")]
         if isinstance(train.get("deepspeed"), str):
             train = {**train, "deepspeed": expand_user(train["deepspeed"])}
         settings, errors = train_arguments().check(train)
         errors = errors or training_errors(train)
-        inner = [InitErrorDetails(type=f["type"], loc=("train", *f.get("loc", ())), input=None) for f in errors]
-        if "learning_rate" not in train and isinstance(given.get("tune", {}), Mapping):
-            given["tune"] = with_rates(given.get("tune", {}))
-        return given | {"train": Settings(settings)}, inner
+        inner = [InitErrorDetails(type=each["type"], loc=("train", *each.get("loc", ())), input=None) for each in errors]
+        if "learning_rate" not in train and isinstance(values.get("tune", {}), Mapping):
+            values["tune"] = with_rates(values.get("tune", {}))
+        return values | {"train": Settings(settings)}, inner
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
-        """Refuse what the method's table says does not work, and write the methods' learning rates out."""
+        """Reject combinations of keys in different sections that do not work."""
+        if errors := list(self._combination_errors()):
+            raise ValidationError.from_exception_data("Recipe", errors)
+        return self
+
+    def _combination_errors(self) -> Iterator[InitErrorDetails]:
         method, precision = self.tune.method, self.model.precision
-        if precision in ("int8", "nf4"):
-            if self.tune.language.method == "full":
-                told = f"quantized weights cannot train: with model.precision: {precision} use lora, or bf16 with full"
-                raise ValidationError.from_exception_data("Recipe", [error_at(("tune", "language"), told)])
-            if method is None and self.tune.vision.method == "full":
-                told = f"leaves a whole model, which model.precision: {precision} is not; use bf16, or lora in the language model"
-                raise ValidationError.from_exception_data("Recipe", [error_at(("tune", "vision"), told)])
+        if precision in ("int8", "nf4") and self.tune.language.method == "full":
+            message = f"not supported with model.precision: {precision}: quantized weights cannot be trained; use lora, or bf16"
+            yield error_at(("tune", "language"), message)
+        elif precision in ("int8", "nf4") and method is None and self.tune.vision.method == "full":
+            message = f"full without an adapter saves the whole model, which is not supported with model.precision: {precision}"
+            yield error_at(("tune", "vision"), f"{message}; use bf16, or lora in tune.language")
         for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
             if (self.train.get(name) or {}).get("use_reentrant"):
-                told = "use_reentrant: true gives no gradients below frozen inputs; leave it out"
-                raise ValidationError.from_exception_data("Recipe", [error_at(("train", name), told)])
+                yield error_at(("train", name), "use_reentrant: true gives no gradients below frozen inputs; leave it out")
         if self.data.max_nonfinite_steps and method == "adalora":
-            told = "adalora ranks by every step's gradients, so none can be skipped; leave it out"
-            raise ValidationError.from_exception_data("Recipe", [error_at(("data", "max_nonfinite_steps"), told)])
+            message = "not supported with adalora, which needs the gradients of every step; leave it out"
+            yield error_at(("data", "max_nonfinite_steps"), message)
         by_tokens = self.data.packing or self.data.tokens_per_batch is not None
         for name in ("per_device_train_batch_size", "dataloader_drop_last"):
             if by_tokens and self.train.get(name) is not None:
-                told = "means nothing where data.packing or data.tokens_per_batch makes the batches; leave it out"
-                raise ValidationError.from_exception_data("Recipe", [error_at(("train", name), told)])
+                message = "not supported with data.packing and data.tokens_per_batch, which set the batches; leave it out"
+                yield error_at(("train", name), message)
         if self.data.stream and (self.train.get("max_steps") or -1) < 1:
-            told = "a stream has no known length: give train.max_steps"
-            raise ValidationError.from_exception_data("Recipe", [error_at(("train", "max_steps"), told)])
+            yield error_at(("train", "max_steps"), "required with data.stream: true: a stream has no known length")
         for key, message in self.objective.conflicts(self):
-            raise ValidationError.from_exception_data("Recipe", [error_at(("objective", *key), message)])
+            yield error_at(("objective", *key), message)
         if self.data.packing and method is not None and METHODS[method].kind == "prompt":
-            told = f"{method} puts its prompt before the first sample of a packed row and before no other; take packing out"
-            raise ValidationError.from_exception_data("Recipe", [error_at(("data", "packing"), told)])
-        if method is None:
-            return self
-        settings = next(t.settings for t in self.tune.components.values() if t.method == method)
-        checkpointing = bool(self.train.get("activation_checkpointing") or self.train.get("gradient_checkpointing"))
-        reason = refusal(method, settings, precision=self.model.precision, checkpointing=checkpointing)
-        if reason is not None:
-            where = next(name for name, tuning in self.tune.components.items() if tuning.method == method)
-            raise ValidationError.from_exception_data("Recipe", [error_at(("tune", where), reason)])
-        return self
+            message = (
+                f"not supported with {method}: a packed row would have its prompt before the first sample only; leave it out"
+            )
+            yield error_at(("data", "packing"), message)
+        component = next((name for name, tuning in self.tune.components.items() if tuning.method == method), None)
+        if method is not None and component is not None:
+            settings = self.tune.components[component].settings
+            checkpointing = bool(self.train.get("activation_checkpointing") or self.train.get("gradient_checkpointing"))
+            reason = refusal(method, settings, precision=precision, checkpointing=checkpointing)
+            if reason is not None:
+                yield error_at(("tune", component), reason)
 
     def origin(self, key: str) -> str:
         """Where a dotted key was written: `FILE:LINE`, `command line: KEY=VALUE`, or `default`."""
         return self._origins.get(key, "default")
 
-    def place(self, key: str) -> str | None:
-        """Where a dotted key, or the nearest above it, was written; None where nothing of it was."""
+    def location(self, key: str) -> str | None:
+        """Where a dotted key, or its nearest parent that was written, is; None if none was written."""
         while key and key not in self._origins:
             key = key.rpartition(".")[0]
         return self._origins.get(key)
@@ -387,7 +409,7 @@ class Recipe(Section):
         return dump_yaml(self.model_dump(mode="json"))
 
     def __eq__(self, other: object) -> bool:
-        # Where its keys were written is no part of what a recipe says.
+        # Where the keys were written does not count.
         return isinstance(other, Recipe) and self.__dict__ == other.__dict__
 
     def __hash__(self) -> int:

@@ -1,70 +1,60 @@
-"""Messages about keys that a recipe does not have: where the same is said in a recipe, and one message for one mistake."""
+"""Messages about unknown keys of a recipe and overrides of the wrong form: the key that was meant, one message per mistake."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 from mmtune.recipe.other_toolkits import OTHER_NAMES
-from mmtune.recipe.pass_through.arguments import method_arguments, train_arguments
+from mmtune.recipe.pass_through.arguments import MISSING, UNKNOWN, method_arguments, train_arguments
 from mmtune.recipe.sections import DataSection, EvaluateSection, ModelSection, Recipe, Source
 
-UNKNOWN = "unknown key"
-MISSING = "required, and not given"
-SOURCES = "such as [{path: rows.json, template: llava}]"
-EXAMPLES = {
-    "model": "such as model: {base: builtin:tiny-llava}",
-    "data": "such as data: {train: [{path: rows.json, template: llava}]}",
-    "output_dir": "such as output_dir: runs/first",
-}
 
+def error_messages(errors: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    """Keys and messages of a recipe's validation errors.
 
-def told(mistakes: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Keys and messages as they are shown.
+    For an unknown key, the message names the recipe's own key where another toolkit or another section has a key of that name.
+    A key is not reported as missing if an unknown key beside it is a misspelling of it.
 
-    An unknown key names the recipe's own key where another toolkit, or another section, has one of that name. A key is not called
-    missing where an unknown one beside it is a misspelling of it.
+    Args:
+        errors: pydantic's error details.
     """
-    mistakes = [(key, _unknown(key) or message if _is_guess(message) else message) for key, message in mistakes]
-    meant = set()
-    for key, message in mistakes:
-        if message.startswith(UNKNOWN) and (named := re.search(r"did you mean '(\w+)'|write (\w+)|name here is (\w+)", message)):
-            above = key.rpartition(".")[0]
-            meant.add(f"{above}." * bool(above) + next(filter(None, named.groups())))
-    for key, message in mistakes:
-        if message != MISSING:
-            is_list = key in ("data.train", "evaluate.data") and message.startswith("expected a list")
-            yield key, f"{message}; {SOURCES}" if is_list else message
-        elif key not in meant:
-            yield key, f"{message}; {EXAMPLES[key]}" if key in EXAMPLES else message
+    messages, meant = [], set()
+    for error in errors:
+        key, message = ".".join(map(str, error["loc"])), error["msg"]
+        if error["type"] == UNKNOWN:
+            message, sibling = _suggestion(key) or (message, error["ctx"]["closest"])
+            if sibling is not None:
+                meant.add(".".join(filter(None, (key.rpartition(".")[0], sibling))))
+        messages.append((key, message, error["type"] == MISSING))
+    return ((key, message) for key, message, is_missing in messages if not (is_missing and key in meant))
 
 
-def _is_guess(message: str) -> bool:
-    return message == UNKNOWN or message.startswith((f"{UNKNOWN}; did you mean", f"{UNKNOWN}; valid here"))
+def _suggestion(key: str) -> tuple[str, str | None] | None:
+    """The message about an unknown key that another toolkit or section has, and the key beside it that was meant, if any.
 
-
-def _unknown(key: str) -> str | None:
-    """The message about an unknown key whose like is elsewhere in a recipe; None where nothing is."""
-    above, _, name = key.rpartition(".")
-    target = OTHER_NAMES.get(name) or _elsewhere(name)
+    None where no toolkit or section has a key of that name.
+    """
+    parent, _, name = key.rpartition(".")
+    target = OTHER_NAMES.get(name) or _key_in_other_section(name)
     if target is None:
         train = train_arguments()
-        reason = None if above else train.renamed.get(name) or train.managed.get(name)
-        return reason and f"{UNKNOWN}; of train's arguments: {reason}"
-    place, colon, value = target.partition(":")
-    value = colon + value
-    if place.startswith("--"):
-        return f"{UNKNOWN}; give {place}"
-    if place.rpartition(".")[0] == above:
-        here = f"{place.rpartition('.')[2]}{value}"
-        return f"{UNKNOWN}; {'write' if value else 'its name here is'} {here}"
-    if above.startswith("tune.") and place.startswith("tune.language."):
-        return f"{UNKNOWN}; write {above}.{place.removeprefix('tune.language.')}{value}"
-    return f"{UNKNOWN}; write {target}"
+        reason = None if parent else train.renamed.get(name) or train.managed.get(name)
+        return (f"unknown key; in the train section: {reason}", None) if reason else None
+    path, colon, value = target.partition(":")
+    if path.startswith("--"):
+        return f"unknown key; give {path}", None
+    target_parent, _, target_name = path.rpartition(".")
+    if target_parent == parent:
+        return f"unknown key; {'write' if value else 'its name here is'} {target_name}{colon}{value}", target_name
+    if parent.startswith("tune.") and target_parent == "tune.language":
+        return f"unknown key; write {parent}.{target_name}{colon}{value}", None
+    return f"unknown key; write {target}", None if parent else path.partition(".")[0]
 
 
-def _elsewhere(name: str) -> str | None:
-    """The key of that name in another section."""
+def _key_in_other_section(name: str) -> str | None:
+    """The dotted key of that name in another section."""
     sections: dict[str, Collection[str]] = {
         "model": ModelSection.model_fields,
         "data": DataSection.model_fields,
@@ -79,18 +69,18 @@ def _elsewhere(name: str) -> str | None:
 
 
 def override_error(text: str) -> str | None:
-    """What is wrong with the form of an override `key=value`, if anything is."""
+    """What is wrong with the form of an override `key=value`; None if it is valid."""
     key, equals, value = text.partition("=")
     dotted = re.sub(r"\[(\d+)\]", r".\1", key)
-    if equals and text != (together := f"{dotted.strip()}={value.strip()}") and dotted != dotted.strip():
-        return f"expected key=value without spaces: write {together}"
+    if equals and dotted != dotted.strip():
+        return f"expected key=value without spaces: write {dotted.strip()}={value.strip()}"
     if equals and dotted != key:
-        return f"items of a list are counted with dots: write {dotted}={value}"
+        return f"the index of a list item follows a dot: write {dotted}={value}"
     return None
 
 
 def split_override_error(overrides: Sequence[str]) -> str | None:
-    """What is wrong where one override `key=value` came as several arguments, with spaces."""
+    """What is wrong where spaces divided one override `key=value` into several arguments; None if none was divided."""
     for first, second, third in zip(overrides, [*overrides[1:], ""], [*overrides[2:], "", ""], strict=False):
         if "=" not in first and second.startswith("="):
             value = second[1:] or third
@@ -103,8 +93,8 @@ def split_override_error(overrides: Sequence[str]) -> str | None:
 
 
 def key_of_option(name: str) -> str | None:
-    """The recipe's key that somebody gave as an option `--NAME`, if there is one."""
+    """The recipe's key that was given as an option `--NAME`, if there is one."""
     if re.fullmatch(r"(model|tune|data|evaluate|train)\.[\w.]+|output_dir", name):
         return name
-    known = (OTHER_NAMES.get(name) or _elsewhere(name) or "").partition(":")[0]
-    return known if re.fullmatch(r"[\w.]+", known) else None
+    key = (OTHER_NAMES.get(name) or _key_in_other_section(name) or "").partition(":")[0]
+    return key if re.fullmatch(r"[\w.]+", key) else None

@@ -1,16 +1,16 @@
-"""The one family of errors that is the reader's to mend. The command line shows them without a traceback."""
+"""Errors that the user can correct. The command line shows them without a traceback."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
 class UserError(Exception):
-    """The input is wrong: a recipe, a row, a file, an argument. Exit code 2.
+    """Invalid input: a recipe, a row, a file, an argument. Exit code 2.
 
-    The message says what was wrong, where (file and line, row id, key or module path), and what would be right.
+    The message says what was wrong, where (file and line, row id, key or module path), and what was expected.
     """
 
 
@@ -43,16 +43,17 @@ def errors_at_key(key: str) -> Iterator[None]:
 
 
 def missing_library(error: ImportError) -> str | None:
-    """Why a library cannot be imported, in one line; None where the import error is a bug of ours.
+    """Why a library cannot be imported, in one line; None where the import error is a bug of mmtune.
 
-    Libraries raise ImportError with no module's name for an optional package that they ask for (`requires_backends` of
-    transformers), and ModuleNotFoundError with its name. A name inside mmtune, or one that an installed module lacks, is a bug.
+    For an optional package that is not installed, libraries raise ImportError without a module name (`requires_backends` of
+    transformers) or ModuleNotFoundError with the name. A missing module of mmtune, or a name that an installed module does not
+    have, is a bug.
     """
     if (error.name or "").partition(".")[0] == "mmtune" or (error.name and not isinstance(error, ModuleNotFoundError)):
         return None
     reason = " ".join(str(error).split())
     cause: BaseException = error
-    while cause.__cause__ is not None:  # transformers wraps what its modules raise
+    while cause.__cause__ is not None:  # transformers wraps the errors of its modules
         cause = cause.__cause__
     if cause is error:
         return reason
@@ -60,18 +61,18 @@ def missing_library(error: ImportError) -> str | None:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why something failed, in one line: of an OSError the system's words without the path, which the message has already."""
+    """The reason of an error in one line. Of an OSError: the system's text without the path."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 
 class Stopped(Exception):
-    """A signal ended the run after a whole step.
+    """A signal ended the run after a complete step.
 
     Args:
-        number: the signal's.
-        message: where the run stands and how it goes on.
+        number: of the signal.
+        message: the step reached and how to resume.
     """
 
     def __init__(self, number: int, message: str) -> None:
@@ -80,10 +81,10 @@ class Stopped(Exception):
 
 
 class Terminated(BaseException):
-    """A signal asked the process to end at once. No Exception, so that whoever goes on after one does not go on after this.
+    """A signal asked the process to end at once. Not an Exception, so that code which continues after one does not catch it.
 
     Args:
-        number: the signal's.
+        number: of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -92,11 +93,11 @@ class Terminated(BaseException):
 
 
 class CheckFailed(Exception):
-    """The input was fine and the result did not hold: a merge that differs, a check that found faults. Exit code 1.
+    """The input is valid but a check of the result failed: a merge that differs, rows that cannot train. Exit code 1.
 
     Args:
-        message: what did not hold.
-        result: what the command reports all the same, for `--json`.
+        message: which check failed.
+        result: the command's result, which `--json` prints all the same.
     """
 
     def __init__(self, message: str, result: Any = None) -> None:
@@ -104,14 +105,25 @@ class CheckFailed(Exception):
         self.result = result
 
 
-def nearest(name: str, valid: list[str] | set[str] | tuple[str, ...]) -> str:
-    """A hint for a misspelt name: `; did you mean 'x'?`, or the valid names when nothing is close."""
+def closest_name(name: str, valid: Collection[str]) -> str | None:
+    """The valid name that a misspelt name is closest to; None when no name is close."""
     import difflib
 
-    # Comparing takes the product of the lengths. What is longer than any name of ours comes from a file and is not misspelt.
-    likely = [each for each in valid if len(each) <= 100] if len(name) <= 100 and len(valid) <= 1000 else []
-    close = difflib.get_close_matches(name, likely, n=1, cutoff=0.6) or [each for each in likely if each.lower() == name.lower()]
-    if close:
-        return f"; did you mean '{close[0]}'?"
-    shown = sorted(valid)
-    return f"; valid here: {', '.join(each[:100] for each in shown[:20])}{', ...' if len(shown) > 20 else ''}"
+    if len(name) > 100 or len(valid) > 1000:  # text from a file, not a misspelt name; the comparison takes time by the lengths
+        return None
+    names = [each for each in valid if len(each) <= 100]
+    same = (each for each in names if each.lower() == name.lower())
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.6)), None) or next(same, None)
+
+
+def closest_hint(name: str, valid: Collection[str]) -> str:
+    """A hint for a misspelt name, `; did you mean 'x'?`, or an empty text when no name is close."""
+    close = closest_name(name, valid)
+    return f"; did you mean '{close}'?" if close is not None else ""
+
+
+def nearest(name: str, valid: Collection[str]) -> str:
+    """A hint for a misspelt name: `; did you mean 'x'?`, or the valid names when no name is close."""
+    names = sorted(valid)
+    listed = f"; valid here: {', '.join(each[:100] for each in names[:20])}{', ...' if len(names) > 20 else ''}"
+    return closest_hint(name, valid) or listed

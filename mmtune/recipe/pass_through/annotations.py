@@ -1,4 +1,4 @@
-"""Types of borrowed settings: read from annotations, kept as plain data (JSON), made back into annotations, and described."""
+"""Types of pass-through arguments: annotations to plain data (JSON) and back, and their description in messages."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def plain_type(annotation: Any, nested: bool) -> Any:
 
     Args:
         annotation: of a dataclass field, with its names resolved.
-        nested: whether the library makes nested dataclasses from mappings itself.
+        nested: whether the library builds nested dataclasses from mappings.
 
     Returns:
         A name (`int`, `float`, `str`, `bool`, `null`, `any`, `dict`, `list`), or a mapping with one key: `choices` (values),
         `numbered` (the stem of names that end in a number), `any_of`, `list`, `dict` (types), or `keys` (of a nested
-        dataclass, with what each is).
+        dataclass, with their descriptions).
     """
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     for name, kind in _NAMES.items():
         if annotation is kind:
             return name
     if dataclasses.is_dataclass(annotation):
-        told = f"See {getattr(annotation, '__name__', annotation)}."
-        return {"keys": {field.name: told for field in dataclasses.fields(annotation) if field.init}} if nested else None
+        description = f"See {getattr(annotation, '__name__', annotation)}."
+        return {"keys": {field.name: description for field in dataclasses.fields(annotation) if field.init}} if nested else None
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return {"choices": [member.value for member in annotation]}
     if origin is Literal:
@@ -59,7 +59,7 @@ def plain_type(annotation: Any, nested: bool) -> Any:
         return _any_of([choices, *({"numbered": stem} for stem in stems)])
     if origin in (Union, types.UnionType):
         if any(isinstance(a, type) and issubclass(a, Enum) for a in inner):
-            # `SchedulerType | str` is converted to the enumeration later; a name outside it is wrong already here.
+            # `SchedulerType | str` is converted to the enumeration later; other names are invalid.
             inner = tuple(a for a in inner if a is not str)
         return _any_of([plain for a in inner if (plain := plain_type(a, nested)) is not None])
     if origin in (list, dict):
@@ -69,13 +69,13 @@ def plain_type(annotation: Any, nested: bool) -> Any:
 
 
 def _any_of(kinds: list[Any]) -> Any:
-    # Unions of the same members are equal, so typing's cache may give them in another order in another process.
+    # typing caches unions, and unions of the same members are equal: their order differs between processes.
     kinds = sorted(kinds, key=lambda kind: (kind == "null", json.dumps(kind)))
     return (kinds[0] if len(kinds) == 1 else {"any_of": kinds}) if kinds else None
 
 
 def annotation_of(kind: Any) -> Any:
-    """The annotation that `plain_type` was made from, as far as YAML can express it."""
+    """The inverse of `plain_type`: an annotation, as far as YAML can express it."""
     if isinstance(kind, str):
         return _NAMES[kind]
     ((what, inner),) = kind.items()
@@ -98,7 +98,7 @@ class _Numbered:
 
 
 def numbered(stem: str) -> Any:
-    """The annotation of names that are a stem and a number."""
+    """The annotation of names that consist of a stem and a number."""
 
     def check(value: str) -> str:
         if not re.fullmatch(rf"{re.escape(stem)}[0-9]+", value):
@@ -116,16 +116,16 @@ def _mapping_with(keys: dict[str, str]) -> Any:
                 raise PydanticCustomError("recipe", "{text}", {"text": f"unknown key '{name}'{nearest(name, set(keys))}"})
         return value
 
-    properties = {name: {"description": told} for name, told in keys.items()}
+    properties = {name: {"description": description} for name, description in keys.items()}
     schema = {"type": "object", "properties": properties, "additionalProperties": False}
     return Annotated[dict[str, Any], AfterValidator(check), WithJsonSchema(schema)]
 
 
 def describe(annotation: Any, format_value: typing.Callable[[object], str]) -> str:
-    """What a value must be, for a message.
+    """The values that an annotation allows, for a message.
 
     Args:
-        format_value: a value as the reader would write it.
+        format_value: formats a value as it is written in a recipe.
     """
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
@@ -147,7 +147,7 @@ def describe(annotation: Any, format_value: typing.Callable[[object], str]) -> s
 
 
 def choices_of(annotation: Any) -> list[str]:
-    """The names among which an annotation lets one choose."""
+    """The names that an annotation's Literal allows; none for other annotations."""
     inner = typing.get_args(annotation)
     members = inner if typing.get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     return [v for a in members if typing.get_origin(a) is Literal for v in typing.get_args(a) if isinstance(v, str)]

@@ -1,6 +1,6 @@
-"""The settings that a recipe borrows: LoraConfig's and TrainingArguments' own names, types and descriptions.
+"""Pass-through arguments of a recipe: the fields of PEFT's configurations and of TrainingArguments, by their own names.
 
-Both are those of the installed versions, as `library_facts` knows them, so a recipe accepts what the libraries accept.
+Names, types and descriptions are those of the installed versions (`library_facts`).
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import functools
 import json
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from mmtune.methods.method_table import METHODS
 from mmtune.recipe.other_toolkits import boolean_hint, value_hint
 from mmtune.recipe.pass_through.annotations import annotation_of, choices_of, describe, numbered
 from mmtune.recipe.pass_through.library_facts import library_fact
-from mmtune.utils.errors import nearest
+from mmtune.utils.errors import closest_hint, closest_name, nearest
 
 _BOUNDS: dict[str, Any] = {
     **dict.fromkeys(("r", "init_r", "target_r", "oft_block_size", "boft_block_size", "bottleneck_size"), Annotated[int, Ge(1)]),
@@ -33,11 +33,11 @@ _BOUNDS: dict[str, Any] = {
     **dict.fromkeys(("target_modules", "feedforward_modules"), list[str] | str),
     "init_lora_weights": bool | Literal["gaussian", "eva", "olora", "pissa", "lora_ga"] | numbered("pissa_niter_"),
 }
-"""Tighter than the dataclasses say. OFT's `r` of 0 means "by block size", and is what it is when not given."""
+"""Types narrower than the dataclasses declare. OFT's `r: 0` (choose by block size) is its default and cannot be given."""
 
 _COUNT, _POSITIVE, _NOT_NEGATIVE = Annotated[int, Ge(1)], Annotated[float, Gt(0)], Annotated[float, Ge(0)]
 _TRAIN_BOUNDS: dict[str, Any] = {
-    # Rows of similar lengths come together with `data.tokens_per_batch`, not by the Trainer's other strategies.
+    # `data.tokens_per_batch` groups rows by length; the Trainer's own strategies for that are not supported.
     "train_sampling_strategy": Literal["random", "sequential"],
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout"), _COUNT),
     **dict.fromkeys(
@@ -55,14 +55,14 @@ _TRAIN_BOUNDS: dict[str, Any] = {
     "torch_compile_mode": Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", None],
     "debug": Literal["", "underflow_overflow"] | list[Literal["underflow_overflow"]],
 }
-"""Tighter than TrainingArguments says."""
+"""Types narrower than TrainingArguments declares."""
 
 _EVALUATE = "mmtune evaluates before and after tuning, not during it; give the evaluate section"
 _UPLOAD = "mmtune does not upload; push the finished directory yourself"
 _PRECISION = "give model.precision"
-_LAUNCH = "the launcher is asked for it: accelerate launch --config_file recipes/accelerate/fsdp2.yaml mmtune/train.py RECIPE"
-_BATCH_SPLIT = "mmtune decides how batches are divided, so that every layout trains the same"
-_COLUMNS = "mmtune's own collator decides what reaches the model"
+_LAUNCH = "give it to the launcher: accelerate launch --config_file recipes/accelerate/fsdp2.yaml mmtune/train.py RECIPE"
+_BATCH_SPLIT = "mmtune divides the batches among the processes, so that every parallelism strategy gives the same result"
+_COLUMNS = "mmtune's collator decides what the model receives"
 _TRAIN_MANAGED = {
     "output_dir": "give output_dir at the top of the recipe",
     "logging_dir": "logs go into output_dir",
@@ -72,7 +72,7 @@ _TRAIN_MANAGED = {
     "local_rank": "the launcher sets it",
     **dict.fromkeys(("average_tokens_across_devices", "accelerator_config"), _BATCH_SPLIT),
     **dict.fromkeys(("fsdp", "fsdp_config"), _LAUNCH),
-    "parallelism_config": "mmtune does not train with it; DDP, DeepSpeed ZeRO or FSDP2 is right",
+    "parallelism_config": "mmtune does not support it; use DDP, DeepSpeed ZeRO or FSDP2",
     **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), _PRECISION),
     **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id"), _UPLOAD),
     **dict.fromkeys(("hub_strategy", "hub_always_push", "hub_revision"), _UPLOAD),
@@ -81,17 +81,17 @@ _TRAIN_MANAGED = {
     **dict.fromkeys(("eval_use_gather_object", "batch_eval_metrics", "include_for_metrics"), _EVALUATE),
     **dict.fromkeys(("prediction_loss_only", "load_best_model_at_end", "metric_for_best_model"), _EVALUATE),
     "greater_is_better": _EVALUATE,
-    "include_num_input_tokens_seen": "mmtune counts the tokens that are no padding",
-    "logging_nan_inf_filter": "mmtune stops at a loss that is not finite",
+    "include_num_input_tokens_seen": "mmtune counts the tokens that are not padding",
+    "logging_nan_inf_filter": "mmtune stops at a loss that is not finite, or skips the step: data.max_nonfinite_steps",
     "length_column_name": "mmtune counts lengths itself: data.tokens_per_batch",
-    "label_smoothing_factor": "mmtune scores exact labels only",
+    "label_smoothing_factor": "mmtune computes the loss on exact labels only",
     "per_device_eval_batch_size": "give evaluate.batch_size",
-    "save_only_model": "a run goes on from all that a checkpoint holds; adapter/ is the model alone",
+    "save_only_model": "resuming needs the whole checkpoint; adapter/ of a run holds the model only",
     "save_on_each_node": "all machines share output_dir",
-    "ignore_data_skip": "a run goes on with the row that it stopped at",
-    "enable_jit_checkpoint": "mmtune writes a checkpoint at SIGTERM by itself",
-    "auto_find_batch_size": "the batch is a part of the recipe; mmtune plan finds the largest that fits",
-    "dataloader_in_order": "batches come in one order",
+    "ignore_data_skip": "a resumed run continues with the next row",
+    "enable_jit_checkpoint": "mmtune always writes a checkpoint at SIGTERM",
+    "auto_find_batch_size": "the recipe sets the batch size; mmtune plan suggests one that fits",
+    "dataloader_in_order": "the order of batches is fixed",
 }
 _TRAIN_RENAMED = {
     "warmup_ratio": "a float warmup_steps below 1 is the ratio, as in warmup_steps: 0.03",
@@ -104,12 +104,12 @@ _TRAIN_RENAMED = {
     "batch_size": "write per_device_train_batch_size",
     "group_by_length": "give data.tokens_per_batch, which puts similar lengths together",
 }
-_PYTHON_OBJECT = "it takes a Python object, which a recipe cannot hold"
+_PYTHON_OBJECT = "its value is a Python object, which a recipe cannot contain"
 
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
-    """One borrowed setting."""
+    """One pass-through argument."""
 
     annotation: Any
     default: Any
@@ -117,23 +117,25 @@ class Argument:
 
     @functools.cached_property
     def adapter(self) -> TypeAdapter[Any]:
-        """Validates values, and makes their JSON schema."""
+        """Validates values and generates their JSON schema."""
         return TypeAdapter(self.annotation)
 
     def error_message(self, name: str, value: object) -> str | None:
-        """What is wrong with a plain value of the setting of that name, or None."""
+        """What is wrong with a plain value of the argument of that name; None if it is valid."""
         try:
             if not _is_finite(value):
                 return f"expected a finite number, got {format_value(value)}"
             self.adapter.validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
-            own = [e for e in error.errors() if e["type"] == "recipe"]
-            hint = own[0]["msg"] if own else f"expected {describe(self.annotation, format_value)}, got {format_value(value)}"
-            if told := value_hint(name, value) or (boolean_hint(value) if "true or false" in hint else ""):
-                return hint + told
-            names = choices_of(self.annotation)
-            near = nearest(value, names) if names and isinstance(value, str) else ""
-            return hint + (near if len(names) > 12 or "did you mean" in near else "")
+            for detail in error.errors():
+                if detail["type"] == ERROR:
+                    return detail["msg"]
+            expected = describe(self.annotation, format_value)
+            hint = value_hint(name, value) or (boolean_hint(value) if "true or false" in expected else "")
+            choices = choices_of(self.annotation)
+            if not hint and choices and isinstance(value, str):
+                hint = (nearest if len(choices) > 12 else closest_hint)(value, choices)
+            return f"expected {expected}, got {format_value(value)}{hint}"
         except TypeError:
             return f"expected {describe(self.annotation, format_value)}, got {format_value(value)}"
         return None
@@ -141,29 +143,42 @@ class Argument:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """The settings borrowed from one dataclass, by name, and those refused, with the reason."""
+    """The pass-through arguments of one dataclass.
+
+    Attributes:
+        arguments: by name.
+        managed: names that mmtune sets, and why or how the recipe gives them.
+        renamed: names of earlier versions or other toolkits, and what to write instead.
+        defaults: mmtune's, which go before the dataclass's.
+    """
 
     arguments: dict[str, Argument]
     managed: dict[str, str]
     renamed: dict[str, str]
     defaults: dict[str, Any]
 
-    def check(self, given: Mapping[str, Any], also_valid: tuple[str, ...] = ()) -> tuple[dict[str, Any], list[InitErrorDetails]]:
-        """The given settings over mmtune's defaults, in the dataclass's order, and a fault for each that is wrong."""
+    def check(self, values: Mapping[str, Any], also_valid: tuple[str, ...] = ()) -> tuple[dict[str, Any], list[InitErrorDetails]]:
+        """The values over mmtune's defaults, in the dataclass's order, and an error for each that is invalid.
+
+        Args:
+            values: by name, as in the recipe.
+            also_valid: keys beside the arguments, for suggestions.
+        """
         errors = []
-        for name, value in given.items():
+        for name, value in values.items():
             if name in self.managed:
-                errors.append(error_at(name, f"not a recipe's to set: {self.managed[name]}"))
+                errors.append(error_at(name, f"not supported in a recipe: {self.managed[name]}"))
             elif name not in self.arguments:
-                hint = f"; {self.renamed[name]}" if name in self.renamed else nearest(name, {*self.arguments, *also_valid})
-                errors.append(error_at(name, f"unknown key{hint}"))
+                valid = {*self.arguments, *also_valid}
+                reason = self.renamed.get(name)
+                errors.append(error_at(name, f"unknown key; {reason}") if reason else unknown_key_at((name,), valid))
             elif (message := self.arguments[name].error_message(name, value)) is not None:
                 errors.append(error_at(name, message))
-        settings = {**self.defaults, **given}
+        settings = {**self.defaults, **values}
         return {name: settings[name] for name in self.arguments if name in settings}, errors
 
     def json_schema(self) -> dict[str, Any]:
-        """JSON schemas of the settings, by name."""
+        """JSON schemas of the arguments, by name."""
         return {
             name: {
                 "description": argument.description,
@@ -174,15 +189,40 @@ class Arguments:
         }
 
 
-def error_at(key: str | tuple[str | int, ...], message: str) -> InitErrorDetails:
-    """A pydantic error at a key whose message is already meant for the reader."""
-    # The custom error fills {names} in its template from the context alone, so the text goes through the context.
-    error = PydanticCustomError("recipe", "{text}", {"text": message})
+ErrorKind = Literal["recipe", "unknown_key", "missing_key"]
+ERROR: ErrorKind = "recipe"
+UNKNOWN: ErrorKind = "unknown_key"
+MISSING: ErrorKind = "missing_key"
+
+
+def error_at(
+    key: str | tuple[str | int, ...], message: str, kind: ErrorKind = ERROR, closest: str | None = None
+) -> InitErrorDetails:
+    """A pydantic error at a key, with a message for the user.
+
+    Args:
+        key: one key, or the path to it.
+        closest: for an unknown key, the valid key that it is closest to.
+    """
+    # PydanticCustomError fills {names} of its template from the context, so the text is passed through the context.
+    error = PydanticCustomError(kind, "{text}", {"text": message, "closest": closest})
     return {"type": error, "loc": (key,) if isinstance(key, str) else key, "input": None}
 
 
+def unknown_key_at(path: tuple[str | int, ...], valid: Collection[str]) -> InitErrorDetails:
+    """The error of an unknown key; `valid` are the keys of the same mapping."""
+    name = str(path[-1])
+    return error_at(path, f"unknown key{nearest(name, valid)}", kind=UNKNOWN, closest=closest_name(name, valid))
+
+
+def copied_error(detail: ErrorDetails) -> InitErrorDetails:
+    """An error made by `error_at`, from the details of the ValidationError that holds it."""
+    context = detail["ctx"]
+    return error_at(detail["loc"], context["text"], kind=detail["type"], closest=context["closest"])  # type: ignore[arg-type]
+
+
 def format_value(value: object) -> str:
-    """A value as the reader would write it, short."""
+    """A value as it is written in a recipe, shortened."""
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else f"{'-' if value < 0 else ''}.inf"
     try:
@@ -195,7 +235,7 @@ def format_value(value: object) -> str:
 
 @functools.cache
 def method_arguments(name: str) -> Arguments:
-    """What a component may hold beside `method: NAME`: the PEFT configuration's fields, less what mmtune owns."""
+    """The arguments beside `method: NAME`: the fields of the PEFT configuration, without those that mmtune manages."""
     method = METHODS[name]
     fields = library_fact("peft_configurations")[method.config]
     return _arguments(fields, dict(method.refused), {}, method.settings(), _BOUNDS)
@@ -203,7 +243,7 @@ def method_arguments(name: str) -> Arguments:
 
 @functools.cache
 def train_arguments() -> Arguments:
-    """What `train` may hold: transformers' TrainingArguments, less what mmtune owns."""
+    """The arguments of `train`: the fields of TrainingArguments, without those that mmtune manages."""
     names = ("none", "all", *library_fact("reporters"))
     backends = tuple(library_fact("compile_backends"))
     bounds = {
@@ -218,16 +258,16 @@ def _arguments(
     fields: Mapping[str, Any], managed: dict[str, str], renamed: dict[str, str], defaults: dict[str, Any], bounds: dict[str, Any]
 ) -> Arguments:
     arguments: dict[str, Argument] = {}
-    refused = dict(managed)
+    managed = dict(managed)
     for name, field in fields.items():
         if name in managed:
             continue
         if name not in bounds and field["type"] in (None, "null"):
-            refused[name] = _PYTHON_OBJECT
+            managed[name] = _PYTHON_OBJECT
             continue
         annotation = bounds[name] if name in bounds else annotation_of(field["type"])
         arguments[name] = Argument(annotation, field.get("default", dataclasses.MISSING), field["help"])
-    return Arguments(arguments, refused, renamed, defaults)
+    return Arguments(arguments, managed, renamed, defaults)
 
 
 def _is_finite(value: Any) -> bool:
@@ -241,7 +281,7 @@ def _is_plain(value: Any) -> bool:
 
 
 class Settings(Mapping[str, Any]):
-    """Borrowed settings by name. Frozen: what it hands out is a copy."""
+    """Pass-through arguments by name. Frozen: reading a value returns a copy."""
 
     __slots__ = ("_values",)
     _values: dict[str, Any]
@@ -259,10 +299,10 @@ class Settings(Mapping[str, Any]):
         return len(self._values)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError("a recipe's settings are frozen")
+        raise AttributeError("the arguments of a recipe are frozen")
 
     def __delattr__(self, name: str) -> None:
-        raise AttributeError("a recipe's settings are frozen")
+        raise AttributeError("the arguments of a recipe are frozen")
 
     def __hash__(self) -> int:
         return hash(json.dumps(self._values, sort_keys=True))

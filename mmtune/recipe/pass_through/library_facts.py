@@ -1,8 +1,8 @@
-"""Facts about the libraries that a recipe is checked by, kept as data so that checking one imports no library.
+"""Facts about libraries that validate a recipe, stored as data, so that validating a recipe imports no library.
 
-`library_facts.json` holds each fact with the library's version that it was read from.
-`python tests/helpers/write_library_facts.py` writes it. Where another version is installed, the library is
-imported and asked, so that nothing it accepts is rejected here.
+`library_facts.json` holds each fact with the version of the library that it was read from.
+`python tests/helpers/write_library_facts.py` writes it. If another version is installed, the fact is read from the imported
+library, so that every value which that version accepts is accepted here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STORED = Path(__file__).parent / "library_facts.json"
 
 @functools.cache
 def library_fact(name: str) -> Any:
-    """A fact of `FACTS` about the installed library: plain data, which must not be changed."""
+    """A fact of `FACTS` about the installed library: plain data, shared by all callers (do not modify it)."""
     library, read = FACTS[name]
     stored = _stored().get(name)
     if stored is not None and stored["version"] == metadata.version(library):
@@ -38,7 +38,7 @@ def library_fact(name: str) -> Any:
 
 
 def is_stored(name: str) -> bool:
-    """Whether a fact is known without an import of its library."""
+    """Whether the fact is stored for the installed version, so that its library need not be imported."""
     return name in _stored() and _stored()[name]["version"] == metadata.version(FACTS[name][0])
 
 
@@ -55,15 +55,15 @@ def _training_arguments() -> dict[str, Any]:
 
 
 def _peft_configurations() -> dict[str, Any]:
-    # LoraConfig makes its nested configurations from mappings itself.
+    # LoraConfig builds its nested configurations from mappings.
     fields = {method.config: _fields(method.config_class(), nested=True) for method in METHODS.values()}
     for each in fields.values():
-        del each["peft_type"]  # its names grow as tuners are registered, and a recipe names the method instead
+        del each["peft_type"]  # a recipe gives `method` instead
     return fields
 
 
 def _fields(source: Any, nested: bool) -> dict[str, Any]:
-    """By name the fields that a dataclass is made from: `type` as `plain_type` has it, `default` if it is plain, and `help`."""
+    """The init fields of a dataclass by name: `type` (see `plain_type`), `default` if it is plain data, and `help`."""
     hints = typing.get_type_hints(source, include_extras=True)
     fields = {}
     for field in dataclasses.fields(source):
@@ -73,8 +73,8 @@ def _fields(source: Any, nested: bool) -> dict[str, Any]:
             if choices and kind in ("str", {"any_of": ["str", "null"]}):
                 kind = {"choices": [*choices, *([] if kind == "str" else [None])]}
             default = field.default.value if isinstance(field.default, Enum) else field.default
-            told = field.metadata.get("help") or f"See {source.__name__}."
-            fields[field.name] = {"type": kind, "help": " ".join(str(told).split())}
+            description = field.metadata.get("help") or f"See {source.__name__}."
+            fields[field.name] = {"type": kind, "help": " ".join(str(description).split())}
             if default is None or isinstance(default, (bool, int, float, str)):
                 fields[field.name]["default"] = default
     return fields
@@ -87,26 +87,26 @@ def _reporters() -> list[str]:
 
 
 def _schedulers() -> dict[str, list[str]]:
-    """By `lr_scheduler_type` what `lr_scheduler_kwargs` may hold."""
+    """The keys of `lr_scheduler_kwargs`, by `lr_scheduler_type`."""
     from transformers import optimization
 
-    given = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+    from_trainer = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
     return {
-        kind.value: [name for name in inspect.signature(make).parameters if name not in given]
+        kind.value: [name for name in inspect.signature(make).parameters if name not in from_trainer]
         for kind, make in optimization.TYPE_TO_SCHEDULER_FUNCTION.items()
     }
 
 
 def _optimizer_arguments() -> dict[str, list[str]]:
-    """By `optim` the names that the Trainer reads from `optim_args`, from the source of what makes the optimizer."""
+    """The names that the Trainer reads from `optim_args`, by `optim`: from the source of the functions that create optimizers."""
     from transformers import trainer_optimizer
 
-    found = {}
+    arguments = {}
     for kind, make in trainer_optimizer._OPTIMIZER_HANDLERS.items():
-        # Of bitsandbytes' optimizers, which one function makes, AdEMAMix alone has arguments that it reads as numbers.
-        shared = make is trainer_optimizer._get_bitsandbytes_optimizer and "ademamix" not in kind.value
-        found[kind.value] = [] if shared else _names_read(ast.parse(inspect.getsource(make)))
-    return found
+        # One function creates all optimizers of bitsandbytes, and reads arguments for AdEMAMix only.
+        reads_none = make is trainer_optimizer._get_bitsandbytes_optimizer and "ademamix" not in kind.value
+        arguments[kind.value] = [] if reads_none else _names_read(ast.parse(inspect.getsource(make)))
+    return arguments
 
 
 def _names_read(function: ast.AST) -> list[str]:
@@ -123,7 +123,7 @@ def _names_read(function: ast.AST) -> list[str]:
 
 
 def _attention() -> list[str]:
-    """Names of `attn_implementation`, besides those of kernels on the hub; paged attention serves requests alone."""
+    """Names of `attn_implementation`, without hub kernels and paged attention (which is for serving only)."""
     from transformers import AttentionInterface
 
     own = {
@@ -139,7 +139,7 @@ def _compile_backends() -> list[str]:
 
 
 def _model_types() -> dict[str, str]:
-    """By `model_type` what transformers has it as: image-text, language, vision, or other."""
+    """The kind of each `model_type` of transformers: image-text, language, vision or other."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto as auto
 
@@ -171,4 +171,4 @@ FACTS: Mapping[str, tuple[str, Callable[[], Any]]] = {
     "attention": ("transformers", _attention),
     "compile_backends": ("accelerate", _compile_backends),
 }
-"""By name the library that a fact is about, and what reads it from the library."""
+"""By name: the library that a fact is about, and the function that reads it from the library."""
