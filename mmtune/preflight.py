@@ -10,23 +10,20 @@ from mmtune.families.family_table import UNPACKABLE, check_family, local_model_t
 from mmtune.methods.method_table import refusal
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, resolve_base
 from mmtune.recipe.recipe import SECTIONS, Recipe, check_files, located
-from mmtune.recipe.train_rules import missing_libraries
+from mmtune.recipe.train_rules import LIBRARY_KEYS, missing_libraries
 from mmtune.utils.errors import RecipeValueError, UserError, errors_at_key
 from mmtune.utils.hub import is_local_name, locate_checkpoint
 
-LIBRARIES = ("model.attn_implementation", "train.optim", "train.use_liger_kernel", "train.report_to")
-"""Keys whose values may need an optional library."""
-
 
 def check_recipe(
-    recipe: Recipe, sections: Collection[str] = SECTIONS, files: bool = True, libraries: Collection[str] = LIBRARIES
+    recipe: Recipe, sections: Collection[str] = SECTIONS, files: bool = True, libraries: Collection[str] = tuple(LIBRARY_KEYS)
 ) -> None:
     """Check what a recipe names, without an import of torch or transformers.
 
     Args:
         sections: the sections whose files and templates are looked at.
         files: whether the files must be there.
-        libraries: those of `LIBRARIES` whose library must be installed.
+        libraries: keys of `LIBRARY_KEYS` whose libraries must be installed.
 
     Raises:
         UserError: every fault with its line and key, a line each.

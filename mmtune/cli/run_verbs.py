@@ -81,8 +81,9 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> Any:
-    from mmtune.preflight import LIBRARIES, check_reachable, check_recipe, located_errors
+    from mmtune.preflight import check_reachable, check_recipe, located_errors
     from mmtune.recipe.recipe import load_recipe
+    from mmtune.recipe.train_rules import LIBRARY_KEYS
     from mmtune.run_directory import RunDirectory, check_output_dir, locked_run
     from mmtune.utils.files import check_writable, linked_directory, writing
 
@@ -90,7 +91,7 @@ def _train(arguments: argparse.Namespace) -> Any:
         arguments.overrides, arguments.resume = [*arguments.overrides, arguments.resume], True  # --resume key=value
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.rehearse:
-        check_recipe(recipe, files=False, libraries=set(LIBRARIES) - {"train.report_to"})
+        check_recipe(recipe, files=False, libraries=set(LIBRARY_KEYS) - {"train.report_to"})
         configure_console()
         from mmtune.rehearse import rehearse
 

@@ -12,7 +12,7 @@ from pydantic_core import InitErrorDetails
 from mmtune.methods.method_table import INITS_IN_PARTS, METHODS, METHODS_OF_WHOLE_WEIGHTS
 from mmtune.methods.selectors import NAMED, compile_selector, is_match
 from mmtune.recipe.other_toolkits import OTHER_METHODS, value_hint
-from mmtune.recipe.pass_through.arguments import Settings, error_at, format_value, method_arguments
+from mmtune.recipe.pass_through.arguments import Settings, error_at, format_value, method_arguments, unknown_key_at
 from mmtune.recipe.section import PassThroughArguments, Section, Text
 from mmtune.utils.errors import UserError, nearest
 
@@ -71,9 +71,10 @@ class ComponentTuning(Section):
             errors += _selector_errors({"target_modules": value})
             own["settings"] = Settings({"target_modules": value})
         for name in borrowed:
-            known = any(name in method_arguments(other).arguments for other in METHODS)
-            unknown = f"unknown key{nearest(name, own_names)}"
-            errors.append(error_at(name, f"means nothing with method: {method}" if known else unknown))
+            if any(name in method_arguments(other).arguments for other in METHODS):
+                errors.append(error_at(name, f"not supported with method: {method}; leave it out"))
+            else:
+                errors.append(unknown_key_at((name,), own_names))
         if method == "frozen" and own.pop("learning_rate", None) is not None:
             errors.append(error_at("learning_rate", "a frozen component has no learning rate"))
         return own, errors

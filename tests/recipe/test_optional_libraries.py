@@ -97,18 +97,21 @@ def test_a_torchvision_that_cannot_be_imported_counts_as_absent(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         (", optim: lomo", "recipe.yaml:5: train.optim: lomo needs a library that is not installed: pip install lomo-optim"),
         (", optim: adamw_torch_4bit", "is not installed: pip install torchao"),
-        (", use_liger_kernel: true", "train.use_liger_kernel: needs a library that is not installed: pip install liger-kernel"),
+        (
+            ", use_liger_kernel: true",
+            "train.use_liger_kernel: true needs a library that is not installed: pip install liger-kernel",
+        ),
     ],
 )
-def test_a_missing_library_is_one_line(settings: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_library_is_one_line(settings: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = _recipe(tmp_path / "case", "builtin:tiny-llava", more=settings)
     assert entry_point(["train", str(recipe)]) == 2
     [line] = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert told in line
+    assert message in line
 
 
 def test_import_errors_of_our_own_keep_their_traceback() -> None:
@@ -143,9 +146,9 @@ def test_a_base_of_another_family_is_refused_by_every_command(
     recipe = str(_recipe(tmp_path / "case", base, evaluate=True))
     asked = {("chat",): [str(base), "--prompt", "What?"], ("eval",): [str(base), "--recipe", recipe]}
     assert entry_point([*command, *asked.get(command, [recipe])]) == 2
-    told = capsys.readouterr().err
-    assert reason.format(base=base) in told and "chat_template" not in told and "as a base mmtune tunes gemma3" in told
-    assert ("model.base: " in told) == (command not in asked)
+    message = capsys.readouterr().err
+    assert reason.format(base=base) in message and "chat_template" not in message and "as a base mmtune tunes gemma3" in message
+    assert ("model.base: " in message) == (command not in asked)
     assert not (tmp_path / "case" / "run").exists()
 
 

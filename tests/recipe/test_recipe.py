@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, how a mistake is told, and that what is written out reads back the same."""
+"""Recipes: valid values, error messages, and that `to_yaml` loads back to an equal recipe."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def changed(old: str, new: str) -> str:
     return RECIPE.replace(old, new)
 
 
-# What is accepted.
+# Valid recipes.
 
 
 def test_sections_are_typed_and_defaults_filled(write: Any) -> None:
@@ -111,7 +111,7 @@ def test_tune_defaults_to_lora_and_a_full_projector(write: Any) -> None:
     assert load_recipe("x.yaml", ["tune.projector.learning_rate=1"]).tune.projector.method == "full"
 
 
-def test_parts_take_a_projector_by_name_or_mapping(write: Any) -> None:
+def test_an_assembled_model_has_a_projector_by_name_or_mapping(write: Any) -> None:
     parts = changed("base: builtin:tiny-llava", "vision: openai/clip\n  language: lmsys/vicuna")
     for override in ([], ["model.projector=mlp"], ["model.projector.type=mlp"]):
         recipe = load_recipe(write(parts), override)
@@ -123,7 +123,7 @@ def test_parts_take_a_projector_by_name_or_mapping(write: Any) -> None:
     assert recipe.model.projector.weights == "p.safetensors"
 
 
-def test_settings_are_what_peft_and_the_trainer_take(write: Any, tmp_path: Path) -> None:
+def test_pass_through_arguments_of_peft_and_the_trainer(write: Any, tmp_path: Path) -> None:
     recipe = load_recipe(
         write(),
         [
@@ -142,7 +142,7 @@ def test_settings_are_what_peft_and_the_trainer_take(write: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("written", "value"),
+    ("text", "value"),
     [
         ("2e-5", 2e-5), ("2E5", 2e5), (".5e1", 5.0), ("1.", 1.0), ("-3e-1", -0.3), ("1e+3", 1000.0), ("7", 7),
         ("0x10", 16), ("010", 10), (".inf", float("inf")), ("'2e-5'", "2e-5"), ("no", "no"), ("on", "on"),
@@ -150,12 +150,12 @@ def test_settings_are_what_peft_and_the_trainer_take(write: Any, tmp_path: Path)
         ("[1e-2, x]", [0.01, "x"]), ("{a: {b: 1}}", {"a": {"b": 1}}),
     ],
 )  # fmt: skip
-def test_yaml_values_are_those_of_the_core_schema(write: Any, written: str, value: object) -> None:
+def test_yaml_values_are_those_of_the_core_schema(write: Any, text: str, value: object) -> None:
     from mmtune.recipe.yaml_lines import read_document
 
-    found = read_document(Path(write(f"key: {written}\n"))).values["key"]
-    assert found == value
-    assert type(found) is type(value)
+    value_read = read_document(Path(write(f"key: {text}\n"))).values["key"]
+    assert value_read == value
+    assert type(value_read) is type(value)
 
 
 def test_anchors_and_merge_keys(write: Any) -> None:
@@ -168,11 +168,11 @@ def test_anchors_and_merge_keys(write: Any) -> None:
     assert recipe.origin("evaluate.data.0.template") == "x.yaml:14"
 
 
-# How a mistake is told.
+# Error messages.
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         (
             "    r: 8",
@@ -203,10 +203,10 @@ def test_anchors_and_merge_keys(write: Any) -> None:
         (
             "    r: 8",
             "    modules_to_save: [x]",
-            "x.yaml:8: tune.language.modules_to_save: not a recipe's to set: give another component the method "
+            "x.yaml:8: tune.language.modules_to_save: not supported in a recipe: give another component the method "
             "full, and it is saved with the adapter",
         ),
-        ("    r: 8", "    task_type: x", "x.yaml:8: tune.language.task_type: not a recipe's to set: mmtune sets it"),
+        ("    r: 8", "    task_type: x", "x.yaml:8: tune.language.task_type: not supported in a recipe: mmtune sets it"),
         (
             "    method: lora",
             "    method: lorra",
@@ -245,7 +245,7 @@ def test_anchors_and_merge_keys(write: Any) -> None:
         (
             "  vision: frozen",
             "  vision: {method: full, r: 3}",
-            "x.yaml:4: tune.vision.r: means nothing with method: full",
+            "x.yaml:4: tune.vision.r: not supported with method: full; leave it out",
         ),
         (
             "  vision: frozen",
@@ -279,23 +279,23 @@ def test_anchors_and_merge_keys(write: Any) -> None:
             "warmup_ratio: 0.03",
             "x.yaml:20: train.warmup_ratio: unknown key; a float warmup_steps below 1 is the ratio, as in warmup_steps: 0.03",
         ),
-        ("max_steps: 200", "bf16: true", "x.yaml:20: train.bf16: not a recipe's to set: give model.precision"),
+        ("max_steps: 200", "bf16: true", "x.yaml:20: train.bf16: not supported in a recipe: give model.precision"),
         (
             "max_steps: 200",
             "output_dir: o",
-            "x.yaml:20: train.output_dir: not a recipe's to set: give output_dir at the top of the recipe",
+            "x.yaml:20: train.output_dir: not supported in a recipe: give output_dir at the top of the recipe",
         ),
         (
             "max_steps: 200",
             "eval_strategy: steps",
-            "x.yaml:20: train.eval_strategy: not a recipe's to set: "
+            "x.yaml:20: train.eval_strategy: not supported in a recipe: "
             "mmtune evaluates before and after tuning, not during it; give the evaluate section",
         ),
         (
             "max_steps: 200",
             "parallelism_config: {}",
-            "x.yaml:20: train.parallelism_config: not a recipe's to set: mmtune does not train with it; DDP, DeepSpeed ZeRO or "
-            "FSDP2 is right",
+            "x.yaml:20: train.parallelism_config: not supported in a recipe: mmtune does not support it; use DDP, DeepSpeed ZeRO "
+            "or FSDP2",
         ),
         ("      template: llava\n", "", "x.yaml:12: data.train.0.template: required, and not given"),
         (
@@ -328,7 +328,7 @@ def test_anchors_and_merge_keys(write: Any) -> None:
         (
             "base: builtin:tiny-llava",
             "base: builtin:tiny-lava",
-            "x.yaml:2: model.base: no built-in model 'builtin:tiny-lava'; did you mean 'builtin:tiny-llava'?",
+            "x.yaml:2: model.base: unknown built-in model 'builtin:tiny-lava'; did you mean 'builtin:tiny-llava'?",
         ),
         (
             "base: builtin:tiny-llava",
@@ -338,7 +338,8 @@ def test_anchors_and_merge_keys(write: Any) -> None:
         (
             "base: builtin:tiny-llava",
             "base: b\n  vision_feature_layer: -1",
-            "x.yaml:3: model.vision_feature_layer: only means something for a model assembled from vision and language",
+            "x.yaml:3: model.vision_feature_layer: not supported with base: it is for a model assembled from vision and "
+            "language; leave it out",
         ),
         (
             "base: builtin:tiny-llava",
@@ -348,17 +349,17 @@ def test_anchors_and_merge_keys(write: Any) -> None:
         (
             "base: builtin:tiny-llava",
             "vision: v",
-            "x.yaml:2: model.vision: language is missing; a model is assembled from both",
+            "x.yaml:2: model.vision: model.language is missing; a model is assembled from both",
         ),
         ("base: builtin:tiny-llava", "precision: fp32", "x.yaml:1: model: give either base, or vision and language"),
     ],
 )
-def test_a_mistake_names_file_line_key_and_what_would_be_right(write: Any, old: str, new: str, told: str) -> None:
-    found = errors(write(changed(old, new)))
-    assert [line for line in found if line.startswith(told)], found
-    if not told.endswith(" "):
-        assert told in found
-    assert len(found) == 1, found
+def test_an_error_has_file_line_key_and_what_was_expected(write: Any, old: str, new: str, message: str) -> None:
+    lines = errors(write(changed(old, new)))
+    assert [line for line in lines if line.startswith(message)], lines
+    if not message.endswith(" "):
+        assert message in lines
+    assert len(lines) == 1, lines
 
 
 def test_long_choices_end_in_the_nearest(write: Any) -> None:
@@ -366,21 +367,21 @@ def test_long_choices_end_in_the_nearest(write: Any) -> None:
     assert line.endswith("names, got 'adamw_torc'; did you mean 'adamw_torch'?")
 
 
-def test_every_mistake_is_told_at_once_in_the_order_of_the_file(write: Any) -> None:
+def test_all_errors_are_reported_at_once_in_the_order_of_the_file(write: Any) -> None:
     text = changed("r: 8", "lora_alhpa: 8").replace("max_steps: 200", "max_stpes: 200").replace("output_dir: ", "outdir: ")
     text = text.replace("base: builtin:tiny-llava", "base: 5\n  vision: v").replace("  vision: frozen", "  vision: prefix_tuning")
-    found = errors(write(text), "data.check_rows=many", "tune.language.r=0", "no_equals")
-    assert [line.partition(": ")[0] for line in found] == [
+    lines = errors(write(text), "data.check_rows=many", "tune.language.r=0", "no_equals")
+    assert [line.partition(": ")[0] for line in lines] == [
         "x.yaml:2", "x.yaml:3", "x.yaml:5", "x.yaml:9", "x.yaml:21", "x.yaml:23", "command line",
         "command line", "command line",
     ]  # fmt: skip
-    assert found[0] == "x.yaml:2: model.base: expected a string, got 5"
+    assert lines[0] == "x.yaml:2: model.base: expected a string, got 5"
 
 
-def test_everything_frozen_is_refused(write: Any) -> None:
+def test_a_recipe_with_all_components_frozen_is_an_error(write: Any) -> None:
     overrides = ["tune.projector=frozen", "tune.language=frozen"]
-    told = "x.yaml:3: tune: vision, projector and language are all frozen, so nothing would train"
-    assert errors(write(), *overrides) == [told]
+    message = "x.yaml:3: tune: vision, projector and language are all frozen, so nothing would train"
+    assert errors(write(), *overrides) == [message]
     assert load_recipe("x.yaml", [*overrides, "tune.vision=full"]).tune.vision.method == "full"
 
 
@@ -394,7 +395,7 @@ def test_duplicate_keys_name_both_lines(write: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "x.yaml:1: the recipe is empty; expected a mapping with model, data, output_dir"),
         ("# only a comment\n", "x.yaml:1: the recipe is empty; expected a mapping with model, data, output_dir"),
@@ -417,14 +418,14 @@ def test_duplicate_keys_name_both_lines(write: Any) -> None:
     ],
     ids=lambda text: text[:40],
 )
-def test_what_is_not_a_recipe_at_all(write: Any, text: str, told: str) -> None:
-    assert errors(write(text))[0].startswith(told)
+def test_files_that_are_not_recipes(write: Any, text: str, message: str) -> None:
+    assert errors(write(text))[0].startswith(message)
 
 
 @pytest.mark.parametrize(
     ("first", "level"), [("[x]", "[{}]"), ("{base: x}", "{{<<: [{}]}}"), ("x" * 100_000, "[{}]")], ids=["lists", "merges", "text"]
 )
-def test_what_aliases_stand_for_is_bounded(write: Any, first: str, level: str) -> None:
+def test_the_size_of_expanded_aliases_is_bounded(write: Any, first: str, level: str) -> None:
     (error_at,) = errors(write(f"model: &a0 {first}\n{bomb(level)}"))
     assert error_at.startswith("x.yaml:1: data") and "more than 100,000 values, where what an alias stands for counts" in error_at
 
@@ -460,7 +461,7 @@ def test_overrides_are_yaml_by_dotted_key_and_the_last_wins(write: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("train.learning_rate=abc", "expected a number > 0, got 'abc'"),
         ("train={learning_rate: abc}", "train.learning_rate: expected a number > 0, got 'abc'"),
@@ -486,8 +487,8 @@ def test_overrides_are_yaml_by_dotted_key_and_the_last_wins(write: Any) -> None:
         ("train={seed: 1, seed: 2}", "train.seed: key given twice; first on line 1"),
     ],
 )
-def test_a_mistake_on_the_command_line(write: Any, override: str, told: str) -> None:
-    assert errors(write(), override) == [f"command line: {override}: {told}"]
+def test_an_error_in_an_override(write: Any, override: str, message: str) -> None:
+    assert errors(write(), override) == [f"command line: {override}: {message}"]
 
 
 def test_origin_of_every_key(write: Any) -> None:
@@ -499,7 +500,7 @@ def test_origin_of_every_key(write: Any) -> None:
     assert recipe.origin("evaluate.answer_after") == "default"  # the file's own went with the section
 
 
-def test_missing_files_are_all_named_by_check_files_and_not_at_load(write: Any, tmp_path: Path) -> None:
+def test_check_files_names_all_missing_files(write: Any, tmp_path: Path) -> None:
     text = changed("base: builtin:tiny-llava", "base: ./my_model\n  chat_template: my.jinja")
     recipe = load_recipe(write(text), ["data.train.0.media_root=images", "evaluate.data.0.path=other.jsonl"])
     with pytest.raises(UserError) as raised:
@@ -576,7 +577,7 @@ def test_the_resolved_recipe_is_in_the_order_of_the_schema(write: Any) -> None:
 # The schema.
 
 
-def test_every_setting_in_the_schema_is_described_and_none_points_outside() -> None:
+def test_every_key_of_the_schema_has_a_description_and_no_external_reference() -> None:
     schema = recipe_schema()
     described = 0
 
@@ -604,8 +605,8 @@ def test_every_setting_in_the_schema_is_described_and_none_points_outside() -> N
     assert set(schema["properties"]["train"]["properties"]) == set(train_arguments().arguments)
     for method in METHODS:
         own = {"loraplus_lr_ratio"} if method == "lora" else set()
-        found = set(schema["$defs"][f"tune_{method}"]["properties"])
-        assert found == {"method", "learning_rate", *own, *method_arguments(method).arguments}
+        properties = set(schema["$defs"][f"tune_{method}"]["properties"])
+        assert properties == {"method", "learning_rate", *own, *method_arguments(method).arguments}
     language = schema["$defs"]["tune_lora"]["properties"]
     assert (language["r"]["default"], language["r"]["minimum"]) == (16, 1)
 
@@ -651,7 +652,7 @@ def test_managed_arguments_are_not_keys_of_the_recipe_and_the_rest_are_all_there
                 ), name
 
 
-# What ships.
+# Shipped files.
 
 
 def test_shipped_files_are_the_checkout_s_or_the_wheel_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Mistakes that people make in a recipe: each is one message with its line and what to write."""
+"""Common mistakes in a recipe: each gives one message with its line and what to write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmtune.recipe.other_toolkits import OTHER_NAMES
 from mmtune.recipe.pass_through.arguments import train_arguments
 from mmtune.recipe.pass_through.library_facts import library_fact
 from mmtune.recipe.recipe import load_recipe
-from mmtune.recipe.train_rules import OPTIMIZERS, training_errors
+from mmtune.recipe.train_rules import LIBRARY_KEYS, training_errors
 from mmtune.utils.errors import UserError
 
 RECIPE = """\
@@ -46,7 +46,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("written", "told"),
+    ("override", "message"),
     [
         # values that cannot train
         ("train.max_steps=0", "expected an integer >= 1 or -1, got 0"),
@@ -59,9 +59,12 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("train.num_train_epochs=0", "expected a number > 0, got 0"),
         ("train.num_train_epochs=-1", "expected a number > 0, got -1"),
         ("train.seed=-1", "expected an integer >= 0 and < 4294967296, got -1"),
-        ("train.logging_steps=1.5", "expected an integer, or a share of the run below 1, got 1.5"),
-        ("train.dataloader_prefetch_factor=2", "means nothing without workers: give dataloader_num_workers"),
-        ("train.dataloader_multiprocessing_context=spawn", "means nothing without workers: give dataloader_num_workers"),
+        ("train.logging_steps=1.5", "expected an integer, or a fraction of the run below 1, got 1.5"),
+        ("train.dataloader_prefetch_factor=2", "needs worker processes: give dataloader_num_workers, or leave it out"),
+        (
+            "train.dataloader_multiprocessing_context=spawn",
+            "needs worker processes: give dataloader_num_workers, or leave it out",
+        ),
         ("tune.vision.learning_rate=0", "a frozen component has no learning rate"),
         (
             "tune.language.init_lora_weights=other",
@@ -71,25 +74,26 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         # learning rate schedulers and what they need
         (
             "train.lr_scheduler_type=cosine_with_min_lr",
-            "cosine_with_min_lr needs its lowest rate: give lr_scheduler_kwargs: {min_lr_rate: 0.1}",
+            "cosine_with_min_lr needs one of min_lr and min_lr_rate, got neither: give lr_scheduler_kwargs: {min_lr_rate: 0.1}",
         ),
         (
             "train={lr_scheduler_type: cosine_warmup_with_min_lr, lr_scheduler_kwargs: {min_lr: 1e-6, min_lr_rate: 0.1}}",
-            "cosine_warmup_with_min_lr takes one of min_lr and min_lr_rate: give lr_scheduler_kwargs: {min_lr_rate: 0.1}",
+            "cosine_warmup_with_min_lr needs one of min_lr and min_lr_rate, got both: give lr_scheduler_kwargs: "
+            "{min_lr_rate: 0.1}",
         ),
         (
             "train.lr_scheduler_type=warmup_stable_decay",
-            "warmup_stable_decay needs the length of its decay: give lr_scheduler_kwargs: {num_decay_steps: 100}",
+            "warmup_stable_decay needs num_decay_steps: give lr_scheduler_kwargs: {num_decay_steps: 100}",
         ),
         (
             "train.lr_scheduler_type=reduce_lr_on_plateau",
-            "reduce_lr_on_plateau follows the scores of an evaluation during training, which mmtune does not make; use cosine or "
-            "linear",
+            "reduce_lr_on_plateau is not supported: it needs an evaluation during training, which mmtune does not run; use "
+            "cosine or linear",
         ),
-        ("train.lr_scheduler_kwargs={min_lr: 1}", "linear takes none; leave them out"),
+        ("train.lr_scheduler_kwargs={min_lr: 1}", "linear has no arguments; leave lr_scheduler_kwargs out"),
         (
             "train={lr_scheduler_type: polynomial, lr_scheduler_kwargs: {lr_ent: 1}}",
-            "unknown key of polynomial; did you mean 'lr_end'?",
+            "unknown key for polynomial; did you mean 'lr_end'?",
         ),
         (
             "train={learning_rate: 1e-4, lr_scheduler_type: polynomial, lr_scheduler_kwargs: {lr_end: 1}}",
@@ -97,47 +101,48 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (
             "train={lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: 1e-6}}",
-            "is relative to train.learning_rate, which is not given: give it too; min_lr_rate: 0.1 is a tenth of each",
+            "needs train.learning_rate, which it is relative to: give it too; min_lr_rate: 0.1 is a tenth of each",
         ),
         (
             "train={learning_rate: 1e-8, lr_scheduler_type: polynomial}",
-            "polynomial ends at 1e-07: give a higher rate, or lr_scheduler_kwargs: {lr_end: 0}",
+            "expected more than 1e-07, the last learning rate of polynomial, got 1e-08; give a higher rate, or "
+            "lr_scheduler_kwargs: {lr_end: 0}",
         ),
         (
             "train={max_steps: 20, lr_scheduler_type: warmup_stable_decay, lr_scheduler_kwargs: {num_decay_steps: 21}}",
-            "expected at most 20: train.max_steps is 20; got 21",
+            "expected at most 20 with train.max_steps 20, got 21",
         ),
         (
             "train={max_steps: 20, warmup_steps: 0.1, lr_scheduler_type: warmup_stable_decay, lr_scheduler_kwargs: "
             "{num_decay_steps: 19}}",
-            "expected at most 18 with warmup_steps 2: train.max_steps is 20; got 19",
+            "expected at most 18 with warmup_steps 2 and train.max_steps 20, got 19",
         ),
         # settings that nothing reads
-        ("train.optim_args='momentum=0.9'", "adamw_torch_fused takes none; leave them out"),
-        ("train={optim: rmsprop_bnb, optim_args: 'alpha=0.9'}", "rmsprop_bnb takes none; leave them out"),
+        ("train.optim_args='momentum=0.9'", "adamw_torch_fused has no arguments; leave optim_args out"),
+        ("train={optim: rmsprop_bnb, optim_args: 'alpha=0.9'}", "rmsprop_bnb has no arguments; leave optim_args out"),
         (
             "train={optim: sgd, optim_args: 'momentun=0.9'}",
             "unknown name 'momentun' for sgd; did you mean 'momentum'?",
         ),
         (
             "train={torch_compile: false, torch_compile_mode: max-autotune}",
-            "compiles, and torch_compile is false; leave it out, or give torch_compile: true",
+            "not supported with torch_compile: false; leave it out, or give torch_compile: true",
         ),
         (
             "train={torch_compile: false, torch_compile_backend: inductor}",
-            "compiles, and torch_compile is false; leave it out, or give torch_compile: true",
+            "not supported with torch_compile: false; leave it out, or give torch_compile: true",
         ),
         (
             "train={lr_scheduler_type: constant, warmup_steps: 10}",
-            "constant takes no warmup_steps; use constant_with_warmup, or leave them out",
+            "constant does not support warmup_steps; use constant_with_warmup, or leave warmup_steps out",
         ),
         ("model.attn_implementation=flash_attention", "expected one of eager, flash_attention_2, flash_attention_3, "),
         ("model.attn_implementation=sdap", "expected one of eager, flash_attention_2, flash_attention_3, "),
         (
             "model.attn_implementation=flash_attention_3",
-            "not installed: pip install flash-attn-3; or give sdpa",
+            "flash_attention_3 needs a library that is not installed: pip install flash-attn-3; or give sdpa",
         ),
-        ("model.attn_implementation=a/b", "not installed: pip install kernels; or give sdpa"),
+        ("model.attn_implementation=a/b", "a/b needs a library that is not installed: pip install kernels; or give sdpa"),
         # values under other names
         ("model.precision=4bit", "expected 'fp32', 'bf16', 'int8' or 'nf4', got '4bit'; write nf4"),
         ("train.optim=adam", "expected one of 41 names, got 'adam'; write adamw_torch"),
@@ -158,14 +163,14 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("tune.language.lora_target=all", "unknown key; its name here is target_modules"),
         ("model.load_in_4bit=true", "unknown key; write precision: nf4"),
         ("train.load_in_4bit=true", "unknown key; write model.precision: nf4"),
-        ("train.bf16=true", "not a recipe's to set: give model.precision"),
+        ("train.bf16=true", "not supported in a recipe: give model.precision"),
         ("lora_r=8", "unknown key; write tune.language.r"),
         ("overwrite_output_dir=true", "unknown key; give --overwrite on the command line"),
-        ("warmup_ratio=0.1", "unknown key; of train's arguments: a float warmup_steps below 1 is the ratio"),
-        ("remove_unused_columns=false", "unknown key; of train's arguments: mmtune's own collator decides what reaches"),
+        ("warmup_ratio=0.1", "unknown key; in the train section: a float warmup_steps below 1 is the ratio"),
+        ("remove_unused_columns=false", "unknown key; in the train section: mmtune's collator decides what"),
         (
             "train={lr_scheduler_type: cosine, lr_scheduler_kwargs: {eta_min: 1e-6}}",
-            "unknown key of cosine; lr_scheduler_type: cosine_with_min_lr takes min_lr",
+            "unknown key for cosine; use min_lr with lr_scheduler_type: cosine_with_min_lr",
         ),
         (
             "tune.language.target_modules=['.*[.]1.*query']",
@@ -176,26 +181,26 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("micro_batch_size=4", "unknown key; write train.per_device_train_batch_size"),
         ("learning_rate=1e-4", "unknown key; write train.learning_rate"),
         ("data.learning_rate=1e-4", "unknown key; write train.learning_rate"),
-        ("data.train[0].limit=4", "items of a list are counted with dots: write data.train.0.limit=4"),
+        ("data.train[0].limit=4", "the index of a list item follows a dot: write data.train.0.limit=4"),
         # what is not here
         (
             "train.optim=grokadamw",
             "grokadamw needs a library that is not installed: pip install grokadamw; or give adamw_torch",
         ),
-        ("train.use_liger_kernel=true", "needs a library that is not installed: pip install liger-kernel; or give false"),
+        ("train.use_liger_kernel=true", "true needs a library that is not installed: pip install liger-kernel; or give false"),
         ("data.train.0.template=lava", "data template 'lava' is not one of those that ship; did you mean 'llava'?"),
         ("data.train.0.join=rows.jsonl", "the template llava reads no second file"),
         ("model.base=./gone", "no such directory: ./gone"),
         ("data.train.0.path=folder/rows.jsonl", "no such file: folder/rows.jsonl; did you mean 'folder/row.jsonl'?"),
     ],
 )
-def test_a_mistake_is_one_message_that_says_what_to_write(
-    recipe: Path, capsys: pytest.CaptureFixture[str], written: str, told: str
+def test_a_mistake_gives_one_message_with_what_to_write(
+    recipe: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
 ) -> None:
-    assert entry_point(["recipe", "check", str(recipe), written]) == 2
+    assert entry_point(["recipe", "check", str(recipe), override]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: command line: {written}: ")
-    assert f": {told}" in line
+    assert line.startswith(f"error: command line: {override}: ")
+    assert f": {message}" in line
 
 
 @pytest.mark.parametrize(
@@ -221,18 +226,18 @@ def test_settings_at_their_bounds_are_valid(train: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         ("data:", "datas:", "x.yaml:6: datas: unknown key; did you mean 'data'?"),
         ("data:", "dataset:", "x.yaml:6: dataset: unknown key; write data.train"),
         ("output_dir: runs/first\n", "", "x.yaml:1: output_dir: required, and not given; such as output_dir: runs/first"),
     ],
 )
-def test_a_section_under_another_name_is_not_missing_too(recipe: Path, old: str, new: str, told: str) -> None:
+def test_a_section_under_another_name_is_not_missing_too(recipe: Path, old: str, new: str, message: str) -> None:
     recipe.write_text(RECIPE.replace(old, new), encoding="utf-8")
     with pytest.raises(UserError) as raised:
         load_recipe(recipe)
-    assert str(raised.value) == told
+    assert str(raised.value) == message
 
 
 @pytest.mark.parametrize(
@@ -257,7 +262,7 @@ def test_a_plan_needs_no_library_of_the_run(recipe: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--train.max_steps=3"], "a recipe's keys are given without dashes: train.max_steps=3"),
         (["--tune.language.r", "4"], "a recipe's keys are given without dashes: tune.language.r=4"),
@@ -266,16 +271,16 @@ def test_a_plan_needs_no_library_of_the_run(recipe: Path, capsys: pytest.Capture
         (["--overwrite"], "unrecognized arguments: --overwrite\n"),
     ],
 )
-def test_an_override_with_dashes_is_told_without(
-    recipe: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+def test_an_override_given_as_an_option_is_shown_without_dashes(
+    recipe: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         entry_point(["recipe", "check", str(recipe), *arguments])
     assert ended.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_selector_that_would_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_selector_with_catastrophic_backtracking_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmtune.methods.selectors.SECONDS", 0.05)
     endless = compile_selector(r"((.|\w)+)+(?<!j)")
     with pytest.raises(UserError, match=r"takes more than 0\.05 s to match .*; write it without repeats inside repeats"):
@@ -283,7 +288,7 @@ def test_a_selector_that_would_not_end_is_stopped(monkeypatch: pytest.MonkeyPatc
     assert is_match(compile_selector(r".*\.(q|v)_proj"), "layers.0.self_attn.q_proj")
 
 
-def test_an_error_about_a_key_that_comes_with_the_model_names_its_line(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_found_with_the_model_has_the_line_of_its_key(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("t.jinja").write_text("{{ messages }}", encoding="utf-8")
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Nothing."}]
     Path("rows.jsonl").write_text(json.dumps({"conversations": turns}), encoding="utf-8")
@@ -291,7 +296,7 @@ def test_an_error_about_a_key_that_comes_with_the_model_names_its_line(recipe: P
     assert "error: command line: model.chat_template=t.jinja: " in capsys.readouterr().err
 
 
-def test_what_passes_here_is_what_training_arguments_take(tmp_path: Path) -> None:
+def test_valid_values_are_accepted_by_training_arguments(tmp_path: Path) -> None:
     """Every choice of every setting: the rules of TrainingArguments are found by those of the recipe."""
     arguments = train_arguments().arguments
     schedulers = library_fact("schedulers")
@@ -313,11 +318,12 @@ def test_what_passes_here_is_what_training_arguments_take(tmp_path: Path) -> Non
             tried += 1
     assert tried > 100
     assert set(schedulers) <= set(choices["lr_scheduler_type"])
-    assert all(any(name.startswith(beginning) for name in choices["optim"]) for beginning in OPTIMIZERS)
+    prefixes = LIBRARY_KEYS["train.optim"].libraries
+    assert all(any(name.startswith(prefix) for name in choices["optim"]) for prefix in prefixes)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"])
-def test_the_names_of_optim_args_are_those_that_the_trainer_asks_for(tmp_path: Path, optimizer: str) -> None:
+def test_the_names_of_optim_args_are_those_that_the_trainer_reads(tmp_path: Path, optimizer: str) -> None:
     asked = set()
 
     class Asked(dict[str, str]):
@@ -331,7 +337,7 @@ def test_the_names_of_optim_args_are_those_that_the_trainer_asks_for(tmp_path: P
     assert asked == set(library_fact("optimizer_arguments")[optimizer])
 
 
-def test_every_other_name_names_a_key_of_a_recipe(recipe: Path) -> None:
+def test_names_of_other_toolkits_map_to_keys_of_a_recipe(recipe: Path) -> None:
     for name, target in OTHER_NAMES.items():
         with pytest.raises(UserError) as raised:
             load_recipe(recipe, [f"{name}=1"])
@@ -354,7 +360,7 @@ def test_every_other_name_names_a_key_of_a_recipe(recipe: Path) -> None:
         ("tune.language=!name {method: lora}", "the YAML tag '!name' is not supported"),
     ],
 )
-def test_a_value_that_cannot_be_read_has_one_line(recipe: Path, override: str, message: str) -> None:
+def test_an_invalid_yaml_value_gives_one_line(recipe: Path, override: str, message: str) -> None:
     with pytest.raises(UserError) as failed:
         load_recipe(recipe, [override, "train.weight_decay=high"])
     lines = str(failed.value).splitlines()

@@ -420,7 +420,9 @@ def test_a_reporter_that_is_not_installed_is_named_before_weights_load(
 ) -> None:
     monkeypatch.setattr("mmtune.recipe.train_rules.find_spec", lambda module: None)
     monkeypatch.setattr("mmtune.train.load_base", lambda *given: pytest.fail("weights were loaded"))
-    with pytest.raises(UserError, match=f"train.report_to={name}: not installed: pip install {name}"):
+    with pytest.raises(
+        UserError, match=f"train.report_to={name}: {name} needs a library that is not installed: pip install {name}"
+    ):
         train(make_recipe(f"train.report_to={name}"), ["test"])
 
 
