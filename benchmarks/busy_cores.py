@@ -1,8 +1,8 @@
-"""What a training step costs on cores that other processes use too, for several settings of the OpenMP runtime.
+"""Time of a training step on CPU cores that other processes use too, for several settings of the OpenMP runtime.
 
-Each setting has a process of its own, with the same model and batch. The processes take a step each in turn, first with the cores
-to themselves, then beside one busy process, then beside one for each thread. The figures are medians over the rounds: wall time,
-and CPU time of all threads.
+Each setting runs in its own process, with the same model and batch. The processes take turns, one step each: on idle cores, then
+beside one busy process, then beside one busy process per thread. Reported are medians over the rounds of wall time and of CPU
+time of all threads.
 
 The settings are those of libgomp, which torch's Linux wheels ship. It reads them from the environment when it is loaded.
 
@@ -34,7 +34,7 @@ READ = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def work(name: str) -> None:
-    """A process of one setting: a step for each line of standard input; five of the tiny model."""
+    """The process of one setting: a step for each line of standard input; five steps for the tiny model."""
     from mmtune.utils.torchvision_support import prepare_torchvision
 
     prepare_torchvision()
@@ -80,7 +80,7 @@ def measure(name: str, rounds: int, threads: int) -> None:
         )
     try:
         for worker in workers.values():
-            worker.stdout.readline()  # it is ready
+            worker.stdout.readline()  # until it is ready
         for competitors in (0, 1, threads):
             taken = {setting: [] for setting in workers}
             with busy(competitors):
@@ -89,12 +89,12 @@ def measure(name: str, rounds: int, threads: int) -> None:
                         worker.stdin.write("\n")
                         worker.stdin.flush()
                         taken[setting].append([float(each) for each in worker.stdout.readline().split()])
-            print(f"\n{name}, {threads} threads, {competitors} busy processes beside it, medians of {rounds}")
+            print(f"\n{name}, {threads} threads, {competitors} other busy processes, medians of {rounds} rounds")
             for setting, pairs in taken.items():
                 wall, cpu = (statistics.median(column) for column in zip(*pairs, strict=True))
                 ratios = [statistics.median(a[i] / b[i] for a, b in zip(pairs, taken["default"], strict=True)) for i in (0, 1)]
                 print(
-                    f"{setting:26} wall {wall:7.3f} s  cpu {cpu:7.3f} s  of default's: wall {ratios[0]:.2f}  cpu {ratios[1]:.2f}",
+                    f"{setting:26} wall {wall:7.3f} s  cpu {cpu:7.3f} s  ratio: wall {ratios[0]:.2f}  cpu {ratios[1]:.2f}",
                     flush=True,
                 )
     finally:

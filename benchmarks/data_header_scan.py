@@ -1,7 +1,7 @@
-"""What it costs to know an image's upright size from its header, against decoding the same file with Pillow.
+"""Time to read an image's size and orientation from its header, compared with decoding the file with Pillow.
 
-The pictures are made on the spot, JPEG and PNG in equal numbers: smooth areas, edges and grain, so that they compress about as
-photographs do. Every round goes over all files, headers and pixels in turn; files are in the page cache for both.
+The images are generated, half JPEG and half PNG, with smooth areas, edges and noise, so that they compress about as photographs
+do. Every round reads all headers and then decodes all files; the files are in the page cache in both cases.
 
 Usage: python benchmarks/data_header_scan.py [--images 300] [--size 1600x1200] [--rounds 5]
 """
@@ -22,11 +22,11 @@ from PIL import Image
 
 from mmtune.data.media.media import image_size
 
-DISTINCT = 20  # pictures of each format; the rest are copies under other names
+DISTINCT = 20  # different images per format; the others are copies
 
 
 def make_picture(size: tuple[int, int], seed: int) -> Image.Image:
-    """Blobs of colour, an edge, and grain."""
+    """Smooth colours, an edge and noise."""
     rng = np.random.default_rng(seed)
     width, height = size
     coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
@@ -36,7 +36,7 @@ def make_picture(size: tuple[int, int], seed: int) -> Image.Image:
 
 
 def make_files(folder: Path, count: int, size: tuple[int, int]) -> dict[str, list[Path]]:
-    """The files by format; a quarter say that they lie on their side."""
+    """The files by format; a quarter have an EXIF orientation that rotates them."""
     exif = Image.Exif()
     files: dict[str, list[Path]] = {"JPEG": [], "PNG": []}
     for number in range(count // 2):

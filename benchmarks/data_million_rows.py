@@ -1,9 +1,8 @@
-"""From the start of `mmtune train` to its first optimizer step, and its memory, as rows grow from 1,000 to 1,000,000.
+"""Time to the first optimizer step of `mmtune train` and its memory, for 1,000 to 1,000,000 rows.
 
-A JSON Lines file of LLaVA-like rows (a question about one of 64 pictures, an answer of some 30 words) is made for each size,
-and the built-in model takes a few steps on it, as an index and as a stream. Measured from outside: the seconds until the
-first line of `metrics.jsonl`, and the peak of resident memory of the training process (`ru_maxrss`). The reference is the run
-on 1,000 rows.
+For each size, the built-in model trains a few steps on a generated JSON Lines file of LLaVA-like rows (a question about one of 64
+images, an answer of about 30 words), indexed and streamed. Measured are the seconds until the first line of `metrics.jsonl` and
+the peak resident memory of the training process (`ru_maxrss`). The reference is the run on 1,000 rows.
 
 Usage: python benchmarks/data_million_rows.py [--rows 1000 100000 1000000] [--repeats 3]
 """
@@ -63,7 +62,7 @@ WORDS = [
 
 
 def write_rows(path: Path, count: int) -> None:
-    """One conversation a line; the same seed gives the same lines."""
+    """One conversation per line; always the same ones."""
     rng = random.Random(0)
     with path.open("w") as file:
         for number in range(count):

@@ -1,13 +1,12 @@
-"""How full packs are on lengths like those of LLaVA's instruction data.
+"""Packing efficiency on lengths like those of LLaVA's instruction data.
 
-The lengths are made up: 95 % of the samples have one image of 576 tokens (CLIP at 336 pixels, patches of 14), as in LLaVA-1.5,
-and the rest are text. The text of a conversation is lognormal with sigma 0.8 and at least 20 tokens; its median is 330 without an
-image and 120 with one, where short answers are many, or 180 and 250. A sample over the capacity is left out, as
-`over_length: drop_sample` does. Where most samples are longer than a third of the capacity, as with the higher medians in 2,048
-tokens, no packing fills it.
+The lengths are synthetic: 95 % of the samples have one image of 576 tokens (CLIP at 336 pixels, patches of 14), as in LLaVA-1.5;
+the others are text only. Text lengths are lognormal with sigma 0.8 and at least 20 tokens; the median is 330 without an image,
+and 120, 180 or 250 with one. A sample over the capacity is dropped, as with `over_length: drop_sample`. If most samples are
+longer than a third of the capacity (the higher medians with 2,048 tokens), no packing fills it.
 
-Beside our packing stand best-fit decreasing alone, packs filled in the order of the rows (a new one whenever the next sample does
-not fit), and batches of 16 padded to their longest, of rows in their order.
+Compared with: best-fit decreasing alone; packs filled in the order of the rows; batches of 16 in the order of the rows, padded to
+their longest sample.
 
 Usage: python benchmarks/data_packing.py [--rows 200000] [--seed 0]
 """
@@ -54,7 +53,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    print(f"{arguments.rows:,} samples; share of the token budget that is filled")
+    print(f"{arguments.rows:,} samples; filled share of the token budget")
     print("median text  capacity   packs  samples   packed  best fit  in order  padded  seconds")
     for median in MEDIANS:
         every = llava_lengths(arguments.rows, arguments.seed, median)

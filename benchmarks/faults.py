@@ -1,9 +1,9 @@
-"""Kill -9 at seeded random moments: every run, started again by the same command, comes to what the unbroken one came to.
+"""Crash test: runs killed with SIGKILL at seeded random moments and resumed give the result of the uninterrupted run.
 
-A tiny recipe on the CPU writes a checkpoint after every step, from indexed rows and from a stream. Each moment falls into the
-start-up, the steps, the writing of a checkpoint or the writing of the results, and some runs are killed twice. Compared with the
-unbroken run: the adapter's bytes, every step's loss and gradient norm, the data report, and that nothing is left behind. The exit
-code is 1 when anything differs. `tests/training/test_faults.py` runs five of the same moments.
+A tiny recipe on the CPU writes a checkpoint after every step, from indexed rows and from a stream. The moments are in start-up,
+in steps, while a checkpoint is written or while results are written; some runs are killed twice. Compared with the uninterrupted
+run: the adapter's bytes, every step's loss and gradient norm, the data report, and that no temporary files remain. The exit code
+is 1 if anything differs. `tests/training/test_faults.py` runs five of the moments.
 
 Usage: python benchmarks/faults.py [--moments 25] [--seed 0]
 """
@@ -41,16 +41,16 @@ def main() -> int:
         unbroken = {stream: run_unbroken(folder, stream) for stream in (False, True)}
         for stream, one in unbroken.items():
             print(
-                f"{'streamed' if stream else 'indexed '} unbroken, {STEPS} steps: start-up {one.start_s:.2f} s, "
-                f"steps with their checkpoints {one.steps_s:.2f} s, of which saving {STEPS * one.saving_s:.2f} s, "
-                f"final writing {one.end_s:.2f} s"
+                f"{'streamed' if stream else 'indexed '} uninterrupted, {STEPS} steps: start-up {one.start_s:.2f} s, "
+                f"steps with checkpoints {one.steps_s:.2f} s, saving alone {STEPS * one.saving_s:.2f} s, "
+                f"writing results {one.end_s:.2f} s"
             )
         for number, moment in enumerate(draw_moments(arguments.moments, arguments.seed)):
             hits, differs = kill_and_finish(moment, unbroken[moment.stream], folder, f"killed-{number}")
             wrong += bool(differs)
             how = "streamed" if moment.stream else "indexed "
-            print(f"{number + 1:>3}  {how}  {'; '.join(differs) or 'the same'}  killed in: {'; then '.join(hits)}", flush=True)
-    print(f"{arguments.moments - wrong} of {arguments.moments} the same, in {time.monotonic() - begun:.0f} s")
+            print(f"{number + 1:>3}  {how}  {'; '.join(differs) or 'identical'}  killed in: {'; then '.join(hits)}", flush=True)
+    print(f"{arguments.moments - wrong} of {arguments.moments} identical, in {time.monotonic() - begun:.0f} s")
     return int(wrong > 0)
 
 

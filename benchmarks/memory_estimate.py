@@ -1,11 +1,11 @@
-"""Hold the memory estimate against measured peaks of real training steps.
+"""The memory estimate compared with measured peaks of real training steps.
 
     OMP_NUM_THREADS=1 python benchmarks/memory_estimate.py > benchmarks/results/memory_estimate_cpu.txt
 
-Every case is a LLaVA of random weights, written as a checkpoint, and trained for two steps by mmtune's own trainer. On a CPU the
-peak is that of torch's allocator as its profiler records it; on CUDA it is `torch.cuda.max_memory_allocated`. While it runs,
-oneDNN's convolution of the patch embedding takes scratch memory of its own, which is no tensor and differs from library to
-library: the ratio is against the peak outside of convolutions, and the scratch column says what they add to it.
+Every case is a LLaVA with random weights, written as a checkpoint and trained for two steps by mmtune's trainer. On a CPU the
+peak is that of torch's allocator, as its profiler records it; on CUDA it is `torch.cuda.max_memory_allocated`. oneDNN's
+convolution of the patch embedding uses scratch memory that is not a tensor and differs between libraries: the ratio excludes it,
+and the scratch column has its size.
 """
 
 from __future__ import annotations
@@ -109,10 +109,10 @@ def make_recipe(base: Path, size: str, tune: str, precision: str, out: Path, **t
 
 
 def measured_peak(recipe: Recipe, tokens: int, supervised: int | None = None) -> tuple[int, int]:
-    """The fullest moment of a real run of mmtune's trainer on random rows of one image.
+    """Peak memory of a real run of mmtune's trainer on random rows with one image.
 
     Returns:
-        Bytes of all live tensors then, scratch memory of the CPU's convolutions left out; and with it.
+        Peak bytes of all tensors, without and with scratch memory of the CPU's convolutions.
     """
     arguments = build_training_arguments(recipe)
     torch.manual_seed(0)
@@ -157,7 +157,7 @@ def measured_peak(recipe: Recipe, tokens: int, supervised: int | None = None) ->
 
 
 def _peaks(before: int, events: list[Any]) -> tuple[int, int]:
-    """The highest running total of allocations, outside of convolutions and overall."""
+    """The peak of the running total of allocations, outside convolutions and overall."""
     spans = sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() in CONVOLUTIONS)
     starts = [start for start, _ in spans]
     live = outside = overall = before

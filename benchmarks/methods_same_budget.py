@@ -1,9 +1,9 @@
-"""Tuning methods under one budget on the built-in task: which learning rate each wants, and how far each then comes.
+"""Comparison of tuning methods at equal budget on the built-in task: best learning rate and held-out accuracy of each.
 
-Every run sees the same rows in the same order for the same steps, with the projector in full at 1e-3. First each method tries
-four learning rates in short runs; the two with the lowest training loss (mean of the last third) go the whole way with the first
-seed, and the better of these by training loss is its rate: it trains the other seeds too. Held-out answers choose nothing.
-Results are kept as they come, and a second start goes on where the first ended.
+Every run trains on the same rows in the same order for the same number of steps, with the projector in full at 1e-3. Each method
+tries four learning rates in short runs; the two with the lowest training loss (mean of the last third) train to the end with the
+first seed, and the better of these, by training loss, trains the other seeds too. Held-out answers select nothing. Results are
+saved after each run; a second start continues there.
 
 Usage: mmtune data digits data/digits; python benchmarks/methods_same_budget.py [--steps 400] [--sweep-steps 60] [--batch 16]
 It writes benchmarks/results/methods.json, docs/methods.png and the table in docs/methods.md.
@@ -46,8 +46,8 @@ METHODS: Mapping[str, tuple[str, tuple[float, ...]]] = {
 }
 
 
-def one(method: str, rate: float, seed: int, steps: int, batch: int, asks: bool) -> dict[str, Any]:
-    """Train once; the mean loss of the last third, and with `asks` the held-out accuracy."""
+def one(method: str, rate: float, seed: int, steps: int, batch: int, evaluates: bool) -> dict[str, Any]:
+    """Train once; the mean loss of the last third of the steps, and with `evaluates` the held-out accuracy."""
     language, _ = METHODS[method]
     with tempfile.TemporaryDirectory() as folder:
         overrides = [
@@ -60,7 +60,7 @@ def one(method: str, rate: float, seed: int, steps: int, batch: int, asks: bool)
             "train.logging_steps=1",
             "train.disable_tqdm=true",
             f"output_dir={folder}/run",
-            *(["evaluate.before=false"] if asks else ["evaluate=null"]),
+            *(["evaluate.before=false"] if evaluates else ["evaluate=null"]),
         ]
         start = time.perf_counter()
         summary = train(load_recipe(ROOT / "recipes" / "quickstart.yaml", overrides), ["benchmark"])
@@ -82,13 +82,13 @@ def one(method: str, rate: float, seed: int, steps: int, batch: int, asks: bool)
 
 
 def best_rates(runs: list[dict[str, Any]], method: str, count: int) -> list[float]:
-    """The learning rates of a method's first seed with the lowest training losses, the best first."""
+    """The learning rates of a method's first seed, by training loss, the lowest first."""
     tried = [run for run in runs if run["method"] == method and run["seed"] == 0 and math.isfinite(run["loss"])]
     return [run["learning_rate"] for run in sorted(tried, key=lambda run: run["loss"])[:count]]
 
 
 def at_its_rate(results: dict[str, Any], method: str) -> list[dict[str, Any]]:
-    """A method's whole runs at the rate that was chosen."""
+    """A method's full-length runs at its selected rate."""
     chosen = best_rates(results["runs"], method, 1)
     return [run for run in results["runs"] if run["method"] == method and run["learning_rate"] in chosen]
 
@@ -122,10 +122,10 @@ def table(results: dict[str, Any]) -> str:
 
 
 def write_table(rows: str, page: Path) -> None:
-    """Put the table between the page's two marks."""
+    """Replace the table between the page's two markers."""
     before, mark, rest = page.read_text(encoding="utf-8").partition("<!-- methods_same_budget.py writes this table -->\n")
     _, end, after = rest.partition("<!-- to here -->")
-    assert mark and end, f"{page} lacks the marks"
+    assert mark and end, f"{page} lacks the two markers"
     page.write_text(f"{before}{mark}{rows}{end}{after}", encoding="utf-8")
 
 
@@ -138,7 +138,9 @@ def plot(results: dict[str, Any], out: Path) -> None:
         mean, half = interval(values)
         axes.errorbar(100 * mean, height, xerr=100 * half, fmt="o", color="#1f6feb", capsize=3)
         axes.plot([100 * v for v in values], [height] * len(values), "|", color="#57606a", markersize=10)
-    axes.axvline(100 * results["runs"][0]["majority"], color="#cf222e", linestyle="--", linewidth=1, label="commonest answer")
+    axes.axvline(
+        100 * results["runs"][0]["majority"], color="#cf222e", linestyle="--", linewidth=1, label="majority-class baseline"
+    )
     axes.set_yticks(range(len(shown)), [m for m, _ in shown])
     axes.set_xlabel("held-out exact match, % (three seeds: ticks; mean and 95% t interval: dot and bar)")
     axes.set_xlim(0, 100)
@@ -154,7 +156,7 @@ def main() -> None:
     parser.add_argument("--sweep-steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=list(METHODS), help="methods to run now; the rest another time")
+    parser.add_argument("--only", nargs="*", default=list(METHODS), help="methods to run")
     arguments = parser.parse_args()
     budget = {"steps": arguments.steps, "sweep_steps": arguments.sweep_steps, "batch": arguments.batch}
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
@@ -173,12 +175,12 @@ def main() -> None:
     for method in chosen:
         for rate in METHODS[method][1]:
             if not any((run["method"], run["learning_rate"]) == (method, rate) for run in results["sweep"]):
-                keep("sweep", one(method, rate, 0, arguments.sweep_steps, arguments.batch, asks=False))
+                keep("sweep", one(method, rate, 0, arguments.sweep_steps, arguments.batch, evaluates=False))
     for seed in range(arguments.seeds):
         for method in chosen:
             for rate in best_rates(results["sweep"], method, 2) if seed == 0 else best_rates(results["runs"], method, 1):
                 if not any((r["method"], r["learning_rate"], r["seed"]) == (method, rate, seed) for r in results["runs"]):
-                    keep("runs", one(method, rate, seed, arguments.steps, arguments.batch, asks=True))
+                    keep("runs", one(method, rate, seed, arguments.steps, arguments.batch, evaluates=True))
     write_table(table(results), ROOT / "docs" / "methods.md")
     plot(results, ROOT / "docs" / "methods.png")
     print(table(results))

@@ -1,16 +1,16 @@
-"""Tokens a second of packed rows against padded batches, in the same training step on the same samples.
+"""Throughput of packed rows compared with padded batches: tokens per second of the same training step on the same samples.
 
-Lengths are drawn like those of LLaVA's instruction data: most samples have an image and a short or middling conversation, a few
-are long and text alone. Everything is a ninth of its published length, for the CPU: an image has 64 tokens in place of 576, and
-rows of 512 in a model 512 wide stand for rows of 4,608 in one that is 4,608 wide. Three ways through the same samples take turns:
+Lengths resemble LLaVA's instruction data: most samples have an image and a short or medium conversation, a few are long and text
+only. All lengths are scaled down by nine for the CPU: an image has 64 tokens instead of 576, and rows of 512 tokens at width 512
+represent rows of 4,608 at width 4,608. Three kinds of batches take turns:
 
-* padded: batches in random order, each as long as its longest sample;
+* padded: batches in random order, padded to their longest sample;
 * similar: the same, with samples of similar length together;
-* packed: rows filled up to a budget of tokens, no attention across samples.
+* packed: rows filled up to a token budget, without attention across samples.
 
-Only the samples' own tokens are counted, so that what is spent on filling up shows. Time is the process's own on the CPU, which
-other work on the machine disturbs little. Attention in a packed row is computed over the whole row through a mask, which costs
-more the longer the row is and the narrower the model; flash attention, which skips other samples, is not measured here.
+Only the samples' own tokens are counted, so padding lowers the throughput. Time is CPU time of the process, which other processes
+affect little. Attention in a packed row is computed over the full row with a mask, which costs more for long rows and narrow
+models; flash attention, which skips other samples, is not measured.
 
 Usage: python benchmarks/packing_step.py [--samples 64] [--batch 4] [--budget 512] [--width 512] [--rounds 5]
 """
@@ -55,7 +55,7 @@ def build(width: int) -> Any:
 
 
 def draw(count: int) -> list[Encoded]:
-    """Samples whose text is log-normal: a median of 24 tokens beside an image, of 100 in the one in sixteen without."""
+    """Samples with lognormal text lengths: median 24 tokens with an image, 100 in the one of sixteen without."""
     generator = torch.Generator().manual_seed(0)
     samples = []
     for number in range(count):
@@ -77,7 +77,7 @@ def tokens(samples: list[Encoded]) -> int:
 
 
 def rows(samples: list[Encoded], budget: int) -> list[list[Encoded]]:
-    """Longest first, each into the first row that has room for it."""
+    """First-fit decreasing: longest first, each into the first row with enough room."""
     filled: list[list[Encoded]] = []
     for sample in sorted(samples, key=lambda sample: -sample["input_ids"].shape[1]):
         row = next((row for row in filled if tokens(row) + tokens([sample]) <= budget), None)
@@ -89,7 +89,7 @@ def rows(samples: list[Encoded], budget: int) -> list[list[Encoded]]:
 
 
 def epoch(model: Any, batches: list[Encoded]) -> float:
-    """Seconds of CPU time for a forward and a backward pass over every batch."""
+    """CPU seconds of a forward and backward pass over every batch."""
     start = time.process_time()
     for batch in batches:
         model.zero_grad()
@@ -123,7 +123,7 @@ def main() -> None:
         f"CPU ({platform.machine()}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}), "
         f"torch {torch.__version__}, transformers {transformers.__version__}\n"
         f"{arguments.samples} samples, {whole:,} tokens, width {arguments.width}; "
-        f"padded batches of {arguments.batch}, rows of {arguments.budget} ({whole / room:.1%} of their budget filled)"
+        f"padded batches of {arguments.batch}, rows of {arguments.budget} ({whole / room:.1%} of the budget filled)"
     )
     for way in ways:
         epoch(model, ways[way])

@@ -1,10 +1,10 @@
-"""CPU time of mmtune's commands as a share of the CPU time of importing torch, transformers and PEFT.
+"""Start-up: CPU time of mmtune's commands relative to importing torch, transformers and PEFT.
 
-Every command runs in a process of its own, and the import as well; all take turns. The figures are user and system time of the
-process and its children, medians over the rounds. A command with a mistake is to say so and to end with exit code 2.
+Every command, and the import, runs in its own process; all take turns. Reported are medians over the rounds of user plus system
+time of the process and its children. A command with a mistake must end with exit code 2.
 
-Beside a CPU build of torch, a CUDA wheel of torchvision cannot be imported by itself, and with it neither can transformers: the
-reference calls `prepare_torchvision` first, which imports it in a way that works. That is part of its time.
+With a CPU build of torch, a CUDA wheel of torchvision cannot be imported directly, and then neither can transformers. The
+reference therefore calls `prepare_torchvision` first; this is part of its time.
 
 Usage: python benchmarks/startup.py [--rounds 5]
 """
@@ -45,16 +45,16 @@ COMMANDS = {
     "trian x.yaml": 2,
     "recipe check x.yaml train.learning_rte=1": 2,
     "train x.yaml train.learning_rte=1": 2,
-    "train x.yaml data.train.0.path=gone.json": 2,
+    "train x.yaml data.train.0.path=no_such.json": 2,
     "train x.yaml data.train.0.template=lava": 2,
     "plan x.yaml train.lr_scheduler_type=warmup_stable_decay": 2,
-    "data check x.yaml data.train.0.path=gone.json": 2,
-    "eval ./gone": 2,
-    "chat ./gone": 2,
+    "data check x.yaml data.train.0.path=no_such.json": 2,
+    "eval ./no_such": 2,
+    "chat ./no_such": 2,
     "data check rows.json --template llava": 0,
     "data check x.yaml": 0,
 }
-"""The commands and their exit codes; the last two look at a thousand rows with their images, which is no start-up."""
+"""The commands and their exit codes. The last two check a thousand rows with images, which is more than start-up."""
 
 
 def cpu_seconds(command: list[str], folder: Path, expected: int) -> float:
@@ -68,7 +68,7 @@ def cpu_seconds(command: list[str], folder: Path, expected: int) -> float:
 
 
 def write_rows(folder: Path) -> None:
-    """A thousand rows of LLaVA's format, each with an image."""
+    """A thousand rows in LLaVA's format, each with an image."""
     (folder / "x.yaml").write_text(RECIPE, encoding="utf-8")
     rows = []
     for number in range(1000):
@@ -93,7 +93,7 @@ def main() -> None:
         folder = Path(name)
         write_rows(folder)
         for number in range(rounds + 1):
-            first = number == 0  # compiles and reads from the disk, and does not count
+            first = number == 0  # warm-up, not counted
             spent = cpu_seconds([sys.executable, "-c", REFERENCE], folder, 0)
             reference += [] if first else [spent]
             for command, expected in COMMANDS.items():
@@ -103,10 +103,10 @@ def main() -> None:
     whole = statistics.median(reference)
     spread = f"from {min(reference):.2f} to {max(reference):.2f}"
     print(f"import torch, transformers, peft: {whole:.2f} s of CPU time, median of {rounds} ({spread})\n")
-    print("CPU time   of the import's   exit code   mmtune ...")
+    print("CPU time   relative   exit code   mmtune ...")
     for command, seconds in times.items():
         spent = statistics.median(seconds)
-        print(f"{spent:6.2f} s   {spent / whole:15.1%}   {COMMANDS[command]:9}   {command}")
+        print(f"{spent:6.2f} s   {spent / whole:8.1%}   {COMMANDS[command]:9}   {command}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""What a training step costs here against plain transformers + PEFT on the same model and batch.
+"""Time of a training step compared with plain transformers and PEFT on the same model and batch.
 
-Two savings are measured, each against the plain step in the same run, in alternation:
+Two optimizations are measured, each in alternation with the plain step:
 
-* logits at supervised positions only, where the plain step computes them at every position;
-* with gradient checkpointing, a frozen vision tower that stays out of the backward pass, where PEFT's input hooks send
-  gradients through it.
+* logits at supervised positions only; the plain step computes them at every position;
+* with activation checkpointing, no backward pass through a frozen vision tower; PEFT's input hooks send gradients through it.
 
 Usage: python benchmarks/step_cost.py [--steps 7] [--vocabulary 32000] [--length 256] [--batch 4]
 """
@@ -101,7 +100,7 @@ def main() -> None:
     hooked.enable_input_require_grads()
     free.disable_input_require_grads()
     compare(
-        "checkpointing, frozen tower left out",
+        "checkpointing, frozen tower skipped",
         lambda: step(free, batch, True),
         lambda: step(hooked, batch, True),
         arguments.steps,

@@ -1,10 +1,10 @@
-"""What training a 7B and a 13B LLaVA-1.5 takes of each GPU, by tuning, layout and number of GPUs: the table of docs/scale.md.
+"""GPU memory of training LLaVA-1.5 7B and 13B, by tuning, parallelism strategy and number of GPUs: the table of docs/scale.md.
 
-    python benchmarks/layout_memory.py > benchmarks/results/layout_memory.txt
+    python benchmarks/strategy_memory.py > benchmarks/results/strategy_memory.txt
 
-Nothing is downloaded and nothing runs: configurations are written out from the published numbers, and mmtune's memory estimate is
-divided as `mmtune plan --processes` divides it. The estimate for one device is held against measured steps by
-benchmarks/memory_estimate.py; the division is arithmetic, and has not been held against GPUs.
+Nothing is downloaded and nothing trains: configurations are built from the published numbers, and mmtune's memory estimate is
+divided among devices as `mmtune plan --processes` does. benchmarks/memory_estimate.py compares the estimate for one device with
+measured steps; the division is arithmetic and was not compared with GPUs.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ def recipe_for(base: Path, precision: str, tune: dict[str, Any]) -> Recipe:
 
 
 def main() -> None:
+    print(f"GB (10^9 bytes) of each GPU at the peak of a step, CUDA context and fragmentation included: batch {BATCH} per GPU,")
     print(
-        f"GB (10^9 bytes) of each GPU at the fullest moment of a step, CUDA's context and gaps included: batch {BATCH} on each,"
+        f"{TOKENS} tokens per sample with one image of 336 pixels, {ANSWER} of them supervised, activation checkpointing, AdamW"
     )
-    print(f"{TOKENS} tokens a sample with one image of 336 pixels, {ANSWER} of them supervised, activation checkpointing, AdamW")
     print("mmtune " + ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft")))
     cells = [(layout, devices) for devices in DEVICES for layout in (LAYOUTS if devices > 1 else ("one",))]
     print(f"{'model':6}{'tuning':18}" + "".join(f"{f'{layout} x{devices}':>11}" for layout, devices in cells))
