@@ -1,13 +1,13 @@
 # Every target does its own set-up: a virtual environment in .venv, installed under the pins of constraints.txt.
 # Needed: make, and Python 3.11 or newer with venv. To choose another one: make PYTHON=/path/to/python3.12 test
 #
-# pip's own settings hold here (pip.conf, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS). Where they offer a CPU build of the pinned
-# torch, pip takes it; elsewhere on Linux it is the CUDA build of the same version, which is several gigabytes.
+# pip's configuration is respected (pip.conf, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS). If it offers a CPU build of the pinned torch, pip
+# installs that; otherwise on Linux the CUDA build of the same version, which is several gigabytes.
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-fast lint types clean
 
-# The first interpreter that starts, is new enough and can make an environment.
+# The first interpreter that starts, is new enough and has venv.
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
 	then echo "$$python"; break; fi; done)
@@ -17,16 +17,16 @@ PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-che
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 help:
-	@echo 'make quickstart   tune the built-in model on handwritten digits, merge it, report; the run is runs/quickstart'
-	@echo '                  given again it goes on where it was; rm -r runs/quickstart to train from the beginning'
+	@echo 'make quickstart   fine-tune the built-in model on handwritten digits, merge, report; the run is runs/quickstart'
+	@echo '                  repeated, it resumes; rm -r runs/quickstart to start over'
 	@echo 'make test         ruff, mypy and the whole test suite'
 	@echo 'make test-fast    the tests without the slow ones'
 	@echo 'make lint         ruff check and ruff format --check'
 	@echo 'make types        mypy'
 	@echo 'make clean        remove caches and build products (runs/, data/ and .venv stay)'
 
-# After Ctrl-C it goes on: eval.json is the last file that `mmtune data digits` writes, and merged/ the last folder of the run.
-# --resume goes on with a stopped run, and leaves a finished one as it is.
+# Repeated after Ctrl-C, it resumes: eval.json is the last file that `mmtune data digits` writes, and merged/ the last folder of the
+# run. --resume continues a stopped run and leaves a finished one unchanged.
 quickstart: .venv/.installed
 	@if [ -e data/digits/eval.json ]; then echo 'data/digits is already there'; \
 	else set -x; .venv/bin/mmtune data digits data/digits; fi
@@ -52,7 +52,7 @@ clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
-# ---- set-up: a stamp for what the commands need, and one for what the tests need besides
+# ---- set-up: one stamp file for the commands, one for the tests
 
 .venv/bin/python:
 	@if [ -z '$(PYTHON)' ] || ! '$(PYTHON)' -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; then \
@@ -61,8 +61,8 @@ clean:
 		exit 1; fi
 	'$(PYTHON)' -m venv .venv
 
-# torch goes in first, so that the pin chooses its build before anything else asks for one. The build backend is
-# installed beside it, under its own pin, because pip's isolated builds do not see the constraints.
+# torch is installed first, so that the pin selects its build before another package requires torch. The build backend is installed
+# with it, because pip's isolated builds ignore the constraints.
 .venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
 	@echo 'setting up .venv, which takes some minutes, once'
 	$(PIP_INSTALL) torch hatchling
