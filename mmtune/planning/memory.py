@@ -20,21 +20,14 @@ from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
-    AutoModelForImageTextToText,
-    LlavaConfig,
-    PreTrainedModel,
     Trainer,
     TrainingArguments,
 )
 
 from mmtune.console.styled_console import StyledConsole
-from mmtune.models.checkpoints.locate_base import BUILTIN, UNTRAINED, locate_base
 from mmtune.models.compatibility import (
-    choose_feature_select_strategy,
     read_image_processor,
-    read_language_config,
     read_vision_tower,
 )
 from mmtune.models.components import find_components, linear_modules
@@ -45,7 +38,7 @@ from mmtune.models.fake_tensors import (
     make_prompt_tokens_real,
     suppress_fake_tensor_warnings,
 )
-from mmtune.models.load import DTYPES
+from mmtune.models.meta_model import build_meta, config_source, unreachable_file
 from mmtune.objectives.objective_table import OBJECTIVES
 from mmtune.objectives.sft import SupervisedTuning
 from mmtune.recipe.recipe import ModelSection, Recipe, Settings
@@ -148,46 +141,6 @@ def estimate_memory(
             batch = _batch(tuned, memory, pixels, arguments, tokens, images, supervised)
             fullest, moment = _step(tuned, objective, memory, batch, arguments)
     return MemoryEstimate(**fullest, moment=moment)
-
-
-def build_meta(section: ModelSection) -> PreTrainedModel:
-    """The recipe's model with no weights (meta tensors), from configs alone.
-
-    An assembled model lacks the few embedding rows that its tokenizer may add.
-
-    Raises:
-        UserError: a config that is neither here nor to be had.
-    """
-    attention = section.attn_implementation if section.attn_implementation in ("eager", "sdpa") else None
-    config: Any
-    if section.base is not None:
-        name = _checkpoint(section)
-        try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=section.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise UserError(_unreachable("model.base", section.base, "config.json", error)) from error
-    else:
-        assert section.vision is not None and section.language is not None  # the recipe holds this
-        tower = read_vision_tower(section.vision, section.trust_remote_code)
-        text = read_language_config(section.language, section.trust_remote_code)
-        config = LlavaConfig(
-            vision_config=tower.config,
-            text_config=text,
-            image_token_index=text.vocab_size - 1,
-            vision_feature_layer=section.vision_feature_layer,
-            vision_feature_select_strategy=choose_feature_select_strategy(tower, section.vision_feature_select_strategy),
-        )
-    try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model: PreTrainedModel = AutoModelForImageTextToText.from_config(
-                config,
-                attn_implementation=attention,
-                dtype=DTYPES[section.precision],
-                trust_remote_code=section.trust_remote_code,
-            )
-    except ValueError as error:
-        raise RecipeValueError("model", f"cannot be built from its config: {str(error).strip().splitlines()[0]}") from error
-    return model
 
 
 def suggestions(
@@ -338,15 +291,6 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def _checkpoint(section: ModelSection) -> str:
-    return str(BUILTIN["builtin:tiny-llava"]) if section.base == UNTRAINED else locate_base(str(section.base))
-
-
-def _unreachable(key: str, name: str, file: str, error: Exception) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{key}: {name}: its {file} is not on this machine and cannot be downloaded: {line}"
-
-
 @contextlib.contextmanager
 def _told(recipe: Recipe) -> Iterator[None]:
     try:
@@ -371,9 +315,9 @@ def _pixels(section: ModelSection, memory: MemoryTracker, count: int, size: tupl
         )
     else:
         try:
-            processor = AutoImageProcessor.from_pretrained(_checkpoint(section), trust_remote_code=section.trust_remote_code)
+            processor = AutoImageProcessor.from_pretrained(config_source(section), trust_remote_code=section.trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
-            raise UserError(_unreachable("model.base", section.base, "preprocessor_config.json", error)) from error
+            raise UserError(unreachable_file("model.base", section.base, "preprocessor_config.json", error)) from error
     blank = Image.new("RGB", (size[1], size[0]))
     one = processor(images=[blank], return_tensors="pt")
     made = {}

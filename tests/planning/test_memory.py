@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from mmtune.models.fake_tensors import MemoryTracker, bnb_state_bytes, quantized_bytes
+from mmtune.models.meta_model import build_meta
 from mmtune.models.tiny.tiny_models import write_tiny_language, write_tiny_vision
-from mmtune.planning.memory import MemoryEstimate, build_meta, estimate_memory, print_estimate, suggestions
+from mmtune.planning.memory import MemoryEstimate, estimate_memory, print_estimate, suggestions
 from mmtune.planning.memory_sizes import parse_memory
 from mmtune.recipe.recipe import Recipe
 from mmtune.utils.errors import UserError
