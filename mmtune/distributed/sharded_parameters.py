@@ -17,12 +17,29 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import set_zero3_state
 
+from mmtune.distributed.context import DistributedContext
+
 
 @contextlib.contextmanager
 def meta_init() -> Iterator[None]:
     """Inside, models are made without weights, which transformers at ZeRO-3 would divide, and no random number is drawn."""
     with torch.device("meta"), set_zero3_state(), torch.random.fork_rng(devices=[]):
         yield
+
+
+@contextlib.contextmanager
+def unsharded_loading(dist: DistributedContext) -> Iterator[None]:
+    """Inside, transformers loads models in full at ZeRO-3 too, in every process."""
+    if dist.construction is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(dist.construction)
 
 
 def is_sharded(model: nn.Module) -> bool:

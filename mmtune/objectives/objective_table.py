@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from transformers import ProcessorMixin
 
+from mmtune.objectives.distillation import Distillation
 from mmtune.objectives.sft import SupervisedTuning
 from mmtune.recipe.recipe import Recipe
 
 OBJECTIVES: dict[str, type[SupervisedTuning]] = {
     "sft": SupervisedTuning,
+    "distillation": Distillation,
 }
 """By `objective.type` in a recipe. `SupervisedTuning` documents what an entry defines."""
 

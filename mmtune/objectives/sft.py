@@ -13,6 +13,7 @@ from transformers import ProcessorMixin
 from mmtune.data.batching.collate import Collator, collate
 from mmtune.data.dataset import SampleEncoder, dummy_sample
 from mmtune.data.encoding.encode import IGNORE_INDEX
+from mmtune.distributed.context import DistributedContext
 from mmtune.models.compute import count_virtual_tokens
 from mmtune.models.packed_attention import packed_inputs
 from mmtune.recipe.objective_section import ObjectiveSection
@@ -95,6 +96,12 @@ class SupervisedTuning:
         Raises:
             UserError: they do not fit.
         """
+
+    def load_models(self, recipe: Recipe, device: torch.device, dist: DistributedContext) -> None:
+        """Load the frozen models of the objective, in full on this process's device."""
+
+    def build_meta_models(self, recipe: Recipe) -> None:
+        """Build the frozen models without weights (meta tensors), for the memory plan."""
 
     @property
     def frozen_models(self) -> list[nn.Module]:

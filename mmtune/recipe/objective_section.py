@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, StrictFloat, StrictInt, ValidationError
+from pydantic_core import InitErrorDetails
 
 from mmtune.recipe.pass_through.arguments import error_at, format_value
-from mmtune.recipe.section import Section
+from mmtune.recipe.section import PathText, Section
 from mmtune.utils.errors import nearest
 
 if TYPE_CHECKING:
@@ -36,7 +37,71 @@ class SftSection(ObjectiveSection):
     type: Literal["sft"] = Field(default="sft", description="The objective.")
 
 
-OBJECTIVE_SECTIONS: dict[str, type[ObjectiveSection]] = {"sft": SftSection}
+Weight = Annotated[StrictFloat, Field(ge=0)]
+
+
+class LayerPairs(Section):
+    """Layers of the student and of the teacher that are compared."""
+
+    layers: tuple[tuple[StrictInt, StrictInt], ...] = Field(
+        min_length=1, description="Pairs [student layer, teacher layer]; negative numbers count from the last one."
+    )
+    weight: Annotated[StrictFloat, Field(gt=0)] = Field(default=1.0, description="The weight of this term in the loss.")
+
+
+class DistillationSection(ObjectiveSection):
+    """Knowledge distillation: the student learns the teacher's distribution at the supervised tokens."""
+
+    type: Literal["distillation"] = Field(description="The objective.")
+    teacher: PathText = Field(
+        description="The teacher: a run, one of its checkpoints, an adapter directory, a checkpoint, or a hub id. Its vocabulary "
+        "and its image processing must be the student's."
+    )
+    temperature: Annotated[StrictFloat, Field(gt=0)] = Field(
+        default=1.0, description="Divides the logits of both models before the divergence (TRL's temperature)."
+    )
+    beta: Annotated[StrictFloat, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="The generalized Jensen-Shannon divergence (TRL's beta): 0 is KL(teacher || student), 1 is KL(student || "
+        "teacher), 0.5 the Jensen-Shannon divergence.",
+    )
+    distillation_weight: Weight = Field(default=1.0, description="The weight of the divergence in the loss.")
+    crossentropy_weight: Weight = Field(default=0.0, description="The weight of the cross entropy on the labels in the loss.")
+    hidden_states: LayerPairs | None = Field(
+        default=None,
+        description="Mean squared error between hidden states. 0 is the embeddings' output, 1 the first layer's, as in "
+        "transformers' hidden_states. The two models need one hidden size.",
+    )
+    attention_maps: LayerPairs | None = Field(
+        default=None,
+        description="KL divergence between attention distributions of the text model. 0 is the first layer, as in transformers' "
+        "attentions. The two models need one number of heads.",
+    )
+
+    @classmethod
+    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
+        if not isinstance(given, dict) or given.get("distillation_weight") != 0:
+            return given, []
+        if given.get("hidden_states") or given.get("attention_maps"):
+            return given, []
+        message = "0 leaves nothing of the teacher in the loss; give hidden_states or attention_maps, or type: sft"
+        return given, [error_at("distillation_weight", message)]
+
+    def named_files(self) -> Iterator[tuple[str, str, str]]:
+        yield "teacher", self.teacher, "checkpoint"
+
+    def conflicts(self, recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.attention_maps is None:
+            return
+        attention = recipe.model.attn_implementation
+        if attention != "eager":
+            message = f"other attention returns no maps: expected model.attn_implementation: eager, got {format_value(attention)}"
+            yield ("attention_maps",), message
+        if recipe.data.packing:
+            yield ("attention_maps",), "packed rows have maps over several samples; take data.packing out"
+
+
+OBJECTIVE_SECTIONS: dict[str, type[ObjectiveSection]] = {"sft": SftSection, "distillation": DistillationSection}
 """By `objective.type`; `mmtune.objectives.objective_table` has the same names."""
 
 
@@ -52,5 +117,5 @@ def _by_type(value: Any) -> Any:
     return OBJECTIVE_SECTIONS[name].model_validate(value)
 
 
-AnyObjectiveSection = Annotated[SftSection, BeforeValidator(_by_type)]
+AnyObjectiveSection = Annotated[SftSection | DistillationSection, BeforeValidator(_by_type)]
 """A field that takes the section class of its `type`."""

@@ -1,0 +1,90 @@
+"""A trained, frozen model beside the one that trains, such as a teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedConfig, ProcessorMixin
+
+from mmtune.models.checkpoints.trained_weights import TrainedWeights, locate_adapter_base, locate_trained_weights
+from mmtune.models.fake_tensors import make_prompt_tokens_real
+from mmtune.models.load import DTYPES, load_trained
+from mmtune.models.meta_model import build_meta, read_model_config
+from mmtune.models.processors.ready_processor import load_completed_processor
+from mmtune.recipe.recipe import ModelSection
+
+
+@dataclass(frozen=True)
+class ReferenceModel:
+    """A run, one of its checkpoints, an adapter directory, a checkpoint or a hub id. Nothing is loaded before it is asked for.
+
+    Attributes:
+        weights: where its weights are.
+        section: its base as a recipe's `model` section.
+    """
+
+    weights: TrainedWeights
+    section: ModelSection
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The configuration of its base."""
+        return read_model_config(self.section)
+
+    def load_processor(self) -> ProcessorMixin:
+        """Its processor, which an adapter directory holds itself; the chat template is as stored."""
+        return load_completed_processor(str(self.weights.path), self.config, self.section.trust_remote_code)
+
+    def load(self) -> nn.Module:
+        """The model on the CPU: unquantized, in eval mode, no parameter requires a gradient.
+
+        Raises:
+            UserError: its files are damaged or incomplete.
+        """
+        model: Any = load_trained(self.weights, DTYPES[self.section.precision], trust_remote_code=self.section.trust_remote_code)[
+            0
+        ]
+        if self.section.attn_implementation is not None:
+            model.set_attn_implementation(self.section.attn_implementation)
+        frozen: nn.Module = model.requires_grad_(False).eval()
+        return frozen
+
+    def build_meta(self) -> nn.Module:
+        """The same model without weights (meta tensors), its adapter included."""
+        model: Any = build_meta(self.section)
+        if self.weights.is_adapter:
+            config = PeftConfig.from_pretrained(str(self.weights.path))
+            with torch.device("meta"):
+                model = get_peft_model(model, config)
+            make_prompt_tokens_real(model)
+        frozen: nn.Module = model.requires_grad_(False).eval()
+        return frozen
+
+
+def find_reference_model(
+    path: str, precision: str, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> ReferenceModel:
+    """Find a reference model and describe its base.
+
+    Args:
+        path: of a run, a checkpoint, an adapter or a model, or a hub id.
+        precision: of the model that trains; a reference model is in fp32 beside fp32, and in bf16 otherwise.
+        attn_implementation: of the reference model; None takes its own.
+
+    Raises:
+        UserError: nothing is there, or an adapter whose base is missing.
+    """
+    weights = locate_trained_weights(Path(path))
+    base = locate_adapter_base(weights.path) if weights.is_adapter else str(weights.path)
+    section = ModelSection(
+        base=base,
+        precision="fp32" if precision == "fp32" else "bf16",
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    return ReferenceModel(weights, section)

@@ -1,0 +1,127 @@
+"""Knowledge distillation: a student learns the distribution, and on request the hidden states and attention, of a teacher.
+
+Sources: soft labels, Hinton et al. (arXiv 1503.02531); the generalized Jensen-Shannon divergence, GKD (arXiv 2306.13649, equation
+1), as TRL defines it; hidden states, TinyBERT (arXiv 1909.10351, equation 8); attention distributions, MiniLM (arXiv 2002.10957,
+equation 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import ProcessorMixin
+
+from mmtune.chat_templates.resolving import set_chat_template
+from mmtune.data.dataset import dummy_sample
+from mmtune.distributed.context import DistributedContext
+from mmtune.distributed.sharded_parameters import unsharded_loading
+from mmtune.models.compute import count_virtual_tokens
+from mmtune.models.meta_model import read_model_config
+from mmtune.models.reference_model import ReferenceModel, find_reference_model
+from mmtune.objectives.distillation_losses import attention_divergences, divergences, hidden_state_errors, widen
+from mmtune.objectives.sft import Losses, SupervisedTuning, supervised_positions
+from mmtune.objectives.teacher_checks import TEACHER, check_layers, check_model_inputs, check_vocabulary
+from mmtune.recipe.objective_section import DistillationSection, LayerPairs
+from mmtune.recipe.recipe import Recipe
+from mmtune.utils.errors import errors_at_key
+
+
+class Distillation(SupervisedTuning):
+    """The objective `distillation`: batches, denominator and evaluation are those of `sft`, and the loss adds a frozen teacher's.
+
+    loss = crossentropy_weight CE + distillation_weight D + hidden_states.weight H + attention_maps.weight A,
+    where each term is a sum over supervised tokens divided by their number in the optimizer step, and H and A are means over the
+    pairs of layers.
+    """
+
+    settings: DistillationSection
+
+    def __init__(self, settings: DistillationSection) -> None:
+        super().__init__(settings)
+        self._teacher: nn.Module | None = None
+        self._half = False
+
+    def check(self, recipe: Recipe, processor: ProcessorMixin) -> None:
+        reference = self._reference(recipe)
+        with errors_at_key(TEACHER):
+            theirs = reference.load_processor()
+        check_vocabulary(processor.tokenizer.get_vocab(), theirs.tokenizer.get_vocab())
+        set_chat_template(theirs, str(processor.chat_template))
+        check_model_inputs(dummy_sample(processor), dummy_sample(theirs))
+        check_layers(self.settings, read_model_config(recipe.model).get_text_config(), reference.config.get_text_config())
+
+    def load_models(self, recipe: Recipe, device: torch.device, dist: DistributedContext) -> None:
+        with unsharded_loading(dist), errors_at_key(TEACHER):
+            self._set_teacher(recipe, self._reference(recipe).load().to(device))
+
+    def build_meta_models(self, recipe: Recipe) -> None:
+        with errors_at_key(TEACHER):
+            self._set_teacher(recipe, self._reference(recipe).build_meta())
+
+    @property
+    def frozen_models(self) -> list[nn.Module]:
+        return [] if self._teacher is None else [self._teacher]
+
+    def compute_loss(
+        self, model: Callable[..., Any], inputs: dict[str, Any], denominator: torch.Tensor | int | None = None
+    ) -> Losses:
+        settings = self.settings
+        unlabelled = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        unlabelled |= {"output_hidden_states": True} if settings.hidden_states else {}
+        unlabelled |= {"output_attentions": True} if settings.attention_maps else {}
+        positions = supervised_positions(inputs["labels"])
+        student, teacher = model(**unlabelled), self._ask_teacher(unlabelled, positions)
+        logits, soft = student["logits"].flatten(end_dim=-2), teacher["logits"].flatten(end_dim=-2)
+        size = min(logits.shape[-1], soft.shape[-1])  # the rest is padding: both have one vocabulary
+        scored = logits if settings.crossentropy_weight else logits.detach()  # then reported only
+        weights = {"crossentropy": settings.crossentropy_weight, "distillation": settings.distillation_weight}
+        terms = {
+            "crossentropy": nn.functional.cross_entropy(widen(scored), inputs["shift_labels"], reduction="none"),
+            "distillation": divergences(logits[:, :size], soft[:, :size], settings.beta, settings.temperature),
+        }
+        if settings.hidden_states is not None:
+            masks = inputs["logits_to_keep"], self._teacher_mask(positions)
+            states = student["hidden_states"], teacher["hidden_states"]
+            weights["hidden_states"] = settings.hidden_states.weight
+            terms["hidden_states"] = _over_pairs(settings.hidden_states, hidden_state_errors, states, masks)
+        if settings.attention_maps is not None:
+            maps = [[layer.transpose(1, 2) for layer in each["attentions"]] for each in (student, teacher)]
+            weights["attention_maps"] = settings.attention_maps.weight
+            terms["attention_maps"] = _over_pairs(settings.attention_maps, attention_divergences, maps, (positions, positions))
+        if denominator is None:
+            denominator = positions.sum()
+        parts = {name: values.sum() / denominator for name, values in terms.items()}
+        loss = torch.stack([weight * parts[name] for name, weight in weights.items() if weight]).sum()
+        return Losses(loss, student["logits"], student, {name: part.detach() for name, part in parts.items()})
+
+    def _reference(self, recipe: Recipe) -> ReferenceModel:
+        attention = "eager" if self.settings.attention_maps else None
+        return find_reference_model(self.settings.teacher, recipe.model.precision, attention, recipe.model.trust_remote_code)
+
+    def _set_teacher(self, recipe: Recipe, teacher: nn.Module) -> None:
+        self._teacher, self._half = teacher, recipe.model.precision != "fp32"
+
+    def _teacher_mask(self, positions: torch.Tensor) -> torch.Tensor:
+        """The supervised positions, shifted by the teacher's own virtual tokens."""
+        assert self._teacher is not None  # loaded before training
+        return nn.functional.pad(positions, (count_virtual_tokens(self._teacher), 0), value=False)
+
+    def _ask_teacher(self, inputs: dict[str, Any], positions: torch.Tensor) -> Any:
+        assert self._teacher is not None  # loaded before training
+        inputs = inputs | {"logits_to_keep": self._teacher_mask(positions), "use_cache": False}
+        with torch.no_grad(), torch.autocast(positions.device.type, torch.bfloat16, enabled=self._half):
+            return self._teacher(**inputs)
+
+
+def _over_pairs(
+    pairs: LayerPairs,
+    compare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    layers: Sequence[Sequence[torch.Tensor]],
+    masks: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """The mean over pairs of layers, shape (supervised,); `layers` and `masks` are the student's and the teacher's."""
+    (student, teacher), (mine, theirs) = layers, masks
+    return torch.stack([compare(student[s][mine], teacher[t][theirs]) for s, t in pairs.layers]).mean(0)
