@@ -83,21 +83,23 @@ def _check_base(recipe: Recipe) -> None:
 
 
 def check_reachable(recipe: Recipe) -> None:
-    """Check that the checkpoints of a recipe's model are on this machine or on a hub that answers.
+    """Check that the checkpoints of a recipe's models are on this machine or on a hub that answers.
 
     Raises:
         UserError: with the line and key of the first that is not.
     """
     for key, name, error in unreachable_checkpoints(recipe):
         with located_errors(recipe):
-            tiny = " or model.base=builtin:tiny-llava" if key == "base" else ""
+            tiny = " or model.base=builtin:tiny-llava" if key == "model.base" else ""
             way = "" if is_local_name(name) else f"; --rehearse{tiny} tries the recipe without a download"
-            raise RecipeValueError(f"model.{key}", f"{error}{way}") from error
+            raise RecipeValueError(key, f"{error}{way}") from error
 
 
 def unreachable_checkpoints(recipe: Recipe) -> Iterator[tuple[str, str, UserError]]:
-    """The checkpoints of a recipe's model that are neither on this machine nor on a hub that answers: key, name and reason."""
-    for key, name in recipe.model.checkpoints.items():
+    """The checkpoints of a recipe's models that are neither on this machine nor on a hub that answers: key, name and reason."""
+    names = {f"model.{key}": name for key, name in recipe.model.checkpoints.items()}
+    names |= {f"objective.{key}": name for key, name in recipe.objective.models.items() if not name.startswith("builtin:")}
+    for key, name in names.items():
         try:
             locate_checkpoint(name)
         except UserError as error:

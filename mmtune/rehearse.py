@@ -36,13 +36,15 @@ from mmtune.distributed.context import (
 )
 from mmtune.evaluation.evaluate import generate_answers
 from mmtune.methods.method_table import METHODS
+from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
 from mmtune.models.checkpoints.locate_base import local_folder
-from mmtune.models.load import base_config, load_trained
+from mmtune.models.load import base_config, load_base, load_trained
+from mmtune.models.meta_model import read_model_config
 from mmtune.models.tiny.shrunk_base import local_files, write_shrunk_base
 from mmtune.models.tiny.tiny_bases import write_tiny_base
 from mmtune.models.tiny.tiny_models import DECODER, tiny_family, write_tiny_language, write_tiny_vision
 from mmtune.models.tiny.tiny_templates import REQUIRED_TEMPLATES
-from mmtune.recipe.recipe import Recipe, Source, load_recipe
+from mmtune.recipe.recipe import ModelSection, Recipe, Source, load_recipe
 from mmtune.release.merge import ExportOptions, merge, parity_samples, release_adapter
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
@@ -137,6 +139,10 @@ def _write_small(recipe: Recipe, place: Path, dist: DistributedContext) -> Path:
     if recipe.evaluate:
         _shrink_data(recipe.evaluate.data, small["evaluate"]["data"], place / "evaluate", max(ROWS, dist.size))
         small["evaluate"]["max_new_tokens"] = 4
+    if recipe.objective.models:
+        section = ModelSection.model_validate(small["model"])
+        layers = read_model_config(section).get_text_config().num_hidden_layers
+        small["objective"] = recipe.objective.for_rehearsal(_tiny_model(section, place / "reference"), layers)
     own_tokenizer = recipe.model.base is not None and local_files(recipe.model.base) is not None
     if recipe.data.max_tokens is not None and not own_tokenizer:  # a byte-level stand-in counts more tokens than the real one
         small["data"]["max_tokens"] = 20 * recipe.data.max_tokens
@@ -183,6 +189,17 @@ def _shrink_model(recipe: Recipe, section: dict[str, Any], place: Path) -> None:
         )
         if section.get("chat_template") is None:
             section["chat_template"] = REQUIRED_TEMPLATES.get(family)
+
+
+def _tiny_model(section: ModelSection, path: Path) -> str:
+    """A whole model like the tiny base: itself, or one assembled from the same parts."""
+    if section.base is not None and not section.base.startswith("builtin:"):
+        return section.base
+    if section.base is not None:
+        return "builtin:tiny-llava"
+    model, processor = load_base(section, seed=1)
+    save_checkpoint(model, processor, path)
+    return str(path)
 
 
 def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], place: Path, count: int) -> None:

@@ -129,6 +129,7 @@ def load(inputs: RunInputs) -> tuple[Any, ProcessorMixin, TrainingData]:
     arguments = inputs.arguments
     set_seed(arguments.seed)
     model, processor = load_base(inputs.recipe.model, arguments.seed, inputs.processor)
+    inputs.objective.load_models(inputs.recipe, arguments.device, inputs.dist)
     data = prepare_data(inputs.samples, processor, inputs.objective, inputs.recipe.data, arguments, inputs.dist, inputs.lengths)
     return model, processor, data
 

@@ -155,10 +155,26 @@ def _recipe_check(arguments: argparse.Namespace) -> Any:
             print(f"not checked without a download: that {base} is there, and that its family is supported and takes the method")
         elif base is not None and not base.startswith("builtin:"):
             _check_base_config(recipe)
+        _check_objective(recipe)
         if not is_stored("training_arguments"):  # another transformers may have rules that are not known here
             _check_training_arguments(recipe)
     print(f"{arguments.recipe}: good")
     return {"recipe": arguments.recipe, "good": True}
+
+
+def _check_objective(recipe: Any) -> None:
+    """Compare the models that an objective loads with the base, where all of them are on this machine."""
+    from mmtune.preflight import base_is_here, unreachable_checkpoints
+
+    if not recipe.objective.models or (recipe.model.base is not None and not base_is_here(recipe)):
+        return
+    if any(unreachable_checkpoints(recipe)):
+        return
+    configure_console()
+    from mmtune.models.load import load_bare_processor
+    from mmtune.objectives.objective_table import build_objective
+
+    build_objective(recipe, load_bare_processor(recipe.model))
 
 
 def _check_base_config(recipe: Any) -> None:

@@ -18,9 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.utils import logging as transformers_logging
 
-MemoryKind = Literal["weights", "quantization_constants", "trainable", "gradients", "optimizer", "activations", "logits"]
+MemoryKind = Literal[
+    "weights", "frozen_models", "quantization_constants", "trainable", "gradients", "optimizer", "activations", "logits"
+]
 MEMORY_KINDS: tuple[MemoryKind, ...] = (
     "weights",
+    "frozen_models",
     "quantization_constants",
     "trainable",
     "gradients",
@@ -128,25 +131,29 @@ class MemoryTracker(TorchDispatchMode):
         with self._fake:
             return torch.empty(shape or tensor.shape, dtype=tensor.dtype, device="cpu")
 
-    def track_model(self, model: nn.Module) -> None:
-        """Make every parameter and buffer of a model fake, shared ones once, and count them."""
+    def track_model(self, model: nn.Module, frozen: MemoryKind = "weights") -> None:
+        """Make every parameter and buffer of a model fake, shared ones once, and count them.
+
+        Args:
+            frozen: the kind that what does not train counts as.
+        """
         made: dict[int, torch.Tensor] = {}
         for module in list(model.modules()):
             for owned in (module._parameters, module._buffers):
                 for name, tensor in owned.items():
                     if tensor is not None:
                         if id(tensor) not in made:
-                            made[id(tensor)] = self._held(tensor)
+                            made[id(tensor)] = self._held(tensor, frozen)
                         owned[name] = made[id(tensor)]  # type: ignore[assignment]
             if isinstance(module, QuantizedLinear):
                 self.add("quantization_constants", module.constants)
 
-    def _held(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _held(self, tensor: torch.Tensor, frozen: MemoryKind) -> torch.Tensor:
         fake = self.fake(tensor)
         size = getattr(tensor, "stored_bytes", None)
         if isinstance(tensor, nn.Parameter):
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        self.track(fake, "trainable" if tensor.requires_grad else "weights", size)
+        self.track(fake, "trainable" if tensor.requires_grad else frozen, size)
         return fake
 
     def _gone(self, key: int) -> None:

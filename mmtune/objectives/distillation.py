@@ -20,8 +20,8 @@ from mmtune.distributed.context import DistributedContext
 from mmtune.distributed.sharded_parameters import unsharded_loading
 from mmtune.models.compute import count_virtual_tokens
 from mmtune.models.meta_model import read_model_config
-from mmtune.models.reference_model import ReferenceModel, find_reference_model
 from mmtune.objectives.distillation_losses import attention_divergences, divergences, hidden_state_errors, widen
+from mmtune.objectives.reference_model import ReferenceModel, find_reference_model
 from mmtune.objectives.sft import Losses, SupervisedTuning, supervised_positions
 from mmtune.objectives.teacher_checks import TEACHER, check_layers, check_model_inputs, check_vocabulary
 from mmtune.recipe.objective_section import DistillationSection, LayerPairs

@@ -62,6 +62,7 @@ class MemoryEstimate:
         activations: what the backward pass needs, inputs, and intermediate results.
         logits: scores over the vocabulary at supervised positions, with their copies and gradients.
         moment: forward, backward or optimizer: when that is.
+        frozen_models: the weights of further models of the objective, such as a teacher; every device holds them in full.
     """
 
     weights: int
@@ -72,6 +73,7 @@ class MemoryEstimate:
     activations: int
     logits: int
     moment: str
+    frozen_models: int = 0
 
     @property
     def peak(self) -> int:
@@ -136,6 +138,9 @@ def estimate_memory(
         tuned.disable_input_require_grads()  # as training does: a frozen tower takes no part in the backward pass
         memory = MemoryTracker(model.config.get_text_config().vocab_size)
         memory.track_model(tuned)
+        objective.build_meta_models(recipe)
+        for frozen in objective.frozen_models:
+            memory.track_model(frozen, "frozen_models")
         with _told(recipe):
             pixels = _pixels(recipe.model, memory, images * arguments.per_device_train_batch_size, image_size)
             batch = _batch(tuned, memory, pixels, arguments, tokens, images, supervised)
@@ -200,6 +205,7 @@ def print_estimate(estimate: MemoryEstimate, limit_bytes: int | None = None) -> 
     """A table of the estimate, and whether it fits."""
     told = {
         "weights": "frozen weights",
+        "frozen_models": "further models of the objective (frozen)",
         "quantization_constants": "quantization constants",
         "trainable": "trained parameters (fp32)",
         "gradients": "gradients",

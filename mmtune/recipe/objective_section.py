@@ -22,13 +22,23 @@ class ObjectiveSection(Section):
     _expected: ClassVar[str] = "a mapping, such as {type: sft}"
     type: str
 
-    def named_files(self) -> Iterator[tuple[str, str, str]]:
-        """The files that the section names: key below `objective`, path or hub id, and kind as in `check_files`."""
-        return iter(())
+    @property
+    def models(self) -> dict[str, str]:
+        """The models beside the trained one: their paths or hub ids by key of this section."""
+        return {}
 
     def conflicts(self, recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         """What the objective excludes in the rest of the recipe: the key and the message."""
         return iter(())
+
+    def for_rehearsal(self, model: str, layers: int) -> dict[str, Any]:
+        """The section with every model replaced, and layers within a tiny model.
+
+        Args:
+            model: the path of the tiny model.
+            layers: how many layers its text model has.
+        """
+        return self.model_dump(mode="json", exclude_none=True) | dict.fromkeys(self.models, model)
 
 
 class SftSection(ObjectiveSection):
@@ -87,8 +97,16 @@ class DistillationSection(ObjectiveSection):
         message = "0 leaves nothing of the teacher in the loss; give hidden_states or attention_maps, or type: sft"
         return given, [error_at("distillation_weight", message)]
 
-    def named_files(self) -> Iterator[tuple[str, str, str]]:
-        yield "teacher", self.teacher, "checkpoint"
+    @property
+    def models(self) -> dict[str, str]:
+        return {"teacher": self.teacher}
+
+    def for_rehearsal(self, model: str, layers: int) -> dict[str, Any]:
+        section = super().for_rehearsal(model, layers)
+        for name, last in {"hidden_states": layers, "attention_maps": layers - 1}.items():
+            if name in section:
+                section[name]["layers"] = [[max(-last, min(layer, last)) for layer in pair] for pair in section[name]["layers"]]
+        return section
 
     def conflicts(self, recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.attention_maps is None:

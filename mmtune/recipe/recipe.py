@@ -183,8 +183,9 @@ def _named_files(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         yield "model.projector.weights", model.projector.weights, "directory"
     if model.chat_template is not None and model.chat_template.endswith(".jinja"):
         yield "model.chat_template", model.chat_template, "file"
-    for key, path, kind in recipe.objective.named_files():
-        yield f"objective.{key}", path, kind
+    for key, name in recipe.objective.models.items():
+        if not name.startswith("builtin:"):
+            yield f"objective.{key}", name, "checkpoint"
     if isinstance(recipe.train.get("deepspeed"), str):
         yield "train.deepspeed", recipe.train["deepspeed"], "file"
     lists = {"data.train": recipe.data.train, "evaluate.data": recipe.evaluate.data if recipe.evaluate else ()}

@@ -117,7 +117,7 @@ class TuningTrainer(Trainer):
         self._data_files = dict(data_files or {})
         self._initial = initial
         self._losses = LossRecord(source_names, dist)
-        self._progress = TrainingProgress(self.model, self.args, dist)
+        self._progress = TrainingProgress([self.model, *objective.frozen_models], self.args, dist)
         self.add_callback(self._progress)
         self.add_callback(AdaLoraStep(lambda: self._is_empty))
 

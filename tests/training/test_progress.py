@@ -199,7 +199,7 @@ def begun(
 ) -> TrainingProgress:
     monkeypatch.setattr(progress, "peak_of", lambda device: peak)
     arguments: Any = SimpleNamespace(device=torch.device("cpu"), torch_compile=False, tf32=None)
-    made = TrainingProgress(tuned("llava", True), arguments, dist)
+    made = TrainingProgress([tuned("llava", True)], arguments, dist)
     made.on_train_begin(arguments, state, TrainerControl())
     return made
 

@@ -26,16 +26,16 @@ class TrainingProgress(TrainerCallback):
     """Counts what every process does between two logs; a log brings it together.
 
     Args:
-        model: as it trains, without the wrappers of a distributed run.
+        models: those that run on every batch: the one that trains, without the wrappers of a distributed run, and frozen ones.
     """
 
-    def __init__(self, model: nn.Module, arguments: TrainingArguments, dist: DistributedContext) -> None:
+    def __init__(self, models: Sequence[nn.Module], arguments: TrainingArguments, dist: DistributedContext) -> None:
         self._arguments = arguments
         self._dist = dist
         self._peak = peak_of(arguments.device)
         # A compiled forward pass cannot be looked into.
-        knows = self._peak is not None and not arguments.torch_compile and ModelFlops.knows(model)
-        self._flops = ModelFlops(model) if knows else None
+        knows = self._peak is not None and not arguments.torch_compile and all(map(ModelFlops.knows, models))
+        self._flops = [ModelFlops(model) for model in models] if knows else []
         self._samples = self._tokens = 0
         self._waited = 0.0
         self._cpu = CpuWait()
@@ -61,12 +61,16 @@ class TrainingProgress(TrainerCallback):
         """
         self._samples += len(rows)
         self._tokens += sum(row.tokens for row in rows)
-        if self._flops is not None:
-            self._flops.add(rows, images)
+        for flops in self._flops:
+            flops.add(rows, images)
 
-    def learning(self, inputs: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def learning(self, inputs: dict[str, Any]) -> Iterator[None]:
         """See `ModelFlops.learning`."""
-        return contextlib.nullcontext() if self._flops is None else self._flops.learning(inputs)
+        with contextlib.ExitStack() as stack:
+            for flops in self._flops:
+                stack.enter_context(flops.learning(inputs))
+            yield
 
     def count_tokens(self, state: TrainerState) -> None:
         """Bring the state's number of tokens up to date, over all processes; all of them call it."""
@@ -85,7 +89,8 @@ class TrainingProgress(TrainerCallback):
         now = time.perf_counter()
         seconds = max(now - self._logs[-1][0], 1e-9)
         kind, memory = memory_mb(self._arguments.device)
-        flops = None if self._flops is None else self._flops.take()
+        operations = [flops.take() for flops in self._flops]
+        flops = None if None in operations else sum(operations)  # type: ignore[arg-type]
         cpu = self._cpu.take()
         lacked = None if cpu is None else cpu / seconds
         brought = self._dist.all_gather_object((self._samples, self._waited / seconds, lacked, memory, flops))
@@ -103,8 +108,8 @@ class TrainingProgress(TrainerCallback):
         }
         if known := [share for share in lacks if share is not None]:
             found["cpu_wait"] = round(min(max(known), 1.0), 4)
-        if self._flops is not None and self._peak is not None and None not in work:
-            could = self._peak.at(self._flops.dtype, bool(self._arguments.tf32)) * seconds * self._dist.size
+        if self._flops and self._peak is not None and None not in work:
+            could = self._peak.at(self._flops[0].dtype, bool(self._arguments.tf32)) * seconds * self._dist.size
             found["mfu"] = round(sum(work) / could, 4)
         self._logs.append((now, state.global_step))
         self._tokens_before, self._samples, self._waited = state.num_input_tokens_seen, 0, 0.0
