@@ -399,7 +399,7 @@ def test_an_allowed_import_is_not_a_fault(module: str, source: str) -> None:
         "class Lines(yaml.UnsafeLoader):\n    pass",
         "class Lines(Base):\n    pass\nyaml.load(text, Loader=Lines)",
         "yaml.unsafe_load(text)",
-        "x = 1  # TO" + "DO: mend",
+        "x = 1  # TO" + "DO: fix",
         "x = 1\n" * (MAX_LINES + 1),
     ],
 )

@@ -52,8 +52,18 @@ IDENTIFIERS: Mapping[str, str] = {
 """Old names of functions, classes and modules, and the present ones."""
 
 PHRASES: Mapping[str, str] = {
+    r"\b(to|could|can|cannot|may) be had\b": "available, not available",
+    r"\b(whereof|thereof|therein|thereby|wherein|herein|whereby)\b": "of it, in it, by it: a sentence of its own",
     r"\banew\b": "again",
-    r"\bwhereof\b": "of which, in a sentence of its own",
+    r"\blest\b|\bought to\b": "so that ... not; should",
+    r"\bin vain\b": "without success",
+    r"\bbe it\b|\bwere it\b": "if it is",
+    r"\bfor want of\b|\bfor the sake of\b": "without; for",
+    r"\bhangs? on\b": "depends on",
+    r"\bdear to\b": "expensive",
+    r"\bmend(s|ed|ing)?\b": "fix, correct",
+    r"\bforetold\b": "predicted",
+    r"\bfullest moment\b": "peak",
 }
 """Wording that a reader has to translate, whatever its case, and plain English."""
 

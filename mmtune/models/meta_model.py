@@ -45,7 +45,7 @@ def build_meta(section: ModelSection) -> PreTrainedModel:
     An assembled model lacks the few embedding rows that its tokenizer may add.
 
     Raises:
-        UserError: a config that is neither here nor to be had.
+        UserError: a config that is neither on this machine nor on the hub.
     """
     attention = section.attn_implementation if section.attn_implementation in ("eager", "sdpa") else None
     config = read_model_config(section)

@@ -51,7 +51,7 @@ CONTEXT, FRAGMENTS = 600_000_000, 0.05  # allowed for a CUDA context with its wo
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What is in memory at the fullest moment of a training step, in bytes.
+    """Peak memory of a training step, in bytes.
 
     Attributes:
         weights: frozen weights and buffers, as stored.
@@ -213,7 +213,7 @@ def print_estimate(estimate: MemoryEstimate, limit_bytes: int | None = None) -> 
         "activations": "activations",
         "logits": "logits",
     }
-    table = Table(title="Memory at the fullest moment of a step", title_justify="left")
+    table = Table(title="Peak memory of a step", title_justify="left")
     table.add_column("what")
     table.add_column("GB (10^9 bytes)", justify="right")
     for kind, words in told.items():

@@ -400,7 +400,7 @@ def test_the_command_tells_of_the_data_and_of_the_memory(
     assert entry_point(["plan", recipe_file, "--json", "data.max_tokens=300"]) == 0
     told = capsys.readouterr()
     plan = json.loads(told.out)
-    for words in ("supervised tokens", "largest batch", "Length of a row", "over length: 0 rows", "Memory at the fullest moment"):
+    for words in ("supervised tokens", "largest batch", "Length of a row", "over length: 0 rows", "Peak memory of a step"):
         assert words in told.err  # for people
     count = len(json.loads(rows.read_text(encoding="utf-8")))
     assert plan["data"]["rows"] == count and plan["data"]["rows_faulty"] == 0 and plan["data"]["steps"] == 3
@@ -421,6 +421,6 @@ def test_without_the_data_the_memory_alone_is_told_and_why(recipe_file: str, cap
     gone = "data.train=[{path: gone/rows.json, template: llava}]"
     assert entry_point(["plan", recipe_file, gone, "--tokens", "40"]) == 0
     shown = capsys.readouterr().out
-    assert "no data to plan: no such file: gone/rows.json" in shown and "Memory at the fullest moment" in shown
+    assert "no data to plan: no such file: gone/rows.json" in shown and "Peak memory of a step" in shown
     assert entry_point(["plan", recipe_file, gone]) == 2
     assert "give data.max_tokens in the recipe, or --tokens" in capsys.readouterr().err

@@ -210,7 +210,7 @@ def test_a_killed_worker_is_said_and_the_run_goes_on(
 
     def killed(self: SampleEncoder, *args: Any) -> Any:
         if torch.utils.data.get_worker_info() is not None and now.exists():
-            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does for want of memory
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
         return encode(self, *args)
 
     def training_step(self: TuningTrainer, *args: Any) -> Any:

@@ -205,7 +205,7 @@ class _Shots:
 
 
 def _permutation(count: int, seed: int, row_id: str) -> Iterator[int]:
-    """Every index once, in an order that hangs on the seed and the row; cheap to begin and dear to finish."""
+    """Lazy random permutation of the indices, by seed and row id: O(k) for the first k items."""
     seen: set[int] = set()
     turn = 0
     while len(seen) < count:

@@ -50,14 +50,14 @@ DEFAULT_PROMPT_SETTINGS = PromptSettings()
 
 
 def draw(seed: int, *names: str | int) -> float:
-    """A number from 0 up to 1 that hangs on the seed and the names alone."""
+    """A number from 0 up to 1 that depends only on the seed and the names."""
     text = "\x1f".join(str(name) for name in (seed, *names))
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits are what a float holds, so that 1 is never reached
 
 
 def shuffled(items: Sequence[Item], seed: int, *names: str | int) -> list[Item]:
-    """The items in an order that hangs on the seed, the names and their number alone."""
+    """The items in an order that depends only on the seed, the names and their number."""
     order = sorted(range(len(items)), key=lambda index: draw(seed, *names, index))
     return [items[index] for index in order]
 

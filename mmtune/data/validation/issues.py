@@ -40,7 +40,7 @@ ISSUE_TYPES: dict[str, IssueType] = {
     "shots_too_few": IssueType("error", "ask for fewer examples, or take them from a file with more rows"),
     "chat_template": IssueType("error", "change the row so that the chat template can write it, or take another chat template"),
     "answer_edge": IssueType("error", "take the white space from the edge of the answer"),
-    "row_unusable": IssueType("error", "mend what the detail names, or remove the row"),
+    "row_unusable": IssueType("error", "correct what the detail names, or remove the row"),
     # media
     "media_missing": IssueType("error", "put the file there, or correct the path or media_root"),
     "media_path": IssueType("error", "give the path of a file, relative to media_root"),
