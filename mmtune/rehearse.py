@@ -117,7 +117,7 @@ def _use(small: Recipe, place: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     if run.adapter.is_dir() and (method is None or method.mergeable):
         # One step from random weights changes less than bf16's rounding, which a real merge would refuse.
-        parity = merge(run.path, place / "merged", form=ExportOptions(dtype="fp32"), count=2)
+        parity = merge(run.path, place / "merged", options=ExportOptions(dtype="fp32"), count=2)
         figures = asdict(parity)
         print(f"merged: largest logit difference {parity.merge_max_logit_difference:.2g}")
     elif run.adapter.is_dir():

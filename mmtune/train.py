@@ -30,7 +30,7 @@ from mmtune.evaluation.evaluate import Answer, check_questions, evaluate, read_a
 from mmtune.evaluation.run_report import write_report
 from mmtune.evaluation.scores import print_scores
 from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK, UNTRAINED, locate_base
-from mmtune.models.checkpoints.unread_tensors import carry_over_unread_tensors
+from mmtune.models.checkpoints.unread_tensors import copy_unread_tensors
 from mmtune.models.generation import DEFAULT_MAX_NEW_TOKENS, generation_settings, unused_settings
 from mmtune.models.load import ADAPTER_CONFIG, load_bare_processor, load_base
 from mmtune.models.materialize import materialize_base
@@ -178,7 +178,7 @@ def export(inputs: RunInputs, tuned: TunedModel, processor: ProcessorMixin, run:
             processor.save_pretrained(folder)
             model.generation_config.save_pretrained(folder)  # with the chat template's stop tokens, which PEFT would not keep
             if not adapts and recipe.model.base not in (None, UNTRAINED):
-                carry_over_unread_tensors(model, locate_base(str(recipe.model.base)), folder)
+                copy_unread_tensors(model, locate_base(str(recipe.model.base)), folder)
 
 
 def summarize(

@@ -200,22 +200,22 @@ def _merge(arguments: argparse.Namespace) -> Any:
         "count": arguments.samples,
         "trust_remote_code": arguments.trust_remote_code,
     }
-    form = ExportOptions(arguments.dtype, arguments.max_shard_size, arguments.quantize)
+    options = ExportOptions(arguments.dtype, arguments.max_shard_size, arguments.quantize)
     if arguments.keep_adapter:
-        if arguments.adapter or form != ExportOptions():
+        if arguments.adapter or options != ExportOptions():
             raise UserError("--keep-adapter releases one RUN as it is: no --adapter, --dtype, --max-shard-size, --quantize")
         figures = release_adapter(Path(arguments.model), out, **shared)
         print(f"released: {out}: the adapter beside its base, {figures['same_answers']} of {figures['samples']} answers the same")
         return figures
     if arguments.adapter:
-        parity = combine_adapters(runs, out, form=form, **shared)
+        parity = combine_adapters(runs, out, options=options, **shared)
     else:
-        parity = merge(Path(arguments.model), out, form=form, **shared)
+        parity = merge(Path(arguments.model), out, options=options, **shared)
     print(
         f"merged: {out}{_step(parity)}: largest logit difference {parity.merge_max_logit_difference:.2g} on "
         f"{parity.merge_samples} samples, {parity.merge_same_answers} greedy answers the same"
     )
-    for name, apart in (("as trained, quantized", parity.trained), (f"{out}-{form.quantize}", parity.quantized)):
+    for name, apart in (("as trained, quantized", parity.trained), (f"{out}-{options.quantize}", parity.quantized)):
         if apart:
             print(
                 f"{name}: largest logit difference {apart['max_logit_difference']:.2g} from the merged model, "

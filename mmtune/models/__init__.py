@@ -1,1 +1,1 @@
-"""Models: where their components are, and how a vision encoder and a language model become one."""
+"""Models: loading, assembly, components, quantization and generation."""

@@ -1,4 +1,4 @@
-"""A vision encoder and a language model become one LlavaForConditionalGeneration."""
+"""Assembly of a vision encoder and a language model into one LlavaForConditionalGeneration."""
 
 from __future__ import annotations
 
@@ -56,50 +56,55 @@ def assemble(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Make one vision-language model of two checkpoints.
+    """Assemble a vision-language model from a vision encoder and a language model, and verify it.
 
-    The parts' weights are kept as they are. New are the projector and, where the tokenizer has none, the rows of the
-    `<image>` and padding tokens (the mean of the other rows; `<image>` is never read, its place is taken by image
-    features). The projector is LLaVA-1.5's two-layer MLP (arXiv 2310.03744, section 3.2) with PyTorch's own
-    initialization of a linear layer, as in the published code, drawn from `seed`.
+    Weights of both components are unchanged. New weights are the projector and, if the tokenizer lacks these tokens, embedding
+    rows for `<image>` and padding (the mean of the other rows; the row of `<image>` is never read, because image features
+    replace it). The projector is LLaVA-1.5's two-layer MLP (arXiv 2310.03744, section 3.2) with PyTorch's default
+    initialization, as in the published code.
+
+    The check runs real forward passes: the number of image tokens must equal the number of image features, and logits on text
+    must equal those of the language model alone.
 
     Args:
-        vision: directory or hub id of a CLIP, SigLIP, DINOv2 or ViT encoder; a checkpoint that holds a text tower too
-            serves.
+        vision: directory or hub id of a CLIP, SigLIP, DINOv2 or ViT encoder; it may also contain a text tower.
         language: directory or hub id of a causal language model.
         vision_feature_layer: index into the encoder's hidden states; 0 is the embeddings.
-        vision_feature_select_strategy: "default" leaves the class token out, "full" keeps every token. None: "default"
-            where there is a class token, else "full".
+        vision_feature_select_strategy: "default" drops the class token, "full" keeps all tokens. None: "default" if the encoder
+            has a class token, else "full".
         chat_template: see `resolve_chat_template`.
-        dtype: of all weights.
+        dtype: the dtype of all weights.
+        seed: the seed of the projector's initialization.
+        trust_remote_code: whether code in the checkpoints may be executed.
 
     Returns:
-        The model in eval mode, on the CPU, and its processor. They have been run together: image tokens were counted
-        against the features of real forward passes, and the language model's logits on plain text
-        compared with its own.
+        The model in eval mode, on the CPU, and its processor.
 
     Raises:
-        UserError: when the parts do not fit, with the reason; before weights are loaded where configs tell.
+        UserError: the components are incompatible; raised before weights are loaded if the configs show it.
     """
     tower = read_vision_tower(vision, trust_remote_code)
     if not -tower.layers - 1 <= vision_feature_layer <= tower.layers:
-        raise UserError(f"vision_feature_layer: {vision_feature_layer} is out of range; {vision} has {tower.layers} layers")
+        raise UserError(
+            f"vision_feature_layer: expected {-tower.layers - 1} to {tower.layers} ({vision} has {tower.layers} layers), got "
+            f"{vision_feature_layer}"
+        )
     language = locate_component(language, "language")
     text_config = read_language_config(language, trust_remote_code)
-    known_tokens = len(read_tokenizer(language, trust_remote_code))
+    vocab_size = len(read_tokenizer(language, trust_remote_code))
     processor = assemble_processor(vision, language, vision_feature_select_strategy, chat_template, trust_remote_code)
     tokenizer, template = processor.tokenizer, str(processor.chat_template)
 
     encoder = _load(AutoModel, vision, tower.config, dtype, seed, trust_remote_code)
-    generation_config, left_out = read_generation_config(language, trust_remote_code)
+    generation_config, dropped = read_generation_config(language, trust_remote_code)
     causal = _load(AutoModelForCausalLM, language, text_config, dtype, seed, trust_remote_code, generation_config)
-    if left_out:
-        print(f"{language}: {left_out}")
+    if dropped:
+        print(f"{language}: {dropped}")
     if unread := find_unread_tensors(causal, language):
-        print(describe_unread_tensors(causal, unread, f"left out of {language}"))
+        print(describe_unread_tensors(causal, unread, f"dropped from {language}"))
     sample = tokenizer("A cat sat on the mat.", return_tensors="pt")["input_ids"]
     with torch.no_grad(), gathered_forward(causal):
-        own_logits = causal(sample.to(causal.device)).logits
+        text_logits = causal(sample.to(causal.device)).logits
 
     config = LlavaConfig(
         vision_config=encoder.config,
@@ -111,14 +116,14 @@ def assemble(
         dtype=dtype,
     )
     model = _compose(config, encoder, causal, dtype, seed)
-    _resize(model, tokenizer, known_tokens)
+    _resize_embeddings(model, tokenizer, vocab_size)
     model.generation_config = causal.generation_config
     use_chat_template(model, processor, template)
-    for part in (model.config, model.config.text_config):
-        part.pad_token_id, part.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
-        part.eos_token_id = tokenizer.eos_token_id
+    for target in (model.config, model.config.text_config):
+        target.pad_token_id, target.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
+        target.eos_token_id = tokenizer.eos_token_id
     with gathered_forward(model):
-        _verify(model, processor, tower, language, sample.to(model.device), own_logits)
+        _verify(model, processor, tower, language, sample.to(model.device), text_logits)
     return model, processor
 
 
@@ -129,7 +134,7 @@ def assemble_processor(
     chat_template: str | None = None,
     trust_remote_code: bool = False,
 ) -> LlavaProcessor:
-    """The processor of the model that `assemble` makes, from configs and the tokenizer alone.
+    """The processor of an assembled model, created from configs and the tokenizer without weights.
 
     Raises:
         UserError: as `assemble`.
@@ -155,11 +160,11 @@ def assemble_processor(
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Add `<image>`, and a padding token where there is none or where it also ends a turn, so that the end is learnt."""
-    ends = {tokenizer.eos_token_id, *end_of_turn_ids(tokenizer, template)}
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+    """Add `<image>`, and a padding token if there is none or if it also ends a turn (otherwise the end would not be learned)."""
+    end_tokens = {tokenizer.eos_token_id, *end_of_turn_ids(tokenizer, template)}
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in end_tokens:
         vocabulary = tokenizer.get_vocab()
-        names = [name for name in PAD_NAMES if name in vocabulary and vocabulary[name] not in ends]
+        names = [name for name in PAD_NAMES if name in vocabulary and vocabulary[name] not in end_tokens]
         tokenizer.add_special_tokens({"pad_token": names[0] if names else "<pad>"})
     if IMAGE_TOKEN not in tokenizer.all_special_tokens:
         image = AddedToken(IMAGE_TOKEN, special=True, normalized=False)
@@ -175,10 +180,10 @@ def _load(
     trust: bool,
     generation_config: GenerationConfig | None = None,
 ) -> Any:
-    """Load a part, and refuse a checkpoint that leaves some of its weights to chance."""
+    """Load a vision encoder or language model; every weight must be in the checkpoint."""
     verbosity = logging.get_verbosity()
     if auto is AutoModel:
-        logging.set_verbosity_error()  # the text tower beside a vision tower is left out on purpose; no page about it
+        logging.set_verbosity_error()  # no warning about the unused weights of a text tower
     try:
         with torch.random.fork_rng(devices=[]), reject_unsafe_pickles(checkpoint):
             torch.manual_seed(seed)
@@ -191,7 +196,7 @@ def _load(
                 **LOADING_INFO,
             )
     except OSError as error:
-        raise UserError(f"{checkpoint}: its weights do not load: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{checkpoint}: cannot load its weights: {str(error).strip().splitlines()[0]}") from error
     finally:
         logging.set_verbosity(verbosity)
     check_weights_loaded(checkpoint, model, report)
@@ -205,32 +210,38 @@ def _compose(config: LlavaConfig, encoder: Any, causal: Any, dtype: torch.dtype,
         torch.manual_seed(seed)
         projector = LlavaMultiModalProjector(config)
     decoder, head = causal.get_decoder(), causal.get_output_embeddings()
-    for mine, theirs in (
+    for expected, actual in (
         (model.model.vision_tower, encoder),
         (model.model.language_model, decoder),
         (model.lm_head, head),
     ):
-        if type(mine) is not type(theirs):
+        if type(expected) is not type(actual):
             raise RecipeValueError(
-                "model", f"{type(theirs).__name__} has no place in LLaVA, which builds {type(mine).__name__} there"
+                "model", f"LlavaForConditionalGeneration needs {type(expected).__name__}, got {type(actual).__name__}"
             )
     if head.bias is not None:
-        raise UserError(f"language: {type(causal).__name__}'s output layer has a bias, which LLaVA's has not")
+        raise UserError(
+            f"language: {type(causal).__name__}: its output layer has a bias, which LlavaForConditionalGeneration lacks"
+        )
     model.model.vision_tower = encoder
-    model.model.multi_modal_projector = projector.to(encoder.device, dtype)  # at ZeRO-3 the parts are where they stay
+    model.model.multi_modal_projector = projector.to(encoder.device, dtype)  # under ZeRO-3 the encoder is on its device already
     model.model.language_model = decoder
     model.lm_head = head
     model.config.vision_config, model.config.text_config = encoder.config, decoder.config
     return model.eval()
 
 
-def _resize(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, known_tokens: int) -> None:
-    """Grow the embeddings for new tokens; rows that a padded checkpoint has spare are used first."""
+def _resize_embeddings(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Add embedding rows for new tokens; unused rows of a padded checkpoint are used first.
+
+    Args:
+        vocab_size: the number of tokens of the original tokenizer.
+    """
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
     rows = embeddings.num_embeddings
     if len(tokenizer) > rows:
-        padded = rows > known_tokens
+        padded = rows > vocab_size
         multiple = next((size for size in (128, 64, 32, 16, 8) if rows % size == 0), None) if padded else None
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple, mean_resizing=False)
@@ -247,31 +258,37 @@ def _verify(
     tower: VisionTower,
     language: str,
     sample: torch.Tensor,
-    own_logits: torch.Tensor,
+    text_logits: torch.Tensor,
 ) -> None:
+    """Compare image tokens with image features, and text logits with `text_logits` of the language model alone.
+
+    Raises:
+        UserError: a difference.
+    """
     name = f"vision: {tower.checkpoint} ({tower.config.model_type})"
     images = [Image.new("RGB", size, "red") for size in PROBE_SIZES] + [Image.new("L", (50, 40))]
     try:
         batch = processor(images=images, text=[IMAGE_TOKEN] * len(images), return_tensors="pt", padding=True)
         features = model.get_image_features(pixel_values=batch["pixel_values"].to(model.device, model.dtype)).pooler_output
     except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"{name} and its image processor do not fit: {error}") from error
+        raise UserError(f"{name}: the model cannot process the output of its image processor: {error}") from error
     sizes = [(image.height, image.width) for image in images]
     predicted = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
     for number, image in enumerate(images):
         tokens = int((batch["input_ids"][number] == model.config.image_token_id).sum())
-        given = features[number].shape[0]
-        if not tokens == given == predicted[number]:
+        count = features[number].shape[0]
+        if not tokens == count == predicted[number]:
             raise UserError(
-                f"{name}: for an image of {image.width} x {image.height} pixels the processor writes {tokens} tokens (it "
-                f"predicts {predicted[number]}), and the model makes {given} features"
+                f"{name}: for an image of {image.width} x {image.height} pixels the processor writes {tokens} image tokens (it "
+                f"predicts {predicted[number]}), and the model gives {count} image features; expected equal numbers"
             )
-    one = processor(images=images[0], text=f"{IMAGE_TOKEN} A cat", return_tensors="pt").to(model.device)
-    logits = model(**{**one, "pixel_values": one["pixel_values"].to(model.dtype)}).logits
+    inputs = processor(images=images[0], text=f"{IMAGE_TOKEN} A cat", return_tensors="pt").to(model.device)
+    logits = model(**{**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}).logits
     if not bool(torch.isfinite(logits).all()):
-        raise UserError(f"{name}: a forward pass with an image gives logits that are not finite")
-    difference = (model(sample).logits[..., : own_logits.shape[-1]].float() - own_logits.float()).abs().max().item()
-    if difference > 1e-3 * max(1.0, own_logits.abs().max().item()):
+        raise UserError(f"{name}: expected finite logits of a forward pass with an image, got NaN or infinity")
+    difference = (model(sample).logits[..., : text_logits.shape[-1]].float() - text_logits.float()).abs().max().item()
+    if (limit := 1e-3 * max(1.0, text_logits.abs().max().item())) < difference:
         raise UserError(
-            f"language: {language} inside LLaVA gives other logits than alone (by {difference:.3g}): it cannot be used"
+            f"language: {language}: its logits on text inside LlavaForConditionalGeneration differ from those of the model alone "
+            f"by {difference:.3g}, limit {limit:.3g}; use another language model"
         )

@@ -380,8 +380,10 @@ def _model_section(trained: TrainedWeights, source: str, trust_remote_code: bool
         folder = local_folder(source)
         kernel = section.attn_implementation is not None and "/" in section.attn_implementation
         if kernel or (section.trust_remote_code and (folder is None or has_remote_code(folder))):
-            what = f"the attention kernel {section.attn_implementation}" if kernel else source
-            raise UserError(f"{trained.run.path}: it was trained with code of {what}, which runs only with --trust-remote-code")
+            code = f"the attention kernel {section.attn_implementation}" if kernel else source
+            raise UserError(
+                f"{trained.run.path}: the run was trained with code of {code}, which is executed only with --trust-remote-code"
+            )
     return section.model_copy(update={"trust_remote_code": trust_remote_code})
 
 
@@ -406,15 +408,15 @@ def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
         config = config_class.from_pretrained(str(adapter))
         expand_patterns(config, model, adapter / ADAPTER_CONFIG)
         tuned = PeftModel.from_pretrained(model, str(adapter), config=config)
-        found = {key for file in weight_files(adapter) for key in safe_open(file, framework="pt").keys()}  # noqa: SIM118
+        keys = {key for file in weight_files(adapter) for key in safe_open(file, framework="pt").keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{adapter}: cannot load the adapter: {reason_of(error)}") from error
-    # PEFT loads what is there, and warns of the rest.
+    # PEFT loads the tensors that match and only warns about the others.
     expected = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
-    faults = {"missing": expected - found, "not the base's": {key for key in found - expected if not _is_embedding(key)}}
-    listing = [f"{len(keys)} tensors {what} ({', '.join(sorted(keys)[:3])} ...)" for what, keys in faults.items() if keys]
+    mismatches = {"missing": expected - keys, "unexpected": {key for key in keys - expected if not _is_embedding(key)}}
+    listing = [f"{len(names)} {kind} ({', '.join(sorted(names)[:3])} ...)" for kind, names in mismatches.items() if names]
     if listing:
-        raise UserError(f"{adapter}: not a whole adapter of its base: {'; '.join(listing)}")
+        raise UserError(f"{adapter}: its tensors do not match its base: {'; '.join(listing)}")
     if own:
         tuned.get_base_model().generation_config = GenerationConfig.from_pretrained(str(adapter))
     return tuned
@@ -436,11 +438,10 @@ def adapter_method(adapter: Path) -> str:
     method = next((name for name, method in METHODS.items() if method.config_class() is config_class), None)
     if method is None:
         raise UserError(
-            f"{adapter / ADAPTER_CONFIG}: peft_type {peft_type!r} is no method that mmtune loads; expected one of "
-            f"{', '.join(METHODS)}"
+            f"{adapter / ADAPTER_CONFIG}: peft_type: expected one of the methods {', '.join(METHODS)}, got {peft_type!r}"
         )
     if config.get("megatron_config") is not None:
-        raise UserError(f"{adapter / ADAPTER_CONFIG}: megatron_config: mmtune does not run Megatron models")
+        raise UserError(f"{adapter / ADAPTER_CONFIG}: megatron_config: Megatron models are not supported, expected null")
     return method
 
 

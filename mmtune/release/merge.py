@@ -1,4 +1,4 @@
-"""Write a release, and prove from disk that it is what was trained."""
+"""Release: merge adapters into their base, write the result, reload it from disk and verify it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,29 +43,28 @@ from mmtune.utils.manifest import NAME as MANIFEST
 from mmtune.utils.manifest import write_manifest
 
 TOLERANCE = 1e-4
-"""Largest logit difference in fp32 between adapter and folded model: the rounding of one matrix sum against two."""
+"""Largest allowed logit difference in fp32 between the adapter on its base and the merged model (rounding of the merged sum)."""
 
-ROUNDING = 0.5
-"""How much a release of half precision may be changed by its rounding, as a part of what the adapter changed (means of absolute
-logit differences). A model that loses more than half of its tuning to rounding is another model."""
+MAX_ROUNDING_LOSS = 0.5
+"""Largest allowed ratio of the change by rounding to half precision to the change by tuning (mean absolute logit differences)."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How a release, loaded back from disk and run in fp32, compares with the adapter on its fp32 base.
+    """Comparison of a release, reloaded from disk and run in fp32, with the adapter on its fp32 base.
 
     Attributes:
-        merge_samples: on how many.
-        merge_dtype: of the released weights.
-        merge_max_logit_difference, merge_mean_logit_difference, merge_kl: see `parity.Difference`.
-        merge_same_answers: greedy answers that are the same text.
+        merge_samples: the number of samples compared.
+        merge_dtype: the dtype of the released weights.
+        merge_max_logit_difference, merge_mean_logit_difference, merge_kl: see `parity.LogitDifference`.
+        merge_same_answers: the number of identical greedy answers.
         merge_unrounded_difference: the largest logit difference before rounding to `merge_dtype`.
-        merge_tolerance: what `merge_unrounded_difference` may be.
-        merge_difference_from_base: largest logit difference from the untuned base, which the release must not equal.
-        merge_step, merge_steps: the optimizer steps that the released weights have behind them, and those of the whole run.
-        merge_copied_tensors: tensors of the base that its class does not read, which are in the release as they are.
-        trained: the same against the adapter on the quantized base that it was trained on; nothing is asked of these.
-        quantized: the quantized release, loaded back, against the merged model; nothing is asked of these.
+        merge_tolerance: the upper limit of `merge_unrounded_difference`.
+        merge_difference_from_base: the largest logit difference from the untuned base; above 0.
+        merge_step, merge_steps: the optimizer step of the released weights, and the number of steps of the run.
+        merge_copied_tensors: tensors that the model class does not read, copied from the base unchanged.
+        trained: the merged model compared with the adapter on the quantized base that it was trained on; no limit applies.
+        quantized: the reloaded quantized release compared with the merged model; no limit applies.
     """
 
     merge_samples: int
@@ -85,12 +85,12 @@ class Parity:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What a release is written as.
+    """The format of a release.
 
     Attributes:
-        dtype: fp32 or bf16; None follows the run's precision.
-        max_shard_size: of a safetensors file, as transformers takes it.
-        quantize: int8 or nf4, to write a quantized release beside the whole one, under its name and `-int8` or `-nf4`.
+        dtype: fp32 or bf16; None: fp32 if the run's precision is fp32, else bf16.
+        max_shard_size: the maximum size of a safetensors file, as in `save_pretrained`.
+        quantize: int8 or nf4: also write a quantized release next to it, with the suffix `-int8` or `-nf4`.
     """
 
     dtype: str | None = None
@@ -102,75 +102,77 @@ def merge(
     path: Path,
     out: Path,
     *,
-    form: ExportOptions | None = None,
+    options: ExportOptions | None = None,
     overwrite: bool = False,
     count: int = 32,
     trust_remote_code: bool = False,
 ) -> Parity:
-    """Write the merged model of a run to `out`.
+    """Merge the adapter of a run into its base and verify the result from disk.
 
-    The base is loaded unquantized in fp32, the adapter folded in (the model of a run without one is taken as it is), the result
-    written beside `out`, loaded back from disk, and compared with what was trained on up to `count` samples of the recipe's
-    held-out data (of its training data when it evaluates nothing). `out` takes its name last.
+    The base is loaded unquantized in fp32 and the adapter is merged into it; the model of a run without an adapter is used
+    unchanged. The result is written to a temporary directory, reloaded from disk, and compared with the trained model on up to
+    `count` held-out samples (training samples if the recipe has no `evaluate` section). Only then is it renamed to `out`.
 
     Args:
-        path: a run, or one of its checkpoints. Of a run that has not finished the last good checkpoint is taken.
-        out: where the merged model goes.
-        form: of the release.
-        overwrite: replace an existing `out`, which stays whole until the new one is proven.
-        count: samples to compare on.
-        trust_remote_code: whether code that comes with the base or the run may run.
+        path: a run or one of its checkpoints; for an unfinished run, its last valid checkpoint is used.
+        out: the directory of the release.
+        options: the format of the release.
+        overwrite: replace an existing `out`; it stays in place until the new release is verified.
+        count: the number of samples to compare.
+        trust_remote_code: whether code in the base or the run may be executed.
 
     Returns:
-        The figures, which also go into the model card and, of a finished run, into its `summary.json`.
+        The comparison, which is also written to the model card and, for a finished run, to its `summary.json`.
 
     Raises:
-        UserError: no run, an adapter that cannot be folded or is damaged, a missing base, an `out` that must not be
+        UserError: not a run, an adapter that cannot be merged or is damaged, a missing base, or an `out` that must not be
             replaced.
-        CheckFailed: the merged model differs from what was trained, or equals the base; nothing is left at `out`.
+        CheckFailed: the merged model differs from the trained one or equals the base; `out` is not written.
     """
     source = locate_run_weights(path)
     run = source.run
     recipe = load_recipe(run.recipe)
     if source.is_adapter:
         check_mergeable(source)
-    job = _Job(recipe, form or ExportOptions(), count, _base_on_disk(source, recipe), trust_remote_code)
-    needed = [path, run.path, *needed_paths(recipe), *([Path(job.base)] if job.base else [])]
+    writer = _ReleaseWriter(recipe, options or ExportOptions(), count, _locate_base(source, recipe), trust_remote_code)
+    needed = [path, run.path, *needed_paths(recipe), *([Path(writer.base)] if writer.base else [])]
     with ExitStack() as stack:
-        fresh = job.open(stack, out, overwrite, needed)
-        trained = None
+        folder = writer.open(stack, out, overwrite, needed)
+        trained_outputs = None
         if recipe.model.precision in QUANTIZED:
-            trained = job.collect_outputs(*load_trained(source, trust_remote_code=trust_remote_code), "as trained")
+            trained = load_trained(source, trust_remote_code=trust_remote_code)
+            trained_outputs = writer.collect(*trained, "trained model")
+            del trained
         model, processor = load_trained(source, torch.float32, trust_remote_code=trust_remote_code)
         to_best_device(model)
-        adapter = job.collect_outputs(model, processor, "as trained, in fp32")
+        adapter_outputs = writer.collect(model, processor, "trained model in fp32")
         if source.is_adapter:
             with model.disable_adapter():
-                base = answer_logits(model, processor, job.samples, "the base")
+                base_logits = answer_logits(model, processor, writer.samples, "base")
             merged = merge_adapter(model)
-            folded = job.collect_outputs(merged, processor, "merged")
+            merged_outputs = writer.collect(merged, processor, "merged model")
         else:
             section = recipe.model.model_copy(update={"precision": "fp32", "trust_remote_code": trust_remote_code})
             untuned, _ = load_base(section, recipe.train.get("seed", 42))
-            base = answer_logits(to_best_device(untuned).eval(), processor, job.samples, "the base")
+            base_logits = answer_logits(to_best_device(untuned).eval(), processor, writer.samples, "base")
             del untuned
-            merged, folded = model, adapter
-        _check_merge(adapter, base, folded)
-        parity = job.write(fresh, merged, processor, adapter, base, folded)
+            merged, merged_outputs = model, adapter_outputs
+        _check_merge(adapter_outputs, base_logits, merged_outputs)
+        parity = writer.write(folder, merged, processor, adapter_outputs, base_logits, merged_outputs)
         del model, merged
-        if trained is not None:
-            parity = replace(parity, trained=_figures(trained, folded))
-        parity = job.write_quantized(folded, processor, parity)
+        if trained_outputs is not None:
+            parity = replace(parity, trained=_comparison(trained_outputs, merged_outputs))
+        parity = writer.write_quantized(merged_outputs, processor, parity)
         summary = read_weights_summary(source)
         parity = replace(parity, merge_step=source.step or summary.get("steps"), merge_steps=summary.get("steps"))
-        job.finish(summary | asdict(parity), run)
+        writer.finish(summary | asdict(parity), run)
     if run.summary.is_file() and not source.is_checkpoint:
         run.update_summary(asdict(parity))
     return parity
 
 
 def read_weights_summary(trained: TrainedWeights) -> dict[str, Any]:
-    """What a run's `summary.json` says; of a checkpoint, what is known of it, and nothing of the finished run."""
+    """The `summary.json` of a run; for a checkpoint, only its own steps and row counts, and nothing of the finished run."""
     if not trained.is_checkpoint:
         return trained.run.read_summary() if trained.run.summary.is_file() else {}
     report = read_record(
@@ -180,107 +182,106 @@ def read_weights_summary(trained: TrainedWeights) -> dict[str, Any]:
     return {"steps": trained.steps, "rows": report["rows"], **counts}
 
 
-def _base_on_disk(source: TrainedWeights, recipe: Recipe) -> str | None:
-    """The checkpoint that a run started from; None where it was made in memory and not written."""
+def _locate_base(source: TrainedWeights, recipe: Recipe) -> str | None:
+    """The checkpoint that a run started from; None if its base was created in memory and not saved."""
     if source.is_adapter:
         return locate_adapter_base(source.path)
     return None if recipe.model.base in (None, UNTRAINED) else locate_base(str(recipe.model.base))
 
 
 def combine_adapters(
-    parts: Sequence[tuple[Path, float]],
+    weighted_paths: Sequence[tuple[Path, float]],
     out: Path,
     *,
-    form: ExportOptions | None = None,
+    options: ExportOptions | None = None,
     overwrite: bool = False,
     count: int = 32,
     trust_remote_code: bool = False,
 ) -> Parity:
-    """Write one base plus the weighted sum of several adapters' changes to `out`.
+    """Merge the weighted sum of several adapters into their base and verify the result from disk.
 
-    What is compared with the release from disk is the sum in memory: there is no trained model to compare a sum with.
+    The release is compared with the merged model in memory, because no trained model of the sum exists.
 
     Args:
-        parts: runs or checkpoints, and their weights.
-        out, form, overwrite, count, trust_remote_code: as for `merge`; samples come from the first run.
+        weighted_paths: runs or checkpoints, and their weights.
+        out, options, overwrite, count, trust_remote_code: as for `merge`; the samples are those of the first run.
 
     Raises:
         UserError, CheckFailed: as `merge`.
     """
-    for path, weight in parts:
+    for path, weight in weighted_paths:
         if not math.isfinite(weight):
-            raise UserError(f"{path}: {weight} is no weight")
-    runs = [(locate_run_adapter(path), weight) for path, weight in parts]
+            raise UserError(f"{path}: expected a finite weight, got {weight}")
+    runs = [(locate_run_adapter(path), weight) for path, weight in weighted_paths]
     for trained, _ in runs:
         check_mergeable(trained)
     first = runs[0][0].run
     recipe = load_recipe(first.recipe)
-    job = _Job(recipe, form or ExportOptions(), count, locate_adapter_base(runs[0][0].path), trust_remote_code)
-    needed = [*(trained.run.path for trained, _ in runs), *(trained.path for trained, _ in runs), Path(str(job.base))]
+    base_name = locate_adapter_base(runs[0][0].path)
+    writer = _ReleaseWriter(recipe, options or ExportOptions(), count, base_name, trust_remote_code)
+    needed = [*(trained.run.path for trained, _ in runs), *(trained.path for trained, _ in runs), Path(base_name)]
     needed += needed_paths(recipe)
     with ExitStack() as stack:
-        fresh = job.open(stack, out, overwrite, needed)
+        folder = writer.open(stack, out, overwrite, needed)
         merged, processor = merge_weighted(runs, trust_remote_code)
-        folded = job.collect_outputs(to_best_device(merged), processor, "merged")
-        base_name = str(job.base)
+        merged_outputs = writer.collect(to_best_device(merged), processor, "merged model")
         untuned = load_strictly(base_name, base_name, quiet=True, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        base = answer_logits(to_best_device(untuned), processor, job.samples, "the base")
+        base_logits = answer_logits(to_best_device(untuned), processor, writer.samples, "base")
         del untuned
-        if compare(base, folded.logits).largest <= TOLERANCE / 100:
-            raise CheckFailed("the merged model equals the base: the adapters changed nothing, or cancel")
-        parity = job.write(fresh, merged, processor, folded, base, folded)
+        if compare(base_logits, merged_outputs.logits).largest <= TOLERANCE / 100:
+            raise CheckFailed("the merged model equals the base: the adapters change nothing, or their changes cancel out")
+        parity = writer.write(folder, merged, processor, merged_outputs, base_logits, merged_outputs)
         del merged
-        parity = job.write_quantized(folded, processor, parity)
+        parity = writer.write_quantized(merged_outputs, processor, parity)
         names = [str(trained.path if trained.is_checkpoint else trained.run.path) for trained, _ in runs]
         weights = [weight for _, weight in runs]
-        job.finish(asdict(parity) | {"adapters": list(zip(names, weights, strict=True))}, first)
+        writer.finish(asdict(parity) | {"adapters": list(zip(names, weights, strict=True))}, first)
     return parity
 
 
 def release_adapter(
     path: Path, out: Path, *, overwrite: bool = False, count: int = 32, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Release a run as its adapter and, unless that is on the hub, its base: for methods that cannot be folded.
+    """Release the adapter of a run without merging it, with its base unless that is on the hub, and verify it from disk.
 
-    `out` gets `adapter/`, `base/`, and a card that shows how to load them. They are loaded back that way and compared with
-    the run's own adapter, which must give the same logits.
+    For methods that cannot be merged. `out` has `adapter/`, `base/`, and a model card that shows how to load them. The release
+    is reloaded that way, and its logits must equal those of the run.
 
     Returns:
         `samples`, `max_logit_difference`, `same_answers`, `merge_step`, `merge_steps`.
 
     Raises:
-        UserError: no adapter in the run, or an `out` that must not be replaced.
-        CheckFailed: what was released differs from the run.
+        UserError: the run has no adapter, or `out` must not be replaced.
+        CheckFailed: the release differs from the run.
     """
     source = locate_run_adapter(path)
     run = source.run
     recipe = load_recipe(run.recipe)
-    job = _Job(recipe, ExportOptions(), count, trust_remote_code=trust_remote_code)
+    writer = _ReleaseWriter(recipe, ExportOptions(), count, trust_remote_code=trust_remote_code)
     base = Path(read_adapter_base(source.path))
     needed = [path, run.path, base, *needed_paths(recipe)]
-    with report_removed_checkpoint(source), replaced_directory(out, overwrite, MANIFEST, needed) as fresh:
-        for folder in (source.path, *([base] if base.is_dir() else [])):
-            check_links_stay(folder)
+    with report_removed_checkpoint(source), replaced_directory(out, overwrite, MANIFEST, needed) as folder:
+        for copied in (source.path, *([base] if base.is_dir() else [])):
+            check_links_stay(copied)
         model, processor = load_trained(source, torch.float32, trust_remote_code=trust_remote_code)
-        expected = job.collect_outputs(to_best_device(model), processor, "as trained, in fp32")
+        expected = writer.collect(to_best_device(model), processor, "trained model in fp32")
         if base.is_dir():
-            shutil.copytree(base, fresh / "base")
-        # A base in the release is found beside the adapter, wherever the release goes.
-        export_adapter(source, processor, fresh / "adapter", base="base" if base.is_dir() else str(base))
-        result = job.collect_outputs(*_placed(job.load(fresh / "adapter")), "the release")
-        figures = _figures(expected, result)
-        if figures["max_logit_difference"] > 1e-6 or figures["same_answers"] < figures["samples"]:
-            raise CheckFailed(f"the released adapter differs from the run's: {figures}")
+            shutil.copytree(base, folder / "base")
+        # The name of a local base is relative, so that the release can be moved.
+        export_adapter(source, processor, folder / "adapter", base="base" if base.is_dir() else str(base))
+        comparison = _comparison(expected, writer.collect_released(folder / "adapter"))
+        if comparison["max_logit_difference"] > 1e-6 or comparison["same_answers"] < comparison["samples"]:
+            raise CheckFailed(f"the released adapter differs from the adapter of the run: {comparison}")
         summary = read_weights_summary(source)
         steps = {"merge_step": source.step or summary.get("steps"), "merge_steps": summary.get("steps")}
-        card = adapter_card(recipe, summary | steps, run, figures, base.is_dir())
-        (fresh / "README.md").write_text(card, encoding="utf-8")
-        write_manifest(fresh, step=steps["merge_step"], steps=steps["merge_steps"])
-    return figures | steps
+        card = adapter_card(recipe, summary | steps, run, comparison, base.is_dir())
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_manifest(folder, step=steps["merge_step"], steps=steps["merge_steps"])
+    return comparison | steps
 
 
 def parity_samples(recipe: Recipe, count: int) -> list[Sample]:
-    """Up to `count` samples spread over the recipe's held-out data, or its training data, not augmented, when it has none."""
+    """Up to `count` samples, spread over the held-out data; over the training data without augmentation if there is none."""
     plain = tuple(source.model_copy(update={"augment": None}) for source in recipe.data.train)
     samples = (
         IndexedSamples(recipe.evaluate.data) if recipe.evaluate else open_samples(recipe.data.model_copy(update={"train": plain}))
@@ -288,152 +289,173 @@ def parity_samples(recipe: Recipe, count: int) -> list[Sample]:
     return [handle() for handle in islice(samples.subset(count), count)]
 
 
-class _Job:
-    """What is asked of every model of one merge, and how the result is written."""
+class _ReleaseWriter:
+    """Writes a release and compares models on the same samples.
+
+    Args:
+        recipe: the recipe of the run.
+        options: the format of the release.
+        count: the number of samples to compare.
+        base: the checkpoint whose unread tensors are copied into the release.
+        trust_remote_code: whether code in the base or the run may be executed.
+    """
 
     def __init__(
-        self, recipe: Recipe, form: ExportOptions, count: int, base: str | None = None, trust_remote_code: bool = False
+        self, recipe: Recipe, options: ExportOptions, count: int, base: str | None = None, trust_remote_code: bool = False
     ) -> None:
         if count < 1:
-            raise UserError(f"--samples {count}: a release is compared on at least one sample")
-        if not re.fullmatch(r"\d+[KMGT]I?B", form.max_shard_size.upper()):
-            raise UserError(f"--max-shard-size {form.max_shard_size}: expected a size such as 5GB")
+            raise UserError(f"--samples {count}: expected at least 1")
+        if not re.fullmatch(r"\d+[KMGT]I?B", options.max_shard_size.upper()):
+            raise UserError(f"--max-shard-size {options.max_shard_size}: expected a size such as 5GB")
         self.samples = parity_samples(recipe, count)
-        self.form = form
-        self.dtype = form.dtype or ("fp32" if recipe.model.precision == "fp32" else "bf16")
-        self.base = base  # the checkpoint from which tensors are carried over
-        self.written: list[Path] = []
-        self._trusts = trust_remote_code
+        self.options = options
+        self.dtype = options.dtype or ("fp32" if recipe.model.precision == "fp32" else "bf16")
+        self.base = base
+        self.folders: list[Path] = []
+        self._trust_remote_code = trust_remote_code
         self._recipe = recipe
         self._unread: dict[str, Path] = {}
-        self._carried: dict[str, Any] = {}
-        self._new_tokens = recipe.evaluate.max_new_tokens if recipe.evaluate else DEFAULT_MAX_NEW_TOKENS
+        self._copied: dict[str, Any] = {}
+        self._max_new_tokens = recipe.evaluate.max_new_tokens if recipe.evaluate else DEFAULT_MAX_NEW_TOKENS
 
     def open(self, stack: ExitStack, out: Path, overwrite: bool, needed: Sequence[Path]) -> Path:
-        """Temporary directories for the release and, if it is asked for, the quantized one; refused before anything is loaded."""
-        self.written = [stack.enter_context(replaced_directory(out, overwrite, CHECKPOINT_MARK, needed))]
-        if self.form.quantize is not None:
-            beside = out.with_name(f"{out.name}-{self.form.quantize}")
-            self.written.append(stack.enter_context(replaced_directory(beside, overwrite, CHECKPOINT_MARK, needed)))
-        return self.written[0]
+        """Open temporary directories for the release and the quantized release, if any; checks `out` before weights load."""
+        self.folders = [stack.enter_context(replaced_directory(out, overwrite, CHECKPOINT_MARK, needed))]
+        if self.options.quantize is not None:
+            quantized = out.with_name(f"{out.name}-{self.options.quantize}")
+            self.folders.append(stack.enter_context(replaced_directory(quantized, overwrite, CHECKPOINT_MARK, needed)))
+        return self.folders[0]
 
-    def load(self, released: Path) -> tuple[Any, ProcessorMixin]:
-        """What was written, loaded back from disk in fp32."""
-        return load_trained(released, torch.float32, trust_remote_code=self._trusts)
+    def collect(self, model: PreTrainedModel, processor: ProcessorMixin, label: str) -> ModelOutputs:
+        """The outputs of a model on the samples."""
+        return collect_outputs(model, processor, self.samples, self._max_new_tokens, label)
 
-    def collect_outputs(self, model: PreTrainedModel, processor: ProcessorMixin, what: str) -> ModelOutputs:
-        return collect_outputs(model, processor, self.samples, self._new_tokens, what)
+    def collect_released(self, folder: Path) -> ModelOutputs:
+        """The outputs of a written release, reloaded from disk in fp32."""
+        model, processor = load_trained(folder, torch.float32, trust_remote_code=self._trust_remote_code)
+        return self.collect(to_best_device(model), processor, "release")
 
     def write(
         self,
-        fresh: Path,
+        folder: Path,
         merged: PreTrainedModel,
         processor: ProcessorMixin,
-        adapter: ModelOutputs,
-        base: list[torch.Tensor],
-        folded: ModelOutputs,
+        adapter_outputs: ModelOutputs,
+        base_logits: list[torch.Tensor],
+        merged_outputs: ModelOutputs,
     ) -> Parity:
-        """Write the model in its dtype, load it back in fp32, and compare."""
-        merged.to(DTYPES[self.dtype]).save_pretrained(fresh, max_shard_size=self.form.max_shard_size)
-        processor.save_pretrained(fresh)
+        """Write the model in its dtype, reload it in fp32, and compare."""
+        merged.to(DTYPES[self.dtype]).save_pretrained(folder, max_shard_size=self.options.max_shard_size)
+        processor.save_pretrained(folder)
         if self.base is not None:
             self._unread = find_unread_tensors(merged, self.base)
-            self._carried = append_tensors(self._unread, fresh, self.form.max_shard_size)
-            if self._carried:
-                print(describe_unread_tensors(merged, self._carried))
-        merged.to("meta")  # its memory is wanted for the model that is loaded back
+            self._copied = append_tensors(self._unread, folder, self.options.max_shard_size)
+            if self._copied:
+                print(describe_unread_tensors(merged, self._copied))
+        merged.to("meta")  # frees the memory for the reloaded model
         gc.collect()
-        result = self.collect_outputs(*_placed(self.load(fresh)), "the release")
-        difference = compare(adapter.logits, result.logits)
+        released = self.collect_released(folder)
+        difference = compare(adapter_outputs.logits, released.logits)
         parity = Parity(
             merge_samples=len(self.samples),
             merge_dtype=self.dtype,
             merge_max_logit_difference=difference.largest,
             merge_mean_logit_difference=difference.mean,
             merge_kl=difference.kl,
-            merge_same_answers=count_same_answers(adapter, result),
-            merge_unrounded_difference=compare(adapter.logits, folded.logits).largest,
+            merge_same_answers=count_same_answers(adapter_outputs, released),
+            merge_unrounded_difference=compare(adapter_outputs.logits, merged_outputs.logits).largest,
             merge_tolerance=TOLERANCE,
-            merge_difference_from_base=compare(base, result.logits).largest,
-            merge_copied_tensors=tuple(self._carried),
+            merge_difference_from_base=compare(base_logits, released.logits).largest,
+            merge_copied_tensors=tuple(self._copied),
         )
-        _check_release(parity, change=compare(base, adapter.logits).mean)
+        _check_release(parity, tuning_change=compare(base_logits, adapter_outputs.logits).mean)
         return parity
 
-    def write_quantized(self, merged: ModelOutputs, processor: ProcessorMixin, parity: Parity) -> Parity:
-        """Write the quantized release beside the whole one, if it is asked for."""
-        kind = self.form.quantize
-        if kind is None:
+    def write_quantized(self, merged_outputs: ModelOutputs, processor: ProcessorMixin, parity: Parity) -> Parity:
+        """Write the quantized release, if the options have one, and verify it from disk."""
+        precision = self.options.quantize
+        if precision is None:
             return parity
-        whole, fresh = self.written
-        config = quantization_config(str(whole), kind, self._trusts)
-        where = {"": torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")}
-        model = AutoModelForImageTextToText.from_pretrained(
-            str(whole),
-            dtype=torch.bfloat16,
-            quantization_config=config,
-            device_map=where,
-            trust_remote_code=self._trusts,
+        source, folder = self.folders
+        config = quantization_config(str(source), precision, self._trust_remote_code)
+        device_map = {"": torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")}
+        load = partial(
+            AutoModelForImageTextToText.from_pretrained, device_map=device_map, trust_remote_code=self._trust_remote_code
         )
+        model = load(str(source), dtype=torch.bfloat16, quantization_config=config)
         prepare_quantized(model)
-        model.save_pretrained(fresh, max_shard_size=self.form.max_shard_size)
-        processor.save_pretrained(fresh)
-        append_tensors(self._unread, fresh, self.form.max_shard_size)
-        expected = self.collect_outputs(model, processor, kind)
-        reloaded = AutoModelForImageTextToText.from_pretrained(str(fresh), device_map=where, trust_remote_code=self._trusts)
+        model.save_pretrained(folder, max_shard_size=self.options.max_shard_size)
+        processor.save_pretrained(folder)
+        append_tensors(self._unread, folder, self.options.max_shard_size)
+        expected = self.collect(model, processor, f"{precision} model")
+        reloaded = load(str(folder))
         prepare_quantized(reloaded)
-        result = self.collect_outputs(reloaded, processor, f"the {kind} release")
-        if (apart := compare(expected.logits, result.logits).largest) > TOLERANCE:
-            raise CheckFailed(f"the {kind} release, loaded back from disk, differs from what was written: by {apart:.3g}")
-        return replace(parity, quantized=_figures(merged, result))
+        released = self.collect(reloaded, processor, f"{precision} release")
+        if (difference := compare(expected.logits, released.logits).largest) > TOLERANCE:
+            raise CheckFailed(
+                f"the {precision} release, reloaded from disk, differs from the saved model: largest logit difference "
+                f"{difference:.3g}, limit {TOLERANCE:g}"
+            )
+        return replace(parity, quantized=_comparison(merged_outputs, released))
 
     def finish(self, summary: dict[str, Any], run: RunDirectory) -> None:
-        """Write the cards and the manifests."""
-        about = {"step": summary["merge_step"], "steps": summary["merge_steps"], "copied_tensors": self._carried}
-        for folder in self.written:
+        """Write the model cards and the manifests."""
+        contents = {"step": summary["merge_step"], "steps": summary["merge_steps"], "copied_tensors": self._copied}
+        for folder in self.folders:
             (folder / "README.md").write_text(model_card(self._recipe, summary, run), encoding="utf-8")
-            write_manifest(folder, **about)
+            write_manifest(folder, **contents)
 
 
-def _placed(loaded: tuple[Any, ProcessorMixin]) -> tuple[Any, ProcessorMixin]:
-    return to_best_device(loaded[0]), loaded[1]
-
-
-def _figures(one: ModelOutputs, other: ModelOutputs) -> dict[str, Any]:
-    difference = compare(one.logits, other.logits)
+def _comparison(expected: ModelOutputs, actual: ModelOutputs) -> dict[str, Any]:
+    difference = compare(expected.logits, actual.logits)
     return {
-        "samples": len(one.answers),
+        "samples": len(expected.answers),
         "max_logit_difference": difference.largest,
         "mean_logit_difference": difference.mean,
         "kl": difference.kl,
-        "same_answers": count_same_answers(one, other),
+        "same_answers": count_same_answers(expected, actual),
     }
 
 
-def _check_merge(adapter: ModelOutputs, base: list[torch.Tensor], folded: ModelOutputs) -> None:
-    if compare(base, folded.logits).largest <= TOLERANCE / 100:
-        raise CheckFailed("the merged model equals the base: tuning changed nothing, or the adapter was not folded in")
-    apart = compare(adapter.logits, folded.logits).largest
-    if apart > TOLERANCE:
+def _check_merge(adapter: ModelOutputs, base_logits: list[torch.Tensor], merged: ModelOutputs) -> None:
+    """Compare the merged model in memory with the adapter on its base.
+
+    Raises:
+        CheckFailed: the merged model equals the base, or differs from the adapter in logits or greedy answers.
+    """
+    if compare(base_logits, merged.logits).largest <= TOLERANCE / 100:
+        raise CheckFailed("the merged model equals the base: tuning changed nothing, or the adapter was not merged")
+    difference = compare(adapter.logits, merged.logits).largest
+    if difference > TOLERANCE:
         raise CheckFailed(
-            f"the merged model differs from the adapter: largest logit difference {apart:.3g}, more than {TOLERANCE:g}"
+            f"the merged model differs from the adapter: largest logit difference {difference:.3g}, limit {TOLERANCE:g}"
         )
-    if (same := count_same_answers(adapter, folded)) < len(adapter.answers):
+    if (same := count_same_answers(adapter, merged)) < len(adapter.answers):
         raise CheckFailed(
-            f"the merged model answers {len(adapter.answers) - same} of {len(adapter.answers)} samples unlike the adapter"
+            f"the merged model differs from the adapter: expected {len(adapter.answers)} identical greedy answers, got {same}"
         )
 
 
-def _check_release(parity: Parity, change: float) -> None:
-    exact = parity.merge_dtype == "fp32"
-    apart, allowed = parity.merge_mean_logit_difference, ROUNDING * change
-    if exact and (parity.merge_max_logit_difference > TOLERANCE or parity.merge_same_answers < parity.merge_samples):
+def _check_release(parity: Parity, tuning_change: float) -> None:
+    """Check a release that was reloaded from disk.
+
+    Args:
+        parity: the comparison with the adapter.
+        tuning_change: the mean logit difference between base and adapter.
+
+    Raises:
+        CheckFailed: an fp32 release that differs from the adapter, or a bf16 release that loses too much by rounding.
+    """
+    difference, limit = parity.merge_mean_logit_difference, MAX_ROUNDING_LOSS * tuning_change
+    if parity.merge_dtype == "fp32":
+        if parity.merge_max_logit_difference > TOLERANCE or parity.merge_same_answers < parity.merge_samples:
+            raise CheckFailed(
+                "the merged model, reloaded from disk, differs from the adapter: largest logit difference "
+                f"{parity.merge_max_logit_difference:.3g}, limit {TOLERANCE:g}; {parity.merge_same_answers} of "
+                f"{parity.merge_samples} greedy answers identical"
+            )
+    elif not difference <= limit:  # "not <=" is also true for NaN
         raise CheckFailed(
-            f"the merged model, loaded back from disk, differs from the adapter: largest logit difference "
-            f"{parity.merge_max_logit_difference:.3g}, {parity.merge_same_answers} of {parity.merge_samples} answers the same"
-        )
-    if not exact and not apart <= allowed:  # also when a logit is not finite
-        raise CheckFailed(
-            f"rounding the merged model to {parity.merge_dtype} changes its logits by {apart:.3g} on average, more than "
-            f"{allowed:.3g}, half of what the adapter changed"
+            f"rounding the merged model to {parity.merge_dtype} changes its logits by {difference:.3g} on average, limit "
+            f"{limit:.3g} (half of the change by tuning); write it in fp32: --dtype fp32"
         )

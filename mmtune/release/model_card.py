@@ -1,4 +1,4 @@
-"""The model card that goes with a released model: what it was made from, how, and what was measured."""
+"""Model card of a release: base, use, evaluation, merge parity, data and recipe."""
 
 from __future__ import annotations
 
@@ -20,42 +20,44 @@ from mmtune.utils.hub import HUB_ID, cached_snapshot
 
 
 def model_card(recipe: Recipe, summary: dict[str, Any], run: RunDirectory) -> str:
-    """A README in the hub's form for one ordinary checkpoint: front matter, use, figures, data and recipe.
+    """The model card of a full checkpoint, as a README with front matter.
 
     Args:
         recipe: the run's resolved recipe.
-        summary: the run's figures, with those of the merge if there was one.
-        run: where its data report and environment are.
+        summary: the run's metrics, and those of the merge, if any.
+        run: the run directory, for its environment.
     """
-    about = f"{_base_name(recipe)}, tuned with mmtune: one ordinary checkpoint."
+    description = f"{_base_name(recipe)}, tuned with mmtune; a full checkpoint."
     if "adapters" in summary:
-        sums = "; ".join(f"{weight:g} x {name}" for name, weight in summary["adapters"])
-        about = (
-            f"{_base_name(recipe)} plus the weighted changes of several adapters: {sums}. Figures, data and recipe below "
-            "are those of the first; the merge is compared with the same sum in memory."
+        terms = "; ".join(f"{weight:g} x {name}" for name, weight in summary["adapters"])
+        description = (
+            f"{_base_name(recipe)} with a weighted sum of several adapters merged into it: {terms}. Evaluation, data and recipe "
+            "below are those of the first adapter; the merge is compared with the sum in memory."
         )
-    return _card(recipe, summary, run, about, USE)
+    return _card(recipe, summary, run, description, USE)
 
 
-def adapter_card(recipe: Recipe, summary: dict[str, Any], run: RunDirectory, figures: dict[str, Any], own_base: bool) -> str:
-    """A README for a release of an adapter beside its base.
+def adapter_card(
+    recipe: Recipe, summary: dict[str, Any], run: RunDirectory, comparison: dict[str, Any], includes_base: bool
+) -> str:
+    """The model card of an adapter that is released next to its base.
 
     Args:
-        figures: of the comparison with the run.
-        own_base: whether the base is in the release, or on the hub.
+        recipe, summary, run: as for `model_card`.
+        comparison: the release compared with the run, from `release_adapter`.
+        includes_base: whether the release contains the base; otherwise it is on the hub.
     """
-    method = recipe.tune.method or "full"
-    known = METHODS.get(method)
-    folds = known is None or known.mergeable
-    about = f"{_base_name(recipe)} with a {method} adapter, tuned with mmtune. "
-    about += (
-        "It is released as an adapter beside its base."
-        if folds
-        else f"A {method} adapter is no change of weights, so it cannot be folded into the base: both are needed."
+    name = recipe.tune.method or "full"
+    method = METHODS.get(name)
+    description = f"{_base_name(recipe)} with a {name} adapter, tuned with mmtune. "
+    description += (
+        "The adapter is released next to its base."
+        if method is None or method.mergeable
+        else f"A {name} adapter cannot be merged into the base's weights: both are needed."
     )
-    ours = known is not None and known.config.startswith("mmtune.")
-    base = "base" if own_base else str(recipe.model.base)
-    lines = ["import mmtune.methods.tuners  # makes PEFT know the method"] if ours else []
+    is_own_tuner = method is not None and method.config.startswith("mmtune.")
+    base = "base" if includes_base else str(recipe.model.base)
+    lines = ["import mmtune.methods.tuners  # registers the method with PEFT"] if is_own_tuner else []
     lines += [
         "from peft import PeftModel",
         "from transformers import AutoModelForImageTextToText, AutoProcessor",
@@ -65,14 +67,14 @@ def adapter_card(recipe: Recipe, summary: dict[str, Any], run: RunDirectory, fig
         'processor = AutoProcessor.from_pretrained("adapter")',
     ]
     code = "\n".join(lines)
-    compared = (
-        f"Loaded back like this and compared with the run on {figures['samples']} samples: largest logit difference "
-        f"{figures['max_logit_difference']:.3g}, {figures['same_answers']} greedy answers the same."
+    parity = (
+        f"Reloaded from disk like this and compared with the run on {comparison['samples']} samples: largest logit difference "
+        f"{comparison['max_logit_difference']:.3g}, {comparison['same_answers']} greedy answers identical."
     )
-    return _card(recipe, summary, run, about, f"```python\n{code}\n```\n\n{compared}")
+    return _card(recipe, summary, run, description, f"```python\n{code}\n```\n\n{parity}")
 
 
-def _card(recipe: Recipe, summary: dict[str, Any], run: RunDirectory, about: str, use: str) -> str:
+def _card(recipe: Recipe, summary: dict[str, Any], run: RunDirectory, description: str, use: str) -> str:
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
@@ -80,30 +82,32 @@ def _card(recipe: Recipe, summary: dict[str, Any], run: RunDirectory, about: str
     }
     if recipe.model.base and not recipe.model.base.startswith("builtin:"):
         front["base_model"] = recipe.model.base
-    if (licence := base_license(recipe)) is not None:
-        front["license"] = licence
+    if (license_name := base_license(recipe)) is not None:
+        front["license"] = license_name
     environment = read_record(run.environment, versions=dict, python=str)
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    parts = [
+    sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {run.path.name}",
-        about,
+        description,
         *_step(summary),
         "## Use",
         use,
-        *_figures(summary),
+        *_evaluation(summary),
         *_merge(summary),
         *([line] if (line := generation_line(summary)) else []),
-        "## Licence",
-        f"The base's: {licence}." if licence else "The base names none where this was made: see the base before sharing.",
+        "## License",
+        f"License of the base: {license_name}."
+        if license_name
+        else "Unknown: no local model card of the base names a license. Check the base before sharing.",
         "## Data",
         f"{summary.get('rows', 'unknown')} rows; {summary.get('quarantined', 'unknown')} quarantined, "
         f"{summary.get('dropped_over_length', 'unknown')} dropped as too long.",
         "## Recipe",
         f"```yaml\n{recipe.to_yaml()}```",
-        f"Made with Python {environment['python']}, {versions}.",
+        f"Created with Python {environment['python']}, {versions}.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def _base_name(recipe: Recipe) -> str:
@@ -111,7 +115,10 @@ def _base_name(recipe: Recipe) -> str:
 
 
 def base_license(recipe: Recipe) -> str | None:
-    """What the base's own card names as its licence, if that card is on this machine; of parts, that of the language model."""
+    """The license in the base's model card, or None if no card is on this machine or it names none.
+
+    For an assembled base, the license of the language model.
+    """
     name = str(recipe.model.base or recipe.model.language)
     folder = BUILTIN.get(name, Path(name))
     cached = None if folder.is_dir() or not HUB_ID.fullmatch(name) else cached_snapshot(name, "README.md")
@@ -121,10 +128,10 @@ def base_license(recipe: Recipe) -> str | None:
     front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), flags=re.DOTALL)
     try:
         values = yaml.safe_load(front.group(1)) if front else None
-    except yaml.YAMLError:  # someone else's file
+    except yaml.YAMLError:  # the base's card is not ours to correct
         return None
-    licence = values.get("license_name") or values.get("license") if isinstance(values, dict) else None
-    return licence if isinstance(licence, str) else None
+    license_name = values.get("license_name") or values.get("license") if isinstance(values, dict) else None
+    return license_name if isinstance(license_name, str) else None
 
 
 USE = """```python
@@ -148,15 +155,16 @@ def _merge(summary: dict[str, Any]) -> list[str]:
         return []
     return [
         "## Merge",
-        f"Weights in {summary['merge_dtype']}, compared with the adapter after loading back from disk, on "
-        f"{summary['merge_samples']} samples, computing in fp32: largest logit difference "
-        f"{summary['merge_max_logit_difference']:.3g}, mean {summary['merge_mean_logit_difference']:.3g}, KL divergence "
-        f"{summary['merge_kl']:.3g}, {summary['merge_same_answers']} of {summary['merge_samples']} greedy answers the same. "
-        f"Before rounding to {summary['merge_dtype']}: {summary['merge_unrounded_difference']:.3g} (allowed: "
-        f"{summary['merge_tolerance']:g}). Largest difference from the base: {summary['merge_difference_from_base']:.3g}.",
-        *_carried(summary.get("merge_copied_tensors", ())),
-        *_extra("The adapter on the quantized base that it was trained on, against this", summary.get("trained")),
-        *_extra("The quantized release beside this, against this", summary.get("quantized")),
+        f"Weights in {summary['merge_dtype']}. Reloaded from disk and compared with the adapter on {summary['merge_samples']} "
+        f"samples in fp32: largest logit difference {summary['merge_max_logit_difference']:.3g}, mean "
+        f"{summary['merge_mean_logit_difference']:.3g}, KL divergence {summary['merge_kl']:.3g}, "
+        f"{summary['merge_same_answers']} of {summary['merge_samples']} greedy answers identical. Largest logit difference "
+        f"before rounding to {summary['merge_dtype']}: {summary['merge_unrounded_difference']:.3g} (limit "
+        f"{summary['merge_tolerance']:g}). Largest logit difference from the base: "
+        f"{summary['merge_difference_from_base']:.3g}.",
+        *_copied_tensors(summary.get("merge_copied_tensors", ())),
+        *_comparison_line("This release compared with the adapter on its quantized base, as trained", summary.get("trained")),
+        *_comparison_line("The quantized release compared with this release", summary.get("quantized")),
     ]
 
 
@@ -164,31 +172,35 @@ def _step(summary: dict[str, Any]) -> list[str]:
     step, steps = summary.get("merge_step"), summary.get("merge_steps")
     if step is None:
         return []
-    more = "" if step == steps else ", which is a checkpoint before the run's end"
-    return [f"Trained for {step:,} of {steps:,} optimizer steps{more}."]
+    note = "" if step == steps else " (a checkpoint, not the end of the run)"
+    return [f"Trained for {step:,} of {steps:,} optimizer steps{note}."]
 
 
-def _carried(keys: Sequence[str]) -> list[str]:
+def _copied_tensors(keys: Sequence[str]) -> list[str]:
     if not keys:
         return []
     names = ", ".join(f"`{key}`" for key in keys[:10]) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "")
-    return [f"Carried over from the base, unchanged, since the class does not read them (`manifest.json` lists them): {names}."]
+    return [f"Tensors that the model class does not read, copied from the base unchanged (listed in `manifest.json`): {names}."]
 
 
-def _extra(title: str, figures: dict[str, Any] | None) -> list[str]:
-    if not figures:
+def _comparison_line(title: str, comparison: dict[str, Any] | None) -> list[str]:
+    if not comparison:
         return []
     return [
-        f"{title}: largest logit difference {figures['max_logit_difference']:.3g}, mean {figures['mean_logit_difference']:.3g}, "
-        f"KL divergence {figures['kl']:.3g}, {figures['same_answers']} of {figures['samples']} greedy answers the same."
+        f"{title}: largest logit difference {comparison['max_logit_difference']:.3g}, mean "
+        f"{comparison['mean_logit_difference']:.3g}, KL divergence {comparison['kl']:.3g}, {comparison['same_answers']} of "
+        f"{comparison['samples']} greedy answers identical."
     ]
 
 
-def _figures(summary: dict[str, Any]) -> list[str]:
+def _evaluation(summary: dict[str, Any]) -> list[str]:
     rows = score_rows(summary)
     if not rows:
         return []
-    lines = ["| task or source | questions | commonest answer | base | tuned | 95% interval |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| task or source | questions | majority-class baseline | base | tuned | 95% interval |",
+        "|---|---|---|---|---|---|",
+    ]
     keys = ("task", "questions", "majority", "base", "tuned", "interval")
     lines += ["| " + " | ".join(row[key] for key in keys) + " |" for row in rows]
-    return ["## Figures", "Exact match on held-out questions.", "\n".join(lines)]
+    return ["## Evaluation", "Exact match on held-out questions.", "\n".join(lines)]

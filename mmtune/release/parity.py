@@ -1,4 +1,4 @@
-"""Whether two models are the same function on real samples: logits and greedy answers."""
+"""Parity of two models on real samples: logits and greedy answers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mmtune.models.compute import move_batch, training_autocast
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What a model does on a set of samples.
+    """Logits and greedy answers of a model on a set of samples.
 
     Attributes:
-        logits: per sample, fp32 of shape (answer tokens, vocabulary), at the positions that predict the answers. What a model
-            would say inside a question is never trained, never sampled, and can be ill-conditioned.
+        logits: per sample, fp32 of shape (answer tokens, vocabulary), at the positions that predict answer tokens. Logits at
+            other positions are neither trained nor used to generate, and can be ill-conditioned.
         answers: greedy answers to the last questions.
     """
 
@@ -31,9 +31,14 @@ class ModelOutputs:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How far two models' logits are apart: the largest and the mean absolute difference, and the mean KL divergence in nats
-    per predicted token. Infinite where a logit is not finite."""
+class LogitDifference:
+    """The difference between the logits of two models; all values are infinite if a logit is not finite.
+
+    Attributes:
+        largest: the largest absolute difference.
+        mean: the mean absolute difference.
+        kl: the mean KL divergence in nats per predicted token.
+    """
 
     largest: float
     mean: float
@@ -43,7 +48,7 @@ class Difference:
 def collect_outputs(
     model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], max_new_tokens: int, label: str = "comparing"
 ) -> ModelOutputs:
-    """Logits of a model in eval mode where it answers, and what it answers on its own."""
+    """The logits of a model in eval mode at answer positions, and its greedy answers."""
     logits = answer_logits(model, processor, samples, label)
     return ModelOutputs(logits, generate_answers(model, processor, samples, max_new_tokens, batch_size=8, label=label))
 
@@ -51,30 +56,30 @@ def collect_outputs(
 def answer_logits(
     model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], label: str = "comparing"
 ) -> list[torch.Tensor]:
-    """`ModelOutputs.logits`, teacher-forced, one sample at a time."""
+    """Teacher-forced logits at answer positions (see `ModelOutputs.logits`), one sample at a time."""
     model.eval()
     logits = []
     with EvaluationProgress(label, len(samples), "logits of samples") as progress:
         for sample in samples:
             inputs = move_batch(model, encode_sample(sample, processor))
-            predicts = inputs.pop("labels")[0, 1:] != IGNORE_INDEX
+            is_answer = inputs.pop("labels")[0, 1:] != IGNORE_INDEX
             with torch.inference_mode(), training_autocast(model):
-                seen = model(**inputs).logits[0, -len(predicts) - 1 : -1]  # after any virtual tokens
-                logits.append(seen[predicts].float().cpu())
+                sample_logits = model(**inputs).logits[0, -len(is_answer) - 1 : -1]  # without positions of virtual tokens
+                logits.append(sample_logits[is_answer].float().cpu())
             progress.update(1)
     return logits
 
 
-def compare(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
-    """The difference of `ModelOutputs.logits`, KL(one || other) over all samples and positions."""
-    a, b = torch.cat(list(one)).double(), torch.cat(list(other)).double()
-    if not (a.isfinite().all() and b.isfinite().all()):
-        return Difference(float("inf"), float("inf"), float("inf"))
-    apart = (a - b).abs()
-    kl = nn.functional.kl_div(b.log_softmax(-1), a.log_softmax(-1), reduction="batchmean", log_target=True)
-    return Difference(apart.max().item(), apart.mean().item(), kl.item())
+def compare(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor]) -> LogitDifference:
+    """The difference between two lists of logits over all samples and positions, with KL(expected || actual)."""
+    p, q = torch.cat(list(expected)).double(), torch.cat(list(actual)).double()
+    if not (p.isfinite().all() and q.isfinite().all()):
+        return LogitDifference(float("inf"), float("inf"), float("inf"))
+    difference = (p - q).abs()
+    kl = nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="batchmean", log_target=True)
+    return LogitDifference(difference.max().item(), difference.mean().item(), kl.item())
 
 
-def count_same_answers(one: ModelOutputs, other: ModelOutputs) -> int:
-    """How many greedy answers are the same text."""
-    return sum(a == b for a, b in zip(one.answers, other.answers, strict=True))
+def count_same_answers(expected: ModelOutputs, actual: ModelOutputs) -> int:
+    """The number of identical greedy answers."""
+    return sum(a == b for a, b in zip(expected.answers, actual.answers, strict=True))

@@ -1,4 +1,4 @@
-"""Upload a release to the hub, after showing what would go."""
+"""Upload of a release to the hub; a dry run unless `upload` is set."""
 
 from __future__ import annotations
 
@@ -20,28 +20,27 @@ CARD = "README.md"
 
 
 def push(folder: Path, repository: str, *, upload: bool = False, private: bool = True) -> dict[str, Any]:
-    """Check a release against its manifest, list its files, and upload them if `upload`.
+    """Check a release against its manifest, list its files, and upload them if `upload` is set.
 
-    The model card may have been edited since the release was written; its entry in the manifest is brought up to date before the
-    upload.
+    The model card may be edited after the release; its entry in the manifest is updated before the upload.
 
     Args:
-        folder: what `mmtune merge` wrote.
-        repository: `owner/name` on the hub; made if it does not exist.
-        upload: nothing leaves the machine without it.
-        private: of a repository that is made.
+        folder: a release that `mmtune merge` wrote.
+        repository: `owner/name` on the hub; created if it does not exist.
+        upload: upload the files; otherwise nothing is sent.
+        private: whether a new repository is private.
 
     Returns:
-        What went, or would go: `repository`, `files` with their sizes in bytes, `bytes`, `uploaded`, and the commit's `url`.
+        `repository`, `files` with their sizes in bytes, `bytes`, `uploaded`, and after an upload the `url` of the commit.
 
     Raises:
-        UserError: no release there, a model card whose front matter is not valid, or the hub refuses.
-        CheckFailed: the release is not what its manifest says.
+        UserError: not a release, a model card with invalid front matter, or an error of the hub.
+        CheckFailed: the files differ from the manifest.
     """
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise UserError(f"{repository}: expected OWNER/NAME as on the hub: {error}") from error
+        raise UserError(f"{repository}: expected OWNER/NAME of a hub repository: {error}") from error
     files = check_manifest(folder, may_change=(CARD,))
     _check_card(folder / CARD)
     result: dict[str, Any] = {"repository": repository, "files": files, "bytes": sum(files.values()), "uploaded": False}
@@ -49,36 +48,37 @@ def push(folder: Path, repository: str, *, upload: bool = False, private: bool =
         print(f"{size:>15,}  {name}")
     print(f"{result['bytes']:>15,}  bytes in {len(files)} files, for {repository}")
     if not upload:
-        print("a dry run: nothing was uploaded; --upload does it")
+        print("dry run: nothing was uploaded; add --upload to upload")
         return result
     if CARD in files and list_again(folder, CARD):
-        print(f"{CARD} was edited after the release; its entry in {MANIFEST} is brought up to date")
+        print(f"{CARD} was edited after the release; its entry in {MANIFEST} is updated")
     try:
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a release")
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{repository}: the hub refused: {reason}") from error
+        raise UserError(f"{repository}: the hub rejected the upload: {reason}") from error
     except httpx2.HTTPError as error:
-        raise UserError(f"{repository}: the hub cannot be reached: {str(error) or type(error).__name__}") from error
+        raise UserError(f"{repository}: cannot reach the hub: {str(error) or type(error).__name__}") from error
     print(f"uploaded: {commit.commit_url}")
     return result | {"uploaded": True, "url": commit.commit_url}
 
 
 def _check_card(card: Path) -> None:
-    """
+    """Check the front matter of a model card.
+
     Raises:
-        UserError: a model card whose front matter the hub would refuse, with the line.
+        UserError: front matter that the hub would reject, with its line.
     """
-    if not card.is_file():  # of a folder whose manifest lists none
+    if not card.is_file():  # the manifest lists no card
         return
     try:
         lines = card.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"{card}: not UTF-8 text (byte {error.start})") from error
+        raise UserError(f"{card}: expected UTF-8 text, got an invalid byte at offset {error.start}") from error
     if lines[:1] != ["---"] or "---" not in lines[1:]:
-        raise UserError(f"{card}: expected YAML front matter between two lines `---` at its beginning, as the release had it")
+        raise UserError(f"{card}:1: expected YAML front matter between two `---` lines at the start of the file")
     try:
         values = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
     except yaml.YAMLError as error:
@@ -86,4 +86,4 @@ def _check_card(card: Path) -> None:
         line = 1 if mark is None else mark.line + 2
         raise UserError(f"{card}:{line}: the front matter is not valid YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{card}: the front matter is {type(values).__name__}; expected lines `key: value`")
+        raise UserError(f"{card}:2: front matter: expected `key: value` lines, got a {type(values).__name__}")

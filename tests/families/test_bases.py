@@ -185,7 +185,7 @@ def test_a_model_without_one_weight_is_not_asked(
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     verbs = _verbs(bases("beams"))
     assert entry_point(["chat", str(tmp_path), *verbs["chat"][2:]]) == 2
-    assert f"error: {tmp_path}: not a whole LlavaForConditionalGeneration: no weights for " in capsys.readouterr().err
+    assert f"error: {tmp_path}: its weights do not match LlavaForConditionalGeneration: missing " in capsys.readouterr().err
 
 
 @pytest.mark.slow

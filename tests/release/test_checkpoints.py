@@ -1,4 +1,4 @@
-"""Checkpoints and stopped runs are released, evaluated and talked to as finished runs are, and say how far they came."""
+"""Checkpoints and stopped runs can be merged, evaluated and chatted with like finished runs, and state their step."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ SAVES = ("train.save_strategy=steps", "train.save_steps=1")
 
 @pytest.fixture
 def run(make_recipe: Make, rows: Path) -> Path:
-    """Three steps with a checkpoint after each, and an evaluation."""
+    """A run of three steps with a checkpoint after each step, and an evaluation."""
     section = f"evaluate={{data: [{{path: {rows}, template: llava}}], max_new_tokens: 2}}"
     recipe = make_recipe(*SAVES, section)
     train(recipe, ["test"])
     return Path(recipe.output_dir)
 
 
-def stop(run: Path) -> None:
-    """Leave what a run has that was stopped in its last step."""
+def make_unfinished(run: Path) -> None:
+    """Delete the files that a run stopped in its last step does not have."""
     shutil.rmtree(run / "adapter")
     for name in ("summary.json", "report.html", "answers_after.jsonl"):
         (run / name).unlink()
@@ -66,37 +66,41 @@ def card(folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_released_with_its_own_figures(run: Path, base: Path, tmp_path: Path) -> None:
+def test_the_release_of_a_checkpoint_has_its_own_step_and_row_counts(run: Path, base: Path, tmp_path: Path) -> None:
     checkpoint, out = run / "checkpoints" / "checkpoint-2", tmp_path / "out"
     before = (run / "summary.json").read_bytes()
     assert json.loads(before)["steps"] == 3
     assert entry_point(["merge", str(checkpoint), str(out), "--samples", "2"]) == 0
-    assert (run / "summary.json").read_bytes() == before  # which is the finished run's
+    assert (run / "summary.json").read_bytes() == before  # it belongs to the finished run
     check_manifest(out)
     assert {key: json.loads((out / "manifest.json").read_text())[key] for key in ("step", "steps")} == {"step": 2, "steps": 3}
-    assert "Trained for 2 of 3 optimizer steps, which is a checkpoint" in card(out)
-    assert "## Figures" not in card(out) and "12 rows; 0 quarantined" in card(out)
+    assert "Trained for 2 of 3 optimizer steps (a checkpoint, not the end of the run)." in card(out)
+    assert "## Evaluation" not in card(out) and "12 rows; 0 quarantined" in card(out)
 
     plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), str(checkpoint)).merge_and_unload()
     expected, released = plain.state_dict(), AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).state_dict()
     torch.testing.assert_close({name: released[name] for name in expected}, expected, atol=1e-6, rtol=0)
 
     assert entry_point(["merge", str(run), str(tmp_path / "last"), "--samples", "2"]) == 0
-    assert "Trained for 3 of 3 optimizer steps." in card(tmp_path / "last") and "## Figures" in card(tmp_path / "last")
-    kept = tmp_path / "kept"
-    assert entry_point(["merge", str(checkpoint), str(kept), "--samples", "2", "--keep-adapter"]) == 0
-    assert "Trained for 2 of 3 optimizer steps, which" in card(kept) and "## Figures" not in card(kept)
-    assert not {"optimizer.pt", "trainer_state.json"} & {file.name for file in (kept / "adapter").iterdir()}
-    assert torch.equal(logits(kept / "adapter"), logits(checkpoint))
+    assert "Trained for 3 of 3 optimizer steps." in card(tmp_path / "last") and "## Evaluation" in card(tmp_path / "last")
+    adapter_release = tmp_path / "adapter_release"
+    assert entry_point(["merge", str(checkpoint), str(adapter_release), "--samples", "2", "--keep-adapter"]) == 0
+    assert "Trained for 2 of 3 optimizer steps (a checkpoint" in card(adapter_release) and "## Evaluation" not in card(
+        adapter_release
+    )
+    assert not {"optimizer.pt", "trainer_state.json"} & {file.name for file in (adapter_release / "adapter").iterdir()}
+    assert torch.equal(logits(adapter_release / "adapter"), logits(checkpoint))
     both = ["--adapter", f"{checkpoint}:0.5", "--adapter", f"{run}:0.5"]
     assert entry_point(["merge", *both, str(tmp_path / "sum"), "--samples", "2"]) == 0
     assert f"0.5 x {checkpoint}; 0.5 x {run}" in card(tmp_path / "sum")
 
 
 @pytest.mark.slow
-def test_a_stopped_run_is_used_as_far_as_it_came(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_last_valid_checkpoint_of_a_stopped_run_is_used(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     expected = logits(run / "checkpoints" / "checkpoint-2")
-    stop(run)
+    make_unfinished(run)
     with (run / "checkpoints" / "checkpoint-3" / "adapter_model.safetensors").open("ab") as file:
         file.write(b"x")
     capsys.readouterr()
@@ -106,9 +110,9 @@ def test_a_stopped_run_is_used_as_far_as_it_came(run: Path, tmp_path: Path, caps
         ["chat", str(run), "--prompt", "hi"],
     ):
         assert entry_point(command) == 0
-        said = capsys.readouterr().out
-        assert said.count("run has not finished: checkpoint-2 is taken, after 2 of 3 steps") == 1
-        assert said.count("checkpoint-3 is not what its manifest.json says: changed: adapter_model.safetensors") == 1
+        output = capsys.readouterr().out
+        assert output.count("the run has not finished; using checkpoint-2, step 2 of 3") == 1
+        assert output.count("checkpoint-3 is not what its manifest.json says: changed: adapter_model.safetensors") == 1
     assert "Trained for 2 of 3 optimizer steps" in card(tmp_path / "out") and not (run / "summary.json").exists()
     assert entry_point(["eval", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 2
@@ -116,9 +120,7 @@ def test_a_stopped_run_is_used_as_far_as_it_came(run: Path, tmp_path: Path, caps
     assert torch.equal(logits(moved), expected)
 
 
-def test_a_checkpoint_that_is_not_whole_is_refused_by_its_name(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_checkpoint_is_an_error_with_its_path(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoints = run / "checkpoints"
     copy = tmp_path / "elsewhere"
     shutil.copytree(checkpoints / "checkpoint-2", copy)
@@ -139,17 +141,17 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_its_name(
         ):
             capsys.readouterr()
             assert entry_point(verb) == code
-            said = capsys.readouterr().err
-            assert str(damaged) in said and fault in said
+            errors = capsys.readouterr().err
+            assert str(damaged) in errors and fault in errors
     assert not (tmp_path / "out").exists()
-    stop(run)
+    make_unfinished(run)
     for number in (2, 3):
         (checkpoints / f"checkpoint-{number}" / "manifest.json").unlink()
     assert entry_point(["merge", str(run), str(tmp_path / "out")]) == 2
-    assert "run: the run has not finished, and none of its checkpoints is as it was written" in capsys.readouterr().err
+    assert "run: the run has not finished and has no undamaged checkpoint" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_the_run_removes_meanwhile_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_the_run_removes_meanwhile_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2):
         listed_checkpoint(tmp_path, step)
     read = Path.read_text
@@ -163,46 +165,46 @@ def test_a_checkpoint_that_the_run_removes_meanwhile_is_passed_over(tmp_path: Pa
     assert find_trained_weights(tmp_path).step == 1
 
 
-def test_a_checkpoint_that_the_run_replaces_while_it_is_verified(
+def test_a_checkpoint_that_the_run_replaces_during_verification_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = listed_checkpoint(tmp_path, 1)
-    verified = run_directory.check_manifest
+    check_manifest = run_directory.check_manifest
 
-    def replaced(path: Path) -> None:
+    def check_after_replacement(path: Path) -> None:
         if path == first:
             listed_checkpoint(tmp_path, 2)
             shutil.rmtree(first)
-        verified(path)
+        check_manifest(path)
 
-    monkeypatch.setattr(run_directory, "check_manifest", replaced)
+    monkeypatch.setattr(run_directory, "check_manifest", check_after_replacement)
     assert find_trained_weights(tmp_path).step == 2
     assert "passed over" not in capsys.readouterr().out
 
 
-def test_a_checkpoint_that_the_run_removes_before_it_is_loaded(tmp_path: Path) -> None:
+def test_a_checkpoint_that_the_run_removes_before_loading_is_named(tmp_path: Path) -> None:
     removed = listed_checkpoint(tmp_path, 1)
     trained = find_trained_weights(tmp_path)
     shutil.rmtree(removed)
-    told = f"{removed}: training removed this checkpoint before it was read; try again with {tmp_path}"
-    with pytest.raises(UserError, match=re.escape(told)):
+    message = f"{removed}: training removed this checkpoint before it was read; run the command again with {tmp_path}"
+    with pytest.raises(UserError, match=re.escape(message)):
         load_trained(trained)
 
 
-def test_what_is_not_of_a_run_is_not_merged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merging_a_path_that_is_not_in_a_run_is_an_error(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run / "checkpoints" / "checkpoint-2", tmp_path / "copy")
     assert locate_trained_weights(tmp_path / "copy").step == 2
     for path in (tmp_path / "copy", run / "adapter"):
         assert entry_point(["merge", str(path), str(tmp_path / "out")]) == 2
-        assert f"{path} is neither a run nor a checkpoint in a run's checkpoints/" in capsys.readouterr().err
+        assert f"{path}: expected a run or a checkpoint in its checkpoints/" in capsys.readouterr().err
     assert entry_point(["merge", str(run / "checkpoints"), str(tmp_path / "out")]) == 2
-    assert "neither a finished run (no adapter/ or model/), nor a checkpoint, nor a model" in capsys.readouterr().err
+    assert "expected a finished run (adapter/ or model/), a checkpoint or a model" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("init", ["pissa", "olora", "lora_ga"])
-def test_a_checkpoint_of_a_base_that_the_initialization_changed(make_recipe: Make, init: str) -> None:
-    """The last checkpoint is what was trained, on the base as it was."""
+def test_checkpoints_with_an_initialization_that_changes_the_base(make_recipe: Make, init: str) -> None:
+    """The last checkpoint on the original base equals the trained model."""
     recipe = make_recipe(*SAVES, f"tune.language={{method: lora, r: 4, init_lora_weights: {init}}}")
     train(recipe, ["test"])
     run = RunDirectory(Path(recipe.output_dir))
@@ -212,7 +214,7 @@ def test_a_checkpoint_of_a_base_that_the_initialization_changed(make_recipe: Mak
 
 
 @pytest.mark.slow
-def test_checkpoints_of_a_model_that_is_tuned_in_full(make_recipe: Make, tmp_path: Path) -> None:
+def test_checkpoints_of_a_fully_tuned_model_are_released(make_recipe: Make, tmp_path: Path) -> None:
     recipe: Any = make_recipe(*SAVES, "tune.language=full", "tune.vision=full", "train.learning_rate=1e-3")
     train(recipe, ["test"])
     checkpoint = Path(recipe.output_dir) / "checkpoints" / "checkpoint-2"

@@ -1,4 +1,4 @@
-"""The forms a release takes: several adapters, half precision, shards, quantized, an adapter beside its base, uploaded."""
+"""Release formats: several adapters, half precision, shards, quantized, an adapter next to its base; upload."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def trained(make_recipe: Make, path: Path, *overrides: str) -> Path:
     return path
 
 
-def test_weighted_adapters_equal_pefts_own_sum(make_recipe: Make, base: Path, tmp_path: Path) -> None:
+def test_combined_adapters_equal_pefts_weighted_adapter(make_recipe: Make, base: Path, tmp_path: Path) -> None:
     runs = [trained(make_recipe, tmp_path / name, f"train.seed={n}", "tune.projector=frozen") for n, name in enumerate("ab")]
     combine_adapters([(runs[0], 0.7), (runs[1], 0.3)], tmp_path / "out", count=3)
     peft = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(str(base)), str(runs[0] / "adapter"), "a")
@@ -55,24 +55,26 @@ def test_weighted_adapters_equal_pefts_own_sum(make_recipe: Make, base: Path, tm
     assert "0.7 x" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_one_adapter_of_weight_one_is_the_merge(make_recipe: Make, tmp_path: Path) -> None:
+def test_combining_one_adapter_of_weight_one_equals_the_merge(make_recipe: Make, tmp_path: Path) -> None:
     run = trained(make_recipe, tmp_path / "run")
     merge(run, tmp_path / "merged", count=2)
     combine_adapters([(run, 1.0)], tmp_path / "sum", count=2)
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "sum"))
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)
+    merged, combined = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "sum"))
+    assert merged.keys() == combined.keys()
+    for name in merged:
+        torch.testing.assert_close(combined[name], merged[name], atol=1e-6, rtol=0)
 
 
-def test_what_cannot_be_added(make_recipe: Make, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adapters_that_cannot_be_combined(
+    make_recipe: Make, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = trained(make_recipe, tmp_path / "run")
     other = trained(make_recipe, tmp_path / "other", "model.base=builtin:tiny-llava")
-    with pytest.raises(UserError, match="adapters of different bases cannot be added"):
+    with pytest.raises(UserError, match="expected adapters with the same base, got different bases"):
         combine_adapters([(run, 1.0), (other, 1.0)], tmp_path / "out", count=2)
-    with pytest.raises(UserError, match="nan is no weight"):
+    with pytest.raises(UserError, match="expected a finite weight, got nan"):
         combine_adapters([(run, float("nan"))], tmp_path / "out", count=2)
-    with pytest.raises(CheckFailed, match="the adapters changed nothing, or cancel"):
+    with pytest.raises(CheckFailed, match="the adapters change nothing, or their changes cancel out"):
         combine_adapters([(run, 1.0), (run, -1.0)], tmp_path / "out", count=2)
     assert entry_point(["merge", str(tmp_path / "out"), "--adapter", f"{run}:half"]) == 2
     assert "expected RUN:WEIGHT" in capsys.readouterr().err
@@ -81,14 +83,14 @@ def test_what_cannot_be_added(make_recipe: Make, base: Path, tmp_path: Path, cap
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_of_another_base_is_refused(make_recipe: Make, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_is_an_error(make_recipe: Make, tmp_path: Path) -> None:
     from mmtune.models.tiny.tiny_bases import write_tiny_base
 
     run = trained(make_recipe, tmp_path / "run")
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = str(write_tiny_base("llava", tmp_path / "stranger"))
+    config["base_model_name_or_path"] = str(write_tiny_base("llava", tmp_path / "other_base"))
     (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"cannot load the adapter|not a whole adapter of its base"):
+    with pytest.raises(UserError, match=r"cannot load the adapter|its tensors do not match its base"):
         merge(run, tmp_path / "out", count=2)
     assert not (tmp_path / "out").exists()
 
@@ -96,7 +98,7 @@ def test_an_adapter_of_another_base_is_refused(make_recipe: Make, tmp_path: Path
 def test_half_precision_in_shards_with_a_manifest(make_recipe: Make, tmp_path: Path) -> None:
     run = trained(make_recipe, tmp_path / "run")
     out = tmp_path / "out"
-    assert merge(run, out, form=ExportOptions("bf16", "1MB"), count=2).merge_dtype == "bf16"
+    assert merge(run, out, options=ExportOptions("bf16", "1MB"), count=2).merge_dtype == "bf16"
     shards = sorted(out.glob("model-*.safetensors"))
     assert len(shards) > 2
     assert {t.dtype for shard in shards for t in load_file(shard).values()} == {torch.bfloat16}
@@ -109,9 +111,9 @@ def test_half_precision_in_shards_with_a_manifest(make_recipe: Make, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantized_release_and_a_quantized_training(make_recipe: Make, tmp_path: Path, kind: str) -> None:
+def test_a_quantized_release_of_a_run_on_a_quantized_base(make_recipe: Make, tmp_path: Path, kind: str) -> None:
     run = trained(make_recipe, tmp_path / "run", f"model.precision={kind}")
-    parity = merge(run, tmp_path / "out", form=ExportOptions(quantize=kind), count=2)
+    parity = merge(run, tmp_path / "out", options=ExportOptions(quantize=kind), count=2)
     assert parity.merge_dtype == "bf16"
     assert parity.trained is not None
     assert 0 < parity.trained["max_logit_difference"] < 1
@@ -123,42 +125,42 @@ def test_a_quantized_release_and_a_quantized_training(make_recipe: Make, tmp_pat
     assert type(layer).__name__ == {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind]
     assert type(plain.model.multi_modal_projector.linear_1) is torch.nn.Linear
     card = (tmp_path / f"out-{kind}" / "README.md").read_text()
-    assert "The quantized release beside this" in card
-    assert "The adapter on the quantized base that it was trained on" in card
+    assert "The quantized release compared with this release: largest logit difference" in card
+    assert "This release compared with the adapter on its quantized base, as trained: largest" in card
 
 
-def test_a_quantized_release_takes_no_place_that_is_needed(make_recipe: Make, base: Path, tmp_path: Path) -> None:
+def test_a_quantized_release_does_not_replace_the_base(make_recipe: Make, base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "out-nf4")
     run = trained(make_recipe, tmp_path / "run", f"model.base={tmp_path / 'out-nf4'}")
     with pytest.raises(UserError, match="out-nf4, which is needed"):
-        merge(run, tmp_path / "out", form=ExportOptions(quantize="nf4"), overwrite=True, count=2)
+        merge(run, tmp_path / "out", options=ExportOptions(quantize="nf4"), overwrite=True, count=2)
     with pytest.raises(UserError, match="--max-shard-size abc: expected a size such as 5GB"):
-        merge(run, tmp_path / "out", form=ExportOptions(max_shard_size="abc"), count=2)
+        merge(run, tmp_path / "out", options=ExportOptions(max_shard_size="abc"), count=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out-nf4", "recipe.yaml", "run"]
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "prompt_tuning"])
-def test_what_cannot_be_folded_is_released_beside_its_base(
+def test_an_adapter_that_cannot_be_merged_is_released_next_to_its_base(
     make_recipe: Make, rows: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = Path(shutil.copytree(str(make_recipe().model.base), tmp_path / "base"))
     run = trained(make_recipe, tmp_path / "run", f"model.base={base}", f"tune.language={{method: {method}}}")
     assert entry_point(["merge", str(run), str(tmp_path / "out")]) == 2
-    assert f"{method} is no change of weights, so it cannot be merged; --keep-adapter releases it" in capsys.readouterr().err
+    assert f"a {method} adapter cannot be merged into the base's weights; release it next to" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    figures = release_adapter(run, tmp_path / "out", count=2)
-    assert figures["same_answers"] == figures["samples"] == 2
+    comparison = release_adapter(run, tmp_path / "out", count=2)
+    assert comparison["same_answers"] == comparison["samples"] == 2
     card = (tmp_path / "out" / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     assert ("import mmtune.methods.tuners" in code) == (method == "bottleneck")
     script = code + "\nprint(type(model).__name__, type(processor).__name__, model.peft_config['default'].peft_type)\n"
     moved = (tmp_path / "out").rename(tmp_path / "elsewhere")
-    base.rename(base.with_name("gone"))  # the release must not lean on what it was made from
+    base.rename(base.with_name("gone"))  # the release must load without the original base
     try:
-        said = run_program(script, cwd=moved)
+        output = run_program(script, cwd=moved)
     finally:
         base.with_name("gone").rename(base)
-    assert "PeftModel" in said
+    assert "PeftModel" in output
     model, processor = load_trained(moved / "adapter")
     expected, _ = load_trained(run)
     samples = parity_samples(make_recipe(), 2)
@@ -168,25 +170,25 @@ def test_what_cannot_be_folded_is_released_beside_its_base(
         release_adapter(run, run, overwrite=True)
 
 
-def test_a_full_disk_leaves_the_old_release(make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_existing_release(make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trained(make_recipe, tmp_path / "run")
     merge(run, tmp_path / "out", count=2)
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
-    real = PreTrainedModel.save_pretrained
+    save_pretrained = PreTrainedModel.save_pretrained
 
-    def full(self: PreTrainedModel, folder: Path, **kwargs: Any) -> None:
-        real(self, folder, **kwargs)
+    def save_on_a_full_disk(self: PreTrainedModel, folder: Path, **kwargs: Any) -> None:
+        save_pretrained(self, folder, **kwargs)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_on_a_full_disk)
     with pytest.raises(UserError, match="No space left on device; nothing was changed"):
         merge(run, tmp_path / "out", overwrite=True, count=2)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_pair_known_to_merge_wrongly_is_caught(base: Path, make_recipe: Make) -> None:
-    """PEFT merges C3A into an int8 base without an error, into other weights."""
+def test_a_wrong_merge_by_peft_is_detected(base: Path, make_recipe: Make) -> None:
+    """PEFT merges C3A into an int8 base without an error, but the merged weights are wrong."""
     config = quantization_config(str(base), "int8")
     model = AutoModelForImageTextToText.from_pretrained(str(base), quantization_config=config, device_map={"": "cpu"})
     prepare_quantized(model)
@@ -202,13 +204,13 @@ def test_a_pair_known_to_merge_wrongly_is_caught(base: Path, make_recipe: Make) 
     samples = parity_samples(make_recipe(), 2)
     adapter = collect_outputs(tuned, processor, samples, 4)
     with tuned.disable_adapter():
-        plain = answer_logits(tuned, processor, samples)
+        base_logits = answer_logits(tuned, processor, samples)
     merged = collect_outputs(tuned.merge_and_unload(), processor, samples, 4)
     with pytest.raises(CheckFailed, match="differs from the adapter"):
-        _check_merge(adapter, plain, merged)
+        _check_merge(adapter, base_logits, merged)
 
 
-def test_an_edited_model_card_is_pushed_and_nothing_else_that_changed(
+def test_an_edited_model_card_is_pushed_but_no_other_changed_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card, weights = tmp_path / "README.md", tmp_path / "model.safetensors"
@@ -222,30 +224,30 @@ def test_an_edited_model_card_is_pushed_and_nothing_else_that_changed(
             pass
 
         def upload_folder(self, **kwargs: Any) -> SimpleNamespace:
-            uploaded.append(check_manifest(tmp_path))  # what goes is as its manifest says
+            uploaded.append(check_manifest(tmp_path))  # the files match the manifest at the upload
             return SimpleNamespace(commit_url="https://example.org/commit")
 
     monkeypatch.setattr(push_module, "HfApi", Api)
-    for text, told in {
-        "# no front matter": "expected YAML front matter",
+    for text, message in {
+        "# no front matter": "README.md:1: expected YAML front matter",
         "---\nlicense: [mit\ntags: x\n---\n": r"README.md:\d: the front matter is not valid YAML",
-        "---\n- a list\n---\n": "the front matter is list",
+        "---\n- a list\n---\n": "front matter: expected `key: value` lines, got a list",
     }.items():
         card.write_text(text)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             push(tmp_path, "me/model", upload=True)
     card.write_text("---\nlicense: apache-2.0\n---\n\n# A model, and what it is for\n")
     push(tmp_path, "me/model")
     assert uploaded == []
     push(tmp_path, "me/model", upload=True)
     assert len(uploaded) == 1
-    assert "its entry in manifest.json is brought up to date" in capsys.readouterr().out
+    assert "its entry in manifest.json is updated" in capsys.readouterr().out
     weights.write_text("other weights")
     with pytest.raises(CheckFailed, match=r"changed: model.safetensors"):
         push(tmp_path, "me/model", upload=True)
 
 
-def test_pushing_shows_first_and_checks_the_manifest(
+def test_push_is_a_dry_run_by_default_and_checks_the_manifest(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -262,7 +264,7 @@ def test_pushing_shows_first_and_checks_the_manifest(
 
     monkeypatch.setattr(push_module, "HfApi", Api)
     assert entry_point(["push", str(out), "me/model"]) == 0
-    assert "a dry run: nothing was uploaded" in capsys.readouterr().out
+    assert "dry run: nothing was uploaded" in capsys.readouterr().out
     assert calls == []
     result = push(out, "me/model", upload=True)
     assert result["uploaded"]

@@ -1,4 +1,4 @@
-"""A merge is done when the model on disk is the one that was trained, and otherwise nothing is there."""
+"""Merge: the release on disk equals the trained model, or nothing is written."""
 
 from __future__ import annotations
 
@@ -61,20 +61,20 @@ def restore_projector(run: RunDirectory, base: Path | str) -> None:
 
 
 @pytest.mark.slow
-def test_merged_weights_equal_pefts_own_merge(run: RunDirectory, base: Path, tmp_path: Path) -> None:
+def test_merged_weights_equal_pefts_merge(run: RunDirectory, base: Path, tmp_path: Path) -> None:
     parity = merge(run.path, tmp_path / "out", count=4)
     assert parity.merge_max_logit_difference < 1e-4
     assert parity.merge_same_answers == parity.merge_samples == 4
     assert parity.merge_difference_from_base > 1e-3
     reference = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(str(base)), str(run.adapter))
     expected = reference.merge_and_unload().state_dict()
-    found = AutoModelForImageTextToText.from_pretrained(str(tmp_path / "out")).state_dict()
-    assert expected.keys() == found.keys()
+    released = AutoModelForImageTextToText.from_pretrained(str(tmp_path / "out")).state_dict()
+    assert expected.keys() == released.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=0, rtol=0)
+        torch.testing.assert_close(released[name], expected[name], atol=0, rtol=0)
 
 
-def test_the_release_is_whole(run: RunDirectory, tmp_path: Path) -> None:
+def test_a_release_has_all_its_files(run: RunDirectory, tmp_path: Path) -> None:
     merge(run.path, tmp_path / "out", count=2)
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
@@ -88,7 +88,7 @@ def test_the_release_is_whole(run: RunDirectory, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_merged_model_answers_where_mmtune_cannot_be_imported(run: RunDirectory, tmp_path: Path) -> None:
+def test_the_merged_model_runs_without_mmtune(run: RunDirectory, tmp_path: Path) -> None:
     merge(run.path, tmp_path / "out", count=2)
     sample = parity_samples(_recipe(run), 1)[0]
     script = """
@@ -139,20 +139,20 @@ def test_a_merge_that_changes_nothing_fails(run: RunDirectory, tmp_path: Path, b
 
 
 @pytest.mark.slow
-def test_a_merge_that_differs_fails_and_leaves_the_old_release(
+def test_a_wrong_merge_fails_and_leaves_the_existing_release(
     run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge(run.path, tmp_path / "out", count=2)
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
-    real = LoraModel.merge_and_unload
+    merge_and_unload = LoraModel.merge_and_unload
 
-    def wrong(self: LoraModel, *args: object, **kwargs: object) -> torch.nn.Module:
-        merged = real(self, *args, **kwargs)
+    def merge_wrongly(self: LoraModel, *args: object, **kwargs: object) -> torch.nn.Module:
+        merged = merge_and_unload(self, *args, **kwargs)
         with torch.no_grad():
             merged.get_output_embeddings().weight.mul_(1.01)
         return merged
 
-    monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
+    monkeypatch.setattr(LoraModel, "merge_and_unload", merge_wrongly)
     with pytest.raises(CheckFailed, match="differs from the adapter"):
         merge(run.path, tmp_path / "out", overwrite=True, count=2)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
@@ -161,18 +161,18 @@ def test_a_merge_that_differs_fails_and_leaves_the_old_release(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml", "run"]
 
 
-def test_a_half_adapter_is_refused(run: RunDirectory, tmp_path: Path) -> None:
+def test_an_incomplete_adapter_is_an_error(run: RunDirectory, tmp_path: Path) -> None:
     file = run.adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({key: value for key, value in tensors.items() if "layers.3" not in key}, file)
-    with pytest.raises(UserError, match=r"not a whole adapter of its base: 14 tensors missing \(.*layers\.3"):
+    with pytest.raises(UserError, match=r"its tensors do not match its base: 14 missing \(.*layers\.3"):
         merge(run.path, tmp_path / "out", count=2)
     save_file({**tensors, "base_model.model.stray.lora_A.weight": torch.zeros(1)}, file)
-    with pytest.raises(UserError, match=r"1 tensors not the base's"):
+    with pytest.raises(UserError, match=r"1 unexpected \("):
         load_trained(run.path)
 
 
-def test_a_merge_never_replaces_what_it_needs_or_what_is_no_checkpoint(
+def test_a_merge_never_replaces_its_inputs_or_other_folders(
     make_recipe: Callable[..., Recipe], base: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(base, tmp_path / "models" / "base")
@@ -194,7 +194,7 @@ def test_a_merge_never_replaces_what_it_needs_or_what_is_no_checkpoint(
 
 
 @pytest.mark.slow
-def test_half_precision_is_folded_exactly_and_its_rounding_is_held(
+def test_a_bf16_release_is_merged_in_fp32_and_its_rounding_is_limited(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe("model.precision=bf16", "train.max_steps=6")
@@ -206,19 +206,19 @@ def test_half_precision_is_folded_exactly_and_its_rounding_is_held(
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
 
-    real = LoraModel.merge_and_unload
+    merge_and_unload = LoraModel.merge_and_unload
 
-    def too_much(self: LoraModel, *args: object, **kwargs: object) -> torch.nn.Module:
+    def merge_with_a_larger_scale(self: LoraModel, *args: object, **kwargs: object) -> torch.nn.Module:
         for module in self.modules():
             if isinstance(module, LoraLayer):
                 module.scaling = {name: 1.3 * value for name, value in module.scaling.items()}
-        return real(self, *args, **kwargs)
+        return merge_and_unload(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LoraModel, "merge_and_unload", too_much)
+        patch.setattr(LoraModel, "merge_and_unload", merge_with_a_larger_scale)
         with pytest.raises(CheckFailed, match="differs from the adapter"):
             merge(run.path, tmp_path / "wrong", count=4)
-    # An adapter as small as the rounding of the weights is lost in bf16, and that is said.
+    # An adapter as small as the rounding error of bf16 weights is lost by rounding.
     change_adapter(run, lambda tensor: tensor * 1e-3, only="lora_B")
     restore_projector(run, read_adapter_base(run.adapter))
     with pytest.raises(CheckFailed, match="rounding the merged model to bf16"):
@@ -234,11 +234,11 @@ def test_user_mistakes(run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such run or model: .*nowhere"):
         merge(tmp_path / "nowhere", tmp_path / "out")
     file = run.adapter / "adapter_model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="cannot load the adapter"):
         merge(run.path, tmp_path / "out", count=2)
-    file.write_bytes(whole)
+    file.write_bytes(content)
     config = json.loads((run.adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path / "gone")
     (run.adapter / "adapter_config.json").write_text(json.dumps(config))
@@ -248,7 +248,7 @@ def test_user_mistakes(run: RunDirectory, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_projector_alone_is_an_adapter_and_merges(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_run_that_tunes_the_projector_alone_is_merged(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe("tune.language=frozen", "train.max_steps=6")
     train(recipe, ["test"])
     names = load_file(Path(recipe.output_dir) / "adapter" / "adapter_model.safetensors").keys()
@@ -258,13 +258,13 @@ def test_a_projector_alone_is_an_adapter_and_merges(make_recipe: Callable[..., R
 
 
 @pytest.mark.slow
-def test_a_run_that_trained_everything_is_released_as_it_is(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_fully_tuned_run_is_released_unchanged(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe("tune.language=full", "tune.vision=full", "train.max_steps=2", "train.learning_rate=1e-3")
     train(recipe, ["test"])
     run = Path(recipe.output_dir)
-    with pytest.raises(UserError, match="it has no adapter"):
-        release_adapter(run, tmp_path / "kept")
-    parity = merge(run, tmp_path / "out", count=4, form=ExportOptions(dtype="bf16", max_shard_size="2MB"))
+    with pytest.raises(UserError, match="the run trained the full model and has no adapter"):
+        release_adapter(run, tmp_path / "adapter_release")
+    parity = merge(run, tmp_path / "out", count=4, options=ExportOptions(dtype="bf16", max_shard_size="2MB"))
     assert parity.merge_unrounded_difference == 0 < parity.merge_max_logit_difference < parity.merge_difference_from_base
     assert "manifest.json" in check_manifest(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
@@ -275,7 +275,7 @@ def test_a_run_that_trained_everything_is_released_as_it_is(make_recipe: Callabl
     assert all(torch.equal(trained[name].to(torch.bfloat16), released[name]) for name in trained)
 
 
-def test_a_run_that_changed_nothing_is_not_released(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_fully_tuned_run_that_equals_its_base_is_not_released(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     towers = ["tune.language=full", "tune.vision=full", "tune.projector=full"]
     recipe = make_recipe(*towers, "train.max_steps=1", "train.learning_rate=1e-30")
     train(recipe, ["test"])
@@ -290,11 +290,11 @@ def _recipe(run: RunDirectory) -> Recipe:
     return load_recipe(run.recipe)
 
 
-def test_a_merge_whose_answers_differ_is_refused_although_its_logits_agree() -> None:
-    """Greedy answers are a check of their own: a stop token or a chat template that is lost leaves the logits as they are."""
+def test_a_merge_with_equal_logits_and_different_answers_fails() -> None:
+    """Answers are checked separately: a lost stop token or chat template does not change the logits."""
     tuned, base = [torch.tensor([[0.0, 1.0]])], [torch.tensor([[1.0, 0.0]])]
     _check_merge(ModelOutputs(tuned, ["7"]), base, ModelOutputs(tuned, ["7"]))
-    with pytest.raises(CheckFailed, match="answers 1 of 2 samples unlike the adapter"):
+    with pytest.raises(CheckFailed, match="expected 2 identical greedy answers, got 1"):
         _check_merge(ModelOutputs(tuned, ["7", "8"]), base, ModelOutputs(tuned, ["7", "8 and on"]))
     parity = Parity(
         merge_samples=2,
@@ -307,6 +307,6 @@ def test_a_merge_whose_answers_differ_is_refused_although_its_logits_agree() -> 
         merge_tolerance=TOLERANCE,
         merge_difference_from_base=1.0,
     )
-    _check_release(parity, change=1.0)
-    with pytest.raises(CheckFailed, match=r"loaded back from disk, differs from the adapter: .* 1 of 2 answers the same"):
-        _check_release(replace(parity, merge_same_answers=1), change=1.0)
+    _check_release(parity, tuning_change=1.0)
+    with pytest.raises(CheckFailed, match=r"reloaded from disk, differs from the adapter: .* 1 of 2 greedy answers identical"):
+        _check_release(replace(parity, merge_same_answers=1), tuning_change=1.0)

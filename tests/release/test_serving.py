@@ -1,4 +1,4 @@
-"""An assembled model answers the same in plain transformers and behind `transformers serve`'s OpenAI-style interface."""
+"""An assembled model gives the same answers in plain transformers and with the OpenAI-style API of `transformers serve`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ sys.modules["torchvision"] = None
 from transformers.cli.transformers import main
 main()
 """
-"""Without torchvision, whose compiled operators the server decodes images with: they do not load beside every build of torch."""
+"""The server without torchvision: its compiled operators do not load with every build of torch."""
 PATIENCE_S = 120.0
 PAIRS = (("clip", "llama"), ("siglip", "qwen3"))
 TEMPLATES = {"llama": "vicuna_v1", "qwen3": "chatml"}
@@ -42,7 +42,7 @@ IMAGES = [Image.new("RGB", (90, 60), color) for color in ("teal", "orange")]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Saved models, of weights that make an answer depend on the image."""
+    """Saved models whose answers depend on the image."""
     folder = tmp_path_factory.mktemp("models")
     out = {}
     for vision, language in PAIRS:
@@ -59,7 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of `transformers serve`."""
+    """The address of a running `transformers serve`."""
     folder = tmp_path_factory.mktemp("server")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -85,7 +85,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def ask(address: str, model: Path, image: Image.Image) -> tuple[str, int]:
-    """The served answer, and how many tokens the prompt has."""
+    """The served answer and the number of prompt tokens."""
     encoded = io.BytesIO()
     image.save(encoded, "PNG")
     url = "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
@@ -95,12 +95,12 @@ def ask(address: str, model: Path, image: Image.Image) -> tuple[str, int]:
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
-        said = json.load(response)
-    return said["choices"][0]["message"]["content"], said["usage"]["prompt_tokens"]
+        result = json.load(response)
+    return result["choices"][0]["message"]["content"], result["usage"]["prompt_tokens"]
 
 
 @pytest.mark.parametrize("vision", [vision for vision, _ in PAIRS])
-def test_it_answers_the_same_where_it_is_served(vision: str, models: dict[str, Path], server: str) -> None:
+def test_served_answers_equal_those_of_plain_transformers(vision: str, models: dict[str, Path], server: str) -> None:
     model: Any = AutoModelForImageTextToText.from_pretrained(models[vision])
     processor = AutoProcessor.from_pretrained(models[vision], backend="pil")
     answers = []

@@ -1,4 +1,4 @@
-"""Adapters written again: without what only training needs, and as ordinary LoRA where their initialization changed the base."""
+"""Export of adapters: without training state, and as plain LoRA if the initialization changed the base's weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from mmtune.models.checkpoints.trained_weights import ADAPTER_CONFIG, INITIAL_LO
 
 
 def export_adapter(trained: TrainedWeights, processor: ProcessorMixin, out: Path, base: str) -> None:
-    """Write an adapter with its processor to a directory, and of a checkpoint nothing that only training needs.
+    """Write an adapter and its processor to a directory, without the training state of a checkpoint.
 
     Args:
-        base: the name or path of its base that the written adapter gives.
+        trained: the adapter.
+        processor: the processor to save with it.
+        out: the directory to create.
+        base: the hub id or path for `base_model_name_or_path`.
     """
     out.mkdir()
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, GENERATION_CONFIG_NAME):
@@ -36,29 +39,29 @@ def export_adapter(trained: TrainedWeights, processor: ProcessorMixin, out: Path
 
 
 def to_plain_lora(adapter: Path, initial: Mapping[str, torch.Tensor]) -> None:
-    """Make an adapter of a base that its initialization had changed an ordinary one, of twice the rank, of the base as it was.
+    """Convert an adapter whose initialization changed the base into a plain LoRA of twice the rank on the original base.
 
-    B A - B0 A0 = [B, -B0] [A; A0]. PEFT's own conversion leaves the modules that trained in full out.
+    The update is B A - B0 A0 = [B, -B0] [A; A0]. PEFT's own conversion drops fully trained modules.
 
     Args:
-        adapter: its directory, whose files are written again.
-        initial: A0 and B0 by key.
+        adapter: the adapter directory; its files are overwritten.
+        initial: the initial matrices A0 and B0 by key.
     """
     file, settings = adapter / ADAPTER_WEIGHTS, adapter / ADAPTER_CONFIG
     tensors = load_file(file)
-    for name, before in initial.items():
-        now = tensors[name]
-        tensors[name] = torch.cat([now, before], dim=0) if ".lora_A" in name else torch.cat([now, -before], dim=1)
+    for name, start in initial.items():
+        final = tensors[name]
+        tensors[name] = torch.cat([final, start], dim=0) if ".lora_A" in name else torch.cat([final, -start], dim=1)
     save_file(tensors, file, metadata={"format": "pt"})
     config: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
-    # The update is scaled by alpha / r, or by alpha / sqrt(r) with rsLoRA: the scale stays.
-    grown = 2**0.5 if config["use_rslora"] else 2
+    # Keeps the scale of the update: alpha / r, or alpha / sqrt(r) with rsLoRA.
+    alpha_factor = 2**0.5 if config["use_rslora"] else 2
     config |= {
         "init_lora_weights": True,
         "lora_ga_config": None,
         "r": 2 * config["r"],
-        "lora_alpha": grown * config["lora_alpha"],
+        "lora_alpha": alpha_factor * config["lora_alpha"],
     }
     config["rank_pattern"] = {name: 2 * rank for name, rank in config["rank_pattern"].items()}
-    config["alpha_pattern"] = {name: grown * alpha for name, alpha in config["alpha_pattern"].items()}
+    config["alpha_pattern"] = {name: alpha_factor * alpha for name, alpha in config["alpha_pattern"].items()}
     settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Regular expressions of an adapter's configuration, matched with a time limit before PEFT reads them.
+"""Regular expressions in an adapter's configuration: matched with a time limit and replaced by plain paths.
 
-PEFT matches them with `re`, which has no time limit: an expression with repeats inside repeats never ends there.
+PEFT matches them with `re`, which has no time limit: an expression with nested repeats may never return.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from mmtune.methods.selectors import compile_selector, is_match
 from mmtune.utils.errors import UserError
 
 SELECTORS = ("target_modules", "exclude_modules", "feedforward_modules")
-"""Settings that are an expression where they are a text. PEFT matches it against the whole path of a module."""
+"""Settings that are an expression if they are a string. PEFT matches it against the full path of a module."""
 KEYED = ("rank_pattern", "alpha_pattern")
-"""Settings whose keys are expressions for the end of a module's path."""
+"""Settings whose keys are expressions that match the end of a module's path."""
 NAMES = ("layers_pattern", "modules_to_save")
-"""Settings that PEFT puts into an expression, and that hold names."""
+"""Settings with module names, which PEFT inserts into an expression."""
 FUSED = ("gate_up_proj", "down_proj")
-"""Parameters of a mixture of experts that hold the layers of all of them."""
+"""Fused parameters of a mixture of experts, each with one layer of all experts."""
 EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""Layers that PEFT looks for beside those parameters, by the names that they had before transformers 5 fused them."""
+"""Names of the unfused expert layers (before transformers 5), which PEFT also looks for."""
 _PLAIN = re.compile(r"[\w.-]+")
 
 
 def expand_patterns(config: PeftConfig, model: nn.Module, file: Path) -> None:
-    """Replace each expression of a configuration by one that lists the paths it matches, in place.
+    """Replace each regular expression of a configuration by an alternation of the paths that it matches, in place.
 
-    What PEFT makes of the configuration stays the same. Plain names are left as they are.
+    PEFT adapts the same modules as before. Plain names are unchanged.
 
     Args:
-        config: the adapter's configuration, as read from `file`.
+        config: the adapter's configuration, read from `file`.
         model: its base.
-        file: the configuration file, for errors.
+        file: the configuration file, for error messages.
 
     Raises:
-        UserError: an expression that is not valid or takes too long, or an expression where a name is expected.
+        UserError: an expression that is invalid or exceeds the time limit, or an expression where a name is expected.
     """
     for name in NAMES:
         value = getattr(config, name, None) or ()
@@ -53,13 +53,13 @@ def expand_patterns(config: PeftConfig, model: nn.Module, file: Path) -> None:
         value = getattr(config, name, None)
         if not isinstance(value, str) or value.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND or value == DUMMY_TARGET_MODULES:
             continue
-        setattr(config, name, _listed(value, value, paths, f"{file}: {name}"))
+        setattr(config, name, _alternation(value, value, paths, f"{file}: {name}"))
     for name in KEYED:
         value = getattr(config, name, None) or {}
         if not isinstance(value, dict):
-            raise UserError(f"{file}: {name}: expected an object with a value for each module, got {value!r}")
+            raise UserError(f"{file}: {name}: expected an object with one value per module, got {value!r}")
         if not all(map(_is_plain, value)):
-            setattr(config, name, {_key(key, paths, f"{file}: {name}"): of_key for key, of_key in value.items()})
+            setattr(config, name, {_key(key, paths, f"{file}: {name}"): setting for key, setting in value.items()})
 
 
 def _is_plain(name: Any) -> bool:
@@ -67,24 +67,24 @@ def _is_plain(name: Any) -> bool:
 
 
 def _key(key: str, paths: Collection[str], where: str) -> str:
-    """A key for PEFT, which matches it after `(.*\\.)?`."""
+    """A key as PEFT expects it; PEFT prepends `(.*\\.)?`."""
     if _is_plain(key):
         return key
-    return f"^(?:{_listed(key, rf'(.*[.])?({key})', paths, where)})"
+    return f"^(?:{_alternation(key, rf'(.*[.])?({key})', paths, where)})"
 
 
-def _listed(written: str, matched: str, paths: Collection[str], where: str) -> str:
-    """An expression for the paths that `matched` matches; where there are none, one for the text `written`, which PEFT prints."""
+def _alternation(original: str, expression: str, paths: Collection[str], where: str) -> str:
+    """An alternation of the paths that `expression` matches; `original`, escaped, if there are none (PEFT prints it)."""
     try:
-        pattern = compile_selector(matched)
-        found = [path for path in paths if is_match(pattern, path)]
+        pattern = compile_selector(expression)
+        matches = [path for path in paths if is_match(pattern, path)]
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    return "|".join(map(re.escape, found or [written]))
+    return "|".join(map(re.escape, matches or [original]))
 
 
 def _paths(model: nn.Module) -> list[str]:
-    """All that PEFT may match an expression against."""
+    """All names that PEFT may match an expression against."""
     modules = [name for name, _ in model.named_modules()]
     parameters = [name for name, _ in model.named_parameters()]
     split = [name.rpartition(".") for name in parameters]

@@ -1,4 +1,4 @@
-"""Code that a checkpoint brings along, as Python files or in a pickle: who may run it, and how it is refused."""
+"""Executable code in checkpoints: Python files for `trust_remote_code`, and pickle files."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from mmtune.utils.errors import UserError
 from mmtune.utils.files import read_json_object
 
 CODE_NOT_ALLOWED = (
-    "it brings Python code of its own, which nobody has allowed to run: read it, then give --trust-remote-code to a command that "
-    "loads a run or a model, or set model.trust_remote_code: true in a recipe that you train"
+    "it contains Python code, which is not executed without permission: read the code, then add --trust-remote-code to a command "
+    "that loads a run or a model, or set model.trust_remote_code: true in a recipe for training"
 )
 FILES_WITH_CODE = (CONFIG_NAME, PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, TOKENIZER_CONFIG_FILE)
-"""Where `auto_map` names classes of such code."""
+"""Files whose `auto_map` may name classes of such code."""
 
 
 def has_remote_code(folder: Path) -> bool:
-    """Whether the files of a checkpoint name classes of its own code."""
+    """Whether a file of the checkpoint names a class of its own code in `auto_map`."""
     return any("auto_map" in _read(folder / name) for name in FILES_WITH_CODE if (folder / name).is_file())
 
 
 def _read(file: Path) -> dict[str, object]:
     try:
         return read_json_object(file)
-    except UserError:  # loading the file reports what is wrong with it
+    except UserError:  # an invalid file is reported when it is loaded
         return {}
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of transformers says, in one line; `CODE_NOT_ALLOWED` where it asks for `trust_remote_code`."""
+    """The first line of a transformers error; `CODE_NOT_ALLOWED` if the error asks for `trust_remote_code`."""
     text = str(error).strip()
     if "trust_remote_code=True" in text:
         return CODE_NOT_ALLOWED
@@ -45,19 +45,21 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def reject_unsafe_pickles(subject: str) -> Iterator[None]:
-    """Inside, torch reads files that may be pickles, such as a `.bin` of weights or an `optimizer.pt`, and of them tensors alone.
+    """Report a pickle file that torch rejected as a user error, for code that loads `.bin` weights or an `optimizer.pt`.
+
+    torch loads only tensors and numbers from such files.
 
     Args:
-        subject: what is read, for the message.
+        subject: what is loaded, for the message.
 
     Raises:
-        UserError: such a file is damaged, or would have run code.
+        UserError: the file is damaged, or loading it would execute code.
     """
     try:
         yield
     except torch_pickle.UnpicklingError as error:
-        found = re.search(r"Trying to load unsupported GLOBAL \S+", str(error))
-        why = f"it calls {found[0].split()[-1]}" if found else "it is not what torch writes"
+        match = re.search(r"Trying to load unsupported GLOBAL \S+", str(error))
+        reason = f"it calls {match[0].split()[-1]}" if match else "its content is not valid"
         raise UserError(
-            f"{subject}: a file that is a pickle is refused, because it holds more than tensors and numbers or is damaged: {why}"
+            f"{subject}: expected a pickle file with tensors and numbers only, got other objects or a damaged file: {reason}"
         ) from error

@@ -1,4 +1,4 @@
-"""Trained weights on disk: a run's adapter or model, or, of a stopped run, its last good checkpoint."""
+"""Trained weights on disk: the adapter or model of a run, or the last valid checkpoint of an unfinished run."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ ADAPTER_CONFIG = "adapter_config.json"
 CONFIG_NAME = "config.json"
 TRAINER_STATE_NAME = "trainer_state.json"
 INITIAL_LORA = "initial.safetensors"
-"""In a checkpoint: LoRA's matrices before training, where their initialization took them out of the base."""
+"""In a checkpoint: the initial LoRA matrices, if the initialization subtracted them from the base's weights."""
 
 
 @dataclass(frozen=True)
 class TrainedWeights:
-    """The weights that a path stands for.
+    """The location of trained weights.
 
     Attributes:
-        path: an adapter's or a model's directory, or a hub id.
-        run: the run that they are of; a directory without a recipe where they are of none.
-        step, steps: of a checkpoint, the optimizer steps that it has behind it, and those of the whole run.
+        path: the directory of an adapter or model, or a hub id.
+        run: the run directory of the weights; one without a recipe if they do not belong to a run.
+        step: the optimizer step of a checkpoint, or None.
+        steps: the number of optimizer steps of a checkpoint's run, or None.
     """
 
     path: Path
@@ -40,91 +41,91 @@ class TrainedWeights:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether they are an adapter's, and not a whole model's."""
+        """Whether the weights are an adapter, not a full model."""
         return (self.path / ADAPTER_CONFIG).is_file()
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether training may go on from them."""
+        """Whether the weights are a checkpoint, from which training can resume."""
         return self.step is not None
 
 
 def find_trained_weights(path: Path) -> TrainedWeights:
-    """The weights of a run or of one of its checkpoints; any other path is taken as it is.
+    """The weights of a run, of a checkpoint, or of an adapter or model directory; other paths are returned as hub ids.
 
-    Of a run that has not finished the last good checkpoint is taken, which is printed.
+    For an unfinished run, the last valid checkpoint is used, and its name is printed.
 
     Raises:
-        UserError: a directory that holds none of these, or a checkpoint that was not finished.
-        CheckFailed: a checkpoint that is damaged.
+        UserError: a directory without weights, or a checkpoint that is incomplete.
+        CheckFailed: a damaged checkpoint.
     """
     run = RunDirectory(path)
-    for part in (run.adapter, run.model):
-        if _holds_weights(part):
-            return TrainedWeights(part, run)
-    owner = run_of_checkpoint(path)
-    if owner is not None or all((path / name).is_file() for name in (TRAINER_STATE_NAME, MANIFEST)):  # or a copy of one
+    for folder in (run.adapter, run.model):
+        if _has_weights(folder):
+            return TrainedWeights(folder, run)
+    checkpoint_run = run_of_checkpoint(path)
+    is_copy = all((path / name).is_file() for name in (TRAINER_STATE_NAME, MANIFEST))  # a checkpoint outside its run
+    if checkpoint_run is not None or is_copy:
         check_manifest(path)
-        return _checkpoint(path, owner or run)
-    if _holds_weights(path) or not path.is_dir():
+        return _checkpoint(path, checkpoint_run or run)
+    if _has_weights(path) or not path.is_dir():
         return TrainedWeights(path, run)
     if run.checkpoints_by_step() and run.recipe.is_file():
         trained = _last_checkpoint(run)
-        last = trained.path
         print(
-            f"{path} has not finished: {last.name} is taken, after {trained.step} of {trained.steps} steps; `mmtune train RECIPE "
-            "--resume` goes on from there"
+            f"{path}: the run has not finished; using {trained.path.name}, step {trained.step} of {trained.steps}; resume with "
+            "`mmtune train RECIPE --resume`"
         )
         return trained
     if run.recipe.is_file():
         raise UserError(f"{path} {run.unfinished()}")
-    raise UserError(f"{path}: neither a finished run (no adapter/ or model/), nor a checkpoint, nor a model (no {CONFIG_NAME})")
+    raise UserError(f"{path}: expected a finished run (adapter/ or model/), a checkpoint or a model ({CONFIG_NAME}), found none")
 
 
 def locate_trained_weights(path: Path) -> TrainedWeights:
-    """The weights that a path or a name stands for: see `find_trained_weights`.
+    """The weights of a path, a hub id or a built-in name; see `find_trained_weights`.
 
     Raises:
-        UserError: nothing is there, or the hub cannot be reached.
+        UserError: the path or repository does not exist, or the hub cannot be reached.
         CheckFailed: a damaged checkpoint.
     """
     trained = find_trained_weights(BUILTIN.get(str(path), path))
     with report_removed_checkpoint(trained):
         if not trained.path.is_dir():
-            locate_checkpoint(str(path), "run or model")  # a hub that cannot be reached is found before libraries are imported
+            locate_checkpoint(str(path), "run or model")  # an unreachable hub is reported before libraries are imported
     return trained
 
 
 @contextmanager
 def report_removed_checkpoint(trained: TrainedWeights) -> Iterator[None]:
-    """For code that reads trained weights: an error says so where the reason is that training has removed the checkpoint.
+    """Report an error while reading a checkpoint as its removal by a running training, if that is the cause.
 
     Raises:
-        UserError: it has. Any other error is left as it is.
+        UserError: training removed the checkpoint. Other errors are not changed.
     """
     try:
         yield
     except (UserError, OSError) as error:
         if trained.is_checkpoint and not (trained.path / TRAINER_STATE_NAME).is_file():
             raise UserError(
-                f"{trained.path}: training removed this checkpoint before it was read; try again with {trained.run.path}, of "
-                "which the newest checkpoint is taken"
+                f"{trained.path}: training removed this checkpoint before it was read; run the command again with "
+                f"{trained.run.path} to use its newest checkpoint"
             ) from error
         raise
 
 
 def _last_checkpoint(run: RunDirectory) -> TrainedWeights:
-    """The newest good checkpoint; a run that goes on may remove one while it is read, and has a newer one then."""
+    """The newest valid checkpoint. A running training may remove a checkpoint while it is read; it then has a newer one."""
     while (last := run.last_good_checkpoint()) is not None:
         try:
             return _checkpoint(last, run)
         except FileNotFoundError:
             if last.is_dir():
                 raise
-    raise UserError(f"{run.path}: the run has not finished, and none of its checkpoints is as it was written")
+    raise UserError(f"{run.path}: the run has not finished and has no undamaged checkpoint")
 
 
-def _holds_weights(path: Path) -> bool:
+def _has_weights(path: Path) -> bool:
     return (path / ADAPTER_CONFIG).is_file() or (path / CONFIG_NAME).is_file()
 
 
@@ -132,38 +133,43 @@ def _checkpoint(path: Path, run: RunDirectory) -> TrainedWeights:
     state = read_json_object(path / TRAINER_STATE_NAME)
     steps = state.get("global_step"), state.get("max_steps")
     if not all(isinstance(step, int) for step in steps):
-        raise UserError(f"{path / TRAINER_STATE_NAME}: expected the whole numbers `global_step` and `max_steps`, got {steps}")
+        raise UserError(f"{path / TRAINER_STATE_NAME}: global_step, max_steps: expected two integers, got {steps}")
     return TrainedWeights(path, run, *steps)
 
 
 def read_adapter_config(adapter: Path) -> dict[str, Any]:
+    """The content of an adapter's `adapter_config.json`.
+
+    Raises:
+        UserError: a missing or invalid file.
+    """
     try:
         return read_json_object(adapter / ADAPTER_CONFIG)
     except (OSError, UserError) as error:
-        raise UserError(f"{adapter / ADAPTER_CONFIG}: not a readable adapter configuration: {error}") from error
+        raise UserError(f"{adapter / ADAPTER_CONFIG}: cannot read the adapter configuration: {error}") from error
 
 
 def read_adapter_base(adapter: Path) -> str:
-    """The base that an adapter directory names; the one beside it when that path is gone, as after moving a run.
+    """The base that an adapter's configuration names, or the `base/` of its run if that path does not exist (a moved run).
 
     Raises:
-        UserError: a directory without a readable `adapter_config.json`.
+        UserError: a missing or invalid `adapter_config.json`.
     """
     config = read_adapter_config(adapter)
     if not isinstance(base := config.get("base_model_name_or_path"), str):
-        raise UserError(f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path: expected a name or a path, got {base!r}")
+        raise UserError(f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path: expected a hub id or a path, got {base!r}")
     if base == "base" or not Path(base).is_dir():
-        for folder in (adapter.parent, adapter.parent.parent):  # of a checkpoint, the run is one further up
+        for folder in (adapter.parent, adapter.parent.parent):  # the run of an adapter/, and the run of a checkpoint
             if (folder / "base" / "config.json").is_file():
                 return str(folder / "base")
     return base
 
 
 def locate_adapter_base(adapter: Path) -> str:
-    """As `read_adapter_base`; of a hub id, the cached copy where the hub cannot be reached.
+    """The base of an adapter, as a path or hub id that transformers loads; a cached copy if the hub cannot be reached.
 
     Raises:
-        UserError: as `read_adapter_base`, or the base is not there.
+        UserError: as `read_adapter_base`, or the base cannot be located.
     """
     base = read_adapter_base(adapter)
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints are written whole, and projectors are read strictly."""
+"""Checkpoint files: atomic writing, and strict loading of projectors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmtune.models.checkpoints.checkpoint_files import safetensors_files
 from mmtune.utils.errors import UserError
 
 
-def test_an_existing_directory_is_only_replaced_on_purpose(llava: tuple[Any, Any], tmp_path: Path) -> None:
+def test_an_existing_directory_is_replaced_with_overwrite_only(llava: tuple[Any, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "keep").write_text("mine")
@@ -26,27 +26,27 @@ def test_an_existing_directory_is_only_replaced_on_purpose(llava: tuple[Any, Any
     with pytest.raises(UserError, match="out is not what would be written there"):
         save_checkpoint(*llava, out, overwrite=True)
     assert (out / "keep").read_text() == "mine"
-    (out / "config.json").write_text("{}")  # now it looks like an earlier checkpoint
+    (out / "config.json").write_text("{}")  # now it is an earlier checkpoint
     save_checkpoint(*llava, out, overwrite=True)
     assert not (out / "keep").exists() and (out / "config.json").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def _other(tiny_checkpoints: Path) -> Any:
+def _other_model(tiny_checkpoints: Path) -> Any:
     return assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / "llama"), seed=9)[0]
 
 
 def test_a_projector_is_read_from_an_adapter_a_run_and_a_checkpoint(
     tiny_checkpoints: Path, llava: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    source = _other(tiny_checkpoints)
+    source = _other_model(tiny_checkpoints)
     expected = {key: value.clone() for key, value in source.model.multi_modal_projector.state_dict().items()}
     save_checkpoint(source, llava[1], tmp_path / "whole")
     lora = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj", modules_to_save=["multi_modal_projector"])
     get_peft_model(source, lora).save_pretrained(tmp_path / "run" / "adapter")
     prefix = "base_model.model.model.multi_modal_projector"
     assert f"{prefix}.linear_1.weight" in load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    (tmp_path / "older").mkdir()  # the names that a PEFT wrapper's own state has
+    (tmp_path / "older").mkdir()  # key names of a PEFT wrapper's state_dict
     older = {f"{prefix}.modules_to_save.default.{key}": value for key, value in expected.items()}
     older |= {f"{prefix}.original_module.{key}": torch.zeros_like(value) for key, value in expected.items()}
     save_file(older, tmp_path / "older" / "adapter_model.safetensors")
@@ -57,31 +57,33 @@ def test_a_projector_is_read_from_an_adapter_a_run_and_a_checkpoint(
         assert got.keys() == expected.keys() and all(torch.equal(got[key], expected[key]) for key in got)
 
 
-def test_a_projector_that_does_not_fit_is_named(tiny_checkpoints: Path, llava: tuple[Any, Any], tmp_path: Path) -> None:
+def test_a_projector_that_does_not_match_is_an_error_with_the_tensor(
+    tiny_checkpoints: Path, llava: tuple[Any, Any], tmp_path: Path
+) -> None:
     model, _ = llava
     before = {key: value.clone() for key, value in model.state_dict().items()}
     good = {
         f"model.multi_modal_projector.{key}": value
-        for key, value in _other(tiny_checkpoints).model.multi_modal_projector.state_dict().items()
+        for key, value in _other_model(tiny_checkpoints).model.multi_modal_projector.state_dict().items()
     }
     first = "model.multi_modal_projector.linear_1.weight"
-    for change, reason in (
+    for change, message in (
         ({first: None}, f"missing {first}"),
         (
             {"model.multi_modal_projector.linear_3.bias": torch.zeros(1)},
             "unexpected model.multi_modal_projector.linear_3.bias",
         ),
-        ({first: torch.zeros(3, 3)}, rf"{first} has shape \(3, 3\) where \(32, 32\)"),
-        (dict.fromkeys(good), "no projector weights"),
+        ({first: torch.zeros(3, 3)}, rf"{first}: expected shape \(32, 32\), got \(3, 3\)"),
+        (dict.fromkeys(good), "expected projector weights"),
     ):
         tensors = {key: value for key, value in {**good, "other": torch.zeros(1), **change}.items() if value is not None}
         save_file(tensors, tmp_path / "model.safetensors")
-        with pytest.raises(UserError, match=reason):
+        with pytest.raises(UserError, match=message):
             load_projector(model, tmp_path)
-    with pytest.raises(UserError, match="not a directory"):
+    with pytest.raises(UserError, match="expected a directory"):
         load_projector(model, tmp_path / "nowhere")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="holds none of"):
+    with pytest.raises(UserError, match=r"expected adapter_model\.safetensors, .* found none"):
         load_projector(model, tmp_path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -89,23 +91,23 @@ def test_a_projector_that_does_not_fit_is_named(tiny_checkpoints: Path, llava: t
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{}", "expected `weight_map`, an object"),
-        ('{"weight_map": []}', "expected `weight_map`, an object"),
-        ('{"weight_map": {"a": 1}}', "expected `weight_map`, an object"),
+        ("{}", "weight_map: expected an object"),
+        ('{"weight_map": []}', "weight_map: expected an object"),
+        ('{"weight_map": {"a": 1}}', "weight_map: expected an object"),
         ("[" * 100_000, "is not valid JSON"),
         ('{"weight_map": ' + "9" * 5000 + "}", "is not valid JSON"),
     ],
     ids=["nothing", "a list", "a number", "brackets", "digits"],
 )
-def test_an_index_that_is_none_is_an_error(tmp_path: Path, text: str, reason: str) -> None:
+def test_an_invalid_index_is_an_error(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=rf"model\.safetensors\.index\.json.*{reason}"):
         safetensors_files(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "/model.safetensors", ".."])
-def test_an_index_names_files_beside_it(tmp_path: Path, name: str) -> None:
+def test_an_index_that_names_a_file_in_another_folder_is_an_error(tmp_path: Path, name: str) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": name}}), encoding="utf-8")
-    with pytest.raises(UserError, match="is not the name of a file beside it"):
+    with pytest.raises(UserError, match="expected file names in the same folder, got"):
         safetensors_files(tmp_path)

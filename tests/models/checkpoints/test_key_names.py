@@ -1,4 +1,4 @@
-"""Models are saved under the key names that hub checkpoints of their class have, which is what serving engines read."""
+"""Key names of saved models: those of hub checkpoints of the class, which inference engines expect."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ HUB = {
     "paligemma": GEMMA | {"multi_modal_projector.linear"},
     "mistral3": LLAMA | PIXTRAL | PROJECTOR | {"multi_modal_projector.norm", "multi_modal_projector.patch_merger"},
 }
-"""The modules that hub checkpoints of a class name, as published: every key is in one of them, and every one has a key."""
+"""The module names in published checkpoints of each class: every key is in one of them, and each of them has a key."""
 
 
 def modules(keys: Any, known: set[str]) -> set[str]:
-    """Of `known` those that have a key, and the keys that are in none."""
+    """The modules of `known` that have a key, and the keys that are in none of them."""
     return {next((module for module in known if re.match(re.escape(module) + r"(\.|$)", key)), key) for key in keys}
 
 
@@ -79,7 +79,9 @@ def keys_of(path: Path) -> set[str]:
     ("vision", "language"),
     [*((vision, "llama") for vision in TOWERS), *(("siglip", language) for language in ("qwen2", "qwen3", "gemma", "gemma3"))],
 )
-def test_an_assembled_model_has_hub_names(tiny_checkpoints: Path, tmp_path: Path, vision: str, language: str) -> None:
+def test_an_assembled_model_is_saved_with_hub_key_names(
+    tiny_checkpoints: Path, tmp_path: Path, vision: str, language: str
+) -> None:
     model, processor = assemble(str(tiny_checkpoints / vision), str(tiny_checkpoints / language))
     save_checkpoint(model, processor, tmp_path / "out")
     head = set() if model.config.text_config.tie_word_embeddings else {"language_model.lm_head"}
@@ -91,23 +93,23 @@ def test_an_assembled_model_has_hub_names(tiny_checkpoints: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("family", BASES)
-def test_a_release_and_a_model_built_in_memory_are_saved_under_hub_names(family: str, tmp_path: Path) -> None:
+def test_loaded_and_built_models_are_saved_with_hub_key_names(family: str, tmp_path: Path) -> None:
     release = write_tiny_base(family, tmp_path / "release")
     assert modules(keys_of(release), HUB[family]) == HUB[family]
     model = reload(release)
     assert not find_unread_tensors(model, str(release))
     model.save_pretrained(tmp_path / "saved", max_shard_size="200KB")
     assert keys_of(tmp_path / "saved") == keys_of(release)
-    made = type(model)(model.config)  # without what transformers notes while it loads
-    made.load_state_dict(model.state_dict())
-    set_hub_key_mapping(made)
-    made.save_pretrained(tmp_path / "made", max_shard_size="200KB")
-    assert keys_of(tmp_path / "made") == keys_of(release)
-    weights = reload(tmp_path / "made").state_dict()
+    built = type(model)(model.config)  # without the key mapping that transformers stores while loading
+    built.load_state_dict(model.state_dict())
+    set_hub_key_mapping(built)
+    built.save_pretrained(tmp_path / "built", max_shard_size="200KB")
+    assert keys_of(tmp_path / "built") == keys_of(release)
+    weights = reload(tmp_path / "built").state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-def test_the_built_in_checkpoint_has_hub_names_and_the_values_that_were_trained() -> None:
+def test_the_built_in_checkpoint_has_hub_key_names_and_the_trained_values() -> None:
     weights = load_file(TINY_LLAVA / "model.safetensors")
     assert modules(weights, TIED | CLIP | PROJECTOR) == TIED | CLIP | PROJECTOR
     digest = hashlib.sha256()
@@ -116,11 +118,11 @@ def test_the_built_in_checkpoint_has_hub_names_and_the_values_that_were_trained(
     assert digest.hexdigest() == "16d0b84ecd84138f67666d1b35626938522f68f94175cb3603de76ae2db4a5ec"
     reload(TINY_LLAVA)
     untrained, _ = load_base(ModelSection.model_validate({"base": "builtin:tiny-llava-untrained"}), seed=0)
-    assert untrained._weight_conversions  # a run that tunes all of it saves it so, too
+    assert untrained._weight_conversions  # full tuning of it saves hub key names, too
 
 
-def test_either_spelling_of_a_checkpoint_loads(tiny_checkpoints: Path, llava: tuple[Any, Any], tmp_path: Path) -> None:
-    """Older files have the names that transformers gives a model that was built in memory."""
+def test_checkpoints_with_hub_and_module_key_names_load(tiny_checkpoints: Path, llava: tuple[Any, Any], tmp_path: Path) -> None:
+    """Older files have the key names that transformers gives a model that was built in memory."""
     model, processor = llava
     save_checkpoint(model, processor, tmp_path / "hub")
     save_checkpoint(model, processor, tmp_path / "older")
@@ -128,11 +130,11 @@ def test_either_spelling_of_a_checkpoint_loads(tiny_checkpoints: Path, llava: tu
     older = {key.replace("vision_tower.vision_model.", "vision_tower."): tensor for key, tensor in weights.items()}
     assert older.keys() != weights.keys()
     save_file(older, tmp_path / "older" / "model.safetensors", metadata={"format": "pt"})
-    for spelling in ("hub", "older"):
-        loaded = reload(tmp_path / spelling).state_dict()
+    for names in ("hub", "older"):
+        loaded = reload(tmp_path / names).state_dict()
         assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
         other, _ = assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / "llama"), seed=9)
-        load_projector(other, tmp_path / spelling)
+        load_projector(other, tmp_path / names)
         projector = model.model.multi_modal_projector.state_dict()
         assert all(
             torch.equal(tensor, projector[name]) for name, tensor in other.model.multi_modal_projector.state_dict().items()

@@ -1,4 +1,4 @@
-"""Tensors of a base that its class does not read are in every release of it, byte for byte."""
+"""Tensors of a base that its class does not read are copied into every release, byte for byte."""
 
 from __future__ import annotations
 
@@ -31,37 +31,37 @@ EXTRA = {
 
 
 @pytest.fixture(scope="module")
-def odd(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in architecture in shards, with its tied head stored a second time, and tensors of no module."""
-    out = tmp_path_factory.mktemp("odd") / "base"
+def sharded_base(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in architecture in shards, with a second copy of its tied head and tensors that no module reads."""
+    out = tmp_path_factory.mktemp("sharded") / "base"
     shutil.copytree(base, out)
     weights = load_file(out / "model.safetensors")
     (out / "model.safetensors").unlink()
     weights["language_model.lm_head.weight"] = weights["language_model.model.embed_tokens.weight"].clone()
     names = sorted(weights)
-    parts = {"one.safetensors": names[:50], "two.safetensors": names[50:]}
-    save_file({name: weights[name] for name in parts["one.safetensors"]} | EXTRA, out / "one.safetensors", {"format": "pt"})
-    save_file({name: weights[name] for name in parts["two.safetensors"]}, out / "two.safetensors", {"format": "pt"})
-    weight_map = {name: file for file, names in parts.items() for name in names} | dict.fromkeys(EXTRA, "one.safetensors")
+    shards = {"one.safetensors": names[:50], "two.safetensors": names[50:]}
+    save_file({name: weights[name] for name in shards["one.safetensors"]} | EXTRA, out / "one.safetensors", {"format": "pt"})
+    save_file({name: weights[name] for name in shards["two.safetensors"]}, out / "two.safetensors", {"format": "pt"})
+    weight_map = {name: file for file, names in shards.items() for name in names} | dict.fromkeys(EXTRA, "one.safetensors")
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return out
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, by its index where it has one."""
+    """Every tensor of a checkpoint, by its index if it has one."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return load_file(folder / "model.safetensors")
-    written = json.loads(index.read_text())
-    files = {name: load_file(folder / name) for name in set(written["weight_map"].values())}
-    assert not (folder / "model.safetensors").exists()  # transformers would read nothing else
-    assert sorted(name for tensors in files.values() for name in tensors) == sorted(written["weight_map"])
-    tensors = {name: files[file][name] for name, file in written["weight_map"].items()}
-    assert written["metadata"].get("total_size") in (None, sum(tensor.nbytes for tensor in tensors.values()))
+    content = json.loads(index.read_text())
+    files = {name: load_file(folder / name) for name in set(content["weight_map"].values())}
+    assert not (folder / "model.safetensors").exists()  # transformers would read this file alone
+    assert sorted(name for tensors in files.values() for name in tensors) == sorted(content["weight_map"])
+    tensors = {name: files[file][name] for name, file in content["weight_map"].items()}
+    assert content["metadata"].get("total_size") in (None, sum(tensor.nbytes for tensor in tensors.values()))
     return tensors
 
 
-def holds_extra(folder: Path) -> bool:
+def has_extra(folder: Path) -> bool:
     tensors = read(folder)
     for name, value in EXTRA.items():
         assert tensors[name].dtype == value.dtype and tensors[name].shape == value.shape
@@ -71,7 +71,8 @@ def holds_extra(folder: Path) -> bool:
     return set(report["unexpected_keys"]) == set(EXTRA)
 
 
-def in_memory_names(folder: Path, out: Path) -> Path:
+def with_module_key_names(folder: Path, out: Path) -> Path:
+    """A copy of a checkpoint with the key names of a model that was built in memory."""
     shutil.copytree(folder, out)
     for file in out.glob("*.safetensors"):
         tensors = {name.replace("vision_model.", ""): tensor for name, tensor in load_file(file).items()}
@@ -81,17 +82,19 @@ def in_memory_names(folder: Path, out: Path) -> Path:
     return out
 
 
-def test_what_transformers_does_not_read_is_found_by_the_names_in_the_file(odd: Path, tmp_path: Path) -> None:
-    """Renamed keys and a tied weight that is stored twice are read."""
-    for source in (odd, in_memory_names(odd, tmp_path / "older")):
+def test_unread_tensors_are_found_by_their_keys(sharded_base: Path, tmp_path: Path) -> None:
+    """Renamed keys and the second copy of a tied weight are read."""
+    for source in (sharded_base, with_module_key_names(sharded_base, tmp_path / "older")):
         model, report = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True)
         assert find_unread_tensors(model, str(source)) == dict.fromkeys(EXTRA, source / "one.safetensors")
         assert set(report["unexpected_keys"]) == set(EXTRA)
 
 
-def test_a_base_of_the_hub_is_read_in_the_cache(odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unread_tensors_of_a_cached_hub_base_are_found(
+    sharded_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stored = tmp_path / "models--someone--odd"
-    shutil.copytree(odd, stored / "snapshots" / "abc")
+    shutil.copytree(sharded_base, stored / "snapshots" / "abc")
     (stored / "refs").mkdir()
     (stored / "refs" / "main").write_text("abc")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -99,7 +102,7 @@ def test_a_base_of_the_hub_is_read_in_the_cache(odd: Path, tmp_path: Path, monke
     assert find_unread_tensors(model, "someone/odd") == dict.fromkeys(EXTRA, stored / "snapshots" / "abc" / "one.safetensors")
 
 
-def test_what_a_class_drops_without_a_warning_is_found(tmp_path: Path) -> None:
+def test_tensors_that_transformers_drops_without_a_warning_are_found(tmp_path: Path) -> None:
     """Qwen3.5's multi-token-prediction head, which transformers does not report."""
     text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 8}
     text |= {"num_key_value_heads": 1, "vocab_size": 64, "linear_num_key_heads": 1, "linear_num_value_heads": 1}
@@ -118,46 +121,48 @@ def test_what_a_class_drops_without_a_warning_is_found(tmp_path: Path) -> None:
     assert torch.equal(read(tmp_path / "out")["mtp.norm.weight"], torch.ones(16))
 
 
-def test_a_tensor_is_not_carried_over_another(odd: Path, tmp_path: Path) -> None:
-    shutil.copytree(odd, tmp_path / "out")
-    with pytest.raises(CheckFailed, match="would be there twice"):
-        append_tensors(dict.fromkeys(EXTRA, odd / "one.safetensors"), tmp_path / "out")
+def test_a_duplicate_tensor_is_an_error(sharded_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(sharded_base, tmp_path / "out")
+    with pytest.raises(CheckFailed, match="duplicate tensors"):
+        append_tensors(dict.fromkeys(EXTRA, sharded_base / "one.safetensors"), tmp_path / "out")
 
 
 @pytest.mark.slow
-def test_a_merge_carries_them_over(
-    make_recipe: Callable[..., Recipe], odd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_merge_copies_unread_tensors(
+    make_recipe: Callable[..., Recipe], sharded_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = make_recipe(f"model.base={odd}")
+    recipe = make_recipe(f"model.base={sharded_base}")
     train(recipe, ["test"])
     run, out = recipe.output_dir, tmp_path / "out"
     command = ["merge", run, str(out), "--samples", "2", "--dtype", "bf16", "--quantize", "nf4", "--max-shard-size", "2MB"]
     assert entry_point(command) == 0
-    told = "tensors that LlavaForConditionalGeneration does not read, carried over from the base unchanged: 3 ("
-    assert capsys.readouterr().out.count(told) == 1
+    line = "tensors that LlavaForConditionalGeneration does not read, copied from the base unchanged: 3 ("
+    assert capsys.readouterr().out.count(line) == 1
     for folder in (out, tmp_path / "out-nf4"):
-        assert holds_extra(folder)
+        assert has_extra(folder)
         check_manifest(folder)
         listed = json.loads((folder / "manifest.json").read_text())["copied_tensors"]
         assert listed["model.layers.92.scale"] == {"dtype": "bfloat16", "shape": []} and listed.keys() == EXTRA.keys()
         assert "`mtp.layers.0.weight`" in (folder / "README.md").read_text()
     assert RunDirectory(Path(run)).read_summary()["merge_copied_tensors"] == sorted(EXTRA)
     assert entry_point(["merge", "--adapter", f"{run}:0.5", str(tmp_path / "sum"), "--samples", "2"]) == 0
-    assert holds_extra(tmp_path / "sum")
-    assert entry_point(["merge", run, str(tmp_path / "kept"), "--keep-adapter", "--samples", "2"]) == 0
-    assert holds_extra(tmp_path / "kept" / "base")
+    assert has_extra(tmp_path / "sum")
+    assert entry_point(["merge", run, str(tmp_path / "adapter_release"), "--keep-adapter", "--samples", "2"]) == 0
+    assert has_extra(tmp_path / "adapter_release" / "base")
 
 
 @pytest.mark.slow
-def test_a_model_that_was_tuned_in_full_has_them(make_recipe: Callable[..., Recipe], odd: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(f"model.base={odd}", "tune.language=full", "tune.vision=full", "train.learning_rate=1e-3")
+def test_a_fully_tuned_model_has_the_unread_tensors(
+    make_recipe: Callable[..., Recipe], sharded_base: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(f"model.base={sharded_base}", "tune.language=full", "tune.vision=full", "train.learning_rate=1e-3")
     train(recipe, ["test"])
-    assert holds_extra(Path(recipe.output_dir) / "model")
+    assert has_extra(Path(recipe.output_dir) / "model")
     assert entry_point(["merge", recipe.output_dir, str(tmp_path / "out"), "--samples", "2"]) == 0
-    assert holds_extra(tmp_path / "out")
+    assert has_extra(tmp_path / "out")
 
 
-def test_nothing_is_written_where_there_is_nothing_to_carry(base: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_unread_tensors_is_not_changed(base: Path, tmp_path: Path) -> None:
     model: Any = AutoModelForImageTextToText.from_pretrained(base)
     assert find_unread_tensors(model, str(base)) == {}
     shutil.copytree(base, tmp_path / "out")
