@@ -18,7 +18,7 @@ from typing import Any
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from mmtune.planning.memory import estimate_memory
-from mmtune.planning.sharded_memory import LAYOUTS, per_device
+from mmtune.planning.sharded_memory import STRATEGIES, per_device
 from mmtune.recipe.recipe import Recipe
 
 LANGUAGES = {
@@ -74,15 +74,15 @@ def main() -> None:
         f"{TOKENS} tokens per sample with one image of 336 pixels, {ANSWER} of them supervised, activation checkpointing, AdamW"
     )
     print("mmtune " + ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft")))
-    cells = [(layout, devices) for devices in DEVICES for layout in (LAYOUTS if devices > 1 else ("one",))]
-    print(f"{'model':6}{'tuning':18}" + "".join(f"{f'{layout} x{devices}':>11}" for layout, devices in cells))
+    cells = [(strategy, devices) for devices in DEVICES for strategy in (STRATEGIES if devices > 1 else ("one",))]
+    print(f"{'model':6}{'tuning':18}" + "".join(f"{f'{strategy} x{devices}':>11}" for strategy, devices in cells))
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         for size in LANGUAGES:
             base = write_base(size, Path(place) / size)
             for tuning, (precision, tune) in TUNINGS.items():
                 estimate = estimate_memory(recipe_for(base, precision, tune), tokens=TOKENS, supervised=ANSWER)
-                row = [per_device(estimate, layout, devices) for layout, devices in cells]
+                row = [per_device(estimate, strategy, devices) for strategy, devices in cells]
                 figures[f"{size} {tuning}"] = estimate.as_json()
                 print(f"{size:6}{tuning:18}" + "".join(f"{(each.peak + each.overhead) / 1e9:>11.1f}" for each in row))
     print("\nOne device, in bytes:")

@@ -120,7 +120,7 @@ def validate(recipe: Recipe, overwrite: bool, resume: bool | Path) -> RunInputs:
     check_chat_template(processor)
     objective = build_objective(recipe, processor)
     lengths = plan_rows(samples, recipe, processor, data_report, dist)
-    print(f"training: {dist.layout}, {arguments.device}")
+    print(f"training: {dist.strategy}, {arguments.device}")
     return RunInputs(recipe, overwrite, checkpoint, arguments, dist, samples, data_report, processor, objective, lengths)
 
 
@@ -196,7 +196,7 @@ def summarize(
         return {}
     draw_loss_curve(run.metrics, run.loss_curve)
     metrics |= {
-        "layout": inputs.dist.layout,
+        "strategy": inputs.dist.strategy,
         "trainable_parameters": sum(count.trainable for count in tuned.counts),
         "total_parameters": sum(count.total for count in tuned.counts),
         **inputs.data_report.metrics(),

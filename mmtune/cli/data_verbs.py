@@ -1,4 +1,4 @@
-"""`mmtune data VERB`: each verb is one thin function over the library."""
+"""Verbs `mmtune data ...`: one function per verb, which calls the library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmtune.cli.verb_arguments import AddVerb
+from mmtune.cli.verb_arguments import AddVerb, add_recipe_arguments
 from mmtune.console.library_output import configure_console
 from mmtune.utils.errors import CheckFailed, UserError
 
@@ -21,44 +21,45 @@ def add_data_verbs(verbs: Any, add: AddVerb) -> None:
 
     Args:
         verbs: argparse's subparsers.
-        add: declares one verb, as the command line does for all.
+        add: declares one verb.
     """
-    verb = add(
-        verbs, "check", _check, "look for faults in every row and every image's header; exit code 1 if one would fail a run"
+    verb = add(verbs, "check", _check, "validate every row and image header; exit code 1 if a row would stop a run")
+    verb.add_argument("data", metavar="RECIPE_OR_FILE", help="a recipe (.yaml), or a file of rows")
+    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override keys of the recipe")
+    verb.add_argument("--template", metavar="NAME", help="the data template of a file of rows (default: detected)")
+    verb.add_argument(
+        "--media-root",
+        metavar="DIR",
+        help="the folder that media paths of a file of rows are relative to (default: the file's folder)",
     )
-    verb.add_argument("data", metavar="RECIPE_OR_FILE", help="a recipe (YAML), or a file of rows")
-    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
-    verb.add_argument("--template", metavar="NAME", help="the data template of a file of rows (default: the one that fits)")
-    verb.add_argument("--media-root", metavar="DIR", help="where a file's media paths start (default: its own folder)")
     verb.add_argument("--out", metavar="FILE", help="write the issues as JSON Lines: row, field, issue, detail, fix")
-    verb.add_argument("--decode", action="store_true", help="decode every image too: finds all damage, takes many times longer")
-    verb.add_argument("--processes", type=int, metavar="N", help="how many work at once (default: one a core)")
+    verb.add_argument("--decode", action="store_true", help="also decode every image; finds all damaged images, much slower")
+    verb.add_argument("--processes", type=int, metavar="N", help="number of worker processes (default: one per core)")
 
-    verb = add(verbs, "show", _show, "print a sample as training sees it: supervised, prompt and media tokens told apart")
-    verb.add_argument("recipe", metavar="RECIPE", help="a YAML file")
-    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+    verb = add(verbs, "show", _show, "print one sample as it is trained: supervised, prompt and media tokens marked")
+    add_recipe_arguments(verb)
     which = verb.add_mutually_exclusive_group()
     which.add_argument("--row", metavar="ID", help="a training or held-out row: train.json[17], or the value of its id field")
-    which.add_argument("--index", type=int, default=0, metavar="N", help="the row's place among the training rows, from 0")
-    verb.add_argument("--html", metavar="FILE", help="write a page with the pictures, token by token")
-    verb.add_argument("--prompt", action="store_true", help="print only the rendered prompt, up to the last answer")
+    which.add_argument("--index", type=int, default=0, metavar="N", help="the number of a training row, from 0 (default 0)")
+    verb.add_argument("--html", metavar="FILE", help="write an HTML page with the images and every token")
+    verb.add_argument("--prompt", action="store_true", help="print only the rendered prompt before the last answer")
 
-    verb = add(verbs, "digits", _digits, "write the quickstart's data set of handwritten digits")
-    verb.add_argument("folder", metavar="DIR")
-    verb.add_argument("--all", action="store_true", help="also the parts that the built-in checkpoint was trained on")
+    verb = add(verbs, "digits", _digits, "write the data set of the quickstart, handwritten digits")
+    verb.add_argument("folder", metavar="DIR", help="the folder to write to")
+    verb.add_argument("--all", action="store_true", help="also write the splits that the built-in checkpoint was trained on")
 
 
 def _check(arguments: argparse.Namespace) -> Any:
-    doctor = _doctor(arguments)
+    validator = _make_validator(arguments)
     from mmtune.data.validation.validate import IssueSummary
 
-    summary, listed = IssueSummary(doctor.rows), []
+    summary, listed = IssueSummary(validator.rows), []
     with _lines(arguments.out) as write:
-        for found in doctor.issues(arguments.processes):
-            summary.add(found)
-            write(found.as_json())
+        for issue in validator.issues(arguments.processes):
+            summary.add(issue)
+            write(issue.as_json())
             if arguments.json:
-                listed.append(found.as_json())
+                listed.append(issue.as_json())
     summary.show()
     if arguments.out:
         print(f"issues: {arguments.out}")
@@ -68,7 +69,7 @@ def _check(arguments: argparse.Namespace) -> Any:
     return result
 
 
-def _doctor(arguments: argparse.Namespace) -> Any:
+def _make_validator(arguments: argparse.Namespace) -> Any:
     from mmtune.data.sources.source import is_missing_path
     from mmtune.data.templates.template import load_data_template
     from mmtune.preflight import check_recipe, located_errors, unreachable_checkpoints
@@ -78,7 +79,8 @@ def _doctor(arguments: argparse.Namespace) -> Any:
     if not arguments.data.endswith(RECIPE_ENDINGS):
         if arguments.overrides:
             raise UserError(
-                f"{arguments.data} is no recipe, so {arguments.overrides[0]} changes nothing; give --template and --media-root"
+                f"{arguments.overrides[0]}: expected no override with a file of rows ({arguments.data}); "
+                "give --template and --media-root"
             )
         if is_missing_path(arguments.data):
             raise UserError(missing(arguments.data, "file or folder"))
@@ -90,11 +92,13 @@ def _doctor(arguments: argparse.Namespace) -> Any:
 
         if template is None:
             template = guess_template(arguments.data)
-            print(f"{arguments.data}: read with the data template {template}; --template names another")
+            print(f"{arguments.data}: detected the data template {template}; --template NAME selects another")
         source = Source(path=arguments.data, template=template, media_root=arguments.media_root)
         return Validator([source], rules=ValidationSettings(decode=arguments.decode))
     if arguments.template or arguments.media_root:
-        raise UserError("--template and --media-root are for a file of rows; a recipe names its own")
+        raise UserError(
+            "--template and --media-root: expected a file of rows, got a recipe; set template and media_root in the recipe"
+        )
     recipe = load_recipe(arguments.data, arguments.overrides)
     check_recipe(recipe, ("model", "data", "evaluate"))
     configure_console()
@@ -103,7 +107,7 @@ def _doctor(arguments: argparse.Namespace) -> Any:
     with located_errors(recipe):
         absent = next((name for _, name, _ in unreachable_checkpoints(recipe) if not is_local_name(name)), None)
         if absent is not None:
-            print(f"not checked: tokens and lengths, because {absent} is not on this machine and does not load from the hub")
+            print(f"not checked: tokens and lengths: {absent} is not on this machine and cannot be downloaded")
         processor = None if absent else _processor(recipe)
         rules = ValidationSettings(
             processor, recipe.data.max_tokens, recipe.data.over_length, recipe.data.supervise, arguments.decode
@@ -112,9 +116,9 @@ def _doctor(arguments: argparse.Namespace) -> Any:
 
 
 def _processor(recipe: Any) -> Any:
-    """The recipe's processor, with a chat template that training takes."""
+    """The recipe's processor, with a chat template that gives exact labels."""
     from mmtune.data.encoding.encode import check_chat_template
-    from mmtune.models.load import load_bare_processor  # takes seconds to import, and a file of rows needs none
+    from mmtune.models.load import load_bare_processor  # slow import, not needed for a file of rows
 
     processor = load_bare_processor(recipe.model)
     check_chat_template(processor)
@@ -123,12 +127,12 @@ def _processor(recipe: Any) -> Any:
 
 @contextmanager
 def _lines(out: str | None) -> Iterator[Callable[[dict[str, str]], None]]:
-    """Writes objects as JSON Lines, or nowhere."""
+    """A function that writes objects to a file as JSON Lines; without a file it does nothing."""
     if out is None:
         yield lambda line: None
         return
     try:
-        # A file name that is not UTF-8 reaches Python as lone surrogates; written as \udcXX they are valid JSON.
+        # File names that are not UTF-8 contain lone surrogates in Python; escaped as \udcXX they are valid JSON.
         file = Path(out).open("w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115  (closed below)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
@@ -151,7 +155,9 @@ def _show(arguments: argparse.Namespace) -> Any:
     else:
         samples = IndexedSamples(recipe.data.train)
         if not 0 <= arguments.index < len(samples):
-            raise UserError(f"--index {arguments.index}: there are {len(samples):,} training rows, from 0 on")
+            raise UserError(
+                f"--index {arguments.index}: expected 0 to {len(samples) - 1}: there are {len(samples):,} training rows"
+            )
         sample = samples[arguments.index]
     with located_errors(recipe):
         view = view_sample(sample, _processor(recipe), recipe.data)

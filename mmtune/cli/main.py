@@ -1,6 +1,6 @@
-"""`mmtune VERB`: each verb is one thin function over the library.
+"""The command line, `mmtune VERB`.
 
-Exit codes: 0 done, 1 the check failed, 2 the user's input is wrong, 130 interrupted.
+Exit codes: 0 success, 1 a check failed, 2 invalid input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,24 +26,23 @@ from mmtune.utils.errors import CheckFailed, Stopped, UserError, missing_library
 from mmtune.utils.files import expand_user
 
 PATHS = ("recipe", "model", "out", "release", "folder", "dest", "data", "html", "media_root", "image", "adapter", "resume")
-"""Arguments that name paths: a leading `~` is the home directory, also where a shell leaves it (`--out=~/x`)."""
+"""Arguments that are paths. A leading `~` is expanded here too, because a shell does not expand `--out=~/x`."""
 
 
 @leaves_bugs()
 @escapes_output
 @ends_on_signals
 def entry_point(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code. A user's mistake is shown as its message, a bug keeps its traceback."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = _parse(given)
-    parsed.command_line = ["mmtune", *given]
+    """Run one command and return its exit code. A UserError is printed as one message; a bug keeps its traceback."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = _parse(words)
+    parsed.command_line = ["mmtune", *words]
     run: Callable[[argparse.Namespace], Any] = parsed.run
-    who = rank_prefix()
     try:
-        _check_utf8(given)
+        _check_utf8(words)
         if getattr(parsed, "json", False):
-            # Standard output holds the JSON and nothing else; other processes than the first have none.
-            with nullcontext() if who else redirect_stdout(sys.stderr):
+            # Only the JSON goes to standard output. The other processes of a launch print nothing there.
+            with nullcontext() if rank_prefix() else redirect_stdout(sys.stderr):
                 result = run(parsed)
             _print_json(result)
         else:
@@ -54,7 +53,7 @@ def entry_point(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         if (reason := missing_library(error)) is None:
             raise
-        print_error(f"error: a library that this needs is missing: {reason}")
+        print_error(f"error: a required library is missing: {reason}")
         return 2
     except CheckFailed as error:
         if error.result is not None and getattr(parsed, "json", False):
@@ -82,17 +81,17 @@ def _print_json(result: Any) -> None:
 
 
 def _check_utf8(arguments: Sequence[str]) -> None:
-    """Refuse a path whose bytes are not UTF-8: it could be written into no report."""
+    """Reject a path whose bytes are not UTF-8, because a report could not contain it."""
     for argument in arguments:
         shown = argument.encode("utf-8", "backslashreplace").decode()
         if shown != argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace"):
             raise UserError(f"{shown}: the argument is not valid UTF-8; rename the file")
 
 
-def _parse(given: Sequence[str]) -> argparse.Namespace:
-    """argparse takes positional arguments in one run only; overrides may also follow an option."""
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments. Overrides may also follow an option, which argparse does not support for positional arguments."""
     parser = _parser()
-    parsed, rest = parser.parse_known_args(given)
+    parsed, rest = parser.parse_known_args(arguments)
     overrides = getattr(parsed, "overrides", None)
     unknown = [argument for argument in rest if overrides is None or argument.startswith("-") or "=" not in argument]
     if unknown:
@@ -107,17 +106,17 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
 
 
 def _as_override(unknown: Sequence[str]) -> str:
-    """A hint where a recipe's key is given as an option."""
+    """A hint for a recipe's key that was given as an option."""
     from mmtune.recipe.unknown_keys import key_of_option
 
     name, equals, value = unknown[0].removeprefix("--").partition("=")
     value = value if equals else unknown[1] if len(unknown) > 1 and not unknown[1].startswith("-") else "VALUE"
     key = key_of_option(name) if unknown[0].startswith("--") else None
-    return f"; a recipe's keys are given without dashes: {key}={value}" if key else ""
+    return f"; give keys of the recipe without dashes: {key}={value}" if key else ""
 
 
 def _near_option(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
-    """A hint where an option is misspelt or cut short."""
+    """A hint for a misspelt or abbreviated option."""
     name = unknown[0].partition("=")[0]
     options = re.findall(r"--[\w-]+", parser.format_usage())
     close = [option for option in options if len(name) > 3 and option.startswith(name)] or get_close_matches(name, options, n=1)
@@ -125,20 +124,20 @@ def _near_option(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str
 
 
 def _near_choice(message: str) -> str:
-    """A hint where a verb or another choice is misspelt, from argparse's message."""
-    given = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
-    close = get_close_matches(given[1], re.findall(r"[\w-]+", given[2]), n=1) if given else []
+    """A hint for a misspelt verb or choice, from argparse's message."""
+    match = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+    close = get_close_matches(match[1], re.findall(r"[\w-]+", match[2]), n=1) if match else []
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, without abbreviated options."""
+    """argparse's parser without abbreviated options."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """As argparse's, for several processes that are started with the same arguments; without a verb, the whole help."""
+        """Print the usage and exit with 2, like argparse, but once for all processes of a launch; without a verb, the help."""
         if message.endswith("required: VERB"):
             print_error(self.format_help().rstrip())
             raise SystemExit(2)
@@ -152,7 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     add_run_verbs(verbs, _verb)
     add_recipe_verbs(verbs, _verb)
-    add_data_verbs(verbs.add_parser("data", help="data sets").add_subparsers(required=True, metavar="VERB"), _verb)
+    add_data_verbs(
+        verbs.add_parser("data", help="validate and show data sets").add_subparsers(required=True, metavar="VERB"), _verb
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`mmtune plan`, `assemble`, `methods` and `mmtune recipe VERB`: each verb is one thin function over the library."""
+"""Verbs `mmtune plan`, `methods`, `assemble` and `mmtune recipe ...`: one function per verb, which calls the library."""
 
 from __future__ import annotations
 
@@ -13,38 +13,51 @@ from mmtune.utils.errors import UserError
 
 
 def add_recipe_verbs(verbs: Any, add: AddVerb) -> None:
-    """Declare the verbs that look at a recipe.
+    """Declare the verbs about recipes, models and methods.
 
     Args:
         verbs: argparse's subparsers.
-        add: declares one verb, as the command line does for all.
+        add: declares one verb.
     """
-    about = "count the tokens of the data, and predict the memory of one training step; no weight is loaded"
+    about = "count the tokens of the data and predict the memory of a training step, without loading weights"
     verb = add(verbs, "plan", _plan, about)
     add_recipe_arguments(verb)
-    verb.add_argument("--memory", metavar="SIZE", help="what there is, such as 24GB; suggests changes when it is too little")
-    verb.add_argument("--processes", type=int, default=1, metavar="N", help="and what each of N devices takes, by layout")
-    verb.add_argument("--no-data", action="store_true", help="predict the memory only; the data is not read")
-    verb.add_argument("--tokens", type=int, help="of the longest sample (default: the data's, or data.max_tokens)")
-    verb.add_argument("--images", type=int, help="images in a sample (default: the longest sample's, or 1)")
-    verb.add_argument("--supervised", type=int, help="answer tokens in a sample (default: the data's most, or all of its text)")
+    verb.add_argument(
+        "--memory", metavar="SIZE", help="memory of the device, such as 24GB; if the step does not fit, changes are suggested"
+    )
+    verb.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="also print the memory per device for N devices, by parallelism strategy",
+    )
+    verb.add_argument("--no-data", action="store_true", help="predict the memory only, without reading the data")
+    verb.add_argument(
+        "--tokens", type=int, metavar="N", help="tokens of a sample (default: the longest sample's, or data.max_tokens)"
+    )
+    verb.add_argument("--images", type=int, metavar="N", help="images of a sample (default: the longest sample's, or 1)")
+    supervised = "supervised tokens of a sample (default: the maximum in the data, or all text tokens)"
+    verb.add_argument("--supervised", type=int, metavar="N", help=supervised)
 
-    add(verbs, "methods", _methods, "the tuning methods, and what works with what")
+    add(verbs, "methods", _methods, "list the tuning methods and what each supports")
 
-    verb = add(verbs, "assemble", _assemble, "write the model that a recipe assembles from parts as a checkpoint")
-    verb.add_argument("recipe", metavar="RECIPE", help="a YAML file")
-    verb.add_argument("out", metavar="OUT", help="where the checkpoint goes")
-    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+    verb = add(
+        verbs, "assemble", _assemble, "write the assembled model of a recipe (model.vision, model.language) as a checkpoint"
+    )
+    verb.add_argument("recipe", metavar="RECIPE", help="the recipe, a YAML file")
+    verb.add_argument("out", metavar="OUT", help="the directory of the checkpoint")
+    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override keys of the recipe")
     verb.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
 
-    recipes = verbs.add_parser("recipe", help="check, list and copy recipes").add_subparsers(required=True, metavar="VERB")
-    verb = add(recipes, "check", _recipe_check, "check a recipe, its files and its templates, loading no weights")
+    recipes = verbs.add_parser("recipe", help="validate, list and copy recipes").add_subparsers(required=True, metavar="VERB")
+    verb = add(recipes, "check", _recipe_check, "validate a recipe, its files and its templates, without loading weights")
     add_recipe_arguments(verb)
     add(recipes, "schema", _recipe_schema, "print the JSON schema of recipes, for editors")
-    add(recipes, "list", _recipe_list, "list the recipes that ship")
-    verb = add(recipes, "copy", _recipe_copy, "copy a shipped recipe to edit")
-    verb.add_argument("name", metavar="NAME")
-    verb.add_argument("dest", metavar="DEST", nargs="?", help="a file or a folder (default: here)")
+    add(recipes, "list", _recipe_list, "list the shipped recipes")
+    verb = add(recipes, "copy", _recipe_copy, "copy a shipped recipe in order to edit it")
+    verb.add_argument("name", metavar="NAME", help="the recipe, as `mmtune recipe list` shows it")
+    verb.add_argument("dest", metavar="DEST", nargs="?", help="a file or a folder (default: the working directory)")
 
 
 def _plan(arguments: argparse.Namespace) -> Any:
@@ -53,7 +66,7 @@ def _plan(arguments: argparse.Namespace) -> Any:
     from mmtune.recipe.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    check_recipe(recipe, files=False, libraries=("train.optim",))  # the memory of the optimizer's states is measured
+    check_recipe(recipe, files=False, libraries=("train.optim",))  # the estimate runs the optimizer
     limit = None if arguments.memory is None else parse_memory(arguments.memory)
     configure_console()
     with located_errors(recipe):
@@ -67,7 +80,7 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
     from mmtune.models.load import load_bare_processor
     from mmtune.planning.memory import estimate_memory, print_estimate, suggestions
     from mmtune.planning.plan_report import plan_data, print_data
-    from mmtune.planning.sharded_memory import layouts_for, print_layouts
+    from mmtune.planning.sharded_memory import memory_by_strategy, print_strategies
     from mmtune.training.dataloader import make_batches, optimizer_steps
     from mmtune.training.training_arguments import build_training_arguments, without_trackers
 
@@ -75,9 +88,9 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
     data = None
     sample: dict[str, Any] = {"tokens": recipe.data.max_tokens, "images": 1, "supervised": None}
     if recipe.data.stream:
-        print("the memory alone: a stream is not looked through before it is trained on")
+        print("memory only: a stream is not read before training")
     elif missing:
-        print(f"the memory alone, because there is no data to plan: no such file: {', '.join(missing)}")
+        print(f"memory only: no such file: {', '.join(missing)}")
     elif not arguments.no_data:
         settings = build_training_arguments(without_trackers(recipe))
         processor = load_bare_processor(recipe.model)
@@ -88,28 +101,28 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
         print_data(data)
         sample |= longest
         recipe = _with_batches_of_the_data(recipe, settings.per_device_train_batch_size, batches.max_batch_rows())
-    sample |= {name: given for name in ("tokens", "images", "supervised") if (given := getattr(arguments, name)) is not None}
+    sample |= {name: value for name in ("tokens", "images", "supervised") if (value := getattr(arguments, name)) is not None}
     if arguments.tokens is not None or arguments.images is not None:
         sample.pop("image_size", None)
     if sample["tokens"] is None:
-        raise UserError("how long is the longest sample? give data.max_tokens in the recipe, or --tokens")
+        raise UserError("the length of the longest sample is unknown: give data.max_tokens in the recipe, or --tokens N")
     estimate = estimate_memory(recipe, **sample)
     print_estimate(estimate, limit)
-    layouts = layouts_for(estimate, arguments.processes) if arguments.processes > 1 else {}
-    if layouts:
-        print_layouts(layouts, arguments.processes, limit)
+    strategies = memory_by_strategy(estimate, arguments.processes) if arguments.processes > 1 else {}
+    if strategies:
+        print_strategies(strategies, arguments.processes, limit)
     changes = [] if limit is None or estimate.fits(limit) else suggestions(recipe, estimate, limit, **sample)
     for change in changes:
         print(f"  {change}")
-    divided = {layout: each.as_json() for layout, each in layouts.items()}
-    return estimate.as_json() | {"limit": limit, "layouts": divided, "suggestions": changes, "data": data}
+    by_strategy = {strategy: each.as_json() for strategy, each in strategies.items()}
+    return estimate.as_json() | {"limit": limit, "strategies": by_strategy, "suggestions": changes, "data": data}
 
 
 def _with_batches_of_the_data(recipe: Any, size: int, max_batch_rows: int) -> Any:
-    """The recipe with a batch size that its data reach: no step holds more rows than there are."""
+    """The recipe with a batch size of at most the number of rows in the data."""
     if recipe.data.packing or recipe.data.tokens_per_batch is not None or not 0 < max_batch_rows < size:
         return recipe
-    print(f"memory of a batch of {max_batch_rows} rows: the data have no more for train.per_device_train_batch_size: {size}")
+    print(f"memory of a batch of {max_batch_rows} rows: the data has fewer rows than train.per_device_train_batch_size: {size}")
     return recipe.model_copy(update={"train": {**recipe.train, "per_device_train_batch_size": max_batch_rows}})
 
 
@@ -152,14 +165,14 @@ def _recipe_check(arguments: argparse.Namespace) -> Any:
     base = recipe.model.base
     with located_errors(recipe):
         if base is not None and not base_is_here(recipe):
-            print(f"not checked without a download: that {base} is there, and that its family is supported and takes the method")
+            print(f"not checked without a download: whether {base} exists, and whether its family supports the recipe")
         elif base is not None and not base.startswith("builtin:"):
             _check_base_config(recipe)
         _check_objective(recipe)
-        if not is_stored("training_arguments"):  # another transformers may have rules that are not known here
+        if not is_stored("training_arguments"):  # another version of transformers may have other rules
             _check_training_arguments(recipe)
-    print(f"{arguments.recipe}: good")
-    return {"recipe": arguments.recipe, "good": True}
+    print(f"{arguments.recipe}: valid")
+    return {"recipe": arguments.recipe, "valid": True}
 
 
 def _check_objective(recipe: Any) -> None:
@@ -178,7 +191,7 @@ def _check_objective(recipe: Any) -> None:
 
 
 def _check_base_config(recipe: Any) -> None:
-    """Read a base's whole configuration, as transformers does."""
+    """Load the base's configuration with transformers."""
     configure_console()
     from mmtune.models.load import base_config
     from mmtune.models.packed_attention import check_packable_family

@@ -1,4 +1,4 @@
-"""`mmtune train`, `eval`, `merge`, `push`, `chat` and `report`: each verb is one thin function over the library."""
+"""Verbs `mmtune train`, `eval`, `merge`, `push`, `chat` and `report`: one function per verb, which calls the library."""
 
 from __future__ import annotations
 
@@ -17,66 +17,74 @@ from mmtune.utils.hub import missing
 
 
 def add_run_verbs(verbs: Any, add: AddVerb) -> None:
-    """Declare the verbs that make, judge and release a run.
+    """Declare the verbs that train, evaluate and release a run.
 
     Args:
         verbs: argparse's subparsers.
-        add: declares one verb, as the command line does for all.
+        add: declares one verb.
     """
-    verb = add(verbs, "train", _train, "tune a model by a recipe")
+    verb = add(verbs, "train", _train, "tune a model with a recipe")
     add_recipe_arguments(verb)
-    verb.add_argument("--overwrite", action="store_true", help="replace an earlier run at the recipe's output_dir")
+    verb.add_argument("--overwrite", action="store_true", help="replace an earlier run at output_dir")
     verb.add_argument(
         "--resume",
         nargs="?",
         const=True,
         default=False,
         metavar="CHECKPOINT",
-        help="go on with the run at the recipe's output_dir, from its last good checkpoint or this one; with none yet, begin",
+        help="resume the run at output_dir from its last valid checkpoint, or from CHECKPOINT; start if there is none yet",
     )
     verb.add_argument(
         "--rehearse",
         action="store_true",
-        help="run the whole recipe once on tiny random weights and a few made-up rows; under a launcher, in its processes",
+        help="run the whole job on a tiny random model and generated rows; also works under a launcher",
     )
 
-    verb = add(verbs, "eval", _eval, "score a run or a model on a recipe's held-out questions")
+    verb = add(verbs, "eval", _eval, "evaluate a run or a model on the held-out rows of a recipe")
     verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a checkpoint of one, an adapter, a model or a hub id")
-    verb.add_argument("--recipe", help="the recipe whose `evaluate` section to use; a run's own by default")
-    told = "where the answers go, as JSON Lines (default: in the run, or here of another model; the last line says where)"
-    verb.add_argument("--out", metavar="FILE", help=told)
-    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+    verb.add_argument("--recipe", metavar="FILE", help="the recipe whose evaluate section is used (default: the run's)")
+    help_text = "write the answers as JSON Lines (default: in the run directory; for other models, in the working directory)"
+    verb.add_argument("--out", metavar="FILE", help=help_text)
+    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override keys of the recipe")
     add_trust(verb)
 
-    verb = add(verbs, "merge", _merge, "fold a run's adapter into its base and prove the result")
-    verb.add_argument("model", metavar="RUN", nargs="?", help="the run, or a checkpoint of one; none with --adapter")
-    verb.add_argument("out", metavar="OUT", help="where the merged model goes")
+    verb = add(verbs, "merge", _merge, "merge a run's adapter into its base and verify the result")
+    verb.add_argument("model", metavar="RUN", nargs="?", help="a run or one of its checkpoints; leave out with --adapter")
+    verb.add_argument("out", metavar="OUT", help="the directory of the merged model")
     verb.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
-    verb.add_argument("--samples", type=int, default=32, help="samples to compare on (default 32)")
-    verb.add_argument("--adapter", action="append", metavar="RUN:WEIGHT", help="add several runs' changes; repeat it")
-    verb.add_argument("--dtype", choices=("fp32", "bf16"), help="of the released weights (default: the run's)")
-    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default 5GB)")
-    verb.add_argument("--quantize", choices=("int8", "nf4"), help="write a quantized release too, as OUT-int8 or OUT-nf4")
-    verb.add_argument("--keep-adapter", action="store_true", help="release the adapter beside its base, unmerged")
+    verb.add_argument(
+        "--samples", type=int, default=32, metavar="N", help="number of samples that the result is compared on (default 32)"
+    )
+    verb.add_argument(
+        "--adapter", action="append", metavar="RUN:WEIGHT", help="merge several runs, each with a weight; repeat the option"
+    )
+    verb.add_argument("--dtype", choices=("fp32", "bf16"), help="precision of the merged weights (default: the run's)")
+    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="maximum size of a weight file (default 5GB)")
+    verb.add_argument("--quantize", choices=("int8", "nf4"), help="also write a quantized release, OUT-int8 or OUT-nf4")
+    verb.add_argument("--keep-adapter", action="store_true", help="write the adapter without merging it")
     add_trust(verb)
 
-    verb = add(verbs, "push", _push, "show what a release would upload to the hub, and upload it with --upload")
-    verb.add_argument("release", metavar="RELEASE", help="what `mmtune merge` wrote")
-    verb.add_argument("repository", metavar="OWNER/NAME", help="on the hub")
-    verb.add_argument("--upload", action="store_true", help="upload; without it nothing leaves this machine")
-    verb.add_argument("--public", action="store_true", help="a new repository is public")
+    verb = add(verbs, "push", _push, "list the files of a release, and upload them to the hub with --upload")
+    verb.add_argument("release", metavar="RELEASE", help="a directory written by `mmtune merge`")
+    verb.add_argument("repository", metavar="OWNER/NAME", help="the repository on the hub")
+    verb.add_argument("--upload", action="store_true", help="upload the files; without this option nothing is uploaded")
+    verb.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
 
-    verb = add(verbs, "chat", _chat, "talk to a run or a model")
+    verb = add(verbs, "chat", _chat, "chat with a run or a model")
     verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a checkpoint of one, an adapter, a model or a hub id")
-    verb.add_argument("--image", action="append", default=[], help="an image to show first; may be repeated")
-    told = "the grey values that become black and white, as `window` of the sources that trained; 8 bits take none"
-    verb.add_argument("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help=told)
-    verb.add_argument("--prompt", help="one question; without it, a conversation")
-    verb.add_argument("--chat-template", metavar="NAME", help="instead of the model's own, as model.chat_template of a recipe")
-    verb.add_argument("--max-new-tokens", type=int, default=256, help="an answer is cut there (default 256)")
+    verb.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="an image for the first question; repeat for several"
+    )
+    help_text = "grey images with more than 8 bits: the values that become black and white (as `window` of a source)"
+    verb.add_argument("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help=help_text)
+    verb.add_argument("--prompt", metavar="TEXT", help="ask one question and exit (default: a conversation)")
+    verb.add_argument("--chat-template", metavar="NAME", help="a shipped chat template or a .jinja file (default: the model's)")
+    verb.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="maximum number of new tokens in an answer (default 256)"
+    )
     add_trust(verb)
 
-    verb = add(verbs, "report", _report, "print what a run achieved")
+    verb = add(verbs, "report", _report, "print the results of a run")
     verb.add_argument("model", metavar="RUN", help="the run directory")
 
 
@@ -98,12 +106,14 @@ def _train(arguments: argparse.Namespace) -> Any:
         with located_errors(recipe):
             return rehearse(recipe)
     if arguments.resume and arguments.overwrite:
-        raise UserError("--resume goes on with the run that --overwrite would replace; give one of them")
+        raise UserError(
+            "--resume and --overwrite exclude each other: --resume continues the run that --overwrite replaces; give one"
+        )
     check_recipe(recipe)
     with located_errors(recipe), errors_at_key("output_dir"):
         check_writable(linked_directory(Path(recipe.output_dir)).absolute().parent)
     check_reachable(recipe)
-    # The first process holds the lock for all that train together.
+    # The first process holds the lock for all processes of the launch.
     lock = nullcontext() if rank_prefix() else locked_run(recipe)
     with located_errors(recipe), lock, writing(Path(recipe.output_dir)):
         if not arguments.resume:
@@ -112,12 +122,12 @@ def _train(arguments: argparse.Namespace) -> Any:
         from mmtune.train import train
 
         resume = arguments.resume if isinstance(arguments.resume, bool) else Path(arguments.resume)
-        figures = train(recipe, arguments.command_line, arguments.overwrite, resume)
+        metrics = train(recipe, arguments.command_line, arguments.overwrite, resume)
         if not rank_prefix():
             run = RunDirectory(Path(recipe.output_dir))
             weights = run.adapter if run.adapter.is_dir() else run.model
             print(f"run: {run.path} ({run.report.name}, {run.summary.name}, {weights.name}/)")
-        return figures
+        return metrics
 
 
 def _eval(arguments: argparse.Namespace) -> Any:
@@ -129,8 +139,8 @@ def _eval(arguments: argparse.Namespace) -> Any:
     trained = locate_trained_weights(Path(arguments.model))
     recipe = load_recipe(arguments.recipe or trained.run.recipe, arguments.overrides)
     if recipe.evaluate is None:
-        other = "" if arguments.recipe else "; `--recipe FILE` takes that of another recipe"
-        raise UserError(f"{arguments.recipe or arguments.model}: the recipe has no `evaluate` section{other}")
+        hint = "add one" if arguments.recipe else "give a recipe that has one: --recipe FILE"
+        raise UserError(f"{arguments.recipe or arguments.model}: the recipe has no evaluate section; {hint}")
     out = _answers_file(arguments, trained)
     check_recipe(recipe, ("evaluate",))
     configure_console()
@@ -159,10 +169,10 @@ def _eval(arguments: argparse.Namespace) -> Any:
 
 
 def _answers_file(arguments: argparse.Namespace, trained: Any) -> Path:
-    """Where the answers of `mmtune eval` go; nothing of a run is overwritten but the answers of an earlier evaluation.
+    """The file for the answers of `mmtune eval`. In a run, only answers of an earlier `mmtune eval` are overwritten.
 
     Raises:
-        UserError: no file of answers can be written there.
+        UserError: the file must not be overwritten or cannot be written.
     """
     from mmtune.run_directory import RunDirectory
     from mmtune.utils.files import check_writable
@@ -176,16 +186,16 @@ def _answers_file(arguments: argparse.Namespace, trained: Any) -> Path:
         out = Path(f"answers_{Path(arguments.model).absolute().name.rpartition(':')[2]}.jsonl")
     run = RunDirectory(out.parent)
     if run.recipe.is_file() and out in (run.answers("before"), run.answers("after")):
-        raise UserError(f"{out} holds the run's own answers; give another file: --out FILE")
+        raise UserError(f"--out {out}: this file holds the run's own answers and is not replaced; give another file")
     if out.is_dir() or (out.exists() and out.suffix != ".jsonl"):
-        raise UserError(f"--out {out}: exists and is not a .jsonl file, so it is not replaced; give another file")
+        raise UserError(f"--out {out}: expected a new file or a .jsonl file; this one is not replaced; give another file")
     check_writable(out.parent, f"--out {out}: ")
     return out
 
 
 def _merge(arguments: argparse.Namespace) -> Any:
     if (arguments.model is None) == (arguments.adapter is None):
-        raise UserError("give RUN and OUT, or OUT and --adapter RUN:WEIGHT for each of several runs")
+        raise UserError("expected RUN and OUT, or OUT and an --adapter RUN:WEIGHT for each of several runs")
     runs = [_weighted(text) for text in arguments.adapter or ()]
     for path in [path for path, _ in runs] or [Path(arguments.model)]:
         if not path.is_dir():
@@ -203,38 +213,38 @@ def _merge(arguments: argparse.Namespace) -> Any:
     options = ExportOptions(arguments.dtype, arguments.max_shard_size, arguments.quantize)
     if arguments.keep_adapter:
         if arguments.adapter or options != ExportOptions():
-            raise UserError("--keep-adapter releases one RUN as it is: no --adapter, --dtype, --max-shard-size, --quantize")
-        figures = release_adapter(Path(arguments.model), out, **shared)
-        print(f"released: {out}: the adapter beside its base, {figures['same_answers']} of {figures['samples']} answers the same")
-        return figures
+            raise UserError("--keep-adapter does not support --adapter, --dtype, --max-shard-size and --quantize; leave them out")
+        metrics = release_adapter(Path(arguments.model), out, **shared)
+        print(f"released: {out}: the adapter, {metrics['same_answers']} of {metrics['samples']} answers are the same")
+        return metrics
     if arguments.adapter:
         parity = combine_adapters(runs, out, options=options, **shared)
     else:
         parity = merge(Path(arguments.model), out, options=options, **shared)
     print(
         f"merged: {out}{_step(parity)}: largest logit difference {parity.merge_max_logit_difference:.2g} on "
-        f"{parity.merge_samples} samples, {parity.merge_same_answers} greedy answers the same"
+        f"{parity.merge_samples} samples, {parity.merge_same_answers} greedy answers are the same"
     )
-    for name, apart in (("as trained, quantized", parity.trained), (f"{out}-{options.quantize}", parity.quantized)):
-        if apart:
+    for name, difference in (("as trained, quantized", parity.trained), (f"{out}-{options.quantize}", parity.quantized)):
+        if difference:
             print(
-                f"{name}: largest logit difference {apart['max_logit_difference']:.2g} from the merged model, "
-                f"{apart['same_answers']} greedy answers the same"
+                f"{name}: largest logit difference {difference['max_logit_difference']:.2g} from the merged model, "
+                f"{difference['same_answers']} greedy answers are the same"
             )
     return asdict(parity)
 
 
 def _check_release(arguments: argparse.Namespace) -> None:
-    """Refuse a destination that must not be written, before libraries are imported."""
+    """Reject a destination that must not be written, before libraries are imported."""
     from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK
     from mmtune.utils.files import check_replaceable, check_writable
     from mmtune.utils.manifest import NAME
 
     out = Path(arguments.out)
-    places = [out, out.with_name(f"{out.name}-{arguments.quantize}")] if arguments.quantize else [out]
-    for place in places:
-        check_replaceable(place, arguments.overwrite, NAME if arguments.keep_adapter else CHECKPOINT_MARK)
-        check_writable(place.absolute().parent, f"{place}: ")
+    directories = [out, out.with_name(f"{out.name}-{arguments.quantize}")] if arguments.quantize else [out]
+    for directory in directories:
+        check_replaceable(directory, arguments.overwrite, NAME if arguments.keep_adapter else CHECKPOINT_MARK)
+        check_writable(directory.absolute().parent, f"{directory}: ")
 
 
 def _step(parity: Any) -> str:
@@ -263,7 +273,7 @@ def _chat(arguments: argparse.Namespace) -> Any:
     from mmtune.models.checkpoints.trained_weights import locate_trained_weights
 
     if arguments.json and arguments.prompt is None:
-        raise UserError("--json goes with --prompt")
+        raise UserError("--json needs --prompt")
     if arguments.window is not None and not (
         all(map(math.isfinite, arguments.window)) and arguments.window[0] < arguments.window[1]
     ):
@@ -316,7 +326,7 @@ def _report(arguments: argparse.Namespace) -> Any:
     )
     print_scores(summary)
     if not summary.get("tuned_scores"):
-        print("nothing was evaluated: the recipe had no evaluate section (`mmtune eval RUN --recipe FILE` evaluates the run)")
+        print("no evaluation: the recipe has no evaluate section (`mmtune eval RUN --recipe FILE` evaluates the run)")
     print(
         f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters trained in "
         f"{summary['train_seconds']:g} s, peak memory {summary['peak_memory_mb']:,.0f} MB"

@@ -64,7 +64,7 @@ class DistributedContext:
         return self.zero_stage == 3 or self.fsdp
 
     @property
-    def layout(self) -> str:
+    def strategy(self) -> str:
         """Such as `2 processes, ZeRO-3`, for people."""
         if self.size == 1 and self.zero_stage is None and not self.fsdp:
             return "one process"
@@ -326,7 +326,7 @@ def check_strategy(accelerator: Accelerator, dist: DistributedContext, precision
     came = DistributedContext(dist.rank, accelerator.num_processes, stage, fsdp)
     if came != dist or (alone and dist.size > 1):
         raise UserError(
-            f"asked for {dist.layout}, and accelerate made it {accelerator.distributed_type.value} of "
+            f"asked for {dist.strategy}, and accelerate made it {accelerator.distributed_type.value} of "
             f"{accelerator.num_processes}; {'FSDP takes GPUs' if dist.fsdp else 'look at the launcher configuration'}"
         )
     rounded = "no" if precision == "fp32" or plugin else "bf16"

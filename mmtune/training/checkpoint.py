@@ -23,7 +23,7 @@ from mmtune.utils.files import flush, open_as_umask_says, read_record, sync
 from mmtune.utils.manifest import check_manifest, names_in, write_manifest
 
 REPORT = "data_report.json"
-LAYOUT = "layout.json"
+STRATEGY_FILE = "strategy.json"
 FREE = (
     "evaluate.",
     "train.logging_",
@@ -54,7 +54,7 @@ def finalize_checkpoint(
         limit: how many to keep; None keeps all.
     """
     report.write(made / REPORT)
-    (made / LAYOUT).write_text(json.dumps({"layout": dist.layout, "files": files}) + "\n", encoding="utf-8")
+    (made / STRATEGY_FILE).write_text(json.dumps({"strategy": dist.strategy, "files": files}) + "\n", encoding="utf-8")
     open_as_umask_says(made)
     write_manifest(made)
     flush(made)
@@ -156,9 +156,9 @@ def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, dist: D
     if run.summary.is_file():
         raise UserError(f"resume: {run.path} is finished; --overwrite trains it again")
     check_same_recipe(recipe, run)
-    then = read_record(checkpoint / LAYOUT, layout=str, files=dict)
-    if then["layout"] != dist.layout:
-        raise UserError(f"resume: {checkpoint} was written by {then['layout']}, and this is {dist.layout}; launch as before")
+    then = read_record(checkpoint / STRATEGY_FILE, strategy=str, files=dict)
+    if then["strategy"] != dist.strategy:
+        raise UserError(f"resume: {checkpoint} was written by {then['strategy']}, and this is {dist.strategy}; launch as before")
     files = signatures(recipe.data.train)
     changed = [name for name in sorted({*files, *then["files"]}) if files.get(name) != then["files"].get(name)]
     if changed:

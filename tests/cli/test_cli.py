@@ -158,8 +158,8 @@ def test_where_answers_go_is_checked_before_weights_load(
     recipe_file.write_text(recipe_file.read_text() + f"evaluate: {{data: [{{path: {rows}, template: llava}}]}}\n")
     (tmp_path / "answers_after.jsonl").write_text("the run's")  # the recipe's folder looks like a run's
     for out, told in {
-        str(tmp_path / "answers_after.jsonl"): "holds the run's own answers; give another file: --out FILE",
-        str(recipe_file): "exists and is not a .jsonl file",
+        str(tmp_path / "answers_after.jsonl"): "this file holds the run's own answers and is not replaced; give another file",
+        str(recipe_file): "expected a new file or a .jsonl file",
         str(recipe_file / "x.jsonl"): f"--out {recipe_file / 'x.jsonl'}: cannot write in {recipe_file}: ",
     }.items():
         assert entry_point(["eval", "builtin:tiny-llava", "--recipe", str(recipe_file), "--out", out]) == 2
@@ -178,16 +178,16 @@ def test_what_was_not_evaluated_is_said(
     figures = {"trainable_parameters": 1, "total_parameters": 2, "train_seconds": 3.0, "peak_memory_mb": 4.0}
     (run / "summary.json").write_text(json.dumps(figures))
     assert entry_point(["report", str(run)]) == 0
-    assert "nothing was evaluated: the recipe had no evaluate section" in capsys.readouterr().out
+    assert "no evaluation: the recipe has no evaluate section" in capsys.readouterr().out
     assert entry_point(["eval", str(run)]) == 2
-    assert "has no `evaluate` section; `--recipe FILE` takes that of another recipe" in capsys.readouterr().err
+    assert "has no evaluate section; give a recipe that has one: --recipe FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "usage: mmtune [-h] [--version] VERB ...\n\nParameter-efficient"),
-        (["data"], "write the quickstart's data set"),
+        (["data"], "write the data set of the quickstart"),
         (["trian", "x.yaml"], "; did you mean 'train'?"),
         (["recipe", "chek", "x.yaml"], "; did you mean 'check'?"),
         (["train"], "the following arguments are required: RECIPE\n"),
@@ -315,7 +315,7 @@ def test_a_recipe_is_checked_against_the_family_of_a_local_base(
     assert "no position in qwen2_5_vl (mRoPE); use gated_prefix or lora" in capsys.readouterr().err
     assert entry_point(["recipe", "check", file, f"model.base={base}"]) == 0
     assert entry_point(["recipe", "check", file, "model.base=nobody/nothing", prefix]) == 0
-    assert "not checked without a download: that nobody/nothing is there" in capsys.readouterr().out
+    assert "not checked without a download: whether nobody/nothing exists" in capsys.readouterr().out
 
 
 def test_a_tilde_is_the_home_directory_in_every_path(

@@ -43,18 +43,18 @@ from mmtune.training.training_arguments import build_training_arguments
 from mmtune.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-LAYOUTS = {"DDP": "ddp", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3", "FSDP2": "fsdp2"}
-"""What a run calls a layout, and the shipped configuration that makes it."""
+STRATEGIES = {"DDP": "ddp", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3", "FSDP2": "fsdp2"}
+"""Strategies by their name in a run, and the shipped configuration that launches each."""
 OTHER_WAYS = {
     "ZeRO-3, offloaded": "zero3_offload",
     **{f"ZeRO-{name.removeprefix('zero')}, by the recipe": name for name in ("zero1", "zero2", "zero3", "zero3_offload")},
 }
 """The second half of them by `train.deepspeed` under torchrun."""
 CELLS = [
-    *(("mixed", layout) for layout in LAYOUTS),
+    *(("mixed", strategy) for strategy in STRATEGIES),
     *(("text", way) for way in OTHER_WAYS),
-    *((kind, layout) for kind in ("text", "packed", "towers") for layout in ("DDP", "ZeRO-2", "ZeRO-3")),
-    *(("images", layout) for layout in ("DDP", "ZeRO-3")),
+    *((kind, strategy) for kind in ("text", "packed", "towers") for strategy in ("DDP", "ZeRO-2", "ZeRO-3")),
+    *(("images", strategy) for strategy in ("DDP", "ZeRO-3")),
     *(("packed", "ZeRO-1"), ("towers", "FSDP2"), ("bf16", "FSDP2")),
 ]
 
@@ -136,11 +136,11 @@ def runs(
     kinds: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], tuple[bool | str, Path]]:
     folder = tmp_path_factory.mktemp("together")
-    paths = [folder / f"{kind}_{layout}" for kind, layout in CELLS]
+    paths = [folder / f"{kind}_{strategy}" for kind, strategy in CELLS]
     jobs: list[tuple[Path, str]] = []
-    for (kind, layout), run in zip(CELLS, paths, strict=True):
-        recipe, config = halved(kinds[kind], run), {**LAYOUTS, **OTHER_WAYS}[layout]
-        if layout.endswith("by the recipe"):
+    for (kind, strategy), run in zip(CELLS, paths, strict=True):
+        recipe, config = halved(kinds[kind], run), {**STRATEGIES, **OTHER_WAYS}[strategy]
+        if strategy.endswith("by the recipe"):
             recipe["train"]["deepspeed"], config = str(ROOT / "recipes" / "deepspeed" / f"{config}.json"), "torchrun"
         jobs.append((write(recipe), config))
     return dict(zip(CELLS, zip(launch(jobs, folder), paths, strict=True), strict=True))
@@ -169,13 +169,13 @@ def quarantined(run: RunDirectory) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # the first waits for all launches
-@pytest.mark.parametrize(("kind", "layout"), CELLS)
+@pytest.mark.parametrize(("kind", "strategy"), CELLS)
 def test_two_processes_train_what_one_does(
-    kind: str, layout: str, alone: dict[str, Path], runs: dict[tuple[str, str], tuple[bool | str, Path]]
+    kind: str, strategy: str, alone: dict[str, Path], runs: dict[tuple[str, str], tuple[bool | str, Path]]
 ) -> None:
-    done, run = runs[kind, layout]
+    done, run = runs[kind, strategy]
     assert done is True, done
-    assert RunDirectory(run).read_summary()["layout"] == f"2 processes, {layout.partition(',')[0].removesuffix('_offload')}"
+    assert RunDirectory(run).read_summary()["strategy"] == f"2 processes, {strategy.partition(',')[0].removesuffix('_offload')}"
     assert len(metrics(run)) == 3
     rounded = 1000 if kind == "bf16" else 1  # a batch of four and four of one are not rounded alike
     for one, two in zip(metrics(alone[kind]), metrics(run), strict=True):
@@ -347,7 +347,7 @@ def test_mixed_precision_of_the_launcher_may_be_the_recipes(monkeypatch: pytest.
 
 @pytest.mark.parametrize("key", ["average_tokens_across_devices=false", "accelerator_config={even_batches: false}"])
 def test_how_batches_are_divided_is_not_a_recipes_to_set(make_recipe: Callable[..., Recipe], key: str) -> None:
-    with pytest.raises(UserError, match="every layout trains the same"):
+    with pytest.raises(UserError, match="every parallelism strategy gives the same result"):
         make_recipe(f"train.{key}")
 
 
@@ -394,11 +394,11 @@ def test_a_rehearsal_on_two_machines_is_refused(make_recipe: Callable[..., Recip
         rehearse(make_recipe())
 
 
-def test_layouts_have_names() -> None:
-    assert DistributedContext().layout == "one process"
-    assert DistributedContext(size=2).layout == "2 processes, DDP"
-    assert DistributedContext(size=1, zero_stage=2).layout == "1 process, ZeRO-2"
-    assert DistributedContext(size=2, fsdp=True).layout == "2 processes, FSDP2"
+def test_strategies_have_names() -> None:
+    assert DistributedContext().strategy == "one process"
+    assert DistributedContext(size=2).strategy == "2 processes, DDP"
+    assert DistributedContext(size=1, zero_stage=2).strategy == "1 process, ZeRO-2"
+    assert DistributedContext(size=2, fsdp=True).strategy == "2 processes, FSDP2"
 
 
 CONTRADICTIONS = {
@@ -441,7 +441,7 @@ def test_two_launchers_are_two_machines(alone: dict[str, Path], kinds: dict[str,
     second = subprocess.Popen([*command, "1", *program], env=environment)
     subprocess.run([*command, "0", *program], env=environment, check=True, capture_output=True)
     assert second.wait(PATIENCE_S) == 0
-    assert RunDirectory(tmp_path / "run").read_summary()["layout"] == "2 processes, DDP"
+    assert RunDirectory(tmp_path / "run").read_summary()["strategy"] == "2 processes, DDP"
     one, two = ([line["loss"] for line in metrics(run)] for run in (alone["text"], tmp_path / "run"))
     assert two == pytest.approx(one, abs=1e-5)
 
@@ -474,16 +474,16 @@ def test_a_strategy_is_rehearsed(kinds: dict[str, dict[str, Any]], tmp_path: Pat
         "fsdp2": kinds["mixed"],
     }
     jobs = []
-    for layout, recipe in recipes.items():
-        jobs.append((write({**recipe, "output_dir": str(tmp_path / layout)}), layout, "rehearse"))
+    for strategy, recipe in recipes.items():
+        jobs.append((write({**recipe, "output_dir": str(tmp_path / strategy)}), strategy, "rehearse"))
     assert launch(jobs, tmp_path) == [True] * len(jobs)
     log = (tmp_path / "results.log").read_text(encoding="utf-8")
-    for layout in ("DDP", "ZeRO-2", "ZeRO-3", "FSDP2"):
-        assert f"training: 2 processes, {layout}, cpu" in log
+    for strategy in ("DDP", "ZeRO-2", "ZeRO-3", "FSDP2"):
+        assert f"training: 2 processes, {strategy}, cpu" in log
     assert log.count("loaded back and asked: 2 answers") == len(jobs)
     assert log.count("merged: largest logit difference") == len(jobs) - 1  # all weights trained leave no adapter
     assert log.count("rehearsal passed") == len(jobs)
-    assert not any((tmp_path / layout).exists() for layout in recipes)
+    assert not any((tmp_path / strategy).exists() for strategy in recipes)
 
 
 @pytest.mark.slow

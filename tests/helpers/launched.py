@@ -64,7 +64,7 @@ def launch(
     """Train each recipe in several processes.
 
     Args:
-        recipes: with the layout of each: the name of a shipped configuration of accelerate, or `torchrun`, where a recipe may
+        recipes: with the launch of each: the name of a shipped configuration of accelerate, or `torchrun`, where a recipe may
             name DeepSpeed itself. A third value is the step after which the last process gets SIGTERM, `resume`, or `rehearse`.
         folder: for what the processes are told and print.
         patience_s: seconds that a recipe may take.
@@ -74,8 +74,8 @@ def launch(
     """
     jobs, results = folder / "jobs.json", folder / "results.jsonl"
     found: dict[int, bool | str] = {}
-    for config in dict.fromkeys(layout for _, layout, *_ in recipes):
-        mine = [number for number, (_, layout, *_) in enumerate(recipes) if layout == config]
+    for config in dict.fromkeys(strategy for _, strategy, *_ in recipes):
+        mine = [number for number, (_, strategy, *_) in enumerate(recipes) if strategy == config]
         while left := [number for number in mine if number not in found]:
             jobs.write_text(json.dumps([[number, str(recipes[number][0]), *recipes[number][2:]] for number in left]))
             results.write_text("")

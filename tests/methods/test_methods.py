@@ -394,7 +394,7 @@ def test_experts_are_reached_by_parameter(tmp_path: Path) -> None:
             ["tune.language={method: lora, use_dora: true}", "model.precision=int8"],
             "dora does not train with model.precision: int8",
         ),
-        (["tune.language=full", "model.precision=nf4"], "quantized weights cannot train"),
+        (["tune.language=full", "model.precision=nf4"], "quantized weights cannot be trained"),
         (
             ["tune.language={method: oft, oft_block_size: 24}"],
             "oft_block_size: 24 does not divide the 128 inputs of model.language_model",
@@ -407,13 +407,19 @@ def test_experts_are_reached_by_parameter(tmp_path: Path) -> None:
         (["tune.language={method: lora, target_modules: [embed_tokens]}"], "is tied to the head"),
         (["tune.language={method: vera, target_modules: [embed_tokens]}"], "vera works on linear layers"),
         (["tune.language.trainable_token_indices=[99999]"], "99999 is no token; there are 372"),
-        (["tune.vision={method: lora, init_lora_weights: eva}", "tune.language=frozen"], "it is for tune.language"),
+        (
+            ["tune.vision={method: lora, init_lora_weights: eva}", "tune.language=frozen"],
+            "init_lora_weights: eva is supported in tune.language only",
+        ),
         (["train.activation_checkpointing_kwargs={use_reentrant: true}"], "gives no gradients below frozen inputs"),
         (
             ["tune.vision=lora", "tune.language={method: full, target_modules: [q_proj]}", "model.precision=int8"],
-            "quantized weights cannot train",
+            "quantized weights cannot be trained",
         ),
-        (["tune.vision=full", "tune.projector=full", "tune.language=frozen", "model.precision=nf4"], "leaves a whole model"),
+        (
+            ["tune.vision=full", "tune.projector=full", "tune.language=frozen", "model.precision=nf4"],
+            "full without an adapter saves the whole model",
+        ),
         (["tune.language={method: adalora, init_r: 4, target_r: 4}"], "target_r: 4 is not below init_r: 4"),
         (["tune.language={method: bottleneck, placement: hoolsby}"], "did you mean 'houlsby'"),
         (["tune.language={method: gated_prefix, adapter_layers: 6}"], "adapter_layers"),

@@ -10,7 +10,7 @@ import pytest
 
 from mmtune.cli.main import entry_point
 from mmtune.planning.memory import MemoryEstimate
-from mmtune.planning.sharded_memory import BUCKETS, GATHERED, layouts_for
+from mmtune.planning.sharded_memory import BUCKETS, GATHERED, memory_by_strategy
 from mmtune.recipe.recipe import Recipe
 
 
@@ -25,7 +25,7 @@ def test_a_plan_is_told_and_suggests(recipe_file: str, capsys: pytest.CaptureFix
     assert entry_point(["plan", recipe_file, "--no-data", "--tokens", "40", "--memory", "24GB", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["suggestions"] == []
-    assert plan["layouts"] == {}
+    assert plan["strategies"] == {}
     assert plan["limit"] == 24_000_000_000
     assert 7_900_000 < plan["weights"] + plan["trainable"] < plan["peak"] < 200_000_000
     least = plan["peak"] + plan["overhead"]
@@ -37,8 +37,8 @@ def test_a_plan_is_told_and_suggests(recipe_file: str, capsys: pytest.CaptureFix
     )
     told = capsys.readouterr()
     plan = json.loads(told.out)
-    assert plan["layouts"]["ZeRO-2"]["optimizer"] < plan["optimizer"]
-    assert "the first that fits" in told.err
+    assert plan["strategies"]["ZeRO-2"]["optimizer"] < plan["optimizer"]
+    assert "first strategy that fits" in told.err
     assert plan["suggestions"][0].startswith("train.per_device_train_batch_size=")
     assert "fits" in plan["suggestions"][-1]
 
@@ -69,7 +69,7 @@ def test_methods_are_listed_with_what_works(capsys: pytest.CaptureFixture[str]) 
     assert "use bf16, or lora" in shown
 
 
-def test_a_step_is_divided_by_its_layout() -> None:
+def test_memory_per_device_by_strategy() -> None:
     """Mixed precision AdamW of Psi parameters over N devices: 16 Psi, 4 Psi + 12 Psi / N, 16 Psi / N (arXiv 1910.02054, §3.1),
     here all in fp32, with ZeRO's own copy of what trains."""
     psi, devices = 10**12, 4
@@ -83,10 +83,10 @@ def test_a_step_is_divided_by_its_layout() -> None:
         logits=3,
         moment="optimizer",
     )
-    layouts = layouts_for(whole, devices)
-    assert list(layouts) == ["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
-    assert layouts["DDP"].peak == (16 + 4) * psi + 10
-    assert layouts["ZeRO-1"].peak == 8 * psi + (8 + 4) * psi // devices + BUCKETS + 10
-    assert layouts["ZeRO-2"].peak == 4 * psi + (12 + 4) * psi // devices + BUCKETS + 10
-    assert layouts["ZeRO-3"].peak == (16 + 4) * psi // devices + BUCKETS + GATHERED + 10
-    assert set(layouts_for(whole, 1).values()) == {whole}
+    strategies = memory_by_strategy(whole, devices)
+    assert list(strategies) == ["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
+    assert strategies["DDP"].peak == (16 + 4) * psi + 10
+    assert strategies["ZeRO-1"].peak == 8 * psi + (8 + 4) * psi // devices + BUCKETS + 10
+    assert strategies["ZeRO-2"].peak == 4 * psi + (12 + 4) * psi // devices + BUCKETS + 10
+    assert strategies["ZeRO-3"].peak == (16 + 4) * psi // devices + BUCKETS + GATHERED + 10
+    assert set(memory_by_strategy(whole, 1).values()) == {whole}

@@ -264,10 +264,10 @@ def test_a_plan_needs_no_library_of_the_run(recipe: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--train.max_steps=3"], "a recipe's keys are given without dashes: train.max_steps=3"),
-        (["--tune.language.r", "4"], "a recipe's keys are given without dashes: tune.language.r=4"),
-        (["--learning_rate", "1e-4"], "a recipe's keys are given without dashes: train.learning_rate=1e-4"),
-        (["--lora_r=8"], "a recipe's keys are given without dashes: tune.language.r=8"),
+        (["--train.max_steps=3"], "give keys of the recipe without dashes: train.max_steps=3"),
+        (["--tune.language.r", "4"], "give keys of the recipe without dashes: tune.language.r=4"),
+        (["--learning_rate", "1e-4"], "give keys of the recipe without dashes: train.learning_rate=1e-4"),
+        (["--lora_r=8"], "give keys of the recipe without dashes: tune.language.r=8"),
         (["--overwrite"], "unrecognized arguments: --overwrite\n"),
     ],
 )

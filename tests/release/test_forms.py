@@ -79,7 +79,7 @@ def test_adapters_that_cannot_be_combined(
     assert entry_point(["merge", str(tmp_path / "out"), "--adapter", f"{run}:half"]) == 2
     assert "expected RUN:WEIGHT" in capsys.readouterr().err
     assert entry_point(["merge", str(run), str(tmp_path / "out"), "--adapter", f"{run}:1"]) == 2
-    assert "give RUN and OUT, or OUT and --adapter" in capsys.readouterr().err
+    assert "expected RUN and OUT, or OUT and an --adapter" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

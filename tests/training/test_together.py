@@ -73,7 +73,7 @@ def mixed(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 LAYOUTS = {"DDP": "ddp", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 READ = {"indexed": {}, "streamed": {"stream": True, "shuffle_window": 8}}
 TOO_FAR = {"learning_rate": 1e38, "max_grad_norm": 0.0}
-RESUMED = [("DDP", "indexed"), *((layout, read) for layout in ("ZeRO-2", "ZeRO-3") for read in READ)]
+RESUMED = [("DDP", "indexed"), *((strategy, read) for strategy in ("ZeRO-2", "ZeRO-3") for read in READ)]
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +81,14 @@ def stopped(shallow: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory
     """The outcomes of an unbroken run, of one that was stopped and of its going on, and the two runs."""
     folder = tmp_path_factory.mktemp("stopped")
     jobs: list[Any] = []
-    for layout, read in RESUMED:
+    for strategy, read in RESUMED:
         whole, broken = (
-            recipe(folder, shallow, mixed, f"{layout}_{read}_{name}", data=READ[read]) for name in ("whole", "broken")
+            recipe(folder, shallow, mixed, f"{strategy}_{read}_{name}", data=READ[read]) for name in ("whole", "broken")
         )
-        jobs += [(whole, LAYOUTS[layout]), (broken, LAYOUTS[layout], 3), (broken, LAYOUTS[layout], "resume")]
-    for layout in ("ZeRO-2", "ZeRO-3"):
-        far = recipe(folder, shallow, mixed, f"{layout}_far", data={"max_nonfinite_steps": 1}, train=TOO_FAR)
-        jobs.append((far, LAYOUTS[layout]))
+        jobs += [(whole, LAYOUTS[strategy]), (broken, LAYOUTS[strategy], 3), (broken, LAYOUTS[strategy], "resume")]
+    for strategy in ("ZeRO-2", "ZeRO-3"):
+        far = recipe(folder, shallow, mixed, f"{strategy}_far", data={"max_nonfinite_steps": 1}, train=TOO_FAR)
+        jobs.append((far, LAYOUTS[strategy]))
     done = launch(jobs, folder)
     return {("far", "away"): done[3 * len(RESUMED) :]} | {
         key: [*done[3 * number : 3 * number + 3], *(job[0].with_suffix("") for job in jobs[3 * number : 3 * number + 2])]
@@ -97,10 +97,10 @@ def stopped(shallow: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "read"), RESUMED)
-def test_two_processes_go_on_bit_for_bit(layout: str, read: str, stopped: dict[tuple[str, str], list[Any]]) -> None:
+@pytest.mark.parametrize(("strategy", "read"), RESUMED)
+def test_two_processes_go_on_bit_for_bit(strategy: str, read: str, stopped: dict[tuple[str, str], list[Any]]) -> None:
     """The second process gets SIGTERM in the third step: both finish it and save."""
-    whole, ended, resumed, unbroken, broken = stopped[layout, read]
+    whole, ended, resumed, unbroken, broken = stopped[strategy, read]
     assert whole is True, whole
     assert "by SIGTERM after step 3" in str(ended)
     assert resumed is True, resumed
@@ -152,7 +152,7 @@ def test_modalities_that_differ_by_process_never_hang(shallow: Path, mixed: Path
     path = recipe(tmp_path, shallow, mixed, "long", train=settings)
     assert launch([(path, "zero3")], tmp_path, patience_s=300.0) == [True]
     summary = RunDirectory(tmp_path / "long").read_summary()
-    assert summary["layout"] == "2 processes, ZeRO-3"
+    assert summary["strategy"] == "2 processes, ZeRO-3"
     steps = [json.loads(line)["step"] for line in RunDirectory(tmp_path / "long").metrics.read_text().splitlines()]
     assert steps == [50, 100, 150, 200]
 
@@ -169,7 +169,7 @@ def test_four_processes_train_what_one_does(shallow: Path, mixed: Path, tmp_path
     spoilt = tmp_path / "mixed.json"
     spoilt.write_text(json.dumps(made), encoding="utf-8")
     kinds: dict[str, Any] = {"padded": {"check_rows": 0, "max_bad_fraction": 0.5}, "packed": {"packing": True, "max_tokens": 256}}
-    keys = [*(("padded", layout) for layout in LAYOUTS), ("packed", "DDP"), ("packed", "ZeRO-3")]
+    keys = [*(("padded", strategy) for strategy in LAYOUTS), ("packed", "DDP"), ("packed", "ZeRO-3")]
     descent = {"max_steps": 3, "gradient_accumulation_steps": 4, "optim": "sgd", "learning_rate": 0.3}
     alone, jobs = {}, []
     for kind, data in kinds.items():
@@ -182,14 +182,14 @@ def test_four_processes_train_what_one_does(shallow: Path, mixed: Path, tmp_path
         path.write_text(json.dumps(plain), encoding="utf-8")
         train(load_recipe(path), ["test"])
         alone[kind] = plain
-    for kind, layout in keys:
+    for kind, strategy in keys:
         settings = {**alone[kind]["train"], "gradient_accumulation_steps": 1}
-        path = tmp_path / f"{kind}_{layout}.yaml"
+        path = tmp_path / f"{kind}_{strategy}.yaml"
         path.write_text(json.dumps({**alone[kind], "train": settings, "output_dir": str(path.with_suffix(""))}), encoding="utf-8")
-        jobs.append((path, LAYOUTS[layout]))
+        jobs.append((path, LAYOUTS[strategy]))
     assert launch(jobs, tmp_path, processes=4) == [True] * len(jobs)
-    for kind, layout in keys:
-        runs = [RunDirectory(tmp_path / kind), RunDirectory(tmp_path / f"{kind}_{layout}")]
+    for kind, strategy in keys:
+        runs = [RunDirectory(tmp_path / kind), RunDirectory(tmp_path / f"{kind}_{strategy}")]
         one, four = ([json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()] for run in runs)
         assert [(step["step"], step["learning_rate"]) for step in four] == [(step["step"], step["learning_rate"]) for step in one]
         assert len(four) == (2 if kind == "padded" else 3)

@@ -240,7 +240,7 @@ def test_held_out_rows_and_parity_are_not_augmented(tmp_path: Path, make_recipe:
     recipe = make_recipe(f"data.train.0.path={path}", "data.train.0.augment={flip: 1.0}")
     assert [sample.images[0] for sample in parity_samples(recipe, 4)] == [tmp_path / f"{index}.png" for index in range(4)]
     assert all(isinstance(sample.images[0], ImageView) for sample in IndexedSamples(recipe.data.train))
-    with pytest.raises(UserError, match=r"held-out rows are never augmented; leave it out"):
+    with pytest.raises(UserError, match=r"held-out rows are not augmented; leave it out"):
         make_recipe(f"evaluate={{data: [{{path: {path}, template: llava, augment: {{flip: 0.5}}}}]}}")
 
 
@@ -323,7 +323,7 @@ def test_a_planned_run_with_boxes_trains_on_the_counted_lengths(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("augment={}", "names nothing to change"),
+        ("augment={}", "expected at least one key; leave augment out"),
         ("augment={flip: 2}", "expected at most 1"),
         ("augment={crop: 0}", "expected more than 0"),
         ("augment={resize: 8}", "expected at least 32"),
