@@ -57,8 +57,8 @@ def inspect_image(media: Media, decode: bool = False) -> ImageReport:
         with open_image_header(media) as (image, orientation):
             size = (image.height, image.width) if orientation >= SIDEWAYS else image.size
             try:
-                found = _traits(image, orientation)
                 cut = _cut(image)
+                found = _traits(image, orientation)
             except DECODE_ERRORS as error:  # a tag of another type than the format has
                 raise DataIssueError("image_unreadable", f"{media} has a damaged header: {error}") from error
     except DataIssueError as error:
@@ -81,9 +81,7 @@ def _traits(image: Image.Image, orientation: int) -> ImageIssues:
         found.append(("image_rotated", f"EXIF orientation {orientation}"))
     elif image.format != "TIFF" and (damage := exif_damage(image)) is not None:
         found.append(("image_exif_damaged", f"damaged EXIF data may hide an orientation: {damage}"))
-    # Phones' MPO files hold a picture and what belongs to it, no animation.
-    if image.format != "MPO" and getattr(image, "is_animated", False):
-        found.append(("image_animated", "several pages" if image.format == "TIFF" else "several frames"))
+    shape = len(found)
     if image.mode in ("P", "PA"):
         found.append(("image_palette", f"{image.format} with a palette"))
     if image.has_transparency_data:
@@ -92,7 +90,18 @@ def _traits(image: Image.Image, orientation: int) -> ImageIssues:
         found.append(("image_cmyk", f"{image.format} in CMYK"))
     if (bits := _bits(image)) > 8:
         found.append(("image_16bit", f"{image.format} with {bits} bits a channel"))
+    if _has_several_frames(image):  # asked last: a damaged second frame leaves the image in an undefined state
+        found.insert(shape, ("image_animated", "several pages" if image.format == "TIFF" else "several frames"))
     return found
+
+
+def _has_several_frames(image: Image.Image) -> bool:
+    if image.format == "MPO":  # a phone's photograph with its depth map or preview, not an animation
+        return False
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except DECODE_ERRORS:  # the second frame is damaged; training reads the first
+        return True
 
 
 def _bits(image: Image.Image) -> int:

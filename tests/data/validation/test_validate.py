@@ -13,7 +13,7 @@ import hostile_rows as hostile
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mmtune import data
 from mmtune.cli.main import entry_point
@@ -193,11 +193,16 @@ def test_a_long_row_fails_a_run_unless_the_recipe_drops_it(
 # ---------------------------------------------------------------------------------------------------------------- images
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
-def test_a_file_cut_anywhere_is_found_exactly_when_training_could_not_open_it(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "frames"),
+    [("JPEG", 1), ("PNG", 1), ("GIF", 1), ("WEBP", 1), ("BMP", 1), ("TIFF", 1), ("PNG", 2), ("GIF", 2), ("WEBP", 2), ("TIFF", 2)],
+)
+def test_a_file_cut_anywhere_is_found_exactly_when_training_could_not_open_it(tmp_path: Path, kind: str, frames: int) -> None:
     """All of these formats say where they end, so for every length the header scan knows what decoding would find."""
     buffer = io.BytesIO()
-    hostile.NOISE.resize((16, 12)).save(buffer, kind)
+    image = hostile.NOISE.resize((16, 12))
+    several = {"save_all": True, "append_images": [ImageOps.invert(image)]} if frames > 1 else {}
+    image.save(buffer, kind, **several)
     whole = buffer.getvalue()
     path = tmp_path / "cut"
     for length in sorted({*range(0, len(whole), 7), *range(len(whole) - 16, len(whole) + 1)}):
