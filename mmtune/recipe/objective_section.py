@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StrictFloat, StrictInt, ValidationError
 from pydantic_core import InitErrorDetails
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 class ObjectiveSection(Section):
     """The settings of one objective. A subclass names its `type` and overrides what differs."""
 
-    _expected: ClassVar[str] = "a mapping, such as {type: sft}"
     type: str
 
     @property
@@ -124,8 +123,11 @@ OBJECTIVE_SECTIONS: dict[str, type[ObjectiveSection]] = {"sft": SftSection, "dis
 
 
 def _by_type(value: Any) -> Any:
-    if not isinstance(value, Mapping):
+    if isinstance(value, ObjectiveSection):
         return value
+    if not isinstance(value, Mapping):
+        message = f"expected a mapping, such as {{type: sft}}, got {format_value(value)}"
+        raise ValidationError.from_exception_data("ObjectiveSection", [error_at((), message)])
     name = value.get("type", "sft")
     if not isinstance(name, str) or name not in OBJECTIVE_SECTIONS:
         names = tuple(OBJECTIVE_SECTIONS)
