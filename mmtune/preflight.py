@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from mmtune.data.sources.reader import check_source
 from mmtune.families.family_table import UNPACKABLE, check_family, local_model_type
-from mmtune.methods.method_table import refusal
+from mmtune.methods.capability_table import incompatibility
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, resolve_base
 from mmtune.recipe.recipe import SECTIONS, Recipe, check_files, located
 from mmtune.recipe.train_rules import LIBRARY_KEYS, missing_libraries
@@ -77,7 +77,8 @@ def _check_base(recipe: Recipe) -> None:
         )
     for component, tuning in recipe.tune.components.items():
         if tuning.method == recipe.tune.method is not None:
-            reason = refusal(tuning.method, tuning.settings, precision=recipe.model.precision, model_type=model_type)
+            precision = recipe.model.precision
+            reason = incompatibility(tuning.method, tuning.settings, precision=precision, model_type=model_type)
             if reason is not None:
                 raise RecipeValueError(f"tune.{component}", f"{reason}")
 

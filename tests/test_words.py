@@ -30,7 +30,7 @@ IDENTIFIERS: Mapping[str, str] = {
     r"\bcut_back\b": "truncate_to_step",
     r"\bkeep_checkpoint\b": "finalize_checkpoint",
     r"\bFrozenInputsStayFrozen\b": "DisableInputRequireGrads",
-    r"\bMoveRanks\b": "AdaLoraStep",
+    r"\bMoveRanks\b": "MethodStep",
     r"\b(save|load)_live\b": "save_adapter_state, load_adapter_state",
     r"\bsettle_(base|console|fsdp|worker|quantized|special_tokens)\b": "configure_* or prepare_*; materialize_base",
     r"\bDoctor\b": "Validator",

@@ -7,7 +7,7 @@ import regex
 from mmtune.utils.errors import UserError
 
 NAMED = ("all-linear", "all-norm")
-"""Selectors that are names, and no expressions."""
+"""Selectors that are names, not expressions."""
 SECONDS = 1.0
 
 
@@ -31,5 +31,6 @@ def is_match(pattern: regex.Pattern[str], path: str) -> bool:
     try:
         return pattern.fullmatch(path, timeout=SECONDS) is not None
     except TimeoutError as error:
-        told = f"takes more than {SECONDS:g} s to match {path}; write it without repeats inside repeats"
-        raise UserError(f"{pattern.pattern!r} {told}") from error
+        raise UserError(
+            f"{pattern.pattern!r} takes more than {SECONDS:g} s to match {path}; write it without repeats inside repeats"
+        ) from error

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from mmtune.families.family_table import PROJECTORS
+from mmtune.methods.method_table import LANGUAGE_PREFIXES
 from mmtune.methods.selectors import compile_selector, is_match
 from mmtune.utils.errors import RecipeValueError, UserError, nearest
 
@@ -22,8 +23,6 @@ Component = Literal["vision", "projector", "language", "lm_head"]
 PEFT_PREFIX = "base_model.model."
 PEFT_PREFIXES = ("", PEFT_PREFIX, "base_model.")
 """What PEFT puts before a module's name: nothing, a tuner's wrapper, or a prompt method's."""
-PROMPT_ENCODER = "prompt_encoder."
-"""Where a prompt method keeps its virtual tokens, which are the language model's."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def component_of(name: str, components: Components) -> Component:
     Raises:
         UserError: when no component owns it (a module that encloses several, or an unknown one).
     """
-    if name.startswith(PROMPT_ENCODER):
+    if name.startswith(LANGUAGE_PREFIXES):
         return "language"
     owner, depth = None, -1
     for path, component in _paths(components):

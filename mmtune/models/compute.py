@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig
 from torch import nn
+
+from mmtune.methods.method_table import method_of
 
 
 def to_best_device(model: nn.Module) -> nn.Module:
@@ -53,8 +54,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def count_virtual_tokens(model: nn.Module) -> int:
-    """How many tokens a model's prompt method puts before the input embeddings."""
-    config = model.active_peft_config if isinstance(model, PeftModel) else None
-    if isinstance(config, (PromptTuningConfig, PromptEncoderConfig)):  # prefix tuning writes into the cache instead
-        return int(config.num_virtual_tokens)
-    return 0
+    """How many tokens a model's method puts before the input embeddings."""
+    method = method_of(model)
+    adapted: Any = model
+    return 0 if method is None else method.virtual_tokens(adapted.active_peft_config)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -26,8 +26,7 @@ from mmtune.builtin import tiny_checkpoint as tiny
 from mmtune.chat_templates.resolving import resolve_chat_template, set_chat_template, training_chat_template, use_chat_template
 from mmtune.distributed.sharded_parameters import is_sharded
 from mmtune.families.family_table import check_family, local_model_type
-from mmtune.methods import tuners as tuners  # PEFT then knows all the methods
-from mmtune.methods.method_table import METHODS
+from mmtune.methods.method_table import METHODS, method_of_peft_type
 from mmtune.models.assemble import assemble, assemble_processor
 from mmtune.models.checkpoints.adapter_export import export_adapter
 from mmtune.models.checkpoints.adapter_patterns import expand_patterns
@@ -43,7 +42,7 @@ from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, locat
 from mmtune.models.checkpoints.remote_code import CODE_NOT_ALLOWED, first_line, has_remote_code, reject_unsafe_pickles
 from mmtune.models.checkpoints.trained_weights import (
     ADAPTER_CONFIG,
-    INITIAL_LORA,
+    INITIAL_FACTORS,
     TrainedWeights,
     locate_adapter_base,
     locate_trained_weights,
@@ -359,7 +358,7 @@ def _load_trained(
         set_chat_template(processor, template)
         if not trained.is_adapter:
             return load_strictly(source, subject, **settings).eval(), processor
-        if not (trained.path / INITIAL_LORA).is_file():
+        if not (trained.path / INITIAL_FACTORS).is_file():
             return load_adapter(trained.path, **settings).eval(), processor
         with tempfile.TemporaryDirectory() as folder:
             plain = Path(folder) / "adapter"
@@ -434,15 +433,14 @@ def adapter_method(adapter: Path) -> str:
     """
     config = read_adapter_config(adapter)
     peft_type = config.get("peft_type")
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(str(peft_type))
-    method = next((name for name, method in METHODS.items() if method.config_class() is config_class), None)
+    method = method_of_peft_type(peft_type)
     if method is None:
         raise UserError(
             f"{adapter / ADAPTER_CONFIG}: peft_type: expected one of the methods {', '.join(METHODS)}, got {peft_type!r}"
         )
     if config.get("megatron_config") is not None:
         raise UserError(f"{adapter / ADAPTER_CONFIG}: megatron_config: Megatron models are not supported, expected null")
-    return method
+    return method.name
 
 
 def _reason(name: str, error: Exception) -> str:

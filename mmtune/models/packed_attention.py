@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mmtune.families.family_table import UNPACKABLE
+from mmtune.methods.method_table import method_of
 from mmtune.models.compute import in_eval_mode, move_batch, training_autocast
 from mmtune.utils.errors import UserError
 
@@ -40,9 +41,9 @@ def check_packable(model: nn.Module) -> None:
     Raises:
         UserError: naming the family, the prompt method or the layers, with the reason.
     """
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        method = model.active_peft_config.peft_type.value.lower()
-        raise _refusal(f"{method} puts its prompt before the first sample of a row and before no other")
+    method = method_of(model)
+    if method is not None and not method.packable:
+        raise _refusal(f"{method.name} puts its prompt before the first sample of a row and before no other")
     check_packable_family(_base(model).config)
 
 

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from mmtune.console.styled_console import StyledConsole
+from mmtune.methods.method import DEFAULT_METHOD
 from mmtune.models.compatibility import (
     read_image_processor,
     read_vision_tower,
@@ -161,7 +162,7 @@ def suggestions(
     """Changes of the recipe that bring it within a limit, least harm first; each is estimated again, with those before it.
 
     First what leaves the result as it is (smaller batches accumulated, checkpointing), then optimizer states in 8 bits, then
-    the weights' precision, then LoRA in place of full tuning. A change that saves less than 2 % is left out.
+    the weights' precision, then an adapter in place of full tuning. A change that saves less than 2 % is left out.
 
     Args:
         estimate: the recipe's own, from the same `tokens`, `images`, `supervised` and `image_size`.
@@ -282,7 +283,7 @@ def _ladders(recipe: Recipe) -> Iterator[list[dict[str, Any]]]:
     if recipe.model.precision == "fp32":
         yield [{"model.precision": "bf16"}]
     if recipe.tune.language.method == "full":
-        yield [{"tune.language": {"method": "lora"}}]
+        yield [{"tune.language": {"method": DEFAULT_METHOD}}]
     if recipe.model.precision != "nf4":
         yield [{"model.precision": "nf4"}]
 

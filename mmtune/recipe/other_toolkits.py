@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mmtune.methods.method_table import METHODS
+
 _LANGUAGE = "tune.language."
 OTHER_NAMES: Mapping[str, str] = {
     **dict.fromkeys(
@@ -21,14 +23,7 @@ OTHER_NAMES: Mapping[str, str] = {
     "chat_template_path": "model.chat_template",
     **dict.fromkeys(("flash_attn", "flash_attention", "attn_impl", "use_flash_attention_2"), "model.attn_implementation"),
     **dict.fromkeys(("finetuning_type", "adapter", "peft_type", "tuner_type", "train_type", "sft_type"), _LANGUAGE + "method"),
-    **dict.fromkeys(("rank", "lora_r", "lora_rank"), _LANGUAGE + "r"),
-    **dict.fromkeys(("lora_target", "lora_target_modules", "target"), _LANGUAGE + "target_modules"),
-    "lora_target_linear": _LANGUAGE + "target_modules: all-linear",
-    **dict.fromkeys(("use_peft", "use_lora", "lora_enable"), _LANGUAGE + "method: lora"),
-    "lora_target_parameters": _LANGUAGE + "target_parameters",
-    "peft_use_dora": _LANGUAGE + "use_dora",
-    "lorap_lr_ratio": _LANGUAGE + "loraplus_lr_ratio",
-    "pissa_init": _LANGUAGE + "init_lora_weights: pissa",
+    **{name: _LANGUAGE + setting for method in METHODS.values() for name, setting in method.other_keys.items()},
     **dict.fromkeys(("freeze_vision_tower", "freeze_vit"), "tune.vision: frozen"),
     "vit_lr": "tune.vision.learning_rate",
     **dict.fromkeys(("freeze_multi_modal_projector", "freeze_aligner", "freeze_mm_mlp_adapter"), "tune.projector: frozen"),
@@ -66,21 +61,7 @@ OTHER_NAMES: Mapping[str, str] = {
 """By another toolkit's name: the recipe's key, with a value if the name implies one."""
 
 OTHER_METHODS: Mapping[str, str] = {
-    "qlora": "QLoRA is method: lora with model.precision: nf4",
-    "dora": "DoRA is method: lora with use_dora: true",
-    "qdora": "it is method: lora with use_dora: true and model.precision: nf4",
-    "rslora": "it is method: lora with use_rslora: true",
-    "pissa": "it is method: lora with init_lora_weights: pissa",
-    "olora": "it is method: lora with init_lora_weights: olora",
-    "lora_ga": "it is method: lora with init_lora_weights: lora_ga",
-    "lora+": "it is method: lora with loraplus_lr_ratio",
-    "loraplus": "it is method: lora with loraplus_lr_ratio",
-    "llama_adapter": "its name here is gated_prefix",
-    "llama-adapter": "its name here is gated_prefix",
-    "adapter": "its name here is bottleneck",
-    "adapters": "its name here is bottleneck",
-    "houlsby": "it is method: bottleneck with placement: houlsby",
-    "pfeiffer": "it is method: bottleneck with placement: pfeiffer",
+    **{name: hint for method in METHODS.values() for name, hint in method.other_names.items()},
     "freeze": "its name here is frozen",
     "none": "its name here is frozen",
     "all": "its name here is full",

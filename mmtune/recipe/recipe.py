@@ -157,7 +157,6 @@ def _add_methods(definitions: dict[str, Any]) -> None:
         },
     }
     pass_through = {name: {**rate, **method_arguments(name).json_schema()} for name in METHODS}
-    pass_through["lora"]["loraplus_lr_ratio"] = fields["loraplus_lr_ratio"]
     for name, properties in {**plain, **pass_through}.items():
         about = METHODS[name].about if name in METHODS else fields["method"]["description"]
         definitions[f"tune_{name}"] = {
@@ -165,7 +164,7 @@ def _add_methods(definitions: dict[str, Any]) -> None:
             **_closed({"method": {"const": name, "description": fields["method"]["description"]}, **properties}),
         }
     for component, default in DEFAULT_METHODS.items():
-        names = [*plain, *(name for name in METHODS if component == "language" or METHODS[name].kind == "layers")]
+        names = [*plain, *(name for name in METHODS if component in METHODS[name].components)]
         kinds = [{"$ref": f"#/$defs/tune_{name}", **({} if name == default else {"required": ["method"]})} for name in names]
         definitions["TuneSection"]["properties"][component] |= {"anyOf": [{"enum": names}, *kinds], "default": default}
         definitions["TuneSection"]["properties"][component].pop("$ref", None)

@@ -19,7 +19,9 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails
 
-from mmtune.methods.method_table import METHODS, refusal
+from mmtune.methods.capability_table import incompatibility
+from mmtune.methods.method import DEFAULT_METHOD
+from mmtune.methods.method_table import METHODS
 from mmtune.recipe.media_sections import WINDOW, Augment, evaluation_augment_errors, window_errors
 from mmtune.recipe.objective_section import AnyObjectiveSection, SftSection
 from mmtune.recipe.pass_through.arguments import Settings, error_at, format_value, train_arguments
@@ -361,16 +363,17 @@ class Recipe(Section):
     def _combination_errors(self) -> Iterator[InitErrorDetails]:
         method, precision = self.tune.method, self.model.precision
         if precision in ("int8", "nf4") and self.tune.language.method == "full":
-            message = f"not supported with model.precision: {precision}: quantized weights cannot be trained; use lora, or bf16"
+            instead = f"use {DEFAULT_METHOD}, or bf16"
+            message = f"not supported with model.precision: {precision}: quantized weights cannot be trained; {instead}"
             yield error_at(("tune", "language"), message)
         elif precision in ("int8", "nf4") and method is None and self.tune.vision.method == "full":
             message = f"full without an adapter saves the whole model, which is not supported with model.precision: {precision}"
-            yield error_at(("tune", "vision"), f"{message}; use bf16, or lora in tune.language")
+            yield error_at(("tune", "vision"), f"{message}; use bf16, or {DEFAULT_METHOD} in tune.language")
         for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
             if (self.train.get(name) or {}).get("use_reentrant"):
                 yield error_at(("train", name), "use_reentrant: true gives no gradients below frozen inputs; leave it out")
-        if self.data.max_nonfinite_steps and method == "adalora":
-            message = "not supported with adalora, which needs the gradients of every step; leave it out"
+        if self.data.max_nonfinite_steps and method is not None and not METHODS[method].skips_steps:
+            message = f"not supported with {method}, which needs the gradients of every step; leave it out"
             yield error_at(("data", "max_nonfinite_steps"), message)
         by_tokens = self.data.packing or self.data.tokens_per_batch is not None
         for name in ("per_device_train_batch_size", "dataloader_drop_last"):
@@ -381,7 +384,7 @@ class Recipe(Section):
             yield error_at(("train", "max_steps"), "required with data.stream: true: a stream has no known length")
         for key, message in self.objective.conflicts(self):
             yield error_at(("objective", *key), message)
-        if self.data.packing and method is not None and METHODS[method].kind == "prompt":
+        if self.data.packing and method is not None and not METHODS[method].packable:
             message = (
                 f"not supported with {method}: a packed row would have its prompt before the first sample only; leave it out"
             )
@@ -390,7 +393,7 @@ class Recipe(Section):
         if method is not None and component is not None:
             settings = self.tune.components[component].settings
             checkpointing = bool(self.train.get("activation_checkpointing") or self.train.get("gradient_checkpointing"))
-            reason = refusal(method, settings, precision=precision, checkpointing=checkpointing)
+            reason = incompatibility(method, settings, precision=precision, checkpointing=checkpointing)
             if reason is not None:
                 yield error_at(("tune", component), reason)
 

@@ -1,26 +1,27 @@
-"""A recipe's `tune` section: what trains, component by component, and by which method."""
+"""A recipe's `tune` section: the tuning method and settings of each component."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, SerializerFunctionWrapHandler, StrictFloat, model_serializer
 from pydantic_core import InitErrorDetails
 
-from mmtune.methods.method_table import INITS_IN_PARTS, METHODS, METHODS_OF_WHOLE_WEIGHTS
+from mmtune.methods.method import DEFAULT_METHOD
+from mmtune.methods.method_table import METHODS
 from mmtune.methods.selectors import NAMED, compile_selector, is_match
 from mmtune.recipe.other_toolkits import OTHER_METHODS, value_hint
 from mmtune.recipe.pass_through.arguments import Settings, error_at, format_value, method_arguments, unknown_key_at
 from mmtune.recipe.section import PassThroughArguments, Section, Text
 from mmtune.utils.errors import UserError, nearest
 
-DEFAULT_METHODS = {"vision": "frozen", "projector": "full", "language": "lora"}
+DEFAULT_METHODS = {"vision": "frozen", "projector": "full", "language": DEFAULT_METHOD}
 """The method of each component that a recipe does not name."""
 
-_A_PATH = "model.language_model.layers.31.self_attn.out_proj"
-"""A path of a usual length, by which a selector that would not end is known."""
+_TYPICAL_PATH = "model.language_model.layers.31.self_attn.out_proj"
+"""A path of usual length; a regular expression that takes too long on it is an error."""
 
 
 class ComponentTuning(Section):
@@ -31,9 +32,6 @@ class ComponentTuning(Section):
     learning_rate: Annotated[StrictFloat, Field(gt=0)] | None = Field(
         default=None, description="This component's own learning rate; null takes train.learning_rate, or else the method's."
     )
-    loraplus_lr_ratio: Annotated[StrictFloat, Field(gt=0)] | None = Field(
-        default=None, description="LoRA+ (arXiv 2402.12354): how many times faster B learns than A. lora only."
-    )
     settings: PassThroughArguments = Field(default_factory=Settings, description="PEFT's settings of the method, by its names.")
 
     @classmethod
@@ -43,34 +41,35 @@ class ComponentTuning(Section):
         if not isinstance(given, dict):
             return given, []
         method = given.get("method")
-        own_names = ("method", "learning_rate", *(("loraplus_lr_ratio",) if method == "lora" else ()))
+        own_names = ("method", "learning_rate")
         own = {name: value for name, value in given.items() if name in own_names}
-        borrowed = {name: value for name, value in given.items() if name not in own}
+        settings_given = {name: value for name, value in given.items() if name not in own}
         if isinstance(method, str) and method in METHODS:
-            settings, errors = method_arguments(method).check(borrowed, also_valid=own_names)
-            errors += _selector_errors(borrowed)
+            settings, errors = method_arguments(method).check(settings_given, also_valid=own_names)
+            errors += _selector_errors(settings_given, METHODS[method].module_selectors)
+            reasons = METHODS[method].unsupported_values
             errors += [
-                error_at(name, f"{format_value(value)} is refused: {METHODS[method].values[name, value]}")
-                for name, value in borrowed.items()
-                if isinstance(value, str) and (name, value) in METHODS[method].values
+                error_at(name, f"{format_value(value)} is not supported: {reasons[name, value]}")
+                for name, value in settings_given.items()
+                if isinstance(value, str) and (name, value) in reasons
             ]
             return own | {"settings": Settings(settings)}, errors
         errors = []
         if method not in ("frozen", "full") and method is not None:
             valid = ("frozen", "full", *METHODS)
             hint = nearest(method, valid) if isinstance(method, str) else ""
-            told = f"; {OTHER_METHODS[method]}" if isinstance(method, str) and method in OTHER_METHODS else hint
+            hint = f"; {OTHER_METHODS[method]}" if isinstance(method, str) and method in OTHER_METHODS else hint
             errors.append(
-                error_at("method", f"expected frozen, full or a method of `mmtune methods`, got {format_value(method)}{told}")
+                error_at("method", f"expected frozen, full or a method of `mmtune methods`, got {format_value(method)}{hint}")
             )
             return {"method": "frozen"}, errors
-        if method == "full" and "target_modules" in borrowed:
-            value = borrowed.pop("target_modules")
+        if method == "full" and "target_modules" in settings_given:
+            value = settings_given.pop("target_modules")
             if not (isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))):
                 errors.append(error_at("target_modules", f"expected a string or a list of strings, got {format_value(value)}"))
-            errors += _selector_errors({"target_modules": value})
+            errors += _selector_errors({"target_modules": value}, ("target_modules",))
             own["settings"] = Settings({"target_modules": value})
-        for name in borrowed:
+        for name in settings_given:
             if any(name in method_arguments(other).arguments for other in METHODS):
                 errors.append(error_at(name, f"not supported with method: {method}; leave it out"))
             else:
@@ -81,15 +80,19 @@ class ComponentTuning(Section):
 
     @model_serializer(mode="wrap")
     def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        own = {"learning_rate": self.learning_rate, "loraplus_lr_ratio": self.loraplus_lr_ratio}
-        return {"method": self.method, **{name: value for name, value in own.items() if value is not None}, **self.settings}
+        rate = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
+        return {"method": self.method, **rate, **self.settings}
 
 
-def _selector_errors(given: Mapping[str, Any]) -> list[InitErrorDetails]:
-    """What is wrong with selectors of modules, before there is a model to select from."""
+def _selector_errors(settings: Mapping[str, Any], keys: Iterable[str]) -> list[InitErrorDetails]:
+    """Errors of selectors of modules that need no model to be found.
+
+    Args:
+        keys: of the settings that select modules.
+    """
     errors = []
-    for key in ("target_modules", "feedforward_modules"):
-        selector = given.get(key)
+    for key in keys:
+        selector = settings.get(key)
         if hint := value_hint("target_modules", selector):
             errors.append(error_at(key, f"{format_value(selector)} is not the name of a module{hint}"))
         elif isinstance(selector, list) and (special := [name for name in selector if name in NAMED]):
@@ -106,7 +109,7 @@ def _selector_errors(given: Mapping[str, Any]) -> list[InitErrorDetails]:
                 errors.append(error_at(key, f"{format_value(selector)} is not the name of a module; did you mean '{meant[0]}'?"))
                 continue
             try:
-                is_match(compile_selector(selector), _A_PATH)
+                is_match(compile_selector(selector), _TYPICAL_PATH)
             except UserError as error:
                 errors.append(error_at(key, str(error)))
     return errors
@@ -134,32 +137,29 @@ class TuneSection(Section):
         methods = {name: value["method"] for name, value in tuned.items()}
         if list(methods.values()) == ["frozen"] * 3:
             return given, [error_at((), "vision, projector and language are all frozen, so nothing would train")]
-        return given, cls._between(tuned, methods)
+        return given, cls._check_together(tuned, methods)
 
     @staticmethod
-    def _between(tuned: dict[str, dict[str, Any]], methods: dict[str, Any]) -> list[InitErrorDetails]:
-        """What PEFT cannot keep in one adapter directory."""
+    def _check_together(tuned: dict[str, dict[str, Any]], methods: dict[str, Any]) -> list[InitErrorDetails]:
+        """Errors of what one adapter directory cannot hold."""
         errors = []
         used = {name: method for name, method in methods.items() if method in METHODS}
         for name, method in used.items():
-            if name != "language" and METHODS[method].kind != "layers":
-                errors.append(error_at((name,), f"{method} is for tune.language; here frozen, full or a method for layers"))
-            if name != "language" and tuned[name].get("init_lora_weights") == "eva":
-                errors.append(error_at((name,), "init_lora_weights: eva is supported in tune.language only"))
-            if name == "projector" and method in ("bottleneck", "ln_tuning"):
-                errors.append(error_at((name,), f"{method} finds nothing to work on in a projector; use full or lora"))
+            if (reason := METHODS[method].check_component(name, tuned[name])) is not None:
+                errors.append(error_at((name,), reason))
         if errors:
             return errors
         if len(set(used.values())) > 1:
-            told = ", ".join(f"{name}: {method}" for name, method in used.items())
-            errors.append(error_at((), f"one adapter directory holds one method, beside full: {told}; use lora for each of them"))
+            listing = ", ".join(f"{name}: {method}" for name, method in used.items())
+            advice = f"use {DEFAULT_METHOD} for each of them"
+            errors.append(error_at((), f"one adapter directory holds one method, beside full: {listing}; {advice}"))
         elif len(used) > 1:
             method = METHODS[next(iter(used.values()))]
-            ranks = ("method", "learning_rate", "target_modules", *method.by_component)
-            shared = [{key: value for key, value in tuned[name].items() if key not in ranks} for name in used]
+            may_differ = ("method", "learning_rate", "target_modules", *method.by_component)
+            shared = [{key: value for key, value in tuned[name].items() if key not in may_differ} for name in used]
             if any(other != shared[0] for other in shared):
-                allowed = ", ".join(ranks[1:])
-                errors.append(error_at((), f"components of one adapter differ in {allowed} only; make the rest equal"))
+                names = ", ".join(may_differ[1:])
+                errors.append(error_at((), f"components of one adapter differ in {names} only; make the rest equal"))
         return errors
 
     @property
@@ -173,11 +173,10 @@ class TuneSection(Section):
         return next((tuning.method for tuning in self.components.values() if tuning.method in METHODS), None)
 
     @property
-    def needs_whole_weights(self) -> bool:
-        """Whether what is put in place is made from the base's weights, and needs them whole."""
-        inits = [tuning.settings.get("init_lora_weights") for tuning in self.components.values()]
-        read = any(isinstance(init, str) and not init.startswith(INITS_IN_PARTS) for init in inits)
-        return read or self.method in METHODS_OF_WHOLE_WEIGHTS
+    def needs_full_weights(self) -> bool:
+        """Whether the method is initialized from full weights, so that the base cannot be loaded sharded."""
+        tuned = [tuning for tuning in self.components.values() if tuning.method in METHODS]
+        return any(METHODS[tuning.method].needs_full_weights(tuning.settings) for tuning in tuned)
 
 
 def with_rates(tune: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+from mmtune.methods.method import DEFAULT_METHOD
 from mmtune.recipe.other_toolkits import OTHER_NAMES
 from mmtune.recipe.pass_through.arguments import MISSING, UNKNOWN, method_arguments, train_arguments
 from mmtune.recipe.sections import DataSection, EvaluateSection, ModelSection, Recipe, Source
@@ -61,7 +62,7 @@ def _key_in_other_section(name: str) -> str | None:
         "evaluate": EvaluateSection.model_fields,
         "train": train_arguments().arguments,
         "data.train.0": Source.model_fields,
-        "tune.language": method_arguments("lora").arguments,
+        "tune.language": method_arguments(DEFAULT_METHOD).arguments,
     }
     if name in Recipe.model_fields:
         return None

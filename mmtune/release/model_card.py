@@ -55,7 +55,7 @@ def adapter_card(
         if method is None or method.mergeable
         else f"A {name} adapter cannot be merged into the base's weights: both are needed."
     )
-    is_own_tuner = method is not None and method.config.startswith("mmtune.")
+    is_own_tuner = method is not None and method.is_own_tuner
     base = "base" if includes_base else str(recipe.model.base)
     lines = ["import mmtune.methods.tuners  # registers the method with PEFT"] if is_own_tuner else []
     lines += [

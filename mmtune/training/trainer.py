@@ -27,15 +27,15 @@ from mmtune.data.processes import prepare_worker, worker_failure
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.distributed.sharded_parameters import full_state_dict
 from mmtune.models.checkpoints.remote_code import reject_unsafe_pickles
-from mmtune.models.checkpoints.trained_weights import INITIAL_LORA
+from mmtune.models.checkpoints.trained_weights import INITIAL_FACTORS
 from mmtune.objectives.sft import SupervisedTuning
 from mmtune.run_directory import SAVING
 from mmtune.training.adapter_state import (
-    AdaLoraStep,
+    MethodStep,
     load_adapter_state,
     load_full_model,
     save_adapter_state,
-    shared_regularization,
+    shared_method_loss,
 )
 from mmtune.training.checkpoint import finalize_checkpoint, wait_until_seen
 from mmtune.training.loss_record import LossRecord
@@ -119,7 +119,7 @@ class TuningTrainer(Trainer):
         self._losses = LossRecord(source_names, dist)
         self._progress = TrainingProgress([self.model, *objective.frozen_models], self.args, dist)
         self.add_callback(self._progress)
-        self.add_callback(AdaLoraStep(lambda: self._is_empty))
+        self.add_callback(MethodStep(lambda: self._is_empty))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's.
@@ -162,7 +162,7 @@ class TuningTrainer(Trainer):
         plain = self.accelerator.unwrap_model(model)
         sources = inputs.pop("source_ids", None)
         inputs = self._objective.model_inputs(plain, inputs)
-        with shared_regularization(plain, self._passes), self._progress.learning(inputs):
+        with shared_method_loss(plain, self._passes), self._progress.learning(inputs):
             losses = self._objective.compute_loss(model, inputs, num_items_in_batch)
         self._losses.add_parts(losses.parts)
         if sources is not None:
@@ -264,7 +264,7 @@ class TuningTrainer(Trainer):
                 if self._dist.is_main_process:  # with these a checkpoint of an adapter can be released
                     self.model.generation_config.save_pretrained(made)
                     if self._initial is not None:
-                        save_file(self._initial, made / INITIAL_LORA, metadata={"format": "pt"})
+                        save_file(self._initial, made / INITIAL_FACTORS, metadata={"format": "pt"})
                 self._dist.barrier()
                 flush(made)
                 written = set[str]().union(*self._dist.all_gather_object(names_in(made)))

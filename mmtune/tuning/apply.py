@@ -1,4 +1,4 @@
-"""Turn a loaded model into one that trains what the recipe names, and show exactly what that is."""
+"""Applying a recipe's `tune` section to a loaded model, and tables of what it trains."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
-from peft.tuners.lora.loraga import preprocess_loraga
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from rich.table import Table
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 
 from mmtune.console.styled_console import StyledConsole
 from mmtune.distributed.sharded_parameters import gathered_forward, size_of, to_float32
+from mmtune.methods.method_table import METHODS
 from mmtune.models.components import Components, component_of, find_components, select_modules
 from mmtune.models.compute import move_batch
 from mmtune.recipe.recipe import TuneSection
@@ -96,24 +96,24 @@ def apply_tuning(
         model: the loaded base, on its device.
         components: where its vision tower, projector and language model are.
         tune: the recipe's section.
-        steps: optimizer steps of the run, for methods that plan over it (AdaLoRA).
-        batches: training batches, for initializations that look at data (EVA, LoRA-GA).
+        steps: optimizer steps of the run, for methods with a schedule over it.
+        batches: training batches, for initializations that read data.
 
     Returns:
         A `PeftModel` when `keeps_adapter`, components trained in full then being its `modules_to_save`; otherwise the model
         itself with `requires_grad` set. Trainable parameters are fp32.
 
     Raises:
-        UserError: a selector that matches nothing, a component that the model lacks, or settings that the method refuses.
+        UserError: a selector that matches nothing, a component that the model lacks, or settings that do not fit.
     """
     for name, tuning in tune.components.items():
         if tuning.method != "frozen" and component_path(components, name) is None:
             raise RecipeValueError(f"tune.{name}", f"{type(model).__name__} has no {name} component; set it to frozen")
     model.requires_grad_(False)
     if keeps_adapter(tune):
-        with _told(tune):
+        with _errors_of_peft(tune):
             config = peft_config(model, components, tune, steps)
-            tuned: PreTrainedModel | PeftModel = _with_adapter(model, config, batches)
+            tuned: PreTrainedModel | PeftModel = _wrap(model, config, tune, batches)
     else:
         for name in _trained_in_full(model, components, tune):
             model.get_parameter(name).requires_grad_(True)
@@ -130,22 +130,22 @@ def _trained_in_full(model: nn.Module, components: Components, tune: TuneSection
     for component, tuning in tune.components.items():
         if tuning.method != "full":
             continue
-        chosen = None
+        selected = None
         if "target_modules" in tuning.settings:
             with errors_at_key(f"tune.{component}.target_modules"):
-                chosen = set(select_modules(model, components, component, tuning.settings["target_modules"]))  # type: ignore[arg-type]
+                selected = set(select_modules(model, components, component, tuning.settings["target_modules"]))  # type: ignore[arg-type]
         for name, _ in model.named_parameters():
             # The head is the language model's last layer; where it is tied to the embeddings it is the same parameter.
             owner = component_of(name, components)
-            mine = ("language" if owner == "lm_head" else owner) == component
-            if mine and (chosen is None or name.rpartition(".")[0] in chosen):
+            is_owned = ("language" if owner == "lm_head" else owner) == component
+            if is_owned and (selected is None or name.rpartition(".")[0] in selected):
                 names.append(name)
     return names
 
 
 @contextlib.contextmanager
-def _told(tune: TuneSection) -> Iterator[None]:
-    """PEFT's own refusals of settings are the recipe's faults."""
+def _errors_of_peft(tune: TuneSection) -> Iterator[None]:
+    """Inside, a ValueError of PEFT is an error in the recipe's settings."""
     try:
         yield
     except ValueError as error:
@@ -153,29 +153,27 @@ def _told(tune: TuneSection) -> Iterator[None]:
         raise RecipeValueError(f"tune.{where}", f"{str(error).strip()}") from error
 
 
-def _with_adapter(model: PreTrainedModel, config: PeftConfig, batches: Iterable[Mapping[str, torch.Tensor]]) -> PeftModel:
-    """Wrap a model, after or before a look at the data where the initialization wants one."""
-    init = getattr(config, "init_lora_weights", None)
-    if init == "lora_ga":
-
-        def gradients() -> None:
-            for batch in batches:
-                model(**move_batch(model, batch)).loss.backward()
-
-        preprocess_loraga(model, config, gradients)
+def _wrap(
+    model: PreTrainedModel, config: PeftConfig, tune: TuneSection, batches: Iterable[Mapping[str, torch.Tensor]]
+) -> PeftModel:
+    """Wrap a model, and initialize the adapter from data where the method does."""
+    method = None if tune.method is None else METHODS[tune.method]
+    on_device = (move_batch(model, batch) for batch in batches)
+    if method is not None:
+        method.before_wrapping(model, config, on_device)
     tuned = get_peft_model(model, config)
-    if init == "eva":
+    if method is not None:
         with gathered_forward(tuned):
-            initialize_lora_eva_weights(tuned, [move_batch(tuned, batch) for batch in batches], show_progress_bar=False)
+            method.after_wrapping(tuned, on_device)
     base = tuned.get_base_model()
     if not any(isinstance(each, BaseTunerLayer) for each in (base.get_input_embeddings(), base.get_output_embeddings())):
-        # The vocabulary is the base's. PEFT would ask the hub for the base's config at every save, to find that out.
+        # The vocabulary is the base's. PEFT would request the base's config from the hub at every save to compare them.
         tuned.save_pretrained = functools.partial(tuned.save_pretrained, save_embedding_layers=False)
     return tuned
 
 
 def count_parameters(model: nn.Module, components: Components, tune: TuneSection, learning_rate: float) -> list[ComponentCount]:
-    """Parameters by component of a model that `apply_tuning` made; the frozen copy of a saved module is not counted.
+    """Parameters by component of a model from `apply_tuning`; the frozen copy of a saved module is not counted.
 
     Args:
         learning_rate: the run's own rate, for components that name none.
@@ -193,15 +191,15 @@ def count_parameters(model: nn.Module, components: Components, tune: TuneSection
         if not parameter.requires_grad:
             stored.setdefault(owner, set()).add(storage_of(parameter))
     stored.setdefault("language", set()).update(f"head {kind}" for kind in stored.pop("lm_head", ()))
-    chosen = tune.components
+    tunings = tune.components
     return [
         ComponentCount(
             name,
-            chosen[name].method,
+            tunings[name].method,
             ", ".join(sorted(stored.get(name, ()))),
             total,
             trainable,
-            (chosen[name].learning_rate or learning_rate) if trainable else None,
+            (tunings[name].learning_rate or learning_rate) if trainable else None,
         )
         for name, (total, trainable) in totals.items()
     ]
@@ -235,16 +233,15 @@ def learning_rates(model: nn.Module, components: Components, tune: TuneSection, 
         owner = component_of(name, components)
         tuning = tune.components["language" if owner == "lm_head" else owner]
         rate = tuning.learning_rate or learning_rate
-        if tuning.loraplus_lr_ratio is not None and any(part in name for part in (".lora_B.", ".lora_embedding_B.")):
-            rate *= tuning.loraplus_lr_ratio
+        if tuning.method in METHODS:
+            rate *= METHODS[tuning.method].rate_factor(name, tuning.settings)
         if rate != learning_rate:
             rates[name] = rate
     return rates
 
 
 def trained_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Where trained parameters are: full paths in the base, layers of a kind as one (`layers.*`), with how many modules and how
-    many parameters."""
+    """Adapted modules by full path in the base, repeated layers as one (`layers.*`): numbers of modules and of parameters."""
     wrappers = {name for name, module in model.named_modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
     sizes: dict[str, int] = {}
     for name, parameter in model.named_parameters():
@@ -253,17 +250,17 @@ def trained_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
             inside = (".".join(parts[:end]) for end in range(1, len(parts)))
             owner = next((path for path in inside if path in wrappers), ".".join(parts))
             sizes[owner] = sizes.get(owner, 0) + size_of(parameter)
-    found: dict[str, tuple[int, int]] = {}
+    by_path: dict[str, tuple[int, int]] = {}
     for owner, size in sizes.items():
         path = re.sub(r"\.\d+(?=\.|$)", ".*", owner.removeprefix("base_model.model."))
-        modules, total = found.get(path, (0, 0))
-        found[path] = modules + 1, total + size
-    return found
+        modules, total = by_path.get(path, (0, 0))
+        by_path[path] = modules + 1, total + size
+    return by_path
 
 
 def print_trained_modules(modules: Mapping[str, tuple[int, int]]) -> None:
-    """The table of what `trained_modules` found."""
-    table = Table(title="Where it trains", title_justify="left")
+    """Print the table of adapted modules, from `trained_modules`."""
+    table = Table(title="Adapted modules", title_justify="left")
     table.add_column("module", overflow="fold")
     for name in ("modules", "trainable"):
         table.add_column(name, justify="right")
@@ -273,8 +270,8 @@ def print_trained_modules(modules: Mapping[str, tuple[int, int]]) -> None:
 
 
 def print_parameters(counts: Sequence[ComponentCount]) -> None:
-    """The table of trainable parameters by component."""
-    table = Table(title="What trains", title_justify="left")
+    """Print the table of trainable parameters by component."""
+    table = Table(title="Trainable parameters", title_justify="left")
     for name in ("component", "method", "frozen weights"):
         table.add_column(name)
     for name in ("parameters", "trainable", "learning rate"):

@@ -1,64 +1,50 @@
-"""The PEFT configuration of a recipe's `tune` section: what it tunes by full path, and what does not fit the model."""
+"""The PEFT configuration of a recipe's `tune` section, with full paths of the adapted modules."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from peft import EvaConfig, LoraConfig, LoraGAConfig, OFTConfig, PeftConfig
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft import PeftConfig
 from torch import nn
 
-from mmtune.methods.bottleneck import BottleneckConfig, bottleneck_targets
-from mmtune.methods.gated_prefix import gated_prefix_targets
-from mmtune.methods.method_table import METHODS, MUTATING_INITS
+from mmtune.methods.method_table import METHODS, full_modules_config
 from mmtune.models.components import Components, select_modules, select_parameters
 from mmtune.recipe.recipe import ComponentTuning, TuneSection
-from mmtune.utils.errors import RecipeValueError, UserError, errors_at_key
+from mmtune.utils.errors import RecipeValueError, errors_at_key
+
+SELECTORS = {"modules": select_modules, "parameters": select_parameters}
 
 
 def peft_config(model: nn.Module, components: Components, tune: TuneSection, steps: int | None) -> PeftConfig:
     """The method's configuration, and the components trained in full as `modules_to_save`.
 
     Args:
-        steps: optimizer steps of the run, for AdaLoRA.
+        steps: optimizer steps of the run, for methods with a schedule over it.
 
     Raises:
         UserError: a selector that matches nothing, or settings that do not fit the model.
     """
     saved = saved_modules(model, components, tune)
     if tune.method is None:
-        return LoraConfig(task_type="CAUSAL_LM", target_modules=DUMMY_TARGET_MODULES, modules_to_save=saved)
+        return full_modules_config(saved)
     method = METHODS[tune.method]
     users = {name: tuning for name, tuning in tune.components.items() if tuning.method == method.name}
-    # What may differ between components is resolved below; of the rest, each has the same.
+    # What may differ between components is resolved below; the rest is the same in each.
     settings = {**next(iter(users.values())).settings, **(users["language"].settings if "language" in users else {})}
-    if method.name == "bottleneck":
-        placement = settings.get("placement", BottleneckConfig.placement)
-        settings["target_modules"] = [
-            path for name in users for path in bottleneck_targets(model, str(component_path(components, name)), placement)
-        ]
-    elif method.name == "gated_prefix":
-        settings["target_modules"] = gated_prefix_targets(model, components.language_model, settings.get("adapter_layers"))
-    elif method.kind == "layers":
-        chosen = _selected(select_modules, model, components, users, "target_modules")
-        settings["target_modules"] = [path for paths in chosen.values() for path in paths]
-        if method.name == "lora" and len(users) > 1:
-            settings["rank_pattern"] = {p: users[n].settings["r"] for n, paths in chosen.items() for p in paths}
-            settings["alpha_pattern"] = {p: users[n].settings["lora_alpha"] for n, paths in chosen.items() for p in paths}
-    for key, select in (("target_parameters", select_parameters), ("feedforward_modules", select_modules)):
-        if settings.get(key):
-            found = _selected(select, model, components, users, key)
-            settings[key] = [path for paths in found.values() for path in paths]
+    roots = {name: str(component_path(components, name)) for name in users}
+    if (targets := method.find_targets(model, roots, settings)) is not None:
+        settings["target_modules"] = targets
+    for key, kind in method.selectors.items():
+        if selected := _selected(SELECTORS[kind], model, components, users, key):
+            settings[key] = [path for paths in selected.values() for path in paths]
+            if key == "target_modules" and len(users) > 1:
+                by_component = {name: tuning.settings for name, tuning in users.items()}
+                settings |= method.settings_by_component(selected, by_component)
+    modules = {path: model.get_submodule(path) for path in settings.get("target_modules") or ()}
     with errors_at_key(f"tune.{next(iter(users))}"):
-        _check_fits(model, method.name, settings)
-    if method.name == "adalora":
-        settings["total_step"] = steps
-    if settings.get("init_lora_weights") == "eva":
-        settings["eva_config"] = EvaConfig(**(settings.get("eva_config") or {}))
-    if settings.get("init_lora_weights") == "lora_ga":
-        settings["lora_ga_config"] = LoraGAConfig(**(settings.get("lora_ga_config") or {}))
-    return method.config_class()(task_type="CAUSAL_LM", modules_to_save=saved or None, **settings)
+        method.check_model(model, modules, settings)
+    return method.build_config(settings, saved or None, steps)
 
 
 def _selected(
@@ -70,47 +56,6 @@ def _selected(
             with errors_at_key(f"tune.{name}.{key}"):
                 selected[name] = select(model, components, name, tuning.settings[key])
     return selected
-
-
-def _check_fits(model: nn.Module, method: str, settings: Mapping[str, Any]) -> None:
-    """Refuse what PEFT would take and train wrongly, save unreadably, or stumble over."""
-    targets = {path: model.get_submodule(path) for path in settings.get("target_modules") or ()}
-    linear = {path: module for path, module in targets.items() if isinstance(module, nn.Linear)}
-    other = [path for path in targets if path not in linear]
-    init = settings.get("init_lora_weights")
-    mutates = isinstance(init, str) and init.startswith(MUTATING_INITS)
-    if other and (method not in ("lora", "ln_tuning", "bottleneck", "gated_prefix") or mutates):
-        told = f"init_lora_weights: {init}" if mutates else method
-        raise UserError(f"{told} works on linear layers, and {other[0]} is a {type(targets[other[0]]).__name__}")
-    if mutates:
-        for path, module in linear.items():
-            rank = (settings.get("rank_pattern") or {}).get(path, settings["r"])
-            if rank > min(module.in_features, module.out_features):
-                size = f"{module.in_features} x {module.out_features}"
-                raise UserError(f"r: {rank} is more than {path} ({size}) has to decompose for init_lora_weights: {init}")
-    _check_embeddings(model, targets, settings.get("trainable_token_indices"))
-    if method == "adalora" and settings["target_r"] >= settings["init_r"]:  # PEFT would look for the 0th smallest importance
-        raise UserError(f"target_r: {settings['target_r']} is not below init_r: {settings['init_r']}; ranks only shrink")
-    if method == "oft":  # PEFT would take another size, with a warning
-        size = settings.get("oft_block_size", OFTConfig.oft_block_size)
-        for path, module in linear.items():
-            if module.in_features % size:
-                raise UserError(f"oft_block_size: {size} does not divide the {module.in_features} inputs of {path}")
-
-
-def _check_embeddings(model: Any, targets: Mapping[str, nn.Module], tokens: Sequence[int] | Mapping[str, Any] | None) -> None:
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and head.weight is embeddings.weight
-    for path, module in targets.items():
-        if tied and module in (embeddings, head):
-            raise UserError(
-                f"{path} is tied to the head, so an update of the one cannot be folded in; train new tokens with "
-                "trainable_token_indices"
-            )
-    rows = embeddings.weight.shape[0]
-    outside = [token for token in tokens if not 0 <= token < rows] if isinstance(tokens, list) else []
-    if outside:
-        raise UserError(f"trainable_token_indices: {outside[0]} is no token; there are {rows}")
 
 
 def saved_modules(model: nn.Module, components: Components, tune: TuneSection) -> list[str]:

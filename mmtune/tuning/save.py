@@ -1,45 +1,35 @@
-"""Save what was tuned as a directory that anything can load."""
+"""Saving a tuned model as a directory that PEFT or transformers loads."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from mmtune.distributed.sharded_parameters import full_state_dict
-from mmtune.methods.method_table import MUTATING_INITS
-from mmtune.models.checkpoints.adapter_export import to_plain_lora
+from mmtune.methods.method_table import method_of
 
 
 def initial_factors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor] | None:
-    """LoRA's matrices before training, where their initialization took them out of the base; None for any other.
-
-    PiSSA (arXiv 2404.02948), OLoRA (2406.01775) and LoRA-GA (2407.05000) start from a product that is not zero, and subtract it
-    from the base's weights.
-    """
-    config = model.peft_config["default"] if isinstance(model, PeftModel) else None
-    init = getattr(config, "init_lora_weights", None)
-    if not isinstance(init, str) or not init.startswith(MUTATING_INITS):
-        return None
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if ".lora_A" in name or ".lora_B" in name}
+    """The adapter's tensors before training, where its initialization changed the base's weights; None for any other model."""
+    method = method_of(model)
+    return None if method is None else method.initial_factors(model)
 
 
 def save_tuned(
-    model: PreTrainedModel | PeftModel, out: Path, initial: dict[str, torch.Tensor] | None, first: bool = True
+    model: PreTrainedModel | PeftModel, out: Path, initial: dict[str, torch.Tensor] | None, is_main_process: bool = True
 ) -> None:
-    """Write an adapter, or a whole model; all processes call it, and the first writes.
+    """Write an adapter, or a whole model; all processes call it, and the main process writes.
 
     Args:
         out: the directory.
-        initial: from `initial_factors`. The adapter is then written as an ordinary LoRA: see `to_plain_lora`.
-        first: whether this is the first process.
+        initial: from `initial_factors`; where it is not None, the adapter is written so that it applies to the original base.
     """
-    with full_state_dict(model, first) as state:
-        if first:
+    with full_state_dict(model, is_main_process) as state:
+        if is_main_process:
             model.save_pretrained(out, state_dict=state)
-    if initial is None or not first:
-        return
-    to_plain_lora(out, initial)
+    method = method_of(model)
+    if is_main_process and initial is not None and method is not None:
+        method.restore_base(out, initial)

@@ -7,7 +7,9 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from mmtune.distributed.context import DistributedContext
-from mmtune.methods.method_table import refusal
+from mmtune.methods.capability_table import incompatibility
+from mmtune.methods.method import DEFAULT_METHOD
+from mmtune.methods.method_table import METHODS
 from mmtune.models.checkpoints.locate_base import UNTRAINED
 from mmtune.models.load import base_config, base_model_type
 from mmtune.models.packed_attention import check_packable_family
@@ -18,7 +20,7 @@ from mmtune.utils.errors import RecipeValueError
 
 def takes_sharded_weights(recipe: Recipe) -> bool:
     """Whether models may be built sharded at ZeRO-3: weights are not quantized, and no initialization needs the full ones."""
-    return recipe.model.precision not in QUANTIZED and not recipe.tune.needs_whole_weights
+    return recipe.model.precision not in QUANTIZED and not recipe.tune.needs_full_weights
 
 
 def check_method(recipe: Recipe, dist: DistributedContext) -> None:
@@ -36,7 +38,7 @@ def check_method(recipe: Recipe, dist: DistributedContext) -> None:
             check_packable_family(config)
     for component, tuning in recipe.tune.components.items():
         if tuning.method == recipe.tune.method:
-            reason = refusal(
+            reason = incompatibility(
                 tuning.method,
                 tuning.settings,
                 precision=recipe.model.precision,
@@ -56,9 +58,10 @@ def check_fsdp(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | 
         raise RecipeValueError(
             "model.precision", f"{recipe.model.precision}: FSDP2 does not divide quantized weights; launch with DDP or ZeRO"
         )
-    if recipe.tune.method not in (None, "lora"):
+    method = recipe.tune.method
+    if method is not None and not METHODS[method].supports_fsdp:
         raise RecipeValueError(
-            "tune", f"{recipe.tune.method} has not been proven under FSDP2; launch with DDP or ZeRO, or use lora"
+            "tune", f"{method} has not been verified under FSDP2; launch with DDP or ZeRO, or use {DEFAULT_METHOD}"
         )
     if arguments.save_strategy != "no" or checkpoint is not None:
         raise RecipeValueError(

@@ -136,7 +136,7 @@ def _work(config: str, rank: int, size: int, port: int, jobs: Path, results: Pat
 @contextmanager
 def nothing_known() -> Iterator[None]:
     """The recipe refuses what the table says does not work; here that is what is asked."""
-    from mmtune.methods import method_table as table
+    from mmtune.methods import capability_table as table
 
     real = table.capabilities
     table.capabilities = dict  # type: ignore[assignment]

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # as pytest has it
 from launched import launch, nothing_known, reason
 
-from mmtune.methods import method_table as table
+from mmtune.methods import capability_table as table
+from mmtune.methods.method_table import METHODS
 from mmtune.models.load import load_trained
 from mmtune.recipe.recipe import Recipe, load_recipe
 from mmtune.release.merge import merge
@@ -28,7 +29,9 @@ from mmtune.run_directory import RunDirectory
 from mmtune.train import train
 from mmtune.utils.errors import CheckFailed
 
-VARIANTS = {"dora": {"method": "lora", "use_dora": True}}
+VARIANTS = {
+    name: {"method": method.name, **variant.settings} for method in METHODS.values() for name, variant in method.variants.items()
+}
 """Settings that change what a method can do, measured as methods of their own."""
 
 # Settings that fit a model 128 wide.
@@ -40,7 +43,7 @@ PARTED_GRADIENTS = "its ranks move by whole gradients, which ZeRO keeps in parts
 
 
 def names() -> list[str]:
-    return [*table.METHODS, *VARIANTS]
+    return [*METHODS, *VARIANTS]
 
 
 def write_recipe(name: str, precision: str, rows: Path, base: Path, run: Path, **settings: Any) -> Path:
@@ -93,7 +96,7 @@ def measure(name: str, precision: str, rows: Path, base: Path, folder: Path) -> 
         cell = {"train": reason(trains)}
         if cell["train"] is not True:
             return {**cell, "checkpointing": cell["train"], "merge": "it does not train"}
-        if (name if name in table.METHODS else "lora") in table.METHODS and not _method(name).mergeable:
+        if not table.measured_method(name).mergeable:
             cell["merge"] = "it is no change of weights"
         else:
             cell["merge"] = reason(lambda: merge(run, folder / "out", overwrite=True, count=2))
@@ -133,10 +136,6 @@ def measure_zero(cells: list[tuple[str, str, int]], rows: Path, base: Path, fold
 
     trained = zip(cells, runs, launch(recipes, folder), strict=True)
     return [reason(lambda cell=cell, run=run: same(cell, run)) if done is True else done for cell, run, done in trained]
-
-
-def _method(name: str) -> table.Method:
-    return table.METHODS[VARIANTS.get(name, {"method": name})["method"]]
 
 
 def main() -> None:

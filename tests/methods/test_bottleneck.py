@@ -18,7 +18,7 @@ from programs import run_program
 from torch import nn
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from mmtune.methods.bottleneck import BottleneckConfig, BottleneckLayer, bottleneck_targets
+from mmtune.methods.tuners.bottleneck_tuner import BottleneckConfig, BottleneckLayer, bottleneck_targets
 from mmtune.utils.errors import UserError
 
 LANGUAGE, VISION, PROJECTOR = "model.language_model", "model.vision_tower", "model.multi_modal_projector"
@@ -340,7 +340,7 @@ def test_saves_and_loads_in_a_new_process(base: Path, inputs: dict[str, torch.Te
     program = f"""
 import sys, torch, transformers
 from peft import PeftModel
-import mmtune.methods.bottleneck
+import mmtune.methods.tuners.bottleneck_tuner
 inputs = torch.load("inputs.pt", weights_only=True)
 auto = transformers.AutoModelForImageTextToText
 models = [PeftModel.from_pretrained(auto.from_pretrained({str(base)!r}), "adapter"), auto.from_pretrained("adapter")]

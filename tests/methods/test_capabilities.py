@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from measure_capabilities import VARIANTS, measure, measure_zero, names
 
-from mmtune.methods.method_table import CAPABILITIES, METHODS, PRECISIONS, capabilities, refusal
+from mmtune.methods.capability_table import CAPABILITIES, PRECISIONS, capabilities, incompatibility
+from mmtune.methods.method_table import METHODS
 
 
 def works(cell: dict[str, object]) -> dict[str, bool]:
@@ -47,22 +48,22 @@ def test_methods_train_in_two_processes_as_they_do_in_one(rows: Path, shallow: P
 
 
 def test_zero_is_refused_by_what_was_measured() -> None:
-    assert "use ZeRO-2, or lora" in str(refusal("lora", {"use_dora": True}, precision="nf4", zero_stage=3))
-    assert "launch with DDP, or use lora" in str(refusal("adalora", {}, zero_stage=2))
-    assert refusal("adalora", {}) is None
-    assert refusal("lora", {}, precision="nf4", zero_stage=3) is None
+    assert "use ZeRO-2, or lora" in str(incompatibility("lora", {"use_dora": True}, precision="nf4", zero_stage=3))
+    assert "launch with DDP, or use lora" in str(incompatibility("adalora", {}, zero_stage=2))
+    assert incompatibility("adalora", {}) is None
+    assert incompatibility("lora", {}, precision="nf4", zero_stage=3) is None
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_recipe_refuses_exactly_what_does_not_work(name: str) -> None:
     for precision, cell in capabilities()[name].items():
-        assert (refusal(name, {}, precision=precision) is None) == (cell["train"] is True)
+        assert (incompatibility(name, {}, precision=precision) is None) == (cell["train"] is True)
         both = cell["train"] is True and cell["checkpointing"] is True
-        told = refusal(name, {}, precision=precision, checkpointing=True)
+        told = incompatibility(name, {}, precision=precision, checkpointing=True)
         assert (told is None) == both
         assert told is None or "use " in told
 
 
 def test_prompt_methods_are_refused_where_positions_have_three_parts() -> None:
-    assert "use gated_prefix or lora" in str(refusal("prefix_tuning", {}, model_type="qwen2_5_vl"))
-    assert refusal("gated_prefix", {}, model_type="qwen2_5_vl") is None
+    assert "use gated_prefix or lora" in str(incompatibility("prefix_tuning", {}, model_type="qwen2_5_vl"))
+    assert incompatibility("gated_prefix", {}, model_type="qwen2_5_vl") is None

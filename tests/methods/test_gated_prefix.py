@@ -15,7 +15,7 @@ from programs import run_program
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
-from mmtune.methods.gated_prefix import GatedPrefixConfig, GatedPrefixLayer, gated_prefix_targets
+from mmtune.methods.tuners.gated_prefix_tuner import GatedPrefixConfig, GatedPrefixLayer, gated_prefix_targets
 from mmtune.models.components import find_components
 from mmtune.utils.errors import UserError
 
@@ -485,7 +485,7 @@ def test_saved_and_loaded_in_another_process_it_answers_the_same(base: Path, inp
     torch.save({"inputs": dict(inputs), "logits": expected}, tmp_path / "expected.pt")
     program = f"""
     import torch
-    import mmtune.methods.gated_prefix
+    import mmtune.methods.tuners.gated_prefix_tuner
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
     known = torch.load({str(tmp_path / "expected.pt")!r})

@@ -216,7 +216,7 @@ def test_anchors_and_merge_keys(write: Any) -> None:
         (
             "  vision: frozen",
             "  vision: prefix_tuning",
-            "x.yaml:4: tune.vision: prefix_tuning is for tune.language; here frozen, full or a method for layers",
+            "x.yaml:4: tune.vision: prefix_tuning works in tune.language only; use frozen, full or lora here",
         ),
         (
             "  vision: frozen",
@@ -233,8 +233,8 @@ def test_anchors_and_merge_keys(write: Any) -> None:
         (
             "    r: 8",
             "    bias: all",
-            "x.yaml:8: tune.language.bias: 'all' is refused: it would train biases of every component; lora_only trains those of "
-            "the tuned layers",
+            "x.yaml:8: tune.language.bias: 'all' is not supported: it would train biases of every component; lora_only trains "
+            "those of the tuned layers",
         ),
         (
             "    r: 8",
@@ -635,9 +635,9 @@ def test_the_schema_agrees_with_the_loader(write: Any) -> None:
 def test_managed_arguments_are_not_keys_of_the_recipe_and_the_rest_are_all_there() -> None:
     import dataclasses
 
-    tables = [(method_arguments(name), method.config_class()) for name, method in METHODS.items()]
-    for table, source in (*tables, (train_arguments(), TrainingArguments)):
-        names = {field.name for field in dataclasses.fields(source) if field.init}
+    tables = [(method_arguments(name), method.config_class(), method.extra_settings) for name, method in METHODS.items()]
+    for table, source, extra in (*tables, (train_arguments(), TrainingArguments, ())):
+        names = {field.name for field in dataclasses.fields(source) if field.init} | set(extra)
         assert set(table.arguments) | (set(table.managed) & names) == names
         assert not set(table.arguments) & set(table.managed)
         for name, argument in table.arguments.items():

@@ -336,7 +336,7 @@ def test_a_step_without_samples_changes_nothing(
     [skipped] = json.loads(run.data_report.read_text())["skipped_steps"]
     assert skipped == {"step": 3, "rows": ["rows.json[4]", "rows.json[5]"], "reason": "none of its rows can train"}
     before, after = (run.checkpoints / f"checkpoint-{step}" for step in (2, 3))
-    names = ("live.safetensors", "model.safetensors", "adapter_model.safetensors")
+    names = ("adapter_state.safetensors", "model.safetensors", "adapter_model.safetensors")
     weights = next(name for name in names if (after / name).exists())
     assert (before / weights).read_bytes() == (after / weights).read_bytes()
     states = [torch.load(path / "optimizer.pt", weights_only=True)["state"] for path in (before, after)]

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, Gemma3Config, Lfm2VlConfig
 from mmtune.data.batching.batch_sampler import Mixture, MixtureBatchSampler
 from mmtune.data.batching.collate import Collator, RowSize, collate, pack
 from mmtune.data.data_report import DataReport
-from mmtune.methods.gated_prefix import GatedPrefixConfig
+from mmtune.methods.tuners.gated_prefix_tuner import GatedPrefixConfig
 from mmtune.models.packed_attention import check_packable, check_packable_family, packed_inputs, verify_packing
 from mmtune.objectives.sft import SupervisedTuning
 from mmtune.recipe.objective_section import SftSection

@@ -19,8 +19,8 @@ from mmtune.utils.manifest import check_manifest
 ADAPTER_CONFIG = "adapter_config.json"
 CONFIG_NAME = "config.json"
 TRAINER_STATE_NAME = "trainer_state.json"
-INITIAL_LORA = "initial.safetensors"
-"""In a checkpoint: the initial LoRA matrices, if the initialization subtracted them from the base's weights."""
+INITIAL_FACTORS = "initial.safetensors"
+"""In a checkpoint: the adapter's tensors before training, where its initialization changed the base's weights."""
 
 
 @dataclass(frozen=True)

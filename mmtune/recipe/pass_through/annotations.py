@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import operator
-import re
 import types
 import typing
 from enum import Enum
@@ -16,6 +15,7 @@ from annotated_types import Ge, Gt, Lt
 from pydantic import AfterValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from mmtune.methods.setting_types import NumberedName, numbered
 from mmtune.utils.errors import nearest
 
 _NAMES: dict[str, Any] = {
@@ -90,25 +90,6 @@ def annotation_of(kind: Any) -> Any:
     return {"list": list, "dict": dict}[what][tuple(map(annotation_of, inner))]  # type: ignore[index]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Numbered:
-    """Marks the annotation of `numbered`, for `describe`."""
-
-    stem: str
-
-
-def numbered(stem: str) -> Any:
-    """The annotation of names that consist of a stem and a number."""
-
-    def check(value: str) -> str:
-        if not re.fullmatch(rf"{re.escape(stem)}[0-9]+", value):
-            raise ValueError(f"not {stem}N")
-        return value
-
-    schema = {"type": "string", "pattern": f"^{stem}[0-9]+$"}
-    return Annotated[str, AfterValidator(check), WithJsonSchema(schema), _Numbered(stem)]
-
-
 def _mapping_with(keys: dict[str, str]) -> Any:
     def check(value: dict[str, Any]) -> dict[str, Any]:
         for name in value:
@@ -129,7 +110,7 @@ def describe(annotation: Any, format_value: typing.Callable[[object], str]) -> s
     """
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        stems = [m.stem for m in inner if isinstance(m, _Numbered)]
+        stems = [m.stem for m in inner if isinstance(m, NumberedName)]
         if stems:
             return f"'{stems[0]}' and a number"
         bounds = [f">= {m.ge}" for m in inner if isinstance(m, Ge)] + [f"> {m.gt}" for m in inner if isinstance(m, Gt)]

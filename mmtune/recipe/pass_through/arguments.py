@@ -20,20 +20,9 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from mmtune.methods.method_table import METHODS
 from mmtune.recipe.other_toolkits import boolean_hint, value_hint
-from mmtune.recipe.pass_through.annotations import annotation_of, choices_of, describe, numbered
+from mmtune.recipe.pass_through.annotations import annotation_of, choices_of, describe
 from mmtune.recipe.pass_through.library_facts import library_fact
 from mmtune.utils.errors import closest_hint, closest_name, nearest
-
-_BOUNDS: dict[str, Any] = {
-    **dict.fromkeys(("r", "init_r", "target_r", "oft_block_size", "boft_block_size", "bottleneck_size"), Annotated[int, Ge(1)]),
-    **dict.fromkeys(("num_virtual_tokens", "adapter_len", "encoder_hidden_size"), Annotated[int, Ge(1)]),
-    **dict.fromkeys(("lora_alpha", "alpha"), Annotated[int, Gt(0)]),
-    **dict.fromkeys(("lora_dropout", "bottleneck_dropout", "module_dropout", "boft_dropout"), Annotated[float, Ge(0), Lt(1)]),
-    **dict.fromkeys(("vera_dropout", "rank_dropout", "miss_dropout", "encoder_dropout"), Annotated[float, Ge(0), Lt(1)]),
-    **dict.fromkeys(("target_modules", "feedforward_modules"), list[str] | str),
-    "init_lora_weights": bool | Literal["gaussian", "eva", "olora", "pissa", "lora_ga"] | numbered("pissa_niter_"),
-}
-"""Types narrower than the dataclasses declare. OFT's `r: 0` (choose by block size) is its default and cannot be given."""
 
 _COUNT, _POSITIVE, _NOT_NEGATIVE = Annotated[int, Ge(1)], Annotated[float, Gt(0)], Annotated[float, Ge(0)]
 _TRAIN_BOUNDS: dict[str, Any] = {
@@ -238,7 +227,10 @@ def method_arguments(name: str) -> Arguments:
     """The arguments beside `method: NAME`: the fields of the PEFT configuration, without those that mmtune manages."""
     method = METHODS[name]
     fields = library_fact("peft_configurations")[method.config]
-    return _arguments(fields, dict(method.refused), {}, method.settings(), _BOUNDS)
+    arguments = _arguments(fields, dict(method.managed), {}, method.default_settings(), method.narrow_types())
+    for extra, setting in method.extra_settings.items():
+        arguments.arguments[extra] = Argument(setting.annotation, None, setting.description)
+    return arguments
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
-from mmtune.methods.register import register
+from mmtune.methods.tuners.register import register
 from mmtune.utils.errors import UserError
 
 Placement = Literal["houlsby", "pfeiffer", "parallel"]

@@ -40,7 +40,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers import AttentionInterface
 
-from mmtune.methods.register import register
+from mmtune.methods.tuners.register import register
 from mmtune.utils.errors import UserError
 
 ATTENTION = "mmtune_gated_prefix"
