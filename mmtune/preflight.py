@@ -107,7 +107,7 @@ def unreachable_checkpoints(recipe: Recipe) -> Iterator[tuple[str, str, UserErro
             yield key, name, error
 
 
-def base_is_here(recipe: Recipe) -> bool:
+def is_base_local(recipe: Recipe) -> bool:
     """Whether the configuration of the recipe's base is on this machine, so that its family is known."""
     base = recipe.model.base
     return base in (None, UNTRAINED) or local_folder(resolve_base(str(base))) is not None

@@ -1,4 +1,4 @@
-"""The directory that a run leaves behind: what went in, what happened, what came out."""
+"""Run directory: the paths and records of one training run."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from mmtune import __version__
 from mmtune.recipe.recipe import Recipe, needed_paths
 from mmtune.utils.errors import CheckFailed, RecipeValueError, UserError
-from mmtune.utils.files import check_replaceable, linked_directory, read_record, replace_text, writing
-from mmtune.utils.hub import missing
+from mmtune.utils.files import check_replaceable, read_record, replace_text, report_disk_errors, resolve_link
+from mmtune.utils.hub import missing_path_message
 from mmtune.utils.locks import locked
 from mmtune.utils.manifest import check_manifest
 from mmtune.utils.threads import usable_cores
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from mmtune.distributed.context import DistributedContext
 
 SAVING = ".saving"
-"""Where a checkpoint lies until it is whole."""
-GIT_S = 10.0
-SEEN_WITHIN_S = 60.0
-"""A network file system may remember for half a minute that a directory was not there."""
+"""The folder of a checkpoint until it is complete."""
+GIT_TIMEOUT_S = 10.0
+VISIBLE_TIMEOUT_S = 60.0
+"""How long to wait for files of other processes: network file systems cache missing directories for up to half a minute."""
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "pillow", "numpy")
 
 
@@ -48,7 +48,7 @@ class RunDirectory:
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe: every default filled in, every override applied."""
+        """The resolved recipe: with all defaults and overrides."""
         return self.path / "recipe.yaml"
 
     @property
@@ -63,7 +63,7 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object for every logged step."""
+        """One JSON object per logged step."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -82,12 +82,12 @@ class RunDirectory:
 
     @property
     def model(self) -> Path:
-        """The whole model, for runs without a PEFT method."""
+        """The full model, for runs without a PEFT method."""
         return self.path / "model"
 
     @property
     def base(self) -> Path:
-        """The base that was assembled from parts, which the adapter needs."""
+        """The assembled base model, which the adapter needs."""
         return self.path / "base"
 
     @property
@@ -95,15 +95,15 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     def checkpoints_by_step(self) -> list[Path]:
-        """The checkpoints that have their names, the oldest first."""
+        """The complete checkpoints, the oldest first."""
         return sorted(
             (path for path in self.checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()), key=step_of
         )
 
     def last_good_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is as it was written; damaged ones are printed and passed over.
+        """The newest checkpoint that matches its manifest. Damaged checkpoints are printed and skipped.
 
-        Training that goes on may remove those that were listed here first. It has a newer one then: they are listed again.
+        If training is running, it may remove listed checkpoints after writing a newer one, so they are listed again.
         """
         damaged: set[Path] = set()
         while checkpoints := [path for path in self.checkpoints_by_step() if path not in damaged]:
@@ -114,7 +114,7 @@ class RunDirectory:
                 continue
             except (CheckFailed, UserError) as error:
                 if path.is_dir():
-                    print(f"passed over: {error}")
+                    print(f"skipped: {error}")
                     damaged.add(path)
             else:
                 return path
@@ -122,12 +122,12 @@ class RunDirectory:
 
     @property
     def summary(self) -> Path:
-        """The run's figures, for machines."""
+        """The metrics of the run, as JSON."""
         return self.path / "summary.json"
 
     @property
     def report(self) -> Path:
-        """The run's figures and sample answers, for people."""
+        """The metrics and sample answers of the run, as HTML."""
         return self.path / "report.html"
 
     def answers(self, when: str) -> Path:
@@ -135,58 +135,59 @@ class RunDirectory:
         return self.path / f"answers_{when}.jsonl"
 
     def read_summary(self) -> dict[str, Any]:
-        """
+        """Read `summary.json`.
+
         Raises:
-            UserError: for a directory that is no finished run.
+            UserError: the directory is not a finished run.
         """
         if not self.path.is_dir():
-            raise UserError(missing(str(self.path), "run"))
+            raise UserError(missing_path_message(str(self.path), "run"))
         if not self.summary.is_file():
-            state = self.unfinished() if self.recipe.is_file() else "is not a run: it has no recipe.yaml"
+            state = self.unfinished_state() if self.recipe.is_file() else "is not a run: it has no recipe.yaml"
             raise UserError(f"{self.path} {state}")
         return read_record(self.summary)
 
-    def unfinished(self) -> str:
-        """How far a run without a `summary.json` has come, and which command goes on with it; follows the run's path."""
+    def unfinished_state(self) -> str:
+        """The state of a run without a `summary.json`, and the command that continues it. Follows the run's path in a message."""
         if self.is_leftover():
-            return "was started and has not finished a step: the next `mmtune train` of its recipe replaces it"
+            return "stopped before its first step: the next `mmtune train` of its recipe replaces it"
         if checkpoints := self.checkpoints_by_step():
             return (
-                f"has not finished: its last checkpoint is {checkpoints[-1].name}; `mmtune train RECIPE --resume` goes on from "
-                "there, --overwrite begins again"
+                f"is not finished: its last checkpoint is {checkpoints[-1].name}; `mmtune train RECIPE --resume` continues from "
+                "it, --overwrite starts again"
             )
         if self.adapter.exists() or self.model.exists():
             return (
-                f"has been trained and ended before its report: `mmtune eval {self.path}` evaluates what it has left, `mmtune "
-                "train RECIPE --overwrite` trains it again"
+                f"finished training but stopped before its report: `mmtune eval {self.path}` evaluates it, `mmtune train RECIPE "
+                "--overwrite` trains it again"
             )
         return (
-            "has not finished, and stopped before its first checkpoint (train.save_strategy and save_steps write them): `mmtune "
-            "train RECIPE --overwrite` begins again"
+            "is not finished and has no checkpoint (set train.save_strategy and save_steps to write them): `mmtune train RECIPE "
+            "--overwrite` starts again"
         )
 
     def is_leftover(self) -> bool:
-        """Whether this is what a start left that did not finish a step, as of a killed process: nothing in it is of use."""
+        """Whether the run stopped before its first step, as after a kill, so that nothing in it is useful."""
         if not self.path.is_dir() or not (self.recipe.is_file() or not any(self.path.iterdir())):
             return False
         logged = self.metrics.is_file() and self.metrics.stat().st_size > 0
         outcome = (self.summary, self.adapter, self.model)
         return not logged and not self.checkpoints_by_step() and not any(path.exists() for path in outcome)
 
-    def update_summary(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """Add figures to `summary.json`, which is never half written."""
-        summary = {**(self.read_summary() if self.summary.is_file() else {}), **figures}
+    def update_summary(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Add metrics to `summary.json`, which is replaced atomically."""
+        summary = {**(self.read_summary() if self.summary.is_file() else {}), **metrics}
         replace_text(self.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         return summary
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer steps that a checkpoint has behind it."""
+    """The number of optimizer steps before a checkpoint."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def run_of_checkpoint(path: Path) -> RunDirectory | None:
-    """The run whose checkpoint a directory is, one that is not finished as well; None for any other path."""
+    """The run that a checkpoint directory belongs to, finished or not; None for any other path."""
     folder = path.resolve().parent
     run = RunDirectory(folder.parent.parent if folder.name == SAVING else folder.parent)
     is_inside = folder in (run.checkpoints.resolve(), run.checkpoints.resolve() / SAVING)
@@ -194,16 +195,16 @@ def run_of_checkpoint(path: Path) -> RunDirectory | None:
 
 
 def check_output_dir(recipe: Recipe, overwrite: bool) -> None:
-    """
+    """Check that the recipe's `output_dir` may be written. A run that stopped before its first step may always be replaced.
+
     Raises:
-        UserError: the recipe's `output_dir` exists and `overwrite` is not given, it is no earlier run, or it holds what the
-            recipe needs. What a start has left that did not finish a step may be replaced without `overwrite`.
+        UserError: it exists and `overwrite` is not given, it is not an earlier run, or it contains files that the recipe needs.
     """
     run = RunDirectory(Path(recipe.output_dir))
     leftover = run.is_leftover()
     if run.recipe.is_file() and not overwrite and not leftover:
-        state = "is a finished run: --overwrite replaces it" if run.summary.is_file() else run.unfinished()
-        raise RecipeValueError("output_dir", f"{run.path} {state}; another output_dir keeps it")
+        state = "is a finished run: --overwrite replaces it" if run.summary.is_file() else run.unfinished_state()
+        raise RecipeValueError("output_dir", f"{run.path} {state}; give another output_dir to keep it")
     try:
         check_replaceable(run.path, overwrite or leftover, run.recipe.name, needed_paths(recipe))
     except UserError as error:
@@ -212,14 +213,14 @@ def check_output_dir(recipe: Recipe, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def locked_run(recipe: Recipe) -> Iterator[None]:
-    """Inside, no other process trains into the recipe's `output_dir`.
+    """Lock the recipe's `output_dir` against other processes.
 
     Raises:
-        UserError: one does; it is named.
+        UserError: another process holds the lock; the message names it.
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(linked_directory(Path(recipe.output_dir))))
+            stack.enter_context(locked(resolve_link(Path(recipe.output_dir))))
         except UserError as error:
             raise RecipeValueError("output_dir", f"{error}") from error
         yield
@@ -227,33 +228,32 @@ def locked_run(recipe: Recipe) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, dist: DistributedContext) -> Iterator[RunDirectory]:
-    """Make the run's directory and write what went in; the block prepares what will train.
+    """Create the run directory with recipe and environment; the block then prepares the training.
 
-    Of several processes the first does, and the others wait until it is there.
-
-    An earlier run goes when the block ends well. If the block fails, the earlier run is back, or nothing is there.
+    Only the main process creates it, the others wait for it. An earlier run is deleted when the block succeeds. If the block
+    fails, the new directory is removed and the earlier run restored.
 
     Raises:
-        UserError: as `check_output_dir`, or the directory cannot be made.
+        UserError: as `check_output_dir`, or the directory cannot be created.
     """
-    run = RunDirectory(linked_directory(Path(recipe.output_dir)))
+    run = RunDirectory(resolve_link(Path(recipe.output_dir)))
     if not dist.is_main_process:
         _check_shared(run, dist)
         yield run
         return
     check_output_dir(recipe, overwrite)
-    earlier = set_aside(run)
+    earlier = earlier_run_path(run)
     try:
         run.path.parent.mkdir(parents=True, exist_ok=True)
-        if earlier.exists() and run.path.exists():  # a process was killed here
+        if earlier.exists() and run.path.exists():  # an earlier process was killed at this point
             shutil.rmtree(run.path if _is_given_back(run) else earlier)
         if run.path.exists():
             run.path.rename(earlier)
         run.path.mkdir()
     except OSError as error:
-        raise RecipeValueError("output_dir", f"cannot make {run.path}: {error.strerror}") from error
+        raise RecipeValueError("output_dir", f"cannot create {run.path}: {error.strerror}") from error
     try:
-        with writing(run.path), dist.unwinding():
+        with report_disk_errors(run.path), dist.unwinding():
             _write_inputs(run, recipe, command)
             _check_shared(run, dist)
             yield run
@@ -263,52 +263,52 @@ def new_run(recipe: Recipe, command: Sequence[str], overwrite: bool, dist: Distr
             earlier.rename(run.path)
         raise
     if earlier.exists():
-        RunDirectory(earlier).recipe.unlink(missing_ok=True)  # first, so that what a kill leaves of it is not given back
+        RunDirectory(earlier).recipe.unlink(missing_ok=True)  # first, so that it is not restored after a kill
         shutil.rmtree(earlier)
 
 
-def set_aside(run: RunDirectory) -> Path:
-    """Where the earlier run is while a new one with the same path is prepared."""
+def earlier_run_path(run: RunDirectory) -> Path:
+    """The path of the earlier run while a new run at the same path is prepared."""
     return run.path.with_name(f".{run.path.name}.earlier")
 
 
 def clear_leftover(run: RunDirectory) -> None:
-    """Make up for a process that was killed before its first step: give back the run that it was to replace, and say so.
+    """Clean up after a process that was killed before its first step: restore the run that it was replacing.
 
-    What such a process has left where there was no run is only named: the new run takes its place.
+    If there was no earlier run, the leftover is only reported; the new run replaces it.
     """
     if _is_given_back(run):
         if run.path.exists():
             shutil.rmtree(run.path)
-        set_aside(run).rename(run.path)
-        print(f"output_dir: {run.path} is the earlier run again: a start that was to replace it ended before its first step")
+        earlier_run_path(run).rename(run.path)
+        print(f"output_dir: {run.path}: restored the earlier run: the run that was replacing it stopped before its first step")
     elif run.recipe.is_file() and run.is_leftover():
-        print(f"output_dir: {run.path} is replaced: it is left of a start that ended before its first step")
+        print(f"output_dir: {run.path} is replaced: that run stopped before its first step")
 
 
 def _is_given_back(run: RunDirectory) -> bool:
-    """Whether an earlier run was set aside whole for one that did not finish a step."""
-    return RunDirectory(set_aside(run)).recipe.is_file() and (run.is_leftover() or not run.path.exists())
+    """Whether the earlier run is complete and the run that was replacing it stopped before its first step."""
+    return RunDirectory(earlier_run_path(run)).recipe.is_file() and (run.is_leftover() or not run.path.exists())
 
 
-def becomes_seen(is_seen: Callable[[], bool]) -> bool:
-    """Wait for what another process has written, `SEEN_WITHIN_S` at most; whether it has come."""
-    patience = time.monotonic() + SEEN_WITHIN_S
-    while not (seen := is_seen()) and time.monotonic() <= patience:
+def wait_until_visible(is_visible: Callable[[], bool]) -> bool:
+    """Wait at most `VISIBLE_TIMEOUT_S` for files that another process has written, and return whether they are visible."""
+    deadline = time.monotonic() + VISIBLE_TIMEOUT_S
+    while not (visible := is_visible()) and time.monotonic() <= deadline:
         time.sleep(1)
-    return seen
+    return visible
 
 
 def _check_shared(run: RunDirectory, dist: DistributedContext) -> None:
-    """Wait for what the first process has written, and for every other to see it."""
-    written = dist.broadcast_object(run.environment.read_text(encoding="utf-8") if dist.is_main_process else None)
-    seen = becomes_seen(lambda: run.environment.is_file() and run.environment.read_text(encoding="utf-8") == written)
-    blind = [str(rank) for rank, sees in enumerate(dist.all_gather_object(seen)) if not sees]
-    if blind:
+    """Check that every process sees the files of the main process in the run directory."""
+    text = dist.broadcast_object(run.environment.read_text(encoding="utf-8") if dist.is_main_process else None)
+    visible = wait_until_visible(lambda: run.environment.is_file() and run.environment.read_text(encoding="utf-8") == text)
+    ranks = [str(rank) for rank, sees in enumerate(dist.all_gather_object(visible)) if not sees]
+    if ranks:
         raise RecipeValueError(
             "output_dir",
-            f"process {', '.join(blind)} does not see what process 0 wrote to {run.path.absolute()}; a directory on "
-            "a file system that all machines share is right",
+            f"process {', '.join(ranks)} does not see the files of process 0 in {run.path.absolute()}; expected a directory on a "
+            "file system that all machines share",
         )
 
 
@@ -332,7 +332,7 @@ def _write_inputs(run: RunDirectory, recipe: Recipe, command: Sequence[str]) -> 
 
 
 def versions() -> dict[str, str]:
-    """Of mmtune and what it stands on."""
+    """Versions of mmtune and its libraries."""
     names = (*LIBRARIES, "deepspeed") if find_spec("deepspeed") else LIBRARIES
     return {"mmtune": __version__} | {name: metadata.version(name) for name in names}
 
@@ -340,19 +340,19 @@ def versions() -> dict[str, str]:
 def git_commit() -> str | None:
     """The commit of the working directory's repository; None outside one.
 
-    `+changes` is added when its files differ, and `+unchecked` when that took longer than `GIT_S` seconds. No program that the
-    repository's own configuration names is run: whoever wrote it need not be who trains here.
+    `+changes` is added if files differ from it, and `+unchecked` if that check took longer than `GIT_TIMEOUT_S` seconds.
+    Programs that the repository's configuration names are not run, because its author may not be trusted.
     """
     try:
         commit = _git("rev-parse", "HEAD").strip()
     except (OSError, subprocess.SubprocessError):
         return None
     try:
-        # A filter that the user's own configuration sets up, as git-lfs does, stays.
+        # Filters of the user's own configuration, such as git-lfs, are kept.
         listed = _git("config", "--show-scope", "--null", "--name-only", "--get-regexp", r"^filter\.").split("\0")
         scopes = zip(listed[::2], listed[1::2], strict=False)
         foreign = {key for scope, key in scopes if scope not in ("system", "global", "command")}
-    except subprocess.CalledProcessError:  # there is none
+    except subprocess.CalledProcessError:  # no filter
         foreign = set()
     try:
         changes = _git("status", "--porcelain", "--ignore-submodules=all", settings=dict.fromkeys(foreign, ""))
@@ -363,8 +363,8 @@ def git_commit() -> str | None:
 
 def _git(*arguments: str, settings: Mapping[str, str] | None = None) -> str:
     settings = {"core.fsmonitor": "false"} | dict(settings or {})
-    given = os.environ.get("GIT_CONFIG_COUNT", "")
-    first = int(given) if given.isdecimal() else 0  # the settings that the user has given so stay
+    user_count = os.environ.get("GIT_CONFIG_COUNT", "")
+    first = int(user_count) if user_count.isdecimal() else 0  # keep the user's own settings
     count = str(first + len(settings))
     environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_CONFIG_COUNT": count}
     for number, (key, value) in enumerate(settings.items(), first):
@@ -375,7 +375,7 @@ def _git(*arguments: str, settings: Mapping[str, str] | None = None) -> str:
         encoding="utf-8",
         errors="replace",
         check=True,
-        timeout=GIT_S,
+        timeout=GIT_TIMEOUT_S,
         stdin=subprocess.DEVNULL,
         env=environment,
     )

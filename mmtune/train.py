@@ -40,7 +40,7 @@ from mmtune.recipe.recipe import Recipe
 from mmtune.release.model_card import model_card
 from mmtune.run_directory import RunDirectory, check_output_dir, clear_leftover, new_run, peak_memory_mb, versions
 from mmtune.training.callbacks import draw_loss_curve
-from mmtune.training.checkpoint import check_resumable, checkpoint_to_resume, finished_summary, flat, restore_training_state
+from mmtune.training.checkpoint import check_resumable, checkpoint_to_resume, finished_summary, flatten, restore_training_state
 from mmtune.training.dataloader import TrainingData, optimizer_steps, plan_rows, prepare_data, prove_packed_rows, rows_to_take
 from mmtune.training.fit import RunInputs, create_trainer, run_training
 from mmtune.training.training_arguments import build_training_arguments
@@ -49,7 +49,7 @@ from mmtune.tuning.peft_config import keeps_adapter
 from mmtune.tuning.save import save_tuned
 from mmtune.tuning.strategy_support import check_fsdp, check_method, takes_sharded_weights
 from mmtune.utils.errors import errors_at_key
-from mmtune.utils.files import check_writable, linked_directory, replaced_directory
+from mmtune.utils.files import check_writable, replaced_directory, resolve_link
 
 
 def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: bool | Path = False) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def validate(recipe: Recipe, overwrite: bool, resume: bool | Path) -> RunInputs:
     """Preflight: check paths, launch environment, rows and parallelism strategy before any weight is loaded."""
     run = RunDirectory(Path(recipe.output_dir))
     if not (rank_prefix() or resume or overwrite):  # in the main process
-        clear_leftover(RunDirectory(linked_directory(run.path)))
+        clear_leftover(RunDirectory(resolve_link(run.path)))
     checkpoint = checkpoint_to_resume(run, resume)
     if checkpoint is None:
         overwrite = overwrite or bool(resume)  # leftovers of a run that never reached its first checkpoint
@@ -108,7 +108,7 @@ def validate(recipe: Recipe, overwrite: bool, resume: bool | Path) -> RunInputs:
         check_questions(recipe.evaluate)
 
     dist = init_distributed(arguments, recipe.model.precision, takes_sharded_weights(recipe))
-    settings = {**flat(recipe.model_dump(mode="json")), **versions(), "rows": data_report.rows}
+    settings = {**flatten(recipe.model_dump(mode="json")), **versions(), "rows": data_report.rows}
     check_same(dist, {**settings, "checkpoint": checkpoint and checkpoint.name})  # a shared file system may lag behind on one
     check_method(recipe, dist)
     if dist.fsdp:

@@ -74,7 +74,7 @@ def _make_validator(arguments: argparse.Namespace) -> Any:
     from mmtune.data.templates.template import load_data_template
     from mmtune.preflight import check_recipe, located_errors, unreachable_checkpoints
     from mmtune.recipe.recipe import Source, load_recipe
-    from mmtune.utils.hub import is_local_name, missing
+    from mmtune.utils.hub import is_local_name, missing_path_message
 
     if not arguments.data.endswith(RECIPE_ENDINGS):
         if arguments.overrides:
@@ -83,7 +83,7 @@ def _make_validator(arguments: argparse.Namespace) -> Any:
                 "give --template and --media-root"
             )
         if is_missing_path(arguments.data):
-            raise UserError(missing(arguments.data, "file or folder"))
+            raise UserError(missing_path_message(arguments.data, "file or folder"))
         template = arguments.template
         if template is not None:
             load_data_template(template)
@@ -173,11 +173,11 @@ def _show(arguments: argparse.Namespace) -> Any:
 
 def _digits(arguments: argparse.Namespace) -> Any:
     from mmtune.builtin.digits import SPLITS, write_digits
-    from mmtune.utils.files import linked_directory
+    from mmtune.utils.files import resolve_link
     from mmtune.utils.locks import locked
 
     parts = tuple(SPLITS) if arguments.all else ("tune", "eval")
-    with locked(linked_directory(Path(arguments.folder))):
+    with locked(resolve_link(Path(arguments.folder))):
         counts = write_digits(Path(arguments.folder), parts)
     for part, rows in counts.items():
         print(f"{arguments.folder}/{part}.json: {rows:,} rows")

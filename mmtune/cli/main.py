@@ -19,8 +19,8 @@ from mmtune.cli.data_verbs import add_data_verbs
 from mmtune.cli.recipe_verbs import add_recipe_verbs
 from mmtune.cli.run_verbs import add_run_verbs
 from mmtune.console.library_output import rank_prefix
-from mmtune.console.signals import ends_on_signals
-from mmtune.console.terminal_text import escapes_output, takes_any_character
+from mmtune.console.signals import exit_on_signals
+from mmtune.console.terminal_text import escape_output, supports_unicode
 from mmtune.distributed.launch_errors import leaves_bugs, print_error, print_lost_peer
 from mmtune.utils.errors import CheckFailed, Stopped, UserError, missing_library
 from mmtune.utils.files import expand_user
@@ -30,8 +30,8 @@ PATHS = ("recipe", "model", "out", "release", "folder", "dest", "data", "html", 
 
 
 @leaves_bugs()
-@escapes_output
-@ends_on_signals
+@escape_output
+@exit_on_signals
 def entry_point(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. A UserError is printed as one message; a bug keeps its traceback."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -77,7 +77,7 @@ def entry_point(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_json(result: Any) -> None:
-    print(json.dumps(result, indent=2, ensure_ascii=not takes_any_character(sys.stdout)))
+    print(json.dumps(result, indent=2, ensure_ascii=not supports_unicode(sys.stdout)))
 
 
 def _check_utf8(arguments: Sequence[str]) -> None:

@@ -79,7 +79,7 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
     from mmtune.distributed.context import SINGLE_PROCESS
     from mmtune.models.load import load_bare_processor
     from mmtune.planning.memory import estimate_memory, print_estimate, suggestions
-    from mmtune.planning.plan_report import plan_data, print_data
+    from mmtune.planning.plan_report import plan_data, print_data_plan
     from mmtune.planning.sharded_memory import memory_by_strategy, print_strategies
     from mmtune.training.dataloader import make_batches, optimizer_steps
     from mmtune.training.training_arguments import build_training_arguments, without_trackers
@@ -98,7 +98,7 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
         data, longest, (samples, lengths) = plan_data(recipe.data, processor)
         batches = make_batches(samples, recipe.data, settings, SINGLE_PROCESS, lengths)
         data |= {"steps": optimizer_steps(settings, batches), "largest_batch": batches.largest()}
-        print_data(data)
+        print_data_plan(data)
         sample |= longest
         recipe = _with_batches_of_the_data(recipe, settings.per_device_train_batch_size, batches.max_batch_rows())
     sample |= {name: value for name in ("tokens", "images", "supervised") if (value := getattr(arguments, name)) is not None}
@@ -156,7 +156,7 @@ def _assemble(arguments: argparse.Namespace) -> Any:
 
 
 def _recipe_check(arguments: argparse.Namespace) -> Any:
-    from mmtune.preflight import base_is_here, check_recipe, located_errors
+    from mmtune.preflight import check_recipe, is_base_local, located_errors
     from mmtune.recipe.pass_through.library_facts import is_stored
     from mmtune.recipe.recipe import load_recipe
 
@@ -164,7 +164,7 @@ def _recipe_check(arguments: argparse.Namespace) -> Any:
     check_recipe(recipe)
     base = recipe.model.base
     with located_errors(recipe):
-        if base is not None and not base_is_here(recipe):
+        if base is not None and not is_base_local(recipe):
             print(f"not checked without a download: whether {base} exists, and whether its family supports the recipe")
         elif base is not None and not base.startswith("builtin:"):
             _check_base_config(recipe)
@@ -177,9 +177,9 @@ def _recipe_check(arguments: argparse.Namespace) -> Any:
 
 def _check_objective(recipe: Any) -> None:
     """Compare the models that an objective loads with the base, where all of them are on this machine."""
-    from mmtune.preflight import base_is_here, unreachable_checkpoints
+    from mmtune.preflight import is_base_local, unreachable_checkpoints
 
-    if not recipe.objective.models or (recipe.model.base is not None and not base_is_here(recipe)):
+    if not recipe.objective.models or (recipe.model.base is not None and not is_base_local(recipe)):
         return
     if any(unreachable_checkpoints(recipe)):
         return

@@ -13,7 +13,7 @@ from typing import Any
 from mmtune.cli.verb_arguments import AddVerb, add_recipe_arguments, add_trust
 from mmtune.console.library_output import configure_console, rank_prefix
 from mmtune.utils.errors import RecipeValueError, UserError, errors_at_key
-from mmtune.utils.hub import missing
+from mmtune.utils.hub import missing_path_message
 
 
 def add_run_verbs(verbs: Any, add: AddVerb) -> None:
@@ -93,7 +93,7 @@ def _train(arguments: argparse.Namespace) -> Any:
     from mmtune.recipe.recipe import load_recipe
     from mmtune.recipe.train_rules import LIBRARY_KEYS
     from mmtune.run_directory import RunDirectory, check_output_dir, locked_run
-    from mmtune.utils.files import check_writable, linked_directory, writing
+    from mmtune.utils.files import check_writable, report_disk_errors, resolve_link
 
     if isinstance(arguments.resume, str) and "=" in arguments.resume and not Path(arguments.resume).exists():
         arguments.overrides, arguments.resume = [*arguments.overrides, arguments.resume], True  # --resume key=value
@@ -111,11 +111,11 @@ def _train(arguments: argparse.Namespace) -> Any:
         )
     check_recipe(recipe)
     with located_errors(recipe), errors_at_key("output_dir"):
-        check_writable(linked_directory(Path(recipe.output_dir)).absolute().parent)
+        check_writable(resolve_link(Path(recipe.output_dir)).absolute().parent)
     check_reachable(recipe)
     # The first process holds the lock for all processes of the launch.
     lock = nullcontext() if rank_prefix() else locked_run(recipe)
-    with located_errors(recipe), lock, writing(Path(recipe.output_dir)):
+    with located_errors(recipe), lock, report_disk_errors(Path(recipe.output_dir)):
         if not arguments.resume:
             check_output_dir(recipe, arguments.overwrite)
         configure_console()
@@ -134,7 +134,7 @@ def _eval(arguments: argparse.Namespace) -> Any:
     from mmtune.models.checkpoints.trained_weights import locate_trained_weights
     from mmtune.preflight import check_recipe, located_errors
     from mmtune.recipe.recipe import load_recipe
-    from mmtune.utils.files import writing
+    from mmtune.utils.files import report_disk_errors
 
     trained = locate_trained_weights(Path(arguments.model))
     recipe = load_recipe(arguments.recipe or trained.run.recipe, arguments.overrides)
@@ -157,7 +157,7 @@ def _eval(arguments: argparse.Namespace) -> Any:
         )
     check_chat_template(processor)
     answers = evaluate(to_best_device(model), processor, recipe.evaluate, label=str(arguments.model))
-    with writing(out):
+    with report_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_answers(answers, out)
     result: dict[str, Any] = {"tuned_scores": scores_to_dicts(score(answers, recipe.evaluate)), "answers": str(out)}
@@ -199,7 +199,7 @@ def _merge(arguments: argparse.Namespace) -> Any:
     runs = [_weighted(text) for text in arguments.adapter or ()]
     for path in [path for path, _ in runs] or [Path(arguments.model)]:
         if not path.is_dir():
-            raise UserError(missing(str(path), "run or model"))
+            raise UserError(missing_path_message(str(path), "run or model"))
     _check_release(arguments)
     configure_console()
     from mmtune.release.merge import ExportOptions, combine_adapters, merge, release_adapter
@@ -238,12 +238,12 @@ def _check_release(arguments: argparse.Namespace) -> None:
     """Reject a destination that must not be written, before libraries are imported."""
     from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK
     from mmtune.utils.files import check_replaceable, check_writable
-    from mmtune.utils.manifest import NAME
+    from mmtune.utils.manifest import MANIFEST
 
     out = Path(arguments.out)
     directories = [out, out.with_name(f"{out.name}-{arguments.quantize}")] if arguments.quantize else [out]
     for directory in directories:
-        check_replaceable(directory, arguments.overwrite, NAME if arguments.keep_adapter else CHECKPOINT_MARK)
+        check_replaceable(directory, arguments.overwrite, MANIFEST if arguments.keep_adapter else CHECKPOINT_MARK)
         check_writable(directory.absolute().parent, f"{directory}: ")
 
 
@@ -262,7 +262,7 @@ def _weighted(text: str) -> tuple[Path, float]:
 def _push(arguments: argparse.Namespace) -> Any:
     release = Path(arguments.release)
     if not release.is_dir():
-        raise UserError(missing(arguments.release, "release"))
+        raise UserError(missing_path_message(arguments.release, "release"))
     from mmtune.release.push import push
 
     return push(release, arguments.repository, upload=arguments.upload, private=not arguments.public)

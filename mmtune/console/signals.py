@@ -15,7 +15,7 @@ from mmtune.utils.errors import Terminated
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
-def ends_on_signals(run: Callable[..., int]) -> Callable[..., int]:
+def exit_on_signals(run: Callable[..., int]) -> Callable[..., int]:
     """Have a command end by `Terminated` where SIGTERM or SIGHUP would end the process at once; its exit code is 128 + signal.
 
     A signal that is ignored, as under nohup, or that somebody else handles is left alone. So are the processes of a launched run:

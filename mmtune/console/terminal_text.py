@@ -66,7 +66,7 @@ class GuardedStream:
 
     def write(self, text: str) -> int:
         shown = text
-        if not takes_any_character(self.stream):
+        if not supports_unicode(self.stream):
             shown = shown.encode(self.stream.encoding, "backslashreplace").decode(self.stream.encoding)
         try:
             self.stream.write(shown)
@@ -117,7 +117,7 @@ class EscapedStream(GuardedStream):
         return len(text)
 
 
-def takes_any_character(stream: Any) -> bool:
+def supports_unicode(stream: Any) -> bool:
     """Whether a stream's encoding has every character; otherwise the writer of a JSON document escapes those beyond ASCII."""
     return str(stream.encoding or "utf-8").lower().startswith("utf")
 
@@ -127,7 +127,7 @@ def unescaped(stream: Any) -> Any:
     return GuardedStream(stream.stream, stream.title) if isinstance(stream, EscapedStream) else stream
 
 
-def escapes_output(run: Callable[..., int]) -> Callable[..., int]:
+def escape_output(run: Callable[..., int]) -> Callable[..., int]:
     """Have a command's standard output and standard error escaped while it runs; one that cannot be written ends it.
 
     The exit code is then 141 when the reader of a pipe is gone, as of any program in a shell, and otherwise 2.

@@ -10,7 +10,7 @@ from mmtune.data.encoding.encode import OverLength
 from mmtune.data.message import RowError
 from mmtune.data.validation.issues import ISSUE_TYPES
 from mmtune.utils.errors import UserError
-from mmtune.utils.files import writing
+from mmtune.utils.files import report_disk_errors
 
 
 class StopRunError(RowError):
@@ -151,5 +151,5 @@ class DataReport:
         """Write the report as JSON."""
         report = {name: value for name, value in asdict(self).items() if not name.startswith("_")}
         # A file name that is not UTF-8 reaches Python as lone surrogates; written as \udcXX they are valid JSON.
-        with writing(path):
+        with report_disk_errors(path):
             path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")

@@ -50,7 +50,7 @@ def plan_key(sources: Sequence[Source], processor: ProcessorMixin, supervise: st
         "format": FORMAT,
         "versions": [metadata.version(name) for name in ("transformers", "tokenizers", "pillow", "mmtune")],
         "sources": [source.model_dump(mode="json", exclude={"weight"}) for source in sources],
-        "files": signatures(sources),
+        "files": file_signatures(sources),
         "processor": [processor_settings(processor), processor.to_json_string()],
         "tokenizer": [backend.to_str() if backend else tokenizer.get_vocab(), tokenizer.special_tokens_map],
         "bos_eos": [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")],
@@ -60,7 +60,7 @@ def plan_key(sources: Sequence[Source], processor: ProcessorMixin, supervise: st
     return _digest(json.dumps(made_from, sort_keys=True, default=str).encode()).hex()[:32]
 
 
-def signatures(sources: Sequence[Source]) -> dict[str, Any]:
+def file_signatures(sources: Sequence[Source]) -> dict[str, Any]:
     """By name, what every file that sources name is known by.
 
     Of n files each has an n-th of `READ`. A file of no more bytes is known by its content; a larger one by size, time of change,
@@ -105,17 +105,17 @@ class PlanCache:
     """The file of one plan.
 
     Attributes:
-        beside: the directory of the data; None where it is not on this machine's disk.
+        directory: the directory of the data; None where it is not on this machine's disk.
         key: from `plan_key`.
     """
 
-    beside: Path | None
+    directory: Path | None
     key: str
 
     @property
     def places(self) -> list[Path]:
         """Where the file may be, the best place first."""
-        folders = [self.beside / ".mmtune"] if self.beside else []
+        folders = [self.directory / ".mmtune"] if self.directory else []
         with suppress(UserError):  # no home directory: plans are kept beside the data alone
             folders.append(user_cache("plans"))
         return [folder / f"{self.key}.plan" for folder in folders]
@@ -156,7 +156,7 @@ class PlanCache:
         return None
 
 
-def beside(sources: Sequence[Source]) -> Path | None:
+def plan_directory(sources: Sequence[Source]) -> Path | None:
     """The directory that holds the first source, where a plan of all of them is kept; None for rows on the hub."""
     path = sources[0].path
     if not data_files(path):

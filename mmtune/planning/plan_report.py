@@ -16,14 +16,14 @@ from mmtune.data.dataset import IndexedSamples
 from mmtune.data.encoding.over_length import fit_to_budget
 from mmtune.data.encoding.token_counts import image_replacements, image_sizes
 from mmtune.data.message import Sample
-from mmtune.planning.token_plan import Numbers, Outcome, Plan, plan_section
+from mmtune.planning.token_plan import IntArray, OverLengthOutcome, Plan, plan_section
 from mmtune.recipe.recipe import DataSection
 
 BARS, WIDTH = 12, 40
 SHOWN = 10
 
 
-Lengths = tuple[IndexedSamples, Numbers]
+Lengths = tuple[IndexedSamples, IntArray]
 """The rows, and the tokens of each as it would train."""
 
 
@@ -44,7 +44,7 @@ def plan_data(section: DataSection, processor: ProcessorMixin) -> tuple[dict[str
     """
     samples = IndexedSamples(section.train)
     plan, outcome = plan_section(samples, section, processor)
-    figures = plan_figures(plan, outcome, section)
+    figures = plan_statistics(plan, outcome, section)
     lengths = samples, outcome.lengths
     if not figures["rows_trained"]:
         return figures, {}, lengths
@@ -70,7 +70,7 @@ def _typical_size(sample: Sample, processor: ProcessorMixin) -> tuple[int, int]:
     return next((size for size in by_area if characters([size] * len(sizes)) <= whole), by_area[-1])
 
 
-def plan_figures(plan: Plan, outcome: Outcome, section: DataSection) -> dict[str, Any]:
+def plan_statistics(plan: Plan, outcome: OverLengthOutcome, section: DataSection) -> dict[str, Any]:
     """A plan in figures.
 
     Args:
@@ -112,7 +112,7 @@ def plan_figures(plan: Plan, outcome: Outcome, section: DataSection) -> dict[str
     }
 
 
-def _packing(trained: Numbers, section: DataSection) -> dict[str, Any]:
+def _packing(trained: IntArray, section: DataSection) -> dict[str, Any]:
     capacity = section.tokens_per_batch or section.max_tokens or int(trained.max(initial=1))
     packs = pack_lengths(trained, capacity)
     return {
@@ -122,7 +122,7 @@ def _packing(trained: Numbers, section: DataSection) -> dict[str, Any]:
     }
 
 
-def histogram(lengths: Numbers, bars: int = BARS) -> list[tuple[int, int, int]]:
+def histogram(lengths: IntArray, bars: int = BARS) -> list[tuple[int, int, int]]:
     """Equal ranges of length with how many rows lie in each: (first, last, rows), at most `bars` of them.
 
     The ranges are as wide as the next of 1, 2, 5, 10, 20, 50, ...
@@ -135,7 +135,7 @@ def histogram(lengths: Numbers, bars: int = BARS) -> list[tuple[int, int, int]]:
     return [(bar * width, (bar + 1) * width - 1, counted[bar]) for bar in range(int(lengths.min()) // width, most // width + 1)]
 
 
-def print_data(figures: dict[str, Any]) -> None:
+def print_data_plan(figures: dict[str, Any]) -> None:
     """A page in the terminal.
 
     Args:

@@ -17,10 +17,10 @@ from mmtune.data.encoding.over_length import Policy, fit_to_budget
 from mmtune.data.encoding.token_counts import count_tokens, counts_by_arithmetic
 from mmtune.data.message import RowError, Sample
 from mmtune.data.processes import map_rows
-from mmtune.planning.plan_cache import Arrays, PlanCache, beside, plan_key
+from mmtune.planning.plan_cache import Arrays, PlanCache, plan_directory, plan_key
 from mmtune.recipe.recipe import DataSection
 
-Numbers = np.ndarray[Any, np.dtype[np.int64]]
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
 Stamp = tuple[str, int, int]
 """Of a media file: its path, size in bytes and time of change in nanoseconds."""
 
@@ -37,12 +37,12 @@ class MediaStamps:
     """
 
     files: list[str]
-    sizes: Numbers
-    times: Numbers
-    counts: Numbers
-    uses: Numbers
+    sizes: IntArray
+    times: IntArray
+    counts: IntArray
+    uses: IntArray
 
-    def stale_rows(self) -> Numbers:
+    def stale_rows(self) -> IntArray:
         """Rows with a file that has changed since, or is gone."""
         found = np.array([_stamp(file)[1:] for file in self.files], dtype=np.int64).reshape(-1, 2)
         changed = (found[:, 0] != self.sizes) | (found[:, 1] != self.times)
@@ -64,10 +64,10 @@ class Plan:
         kept: the file that keeps the plan; None where there is none.
     """
 
-    tokens: Numbers
-    media_tokens: Numbers
-    supervised: Numbers
-    images: Numbers
+    tokens: IntArray
+    media_tokens: IntArray
+    supervised: IntArray
+    images: IntArray
     faults: dict[int, RowError]
     counted: int = 0
     kept: Path | None = None
@@ -144,7 +144,7 @@ def _empty(rows: int) -> Plan:
     return Plan(nothing, nothing, nothing, nothing, {}, media=MediaStamps([], none, none, nothing, none))
 
 
-def _with_counts(plan: Plan, rows: Numbers, found: Iterator[Any]) -> tuple[Plan, bool]:
+def _with_counts(plan: Plan, rows: IntArray, found: Iterator[Any]) -> tuple[Plan, bool]:
     """The plan with some rows counted again, and whether anything is different."""
     columns = [column.copy() for column in (plan.tokens, plan.media_tokens, plan.supervised, plan.images)]
     faults = dict(plan.faults)
@@ -216,7 +216,7 @@ def _known(cache: PlanCache, rows: int) -> Plan | None:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class OverLengthOutcome:
     """What becomes of the rows under a policy.
 
     Attributes:
@@ -227,7 +227,7 @@ class Outcome:
         smaller_images: how many rows would train with smaller images, and `images_resized` how many those are.
     """
 
-    lengths: Numbers
+    lengths: IntArray
     over_length: int = 0
     dropped: list[int] = field(default_factory=list)
     fewer_images: int = 0
@@ -245,7 +245,7 @@ def predict_outcome(
     supervise: Supervise = "all",
     *,
     processes: int | None = None,
-) -> Outcome:
+) -> OverLengthOutcome:
     """What the over-length policy makes of a plan's rows; only those that are too long are looked at again.
 
     Args:
@@ -256,11 +256,11 @@ def predict_outcome(
     """
     lengths = plan.tokens.copy()
     if max_tokens is None:
-        return Outcome(lengths)
+        return OverLengthOutcome(lengths)
     longer = np.flatnonzero(lengths > max_tokens)
     if policy in ("error", "drop_sample"):
         lengths[longer] = 0
-        return Outcome(lengths, len(longer), longer.tolist())
+        return OverLengthOutcome(lengths, len(longer), longer.tolist())
     fits = partial(_fit_row, samples, processor, supervise, max_tokens, policy)
     dropped: list[int] = []
     fewer = images_dropped = smaller = images_resized = 0
@@ -272,12 +272,12 @@ def predict_outcome(
             lengths[row], gone, resized = result
             fewer, images_dropped = fewer + (gone > 0), images_dropped + gone
             smaller, images_resized = smaller + (resized > 0), images_resized + resized
-    return Outcome(lengths, len(longer), dropped, fewer, images_dropped, smaller, images_resized)
+    return OverLengthOutcome(lengths, len(longer), dropped, fewer, images_dropped, smaller, images_resized)
 
 
-def plan_section(samples: Sequence[Sample], section: DataSection, processor: ProcessorMixin) -> tuple[Plan, Outcome]:
+def plan_section(samples: Sequence[Sample], section: DataSection, processor: ProcessorMixin) -> tuple[Plan, OverLengthOutcome]:
     """The plan of a recipe's rows, kept beside them, and what the recipe's policy makes of it; raises as `build_plan`."""
-    cache = PlanCache(beside(section.train), plan_key(section.train, processor, section.supervise))
+    cache = PlanCache(plan_directory(section.train), plan_key(section.train, processor, section.supervise))
     plan = build_plan(samples, processor, section.supervise, cache=cache)
     return plan, predict_outcome(plan, samples, processor, section.max_tokens, section.over_length, section.supervise)
 

@@ -31,7 +31,7 @@ from mmtune.recipe.tune_section import DEFAULT_METHODS, ComponentTuning, TuneSec
 from mmtune.recipe.unknown_keys import error_messages, override_error, split_override_error
 from mmtune.recipe.yaml_lines import Origin, apply_override, read_document
 from mmtune.utils.errors import UserError
-from mmtune.utils.hub import is_local_name, missing
+from mmtune.utils.hub import is_local_name, missing_path_message
 
 __all__ = [
     "BUILTIN_BASES",
@@ -112,7 +112,7 @@ def check_files(recipe: Recipe, sections: Collection[str] = SECTIONS) -> None:
         if not (Path(named).is_dir() if kind == "directory" else Path(named).exists()):
             rows = "file" if _ROWS_FILE.fullmatch(named) else "file or folder"
             what = {"rows": rows, "checkpoint": "directory"}.get(kind, kind)
-            errors.append(located(recipe, key, missing(named, what)))
+            errors.append(located(recipe, key, missing_path_message(named, what)))
     if errors:
         raise UserError("\n".join(errors))
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from mmtune.utils.errors import UserError
-from mmtune.utils.files import not_there
+from mmtune.utils.files import path_hint
 from mmtune.utils.shipped import shipped_recipes
 
 _TAG = "tag:yaml.org,2002:"
@@ -137,7 +137,7 @@ def read_document(path: Path, kind: str = "recipe", keys: str = "model, data, ou
     if not path.exists():
         ships = kind == "recipe" and str(path) in shipped_recipes()
         copy = f"; a recipe of this name ships: `mmtune recipe copy {path}`, then give {path}.yaml"
-        raise UserError(f"{path}: no such {kind} file{copy if ships else not_there(path)}")
+        raise UserError(f"{path}: no such {kind} file{copy if ships else path_hint(path)}")
     if not path.is_file():
         raise UserError(f"{path}: not a regular file; give a {kind} file")
     try:

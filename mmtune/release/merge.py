@@ -38,9 +38,8 @@ from mmtune.release.model_card import adapter_card, model_card
 from mmtune.release.parity import ModelOutputs, answer_logits, collect_outputs, compare, count_same_answers
 from mmtune.run_directory import RunDirectory
 from mmtune.utils.errors import CheckFailed, UserError
-from mmtune.utils.files import check_links_stay, read_record, replaced_directory
-from mmtune.utils.manifest import NAME as MANIFEST
-from mmtune.utils.manifest import write_manifest
+from mmtune.utils.files import check_links, read_record, replaced_directory
+from mmtune.utils.manifest import MANIFEST, write_manifest
 
 TOLERANCE = 1e-4
 """Largest allowed logit difference in fp32 between the adapter on its base and the merged model (rounding of the merged sum)."""
@@ -262,7 +261,7 @@ def release_adapter(
     needed = [path, run.path, base, *needed_paths(recipe)]
     with report_removed_checkpoint(source), replaced_directory(out, overwrite, MANIFEST, needed) as folder:
         for copied in (source.path, *([base] if base.is_dir() else [])):
-            check_links_stay(copied)
+            check_links(copied)
         model, processor = load_trained(source, torch.float32, trust_remote_code=trust_remote_code)
         expected = writer.collect(to_best_device(model), processor, "trained model in fp32")
         if base.is_dir():

@@ -12,8 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from mmtune.utils.errors import UserError
-from mmtune.utils.manifest import NAME as MANIFEST
-from mmtune.utils.manifest import check_manifest, list_again
+from mmtune.utils.manifest import MANIFEST, check_manifest, refresh_entry
 
 CARD = "README.md"
 """The model card."""
@@ -50,7 +49,7 @@ def push(folder: Path, repository: str, *, upload: bool = False, private: bool =
     if not upload:
         print("dry run: nothing was uploaded; add --upload to upload")
         return result
-    if CARD in files and list_again(folder, CARD):
+    if CARD in files and refresh_entry(folder, CARD):
         print(f"{CARD} was edited after the release; its entry in {MANIFEST} is updated")
     try:
         api = HfApi()

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from mmtune.distributed.context import DistributedContext
 from mmtune.training.throughput.progress import as_time
 from mmtune.utils.errors import CheckFailed, Stopped
-from mmtune.utils.files import writing
+from mmtune.utils.files import report_disk_errors
 
 MUCH_CPU_WAIT = 0.1
 """From this share of the time on, the progress line says that a process waited for a core."""
@@ -57,7 +57,7 @@ class RecordMetrics(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         if state.is_world_process_zero:
-            with writing(self._path), self._path.open("a", encoding="utf-8") as file:
+            with report_disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
             if self._bar is not None:
                 self._bar.set_postfix_str(progress_line(logs, _room(self._bar)))

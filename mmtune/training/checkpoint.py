@@ -14,17 +14,17 @@ from transformers import TrainingArguments
 from mmtune.data.batching.sample_stream import SampleStream
 from mmtune.data.data_report import DataReport
 from mmtune.distributed.context import DistributedContext
-from mmtune.planning.plan_cache import signatures
+from mmtune.planning.plan_cache import file_signatures
 from mmtune.recipe.pass_through.arguments import format_value
 from mmtune.recipe.recipe import Recipe, load_recipe
-from mmtune.run_directory import SAVING, RunDirectory, becomes_seen, step_of
+from mmtune.run_directory import SAVING, RunDirectory, step_of, wait_until_visible
 from mmtune.utils.errors import UserError
-from mmtune.utils.files import flush, open_as_umask_says, read_record, sync
-from mmtune.utils.manifest import check_manifest, names_in, write_manifest
+from mmtune.utils.files import apply_umask, fsync, fsync_tree, read_record
+from mmtune.utils.manifest import check_manifest, file_names, write_manifest
 
-REPORT = "data_report.json"
+REPORT_FILE = "data_report.json"
 STRATEGY_FILE = "strategy.json"
-FREE = (
+MAY_CHANGE = (
     "evaluate.",
     "train.logging_",
     "train.save_",
@@ -53,25 +53,25 @@ def finalize_checkpoint(
         files: by name, what the data files are known by.
         limit: how many to keep; None keeps all.
     """
-    report.write(made / REPORT)
+    report.write(made / REPORT_FILE)
     (made / STRATEGY_FILE).write_text(json.dumps({"strategy": dist.strategy, "files": files}) + "\n", encoding="utf-8")
-    open_as_umask_says(made)
+    apply_umask(made)
     write_manifest(made)
-    flush(made)
+    fsync_tree(made)
     made.rename(checkpoints / made.name)
-    sync(checkpoints)  # before an older one goes
+    fsync(checkpoints)  # before an older one goes
     for old in RunDirectory(checkpoints.parent).checkpoints_by_step()[:-limit] if limit else ():
         shutil.rmtree(old)
 
 
-def wait_until_seen(folder: Path, names: set[str]) -> None:
+def wait_for_files(folder: Path, names: set[str]) -> None:
     """Wait for files that processes of other machines have written.
 
     Raises:
         UserError: they do not come.
     """
-    if not becomes_seen(lambda: names <= names_in(folder)):
-        missing = ", ".join(sorted(names - names_in(folder)))
+    if not wait_until_visible(lambda: names <= file_names(folder)):
+        missing = ", ".join(sorted(names - file_names(folder)))
         raise UserError(f"{folder}: process 0 does not see {missing}, which others have written")
 
 
@@ -140,7 +140,7 @@ def restore_training_state(
     """Put the data, the report and the metrics where the checkpoint left them."""
     step = step_of(checkpoint)
     print(f"resume: from {checkpoint}, after {step} steps")
-    report.load(checkpoint / REPORT)
+    report.load(checkpoint / REPORT_FILE)
     if arguments.process_index == 0:
         truncate_to_step(run, step)
     if isinstance(rows, SampleStream):
@@ -159,7 +159,7 @@ def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, dist: D
     then = read_record(checkpoint / STRATEGY_FILE, strategy=str, files=dict)
     if then["strategy"] != dist.strategy:
         raise UserError(f"resume: {checkpoint} was written by {then['strategy']}, and this is {dist.strategy}; launch as before")
-    files = signatures(recipe.data.train)
+    files = file_signatures(recipe.data.train)
     changed = [name for name in sorted({*files, *then["files"]}) if files.get(name) != then["files"].get(name)]
     if changed:
         raise UserError(f"resume: {', '.join(changed)} changed since {checkpoint} was written; the rows would be others")
@@ -171,11 +171,11 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     Raises:
         UserError: it would make it another run.
     """
-    before, now = (flat(each.model_dump(mode="json")) for each in (load_recipe(run.recipe), recipe))
+    before, now = (flatten(each.model_dump(mode="json")) for each in (load_recipe(run.recipe), recipe))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     for key in changed:
         print(f"resume: {key} was {format_value(before.get(key))}, and is {format_value(now.get(key))}")
-    wrong = [key for key in changed if not key.startswith(FREE)]
+    wrong = [key for key in changed if not key.startswith(MAY_CHANGE)]
     if wrong:
         raise UserError(
             f"resume: {', '.join(wrong)} differ from {run.recipe}, and the run would become another; give it a new output_dir, "
@@ -206,10 +206,12 @@ def _logged_step(line: str) -> float:
         return math.inf
 
 
-def flat(values: Any, key: str = "") -> dict[str, Any]:
+def flatten(values: Any, key: str = "") -> dict[str, Any]:
     """Nested mappings as one, by dotted key."""
     if isinstance(values, Mapping):
         return {
-            name: value for part, inner in values.items() for name, value in flat(inner, f"{key}.{part}" if key else part).items()
+            name: value
+            for part, inner in values.items()
+            for name, value in flatten(inner, f"{key}.{part}" if key else part).items()
         }
     return {key: values}

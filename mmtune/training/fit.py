@@ -16,7 +16,7 @@ from mmtune.data.data_report import DataReport
 from mmtune.data.dataset import IndexedSamples, StreamedSamples
 from mmtune.distributed.context import DistributedContext, check_strategy, configure_fsdp
 from mmtune.objectives.sft import SupervisedTuning
-from mmtune.planning.plan_cache import signatures
+from mmtune.planning.plan_cache import file_signatures
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.training.callbacks import DisableInputRequireGrads, RecordMetrics, StopOnSignal
@@ -79,7 +79,7 @@ def create_trainer(
         dummy_batch=inputs.objective.dummy_batch(processor),
         batches=data.batches,
         source_names=data.source_names,
-        data_files=signatures(recipe.data.train) if dist.is_main_process else {},  # only it finalizes checkpoints
+        data_files=file_signatures(recipe.data.train) if dist.is_main_process else {},  # only it finalizes checkpoints
         initial=tuned.initial,
     )
     check_strategy(trainer.accelerator, dist, recipe.model.precision)

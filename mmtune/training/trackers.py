@@ -21,7 +21,7 @@ from mmtune.run_directory import RunDirectory
 from mmtune.utils.errors import RecipeValueError
 
 
-def reporters(asked: str | list[str]) -> list[str]:
+def tracker_names(asked: str | list[str]) -> list[str]:
     """The names that a recipe's `report_to` stands for. transformers adds Kubeflow to them unasked, and this does not.
 
     Raises:

@@ -37,12 +37,12 @@ from mmtune.training.adapter_state import (
     save_adapter_state,
     shared_method_loss,
 )
-from mmtune.training.checkpoint import finalize_checkpoint, wait_until_seen
+from mmtune.training.checkpoint import finalize_checkpoint, wait_for_files
 from mmtune.training.loss_record import LossRecord
 from mmtune.training.throughput.progress import TrainingProgress
 from mmtune.utils.errors import CheckFailed, UserError
-from mmtune.utils.files import flush, writing
-from mmtune.utils.manifest import names_in
+from mmtune.utils.files import fsync_tree, report_disk_errors
+from mmtune.utils.manifest import file_names
 
 
 def _listing(rows: Sequence[str]) -> str:
@@ -256,7 +256,7 @@ class TuningTrainer(Trainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._progress.count_tokens(self.state)
         try:
-            with writing(checkpoints / name):
+            with report_disk_errors(checkpoints / name):
                 super()._save_checkpoint(model, trial)
                 made, limit = checkpoints / SAVING / name, self.args.save_total_limit
                 if self._dist.is_main_process and self._dist.zero_stage is None:  # DeepSpeed keeps weights of its own
@@ -266,10 +266,10 @@ class TuningTrainer(Trainer):
                     if self._initial is not None:
                         save_file(self._initial, made / INITIAL_FACTORS, metadata={"format": "pt"})
                 self._dist.barrier()
-                flush(made)
-                written = set[str]().union(*self._dist.all_gather_object(names_in(made)))
+                fsync_tree(made)
+                written = set[str]().union(*self._dist.all_gather_object(file_names(made)))
                 if self._dist.is_main_process:
-                    wait_until_seen(made, written)
+                    wait_for_files(made, written)
                     finalize_checkpoint(made, checkpoints, self._data_report, self._dist, self._data_files, limit)
         except UserError:
             shutil.rmtree(checkpoints / SAVING, ignore_errors=True)  # a full disk has no room for a part of a checkpoint

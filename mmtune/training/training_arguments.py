@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from mmtune.distributed.context import is_launched, launched_with_deepspeed
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
-from mmtune.training.trackers import reporters
+from mmtune.training.trackers import tracker_names
 from mmtune.utils.errors import RecipeValueError, UserError
 
 
@@ -45,7 +45,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         )
     except (ValueError, TypeError) as error:
         raise RecipeValueError("train", f"{error}") from error
-    arguments.report_to = reporters(settings["report_to"])
+    arguments.report_to = tracker_names(settings["report_to"])
     if arguments.n_gpu > 1:  # the Trainer would wrap the model in DataParallel, which gathers losses that are already divided
         raise UserError(
             f"one process sees {arguments.n_gpu} GPUs: give each its own (accelerate launch --multi_gpu --num_processes "

@@ -1,4 +1,4 @@
-"""Files and directories that are written whole or not at all, and where a user's cache is."""
+"""Files and directories: atomic writes, checks of destinations, hints for missing paths, the user's cache."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from safetensors import SafetensorError
 from mmtune.utils.errors import UserError
 from mmtune.utils.locks import locked
 
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Inside, `path` is written.
+def report_disk_errors(path: Path) -> Iterator[None]:
+    """Raise a UserError if writing `path` in the block fails because of the disk.
 
     Raises:
-        UserError: the disk is full, failing or read-only, or a quota or a limit is reached.
+        UserError: the disk is full, failing or read-only, or a quota or limit is reached.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = _fault_of_disk(error)
+        reason = _disk_error(error)
         if reason is None:
             raise
         raise UserError(f"cannot write {path}: {reason}") from error
 
 
-def _fault_of_disk(error: Exception) -> str | None:
-    """What an error says that the disk is to blame for. safetensors quotes the system's words; torch says only where it was."""
-    said = str(error)
-    if isinstance(error, RuntimeError) and "inline_container.cc" in said:
-        return "the file was cut short, as on a full disk"
-    return said if any(os.strerror(number) in said for number in DISK_FAULTS) else None
+def _disk_error(error: Exception) -> str | None:
+    """The reason of an error that the disk caused; None for other errors. safetensors quotes the system, torch does not."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and "inline_container.cc" in text:
+        return "the file could not be written completely; is the disk full?"
+    return text if any(os.strerror(number) in text for number in DISK_ERRORS) else None
 
 
-def flush(folder: Path) -> None:
-    """Have a folder and all in it reach the disk, so that it is there after the machine has crashed too."""
+def fsync_tree(folder: Path) -> None:
+    """Flush a folder and everything in it to the disk, so that it survives a crash of the machine."""
     for path in (folder, *folder.rglob("*")):
-        sync(path)
+        fsync(path)
 
 
-def sync(path: Path) -> None:
-    """Have a file, or the names in a directory, reach the disk."""
+def fsync(path: Path) -> None:
+    """Flush a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -81,25 +81,24 @@ def check_writable(folder: Path, prefix: str = "") -> None:
 
 
 def nearest_path(path: Path) -> Path | None:
-    """An existing path whose every part is that of a path which does not exist, or spelt nearly so; None where there is none."""
-    found = Path(path.anchor)
+    """The existing path that is spelt most like a missing one, part by part; None if there is none."""
+    nearest = Path(path.anchor)
     for part in path.parts[bool(path.anchor) :]:
-        if not (found / part).exists():
-            names = _names_in(found)
-            close = difflib.get_close_matches(part, names, n=1, cutoff=0.6)
+        if not (nearest / part).exists():
+            close = difflib.get_close_matches(part, _names_in(nearest), n=1, cutoff=0.6)
             if not close:
                 return None
             part = close[0]
-        found /= part
-    return found
+        nearest /= part
+    return nearest
 
 
-def not_there(path: Path, only_close: bool = False) -> str:
-    """A hint for a path that does not exist: the nearest one that does, or else what its nearest folder holds.
+def path_hint(path: Path, only_close: bool = False) -> str:
+    """A hint for a missing path: the existing path spelt most like it, or else the content of its nearest existing folder.
 
     Args:
-        path: as it was given.
-        only_close: nothing where no path is spelt nearly so.
+        path: the missing path.
+        only_close: return an empty text if no path is spelt like it.
     """
     if (close := nearest_path(path)) is not None:
         return f"; did you mean '{close}'?"
@@ -109,19 +108,19 @@ def not_there(path: Path, only_close: bool = False) -> str:
     names = _names_in(folder)
     nearest = folder.absolute() if folder == Path() else folder
     if not names:
-        return f"; the nearest folder is {nearest}"
-    return f"; the nearest folder, {nearest}, holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+        return f"; the nearest existing folder is {nearest}"
+    return f"; the nearest existing folder, {nearest}, contains {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
 
 
 def _names_in(folder: Path) -> list[str]:
     try:
         return sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
-    except OSError:  # not a folder, or closed to this user
+    except OSError:  # not a folder, or no permission
         return []
 
 
 def user_cache(kind: str) -> Path:
-    """Where a user's files of one kind are kept between runs: `~/.cache/mmtune/KIND`.
+    """The user's cache directory for one kind of files: `~/.cache/mmtune/KIND`.
 
     Raises:
         UserError: the user has no home directory, as in some containers.
@@ -133,13 +132,13 @@ def user_cache(kind: str) -> Path:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that a reader sees the old text or the new one."""
+    """Replace a file atomically: write a temporary file, then rename it."""
     replace_bytes(path, text.encode())
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """As `replace_text`, for bytes; several threads or processes may write the same file, and the last one stays."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # tempfile's would be closed to other users
+    """As `replace_text`, for bytes. Several threads or processes may write the same file; the last one wins."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not tempfile, whose files other users cannot read
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -149,8 +148,8 @@ def replace_bytes(path: Path, data: bytes) -> None:
         raise
 
 
-def open_as_umask_says(folder: Path) -> None:
-    """Give every file of a folder the mode that a new file gets; safetensors writes files that only their owner can read."""
+def apply_umask(folder: Path) -> None:
+    """Set the mode of every file in a folder to that of a new file. safetensors writes files that only the owner can read."""
     umask = os.umask(0o077)
     os.umask(umask)
     for path in folder.rglob("*"):
@@ -158,90 +157,94 @@ def open_as_umask_says(folder: Path) -> None:
             path.chmod(0o666 & ~umask)
 
 
-def linked_directory(out: Path) -> Path:
-    """Where a directory goes: the path itself, or what it points to where it is a symbolic link, which then stays.
+def resolve_link(out: Path) -> Path:
+    """The directory to write: the path itself, or the target of a symbolic link.
 
     Raises:
-        UserError: a link into a folder that does not exist, such as on a disk that is not mounted, or to itself.
+        UserError: a link to itself, or into a folder that does not exist, such as on a disk that is not mounted.
     """
-    if out.name in ("", ".."):  # such as `.`: its name is wanted
+    if out.name in ("", ".."):  # such as `.`
         out = Path(os.path.abspath(out))  # noqa: PTH100  (resolve would follow links)
     if not out.is_symlink():
         return out
     try:
         target = out.resolve()
     except RuntimeError as error:  # a loop
-        raise UserError(f"{out} is a symbolic link that leads back to itself; remove it") from error
+        raise UserError(f"{out} is a symbolic link to itself; remove it") from error
     if target.is_symlink() or not target.parent.is_dir():
-        raise UserError(f"{out} is a symbolic link to {target}, and {target.parent} is not there; make it, or remove the link")
+        raise UserError(
+            f"{out} is a symbolic link to {target}, and {target.parent} does not exist; create it, or remove the link"
+        )
     return target
 
 
-def check_links_stay(folder: Path) -> None:
-    """Refuse to copy a folder with links out of it: what they point to would be copied as if it were the folder's.
+def check_links(folder: Path) -> None:
+    """Reject symbolic links to files outside a folder that will be copied.
 
     Raises:
-        UserError: naming the links. Those of the hub's cache, into its own blobs, are no such links.
+        UserError: with the links. Links of the hub's cache to its blobs are allowed.
     """
-    homes = [folder.resolve(), folder.resolve().parent.parent / "blobs"]
+    allowed = [folder.resolve(), folder.resolve().parent.parent / "blobs"]
     links = [path for path in folder.rglob("*") if path.is_symlink()]
-    if foreign := sorted(str(path) for path in links if not any(path.resolve().is_relative_to(home) for home in homes)):
-        raise UserError(f"{', '.join(foreign[:5])}: a link out of the folder, which no release copies; put the file there")
+    if outside := sorted(str(path) for path in links if not any(path.resolve().is_relative_to(root) for root in allowed)):
+        raise UserError(f"{', '.join(outside[:5])}: a link to a file outside the folder; replace it by the file")
 
 
 def is_mount_point(path: Path) -> bool:
-    """Whether a file system or a folder of one is mounted at a path, which then cannot be renamed."""
+    """Whether a path is a mount point, also of a bind mount, and so cannot be renamed."""
     mounts = Path("/proc/self/mountinfo")
     here = str(path.resolve()).replace("\\", "\\134").replace(" ", "\\040")
     return os.path.ismount(path) or (mounts.exists() and any(line.split(" ")[4] == here for line in mounts.open()))
 
 
 def expand_user(path: str) -> str:
-    """A path with a leading `~` replaced by the home directory, as a shell does it; any other text as it is."""
+    """Replace a leading `~` by the home directory, like a shell. Other text is returned unchanged."""
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError:  # no such user: nothing is found at the path as it stands, and that is said
+    except RuntimeError:  # no such user: the path is then reported as missing
         return path
 
 
 def check_replaceable(out: Path, overwrite: bool, mark: str, keep: Sequence[Path] = ()) -> None:
-    """Refuse a destination that must not be written.
+    """Check that a directory may be written at `out`.
 
     Args:
-        out: where a directory will go.
+        out: the path of the directory.
         overwrite: whether an earlier one may be replaced.
-        mark: the file by which an earlier one is known; any other directory with something in it is left alone.
-        keep: paths that are needed still, and so must not be at `out` or in it.
+        mark: a file that every earlier one contains. Other directories are not replaced unless they are empty.
+        keep: paths that are still needed and must not be inside `out`.
 
     Raises:
-        UserError: with the reason.
+        UserError: `out` must not be written; with the reason.
     """
-    out = linked_directory(out)
+    out = resolve_link(out)
     if not out.exists():
         return
     for path in keep:
         if path.exists() and path.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"{out} holds {path}, which is needed; give another path")
+            raise UserError(f"{out} contains {path}, which is still needed; give another path")
     if not overwrite:
         raise UserError(f"{out} exists; give another path, or --overwrite to replace it")
     if not out.is_dir() or (not (out / mark).is_file() and any(out.iterdir())):
-        raise UserError(f"{out} is not what would be written there (it has no {mark}), so --overwrite leaves it alone")
+        raise UserError(
+            f"{out}: expected an earlier output with {mark}, got another file or directory, which --overwrite does not replace"
+        )
     if is_mount_point(out):
         raise UserError(f"{out} is a mount point, which cannot be replaced; give a path inside it")
 
 
 @contextlib.contextmanager
 def replaced_directory(out: Path, overwrite: bool, mark: str, keep: Sequence[Path] = ()) -> Iterator[Path]:
-    """A temporary directory beside `out` that takes its name when the block ends well, and goes when it does not.
+    """Replace a directory atomically: yield a temporary directory that is renamed to `out` when the block succeeds.
 
-    The arguments are those of `check_replaceable`. What was at `out` stays whole until then, and comes back if the
-    renaming fails. Of a symbolic link the target is replaced. Files get the modes that the umask says. One process at a time
-    may write `out`; what a killed one left beside it is removed first.
+    The arguments are those of `check_replaceable`. The earlier directory stays until then, and is restored if renaming fails. A
+    symbolic link keeps pointing to the new directory. Files get the modes of the umask. `out` is locked against other
+    processes, and leftovers of killed processes are removed first.
 
     Raises:
-        UserError: as `check_replaceable`; another process writes `out`; or the directory beside `out` cannot be made.
+        UserError: as `check_replaceable`; another process writes `out`; or the temporary directory cannot be created.
     """
-    out = linked_directory(out)
+    out = resolve_link(out)
     with locked(out) as is_locked:
         if is_locked:
             _remove_leftovers(out)
@@ -251,16 +254,16 @@ def replaced_directory(out: Path, overwrite: bool, mark: str, keep: Sequence[Pat
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Remove the temporary directories of processes that were killed; `out` is locked, so that no live one has any."""
+    """Remove the temporary directories of killed processes. The caller holds the lock of `out`, so none is in use."""
     name = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]+\.partial")
     for path in out.parent.iterdir() if out.parent.is_dir() else ():
         if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            if (path / "old").exists() and not out.exists():  # killed between the two renamings
+            if (path / "old").exists() and not out.exists():  # killed between the two renames
                 (path / "old").rename(out)
             try:
                 shutil.rmtree(path)
             except OSError as error:  # another user's
-                print(f"left alone: {path}: {error.strerror}")
+                print(f"not removed: {path}: {error.strerror}")
 
 
 @contextlib.contextmanager
@@ -272,9 +275,9 @@ def _replaced(out: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
     try:
         fresh, stale = scratch / "new", scratch / "old"
-        fresh.mkdir()  # mkdtemp's own directory is closed to other users
+        fresh.mkdir()  # other users cannot read the directory of mkdtemp
         yield fresh
-        open_as_umask_says(fresh)
+        apply_umask(fresh)
         if out.exists():
             out.rename(stale)
         try:
@@ -284,7 +287,7 @@ def _replaced(out: Path) -> Iterator[Path]:
                 stale.rename(out)
             raise
     except (OSError, SafetensorError, RuntimeError) as error:
-        if (reason := _fault_of_disk(error)) is None:
+        if (reason := _disk_error(error)) is None:
             raise
         raise UserError(f"cannot write {out}: {reason}; nothing was changed") from error
     finally:
@@ -292,22 +295,22 @@ def _replaced(out: Path) -> Iterator[Path]:
 
 
 def read_record(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
-    """As `read_json_object`, of a file that mmtune or a library has written and somebody may have changed.
+    """As `read_json_object`, with a check of keys: for a file that was written by a program and may have been edited.
 
     Args:
-        kinds: the keys that are needed, and the types of their values.
+        kinds: required keys and the types of their values.
 
     Raises:
-        UserError: also when a key is missing or its value is of another type; the message begins with the file's path.
+        UserError: no JSON object, or a key is missing or has another type; the message begins with the file's path.
         OSError: the file cannot be read.
     """
     try:
         content = read_json_object(path)
     except UserError as error:
-        raise UserError(f"{path}: not as it was written: {error}") from error
+        raise UserError(f"{path}: damaged or edited: {error}") from error
     for key, kind in kinds.items():
         if not isinstance(content.get(key), kind):
-            raise UserError(f"{path}: not as it was written: {key} is {str(content.get(key))[:40]!r}")
+            raise UserError(f"{path}: damaged or edited: the value of {key} is {str(content.get(key))[:40]!r}")
     return content
 
 
@@ -315,12 +318,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        UserError: no JSON, or another value than an object; the message begins with the file's name.
+        UserError: not a JSON object; the message begins with the file's name.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path.name} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path.name} is not a JSON object, but {json.dumps(content)[:60]}")
+        raise UserError(f"{path.name}: expected a JSON object, got {json.dumps(content)[:60]}")
     return content

@@ -1,4 +1,4 @@
-"""Locks on directories that one process at a time may write; the system releases them when a process ends, however it ends."""
+"""Locks on directories that only one process may write. The system releases them when the process ends, also after a kill."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ IS_HELD = (errno.EACCES, errno.EAGAIN)
 HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-class _Held(Exception):
+class _LockHeldError(Exception):
     """Another process holds a lock."""
 
 
 def lock_file(directory: Path) -> Path:
-    """The file beside a directory whose lock stands for it. It is there only while the lock is held, or after a kill."""
+    """The lock file of a directory, beside it. It exists only while the lock is held, or after a kill."""
     directory = Path(os.path.abspath(directory))  # noqa: PTH100  (resolve would follow links)
     return directory.parent / f".{directory.name}.lock"
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[bool]:
-    """Hold a directory's lock, whether it exists or not; yields whether it is held.
+    """Hold the lock of a directory, which need not exist. Yields whether the lock is held.
 
-    It is not where no lock can be made, as on some network file systems or where another user's killed process has left its file:
-    a line says so, and two processes are then not told apart.
+    Some network file systems have no locks, and a killed process of another user may have left its lock file. Then a line is
+    printed, and other processes are not locked out.
 
     Raises:
-        UserError: another process holds it; its number and machine are named.
+        UserError: another process holds the lock; with its process id and machine.
     """
     file = lock_file(directory)
-    made: list[Path] = []
+    created: list[Path] = []
     try:
-        made = [parent for parent in file.parents if not parent.exists()]
+        created = [parent for parent in file.parents if not parent.exists()]
         descriptor = _lock(file)
-    except _Held as error:
-        raise UserError(f"{directory} is in use: {_holder(file)} writes it; wait for it, end it, or give another path") from error
+    except _LockHeldError as error:
+        raise UserError(f"{directory} is in use by {_holder(file)}; wait until it ends, stop it, or give another path") from error
     except OSError as error:
-        if error.errno in HAS_NO_LOCKS or os.path.exists(file):  # noqa: PTH110  (another user's; Path's raises)
-            print(f"{directory}: no lock, because {file} cannot be locked: {error.strerror}; let no second process write there")
-        _remove_empty(made)
-        descriptor = None  # where the directory itself cannot be written, whoever writes it says so
+        if error.errno in HAS_NO_LOCKS or os.path.exists(file):  # noqa: PTH110  (Path.exists raises for files of another user)
+            print(f"{directory}: not locked: {file}: {error.strerror}; do not start a second process that writes there")
+        _remove_empty(created)
+        descriptor = None  # a directory that cannot be written is reported where it is written
     try:
         yield descriptor is not None
     finally:
         if descriptor is not None:
             file.unlink(missing_ok=True)
             os.close(descriptor)
-            _remove_empty(made)
+            _remove_empty(created)
 
 
 def _lock(file: Path) -> int:
@@ -64,7 +64,7 @@ def _lock(file: Path) -> int:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            # Of the process: flock's would stay with data-loader workers, which outlive a process that is killed.
+            # A lock of the process: that of flock would be kept by data-loader workers, which outlive a killed process.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(descriptor, file):
                 os.ftruncate(descriptor, 0)
@@ -73,9 +73,9 @@ def _lock(file: Path) -> int:
         except OSError as error:
             os.close(descriptor)
             if error.errno in IS_HELD:
-                raise _Held from error
+                raise _LockHeldError from error
             raise
-        os.close(descriptor)  # its holder removed it in between
+        os.close(descriptor)  # the holder removed it in the meantime
 
 
 def _is_at(descriptor: int, file: Path) -> bool:
@@ -94,5 +94,5 @@ def _holder(file: Path) -> str:
 
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:  # the innermost first
-        with contextlib.suppress(OSError):  # something is in it by now
+        with contextlib.suppress(OSError):  # no longer empty
             folder.rmdir()

@@ -1,7 +1,7 @@
-"""The threads of the OpenMP runtime that torch brings: how many there are, and how they wait for each other.
+"""Threads of torch's OpenMP runtime: their number, and how long they spin while waiting.
 
-The runtime reads its settings from the environment, once, when it is loaded. `prepare_threads` therefore runs before torch is
-imported, and leaves alone what the user or a launcher has set.
+The runtime reads its settings from environment variables once, when it is loaded. `prepare_threads` therefore runs before torch
+is imported. Variables that the user or a launcher has set are not changed.
 """
 
 from __future__ import annotations
@@ -11,27 +11,29 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 SPIN_COUNT = "1000"
-"""How often a waiting thread of libgomp looks for the others before it sleeps.
+"""How many times a waiting thread of libgomp spins before it sleeps.
 
-libgomp's own value, 300,000 (milliseconds), suits threads that all have a core. Where other processes use the cores too, every
-operation has a thread that waits for one without a core, and keeps a core busy while it does. benchmarks/busy_cores.py compares.
+libgomp's default, 300,000 (milliseconds), is right if every thread has a core. If other processes use the cores too, threads of
+every operation wait for one that has no core, and occupy cores while they spin. benchmarks/busy_cores.py compares both.
 """
 
 
 def prepare_threads() -> None:
-    """Set up the OpenMP runtime for cores that other processes may use too; without effect once torch is imported."""
+    """Configure the OpenMP runtime for cores that other processes may use too. Has no effect after torch is imported."""
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
     share = max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-    if "OMP_NUM_THREADS" not in os.environ and share < _affinity():  # else torch's own number is right: no hyper-threads
+    if (
+        "OMP_NUM_THREADS" not in os.environ and share < _affinity()
+    ):  # otherwise torch's default is right: one thread per physical core
         os.environ["OMP_NUM_THREADS"] = str(share)
 
 
 def usable_cores() -> int:
-    """The cores that this process may use at once: those of its affinity, and no more than its control groups' CPU quota.
+    """The number of cores that this process may use at once: its CPU affinity, limited by the CPU quota of its control groups.
 
-    `os.cpu_count` gives the machine's, in a container too. A quota is rounded to whole cores: 1.5 counts as
-    2, and 1.2 as 1.
+    `os.cpu_count` gives the cores of the machine, also in a container. A quota is rounded to whole cores: 1.5 counts as 2,
+    and 1.2 as 1.
     """
     return max(min((_affinity(), *map(round, cpu_quotas()))), 1)
 
@@ -41,11 +43,11 @@ def _affinity() -> int:
 
 
 def cpu_quotas(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:
-    """The CPU quotas of the control groups that this process is in, of either version, in cores; none where there is no limit.
+    """The CPU quotas, in cores, of the control groups (v1 and v2) of this process. Groups without a limit are left out.
 
     Args:
-        groups: lists the process's groups.
-        mounted: where the groups' files are. In a container they may lie at the top, whatever path `groups` names.
+        groups: the file that lists the groups of the process.
+        mounted: where the control groups are mounted. In a container, their files may be at the top of the mount.
     """
     for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else ():
         _, controllers, path = line.split(":", 2)

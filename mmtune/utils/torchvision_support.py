@@ -1,4 +1,4 @@
-"""torchvision beside any build of torch: imported where it can be, counted as absent where not.
+"""torchvision with any build of torch: it is imported if possible, and otherwise counts as not installed.
 
 transformers imports torchvision wherever it is installed. If that import fails, it fails with an unrelated name ("Could not
 import module 'PreTrainedModel'"). The usual reason is a wheel whose compiled operators belong to another build of torch, such as
@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from typing import Any
 
 OPERATORS = ("nms", "qnms")
-"""The compiled operators that torchvision's Python part refers to while it is imported."""
+"""The compiled operators that torchvision's Python code refers to when it is imported."""
 SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 @dataclass(frozen=True)
 class Torchvision:
-    """What `prepare_torchvision` found.
+    """Result of `prepare_torchvision`.
 
     Attributes:
         usable: whether transformers can import it.
-        detail: its version, and what about it does not work; or why it counts as absent.
-        operators: keeps the operators that were declared here alive.
+        detail: its version and what does not work, or why it counts as not installed.
+        operators: keeps the declared operators alive.
     """
 
     usable: bool
@@ -36,10 +36,10 @@ class Torchvision:
 
 @functools.cache
 def prepare_torchvision() -> Torchvision:
-    """Import torchvision, with its operators declared if its own do not load; hide it from transformers if that fails.
+    """Import torchvision. Declare its operators if they do not load, and hide it from transformers if that fails too.
 
-    Call it before transformers is imported: transformers decides once whether torchvision is there. Later calls return the
-    first result.
+    Call it before transformers is imported, which decides once whether torchvision is installed. Later calls return the first
+    result.
     """
     if importlib.util.find_spec("torchvision") is None:
         return Torchvision(False, "not installed")
@@ -61,7 +61,7 @@ def prepare_torchvision() -> Torchvision:
 
 
 def _hidden(reason: str) -> Torchvision:
-    sys.modules["torchvision"] = None  # type: ignore[assignment]  # find_spec then answers None, as for a missing package
+    sys.modules["torchvision"] = None  # type: ignore[assignment]  # find_spec then returns None, as for a missing package
     return Torchvision(False, f"installed, but it cannot be imported: {reason}")
 
 

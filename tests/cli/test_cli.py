@@ -211,7 +211,10 @@ def test_mistakes_in_the_command_are_named_with_what_was_meant(
         (["report", "nowhere"], "no such run: nowhere"),
         (["merge", "nowhere", "out"], "no such run or model: nowhere"),
         *(
-            ([*verb, "noeval.yaml", *rest], f"noeval.yaml is a file; expected a directory of a {what}; the run of a recipe is at")
+            (
+                [*verb, "noeval.yaml", *rest],
+                f"noeval.yaml is a file; expected a directory of a {what}; the run of a recipe is the directory",
+            )
             for *verb, what, rest in (
                 ("eval", "run or model", []),
                 ("merge", "run or model", ["out"]),
@@ -222,7 +225,10 @@ def test_mistakes_in_the_command_are_named_with_what_was_meant(
         (["train", "quickstart"], "a recipe of this name ships: `mmtune recipe copy quickstart`, then give quickstart.yaml"),
         (["recipe", "check", "tab.yaml"], "tab.yaml:2: not valid YAML: "),
         (["recipe", "check", "tab.yaml"], "indent with spaces"),
-        (["eval", "builtin:tiny-llava", "--recipe", "empty/x.yaml"], "no such recipe file; the nearest folder is empty\n"),
+        (
+            ["eval", "builtin:tiny-llava", "--recipe", "empty/x.yaml"],
+            "no such recipe file; the nearest existing folder is empty\n",
+        ),
         (["chat", "./nowhere", "--prompt", "hello"], "no such run or model"),
         (["recipe", "copy", "quickstrat"], "did you mean 'quickstart'?"),
         (

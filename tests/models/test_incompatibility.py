@@ -51,7 +51,7 @@ def test_incompatible_vision_towers_are_errors(tiny_checkpoints: Path, tmp_path:
 
 
 def test_missing_paths_are_errors_with_the_expected_content(tiny_checkpoints: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"vision: no such directory: /nowhere/clip; the nearest folder, /, holds "):
+    with pytest.raises(UserError, match=r"vision: no such directory: /nowhere/clip; the nearest existing folder, /, contains "):
         assemble("/nowhere/clip", str(tiny_checkpoints / "llama"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"language: .*empty: expected a checkpoint directory with config.json"):

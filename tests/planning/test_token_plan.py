@@ -25,8 +25,8 @@ from mmtune.data.encoding.encode import encode_sample
 from mmtune.data.encoding.over_length import fit_to_budget
 from mmtune.data.message import RowError
 from mmtune.planning import plan_cache
-from mmtune.planning.plan_cache import PlanCache, beside, plan_key, signatures
-from mmtune.planning.plan_report import histogram, plan_figures
+from mmtune.planning.plan_cache import PlanCache, file_signatures, plan_directory, plan_key
+from mmtune.planning.plan_report import histogram, plan_statistics
 from mmtune.planning.token_plan import Plan, build_plan, predict_outcome
 from mmtune.recipe.recipe import DataSection, Source
 from mmtune.utils.errors import UserError
@@ -64,7 +64,7 @@ def _sources(data: Path) -> list[Source]:
 def _plan(data: Path, processor: Any = None, supervise: Any = "all", **arguments: Any) -> Plan:
     processor = processor or FAMILIES["qwen2_vl"]()
     sources = _sources(data)
-    cache = PlanCache(beside(sources), plan_key(sources, processor, supervise))
+    cache = PlanCache(plan_directory(sources), plan_key(sources, processor, supervise))
     return build_plan(IndexedSamples(sources), processor, supervise, cache=cache, **arguments)
 
 
@@ -208,7 +208,7 @@ def test_every_file_of_a_pattern_is_part_of_the_key(data: Path) -> None:
     source = Source(path=str(data.parent / "{rows,more}*.jsonl"), template="llava")
     (data.parent / "more1.jsonl").write_bytes(data.read_bytes())
     before = plan_key([source], processor, "all")
-    assert beside([source]) == data.parent
+    assert plan_directory([source]) == data.parent
     (data.parent / "more1.jsonl").write_bytes(data.read_bytes() + b"{}\n")
     assert plan_key([source], processor, "all") != before
 
@@ -222,7 +222,7 @@ def test_of_files_too_large_to_be_read_whole_the_time_and_the_ends_tell(tmp_path
         for path, holds in ((small, b"x" * 16), (large, content)):
             path.write_bytes(holds)
             os.utime(path, (time, time))
-        found = signatures([source])
+        found = file_signatures([source])
         assert len(found) == 3
         return [found[str(path)] for path in (small, large)]
 
@@ -375,11 +375,11 @@ def test_figures_are_those_of_the_rows(data: Path) -> None:
     limit = int(plan.tokens.max()) - 1
     section = DataSection(train=tuple(_sources(data)), max_tokens=limit, over_length="drop_sample", packing=True)
     plan_outcome = predict_outcome(plan, samples, processor, limit, "drop_sample")
-    figures = plan_figures(plan, plan_outcome, section)
+    figures = plan_statistics(plan, plan_outcome, section)
     kept = sorted(length for length in plan.tokens.tolist() if 0 < length <= limit)
     assert (figures["rows"], figures["rows_faulty"], figures["rows_trained"]) == (6, 1, len(kept))
     assert figures["tokens"] == int(plan.tokens.sum())
-    assert plan_figures(plan, plan_outcome, section.model_copy(update={"packing": False}))["packing"] is None
+    assert plan_statistics(plan, plan_outcome, section.model_copy(update={"packing": False}))["packing"] is None
     packing = figures["packing"]
     assert packing["efficiency"] == pytest.approx(sum(kept) / (packing["packs"] * limit), abs=1e-4)
     assert figures["over_length"]["rows"] == figures["over_length"]["rows_dropped"] == 6 - 1 - len(kept)
@@ -414,13 +414,13 @@ def test_a_plan_shows_what_the_run_does_and_no_more(recipe_file: str, capsys: py
     assert entry_point(["plan", recipe_file, *few]) == 0
     shown = capsys.readouterr().out
     assert "packs" not in shown
-    assert "memory of a batch of 3 rows: the data have no more for train.per_device_train_batch_size: 8" in shown
+    assert "memory of a batch of 3 rows: the data has fewer rows than train.per_device_train_batch_size: 8" in shown
 
 
 def test_without_the_data_the_memory_alone_is_told_and_why(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     gone = "data.train=[{path: gone/rows.json, template: llava}]"
     assert entry_point(["plan", recipe_file, gone, "--tokens", "40"]) == 0
     shown = capsys.readouterr().out
-    assert "no data to plan: no such file: gone/rows.json" in shown and "Peak memory of a step" in shown
+    assert "memory only: no such file: gone/rows.json" in shown and "Peak memory of a step" in shown
     assert entry_point(["plan", recipe_file, gone]) == 2
     assert "give data.max_tokens in the recipe, or --tokens" in capsys.readouterr().err

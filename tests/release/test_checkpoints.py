@@ -112,7 +112,7 @@ def test_the_last_valid_checkpoint_of_a_stopped_run_is_used(
         assert entry_point(command) == 0
         output = capsys.readouterr().out
         assert output.count("the run has not finished; using checkpoint-2, step 2 of 3") == 1
-        assert output.count("checkpoint-3 is not what its manifest.json says: changed: adapter_model.safetensors") == 1
+        assert output.count("checkpoint-3 does not match its manifest.json: changed: adapter_model.safetensors") == 1
     assert "Trained for 2 of 3 optimizer steps" in card(tmp_path / "out") and not (run / "summary.json").exists()
     assert entry_point(["eval", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 2

@@ -132,7 +132,7 @@ def test_a_quantized_release_of_a_run_on_a_quantized_base(make_recipe: Make, tmp
 def test_a_quantized_release_does_not_replace_the_base(make_recipe: Make, base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "out-nf4")
     run = trained(make_recipe, tmp_path / "run", f"model.base={tmp_path / 'out-nf4'}")
-    with pytest.raises(UserError, match="out-nf4, which is needed"):
+    with pytest.raises(UserError, match="out-nf4, which is still needed"):
         merge(run, tmp_path / "out", options=ExportOptions(quantize="nf4"), overwrite=True, count=2)
     with pytest.raises(UserError, match="--max-shard-size abc: expected a size such as 5GB"):
         merge(run, tmp_path / "out", options=ExportOptions(max_shard_size="abc"), count=2)
@@ -270,7 +270,7 @@ def test_push_is_a_dry_run_by_default_and_checks_the_manifest(
     assert result["uploaded"]
     assert [name for name, _ in calls] == ["me/model", "upload"]
     assert calls[0][1]["private"] is True
-    with pytest.raises(UserError, match="not a directory that mmtune finished"):
+    with pytest.raises(UserError, match="expected a complete output of mmtune"):
         push(tmp_path / "run", "me/model")
     weights = load_file(out / "model.safetensors")
     save_file({name: tensor * 1.001 for name, tensor in weights.items()}, out / "model.safetensors", metadata={"format": "pt"})

@@ -182,10 +182,10 @@ def test_a_merge_never_replaces_its_inputs_or_other_folders(
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.txt").write_text("it was a dark night")
     for out, reason in [
-        (run, "holds .*run, which is needed"),
-        (tmp_path / "models" / "base", "holds .*base, which is needed"),
-        (tmp_path / "models", "holds .*base, which is needed"),
-        (tmp_path / "thesis", "has no config.json.*, so --overwrite leaves it alone"),
+        (run, "contains .*run, which is still needed"),
+        (tmp_path / "models" / "base", "contains .*base, which is still needed"),
+        (tmp_path / "models", "contains .*base, which is still needed"),
+        (tmp_path / "thesis", "expected an earlier output with config.json"),
     ]:
         before = sorted(path for path in tmp_path.rglob("*"))
         with pytest.raises(UserError, match=reason):

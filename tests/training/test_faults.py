@@ -93,9 +93,9 @@ def make_unfinished(run: RunDirectory, state: str) -> None:
 @pytest.mark.parametrize(
     ("state", "told"),
     [
-        ("steps", "has not finished, and stopped before its first checkpoint"),
-        ("checkpoint", "has not finished: its last checkpoint is checkpoint-2; `mmtune train RECIPE --resume` goes on"),
-        ("trained", "has been trained and ended before its report: `mmtune eval "),
+        ("steps", "is not finished and has no checkpoint"),
+        ("checkpoint", "is not finished: its last checkpoint is checkpoint-2; `mmtune train RECIPE --resume` continues"),
+        ("trained", "finished training but stopped before its report: `mmtune eval "),
         ("finished", "is a finished run: --overwrite replaces it"),
     ],
 )
@@ -120,13 +120,13 @@ def test_what_a_killed_start_has_left_does_not_block_the_next(
     make_unfinished(run, "killed before its first step")
     if left == "a start":
         train(recipe, ["test"])
-        assert capsys.readouterr().out.count("is replaced: it is left of a start that ended before its first step") == 1
+        assert capsys.readouterr().out.count("is replaced: that run stopped before its first step") == 1
         return
     earlier = RunDirectory(run.path.with_name(".run.earlier"))
     make_unfinished(earlier, "finished")
     with pytest.raises(UserError, match="is a finished run: --overwrite replaces it"):
         train(recipe, ["test"])
-    assert "is the earlier run again" in capsys.readouterr().out
+    assert "restored the earlier run" in capsys.readouterr().out
     assert run.summary.is_file() and not earlier.path.exists()
 
 

@@ -22,7 +22,7 @@ from mmtune.run_directory import RunDirectory
 from mmtune.train import train
 from mmtune.training import callbacks
 from mmtune.training.callbacks import StopOnSignal
-from mmtune.training.checkpoint import check_resumable, wait_until_seen
+from mmtune.training.checkpoint import check_resumable, wait_for_files
 from mmtune.utils.errors import UserError
 
 SAVES = ("train.save_strategy=steps", "train.save_steps=2", "train.max_steps=6", "tune.language.lora_dropout=0.2")
@@ -123,7 +123,7 @@ def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_pa
         train(make_recipe(*SAVES, "train.learning_rate=1e-3", "tune.language.r=2"), ["test"], resume=True)
     with pytest.raises(UserError, match="is no checkpoint of"):
         train(recipe, ["test"], resume=tmp_path)
-    with pytest.raises(UserError, match="not a directory that mmtune finished"):
+    with pytest.raises(UserError, match="expected a complete output of mmtune"):
         train(recipe, ["test"], resume=run.checkpoints / "checkpoint-77")
     with pytest.raises(UserError, match="was written by one process, and this is 2 processes, DDP; launch as before"):
         check_resumable(recipe, run, run.checkpoints / "checkpoint-2", DistributedContext(size=2))
@@ -162,10 +162,10 @@ def test_a_second_signal_ends_at_once_and_an_echo_does_not(monkeypatch: pytest.M
 
 def test_files_that_other_machines_have_written_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rng_state_0.pth").touch()
-    wait_until_seen(tmp_path, {"rng_state_0.pth"})
+    wait_for_files(tmp_path, {"rng_state_0.pth"})
     monkeypatch.setattr(run_directory, "SEEN_WITHIN_S", -1.0)
     with pytest.raises(UserError, match=r"does not see rng_state_1\.pth"):
-        wait_until_seen(tmp_path, {"rng_state_0.pth", "rng_state_1.pth"})
+        wait_for_files(tmp_path, {"rng_state_0.pth", "rng_state_1.pth"})
 
 
 @pytest.mark.slow

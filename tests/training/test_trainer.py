@@ -286,7 +286,7 @@ def test_a_run_does_not_replace_what_it_starts_from(make_recipe: Callable[..., R
     recipe = make_recipe("train.max_steps=1", "tune.language=full", "tune.vision=full")
     train(recipe, ["test"])
     run = RunDirectory(Path(recipe.output_dir))
-    with pytest.raises(UserError, match=r"output_dir: .* holds .*model, which is needed"):
+    with pytest.raises(UserError, match=r"output_dir: .* contains .*model, which is still needed"):
         train(make_recipe(f"model.base={run.model}"), ["test"], overwrite=True)
     assert run.model.is_dir()
 

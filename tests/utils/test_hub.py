@@ -117,7 +117,7 @@ def test_a_mistyped_run_names_the_nearest_one(verb: list[str], no_hub: Path, cap
     assert entry_point([*verb, "runs/quickstar", *out]) == 2
     told = capsys.readouterr().err
     assert "did you mean 'runs/quickstart'?" in told
-    assert "hub" not in told.replace("not for a hub id", "")
+    assert "hub" not in told.replace("not as a hub id", "")
 
 
 def test_every_path_of_a_recipe_names_the_nearest(no_hub: Path) -> None:
@@ -196,7 +196,7 @@ def test_without_a_network_a_prepared_data_set_is_read_from_the_cache(
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("private", "has no model owner/private, or it is private"), ("gated", "is gated"), ("empty", "holds no config.json")],
+    [("private", "has no model owner/private, or it is private"), ("gated", "is gated"), ("empty", "has no config.json")],
 )
 def test_what_the_hub_refuses_is_said(name: str, told: str, hub: list[str]) -> None:
     with pytest.raises(UserError, match=told):

@@ -19,7 +19,7 @@ from mmtune.distributed.context import SINGLE_PROCESS
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import git_commit, new_run
 from mmtune.utils.errors import UserError
-from mmtune.utils.files import check_links_stay, check_replaceable, linked_directory, replace_text, replaced_directory
+from mmtune.utils.files import check_links, check_replaceable, replace_text, replaced_directory, resolve_link
 from mmtune.utils.locks import lock_file, locked
 
 
@@ -46,7 +46,7 @@ def held_elsewhere(directory: Path) -> Iterator[int]:
 def test_a_lock_ends_with_its_process_and_leaves_no_file(tmp_path: Path) -> None:
     run = tmp_path / "deep" / "run"
     with held_elsewhere(run) as holder:
-        in_use = pytest.raises(UserError, match=rf"in use: process {holder} on {socket.gethostname()}")
+        in_use = pytest.raises(UserError, match=rf"in use by process {holder} on {socket.gethostname()}")
         with in_use, locked(run):
             pass
     assert lock_file(run).exists()  # the process was killed
@@ -89,13 +89,13 @@ def test_a_second_start_names_the_process_that_trains(
         (tmp_path / "link").symlink_to(tmp_path / "run")
         for output_dir in (tmp_path / "run", tmp_path / "link"):
             assert entry_point(["train", str(tmp_path / "recipe.yaml"), option, f"output_dir={output_dir}"]) == 2
-            assert f"in use: process {holder}" in capsys.readouterr().err
+            assert f"in use by process {holder}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_two_writers_of_one_destination(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with held_elsewhere(tmp_path / "out") as holder:
-        with pytest.raises(UserError, match=f"in use: process {holder}"), replaced_directory(tmp_path / "out", True, "mark"):
+        with pytest.raises(UserError, match=f"in use by process {holder}"), replaced_directory(tmp_path / "out", True, "mark"):
             pass
         assert entry_point(["data", "digits", str(tmp_path / "out")]) == 2
     assert list(tmp_path.iterdir()) == [lock_file(tmp_path / "out")]
@@ -136,7 +136,9 @@ def test_the_target_of_a_link_is_replaced_and_the_link_stays(tmp_path: Path) -> 
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["release"]
 
 
-@pytest.mark.parametrize(("target", "message"), [("gone/release", "gone is not there"), ("out", "leads back to itself")])
+@pytest.mark.parametrize(
+    ("target", "message"), [("gone/release", "gone does not exist"), ("out", "is a symbolic link to itself")]
+)
 def test_a_link_that_leads_nowhere_is_refused_at_once(tmp_path: Path, target: str, message: str) -> None:
     (tmp_path / "out").symlink_to(tmp_path / target)
     with pytest.raises(UserError, match=message):
@@ -154,8 +156,8 @@ def test_a_mount_point_is_refused_at_once() -> None:
 def test_a_relative_directory_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert lock_file(Path()) == tmp_path.parent / f".{tmp_path.name}.lock"
-    assert linked_directory(Path("run")) == Path("run")
-    assert linked_directory(Path()) == tmp_path
+    assert resolve_link(Path("run")) == Path("run")
+    assert resolve_link(Path()) == tmp_path
 
 
 def test_a_run_behind_a_link_is_replaced_there(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -199,10 +201,10 @@ def test_links_out_of_a_folder_are_not_copied_into_a_release(tmp_path: Path) -> 
     (snapshot / "config.json").touch()
     (snapshot / "model.safetensors").symlink_to("../../blobs/weights")
     (snapshot / "same.json").symlink_to("config.json")
-    check_links_stay(snapshot)
+    check_links(snapshot)
     (snapshot / "notes.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match=r"notes\.txt: a link out of the folder"):
-        check_links_stay(snapshot)
+    with pytest.raises(UserError, match=r"notes\.txt: a link to a file outside the folder"):
+        check_links(snapshot)
 
 
 # ---- the commit of the working directory
@@ -256,4 +258,4 @@ def test_a_summary_that_was_changed_is_one_message(tmp_path: Path, capsys: pytes
     (tmp_path / "recipe.yaml").touch()
     (tmp_path / "summary.json").write_text(text, encoding="utf-8")
     assert entry_point(["report", str(tmp_path)]) == 2
-    assert "summary.json: not as it was written" in capsys.readouterr().err
+    assert "summary.json: damaged or edited" in capsys.readouterr().err

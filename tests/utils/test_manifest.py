@@ -41,7 +41,7 @@ def release(tmp_path: Path) -> Path:
 def test_a_manifest_that_is_none_is_one_message(release: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     (release / "manifest.json").write_text(text, encoding="utf-8", errors="surrogateescape")
     assert entry_point(["push", str(release), "me/model"]) == 2
-    assert "not a directory that mmtune finished" in capsys.readouterr().err
+    assert "expected a complete output of mmtune" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "dangling", "fifo"])
@@ -54,7 +54,7 @@ def test_links_and_special_files_are_named(release: Path, tmp_path: Path, capsys
     else:
         odd.symlink_to(tmp_path / {"folder": "elsewhere", "file": "elsewhere/secret", "dangling": "gone"}[kind])
     assert entry_point(["push", str(release), "me/model"]) == 1
-    assert "adapter/odd: a link or a special file" in capsys.readouterr().err
+    assert "adapter/odd: expected regular files only, got a link or special file" in capsys.readouterr().err
 
 
 def test_a_hub_that_cannot_be_reached_is_one_message(
@@ -66,5 +66,5 @@ def test_a_hub_that_cannot_be_reached_is_one_message(
 
     monkeypatch.setattr("mmtune.release.push.HfApi", Api)
     assert entry_point(["push", str(release), "me/model", "--upload"]) == 2
-    assert "me/model: the hub cannot be reached: no route" in capsys.readouterr().err
+    assert "me/model: cannot reach the hub: no route" in capsys.readouterr().err
     assert set(check_manifest(release)) == {"README.md", "adapter/a.txt", "manifest.json"}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmtune.data.sources.rows import LazyRow, Row
 from mmtune.utils.errors import UserError, reason_of
-from mmtune.utils.files import not_there
+from mmtune.utils.files import path_hint
 from mmtune.utils.hub import unreachable_reason
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _cached(repository: str, config: str | None, split: str, streaming: bool, re
     except (OSError, ValueError) as error:
         raise UserError(
             f"there is no file or folder {repository}; {reason}; and the cache does not hold it ({str(error).splitlines()[0]}); "
-            f"give the path of a downloaded file, or HF_ENDPOINT for another hub{not_there(Path(repository), only_close=True)}"
+            f"give the path of a downloaded file, or HF_ENDPOINT for another hub{path_hint(Path(repository), only_close=True)}"
         ) from error
     print(f"{repository}: read from the local cache: {reason}")
     return dataset.to_iterable_dataset() if streaming else dataset

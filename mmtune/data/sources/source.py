@@ -23,7 +23,7 @@ from mmtune.data.sources.json_rows import JsonLinesRows, JsonRows, stream_json, 
 from mmtune.data.sources.rows import LazyRow, Row, Rows
 from mmtune.data.sources.webdataset_rows import TarRows, stream_tar
 from mmtune.utils.errors import UserError
-from mmtune.utils.hub import is_local_name, missing
+from mmtune.utils.hub import is_local_name, missing_path_message
 
 __all__ = ["ENDINGS", "LazyRow", "Row", "Rows", "default_media_root", "open_rows", "stream_rows"]
 
@@ -263,7 +263,7 @@ def _open_other(path: str, name: str | None, rows: str | None) -> Rows:
         return open_hub(path, name or path)
     if Path(path).exists() and not Path(path).is_dir():
         raise UserError(f"{path}: a pipe, a socket or a device; rows are read from files")
-    raise UserError(missing(path, "file or folder"))
+    raise UserError(missing_path_message(path, "file or folder"))
 
 
 def _is_hub(path: str, rows: str | None) -> bool:
@@ -329,7 +329,7 @@ def _matches(pattern: str) -> list[str]:
     for plain in _unbraced(pattern):
         matched = [name for name in _globbed(plain) if Path(name).is_file()]
         if not matched:
-            raise UserError(missing(plain, "file") if plain == glob.escape(plain) else f"{plain}: matches no file")
+            raise UserError(missing_path_message(plain, "file") if plain == glob.escape(plain) else f"{plain}: matches no file")
         found.update(matched)
     return sorted(found)
 

@@ -27,7 +27,7 @@ from mmtune.data.templates.prompts import DEFAULT_PROMPT_SETTINGS, Options, Prom
 from mmtune.data.templates.unread_media import check_unread, is_empty_value, modality_of_file
 from mmtune.recipe.yaml_lines import read_document
 from mmtune.utils.errors import UserError, nearest
-from mmtune.utils.hub import missing
+from mmtune.utils.hub import missing_path_message
 from mmtune.utils.shipped import shipped_dir
 
 ROLES = ("system", "user", "assistant")
@@ -314,7 +314,7 @@ def load_data_template(name: str) -> DataTemplate:
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
-            raise UserError(missing(name, "data template"))
+            raise UserError(missing_path_message(name, "data template"))
     else:
         shipped = shipped_templates()
         if name not in shipped:

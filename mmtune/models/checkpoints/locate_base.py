@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmtune.builtin import TINY_LLAVA
 from mmtune.utils.errors import RecipeValueError, UserError, nearest
-from mmtune.utils.hub import HUB_ID, cached_snapshot, is_local_name, locate_checkpoint, missing
+from mmtune.utils.hub import HUB_ID, cached_snapshot, is_local_name, locate_checkpoint, missing_path_message
 
 CHECKPOINT_MARK = "config.json"
 """The file by which a directory is known to be a checkpoint."""
@@ -30,7 +30,7 @@ def resolve_base(base: str) -> str:
             raise RecipeValueError("model.base", f"{base} holds no config.json, so it is no model checkpoint")
         return str(path.resolve())
     if is_local_name(base):
-        raise RecipeValueError("model.base", f"{missing(base)}")
+        raise RecipeValueError("model.base", f"{missing_path_message(base)}")
     return base
 
 

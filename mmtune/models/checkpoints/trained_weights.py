@@ -13,8 +13,7 @@ from mmtune.run_directory import RunDirectory, run_of_checkpoint
 from mmtune.utils.errors import UserError
 from mmtune.utils.files import read_json_object
 from mmtune.utils.hub import locate_checkpoint
-from mmtune.utils.manifest import NAME as MANIFEST
-from mmtune.utils.manifest import check_manifest
+from mmtune.utils.manifest import MANIFEST, check_manifest
 
 ADAPTER_CONFIG = "adapter_config.json"
 CONFIG_NAME = "config.json"
@@ -78,7 +77,7 @@ def find_trained_weights(path: Path) -> TrainedWeights:
         )
         return trained
     if run.recipe.is_file():
-        raise UserError(f"{path} {run.unfinished()}")
+        raise UserError(f"{path} {run.unfinished_state()}")
     raise UserError(f"{path}: expected a finished run (adapter/ or model/), a checkpoint or a model ({CONFIG_NAME}), found none")
 
 
