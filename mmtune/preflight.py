@@ -73,7 +73,7 @@ def _check_base(recipe: Recipe) -> None:
             raise RecipeValueError("model.base", f"{base}: {error}") from error
     if recipe.data.packing and model_type in UNPACKABLE:
         raise RecipeValueError(
-            "data.packing", f"packed batches cannot be exact here: {model_type}: {UNPACKABLE[model_type]}; use padded batches"
+            "data.packing", f"packing is not supported: {model_type}: {UNPACKABLE[model_type]}; set data.packing: false"
         )
     for component, tuning in recipe.tune.components.items():
         if tuning.method == recipe.tune.method is not None:

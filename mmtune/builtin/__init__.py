@@ -1,6 +1,6 @@
-"""What ships inside the package: the digit scenes, and a tiny checkpoint."""
+"""Data and models in the package: scenes of handwritten digits, and a tiny checkpoint."""
 
 from pathlib import Path
 
 TINY_LLAVA = Path(__file__).parent / "tiny_llava"
-"""The checkpoint `builtin:tiny-llava`."""
+"""The directory of the checkpoint `builtin:tiny-llava`."""

@@ -1,20 +1,18 @@
-"""Scenes of real handwritten digits with questions, in LLaVA's conversation format.
+"""The digits data set: scenes of handwritten digits with questions and answers, in LLaVA's conversation format.
 
-The digits are the 1,797 8x8 images of the UCI "Optical Recognition of Handwritten Digits" test set that ship inside
-scikit-learn (`sklearn.datasets.load_digits`), so the data set needs no download. A scene shows four of them in a
-2 x 2 grid. Every fifth image is held out: `eval` and `read_eval` scenes are drawn from those alone, and no training
-part, the built-in checkpoint's included, ever shows one.
+The digits are the 1,797 8x8 images of the UCI "Optical Recognition of Handwritten Digits" test set in scikit-learn
+(`sklearn.datasets.load_digits`), so no download is needed. A scene shows four digits in a 2 x 2 grid. Every fifth image is held
+out: only the `eval` splits show held-out images, and no training split does, including those of the built-in checkpoint.
 
-Parts:
+Splits:
 
-* `read`: what the built-in checkpoint learns first: reading the four digits, naming a position, finding a digit.
-* `words`: what it learns next: the same, repeating words after you, and concluding with "Answer:". Without it the words
-  that no answer holds would share one embedding, and no small adapter could tell them apart.
-* `read_eval`, `words_eval`: questions of each about held-out digits.
-* `tune`: what the quickstart teaches: whether a digit is there, how often, whether two are the same, and which is larger. An
-  answer reads the digits first and then concludes, so that a model of two million parameters can be right for the right
-  reason.
-* `eval`: the same questions as `tune` about held-out digits.
+* `read`: first training stage of the built-in checkpoint: reading the four digits, naming a position, finding a digit.
+* `words`: second stage: the same tasks, repeating words, and concluding with "Answer:". Without it, words that occur in no
+  answer would have almost equal embeddings, which a small adapter could not separate.
+* `read_eval`, `words_eval`: the questions of each stage about held-out digits.
+* `tune`: training data of the quickstart: whether a digit is present, how often, whether two digits are equal, which is larger.
+  Answers first read the digits, then conclude, so that a model of two million parameters can derive the answer.
+* `eval`: the questions of `tune` about held-out digits.
 """
 
 from __future__ import annotations
@@ -32,19 +30,27 @@ from mmtune.utils.files import replace_text
 
 T = TypeVar("T")
 
-CELL = 16  # pixels of one grid cell; a scene is 2 x 2 cells
+CELL = 16  # side of a grid cell in pixels; a scene has 2 x 2 cells
 POSITIONS = ("top left", "top right", "bottom left", "bottom right")
 ANSWER_MARK = "Answer:"
 
 
 @dataclass(frozen=True)
 class Split:
-    """One file of the data set: how many scenes, from which digits, asked which tasks."""
+    """One split of the data set.
+
+    Attributes:
+        scenes: the number of scenes.
+        held_out: whether the scenes show held-out digits.
+        tasks: the tasks of the questions, in turn.
+        questions: questions per scene.
+        seed: the seed of the random generator.
+    """
 
     scenes: int
     held_out: bool
     tasks: tuple[str, ...]
-    questions: int  # turns in a conversation
+    questions: int
     seed: int
 
 
@@ -62,21 +68,20 @@ SPLITS = {
 
 
 def digit_images(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The digits of one side of the split.
+    """The digits that are held out, or the others.
 
     Returns:
-        images: float array (N, 8, 8), 0 to 16 as in the source.
-        labels: int array (N,), 0 to 9.
+        Images, a float array of shape (N, 8, 8) with values from 0 to 16; labels, an int array of shape (N,), from 0 to 9.
     """
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    mine = (np.arange(len(data.target)) % 5 == 4) == held_out
-    return data.images[mine], data.target[mine]
+    selected = (np.arange(len(data.target)) % 5 == 4) == held_out
+    return data.images[selected], data.target[selected]
 
 
 def draw_scene(digits: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """Four digits (4, 8, 8) in reading order on one grey-level canvas; size, tilt and place vary a little."""
+    """A grayscale scene of four digits, shape (4, 8, 8), in reading order; size, rotation and position vary slightly."""
     scene = Image.new("L", (2 * CELL, 2 * CELL), 0)
     for index, digit in enumerate(digits):
         size = int(rng.integers(12, 16))
@@ -111,31 +116,31 @@ def _row(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _where(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
-    wanted = _pick(rng, [x for x in d if d.count(x) == 1] or [d[0]])
-    places = [POSITIONS[i] for i in range(4) if d[i] == wanted]
-    return f"Where is the {wanted}?", ", ".join(places)
+    digit = _pick(rng, [x for x in d if d.count(x) == 1] or [d[0]])
+    positions = [POSITIONS[i] for i in range(4) if d[i] == digit]
+    return f"Where is the {digit}?", ", ".join(positions)
 
 
-def _concluding(d: list[int], answer: str) -> str:
+def _with_conclusion(d: list[int], answer: str) -> str:
     return f"{' '.join(map(str, d))}. {ANSWER_MARK} {answer}"
 
 
-def _each(d: list[int], wanted: int) -> str:
-    """Every digit as it is read, and whether it is the one that was asked for."""
-    return " ".join(f"{digit} {'yes' if digit == wanted else 'no'}" for digit in d)
+def _compare_each(d: list[int], target: int) -> str:
+    """Every digit, followed by whether it equals the target."""
+    return " ".join(f"{digit} {'yes' if digit == target else 'no'}" for digit in d)
 
 
 def _presence(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
     absent = [x for x in range(10) if x not in d]
-    wanted = _pick(rng, d if rng.random() < 0.5 else absent)
-    question = f"Is there {'an' if wanted == 8 else 'a'} {wanted} in the picture?"
-    return question, f"{_each(d, wanted)}. {ANSWER_MARK} {'yes' if wanted in d else 'no'}"
+    target = _pick(rng, d if rng.random() < 0.5 else absent)
+    question = f"Is there {'an' if target == 8 else 'a'} {target} in the picture?"
+    return question, f"{_compare_each(d, target)}. {ANSWER_MARK} {'yes' if target in d else 'no'}"
 
 
 def _count(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
     common = max(d, key=d.count)
-    wanted = _pick(rng, [common, _pick(rng, d), int(rng.integers(10))])
-    return f"How many times does {wanted} appear?", f"{_each(d, wanted)}. {ANSWER_MARK} {d.count(wanted)}"
+    target = _pick(rng, [common, _pick(rng, d), int(rng.integers(10))])
+    return f"How many times does {target} appear?", f"{_compare_each(d, target)}. {ANSWER_MARK} {d.count(target)}"
 
 
 def _same(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
@@ -143,18 +148,18 @@ def _same(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
     equal = [(a, b) for a, b in pairs if d[a] == d[b]]
     a, b = _pick(rng, equal if equal and rng.random() < 0.5 else pairs)
     question = f"Are the {POSITIONS[a]} and the {POSITIONS[b]} digit the same?"
-    return question, _concluding([d[a], d[b]], "yes" if d[a] == d[b] else "no")
+    return question, _with_conclusion([d[a], d[b]], "yes" if d[a] == d[b] else "no")
 
 
 def _larger(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
     a, b = rng.choice(4, size=2, replace=False)
     question = f"Which is the larger digit, {POSITIONS[a]} or {POSITIONS[b]}?"
-    return question, _concluding([d[a], d[b]], str(max(d[a], d[b])))
+    return question, _with_conclusion([d[a], d[b]], str(max(d[a], d[b])))
 
 
 def _conclude(d: list[int], rng: np.random.Generator) -> tuple[str, str]:
     i = int(rng.integers(4))
-    return f"Read the digits. Name the {POSITIONS[i]} digit.", _concluding(d, str(d[i]))
+    return f"Read the digits. Name the {POSITIONS[i]} digit.", _with_conclusion(d, str(d[i]))
 
 
 WORDS = f"""{ANSWER_MARK} yes no there is are not larger smaller than picture digit times appear which what where how many the
@@ -186,23 +191,23 @@ TASKS: dict[str, Callable[[list[int], np.random.Generator], tuple[str, str]]] = 
 }
 
 
-def write_split(name: str, part: Split, folder: Path) -> list[dict]:
-    """Draw every scene of `part` under `folder`/images/`name` and return its rows, in LLaVA's format plus `task`."""
-    rng = np.random.default_rng(part.seed)
-    images, labels = digit_images(part.held_out)
-    pictures = folder / "images" / name
-    pictures.mkdir(parents=True, exist_ok=True)
+def write_split(name: str, split: Split, folder: Path) -> list[dict]:
+    """Write the images of a split to `folder`/images/`name` and return its rows, in LLaVA's format plus `task`."""
+    rng = np.random.default_rng(split.seed)
+    images, labels = digit_images(split.held_out)
+    image_folder = folder / "images" / name
+    image_folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for number in range(part.scenes):
-        # A repeated digit every other scene: four independent digits rarely repeat, and a count would be 1 or 0.
+    for number in range(split.scenes):
+        # Repeated digits in every second scene: independent digits rarely repeat, and almost every count would be 0 or 1.
         values = rng.integers(10, size=4)
         if rng.random() < 0.5:
             values[rng.permutation(4)[: int(rng.integers(2, 5))]] = rng.integers(10)
         chosen = [rng.choice(np.flatnonzero(labels == value)) for value in values]
         digits = [int(value) for value in values]
-        draw_scene(images[chosen], rng).save(pictures / f"{number:05d}.png")
-        offset = number % len(part.tasks)
-        tasks = [part.tasks[(offset + turn) % len(part.tasks)] for turn in range(part.questions)]
+        draw_scene(images[chosen], rng).save(image_folder / f"{number:05d}.png")
+        offset = number % len(split.tasks)
+        tasks = [split.tasks[(offset + turn) % len(split.tasks)] for turn in range(split.questions)]
         turns: list[dict[str, str]] = []
         for task in tasks:
             question, answer = TASKS[task](digits, rng)
@@ -219,13 +224,13 @@ def write_split(name: str, part: Split, folder: Path) -> list[dict]:
     return rows
 
 
-def write_digits(folder: Path, parts: Sequence[str] = ("tune", "eval")) -> dict[str, int]:
-    """Write the named parts as `folder`/NAME.json with their images; returns rows per part.
+def write_digits(folder: Path, splits: Sequence[str] = ("tune", "eval")) -> dict[str, int]:
+    """Write splits as `folder`/NAME.json with their images; returns the number of rows of each split.
 
-    The same parts are the same bytes on every machine with the same numpy, Pillow and scikit-learn.
+    The files are byte-identical on every machine with the same numpy, Pillow and scikit-learn.
     """
     counts = {}
-    for name in parts:
+    for name in splits:
         rows = write_split(name, SPLITS[name], folder)
         replace_text(folder / f"{name}.json", json.dumps(rows, indent=1))
         counts[name] = len(rows)

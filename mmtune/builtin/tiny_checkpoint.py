@@ -1,8 +1,8 @@
-"""The built-in model: a LLaVA-class checkpoint of under two million parameters that reads handwritten digits.
+"""The built-in model: a LLaVA checkpoint of under two million parameters that reads handwritten digits.
 
-`builtin:tiny-llava` is the trained checkpoint that ships in `mmtune/builtin/tiny_llava`; `builtin:tiny-llava-untrained` is
-the same architecture and processor with random weights. `recipes/tiny_llava_read.yaml` and then `recipes/tiny_llava.yaml` make
-the first from the second.
+`builtin:tiny-llava` is the trained checkpoint in `mmtune/builtin/tiny_llava`; `builtin:tiny-llava-untrained` has the same
+architecture and processor with random weights. The first was trained from the second with `recipes/tiny_llava_read.yaml`, then
+`recipes/tiny_llava.yaml`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,24 @@ from transformers import (
 from mmtune.builtin import TINY_LLAVA
 from mmtune.builtin.digits import CELL
 
-PATCH = 8  # pixels along the side of one of the tower's patches
+PATCH = 8  # side of a patch in pixels
 
 
 def build_processor() -> LlavaProcessor:
-    """The processor of the built-in model: 32 x 32 pixels in, 16 image tokens out.
+    """The processor of the built-in model: images of 32 x 32 pixels, 16 image tokens each.
 
-    Its tokenizer is a byte-level BPE of 372 tokens whose merges were learnt from the data set's questions.
+    Its tokenizer is a byte-level BPE of 372 tokens with merges learned from the questions of the data set.
     """
     processor: LlavaProcessor = AutoProcessor.from_pretrained(str(TINY_LLAVA), trust_remote_code=False)
     return processor
 
 
 def build_untrained(seed: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The architecture with random fp32 weights drawn from `seed`: a CLIP tower of 4 layers, an MLP, a Llama of 5 layers."""
+    """The built-in model with random fp32 weights: a CLIP tower of 4 layers, an MLP projector, a Llama of 5 layers.
+
+    Args:
+        seed: the seed of the weights.
+    """
     processor = build_processor()
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(

@@ -176,9 +176,9 @@ def _digits(arguments: argparse.Namespace) -> Any:
     from mmtune.utils.files import resolve_link
     from mmtune.utils.locks import locked
 
-    parts = tuple(SPLITS) if arguments.all else ("tune", "eval")
+    splits = tuple(SPLITS) if arguments.all else ("tune", "eval")
     with locked(resolve_link(Path(arguments.folder))):
-        counts = write_digits(Path(arguments.folder), parts)
-    for part, rows in counts.items():
-        print(f"{arguments.folder}/{part}.json: {rows:,} rows")
+        counts = write_digits(Path(arguments.folder), splits)
+    for split, rows in counts.items():
+        print(f"{arguments.folder}/{split}.json: {rows:,} rows")
     return counts

@@ -1,4 +1,4 @@
-"""The families of bases that mmtune tunes, by `model_type`: what is known of each before its library is imported."""
+"""The model families that mmtune supports as bases, by `model_type`; available without importing a library."""
 
 from __future__ import annotations
 
@@ -23,55 +23,54 @@ PROJECTORS: dict[str, tuple[str, ...]] = {
     "paligemma": ("model.multi_modal_projector",),
     "mistral3": ("model.multi_modal_projector",),
 }
-"""Projector of each family by `config.model_type`: the main module first, then what else is trained with it."""
+"""Paths of the projector by `model_type`: the main module, then further modules and parameters that are trained with it."""
 
 UNPACKABLE = {
-    "paligemma": "its prompts attend in both directions, and those of all samples in a row would be one prompt",
-    "gemma3": "its image tokens attend in both directions by their place in the whole row, and positions start again in a sample",
+    "paligemma": "its prompts attend in both directions, so the prompts of all samples in a row would attend to each other",
+    "gemma3": "its image tokens attend in both directions by their position in the row, but positions restart in every sample",
 }
-"""Families, by `model_type`, whose masks know no samples in a row, with the reason."""
+"""Families whose attention masks do not separate packed samples, by `model_type`, with the reason."""
 
 
 def check_family(model_type: str, name: str) -> None:
-    """Refuse a base that is not one of the families in `PROJECTORS`, before anything else of it is read.
+    """Check that the family of a base is in `PROJECTORS`.
 
     Args:
-        model_type: of the base's config.
-        name: the base, as the recipe names it.
+        model_type: `model_type` in the base's config.
+        name: the base, as named in the recipe.
 
     Raises:
-        UserError: saying what the base is, and which key takes it if any does.
+        UserError: an unsupported family; the message names the recipe key for it, if there is one.
     """
     if model_type in PROJECTORS:
         return
     kind = library_fact("model_types").get(model_type, "other")
     if kind == "language":
-        advice = f"it is a language model without a vision tower; give it as model.language: {name}, beside model.vision"
+        advice = f"it is a language model without a vision tower; set model.language: {name} and model.vision"
     elif kind == "image-text":
-        advice = "transformers has it as an image-text model, and where its parts are is not known here"
+        advice = "transformers supports this image-text model, mmtune does not"
     elif kind == "vision":
-        advice = f"it is a vision encoder without a language model; give it as model.vision: {name}, beside model.language"
+        advice = f"it is a vision encoder without a language model; set model.vision: {name} and model.language"
     else:
         advice = "it is not an image-text model of transformers"
-    known = f"mmtune tunes {', '.join(sorted(PROJECTORS))}"
-    raise UserError(f"it has model_type {model_type!r}, which is not supported: {advice}; as a base {known}")
+    raise UserError(f"model_type {model_type!r} is not supported as a base: {advice}; supported: {', '.join(sorted(PROJECTORS))}")
 
 
 def local_model_type(folder: Path) -> str | None:
-    """`model_type` of a checkpoint, from its `config.json` alone; None where that does not say it.
+    """`model_type` in the `config.json` of a checkpoint, or None if it has none.
 
     Raises:
-        UserError: a model type that transformers does not have, whatever code comes with it; or a `config.json` that is not a
-            JSON object.
+        UserError: a model type that transformers does not have, with or without code in the checkpoint; or a `config.json` that
+            is not a JSON object.
     """
     config = read_json_object(folder / "config.json")
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         return None
     if model_type not in PROJECTORS and model_type not in library_fact("model_types"):
-        advice = "check it, or install a newer transformers"
+        advice = "check config.json, or install a newer transformers"
         if "auto_map" in config:
-            advice = "it brings code of its own; take the release converted for transformers (its name often ends in -hf)"
+            advice = "the model needs its own code; use the release converted for transformers (its name often ends in -hf)"
         version = metadata.version("transformers")
-        raise UserError(f"it has model_type {model_type!r}, which transformers {version} does not have: {advice}")
+        raise UserError(f"model_type {model_type!r} does not exist in transformers {version}: {advice}")
     return model_type

@@ -1,13 +1,14 @@
-"""Where the vision tower, the projector, the language model and its head live inside a vision-language model.
+"""Components of a vision-language model: paths of the vision tower, projector, language model and output head.
 
-Everything that treats components differently asks here: freezing, tuning targets, learning rates, quantization skips.
-Modules are found by identity, through the accessors that transformers gives every model, and never by a substring of a
-name.
+Freezing, tuning targets, learning-rate groups and quantization use these paths. Components are found by module identity, with
+the accessors that transformers gives every model, not by matching substrings of names.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from peft import PeftModel
@@ -22,20 +23,20 @@ Component = Literal["vision", "projector", "language", "lm_head"]
 
 PEFT_PREFIX = "base_model.model."
 PEFT_PREFIXES = ("", PEFT_PREFIX, "base_model.")
-"""What PEFT puts before a module's name: nothing, a tuner's wrapper, or a prompt method's."""
+"""Prefixes of module names: none, that of a PEFT tuner, and that of a PEFT prompt method."""
 
 
 @dataclass(frozen=True)
 class Components:
-    """Dotted paths inside one model.
+    """Dotted module paths of the components of a model.
 
     Attributes:
-        vision_tower: the image encoder; in Qwen-VL it encloses the projector.
-        projector: the module that brings image features to the language model's width.
+        vision_tower: the image encoder; in Qwen-VL it contains the projector.
+        projector: the module that maps image features to the width of the language model.
         language_model: the decoder, with its token embeddings.
         lm_head: the output embeddings.
-        projector_extras: further modules and parameters that belong to the projector (LLaVA-NeXT's `image_newline`,
-            Qwen3-VL's DeepStack mergers).
+        projector_extras: further modules and parameters of the projector (LLaVA-NeXT's `image_newline`, Qwen3-VL's DeepStack
+            mergers).
     """
 
     vision_tower: str | None
@@ -49,13 +50,13 @@ def find_components(model: nn.Module) -> Components:
     """Find the components of a vision-language model, plain or wrapped by PEFT.
 
     Args:
-        model: a `...ForConditionalGeneration` of one of the families in `PROJECTORS`.
+        model: a `...ForConditionalGeneration` model of a family in `PROJECTORS`.
 
     Returns:
-        Paths that `model.get_submodule` takes, for `projector_extras` paths of modules or parameters.
+        Paths for `model.get_submodule`; those of `projector_extras` may also be parameters.
 
     Raises:
-        UserError: for a family that is not known.
+        UserError: an unsupported family, or a model without one of the components.
     """
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
@@ -65,19 +66,19 @@ def find_components(model: nn.Module) -> Components:
     if model_type not in PROJECTORS or head is None:
         raise RecipeValueError(
             "model",
-            f"{type(inner).__name__} (model_type {model_type!r}) is not a family whose components are known; known: "
-            f"{', '.join(sorted(PROJECTORS))}, each as its ...ForConditionalGeneration class",
+            f"{type(inner).__name__} (model_type {model_type!r}): expected a ...ForConditionalGeneration class of a supported "
+            f"family: {', '.join(sorted(PROJECTORS))}",
         )
-    known = {name for name, _ in (*inner.named_modules(), *inner.named_parameters())}
-    projectors = [path for path in PROJECTORS[model_type] if path in known]
+    paths = {name for name, _ in (*inner.named_modules(), *inner.named_parameters())}
+    projectors = [path for path in PROJECTORS[model_type] if path in paths]
     vision, language = inner.get_encoder(modality="image"), inner.get_decoder()
-    found = {"vision tower": vision is not inner and id(vision) in names, "language model": id(language) in names}
-    found["projector"] = bool(projectors)
-    missing = [name for name, there in found.items() if not there]
-    if missing:
-        raise RecipeValueError(
-            "model", f"found no {' and no '.join(missing)} in {type(inner).__name__} (model_type {model_type!r})"
-        )
+    has_component = {
+        "vision tower": vision is not inner and id(vision) in names,
+        "language model": id(language) in names,
+        "projector": bool(projectors),
+    }
+    if missing := [name for name, exists in has_component.items() if not exists]:
+        raise RecipeValueError("model", f"{type(inner).__name__} (model_type {model_type!r}) has no {', no '.join(missing)}")
     return Components(
         vision_tower=names[id(vision)],
         projector=prefix + projectors[0],
@@ -88,31 +89,31 @@ def find_components(model: nn.Module) -> Components:
 
 
 def component_of(name: str, components: Components) -> Component:
-    """The component that owns a parameter or module; where one lies inside another, the longest path wins.
+    """The component of a parameter or module; for nested components the one with the longest path.
 
     Args:
-        name: a dotted name, with or without PEFT's `base_model.model.`.
+        name: a dotted name, with or without PEFT's prefix `base_model.model.`.
 
     Raises:
-        UserError: when no component owns it (a module that encloses several, or an unknown one).
+        UserError: the name is in no component (a module that contains several, or an unknown one).
     """
     if name.startswith(LANGUAGE_PREFIXES):
         return "language"
-    owner, depth = None, -1
+    match, length = None, -1
     for path, component in _paths(components):
-        for spelled in {name.removeprefix(prefix) for prefix in PEFT_PREFIXES}:
+        for plain_name in {name.removeprefix(prefix) for prefix in PEFT_PREFIXES}:
             for root in {path.removeprefix(prefix) for prefix in PEFT_PREFIXES}:
-                if (spelled == root or spelled.startswith(root + ".")) and len(root) > depth:
-                    owner, depth = component, len(root)
-    if owner is None:
-        raise RecipeValueError("model", f"{name!r} lies in no component: {', '.join(path for path, _ in _paths(components))}")
-    return owner
+                if (plain_name == root or plain_name.startswith(root + ".")) and len(root) > length:
+                    match, length = component, len(root)
+    if match is None:
+        raise RecipeValueError("model", f"{name!r} is in no component: {', '.join(path for path, _ in _paths(components))}")
+    return match
 
 
 def linear_modules(model: nn.Module, components: Components, component: Component) -> list[str]:
-    """Full paths of the linear layers of a component, quantized ones too, without the language model's head.
+    """Full paths of the linear layers of a component, including quantized ones, without the output head.
 
-    Call it before adapters are attached: an adapter's own matrices are linear layers as well.
+    Call it before adapters are attached, because adapter matrices are linear layers, too.
     """
     return [
         name
@@ -122,69 +123,70 @@ def linear_modules(model: nn.Module, components: Components, component: Componen
 
 
 def select_modules(model: nn.Module, components: Components, component: Component, selector: str | list[str]) -> list[str]:
-    """Full paths of the modules of a component that a selector names.
+    """Full paths of the modules of a component that a selector matches.
 
     Args:
-        selector: "all-linear"; "all-norm"; or a regular expression that must match a module's whole path below the component, or
-            its last name; or a list of names, each matching the last parts of a path (`q_proj`, `self_attn.q_proj`).
+        selector: "all-linear"; "all-norm"; a regular expression that must match the full path of a module below the component, or
+            its last name; or a list of path endings (`q_proj`, `self_attn.q_proj`).
 
     Returns:
-        Paths in the order of the model; only modules that hold parameters themselves and have no children.
+        Paths in the order of the model; only leaf modules with parameters.
 
     Raises:
-        UserError: when the selector, or one entry of the list, matches nothing.
+        UserError: the selector, or one entry of the list, matches nothing.
     """
+    available = partial(_describe_modules, model, components, component)
     if selector == "all-linear":
-        found = linear_modules(model, components, component)
-        if not found:
-            raise UserError(f"all-linear: the {component} component has no linear layer; {_there(model, components, component)}")
-        return found
+        matches = linear_modules(model, components, component)
+        if not matches:
+            raise UserError(f"all-linear: the {component} component has no linear layer; {available()}")
+        return matches
     leaves = _leaves(model, components, component)
     if selector == "all-norm":
-        found = [name for name in leaves if type(model.get_submodule(name)).__name__.endswith("Norm")]
-        if not found:
-            raise UserError(f"all-norm: the {component} component has no normalization; {_there(model, components, component)}")
-        return found
+        matches = [name for name in leaves if type(model.get_submodule(name)).__name__.endswith("Norm")]
+        if not matches:
+            raise UserError(f"all-norm: the {component} component has no normalization layer; {available()}")
+        return matches
     if isinstance(selector, str):
         pattern = compile_selector(selector)
-        found = [n for n, below in leaves.items() if is_match(pattern, below) or is_match(pattern, n.rpartition(".")[2])]
-        if not found:
-            raise UserError(f"{selector!r} matches no module of the {component}; {_there(model, components, component)}")
-        return found
-    chosen: set[str] = set()
-    for entry in selector:
-        matches = {name for name in leaves if name == entry or name.endswith("." + entry)}
+        matches = [n for n, below in leaves.items() if is_match(pattern, below) or is_match(pattern, n.rpartition(".")[2])]
         if not matches:
+            raise UserError(f"{selector!r} matches no module of the {component} component; {available()}")
+        return matches
+    selected: set[str] = set()
+    for entry in selector:
+        entry_matches = {name for name in leaves if name == entry or name.endswith("." + entry)}
+        if not entry_matches:
             hint = nearest(entry, {name.rpartition(".")[2] for name in leaves})
-            raise UserError(f"{entry!r} matches no module of the {component}{hint}; {_there(model, components, component)}")
-        chosen |= matches
-    if not chosen:
-        raise UserError(f"an empty list selects no module of the {component}; {_there(model, components, component)}")
-    return [name for name in leaves if name in chosen]
+            raise UserError(f"{entry!r} matches no module of the {component} component{hint}; {available()}")
+        selected |= entry_matches
+    if not selected:
+        raise UserError(f"an empty list selects no module of the {component} component; {available()}")
+    return [name for name in leaves if name in selected]
 
 
 def select_parameters(model: nn.Module, components: Components, component: Component, names: list[str]) -> list[str]:
-    """Full paths of the parameters of a component whose last parts are given, such as `experts.down_proj`.
+    """Full paths of the parameters of a component that end with one of `names`, such as `experts.down_proj`.
 
     Raises:
-        UserError: when an entry matches nothing, or a parameter that is no matrix or stack of matrices.
+        UserError: an entry that matches nothing, or a parameter that is neither a matrix nor a stack of matrices.
     """
-    there = {name: p for name, p in model.named_parameters() if component_of(name, components) == component}
-    chosen = []
+    parameters = {name: p for name, p in model.named_parameters() if component_of(name, components) == component}
+    selected = []
     for entry in names:
-        found = [name for name in there if name == entry or name.endswith("." + entry)]
-        if not found:
-            hint = nearest(entry, {name.rpartition(".")[2] for name in there})
-            raise UserError(f"{entry!r} matches no parameter of the {component}{hint}")
-        flat = next((name for name in found if there[name].ndim not in (2, 3)), None)
-        if flat is not None:
-            raise UserError(f"{entry!r}: {flat} has {there[flat].ndim} dimension; a matrix or a stack of matrices is right")
-        chosen += found
-    return list(dict.fromkeys(chosen))
+        matches = [name for name in parameters if name == entry or name.endswith("." + entry)]
+        if not matches:
+            hint = nearest(entry, {name.rpartition(".")[2] for name in parameters})
+            raise UserError(f"{entry!r} matches no parameter of the {component} component{hint}")
+        other = next((name for name in matches if parameters[name].ndim not in (2, 3)), None)
+        if other is not None:
+            raise UserError(f"{entry!r}: {other}: expected a parameter of 2 or 3 dimensions, got {parameters[other].ndim}")
+        selected += matches
+    return list(dict.fromkeys(selected))
 
 
 def _paths(components: Components) -> list[tuple[str, Component]]:
-    """Every path with its component; on a tie of equal paths the first wins."""
+    """All paths with their components; of equal paths the first one counts."""
     pairs: list[tuple[str | None, Component]] = [
         (components.lm_head, "lm_head"),
         (components.projector, "projector"),
@@ -196,7 +198,7 @@ def _paths(components: Components) -> list[tuple[str, Component]]:
 
 
 def _modules_of(model: nn.Module, components: Components, component: Component) -> list[tuple[str, nn.Module]]:
-    roots = tuple(path for path, owner in _paths(components) if owner == component)
+    roots = tuple(path for path, path_component in _paths(components) if path_component == component)
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -205,8 +207,8 @@ def _modules_of(model: nn.Module, components: Components, component: Component) 
 
 
 def _leaves(model: nn.Module, components: Components, component: Component) -> dict[str, str]:
-    """Full path of every leaf module with parameters, and its path below the component."""
-    roots = [path for path, owner in _paths(components) if owner == component]
+    """Full paths of the leaf modules with parameters, each with its path below the component."""
+    roots = [path for path, path_component in _paths(components) if path_component == component]
     leaves = {}
     for name, module in _modules_of(model, components, component):
         if not any(module.children()) and any(True for _ in module.parameters(recurse=False)):
@@ -215,9 +217,7 @@ def _leaves(model: nn.Module, components: Components, component: Component) -> d
     return leaves
 
 
-def _there(model: nn.Module, components: Components, component: Component) -> str:
-    kinds: dict[str, list[str]] = {}
-    for name in _leaves(model, components, component):
-        kinds.setdefault(name.rpartition(".")[2], []).append(name)
-    shown = [f"{last} ({len(paths)})" for last, paths in sorted(kinds.items())]
-    return f"modules there: {', '.join(shown) or 'none'}"
+def _describe_modules(model: nn.Module, components: Components, component: Component) -> str:
+    """The last names of a component's modules with their counts, for messages."""
+    counts = Counter(name.rpartition(".")[2] for name in _leaves(model, components, component))
+    return f"its modules: {', '.join(f'{name} ({count})' for name, count in sorted(counts.items())) or 'none'}"

@@ -1,4 +1,4 @@
-"""Tensors without data whose storages are counted: what a computation would allocate, found by running it on nothing."""
+"""Memory tracking on fake tensors: the bytes that a computation would allocate, by category, without any data."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ MEMORY_KINDS: tuple[MemoryKind, ...] = (
     "logits",
 )
 
-BLOCK_4BIT, BLOCK_NESTED = 64, 256  # weights under one scale, and scales under one scale of scales: bitsandbytes' own
-BLOCK_STATE, SMALLEST_8BIT_STATE, SMALLEST_PAGED_STATE = 256, 4096, 100_000  # of its optimizers
-REAL = 65_536  # what a model makes of nothing is real up to this size, so that it can steer the computation
+BLOCK_4BIT, BLOCK_NESTED = 64, 256  # bitsandbytes: weights per scale, and scales per scale of double quantization
+BLOCK_STATE, MIN_8BIT_STATE, MIN_PAGED_STATE = 256, 4096, 100_000  # bitsandbytes optimizers, in elements
+MAX_REAL = 65_536  # tensors that a model creates (such as position ids) have data up to this number of elements
 
 _aten = torch.ops.aten
 _INDEXING = {
@@ -47,39 +47,39 @@ _INDEXING = {
 
 @contextlib.contextmanager
 def suppress_fake_tensor_warnings() -> Iterator[None]:
-    """Without the libraries' remarks on tensors that have no data."""
-    verbosity, torchs = transformers_logging.get_verbosity(), logging.getLogger(fake_tensor.__name__)
+    """Suppress the warnings of torch and transformers about tensors without data."""
+    verbosity, torch_logger = transformers_logging.get_verbosity(), logging.getLogger(fake_tensor.__name__)
     transformers_logging.set_verbosity_error()
-    torchs.addFilter(_nothing)
+    torch_logger.addFilter(_drop_record)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        torchs.removeFilter(_nothing)
+        torch_logger.removeFilter(_drop_record)
 
 
-def _nothing(record: logging.LogRecord) -> bool:
+def _drop_record(record: logging.LogRecord) -> bool:
     return False
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Runs what happens inside it on fake tensors, and counts the bytes of live storages by kind.
+    """Dispatch mode that runs operations on fake tensors and counts the bytes of live storages by kind.
 
-    Integers and masks stay real, as do small tensors that a model makes itself, because token ids and image grids decide what is
-    computed. Everything that comes from a weight or from pixels is fake. A storage counts from the operation that makes it
-    until its last tensor is gone, so what autograd saves counts as long as it is saved.
+    Integers, masks and small tensors that a model creates keep their data, because token ids and image grids control the
+    computation. Tensors computed from weights or pixels are fake. A storage counts from its allocation until its last tensor is
+    freed, so tensors saved by autograd count while they are saved.
 
     Args:
         vocabulary: tensors whose last dimension has this size count as logits.
 
     Attributes:
-        allocating: the kind of what is made next.
-        moment: a name for what is going on.
+        allocating: the kind of new allocations.
+        phase: the name of the current phase, set by the caller.
         live: bytes by kind now.
-        fullest: bytes by kind at the moment when most was live.
-        peak_phase: `moment` then.
+        peak: bytes by kind at the peak.
+        peak_phase: the phase of the peak.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -93,20 +93,22 @@ class MemoryTracker(TorchDispatchMode):
         self.reset_peak()
 
     def reset_peak(self) -> None:
-        """Begin again with what is live now."""
-        self._most, self.peak, self.peak_phase = 0, dict(self.live), self.phase
-        self._note()
+        """Reset the peak to the bytes that are live now."""
+        self._peak_total, self.peak, self.peak_phase = 0, dict(self.live), self.phase
+        self._update_peak()
 
     def add(self, kind: MemoryKind, size: int) -> None:
-        """Count `size` bytes for good."""
+        """Count `size` bytes permanently."""
         self.live[kind] += size
-        self._note()
+        self._update_peak()
 
     def track(self, tensor: torch.Tensor, kind: MemoryKind, size: int | None = None) -> None:
-        """Count a tensor's storage, unless it is known, until it is gone.
+        """Count a tensor's storage until it is freed; a storage counts once.
 
         Args:
-            size: bytes, where they are not the storage's own.
+            tensor: the tensor.
+            kind: the kind it counts as.
+            size: bytes, if other than those of the storage.
         """
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -115,40 +117,41 @@ class MemoryTracker(TorchDispatchMode):
         size = storage.nbytes() if size is None else size
         self._storages[key] = kind, size
         self.live[kind] += size
-        weakref.finalize(storage, self._gone, key)
-        self._note()
+        weakref.finalize(storage, self._release, key)
+        self._update_peak()
 
     def move(self, tensor: torch.Tensor, kind: MemoryKind) -> None:
         """Count a tensor's storage as another kind from now on."""
         key = tensor.untyped_storage()._cdata
-        was, size = self._storages[key]
-        self.live[was] -= size
+        previous, size = self._storages[key]
+        self.live[previous] -= size
         self.live[kind] += size
         self._storages[key] = kind, size
 
     def fake(self, tensor: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """A fake CPU tensor of this dtype and shape, not counted yet."""
+        """A fake CPU tensor with the dtype of `tensor` and its shape, or `shape`; not counted yet."""
         with self._fake:
             return torch.empty(shape or tensor.shape, dtype=tensor.dtype, device="cpu")
 
     def track_model(self, model: nn.Module, frozen: MemoryKind = "weights") -> None:
-        """Make every parameter and buffer of a model fake, shared ones once, and count them.
+        """Replace every parameter and buffer of a model by a fake tensor and count them; shared tensors count once.
 
         Args:
-            frozen: the kind that what does not train counts as.
+            model: the model; changed in place.
+            frozen: the kind of tensors that do not require gradients.
         """
-        made: dict[int, torch.Tensor] = {}
+        fakes: dict[int, torch.Tensor] = {}
         for module in list(model.modules()):
-            for owned in (module._parameters, module._buffers):
-                for name, tensor in owned.items():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
                     if tensor is not None:
-                        if id(tensor) not in made:
-                            made[id(tensor)] = self._held(tensor, frozen)
-                        owned[name] = made[id(tensor)]  # type: ignore[assignment]
+                        if id(tensor) not in fakes:
+                            fakes[id(tensor)] = self._fake_and_track(tensor, frozen)
+                        tensors[name] = fakes[id(tensor)]  # type: ignore[assignment]
             if isinstance(module, QuantizedLinear):
                 self.add("quantization_constants", module.constants)
 
-    def _held(self, tensor: torch.Tensor, frozen: MemoryKind) -> torch.Tensor:
+    def _fake_and_track(self, tensor: torch.Tensor, frozen: MemoryKind) -> torch.Tensor:
         fake = self.fake(tensor)
         size = getattr(tensor, "stored_bytes", None)
         if isinstance(tensor, nn.Parameter):
@@ -156,57 +159,57 @@ class MemoryTracker(TorchDispatchMode):
         self.track(fake, "trainable" if tensor.requires_grad else frozen, size)
         return fake
 
-    def _gone(self, key: int) -> None:
+    def _release(self, key: int) -> None:
         kind, size = self._storages.pop(key)
         self.live[kind] -= size
 
-    def _note(self) -> None:
-        now = sum(self.live.values())
-        if now > self._most:
-            self._most, self.peak, self.peak_phase = now, dict(self.live), self.phase
+    def _update_peak(self) -> None:
+        total = sum(self.live.values())
+        if total > self._peak_total:
+            self._peak_total, self.peak, self.peak_phase = total, dict(self.live), self.phase
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _aten.eq.Scalar and isinstance(args[0], FakeTensor) and args[0].is_floating_point():
-            # Idefics3 asks which images are padding, all zero; none is here. Shapes follow from the answer, so it has values.
+            # Idefics3 looks for padding images (all zero). There are none here; the result has data, as shapes depend on it.
             return torch.zeros((), dtype=torch.bool).expand(args[0].shape)
         if func in _INDEXING:
-            args = (args[0], [part for index in args[1] for part in _places(index)], *args[2:])
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if given and not any(isinstance(tensor, FakeTensor) for tensor in given):
+            args = (args[0], [positions for index in args[1] for positions in _index_positions(index)], *args[2:])
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if inputs and not any(isinstance(tensor, FakeTensor) for tensor in inputs):
             out = func(*args, **kwargs)
         else:
             with self._fake:
                 out = func(*args, **kwargs)
-            made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-            if not given and all(not tensor.is_floating_point() or tensor.numel() <= REAL for tensor in made):
+            outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+            if not inputs and all(not tensor.is_floating_point() or tensor.numel() <= MAX_REAL for tensor in outputs):
                 out = func(*args, **kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                scores = tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary and self.allocating == "activations"
-                self.track(tensor, "logits" if scores else self.allocating)
+                is_logits = tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary and self.allocating == "activations"
+                self.track(tensor, "logits" if is_logits else self.allocating)
         return out
 
 
-def _places(index: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """An index; a real mask as the positions that it picks, since fake tensors cannot say how many there are."""
+def _index_positions(index: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The index; a mask with data as its positions, because the result's shape depends on their number."""
     if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor):
         return [index]
     return list(index.nonzero().unbind(1))
 
 
 class QuantizedLinear(nn.Linear):
-    """Takes and gives what bitsandbytes' `Linear8bitLt` or `Linear4bit` would, in memory.
+    """A linear layer that uses as much memory as bitsandbytes' `Linear8bitLt` or `Linear4bit`.
 
-    Its weight has the layer's shape, and `stored_bytes` as bitsandbytes stores it. Where a real layer dequantizes the whole
-    weight, in the forward and again in the backward pass, so does this; int8 saves its input for the backward pass.
+    The weight has the shape of the layer, and its `stored_bytes` are those of bitsandbytes. As in bitsandbytes, the weight is
+    dequantized in the forward pass and again in the backward pass, and int8 saves its input for the backward pass.
 
     Args:
-        layer: the layer that it replaces.
+        layer: the layer to replace.
         precision: int8 (LLM.int8, arXiv 2208.07339) or nf4 with double quantization (QLoRA, arXiv 2305.14314).
 
     Attributes:
-        constants: bytes of what dequantizes the weight.
+        constants: bytes of the quantization constants.
     """
 
     def __init__(self, layer: nn.Linear, precision: str) -> None:
@@ -218,7 +221,7 @@ class QuantizedLinear(nn.Linear):
         self.weight.stored_bytes = stored  # type: ignore[attr-defined]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Of shape (..., in) to (..., out), in the input's dtype."""
+        """Maps shape (..., in) to (..., out), in the input's dtype."""
         if self.precision == "int8":
             int8: torch.Tensor = _Dequantize.apply(input, self.weight, self.bias, True)
             return int8
@@ -227,12 +230,12 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Dequantize(torch.autograd.Function):
-    """A linear layer whose weight exists in the input's dtype only while it is multiplied with."""
+    """Linear function whose weight exists in the input's dtype only during the matrix multiplication."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, keeps_input: bool) -> torch.Tensor:
-        ctx.shape, ctx.dtype, ctx.kept = weight.shape, x.dtype, x if keeps_input else None
-        return nn.functional.linear(x, _like(weight, x.dtype), bias)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, saves_input: bool) -> torch.Tensor:
+        ctx.shape, ctx.dtype, ctx.saved_input = weight.shape, x.dtype, x if saves_input else None
+        return nn.functional.linear(x, torch.empty_like(weight, dtype=x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
@@ -240,15 +243,11 @@ class _Dequantize(torch.autograd.Function):
         return gradient @ gradient.new_empty(ctx.shape, dtype=ctx.dtype), None, None, None
 
 
-def _like(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty_like(weight, dtype=dtype)
-
-
 def quantized_bytes(out_features: int, in_features: int, precision: str) -> tuple[int, int]:
-    """Bytes of a quantized weight, and of the constants that dequantize it, as bitsandbytes keeps them.
+    """Bytes of a quantized weight matrix and of its quantization constants in bitsandbytes.
 
-    int8: a byte for a weight, an fp32 scale for every row. nf4: half a byte for a weight; a one-byte scale for every 64 weights,
-    an fp32 scale and for every 256 of those; the 16 and 256 fp32 values of the two codes, and one fp32 offset.
+    int8: one byte per weight and an fp32 scale per row. nf4: half a byte per weight, a one-byte scale per 64 weights, an fp32
+    scale per 256 of these scales, the 16 and 256 fp32 values of the two codebooks, and one fp32 offset.
     """
     weights = out_features * in_features
     if precision == "int8":
@@ -258,22 +257,22 @@ def quantized_bytes(out_features: int, in_features: int, precision: str) -> tupl
 
 
 def bnb_state_bytes(parameters: int, states: int, in_8bit: bool, paged: bool = False) -> int:
-    """Bytes that a bitsandbytes optimizer keeps on the device for one tensor.
+    """Bytes on the device of a bitsandbytes optimizer's states for one parameter tensor.
 
     Args:
-        parameters: the tensor's elements.
-        states: tensors of state, 2 for Adam (arXiv 2110.02861).
-        in_8bit: a byte for an element and an fp32 scale for every 256; tensors under 4096 elements keep fp32 states.
-        paged: states of 100,000 elements and more can leave for the host's memory.
+        parameters: the number of elements of the tensor.
+        states: state tensors per parameter, 2 for Adam (arXiv 2110.02861).
+        in_8bit: one byte per element and an fp32 scale per 256 elements; tensors under 4096 elements have fp32 states.
+        paged: states of at least 100,000 elements can be paged out to host memory and do not count.
     """
-    if paged and parameters >= SMALLEST_PAGED_STATE:
+    if paged and parameters >= MIN_PAGED_STATE:
         return 0
-    if in_8bit and parameters >= SMALLEST_8BIT_STATE:
+    if in_8bit and parameters >= MIN_8BIT_STATE:
         return states * (parameters + 4 * math.ceil(parameters / BLOCK_STATE))
     return states * 4 * parameters
 
 
 def make_prompt_tokens_real(model: Any) -> None:
-    """Give a PEFT model's virtual tokens, numbers that it looks up by and no weights, values again after it was made on meta."""
+    """Give the `prompt_tokens` of a PEFT model that was created on the meta device their values (indices of virtual tokens)."""
     for name, tokens in getattr(model, "prompt_tokens", {}).items():
         model.prompt_tokens[name] = torch.arange(tokens.shape[0])

@@ -1,4 +1,4 @@
-"""Generation settings: those that a checkpoint publishes, made valid, and those that mmtune asks a model with."""
+"""Generation: the generation config of a checkpoint, made valid, and greedy generation with fixed settings."""
 
 from __future__ import annotations
 
@@ -16,82 +16,83 @@ from mmtune.chat_templates.resolving import stop_token_ids
 from mmtune.utils.files import read_json_object
 
 DEFAULT_MAX_NEW_TOKENS = 64
-"""At most this many new tokens, where a recipe has no `evaluate` section to say."""
+"""`max_new_tokens` for a recipe without an `evaluate` section."""
 
-MODES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate", "_from_model_config")
-"""Settings that decide whether transformers accepts the others; they are tried first."""
-NEEDS = {"penalty_alpha": "top_k"}
-"""Settings that mean something else without another one."""
-REFUSED = "transformers refuses to save a model with it"
-ABSENT = "the model has no such token"
-"""Why a setting is left out."""
-TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
+MODE_SETTINGS = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate", "_from_model_config")
+"""Settings on which the validity of others depends; they are set first."""
+REQUIRED_SETTINGS = {"penalty_alpha": "top_k"}
+"""Settings that have another meaning without a second setting."""
+NOT_SAVABLE = "transformers does not save a model with it"
+UNKNOWN_TOKEN = "the model has no such token"
+"""Reasons for dropping a setting."""
+TOKEN_SETTINGS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
 def read_generation_config(name: str, trust_remote_code: bool = False) -> tuple[GenerationConfig, str | None]:
-    """A checkpoint's own generation config, without the settings that transformers refuses to save.
+    """Read the generation config of a checkpoint and drop the settings with which transformers cannot save a model.
 
-    `generation_config.json` of Vicuna has `temperature` without `do_sample`, for one: it has no effect, and a model that
-    was changed cannot be saved with it. What a checkpoint publishes is kept as it is otherwise.
+    For example, Vicuna's `generation_config.json` has `temperature` without `do_sample`. It has no effect, but a modified model
+    cannot be saved with it. All other settings are unchanged.
 
     Args:
         name: a directory or hub id with a `config.json`.
+        trust_remote_code: whether code in the checkpoint may be executed.
 
     Returns:
-        The config, which `GenerationConfig.validate(strict=True)` accepts, and one line on the settings that were left out.
+        The config, valid under `GenerationConfig.validate(strict=True)`, and one line about the dropped settings, or None.
 
     Raises:
-        UserError: `generation_config.json` is no JSON object.
+        UserError: `generation_config.json` is not a JSON object.
         OSError, ValueError: files that cannot be read.
     """
     file = cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
-    if file is None:  # transformers then takes the settings that config.json has
+    if file is None:  # transformers then uses the generation settings in config.json
         file = cached_file(name, CONFIG_NAME)
         published = read_json_object(Path(file)) | {"_from_model_config": True}
     else:
         published = read_json_object(Path(file))
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    generation_config, left_out = make_generation_config_valid(published, config.get_text_config().vocab_size)
-    reasons = [f"because {reason}: {', '.join(settings)}" for reason, settings in left_out.items()]
-    return generation_config, f"{Path(file).name}: left out, {'; '.join(reasons)}" if reasons else None
+    generation_config, dropped = make_generation_config_valid(published, config.get_text_config().vocab_size)
+    reasons = [f"because {reason}: {', '.join(settings)}" for reason, settings in dropped.items()]
+    return generation_config, f"{Path(file).name}: dropped {'; '.join(reasons)}" if reasons else None
 
 
 def make_generation_config_valid(published: Mapping[str, Any], vocabulary: int) -> tuple[GenerationConfig, dict[str, list[str]]]:
-    """As many settings as transformers accepts together, and those that were left out, by the reason.
+    """The valid settings of a generation config, and the dropped settings by reason.
 
     Args:
         published: the content of a `generation_config.json`.
-        vocabulary: how many tokens the model has; a token id beyond is left out.
+        vocabulary: the vocabulary size of the model; larger token ids are dropped.
     """
     config = GenerationConfig()
-    refused: dict[str, Any] = {}
-    absent: list[str] = []
-    known = vars(config)
-    for key in sorted(published, key=lambda key: key not in MODES):
+    not_savable: dict[str, Any] = {}
+    unknown_tokens: list[str] = []
+    fields = vars(config)
+    for key in sorted(published, key=lambda key: key not in MODE_SETTINGS):
         value = published[key]
-        if key not in known and published.get("_from_model_config"):
-            continue  # transformers does not read it either
-        if key in TOKENS:
+        if key not in fields and published.get("_from_model_config"):
+            continue  # a key of config.json that is not a generation setting
+        if key in TOKEN_SETTINGS:
             tokens = value if isinstance(value, list) else [] if value is None else [value]
-            absent += [f"{key} {token}" for token in tokens if not _is_token(token, vocabulary)]
-            existing = [token for token in tokens if _is_token(token, vocabulary)]
-            value = (existing if isinstance(value, list) else existing[0]) if existing else None
-        before = getattr(config, key, None)
+            unknown_tokens += [f"{key} {token}" for token in tokens if not _is_token(token, vocabulary)]
+            valid_tokens = [token for token in tokens if _is_token(token, vocabulary)]
+            value = (valid_tokens if isinstance(value, list) else valid_tokens[0]) if valid_tokens else None
+        previous = getattr(config, key, None)
         try:
             setattr(config, key, WatermarkingConfig.from_dict(value) if key == "watermarking_config" else value)
             config.validate(strict=True)
         except (ValueError, TypeError):
-            if key in known:
-                setattr(config, key, before)
+            if key in fields:
+                setattr(config, key, previous)
             else:
                 delattr(config, key)
-            refused[key] = published[key]
-    for key, needed in NEEDS.items():
-        if needed in refused and getattr(config, key) is not None:
-            refused[key] = getattr(config, key)
+            not_savable[key] = published[key]
+    for key, required in REQUIRED_SETTINGS.items():
+        if required in not_savable and getattr(config, key) is not None:
+            not_savable[key] = getattr(config, key)
             setattr(config, key, None)
-    left_out = {REFUSED: [f"{key} {value}" for key, value in refused.items()], ABSENT: absent}
-    return config, {reason: settings for reason, settings in left_out.items() if settings}
+    dropped = {NOT_SAVABLE: [f"{key} {value}" for key, value in not_savable.items()], UNKNOWN_TOKEN: unknown_tokens}
+    return config, {reason: settings for reason, settings in dropped.items() if settings}
 
 
 def _is_token(token: Any, vocabulary: int) -> bool:
@@ -99,7 +100,7 @@ def _is_token(token: Any, vocabulary: int) -> bool:
 
 
 def generation_settings(model: torch.nn.Module, processor: ProcessorMixin, max_new_tokens: int) -> dict[str, Any]:
-    """The settings of `generate`: greedy, ended by every token that ends a turn, with nothing of the base's own settings."""
+    """The generation settings of `generate`: greedy decoding with all end-of-turn tokens as stop tokens."""
     tokenizer = processor.tokenizer
     return {
         "do_sample": False,
@@ -112,12 +113,12 @@ def generation_settings(model: torch.nn.Module, processor: ProcessorMixin, max_n
 
 
 def unused_settings(model: torch.nn.Module) -> dict[str, Any]:
-    """Settings of the model's own generation config that `generate` does not use: its penalties, beams, sampling, lengths."""
+    """Settings of the model's generation config that `generate` ignores: penalties, beams, sampling, lengths."""
     config = _inner(model).generation_config
     assert config is not None
-    silent = {*TOKENS, "transformers_version", "_from_model_config", "use_cache", "cache_implementation"}
-    silent |= {"output_attentions", "output_hidden_states"}
-    return {key: value for key, value in config.to_diff_dict().items() if key not in silent}
+    without_effect = {*TOKEN_SETTINGS, "transformers_version", "_from_model_config", "use_cache", "cache_implementation"}
+    without_effect |= {"output_attentions", "output_hidden_states"}
+    return {key: value for key, value in config.to_diff_dict().items() if key not in without_effect}
 
 
 def generate(
@@ -128,21 +129,24 @@ def generate(
     streamer: BaseStreamer | None = None,
     stopping_criteria: Sequence[Callable[..., torch.Tensor]] = (),
 ) -> torch.Tensor:
-    """Greedy answers to a batch of prompts, as evaluation, parity, rehearsal and chat ask for them.
+    """Greedy generation for a batch of prompts; used by evaluation, parity, rehearsal and chat.
 
-    `generate` of transformers takes what its arguments leave open from the model's own generation config: a penalty, beams,
-    suppressed tokens. That config is set aside meanwhile.
+    transformers' `generate` takes unset arguments from the model's generation config (penalties, beams, suppressed tokens). This
+    function replaces that config during the call.
 
     Args:
-        batch: `input_ids` of shape (rows, tokens), padded on the left, with what else the model takes.
-        streamer: gets the tokens of a single row as they come.
-        stopping_criteria: functions of `input_ids` and `scores` that return a boolean for each row: whether it is finished.
+        model: the model, plain or with an adapter.
+        processor: its processor, with a chat template.
+        batch: `input_ids` of shape (rows, tokens), padded on the left, and the other inputs of the model.
+        max_new_tokens: at most this many new tokens.
+        streamer: receives the tokens of a single row as they are generated.
+        stopping_criteria: functions of `input_ids` and `scores` that return a boolean per row: whether to stop it.
 
     Returns:
         Token ids of prompts and answers, int64, shape (rows, tokens).
     """
     inner = _inner(model)
-    own = inner.generation_config
+    previous = inner.generation_config
     inner.generation_config = GenerationConfig(**generation_settings(model, processor, max_new_tokens))
     try:
         answers: torch.Tensor = model.generate(  # type: ignore[operator]
@@ -152,7 +156,7 @@ def generate(
             stopping_criteria=StoppingCriteriaList(stopping_criteria),
         )
     finally:
-        inner.generation_config = own
+        inner.generation_config = previous
     return answers
 
 

@@ -1,4 +1,4 @@
-"""A recipe's model from its configuration alone: shapes and dtypes, no weights."""
+"""The model of a recipe on the meta device: shapes and dtypes from configs, without weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_model_config(section: ModelSection) -> PreTrainedConfig:
         except (OSError, ValueError) as error:
             raise UserError(unreachable_file("model.base", section.base, "config.json", error)) from error
     else:
-        assert section.vision is not None and section.language is not None  # the recipe holds this
+        assert section.vision is not None and section.language is not None  # checked by the recipe
         tower = read_vision_tower(section.vision, section.trust_remote_code)
         text = read_language_config(section.language, section.trust_remote_code)
         config = LlavaConfig(
@@ -40,7 +40,7 @@ def read_model_config(section: ModelSection) -> PreTrainedConfig:
 
 
 def build_meta(section: ModelSection) -> PreTrainedModel:
-    """The recipe's model with no weights (meta tensors), from configs alone.
+    """The recipe's model on the meta device, from configs alone.
 
     An assembled model lacks the few embedding rows that its tokenizer may add.
 

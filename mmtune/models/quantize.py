@@ -1,4 +1,4 @@
-"""int8 and nf4: which layers are quantized, and what keeps their weights readable."""
+"""Quantization of the base with bitsandbytes: int8 and nf4."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ QUANTIZED = ("int8", "nf4")
 
 
 def quantization_config(checkpoint: str, precision: str, trust_remote_code: bool = False) -> BitsAndBytesConfig:
-    """How a checkpoint is quantized: the language model's linear layers, and nothing else.
+    """The quantization config of a checkpoint: only the linear layers of the language model are quantized.
 
-    The vision tower, the projector and the head stay in bf16: they hold few of the weights, and what trains in full must be
-    whole. Where they are is read from the model's structure, without its weights.
+    The vision tower, the projector and the head stay in bf16: they have few of the weights, and fully trained modules cannot be
+    quantized. Their paths are found in the model's structure, without its weights.
 
     Args:
         checkpoint: a directory or hub id.
         precision: `int8` (LLM.int8, arXiv 2208.07339) or `nf4` with double quantization_config (QLoRA, arXiv 2305.14314).
 
     Raises:
-        UserError: a family whose components are not known.
+        UserError: an unsupported family.
     """
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
     components = find_components(model)
-    whole = [components.vision_tower, components.projector, *components.projector_extras, components.lm_head]
-    skip = [path for path in whole if path is not None]
+    unquantized = [components.vision_tower, components.projector, *components.projector_extras, components.lm_head]
+    skip = [path for path in unquantized if path is not None]
     if precision == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(
@@ -44,18 +44,18 @@ def quantization_config(checkpoint: str, precision: str, trust_remote_code: bool
 
 
 def prepare_quantized(model: nn.Module) -> None:
-    """Check what was quantized, and keep 4-bit weights as they were stored.
+    """Check that only the language model is quantized, and disable the repacking of 4-bit weights on CPUs.
 
-    On CPUs with AVX512-BF16 a forward pass without gradients packs 4-bit weights again in place, after which every later
-    dequantization gives garbage without an error.
+    On CPUs with AVX512-BF16, a forward pass without gradients repacks 4-bit weights in place; every later dequantization then
+    gives wrong values without an error.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     components = find_components(model)
     for name, module in model.named_modules():
         if isinstance(module, (Linear4bit, Linear8bitLt)):
-            owner = component_of(name, components)
-            assert owner == "language", f"{name} of the {owner} component was quantized"
+            component = component_of(name, components)
+            assert component == "language", f"{name} of the {component} component was quantized"
         if isinstance(module, Linear4bit):
-            packs: Any = module
-            packs.support_avx512bf16_for_cpu = False
+            layer: Any = module
+            layer.support_avx512bf16_for_cpu = False

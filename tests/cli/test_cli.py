@@ -71,7 +71,7 @@ def test_a_bad_row_is_named_before_weights_are_loaded(
         ("train.learning_rate=fast", "train.learning_rate"),
         ("data.train.0.template=lava", "data template 'lava' is not one of those that ship; did you mean 'llava'?"),
         ("data.train.0.path=nowhere.json", "nowhere.json"),
-        ("tune.language.target_modules=[q_prj]", "'q_prj' matches no module of the language; did you mean 'q_proj'?"),
+        ("tune.language.target_modules=[q_prj]", "'q_prj' matches no module of the language component; did you mean 'q_proj'?"),
         ("model.base=builtin:tiny-lava", "builtin:tiny-llava"),
         ("model.chat_template=vicuna", "did you mean 'vicuna_v1'?"),
     ],

@@ -1,4 +1,4 @@
-"""Bases as they are published, by the command line: what is wrong in them is set right and said, or refused by every verb."""
+"""Bases with faulty files on the command line: faults are corrected and reported, or are the same error for every command."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
-    """The built-in checkpoint with changed files, by the name of the change, beside rows and a recipe that names it."""
+    """A function that returns a folder with a changed built-in checkpoint, rows, and a recipe, by the name of the change."""
     folder = tmp_path_factory.mktemp("bases")
     Image.new("RGB", (48, 40), "teal").save(folder / "a.png")
     answers = ("yes", "no", "two", "one")
@@ -87,7 +87,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
 
 
 def _verbs(case: Path) -> dict[str, list[str]]:
-    """Every verb that reads a base, with what it takes."""
+    """Every command that reads a base, with its arguments."""
     recipe, base = str(case / "recipe.yaml"), str(case / "base")
     return {
         "check": ["data", "check", recipe, "--processes", "1"],
@@ -109,12 +109,12 @@ def _verbs(case: Path) -> dict[str, list[str]]:
         ),
         (
             "counts_too_few",
-            "for an image of 640 x 480 pixels the processor writes 15 tokens of id 5, and the model makes 16 features; in the "
-            "processor's files num_additional_image_tokens: expected 1, got 0",
+            "for an image of 640 x 480 pixels the processor writes 15 image tokens (id 5), the model gives 16 image features; "
+            "in the processor's files num_additional_image_tokens: expected 1, got 0",
         ),
     ],
 )
-def test_every_verb_refuses_a_base_with_the_same_words(
+def test_a_faulty_base_is_the_same_error_for_every_command(
     bases: Callable[[str], Path], name: str, error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = bases(name)
@@ -127,31 +127,31 @@ def test_every_verb_refuses_a_base_with_the_same_words(
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("sampling", "left out, because transformers refuses to save a model with it: temperature 0.9, top_p 0.6"),
+        ("sampling", "dropped because transformers does not save a model with it: temperature 0.9, top_p 0.6"),
         (
             "returns_several",
-            "transformers refuses to save a model with it: num_return_sequences 2; because the model has no such token: "
+            "transformers does not save a model with it: num_return_sequences 2; because the model has no such token: "
             "pad_token_id -1",
         ),
         (
             "sampling_in_config",
-            "config.json: left out, because transformers refuses to save a model with it: temperature 0.9, top",
+            "config.json: dropped because transformers does not save a model with it: temperature 0.9, top",
         ),
-        ("stops_beyond", "generation_config.json: left out, because the model has no such token: eos_token_id 999999\n"),
-        ("lacks_extra_tokens", "lack keys that follow from config.json: patch_size: 8, num_additional_image_tokens: 1"),
-        ("pads_with_images", "pad_token: '<|pad|>', because '<image>' stands for an image"),
-        ("pads_with_ends", "pad_token: '<|pad|>', because '<|end|>' ends a turn"),
+        ("stops_beyond", "generation_config.json: dropped because the model has no such token: eos_token_id 999999\n"),
+        ("lacks_extra_tokens", "keys missing in the processor's files set from config.json: patch_size: 8, num_additional"),
+        ("pads_with_images", "pad_token set to '<|pad|>': '<image>' is the image token"),
+        ("pads_with_ends", "pad_token set to '<|pad|>': '<|end|>' ends a turn"),
     ],
 )
-def test_what_is_set_right_is_said_and_gives_the_built_in_models_answer(
+def test_a_corrected_fault_is_reported_and_does_not_change_the_answer(
     bases: Callable[[str], Path], name: str, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chat = _verbs(bases(name))["chat"]
     assert entry_point(["chat", "builtin:tiny-llava", *chat[2:]]) == 0
     answer = capsys.readouterr().out
     assert entry_point(chat) == 0
-    told, *rest = capsys.readouterr().out.splitlines(keepends=True)
-    assert line in told and "".join(rest) == answer
+    first, *rest = capsys.readouterr().out.splitlines(keepends=True)
+    assert line in first and "".join(rest) == answer
 
 
 @pytest.mark.parametrize(
@@ -160,13 +160,13 @@ def test_what_is_set_right_is_said_and_gives_the_built_in_models_answer(
         ("no_object", "chat", "{base}: generation_config.json is not a JSON object, but [1]"),
         ("no_json", "chat", "{base}: config.json is not valid JSON: Expecting property name"),
         ("no_json", "check", "{recipe}:1: model.base: {base}: config.json is not valid JSON: Expecting property name"),
-        ("odd_patch", "chat", "{base}: the model cannot take an image of 640 x 480 pixels as its processor gives it: "),
-        ("odd_patch", "check", "{recipe}:1: model.base: {base}: the model cannot take an image of 640 x 480 pixels"),
-        ("llama_config", "chat", "{base}: it has model_type 'llama', which is not supported"),
+        ("odd_patch", "chat", "{base}: the model cannot process an image of 640 x 480 pixels from its processor: "),
+        ("odd_patch", "check", "{recipe}:1: model.base: {base}: the model cannot process an image of 640 x 480 pixels"),
+        ("llama_config", "chat", "{base}: model_type 'llama' is not supported as a base"),
         ("without_end", "chat", "{base}: its chat template does not serve"),
     ],
 )
-def test_an_error_about_a_base_begins_with_what_the_reader_wrote(
+def test_an_error_about_a_base_starts_with_its_name_as_given(
     bases: Callable[[str], Path], name: str, verb: str, error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = bases(name)
@@ -174,7 +174,7 @@ def test_an_error_about_a_base_begins_with_what_the_reader_wrote(
     assert "error: " + error.format(base=case / "base", recipe=case / "recipe.yaml") in capsys.readouterr().err
 
 
-def test_a_model_without_one_weight_is_not_asked(
+def test_a_model_with_a_missing_weight_is_an_error(
     bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for file in TINY_LLAVA.iterdir():
@@ -189,39 +189,41 @@ def test_a_model_without_one_weight_is_not_asked(
 
 
 @pytest.mark.slow
-def test_a_planned_run_says_once_what_it_sets_right_and_keeps_its_template(
+def test_a_planned_run_reports_a_corrected_fault_once_and_keeps_its_template(
     bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = bases("pads_with_images")
     assert entry_point([*_verbs(case)["train"], "data.plan=true"]) == 0
-    assert capsys.readouterr().out.count("pad_token:") == 1
+    assert capsys.readouterr().out.count("pad_token set to") == 1
     run, recipe = str(case / "run"), str(case / "recipe.yaml")
-    refusal = f"error: {run}/adapter: it was trained with another chat template than vicuna_v1; leave that out"
+    message = f"error: {run}/adapter: it was trained with another chat template than vicuna_v1; omit the chat template"
     for command in (
         ["eval", run, "model.chat_template=vicuna_v1"],
         ["chat", run, "--chat-template", "vicuna_v1", "--prompt", "x"],
     ):
         assert entry_point(command) == 2
-        assert refusal in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert entry_point(["eval", run, "--recipe", recipe, "model.chat_template=vicuna_v1"]) == 2
-    assert refusal in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert entry_point(["eval", run]) == 0
 
 
 @pytest.mark.parametrize("name", ["penalty", "beams", "end_behind_mark"])
-def test_answers_do_not_depend_on_what_a_base_generates_with(
+def test_answers_do_not_depend_on_the_generation_config_of_a_base(
     bases: Callable[[str], Path], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chat, ask = _verbs(bases(name))["chat"], _verbs(bases(name))["eval"]
-    said = []
+    chat, evaluate = _verbs(bases(name))["chat"], _verbs(bases(name))["eval"]
+    outputs = []
     for model in ("builtin:tiny-llava", chat[1]):
         assert entry_point(["chat", model, *chat[2:]]) == 0
-        assert entry_point(["eval", model, *ask[2:]]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1]
+        assert entry_point(["eval", model, *evaluate[2:]]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
 
 
-def test_a_template_may_be_named_for_a_chat(bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_chat_template_can_be_given_on_the_command_line(
+    bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     verbs = _verbs(bases("without_end"))
     assert entry_point([*verbs["chat"], "--chat-template", "vicuna_v1"]) == 0
     assert entry_point([*verbs["eval"], "model.chat_template=vicuna_v1"]) == 0
@@ -230,33 +232,37 @@ def test_a_template_may_be_named_for_a_chat(bases: Callable[[str], Path], capsys
     assert capsys.readouterr().out.rstrip().endswith("ASSISTANT:")
 
 
-def test_the_token_behind_the_mark_is_learnt(bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_end_token_after_the_generation_block_is_supervised(
+    bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     capsys.readouterr()
     assert entry_point([*_verbs(bases("end_behind_mark"))["show"], "--json"]) == 0
     tokens = json.loads(capsys.readouterr().out)["tokens"]
     assert [token["text"] for token in tokens if token["kind"] == "supervised"][-1] == "<|end|>"
 
 
-def test_a_template_that_writes_the_date_is_said(bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_template_that_writes_the_date_is_reported(bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert entry_point([*_verbs(bases("dated"))["show"], "--prompt"]) == 0
-    assert "chat template: it writes the date (strftime_now)" in capsys.readouterr().out
+    assert "chat template: it writes the current date (strftime_now)" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sampling", "penalty"])
-def test_a_release_keeps_its_bases_generation_config_and_says_what_answers_used(bases: Callable[[str], Path], name: str) -> None:
+def test_a_release_keeps_the_generation_config_and_states_the_settings_of_its_answers(
+    bases: Callable[[str], Path], name: str
+) -> None:
     case = bases(name)
     assert entry_point(_verbs(case)["train"]) == 0
     assert entry_point(["merge", str(case / "run"), str(case / "out")]) == 0
     summary = json.loads((case / "run" / "summary.json").read_text())
     used = {"do_sample": False, "num_beams": 1, "max_new_tokens": 6, "eos_token_id": [1], "pad_token_id": 0, "bos_token_id": None}
     assert summary["generation"] == used
-    kept = CHANGES["penalty"]["generation_config.json"] if name == "penalty" else {}
-    assert summary["generation_not_used"] == kept
+    unused = CHANGES["penalty"]["generation_config.json"] if name == "penalty" else {}
+    assert summary["generation_not_used"] == unused
     for folder in (case / "run" / "adapter", case / "out"):
         released = tf.GenerationConfig.from_pretrained(folder)
         released.validate(strict=True)
-        assert released.eos_token_id == [1] and kept.items() <= released.to_diff_dict().items()
+        assert released.eos_token_id == [1] and unused.items() <= released.to_diff_dict().items()
     for file in (case / "run" / "report.html", case / "out" / "README.md"):
         text = file.read_text()
         assert "Answers are generated greedily: at most 6 new tokens, stop token 1, padding token 0." in text

@@ -1,6 +1,6 @@
-"""Every family of the table from its release's files to an answer, with its real processor, beside plain transformers and PEFT.
+"""Every family from checkpoint files to answers, with its real processor, compared with plain transformers and PEFT.
 
-A family's tiny checkpoint is laid out as its releases are (`models/tiny/tiny_bases.py`). All commands run in this process.
+Each family's tiny checkpoint has the files of its releases (`models/tiny/tiny_bases.py`). All commands run in this process.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from mmtune.recipe.recipe import load_recipe
 from mmtune.run_directory import RunDirectory
 
 FAST = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "gemma3")
-"""What the fast tests run over; the others are slow."""
+"""Families of the fast tests; the others are slow."""
 FAMILY = [family if family in FAST else pytest.param(family, marks=pytest.mark.slow) for family in BASES]
 ENDS = {"idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>", "gemma3": "<end_of_turn>", "paligemma": "<eos>"}
 ENDS |= dict.fromkeys(("llava", "llava_pixtral", "llava_next", "mistral3"), "</s>")
-LEADS = dict.fromkeys(("llava", "llava_next", "idefics3", "smolvlm"), " ")
-"""What the model writes before an answer, where its prompt ends without it."""
+LEADING_TEXT = dict.fromkeys(("llava", "llava_next", "idefics3", "smolvlm"), " ")
+"""Supervised text before an answer, if the generation prompt ends without it."""
 SIZES = [(90, 70), (40, 120), (64, 64), (200, 60)]
 LORA = "language: {method: lora, r: 4, lora_alpha: 8, target_modules: all-linear}"
 SGD = "optim: sgd, learning_rate: 1.0, max_grad_norm: 0, lr_scheduler_type: constant"
@@ -52,25 +52,25 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, (width, height) in enumerate(SIZES):
         pixels = random.integers(0, 256, size=(height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
-    talks = [
+    conversations = [
         ([], ["Is it text?", "yes, it is"]),
         (["0.png"], ["<image>What is it?", "a red cat", "Again?", "no"]),
         (["1.png"], ["<image>How many?", "two"]),
         (["2.png", "3.png"], ["<image><image>Which?", "the first one"]),
         (["3.png"], ["<image>Where is the bird?", "on the mat"]),
     ]
-    made = [
+    content = [
         {"images": images, "messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]}
-        for images, turns in talks
+        for images, turns in conversations
     ]
-    (folder / "rows.json").write_text(json.dumps(made), encoding="utf-8")
-    (folder / "images.json").write_text(json.dumps(made[1:]), encoding="utf-8")
+    (folder / "rows.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "images.json").write_text(json.dumps(content[1:]), encoding="utf-8")
     return folder
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The checkpoint of a family, written once."""
+    """A function that returns the tiny checkpoint of a family; it is written once."""
     folder = tmp_path_factory.mktemp("bases")
 
     def base(family: str) -> Path:
@@ -81,11 +81,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture
 def write(rows: Path, bases: Callable[[str], Path], tmp_path: Path) -> Write:
-    """Writes a recipe of one step over all rows, and gives its path; `run` in its folder is its output."""
+    """A function that writes a recipe of one step over all rows and returns its path; its output is `run` in its folder."""
 
     def recipe(family: str, tune: str, model: str = "", data: str = "", train: str = "learning_rate: 1e-2") -> Path:
         template = f", chat_template: {REQUIRED_TEMPLATES[family]}" if family in REQUIRED_TEMPLATES else ""
-        data_file = rows / ("images.json" if family == "paligemma" else "rows.json")  # its processor takes no text alone
+        data_file = rows / ("images.json" if family == "paligemma" else "rows.json")  # its processor needs an image
         batch = "" if "packing" in data else ", per_device_train_batch_size: 5"
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
@@ -108,16 +108,16 @@ def mmtune(*arguments: str | Path) -> int:
     return entry_point([str(argument) for argument in arguments])
 
 
-def test_the_table_has_a_checkpoint_for_every_family() -> None:
+def test_every_family_has_a_tiny_checkpoint() -> None:
     assert {re.sub("_pixtral$", "", family) for family in BASES} == set(PROJECTORS)
     assert set(FAST) <= set(BASES) and len(FAST) == 8
 
 
 @pytest.mark.parametrize("family", FAMILY)
-def test_a_step_is_that_of_plain_transformers_and_peft(
+def test_a_training_step_equals_that_of_plain_transformers_and_peft(
     family: str, write: Write, bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Checked and planned before; loss, gradients of LoRA and projector, and labels; what was trained answers after its merge."""
+    """Labels, loss, gradients of LoRA and projector, and answers of the merged model; check and plan before, chat after."""
     path = write(family, LORA, train=SGD)
     run, merged = path.parent / "run", path.parent / "merged"
     for command in (["recipe", "check", path], ["data", "check", path], ["plan", path], ["train", path]):
@@ -133,8 +133,10 @@ def test_a_step_is_that_of_plain_transformers_and_peft(
     for sample, tensors in zip(samples, encoded, strict=True):
         labels = tensors["labels"]
         answers = [text_of(message) for message in sample.messages if message["role"] == "assistant"]
-        learnt = processor.tokenizer.decode(labels[labels != -100])
-        assert learnt == "".join(LEADS.get(family, "") + answer + ENDS.get(family, "<|im_end|>") for answer in answers)
+        supervised_text = processor.tokenizer.decode(labels[labels != -100])
+        assert supervised_text == "".join(
+            LEADING_TEXT.get(family, "") + answer + ENDS.get(family, "<|im_end|>") for answer in answers
+        )
 
     model = _reference(bases(family), run / "adapter")
     batch = collate(encoded, processor.tokenizer.pad_token_id)
@@ -160,24 +162,24 @@ def test_a_step_is_that_of_plain_transformers_and_peft(
 
     question = samples[-1].messages[:1]
     plain = tf.AutoModelForImageTextToText.from_pretrained(merged)
-    shown = [{**question[0], "content": [_opened(block) for block in question[0]["content"]]}]
+    messages = [{**question[0], "content": [_with_open_image(block) for block in question[0]["content"]]}]
     inputs = tf.AutoProcessor.from_pretrained(merged).apply_chat_template(
-        shown, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     output = plain.generate(**inputs, max_new_tokens=6, do_sample=False, repetition_penalty=1.0)
-    said = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     answers = [json.loads(line)["prediction"] for line in (RunDirectory(run).answers("after")).read_text().splitlines()]
-    assert said.strip() == answers[-1]
-    for asked in (run, merged):
-        assert mmtune("chat", asked, "--image", samples[-1].images[0], "--prompt", "What?", "--max-new-tokens", "3") == 0
+    assert answer.strip() == answers[-1]
+    for model in (run, merged):
+        assert mmtune("chat", model, "--image", samples[-1].images[0], "--prompt", "What?", "--max-new-tokens", "3") == 0
 
 
-def _opened(block: dict[str, Any]) -> dict[str, Any]:
+def _with_open_image(block: dict[str, Any]) -> dict[str, Any]:
     return {"type": "image", "image": Image.open(block["image"])} if block["type"] == "image" else block
 
 
 def _reference(base: Path, adapter: Path) -> Any:
-    """Plain transformers and PEFT, at the start of the run: the same LoRA, its A taken from the adapter, B zero."""
+    """The model at the start of the run in plain transformers and PEFT: LoRA with A from the adapter and B zero."""
     model = tf.AutoModelForImageTextToText.from_pretrained(base)
     config = LoraConfig.from_pretrained(str(adapter))
     fresh = LoraConfig(
@@ -198,10 +200,10 @@ def _reference(base: Path, adapter: Path) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", BASES)
-def test_every_way_of_tuning_runs_and_merges(
+def test_tower_full_and_quantized_tuning_train_and_merge(
     family: str, write: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rehearsal; LoRA in the tower; full tuning; packing, or why not; nf4 with its plan; evaluation of a run."""
+    """Rehearsal, LoRA in the vision tower, full tuning, packing or its error, nf4 with its plan, evaluation of a run."""
     assert mmtune("train", write(family, LORA), "--rehearse") == 0, capsys.readouterr()
     recipes = {
         "tower": write(family, f"vision: {{method: lora, r: 4, target_modules: all-linear}}, {LORA}"),
@@ -217,8 +219,8 @@ def test_every_way_of_tuning_runs_and_merges(
     assert mmtune("eval", recipes["tower"].parent / "run") == 0, capsys.readouterr()
     capsys.readouterr()
     packed = mmtune("train", write(family, LORA, data=", packing: true, max_tokens: 600"))
-    told = capsys.readouterr().err
-    assert (packed, "packed batches cannot be exact here" in told) == ((2, True) if family in UNPACKABLE else (0, False)), told
+    errors = capsys.readouterr().err
+    assert (packed, "packing is not supported" in errors) == ((2, True) if family in UNPACKABLE else (0, False)), errors
 
 
 @pytest.mark.slow

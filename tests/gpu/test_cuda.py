@@ -1,4 +1,4 @@
-"""What only a GPU shows: every precision with and without gradient checkpointing, against fp32 on the CPU."""
+"""CUDA: every precision with and without gradient checkpointing, compared with fp32 on the CPU."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mmtune.train import train
 
 pytestmark = pytest.mark.gpu
 
-LOOSE = {"fp32": 1e-3, "bf16": 3e-2, "int8": 5e-2, "nf4": 2e-1}
-"""How far the losses of three steps may be from fp32's on the CPU."""
+TOLERANCES = {"fp32": 1e-3, "bf16": 3e-2, "int8": 5e-2, "nf4": 2e-1}
+"""Largest allowed difference from the losses of three steps in fp32 on the CPU."""
 
 
 def losses(recipe: Recipe) -> list[float]:
@@ -30,15 +30,14 @@ def losses(recipe: Recipe) -> list[float]:
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
-@pytest.mark.parametrize("precision", LOOSE)
+@pytest.mark.parametrize("precision", TOLERANCES)
 def test_losses_answers_and_merges_on_cuda(
     make_recipe: Callable[..., Recipe], tmp_path: Path, precision: str, checkpointing: str
 ) -> None:
     expected = losses(make_recipe(f"output_dir={tmp_path / 'cpu'}"))
     settings = ("train.use_cpu=false", f"model.precision={precision}", f"train.activation_checkpointing={checkpointing}")
     recipe = make_recipe(f"output_dir={tmp_path / 'cuda'}", *settings)
-    found = losses(recipe)
-    assert found == pytest.approx(expected, abs=LOOSE[precision])
+    assert losses(recipe) == pytest.approx(expected, abs=TOLERANCES[precision])
     model, processor = load_trained(tmp_path / "cuda")
     assert len(
         generate_answers(model.to("cuda") if precision in ("fp32", "bf16") else model, processor, parity_samples(recipe, 4), 4, 4)
@@ -51,8 +50,7 @@ def test_losses_answers_and_merges_on_cuda(
 @pytest.mark.parametrize("precision", ["bf16", "nf4"])
 def test_methods_train_on_cuda(make_recipe: Callable[..., Recipe], method: str, precision: str) -> None:
     settings = (f"tune.language={{method: {method}}}", "train.use_cpu=false", f"model.precision={precision}")
-    found = losses(make_recipe(*settings))
-    assert all(0 < loss < 10 for loss in found)
+    assert all(0 < loss < 10 for loss in losses(make_recipe(*settings)))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "nf4"])

@@ -376,7 +376,7 @@ def test_experts_are_reached_by_parameter(tmp_path: Path) -> None:
     ("overrides", "told"),
     [
         (["tune.language.r=0"], "tune.language.r=0: expected an integer >= 1, got 0"),
-        (["tune.language.target_modules=[q_prj]"], "'q_prj' matches no module of the language; did you mean 'q_proj'"),
+        (["tune.language.target_modules=[q_prj]"], "'q_prj' matches no module of the language component; did you mean 'q_proj'"),
         (
             ["model.precision=nf4", "tune.language.init_lora_weights=pissa"],
             "decomposes full weights, and model.precision: nf4 has",

@@ -1,4 +1,4 @@
-"""Two checkpoints become one: exact weights, and image tokens that match the features."""
+"""Assembly: unchanged weights of both components, and image tokens that match the image features."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ IMAGES = [Image.new("RGB", (90, 60), "teal"), Image.new("RGB", (20, 70), "red")]
 
 @pytest.mark.parametrize("language", LANGUAGE_FAMILIES)
 @pytest.mark.parametrize("vision", VISION_FAMILIES)
-def test_parts_keep_their_weights_and_tokens_match_features(tiny_checkpoints: Path, vision: str, language: str) -> None:
+def test_assembled_components_have_their_weights_and_tokens_match_features(
+    tiny_checkpoints: Path, vision: str, language: str
+) -> None:
     model, processor = assemble(str(tiny_checkpoints / vision), str(tiny_checkpoints / language))
     batch = processor(images=IMAGES, text=["<image> a cat", "<image> b"], return_tensors="pt", padding=True)
     with torch.no_grad():
-        own = tf.AutoModel.from_pretrained(tiny_checkpoints / vision)
-        own = getattr(own, "vision_model", own)
-        expected = own(pixel_values=batch["pixel_values"], output_hidden_states=True).hidden_states[-2]
+        tower = tf.AutoModel.from_pretrained(tiny_checkpoints / vision)
+        tower = getattr(tower, "vision_model", tower)
+        expected = tower(pixel_values=batch["pixel_values"], output_hidden_states=True).hidden_states[-2]
         if vision != "siglip":
             expected = expected[:, 1:]
-        got = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-2]
-        assert torch.equal(got[:, -expected.shape[1] :], expected)
+        actual = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-2]
+        assert torch.equal(actual[:, -expected.shape[1] :], expected)
         projected = model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output
         assert torch.equal(torch.stack(projected), model.model.multi_modal_projector(expected))
         counts = (batch["input_ids"] == model.config.image_token_id).sum(dim=1).tolist()
@@ -39,25 +41,25 @@ def test_parts_keep_their_weights_and_tokens_match_features(tiny_checkpoints: Pa
 
         causal = tf.AutoModelForCausalLM.from_pretrained(tiny_checkpoints / language)
         ids = processor.tokenizer("Some words.", return_tensors="pt")["input_ids"]
-        theirs = causal(ids, output_hidden_states=True)
-        mine = model(ids, output_hidden_states=True)
-        assert torch.equal(mine.hidden_states[-1], theirs.hidden_states[-1])
+        language_output = causal(ids, output_hidden_states=True)
+        output = model(ids, output_hidden_states=True)
+        assert torch.equal(output.hidden_states[-1], language_output.hidden_states[-1])
         rows = causal.get_input_embeddings().weight.shape[0]
-        assert torch.equal(mine.logits[..., :rows], theirs.logits)
+        assert torch.equal(output.logits[..., :rows], language_output.logits)
         assert torch.equal(model.get_input_embeddings().weight[:rows], causal.get_input_embeddings().weight)
         assert torch.equal(model.lm_head.weight[:rows], causal.lm_head.weight)
     tied = bool(LANGUAGE_FAMILIES[language].get("tied"))
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied == model.config.tie_word_embeddings
     total = model.get_input_embeddings().weight.shape[0]
     assert total == model.lm_head.weight.shape[0] == model.config.text_config.vocab_size
-    assert total == (rows if "multiple" in LANGUAGE_FAMILIES[language] else len(processor.tokenizer))  # spare rows first
+    assert total == (rows if "multiple" in LANGUAGE_FAMILIES[language] else len(processor.tokenizer))  # unused rows first
 
 
 @pytest.mark.parametrize(("known", "rows", "after"), [(319, 320, 384), (320, 320, 322), (300, 320, 320)])
 def test_embeddings_grow_only_where_needed_and_stay_padded(
     tiny_checkpoints: Path, tmp_path: Path, known: int, rows: int, after: int
 ) -> None:
-    """Two tokens are new, `<pad>` and `<image>`; rows beyond the tokenizer's mean that the source was padded."""
+    """`<pad>` and `<image>` are new; more rows than tokens mean that the source was padded."""
     tokenizer = tf.AutoTokenizer.from_pretrained(tiny_checkpoints / "llama")
     tokenizer.add_tokens([f"<extra{number}>" for number in range(known - len(tokenizer))])
     tokenizer.save_pretrained(tmp_path)
@@ -73,7 +75,7 @@ def test_embeddings_grow_only_where_needed_and_stay_padded(
     assert torch.allclose(head[rows:], source.lm_head.weight.mean(dim=0).expand(after - rows, -1), atol=1e-6)
 
 
-def test_a_padding_token_that_ends_turns_is_exchanged(tiny_checkpoints: Path, tmp_path: Path) -> None:
+def test_a_padding_token_that_ends_turns_is_replaced(tiny_checkpoints: Path, tmp_path: Path) -> None:
     write_tiny_language("qwen2", tmp_path)
     tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.add_special_tokens({"pad_token": "<|im_end|>"})
@@ -83,14 +85,14 @@ def test_a_padding_token_that_ends_turns_is_exchanged(tiny_checkpoints: Path, tm
     assert model.generation_config.pad_token_id == model.config.text_config.pad_token_id == processor.tokenizer.pad_token_id
 
 
-def test_the_projector_comes_from_the_seed_and_nothing_else_does(tiny_checkpoints: Path) -> None:
+def test_only_the_projector_depends_on_the_seed(tiny_checkpoints: Path) -> None:
     torch.manual_seed(5)
     first, _ = assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / "llama"), seed=1)
     after = torch.rand(1)
     same, _ = assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / "llama"), seed=1)
     other, _ = assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / "llama"), seed=2)
     torch.manual_seed(5)
-    assert torch.equal(after, torch.rand(1))  # the caller's random state is left alone
+    assert torch.equal(after, torch.rand(1))  # the global random state is unchanged
     changed = {name for name, value in first.state_dict().items() if not torch.equal(value, other.state_dict()[name])}
     assert changed == {f"model.multi_modal_projector.linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")}
     assert all(torch.equal(value, same.state_dict()[name]) for name, value in first.state_dict().items())
@@ -109,13 +111,13 @@ def test_bf16_and_the_last_layer(tiny_checkpoints: Path) -> None:
     assert model.config.image_seq_length == 17
 
 
-def test_a_classifiers_vit_and_a_bare_clip_tower_serve(tiny_checkpoints: Path, tmp_path: Path) -> None:
-    whole = tf.CLIPModel.from_pretrained(tiny_checkpoints / "clip")
-    whole.vision_model.save_pretrained(tmp_path / "bare")
+def test_a_classifiers_vit_and_a_clip_vision_model_are_vision_towers(tiny_checkpoints: Path, tmp_path: Path) -> None:
+    clip = tf.CLIPModel.from_pretrained(tiny_checkpoints / "clip")
+    clip.vision_model.save_pretrained(tmp_path / "bare")
     tf.AutoImageProcessor.from_pretrained(tiny_checkpoints / "clip").save_pretrained(tmp_path / "bare")
     model, _ = assemble(str(tmp_path / "bare"), str(tiny_checkpoints / "llama"))
-    theirs = whole.vision_model.state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in model.model.vision_tower.state_dict().items())
+    weights = clip.vision_model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.model.vision_tower.state_dict().items())
 
     classifier = tf.ViTForImageClassification(tf.ViTConfig.from_pretrained(tiny_checkpoints / "vit"))
     classifier.save_pretrained(tmp_path / "classifier")
@@ -125,7 +127,7 @@ def test_a_classifiers_vit_and_a_bare_clip_tower_serve(tiny_checkpoints: Path, t
     assert all(torch.equal(value, tower[name]) for name, value in classifier.vit.state_dict().items())
 
 
-def test_registers_are_counted(tiny_checkpoints: Path, tmp_path: Path) -> None:
+def test_register_tokens_are_counted(tiny_checkpoints: Path, tmp_path: Path) -> None:
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2, "patch_size": 14}
     config = tf.Dinov2WithRegistersConfig(**size, image_size=56, num_register_tokens=3)
     tf.Dinov2WithRegistersModel(config).save_pretrained(tmp_path)
@@ -134,7 +136,7 @@ def test_registers_are_counted(tiny_checkpoints: Path, tmp_path: Path) -> None:
     assert processor.num_additional_image_tokens == 4 and model.config.image_seq_length == 19
 
 
-def test_image_processors_are_fitted_to_the_tower(tiny_checkpoints: Path, tmp_path: Path) -> None:
+def test_image_processors_are_set_to_the_towers_image_size(tiny_checkpoints: Path, tmp_path: Path) -> None:
     for family, settings in {
         "clip": {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}},
         "siglip": {"size": {"height": 384, "width": 384}},
@@ -143,11 +145,11 @@ def test_image_processors_are_fitted_to_the_tower(tiny_checkpoints: Path, tmp_pa
         tf.AutoModel.from_pretrained(tiny_checkpoints / family).save_pretrained(tmp_path / family)
         processor = tf.AutoImageProcessor.from_pretrained(tiny_checkpoints / family, **settings)
         processor.save_pretrained(tmp_path / family)
-        made = assemble(str(tmp_path / family), str(tiny_checkpoints / "llama"))[1]
-        pixels = made.image_processor([Image.new("L", (100, 80))], return_tensors="pt")["pixel_values"]
+        assembled = assemble(str(tmp_path / family), str(tiny_checkpoints / "llama"))[1]
+        pixels = assembled.image_processor([Image.new("L", (100, 80))], return_tensors="pt")["pixel_values"]
         assert pixels.shape == (1, 3, 56, 56), family
-    _, made = assemble(str(tiny_checkpoints / "dinov2"), str(tiny_checkpoints / "llama"))
-    assert made.image_processor.crop_size["height"] == 56  # the published crop stays; the checkpoint's image_size is 70
+    _, assembled = assemble(str(tiny_checkpoints / "dinov2"), str(tiny_checkpoints / "llama"))
+    assert assembled.image_processor.crop_size["height"] == 56  # the published crop; the checkpoint's image_size is 70
 
 
 RELOAD = """
@@ -160,11 +162,11 @@ assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "misma
 processor = AutoProcessor.from_pretrained(sys.argv[1])
 assert processor._get_num_multimodal_tokens(image_sizes=[(9, 9)])["num_image_tokens"] == [16]
 image = Image.new("RGB", (90, 60), "teal")
-talk = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
-ask = {"add_generation_prompt": True}
-batch = processor.apply_chat_template(talk, tokenize=True, return_dict=True, return_tensors="pt", **ask)
-again = processor(images=[image], text=processor.apply_chat_template(talk, **ask))
-assert again["input_ids"][0] == batch["input_ids"][0].tolist(), "rendered first, tokenized later"
+messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
+settings = {"add_generation_prompt": True}
+batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **settings)
+two_steps = processor(images=[image], text=processor.apply_chat_template(messages, **settings))
+assert two_steps["input_ids"][0] == batch["input_ids"][0].tolist(), "rendered first, tokenized later"
 with torch.no_grad():
     torch.save([batch["input_ids"], model(**batch).logits, model.generation_config.eos_token_id], sys.argv[2])
 """
@@ -177,8 +179,8 @@ def test_a_saved_checkpoint_loads_without_mmtune(tiny_checkpoints: Path, tmp_pat
     save_checkpoint(model, processor, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    run_program(RELOAD, tmp_path / "out", tmp_path / "said", cwd=tmp_path)
-    ids, logits, eos = torch.load(tmp_path / "said")
+    run_program(RELOAD, tmp_path / "out", tmp_path / "results", cwd=tmp_path)
+    ids, logits, eos = torch.load(tmp_path / "results")
     batch = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image", "image": IMAGES[0]}, {"type": "text", "text": "What?"}]}],
         tokenize=True,
@@ -192,18 +194,18 @@ def test_a_saved_checkpoint_loads_without_mmtune(tiny_checkpoints: Path, tmp_pat
     assert eos == model.generation_config.eos_token_id
 
 
-def test_a_processor_without_weights_is_that_of_the_model(base: Path, tmp_path: Path) -> None:
+def test_load_bare_processor_equals_the_processor_of_load_base(base: Path, tmp_path: Path) -> None:
     from mmtune.models.load import load_bare_processor, load_base
     from mmtune.recipe.recipe import ModelSection
 
     write_tiny_vision("siglip", tmp_path / "vision")
     write_tiny_language("qwen2", tmp_path / "language")
     ready = {"base": str(base)}
-    parts = {"vision": str(tmp_path / "vision"), "language": str(tmp_path / "language")}
-    for given in (ready, {"base": "builtin:tiny-llava-untrained"}, parts, {**parts, "chat_template": "plain"}):
-        section = ModelSection.model_validate(given)
-        alone, beside = load_bare_processor(section), load_base(section, seed=0)[1]
-        assert alone.to_dict() == beside.to_dict()
-        assert alone.chat_template == beside.chat_template == alone.tokenizer.chat_template
-        assert alone.tokenizer.get_vocab() == beside.tokenizer.get_vocab()
-        assert alone.tokenizer("<s>a cat").input_ids == beside.tokenizer("<s>a cat").input_ids
+    assembled = {"vision": str(tmp_path / "vision"), "language": str(tmp_path / "language")}
+    for values in (ready, {"base": "builtin:tiny-llava-untrained"}, assembled, {**assembled, "chat_template": "plain"}):
+        section = ModelSection.model_validate(values)
+        bare, loaded = load_bare_processor(section), load_base(section, seed=0)[1]
+        assert bare.to_dict() == loaded.to_dict()
+        assert bare.chat_template == loaded.chat_template == bare.tokenizer.chat_template
+        assert bare.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
+        assert bare.tokenizer("<s>a cat").input_ids == loaded.tokenizer("<s>a cat").input_ids

@@ -1,4 +1,4 @@
-"""Every parameter of every known family belongs to exactly one component."""
+"""Components: every parameter of every supported family belongs to exactly one of them; selection of modules."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mmtune.tuning.apply import apply_tuning
 from mmtune.tuning.peft_config import frozen_parts
 from mmtune.utils.errors import UserError
 
-PARTS = {
+PATHS = {
     "qwen2_vl": ("model.visual", "model.visual.merger"),
     "qwen2_5_vl": ("model.visual", "model.visual.merger"),
     "qwen3_vl": ("model.visual", "model.visual.merger"),
     "idefics3": ("model.vision_model", "model.connector"),
     "smolvlm": ("model.vision_model", "model.connector"),
 }
-"""Paths of the vision tower and the projector; those of the other families have LLaVA's names."""
+"""Paths of vision tower and projector; the other families have LLaVA's paths."""
 PROCESSORS = {family: cache(base.processor) for family, base in BASES.items()}
 
 
@@ -38,21 +38,18 @@ def _build(family: str, device: str = "meta") -> Any:
 def test_every_parameter_belongs_to_one_component(family: str) -> None:
     model = _build(family)
     components = find_components(model)
-    expected = PARTS.get(family, ("model.vision_tower", "model.multi_modal_projector"))
+    expected = PATHS.get(family, ("model.vision_tower", "model.multi_modal_projector"))
     assert (components.vision_tower, components.projector) == expected
     assert model.get_submodule(components.language_model) is model.get_decoder()
     by_object: dict[int, str] = {}
     tower = model.get_submodule(components.vision_tower)
     projector = model.get_submodule(components.projector)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner = component_of(name, components)
-        assert by_object.setdefault(id(parameter), owner) == owner or owner in (
-            "lm_head",
-            "language",
-        )  # tied embeddings
-        assert component_of(f"base_model.model.{name}", components) == owner
-    owners = set(by_object.values())
-    assert owners - {"lm_head"} == {"vision", "projector", "language"}
+        component = component_of(name, components)
+        is_tied = component in ("lm_head", "language")
+        assert by_object.setdefault(id(parameter), component) == component or is_tied
+        assert component_of(f"base_model.model.{name}", components) == component
+    assert set(by_object.values()) - {"lm_head"} == {"vision", "projector", "language"}
     inside_projector = {id(parameter) for parameter in projector.parameters()}
     assert inside_projector and all(by_object[key] == "projector" for key in inside_projector)
     assert any(by_object[id(p)] == "vision" for p in tower.parameters())
@@ -93,7 +90,7 @@ def test_selectors_name_modules() -> None:
     ]
 
 
-def test_the_merger_inside_qwens_tower_is_not_selected_with_the_tower() -> None:
+def test_the_merger_inside_qwens_vision_tower_belongs_to_the_projector() -> None:
     model = _build("qwen2_5_vl")
     components = find_components(model)
     assert not any("merger" in name for name in select_modules(model, components, "vision", "all-linear"))
@@ -110,20 +107,20 @@ def test_the_merger_inside_qwens_tower_is_not_selected_with_the_tower() -> None:
         (["proj"], "proj"),
     ],
 )
-def test_a_selector_that_matches_nothing_is_an_error(selector: str | list[str], named: str) -> None:
+def test_a_selector_without_a_match_is_an_error(selector: str | list[str], named: str) -> None:
     model = _build("llava")
     with pytest.raises(UserError, match=named) as caught:
         select_modules(model, find_components(model), "language", selector)
     assert selector == "(" or "k_proj (2)" in str(caught.value)
 
 
-def test_a_component_without_linear_layers_says_what_is_there() -> None:
+def test_a_component_without_linear_layers_is_an_error_with_its_modules() -> None:
     model = _build("gemma3")
     with pytest.raises(UserError, match=r"no linear layer.*mm_soft_emb_norm"):
         select_modules(model, find_components(model), "projector", "all-linear")
 
 
-def test_a_peft_model_has_its_components() -> None:
+def test_the_components_of_a_peft_model_are_found() -> None:
     model = _build("llava", "cpu")
     lora = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj", modules_to_save=["multi_modal_projector"])
     peft = get_peft_model(model, lora)
@@ -134,7 +131,7 @@ def test_a_peft_model_has_its_components() -> None:
     assert trained == {"projector", "language"}
 
 
-def test_an_unknown_family_is_named() -> None:
+def test_an_unsupported_family_is_an_error() -> None:
     config = tf.LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
     with torch.device("meta"):
         model = tf.LlamaForCausalLM(config)
@@ -150,15 +147,15 @@ def test_a_name_outside_every_component_is_an_error() -> None:
 
 @pytest.mark.parametrize("family", BASES)
 def test_the_default_tuning_applies_to_every_family(family: str) -> None:
-    """LoRA in the language model, the projector in full: what trains lies there, and nowhere else."""
+    """LoRA in the language model and a fully trained projector; nothing else is trainable."""
     model = _build(family, "cpu")
     tune = TuneSection.model_validate({"language": {"method": "lora", "r": 2}})
-    left = frozen_parts(model, find_components(model), tune)
-    assert left == (["model.image_newline"] if family in ("llava_next", "llava_onevision") else [])
+    frozen = frozen_parts(model, find_components(model), tune)
+    assert frozen == (["model.image_newline"] if family in ("llava_next", "llava_onevision") else [])
     tuned = apply_tuning(model, find_components(model), tune)
     components = find_components(tuned)
     trained = {component_of(name, components) for name, p in tuned.named_parameters() if p.requires_grad}
     assert trained == {"projector", "language"}
     projector = {n: p for n, p in tuned.named_parameters() if component_of(n, components) == "projector"}
-    whole = {n for n in projector if ".original_module." not in n and n.removeprefix("base_model.model.") not in left}
-    assert whole == {n for n, p in projector.items() if p.requires_grad}
+    expected = {n for n in projector if ".original_module." not in n and n.removeprefix("base_model.model.") not in frozen}
+    assert expected == {n for n, p in projector.items() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""int8 and nf4: what is quantized, what stays whole, and that it can be read back."""
+"""Quantization in int8 and nf4: which layers are quantized, and training and reloading of quantized models."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ LAYER_TYPES = {"nf4": Linear4bit, "int8": Linear8bitLt}
 
 
 @pytest.mark.parametrize("precision", LAYER_TYPES)
-def test_the_language_models_layers_are_quantized_and_nothing_else(make_recipe: Callable[..., Recipe], precision: str) -> None:
+def test_only_linear_layers_of_the_language_model_are_quantized(make_recipe: Callable[..., Recipe], precision: str) -> None:
     model, _ = load_base(make_recipe(f"model.precision={precision}").model, 0)
     quantized = {name for name, module in model.named_modules() if isinstance(module, (Linear4bit, Linear8bitLt))}
     assert len(quantized) == 5 * 7
     assert all(name.startswith("model.language_model.layers.") for name in quantized)
     assert {type(model.get_submodule(name)) for name in quantized} == {LAYER_TYPES[precision]}
-    whole = {p.dtype for name, p in model.named_parameters() if name.rpartition(".")[0] not in quantized}
-    assert whole == {torch.bfloat16}
+    other_dtypes = {p.dtype for name, p in model.named_parameters() if name.rpartition(".")[0] not in quantized}
+    assert other_dtypes == {torch.bfloat16}
     if precision == "nf4":
         states = [model.get_submodule(name).weight.quant_state for name in quantized]
         assert {(state.quant_type, state.nested) for state in states} == {("nf4", True)}
 
 
-def test_four_bit_weights_outlive_a_forward_pass(make_recipe: Callable[..., Recipe]) -> None:
-    """On CPUs with AVX512-BF16 bitsandbytes packs them again in place, unless it is told not to."""
+def test_a_forward_pass_does_not_change_4bit_weights(make_recipe: Callable[..., Recipe]) -> None:
+    """On CPUs with AVX512-BF16, bitsandbytes repacks them in place unless this is disabled."""
     from bitsandbytes.functional import dequantize_4bit
 
     model, _ = load_base(make_recipe("model.precision=nf4").model, 0)
@@ -47,7 +47,7 @@ def test_four_bit_weights_outlive_a_forward_pass(make_recipe: Callable[..., Reci
         assert torch.equal(dequantize_4bit(layer.weight.data, layer.weight.quant_state), expected)
 
 
-def test_a_projector_inside_the_vision_tower_stays_whole_too(tmp_path: Path) -> None:
+def test_a_projector_inside_the_vision_tower_is_not_quantized(tmp_path: Path) -> None:
     vision = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 64}
     text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     Qwen2_5_VLConfig(vision_config=vision, text_config={**text, "num_key_value_heads": 2, "vocab_size": 64}).save_pretrained(
@@ -58,7 +58,7 @@ def test_a_projector_inside_the_vision_tower_stays_whole_too(tmp_path: Path) -> 
     assert config.bnb_4bit_use_double_quant
 
 
-def test_quantizing_what_must_stay_whole_is_noticed(base: Path) -> None:
+def test_a_quantized_vision_tower_is_detected(base: Path) -> None:
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(load_in_8bit=True)  # transformers' own default
@@ -69,7 +69,7 @@ def test_quantizing_what_must_stay_whole_is_noticed(base: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
-def test_eight_bit_and_paged_optimizers_step(make_recipe: Callable[..., Recipe], optimizer: str) -> None:
+def test_8bit_and_paged_optimizers_update_weights(make_recipe: Callable[..., Recipe], optimizer: str) -> None:
     recipe = make_recipe("model.precision=nf4", f"train.optim={optimizer}")
     train(recipe, ["test"])
     model, _ = load_trained(Path(recipe.output_dir))
@@ -78,13 +78,13 @@ def test_eight_bit_and_paged_optimizers_step(make_recipe: Callable[..., Recipe],
 
 
 @pytest.mark.slow
-def test_parts_are_assembled_whole_and_trained_quantized(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_an_assembled_base_is_saved_unquantized_and_trained_quantized(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     from mmtune.models.tiny.tiny_models import write_tiny_language, write_tiny_vision
 
     write_tiny_vision("siglip", tmp_path / "vision")
     write_tiny_language("qwen2", tmp_path / "language", hidden_size=64, intermediate_size=128)
-    parts = f"{{vision: {tmp_path / 'vision'}, language: {tmp_path / 'language'}, precision: nf4}}"
-    recipe = make_recipe(f"model={parts}")
+    section = f"{{vision: {tmp_path / 'vision'}, language: {tmp_path / 'language'}, precision: nf4}}"
+    recipe = make_recipe(f"model={section}")
     train(recipe, ["test"])
     run = Path(recipe.output_dir)
     base = AutoModelForImageTextToText.from_pretrained(str(run / "base"))

@@ -131,10 +131,10 @@ def test_import_errors_of_our_own_keep_their_traceback() -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (tf.LlamaConfig(), "a language model without a vision tower; give it as model.language: {base}, beside model.vision"),
-        (tf.Blip2Config(), "'blip-2', which is not supported: transformers has it as an image-text model"),
-        (tf.CLIPVisionConfig(), "a vision encoder without a language model; give it as model.vision: {base}"),
-        (tf.MllamaConfig(), "'mllama', which is not supported"),
+        (tf.LlamaConfig(), "a language model without a vision tower; set model.language: {base} and model.vision"),
+        (tf.Blip2Config(), "'blip-2' is not supported as a base: transformers supports this image-text model, mmtune does not"),
+        (tf.CLIPVisionConfig(), "a vision encoder without a language model; set model.vision: {base} and model.language"),
+        (tf.MllamaConfig(), "'mllama' is not supported as a base"),
     ],
     ids=["text", "blip2", "vision", "mllama"],
 )
@@ -147,7 +147,7 @@ def test_a_base_of_another_family_is_refused_by_every_command(
     asked = {("chat",): [str(base), "--prompt", "What?"], ("eval",): [str(base), "--recipe", recipe]}
     assert entry_point([*command, *asked.get(command, [recipe])]) == 2
     message = capsys.readouterr().err
-    assert reason.format(base=base) in message and "chat_template" not in message and "as a base mmtune tunes gemma3" in message
+    assert reason.format(base=base) in message and "chat_template" not in message and "; supported: gemma3" in message
     assert ("model.base: " in message) == (command not in asked)
     assert not (tmp_path / "case" / "run").exists()
 
@@ -157,9 +157,9 @@ def test_a_base_of_another_family_is_refused_by_every_command(
     [
         (
             {"model_type": "tomorrow_vl"},
-            "'tomorrow_vl', which transformers {version} does not have: check it, or install a newer",
+            "'tomorrow_vl' does not exist in transformers {version}: check config.json, or install a newer",
         ),
-        ({"model_type": "internvl_chat", "auto_map": {"AutoConfig": "c.C"}}, "take the release converted for transformers"),
+        ({"model_type": "internvl_chat", "auto_map": {"AutoConfig": "c.C"}}, "use the release converted for transformers"),
     ],
 )
 def test_a_model_type_that_transformers_lacks_says_so(
@@ -178,4 +178,4 @@ def test_a_structure_without_its_parts_is_refused_before_weights_load(
     monkeypatch.setitem(PROJECTORS, "llava", ("model.elsewhere",))
     monkeypatch.setattr("mmtune.models.load.load_weights", None)
     assert entry_point([*command, str(_recipe(tmp_path / "case", "builtin:tiny-llava"))]) == 2
-    assert "found no projector in LlavaForConditionalGeneration" in capsys.readouterr().err
+    assert "LlavaForConditionalGeneration (model_type 'llava') has no projector" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A checkpoint's processor, loaded; a missing optional library is named with what to install."""
+"""Loading of processors; a missing optional library is an error with the package to install."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ VISION_EXTRA = "pip install 'mmtune[vision]' installs torchvision and num2words"
 
 
 def read_processor(name: str, trust_remote_code: bool) -> ProcessorMixin:
-    """
+    """Load the processor of a checkpoint.
+
     Args:
         name: a directory or hub id.
+        trust_remote_code: whether code in the checkpoint may be executed.
 
     Raises:
-        UserError: the processor needs a library that is missing.
-        OSError, ValueError: what transformers raises for files that are missing or wrong.
+        UserError: the processor needs a library that is not installed.
+        OSError, ValueError: from transformers, for missing or invalid files.
     """
     try:
         processor: ProcessorMixin = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -25,8 +27,8 @@ def read_processor(name: str, trust_remote_code: bool) -> ProcessorMixin:
         if (reason := missing_library(error)) is None:
             raise
         torchvision = prepare_torchvision()
-        found = "" if torchvision.usable else f"; torchvision is {torchvision.detail}"
+        detail = "" if torchvision.usable else f"; torchvision is {torchvision.detail}"
         raise RecipeValueError(
-            "model", f"the processor of {name} needs a library that is missing{found}; {VISION_EXTRA} ({reason})"
+            "model", f"the processor of {name} needs a library that is not installed{detail}; {VISION_EXTRA} ({reason})"
         ) from error
     return processor

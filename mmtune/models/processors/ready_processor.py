@@ -1,4 +1,4 @@
-"""Processors of ready bases: keys that their files lack, and image tokens held against the model's image features."""
+"""Processors of ready bases: completion of missing keys, image-token check, and padding token."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from mmtune.models.processors.processor import read_processor
 from mmtune.utils.errors import UserError
 
 PROBE_SIZES = ((640, 480), (100, 333), (224, 224))
-"""(width, height) in pixels of the images that are counted before weights load."""
+"""(width, height) in pixels of the images for which image tokens and features are compared."""
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|vision_pad|>", "<unk>")
-"""Tokens to pad with, in the order of preference."""
+"""Padding tokens in the order of preference."""
 
-Rule = Callable[[Any], Any]
-"""From a model's config to a value of its processor; None where the config does not tell."""
+ConfigRule = Callable[[Any], Any]
+"""A function from a model's config to the value of a processor key; None if the config does not determine it."""
 
 
 def _patch(config: Any) -> int:
@@ -41,35 +41,35 @@ def _patch(config: Any) -> int:
 
 
 def _grid(config: Any) -> int:
-    """Patches of a tower's image."""
+    """The number of patches of the vision tower's image size."""
     size = config.vision_config.image_size
     return (int(size if isinstance(size, int) else size[0]) // _patch(config)) ** 2
 
 
 def _extra(config: Any) -> int | None:
     tower = config.vision_config
-    known = PREFIX_TOKENS.get(tower.model_type)
-    return None if known is None else known + (getattr(tower, "num_register_tokens", 0) or 0)
+    class_tokens = PREFIX_TOKENS.get(tower.model_type)
+    return None if class_tokens is None else class_tokens + (getattr(tower, "num_register_tokens", 0) or 0)
 
 
 def _strategy(config: Any) -> str:
     return str(config.vision_feature_select_strategy)
 
 
-_LLAVA: dict[str, Rule] = {
+_LLAVA: dict[str, ConfigRule] = {
     "patch_size": _patch,
     "vision_feature_select_strategy": _strategy,
     "num_additional_image_tokens": _extra,
 }
-_QWEN: dict[str, Rule] = {
+_QWEN: dict[str, ConfigRule] = {
     "image_processor.patch_size": _patch,
     "image_processor.merge_size": lambda config: config.vision_config.spatial_merge_size,
     "image_processor.temporal_patch_size": lambda config: config.vision_config.temporal_patch_size,
 }
-_SHUFFLED: dict[str, Rule] = {"image_seq_len": lambda config: _grid(config) // config.scale_factor**2}
-_TILES: dict[str, Rule] = {"image_processor.image_grid_pinpoints": lambda config: config.image_grid_pinpoints}
+_SHUFFLED: dict[str, ConfigRule] = {"image_seq_len": lambda config: _grid(config) // config.scale_factor**2}
+_TILES: dict[str, ConfigRule] = {"image_processor.image_grid_pinpoints": lambda config: config.image_grid_pinpoints}
 
-PROCESSOR_KEYS: dict[str, dict[str, Rule]] = {
+PROCESSOR_KEYS: dict[str, dict[str, ConfigRule]] = {
     "LlavaProcessor": _LLAVA,
     "LlavaNextProcessor": {**_LLAVA, **_TILES},
     "LlavaOnevisionProcessor": {
@@ -88,36 +88,36 @@ PROCESSOR_KEYS: dict[str, dict[str, Rule]] = {
     "PaliGemmaProcessor": {"image_processor.image_seq_length": _grid},
     "PixtralProcessor": {"patch_size": _patch, "spatial_merge_size": lambda config: getattr(config, "spatial_merge_size", 1)},
 }
-"""By a processor's class: the keys that decide how many tokens stand for an image, and their values by the model's config."""
+"""Keys that determine the number of image tokens, by processor class, with the rule for each value."""
 
 
 def load_completed_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> ProcessorMixin:
-    """A checkpoint's processor, with the keys that its files leave out taken from the model's config.
+    """Load the processor of a checkpoint and set keys that its files lack from the model's config.
 
     Args:
         name: a directory or hub id.
-        config: the model's.
+        config: the model's config.
+        trust_remote_code: whether code in the checkpoint may be executed.
 
     Raises:
-        UserError: no processor of images and text, a tokenizer that keeps no offsets, or a key that is missing and does not
-            follow from the config.
+        UserError: no processor for images and text, a slow tokenizer, or a missing key that the config does not determine.
         OSError, ValueError: files that cannot be read.
     """
     processor = read_processor(name, trust_remote_code)
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "tokenizer"):
         raise UserError(
-            f"it (model_type {config.model_type}) has no processor of images and text, only a "
-            f"{type(processor).__name__}; a text model is named as model.language, beside a model.vision"
+            f"model_type {config.model_type}: expected a processor for images and text, got {type(processor).__name__}; for a "
+            "text model set model.language and model.vision"
         )
     if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
         raise UserError(
-            f"model_type {config.model_type}: {type(processor).__name__} does not say what it writes for an "
-            "image, so its samples cannot be encoded exactly; take a base of another family"
+            f"model_type {config.model_type}: {type(processor).__name__} has no `replace_image_token`, which is needed to encode "
+            "images; use a base of another family"
         )
     if not processor.tokenizer.is_fast:
         raise UserError(
-            f"its tokenizer ({type(processor.tokenizer).__name__}) has no tokenizer.json, and exact labels "
-            "need its offsets; convert it to one that the tokenizers library reads, and save it there"
+            f"its tokenizer: expected a fast tokenizer (tokenizer.json), whose token offsets labels need, got "
+            f"{type(processor.tokenizer).__name__}; convert it to a fast tokenizer and save it to the base"
         )
     _complete(name, processor, config)
     return processor
@@ -131,24 +131,24 @@ def _complete(name: str, processor: Any, config: PreTrainedConfig) -> None:
     filled = {}
     for key, rule in PROCESSOR_KEYS.get(type(processor).__name__, {}).items():
         owner, attribute = _owner(processor, key)
-        given = (published if owner is processor else images).get(attribute)
+        published_value = (published if owner is processor else images).get(attribute)
         value = rule(config)
-        if given is not None or getattr(owner, attribute) == value:
+        if published_value is not None or getattr(owner, attribute) == value:
             continue
         if value is not None:
             setattr(owner, attribute, value)
             filled[key] = value
         elif getattr(owner, attribute) is None:
-            raise UserError(f"processor_config.json lacks {key}, which config.json does not tell either; add it")
+            raise UserError(f"processor_config.json: missing key {key}, which config.json does not determine; add it")
     if isinstance(processor, PaliGemmaProcessor):
         processor.image_seq_length = processor.image_processor.image_seq_length
-    if isinstance(processor, Gemma3Processor) and filled:  # it writes an image in full when it is made
+    if isinstance(processor, Gemma3Processor) and filled:  # set in __init__ from image_seq_length
         tokenizer = processor.tokenizer
         tokens = tokenizer.image_token * processor.image_seq_length
         processor.full_image_sequence = f"\n\n{tokenizer.boi_token}{tokens}{tokenizer.eoi_token}\n\n"
     if filled:
-        told = ", ".join(f"{key}: {textwrap.shorten(str(value), 60, placeholder=' ...')}" for key, value in filled.items())
-        print(f"{name}: the processor's files lack keys that follow from config.json: {told}")
+        values = ", ".join(f"{key}: {textwrap.shorten(str(value), 60, placeholder=' ...')}" for key, value in filled.items())
+        print(f"{name}: keys missing in the processor's files set from config.json: {values}")
 
 
 def _owner(processor: Any, key: str) -> tuple[Any, str]:
@@ -159,126 +159,136 @@ def _owner(processor: Any, key: str) -> tuple[Any, str]:
 def prepare_processor(
     name: str, processor: ProcessorMixin, template: str, config: PreTrainedConfig, trust_remote_code: bool = False
 ) -> None:
-    """Hold a ready base's processor and tokenizer against its model, and put the padding token right.
+    """Check a ready base's processor and tokenizer against its model config, and set the padding token.
 
     Args:
-        template: the chat template that it will be used with.
+        name: the base, for messages.
+        processor: the processor; its tokenizer is changed in place.
+        template: the chat template that will be used.
+        config: the model's config.
+        trust_remote_code: whether code in the checkpoint may be executed.
 
     Raises:
-        UserError: as `check_image_tokens` and `choose_pad_token`, or a tokenizer with tokens that the model does not embed.
+        UserError: as `check_image_tokens` and `choose_pad_token`, or tokens without an embedding row.
     """
     check_image_tokens(processor, config, trust_remote_code)
-    _check_rows(processor, config)
+    _check_embedding_rows(processor, config)
     choose_pad_token(name, processor.tokenizer, template, processor.image_token)
 
 
 def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
-    """Hold the tokens that a processor writes for an image against the features that the model makes of it.
+    """Check that the number of image tokens of a processor equals the number of image features of its model.
 
-    The model is made from its config alone, and its vision part runs on tensors without data.
+    The model is built from its config, and its vision tower runs on fake tensors.
 
     Raises:
-        UserError: other numbers, with the key of the processor that decides; or an image token that is not the model's.
+        UserError: the numbers differ (the message names the responsible processor keys), or the image tokens differ.
     """
-    config = type(config).from_dict(config.to_dict())  # a model made of a config writes into it
+    config = type(config).from_dict(config.to_dict())  # from_config modifies the config
     if (token := getattr(config, "image_token_id", None)) is None:
         return
-    seen: dict[Any, int] = {}
+    counts: dict[Any, int] = {}
     with suppress_fake_tensor_warnings():
         with meta_init():
             model: Any = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code).eval()
-        find_components(model)  # refuses a structure without the parts that tuning needs
+        find_components(model)  # raises an error for a model without one of the components
         if not hasattr(model, "get_image_features"):
             return
         memory = MemoryTracker(0)
         memory.track_model(model)
-        takes = inspect.signature(model.get_image_features).parameters
+        parameters = inspect.signature(model.get_image_features).parameters
         for width, height in PROBE_SIZES:
             image = Image.new("RGB", (width, height), "red")
             try:
                 batch = processor(images=[[image]], text=[processor.image_token], return_tensors="pt")
                 written = int((batch["input_ids"] == token).sum())
-                inputs = {key: value for key, value in batch.items() if key in takes and key != "input_ids"}
-                key = tuple((each, value.shape if value.is_floating_point() else str(value)) for each, value in inputs.items())
-                if key not in seen:
-                    seen[key] = _features(model, memory, inputs)
+                inputs = {name: value for name, value in batch.items() if name in parameters and name != "input_ids"}
+                key = tuple((name, value.shape if value.is_floating_point() else str(value)) for name, value in inputs.items())
+                if key not in counts:
+                    counts[key] = _count_features(model, memory, inputs)
             except (DataDependentOutputException, DynamicOutputShapeException):
-                return  # what it computes depends on its weights
+                return  # the number of features depends on weights
             except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
                 raise UserError(
-                    f"the model cannot take an image of {width} x {height} pixels as its processor gives it: "
-                    f"{str(error).strip().splitlines()[0]}{_wrong(processor, config)}"
+                    f"the model cannot process an image of {width} x {height} pixels from its processor: "
+                    f"{str(error).strip().splitlines()[0]}{_mismatched_keys(processor, config)}"
                 ) from error
-            if written != seen[key]:
+            if written != counts[key]:
                 raise UserError(
-                    f"for an image of {width} x {height} pixels the processor writes {written} tokens of id "
-                    f"{token}, and the model makes {seen[key]} features{_wrong(processor, config)}"
+                    f"for an image of {width} x {height} pixels the processor writes {written} image tokens (id {token}), the "
+                    f"model gives {counts[key]} image features{_mismatched_keys(processor, config)}"
                 )
 
 
-def _features(model: Any, memory: MemoryTracker, inputs: dict[str, torch.Tensor]) -> int:
+def _count_features(model: Any, memory: MemoryTracker, inputs: dict[str, torch.Tensor]) -> int:
     with memory, torch.no_grad():
         features = model.get_image_features(**inputs, return_dict=True).pooler_output
-    parts = features if isinstance(features, (list, tuple)) else [features]
-    return int(sum(part.numel() for part in parts) // model.config.get_text_config().hidden_size)
+    tensors = features if isinstance(features, (list, tuple)) else [features]
+    return int(sum(tensor.numel() for tensor in tensors) // model.config.get_text_config().hidden_size)
 
 
-def _wrong(processor: Any, config: Any) -> str:
-    """The keys of a processor that do not follow from the model's config, with the values that would."""
-    wrong = []
+def _mismatched_keys(processor: Any, config: Any) -> str:
+    """The processor keys that do not match the model's config, with the expected values, for messages."""
+    mismatches = []
     token = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
     if processor.image_token_id != config.image_token_id and not isinstance(processor, Gemma3Processor):
-        wrong.append(f"image_token is {processor.image_token!r} (id {processor.image_token_id}), and in config.json {token!r}")
+        mismatches.append(
+            f"image_token: expected {token!r} (config.json), got {processor.image_token!r} (id {processor.image_token_id})"
+        )
     for key, rule in PROCESSOR_KEYS.get(type(processor).__name__, {}).items():
         owner, attribute = _owner(processor, key)
-        value, given = rule(config), getattr(owner, attribute)
-        if value is not None and given != value:
-            wrong.append(f"{key}: expected {value}, got {given}")
-    if wrong:
-        return f"; in the processor's files {'; '.join(wrong)}"
+        expected, actual = rule(config), getattr(owner, attribute)
+        if expected is not None and actual != expected:
+            mismatches.append(f"{key}: expected {expected}, got {actual}")
+    if mismatches:
+        return f"; in the processor's files {'; '.join(mismatches)}"
     keys = ", ".join(PROCESSOR_KEYS.get(type(processor).__name__, {}))
-    return f"; the processor's files do not fit config.json: look at the image size{', ' + keys if keys else ''}"
+    return f"; the processor's files do not match config.json: check the image size{', ' + keys if keys else ''}"
 
 
-def _check_rows(processor: Any, config: Any) -> None:
-    """Refuse a tokenizer with tokens that the model does not embed."""
+def _check_embedding_rows(processor: Any, config: Any) -> None:
+    """Check that the model has an embedding row for every token.
+
+    Raises:
+        UserError: tokens without a row.
+    """
     rows, vocabulary = config.get_text_config().vocab_size, processor.tokenizer.get_vocab()
-    # These two families put features in place of the image token before they embed.
-    absent = config.image_token_id if isinstance(processor, (Gemma3Processor, PaliGemmaProcessor)) else None
-    beyond = [token for token, number in vocabulary.items() if number >= rows and number != absent]
+    # These two families replace the image token by features before the embedding.
+    ignored = config.image_token_id if isinstance(processor, (Gemma3Processor, PaliGemmaProcessor)) else None
+    beyond = [token for token, token_id in vocabulary.items() if token_id >= rows and token_id != ignored]
     beyond.sort(key=vocabulary.__getitem__)
     if beyond:
         raise UserError(
-            f"its tokenizer has {len(vocabulary):,} tokens, and the model embeds {rows:,}: no row for "
+            f"its tokenizer has {len(vocabulary):,} tokens and its model {rows:,} embedding rows: no row for "
             f"{', '.join(beyond[:3])}{' ...' * (len(beyond) > 3)}; save the model after resize_token_embeddings("
-            f"{max(vocabulary.values()) + 1}), or its tokenizer without those tokens"
+            f"{max(vocabulary.values()) + 1}), or save its tokenizer without these tokens"
         )
 
 
 def choose_pad_token(name: str, tokenizer: Any, template: str, image_token: str) -> None:
-    """Give a tokenizer a padding token that is neither an image's nor the end of a turn, where it knows another one.
+    """Set a padding token that is neither the image token nor an end-of-turn token, if the tokenizer has one.
 
-    Labels do not depend on it here. Elsewhere they often do: a trainer that leaves padding out of the loss would never teach the
-    end of a turn.
+    Labels of mmtune do not depend on it. Other trainers often exclude padding tokens from the loss; with an end-of-turn token as
+    padding token they would never train the end of a turn.
 
     Raises:
-        UserError: no token to pad with.
+        UserError: no suitable token.
     """
-    ends = {tokenizer.eos_token_id, *end_of_turn_ids(tokenizer, template)}
+    end_tokens = {tokenizer.eos_token_id, *end_of_turn_ids(tokenizer, template)}
     image = tokenizer.convert_tokens_to_ids(image_token)
     vocabulary = tokenizer.get_vocab()
-    was, pad = tokenizer.pad_token, tokenizer.pad_token_id
-    if pad is not None and pad != image and pad not in ends:
+    previous, pad = tokenizer.pad_token, tokenizer.pad_token_id
+    if pad is not None and pad != image and pad not in end_tokens:
         return
-    fit = [token for token in PAD_NAMES if vocabulary.get(token, image) != image and vocabulary[token] not in ends]
-    if fit:
-        tokenizer.pad_token = fit[0]
+    candidates = [token for token in PAD_NAMES if vocabulary.get(token, image) != image and vocabulary[token] not in end_tokens]
+    if candidates:
+        tokenizer.pad_token = candidates[0]
     elif pad is None or pad == image:
         if tokenizer.eos_token is None:
-            raise UserError('no token to pad with; add "pad_token" to its tokenizer_config.json')
+            raise UserError('it has no padding token; add "pad_token" to its tokenizer_config.json')
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token != was:
-        why = "there is none"
-        if was is not None:
-            why = f"{was!r} {'stands for an image' if pad == image else 'ends a turn'}"
-        print(f"{name}: pad_token: {tokenizer.pad_token!r}, because {why}")
+    if tokenizer.pad_token != previous:
+        reason = "it was not set"
+        if previous is not None:
+            reason = f"{previous!r} {'is the image token' if pad == image else 'ends a turn'}"
+        print(f"{name}: pad_token set to {tokenizer.pad_token!r}: {reason}")

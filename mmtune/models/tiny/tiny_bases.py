@@ -1,8 +1,8 @@
-"""Tiny random vision-language checkpoints of every family in the table, on disk as their releases are.
+"""Tiny bases: small random vision-language checkpoints of every supported family, with the files of its releases.
 
-Each has its family's own processor class and files, the key names of the family's checkpoints on the hub, a generation
-configuration like the published one, and a chat template that writes what the published one writes. Tests run over all of them,
-and `mmtune train --rehearse` trains on the one that stands for a recipe's base.
+Each has the processor class and files of its family, the key names of the family's hub checkpoints, a generation config like the
+published one, and a chat template that renders the same text. Tests run over all of them, and `mmtune train --rehearse` uses the
+one that replaces the recipe's base.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from mmtune.models.tiny.tiny_models import DECODER, IMAGE, PATCH, TOWER, byte_le
 from mmtune.models.tiny.tiny_templates import TEMPLATES
 
 TEXTS = ["\n\n\n    the cat is on the mat, what is it?\n\n yes no a photo of two dogs and a bird."] * 20
-"""What the tokenizers learn a few merges from."""
+"""Training texts of the tokenizers."""
 MERGES = 60
 
-# ---- parts that several families share
+# ---- settings shared by several families
 
 _TEXT: dict[str, Any] = {
     **DECODER,
@@ -35,22 +35,22 @@ _TEXT: dict[str, Any] = {
     "num_key_value_heads": 2,
     "tie_word_embeddings": False,
 }
-_EYE: dict[str, Any] = {**TOWER, "hidden_size": 64, "intermediate_size": 128, "image_size": IMAGE, "patch_size": PATCH}
+_VISION: dict[str, Any] = {**TOWER, "hidden_size": 64, "intermediate_size": 128, "image_size": IMAGE, "patch_size": PATCH}
 _MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
-_QWEN_EYE = {"depth": 2, "hidden_size": 64, "num_heads": 2, "patch_size": 14}
+_QWEN_VISION_CONFIG = {"depth": 2, "hidden_size": 64, "num_heads": 2, "patch_size": 14}
 _QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _QWEN_VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-_SENTENCE: dict[str, Any] = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+_SENTENCEPIECE: dict[str, Any] = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 
 
 def _tokenizer(specials: tuple[str, ...], named: dict[str, str] | None = None, **names: Any) -> PreTrainedTokenizerFast:
     others = [token for token in specials if token not in names.values()]
-    traits = {"specials": list(dict.fromkeys([*specials, *(named or {}).values()])), "named": named or others, **names}
-    return byte_level_tokenizer(traits, TEXTS, merges=MERGES)
+    settings = {"specials": list(dict.fromkeys([*specials, *(named or {}).values()])), "named": named or others, **names}
+    return byte_level_tokenizer(settings, TEXTS, merges=MERGES)
 
 
 def _sizes(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """What a text config takes from its tokenizer; embeddings are padded, as most releases' are."""
+    """Text config fields that depend on the tokenizer; the vocabulary size is padded, as in most releases."""
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {**_TEXT, "vocab_size": -(-len(tokenizer) // 64) * 64, **ids}
 
@@ -62,7 +62,9 @@ def _id(processor: Any, token: str) -> int:
 def _llava_processor(kind: Any, images: Any, specials: tuple[str, ...], **settings: Any) -> ProcessorMixin:
     processor: ProcessorMixin = kind(
         images,
-        _tokenizer(("<unk>", "<s>", "</s>", *specials, "<pad>", "<image>"), {"image_token": "<image>"}, pad="<pad>", **_SENTENCE),
+        _tokenizer(
+            ("<unk>", "<s>", "</s>", *specials, "<pad>", "<image>"), {"image_token": "<image>"}, pad="<pad>", **_SENTENCEPIECE
+        ),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -77,7 +79,7 @@ def _llava_config(processor: Any, text: str, model_type: str = "llava", **settin
         "vision_feature_select_strategy": "default",
         "image_seq_length": (IMAGE // PATCH) ** 2,
     }
-    defaults["vision_config"] = {"model_type": "clip_vision_model", **_EYE, "projection_dim": 32}
+    defaults["vision_config"] = {"model_type": "clip_vision_model", **_VISION, "projection_dim": 32}
     return AutoConfig.for_model(
         model_type,
         text_config={"model_type": text, **_sizes(processor.tokenizer)},
@@ -91,7 +93,7 @@ def _square() -> dict[str, Any]:
     return {"size": {"shortest_edge": IMAGE}, "crop_size": {"height": IMAGE, "width": IMAGE}}
 
 
-# ---- one pair of functions for a family: its processor, and its config for that processor
+# ---- two functions per family: the processor, and the config for that processor
 
 
 def _llava(**_: Any) -> ProcessorMixin:
@@ -134,7 +136,7 @@ def _onevision_config(processor: Any) -> PreTrainedConfig:
         processor,
         "qwen2",
         "llava_onevision",
-        vision_config={"model_type": "siglip_vision_model", **_EYE, "vision_use_head": False},
+        vision_config={"model_type": "siglip_vision_model", **_VISION, "vision_use_head": False},
         video_token_index=_id(processor, "<video>"),
         image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
         vision_feature_layer=-1,
@@ -163,31 +165,31 @@ def _qwen_config(model_type: str, vision: dict[str, Any], rope: dict[str, Any] =
         ids = {f"{name}_token_id": _id(processor, token) for name, token in zip(names, _QWEN_VISION, strict=True)}
         text = {**_sizes(processor.tokenizer), "rope_parameters": rope}
         return AutoConfig.for_model(
-            model_type, vision_config={**_QWEN_EYE, **vision}, text_config=text, tie_word_embeddings=False, **ids
+            model_type, vision_config={**_QWEN_VISION_CONFIG, **vision}, text_config=text, tie_word_embeddings=False, **ids
         )
 
     return config
 
 
 def _idefics(kind: str, images: str, video: str | None) -> Callable[[], ProcessorMixin]:
-    def make() -> ProcessorMixin:
+    def build() -> ProcessorMixin:
         import transformers as tf
 
         grid = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
-        marks = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *grid)
+        markers = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *grid)
         names: dict[str, Any] = {"bos": "<|im_start|>", "eos": "<end_of_utterance>", "pad": "<|im_end|>", "adds_bos": False}
         size = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 28}}
-        parts = [getattr(tf, images)(**size), _tokenizer((*_QWEN_TOKENS, *marks), **names)]
-        parts += [getattr(tf, video)(**size)] if video else []
-        processor: ProcessorMixin = getattr(tf, kind)(*parts, image_seq_len=4)
+        components = [getattr(tf, images)(**size), _tokenizer((*_QWEN_TOKENS, *markers), **names)]
+        components += [getattr(tf, video)(**size)] if video else []
+        processor: ProcessorMixin = getattr(tf, kind)(*components, image_seq_len=4)
         return processor
 
-    return make
+    return build
 
 
 def _idefics_config(model_type: str) -> Callable[[Any], PreTrainedConfig]:
     def config(processor: Any) -> PreTrainedConfig:
-        vision = {**_EYE, "image_size": 28, "patch_size": 7}
+        vision = {**_VISION, "image_size": 28, "patch_size": 7}
         text = {"model_type": "llama", **_sizes(processor.tokenizer)}
         tokens = {"image_token_id": _id(processor, "<image>"), "pad_token_id": processor.tokenizer.pad_token_id}
         return AutoConfig.for_model(
@@ -215,7 +217,7 @@ def _internvl() -> ProcessorMixin:
 def _internvl_config(processor: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(
         "internvl",
-        vision_config={**_EYE, "image_size": [28, 28], "patch_size": [7, 7], "use_qk_norm": False},
+        vision_config={**_VISION, "image_size": [28, 28], "patch_size": [7, 7], "use_qk_norm": False},
         text_config={"model_type": "qwen2", **_sizes(processor.tokenizer)},
         image_token_id=_id(processor, "<IMG_CONTEXT>"),
         image_seq_length=4,
@@ -242,7 +244,7 @@ def _gemma3_config(processor: Any) -> PreTrainedConfig:
     tokenizer = processor.tokenizer
     return AutoConfig.for_model(
         "gemma3",
-        vision_config={"model_type": "siglip_vision_model", **_EYE, "vision_use_head": False},
+        vision_config={"model_type": "siglip_vision_model", **_VISION, "vision_use_head": False},
         text_config={
             "model_type": "gemma3_text",
             **_sizes(tokenizer),
@@ -272,7 +274,7 @@ def _paligemma() -> ProcessorMixin:
 def _paligemma_config(processor: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(
         "paligemma",
-        vision_config={"model_type": "siglip_vision_model", **_EYE, "vision_use_head": False, "projection_dim": 64},
+        vision_config={"model_type": "siglip_vision_model", **_VISION, "vision_use_head": False, "projection_dim": 64},
         text_config={"model_type": "gemma", **_sizes(processor.tokenizer), "tie_word_embeddings": True},
         image_token_index=_id(processor, "<image>"),
         projection_dim=64,
@@ -281,25 +283,25 @@ def _paligemma_config(processor: Any) -> PreTrainedConfig:
 
 
 def _pixtral(merge: int) -> Callable[[], ProcessorMixin]:
-    def make() -> ProcessorMixin:
+    def build() -> ProcessorMixin:
         from transformers import PixtralImageProcessor, PixtralProcessor
 
         specials = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "<pad>")
-        tokenizer = _tokenizer((*specials, "[IMG]", "[IMG_BREAK]", "[IMG_END]"), pad="<pad>", **_SENTENCE)
+        tokenizer = _tokenizer((*specials, "[IMG]", "[IMG_BREAK]", "[IMG_END]"), pad="<pad>", **_SENTENCEPIECE)
         images = PixtralImageProcessor(size={"longest_edge": 128}, patch_size=8 if merge == 1 else {"height": 8, "width": 8})
         processor: ProcessorMixin = PixtralProcessor(images, tokenizer, patch_size=8, spatial_merge_size=merge)
         return processor
 
-    return make
+    return build
 
 
 def _pixtral_config(model_type: str) -> Callable[[Any], PreTrainedConfig]:
     def config(processor: Any) -> PreTrainedConfig:
-        eye = {key: value for key, value in _EYE.items() if key not in ("image_size", "patch_size")}
+        vision = {key: value for key, value in _VISION.items() if key not in ("image_size", "patch_size")}
         settings = {"spatial_merge_size": 2} if model_type == "mistral3" else {"vision_feature_select_strategy": "full"}
         return AutoConfig.for_model(
             model_type,
-            vision_config={"model_type": "pixtral", **eye, "head_dim": 32, "image_size": 128, "patch_size": 8},
+            vision_config={"model_type": "pixtral", **vision, "head_dim": 32, "image_size": 128, "patch_size": 8},
             text_config={"model_type": "mistral", **_sizes(processor.tokenizer)},
             image_token_index=_id(processor, "[IMG]"),
             vision_feature_layer=-1,
@@ -326,13 +328,13 @@ _GREEDY = {"do_sample": False}
 
 @dataclass(frozen=True)
 class TinyBase:
-    """What a family's checkpoint consists of.
+    """The contents of a family's tiny checkpoint.
 
     Attributes:
         processor: builds the processor.
         config: builds the model's config for that processor.
-        keys: regular expressions from the names of the module tree to those of the hub's checkpoint, and their replacements.
-        generation: the release's generation settings, besides its tokens.
+        keys: regular expressions and replacements that map module names to the key names of hub checkpoints.
+        generation: generation settings of the release, without its token ids.
     """
 
     processor: Callable[[], ProcessorMixin]
@@ -357,7 +359,7 @@ BASES: dict[str, TinyBase] = {
     ),
     "qwen2_5_vl": TinyBase(
         lambda: _qwen("Qwen2_5_VLProcessor", 14, "Qwen2VLVideoProcessor"),
-        # one layer of windows, two patches wide after merging, and one of whole images
+        # one layer with window attention (windows of two merged patches), and one with full attention
         _qwen_config(
             "qwen2_5_vl", {"intermediate_size": 128, "out_hidden_size": 64, "window_size": 56, "fullatt_block_indexes": [1]}
         ),
@@ -397,19 +399,19 @@ BASES: dict[str, TinyBase] = {
     "paligemma": TinyBase(_paligemma, _paligemma_config, _CLIP_KEYS),
     "mistral3": TinyBase(_pixtral(2), _pixtral_config("mistral3"), _FLAT_KEYS),
 }
-"""By name: a family's `model_type`, or that with the tower's where a class serves several releases."""
+"""Tiny bases by name: the `model_type` of the family, with the vision tower appended if a class has several variants."""
 
 
 def write_tiny_base(family: str, out: Path, seed: int = 0) -> Path:
-    """Write a family's tiny checkpoint.
+    """Write the tiny checkpoint of a family.
 
     Args:
         family: a key of `BASES`.
         out: the directory to write.
-        seed: draws the weights.
+        seed: the seed of the weights.
 
     Raises:
-        ImportError: the family's processor needs an optional library that is missing.
+        ImportError: the processor needs an optional library that is not installed.
     """
     base = BASES[family]
     processor = base.processor()
@@ -419,11 +421,13 @@ def write_tiny_base(family: str, out: Path, seed: int = 0) -> Path:
         model = AutoModelForImageTextToText.from_config(base.config(processor), trust_remote_code=False)
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.ndim > 1 and not parameter.any():  # Gemma 3's projection begins at zero, and no image would be seen
+                if (
+                    parameter.ndim > 1 and not parameter.any()
+                ):  # Gemma 3's projection is zero-initialized, which would ignore images
                     parameter.normal_(std=0.02)
     out.mkdir(parents=True, exist_ok=True)
     processor.save_pretrained(out)
-    _divide_processor_config(out)
+    _split_processor_config(out)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(out)
     ids = {name: getattr(processor.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -447,13 +451,13 @@ def _hub_tensors(model: Any, keys: tuple[tuple[str, str], ...]) -> dict[str, tor
     return tensors
 
 
-def _divide_processor_config(folder: Path) -> None:
-    """One file for each part, as releases have it; transformers itself writes one `processor_config.json`."""
+def _split_processor_config(folder: Path) -> None:
+    """Move image and video processor settings into separate files, as in releases; transformers writes one file for all."""
     file = folder / "processor_config.json"
-    whole = json.loads(file.read_text(encoding="utf-8"))
-    parts = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
-    for part, name in parts.items():
-        if part in whole:
-            settings = whole.pop(part) | {"processor_class": whole["processor_class"]}
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file_names = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
+    for key, name in file_names.items():
+        if key in config:
+            settings = config.pop(key) | {"processor_class": config["processor_class"]}
             (folder / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    file.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

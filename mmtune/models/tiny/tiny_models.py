@@ -1,6 +1,6 @@
-"""Tiny random checkpoints of the architectures that people use, written as real checkpoints are.
+"""Tiny vision encoders and language models: small random checkpoints of common architectures.
 
-Tests build on them, and `mmtune train --rehearse` runs a full-size recipe on them with no network.
+Tests use them, and `mmtune train --rehearse` runs a full-size recipe on them without network access.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ LANGUAGE_FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {"model_type": "gemma", "tied": True, **_GEMMA},
     "gemma3": {"model_type": "gemma3_text", "tied": True, **_GEMMA},
 }
-"""What makes a family: its special tokens, tied embeddings, embedding rows padded to a multiple as the published ones are."""
+"""Settings of each family: model type, special tokens, tied embeddings, padding multiple of the embedding rows, chat template."""
 
 MODEL_TYPES: dict[str, dict[str, str]] = {
     "vision": {"clip_vision_model": "clip", "siglip_vision_model": "siglip"} | {name: name for name in VISION_FAMILIES},
@@ -130,24 +130,25 @@ NAMES: dict[str, list[tuple[str, str]]] = {
         (r"mistral-small-3\.[12]", "mistral3"),
     ],
 }
-"""Well-known hub names, tried in order, for checkpoints that are not on this machine."""
+"""Patterns of well-known hub names and their families, for checkpoints that are not on this machine; the first match counts."""
 
 
 def write_tiny_vision(family: str, out: Path, seed: int = 0) -> Path:
     """Write a tiny random vision encoder with its image processor.
 
-    CLIP and SigLIP are written whole, text tower included, as they are published. DINOv2's processor crops to fewer
-    pixels than the checkpoint's `image_size`, as the published one does.
+    CLIP and SigLIP include the text tower, and DINOv2's processor crops to fewer pixels than its `image_size`, both as in the
+    published checkpoints.
 
     Args:
-        family: clip, siglip, dinov2 or vit. All cut 56 x 56 pixels into 16 patches.
+        family: clip, siglip, dinov2 or vit. Each splits 56 x 56 pixels into 16 patches.
         out: the directory to write.
+        seed: the seed of the weights.
 
     Raises:
-        UserError: for another family.
+        UserError: an unknown family.
     """
     if family not in VISION_FAMILIES:
-        raise UserError(f"there is no tiny vision encoder {family!r}{nearest(family, VISION_FAMILIES)}")
+        raise UserError(f"unknown tiny vision encoder {family!r}{nearest(family, VISION_FAMILIES)}")
     square, grid = {"height": IMAGE, "width": IMAGE}, {"patch_size": PATCH, "image_size": IMAGE}
     model: Any
     with torch.random.fork_rng(devices=[]):
@@ -173,27 +174,28 @@ def write_tiny_vision(family: str, out: Path, seed: int = 0) -> Path:
 def write_tiny_language(
     family: str, out: Path, seed: int = 0, *, texts: Iterable[str] = (), vocab_size: int = 0, **overrides: Any
 ) -> Path:
-    """Write a tiny random language model with a byte-level tokenizer that carries the family's special tokens.
+    """Write a tiny random language model with a byte-level tokenizer that has the special tokens of the family.
 
     Args:
         family: a key of `LANGUAGE_FAMILIES`.
         out: the directory to write.
-        texts: what the tokenizer learns merges from; without it every byte is a token.
-        vocab_size: tokens that it may learn, bytes and special tokens included.
+        seed: the seed of the weights.
+        texts: training texts of the tokenizer; without texts every byte is a token.
+        vocab_size: the maximum vocabulary size, with bytes and special tokens.
         overrides: fields of the model's config, such as `hidden_size`.
 
     Raises:
-        UserError: for another family.
+        UserError: an unknown family.
     """
     if family not in LANGUAGE_FAMILIES:
-        raise UserError(f"there is no tiny language model {family!r}{nearest(family, set(LANGUAGE_FAMILIES))}")
-    traits = LANGUAGE_FAMILIES[family]
-    tokenizer = byte_level_tokenizer(traits, texts, vocab_size)
-    multiple = traits.get("multiple", 1)
+        raise UserError(f"unknown tiny language model {family!r}{nearest(family, set(LANGUAGE_FAMILIES))}")
+    settings = LANGUAGE_FAMILIES[family]
+    tokenizer = byte_level_tokenizer(settings, texts, vocab_size)
+    multiple = settings.get("multiple", 1)
     size = {**DECODER, "vocab_size": -(-len(tokenizer) // multiple) * multiple, **overrides}
     config = AutoConfig.for_model(
-        traits["model_type"],
-        tie_word_embeddings=traits.get("tied", False),
+        settings["model_type"],
+        tie_word_embeddings=settings.get("tied", False),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -208,39 +210,41 @@ def write_tiny_language(
 
 
 def tiny_family(checkpoint: str, kind: Kind) -> str:
-    """The tiny family that stands in for a checkpoint, found without the network.
+    """The family of the tiny model that replaces a checkpoint in a rehearsal, determined without network access.
 
     Args:
-        checkpoint: a local directory or a hub id. Its `config.json` is read if it is on this machine; otherwise the
-            name decides, by a table of well-known ones.
-        kind: vision, language, or base for a ready vision-language model.
+        checkpoint: a local directory or a hub id. If its `config.json` is on this machine, its `model_type` decides, otherwise
+            its name (`NAMES`).
+        kind: vision, language, or base (a ready vision-language model).
 
     Raises:
-        UserError: when neither says.
+        UserError: neither config nor name determines a family.
     """
     model_type = _local_model_type(checkpoint)
     if model_type is not None:
         family = MODEL_TYPES[kind].get(model_type[0])
         if family is None:
-            known = ", ".join(sorted(MODEL_TYPES[kind]))
-            raise UserError(f"{checkpoint}: no tiny {kind} model has its model_type {model_type[0]!r}; there are: {known}")
+            supported = ", ".join(sorted(MODEL_TYPES[kind]))
+            raise UserError(
+                f"{checkpoint}: model_type {model_type[0]!r} cannot be rehearsed as {kind}: no tiny model; supported: {supported}"
+            )
         return "llama3" if family == "llama" and model_type[1] >= 128_000 else family
     for pattern, family in NAMES[kind]:
         if re.search(pattern, checkpoint.lower()):
             return family
     raise UserError(
-        f"{checkpoint}: its config.json is not on this machine, and the name is none of the known {kind} checkpoints. Only "
-        f"{', '.join(sorted(MODEL_TYPES[kind]))} can be rehearsed: if its model_type is one of these, put its config.json on "
-        f"this machine (hf download {checkpoint} config.json), or name a local directory; a download does not help another one"
+        f"{checkpoint}: cannot choose a tiny {kind} model: its config.json is not on this machine, and its name is not a known "
+        f"one. If its model_type is one of {', '.join(sorted(MODEL_TYPES[kind]))}, download the file (hf download {checkpoint} "
+        "config.json) or give a local directory; other model types cannot be rehearsed"
     )
 
 
 def _local_model_type(checkpoint: str) -> tuple[str, int] | None:
-    """`model_type` and vocabulary size, if `config.json` is here."""
+    """`model_type` and vocabulary size of a checkpoint whose `config.json` is on this machine, otherwise None."""
     file = Path(checkpoint, "config.json")
     if not file.is_file():
         if Path(checkpoint).is_dir():
-            raise UserError(f"{checkpoint}: the directory holds no config.json")
+            raise UserError(f"{checkpoint}: expected config.json in the directory, found none")
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", checkpoint):
             return None
         if (folder := cached_snapshot(checkpoint)) is None:
@@ -251,40 +255,40 @@ def _local_model_type(checkpoint: str) -> tuple[str, int] | None:
 
 
 def byte_level_tokenizer(
-    traits: dict[str, Any], texts: Iterable[str], vocab_size: int = 0, merges: int = 0
+    settings: dict[str, Any], texts: Iterable[str], vocab_size: int = 0, merges: int = 0
 ) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with a family's special tokens.
 
     Args:
-        traits: `specials`, the special tokens; `bos`, `eos`, `pad` and `unk`, which of them are these; `adds_bos`, false where
-            bos does not stand before every text; `named`, further special tokens, by the name of the tokenizer's attribute, such
-            as `image_token`, or as a list; `template`, its chat template.
-        texts: what it learns merges from.
-        vocab_size: tokens that it may learn, bytes and special tokens included.
-        merges: or so many beside these.
+        settings: `specials`, the special tokens; `bos`, `eos`, `pad` and `unk`, those with these roles; `adds_bos`, False if the
+            tokenizer does not prepend bos; `named`, further special tokens, as a list or by tokenizer attribute (such as
+            `image_token`); `template`, the chat template.
+        texts: training texts.
+        vocab_size: the maximum vocabulary size, with bytes and special tokens.
+        merges: the minimum number of merges.
     """
-    specials: list[str] = traits["specials"]
-    bare = Tokenizer(BPE(unk_token=None))
-    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bare.decoder = decoders.ByteLevel()
+    specials: list[str] = settings["specials"]
+    backend = Tokenizer(BPE(unk_token=None))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     size = max(vocab_size, len(alphabet) + len(specials) + merges)
-    bare.train_from_iterator(
+    backend.train_from_iterator(
         texts,
         BpeTrainer(vocab_size=size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False),
     )
-    if "bos" in traits and traits.get("adds_bos", True):
-        bos = traits["bos"]
-        bare.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bare.token_to_id(bos))]
+    if "bos" in settings and settings.get("adds_bos", True):
+        bos = settings["bos"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
         )
-    names = {f"{key}_token": traits[key] for key in ("bos", "eos", "pad", "unk") if key in traits}
+    names = {f"{key}_token": settings[key] for key in ("bos", "eos", "pad", "unk") if key in settings}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bare,
-        **({"extra_special_tokens": traits["named"]} if "named" in traits else {}),
+        tokenizer_object=backend,
+        **({"extra_special_tokens": settings["named"]} if "named" in settings else {}),
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
         **names,
     )
-    tokenizer.chat_template = traits.get("template")
+    tokenizer.chat_template = settings.get("template")
     return tokenizer

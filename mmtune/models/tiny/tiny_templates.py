@@ -1,4 +1,4 @@
-"""Chat templates that write what the published ones of each family write, for the tiny checkpoints of `tiny_bases`."""
+"""Chat templates of the tiny bases; each renders the same text as the published template of its family."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ TEMPLATES: dict[str, str | None] = {
     "paligemma": None,
     "mistral3": _with_image(_MISTRAL, "[IMG]"),
 }
-"""By the name of the tiny checkpoint; None: the releases have none."""
+"""Chat templates by name of the tiny base; None if the releases have none."""
 
 REQUIRED_TEMPLATES = {"llava": "vicuna_v1", "paligemma": "paligemma"}
-"""The `model.chat_template` that a recipe has to name, because the release's own template writes no end or it has none."""
+"""The `model.chat_template` that a recipe must set, because the release has no template or one without an end-of-turn token."""

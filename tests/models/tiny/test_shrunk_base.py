@@ -1,4 +1,4 @@
-"""The configuration of a rehearsal: every family's shrinks."""
+"""Shrunk configs of rehearsals, for every family."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmtune.models.tiny.shrunk_base import shrunk_config
 
 
 @pytest.mark.parametrize("model_type", PROJECTORS)
-def test_a_full_size_configuration_becomes_a_small_model(model_type: str) -> None:
+def test_a_shrunk_config_gives_a_small_model(model_type: str) -> None:
     config = shrunk_config(CONFIG_MAPPING[model_type]())
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)

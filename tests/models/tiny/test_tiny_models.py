@@ -1,4 +1,4 @@
-"""Tiny checkpoints, and which one stands in for a real one."""
+"""Tiny models, and the choice of the tiny model for a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmtune.models.tiny.tiny_models import VISION_FAMILIES, tiny_family, write_t
 from mmtune.utils.errors import UserError
 
 
-def test_tiny_tokenizers_learn_from_texts(tmp_path: Path) -> None:
+def test_tiny_tokenizers_are_trained_on_texts(tmp_path: Path) -> None:
     write_tiny_language("llama", tmp_path, texts=["how many sevens are there"] * 5, vocab_size=290)
     tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path)
     assert len(tokenizer("sevens", add_special_tokens=False)["input_ids"]) < 6
@@ -74,5 +74,5 @@ def test_families_of_local_checkpoints_and_unknown_names(tiny_checkpoints: Path,
             tiny_family(name, "vision" if "siglip" in name else "language")
     with pytest.raises(UserError, match="did you mean 'clip'"):
         write_tiny_vision("clp", tiny_checkpoints / "x")
-    with pytest.raises(UserError, match="no tiny language model 'gpt2'"):
+    with pytest.raises(UserError, match="unknown tiny language model 'gpt2'"):
         write_tiny_language("gpt2", tiny_checkpoints / "x")
