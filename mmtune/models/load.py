@@ -272,7 +272,7 @@ def _chat_template(processor: ProcessorMixin, subject: str, named: str | None) -
     else:
         template = resolve_chat_template(named, processor.tokenizer, image_token=processor.image_token)
     if "strftime_now" in template:
-        print("chat template: it writes the date (strftime_now), so what a row trains on, and its length, depend on the day")
+        print("chat template: it writes the current date (strftime_now), so tokens and lengths of rows depend on the day")
     return template
 
 
@@ -354,7 +354,7 @@ def _load_trained(
         if own != chat_template and template != resolve_chat_template(
             str(chat_template), processor.tokenizer, image_token=processor.image_token
         ):
-            raise UserError(f"{subject}: it was trained with another chat template than {chat_template}; leave that out")
+            raise UserError(f"{subject}: it was trained with another chat template than {chat_template}; omit the chat template")
         set_chat_template(processor, template)
         if not trained.is_adapter:
             return load_strictly(source, subject, **settings).eval(), processor

@@ -157,7 +157,7 @@ def test_a_corrected_fault_is_reported_and_does_not_change_the_answer(
 @pytest.mark.parametrize(
     ("name", "verb", "error"),
     [
-        ("no_object", "chat", "{base}: generation_config.json is not a JSON object, but [1]"),
+        ("no_object", "chat", "{base}: generation_config.json: expected a JSON object, got [1]"),
         ("no_json", "chat", "{base}: config.json is not valid JSON: Expecting property name"),
         ("no_json", "check", "{recipe}:1: model.base: {base}: config.json is not valid JSON: Expecting property name"),
         ("odd_patch", "chat", "{base}: the model cannot process an image of 640 x 480 pixels from its processor: "),
