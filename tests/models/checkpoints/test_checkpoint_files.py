@@ -23,7 +23,7 @@ def test_an_existing_directory_is_replaced_with_overwrite_only(llava: tuple[Any,
     with pytest.raises(UserError, match="out exists"):
         save_checkpoint(*llava, out)
     assert (out / "keep").read_text() == "mine"
-    with pytest.raises(UserError, match="out: expected an earlier output with config.json"):
+    with pytest.raises(UserError, match=r"out: expected an earlier output with config\.json"):
         save_checkpoint(*llava, out, overwrite=True)
     assert (out / "keep").read_text() == "mine"
     (out / "config.json").write_text("{}")  # now it is an earlier checkpoint
