@@ -5,7 +5,7 @@ the same steps on a few rows: with their labels alone (sft), with the teacher's 
 its own rows, and the three students of a seed see the same ones in the same order. Held-out answers choose nothing. Results are
 written as they come, and a second start continues where the first ended.
 
-Usage: mmtune data digits data/digits; python benchmarks/distillation_digits.py [--rows 96] [--steps 120] [--teacher-steps 320]
+Usage: mmtune data digits data/digits; python benchmarks/distillation_digits.py [--rows 96] [--steps 100] [--teacher-steps 320]
 It writes benchmarks/results/distillation.json and the table in docs/objectives.md.
 """
 
@@ -34,23 +34,26 @@ PAGE = ROOT / "docs" / "objectives.md"
 MARKS = "<!-- distillation_digits.py writes this table -->\n", "<!-- end of the table -->"
 STUDENTS = {
     "labels alone (sft)": {},
-    "teacher alone": {"crossentropy_weight": 0.0, "distillation_weight": 1.0},
     "labels and teacher": {"crossentropy_weight": 0.5, "distillation_weight": 0.5},
+    "teacher alone": {"crossentropy_weight": 0.0, "distillation_weight": 1.0},
 }
 TEMPERATURE = 2.0
 KEPT = ("tuned_accuracy", "tuned_interval", "base_accuracy", "majority_accuracy", "questions", "train_seconds")
 
 
-def run(rows: Path, out: Path, seed: int, steps: int, batch: int, objective: dict[str, Any] | None = None) -> dict[str, Any]:
+def run(
+    rows: Path, out: Path, seed: int, steps: int, budget: argparse.Namespace, objective: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Tune the built-in model on rows of the digits and score it on the held-out questions."""
     overrides = [
         f"data.train=[{{path: {rows}, template: llava, media_root: {ROOT / 'data' / 'digits'}}}]",
         f"train.seed={seed}",
         f"train.max_steps={steps}",
-        f"train.per_device_train_batch_size={batch}",
+        f"train.per_device_train_batch_size={budget.batch}",
         "train.save_strategy=no",
         "train.disable_tqdm=true",
         "evaluate.before=false",
+        f"evaluate.data.0.limit={budget.questions}",
         f"output_dir={out}",
         *([f"objective={json.dumps(objective)}"] if objective else []),
     ]
@@ -67,6 +70,8 @@ def table(results: dict[str, Any]) -> str:
     alone = accuracy[next(iter(STUDENTS))]
     for name, by_seed in accuracy.items():
         seeds = sorted(by_seed.keys() & alone.keys())
+        if len(seeds) < 2:
+            continue
         mean, half = interval([by_seed[seed] for seed in seeds])
         difference = ""
         if by_seed is not alone:
@@ -88,13 +93,14 @@ def write_table(rows: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=96)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--teacher-steps", type=int, default=320)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--questions", type=int, default=300, help="held-out questions that a run answers")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--teacher", type=Path, default=ROOT / "runs" / "distillation_teacher")
     arguments = parser.parse_args()
-    budget = {name: getattr(arguments, name) for name in ("rows", "steps", "teacher_steps", "batch")} | {
+    budget = {name: getattr(arguments, name) for name in ("rows", "steps", "teacher_steps", "batch", "questions")} | {
         "temperature": TEMPERATURE
     }
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
@@ -109,18 +115,18 @@ def main() -> None:
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
     if "teacher" not in results or not arguments.teacher.is_dir():
-        results["teacher"] = run(digits, arguments.teacher, 0, arguments.teacher_steps, arguments.batch)
+        results["teacher"] = run(digits, arguments.teacher, 0, arguments.teacher_steps, arguments)
         write()
-    for seed in range(arguments.seeds):
-        few = everything[seed * arguments.rows : (seed + 1) * arguments.rows]
-        for student, weights in STUDENTS.items():
+    for student, weights in STUDENTS.items():
+        for seed in range(arguments.seeds):
+            few = everything[seed * arguments.rows : (seed + 1) * arguments.rows]
             if any((r["student"], r["seed"]) == (student, seed) for r in results["runs"]):
                 continue
             objective = {"type": "distillation", "teacher": str(arguments.teacher), "temperature": TEMPERATURE, **weights}
             with tempfile.TemporaryDirectory() as folder:
                 rows = Path(folder) / "few.json"
                 rows.write_text(json.dumps(few))
-                result = run(rows, Path(folder) / "run", seed, arguments.steps, arguments.batch, objective if weights else None)
+                result = run(rows, Path(folder) / "run", seed, arguments.steps, arguments, objective if weights else None)
             results["runs"].append({"student": student, **result})
             write()
             print(json.dumps(results["runs"][-1]), flush=True)
