@@ -98,9 +98,8 @@ class Distillation(SupervisedTuning):
         return Losses(loss, student["logits"], student, {name: part.detach() for name, part in parts.items()})
 
     def _reference(self, recipe: Recipe) -> ReferenceModel:
-        model, attention = recipe.model, "eager" if self.settings.attention_maps else None
         with errors_at_key(TEACHER):
-            return find_reference_model(self.settings.teacher, model.precision, attention, model.trust_remote_code)
+            return find_reference_model(self.settings.teacher, recipe.model, "eager" if self.settings.attention_maps else None)
 
     def _set_teacher(self, recipe: Recipe, teacher: nn.Module) -> None:
         self._teacher, self._half = teacher, recipe.model.precision != "fp32"

@@ -46,11 +46,12 @@ class ReferenceModel:
         Raises:
             UserError: its files are damaged or incomplete.
         """
-        model: Any = load_trained(self.weights, DTYPES[self.section.precision], trust_remote_code=self.section.trust_remote_code)[
-            0
-        ]
-        if self.section.attn_implementation is not None:
-            model.set_attn_implementation(self.section.attn_implementation)
+        section, weights = self.section, self.weights
+        stored_template = weights.is_adapter or weights.run.recipe.is_file()
+        template = None if stored_template else section.chat_template  # a published checkpoint's own may not serve
+        model: Any = load_trained(weights, DTYPES[section.precision], template, section.trust_remote_code)[0]
+        if section.attn_implementation is not None:
+            model.set_attn_implementation(section.attn_implementation)
         frozen: nn.Module = model.requires_grad_(False).eval()
         return frozen
 
@@ -66,14 +67,13 @@ class ReferenceModel:
         return frozen
 
 
-def find_reference_model(
-    path: str, precision: str, attn_implementation: str | None = None, trust_remote_code: bool = False
-) -> ReferenceModel:
+def find_reference_model(path: str, trained: ModelSection, attn_implementation: str | None = None) -> ReferenceModel:
     """Find a reference model and describe its base.
 
     Args:
         path: of a run, a checkpoint, an adapter or a model, or a hub id.
-        precision: of the model that trains; a reference model is in fp32 beside fp32, and in bf16 otherwise.
+        trained: the `model` section of the model that trains: its chat template, its permission to run code, and its
+            precision; a reference model is in fp32 beside fp32, and in bf16 otherwise.
         attn_implementation: of the reference model; None takes its own.
 
     Raises:
@@ -83,8 +83,9 @@ def find_reference_model(
     base = locate_adapter_base(weights.path) if weights.is_adapter else str(weights.path)
     section = ModelSection(
         base=base,
-        precision="fp32" if precision == "fp32" else "bf16",
+        precision="fp32" if trained.precision == "fp32" else "bf16",
+        chat_template=trained.chat_template,
         attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trained.trust_remote_code,
     )
     return ReferenceModel(weights, section)
