@@ -62,8 +62,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mmtune.builtin.digits import TUNE_TASKS, Split, write_split
 
     folder = tmp_path_factory.mktemp("rows")
-    made = write_split("rows", Split(scenes=12, held_out=False, tasks=TUNE_TASKS, questions=1, seed=0), folder)
-    (folder / "rows.json").write_text(json.dumps(made), encoding="utf-8")
+    path = write_split("rows", Split(scenes=12, held_out=False, tasks=TUNE_TASKS, questions=1, seed=0), folder)
+    (folder / "rows.json").write_text(json.dumps(path), encoding="utf-8")
     return folder / "rows.json"
 
 
@@ -174,14 +174,14 @@ def template_processors(tmp_path_factory: pytest.TempPathFactory, untrained: tup
 
     root = tmp_path_factory.mktemp("template_processors")
     write_tiny_vision("clip", root / "clip")
-    made = {"tiny": untrained[1]}
+    processors = {"tiny": untrained[1]}
     for name, family in SPEAKS.items():
         if not (root / family).exists():
             write_tiny_language(family, root / family, texts=["\n\n\n    the cat is on the mat\n\n yes no"] * 20, vocab_size=320)
             if family in ("qwen2", "llama3"):
                 _split_as_published(root / family)
-        made[name] = assemble(str(root / "clip"), str(root / family), chat_template=name)[1]
-    return made
+        processors[name] = assemble(str(root / "clip"), str(root / family), chat_template=name)[1]
+    return processors
 
 
 def _split_as_published(path: Path) -> None:

@@ -92,20 +92,20 @@ def is_main_guard(node: ast.AST) -> bool:
 def imports_of(tree: ast.AST, module: str) -> list[tuple[int, str]]:
     """Every module imported anywhere in `tree`, inside functions and under TYPE_CHECKING too, with its line."""
     package = module.split(".")[:-1]
-    found: list[tuple[int, str]] = []
+    imports: list[tuple[int, str]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
+            imports += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
             # `from mmtune import data` imports a subpackage, `from mmtune import __version__` only the top one.
             deep = origin == "mmtune"
-            found += [(node.lineno, f"{origin}.{alias.name}" if deep else origin) for alias in node.names]
+            imports += [(node.lineno, f"{origin}.{alias.name}" if deep else origin) for alias in node.names]
         elif isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] in ("import_module", "__import__"):
             names = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)]
-            found += [(node.lineno, name) for name in names if isinstance(name, str)]
-    return found
+            imports += [(node.lineno, name) for name in names if isinstance(name, str)]
+    return imports
 
 
 def packages_imported(tree: ast.AST, module: str, packages: set[str]) -> list[tuple[int, str]]:
@@ -185,8 +185,8 @@ def content_faults(source: str, module: str) -> list[str]:
                 fault(node.value.lineno, "trust_remote_code is the recipe's to give")
         elif isinstance(node, ast.Dict):
             pairs = [pair for pair in zip(node.keys, node.values, strict=True) if isinstance(pair[0], ast.Constant)]
-            given = [value for key, value in pairs if key.value == "trust_remote_code"]
-            if any(isinstance(value, ast.Constant) and value.value for value in given):
+            values = [value for key, value in pairs if key.value == "trust_remote_code"]
+            if any(isinstance(value, ast.Constant) and value.value for value in values):
                 fault(node.lineno, "trust_remote_code is the recipe's to give")
         elif isinstance(node, ast.Attribute) and dotted(node) in {f"yaml.{name}" for name in UNSAFE_YAML_LOADERS}:
             fault(node.lineno, f"{dotted(node)} is not a safe loader")

@@ -126,9 +126,9 @@ def test_a_recipe_that_does_not_ship_is_the_users_error(installed: Path, tmp_pat
 def test_a_data_template_of_the_wheel_is_found(installed: Path, tmp_path: Path) -> None:
     """The library finds its own templates, with no checkout beside it."""
     code = "from mmtune.utils.shipped import shipped_dir; print(shipped_dir('data_templates') / 'llava.yaml')"
-    found = Path(succeed(installed / "python", "-c", code, cwd=tmp_path).strip())
-    assert found.is_relative_to(installed.parent)
-    assert found.read_bytes() == (ROOT / "data_templates" / "llava.yaml").read_bytes()
+    path = Path(succeed(installed / "python", "-c", code, cwd=tmp_path).strip())
+    assert path.is_relative_to(installed.parent)
+    assert path.read_bytes() == (ROOT / "data_templates" / "llava.yaml").read_bytes()
 
 
 TRAIN_TO_CHAT = """

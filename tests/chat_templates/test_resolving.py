@@ -24,10 +24,10 @@ def _talk(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
             "role": role,
             "content": [
                 {"type": "text", "text": piece} if isinstance(piece, str) else {"type": "image", "image": piece}
-                for piece in (said if isinstance(said, list) else [said])
+                for piece in (text if isinstance(text, list) else [text])
             ],
         }
-        for role, said in turns
+        for role, text in turns
     ]
 
 
@@ -72,7 +72,7 @@ PROMPT_ENDS_MID_LINE = ("vicuna_v1", "mistral")  # the answer's leading space is
 @pytest.fixture(scope="module")
 def template_processors(tiny_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A processor for each shipped template."""
-    made = {
+    processors = {
         name: assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / family), chat_template=name)[1]
         for name, family in SPEAKS.items()
     }
@@ -81,8 +81,8 @@ def template_processors(tiny_checkpoints: Path, tmp_path_factory: pytest.TempPat
     tokenizer = tf.AutoTokenizer.from_pretrained(tiny)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]})
     tokenizer.save_pretrained(tiny)
-    made["tiny"] = assemble(str(tiny_checkpoints / "clip"), str(tiny), chat_template="tiny")[1]
-    return made
+    processors["tiny"] = assemble(str(tiny_checkpoints / "clip"), str(tiny), chat_template="tiny")[1]
+    return processors
 
 
 def test_every_shipped_template_is_tested() -> None:

@@ -157,13 +157,13 @@ def test_where_answers_go_is_checked_before_weights_load(
     monkeypatch.setattr("mmtune.models.load.load_trained", None)
     recipe_file.write_text(recipe_file.read_text() + f"evaluate: {{data: [{{path: {rows}, template: llava}}]}}\n")
     (tmp_path / "answers_after.jsonl").write_text("the run's")  # the recipe's folder looks like a run's
-    for out, told in {
+    for out, message in {
         str(tmp_path / "answers_after.jsonl"): "this file holds the run's own answers and is not replaced; give another file",
         str(recipe_file): "expected a new file or a .jsonl file",
         str(recipe_file / "x.jsonl"): f"--out {recipe_file / 'x.jsonl'}: cannot write in {recipe_file}: ",
     }.items():
         assert entry_point(["eval", "builtin:tiny-llava", "--recipe", str(recipe_file), "--out", out]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert (tmp_path / "answers_after.jsonl").read_text() == "the run's"
 
 
@@ -276,9 +276,9 @@ def test_other_processes_than_the_first_tell_who_they_are(
     monkeypatch.setattr(cli_recipe, "configure_console", lambda: None)
     monkeypatch.setenv("RANK", "3")
     assert entry_point(["train", str(recipe_file), "train.fsdp=true"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("[rank 3] error: ")
-    assert "fsdp2.yaml" in told
+    output = capsys.readouterr().err
+    assert output.startswith("[rank 3] error: ")
+    assert "fsdp2.yaml" in output
 
 
 @pytest.mark.slow

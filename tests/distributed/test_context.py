@@ -188,13 +188,13 @@ def test_two_processes_train_what_one_does(
         assert quarantined(one) == quarantined(two)
         assert one.answers("before").read_text() == two.answers("before").read_text()
         assert len(one.answers("after").read_text().splitlines()) == len(two.answers("after").read_text().splitlines()) == 5
-    expected, found = weights(alone[kind]), weights(run)
-    assert expected.keys() == found.keys()
-    assert max((expected[name] - found[name]).abs().max() for name in expected) < 1e-5 * rounded
+    expected, actual = weights(alone[kind]), weights(run)
+    assert expected.keys() == actual.keys()
+    assert max((expected[name] - actual[name]).abs().max() for name in expected) < 1e-5 * rounded
 
 
 @pytest.mark.parametrize(
-    ("environment", "precision", "told"),
+    ("environment", "precision", "message"),
     [
         ({"ACCELERATE_USE_FSDP": "true"}, "bf16", "FSDP's first version"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "bf16", "fsdp_offload_params"),
@@ -209,11 +209,11 @@ def test_two_processes_train_what_one_does(
     ],
 )
 def test_a_launch_that_contradicts_is_refused(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], precision: str, told: str
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], precision: str, message: str
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         check_launch(precision)
 
 
@@ -276,7 +276,7 @@ def test_a_backend_of_several_processes_does_not_stop_one(make_recipe: Callable[
 
 
 @pytest.mark.parametrize(
-    ("dist", "made", "precision", "told"),
+    ("dist", "actual", "precision", "message"),
     [
         (DistributedContext(size=2), (2, DistributedType.MULTI_CPU, "no"), "fp32", None),
         (DistributedContext(), (1, DistributedType.MULTI_CPU, "no"), "fp32", None),  # torchrun --nproc-per-node 1
@@ -302,10 +302,10 @@ def test_a_backend_of_several_processes_does_not_stop_one(make_recipe: Callable[
     ],
 )
 def test_what_accelerate_made_of_it_is_checked(
-    dist: DistributedContext, made: tuple[int, DistributedType, str], precision: str, told: str | None
+    dist: DistributedContext, actual: tuple[int, DistributedType, str], precision: str, message: str | None
 ) -> None:
-    accelerator: Any = SimpleNamespace(num_processes=made[0], distributed_type=made[1], mixed_precision=made[2])
-    with pytest.raises(UserError, match=told) if told else nullcontext():
+    accelerator: Any = SimpleNamespace(num_processes=actual[0], distributed_type=actual[1], mixed_precision=actual[2])
+    with pytest.raises(UserError, match=message) if message else nullcontext():
         check_strategy(accelerator, dist, precision)
 
 
@@ -416,8 +416,8 @@ def test_a_deepspeed_configuration_that_contradicts_is_refused(kinds: dict[str, 
         asked = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}, **settings}
         recipe["train"] = {**recipe["train"], "deepspeed": asked}
         jobs.append((write(recipe), "torchrun"))
-    for told, said in zip(CONTRADICTIONS, launch(jobs, tmp_path, processes=1), strict=True):
-        assert told in str(said)
+    for message, output in zip(CONTRADICTIONS, launch(jobs, tmp_path, processes=1), strict=True):
+        assert message in str(output)
     assert not list(tmp_path.glob("run*/"))
 
 
@@ -454,10 +454,10 @@ def test_fsdp_that_becomes_ddp_is_told(kinds: dict[str, dict[str, Any]], tmp_pat
     command = [*launcher("fsdp2"), str(ROOT / "mmtune" / "train.py"), str(recipe)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    told = "error: asked for 2 processes, FSDP2, and accelerate made it MULTI_CPU of 2; FSDP takes GPUs"
-    assert done.stderr.count(told) == 2  # printed by one process, and the last that the launcher says
+    message = "error: asked for 2 processes, FSDP2, and accelerate made it MULTI_CPU of 2; FSDP takes GPUs"
+    assert done.stderr.count(message) == 2  # printed by one process, and the last that the launcher says
     root_cause = done.stderr.rpartition("Root Cause")[2]
-    assert f"traceback : {told}" in root_cause
+    assert f"traceback : {message}" in root_cause
     assert "rank      : 0 " in root_cause
     assert "exitcode  : 2 " in root_cause
 

@@ -73,8 +73,8 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-def check_losses(expected: list[float], found: list[float], precision: str) -> None:
-    apart = max(abs(a - b) for a, b in zip(expected, found, strict=True))
+def check_losses(expected: list[float], actual: list[float], precision: str) -> None:
+    apart = max(abs(a - b) for a, b in zip(expected, actual, strict=True))
     if apart > (1e-4 if precision == "fp32" else 2e-2):
         raise CheckFailed(f"its losses differ by {apart:.2g}")
 
@@ -146,8 +146,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        made = write_split("rows", Split(scenes=12, held_out=False, tasks=TUNE_TASKS, questions=1, seed=0), folder)
-        (folder / "rows.json").write_text(json.dumps(made), encoding="utf-8")
+        rows_path = write_split("rows", Split(scenes=12, held_out=False, tasks=TUNE_TASKS, questions=1, seed=0), folder)
+        (folder / "rows.json").write_text(json.dumps(rows_path), encoding="utf-8")
         save_checkpoint(*build_untrained(seed=0), folder / "base")
         rows, base = folder / "rows.json", folder / "base"
         measured = {name: {p: measure(name, p, rows, base, folder) for p in table.PRECISIONS} for name in names()}
@@ -165,8 +165,8 @@ def main() -> None:
                     why = "it does not train" if cell["train"] is not True else PARTED_GRADIENTS
                     cell[f"zero{stage}"] = sharded.get((name, precision, stage), why)
     libraries = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed")
-    found = {"versions": {name: metadata.version(name) for name in libraries}, "methods": measured}
-    table.CAPABILITIES.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    results = {"versions": {name: metadata.version(name) for name in libraries}, "methods": measured}
+    table.CAPABILITIES.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

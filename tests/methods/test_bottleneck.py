@@ -92,8 +92,8 @@ def test_a_decoder_computes_the_published_equations(
     randomize(peft)
 
     # A Llama block written out, over the untouched weights.
-    def block(layer: Any, own: Any, hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
-        a, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **given)
+    def block(layer: Any, own: Any, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        a, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **arguments)
         if placement == "houlsby":
             a = a + equation(own.self_attn, a, non_linearity, scaling)
         hidden = hidden_states + a
@@ -104,7 +104,7 @@ def test_a_decoder_computes_the_published_equations(
     with torch.no_grad():
         before = plain(**inputs).logits
     for layer, own in zip(plain.model.language_model.layers, peft.base_model.model.model.language_model.layers, strict=True):
-        layer.forward = MethodType(lambda self, hidden_states, own=own, **given: block(self, own, hidden_states, **given), layer)
+        layer.forward = MethodType(lambda self, hidden_states, own=own, **extra: block(self, own, hidden_states, **extra), layer)
     with torch.no_grad():
         expected, got = plain(**inputs).logits, peft(**inputs).logits
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
@@ -158,9 +158,9 @@ def test_dropout_follows_the_non_linearity_and_only_while_training(model: Any) -
     layer.bottleneck_up["default"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     layer.eval()(x)
     layer.train()(x)
-    kept = seen[1] != 0
-    assert 0 < kept.sum() < (seen[0] != 0).sum()
-    assert torch.allclose(seen[1][kept], 2 * seen[0][kept])
+    is_kept = seen[1] != 0
+    assert 0 < is_kept.sum() < (seen[0] != 0).sum()
+    assert torch.allclose(seen[1][is_kept], 2 * seen[0][is_kept])
 
 
 def test_adapters_on_a_model_in_eval_mode_are_in_eval_mode(model: Any, inputs: dict[str, torch.Tensor]) -> None:
@@ -543,12 +543,12 @@ def test_every_family_is_adapted_where_the_papers_say(family: str, placement: st
 
     peft = get_peft_model(model, BottleneckConfig(bottleneck_size=SIZE, placement=placement, target_modules=expected)).eval()  # type: ignore[arg-type]
     assert {parameter.numel() for name, parameter in adapters(peft).items() if name.endswith("up.default.bias")} == {32}
-    given = {"input_ids": torch.arange(2, 9)[None]} if text else {"pixel_values": torch.randn(1, 3, 28, 28)}
+    inputs = {"input_ids": torch.arange(2, 9)[None]} if text else {"pixel_values": torch.randn(1, 3, 28, 28)}
     with torch.no_grad():
-        assert torch.equal(peft(**given)[0], plain(**given)[0])
+        assert torch.equal(peft(**inputs)[0], plain(**inputs)[0])
         randomize(peft)
         reference(plain, peft, expected, placement)
-        got, wanted = peft(**given)[0], plain(**given)[0]
+        got, wanted = peft(**inputs)[0], plain(**inputs)[0]
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6 * wanted.abs().max().item())
     assert bottleneck_targets(model, root, placement) == expected  # type: ignore[arg-type]
 

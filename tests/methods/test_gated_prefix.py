@@ -188,9 +188,9 @@ def test_an_adapted_layer_computes_the_equations(family: str, implementation: st
     batch, length = 2, 6
     plain = torch.arange(length).expand(batch, -1)
     positions = torch.randint(0, 9, (3, batch, length)) if family.endswith("_vl") else plain.expand(3, -1, -1)
-    given = positions if family.endswith("_vl") else plain
+    arguments = positions if family.endswith("_vl") else plain
     with torch.no_grad():
-        decoder(inputs_embeds=torch.randn(batch, length, decoder.config.hidden_size), position_ids=given)
+        decoder(inputs_embeds=torch.randn(batch, length, decoder.config.hidden_size), position_ids=arguments)
     assert len(seen) == LAYERS
     for number, layer in enumerate(layers_of(adapted)):
         hidden, output = seen[number]

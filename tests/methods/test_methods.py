@@ -373,7 +373,7 @@ def test_experts_are_reached_by_parameter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["tune.language.r=0"], "tune.language.r=0: expected an integer >= 1, got 0"),
         (["tune.language.target_modules=[q_prj]"], "'q_prj' matches no module of the language component; did you mean 'q_proj'"),
@@ -433,9 +433,9 @@ def test_experts_are_reached_by_parameter(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_told_before_weights_are_trained(
-    overrides: list[str], told: str, rows: Path, base: Path, tmp_path: Path
+    overrides: list[str], message: str, rows: Path, base: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as caught:
         train(recipe_of("lora", rows, base, tmp_path, *overrides), ["test"])
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert not (tmp_path / "lora").exists()

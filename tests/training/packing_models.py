@@ -96,7 +96,7 @@ def samples(family: str) -> list[dict[str, torch.Tensor]]:
     """An image, text alone, two images, an image of another size; each with a supervised end of its own length."""
     generator = torch.Generator().manual_seed(1)
     shapes: list[list[tuple[int, int]]] = [[(4, 4)], [], [(2, 6), (4, 2)], [(8, 6)]]
-    made = []
+    encoded = []
     for shape, words, answer in zip(shapes, (9, 14, 6, 11), (3, 5, 2, 4), strict=True):
         pieces, media = _media(family, shape, generator)
         text = torch.randint(8, VOCABULARY, (words,), generator=generator).tolist()
@@ -107,9 +107,10 @@ def samples(family: str) -> list[dict[str, torch.Tensor]]:
         labels = ids.clone()
         labels[:, :-answer] = -100
         sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **media}
-        made.append({**sample, "mm_token_type_ids": types} if family.startswith("qwen") else sample)
-    made[1]["labels"] = made[1]["input_ids"].clone()  # its first token too: nothing predicts it, in a row of many samples either
-    return made
+        encoded.append({**sample, "mm_token_type_ids": types} if family.startswith("qwen") else sample)
+    # The first token too: nothing predicts it, in a row of many samples either.
+    encoded[1]["labels"] = encoded[1]["input_ids"].clone()
+    return encoded
 
 
 def _media(

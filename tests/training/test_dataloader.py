@@ -28,8 +28,8 @@ def metrics(recipe: Recipe) -> list[dict[str, Any]]:
 @pytest.fixture
 def two(rows: Path, tmp_path: Path) -> tuple[Path, Path]:
     """The twelve rows as two files of seven and five."""
-    made = json.loads(rows.read_text())
-    for name, part in (("one.jsonl", made[:7]), ("two.jsonl", made[7:])):
+    rows_json = json.loads(rows.read_text())
+    for name, part in (("one.jsonl", rows_json[:7]), ("two.jsonl", rows_json[7:])):
         (tmp_path / name).write_text("\n".join(map(json.dumps, part)))
     return tmp_path / "one.jsonl", tmp_path / "two.jsonl"
 
@@ -140,18 +140,18 @@ def test_packed_and_padded_batches_of_one_budget_train_alike(make_recipe: Callab
             TOKENS, settings, f"data.max_tokens={longest}", f"data.tokens_per_batch={longest * 6}", "train.max_steps=2"
         )
         train(recipe, ["test"], overwrite=True)
-        found = [record[name] for record in metrics(recipe) for name in ("loss", "grad_norm")]
-        assert found == pytest.approx(expected, abs=1e-5, rel=1e-5)
+        values = [record[name] for record in metrics(recipe) for name in ("loss", "grad_norm")]
+        assert values == pytest.approx(expected, abs=1e-5, rel=1e-5)
 
 
 def test_a_planned_run_knows_its_faulty_and_long_rows_before_weights_load(
     make_recipe: Callable[..., Recipe], rows: Path, tmp_path: Path
 ) -> None:
-    made = json.loads(rows.read_text())
-    made[3]["image"] = "gone.png"
-    made[5]["conversations"][1]["value"] = "seven " * 400
+    row_list = json.loads(rows.read_text())
+    row_list[3]["image"] = "gone.png"
+    row_list[5]["conversations"][1]["value"] = "seven " * 400
     spoilt = tmp_path / "spoilt.json"
-    spoilt.write_text(json.dumps(made))
+    spoilt.write_text(json.dumps(row_list))
     at = (f"data.train.0.path={spoilt}", f"data.train.0.media_root={rows.parent}", "data.plan=true", "data.check_rows=0")
     (tmp_path / "empty_base").mkdir()
     limits = ("data.max_tokens=300", "data.over_length=drop_sample")

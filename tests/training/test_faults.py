@@ -91,7 +91,7 @@ def make_unfinished(run: RunDirectory, state: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "told"),
+    ("state", "message"),
     [
         ("steps", "is not finished and has no checkpoint"),
         ("checkpoint", "is not finished: its last checkpoint is checkpoint-2; `mmtune train RECIPE --resume` continues"),
@@ -99,15 +99,15 @@ def make_unfinished(run: RunDirectory, state: str) -> None:
         ("finished", "is a finished run: --overwrite replaces it"),
     ],
 )
-def test_a_second_start_says_what_is_there_and_how_to_go_on(make_recipe: Make, state: str, told: str) -> None:
+def test_a_second_start_says_what_is_there_and_how_to_go_on(make_recipe: Make, state: str, message: str) -> None:
     recipe = make_recipe()
     run = RunDirectory(Path(recipe.output_dir))
     make_unfinished(run, state)
-    with pytest.raises(UserError, match=f"output_dir: {run.path} {told}") as error:
+    with pytest.raises(UserError, match=f"output_dir: {run.path} {message}") as error:
         train(recipe, ["test"])
     assert "--overwrite" in str(error.value)
     if state != "finished":
-        with pytest.raises(UserError, match=f"{run.path} {told}"):
+        with pytest.raises(UserError, match=f"{run.path} {message}"):
             run.read_summary()
 
 
@@ -178,11 +178,11 @@ def test_a_full_disk_leaves_what_was_there(
             patch.setattr(RecordMetrics, "on_log", record)
         with pytest.raises(UserError, match=f"cannot write {run.path}/.*{where}: .*(too large|cut short)"):
             train(recipe, ["test"], overwrite=True)
-    kept = sorted(path.name for path in run.checkpoints.iterdir())
-    assert [name for name in kept if name != ".saving"] == [
+    names = sorted(path.name for path in run.checkpoints.iterdir())
+    assert [name for name in names if name != ".saving"] == [
         f"checkpoint-{n}" for n in ((2, 4, 6) if where == "adapter" else (2,))
     ]
-    assert where != "checkpoint-4" or ".saving" not in kept
+    assert where != "checkpoint-4" or ".saving" not in names
     assert not run.adapter.exists() and not list(run.path.glob(".*"))
     check_manifest(run.checkpoints / "checkpoint-2")
     train(recipe, ["test"], resume=True)
@@ -262,10 +262,10 @@ def test_a_step_that_is_not_finite_is_skipped(
     run = RunDirectory(Path(recipe.output_dir))
     not_finite(3)
     assert train(recipe, ["test"])["skipped_steps"] == 1
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     [skipped] = json.loads(run.data_report.read_text())["skipped_steps"]
     assert skipped["step"] == 3 and len(set(skipped["rows"])) == 4
-    assert f"step 3 is skipped, its gradients are not finite; its rows: {', '.join(skipped['rows'])}" in said
+    assert f"step 3 is skipped, its gradients are not finite; its rows: {', '.join(skipped['rows'])}" in output
     before, after = (run.checkpoints / f"checkpoint-{step}" for step in (2, 3))
     assert (before / "adapter_model.safetensors").read_bytes() == (after / "adapter_model.safetensors").read_bytes()
     states = [torch.load(path / "optimizer.pt", weights_only=True)["state"] for path in (before, after)]
@@ -288,14 +288,14 @@ def test_a_step_that_is_not_finite_is_skipped(
 
 def cut_images(rows: Path, folder: Path, bad: Sequence[int]) -> Path:
     """`rows` with images that no header shows to be damaged."""
-    made = json.loads(rows.read_text())
-    for number, row in enumerate(made):
+    row_list = json.loads(rows.read_text())
+    for number, row in enumerate(row_list):
         whole = (rows.parent / row["image"]).read_bytes()
         row["image"] = str(folder / f"{number}.png")
         middle = len(whole) // 2
         Path(row["image"]).write_bytes(whole[:middle] + bytes(40) + whole[middle + 40 :] if number in bad else whole)
     path = folder / "rows.json"
-    path.write_text(json.dumps(made))
+    path.write_text(json.dumps(row_list))
     return path
 
 
@@ -418,18 +418,18 @@ def test_a_process_that_fails_ends_all(make_recipe: Make, tmp_path: Path, how: s
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        said = process.communicate(timeout=PATIENCE_S)[0]
+        output = process.communicate(timeout=PATIENCE_S)[0]
     finally:
         if process.poll() is None:
             for each in (*psutil.Process(process.pid).children(recursive=True), process):
                 each.kill()
     assert process.returncode != 0
-    assert "[rank0]: Traceback" not in said
-    assert "rank      : 1 (local_rank: 1)" in said.partition("Root Cause")[2]
+    assert "[rank0]: Traceback" not in output
+    assert "rank      : 1 (local_rank: 1)" in output.partition("Root Cause")[2]
     if how == "in a step":
-        assert "[rank 1] error: the reason why" in said and "Traceback" not in said.partition("Sending process")[0]
+        assert "[rank 1] error: the reason why" in output and "Traceback" not in output.partition("Sending process")[0]
     elif how == "at the start":
-        assert "ValueError: the reason why" in said
+        assert "ValueError: the reason why" in output
         assert not (tmp_path / "run").exists()
     else:
-        assert "Signal 9 (SIGKILL)" in said
+        assert "Signal 9 (SIGKILL)" in output

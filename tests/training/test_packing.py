@@ -57,15 +57,15 @@ def as_plain(model: Any, batch: dict[str, Any], count: int) -> torch.Tensor:
 def gradients(model: Any, losses: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     model.zero_grad()
     torch.stack(losses).sum().backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert found
-    return {"loss": torch.stack(losses).sum().detach(), **found}
+    by_name = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert by_name
+    return {"loss": torch.stack(losses).sum().detach(), **by_name}
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def adapted(model: Any, config: Any) -> Any:

@@ -57,9 +57,9 @@ TEXT_LINEAR = r".*(language_model|text_model)\..*\.(q|k|v|o|gate|up|down)_proj"
 def tuned(family: str, projector: bool) -> Any:
     """The text tuned by LoRA, the tower frozen, the projector in full or not; eager, as torch counts no fused one on CPUs."""
     model = tiny(family, "eager")
-    found = [name for name, _ in model.named_modules() if name.endswith(("multi_modal_projector", "visual.merger", "connector"))]
+    names = [name for name, _ in model.named_modules() if name.endswith(("multi_modal_projector", "visual.merger", "connector"))]
     return get_peft_model(
-        model, LoraConfig(r=4, target_modules=TEXT_LINEAR, modules_to_save=found[:1] if projector else None)
+        model, LoraConfig(r=4, target_modules=TEXT_LINEAR, modules_to_save=names[:1] if projector else None)
     ).train()
 
 
@@ -111,11 +111,11 @@ def test_operations_by_hand() -> None:
 
 
 def test_fused_attention_counts_as_products_do() -> None:
-    found = []
+    counts = []
     for attention in ("eager", "sdpa"):
         model = tiny("smolvlm", attention)
-        found.append(step(model, samples("smolvlm")[3:], ModelFlops(model))[0])
-    assert found[0] == found[1]
+        counts.append(step(model, samples("smolvlm")[3:], ModelFlops(model))[0])
+    assert counts[0] == counts[1]
 
 
 def test_neither_padding_nor_recomputation_counts() -> None:
@@ -199,9 +199,9 @@ def begun(
 ) -> TrainingProgress:
     monkeypatch.setattr(progress, "peak_of", lambda device: peak)
     arguments: Any = SimpleNamespace(device=torch.device("cpu"), torch_compile=False, tf32=None)
-    made = TrainingProgress([tuned("llava", True)], arguments, dist)
-    made.on_train_begin(arguments, state, TrainerControl())
-    return made
+    callback = TrainingProgress([tuned("llava", True)], arguments, dist)
+    callback.on_train_begin(arguments, state, TrainerControl())
+    return callback
 
 
 def test_figures_are_those_of_all_processes(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,14 +211,14 @@ def test_figures_are_those_of_all_processes(clock: Clock, monkeypatch: pytest.Mo
         tuple: (6, 0.5, 0.25, 9e9, 3e12),
     }  # tokens; samples, waits for data and for a core, memory, operations
     state = TrainerState(max_steps=100)
-    found = begun(dist, state, monkeypatch, Peak(9, None, 1))
+    progress = begun(dist, state, monkeypatch, Peak(9, None, 1))
     monkeypatch.setattr(ModelFlops, "take", lambda self: 1e12)
-    with found.waiting():
+    with progress.waiting():
         clock.now += 1
-    found.add([RowSize(40, 9, 0), RowSize(60, 9, 0)], images=False)
+    progress.add([RowSize(40, 9, 0), RowSize(60, 9, 0)], images=False)
     clock.now += 3
     state.global_step = 10
-    figures = found.figures(state)
+    figures = progress.figures(state)
     assert figures["tokens"] == state.num_input_tokens_seen == 400
     assert (figures["tokens_per_second"], figures["samples_per_second"]) == (100, 2)
     assert figures["data_wait"] == 0.5  # the other's, for this one waited a quarter
@@ -228,7 +228,7 @@ def test_figures_are_those_of_all_processes(clock: Clock, monkeypatch: pytest.Mo
     assert (figures["seconds"], figures["seconds_left"]) == (4, 36)
     dist.__dict__["other"] |= {tuple: (0, 0.0, None, 0.0, None)}
     clock.now += 1
-    assert "mfu" not in found.figures(state)
+    assert "mfu" not in progress.figures(state)
 
 
 def test_the_wait_for_a_core_is_that_of_the_thread_that_waited_longest(tmp_path: Path) -> None:
@@ -250,12 +250,12 @@ def test_the_wait_for_a_core_is_that_of_the_thread_that_waited_longest(tmp_path:
 
 def test_the_time_left_follows_the_recent_rate_after_a_resume_too(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     state = TrainerState(max_steps=1000, global_step=500, num_input_tokens_seen=7)
-    found = begun(SINGLE_PROCESS, state, monkeypatch)
+    progress = begun(SINGLE_PROCESS, state, monkeypatch)
 
     def log(seconds: float) -> float:
         clock.now += seconds
         state.global_step += 10
-        return found.figures(state)["seconds_left"]
+        return progress.figures(state)["seconds_left"]
 
     assert log(20) == 2 * 490
     assert [log(10) for _ in range(10)][-1] == 390  # the first ten steps are forgotten
@@ -316,7 +316,7 @@ def test_a_run_counts_its_rows_without_padding(
     assert "mfu" not in record  # a CPU's peak is not known
     assert f"step 3/3  {progress_line(record)}" in capsys.readouterr().out
     run = RunDirectory(Path(recipe.output_dir))
-    kept = json.loads((run.checkpoints / "checkpoint-2" / "trainer_state.json").read_text())["num_input_tokens_seen"]
+    tokens_seen = json.loads((run.checkpoints / "checkpoint-2" / "trainer_state.json").read_text())["num_input_tokens_seen"]
     for path in (run.summary, run.metrics):
         path.unlink()
     run.metrics.touch()
@@ -324,8 +324,8 @@ def test_a_run_counts_its_rows_without_padding(
     train(recipe, ["test"], resume=run.checkpoints / "checkpoint-2")
     (record,) = metrics(recipe)
     assert (record["step"], record["tokens"]) == (3, sum(lengths))  # a checkpoint between two logs has them all
-    assert 0 < kept < sum(lengths)
-    assert record["tokens_per_second"] * record["seconds"] == pytest.approx(sum(lengths) - kept, rel=0.01)
+    assert 0 < tokens_seen < sum(lengths)
+    assert record["tokens_per_second"] * record["seconds"] == pytest.approx(sum(lengths) - tokens_seen, rel=0.01)
     assert record["mfu"] > 0
 
 
@@ -380,8 +380,8 @@ def test_each_tracker_has_what_the_metrics_have(
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
     for name in names:
-        told = [(event.step, event.value) for event in board.Scalars(f"train/{name}")]
-        assert told == [(record["step"], pytest.approx(record[name], rel=1e-5)) for record in records]
+        values = [(event.step, event.value) for event in board.Scalars(f"train/{name}")]
+        assert values == [(record["step"], pytest.approx(record[name], rel=1e-5)) for record in records]
     assert not list((run / "checkpoints").rglob("*tfevents*"))
 
     [file] = run.glob("wandb/offline-run-*/run-*.wandb")
@@ -408,7 +408,7 @@ def test_wandb_without_a_login_is_refused_before_weights_load(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "online")
     wandb.teardown()  # its settings are read once
-    monkeypatch.setattr("mmtune.train.load_base", lambda *given: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("mmtune.train.load_base", lambda *arguments: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=r"train.report_to: wandb: no login on this machine: .*WANDB_MODE=offline"):
         train(make_recipe("train.report_to=wandb"), ["test"])
     wandb.teardown()
@@ -419,7 +419,7 @@ def test_a_reporter_that_is_not_installed_is_named_before_weights_load(
     make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr("mmtune.recipe.train_rules.find_spec", lambda module: None)
-    monkeypatch.setattr("mmtune.train.load_base", lambda *given: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("mmtune.train.load_base", lambda *arguments: pytest.fail("weights were loaded"))
     with pytest.raises(
         UserError, match=f"train.report_to={name}: {name} needs a library that is not installed: pip install {name}"
     ):
@@ -438,7 +438,7 @@ def test_nobody_is_told_of_a_run_by_default(make_recipe: Callable[..., Recipe], 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     reached, callbacks = [], []
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: reached.append(address))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: reached.append(given) or [])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **more: reached.append(arguments) or [])
     plain = TuningTrainer.train
 
     def spied(self: TuningTrainer, **settings: Any) -> Any:

@@ -99,8 +99,8 @@ def test_a_damaged_checkpoint_is_passed_over(make_recipe: Callable[..., Recipe],
     weights.write_bytes(weights.read_bytes()[:-1])
     (run.checkpoints / ".saving" / "checkpoint-5").mkdir(parents=True)  # killed while it was being written
     train(recipe, ["test"], resume=True)
-    said = capsys.readouterr().out
-    assert "passed over" in said and "checkpoint-4" in said and "checkpoint-2, after 2 steps" in said
+    output = capsys.readouterr().out
+    assert "passed over" in output and "checkpoint-4" in output and "checkpoint-2, after 2 steps" in output
     assert outcome(run) == expected
 
 
@@ -205,13 +205,13 @@ def test_a_run_ended_by_a_signal_goes_on(
     if number != signal.SIGKILL:
         os.kill(process.pid or 0, number)
     process.join()
-    said = log.read_text()
+    output = log.read_text()
     if number == signal.SIGKILL:
         assert process.exitcode == -number
     else:
         assert process.exitcode == 128 + number
-        step = re.search(rf"stopped: by {signal.Signals(number).name} after step (\d+)", said)
-        assert step and "Traceback" not in said
+        step = re.search(rf"stopped: by {signal.Signals(number).name} after step (\d+)", output)
+        assert step and "Traceback" not in output
         assert (run.checkpoints / f"checkpoint-{step[1]}").is_dir()
         assert len(list(run.checkpoints.glob("checkpoint-*"))) == 1 or saves.endswith("epoch")
     assert not run.summary.exists()

@@ -59,14 +59,14 @@ def mixed(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """400 rows, by chance with a picture or without."""
     pictures = json.loads(rows.read_text(encoding="utf-8"))
     draw = random.Random(0)
-    made = []
+    row_list = []
     for number in range(400):
         row = draw.choice(pictures)
         turns = [{"from": "human", "value": f"count to {number}"}, {"from": "gpt", "value": f"{number} it is"}]
         with_picture = {"image": str(rows.parent / row["image"]), "conversations": row["conversations"]}
-        made.append({"id": f"r{number}", **(with_picture if draw.random() < 0.5 else {"conversations": turns})})
+        row_list.append({"id": f"r{number}", **(with_picture if draw.random() < 0.5 else {"conversations": turns})})
     path = tmp_path_factory.mktemp("mixed") / "mixed.json"
-    path.write_text(json.dumps(made), encoding="utf-8")
+    path.write_text(json.dumps(row_list), encoding="utf-8")
     return path
 
 
@@ -117,8 +117,8 @@ def test_two_processes_go_on_bit_for_bit(strategy: str, read: str, stopped: dict
 @pytest.mark.slow
 def test_deepspeed_leaves_out_a_step_that_is_not_finite(stopped: dict[tuple[str, str], list[Any]]) -> None:
     """The first step goes so far that the second has no finite gradient, nor has the third."""
-    for said in stopped["far", "away"]:
-        assert str(said).startswith("CheckFailed: the gradients of step 3 are not finite, after 1 that were skipped")
+    for output in stopped["far", "away"]:
+        assert str(output).startswith("CheckFailed: the gradients of step 3 are not finite, after 1 that were skipped")
 
 
 @pytest.mark.slow
@@ -163,11 +163,11 @@ def test_four_processes_train_what_one_does(shallow: Path, mixed: Path, tmp_path
 
     No padded row of the second step can train, and in the third one process has none.
     """
-    made = json.loads(mixed.read_text(encoding="utf-8"))
+    rows = json.loads(mixed.read_text(encoding="utf-8"))
     for number in (4, 5, 6, 7, 9):
-        made[number] = {**made[number], "image": "gone.png"}
+        rows[number] = {**rows[number], "image": "gone.png"}
     spoilt = tmp_path / "mixed.json"
-    spoilt.write_text(json.dumps(made), encoding="utf-8")
+    spoilt.write_text(json.dumps(rows), encoding="utf-8")
     kinds: dict[str, Any] = {"padded": {"check_rows": 0, "max_bad_fraction": 0.5}, "packed": {"packing": True, "max_tokens": 256}}
     keys = [*(("padded", strategy) for strategy in LAYOUTS), ("packed", "DDP"), ("packed", "ZeRO-3")]
     descent = {"max_steps": 3, "gradient_accumulation_steps": 4, "optim": "sgd", "learning_rate": 0.3}
@@ -195,16 +195,16 @@ def test_four_processes_train_what_one_does(shallow: Path, mixed: Path, tmp_path
         assert len(four) == (2 if kind == "padded" else 3)
         assert [step["loss"] for step in four] == pytest.approx([step["loss"] for step in one], abs=1e-5)
         assert [step["grad_norm"] for step in four] == pytest.approx([step["grad_norm"] for step in one], rel=1e-4)
-        expected, found = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
-        assert max((expected[name] - found[name]).abs().max() for name in expected) < 1e-5
+        expected, actual = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
+        assert max((expected[name] - actual[name]).abs().max() for name in expected) < 1e-5
 
 
 def private_peaks(command: list[str], log: Path) -> list[int]:
     """The largest private memory of each process that trains, in bytes: what is mapped from files is the machine's own."""
     peaks: dict[int, int] = {}
     returned = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # or what is freed in between would still be counted
-    with log.open("w") as said:
-        started = subprocess.Popen(command, env={**os.environ, **returned}, stdout=said, stderr=said)
+    with log.open("w") as output:
+        started = subprocess.Popen(command, env={**os.environ, **returned}, stdout=output, stderr=output)
     while started.poll() is None:
         for process in (psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):

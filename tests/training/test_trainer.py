@@ -92,10 +92,10 @@ def test_loss_and_gradients_equal_plain_transformers_and_peft(make_recipe: Calla
     loss.backward()
 
     torch.testing.assert_close(loss, reference, atol=1e-5, rtol=0)
-    expected, found = gradients(plain), gradients(trainer.model)
-    assert expected.keys() == found.keys()
+    expected, actual = gradients(plain), gradients(trainer.model)
+    assert expected.keys() == actual.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-5, rtol=0)
 
 
 def test_accumulated_batches_give_the_gradient_of_one_large_batch(make_recipe: Callable[..., Recipe], base: Path) -> None:
@@ -164,15 +164,15 @@ def test_two_runs_of_a_seed_give_the_same_losses(make_recipe: Callable[..., Reci
 
 def bad_rows(rows: Path, tmp_path: Path, *bad: int) -> Path:
     """`rows` with some images damaged inside, where no header and no end shows it."""
-    made = json.loads(rows.read_text())
+    row_list = json.loads(rows.read_text())
     for number in bad:
-        whole = (rows.parent / made[number]["image"]).read_bytes()
+        whole = (rows.parent / row_list[number]["image"]).read_bytes()
         middle = len(whole) // 2
         (tmp_path / f"cut{number}.png").write_bytes(whole[:middle] + bytes(40) + whole[middle + 40 :])
-    for number, row in enumerate(made):
+    for number, row in enumerate(row_list):
         row["image"] = str(tmp_path / f"cut{number}.png") if number in bad else str(rows.parent / row["image"])
     path = tmp_path / "bad.json"
-    path.write_text(json.dumps(made))
+    path.write_text(json.dumps(row_list))
     return path
 
 
@@ -332,10 +332,10 @@ def test_a_run_may_move_with_the_base_it_assembled(make_recipe: Callable[..., Re
 def test_held_out_rows_are_read_before_weights(make_recipe: Callable[..., Recipe], rows: Path, tmp_path: Path) -> None:
     (tmp_path / "no_weights").mkdir()  # loading it would be another error
     (tmp_path / "no_weights" / "config.json").write_text('{"model_type": "llava"}')
-    made = json.loads(rows.read_text())
-    made[3]["image"] = "gone.png"
+    row_list = json.loads(rows.read_text())
+    row_list[3]["image"] = "gone.png"
     spoilt = rows.parent / "held_out.json"
-    spoilt.write_text(json.dumps(made))
+    spoilt.write_text(json.dumps(row_list))
     section = f"evaluate={{data: [{{path: {spoilt}, template: llava}}]}}"
     with pytest.raises(UserError, match=r"1 of 12 rows cannot be evaluated:\n  held_out\.json\[3\]: image: no such file"):
         train(make_recipe(section, f"model.base={tmp_path / 'no_weights'}"), ["test"])

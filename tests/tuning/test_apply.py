@@ -115,8 +115,8 @@ def test_where_it_trains_is_told_by_path(make_recipe: Callable[..., Recipe], bas
         "model.language_model.layers.*.mlp.down_proj": (5, 5 * 4 * 480),
     }
     whole, _ = tuned(make_recipe("tune.language=full", "tune.projector=frozen"), base)
-    found = trained_modules(whole)
-    assert found["model.language_model.layers.*.mlp.up_proj"] == (5, 5 * 128 * 352)
-    assert sum(size for _, size in found.values()) == sum(p.numel() for p in whole.parameters() if p.requires_grad)
+    modules = trained_modules(whole)
+    assert modules["model.language_model.layers.*.mlp.up_proj"] == (5, 5 * 128 * 352)
+    assert sum(size for _, size in modules.values()) == sum(p.numel() for p in whole.parameters() if p.requires_grad)
     prompts, _ = tuned(make_recipe("tune.language={method: prompt_tuning}", "tune.projector=frozen"), base)
     assert trained_modules(prompts) == {"prompt_encoder.default.embedding": (1, 20 * 128)}

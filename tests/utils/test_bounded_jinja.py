@@ -202,11 +202,11 @@ HONEST = [
 
 @pytest.mark.parametrize("template", HONEST)
 def test_an_honest_template_writes_what_jinja_writes(template: str) -> None:
-    given = {**ROW, "talk": [{"role": "user", "text": "a\u00e9"}, {"role": "assistant", "text": "b"}]}
+    values = {**ROW, "talk": [{"role": "user", "text": "a\u00e9"}, {"role": "assistant", "text": "b"}]}
     ours = bounded_jinja.BoundedEnvironment()
     ours.bound()
-    written = "".join(bounded_jinja.render_bounded(ours.from_string(template), given))
-    assert written == ImmutableSandboxedEnvironment().from_string(template).render(given)
+    written = "".join(bounded_jinja.render_bounded(ours.from_string(template), values))
+    assert written == ImmutableSandboxedEnvironment().from_string(template).render(values)
 
 
 def test_errors_are_those_of_jinja() -> None:
