@@ -1,8 +1,8 @@
 """Run a recipe from end to end in a minute: tiny random weights of the same families, a few rows in the same formats.
 
-It finds what would otherwise fail hours in: a setting that the libraries refuse, a target that matches nothing, a format that
+It finds what would otherwise fail hours in: a setting that the libraries reject, a target that matches nothing, a format that
 the template does not read, an adapter that does not load back, a merge that differs. It needs no network and no weights. Under a
-launcher it runs in several processes, on the CPU too, and finds what a parallelism strategy does not take.
+launcher it runs in several processes, on the CPU too, and finds what a parallelism strategy does not support.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _use(small: Recipe, place: Path) -> dict[str, Any]:
     method = METHODS.get(str(small.tune.method))
     figures: dict[str, Any] = {}
     if run.adapter.is_dir() and (method is None or method.mergeable):
-        # One step from random weights changes less than bf16's rounding, which a real merge would refuse.
+        # One step from random weights changes less than bf16's rounding, which is an error of a real merge.
         parity = merge(run.path, place / "merged", options=ExportOptions(dtype="fp32"), count=2)
         figures = asdict(parity)
         print(f"merged: largest logit difference {parity.merge_max_logit_difference:.2g}")
@@ -129,7 +129,7 @@ def _use(small: Recipe, place: Path) -> dict[str, Any]:
 
 
 def _write_small(recipe: Recipe, place: Path, dist: DistributedContext) -> Path:
-    """The same recipe over tiny stand-ins, as a file, so that it is read and checked like any other."""
+    """The same recipe with tiny models, as a file, so that it is read and checked like any other."""
     small: dict[str, Any] = json.loads(json.dumps(recipe.model_dump(mode="json", exclude_none=True)))
     _shrink_model(recipe, small["model"], place)
     if not launched_with_deepspeed():  # whose configuration may name the recipe's
@@ -144,7 +144,7 @@ def _write_small(recipe: Recipe, place: Path, dist: DistributedContext) -> Path:
         layers = read_model_config(section).get_text_config().num_hidden_layers
         small["objective"] = recipe.objective.for_rehearsal(_tiny_model(section, place / "reference"), layers)
     own_tokenizer = recipe.model.base is not None and local_files(recipe.model.base) is not None
-    if recipe.data.max_tokens is not None and not own_tokenizer:  # a byte-level stand-in counts more tokens than the real one
+    if recipe.data.max_tokens is not None and not own_tokenizer:  # a byte-level tokenizer counts more tokens than the real one
         small["data"]["max_tokens"] = 20 * recipe.data.max_tokens
     language = small["tune"]["language"]
     if language.get("adapter_layers"):
@@ -177,7 +177,7 @@ def _shrink_model(recipe: Recipe, section: dict[str, Any], place: Path) -> None:
         section |= {"vision": str(vision), "language": str(language), "projector": "mlp"}
     elif not base.startswith("builtin:"):
         if local_folder(base) is not None:
-            base_config(recipe.model)  # refuses families that are not supported
+            base_config(recipe.model)  # an error for unsupported families
         if (files := local_files(base)) is not None:
             section["base"] = str(write_shrunk_base(base, files, place / "base"))
             return

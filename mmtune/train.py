@@ -149,7 +149,7 @@ def evaluate_base(inputs: RunInputs, model: Any, processor: ProcessorMixin, run:
 
 
 def tune(inputs: RunInputs, model: Any, data: TrainingData) -> TunedModel:
-    """Freeze, unfreeze and wrap the model as the recipe says, and print what trains."""
+    """Freeze, unfreeze and wrap the model as the recipe says, and print the trainable parameters."""
     arguments = inputs.arguments
     set_seed(arguments.seed)  # initial values must not depend on how the base was loaded
     steps = optimizer_steps(arguments, data.batches)

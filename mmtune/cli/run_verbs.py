@@ -113,7 +113,7 @@ def _train(arguments: argparse.Namespace) -> Any:
     with located_errors(recipe), errors_at_key("output_dir"):
         check_writable(resolve_link(Path(recipe.output_dir)).absolute().parent)
     check_reachable(recipe)
-    # The first process holds the lock for all processes of the launch.
+    # The main process holds the lock for all processes of the launch.
     lock = nullcontext() if rank_prefix() else locked_run(recipe)
     with located_errors(recipe), lock, report_disk_errors(Path(recipe.output_dir)):
         if not arguments.resume:

@@ -39,8 +39,8 @@ def configure_console() -> None:
     from transformers import dynamic_module_utils
     from transformers.utils import logging as transformers_logging
 
-    # What is loaded without trust_remote_code, by PEFT for one, is refused its own code, where transformers would ask for an
-    # answer on standard input and take one from a pipe.
+    # Without trust_remote_code, for example in PEFT, a checkpoint's own code is an error; transformers would ask for an answer on
+    # standard input and accept one from a pipe.
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
     if rank_prefix():

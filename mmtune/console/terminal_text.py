@@ -85,7 +85,7 @@ class GuardedStream:
             self._failed(error)
 
     def _failed(self, error: OSError) -> None:
-        """Go on without a terminal that was closed: whether that ends the command is said by SIGHUP. Any other error counts."""
+        """Continue without a closed terminal, since SIGHUP decides whether the command ends. Any other error counts."""
         failed = OutputFailed(error, self.title, self.stream.fileno())
         if error.errno != errno.EIO or not stat.S_ISCHR(os.fstat(self.stream.fileno()).st_mode):
             raise failed from error

@@ -43,8 +43,8 @@ class DistributedContext:
         rank: this process's number, from 0.
         size: how many processes there are.
         zero_stage: DeepSpeed's, 0 to 3; None without DeepSpeed.
-        fsdp: whether FSDP2 divides the weights.
-        construction: transformers looks at it, while it lives, to make models in parts.
+        fsdp: whether FSDP2 shards the weights.
+        construction: while it exists, transformers constructs models sharded (ZeRO-3).
     """
 
     rank: int = 0
@@ -95,7 +95,7 @@ class DistributedContext:
         return bool(flag)
 
     def broadcast_object(self, brought: Any) -> Any:
-        """What the first process brings, in every process."""
+        """The main process' object, in every process."""
         if self.size > 1:
             passed = [brought]
             distributed.broadcast_object_list(passed, src=0)
@@ -103,7 +103,7 @@ class DistributedContext:
         return brought
 
     def all_gather_object(self, mine: Any) -> list[Any]:
-        """What every process brings, in the order of their ranks, in every process."""
+        """The objects of all processes by rank, in every process."""
         if self.size == 1:
             return [mine]
         brought: list[Any] = [None] * self.size
@@ -118,8 +118,8 @@ def check_launch(precision: str, deepspeed_config: str | Mapping[str, Any] | Non
     """
     Args:
         precision: the recipe's `model.precision`.
-        deepspeed_config: the recipe's `train.deepspeed`: a configuration or its file. accelerate is told what its launcher would
-            have told it, so that all that follows is the same; a process that no launcher started becomes a world of one.
+        deepspeed_config: the recipe's `train.deepspeed`: a configuration or its file. The environment variables of accelerate's
+            launcher are set for it; a process without a launcher becomes the only one of its group.
 
     Raises:
         UserError: processes that do not know of each other, a strategy that mmtune does not train with, or a precision or a
@@ -165,7 +165,7 @@ def check_launch(precision: str, deepspeed_config: str | Mapping[str, Any] | Non
 def _tell_of_locks() -> None:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in sorted(root.glob("**/lock")):
-        print(f"DeepSpeed waits while {lock} is there: a process compiles, or was ended while it did: then delete it", flush=True)
+        print(f"DeepSpeed waits while {lock} is there: a process compiles; if none does, delete the file", flush=True)
 
 
 def _check_rendezvous() -> None:

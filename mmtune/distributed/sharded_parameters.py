@@ -61,10 +61,10 @@ def to_float32(parameter: nn.Parameter) -> None:
 
 @contextlib.contextmanager
 def gathered(parameters: Sequence[nn.Parameter], changed: bool = False) -> Iterator[None]:
-    """Inside, parameters are whole in every process; all enter together.
+    """Inside, every process has the full parameters. All processes must enter together.
 
     Args:
-        changed: take what the first process makes of them.
+        changed: keep the main process' changes to them.
     """
     parts = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not parts:
@@ -78,8 +78,8 @@ def gathered(parameters: Sequence[nn.Parameter], changed: bool = False) -> Itera
 
 @contextlib.contextmanager
 def gathered_forward(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a model in parts can be run before the trainer has it: what lies outside of its layers is whole, and a layer while
-    it is at work. All processes run it together.
+    """Inside, a sharded model can run before the trainer wraps it: parameters outside its layers are gathered, those of a layer
+    while it runs. All processes must run it together.
     """
     if not is_sharded(model):
         yield
@@ -113,13 +113,13 @@ def gathered_forward(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_state_dict(model: nn.Module, first: bool) -> Iterator[dict[str, torch.Tensor] | None]:
-    """Inside, an adapter is whole in every process, which its own way of saving looks at; all enter together.
+    """The full state dict of a sharded model; with an adapter, gathers its parameters, which PEFT saves. All processes enter.
 
     Args:
         first: whether this is the process that saves.
 
     Yields:
-        None with an adapter. Without one the model's `state_dict`, gathered a weight at a time onto the first process' CPU.
+        None with an adapter. Without one the model's `state_dict`, gathered a weight at a time onto the main process' CPU.
     """
     if isinstance(model, PeftModel):
         with gathered([parameter for parameter in model.parameters() if parameter.requires_grad]), _undivided(model):
@@ -140,7 +140,7 @@ def full_state_dict(model: nn.Module, first: bool) -> Iterator[dict[str, torch.T
 
 @contextlib.contextmanager
 def _undivided(model: nn.Module) -> Iterator[None]:
-    """Inside, what trains is whole in every process where FSDP2 has divided it."""
+    """Inside, trainable parameters that FSDP2 sharded are full in every process."""
     parts = [
         (module, name, part)
         for module in model.modules()

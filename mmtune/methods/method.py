@@ -92,7 +92,7 @@ class Method:
         packable: whether it treats every sample of a packed row alike.
         skips_steps: whether an optimizer step may be skipped.
         supports_fsdp: whether it was compared under FSDP2 with one process.
-        resumes_from_adapter: whether training can go on from the adapter's file alone.
+        resumes_from_adapter: whether training can resume from the adapter's file alone.
         needs_full_layers: whether PEFT reads or copies a layer's weight, which ZeRO-3 shards.
         language_prefix: of parameters outside the base model, which count as the language model's.
     """
@@ -271,7 +271,7 @@ class Method:
         """
 
     def training_state(self, model: PeftModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Tensors and metadata that training goes on from, beside the trained weights. Only where `resumes_from_adapter` is
+        """Tensors and metadata that resuming needs besides the trained weights. Only where `resumes_from_adapter` is
         false."""
         return {}, {}
 

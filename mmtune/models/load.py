@@ -66,7 +66,7 @@ def load_base(
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model and processor that a recipe starts from, assembled from parts if it says so.
 
-    The processor is loaded and its chat template settled before any weight is read.
+    The processor is loaded and its chat template is chosen before any weight is read.
 
     Args:
         section: the recipe's `model` section.
@@ -177,7 +177,7 @@ def _made_here(section: ModelSection, seed: int, dtype: torch.dtype) -> tuple[Pr
     assert section.vision is not None and section.language is not None  # the recipe holds this
     weights = section.projector and section.projector.weights
     if weights:
-        weight_files(Path(weights))  # refuses a wrong directory before the parts are loaded
+        weight_files(Path(weights))  # an error for a wrong directory, before the parts are loaded
     model, processor = assemble(
         section.vision,
         section.language,
@@ -224,7 +224,7 @@ def _supported_config(name: str, written: str, trust_remote_code: bool) -> PreTr
         UserError: no readable configuration, or another family.
     """
     if (folder := local_folder(written)) is not None:
-        local_model_type(folder)  # refuses one that transformers does not have
+        local_model_type(folder)  # an error for one that transformers does not have
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -248,7 +248,7 @@ def load_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, st
 def _ready_processor(
     name: str, subject: str, config: PreTrainedConfig, named: str | None, trust_remote_code: bool
 ) -> tuple[ProcessorMixin, str]:
-    """The processor of a whole model, held against its configuration, and its chat template."""
+    """The processor of a ready model, compared with its configuration, and its chat template."""
     processor = _open(name, subject, config, trust_remote_code)
     template = _chat_template(processor, subject, named)
     with _named(subject):
@@ -277,7 +277,7 @@ def _chat_template(processor: ProcessorMixin, subject: str, named: str | None) -
 
 
 def load_bare_processor(section: ModelSection) -> ProcessorMixin:
-    """The processor that a recipe's model trains with, its chat template settled; no weight is read.
+    """The processor that a recipe's model trains with, with its chat template; no weight is read.
 
     Raises:
         UserError: as `load_base`, where configs and the tokenizer tell.
@@ -312,7 +312,7 @@ def load_trained(
         path: the run, the checkpoint, the adapter, or the model; or what `locate_trained_weights` has found there.
         dtype: of the base's weights, unquantized; None takes the run's precision, or else the checkpoint's own.
         chat_template: as a recipe's `model.chat_template`; None takes the checkpoint's own, which of a run is the one that it was
-            trained with, and another is refused.
+            trained with; another one is an error.
         trust_remote_code: whether code that comes with the run, the model or the base may run.
 
     Returns:
@@ -396,7 +396,7 @@ def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
     Raises:
         UserError: a base that is not there, or an adapter that is damaged, incomplete or made for another base.
     """
-    # Refuses what PEFT would end with a traceback, or load more for than the adapter and its base.
+    # An error here, where PEFT would end with a traceback or load more than the adapter and its base.
     config_class = METHODS[adapter_method(adapter)].config_class()
     if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{adapter}: expected its weights in {ADAPTER_WEIGHTS}; adapter_model.bin is not read")

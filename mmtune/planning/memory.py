@@ -103,7 +103,7 @@ def estimate_memory(
     supervised: int | None = None,
     image_size: tuple[int, int] = (672, 672),
 ) -> MemoryEstimate:
-    """Foretell the peak memory of a training step after the first, on one device that holds the whole model.
+    """Predict the peak memory of a training step after the first, on one device that holds the full model.
 
     Loads configs only: `config.json` and `preprocessor_config.json` (or `processor_config.json`) of what the recipe names.
     CPU kernels stand in for a GPU's, whose attention saves the same tensors; DeepSpeed and FSDP, which divide or offload what

@@ -116,7 +116,7 @@ def _selector_errors(settings: Mapping[str, Any], keys: Iterable[str]) -> list[I
 
 
 class TuneSection(Section):
-    """What trains, component by component."""
+    """The `tune` section: the method of each component."""
 
     vision: ComponentTuning = Field(default=ComponentTuning(method=DEFAULT_METHODS["vision"]), description="The vision encoder.")
     projector: ComponentTuning = Field(default=ComponentTuning(method=DEFAULT_METHODS["projector"]), description="The projector.")

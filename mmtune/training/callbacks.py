@@ -121,10 +121,10 @@ STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM, SIGHUP and SIGINT end the run after the present step, with a checkpoint; a second, `ECHO_S` later, at once.
+    """SIGTERM, SIGHUP and SIGINT stop the run after the current step, with a checkpoint; a second one, `ECHO_S` later, at once.
 
     Args:
-        dist: the processes, all of which stop when one is asked to.
+        dist: the processes, all of which stop when one gets the signal.
     """
 
     def __init__(self, dist: DistributedContext) -> None:
@@ -145,7 +145,7 @@ class StopOnSignal(TrainerCallback):
             signal.raise_signal(number)
 
     def restore(self) -> None:
-        """Give the signals back to whom they had belonged."""
+        """Restore the previous signal handlers."""
         while self._before:
             number, handler = self._before.popitem()
             signal.signal(number, handler)
@@ -157,7 +157,7 @@ class StopOnSignal(TrainerCallback):
         """
         if self.received is not None:
             name = signal.Signals(self.received).name
-            kept = "under FSDP2 there is no checkpoint" if self._dist.fsdp else "--resume goes on from there"
+            kept = "under FSDP2 there is no checkpoint" if self._dist.fsdp else "--resume continues from there"
             raise Stopped(self.received, f"by {name} after step {step}; {kept}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: the last good one of a run, and whether a run may go on from it."""
+"""Checkpoints: writing them, the last good one of a run, and whether a run may resume from it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MAY_CHANGE = (
     "data.max_nonfinite_steps",
     "data.check_rows",
 )
-"""What a run may change when it goes on: nothing that a step depends on."""
+"""Keys that may change when a run resumes: no step depends on them."""
 
 
 def finalize_checkpoint(

@@ -92,7 +92,7 @@ def _start_wandb(trainer: Trainer, folder: Path) -> None:
 
 
 class _FinishWandb(TrainerCallback):
-    """Ends W&B's run with the training: it would go on into the next one of this process."""
+    """Ends W&B's run with the training; otherwise the next run of this process would continue it."""
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         import wandb

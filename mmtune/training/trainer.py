@@ -73,8 +73,8 @@ class TuningTrainer(Trainer):
         max_nonfinite_steps: skip so many steps whose gradients are not finite, and stop at the next.
         dist: the processes that train together; each counts the rows that failed in any.
         learning_rates: rate by parameter name, for parameters that do not take the run's own.
-        unscored: a batch with nothing supervised, which stands in for one whose every row was dropped, so that the number of
-            steps stays what was announced. A step of which nothing else is left, in any process, changes nothing.
+        dummy_batch: a batch without supervised tokens. It replaces a batch whose rows were all dropped, so that the number of
+            steps does not change. A step with dummy batches only, in all processes, changes nothing.
         batches: which rows make which batch; None when the training set is a stream, which makes its own.
         source_names: of the sources, whose losses are logged apart when there are several.
         data_files: by name, what the data files are known by; a checkpoint keeps it.
@@ -125,7 +125,7 @@ class TuningTrainer(Trainer):
         """The Trainer's.
 
         Raises:
-            UserError: a data-loader worker was killed or has no shared memory, or the checkpoint to go on from holds code.
+            UserError: a data-loader worker was killed or has no shared memory, or the checkpoint to resume from contains code.
         """
         try:
             with reject_unsafe_pickles(f"resume: {kwargs.get('resume_from_checkpoint')}"):
@@ -225,7 +225,7 @@ class TuningTrainer(Trainer):
         return list(itertools.chain.from_iterable(self._dist.all_gather_object(self._step_rows)))
 
     def _skip_step(self, model: nn.Module, reason: str) -> None:
-        """Let the present step change no weight, no optimizer state and no logged loss. The learning rate's schedule goes on."""
+        """Make the current step change no weight, no optimizer state and no logged loss. The learning-rate schedule continues."""
         step, rows = self.state.global_step + 1, self._rows_of_step()
         self._data_report.skipped_steps.append(SkippedStep(step, rows, reason))
         print(f"step {step} is skipped, {reason}; its rows: {_listing(rows)}", flush=True)

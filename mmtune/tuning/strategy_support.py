@@ -66,5 +66,5 @@ def check_fsdp(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | 
     if arguments.save_strategy != "no" or checkpoint is not None:
         raise RecipeValueError(
             "train.save_strategy",
-            "a run under FSDP2 cannot go on from a checkpoint yet; leave it out, or launch with DDP or ZeRO",
+            "resuming from a checkpoint is not supported under FSDP2; leave it out, or launch with DDP or ZeRO",
         )

@@ -1,6 +1,6 @@
 """torchvision with any build of torch: it is imported if possible, and otherwise counts as not installed.
 
-transformers imports torchvision wherever it is installed. If that import fails, it fails with an unrelated name ("Could not
+transformers imports torchvision if it is installed. If that import fails, it fails with an unrelated name ("Could not
 import module 'PreTrainedModel'"). The usual reason is a wheel whose compiled operators belong to another build of torch, such as
 the CUDA wheel beside a CPU torch. Image processors use only torchvision's Python part, so declaring the operators is enough.
 """

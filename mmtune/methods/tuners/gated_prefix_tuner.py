@@ -7,7 +7,7 @@ layer's usual mask):
     attended_h = softmax(q_h k_h^T * scale + M) v_h + tanh(g_h) * softmax(q_h k_P^T * scale) v_P
     output = o_proj(attended)
 
-The published code (OpenGVLab/LLaMA-Adapter, alpaca_finetuning_v1/llama/model.py) settles what the paper leaves open:
+The published code (OpenGVLab/LLaMA-Adapter, alpaca_finetuning_v1/llama/model.py) decides what the paper leaves open:
 
 - the gate is one number for each head behind a tanh, zero at first, so that the first step is the base model;
 - prompts go into the projections as they are, past the layer's input norm; where a layer has a norm of its own for keys (Qwen3,

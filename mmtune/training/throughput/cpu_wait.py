@@ -8,7 +8,7 @@ from pathlib import Path
 class CpuWait:
     """Reads the run-queue delay of every thread from `/proc`.
 
-    A thread that sleeps, waits for data or waits for another thread wants no core and adds nothing. Time in which the quota of
+    A thread that sleeps, waits for data or waits for another thread needs no core and adds nothing. Time in which the quota of
     the control group is used up counts. Worker processes of a data loader are not looked at: what they lack is
     `data_wait`.
 

@@ -115,7 +115,7 @@ class ModelFlops:
         """Count rows of a batch.
 
         Args:
-            images: whether the batch has any, a stand-in's too.
+            images: whether the batch has any, those of dummy samples included.
         """
         self._rows[images] += rows
 
@@ -205,7 +205,7 @@ class _Seen:
             yield
 
     def _product(self, component: str, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        # by the layer's own figures: a weight may be quantized, or divided among processes
+        # from the layer's own sizes: a weight may be quantized or sharded
         if isinstance(module, nn.Linear):
             forward = 2 * output.numel() * module.in_features
         else:

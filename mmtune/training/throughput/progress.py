@@ -57,7 +57,7 @@ class TrainingProgress(TrainerCallback):
         """Count the rows of a batch.
 
         Args:
-            images: whether the batch has any, a stand-in's too.
+            images: whether the batch has any, those of dummy samples included.
         """
         self._samples += len(rows)
         self._tokens += sum(row.tokens for row in rows)
