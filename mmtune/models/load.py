@@ -1,4 +1,4 @@
-"""Models and processors from where a recipe or a run says they are."""
+"""Loading of models and processors: bases of recipes, trained runs, checkpoints and adapters."""
 
 from __future__ import annotations
 
@@ -58,28 +58,28 @@ from mmtune.utils.errors import UserError, errors_at_key, reason_of
 from mmtune.utils.hub import locate_checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "nf4": torch.bfloat16}
-"""Dtype of the weights by `model.precision`; of those that are not quantized."""
+"""Dtype of unquantized weights by `model.precision`."""
 
 
 def load_base(
     section: ModelSection, seed: int, processor: ProcessorMixin | None = None
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model and processor that a recipe starts from, assembled from parts if it says so.
+    """Load or assemble the base of a recipe and its processor.
 
-    The processor is loaded and its chat template is chosen before any weight is read.
+    The processor is loaded and its chat template chosen before weights are read.
 
     Args:
         section: the recipe's `model` section.
-        seed: draws what has no trained weights: a fresh projector, or the whole untrained built-in model.
-        processor: from `load_bare_processor`, so that a ready base's is not loaded again; a model that is assembled here
-            makes its own.
+        seed: the seed of untrained weights: a new projector, or the untrained built-in model.
+        processor: the processor of a ready base, from `load_bare_processor`; it is not loaded again. Ignored for an assembled
+            base, which has a new processor.
 
     Raises:
-        UserError: parts that do not fit, a base without a chat template, or a checkpoint that is not there.
+        UserError: incompatible components, a base without a chat template, or a checkpoint that cannot be located or loaded.
     """
     dtype = DTYPES[section.precision]
     if section.base in (None, UNTRAINED):
-        model, processor = _made_here(section, seed, dtype)
+        model, processor = _build_base(section, seed, dtype)
         set_hub_key_mapping(model)
         if section.attn_implementation is not None:
             model.set_attn_implementation(section.attn_implementation)
@@ -92,66 +92,68 @@ def load_base(
 
 
 def load_weights(name: str, section: ModelSection) -> PreTrainedModel:
-    """A checkpoint's model in the recipe's precision.
+    """Load the model of a checkpoint in the recipe's precision.
 
     Args:
         name: a directory or hub id.
+        section: the recipe's `model` section.
 
     Raises:
-        UserError: when it does not load, or lacks weights, which transformers would draw at random.
+        UserError: files that cannot be read, or missing or mismatched weights.
     """
     with errors_at_key("model.base") if section.base else nullcontext():
-        model = load_strictly(name, section.base or name, **loading(name, section))
-    if is_sharded(model):  # transformers then notes all renamings of the class, and would undo those that it has not done
-        model._weight_conversions = [each for each in model._weight_conversions if each.was_used()]
+        model = load_strictly(name, section.base or name, **loading_arguments(name, section))
+    if is_sharded(model):  # transformers then stores all conversions of the class; saving must invert only those that were used
+        model._weight_conversions = [conversion for conversion in model._weight_conversions if conversion.was_used()]
     return model
 
 
 def load_strictly(
     name: str, subject: str, *, quiet: bool = False, trust_remote_code: bool = False, **settings: Any
 ) -> PreTrainedModel:
-    """A checkpoint's model with every weight from its files, and its own generation config, made valid.
+    """Load a model with all its weights from a checkpoint, and its generation config without invalid settings.
+
+    transformers would initialize missing weights at random; here they are an error.
 
     Args:
         name: a directory or hub id.
-        subject: what messages call it.
-        quiet: do not print which generation settings were left out, where that was said or another config takes their place.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-        settings: for `from_pretrained`.
+        subject: the checkpoint's name in messages.
+        quiet: do not print dropped generation settings.
+        trust_remote_code: whether code in the checkpoint may be executed.
+        settings: further arguments of `from_pretrained`.
 
     Raises:
-        UserError: files that cannot be read, or weights that are missing, which transformers would draw at random, or are of
-            another shape.
+        UserError: files that cannot be read, or missing or mismatched weights.
     """
     model: PreTrainedModel
-    with _named(subject):
+    with _errors_about(subject):
         try:
-            generation_config, left_out = read_generation_config(name, trust_remote_code)
+            generation_config, dropped = read_generation_config(name, trust_remote_code)
             with reject_unsafe_pickles("its weights"):
                 model, report = AutoModelForImageTextToText.from_pretrained(
                     name, trust_remote_code=trust_remote_code, generation_config=generation_config, **LOADING_INFO, **settings
                 )
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"its weights do not load: {_reason(name, error)}") from error
+            raise UserError(f"cannot load its weights: {_reason(name, error)}") from error
     check_weights_loaded(subject, model, report)
-    if left_out and not quiet:
-        print(f"{subject}: {left_out}")
+    if dropped and not quiet:
+        print(f"{subject}: {dropped}")
     if getattr(model, "is_quantized", False):
         prepare_quantized(model)
     return model
 
 
 @contextmanager
-def _named(subject: str) -> Iterator[None]:
-    """Put what a reader calls a base before the errors about it: the recipe's key, or the path of a command."""
+def _errors_about(subject: str) -> Iterator[None]:
+    """Prefix user errors with a base's name as given in the recipe or on the command line."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{subject}: {error}") from error
 
 
-def loading(name: str, section: ModelSection) -> dict[str, Any]:
-    """What `from_pretrained` takes to load a checkpoint as the recipe says."""
+def loading_arguments(name: str, section: ModelSection) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a recipe's `model` section: dtype, quantization, attention, device."""
     settings: dict[str, Any] = {
         "dtype": DTYPES[section.precision],
         "trust_remote_code": section.trust_remote_code,
@@ -159,25 +161,25 @@ def loading(name: str, section: ModelSection) -> dict[str, Any]:
     }
     if section.precision in QUANTIZED:
         settings["quantization_config"] = quantization_config(name, section.precision, section.trust_remote_code)
-        # bitsandbytes quantizes where the layers will stay.
-        here = torch.accelerator.current_accelerator(check_available=True)
+        # bitsandbytes quantizes on the final device of the layers.
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
         settings["device_map"] = {
-            "": torch.device(here.type, torch.accelerator.current_device_index()) if here else torch.device("cpu")
+            "": torch.device(accelerator.type, torch.accelerator.current_device_index()) if accelerator else torch.device("cpu")
         }
     return settings
 
 
-def _made_here(section: ModelSection, seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A model that is no checkpoint yet: assembled from parts, or the untrained built-in one."""
+def _build_base(section: ModelSection, seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Build a base that is not a checkpoint: an assembled model, or the untrained built-in model."""
     if section.base == UNTRAINED:
         untrained, processor = tiny.build_untrained(seed)
         if section.chat_template is not None:
             use_chat_template(untrained, processor, resolve_chat_template(section.chat_template, processor.tokenizer))
         return untrained.to(dtype), processor
-    assert section.vision is not None and section.language is not None  # the recipe holds this
+    assert section.vision is not None and section.language is not None  # checked by the recipe
     weights = section.projector and section.projector.weights
     if weights:
-        weight_files(Path(weights))  # an error for a wrong directory, before the parts are loaded
+        weight_files(Path(weights))  # a wrong directory is an error before weights are loaded
     model, processor = assemble(
         section.vision,
         section.language,
@@ -194,51 +196,51 @@ def _made_here(section: ModelSection, seed: int, dtype: torch.dtype) -> tuple[Pr
 
 
 def base_model_type(section: ModelSection) -> str:
-    """`model_type` of what will be tuned, from its configuration alone.
+    """`model_type` of a recipe's base, from its config alone.
 
     Raises:
-        UserError: when the base cannot be found.
+        UserError: as `base_config`.
     """
     return "llava" if section.base in (None, UNTRAINED) else str(base_config(section).model_type)
 
 
 def base_config(section: ModelSection) -> PreTrainedConfig:
-    """The configuration of a ready base.
+    """The config of a ready base.
 
     Raises:
-        UserError: when it cannot be found, or is of a family that is not supported.
+        UserError: a base that cannot be located, or an unsupported family.
     """
     name = locate_base(str(section.base))
-    with errors_at_key("model.base"), _named(str(section.base)):
+    with errors_at_key("model.base"), _errors_about(str(section.base)):
         return _supported_config(name, str(section.base), section.trust_remote_code)
 
 
-def _supported_config(name: str, written: str, trust_remote_code: bool) -> PreTrainedConfig:
-    """The configuration of a model of a supported family.
+def _supported_config(name: str, subject: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config of a model of a supported family.
 
     Args:
-        name: a directory or hub id.
-        written: the same, as the reader wrote it.
+        name: a directory or hub id, as located.
+        subject: the same, as given in the recipe or on the command line.
+        trust_remote_code: whether code in the checkpoint may be executed.
 
     Raises:
-        UserError: no readable configuration, or another family.
+        UserError: a missing or invalid config, or an unsupported family.
     """
-    if (folder := local_folder(written)) is not None:
-        local_model_type(folder)  # an error for one that transformers does not have
+    if (folder := local_folder(subject)) is not None:
+        local_model_type(folder)  # raises an error for a model type that transformers does not have
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"its configuration cannot be read: {_reason(name, error)}") from error
-    check_family(str(config.model_type), written)
+        raise UserError(f"cannot read its config: {_reason(name, error)}") from error
+    check_family(str(config.model_type), subject)
     return config
 
 
 def load_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, str]:
-    """The processor of a ready base, and the chat template that it will train and serve with.
+    """The processor of a ready base, and the chat template for training and inference.
 
     Raises:
-        UserError: a base of a family that is not supported, no processor, or a chat template that is missing or cannot mark what
-            the assistant says.
+        UserError: an unsupported family, no processor, or a chat template that is missing or cannot mark assistant text.
     """
     config = base_config(section)
     with errors_at_key("model.base"):
@@ -246,44 +248,44 @@ def load_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, st
 
 
 def _ready_processor(
-    name: str, subject: str, config: PreTrainedConfig, named: str | None, trust_remote_code: bool
+    name: str, subject: str, config: PreTrainedConfig, template_name: str | None, trust_remote_code: bool
 ) -> tuple[ProcessorMixin, str]:
-    """The processor of a ready model, compared with its configuration, and its chat template."""
-    processor = _open(name, subject, config, trust_remote_code)
-    template = _chat_template(processor, subject, named)
-    with _named(subject):
+    """The processor of a full model, checked against its config, and its chat template."""
+    processor = _load_processor(name, subject, config, trust_remote_code)
+    template = _choose_chat_template(processor, subject, template_name)
+    with _errors_about(subject):
         prepare_processor(name, processor, template, config, trust_remote_code)
     return processor, template
 
 
-def _open(name: str, subject: str, config: PreTrainedConfig, trust_remote_code: bool) -> ProcessorMixin:
-    with _named(subject):
+def _load_processor(name: str, subject: str, config: PreTrainedConfig, trust_remote_code: bool) -> ProcessorMixin:
+    with _errors_about(subject):
         try:
             return load_completed_processor(name, config, trust_remote_code)
         except (OSError, ValueError) as error:
-            raise UserError(f"its processor does not load: {_reason(name, error)}") from error
+            raise UserError(f"cannot load its processor: {_reason(name, error)}") from error
 
 
-def _chat_template(processor: ProcessorMixin, subject: str, named: str | None) -> str:
-    """The template that a recipe names, or else the checkpoint's own."""
-    if named is None:
-        with _named(subject):
+def _choose_chat_template(processor: ProcessorMixin, subject: str, template_name: str | None) -> str:
+    """The chat template that a recipe names, otherwise the checkpoint's."""
+    if template_name is None:
+        with _errors_about(subject):
             template = training_chat_template(processor)
     else:
-        template = resolve_chat_template(named, processor.tokenizer, image_token=processor.image_token)
+        template = resolve_chat_template(template_name, processor.tokenizer, image_token=processor.image_token)
     if "strftime_now" in template:
         print("chat template: it writes the current date (strftime_now), so tokens and lengths of rows depend on the day")
     return template
 
 
 def load_bare_processor(section: ModelSection) -> ProcessorMixin:
-    """The processor that a recipe's model trains with, with its chat template; no weight is read.
+    """The processor of a recipe's base with its chat template, without loading weights.
 
     Raises:
-        UserError: as `load_base`, where configs and the tokenizer tell.
+        UserError: as `load_base`, if configs or the tokenizer show the error.
     """
     if section.base is None:
-        assert section.vision is not None and section.language is not None  # the recipe holds this
+        assert section.vision is not None and section.language is not None  # checked by the recipe
         strategy = section.vision_feature_select_strategy
         return assemble_processor(section.vision, section.language, strategy, section.chat_template, section.trust_remote_code)
     processor: ProcessorMixin
@@ -304,22 +306,23 @@ def load_trained(
     chat_template: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
-    """A model to ask: from a run, one of its checkpoints, a PEFT adapter directory, or an ordinary checkpoint or hub id.
+    """Load a model for inference from a run, a checkpoint of a run, a PEFT adapter, or a full checkpoint.
 
-    A run is loaded as its recipe says: precision and attention. Whether code that it brings may run is not the run's to say.
+    A run is loaded with the precision and attention of its recipe; its `trust_remote_code` is ignored.
 
     Args:
-        path: the run, the checkpoint, the adapter, or the model; or what `locate_trained_weights` has found there.
-        dtype: of the base's weights, unquantized; None takes the run's precision, or else the checkpoint's own.
-        chat_template: as a recipe's `model.chat_template`; None takes the checkpoint's own, which of a run is the one that it was
-            trained with; another one is an error.
-        trust_remote_code: whether code that comes with the run, the model or the base may run.
+        path: the path of the run, checkpoint, adapter or model, a hub id, or the result of `locate_trained_weights`.
+        dtype: the dtype of the base's weights, without quantization; None: the precision of the run, or the checkpoint's dtype.
+        chat_template: as `model.chat_template` of a recipe; None: the checkpoint's. A run or adapter accepts only the template
+            that it was trained with.
+        trust_remote_code: whether code in the run, model or base may be executed.
 
     Returns:
         The model in eval mode on the CPU, and its processor.
 
     Raises:
-        UserError: nothing there, a damaged file, an adapter that does not fit its base, or code that may not run.
+        UserError: a path without weights, a damaged file, an adapter that does not match its base, another chat template, or code
+            that is not allowed.
         CheckFailed: a damaged checkpoint.
     """
     trained = path if isinstance(path, TrainedWeights) else locate_trained_weights(path)
@@ -333,25 +336,25 @@ def _load_trained(
 ) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
     source = read_adapter_base(trained.path) if trained.is_adapter else str(trained.path)
     settings: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
-    of_run = trained.run.recipe.is_file()
-    if of_run:
+    is_of_run = trained.run.recipe.is_file()
+    if is_of_run:
         section = _model_section(trained, source, trust_remote_code)
         if chat_template == section.chat_template:
             chat_template = None
         if dtype is not None:  # unquantized
             section = section.model_copy(update={"precision": "fp32"})
-        settings = loading(source, section) | ({"dtype": dtype} if dtype else {})
-    with _named(f"{subject}: its base {source}" if trained.is_adapter else subject):
+        settings = loading_arguments(source, section) | ({"dtype": dtype} if dtype else {})
+    with _errors_about(f"{subject}: its base {source}" if trained.is_adapter else subject):
         source = locate_checkpoint(source)
         config = _supported_config(source, source, trust_remote_code)
-    own = None if of_run or trained.is_adapter else chat_template
+    template_name = None if is_of_run or trained.is_adapter else chat_template
     try:
-        if trained.is_adapter:  # its processor was saved as it was trained with, and its base may turn out to be another one
-            processor = _open(str(trained.path), subject, config, trust_remote_code)
-            template = _chat_template(processor, subject, own)
+        if trained.is_adapter:  # an adapter's processor is not checked against the base, which load_adapter checks
+            processor = _load_processor(str(trained.path), subject, config, trust_remote_code)
+            template = _choose_chat_template(processor, subject, template_name)
         else:
-            processor, template = _ready_processor(source, subject, config, own, trust_remote_code)
-        if own != chat_template and template != resolve_chat_template(
+            processor, template = _ready_processor(source, subject, config, template_name, trust_remote_code)
+        if template_name != chat_template and template != resolve_chat_template(
             str(chat_template), processor.tokenizer, image_token=processor.image_token
         ):
             raise UserError(f"{subject}: it was trained with another chat template than {chat_template}; omit the chat template")
@@ -369,10 +372,10 @@ def _load_trained(
 
 
 def _model_section(trained: TrainedWeights, source: str, trust_remote_code: bool) -> ModelSection:
-    """The `model` section of a run's recipe, with the permission of whoever loads the run in place of the run's own.
+    """The `model` section of a run's recipe, with `trust_remote_code` of the caller instead of the recipe's.
 
     Raises:
-        UserError: it was trained with code that is not allowed to run.
+        UserError: the run was trained with code that is not allowed to be executed.
     """
     section = load_recipe(trained.run.recipe).model
     if not trust_remote_code:
@@ -387,22 +390,23 @@ def _model_section(trained: TrainedWeights, source: str, trust_remote_code: bool
 
 
 def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
-    """A PEFT adapter on its base, every tensor of it.
+    """Load a PEFT adapter and its base, with every tensor of the adapter.
 
     Args:
-        adapter: its directory.
-        settings: for the base's `from_pretrained`.
+        adapter: the adapter directory.
+        settings: arguments of `from_pretrained` for the base.
 
     Raises:
-        UserError: a base that is not there, or an adapter that is damaged, incomplete or made for another base.
+        UserError: a base that cannot be located, or an adapter that is damaged, incomplete or made for another base.
     """
-    # An error here, where PEFT would end with a traceback or load more than the adapter and its base.
+    # `adapter_method` rejects configurations for which PEFT fails with a traceback or imports further modules.
     config_class = METHODS[adapter_method(adapter)].config_class()
     if not (adapter / ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"{adapter}: expected its weights in {ADAPTER_WEIGHTS}; adapter_model.bin is not read")
+        raise UserError(f"{adapter}: expected its weights in {ADAPTER_WEIGHTS}; adapter_model.bin is not supported")
     base = locate_adapter_base(adapter)
-    own = (adapter / GENERATION_CONFIG_NAME).is_file()  # the base's lacks the stop tokens of the training template
-    model = load_strictly(base, f"{adapter}: its base {base}", quiet=own, **settings)
+    # The adapter's generation config has the stop tokens of the training template.
+    has_generation_config = (adapter / GENERATION_CONFIG_NAME).is_file()
+    model = load_strictly(base, f"{adapter}: its base {base}", quiet=has_generation_config, **settings)
     try:
         config = config_class.from_pretrained(str(adapter))
         expand_patterns(config, model, adapter / ADAPTER_CONFIG)
@@ -416,7 +420,7 @@ def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
     listing = [f"{len(names)} {kind} ({', '.join(sorted(names)[:3])} ...)" for kind, names in mismatches.items() if names]
     if listing:
         raise UserError(f"{adapter}: its tensors do not match its base: {'; '.join(listing)}")
-    if own:
+    if has_generation_config:
         tuned.get_base_model().generation_config = GenerationConfig.from_pretrained(str(adapter))
     return tuned
 
@@ -426,10 +430,11 @@ def _is_embedding(key: str) -> bool:
 
 
 def adapter_method(adapter: Path) -> str:
-    """A recipe's name of the method that an adapter directory names.
+    """The name of an adapter's method, from its configuration.
 
     Raises:
-        UserError: no readable configuration, a method that mmtune does not know, or one that has PEFT import what it names.
+        UserError: a missing or invalid configuration, an unsupported method, or a Megatron configuration, with which PEFT imports
+            the modules that it names.
     """
     config = read_adapter_config(adapter)
     peft_type = config.get("peft_type")
@@ -447,4 +452,4 @@ def _reason(name: str, error: Exception) -> str:
     line = first_line(error)
     if line == CODE_NOT_ALLOWED:
         return line
-    return line if Path(name).is_dir() else f"there is no such directory, and it does not load as a hub id: {line}"
+    return line if Path(name).is_dir() else f"it is not a local directory, and loading it as a hub id fails: {line}"

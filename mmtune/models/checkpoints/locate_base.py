@@ -1,4 +1,4 @@
-"""Where a base is: built in, a directory, the hub's cache on this machine, or the hub."""
+"""Location of a base: built in, a directory, the hub cache, or the hub."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from mmtune.utils.errors import RecipeValueError, UserError, nearest
 from mmtune.utils.hub import HUB_ID, cached_snapshot, is_local_name, locate_checkpoint, missing_path_message
 
 CHECKPOINT_MARK = "config.json"
-"""The file by which a directory is known to be a checkpoint."""
+"""The file that identifies a directory as a checkpoint."""
 UNTRAINED = "builtin:tiny-llava-untrained"
 BUILTIN = {"builtin:tiny-llava": TINY_LLAVA}
 
 
 def resolve_base(base: str) -> str:
-    """A hub id or directory that transformers loads, for a recipe's `model.base`; the hub is not asked.
+    """The directory or hub id that transformers loads for a recipe's `model.base`, without a request to the hub.
 
     Raises:
-        UserError: an unknown built-in name, or a path that looks local and is not there.
+        UserError: an unknown built-in name, a directory without config.json, or a local path that does not exist.
     """
     if base.startswith("builtin:"):
         if base not in BUILTIN:
-            raise RecipeValueError("model.base", f"'{base}' is not built in{nearest(base, {*BUILTIN, UNTRAINED})}")
+            raise RecipeValueError("model.base", f"unknown built-in base '{base}'{nearest(base, {*BUILTIN, UNTRAINED})}")
         return str(BUILTIN[base])
     path = Path(base)
     if path.is_dir():
         if not (path / CHECKPOINT_MARK).is_file():
-            raise RecipeValueError("model.base", f"{base} holds no config.json, so it is no model checkpoint")
+            raise RecipeValueError(
+                "model.base", f"{base}: expected a checkpoint directory with config.json, found no config.json"
+            )
         return str(path.resolve())
     if is_local_name(base):
         raise RecipeValueError("model.base", f"{missing_path_message(base)}")
@@ -35,10 +37,10 @@ def resolve_base(base: str) -> str:
 
 
 def locate_base(base: str) -> str:
-    """As `resolve_base`; of a hub id, the cached copy where the hub cannot be reached.
+    """The directory or hub id that transformers loads, or the cached copy if the hub cannot be reached.
 
     Raises:
-        UserError: as `resolve_base`; or the hub has no such model, or cannot be reached and the cache does not hold it.
+        UserError: as `resolve_base`; or the hub has no such model, or it cannot be reached and the model is not in the cache.
     """
     resolved = resolve_base(base)
     try:
@@ -48,7 +50,7 @@ def locate_base(base: str) -> str:
 
 
 def local_folder(base: str) -> Path | None:
-    """Where a base's `config.json` is on this machine: its directory, or its snapshot in the hub's cache; None: nowhere."""
+    """The local folder with a base's `config.json`: its directory or its snapshot in the hub cache; None if there is none."""
     folder = BUILTIN.get(base, Path(base))
     if folder.is_dir():
         return folder
