@@ -59,8 +59,8 @@ def run(
     ]
     start = time.perf_counter()
     summary = train(load_recipe(ROOT / "recipes" / "quickstart.yaml", overrides), ["benchmark"], overwrite=True)
-    kept = {name: summary[name] for name in KEPT if name in summary}
-    return {**kept, "seed": seed, "seconds": round(time.perf_counter() - start, 1)}
+    scores = {name: summary[name] for name in KEPT if name in summary}
+    return {**scores, "seed": seed, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -100,11 +100,11 @@ def _join(recipe: Recipe) -> DistributedContext:
 def _shared_folder(dist: DistributedContext) -> Iterator[Path]:
     """A temporary folder of all processes, which the first one makes and removes, however they end."""
     with ExitStack() as stack:
-        made = None
+        folder = None
         if dist.is_main_process:
             stack.enter_context(dist.unwinding())
-            made = stack.enter_context(tempfile.TemporaryDirectory(prefix="mmtune-rehearsal-"))
-        yield Path(dist.broadcast_object(made))
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mmtune-rehearsal-"))
+        yield Path(dist.broadcast_object(folder))
 
 
 def _use(small: Recipe, place: Path) -> dict[str, Any]:
@@ -211,8 +211,8 @@ def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], plac
         section |= _stand_in(source, template, folder / "rows.json", count, seed=number)
         if source.shots is not None:
             other = load_data_template(source.shots.template or source.template)
-            made = _stand_in(source, other, folder / "shots.json", source.shots.count + 1, seed=number)
-            section["shots"] = {"count": source.shots.count, "template": source.shots.template, **made}
+            shots = _stand_in(source, other, folder / "shots.json", source.shots.count + 1, seed=number)
+            section["shots"] = {"count": source.shots.count, "template": source.shots.template, **shots}
         if source.verbalizer is not None and template.verbalizer is not None:
             label = template.verbalizer.label_of("example", template.example, template.example)
             section["verbalizer"] = {label: next(iter(source.verbalizer.values())), **source.verbalizer}
@@ -240,7 +240,7 @@ def example_images(template: DataTemplate, row: Row | None = None, values: Mappi
         values: what the source gives for the names that the template leaves open.
     """
     row = template.example if row is None else row
-    found: list[str] = []
+    paths: list[str] = []
     suffixes = Image.registered_extensions()
 
     def walk(value: Any) -> None:
@@ -251,13 +251,13 @@ def example_images(template: DataTemplate, row: Row | None = None, values: Mappi
             for item in value:
                 walk(item)
         elif isinstance(value, str) and Path(value).suffix.lower() in suffixes and "\n" not in value:
-            found.append(value)
+            paths.append(value)
 
     if template.conversation is None:
-        found = [name for kind, name in template.columns().media_values(row, values) if kind == "image"]
+        paths = [name for kind, name in template.columns().media_values(row, values) if kind == "image"]
     else:
         walk(row)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(paths))
 
 
 def draw_picture(path: Path, seed: int) -> None:

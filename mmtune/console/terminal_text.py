@@ -25,7 +25,7 @@ def escape_controls(text: str) -> str:
 
     The form is JSON's, so that a JSON document stays one and keeps its values.
     """
-    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class OutputFailed(Exception):

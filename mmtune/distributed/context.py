@@ -169,23 +169,23 @@ def _tell_of_locks() -> None:
 
 
 def _check_rendezvous() -> None:
-    given = [name for name in RENDEZVOUS[:3] if name in os.environ]
+    names = [name for name in RENDEZVOUS[:3] if name in os.environ]
     missing = [name for name in RENDEZVOUS if name not in os.environ]
-    if given and missing:
+    if names and missing:
         raise UserError(
-            f"the environment has {', '.join(given)} and lacks {', '.join(missing)}: the processes would not find each other; "
+            f"the environment has {', '.join(names)} and lacks {', '.join(missing)}: the processes would not find each other; "
             "start them with accelerate launch or torchrun"
         )
     copies = [name for name in COPIES if int(os.environ.get(name, "1")) > 1]
-    if copies and not given:
+    if copies and not names:
         raise UserError(
             f"{copies[0]} says that {os.environ[copies[0]]} copies of this program were started, and none would know of the "
             "others; start one launcher (accelerate launch or torchrun) on each machine"
         )
 
 
-def _ask_for_deepspeed(given: str | Mapping[str, Any]) -> None:
-    config = _read_json(given) if isinstance(given, str) else dict(given)
+def _ask_for_deepspeed(config_or_file: str | Mapping[str, Any]) -> None:
+    config = _read_json(config_or_file) if isinstance(config_or_file, str) else dict(config_or_file)
     if _asked(FSDP):
         raise RecipeValueError("train.deepspeed", "the launcher was asked for FSDP; leave one of the two out")
     if launched_with_deepspeed():
@@ -256,11 +256,11 @@ def init_distributed(arguments: TrainingArguments, precision: str, is_sharded: b
         "train_batch_size": ("batch", each * arguments.gradient_accumulation_steps * arguments.world_size),
     }
     for key, (name, value) in decided.items():
-        given = config.get(key, "auto")
+        configured = config.get(key, "auto")
         # accelerate writes an accumulation of 1 where none is given
-        if given not in ("auto", value) and (key, given) != ("gradient_accumulation_steps", 1):
+        if configured not in ("auto", value) and (key, configured) != ("gradient_accumulation_steps", 1):
             raise UserError(
-                f"the DeepSpeed configuration's {key} is {given}, and the recipe's {name} is {value}; leave the former out"
+                f"the DeepSpeed configuration's {key} is {configured}, and the recipe's {name} is {value}; leave the former out"
             )
         config[key] = value
     for section in ("optimizer", "scheduler"):

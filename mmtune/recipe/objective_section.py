@@ -88,13 +88,13 @@ class DistillationSection(ObjectiveSection):
     )
 
     @classmethod
-    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
-        if not isinstance(given, dict) or given.get("distillation_weight") != 0:
-            return given, []
-        if given.get("hidden_states") or given.get("attention_maps"):
-            return given, []
+    def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:
+        if not isinstance(values, dict) or values.get("distillation_weight") != 0:
+            return values, []
+        if values.get("hidden_states") or values.get("attention_maps"):
+            return values, []
         message = "0 leaves nothing of the teacher in the loss; give hidden_states or attention_maps, or type: sft"
-        return given, [error_at("distillation_weight", message)]
+        return values, [error_at("distillation_weight", message)]
 
     @property
     def models(self) -> dict[str, str]:

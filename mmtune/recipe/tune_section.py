@@ -35,15 +35,15 @@ class ComponentTuning(Section):
     settings: PassThroughArguments = Field(default_factory=Settings, description="PEFT's settings of the method, by its names.")
 
     @classmethod
-    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
-        if isinstance(given, str):
-            given = {"method": given}
-        if not isinstance(given, dict):
-            return given, []
-        method = given.get("method")
+    def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:
+        if isinstance(values, str):
+            values = {"method": values}
+        if not isinstance(values, dict):
+            return values, []
+        method = values.get("method")
         own_names = ("method", "learning_rate")
-        own = {name: value for name, value in given.items() if name in own_names}
-        settings_given = {name: value for name, value in given.items() if name not in own}
+        own = {name: value for name, value in values.items() if name in own_names}
+        settings_given = {name: value for name, value in values.items() if name not in own}
         if isinstance(method, str) and method in METHODS:
             settings, errors = method_arguments(method).check(settings_given, also_valid=own_names)
             errors += _selector_errors(settings_given, METHODS[method].module_selectors)
@@ -125,19 +125,19 @@ class TuneSection(Section):
     )
 
     @classmethod
-    def _normalize(cls, given: Any) -> tuple[Any, list[InitErrorDetails]]:
-        if not isinstance(given, dict):
-            return given, []
+    def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:
+        if not isinstance(values, dict):
+            return values, []
         tuned: dict[str, dict[str, Any]] = {}
         for name, default in DEFAULT_METHODS.items():
-            value = given.get(name, default)
+            value = values.get(name, default)
             if isinstance(value, dict):
-                value = given[name] = {"method": default, **value}
+                value = values[name] = {"method": default, **value}
             tuned[name] = value if isinstance(value, dict) else {"method": getattr(value, "method", value)}
         methods = {name: value["method"] for name, value in tuned.items()}
         if list(methods.values()) == ["frozen"] * 3:
-            return given, [error_at((), "vision, projector and language are all frozen, so nothing would train")]
-        return given, cls._check_together(tuned, methods)
+            return values, [error_at((), "vision, projector and language are all frozen, so nothing would train")]
+        return values, cls._check_together(tuned, methods)
 
     @staticmethod
     def _check_together(tuned: dict[str, dict[str, Any]], methods: dict[str, Any]) -> list[InitErrorDetails]:

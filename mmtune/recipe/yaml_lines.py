@@ -156,8 +156,8 @@ def read_document(path: Path, kind: str = "recipe", keys: str = "model, data, ou
     if node is None:
         raise UserError(f"{path}:1: the {kind} is empty; expected a mapping with {keys}")
     if not isinstance(node, yaml.MappingNode):
-        found = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
-        raise UserError(f"{path}:{node.start_mark.line + 1}: expected a mapping with {keys}, got {found}")
+        node_kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
+        raise UserError(f"{path}:{node.start_mark.line + 1}: expected a mapping with {keys}, got {node_kind}")
     document = Document(str(path))
     document.values = _Builder(document, kind=kind).build(node)
     return document
@@ -229,8 +229,8 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
 def _syntax_error(error: yaml.YAMLError, text: str) -> tuple[int, str]:
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
-        told = " ".join(part for part in (error.context, error.problem) if part)
-        return mark.line + 1 if mark else 1, f"{told}; indent with spaces" if r"'\t'" in told else told
+        message = " ".join(part for part in (error.context, error.problem) if part)
+        return mark.line + 1 if mark else 1, f"{message}; indent with spaces" if r"'\t'" in message else message
     if isinstance(error, yaml.reader.ReaderError):
         return text.count("\n", 0, error.position) + 1, f"the character {error.character!r} is not allowed"
     return 1, str(error)
@@ -249,8 +249,8 @@ class _Builder:
     def build(self, node: yaml.Node, key: str = "") -> Any:
         self._size += 1 + (len(node.value) // 64 if isinstance(node, yaml.ScalarNode) else 0)
         if self._size > MAX_SIZE:
-            told = f"more than {MAX_SIZE:,} values, where what an alias stands for counts each time"
-            raise UserError(located_message(self._origin(node), key or self._kind, told))
+            message = f"more than {MAX_SIZE:,} values, where what an alias stands for counts each time"
+            raise UserError(located_message(self._origin(node), key or self._kind, message))
         if id(node) in self._open:
             return self._no_value(node, key, "the value contains itself")
         if not isinstance(node, yaml.ScalarNode) and node.tag not in (f"{_TAG}map", f"{_TAG}seq"):

@@ -157,8 +157,8 @@ class StopOnSignal(TrainerCallback):
         """
         if self.received is not None:
             name = signal.Signals(self.received).name
-            kept = "under FSDP2 there is no checkpoint" if self._dist.fsdp else "--resume continues from there"
-            raise Stopped(self.received, f"by {name} after step {step}; {kept}")
+            advice = "under FSDP2 there is no checkpoint" if self._dist.fsdp else "--resume continues from there"
+            raise Stopped(self.received, f"by {name} after step {step}; {advice}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._dist.any_rank(self.received is not None, args.device):

@@ -42,7 +42,7 @@ MAY_CHANGE = (
 
 
 def finalize_checkpoint(
-    made: Path, checkpoints: Path, report: DataReport, dist: DistributedContext, files: dict[str, Any], limit: int | None
+    partial: Path, checkpoints: Path, report: DataReport, dist: DistributedContext, files: dict[str, Any], limit: int | None
 ) -> None:
     """Give a checkpoint that is written in full its name, and delete older ones past the limit.
 
@@ -53,12 +53,12 @@ def finalize_checkpoint(
         files: by name, what the data files are known by.
         limit: how many to keep; None keeps all.
     """
-    report.write(made / REPORT_FILE)
-    (made / STRATEGY_FILE).write_text(json.dumps({"strategy": dist.strategy, "files": files}) + "\n", encoding="utf-8")
-    apply_umask(made)
-    write_manifest(made)
-    fsync_tree(made)
-    made.rename(checkpoints / made.name)
+    report.write(partial / REPORT_FILE)
+    (partial / STRATEGY_FILE).write_text(json.dumps({"strategy": dist.strategy, "files": files}) + "\n", encoding="utf-8")
+    apply_umask(partial)
+    write_manifest(partial)
+    fsync_tree(partial)
+    partial.rename(checkpoints / partial.name)
     fsync(checkpoints)  # before an older one goes
     for old in RunDirectory(checkpoints.parent).checkpoints_by_step()[:-limit] if limit else ():
         shutil.rmtree(old)

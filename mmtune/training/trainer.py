@@ -258,19 +258,19 @@ class TuningTrainer(Trainer):
         try:
             with report_disk_errors(checkpoints / name):
                 super()._save_checkpoint(model, trial)
-                made, limit = checkpoints / SAVING / name, self.args.save_total_limit
+                partial, limit = checkpoints / SAVING / name, self.args.save_total_limit
                 if self._dist.is_main_process and self._dist.zero_stage is None:  # DeepSpeed keeps weights of its own
-                    save_adapter_state(self.model, made)
+                    save_adapter_state(self.model, partial)
                 if self._dist.is_main_process:  # with these a checkpoint of an adapter can be released
-                    self.model.generation_config.save_pretrained(made)
+                    self.model.generation_config.save_pretrained(partial)
                     if self._initial is not None:
-                        save_file(self._initial, made / INITIAL_FACTORS, metadata={"format": "pt"})
+                        save_file(self._initial, partial / INITIAL_FACTORS, metadata={"format": "pt"})
                 self._dist.barrier()
-                fsync_tree(made)
-                written = set[str]().union(*self._dist.all_gather_object(file_names(made)))
+                fsync_tree(partial)
+                written = set[str]().union(*self._dist.all_gather_object(file_names(partial)))
                 if self._dist.is_main_process:
-                    wait_for_files(made, written)
-                    finalize_checkpoint(made, checkpoints, self._data_report, self._dist, self._data_files, limit)
+                    wait_for_files(partial, written)
+                    finalize_checkpoint(partial, checkpoints, self._data_report, self._dist, self._data_files, limit)
         except UserError:
             shutil.rmtree(checkpoints / SAVING, ignore_errors=True)  # a full disk has no room for a part of a checkpoint
             raise

@@ -78,8 +78,8 @@ class Budget:
         given: what the template can read, whose size adds to the budget.
     """
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
-        self._given: Mapping[str, Any] | None = given
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._given: Mapping[str, Any] | None = values
         self._left = UNITS
 
     def charge(self, units: int) -> None:
@@ -200,7 +200,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super()._generate(source, *args, **kwargs)
 
 
-def render_bounded(template: Template, given: Mapping[str, Any]) -> Iterator[str]:
+def render_bounded(template: Template, values: Mapping[str, Any]) -> Iterator[str]:
     """The pieces of a rendered template.
 
     Args:
@@ -210,7 +210,7 @@ def render_bounded(template: Template, given: Mapping[str, Any]) -> Iterator[str
     Raises:
         TemplateError: and others of `RENDER_FAULTS`, which `failure` puts into words.
     """
-    return template.root_render_func(template.new_context({**given, BUDGET: Budget(given)}))
+    return template.root_render_func(template.new_context({**values, BUDGET: Budget(values)}))
 
 
 def line_of(error: BaseException) -> int | None:
@@ -306,7 +306,7 @@ def _charge_numbers(budget: Budget, value: Any) -> None:
             waiting += value.values()
 
 
-def _charge_percent(budget: Budget, pattern: str | bytes, given: Any) -> None:
+def _charge_percent(budget: Budget, pattern: str | bytes, arguments: Any) -> None:
     """Charge a `%` pattern, as Python reads it: the width and precision of each field, and what is given, once for each field."""
     text = pattern.decode("latin-1") if isinstance(pattern, bytes) else pattern
     fields, place = 0, text.find("%")
@@ -321,23 +321,23 @@ def _charge_percent(budget: Budget, pattern: str | bytes, given: Any) -> None:
         field = _PERCENT.match(text, place)
         if field is not None:
             if "*" in field.groups():
-                _charge_numbers(budget, given)
+                _charge_numbers(budget, arguments)
             budget.charge(sum(map(_width, field.groups())))
             place = field.end() + 1
         place = text.find("%", place)
-    _charge_given(budget, fields, given)
+    _charge_given(budget, fields, arguments)
 
 
-def _charge_format(budget: Budget, pattern: str, given: Any) -> None:
+def _charge_format(budget: Budget, pattern: str, arguments: Any) -> None:
     """Charge a `str.format` pattern: the widths of its fields, and what is given, once for each field."""
     pattern = pattern.replace("{{", "")
     if re.search(r"\{[^{}]*\{", pattern):  # a width that is itself a field, or digits on both sides of one
-        _charge_numbers(budget, given)
+        _charge_numbers(budget, arguments)
         specs = [pattern]
     else:
         specs = _SPEC.findall(pattern)
     budget.charge(sum(_width(digits) for spec in specs for digits in re.findall(r"\d+", spec)))
-    _charge_given(budget, pattern.count("{"), given)
+    _charge_given(budget, pattern.count("{"), arguments)
 
 
 def _width(digits: str | None) -> int:
@@ -345,11 +345,11 @@ def _width(digits: str | None) -> int:
     return 0 if digits in (None, "*") else int(digits) if len(digits) < 12 else 10**12
 
 
-def _charge_given(budget: Budget, fields: int, given: Any) -> None:
+def _charge_given(budget: Budget, fields: int, arguments: Any) -> None:
     if fields > 1:
-        budget.charge(fields * sum(_within(budget, given)))
+        budget.charge(fields * sum(_within(budget, arguments)))
     else:
-        budget.read(given)
+        budget.read(arguments)
 
 
 def _within(budget: Budget, value: Any) -> Iterator[int]:

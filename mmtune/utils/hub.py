@@ -45,8 +45,8 @@ def cached_snapshot(repository: str, file: str = "config.json", kind: str = "mod
     """The folder of a repository in the hub's local cache; None where it does not hold `file`."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repository, file, repo_type=kind)
-    return Path(found).parent if isinstance(found, str) else None
+    cached = try_to_load_from_cache(repository, file, repo_type=kind)
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def locate_checkpoint(name: str, what: str = "directory") -> str:

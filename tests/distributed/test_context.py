@@ -328,7 +328,7 @@ def test_processes_with_different_recipes_are_named(monkeypatch: pytest.MonkeyPa
 
 def test_an_output_dir_that_is_not_shared_is_told(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     """The second process finds an earlier run where the first has made a new one."""
-    monkeypatch.setattr(run_directory, "SEEN_WITHIN_S", 0.0)
+    monkeypatch.setattr(run_directory, "VISIBLE_TIMEOUT_S", 0.0)
     monkeypatch.setattr(DistributedContext, "broadcast_object", lambda self, brought: "new")
     monkeypatch.setattr(DistributedContext, "all_gather_object", lambda self, mine: [True, mine])
     recipe = make_recipe()

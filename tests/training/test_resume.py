@@ -163,7 +163,7 @@ def test_a_second_signal_ends_at_once_and_an_echo_does_not(monkeypatch: pytest.M
 def test_files_that_other_machines_have_written_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rng_state_0.pth").touch()
     wait_for_files(tmp_path, {"rng_state_0.pth"})
-    monkeypatch.setattr(run_directory, "SEEN_WITHIN_S", -1.0)
+    monkeypatch.setattr(run_directory, "VISIBLE_TIMEOUT_S", -1.0)
     with pytest.raises(UserError, match=r"does not see rng_state_1\.pth"):
         wait_for_files(tmp_path, {"rng_state_0.pth", "rng_state_1.pth"})
 

@@ -196,10 +196,10 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError(CANNOT_MERGE)
 
     def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        given = args[0] if args else kwargs.get("hidden_states", kwargs.get("x", kwargs.get("input")))
-        if not isinstance(given, torch.Tensor):
+        states = args[0] if args else kwargs.get("hidden_states", kwargs.get("x", kwargs.get("input")))
+        if not isinstance(states, torch.Tensor):
             raise TypeError(f"bottleneck: {type(self.get_base_layer()).__name__} was called without hidden states to adapt")
-        return given
+        return states
 
 
 class BottleneckModel(BaseTuner):

@@ -264,7 +264,7 @@ def _attention_of_each_layer(decoder: nn.Module, root: str) -> dict[str, nn.Modu
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise UserError(f"gated_prefix: {root} ({type(decoder).__name__}) has no list of decoder layers under `layers`")
-    found = {}
+    attention = {}
     for number, layer in enumerate(layers):
         own = [(name, child) for name, child in layer.named_children() if not _missing(child)]
         if len(own) != 1:
@@ -272,8 +272,8 @@ def _attention_of_each_layer(decoder: nn.Module, root: str) -> dict[str, nn.Modu
                 f"gated_prefix: {root}.layers.{number} ({type(layer).__name__}) has {len(own)} attention modules with "
                 f"{', '.join(PROJECTIONS)}; there must be one"
             )
-        found[f"{root}.layers.{number}.{own[0][0]}"] = own[0][1]
-    return found
+        attention[f"{root}.layers.{number}.{own[0][0]}"] = own[0][1]
+    return attention
 
 
 def _missing(attention: nn.Module) -> list[str]:

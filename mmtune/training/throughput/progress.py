@@ -97,7 +97,7 @@ class TrainingProgress(TrainerCallback):
         samples, waits, lacks, memories, work = zip(*brought, strict=True)
         first, step = self._logs[0]
         left = (now - first) / max(state.global_step - step, 1) * (state.max_steps - state.global_step)
-        found = {
+        metrics = {
             "tokens": state.num_input_tokens_seen,
             "tokens_per_second": round(tokens / seconds, 1),
             "samples_per_second": round(sum(samples) / seconds, 3),
@@ -107,13 +107,13 @@ class TrainingProgress(TrainerCallback):
             "seconds_left": round(left, 1),
         }
         if known := [share for share in lacks if share is not None]:
-            found["cpu_wait"] = round(min(max(known), 1.0), 4)
+            metrics["cpu_wait"] = round(min(max(known), 1.0), 4)
         if self._flops and self._peak is not None and None not in work:
             could = self._peak.at(self._flops[0].dtype, bool(self._arguments.tf32)) * seconds * self._dist.size
-            found["mfu"] = round(sum(work) / could, 4)
+            metrics["mfu"] = round(sum(work) / could, 4)
         self._logs.append((now, state.global_step))
         self._tokens_before, self._samples, self._waited = state.num_input_tokens_seen, 0, 0.0
-        return found
+        return metrics
 
 
 def memory_mb(device: torch.device) -> tuple[str, float]:
