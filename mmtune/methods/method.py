@@ -174,6 +174,10 @@ class Method:
         """Whether it is initialized from full weights, so that the base cannot be loaded sharded."""
         return self.needs_full_layers
 
+    def plain_initialization(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings to replace so that the adapter is initialized without the base's weights and without data; its size stays."""
+        return {}
+
     # Building the adapter.
 
     def find_targets(self, model: nn.Module, roots: Mapping[str, str], settings: Mapping[str, Any]) -> list[str] | None:

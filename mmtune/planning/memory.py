@@ -27,6 +27,7 @@ from transformers import (
 
 from mmtune.console.styled_console import StyledConsole
 from mmtune.methods.method import DEFAULT_METHOD
+from mmtune.methods.method_table import METHODS
 from mmtune.models.compatibility import (
     read_image_processor,
     read_vision_tower,
@@ -129,7 +130,7 @@ def estimate_memory(
             for name in linear_modules(model, components, "language"):
                 model.set_submodule(name, QuantizedLinear(model.get_submodule(name), recipe.model.precision))
         with torch.device("meta"):
-            tuned: Any = apply_tuning(model, components, _without_looks_at_data(recipe).tune, steps=1000)
+            tuned: Any = apply_tuning(model, components, _with_plain_initialization(recipe).tune, steps=1000)
         make_prompt_tokens_real(tuned)
         tuned.config.use_cache = arguments.use_cache
         if arguments.activation_checkpointing:
@@ -243,12 +244,12 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
         raise RecipeValueError("train", f"{error}") from error
 
 
-def _without_looks_at_data(recipe: Recipe) -> Recipe:
-    """The same sizes with a plain initialization: others read weights or rows that are not here."""
+def _with_plain_initialization(recipe: Recipe) -> Recipe:
+    """The same sizes without initializations that read weights or rows, which fake tensors do not have."""
     tune = recipe.tune
-    for name, tuning in {"vision": tune.vision, "projector": tune.projector, "language": tune.language}.items():
-        if "init_lora_weights" in tuning.settings:
-            plain = Settings({**tuning.settings, "init_lora_weights": True})
+    for name, tuning in tune.components.items():
+        if tuning.method in METHODS:
+            plain = Settings({**tuning.settings, **METHODS[tuning.method].plain_initialization(tuning.settings)})
             tune = tune.model_copy(update={name: tuning.model_copy(update={"settings": plain})})
     return recipe.model_copy(update={"tune": tune})
 

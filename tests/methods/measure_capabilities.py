@@ -1,6 +1,7 @@
 """What each method does in each precision, found by running it: the source of `mmtune/methods/capabilities.json`.
 
-    python tests/methods/measure_capabilities.py      # runs every cell and writes the file; half an hour
+    python tests/methods/measure_capabilities.py            # runs every cell and writes the file; half an hour
+    python tests/methods/measure_capabilities.py NAME ...   # runs the cells of these methods and keeps the others as they are
 
 `test_capabilities.py` runs some cells of every method again and holds the file to them.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # as pytest has it
+import torchvision_prepared as torchvision_prepared
 from launched import launch, nothing_known, reason
 
 from mmtune.methods import capability_table as table
@@ -27,7 +30,7 @@ from mmtune.recipe.recipe import Recipe, load_recipe
 from mmtune.release.merge import merge
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
-from mmtune.utils.errors import CheckFailed
+from mmtune.utils.errors import CheckFailed, UserError
 
 VARIANTS = {
     name: {"method": method.name, **variant.settings} for method in METHODS.values() for name, variant in method.variants.items()
@@ -138,36 +141,53 @@ def measure_zero(cells: list[tuple[str, str, int]], rows: Path, base: Path, fold
     return [reason(lambda cell=cell, run=run: same(cell, run)) if done is True else done for cell, run, done in trained]
 
 
-def main() -> None:
+def measure_all(selected: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Every cell of the selected methods and variants: by name and precision."""
     from mmtune.builtin.digits import TUNE_TASKS, Split, write_split
     from mmtune.builtin.tiny_checkpoint import build_untrained
     from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
 
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        rows_path = write_split("rows", Split(scenes=12, held_out=False, tasks=TUNE_TASKS, questions=1, seed=0), folder)
-        (folder / "rows.json").write_text(json.dumps(rows_path), encoding="utf-8")
+        split = write_split("rows", Split(scenes=12, held_out=False, tasks=TUNE_TASKS, questions=1, seed=0), folder)
+        (folder / "rows.json").write_text(json.dumps(split), encoding="utf-8")
         save_checkpoint(*build_untrained(seed=0), folder / "base")
         rows, base = folder / "rows.json", folder / "base"
-        measured = {name: {p: measure(name, p, rows, base, folder) for p in table.PRECISIONS} for name in names()}
+        measured = {name: {p: measure(name, p, rows, base, folder) for p in table.PRECISIONS} for name in selected}
         cells = [
             (name, precision, stage)
-            for name in names()
+            for name in selected
             for precision in table.PRECISIONS
             for stage in table.ZERO_STAGES
             if measured[name][precision]["train"] is True and name != "adalora"
         ]
         sharded = dict(zip(cells, measure_zero(cells, rows, base, folder), strict=True))
-        for name, by_precision in measured.items():
-            for precision, cell in by_precision.items():
-                for stage in table.ZERO_STAGES:
-                    why = "it does not train" if cell["train"] is not True else PARTED_GRADIENTS
-                    cell[f"zero{stage}"] = sharded.get((name, precision, stage), why)
+    for name, by_precision in measured.items():
+        for precision, cell in by_precision.items():
+            for stage in table.ZERO_STAGES:
+                why = "it does not train" if cell["train"] is not True else PARTED_GRADIENTS
+                cell[f"zero{stage}"] = sharded.get((name, precision, stage), why)
+    return measured
+
+
+def main(selected: Sequence[str]) -> None:
+    """Measure the selected methods, or all, and write the file.
+
+    Raises:
+        UserError: no such method, or the file was measured with other versions of the libraries.
+    """
+    if unknown := set(selected) - set(names()):
+        raise UserError(f"expected methods or variants ({', '.join(names())}), got {', '.join(sorted(unknown))}")
     libraries = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed")
-    results = {"versions": {name: metadata.version(name) for name in libraries}, "methods": measured}
-    table.CAPABILITIES.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    versions = {name: metadata.version(name) for name in libraries}
+    earlier = json.loads(table.CAPABILITIES.read_text(encoding="utf-8"))
+    if selected and earlier["versions"] != versions:
+        raise UserError(f"the other methods were measured with {earlier['versions']}; measure all with {versions}")
+    torch.set_num_threads(1)
+    measured = earlier["methods"] | measure_all(selected) if selected else measure_all(names())
+    document = {"versions": versions, "methods": {name: measured[name] for name in names() if name in measured}}
+    table.CAPABILITIES.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -159,3 +159,20 @@ def test_the_default_tuning_applies_to_every_family(family: str) -> None:
     projector = {n: p for n, p in tuned.named_parameters() if component_of(n, components) == "projector"}
     expected = {n for n in projector if ".original_module." not in n and n.removeprefix("base_model.model.") not in frozen}
     assert expected == {n for n, p in projector.items() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("paths", "owner"),
+    [
+        (("model.visual", "model.visual", "model.text", "head"), "projector"),
+        (("model.visual", "projector", "model.visual", "head"), "vision"),
+        (("tower", "projector", "model", "model"), "lm_head"),
+        (("tower", "model.shared", "model.shared", "head"), "projector"),
+    ],
+)
+def test_a_path_of_two_components_belongs_to_the_more_specific_one(paths: tuple[str, str, str, str], owner: str) -> None:
+    """A head is a part of the language model, and a projector a part of the vision tower or of the language model."""
+    shared = next(path for path in paths if paths.count(path) == 2)
+    components = Components(*paths)
+    for name in (shared, f"{shared}.weight", f"base_model.model.{shared}.weight"):
+        assert component_of(name, components) == owner

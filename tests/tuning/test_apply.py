@@ -120,3 +120,21 @@ def test_where_it_trains_is_told_by_path(make_recipe: Callable[..., Recipe], bas
     assert sum(size for _, size in modules.values()) == sum(p.numel() for p in whole.parameters() if p.requires_grad)
     prompts, _ = tuned(make_recipe("tune.language={method: prompt_tuning}", "tune.projector=frozen"), base)
     assert trained_modules(prompts) == {"prompt_encoder.default.embedding": (1, 20 * 128)}
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_the_head_trains_with_the_language_model(make_recipe: Callable[..., Recipe], base: Path, is_tied: bool) -> None:
+    """A head of its own is the language model's; one tied to the embeddings is the same parameter, and is counted once."""
+    recipe = make_recipe("tune.language=full", "tune.projector=frozen")
+    model = AutoModelForImageTextToText.from_pretrained(str(base))
+    if not is_tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    components = find_components(model)
+    tuned_model = apply_tuning(model, components, recipe.tune)
+    trained = {name for name, parameter in tuned_model.named_parameters() if parameter.requires_grad}
+    assert ("lm_head.weight" in trained) is not is_tied
+    assert model.lm_head.weight.requires_grad and model.get_input_embeddings().weight.requires_grad
+    counts = {count.component: count for count in count_parameters(tuned_model, components, recipe.tune, 1e-3)}
+    assert set(counts) == {"vision", "projector", "language"}
+    language = sum(parameter.numel() for parameter in model.get_decoder().parameters())
+    assert counts["language"].trainable == language + (0 if is_tied else model.lm_head.weight.numel())

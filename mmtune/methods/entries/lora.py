@@ -58,6 +58,10 @@ class Lora(Method):
         init = settings.get("init_lora_weights")
         return isinstance(init, str) and not init.startswith(SHARDED_INITS)
 
+    def plain_initialization(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """PEFT's default, random A and zero B."""
+        return {"init_lora_weights": True} if "init_lora_weights" in settings else {}
+
     def settings_by_component(
         self, targets: Mapping[str, list[str]], settings: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, Any]:
