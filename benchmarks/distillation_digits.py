@@ -5,7 +5,7 @@ the same steps on a few rows: with their labels alone (sft), with the teacher's 
 its own rows, and the three students of a seed see the same ones in the same order. Held-out answers choose nothing. Results are
 written as they come, and a second start continues where the first ended.
 
-Usage: mmtune data digits data/digits; python benchmarks/distillation_digits.py [--rows 96] [--steps 100] [--teacher-steps 320]
+Usage: mmtune data digits data/digits; python benchmarks/distillation_digits.py [--rows 128] [--steps 160] [--teacher-steps 320]
 It writes benchmarks/results/distillation.json and the table in docs/objectives.md.
 """
 
@@ -92,8 +92,8 @@ def write_table(rows: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=96)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--teacher-steps", type=int, default=320)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--questions", type=int, default=300, help="held-out questions that a run answers")

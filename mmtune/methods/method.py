@@ -94,6 +94,7 @@ class Method:
         supports_fsdp: whether it was compared under FSDP2 with one process.
         resumes_from_adapter: whether training can resume from the adapter's file alone.
         needs_full_layers: whether PEFT reads or copies a layer's weight, which ZeRO-3 shards.
+        adds_to_loss: whether PEFT adds a term of the method to the loss that the model itself computes.
         language_prefix: of parameters outside the base model, which count as the language model's.
     """
 
@@ -121,6 +122,7 @@ class Method:
     supports_fsdp: bool = False
     resumes_from_adapter: bool = True
     needs_full_layers: bool = False
+    adds_to_loss: bool = False
     language_prefix: str | None = None
 
     # Settings. These hooks run when a recipe is read, before torch and PEFT are imported.

@@ -9,7 +9,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 forking = multiprocessing.get_context("forkserver")
-forking.set_forkserver_preload(["tests.preloaded"])  # the server starts in the working directory, the project's root
+forking.set_forkserver_preload(["tests.helpers.preloaded"])  # the server starts in the working directory, the project's root
 
 
 def settle(log: Path) -> None:

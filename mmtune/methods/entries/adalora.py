@@ -83,5 +83,6 @@ ADALORA = AdaLora(
     unsupported_values=BIAS_ALL,
     setting_types={"init_r": COUNT, "target_r": COUNT, "lora_alpha": POSITIVE_INT, "lora_dropout": DROPOUT},
     skips_steps=False,
+    adds_to_loss=True,
     resumes_from_adapter=False,
 )
