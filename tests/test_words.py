@@ -5,6 +5,7 @@ Each pattern has what to write instead. A literal space in a pattern also matche
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -68,6 +69,20 @@ PHRASES: Mapping[str, str] = {
 """Wording that a reader has to translate, whatever its case, and plain English."""
 
 
+VARIABLES = {"told", "said", "made", "found", "given", "kept"}
+"""Names of variables and parameters that say when a value came and not what it is."""
+
+UNFINISHED = (
+    "mmtune/chat_templates/",
+    "mmtune/data/",
+    "mmtune/planning/",
+    "tests/data/",
+    "tests/helpers/",
+    "tests/planning/",
+    "tests/objectives/",
+)
+
+
 def checked_files() -> list[Path]:
     """Every text file that the vocabulary holds for, but this one."""
     files = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*")) if path.suffix in SUFFIXES]
@@ -91,6 +106,16 @@ def word_issues(path: str, text: str) -> list[str]:
             line = text.count("\n", 0, match.start()) + 1
             issues.append(f"{path}:{line}: {' '.join(match[0].split())!r}: write {instead}")
     return issues
+
+
+def variable_issues(path: str, source: str) -> list[str]:
+    """`path:line: 'name': ...` for each variable and parameter of a name in `VARIABLES`."""
+    names = [
+        (node.lineno, node.arg if isinstance(node, ast.arg) else node.id)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.arg) or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+    ]
+    return [f"{path}:{line}: {name!r}: name the variable by what it holds" for line, name in names if name in VARIABLES]
 
 
 def test_no_file_has_an_old_word() -> None:
@@ -120,3 +145,18 @@ def test_a_phrase_is_found_over_a_line_break_of_a_comment() -> None:
 @pytest.mark.parametrize("text", ["the worlds of ALONELY", "go_online()", "a placeholder", "is_main_process"])
 def test_other_words_pass(text: str) -> None:
     assert word_issues("mmtune/a.py", text) == []
+
+
+def test_variables_say_what_they_hold() -> None:
+    files = [path for path in checked_files() if path.suffix == ".py" and not str(path.relative_to(ROOT)).startswith(UNFINISHED)]
+    issues = [issue for path in files for issue in variable_issues(str(path.relative_to(ROOT)), path.read_text("utf-8"))]
+    assert not issues, "\n".join(issues)
+
+
+@pytest.mark.parametrize("source", ["found = 1", "def f(told): pass", "for made in rows: pass", "x = (kept := 1)", "a, said = b"])
+def test_a_variable_that_says_when_is_found(source: str) -> None:
+    assert [issue.partition(": ")[0] for issue in variable_issues("a.py", source)] == ["a.py:1"]
+
+
+def test_attributes_and_keywords_are_not_variables() -> None:
+    assert variable_issues("a.py", "f(found=1)\nx.told\nfrom hypothesis import given") == []

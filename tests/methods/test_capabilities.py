@@ -22,9 +22,9 @@ def works(cell: dict[str, object]) -> dict[str, bool]:
 def test_a_methods_cells_are_what_happens(name: str, rows: Path, base: Path, tmp_path: Path) -> None:
     """In the most and the least exact precision, and LoRA in all; measure.py runs every cell."""
     precisions = PRECISIONS if name == "lora" else ("fp32", "nf4")
-    found = {precision: works(measure(name, precision, rows, base, tmp_path)) for precision in precisions}
-    told = {precision: works(cell) for precision, cell in capabilities()[name].items()}
-    assert found == {precision: {what: told[precision][what] for what in found[precision]} for precision in precisions}
+    actual = {precision: works(measure(name, precision, rows, base, tmp_path)) for precision in precisions}
+    expected = {precision: works(cell) for precision, cell in capabilities()[name].items()}
+    assert actual == {precision: {what: expected[precision][what] for what in actual[precision]} for precision in precisions}
 
 
 def test_every_method_is_in_the_file_and_folds_as_the_table_says() -> None:
@@ -42,9 +42,9 @@ def test_methods_train_in_two_processes_as_they_do_in_one(rows: Path, shallow: P
     """One of each kind at ZeRO-3, where the most differs; measure.py runs every cell."""
     cells = [(name, "fp32", 3) for name in ("boft", "ln_tuning", "bottleneck", "gated_prefix", "prefix_tuning")]
     cells += [("lora", "nf4", 3), ("lora", "int8", 2), ("dora", "nf4", 3)]
-    found = measure_zero(cells, rows, shallow, tmp_path)
+    actual = measure_zero(cells, rows, shallow, tmp_path)
     expected = [capabilities()[name][precision][f"zero{stage}"] is True for name, precision, stage in cells]
-    assert [outcome is True for outcome in found] == expected, found
+    assert [outcome is True for outcome in actual] == expected, actual
 
 
 def test_zero_is_refused_by_what_was_measured() -> None:
@@ -59,9 +59,9 @@ def test_the_recipe_refuses_exactly_what_does_not_work(name: str) -> None:
     for precision, cell in capabilities()[name].items():
         assert (incompatibility(name, {}, precision=precision) is None) == (cell["train"] is True)
         both = cell["train"] is True and cell["checkpointing"] is True
-        told = incompatibility(name, {}, precision=precision, checkpointing=True)
-        assert (told is None) == both
-        assert told is None or "use " in told
+        message = incompatibility(name, {}, precision=precision, checkpointing=True)
+        assert (message is None) == both
+        assert message is None or "use " in message
 
 
 def test_prompt_methods_are_refused_where_positions_have_three_parts() -> None:

@@ -88,9 +88,9 @@ def test_hidden_states_and_attention_maps_by_plain_formulas() -> None:
     student, teacher = (each / each.sum(-1, keepdim=True) for each in (student, teacher))
     expected = rel_entr(teacher.numpy(), student.numpy()).sum(-1).mean(-1)
     student.requires_grad_()
-    found = attention_divergences(student, teacher)
-    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-10)
-    found.sum().backward()
+    actual = attention_divergences(student, teacher)
+    np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=1e-10)
+    actual.sum().backward()
     assert student.grad is not None and student.grad.isfinite().all()
 
 

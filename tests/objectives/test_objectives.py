@@ -53,8 +53,8 @@ class Setup:
 
     def batches(self, numbers: Batches, packed: bool = False) -> list[dict[str, Any]]:
         collator = self.objective.collator(self.processor, packed)
-        made = [collator([self.rows[number] for number in batch]) for batch in numbers]
-        return [{name: value for name, value in batch.items() if isinstance(value, torch.Tensor)} for batch in made]
+        collated = [collator([self.rows[number] for number in batch]) for batch in numbers]
+        return [{name: value for name, value in batch.items() if isinstance(value, torch.Tensor)} for batch in collated]
 
     def step(self, batches: list[dict[str, Any]]) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
         """The loss, its parts and the gradients of one optimizer step over batches."""
@@ -76,12 +76,12 @@ def setup(request: pytest.FixtureRequest, make_recipe: MakeRecipe, untrained: tu
     return Setup(make_recipe(f"objective={json.dumps(section)}", *overrides), untrained)
 
 
-def assert_same(found: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
-    assert found[0] == pytest.approx(expected[0], abs=1e-5)
-    assert found[1] == pytest.approx(expected[1], abs=1e-5)
-    assert found[2].keys() == expected[2].keys()
+def assert_same(actual: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    assert actual[0] == pytest.approx(expected[0], abs=1e-5)
+    assert actual[1] == pytest.approx(expected[1], abs=1e-5)
+    assert actual[2].keys() == expected[2].keys()
     for name, gradient in expected[2].items():
-        torch.testing.assert_close(found[2][name], gradient, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(actual[2][name], gradient, atol=1e-5, rtol=1e-4)
 
 
 def test_every_objective_has_a_section_and_a_case_here() -> None:
@@ -154,8 +154,8 @@ def test_two_processes_train_what_one_does(make_recipe: MakeRecipe, tmp_path: Pa
                 jobs.append((path, strategy))
     assert launch(jobs, tmp_path) == [True] * len(jobs)
     for (case, name), run in runs.items():
-        expected, found = (load_file(each.adapter / "adapter_model.safetensors") for each in (runs[case, "one"], run))
-        assert max((expected[key] - found[key]).abs().max() for key in expected) < 1e-5, (case, name)
+        expected, actual = (load_file(each.adapter / "adapter_model.safetensors") for each in (runs[case, "one"], run))
+        assert max((expected[key] - actual[key]).abs().max() for key in expected) < 1e-5, (case, name)
         losses = [
             [json.loads(line)["loss"] for line in each.metrics.read_text(encoding="utf-8").splitlines()]
             for each in (runs[case, "one"], run)

@@ -32,9 +32,9 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
 
 @pytest.fixture
 def unused_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
 
 
 @pytest.fixture
@@ -115,9 +115,9 @@ def test_a_mistyped_run_names_the_nearest_one(verb: list[str], no_hub: Path, cap
     Path("runs", "quickstart").mkdir(parents=True)
     out = {"merge": ["out"], "push": ["owner/name"]}.get(verb[0], [])
     assert entry_point([*verb, "runs/quickstar", *out]) == 2
-    told = capsys.readouterr().err
-    assert "did you mean 'runs/quickstart'?" in told
-    assert "hub" not in told.replace("not as a hub id", "")
+    output = capsys.readouterr().err
+    assert "did you mean 'runs/quickstart'?" in output
+    assert "hub" not in output.replace("not as a hub id", "")
 
 
 def test_every_path_of_a_recipe_names_the_nearest(no_hub: Path) -> None:
@@ -141,8 +141,10 @@ def test_every_path_of_a_recipe_names_the_nearest(no_hub: Path) -> None:
 def test_without_a_network_the_message_says_how_to_go_on(no_hub: Path) -> None:
     with pytest.raises(UserError) as error:
         locate_checkpoint("owner/name")
-    told = str(error.value)
-    assert all(part in told for part in ("owner/name", constants.ENDPOINT, str(no_hub), "HF_HUB_OFFLINE", "HF_ENDPOINT", "path"))
+    message = str(error.value)
+    assert all(
+        part in message for part in ("owner/name", constants.ENDPOINT, str(no_hub), "HF_HUB_OFFLINE", "HF_ENDPOINT", "path")
+    )
 
 
 def test_without_a_network_a_cached_model_loads(no_hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,11 +197,11 @@ def test_without_a_network_a_prepared_data_set_is_read_from_the_cache(
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [("private", "has no model owner/private, or it is private"), ("gated", "is gated"), ("empty", "has no config.json")],
 )
-def test_what_the_hub_refuses_is_said(name: str, told: str, hub: list[str]) -> None:
-    with pytest.raises(UserError, match=told):
+def test_what_the_hub_refuses_is_said(name: str, message: str, hub: list[str]) -> None:
+    with pytest.raises(UserError, match=message):
         locate_checkpoint(f"owner/{name}")
     assert hub == [f"/owner/{name}/resolve/main/config.json"]
 
