@@ -48,7 +48,7 @@ def test_what_was_being_written_is_removed(
             try:
                 signal.raise_signal(number)
             except Exception:
-                pytest.fail("a library that goes on after any error would go on after the signal")
+                pytest.fail("a library that continues after any error would continue after the signal")
 
     assert verb(write) == 128 + number
     assert capsys.readouterr().err == f"stopped: by {signal.Signals(number).name}\n"

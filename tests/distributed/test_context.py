@@ -355,7 +355,7 @@ def test_how_batches_are_divided_is_not_a_recipes_to_set(make_recipe: Callable[.
 def test_an_earlier_run_is_back_after_sigterm(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    """A launcher ends the first process with it when another one has failed; it would leave things as they are."""
+    """The signal by which a launcher ends the main process after another one failed; ignoring it would change nothing."""
     monkeypatch.setattr(DistributedContext, "broadcast_object", lambda self, brought: brought)
     monkeypatch.setattr(DistributedContext, "all_gather_object", lambda self, mine: [mine, mine])
     recipe = make_recipe()
@@ -465,7 +465,7 @@ def test_fsdp_that_becomes_ddp_is_told(kinds: dict[str, dict[str, Any]], tmp_pat
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # one by one, and each starts its processes
 def test_a_strategy_is_rehearsed(kinds: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    """All of it, on the CPU: what the first process does alone as well, after it has trained a part of a model."""
+    """The whole job on the CPU, with what the main process does alone, after training a shard of a model."""
     saved = {**kinds["mixed"]["train"], "save_strategy": "epoch"}
     recipes = {
         "ddp": {**kinds["mixed"], "train": saved},

@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"gated_prefix": {"adapter_layers": 2}}
 
 
 # At ZeRO-1 and 2 its processes wait for each other for ever; at ZeRO-3 it runs, and no rank can move.
-PARTED_GRADIENTS = "its ranks move by whole gradients, which ZeRO keeps in parts"
+PARTED_GRADIENTS = "its ranks move by whole gradients, which ZeRO shards"
 
 
 def names() -> list[str]:

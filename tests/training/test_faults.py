@@ -1,4 +1,4 @@
-"""What goes wrong around a run ends it with one message, within bounds, and leaves what `--resume` goes on from."""
+"""Faults around a run end it with one message, in bounded time, and leave a checkpoint that `--resume` continues from."""
 
 from __future__ import annotations
 
@@ -409,7 +409,7 @@ sys.exit(entry_point(["train", *arguments]))
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["at the start", "in a step", "killed"])
 def test_a_process_that_fails_ends_all(make_recipe: Make, tmp_path: Path, how: str) -> None:
-    """The first process waits for the second one, which fails: it ends, and its own traceback does not bury the reason."""
+    """The second process fails while the main process waits for it: the main process ends, without a traceback of its own."""
     recipe, script = tmp_path / "resolved.yaml", tmp_path / "failing.py"
     recipe.write_text(make_recipe().to_yaml())
     script.write_text(FAILING)

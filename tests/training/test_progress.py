@@ -170,7 +170,7 @@ def test_a_peak_is_that_of_the_format() -> None:
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock that advances on request."""
 
     now = 100.0
 
@@ -179,7 +179,7 @@ class Clock:
 
 
 class Together(DistributedContext):
-    """Two processes, of which the other brings what it is told to."""
+    """Two processes, of which the other returns fixed objects."""
 
     other: dict[type, Any]
 

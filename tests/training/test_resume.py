@@ -1,4 +1,4 @@
-"""A run that was stopped goes on to what the unbroken run gives, bit for bit, and from nothing but a whole checkpoint."""
+"""A stopped run that is resumed gives the result of the uninterrupted run, bit for bit, and only from a complete checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several processes do beyond a few steps: they stop and go on, mix modalities for long, and share a model's memory."""
+"""Several processes beyond a few steps: stopping and resuming, mixed modalities, and the memory of a sharded model."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ RESUMED = [("DDP", "indexed"), *((strategy, read) for strategy in ("ZeRO-2", "Ze
 
 @pytest.fixture(scope="module")
 def stopped(shallow: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[Any]]:
-    """The outcomes of an unbroken run, of one that was stopped and of its going on, and the two runs."""
+    """The outcomes of an uninterrupted run, of one that was stopped and of its continuation, and the two runs."""
     folder = tmp_path_factory.mktemp("stopped")
     jobs: list[Any] = []
     for strategy, read in RESUMED:

@@ -106,7 +106,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     """A sublayer, or a linear layer, with adapters on its output.
 
     The wrapped module may return a tensor of shape (..., width) or a tuple whose first element is one. Adapters compute in
-    their own dtype (fp32, unless PEFT was told `autocast_adapter_dtype=False`), or in autocast's, and the sum is given back in
+    their own dtype (fp32, unless PEFT has `autocast_adapter_dtype=False`), or in autocast's, and the sum is given back in
     the wrapped module's. Several active adapters apply in the order in which they were activated: a sequential one to what
     the one before it left, a parallel one to the input. Attributes that are not the layer's own are the wrapped module's.
 
