@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"gated_prefix": {"adapter_layers": 2}}
 
 
 # At ZeRO-1 and 2 its processes wait for each other for ever; at ZeRO-3 it runs, and no rank can move.
-PARTED_GRADIENTS = "its ranks move by whole gradients, which ZeRO shards"
+PARTED_GRADIENTS = "rank allocation reads full gradients, which ZeRO shards"
 
 
 def names() -> list[str]:
@@ -100,7 +100,7 @@ def measure(name: str, precision: str, rows: Path, base: Path, folder: Path) -> 
         if cell["train"] is not True:
             return {**cell, "checkpointing": cell["train"], "merge": "it does not train"}
         if not table.measured_method(name).mergeable:
-            cell["merge"] = "it is no change of weights"
+            cell["merge"] = "it does not change the weights of the base"
         else:
             cell["merge"] = reason(lambda: merge(run, folder / "out", overwrite=True, count=2))
 

@@ -72,7 +72,7 @@ class AdaLora(Method):
 
 ADALORA = AdaLora(
     "adalora",
-    "LoRA whose ranks move to where they matter (arXiv 2303.10512)",
+    "LoRA with rank allocation during training (arXiv 2303.10512)",
     "peft:AdaLoraConfig",
     1e-3,
     defaults={"init_r": 12, "target_r": 8, "lora_alpha": 32, "lora_dropout": 0.0},
