@@ -1,4 +1,4 @@
-"""What a run shows and keeps while it trains: the progress line, `metrics.jsonl`, the loss curve."""
+"""Trainer callbacks: progress line, `metrics.jsonl`, stopping on signals; and the plot of the loss curve."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmtune.distributed.context import DistributedContext
-from mmtune.training.throughput.progress import as_time
+from mmtune.training.throughput.progress import format_duration
 from mmtune.utils.errors import CheckFailed, Stopped
 from mmtune.utils.files import report_disk_errors
 
-MUCH_CPU_WAIT = 0.1
-"""From this share of the time on, the progress line says that a process waited for a core."""
+MIN_CPU_WAIT = 0.1
+"""From this fraction of the time on, the progress line shows the wait for CPU."""
 
 
 BAR = 6
-"""Columns of the bar in the progress line."""
+"""Width of the bar in the progress line, in columns."""
 
 
 class RecordMetrics(TrainerCallback):
-    """Appends every log of the Trainer to `metrics.jsonl`, and shows it."""
+    """Appends every log of the Trainer to `metrics.jsonl` and shows it on the terminal."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -37,13 +37,13 @@ class RecordMetrics(TrainerCallback):
         if state.is_world_process_zero:
             self._path.touch()
         if state.is_world_process_zero and not args.disable_tqdm and sys.stderr.isatty():
-            layout = f"{{n_fmt}}/{{total_fmt}} |{{bar:{BAR}}}|{{postfix}}"
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format=layout, dynamic_ncols=True)
+            bar_format = f"{{n_fmt}}/{{total_fmt}} |{{bar:{BAR}}}|{{postfix}}"
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format=bar_format, dynamic_ncols=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
-        if state.global_step >= state.max_steps:  # the last loss is kept, whatever `logging_steps` divides
+        if state.global_step >= state.max_steps:  # always log the last step
             control.should_log = True
 
     def on_log(
@@ -63,7 +63,7 @@ class RecordMetrics(TrainerCallback):
                 self._bar.set_postfix_str(progress_line(logs, _room(self._bar)))
             elif not args.disable_tqdm:
                 print(f"step {state.global_step}/{state.max_steps}  {progress_line(logs)}", flush=True)
-        if not math.isfinite(logs["loss"]):  # the mean over the processes, so that all of them end
+        if not math.isfinite(logs["loss"]):  # the mean over all processes, so all of them stop
             raise CheckFailed(
                 f"the loss is {logs['loss']} at step {state.global_step}; lower the learning rate or look at the data"
             )
@@ -74,38 +74,38 @@ class RecordMetrics(TrainerCallback):
 
 
 def _room(bar: tqdm[Any]) -> int | None:
-    """Columns of the terminal that the bar and the step count leave; None where the terminal does not tell its width."""
+    """Columns of the terminal beside the bar and the step count; None if the width of the terminal is unknown."""
     columns = bar.format_dict["ncols"]
     return columns - len(f"{bar.total}/{bar.total} |{'#' * BAR}|, ") if columns else None
 
 
 def progress_line(logs: dict[str, Any], room: int | None = None) -> str:
-    """A log's figures in one line, those of most value first.
+    """The metrics of a log in one line, the most important first.
 
     Args:
-        room: how many characters there are; figures that do not fit are left out, from the last one on.
+        room: the maximum number of characters; the last metrics are left out if they do not fit.
     """
     memory = logs.get("accelerator_memory_mb") or logs["resident_memory_mb"]
-    figures = [
-        f"{as_time(logs['seconds_left'])} left",
+    metrics = [
+        f"{format_duration(logs['seconds_left'])} left",
         f"loss {logs['loss']:.4f}",
         f"lr {logs['learning_rate']:.1e}",
-        *([f"waits for CPU {logs['cpu_wait']:.0%} of the time"] if logs.get("cpu_wait", 0) >= MUCH_CPU_WAIT else []),
+        *([f"CPU wait {logs['cpu_wait']:.0%}"] if logs.get("cpu_wait", 0) >= MIN_CPU_WAIT else []),
         f"{logs['tokens_per_second']:,.0f} tokens/s",
         f"{memory / 1e3:.1f} GB",
-        f"wait {logs['data_wait']:.0%}",
+        f"data wait {logs['data_wait']:.0%}",
         *([f"MFU {logs['mfu']:.0%}"] if "mfu" in logs else []),
     ]
-    while room is not None and len(figures) > 1 and len("  ".join(figures)) > room:
-        figures.pop()
-    return "  ".join(figures)
+    while room is not None and len(metrics) > 1 and len("  ".join(metrics)) > room:
+        metrics.pop()
+    return "  ".join(metrics)
 
 
 class DisableInputRequireGrads(TrainerCallback):
-    """Undoes what gradient checkpointing does to frozen inputs.
+    """Removes the hooks of gradient checkpointing on frozen inputs.
 
-    Enabling checkpointing on a PEFT model hooks every embedding, the vision tower's patch embedding included, to require
-    gradients; the backward pass then runs through a frozen tower for nothing. Non-reentrant checkpointing needs no hook.
+    When checkpointing is enabled, PEFT makes the outputs of every embedding require gradients, also of the patch embedding, so
+    that the backward pass runs through a frozen vision tower. Non-reentrant checkpointing does not need this.
     """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -113,52 +113,53 @@ class DisableInputRequireGrads(TrainerCallback):
         model.disable_input_require_grads()
 
 
-ECHO_S = 2.0
-"""A scheduler may send a signal to each process of a job, and the launcher again to those it has started."""
+REPEAT_S = 2.0
+"""Signals within this time count as one: a scheduler and the launcher may both send it to a process."""
 
 
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM, SIGHUP and SIGINT stop the run after the current step, with a checkpoint; a second one, `ECHO_S` later, at once.
+    """SIGTERM, SIGHUP and SIGINT stop the run after the current step, with a checkpoint. A second signal stops it at once.
 
     Args:
-        dist: the processes, all of which stop when one gets the signal.
+        dist: all processes stop when one receives a signal.
     """
 
     def __init__(self, dist: DistributedContext) -> None:
         self._dist = dist
-        self._before: dict[int, Any] = {}
-        self._since = 0.0
+        self._previous: dict[int, Any] = {}
+        self._received_at = 0.0
         self.received: int | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         ignored = [number for number in STOPPING if signal.getsignal(number) is signal.SIG_IGN]  # as SIGHUP under nohup
-        self._before = {number: signal.signal(number, self._receive) for number in STOPPING if number not in ignored}
+        self._previous = {number: signal.signal(number, self._receive) for number in STOPPING if number not in ignored}
 
     def _receive(self, number: int, frame: object) -> None:
-        if not self._since:
-            self.received, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since > ECHO_S:
+        if not self._received_at:
+            self.received, self._received_at = number, time.monotonic()
+        elif time.monotonic() - self._received_at > REPEAT_S:
             self.restore()
             signal.raise_signal(number)
 
     def restore(self) -> None:
         """Restore the previous signal handlers."""
-        while self._before:
-            number, handler = self._before.popitem()
+        while self._previous:
+            number, handler = self._previous.popitem()
             signal.signal(number, handler)
 
     def raise_if_received(self, step: int) -> None:
-        """
+        """Raise Stopped if a signal stopped the training.
+
         Raises:
-            Stopped: a signal ended training after `step`.
+            Stopped: training stopped after `step`.
         """
         if self.received is not None:
             name = signal.Signals(self.received).name
-            advice = "under FSDP2 there is no checkpoint" if self._dist.fsdp else "--resume continues from there"
-            raise Stopped(self.received, f"by {name} after step {step}; {advice}")
+            hint = "FSDP2 has no checkpoints" if self._dist.fsdp else "--resume continues from there"
+            raise Stopped(self.received, f"by {name} after step {step}; {hint}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._dist.any_rank(self.received is not None, args.device):
@@ -168,14 +169,14 @@ class StopOnSignal(TrainerCallback):
 
 
 def draw_loss_curve(metrics: Path, out: Path) -> None:
-    """Draw the training loss of a `metrics.jsonl` over steps as a PNG."""
+    """Plot the training loss of a `metrics.jsonl` over steps as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.add_subplot()
-    dot = "." if len(records) == 1 else None  # a line of one point would not be seen
+    dot = "." if len(records) == 1 else None  # a line of one point is invisible
     axes.plot([r["step"] for r in records], [r["loss"] for r in records], color="#1f6feb", linewidth=1.5, marker=dot)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per supervised token")

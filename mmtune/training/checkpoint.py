@@ -1,4 +1,4 @@
-"""Checkpoints: writing them, the last good one of a run, and whether a run may resume from it."""
+"""Checkpoints: finalizing them, choosing one to resume from, and checking that a run may resume."""
 
 from __future__ import annotations
 
@@ -38,76 +38,76 @@ MAY_CHANGE = (
     "data.max_nonfinite_steps",
     "data.check_rows",
 )
-"""Keys that may change when a run resumes: no step depends on them."""
+"""Keys that may change when a run is resumed: no training step depends on them."""
 
 
 def finalize_checkpoint(
-    partial: Path, checkpoints: Path, report: DataReport, dist: DistributedContext, files: dict[str, Any], limit: int | None
+    temporary: Path, checkpoints: Path, report: DataReport, dist: DistributedContext, files: dict[str, Any], limit: int | None
 ) -> None:
-    """Give a checkpoint that is written in full its name, and delete older ones past the limit.
+    """Rename a completely written checkpoint to its final name, and delete older ones beyond the limit.
 
-    Until then it lies under another name, so that whatever is called a checkpoint is a whole one.
+    Before that it has a temporary name, so that every directory with the name of a checkpoint is complete.
 
     Args:
-        made: the finished directory, on the file system of `checkpoints`.
-        files: by name, what the data files are known by.
-        limit: how many to keep; None keeps all.
+        temporary: the complete directory, on the file system of `checkpoints`.
+        files: the signatures of the data files by name.
+        limit: how many checkpoints to keep; None keeps all.
     """
-    report.write(partial / REPORT_FILE)
-    (partial / STRATEGY_FILE).write_text(json.dumps({"strategy": dist.strategy, "files": files}) + "\n", encoding="utf-8")
-    apply_umask(partial)
-    write_manifest(partial)
-    fsync_tree(partial)
-    partial.rename(checkpoints / partial.name)
-    fsync(checkpoints)  # before an older one goes
+    report.write(temporary / REPORT_FILE)
+    (temporary / STRATEGY_FILE).write_text(json.dumps({"strategy": dist.strategy, "files": files}) + "\n", encoding="utf-8")
+    apply_umask(temporary)
+    write_manifest(temporary)
+    fsync_tree(temporary)
+    temporary.rename(checkpoints / temporary.name)
+    fsync(checkpoints)  # before an older one is deleted
     for old in RunDirectory(checkpoints.parent).checkpoints_by_step()[:-limit] if limit else ():
         shutil.rmtree(old)
 
 
 def wait_for_files(folder: Path, names: set[str]) -> None:
-    """Wait for files that processes of other machines have written.
+    """Wait for files that processes on other machines have written.
 
     Raises:
-        UserError: they do not come.
+        UserError: they do not become visible.
     """
     if not wait_until_visible(lambda: names <= file_names(folder)):
         missing = ", ".join(sorted(names - file_names(folder)))
-        raise UserError(f"{folder}: process 0 does not see {missing}, which others have written")
+        raise UserError(f"{folder}: process 0 does not see files of other processes: {missing}; expected a shared file system")
 
 
 def last_checkpoint(run: RunDirectory) -> Path | None:
-    """The newest checkpoint of a run that is as it was written; damaged ones are named and passed over. None before the first.
+    """The newest checkpoint of a run that matches its manifest. Damaged ones are printed and skipped. None if there is none yet.
 
     Raises:
-        UserError: all are damaged, or there are none and the training has been done.
+        UserError: all are damaged, or there are none and training is finished.
     """
     if (last := run.last_good_checkpoint()) is not None:
         return last
     if run.checkpoints_by_step():
-        raise UserError(f"resume: no checkpoint of {run.path} is as it was written; --overwrite trains it again")
+        raise UserError(f"resume: all checkpoints of {run.path} are damaged; --overwrite trains it again")
     if run.adapter.exists() or run.model.exists():
         raise UserError(
-            f"resume: {run.path} has been trained, ended before its report, and has no checkpoint; `mmtune eval {run.path}` "
-            "evaluates what it has left, --overwrite trains it again"
+            f"resume: {run.path} finished training but stopped before its report, and has no checkpoint; `mmtune eval "
+            f"{run.path}` evaluates it, --overwrite trains it again"
         )
     return None
 
 
 def named_checkpoint(run: RunDirectory, checkpoint: Path) -> Path:
-    """A checkpoint of a run that somebody has named.
+    """Check that a path is a valid checkpoint of a run, and return it.
 
     Raises:
-        UserError: it is not the run's.
+        UserError: it is not a checkpoint of the run.
         CheckFailed: it is damaged.
     """
     if checkpoint.resolve().parent != run.checkpoints.resolve():
-        raise UserError(f"resume: {checkpoint} is no checkpoint of {run.path}; those are in {run.checkpoints}")
+        raise UserError(f"resume: expected a checkpoint of {run.path} (in {run.checkpoints}), got {checkpoint}")
     check_manifest(checkpoint)
     return checkpoint
 
 
 def checkpoint_to_resume(run: RunDirectory, resume: bool | Path) -> Path | None:
-    """The checkpoint that a run resumes from: none, its last good one, or the one at a path.
+    """The checkpoint that a run resumes from: none, its last valid one, or the given one.
 
     Raises:
         UserError, CheckFailed: as `last_checkpoint` and `named_checkpoint`.
@@ -116,15 +116,15 @@ def checkpoint_to_resume(run: RunDirectory, resume: bool | Path) -> Path | None:
         return None
     checkpoint = last_checkpoint(run) if resume is True else named_checkpoint(run, Path(resume))
     if checkpoint is None:
-        print(f"resume: {run.path} has no checkpoint yet, so it begins; train.save_strategy and save_steps write them")
+        print(f"resume: {run.path} has no checkpoint yet: it starts from the beginning; set train.save_strategy and save_steps")
     return checkpoint
 
 
 def finished_summary(recipe: Recipe) -> dict[str, Any] | None:
-    """The summary of the recipe's run, if that has finished.
+    """The summary of the recipe's run if it is finished, otherwise None.
 
     Raises:
-        UserError: the finished run is another recipe's.
+        UserError: the finished run is of another recipe.
     """
     run = RunDirectory(Path(recipe.output_dir))
     if not run.summary.is_file():
@@ -137,7 +137,7 @@ def finished_summary(recipe: Recipe) -> dict[str, Any] | None:
 def restore_training_state(
     checkpoint: Path, run: RunDirectory, report: DataReport, rows: Any, arguments: TrainingArguments
 ) -> None:
-    """Put the data, the report and the metrics where the checkpoint left them."""
+    """Restore the position in the data, the data report and the metrics of a checkpoint."""
     step = step_of(checkpoint)
     print(f"resume: from {checkpoint}, after {step} steps")
     report.load(checkpoint / REPORT_FILE)
@@ -145,46 +145,49 @@ def restore_training_state(
         truncate_to_step(run, step)
     if isinstance(rows, SampleStream):
         rows.start_at(step * arguments.gradient_accumulation_steps)
-        arguments.ignore_data_skip = True  # the stream skips them without parsing
+        arguments.ignore_data_skip = True  # the stream skips rows itself, without parsing them
 
 
 def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, dist: DistributedContext) -> None:
-    """
+    """Check that a run may resume from a checkpoint with this recipe and launch.
+
     Raises:
-        UserError: the run is finished, or another recipe's, in a way that would make it another run, or of another layout.
+        UserError: the run is finished, or the recipe, the parallelism strategy or the data files differ.
     """
     if run.summary.is_file():
         raise UserError(f"resume: {run.path} is finished; --overwrite trains it again")
     check_same_recipe(recipe, run)
-    then = read_record(checkpoint / STRATEGY_FILE, strategy=str, files=dict)
-    if then["strategy"] != dist.strategy:
-        raise UserError(f"resume: {checkpoint} was written by {then['strategy']}, and this is {dist.strategy}; launch as before")
+    saved = read_record(checkpoint / STRATEGY_FILE, strategy=str, files=dict)
+    if saved["strategy"] != dist.strategy:
+        raise UserError(f"resume: expected {saved['strategy']} as for {checkpoint}, got {dist.strategy}; launch as before")
     files = file_signatures(recipe.data.train)
-    changed = [name for name in sorted({*files, *then["files"]}) if files.get(name) != then["files"].get(name)]
+    changed = [name for name in sorted({*files, *saved["files"]}) if files.get(name) != saved["files"].get(name)]
     if changed:
-        raise UserError(f"resume: {', '.join(changed)} changed since {checkpoint} was written; the rows would be others")
+        raise UserError(
+            f"resume: {', '.join(changed)} changed since {checkpoint} was written; restore them, or start again with --overwrite"
+        )
 
 
 def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
-    """Print what differs from the recipe of a run.
+    """Print the keys that differ from the recipe of a run.
 
     Raises:
-        UserError: it would make it another run.
+        UserError: a key differs that must not change when a run is resumed.
     """
     before, now = (flatten(each.model_dump(mode="json")) for each in (load_recipe(run.recipe), recipe))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     for key in changed:
-        print(f"resume: {key} was {format_value(before.get(key))}, and is {format_value(now.get(key))}")
-    wrong = [key for key in changed if not key.startswith(MAY_CHANGE)]
-    if wrong:
+        print(f"resume: {key} changed from {format_value(before.get(key))} to {format_value(now.get(key))}")
+    fixed = [key for key in changed if not key.startswith(MAY_CHANGE)]
+    if fixed:
         raise UserError(
-            f"resume: {', '.join(wrong)} differ from {run.recipe}, and the run would become another; give it a new output_dir, "
-            "or begin again with --overwrite"
+            f"resume: expected the values of {run.recipe} for {', '.join(fixed)}; restore them, give a new output_dir, or start "
+            "again with --overwrite"
         )
 
 
 def truncate_to_step(run: RunDirectory, step: int) -> None:
-    """Take out of a run what came after a step or is unfinished: checkpoints, lines of `metrics.jsonl`. It all comes again."""
+    """Remove from a run what is unfinished or after a step: checkpoints and lines of `metrics.jsonl`. They are written again."""
     for unfinished in (run.checkpoints / SAVING, *run.path.glob(".*.partial")):
         shutil.rmtree(unfinished, ignore_errors=True)
     for later in run.checkpoints_by_step():
@@ -192,22 +195,22 @@ def truncate_to_step(run: RunDirectory, step: int) -> None:
             shutil.rmtree(later)
     metrics = run.metrics
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n") and _logged_step(line) <= step]
-    shorter = run.checkpoints / metrics.name
-    shorter.write_text("".join(whole), encoding="utf-8")
-    shorter.replace(metrics)  # at once: a kill in between would take lines that do not come again
+    complete = [line for line in lines if line.endswith("\n") and _logged_step(line) <= step]
+    truncated = run.checkpoints / metrics.name
+    truncated.write_text("".join(complete), encoding="utf-8")
+    truncated.replace(metrics)  # atomically: a kill must not lose lines before the step
 
 
 def _logged_step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except json.JSONDecodeError:  # where a machine went down
-        print(f"resume: a line of metrics.jsonl is left out that is none: {line[:40]!r}")
+    except json.JSONDecodeError:  # after a crash of the machine
+        print(f"resume: removed a damaged line of metrics.jsonl: {line[:40]!r}")
         return math.inf
 
 
 def flatten(values: Any, key: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted key."""
+    """Flatten nested mappings to one mapping by dotted keys."""
     if isinstance(values, Mapping):
         return {
             name: value

@@ -1,4 +1,4 @@
-"""The training rows in the order and the batches that a recipe asks for."""
+"""Training data: rows, their order, and the batches of each process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from mmtune.utils.errors import RecipeValueError, UserError
 
 
 def rows_to_take(samples: IndexedSamples | StreamedSamples, arguments: TrainingArguments) -> int:
-    """How many rows there are; of a stream, how many the run takes."""
+    """The number of rows; of a stream, the number that the run trains on."""
     if isinstance(samples, IndexedSamples):
         return len(samples)
     every = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
@@ -52,13 +52,13 @@ def plan_rows(
     report: DataReport,
     dist: DistributedContext,
 ) -> NDArray[np.int64] | None:
-    """Count every row's tokens, if the recipe needs that, in the main process; rows that cannot train go to the report.
+    """Count the tokens of every row in the main process, if the recipe needs it. Rows that cannot be trained on are reported.
 
     Returns:
-        Tokens of every row as it will train, shape (rows,); 0 for one that will not. None where rows are not counted beforehand.
+        Tokens of every row in training, shape (rows,); 0 for rows that are left out. None if rows are not counted.
 
     Raises:
-        UserError: more rows cannot train than the recipe allows, or one is too long under `over_length: error`.
+        UserError: more rows are invalid than the recipe allows, or a row is too long under `over_length: error`.
     """
     section = recipe.data
     if not (section.planned and isinstance(samples, IndexedSamples)):
@@ -71,7 +71,7 @@ def plan_rows(
     counted = None
     if dist.is_main_process:
         plan, outcome = plan_section(samples, section, processor)
-        limit = section.max_tokens or 0  # without one no row is dropped
+        limit = section.max_tokens or 0  # without a limit no row is dropped
         longer = [over_length_error(samples[row].id, int(plan.tokens[row]), limit) for row in outcome.dropped]
         if longer and section.over_length == "error":
             raise UserError(f"{len(longer)} rows are too long, the first: {longer[0]} ({OVER_LENGTH_HINT})")
@@ -107,9 +107,9 @@ class TrainingData:
         return self.samples.names if len(self.samples.names) > 1 else ()
 
     def first_batches(self, size: int = 4, count: int = 16) -> Iterator[dict[str, Any]]:
-        """Up to `count` padded batches of rows from all over the data, for initializations that look at it.
+        """Up to `count` padded batches of rows spread over the data, for initializations that read data.
 
-        Rows that fail are left out. The batches are the same under every parallelism strategy.
+        Invalid rows are left out. The batches are the same under every parallelism strategy.
         """
         usable = _usable(self.samples, self.encoder, size * count)
         while rows := list(islice(usable, size)):
@@ -125,10 +125,10 @@ def prepare_data(
     dist: DistributedContext,
     lengths: NDArray[np.int64] | None = None,
 ) -> TrainingData:
-    """SampleEncoder, collator and batches of a run.
+    """Create the encoder, collator and batches of a run.
 
     Args:
-        lengths: tokens of every row, 0 for one that cannot train; None where they were not counted.
+        lengths: tokens of every row, 0 for rows that are left out; None if they were not counted.
     """
     encoder = objective.encoder(processor, section)
     collator = objective.collator(processor, section.packing, always_images=dist.size > 1)
@@ -167,7 +167,7 @@ def make_batches(
     dist: DistributedContext,
     lengths: NDArray[np.int64] | None,
 ) -> MixtureBatchSampler:
-    """The batches of this process, as the recipe asks for them.
+    """The batches of this process.
 
     Args:
         lengths: as `prepare_data`.
@@ -181,12 +181,14 @@ def make_batches(
     for name, count, take in zip(samples.names, counts, mixture.takes, strict=True):
         if count and not take:
             raise RecipeValueError(
-                "data.train", f"the weight of {name} takes not one of its {count} rows in an epoch; give it a larger one"
+                "data.train", f"the weight of {name} is too small: an epoch has none of its {count} rows; give a larger weight"
             )
     every = arguments.per_device_train_batch_size * dist.size
     by_tokens = section.packing or section.tokens_per_batch is not None
     if arguments.dataloader_drop_last and not by_tokens and len(mixture) < every:
-        raise RecipeValueError("train.dataloader_drop_last", f"{len(mixture)} rows fill no batch of {every}; leave it out")
+        raise RecipeValueError(
+            "train.dataloader_drop_last", f"expected at least {every} rows for one batch, got {len(mixture)}; leave it out"
+        )
     return MixtureBatchSampler(
         mixture,
         seed=_seed(arguments),
@@ -215,17 +217,17 @@ def _seed(arguments: TrainingArguments) -> int:
 
 
 def optimizer_steps(arguments: TrainingArguments, batches: MixtureBatchSampler | None) -> int:
-    """How many optimizer steps the run takes."""
+    """The number of optimizer steps of the run."""
     if arguments.max_steps > 0 or batches is None:
         return int(arguments.max_steps)
     return math.ceil(arguments.num_train_epochs * -(-len(batches) // arguments.gradient_accumulation_steps))
 
 
 def prove_packed_rows(model: PreTrainedModel, data: TrainingData) -> None:
-    """Compare a few short packed rows with the same rows alone, those with images first.
+    """Compare a few short rows, packed, with the same rows alone; rows with images are preferred.
 
     Raises:
-        UserError: the model is known not to keep packed samples apart, or is seen not to.
+        UserError: the model does not keep packed samples apart.
     """
     if not isinstance(data.samples, IndexedSamples):
         return
@@ -238,7 +240,7 @@ def prove_packed_rows(model: PreTrainedModel, data: TrainingData) -> None:
 
 
 def _usable(samples: IndexedSamples | StreamedSamples, encoder: SampleEncoder, count: int) -> Iterator[dict[str, torch.Tensor]]:
-    """What the model takes of up to `count` rows from all over the data, less those that fail."""
+    """Model inputs of up to `count` rows spread over the data; invalid rows are left out."""
     for handle in samples.subset(count):
         row = encoder(handle)
         if not isinstance(row, UserError):

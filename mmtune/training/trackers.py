@@ -1,4 +1,4 @@
-"""Trackers that a run reports to besides its own directory: none, unless the recipe names them."""
+"""Experiment trackers of `train.report_to`, such as TensorBoard and W&B. None by default."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from mmtune.run_directory import RunDirectory
 from mmtune.utils.errors import RecipeValueError
 
 
-def tracker_names(asked: str | list[str]) -> list[str]:
-    """The names that a recipe's `report_to` stands for. transformers adds Kubeflow to them unasked, and this does not.
+def tracker_names(report_to: str | list[str]) -> list[str]:
+    """The trackers of `train.report_to`, by name. Unlike transformers, this does not add Kubeflow.
 
     Raises:
-        UserError: one that cannot be imported; W&B online without a login.
+        UserError: a tracker cannot be imported, or W&B is online and not logged in.
     """
-    names = [name for name in ([asked] if isinstance(asked, str) else asked) if name != "none"]
+    names = [name for name in ([report_to] if isinstance(report_to, str) else report_to) if name != "none"]
     if not names:
         return []
     if "all" in names:
@@ -44,10 +44,10 @@ def tracker_names(asked: str | list[str]) -> list[str]:
 
 
 def _check_wandb_login() -> None:
-    """Before weights load, where W&B would ask for a login in the middle of the run. Nothing is sent."""
+    """Check the login of W&B before weights are loaded; W&B would ask for it later. Nothing is sent."""
     import wandb
 
-    # Silent, because its lines hold terminal sequences and come from every process.
+    # Silent: W&B prints terminal sequences, from every process.
     settings = wandb.setup(wandb.Settings(silent=True)).settings
     if settings.mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
         raise RecipeValueError(
@@ -56,12 +56,12 @@ def _check_wandb_login() -> None:
 
 
 def start_trackers(trainer: Trainer, run: RunDirectory) -> None:
-    """Begin a run in each tracker, and say where: files go into the run where no setting of the tracker names another place.
+    """Start a run in each tracker and print where. Files go into the run directory unless the tracker is configured otherwise.
 
-    trackio keeps the runs of all projects in one place of its own, which its dashboard reads.
+    trackio keeps the runs of all projects in one folder, which its dashboard reads.
 
     Raises:
-        UserError: W&B does not begin a run.
+        UserError: W&B cannot start a run.
     """
     for callback in [*trainer.callback_handler.callbacks]:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
@@ -71,7 +71,7 @@ def start_trackers(trainer: Trainer, run: RunDirectory) -> None:
         elif isinstance(callback, TrackioCallback) and trainer.is_world_process_zero():
             with redirect_stdout(io.StringIO()):  # instructions with terminal sequences, wherever they are printed
                 callback.setup(trainer.args, trainer.state, trainer.model)
-            print(f"trackio: {_trackio_folder()}; to see it: trackio show --project {trainer.args.project}")
+            print(f"trackio: {_trackio_folder()}; to view it: trackio show --project {trainer.args.project}")
 
 
 def _start_wandb(trainer: Trainer, folder: Path) -> None:
@@ -92,7 +92,7 @@ def _start_wandb(trainer: Trainer, folder: Path) -> None:
 
 
 class _FinishWandb(TrainerCallback):
-    """Ends W&B's run with the training; otherwise the next run of this process would continue it."""
+    """Finishes the run of W&B after training, so that a second training in this process starts a new one."""
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         import wandb

@@ -162,7 +162,7 @@ class TuningTrainer(Trainer):
         plain = self.accelerator.unwrap_model(model)
         sources = inputs.pop("source_ids", None)
         inputs = self._objective.model_inputs(plain, inputs)
-        with shared_method_loss(plain, self._passes), self._progress.learning(inputs):
+        with shared_method_loss(plain, self._passes), self._progress.record_costs(inputs):
             losses = self._objective.compute_loss(model, inputs, num_items_in_batch)
         self._losses.add_parts(losses.parts)
         if sources is not None:
@@ -183,7 +183,7 @@ class TuningTrainer(Trainer):
         Whatever shows, keeps or reports the run's figures has them from here.
         """
         if "loss" in logs:
-            logs.update(self._progress.figures(self.state))
+            logs.update(self._progress.metrics(self.state))
             logs.update(self._losses.take())
         super().log(logs, start_time)
 
@@ -304,7 +304,7 @@ class TuningTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
         """The next step's batches, with rows that failed counted and, past the recipe's bound, the run stopped."""
-        with self._progress.waiting():
+        with self._progress.data_wait():
             batches = list(islice(epoch_iterator, num_batches))
         for batch in batches:
             if isinstance(batch, UserError):

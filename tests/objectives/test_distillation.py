@@ -201,7 +201,7 @@ def test_the_operations_of_the_teacher_are_counted(make_recipe: MakeRecipe, untr
     flops = ModelFlops(teacher)
     flops.add(batch.pop("sizes"), True)
     inputs = objective.model_inputs(student, {n: v for n, v in batch.items() if isinstance(v, torch.Tensor)})
-    with FlopCounterMode(display=False) as counter, flops.learning(inputs), torch.no_grad():
+    with FlopCounterMode(display=False) as counter, flops.record_costs(inputs), torch.no_grad():
         objective.compute_loss(student, inputs)
     # Both models have the same layers, and neither has a backward pass here.
     assert flops.take() == pytest.approx(counter.get_total_flops() / 2, rel=1e-6)

@@ -179,7 +179,7 @@ def test_a_checkpoint_that_the_run_replaces_during_verification_is_skipped(
 
     monkeypatch.setattr(run_directory, "check_manifest", check_after_replacement)
     assert find_trained_weights(tmp_path).step == 2
-    assert "passed over" not in capsys.readouterr().out
+    assert "skipped" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_the_run_removes_before_loading_is_named(tmp_path: Path) -> None:

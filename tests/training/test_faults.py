@@ -70,7 +70,7 @@ def test_resume_begins_where_there_is_no_checkpoint_yet(
             raise ZeroDivisionError
         assert (run.path / "mark").exists() and not earlier.exists()
     summary = train(recipe, ["test"], resume=True)
-    assert "has no checkpoint yet, so it begins" in capsys.readouterr().out
+    assert "has no checkpoint yet: it starts from the beginning" in capsys.readouterr().out
     assert outcome(run)[1][0][0] == 1 and not earlier.exists()
     monkeypatch.setattr(mmtune.train, "load_base", None)
     assert train(recipe, ["test"], resume=True) == summary
@@ -133,7 +133,7 @@ def test_what_a_killed_start_has_left_does_not_block_the_next(
 def test_a_run_whose_every_checkpoint_is_damaged_is_not_begun_again(make_recipe: Make) -> None:
     recipe = make_recipe(*SAVES)
     (Path(recipe.output_dir) / "checkpoints" / "checkpoint-2").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"no checkpoint of .* is as it was written"):
+    with pytest.raises(UserError, match=r"all checkpoints of .* are damaged"):
         train(recipe, ["test"], resume=True)
 
 

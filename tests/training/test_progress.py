@@ -37,8 +37,8 @@ from mmtune.train import train
 from mmtune.training.callbacks import RecordMetrics, progress_line
 from mmtune.training.throughput import progress
 from mmtune.training.throughput.cpu_wait import CpuWait
-from mmtune.training.throughput.flops import ModelFlops, Peak, peak_of
-from mmtune.training.throughput.progress import TrainingProgress, as_time
+from mmtune.training.throughput.flops import ModelFlops, PeakFlops, peak_flops
+from mmtune.training.throughput.progress import TrainingProgress, format_duration
 from mmtune.training.trainer import TuningTrainer
 from mmtune.training.training_arguments import build_training_arguments
 from mmtune.utils.errors import UserError
@@ -70,7 +70,7 @@ def step(model: Any, rows: Sequence[dict[str, torch.Tensor]], counted: ModelFlop
     counted.add(batch.pop("sizes"), images)
     inputs = score_supervised_only({key: value for key, value in batch.items() if key not in ("rows", "faults")})
     with FlopCounterMode(display=False) as counter:
-        with counted.learning(inputs):
+        with counted.record_costs(inputs):
             loss = model(**inputs).loss
         loss.backward()
     return counted.take(), counter.get_total_flops()
@@ -131,8 +131,8 @@ def test_neither_padding_nor_recomputation_counts() -> None:
 
 
 def test_experts_are_not_guessed_at() -> None:
-    assert ModelFlops.knows(tiny("qwen3_vl"))
-    assert not ModelFlops.knows(tiny("qwen3_vl_moe"))
+    assert ModelFlops.supports(tiny("qwen3_vl"))
+    assert not ModelFlops.supports(tiny("qwen3_vl_moe"))
 
 
 @pytest.mark.parametrize(
@@ -152,18 +152,18 @@ def test_experts_are_not_guessed_at() -> None:
 )
 def test_a_peak_is_known_or_it_is_not(monkeypatch: pytest.MonkeyPatch, name: str, half: float | None) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    peak = peak_of(torch.device("cuda"))
+    peak = peak_flops(torch.device("cuda"))
     assert (peak and peak.half) == half
-    assert peak_of(torch.device("cpu")) is None
+    assert peak_flops(torch.device("cpu")) is None
 
 
 def test_a_peak_is_that_of_the_format() -> None:
-    assert [Peak(3, 2, 1).at(*how) for how in ((torch.bfloat16, True), (torch.float32, True), (torch.float32, False))] == [
+    assert [PeakFlops(3, 2, 1).at(*how) for how in ((torch.bfloat16, True), (torch.float32, True), (torch.float32, False))] == [
         3e12,
         2e12,
         1e12,
     ]
-    assert Peak(3, None, 1).at(torch.float32, True) == 1e12
+    assert PeakFlops(3, None, 1).at(torch.float32, True) == 1e12
 
 
 # ----------------------------------------------------------------------------------------------------------------- figures
@@ -195,7 +195,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def begun(
-    dist: DistributedContext, state: TrainerState, monkeypatch: pytest.MonkeyPatch, peak: Peak | None = None
+    dist: DistributedContext, state: TrainerState, monkeypatch: pytest.MonkeyPatch, peak: PeakFlops | None = None
 ) -> TrainingProgress:
     monkeypatch.setattr(progress, "peak_of", lambda device: peak)
     arguments: Any = SimpleNamespace(device=torch.device("cpu"), torch_compile=False, tf32=None)
@@ -211,14 +211,14 @@ def test_figures_are_those_of_all_processes(clock: Clock, monkeypatch: pytest.Mo
         tuple: (6, 0.5, 0.25, 9e9, 3e12),
     }  # tokens; samples, waits for data and for a core, memory, operations
     state = TrainerState(max_steps=100)
-    progress = begun(dist, state, monkeypatch, Peak(9, None, 1))
+    progress = begun(dist, state, monkeypatch, PeakFlops(9, None, 1))
     monkeypatch.setattr(ModelFlops, "take", lambda self: 1e12)
-    with progress.waiting():
+    with progress.data_wait():
         clock.now += 1
     progress.add([RowSize(40, 9, 0), RowSize(60, 9, 0)], images=False)
     clock.now += 3
     state.global_step = 10
-    figures = progress.figures(state)
+    figures = progress.metrics(state)
     assert figures["tokens"] == state.num_input_tokens_seen == 400
     assert (figures["tokens_per_second"], figures["samples_per_second"]) == (100, 2)
     assert figures["data_wait"] == 0.5  # the other's, for this one waited a quarter
@@ -228,7 +228,7 @@ def test_figures_are_those_of_all_processes(clock: Clock, monkeypatch: pytest.Mo
     assert (figures["seconds"], figures["seconds_left"]) == (4, 36)
     dist.__dict__["other"] |= {tuple: (0, 0.0, None, 0.0, None)}
     clock.now += 1
-    assert "mfu" not in progress.figures(state)
+    assert "mfu" not in progress.metrics(state)
 
 
 def test_the_wait_for_a_core_is_that_of_the_thread_that_waited_longest(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_the_time_left_follows_the_recent_rate_after_a_resume_too(clock: Clock, 
     def log(seconds: float) -> float:
         clock.now += seconds
         state.global_step += 10
-        return progress.figures(state)["seconds_left"]
+        return progress.metrics(state)["seconds_left"]
 
     assert log(20) == 2 * 490
     assert [log(10) for _ in range(10)][-1] == 390  # the first ten steps are forgotten
@@ -263,13 +263,19 @@ def test_the_time_left_follows_the_recent_rate_after_a_resume_too(clock: Clock, 
 
 
 def test_times_and_lines_are_short() -> None:
-    assert [as_time(each) for each in (0.2, 59.4, 59.6, 3723, 360_000)] == ["0 s", "59 s", "0:01:00", "1:02:03", "100:00:00"]
+    assert [format_duration(each) for each in (0.2, 59.4, 59.6, 3723, 360_000)] == [
+        "0 s",
+        "59 s",
+        "0:01:00",
+        "1:02:03",
+        "100:00:00",
+    ]
     logs = {"loss": 1.23456, "learning_rate": 2e-4, "tokens_per_second": 12345.6, "data_wait": 0.04, "mfu": 0.412}
     line = progress_line({**logs, "accelerator_memory_mb": 67_890.0, "seconds_left": 3723})
-    assert line == "1:02:03 left  loss 1.2346  lr 2.0e-04  12,346 tokens/s  67.9 GB  wait 4%  MFU 41%"
+    assert line == "1:02:03 left  loss 1.2346  lr 2.0e-04  12,346 tokens/s  67.9 GB  data wait 4%  MFU 41%"
     busy = progress_line({**logs, "cpu_wait": 0.449, "resident_memory_mb": 800.0, "seconds_left": 1})
-    assert "lr 2.0e-04  waits for CPU 45% of the time  12,346 tokens/s" in busy
-    assert "waits for CPU" not in progress_line({**logs, "cpu_wait": 0.09, "resident_memory_mb": 800.0, "seconds_left": 1})
+    assert "lr 2.0e-04  CPU wait 45%  12,346 tokens/s" in busy
+    assert "CPU wait" not in progress_line({**logs, "cpu_wait": 0.09, "resident_memory_mb": 800.0, "seconds_left": 1})
     assert progress_line({**logs, "resident_memory_mb": 800.0, "seconds_left": 1}, room=10) == "1 s left"
     assert "MFU" not in progress_line(
         {**{k: v for k, v in logs.items() if k != "mfu"}, "resident_memory_mb": 800.0, "seconds_left": 1}
@@ -320,7 +326,7 @@ def test_a_run_counts_its_rows_without_padding(
     for path in (run.summary, run.metrics):
         path.unlink()
     run.metrics.touch()
-    monkeypatch.setattr(progress, "peak_of", lambda device: Peak(1, None, 1e-3))
+    monkeypatch.setattr(progress, "peak_of", lambda device: PeakFlops(1, None, 1e-3))
     train(recipe, ["test"], resume=run.checkpoints / "checkpoint-2")
     (record,) = metrics(recipe)
     assert (record["step"], record["tokens"]) == (3, sum(lengths))  # a checkpoint between two logs has them all
@@ -397,7 +403,7 @@ def test_each_tracker_has_what_the_metrics_have(
 
     out = capsys.readouterr().out
     assert f"wandb: {file.parent / 'files'}; to upload it: wandb sync {file.parent}" in out
-    assert f"trackio: {tmp_path / 'trackio'}; to see it: trackio show --project reading" in out and "\x1b" not in out
+    assert f"trackio: {tmp_path / 'trackio'}; to view it: trackio show --project reading" in out and "\x1b" not in out
     assert wandb.run is None
     assert not [path for path in (tmp_path / "home").rglob("*") if "wandb" in path.name or "trackio" in path.name]
 

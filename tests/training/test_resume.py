@@ -116,16 +116,16 @@ def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_pa
     train(recipe, ["test"])
     with pytest.raises(UserError, match="is finished"):
         train(recipe, ["test"], resume=run.checkpoints / "checkpoint-4")
-    with pytest.raises(UserError, match=r"train\.learning_rate differ from"):
+    with pytest.raises(UserError, match=r"expected the values of .*recipe\.yaml for train\.learning_rate;"):
         train(make_recipe(*SAVES, "train.learning_rate=1e-3"), ["test"], resume=True)
     stop_after(run, 4)
-    with pytest.raises(UserError, match=r"train\.learning_rate, tune\.language\.r differ from .*recipe\.yaml"):
+    with pytest.raises(UserError, match=r"expected the values of .*recipe\.yaml for train\.learning_rate, tune\.language\.r;"):
         train(make_recipe(*SAVES, "train.learning_rate=1e-3", "tune.language.r=2"), ["test"], resume=True)
-    with pytest.raises(UserError, match="is no checkpoint of"):
+    with pytest.raises(UserError, match="expected a checkpoint of"):
         train(recipe, ["test"], resume=tmp_path)
     with pytest.raises(UserError, match="expected a complete output of mmtune"):
         train(recipe, ["test"], resume=run.checkpoints / "checkpoint-77")
-    with pytest.raises(UserError, match="was written by one process, and this is 2 processes, DDP; launch as before"):
+    with pytest.raises(UserError, match="expected one process as for .*, got 2 processes, DDP; launch as before"):
         check_resumable(recipe, run, run.checkpoints / "checkpoint-2", DistributedContext(size=2))
     data = Path(recipe.data.train[0].path)
     written = data.read_text()
@@ -138,7 +138,7 @@ def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_pa
     run.summary.unlink()
     for path in run.checkpoints.glob("checkpoint-*"):
         shutil.rmtree(path)
-    with pytest.raises(UserError, match="has been trained, ended before its report, and has no checkpoint"):
+    with pytest.raises(UserError, match="finished training but stopped before its report, and has no checkpoint"):
         train(make_recipe(*SAVES, *free), ["test"], resume=True)
     assert (run.adapter / "adapter_model.safetensors").is_file()
 
@@ -152,7 +152,7 @@ def test_a_second_signal_ends_at_once_and_an_echo_does_not(monkeypatch: pytest.M
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert stop.received == signal.SIGTERM and not received
-        monkeypatch.setattr(callbacks, "ECHO_S", 0.0)
+        monkeypatch.setattr(callbacks, "REPEAT_S", 0.0)
         signal.raise_signal(signal.SIGTERM)
         assert received == [signal.SIGTERM]
     finally:
@@ -164,7 +164,7 @@ def test_files_that_other_machines_have_written_are_waited_for(tmp_path: Path, m
     (tmp_path / "rng_state_0.pth").touch()
     wait_for_files(tmp_path, {"rng_state_0.pth"})
     monkeypatch.setattr(run_directory, "VISIBLE_TIMEOUT_S", -1.0)
-    with pytest.raises(UserError, match=r"does not see rng_state_1\.pth"):
+    with pytest.raises(UserError, match=r"does not see files of other processes: rng_state_1\.pth"):
         wait_for_files(tmp_path, {"rng_state_0.pth", "rng_state_1.pth"})
 
 

@@ -1,4 +1,4 @@
-"""The time that this process was ready to run and got no core, as the kernel counts it."""
+"""CPU wait: the time that threads of this process were ready to run but had no core, as the kernel counts it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 class CpuWait:
     """Reads the run-queue delay of every thread from `/proc`.
 
-    A thread that sleeps, waits for data or waits for another thread needs no core and adds nothing. Time in which the quota of
-    the control group is used up counts. Worker processes of a data loader are not looked at: what they lack is
-    `data_wait`.
+    A thread that sleeps, waits for data or waits for another thread does not count. Time in which the quota of the control group
+    is used up counts. Worker processes of a data loader do not count: their delay shows as `data_wait`.
 
     Args:
         tasks: the folder with one folder per thread.
@@ -21,11 +20,11 @@ class CpuWait:
         self._before = self._delays()
 
     def take(self) -> float | None:
-        """Seconds that the thread which waited longest has waited since the last call; None where the kernel does not count."""
+        """Seconds that the longest waiting thread has waited since the last call; None if the kernel does not count them."""
         delays = self._delays()
-        waited = [delay - self._before.get(thread, 0) for thread, delay in delays.items()]
+        waits = [delay - self._before.get(thread, 0) for thread, delay in delays.items()]
         self._before = delays
-        return max(waited) / 1e9 if waited else None
+        return max(waits) / 1e9 if waits else None
 
     def _delays(self) -> dict[str, int]:
         """Nanoseconds on a run queue by thread: the second field of `schedstat`."""

@@ -1,4 +1,4 @@
-"""How many floating-point operations a model needs for its rows, and how many the device could do."""
+"""FLOPs of a training step and peak FLOPs of the device, for model FLOPs utilization (MFU)."""
 
 from __future__ import annotations
 
@@ -19,61 +19,61 @@ from mmtune.models.components import Components, component_of, find_components
 
 
 @dataclass(frozen=True)
-class Peak:
-    """Dense matrix multiplication summed in fp32, in 10^12 operations a second; None where the device lacks the format."""
+class PeakFlops:
+    """Peak rates of dense matrix multiplication with fp32 accumulation, in TFLOP/s; None if the device lacks the format."""
 
     half: float
     tf32: float | None
     fp32: float
 
     def at(self, dtype: torch.dtype, tf32: bool) -> float:
-        """Operations a second in a dtype; fp32 is TF32 where that is switched on and there."""
+        """FLOP/s for a dtype. For fp32, the rate of TF32 if it is enabled and the device has it."""
         best = self.fp32 if not tf32 or self.tf32 is None else self.tf32
         return 1e12 * (best if dtype == torch.float32 else self.half)
 
 
-PEAKS = {
-    r"Tesla V100-SXM[23]-(16|32)GB": Peak(125, None, 15.7),
-    r"Tesla V100-PCIE-(16|32)GB": Peak(112, None, 14),
-    r"Tesla T4": Peak(65, None, 8.1),
-    r"NVIDIA A100(-SXM4|-PCIE)?[- ](40|80)GB( PCIe)?": Peak(312, 156, 19.5),
-    r"NVIDIA A10": Peak(125, 62.5, 31.2),
-    r"NVIDIA A30": Peak(165, 82, 10.3),
-    r"NVIDIA A40": Peak(149.7, 74.8, 37.4),
-    r"NVIDIA RTX A6000": Peak(154.8, 77.4, 38.7),
-    r"NVIDIA GeForce RTX 3090": Peak(71, 35.6, 35.6),
-    r"NVIDIA L4": Peak(121, 60, 30.3),
-    r"NVIDIA L40S": Peak(362, 183, 91.6),
-    r"NVIDIA GeForce RTX 4090": Peak(165.2, 82.6, 82.6),
-    r"NVIDIA H100 80GB HBM3": Peak(989.4, 494.7, 67),
-    r"NVIDIA H100 PCIe": Peak(756, 378, 51),
-    r"NVIDIA H100 NVL": Peak(835.5, 417.5, 60),
-    r"NVIDIA H200": Peak(989.4, 494.7, 67),
-    r"NVIDIA H200 NVL": Peak(835.5, 417.5, 60),
-    r"NVIDIA GeForce RTX 5090": Peak(209.5, 104.8, 104.8),
-    r"NVIDIA B200": Peak(2250, 1125, 75),
-    r"AMD Instinct MI250X": Peak(191.5, None, 47.9),
-    r"AMD Instinct MI300X": Peak(1307.4, 653.7, 163.4),
+PEAK_FLOPS = {
+    r"Tesla V100-SXM[23]-(16|32)GB": PeakFlops(125, None, 15.7),
+    r"Tesla V100-PCIE-(16|32)GB": PeakFlops(112, None, 14),
+    r"Tesla T4": PeakFlops(65, None, 8.1),
+    r"NVIDIA A100(-SXM4|-PCIE)?[- ](40|80)GB( PCIe)?": PeakFlops(312, 156, 19.5),
+    r"NVIDIA A10": PeakFlops(125, 62.5, 31.2),
+    r"NVIDIA A30": PeakFlops(165, 82, 10.3),
+    r"NVIDIA A40": PeakFlops(149.7, 74.8, 37.4),
+    r"NVIDIA RTX A6000": PeakFlops(154.8, 77.4, 38.7),
+    r"NVIDIA GeForce RTX 3090": PeakFlops(71, 35.6, 35.6),
+    r"NVIDIA L4": PeakFlops(121, 60, 30.3),
+    r"NVIDIA L40S": PeakFlops(362, 183, 91.6),
+    r"NVIDIA GeForce RTX 4090": PeakFlops(165.2, 82.6, 82.6),
+    r"NVIDIA H100 80GB HBM3": PeakFlops(989.4, 494.7, 67),
+    r"NVIDIA H100 PCIe": PeakFlops(756, 378, 51),
+    r"NVIDIA H100 NVL": PeakFlops(835.5, 417.5, 60),
+    r"NVIDIA H200": PeakFlops(989.4, 494.7, 67),
+    r"NVIDIA H200 NVL": PeakFlops(835.5, 417.5, 60),
+    r"NVIDIA GeForce RTX 5090": PeakFlops(209.5, 104.8, 104.8),
+    r"NVIDIA B200": PeakFlops(2250, 1125, 75),
+    r"AMD Instinct MI250X": PeakFlops(191.5, None, 47.9),
+    r"AMD Instinct MI300X": PeakFlops(1307.4, 653.7, 163.4),
 }
-"""By the whole name that the driver gives: a slice of a GPU, or a laptop's, has another name and another peak.
+"""By the full device name: MIG slices and laptop GPUs have other names and other peaks.
 
-From NVIDIA's datasheets (V100, T4, A10, A30, A40, RTX A6000, A100, L4, L40S, H100, H200, HGX B200; half of what they give with
+From NVIDIA's datasheets (V100, T4, A10, A30, A40, RTX A6000, A100, L4, L40S, H100, H200, HGX B200; half of the values with
 sparsity), its architecture whitepapers (GA102, Ada and RTX Blackwell, for the GeForce cards), and AMD's datasheets (MI300X; half
 an MI250X, whose two dies are two devices).
 """
 
 
-def peak_of(device: torch.device) -> Peak | None:
-    """What a device can do; None for one that is not in the table, and for a CPU."""
+def peak_flops(device: torch.device) -> PeakFlops | None:
+    """The peak rates of a device; None for a CPU and for devices that are not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for pattern, peak in PEAKS.items() if re.fullmatch(pattern, name)), None)
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.fullmatch(pattern, name)), None)
 
 
 @dataclass(frozen=True)
-class _Rates:
-    """Operations of a forward and backward pass, by what they grow with."""
+class _FlopsRates:
+    """FLOPs of a forward and backward pass per unit of input."""
 
     token: float
     square: float  # of a row's tokens
@@ -82,45 +82,45 @@ class _Rates:
 
 
 class ModelFlops:
-    """The operations that a model needs for its rows: those of "model FLOPs utilization" (PaLM, arXiv 2204.02311, appendix B).
+    """The FLOPs that a model needs for its rows, as in "model FLOPs utilization" (PaLM, arXiv 2204.02311, appendix B).
 
-    A matrix multiplication of n tokens with a weight of N elements takes 2nN operations in the forward pass, 2nN more where its
-    input needs a gradient, and 2nN more where the weight trains. Attention over a row of n tokens takes 4n² times the width of
-    all heads in a layer, and twice that again where gradients flow. Padding does not count, nor what checkpointing computes
-    again, nor what is no matrix multiplication.
+    A matrix multiplication of n tokens with a weight of N elements takes 2nN operations in the forward pass, 2nN more if its
+    input needs a gradient, and 2nN more if the weight is trainable. Attention over a row of n tokens takes 4n² times the width
+    of all heads in a layer, and twice as much again with gradients. Padding, recomputation by checkpointing, and operations
+    other than matrix multiplication do not count.
 
-    Which weights a pass multiplies with, how often, and where gradients flow, is seen in one forward pass of each kind of batch,
-    with images and without. From there on the count grows with the rows: tokens for the language model, supervised tokens for its
-    head, pixels for the vision tower and the projector, whose attention is counted as torch's own kernels do it in that pass.
+    One forward pass of each kind of batch, with and without images, is recorded: which weights it multiplies with, how often,
+    and where gradients flow. After that, the count is proportional to the rows: tokens for the language model, supervised tokens
+    for its head, pixels for the vision tower and the projector. The attention of the vision tower is counted in that pass.
 
     Args:
-        model: as it trains, without the wrappers of a distributed run.
+        model: the model in training, without the wrappers of a distributed run.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._components = find_components(model)
-        self._rates: dict[bool, _Rates] = {}
+        self._rates: dict[bool, _FlopsRates] = {}
         self._rows: dict[bool, list[RowSize]] = {True: [], False: []}
         self.dtype = torch.float32
-        """What the language model multiplies in."""
+        """The dtype of the language model's matrix multiplications."""
 
     @staticmethod
-    def knows(model: nn.Module) -> bool:
-        """Whether every weight takes part for every token: of experts, stacked in one parameter, only some do."""
+    def supports(model: nn.Module) -> bool:
+        """Whether every token uses every weight: not in a mixture of experts, whose weights are stacked in one parameter."""
         weights = _base(model).get_decoder().parameters()
-        return not any(len(getattr(weight, "ds_shape", weight.shape)) == 3 for weight in weights)  # ZeRO-3 divides them
+        return not any(len(getattr(weight, "ds_shape", weight.shape)) == 3 for weight in weights)  # ds_shape: sharded by ZeRO-3
 
     def add(self, rows: Iterable[RowSize], images: bool) -> None:
         """Count rows of a batch.
 
         Args:
-            images: whether the batch has any, those of dummy samples included.
+            images: whether the batch has images, including those of a dummy sample.
         """
         self._rows[images] += rows
 
     def take(self) -> float | None:
-        """The operations for all rows since the last time; None where there were no tokens to learn their cost from."""
+        """The FLOPs of all rows since the last call; None if no forward pass of their kind was recorded."""
         total = 0.0
         for images, rows in self._rows.items():
             if rows and images not in self._rates:
@@ -133,33 +133,35 @@ class ModelFlops:
         return total if total == total else None
 
     @contextlib.contextmanager
-    def learning(self, inputs: dict[str, Any]) -> Iterator[None]:
-        """Inside, a forward pass of a kind of batch that is new shows what its rows cost.
+    def record_costs(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Record the forward pass of the block, if no batch of its kind has been recorded.
 
         Args:
-            inputs: the model's, with `shift_labels` of shape (supervised,).
+            inputs: of the model, with `shift_labels` of shape (supervised,).
         """
         images = "pixel_values" in inputs
         if images in self._rates or not inputs["shift_labels"].numel():
             yield
             return
-        seen = _Seen(self._model, self._components)
-        with seen.watching():
+        recorder = _FlopsRecorder(self._model, self._components)
+        with recorder.recording():
             yield
         config: Any = _base(self._model).config.get_text_config()
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        vision = seen.flops["vision"] + seen.flops["projector"] + seen.attention.flops * (1 + 2 * seen.share("vision"))
-        self.dtype = seen.dtype
-        self._rates[images] = _Rates(
-            token=seen.flops["language"] / inputs["input_ids"].numel(),
-            square=4 * width * config.num_attention_heads * config.num_hidden_layers * (1 + 2 * seen.share("language")),
-            supervised=seen.flops["lm_head"] / inputs["shift_labels"].numel(),
+        vision = (
+            recorder.flops["vision"] + recorder.flops["projector"] + recorder.attention.flops * (1 + 2 * recorder.share("vision"))
+        )
+        self.dtype = recorder.dtype
+        self._rates[images] = _FlopsRates(
+            token=recorder.flops["language"] / inputs["input_ids"].numel(),
+            square=4 * width * config.num_attention_heads * config.num_hidden_layers * (1 + 2 * recorder.share("language")),
+            supervised=recorder.flops["lm_head"] / inputs["shift_labels"].numel(),
             pixel=vision / inputs["pixel_values"].numel() if images else 0.0,
         )
 
 
-class _Attention(TorchDispatchMode):
-    """Counts the forward operations of attention, fused or as batched products."""
+class _AttentionFlops(TorchDispatchMode):
+    """Counts the forward FLOPs of attention, fused or as batched matrix products."""
 
     flops = 0
 
@@ -172,23 +174,23 @@ class _Attention(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Seen:
-    """What one forward pass multiplies with, by component, with what the backward pass will add."""
+class _FlopsRecorder:
+    """FLOPs of one forward pass and its backward pass, by component."""
 
     def __init__(self, model: nn.Module, components: Components) -> None:
         self._model = model
         self._components = components
         self.flops: dict[str, float] = dict.fromkeys(("vision", "projector", "language", "lm_head"), 0.0)
-        self._forward, self._flowing = dict(self.flops), dict(self.flops)
-        self.attention = _Attention()
+        self._forward, self._with_gradient = dict(self.flops), dict(self.flops)
+        self.attention = _AttentionFlops()
         self.dtype = torch.float32
 
     def share(self, component: str) -> float:
-        """The part of a component's products whose results need a gradient."""
-        return self._flowing[component] / max(self._forward[component], 1.0)
+        """The fraction of a component's forward FLOPs whose results need a gradient."""
+        return self._with_gradient[component] / max(self._forward[component], 1.0)
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for name, module in self._model.named_modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
@@ -205,13 +207,13 @@ class _Seen:
             yield
 
     def _product(self, component: str, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        # from the layer's own sizes: a weight may be quantized or sharded
+        # from the layer's attributes, because a weight may be quantized or sharded
         if isinstance(module, nn.Linear):
             forward = 2 * output.numel() * module.in_features
         else:
             forward = 2 * output.numel() * module.in_channels // module.groups * torch.Size(module.kernel_size).numel()
         self._forward[component] += forward
-        self._flowing[component] += forward * output.requires_grad
+        self._with_gradient[component] += forward * output.requires_grad
         self.flops[component] += forward * (1 + inputs[0].requires_grad + module.weight.requires_grad)
         if component == "language":
             self.dtype = output.dtype
