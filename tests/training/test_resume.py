@@ -125,7 +125,7 @@ def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_pa
         train(recipe, ["test"], resume=tmp_path)
     with pytest.raises(UserError, match="expected a complete output of mmtune"):
         train(recipe, ["test"], resume=run.checkpoints / "checkpoint-77")
-    with pytest.raises(UserError, match="expected one process as for .*, got 2 processes, DDP; launch as before"):
+    with pytest.raises(UserError, match=r"expected one process as for .*, got 2 processes, DDP; launch as before"):
         check_resumable(recipe, run, run.checkpoints / "checkpoint-2", DistributedContext(size=2))
     data = Path(recipe.data.train[0].path)
     written = data.read_text()
