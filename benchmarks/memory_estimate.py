@@ -183,7 +183,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     print(f"{device}, Python {platform.python_version()}, " + ", ".join(f"{n} {metadata.version(n)}" for n in LIBRARIES))
     columns = f"{'size':6} {'tune':10} {'precision':10} {'ckpt':5} {'predicted MB':>13} {'measured MB':>12} {'ratio':>6}"
-    print(f"\n{columns} {'scratch MB':>11} {'seconds':>8}  moment")
+    print(f"\n{columns} {'scratch MB':>11} {'seconds':>8}  phase")
     with tempfile.TemporaryDirectory() as folder:
         for size in chosen.sizes:
             base = write_base(size, Path(folder, size))
@@ -198,7 +198,7 @@ def main() -> None:
                 case = f"{size:6} {tune:10} {precision:10} {'on' if checkpointing else 'off':5}"
                 figures = f"{estimate.peak / 1e6:13.2f} {measured / 1e6:12.2f} {estimate.peak / measured:6.3f}"
                 scratch = f"{(overall - measured) / 1e6:11.2f}"
-                print(f"{case} {figures} {scratch} {seconds:8.1f}  {estimate.moment}", flush=True)
+                print(f"{case} {figures} {scratch} {seconds:8.1f}  {estimate.phase}", flush=True)
 
 
 if __name__ == "__main__":

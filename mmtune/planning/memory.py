@@ -1,8 +1,8 @@
-"""How much memory a recipe's training step will take, before anything but configs is downloaded.
+"""Memory of a training step, predicted from configs alone.
 
-The real model class runs a real forward pass, backward pass and optimizer step on fake tensors: they have shapes, dtypes and
-storages, and no data. What autograd saves, what checkpointing drops and what autocast copies are therefore counted as they
-happen, for every family and method alike; nothing here knows a model's layers.
+The model class runs a forward pass, a backward pass and an optimizer step on fake tensors, which have shapes, dtypes and storages
+but no data. Tensors that autograd saves, checkpointing drops and autocast copies are counted as they occur, for every family and
+method; no code here depends on a model's layers.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ class MemoryEstimate:
         weights: frozen weights and buffers, as stored.
         quantization_constants: what dequantizes them.
         trainable: trained parameters, in fp32.
-        gradients: those that exist at that moment; all of them where gradients accumulate.
-        optimizer: the optimizer's states that stay on the device; paged ones do not count.
-        activations: what the backward pass needs, inputs, and intermediate results.
+        gradients: those that exist at the peak; with gradient accumulation, all of them.
+        optimizer: optimizer states on the device; paged ones do not count.
+        activations: inputs, saved tensors for the backward pass, and intermediate results.
         logits: scores over the vocabulary at supervised positions, with their copies and gradients.
-        moment: forward, backward or optimizer: when that is.
+        phase: forward, backward or optimizer: where the peak is.
         frozen_models: the weights of further models of the objective, such as a teacher; every device holds them in full.
     """
 
@@ -74,25 +74,25 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     logits: int
-    moment: str
+    phase: str
     frozen_models: int = 0
 
     @property
     def peak(self) -> int:
-        """All tensors together, in bytes; on CUDA what `torch.cuda.max_memory_allocated` reports."""
-        return sum(getattr(self, kind.name) for kind in fields(self) if kind.name != "moment")
+        """The sum of all tensors in bytes; on CUDA what `torch.cuda.max_memory_allocated` reports."""
+        return sum(getattr(self, kind.name) for kind in fields(self) if kind.name != "phase")
 
     @property
     def overhead(self) -> int:
-        """An allowance in bytes, not a measurement: 0.6 GB of CUDA context, and 5 % for gaps between tensors."""
+        """Overhead in bytes, assumed and not measured: 0.6 GB of CUDA context, and 5 % for fragmentation."""
         return CONTEXT + int(FRAGMENTS * self.peak)
 
     def fits(self, limit_bytes: int) -> bool:
-        """Whether a GPU of so many bytes holds the peak and the allowance."""
+        """Whether peak and overhead fit into a device with this memory in bytes."""
         return self.peak + self.overhead <= limit_bytes
 
     def as_json(self) -> dict[str, Any]:
-        """Every figure in bytes, `peak` and `overhead` too."""
+        """All fields, and `peak` and `overhead`."""
         return asdict(self) | {"peak": self.peak, "overhead": self.overhead}
 
 
@@ -106,20 +106,20 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Predict the peak memory of a training step after the first, on one device that holds the full model.
 
-    Loads configs only: `config.json` and `preprocessor_config.json` (or `processor_config.json`) of what the recipe names.
-    CPU kernels stand in for a GPU's, whose attention saves the same tensors; DeepSpeed and FSDP, which divide or offload what
-    is counted here, are left out.
+    Loads configs only: `config.json` and `preprocessor_config.json` (or `processor_config.json`) of the recipe's models.
+    CPU kernels are run instead of GPU kernels; attention saves the same tensors in both. Sharding and offloading by DeepSpeed and
+    FSDP are not included.
 
     Args:
         recipe: its model, `tune` and `train` sections are read.
-        tokens: the length of every sample, image tokens included; no sample is padded.
-        images: how many images every sample has.
-        supervised: how many tokens of every sample are supervised; None: all that are not image tokens.
-        image_size: height and width of the images in pixels; matters where the number of image tokens follows from it.
+        tokens: the length of every sample, with image tokens; no sample is padded.
+        images: the number of images in every sample.
+        supervised: the number of supervised tokens in every sample; None: all text tokens.
+        image_size: height and width of the images in pixels; used if the number of image tokens depends on it.
 
     Raises:
-        UserError: a config that is not on this machine and cannot be downloaded, images that take more than `tokens`, or a
-            model whose computation depends on values that only real weights have.
+        UserError: a config is not on this machine and cannot be downloaded, the images have more than `tokens` tokens, or the
+            computation of the model depends on the values of its weights.
     """
     arguments = _arguments(recipe)
     objective = OBJECTIVES[recipe.objective.type](recipe.objective)
@@ -143,11 +143,11 @@ def estimate_memory(
         objective.build_meta_models(recipe)
         for frozen in objective.frozen_models:
             memory.track_model(frozen, "frozen_models")
-        with _told(recipe):
+        with _prediction_errors(recipe):
             pixels = _pixels(recipe.model, memory, images * arguments.per_device_train_batch_size, image_size)
             batch = _batch(tuned, memory, pixels, arguments, tokens, images, supervised)
-            fullest, moment = _step(tuned, objective, memory, batch, arguments)
-    return MemoryEstimate(**fullest, moment=moment)
+            peak_memory, phase = _step(tuned, objective, memory, batch, arguments)
+    return MemoryEstimate(**peak_memory, phase=phase)
 
 
 def suggestions(
@@ -160,77 +160,81 @@ def suggestions(
     supervised: int | None = None,
     image_size: tuple[int, int] = (672, 672),
 ) -> list[str]:
-    """Changes of the recipe that bring it within a limit, least harm first; each is estimated again, with those before it.
+    """Overrides that make a recipe fit into a memory limit, estimated one after the other, each with all before it.
 
-    First what leaves the result as it is (smaller batches accumulated, checkpointing), then optimizer states in 8 bits, then
-    the weights' precision, then an adapter in place of full tuning. A change that saves less than 2 % is left out.
+    First those that do not change the result (smaller batches with accumulation, checkpointing), then optimizer states in 8 bits,
+    then the precision of the weights, then an adapter instead of full tuning. Changes that save less than 2 % are left out.
 
     Args:
-        estimate: the recipe's own, from the same `tokens`, `images`, `supervised` and `image_size`.
+        estimate: of the unchanged recipe, with the same `tokens`, `images`, `supervised` and `image_size`.
         limit_bytes: the device's memory.
 
     Returns:
-        Lines of overrides, each with all that came before, and the peak to expect; the last fits, if any does. Empty when the
-        recipe fits as it is.
+        Lines of overrides, each with all before it, and the predicted peak; the last one fits, if any does. Empty if the recipe
+        fits unchanged.
     """
     if estimate.fits(limit_bytes):
         return []
     lines: list[str] = []
-    taken: dict[str, Any] = {}
+    accepted: dict[str, Any] = {}
     best = estimate
 
     def attempt(changes: dict[str, Any]) -> MemoryEstimate | None:
-        changed = _changed(recipe, {**taken, **changes})
+        changed = _changed(recipe, {**accepted, **changes})
         if changed is None:
             return None
         return estimate_memory(changed, tokens=tokens, images=images, supervised=supervised, image_size=image_size)
 
-    for ladder in _ladders(recipe):
-        furthest = attempt(ladder[-1])
-        if furthest is None or furthest.peak > 0.98 * best.peak:
+    for candidates in _suggestion_steps(recipe):
+        last_estimate = attempt(candidates[-1])
+        if last_estimate is None or last_estimate.peak > 0.98 * best.peak:
             continue
-        found = ladder[-1], furthest
-        for changes in ladder[:-1] if furthest.fits(limit_bytes) else ():
-            tried = attempt(changes)
-            if tried is not None and tried.fits(limit_bytes):
-                found = changes, tried
+        chosen = candidates[-1], last_estimate
+        for changes in candidates[:-1] if last_estimate.fits(limit_bytes) else ():
+            candidate = attempt(changes)
+            if candidate is not None and candidate.fits(limit_bytes):
+                chosen = changes, candidate
                 break
-        taken, best = taken | found[0], found[1]
+        accepted, best = accepted | chosen[0], chosen[1]
         outcome = "fits" if best.fits(limit_bytes) else "still too much"
-        lines.append(f"{' '.join(f'{key}={_written(value)}' for key, value in taken.items())}  ({_gb(best.peak)}, {outcome})")
+        lines.append(
+            f"{' '.join(f'{key}={_format_override(value)}' for key, value in accepted.items())}  ({_gb(best.peak)}, {outcome})"
+        )
         if best.fits(limit_bytes):
             break
     return lines
 
 
 def print_estimate(estimate: MemoryEstimate, limit_bytes: int | None = None) -> None:
-    """A table of the estimate, and whether it fits."""
-    told = {
+    """Print a table of the estimate, and whether it fits."""
+    labels = {
         "weights": "frozen weights",
         "frozen_models": "further models of the objective (frozen)",
         "quantization_constants": "quantization constants",
-        "trainable": "trained parameters (fp32)",
+        "trainable": "trainable parameters (fp32)",
         "gradients": "gradients",
         "optimizer": "optimizer states",
         "activations": "activations",
         "logits": "logits",
     }
     table = Table(title="Peak memory of a step", title_justify="left")
-    table.add_column("what")
+    table.add_column("memory")
     table.add_column("GB (10^9 bytes)", justify="right")
-    for kind, words in told.items():
+    for kind, words in labels.items():
         if getattr(estimate, kind):
             table.add_row(words, f"{getattr(estimate, kind) / 1e9:.2f}")
     table.add_section()
-    table.add_row(f"peak, in the {estimate.moment}", f"{estimate.peak / 1e9:.2f}")
-    table.add_row("allowance for CUDA and gaps", f"{estimate.overhead / 1e9:.2f}")
+    table.add_row(
+        f"peak (in the {estimate.phase} {'step' if estimate.phase == 'optimizer' else 'pass'})", f"{estimate.peak / 1e9:.2f}"
+    )
+    table.add_row("overhead (CUDA context, fragmentation)", f"{estimate.overhead / 1e9:.2f}")
     if limit_bytes is not None:
         verdict = "fits" if estimate.fits(limit_bytes) else "does not fit"
         table.add_row(f"limit: {verdict}", f"{limit_bytes / 1e9:.2f}")
     StyledConsole().print_table(table)
 
 
-# ---- what the recipe says
+# ---- from the recipe
 
 
 def _arguments(recipe: Recipe) -> TrainingArguments:
@@ -245,7 +249,7 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
 
 
 def _with_plain_initialization(recipe: Recipe) -> Recipe:
-    """The same sizes without initializations that read weights or rows, which fake tensors do not have."""
+    """The recipe with an initialization that reads neither weights nor rows, which are not loaded here. Sizes are the same."""
     tune = recipe.tune
     for name, tuning in tune.components.items():
         if tuning.method in METHODS:
@@ -255,7 +259,7 @@ def _with_plain_initialization(recipe: Recipe) -> Recipe:
 
 
 def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe | None:
-    """The recipe with overrides, or None where it would be refused."""
+    """The recipe with overrides; None if it is invalid."""
     values = recipe.model_dump(mode="json")
     for key, value in changes.items():
         *path, last = key.split(".")
@@ -265,12 +269,12 @@ def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe | None:
         place[last] = value
     try:
         return Recipe.model_validate(values)
-    except ValueError:  # pydantic's own error is one
+    except ValueError:  # includes pydantic's ValidationError
         return None
 
 
-def _ladders(recipe: Recipe) -> Iterator[list[dict[str, Any]]]:
-    """Changes by growing harm; of each list the first that is enough is taken, or else the last that helps."""
+def _suggestion_steps(recipe: Recipe) -> Iterator[list[dict[str, Any]]]:
+    """Lists of alternative overrides, the least harmful list first. The first alternative that fits is used, else the last."""
     arguments = _arguments(recipe)
     batch, steps = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     halves = [2**n for n in range(1, batch.bit_length()) if batch % 2**n == 0]
@@ -289,7 +293,7 @@ def _ladders(recipe: Recipe) -> Iterator[list[dict[str, Any]]]:
         yield [{"model.precision": "nf4"}]
 
 
-def _written(value: Any) -> str:
+def _format_override(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return str(value["method"]) if isinstance(value, dict) else str(value)
@@ -300,21 +304,21 @@ def _gb(size: int) -> str:
 
 
 @contextlib.contextmanager
-def _told(recipe: Recipe) -> Iterator[None]:
+def _prediction_errors(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         name = recipe.model.base or recipe.model.language
         raise RecipeValueError(
-            "model", f"the memory of {name} cannot be predicted: what it computes depends on weights ({error})"
+            "model", f"the memory of {name} cannot be predicted: its computation depends on the values of weights ({error})"
         ) from error
 
 
-# ---- what a step is made of
+# ---- the training step
 
 
 def _pixels(section: ModelSection, memory: MemoryTracker, count: int, size: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """What the image processor makes of blank images."""
+    """The output of the image processor for blank images, as fake tensors."""
     if not count:
         return {}
     if section.base is None:
@@ -328,12 +332,12 @@ def _pixels(section: ModelSection, memory: MemoryTracker, count: int, size: tupl
             raise UserError(unreachable_file("model.base", section.base, "preprocessor_config.json", error)) from error
     blank = Image.new("RGB", (size[1], size[0]))
     one = processor(images=[blank], return_tensors="pt")
-    made = {}
+    pixels = {}
     for name, tensor in one.items():
         if name in ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask"):
             whole = (count * tensor.shape[0], *tensor.shape[1:])
-            made[name] = memory.fake(tensor, whole) if tensor.is_floating_point() else tensor.expand(whole).clone()
-    return made
+            pixels[name] = memory.fake(tensor, whole) if tensor.is_floating_point() else tensor.expand(whole).clone()
+    return pixels
 
 
 def _batch(
@@ -345,7 +349,7 @@ def _batch(
     images: int,
     supervised: int | None,
 ) -> dict[str, torch.Tensor]:
-    """A batch as the collator makes it; only what steers the model has values."""
+    """A batch like the collator's. Only token ids and labels have values; they decide what the model computes."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config, width = base.config, base.config.get_text_config().hidden_size
     rows, each = arguments.per_device_train_batch_size, 0
@@ -379,17 +383,17 @@ def _step(
     batch: dict[str, torch.Tensor],
     arguments: TrainingArguments,
 ) -> tuple[dict[Any, int], str]:
-    """A whole optimizer step in the order of transformers' Trainer; what was live at its fullest, by kind, and when that was.
+    """Run an optimizer step in the order of transformers' Trainer. Returns the peak memory by kind, and its phase.
 
-    The optimizer makes its states in the first step. Those of later steps have them from the beginning, so they are added to
-    what the forward and backward passes took.
+    The optimizer creates its states in the first step. In later steps they exist from the beginning, so they are added to the
+    memory of the forward and backward passes.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda p: memory.move(p.grad, "gradients"))
     forward = convert_outputs_to_fp32(_autocast(arguments)(model.__call__)) if arguments.bf16 else model
     model.train()
-    for tensor in batch.values():  # the loader has put every batch of the step on the device
+    for tensor in batch.values():  # all batches of the step are on the device
         memory.track(tensor, "activations")
         memory.add("activations", (arguments.gradient_accumulation_steps - 1) * tensor.nbytes)
     memory.reset_peak()
@@ -402,7 +406,7 @@ def _step(
             memory.phase = "backward"
             loss.backward()
             del loss
-        computing, moment = memory.peak, memory.peak_phase
+        computing, phase = memory.peak, memory.peak_phase
         memory.phase, memory.allocating = "optimizer", "optimizer"
         memory.reset_peak()
         reached = [parameter for parameter in trained if parameter.grad is not None]
@@ -413,7 +417,7 @@ def _step(
             optimizer.step()
     computing["optimizer"] = memory.live["optimizer"]
     if sum(computing.values()) >= sum(memory.peak.values()):
-        return computing, moment
+        return computing, phase
     return memory.peak, "optimizer"
 
 
@@ -424,7 +428,7 @@ def _autocast(arguments: TrainingArguments) -> torch.autocast:
 def _optimizer(
     model: Any, memory: MemoryTracker, trained: list[nn.Parameter], arguments: TrainingArguments
 ) -> torch.optim.Optimizer | None:
-    """The Trainer's optimizer; of bitsandbytes' only the bytes of the states are counted."""
+    """The Trainer's optimizer. For bitsandbytes, only the bytes of its states are counted, and the result is None."""
     name = str(getattr(arguments.optim, "value", arguments.optim))
     if any(part in name for part in ("bnb", "8bit", "paged")):
         states = next((count for family, count in STATES.items() if name.startswith(family)), 2)

@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them."""
+"""Memory sizes such as 24GB."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ UNITS = (
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of an amount such as `24GB` (10^9 bytes) or `24GiB` (2^30 bytes).
+    """Convert a size to bytes, such as `24GB` (10^9 bytes) or `24GiB` (2^30 bytes).
 
     Raises:
-        UserError: when it is not an amount of memory.
+        UserError: the text is not a memory size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", text, re.IGNORECASE)
     unit = match[2].upper() if match else ""
     unit += "" if unit in UNITS or unit.endswith("B") else "B"
     if match is None or unit not in UNITS or not float(match[1]):
-        raise UserError(f"{text!r} is not an amount of memory; expected, for example, 24GB (10^9 bytes) or 24GiB (2^30 bytes)")
+        raise UserError(f"expected a memory size such as 24GB (10^9 bytes) or 24GiB (2^30 bytes), got {text!r}")
     return int(float(match[1]) * UNITS[unit])

@@ -1,4 +1,4 @@
-"""Where plans are kept: beside the data, under a name that says what they were made from."""
+"""Plan cache: token counts of a data set, stored beside the data under a key of everything that they depend on."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from mmtune.recipe.recipe import Source
 from mmtune.utils.errors import UserError
 from mmtune.utils.files import replace_bytes, user_cache
 
-FORMAT = 2
-"""Changes when counting or the file does, so that what an earlier version kept is not taken for this one's."""
+FORMAT = 3
+"""Version of the counting and of the file format. It is part of the key, so that older files are not read."""
 READ = 256 * 2**20
-"""Bytes that are read at most to know all files of some sources."""
+"""Maximum number of bytes to read for the signatures of all files."""
 DIGEST = 32
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def plan_key(sources: Sequence[Source], processor: ProcessorMixin, supervise: str) -> str:
-    """What a plan is made from, as a string of 32 characters.
+    """The key of a plan: 32 characters that depend on everything the counts depend on.
 
-    It covers what the recipe says of the sources, the content of their files and templates, the settings of the processor with
-    its tokenizer and chat template, and the versions of the libraries that count. Media have their own stamps, row by row; rows
-    on the hub are known by the recipe's words alone.
+    These are the sources of the recipe, the content of their files and templates, the settings of the processor with its
+    tokenizer and chat template, and the versions of the libraries. Media files are not included: the plan has a stamp of each.
+    Rows on the hub are identified by the recipe only.
 
     Args:
         sources: the recipe's.
-        processor: the model's, its chat template settled.
+        processor: of the model, with its chat template.
         supervise: the recipe's `data.supervise`.
     """
     tokenizer = processor.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    made_from = {
+    inputs = {
         "format": FORMAT,
         "versions": [metadata.version(name) for name in ("transformers", "tokenizers", "pillow", "mmtune")],
         "sources": [source.model_dump(mode="json", exclude={"weight"}) for source in sources],
@@ -57,32 +57,32 @@ def plan_key(sources: Sequence[Source], processor: ProcessorMixin, supervise: st
         "chat_template": processor.chat_template,
         "supervise": supervise,
     }
-    return _digest(json.dumps(made_from, sort_keys=True, default=str).encode()).hex()[:32]
+    return _digest(json.dumps(inputs, sort_keys=True, default=str).encode()).hex()[:32]
 
 
 def file_signatures(sources: Sequence[Source]) -> dict[str, Any]:
-    """By name, what every file that sources name is known by.
+    """The signature of every file of the sources, by name.
 
-    Of n files each has an n-th of `READ`. A file of no more bytes is known by its content; a larger one by size, time of change,
-    and as many bytes of its two ends together.
+    With n files, at most `READ` / n bytes of each are read. The signature of a file of at most this size is the digest of its
+    content; of a larger file, its size, modification time and the digest of its beginning and end.
     """
     files = {file for source in sources for file in _files(source.model_dump(mode="json"))}
     return {str(file): _signature(file, READ // len(files)) for file in files}
 
 
-def _files(given: Any, key: str = "") -> Iterator[Path]:
-    """Every file that a source names, wherever in its keys."""
-    if isinstance(given, Mapping):
-        for name, value in given.items():
-            yield from _files(value, str(name))
-    elif isinstance(given, list):
-        for value in given:
-            yield from _files(value, key)
-    elif isinstance(given, str) and key != "media_root":
+def _files(value: Any, key: str = "") -> Iterator[Path]:
+    """Every file that is named in any key of a source."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _files(item, str(name))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _files(item, key)
+    elif isinstance(value, str) and key != "media_root":
         if key == "template":
-            given = str(shipped_templates().get(given, given))
-        is_file = os.path.isfile(given)  # noqa: PTH113  (any text may stand here, and Path raises on a long one)
-        yield from [Path(given)] if is_file else data_files(given) if key == "path" else []
+            value = str(shipped_templates().get(value, value))
+        is_file = os.path.isfile(value)  # noqa: PTH113  (any text; Path raises for a long one)
+        yield from [Path(value)] if is_file else data_files(value) if key == "path" else []
 
 
 def _signature(path: Path, share: int) -> Any:
@@ -102,62 +102,62 @@ def _digest(data: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class PlanCache:
-    """The file of one plan.
+    """The cache file of one plan.
 
     Attributes:
-        directory: the directory of the data; None where it is not on this machine's disk.
-        key: from `plan_key`.
+        directory: of the data; None if the data is not on this machine.
+        key: see `plan_key`.
     """
 
     directory: Path | None
     key: str
 
     @property
-    def places(self) -> list[Path]:
-        """Where the file may be, the best place first."""
+    def paths(self) -> list[Path]:
+        """The possible paths of the file, the preferred one first."""
         folders = [self.directory / ".mmtune"] if self.directory else []
-        with suppress(UserError):  # no home directory: plans are kept beside the data alone
+        with suppress(UserError):  # no home directory: only beside the data
             folders.append(user_cache("plans"))
         return [folder / f"{self.key}.plan" for folder in folders]
 
     def read(self) -> tuple[Arrays, dict[str, Any]] | None:
-        """What `write` was given; None where there is no file, or a damaged one."""
-        for place in self.places:
+        """The arrays and notes that were written; None if there is no file or it is damaged."""
+        for path in self.paths:
             try:
-                data = place.read_bytes()
+                data = path.read_bytes()
             except OSError:
                 continue
             if _digest(data[DIGEST:]) == data[:DIGEST]:
                 with np.load(io.BytesIO(data[DIGEST:]), allow_pickle=False) as arrays:
-                    kept = {name: arrays[name] for name in arrays.files}
-                return kept, json.loads(kept.pop("notes").tobytes())
+                    loaded = {name: arrays[name] for name in arrays.files}
+                return loaded, json.loads(loaded.pop("notes").tobytes())
         return None
 
     def write(self, arrays: Arrays, notes: Mapping[str, Any]) -> Path | None:
-        """Keep a plan beside the data, or else in the user's cache directory, whole or not at all.
+        """Write a plan atomically beside the data, or else into the user's cache directory.
 
         Returns:
-            The file; None when neither place can be written, which is said on the terminal like everything but the best place.
+            The path of the file; None if neither can be written. A line is printed unless the preferred path is written.
         """
         file = io.BytesIO()
         named: dict[str, Any] = {**arrays, "notes": np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)}
         np.savez_compressed(file, **named)
         data = _digest(file.getvalue()) + file.getvalue()
-        for place in self.places:
+        for path in self.paths:
             try:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                replace_bytes(place, data)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                replace_bytes(path, data)
             except OSError as error:
-                print(f"plan: cannot be kept in {place.parent}: {error.strerror or error}")
+                print(f"plan: cannot write the cache in {path.parent}: {error.strerror or error}")
                 continue
-            if place != self.places[0]:
-                print(f"plan: kept in {place.parent}")
-            return place
+            if path != self.paths[0]:
+                print(f"plan: cached in {path.parent}")
+            return path
         return None
 
 
 def plan_directory(sources: Sequence[Source]) -> Path | None:
-    """The directory that holds the first source, where a plan of all of them is kept; None for rows on the hub."""
+    """The directory of the first source, where the plan of all sources is cached; None for rows on the hub."""
     path = sources[0].path
     if not data_files(path):
         return None

@@ -1,4 +1,4 @@
-"""The plan of a recipe's data as figures, and as a page in the terminal."""
+"""Report of a data plan: statistics as JSON, and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ SHOWN = 10
 
 
 Lengths = tuple[IndexedSamples, IntArray]
-"""The rows, and the tokens of each as it would train."""
+"""The rows, and the tokens of each row in training."""
 
 
 def plan_data(section: DataSection, processor: ProcessorMixin) -> tuple[dict[str, Any], dict[str, Any], Lengths]:
-    """Plan a recipe's training data.
+    """Plan the training data of a recipe.
 
     Args:
         section: the recipe's `data`.
-        processor: the model's, its chat template settled.
+        processor: of the model, with its chat template.
 
     Returns:
-        The plan's figures, as JSON has them, and what the memory estimate takes of the longest row that would train: `tokens`,
-        `images`, `image_size` (height, width), and the largest number of `supervised` tokens; empty where no row would train;
-        and what batches are made of.
+        The statistics for JSON; the arguments of the memory estimate for the longest row in training: `tokens`, `images`,
+        `image_size` (height, width), and the largest number of `supervised` tokens (empty if there is no row to train on); and
+        the rows with their lengths.
 
     Raises:
-        UserError: data that cannot be read, or a processor whose tokens cannot be counted.
+        UserError: the data cannot be read, or tokens cannot be counted for this processor.
     """
     samples = IndexedSamples(section.train)
     plan, outcome = plan_section(samples, section, processor)
-    figures = plan_statistics(plan, outcome, section)
+    statistics = plan_statistics(plan, outcome, section)
     lengths = samples, outcome.lengths
-    if not figures["rows_trained"]:
-        return figures, {}, lengths
+    if not statistics["rows_trained"]:
+        return statistics, {}, lengths
     row = int(outcome.lengths.argmax())
     fitted = fit_to_budget(samples[row], processor, section.max_tokens, section.over_length, section.supervise)
     longest: dict[str, Any] = {"tokens": fitted.counts.tokens, "images": fitted.counts.images}
@@ -55,11 +55,11 @@ def plan_data(section: DataSection, processor: ProcessorMixin) -> tuple[dict[str
     if fitted.counts.images:
         width, height = _typical_size(fitted.sample, processor)
         longest["image_size"] = (height, width)
-    return figures, longest, lengths
+    return statistics, longest, lengths
 
 
 def _typical_size(sample: Sample, processor: ProcessorMixin) -> tuple[int, int]:
-    """The largest of a sample's images of which as many as it has take no more tokens than its own."""
+    """The size of the largest image of a sample for which as many images of that size have at most the tokens of its images."""
     sizes = image_sizes(sample.messages)
 
     def characters(images: Sequence[tuple[int, int]]) -> int:
@@ -71,30 +71,30 @@ def _typical_size(sample: Sample, processor: ProcessorMixin) -> tuple[int, int]:
 
 
 def plan_statistics(plan: Plan, outcome: OverLengthOutcome, section: DataSection) -> dict[str, Any]:
-    """A plan in figures.
+    """Statistics of a plan.
 
     Args:
         plan: the counts.
         outcome: of the over-length policy.
-        section: the recipe's `data`. With `packing`, packs hold its `tokens_per_batch`, or `max_tokens`, or else as much as the
-            longest row; `packing` is null without it.
+        section: the recipe's `data`. With `packing`, the capacity of a pack is `tokens_per_batch`, or `max_tokens`, or else the
+            length of the longest row; without it, `packing` is null.
 
     Returns:
         Plain values, for JSON.
     """
     trained = outcome.lengths[outcome.lengths > 0]
-    good = plan.tokens[plan.tokens > 0]
+    valid = plan.tokens[plan.tokens > 0]
     return {
         "rows": len(plan),
-        "rows_faulty": len(plan.faults),
+        "rows_invalid": len(plan.errors),
         "rows_trained": len(trained),
         "tokens": int(plan.tokens.sum()),
         "image_tokens": int(plan.media_tokens.sum()),
         "supervised_tokens": int(plan.supervised.sum()),
         "images": int(plan.images.sum()),
-        "longest": int(good.max(initial=0)),
-        "median": int(np.median(good)) if len(good) else 0,
-        "histogram": [{"from": first, "to": last, "rows": rows} for first, last, rows in histogram(good)],
+        "longest": int(valid.max(initial=0)),
+        "median": int(np.median(valid)) if len(valid) else 0,
+        "histogram": [{"from": first, "to": last, "rows": rows} for first, last, rows in histogram(valid)],
         "max_tokens": section.max_tokens,
         "over_length": {
             "policy": section.over_length,
@@ -106,9 +106,9 @@ def plan_statistics(plan: Plan, outcome: OverLengthOutcome, section: DataSection
             "images_resized": outcome.images_resized,
         },
         "packing": _packing(trained, section) if section.packing else None,
-        "faults": [{"row": e.row, "field": e.field, "detail": e.detail} for _, e in sorted(plan.faults.items())],
+        "errors": [{"row": e.row, "field": e.field, "detail": e.detail} for _, e in sorted(plan.errors.items())],
         "counted": plan.counted,
-        "kept": None if plan.kept is None else str(plan.kept),
+        "cache_file": None if plan.cache_file is None else str(plan.cache_file),
     }
 
 
@@ -123,9 +123,9 @@ def _packing(trained: IntArray, section: DataSection) -> dict[str, Any]:
 
 
 def histogram(lengths: IntArray, bars: int = BARS) -> list[tuple[int, int, int]]:
-    """Equal ranges of length with how many rows lie in each: (first, last, rows), at most `bars` of them.
+    """Number of rows in equal ranges of length: (first, last, rows), at most `bars` of them.
 
-    The ranges are as wide as the next of 1, 2, 5, 10, 20, 50, ...
+    The width of a range is one of 1, 2, 5, 10, 20, 50, ...
     """
     if not len(lengths):
         return []
@@ -135,62 +135,66 @@ def histogram(lengths: IntArray, bars: int = BARS) -> list[tuple[int, int, int]]
     return [(bar * width, (bar + 1) * width - 1, counted[bar]) for bar in range(int(lengths.min()) // width, most // width + 1)]
 
 
-def print_data_plan(figures: dict[str, Any]) -> None:
-    """A page in the terminal.
+def print_data_plan(statistics: dict[str, Any]) -> None:
+    """Print the statistics.
 
     Args:
         figures: from `plan_data`, with the optimizer steps under `steps` and `MixtureBatchSampler.largest` under `largest_batch`.
     """
     console = StyledConsole()
-    tokens = max(1, figures["tokens"])
+    tokens = max(1, statistics["tokens"])
     table = Table(title="Data", title_justify="left", show_header=False)
-    table.add_column("what")
-    table.add_column("figure", justify="right")
+    table.add_column("statistic")
+    table.add_column("value", justify="right")
     table.add_column("note")
-    table.add_row("rows", f"{figures['rows']:,}", f"{figures['rows_faulty']:,} faulty" if figures["rows_faulty"] else "")
-    table.add_row("tokens", f"{figures['tokens']:,}", f"longest row {figures['longest']:,}, median {figures['median']:,}")
-    share = f"{figures['image_tokens'] / tokens:.0%}, of {figures['images']:,} images"
-    table.add_row("image tokens", f"{figures['image_tokens']:,}", share)
-    table.add_row("supervised tokens", f"{figures['supervised_tokens']:,}", f"{figures['supervised_tokens'] / tokens:.0%}")
-    if packing := figures["packing"]:
-        full = f"of {packing['capacity']:,} tokens, {packing['efficiency']:.1%} full"
-        table.add_row("packs", f"{packing['packs']:,}", full)
-    table.add_row("optimizer steps", f"{figures['steps']:,}", "in one process")
-    batch = figures["largest_batch"]
-    how = "tokens" if batch["tokens"] == batch["padded_tokens"] else f"tokens with padding, {batch['tokens']:,} without,"
-    table.add_row("largest batch", f"{batch['padded_tokens']:,}", f"{how} of {batch['rows']} rows")
+    table.add_row(
+        "rows", f"{statistics['rows']:,}", f"{statistics['rows_invalid']:,} invalid" if statistics["rows_invalid"] else ""
+    )
+    table.add_row(
+        "tokens", f"{statistics['tokens']:,}", f"longest row {statistics['longest']:,}, median {statistics['median']:,}"
+    )
+    share = f"{statistics['image_tokens'] / tokens:.0%}, of {statistics['images']:,} images"
+    table.add_row("image tokens", f"{statistics['image_tokens']:,}", share)
+    table.add_row("supervised tokens", f"{statistics['supervised_tokens']:,}", f"{statistics['supervised_tokens'] / tokens:.0%}")
+    if packing := statistics["packing"]:
+        note = f"of {packing['capacity']:,} tokens, {packing['efficiency']:.1%} full"
+        table.add_row("packs", f"{packing['packs']:,}", note)
+    table.add_row("optimizer steps", f"{statistics['steps']:,}", "in one process")
+    batch = statistics["largest_batch"]
+    padding = "" if batch["tokens"] == batch["padded_tokens"] else f" with padding, {batch['tokens']:,} without"
+    table.add_row("largest batch", f"{batch['padded_tokens']:,}", f"tokens{padding}, {batch['rows']} rows")
     console.print_table(table)
     bars = Table(title="Length of a row in tokens", title_justify="left", show_header=False)
     for number in range(3):
         bars.add_column(justify="left" if number == 1 else "right")
-    most = max((bar["rows"] for bar in figures["histogram"]), default=1)
-    for bar in figures["histogram"]:
+    most = max((bar["rows"] for bar in statistics["histogram"]), default=1)
+    for bar in statistics["histogram"]:
         drawn = "█" * max(round(WIDTH * bar["rows"] / most), int(bar["rows"] > 0))
         bars.add_row(f"{bar['from']:,} to {bar['to']:,}", drawn, f"{bar['rows']:,}")
     console.print(bars)
-    print(over_length_line(figures))
-    for told in figures["faults"][:SHOWN]:
-        print(f"  {told['row']}: {told['field']}: {told['detail']}")
-    if len(figures["faults"]) > SHOWN:
-        print(f"  and {len(figures['faults']) - SHOWN:,} more that cannot train; --json lists them all")
-    known = figures["rows"] - figures["counted"]
-    print(f"counted now: {figures['counted']:,} rows; known from before: {known:,}")
+    print(over_length_line(statistics))
+    for error in statistics["errors"][:SHOWN]:
+        print(f"  {error['row']}: {error['field']}: {error['detail']}")
+    if len(statistics["errors"]) > SHOWN:
+        print(f"  and {len(statistics['errors']) - SHOWN:,} more invalid rows; --json lists all")
+    cached = statistics["rows"] - statistics["counted"]
+    print(f"counted: {statistics['counted']:,} rows; from the cache: {cached:,}")
 
 
-def over_length_line(figures: dict[str, Any]) -> str:
-    """What the over-length policy would do, in words."""
-    if figures["max_tokens"] is None:
+def over_length_line(statistics: dict[str, Any]) -> str:
+    """The effect of the over-length policy, as one line."""
+    if statistics["max_tokens"] is None:
         return "over length: no limit (data.max_tokens)"
-    told = figures["over_length"]
-    line = f"over length: {told['rows']:,} rows are longer than data.max_tokens: {figures['max_tokens']:,}"
-    if not told["rows"]:
+    counts = statistics["over_length"]
+    line = f"over length: {counts['rows']:,} rows are longer than data.max_tokens: {statistics['max_tokens']:,}"
+    if not counts["rows"]:
         return line
     outcomes = {
-        "dropped": told["rows_dropped"],
-        f"train with fewer images ({told['images_dropped']:,} go)": told["rows_with_fewer_images"],
-        f"train with smaller images ({told['images_resized']:,} shrink)": told["rows_with_smaller_images"],
+        "dropped": counts["rows_dropped"],
+        f"trained with fewer images ({counts['images_dropped']:,} dropped)": counts["rows_with_fewer_images"],
+        f"trained with smaller images ({counts['images_resized']:,} resized)": counts["rows_with_smaller_images"],
     }
-    if told["policy"] == "error":
+    if counts["policy"] == "error":
         return f"{line}; the first of them stops the run (data.over_length: error)"
-    does = ", ".join(f"{rows:,} {words}" for words, rows in outcomes.items() if rows)
-    return f"{line}; data.over_length: {told['policy']}: {does}"
+    effects = ", ".join(f"{rows:,} {effect}" for effect, rows in outcomes.items() if rows)
+    return f"{line}; data.over_length: {counts['policy']}: {effects}"

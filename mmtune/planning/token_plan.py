@@ -1,4 +1,4 @@
-"""The plan of a data set: how long every row is, before a pixel is decoded or a weight is loaded."""
+"""Token plan: the exact length of every row, counted without decoding images or loading weights."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from mmtune.recipe.recipe import DataSection
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 Stamp = tuple[str, int, int]
-"""Of a media file: its path, size in bytes and time of change in nanoseconds."""
+"""Path, size in bytes and modification time in nanoseconds of a media file."""
 
 
 @dataclass(frozen=True)
 class MediaStamps:
-    """Which media files the rows have, and when they were counted.
+    """The media files of the rows, with the stamps at the time of counting.
 
     Attributes:
-        files: every file once.
+        files: every file, once.
         sizes, times: of each file, in bytes and in nanoseconds.
-        counts: of each row, how many media it has.
-        uses: the numbers of the rows' files, row after row.
+        counts: the number of media of each row.
+        uses: indices into `files`, row by row.
     """
 
     files: list[str]
@@ -43,24 +43,24 @@ class MediaStamps:
     uses: IntArray
 
     def stale_rows(self) -> IntArray:
-        """Rows with a file that has changed since, or is gone."""
-        found = np.array([_stamp(file)[1:] for file in self.files], dtype=np.int64).reshape(-1, 2)
-        changed = (found[:, 0] != self.sizes) | (found[:, 1] != self.times)
+        """Rows with a file that has changed or was deleted since."""
+        stamps = np.array([_stamp(file)[1:] for file in self.files], dtype=np.int64).reshape(-1, 2)
+        changed = (stamps[:, 0] != self.sizes) | (stamps[:, 1] != self.times)
         rows = np.repeat(np.arange(len(self.counts)), self.counts)
         return np.unique(rows[changed[self.uses]])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long every row is. Rows that cannot be counted have zeros, and stand in `faults`.
+    """Token counts of every row. Invalid rows have zeros and are listed in `errors`.
 
     Attributes:
-        tokens: of each row, image tokens included.
-        media_tokens: those that stand for images.
-        supervised: those that the loss falls on.
-        images: how many images each row has.
+        tokens: of each row, with image tokens.
+        media_tokens: image tokens of each row.
+        supervised: supervised tokens of each row.
+        images: the number of images of each row.
         faults: rows that cannot train, by their number, with the reason.
-        counted: how many rows were counted now; the others were known from before.
+        counted: the number of rows counted now; the others come from the cache.
         kept: the file that keeps the plan; None where there is none.
     """
 
@@ -68,9 +68,9 @@ class Plan:
     media_tokens: IntArray
     supervised: IntArray
     images: IntArray
-    faults: dict[int, RowError]
+    errors: dict[int, RowError]
     counted: int = 0
-    kept: Path | None = None
+    cache_file: Path | None = None
     media: MediaStamps | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -85,58 +85,58 @@ def build_plan(
     cache: PlanCache | None = None,
     processes: int | None = None,
 ) -> Plan:
-    """Count every row, or only those that are new or whose media have changed since they were counted.
+    """Count the tokens of every row, or with a cache only of new rows and rows with changed media.
 
     Args:
-        samples: the rows; a row that raises RowError is a fault of the plan.
-        processor: the model's, its chat template settled.
+        samples: the rows. A RowError of a row is recorded in the plan.
+        processor: of the model, with its chat template.
         supervise: the recipe's `data.supervise`.
-        cache: where the plan is kept; None keeps nothing.
-        processes: how many count, as `map_rows`.
+        cache: the cache of the plan, if any.
+        processes: the number of worker processes, as in `map_rows`.
 
     Raises:
-        UserError: a processor whose tokens cannot be counted.
+        UserError: tokens cannot be counted for this processor.
     """
-    known = _known(cache, len(samples)) if cache else None
+    known = _read_cache(cache, len(samples)) if cache else None
     if known is None:
         stale = np.arange(len(samples))
         plan = _empty(len(samples))
     else:
         plan = known
         assert plan.media is not None
-        stale = np.union1d(plan.media.stale_rows(), np.array(sorted(plan.faults), dtype=np.int64))
-    counts_by_arithmetic(processor)  # found out once, here, and not in every process
-    found = map_rows(partial(_count_row, samples, processor, supervise), stale, processes, "counting tokens")
-    plan, changed = _with_counts(plan, stale, found)
-    kept = None
+        stale = np.union1d(plan.media.stale_rows(), np.array(sorted(plan.errors), dtype=np.int64))
+    counts_by_arithmetic(processor)  # determined once here, not in every process
+    results = map_rows(partial(_count_row, samples, processor, supervise), stale, processes, "counting tokens")
+    plan, changed = _with_counts(plan, stale, results)
+    cache_file = None
     if cache is not None:
-        there = next((place for place in cache.places if place.exists()), None)
-        kept = _keep(cache, plan) if changed or known is None else there
-    return replace(plan, counted=len(stale), kept=kept)
+        there = next((path for path in cache.paths if path.exists()), None)
+        cache_file = _write_cache(cache, plan) if changed or known is None else there
+    return replace(plan, counted=len(stale), cache_file=cache_file)
 
 
 def _count_row(samples: Sequence[Sample], processor: ProcessorMixin, supervise: Supervise, index: int) -> Any:
-    """Of one row its four numbers and the stamps of its media."""
+    """The four counts of a row and the stamps of its media."""
     sample = samples[index]
-    stamps = [_stamp(_file_of(image)) for image in sample.images]  # before they are read
+    stamps = [_stamp(_file_of(image)) for image in sample.images]  # before the files are read
     counts = count_tokens(sample, processor, supervise)
     return (counts.tokens, counts.media_tokens, counts.supervised, counts.images), stamps
 
 
 def _file_of(image: Any) -> str:
-    """The file itself, or the one that an embedded image lies in."""
+    """The path of an image, or of the file that contains an embedded image."""
     return str(getattr(image, "container", image))
 
 
 def _stamp(file: str) -> Stamp:
     try:
-        status = os.stat(file)  # noqa: PTH116  (a million of them)
+        status = os.stat(file)  # noqa: PTH116  (called for every media file)
     except (OSError, ValueError):
         return file, -1, -1
     return file, status.st_size, status.st_mtime_ns
 
 
-# ---- what is known already
+# ---- cached counts
 
 
 def _empty(rows: int) -> Plan:
@@ -144,45 +144,45 @@ def _empty(rows: int) -> Plan:
     return Plan(nothing, nothing, nothing, nothing, {}, media=MediaStamps([], none, none, nothing, none))
 
 
-def _with_counts(plan: Plan, rows: IntArray, found: Iterator[Any]) -> tuple[Plan, bool]:
-    """The plan with some rows counted again, and whether anything is different."""
+def _with_counts(plan: Plan, rows: IntArray, results: Iterator[Any]) -> tuple[Plan, bool]:
+    """The plan with new results for some rows, and whether anything changed."""
     columns = [column.copy() for column in (plan.tokens, plan.media_tokens, plan.supervised, plan.images)]
-    faults = dict(plan.faults)
+    errors = dict(plan.errors)
     assert plan.media is not None
     stamps: dict[int, list[Stamp]] = {}
-    for row, result in zip(rows.tolist(), found, strict=True):
+    for row, result in zip(rows.tolist(), results, strict=True):
         if isinstance(result, RowError):
             numbers, stamps[row] = (0, 0, 0, 0), []
-            faults[row] = result
+            errors[row] = result
         else:
             numbers, stamps[row] = result
-            faults.pop(row, None)
+            errors.pop(row, None)
         for column, number in zip(columns, numbers, strict=True):
             column[row] = number
-    told, before = ({row: str(error) for row, error in errors.items()} for errors in (faults, plan.faults))
-    if told == before and stamps.keys() <= faults.keys():
+    new, old = ({row: str(error) for row, error in each.items()} for each in (errors, plan.errors))
+    if new == old and stamps.keys() <= errors.keys():
         return plan, False
     tokens, media_tokens, supervised, images = columns
-    return Plan(tokens, media_tokens, supervised, images, faults, media=_restamped(plan.media, stamps)), True
+    return Plan(tokens, media_tokens, supervised, images, errors, media=_restamped(plan.media, stamps)), True
 
 
 def _restamped(media: MediaStamps, stamps: dict[int, list[Stamp]]) -> MediaStamps:
-    """With the files of some rows exchanged for others."""
+    """Replace the files of some rows."""
     numbers: dict[str, int] = {}
     newest: dict[str, tuple[int, int]] = {}
     counts, uses = [], []
     starts = np.concatenate([[0], np.cumsum(media.counts)])
     for row in range(len(media.counts)):
         if row in stamps:
-            mine = stamps[row]
+            row_stamps = stamps[row]
         else:
             used = media.uses[starts[row] : starts[row + 1]].tolist()
-            mine = [(media.files[number], int(media.sizes[number]), int(media.times[number])) for number in used]
-        for file, size, time in mine:
+            row_stamps = [(media.files[number], int(media.sizes[number]), int(media.times[number])) for number in used]
+        for file, size, time in row_stamps:
             uses.append(numbers.setdefault(file, len(numbers)))
             if row in stamps or file not in newest:
                 newest[file] = (size, time)
-        counts.append(len(mine))
+        counts.append(len(row_stamps))
     pairs = np.array([newest[file] for file in numbers], dtype=np.int64).reshape(-1, 2)
     as_array = [np.array(values, dtype=np.int64) for values in (counts, uses)]
     return MediaStamps(list(numbers), pairs[:, 0], pairs[:, 1], *as_array)
@@ -192,39 +192,39 @@ COLUMNS = ("tokens", "media_tokens", "supervised", "images")
 STAMPS = ("sizes", "times", "counts", "uses")
 
 
-def _keep(cache: PlanCache, plan: Plan) -> Path | None:
+def _write_cache(cache: PlanCache, plan: Plan) -> Path | None:
     assert plan.media is not None
     arrays: Arrays = {name: getattr(plan, name) for name in COLUMNS} | {name: getattr(plan.media, name) for name in STAMPS}
-    faults = [[row, error.row, error.field, error.detail] for row, error in plan.faults.items()]
-    return cache.write(arrays, {"files": plan.media.files, "faults": faults})
+    errors = [[row, error.row, error.field, error.detail] for row, error in plan.errors.items()]
+    return cache.write(arrays, {"files": plan.media.files, "errors": errors})
 
 
-def _known(cache: PlanCache, rows: int) -> Plan | None:
+def _read_cache(cache: PlanCache, rows: int) -> Plan | None:
     read = cache.read()
     if read is None:
         return None
     arrays, notes = read
-    if len(arrays["tokens"]) != rows:  # rows on the hub may have changed under the same name
+    if len(arrays["tokens"]) != rows:  # rows on the hub may change under the same name
         return None
     media = MediaStamps(notes["files"], *(arrays[name] for name in STAMPS))
-    faults = {row: RowError(*told) for row, *told in notes["faults"]}
+    errors = {row: RowError(*fields) for row, *fields in notes["errors"]}
     tokens, media_tokens, supervised, images = (arrays[name] for name in COLUMNS)
-    return Plan(tokens, media_tokens, supervised, images, faults, media=media)
+    return Plan(tokens, media_tokens, supervised, images, errors, media=media)
 
 
-# ---- what the over-length policy makes of it
+# ---- the over-length policy
 
 
 @dataclass(frozen=True)
 class OverLengthOutcome:
-    """What becomes of the rows under a policy.
+    """Effect of the over-length policy on the rows.
 
     Attributes:
-        lengths: tokens of each row as it would train; 0 for one that would not.
-        over_length: how many rows are longer than the limit.
-        dropped: the numbers of those of them that would not train; under `error` the first of them stops the run.
-        fewer_images: how many rows would train without some of their images, and `images_dropped` without how many in all.
-        smaller_images: how many rows would train with smaller images, and `images_resized` how many those are.
+        lengths: tokens of each row in training; 0 for rows that are left out.
+        over_length: the number of rows longer than the limit.
+        dropped: the indices of rows that are left out; under `error` the first of them stops the run.
+        fewer_images: the number of rows that lose images; `images_dropped`: the number of these images.
+        smaller_images: the number of rows with resized images; `images_resized`: the number of these images.
     """
 
     lengths: IntArray
@@ -246,12 +246,12 @@ def predict_outcome(
     *,
     processes: int | None = None,
 ) -> OverLengthOutcome:
-    """What the over-length policy makes of a plan's rows; only those that are too long are looked at again.
+    """Predict the effect of the over-length policy. Only rows that are too long are read again.
 
     Args:
         plan: of the same samples, processor and `supervise`.
-        max_tokens: the limit; None is no limit.
-        policy: as `fit`.
+        max_tokens: the limit; None: no limit.
+        policy: as in `fit_to_budget`.
         processes: as `build_plan`.
     """
     lengths = plan.tokens.copy()
@@ -269,14 +269,14 @@ def predict_outcome(
             dropped.append(row)
             lengths[row] = 0
         else:
-            lengths[row], gone, resized = result
-            fewer, images_dropped = fewer + (gone > 0), images_dropped + gone
+            lengths[row], removed, resized = result
+            fewer, images_dropped = fewer + (removed > 0), images_dropped + removed
             smaller, images_resized = smaller + (resized > 0), images_resized + resized
     return OverLengthOutcome(lengths, len(longer), dropped, fewer, images_dropped, smaller, images_resized)
 
 
 def plan_section(samples: Sequence[Sample], section: DataSection, processor: ProcessorMixin) -> tuple[Plan, OverLengthOutcome]:
-    """The plan of a recipe's rows, kept beside them, and what the recipe's policy makes of it; raises as `build_plan`."""
+    """The cached plan of a recipe's rows, and the effect of its over-length policy. Raises as `build_plan`."""
     cache = PlanCache(plan_directory(section.train), plan_key(section.train, processor, section.supervise))
     plan = build_plan(samples, processor, section.supervise, cache=cache)
     return plan, predict_outcome(plan, samples, processor, section.max_tokens, section.over_length, section.supervise)

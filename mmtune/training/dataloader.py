@@ -75,9 +75,9 @@ def plan_rows(
         longer = [over_length_error(samples[row].id, int(plan.tokens[row]), limit) for row in outcome.dropped]
         if longer and section.over_length == "error":
             raise UserError(f"{len(longer)} rows are too long, the first: {longer[0]} ({OVER_LENGTH_HINT})")
-        counted = outcome.lengths, [*plan.faults.values(), *longer]
-    lengths, faults = dist.broadcast_object(counted)
-    for fault in faults:
+        counted = outcome.lengths, [*plan.errors.values(), *longer]
+    lengths, errors = dist.broadcast_object(counted)
+    for fault in errors:
         report.add(fault)
     report.checked = len(samples)
     report.stop_past(section.max_bad_fraction)

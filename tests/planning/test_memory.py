@@ -262,7 +262,7 @@ def test_the_table_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> N
     estimate = MemoryEstimate(14 * gb, 0, gb, 0, 2 * gb, 3 * gb, gb, "backward")
     print_estimate(estimate, 24 * gb)
     shown = capsys.readouterr().out
-    assert "peak, in the backward" in shown and "21.00" in shown and "limit: fits" in shown
+    assert "peak (in the backward pass)" in shown and "21.00" in shown and "limit: fits" in shown
     assert "quantization" not in shown
     print_estimate(estimate, 21 * gb)
     assert "does not fit" in capsys.readouterr().out

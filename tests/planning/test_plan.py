@@ -81,7 +81,7 @@ def test_memory_per_device_by_strategy() -> None:
         optimizer=8 * psi,
         activations=7,
         logits=3,
-        moment="optimizer",
+        phase="optimizer",
     )
     strategies = memory_by_strategy(whole, devices)
     assert list(strategies) == ["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"]

@@ -71,7 +71,7 @@ def _plan(data: Path, processor: Any = None, supervise: Any = "all", **arguments
 def _same(plan: Plan, other: Plan) -> bool:
     columns = ("tokens", "media_tokens", "supervised", "images")
     return all(np.array_equal(getattr(plan, name), getattr(other, name)) for name in columns) and (
-        {row: str(error) for row, error in plan.faults.items()} == {row: str(error) for row, error in other.faults.items()}
+        {row: str(error) for row, error in plan.errors.items()} == {row: str(error) for row, error in other.errors.items()}
     )
 
 
@@ -82,8 +82,8 @@ def _same(plan: Plan, other: Plan) -> bool:
 def test_a_plan_holds_what_encoding_gives_and_lists_what_cannot_train(data: Path, supervise: Any) -> None:
     processor, samples = FAMILIES["qwen2_vl"](), IndexedSamples(_sources(data))
     plan = build_plan(samples, processor, supervise)
-    assert list(plan.faults) == [4] and "no such file" in str(plan.faults[4])
-    assert plan.faults[4].row == "rows.jsonl:5"
+    assert list(plan.errors) == [4] and "no such file" in str(plan.errors[4])
+    assert plan.errors[4].row == "rows.jsonl:5"
     for row in {*range(6)} - {4}:
         encoded = encode_sample(samples[row], processor, supervise=supervise)
         assert plan.tokens[row] == encoded["input_ids"].shape[1]
@@ -122,9 +122,13 @@ def test_a_second_plan_counts_only_what_was_at_fault(data: Path, own_cache: Path
     first, second = _plan(data), _plan(data)
     assert (first.counted, second.counted) == (6, 1)
     assert _same(first, second)
-    assert first.kept == second.kept and first.kept is not None and first.kept.parent == data.parent / ".mmtune"
+    assert (
+        first.cache_file == second.cache_file
+        and first.cache_file is not None
+        and first.cache_file.parent == data.parent / ".mmtune"
+    )
     assert not own_cache.exists()
-    assert len(list(first.kept.parent.iterdir())) == 1  # no leavings
+    assert len(list(first.cache_file.parent.iterdir())) == 1  # no leavings
 
 
 def test_a_changed_picture_is_counted_again_and_no_other_row(data: Path) -> None:
@@ -152,7 +156,7 @@ def test_a_picture_that_goes_or_comes_is_noticed(data: Path) -> None:
     _plan(data)
     (data.parent / "large.png").rename(data.parent / "missing.png")
     plan = _plan(data)
-    assert list(plan.faults) == [5] and plan.tokens[4] > 0
+    assert list(plan.errors) == [5] and plan.tokens[4] > 0
     assert _same(plan, build_plan(IndexedSamples(_sources(data)), FAMILIES["qwen2_vl"]()))
     assert _plan(data).counted == 1
 
@@ -222,9 +226,9 @@ def test_of_files_too_large_to_be_read_whole_the_time_and_the_ends_tell(tmp_path
         for path, holds in ((small, b"x" * 16), (large, content)):
             path.write_bytes(holds)
             os.utime(path, (time, time))
-        found = file_signatures([source])
-        assert len(found) == 3
-        return [found[str(path)] for path in (small, large)]
+        result = file_signatures([source])
+        assert len(result) == 3
+        return [result[str(path)] for path in (small, large)]
 
     before = known(b"first, middle, last", 1)
     assert known(b"first, middle, last", 1) == before
@@ -235,11 +239,11 @@ def test_of_files_too_large_to_be_read_whole_the_time_and_the_ends_tell(tmp_path
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
 def test_a_damaged_file_is_recognized_and_made_again(data: Path, damage: str) -> None:
     first = _plan(data)
-    assert first.kept is not None
-    kept = bytearray(first.kept.read_bytes())
+    assert first.cache_file is not None
+    kept = bytearray(first.cache_file.read_bytes())
     whole = bytes(kept)
     kept[len(kept) // 2] ^= 1
-    first.kept.write_bytes({"cut": whole[:-9], "flipped": bytes(kept), "empty": b"", "other": b"x" * 99}[damage])
+    first.cache_file.write_bytes({"cut": whole[:-9], "flipped": bytes(kept), "empty": b"", "other": b"x" * 99}[damage])
     second = _plan(data)
     assert second.counted == 6 and _same(first, second)
     assert _plan(data).counted == 1
@@ -250,16 +254,16 @@ def test_a_directory_that_cannot_be_written_leaves_the_plan_in_the_users_cache(
 ) -> None:
     (data.parent / ".mmtune").write_text("in the way")  # as root may write to any directory
     plan = _plan(data)
-    assert plan.kept is not None and plan.kept.parent == own_cache / "mmtune" / "plans"
+    assert plan.cache_file is not None and plan.cache_file.parent == own_cache / "mmtune" / "plans"
     told = capsys.readouterr().out
-    assert "cannot be kept in" in told and f"plan: kept in {plan.kept.parent}" in told
+    assert "cannot write the cache in" in told and f"plan: cached in {plan.cache_file.parent}" in told
     assert _plan(data).counted == 1
 
 
 def test_where_nothing_can_be_written_the_plan_is_made_all_the_same(data: Path, own_cache: Path) -> None:
     for place in (data.parent / ".mmtune", own_cache):
         place.write_text("in the way")
-    assert (_plan(data).kept, _plan(data).counted) == (None, 6)
+    assert (_plan(data).cache_file, _plan(data).counted) == (None, 6)
 
 
 def test_a_write_that_fails_half_way_leaves_the_old_plan(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,8 +275,8 @@ def test_a_write_that_fails_half_way_leaves_the_old_plan(data: Path, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", full)
-        assert _plan(data).kept is None
-    assert first.kept is not None and [first.kept] == list(first.kept.parent.iterdir())
+        assert _plan(data).cache_file is None
+    assert first.cache_file is not None and [first.cache_file] == list(first.cache_file.parent.iterdir())
     assert _plan(data).counted == 3
 
 
@@ -375,16 +379,16 @@ def test_figures_are_those_of_the_rows(data: Path) -> None:
     limit = int(plan.tokens.max()) - 1
     section = DataSection(train=tuple(_sources(data)), max_tokens=limit, over_length="drop_sample", packing=True)
     plan_outcome = predict_outcome(plan, samples, processor, limit, "drop_sample")
-    figures = plan_statistics(plan, plan_outcome, section)
+    statistics = plan_statistics(plan, plan_outcome, section)
     kept = sorted(length for length in plan.tokens.tolist() if 0 < length <= limit)
-    assert (figures["rows"], figures["rows_faulty"], figures["rows_trained"]) == (6, 1, len(kept))
-    assert figures["tokens"] == int(plan.tokens.sum())
+    assert (statistics["rows"], statistics["rows_invalid"], statistics["rows_trained"]) == (6, 1, len(kept))
+    assert statistics["tokens"] == int(plan.tokens.sum())
     assert plan_statistics(plan, plan_outcome, section.model_copy(update={"packing": False}))["packing"] is None
-    packing = figures["packing"]
+    packing = statistics["packing"]
     assert packing["efficiency"] == pytest.approx(sum(kept) / (packing["packs"] * limit), abs=1e-4)
-    assert figures["over_length"]["rows"] == figures["over_length"]["rows_dropped"] == 6 - 1 - len(kept)
-    assert figures["faults"] == [{"row": "rows.jsonl:5", "field": "image", "detail": plan.faults[4].detail}]
-    json.dumps(figures)
+    assert statistics["over_length"]["rows"] == statistics["over_length"]["rows_dropped"] == 6 - 1 - len(kept)
+    assert statistics["errors"] == [{"row": "rows.jsonl:5", "field": "image", "detail": plan.errors[4].detail}]
+    json.dumps(statistics)
 
 
 @pytest.fixture
@@ -403,7 +407,7 @@ def test_the_command_tells_of_the_data_and_of_the_memory(
     for words in ("supervised tokens", "largest batch", "Length of a row", "over length: 0 rows", "Peak memory of a step"):
         assert words in told.err  # for people
     count = len(json.loads(rows.read_text(encoding="utf-8")))
-    assert plan["data"]["rows"] == count and plan["data"]["rows_faulty"] == 0 and plan["data"]["steps"] == 3
+    assert plan["data"]["rows"] == count and plan["data"]["rows_invalid"] == 0 and plan["data"]["steps"] == 3
     assert plan["data"]["image_tokens"] == 16 * plan["data"]["images"]
     assert sum(bar["rows"] for bar in plan["data"]["histogram"]) == count
     assert plan["peak"] > 0
