@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -197,7 +198,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def begun(
     dist: DistributedContext, state: TrainerState, monkeypatch: pytest.MonkeyPatch, peak: PeakFlops | None = None
 ) -> TrainingProgress:
-    monkeypatch.setattr(progress, "peak_of", lambda device: peak)
+    monkeypatch.setattr(progress, "peak_flops", lambda device: peak)
     arguments: Any = SimpleNamespace(device=torch.device("cpu"), torch_compile=False, tf32=None)
     callback = TrainingProgress([tuned("llava", True)], arguments, dist)
     callback.on_train_begin(arguments, state, TrainerControl())
@@ -297,7 +298,12 @@ def test_the_progress_line_is_fitted_to_the_terminal(
         record.on_train_begin(args, state, TrainerControl())
         record.on_log(args, state, TrainerControl(), logs)
         record.on_train_end(args, state, TrainerControl())
-        line = [part.strip() for part in screen.read(4096).decode().split("\r") if part.strip()][-1]
+        terminal.close()
+        output = b""
+        with contextlib.suppress(OSError):  # EIO at the end: the other side is closed
+            while chunk := screen.read(4096):
+                output += chunk
+    line = [part.strip() for part in output.decode().split("\r") if part.strip()][-1]
     assert line.startswith("40/1200 |")
     assert "|, 1:02:03 left" in line
     assert line.endswith(last)
@@ -326,7 +332,7 @@ def test_a_run_counts_its_rows_without_padding(
     for path in (run.summary, run.metrics):
         path.unlink()
     run.metrics.touch()
-    monkeypatch.setattr(progress, "peak_of", lambda device: PeakFlops(1, None, 1e-3))
+    monkeypatch.setattr(progress, "peak_flops", lambda device: PeakFlops(1, None, 1e-3))
     train(recipe, ["test"], resume=run.checkpoints / "checkpoint-2")
     (record,) = metrics(recipe)
     assert (record["step"], record["tokens"]) == (3, sum(lengths))  # a checkpoint between two logs has them all
