@@ -103,7 +103,7 @@ def test_every_command_of_the_readme(
     if command in ("make quickstart", "make test"):  # the fixture ran the first, and the second is what runs this
         return
     words = shlex.split(command)
-    if words[0] == "accelerate":  # the road of test_accelerate_launches_the_file_itself, which trains
+    if words[0] == "accelerate":  # test_accelerate_launches_the_file_itself trains with it
         assert words[1:3] == ["launch", "mmtune/train.py"]
         words = ["mmtune", "train", *words[3:]]
     assert words[0] in ("mmtune", ".venv/bin/mmtune"), f"no test knows how to run: {command}"
@@ -111,7 +111,7 @@ def test_every_command_of_the_readme(
         assert Path(words[2]).stem in shipped_recipes()  # test_every_recipe_is_rehearsed rehearses it as it stands
         return
     if words[1] == "train":
-        words.append("--rehearse")  # the full size wants a GPU and the hub; the rehearsal takes the same road
+        words.append("--rehearse")  # the full size needs a GPU and the hub; the rehearsal runs the same code
     if words[1] in ("data", "plan"):  # LLaVA's data are not here
         assert [word.replace("llava_lora", "few_rows") for word in words[1:]] in table_commands()  # which are run
         return
@@ -168,7 +168,7 @@ def test_the_table_holds_every_verb() -> None:
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_every_recipe_is_rehearsed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # nothing of the checkout is leant on, and nothing is left behind
+    monkeypatch.chdir(tmp_path)  # uses no file of the checkout and leaves none behind
     summary = rehearse(load_recipe(shipped_recipes()[name]))
     assert summary["quarantined"] == 0
     if "merge_same_answers" in summary:

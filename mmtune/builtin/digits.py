@@ -6,7 +6,7 @@ out: only the `eval` splits show held-out images, and no training split does, in
 
 Splits:
 
-* `read`: first training stage of the built-in checkpoint: reading the four digits, naming a position, finding a digit.
+* `read`: first training stage of the built-in checkpoint: reading the four digits, naming a position, locating a digit.
 * `words`: second stage: the same tasks, repeating words, and concluding with "Answer:". Without it, words that occur in no
   answer would have almost equal embeddings, which a small adapter could not separate.
 * `read_eval`, `words_eval`: the questions of each stage about held-out digits.

@@ -84,7 +84,7 @@ KNOWN = (
         "PIL.Image",
         "DecompressionBombWarning",
         "could be decompression bomb DOS attack",
-        "an image of so many pixels is an error of its row",
+        "an image with too many pixels is an error of its row",
     ),
     KnownWarning(
         "PIL.TiffImagePlugin",

@@ -128,12 +128,12 @@ def check_launch(precision: str, deepspeed_config: str | Mapping[str, Any] | Non
     _check_rendezvous()
     if _asked(FSDP):
         if os.environ.get("FSDP_VERSION") != "2":
-            raise UserError("launched with FSDP's first version, which mmtune does not train with; fsdp_version: 2 is right")
+            raise UserError("launched with FSDP's first version, which is not supported; expected fsdp_version: 2")
         for option in ("FSDP_OFFLOAD_PARAMS", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
             if _asked(option):
-                raise UserError(f"launched with {option.lower()}, which mmtune does not train with; false is right")
+                raise UserError(f"launched with {option.lower()}, which is not supported; expected false")
     if _asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        raise UserError("launched with a parallelism config, which mmtune does not train with; DDP or DeepSpeed ZeRO is right")
+        raise UserError("launched with a parallelism config, which is not supported; expected DDP, DeepSpeed ZeRO or FSDP2")
     if LAUNCHED_WITH in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         # accelerate's launcher of one process names a master when it was asked for more
         raise UserError(
@@ -159,7 +159,7 @@ def check_launch(precision: str, deepspeed_config: str | Mapping[str, Any] | Non
         except ImportError as error:
             raise UserError("launched with DeepSpeed, which is not installed: pip install 'mmtune[deepspeed]'") from error
         _tell_of_locks()
-        os.environ[LAUNCHED_WITH] = "no"  # DeepSpeed's own mixed precision would round what trains; see `init_distributed`
+        os.environ[LAUNCHED_WITH] = "no"  # DeepSpeed's own would round trainable parameters; see `init_distributed`
 
 
 def _tell_of_locks() -> None:

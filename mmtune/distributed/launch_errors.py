@@ -72,7 +72,7 @@ def print_lost_peer() -> None:
 
 @contextmanager
 def leaves_bugs() -> Iterator[None]:
-    """Inside, an exception that nobody expected is left for the launcher's report too; Python prints its traceback."""
+    """Inside, an unexpected exception is also written for the launcher's report; Python prints its traceback."""
     try:
         yield
     except BaseException as error:

@@ -27,7 +27,7 @@ DEFAULT_METHOD = "lora"
 COMPONENTS = ("vision", "projector", "language")
 QUANTIZED = ("int8", "nf4")
 
-UNPROVEN = "mmtune has no proof of it"
+UNPROVEN = "mmtune has not tested it"
 BIAS_ALL = {("bias", "all"): "it would train biases of every component; lora_only trains those of the tuned layers"}
 MANAGED = {
     "task_type": "mmtune sets it",

@@ -21,7 +21,7 @@ from mmtune.recipe.recipe import ModelSection
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """A run, one of its checkpoints, an adapter directory, a checkpoint or a hub id. Nothing is loaded before it is asked for.
+    """A run, one of its checkpoints, an adapter directory, a checkpoint or a hub id. Loaded lazily.
 
     Attributes:
         weights: where its weights are.

@@ -69,7 +69,7 @@ def start_trackers(trainer: Trainer, run: RunDirectory) -> None:
         elif isinstance(callback, WandbCallback) and trainer.is_world_process_zero():
             _start_wandb(trainer, run.path)
         elif isinstance(callback, TrackioCallback) and trainer.is_world_process_zero():
-            with redirect_stdout(io.StringIO()):  # instructions with terminal sequences, wherever they are printed
+            with redirect_stdout(io.StringIO()):  # instructions with terminal sequences
                 callback.setup(trainer.args, trainer.state, trainer.model)
             print(f"trackio: {_trackio_folder()}; to view it: trackio show --project {trainer.args.project}")
 

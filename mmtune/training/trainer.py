@@ -50,7 +50,7 @@ def _listing(rows: Sequence[str]) -> str:
 
 
 EMPTY_STEPS = 10
-"""A run ends that has trained on nothing after so many steps."""
+"""A run that has trained on nothing stops after this many steps."""
 
 
 class EpochLoader(DataLoader[Any]):
@@ -70,7 +70,7 @@ class TuningTrainer(Trainer):
         objective: makes the model's inputs of a batch, the loss, and the denominator of a step.
         data_report: counts rows that fail while training.
         max_bad_fraction: stop when more than this part of the rows failed.
-        max_nonfinite_steps: skip so many steps whose gradients are not finite, and stop at the next.
+        max_nonfinite_steps: skip this many steps whose gradients are not finite, and stop at the next.
         dist: the processes that train together; each counts the rows that failed in any.
         learning_rates: rate by parameter name, for parameters that do not take the run's own.
         dummy_batch: a batch without supervised tokens. It replaces a batch whose rows were all dropped, so that the number of
@@ -172,7 +172,7 @@ class TuningTrainer(Trainer):
         return (loss, losses.outputs) if return_outputs else loss
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager[None]:
-        """The Trainer's, none; under FSDP2 torch's autocast, which accelerate leaves to FSDP2's rounding of what trains."""
+        """The Trainer's, none; under FSDP2 torch's autocast, which accelerate omits there."""
         context: contextlib.AbstractContextManager[None]
         context = self.accelerator.autocast() if self._dist.fsdp else super().autocast_smart_context_manager(cache_enabled)
         return context
@@ -294,7 +294,7 @@ class TuningTrainer(Trainer):
             "multiprocessing_context": self.args.dataloader_multiprocessing_context,
             "prefetch_factor": self.args.dataloader_prefetch_factor,
             "worker_init_fn": prepare_worker,
-            "generator": torch.Generator(),  # a loader draws a seed, and would draw it from the run's, once more when resumed
+            "generator": torch.Generator(),  # a loader draws a seed; from the run's generator it would draw again when resumed
         }
         if isinstance(self.train_dataset, SampleStream):
             return DataLoader(self.train_dataset, batch_size=None, **settings)

@@ -1,4 +1,4 @@
-"""Jinja with a bound on the work of one rendering: data templates and chat templates come from people whom nobody vouches for.
+"""Jinja with a bound on the work of one rendering: data templates and chat templates are untrusted.
 
 The environment is Jinja's immutable sandbox. Every operation whose cost can grow is charged to a `Budget` before it runs:
 operators and methods by the size of their result, filters and tests by the size of what they read, and each pass of a loop, a

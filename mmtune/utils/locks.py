@@ -30,7 +30,7 @@ def lock_file(directory: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[bool]:
-    """Hold the lock of a directory, which need not exist. Yields whether the lock is held.
+    """Hold the lock of a directory, which may not exist yet. Yields whether the lock is held.
 
     Some network file systems have no locks, and a killed process of another user may have left its lock file. Then a line is
     printed, and other processes are not locked out.

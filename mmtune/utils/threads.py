@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 SPIN_COUNT = "1000"
 """How many times a waiting thread of libgomp spins before it sleeps.
 
-libgomp's default, 300,000 (milliseconds), is right if every thread has a core. If other processes use the cores too, threads of
+libgomp's default, 300,000 (milliseconds), suits threads with a core each. If other processes use the cores too, threads of
 every operation wait for one that has no core, and occupy cores while they spin. benchmarks/busy_cores.py compares both.
 """
 
@@ -25,7 +25,7 @@ def prepare_threads() -> None:
     share = max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     if (
         "OMP_NUM_THREADS" not in os.environ and share < _affinity()
-    ):  # otherwise torch's default is right: one thread per physical core
+    ):  # otherwise torch's default applies: one thread per physical core
         os.environ["OMP_NUM_THREADS"] = str(share)
 
 

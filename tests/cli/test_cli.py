@@ -1,4 +1,4 @@
-"""The command line: exit codes, one clear message for a user's mistake, JSON and nothing else where it is asked for."""
+"""The command line: exit codes, one clear message for a user's mistake, with --json JSON alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes give what one gives, and what was asked for is what comes to be."""
+"""Several processes give the result of one process, and the requested strategy is the one that runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells of itself: figures that are true, in one place, and told to nobody who was not asked for."""
+"""Metrics of a run: correct values, in one place, sent only to the trackers that the recipe names."""
 
 from __future__ import annotations
 

@@ -217,7 +217,7 @@ def private_peaks(command: list[str], log: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_a_process_at_zero_3_never_holds_the_whole_model(tmp_path: Path) -> None:
-    """A billion parameters that are bf16 on disk and fp32 here, so that no process can lean on the file's own pages."""
+    """A billion parameters that are bf16 on disk and fp32 here, so that no process can use the file's own pages."""
     few_words = [{"from": "human", "value": "one and one"}, {"from": "gpt", "value": "two"}]
     (tmp_path / "rows.json").write_text(json.dumps([{"conversations": few_words}] * 2), encoding="utf-8")
     model, processor = build_untrained(seed=0)

@@ -1,4 +1,4 @@
-"""What trains is what the recipe names: no more, no less, and in fp32."""
+"""The trainable parameters are those that the recipe names, in fp32."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def library_fact(name: str) -> Any:
 
 
 def is_stored(name: str) -> bool:
-    """Whether the fact is stored for the installed version, so that its library need not be imported."""
+    """Whether the fact is stored for the installed version, so that its library is not imported."""
     return name in _stored() and _stored()[name]["version"] == metadata.version(FACTS[name][0])
 
 
