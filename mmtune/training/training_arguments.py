@@ -37,7 +37,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         arguments = TrainingArguments(
             **settings,
             output_dir=str(RunDirectory(Path(recipe.output_dir)).checkpoints),
-            # DeepSpeed's own mixed precision would round the trainable parameters: `init_distributed` selects torch's autocast there
+            # DeepSpeed's own would round the trainable parameters: `init_distributed` selects torch's autocast there
             bf16=recipe.model.precision != "fp32" and not launched_with_deepspeed(),
             remove_unused_columns=False,
             label_names=["labels"],
