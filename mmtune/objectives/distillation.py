@@ -1,8 +1,7 @@
 """Knowledge distillation: a student learns the distribution, and on request the hidden states and attention, of a teacher.
 
 Sources: soft labels, Hinton et al. (arXiv 1503.02531); the generalized Jensen-Shannon divergence, GKD (arXiv 2306.13649, equation
-1), as TRL defines it; hidden states, TinyBERT (arXiv 1909.10351, equation 8); attention distributions, MiniLM (arXiv 2002.10957,
-equation 5).
+1), as TRL defines it; hidden states, TinyBERT (arXiv 1909.10351); attention distributions, MiniLM (arXiv 2002.10957).
 """
 
 from __future__ import annotations
