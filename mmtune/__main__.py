@@ -1,6 +1,6 @@
-"""The program `mmtune`, also as `python -m mmtune`: the command line, with Ctrl-C answered while it is imported.
+"""Entry point of `mmtune` and `python -m mmtune`, which also handles Ctrl-C while the command line is imported.
 
-What is imported above `main` is what the interpreter has loaded by then: Ctrl-C meanwhile would print a traceback.
+Only modules that the interpreter has loaded already are imported at the top: Ctrl-C during an import prints a traceback.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from types import TracebackType
 
 
 def main() -> int:
-    """Run the command line; returns its exit code."""
+    """Run the command line and return its exit code."""
     sys.excepthook = _print_escaped
     try:
         from mmtune.cli.main import entry_point
@@ -22,7 +22,7 @@ def main() -> int:
 
 
 def _print_escaped(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-    """Print the traceback of a bug; its message may quote data."""
+    """Print the traceback of a bug with control characters escaped, because its message may contain data."""
     import traceback
 
     from mmtune.console.terminal_text import escape_controls

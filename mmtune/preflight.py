@@ -1,4 +1,4 @@
-"""Checks of a recipe before any library is imported: files, data templates, the base's family, optional libraries."""
+"""Preflight: validate files, data templates, the family of the base and optional libraries before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from mmtune.utils.hub import is_local_name, locate_checkpoint
 def check_recipe(
     recipe: Recipe, sections: Collection[str] = SECTIONS, files: bool = True, libraries: Collection[str] = tuple(LIBRARY_KEYS)
 ) -> None:
-    """Check what a recipe names, without an import of torch or transformers.
+    """Check the files, templates, libraries and base of a recipe, without importing torch or transformers.
 
     Args:
-        sections: the sections whose files and templates are looked at.
-        files: whether the files must be there.
+        sections: the sections whose files and templates are checked.
+        files: whether the files must exist.
         libraries: keys of `LIBRARY_KEYS` whose libraries must be installed.
 
     Raises:
-        UserError: every fault with its line and key, a line each.
+        UserError: all errors, one per line, with file, line and key.
     """
     errors: list[str] = []
     if files:
@@ -58,9 +58,9 @@ def _collected(errors: list[str]) -> Iterator[None]:
 
 
 def _check_base(recipe: Recipe) -> None:
-    """What a base's `model_type` tells: whether its family is supported, and takes the method and packing."""
+    """Check by the base's `model_type` that its family is supported, and supports the method and packing."""
     base = recipe.model.base
-    model_type: str | None = "llava"  # what is assembled, and both built-in models
+    model_type: str | None = "llava"  # of assembled and built-in models
     if base not in (None, UNTRAINED):
         resolve_base(str(base))
         if (folder := local_folder(str(base))) is None:
@@ -87,13 +87,13 @@ def check_reachable(recipe: Recipe) -> None:
     """Check that the checkpoints of a recipe's models are on this machine or on a hub that answers.
 
     Raises:
-        UserError: with the line and key of the first that is not.
+        UserError: for the first that is not, with line and key.
     """
     for key, name, error in unreachable_checkpoints(recipe):
         with located_errors(recipe):
             tiny = " or model.base=builtin:tiny-llava" if key == "model.base" else ""
-            way = "" if is_local_name(name) else f"; --rehearse{tiny} tries the recipe without a download"
-            raise RecipeValueError(key, f"{error}{way}") from error
+            hint = "" if is_local_name(name) else f"; --rehearse{tiny} tries the recipe without a download"
+            raise RecipeValueError(key, f"{error}{hint}") from error
 
 
 def unreachable_checkpoints(recipe: Recipe) -> Iterator[tuple[str, str, UserError]]:

@@ -1,4 +1,4 @@
-"""What the libraries underneath may say on the terminal."""
+"""Terminal output of the libraries: progress bars, logging levels, warnings."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from mmtune.utils.torchvision_support import prepare_torchvision
 
 
 def rank_prefix() -> str:
-    """What an error begins with in a process that is not the first of several, such as `[rank 1] `."""
-    rank = int(os.environ.get("RANK", "0"))  # as launchers say it; known before torch is imported
+    """The prefix of messages in processes other than the first, such as `[rank 1] `; empty in the first."""
+    rank = int(os.environ.get("RANK", "0"))  # set by launchers, known before torch is imported
     return f"[rank {rank}] " if rank else ""
 
 
 def shows_progress() -> bool:
-    """Whether somebody watches this process: it is the first, and at a terminal."""
+    """Whether to show progress: in the first process, if standard error is a terminal."""
     return sys.stderr.isatty() and not rank_prefix()
 
 
 def configure_console() -> None:
-    """No progress bars where there is no terminal, and no notes about the libraries' use of each other.
+    """Configure the output of the libraries: no progress bars without a terminal, and known warnings left out.
 
-    Of several processes the first speaks; of the others only errors are heard. torchvision is prepared here as well, because
-    every command calls this before it imports transformers.
+    Processes other than the first print errors only. torchvision is prepared here too, because every command calls this before it
+    imports transformers.
     """
-    print_warnings_once()  # before the libraries are imported, which may warn of each other
+    print_warnings_once()  # before the imports, which may print warnings
     if rank_prefix():
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Warnings of the libraries underneath: known ones are left out with a reason, any other is one line, once per run."""
+"""Warnings of the libraries: known ones are left out, each with a reason; any other is one line, printed once per run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any, TextIO
 
 @dataclass(frozen=True)
 class KnownWarning:
-    """A warning that tells the reader of a run nothing.
+    """A warning that is irrelevant for the user of a run.
 
     Attributes:
-        module: the name of the logger, or of the module that warns.
+        module: the logger, or the module that warns.
         kind: the level of a log record, or the category of a Python warning.
-        text: words of the message, as the library writes them.
+        text: a part of the message, as the library writes it.
         reason: why it is left out.
     """
 
@@ -42,7 +42,7 @@ KNOWN = (
         "transformers.modeling_utils",
         "FutureWarning",
         "`is_gradient_checkpointing` is deprecated",
-        "PEFT asks for it, and both names give the same",
+        "PEFT reads it, and both names have the same value",
     ),
     KnownWarning(
         "bitsandbytes.backends.cpu.ops",
@@ -60,7 +60,7 @@ KNOWN = (
         "transformers",
         "WARNING",
         "`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`.",
-        "what should happen: the Trainer takes its steps without a cache",
+        "intended: training steps do not use a cache",
     ),
     KnownWarning(
         "peft.peft_model",
@@ -78,7 +78,7 @@ KNOWN = (
         "bitsandbytes.autograd._functions",
         "WARNING",
         "MatMul8bitLt: inputs will be cast from",
-        "how int8 weights are multiplied; a merge measures what it does to the logits",
+        "the normal way to multiply int8 weights; a merge measures the effect on the logits",
     ),
     KnownWarning(
         "PIL.Image",
@@ -112,27 +112,27 @@ KNOWN = (
     ),
     KnownWarning("DeepSpeed", "WARNING", "Setting accelerator to CPU", "the run's first line names its device"),
 )
-"""Every warning that is left out, each with its reason. Only these are."""
+"""All warnings that are left out."""
 
 
 class WarningPrinter(logging.Handler):
     """Prints log records and Python warnings of libraries in one line each.
 
-    A warning is printed once in this process and all that are forked from it, such as the workers of a data loader; texts that
-    differ in their numbers alone are the same warning. An error is printed each time.
+    A warning is printed once in this process and all processes forked from it, such as data-loader workers. Texts that
+    differ only in numbers are the same warning. An error is printed every time.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._printed = os.memfd_create("printed-warnings")  # digests, in memory that forked processes share
+        self._printed = os.memfd_create("printed-warnings")  # digests of printed lines, in memory shared with forked processes
 
     def emit(self, record: logging.LogRecord) -> None:
-        """A log record, as logging's handlers print it."""
+        """Print a log record."""
         if record.levelno < logging.WARNING and not _is_in(record.name, "transformers"):
-            return  # train.log_level, which is about transformers, is the only level that a recipe sets
+            return  # train.log_level is the only level that a recipe sets; it is for transformers
         try:
             text = record.getMessage()
-        except (TypeError, ValueError, KeyError):  # arguments that do not fit the message are the library's mistake
+        except (TypeError, ValueError, KeyError):  # the library gave arguments that do not match the message
             text = f"{record.msg} {record.args}"
         if record.exc_info and record.exc_info[1] is not None:
             text += f": {type(record.exc_info[1]).__name__}: {record.exc_info[1]}"
@@ -147,7 +147,7 @@ class WarningPrinter(logging.Handler):
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        """A Python warning, in place of `warnings.showwarning`."""
+        """Print a Python warning. Replaces `warnings.showwarning`."""
         self.acquire()
         try:
             self._print(_module_of(filename), category.__name__, str(message), is_warning=True)
@@ -177,7 +177,7 @@ class WarningPrinter(logging.Handler):
 
 
 def print_warnings_once() -> None:
-    """From now on, print what libraries log and warn of through one `WarningPrinter`, instead of handlers of their own."""
+    """Print logs and warnings of all libraries through one `WarningPrinter` instead of their own handlers."""
     if any(isinstance(handler, WarningPrinter) for handler in logging.root.handlers):
         return
     printer = WarningPrinter()
@@ -186,7 +186,7 @@ def print_warnings_once() -> None:
     make_record = logging.getLogRecordFactory()
 
     def record(name: str, *args: Any, **kwargs: Any) -> logging.LogRecord:
-        _remove_own_handlers(name)  # here, because libraries add them when they are imported, which may be late
+        _remove_own_handlers(name)  # at each record, because libraries add handlers when they are imported
         return make_record(name, *args, **kwargs)
 
     logging.setLogRecordFactory(record)
@@ -195,7 +195,7 @@ def print_warnings_once() -> None:
 def _remove_own_handlers(name: str) -> None:
     logger: logging.Logger | None = logging.getLogger(name)
     while logger is not None and logger is not logging.root:
-        for handler in [each for each in logger.handlers if type(each) is logging.StreamHandler]:  # not FileHandler, its child
+        for handler in [each for each in logger.handlers if type(each) is logging.StreamHandler]:  # not its subclass FileHandler
             logger.removeHandler(handler)
             logger.propagate = True
         logger = logger.parent
@@ -206,7 +206,7 @@ def _is_in(module: str, package: str) -> bool:
 
 
 def _module_of(filename: str) -> str:
-    """The dotted name of the module in a file, by the entry of `sys.path` that it lies under."""
+    """The dotted module name of a file, relative to its entry of `sys.path`."""
     roots = [root for root in sys.path if root and Path(filename).is_relative_to(root)]
     path = Path(filename).relative_to(max(roots, key=len)) if roots else Path(Path(filename).name)
     return ".".join(path.with_suffix("").parts).removesuffix(".__init__")

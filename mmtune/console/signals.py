@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP end a command as Ctrl-C does: what it was writing is removed on the way out."""
+"""SIGTERM and SIGHUP stop a command like Ctrl-C: unfinished files are removed before it exits."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 def exit_on_signals(run: Callable[..., int]) -> Callable[..., int]:
-    """Have a command end by `Terminated` where SIGTERM or SIGHUP would end the process at once; its exit code is 128 + signal.
+    """Decorate a command so that SIGTERM and SIGHUP raise `Terminated` in it; its exit code is then 128 + the signal's number.
 
-    A signal that is ignored, as under nohup, or that somebody else handles is left alone. So are the processes of a launched run:
-    one that waits for the others would not see its handler run.
+    Signals that are ignored, as under nohup, or that have another handler are not changed. Neither are the processes of a
+    launched run, because Python runs no handler while a process waits for the others in a collective operation.
     """
 
     @functools.wraps(run)
@@ -30,9 +30,9 @@ def exit_on_signals(run: Callable[..., int]) -> Callable[..., int]:
         owner = os.getpid()
 
         def end(number: int, frame: object) -> None:
-            for each in numbers:  # once is enough, and the way out is not to be interrupted
+            for each in numbers:  # further signals must not interrupt the cleanup
                 signal.signal(each, signal.SIG_IGN if os.getpid() == owner else signal.SIG_DFL)
-            if os.getpid() != owner:  # forked, with nothing of its own to remove
+            if os.getpid() != owner:  # a forked process has nothing to clean up
                 signal.raise_signal(number)
             raise Terminated(number)
 

@@ -1,4 +1,4 @@
-"""A rich console whose own styles reach the terminal, and control characters of the text in it do not."""
+"""rich console that prints its own styles but escapes control characters in the text."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from rich.table import Table
 from mmtune.console.terminal_text import escape_controls, unescaped
 
 LONG_WORD = 16
-"""A longer word of a table, such as a module's path, may be folded."""
+"""Longer words in a table, such as module paths, may be folded."""
 
 
 class StyledConsole(Console):
     """rich's Console on standard output, with the text of every segment escaped.
 
     Args:
-        settings: rich's.
+        settings: of rich's Console.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(file=unescaped(sys.stdout), **settings)
 
     def print_table(self, table: Table) -> None:
-        """Print a table in which no figure and no name is cut off: cells take more lines, or the table more than the width.
+        """Print a table without cutting numbers and names off. Cells use more lines, or the table is wider than the terminal.
 
         Args:
-            table: its figures are the columns that are justified to the right.
+            table: columns that are justified to the right contain numbers.
         """
         is_narrow = self.measure(table, options=self.options.update(width=10_000)).maximum > self.width
         for column in table.columns:
@@ -43,11 +43,11 @@ class StyledConsole(Console):
             if is_narrow:
                 column.header = str(column.header).replace(" ", "\n")
         least = sum((column.min_width or 0) + len("│  ") for column in table.columns) + len("│")
-        if least > self.width:  # rich would leave columns out
+        if least > self.width:  # otherwise rich leaves columns out
             table.width = least
         self.print(table, crop=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """rich's segments, their text escaped."""
+        """rich's segments with escaped text."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(escape_controls(segment.text), segment.style)

@@ -1,4 +1,4 @@
-"""Text on the terminal: control characters from data, models and servers are shown escaped, and a closed output is reported."""
+"""Text on the terminal: control characters from data, models and servers are escaped, and closed outputs are handled."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
 
-# C0 without tab and newline, DEL, C1, the bidirectional overrides and isolates, and surrogates, which no encoding takes.
+# C0 without tab and newline, DEL, C1, bidirectional overrides and isolates, and surrogates, which cannot be encoded.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 CURSOR = re.compile("(\n|\x1b\\[A)*")
-"""What a progress bar writes to move to its line."""
+"""The text that a progress bar writes to move to its line."""
 
 
 def escape_controls(text: str) -> str:
-    r"""Text in which every control character but tab and newline is written as `\uXXXX`.
+    r"""Replace every control character except tab and newline by `\uXXXX`.
 
-    The form is JSON's, so that a JSON document stays one and keeps its values.
+    This is the notation of JSON, so a JSON document stays valid and keeps its values.
     """
     return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
@@ -32,9 +32,9 @@ class OutputFailed(Exception):
     """Standard output or standard error cannot be written.
 
     Args:
-        error: the system's.
-        name: of the stream, for people.
-        descriptor: the stream's.
+        error: of the system.
+        name: of the stream, for messages.
+        descriptor: of the stream.
     """
 
     def __init__(self, error: OSError, name: str, descriptor: int) -> None:
@@ -43,21 +43,21 @@ class OutputFailed(Exception):
         self._descriptor = descriptor
 
     def discard(self) -> None:
-        """Send what the stream still buffers nowhere: Python writes it when it ends, and would fail again."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._descriptor)
-        os.close(nowhere)
+        """Discard the buffered text of the stream. Python would write it at exit and fail again."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._descriptor)
+        os.close(null)
 
 
 class GuardedStream:
-    """A text stream whose failure has a name of its own; characters that its encoding lacks are escaped.
+    """A text stream that raises OutputFailed on errors and escapes characters that its encoding does not have.
 
     Args:
-        stream: where the text goes.
-        name: of the stream, for people.
+        stream: the stream to write to.
+        name: of the stream, for messages.
 
     Raises:
-        OutputFailed: from `write` and `flush`, such as when the reader of a pipe is gone or a disk is full.
+        OutputFailed: from `write` and `flush`, for example if the reader of a pipe has exited or the disk is full.
     """
 
     def __init__(self, stream: TextIO, name: str) -> None:
@@ -96,13 +96,13 @@ class GuardedStream:
 
 
 class EscapedStream(GuardedStream):
-    """A guarded stream that escapes control characters in all that is written to it.
+    """A guarded stream that escapes control characters in everything written to it.
 
-    Whoever writes terminal sequences of its own takes `unescaped`.
+    Code that writes its own terminal sequences uses `unescaped`.
 
     Args:
         stream, name: as for `GuardedStream`.
-        shows_progress: whether progress bars are written here: they begin with a carriage return, or move between lines.
+        shows_progress: whether progress bars are written to it, which begin with a carriage return or move between lines.
     """
 
     def __init__(self, stream: TextIO, name: str, shows_progress: bool = False) -> None:
@@ -118,19 +118,19 @@ class EscapedStream(GuardedStream):
 
 
 def supports_unicode(stream: Any) -> bool:
-    """Whether a stream's encoding has every character; otherwise the writer of a JSON document escapes those beyond ASCII."""
+    """Whether the encoding of a stream supports all of Unicode. If not, JSON is written in ASCII."""
     return str(stream.encoding or "utf-8").lower().startswith("utf")
 
 
 def unescaped(stream: Any) -> Any:
-    """An `EscapedStream` without the escaping, for those who write terminal sequences of their own; any other stream as it is."""
+    """The stream of an `EscapedStream` without escaping, for terminal sequences; any other stream unchanged."""
     return GuardedStream(stream.stream, stream.title) if isinstance(stream, EscapedStream) else stream
 
 
 def escape_output(run: Callable[..., int]) -> Callable[..., int]:
-    """Have a command's standard output and standard error escaped while it runs; one that cannot be written ends it.
+    """Decorate a command so that its standard output and standard error are escaped, and errors in writing them stop it.
 
-    The exit code is then 141 when the reader of a pipe is gone, as of any program in a shell, and otherwise 2.
+    The exit code is then 141 if the reader of a pipe has exited (128 + SIGPIPE), otherwise 2.
     """
 
     @functools.wraps(run)
@@ -152,8 +152,8 @@ def escape_output(run: Callable[..., int]) -> Callable[..., int]:
 
 @contextmanager
 def _escaped_streams() -> Iterator[None]:
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:  # for streams that were closed before (`>&-`)
-        out: Any = EscapedStream(sys.stdout or nowhere, "standard output")
-        err: Any = EscapedStream(sys.stderr or nowhere, "standard error", shows_progress=True)
+    with Path(os.devnull).open("w", encoding="utf-8") as null:  # for streams that are closed at the start (`>&-`)
+        out: Any = EscapedStream(sys.stdout or null, "standard output")
+        err: Any = EscapedStream(sys.stderr or null, "standard error", shows_progress=True)
         with redirect_stdout(out), redirect_stderr(err):
             yield

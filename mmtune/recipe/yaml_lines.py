@@ -1,7 +1,7 @@
-"""YAML of recipes and data templates, and `key.sub=value` overrides, into plain values that remember where each key was written.
+"""YAML of recipes and data templates, and `key.sub=value` overrides: plain values with the location of each key.
 
-The YAML is 1.2's core schema, as editors read it, on PyYAML's safe loader: `2e-5` is a number, and `no`, `on` and
-`2024-01-01` are text, so that `save_strategy: no` means what transformers means by it.
+The schema is the core schema of YAML 1.2, on PyYAML's safe loader: `2e-5` is a number, and `no`, `on` and `2024-01-01` are text,
+so that `save_strategy: no` has the meaning that it has in transformers.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _CORE_SCHEMA = (
 MAX_BYTES = 2**20
 MAX_DEPTH = 50
 MAX_SIZE = 100_000
-"""Values and, at 64 characters each, texts of one document. What an alias stands for counts each time."""
+"""Maximum number of values in a document. Texts count once per 64 characters, and aliases each time they are used."""
 MAX_DIGITS = 1_000
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader with YAML 1.2's idea of what is not text, and with a bound on nesting."""
+    """The safe loader with the core schema of YAML 1.2 and a limit on nesting."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -57,7 +57,7 @@ _Loader.yaml_implicit_resolvers = {}
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either YAML 1.1 or the loader above would take for something other than text."""
+    """Quotes text that YAML 1.1 or the loader above would read as another type."""
 
 
 for _name, _pattern, _first in _CORE_SCHEMA:
@@ -68,7 +68,7 @@ for _name, _pattern, _first in _CORE_SCHEMA:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a key was written. `order` sorts errors: the file's by line, then the command line's in turn."""
+    """Where a key was written. `order` sorts errors: those of the file by line, then those of the command line."""
 
     place: str
     order: tuple[int, int]
@@ -77,10 +77,10 @@ class Origin:
 
 @dataclass
 class Document:
-    """A recipe's plain values, the origin of every dotted key in them, and what was wrong with the text itself.
+    """Plain values of a recipe, the origin of every dotted key, and errors in the YAML.
 
     Attributes:
-        unread: keys whose text cannot be read as a value; they are None in `values`.
+        unread: keys with an invalid value; they are None in `values`.
     """
 
     name: str
@@ -90,22 +90,22 @@ class Document:
     unread: set[str] = field(default_factory=set)
 
     def origin(self, key: str) -> Origin:
-        """Where the key was written, or the nearest of its parents that was."""
+        """Where the key, or its nearest written parent, was written."""
         while key and key not in self.origins:
             key = key.rpartition(".")[0]
         return self.origins[key] if key else Origin(f"{self.name}:1", (0, 1))
 
     def report(self, key: str, message: str) -> None:
-        """Note a problem with a key, to be shown with all the others.
+        """Add a problem with a key.
 
-        It is left out where it may be due to a value that could not be read, which has its own line.
+        It is left out if it may be a consequence of an invalid value in the same place, which is reported already.
         """
         if any(_lies_in(key, each) or _lies_in(each, key) for each in self.unread):
             return
         self.problems.append((self.origin(key), located_message(self.origin(key), key, message)))
 
     def raise_problems(self) -> None:
-        """Raise all that was reported as one UserError, a line each, in the order in which the reader wrote them."""
+        """Raise all problems as one UserError, one per line, in the order in which the keys were written."""
         if self.problems:
             lines = [text for _, text in sorted(self.problems, key=lambda problem: problem[0].order)]
             raise UserError("\n".join(dict.fromkeys(lines)))
@@ -116,7 +116,7 @@ def _lies_in(key: str, other: str) -> bool:
 
 
 def located_message(origin: Origin, key: str, message: str) -> str:
-    """One line: where, which key, what. An override that set this very key has named it already."""
+    """One line with location, key and message. The location of an override contains the key already."""
     return f"{origin.place}: {message}" if key == origin.override else f"{origin.place}: {key}: {message}"
 
 
@@ -125,24 +125,24 @@ def read_document(path: Path, kind: str = "recipe", keys: str = "model, data, ou
 
     Args:
         path: the file.
-        kind: what it is, for errors.
-        keys: some that it holds, for errors.
+        kind: of the file, for messages.
+        keys: examples of its keys, for messages.
 
     Raises:
-        UserError: for a file that cannot be read, is too large, is not YAML or is not a mapping. Duplicate and non-text keys
-            are left in `problems`, to be raised with the rest.
+        UserError: the file cannot be read, is too large, is not YAML or is not a mapping. Duplicate and non-text keys are added
+            to `problems`.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a directory; give a {kind} file")
     if not path.exists():
         ships = kind == "recipe" and str(path) in shipped_recipes()
-        copy = f"; a recipe of this name ships: `mmtune recipe copy {path}`, then give {path}.yaml"
+        copy = f"; this is a shipped recipe: `mmtune recipe copy {path}`, then give {path}.yaml"
         raise UserError(f"{path}: no such {kind} file{copy if ships else path_hint(path)}")
     if not path.is_file():
         raise UserError(f"{path}: not a regular file; give a {kind} file")
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes, and a {kind} has at most {MAX_BYTES:,}")
+            raise UserError(f"{path}: expected at most {MAX_BYTES:,} bytes for a {kind}, got {path.stat().st_size:,}")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
@@ -164,24 +164,24 @@ def read_document(path: Path, kind: str = "recipe", keys: str = "model, data, ou
 
 
 def apply_override(document: Document, text: str, number: int, shorthands: Mapping[str, str]) -> None:
-    """Apply `key.sub=value` to the document; its value is YAML, and a number steps into a list.
+    """Apply `key.sub=value` to the document. The value is YAML; a number in the key is the index of a list item.
 
     Args:
-        text: the override as it was typed.
-        number: its place on the command line, for the order of errors.
-        shorthands: keys whose value may be a bare string, and the key of the mapping that it stands for.
+        text: the override.
+        number: its position on the command line, for the order of errors.
+        shorthands: keys whose value may be a string instead of a mapping, and the key of the mapping that the string is for.
     """
     place = Origin(f"command line: {text}", (1, number))
-    key, equals, written = text.partition("=")
+    key, equals, value_text = text.partition("=")
     if not equals or not all(key.split(".")):
         document.problems.append((place, f"{place.place}: expected key=value, with dots between the parts of the key"))
         return
     origin = Origin(place.place, place.order, key)
     built = Document(document.name)
     try:
-        node = yaml.compose(written, Loader=_Loader)
+        node = yaml.compose(value_text, Loader=_Loader)
     except yaml.YAMLError as error:
-        document.problems.append((origin, located_message(origin, key, f"not valid YAML: {_syntax_error(error, written)[1]}")))
+        document.problems.append((origin, located_message(origin, key, f"not valid YAML: {_syntax_error(error, value_text)[1]}")))
         return
     value = None if node is None else _Builder(built, origin).build(node, key)
     document.problems += built.problems
@@ -222,7 +222,7 @@ def apply_override(document: Document, text: str, number: int, shorthands: Mappi
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """YAML text of plain values, keys in their own order, that `read_document` reads back to the same values."""
+    """YAML text of plain values, in the order of their keys. `read_document` reads back the same values."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -237,7 +237,7 @@ def _syntax_error(error: yaml.YAMLError, text: str) -> tuple[int, str]:
 
 
 class _Builder:
-    """Plain values from YAML nodes, with the origin of each key and faults noted in the document."""
+    """Builds plain values from YAML nodes, and adds the origin of each key and problems to the document."""
 
     def __init__(self, document: Document, override: Origin | None = None, kind: str = "recipe") -> None:
         self._document = document
@@ -249,12 +249,12 @@ class _Builder:
     def build(self, node: yaml.Node, key: str = "") -> Any:
         self._size += 1 + (len(node.value) // 64 if isinstance(node, yaml.ScalarNode) else 0)
         if self._size > MAX_SIZE:
-            message = f"more than {MAX_SIZE:,} values, where what an alias stands for counts each time"
+            message = f"expected at most {MAX_SIZE:,} values; aliases count each time they are used"
             raise UserError(located_message(self._origin(node), key or self._kind, message))
         if id(node) in self._open:
-            return self._no_value(node, key, "the value contains itself")
+            return self._add_invalid(node, key, "the value contains itself")
         if not isinstance(node, yaml.ScalarNode) and node.tag not in (f"{_TAG}map", f"{_TAG}seq"):
-            return self._no_value(node, key, f"the YAML tag '{node.tag}' is not supported")
+            return self._add_invalid(node, key, f"the YAML tag '{node.tag}' is not supported")
         self._open.add(id(node))
         try:
             if isinstance(node, yaml.MappingNode):
@@ -269,32 +269,32 @@ class _Builder:
         built: dict[str, Any] = {}
         inherited: dict[str, Any] = {}
         first_line: dict[str, int] = {}
-        # What '<<' brings comes first, so that the origin of a key that is also written here is the line here.
+        # Keys of '<<' first, so that the origin of a key that is also written here is the line here.
         for name_node, value_node in sorted(node.value, key=lambda pair: pair[0].tag != f"{_TAG}merge"):
             name = name_node.value
             if name_node.tag == f"{_TAG}merge":
                 for source in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
                     merged = self.build(source, key)
                     if not isinstance(merged, dict):
-                        self._fault(value_node, key, "'<<' expects a mapping, or a list of them")
+                        self._add_problem(value_node, key, "'<<' expects a mapping, or a list of them")
                         continue
                     inherited = merged | inherited
                 continue
             if name_node.tag != f"{_TAG}str":
                 shown = name if isinstance(name, str) else "a list or a mapping"
-                self._fault(name_node, key or self._kind, f"a key must be text, got {shown}; quote it")
+                self._add_problem(name_node, key or self._kind, f"a key must be text, got {shown}; quote it")
                 continue
             path = f"{key}.{name}" if key else name
             if name in first_line:
-                self._fault(name_node, path, f"key given twice; first on line {first_line[name]}")
+                self._add_problem(name_node, path, f"key given twice; first on line {first_line[name]}")
                 continue
             first_line[name] = name_node.start_mark.line + 1
             built[name] = self._child(name_node, value_node, key, name)
         return built | {name: value for name, value in inherited.items() if name not in built}
 
-    def _child(self, written: yaml.Node, node: yaml.Node, key: str, name: str) -> Any:
+    def _child(self, key_node: yaml.Node, node: yaml.Node, key: str, name: str) -> Any:
         path = f"{key}.{name}" if key else name
-        self._document.origins[path] = self._origin(written)
+        self._document.origins[path] = self._origin(key_node)
         return self.build(node, path)
 
     def _scalar(self, node: yaml.Node, key: str) -> Any:
@@ -305,7 +305,7 @@ class _Builder:
             if kind == "bool":
                 return {"true": True, "false": False}[text.lower()]
             if kind in ("int", "float") and len(text) > MAX_DIGITS:
-                return self._no_value(node, key, f"a number of {len(text):,} characters, more than {MAX_DIGITS:,}")
+                return self._add_invalid(node, key, f"expected a number of at most {MAX_DIGITS:,} characters, got {len(text):,}")
             if kind == "int":
                 return int(text, 0 if text[:2] in ("0x", "0o") else 10)
             if kind == "float":
@@ -313,17 +313,17 @@ class _Builder:
             if kind == "str":
                 return text
         except (ValueError, KeyError):
-            return self._no_value(node, key, f"'{text[:60]}' is not a YAML {kind}")
-        return self._no_value(node, key, f"the YAML tag '{node.tag}' is not supported")
+            return self._add_invalid(node, key, f"'{text[:60]}' is not a YAML {kind}")
+        return self._add_invalid(node, key, f"the YAML tag '{node.tag}' is not supported")
 
-    def _no_value(self, node: yaml.Node, key: str, message: str) -> None:
-        self._fault(node, key, message)
+    def _add_invalid(self, node: yaml.Node, key: str, message: str) -> None:
+        self._add_problem(node, key, message)
         self._document.unread.add(key)
 
     def _origin(self, node: yaml.Node) -> Origin:
         line = node.start_mark.line + 1
         return self._override or Origin(f"{self._document.name}:{line}", (0, line))
 
-    def _fault(self, node: yaml.Node, key: str, message: str) -> None:
+    def _add_problem(self, node: yaml.Node, key: str, message: str) -> None:
         origin = self._origin(node)
         self._document.problems.append((origin, located_message(origin, key, message)))

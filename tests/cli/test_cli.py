@@ -222,7 +222,7 @@ def test_mistakes_in_the_command_are_named_with_what_was_meant(
                 ("report", "run", []),
             )
         ),
-        (["train", "quickstart"], "a recipe of this name ships: `mmtune recipe copy quickstart`, then give quickstart.yaml"),
+        (["train", "quickstart"], "this is a shipped recipe: `mmtune recipe copy quickstart`, then give quickstart.yaml"),
         (["recipe", "check", "tab.yaml"], "tab.yaml:2: not valid YAML: "),
         (["recipe", "check", "tab.yaml"], "indent with spaces"),
         (

@@ -355,7 +355,7 @@ def test_names_of_other_toolkits_map_to_keys_of_a_recipe(recipe: Path) -> None:
     ("override", "message"),
     [
         ("train.max_steps=!!int many", "'many' is not a YAML int"),
-        (f"train.max_steps={'9' * 1001}", "a number of 1,001 characters, more than 1,000"),
+        (f"train.max_steps={'9' * 1001}", "expected a number of at most 1,000 characters, got 1,001"),
         ("model.base=!name x", "the YAML tag '!name' is not supported"),
         ("tune.language=!name {method: lora}", "the YAML tag '!name' is not supported"),
     ],
