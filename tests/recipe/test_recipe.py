@@ -416,7 +416,10 @@ def test_duplicate_keys_name_both_lines(write: Any) -> None:
             "model: {base: " + "9" * 100_000 + "}\n",
             "x.yaml:1: model.base: expected a number of at most 1,000 characters, got 100,000",
         ),
-        ("model: {base: 0x" + "f" * 100_000 + "}\n", "x.yaml:1: model.base: a number of 100,002 characters"),
+        (
+            "model: {base: 0x" + "f" * 100_000 + "}\n",
+            "x.yaml:1: model.base: expected a number of at most 1,000 characters, got 100,002",
+        ),
         ("model: " + "x" * 2**20, "x.yaml: expected at most 1,048,576 bytes for a recipe, got 1,048,583"),
     ],
     ids=lambda text: text[:40],
