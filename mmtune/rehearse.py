@@ -23,22 +23,15 @@ from PIL import Image
 from mmtune.data.sources.reader import example_rows, write_rows
 from mmtune.data.sources.source import Row
 from mmtune.data.templates.template import DataTemplate, load_data_template
-from mmtune.distributed.context import (
-    SINGLE_PROCESS,
-    DistributedContext,
-    check_launch,
-    fsdp_on_cpu,
-    init_distributed,
-    is_launched,
-    launched_with_deepspeed,
-    launched_with_fsdp,
-    make_models_whole,
-)
+from mmtune.distributed.accelerate_private import fsdp_on_cpu
+from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext, init_distributed
+from mmtune.distributed.deepspeed_private import disable_sharded_construction
+from mmtune.distributed.launch import check_launch, is_launched, launched_with_deepspeed, launched_with_fsdp
 from mmtune.evaluation.evaluate import generate_answers
 from mmtune.methods.method_table import METHODS
 from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
 from mmtune.models.checkpoints.locate_base import local_folder
-from mmtune.models.load import base_config, load_base, load_trained
+from mmtune.models.load import base_config, load_base, load_trained, resolve_model
 from mmtune.models.meta_model import read_model_config
 from mmtune.models.tiny.shrunk_base import local_files, write_shrunk_base
 from mmtune.models.tiny.tiny_bases import write_tiny_base
@@ -72,7 +65,7 @@ def rehearse(recipe: Recipe) -> dict[str, Any]:
             file = _write_small(recipe, place, dist) if dist.is_main_process else None
             small = load_recipe(dist.broadcast_object(file))
             summary = train(small, ["mmtune", "train", "--rehearse"])
-            make_models_whole()
+            disable_sharded_construction()  # after ZeRO-3, so that one process can load the model alone
             if dist.is_main_process:
                 summary |= _use(small, place)
             dist.barrier()
@@ -197,7 +190,7 @@ def _tiny_model(section: ModelSection, path: Path) -> str:
         return section.base
     if section.base is not None:
         return "builtin:tiny-llava"
-    model, processor = load_base(section, seed=1)
+    model, processor = load_base(resolve_model(section), seed=1)
     save_checkpoint(model, processor, path)
     return str(path)
 

@@ -24,15 +24,16 @@ from mmtune.console.library_output import rank_prefix
 from mmtune.data.data_report import DataReport
 from mmtune.data.dataset import check_rows, open_samples
 from mmtune.data.encoding.encode import check_chat_template
-from mmtune.distributed.context import check_launch, check_same, init_distributed
+from mmtune.distributed.context import check_same, init_distributed
+from mmtune.distributed.launch import check_launch
 from mmtune.distributed.sharded_parameters import gathered_forward
 from mmtune.evaluation.evaluate import Answer, check_questions, evaluate, read_answers, score_metrics, write_answers
 from mmtune.evaluation.run_report import write_report
 from mmtune.evaluation.scores import print_scores
-from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK, UNTRAINED, locate_base
+from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK
 from mmtune.models.checkpoints.unread_tensors import copy_unread_tensors
 from mmtune.models.generation import DEFAULT_MAX_NEW_TOKENS, generation_settings, unused_settings
-from mmtune.models.load import ADAPTER_CONFIG, load_bare_processor, load_base
+from mmtune.models.load import ADAPTER_CONFIG, load_base, resolve_model
 from mmtune.models.materialize import materialize_base
 from mmtune.objectives.objective_table import build_objective
 from mmtune.preflight import check_recipe
@@ -42,12 +43,13 @@ from mmtune.run_directory import RunDirectory, check_output_dir, clear_leftover,
 from mmtune.training.callbacks import draw_loss_curve
 from mmtune.training.checkpoint import check_resumable, checkpoint_to_resume, finished_summary, flatten, restore_training_state
 from mmtune.training.dataloader import TrainingData, optimizer_steps, plan_rows, prepare_data, prove_packed_rows, rows_to_take
-from mmtune.training.fit import RunInputs, create_trainer, run_training
+from mmtune.training.fit import create_trainer, run_training
+from mmtune.training.run_inputs import RunInputs
 from mmtune.training.training_arguments import build_training_arguments
 from mmtune.tuning.apply import TunedModel, tune_model
 from mmtune.tuning.peft_config import keeps_adapter
 from mmtune.tuning.save import save_tuned
-from mmtune.tuning.strategy_support import check_fsdp, check_method, takes_sharded_weights
+from mmtune.tuning.strategy_support import check_method, takes_sharded_weights
 from mmtune.utils.errors import errors_at_key
 from mmtune.utils.files import check_writable, replaced_directory, resolve_link
 
@@ -78,7 +80,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         if inputs.dist.is_main_process:
             inputs.data_report.write(run.data_report)
         adapter_base = run.base if keeps_adapter(recipe.tune) else None
-        model = materialize_base(model, processor, recipe.model, adapter_base, inputs.dist, inputs.arguments.device)
+        model = materialize_base(model, processor, inputs.base, adapter_base, inputs.dist, inputs.arguments.device)
         before = evaluate_base(inputs, model, processor, run)
         tuned = tune(inputs, model, data)
     metrics = fit(inputs, tuned, data, processor, run)
@@ -110,28 +112,24 @@ def validate(recipe: Recipe, overwrite: bool, resume: bool | Path) -> RunInputs:
     dist = init_distributed(arguments, recipe.model.precision, takes_sharded_weights(recipe))
     settings = {**flatten(recipe.model_dump(mode="json")), **versions(), "rows": data_report.rows}
     check_same(dist, {**settings, "checkpoint": checkpoint and checkpoint.name})  # a shared file system may lag behind on one
-    check_method(recipe, dist)
-    if dist.fsdp:
-        check_fsdp(recipe, arguments, checkpoint)
     if checkpoint is not None:
         check_resumable(recipe, run, checkpoint, dist)
 
-    processor = load_bare_processor(recipe.model)
-    check_chat_template(processor)
-    objective = build_objective(recipe, processor)
-    lengths = plan_rows(samples, recipe, processor, data_report, dist)
+    base = resolve_model(recipe.model)
+    check_method(recipe, base, arguments, dist, checkpoint)
+    check_chat_template(base.processor)
+    objective = build_objective(recipe, base.processor)
+    lengths = plan_rows(samples, recipe, base.processor, data_report, dist)
     print(f"training: {dist.strategy}, {arguments.device}")
-    return RunInputs(recipe, overwrite, checkpoint, arguments, dist, samples, data_report, processor, objective, lengths)
+    return RunInputs(recipe, overwrite, checkpoint, arguments, dist, samples, data_report, base, objective, lengths)
 
 
 def load(inputs: RunInputs) -> tuple[Any, ProcessorMixin, TrainingData]:
     """The base, its processor, and the training rows in their batches."""
-    arguments = inputs.arguments
-    set_seed(arguments.seed)
-    model, processor = load_base(inputs.recipe.model, arguments.seed, inputs.processor)
-    inputs.objective.load_models(inputs.recipe, arguments.device, inputs.dist)
-    data = prepare_data(inputs.samples, processor, inputs.objective, inputs.recipe.data, arguments, inputs.dist, inputs.lengths)
-    return model, processor, data
+    set_seed(inputs.arguments.seed)
+    model, processor = load_base(inputs.base, inputs.arguments.seed)
+    inputs.objective.load_models(inputs.recipe, inputs.arguments.device, inputs.dist)
+    return model, processor, prepare_data(inputs, processor)
 
 
 def evaluate_base(inputs: RunInputs, model: Any, processor: ProcessorMixin, run: RunDirectory) -> list[Answer]:
@@ -177,8 +175,8 @@ def export(inputs: RunInputs, tuned: TunedModel, processor: ProcessorMixin, run:
         if is_main:
             processor.save_pretrained(folder)
             model.generation_config.save_pretrained(folder)  # with the chat template's stop tokens, which PEFT would not keep
-            if not adapts and recipe.model.base not in (None, UNTRAINED):
-                copy_unread_tensors(model, locate_base(str(recipe.model.base)), folder)
+            if not adapts and inputs.base.location is not None:
+                copy_unread_tensors(model, inputs.base.location, folder)
 
 
 def summarize(

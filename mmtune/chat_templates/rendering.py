@@ -17,11 +17,15 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END as ESCAPE_END
-from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START as ESCAPE_START
-from transformers.utils.chat_template_utils import _compile_jinja_template, _plain_template_data
 
 from mmtune.utils.bounded_jinja import COMPILE_FAULTS, RENDER_FAULTS, BoundedEnvironment, TooMuchWork, failure, render_bounded
+from mmtune.utils.transformers_private import (
+    ESCAPE_END,
+    ESCAPE_START,
+    control_tokens_of,
+    plain_template_data,
+    template_environment,
+)
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PLACEHOLDER_CODE_POINTS = range(0x100000, 0x10FFFE)
@@ -52,7 +56,7 @@ class ControlTokenPatterns(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _control_tokens(tokenizer: PreTrainedTokenizerBase, size: int, template: str) -> ControlTokenPatterns:
-    tokens = sorted(tokenizer._get_control_tokens(template), key=len, reverse=True)
+    tokens = sorted(control_tokens_of(tokenizer, template), key=len, reverse=True)
     anyone = "|".join(map(re.escape, tokens)) or "(?!)"
     return ControlTokenPatterns(re.compile(anyone), re.compile(f"(?<!{ESCAPE_START})(?:{anyone})"))
 
@@ -126,8 +130,8 @@ def _render(
         raise ChatTemplateError(f"the chat template is not valid Jinja{failure(error)}") from error
     written = _Written()
     given = {
-        **_plain_template_data(dict(tokenizer.special_tokens_map)),
-        "messages": _plain_template_data(messages),
+        **plain_template_data(dict(tokenizer.special_tokens_map)),
+        "messages": plain_template_data(messages),
         "tools": None,
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
@@ -179,7 +183,7 @@ class _Generation(Extension):
 def _environment() -> BoundedEnvironment:
     """Jinja as transformers sets it up for chat templates, with the functions and filters that it adds, and with bounds."""
     environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    theirs = _compile_jinja_template("").environment
+    theirs = template_environment()
     environment.filters.update(theirs.filters)
     environment.globals.update(theirs.globals)
     environment.bound()

@@ -118,9 +118,9 @@ def _make_validator(arguments: argparse.Namespace) -> Any:
 def _processor(recipe: Any) -> Any:
     """The recipe's processor, with a chat template that gives exact labels."""
     from mmtune.data.encoding.encode import check_chat_template
-    from mmtune.models.load import load_bare_processor  # slow import, not needed for a file of rows
+    from mmtune.models.load import resolve_model  # slow import, not needed for a file of rows
 
-    processor = load_bare_processor(recipe.model)
+    processor = resolve_model(recipe.model).processor
     check_chat_template(processor)
     return processor
 

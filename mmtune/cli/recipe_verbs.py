@@ -77,7 +77,7 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
     from mmtune.data.encoding.encode import check_chat_template
     from mmtune.data.sources.source import is_missing_path
     from mmtune.distributed.context import SINGLE_PROCESS
-    from mmtune.models.load import load_bare_processor
+    from mmtune.models.load import resolve_model
     from mmtune.planning.memory import estimate_memory, print_estimate, suggestions
     from mmtune.planning.plan_report import plan_data, print_data_plan
     from mmtune.planning.sharded_memory import memory_by_strategy, print_strategies
@@ -93,7 +93,7 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
         print(f"memory only: no such file: {', '.join(missing)}")
     elif not arguments.no_data:
         settings = build_training_arguments(without_trackers(recipe))
-        processor = load_bare_processor(recipe.model)
+        processor = resolve_model(recipe.model).processor
         check_chat_template(processor)
         data, longest, (samples, lengths) = plan_data(recipe.data, processor)
         batches = make_batches(samples, recipe.data, settings, SINGLE_PROCESS, lengths)
@@ -145,10 +145,10 @@ def _assemble(arguments: argparse.Namespace) -> Any:
         check_recipe(recipe, ("model",))
         configure_console()
         from mmtune.models.checkpoints.checkpoint_files import write_checkpoint
-        from mmtune.models.load import load_base
+        from mmtune.models.load import load_base, resolve_model
 
         with located_errors(recipe):
-            model, processor = load_base(recipe.model, recipe.train.get("seed", 42))
+            model, processor = load_base(resolve_model(recipe.model), recipe.train.get("seed", 42))
         write_checkpoint(model, processor, fresh)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"assembled: {out}: {type(model).__name__}, {parameters:,} parameters")
@@ -184,10 +184,10 @@ def _check_objective(recipe: Any) -> None:
     if any(unreachable_checkpoints(recipe)):
         return
     configure_console()
-    from mmtune.models.load import load_bare_processor
+    from mmtune.models.load import resolve_model
     from mmtune.objectives.objective_table import build_objective
 
-    build_objective(recipe, load_bare_processor(recipe.model))
+    build_objective(recipe, resolve_model(recipe.model).processor)
 
 
 def _check_base_config(recipe: Any) -> None:

@@ -1,7 +1,7 @@
-"""Models that are no process' own: at ZeRO-3 each holds its part of every weight, from the moment that they are made, and under
-FSDP2 while they train.
+"""Sharded parameters (ZeRO-3, FSDP2): gather, run, save.
 
-Nothing here does anything to a model whose weights are whole.
+At ZeRO-3 each process holds a shard of every weight from construction on; under FSDP2 while the model trains. A model whose
+weights are full stays as it is.
 """
 
 from __future__ import annotations
@@ -15,15 +15,24 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.modeling_utils import set_zero3_state
 
 from mmtune.distributed.context import DistributedContext
+from mmtune.distributed.deepspeed_private import (
+    disable_sharded_construction,
+    is_sharded_parameter,
+    resume_sharded_construction,
+    shard_to_float32,
+)
+from mmtune.utils.transformers_private import layer_class_names, without_zero3_init
 
 
 @contextlib.contextmanager
 def meta_init() -> Iterator[None]:
-    """Inside, models are made without weights, which transformers at ZeRO-3 would divide, and no random number is drawn."""
-    with torch.device("meta"), set_zero3_state(), torch.random.fork_rng(devices=[]):
+    """Inside, models are built on the meta device, without weights, and no random number is drawn.
+
+    transformers would shard such a model at ZeRO-3.
+    """
+    with torch.device("meta"), without_zero3_init(), torch.random.fork_rng(devices=[]):
         yield
 
 
@@ -33,78 +42,71 @@ def unsharded_loading(dist: DistributedContext) -> Iterator[None]:
     if dist.construction is None:
         yield
         return
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()
+    disable_sharded_construction()
     try:
         yield
     finally:
-        set_hf_deepspeed_config(dist.construction)
+        resume_sharded_construction(dist.construction)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds only its part of the model."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-def size_of(parameter: torch.Tensor) -> int:
-    """How many numbers a parameter holds over all processes."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    """Whether this process holds only a shard of the model (ZeRO-3)."""
+    return any(is_sharded_parameter(parameter) for parameter in model.parameters())
 
 
 def to_float32(parameter: nn.Parameter) -> None:
-    """Keep a parameter in fp32, its part in this process too."""
+    """Convert a parameter to fp32, and its shard in this process too."""
     parameter.data = parameter.data.to(torch.float32)
-    if hasattr(parameter, "ds_tensor"):
-        parameter.ds_tensor.data = parameter.ds_tensor.data.to(torch.float32)
+    shard_to_float32(parameter)
 
 
 @contextlib.contextmanager
 def gathered(parameters: Sequence[nn.Parameter], changed: bool = False) -> Iterator[None]:
-    """Inside, every process has the full parameters. All processes must enter together.
+    """Inside, parameters are full in every process; all processes enter together.
 
     Args:
-        changed: keep the main process' changes to them.
+        changed: keep the changes that the main process makes to them.
     """
-    parts = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    if not parts:
+    sharded = [parameter for parameter in parameters if is_sharded_parameter(parameter)]
+    if not sharded:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if changed else None):
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if changed else None):
         yield
 
 
 @contextlib.contextmanager
 def gathered_forward(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a sharded model can run before the trainer wraps it: parameters outside its layers are gathered, those of a layer
-    while it runs. All processes must run it together.
+    """Inside, a sharded model can run before the Trainer has wrapped it; all processes run it together.
+
+    Parameters outside the layers are full; a layer's are full during its forward pass.
     """
     if not is_sharded(model):
         yield
         return
-    kinds = set(model._no_split_modules or ())
+    class_names = layer_class_names(model)
     layers: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():  # from the outside in
-        if type(module).__name__ in kinds and not any(name.startswith(f"{outer}.") for outer in layers):
+    for name, module in model.named_modules():  # outer modules first
+        if type(module).__name__ in class_names and not any(name.startswith(f"{outer}.") for outer in layers):
             layers[name] = module
-    inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
-    at_work: dict[int, contextlib.AbstractContextManager[None]] = {}
+    in_layers = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    running: dict[int, contextlib.AbstractContextManager[None]] = {}
 
     def gather(layer: nn.Module, *_: Any) -> None:
-        at_work[id(layer)] = gathered(list(layer.parameters()))
-        with torch.inference_mode(False):  # what is made of weights in it could not train later
-            at_work[id(layer)].__enter__()
+        running[id(layer)] = gathered(list(layer.parameters()))
+        with torch.inference_mode(False):  # tensors that are made in inference mode cannot train later
+            running[id(layer)].__enter__()
 
     def release(layer: nn.Module, *_: Any) -> None:
         with torch.inference_mode(False):
-            at_work.pop(id(layer)).__exit__(None, None, None)
+            running.pop(id(layer)).__exit__(None, None, None)
 
     hooks = [layer.register_forward_pre_hook(gather) for layer in layers.values()]
     hooks += [layer.register_forward_hook(release, always_call=True) for layer in layers.values()]
     try:
-        with gathered([parameter for parameter in model.parameters() if id(parameter) not in inside]):
+        with gathered([parameter for parameter in model.parameters() if id(parameter) not in in_layers]):
             yield
     finally:
         for hook in hooks:
@@ -112,45 +114,43 @@ def gathered_forward(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def full_state_dict(model: nn.Module, first: bool) -> Iterator[dict[str, torch.Tensor] | None]:
-    """The full state dict of a sharded model; with an adapter, gathers its parameters, which PEFT saves. All processes enter.
-
-    Args:
-        first: whether this is the process that saves.
+def full_state_dict(model: nn.Module, is_main_process: bool) -> Iterator[dict[str, torch.Tensor] | None]:
+    """Inside, the weights to save are full; all processes enter together.
 
     Yields:
-        None with an adapter. Without one the model's `state_dict`, gathered a weight at a time onto the main process' CPU.
+        None for a PEFT model: its adapter is full in every process, as its own way of saving needs. Otherwise the model's
+        `state_dict`, gathered one weight at a time onto the CPU of the main process; empty in other processes.
     """
     if isinstance(model, PeftModel):
-        with gathered([parameter for parameter in model.parameters() if parameter.requires_grad]), _undivided(model):
+        with gathered([parameter for parameter in model.parameters() if parameter.requires_grad]), _unsharded(model):
             yield None
         return
     state: dict[str, torch.Tensor] = {}
-    copies: dict[int, torch.Tensor] = {}  # one of what is tied
+    copies: dict[int, torch.Tensor] = {}  # by id, so that tied weights are copied once
     for name, tensor in model.state_dict(keep_vars=True).items():
-        divided = hasattr(tensor, "ds_id") or isinstance(tensor, DTensor)
+        sharded = is_sharded_parameter(tensor) or isinstance(tensor, DTensor)
         with gathered([tensor]):
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if first and id(tensor) not in copies:
-                copies[id(tensor)] = whole.detach().cpu().clone() if divided else tensor.detach()
-        if first:
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if is_main_process and id(tensor) not in copies:
+                copies[id(tensor)] = full.detach().cpu().clone() if sharded else tensor.detach()
+        if is_main_process:
             state[name] = copies[id(tensor)]
     yield state
 
 
 @contextlib.contextmanager
-def _undivided(model: nn.Module) -> Iterator[None]:
-    """Inside, trainable parameters that FSDP2 sharded are full in every process."""
-    parts = [
-        (module, name, part)
+def _unsharded(model: nn.Module) -> Iterator[None]:
+    """Inside, trainable parameters that FSDP2 has sharded are full in every process."""
+    sharded = [
+        (module, name, parameter)
         for module in model.modules()
-        for name, part in module.named_parameters(recurse=False)
-        if isinstance(part, DTensor) and part.requires_grad
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor) and parameter.requires_grad
     ]
-    for module, name, part in parts:
-        module.register_parameter(name, nn.Parameter(part.full_tensor()))
+    for module, name, parameter in sharded:
+        module.register_parameter(name, nn.Parameter(parameter.full_tensor()))
     try:
         yield
     finally:
-        for module, name, part in parts:
-            module.register_parameter(name, part)
+        for module, name, parameter in sharded:
+            module.register_parameter(name, parameter)

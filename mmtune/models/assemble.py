@@ -37,6 +37,7 @@ from mmtune.models.compatibility import (
 )
 from mmtune.models.generation import read_generation_config
 from mmtune.utils.errors import RecipeValueError, UserError
+from mmtune.utils.transformers_private import image_token_counts
 
 __all__ = ["assemble", "load_projector", "resolve_chat_template", "save_checkpoint"]
 
@@ -96,7 +97,7 @@ def assemble(
     tokenizer, template = processor.tokenizer, str(processor.chat_template)
 
     encoder = _load(AutoModel, vision, tower.config, dtype, seed, trust_remote_code)
-    generation_config, dropped = read_generation_config(language, trust_remote_code)
+    generation_config, dropped = read_generation_config(language, text_config)
     causal = _load(AutoModelForCausalLM, language, text_config, dtype, seed, trust_remote_code, generation_config)
     if dropped:
         print(f"{language}: {dropped}")
@@ -110,7 +111,7 @@ def assemble(
         vision_config=encoder.config,
         text_config=causal.config,
         image_token_index=processor.image_token_id,
-        image_seq_length=processor._get_num_multimodal_tokens(image_sizes=[(1, 1)])["num_image_tokens"][0],
+        image_seq_length=image_token_counts(processor, [(1, 1)])[0],
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=processor.vision_feature_select_strategy,
         dtype=dtype,
@@ -273,7 +274,7 @@ def _verify(
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{name}: the model cannot process the output of its image processor: {error}") from error
     sizes = [(image.height, image.width) for image in images]
-    predicted = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
+    predicted = image_token_counts(processor, sizes)
     for number, image in enumerate(images):
         tokens = int((batch["input_ids"][number] == model.config.image_token_id).sum())
         count = features[number].shape[0]

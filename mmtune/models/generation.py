@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, ProcessorMixin, StoppingCriteriaList, WatermarkingConfig
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    StoppingCriteriaList,
+    WatermarkingConfig,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
@@ -28,7 +35,7 @@ UNKNOWN_TOKEN = "the model has no such token"
 TOKEN_SETTINGS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
-def read_generation_config(name: str, trust_remote_code: bool = False) -> tuple[GenerationConfig, str | None]:
+def read_generation_config(name: str, config: PreTrainedConfig) -> tuple[GenerationConfig, str | None]:
     """Read the generation config of a checkpoint and drop the settings with which transformers cannot save a model.
 
     For example, Vicuna's `generation_config.json` has `temperature` without `do_sample`. It has no effect, but a modified model
@@ -36,7 +43,7 @@ def read_generation_config(name: str, trust_remote_code: bool = False) -> tuple[
 
     Args:
         name: a directory or hub id with a `config.json`.
-        trust_remote_code: whether code in the checkpoint may be executed.
+        config: the configuration of its model.
 
     Returns:
         The config, valid under `GenerationConfig.validate(strict=True)`, and one line about the dropped settings, or None.
@@ -51,7 +58,6 @@ def read_generation_config(name: str, trust_remote_code: bool = False) -> tuple[
         published = read_json_object(Path(file)) | {"_from_model_config": True}
     else:
         published = read_json_object(Path(file))
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     generation_config, dropped = make_generation_config_valid(published, config.get_text_config().vocab_size)
     reasons = [f"because {reason}: {', '.join(settings)}" for reason, settings in dropped.items()]
     return generation_config, f"{Path(file).name}: dropped {'; '.join(reasons)}" if reasons else None

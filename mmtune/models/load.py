@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,60 +57,112 @@ from mmtune.models.quantize import QUANTIZED, prepare_quantized, quantization_co
 from mmtune.recipe.recipe import ModelSection, load_recipe
 from mmtune.utils.errors import UserError, errors_at_key, reason_of
 from mmtune.utils.hub import locate_checkpoint
+from mmtune.utils.transformers_private import set_weight_conversions, weight_conversions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "nf4": torch.bfloat16}
 """Dtype of unquantized weights by `model.precision`."""
 
 
-def load_base(
-    section: ModelSection, seed: int, processor: ProcessorMixin | None = None
-) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load or assemble the base of a recipe and its processor.
+@dataclass(frozen=True)
+class ResolvedBase:
+    """The base of a recipe, resolved once per run: nothing reads its config or its processor a second time.
 
-    The processor is loaded and its chat template chosen before weights are read.
-
-    Args:
+    Attributes:
         section: the recipe's `model` section.
-        seed: the seed of untrained weights: a new projector, or the untrained built-in model.
-        processor: the processor of a ready base, from `load_bare_processor`; it is not loaded again. Ignored for an assembled
-            base, which has a new processor.
+        location: the directory or hub id that transformers loads; None for a model that is built here.
+        config: its config; None for a model that is built here.
+        processor: the processor, with the chat template for training and inference.
+    """
+
+    section: ModelSection
+    location: str | None
+    config: PreTrainedConfig | None
+    processor: ProcessorMixin
+
+    @property
+    def model_type(self) -> str:
+        """The `model_type` of the family; models that are built here are LLaVA models."""
+        return "llava" if self.config is None else str(self.config.model_type)
+
+
+def resolve_model(section: ModelSection) -> ResolvedBase:
+    """Locate the base of a recipe, and read its config and processor, without loading weights.
 
     Raises:
-        UserError: incompatible components, a base without a chat template, or a checkpoint that cannot be located or loaded.
+        UserError: a base that cannot be located, an unsupported family, no processor, incompatible components, or a chat template
+            that is missing or cannot mark assistant text.
     """
-    dtype = DTYPES[section.precision]
-    if section.base in (None, UNTRAINED):
-        model, processor = _build_base(section, seed, dtype)
+    if section.base is None:
+        assert section.vision is not None and section.language is not None  # checked by the recipe
+        strategy, remote = section.vision_feature_select_strategy, section.trust_remote_code
+        processor = assemble_processor(section.vision, section.language, strategy, section.chat_template, remote)
+        return ResolvedBase(section, None, None, processor)
+    if section.base == UNTRAINED:
+        processor = tiny.build_processor()
+        template = str(processor.chat_template)
+        if section.chat_template is not None:
+            template = resolve_chat_template(section.chat_template, processor.tokenizer)
+        set_chat_template(processor, template)
+        return ResolvedBase(section, None, None, processor)
+    location = locate_base(section.base)
+    config = base_config(section, location)
+    with errors_at_key("model.base"):
+        processor, template = _ready_processor(location, section.base, config, section.chat_template, section.trust_remote_code)
+    set_chat_template(processor, template)
+    return ResolvedBase(section, location, config, processor)
+
+
+def load_base(base: ResolvedBase, seed: int) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load or assemble the model of a base.
+
+    Args:
+        seed: the seed of untrained weights: a new projector, or the untrained built-in model.
+
+    Returns:
+        The model, and `base.processor`; a model that is built here has a new processor.
+
+    Raises:
+        UserError: incompatible components, or weights that cannot be loaded.
+    """
+    section = base.section
+    if base.location is None:
+        model, processor = _build_base(section, seed, DTYPES[section.precision])
         set_hub_key_mapping(model)
         if section.attn_implementation is not None:
             model.set_attn_implementation(section.attn_implementation)
         return model, processor
-    if processor is None:
-        processor = load_bare_processor(section)
-    model = load_weights(locate_base(str(section.base)), section)
-    use_chat_template(model, processor, str(processor.chat_template))
-    return model, processor
+    model = load_weights(base.location, section, base.config)
+    use_chat_template(model, base.processor, str(base.processor.chat_template))
+    return model, base.processor
 
 
-def load_weights(name: str, section: ModelSection) -> PreTrainedModel:
+def load_weights(name: str, section: ModelSection, config: PreTrainedConfig | None = None) -> PreTrainedModel:
     """Load the model of a checkpoint in the recipe's precision.
 
     Args:
         name: a directory or hub id.
         section: the recipe's `model` section.
+        config: the checkpoint's config; read from its files by default.
 
     Raises:
         UserError: files that cannot be read, or missing or mismatched weights.
     """
     with errors_at_key("model.base") if section.base else nullcontext():
-        model = load_strictly(name, section.base or name, **loading_arguments(name, section))
+        config = config or AutoConfig.from_pretrained(name, trust_remote_code=section.trust_remote_code)
+        model = load_strictly(name, section.base or name, config=config, **loading_arguments(config, section))
     if is_sharded(model):  # transformers then stores all conversions of the class; saving must invert only those that were used
-        model._weight_conversions = [conversion for conversion in model._weight_conversions if conversion.was_used()]
+        set_weight_conversions(model, [conversion for conversion in weight_conversions(model) or () if conversion.was_used()])
     return model
 
 
 def load_strictly(
-    name: str, subject: str, *, quiet: bool = False, trust_remote_code: bool = False, **settings: Any
+    name: str,
+    subject: str,
+    *,
+    config: PreTrainedConfig | None = None,
+    quiet: bool = False,
+    trust_remote_code: bool = False,
+    **settings: Any,
 ) -> PreTrainedModel:
     """Load a model with all its weights from a checkpoint, and its generation config without invalid settings.
 
@@ -118,6 +171,7 @@ def load_strictly(
     Args:
         name: a directory or hub id.
         subject: the checkpoint's name in messages.
+        config: the checkpoint's config; read from its files by default.
         quiet: do not print dropped generation settings.
         trust_remote_code: whether code in the checkpoint may be executed.
         settings: further arguments of `from_pretrained`.
@@ -128,10 +182,16 @@ def load_strictly(
     model: PreTrainedModel
     with _errors_about(subject):
         try:
-            generation_config, dropped = read_generation_config(name, trust_remote_code)
+            config = config or AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            generation_config, dropped = read_generation_config(name, config)
             with reject_unsafe_pickles("its weights"):
                 model, report = AutoModelForImageTextToText.from_pretrained(
-                    name, trust_remote_code=trust_remote_code, generation_config=generation_config, **LOADING_INFO, **settings
+                    name,
+                    config=config,
+                    trust_remote_code=trust_remote_code,
+                    generation_config=generation_config,
+                    **LOADING_INFO,
+                    **settings,
                 )
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"cannot load its weights: {_reason(name, error)}") from error
@@ -152,7 +212,7 @@ def _errors_about(subject: str) -> Iterator[None]:
         raise UserError(f"{subject}: {error}") from error
 
 
-def loading_arguments(name: str, section: ModelSection) -> dict[str, Any]:
+def loading_arguments(config: PreTrainedConfig, section: ModelSection) -> dict[str, Any]:
     """Arguments of `from_pretrained` for a recipe's `model` section: dtype, quantization, attention, device."""
     settings: dict[str, Any] = {
         "dtype": DTYPES[section.precision],
@@ -160,7 +220,7 @@ def loading_arguments(name: str, section: ModelSection) -> dict[str, Any]:
         "attn_implementation": section.attn_implementation,
     }
     if section.precision in QUANTIZED:
-        settings["quantization_config"] = quantization_config(name, section.precision, section.trust_remote_code)
+        settings["quantization_config"] = quantization_config(config, section.precision, section.trust_remote_code)
         # bitsandbytes quantizes on the final device of the layers.
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         settings["device_map"] = {
@@ -195,22 +255,16 @@ def _build_base(section: ModelSection, seed: int, dtype: torch.dtype) -> tuple[P
     return model, processor
 
 
-def base_model_type(section: ModelSection) -> str:
-    """`model_type` of a recipe's base, from its config alone.
-
-    Raises:
-        UserError: as `base_config`.
-    """
-    return "llava" if section.base in (None, UNTRAINED) else str(base_config(section).model_type)
-
-
-def base_config(section: ModelSection) -> PreTrainedConfig:
+def base_config(section: ModelSection, location: str | None = None) -> PreTrainedConfig:
     """The config of a ready base.
+
+    Args:
+        location: the result of `locate_base`; located here by default.
 
     Raises:
         UserError: a base that cannot be located, or an unsupported family.
     """
-    name = locate_base(str(section.base))
+    name = location or locate_base(str(section.base))
     with errors_at_key("model.base"), _errors_about(str(section.base)):
         return _supported_config(name, str(section.base), section.trust_remote_code)
 
@@ -234,17 +288,6 @@ def _supported_config(name: str, subject: str, trust_remote_code: bool) -> PreTr
         raise UserError(f"cannot read its config: {_reason(name, error)}") from error
     check_family(str(config.model_type), subject)
     return config
-
-
-def load_processor(name: str, section: ModelSection) -> tuple[ProcessorMixin, str]:
-    """The processor of a ready base, and the chat template for training and inference.
-
-    Raises:
-        UserError: an unsupported family, no processor, or a chat template that is missing or cannot mark assistant text.
-    """
-    config = base_config(section)
-    with errors_at_key("model.base"):
-        return _ready_processor(name, str(section.base), config, section.chat_template, section.trust_remote_code)
 
 
 def _ready_processor(
@@ -276,28 +319,6 @@ def _choose_chat_template(processor: ProcessorMixin, subject: str, template_name
     if "strftime_now" in template:
         print("chat template: it writes the current date (strftime_now), so tokens and lengths of rows depend on the day")
     return template
-
-
-def load_bare_processor(section: ModelSection) -> ProcessorMixin:
-    """The processor of a recipe's base with its chat template, without loading weights.
-
-    Raises:
-        UserError: as `load_base`, if configs or the tokenizer show the error.
-    """
-    if section.base is None:
-        assert section.vision is not None and section.language is not None  # checked by the recipe
-        strategy = section.vision_feature_select_strategy
-        return assemble_processor(section.vision, section.language, strategy, section.chat_template, section.trust_remote_code)
-    processor: ProcessorMixin
-    if section.base == UNTRAINED:
-        processor = tiny.build_processor()
-        template = str(processor.chat_template)
-        if section.chat_template is not None:
-            template = resolve_chat_template(section.chat_template, processor.tokenizer)
-    else:
-        processor, template = load_processor(locate_base(section.base), section)
-    set_chat_template(processor, template)
-    return processor
 
 
 def load_trained(
@@ -335,18 +356,18 @@ def _load_trained(
     trained: TrainedWeights, subject: str, dtype: torch.dtype | None, chat_template: str | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
     source = read_adapter_base(trained.path) if trained.is_adapter else str(trained.path)
-    settings: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     is_of_run = trained.run.recipe.is_file()
-    if is_of_run:
-        section = _model_section(trained, source, trust_remote_code)
+    section = _model_section(trained, source, trust_remote_code) if is_of_run else None
+    with _errors_about(f"{subject}: its base {source}" if trained.is_adapter else subject):
+        source = locate_checkpoint(source)
+        config = _supported_config(source, source, trust_remote_code)
+    settings: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
+    if section is not None:
         if chat_template == section.chat_template:
             chat_template = None
         if dtype is not None:  # unquantized
             section = section.model_copy(update={"precision": "fp32"})
-        settings = loading_arguments(source, section) | ({"dtype": dtype} if dtype else {})
-    with _errors_about(f"{subject}: its base {source}" if trained.is_adapter else subject):
-        source = locate_checkpoint(source)
-        config = _supported_config(source, source, trust_remote_code)
+        settings = loading_arguments(config, section) | ({"dtype": dtype} if dtype else {})
     template_name = None if is_of_run or trained.is_adapter else chat_template
     try:
         if trained.is_adapter:  # an adapter's processor is not checked against the base, which load_adapter checks
@@ -360,7 +381,7 @@ def _load_trained(
             raise UserError(f"{subject}: it was trained with another chat template than {chat_template}; omit the chat template")
         set_chat_template(processor, template)
         if not trained.is_adapter:
-            return load_strictly(source, subject, **settings).eval(), processor
+            return load_strictly(source, subject, config=config, **settings).eval(), processor
         if not (trained.path / INITIAL_FACTORS).is_file():
             return load_adapter(trained.path, **settings).eval(), processor
         with tempfile.TemporaryDirectory() as folder:

@@ -11,14 +11,13 @@ from mmtune.chat_templates.resolving import use_chat_template
 from mmtune.distributed.context import DistributedContext
 from mmtune.distributed.sharded_parameters import full_state_dict
 from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
-from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK, UNTRAINED, resolve_base
-from mmtune.models.load import load_weights
+from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK, resolve_base
+from mmtune.models.load import ResolvedBase, load_weights
 from mmtune.models.quantize import QUANTIZED
-from mmtune.recipe.recipe import ModelSection
 
 
 def materialize_base(
-    model: Any, processor: Any, section: ModelSection, out: Path | None, dist: DistributedContext, device: torch.device
+    model: Any, processor: Any, base: ResolvedBase, out: Path | None, dist: DistributedContext, device: torch.device
 ) -> Any:
     """Give the base a location that an adapter can name, the precision of the recipe, and its device.
 
@@ -28,8 +27,9 @@ def materialize_base(
     Returns:
         The model; quantized from the files at `out`, if it was assembled here for int8 or nf4.
     """
-    if section.base not in (None, UNTRAINED):
-        model.name_or_path = resolve_base(section.base)
+    section = base.section
+    if base.location is not None:
+        model.name_or_path = resolve_base(str(section.base))
     elif out is not None:
         exists = (out / CHECKPOINT_MARK).exists()
         dist.barrier()  # every process has looked before the main one writes

@@ -18,6 +18,7 @@ from mmtune.families.family_table import UNPACKABLE
 from mmtune.methods.method_table import method_of
 from mmtune.models.compute import in_eval_mode, move_batch, training_autocast
 from mmtune.utils.errors import UserError
+from mmtune.utils.transformers_private import attention_of
 
 MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 """Families with three positions per token: time, height and width. Masks are built from a fourth, the text position."""
@@ -60,7 +61,7 @@ def check_packable_family(config: PreTrainedConfig) -> None:
     unmasked = sorted(set(getattr(text, "layer_types", None) or ()) - set(MASKED_LAYER_TYPES))
     if unmasked:
         raise _unsupported(f"{family} has {', '.join(unmasked)} layers, whose state continues from one sample into the next")
-    attention = text._attn_implementation  # None until a model is built
+    attention = attention_of(text)  # None until a model is built
     if attention is not None and attention not in ATTENTION_IMPLEMENTATIONS:
         raise _unsupported(
             f"{family}: attention {attention!r} has no mask between samples; supported: {', '.join(ATTENTION_IMPLEMENTATIONS)}"

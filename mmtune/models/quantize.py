@@ -6,27 +6,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig
 
 from mmtune.models.components import component_of, find_components
 
 QUANTIZED = ("int8", "nf4")
 
 
-def quantization_config(checkpoint: str, precision: str, trust_remote_code: bool = False) -> BitsAndBytesConfig:
+def quantization_config(config: PreTrainedConfig, precision: str, trust_remote_code: bool = False) -> BitsAndBytesConfig:
     """The quantization config of a checkpoint: only the linear layers of the language model are quantized.
 
     The vision tower, the projector and the head stay in bf16: they have few of the weights, and fully trained modules cannot be
     quantized. Their paths are found in the model's structure, without its weights.
 
     Args:
-        checkpoint: a directory or hub id.
+        config: the checkpoint's configuration.
         precision: `int8` (LLM.int8, arXiv 2208.07339) or `nf4` with double quantization_config (QLoRA, arXiv 2305.14314).
 
     Raises:
         UserError: an unsupported family.
     """
-    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    config = type(config).from_dict(config.to_dict())  # a model that is built from a config changes it
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
     components = find_components(model)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from rich.table import Table
 
 from mmtune.console.styled_console import StyledConsole
-from mmtune.distributed.context import REDUCE_BUCKET
+from mmtune.distributed.zero import REDUCE_BUCKET
 from mmtune.planning.memory import MemoryEstimate
 
 STRATEGIES = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from mmtune.data.dataset import IndexedSamples, open_samples
 from mmtune.data.message import Sample
@@ -30,7 +30,7 @@ from mmtune.models.checkpoints.trained_weights import (
 from mmtune.models.checkpoints.unread_tensors import append_tensors, describe_unread_tensors, find_unread_tensors
 from mmtune.models.compute import to_best_device
 from mmtune.models.generation import DEFAULT_MAX_NEW_TOKENS
-from mmtune.models.load import DTYPES, load_base, load_strictly, load_trained
+from mmtune.models.load import DTYPES, load_base, load_strictly, load_trained, resolve_model
 from mmtune.models.quantize import QUANTIZED, prepare_quantized, quantization_config
 from mmtune.recipe.recipe import Recipe, load_recipe, needed_paths
 from mmtune.release.merge_weights import check_mergeable, locate_run_adapter, locate_run_weights, merge_adapter, merge_weighted
@@ -152,7 +152,7 @@ def merge(
             merged_outputs = writer.collect(merged, processor, "merged model")
         else:
             section = recipe.model.model_copy(update={"precision": "fp32", "trust_remote_code": trust_remote_code})
-            untuned, _ = load_base(section, recipe.train.get("seed", 42))
+            untuned, _ = load_base(resolve_model(section), recipe.train.get("seed", 42))
             base_logits = answer_logits(to_best_device(untuned).eval(), processor, writer.samples, "base")
             del untuned
             merged, merged_outputs = model, adapter_outputs
@@ -376,7 +376,8 @@ class _ReleaseWriter:
         if precision is None:
             return parity
         source, folder = self.folders
-        config = quantization_config(str(source), precision, self._trust_remote_code)
+        base_config = AutoConfig.from_pretrained(source, trust_remote_code=self._trust_remote_code)
+        config = quantization_config(base_config, precision, self._trust_remote_code)
         device_map = {"": torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")}
         load = partial(
             AutoModelForImageTextToText.from_pretrained, device_map=device_map, trust_remote_code=self._trust_remote_code

@@ -31,9 +31,10 @@ from mmtune.data.encoding.encode import over_length_error
 from mmtune.distributed.context import DistributedContext
 from mmtune.distributed.sharded_parameters import gathered_forward
 from mmtune.models.packed_attention import check_packable, verify_packing
-from mmtune.objectives.sft import SupervisedTuning, pad_token_id
+from mmtune.objectives.sft import pad_token_id
 from mmtune.planning.token_plan import plan_section
 from mmtune.recipe.recipe import DataSection, Recipe
+from mmtune.training.run_inputs import RunInputs
 from mmtune.utils.errors import RecipeValueError, UserError
 
 
@@ -116,6 +117,7 @@ class TrainingData:
             yield collate(rows, self.pad_token_id)
 
 
+<<<<<<< HEAD
 def prepare_data(
     samples: IndexedSamples | StreamedSamples,
     processor: ProcessorMixin,
@@ -132,9 +134,16 @@ def prepare_data(
     """
     encoder = objective.encoder(processor, section)
     collator = objective.collator(processor, section.packing, always_images=dist.size > 1)
+=======
+def prepare_data(inputs: RunInputs, processor: ProcessorMixin) -> TrainingData:
+    """Create the encoder, collator and batches of a run."""
+    samples, section, arguments, dist = inputs.samples, inputs.recipe.data, inputs.arguments, inputs.dist
+    encoder = inputs.objective.encoder(processor, section)
+    collator = inputs.objective.collator(processor, section.packing, always_images=dist.size > 1)
+>>>>>>> 441a576 (A base is resolved once per run: location, configuration and processor in one object; path length of a run as a benchmark)
     rows: Dataset[Any]
     if isinstance(samples, IndexedSamples):
-        rows, batches = TrainingSet(samples, encoder), make_batches(samples, section, arguments, dist, lengths)
+        rows, batches = TrainingSet(samples, encoder), make_batches(samples, section, arguments, dist, inputs.lengths)
     else:
         rows, batches = _stream(samples, encoder, collator, section, arguments, dist), None
     return TrainingData(samples, encoder, collator, rows, batches, pad_token_id(processor))
@@ -170,7 +179,7 @@ def make_batches(
     """The batches of this process.
 
     Args:
-        lengths: as `prepare_data`.
+        lengths: tokens of every row, 0 for one that cannot train; None where rows were not counted.
     """
     counts = samples.counts
     if lengths is not None:

@@ -1,57 +1,24 @@
-"""The training loop of a run: inputs that were validated, the Trainer made from them, and what happens when it ends."""
+"""The training loop of a run: its Trainer, and what is written when it ends."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from transformers import PrinterCallback, ProcessorMixin, ProgressCallback, TrainingArguments
+from transformers import PrinterCallback, ProcessorMixin, ProgressCallback
 
-from mmtune.data.data_report import DataReport
-from mmtune.data.dataset import IndexedSamples, StreamedSamples
-from mmtune.distributed.context import DistributedContext, check_strategy, configure_fsdp
-from mmtune.objectives.sft import SupervisedTuning
+from mmtune.distributed.context import check_strategy
+from mmtune.distributed.fsdp import configure_fsdp
 from mmtune.planning.plan_cache import file_signatures
-from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.training.callbacks import DisableInputRequireGrads, RecordMetrics, StopOnSignal
 from mmtune.training.dataloader import TrainingData
+from mmtune.training.run_inputs import RunInputs
 from mmtune.training.trackers import start_trackers
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import TunedModel
 from mmtune.utils.errors import UserError
-
-
-@dataclass(frozen=True)
-class RunInputs:
-    """What was validated before any weight is loaded.
-
-    Attributes:
-        overwrite: whether an earlier run at the recipe's `output_dir` is replaced.
-        checkpoint: where training resumes; None for a new run.
-        lengths: tokens of every row, shape (rows,), 0 for a row that cannot train; None where rows are not counted beforehand.
-    """
-
-    recipe: Recipe
-    overwrite: bool
-    checkpoint: Path | None
-    arguments: TrainingArguments
-    dist: DistributedContext
-    samples: IndexedSamples | StreamedSamples
-    data_report: DataReport
-    processor: ProcessorMixin
-    objective: SupervisedTuning
-    lengths: NDArray[np.int64] | None
-
-    @property
-    def run(self) -> RunDirectory:
-        """The directory that the recipe names."""
-        return RunDirectory(Path(self.recipe.output_dir))
 
 
 def create_trainer(

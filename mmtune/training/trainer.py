@@ -1,4 +1,4 @@
-"""transformers' Trainer with three differences: what is scored, at which rate, and where failed rows go."""
+"""transformers' Trainer with the objective's loss, learning rates by parameter, skipped steps, and complete checkpoints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mmtune.data.batching.batch_sampler import MixtureBatchSampler
@@ -40,6 +39,7 @@ from mmtune.training.adapter_state import (
 from mmtune.training.checkpoint import finalize_checkpoint, wait_for_files
 from mmtune.training.loss_record import LossRecord
 from mmtune.training.throughput.progress import TrainingProgress
+from mmtune.training.trainer_private import HookedTrainer
 from mmtune.utils.errors import CheckFailed, UserError
 from mmtune.utils.files import fsync_tree, report_disk_errors
 from mmtune.utils.manifest import file_names
@@ -50,35 +50,35 @@ def _listing(rows: Sequence[str]) -> str:
 
 
 EMPTY_STEPS = 10
-"""A run that has trained on nothing stops after this many steps."""
+"""A run stops that has trained on no sample in its first steps."""
 
 
 class EpochLoader(DataLoader[Any]):
-    """Tells its batches which epoch begins, as the Trainer asks of loaders."""
+    """A data loader that passes the number of the epoch on to its batch sampler, as the Trainer expects of loaders."""
 
     batch_sampler: MixtureBatchSampler
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration gives."""
+        """Set the epoch of the next iteration."""
         self.batch_sampler.set_epoch(epoch)
 
 
-class TuningTrainer(Trainer):
-    """Trains on `Collator`'s batches.
+class TuningTrainer(HookedTrainer):
+    """Trains on batches of `Collator`.
 
     Args:
-        objective: makes the model's inputs of a batch, the loss, and the denominator of a step.
+        objective: model inputs of a batch, loss, and denominator of a step.
         data_report: counts rows that fail while training.
-        max_bad_fraction: stop when more than this part of the rows failed.
+        max_bad_fraction: stop when more than this fraction of the rows failed.
         max_nonfinite_steps: skip this many steps whose gradients are not finite, and stop at the next.
-        dist: the processes that train together; each counts the rows that failed in any.
-        learning_rates: rate by parameter name, for parameters that do not take the run's own.
+        dist: the distributed context; every process counts the rows that failed in any.
+        learning_rates: by parameter name, for parameters with another rate than the run's own.
         dummy_batch: a batch without supervised tokens. It replaces a batch whose rows were all dropped, so that the number of
-            steps does not change. A step with dummy batches only, in all processes, changes nothing.
-        batches: which rows make which batch; None when the training set is a stream, which makes its own.
-        source_names: of the sources, whose losses are logged apart when there are several.
-        data_files: by name, what the data files are known by; a checkpoint keeps it.
-        initial: LoRA's matrices before training, where a checkpoint has to keep them (`mmtune.tuning.save.initial_factors`).
+            steps does not change. A step of dummy batches only, over all processes, changes nothing.
+        batches: the row indices of each batch; None when the training set is a stream of batches.
+        source_names: the data sources whose losses are logged separately.
+        data_files: signatures of the data files by name, for checkpoints.
+        initial: LoRA's matrices before training, if a checkpoint must contain them (`mmtune.tuning.save.initial_factors`).
     """
 
     def __init__(
@@ -104,9 +104,9 @@ class TuningTrainer(Trainer):
         self._max_bad_fraction = max_bad_fraction
         self._max_nonfinite_steps = max_nonfinite_steps
         self._dist = dist
-        self._passes = 1  # over which the present step sums
+        self._passes = 1  # forward passes of the present step, over all processes
         self._learning_rates = dict(learning_rates)
-        self._unscored = dummy_batch
+        self._dummy_batch = dummy_batch
         self._step_rows: list[str] = []  # of this process
         self._is_empty = False  # whether the present step has no supervised token in any process
         self._steps_taken = 0
@@ -122,7 +122,7 @@ class TuningTrainer(Trainer):
         self.add_callback(MethodStep(lambda: self._is_empty))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's.
+        """Train, or resume training from a checkpoint.
 
         Raises:
             UserError: a data-loader worker was killed or has no shared memory, or the checkpoint to resume from contains code.
@@ -135,17 +135,10 @@ class TuningTrainer(Trainer):
                 raise
             raise UserError(reason) from error
 
-    def _run_epoch(self, **kwargs: Any) -> None:
-        """The Trainer's, which resumed from its last step would take one more."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(**kwargs)
-        else:
-            self.control.should_training_stop = True  # a stream's epochs have no end
-
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """The Trainer's; in a step without a sample no process runs the model, so that there is no gradient."""
+        """Forward and backward pass of one batch; in a step without a sample no process runs the model."""
         if self._is_empty:
             return torch.zeros((), device=self.args.device)
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -172,16 +165,13 @@ class TuningTrainer(Trainer):
         return (loss, losses.outputs) if return_outputs else loss
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager[None]:
-        """The Trainer's, none; under FSDP2 torch's autocast, which accelerate omits there."""
+        """Under FSDP2 torch's autocast: accelerate leaves it to FSDP2, which rounds trained weights. Otherwise the Trainer's."""
         context: contextlib.AbstractContextManager[None]
         context = self.accelerator.autocast() if self._dist.fsdp else super().autocast_smart_context_manager(cache_enabled)
         return context
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's log, with the metrics of `TrainingProgress` and the losses of `LossRecord`.
-
-        Whatever shows, keeps or reports the run's figures has them from here.
-        """
+        """Log, with the metrics of `TrainingProgress` and the losses of `LossRecord`, to all callbacks and trackers."""
         if "loss" in logs:
             logs.update(self._progress.metrics(self.state))
             logs.update(self._losses.take())
@@ -200,16 +190,20 @@ class TuningTrainer(Trainer):
             for parameter in group["params"]:
                 by_rate.setdefault(rate_of.get(id(parameter), group["lr"]), []).append(parameter)
             groups += [{**group, "params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
-        # The Trainer logs the rate of the first group: let it be the run's own.
+        # The Trainer logs the rate of the first group, which must be the run's own.
         optimizer.param_groups[:] = sorted(groups, key=lambda group: group["lr"] != self.args.learning_rate)
         return optimizer
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The Trainer's; a step without a sample is skipped, one whose gradients are not finite is skipped or ends the run."""
+    def grad_norm(self, model: nn.Module, compute: Callable[[], Any]) -> Any:
+        """Norm of the gradients; a step without a sample is skipped, one whose gradients are not finite is skipped or an error.
+
+        Raises:
+            CheckFailed: gradients that are not finite, in one step more than `max_nonfinite_steps`.
+        """
         if self._is_empty:
             return self._skip_step(model, NO_SAMPLE)
-        norm = super()._get_grad_norm(model, grad_norm)
-        # Every process has the same norm. DeepSpeed has left out a step that is not finite by now.
+        norm = compute()
+        # Every process has the same norm. DeepSpeed has already left out a step that is not finite.
         if norm is None or math.isfinite(float(norm)):
             return norm
         skipped = self._data_report.count_skipped(NOT_FINITE)
@@ -225,67 +219,67 @@ class TuningTrainer(Trainer):
         return list(itertools.chain.from_iterable(self._dist.all_gather_object(self._step_rows)))
 
     def _skip_step(self, model: nn.Module, reason: str) -> None:
-        """Make the current step change no weight, no optimizer state and no logged loss. The learning-rate schedule continues."""
+        """Have the present step change no weight, no optimizer state and no logged loss; the learning-rate schedule continues."""
         step, rows = self.state.global_step + 1, self._rows_of_step()
         self._data_report.skipped_steps.append(SkippedStep(step, rows, reason))
         print(f"step {step} is skipped, {reason}; its rows: {_listing(rows)}", flush=True)
         for parameter in model.parameters():
-            parameter.grad = None  # which optimizers pass over, moments and weight decay included
-        if self.accelerator.optimizer_step_was_skipped:
-            self.lr_scheduler.step()  # the Trainer stops it for a step that DeepSpeed has left out, and for no other
-        self._tr_loss.copy_(self._loss_before_step)
+            parameter.grad = None  # optimizers skip it, moments and weight decay included
+        if self.accelerator.optimizer_step_was_skipped:  # by DeepSpeed; only then the Trainer does not step the schedule
+            self.lr_scheduler.step()
+        self.leave_step_out_of_log(self._loss_before_step)
         self._losses.drop_step()
-        self._globalstep_last_logged += 1  # the log divides by the steps since
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The Trainer's; under DeepSpeed what trained is gathered first, as the Trainer cannot for every method."""
+    def save_weights(self, out: str | None, save: Callable[[], None]) -> None:
+        """Save the model's weights; under DeepSpeed they are gathered first, which the Trainer does not do for every method."""
         if self._dist.zero_stage is None:
-            super().save_model(output_dir, _internal_call)
+            save()
             return
         with full_state_dict(self.model, self._dist.is_main_process) as state:
-            self._save(output_dir, state)
+            self.write_weights(out, state)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(Path(self.args.output_dir) / SAVING)
+    def checkpoint_parent(self) -> Path:
+        """The folder of checkpoints that are not complete yet."""
+        return Path(self.args.output_dir) / SAVING
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The Trainer's checkpoint, which has its name only when all of it is there."""
-        if self.state.global_step == self._saved_step:  # a signal's, and the epoch ends with the same step
+    def save_checkpoint(self, write: Callable[[], None]) -> None:
+        """Save a checkpoint, which gets its name when it is complete."""
+        if self.state.global_step == self._saved_step:  # after a signal, if the epoch ends with the same step
             return
         checkpoints = Path(self.args.output_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._progress.count_tokens(self.state)
         try:
             with report_disk_errors(checkpoints / name):
-                super()._save_checkpoint(model, trial)
-                partial, limit = checkpoints / SAVING / name, self.args.save_total_limit
-                if self._dist.is_main_process and self._dist.zero_stage is None:  # DeepSpeed keeps weights of its own
-                    save_adapter_state(self.model, partial)
+                write()
+                folder, limit = self.checkpoint_parent() / name, self.args.save_total_limit
+                if self._dist.is_main_process and self._dist.zero_stage is None:  # DeepSpeed saves weights of its own
+                    save_adapter_state(self.model, folder)
                 if self._dist.is_main_process:  # with these a checkpoint of an adapter can be released
-                    self.model.generation_config.save_pretrained(partial)
+                    self.model.generation_config.save_pretrained(folder)
                     if self._initial is not None:
-                        save_file(self._initial, partial / INITIAL_FACTORS, metadata={"format": "pt"})
+                        save_file(self._initial, folder / INITIAL_FACTORS, metadata={"format": "pt"})
                 self._dist.barrier()
-                fsync_tree(partial)
-                written = set[str]().union(*self._dist.all_gather_object(file_names(partial)))
+                fsync_tree(folder)
+                written = set[str]().union(*self._dist.all_gather_object(file_names(folder)))
                 if self._dist.is_main_process:
-                    wait_for_files(partial, written)
-                    finalize_checkpoint(partial, checkpoints, self._data_report, self._dist, self._data_files, limit)
+                    wait_for_files(folder, written)
+                    finalize_checkpoint(folder, checkpoints, self._data_report, self._dist, self._data_files, limit)
         except UserError:
-            shutil.rmtree(checkpoints / SAVING, ignore_errors=True)  # a full disk has no room for a part of a checkpoint
+            shutil.rmtree(self.checkpoint_parent(), ignore_errors=True)  # a full disk has no room for an incomplete checkpoint
             raise
         self._saved_step = self.state.global_step
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        checkpoint = Path(resume_from_checkpoint)
+    def load_checkpoint(self, checkpoint: Path) -> None:
+        """Load the weights of a checkpoint, and the adapter training state beside them."""
         if not isinstance(self.model, PeftModel):
             load_full_model(self.model, checkpoint)
         elif not load_adapter_state(self.model, checkpoint):
-            # The Trainer would have every process read it onto the first GPU.
+            # The Trainer itself reads it onto the first GPU in every process.
             self.model.load_adapter(str(checkpoint), self.model.active_adapter, is_trainable=True, torch_device="cpu")
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """mmtune's own batches, which are this process's already: accelerate has nothing to divide."""
+        """The data loader of this process's batches; accelerate does not divide them further."""
         workers = self.args.dataloader_num_workers
         settings: dict[str, Any] = {
             "num_workers": workers,
@@ -294,7 +288,7 @@ class TuningTrainer(Trainer):
             "multiprocessing_context": self.args.dataloader_multiprocessing_context,
             "prefetch_factor": self.args.dataloader_prefetch_factor,
             "worker_init_fn": prepare_worker,
-            "generator": torch.Generator(),  # a loader draws a seed; from the run's generator it would draw again when resumed
+            "generator": torch.Generator(),  # not the run's generator, which a resumed run would use once more
         }
         if isinstance(self.train_dataset, SampleStream):
             return DataLoader(self.train_dataset, batch_size=None, **settings)
@@ -303,14 +297,18 @@ class TuningTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
-        """The next step's batches, with rows that failed counted and, past the recipe's bound, the run stopped."""
+        """The batches of the next step, and its denominator.
+
+        Raises:
+            UserError: more rows failed than the recipe allows, or the first steps have no sample.
+        """
         with self._progress.data_wait():
             batches = list(islice(epoch_iterator, num_batches))
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
         self._passes = len(batches) * self._dist.size
-        self._loss_before_step = self._tr_loss.clone()
+        self._loss_before_step = self.accumulated_loss.clone()
         self._losses.begin_step()
         faults = [fault for batch in batches for fault in batch.pop("faults")]
         self._step_rows = [row for batch in batches for row in batch.pop("rows")]
@@ -321,11 +319,11 @@ class TuningTrainer(Trainer):
             self._data_report.stop_past(self._max_bad_fraction)
         for batch in batches:
             self._progress.add(batch.pop("sizes"), "pixel_values" in batch)
-        usable = [batch or dict(self._unscored) for batch in batches]
+        usable = [batch or dict(self._dummy_batch) for batch in batches]
         count = self.accelerator.gather(self._objective.denominator(usable).to(device)).sum()
         self.supervised += int(count)
         self._is_empty = not int(count)
         self._steps_taken += 1
         if not self.supervised and self._steps_taken >= EMPTY_STEPS:
-            raise UserError(f"nothing in the first {EMPTY_STEPS} steps could train: {self._data_report.summary()}")
+            raise UserError(f"no usable training sample in the first {EMPTY_STEPS} steps: {self._data_report.summary()}")
         return usable, count

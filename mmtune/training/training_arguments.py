@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from mmtune.distributed.context import is_launched, launched_with_deepspeed
+from mmtune.distributed.launch import is_launched, launched_with_deepspeed
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.training.trackers import tracker_names

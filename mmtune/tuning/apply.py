@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mmtune.console.styled_console import StyledConsole
-from mmtune.distributed.sharded_parameters import gathered_forward, size_of, to_float32
+from mmtune.distributed.deepspeed_private import full_size
+from mmtune.distributed.sharded_parameters import gathered_forward, to_float32
 from mmtune.methods.method_table import METHODS
 from mmtune.models.components import Components, component_of, find_components, select_modules
 from mmtune.models.compute import move_batch
@@ -208,7 +209,7 @@ def count_parameters(model: nn.Module, components: Components, tune: TuneSection
 def parameter_count(parameter: nn.Parameter) -> int:
     """Weights in a parameter; a 4-bit one is stored packed, two in a byte."""
     state = getattr(parameter, "quant_state", None)
-    return size_of(parameter) if state is None else math.prod(state.shape)
+    return full_size(parameter) if state is None else math.prod(state.shape)
 
 
 def storage_of(parameter: nn.Parameter) -> str:
@@ -249,7 +250,7 @@ def trained_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
             parts = name.split(".")[:-1]
             inside = (".".join(parts[:end]) for end in range(1, len(parts)))
             owner = next((path for path in inside if path in wrappers), ".".join(parts))
-            sizes[owner] = sizes.get(owner, 0) + size_of(parameter)
+            sizes[owner] = sizes.get(owner, 0) + full_size(parameter)
     by_path: dict[str, tuple[int, int]] = {}
     for owner, size in sizes.items():
         path = re.sub(r"\.\d+(?=\.|$)", ".*", owner.removeprefix("base_model.model."))

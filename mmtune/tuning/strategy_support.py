@@ -10,8 +10,7 @@ from mmtune.distributed.context import DistributedContext
 from mmtune.methods.capability_table import incompatibility
 from mmtune.methods.method import DEFAULT_METHOD
 from mmtune.methods.method_table import METHODS
-from mmtune.models.checkpoints.locate_base import UNTRAINED
-from mmtune.models.load import base_config, base_model_type
+from mmtune.models.load import ResolvedBase
 from mmtune.models.packed_attention import check_packable_family
 from mmtune.models.quantize import QUANTIZED
 from mmtune.recipe.recipe import Recipe
@@ -23,40 +22,39 @@ def takes_sharded_weights(recipe: Recipe) -> bool:
     return recipe.model.precision not in QUANTIZED and not recipe.tune.needs_full_weights
 
 
-def check_method(recipe: Recipe, dist: DistributedContext) -> None:
-    """
+def check_method(
+    recipe: Recipe, base: ResolvedBase, arguments: TrainingArguments, dist: DistributedContext, checkpoint: Path | None
+) -> None:
+    """Check the method and packing against the base's family and the parallelism strategy.
+
     Raises:
-        UserError: a method or packing that does not work with the base's family or the ZeRO stage, before any weight is loaded.
+        UserError: a combination that does not work, or that was not compared with one process under FSDP2.
     """
     if recipe.data.max_nonfinite_steps and dist.zero_stage == 0:
         raise RecipeValueError(
             "data.max_nonfinite_steps", "DeepSpeed without ZeRO takes every step, so none can be skipped; leave it out"
         )
-    if recipe.model.base not in (None, UNTRAINED):
-        config = base_config(recipe.model)  # refuses families that are not supported
-        if recipe.data.packing:
-            check_packable_family(config)
+    if recipe.data.packing and base.config is not None:
+        check_packable_family(base.config)
     for component, tuning in recipe.tune.components.items():
         if tuning.method == recipe.tune.method:
             reason = incompatibility(
                 tuning.method,
                 tuning.settings,
                 precision=recipe.model.precision,
-                model_type=base_model_type(recipe.model),
+                model_type=base.model_type,
                 zero_stage=dist.zero_stage,
             )
             if reason is not None:
                 raise RecipeValueError(f"tune.{component}", reason)
+    if dist.fsdp:
+        _check_fsdp(recipe, arguments, checkpoint)
 
 
-def check_fsdp(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | None) -> None:
-    """
-    Raises:
-        UserError: what has not been held to one process under FSDP2.
-    """
+def _check_fsdp(recipe: Recipe, arguments: TrainingArguments, checkpoint: Path | None) -> None:
     if recipe.model.precision in QUANTIZED:
         raise RecipeValueError(
-            "model.precision", f"{recipe.model.precision}: FSDP2 does not divide quantized weights; launch with DDP or ZeRO"
+            "model.precision", f"{recipe.model.precision}: FSDP2 does not shard quantized weights; launch with DDP or ZeRO"
         )
     method = recipe.tune.method
     if method is not None and not METHODS[method].supports_fsdp:

@@ -24,16 +24,8 @@ from safetensors.torch import load_file
 from torch import distributed
 
 from mmtune import run_directory
-from mmtune.distributed.context import (
-    DEEPSPEED,
-    DEEPSPEED_CONFIG,
-    RENDEZVOUS,
-    DistributedContext,
-    _check_backend,
-    check_launch,
-    check_same,
-    check_strategy,
-)
+from mmtune.distributed.context import DistributedContext, _check_backend, check_same, check_strategy
+from mmtune.distributed.launch import DEEPSPEED, DEEPSPEED_CONFIG, RENDEZVOUS, check_launch
 from mmtune.planning.memory import estimate_memory
 from mmtune.recipe.recipe import Recipe, check_files, load_recipe
 from mmtune.rehearse import _shared_folder, rehearse
@@ -196,7 +188,7 @@ def test_two_processes_train_what_one_does(
 @pytest.mark.parametrize(
     ("environment", "precision", "message"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, "bf16", "FSDP's first version"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "bf16", "FSDP version 1"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "bf16", "fsdp_offload_params"),
         ({"WORLD_SIZE": "2"}, "fp32", "has WORLD_SIZE and lacks RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         ({"RANK": "1", "LOCAL_RANK": "1"}, "fp32", "lacks WORLD_SIZE, MASTER_ADDR"),
@@ -204,7 +196,7 @@ def test_two_processes_train_what_one_does(
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "bf16", "parallelism config"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "bf16", "mixed precision fp16, and the recipe's model.precision is bf16"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "fp32", "mixed precision bf16, and the recipe's model.precision is fp32"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"}, "fp32", "switches it off"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"}, "fp32", "switches DeepSpeed off"),
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, "fp32", "several processes and started one"),
     ],
 )
@@ -237,21 +229,23 @@ def test_a_recipe_asks_for_deepspeed_as_the_launcher_would(asked_by_recipe: Path
 
 def test_one_process_does_not_take_one_of_several_gpus(asked_by_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
-    with pytest.raises(UserError, match="one process was started and 8 GPUs are there"):
+    with pytest.raises(UserError, match="one process was started on a machine with 8 GPUs"):
         check_launch("fp32", {"zero_optimization": {"stage": 3}})
 
 
 def test_deepspeed_of_launcher_and_recipe_must_be_one(asked_by_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DEEPSPEED, "true")
-    with pytest.raises(UserError, match="by the launcher too, with other settings"):  # its --zero_stage says less than a file
+    with pytest.raises(
+        UserError, match="configured for DeepSpeed too, with other settings"
+    ):  # its --zero_stage says less than a file
         check_launch("fp32", str(asked_by_recipe))
     monkeypatch.setenv(DEEPSPEED_CONFIG, str(asked_by_recipe))
     check_launch("fp32", {"zero_optimization": {"stage": 3}})
-    with pytest.raises(UserError, match="by the launcher too, with other settings"):
+    with pytest.raises(UserError, match="configured for DeepSpeed too, with other settings"):
         check_launch("fp32", {"zero_optimization": {"stage": 2}})
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(UserError, match="asked for FSDP"):
+    with pytest.raises(UserError, match="the launcher is configured for FSDP"):
         check_launch("fp32", str(asked_by_recipe))
 
 
@@ -284,20 +278,20 @@ def test_a_backend_of_several_processes_does_not_stop_one(make_recipe: Callable[
             DistributedContext(size=2),
             (1, DistributedType.NO, "no"),
             "fp32",
-            "asked for 2 processes, DDP, and accelerate made it NO of 1",
+            "expected 2 processes, DDP, got NO with 1 from accelerate",
         ),
         (
             DistributedContext(size=2, fsdp=True),
             (2, DistributedType.MULTI_CPU, "no"),
             "fp32",
-            "made it MULTI_CPU of 2; FSDP takes GPUs",
+            "got MULTI_CPU with 2 from accelerate; FSDP needs GPUs",
         ),
-        (DistributedContext(size=2), (2, DistributedType.FSDP, "no"), "fp32", "made it FSDP"),
+        (DistributedContext(size=2), (2, DistributedType.FSDP, "no"), "fp32", "got FSDP"),
         (
             DistributedContext(size=2),
             (2, DistributedType.MULTI_CPU, "no"),
             "bf16",
-            "made the mixed precision no of it, where bf16",
+            "expected mixed precision bf16, got no",
         ),
     ],
 )
@@ -312,7 +306,7 @@ def test_what_accelerate_made_of_it_is_checked(
 def test_processes_that_talk_through_the_cpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
     arguments: Any = SimpleNamespace(world_size=2, device=torch.device("cuda:0"), ddp_backend=None)
-    with pytest.raises(UserError, match="were to talk by nccl, and do by gloo"):
+    with pytest.raises(UserError, match="expected the nccl backend on cuda, got gloo"):
         _check_backend(arguments)
     arguments.ddp_backend = "gloo"
     _check_backend(arguments)
@@ -454,7 +448,7 @@ def test_fsdp_that_becomes_ddp_is_told(kinds: dict[str, dict[str, Any]], tmp_pat
     command = [*launcher("fsdp2"), str(ROOT / "mmtune" / "train.py"), str(recipe)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    message = "error: asked for 2 processes, FSDP2, and accelerate made it MULTI_CPU of 2; FSDP takes GPUs"
+    message = "error: expected 2 processes, FSDP2, got MULTI_CPU with 2 from accelerate; FSDP needs GPUs"
     assert done.stderr.count(message) == 2  # printed by one process, and the last that the launcher says
     root_cause = done.stderr.rpartition("Root Cause")[2]
     assert f"traceback : {message}" in root_cause

@@ -192,7 +192,7 @@ def train_all(jobs: Path, results: Path) -> None:
     from torch import distributed
 
     from mmtune.console.library_output import configure_console
-    from mmtune.distributed.context import fsdp_on_cpu
+    from mmtune.distributed.accelerate_private import fsdp_on_cpu
     from mmtune.recipe.recipe import load_recipe
     from mmtune.rehearse import rehearse
     from mmtune.train import train

@@ -194,8 +194,8 @@ def test_a_saved_checkpoint_loads_without_mmtune(tiny_checkpoints: Path, tmp_pat
     assert eos == model.generation_config.eos_token_id
 
 
-def test_load_bare_processor_equals_the_processor_of_load_base(base: Path, tmp_path: Path) -> None:
-    from mmtune.models.load import load_bare_processor, load_base
+def test_the_processor_of_resolve_model_equals_that_of_load_base(base: Path, tmp_path: Path) -> None:
+    from mmtune.models.load import load_base, resolve_model
     from mmtune.recipe.recipe import ModelSection
 
     write_tiny_vision("siglip", tmp_path / "vision")
@@ -204,7 +204,7 @@ def test_load_bare_processor_equals_the_processor_of_load_base(base: Path, tmp_p
     assembled = {"vision": str(tmp_path / "vision"), "language": str(tmp_path / "language")}
     for values in (ready, {"base": "builtin:tiny-llava-untrained"}, assembled, {**assembled, "chat_template": "plain"}):
         section = ModelSection.model_validate(values)
-        bare, loaded = load_bare_processor(section), load_base(section, seed=0)[1]
+        bare, loaded = resolve_model(section).processor, load_base(resolve_model(section), seed=0)[1]
         assert bare.to_dict() == loaded.to_dict()
         assert bare.chat_template == loaded.chat_template == bare.tokenizer.chat_template
         assert bare.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()

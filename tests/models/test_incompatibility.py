@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mmtune.models import compatibility
 from mmtune.models.assemble import assemble, save_checkpoint
-from mmtune.models.load import load_base
+from mmtune.models.load import load_base, resolve_model
 from mmtune.recipe.recipe import ModelSection
 from mmtune.utils.errors import UserError
 
@@ -81,7 +81,9 @@ def test_a_base_with_missing_or_mismatched_weights_is_an_error(llava: tuple[Any,
     ):
         save_file(tensors, file, metadata={"format": "pt"})
         with pytest.raises(UserError, match=r"base: its weights do not match LlavaForConditionalGeneration: .*" + problem):
-            load_base(ModelSection.model_validate({"base": str(tmp_path / "base"), "chat_template": "vicuna_v1"}), seed=0)
+            load_base(
+                resolve_model(ModelSection.model_validate({"base": str(tmp_path / "base"), "chat_template": "vicuna_v1"})), seed=0
+            )
 
 
 def test_tensors_that_the_language_model_does_not_read_are_reported(

@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
-from mmtune.models.load import load_base, load_trained
+from mmtune.models.load import load_base, load_trained, resolve_model
 from mmtune.models.quantize import prepare_quantized, quantization_config
 from mmtune.recipe.recipe import Recipe
 from mmtune.train import train
@@ -20,7 +20,7 @@ LAYER_TYPES = {"nf4": Linear4bit, "int8": Linear8bitLt}
 
 @pytest.mark.parametrize("precision", LAYER_TYPES)
 def test_only_linear_layers_of_the_language_model_are_quantized(make_recipe: Callable[..., Recipe], precision: str) -> None:
-    model, _ = load_base(make_recipe(f"model.precision={precision}").model, 0)
+    model, _ = load_base(resolve_model(make_recipe(f"model.precision={precision}").model), 0)
     quantized = {name for name, module in model.named_modules() if isinstance(module, (Linear4bit, Linear8bitLt))}
     assert len(quantized) == 5 * 7
     assert all(name.startswith("model.language_model.layers.") for name in quantized)
@@ -36,7 +36,7 @@ def test_a_forward_pass_does_not_change_4bit_weights(make_recipe: Callable[..., 
     """On CPUs with AVX512-BF16, bitsandbytes repacks them in place unless this is disabled."""
     from bitsandbytes.functional import dequantize_4bit
 
-    model, _ = load_base(make_recipe("model.precision=nf4").model, 0)
+    model, _ = load_base(resolve_model(make_recipe("model.precision=nf4").model), 0)
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
     before = [dequantize_4bit(layer.weight.data, layer.weight.quant_state) for layer in layers]

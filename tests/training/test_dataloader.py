@@ -118,7 +118,7 @@ def test_a_run_without_one_row_that_fits_stops(make_recipe: Callable[..., Recipe
     ):
         train(make_recipe(*too_short, "train.max_steps=2"), ["test"], overwrite=True)
     slow = ("train.max_steps=40", "train.per_device_train_batch_size=1")
-    with pytest.raises(UserError, match="nothing in the first 10 steps could train"):
+    with pytest.raises(UserError, match="no usable training sample in the first 10 steps"):
         train(make_recipe(*too_short, *slow), ["test"], overwrite=True)
 
 

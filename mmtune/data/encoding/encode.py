@@ -38,6 +38,7 @@ from mmtune.data.media.resizing import check_resized
 from mmtune.data.message import Message, RowError, Sample, is_supervised, text_of
 from mmtune.data.validation.issues import issue_type_of
 from mmtune.utils.errors import RecipeValueError
+from mmtune.utils.transformers_private import processor_call_kwargs
 
 IGNORE_INDEX = -100
 
@@ -298,7 +299,7 @@ def _process_images(
 
 @lru_cache(maxsize=8)
 def _text_settings(processor: ProcessorMixin) -> dict[str, Any]:
-    return dict(processor._merge_kwargs(tokenizer_init_kwargs=processor.tokenizer.init_kwargs)["text_kwargs"])
+    return dict(processor_call_kwargs(processor)["text_kwargs"])
 
 
 def _per_token(processor: ProcessorMixin, text: EncodedText) -> dict[str, torch.Tensor]:

@@ -14,10 +14,10 @@ from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END as ESCAPE_END
 from transformers.utils.chat_template_utils import mark_control_tokens
 
-from mmtune.chat_templates.rendering import ESCAPE_START, ChatTemplateError, Span
+from mmtune.chat_templates.rendering import ChatTemplateError, Span
+from mmtune.utils.transformers_private import ESCAPE_END, ESCAPE_START, encode_without_added_tokens
 
 ADDED: Span = (0, 0)
 """The offsets of a token that the tokenizer adds by itself."""
@@ -132,8 +132,8 @@ def tokenize_escaped(tokenizer: PreTrainedTokenizerBase, text: str, add_special_
         if not piece:
             continue
         if number % 2:
-            spelt = _after_newline(newline, tokenizer._encode_without_added_tokens("\n" + piece))
-            spelt = tokenizer._encode_without_added_tokens(piece) if spelt is None else spelt
+            spelt = _after_newline(newline, encode_without_added_tokens(tokenizer, "\n" + piece))
+            spelt = encode_without_added_tokens(tokenizer, piece) if spelt is None else spelt
             if tokenizer.convert_tokens_to_ids(piece) in spelt:
                 raise ChatTemplateError(
                     f"the text spells {piece!r}, and the tokenizer has no other way to write that; take it out"

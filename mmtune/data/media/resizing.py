@@ -13,6 +13,7 @@ from typing import Any
 from transformers import ProcessorMixin
 
 from mmtune.data.validation.issues import DataIssueError
+from mmtune.utils.transformers_private import processor_call_kwargs
 
 MAX_RESIZED = 2**24
 """Largest image that a processor makes of another, in pixels: at a shorter edge of 336, an aspect ratio of 148."""
@@ -22,7 +23,7 @@ def image_kwargs(processor: Any) -> dict[str, Any]:
     """What the image processor will be called with: its own settings, and over them what the processor sets for its class."""
     own = processor.image_processor
     settings = {name: getattr(own, name, None) for name in own.valid_kwargs.__annotations__}
-    return settings | processor._merge_kwargs(tokenizer_init_kwargs=processor.tokenizer.init_kwargs)["images_kwargs"]
+    return settings | processor_call_kwargs(processor)["images_kwargs"]
 
 
 def check_resized(processor: ProcessorMixin, sizes: Sequence[tuple[int, int]]) -> None:

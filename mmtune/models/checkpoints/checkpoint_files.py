@@ -16,6 +16,7 @@ from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK
 from mmtune.models.components import PEFT_PREFIX, find_components
 from mmtune.utils.errors import UserError
 from mmtune.utils.files import read_json_object, replaced_directory
+from mmtune.utils.transformers_private import set_weight_conversions, weight_conversions
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 UNUSED_WEIGHTS = ("pooler.dense.weight", "pooler.dense.bias")
@@ -55,8 +56,8 @@ def set_hub_key_mapping(model: PreTrainedModel) -> None:
     transformers stores the key mapping of a loaded checkpoint in `_weight_conversions` and inverts it when saving. Without it,
     keys lack prefixes such as `vision_tower.vision_model`, which inference engines expect.
     """
-    if getattr(model, "_weight_conversions", None) is None:
-        model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    if weight_conversions(model) is None:
+        set_weight_conversions(model, get_model_conversion_mapping(model, add_legacy=False))
 
 
 def save_checkpoint(

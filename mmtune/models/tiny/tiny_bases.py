@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 
 from mmtune.models.tiny.tiny_models import DECODER, IMAGE, PATCH, TOWER, byte_level_tokenizer
 from mmtune.models.tiny.tiny_templates import TEMPLATES
+from mmtune.utils.transformers_private import tied_weight_names
 
 TEXTS = ["\n\n\n    the cat is on the mat, what is it?\n\n yes no a photo of two dogs and a bird."] * 20
 """Training texts of the tokenizers."""
@@ -439,7 +440,7 @@ def write_tiny_base(family: str, out: Path, seed: int = 0) -> Path:
 
 def _hub_tensors(model: Any, keys: tuple[tuple[str, str], ...]) -> dict[str, torch.Tensor]:
     tensors = {}
-    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    tied = tied_weight_names(model) if model.config.tie_word_embeddings else set()
     for name, tensor in model.state_dict().items():
         if name not in tied:
             renamed = name

@@ -99,12 +99,12 @@ def _schedulers() -> dict[str, list[str]]:
 
 def _optimizer_arguments() -> dict[str, list[str]]:
     """The names that the Trainer reads from `optim_args`, by `optim`: from the source of the functions that create optimizers."""
-    from transformers import trainer_optimizer
+    from mmtune.utils.transformers_private import makes_bitsandbytes_optimizer, optimizer_handlers
 
     arguments = {}
-    for kind, make in trainer_optimizer._OPTIMIZER_HANDLERS.items():
+    for kind, make in optimizer_handlers().items():
         # One function creates all optimizers of bitsandbytes, and reads arguments for AdEMAMix only.
-        reads_none = make is trainer_optimizer._get_bitsandbytes_optimizer and "ademamix" not in kind.value
+        reads_none = makes_bitsandbytes_optimizer(make) and "ademamix" not in kind.value
         arguments[kind.value] = [] if reads_none else _names_read(ast.parse(inspect.getsource(make)))
     return arguments
 
@@ -124,11 +124,9 @@ def _names_read(function: ast.AST) -> list[str]:
 
 def _attention() -> list[str]:
     """Names of `attn_implementation`, without hub kernels and paged attention (which is for serving only)."""
-    from transformers import AttentionInterface
+    from mmtune.utils.transformers_private import own_attention_functions
 
-    own = {
-        name for name, function in AttentionInterface._global_mapping.items() if function.__module__.startswith("transformers.")
-    }
+    own = {name for name, function in own_attention_functions().items() if function.__module__.startswith("transformers.")}
     return sorted({"eager", *(name for name in own if "|" not in name)})
 
 

@@ -17,7 +17,7 @@ from mmtune.builtin import TINY_LLAVA
 from mmtune.models.assemble import assemble, load_projector
 from mmtune.models.checkpoints.checkpoint_files import save_checkpoint, set_hub_key_mapping
 from mmtune.models.checkpoints.unread_tensors import find_unread_tensors
-from mmtune.models.load import load_base
+from mmtune.models.load import load_base, resolve_model
 from mmtune.models.tiny.tiny_bases import BASES, write_tiny_base
 from mmtune.recipe.recipe import ModelSection
 
@@ -117,7 +117,7 @@ def test_the_built_in_checkpoint_has_hub_key_names_and_the_trained_values() -> N
         digest.update(weights[key].numpy().tobytes())
     assert digest.hexdigest() == "16d0b84ecd84138f67666d1b35626938522f68f94175cb3603de76ae2db4a5ec"
     reload(TINY_LLAVA)
-    untrained, _ = load_base(ModelSection.model_validate({"base": "builtin:tiny-llava-untrained"}), seed=0)
+    untrained, _ = load_base(resolve_model(ModelSection.model_validate({"base": "builtin:tiny-llava-untrained"})), seed=0)
     assert untrained._weight_conversions  # full tuning of it saves hub key names, too
 
 

@@ -1,0 +1,45 @@
+"""Inputs of a training run, validated before any weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import TrainingArguments
+
+from mmtune.data.data_report import DataReport
+from mmtune.data.dataset import IndexedSamples, StreamedSamples
+from mmtune.distributed.context import DistributedContext
+from mmtune.models.load import ResolvedBase
+from mmtune.objectives.sft import SupervisedTuning
+from mmtune.recipe.recipe import Recipe
+from mmtune.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What was validated before any weight is loaded.
+
+    Attributes:
+        overwrite: whether an earlier run at the recipe's `output_dir` is replaced.
+        checkpoint: where training resumes; None for a new run.
+        lengths: tokens of every row, shape (rows,), 0 for a row that cannot train; None where rows are not counted beforehand.
+    """
+
+    recipe: Recipe
+    overwrite: bool
+    checkpoint: Path | None
+    arguments: TrainingArguments
+    dist: DistributedContext
+    samples: IndexedSamples | StreamedSamples
+    data_report: DataReport
+    base: ResolvedBase
+    objective: SupervisedTuning
+    lengths: NDArray[np.int64] | None
+
+    @property
+    def run(self) -> RunDirectory:
+        """The directory that the recipe names."""
+        return RunDirectory(Path(self.recipe.output_dir))
