@@ -47,13 +47,11 @@ def test_a_forward_pass_does_not_change_4bit_weights(make_recipe: Callable[..., 
         assert torch.equal(dequantize_4bit(layer.weight.data, layer.weight.quant_state), expected)
 
 
-def test_a_projector_inside_the_vision_tower_is_not_quantized(tmp_path: Path) -> None:
+def test_a_projector_inside_the_vision_tower_is_not_quantized() -> None:
     vision = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 64}
     text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    Qwen2_5_VLConfig(vision_config=vision, text_config={**text, "num_key_value_heads": 2, "vocab_size": 64}).save_pretrained(
-        tmp_path
-    )
-    config = quantization_config(str(tmp_path), "nf4")
+    model_config = Qwen2_5_VLConfig(vision_config=vision, text_config={**text, "num_key_value_heads": 2, "vocab_size": 64})
+    config = quantization_config(model_config, "nf4")
     assert config.llm_int8_skip_modules == ["model.visual", "model.visual.merger", "lm_head"]
     assert config.bnb_4bit_use_double_quant
 
