@@ -330,7 +330,7 @@ def test_an_output_dir_that_is_not_shared_is_told(make_recipe: Callable[..., Rec
     run.path.mkdir()
     run.environment.write_text("earlier")
     second = new_run(recipe, ["test"], overwrite=True, dist=DistributedContext(rank=1, size=2))
-    with pytest.raises(UserError, match="output_dir: process 1 does not see what process 0 wrote"), second:
+    with pytest.raises(UserError, match="output_dir: process 1 does not see the files of process 0"), second:
         pass
 
 
