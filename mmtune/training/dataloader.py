@@ -117,30 +117,11 @@ class TrainingData:
             yield collate(rows, self.pad_token_id)
 
 
-<<<<<<< HEAD
-def prepare_data(
-    samples: IndexedSamples | StreamedSamples,
-    processor: ProcessorMixin,
-    objective: SupervisedTuning,
-    section: DataSection,
-    arguments: TrainingArguments,
-    dist: DistributedContext,
-    lengths: NDArray[np.int64] | None = None,
-) -> TrainingData:
-    """Create the encoder, collator and batches of a run.
-
-    Args:
-        lengths: tokens of every row, 0 for rows that are left out; None if they were not counted.
-    """
-    encoder = objective.encoder(processor, section)
-    collator = objective.collator(processor, section.packing, always_images=dist.size > 1)
-=======
 def prepare_data(inputs: RunInputs, processor: ProcessorMixin) -> TrainingData:
     """Create the encoder, collator and batches of a run."""
     samples, section, arguments, dist = inputs.samples, inputs.recipe.data, inputs.arguments, inputs.dist
     encoder = inputs.objective.encoder(processor, section)
     collator = inputs.objective.collator(processor, section.packing, always_images=dist.size > 1)
->>>>>>> 441a576 (A base is resolved once per run: location, configuration and processor in one object; path length of a run as a benchmark)
     rows: Dataset[Any]
     if isinstance(samples, IndexedSamples):
         rows, batches = TrainingSet(samples, encoder), make_batches(samples, section, arguments, dist, inputs.lengths)
