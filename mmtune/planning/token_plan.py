@@ -61,7 +61,7 @@ class Plan:
         images: the number of images of each row.
         faults: rows that cannot train, by their number, with the reason.
         counted: the number of rows counted now; the others come from the cache.
-        kept: the file that keeps the plan; None where there is none.
+        cache_file: the file that holds the plan, if any.
     """
 
     tokens: IntArray

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-Found = tuple[tuple[str, str], ...]
-"""Fields and names of issues, in the doctor's order."""
+ExpectedIssues = tuple[tuple[str, str], ...]
+"""Fields and names of issues, in the order of the validator."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Case:
     Attributes:
         name: of the case.
         line: the row's line in the file, as bytes.
-        found: all that the doctor finds in it, and nothing else.
+        issues: all issues that the validator reports, and no others.
         files: what lies in the media root for it, by name.
         make: makes what is no file: links and directories; called with the media root.
         decoding: the fault that only decoding shows, if there is one.
@@ -37,7 +37,7 @@ class Case:
 
     name: str
     line: bytes
-    found: Found = ()
+    issues: ExpectedIssues = ()
     files: dict[str, bytes] = field(default_factory=dict)
     make: Callable[[Path], None] | None = None
     decoding: str | None = None
@@ -93,17 +93,17 @@ def _row(*turns: Any, **fields: Any) -> bytes:
     return json.dumps({"conversations": list(turns), **fields}).encode()
 
 
-def _image(name: str, content: bytes, *found: str, suffix: str = "png", **settings: Any) -> Case:
+def _image(name: str, content: bytes, *issues: str, suffix: str = "png", **settings: Any) -> Case:
     file = f"{name.replace(' ', '_')}.{suffix}"
-    return Case(name, _row(ASK, SAY, image=file), tuple(("image", one) for one in found), {file: content}, **settings)
+    return Case(name, _row(ASK, SAY, image=file), tuple(("image", one) for one in issues), {file: content}, **settings)
 
 
-def _path(name: str, path: Any, found: str, field: str = "image", **settings: Any) -> Case:
-    return Case(name, _row(ASK, SAY, image=path), ((field, found),), **settings)
+def _path(name: str, path: Any, issue: str, field: str = "image", **settings: Any) -> Case:
+    return Case(name, _row(ASK, SAY, image=path), ((field, issue),), **settings)
 
 
-def _said(name: str, *turns: Any, found: Found = (), **fields: Any) -> Case:
-    return Case(name, _row(*turns, **fields), found)
+def _turns(name: str, *turns: Any, issues: ExpectedIssues = (), **fields: Any) -> Case:
+    return Case(name, _row(*turns, **fields), issues)
 
 
 def _human(text: Any) -> dict[str, Any]:
@@ -252,90 +252,98 @@ def rows() -> list[Case]:
         Case("a null conversation", b'{"conversations": null}', ((here, "field_type"),)),
         Case("a conversation of text", b'{"conversations": "hello"}', ((here, "field_type"),)),
         Case("no turns", b'{"conversations": []}', ((here, "field_type"),)),
-        _said("a turn that is text", "hello", found=((f"{here}[0]", "field_missing"),)),
-        _said("a turn without words", {"from": "human"}, found=((f"{here}[0]", "field_missing"),)),
-        _said("a number for words", _human(7), _gpt("b"), found=((f"{here}[0].value", "field_type"),)),
-        _said("null for an answer", _human("a"), _gpt(None), found=((f"{here}[1].value", "field_type"),)),
-        _said("true for a speaker", {"from": True, "value": "a"}, found=((f"{here}[0].from", "role_unknown"),)),
-        _said("a list for a speaker", {"from": ["human"], "value": "a"}, found=((f"{here}[0].from", "role_unknown"),)),
-        _said("an unknown speaker", {"from": "humam", "value": "a"}, found=((f"{here}[0].from", "role_unknown"),)),
-        _said("an empty answer", _human("a"), _gpt(""), found=(("messages[1]", "answer_empty"),)),
-        _said("an answer of white space", _human("a"), _gpt(" \n\t\u3000"), found=(("messages[1]", "answer_empty"),)),
-        _said(
+        _turns("a turn that is text", "hello", issues=((f"{here}[0]", "field_missing"),)),
+        _turns("a turn without words", {"from": "human"}, issues=((f"{here}[0]", "field_missing"),)),
+        _turns("a number for words", _human(7), _gpt("b"), issues=((f"{here}[0].value", "field_type"),)),
+        _turns("null for an answer", _human("a"), _gpt(None), issues=((f"{here}[1].value", "field_type"),)),
+        _turns("true for a speaker", {"from": True, "value": "a"}, issues=((f"{here}[0].from", "role_unknown"),)),
+        _turns("a list for a speaker", {"from": ["human"], "value": "a"}, issues=((f"{here}[0].from", "role_unknown"),)),
+        _turns("an unknown speaker", {"from": "humam", "value": "a"}, issues=((f"{here}[0].from", "role_unknown"),)),
+        _turns("an empty answer", _human("a"), _gpt(""), issues=(("messages[1]", "answer_empty"),)),
+        _turns("an answer of white space", _human("a"), _gpt(" \n\t\u3000"), issues=(("messages[1]", "answer_empty"),)),
+        _turns(
             "an empty answer among others",
             _human("a"),
             _gpt(""),
             _human("b"),
             _gpt("c"),
-            found=(("messages[1]", "answer_empty"),),
+            issues=(("messages[1]", "answer_empty"),),
         ),
-        _said("two users in a row", _human("a"), _human("b"), _gpt("c"), found=(("messages", "role_order"),)),
-        _said("two answers in a row", _human("a"), _gpt("b"), _gpt("c"), found=(("messages", "role_order"),)),
-        _said("the answer first", _gpt("a"), _human("b"), found=(("messages", "role_order"),)),
-        _said(
+        _turns("two users in a row", _human("a"), _human("b"), _gpt("c"), issues=(("messages", "role_order"),)),
+        _turns("two answers in a row", _human("a"), _gpt("b"), _gpt("c"), issues=(("messages", "role_order"),)),
+        _turns("the answer first", _gpt("a"), _human("b"), issues=(("messages", "role_order"),)),
+        _turns(
             "a system message in the middle",
             _human("a"),
             {"from": "system", "value": "s"},
             _gpt("b"),
-            found=(("messages", "role_order"),),
+            issues=(("messages", "role_order"),),
         ),
-        _said("nothing but a system message", {"from": "system", "value": "s"}, found=(("messages", "role_order"),)),
-        _said("no assistant", _human("a"), found=(("messages", "nothing_supervised"),)),
-        _said("no last answer", _human("a"), _gpt("b"), _human("c"), found=(("messages", "answer_missing"),)),
-        _said("more images than placeholders", ASK, SAY, image=["good.png", "good.png"], found=(("image", "placeholder_count"),)),
-        _said(
+        _turns("nothing but a system message", {"from": "system", "value": "s"}, issues=(("messages", "role_order"),)),
+        _turns("no assistant", _human("a"), issues=(("messages", "nothing_supervised"),)),
+        _turns("no last answer", _human("a"), _gpt("b"), _human("c"), issues=(("messages", "answer_missing"),)),
+        _turns(
+            "more images than placeholders", ASK, SAY, image=["good.png", "good.png"], issues=(("image", "placeholder_count"),)
+        ),
+        _turns(
             "fewer images than placeholders",
             _human("<image><image>"),
             SAY,
             image="good.png",
-            found=(("image", "placeholder_count"),),
+            issues=(("image", "placeholder_count"),),
         ),
-        _said("a placeholder without an image", ASK, SAY, found=(("image", "placeholder_count"),)),
-        _said("an image without a placeholder", _human("a"), SAY, image="good.png", found=(("image", "placeholder_count"),)),
-        _said(
+        _turns("a placeholder without an image", ASK, SAY, issues=(("image", "placeholder_count"),)),
+        _turns("an image without a placeholder", _human("a"), SAY, image="good.png", issues=(("image", "placeholder_count"),)),
+        _turns(
             "an image in the answer",
             ASK,
             _gpt([{"type": "text", "text": "See:"}, {"type": "image", "image": "good.png"}]),
             image="good.png",
-            found=(("messages[1]", "image_in_answer"),),
+            issues=(("messages[1]", "image_in_answer"),),
         ),
-        _said("a block of no known type", _human([{"type": "table"}]), _gpt("b"), found=((f"{here}[0].value[0]", "field_type"),)),
-        _said("nested lists of blocks", _human([["a"]]), _gpt("b"), found=((f"{here}[0].value[0]", "field_type"),)),
-        _said("an object for a task", _human("a"), _gpt("b"), task={"name": "t"}, found=(("task", "field_type"),)),
-        _said("half a surrogate pair", _human("half of \ud83d"), _gpt("b"), found=(("messages[0]", "text_not_unicode"),)),
-        _said("NUL characters", _human("a\0b\0"), _gpt("c"), found=(("messages[0]", "text_nul"),)),
-        _said("a placeholder in the answer", ASK, _gpt("<image>"), image="good.png", found=(("messages[1]", "control_token"),)),
-        _said(
+        _turns(
+            "a block of no known type", _human([{"type": "table"}]), _gpt("b"), issues=((f"{here}[0].value[0]", "field_type"),)
+        ),
+        _turns("nested lists of blocks", _human([["a"]]), _gpt("b"), issues=((f"{here}[0].value[0]", "field_type"),)),
+        _turns("an object for a task", _human("a"), _gpt("b"), task={"name": "t"}, issues=(("task", "field_type"),)),
+        _turns("half a surrogate pair", _human("half of \ud83d"), _gpt("b"), issues=(("messages[0]", "text_not_unicode"),)),
+        _turns("NUL characters", _human("a\0b\0"), _gpt("c"), issues=(("messages[0]", "text_nul"),)),
+        _turns("a placeholder in the answer", ASK, _gpt("<image>"), image="good.png", issues=(("messages[1]", "control_token"),)),
+        _turns(
             "a control token in a question",
             _human("<|im_end|>\n<|im_start|>system"),
             _gpt("b"),
-            found=(("messages[0]", "control_token"),),
+            issues=(("messages[0]", "control_token"),),
         ),
-        _said("an end of turn in an answer", _human("a"), _gpt("yes</s>no"), found=(("messages[1]", "control_token"),)),
-        _said("100,000 words", _human("word " * 100_000), _gpt("b")),
-        _said("Jinja in the text", _human("{{ 7 * 7 }}{% endfor %}{{ ''.__class__ }}"), _gpt("{{ config }}")),
-        _said("text that turns around", _human("\u202ereversed\u202c and \u200b\ufeff"), _gpt("ok\u0301")),
-        _said(
+        _turns("an end of turn in an answer", _human("a"), _gpt("yes</s>no"), issues=(("messages[1]", "control_token"),)),
+        _turns("100,000 words", _human("word " * 100_000), _gpt("b")),
+        _turns("Jinja in the text", _human("{{ 7 * 7 }}{% endfor %}{{ ''.__class__ }}"), _gpt("{{ config }}")),
+        _turns("text that turns around", _human("\u202ereversed\u202c and \u200b\ufeff"), _gpt("ok\u0301")),
+        _turns(
             "lists in a field that nobody reads, 50 deep",
             _human("a"),
             _gpt("deep"),
             x=json.loads("[" * 50 + "]" * 50),
         ),
-        _said(
-            "lists in a field that nobody reads, 930 deep", _human("a"), _gpt("b"), x=_deep(930), found=(("row", "row_not_json"),)
+        _turns(
+            "lists in a field that nobody reads, 930 deep",
+            _human("a"),
+            _gpt("b"),
+            x=_deep(930),
+            issues=(("row", "row_not_json"),),
         ),
-        _said("blocks 930 deep", _human([_deep(930)]), _gpt("b"), found=(("row", "row_not_json"),)),
-        _said("a box past the border", ASK, SAY, image="good.png", bbox=[50, 40, 50, 40], found=(("bbox", "box_suspect"),)),
-        _said("a negative box", ASK, SAY, image="good.png", bbox=[-5, 0, 10, 10], found=(("bbox", "box_suspect"),)),
-        _said(
+        _turns("blocks 930 deep", _human([_deep(930)]), _gpt("b"), issues=(("row", "row_not_json"),)),
+        _turns("a box past the border", ASK, SAY, image="good.png", bbox=[50, 40, 50, 40], issues=(("bbox", "box_suspect"),)),
+        _turns("a negative box", ASK, SAY, image="good.png", bbox=[-5, 0, 10, 10], issues=(("bbox", "box_suspect"),)),
+        _turns(
             "a huge box among good ones",
             ASK,
             SAY,
             image="good.png",
             boxes=[[0, 0, 9, 9], [0, 0, 9, 1e300]],
-            found=(("boxes[1]", "box_suspect"),),
+            issues=(("boxes[1]", "box_suspect"),),
         ),
-        _said("a box that is no number", ASK, SAY, image="good.png", bbox=[float("nan")], found=(("row", "row_not_json"),)),
+        _turns("a box that is no number", ASK, SAY, image="good.png", bbox=[float("nan")], issues=(("row", "row_not_json"),)),
     ]
 
 

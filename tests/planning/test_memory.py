@@ -147,8 +147,8 @@ def test_optimizer_states_are_those_of_bitsandbytes(kind: str, states: int, in_8
     parameter.grad = torch.randn(shape)
     optimizer = getattr(bitsandbytes.optim, kind)([parameter])
     optimizer.step()
-    kept = [value for name, value in optimizer.state[parameter].items() if torch.is_tensor(value) and "qmap" not in name]
-    assert bnb_state_bytes(math.prod(shape), states, in_8bit) == sum(tensor.nbytes for tensor in kept)
+    states_8bit = [value for name, value in optimizer.state[parameter].items() if torch.is_tensor(value) and "qmap" not in name]
+    assert bnb_state_bytes(math.prod(shape), states, in_8bit) == sum(tensor.nbytes for tensor in states_8bit)
 
 
 def test_paged_states_can_leave_the_device() -> None:
@@ -238,7 +238,7 @@ def test_images_that_leave_no_room_are_refused(recipe_of: Callable[..., Recipe])
 
 
 @pytest.mark.parametrize(
-    ("model", "told"),
+    ("model", "message"),
     [
         (
             {"base": "nobody/has-this-model"},
@@ -250,10 +250,10 @@ def test_images_that_leave_no_room_are_refused(recipe_of: Callable[..., Recipe])
         ),
     ],
 )
-def test_a_hub_id_that_cannot_be_had_is_named(model: dict[str, str], told: str, tmp_path: Path) -> None:
+def test_a_hub_id_that_cannot_be_downloaded_is_named(model: dict[str, str], message: str, tmp_path: Path) -> None:
     data = {"train": [{"path": "none.json", "template": "llava"}]}
     recipe = Recipe.model_validate({"model": model, "data": data, "output_dir": str(tmp_path)})
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         estimate_memory(recipe, tokens=64)
 
 

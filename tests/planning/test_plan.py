@@ -35,16 +35,16 @@ def test_a_plan_is_told_and_suggests(recipe_file: str, capsys: pytest.CaptureFix
         )
         == 0
     )
-    told = capsys.readouterr()
-    plan = json.loads(told.out)
+    captured = capsys.readouterr()
+    plan = json.loads(captured.out)
     assert plan["strategies"]["ZeRO-2"]["optimizer"] < plan["optimizer"]
-    assert "first strategy that fits" in told.err
+    assert "first strategy that fits" in captured.err
     assert plan["suggestions"][0].startswith("train.per_device_train_batch_size=")
     assert "fits" in plan["suggestions"][-1]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--no-data"], "give data.max_tokens in the recipe, or --tokens"),
         (["--tokens", "40", "--memory", "lots"], "lots"),
@@ -52,9 +52,9 @@ def test_a_plan_is_told_and_suggests(recipe_file: str, capsys: pytest.CaptureFix
         (["--tokens", "40", "model.base=nobody/nothing"], "nobody/nothing"),
     ],
 )
-def test_mistakes(recipe_file: str, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str) -> None:
+def test_mistakes(recipe_file: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert entry_point(["plan", recipe_file, *arguments]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_methods_are_listed_with_what_works(capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,8 +50,8 @@ def data(media: Path) -> Path:
     images = ["a.png", None, ["a.png", "b.png"], "b.png", "missing.png", "large.png"]
     rows = []
     for spoken, image in zip(turns, images, strict=True):
-        said = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(spoken)]
-        rows.append({"conversations": said} | ({"image": image} if image else {}))
+        turns = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(spoken)]
+        rows.append({"conversations": turns} | ({"image": image} if image else {}))
     path = media / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -115,7 +115,7 @@ def test_a_processor_that_cannot_be_counted_stops_the_plan_in_any_process(data: 
             build_plan(IndexedSamples(_sources(data)), processor, processes=processes)
 
 
-# ---- what is kept
+# ---- the cache
 
 
 def test_a_second_plan_counts_only_what_was_at_fault(data: Path, own_cache: Path) -> None:
@@ -240,10 +240,10 @@ def test_of_files_too_large_to_be_read_whole_the_time_and_the_ends_tell(tmp_path
 def test_a_damaged_file_is_recognized_and_made_again(data: Path, damage: str) -> None:
     first = _plan(data)
     assert first.cache_file is not None
-    kept = bytearray(first.cache_file.read_bytes())
-    whole = bytes(kept)
-    kept[len(kept) // 2] ^= 1
-    first.cache_file.write_bytes({"cut": whole[:-9], "flipped": bytes(kept), "empty": b"", "other": b"x" * 99}[damage])
+    damaged = bytearray(first.cache_file.read_bytes())
+    whole = bytes(damaged)
+    damaged[len(damaged) // 2] ^= 1
+    first.cache_file.write_bytes({"cut": whole[:-9], "flipped": bytes(damaged), "empty": b"", "other": b"x" * 99}[damage])
     second = _plan(data)
     assert second.counted == 6 and _same(first, second)
     assert _plan(data).counted == 1
@@ -255,8 +255,8 @@ def test_a_directory_that_cannot_be_written_leaves_the_plan_in_the_users_cache(
     (data.parent / ".mmtune").write_text("in the way")  # as root may write to any directory
     plan = _plan(data)
     assert plan.cache_file is not None and plan.cache_file.parent == own_cache / "mmtune" / "plans"
-    told = capsys.readouterr().out
-    assert "cannot write the cache in" in told and f"plan: cached in {plan.cache_file.parent}" in told
+    output = capsys.readouterr().out
+    assert "cannot write the cache in" in output and f"plan: cached in {plan.cache_file.parent}" in output
     assert _plan(data).counted == 1
 
 
@@ -380,13 +380,13 @@ def test_figures_are_those_of_the_rows(data: Path) -> None:
     section = DataSection(train=tuple(_sources(data)), max_tokens=limit, over_length="drop_sample", packing=True)
     plan_outcome = predict_outcome(plan, samples, processor, limit, "drop_sample")
     statistics = plan_statistics(plan, plan_outcome, section)
-    kept = sorted(length for length in plan.tokens.tolist() if 0 < length <= limit)
-    assert (statistics["rows"], statistics["rows_invalid"], statistics["rows_trained"]) == (6, 1, len(kept))
+    lengths = sorted(length for length in plan.tokens.tolist() if 0 < length <= limit)
+    assert (statistics["rows"], statistics["rows_invalid"], statistics["rows_trained"]) == (6, 1, len(lengths))
     assert statistics["tokens"] == int(plan.tokens.sum())
     assert plan_statistics(plan, plan_outcome, section.model_copy(update={"packing": False}))["packing"] is None
     packing = statistics["packing"]
-    assert packing["efficiency"] == pytest.approx(sum(kept) / (packing["packs"] * limit), abs=1e-4)
-    assert statistics["over_length"]["rows"] == statistics["over_length"]["rows_dropped"] == 6 - 1 - len(kept)
+    assert packing["efficiency"] == pytest.approx(sum(lengths) / (packing["packs"] * limit), abs=1e-4)
+    assert statistics["over_length"]["rows"] == statistics["over_length"]["rows_dropped"] == 6 - 1 - len(lengths)
     assert statistics["errors"] == [{"row": "rows.jsonl:5", "field": "image", "detail": plan.errors[4].detail}]
     json.dumps(statistics)
 
@@ -402,10 +402,10 @@ def test_the_command_tells_of_the_data_and_of_the_memory(
     recipe_file: str, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert entry_point(["plan", recipe_file, "--json", "data.max_tokens=300"]) == 0
-    told = capsys.readouterr()
-    plan = json.loads(told.out)
+    captured = capsys.readouterr()
+    plan = json.loads(captured.out)
     for words in ("supervised tokens", "largest batch", "Length of a row", "over length: 0 rows", "Peak memory of a step"):
-        assert words in told.err  # for people
+        assert words in captured.err  # for people
     count = len(json.loads(rows.read_text(encoding="utf-8")))
     assert plan["data"]["rows"] == count and plan["data"]["rows_invalid"] == 0 and plan["data"]["steps"] == 3
     assert plan["data"]["image_tokens"] == 16 * plan["data"]["images"]

@@ -72,7 +72,7 @@ def test_the_corpus_is_large_and_each_case_its_own() -> None:
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[case.name for case in CASES])
 def test_a_hostile_row_has_its_issue_and_no_other(issues: dict[str, list[Issue]], number: int) -> None:
     found = issues.get(f"hostile.jsonl:{number + 1}", [])
-    assert tuple((each.field, each.issue) for each in found if each.issue != "field_unknown") == CASES[number].found
+    assert tuple((each.field, each.issue) for each in found if each.issue != "field_unknown") == CASES[number].issues
     assert all(each.detail and each.fix for each in found)
 
 
@@ -315,10 +315,10 @@ def test_the_command_writes_issues_and_fails_for_errors_alone(
     assert all(list(line) == ["row", "field", "issue", "detail", "fix"] for line in lines)
     written = [(line["row"], line["issue"]) for line in lines if line["issue"] != "field_unknown"]
     assert sorted(written) == sorted(
-        (f"hostile.jsonl:{number}", kind) for number, case in enumerate(CASES, start=1) for _, kind in case.found
+        (f"hostile.jsonl:{number}", kind) for number, case in enumerate(CASES, start=1) for _, kind in case.issues
     )
     shown = capsys.readouterr()
-    faulty = sum(any(kind in ERRORS for _, kind in case.found) for case in CASES)
+    faulty = sum(any(kind in ERRORS for _, kind in case.issues) for case in CASES)
     assert f"checked: {len(CASES)} rows, {faulty} cannot train" in shown.out and "image_truncated" in shown.out
     assert f"{faulty} of {len(CASES)} rows cannot train" in shown.err
 
