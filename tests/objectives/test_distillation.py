@@ -16,6 +16,7 @@ from scipy.special import log_softmax, rel_entr, softmax
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmtune.builtin import TINY_LLAVA
+from mmtune.cli.main import entry_point
 from mmtune.data.dataset import IndexedSamples
 from mmtune.distributed.context import SINGLE_PROCESS
 from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
@@ -240,6 +241,11 @@ def test_a_rehearsal_has_a_tiny_teacher(
             (distilled(attention_maps={"layers": [[0, 0]]}),),
             r"command line: objective=.*attention_maps.*expected model\.attn_implementation: eager, got null",
         ),
+        ((distilled(), "tune.language={method: adalora}"), r"objective\.type: adalora adds a term"),
+        (
+            (distilled(attention_maps={"layers": [[0, 0]]}), EAGER, "tune.language={method: prompt_tuning}"),
+            r"objective\.attention_maps: prompt_tuning adds virtual tokens",
+        ),
         (
             (distilled(attention_maps={"layers": [[0, 0]]}), EAGER, "data.packing=true", "data.max_tokens=99", "train={}"),
             r"attention_maps.*packed rows have maps over several samples; take data\.packing out",
@@ -290,6 +296,20 @@ def test_a_teacher_with_another_vocabulary_or_image_processor(
     save_checkpoint(model, processor, tmp_path / "colours")
     message = "prepares an image differently from the student's: pixel_values"
     rejected(make_recipe(distilled(tmp_path / "colours")), untrained, "objective.teacher", message)
+
+
+def test_recipe_check_compares_the_teacher_and_names_the_line(
+    make_recipe: MakeRecipe, untrained: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processor = copy.deepcopy(untrained[1])
+    processor.tokenizer.add_tokens(["<new>"])
+    save_checkpoint(untrained[0], processor, tmp_path / "words")
+    path = tmp_path / "checked.yaml"
+    for teacher, code in (("builtin:tiny-llava", 0), (tmp_path / "words", 2)):
+        path.write_text(make_recipe(distilled(teacher)).to_yaml(), encoding="utf-8")
+        assert entry_point(["recipe", "check", str(path)]) == code
+    line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "teacher:" in text)
+    assert f"checked.yaml:{line}: objective.teacher: expected the student's vocabulary" in capsys.readouterr().err
 
 
 def test_a_teacher_that_is_not_there_is_named_with_its_line(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -138,10 +138,10 @@ def test_the_trainer_logs_the_loss_and_its_parts_alike_however_it_accumulates(ca
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """DDP and ZeRO-3, by plain descent, whose steps are the gradients."""
+    """DDP, ZeRO-3 and FSDP2, by plain descent, whose steps are the gradients."""
     jobs, runs = [], {}
     for number, (case, (section, overrides)) in enumerate(CASES.items()):
-        for name, strategy, size in (("one", None, 4), ("ddp", "ddp", 2), ("zero3", "zero3", 2)):
+        for name, strategy, size in (("one", None, 4), ("ddp", "ddp", 2), ("zero3", "zero3", 2), ("fsdp2", "fsdp2", 2)):
             out = tmp_path / f"{number}_{name}"
             settings = f"train.per_device_train_batch_size={size}", "train.optim=sgd", "train.learning_rate=0.1"
             recipe = make_recipe(f"objective={json.dumps(section)}", *overrides, *settings, f"output_dir={out}")
