@@ -130,7 +130,7 @@ def untrained() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="session")
 def answering_llava() -> tuple[Any, Any]:
-    """As `untrained`, with weights that make it say something: the tied ones, at their size, echo the last token."""
+    """As `untrained`, with weights whose answers depend on the prompt; small tied weights would repeat the last token."""
     import torch
 
     from mmtune.builtin.tiny_checkpoint import build_untrained
@@ -196,7 +196,7 @@ def _split_as_published(path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every tiny vision encoder and language model, written once."""
+    """A folder with every tiny vision encoder and language model."""
     from mmtune.models.tiny.tiny_models import LANGUAGE_FAMILIES, VISION_FAMILIES, write_tiny_language, write_tiny_vision
 
     root = tmp_path_factory.mktemp("tiny_checkpoints")

@@ -215,10 +215,12 @@ def _score(name: str, answers: Sequence[Answer], marker: str | None) -> Score:
 
 
 def score_metrics(before: Sequence[Answer], after: Sequence[Answer], section: EvaluateSection) -> dict[str, Any]:
-    """The metrics of a run's summary, from the answers before and after tuning.
+    """The metrics of `summary.json` from the answers before and after tuning.
 
     Args:
-        before: empty where the base was not evaluated.
+        before: answers of the base; empty if it was not evaluated.
+        after: answers of the tuned model.
+        section: the recipe's `evaluate` section.
     """
     tuned = score(after, section)
     metrics: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The base as an adapter needs it: a location to name, and the precision of the recipe."""
+"""Materialization of a base: saving an assembled base for its adapter, quantization, device placement."""
 
 from __future__ import annotations
 
@@ -19,20 +19,27 @@ from mmtune.models.quantize import QUANTIZED
 def materialize_base(
     model: Any, processor: Any, base: ResolvedBase, out: Path | None, dist: DistributedContext, device: torch.device
 ) -> Any:
-    """Give the base a location that an adapter can name, the precision of the recipe, and its device.
+    """Save an assembled base, quantize it if the recipe says so, and move the base to its device.
+
+    An adapter names the directory or hub id of its base, so a base that was built in memory is saved.
 
     Args:
-        out: where a model that was assembled here is written; None when the run saves a full model, which needs no base.
+        model: the base, from `load_base`.
+        processor: its processor.
+        section: the recipe's `model` section.
+        out: the directory for a base that was built in memory; None if the run saves a full model, which needs no base.
+        dist: the distributed context.
+        device: the device of this process.
 
     Returns:
-        The model; quantized from the files at `out`, if it was assembled here for int8 or nf4.
+        The model; reloaded from `out` with quantization if it was assembled for int8 or nf4.
     """
     section = base.section
     if base.location is not None:
         model.name_or_path = resolve_base(str(section.base))
     elif out is not None:
         exists = (out / CHECKPOINT_MARK).exists()
-        dist.barrier()  # every process has looked before the main one writes
+        dist.barrier()  # all ranks have checked before the main process writes
         if not exists:
             with full_state_dict(model, dist.is_main_process) as state:
                 if dist.is_main_process:
@@ -42,4 +49,4 @@ def materialize_base(
             model = load_weights(str(out), section)
             use_chat_template(model, processor, processor.chat_template)
         model.name_or_path = str(out.resolve())
-    return model if section.precision in QUANTIZED else model.to(device)  # bitsandbytes has put its weights on their device
+    return model if section.precision in QUANTIZED else model.to(device)  # bitsandbytes has placed quantized weights

@@ -212,7 +212,7 @@ def test_commands_and_paths_are_completed(tmp_path: Path, monkeypatch: pytest.Mo
 # ------------------------------------------------------------------------------------------------------------- terminal
 
 
-def _converse(session: ChatSession, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def _chat(session: ChatSession, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
     run_chat(session)
 
@@ -236,7 +236,7 @@ def test_a_chat_with_questions_commands_and_errors(
         "quit",
         "sure?",
     ]
-    _converse(session, [*lines, "/exit", "never asked"], monkeypatch)
+    _chat(session, [*lines, "/exit", "never asked"], monkeypatch)
     first = _plain(answering_llava, "<|user|><image>\nwhat?<|end|><|assistant|>", [image])
     last = _plain(answering_llava, "<|user|>sure?<|end|><|assistant|>", [])
     output = capsys.readouterr().out
@@ -263,7 +263,7 @@ def test_a_missing_path_with_spaces_suggests_quotes(tmp_path: Path) -> None:
 def test_the_chat_ends_with_its_input(
     session: ChatSession, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _converse(session, ["/reset"], monkeypatch)
+    _chat(session, ["/reset"], monkeypatch)
     assert capsys.readouterr().out == f"{HELP}\n(new conversation)\n"
 
 
@@ -273,5 +273,5 @@ def test_an_empty_answer_is_reported(
     model = copy.deepcopy(answering_llava[0])
     with torch.no_grad():
         model.lm_head.weight.zero_()  # equal logits: greedy decoding takes token 0, which is special
-    _converse(ChatSession(model, answering_llava[1], max_new_tokens=1), ["so?"], monkeypatch)
+    _chat(ChatSession(model, answering_llava[1], max_new_tokens=1), ["so?"], monkeypatch)
     assert capsys.readouterr().out == f"{HELP}\n{EMPTY_ANSWER}\n"

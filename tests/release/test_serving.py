@@ -46,8 +46,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     out = {}
     for vision, language in PAIRS:
-        parts = write_tiny_vision(vision, folder / vision), write_tiny_language(language, folder / language)
-        model, processor = assemble(*map(str, parts), chat_template=TEMPLATES[language])
+        paths = write_tiny_vision(vision, folder / vision), write_tiny_language(language, folder / language)
+        model, processor = assemble(*map(str, paths), chat_template=TEMPLATES[language])
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1 and ("projector" in name or "layers" in name):

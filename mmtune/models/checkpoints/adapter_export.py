@@ -1,4 +1,4 @@
-"""Exporting an adapter: without files that only training needs, and for the original base where its initialization changed it."""
+"""Export of adapters: without training state, and for the original base if the initialization changed its weights."""
 
 from __future__ import annotations
 

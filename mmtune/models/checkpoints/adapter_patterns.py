@@ -66,20 +66,20 @@ def _is_plain(name: Any) -> bool:
     return isinstance(name, str) and _PLAIN.fullmatch(name) is not None
 
 
-def _key(key: str, paths: Collection[str], where: str) -> str:
+def _key(key: str, paths: Collection[str], location: str) -> str:
     """A key as PEFT expects it; PEFT prepends `(.*\\.)?`."""
     if _is_plain(key):
         return key
-    return f"^(?:{_alternation(key, rf'(.*[.])?({key})', paths, where)})"
+    return f"^(?:{_alternation(key, rf'(.*[.])?({key})', paths, location)})"
 
 
-def _alternation(original: str, expression: str, paths: Collection[str], where: str) -> str:
+def _alternation(original: str, expression: str, paths: Collection[str], location: str) -> str:
     """An alternation of the paths that `expression` matches; `original`, escaped, if there are none (PEFT prints it)."""
     try:
         pattern = compile_selector(expression)
         matches = [path for path in paths if is_match(pattern, path)]
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{location}: {error}") from error
     return "|".join(map(re.escape, matches or [original]))
 
 

@@ -19,7 +19,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 CONFIG_NAME = "config.json"
 TRAINER_STATE_NAME = "trainer_state.json"
 INITIAL_FACTORS = "initial.safetensors"
-"""In a checkpoint: the adapter's tensors before training, where its initialization changed the base's weights."""
+"""In a checkpoint: the adapter's tensors before training, if its initialization changed the base's weights."""
 
 
 @dataclass(frozen=True)

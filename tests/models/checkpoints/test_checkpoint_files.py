@@ -41,7 +41,7 @@ def test_a_projector_is_read_from_an_adapter_a_run_and_a_checkpoint(
 ) -> None:
     source = _other_model(tiny_checkpoints)
     expected = {key: value.clone() for key, value in source.model.multi_modal_projector.state_dict().items()}
-    save_checkpoint(source, llava[1], tmp_path / "whole")
+    save_checkpoint(source, llava[1], tmp_path / "full")
     lora = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj", modules_to_save=["multi_modal_projector"])
     get_peft_model(source, lora).save_pretrained(tmp_path / "run" / "adapter")
     prefix = "base_model.model.model.multi_modal_projector"
@@ -50,7 +50,7 @@ def test_a_projector_is_read_from_an_adapter_a_run_and_a_checkpoint(
     older = {f"{prefix}.modules_to_save.default.{key}": value for key, value in expected.items()}
     older |= {f"{prefix}.original_module.{key}": torch.zeros_like(value) for key, value in expected.items()}
     save_file(older, tmp_path / "older" / "adapter_model.safetensors")
-    for path in (tmp_path / "whole", tmp_path / "run", tmp_path / "run" / "adapter", tmp_path / "older"):
+    for path in (tmp_path / "full", tmp_path / "run", tmp_path / "run" / "adapter", tmp_path / "older"):
         model, _ = assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / "llama"))
         load_projector(model, path)
         got = model.model.multi_modal_projector.state_dict()
