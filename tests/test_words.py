@@ -47,6 +47,14 @@ IDENTIFIERS: Mapping[str, str] = {
     r"\b(own_chat_template|as_shown|sizes_of)\b": "training_chat_template, to_template_messages, image_sizes",
     r"\b(shrink_to_fit|media_root_of|named_media)\b": "resize_images, default_media_root, media_values",
     r"\b(JoinedRows|LeftOutRows|ClosedSet|Prompting|AS_THEY_ARE)\b": "ConcatenatedRows, ClosedAnswers, PromptSettings",
+    r"\b(use_hub_key_names|check_whole|refused_pickles|brings_code)\b": "set_hub_key_mapping, check_weights_loaded, ...",
+    r"\b(find_trained|trained_part|removal_named|located_base_of|base_of_adapter)\b": "the names in trained_weights.py",
+    r"\b(read_tower|locate_part|projector_parts|prove_packing)\b": "read_vision_tower, locate_component, verify_packing",
+    r"\b(CountedMemory|forget_peak|fullest_moment)\b": "MemoryTracker, reset_peak, peak_phase",
+    r"\b(bound_patterns|open_processor|NEVER_PACKED|ANSWER_TOKENS|carry_over)\b": "expand_patterns, UNPACKABLE, append_tensors",
+    r"\b(fold_weighted|weights_of_run|adapter_of|_enforce_\w+|_Job)\b": "merge_weighted, locate_run_weights, ...",
+    r"\bmerge_(fold|carried)\w*|\bcarried_tensors\b": "merge_unrounded_difference, merge_copied_tensors, copied_tensors",
+    r"\b(image_at|make_part|talker|shelf)\b": "resolve_image, write_split, a fixture's content",
     r"\bmmtune[/.]model\b": "mmtune.models",
     r"\bmmtune[/.](world|recipe_\w+|cli_\w+|chat_rendering)\b": "the module's present path (docs/architecture.md)",
 }
@@ -65,6 +73,11 @@ PHRASES: Mapping[str, str] = {
     r"\bmend(s|ed|ing)?\b": "fix, correct",
     r"\bforetold\b": "predicted",
     r"\bfullest moment\b": "peak",
+    r"\bcommonest answer\b": "majority-class baseline",
+    r"\bfold(s|ed|ing)? in(to)?\b|\bfolded model\b": "merge, merged model",
+    r"\bnot a whole\b": "its weights do not match; missing tensors",
+    r"\bcarried over\b": "copied",
+    r"\bloaded back from disk\b": "reloaded from disk",
 }
 """Wording that a reader has to translate, whatever its case, and plain English."""
 
