@@ -157,10 +157,10 @@ def outcome(run: RunDirectory) -> tuple[bytes, str, str]:
 
 
 def _recipe(folder: Path, name: str, stream: bool) -> tuple[RunDirectory, Path]:
-    made, out = folder / f"{name}.yaml", folder / name
+    path, out = folder / f"{name}.yaml", folder / name
     settings = {"stream": str(stream).lower(), "workers": int(stream), "window": 5 if stream else 10_000}
-    made.write_text(RECIPE.format(folder=folder, out=out, steps=STEPS, **settings), encoding="utf-8")
-    return RunDirectory(out), made
+    path.write_text(RECIPE.format(folder=folder, out=out, steps=STEPS, **settings), encoding="utf-8")
+    return RunDirectory(out), path
 
 
 def _start(recipe: Path) -> tuple[ForkServerProcess, Path]:
@@ -201,9 +201,9 @@ def _hit(run: RunDirectory, log: Path) -> str:
     """What the process that wrote the log was doing when it was killed, as far as what it left shows."""
     if _logged(log) == 0:
         return "start-up" + ("" if run.path.exists() else ", nothing written")
-    found = [step for step in range(1, STEPS + 1) if _saving(run, step)]
-    if found:
-        return f"saving checkpoint-{found[0]}, {len(list(_inside(run.checkpoints / '.saving')))} files there"
+    steps = [step for step in range(1, STEPS + 1) if _saving(run, step)]
+    if steps:
+        return f"saving checkpoint-{steps[0]}, {len(list(_inside(run.checkpoints / '.saving')))} files there"
     if not _checkpoint(run, STEPS).exists():
         return f"step {max(step for step in range(STEPS + 1) if step == 0 or _checkpoint(run, step).exists()) + 1}"
     return "finished" if run.summary.exists() else "final writing" + (", adapter there" if run.adapter.exists() else "")

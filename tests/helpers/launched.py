@@ -66,25 +66,25 @@ def launch(
     Args:
         recipes: with the launch of each: the name of a shipped configuration of accelerate, or `torchrun`, where a recipe may
             name DeepSpeed itself. A third value is the step after which the last process gets SIGTERM, `resume`, or `rehearse`.
-        folder: for what the processes are told and print.
+        folder: for the processes' input and output.
         patience_s: seconds that a recipe may take.
 
     Returns:
-        For each recipe true, or the reason why not: the error of the first process that failed, or that there was no end.
+        For each recipe true, or the reason why not: the error of the process that failed first, or that there was no end.
     """
     jobs, results = folder / "jobs.json", folder / "results.jsonl"
-    found: dict[int, bool | str] = {}
+    outcomes: dict[int, bool | str] = {}
     for config in dict.fromkeys(strategy for _, strategy, *_ in recipes):
         mine = [number for number, (_, strategy, *_) in enumerate(recipes) if strategy == config]
-        while left := [number for number in mine if number not in found]:
+        while left := [number for number in mine if number not in outcomes]:
             jobs.write_text(json.dumps([[number, str(recipes[number][0]), *recipes[number][2:]] for number in left]))
             results.write_text("")
             ended = _processes(config, jobs, results, processes, patience_s)
-            found |= dict(map(json.loads, results.read_text().splitlines()))
-            stuck = next((number for number in left if number not in found), None)
+            outcomes |= dict(map(json.loads, results.read_text().splitlines()))
+            stuck = next((number for number in left if number not in outcomes), None)
             if stuck is not None:  # the first without a result is the one that the launch ended in
-                found[stuck] = f"the processes hang or end: {ended}"
-    return [found[number] for number in range(len(recipes))]
+                outcomes[stuck] = f"the processes hang or end: {ended}"
+    return [outcomes[number] for number in range(len(recipes))]
 
 
 def _processes(config: str, jobs: Path, results: Path, processes: int, patience_s: float) -> str:
