@@ -20,7 +20,7 @@ def rank_prefix() -> str:
 
 
 def shows_progress() -> bool:
-    """Whether to show progress: in the first process, if standard error is a terminal."""
+    """Whether to show progress: in the main process, if standard error is a terminal."""
     return sys.stderr.isatty() and not rank_prefix()
 
 
