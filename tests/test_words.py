@@ -95,7 +95,6 @@ PHRASES: Mapping[str, str] = {
     r"\bthe first process\b": "the main process",
     r"\b(the|one) road\b": "the path, the job",
     r"\bfullest moment\b": "peak",
-    r"\bcommonest answer\b": "majority-class baseline",
     r"\bfold(s|ed|ing)? in(to)?\b|\bfolded model\b": "merge, merged model",
     r"\bnot a whole\b": "its weights do not match; missing tensors",
     r"\bcarried over\b": "copied",

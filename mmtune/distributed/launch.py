@@ -74,7 +74,7 @@ def check_launch(precision: str, deepspeed_config: str | Mapping[str, Any] | Non
         _enable_deepspeed(deepspeed_config)
     if launched_with_deepspeed():
         _check_deepspeed()
-        os.environ[MIXED_PRECISION] = "no"  # DeepSpeed's own mixed precision would round trainable parameters; see `init_distributed`
+        os.environ[MIXED_PRECISION] = "no"  # DeepSpeed's own would round trainable parameters; see `init_distributed`
 
 
 def _check_rendezvous() -> None:

@@ -71,7 +71,7 @@ def test_methods_are_listed_with_what_works(capsys: pytest.CaptureFixture[str]) 
 
 def test_memory_per_device_by_strategy() -> None:
     """Mixed precision AdamW of Psi parameters over N devices: 16 Psi, 4 Psi + 12 Psi / N, 16 Psi / N (arXiv 1910.02054, §3.1),
-    here all in fp32, with ZeRO's own copy of what trains."""
+    here all in fp32, with ZeRO's own copy of the trainable parameters."""
     psi, devices = 10**12, 4
     whole = MemoryEstimate(
         weights=0,
