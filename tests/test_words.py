@@ -55,6 +55,12 @@ IDENTIFIERS: Mapping[str, str] = {
     r"\b(fold_weighted|weights_of_run|adapter_of|_enforce_\w+|_Job)\b": "merge_weighted, locate_run_weights, ...",
     r"\bmerge_(fold|carried)\w*|\bcarried_tensors\b": "merge_unrounded_difference, merge_copied_tensors, copied_tensors",
     r"\b(image_at|make_part|talker|shelf)\b": "resolve_image, write_split, a fixture's content",
+    r"\b(BorrowedSettings|_TRAIN_OWNED|_TRAIN_GONE|_arrange)\b": "PassThroughArguments, _TRAIN_MANAGED, _TRAIN_RENAMED",
+    r"\b(about_key|has_key|open_as_umask_says|list_again)\b": "errors_at_key, apply_umask, refresh_entry",
+    r"\b(linked_directory|check_links_stay|becomes_seen)\b": "resolve_link, check_links, wait_until_visible",
+    r"\b(escapes_output|ends_on_signals|takes_any_character)\b": "escape_output, exit_on_signals, supports_unicode",
+    r"\b(layouts_for|print_layouts|as_time|base_is_here)\b": "memory_by_strategy, format_duration, is_base_local",
+    r"\b(SEEN_WITHIN_S|ECHO_S|PATIENCE_S)\b": "VISIBLE_TIMEOUT_S, REPEAT_S, TIMEOUT_S",
     r"\bmmtune[/.]model\b": "mmtune.models",
     r"\bmmtune[/.](world|recipe_\w+|cli_\w+|chat_rendering)\b": "the module's present path (docs/architecture.md)",
 }
@@ -99,6 +105,9 @@ PHRASES: Mapping[str, str] = {
     r"\bnot a whole\b": "its weights do not match; missing tensors",
     r"\bcarried over\b": "copied",
     r"\bloaded back from disk\b": "reloaded from disk",
+    r"not a recipe's to\b": "not supported in a recipe",
+    r"\bhas not been proven\b": "is not supported",
+    r"\bonly means something\b": "not supported with; needs",
 }
 """Wording that a reader has to translate, whatever its case, and plain English."""
 

@@ -18,7 +18,7 @@ import pytest
 
 from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
 
-PATIENCE_S = 120.0
+TIMEOUT_S = 120.0
 SEQUENCES = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|[=>])|\r")
 
 
@@ -45,7 +45,7 @@ class Terminal:
 
     def wait_for(self, pattern: str) -> None:
         """Wait until the output since the last call matches."""
-        end = time.monotonic() + PATIENCE_S
+        end = time.monotonic() + TIMEOUT_S
         while not (match := re.compile(pattern, re.DOTALL).search(self.screen, self._read)):
             ready, _, _ = select.select([self._master], [], [], end - time.monotonic())
             assert ready, f"no {pattern!r} in {self.screen[self._read :]!r}"
@@ -55,7 +55,7 @@ class Terminal:
 
     def exit_code(self) -> int:
         """Wait for the program to end and return its exit code."""
-        return self._process.wait(PATIENCE_S)
+        return self._process.wait(TIMEOUT_S)
 
     def close(self) -> None:
         """End the program."""

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from accelerate import DistributedType
-from launched import CONFIGS, PATIENCE_S, launch, launcher
+from launched import CONFIGS, TIMEOUT_S, launch, launcher
 from safetensors.torch import load_file
 from torch import distributed
 
@@ -434,7 +434,7 @@ def test_two_launchers_are_two_machines(alone: dict[str, Path], kinds: dict[str,
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     second = subprocess.Popen([*command, "1", *program], env=environment)
     subprocess.run([*command, "0", *program], env=environment, check=True, capture_output=True)
-    assert second.wait(PATIENCE_S) == 0
+    assert second.wait(TIMEOUT_S) == 0
     assert RunDirectory(tmp_path / "run").read_summary()["strategy"] == "2 processes, DDP"
     one, two = ([line["loss"] for line in metrics(run)] for run in (alone["text"], tmp_path / "run"))
     assert two == pytest.approx(one, abs=1e-5)

@@ -20,7 +20,7 @@ from forked import command_line, forking
 from mmtune.run_directory import RunDirectory
 
 STEPS = 6
-PATIENCE_S = 120.0
+TIMEOUT_S = 120.0
 RECIPE = """\
 model: {{base: {folder}/model}}
 tune:
@@ -111,7 +111,7 @@ def run_unbroken(folder: Path, stream: bool) -> Unbroken:
             began = _wait(process, lambda step=step: _saving(run, step) or _checkpoint(run, step).exists())
             saved = _wait(process, _checkpoint(run, step).exists)
             saving.append(saved - began)
-        process.join(PATIENCE_S)
+        process.join(TIMEOUT_S)
     finally:
         process.kill()
     assert process.exitcode == 0, log.read_text()
@@ -139,7 +139,7 @@ def kill_and_finish(moment: Moment, unbroken: Unbroken, folder: Path, name: str)
         if process.exitcode != -9:
             return hits, [f"exit code {process.exitcode}: {log.read_text()[-500:]}"]
     process, log = _start(recipe)
-    process.join(PATIENCE_S)
+    process.join(TIMEOUT_S)
     if process.exitcode != 0:
         process.kill()
         return hits, [f"started again, exit code {process.exitcode}: {log.read_text()[-500:]}"]
@@ -191,7 +191,7 @@ def _sleep_into(phase: str, share: float, process: ForkServerProcess, run: RunDi
 
 def _wait(process: ForkServerProcess, there: Callable[[], bool]) -> float:
     """Until something is there or the process has ended; returns when."""
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + TIMEOUT_S
     while not there() and process.is_alive() and time.monotonic() < end:
         time.sleep(0.0005)
     return time.monotonic()

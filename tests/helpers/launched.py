@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 from forked import forking, settle
 
-PATIENCE_S = 120.0
+TIMEOUT_S = 120.0
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
 
 
@@ -59,7 +59,7 @@ def launch(
     recipes: Sequence[tuple[Path, str] | tuple[Path, str, int | str]],
     folder: Path,
     processes: int = 2,
-    patience_s: float = PATIENCE_S,
+    timeout_s: float = TIMEOUT_S,
 ) -> list[bool | str]:
     """Train each recipe in several processes.
 
@@ -67,7 +67,7 @@ def launch(
         recipes: with the launch of each: the name of a shipped configuration of accelerate, or `torchrun`, where a recipe may
             name DeepSpeed itself. A third value is the step after which the last process gets SIGTERM, `resume`, or `rehearse`.
         folder: for the processes' input and output.
-        patience_s: seconds that a recipe may take.
+        timeout_s: seconds that a recipe may take.
 
     Returns:
         For each recipe true, or the reason why not: the error of the process that failed first, or that there was no end.
@@ -79,7 +79,7 @@ def launch(
         while left := [number for number in mine if number not in outcomes]:
             jobs.write_text(json.dumps([[number, str(recipes[number][0]), *recipes[number][2:]] for number in left]))
             results.write_text("")
-            ended = _processes(config, jobs, results, processes, patience_s)
+            ended = _processes(config, jobs, results, processes, timeout_s)
             outcomes |= dict(map(json.loads, results.read_text().splitlines()))
             stuck = next((number for number in left if number not in outcomes), None)
             if stuck is not None:  # the first without a result is the one that the launch ended in
@@ -87,7 +87,7 @@ def launch(
     return [outcomes[number] for number in range(len(recipes))]
 
 
-def _processes(config: str, jobs: Path, results: Path, processes: int, patience_s: float) -> str:
+def _processes(config: str, jobs: Path, results: Path, processes: int, timeout_s: float) -> str:
     if config == "torchrun" or config.startswith("zero"):
         compile_deepspeed()
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -96,7 +96,7 @@ def _processes(config: str, jobs: Path, results: Path, processes: int, patience_
     for process in started:
         process.start()
     try:
-        return _wait(started, results, patience_s)
+        return _wait(started, results, timeout_s)
     finally:
         for process in started:
             if process.is_alive():
@@ -105,15 +105,15 @@ def _processes(config: str, jobs: Path, results: Path, processes: int, patience_
             process.join()
 
 
-def _wait(started: list[ForkServerProcess], results: Path, patience_s: float) -> str:
-    """Until all have ended, one has failed, or there was no new result for `patience_s`."""
+def _wait(started: list[ForkServerProcess], results: Path, timeout_s: float) -> str:
+    """Until all have ended, one has failed, or there was no new result for `timeout_s`."""
     size, since = 0, time.monotonic()
     while any(process.is_alive() for process in started) and not any(process.exitcode for process in started):
         time.sleep(0.05)
         if results.stat().st_size != size:
             size, since = results.stat().st_size, time.monotonic()
-        if time.monotonic() - since > patience_s:
-            return f"no result for {patience_s:.0f} s"
+        if time.monotonic() - since > timeout_s:
+            return f"no result for {timeout_s:.0f} s"
     return f"exit codes {[process.exitcode for process in started]}"
 
 

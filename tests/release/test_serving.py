@@ -34,7 +34,7 @@ from transformers.cli.transformers import main
 main()
 """
 """The server without torchvision: its compiled operators do not load with every build of torch."""
-PATIENCE_S = 120.0
+TIMEOUT_S = 120.0
 PAIRS = (("clip", "llama"), ("siglip", "qwen3"))
 TEMPLATES = {"llama": "vicuna_v1", "qwen3": "chatml"}
 IMAGES = [Image.new("RGB", (90, 60), color) for color in ("teal", "orange")]
@@ -70,7 +70,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         )
     address = f"http://127.0.0.1:{port}"
     try:
-        until = time.monotonic() + PATIENCE_S
+        until = time.monotonic() + TIMEOUT_S
         while True:
             try:
                 urllib.request.urlopen(f"{address}/health", timeout=5)
@@ -94,7 +94,7 @@ def ask(address: str, model: Path, image: Image.Image) -> tuple[str, int]:
     request = urllib.request.Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
         result = json.load(response)
     return result["choices"][0]["message"]["content"], result["usage"]["prompt_tokens"]
 

@@ -31,7 +31,7 @@ from mmtune.utils.manifest import check_manifest
 
 Make = Callable[..., Recipe]
 SAVES = ("train.save_strategy=steps", "train.save_steps=2", "train.max_steps=6", "tune.language.lora_dropout=0.2")
-PATIENCE_S = 150.0
+TIMEOUT_S = 150.0
 
 
 def outcome(run: RunDirectory) -> tuple[bytes, list[tuple[int, float]]]:
@@ -418,7 +418,7 @@ def test_a_process_that_fails_ends_all(make_recipe: Make, tmp_path: Path, how: s
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        output = process.communicate(timeout=PATIENCE_S)[0]
+        output = process.communicate(timeout=TIMEOUT_S)[0]
     finally:
         if process.poll() is None:
             for each in (*psutil.Process(process.pid).children(recursive=True), process):

@@ -150,7 +150,7 @@ def test_modalities_that_differ_by_process_never_hang(shallow: Path, mixed: Path
     assert 50 < differing < 150
     settings = {"max_steps": 200, "gradient_accumulation_steps": 1, "train_sampling_strategy": "sequential", "logging_steps": 50}
     path = recipe(tmp_path, shallow, mixed, "long", train=settings)
-    assert launch([(path, "zero3")], tmp_path, patience_s=300.0) == [True]
+    assert launch([(path, "zero3")], tmp_path, timeout_s=300.0) == [True]
     summary = RunDirectory(tmp_path / "long").read_summary()
     assert summary["strategy"] == "2 processes, ZeRO-3"
     steps = [json.loads(line)["step"] for line in RunDirectory(tmp_path / "long").metrics.read_text().splitlines()]
