@@ -1,8 +1,8 @@
-"""A conversation as the chat template writes it, and where in that text the assistant's answers stand.
+"""Chat template rendering, with the exact character spans of the assistant's answers.
 
-Templates with `{% generation %}` marks say so themselves. For the others the conversation is rendered a second time with every
-answer exchanged for a character that occurs nowhere else, and the two texts may differ in nothing but the answers. Both ways
-end in character spans; nothing is guessed from the length of a prefix, and what cannot be exact is refused.
+Templates with `{% generation %}` tags mark the spans themselves. For other templates the conversation is rendered a second time
+with every answer replaced by a placeholder character, and the two texts must differ only in the answers. No length is estimated
+from a prefix, and spans that cannot be exact are an error.
 """
 
 from __future__ import annotations
@@ -29,94 +29,94 @@ from mmtune.utils.transformers_private import (
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PLACEHOLDER_CODE_POINTS = range(0x100000, 0x10FFFE)
-"""Code points that no standard gives a meaning; those that a conversation does not use stand in for its answers."""
+"""Private-use code points; those that a conversation does not contain are placeholders of its answers."""
 
-NO_GENERATION_TAGS = "the chat template has no {% generation %} marks"
-ANSWER_STRIPPED = "the chat template takes white space off the ends of an answer; take it out of the row"
+NO_GENERATION_TAGS = "the chat template has no {% generation %} tags"
+ANSWER_STRIPPED = "the chat template strips white space from the ends of an answer; remove it from the row"
 
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 
 
 class ChatTemplateError(ValueError):
-    """What the template wrote cannot be told apart into answers and the rest; the message says why."""
+    """The chat template rejects the conversation, or the spans of its answers cannot be exact."""
 
 
 class ControlTokenPatterns(NamedTuple):
-    """Patterns of the tokens that only a chat template may write.
+    """Patterns of control tokens, which only a chat template may write.
 
     Attributes:
-        spelled: matches one anywhere.
-        written: matches one that the template wrote, and not the marked one of a text (see `mmtune.data.encoding.token_spans`).
+        anywhere: matches every control token.
+        not_escaped: matches control tokens of the template, but not escaped ones (see `mmtune.data.encoding.token_spans`).
     """
 
-    spelled: re.Pattern[str]
-    written: re.Pattern[str]
+    anywhere: re.Pattern[str]
+    not_escaped: re.Pattern[str]
 
 
 @lru_cache(maxsize=8)
 def _control_tokens(tokenizer: PreTrainedTokenizerBase, size: int, template: str) -> ControlTokenPatterns:
     tokens = sorted(control_tokens_of(tokenizer, template), key=len, reverse=True)
-    anyone = "|".join(map(re.escape, tokens)) or "(?!)"
-    return ControlTokenPatterns(re.compile(anyone), re.compile(f"(?<!{ESCAPE_START})(?:{anyone})"))
+    alternatives = "|".join(map(re.escape, tokens)) or "(?!)"
+    return ControlTokenPatterns(re.compile(alternatives), re.compile(f"(?<!{ESCAPE_START})(?:{alternatives})"))
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> ControlTokenPatterns:
-    """The tokenizer's special tokens, and those of its added tokens that stand in the template."""
+    """Patterns of the tokenizer's special tokens, and of its added tokens that occur in the template."""
     return _control_tokens(tokenizer, len(tokenizer), template)
 
 
 def has_generation_tags(template: str) -> bool:
-    """Whether a chat template marks what the assistant says."""
+    """Whether a chat template marks the assistant's answers with `{% generation %}` tags."""
     return GENERATION_TAG.search(template) is not None
 
 
 def render_text(messages: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A whole conversation as text, whatever its answers can be told by.
+    """Render a whole conversation, without the spans of its answers.
 
     Raises:
-        ChatTemplateError: when the template refuses the conversation.
+        ChatTemplateError: the template rejects the conversation.
     """
     return _render(messages, template, tokenizer)[0]
 
 
 def render_prompt(messages: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text up to where the model's answer begins.
+    """Render a prompt: the text up to the start of the model's answer.
 
     Raises:
-        ChatTemplateError: when the template refuses the conversation.
+        ChatTemplateError: the template rejects the conversation.
     """
     return _render(messages, template, tokenizer, add_generation_prompt=True)[0]
 
 
 def render_conversation(messages: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
-    """A whole conversation as text, and what of it is learnt.
+    """Render a whole conversation, with the spans of its answers.
 
     Args:
         messages: typed messages.
-        template: a chat template.
-        tokenizer: its special tokens are what the template calls `bos_token` and so on, and what can end a turn.
+        template: the chat template.
+        tokenizer: the tokenizer, for the template's variables such as `bos_token` and for end-of-turn tokens.
 
     Returns:
-        The text, and for each answer its first and past-the-last character. A span holds the answer, white space that the model
-        writes before it (a space where the prompt ends at a colon), and the token that ends the turn.
+        The text, and for each answer its first and past-the-last character. A span contains the answer, white space that the
+        model generates before it (such as a space after a prompt that ends with a colon), and the end-of-turn token.
 
     Raises:
-        ChatTemplateError: when the spans cannot be exact, or the template refuses the conversation.
+        ChatTemplateError: the spans cannot be exact, or the template rejects the conversation.
     """
     text, marked = _render(messages, template, tokenizer)
     if not has_generation_tags(template):
         return text, _unmarked_spans(text, messages, template, tokenizer)
-    spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    marked = _joined(marked)
-    if len(marked) != len(spoken):
-        detail = f"{len(marked)} supervised spans for {len(spoken)} answers: the chat template dropped or joined one"
-        raise ChatTemplateError(detail)
-    spans = [_checked(text, span, messages, number, template, tokenizer) for span, number in zip(marked, spoken, strict=True)]
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    marked = _merge_adjacent(marked)
+    if len(marked) != len(answers):
+        detail = f"expected {len(answers)} supervised spans, one for each answer, got {len(marked)}: the chat template drops or "
+        raise ChatTemplateError(detail + "joins answers")
+    spans = [_exact_span(text, span, messages, number, template, tokenizer) for span, number in zip(marked, answers, strict=True)]
     ends = {text[mark[1] : span[1]] for mark, span in zip(marked, spans, strict=True)}
     if len(ends) > 1:
         raise ChatTemplateError(
-            f"the chat template writes different tokens behind its answers: {', '.join(map(repr, sorted(ends)))}"
+            f"expected the same end-of-turn token after every answer, got {', '.join(map(repr, sorted(ends)))}"
         )
     return text, spans
 
@@ -128,32 +128,32 @@ def _render(
         compiled = _compiled(template)
     except COMPILE_FAULTS as error:
         raise ChatTemplateError(f"the chat template is not valid Jinja{failure(error)}") from error
-    written = _Written()
-    given = {
+    output = _Output()
+    variables = {
         **plain_template_data(dict(tokenizer.special_tokens_map)),
         "messages": plain_template_data(messages),
         "tools": None,
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
-        _WRITTEN: written,
+        _OUTPUT: output,
     }
     try:
-        for piece in render_bounded(compiled, given):
-            written.pieces.append(piece)
-            written.length += len(piece)
+        for piece in render_bounded(compiled, variables):
+            output.pieces.append(piece)
+            output.length += len(piece)
     except RENDER_FAULTS as error:
         if isinstance(error, TemplateError) and not isinstance(error, TooMuchWork):
-            raise ChatTemplateError(f"the chat template refuses this conversation: {error}"[:400]) from error
+            raise ChatTemplateError(f"the chat template rejects this conversation: {error}"[:400]) from error
         raise ChatTemplateError(f"the chat template fails on this conversation{failure(error)}") from error
-    return "".join(written.pieces), written.spans
+    return "".join(output.pieces), output.spans
 
 
-_WRITTEN = "text of mmtune"
-"""The name under which a rendering finds what was written so far; no name that Jinja could write."""
+_OUTPUT = "rendered output"
+"""The context variable with the output so far. Not a valid Jinja name, so that it cannot collide with a template's variable."""
 
 
-class _Written:
-    """What a template has written, and the spans that it marked."""
+class _Output:
+    """The text that a template has written, and the spans that it marked."""
 
     def __init__(self) -> None:
         self.pieces: list[str] = []
@@ -162,7 +162,7 @@ class _Written:
 
 
 class _Generation(Extension):
-    """`{% generation %}`: what stands in it is the assistant's."""
+    """The `{% generation %}` tag, which marks an answer of the assistant."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -174,18 +174,18 @@ class _Generation(Extension):
     @pass_context
     def _marked(self, context: Context, caller: Callable[[], str]) -> str:
         text = caller()
-        written = context.parent[_WRITTEN]
-        written.spans.append((written.length, written.length + len(text)))
+        output = context.parent[_OUTPUT]
+        output.spans.append((output.length, output.length + len(text)))
         return text
 
 
 @cache
 def _environment() -> BoundedEnvironment:
-    """Jinja as transformers sets it up for chat templates, with the functions and filters that it adds, and with bounds."""
+    """The Jinja environment of transformers' chat templates, with its functions and filters, and with limits on the work."""
     environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    theirs = template_environment()
-    environment.filters.update(theirs.filters)
-    environment.globals.update(theirs.globals)
+    reference = template_environment()
+    environment.filters.update(reference.filters)
+    environment.globals.update(reference.globals)
     environment.bound()
     return environment
 
@@ -195,58 +195,65 @@ def _compiled(template: str) -> Template:
     return _environment().from_string(template)
 
 
-def _joined(spans: list[Span]) -> list[Span]:
-    """Spans with those that touch made one: some templates mark every piece of an answer."""
-    joined: list[Span] = []
+def _merge_adjacent(spans: list[Span]) -> list[Span]:
+    """Merge adjacent spans, because some templates mark every part of an answer."""
+    merged: list[Span] = []
     for span in spans:
-        if joined and joined[-1][1] == span[0]:
-            span = joined.pop()[0], span[1]
-        joined.append(span)
-    return joined
+        if merged and merged[-1][1] == span[0]:
+            span = merged.pop()[0], span[1]
+        merged.append(span)
+    return merged
 
 
-def _spoken(message: dict[str, Any]) -> str:
+def _answer_text(message: dict[str, Any]) -> str:
     return "".join(block["text"] for block in message["content"] if block["type"] == "text")
 
 
-def _checked(text: str, span: Span, messages: Messages, number: int, template: str, tokenizer: PreTrainedTokenizerBase) -> Span:
-    """A marked span, which must hold the answer and its end of turn.
+def _exact_span(
+    text: str, span: Span, messages: Messages, number: int, template: str, tokenizer: PreTrainedTokenizerBase
+) -> Span:
+    """The exact span of an answer and its end-of-turn token, from the span that the template marked.
 
-    The token that the template writes right behind the mark ends the answer; white space after that token is left out.
+    The end-of-turn token can also follow directly after the marked span. White space after the token is excluded.
+
+    Raises:
+        ChatTemplateError: the marked span has other text, or there is no end-of-turn token.
     """
-    (start, stop), answer = span, _spoken(messages[number])
+    (start, stop), answer = span, _answer_text(messages[number])
     begin = text.find(answer, start, stop)
     end = begin + len(answer)
     if begin >= 0:
-        start = _start(text, start, begin, messages[:number], template, tokenizer)
-    written = control_tokens(tokenizer, template).written
-    token = written.search(text, end, stop)
-    if token is None and (behind := written.search(text, stop)) is not None and not text[stop : behind.start()].strip():
-        token = behind
+        start = _span_start(text, start, begin, messages[:number], template, tokenizer)
+    control = control_tokens(tokenizer, template).not_escaped
+    token = control.search(text, end, stop)
+    if token is None and (following := control.search(text, stop)) is not None and not text[stop : following.start()].strip():
+        token = following
     tail = (text[end : token.start()] + text[token.end() : stop]) if token else text[end:stop]
     if begin < 0 or text[start:begin].strip() or tail.strip():
         if answer != answer.strip() and answer.strip() in text[start:stop]:
             raise ChatTemplateError(ANSWER_STRIPPED)
-        supervised, spoken = (part.replace(ESCAPE_START, "").replace(ESCAPE_END, "") for part in (text[span[0] : stop], answer))
-        detail = "right is the answer as it stands in the row and one token that ends it"
-        raise ChatTemplateError(f"the chat template supervises {supervised!r} for the answer {spoken!r}; {detail}")
+        marked, expected = (part.replace(ESCAPE_START, "").replace(ESCAPE_END, "") for part in (text[span[0] : stop], answer))
+        raise ChatTemplateError(f"expected the answer {expected!r} and one end-of-turn token to be supervised, got {marked!r}")
     if token is None and "\n" not in tail:
         raise ChatTemplateError(
-            f"the chat template writes {tail!r} after an answer and no token that ends it, so the end would not be learnt"
+            f"expected an end-of-turn token after an answer, got {tail!r}; the model would not learn to end its answer"
         )
     return start, token.end() if token else stop
 
 
-def _start(text: str, start: int, begin: int, before: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Where a marked span begins: where the prompt ends, if the two differ.
+def _span_start(text: str, start: int, begin: int, before: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The start of a marked span, moved to the end of the prompt if they differ.
 
-    What the prompt already holds is left out (an empty thought that the template writes for the model), and white space between
-    the prompt and the mark is taken in, because the model has to write it.
+    Text that the prompt already contains (such as an empty thinking block written by the template) is excluded. White space
+    between the prompt and the marked span is included, because the model generates it.
 
     Args:
-        start: of the mark.
-        begin: of the answer.
+        text: the rendered conversation.
+        start: start of the marked span.
+        begin: start of the answer.
         before: the messages before the answer.
+        template: the chat template.
+        tokenizer: the tokenizer.
     """
     if start == begin and not text[:start][-1:].isspace():
         return start
@@ -254,70 +261,68 @@ def _start(text: str, start: int, begin: int, before: Messages, template: str, t
     if text.startswith(prompt) and len(prompt) <= begin:
         return start if text[len(prompt) : start].strip() else len(prompt)
     if prompt.rstrip() == text[:begin].rstrip():
-        return begin  # it ends in other white space than the prompt: LLaVA-OneVision's template writes a space more
+        return begin  # only white space differs: LLaVA-OneVision's template writes one more space in the prompt
     return start
 
 
 def _unmarked_spans(text: str, messages: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
-    """The spans of a template without marks."""
-    written = control_tokens(tokenizer, template).written
-    spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    if not spoken:
+    """The spans of a template without `{% generation %}` tags."""
+    control = control_tokens(tokenizer, template).not_escaped
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
         return []
-    places = _places(text, messages, template, tokenizer)
-    whole = text if spoken[-1] == len(messages) - 1 else _render(messages[: spoken[-1] + 1], template, tokenizer)[0]
-    _, last = places[-1]
-    token = written.search(whole, last)
-    if not whole.startswith(text[:last]) or token is None or whole[last : token.start()].strip():
-        raise ChatTemplateError(f"{NO_GENERATION_TAGS}, and writes no token that would end the turn after the last answer")
-    turn_end = whole[last : token.end()]
+    answer_spans = _find_answers(text, messages, template, tokenizer)
+    up_to_last = text if answers[-1] == len(messages) - 1 else _render(messages[: answers[-1] + 1], template, tokenizer)[0]
+    _, last = answer_spans[-1]
+    token = control.search(up_to_last, last)
+    if not up_to_last.startswith(text[:last]) or token is None or up_to_last[last : token.start()].strip():
+        raise ChatTemplateError(f"{NO_GENERATION_TAGS}, and writes no end-of-turn token after the last answer")
+    turn_end = up_to_last[last : token.end()]
     spans = []
-    for number, (begin, end) in zip(spoken, places, strict=True):
+    for number, (begin, end) in zip(answers, answer_spans, strict=True):
         prompt = render_prompt(messages[:number], template, tokenizer)
         if not text.startswith(prompt) or len(prompt) > begin or text[len(prompt) : begin].strip():
             raise ChatTemplateError(
-                f"{NO_GENERATION_TAGS}, and what it writes before an answer is not the prompt that the model is given: "
-                f"{text[max(0, begin - 40) : begin]!r} for {prompt[-40:]!r}"
+                f"{NO_GENERATION_TAGS}, and its text before an answer differs from the prompt: expected {prompt[-40:]!r}, "
+                f"got {text[max(0, begin - 40) : begin]!r}"
             )
         if not text.startswith(turn_end, end):
-            raise ChatTemplateError(f"{NO_GENERATION_TAGS}, and ends the last turn with {turn_end!r} and another one otherwise")
+            raise ChatTemplateError(f"{NO_GENERATION_TAGS}, and ends only the last turn, but not all turns, with {turn_end!r}")
         spans.append((len(prompt), end + len(turn_end)))
     return spans
 
 
-def _places(text: str, messages: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
-    """Where each answer stands in the text, found by rendering the conversation with a stand-in for every piece of one."""
-    used = set().union(*(_spoken(message) for message in messages))
+def _find_answers(text: str, messages: Messages, template: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
+    """The span of each answer, from rendering the conversation with a placeholder for every text block of an answer."""
+    used = set().union(*(_answer_text(message) for message in messages))
     free = (chr(code) for code in PLACEHOLDER_CODE_POINTS if chr(code) not in used)
-    stands_for: dict[str, str] = {}
-    exchanged: Messages = []
-    pieces: list[list[str]] = []
+    text_of_placeholder: dict[str, str] = {}
+    replaced: Messages = []
+    placeholders: list[list[str]] = []
     for message in messages:
         if message["role"] == "assistant":
-            pieces.append([])
+            placeholders.append([])
             content = []
             for block in message["content"]:
                 if block["type"] != "text":
-                    raise ChatTemplateError(f"an assistant turn holds text only, not {block['type']}")
-                dummy_sample = next(free)
-                stands_for[dummy_sample] = block["text"]
-                pieces[-1].append(dummy_sample)
-                content.append({**block, "text": dummy_sample})
+                    raise ChatTemplateError(f"expected only text in an assistant turn, got {block['type']}")
+                placeholder = next(free)
+                text_of_placeholder[placeholder] = block["text"]
+                placeholders[-1].append(placeholder)
+                content.append({**block, "text": placeholder})
             message = {**message, "content": content}
-        exchanged.append(message)
-    frame, _ = _render(exchanged, template, tokenizer)
-    if [character for character in frame if character in stands_for] != list(stands_for):
+        replaced.append(message)
+    frame, _ = _render(replaced, template, tokenizer)
+    if [character for character in frame if character in text_of_placeholder] != list(text_of_placeholder):
         raise ChatTemplateError(f"{NO_GENERATION_TAGS}, and drops or repeats an answer")
-    at: dict[str, Span] = {}
-    built = ""
-    for part in re.split(f"([{''.join(stands_for)}])", frame):
-        if part in stands_for:
-            at[part] = (len(built), len(built) + len(stands_for[part]))
-        built += stands_for.get(part, part)
-    if built != text:
-        if any(answer != answer.strip() for answer in stands_for.values()):
+    spans: dict[str, Span] = {}
+    rebuilt = ""
+    for part in re.split(f"([{''.join(text_of_placeholder)}])", frame):
+        if part in text_of_placeholder:
+            spans[part] = (len(rebuilt), len(rebuilt) + len(text_of_placeholder[part]))
+        rebuilt += text_of_placeholder.get(part, part)
+    if rebuilt != text:
+        if any(answer != answer.strip() for answer in text_of_placeholder.values()):
             raise ChatTemplateError(ANSWER_STRIPPED)
-        raise ChatTemplateError(
-            f"{NO_GENERATION_TAGS}, and changes an answer, or what stands around it for words that it looks for in one"
-        )
-    return [(at[stand_ins[0]][0], at[stand_ins[-1]][1]) for stand_ins in pieces]
+        raise ChatTemplateError(f"{NO_GENERATION_TAGS}, and changes an answer, or writes other text that depends on its words")
+    return [(spans[blocks[0]][0], spans[blocks[-1]][1]) for blocks in placeholders]

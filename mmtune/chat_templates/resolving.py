@@ -1,4 +1,4 @@
-"""Chat templates: ours by name, the reader's by path, and what a tokenizer and a model must hold for one to work."""
+"""Chat template selection: shipped templates by name, others by path, and checks against the tokenizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MARKERS = {
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
     "tiny": ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
 }
-"""What a shipped template writes and the tokenizer must hold as single tokens. The others need only `eos_token`."""
+"""Control tokens of a shipped template that the tokenizer must have. Other templates need only `eos_token`."""
 
 BY_MODEL_TYPE = {
     "llama": "vicuna_v1",
@@ -38,9 +38,9 @@ BY_MODEL_TYPE = {
 }
 
 WITHOUT_ROLES = ("plain", "paligemma")
-"""Shipped templates that nothing in a tokenizer speaks for or against."""
+"""Shipped templates without role tokens, so that their fit cannot be inferred from a tokenizer."""
 PALIGEMMA_TOKEN = "<loc0000>"
-"""In every PaliGemma tokenizer, whose processor adds it, and in no other."""
+"""A token that only PaliGemma tokenizers have, because their processor adds it."""
 
 QUESTION: dict[str, Any] = {
     "role": "user",
@@ -57,79 +57,83 @@ def template_names() -> list[str]:
 def resolve_chat_template(
     name: str | None, tokenizer: PreTrainedTokenizerBase, *, model_type: str | None = None, image_token: str = "<image>"
 ) -> str:
-    """The text of a chat template that places images and lets the assistant's words be told from the rest.
+    """Select a chat template that writes image placeholders and has exact answer spans.
 
     Args:
-        name: a shipped template, or the path of a `.jinja` file. None: the tokenizer's own template if it does both (a text
-            model's own seldom does), else the one of the model type's family.
-        tokenizer: must hold the template's markers as single tokens.
-        model_type: the text model's, for a default.
-        image_token: what the template must write for an image.
+        name: a shipped template, or the path of a `.jinja` file. None selects the tokenizer's own template if it is usable
+            (those of text models seldom are), or else the default for the model type.
+        tokenizer: the tokenizer, which must have the template's control tokens as single tokens.
+        model_type: the text model's type, for the default.
+        image_token: the image placeholder that the template must write.
+
+    Returns:
+        The source text of the template.
 
     Raises:
-        UserError: an unknown name, a template that cannot be read, that leaves images out or hides answers, or one
-            whose markers the tokenizer does not hold.
+        UserError: an unknown name, an unreadable template, one without images or exact answer spans, or one with control tokens
+            that the tokenizer does not have.
     """
     if name is None:
-        own = tokenizer.chat_template
-        if isinstance(own, str) and not _fault(own, tokenizer, image_token):
-            return own
-        name = _default(tokenizer, model_type)
+        tokenizer_template = tokenizer.chat_template
+        if isinstance(tokenizer_template, str) and not _incompatibility(tokenizer_template, tokenizer, image_token):
+            return tokenizer_template
+        name = _default_name(tokenizer, model_type)
         if name is None:
+            problem = _incompatibility(str(tokenizer_template), tokenizer, image_token) if tokenizer_template else None
             raise RecipeValueError(
                 "model.chat_template",
-                f"there is no default for model_type {model_type!r}, and its tokenizer's own template "
-                + ("is missing" if not own else f"does not serve: {_fault(str(own), tokenizer, image_token)}")
+                f"there is no default for model_type {model_type!r}, and the tokenizer's own template "
+                + (f"cannot be used: {problem}" if tokenizer_template else "is missing")
                 + f"; {_advice(None, tokenizer, image_token)}",
             )
     if name in template_names():
-        template = _shipped(name)
-        lacks = _lacks(name, tokenizer)
-        if lacks:
-            raise RecipeValueError("model.chat_template", f"{name} {lacks}; {_advice(None, tokenizer, image_token)}")
+        template = _read_shipped(name)
+        missing_tokens = _missing_tokens(name, tokenizer)
+        if missing_tokens:
+            raise RecipeValueError("model.chat_template", f"{name} {missing_tokens}; {_advice(None, tokenizer, image_token)}")
     elif name.endswith(".jinja"):
         if not Path(name).is_file():
-            raise RecipeValueError("model.chat_template", f"there is no file {name}")
+            raise RecipeValueError("model.chat_template", f"no such file: {name}")
         template = Path(name).read_text(encoding="utf-8")
     else:
-        near = nearest(name, template_names())
-        raise RecipeValueError("model.chat_template", f"unknown name {name!r}{near}; or the path of a .jinja file")
-    fault = _fault(template, tokenizer, image_token)
-    if fault:
-        raise RecipeValueError("model.chat_template", f"{name}: {fault}; {_advice(template, tokenizer, image_token)}")
+        hint = nearest(name, template_names())
+        raise RecipeValueError("model.chat_template", f"unknown name {name!r}{hint}; or the path of a .jinja file")
+    problem = _incompatibility(template, tokenizer, image_token)
+    if problem:
+        raise RecipeValueError("model.chat_template", f"{name}: {problem}; {_advice(template, tokenizer, image_token)}")
     return template
 
 
 def training_chat_template(processor: ProcessorMixin) -> str:
-    """The chat template of a ready vision-language model, made to mark answers where it does not.
+    """The chat template of a ready vision-language model, with `{% generation %}` tags if possible.
 
-    A template without `{% generation %}` marks is exchanged for TRL's training template of the same text, when there is
-    one; otherwise it stays, if its answers can be found in what it writes (see `mmtune.chat_templates.rendering`).
+    A template without these tags is replaced by TRL's training template that writes the same text, if there is one. Otherwise it
+    is used unchanged if the spans of its answers can be found exactly (see `mmtune.chat_templates.rendering`).
 
     Raises:
-        UserError: no chat template, or one whose answers cannot be told from the rest.
+        UserError: the model has no chat template, or one without exact answer spans.
     """
-    own = _published(processor)
+    published = _published_template(processor)
     tokenizer, image_token = processor.tokenizer, processor.image_token
-    if own is None:
-        raise UserError(f"it has no chat template; {_advice(None, tokenizer, image_token)}")
-    if has_generation_tags(own) and not _fault(own, tokenizer, image_token):
-        return own
+    if published is None:
+        raise UserError(f"the model has no chat template; {_advice(None, tokenizer, image_token)}")
+    if has_generation_tags(published) and not _incompatibility(published, tokenizer, image_token):
+        return published
     from trl.chat_template_utils import get_training_chat_template
 
-    processor.chat_template = own
+    processor.chat_template = published
     try:
-        marked = get_training_chat_template(_NotRendered(own))
-    except ValueError:  # a template that TRL does not know
-        marked = None
-    fault = _fault(marked or own, tokenizer, image_token)
-    if fault:
-        raise UserError(f"its chat template does not serve: {fault}; {_advice(own, tokenizer, image_token)}")
-    return marked or own
+        tagged = get_training_chat_template(_NotRendered(published))
+    except ValueError:  # TRL does not know the template
+        tagged = None
+    problem = _incompatibility(tagged or published, tokenizer, image_token)
+    if problem:
+        raise UserError(f"the model's chat template cannot be used: {problem}; {_advice(published, tokenizer, image_token)}")
+    return tagged or published
 
 
 class _NotRendered:
-    """A chat template that TRL recognizes by its text. TRL would also render it, without a bound, to see if it takes tools."""
+    """A chat template for TRL, which identifies it by its text. TRL would also render it, without limits, to test for tools."""
 
     def __init__(self, template: str) -> None:
         self.chat_template = template
@@ -138,11 +142,11 @@ class _NotRendered:
         raise TemplateError("not rendered")
 
 
-def _published(processor: ProcessorMixin) -> str | None:
-    """The chat template that transformers would use: the processor's, or else the tokenizer's; of several by name the default.
+def _published_template(processor: ProcessorMixin) -> str | None:
+    """The chat template that transformers would use: the processor's, or else the tokenizer's; of several, the default.
 
     Raises:
-        UserError: several, and none of them is the default.
+        UserError: there are several templates, and no default.
     """
     for owner in (processor, processor.tokenizer):
         templates = owner.chat_template
@@ -150,11 +154,11 @@ def _published(processor: ProcessorMixin) -> str | None:
             names = ", ".join(sorted(templates))
             if "default" not in templates:
                 raise UserError(
-                    f"it has the chat templates {names}, and none is called default; save one of them as a file and "
-                    "set model.chat_template: FILE.jinja"
+                    f"expected a chat template named default, got {names}; save one of them to a file and set "
+                    "model.chat_template: FILE.jinja"
                 )
             if len(templates) > 1:
-                print(f"chat template: of its chat templates ({names}) the one called default is used, and released alone")
+                print(f"chat template: using default, of {names}; a release has only this one")
             return str(templates["default"])
         if templates:
             return str(templates)
@@ -162,14 +166,13 @@ def _published(processor: ProcessorMixin) -> str | None:
 
 
 def use_chat_template(model: PreTrainedModel, processor: ProcessorMixin, template: str) -> None:
-    """Make a template the processor's and the tokenizer's, and the model stop where it ends a turn.
+    """Set the chat template of a processor and its tokenizer, and the stop tokens of the model.
 
-    A tokenizer that adds the beginning-of-sequence token itself is told not to when the template writes it: text that
-    is rendered first and tokenized later would have two. Generation stops at the tokenizer's eos and at the end of
-    turn.
+    If the template writes the bos token, the tokenizer is configured not to add it, because text that is rendered and then
+    tokenized would have two. Generation stops at the tokenizer's eos token and at the end-of-turn token.
 
     Raises:
-        UserError: when the tokenizer goes on adding tokens around the rendered text.
+        UserError: the tokenizer still adds special tokens to the rendered text.
     """
     set_chat_template(processor, template)
     tokenizer = processor.tokenizer
@@ -180,24 +183,24 @@ def use_chat_template(model: PreTrainedModel, processor: ProcessorMixin, templat
 
 
 def set_chat_template(processor: ProcessorMixin, template: str) -> None:
-    """The processor's and the tokenizer's half of `use_chat_template`, for where there is no model.
+    """Set the chat template of a processor and its tokenizer, without a model (see `use_chat_template`).
 
     Raises:
-        UserError: as there.
+        UserError: the tokenizer still adds special tokens to the rendered text.
     """
     processor.chat_template = processor.tokenizer.chat_template = template
     configure_special_tokens(processor.tokenizer, template)
 
 
 def stop_token_ids(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
-    """Ids of the tokens that end an answer: the generation config's, the tokenizer's eos, and what the template writes."""
+    """Ids of the stop tokens: the generation config's, the tokenizer's eos token, and the template's end-of-turn tokens."""
     eos = config.eos_token_id if config is not None else None
-    wanted = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *end_of_turn_ids(tokenizer, template)]
-    return list(dict.fromkeys(int(token) for token in wanted if token is not None))
+    token_ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *end_of_turn_ids(tokenizer, template)]
+    return list(dict.fromkeys(int(token) for token in token_ids if token is not None))
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
-    """Ids of the special tokens that the template writes after an answer; empty for `plain`, which writes a newline."""
+    """Ids of the special tokens that the template writes after an answer; empty for `plain`, which writes only a newline."""
     text, [(start, stop)] = render_conversation([{**QUESTION, "content": QUESTION["content"][1:]}, ANSWER], template, tokenizer)
     word = ANSWER["content"][0]["text"]
     after = text[text.index(word, start) + len(word) : stop]
@@ -205,26 +208,28 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[i
     return [token for token in tokenizer.encode(after, add_special_tokens=False) if token in special]
 
 
-def _shipped(name: str) -> str:
+def _read_shipped(name: str) -> str:
     return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def _lacks(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What a shipped template needs and the tokenizer has not, or None."""
+def _missing_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The control tokens that a shipped template needs and the tokenizer does not have, as a message; None if it has them all."""
     vocabulary = tokenizer.get_vocab()
     missing = [marker for marker in MARKERS.get(name, ()) if marker not in vocabulary]
     if missing:
-        return f"writes {', '.join(missing)}, and the tokenizer has no such token"
+        return f"writes {', '.join(missing)}, which the tokenizer does not have"
     if name in ("vicuna_v1", "mistral") and tokenizer.eos_token is None:
-        return "ends a turn with eos_token, and the tokenizer has none"
+        return "ends a turn with eos_token, which the tokenizer does not have"
     return None
 
 
 def _advice(template: str | None, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
-    """Which line of the recipe puts a template right: a shipped one that writes the same turns, or else those that would work.
+    """How to fix the recipe: a shipped template that writes the same turns, or else all shipped templates that would work.
 
     Args:
-        template: the one that does not serve; None where there is none.
+        template: the template that cannot be used; None if there is none.
+        tokenizer: the tokenizer.
+        image_token: the image placeholder.
     """
     if PALIGEMMA_TOKEN in tokenizer.get_vocab():
         return "set model.chat_template: paligemma"
@@ -232,22 +237,23 @@ def _advice(template: str | None, tokenizer: PreTrainedTokenizerBase, image_toke
         name: text
         for name in template_names()
         if name not in WITHOUT_ROLES
-        and not _lacks(name, tokenizer)
-        and not _fault(text := _shipped(name), tokenizer, image_token)
+        and not _missing_tokens(name, tokenizer)
+        and not _incompatibility(text := _read_shipped(name), tokenizer, image_token)
     }
     for name, text in usable.items():
         (end,) = tokenizer.convert_ids_to_tokens(end_of_turn_ids(tokenizer, text))
-        if template and _turns(template, tokenizer, end) == _turns(text, tokenizer, end):
-            return f"set model.chat_template: {name}, which writes the same turns and ends every answer"
-    writes = f"a file that writes {image_token} for an image, the answers, and a token after each that ends it"
+        if template and _turn_separators(template, tokenizer, end) == _turn_separators(text, tokenizer, end):
+            return f"set model.chat_template: {name}, which writes the same turns and an end-of-turn token after every answer"
+    needs = f"which writes {image_token} for an image, the answers, and an end-of-turn token after each answer"
     if usable:
-        return f"set model.chat_template to {' or '.join(usable)} if the model knows one of these, or to a .jinja file ({writes})"
-    return f"set model.chat_template: FILE.jinja, {writes}; none that ships works with this tokenizer"
+        names = " or ".join(usable)
+        return f"set model.chat_template to {names} if the model was trained with it, or to a .jinja file ({needs})"
+    return f"set model.chat_template: FILE.jinja, {needs}; no shipped template works with this tokenizer"
 
 
-def _turns(template: str, tokenizer: PreTrainedTokenizerBase, end: str) -> tuple[str, ...] | None:
-    """What a template writes between an answer and the next question, and between that and its answer, but for `end` and for
-    white space; None where it cannot be told."""
+def _turn_separators(template: str, tokenizer: PreTrainedTokenizerBase, end: str) -> tuple[str, ...] | None:
+    """The text between an answer and the next question, and between a question and its answer, without the token `end` and with
+    white space normalized; None if the template cannot be rendered or changes the words."""
     words = ("zebra", "violin", "glacier", "walnut")
     roles = ("user", "assistant", "user", "assistant")
     messages = [{"role": role, "content": [{"type": "text", "text": word}]} for role, word in zip(roles, words, strict=True)]
@@ -259,20 +265,20 @@ def _turns(template: str, tokenizer: PreTrainedTokenizerBase, end: str) -> tuple
     return tuple(" ".join(piece.replace(end, " ").split()) for piece in pieces.groups()) if pieces else None
 
 
-def _default(tokenizer: PreTrainedTokenizerBase, model_type: str | None) -> str | None:
+def _default_name(tokenizer: PreTrainedTokenizerBase, model_type: str | None) -> str | None:
     name = BY_MODEL_TYPE.get(model_type or "")
-    if model_type == "llama":  # one architecture, many dialects: the tokenizer says which
+    if model_type == "llama":  # one architecture with several chat formats: the tokenizer's tokens decide
         vocabulary = tokenizer.get_vocab()
-        name = next((dialect for dialect in ("llama3", "chatml") if all(m in vocabulary for m in MARKERS[dialect])), name)
+        name = next((chat_format for chat_format in ("llama3", "chatml") if vocabulary.keys() >= set(MARKERS[chat_format])), name)
     return name
 
 
-def _fault(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str | None:
-    """Why a template cannot be used here, or None."""
+def _incompatibility(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str | None:
+    """Why a template cannot be used with this tokenizer; None if it can."""
     try:
         prompt = render_prompt([QUESTION], template, tokenizer)
         if prompt.count(image_token) != 1:
-            return f"it writes {image_token} {prompt.count(image_token)} times for one image"
+            return f"expected one {image_token} for an image, got {prompt.count(image_token)}"
         render_conversation([QUESTION, ANSWER], template, tokenizer)
     except ChatTemplateError as error:
         return f"on a question with an image, {error}"
@@ -280,10 +286,10 @@ def _fault(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str) 
 
 
 def configure_special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Tell a tokenizer not to add a token around a rendered conversation that the template writes, and none behind it.
+    """Configure a tokenizer not to add special tokens to a rendered conversation that already has them.
 
     Raises:
-        UserError: when it goes on adding tokens.
+        UserError: the tokenizer still adds special tokens.
     """
     text = render_text([QUESTION, ANSWER], template, tokenizer)
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -293,9 +299,9 @@ def configure_special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) 
         if writes_bos:
             tokenizer.add_bos_token = False
         tokenizer.add_eos_token = False
-    found = tokenizer(text)["input_ids"]
-    if found not in allowed:
+    input_ids = tokenizer(text)["input_ids"]
+    if input_ids not in allowed:
         raise UserError(
-            f"tokenizer: it adds special tokens around a rendered conversation that already has its own: {len(found)} tokens "
-            f"where {len(bare)} are right, beginning {tokenizer.decode(found[:3])!r}, ending {tokenizer.decode(found[-3:])!r}"
+            f"tokenizer: it adds special tokens to a rendered conversation that already has them: expected {len(bare)} "
+            f"tokens, got {len(input_ids)}, from {tokenizer.decode(input_ids[:3])!r} to {tokenizer.decode(input_ids[-3:])!r}"
         )

@@ -94,7 +94,7 @@ def _make_validator(arguments: argparse.Namespace) -> Any:
             template = guess_template(arguments.data)
             print(f"{arguments.data}: detected the data template {template}; --template NAME selects another")
         source = Source(path=arguments.data, template=template, media_root=arguments.media_root)
-        return Validator([source], rules=ValidationSettings(decode=arguments.decode))
+        return Validator([source], settings=ValidationSettings(decode=arguments.decode))
     if arguments.template or arguments.media_root:
         raise UserError(
             "--template and --media-root: expected a file of rows, got a recipe; set template and media_root in the recipe"
@@ -109,10 +109,10 @@ def _make_validator(arguments: argparse.Namespace) -> Any:
         if absent is not None:
             print(f"not checked: tokens and lengths: {absent} is not on this machine and cannot be downloaded")
         processor = None if absent else _processor(recipe)
-        rules = ValidationSettings(
+        settings = ValidationSettings(
             processor, recipe.data.max_tokens, recipe.data.over_length, recipe.data.supervise, arguments.decode
         )
-        return Validator(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), rules)
+        return Validator(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), settings)
 
 
 def _processor(recipe: Any) -> Any:

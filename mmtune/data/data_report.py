@@ -1,4 +1,4 @@
-"""What became of the rows of a run, by row id: `data_report.json`."""
+"""Data report of a run: quarantined, dropped and changed rows by id, written to `data_report.json`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mmtune.utils.files import report_disk_errors
 
 
 class StopRunError(RowError):
-    """A row that the recipe says ends the run, whatever `data.max_bad_fraction` allows."""
+    """A row error that ends the run regardless of `data.max_bad_fraction`, according to the recipe."""
 
 
 class MediaChanged(RowError):
-    """No fault: a row that trains without some of its media, or with smaller ones, so that it fits `data.max_tokens`."""
+    """A note, not an error: media of the row were dropped or resized so that it fits `data.max_tokens`."""
 
 
 @dataclass(frozen=True)
 class RowIssue:
-    """A row that did not train, or not as it was written, and why; `issue` is the kind of fault, a name in `ISSUE_TYPES`."""
+    """A row that was not used, or was changed, with the reason; `issue` is the issue type, a key of `ISSUE_TYPES`."""
 
     row: str
     field: str
@@ -33,12 +33,12 @@ class RowIssue:
 
 NOT_FINITE = "its gradients are not finite"
 NO_SAMPLE = "none of its rows can train"
-"""Why a step is skipped."""
+"""Reasons for skipping a step."""
 
 
 @dataclass(frozen=True)
 class SkippedStep:
-    """An optimizer step that changed nothing: why, and the rows of its batches in all processes."""
+    """A skipped optimizer step, with the rows of its batches in all processes."""
 
     step: int
     rows: list[str]
@@ -47,13 +47,16 @@ class SkippedStep:
 
 @dataclass
 class DataReport:
-    """What became of the rows: written to the run directory as `data_report.json`.
+    """The quarantined, dropped and changed rows of a run.
 
     Attributes:
-        rows: how many the data hold; of a stream, how many the run takes.
-        streamed: whether a row that comes again, in another epoch, counts again: of a stream, `rows` counts it so too.
-        checked: how many had their text and image headers checked before weights were loaded.
-        skipped_steps: those without a sample, and those that `data.max_nonfinite_steps` let pass.
+        rows: number of rows of the data; for a stream, the number of rows that the run reads.
+        checked: number of rows checked (text and image headers) before weights were loaded.
+        streamed: whether rows are counted again in every epoch, as in `rows` of a stream.
+        dropped_over_length: rows dropped as too long.
+        media_changed: rows with dropped or resized media.
+        quarantined: rows with errors.
+        skipped_steps: steps without a usable sample, and those allowed by `data.max_nonfinite_steps`.
     """
 
     rows: int
@@ -64,30 +67,31 @@ class DataReport:
     quarantined: list[RowIssue] = field(default_factory=list)
     skipped_steps: list[SkippedStep] = field(default_factory=list)
     _seen: set[str] = field(default_factory=set, init=False, repr=False)
-    _met: int = field(default=0, init=False, repr=False)
+    _bad_count: int = field(default=0, init=False, repr=False)
 
     def add(self, error: UserError) -> None:
-        """Count a row once, however many epochs meet it.
+        """Report a row; a row that occurs in several epochs is listed once.
 
         Raises:
-            UserError: the error itself, when it is a StopRunError, which no bound excuses, or not of one row.
+            UserError: the error itself, if it is a StopRunError or not the error of one row.
         """
         if isinstance(error, StopRunError) or not isinstance(error, RowError):
             raise error
         if type(error) not in (OverLength, MediaChanged):
-            self._met += 1
+            self._bad_count += 1
         if error.row in self._seen:
             return
         self._seen.add(error.row)
-        kinds = {OverLength: self.dropped_over_length, MediaChanged: self.media_changed}
-        kinds.get(type(error), self.quarantined).append(RowIssue(error.row, error.field, error.detail, error.issue))
+        lists = {OverLength: self.dropped_over_length, MediaChanged: self.media_changed}
+        lists.get(type(error), self.quarantined).append(RowIssue(error.row, error.field, error.detail, error.issue))
 
     def stop_past(self, max_bad_fraction: float) -> None:
-        """
+        """Stop the run if too many rows are quarantined.
+
         Raises:
-            UserError: when more rows are quarantined than the recipe allows, by kind of fault, or when none is left to train.
+            UserError: more rows are quarantined than `data.max_bad_fraction` allows (listed by issue type), or no row is left.
         """
-        bad = self._met if self.streamed else len(self.quarantined)
+        bad = self._bad_count if self.streamed else len(self.quarantined)
         if bad > max_bad_fraction * self.rows:
             raise UserError(
                 f"{bad} of {self.rows} rows cannot train, more than data.max_bad_fraction: "
@@ -97,29 +101,29 @@ class DataReport:
             raise UserError("no row can train: every one was dropped or quarantined; see data_report.json in the run directory")
 
     def load(self, path: Path) -> None:
-        """Add what an earlier part of the run has written."""
-        written = json.loads(path.read_text(encoding="utf-8"))
-        self.skipped_steps += [SkippedStep(**each) for each in written.get("skipped_steps", [])]
-        for mine, name in (
+        """Add the report of an earlier part of the run."""
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        self.skipped_steps += [SkippedStep(**each) for each in earlier.get("skipped_steps", [])]
+        for rows, name in (
             (self.dropped_over_length, "dropped_over_length"),
             (self.media_changed, "media_changed"),
             (self.quarantined, "quarantined"),
         ):
-            for fault in (RowIssue(**each) for each in written[name]):
-                if fault.row not in self._seen:
-                    self._seen.add(fault.row)
-                    mine.append(fault)
+            for issue in (RowIssue(**each) for each in earlier[name]):
+                if issue.row not in self._seen:
+                    self._seen.add(issue.row)
+                    rows.append(issue)
 
     def listing(self) -> str:
-        """The quarantined rows by kind of fault, as `mmtune data check` groups them: the first row of each, and how many more."""
-        kinds: dict[str, list[RowIssue]] = {}
-        for fault in self.quarantined:
-            kinds.setdefault(fault.issue, []).append(fault)
+        """The quarantined rows by issue type: the first row of each type, and the number of others, as in `mmtune data check`."""
+        by_type: dict[str, list[RowIssue]] = {}
+        for issue in self.quarantined:
+            by_type.setdefault(issue.issue, []).append(issue)
         lines = []
-        for name, (first, *others) in kinds.items():
+        for name, (first, *others) in by_type.items():
             lines.append(f"  {first.row}: {first.field}: {first.detail}")
             if others:
-                rows = ", ".join(fault.row for fault in others[:2]) + (", ..." if len(others) > 2 else "")
+                rows = ", ".join(issue.row for issue in others[:2]) + (", ..." if len(others) > 2 else "")
                 lines.append(f"    and {len(others):,} more ({name}): {rows}; {ISSUE_TYPES[name].fix}")
         return "\n".join(lines)
 
@@ -128,13 +132,13 @@ class DataReport:
         counts = (
             f"{self.rows:,} rows, {len(self.quarantined):,} quarantined, {len(self.dropped_over_length):,} dropped as too long"
         )
-        changed = f", {len(self.media_changed):,} with media dropped or made smaller" if self.media_changed else ""
+        changed = f", {len(self.media_changed):,} with media dropped or resized" if self.media_changed else ""
         reasons = ((reason, self.count_skipped(reason)) for reason in (NO_SAMPLE, NOT_FINITE))
         skipped = "".join(f", {count:,} steps skipped ({reason})" for reason, count in reasons if count)
         return f"data: {counts}{changed}{skipped}"
 
     def count_skipped(self, reason: str) -> int:
-        """How many steps were skipped for a reason."""
+        """Number of steps that were skipped for a reason."""
         return sum(step.reason == reason for step in self.skipped_steps)
 
     def metrics(self) -> dict[str, int]:
@@ -150,6 +154,6 @@ class DataReport:
     def write(self, path: Path) -> None:
         """Write the report as JSON."""
         report = {name: value for name, value in asdict(self).items() if not name.startswith("_")}
-        # A file name that is not UTF-8 reaches Python as lone surrogates; written as \udcXX they are valid JSON.
+        # A file name that is not UTF-8 has lone surrogates in Python, which are valid JSON as escapes \udcXX.
         with report_disk_errors(path):
             path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""The training rows: of every source, encoded lazily in data-loader workers, a faulty one set aside by its id."""
+"""Training data: the samples of all sources, indexed or streamed, encoded in data-loader workers, with errors per row."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from mmtune.recipe.recipe import DataSection, Source
 from mmtune.utils.errors import UserError
 
 LazySample = Callable[[], Sample]
-"""Gives a row's sample when called; may raise RowError."""
+"""Returns the sample of a row when called; can raise RowError."""
 Encoded = dict[str, Any]
-"""Tensors as `encode_sample` gives them, the row's id as `row`, and as `note` what was done to its media."""
+"""The tensors of `encode_sample`, the row's id as `row`, and an optional note about changes to its media as `note`."""
 
 
 def open_readers(sources: Sequence[Source]) -> list[SourceReader]:
-    """Of each source; its rows' ids begin with the file's name, or with the whole path where that would not keep them apart."""
+    """A reader for each source. Row ids start with the file name, or with the whole path if file names are not unique."""
     paths = {source.path for source in sources}
     files = Counter(Path(path).name for path in paths)
     several = len(paths) > 1 and any(not Path(path).is_file() for path in paths)
@@ -40,26 +40,26 @@ def open_readers(sources: Sequence[Source]) -> list[SourceReader]:
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
-    """The sources by the name of their file, or by its path where others have that name; sources of one file are numbered."""
+    """Display names of the sources: the file name, or the path if file names are not unique; sources of one file are numbered."""
     files = Counter(Path(path).name for path in {source.path for source in sources})
-    times: Counter[str] = Counter()
+    repeats: Counter[str] = Counter()
     names = []
     for source in sources:
         name = source.path if files[Path(source.path).name] > 1 else Path(source.path).name
-        times[name] += 1
-        names.append(name if times[name] == 1 else f"{name} ({times[name]})")
+        repeats[name] += 1
+        names.append(name if repeats[name] == 1 else f"{name} ({repeats[name]})")
     return names
 
 
 class IndexedSamples(Sequence[Sample]):
-    """The rows of several sources in order, turned into samples when asked for."""
+    """The samples of several sources by index, converted from rows on demand."""
 
     def __init__(self, sources: Sequence[Source], planned: bool = False) -> None:
         """
         Args:
-            sources: the recipe's.
-            planned: whether the lengths of the rows are counted before they train. Then a row whose text writes boxes keeps the
-                augmentation of its first visit: other numbers could be another number of tokens.
+            sources: the recipe's sources.
+            planned: whether the lengths of the rows are counted before training. If so, a row with boxes in its text keeps the
+                augmentation of its first visit, because other coordinates could have another number of tokens.
 
         Raises:
             UserError: a missing or unreadable file, or an unknown template.
@@ -75,14 +75,14 @@ class IndexedSamples(Sequence[Sample]):
         return self._ends[-1]
 
     def __getitem__(self, index: Any) -> Any:
-        """The sample of a row's first visit, or a RowError that names the row."""
+        """The sample of a row at its first visit. Raises RowError."""
         return self.visit(range(len(self))[index], 0)
 
     def visit(self, index: int, number: int) -> Sample:
-        """The sample of a row as its visit with this number, from 0, has it: every visit draws its own augmentation.
+        """The sample of a row at one visit (numbered from 0); every visit draws a new augmentation.
 
         Raises:
-            RowError: naming the row.
+            RowError: the row cannot be converted.
         """
         source = self.source_of(index)
         row_id, row = self._rows[source][index - self._ends[source] + self.counts[source]]
@@ -90,17 +90,17 @@ class IndexedSamples(Sequence[Sample]):
         return reader.sample(row_id, row, 0 if self._planned and reader.template.boxes else number)
 
     def source_of(self, index: int) -> int:
-        """The number of the source that a row comes from."""
+        """The number of the source of a row."""
         return bisect_right(self._ends, index)
 
     def subset(self, count: int) -> Iterator[LazySample]:
-        """Up to `count` rows, spread evenly."""
+        """Up to `count` samples, evenly spaced over all rows."""
         count = min(count, len(self))
         return (partial(self.__getitem__, step * len(self) // count) for step in range(count))
 
 
 class StreamedSamples:
-    """The rows of several sources as they come, none of them looked at before it is asked for."""
+    """The samples of several sources as a stream; rows are read on demand."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         """
@@ -113,25 +113,25 @@ class StreamedSamples:
 
     @property
     def stream_openers(self) -> list[Callable[[int], Iterator[LazySample]]]:
-        """For each source, what opens it for the visit with a number."""
-        return [partial(_handles, reader) for reader in self._readers]
+        """For each source, a function from the epoch number to the stream of its samples."""
+        return [partial(_stream_samples, reader) for reader in self._readers]
 
     def subset(self, count: int) -> Iterator[LazySample]:
-        """The first rows of each source, `count` in all."""
+        """The first samples of each source, about `count` in total."""
         share = -(-count // len(self._readers))
-        return (handle for open_source in self.stream_openers for handle in islice(open_source(0), share))
+        return (sample for open_stream in self.stream_openers for sample in islice(open_stream(0), share))
 
 
-def _handles(reader: SourceReader, visit: int) -> Iterator[LazySample]:
-    return (partial(_parsed, reader, visit, read) for read in reader.stream())
+def _stream_samples(reader: SourceReader, visit: int) -> Iterator[LazySample]:
+    return (partial(_load_sample, reader, visit, read) for read in reader.stream())
 
 
-def _parsed(reader: SourceReader, visit: int, read: Callable[[], tuple[str, Row]]) -> Sample:
+def _load_sample(reader: SourceReader, visit: int, read: Callable[[], tuple[str, Row]]) -> Sample:
     return reader.sample(*read(), visit)
 
 
 def open_samples(section: DataSection) -> IndexedSamples | StreamedSamples:
-    """The recipe's training rows, by index or as a stream.
+    """Open the recipe's training data, by index or as a stream.
 
     Raises:
         UserError: a missing or unreadable file, or an unknown template.
@@ -140,11 +140,11 @@ def open_samples(section: DataSection) -> IndexedSamples | StreamedSamples:
 
 
 def check_rows(samples: IndexedSamples | StreamedSamples, report: DataReport, limit: int) -> None:
-    """Read up to `limit` rows and their images' headers and ends; faults go to the report. Decodes nothing that looks whole."""
-    for handle in samples.subset(limit):
+    """Check up to `limit` rows with the headers and ends of their images. Intact images are not decoded."""
+    for lazy_sample in samples.subset(limit):
         report.checked += 1
         try:
-            sample = handle()
+            sample = lazy_sample()
             for image in sample.images:
                 _check_header(sample.id, image)
         except RowError as error:
@@ -157,39 +157,40 @@ def _check_header(row_id: str, image: Media) -> None:
             raise RowError(row_id, "image", detail, name)
 
 
-OVER_LENGTH_HINT = "data.over_length: drop_sample, drop_media and shrink_media would go on"
+OVER_LENGTH_HINT = "to continue, set data.over_length: drop_sample, drop_media or shrink_media"
 
 
 class SampleEncoder:
-    """Samples to tensors by a recipe's data section; what is wrong with one comes back as its RowError.
+    """Encodes samples according to a recipe's data section, and returns the errors of rows instead of raising them.
 
     Args:
-        processor: the model's.
-        section: of the recipe.
+        processor: the model's processor.
+        section: the recipe's data section.
     """
 
     def __init__(self, processor: ProcessorMixin, section: DataSection) -> None:
         self._processor = processor
         self._section = section
 
-    def __call__(self, handle: LazySample, source: int = 0) -> Encoded | UserError:
-        """
+    def __call__(self, lazy_sample: LazySample, source: int = 0) -> Encoded | UserError:
+        """Load and encode a sample.
+
         Returns:
-            As `encode_sample`, with the row's id as `row`, and with several sources `source_ids` (int64, shape (1, length)), each
-            the number of the source; or the row's error, for the collator to set aside.
+            The tensors of `encode_sample` with the row's id as `row`, and for several sources `source_ids` (int64, shape
+            (1, length)) with the number of the source; or the error of the row, which the collator puts aside.
         """
         section = self._section
         try:
-            sample = handle()
+            sample = lazy_sample()
             note = None
             if section.max_tokens is not None and section.over_length in ("drop_media", "shrink_media"):
-                sample, note = self._fitted(sample, section.max_tokens)
+                sample, note = self._fit(sample, section.max_tokens)
             encoded: Encoded = {**encode_sample(sample, self._processor, section.max_tokens, section.supervise), "row": sample.id}
         except OverLength as error:
             if section.over_length == "error":
                 return StopRunError(error.row, error.field, f"{error.detail} ({OVER_LENGTH_HINT})")
             return error
-        except UserError as error:  # of the row, or of the whole file: raised where the batch is taken, not in a worker
+        except UserError as error:  # of the row or the file: raised in the main process, not in a worker
             return error
         if note is not None:
             encoded["note"] = note
@@ -197,17 +198,17 @@ class SampleEncoder:
             encoded["source_ids"] = torch.full_like(encoded["input_ids"], source)
         return encoded
 
-    def _fitted(self, sample: Sample, max_tokens: int) -> tuple[Sample, MediaChanged | None]:
+    def _fit(self, sample: Sample, max_tokens: int) -> tuple[Sample, MediaChanged | None]:
         fitted = fit_to_budget(sample, self._processor, max_tokens, self._section.over_length, self._section.supervise)
-        done = [f"{fitted.dropped} images dropped"] * bool(fitted.dropped)
-        done += [f"{fitted.resized} images made smaller"] * bool(fitted.resized)
-        if not done:
+        changes = [f"{fitted.dropped} images dropped"] * bool(fitted.dropped)
+        changes += [f"{fitted.resized} images resized"] * bool(fitted.resized)
+        if not changes:
             return sample, None
-        return fitted.sample, MediaChanged(sample.id, "image", f"{', '.join(done)}: {fitted.counts.tokens} tokens now")
+        return fitted.sample, MediaChanged(sample.id, "image", f"{', '.join(changes)}: now {fitted.counts.tokens} tokens")
 
 
 class TrainingSet(torch.utils.data.Dataset[Encoded | UserError]):
-    """Encoded samples by index, or by index and visit; a row that fails comes back as its RowError."""
+    """Encoded samples by index, or by index and visit; the item of a row that fails is its RowError."""
 
     def __init__(self, samples: IndexedSamples, encoder: SampleEncoder) -> None:
         self._samples = samples
@@ -222,16 +223,16 @@ class TrainingSet(torch.utils.data.Dataset[Encoded | UserError]):
 
 
 def iterate_rows(samples: IndexedSamples) -> Iterator[Sample]:
-    """Every sample in order; raises at the first row that fails."""
+    """Every sample in order. Raises RowError at the first row that fails."""
     return (samples[index] for index in range(len(samples)))
 
 
 def dummy_sample(processor: ProcessorMixin) -> Encoded:
-    """A question about a blank image with no position supervised, encoded: it adds nothing to the loss or to any gradient.
+    """An encoded question about a blank image without supervised tokens: it adds nothing to the loss and the gradients.
 
-    It takes the place of a batch whose every row was dropped, and the vision tower's part where a batch has no image.
+    It replaces a batch whose rows were all dropped, and is added to batches without images so that the vision tower is used.
     """
     question = {"role": "user", "content": [{"type": "image", "image": blank_image()}, {"type": "text", "text": "?"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "."}]}
-    encoded = encode_sample(Sample("stand-in", [question, answer]), processor)
+    encoded = encode_sample(Sample("dummy sample", [question, answer]), processor)
     return {**encoded, "labels": torch.full_like(encoded["labels"], IGNORE_INDEX)}

@@ -1,4 +1,4 @@
-"""The one form every row takes at the door: typed messages, as transformers' chat templates read them."""
+"""Samples and messages: the common form of all rows, as read by transformers' chat templates."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from mmtune.utils.errors import UserError
 
 Message = dict[str, Any]
 """`{"role": "user" | "assistant" | "system", "content": [block, ...]}` where a block is `{"type": "text", "text": str}`
-or `{"type": "image", "image": Media}`, and likewise `video` and `audio`. An assistant's message with `"supervised": False` is
-context that the loss does not fall on."""
+or `{"type": "image", "image": Media}`, and likewise `video` and `audio`. An assistant message with `"supervised": False` is
+context without loss."""
 
 
 class RowError(UserError):
-    """A row that cannot train as it stands.
+    """An error of one row.
 
     Args:
         row: the row's id, `FILE:LINE` or `FILE[INDEX]`.
-        field: the field of the row that is at fault.
-        detail: what was wrong and what would be right.
-        issue: what kind of fault it is, one of `mmtune.data.validation.issues.ISSUE_TYPES`, said where the fault is known.
+        field: the field of the row with the error.
+        detail: what is wrong, what was expected, and how to fix it.
+        issue: the issue type, a key of `mmtune.data.validation.issues.ISSUE_TYPES`.
     """
 
     def __init__(self, row: str, field: str, detail: str, issue: str = "row_unusable") -> None:
@@ -37,15 +37,15 @@ class RowError(UserError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation, and where it came from.
+    """One conversation with its metadata.
 
     Attributes:
         id: stable id of the row.
-        messages: typed messages; image blocks hold a path that the source's rules allow, or what a row carries inside.
-        task: what kind of question this is, for figures per task; None when the rows do not say.
-        source: the file or data set it came from, as the recipe names it.
-        choices: all answers that the last question leaves open, each as the assistant would say it; empty for an open question.
-        references: all answers that count as right, where the row has several; empty where the last turn is the only one.
+        messages: typed messages; image blocks have a checked path, or the embedded image of the row.
+        task: name of the task, for metrics per task; None if the rows have no task.
+        source: path of the source in the recipe.
+        choices: all possible answers to a closed question, as text of the assistant; empty for an open question.
+        references: all accepted answers if the row has several; empty if only the last turn is accepted.
     """
 
     id: str
@@ -57,35 +57,34 @@ class Sample:
 
     @property
     def images(self) -> list[Media]:
-        """The images, in the order in which the text refers to them."""
+        """The images, in the order of their placeholders."""
         return [block["image"] for message in self.messages for block in message["content"] if block["type"] == "image"]
 
 
 def text_of(message: Message) -> str:
-    """The text of one message, its images left out."""
+    """The text of one message, without its media."""
     return "".join(block["text"] for block in message["content"] if block["type"] == "text")
 
 
 def has_media(message: Message) -> bool:
-    """Whether a message holds an image, a video or audio."""
+    """Whether a message has an image, a video or an audio clip."""
     return any(block["type"] != "text" for block in message["content"])
 
 
 def is_supervised(message: Message) -> bool:
-    """Whether the loss falls on a message."""
+    """Whether the loss includes a message."""
     return message["role"] == "assistant" and message.get("supervised", True)
 
 
 def split_question(sample: Sample) -> tuple[list[Message], str]:
-    """The conversation up to its last answer, and that answer.
+    """Split a conversation into the messages before its last answer, and the text of that answer.
 
     Raises:
-        RowError: when the conversation does not end with the assistant, or its weight takes the answer out of the loss: what a
-            model should not learn is no reference to hold it to.
+        RowError: the conversation does not end with an answer, or the answer has weight 0 and is thus not a valid reference.
     """
     if sample.messages[-1]["role"] != "assistant":
-        raise RowError(sample.id, "messages", "the conversation does not end with an answer", "answer_missing")
+        raise RowError(sample.id, "messages", "expected an answer as the last turn of the conversation", "answer_missing")
     if not is_supervised(sample.messages[-1]):
-        detail = "the last answer has weight 0, so it cannot be the reference; cut it, or give it weight 1"
+        detail = "the last answer has weight 0, so it cannot be the reference; remove it, or set weight 1"
         raise RowError(sample.id, "messages", detail, "reference_weight")
     return sample.messages[:-1], text_of(sample.messages[-1])

@@ -1,4 +1,4 @@
-"""Work on rows in several processes."""
+"""Parallel map over rows, with the processes of a data loader; preparation and failures of worker processes."""
 
 from __future__ import annotations
 
@@ -18,56 +18,56 @@ from mmtune.utils.errors import UserError
 from mmtune.utils.threads import usable_cores
 
 CHUNK = 64
-"""Rows that a process takes at a time."""
+"""Rows per task of a process."""
 NO_SHARED_MEMORY = re.compile(r"unable to \w+.*</torch_")
-"""torch's words where a file of shared memory cannot be made, written or given its size."""
-FEW = 256
-"""So few rows are worked on in this process: others would take longer to start."""
+"""torch's message if a shared-memory file cannot be created, written or resized."""
+SERIAL_ROWS = 256
+"""Up to this number of rows are processed in the main process, because starting others takes longer."""
 
 Indices = Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]
 
 
-class _Rows(torch.utils.data.Dataset[Any]):
-    """What a function makes of rows, for a data loader's processes."""
+class _MappedRows(torch.utils.data.Dataset[Any]):
+    """A data set that applies a function to row numbers."""
 
-    def __init__(self, work: Callable[[int], Any], rows: Indices) -> None:
-        self._work, self._rows = work, rows
+    def __init__(self, function: Callable[[int], Any], rows: Indices) -> None:
+        self._function, self._rows = function, rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Any:
         try:
-            return self._work(int(self._rows[index]))
-        except UserError as error:  # raised in a worker, it would come with that one's traceback as its message
+            return self._function(int(self._rows[index]))
+        except UserError as error:  # an exception raised in a worker would have the traceback as its message
             return error
 
 
-def map_rows(work: Callable[[int], Any], rows: Indices, processes: int | None, what: str) -> Iterator[Any]:
-    """What `work` makes of each row, in order, with a progress bar where somebody watches.
+def map_rows(function: Callable[[int], Any], rows: Indices, processes: int | None, description: str) -> Iterator[Any]:
+    """Apply a function to rows in several processes, in order, with a progress bar on a terminal.
 
     Args:
-        work: from a row's number to what can be sent between processes; the RowError that it raises is given for the row.
-        rows: the rows' numbers.
-        processes: beside this one; None takes one for each core that this one may use, and none for few rows.
-        what: the bar's words.
+        function: from a row number to a result that can be sent between processes. If it raises a RowError, that is the result.
+        rows: the row numbers.
+        processes: number of worker processes; None for one per usable core, and none for few rows.
+        description: the label of the progress bar.
 
     Raises:
-        UserError: any other that `work` raises: the whole data set's, such as a processor that cannot be counted for.
+        UserError: any other user error of the function, which is not about a single row.
     """
     if processes is None:
         cores = usable_cores()
-        processes = min(cores, -(-len(rows) // CHUNK)) if len(rows) > FEW and cores > 1 else 0
+        processes = min(cores, -(-len(rows) // CHUNK)) if len(rows) > SERIAL_ROWS and cores > 1 else 0
     loader = torch.utils.data.DataLoader(
-        _Rows(work, rows),
+        _MappedRows(function, rows),
         batch_size=CHUNK,
         num_workers=processes,
         collate_fn=list,
         worker_init_fn=prepare_worker,
-        generator=torch.Generator(),  # the loader draws a seed, and must not draw it from the run's
+        generator=torch.Generator(),  # the loader draws a seed, and must not use the generator of the run
     )
-    with tqdm(total=len(rows), desc=what, unit="row", disable=not shows_progress(), leave=False) as bar:
-        for chunk in _handed_over(loader):
+    with tqdm(total=len(rows), desc=description, unit="row", disable=not shows_progress(), leave=False) as bar:
+        for chunk in _iterate_chunks(loader):
             bar.update(len(chunk))
             for result in chunk:
                 if isinstance(result, UserError) and not isinstance(result, RowError):
@@ -75,7 +75,7 @@ def map_rows(work: Callable[[int], Any], rows: Indices, processes: int | None, w
                 yield result
 
 
-def _handed_over(loader: torch.utils.data.DataLoader[Any]) -> Iterator[list[Any]]:
+def _iterate_chunks(loader: torch.utils.data.DataLoader[Any]) -> Iterator[list[Any]]:
     try:
         yield from loader
     except RuntimeError as error:
@@ -85,29 +85,30 @@ def _handed_over(loader: torch.utils.data.DataLoader[Any]) -> Iterator[list[Any]
 
 
 def worker_failure(error: RuntimeError) -> str | None:
-    """Why a data loader's worker is gone or cannot hand over what it made, in one line; None for any other error.
+    """The message if a data-loader worker died or cannot return its batch; None for other errors.
 
-    torch has no classes for these errors.
+    torch has no exception classes for these errors.
     """
     text = str(error)
     if "Bus error" in text or (NO_SHARED_MEMORY.search(text) and "Too many open files" not in text):
         last = text.strip().splitlines()[-1].removeprefix("RuntimeError: ")
         return (
-            f"{last.rstrip('. ')}: the shared memory (/dev/shm) in which a worker hands over its batch is full; enlarge it, as "
-            "with docker run --shm-size 8g, or work without workers (train.dataloader_num_workers: 0)"
+            f"{last.rstrip('. ')}: the shared memory (/dev/shm) for the batches of workers is full; increase it, such as with "
+            "docker run --shm-size 8g, or disable workers (train.dataloader_num_workers: 0)"
         )
     if text.startswith("DataLoader worker"):
         return (
-            f"{text.rstrip('. ')}: most likely the machine ran out of memory; lower train.dataloader_num_workers, "
-            "train.dataloader_prefetch_factor or the rows in a batch"
+            f"{text.rstrip('. ')}: the machine probably ran out of memory; lower train.dataloader_num_workers, "
+            "train.dataloader_prefetch_factor or the batch size"
         )
     return None
 
 
 def prepare_worker(worker: int) -> None:
-    """No word of the tokenizer's about having been forked; and signals are left to the process that this one works for.
+    """Prepare a worker process: disable the tokenizer's fork warning, and ignore signals.
 
-    Ctrl-C, torchrun and schedulers send them to all processes of a run. It finishes its step by its workers, which end with it.
+    Ctrl-C, torchrun and schedulers send signals to all processes of a run. The main process still needs its workers to finish its
+    step, and ends them itself.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

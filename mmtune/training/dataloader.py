@@ -168,7 +168,7 @@ def make_batches(
         counts = [int((lengths[end - count : end] > 0).sum()) for count, end in zip(counts, ends, strict=True)]
     mix = Mixture.by_ratio if section.mix == "ratio" else Mixture.by_repeats
     mixture = mix(counts, [source.weight for source in section.train])
-    for name, count, take in zip(samples.names, counts, mixture.takes, strict=True):
+    for name, count, take in zip(samples.names, counts, mixture.draws, strict=True):
         if count and not take:
             raise RecipeValueError(
                 "data.train", f"the weight of {name} is too small: an epoch has none of its {count} rows; give a larger weight"

@@ -177,10 +177,13 @@ def test_image_paths_are_parsed_as_shell_words(
         ("", "expected at least one image file"),
         ("my cat.png", "no such file: {folder}/my"),
         ("Tom's cat.png", "unclosed quote"),
-        (r"C:\Users\me\a.png", r"no such file: C:\Users\me\a.png; it is a Windows path: write it as this machine names the file"),
+        (
+            r"C:\Users\me\a.png",
+            r"no such file: C:\Users\me\a.png; this is a Windows path; write it as a path of this machine",
+        ),
         ("https://example.org/a.png", "expected a local file, got a URL; download the file"),
-        ("a\0b", "cannot look up"),
-        ("x" * 300, "cannot look up"),
+        ("a\0b", "invalid path"),
+        ("x" * 300, "invalid path"),
     ],
 )
 def test_a_name_that_is_not_an_image_is_an_error_of_one_line(

@@ -164,7 +164,9 @@ def test_published_templates_give_exact_labels(name: str) -> None:
 def test_a_template_that_ends_no_answer_names_the_shipped_one_that_does(system: str) -> None:
     """LLaVA-1.5's and LLaVA-NeXT-Vicuna's: a space behind the answer."""
     processor = _processor(system + LLAVA_15, LLAMA, "<image>")
-    with pytest.raises(UserError, match=r"' ' after an answer and no token that ends it.*model.chat_template: vicuna_v1,"):
+    with pytest.raises(
+        UserError, match=r"expected an end-of-turn token after an answer, got ' '.*model.chat_template: vicuna_v1,"
+    ):
         training_chat_template(processor)
     resolve_chat_template("vicuna_v1", processor.tokenizer)  # the advice leads somewhere
 
@@ -179,7 +181,12 @@ def test_a_template_that_ends_no_answer_names_the_shipped_one_that_does(system: 
             "mistral or vicuna_v1 if",
         ),
         (EXACT["llava-next-chatml"][0].replace("<|im_end|>", ""), CHATML, "<image>", "model.chat_template: chatml, which"),
-        (EXACT["qwen2-vl"][0].replace("<|im_end|>", ""), CHATML, "<|image_pad|>", "FILE.jinja.*none that ships works with this"),
+        (
+            EXACT["qwen2-vl"][0].replace("<|im_end|>", ""),
+            CHATML,
+            "<|image_pad|>",
+            "FILE.jinja.*no shipped template works with this",
+        ),
         ("{{ messages[0].content + 'x' }}", LLAMA, "<image>", "fails on this conversation.*mistral or vicuna_v1 if"),
         (
             EXACT["qwen2-vl"][0].replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif"),
@@ -187,8 +194,8 @@ def test_a_template_that_ends_no_answer_names_the_shipped_one_that_does(system: 
             "<|image_pad|>",
             "think",
         ),
-        (None, LLAMA, "<image>", "it has no chat template; set model.chat_template to mistral or vicuna_v1 if"),
-        ({"tool_use": LLAVA_15, "rag": LLAVA_15}, LLAMA, "<image>", "rag, tool_use, and none is called default"),
+        (None, LLAMA, "<image>", "the model has no chat template; set model.chat_template to mistral or vicuna_v1 if"),
+        ({"tool_use": LLAVA_15, "rag": LLAVA_15}, LLAMA, "<image>", "expected a chat template named default, got rag, tool_use"),
     ],
 )
 def test_a_template_that_does_not_serve_names_what_would(template: Any, specials: Any, image: str, named: str) -> None:
@@ -199,7 +206,7 @@ def test_a_template_that_does_not_serve_names_what_would(template: Any, specials
 def test_of_several_templates_the_default_is_used_and_said(capsys: pytest.CaptureFixture[str]) -> None:
     template, specials, image, _ = EXACT["llava-next-chatml"]
     assert training_chat_template(_processor({"default": template, "rag": "x"}, specials, image)) == template
-    assert "of its chat templates (default, rag) the one called default is used" in capsys.readouterr().out
+    assert "chat template: using default, of default, rag" in capsys.readouterr().out
     processor = _processor(None, specials, image)
     processor.tokenizer.chat_template = template  # in tokenizer_config.json alone
     assert training_chat_template(processor) == template
@@ -224,5 +231,5 @@ def test_a_system_message_that_a_template_cannot_take_is_a_fault_of_its_row() ->
 def test_a_template_that_ends_its_answers_differently_is_refused() -> None:
     template = _turns("<|user|>", _said("<image>"), _said("", MARKED) + "{{ '</s>' if loop.last else '<s>' }}", "<|user|>")
     processor = _processor(template, LLAMA, "<image>")
-    with pytest.raises(UserError, match="different tokens behind its answers: '</s>', '<s>'"):
+    with pytest.raises(UserError, match="the same end-of-turn token after every answer, got '</s>', '<s>'"):
         encode_text("r", _messages("a cat", "no"), processor, ["<image>"])

@@ -207,7 +207,7 @@ def test_a_sentencepiece_tokenizer_and_its_own_bos(tiny_checkpoints: Path, tmp_p
     ("name", "family", "reason"),
     [
         ("vicuna", "llama", "unknown name 'vicuna'; did you mean 'vicuna_v1'"),
-        ("nowhere.jinja", "llama", "no file nowhere.jinja"),
+        ("nowhere.jinja", "llama", "no such file: nowhere.jinja"),
         ("chatml", "llama", r"<\|im_start\|>"),
     ],
 )
@@ -219,8 +219,8 @@ def test_chat_template_names_are_checked(tiny_checkpoints: Path, name: str, fami
 def test_chat_templates_from_files_are_checked(tiny_checkpoints: Path, tmp_path: Path) -> None:
     tokenizer = tf.AutoTokenizer.from_pretrained(tiny_checkpoints / "qwen2")
     for text, reason in {
-        "{{ messages[0].role }}": "writes <image> 0 times",
-        "<image>{{ messages[0].role }}": "no {% generation %} marks",
+        "{{ messages[0].role }}": "expected one <image> for an image, got 0",
+        "<image>{{ messages[0].role }}": "no {% generation %} tags",
         "{% if %}": "not valid Jinja",
         "<image>{{ messages[0].content + 'x' }}": "on a question with an image, the chat template fails",
     }.items():
@@ -238,7 +238,7 @@ def test_chat_templates_from_files_are_checked(tiny_checkpoints: Path, tmp_path:
     (tmp_path / "own.jinja").write_text(bare + "{% if add_generation_prompt %}assistant:{% endif %}")
     resolve_chat_template(str(tmp_path / "own.jinja"), tokenizer)
     (tmp_path / "own.jinja").write_text(bare)
-    with pytest.raises(UserError, match="is not the prompt that the model is given"):
+    with pytest.raises(UserError, match="its text before an answer differs from the prompt"):
         resolve_chat_template(str(tmp_path / "own.jinja"), tokenizer)
 
 

@@ -42,12 +42,15 @@ HUMAN = {"from": "human", "value": "<image>\nWhat is it?"}
     ("changes", "message"),
     [
         ({"image": "gone.png"}, "spoilt.jsonl:2: image: no such file"),
-        ({"image": "../a.png"}, "spoilt.jsonl:2: image: '../a.png' lies outside media_root"),
-        ({"conversations": [HUMAN]}, "spoilt.jsonl:2: messages: no answer: the last turn is the user's"),
+        ({"image": "../a.png"}, "spoilt.jsonl:2: image: '../a.png' is outside media_root"),
+        ({"conversations": [HUMAN]}, "spoilt.jsonl:2: messages: expected an answer as the last turn, got a turn of the user"),
         ({"conversations": [HUMAN, {"from": "gpt", "value": " "}]}, "spoilt.jsonl:2: messages[1]: the answer is empty"),
-        ({"image": ["a.png", "a.png"]}, "spoilt.jsonl:2: image: 2 images for 1 '<image>' placeholders"),
-        ({"image": None}, "spoilt.jsonl:2: image: 0 images for 1 '<image>' placeholders"),
-        ({"conversations": [{"from": "humam", "value": ""}]}, "unknown speaker 'humam'; did you mean 'human'?"),
+        (
+            {"image": ["a.png", "a.png"]},
+            "spoilt.jsonl:2: image: expected one '<image>' placeholder for each image, got 1 for 2",
+        ),
+        ({"image": None}, "spoilt.jsonl:2: image: expected one '<image>' placeholder for each image, got 1 for 0"),
+        ({"conversations": [{"from": "humam", "value": ""}]}, "unknown role 'humam'; did you mean 'human'?"),
     ],
 )
 def test_a_bad_row_is_named_before_weights_are_loaded(
@@ -69,7 +72,10 @@ def test_a_bad_row_is_named_before_weights_are_loaded(
     [
         ("train.learning_rte=1e-4", "did you mean 'learning_rate'?"),
         ("train.learning_rate=fast", "train.learning_rate"),
-        ("data.train.0.template=lava", "data template 'lava' is not one of those that ship; did you mean 'llava'?"),
+        (
+            "data.train.0.template=lava",
+            "unknown data template 'lava'; expected a shipped one or a .yaml file; did you mean 'llava'",
+        ),
         ("data.train.0.path=nowhere.json", "nowhere.json"),
         ("tune.language.target_modules=[q_prj]", "'q_prj' matches no module of the language component; did you mean 'q_proj'?"),
         ("model.base=builtin:tiny-lava", "builtin:tiny-llava"),

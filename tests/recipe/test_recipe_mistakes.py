@@ -188,8 +188,11 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "grokadamw needs a library that is not installed: pip install grokadamw; or give adamw_torch",
         ),
         ("train.use_liger_kernel=true", "true needs a library that is not installed: pip install liger-kernel; or give false"),
-        ("data.train.0.template=lava", "data template 'lava' is not one of those that ship; did you mean 'llava'?"),
-        ("data.train.0.join=rows.jsonl", "the template llava reads no second file"),
+        (
+            "data.train.0.template=lava",
+            "unknown data template 'lava'; expected a shipped one or a .yaml file; did you mean 'llava'",
+        ),
+        ("data.train.0.join=rows.jsonl", "the template llava does not join a second file; remove the line"),
         ("model.base=./gone", "no such directory: ./gone"),
         ("data.train.0.path=folder/rows.jsonl", "no such file: folder/rows.jsonl; did you mean 'folder/row.jsonl'?"),
     ],

@@ -192,7 +192,7 @@ def test_without_a_network_a_prepared_data_set_is_read_from_the_cache(
     assert [row for _, row in open_rows("owner/rows")] == [{"a": 1}, {"a": 2}]
     assert [read()[1] for read in stream_rows("owner/rows")] == [{"a": 1}, {"a": 2}]
     assert "owner/rows: read from the local cache: the hub" in capsys.readouterr().out
-    with pytest.raises(UserError, match="the cache does not hold it"):
+    with pytest.raises(UserError, match="it is not in the local cache"):
         open_rows("owner/rows:test")
 
 

@@ -1,7 +1,6 @@
-"""Which rows make which batch: one order of the rows for every layout, cut into the batches of each process.
+"""Batch sampler: one global order of the rows, split over the batches of all processes.
 
-An optimizer step takes the same rows whether one process accumulates them or several share them, as long as batch x
-accumulation x processes stays what it was.
+An optimizer step has the same rows for any number of processes, as long as batch size x accumulation x processes is the same.
 """
 
 from __future__ import annotations
@@ -24,58 +23,58 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Mixture:
-    """How many rows of each source an epoch takes.
+    """Data mixture: the number of rows of each source in an epoch.
 
     Attributes:
-        counts: rows of each source, which lie one after another.
-        takes: how many of them an epoch takes. What an epoch leaves over, the next one begins with, so that every row of a source
-            is met equally often, give or take one.
+        counts: number of rows of each source; row numbers are consecutive over the sources.
+        draws: number of rows drawn from each source in an epoch. The next epoch starts with the rows that the last one left
+            over, so that the numbers of draws of any two rows of a source differ by at most one.
     """
 
     counts: tuple[int, ...]
-    takes: tuple[int, ...]
+    draws: tuple[int, ...]
 
     @classmethod
     def by_repeats(cls, counts: Sequence[int], weights: Sequence[float]) -> Mixture:
-        """A weight says how often an epoch takes the source: 0.5 is every other row, 3.0 is each row three times."""
-        takes = (max(1, round(count * weight)) if count else 0 for count, weight in zip(counts, weights, strict=True))
-        return cls(tuple(counts), tuple(takes))
+        """A weight is the number of draws of each row in an epoch: 0.5 draws every second row, 3.0 every row three times."""
+        draws = (max(1, round(count * weight)) if count else 0 for count, weight in zip(counts, weights, strict=True))
+        return cls(tuple(counts), tuple(draws))
 
     @classmethod
     def by_ratio(cls, counts: Sequence[int], weights: Sequence[float]) -> Mixture:
-        """A weight says which share of an epoch the source has; an epoch is as long as all sources together."""
+        """A weight is proportional to the source's share of an epoch; an epoch has as many rows as all sources together."""
         total = sum(counts)
-        whole = sum(weight for count, weight in zip(counts, weights, strict=True) if count)
-        shares = [total * weight / whole if count else 0.0 for count, weight in zip(counts, weights, strict=True)]
-        takes = [int(share) for share in shares]
-        for index in sorted(range(len(takes)), key=lambda i: takes[i] - shares[i])[: total - sum(takes)]:
-            takes[index] += 1  # what rounding down left over goes to the largest remainders
-        return cls(tuple(counts), tuple(takes))
+        total_weight = sum(weight for count, weight in zip(counts, weights, strict=True) if count)
+        shares = [total * weight / total_weight if count else 0.0 for count, weight in zip(counts, weights, strict=True)]
+        draws = [int(share) for share in shares]
+        for index in sorted(range(len(draws)), key=lambda i: draws[i] - shares[i])[: total - sum(draws)]:
+            draws[index] += 1  # largest remainder method
+        return cls(tuple(counts), tuple(draws))
 
     def __len__(self) -> int:
-        return sum(self.takes)
+        return sum(self.draws)
 
     @property
     def repeats(self) -> int:
-        """How many times an epoch takes a row at most."""
-        return max((-(-take // count) for count, take in zip(self.counts, self.takes, strict=True) if count), default=1)
+        """Maximum number of draws of a row in an epoch."""
+        return max((-(-drawn // count) for count, drawn in zip(self.counts, self.draws, strict=True) if count), default=1)
 
     def rows(self, seed: int, epoch: int) -> Rows:
-        """An epoch's row numbers, source by source, rows of a source in order where all are taken."""
+        """The row numbers of an epoch, source by source; the rows of a source are in order if all are drawn."""
         parts, start = [], 0
-        for number, (count, take) in enumerate(zip(self.counts, self.takes, strict=True)):
-            parts.append(start + _rounds(count, take, (seed, number), epoch))
+        for number, (count, drawn) in enumerate(zip(self.counts, self.draws, strict=True)):
+            parts.append(start + _draw_rows(count, drawn, (seed, number), epoch))
             start += count
         return np.concatenate(parts)
 
 
-def _rounds(count: int, take: int, key: tuple[int, int], epoch: int) -> Rows:
-    """The rows that an epoch takes of one source: a piece of the rounds over its rows, each round in an order of its own."""
-    if take == 0:
+def _draw_rows(count: int, drawn: int, key: tuple[int, int], epoch: int) -> Rows:
+    """The rows of one source in an epoch: a slice of an endless sequence of random permutations of its rows."""
+    if drawn == 0:
         return np.empty(0, np.int64)
-    if take % count == 0:
-        return np.tile(np.arange(count), take // count)
-    first, end = epoch * take, (epoch + 1) * take
+    if drawn % count == 0:
+        return np.tile(np.arange(count), drawn // count)
+    first, end = epoch * drawn, (epoch + 1) * drawn
     pieces = []
     for number in range(first // count, -(-end // count)):
         order = np.random.default_rng((*key, number)).permutation(count)
@@ -84,23 +83,23 @@ def _rounds(count: int, take: int, key: tuple[int, int], epoch: int) -> Rows:
 
 
 class MixtureBatchSampler(Sampler[list[int]]):
-    """The batches of one process, as lists of row numbers, epoch by epoch.
+    """Batch sampler over a data mixture: the batches of one process as lists of row numbers, epoch by epoch.
 
     Args:
-        mixture: what an epoch takes, of the rows that can train.
-        seed: of the order; one seed gives one order.
-        size: rows in a batch.
-        accumulation: batches of each process in an optimizer step.
-        rank, world_size: this process and how many there are.
-        lengths: tokens of every row, 0 for one that cannot train, which the mixture leaves out; None if they were not counted.
-        tokens: the most tokens in a batch, which then replaces `size`.
-        packed: `tokens` counts the rows' own tokens, one after another, not the longest row's for each.
-        largest_first: the first step of the first epoch is the one with the most tokens in a batch.
-        drop_last: leave out the last rows of an epoch that do not fill a step's batches of all processes.
-        shuffled: False takes the rows as they lie.
-        epochs: how many there will be. Each has the same number of batches, that of the one with the most.
-        steps: of the whole run, if these and not the epochs say how long it is.
-        visits: give (row number, visit) in place of row numbers, where the visits of a row in a run have numbers of their own.
+        mixture: the rows of an epoch, among the rows that can train.
+        seed: seed of the order.
+        size: rows per batch.
+        accumulation: batches per process in an optimizer step.
+        rank, world_size: rank of this process, and number of processes.
+        lengths: tokens of every row, 0 for a row that cannot train and is not in the mixture; None if they were not counted.
+        tokens: maximum number of tokens in a batch, instead of `size`.
+        packed: count the sum of the rows' tokens for `tokens`, not the number of rows times the longest row.
+        largest_first: start the first epoch with the step that has the largest batch.
+        drop_last: drop the last rows of an epoch that do not fill a batch in every process.
+        shuffled: whether to shuffle the rows.
+        epochs: number of epochs. All have as many batches as the one with the most.
+        steps: number of optimizer steps of the whole run, if that and not `epochs` sets its length.
+        visits: yield (row number, visit) instead of row numbers; a visit counts the draws of a row over the run.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class MixtureBatchSampler(Sampler[list[int]]):
         self._visits = visits
         self._seed = seed
         self._size = size
-        self._group = accumulation * world_size
+        self._batches_per_step = accumulation * world_size
         self._rank, self._world_size = rank, world_size
         self._lengths = lengths
         self._usable = None if lengths is None else np.flatnonzero(lengths > 0)
@@ -137,12 +136,12 @@ class MixtureBatchSampler(Sampler[list[int]]):
         self._drop_last = drop_last
         self._shuffled = shuffled
         self._epoch = 0
-        self._wanted = 0
-        self._first: list[list[list[int]]] | None = None  # the first epoch's steps, once it is known that they stay as they are
+        self._batch_count = 0
+        self._first: list[list[list[int]]] | None = None  # the first epoch's steps, if they are final
         self._length = self._count(epochs, steps)
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration gives."""
+        """Set the epoch of the next iteration."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -150,51 +149,53 @@ class MixtureBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[Any]]:
         steps = self._steps(self._epoch)
-        for step in self._numbered(steps) if self._visits else steps:
+        for step in self._add_visits(steps) if self._visits else steps:
             yield from step[self._rank :: self._world_size]
 
-    def _numbered(self, steps: Iterator[list[list[int]]]) -> Iterator[list[list[tuple[int, int]]]]:
-        """The epoch's steps of all processes, with the number of each visit: it is the same in every layout."""
+    def _add_visits(self, steps: Iterator[list[list[int]]]) -> Iterator[list[list[tuple[int, int]]]]:
+        """The epoch's steps of all processes with the visit of each row, which is the same for any number of processes."""
         first = self._epoch * self._mixture.repeats
-        times: Counter[int] = Counter()
+        draws: Counter[int] = Counter()
 
         def visit(row: int) -> tuple[int, int]:
-            times[row] += 1
-            return row, first + times[row] - 1
+            draws[row] += 1
+            return row, first + draws[row] - 1
 
         for step in steps:
             yield [[visit(row) for row in batch] for batch in step]
 
     def largest(self) -> dict[str, int]:
-        """The first epoch's batch with the most tokens, padding counted: its `rows`, `tokens` and `padded_tokens`.
+        """`rows`, `tokens` and `padded_tokens` of the first epoch's batch with the most tokens, including padding.
 
-        Only where the rows' lengths were counted.
+        Only if the rows' lengths were counted.
         """
         assert self._lengths is not None
         batch = max((batch for step in self._steps(0) for batch in step), key=self._cost, default=[])
         return {"rows": len(batch), "tokens": int(self._lengths[batch].sum()), "padded_tokens": self._cost(batch)}
 
     def max_batch_rows(self) -> int:
-        """The rows of the first epoch's batch that has the most of them."""
+        """Maximum number of rows in a batch of the first epoch."""
         return max((len(batch) for step in self._steps(0) for batch in step), default=0)
 
     def _count(self, epochs: int, steps: int | None) -> int:
         if self._tokens is None:
-            every = self._size * self._world_size
-            return len(self._mixture) // every if self._drop_last else -(-len(self._mixture) // every)
-        differ = any(take % count for count, take in zip(self._mixture.counts, self._mixture.takes, strict=True) if count)
+            rows = self._size * self._world_size
+            return len(self._mixture) // rows if self._drop_last else -(-len(self._mixture) // rows)
+        epochs_differ = any(
+            drawn % count for count, drawn in zip(self._mixture.counts, self._mixture.draws, strict=True) if count
+        )
         first = list(self._steps(0))
-        own = self._wanted = sum(map(len, first))
-        if steps is not None and self._wanted:
-            epochs = -(-steps * self._group // self._wanted)
-        for epoch in range(1, epochs if differ else 1):
-            self._wanted = max(self._wanted, sum(map(len, self._steps(epoch))))
-        if self._wanted == own:
+        first_count = self._batch_count = sum(map(len, first))
+        if steps is not None and self._batch_count:
+            epochs = -(-steps * self._batches_per_step // self._batch_count)
+        for epoch in range(1, epochs if epochs_differ else 1):
+            self._batch_count = max(self._batch_count, sum(map(len, self._steps(epoch))))
+        if self._batch_count == first_count:
             self._first = first
-        return self._wanted // self._world_size
+        return self._batch_count // self._world_size
 
     def _steps(self, epoch: int) -> Iterator[list[list[int]]]:
-        """Each optimizer step's batches, `accumulation * world_size` of them, fewer in an epoch's last step."""
+        """The batches of each optimizer step: `accumulation * world_size`, or fewer in the last step of an epoch."""
         if epoch == 0 and self._first is not None:
             return iter(self._first)
         rows = self._mixture.rows(self._seed, epoch)
@@ -203,41 +204,46 @@ class MixtureBatchSampler(Sampler[list[int]]):
         if self._shuffled:
             rows = rows[_permutation(len(rows), self._seed + epoch)]
         if self._tokens is None:
-            steps = self._of_size(rows)
+            steps = self._steps_by_size(rows)
         else:
-            steps = iter(self._of_tokens(rows, np.random.default_rng((self._seed, epoch))))
+            steps = iter(self._steps_by_tokens(rows, np.random.default_rng((self._seed, epoch))))
         if self._largest_first and epoch == 0:
             steps = iter(self._with_largest_first(list(steps)))
         return steps
 
-    def _of_size(self, rows: Rows) -> Iterator[list[list[int]]]:
-        every = self._size * self._group
-        for start in range(0, len(rows), every):
-            step = rows[start : start + every]
+    def _steps_by_size(self, rows: Rows) -> Iterator[list[list[int]]]:
+        rows_per_step = self._size * self._batches_per_step
+        for start in range(0, len(rows), rows_per_step):
+            step = rows[start : start + rows_per_step]
             if self._drop_last:
                 step = step[: len(step) - len(step) % (self._size * self._world_size)]
             if len(step):
-                yield self._shared(step)
+                yield self._split_step(step)
 
-    def _shared(self, step: Rows) -> list[list[int]]:
-        """A step's rows in batches, those of equal place in all processes equally many, with their tokens spread evenly."""
-        count = min(self._group, -(-len(step) // (self._size * self._world_size)) * self._world_size)
+    def _split_step(self, step: Rows) -> list[list[int]]:
+        """Split the rows of a step into batches with balanced tokens; all processes have the same number of batches."""
+        count = min(self._batches_per_step, -(-len(step) // (self._size * self._world_size)) * self._world_size)
         if self._lengths is None or count == 1:
             pieces = [step[start : start + self._size].tolist() for start in range(0, len(step), self._size)]
             return pieces + [[] for _ in range(count - len(pieces))]
         return balance(step, self._lengths[step], count, self._size)
 
-    def _of_tokens(self, rows: Rows, random: np.random.Generator) -> list[list[list[int]]]:
+    def _steps_by_tokens(self, rows: Rows, random: np.random.Generator) -> list[list[list[int]]]:
         assert self._lengths is not None and self._tokens is not None
         lengths = self._lengths[rows]
         if self._packed:
             batches = [rows[bin_] for bin_ in pack_lengths(lengths, self._tokens)]
         else:
-            batches = _alike(rows, lengths, self._tokens)
-        batches = _split(batches, max(self._wanted, -(-len(batches) // self._group) * self._group))
+            batches = _group_by_length(rows, lengths, self._tokens)
+        batches = _split_largest(
+            batches, max(self._batch_count, -(-len(batches) // self._batches_per_step) * self._batches_per_step)
+        )
         costs = np.array([self._cost(batch) for batch in batches])
-        batches = [batches[index] for index in np.argsort(-costs, kind="stable")]  # batches of one step cost alike
-        steps = [[b.tolist() for b in batches[start : start + self._group]] for start in range(0, len(batches), self._group)]
+        batches = [batches[index] for index in np.argsort(-costs, kind="stable")]  # batches of one step have a similar cost
+        steps = [
+            [b.tolist() for b in batches[start : start + self._batches_per_step]]
+            for start in range(0, len(batches), self._batches_per_step)
+        ]
         return [steps[index] for index in random.permutation(len(steps))] if self._shuffled else steps
 
     def _cost(self, batch: Sequence[int] | Rows) -> int:
@@ -253,9 +259,9 @@ class MixtureBatchSampler(Sampler[list[int]]):
 
 
 def balance(rows: Rows, lengths: NDArray[np.int64], count: int, size: int) -> list[list[int]]:
-    """Share rows out among `count` batches of at most `size`: the longest first, each to the batch with the fewest tokens.
+    """Balance tokens over `count` batches of at most `size` rows: the longest row first, to the batch with the fewest tokens.
 
-    (Graham 1969, SIAM J. Appl. Math. 17:416-429, with a bound on the number of rows.)
+    This is longest-processing-time scheduling (Graham 1969, SIAM J. Appl. Math. 17:416-429) with a maximum number of rows.
     """
     batches: list[list[int]] = [[] for _ in range(count)]
     open_batches = [(0, index) for index in range(count)]
@@ -269,29 +275,29 @@ def balance(rows: Rows, lengths: NDArray[np.int64], count: int, size: int) -> li
     return batches
 
 
-def _alike(rows: Rows, lengths: NDArray[np.int64], tokens: int) -> list[Rows]:
-    """Batches of similar lengths, as many rows each as fit when every row is as long as the longest."""
+def _group_by_length(rows: Rows, lengths: NDArray[np.int64], tokens: int) -> list[Rows]:
+    """Batches of rows of similar length, with as many rows as fit if all are padded to the longest."""
     order = np.argsort(-lengths, kind="stable")
     batches, start = [], 0
     while start < len(order):
-        fits = max(1, tokens // int(lengths[order[start]]))
-        batches.append(rows[order[start : start + fits]])
-        start += fits
+        size = max(1, tokens // int(lengths[order[start]]))
+        batches.append(rows[order[start : start + size]])
+        start += size
     return batches
 
 
-def _split(batches: list[Rows], wanted: int) -> list[Rows]:
-    """As many batches as wanted, by halving those with the most rows; empty ones where every batch has one row."""
+def _split_largest(batches: list[Rows], count: int) -> list[Rows]:
+    """Increase the number of batches to `count` by halving those with the most rows; batches of one row leave empty ones."""
     batches = list(batches)
     largest = [(-len(batch), index) for index, batch in enumerate(batches)]
     heapify(largest)
-    for index in range(len(batches), wanted):
-        count, most = largest[0]
-        half = (1 - count) // 2
-        batches.append(batches[most][half:])
-        batches[most] = batches[most][:half]
-        heapreplace(largest, (-half, most))
-        heappush(largest, (half + count, index))
+    for new in range(len(batches), count):
+        negative_size, old = largest[0]
+        half = (1 - negative_size) // 2
+        batches.append(batches[old][half:])
+        batches[old] = batches[old][:half]
+        heapreplace(largest, (-half, old))
+        heappush(largest, (half + negative_size, new))
     return batches
 
 

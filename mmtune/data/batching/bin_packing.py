@@ -1,4 +1,4 @@
-"""Which samples share a sequence of bounded length."""
+"""Sequence packing as bin packing: assign samples to packs of a maximum number of tokens."""
 
 from __future__ import annotations
 
@@ -10,98 +10,98 @@ import numpy as np
 
 Lengths = np.ndarray[Any, np.dtype[np.int64]]
 
-GOOD = 0.98
-"""Packs so full are not tried to be made fuller."""
-LEADS = (0.995, 1.0)
-"""Where packs of pairs become packs of three and more: at that share of the mean length with which three fill a pack."""
+GOOD_EFFICIENCY = 0.98
+"""Efficiency of best-fit decreasing above which no other packing is tried."""
+PAIR_THRESHOLDS = (0.995, 1.0)
+"""Thresholds for packing pairs: three samples of the mean remaining length must fit into this share of the capacity."""
 SLACK = 256
-"""A pair fills a pack if no more than one token in so many stays free."""
+"""A pair fills a pack if it leaves at most 1/SLACK of the capacity free."""
 
 
 def pack_lengths(lengths: Sequence[int] | np.ndarray[Any, Any], capacity: int) -> list[list[int]]:
-    """Divide samples into packs of at most `capacity` tokens.
+    """Assign samples to packs of at most `capacity` tokens.
 
-    Best-fit decreasing comes first: the longest sample first, each into the fullest pack that has room. It needs at most 11/9 of
-    the fewest packs possible, and one more (Johnson 1974). It wastes most where two or three samples fill a pack, as in 2,048
-    tokens conversations about an image of 576 do. So packs are also filled one by one, the rest of each by the pair that leaves
-    least free, and the fewest packs are taken.
+    The first candidate is best-fit decreasing: the longest sample first, each into the fullest pack with enough room. It needs at
+    most 11/9 of the optimal number of packs, plus one (Johnson 1974). It is worst if two or three samples fill a pack, such as
+    conversations about an image of 576 tokens in packs of 2,048. So packs are also filled one by one, with the pair of samples
+    that leaves the least room, and the candidate with the fewest packs is returned.
 
-    The work grows as n log n in the number of samples.
+    The complexity is O(n log n) in the number of samples.
 
     Args:
-        lengths: tokens of each sample, at least 1 and at most `capacity`.
-        capacity: tokens of a pack.
+        lengths: tokens of each sample, from 1 to `capacity`.
+        capacity: maximum number of tokens of a pack.
 
     Returns:
-        Positions in `lengths`, pack by pack, each position once. The same lengths give the same packs.
+        For each pack the indices into `lengths`; every index occurs once. The result is deterministic.
 
     Raises:
-        ValueError: a length that does not fit.
+        ValueError: a length is out of range.
     """
     values = np.asarray(lengths, dtype=np.int64)
     if len(values) and not 1 <= int(values.min()) <= int(values.max()) <= capacity:
-        raise ValueError(f"lengths from {values.min()} to {values.max()} do not go into packs of {capacity} tokens")
+        raise ValueError(f"expected lengths from 1 to {capacity} (the capacity), got {values.min()} to {values.max()}")
     packs = _best_fit(values, capacity)
-    if packing_efficiency(values, packs, capacity) >= GOOD:
+    if packing_efficiency(values, packs, capacity) >= GOOD_EFFICIENCY:
         return packs
-    # With a mean length of which three fit anyway, all leads come to the same.
-    leads = LEADS[-1:] if 3 * values.mean() <= min(LEADS) * capacity else LEADS
-    return min([packs, *(_pack_by_pack(values, capacity, lead) for lead in leads)], key=len)
+    # If three samples of the mean length fit anyway, all thresholds give the same packs.
+    thresholds = PAIR_THRESHOLDS[-1:] if 3 * values.mean() <= min(PAIR_THRESHOLDS) * capacity else PAIR_THRESHOLDS
+    return min([packs, *(_fill_packs(values, capacity, threshold) for threshold in thresholds)], key=len)
 
 
 def packing_efficiency(lengths: Sequence[int] | np.ndarray[Any, Any], packs: list[list[int]], capacity: int) -> float:
-    """The share of the packs' tokens that samples fill, from 0 to 1; 1 where there are no packs."""
+    """The fraction of the packs' capacity that samples use, from 0 to 1; 1 if there are no packs."""
     return float(np.asarray(lengths).sum() / (len(packs) * capacity)) if packs else 1.0
 
 
 def _best_fit(values: Lengths, capacity: int) -> list[list[int]]:
     packs: list[list[int]] = []
-    rooms: list[int] = []  # distinct amounts of room, ascending
-    having: dict[int, list[int]] = {}  # packs by the room that they have
+    rooms: list[int] = []  # distinct free capacities, ascending
+    packs_by_room: dict[int, list[int]] = {}
     for position in np.argsort(-values, kind="stable").tolist():
         length = int(values[position])
-        place = bisect_left(rooms, length)
-        if place < len(rooms):
-            room = rooms[place]
-            pack = having[room].pop()
-            if not having[room]:
-                del having[room], rooms[place]
+        index = bisect_left(rooms, length)
+        if index < len(rooms):
+            room = rooms[index]
+            pack = packs_by_room[room].pop()
+            if not packs_by_room[room]:
+                del packs_by_room[room], rooms[index]
         else:
             room, pack = capacity, len(packs)
             packs.append([])
         packs[pack].append(position)
         left = room - length
         if left:
-            if left not in having:
-                having[left] = []
+            if left not in packs_by_room:
+                packs_by_room[left] = []
                 insort(rooms, left)
-            having[left].append(pack)
+            packs_by_room[left].append(pack)
     return packs
 
 
-def _pack_by_pack(values: Lengths, capacity: int, lead: float) -> list[list[int]]:
-    """The longest sample that is left begins a pack; then what fills it, one or a pair, or else the longest that fits.
+def _fill_packs(values: Lengths, capacity: int, threshold: float) -> list[list[int]]:
+    """Fill packs one by one: start with the longest remaining sample, then add a sample or pair that fills it, or the longest.
 
-    Pairs wait until three samples of the mean length that is left go into a pack. Before, they would take the short samples that
-    packs of three need later.
+    Pairs are used only once three samples of the mean remaining length fit into a pack. Before that, they would use up the short
+    samples that packs of three need later.
     """
-    stock = _Stock(values, capacity)
+    stock = _RemainingSamples(values, capacity)
     slack = capacity // SLACK
     packs: list[list[int]] = []
     while stock.count:
         room = capacity
-        pair_up = 3 * stock.total <= lead * capacity * stock.count
+        use_pairs = 3 * stock.total <= threshold * capacity * stock.count
         packs.append([])
         while (longest := stock.longest(room)) is not None:
-            pair = stock.pair(room, slack) if pair_up and packs[-1] and longest < room - slack else None
+            pair = stock.pair(room, slack) if use_pairs and packs[-1] and longest < room - slack else None
             for length in pair or (longest,):
                 packs[-1].append(stock.take(length))
                 room -= length
     return packs
 
 
-class _Stock:
-    """Samples that are left, by length. Bit n of `present` says that one has n tokens, of `mirrored` capacity - n."""
+class _RemainingSamples:
+    """The remaining samples by length. A sample of n tokens sets bit n of `present`, and bit capacity - n of `mirrored`."""
 
     def __init__(self, values: Lengths, capacity: int) -> None:
         self._capacity = capacity
@@ -113,7 +113,7 @@ class _Stock:
         self.count, self.total = len(values), int(values.sum())
 
     def take(self, length: int) -> int:
-        """The position of a sample of that length, which is then gone."""
+        """Remove a sample of this length and return its index."""
         self.count, self.total = self.count - 1, self.total - length
         position = self._positions[length].pop()
         if not self._positions[length]:
@@ -121,16 +121,16 @@ class _Stock:
             self._mirrored ^= 1 << (self._capacity - length)
         return position
 
-    def longest(self, most: int) -> int | None:
-        """The longest length up to `most`."""
-        fitting = self._present & ((2 << most) - 1)
+    def longest(self, room: int) -> int | None:
+        """The longest remaining length up to `room`."""
+        fitting = self._present & ((2 << room) - 1)
         return fitting.bit_length() - 1 if fitting else None
 
-    def pair(self, most: int, slack: int) -> tuple[int, int] | None:
-        """Two lengths that make `most` together or up to `slack` less, as near to each other as can be."""
-        for total in range(most, max(most - slack, 2) - 1, -1):
+    def pair(self, room: int, slack: int) -> tuple[int, int] | None:
+        """Two remaining lengths whose sum is at most `room` and at most `slack` less, as close to each other as possible."""
+        for total in range(room, max(room - slack, 2) - 1, -1):
             half = (total + 1) // 2
-            # Lengths from half the total on whose partner is there too.
+            # Lengths of at least half the total for which the other length of the pair is present too.
             halves = (self._present & (self._mirrored >> (self._capacity - total)) & ((1 << total) - 1)) >> half
             if 2 * half == total and halves & 1 and len(self._positions[half]) < 2:
                 halves ^= 1

@@ -1,4 +1,4 @@
-"""Encoded samples to batches: padded or packed, never truncated, with the rows' ids and the rows that failed beside them."""
+"""Collation of encoded samples to batches, padded or packed, never truncated, with row ids and the errors of failed rows."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mmtune.data.encoding.encode import IGNORE_INDEX
 from mmtune.utils.errors import UserError
 
 PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids", "source_ids")
-"""What comes with one value a token, shape (1, length); everything else stacks by image, tile or patch."""
+"""Tensors with one value per token, shape (1, length); all others are concatenated by image, tile or patch."""
 
 METADATA_KEYS = ("row", "note")
-"""What an encoded row carries besides tensors: its id, and what was done to its media."""
+"""Keys of an encoded row that are not tensors: its id, and a note about changes to its media."""
 
 
 class RowSize(NamedTuple):
-    """What a row brings into its batch: numbers of tokens, of supervised ones, and of values in `pixel_values`."""
+    """Size of a row: number of tokens, of supervised tokens, and of values in `pixel_values`."""
 
     tokens: int
     supervised: int
@@ -27,29 +27,29 @@ class RowSize(NamedTuple):
 
 
 class Collator:
-    """Batches encoded samples. Beside the batch travel the rows' ids under `rows`, their sizes under `sizes`, without padding and
-    stand-ins, and under `faults` the rows that failed or whose media were changed.
+    """Collates encoded samples to a batch, with the row ids under `rows`, their sizes (without padding and dummy samples)
+    under `sizes`, and the errors of failed rows and the notes about changed media under `faults`.
 
     Args:
-        pad_token_id: what fills shorter rows up.
-        stand_in: a row with an image and nothing supervised (`mmtune.data.dataset.dummy_sample`), put into batches without
+        pad_token_id: the token for padding.
+        dummy_sample: a sample with an image and no supervised token (`dummy_sample`), added to batches without
             images, so that the vision tower takes part in every step.
-        packed: all samples of a batch in one row, in place of a row each.
+        packed: concatenate the samples of a batch to one sequence, instead of padding them.
     """
 
     def __init__(self, pad_token_id: int, dummy_sample: dict[str, torch.Tensor] | None = None, packed: bool = False) -> None:
         self._pad_token_id = pad_token_id
-        self._stand_in = dummy_sample
+        self._dummy_sample = dummy_sample
         self._packed = packed
 
     def __call__(self, items: Sequence[dict[str, Any] | UserError]) -> dict[str, Any]:
-        given = [item for item in items if not isinstance(item, UserError)]
-        faults = [item for item in items if isinstance(item, UserError)] + [item["note"] for item in given if "note" in item]
-        rows = [item["row"] for item in given if "row" in item]
-        encoded = [{key: value for key, value in item.items() if key not in METADATA_KEYS} for item in given]
+        samples = [item for item in items if not isinstance(item, UserError)]
+        faults = [item for item in items if isinstance(item, UserError)] + [item["note"] for item in samples if "note" in item]
+        rows = [item["row"] for item in samples if "row" in item]
+        encoded = [{key: value for key, value in item.items() if key not in METADATA_KEYS} for item in samples]
         sizes = [_size(item) for item in encoded]
-        if encoded and self._stand_in is not None and not any("pixel_values" in item for item in encoded):
-            encoded.append(self._stand_in)
+        if encoded and self._dummy_sample is not None and not any("pixel_values" in item for item in encoded):
+            encoded.append(self._dummy_sample)
         batch: dict[str, Any] = {}
         if encoded:
             batch = pack(encoded) if self._packed else collate(encoded, self._pad_token_id)
@@ -57,17 +57,17 @@ class Collator:
 
 
 def collate(encoded: list[dict[str, torch.Tensor]], pad_token_id: int, side: str = "right") -> dict[str, torch.Tensor]:
-    """Pad samples of different lengths into one batch, as the processor itself would have padded it.
+    """Pad samples to one batch, in the same way as the processor would.
 
     Args:
-        encoded: from `encode_sample` or `encode_prompt`; at least one.
-        pad_token_id: fills `input_ids`.
-        side: "right" to train, "left" to generate.
+        encoded: at least one result of `encode_sample` or `encode_prompt`.
+        pad_token_id: the padding token of `input_ids`.
+        side: "right" for training, "left" for generation.
 
     Returns:
-        Per-token tensors of shape (batch, longest), and media tensors joined along their first dimension, the others filled up
-        with zeros at their end: tiles that an image lacks, pixels at the bottom and at the right. Idefics' images, which are
-        (batch, images, channels, height, width), are zeros for a sample that has none.
+        Per-token tensors of shape (batch, longest), and media tensors concatenated along their first dimension. Their other
+        dimensions are padded with zeros at the end (missing tiles, and pixels at the bottom and right). Idefics' images of shape
+        (batch, images, channels, height, width) are zeros for a sample without images.
     """
     longest = max(sample["input_ids"].shape[1] for sample in encoded)
     fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
@@ -85,23 +85,23 @@ def collate(encoded: list[dict[str, torch.Tensor]], pad_token_id: int, side: str
             if _images_by_sample(encoded) and key in ("pixel_values", "pixel_attention_mask"):
                 none = present[0][:, :0]
                 present = [sample.get(key, none) for sample in encoded]
-            batch[key] = _join(present, dim=0)
+            batch[key] = _concat_padded(present, dim=0)
     return batch
 
 
 def pack(encoded: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Put samples one after the other into one row.
+    """Pack samples: concatenate them to one sequence.
 
-    Only `position_ids` say where a sample ends: `packed_attention.packed_inputs` makes of them what the model needs to keep the
-    samples apart, and has to see the batch before the model does.
+    Only `position_ids` mark the sample boundaries. `packed_attention.packed_inputs` computes from them the inputs with which the
+    model keeps the samples apart, and must process the batch before the model.
 
     Args:
-        encoded: from `encode_sample`; at least one.
+        encoded: at least one result of `encode_sample`.
 
     Returns:
-        Per-token tensors of shape (1, sum of lengths); `position_ids`, int64, which start at 0 in every sample; `labels` with
-        -100 at the first token of every sample, which the last token of the sample before it would otherwise learn to predict;
-        and media tensors as `collate` joins them, Idefics' images in one row as well.
+        Per-token tensors of shape (1, sum of lengths); `position_ids` (int64), which start at 0 in every sample; `labels` with
+        -100 at the first token of every sample, because the last token of the previous sample would predict it; and media
+        tensors concatenated as in `collate`, with Idefics' images in one row.
     """
     batch: dict[str, torch.Tensor] = {}
     for key in _keys(encoded):
@@ -109,7 +109,7 @@ def pack(encoded: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
             batch[key] = torch.cat([_per_token(sample, key) for sample in encoded], dim=1)
         else:
             in_row = _images_by_sample(encoded) and key in ("pixel_values", "pixel_attention_mask")
-            batch[key] = _join([sample[key] for sample in encoded if key in sample], dim=1 if in_row else 0)
+            batch[key] = _concat_padded([sample[key] for sample in encoded if key in sample], dim=1 if in_row else 0)
     lengths = [sample["input_ids"].shape[1] for sample in encoded]
     batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
     if "labels" in batch:
@@ -127,20 +127,20 @@ def _keys(encoded: list[dict[str, torch.Tensor]]) -> list[str]:
 
 
 def _per_token(sample: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    """Some processors leave out the types of a text's tokens where no medium is: all of them are 0."""
+    """The sample's tensor, or zeros: some processors omit token types for samples without media."""
     return sample[key] if key in sample else torch.zeros_like(sample["input_ids"])
 
 
 def _images_by_sample(encoded: list[dict[str, torch.Tensor]]) -> bool:
-    """Whether the first dimension of the pixels is the sample, as in Idefics and SmolVLM, and not the image."""
+    """Whether the first dimension of the pixels is the sample (Idefics, SmolVLM) and not the image."""
     return any("pixel_attention_mask" in sample and sample["pixel_values"].ndim == 5 for sample in encoded)
 
 
-def _join(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """Concatenate along `dim`, every other dimension filled up at its end to the largest."""
+def _concat_padded(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """Concatenate along `dim`, with every other dimension padded with zeros at its end to the largest."""
     largest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
-    filled = []
+    padded = []
     for tensor in tensors:
         missing = [0 if axis == dim else largest[axis] - tensor.shape[axis] for axis in range(tensor.ndim)]
-        filled.append(pad(tensor, [size for axis in reversed(missing) for size in (0, axis)]) if any(missing) else tensor)
-    return torch.cat(filled, dim)
+        padded.append(pad(tensor, [size for axis in reversed(missing) for size in (0, axis)]) if any(missing) else tensor)
+    return torch.cat(padded, dim)

@@ -1,7 +1,7 @@
-"""Training rows as a stream: read once through per epoch, never indexed, shuffled within a window.
+"""Streamed training data: read sequentially in every epoch, without an index, shuffled within a window.
 
-Every process and every data-loader worker goes through the same rows in the same order and parses only its own, so that
-the order is one for every layout, and one number says where a run stands: how many batches each process has taken.
+Every process and every data-loader worker iterates over the same rows in the same order and parses only its own. So the order
+does not depend on the number of processes, and the number of batches per process is enough to resume a run.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch.utils.data import IterableDataset, get_worker_info
 from mmtune.utils.errors import UserError
 
 LazySample = Callable[[], Any]
-"""Gives a row's sample when called; may raise RowError."""
+"""Returns the sample of a row when called; can raise RowError."""
 
 
 class SampleStream(IterableDataset[Any]):
-    """One process's batches, without end.
+    """An endless stream of the batches of one process.
 
     Args:
-        sources: for each source, what opens it for the epoch with a number and gives its rows in order, each as a Handle.
-        weights: the share of each source in the samples.
-        make_batch: makes a batch of (source number, handle) pairs; of none where the last rows leave a process without.
-        seed: of the order.
-        window: how many rows of a source are shuffled among themselves, and held in memory unparsed.
-        size: rows in a batch.
-        rank, world_size: this process and how many there are.
+        sources: for each source, a function from the epoch number to an iterator over its rows in order, as `LazySample`.
+        weights: the proportion of each source in the samples.
+        make_batch: makes a batch of a list of (source number, lazy sample); the list can be empty at the end of the data.
+        seed: seed of the order.
+        window: size of the shuffle window: number of rows of a source that are held in memory, unparsed, and shuffled.
+        size: rows per batch.
+        rank, world_size: rank of this process, and number of processes.
     """
 
     def __init__(
@@ -54,43 +54,43 @@ class SampleStream(IterableDataset[Any]):
         self._first = 0
 
     def start_at(self, batch: int) -> None:
-        """Begin with a batch by its number, as if those before it had been taken; their rows are passed over unparsed."""
+        """Start with the batch of this number; the rows of the batches before it are skipped without parsing."""
         self._first = batch
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        every = self._size * self._world_size
-        rows = self._mixed(self._first * every)
+        rows_per_block = self._size * self._world_size
+        rows = self._mixed_rows(self._first * rows_per_block)
         for block in itertools.count():
             try:
-                taken = list(itertools.islice(rows, every))
-            except UserError as error:  # of the file: raised where the batch is taken, not in a worker
+                samples = list(itertools.islice(rows, rows_per_block))
+            except UserError as error:  # an error of the file, which is raised in the main process, not in a worker
                 yield error
                 return
             if block % workers == number:
-                yield self._make_batch(taken[self._rank * self._size : (self._rank + 1) * self._size])
+                yield self._make_batch(samples[self._rank * self._size : (self._rank + 1) * self._size])
 
-    def _mixed(self, skip: int) -> Iterator[tuple[int, LazySample]]:
-        """Rows of all sources from a position on, always from the source that is furthest behind its share."""
-        turns = self._turns()
-        taken = [0] * len(self._sources)
+    def _mixed_rows(self, skip: int) -> Iterator[tuple[int, LazySample]]:
+        """Rows of all sources from a position on; the next source is always the one furthest below its proportion."""
+        turns = self._source_order()
+        skipped = [0] * len(self._sources)
         for source in itertools.islice(turns, skip):
-            taken[source] += 1
-        rows = [self._shuffled(number, skipped) for number, skipped in enumerate(taken)]
+            skipped[source] += 1
+        rows = [self._shuffled_rows(number, count) for number, count in enumerate(skipped)]
         for source in turns:
             yield source, next(rows[source])
 
-    def _turns(self) -> Iterator[int]:
-        owed = np.zeros(len(self._weights))
+    def _source_order(self) -> Iterator[int]:
+        deficits = np.zeros(len(self._weights))
         while True:
-            owed += self._weights
-            source = int(owed.argmax())
-            owed[source] -= 1
+            deficits += self._weights
+            source = int(deficits.argmax())
+            deficits[source] -= 1
             yield source
 
-    def _shuffled(self, source: int, skip: int) -> Iterator[LazySample]:
-        """A source's rows, epoch after epoch, from a position on."""
+    def _shuffled_rows(self, source: int, skip: int) -> Iterator[LazySample]:
+        """The rows of a source, epoch after epoch, shuffled within windows, from a position on."""
         for epoch in itertools.count():
             read = 0
             rows = self._sources[source](epoch)
@@ -106,4 +106,4 @@ class SampleStream(IterableDataset[Any]):
                     yield window[index]
                 skip = 0
             if read == 0:
-                raise UserError(f"data.train[{source}]: the stream holds no rows")
+                raise UserError(f"data.train[{source}]: the stream has no rows")

@@ -1,7 +1,7 @@
-"""One sample to tensors: `input_ids`, `labels` and media, with labels on the assistant's words and nothing else.
+"""Encoding of one sample to tensors: `input_ids`, `labels` and media, with labels exactly on the assistant's answers.
 
-The chat template is rendered once, with the character span of every answer. Spans are carried through the expansion of
-image placeholders and through the tokenizer's offsets. No prefix is ever re-tokenized to guess a length.
+The chat template is rendered once, with the character span of every answer. The spans are mapped through the expansion of image
+placeholders and through the tokenizer's offsets to tokens. No length is estimated by tokenizing a prefix.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ from mmtune.utils.transformers_private import processor_call_kwargs
 
 IGNORE_INDEX = -100
 
-OTHER_TEMPLATE = "set model.chat_template to another one, or to a .jinja file (docs/recipe.md)"
+CHAT_TEMPLATE_HINT = "set model.chat_template to another one, or to a .jinja file (docs/recipe.md)"
 
 RENAMES_TYPES = (Gemma3Processor, Gemma3nProcessor)
-"""Processors that give `mm_token_type_ids` under the name `token_type_ids`."""
+"""Processors that return `mm_token_type_ids` under the name `token_type_ids`."""
 
 Supervise = Literal["all", "last"]
 
 
 @dataclass(frozen=True)
 class EncodedText:
-    """A conversation as tokens, image tokens included.
+    """A conversation as tokens, including image tokens.
 
     Attributes:
         input_ids: token ids.
-        supervised: for each token, whether the loss falls on it.
-        media: for each token, whether it is part of what stands for an image.
-        offsets: for each token, its first and past-the-last character in `text`; (0, 0) for one that the tokenizer added.
-        text: the rendered conversation, image placeholders expanded.
+        supervised: for each token, whether the loss includes it.
+        media: for each token, whether it belongs to an expanded image placeholder.
+        offsets: for each token, its first and past-the-last character in `text`; (0, 0) for tokens added by the tokenizer.
+        text: the rendered conversation with expanded image placeholders.
     """
 
     input_ids: list[int]
@@ -76,17 +76,17 @@ def encode_text(
     replacements: list[str],
     supervise: Supervise = "all",
 ) -> EncodedText:
-    """Encode the text of a whole conversation; training and counting both do it here.
+    """Encode the text of a whole conversation, for training and for counting.
 
     Args:
         sample_id: the row's id, for errors.
         messages: the conversation; its images are not opened.
         processor: the model's processor.
-        replacements: for each image, the string that the processor puts in place of its placeholder.
-        supervise: put the loss on all answers, or on the last alone; never on one with `"supervised": False`.
+        replacements: for each image, the string with which the processor replaces its placeholder.
+        supervise: supervise all answers or only the last one; answers with `"supervised": False` never are.
 
     Raises:
-        RowError: naming the row.
+        RowError: the conversation cannot be encoded; names the row.
     """
     return _encode_text(sample_id, messages, processor, replacements, supervise, prompt=False)
 
@@ -100,71 +100,75 @@ def _encode_text(
     prompt: bool,
 ) -> EncodedText:
     tokenizer, template = processor.tokenizer, chat_template_of(processor)
-    control = control_tokens(tokenizer, template).spelled
-    shown = to_template_messages(sample_id, messages)
-    marked = any(has_control_tokens(text_of(message), control) for message in shown)
-    if marked:
-        shown = [{**message, "content": escape_control_tokens(message["content"], control)} for message in shown]
+    control = control_tokens(tokenizer, template).anywhere
+    template_messages = to_template_messages(sample_id, messages)
+    escaped = any(has_control_tokens(text_of(message), control) for message in template_messages)
+    if escaped:
+        template_messages = [
+            {**message, "content": escape_control_tokens(message["content"], control)} for message in template_messages
+        ]
     spans: list[Span] = []
     try:
         if prompt:
-            text = render_prompt(shown, template, tokenizer)
+            text = render_prompt(template_messages, template, tokenizer)
         else:
-            text, spans = render_conversation(shown, template, tokenizer)
+            text, spans = render_conversation(template_messages, template, tokenizer)
         writes_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        text, spans, media_spans = _expand(text, spans, processor, replacements)
-        if marked:
+        text, spans, media_spans = _expand_placeholders(text, spans, processor, replacements)
+        if escaped:
             input_ids, offsets = tokenize_escaped(tokenizer, text, not writes_bos)
-            text, moved = unescape_control_tokens(text, [*spans, *media_spans])
-            spans, media_spans = moved[: len(spans)], moved[len(spans) :]
+            text, shifted = unescape_control_tokens(text, [*spans, *media_spans])
+            spans, media_spans = shifted[: len(spans)], shifted[len(spans) :]
         else:
             input_ids, offsets = tokenize(tokenizer, text, not writes_bos, image_tokens(processor))
     except ChatTemplateError as error:
         raise RowError(sample_id, "messages", str(error), "chat_template") from error
-    places = TokenSpans(offsets)
-    if not prompt:
-        _check_edges(sample_id, messages, processor, replacements, input_ids, [places.crosses(span) for span in spans])
-    in_loss = [] if prompt else _supervised_answers(messages, supervise)
-    if in_loss and not any(in_loss):
-        which = "every answer" if supervise == "all" else "the last answer, which data.supervise: last takes alone,"
-        raise RowError(sample_id, "messages", f"{which} has weight 0, so that nothing trains", "nothing_supervised")
-    trained = [span for span, trains in zip(spans, in_loss, strict=not prompt) if trains]
-    return EncodedText(input_ids, places.mask(trained), places.mask(media_spans), offsets, text)
+    token_spans = TokenSpans(offsets)
+    if prompt:
+        return EncodedText(input_ids, token_spans.mask([]), token_spans.mask(media_spans), offsets, text)
+    crossed = [token_spans.crosses(span) for span in spans]
+    _check_answer_edges(sample_id, messages, processor, replacements, input_ids, crossed)
+    is_supervised_answer = _supervised_answers(messages, supervise)
+    if is_supervised_answer and not any(is_supervised_answer):
+        which = "every answer" if supervise == "all" else "the last answer (data.supervise: last)"
+        raise RowError(sample_id, "messages", f"{which} has weight 0, so no token is supervised", "nothing_supervised")
+    supervised = [span for span, included in zip(spans, is_supervised_answer, strict=True) if included]
+    return EncodedText(input_ids, token_spans.mask(supervised), token_spans.mask(media_spans), offsets, text)
 
 
 def _supervised_answers(messages: list[Message], supervise: Supervise) -> list[bool]:
-    """Of each answer, whether the loss falls on it."""
+    """For each answer, whether it is supervised."""
     answers = [is_supervised(message) for message in messages if message["role"] == "assistant"]
     return answers if supervise == "all" else [False] * (len(answers) - 1) + answers[-1:]
 
 
 def image_tokens(processor: ProcessorMixin) -> tuple[str, ...]:
-    """The token that a chat template writes for an image, and the one that stands for its features, if that is another."""
+    """The image placeholder of the chat template, and the token of image features if it is different."""
     tokens = (getattr(processor, "image_token", None), getattr(processor.tokenizer, "image_token", None))
     return tuple(dict.fromkeys(token for token in tokens if token))
 
 
 def chat_template_of(processor: ProcessorMixin) -> str:
-    """The text of the processor's chat template.
+    """The source text of the processor's chat template.
 
     Raises:
-        UserError: when there is none.
+        UserError: the processor has no chat template.
     """
     template = processor.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     if not template:
-        raise RecipeValueError("model", "its processor has no chat template; name one with model.chat_template")
+        raise RecipeValueError("model", "its processor has no chat template; set model.chat_template")
     return template
 
 
 def to_template_messages(sample_id: str, messages: list[Message]) -> list[Message]:
-    """The messages as a chat template sees them: it asks whether a block has an image, and never reads one.
+    """The messages in the form that chat templates read, with a placeholder value for every image.
 
     Raises:
-        RowError: media that cannot be encoded, or text that is not valid Unicode.
+        RowError: media of a modality that cannot be encoded, or text that is not valid Unicode.
     """
-    shown = []
+    template_messages = []
     for number, message in enumerate(messages):
         content: list[dict[str, str]] = []
         for block in message["content"]:
@@ -173,35 +177,37 @@ def to_template_messages(sample_id: str, messages: list[Message]) -> list[Messag
             elif block["type"] == "image":
                 content.append({"type": "image", "image": "image"})
             else:
-                detail = f"{block['type']} cannot be encoded yet; text and images can"
+                detail = f"expected text or an image, got {block['type']}, which is not supported yet"
                 raise RowError(sample_id, f"messages[{number}]", detail, "media_unsupported")
         try:
             text_of(message).encode()
         except UnicodeEncodeError as error:
-            told = f"the text is not valid Unicode: {error}"
-            raise RowError(sample_id, f"messages[{number}]", told, "text_not_unicode") from error
-        shown.append({"role": message["role"], "content": content})
-    return shown
+            detail = f"the text is not valid Unicode: {error}"
+            raise RowError(sample_id, f"messages[{number}]", detail, "text_not_unicode") from error
+        template_messages.append({"role": message["role"], "content": content})
+    return template_messages
 
 
-def _expand(
+def _expand_placeholders(
     text: str, spans: list[Span], processor: ProcessorMixin, replacements: list[str]
 ) -> tuple[str, list[Span], list[Span]]:
-    """The text with its image placeholders expanded, the spans moved along, and the spans of the expanded placeholders.
+    """Expand the image placeholders: the text, the shifted spans, and the spans of the expanded placeholders.
 
     Raises:
-        ChatTemplateError: when there are not as many placeholders as images.
+        ChatTemplateError: the numbers of placeholders and images differ.
     """
     token = getattr(processor, "image_token", None)
-    found = [match.end() for match in re.finditer(f"(?<!{ESCAPE_START}){re.escape(token)}", text)] if token else []
-    if len(found) != len(replacements):
-        raise ChatTemplateError(f"the chat template writes {len(found)} image placeholders for {len(replacements)} images")
+    image_ends = [match.end() for match in re.finditer(f"(?<!{ESCAPE_START}){re.escape(token)}", text)] if token else []
+    if len(image_ends) != len(replacements):
+        raise ChatTemplateError(
+            f"expected {len(replacements)} image placeholders from the chat template, one for each image, got {len(image_ends)}"
+        )
     if isinstance(processor, PaliGemmaProcessor):
-        if not found:
-            raise ChatTemplateError("PaliGemma's processor takes no conversation without an image")
-        # It writes the beginning of the sequence after the last image, and a newline at the end: of a prompt, the newline before
-        # the answer, which the model then does not have to write.
-        last, bos = found[-1], processor.tokenizer.bos_token
+        if not image_ends:
+            raise ChatTemplateError("PaliGemma's processor needs an image in every conversation")
+        # It writes the bos token after the last image, and a newline at the end. In a prompt that is the newline before the
+        # answer, which the model then does not generate.
+        last, bos = image_ends[-1], processor.tokenizer.bos_token
         spans = [(start + text.startswith("\n", start), end) for start, end in spans]
         text = f"{text[:last]}{bos}{text[last:]}\n"
         spans = [(start + len(bos) * (start >= last), end + len(bos) * (end > last)) for start, end in spans]
@@ -209,19 +215,19 @@ def _expand(
         return text, spans, []
     texts, [changes] = processor.get_text_with_replacements([text], replacements)
     ends = [change["span"][1] for change in changes]
-    gained = [0, *(change["new_span"][1] - change["span"][1] for change in changes)]
+    shifts = [0, *(change["new_span"][1] - change["span"][1] for change in changes)]
 
-    def moved(position: int) -> int:
-        return int(position + gained[bisect_right(ends, position)])
+    def shift(position: int) -> int:
+        return int(position + shifts[bisect_right(ends, position)])
 
-    return texts[0], [(moved(start), moved(end)) for start, end in spans], [change["new_span"] for change in changes]
+    return texts[0], [(shift(start), shift(end)) for start, end in spans], [change["new_span"] for change in changes]
 
 
 def open_images(sample_id: str, messages: list[Message]) -> list[Message]:
-    """The same messages with every image opened, at the `size` that its block asks for, if it does.
+    """The same messages with every image opened, and resized to the `size` of its block if there is one.
 
     Raises:
-        RowError: naming the row, for an image that cannot be opened or decoded.
+        RowError: an image cannot be opened or decoded; names the row.
     """
     opened = []
     for message in messages:
@@ -232,7 +238,7 @@ def open_images(sample_id: str, messages: list[Message]) -> list[Message]:
                     image = open_image(block["image"])
                 except ValueError as error:
                     raise RowError(sample_id, "image", str(error), issue_type_of(error)) from error
-                if "size" in block:  # `data.over_length: shrink_media` asks for it
+                if "size" in block:  # set by `data.over_length: shrink_media`
                     image = image.resize(block["size"], Image.Resampling.LANCZOS)
                 block = {"type": "image", "image": image}
             content.append(block)
@@ -248,15 +254,15 @@ def encode_sample(
     Args:
         sample: the conversation; its images are opened here.
         processor: the model's processor.
-        max_tokens: refuse a longer sample, image tokens counted.
-        supervise: put the loss on all answers, or on the last alone; never on one with `"supervised": False`.
+        max_tokens: the maximum length, including image tokens.
+        supervise: supervise all answers or only the last one; answers with `"supervised": False` never are.
 
     Returns:
         `input_ids`, `labels` (int64, shape (1, length); -100 where not supervised), `attention_mask`, and the processor's
         media tensors.
 
     Raises:
-        RowError: naming the row; `OverLength` when it is too long.
+        RowError: the sample cannot be encoded; `OverLength` if it is too long.
     """
     media, replacements = _process_images(sample.id, sample.messages, processor)
     text = encode_text(sample.id, sample.messages, processor, replacements, supervise)
@@ -271,7 +277,7 @@ def encode_sample(
 def _process_images(
     sample_id: str, messages: list[Message], processor: ProcessorMixin
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The media tensors of a conversation's images, as the processor makes them, and what it writes for each image."""
+    """Run the image processor: the media tensors, and the replacement text of each image."""
     opened = open_images(sample_id, messages)
     images = [block["image"] for message in opened for block in message["content"] if block["type"] == "image"]
     if not images:
@@ -279,22 +285,22 @@ def _process_images(
     name = type(processor).__name__
     if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
         raise RecipeValueError(
-            "model", f"{name} does not tell what it writes for an image, so its samples cannot be encoded exactly"
+            "model", f"{name} has no `replace_image_token`, so its image tokens are unknown; use a model whose processor has it"
         )
     try:
         check_resized(processor, [image.size for image in images])
-        own: Mapping[str, Any] = processor(
+        outputs: Mapping[str, Any] = processor(
             images=[images],
             text=[processor.image_token * len(images)],
             images_kwargs={"return_tensors": "pt"},
             return_text_replacement_offsets=True,
         )
-    except ValueError as error:  # an image that is too long and narrow for it, for one
-        told = f"{name} refuses the sample's images: {error}"
-        raise RowError(sample_id, "image", told, "image_refused") from error
-    replacements = [change["replacement"] for change in own["text_replacement_offsets"][0]]
+    except ValueError as error:  # for example an image with an extreme aspect ratio
+        detail = f"{name} rejects the sample's images: {error}"
+        raise RowError(sample_id, "image", detail, "image_refused") from error
+    replacements = [change["replacement"] for change in outputs["text_replacement_offsets"][0]]
     text_keys = {"text_replacement_offsets", "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
-    return {key: torch.as_tensor(value) for key, value in own.items() if key not in text_keys}, replacements
+    return {key: torch.as_tensor(value) for key, value in outputs.items() if key not in text_keys}, replacements
 
 
 @lru_cache(maxsize=8)
@@ -312,13 +318,13 @@ def _per_token(processor: ProcessorMixin, text: EncodedText) -> dict[str, torch.
         name = "token_type_ids" if isinstance(processor, RENAMES_TYPES) else "mm_token_type_ids"
         tensors[name] = torch.tensor(processor.create_mm_token_type_ids([text.input_ids]))
     if isinstance(processor, PaliGemmaProcessor):
-        # Tokens of type 0 see each other in both directions, so an answer that the loss falls on is of type 1.
+        # Tokens of type 0 attend in both directions, so supervised tokens need type 1.
         prefix = text.supervised.index(True) if True in text.supervised else len(text.supervised)
         tensors["token_type_ids"] = (torch.arange(len(text.input_ids)) >= prefix).long()[None]
     return tensors
 
 
-def _check_edges(
+def _check_answer_edges(
     sample_id: str,
     messages: list[Message],
     processor: ProcessorMixin,
@@ -326,17 +332,20 @@ def _check_edges(
     input_ids: list[int],
     crossed: list[bool],
 ) -> None:
-    """Refuse an answer whose edge became one token with what the chat template writes beside it.
+    """Check that no token contains both a part of an answer and text of the chat template.
 
-    That token would be supervised whole, and a prompt never ends inside it. Where white space meets white space, how the
-    prompt is split can depend on what follows, so the prompt of such an answer is encoded too and compared.
+    Such a token would be supervised as a whole, and no prompt ends inside it. If an answer starts with white space, the tokens
+    of the prompt can depend on the answer, so the prompt is encoded too and compared.
+
+    Raises:
+        RowError: an answer shares a token with the chat template.
     """
-    spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    for number, crosses in zip(spoken, crossed, strict=True):
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    for number, crosses in zip(answers, crossed, strict=True):
         before = messages[:number]
-        detail = "a token of the answer takes in what the chat template writes beside it"
+        detail = "the answer shares a token with the text that the chat template writes next to it"
         if text_of(messages[number])[:1].isspace():
-            detail = "the answer begins with white space that the tokenizer joins to the chat template's; take it out"
+            detail = "the answer starts with white space that the tokenizer joins with the chat template's; remove it"
             images = sum(block["type"] == "image" for message in before for block in message["content"])
             prompt = _encode_text(sample_id, before, processor, replacements[:images], "all", prompt=True).input_ids
             crosses = crosses or input_ids[: len(prompt)] != prompt
@@ -345,13 +354,13 @@ def _check_edges(
 
 
 def encode_prompt(sample_id: str, messages: list[Message], processor: ProcessorMixin) -> dict[str, torch.Tensor]:
-    """Encode a conversation that ends with the user, up to where the model's answer begins.
+    """Encode a conversation that ends with a user turn as a prompt, up to the start of the model's answer.
 
     Returns:
-        As `encode_sample`, without labels.
+        The tensors of `encode_sample`, without labels.
 
     Raises:
-        RowError: naming the row.
+        RowError: the conversation cannot be encoded; names the row.
     """
     media, replacements = _process_images(sample_id, messages, processor)
     text = _encode_text(sample_id, messages, processor, replacements, "all", prompt=True)
@@ -359,33 +368,33 @@ def encode_prompt(sample_id: str, messages: list[Message], processor: ProcessorM
 
 
 def check_chat_template(processor: ProcessorMixin) -> None:
-    """Prove on two short conversations that what will be supervised is the answer and the token that ends it.
+    """Check with two short conversations that exactly the answer and its end-of-turn token are supervised.
 
-    Conversations of several turns are held to it sample by sample: `encode_sample` counts their spans.
+    Conversations of several turns are checked sample by sample: `encode_sample` counts their spans.
 
     Raises:
-        UserError: when the chat template marks more, less, or nothing after an answer, so that the end is never learnt.
+        UserError: more or fewer tokens are supervised, for example no end-of-turn token.
     """
-    # PaliGemma's processor takes nothing without an image.
-    shown = [{"type": "image", "image": blank_image()}] * isinstance(processor, PaliGemmaProcessor)
+    # PaliGemma's processor needs an image.
+    images = [{"type": "image", "image": blank_image()}] * isinstance(processor, PaliGemmaProcessor)
     for word in ("yes", "no"):
         messages: list[Message] = [
-            {"role": "user", "content": [*shown, {"type": "text", "text": "Is it?"}]},
+            {"role": "user", "content": [*images, {"type": "text", "text": "Is it?"}]},
             {"role": "assistant", "content": [{"type": "text", "text": word}]},
         ]
         try:
             labels = encode_sample(Sample("chat template", messages), processor)["labels"]
         except RowError as error:
             raise RecipeValueError(
-                "model", f"the chat template gives no exact labels: {error.detail}; {OTHER_TEMPLATE}"
+                "model", f"the chat template gives no exact labels: {error.detail}; {CHAT_TEMPLATE_HINT}"
             ) from error
         span = labels[labels != IGNORE_INDEX].tolist()
         text, end = processor.tokenizer.decode(span[:-1]), processor.tokenizer.decode(span[-1:])
         if text.strip() != word:
             raise RecipeValueError(
                 "model",
-                f"the chat template supervises {text + end!r} for the answer {word!r}; right is the answer and one token "
-                f"that ends it; {OTHER_TEMPLATE}",
+                f"expected the answer {word!r} and one end-of-turn token to be supervised, got {text + end!r}; "
+                f"{CHAT_TEMPLATE_HINT}",
             )
 
 
@@ -394,5 +403,5 @@ class OverLength(RowError):
 
 
 def over_length_error(row_id: str, tokens: int, max_tokens: int, tried: str = "") -> OverLength:
-    """The error of a row with so many tokens; `tried` says what did not make it fit."""
+    """The error of a row with too many tokens; `tried` describes what was not enough to make it fit."""
     return OverLength(row_id, "messages", f"{tokens} tokens, more than data.max_tokens: {max_tokens}{tried}")

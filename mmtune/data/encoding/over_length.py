@@ -1,7 +1,7 @@
-"""Samples that are too long: dropped, or made to fit with fewer or smaller images. Text is never cut.
+"""Over-length policies: drop a sample that is too long, or fit it with fewer or smaller images. Text is never truncated.
 
-A smaller image is written into its block as `size`, (width, height): the encoder resizes the picture to that before the processor
-sees it, and counting takes that size for the header's.
+A resized image has `size`, (width, height), in its block: the encoder resizes the image before the processor, and counting uses
+that size instead of the header's.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from mmtune.data.validation.issues import issue_type_of
 
 Policy = Literal["error", "drop_sample", "drop_media", "shrink_media"]
 ImagePosition = tuple[int, int]
-"""Of an image: the number of its message, and of its block in there."""
+"""Index of the message of an image, and of its block in that message."""
 
 SMALLEST_EDGE = 32
-"""No image is made smaller than this many pixels along its shorter edge."""
+"""Minimum length in pixels of the shorter edge of a resized image."""
 STEPS = 20
-"""Halvings of the range of image areas: the area found is within a millionth of the range of the best."""
+"""Steps of the bisection over the image area: the result is within a millionth of the range."""
 AREA_RATIO = 0.75
-"""Ratio of the areas that are tried one by one where halving finds nothing."""
+"""Ratio between successive areas of the linear search, which is used if bisection cannot start."""
 
 
 @dataclass(frozen=True)
 class FittedSample:
-    """A sample that is within the limit, and what was done for it.
+    """A sample within the limit, and the changes made to its images.
 
     Attributes:
-        sample: what to encode.
-        counts: how long it is now.
-        dropped: how many images went, each with its pixels and its placeholder.
-        resized: how many images are smaller now.
+        sample: the sample to encode.
+        counts: its token counts.
+        dropped: number of dropped images (pixels and placeholder).
+        resized: number of resized images.
     """
 
     sample: Sample
@@ -67,50 +67,53 @@ def fit_to_budget(
     if max_tokens is None or counts.tokens <= max_tokens:
         return FittedSample(sample, counts)
     if policy == "drop_media":
-        return _with_fewer_images(sample, processor, max_tokens, counts, supervise)
+        return _drop_images(sample, processor, max_tokens, counts, supervise)
     if policy == "shrink_media":
-        return _with_smaller_images(sample, processor, max_tokens, counts, supervise)
+        return _fit_by_resizing(sample, processor, max_tokens, counts, supervise)
     raise over_length_error(sample.id, counts.tokens, max_tokens)
 
 
 # ---- fewer images
 
 
-def drop_image(messages: list[Message], place: ImagePosition) -> list[Message]:
-    """The messages without one image: its pixels and its placeholder. Words that it kept apart stay apart, by a line break."""
-    number, index = place
+def drop_image(messages: list[Message], position: ImagePosition) -> list[Message]:
+    """The messages without one image (pixels and placeholder). Text before and after it stays separated, by a line break."""
+    number, index = position
     content = list(messages[number]["content"])
     del content[index]
     if 0 < index < len(content) and content[index - 1]["type"] == content[index]["type"] == "text":
         before, after = content[index - 1]["text"], content[index]["text"]
-        gap = "" if before[-1:].isspace() or after[:1].isspace() else "\n"
-        content[index - 1 : index + 1] = [{"type": "text", "text": f"{before}{gap}{after}"}]
+        separator = "" if before[-1:].isspace() or after[:1].isspace() else "\n"
+        content[index - 1 : index + 1] = [{"type": "text", "text": f"{before}{separator}{after}"}]
     return [*messages[:number], {**messages[number], "content": content}, *messages[number + 1 :]]
 
 
-def _with_fewer_images(
+def _drop_images(
     sample: Sample, processor: ProcessorMixin, max_tokens: int, counts: Counts, supervise: Supervise
 ) -> FittedSample:
-    """The largest image goes first, so that the fewest go. Of equally large ones those of earlier turns go first, and in a turn
-    the last. An image that is all that its turn says stays."""
+    """Drop images, the largest first, so that as few as possible are dropped.
+
+    Of equal ones, those of earlier turns are dropped first, and within a turn the last. An image that is the only content of
+    its turn is not dropped.
+    """
     fitted = FittedSample(sample, counts)
     while fitted.counts.tokens > max_tokens:
-        place = _next_to_drop(fitted.sample, processor)
-        if place is None:
+        position = _next_image_to_drop(fitted.sample, processor)
+        if position is None:
             tried = f", and {fitted.counts.tokens} without the images that could be dropped" * bool(fitted.dropped)
             raise over_length_error(sample.id, counts.tokens, max_tokens, tried)
-        fewer = replace(fitted.sample, messages=drop_image(fitted.sample.messages, place))
+        fewer = replace(fitted.sample, messages=drop_image(fitted.sample.messages, position))
         fitted = FittedSample(fewer, count_tokens(fewer, processor, supervise), fitted.dropped + 1)
     return fitted
 
 
-def _next_to_drop(sample: Sample, processor: ProcessorMixin) -> ImagePosition | None:
-    places = _image_positions(sample.messages)
-    lengths = [_tokens(processor, text) for text in sample_replacements(sample, processor)]
-    spare = [i for i, (number, _) in enumerate(places) if _has_other_content(sample.messages[number])]
-    if not spare:
+def _next_image_to_drop(sample: Sample, processor: ProcessorMixin) -> ImagePosition | None:
+    positions = _image_positions(sample.messages)
+    lengths = [_count_text_tokens(processor, text) for text in sample_replacements(sample, processor)]
+    droppable = [i for i, (number, _) in enumerate(positions) if _has_other_content(sample.messages[number])]
+    if not droppable:
         return None
-    return places[min(spare, key=lambda i: (-lengths[i], places[i][0], -places[i][1]))]
+    return positions[min(droppable, key=lambda i: (-lengths[i], positions[i][0], -positions[i][1]))]
 
 
 def _image_positions(messages: list[Message]) -> list[ImagePosition]:
@@ -119,35 +122,36 @@ def _image_positions(messages: list[Message]) -> list[ImagePosition]:
 
 
 def _has_other_content(message: Message) -> bool:
-    """Whether a turn still has something in it without one of its images."""
+    """Whether a message has content besides one image."""
     images = sum(block["type"] == "image" for block in message["content"])
     return images > 1 or any(block["type"] == "text" and block["text"].strip() for block in message["content"])
 
 
-def _tokens(processor: Any, text: str) -> int:
+def _count_text_tokens(processor: Any, text: str) -> int:
     return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 # ---- smaller images
 
 
-def _with_smaller_images(
+def _fit_by_resizing(
     sample: Sample, processor: ProcessorMixin, max_tokens: int, counts: Counts, supervise: Supervise
 ) -> FittedSample:
     budget = counts.media_tokens - (counts.tokens - max_tokens)
-    sizes = _sizes(sample)
+    sizes = _sample_image_sizes(sample)
     while True:
-        smaller = resize_images(sizes, processor, budget)
-        if smaller is None:
-            raise over_length_error(sample.id, counts.tokens, max_tokens, ", and no smaller images make it fit")
-        fitted = replace(sample, messages=set_image_sizes(sample.messages, smaller))
-        now = count_tokens(fitted, processor, supervise)
-        if now.tokens <= max_tokens:
-            return FittedSample(fitted, now, resized=sum(old != new for old, new in zip(sizes, smaller, strict=True)))
-        budget -= now.tokens - max_tokens  # tokens at an image's edge may join with the text around it
+        new_sizes = resize_images(sizes, processor, budget)
+        if new_sizes is None:
+            raise over_length_error(sample.id, counts.tokens, max_tokens, ", and resizing its images does not make it fit")
+        fitted = replace(sample, messages=set_image_sizes(sample.messages, new_sizes))
+        fitted_counts = count_tokens(fitted, processor, supervise)
+        if fitted_counts.tokens <= max_tokens:
+            resized = sum(old != new for old, new in zip(sizes, new_sizes, strict=True))
+            return FittedSample(fitted, fitted_counts, resized=resized)
+        budget -= fitted_counts.tokens - max_tokens  # tokens at an image's edge can merge with the text around it
 
 
-def _sizes(sample: Sample) -> list[Size]:
+def _sample_image_sizes(sample: Sample) -> list[Size]:
     try:
         return image_sizes(sample.messages)
     except ValueError as error:
@@ -155,17 +159,20 @@ def _sizes(sample: Sample) -> list[Size]:
 
 
 def set_image_sizes(messages: list[Message], sizes: list[Size]) -> list[Message]:
-    """The messages with a `size` in the block of every image, in order."""
-    given: Iterator[Size] = iter(sizes)
-    return [{**m, "content": [{**b, "size": next(given)} if b["type"] == "image" else b for b in m["content"]]} for m in messages]
+    """The messages with `size` set in every image block, in order."""
+    remaining: Iterator[Size] = iter(sizes)
+    resized = []
+    for message in messages:
+        content = [{**block, "size": next(remaining)} if block["type"] == "image" else block for block in message["content"]]
+        resized.append({**message, "content": content})
+    return resized
 
 
 def resize_images(sizes: list[Size], processor: ProcessorMixin, budget: int) -> list[Size] | None:
-    """Sizes of a sample's images with which they take no more than `budget` tokens.
+    """Sizes for a sample's images with which they have at most `budget` tokens.
 
-    All images larger than some area are brought down to it, with their aspect ratios, and the smaller ones are left alone: the
-    largest shrink first. The area is the largest that serves, found by halving. Where fewer pixels do not always mean fewer
-    tokens, as with tiles, areas are tried one by one as well.
+    All images larger than some area are resized to it, with their aspect ratios; smaller ones keep their size. The largest such
+    area is found by bisection. If fewer pixels do not always mean fewer tokens, as with tiles, a linear search follows.
 
     Args:
         sizes: (width, height) of the images.
@@ -173,45 +180,44 @@ def resize_images(sizes: list[Size], processor: ProcessorMixin, budget: int) -> 
         budget: tokens for all images together.
 
     Returns:
-        A size for every image; None when no size serves, as in families where the number of tokens does not depend on it.
+        A size for every image; None if no size is small enough, as in families with a fixed number of tokens per image.
     """
     lengths: dict[str, int] = {}
 
-    def within(area: float) -> bool:
+    def fits(area: float) -> bool:
         try:
-            texts = image_replacements(processor, [_at_most(size, area) for size in sizes])
-        except ValueError:  # the rounded shape is one that the processor refuses
+            texts = image_replacements(processor, [_limit_area(size, area) for size in sizes])
+        except ValueError:  # the processor rejects the rounded size
             return False
         for text in texts:
             if text not in lengths:
-                lengths[text] = _tokens(processor, text)
+                lengths[text] = _count_text_tokens(processor, text)
         return sum(lengths[text] for text in texts) <= budget
 
-    most = float(max((width * height for width, height in sizes), default=0))
-    least = float(SMALLEST_EDGE**2)
+    largest = float(max((width * height for width, height in sizes), default=0))
+    smallest = float(SMALLEST_EDGE**2)
     if not sizes or budget < 1:
         return None
-    if within(most):
+    if fits(largest):
         return list(sizes)
-    serves, too_much = least, most
-    if not within(least):
-        rungs = (
-            [most * AREA_RATIO**step for step in range(1, max(1, math.ceil(math.log(least / most, AREA_RATIO))))]
-            if most > least
-            else []
-        )
-        found = next((area for area in rungs if within(area)), None)
-        if found is None:
+    good, too_large = smallest, largest
+    if not fits(smallest):
+        if largest <= smallest:
             return None
-        serves, too_much = found, min(found / AREA_RATIO, most)
+        steps = max(1, math.ceil(math.log(smallest / largest, AREA_RATIO)))
+        areas = (largest * AREA_RATIO**step for step in range(1, steps))
+        area = next((area for area in areas if fits(area)), None)
+        if area is None:
+            return None
+        good, too_large = area, min(area / AREA_RATIO, largest)
     for _ in range(STEPS):
-        middle = (serves + too_much) / 2
-        serves, too_much = (middle, too_much) if within(middle) else (serves, middle)
-    return [_at_most(size, serves) for size in sizes]
+        middle = (good + too_large) / 2
+        good, too_large = (middle, too_large) if fits(middle) else (good, middle)
+    return [_limit_area(size, good) for size in sizes]
 
 
-def _at_most(size: Size, area: float) -> Size:
-    """The size brought down to an area, its shorter edge no shorter than `SMALLEST_EDGE` or than it was."""
+def _limit_area(size: Size, area: float) -> Size:
+    """The size reduced to an area, with a shorter edge of at least `SMALLEST_EDGE` pixels (or its present length)."""
     width, height = size
     scale = max(math.sqrt(area / (width * height)), SMALLEST_EDGE / min(width, height))
     if scale >= 1:

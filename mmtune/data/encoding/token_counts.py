@@ -1,9 +1,9 @@
-"""Exact token counts from the sizes of images: no pixel is decoded.
+"""Exact token counts from image sizes, without decoding any pixel.
 
-A processor puts a text in place of every image, and writes it from a few figures about the processed images: grids, rows and
-columns, crops. For the families below these figures are computed from sizes, with the image processor's own arithmetic, and the
-processor's own `replace_image_token` writes the text. Any other family is counted with a blank image of the same size, which goes
-through the real processor once.
+A processor replaces every image placeholder with a text that depends on a few properties of the processed images: grids, rows
+and columns, crops. For the families below these are computed from the sizes with the image processor's arithmetic, and the
+processor's `replace_image_token` writes the text. In any other family a blank image of the same size goes through the real
+processor once.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from mmtune.utils.errors import RecipeValueError
 Size = tuple[int, int]
 """(width, height) in pixels, upright."""
 
-ImageFigures = dict[str, Any]
-CountRule = Callable[[Any, dict[str, Any], list[Size]], ImageFigures | None]
-"""From a processor, its image processor's settings and the images of one sample to what `replace_image_token` reads; None: ask
-the processor itself."""
+ImageGeometry = dict[str, Any]
+CountRule = Callable[[Any, dict[str, Any], list[Size]], ImageGeometry | None]
+"""From a processor, its image processor's settings and the image sizes of one sample to the values that `replace_image_token`
+reads; None if the real processor is needed."""
 
 PROBES: tuple[tuple[Size, ...], ...] = (((1, 1),), ((61, 17),), ((300, 301),), ((90, 400), (333, 500)), ((801, 200),))
-"""Samples on which a family's arithmetic is compared with the real processor before it is relied on."""
+"""Image sizes of samples on which a family's rule is compared with the real processor before it is used."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How long a sample is, in tokens.
+    """Token counts of a sample.
 
     Attributes:
-        tokens: all of them, the length of `input_ids`.
-        media_tokens: those that stand in place of images, with the row marks and the like that the processor writes around them.
-        supervised: those that the loss falls on.
-        images: how many images there are.
+        tokens: length of `input_ids`.
+        media_tokens: tokens of expanded image placeholders, including separators that the processor writes around them.
+        supervised: tokens that the loss includes.
+        images: number of images.
     """
 
     tokens: int
@@ -59,17 +59,16 @@ class Counts:
 
 
 def count_tokens(sample: Sample, processor: ProcessorMixin, supervise: Supervise = "all") -> Counts:
-    """How long `encode_sample` would make a sample, from the headers of its images.
+    """Count the tokens that `encode_sample` would produce, reading only the headers of images.
 
     Args:
         sample: the conversation.
         processor: the model's processor.
-        supervise: as the recipe's `data.supervise`.
+        supervise: the recipe's `data.supervise`.
 
     Raises:
-        RowError: naming the row, for an image without a readable header or one that the processor refuses, and for every text
-            that `encode_sample` refuses.
-        UserError: a processor that does not say what it puts in place of an image.
+        RowError: an image has no readable header or is rejected by the processor, or `encode_sample` would reject the text.
+        UserError: the processor has no `replace_image_token`.
     """
     replacements = sample_replacements(sample, processor)
     encoded = encode_text(sample.id, sample.messages, processor, replacements, supervise)
@@ -77,11 +76,11 @@ def count_tokens(sample: Sample, processor: ProcessorMixin, supervise: Supervise
 
 
 def sample_replacements(sample: Sample, processor: ProcessorMixin) -> list[str]:
-    """What stands in place of each of a sample's images, as `image_replacements`.
+    """The replacement text of each image of a sample (see `image_replacements`).
 
     Raises:
-        RowError: naming the row, for an image without a readable header or one that the processor refuses.
-        UserError: as `image_replacements`.
+        RowError: an image has no readable header or is rejected by the processor; names the row.
+        UserError: as in `image_replacements`.
     """
     try:
         sizes = image_sizes(sample.messages)
@@ -89,36 +88,36 @@ def sample_replacements(sample: Sample, processor: ProcessorMixin) -> list[str]:
         raise RowError(sample.id, "image", str(error), issue_type_of(error)) from error
     try:
         return image_replacements(processor, sizes)
-    except ValueError as error:  # in the words of `encode_sample`
-        told = f"{type(processor).__name__} refuses the sample's images: {error}"
-        raise RowError(sample.id, "image", told, "image_refused") from error
+    except ValueError as error:  # the same message as in `encode_sample`
+        detail = f"{type(processor).__name__} rejects the sample's images: {error}"
+        raise RowError(sample.id, "image", detail, "image_refused") from error
 
 
 def image_sizes(messages: list[Message]) -> list[Size]:
-    """(width, height) of every image as the processor will see it: of its header, or the `size` that its block asks for.
+    """(width, height) of every image at the input of the processor: the `size` of its block, or else that of its header.
 
     Raises:
-        ValueError: an image without a readable header.
+        DataIssueError: an image has no readable header.
     """
     blocks = [block for message in messages for block in message["content"] if block["type"] == "image"]
     return [block["size"] if "size" in block else image_size(block["image"]) for block in blocks]
 
 
 def image_replacements(processor: ProcessorMixin, sizes: list[Size]) -> list[str]:
-    """What a processor puts in place of the images of one sample.
+    """The texts with which a processor replaces the image placeholders of one sample.
 
-    The processor's settings are read when it is first met; they may not change after.
+    The processor's settings are cached at the first call and must not change afterwards.
 
     Args:
         processor: the model's processor.
-        sizes: (width, height) of the sample's images, in order. All of them: in some families the number of images matters.
+        sizes: (width, height) of all images of the sample, in order; in some families their number matters.
 
     Returns:
-        For every image the string that `processor.replace_image_token` gives after real image processing.
+        For every image the text that `processor.replace_image_token` returns after real image processing.
 
     Raises:
-        ValueError: an image that the processor refuses, in its own words, or would make too large.
-        UserError: a processor that does not say what it puts in place of an image.
+        ValueError: the processor rejects an image, or would resize it to too many pixels.
+        UserError: the processor has no `replace_image_token`.
     """
     if not sizes:
         return []
@@ -128,13 +127,13 @@ def image_replacements(processor: ProcessorMixin, sizes: list[Size]) -> list[str
 
 
 def counts_by_arithmetic(processor: ProcessorMixin) -> bool:
-    """Whether images are counted by arithmetic; otherwise a blank image of every new size is processed, which takes longer."""
+    """Whether tokens are counted by a family's rule; otherwise a blank image of every new size is processed, which is slower."""
     return _trusted_rule(processor) is not None
 
 
 @lru_cache(maxsize=8)
 def _trusted_rule(processor: ProcessorMixin) -> CountRule | None:
-    """The rule of the processor's family, if it agrees with the processor: another release of transformers might differ."""
+    """The rule of the processor's family, if it agrees with the processor: other releases of transformers may differ."""
     rule = _rule(processor)
     if rule is None:
         return None
@@ -145,7 +144,7 @@ def _trusted_rule(processor: ProcessorMixin) -> CountRule | None:
 
 
 def _outcome(count: Callable[..., tuple[str, ...]], processor: ProcessorMixin, sizes: tuple[Size, ...], *rule: CountRule) -> Any:
-    """What comes of counting: texts, or the words of a refusal."""
+    """The result of counting: the texts, or the error message."""
     try:
         return count(processor, sizes, *rule)
     except ValueError as error:
@@ -153,20 +152,20 @@ def _outcome(count: Callable[..., tuple[str, ...]], processor: ProcessorMixin, s
 
 
 def _by_rule(processor: ProcessorMixin, sizes: tuple[Size, ...], rule: CountRule) -> tuple[str, ...]:
-    figures = rule(processor, image_kwargs(processor), list(sizes))
-    if figures is None:
+    geometry = rule(processor, image_kwargs(processor), list(sizes))
+    if geometry is None:
         return _blank_replacements(processor, sizes)
-    return tuple(str(processor.replace_image_token(figures, image_idx=index)) for index in range(len(sizes)))
+    return tuple(str(processor.replace_image_token(geometry, image_idx=index)) for index in range(len(sizes)))
 
 
 @lru_cache(maxsize=4096)
 def _blank_replacements(processor: ProcessorMixin, sizes: tuple[Size, ...]) -> tuple[str, ...]:
-    """By the real processor, from images of one colour."""
+    """The replacement texts of the real processor for blank images."""
     if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
         raise RecipeValueError(
             "model",
-            f"{type(processor).__name__} does not say what it puts in place of an image (it has no replace_image_token), "
-            "so its tokens cannot be counted beforehand; use a model whose processor does",
+            f"{type(processor).__name__} has no `replace_image_token`, so its image tokens cannot be counted; use a model "
+            "whose processor has it",
         )
     blanks = [Image.new("RGB", size) for size in sizes]
     text = processor.image_token * len(sizes)
@@ -177,53 +176,56 @@ def _blank_replacements(processor: ProcessorMixin, sizes: tuple[Size, ...]) -> t
 # ---- the families
 
 
-def _llava(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageFigures | None:
-    """One crop or one fixed size, whatever comes in."""
+def _llava(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageGeometry | None:
+    """One crop or one fixed size, whatever the image size."""
     final = settings["crop_size"] if settings["do_center_crop"] else settings["size"] if settings["do_resize"] else None
     if not final or not final.get("height") or not final.get("width"):
         return None
-    return {"pixel_values": [_hollow((final["width"], final["height"]))] * len(sizes)}
+    return {"pixel_values": [_shape_only_image((final["width"], final["height"]))] * len(sizes)}
 
 
-def _paligemma(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageFigures | None:
-    """A number of its own for every image."""
+def _paligemma(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageGeometry | None:
+    """A fixed number of tokens for every image."""
     return {}
 
 
-def _llava_next(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageFigures | None:
-    """Tiles of the resolution that fits the image best, and the image as a whole; the processor counts them from the sizes."""
+def _llava_next(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageGeometry | None:
+    """Tiles of the best-fitting resolution, and the whole image; the processor counts them from the sizes."""
     size = settings["size"]
     edge = size.get("shortest_edge")
     tile = (size["width"], size["height"]) if size.get("height") and size.get("width") else (edge, edge)
     if settings["do_center_crop"]:
         tile = (settings["crop_size"]["width"], settings["crop_size"]["height"])
     return {
-        "pixel_values": [[_hollow(tile)]],
+        "pixel_values": [[_shape_only_image(tile)]],
         "image_sizes": [(height, width) for width, height in sizes],
-        "batch_num_images": [len(sizes)],  # LlavaOnevision tiles an image that is alone in its sample
+        "batch_num_images": [len(sizes)],  # LlavaOnevision tiles only the single image of a sample
     }
 
 
-def _qwen2_vl(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageFigures | None:
-    """A grid of patches that keeps the aspect ratio, between a least and a largest number of pixels."""
+def _qwen2_vl(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageGeometry | None:
+    """A grid of patches that keeps the aspect ratio, with a minimum and maximum number of pixels."""
     if not settings["do_resize"]:
         return None
     patch, bounds = settings["patch_size"], settings["size"]
     grids = []
     for width, height in sizes:
-        least, most = bounds["shortest_edge"], bounds["longest_edge"]
-        resized = smart_resize(height, width, factor=patch * settings["merge_size"], min_pixels=least, max_pixels=most)
+        min_pixels, max_pixels = bounds["shortest_edge"], bounds["longest_edge"]
+        factor = patch * settings["merge_size"]
+        resized = smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
         grids.append([1, *(edge // patch for edge in resized)])
     return {"image_grid_thw": np.array(grids)}
 
 
-def _idefics3(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageFigures | None:
-    """Rows and columns of tiles, after the longest edge was made as long as the settings say."""
+def _idefics3(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageGeometry | None:
+    """Rows and columns of tiles, after resizing the longest edge."""
     tile = settings["max_image_size"]["longest_edge"]
     rows, columns = [], []
     for width, height in sizes:
         if settings["do_resize"] and settings["size"].get("longest_edge"):
-            height, width = idefics3_size(_hollow((width, height)), resolution_max_side=settings["size"]["longest_edge"])
+            height, width = idefics3_size(
+                _shape_only_image((width, height)), resolution_max_side=settings["size"]["longest_edge"]
+            )
         elif settings["do_resize"]:
             height, width = settings["size"]["height"], settings["size"]["width"]
         if settings["do_image_splitting"]:
@@ -248,8 +250,8 @@ def _whole_tiles(height: int, width: int, tile: int) -> Size:
     return height, width
 
 
-def _internvl(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageFigures | None:
-    """The grid of tiles whose aspect ratio is nearest, and a thumbnail beside more than one tile."""
+def _internvl(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageGeometry | None:
+    """The grid of tiles with the nearest aspect ratio, and a thumbnail if there is more than one tile."""
     if not settings["crop_to_patches"] or settings["max_patches"] <= 1:
         return {"num_patches": [1] * len(sizes)}
     tile = (settings["size"]["height"], settings["size"]["width"])
@@ -260,32 +262,32 @@ def _internvl(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> Im
     return {"num_patches": counts}
 
 
-def _gemma3(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageFigures | None:
-    """Always the whole image; with pan and scan, crops of a long one too."""
+def _gemma3(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageGeometry | None:
+    """The whole image; with pan and scan, also crops of a long one."""
     names = ("pan_and_scan_min_crop_size", "pan_and_scan_max_num_crops", "pan_and_scan_min_ratio_to_activate")
     if not settings["do_pan_and_scan"]:
         return {"num_crops": [0] * len(sizes)}
     if processor.image_processor.backend != "pil":
         return None
     limits = {name: settings[name] for name in names}
-    return {"num_crops": [len(processor.image_processor.pan_and_scan(_hollow(size), **limits)) for size in sizes]}
+    return {"num_crops": [len(processor.image_processor.pan_and_scan(_shape_only_image(size), **limits)) for size in sizes]}
 
 
-def _pixtral(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageFigures | None:
-    """Whole patches, no edge longer than the settings say."""
+def _pixtral(processor: Any, settings: dict[str, Any], sizes: list[Size]) -> ImageGeometry | None:
+    """Whole patches, with a maximum edge."""
     longest, size = settings["size"].get("longest_edge"), settings["size"]
     if not settings["do_resize"] or settings["do_center_crop"]:
         return None
     bound = (longest, longest) if longest else (size["height"], size["width"])
     patch = processor.patch_size * processor.spatial_merge_size
-    resized = [pixtral_size(_hollow(size), bound, patch, input_data_format="channels_first") for size in sizes]
+    resized = [pixtral_size(_shape_only_image(size), bound, patch, input_data_format="channels_first") for size in sizes]
     if any(min(edges) < 1 for edges in resized):
-        return None  # the processor refuses it, and has the words
+        return None  # the real processor raises its own error
     return {"image_sizes": resized}
 
 
-def _hollow(size: Size) -> np.ndarray[Any, Any]:
-    """An image of that size, (3, height, width) and one byte of memory, for functions that read nothing but a shape."""
+def _shape_only_image(size: Size) -> np.ndarray[Any, Any]:
+    """An array of shape (3, height, width) with one byte of memory, for functions that read only the shape."""
     return np.broadcast_to(np.uint8(0), (3, size[1], size[0]))
 
 
@@ -304,22 +306,22 @@ COUNT_RULES: dict[str, tuple[CountRule, tuple[str, ...]]] = {
     "PaliGemmaProcessor": (_paligemma, _SQUARE),
     "PixtralProcessor": (_pixtral, ("PixtralImageProcessor",)),
 }
-"""By a processor's class: its rule, and the image processors that the rule knows."""
+"""Processor class to its counting rule and the image processors that the rule supports."""
 
 
 def _rule(processor: Any) -> CountRule | None:
-    """The rule for this pair of classes, if there is one. A subclass has its parent's, until it is found to disagree."""
+    """The rule for the classes of the processor and its image processor, or of their parent classes; None if there is none."""
     if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
         return None
     for name in (each.__name__ for each in type(processor).__mro__):
         if name in COUNT_RULES:
             rule, image_processors = COUNT_RULES[name]
-            used = type(processor.image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
-            return rule if used in image_processors else None
+            image_processor = type(processor.image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
+            return rule if image_processor in image_processors else None
     return None
 
 
 def processor_settings(processor: ProcessorMixin) -> dict[str, str]:
-    """Everything that image processing depends on, for telling processors apart."""
-    kinds = {"processor": type(processor).__name__, "image_processor": type(processor.image_processor).__name__}
-    return kinds | {name: repr(value) for name, value in sorted(image_kwargs(processor).items())}
+    """All settings that affect image processing, to tell processors apart (a cache key)."""
+    classes = {"processor": type(processor).__name__, "image_processor": type(processor.image_processor).__name__}
+    return classes | {name: repr(value) for name, value in sorted(image_kwargs(processor).items())}

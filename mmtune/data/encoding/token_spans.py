@@ -1,8 +1,8 @@
-"""Text to token ids with the characters that each stands for; control tokens that a text spells stay text.
+"""Tokenization with character offsets, and escaping of control tokens in the text of rows.
 
-Text that spells `<image>` or an end of turn would be taken for the real one. Its spelling is put between two private
-characters before the chat template is rendered, and encoded apart from the rest: letters, and no control token. The ids are
-those of transformers' `apply_chat_template(..., sanitize_control_tokens=True)`, which gives no offsets.
+A control token in a row's text, such as `<image>` or an end of turn, must not become the real token. It is escaped between two
+private characters before the chat template is rendered, and then encoded as ordinary text. The token ids are those of
+transformers' `apply_chat_template(..., sanitize_control_tokens=True)`, which does not return offsets.
 """
 
 from __future__ import annotations
@@ -20,48 +20,48 @@ from mmtune.chat_templates.rendering import ChatTemplateError, Span
 from mmtune.utils.transformers_private import ESCAPE_END, ESCAPE_START, encode_without_added_tokens
 
 ADDED: Span = (0, 0)
-"""The offsets of a token that the tokenizer adds by itself."""
+"""The offsets of a token that the tokenizer adds."""
 
 
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool, repeated: tuple[str, ...] = ()
 ) -> tuple[list[int], list[Span]]:
-    """Token ids of a text, and for each token its first and past-the-last character; (0, 0) for what the tokenizer adds.
+    """Token ids of a text, and for each token its first and past-the-last character; (0, 0) for added special tokens.
 
     Args:
-        tokenizer: one of the tokenizers library, which alone gives offsets.
-        text: what to encode.
-        add_special_tokens: let the tokenizer put its beginning and end around the text.
-        repeated: added tokens that stand many times in a row. A tokenizer cuts added tokens out first, so that a run of one is
-            encoded as one, and then repeated.
+        tokenizer: a fast tokenizer, because only these return offsets.
+        text: the text to encode.
+        add_special_tokens: let the tokenizer add special tokens around the text.
+        repeated: added tokens that are repeated many times. Tokenizers split at added tokens first, so that a run of one token
+            is encoded as a single token and then repeated, which is faster.
     """
-    runs = [(found.start(), found.end()) for found in _runs(tokenizer, len(tokenizer), repeated).finditer(text)]
+    runs = [match.span() for match in _runs(tokenizer, len(tokenizer), repeated).finditer(text)]
     tokens = {run: next(token for token in repeated if text.startswith(token, run[0])) for run in runs}
-    short, places, last = "", [], 0
+    shortened, positions, last = "", [], 0
     for start, stop in runs:
-        short += text[last:start]
-        places.append(len(short))
-        short += tokens[start, stop]
+        shortened += text[last:start]
+        positions.append(len(shortened))
+        shortened += tokens[start, stop]
         last = stop
     encoded = tokenizer(
-        short + text[last:], add_special_tokens=add_special_tokens, return_offsets_mapping=True, return_attention_mask=False
+        shortened + text[last:], add_special_tokens=add_special_tokens, return_offsets_mapping=True, return_attention_mask=False
     )
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     if not runs:
         return ids, offsets
     all_ids: list[int] = []
     all_offsets: list[Span] = []
-    done = moved = 0
-    for (start, stop), place in zip(runs, places, strict=True):
+    done = shift = 0
+    for (start, stop), position in zip(runs, positions, strict=True):
         size = len(tokens[start, stop])
-        at = bisect_left(offsets, place, lo=done, key=_start)
-        if at == len(offsets) or offsets[at] != (place, place + size):
-            return tokenize(tokenizer, text, add_special_tokens)  # a token that takes white space beside it along
-        all_ids += ids[done:at] + [ids[at]] * ((stop - start) // size)
-        all_offsets += _move(offsets[done:at], moved)
+        index = bisect_left(offsets, position, lo=done, key=_start)
+        if index == len(offsets) or offsets[index] != (position, position + size):
+            return tokenize(tokenizer, text, add_special_tokens)  # the token includes white space next to it
+        all_ids += ids[done:index] + [ids[index]] * ((stop - start) // size)
+        all_offsets += _shift(offsets[done:index], shift)
         all_offsets += zip(range(start, stop, size), range(start + size, stop + size, size), strict=True)
-        done, moved = at + 1, stop - place - size
-    return all_ids + ids[done:], all_offsets + _move(offsets[done:], moved)
+        done, shift = index + 1, stop - position - size
+    return all_ids + ids[done:], all_offsets + _shift(offsets[done:], shift)
 
 
 @lru_cache(maxsize=8)
@@ -78,30 +78,30 @@ def _end(span: Span) -> int:
     return span[1]
 
 
-def _move(offsets: list[Span], by: int) -> list[Span]:
+def _shift(offsets: list[Span], by: int) -> list[Span]:
     return [(start + by, end + by) if end else ADDED for start, end in offsets] if by else offsets
 
 
 def has_control_tokens(text: str, control: re.Pattern[str]) -> bool:
-    """Whether a text must be marked: it spells a control token, or holds a character that marks one."""
+    """Whether a text must be escaped: it contains a control token or one of the escape characters."""
     return control.search(text) is not None or ESCAPE_START in text or ESCAPE_END in text
 
 
 def escape_control_tokens(content: list[dict[str, Any]], control: re.Pattern[str]) -> list[dict[str, Any]]:
-    """The blocks of a message with every control token that their texts spell marked as text."""
-    marked = [
+    """The blocks of a message with every control token in their texts escaped."""
+    escaped = [
         {**block, "text": mark_control_tokens(block["text"], control)} if block["type"] == "text" else block for block in content
     ]
-    for (first, second), block in zip(pairwise(content), marked, strict=False):
+    for (first, second), block in zip(pairwise(content), escaped, strict=False):
         if first["type"] == second["type"] == "text":
             both, border = first["text"] + second["text"], len(first["text"])
-            if any(found.start() < border < found.end() for found in control.finditer(both)):
-                block["text"] += ESCAPE_END  # keeps the two halves apart
-    return marked
+            if any(match.start() < border < match.end() for match in control.finditer(both)):
+                block["text"] += ESCAPE_END  # separates the two halves of a control token
+    return escaped
 
 
 @lru_cache(maxsize=8)
-def _marked_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str]:
+def _escaped_token_pattern(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str]:
     longest_first = sorted(tokenizer.added_tokens_encoder, key=len, reverse=True)
     return re.compile(
         f"{ESCAPE_START}({'|'.join(map(re.escape, longest_first)) or '(?!)'}){ESCAPE_END}|[{ESCAPE_START}{ESCAPE_END}]"
@@ -109,75 +109,76 @@ def _marked_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[
 
 
 def unescape_control_tokens(text: str, spans: list[Span]) -> tuple[str, list[Span]]:
-    """The text without its marks, and where spans of the marked one lie in it."""
-    marks = [found.start() for found in re.finditer(f"[{ESCAPE_START}{ESCAPE_END}]", text)]
-    bare = text.replace(ESCAPE_START, "").replace(ESCAPE_END, "")
-    return bare, [(start - bisect_left(marks, start), end - bisect_left(marks, end)) for start, end in spans]
+    """Remove the escape characters from a text, and shift spans accordingly."""
+    positions = [match.start() for match in re.finditer(f"[{ESCAPE_START}{ESCAPE_END}]", text)]
+    unescaped = text.replace(ESCAPE_START, "").replace(ESCAPE_END, "")
+    return unescaped, [(start - bisect_left(positions, start), end - bisect_left(positions, end)) for start, end in spans]
 
 
 def tokenize_escaped(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> tuple[list[int], list[Span]]:
-    """As `tokenize`, for a rendered text with marks. Offsets are those of the text without them.
+    """Like `tokenize`, for a rendered text with escaped control tokens. Offsets are of the text without escape characters.
 
-    All tokens of a marked spelling have the offsets of the whole spelling.
+    All tokens of an escaped control token have the offsets of its whole text.
 
     Raises:
-        ChatTemplateError: when the tokenizer gives the control token for plain text, so that nothing can tell them apart.
+        ChatTemplateError: the tokenizer has no other encoding of the text than the control token.
     """
     newline = tokenizer.encode("\n", add_special_tokens=False)
     ids: list[int] = []
     offsets: list[Span] = []
-    place = 0
-    parts = _marked_tokens(tokenizer, len(tokenizer)).split(text)  # text, a spelling or None, text, ...
+    position = 0
+    parts = _escaped_token_pattern(tokenizer, len(tokenizer)).split(text)  # text, control token or None, text, ...
     for number, piece in enumerate(parts):
         if not piece:
             continue
         if number % 2:
-            spelt = _after_newline(newline, encode_without_added_tokens(tokenizer, "\n" + piece))
-            spelt = encode_without_added_tokens(tokenizer, piece) if spelt is None else spelt
-            if tokenizer.convert_tokens_to_ids(piece) in spelt:
+            text_ids = _after_newline(newline, encode_without_added_tokens(tokenizer, "\n" + piece))
+            text_ids = encode_without_added_tokens(tokenizer, piece) if text_ids is None else text_ids
+            if tokenizer.convert_tokens_to_ids(piece) in text_ids:
                 raise ChatTemplateError(
-                    f"the text spells {piece!r}, and the tokenizer has no other way to write that; take it out"
+                    f"the text contains {piece!r}, which the tokenizer can only encode as a control token; remove it"
                 )
-            ids += spelt
-            offsets += [(place, place + len(piece))] * len(spelt)
+            ids += text_ids
+            offsets += [(position, position + len(piece))] * len(text_ids)
         else:
-            found, at = tokenize(tokenizer, "\n" + piece if number else piece, add_special_tokens=False)
-            rest, back = (_after_newline(newline, found), 1) if number else (found, 0)
-            if rest is None:
-                (rest, at), back = tokenize(tokenizer, piece, add_special_tokens=False), 0
-            ids += rest
-            offsets += [(place + start - back, place + end - back) for start, end in at[len(at) - len(rest) :]]
-        place += len(piece)
+            with_newline, spans = tokenize(tokenizer, "\n" + piece if number else piece, add_special_tokens=False)
+            piece_ids, added = (_after_newline(newline, with_newline), 1) if number else (with_newline, 0)
+            if piece_ids is None:
+                (piece_ids, spans), added = tokenize(tokenizer, piece, add_special_tokens=False), 0
+            ids += piece_ids
+            spans = spans[len(spans) - len(piece_ids) :]
+            offsets += [(position + start - added, position + end - added) for start, end in spans]
+        position += len(piece)
     if not add_special_tokens:
         return ids, offsets
-    around = tokenizer("a", add_special_tokens=True, return_special_tokens_mask=True)
-    before = around["special_tokens_mask"].index(0)
-    after = around["special_tokens_mask"][::-1].index(0)
-    added = around["input_ids"]
-    return [*added[:before], *ids, *added[len(added) - after :]], [*[ADDED] * before, *offsets, *[ADDED] * after]
+    example = tokenizer("a", add_special_tokens=True, return_special_tokens_mask=True)
+    before = example["special_tokens_mask"].index(0)
+    after = example["special_tokens_mask"][::-1].index(0)
+    special = example["input_ids"]
+    return [*special[:before], *ids, *special[len(special) - after :]], [*[ADDED] * before, *offsets, *[ADDED] * after]
 
 
 def _after_newline(newline: list[int], ids: list[int]) -> list[int] | None:
-    """What follows a leading newline, which keeps SentencePiece from adding a space; None if it became one with the rest."""
+    """The ids after a leading newline, which prevents SentencePiece from adding a space; None if a token includes the newline."""
     return ids[len(newline) :] if ids[: len(newline)] == newline else None
 
 
 class TokenSpans:
-    """Which tokens stand for which characters."""
+    """Maps character spans to tokens."""
 
     def __init__(self, offsets: list[Span]) -> None:
         self._offsets = offsets
         self._last = len(offsets)
-        while self._last and offsets[self._last - 1] == ADDED:  # an end of sequence that the tokenizer adds has no characters
+        while self._last and offsets[self._last - 1] == ADDED:  # an added end-of-sequence token has no characters
             self._last -= 1
 
     def of(self, span: Span) -> slice:
-        """The tokens that share a character with a span."""
+        """The tokens that overlap a character span."""
         first = bisect_right(self._offsets, span[0], hi=self._last, key=_end)
         return slice(first, bisect_left(self._offsets, span[1], lo=first, hi=self._last, key=_start))
 
     def mask(self, spans: list[Span]) -> list[bool]:
-        """For each token, whether it shares a character with any of the spans."""
+        """For each token, whether it overlaps any of the character spans."""
         inside = [False] * len(self._offsets)
         for span in spans:
             tokens = self.of(span)
@@ -185,6 +186,6 @@ class TokenSpans:
         return inside
 
     def crosses(self, span: Span) -> bool:
-        """Whether the first token begins before the span, or the last one ends after it."""
+        """Whether the first token starts before the span, or the last token ends after it."""
         tokens = self.of(span)
         return self._offsets[tokens.start][0] < span[0] or self._offsets[tokens.stop - 1][1] > span[1]

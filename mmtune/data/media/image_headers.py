@@ -1,8 +1,8 @@
-"""What one image file holds, from its header and its last bytes: nothing is decoded unless the file looks cut short.
+"""Inspection of an image file from its header and its last bytes; it is decoded only if it looks truncated.
 
-JPEG, PNG, GIF and WebP say where they end, in an end marker or in a length, BMP and TIFF say where their pixels lie. So a
-file of these that was cut short is known without decoding it. Damage in the middle, and the end of any other format, show
-only when the image is decoded.
+JPEG, PNG, GIF and WebP have an end marker or a length, and BMP and TIFF the positions of their pixels, so that a truncated
+file of these formats is detected without decoding. Damage in the middle, and truncation in other formats, are found only by
+decoding.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from mmtune.data.validation.issues import DataIssueError
 ImageIssues = list[tuple[str, str]]
 """Issues of one image: the issue type (a key of `ISSUE_TYPES`) and the detail."""
 
-TAIL = 65_536  # bytes at the end in which an end marker is looked for: cameras and programs write their own after it
+TAIL = 65_536  # bytes at the end that are searched for an end marker: cameras and programs append data of their own
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 ENDS = {PNG_START[:3]: PNG_END, JPEG_START: JPEG_END, b"GIF": b";"}
 JPEG_SCAN = 0xDA
-TIFF_PLACES = ((273, 279), (324, 325))  # offsets and lengths of strips, of tiles
+TIFF_OFFSETS_AND_LENGTHS = ((273, 279), (324, 325))  # offsets and lengths of strips, of tiles
 TIFF_BITS = 258
-ELONGATED = 200  # aspect ratio from which image processors refuse an image
-SIDEWAYS = 5  # EXIF orientations from here on exchange width and height
+ELONGATED = 200  # aspect ratio above which image processors reject an image
+SIDEWAYS = 5  # EXIF orientations from 5 on swap width and height
 
 
 @dataclass(frozen=True)
 class ImageReport:
-    """What is known of one image.
+    """Size and issues of one image.
 
     Attributes:
-        size: width and height in pixels of the upright image; None for one that cannot be opened.
-        issues: none for an ordinary image; one error for one that training could not open.
+        size: width and height in pixels of the upright image; None if it cannot be opened.
+        issues: empty for an ordinary image; a single error if training could not open it.
     """
 
     size: tuple[int, int] | None
@@ -47,52 +47,52 @@ class ImageReport:
 
 
 def inspect_image(media: Media, decode: bool = False) -> ImageReport:
-    """What is wrong with an image, and what is worth knowing of it.
+    """Inspect an image for errors, warnings and notes.
 
     Args:
         media: the image.
-        decode: decode it whole even if it looks well, which finds all damage and takes many times longer.
+        decode: always decode it, which finds all damage and is many times slower.
     """
     try:
         with open_image_header(media) as (image, orientation):
             size = (image.height, image.width) if orientation >= SIDEWAYS else image.size
             try:
-                cut = _cut(image)
-                found = _traits(image, orientation)
-            except DECODE_ERRORS as error:  # a tag of another type than the format has
-                raise DataIssueError("image_unreadable", f"{media} has a damaged header: {error}") from error
+                issues = _header_issues(image, orientation)
+                truncated = _looks_truncated(image)
+            except DECODE_ERRORS as error:  # a tag has a wrong type
+                raise DataIssueError("image_unreadable", f"{media}: the image header is damaged: {error}") from error
     except DataIssueError as error:
-        return ImageReport(None, [(_unopened(media, error.issue), str(error))])
-    if cut or decode:
+        return ImageReport(None, [(_refine_issue(media, error.issue), str(error))])
+    if truncated or decode:
         try:
             open_image(media)
         except DataIssueError as error:
-            found.append(("image_truncated" if cut else error.issue, str(error)))
+            issues.append(("image_truncated" if truncated else error.issue, str(error)))
         else:
-            found += [("image_end_marker", f"{media} ends before its format says")] if cut else []
-    return ImageReport(size, found)
+            issues += [("image_end_marker", f"{media} has no end marker")] if truncated else []
+    return ImageReport(size, issues)
 
 
-def _traits(image: Image.Image, orientation: int) -> ImageIssues:
-    found = []
+def _header_issues(image: Image.Image, orientation: int) -> ImageIssues:
+    issues = []
     if max(image.size) > ELONGATED * min(image.size):
-        found.append(("image_elongated", f"{image.width} x {image.height} pixels"))
+        issues.append(("image_elongated", f"{image.width} x {image.height} pixels"))
     if orientation > 1:
-        found.append(("image_rotated", f"EXIF orientation {orientation}"))
+        issues.append(("image_rotated", f"EXIF orientation {orientation}"))
     elif image.format != "TIFF" and (damage := exif_damage(image)) is not None:
-        found.append(("image_exif_damaged", f"damaged EXIF data may hide an orientation: {damage}"))
-    shape = len(found)
+        issues.append(("image_exif_damaged", f"damaged EXIF data; the orientation is unknown: {damage}"))
+    shape = len(issues)
     if image.mode in ("P", "PA"):
-        found.append(("image_palette", f"{image.format} with a palette"))
+        issues.append(("image_palette", f"{image.format} with a palette"))
     if image.has_transparency_data:
-        found.append(("image_transparent", f"{image.format} with transparency"))
+        issues.append(("image_transparent", f"{image.format} with transparency"))
     if image.mode == "CMYK":
-        found.append(("image_cmyk", f"{image.format} in CMYK"))
+        issues.append(("image_cmyk", f"{image.format} in CMYK"))
     if (bits := _bits(image)) > 8:
-        found.append(("image_16bit", f"{image.format} with {bits} bits a channel"))
-    if _has_several_frames(image):  # asked last: a damaged second frame leaves the image in an undefined state
-        found.insert(shape, ("image_animated", "several pages" if image.format == "TIFF" else "several frames"))
-    return found
+        issues.append(("image_16bit", f"{image.format} with {bits} bits per channel"))
+    if _has_several_frames(image):  # checked last: a damaged second frame leaves the image in an undefined state
+        issues.insert(shape, ("image_animated", "several pages" if image.format == "TIFF" else "several frames"))
+    return issues
 
 
 def _has_several_frames(image: Image.Image) -> bool:
@@ -107,7 +107,7 @@ def _has_several_frames(image: Image.Image) -> bool:
 def _bits(image: Image.Image) -> int:
     if image.format == "PNG":
         file = _file(image)
-        file.seek(24)  # IHDR's bit depth: Pillow opens 16 bits of RGB as RGB and does not say so
+        file.seek(24)  # bit depth of IHDR: Pillow opens 16-bit RGB as RGB without notice
         return file.read(1)[0]
     if image.format == "TIFF":
         return max(image.tag_v2.get(TIFF_BITS, (8,)))  # type: ignore[attr-defined]
@@ -116,13 +116,17 @@ def _bits(image: Image.Image) -> int:
     return 16 if image.mode.startswith("I") else 8
 
 
-def _cut(image: Image.Image) -> bool:
-    """Whether the file ends before its format says that it does."""
+def _looks_truncated(image: Image.Image) -> bool:
+    """Whether the file ends before the end that its format declares."""
     file = _file(image)
     size = file.seek(0, io.SEEK_END)
     if image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]
-        strips = [pair for places in TIFF_PLACES for pair in zip(*(tags.get(tag, ()) for tag in places), strict=False)]
+        strips = [
+            pair
+            for pair_tags in TIFF_OFFSETS_AND_LENGTHS
+            for pair in zip(*(tags.get(tag, ()) for tag in pair_tags), strict=False)
+        ]
         return any(not (isinstance(at, int) and isinstance(length, int)) or at + length > size for at, length in strips)
     if image.format == "BMP":
         tile = image.tile[0]  # type: ignore[attr-defined]
@@ -136,13 +140,13 @@ def _file(image: Image.Image) -> BinaryIO:
 
 
 def _has_end(file: BinaryIO, size: int) -> bool:
-    """Whether a JPEG, PNG, GIF or WebP file has its end; True for any other."""
+    """Whether a JPEG, PNG, GIF or WebP file is complete; True for other formats."""
     file.seek(0)
     head = file.read(12)
     file.seek(max(0, size - len(PNG_END)))
     end = file.read(len(PNG_END))
     if end.endswith(ENDS.get(head[:3], ())):
-        return True  # nearly every file; what follows is for those with something behind their end
+        return True  # nearly every file; the rest is for files with extra data after their end
     if head.startswith(JPEG_START):
         scan = _jpeg_scan(file)
         return scan is not None and JPEG_END in _tail(file, size, scan)
@@ -156,7 +160,7 @@ def _has_end(file: BinaryIO, size: int) -> bool:
 
 
 def _jpeg_scan(file: BinaryIO) -> int | None:
-    """Where the first scan of a JPEG begins: a thumbnail in its header has an end marker of its own."""
+    """Position of the first scan of a JPEG file, because a thumbnail in the header has its own end marker."""
     file.seek(2)
     while len(marker := file.read(4)) == 4 and marker[0] == 0xFF:
         if marker[1] == 0xFF:  # a fill byte
@@ -173,8 +177,8 @@ def _tail(file: BinaryIO, size: int, start: int) -> bytes:
     return file.read(TAIL)
 
 
-def _unopened(media: Media, issue: str) -> str:
-    """A nearer name for a file that could not be opened as an image: it holds nothing, or its end is missing as well."""
+def _refine_issue(media: Media, issue: str) -> str:
+    """A more specific issue type for a file that could not be opened: empty, truncated, or without pixels."""
     if issue != "image_unreadable":
         return issue
     with (

@@ -38,22 +38,22 @@ from mmtune.utils.errors import reason_of
 from mmtune.utils.files import user_cache
 
 MAX_PIXELS = 89_478_485
-"""Largest image that is opened: where Pillow warns of a decompression bomb."""
+"""Maximum number of pixels of an image: Pillow's limit for decompression bombs."""
 
 MAX_FILE_BYTES = 2**30
-"""Largest file of an image that is opened: `MAX_PIXELS` of 64 bits each, and more. Some decoders read the whole file."""
+"""Maximum size of an image file: more than `MAX_PIXELS` of 64 bits each. Some decoders read the whole file."""
 
 MAX_PNG_EXIF = 2**20
 PNG_KEYWORD = 80
-"""Where a PNG's text chunk ends its keyword at the latest."""
+"""Maximum length of the keyword of a PNG text chunk."""
 PNG_EXIF = (b"Raw profile type exif", b"XML:com.adobe.xmp", b"exif", b"xmp")
-"""Keywords of text chunks that may say how an image is turned."""
+"""Keywords of PNG text chunks that can contain the orientation."""
 
 MAX_EDGE = 131_072
-"""Longest edge of an image that is opened, in pixels: image processors take seconds and gigabytes for a longer one."""
+"""Maximum edge of an image in pixels: image processors need seconds and gigabytes for a longer one."""
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What is opened besides DICOM, by Pillow's names. Pillow knows more, among them formats that run another program."""
+"""Image formats besides DICOM, by Pillow's names. Pillow supports more, including formats that run another program."""
 
 DECODE_ERRORS = (
     OSError,
@@ -71,7 +71,7 @@ DECODE_ERRORS = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-"""What Pillow raises for bytes that are damaged or hostile. It parses in Python, so this is what parsers in Python raise."""
+"""The exceptions that Pillow raises for damaged or malicious files."""
 
 _TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -82,19 +82,19 @@ _TRANSPOSED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation to what makes the picture upright (CIPA DC-008, tag 0x0112); 1 and anything unknown is upright."""
+"""EXIF orientation to the transposition that makes the image upright (CIPA DC-008, tag 0x0112); other values mean upright."""
 
 
 @dataclass(frozen=True)
 class EmbeddedMedia:
-    """A medium that lies inside another file.
+    """An image, video or audio file inside another file.
 
     Attributes:
-        container: the file that holds it.
+        container: the file that contains it.
         name: the member or column.
-        offset: where its bytes begin in the container; None when they are in hand.
-        length: how many bytes they are; None when they are in hand.
-        data: the bytes in hand; None when they are a slice of the container.
+        offset: position of its bytes in the container; None if `data` is set.
+        length: number of bytes; None if `data` is set.
+        data: the bytes; None if they are a slice of the container.
     """
 
     container: Path
@@ -107,21 +107,24 @@ class EmbeddedMedia:
         return f"{self.container}!{self.name}"
 
     def open(self) -> BinaryIO:
-        """The medium as a file that is read and sought in, and that nothing can lead out of.
+        """Open it as a seekable file, limited to its own bytes.
 
         Raises:
-            ValueError: for a slice that is not inside the container, or with neither bytes nor a slice.
-            OSError: for a container that cannot be read.
+            ValueError: neither bytes nor a slice are set, or the slice is outside the container.
+            OSError: the container cannot be read.
         """
         if self.data is not None:
             return io.BytesIO(self.data)
         if self.offset is None or self.length is None:
-            raise ValueError(f"{self}: neither bytes nor a slice")
+            raise ValueError(f"{self}: expected bytes or a slice, got neither")
         file = self.container.open("rb")
         try:
             size = file.seek(0, io.SEEK_END)
-            if not 0 <= self.offset <= self.offset + self.length <= size:
-                raise ValueError(f"{self}: bytes {self.offset} to {self.offset + self.length} of a file of {size} bytes")
+            end = self.offset + self.length
+            if not 0 <= self.offset <= end <= size:
+                raise ValueError(
+                    f"{self}: expected a slice of the {size} bytes of the container, got bytes {self.offset} to {end}"
+                )
             return cast(BinaryIO, io.BufferedReader(_Slice(file, self.offset, self.length)))
         except BaseException:
             file.close()
@@ -129,7 +132,7 @@ class EmbeddedMedia:
 
 
 class _Slice(io.RawIOBase):
-    """A part of an open file as a file of its own; closing it closes the file."""
+    """A slice of an open file as a file; closing it closes the underlying file."""
 
     def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
         self._file = file
@@ -139,7 +142,7 @@ class _Slice(io.RawIOBase):
 
     @property
     def name(self) -> str:
-        """The file's, as other readers have it."""
+        """The name of the underlying file."""
         return str(self._file.name)
 
     def readable(self) -> bool:
@@ -151,7 +154,7 @@ class _Slice(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
         if start + offset < 0:
-            raise OSError("sought before the beginning")
+            raise OSError("seek before the start of the file")
         self._position = start + offset
         return self._position
 
@@ -159,9 +162,9 @@ class _Slice(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        wanted = max(0, min(len(buffer), self._length - self._position))
+        count = max(0, min(len(buffer), self._length - self._position))
         self._file.seek(self._offset + self._position)
-        data = self._file.read(wanted)
+        data = self._file.read(count)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
@@ -174,24 +177,24 @@ class _Slice(io.RawIOBase):
 
 @dataclass(frozen=True)
 class ImageView:
-    """An image as a source of the recipe shows it.
+    """An image with the image settings of its source.
 
     Attributes:
-        image: the image itself.
-        window: the grey values that become black and white; None leaves it to the format.
-        change: a drawn augmentation; None leaves the image as it is.
+        image: the image.
+        window: the grey values that map to black and white; None uses the default of the format.
+        augmentation: the drawn augmentation; None for no augmentation.
     """
 
     image: Path | EmbeddedMedia
     window: Window | None = None
-    change: ImageAugmentation | None = None
+    augmentation: ImageAugmentation | None = None
 
     def __str__(self) -> str:
         return str(self.image)
 
     @property
     def container(self) -> Path:
-        """The file itself, or the one that an embedded image lies in."""
+        """The image file, or the file that contains an embedded image."""
         return self.image.container if isinstance(self.image, EmbeddedMedia) else self.image
 
 
@@ -199,10 +202,10 @@ Media = Path | EmbeddedMedia | ImageView
 
 
 def open_media(media: Media | str) -> BinaryIO:
-    """The medium as an open file.
+    """Open an image, video or audio file for reading.
 
     Raises:
-        OSError, ValueError: one that cannot be opened.
+        OSError, ValueError: it cannot be opened.
     """
     if isinstance(media, ImageView):
         media = media.image
@@ -210,7 +213,7 @@ def open_media(media: Media | str) -> BinaryIO:
 
 
 def blank_image() -> EmbeddedMedia:
-    """A small black image in hand, where a picture is needed and none in particular."""
+    """A small black PNG image, for samples that need any image."""
     file = io.BytesIO()
     Image.new("RGB", (32, 32)).save(file, "PNG")
     return EmbeddedMedia(Path("blank"), "blank.png", data=file.getvalue())
@@ -218,13 +221,13 @@ def blank_image() -> EmbeddedMedia:
 
 @dataclass(frozen=True)
 class MediaRules:
-    """What a source's rows may name.
+    """Which files and URLs the rows of a source may use.
 
     Attributes:
-        root: where relative paths start, and what they may not lead out of.
-        outside: whether files outside of `root` are allowed.
+        root: the media root: base of relative paths; files must be inside it.
+        outside: whether files outside `root` are allowed.
         urls: whether http and https URLs are fetched, within the limits of `fetch_media`.
-        cache: where they are kept; None is `~/.cache/mmtune/media`.
+        cache: cache directory of fetched files; None is `~/.cache/mmtune/media`.
     """
 
     root: Path
@@ -253,12 +256,12 @@ def resolve_media(value: Any, rules: MediaRules) -> Path | EmbeddedMedia:
     if isinstance(value, dict):
         data, path = value["bytes"], value.get("path")
         if not isinstance(data, (bytes, bytearray, memoryview)):
-            told = f"'bytes' holds {type(data).__name__}, not bytes; base64 goes into a string: data:image;base64,..."
-            raise DataIssueError("media_path", told)
+            detail = f"expected bytes in 'bytes', got {type(data).__name__}; write base64 as a string: data:image;base64,..."
+            raise DataIssueError("media_path", detail)
         return EmbeddedMedia(rules.root, path if isinstance(path, str) and path else "bytes", data=bytes(data))
     name = str(value) if isinstance(value, Path) else value
     if not isinstance(name, str):
-        raise DataIssueError("media_path", f"expected the path of an image or its bytes, found {type(name).__name__}")
+        raise DataIssueError("media_path", f"expected the path of an image or its bytes, got {type(name).__name__}")
     scheme = name[:8].lower()
     if scheme.startswith("data:"):
         return EmbeddedMedia(rules.root, "data: URI", data=decode_data_uri(name))
@@ -267,7 +270,7 @@ def resolve_media(value: Any, rules: MediaRules) -> Path | EmbeddedMedia:
     if scheme.startswith(("http://", "https://")):
         if not rules.urls:
             raise DataIssueError(
-                "media_url", f"'{redact_url(name)[:100]}' is a URL; `allow_urls: true` in its source would fetch it"
+                "media_url", f"'{redact_url(name)[:100]}' is a URL; set `allow_urls: true` in the source to fetch it"
             )
         return fetch_media(name, rules.cache or user_cache("media"))
     check_uri_scheme(name)
@@ -275,109 +278,114 @@ def resolve_media(value: Any, rules: MediaRules) -> Path | EmbeddedMedia:
 
 
 def _from_path(name: str, rules: MediaRules) -> Path:
-    """The file of a path; of one with backslashes that no file has, of the same path with forward slashes."""
+    """Resolve a path to a file; if it does not exist, try it with forward slashes in place of backslashes."""
     if not is_utf8(name):
-        shown = name[:200].encode("utf-8", "backslashreplace").decode()
-        raise DataIssueError("media_path", f"the name '{shown}' is not valid Unicode; rename the file")
+        escaped = name[:200].encode("utf-8", "backslashreplace").decode()
+        raise DataIssueError("media_path", f"the file name '{escaped}' is not valid Unicode; rename the file")
     root = rules.root.resolve()
-    for written in dict.fromkeys((name, name.replace("\\", "/"))):
+    for candidate in dict.fromkeys((name, name.replace("\\", "/"))):
         try:
-            path = (root / written).resolve()
+            path = (root / candidate).resolve()
             is_file = path.is_file()
-        except (OSError, RuntimeError, ValueError) as error:  # too long a name; links in a circle; a null byte, a lone surrogate
+        except (OSError, RuntimeError, ValueError) as error:  # a name too long, a cycle of links, a null byte, a lone surrogate
             check_not_bare_base64(name)
-            raise DataIssueError("media_path", f"cannot look up '{name[:200]}': {reason_of(error)}"[:400]) from error
+            raise DataIssueError("media_path", f"invalid path '{name[:200]}': {reason_of(error)}"[:400]) from error
         if is_file:
             break
     if not is_file:
         check_not_bare_base64(name)
-    windows = (
-        "" if is_file else windows_hint(name, "as this machine names the file" if rules.outside else "relative to media_root")
-    )
-    if not rules.outside and not path.is_relative_to(root):
-        told = f"'{name}' lies outside media_root {root}; `allow_outside_root: true` in its source would allow it"
-        raise DataIssueError("media_outside_root", told + windows)
+    hint = ""
     if not is_file:
-        raise DataIssueError("media_missing", f"no such file: {name if windows else path}{windows}")
+        hint = windows_hint(name, "as a path of this machine" if rules.outside else "relative to media_root")
+    if not rules.outside and not path.is_relative_to(root):
+        detail = f"'{name}' is outside media_root {root}; set `allow_outside_root: true` in the source to allow it"
+        raise DataIssueError("media_outside_root", detail + hint)
+    if not is_file:
+        raise DataIssueError("media_missing", f"no such file: {name if hint else path}{hint}")
     return path
 
 
 def image_size(media: Media | str) -> tuple[int, int]:
-    """(width, height) in pixels of the upright image, from the file's header alone: what `open_image` will give.
+    """(width, height) in pixels of the image that `open_image` returns, read from the header alone.
 
     Raises:
-        ValueError: for a file that is no image, has no pixels, or has too many.
+        DataIssueError: not an image, no pixels, or too many pixels.
     """
     with open_image_header(media) as (image, orientation):
         return augmented_size(media, (image.height, image.width) if orientation >= 5 else (image.width, image.height))
 
 
 def augmented_size(media: Media | str, size: tuple[int, int]) -> tuple[int, int]:
-    """The size of an image of which the file has `size`, upright: an `ImageView` may change it."""
-    return media.change.size(size) if isinstance(media, ImageView) and media.change is not None else size
+    """The size after the augmentation of an `ImageView`, for an image whose upright size in the file is `size`."""
+    return media.augmentation.size(size) if isinstance(media, ImageView) and media.augmentation is not None else size
 
 
 def open_image(media: Media | str) -> Image.Image:
-    """The whole image, upright by its EXIF tag and in RGB, 8 bits a channel, with the changes of an `ImageView`.
+    """Decode an image: upright (EXIF), RGB, 8 bits per channel, with the window and augmentation of an `ImageView`.
 
-    Transparency is composited on white. Grey values of 16 bits keep the upper 8 without a window. An animation shows its first
-    frame, a file of several pages its first page. DICOM is read as `DicomImage.shown` says.
+    Transparency is composited on white. Without a window, 16-bit grey values keep their upper 8 bits. Of an animation or a file
+    with several pages, the first frame or page is used. For DICOM files see `DicomImage.first_frame`.
 
     Raises:
-        ValueError: for a file that is no image, is cut short, has no pixels or too many.
+        DataIssueError: not an image, truncated, no pixels, or too many pixels.
     """
-    window, change = (media.window, media.change) if isinstance(media, ImageView) else (None, None)
+    window, augmentation = (media.window, media.augmentation) if isinstance(media, ImageView) else (None, None)
     with open_image_header(media) as (image, orientation):
         try:
-            shown = image.shown(window).convert("RGB") if isinstance(image, DicomImage) else to_rgb(image, window)
+            rgb = image.first_frame(window).convert("RGB") if isinstance(image, DicomImage) else to_rgb(image, window)
             if orientation in _TRANSPOSED:
-                shown = shown.transpose(_TRANSPOSED[orientation])
+                rgb = rgb.transpose(_TRANSPOSED[orientation])
         except DECODE_ERRORS as error:
             raise DataIssueError("image_damaged", f"cannot decode {media}: {reason_of(error)}") from error
-    return shown if change is None else change.apply(shown)
+    return rgb if augmentation is None else augmentation.apply(rgb)
 
 
 @contextmanager
 def open_image_header(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
-    """An image whose header was read and found fit, with its EXIF orientation. Both files are closed at the end."""
+    """Open an image, check its header, and yield it with its EXIF orientation. The files are closed at the end.
+
+    Raises:
+        DataIssueError: not an image that can be opened; names the file.
+    """
     try:
         file = open_media(media)
     except (OSError, ValueError) as error:
-        raise DataIssueError("image_unreadable", f"not an image that can be opened: {media}: {reason_of(error)}") from error
+        raise DataIssueError("image_unreadable", f"cannot open image {media}: {reason_of(error)}") from error
     with file:
         if (length := file.seek(0, io.SEEK_END)) > MAX_FILE_BYTES:
-            raise DataIssueError("image_too_large", f"{media} has {length} bytes, more than {MAX_FILE_BYTES}")
+            raise DataIssueError(
+                "image_too_large", f"{media}: expected an image file of at most {MAX_FILE_BYTES} bytes, got {length}"
+            )
         file.seek(0)
         try:
-            image, orientation = _opened(file)
+            image, orientation = _open_format(file)
         except DECODE_ERRORS as error:
             bomb = isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning))
-            kind = "image_too_large" if bomb else "image_unreadable"
-            reason = (
-                f"none of {', '.join(FORMATS)}, DICOM" if isinstance(error, Image.UnidentifiedImageError) else reason_of(error)
-            )
-            raise DataIssueError(kind, f"not an image that can be opened: {media}: {reason}") from error
+            issue_type = "image_too_large" if bomb else "image_unreadable"
+            unknown_format = f"unknown image format; expected one of {', '.join(FORMATS)}, DICOM"
+            reason = unknown_format if isinstance(error, Image.UnidentifiedImageError) else reason_of(error)
+            raise DataIssueError(issue_type, f"cannot open image {media}: {reason}") from error
         with image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
-                bound = f"more than {MAX_PIXELS}" if image.width * image.height else "which is none"
-                kind = "image_too_large" if image.width * image.height else "image_zero_size"
-                raise DataIssueError(kind, f"{media} has {image.width} x {image.height} pixels, {bound}")
+                issue_type = "image_too_large" if image.width * image.height else "image_zero_size"
+                detail = f"{media}: expected an image of 1 to {MAX_PIXELS} pixels, got {image.width} x {image.height}"
+                raise DataIssueError(issue_type, detail)
             if max(image.size) > MAX_EDGE:
-                told = f"{media} has {image.width} x {image.height} pixels, and an edge has at most {MAX_EDGE}"
-                raise DataIssueError("image_too_large", told)
+                detail = f"{media}: expected edges of at most {MAX_EDGE} pixels, got {image.width} x {image.height}"
+                raise DataIssueError("image_too_large", detail)
             try:
                 values = values_that_need_window(image)
             except DECODE_ERRORS as error:
-                raise DataIssueError("image_unreadable", f"{media} has a damaged header: {error}") from error
+                raise DataIssueError("image_unreadable", f"{media}: the image header is damaged: {error}") from error
             if values is not None and (not isinstance(media, ImageView) or media.window is None):
-                told = f"{media} holds {values} values, whose range is not known; give its source a line `window: [LOW, HIGH]`"
+                detail = f"{media} has {values} values, whose range is unknown; set `window: [LOW, HIGH]` in the source"
                 raise DataIssueError(
-                    "image_unreadable", f"{told}, the values that become black and white (in chat: --window LOW HIGH)"
+                    "image_unreadable", f"{detail}, the values that map to black and white (in chat: --window LOW HIGH)"
                 )
             yield image, orientation
 
 
-def _opened(file: BinaryIO) -> tuple[Image.Image, int]:
+def _open_format(file: BinaryIO) -> tuple[Image.Image, int]:
     if not is_dicom(file):
         image = Image.open(file, formats=FORMATS)
         return image, _orientation(image, file)
@@ -387,57 +395,57 @@ def _opened(file: BinaryIO) -> tuple[Image.Image, int]:
 
 
 def _orientation(image: Image.Image, file: BinaryIO) -> int:
-    """The EXIF orientation that is still to be applied, 1 to 8, without decoding."""
+    """The EXIF orientation (1 to 8) that is not yet applied, read without decoding."""
     if image.format == "TIFF":
-        return 1  # Pillow gives the upright size and turns the pixels by itself
+        return 1  # Pillow applies the orientation of TIFF files itself
     if image.format == "PNG":
-        found = _png_exif(file)
+        orientation = _png_orientation(file)
     else:
-        found = image.getexif().get(ExifTags.Base.Orientation)
-    return found if isinstance(found, int) and found in _TRANSPOSED else 1
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return orientation if isinstance(orientation, int) and orientation in _TRANSPOSED else 1
 
 
 def exif_damage(image: Image.Image) -> str | None:
-    """Why the EXIF orientation of an opened image cannot be known, in Pillow's words; None where nothing is damaged.
+    """Pillow's warning if damaged EXIF data hide the orientation of an opened image; None if nothing is damaged.
 
-    Pillow only warns of damaged EXIF data, and gives the entries in front of the damage.
+    Pillow only warns about damaged EXIF data, and returns the entries before the damage.
     """
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if image.format == "PNG":
-            found = _png_exif(cast(BinaryIO, image.fp))  # type: ignore[attr-defined]
+            orientation = _png_orientation(cast(BinaryIO, image.fp))  # type: ignore[attr-defined]
         else:
-            exif = Image.Exif()  # `image.getexif` has read it before, and does not warn again
+            exif = Image.Exif()  # `image.getexif` caches its result, and does not warn again
             exif.load(image.info.get("exif", b""))
-            found = exif.get(ExifTags.Base.Orientation)
-    return " ".join(str(said[0].message).split()) if said and found is None else None
+            orientation = exif.get(ExifTags.Base.Orientation)
+    return " ".join(str(caught[0].message).split()) if caught and orientation is None else None
 
 
-def _png_exif(file: BinaryIO) -> Any:
-    """A PNG may say its orientation behind its pixels, and Pillow decodes them to get there.
+def _png_orientation(file: BinaryIO) -> Any:
+    """The EXIF orientation of a PNG file, whose chunk can follow the pixels, which Pillow would have to decode first.
 
-    So the chunks are walked, those that may say it are put together into a PNG without pixels, and Pillow reads that.
+    The chunks that can contain it are copied into a PNG without pixels, which Pillow reads.
     """
     position = file.tell()
     file.seek(8)
-    kept: dict[bytes, bytes] = {}  # of several chunks that say the same, Pillow takes the last
+    chunks: dict[bytes, bytes] = {}  # of several chunks with the same keyword, Pillow uses the last
     while len(head := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        start = file.read(min(length, PNG_KEYWORD)) if kind in (b"iTXt", b"tEXt", b"zTXt") else b""
+        length, chunk_type = struct.unpack(">I4s", head)
+        start = file.read(min(length, PNG_KEYWORD)) if chunk_type in (b"iTXt", b"tEXt", b"zTXt") else b""
         keyword = start.split(b"\0")[0]
-        if kind == b"IEND":
+        if chunk_type == b"IEND":
             break
-        if kind in (b"IHDR", b"eXIf") or keyword in PNG_EXIF:
+        if chunk_type in (b"IHDR", b"eXIf") or keyword in PNG_EXIF:
             if length > MAX_PNG_EXIF:
-                raise ValueError(f"a PNG chunk of {length} bytes, where EXIF data has at most {MAX_PNG_EXIF}")
-            if kind != b"IHDR":
-                kept.pop(keyword or kind, None)
-            kept[keyword or kind] = head + start + file.read(length - len(start) + 4)
+                raise ValueError(f"expected EXIF data of at most {MAX_PNG_EXIF} bytes, got a PNG chunk of {length} bytes")
+            if chunk_type != b"IHDR":
+                chunks.pop(keyword or chunk_type, None)
+            chunks[keyword or chunk_type] = head + start + file.read(length - len(start) + 4)
         else:
             file.seek(length - len(start) + 4, io.SEEK_CUR)
     file.seek(position)
-    if kept.keys() <= {b"IHDR"}:
+    if chunks.keys() <= {b"IHDR"}:
         return None
     no_pixels = struct.pack(">I4sI", 0, b"IDAT", zlib.crc32(b"IDAT"))
-    with Image.open(io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(kept.values()) + no_pixels), formats=["PNG"]) as bare:
+    with Image.open(io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(chunks.values()) + no_pixels), formats=["PNG"]) as bare:
         return Image.Image.getexif(bare).get(ExifTags.Base.Orientation)

@@ -1,4 +1,4 @@
-"""Names of media in rows: paths, Windows paths, URIs, and the objects that data sets wrap them in."""
+"""Media references in rows: paths, Windows paths, URIs, and the objects that contain them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from urllib.parse import unquote
 from mmtune.data.validation.issues import DataIssueError
 
 MAX_DATA_URI = 32 * 2**20
-"""Longest `data:` URI that is decoded, in characters."""
+"""Maximum length of a `data:` URI in characters."""
 
 WRAPPERS = ("path", "url", "image_url", "image")
-"""Keys of an object that names a medium, one at a time: `{"url": ...}`, `{"image_url": {"url": ...}}`."""
+"""Keys of an object with one media reference: `{"url": ...}`, `{"image_url": {"url": ...}}`."""
 DETAIL_KEYS = ("type", "detail")
-"""Keys that OpenAI's format has beside them, which say nothing of where the medium is."""
+"""More keys of such an object in OpenAI's format, which are ignored."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+(:[A-Za-z][A-Za-z0-9+.-]+)*)://")
 IMAGE_IN_BASE64 = re.compile(r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|Qk[0-3]|AAAA.GZ0eXBh|AAAADGpQ)[A-Za-z0-9+/=\s]{40}")
-"""How JPEG, PNG, GIF, WebP, TIFF, BMP, AVIF and JPEG 2000 files begin in base64."""
+"""The first characters of JPEG, PNG, GIF, WebP, TIFF, BMP, AVIF and JPEG 2000 files in base64."""
 _URL = re.compile(r"([a-z][a-z0-9+.:-]*:/{2,})([^/?#]*)([^?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 _AUTHORITY = re.compile(r"(?:[^@]*@)?((?:[^@:]|:(?=[^\]]*\]))*(?::\d*)?)")
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a name can be written: Python stands lone surrogates in for bytes that are not UTF-8."""
+    """Whether a name is valid UTF-8: Python represents other bytes as lone surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -36,73 +36,73 @@ def is_utf8(name: str) -> bool:
 
 
 def redact_url(url: str) -> str:
-    """A URL for messages and reports: without its user name and password, and its query and fragment, which may hold a signature.
+    """A URL for messages and reports, without user name, password, query and fragment (which can contain a signature).
 
-    Any other text is returned as it is.
+    Any other text is returned unchanged.
     """
     parts = _URL.match(url)
     if parts is None:
         return url
     scheme, authority, path, query = parts.groups()
     host = _AUTHORITY.fullmatch(authority)
-    if host is None:  # a password with a slash or a question mark in it, which ends the authority
+    if host is None:  # a password with a slash or a question mark, which ends the authority
         return f"{scheme}..."
     return f"{scheme}{host[1]}{path}{query[:1]}{'...' if query else ''}"
 
 
 def unwrap_media(value: Any) -> Any:
-    """The medium that an object names: the value of its one key, or of one key in there. Any other value is returned as it is.
+    """The media reference in an object: the value of its single key, at any depth. Any other value is returned unchanged.
 
     `{"type": "base64", "media_type": ..., "data": ...}`, as in Anthropic's blocks, becomes a `data:` URI.
 
     Raises:
-        ValueError: an object that is none of the forms that are read, or names several media.
+        DataIssueError: an object of another form, or with several references.
     """
     while isinstance(value, dict) and value.get("bytes") is None:
         if value.get("type") == "base64" and isinstance(value.get("data"), str) and set(value) <= {"type", "media_type", "data"}:
             return f"data:{value.get('media_type') or 'image'};base64,{value['data']}"
-        named = [key for key in WRAPPERS if value.get(key) is not None]
-        if len(named) != 1 or not set(value) <= {*WRAPPERS, *DETAIL_KEYS, "bytes"}:
+        used = [key for key in WRAPPERS if value.get(key) is not None]
+        if len(used) != 1 or not set(value) <= {*WRAPPERS, *DETAIL_KEYS, "bytes"}:
             forms = '{"path": ...}, {"bytes": ...}, {"url": ...} or {"image_url": {"url": ...}}'
-            raise DataIssueError("media_path", f"expected the path of an image or its bytes, or {forms}; got {_kind(value)}")
-        value = value[named[0]]
+            raise DataIssueError("media_path", f"expected the path of an image or its bytes, or {forms}; got {_describe(value)}")
+        value = value[used[0]]
     return value
 
 
-def _kind(value: dict[Any, Any]) -> str:
-    return f"an object with {', '.join(map(str, value)) or 'nothing'}"[:200]
+def _describe(value: dict[Any, Any]) -> str:
+    return f"an object with {', '.join(map(str, value)) or 'no keys'}"[:200]
 
 
 def decode_data_uri(uri: str) -> bytes:
-    """The bytes of a `data:` URI (RFC 2397) of an image in base64; `data:image;base64,` without a format will do.
+    """The bytes of a `data:` URI (RFC 2397) with an image in base64; the image format may be omitted: `data:image;base64,`.
 
     Raises:
-        ValueError: one that is too long, of something else, or not in base64.
+        DataIssueError: the URI is too long, not of an image, or not valid base64.
     """
     if len(uri) > MAX_DATA_URI:
-        raise DataIssueError("media_path", f"a data: URI of {len(uri)} characters, more than {MAX_DATA_URI}")
+        raise DataIssueError("media_path", f"expected a data: URI of at most {MAX_DATA_URI} characters, got {len(uri)}")
     head, comma, body = uri.partition(",")
-    kind, *parameters = head[5:].lower().split(";")
-    if not comma or kind.partition("/")[0] != "image" or parameters[-1:] != ["base64"]:
-        raise DataIssueError("media_path", f"'{uri[:60]}' is not a data: URI of an image in base64 (data:image/png;base64,...)")
+    media_type, *parameters = head[5:].lower().split(";")
+    if not comma or media_type.partition("/")[0] != "image" or parameters[-1:] != ["base64"]:
+        raise DataIssueError("media_path", f"expected an image in base64 (data:image/png;base64,...), got '{uri[:60]}'")
     try:
         return base64.b64decode("".join(unquote(body).split()), validate=True)
-    except (binascii.Error, ValueError) as error:  # ValueError: characters outside of ASCII
+    except (binascii.Error, ValueError) as error:  # ValueError: characters that are not ASCII
         raise DataIssueError("media_path", f"'{uri[:60]}' is not valid base64: {error}") from error
 
 
 def file_uri_to_path(uri: str) -> str:
-    """The path of a `file:` URI (RFC 8089), percent-encoding resolved.
+    """The path of a `file:` URI (RFC 8089), with percent-encoding decoded.
 
     Raises:
-        ValueError: one that names another host, or no path.
+        DataIssueError: the URI has another host, or no path.
     """
     rest = uri[5:]
     if rest.startswith("//"):
         host, slash, path = rest[2:].partition("/")
         if host.lower() not in ("", "localhost") or not slash:
-            shown = f"'{redact_url(uri)[:100]}' names the host '{host.rpartition('@')[2][:60]}'"
-            detail = f"{shown}; a file of this machine is file:///PATH, with three slashes"
+            host_name = host.rpartition("@")[2][:60]
+            detail = f"expected file:///PATH with three slashes, got '{redact_url(uri)[:100]}' with the host '{host_name}'"
             raise DataIssueError("media_path", detail)
         rest = f"/{path}"
     path = unquote(rest)
@@ -110,36 +110,38 @@ def file_uri_to_path(uri: str) -> str:
 
 
 def check_uri_scheme(name: str) -> None:
-    """Refuse a URI of a scheme that is not read.
+    """Check that a path is not a URI with an unsupported scheme.
 
     Raises:
-        ValueError: a URI whose scheme is not read, naming the scheme.
+        DataIssueError: the URI scheme is not supported.
     """
     if scheme := _SCHEME.match(name):
-        detail = f"'{redact_url(name)[:100]}' is a {scheme[1]}:// URI, which is not read; download the file and give its path"
-        raise DataIssueError("media_path", f"{detail} (read are paths, file:// and data: URIs, and http and https where allowed)")
+        detail = f"'{redact_url(name)[:100]}': {scheme[1]}:// URIs are not supported; download the file and give its path"
+        supported = "supported: paths, file:// and data: URIs, and http and https URLs if allowed"
+        raise DataIssueError("media_path", f"{detail} ({supported})")
 
 
 def check_not_bare_base64(name: str) -> None:
-    """Refuse an image in base64 without its `data:` head, which reads like a path.
+    """Check that a path is not an image in base64 without the `data:` prefix.
 
     Raises:
-        ValueError: such a name.
+        DataIssueError: it is.
     """
     if IMAGE_IN_BASE64.match(name):
-        detail = f"'{name[:40]}...' is an image in base64 whose head is missing"
-        raise DataIssueError("media_path", f"{detail}: write data:image;base64, before it")
+        detail = f"'{name[:40]}...' is an image in base64 without its prefix"
+        raise DataIssueError("media_path", f"{detail}; write data:image;base64, before it")
 
 
 def is_windows_path(name: str) -> bool:
-    """Whether a path begins with a drive or a server, as Windows writes them."""
+    """Whether a path starts with a drive or a server name, as on Windows."""
     return _WINDOWS.match(name) is not None
 
 
 def windows_hint(name: str, instead: str) -> str:
-    """What to say of a Windows path that no file has; nothing of another path.
+    """A hint for a Windows path that does not exist; empty for other paths.
 
     Args:
-        instead: how to write it.
+        name: the path.
+        instead: how to write it instead.
     """
-    return f"; it is a Windows path: write it {instead}" if is_windows_path(name) or "\\" in name else ""
+    return f"; this is a Windows path; write it {instead}" if is_windows_path(name) or "\\" in name else ""

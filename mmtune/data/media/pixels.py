@@ -1,4 +1,4 @@
-"""Pixels of every mode as 8-bit RGB: transparency on white, wide grey values through a window."""
+"""Conversion of every image mode to 8-bit RGB: transparency on white, grey values of more bits through a window."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Window = tuple[float, float]
-"""Grey values (low, high): low and less become 0, high and more become 255, in between is linear."""
+"""Grey values (low, high): values up to low map to 0, values from high to 255, and those between linearly."""
 
 WHITE = (255, 255, 255)
 ROWS_AT_ONCE = 256
-"""Rows of an image that are converted together: a float64 copy of a whole image may be hundreds of MB."""
+"""Image rows that are converted at once: a float64 copy of a whole image can take hundreds of MB."""
 
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
 UNSIGNED, WHITE_IS_ZERO = 1, 0
 SCALES = {"L;2": 85.0, "L;4": 17.0, "RGB;16B": 1 / 256}
-"""By a PNG's raw mode, by what Pillow multiplies its values when it decodes them. The transparent value it leaves as it is."""
+"""Factor by which Pillow multiplies the values of a PNG of this raw mode. It does not scale the transparent value."""
 
 
 def values_that_need_window(image: Image.Image) -> str | None:
-    """What values an image has whose range only a window can tell; None for one that needs no window.
+    """The type of an image's values if their range is unknown without a window; None if the image needs no window.
 
     Args:
         image: opened, not decoded.
@@ -37,21 +37,22 @@ def values_that_need_window(image: Image.Image) -> str | None:
 
 
 def to_rgb(image: Image.Image, window: Window | None = None) -> Image.Image:
-    """The decoded image in RGB, 8 bits a channel.
+    """Decode an image to RGB with 8 bits per channel.
 
     Transparency is composited on white: alpha x colour + (1 - alpha) x 255, rounded to the nearest integer. Grey
-    values of 16 bits (TIFF: and 12) keep their upper 8, or go through `window`. Images of 8 bits a channel take no window.
+    values of 16 bits (in TIFF also 12) keep their upper 8 bits, or are mapped by `window`. Images with 8 bits per channel
+    ignore the window.
 
     Args:
         image: opened, not decoded.
-        window: the grey values that become black and white.
+        window: the grey values that map to black and white.
     """
     transparent = _transparent_value(image)
     image.load()
     if image.mode.startswith(("I", "F")):
         values = _grey_values(image)
         bits = _tiff_tag(image, TIFF_BITS, 16)
-        grey = windowed(values, window) if window else (values >> (bits - 8)).astype(np.uint8)
+        grey = apply_window(values, window) if window else (values >> (bits - 8)).astype(np.uint8)
         if _tiff_tag(image, TIFF_PHOTOMETRIC, 1) == WHITE_IS_ZERO:
             grey = 255 - grey
         if transparent is not None:
@@ -59,7 +60,7 @@ def to_rgb(image: Image.Image, window: Window | None = None) -> Image.Image:
         return Image.fromarray(grey).convert("RGB")
     if transparent is not None:
         image.info["transparency"] = transparent
-    if image.mode == "La":  # Pillow converts it to nothing else
+    if image.mode == "La":  # Pillow can convert it to this mode only
         image = image.convert("LA")
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -69,17 +70,15 @@ def to_rgb(image: Image.Image, window: Window | None = None) -> Image.Image:
     return canvas
 
 
-def windowed(values: NDArray[Any], window: Window) -> NDArray[np.uint8]:
-    """Grey values mapped linearly from `window` to 0..255, clipped, rounded to the nearest integer, halves upwards.
-
-    What is not a number becomes 0.
+def apply_window(values: NDArray[Any], window: Window) -> NDArray[np.uint8]:
+    """Map grey values linearly from `window` to 0..255, clipped and rounded half up. NaN becomes 0.
 
     Args:
         values: shape (height, width), of any real dtype.
-        window: low and high, finite; where they are equal, what is above becomes 255 and the rest 0.
+        window: low and high, finite; if they are equal, larger values become 255 and the others 0.
 
     Raises:
-        ValueError: a window that is not finite.
+        ValueError: the window is not finite.
     """
     low, high = window
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -98,18 +97,18 @@ def windowed(values: NDArray[Any], window: Window) -> NDArray[np.uint8]:
 def _grey_values(image: Image.Image) -> NDArray[Any]:
     values = np.asarray(image)
     if image.format == "TIFF" and image.mode == "I" and _tiff_tag(image, TIFF_SAMPLE_FORMAT, UNSIGNED) == UNSIGNED:
-        return values.view(np.uint32)  # Pillow has no mode for it
+        return values.view(np.uint32)  # Pillow has no mode for unsigned 32-bit values
     return values
 
 
 def _tiff_tag(image: Image.Image, tag: int, otherwise: int) -> int:
-    """The first value of a TIFF tag; `otherwise` for one that is not there, and in every other format."""
+    """The first value of a TIFF tag; `otherwise` if there is no such tag, or for another format."""
     value = image.tag_v2.get(tag, otherwise) if image.format == "TIFF" else otherwise  # type: ignore[attr-defined]
     return int(value[0] if isinstance(value, tuple) else value)
 
 
 def _transparent_value(image: Image.Image) -> Any:
-    """A grey value or colour that is transparent, as the decoded pixels have it; None where there is none or a palette's."""
+    """The transparent grey value or colour, scaled like the decoded pixels; None if there is none, or for a palette."""
     value = image.info.get("transparency")
     if value is None or image.mode == "P":
         return None

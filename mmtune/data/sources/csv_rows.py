@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV files. A quoted field may hold line breaks, so records are indexed, and not lines."""
+"""Rows of CSV and TSV files. A quoted field may contain line breaks, so the index is of records, not of lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmtune.data.message import RowError
 from mmtune.data.sources.rows import MAX_ROW_BYTES, LazyRow, Row, text_lines, utf8_error_message
 from mmtune.utils.errors import UserError
 
-_BATCH = 256  # records that are found before the first of them is given
+_BATCH = 256  # records that are parsed together
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -51,7 +51,7 @@ class CsvRows:
 
 
 def stream_csv(path: Path, name: str) -> Iterator[LazyRow]:
-    """The same rows in order, read as they are asked for."""
+    """Stream the same rows in order, read on demand."""
     delimiter = DELIMITERS[path.suffix.lower()]
     with path.open("rb") as file:
         records = _records(file, path, delimiter)
@@ -61,24 +61,24 @@ def stream_csv(path: Path, name: str) -> Iterator[LazyRow]:
 
 
 def _records(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[int, int, bytes]]:
-    """Each record's first line, its offset in the file and its bytes; blank lines are none.
+    """The first line number, the file offset and the bytes of each record; blank lines are skipped.
 
-    The bytes are read as Latin-1, which leaves commas, quotes and line breaks where they are and never fails: a row that is not
-    UTF-8 is that row's fault and not the file's.
+    The bytes are decoded as Latin-1, which keeps commas, quotes and line breaks and never fails, so that a row with invalid
+    UTF-8 is an error of that row alone.
 
     Raises:
-        UserError: for a quoted field that never ends, which takes all the rest of the file with it.
+        UserError: a quoted field is not closed, so that the rest of the file would be part of it.
     """
-    taken: list[bytes] = []
+    pending: list[bytes] = []
 
     def lines() -> Iterator[str]:
         size = 0
         for line in text_lines(file, path):
-            size = len(line) + (size if taken else 0)
+            size = len(line) + (size if pending else 0)
             if size > MAX_ROW_BYTES:
-                reason = f"a quote in this row is not closed within {MAX_ROW_BYTES // 2**20} MiB"
-                raise UserError(f"{path}:{reader.line_num - len(taken) + 1}: {reason}")
-            taken.append(line)
+                reason = f"a quote in this row is not closed within {MAX_ROW_BYTES // 2**20} MiB; close it"
+                raise UserError(f"{path}:{reader.line_num - len(pending) + 1}: {reason}")
+            pending.append(line)
             yield line.decode("latin-1")
 
     reader = csv.reader(lines(), delimiter=delimiter)
@@ -86,35 +86,37 @@ def _records(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[int, 
     def records() -> Iterator[tuple[int, int, list[bytes], bool]]:
         line, offset = 1, 0
         for fields in reader:
-            yield line, offset, taken.copy(), bool(fields)
-            line, offset = line + len(taken), offset + sum(map(len, taken))
-            taken.clear()
+            yield line, offset, pending.copy(), bool(fields)
+            line, offset = line + len(pending), offset + sum(map(len, pending))
+            pending.clear()
 
-    found = records()
-    held: tuple[int, int, list[bytes]] | None = None
+    remaining = records()
+    previous: tuple[int, int, list[bytes]] | None = None
     while True:
         try:
             with _long_fields():
-                batch = list(islice(found, _BATCH))
-        except csv.Error as error:  # a carriage return alone, as very old line ends
+                batch = list(islice(remaining, _BATCH))
+        except csv.Error as error:  # a single carriage return, as in very old line ends
             raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from error
-        for line, offset, lines_of, filled in batch:
-            if held is not None:
-                yield held[0], held[1], b"".join(held[2])
-            held = (line, offset, lines_of) if filled else None
+        for line, offset, record_lines, has_fields in batch:
+            if previous is not None:
+                yield previous[0], previous[1], b"".join(previous[2])
+            previous = (line, offset, record_lines) if has_fields else None
         if not batch:
             break
-    if held is not None:
-        _check_closed(path, delimiter, *held)
-        yield held[0], held[1], b"".join(held[2])
+    if previous is not None:
+        _check_closed(path, delimiter, *previous)
+        yield previous[0], previous[1], b"".join(previous[2])
 
 
 def _check_closed(path: Path, delimiter: str, line: int, offset: int, lines: list[bytes]) -> None:
-    if len(lines) > 1:  # one line is no fault but its own row's
+    if len(lines) > 1:  # an unclosed quote within one line is an error of that row alone
         try:
             _parse(b"".join(lines).decode("latin-1"), delimiter)
         except csv.Error as error:
-            raise UserError(f"{path}:{line}: a quote in this row is never closed, and takes all that follows") from error
+            raise UserError(
+                f"{path}:{line}: a quote in this row is not closed, so that the rest of the file is part of it; close it"
+            ) from error
 
 
 def _parse(record: str, delimiter: str) -> list[str]:
@@ -128,17 +130,17 @@ def _header(path: Path, delimiter: str, records: Iterator[tuple[int, int, bytes]
         columns = _parse(record.decode("utf-8-sig"), delimiter)
     except (csv.Error, UnicodeDecodeError) as error:
         reason = utf8_error_message(error) if isinstance(error, UnicodeDecodeError) else error
-        raise UserError(f"{path}: cannot read its first line, the names of the columns: {reason}") from error
+        raise UserError(f"{path}: cannot read the column names in the first line: {reason}") from error
     other = next((each for each in ";\t|," if each != delimiter and each in columns[0]), None) if len(columns) == 1 else None
     if other is not None:
         raise UserError(
-            f"{path}: its first line is one column, {columns[0]!r}: {delimiter!r} separates columns in a {path.suffix} file, and "
-            f"this one seems to use {other!r}; save it with {delimiter!r}"
+            f"{path}: expected columns separated by {delimiter!r} in a {path.suffix} file, got one column {columns[0]!r}; the "
+            f"separator seems to be {other!r}; save the file with {delimiter!r}"
         )
-    twice = sorted(column for column, count in Counter(columns).items() if count > 1)
-    if twice or not all(column.strip() for column in columns):
-        fault = f"two columns are named '{twice[0]}'" if twice else "a column has no name"
-        raise UserError(f"{path}: {fault}; the first line names every column once")
+    duplicates = sorted(column for column, count in Counter(columns).items() if count > 1)
+    if duplicates or not all(column.strip() for column in columns):
+        problem = f"two columns are named '{duplicates[0]}'" if duplicates else "a column has no name"
+        raise UserError(f"{path}: {problem}; the first line must give every column its own name")
     return columns
 
 
@@ -150,13 +152,13 @@ def _row(name: str, line: int, columns: list[str], delimiter: str, record: bytes
         reason = utf8_error_message(error) if isinstance(error, UnicodeDecodeError) else error
         raise RowError(row_id, "row", f"not valid CSV: {reason}", "row_malformed") from error
     if len(fields) != len(columns):
-        raise RowError(row_id, "row", f"{len(fields)} fields for {len(columns)} columns", "row_malformed")
+        raise RowError(row_id, "row", f"expected {len(columns)} fields, one for each column, got {len(fields)}", "row_malformed")
     return row_id, dict(zip(columns, fields, strict=True))
 
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Fields as long as they come, an image in base64 among them. Python bounds them for the whole process, by a setting."""
+    """Allow fields of any length (an image in base64, for example). Python's limit is a setting of the whole process."""
     before = csv.field_size_limit(sys.maxsize)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Rows of data sets that the `datasets` library saved, or loads from the Hugging Face hub. No data set's own code is run."""
+"""Rows of data sets of the `datasets` library, saved on disk or on the Hugging Face hub. Loading scripts are never run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<config>
 
 
 class DatasetRows:
-    """The rows of a data set on disk, in arrow's own types: media stay `{"bytes", "path"}`, classes stay numbers."""
+    """The rows of a data set on disk as plain arrow values: media stay `{"bytes", "path"}`, class labels stay integers."""
 
     def __init__(self, dataset: datasets.Dataset, name: str) -> None:
         self._dataset = dataset.with_format("arrow")
@@ -36,57 +36,61 @@ class DatasetRows:
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Whether `datasets` saved a data set, or several splits of one, in this directory."""
+    """Whether this directory is a data set (or several splits) saved by `datasets`."""
     return path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file())
 
 
 def hub_repository(path: str) -> str | None:
-    """`org/name` of `org/name`, `org/name:split`, `org/name@config` or `org/name@config:split`; None of any other text."""
-    written = _HUB.fullmatch(path)
-    return written["id"] if written else None
+    """The repository id of `org/name`, `org/name:split`, `org/name@config` or `org/name@config:split`; None for other text."""
+    match = _HUB.fullmatch(path)
+    return match["id"] if match else None
 
 
 def open_saved(path: Path, name: str) -> DatasetRows:
-    """
+    """Open a data set saved by `datasets`.
+
     Raises:
-        UserError: several splits, or a directory that cannot be read.
+        UserError: the directory has several splits, or cannot be read.
     """
     import datasets
 
     if (path / "dataset_dict.json").is_file():
         splits = sorted(folder.name for folder in path.iterdir() if is_saved_dataset(folder))
         raise UserError(
-            f"{path}: holds the splits {', '.join(splits)}; name one of them, such as {path / splits[0] if splits else path}"
+            f"{path}: has several splits ({', '.join(splits)}); "
+            f"give the path of one of them, such as {path / splits[0] if splits else path}"
         )
     try:
         return DatasetRows(datasets.load_from_disk(str(path)), name)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read by datasets: {reason_of(error)}") from error
+        raise UserError(f"{path}: `datasets` cannot read it: {reason_of(error)}") from error
 
 
 def open_hub(path: str, name: str) -> DatasetRows:
-    """
+    """Download a data set from the hub (or load it from the local cache) and open it.
+
     Raises:
-        UserError: a data set, configuration or split that does not exist, one that needs code of its own, or no connection.
+        UserError: the data set, configuration or split does not exist, the data set needs a loading script, or there is no
+            connection.
     """
     return DatasetRows(_load(path, streaming=False), name)
 
 
 def stream_hub(path: str, name: str) -> Iterator[LazyRow]:
-    """The same rows in order, downloaded as they are asked for."""
+    """Stream the same rows in order, downloading on demand."""
     for index, row in enumerate(_load(path, streaming=True).decode(False)):
-        yield partial(_named, f"{name}[{index}]", row)
+        yield partial(_with_id, f"{name}[{index}]", row)
 
 
-def _named(row_id: str, row: Row) -> tuple[str, Row]:
+def _with_id(row_id: str, row: Row) -> tuple[str, Row]:
     return row_id, dict(row)
 
 
-def _cached(repository: str, config: str | None, split: str, streaming: bool, reason: str) -> Any:
-    """What an earlier `load_dataset` has prepared on this machine.
+def _load_cached(repository: str, config: str | None, split: str, streaming: bool, reason: str) -> Any:
+    """Load a data set that an earlier `load_dataset` stored in the local cache.
 
     Raises:
-        UserError: nothing, or not this configuration or split.
+        UserError: the cache does not contain this data set, configuration or split.
     """
     from datasets.packaged_modules.cache.cache import Cache
 
@@ -96,8 +100,8 @@ def _cached(repository: str, config: str | None, split: str, streaming: bool, re
         dataset = builder.as_dataset(split=split)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"there is no file or folder {repository}; {reason}; and the cache does not hold it ({str(error).splitlines()[0]}); "
-            f"give the path of a downloaded file, or HF_ENDPOINT for another hub{path_hint(Path(repository), only_close=True)}"
+            f"{repository}: no such file or folder; {reason}; and it is not in the local cache ({str(error).splitlines()[0]}); "
+            f"give the path of a downloaded file, or set HF_ENDPOINT to another hub{path_hint(Path(repository), only_close=True)}"
         ) from error
     print(f"{repository}: read from the local cache: {reason}")
     return dataset.to_iterable_dataset() if streaming else dataset
@@ -107,18 +111,20 @@ def _load(path: str, streaming: bool) -> Any:
     import datasets
     from huggingface_hub import is_offline_mode
 
-    found = _HUB.fullmatch(path)
-    assert found is not None
-    split = found["split"] or "train"
-    reason = None if is_offline_mode() else unreachable_reason(found["id"], "README.md", "dataset")
+    match = _HUB.fullmatch(path)
+    assert match is not None
+    split = match["split"] or "train"
+    reason = None if is_offline_mode() else unreachable_reason(match["id"], "README.md", "dataset")
     try:
         if reason is not None:
-            return _cached(found["id"], found["config"], split, streaming, reason)
-        return datasets.load_dataset(found["id"], found["config"], split=split, streaming=streaming)
+            return _load_cached(match["id"], match["config"], split, streaming, reason)
+        return datasets.load_dataset(match["id"], match["config"], split=split, streaming=streaming)
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
-        raise UserError(f"{path}: the data set is a program, and mmtune runs no remote code; convert it to parquet") from error
+        raise UserError(
+            f"{path}: the data set needs a loading script, and mmtune does not run remote code; convert it to parquet"
+        ) from error
     except (datasets.exceptions.DatasetsError, ConnectionError, OSError, ValueError) as error:
-        there = "" if not isinstance(error, ConnectionError) else "; the hub cannot be reached"
-        raise UserError(f"{path}: no such file, and no data set that can be loaded from the hub: {error}{there}") from error
+        hint = "; the hub cannot be reached" if isinstance(error, ConnectionError) else ""
+        raise UserError(f"{path}: no such file, and the hub data set cannot be loaded: {error}{hint}") from error

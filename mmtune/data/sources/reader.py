@@ -1,4 +1,4 @@
-"""One source of a recipe: its rows, their partners, and what turns each into a sample."""
+"""Source reader: the rows of one recipe source, joined with a second file, converted to samples."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mmtune.utils.errors import RecipeValueError, UserError, nearest
 
 
 class SourceReader:
-    """Rows of one source to samples: template, partners, prompts and few-shot examples.
+    """Converts the rows of one source to samples: data template, join, prompt settings and few-shot examples.
 
     Args:
         source: the recipe's source.
-        name: stands for the file in the rows' ids; None takes the file's own name.
+        name: the file name to use in row ids; None uses the file's own name.
 
     Raises:
-        UserError: an unknown template, a file that is missing or cannot be read, or a setting that the template does not support.
+        UserError: an unknown template, a missing or unreadable file, or a source setting that the template does not support.
     """
 
     def __init__(self, source: Source, name: str | None = None) -> None:
@@ -50,180 +50,185 @@ class SourceReader:
             self.ignored,
             source.image_placeholder == "add",
         )
-        self._partners = None if self.template.join is None else _Partners(self.template.join, source.join or source.path)
-        self._shots = None if source.shots is None else _Shots(source, source.shots, name)
+        join = self.template.join
+        self._join_table = None if join is None else _JoinTable(join, source.join or source.path)
+        self._shots = None if source.shots is None else _FewShotExamples(source, source.shots, name)
 
     def open(self) -> Rows:
-        """The rows by index; of those that `where` and the template's `leave_out_empty` let pass, the first `limit`."""
+        """Open the rows by index: the first `limit` rows that pass `where` and the template's `leave_out_empty`."""
         rows = open_rows(self.source.path, self._name, rows=self.template.rows)
-        chosen: Sequence[int] = range(len(rows))
-        if self._chooses:
-            chosen = [index for index in chosen if self._wanted(partial(rows.__getitem__, index))]
-            if not chosen:
-                wanted = [*([_spelt(self.source.where)] if self.source.where else []), self.template.leave_out_empty]
-                raise UserError(f"{self.source.path}: no row has {' and '.join(filter(None, wanted))}")
-        return _Chosen(rows, chosen[: self.source.limit])
+        indices: Sequence[int] = range(len(rows))
+        if self._has_filter:
+            indices = [index for index in indices if self._passes_filter(partial(rows.__getitem__, index))]
+            if not indices:
+                where = [f"`where: {_format_where(self.source.where)}`"] if self.source.where else []
+                not_empty = [f"a `{field}` that is not empty" for field in (self.template.leave_out_empty,) if field]
+                raise UserError(f"{self.source.path}: no row matches {' and '.join([*where, *not_empty])}")
+        return _RowSubset(rows, indices[: self.source.limit])
 
     def stream(self) -> Iterator[LazyRow]:
-        """The same rows in turn, each parsed when it is called for; with `where`, parsed once more to be chosen."""
+        """Stream the same rows, each parsed on demand; with `where`, each row is parsed once more for the filter."""
         rows = stream_rows(self.source.path, self._name, rows=self.template.rows, watch=self._watch)
-        return islice(filter(self._wanted, rows) if self._chooses else rows, self.source.limit)
+        return islice(filter(self._passes_filter, rows) if self._has_filter else rows, self.source.limit)
 
     def sample(self, row_id: str, row: Row, visit: int = 0) -> Sample:
-        """The sample of a row, its few-shot examples before it.
+        """Convert a row to a sample, with its few-shot examples before the question.
 
         Args:
-            row_id: of the row.
-            row: as the source holds it.
-            visit: how many times the row has trained before, for the draws of `augment`.
+            row_id: the row's id.
+            row: the row as read from the file.
+            visit: how many times the run used this row before; every visit draws a new augmentation.
 
         Raises:
-            RowError: for a row, or an example drawn for it, that cannot be read.
+            RowError: the row, or a few-shot example drawn for it, cannot be converted.
         """
-        sample = self._alone(row_id, row, visit)
+        sample = self._sample_without_shots(row_id, row, visit)
         if self._shots is None:
             return sample
         start = 1 if sample.messages[0]["role"] == "system" else 0
-        examples = [message for example in self._shots.drawn(row_id, row) for message in example]
+        examples = [message for example in self._shots.draw_for(row_id, row) for message in example]
         return replace(sample, messages=[*sample.messages[:start], *examples, *sample.messages[start:]])
 
-    def _alone(self, row_id: str, row: Row, visit: int) -> Sample:
-        joined = row if self._partners is None else self._partners.join(row_id, row)
+    def _sample_without_shots(self, row_id: str, row: Row, visit: int) -> Sample:
+        joined = row if self._join_table is None else self._join_table.join(row_id, row)
         images = replace(self._images, visit=visit)
         return replace(self.template.sample(row_id, joined, self.rules, self._prompting, images), source=self.source.path)
 
     @property
-    def _chooses(self) -> bool:
+    def _has_filter(self) -> bool:
         return bool(self.source.where) or self.template.leave_out_empty is not None
 
-    def _wanted(self, parse: LazyRow) -> bool:
+    def _passes_filter(self, parse: LazyRow) -> bool:
         try:
             _, row = parse()
         except RowError:
-            return True  # it is met again, and counted, where it is read
-        needed = self.template.leave_out_empty
-        if needed is not None and row.get(needed) == []:
+            return True  # the error is raised again, and counted, when the row is read
+        not_empty = self.template.leave_out_empty
+        if not_empty is not None and row.get(not_empty) == []:
             return False
-        return all(_is_among(lookup(row, field), value) for field, value in (self.source.where or {}).items())
+        return all(_equals_any(lookup(row, field), value) for field, value in (self.source.where or {}).items())
 
 
-class _Chosen:
-    """Some of the rows of a file, by index, under their own ids."""
+class _RowSubset:
+    """Selected rows of a file. Row ids stay those of the file."""
 
-    def __init__(self, rows: Rows, chosen: Sequence[int]) -> None:
+    def __init__(self, rows: Rows, indices: Sequence[int]) -> None:
         self._rows = rows
-        self._chosen = chosen
+        self._indices = indices
 
     def __len__(self) -> int:
-        return len(self._chosen)
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> tuple[str, Row]:
-        return self._rows[self._chosen[index]]
+        return self._rows[self._indices[index]]
 
 
-class _Partners:
-    """Another list, looked up by the value of one field. Only that value and the row's place are kept in memory."""
+class _JoinTable:
+    """A second list of rows, looked up by the value of one field. Only the values and the row indices are kept in memory."""
 
     def __init__(self, join: Join, path: str) -> None:
         self._join = join
         self._path = path
         self._rows = open_rows(path, rows=join.rows)
         self._field = join.to or join.by
-        self._places: dict[int | str, int] = {}
-        self._several: set[int | str] = set()
-        for place in range(len(self._rows)):
+        self._indices: dict[int | str, int] = {}
+        self._duplicates: set[int | str] = set()
+        for index in range(len(self._rows)):
             try:
-                _, partner = self._rows[place]
+                _, joined_row = self._rows[index]
             except RowError as error:
                 raise UserError(f"join: {error}") from error
-            key = _key(partner.get(self._field))
-            if key is not None and self._places.setdefault(key, place) != place:
-                self._several.add(key)
+            key = _join_key(joined_row.get(self._field))
+            if key is not None and self._indices.setdefault(key, index) != index:
+                self._duplicates.add(key)
 
     def join(self, row_id: str, row: Row) -> Row:
-        """The row with its partner under `joined`.
+        """The row with the matching row of the second list under `joined`.
 
         Raises:
-            RowError: when it has no partner, or more than one.
+            RowError: no row matches, or more than one.
         """
         field, value = self._join.by, row.get(self._join.by)
-        key = _key(value)
+        key = _join_key(value)
         if key is None:
             raise RowError(
                 row_id,
                 field,
-                f"expected a number or text that names a row of {self._path}, found {value!r}"[:300],
+                f"expected an integer or text that identifies a row of {self._path}, got {value!r}"[:300],
                 "field_type" if field in row else "field_missing",
             )
         if "joined" in row:
             raise RowError(
-                row_id, "joined", "the row has a field of this name, which is where its partner would be", "field_type"
+                row_id, "joined", "the row already has a field `joined`, which the join would overwrite; rename it", "field_type"
             )
-        if key not in self._places or key in self._several:
-            many = "several rows have" if key in self._several else "no row has"
-            raise RowError(row_id, field, f"{many} {self._field} {value!r} in {self._path}"[:400], "partner_missing")
-        return {**row, "joined": self._rows[self._places[key]][1]}
+        if key not in self._indices or key in self._duplicates:
+            count = "several rows" if key in self._duplicates else "no row"
+            detail = f"expected one row with {self._field}: {value!r} in {self._path}, found {count}"
+            raise RowError(row_id, field, detail[:400], "partner_missing")
+        return {**row, "joined": self._rows[self._indices[key]][1]}
 
 
-class _Shots:
-    """Few-shot examples: other rows of a named file, as turns that come before the question."""
+class _FewShotExamples:
+    """Few-shot examples: other rows, of the same or another file, as turns before the question."""
 
     def __init__(self, source: Source, shots: Shots, name: str | None) -> None:
-        own = shots.path == source.path
         self._count = shots.count
         self._path = shots.path
-        self._same_file = own
+        self._same_file = shots.path == source.path
         self._seed = source.seed
-        self._reader = SourceReader(_source_of(source, shots), name if own else None)
+        self._reader = SourceReader(_shots_source(source, shots), name if self._same_file else None)
         self._rows = self._reader.open()
-        if len(self._rows) < self._count + (own and shots.where is None):
-            raise UserError(f"shots: {shots.path} holds {len(self._rows)} rows, too few for {self._count} examples of other rows")
+        needed = self._count + (self._same_file and shots.where is None)  # the row itself is not its own example
+        if len(self._rows) < needed:
+            raise UserError(
+                f"shots: {shots.path}: expected at least {needed} rows for {self._count} examples, got {len(self._rows)}; "
+                "lower `shots.count`"
+            )
 
-    def drawn(self, row_id: str, row: Row) -> list[list[dict[str, Any]]]:
-        """The messages of each example, a system message left out.
+    def draw_for(self, row_id: str, row: Row) -> list[list[dict[str, Any]]]:
+        """Draw examples for a row: the messages of each, without system messages.
 
         Raises:
-            RowError: when an example cannot be read, or too few of the rows differ from this one.
+            RowError: an example cannot be converted, or too few rows differ from this one.
         """
         examples: list[list[dict[str, Any]]] = []
-        for place in _permutation(len(self._rows), self._seed, row_id):
+        for index in _lazy_permutation(len(self._rows), self._seed, row_id):
             if len(examples) == self._count:
                 break
             try:
-                other_id, other = self._rows[place]
+                other_id, other = self._rows[index]
                 if other == row or (self._same_file and other_id == row_id):
                     continue
                 messages = self._reader.sample(other_id, other).messages
             except RowError as error:
-                raise RowError(row_id, "shots", f"the example {error}", error.issue) from error
+                raise RowError(row_id, "shots", f"few-shot example: {error}", error.issue) from error
             examples.append([message for message in messages if message["role"] != "system"])
         if len(examples) < self._count:
-            raise RowError(
-                row_id, "shots", f"{self._path} holds {len(examples)} rows unlike this one, not {self._count}", "shots_too_few"
-            )
+            detail = f"{self._path}: expected {self._count} rows that differ from this one, got {len(examples)}"
+            raise RowError(row_id, "shots", detail, "shots_too_few")
         return examples
 
 
-def _permutation(count: int, seed: int, row_id: str) -> Iterator[int]:
-    """Lazy random permutation of the indices, by seed and row id: O(k) for the first k items."""
+def _lazy_permutation(count: int, seed: int, row_id: str) -> Iterator[int]:
+    """Lazy random permutation of the indices, fixed by the seed and the row id; O(k) for the first k items of a long list."""
     seen: set[int] = set()
-    turn = 0
+    attempt = 0
     while len(seen) < count:
-        index = int(draw(seed, row_id, "shots", turn) * count)
-        turn += 1
+        index = int(draw(seed, row_id, "shots", attempt) * count)
+        attempt += 1
         if index not in seen:
             seen.add(index)
             yield index
 
 
-def _source_of(source: Source, shots: Shots) -> Source:
-    """The source that few-shot examples are read by: the shots' own keys, and the source's where they mean the same."""
-    own, template = shots.path == source.path, shots.template or source.template
+def _shots_source(source: Source, shots: Shots) -> Source:
+    """The source settings for few-shot examples: the keys of `shots`, and those of the source that apply to the same file."""
+    same_file, template = shots.path == source.path, shots.template or source.template
     settings: dict[str, Any] = {
         "path": shots.path,
         "template": template,
-        "media_root": shots.media_root or (source.media_root if own else None),
-        "join": shots.join or (source.join if own else None),
+        "media_root": shots.media_root or (source.media_root if same_file else None),
+        "join": shots.join or (source.join if same_file else None),
         "where": shots.where,
         "limit": None,
         "shots": None,
@@ -236,54 +241,56 @@ def _source_of(source: Source, shots: Shots) -> Source:
 
 
 def check_source(source: Source) -> DataTemplate:
-    """A source's template, checked to be one that can do what the source asks of it. No row is read.
+    """Load a source's template and check that it supports the settings of the source. No row is read.
 
     Raises:
-        UserError: the template is unknown or invalid.
-        RecipeValueError: the template does not support a setting of the source; its key is the setting's.
+        UserError: an unknown or invalid template.
+        RecipeValueError: the template does not support a source setting; its key is that of the setting.
     """
     template = load_data_template(source.template)
     name, verbalizer, join = source.template, template.verbalizer, template.join
     if source.image_placeholder == "add" and (template.conversation is None or template.images is None):
-        raise RecipeValueError("image_placeholder", f"the template {name} puts images into no conversation of the rows'")
+        raise RecipeValueError(
+            "image_placeholder", f"`add` needs a template with `conversation` and `images`, and {name} does not have both"
+        )
     if source.shuffle_options and template.options is None:
-        raise RecipeValueError("shuffle_options", f"the template {name} declares no options to shuffle")
+        raise RecipeValueError("shuffle_options", f"the template {name} has no `options` section; remove the line")
     if source.verbalizer is not None and verbalizer is None:
-        raise RecipeValueError("verbalizer", f"the template {name} declares no labels to put into words")
+        raise RecipeValueError("verbalizer", f"the template {name} has no `verbalizer` section; remove the line")
     for value in source.values or {}:
         if value not in template.values:
-            hint = nearest(value, set(template.values)) if template.values else "; it has none"
-            raise RecipeValueError("values", f"the template {name} has no value '{value}'{hint}")
+            hint = nearest(value, set(template.values)) if template.values else "; the template has no `values` section"
+            raise RecipeValueError("values", f"unknown value '{value}' of the template {name}{hint}")
     if source.join is not None and (join is None or join.same_file):
-        raise RecipeValueError("join", f"the template {name} reads no second file")
+        raise RecipeValueError("join", f"the template {name} does not join a second file; remove the line")
     if source.join is None and join is not None and not join.same_file:
-        raise RecipeValueError("join", f"the template {name} needs a second file; name it in the source: join: FILE")
-    if source.augment is not None and source.augment.moves and (written := template.undeclared_boxes()):
+        raise RecipeValueError("join", f"the template {name} joins a second file; add a line to the source: join: FILE")
+    if source.augment is not None and source.augment.moves and (column := template.undeclared_boxes()):
         raise RecipeValueError(
             "augment",
-            f"{source.path}: resize, crop and flip move the image, and the template {name} writes '{written}' into its "
-            "text as it is; declare it in the template (`boxes`), or take these out of `augment`",
+            f"{source.path}: resize, crop and flip would move the image but not the box '{column}', which the template "
+            f"{name} writes into its text; declare the box in the template (`boxes`), or remove these three from `augment`",
         )
     if source.shots is not None:
-        check_source(_source_of(source, source.shots))
+        check_source(_shots_source(source, source.shots))
     return template
 
 
-def _key(value: Any) -> int | str | None:
-    """Whole numbers and texts name partners; 1 and "1" are two names, and true is none."""
+def _join_key(value: Any) -> int | str | None:
+    """The value if it can identify a row: an integer or text, not a boolean; 1 and "1" are different keys."""
     return value if isinstance(value, (int, str)) and not isinstance(value, bool) else None
 
 
-def _is_among(value: Any, wanted: Any) -> bool:
-    return any(type(value) is type(item) and value == item for item in (wanted if isinstance(wanted, list) else [wanted]))
+def _equals_any(value: Any, expected: Any) -> bool:
+    return any(type(value) is type(item) and value == item for item in (expected if isinstance(expected, list) else [expected]))
 
 
-def _spelt(where: Mapping[str, Any]) -> str:
+def _format_where(where: Mapping[str, Any]) -> str:
     return ", ".join(f"{field}: {value!r}" for field, value in where.items())
 
 
 def example_rows(template: DataTemplate, count: int) -> list[Row]:
-    """Copies of a template's example row. They differ in a field that no template reads: each can be an example of another."""
+    """Copies of a template's example row. They differ in an unused field, so that one can be a few-shot example of another."""
     rows = [{**template.example, "copy": number} for number in range(count)]
     if template.rows == "*":
         key = template.example.get("__key__", "row")
@@ -292,31 +299,32 @@ def example_rows(template: DataTemplate, count: int) -> list[Row]:
 
 
 def write_rows(template: DataTemplate, rows: Sequence[Row], path: Path) -> dict[str, str]:
-    """Write rows, each with its partner, in the layout that a template reads.
+    """Write rows, and the rows joined with them, in the file structure that a template reads.
 
     Args:
         template: the template that will read them.
-        rows: as the template's example is.
+        rows: rows like the template's example.
         path: a `.json` file.
 
     Returns:
-        The keys of a source: `path`, and `join` where the template reads a second file.
+        The keys of a source: `path`, and `join` if the template joins a second file.
     """
-    partners = {row["joined"][join.to or join.by]: row["joined"] for row in rows} if (join := template.join) else {}
-    document = _laid_out(template.rows, [{name: value for name, value in row.items() if name != "joined"} for row in rows])
+    joined = {row["joined"][join.to or join.by]: row["joined"] for row in rows} if (join := template.join) else {}
+    document = _to_document(template.rows, [{name: value for name, value in row.items() if name != "joined"} for row in rows])
     keys = {"path": str(path)}
     if join is not None:
-        beside = _laid_out(join.rows, list(partners.values()))
+        joined_document = _to_document(join.rows, list(joined.values()))
         if join.same_file:
-            document |= beside
+            document |= joined_document
         else:
             keys["join"] = str(path.with_stem(f"{path.stem}_joined"))
-            Path(keys["join"]).write_text(json.dumps(beside, ensure_ascii=False), encoding="utf-8")
+            Path(keys["join"]).write_text(json.dumps(joined_document, ensure_ascii=False), encoding="utf-8")
     path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     return keys
 
 
-def _laid_out(layout: str | None, rows: list[Row]) -> Any:
-    if layout == "*":
+def _to_document(rows_key: str | None, rows: list[Row]) -> Any:
+    """The JSON document from which a template with `rows: rows_key` reads these rows."""
+    if rows_key == "*":
         return {row["__key__"]: {name: value for name, value in row.items() if name != "__key__"} for row in rows}
-    return rows if layout is None else {layout: rows}
+    return rows if rows_key is None else {rows_key: rows}

@@ -1,4 +1,4 @@
-"""What every source of rows gives, and JSON as all of them read it."""
+"""Row types shared by all readers, and strict JSON parsing."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from mmtune.utils.errors import UserError
 Row = dict[str, Any]
 
 ID_FIELDS = ("id", "question_id", "questionId", "sample_id", "uid", "__key__")
-"""Fields by which rows are known in their own data set."""
+"""Fields that commonly hold a row's id in its data set."""
 
 MAX_DEPTH = 100
-"""Deepest nesting of lists and objects in a row's JSON. Code that walks or prints a value recurses within Python's limit."""
+"""Maximum nesting of lists and objects in a row's JSON, so that recursive code stays within Python's recursion limit."""
 
 MAX_ROW_BYTES = 256 * 2**20
-"""Longest row of a text file, and longest text of a shard's row."""
+"""Maximum size of a row of a text file, and of a text member of a shard."""
 
 LazyRow = Callable[[], tuple[str, Row]]
-"""One row of a stream: its id and the row when called, so that a row that is skipped is never parsed. Raises RowError."""
+"""A row of a stream: returns the id and the row when called, so that skipped rows are never parsed. Raises RowError."""
 
 
 class Rows(Protocol):
-    """Rows by index, each with an id that a person can find again."""
+    """Rows by index, each with an id that names its file and position."""
 
     def __len__(self) -> int: ...
 
@@ -35,35 +35,41 @@ class Rows(Protocol):
         """The id and the row.
 
         Raises:
-            RowError: a row that cannot be read.
+            RowError: the row cannot be read.
         """
         ...
 
 
 def id_in_dataset(row: Row) -> str | int | None:
-    """The id by which a row is known in its own data set; None where it has none."""
-    given = next((row[name] for name in ID_FIELDS if name in row), None)
-    return given if isinstance(given, (str, int)) and given != "" else None
+    """The value of the first of `ID_FIELDS` that the row has; None if there is none, or it is not a text or an integer."""
+    value = next((row[name] for name in ID_FIELDS if name in row), None)
+    return value if isinstance(value, (str, int)) and value != "" else None
 
 
 def parse_json(row_id: str, field: str, text: bytes) -> Any:
-    """A JSON value in UTF-8, read strictly: a row that another reader could take for something else is refused.
+    """Parse a JSON value in UTF-8 strictly: what other parsers could read differently is an error.
 
     Raises:
-        RowError: no JSON or no UTF-8, NaN or Infinity, a number no float holds, a key that comes twice, or too deep a nesting.
+        RowError: invalid JSON or UTF-8, NaN or Infinity, a number out of range, a duplicate key, or too deep nesting.
     """
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_reject_constant, parse_float=_finite_float
+        )
     except json.JSONDecodeError as error:
-        raise RowError(row_id, field, _not_json(error), "row_not_json") from error
+        raise RowError(row_id, field, _json_error_message(error), "row_not_json") from error
     except UnicodeDecodeError as error:
         raise RowError(row_id, field, f"not valid JSON: {utf8_error_message(error)}", "row_not_json") from error
-    except ValueError as error:  # a key that comes twice, no finite number, or one with thousands of digits
+    except ValueError as error:  # a duplicate key, a number that is not finite, or one with thousands of digits
         raise RowError(row_id, field, f"not valid JSON: {error}", "row_not_json") from error
     except RecursionError as error:
-        raise RowError(row_id, field, f"nested too deeply, more than {MAX_DEPTH} levels", "row_not_json") from error
+        raise RowError(
+            row_id, field, f"expected at most {MAX_DEPTH} levels of nested lists and objects, got more", "row_not_json"
+        ) from error
     if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _is_too_deep(value):
-        raise RowError(row_id, field, f"nested too deeply, more than {MAX_DEPTH} levels", "row_not_json")
+        raise RowError(
+            row_id, field, f"expected at most {MAX_DEPTH} levels of nested lists and objects, got more", "row_not_json"
+        )
     return value
 
 
@@ -82,55 +88,56 @@ def text_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
     """The lines of a file.
 
     Raises:
-        UserError: a line longer than a row may be, as in a binary file.
+        UserError: a line is longer than `MAX_ROW_BYTES`, as in a binary file.
     """
     number = 0
     while line := file.readline(MAX_ROW_BYTES + 1):
         number += 1
         if len(line) > MAX_ROW_BYTES:
-            raise UserError(f"{path}:{number}: a line of more than {MAX_ROW_BYTES // 2**20} MiB, the longest row that is read")
+            raise UserError(f"{path}:{number}: expected a row of at most {MAX_ROW_BYTES // 2**20} MiB, got a longer line")
         yield line
 
 
 def utf8_error_message(error: UnicodeDecodeError) -> str:
-    """What to say of bytes that are not UTF-8."""
+    """The message for bytes that are not UTF-8."""
     before = error.object[max(0, error.start - 20) : error.start].decode("utf-8", "replace")
-    return f"not valid UTF-8: byte {error.object[error.start]:#04x} behind {before!r}; save the file as UTF-8"
+    return f"not valid UTF-8: byte {error.object[error.start]:#04x} after {before!r}; save the file as UTF-8"
 
 
-def _not_json(error: json.JSONDecodeError) -> str:
-    """What is wrong with a text; where it stands in the file only its reader knows."""
+def _json_error_message(error: json.JSONDecodeError) -> str:
+    """The message for invalid JSON, with the position in the row; the caller knows the position in the file."""
     if error.msg == "Expecting value" and not error.doc[: error.pos].strip():
-        return f"not JSON: the text is {error.doc.strip()[:60]!r}, expected an object {{...}}"
+        return f"not valid JSON: expected an object {{...}}, got {error.doc.strip()[:60]!r}"
     around = error.doc[max(0, error.pos - 20) : error.pos + 20]
     return f"not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1} of the row, in {around!r}"
 
 
 def expect_object(row_id: str, value: Any) -> Row:
-    """
+    """The row, checked to be an object.
+
     Raises:
-        RowError: for a row that is no object.
+        RowError: the row is not an object.
     """
     if not isinstance(value, dict):
-        raise RowError(row_id, "row", f"expected an object, found {type(value).__name__}", "row_not_object")
+        raise RowError(row_id, "row", f"expected an object, got {type(value).__name__}", "row_not_object")
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
     for key, value in pairs:
-        if key in made:
-            raise ValueError(f"the key {key[:100]!r} comes twice in one object")
-        made[key] = value
-    return made
+        if key in result:
+            raise ValueError(f"duplicate key {key[:100]!r} in one object")
+        result[key] = value
+    return result
 
 
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is no JSON value")
+def _reject_constant(word: str) -> Any:
+    raise ValueError(f"{word} is not a JSON value")
 
 
-def _finite(digits: str) -> float:
+def _finite_float(digits: str) -> float:
     number = float(digits)
     if math.isinf(number):
-        raise ValueError(f"{digits[:40]} is larger than any float")
+        raise ValueError(f"{digits[:40]} is out of the range of a float")
     return number

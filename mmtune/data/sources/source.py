@@ -1,7 +1,7 @@
-"""Rows of every format, by index or as a stream, each with an id that a person can find again.
+"""Row sources: opening files and data sets of every format, by index or as a stream.
 
-Which reader serves is decided by the path alone: a file by its ending, a glob or brace list of such files, a folder of them, a
-directory that `datasets` saved, or a data set on the hub.
+The path alone decides which reader is used: a file (by its extension), a glob or brace list of files, a folder of files, a
+directory saved by `datasets`, or a data set on the hub. Every row has an id that names its file and position.
 """
 
 from __future__ import annotations
@@ -48,28 +48,28 @@ _STREAM: dict[str, Callable[[Path, str], Iterator[LazyRow]]] = {
     ".tar": stream_tar,
 }
 ENDINGS = (".json", *_OPEN)
-"""The files that can be read."""
+"""File extensions that can be read."""
 
-_PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 _TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
-_BYTE_ORDER_MARKS = {  # that of UTF-32 begins as that of UTF-16 does
+_BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with the mark of UTF-16
     b"\xff\xfe\0\0": "UTF-32",
     b"\0\0\xfe\xff": "UTF-32",
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-_NO_ROWS = {
-    b"version https://git-lfs": "a pointer of Git LFS and not the file itself; fetch it: git lfs pull",
-    b"<!doctype html": "a web page and not a file of rows; download the file itself",
-    b"<html": "a web page and not a file of rows; download the file itself",
+_NOT_DOWNLOADED = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch it: git lfs pull",
+    b"<!doctype html": "a web page, not a file of rows; download the file itself",
+    b"<html": "a web page, not a file of rows; download the file itself",
 }
-"""How files begin that were not downloaded, in lower case, and what they are."""
+"""First bytes (lower case) of files that were not really downloaded, and what such a file is."""
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 class FileWatch:
-    """Notices that a file is no longer what it was when first looked at: rows would be read from places where others stand."""
+    """Detects that a file changed after it was first read: its row offsets would then point at other rows."""
 
     def __init__(self) -> None:
         self._first: dict[Path, tuple[int, int]] = {}
@@ -77,19 +77,19 @@ class FileWatch:
     def check(self, file: Path) -> None:
         """
         Raises:
-            UserError: its size or its time of change is another, or it is gone.
+            UserError: the size or the modification time changed, or the file was removed.
         """
         try:
             status = file.stat()
         except OSError as error:
-            raise UserError(f"{file}: cannot be read any more: {error.strerror}") from error
+            raise UserError(f"{file}: can no longer be read: {error.strerror}") from error
         now = (status.st_size, status.st_mtime_ns)
         if self._first.setdefault(file, now) != now:
-            raise UserError(f"{file}: changed since it was opened, and its rows are others; keep it as it is while it is read")
+            raise UserError(f"{file}: changed since it was opened; do not modify the file while a run reads it")
 
 
 class WatchedRows:
-    """The rows of a file, as long as it stays what it was."""
+    """The rows of a file that must not change while it is read."""
 
     def __init__(self, file: Path, open_file: Callable[[], Rows]) -> None:
         self._file = file
@@ -101,65 +101,68 @@ class WatchedRows:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[str, Row]:
-        """As the file's reader gives it.
+        """The id and the row, from the file's reader.
 
         Raises:
-            UserError: the file has changed.
+            UserError: the file changed.
         """
         self._watch.check(self._file)
         return self._rows[index]
 
 
 def open_rows(path: str | Path, name: str | None = None, rows: str | None = None) -> Rows:
-    """The rows of a source, by index.
+    """Open the rows of a source for access by index.
 
     Args:
         path: a file; a glob (`*`, `?`, `[...]`, `**`) or brace list (`shard-{000..003}.tar`, `{a,b}.jsonl`) of files, sorted by
-            name; a folder of files of one ending; a directory that `datasets` saved; or a hub id, `org/name@config:split`, where
-            the configuration may be left out, and so may the split, which then is train.
-        name: stands for the file in the rows' ids; None takes the file's own name. Of several files, those that lie in one
-            folder with others of the same name elsewhere are told apart by what precedes the pattern in `name`.
-        rows: of a `.json` file that holds an object: the key of the list to read, or `"*"` to read every key as a row, with the
-            key added as `__key__`.
+            name; a folder of files with the same extension; a directory saved by `datasets`; or a hub id,
+            `org/name@config:split`. The configuration and the split are optional; the default split is train.
+        name: the file name to use in row ids; None uses the file's own name. For several files, the folders before the pattern
+            in `name` come first in the ids, so that files with the same name in different folders have different ids.
+        rows: for a `.json` file with an object: the key of the list to read, or `"*"` to read the value of every key as a row,
+            with the key added as `__key__`.
 
     Raises:
-        UserError: a missing file, an unknown ending, a file that does not parse, or one without rows.
+        UserError: a missing file, an unknown file extension, a file that cannot be parsed, or a file without rows.
     """
-    files = _files_of(str(path), name)
-    opened = [_open_file(file, named, rows) for file, named in files] if files else [_open_other(str(path), name, rows)]
-    made = opened[0] if len(opened) == 1 else ConcatenatedRows(opened)
-    if len(made) == 0:
-        raise UserError(f"{path}: holds no rows")
-    return made
+    files = _resolve_files(str(path), name)
+    if files:
+        parts = [_open_file(file, file_name, rows) for file, file_name in files]
+    else:
+        parts = [_open_dataset(str(path), name, rows)]
+    opened = parts[0] if len(parts) == 1 else ConcatenatedRows(parts)
+    if len(opened) == 0:
+        raise UserError(f"{path}: has no rows")
+    return opened
 
 
 def stream_rows(
     path: str | Path, name: str | None = None, rows: str | None = None, watch: FileWatch | None = None
 ) -> Iterator[LazyRow]:
-    """The same rows in the same order with the same ids, read as they are asked for and without an index of the whole.
+    """Stream the rows of a source: the same rows, order and ids as `open_rows`, read on demand and without an index.
 
     Args:
-        path: as `open_rows`. A hub id is downloaded as it is read.
-        name: as `open_rows`.
-        rows: as `open_rows`.
-        watch: of who reads the same files several times.
+        path: as in `open_rows`. A hub data set is downloaded while it is read.
+        name: as in `open_rows`.
+        rows: as in `open_rows`.
+        watch: shared by several passes over the same files, to detect changes between them.
 
-    Returns:
-        A function for every row, which parses it: what is skipped is never parsed. A RowError comes from calling it.
+    Yields:
+        For every row a function that parses it, so that skipped rows are never parsed. The function can raise a RowError.
 
     Raises:
-        UserError: as `open_rows`, at the latest where the fault lies in the file.
+        UserError: as in `open_rows`; for an error inside a file, when the stream reaches it.
     """
-    found = False
-    for item in _stream(str(path), name, rows, watch or FileWatch()):
-        found = True
-        yield item
-    if not found:
-        raise UserError(f"{path}: holds no rows")
+    is_empty = True
+    for lazy_row in _stream(str(path), name, rows, watch or FileWatch()):
+        is_empty = False
+        yield lazy_row
+    if is_empty:
+        raise UserError(f"{path}: has no rows")
 
 
 def default_media_root(path: str | Path) -> Path:
-    """Where the media of a source lie that says nothing of it: beside its file or files, or in its folder."""
+    """The media root of a source that does not set `media_root`: the folder of its files."""
     text = str(path)
     if Path(text).is_dir():
         return Path(text)
@@ -169,23 +172,23 @@ def default_media_root(path: str | Path) -> Path:
 
 
 def is_missing_path(path: str) -> bool:
-    """Whether a source's path names a local file or folder that is not there."""
+    """Whether a source's path is a local file or folder that does not exist."""
     return not Path(path).exists() and not _has_pattern(path) and not _is_hub(path, None)
 
 
 def data_files(path: str | Path) -> list[Path]:
-    """The files that a source's path stands for, a saved data set's too; none for rows on the hub.
+    """All local files of a source, including those of a saved data set; empty for a data set on the hub.
 
     Raises:
-        UserError: a pattern without files, or a folder without files of rows.
+        UserError: a pattern that matches no file, or a folder without data files.
     """
     if is_saved_dataset(Path(path)):
         return sorted(file for file in Path(path).rglob("*") if file.is_file())
-    return [file for file, _ in _files_of(str(path), None)]
+    return [file for file, _ in _resolve_files(str(path), None)]
 
 
 class ConcatenatedRows:
-    """The rows of several files, one file after the other."""
+    """The rows of several files, concatenated in order."""
 
     def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts = parts
@@ -195,25 +198,26 @@ class ConcatenatedRows:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> tuple[str, Row]:
-        """The id in its own file, and the row."""
+        """The row and its id, which names the file it comes from."""
         index = range(len(self))[index]
         part = bisect_right(self._ends, index)
         return self._parts[part][index - self._ends[part] + len(self._parts[part])]
 
 
 def _stream(path: str, name: str | None, rows: str | None, watch: FileWatch) -> Iterator[LazyRow]:
-    files = _files_of(path, name)
-    for file, named in files:
+    files = _resolve_files(path, name)
+    for file, file_name in files:
         _check_file(file, rows)
         watch.check(file)
-        json = file.suffix.lower() == ".json"
-        for item in stream_json(file, named, rows) if json else _STREAM[file.suffix.lower()](file, named):
+        suffix = file.suffix.lower()
+        file_rows = stream_json(file, file_name, rows) if suffix == ".json" else _STREAM[suffix](file, file_name)
+        for lazy_row in file_rows:
             watch.check(file)
-            yield item
+            yield lazy_row
     if not files and _is_hub(path, rows):
         yield from stream_hub(path, name or path)
     elif not files:
-        opened = _open_other(path, name, rows)
+        opened = _open_dataset(path, name, rows)
         yield from (partial(opened.__getitem__, index) for index in range(len(opened)))
 
 
@@ -225,65 +229,67 @@ def _open_file(file: Path, name: str, rows: str | None) -> Rows:
 
 
 def _check_file(file: Path, rows: str | None) -> None:
-    if file.suffix.lower() in _PACKED:
-        raise UserError(f"{file}: compressed, so that no row can be read by itself; unpack it")
+    if file.suffix.lower() in _COMPRESSED:
+        raise UserError(f"{file}: a compressed file, whose rows cannot be read by index; decompress it")
     if file.suffix.lower() not in ENDINGS:
-        raise UserError(f"{file}: cannot read '{file.suffix}' files; these can be read: {', '.join(ENDINGS)}")
+        raise UserError(f"{file}: unknown file extension; expected one of {', '.join(ENDINGS)}, got '{file.suffix}'")
     if rows is not None and file.suffix.lower() != ".json":
-        raise UserError(f"{file}: `rows: {rows}` reads an object in a .json file, and this is none")
+        raise UserError(f"{file}: `rows: {rows}` applies to a .json file with an object; this is a {file.suffix} file")
     with file.open("rb") as opened:
         head = opened.read(64)
-    for start, what in _NO_ROWS.items():
+    for start, description in _NOT_DOWNLOADED.items():
         if head.lower().startswith(start):
-            raise UserError(f"{file}: {what}")
+            raise UserError(f"{file}: {description}")
     if file.suffix.lower() in _TEXT:
         _check_text(file, head)
 
 
 def _check_text(file: Path, head: bytes) -> None:
     if head.startswith((b"\x1f\x8b", b"PK\x03\x04")):
-        raise UserError(f"{file}: compressed, whatever its name says; unpack it")
+        raise UserError(f"{file}: a compressed file, in spite of its extension; decompress it")
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
     if encoding is None and b"\0" in head[:4]:
         encoding = "UTF-32" if head[:4].count(0) > 2 else "UTF-16"
     if encoding is not None:
         raise UserError(
-            f"{file}: the text is in {encoding}, and rows are read in UTF-8; save it as UTF-8, or convert it: "
+            f"{file}: expected UTF-8 text, got {encoding}; save it as UTF-8, or convert it: "
             f"iconv -f {encoding} -t UTF-8 '{file}' > '{file.with_stem(f'{file.stem}_utf8')}'"
         )
 
 
-def _open_other(path: str, name: str | None, rows: str | None) -> Rows:
-    """What is no file and no list of files: a saved data set, or one on the hub."""
+def _open_dataset(path: str, name: str | None, rows: str | None) -> Rows:
+    """Open a path that is neither a file nor a list of files: a saved data set, or one on the hub."""
     if is_saved_dataset(Path(path)):
         if rows is not None:
-            raise UserError(f"{path}: `rows: {rows}` reads an object in a .json file, and this is none")
+            raise UserError(
+                f"{path}: `rows: {rows}` applies to a .json file with an object; this is a data set saved by `datasets`"
+            )
         return open_saved(Path(path), name or Path(path).name)
     if _is_hub(path, rows):
         return open_hub(path, name or path)
     if Path(path).exists() and not Path(path).is_dir():
-        raise UserError(f"{path}: a pipe, a socket or a device; rows are read from files")
+        raise UserError(f"{path}: expected a regular file, got a pipe, a socket or a device")
     raise UserError(missing_path_message(path, "file or folder"))
 
 
 def _is_hub(path: str, rows: str | None) -> bool:
-    """Whether the rows are on the hub: no local path has this name, and it is not a local path with a wrong spelling."""
-    if rows is not None or Path(path).exists() or path.lower().endswith((*ENDINGS, *_PACKED)):
+    """Whether a path is a hub id: no local path has this name, and it does not look like a mistyped local path."""
+    if rows is not None or Path(path).exists() or path.lower().endswith((*ENDINGS, *_COMPRESSED)):
         return False
     repository = hub_repository(path)
     return repository is not None and not is_local_name(repository)
 
 
-def _files_of(path: str, name: str | None) -> list[tuple[Path, str]]:
-    """The files that a path stands for, each with its name in ids; none for what is no file or list of files."""
+def _resolve_files(path: str, name: str | None) -> list[tuple[Path, str]]:
+    """The files that a path refers to, each with its name in row ids; empty if the path is not a file or a list of files."""
     check_utf8(path)
-    place = Path(path)
-    if place.is_file():
-        return [(place, name or place.name)]
-    if place.is_dir() and not is_saved_dataset(place):
-        folder, files = path, _data_files(place)
-    elif not place.exists() and _has_pattern(path):
-        folder, files = _before_pattern(path), _matches(path)
+    local = Path(path)
+    if local.is_file():
+        return [(local, name or local.name)]
+    if local.is_dir() and not is_saved_dataset(local):
+        folder, files = path, _files_in_folder(local)
+    elif not local.exists() and _has_pattern(path):
+        folder, files = _before_pattern(path), _matching_files(path)
     else:
         return []
     if name is None:
@@ -298,19 +304,22 @@ def _files_of(path: str, name: str | None) -> list[tuple[Path, str]]:
 def check_utf8(path: str) -> None:
     """
     Raises:
-        UserError: a path that is not UTF-8. It cannot be written into reports.
+        UserError: the path is not valid UTF-8, so it could not be written into reports.
     """
     if not is_utf8(path):
-        raise UserError(f"{path.encode('utf-8', 'backslashreplace').decode()}: the name is not valid UTF-8; rename the file")
+        raise UserError(f"{path.encode('utf-8', 'backslashreplace').decode()}: the file name is not valid UTF-8; rename the file")
 
 
-def _data_files(folder: Path) -> list[str]:
+def _files_in_folder(folder: Path) -> list[str]:
     files = sorted(str(file) for file in folder.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith("."))
-    endings = sorted({Path(file).suffix.lower() for file in files})
+    suffixes = sorted({Path(file).suffix.lower() for file in files})
     if not files:
-        raise UserError(f"{folder}: no files of rows in this folder; these can be read: {', '.join(ENDINGS)}")
-    if len(endings) > 1:
-        raise UserError(f"{folder}: holds {' and '.join(endings)} files; say which, such as {folder / '*'}{endings[0]}")
+        raise UserError(f"{folder}: no data files in this folder; expected files with one of the extensions {', '.join(ENDINGS)}")
+    if len(suffixes) > 1:
+        raise UserError(
+            f"{folder}: expected files of one format, got {' and '.join(suffixes)} files; choose one of them, such as "
+            f"{folder / '*'}{suffixes[0]}"
+        )
     return files
 
 
@@ -319,36 +328,39 @@ def _has_pattern(path: str) -> bool:
 
 
 def _before_pattern(path: str) -> str:
-    """The folders of a pattern that are plain names, each with its separator behind it."""
+    """The leading folders of a path that have no pattern characters, with the last separator."""
     first = min(path.index(character) for character in "*?[{" if character in path)
     return path[: path.rfind("/", 0, first) + 1]
 
 
-def _matches(pattern: str) -> list[str]:
-    found: set[str] = set()
-    for plain in _unbraced(pattern):
-        matched = [name for name in _globbed(plain) if Path(name).is_file()]
-        if not matched:
-            raise UserError(missing_path_message(plain, "file") if plain == glob.escape(plain) else f"{plain}: matches no file")
-        found.update(matched)
-    return sorted(found)
+def _matching_files(pattern: str) -> list[str]:
+    paths: set[str] = set()
+    for plain in _expand_braces(pattern):
+        matches = [name for name in _expand_glob(plain) if Path(name).is_file()]
+        if not matches:
+            raise UserError(
+                missing_path_message(plain, "file") if plain == glob.escape(plain) else f"{plain}: the pattern matches no file"
+            )
+        paths.update(matches)
+    return sorted(paths)
 
 
-def _globbed(pattern: str) -> list[str]:
-    """The paths that a pattern matches. `**` does not go into links to folders, which may lead round in a circle."""
+def _expand_glob(pattern: str) -> list[str]:
+    """The paths that a pattern matches. `**` does not follow links to folders, because they can form a cycle."""
     parts = pattern.split("/")
     if "**" not in parts:
-        return glob.glob(pattern)  # noqa: PTH207  (Path.glob takes no absolute pattern)
+        return glob.glob(pattern)  # noqa: PTH207  (Path.glob does not accept an absolute pattern)
     folder = _before_pattern(pattern)
     rest = [part if part == "**" else re.sub(r"\*+", "*", part) for part in pattern[len(folder) :].split("/")]
-    found = Path(folder).glob("/".join([*rest, "*"] if rest[-1] == "**" else rest))
-    names = [os.path.relpath(path, folder or ".") for path in found]
-    shown = any(part.startswith(".") for part in rest)
-    return [folder + name for name in names if shown or not any(part.startswith(".") for part in Path(name).parts)]
+    paths = Path(folder).glob("/".join([*rest, "*"] if rest[-1] == "**" else rest))
+    names = [os.path.relpath(path, folder or ".") for path in paths]
+    if not any(part.startswith(".") for part in rest):
+        names = [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
+    return [folder + name for name in names]
 
 
-def _unbraced(pattern: str) -> list[str]:
-    """`a-{1,2}` to `a-1` and `a-2`; `{08..10}` to `08`, `09`, `10`."""
+def _expand_braces(pattern: str) -> list[str]:
+    """Expand `a-{1,2}` to `a-1` and `a-2`, and `{08..10}` to `08`, `09` and `10`."""
     braces = _BRACES.search(pattern)
     if braces is None:
         return [pattern]
@@ -356,11 +368,13 @@ def _unbraced(pattern: str) -> list[str]:
     if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
         first, last = int(numbers[1]), int(numbers[2])
         if not 0 <= last - first < 1_000_000:
-            raise UserError(f"{pattern}: {{{inner}}} is no range; the first number comes first")
+            raise UserError(
+                f"{pattern}: {{{inner}}} is not a valid range; expected the smaller number first and at most 1,000,000 numbers"
+            )
         parts = [str(number).zfill(len(numbers[1])) for number in range(first, last + 1)]
     elif "," in inner:
         parts = inner.split(",")
     else:
-        raise UserError(f"{pattern}: {{{inner}}} is neither a list {{a,b}} nor a range {{000..003}}")
-    rest = _unbraced(pattern[braces.end() :])
+        raise UserError(f"{pattern}: expected a list {{a,b}} or a range {{000..003}}, got {{{inner}}}")
+    rest = _expand_braces(pattern[braces.end() :])
     return [pattern[: braces.start()] + part + end for part in parts for end in rest]

@@ -1,4 +1,4 @@
-"""Rows of columns: the template writes the messages, in Jinja over the row."""
+"""Column templates: messages written in Jinja from the columns of a row."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class TurnTemplate(TemplateSection):
     """One message written from the row's columns."""
 
     role: str
-    images: tuple[str, ...] = Field(default=(), description="Jinja for images that are shown before the text.")
+    images: tuple[str, ...] = Field(default=(), description="Jinja for images before the text.")
     videos: tuple[str, ...] = Field(default=(), description="Jinja for videos.")
-    audio: tuple[str, ...] = Field(default=(), description="Jinja for sounds.")
-    text: tuple[str, ...] = Field(min_length=1, description="Jinja for the text; of several phrasings one is drawn.")
+    audio: tuple[str, ...] = Field(default=(), description="Jinja for audio clips.")
+    text: tuple[str, ...] = Field(min_length=1, description="Jinja for the text; one of several phrasings is drawn at random.")
 
     @model_validator(mode="before")
     @classmethod
-    def _one_phrasing(cls, given: Any) -> Any:
-        if isinstance(given, dict) and isinstance(given.get("text"), str):
-            return given | {"text": (given["text"],)}
-        return given
+    def _one_phrasing(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("text"), str):
+            return values | {"text": (values["text"],)}
+        return values
 
     @field_validator("images", "videos", "audio", "text")
     @classmethod
@@ -51,26 +51,27 @@ class TurnTemplate(TemplateSection):
         return sources
 
     def media(self, row_id: str, where: str, row: Mapping[str, Any], context: Context) -> list[tuple[str, Any]]:
-        """The kind of each medium, and what the row says of it. Jinja that gives a list gives as many."""
-        found = []
-        for kind, sources in {"image": self.images, "video": self.videos, "audio": self.audio}.items():
+        """The modality and the row's value of each image, video and audio clip. Jinja that evaluates to a list gives several."""
+        media = []
+        for modality, sources in {"image": self.images, "video": self.videos, "audio": self.audio}.items():
             for source in sources:
                 value = evaluate_expression(row_id, where, source, context, row)
-                found += [(kind, item) for item in (value if isinstance(value, list) else [value])]
-        return found
+                media += [(modality, item) for item in (value if isinstance(value, list) else [value])]
+        return media
 
-    def said(self, row_id: str, where: str, row: Mapping[str, Any], context: Context) -> str:
-        """The text, in the phrasing that the row's draw falls on."""
-        return render_expression(row_id, where, self.text[int(context[DRAW_VARIABLE] * len(self.text))], context, row)
+    def render(self, row_id: str, where: str, row: Mapping[str, Any], context: Context) -> str:
+        """The text, in the phrasing chosen by the row's random draw."""
+        phrasing = self.text[int(context[DRAW_VARIABLE] * len(self.text))]
+        return render_expression(row_id, where, phrasing, context, row)
 
 
 class BoxDeclaration(TemplateSection):
-    """Boxes in the row's image. Jinja reads the first as `box` and all of them as `boxes`."""
+    """Boxes in the row's image. Jinja reads the first one as `box` and all of them as `boxes`."""
 
     value: str = Field(description="Jinja: one box of four numbers in pixels, or a list of them.")
     layout: Literal["xywh", "xyxy"] = Field(description="Corner with width and height, or two corners.")
     outside: Literal["error", "clip"] = Field(
-        default="error", description="A box that reaches out of the image is an error of the row, or is clipped to the image."
+        default="error", description="Whether a box partly outside the image is an error of the row, or is clipped."
     )
 
     @field_validator("value")
@@ -80,13 +81,14 @@ class BoxDeclaration(TemplateSection):
         return source
 
     def read(self, row_id: str, row: Mapping[str, Any], rounds: list[Context], images: list[Media]) -> list[list[Box]]:
-        """The boxes of each round.
+        """The boxes for each repetition of the messages.
 
         Raises:
-            RowError: for a box that is none or reaches out of the image, or a row that has not exactly one image.
+            RowError: an invalid box, a box outside the image, or not exactly one image in the row.
         """
         if len(images) != 1:
-            raise RowError(row_id, "boxes", f"boxes are those of one image, and the row has {len(images)}", "box_malformed")
+            detail = f"expected one image in a row with boxes, got {len(images)}"
+            raise RowError(row_id, "boxes", detail, "box_malformed")
         values = [evaluate_expression(row_id, "boxes", self.value, context, row) for context in rounds]
         try:
             size = image_size(images[0])
@@ -97,16 +99,16 @@ class BoxDeclaration(TemplateSection):
 
 @dataclass(frozen=True)
 class ColumnTemplate:
-    """What a template without a conversation says of a row.
+    """The part of a data template that writes messages from columns.
 
     Attributes:
         turns: the messages.
-        values: names that Jinja can read besides the row's columns.
-        repeat: name to the row's list that it runs through; the turns are written once for each item.
+        values: more Jinja variables besides the row's columns.
+        repeat: Jinja variable to the row's list; the turns are repeated for each item.
         options: the row's answer options.
         verbalizer: labels to words.
         boxes: boxes in the image.
-        references: Jinja for all accepted answers.
+        references: Jinja for the list of all accepted answers.
     """
 
     turns: tuple[TurnTemplate, ...]
@@ -125,55 +127,61 @@ class ColumnTemplate:
         prompting: PromptSettings,
         settings: ImageSettings = DEFAULT_IMAGE_SETTINGS,
     ) -> tuple[list[Message], tuple[str, ...], tuple[str, ...]]:
-        """The messages, the candidate answers, and the accepted ones. An image with boxes, and they, change by `settings`.
+        """The messages, the answer choices and the accepted answers. `settings` transform an image together with its boxes.
 
         Raises:
-            RowError: naming the part of the template that cannot be made of the row.
+            RowError: a section of the template fails for this row; names the section.
         """
         rounds = self._rounds(row_id, row, self._context(row_id, row, prompting))
         blocks: list[list[dict[str, Any]]] = [
-            [{"type": kind, kind: _medium(row_id, f"messages[{place}]", row, value, rules)} for kind, value in named]
-            for place, named in enumerate(self._named(row_id, row, rounds[0]))
+            [
+                {"type": modality, modality: _resolve(row_id, f"messages[{number}]", row, value, rules)}
+                for modality, value in media
+            ]
+            for number, media in enumerate(self._turn_media(row_id, row, rounds[0]))
         ]
         if self.boxes is not None:
             images = [block for turn in blocks for block in turn if block["type"] == "image"]
-            windowed = replace(settings, augment=None)
-            found = self.boxes.read(row_id, row, rounds, [windowed.view(block["image"], row_id, 0) for block in images])
-            view = images[0]["image"] = settings.view(images[0]["image"], row_id, 0, [box for boxes in found for box in boxes])
-            if isinstance(view, ImageView) and view.change is not None:
-                found = [[view.change.box(box) for box in boxes] for boxes in found]
-            rounds = [context | {"box": boxes[0], "boxes": boxes} for context, boxes in zip(rounds, found, strict=True)]
-        extra: Context = {}
-        closed = self._closed(row_id, row, rounds[0], prompting)
+            not_augmented = replace(settings, augment=None)
+            views = [not_augmented.view(block["image"], row_id, 0) for block in images]
+            round_boxes = self.boxes.read(row_id, row, rounds, views)
+            all_boxes = [box for boxes in round_boxes for box in boxes]
+            view = images[0]["image"] = settings.view(images[0]["image"], row_id, 0, all_boxes)
+            if isinstance(view, ImageView) and view.augmentation is not None:
+                round_boxes = [[view.augmentation.transform_box(box) for box in boxes] for boxes in round_boxes]
+            rounds = [context | {"box": boxes[0], "boxes": boxes} for context, boxes in zip(rounds, round_boxes, strict=True)]
+        answer_variables: Context = {}
+        closed = self._closed_answers(row_id, row, rounds[0], prompting)
         if closed is not None:
-            extra |= closed.shared | closed.alternatives[closed.right]
+            answer_variables = closed.shared | closed.alternatives[closed.correct]
         messages: list[Message] = []
         for number, context in enumerate(rounds):
-            for place, turn in enumerate(self.turns):
+            for index, turn in enumerate(self.turns):
                 if turn.role == "system" and number > 0:
                     continue
-                text = {"type": "text", "text": turn.said(row_id, f"messages[{place}]", row, context | extra)}
-                messages.append({"role": turn.role, "content": [*(blocks[place] if number == 0 else ()), text]})
-        last = rounds[-1] | extra
+                text = turn.render(row_id, f"messages[{index}]", row, context | answer_variables)
+                media = blocks[index] if number == 0 else []
+                messages.append({"role": turn.role, "content": [*media, {"type": "text", "text": text}]})
+        last = rounds[-1] | answer_variables
         return messages, self._choices(row_id, row, last, closed), self._references(row_id, row, last)
 
     def media_values(self, row: Mapping[str, Any], values: Mapping[str, str] | None = None) -> list[tuple[str, Any]]:
-        """The kind of each medium that a row names, and what it says of it, nothing looked up.
+        """The modality and the row's value of each image, video and audio clip; no file is opened.
 
         Raises:
-            RowError: naming the part of the template that cannot be made of the row.
+            RowError: a section of the template fails for this row; names the section.
         """
         context = self._rounds("row", row, self._context("row", row, PromptSettings(values=values or {})))[0]
-        return [medium for turn in self._named("row", row, context) for medium in turn]
+        return [item for media in self._turn_media("row", row, context) for item in media]
 
-    def _named(self, row_id: str, row: Mapping[str, Any], context: Context) -> list[list[tuple[str, Any]]]:
-        return [turn.media(row_id, f"messages[{place}]", row, context) for place, turn in enumerate(self.turns)]
+    def _turn_media(self, row_id: str, row: Mapping[str, Any], context: Context) -> list[list[tuple[str, Any]]]:
+        return [turn.media(row_id, f"messages[{index}]", row, context) for index, turn in enumerate(self.turns)]
 
     def _context(self, row_id: str, row: Mapping[str, Any], prompting: PromptSettings) -> Context:
         return {**row, **self.values, **prompting.values, DRAW_VARIABLE: draw(prompting.seed, row_id, "phrasing")}
 
     def _rounds(self, row_id: str, row: Mapping[str, Any], context: Context) -> list[Context]:
-        """What Jinja can read, once for each repetition."""
+        """The Jinja variables of each repetition."""
         if not self.repeat:
             return [context]
         lists: dict[str, list[Any]] = {}
@@ -183,42 +191,44 @@ class ColumnTemplate:
                 raise RowError(
                     row_id,
                     field,
-                    "expected a list that is not empty" + missing_field_hint(row, field),
+                    "expected a non-empty list" + missing_field_hint(row, field),
                     "field_type" if field in row else "field_missing",
                 )
             lists[name] = values
         counts = {field: len(lists[name]) for name, field in self.repeat.items()}
         if len(set(counts.values())) > 1:
-            told = ", ".join(f"{count} {field}" for field, count in counts.items())
-            raise RowError(row_id, next(iter(counts)), f"the lists differ in length: {told}", "field_type")
+            lengths = ", ".join(f"{count} {field}" for field, count in counts.items())
+            raise RowError(row_id, next(iter(counts)), f"expected lists of equal length, got {lengths}", "field_type")
         return [context | dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
-    def _closed(self, row_id: str, row: Mapping[str, Any], context: Context, prompting: PromptSettings) -> ClosedAnswers | None:
-        part = self.options or self.verbalizer
-        return None if part is None else part.read(row_id, row, context, prompting)
+    def _closed_answers(
+        self, row_id: str, row: Mapping[str, Any], context: Context, prompting: PromptSettings
+    ) -> ClosedAnswers | None:
+        section = self.options or self.verbalizer
+        return None if section is None else section.read(row_id, row, context, prompting)
 
     def _choices(self, row_id: str, row: Mapping[str, Any], context: Context, closed: ClosedAnswers | None) -> tuple[str, ...]:
-        """The last answer, once as each alternative would write it."""
+        """The text of the last answer for each possible answer."""
         if closed is None or len(closed.alternatives) < 2 or self.turns[-1].role != "assistant":
             return ()
         where = f"messages[{len(self.turns) - 1}]"
-        written = [self.turns[-1].said(row_id, where, row, context | alternative) for alternative in closed.alternatives]
-        return tuple(dict.fromkeys(written))
+        answers = [self.turns[-1].render(row_id, where, row, context | variables) for variables in closed.alternatives]
+        return tuple(dict.fromkeys(answers))
 
     def _references(self, row_id: str, row: Mapping[str, Any], context: Context) -> tuple[str, ...]:
         if self.references is None:
             return ()
         values = evaluate_expression(row_id, "references", self.references, context, row)
         if not isinstance(values, list) or not values:
-            raise RowError(row_id, "references", f"expected a list of answers, found {values!r}"[:200], "field_type")
+            raise RowError(row_id, "references", f"expected a non-empty list of answers, got {values!r}"[:200], "field_type")
         try:
             return tuple(dict.fromkeys(as_text(value) for value in values))
         except ValueError as error:
             raise RowError(row_id, "references", str(error), "field_type") from error
 
 
-def _medium(row_id: str, where: str, row: Mapping[str, Any], value: Any, rules: MediaRules) -> Media:
-    """As `resolve_row_media`; an error is about the column that holds the value, where exactly one does."""
+def _resolve(row_id: str, where: str, row: Mapping[str, Any], value: Any, rules: MediaRules) -> Media:
+    """Like `resolve_row_media`, with errors that name the column with the value, if exactly one column has it."""
     try:
         return resolve_row_media(row_id, where, value, rules)
     except RowError as error:

@@ -1,7 +1,7 @@
-"""What a recipe adds to a template: the seed of its choices, a system prompt, shuffled options, words for labels.
+"""Prompt settings of a source: phrasing, system prompt, shuffled answer options, verbalizer.
 
-Every choice is a hash of the seed, the row's id and what is chosen. It is the same in every process, on every machine and in
-every epoch, and does not depend on which rows were read before.
+Every random choice is a hash of the seed, the row id and the name of the choice. It is the same in every process, on every
+machine and in every epoch, and does not depend on the rows that were read before.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """A source's wishes for its prompts.
+    """Prompt settings of one recipe source.
 
     Attributes:
-        seed: of the choice of phrasing, the order of the options, and the few-shot examples.
-        system: a system message for rows without one.
-        shuffle_options: whether the answer options change places.
-        words: label to answer words, instead of the template's own.
-        values: other values for names of the template.
-        ignore: fields that are not read and may hold media.
-        add_images: whether the images of a row without any placeholder go to the start of the first user turn.
+        seed: seed for the phrasing, the order of the options, and the few-shot examples.
+        system: system message for rows without one.
+        shuffle_options: whether to shuffle the answer options.
+        words: label to answer words, replacing those of the template.
+        values: values that replace those of the template's `values`.
+        ignore: fields that are not read and may contain media.
+        add_images: whether the images of a row without placeholders go to the start of the first user turn.
     """
 
     seed: int = 0
@@ -50,29 +50,35 @@ DEFAULT_PROMPT_SETTINGS = PromptSettings()
 
 
 def draw(seed: int, *names: str | int) -> float:
-    """A number from 0 up to 1 that depends only on the seed and the names."""
+    """A pseudo-random number in [0, 1) that depends only on the seed and the names."""
     text = "\x1f".join(str(name) for name in (seed, *names))
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits are what a float holds, so that 1 is never reached
+    return (int.from_bytes(digest, "big") >> 11) / 2**53  # a float has 53 bits of precision, so the result is less than 1
 
 
 def shuffled(items: Sequence[Item], seed: int, *names: str | int) -> list[Item]:
-    """The items in an order that depends only on the seed, the names and their number."""
+    """The items in a pseudo-random order that depends only on the seed, the names and the number of items."""
     order = sorted(range(len(items)), key=lambda index: draw(seed, *names, index))
     return [items[index] for index in order]
 
 
 @dataclass(frozen=True)
 class ClosedAnswers:
-    """The answers a question leaves open: what Jinja can read for each, and which is right."""
+    """The possible answers of a closed question.
+
+    Attributes:
+        shared: Jinja variables for all answers.
+        alternatives: Jinja variables of each answer.
+        correct: index of the correct answer.
+    """
 
     shared: dict[str, Any]
     alternatives: list[dict[str, Any]]
-    right: int
+    correct: int
 
 
 class Options(TemplateSection):
-    """Answer options of each row. They are shown as lines `A. text`."""
+    """Answer options of each row, written as lines `A. text`."""
 
     choices: str = Field(description="Jinja: the list of options.")
     answer: str = Field(description="Jinja: the index of the right one, from 0.")
@@ -84,21 +90,22 @@ class Options(TemplateSection):
         return source
 
     def read(self, row_id: str, row: Mapping[str, Any], context: Mapping[str, Any], prompting: PromptSettings) -> ClosedAnswers:
-        """
+        """The options of a row and the correct one.
+
         Raises:
-            RowError: when there are not two options at least, or the index is none of theirs.
+            RowError: fewer than two options, or an index out of range.
         """
         choices = evaluate_expression(row_id, "options.choices", self.choices, context, row)
         if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
             raise RowError(
                 row_id,
                 "options.choices",
-                f"expected a list of 2 to {len(LETTERS)} options, found {_shown(choices)}",
+                f"expected a list of 2 to {len(LETTERS)} options, got {_short_repr(choices)}",
                 "field_type",
             )
         answer = evaluate_expression(row_id, "options.answer", self.answer, context, row)
         if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-            detail = f"expected the index of the right option, 0 to {len(choices) - 1}, found {_shown(answer)}"
+            detail = f"expected the index of the correct option, 0 to {len(choices) - 1}, got {_short_repr(answer)}"
             raise RowError(row_id, "options.answer", detail, "field_type")
         try:
             texts = [as_text(choice) for choice in choices]
@@ -113,7 +120,7 @@ class Options(TemplateSection):
 
 
 class Verbalizer(TemplateSection):
-    """Labels, and the words that answer for each. A label that is a word answers for itself."""
+    """Labels, and the words of the answer for each label. Without `words`, a label that is a word is the answer itself."""
 
     label: str = Field(description="Jinja: the row's label.")
     words: dict[str, str] = Field(default_factory=dict, description="Label to words; a source's `verbalizer` replaces them.")
@@ -125,10 +132,10 @@ class Verbalizer(TemplateSection):
         return source
 
     def label_of(self, row_id: str, row: Mapping[str, Any], context: Mapping[str, Any]) -> str:
-        """The row's label as text, as the keys of `words` are written.
+        """The row's label as text, in the form of the keys of `words`.
 
         Raises:
-            RowError: when it has none.
+            RowError: the row has no label.
         """
         label = evaluate_expression(row_id, "verbalizer.label", self.label, context, row)
         try:
@@ -137,10 +144,10 @@ class Verbalizer(TemplateSection):
             raise RowError(row_id, "verbalizer.label", str(error), "field_type") from error
 
     def read(self, row_id: str, row: Mapping[str, Any], context: Mapping[str, Any], prompting: PromptSettings) -> ClosedAnswers:
-        """The words of all labels and of the row's. Without any words, a label that is a word stands for itself.
+        """The words of all labels, and those of the row's label.
 
         Raises:
-            RowError: for a label without words that is a number or an id.
+            RowError: there are no words for the label, and it is a number or an id and not a word.
         """
         words = self.words if prompting.words is None else prompting.words
         label = self.label_of(row_id, row, context)
@@ -150,23 +157,22 @@ class Verbalizer(TemplateSection):
         answer = words.get(label, label)
         if answer not in candidates:
             if words:
-                detail = f"the verbalizer has no words for the label {label!r}"[:200] + nearest(
-                    label[:100], {*words, *candidates}
-                )
+                detail = f"the verbalizer has no words for the label {label!r}"[:200]
+                detail += nearest(label[:100], {*words, *candidates})
             else:
-                shown = label[:100].replace("'", "''")
-                detail = f"the label {label!r} is a number or an id, not a word; "[:200]
-                detail += f"give the source words for all labels: verbalizer: {{'{shown}': WORDS, ...}}"
+                quoted = label[:100].replace("'", "''")
+                detail = f"expected a word as label, got the number or id {label!r}; "[:200]
+                detail += f"set the words for all labels in the source: verbalizer: {{'{quoted}': WORDS, ...}}"
             raise RowError(row_id, "verbalizer.label", detail, "label_unknown")
         alternatives = [{"verbalized": candidate} for candidate in candidates]
         return ClosedAnswers({"candidates": candidates}, alternatives, candidates.index(answer))
 
 
 def _is_word(label: str) -> bool:
-    """Whether a label reads as words: two letters at least, and no id such as class_3 or n02123045."""
+    """Whether a label is a word: it has at least two letters, and is not an id such as class_3 or n02123045."""
     letters = sum(character.isalpha() for character in label)
     return letters >= 2 and label not in ("true", "false") and not re.fullmatch(r"[^\W\d_]+[_-]?\d+", label.strip())
 
 
-def _shown(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     return repr(value)[:100]

@@ -1,7 +1,7 @@
-"""Data templates: YAML files that turn a row of any format into typed messages.
+"""Data templates: YAML files that define how rows of a format become typed messages.
 
-A template says either where a row keeps its conversation (`conversation`), or how to write one from the row's
-columns (`messages`, in sandboxed Jinja). `docs/data_templates.md` documents the format; `data_templates/` holds those that ship.
+A template either names the fields that contain a conversation (`conversation`), or writes the messages from the row's columns
+(`messages`, in sandboxed Jinja). `docs/data_templates.md` documents the format; `data_templates/` has the shipped templates.
 """
 
 from __future__ import annotations
@@ -36,68 +36,71 @@ _IN_MESSAGES = ("join", "values", "repeat", "options", "verbalizer", "boxes", "r
 
 
 class Join(TemplateSection):
-    """Each row's partner in another list, which Jinja reads as `joined`."""
+    """A join: each row with the matching row of another list, which Jinja reads as `joined`."""
 
-    by: str = Field(description="The row's field that names its partner.")
-    to: str | None = Field(default=None, description="The partner's field of the same value; null: named as `by`.")
-    rows: str | None = Field(default=None, description="Where the partner's file holds its list, as `rows` of the template.")
+    by: str = Field(description="The row's field with the join key.")
+    to: str | None = Field(default=None, description="The other list's field with the same value; null: the same name as `by`.")
+    rows: str | None = Field(default=None, description="Location of the other list in its file, like `rows` of the template.")
     same_file: bool = Field(
-        default=False, description="The list is in the rows' own file; otherwise the source names one, `join`."
+        default=False, description="Whether the other list is in the same file; otherwise the source names its file in `join`."
     )
 
 
 class DataTemplate(TemplateSection):
-    """One data template. Exactly one of `conversation` and `messages` is given."""
+    """A data template. Exactly one of `conversation` and `messages` is set."""
 
     description: str
     rows: str | None = Field(
-        default=None, description="Where a JSON file holds its rows: a key, or '*' for an object of rows by key; null: a list."
+        default=None,
+        description="Location of the rows in a JSON file: a key, or '*' for an object with a row under every key; null: a list.",
     )
     join: Join | None = None
     conversation: Conversation | None = None
     images: str | tuple[str, ...] | None = Field(
-        default=None, description="The row's field with one image, or a list of them; of several fields a row has one."
+        default=None, description="The row's field with an image or a list of images; of several fields, each row uses one."
     )
-    videos: str | None = Field(default=None, description="The row's field with one video, or a list of them.")
-    audio: str | None = Field(default=None, description="The row's field with one sound, or a list of them.")
+    videos: str | None = Field(default=None, description="The row's field with a video or a list of videos.")
+    audio: str | None = Field(default=None, description="The row's field with an audio clip or a list of clips.")
     placeholder: str = Field(
-        default=PLACEHOLDERS["image"], min_length=1, description="What stands in a turn's text where an image goes."
+        default=PLACEHOLDERS["image"], min_length=1, description="The placeholder for an image in a turn's text."
     )
     messages: tuple[TurnTemplate, ...] = ()
     values: dict[str, str] = Field(
-        default_factory=dict, description="Names that Jinja can read besides the row's, with values that a source can replace."
+        default_factory=dict, description="More Jinja variables besides the row's columns; a source can replace their values."
     )
-    repeat: dict[str, str] = Field(default_factory=dict, description="Name to the row's list whose items it takes in turn.")
+    repeat: dict[str, str] = Field(
+        default_factory=dict, description="Jinja variable to the row's list; the messages are repeated for each item."
+    )
     leave_out_empty: str | None = Field(
-        default=None, description="The row's list without which there is nothing to learn: rows where it is empty are left out."
+        default=None, description="The row's list that must have items: rows with an empty list are skipped."
     )
     options: Options | None = None
     verbalizer: Verbalizer | None = None
     boxes: BoxDeclaration | None = None
     references: str | None = Field(default=None, description="Jinja: the list of all accepted answers.")
-    task: str | None = Field(default=None, description="The row's field that names its task, if it has one; a.b is b inside a.")
+    task: str | None = Field(default=None, description="The row's field with the name of its task; a.b is b inside a.")
     ignore: tuple[str, ...] = Field(
-        default=(), description="The row's fields that name media too and are left alone; any other that is not read is an error."
+        default=(), description="The row's fields that refer to media and are not used; any other unread media field is an error."
     )
-    example: dict[str, Any] = Field(description="A row in this format; `--rehearse` and the tests use it.")
+    example: dict[str, Any] = Field(description="A row in this format, for `--rehearse` and the tests.")
 
     @model_validator(mode="after")
     def _one_form(self) -> DataTemplate:
         if (self.conversation is None) == (not self.messages):
-            raise ValueError("give exactly one of 'conversation' and 'messages'")
+            raise ValueError("set exactly one of 'conversation' and 'messages'")
         form, other = ("messages", _IN_CONVERSATIONS) if self.messages else ("conversation", _IN_MESSAGES)
         for name in other:
             if name in self.model_fields_set:
-                raise ValueError(f"'{name}' means nothing beside '{form}'")
+                raise ValueError(f"'{name}' cannot be used with '{form}'; remove it")
         roles = self.conversation.roles.values() if self.conversation else [turn.role for turn in self.messages]
         for role in roles:
             if role not in ROLES:
-                raise ValueError(f"'{role}' is no role; roles are {', '.join(ROLES)}")
+                raise ValueError(f"unknown role '{role}'; expected one of {', '.join(ROLES)}")
         if self.options is not None and self.verbalizer is not None:
-            raise ValueError("give one of 'options' and 'verbalizer'")
-        partner = self.example.get("joined")
-        if self.join is not None and (not isinstance(partner, dict) or (self.join.to or self.join.by) not in partner):
-            raise ValueError("the example of a template with a join holds its partner under 'joined'")
+            raise ValueError("set only one of 'options' and 'verbalizer'")
+        joined = self.example.get("joined")
+        if self.join is not None and (not isinstance(joined, dict) or (self.join.to or self.join.by) not in joined):
+            raise ValueError("a template with a join needs the joined row in its example, under 'joined'")
         if self.references is not None:
             check_jinja(self.references)
         return self
@@ -110,35 +113,35 @@ class DataTemplate(TemplateSection):
         prompting: PromptSettings = DEFAULT_PROMPT_SETTINGS,
         settings: ImageSettings = DEFAULT_IMAGE_SETTINGS,
     ) -> Sample:
-        """Turn a row into messages and check what can be checked without decoding an image.
+        """Convert a row to a sample, and check it without decoding any image.
 
         Args:
-            row_id: names the row in errors, and settles its draws.
-            row: with its partner under `joined`, where the template has a join.
-            rules: which media the row may name.
-            prompting: what the recipe's source adds.
-            settings: how it shows images.
+            row_id: the row's id, for errors and for the seed of its random draws.
+            row: the row, with the joined row under `joined` if the template has a join.
+            rules: which files and URLs the row may use.
+            prompting: the source's prompt settings.
+            settings: the source's image settings.
 
         Raises:
-            RowError: a missing field, an unknown speaker, turns out of order, an empty answer, an image that is missing or
-                outside the media root, not as many images as placeholders, a box outside the image, or one in a text that
-                `settings` would leave behind.
+            RowError: a missing field, an unknown role, turns out of order, an empty answer, an image that is missing or outside
+                the media root, different numbers of images and placeholders, a box outside the image, or a box in a text that
+                `settings` does not transform with the image.
         """
-        row = self.unpacked(row_id, row)
+        row = self.unpack_shard_row(row_id, row)
         read = self.fields_read | prompting.ignore | {*self.ignore, *ID_FIELDS}
         check_unread(row_id, "", row, read, self._advice, provenance=True)
         choices: tuple[str, ...] = ()
         references: tuple[str, ...] = ()
         if self.conversation:
             check_no_row_weights(row_id, row, read)
-            fields = {kind: names for kind, names in self._media_fields().items() if names}
+            fields = {modality: names for modality, names in self._media_fields().items() if names}
             messages = self.conversation.messages(row_id, row, rules, fields, self.placeholder, prompting.add_images)
         else:
             messages, choices, references = self.columns().messages(row_id, row, rules, prompting, settings)
         if not any(map(has_media, messages)):
             check_unread(row_id, "", row, read, self._advice)
         if self.boxes is None:
-            settings.shown(row_id, messages)
+            settings.apply_to_messages(row_id, messages)
         if prompting.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompting.system}]})
         _check_turns(row_id, messages)
@@ -146,81 +149,82 @@ class DataTemplate(TemplateSection):
 
     @cached_property
     def fields_read(self) -> frozenset[str]:
-        """The fields of a row that are read, those of the template's own names (`joined`) among them."""
-        named = [*chain.from_iterable(self._media_fields().values()), self.task, *self.repeat.values()]
-        written = [self.references or ""]
+        """The fields of a row that the template reads, including `joined`."""
+        field_names = [*chain.from_iterable(self._media_fields().values()), self.task, *self.repeat.values()]
+        jinja_sources = [self.references or ""]
         if self.conversation is not None:
-            named += self.conversation.fields
+            field_names += self.conversation.fields
         if self.join is not None:
-            named.append(self.join.by)
+            field_names.append(self.join.by)
         for turn in self.messages:
-            written += [*turn.images, *turn.videos, *turn.audio, *turn.text]
+            jinja_sources += [*turn.images, *turn.videos, *turn.audio, *turn.text]
         if self.options is not None:
-            written += [self.options.choices, self.options.answer]
+            jinja_sources += [self.options.choices, self.options.answer]
         if self.verbalizer is not None:
-            written.append(self.verbalizer.label)
+            jinja_sources.append(self.verbalizer.label)
         if self.boxes is not None:
-            written.append(self.boxes.value)
-        in_jinja = {name for source in written for name in names_read(source)}
-        return frozenset(in_jinja | {name.split(".")[0] for name in named if name})
+            jinja_sources.append(self.boxes.value)
+        in_jinja = {name for source in jinja_sources for name in names_read(source)}
+        return frozenset(in_jinja | {name.split(".")[0] for name in field_names if name})
 
-    def unpacked(self, row_id: str, row: Row) -> Row:
-        """A shard's row with a conversation in its `json` member: that object as the row, with the shard's media.
+    def unpack_shard_row(self, row_id: str, row: Row) -> Row:
+        """For a shard's row with a conversation in its `json` member: that object as the row, with the shard's media.
 
-        A medium that the object names is the member of that name. Where no name is a member's, the members come in the order of
-        their names. Any other row is returned as it is.
+        File names in the object refer to the members of the same name. If no file name matches a member, the members are used in
+        the order of their names. Any other row is returned unchanged.
 
         Raises:
-            RowError: when the object names more media of a kind than there are members, or fewer, or only some members.
+            RowError: the object refers to more or fewer files of a modality than there are members, or only to some members.
         """
         inner = row.get("json")
         if self.conversation is None or not isinstance(inner, dict) or self.conversation.fields & row.keys():
             return row
         members = {name: value for name, value in row.items() if name != "json" and name not in inner}
-        whole = {**inner, **members}
-        for kind, fields in self._media_fields().items():
-            own = {
+        unpacked = {**inner, **members}
+        for modality, fields in self._media_fields().items():
+            media = {
                 name: value
                 for name, value in members.items()
-                if isinstance(value, EmbeddedMedia) and modality_of_file(value.name) == kind
+                if isinstance(value, EmbeddedMedia) and modality_of_file(value.name) == modality
             }
-            if not own or not fields:
+            if not media or not fields:
                 continue
             field = next((name for name in fields if not is_empty_value(inner.get(name))), fields[0])
-            whole = {name: value for name, value in whole.items() if name not in own}
-            whole[field] = _members_in_order(row_id, field, inner.get(field), own)
-        return whole
+            unpacked = {name: value for name, value in unpacked.items() if name not in media}
+            unpacked[field] = _members_in_order(row_id, field, inner.get(field), media)
+        return unpacked
 
     @cached_property
     def _advice(self) -> str:
-        """What to do about media that the template does not read."""
+        """How to fix media that the template does not read."""
         reads = ", ".join(chain.from_iterable(self._media_fields().values()))
         fields = ", ".join(sorted(self.fields_read))
-        fix = f"the template reads {f'media in {reads}' if reads else f'the fields {fields}'}; rename the key"
-        return f"{fix}, or list it under the source's `ignore`"
+        read = f"media in {reads}" if reads else f"the fields {fields}"
+        return f"the template reads {read}; rename the key, or add it to the source's `ignore`"
 
     def _media_fields(self) -> dict[str, tuple[str, ...]]:
-        declared = {"image": self.images, "video": self.videos, "audio": self.audio}
-        return {kind: () if names is None else (names,) if isinstance(names, str) else names for kind, names in declared.items()}
+        """The row's media fields by modality."""
+        fields = {"image": self.images, "video": self.videos, "audio": self.audio}
+        return {modality: (names,) if isinstance(names, str) else (names or ()) for modality, names in fields.items()}
 
     def columns(self) -> ColumnTemplate:
-        """What a template without a conversation says, apart from the rest."""
+        """The column template of a data template without `conversation`."""
         return ColumnTemplate(self.messages, self.values, self.repeat, self.options, self.verbalizer, self.boxes, self.references)
 
     def undeclared_boxes(self) -> str | None:
-        """A column with a box's name that a text reads as it is; None where there is none, or the template declares boxes."""
+        """A column with the name of a box that a text reads unchanged; None if there is none, or the template has `boxes`."""
         read = {name for turn in self.messages for text in turn.text for name in names_read(text)}
         return next((name for name in BOX_FIELDS if name in read and self.boxes is None), None)
 
     def _task(self, row_id: str, row: Row) -> str | None:
         value = lookup(row, self.task) if self.task else None
         if value is not None and not isinstance(value, (str, int, float)):
-            raise RowError(row_id, str(self.task), f"expected a task's name, found {type(value).__name__}", "field_type")
+            raise RowError(row_id, str(self.task), f"expected the name of a task, got {type(value).__name__}", "field_type")
         return None if value is None else str(value)
 
 
 def lookup(row: Mapping[str, Any], field: str) -> Any:
-    """The value of a field, `a.b` for the field `b` of the object in field `a`; None where there is none."""
+    """The value of a field, where `a.b` is the field `b` of the object in field `a`; None if there is no such field."""
     value: Any = row
     for part in field.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -228,62 +232,64 @@ def lookup(row: Mapping[str, Any], field: str) -> Any:
 
 
 def _check_turns(row_id: str, messages: list[Message]) -> None:
-    spoken = [message["role"] for message in messages if message["role"] != "system"]
+    roles = [message["role"] for message in messages if message["role"] != "system"]
     if any(message["role"] == "system" for message in messages[1:]):
-        raise RowError(row_id, "messages", "a system message comes first or not at all", "role_order")
-    if not spoken or spoken[0] != "user" or any(a == b for a, b in pairwise(spoken)):
-        raise RowError(
-            row_id, "messages", f"turns alternate from user to assistant, found {', '.join(spoken) or 'none'}", "role_order"
-        )
-    if "assistant" in spoken and not any(map(is_supervised, messages)):
-        raise RowError(row_id, "messages", "every answer has weight 0, so that none trains", "nothing_supervised")
-    if spoken[-1] != "assistant":
+        raise RowError(row_id, "messages", "expected a system message only as the first message", "role_order")
+    if not roles or roles[0] != "user" or any(a == b for a, b in pairwise(roles)):
+        detail = f"expected turns that alternate between user and assistant, got {', '.join(roles) or 'none'}"
+        raise RowError(row_id, "messages", detail, "role_order")
+    if "assistant" in roles and not any(map(is_supervised, messages)):
+        raise RowError(row_id, "messages", "every answer has weight 0, so the row has no supervised token", "nothing_supervised")
+    if roles[-1] != "assistant":
         raise RowError(
             row_id,
             "messages",
-            "no answer: the last turn is the user's",
-            "answer_missing" if "assistant" in spoken else "nothing_supervised",
+            "expected an answer as the last turn, got a turn of the user",
+            "answer_missing" if "assistant" in roles else "nothing_supervised",
         )
     for number, message in enumerate(messages):
         media = [block["type"] for block in message["content"] if block["type"] != "text"]
         if message["role"] == "assistant" and not any(b["type"] == "text" and b["text"].strip() for b in message["content"]):
             raise RowError(row_id, f"messages[{number}]", "the answer is empty", "answer_empty")
         if message["role"] == "assistant" and media:
-            raise RowError(row_id, f"messages[{number}]", f"an answer cannot hold {_with_article(media[0])}", "image_in_answer")
+            detail = f"expected only text in an answer, got {_with_article(media[0])}"
+            raise RowError(row_id, f"messages[{number}]", detail, "image_in_answer")
 
 
-def _members_in_order(row_id: str, field: str, named: Any, members: Mapping[str, EmbeddedMedia]) -> list[EmbeddedMedia]:
-    """A row's members of one kind in the order of the media that its `json` names.
+def _members_in_order(row_id: str, field: str, references: Any, members: Mapping[str, EmbeddedMedia]) -> list[EmbeddedMedia]:
+    """The members of one modality of a shard's row, in the order of the file names in its `json` member.
 
     Args:
-        row_id: of the row.
-        field: of the `json` member, which names the media.
-        named: its value: a path, a list of paths, or nothing.
-        members: of the shard, by their keys.
+        row_id: the row's id.
+        field: the field of the `json` member with the file names.
+        references: the field's value: a path, a list of paths, or an empty value.
+        members: the shard's members by extension.
 
     Raises:
-        RowError: a count that differs, a path that names no member where another does, or a member that none names.
+        RowError: the numbers differ, or only some paths match a member, or a member is not referenced.
     """
-    if is_empty_value(named):
-        return [members[key] for key in sorted(members, key=_by_number)]
-    paths = [item.get("path") if isinstance(item, Mapping) else item for item in (named if isinstance(named, list) else [named])]
-    keys = [next((key for key in members if _names_member(path, key, members[key])), None) for path in paths]
-    listed = ", ".join(members)
+    if is_empty_value(references):
+        return [members[key] for key in sorted(members, key=_numeric_order)]
+    items = references if isinstance(references, list) else [references]
+    paths = [item.get("path") if isinstance(item, Mapping) else item for item in items]
+    keys = [next((key for key in members if _refers_to_member(path, key, members[key])), None) for path in paths]
+    available = ", ".join(members)
     if any(key is not None for key in keys):
         if None in keys:
-            detail = f"`json` names {str(paths[keys.index(None)])[:100]!r}, which is not a member of the shard's row ({listed})"
+            path = str(paths[keys.index(None)])[:100]
+            detail = f"`json` refers to {path!r}, which is not a member of the shard's row ({available})"
             raise RowError(row_id, field, detail, "media_missing")
-        if unnamed := [key for key in members if key not in keys]:
-            detail = f"the member {unnamed[0]} of the shard's row is not named in `json`, and {keys[0]} is"
+        if unreferenced := [key for key in members if key not in keys]:
+            detail = f"`json` refers to the member {keys[0]} of the shard's row, but not to {unreferenced[0]}"
             raise RowError(row_id, field, detail, "placeholder_count")
         return [members[key] for key in keys if key is not None]
     if len(paths) != len(members):
-        detail = f"{len(paths)} in `json` and {len(members)} members of the shard ({listed})"
+        detail = f"expected as many files in `json` as members of the shard, got {len(paths)} and {len(members)} ({available})"
         raise RowError(row_id, field, detail, "placeholder_count")
-    return [members[key] for key in sorted(members, key=_by_number)]
+    return [members[key] for key in sorted(members, key=_numeric_order)]
 
 
-def _names_member(path: Any, key: str, member: EmbeddedMedia) -> bool:
+def _refers_to_member(path: Any, key: str, member: EmbeddedMedia) -> bool:
     """Whether a path ends in the key or the name of a member."""
     if not isinstance(path, str):
         return False
@@ -291,25 +297,25 @@ def _names_member(path: Any, key: str, member: EmbeddedMedia) -> bool:
     return any(ending.endswith(f"/{name}".lower()) for name in (key, member.name, PurePosixPath(member.name).name))
 
 
-def _by_number(name: str) -> list[tuple[int, str]]:
-    """A key that sorts 2.jpg before 10.jpg."""
+def _numeric_order(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts 2.jpg before 10.jpg."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _with_article(kind: str) -> str:
-    return "audio" if kind == "audio" else f"an {kind}" if kind == "image" else f"a {kind}"
+def _with_article(modality: str) -> str:
+    return {"image": "an image", "video": "a video"}.get(modality, modality)
 
 
 def shipped_templates() -> dict[str, Path]:
-    """The shipped data templates by name (the file's name without `.yaml`), in the order of their names."""
+    """The shipped data templates by name (the file name without `.yaml`), sorted by name."""
     return {file.stem: file for file in sorted(shipped_dir("data_templates").glob("*.yaml"))}
 
 
 def load_data_template(name: str) -> DataTemplate:
-    """A shipped template by its name, or one of your own by the path of its YAML file.
+    """Load a shipped template by its name, or another one by the path of its YAML file.
 
     Raises:
-        UserError: for an unknown name or a file that is not a data template, with each of its faults on a line.
+        UserError: an unknown name, or a file that is not a valid data template, with one problem per line.
     """
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
@@ -318,7 +324,9 @@ def load_data_template(name: str) -> DataTemplate:
     else:
         shipped = shipped_templates()
         if name not in shipped:
-            raise UserError(f"data template '{name}' is not one of those that ship{nearest(name, set(shipped))}")
+            raise UserError(
+                f"unknown data template '{name}'; expected a shipped one or a .yaml file{nearest(name, set(shipped))}"
+            )
         path = shipped[name]
     document = read_document(path, "data template", "description, conversation or messages, example")
     template = None
@@ -333,10 +341,10 @@ def load_data_template(name: str) -> DataTemplate:
     return template
 
 
-def _message(kind: str, where: tuple[int | str, ...], message: str) -> str:
-    """What pydantic found wrong with a key, in the words of recipes."""
-    if kind == "missing":
-        return "required, and not given"
-    if kind == "extra_forbidden":
+def _message(error_type: str, where: tuple[int | str, ...], message: str) -> str:
+    """The message for a validation error of pydantic, in the style of recipe errors."""
+    if error_type == "missing":
+        return "required key is missing"
+    if error_type == "extra_forbidden":
         return f"unknown key{nearest(str(where[0]), set(DataTemplate.model_fields)) if len(where) == 1 else ''}"
     return message.removeprefix("Value error, ")

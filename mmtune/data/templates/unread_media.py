@@ -1,4 +1,4 @@
-"""Unread media: keys of a row, a turn or a block that name or hold media which the sample would lack."""
+"""Unread media: keys of a row, a turn or a block that refer to media which the data template does not read."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     "video": (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv"),
     "audio": (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".wma"),
 }
-"""Endings of media files, by kind."""
+"""File extensions of media, by modality."""
 
-_KIND_OF = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
-_NAMES = re.compile(
+_MODALITY_OF_SUFFIX = {suffix: modality for modality, suffixes in SUFFIXES.items() for suffix in suffixes}
+_MEDIA_KEYS = re.compile(
     r"(image|img|picture|photo|video|audio)s?\d*(file|filename|filepath|path|name|url|uri|bytes|data|base64|b64|list)?s?\d*",
     re.IGNORECASE,
 )
-"""Keys that name media, underscores left out."""
+"""Names of keys that refer to media, without underscores."""
 
 _IN_BLOCKS = ("path", "url", "bytes", "data", "file", "file_id", "source")
-"""Keys of a typed block that hold its medium, besides those of `_NAMES`."""
+"""More keys of a typed block that can refer to its image, video or audio, besides `_MEDIA_KEYS`."""
 
 _DATA_URI = re.compile(r"data:[\w.+/-]*[;,]", re.IGNORECASE)
 _EMPTY_WORDS = ("", "none", "null", "nan", "false")
-"""Texts that tools write for a value that is missing."""
+"""Texts that tools write for a missing value."""
 
 _LONGEST_PATH = 2048
 
 
 def modality_of_file(name: str) -> str | None:
-    """`image`, `video` or `audio`, by the ending of a file's name; None for any other."""
-    return _KIND_OF.get(PurePosixPath(name).suffix.lower())
+    """`image`, `video` or `audio`, by the file extension; None for any other file."""
+    return _MODALITY_OF_SUFFIX.get(PurePosixPath(name).suffix.lower())
 
 
 def is_empty_value(value: Any) -> bool:
-    """Whether a value holds nothing: null, an empty text or a word for null, or lists and objects of these alone."""
+    """Whether a value is empty: null, an empty text or a word for null, or a list or object of only such values."""
     return all(
         leaf is None or (isinstance(leaf, str) and leaf.strip().lower() in _EMPTY_WORDS) or leaf == b""
         for _, leaf, _ in _leaves("", value)
@@ -53,13 +53,13 @@ def is_empty_value(value: Any) -> bool:
 
 
 def holds_media(key: str, value: Any, provenance: bool = False) -> bool:
-    """Whether a key with its value names or holds media, by the key's name or the look of the value.
+    """Whether a key refers to or contains media, by its name or the form of its value.
 
     Args:
-        key: of a row, a turn or a block.
-        value: of the key; lists and objects are searched to any depth.
-        provenance: whether a web address beside other keys of an object inside of the value says where media come from, and
-            is none itself.
+        key: a key of a row, a turn or a block.
+        value: its value; lists and objects are searched to any depth.
+        provenance: whether a web address in a nested object with other keys counts as the source of media that are read, and
+            not as media.
     """
     if isinstance(value, (bool, int, float)) or is_empty_value(value):
         return False
@@ -67,43 +67,43 @@ def holds_media(key: str, value: Any, provenance: bool = False) -> bool:
 
 
 def unread_media(fields: Mapping[str, Any], read: Collection[str], provenance: bool = False) -> Iterator[str]:
-    """The keys that are not read and name or hold media, as `holds_media`."""
+    """The keys that are not read and refer to or contain media (see `holds_media`)."""
     return (str(key) for key, value in fields.items() if key not in read and holds_media(str(key), value, provenance))
 
 
 def check_unread(
     row_id: str, where: str, fields: Mapping[str, Any], read: Collection[str], advice: str, provenance: bool = False
 ) -> None:
-    """Refuse media that nothing reads.
+    """Check that all media of a row, a turn or a block are read.
 
     Args:
-        row_id: of the row.
-        where: the part of the row that holds the fields: empty for the row itself, or such as `messages[0]`.
-        fields: the row, a turn or a block.
+        row_id: the row's id.
+        where: the part of the row: empty for the row itself, or for example `messages[0]`.
+        fields: the row, the turn or the block.
         read: the keys that are read.
-        advice: what to do about a key that is not.
-        provenance: as `holds_media`; true where other media of the fields are read.
+        advice: how to fix a key that is not read.
+        provenance: as in `holds_media`; true if other media of the fields are read.
 
     Raises:
-        RowError: for media that nothing reads.
+        RowError: a key refers to or contains media and is not read.
     """
     for key in unread_media(fields, read, provenance):
-        detail = f"names or holds media and is not read; {advice}"
+        detail = f"the key refers to media but is not read; {advice}"
         raise RowError(row_id, f"{where}.{key}" if where else key, detail, "media_unread")
 
 
 def _is_media_name(key: str) -> bool:
-    return _NAMES.fullmatch(key.replace("_", "").replace("-", "")) is not None
+    return _MEDIA_KEYS.fullmatch(key.replace("_", "").replace("-", "")) is not None
 
 
 def _looks_like_media(key: str, value: Any, provenance: bool) -> bool:
-    for name, leaf, place in _leaves(key, value):
+    for name, leaf, context in _leaves(key, value):
         if isinstance(leaf, bool) or is_empty_value(leaf):
             continue
-        if place == "block" and (name in _IN_BLOCKS or _is_media_name(name)):
+        if context == "block" and (name in _IN_BLOCKS or _is_media_name(name)):
             return True
         if isinstance(leaf, str):
-            is_media = _is_media_text(leaf) and not (provenance and place == "metadata" and _is_web_address(leaf))
+            is_media = _is_media_text(leaf) and not (provenance and context == "metadata" and _is_web_address(leaf))
         elif isinstance(leaf, EmbeddedMedia):
             is_media = modality_of_file(leaf.name) is not None
         else:
@@ -124,7 +124,7 @@ def _is_media_text(text: str) -> bool:
         return False
     if not re.search(r"\s", path):
         return True
-    # A sentence may end in the name of a file: a path with spaces has a folder, and no space before its ending.
+    # A sentence can end with a file name, so a path with spaces needs a folder and no space before its extension.
     return "/" in path and "://" not in path and not PurePosixPath(path).stem[-1].isspace()
 
 
@@ -136,33 +136,34 @@ def _path_of(text: str) -> str:
     if _is_web_address(text):
         try:
             return urlsplit(text).path
-        except ValueError:  # brackets that hold no address
+        except ValueError:  # invalid brackets in the host
             return text
     return text.replace("\\", "/")
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any, str]]:
-    """The values inside of lists and objects, each with the key that it stands under and its place.
+    """The leaf values of nested lists and objects, each with its key and its context.
 
-    The place is `block` in `{"type": "image", ...}` and in the `{"bytes", "path"}` of `datasets`, `metadata` in an object with
-    keys besides those that name a medium, and else empty. The stack is explicit: a row may nest deeper than Python recurses.
+    The context is `block` in `{"type": "image", ...}` and in the `{"bytes", "path"}` of `datasets`, `metadata` in an object
+    with other keys than those of a media reference, and else empty. The stack is explicit because a row can be nested deeper
+    than Python's recursion limit.
     """
     stack = [(key, value, "")]
     while stack:
-        name, item, place = stack.pop()
+        name, item, context = stack.pop()
         if isinstance(item, dict):
-            if place != "block":
-                place = _place(item)
-            stack.extend((str(inner), each, place) for inner, each in reversed(item.items()))
+            if context != "block":
+                context = _context_of(item)
+            stack.extend((str(inner), each, context) for inner, each in reversed(item.items()))
         elif isinstance(item, (list, tuple)):
-            stack.extend((name, each, place) for each in reversed(item))
+            stack.extend((name, each, context) for each in reversed(item))
         else:
-            yield name, item, place
+            yield name, item, context
 
 
-def _place(item: Mapping[Any, Any]) -> str:
-    kind = item.get("type")
-    if isinstance(kind, str) and kind.removeprefix("input_").removesuffix("_url") in SUFFIXES:
+def _context_of(item: Mapping[Any, Any]) -> str:
+    block_type = item.get("type")
+    if isinstance(block_type, str) and block_type.removeprefix("input_").removesuffix("_url") in SUFFIXES:
         return "block"
     if "bytes" in item and set(item) <= {"bytes", "path"} and isinstance(item["bytes"], (str, bytes, list, type(None))):
         return "block"

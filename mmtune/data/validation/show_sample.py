@@ -1,4 +1,4 @@
-"""One sample as training sees it, token by token: in the terminal, as a page, as JSON."""
+"""View of one encoded sample, token by token: in the terminal, as an HTML page, and as JSON."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from mmtune.utils.errors import UserError
 
 Kind = Literal["prompt", "supervised", "media"]
 STYLES = {"prompt": "", "supervised": "bold green", "media": "cyan"}
-PICTURE = 640  # pixels of the longer side on the page
-SMALL = 128  # pixels of the longer side up to which a picture stays as it is
-UNFINISHED = "\ufffd"
-"""What a tokenizer gives for a part of a character's bytes."""
+MAX_PAGE_EDGE = 640  # longer edge of an image on the page, in pixels
+SMALL_EDGE = 128  # images with a longer edge of at most this many pixels are lossless on the page
+REPLACEMENT_CHARACTER = "\ufffd"
+"""The text that a tokenizer decodes from an incomplete character."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Token:
     """One token.
 
     Attributes:
-        id: in the vocabulary.
-        text: what it adds to the decoded text; of the tokens that share a character the last has it, and the others are empty.
-        kind: `supervised` if the loss falls on it, `media` if it is part of what stands for an image, else `prompt`.
+        id: the token id.
+        text: the text that it adds to the decoded text; a character of several tokens belongs to the last of them.
+        kind: `supervised` if the loss includes it, `media` if it belongs to an expanded image placeholder, else `prompt`.
     """
 
     id: int
@@ -56,13 +56,13 @@ class Token:
 
 @dataclass(frozen=True)
 class SampleView:
-    """One sample, encoded.
+    """One encoded sample.
 
     Attributes:
-        sample: what is encoded; with fewer or smaller images if the recipe's `data.over_length` says so.
-        tokens: all of them.
-        prompt: the rendered text up to where the last answer begins, one placeholder for an image.
-        notes: what the recipe does to the sample because of its length, and to its images.
+        sample: the sample, with fewer or smaller images if the recipe's `data.over_length` requires it.
+        tokens: all its tokens.
+        prompt: the rendered text up to the start of the last answer, with one placeholder for each image.
+        notes: changes that the recipe makes to the sample because of its length, and to its images.
     """
 
     sample: Sample
@@ -75,51 +75,52 @@ class SampleView:
         return {"row": self.sample.id, "tokens": [{"id": t.id, "text": t.text, "kind": t.kind} for t in self.tokens]}
 
     def summary(self) -> str:
-        """How many tokens there are of each kind."""
+        """The number of tokens of each kind."""
         counts = [f"{sum(token.kind == kind for token in self.tokens):,} {kind}" for kind in ("supervised", "prompt", "media")]
         return f"{len(self.tokens):,} tokens: {', '.join(counts)}"
 
 
 def find_sample(train: Sequence[Source], held_out: Sequence[Source], row_id: str) -> Sample:
-    """The sample of the row with an id, as a run makes it.
+    """Find the row with an id, and convert it to a sample as in a run.
 
     Args:
-        train: where to look first.
-        held_out: where to look then.
-        row_id: as messages and reports name the row, such as `train.json[17]`, or the row's own id (`id`, `question_id`, ...).
+        train: the training sources, which are searched first.
+        held_out: the evaluation sources.
+        row_id: the row id of messages and reports, such as `train.json[17]`, or the value of the row's id field (`id`,
+            `question_id`, ...).
 
     Raises:
-        UserError: when no row has the id, or it is the own id of several.
-        RowError: when the row cannot be read.
+        UserError: no row has the id, or several rows have it in their id field.
+        RowError: the row cannot be read.
     """
     example = ""
-    own: dict[str, tuple[SourceReader, Row]] = {}
+    matches: dict[str, tuple[SourceReader, Row]] = {}
     for reader in (*open_readers(train), *open_readers(held_out)):
         rows = reader.open()
         for index in _likely_first(row_id, len(rows)):
             try:
-                found, row = rows[index]
+                candidate_id, row = rows[index]
             except RowError as error:
                 if error.row == row_id:
                     raise
                 continue
-            if found == row_id:
-                return reader.sample(found, row)
-            example = found
-            # A shard's row may have it in its `json`.
+            if candidate_id == row_id:
+                return reader.sample(candidate_id, row)
+            example = candidate_id
+            # A row of a shard can have the id field in its `json` member.
             ids = [id_in_dataset(each) for each in (row, row.get("json")) if isinstance(each, dict)]
             if row_id in [str(each) for each in ids if each is not None]:
-                own[found] = (reader, row)
-    if len(own) > 1:
-        listed = ", ".join([*own][:10]) + ", ..." * (len(own) > 10)
-        raise UserError(f"{len(own)} rows have the id {row_id!r} as their own; name one of them: {listed}")
-    for found, (reader, row) in own.items():
-        return reader.sample(found, row)
-    raise UserError(f"no row has the id {row_id!r}; ids are like {example!r}")
+                matches[candidate_id] = (reader, row)
+    if len(matches) > 1:
+        ids_of_matches = ", ".join([*matches][:10]) + ", ..." * (len(matches) > 10)
+        raise UserError(f"{len(matches)} rows have {row_id!r} in their id field; choose one of the row ids {ids_of_matches}")
+    for candidate_id, (reader, row) in matches.items():
+        return reader.sample(candidate_id, row)
+    raise UserError(f"no row has the id {row_id!r}; expected an id such as {example!r}")
 
 
 def _likely_first(row_id: str, count: int) -> Iterator[int]:
-    """Every index; those that the id's number speaks for come first."""
+    """Every index, starting with those that match the number in the row id."""
     number = re.search(r"(\d+)\]?$", row_id)
     likely = [index for index in (int(number[1]) - 1, int(number[1])) if 0 <= index < count] if number else []
     yield from likely
@@ -127,28 +128,28 @@ def _likely_first(row_id: str, count: int) -> Iterator[int]:
 
 
 def view_sample(sample: Sample, processor: ProcessorMixin, section: DataSection) -> SampleView:
-    """Encode a sample as a recipe trains on it, without opening its images.
+    """Encode a sample as in training, without decoding its images.
 
     Args:
         sample: the sample.
-        processor: the model's.
-        section: the recipe's, for `supervise`, `max_tokens` and `over_length`.
+        processor: the model's processor.
+        section: the recipe's data section, for `supervise`, `max_tokens` and `over_length`.
 
     Raises:
-        RowError: a sample that cannot be encoded.
+        RowError: the sample cannot be encoded.
     """
     notes = []
     if section.max_tokens is not None:
         try:
             fitted = fit_to_budget(sample, processor, section.max_tokens, section.over_length, section.supervise)
         except OverLength as error:
-            notes.append(f"does not train: {error.detail} (data.over_length: {section.over_length})")
+            notes.append(f"not used in training: {error.detail} (data.over_length: {section.over_length})")
         else:
             sample = fitted.sample
-            notes += [f"{fitted.dropped} images dropped, so that it fits data.max_tokens"] if fitted.dropped else []
-            notes += [f"{fitted.resized} images made smaller, so that it fits data.max_tokens"] if fitted.resized else []
-    if any(isinstance(image, ImageView) and image.change is not None for image in sample.images):
-        notes.append("images are augmented as when the row trains first; every later time is drawn again")
+            notes += [f"{fitted.dropped} images dropped to fit data.max_tokens"] if fitted.dropped else []
+            notes += [f"{fitted.resized} images resized to fit data.max_tokens"] if fitted.resized else []
+    if any(isinstance(image, ImageView) and image.augmentation is not None for image in sample.images):
+        notes.append("images have the augmentation of the first visit; every later visit draws a new one")
     encoded = encode_text(sample.id, sample.messages, processor, sample_replacements(sample, processor), section.supervise)
     kinds: list[Kind] = [
         "media" if media else "supervised" if supervised else "prompt"
@@ -156,16 +157,16 @@ def view_sample(sample: Sample, processor: ProcessorMixin, section: DataSection)
     ]
     texts = token_texts(processor.tokenizer, encoded.input_ids)
     tokens = [Token(*each) for each in zip(encoded.input_ids, texts, kinds, strict=True)]
-    question = to_template_messages(sample.id, sample.messages[:-1])
-    prompt = render_prompt(question, chat_template_of(processor), processor.tokenizer)
+    prompt_messages = to_template_messages(sample.id, sample.messages[:-1])
+    prompt = render_prompt(prompt_messages, chat_template_of(processor), processor.tokenizer)
     return SampleView(sample, tokens, prompt, notes)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> list[str]:
-    """What each token adds to the decoded text. Joined, they are the text.
+    """The text that each token adds to the decoded text; joined, they are the decoded text.
 
-    A character of several tokens is the last one's; a token is decoded behind the one before it, because many tokenizers
-    leave out a space at the beginning.
+    A character of several tokens belongs to the last of them. A token is decoded together with the previous one, because many
+    tokenizers strip a leading space.
     """
 
     def decoded(start: int, end: int) -> str:
@@ -174,16 +175,16 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> lis
         return text
 
     texts = []
-    start = given = 0  # tokens from `start` on are decoded together; the text of those before `given` is given out
+    start = done = 0  # tokens from `start` on are decoded together; the texts of tokens before `done` are in `texts`
     for end in range(1, len(input_ids) + 1):
-        before, now = decoded(start, given), decoded(start, end)
-        if now.endswith(UNFINISHED) and end < len(input_ids):
+        before, now = decoded(start, done), decoded(start, end)
+        if now.endswith(REPLACEMENT_CHARACTER) and end < len(input_ids):
             after = decoded(start, end + 1)
-            if not (after.startswith(now) and len(after) > len(now)):  # the next token changes it: it was not whole
+            if not (after.startswith(now) and len(after) > len(now)):  # the next token changes it: the character was incomplete
                 texts.append("")
                 continue
         texts.append(now[len(before) :])
-        start, given = given, end
+        start, done = done, end
     return texts
 
 
@@ -191,7 +192,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> lis
 
 
 def print_sample(view: SampleView, console: Console | None = None) -> None:
-    """Print a sample: runs of tokens of one kind, each beside the name of its kind, so that it reads without colours too."""
+    """Print a sample as runs of tokens of one kind, each with the name of its kind, so that it is readable without colours."""
     console = console or StyledConsole(highlight=False)
     console.print(Text(escape_invisible(view.sample.id), "bold"))
     console.print(Text(view.summary()))
@@ -210,7 +211,7 @@ def print_sample(view: SampleView, console: Console | None = None) -> None:
 
 
 def collapse_repeats(tokens: Sequence[Token]) -> str:
-    """The text of media tokens, those that repeat as `<image> x 576`."""
+    """The text of media tokens, with repeated ones as `<image> x 576`."""
     parts = []
     for _, run in groupby(tokens, key=lambda token: token.id):
         same = list(run)
@@ -219,12 +220,12 @@ def collapse_repeats(tokens: Sequence[Token]) -> str:
 
 
 def escape_invisible(text: str) -> str:
-    """Characters that show nothing, or move what stands beside them, as escapes; line breaks stay."""
+    """The text with invisible and control characters as escapes, except line breaks."""
     return "".join(char if char.isprintable() or char == "\n" else _escape(char) for char in text)
 
 
 def show_line_breaks(text: str) -> str:
-    """As `escape_invisible`, with a mark at the end of each line."""
+    """Like `escape_invisible`, with a visible symbol at the end of each line."""
     return escape_invisible(text).replace("\n", "\u23ce\n").removesuffix("\n")
 
 
@@ -236,8 +237,8 @@ def _escape(char: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Shown:
-    """Tokens that are shown as one: several that make one character, or repeated ones of an image."""
+class _PageToken:
+    """Tokens that the page shows as one: those of one character, or repeated ones of an image."""
 
     text: str
     ids: str
@@ -246,10 +247,10 @@ class _Shown:
 
 
 def write_page(view: SampleView, path: Path) -> None:
-    """Write a page with the sample's pictures and its tokens, their ids on hover; everything is inside the one file.
+    """Write a self-contained HTML page with the sample's images and its tokens, with token ids on hover.
 
     Raises:
-        UserError: when the file cannot be written.
+        UserError: the file cannot be written.
     """
     environment = Environment(
         loader=PackageLoader("mmtune.data.validation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -259,8 +260,8 @@ def write_page(view: SampleView, path: Path) -> None:
         row=escape_invisible(view.sample.id),
         summary=view.summary(),
         notes=view.notes,
-        pictures=[_picture(media) for media in view.sample.images],
-        runs=[(kind, list(_shown(list(run)))) for kind, run in groupby(view.tokens, key=lambda token: token.kind)],
+        images=[_page_image(media) for media in view.sample.images],
+        runs=[(kind, list(_page_tokens(list(run)))) for kind, run in groupby(view.tokens, key=lambda token: token.kind)],
         prompt=escape_invisible(view.prompt),
         style=style,
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii"),
@@ -271,32 +272,32 @@ def write_page(view: SampleView, path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _shown(tokens: Sequence[Token]) -> Iterator[_Shown]:
-    """Tokens of one kind."""
+def _page_tokens(tokens: Sequence[Token]) -> Iterator[_PageToken]:
+    """Group tokens of one kind for the page."""
     if tokens[0].kind == "media":
         for number, run in groupby(tokens, key=lambda token: token.id):
             same = list(run)
-            yield _Shown(escape_invisible(same[0].text), str(number), "media", len(same))
+            yield _PageToken(escape_invisible(same[0].text), str(number), "media", len(same))
         return
     ids: list[str] = []
     for position, token in enumerate(tokens):
         ids.append(str(token.id))
         if token.text or position == len(tokens) - 1:
-            yield _Shown(show_line_breaks(token.text) + "\n" * token.text.endswith("\n"), " ".join(ids), token.kind)
+            yield _PageToken(show_line_breaks(token.text) + "\n" * token.text.endswith("\n"), " ".join(ids), token.kind)
             ids = []
 
 
-def _picture(media: Media) -> dict[str, Any]:
+def _page_image(media: Media) -> dict[str, Any]:
     name = escape_invisible(str(media))
     try:
         image = open_image(media)
     except ValueError as error:
-        return {"name": name, "fault": escape_invisible(str(error))}
+        return {"name": name, "error": escape_invisible(str(error))}
     size = f"{image.width} x {image.height}"
-    small = max(image.size) <= SMALL
-    image.thumbnail((PICTURE, PICTURE))
+    small = max(image.size) <= SMALL_EDGE
+    image.thumbnail((MAX_PAGE_EDGE, MAX_PAGE_EDGE))
     buffer = io.BytesIO()
     image.save(buffer, "PNG" if small else "JPEG", quality=85)
-    kind = "png" if small else "jpeg"
+    image_format = "png" if small else "jpeg"
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {"name": name, "size": size, "small": small, "data": f"data:image/{kind};base64,{data}"}
+    return {"name": name, "size": size, "small": small, "data": f"data:image/{image_format};base64,{data}"}

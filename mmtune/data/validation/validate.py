@@ -1,8 +1,8 @@
-"""The doctor: every row of the data and the header of every image, in several processes, without decoding any.
+"""Data validation: checks of every row and of the header of every image, in several processes, without decoding images.
 
-What it calls an error is what training would quarantine, because it asks the same code: the data template makes the sample,
-images are opened as training opens them, and with a processor at hand the text is encoded too. Only damage inside an image
-file can pass here and fail there, unless the images are decoded here as well.
+An error is what training would quarantine, because both use the same code: the data template converts the row, images are opened
+in the same way, and with a processor the text is encoded too. Only damage inside an image file is found later, unless images are
+decoded here as well.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ from mmtune.data.sources.source import Row, Rows, open_rows
 from mmtune.data.templates.boxes import BOX_FIELDS
 from mmtune.data.templates.template import DataTemplate, load_data_template, shipped_templates
 from mmtune.data.templates.unread_media import holds_media
-from mmtune.data.validation.issues import ISSUE_TYPES, Issue, issue
+from mmtune.data.validation.issues import ISSUE_TYPES, Issue, new_issue
 from mmtune.data.validation.show_sample import escape_invisible
 from mmtune.recipe.recipe import Source
 from mmtune.utils.errors import UserError
 
-FORM = (
+FORMAT_ISSUES = (
     *("row_not_json", "row_not_object", "field_missing", "field_type", "template_fails", "role_unknown", "label_unknown"),
     "media_unread",
 )
+"""Issue types that mean that a row has another format than the data template."""
 CONTROL_TOKENS = (
     *("<s>", "</s>", "<unk>", "<pad>", "<bos>", "<eos>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
@@ -56,7 +57,7 @@ CONTROL_TOKENS = (
     *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<image_soft_token>"),
     *("<start_of_image>", "<end_of_image>", "<fake_token_around_image>", "<global-img>", "[IMG]", "[IMG_BREAK]", "[IMG_END]"),
 )
-"""Control tokens of well-known models, looked for in the rows' text when the recipe's own tokenizer is not at hand."""
+"""Control tokens of well-known models, for checking the rows' text without the recipe's tokenizer."""
 
 Positions = np.ndarray[Any, np.dtype[np.intp]]
 Digests = np.ndarray[Any, np.dtype[np.uint64]]
@@ -64,14 +65,14 @@ Digests = np.ndarray[Any, np.dtype[np.uint64]]
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """What rows are held to besides their templates.
+    """Settings of data validation.
 
     Attributes:
-        processor: the recipe's; None encodes no text.
+        processor: the recipe's processor; None to check without encoding the text.
         max_tokens: the recipe's `data.max_tokens`.
         over_length: the recipe's `data.over_length`.
         supervise: the recipe's `data.supervise`.
-        decode: decode every image too.
+        decode: decode every image.
     """
 
     processor: ProcessorMixin | None = None
@@ -83,25 +84,25 @@ class ValidationSettings:
 
 @dataclass
 class IssueSummary:
-    """What was found, counted."""
+    """Counts and first rows of the issues, by type."""
 
     rows: int
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, list[str]] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)
     faulty_rows: int = 0
-    _faulty: str | None = field(default=None, init=False, repr=False)
+    _last_faulty_row: str | None = field(default=None, init=False, repr=False)
 
-    def add(self, found: Issue) -> None:
-        """Count an issue; the errors of one row come one after the other."""
-        self.counts[found.issue] += 1
-        first = self.first.setdefault(found.issue, [])
+    def add(self, issue: Issue) -> None:
+        """Count an issue. The issues of one row must be added in succession."""
+        self.counts[issue.issue] += 1
+        first = self.first.setdefault(issue.issue, [])
         if not first:
-            self.details[found.issue] = f"{found.field}: {found.detail}"
+            self.details[issue.issue] = f"{issue.field}: {issue.detail}"
         if len(first) < 3:
-            first.append(found.row)
-        if found.severity == "error" and found.row != self._faulty:
-            self._faulty = found.row
+            first.append(issue.row)
+        if issue.severity == "error" and issue.row != self._last_faulty_row:
+            self._last_faulty_row = issue.row
             self.faulty_rows += 1
 
     def severities(self) -> dict[str, int]:
@@ -112,18 +113,20 @@ class IssueSummary:
         return totals
 
     def as_json(self) -> dict[str, Any]:
-        """The figures."""
+        """The counts as a JSON object."""
         return {"rows": self.rows, "faulty_rows": self.faulty_rows, "severities": self.severities(), "counts": dict(self.counts)}
 
     def show(self) -> None:
-        """Print each type of issue, the gravest first: how many, the first rows, what the first one says, what to do."""
+        """Print the issues by type, the most severe first: count, first rows, first detail, and fix."""
         table = Table(box=None, show_header=False, pad_edge=False)
         styles = {"error": "bold red", "warning": "yellow", "note": "cyan"}
-        for name, kind in ISSUE_TYPES.items():
+        for name, issue_type in ISSUE_TYPES.items():
             if count := self.counts[name]:
                 rows = ", ".join(self.first[name]) + (", ..." if count > len(self.first[name]) else "")
-                told = Text.assemble(rows, "\n", escape_invisible(self.details[name][:300]), "\n", (kind.fix, "dim"))
-                table.add_row(Text(kind.severity, styles[kind.severity]), Text(name), Text(f"{count:,}", justify="right"), told)
+                detail = escape_invisible(self.details[name][:300])
+                description = Text.assemble(rows, "\n", detail, "\n", (issue_type.fix, "dim"))
+                severity = Text(issue_type.severity, styles[issue_type.severity])
+                table.add_row(severity, Text(name), Text(f"{count:,}", justify="right"), description)
         if self.counts:
             StyledConsole().print(table)
         totals = ", ".join(f"{count:,} {severity}{'' if count == 1 else 's'}" for severity, count in self.severities().items())
@@ -132,221 +135,228 @@ class IssueSummary:
 
 @dataclass(frozen=True)
 class _OpenSource:
-    """One source, open."""
+    """An open source and the fields that its template reads."""
 
     reader: SourceReader
     rows: Rows
     held_out: bool
-    known: frozenset[str]
+    known_fields: frozenset[str]
 
 
 class Validator:
-    """Checks every row of some sources."""
+    """Checks every row of training and evaluation sources."""
 
-    def __init__(self, train: Sequence[Source], held_out: Sequence[Source] = (), rules: ValidationSettings | None = None) -> None:
+    def __init__(
+        self, train: Sequence[Source], held_out: Sequence[Source] = (), settings: ValidationSettings | None = None
+    ) -> None:
         """
         Args:
-            train: the sources that train.
-            held_out: those of the evaluation, which should have no row in common with them.
-            rules: what rows are held to.
+            train: the training sources.
+            held_out: the evaluation sources, which should have no row in common with the training sources.
+            settings: validation settings.
 
         Raises:
             UserError: a missing or unreadable file, or an unknown template.
         """
-        self._rules = rules or ValidationSettings()
-        self._control = _spelling(self._rules.processor)
-        # Opened apart, as a run opens them: rows have the ids, and with them the draws, that they have there.
-        self._parts = [_open(each, bool(part)) for part, of in enumerate((train, held_out)) for each in open_readers(of)]
-        self.rows = sum(len(part.rows) for part in self._parts)
+        self._settings = settings or ValidationSettings()
+        self._control_tokens = _control_token_pattern(self._settings.processor)
+        # Opened separately, as in a run, so that the row ids (and the random draws that depend on them) are the same.
+        self._sources = [_open_source(reader, held_out=False) for reader in open_readers(train)]
+        self._sources += [_open_source(reader, held_out=True) for reader in open_readers(held_out)]
+        self.rows = sum(len(source.rows) for source in self._sources)
 
     def issues(self, processes: int | None = None) -> Iterator[Issue]:
-        """Everything that is found, source after source and row after row; what comes of comparing rows follows them.
+        """All issues, source by source and row by row; duplicates of a source follow its rows.
 
-        A bar shows the progress on a terminal.
+        A progress bar is shown on a terminal.
 
         Args:
-            processes: how many work at once, as `map_rows`.
+            processes: number of processes, as in `map_rows`.
 
         Raises:
-            UserError: what is wrong with more than a row, such as a model without a chat template.
+            UserError: an error that is not about a single row, such as a missing chat template.
         """
-        compared: list[Digests] = []
-        for number, part in enumerate(self._parts):
-            digests = np.zeros((2, len(part.rows)), np.uint64)
-            unread: dict[str, list[int]] = {}
-            checked = map_rows(partial(self._check, part), range(len(part.rows)), processes, "checking rows")
-            for position, (found, compare, fields) in enumerate(checked):
-                yield from found
-                digests[:, position] = compare
+        row_digests: list[Digests] = []
+        for number, source in enumerate(self._sources):
+            digests = np.zeros((2, len(source.rows)), np.uint64)
+            unknown_fields: dict[str, list[int]] = {}
+            results = map_rows(partial(self._check, source), range(len(source.rows)), processes, "checking rows")
+            for position, (issues, row_and_id_digest, fields) in enumerate(results):
+                yield from issues
+                digests[:, position] = row_and_id_digest
                 for name in fields:
-                    unread.setdefault(name, []).append(position)
-            first = {having[0] for having in unread.values()}
-            ids = {
-                position: self._row_id(number, position) for position in first
-            }  # a row is read once, however many fields it has
-            for name, having in unread.items():
-                yield issue(ids[having[0]], name, "field_unknown", f"{len(having):,} rows have it, this one first")
-            earlier, same_id = map(_first_occurrences, digests)
-            same_id[earlier >= 0] = -1  # that a copied row has the same id says nothing new
-            yield from self._repeated(number, "row", "duplicate_row", earlier)
-            yield from self._repeated(number, "id", "duplicate_id", same_id)
-            compared.append(digests[0])
-        yield from self._held_out(compared)
+                    unknown_fields.setdefault(name, []).append(position)
+            # A row is read once, even if it is the first one with several fields.
+            ids = {position: self._row_id(number, position) for position in {rows[0] for rows in unknown_fields.values()}}
+            for name, rows in unknown_fields.items():
+                yield new_issue(ids[rows[0]], name, "field_unknown", f"in {len(rows):,} rows, first in this one")
+            same_row, same_id = map(_first_occurrences, digests)
+            same_id[same_row >= 0] = -1  # a copied row also has the same id
+            yield from self._duplicates(number, "row", "duplicate_row", same_row)
+            yield from self._duplicates(number, "id", "duplicate_id", same_id)
+            row_digests.append(digests[0])
+        yield from self._rows_in_both(row_digests)
 
-    def _check(self, part: _OpenSource, position: int) -> tuple[list[Issue], tuple[int, int], list[str]]:
-        """Of a row what is found, digests of it and of its own id (0 where there is nothing to compare), and fields not read."""
+    def _check(self, source: _OpenSource, position: int) -> tuple[list[Issue], tuple[int, int], list[str]]:
+        """Check one row: its issues, the digests of the row and of its id (0 if there is none), and its unknown fields."""
         try:
-            row_id, row = part.rows[position]
+            row_id, row = source.rows[position]
         except RowError as error:
             return [_issue_of_error(error)], (0, 0), []
-        found: list[Issue] = []
+        issues: list[Issue] = []
         media = []
-        read = row
+        unpacked = row
         try:
-            read = part.reader.template.unpacked(row_id, row)
-            sample = part.reader.sample(row_id, row)
+            unpacked = source.reader.template.unpack_shard_row(row_id, row)
+            sample = source.reader.sample(row_id, row)
             media = sample.images
-            if part.held_out:
+            if source.held_out:
                 split_question(sample)
-            found += self._sample(sample, read, part.reader.template.boxes is not None, part.held_out)
+            issues += self._check_sample(sample, unpacked, source.reader.template.boxes is not None, source.held_out)
         except RowError as error:
-            found.append(_issue_of_error(error))
-        digests = _digest((row, [str(image) for image in media])), _id_digest(read)
-        unread = [name for name in read if name not in part.known and not holds_media(name, read[name], bool(media))]
-        return found, digests, unread
+            issues.append(_issue_of_error(error))
+        digests = _digest((row, [str(image) for image in media])), _id_digest(unpacked)
+        fields = [
+            name
+            for name in unpacked
+            if name not in source.known_fields and not holds_media(name, unpacked[name], provenance=bool(media))
+        ]
+        return issues, digests, fields
 
-    def _sample(self, sample: Sample, row: Row, declared: bool, held_out: bool) -> Iterator[Issue]:
+    def _check_sample(self, sample: Sample, row: Row, has_declared_boxes: bool, held_out: bool) -> Iterator[Issue]:
         images = sample.images
         sizes: list[Any] = []
         for number, media in enumerate(images):
-            report = inspect_image(media, self._rules.decode)
+            report = inspect_image(media, self._settings.decode)
             sizes.append(report.size)
             where = "image" if len(images) == 1 else f"image[{number}]"
-            yield from (issue(sample.id, where, name, detail) for name, detail in report.issues)
-        told: list[Issue] = []
+            yield from (new_issue(sample.id, where, name, detail) for name, detail in report.issues)
+        text_issues: list[Issue] = []
         for number, message in enumerate(sample.messages):
-            told += self._text(sample.id, f"messages[{number}]", message)
-        yield from told
-        if self._rules.processor is not None and None not in sizes:
-            known = [(each.field, each.issue) for each in told]
-            yield from (each for each in self._tokens(sample, sizes, held_out) if (each.field, each.issue) not in known)
-        if len(sizes) == 1 and sizes[0] is not None and not declared:
-            yield from _boxes(sample.id, row, sizes[0])
+            text_issues += self._check_text(sample.id, f"messages[{number}]", message)
+        yield from text_issues
+        if self._settings.processor is not None and None not in sizes:
+            reported = [(issue.field, issue.issue) for issue in text_issues]
+            token_issues = self._check_tokens(sample, sizes, held_out)
+            yield from (issue for issue in token_issues if (issue.field, issue.issue) not in reported)
+        if len(sizes) == 1 and sizes[0] is not None and not has_declared_boxes:
+            yield from _suspect_boxes(sample.id, row, sizes[0])
 
-    def _tokens(self, sample: Sample, sizes: list[Size], held_out: bool) -> Iterator[Issue]:
-        """What comes of encoding the text, as training does, with image tokens counted from the images' sizes."""
-        rules = self._rules
-        assert rules.processor is not None
-        shown = [augmented_size(media, size) for media, size in zip(sample.images, sizes, strict=True)]
-        sized = replace(sample, messages=set_image_sizes(sample.messages, shown))
+    def _check_tokens(self, sample: Sample, sizes: list[Size], held_out: bool) -> Iterator[Issue]:
+        """Issues of encoding the text as in training, with image tokens counted from the image sizes."""
+        settings = self._settings
+        assert settings.processor is not None
+        final_sizes = [augmented_size(media, size) for media, size in zip(sample.images, sizes, strict=True)]
+        sized = replace(sample, messages=set_image_sizes(sample.messages, final_sizes))
         try:
-            counts = count_tokens(sized, rules.processor, rules.supervise)
+            counts = count_tokens(sized, settings.processor, settings.supervise)
         except RowError as error:
             yield _issue_of_error(error)
             return
         if counts.supervised == 0:
-            yield issue(sample.id, "messages", "nothing_supervised", f"none of {counts.tokens:,} tokens is an answer's")
-        if not held_out and rules.max_tokens is not None and counts.tokens > rules.max_tokens:
-            kind = "too_long" if rules.over_length == "error" else "too_long_by_policy"
-            yield issue(sample.id, "messages", kind, over_length_error(sample.id, counts.tokens, rules.max_tokens).detail)
+            detail = f"expected supervised tokens, got none among {counts.tokens:,} tokens"
+            yield new_issue(sample.id, "messages", "nothing_supervised", detail)
+        if not held_out and settings.max_tokens is not None and counts.tokens > settings.max_tokens:
+            issue_type = "too_long" if settings.over_length == "error" else "too_long_by_policy"
+            detail = over_length_error(sample.id, counts.tokens, settings.max_tokens).detail
+            yield new_issue(sample.id, "messages", issue_type, detail)
 
-    def _text(self, row_id: str, where: str, message: Message) -> Iterator[Issue]:
+    def _check_text(self, row_id: str, where: str, message: Message) -> Iterator[Issue]:
         text = text_of(message)
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            yield issue(row_id, where, "text_not_unicode", f"the text is not valid Unicode: {error}")
+            yield new_issue(row_id, where, "text_not_unicode", f"the text is not valid Unicode: {error}")
         if "\0" in text:
-            yield issue(row_id, where, "text_nul", f"{text.count(chr(0))} NUL characters")
-        if spelt := sorted(set(self._control.findall(text))):
-            yield issue(row_id, where, "control_token", f"the text spells {', '.join(spelt)}")
+            yield new_issue(row_id, where, "text_nul", f"the text has {text.count(chr(0))} NUL characters")
+        if tokens := sorted(set(self._control_tokens.findall(text))):
+            yield new_issue(row_id, where, "control_token", f"the text contains {', '.join(tokens)}")
 
-    def _repeated(self, number: int, where: str, kind: str, earlier: Positions) -> Iterator[Issue]:
-        for position in np.flatnonzero(earlier >= 0).tolist():
-            told = f"the same as that of {self._row_id(number, int(earlier[position]))}"
-            yield issue(self._row_id(number, position), where, kind, told)
+    def _duplicates(self, number: int, where: str, issue_type: str, first_occurrences: Positions) -> Iterator[Issue]:
+        for position in np.flatnonzero(first_occurrences >= 0).tolist():
+            detail = f"the same as in {self._row_id(number, int(first_occurrences[position]))}"
+            yield new_issue(self._row_id(number, position), where, issue_type, detail)
 
-    def _held_out(self, digests: list[Digests]) -> Iterator[Issue]:
-        """The rows of the evaluation that train as well."""
-        trains = [number for number, part in enumerate(self._parts) if not part.held_out]
-        for number, part in enumerate(self._parts):
-            for other in trains if part.held_out else ():
-                both, here, there = np.intersect1d(digests[number], digests[other], return_indices=True)
-                for position, twin in sorted(zip(here[both != 0].tolist(), there[both != 0].tolist(), strict=True)):
-                    told = f"also in the training data: {self._row_id(other, twin)}"
-                    yield issue(self._row_id(number, position), "row", "row_held_out", told)
+    def _rows_in_both(self, digests: list[Digests]) -> Iterator[Issue]:
+        """Rows of the evaluation that are also in the training data."""
+        training = [number for number, source in enumerate(self._sources) if not source.held_out]
+        for number, source in enumerate(self._sources):
+            for other in training if source.held_out else ():
+                common, here, there = np.intersect1d(digests[number], digests[other], return_indices=True)
+                for position, copy in sorted(zip(here[common != 0].tolist(), there[common != 0].tolist(), strict=True)):
+                    detail = f"also in the training data: {self._row_id(other, copy)}"
+                    yield new_issue(self._row_id(number, position), "row", "row_held_out", detail)
 
     def _row_id(self, number: int, position: int) -> str:
-        return self._parts[number].rows[position][0]
+        return self._sources[number].rows[position][0]
 
 
-def _open(reader: SourceReader, held_out: bool) -> _OpenSource:
-    rows = reader.open()
+def _open_source(reader: SourceReader, held_out: bool) -> _OpenSource:
     known = reader.template.fields_read | reader.ignored | {*reader.template.ignore, *ID_FIELDS, *BOX_FIELDS}
-    return _OpenSource(reader, rows, held_out, frozenset(known))
+    return _OpenSource(reader, reader.open(), held_out, frozenset(known))
 
 
 def _issue_of_error(error: RowError) -> Issue:
-    return issue(error.row, error.field, error.issue, error.detail)
+    return new_issue(error.row, error.field, error.issue, error.detail)
 
 
 def guess_template(path: str) -> str:
-    """The shipped data template that reads a file's first rows best.
+    """The name of the shipped data template that fits a file's first rows best.
 
     Args:
-        path: a file of rows, as a source names it.
+        path: the path of a source.
 
     Raises:
-        UserError: a file that cannot be read, or none or several that read it equally well.
+        UserError: the file cannot be read, or no template or several templates fit it.
     """
     scores: dict[str, tuple[int, float]] = {}
-    unread = ""
+    read_error = ""
     for name in shipped_templates():
         template = load_data_template(name)
         try:
             rows = open_rows(path, rows=template.rows)
         except UserError as error:
-            if template.rows is None or not unread:
-                unread = str(error)
+            if template.rows is None or not read_error:
+                read_error = str(error)
             continue
-        scores[name] = _fit(template, rows)
+        scores[name] = _template_fit(template, rows)
     if not scores:
-        raise UserError(unread)
+        raise UserError(read_error)
     best = [name for name, score in scores.items() if score == max(scores.values()) and score[0]]
     if len(best) != 1:
-        found = f"{', '.join(best)} read it equally well" if best else f"none of those that ship reads {_described(path)}"
-        raise UserError(f"{path}: which data template? {found}; name one with --template")
+        reason = f"{', '.join(best)} fit equally well" if best else f"no shipped template reads {_describe_rows(path)}"
+        raise UserError(f"{path}: cannot choose a data template: {reason}; set --template")
     return best[0]
 
 
-def _described(path: str) -> str:
+def _describe_rows(path: str) -> str:
     try:
         _, row = open_rows(path)[0]
-    except RowError:  # not an object, or cut short: no template reads that
+    except RowError:  # not an object, or truncated: no template can read it
         raise
-    except UserError:  # rows that only a template finds, under a key
+    except UserError:  # rows under a key, which only some templates read
         return "its first rows"
-    return f"rows with the fields {', '.join(map(str, row))} (docs/data_templates.md says what each reads)"
+    return f"rows with the fields {', '.join(map(str, row))} (see docs/data_templates.md for the fields of each template)"
 
 
-def _fit(template: DataTemplate, rows: Rows) -> tuple[int, float]:
-    """How many of the first rows have the template's form, and how alike their fields are to its example's."""
-    read, alike = 0, 0.0
-    rules = MediaRules(Path())  # that a medium is missing here says nothing of the form
+def _template_fit(template: DataTemplate, rows: Rows) -> tuple[int, float]:
+    """The number of first rows in the template's format, and the similarity of their fields to its example."""
+    fitting, similarity = 0, 0.0
+    rules = MediaRules(Path())  # missing media are not an issue of the format
     for index in range(min(len(rows), 20)):
         try:
             row_id, row = rows[index]
-            alike += len(row.keys() & template.example.keys()) / len(row.keys() | template.example.keys())
+            similarity += len(row.keys() & template.example.keys()) / len(row.keys() | template.example.keys())
             template.sample(row_id, row, rules)
         except RowError as error:
-            read += error.issue not in FORM
+            fitting += error.issue not in FORMAT_ISSUES
         else:
-            read += 1
-    return read, round(alike, 6)
+            fitting += 1
+    return fitting, round(similarity, 6)
 
 
-def _spelling(processor: ProcessorMixin | None) -> re.Pattern[str]:
-    """Matches the control tokens that text should not spell."""
+def _control_token_pattern(processor: ProcessorMixin | None) -> re.Pattern[str]:
+    """A pattern of the control tokens that a row's text should not contain."""
     tokens: set[str] = set(CONTROL_TOKENS)
     if processor is not None:
         added = processor.tokenizer.added_tokens_decoder.values()
@@ -356,41 +366,41 @@ def _spelling(processor: ProcessorMixin | None) -> re.Pattern[str]:
 
 
 def _first_occurrences(digests: Digests) -> Positions:
-    """For each digest the first position that has the same one, if that is an earlier position; else -1."""
+    """For each digest the position of its first occurrence; -1 if that is the digest itself, or the digest is 0."""
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    earlier = first[inverse]
-    earlier[(earlier == np.arange(len(digests))) | (digests == 0)] = -1
-    return earlier
+    first_positions = first[inverse]
+    first_positions[(first_positions == np.arange(len(digests))) | (digests == 0)] = -1
+    return first_positions
 
 
 def _digest(value: Any) -> int:
-    text = json.dumps(value, sort_keys=True, default=_plain)
+    text = json.dumps(value, sort_keys=True, default=_json_default)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) or 1
 
 
-def _plain(value: Any) -> str:
+def _json_default(value: Any) -> str:
     return hashlib.blake2b(value).hexdigest() if isinstance(value, bytes) else str(value)
 
 
 def _id_digest(row: Row) -> int:
-    given = id_in_dataset(row)
-    return 0 if given is None else _digest(given)
+    value = id_in_dataset(row)
+    return 0 if value is None else _digest(value)
 
 
-def _boxes(row_id: str, row: Row, size: tuple[int, int]) -> Iterator[Issue]:
-    """Fields that look like boxes and that the template does not read: outside the image in either layout."""
+def _suspect_boxes(row_id: str, row: Row, size: tuple[int, int]) -> Iterator[Issue]:
+    """Issues of fields with the name of a box that the template does not read, and that are outside the image in both layouts."""
     for name in BOX_FIELDS:
-        given: Any = row.get(name)
-        several = isinstance(given, list) and bool(given) and all(isinstance(box, list) for box in given)
-        boxes: list[Any] = given if several else [given]
+        value: Any = row.get(name)
+        is_list_of_boxes = isinstance(value, list) and bool(value) and all(isinstance(box, list) for box in value)
+        boxes: list[Any] = value if is_list_of_boxes else [value]
         for number, box in enumerate(boxes):
-            numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(edge, (int, float)) for edge in box)
-            if numbers and not _inside(box, size):
-                where = f"{name}[{number}]" if several else name
-                yield issue(row_id, where, "box_suspect", f"{box} in an image of {size[0]} x {size[1]} pixels")
+            is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(edge, (int, float)) for edge in box)
+            if is_box and not _is_inside(box, size):
+                where = f"{name}[{number}]" if is_list_of_boxes else name
+                yield new_issue(row_id, where, "box_suspect", f"{box} in an image of {size[0]} x {size[1]} pixels")
 
 
-def _inside(box: list[float], size: tuple[int, int]) -> bool:
+def _is_inside(box: list[float], size: tuple[int, int]) -> bool:
     left, top, third, fourth = box
     if not all(math.isfinite(edge) and edge >= 0 for edge in box):
         return False

@@ -159,10 +159,10 @@ def test_the_last_rows_are_shared_and_none_is_taken_twice() -> None:
 
 
 def test_repeats_and_ratios_take_what_the_weights_say() -> None:
-    assert Mixture.by_repeats([10, 4, 7], [1.0, 2.5, 0.3]).takes == (10, 10, 2)
-    assert Mixture.by_ratio([10, 90], [1.0, 1.0]).takes == (50, 50)
-    assert Mixture.by_ratio([10, 10, 10], [1.0, 1.0, 5.0]).takes == (4, 4, 22)
-    assert Mixture.by_ratio([10, 0, 10], [1.0, 9.0, 1.0]).takes == (10, 0, 10)  # a source with no row that can train
+    assert Mixture.by_repeats([10, 4, 7], [1.0, 2.5, 0.3]).draws == (10, 10, 2)
+    assert Mixture.by_ratio([10, 90], [1.0, 1.0]).draws == (50, 50)
+    assert Mixture.by_ratio([10, 10, 10], [1.0, 1.0, 5.0]).draws == (4, 4, 22)
+    assert Mixture.by_ratio([10, 0, 10], [1.0, 9.0, 1.0]).draws == (10, 0, 10)  # a source with no row that can train
 
 
 @settings(max_examples=60, deadline=None)
@@ -176,7 +176,7 @@ def test_every_row_is_met_equally_often_over_the_epochs(sources: list[tuple[int,
         assert len(rows) == len(mixture)
         met.update(rows.tolist())
     start = 0
-    for count, take in zip(counts, mixture.takes, strict=True):
+    for count, take in zip(counts, mixture.draws, strict=True):
         times = [met[row] for row in range(start, start + count)]
         assert sum(times) == 7 * take and max(times) - min(times) <= 1
         start += count

@@ -64,7 +64,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def test_a_batch_is_the_processors_own(family: str, side: str, tmp_path: Path) -> None:
     processor = FAMILIES[family]()
     talks = conversations(tmp_path)
-    if family == "paligemma":  # its processor takes no conversation without an image
+    if family == "paligemma":  # its processor needs an image in every conversation
         talks = [talk for talk in talks if len(talk[0]["content"]) > 1]
     encoded = [encode_prompt("r", talk, processor) for talk in talks]
     assert_same(collate(encoded, processor.tokenizer.pad_token_id, side), of_the_processor(processor, talks, side))

@@ -93,7 +93,7 @@ def test_a_stream_without_rows_ends_the_run() -> None:
     """Said where the batch is taken: raised in a worker, torch would wrap it in that worker's traceback."""
     for workers in (0, 1):
         (error,) = taken(stream(3, 0), 2, workers)
-        assert isinstance(error, UserError) and str(error) == "data.train[1]: the stream holds no rows"
+        assert isinstance(error, UserError) and str(error) == "data.train[1]: the stream has no rows"
 
 
 @pytest.mark.slow

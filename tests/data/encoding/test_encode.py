@@ -89,7 +89,7 @@ def test_supervised_tokens_are_the_answers_and_their_ends(
 def test_a_caption_is_supervised_with_its_newline(template_processors: dict[str, Any], media: Path) -> None:
     processor = template_processors["plain"]
     assert _spans(encode_sample(_sample([str(media / "a.png"), "Describe."], "a cat"), processor), processor) == ["a cat\n"]
-    with pytest.raises(RowError, match=r"r\.json\[7\]: messages: 1 supervised spans for 2 answers"):
+    with pytest.raises(RowError, match=r"r\.json\[7\]: messages: expected 2 supervised spans, one for each answer, got 1"):
         encode_sample(_sample("a", "b", "c", "d"), processor)  # with no words between, two captions run together
 
 
@@ -133,7 +133,7 @@ def test_labels_are_exact_or_refused_when_white_space_joins(
 
 
 def test_white_space_does_join_here_and_is_refused(template_processors: dict[str, Any]) -> None:
-    with pytest.raises(RowError, match=r"r\.json\[7\]: messages\[1\]: the answer begins with white space"):
+    with pytest.raises(RowError, match=r"r\.json\[7\]: messages\[1\]: the answer starts with white space"):
         encode_sample(_sample("q", "\n\nfoo"), template_processors["chatml"])
     assert _spans(encode_sample(_sample("q", " foo"), template_processors["chatml"]), template_processors["chatml"]) == [
         " foo<|im_end|>"
@@ -254,13 +254,25 @@ TURNS = (
         ("<|assistant|>{% generation %}{{ text }}{% endgeneration %}<|end|>", None),
         (
             "<|assistant|>{% generation %}{{ text }}{% endgeneration %}.<|end|>",
-            "writes '' after an answer and no token that ends it",
+            "expected an end-of-turn token after an answer, got ''",
         ),
-        ("<|assistant|>{% generation %}{{ text ~ ' ' }}{% endgeneration %}", "writes ' ' after an answer and no token that ends"),
-        ("{% generation %}{{ '<|assistant|>' ~ text ~ '<|end|>' }}{% endgeneration %}", r"supervises '<\|assistant\|>"),
-        ("<|assistant|>{% generation %}{{ text ~ '<|end|><|pad|>' }}{% endgeneration %}", "for the answer 'yes'"),
-        ("<|assistant|>{% generation %}{{ '<|end|>' }}{% endgeneration %}", "for the answer 'yes'"),
-        ("<|assistant|>{{ text ~ '<|end|>' }}", "no {% generation %} marks.*'<|user|>Is it?<|assistant|>' for '<|user|>Is it?'"),
+        (
+            "<|assistant|>{% generation %}{{ text ~ ' ' }}{% endgeneration %}",
+            "expected an end-of-turn token after an answer, got ' '",
+        ),
+        (
+            "{% generation %}{{ '<|assistant|>' ~ text ~ '<|end|>' }}{% endgeneration %}",
+            r"to be supervised, got '<\|assistant\|>",
+        ),
+        (
+            "<|assistant|>{% generation %}{{ text ~ '<|end|><|pad|>' }}{% endgeneration %}",
+            "the answer 'yes' and one end-of-turn token to be supervised, got",
+        ),
+        (
+            "<|assistant|>{% generation %}{{ '<|end|>' }}{% endgeneration %}",
+            "the answer 'yes' and one end-of-turn token to be supervised, got",
+        ),
+        ("<|assistant|>{{ text ~ '<|end|>' }}", "no {% generation %} tags.*'<|user|>Is it?<|assistant|>' for '<|user|>Is it?'"),
     ],
 )
 def test_a_template_that_supervises_something_else_is_refused(answer: str, reason: str | None) -> None:
@@ -282,7 +294,7 @@ def test_a_template_that_drops_an_answer_is_found_at_the_row(untrained: tuple[An
     marked = "{% generation %}{{ text ~ '<|end|>' }}{% endgeneration %}"
     processor.chat_template = TURNS.format(f"<|assistant|>{{% if loop.last %}}{marked}{{% else %}}{{{{ text }}}}{{% endif %}}")
     check_chat_template(processor)
-    with pytest.raises(RowError, match="1 supervised spans for 2 answers"):
+    with pytest.raises(RowError, match="expected 2 supervised spans, one for each answer, got 1"):
         encode_sample(_sample("a", "b", "c", "d"), processor)
 
 

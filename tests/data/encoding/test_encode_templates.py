@@ -171,7 +171,8 @@ def test_a_thought_that_the_prompt_holds_is_not_supervised() -> None:
         assert spans_of(encode_text("r", talk, processor, ["<|image_pad|>"]), processor) == ["a cat<|im_end|>"]
     thinks = _speaks((TRL / "qwen3_5_think_training.jinja").read_text(encoding="utf-8"), "<|image_pad|>")
     with pytest.raises(
-        RowError, match=re.escape(r"supervises '<think>\n\n</think>\n\na cat<|im_end|>\n' for the answer 'a cat'")
+        RowError,
+        match=re.escape(r"the answer 'a cat' and one end-of-turn token to be supervised, got '<think>\n\n</think>\n\na cat"),
     ):
         encode_text("r", talk, thinks, ["<|image_pad|>"])
 
@@ -187,23 +188,23 @@ PROMPT = "{% if add_generation_prompt %}assistant:{% endif %}"
     ("turn", "prompt", "reason"),
     [
         (SAYS, PROMPT, None),
-        (SAYS, "", "what it writes before an answer is not the prompt that the model is given: '.*assistant:' for"),
-        (SAYS, PROMPT.replace("assistant:", "assistant"), "is not the prompt that the model is given"),
+        (SAYS, "", "its text before an answer differs from the prompt: expected '.*', got '.*assistant:'"),
+        (SAYS, PROMPT.replace("assistant:", "assistant"), "its text before an answer differs from the prompt"),
         ("{{ m.content[0].text | upper }}<|im_end|>", PROMPT, "changes an answer"),
         ("{{ m.content[0].text | replace('sure', 'certain') }}<|im_end|>", PROMPT, None),
         ("{{ m.content[0].text | replace('dog', 'cat') }}<|im_end|>", PROMPT, "changes an answer"),
         ("{{ m.content[0].text ~ m.content[0].text }}<|im_end|>", PROMPT, "drops or repeats an answer"),
         ("{% if loop.last or m.role == 'user' %}" + SAYS + "{% endif %}", PROMPT, "drops or repeats an answer"),
-        ("{% if 'dog' in m.content[0].text %}!{% endif %}" + SAYS, PROMPT, "what stands around it"),
-        ("{{ m.content[0].text }}", PROMPT, "writes no token that would end the turn after the last answer"),
-        ("{{ m.content[0].text }} over<|im_end|>", PROMPT, "writes no token that would end the turn"),
+        ("{% if 'dog' in m.content[0].text %}!{% endif %}" + SAYS, PROMPT, "writes other text that depends on its words"),
+        ("{{ m.content[0].text }}", PROMPT, "writes no end-of-turn token after the last answer"),
+        ("{{ m.content[0].text }} over<|im_end|>", PROMPT, "writes no end-of-turn token"),
         (
             "{{ m.content[0].text }}{{ '<|im_end|>' if loop.last or m.role == 'user' }}",
             PROMPT,
-            "ends the last turn with '<.im_end.>'",
+            "ends only the last turn, but not all turns, with '<.im_end.>'",
         ),
-        ("{{ raise_exception('no such talk') }}", PROMPT, "the chat template refuses this conversation: no such talk"),
-        ("{{ m.nothing.here }}", PROMPT, "the chat template refuses this conversation: .* has no attribute"),
+        ("{{ raise_exception('no such talk') }}", PROMPT, "the chat template rejects this conversation: no such talk"),
+        ("{{ m.nothing.here }}", PROMPT, "the chat template rejects this conversation: .* has no attribute"),
     ],
 )
 def test_a_template_without_marks_is_exact_or_says_why_not(turn: str, prompt: str, reason: str | None) -> None:
@@ -219,7 +220,7 @@ def test_a_template_without_marks_is_exact_or_says_why_not(turn: str, prompt: st
 
 @pytest.mark.parametrize("marked", [True, False])
 def test_white_space_that_a_template_takes_off_is_named(marked: bool) -> None:
-    with pytest.raises(RowError, match="takes white space off the ends of an answer; take it out of the row"):
+    with pytest.raises(RowError, match="strips white space from the ends of an answer; remove it from the row"):
         encode_text("r", _talk("what?", "a dog\n"), dialect_processor("llama-3", marked), [])
 
 
@@ -229,7 +230,9 @@ def test_a_token_over_the_edge_of_an_answer_is_refused(marked: bool) -> None:
     turn = "{% if m.role == 'user' %}" + SAYS + "{% else %}{{ ' ' }}{% generation %}" + SAYS + "{% endgeneration %}{% endif %}"
     template = TURN.format(turn, PROMPT.replace("assistant:", "assistant: "))
     processor = _speaks(template if marked else re.sub("{% (end)?generation %}", "", template), "<image>")
-    with pytest.raises(RowError, match=r"messages\[1\]: a token of the answer takes in what the chat template writes beside it"):
+    with pytest.raises(
+        RowError, match=r"messages\[1\]: the answer shares a token with the text that the chat template writes next to it"
+    ):
         encode_text("r", _talk("what?", "the cat"), processor, [])
 
 
@@ -254,7 +257,7 @@ def test_a_prompt_that_the_answer_splits_otherwise_is_refused() -> None:
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", extra_special_tokens=specials
     )
     assert encode_text("r", _talk("what?", "the cat"), processor, []).input_ids
-    with pytest.raises(RowError, match=r"messages\[1\]: the answer begins with white space that the tokenizer joins"):
+    with pytest.raises(RowError, match=r"messages\[1\]: the answer starts with white space that the tokenizer joins"):
         encode_text("r", _talk("what?", "\nthe cat"), processor, [])
 
 
@@ -262,14 +265,14 @@ def test_a_prompt_that_the_answer_splits_otherwise_is_refused() -> None:
 def test_media_without_an_encoding_are_named(kind: str) -> None:
     messages = _talk("what?", "a dog")
     messages[0]["content"].insert(0, {"type": kind, kind: "clip"})
-    with pytest.raises(RowError, match=rf"r: messages\[0\]: {kind} cannot be encoded yet"):
+    with pytest.raises(RowError, match=rf"r: messages\[0\]: expected text or an image, got {kind}"):
         encode_text("r", messages, dialect_processor("zephyr"), [])
 
 
 def test_placeholders_are_as_many_as_images() -> None:
     messages = _talk(["image", "what?"], "a dog")
-    with pytest.raises(RowError, match="writes 1 image placeholders for 2 images"):
+    with pytest.raises(RowError, match="expected 2 image placeholders from the chat template, one for each image, got 1"):
         encode_text("r", messages, dialect_processor("zephyr"), ["<image>"] * 2)
     forgets = _speaks(TURN.format("{{ m.content[-1].text }}<|im_end|>", PROMPT), "<image>")
-    with pytest.raises(RowError, match="writes 0 image placeholders for 1 images"):
+    with pytest.raises(RowError, match="expected 1 image placeholders from the chat template, one for each image, got 0"):
         encode_text("r", messages, forgets, ["<image>"])

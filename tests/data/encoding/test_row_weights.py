@@ -58,7 +58,7 @@ def test_a_weight_and_the_last_answer_alone(untrained: tuple[Any, Any], media: P
     sample, without = samples(media, talk({"weight": 0}, {}), talk({}, {"weight": 0}))
     assert _answers(sample, untrained[1], supervise="last") == ["right<|end|>"]
     with pytest.raises(
-        RowError, match=r"rows\.json\[1\]: messages: the last answer, .* has weight 0, so that nothing trains"
+        RowError, match=r"rows\.json\[1\]: messages: the last answer .* has weight 0, so no token is supervised"
     ) as caught:
         encode_sample(without, untrained[1], supervise="last")
     assert caught.value.issue == "nothing_supervised"
@@ -72,11 +72,11 @@ def test_a_weight_and_the_last_answer_alone(untrained: tuple[Any, Any], media: P
         ({"loss": "false"}, {}, r"messages\[1\]\.loss: expected 0, 1, true or false, got 'false'"),
         ({}, {"loss": float("nan")}, r"messages\[3\]\.loss: .* got nan"),
         ({"weight": [0]}, {}, r"got \[0\]"),
-        ({"weight": 0, "loss": True}, {}, r"messages\[1\]: weight and loss disagree"),
+        ({"weight": 0, "loss": True}, {}, r"messages\[1\]: expected equal weights, got different ones in weight and loss"),
         (
             {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]},
             {},
-            r"messages\[1\]\.train_detail: cannot be honoured",
+            r"messages\[1\]\.train_detail: not supported",
         ),
         ({"loss_scale": 0.3}, {}, r"messages\[1\]\.loss_scale: expected 0, 1, true or false, got 0\.3"),
         ({"weight": 0}, {"weight": 0}, "messages: every answer has weight 0"),
@@ -92,11 +92,13 @@ def test_a_weight_that_cannot_be_honoured_is_an_error(
 
 def test_a_question_has_no_loss_to_ask_for(media: Path) -> None:
     asks = [user("q", weight=1), assistant("a")]
-    with pytest.raises(RowError, match=r"messages\[0\]\.weight: 1 asks for loss on a turn of the user"):
+    with pytest.raises(RowError, match=r"messages\[0\]\.weight: expected weight 0 for a turn of the user, got 1"):
         samples(media, {"messages": asks})
     for name, weight in (("loss_mask", [0, 1]), ("weight", 0), ("loss", False), ("loss_scale", 0.0), ("train", 1)):
         row = {"messages": [user("q"), assistant("a")], name: weight}
-        with pytest.raises(RowError, match=rf"rows\.json\[0\]: {name}: a row has no weight; give each of the assistant's turns"):
+        with pytest.raises(
+            RowError, match=rf"^rows\.json\[0\]: {name}: weights of whole rows .*; set weight: 0 or 1 for each turn"
+        ):
             samples(media, row)
         assert samples(media, row, ignore=[name]) and samples(media, {**row, name: None})
     [sample] = samples(media, {"messages": [user("q", weight=0, loss=None), assistant("a")]})
@@ -148,14 +150,14 @@ def test_answers_in_a_prompt_are_context(untrained: tuple[Any, Any], media: Path
         ("prompt_completion", {"prompt": 3, "completion": "a"}, "prompt: expected a text or a list of turns"),
         ("prompt_completion", {"prompt": [], "completion": "a"}, "prompt: expected a text or a list of turns"),
         ("prompt_completion", {"prompt": ["q"], "completion": "a"}, r"prompt\[0\]: expected an object with 'role' and 'content'"),
-        ("prompt_completion", {"prompt": "q", "completion": [user("a")]}, "turns alternate"),
+        ("prompt_completion", {"prompt": "q", "completion": [user("a")]}, "turns that alternate"),
         ("prompt_completion", {"prompt": "q", "completion": "  "}, r"messages\[1\]: the answer is empty"),
         (
             "query_response",
             {"query": "q", "response": "a", "history": [["q"]]},
-            r"history\[0\]: expected a question and its answer",
+            r"history\[0\]: expected a question and an answer",
         ),
-        ("query_response", {"query": "q", "response": "a", "history": "q"}, r"history\[0\]: expected a question and its answer"),
+        ("query_response", {"query": "q", "response": "a", "history": "q"}, r"history\[0\]: expected a question and an answer"),
         ("query_response", {"query": "q", "response": "a", "system": 3}, "system: expected text"),
     ],
 )

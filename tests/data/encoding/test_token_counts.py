@@ -216,7 +216,7 @@ def test_a_processor_that_does_not_say_what_it_writes_is_refused_by_name() -> No
 
     processor = copy.deepcopy(FAMILIES["llava"]())
     processor.__class__ = Silent
-    with pytest.raises(UserError, match="Silent does not say what it puts in place of an image"):
+    with pytest.raises(UserError, match="Silent has no `replace_image_token`, so its image tokens cannot be counted"):
         image_replacements(processor, [(8, 8)])
 
 
@@ -258,7 +258,7 @@ def test_an_image_that_the_processor_refuses_is_refused_alike_by_row(media: Path
         with pytest.raises(RowError) as refused:
             does(sample, FAMILIES["qwen2_vl"]())
         told.append((refused.value.row, refused.value.field, refused.value.detail))
-    refusal = "Qwen2VLProcessor refuses the sample's images: absolute aspect ratio must be smaller than 200, got 450.0"
+    refusal = "Qwen2VLProcessor rejects the sample's images: absolute aspect ratio must be smaller than 200, got 450.0"
     assert told[0] == told[1] == ("rows.json[3]", "image", refusal)
 
 

@@ -58,21 +58,21 @@ def _resized(pixels: Any, size: tuple[int, int]) -> Any:
 
 
 def test_a_cut_is_resized_to_the_images_size() -> None:
-    change = ImageAugmentation(crop=0.5, place=(0.99, 0.25))
-    assert change.cut(IMAGE.size) == (28, 5, 56, 25)  # half of 56 x 40; the last of 29 places, and 0.25 x 21 of 21
+    change = ImageAugmentation(crop=0.5, position=(0.99, 0.25))
+    assert change.crop_box(IMAGE.size) == (28, 5, 56, 25)  # half of 56 x 40; the last of 29 places, and 0.25 x 21 of 21
     made = np.asarray(change.apply(IMAGE), dtype=np.float64)
     assert np.abs(made - _resized(PIXELS[5:25, 28:56], (56, 40))).max() <= 2  # each of the two passes is rounded
 
 
 def test_an_image_is_brought_down_to_the_longest_side() -> None:
-    change = ImageAugmentation(longest=32)
+    change = ImageAugmentation(longest_edge=32)
     assert change.size(IMAGE.size) == (32, 23)
     assert np.abs(np.asarray(change.apply(IMAGE), dtype=np.float64) - _resized(PIXELS, (32, 23))).max() <= 1
-    assert np.array_equal(np.asarray(ImageAugmentation(longest=56).apply(IMAGE)), PIXELS)
+    assert np.array_equal(np.asarray(ImageAugmentation(longest_edge=56).apply(IMAGE)), PIXELS)
 
 
 def test_a_flip_mirrors_left_and_right() -> None:
-    assert np.array_equal(np.asarray(ImageAugmentation(flipped=True).apply(IMAGE)), PIXELS[:, ::-1])
+    assert np.array_equal(np.asarray(ImageAugmentation(flip=True).apply(IMAGE)), PIXELS[:, ::-1])
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.6, 1.3, 2.0])
@@ -87,7 +87,7 @@ def test_colours_are_blended(name: str, factor: float) -> None:
 
 
 def test_operations_come_in_their_order() -> None:
-    change = ImageAugmentation(crop=0.5, longest=32, flipped=True, brightness=0.5)
+    change = ImageAugmentation(crop=0.5, longest_edge=32, flip=True, brightness=0.5)
     expected = _resized(PIXELS[:20, :28], (32, 23))[:, ::-1] * 0.5
     assert np.abs(np.asarray(change.apply(IMAGE), dtype=np.float64) - expected).max() <= 2
 
@@ -95,9 +95,9 @@ def test_operations_come_in_their_order() -> None:
 CHANGES = st.builds(
     ImageAugmentation,
     crop=st.floats(0.01, 1),
-    place=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
-    longest=st.none() | st.integers(32, 300),
-    flipped=st.booleans(),
+    position=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
+    longest_edge=st.none() | st.integers(32, 300),
+    flip=st.booleans(),
 )
 
 
@@ -106,16 +106,16 @@ CHANGES = st.builds(
 def test_a_cut_lies_in_the_image_and_keeps_its_boxes(
     change: ImageAugmentation, width: int, height: int, data: st.DataObject
 ) -> None:
-    left, top, right, bottom = change.cut((width, height))
+    left, top, right, bottom = change.crop_box((width, height))
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
     assert (right - left, bottom - top) == (max(1, round(width * change.crop)), max(1, round(height * change.crop)))
     assert change.apply(Image.new("RGB", (width, height))).size == change.size((width, height))
     x1, y1 = data.draw(st.floats(0, width - 0.5)), data.draw(st.floats(0, height - 0.5))
     x2, y2 = data.draw(st.floats(x1 + 0.4, width)), data.draw(st.floats(y1 + 0.4, height))
-    keeping = ImageAugmentation(change.crop, change.place, (x1, y1, x2, y2), change.longest, change.flipped)
-    left, top, right, bottom = keeping.cut((width, height))
+    keeping = ImageAugmentation(change.crop, change.position, (x1, y1, x2, y2), change.longest_edge, change.flip)
+    left, top, right, bottom = keeping.crop_box((width, height))
     assert 0 <= left <= x1 and x2 <= right <= width and 0 <= top <= y1 and y2 <= bottom <= height
-    box = keeping.box(Box(x1, y1, x2, y2, width, height))
+    box = keeping.transform_box(Box(x1, y1, x2, y2, width, height))
     assert (box.width, box.height) == keeping.size((width, height))
     assert 0 <= box.x1 < box.x2 <= box.width and 0 <= box.y1 < box.y2 <= box.height
 
@@ -170,8 +170,8 @@ def test_every_visit_of_a_row_is_drawn_again_and_is_always_the_same(tmp_path: Pa
     assert drawn == [_pixels(second, visit) for visit in range(3)]
     assert len({pixels for visit in drawn for pixels in visit}) == 12
     assert _pixels(IndexedSamples([_source(tmp_path, seed=1)]), 0) != drawn[0]
-    changes = [first.visit(index, visit).images[0].change for index in range(4) for visit in range(50)]
-    assert 80 < sum(change.flipped for change in changes) < 120
+    changes = [first.visit(index, visit).images[0].augmentation for index in range(4) for visit in range(50)]
+    assert 80 < sum(change.flip for change in changes) < 120
     assert all(0.5 <= change.crop < 1 and 0.7 <= change.contrast <= 1.3 for change in changes)
 
 
@@ -212,7 +212,9 @@ def test_boxes_that_only_the_text_knows_are_refused(tmp_path: Path, text: str) -
     rows[0]["conversations"][1]["value"] = f"It is at {text}."
     Path(path).write_text(json.dumps(rows))
     for augment in ({"crop": 0.9}, {"flip": 0.1}, {"resize": 64}):
-        with pytest.raises(RowError, match=r"^rows.json\[0\]: messages\[1\]: the text has a box, '.* take these out, or declare"):
+        with pytest.raises(
+            RowError, match=r"^rows.json\[0\]: messages\[1\]: the text has a box, '.* remove these three, or declare"
+        ):
             IndexedSamples([Source(path=path, template="llava", augment=augment)])[0]
     assert IndexedSamples([Source(path=path, template="llava", augment={"contrast": 0.5})])[0].images
 
@@ -231,7 +233,7 @@ output_dir: {tmp_path / "run"}
     assert entry_point(["recipe", "check", str(tmp_path / "recipe.yaml")]) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert f"{tmp_path / 'recipe.yaml'}:4: data.train.0.augment: {path}:" in told
-    assert "writes 'bbox' into its text as it is; declare it in the template" in told
+    assert "would move the image but not the box 'bbox'" in told
     assert entry_point(["recipe", "check", str(tmp_path / "recipe.yaml"), "data.train.0.augment={contrast: 0.1}"]) == 0
 
 
@@ -380,7 +382,7 @@ def test_lengths_are_planned_checked_and_shown_of_augmented_images(tmp_path: Pat
     limit = int(plan.tokens.max())
     for augment, kinds in ((source.augment, set()), (None, {"too_long"})):
         doctor = Validator(
-            [source.model_copy(update={"augment": augment})], rules=ValidationSettings(processor, max_tokens=limit)
+            [source.model_copy(update={"augment": augment})], settings=ValidationSettings(processor, max_tokens=limit)
         )
         assert {each.issue for each in doctor.issues(1) if each.severity == "error"} == kinds
     view = view_sample(samples[0], processor, DataSection(train=(source,)))
@@ -398,6 +400,6 @@ def test_a_report_and_chat_show_images_through_the_window(tmp_path: Path, untrai
     assert np.asarray(open_image(image))[..., 0].ravel()[[0, -1]].tolist() == [0, 255]
     model, processor = untrained
     assert ChatSession(model, processor, window=(0.0, 4.0)).attach(tmp_path / "0.tif") == (48, 40)
-    with pytest.raises(UserError, match=r"holds floating-point values, .*in chat: --window LOW HIGH"):
+    with pytest.raises(UserError, match=r"has floating-point values, .*in chat: --window LOW HIGH"):
         ChatSession(model, processor).attach(tmp_path / "0.tif")
     assert entry_point(["chat", "builtin:tiny-llava", "--window", "4", "0"]) == 2

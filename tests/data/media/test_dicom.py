@@ -147,7 +147,7 @@ def test_an_enhanced_file_keeps_its_settings_for_each_frame() -> None:
     data = _dicom(np.stack([VALUES, VALUES[::-1]]), NumberOfFrames="2", **groups)
     assert np.array_equal(_grey(data), _standard(VALUES * 2.0 - 100, 500, 800))
     found = dict(inspect_image(_media(data)).issues)
-    assert found == {"image_animated": "several frames", "image_16bit": "DICOM with 16 bits a channel"}
+    assert found == {"image_animated": "several frames", "image_16bit": "DICOM with 16 bits per channel"}
 
 
 def test_colours_are_rgb() -> None:
@@ -203,14 +203,20 @@ def test_its_size_is_known_from_the_header(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (lambda: _dicom(VALUES, Rows=40_000, Columns=40_000), "40000 x 40000 pixels, more than"),
-        (lambda: _dicom(VALUES, PhotometricInterpretation="HSV"), "photometric interpretation HSV; expected one of MONOCHROME1"),
-        (lambda: _dicom(VALUES, Rows=0), "not an image that can be opened"),
-        (lambda: _dicom(VALUES)[:200], "the DICOM file holds no image: it has no Rows, Columns, PhotometricInterpretation"),
+        (lambda: _dicom(VALUES, Rows=40_000, Columns=40_000), "expected an image of 1 to 89478485 pixels, got 40000 x 40000"),
+        (
+            lambda: _dicom(VALUES, PhotometricInterpretation="HSV"),
+            "expected a photometric interpretation of MONOCHROME1, .* got HSV",
+        ),
+        (lambda: _dicom(VALUES, Rows=0), "cannot open image"),
+        (
+            lambda: _dicom(VALUES)[:200],
+            "expected an image in the DICOM file; missing attributes: Rows, Columns, PhotometricInterpretation",
+        ),
         (lambda: _dicom(VALUES)[:-20], "cannot decode"),
         (lambda: _dicom(VALUES, PixelData=b"\0\0"), "cannot decode"),
-        (lambda: b"\0" * 128 + b"DICM" + b"\xff" * 500, "not an image that can be opened"),
-        (lambda: _dicom(VALUES).replace(b"(\0\0\1US\2", b"(\0\0\1US\3"), "not an image that can be opened"),  # BitsAllocated
+        (lambda: b"\0" * 128 + b"DICM" + b"\xff" * 500, "cannot open image"),
+        (lambda: _dicom(VALUES).replace(b"(\0\0\1US\2", b"(\0\0\1US\3"), "cannot open image"),  # BitsAllocated
     ],
 )
 def test_what_cannot_be_opened_is_refused(data: Any, reason: str) -> None:
@@ -223,7 +229,7 @@ def test_a_file_that_is_compressed_as_a_whole_is_refused_before_it_is_unpacked(m
     data = _dicom(VALUES, syntax=DeflatedExplicitVRLittleEndian)
     monkeypatch.setattr(zlib, "decompress", lambda *_, **__: pytest.fail("unpacked"))
     for read in (image_size, open_image):
-        with pytest.raises(ValueError, match="compressed as a whole"):
+        with pytest.raises(ValueError, match=r"transfer syntax Deflated .* is not supported"):
             read(_media(data))
 
 
@@ -231,5 +237,5 @@ def test_without_pydicom_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -
     data = _dicom(VALUES)
     monkeypatch.setitem(sys.modules, "pydicom", None)
     for read in (image_size, open_image):
-        with pytest.raises(ValueError, match=r"scan\.dcm: a DICOM file, .* pip install 'mmtune\[dicom\]'"):
+        with pytest.raises(ValueError, match=r"scan\.dcm: DICOM files need pydicom; .* pip install 'mmtune\[dicom\]'"):
             read(_media(data))

@@ -114,15 +114,15 @@ def test_an_image_is_fetched_once_and_kept_by_its_url(site: Site, tmp_path: Path
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ({"body": b"x" * 1001}, "1001 bytes, more than 1000"),
-        ({"body": b"x" * 1001, "Content_Length": ""}, "more than 1000 bytes"),
-        ({"Content_Type": "text/html; charset=utf-8"}, "it is 'text/html; charset=utf-8', not an image"),
-        ({"Content_Type": ""}, "it is 'of no type', not an image"),
-        ({"Content_Encoding": "gzip"}, "comes compressed"),
-        ({"Content_Length": "500"}, f"{len(PICTURE)} of 500 bytes came"),
-        ({"status": 404}, "the server says 404"),
-        ({"status": 206}, "the server says 206"),
-        ({"status": 302}, "the server says 302"),
+        ({"body": b"x" * 1001}, "expected at most 1000 bytes, got 1001"),
+        ({"body": b"x" * 1001, "Content_Length": ""}, "expected at most 1000 bytes, got more"),
+        ({"Content_Type": "text/html; charset=utf-8"}, "expected an image, got the content type 'text/html; charset=utf-8'"),
+        ({"Content_Type": ""}, "expected an image, got the content type 'none'"),
+        ({"Content_Encoding": "gzip"}, "expected the content encoding identity, got gzip"),
+        ({"Content_Length": "500"}, f"expected 500 bytes, got {len(PICTURE)}"),
+        ({"status": 404}, "expected status 200, got 404"),
+        ({"status": 206}, "expected status 200, got 206"),
+        ({"status": 302}, "expected status 200, got 302"),
     ],
 )
 def test_what_is_no_image_of_fair_size_is_refused_and_nothing_kept(
@@ -153,7 +153,7 @@ def test_a_server_that_drips_is_hung_up_on(site: Site, tmp_path: Path, kind: str
             given_up.set()
 
     site.answers["/slow"] = answer
-    with pytest.raises(ValueError, match="took too long"):
+    with pytest.raises(ValueError, match="timeout after"):
         _fetch(site, "/slow", tmp_path, replace(SMALL, seconds=0.3))
     given_up.set()
 
@@ -165,7 +165,7 @@ def test_redirects_are_followed_and_counted(site: Site, tmp_path: Path) -> None:
     assert _fetch(site, "/0", tmp_path).read_bytes() == PICTURE
     assert site.asked == ["/0", "/1", "/2"]
     site.says("/round", 302, b"", Location="/round")
-    with pytest.raises(ValueError, match="/round: more than 5 redirects"):
+    with pytest.raises(ValueError, match="/round: expected at most 5 redirects, got more"):
         _fetch(site, "/round", tmp_path)
     assert site.asked.count("/round") == 6
 
@@ -173,10 +173,10 @@ def test_redirects_are_followed_and_counted(site: Site, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("location", "reason"),
     [
-        ("http://10.0.0.1/a.png", "10.0.0.1 is 10.0.0.1, and only public addresses"),
-        ("//[::ffff:169.254.169.254]/latest/meta-data", "only public addresses"),
-        ("file:///etc/passwd", "only http and https are fetched, not file"),
-        ("ftp://127.0.0.1/a.png", "only http and https are fetched, not ftp"),
+        ("http://10.0.0.1/a.png", "expected a public address for 10.0.0.1, got 10.0.0.1"),
+        ("//[::ffff:169.254.169.254]/latest/meta-data", "expected a public address"),
+        ("file:///etc/passwd", "expected an http or https URL, got file"),
+        ("ftp://127.0.0.1/a.png", "expected an http or https URL, got ftp"),
         ("http://a:b@127.0.0.1/a.png", "user name or password"),
         ("http://[::1/a.png", "cannot fetch .*: Invalid IPv6 URL"),
         ("http://127.0.0.1:x/a.png", "not a valid URL"),
@@ -310,7 +310,7 @@ def test_a_url_is_shown_without_what_is_secret_in_it(
 def test_this_machine_is_never_asked_however_it_is_spelt(site: Site, tmp_path: Path, host: str) -> None:
     site.says("/a.png")
     port = site.url.rpartition(":")[2]  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"only public addresses|cannot fetch .*(not known|resolution|No address)"):
+    with pytest.raises(ValueError, match=r"expected a public address|cannot fetch .*(not known|resolution|No address)"):
         fetch_media(f"http://{host}:{port}/a.png", tmp_path)
     assert site.asked == []
 
@@ -328,7 +328,7 @@ def test_every_address_of_a_name_is_checked_and_the_checked_one_is_asked(
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in named.pop(0)]
 
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
-    with pytest.raises(ValueError, match=r"rebind\.example is 127\.0\.0\.1, and only public"):
+    with pytest.raises(ValueError, match=r"expected a public address for rebind\.example, got 127\.0\.0\.1"):
         fetch_media(f"http://rebind.example:{port}/a.png", tmp_path)
     assert site.asked == []
     fetch_media(f"http://rebind.example:{port}/a.png", tmp_path, SMALL, loopback)
@@ -367,10 +367,10 @@ def test_a_row_may_name_a_url_only_where_its_source_allows_it(
 ) -> None:
     site.says("/a.png", body=(media / "a.png").read_bytes())
     url = f"{site.url}/a.png"  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"is a URL; `allow_urls: true` in its source"):
+    with pytest.raises(ValueError, match=r"is a URL; set `allow_urls: true` in the source"):
         resolve_media(url, MediaRules(media, outside=True))
     rules = MediaRules(media, urls=True, cache=tmp_path / "cache")
-    with pytest.raises(ValueError, match="only public addresses"):
+    with pytest.raises(ValueError, match="expected a public address"):
         resolve_media(url, rules)
     assert site.asked == []
     kept = fetch_media(url, tmp_path / "cache", DEFAULT_LIMITS, loopback)
@@ -380,7 +380,7 @@ def test_a_row_may_name_a_url_only_where_its_source_allows_it(
 def test_nobody_listening_and_a_full_disk_are_the_rows_fault(tmp_path: Path, site: Site) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    with pytest.raises(ValueError, match="names no host"):
+    with pytest.raises(ValueError, match="the host is missing"):
         fetch_media("http:///a.png", tmp_path)
     with pytest.raises(ValueError, match="refused"):
         fetch_media(f"http://127.0.0.1:{port}/a.png", tmp_path, SMALL, loopback)

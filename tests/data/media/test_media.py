@@ -39,13 +39,13 @@ def test_a_file_cut_short_is_refused_though_its_header_is_fine(tmp_path: Path, n
 def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jpg").write_bytes(content)
     for read in (image_size, open_image):
-        with pytest.raises(ValueError, match=r"not an image that can be opened: .*a\.jpg"):
+        with pytest.raises(ValueError, match=r"cannot open image .*a\.jpg"):
             read(tmp_path / "a.jpg")
 
 
 def test_a_directory_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.png"):
-        with pytest.raises(ValueError, match="not an image that can be opened"):
+        with pytest.raises(ValueError, match="cannot open image"):
             open_image(path)
 
 
@@ -77,7 +77,7 @@ def test_the_bound_is_pillows_and_holds_without_it(tmp_path: Path, monkeypatch: 
     assert image_size(tmp_path / "fits.png") == (10_000, 8_947)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     (tmp_path / "bomb.png").write_bytes(_png(10_000, 8_948))
-    with pytest.raises(ValueError, match=f"more than {MAX_PIXELS}"):
+    with pytest.raises(ValueError, match=f"an image of 1 to {MAX_PIXELS} pixels"):
         image_size(tmp_path / "bomb.png")
 
 
@@ -178,7 +178,7 @@ def test_values_without_a_known_range_are_refused(tmp_path: Path) -> None:
     Image.new("I", (4, 4), 70_000).save(tmp_path / "int.tif")
     for name, values in (("float.tif", "floating-point"), ("int.tif", "signed 32-bit")):
         for read in (image_size, open_image):
-            with pytest.raises(ValueError, match=rf"{name} holds {values} values, .* `window: \[LOW, HIGH\]`"):
+            with pytest.raises(ValueError, match=rf"{name} has {values} values, .* `window: \[LOW, HIGH\]`"):
                 read(tmp_path / name)
 
 
@@ -203,14 +203,14 @@ def test_an_animation_shows_its_first_frame(tmp_path: Path) -> None:
 def test_an_image_without_pixels_is_refused(tmp_path: Path, width: int, height: int) -> None:
     for media in _both(tmp_path, _png(width, height)):
         for read in (image_size, open_image):
-            with pytest.raises(ValueError, match=f"{width} x {height} pixels, which is none|not an image"):
+            with pytest.raises(ValueError, match=f"{width} x {height} pixels|cannot open image"):
                 read(media)
 
 
 def test_a_format_that_runs_a_program_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("ran a program"))
     NOISE.save(tmp_path / "a.eps")
-    with pytest.raises(ValueError, match="none of AVIF, BMP, GIF, JPEG"):
+    with pytest.raises(ValueError, match="expected one of AVIF, BMP, GIF, JPEG"):
         open_image(tmp_path / "a.eps")
 
 
@@ -273,7 +273,11 @@ def test_a_slice_is_a_file_of_its_own(tmp_path: Path) -> None:
             assert file.read(count) == plain.read(count) and file.tell() == plain.tell()
         with pytest.raises((OSError, ValueError)):
             file.seek(-1)
-    for offset, length, reason in ((90, 11, "bytes 90 to 101 of a file of 100"), (-1, 5, "bytes -1"), (5, -1, "bytes 5 to 4")):
+    for offset, length, reason in (
+        (90, 11, "expected a slice of the 100 bytes of the container, got bytes 90 to 101"),
+        (-1, 5, "got bytes -1"),
+        (5, -1, "bytes 5 to 4"),
+    ):
         with pytest.raises(ValueError, match=reason):
             EmbeddedMedia(tmp_path / "all", "a", offset, length).open()
 
@@ -300,20 +304,20 @@ def test_what_a_row_carries_is_found(media: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (None, "found NoneType"),
-        (7, "found int"),
-        (["a.png"], "found list"),
-        ({}, "got an object with nothing"),
+        (None, "got NoneType"),
+        (7, "got int"),
+        (["a.png"], "got list"),
+        ({}, "got an object with no keys"),
         ({"bytes": None, "path": None}, "got an object with bytes, path"),
         ({"path": "a.png", "url": "x"}, "got an object with path, url"),
-        ({"bytes": "AAAA"}, "'bytes' holds str"),
-        ({"path": "../outside.png"}, "lies outside media_root .*allow_outside_root: true"),
+        ({"bytes": "AAAA"}, "expected bytes in 'bytes', got str"),
+        ({"path": "../outside.png"}, "is outside media_root .*allow_outside_root: true"),
         ("data:image/png;base64,%%%", "not valid base64"),
         ("data:image/png;base64,é", "not valid base64"),
-        ("data:text/html;base64,AAAA", "is not a data: URI of an image in base64"),
-        ("data:image/svg+xml,<svg/>", "is not a data: URI of an image in base64"),
-        ("data:", "is not a data: URI of an image"),
-        ("data:image/png;base64," + "A" * 33_554_500, "more than 33554432"),
+        ("data:text/html;base64,AAAA", "expected an image in base64"),
+        ("data:image/svg+xml,<svg/>", "expected an image in base64"),
+        ("data:", "expected an image in base64"),
+        ("data:image/png;base64," + "A" * 33_554_500, "at most 33554432 characters"),
     ],
 )
 def test_what_is_no_medium_is_refused(media: Path, value: object, reason: str) -> None:
@@ -325,7 +329,7 @@ def test_what_is_no_medium_is_refused(media: Path, value: object, reason: str) -
 def test_a_bomb_inside_a_row_is_refused_as_one_on_disk(media: Path) -> None:
     for value in (_png(60_000, 60_000), {"bytes": _png(10_000, 8_948), "path": "a.png"}):
         for read in (image_size, open_image):
-            with pytest.raises(ValueError, match=r"not an image that can be opened|pixels, more than"):
+            with pytest.raises(ValueError, match=r"cannot open image|expected an image of"):
                 read(resolve_media(value, MediaRules(media)))
 
 
@@ -350,12 +354,12 @@ def test_a_name_is_found_below_the_root_alone(media: Path) -> None:
     for name in ("a.png", "./a.png", "sub/../a.png", "sub/inside.png", str(media / "a.png")):
         assert resolve_media(name, MediaRules(media)) == (media / "a.png").resolve()
     for name in ("../outside.png", "link.png", "up/outside.png", str(media.parent / "outside.png"), "/etc/passwd"):
-        with pytest.raises(ValueError, match="lies outside media_root"):
+        with pytest.raises(ValueError, match="is outside media_root"):
             resolve_media(name, MediaRules(media))
     for name in ("none.png", "sub", "", "a.png/b"):
         with pytest.raises(ValueError, match="no such file"):
             resolve_media(name, MediaRules(media))
-    for name, reason in (("loop.png", "cannot look up 'loop.png'"), ("x" * 300, "cannot look up 'xxx"), ("a\0.png", "null byte")):
+    for name, reason in (("loop.png", "invalid path 'loop.png'"), ("x" * 300, "invalid path 'xxx"), ("a\0.png", "null byte")):
         with pytest.raises(ValueError, match=reason):
             resolve_media(name, MediaRules(media))
 

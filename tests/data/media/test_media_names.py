@@ -40,21 +40,21 @@ def test_a_file_uri_is_a_path_below_the_root(media: Path) -> None:
     assert resolve_media((media / "a b é.png").as_uri(), rules) == media / "a b é.png"
     outside = (media.parent / "outside.png").as_uri()
     for uri in (outside, f"file://{media}/../outside.png", f"file://{media}/%2e%2e/outside.png", "file:///etc/passwd"):
-        with pytest.raises(ValueError, match="lies outside media_root"):
+        with pytest.raises(ValueError, match="is outside media_root"):
             resolve_media(uri, rules)
     assert resolve_media(outside, MediaRules(media, outside=True)) == media.parent / "outside.png"
     for uri, host in (("file://server/share/a.png", "server"), ("file://a.png", r"a\.png"), ("file://~/a.png", "~")):
-        with pytest.raises(ValueError, match=f"names the host '{host}'; .* with three slashes"):
+        with pytest.raises(ValueError, match=f"three slashes, got .* with the host '{host}'"):
             resolve_media(uri, rules)
     for uri in (f"file://{media}/none.png", f"file://{media}", "file:///", "file://"):
-        with pytest.raises(ValueError, match=r"no such file|lies outside|names the host"):
+        with pytest.raises(ValueError, match=r"no such file|is outside|with the host"):
             resolve_media(uri, rules)
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs", "hf", "oss", "image", "ftp", "az", "hdfs", "blob:https", "S3"])
 def test_another_scheme_is_named(media: Path, scheme: str) -> None:
     for value in (f"{scheme}://bucket/a.png", {"url": f"{scheme}://bucket/a.png"}, {"path": f"{scheme}://bucket/a.png"}):
-        with pytest.raises(ValueError, match=rf"is a {scheme}:// URI, which is not read; download the file"):
+        with pytest.raises(ValueError, match=rf"{scheme}:// URIs are not supported; download the file"):
             resolve_media(value, MediaRules(media, outside=True, urls=True))
 
 
@@ -62,10 +62,10 @@ def test_another_scheme_is_named(media: Path, scheme: str) -> None:
 def test_base64_without_a_head_is_told_what_is_missing(media: Path, format: str) -> None:
     body = _encoded(format)
     for value in (body, body[:100], {"url": body}):
-        with pytest.raises(ValueError, match=r"whose head is missing: write data:image;base64, before it") as caught:
+        with pytest.raises(ValueError, match=r"without its prefix; write data:image;base64, before it") as caught:
             resolve_media(value, MediaRules(media))
         assert len(str(caught.value)) < 250
-    with pytest.raises(ValueError, match="holds str, not bytes; base64 goes into a string: data:image;base64"):
+    with pytest.raises(ValueError, match="expected bytes in 'bytes', got str; write base64 as a string: data:image;base64"):
         resolve_media({"bytes": body, "path": None}, MediaRules(media))
 
 
@@ -101,13 +101,13 @@ def test_a_file_whose_name_has_a_backslash_comes_first(media: Path) -> None:
     "name", ["C:\\data\\a.png", "C:/data/a.png", "file:///C:/data/a.png", "imgs\\none.png", "\\\\host\\x\\a.png"]
 )
 def test_a_windows_path_that_is_not_there_is_called_one(media: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="it is a Windows path: write it relative to media_root"):
+    with pytest.raises(ValueError, match="this is a Windows path; write it relative to media_root"):
         resolve_media(name, MediaRules(media))
 
 
 def test_a_windows_path_does_not_lead_out_of_the_root(media: Path) -> None:
     for name in ("..\\outside.png", "sub\\..\\..\\outside.png"):
-        with pytest.raises(ValueError, match="lies outside media_root"):
+        with pytest.raises(ValueError, match="is outside media_root"):
             resolve_media(name, MediaRules(media))
 
 

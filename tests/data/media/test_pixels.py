@@ -21,7 +21,7 @@ from mmtune.cli.main import entry_point
 from mmtune.data.encoding.encode import encode_prompt
 from mmtune.data.media.image_headers import inspect_image
 from mmtune.data.media.media import EmbeddedMedia, ImageView, image_size, open_image
-from mmtune.data.media.pixels import windowed
+from mmtune.data.media.pixels import apply_window
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (9, 7, 3), dtype=np.uint8)
@@ -256,7 +256,7 @@ def test_without_a_window_sixteen_bits_keep_the_upper_eight_and_others_are_refus
     kinds = {id(SIGNED): "signed 16-bit", id(LARGE): "signed 32-bit", id(UNSIGNED): "32-bit"}
     kind = kinds.get(id(values), "floating-point")
     for read in (image_size, open_image):
-        with pytest.raises(ValueError, match=rf"holds {kind} values, .* a line `window: \[LOW, HIGH\]`"):
+        with pytest.raises(ValueError, match=rf"has {kind} values, .*set `window: \[LOW, HIGH\]`"):
             read(media)
     assert [name for name, _ in inspect_image(media).issues] == ["image_unreadable"]
 
@@ -287,7 +287,7 @@ def test_the_first_page_of_a_tiff_is_shown() -> None:
     data = _saved(pages[0], "TIFF", save_all=True, append_images=pages[1:])
     assert np.array_equal(_pixels(data)[..., 0], WIDE // 256)
     found = dict(inspect_image(_media(data)).issues)
-    assert found["image_animated"] == "several pages" and found["image_16bit"] == "TIFF with 16 bits a channel"
+    assert found["image_animated"] == "several pages" and found["image_16bit"] == "TIFF with 16 bits per channel"
 
 
 def test_a_transparent_picture_is_checked_and_shown_on_white(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,4 +312,4 @@ def test_a_transparent_picture_is_checked_and_shown_on_white(tmp_path: Path, cap
 @pytest.mark.parametrize("window", [(-np.inf, np.inf), (0.0, np.inf), (np.nan, 1.0)])
 def test_a_window_is_finite(window: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="expected a window of two finite numbers"):
-        windowed(np.zeros((2, 2)), window)
+        apply_window(np.zeros((2, 2)), window)

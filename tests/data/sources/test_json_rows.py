@@ -98,26 +98,26 @@ def test_what_json_refuses_is_never_taken(tmp_path: Path, rows: list[Any], data:
         ("", None, "the file is empty"),
         ("  \n", None, "the file is empty"),
         ("\ufeff", None, "the file is empty"),
-        ("[]", None, "holds no rows"),
-        ("[ \n ]", None, "holds no rows"),
-        ('{"a": []}', "a", "holds no rows"),
-        ("{ }", "*", "holds no rows"),
-        ("7", None, "found a number"),
-        ('"text"', None, "found text"),
-        ('[{"a": 1}', None, "cut short"),
-        ('[{"a": "1}]', None, "cut short"),
-        ('[{"a": 1}}', None, "the wrong bracket at byte 9 closes the one at byte 0"),
-        ('[{"a": 1}] [', None, "more after the end of the first value, at byte 11"),
+        ("[]", None, "has no rows"),
+        ("[ \n ]", None, "has no rows"),
+        ('{"a": []}', "a", "has no rows"),
+        ("{ }", "*", "has no rows"),
+        ("7", None, "got a number"),
+        ('"text"', None, "got text"),
+        ('[{"a": 1}', None, "not closed; the file is truncated"),
+        ('[{"a": "1}]', None, "not closed; the file is truncated"),
+        ('[{"a": 1}}', None, "expected ']' at byte 9 to close the bracket at byte 0, got '}'"),
+        ('[{"a": 1}] [', None, "extra data after the first value, at byte 11"),
         ('[{"a": 1}]\n[{"a": 2}]', None, "JSON Lines"),
         ('{"a": 1}\n{"a": 2}', None, "JSON Lines"),
         ('{"info": {}, "images": [], "n": 3}', None, r"info \(an object\), images \(a list\), n \(a number.*`rows: KEY`.*'\*'"),
         ('{"a": [{}], "b": 1}', "A", "no key 'A'; (did you mean 'a'|valid here: a, b)"),
-        ('{"a": 1}', "a", "'a' holds a number, true, false or null, not a list of rows"),
-        ('{"a": [{}], "a": [{}]}', "a", "'a' comes 2 times"),
+        ('{"a": 1}', "a", "expected a list of rows under the key 'a', got a number, true, false or null"),
+        ('{"a": [{}], "a": [{}]}', "a", "expected the key 'a' once, got it 2 times"),
         ('{"a": [{}], a: 1}', "a", "expected a key and a value at byte 11"),
-        ('{"a": [{}]', "a", "cut short"),
-        ("[{}]", "a", "`rows: a` reads an object, and the file holds a list"),
-        ("[{}]", "*", "reads an object"),
+        ('{"a": [{}]', "a", "not closed; the file is truncated"),
+        ("[{}]", "a", "`rows: a` in the data template needs an object, got a list"),
+        ("[{}]", "*", "needs an object, got a list"),
     ],
 )
 def test_a_file_without_rows_says_why(tmp_path: Path, text: str, rows: str | None, reason: str) -> None:
@@ -131,18 +131,18 @@ def test_a_file_without_rows_says_why(tmp_path: Path, text: str, rows: str | Non
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (b'{"a": NaN}', "NaN is no JSON value"),
-        (b'{"a": -Infinity}', "-Infinity is no JSON value"),
-        (b'{"a": 1e999}', "1e999 is larger than any float"),
+        (b'{"a": NaN}', "NaN is not a JSON value"),
+        (b'{"a": -Infinity}', "-Infinity is not a JSON value"),
+        (b'{"a": 1e999}', "1e999 is out of the range of a float"),
         (b'{"a": ' + b"9" * 5000 + b"}", "digits"),
-        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' comes twice"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "duplicate key 'c'"),
         (b'{"a": "\xff"}', "UTF-8"),
         (b'{"a": "\xed\xa0\x80"}', "UTF-8"),
         (b'{"a": "\x00"}', "control character"),
-        (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+        (b"[" * 100_000 + b"]" * 100_000, "at most 100 levels of nested lists and objects"),
         (b'{"a" 1}', "delimiter"),
-        (b"", "not JSON: the text is ''"),
-        (b"7", "expected an object, found int"),
+        (b"", "not valid JSON: expected an object {...}, got ''"),
+        (b"7", "expected an object, got int"),
     ],
 )
 def test_a_row_that_is_not_strict_json_is_named_in_every_format(tmp_path: Path, row: bytes, reason: str) -> None:
@@ -180,7 +180,7 @@ def test_json_lines_come_back(tmp_path: Path, rows: list[Any], end: str) -> None
     if expected:
         assert _both(path) == expected
     else:
-        with pytest.raises(UserError, match="holds no rows"):
+        with pytest.raises(UserError, match="has no rows"):
             open_rows(path)
 
 

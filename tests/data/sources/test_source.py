@@ -40,14 +40,14 @@ def test_blank_lines_keep_the_line_numbers_right(tmp_path: Path, end: str) -> No
     ("name", "text", "reason"),
     [
         ("r.json", None, "no such file or folder: .*r.json; "),
-        ("r.json", '{"a": 1}', r"expected a list of rows, found an object with a \(a number.*`rows: KEY`"),
-        ("r.json", '[{"a": 1},', "ends before the bracket at byte 0 is closed; it was cut short"),
-        ("r.json", "[]", "holds no rows"),
+        ("r.json", '{"a": 1}', r"expected a list of rows, got an object with a \(a number.*`rows: KEY`"),
+        ("r.json", '[{"a": 1},', "the bracket at byte 0 is not closed; the file is truncated"),
+        ("r.json", "[]", "has no rows"),
         ("r.json", "", "not valid JSON"),
-        ("r.jsonl", "\n \n", "holds no rows"),
-        ("r.csv", "a,b", "holds no rows"),
-        ("r.txt", "a,b", "cannot read '.txt' files; these can be read: .json, .jsonl, .ndjson, .csv"),
-        ("r", "x", "cannot read '' files"),
+        ("r.jsonl", "\n \n", "has no rows"),
+        ("r.csv", "a,b", "has no rows"),
+        ("r.txt", "a,b", "expected one of .json, .jsonl, .ndjson, .csv, .*, got '.txt'"),
+        ("r", "x", "unknown file extension; .* got ''"),
     ],
 )
 def test_a_file_that_holds_no_rows_is_refused(tmp_path: Path, name: str, text: str | bytes | None, reason: str) -> None:
@@ -61,10 +61,10 @@ def test_a_file_that_holds_no_rows_is_refused(tmp_path: Path, name: str, text: s
     ("line", "reason"),
     [
         (b'{"a": ', "not valid JSON"),
-        (b'{"a": "\xff"}', "not valid JSON: not valid UTF-8: byte 0xff behind"),
+        (b'{"a": "\xff"}', "not valid JSON: not valid UTF-8: byte 0xff after"),
         (b'{"a": ' + b"9" * 5000 + b"}", "digits"),
-        (b"[1]", "expected an object, found list"),
-        (b"null", "expected an object, found NoneType"),
+        (b"[1]", "expected an object, got list"),
+        (b"null", "expected an object, got NoneType"),
     ],
 )
 def test_a_broken_line_is_named_and_the_others_still_read(tmp_path: Path, line: bytes, reason: str) -> None:
@@ -77,7 +77,7 @@ def test_a_broken_line_is_named_and_the_others_still_read(tmp_path: Path, line: 
 
 def test_a_row_of_a_list_that_is_no_object_is_named(tmp_path: Path) -> None:
     rows = open_rows(_write(tmp_path / "r.json", '[{"a": 1}, "text"]'))
-    with pytest.raises(RowError, match=r"^r\.json\[1\]: row: expected an object, found str$"):
+    with pytest.raises(RowError, match=r"^r\.json\[1\]: row: expected an object, got str$"):
         rows[1]
 
 
@@ -122,7 +122,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, name: s
         with pytest.raises(UserError, match=f"{path}: changed since it was opened"):
             read()
     path.unlink()
-    with pytest.raises(UserError, match=f"{path}: cannot be read any more: No such file"):
+    with pytest.raises(UserError, match=f"{path}: can no longer be read: No such file"):
         rows[1]
 
 
@@ -142,7 +142,7 @@ def test_a_files_encoding_is_recognized_or_named(tmp_path: Path, name: str) -> N
         for mark in ("", "\ufeff"):
             _write(path, (mark + TEXT[name]).encode(encoding))
             named = encoding[:6].upper()
-            reason = rf"{name}: the text is in {named}, and rows are read in UTF-8; .* iconv -f {named} -t UTF-8 "
+            reason = rf"{name}: expected UTF-8 text, got {named}; .* iconv -f {named} -t UTF-8 "
             with pytest.raises(UserError, match=reason):
                 open_rows(path)
             with pytest.raises(UserError, match=reason):
@@ -152,18 +152,22 @@ def test_a_files_encoding_is_recognized_or_named(tmp_path: Path, name: str) -> N
 @pytest.mark.parametrize(
     ("name", "text", "reason"),
     [
-        ("r.json", "\n\n this is not json\n", r"r\.json:3: not JSON: the text begins 'this is not json'; expected a list"),
-        ("r.json", "truely", r"r\.json:1: not JSON: the text begins 'truely'"),
-        ("r.json", "true", "found a number, true, false or null"),
-        ("r.json", '"text"', "found text"),
-        ("r.json", "-1", "found a number"),
+        (
+            "r.json",
+            "\n\n this is not json\n",
+            r"r\.json:3: not valid JSON: expected a list of objects, .*, got 'this is not json'",
+        ),
+        ("r.json", "truely", r"r\.json:1: not valid JSON: expected a list of objects, .*, got 'truely'"),
+        ("r.json", "true", "got a number, true, false or null"),
+        ("r.json", '"text"', "got text"),
+        ("r.json", "-1", "got a number"),
         ("r.json", "{'a': 1}", "expected a key and a value"),
-        ("r.json", b"\x1f\x8b\x08rest", "compressed, whatever its name says"),
-        ("r.csv", b"PK\x03\x04rest", "compressed, whatever its name says"),
-        ("r.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS .* git lfs pull"),
-        ("r.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS .* git lfs pull"),
-        ("r.tar", "<!DOCTYPE html><html>", "a web page and not a file of rows"),
-        ("r.json", "<html>", "a web page and not a file of rows"),
+        ("r.json", b"\x1f\x8b\x08rest", "a compressed file, in spite of its extension"),
+        ("r.csv", b"PK\x03\x04rest", "a compressed file, in spite of its extension"),
+        ("r.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer, .* git lfs pull"),
+        ("r.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer, .* git lfs pull"),
+        ("r.tar", "<!DOCTYPE html><html>", "a web page, not a file of rows"),
+        ("r.json", "<html>", "a web page, not a file of rows"),
     ],
 )
 def test_a_file_that_is_something_else_is_called_that(tmp_path: Path, name: str, text: str | bytes, reason: str) -> None:
@@ -174,10 +178,13 @@ def test_a_file_that_is_something_else_is_called_that(tmp_path: Path, name: str,
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("this is not json", r"r\.jsonl:1: row: not JSON: the text is 'this is not json', expected an object"),
+        ("this is not json", r"r\.jsonl:1: row: not valid JSON: expected an object {...}, got 'this is not json'"),
         ("{'a': 1}", r"r\.jsonl:1: row: not valid JSON: .* at character 2 of the row, in \"\{'a': 1\}\""),
-        ('[{"a": 1},\n{"a": 2}]', r"r\.jsonl:1: row: .*; each line is a row here: a file that holds one list is named \.json"),
-        ('[{"a": 1}]', r"r\.jsonl:1: row: expected an object, found list; each line is a row here"),
+        (
+            '[{"a": 1},\n{"a": 2}]',
+            r"r\.jsonl:1: row: .*; a \.jsonl file has one row per line; rename a file with one list to \.json",
+        ),
+        ('[{"a": 1}]', r"r\.jsonl:1: row: expected an object, got list; a \.jsonl file has one row per line"),
     ],
 )
 def test_a_line_that_is_no_row_is_called_what_it_is(tmp_path: Path, text: str, reason: str) -> None:

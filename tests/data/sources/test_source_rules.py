@@ -23,7 +23,7 @@ def test_what_a_source_allows_holds_for_its_rows(tmp_path: Path, media: Path) ->
     path = str(tmp_path / "r.json")
     (tmp_path / "r.json").write_text(json.dumps(rows))
     confined = IndexedSamples([Source(path=path, template="llava", media_root=str(media))])
-    for index, reason in ((0, "lies outside media_root"), (1, "is a URL; `allow_urls: true`")):
+    for index, reason in ((0, "is outside media_root"), (1, "is a URL; set `allow_urls: true`")):
         with pytest.raises(RowError, match=rf"^r\.json\[{index}\]: image: .*{reason}"):
             confined[index]
     assert confined[2].images == [media / "a.png"]

@@ -72,8 +72,8 @@ def test_a_quoted_line_break_is_no_new_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"1", "1 fields for 2 columns"),
-        (b"1,2,3", "3 fields for 2 columns"),
+        (b"1", "expected 2 fields, one for each column, got 1"),
+        (b"1,2,3", "expected 2 fields, one for each column, got 3"),
         (b'"1"x,2', "expected after"),
         (b"\xff,2", "UTF-8"),
     ],
@@ -91,13 +91,13 @@ def test_a_record_that_is_wrong_is_named_and_the_others_still_read(tmp_path: Pat
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (b'a,b\n1,2\n"3,4\n5,6\n7,8\n', "r.csv:3: a quote in this row is never closed"),
-        (b'a,b\n1,2\n3,"4\n5,6', "r.csv:3: a quote in this row is never closed"),
+        (b'a,b\n1,2\n"3,4\n5,6\n7,8\n', "r.csv:3: a quote in this row is not closed"),
+        (b'a,b\n1,2\n3,"4\n5,6', "r.csv:3: a quote in this row is not closed"),
         (b"a,a\n1,2\n", "two columns are named 'a'"),
         (b"a,\n1,2\n", "a column has no name"),
-        (b"\xff,b\n1,2\n", "the names of the columns: .*UTF-8"),
+        (b"\xff,b\n1,2\n", "the column names in the first line: .*UTF-8"),
         (b"a,b\r1,2\r3,4\r", "r.csv:1: not valid CSV"),
-        (b"a,b\n", "holds no rows"),
+        (b"a,b\n", "has no rows"),
         (b"", "r.csv"),
     ],
 )
@@ -153,11 +153,11 @@ def test_a_columnar_file_is_read_by_group(tmp_path: Path, name: str, kind: str, 
     for index in (0, 1, 2, 9, 0, 9, 4):
         assert rows[index][1] == TABLE.slice(index, 1).to_pylist()[0]
     assert groups == [0, 3, 1]  # each once: they are kept …
-    monkeypatch.setattr(source_arrow, "KEPT_BYTES", 0)
-    rows._kept.clear()
+    monkeypatch.setattr(source_arrow, "CACHE_BYTES", 0)
+    rows._cache.clear()
     for index in (0, 1, 9, 0):
         assert rows[index][1]["n"] == index
-    assert groups == [0, 3, 1, 0, 3, 0] and len(rows._kept) == 1  # … within bounds, and always the last
+    assert groups == [0, 3, 1, 0, 3, 0] and len(rows._cache) == 1  # … within bounds, and always the last
     with pytest.raises(IndexError):
         rows[10]
 
@@ -185,14 +185,14 @@ def test_a_columnar_file_cut_short_is_no_short_file(tmp_path: Path, name: str, k
 def test_a_row_group_too_large_for_one_row_is_refused_and_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _write(tmp_path / "r.parquet", "parquet")
     monkeypatch.setattr(source_arrow, "GROUP_BYTES", 10)
-    with pytest.raises(UserError, match=r"row group 0 holds .*\(row_group_size=1000\), or stream it"):
+    with pytest.raises(UserError, match=r"row group 0 has .*\(row_group_size=1000\), or stream it"):
         open_rows(path)
     assert len(list(stream_rows(path))) == 10
 
 
 def test_a_large_row_group_lies_in_few_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoded row by row, as its size asks for, a row would be found by a walk over all the rows before it."""
-    monkeypatch.setattr(source_arrow, "KEPT_BYTES", 1)
+    monkeypatch.setattr(source_arrow, "CACHE_BYTES", 1)
     texts = [f"text {number}" for number in range(3000)]
     table = pa.table({"a": texts, "b": pa.array(["x", "y", None] * 1000).dictionary_encode()})
     pq.write_table(table, tmp_path / "r.parquet")
@@ -237,7 +237,9 @@ def test_a_shuffled_data_set_keeps_its_order(saved: Path, tmp_path: Path) -> Non
 
 
 def test_a_directory_of_splits_asks_for_one(saved: Path) -> None:
-    with pytest.raises(UserError, match=r"holds the splits test, train; name one of them, such as .*splits/test"):
+    with pytest.raises(
+        UserError, match=r"has several splits \(test, train\); give the path of one of them, such as .*splits/test"
+    ):
         open_rows(saved / "splits")
 
 
@@ -269,10 +271,13 @@ def test_a_hub_id_is_what_datasets_loads(path: str, asked: tuple[Any, ...], monk
     [
         (
             RuntimeError("Dataset scripts are no longer supported, but found name.py"),
-            "runs no remote code; convert it to parquet",
+            "does not run remote code; convert it to parquet",
         ),
         (ConnectionError("Couldn't reach the Hugging Face Hub"), "the hub cannot be reached"),
-        (datasets.exceptions.DatasetNotFoundError("Dataset 'org/name' doesn't exist"), "no such file, and no data set .* exist"),
+        (
+            datasets.exceptions.DatasetNotFoundError("Dataset 'org/name' doesn't exist"),
+            "no such file, and the hub data set cannot be loaded: .* exist",
+        ),
         (ValueError("Unknown split \"train\". Should be one of ['test']."), "Should be one of"),
     ],
 )
@@ -290,13 +295,13 @@ def test_without_a_connection_the_hub_is_one_clear_error(monkeypatch: pytest.Mon
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     for read in (open_rows, lambda path: list(stream_rows(path))):
-        with pytest.raises(UserError, match="mmtune-tests/none-of-the-kind: no such file, and no data set"):
+        with pytest.raises(UserError, match="mmtune-tests/none-of-the-kind: no such file, and the hub data set cannot be loaded"):
             read("mmtune-tests/none-of-the-kind")
     assert "trust_remote_code" not in Path(sys.modules["mmtune.data.sources.hub_rows"].__file__ or "").read_text()
 
 
 def test_another_separator_than_the_ending_says_is_named(tmp_path: Path) -> None:
-    for name, text, told in (("r.csv", "image;question\na.png;b\n", "';'"), ("r.tsv", "image,question\na.png,b\n", "','")):
+    for name, text, separator in (("r.csv", "image;question\na.png;b\n", "';'"), ("r.tsv", "image,question\na.png,b\n", "','")):
         (tmp_path / name).write_text(text)
-        with pytest.raises(UserError, match=f"its first line is one column, .* seems to use {told}"):
+        with pytest.raises(UserError, match=f"got one column .*; the separator seems to be {separator}"):
             open_rows(tmp_path / name)

@@ -64,11 +64,11 @@ def test_a_box_of_whole_pixels_is_exact(data: st.DataObject, width: int, height:
 @pytest.mark.parametrize(
     ("value", "layout", "reason"),
     [
-        ([0, 0, 641, 480], "xywh", "reaches out of the image of 640 x 480 pixels"),
-        ([0, 0, 640, 480.02], "xyxy", "reaches out"),
-        ([-1, 0, 10, 10], "xywh", "reaches out"),
-        ([10, 10, 0, 5], "xywh", "is empty"),
-        ([10, 10, 5, 20], "xyxy", "is empty"),
+        ([0, 0, 641, 480], "xywh", "is partly outside the image of 640 x 480 pixels"),
+        ([0, 0, 640, 480.02], "xyxy", "partly outside"),
+        ([-1, 0, 10, 10], "xywh", "partly outside"),
+        ([10, 10, 0, 5], "xywh", "positive width and height"),
+        ([10, 10, 5, 20], "xyxy", "positive width and height"),
         ([1, 2, 3], "xywh", "expected a box of four numbers"),
         ([1, 2, 3, "4"], "xywh", "expected a box of four numbers"),
         ([1, 2, 3, True], "xywh", "expected a box of four numbers"),
@@ -76,8 +76,8 @@ def test_a_box_of_whole_pixels_is_exact(data: st.DataObject, width: int, height:
         ([1, 2, 3, float("inf")], "xywh", "expected a box of four numbers"),
         ([1, 2, 3, 10**400], "xywh", "expected a box of four numbers"),
         ([], "xywh", "expected a box of four numbers"),
-        (None, "xywh", "expected a box of four numbers, found None"),
-        ([[0, 0, 1, 1], [0, 0, 641, 1]], "xyxy", "reaches out"),
+        (None, "xywh", "expected a box of four numbers, got None"),
+        ([[0, 0, 1, 1], [0, 0, 641, 1]], "xyxy", "partly outside"),
     ],
 )
 def test_what_is_no_box_of_the_image_is_refused(value: Any, layout: Any, reason: str) -> None:
@@ -99,7 +99,7 @@ def test_a_box_is_of_the_upright_image(tmp_path: Path) -> None:
     row = {"image": "turned.jpg", "bbox": [0, 20, 20, 20]}
     rules = MediaRules(tmp_path)
     assert text_of(_template("{{ box | thousandths }}").sample("r", row, rules).messages[1]) == "[0, 500, 1000, 1000]"
-    with pytest.raises(RowError, match=r"^r: boxes: .* reaches out of the image of 20 x 40 pixels"):
+    with pytest.raises(RowError, match=r"^r: boxes: .* is partly outside the image of 20 x 40 pixels"):
         _template("{{ box | thousandths }}").sample("r", {**row, "bbox": [0, 0, 40, 20]}, rules)
 
 
@@ -110,12 +110,12 @@ def test_boxes_in_jinja(media: Path) -> None:
     text = text_of(_template(listed).sample("r", row, rules).messages[1])
     assert text == "[0.00, 0.00, 0.25, 0.50] [0.50, 0.50, 1.00, 1.00] [0, 0, 10, 12] 10"
     for answer, reason in {
-        "{{ box }}": "a box is written by a filter",
-        "{{ bbox | pixels }}": "the template fails at line 1: expected a box that the template's 'boxes' declares, found list",
+        "{{ box }}": "expected text or a number, got a box; use a filter",
+        "{{ bbox | pixels }}": "the template fails at line 1: expected a box declared in the template's 'boxes', got list",
     }.items():
         with pytest.raises(RowError, match=rf"^r: messages\[1\]: {reason}"):
             _template(answer).sample("r", row, rules)
-    with pytest.raises(RowError, match=r"^r: boxes: boxes are those of one image, and the row has 2"):
+    with pytest.raises(RowError, match=r"^r: boxes: expected one image in a row with boxes, got 2"):
         _template("x", "{{ [image, image] }}").sample("r", row, rules)
     with pytest.raises(RowError, match=r"^r: boxes: 'bbox' is undefined"):
         _template("x").sample("r", {"image": "a.png"}, rules)
@@ -126,12 +126,12 @@ def test_a_box_of_each_round_and_what_reaches_out_of_the_image_clipped(media: Pa
     boxes = {"value": "{{ thing.at }}", "layout": "xywh"}
     told = {"description": "d", "messages": turns, "boxes": boxes, "repeat": {"thing": "things"}, "example": {}}
     row = {"image": "a.png", "things": [{"at": [0, 0, 10, 12]}, {"at": [-3, 20, 20, 20]}]}  # 40 x 24
-    with pytest.raises(RowError, match="reaches out of the image of 40 x 24"):
+    with pytest.raises(RowError, match="is partly outside the image of 40 x 24"):
         DataTemplate.model_validate(told).sample("r", row, MediaRules(media))
     clips = DataTemplate.model_validate(told | {"boxes": boxes | {"outside": "clip"}})
     sample = clips.sample("r", row, MediaRules(media))
     assert [text_of(message) for message in sample.messages[1::2]] == ["[0, 0, 10, 12]", "[0, 20, 17, 24]"]
-    with pytest.raises(RowError, match="lies outside of the image of 40 x 24"):
+    with pytest.raises(RowError, match="is entirely outside the image of 40 x 24"):
         clips.sample("r", {**row, "things": [{"at": [40, 0, 5, 5]}]}, MediaRules(media))
 
 
@@ -145,5 +145,5 @@ def test_rows_with_nothing_to_repeat_are_left_out_where_the_template_says_so(tmp
     opened = reader.open()
     kept = [opened[index][0] for index in range(len(opened))]
     assert kept == [parse()[0] for parse in reader.stream()] == ["rows.json[1]", "rows.json[3]", "rows.json[4]"]
-    with pytest.raises(RowError, match="things: expected a list that is not empty"):
+    with pytest.raises(RowError, match="things: expected a non-empty list"):
         reader.sample(*opened[2])

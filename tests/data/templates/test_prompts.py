@@ -104,15 +104,15 @@ def test_options_keep_their_answer_in_any_order() -> None:
 @pytest.mark.parametrize(
     ("choices", "right", "field", "reason"),
     [
-        (["a"], 0, "choices", r"a list of 2 to 26 options, found \['a'\]"),
-        ("ab", 0, "choices", "found 'ab'"),
+        (["a"], 0, "choices", r"a list of 2 to 26 options, got \['a'\]"),
+        ("ab", 0, "choices", "got 'ab'"),
         (["a"] * 27, 0, "choices", "2 to 26"),
-        (["a", None], 0, "choices", "a text cannot be made of null"),
-        (["a", "b"], 2, "answer", "the right option, 0 to 1, found 2"),
-        (["a", "b"], -1, "answer", "found -1"),
-        (["a", "b"], "1", "answer", "found '1'"),
-        (["a", "b"], True, "answer", "found True"),
-        (["a", "b"], None, "answer", "found None"),
+        (["a", None], 0, "choices", "expected text or a number, got null"),
+        (["a", "b"], 2, "answer", "the correct option, 0 to 1, got 2"),
+        (["a", "b"], -1, "answer", "got -1"),
+        (["a", "b"], "1", "answer", "got '1'"),
+        (["a", "b"], True, "answer", "got True"),
+        (["a", "b"], None, "answer", "got None"),
     ],
 )
 def test_options_that_cannot_be_asked_are_named(choices: Any, right: Any, field: str, reason: str) -> None:
@@ -131,7 +131,7 @@ def test_labels_are_put_into_words() -> None:
     assert _texts(template.sample("r", {"label": True}, RULES))[1] == "It is yes."
     other = PromptSettings(words={"0": "cat", "1": "dog"})
     assert _texts(template.sample("r", {"label": 1}, RULES, other)) == ["cat or dog?", "It is dog."]
-    for label, reason in {"10": "no words for the label '10'; did you mean '1'", None: "made of null"}.items():
+    for label, reason in {"10": "no words for the label '10'; did you mean '1'", None: "got null"}.items():
         with pytest.raises(RowError, match=rf"^r: verbalizer\.label: .*{reason}"):
             template.sample("r", {"label": label}, RULES)
 
@@ -146,7 +146,7 @@ def test_labels_that_are_words_are_their_own_words() -> None:
         assert _texts(sample) == ["?", f"It is {label}."] and sample.choices == ()
     for label in (0, 3.5, True, "3", "-1", "n02123045", "class_3", "LABEL-0", "Q42", "A", "", "7.5", "false"):
         with pytest.raises(
-            RowError, match=r"^r: verbalizer\.label: .* is a number or an id, .*: verbalizer: \{'.*': WORDS, \.\.\.\}"
+            RowError, match=r"^r: verbalizer\.label: .* got the number or id .*: verbalizer: \{'.*': WORDS, \.\.\.\}"
         ):
             template.sample("r", {"label": label}, RULES)
     listed = PromptSettings(words={"0": "cat", "1": "dog"})  # verbalizer: [cat, dog]
@@ -196,7 +196,7 @@ def test_rows_are_chosen_under_their_own_ids(tmp_path: Path, where: dict[str, An
 
 
 def test_no_row_chosen_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"rows\.json: no row has id: '1'"):
+    with pytest.raises(UserError, match=r"rows\.json: no row matches `where: id: '1'`"):
         SourceReader(_source(tmp_path, where={"id": "1"})).open()
 
 
@@ -246,13 +246,13 @@ def test_a_row_is_no_example_of_itself_in_a_copy_of_the_file(tmp_path: Path) -> 
 
 def test_examples_that_cannot_be_had_are_named(tmp_path: Path) -> None:
     same = {"count": 2, "path": str(tmp_path / "rows.json")}
-    with pytest.raises(UserError, match=r"shots: .*rows\.json holds 2 rows, too few for 2 examples of other rows"):
+    with pytest.raises(UserError, match=r"shots: .*rows\.json: expected at least 3 rows for 2 examples, got 2"):
         SourceReader(_source(tmp_path, ROWS[:2], shots=same))
     twins = SourceReader(_source(tmp_path, [ROWS[0], ROWS[0], ROWS[1]], shots=same))
-    with pytest.raises(RowError, match=r"^rows\.json\[0\]: shots: .*rows\.json holds 1 rows unlike this one, not 2"):
+    with pytest.raises(RowError, match=r"^rows\.json\[0\]: shots: .*rows\.json: expected 2 rows that differ .*, got 1"):
         _all(twins)
     broken = SourceReader(_source(tmp_path, [ROWS[0], {**ROWS[1], "a": ""}], shots={**same, "count": 1}))
-    with pytest.raises(RowError, match=r"^rows\.json\[0\]: shots: the example rows\.json\[1\]: messages\[1\]: .*empty"):
+    with pytest.raises(RowError, match=r"^rows\.json\[0\]: shots: few-shot example: rows\.json\[1\]: messages\[1\]: .*empty"):
         _all(broken)
 
 
@@ -278,12 +278,12 @@ def test_partners_are_joined_by_value(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (3, "no row has id 3 in .*more.json"),
-        (1.0, "expected a number or text that names a row of .*more.json, found 1.0"),
-        (True, "found True"),
-        (None, "found None"),
-        ([1], r"found \[1\]"),
-        (7, "several rows have id 7"),
+        (3, "expected one row with id: 3 in .*more.json, found no row"),
+        (1.0, "expected an integer or text that identifies a row of .*more.json, got 1.0"),
+        (True, "got True"),
+        (None, "got None"),
+        ([1], r"got \[1\]"),
+        (7, "expected one row with id: 7 in .*more.json, found several rows"),
     ],
 )
 def test_a_row_without_its_partner_is_named(tmp_path: Path, value: Any, reason: str) -> None:
@@ -296,24 +296,28 @@ def test_a_row_without_its_partner_is_named(tmp_path: Path, value: Any, reason: 
 def test_a_row_cannot_bring_a_partner_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "more.json").write_text('{"more": [{"id": 1, "a": "true"}]}', encoding="utf-8")
     rows = [{"q": "q", "id": 1, "joined": {"id": 1, "a": "false"}}]
-    with pytest.raises(RowError, match=r"^rows\.json\[0\]: joined: the row has a field of this name"):
+    with pytest.raises(RowError, match=r"^rows\.json\[0\]: joined: the row already has a field `joined`"):
         _all(SourceReader(_source(tmp_path, rows, JOINED, join=str(tmp_path / "more.json"))))
 
 
 @pytest.mark.parametrize(
     ("template", "settings", "reason"),
     [
-        (JOINED, {}, "needs a second file; name it in the source: join: FILE"),
-        (OWN, {"join": "rows.json"}, "reads no second file"),
-        (OWN, {"shuffle_options": True}, "declares no options to shuffle"),
-        (OWN, {"verbalizer": ["a", "b"]}, "declares no labels to put into words"),
-        ("vqa", {"image_placeholder": "add"}, "the template vqa puts images into no conversation of the rows'"),
-        ("alpaca", {"image_placeholder": "add"}, "the template alpaca puts images into no conversation"),
-        (OWN, {"values": {"images": "x"}}, "has no value 'images'; it has none"),
-        ("vqa_v2", {"values": {"image": "x"}, "join": "rows.json"}, "has no value 'image'; did you mean 'images'"),
+        (JOINED, {}, "joins a second file; add a line to the source: join: FILE"),
+        (OWN, {"join": "rows.json"}, "does not join a second file; remove the line"),
+        (OWN, {"shuffle_options": True}, "has no `options` section"),
+        (OWN, {"verbalizer": ["a", "b"]}, "has no `verbalizer` section"),
+        ("vqa", {"image_placeholder": "add"}, "needs a template with `conversation` and `images`, and vqa does not have both"),
+        ("alpaca", {"image_placeholder": "add"}, "needs a template with `conversation` and `images`, and alpaca does not"),
+        (OWN, {"values": {"images": "x"}}, "unknown value 'images' of the template .*; the template has no `values` section"),
+        (
+            "vqa_v2",
+            {"values": {"image": "x"}, "join": "rows.json"},
+            "unknown value 'image' of the template vqa_v2; did you mean 'images'",
+        ),
         (OWN, {"shots": {"count": 1, "path": "none.json"}}, "no such file or folder: none.json"),
         (OWN, {"shots": {"count": 1, "path": "rows.json", "template": "lava"}}, "did you mean 'llava'"),
-        (OWN, {"shots": {"count": 1, "path": "rows.json", "join": "more.json"}}, "reads no second file"),
+        (OWN, {"shots": {"count": 1, "path": "rows.json", "join": "more.json"}}, "does not join a second file; remove the line"),
     ],
 )
 def test_a_wish_that_the_template_cannot_meet(tmp_path: Path, template: str, settings: dict[str, Any], reason: str) -> None:

@@ -56,7 +56,7 @@ UNREAD: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("template", "row", "where"), UNREAD)
 def test_media_that_nobody_reads_are_an_error_of_the_row(media: Path, template: str, row: dict[str, Any], where: str) -> None:
-    with pytest.raises(RowError, match=rf"^rows\.json\[0\]: \S*{where}: names or holds media and is not read; ") as caught:
+    with pytest.raises(RowError, match=rf"^rows\.json\[0\]: \S*{where}: the key refers to media but is not read; ") as caught:
         samples(media, row, template=template)
     assert caught.value.issue == "media_unread"
 
@@ -115,7 +115,7 @@ def test_anthropic_s_source_is_read_or_refused(media: Path) -> None:
     [sample] = samples(media, row({"type": "base64", "media_type": "image/png", "data": data}))
     assert open_image(sample.images[0]).getpixel((0, 0)) == (255, 0, 0)
     for source, reason in (
-        ({"type": "url", "url": "https://x.org/a.png"}, "is a URL; `allow_urls: true`"),
+        ({"type": "url", "url": "https://x.org/a.png"}, "is a URL; set `allow_urls: true`"),
         ({"type": "file", "file_id": "f1"}, "got an object with type, file_id"),
         ({"type": "base64", "media_type": "image/png", "data": "!"}, "not valid base64"),
     ):
@@ -143,7 +143,7 @@ def test_media_that_are_meant_to_be_left_out(media: Path) -> None:
     }
     [sample] = samples(media, row, ignore=["thumb"], where={"set": "a.png"})
     assert contents(sample) == [["q"], ["a"]]
-    with pytest.raises(RowError, match="thumb: names or holds media"):
+    with pytest.raises(RowError, match="thumb: the key refers to media"):
         samples(media, row, where={"set": "a.png"})
 
 
@@ -196,21 +196,41 @@ def test_media_of_turns_and_blocks(media: Path, turns: list[Any], images: list[s
 @pytest.mark.parametrize(
     ("turns", "images", "reason"),
     [
-        ([user("<image>q", images=["a.png", "b.png"]), assistant("a")], [], r"messages\[0\]: 2 images for 1 '<image>' pl"),
-        ([user("q", images=["a.png"], image="a.png"), assistant("a")], [], r"messages\[0\]\.images: 'image' is given too"),
+        (
+            [user("<image>q", images=["a.png", "b.png"]), assistant("a")],
+            [],
+            r"messages\[0\]: expected one '<image>' placeholder for each image, got 1 for 2",
+        ),
+        (
+            [user("q", images=["a.png"], image="a.png"), assistant("a")],
+            [],
+            r"messages\[0\]\.images: expected one of 'images' and 'image', got both",
+        ),
         ([user("q", images=["none.png"]), assistant("a")], [], r"messages\[0\]\.images: no such file"),
-        ([user("q"), assistant("a", images=["a.png"])], [], r"messages\[1\]: an answer cannot hold an image"),
-        ([user("q", images=["a.png"]), assistant("a")], ["b.png"], "images: 1 images for 0 '<image>' placeholders"),
-        ([user([{"type": "image", "index": 2}]), assistant("a")], ["a.png"], "index from 0 on into 1 images, got 2"),
+        ([user("q"), assistant("a", images=["a.png"])], [], r"messages\[1\]: expected only text in an answer, got an image"),
+        (
+            [user("q", images=["a.png"]), assistant("a")],
+            ["b.png"],
+            "images: expected one '<image>' placeholder for each image, got 0 for 1",
+        ),
+        (
+            [user([{"type": "image", "index": 2}]), assistant("a")],
+            ["a.png"],
+            "expected 0 <= index < 1 .*, got 2",
+        ),
         ([user([{"type": "image", "index": -1}]), assistant("a")], ["a.png"], r"content\[0\]\.index: .* got -1"),
         ([user([{"type": "image", "index": "0"}]), assistant("a")], ["a.png"], "got '0'"),
-        ([user([{"type": "image", "index": 0}]), assistant("a")], ["a.png", "b.png"], "2 images, and no block has index 1"),
+        ([user([{"type": "image", "index": 0}]), assistant("a")], ["a.png", "b.png"], "2 images, but no block has index 1"),
         (
             [user([{"type": "image", "index": 0}, {"type": "image"}]), assistant("a")],
             ["a.png"],
             "some blocks have an index and",
         ),
-        ([user([{"type": "image", "image": "a.png", "path": "b.png"}]), assistant("a")], [], "both 'image' and 'path'"),
+        (
+            [user([{"type": "image", "image": "a.png", "path": "b.png"}]), assistant("a")],
+            [],
+            "expected one of 'image' and 'path', got both",
+        ),
     ],
 )
 def test_media_of_turns_that_are_not_clear(media: Path, turns: list[Any], images: list[str], reason: str) -> None:
@@ -223,12 +243,15 @@ def test_images_without_a_placeholder_are_added_where_the_source_says_so(media: 
         "images": ["a.png", "b.png"],
         "messages": [{"role": "system", "content": "s"}, user("q"), assistant("a"), user("r"), assistant("b")],
     }
-    with pytest.raises(RowError, match=r"images: 2 images for 0 '<image>' placeholders; `image_placeholder: add` in the source"):
+    with pytest.raises(
+        RowError,
+        match=r"images: expected .* placeholder for each image, got 0 for 2; set `image_placeholder: add` in the source",
+    ):
         samples(media, row)
     [sample] = samples(media, row, image_placeholder="add")
     assert contents(sample) == [["s"], ["<a.png>", "<b.png>", "q"], ["a"], ["r"], ["b"]]
     row["messages"] = [user("<image>q"), assistant("a")]
-    with pytest.raises(RowError, match=r"2 images for 1 '<image>' placeholders$"):
+    with pytest.raises(RowError, match=r"expected one '<image>' placeholder for each image, got 1 for 2$"):
         samples(media, row, image_placeholder="add")
     row["messages"] = [user([{"type": "image", "index": 0}]), assistant("a")]
     with pytest.raises(RowError, match="no block has index 1"):
@@ -237,7 +260,7 @@ def test_images_without_a_placeholder_are_added_where_the_source_says_so(media: 
         trl = {**images, "prompt": [user([{"type": "text", "text": "q"}])], "completion": [assistant("a")]}
         [sample] = samples(media, trl, template="prompt_completion", image_placeholder="add")
         assert contents(sample) == [["<a.png>", "q"], ["a"]]
-    with pytest.raises(RowError, match="images: 'image' is given too; give one of them"):
+    with pytest.raises(RowError, match="images: expected one of 'images' and 'image', got both; remove one"):
         samples(media, {**trl, "images": ["b.png"]}, template="prompt_completion")
 
 
@@ -287,15 +310,21 @@ def test_a_conversation_inside_of_a_shards_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"json": _nested("<image>q", image=["a", "b"]), "png": _png("red")}, r"s\.tar:000: image: 2 in `json` and 1 members"),
+        (
+            {"json": _nested("<image>q", image=["a", "b"]), "png": _png("red")},
+            r"s\.tar:000: image: expected as many files in `json` as members of the shard, got 2 and 1",
+        ),
         (
             {"json": _nested("<image><image>", image=["1.png", "x.png"]), "0.png": b"", "1.png": b""},
-            r"image: `json` names 'x\.png', which is not a member of the shard's row \(0\.png, 1\.png\)",
+            r"image: `json` refers to 'x\.png', which is not a member of the shard's row \(0\.png, 1\.png\)",
         ),
-        ({"json": _nested("<image>", image="1.png"), "0.png": b"", "1.png": b""}, r"image: the member 0\.png .* is not named"),
-        ({"json": _nested("q"), "png": _png("red")}, "image: 1 images for 0"),
-        ({"json": _nested("q"), "mp4": b"x"}, "mp4: names or holds media and is not read"),
-        ({"json": _nested("q", video="a.mp4")}, "video: names or holds media and is not read"),
+        (
+            {"json": _nested("<image>", image="1.png"), "0.png": b"", "1.png": b""},
+            r"image: `json` refers to the member 1\.png .* but not to 0\.png",
+        ),
+        ({"json": _nested("q"), "png": _png("red")}, "image: expected one '<image>' placeholder for each image, got 0 for 1"),
+        ({"json": _nested("q"), "mp4": b"x"}, "mp4: the key refers to media but is not read"),
+        ({"json": _nested("q", video="a.mp4")}, "video: the key refers to media but is not read"),
     ],
 )
 def test_a_shards_row_whose_media_are_not_clear(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
@@ -377,8 +406,8 @@ def test_a_file_that_is_no_json_is_refused_by_every_verb(media: Path, base: Path
     data = {"train": [{"path": str(media / "rows.json"), "template": "llava"}]}
     (media / "recipe.yaml").write_text(json.dumps({"model": {"base": str(base)}, "data": data, "output_dir": str(media / "run")}))
     for text, told in (
-        (b"this is not json", "rows.json:1: not JSON"),
-        ("[]".encode("utf-16"), "rows.json: the text is in UTF-16"),
+        (b"this is not json", "rows.json:1: not valid JSON"),
+        ("[]".encode("utf-16"), "rows.json: expected UTF-8 text, got UTF-16"),
     ):
         (media / "rows.json").write_bytes(text)
         for verb in (["data", "check"], ["data", "show"], ["plan"], ["train"]):
@@ -392,9 +421,9 @@ def test_a_key_with_media_is_told_by_check_plan_and_train(mmtune: Callable[..., 
     assert code == 1 and "media_unread" in told and "0 notes" in told
     for verb in (["plan"], ["train"]):
         code, told = mmtune(verb, rows, {})
-        assert "rows.json[0]: image: names or holds media and is not read; the template reads media in images, videos" in told, (
-            verb
-        )
+        assert (
+            "rows.json[0]: image: the key refers to media but is not read; the template reads media in images, videos" in told
+        ), verb
     assert code == 2 and "1 of 1 rows cannot train" in told
     assert mmtune(["data", "check"], rows, {"ignore": ["image"]})[0] == 0
 

@@ -90,28 +90,44 @@ def test_blocks_of_messages(media: Path, blocks: Any, images: Any, expected: lis
 @pytest.mark.parametrize(
     ("row", "field", "reason"),
     [
-        (_llava(("human", "<image> <image>"), ("gpt", "x"), image="a.png"), "image", "1 images for 2 '<image>' placeholders"),
-        (_llava(("human", "what?"), ("gpt", "x"), image="a.png"), "image", "1 images for 0 '<image>' placeholders"),
-        (_llava(("human", "<image>"), ("gpt", "x")), "image", "0 images for 1 '<image>' placeholders"),
-        (_llava(("human", "q"), ("gpt", "<image>"), image="a.png"), "image", "1 images for 0"),
+        (
+            _llava(("human", "<image> <image>"), ("gpt", "x"), image="a.png"),
+            "image",
+            "expected one '<image>' placeholder for each image, got 2 for 1",
+        ),
+        (
+            _llava(("human", "what?"), ("gpt", "x"), image="a.png"),
+            "image",
+            "expected one '<image>' placeholder for each image, got 0 for 1",
+        ),
+        (_llava(("human", "<image>"), ("gpt", "x")), "image", "expected one '<image>' placeholder for each image, got 1 for 0"),
+        (_llava(("human", "q"), ("gpt", "<image>"), image="a.png"), "image", "placeholder for each image, got 0 for 1"),
         (_llava(("human", "<image>"), ("gpt", "x"), image="none.png"), "image", "no such file: .*none.png"),
-        (_llava(("human", "<image>"), ("gpt", "x"), image="../outside.png"), "image", "lies outside media_root"),
-        (_llava(("human", "<image>"), ("gpt", "x"), image="link.png"), "image", "lies outside media_root"),
-        (_llava(("human", "<image>"), ("gpt", "x"), image="/etc/passwd"), "image", "lies outside media_root"),
-        (_llava(("human", "<image>"), ("gpt", "x"), image=3), "image", "expected the path of an image or its bytes, found int"),
-        (_llava(("human", "<image>"), ("gpt", "x"), image=[None]), "image", "found NoneType"),
-        (_llava(("human", "<image>"), ("gpt", "x"), image={"bytes": "AAAA"}), "image", "holds str, not bytes"),
+        (_llava(("human", "<image>"), ("gpt", "x"), image="../outside.png"), "image", "is outside media_root"),
+        (_llava(("human", "<image>"), ("gpt", "x"), image="link.png"), "image", "is outside media_root"),
+        (_llava(("human", "<image>"), ("gpt", "x"), image="/etc/passwd"), "image", "is outside media_root"),
+        (_llava(("human", "<image>"), ("gpt", "x"), image=3), "image", "expected the path of an image or its bytes, got int"),
+        (_llava(("human", "<image>"), ("gpt", "x"), image=[None]), "image", "got NoneType"),
+        (_llava(("human", "<image>"), ("gpt", "x"), image={"bytes": "AAAA"}), "image", "expected bytes in 'bytes', got str"),
         (_llava(("human", "q"), ("gpt", "")), "messages[1]", "the answer is empty"),
         (_llava(("human", "q"), ("gpt", " \n")), "messages[1]", "the answer is empty"),
-        (_llava(("human", "q"), ("gpt", "x"), ("human", "q")), "messages", "no answer: the last turn is the user's"),
-        (_llava(("human", "q")), "messages", "no answer"),
-        (_llava(("gpt", "x"), ("human", "q")), "messages", "turns alternate .* found assistant, user"),
-        (_llava(("human", "q"), ("human", "q"), ("gpt", "x")), "messages", "found user, user, assistant"),
-        (_llava(("human", "q"), ("system", "s"), ("gpt", "x")), "messages", "a system message comes first"),
-        (_llava(("system", "s")), "messages", "found none"),
-        (_llava(("humen", "q"), ("gpt", "x")), "conversations[0].from", "unknown speaker 'humen'; did you mean 'human'?"),
+        (
+            _llava(("human", "q"), ("gpt", "x"), ("human", "q")),
+            "messages",
+            "expected an answer as the last turn, got a turn of the user",
+        ),
+        (_llava(("human", "q")), "messages", "expected an answer as the last turn"),
+        (_llava(("gpt", "x"), ("human", "q")), "messages", "turns that alternate .* got assistant, user"),
+        (_llava(("human", "q"), ("human", "q"), ("gpt", "x")), "messages", "got user, user, assistant"),
+        (
+            _llava(("human", "q"), ("system", "s"), ("gpt", "x")),
+            "messages",
+            "expected a system message only as the first message",
+        ),
+        (_llava(("system", "s")), "messages", "got none"),
+        (_llava(("humen", "q"), ("gpt", "x")), "conversations[0].from", "unknown role 'humen'; did you mean 'human'?"),
         (_llava(("human", "q"), ("bot", "x")), "conversations[1].from", "valid here: gpt, human, system"),
-        (_llava((["human"], "q"), ("gpt", "x")), "conversations[0].from", "unknown speaker"),  # type: ignore[arg-type]
+        (_llava((["human"], "q"), ("gpt", "x")), "conversations[0].from", "unknown role"),  # type: ignore[arg-type]
         (_llava(("human", "q"), ("gpt", None)), "conversations[1].value", "expected text, got NoneType"),
         (_llava(("human", 5), ("gpt", "x")), "conversations[0].value", "expected text, got int"),
         ({"conversations": []}, "conversations", "expected a list of turns$"),
@@ -135,12 +151,12 @@ def test_a_faulty_row_is_named_with_its_field(media: Path, row: dict[str, Any], 
         ([{"type": "tool"}], "x", None, r"messages\[0\].content\[0\]: expected a text, image, video or audio block, got"),
         (["text"], "x", None, r"content\[0\]: expected a text, image, video or audio block"),
         ([{"type": "text", "text": None}], "x", None, "expected a text, image, video or audio block"),
-        ([{"type": "audio"}], "x", None, "audios: 0 audio for 1 '<audio>' placeholders"),
+        ([{"type": "audio"}], "x", None, "audios: expected one '<audio>' placeholder for each audio, got 1 for 0"),
         ([{"type": "video", "video": "none.mp4"}], "x", None, "no such file"),
-        ([{"type": "image"}], "x", None, "0 images for 1"),
+        ([{"type": "image"}], "x", None, "placeholder for each image, got 1 for 0"),
         ([{"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}], "x", None, "is a URL"),
-        ([{"type": "image_url", "image_url": {}}], "x", None, "expected 'image_url' to hold a URL"),
-        ("q", [{"type": "text", "text": "x"}, {"type": "image"}], ["a.png"], "an answer cannot hold an image"),
+        ([{"type": "image_url", "image_url": {}}], "x", None, "expected a URL in the block 'image_url', got none"),
+        ("q", [{"type": "text", "text": "x"}, {"type": "image"}], ["a.png"], "expected only text in an answer, got an image"),
         ("q", [], None, "the answer is empty"),
     ],
 )
@@ -157,15 +173,15 @@ VQA = {"image": "a.png", "question": "q", "answer": "x"}
     ("row", "reason"),
     [
         ({"image": "a.png", "question": "q"}, r"messages\[1\]: 'answer' is undefined; the row has: image, question"),
-        ({**VQA, "answer": None}, r"messages\[1\]: a text cannot be made of null"),
-        ({**VQA, "answer": ["x"]}, r"messages\[1\]: a text cannot be made of a list"),
+        ({**VQA, "answer": None}, r"messages\[1\]: expected text or a number, got null"),
+        ({**VQA, "answer": ["x"]}, r"messages\[1\]: expected text or a number, got list"),
         ({**VQA, "answer": ""}, r"messages\[1\]: the answer is empty"),
         ({**VQA, "image": "none.png"}, "image: no such file"),
-        ({**VQA, "image": None}, r"messages\[0\]: expected the path of an image or its bytes, found NoneType"),
-        ({**VQA, "question": float("nan")}, r"messages\[0\]: a text cannot be made of nan"),
-        ({**VQA, "answer": True}, r"messages\[1\]: a text cannot be made of true"),
-        ({**VQA, "question": b"q"}, r"messages\[0\]: a text cannot be made of a bytes"),
-        ({**VQA, "image": "../outside.png"}, "image: .*lies outside media_root"),
+        ({**VQA, "image": None}, r"messages\[0\]: expected the path of an image or its bytes, got NoneType"),
+        ({**VQA, "question": float("nan")}, r"messages\[0\]: expected text or a finite number, got nan"),
+        ({**VQA, "answer": True}, r"messages\[1\]: expected text or a number, got true"),
+        ({**VQA, "question": b"q"}, r"messages\[0\]: expected text or a number, got bytes"),
+        ({**VQA, "image": "../outside.png"}, "image: .*is outside media_root"),
     ],
 )
 def test_columns_that_are_missing_are_named(media: Path, row: dict[str, Any], reason: str) -> None:
@@ -177,7 +193,7 @@ def test_a_row_within_a_row_names_its_task(media: Path) -> None:
     template = _columns("q").model_copy(update={"task": "a.b"})
     for row, task in [({"a": {"b": 7}}, "7"), ({"a": {}}, None), ({"a": 1}, None), ({}, None)]:
         assert template.sample("r", row, MediaRules(media)).task == task
-    with pytest.raises(RowError, match=r"^r: a\.b: expected a task's name, found list"):
+    with pytest.raises(RowError, match=r"^r: a\.b: expected the name of a task, got list"):
         template.sample("r", {"a": {"b": []}}, MediaRules(media))
 
 
@@ -189,7 +205,7 @@ def test_a_list_of_images_is_as_many_images(media: Path) -> None:
     inside = {"bytes": (media / "a.png").read_bytes(), "path": None}
     [image, _] = template.sample("r", {"pictures": inside}, MediaRules(media)).images
     assert image_size(image) == (40, 24)
-    with pytest.raises(RowError, match=r"^r: messages\[0\]: 'pictures' is undefined; the row has: nothing"):
+    with pytest.raises(RowError, match=r"^r: messages\[0\]: 'pictures' is undefined; the row has: no columns"):
         template.sample("r", {}, MediaRules(media))
 
 
@@ -207,11 +223,11 @@ def test_turns_repeat_over_lists() -> None:
     row = {"title": "t", "questions": ["1?", 2], "answers": [{"text": "one"}, {"text": "two"}]}
     expected = [("system", ["s"]), ("user", ["t: 1?"]), ("assistant", ["one"]), ("user", ["t: 2"]), ("assistant", ["two"])]
     assert _repeated(**row) == expected
-    with pytest.raises(RowError, match=r"^r: questions: the lists differ in length: 2 questions, 1 answers"):
+    with pytest.raises(RowError, match=r"^r: questions: expected lists of equal length, got 2 questions, 1 answers"):
         _repeated(**{**row, "answers": [{"text": "one"}]})
-    with pytest.raises(RowError, match=r"^r: answers: expected a list that is not empty; did you mean 'answer'\?"):
+    with pytest.raises(RowError, match=r"^r: answers: expected a non-empty list; did you mean 'answer'\?"):
         _repeated(title="t", questions=["1?"], answer=[])
-    with pytest.raises(RowError, match=r"^r: questions: expected a list that is not empty$"):
+    with pytest.raises(RowError, match=r"^r: questions: expected a non-empty list$"):
         _repeated(**{**row, "questions": "no list"})
 
 
@@ -276,25 +292,28 @@ def test_a_template_of_ones_own_is_read_by_path(media: Path, tmp_path: Path) -> 
     ("text", "reason"),
     [
         (OWN + "imagse: x", r"imagse: unknown key; did you mean 'images'\?"),
-        (OWN + "messages: [{role: user, text: x}]", "data template: give exactly one of 'conversation' and 'messages'"),
+        (OWN + "messages: [{role: user, text: x}]", "data template: set exactly one of 'conversation' and 'messages'"),
         ("description: d\nexample: {}", "exactly one of 'conversation' and 'messages'"),
-        (OWN.replace("you: assistant", "you: bot"), "'bot' is no role; roles are system, user, assistant"),
-        ("description: d\nexample: {}\nmessages: [{role: tool, text: x}]", "'tool' is no role"),
-        (OWN + "repeat: {a: b}", "'repeat' means nothing beside 'conversation'"),
-        (OWN + "join: {by: a}", "'join' means nothing beside 'conversation'"),
-        ("description: d\nexample: {}\nimages: a\nmessages: [{role: user, text: x}]", "'images' means nothing beside 'messages'"),
+        (OWN.replace("you: assistant", "you: bot"), "unknown role 'bot'; expected one of system, user, assistant"),
+        ("description: d\nexample: {}\nmessages: [{role: tool, text: x}]", "unknown role 'tool'"),
+        (OWN + "repeat: {a: b}", "'repeat' cannot be used with 'conversation'"),
+        (OWN + "join: {by: a}", "'join' cannot be used with 'conversation'"),
+        ("description: d\nexample: {}\nimages: a\nmessages: [{role: user, text: x}]", "'images' cannot be used with 'messages'"),
         ("description: d\nexample: {}\nmessages: [{role: user, text: []}]", "messages.0.text: "),
         ("description: d\nexample: {}\nmessages: [{role: user, images: ['{{'], text: x}]", "not valid Jinja at line 1: "),
         ("description: d\nexample: {}\nreferences: '{{ x'\nmessages: [{role: user, text: x}]", "not valid Jinja at line 1: "),
         ("description: d\nexample: {}\nboxes: {value: x, layout: yxyx}\nmessages: [{role: user, text: x}]", "boxes.layout: "),
-        ("description: d\nexample: {}\njoin: {by: a}\nmessages: [{role: user, text: x}]", "holds its partner under 'joined'"),
+        (
+            "description: d\nexample: {}\njoin: {by: a}\nmessages: [{role: user, text: x}]",
+            "needs the joined row in its example, under 'joined'",
+        ),
         (
             "description: d\nexample: {}\nmessages: [{role: user, text: x}]\n"
             "options: {choices: a, answer: b}\nverbalizer: {label: a}",
-            "give one of 'options' and 'verbalizer'",
+            "set only one of 'options' and 'verbalizer'",
         ),
         ("description: d\nexample: {}\nmessages: [{role: user, text: '{{ x'}]", "not valid Jinja at line 1: .*{{ x"),
-        (OWN.replace("description: mine", ""), "description: required, and not given"),
+        (OWN.replace("description: mine", ""), "description: required key is missing"),
         ("a: [", "not valid YAML"),
         ("", "mine.yaml:1: the data template is empty"),
         ("- a", "mine.yaml:1: expected a mapping with description"),

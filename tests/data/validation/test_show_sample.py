@@ -126,7 +126,7 @@ def test_the_recipe_says_what_is_supervised_and_what_a_long_row_becomes(media: P
     fits = view_sample(sample, processor, _section(max_tokens=length))
     assert not fits.notes and len(fits.tokens) == length
     dropped = view_sample(sample, processor, _section(max_tokens=length - 1, over_length="drop_media"))
-    assert dropped.notes == ["1 images dropped, so that it fits data.max_tokens"]
+    assert dropped.notes == ["1 images dropped to fit data.max_tokens"]
     assert not any(token.kind == "media" for token in dropped.tokens)
     long = view_sample(sample, processor, _section(max_tokens=length - 1, over_length="drop_sample"))
     assert long.notes == [
@@ -290,7 +290,7 @@ def test_a_row_is_found_wherever_it_is(tmp_path: Path) -> None:
     for row_id, text in (("one.jsonl:1", "0"), ("one.jsonl:3", "1"), ("one.jsonl:11", "4"), ("two.jsonl:5", "4")):
         found = find_sample(sources[:1], sources[1:], row_id)
         assert (found.id, found.messages[0]["content"][0]["text"]) == (row_id, text)
-    with pytest.raises(RowError, match=r"one\.jsonl:5: row: not JSON"):
+    with pytest.raises(RowError, match=r"one\.jsonl:5: row: not valid JSON"):
         find_sample(sources[:1], sources[1:], "one.jsonl:5")
     with pytest.raises(UserError, match="no row has the id"):
         find_sample(sources[:1], sources[1:], "two.jsonl:6")
@@ -305,7 +305,9 @@ def test_a_row_is_found_by_its_own_id(tmp_path: Path) -> None:
     source = Source(path=str(tmp_path / "r.jsonl"), template="llava")
     for row_id, text in (("7", "a"), ("8", "b"), ("x/9", "c"), ("r.jsonl:6", "f")):
         assert text_of(find_sample([source], [], row_id).messages[0]) == text
-    with pytest.raises(UserError, match=r"2 rows have the id 'twice' as their own; name one of them: r\.jsonl:4, r\.jsonl:5"):
+    with pytest.raises(
+        UserError, match=r"2 rows have 'twice' in their id field; choose one of the row ids r\.jsonl:4, r\.jsonl:5"
+    ):
         find_sample([source], [], "twice")
     with pytest.raises(UserError, match="no row has the id 'None'"):
         find_sample([source], [], "None")

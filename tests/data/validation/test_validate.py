@@ -79,7 +79,7 @@ def test_a_hostile_row_has_its_issue_and_no_other(issues: dict[str, list[Issue]]
 @pytest.mark.slow
 def test_what_cannot_train_is_an_error_and_what_is_an_error_cannot_train(corpus: Source, untrained: tuple[Any, Any]) -> None:
     processor, reader = untrained[1], SourceReader(corpus)
-    found = by_row(Validator([corpus], rules=ValidationSettings(processor)).issues())
+    found = by_row(Validator([corpus], settings=ValidationSettings(processor)).issues())
     for number, case in enumerate(CASES):
         refused = [each.issue for each in found.get(f"hostile.jsonl:{number + 1}", []) if each.issue in ERRORS]
         assert len(refused) <= 1, case.name
@@ -91,7 +91,7 @@ def test_what_cannot_train_is_an_error_and_what_is_an_error_cannot_train(corpus:
 
 
 def test_decoding_finds_the_rest(corpus: Source) -> None:
-    found = by_row(Validator([corpus], rules=ValidationSettings(decode=True)).issues())
+    found = by_row(Validator([corpus], settings=ValidationSettings(decode=True)).issues())
     for number, case in enumerate(CASES):
         if case.decoding:
             assert [each.issue for each in found[f"hostile.jsonl:{number + 1}"]] == [case.decoding], case.name
@@ -111,7 +111,7 @@ def test_what_is_wrong_with_the_model_ends_the_check_with_its_reason_alone(
     processor = copy.deepcopy(untrained[1])
     processor.chat_template = None
     with pytest.raises(UserError, match=r"^model: its processor has no chat template; name one with model\.chat_template$"):
-        list(Validator([corpus], rules=ValidationSettings(processor)).issues(processes=others))
+        list(Validator([corpus], settings=ValidationSettings(processor)).issues(processes=others))
 
 
 # ------------------------------------------------------------------------------------------------------- between the rows
@@ -186,7 +186,7 @@ def test_a_long_row_fails_a_run_unless_the_recipe_drops_it(
 ) -> None:
     source = _rows(tmp_path / "r.jsonl", _talk("short"), _talk("long " * 50))
     length = encode_sample(SourceReader(source).sample("r", _talk("short")), untrained[1])["input_ids"].shape[1]
-    found = list(Validator([source], rules=ValidationSettings(untrained[1], length, policy)).issues())
+    found = list(Validator([source], settings=ValidationSettings(untrained[1], length, policy)).issues())
     assert [(each.row, each.issue) for each in found] == [("r.jsonl:2", kind)]
 
 
@@ -283,7 +283,7 @@ def test_no_row_crashes_and_the_doctor_agrees_with_training(
         if place in _places(row):
             row = _mutated(row, place, by)
     source = _rows(tmp_path / "fuzz.jsonl", row).model_copy(update={"media_root": corpus.media_root})
-    found = list(Validator([source], rules=ValidationSettings(untrained[1])).issues())
+    found = list(Validator([source], settings=ValidationSettings(untrained[1])).issues())
     refused = [each.issue for each in found if each.issue in ERRORS]
     assert (refused == []) == (outcome(SourceReader(source), 0, untrained[1]) is None), (row, found)
     json.dumps([each.as_json() for each in found])
@@ -354,7 +354,7 @@ def test_the_template_of_a_file_is_guessed_from_its_rows(tmp_path: Path, name: s
     ("text", "told"),
     [
         ('{"a": 1}\n', "which data template"),
-        ("not JSON", r"r\.jsonl:1: row: not JSON"),
+        ("not JSON", r"r\.jsonl:1: row: not valid JSON"),
         (
             '{"conversations": [{"from": "hum',
             r"r\.jsonl:1: row: not valid JSON: Unterminated string starting at character \d+ of",
