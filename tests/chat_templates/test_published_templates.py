@@ -219,7 +219,7 @@ def test_a_system_message_that_a_template_cannot_take_is_a_fault_of_its_row() ->
             "{% if m.role == 'system' %}{{ m.content + '\n' }}{% endif %}",
             "fails on this conversation at line 1: can only concatenate",
         ),
-        ("{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}", "refuses this conversation: no system"),
+        ("{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}", "rejects this conversation: no system"),
     ):
         template = _turns(opens, _said("<image>"), _said("", MARKED) + "</s>", "<|user|>")
         processor = _processor(template, LLAMA, "<image>")

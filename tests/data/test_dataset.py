@@ -103,7 +103,7 @@ def test_faults_are_listed_by_kind_with_their_number() -> None:
         report.stop_past(0.1)
     assert str(error.value).splitlines()[1:] == [
         "  r:0: image: no such file: 0.png",
-        "    and 11 more (media_missing): r:1, r:2, ...; put the file there, or correct the path or media_root",
+        "    and 11 more (media_missing): r:1, r:2, ...; add the file, or correct the path or media_root",
         "  r:12: messages[1]: the answer is empty",
     ]
 

@@ -127,7 +127,7 @@ def test_labels_are_exact_or_refused_when_white_space_joins(
     try:
         encoded = encode_sample(sample, processor)
     except RowError as error:
-        assert answer[0].isspace() and error.field == "messages[1]" and "begins with white space" in error.detail
+        assert answer[0].isspace() and error.field == "messages[1]" and "starts with white space" in error.detail
         return
     assert _spans(encoded, processor) == [SPACE.get(name, "") + answer + END[name]]
 

@@ -386,7 +386,7 @@ def test_lengths_are_planned_checked_and_shown_of_augmented_images(tmp_path: Pat
         )
         assert {each.issue for each in doctor.issues(1) if each.severity == "error"} == kinds
     view = view_sample(samples[0], processor, DataSection(train=(source,)))
-    assert len(view.tokens) == plan.tokens[0] and "images are augmented as when the row trains first" in view.notes[0]
+    assert len(view.tokens) == plan.tokens[0] and "images have the augmentation of the first visit" in view.notes[0]
 
 
 def test_a_report_and_chat_show_images_through_the_window(tmp_path: Path, untrained: Any) -> None:

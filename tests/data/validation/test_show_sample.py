@@ -130,7 +130,7 @@ def test_the_recipe_says_what_is_supervised_and_what_a_long_row_becomes(media: P
     assert not any(token.kind == "media" for token in dropped.tokens)
     long = view_sample(sample, processor, _section(max_tokens=length - 1, over_length="drop_sample"))
     assert long.notes == [
-        f"does not train: {length} tokens, more than data.max_tokens: {length - 1} (data.over_length: drop_sample)"
+        f"not used in training: {length} tokens, more than data.max_tokens: {length - 1} (data.over_length: drop_sample)"
     ]
 
 
@@ -275,7 +275,7 @@ def test_the_command_prints_a_row_or_its_prompt_or_writes_a_page(
 
 def test_a_row_that_is_not_there_is_a_clear_mistake(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        (["--row", "rows.json[99]"], "no row has the id 'rows.json[99]'; ids are like 'rows.json[11]'"),
+        (["--row", "rows.json[99]"], "no row has the id 'rows.json[99]'; expected an id such as 'rows.json[11]'"),
         (["--index", "12"], "--index 12: there are 12 training rows"),
     ):
         assert entry_point(["data", "show", recipe_file, *arguments]) == 2

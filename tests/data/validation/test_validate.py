@@ -110,7 +110,7 @@ def test_what_is_wrong_with_the_model_ends_the_check_with_its_reason_alone(
 ) -> None:
     processor = copy.deepcopy(untrained[1])
     processor.chat_template = None
-    with pytest.raises(UserError, match=r"^model: its processor has no chat template; name one with model\.chat_template$"):
+    with pytest.raises(UserError, match=r"^model: its processor has no chat template; set model\.chat_template$"):
         list(Validator([corpus], settings=ValidationSettings(processor)).issues(processes=others))
 
 
@@ -353,7 +353,7 @@ def test_the_template_of_a_file_is_guessed_from_its_rows(tmp_path: Path, name: s
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('{"a": 1}\n', "which data template"),
+        ('{"a": 1}\n', "cannot choose a data template"),
         ("not JSON", r"r\.jsonl:1: row: not valid JSON"),
         (
             '{"conversations": [{"from": "hum',
