@@ -100,7 +100,7 @@ def test_a_base_without_a_chat_template_is_refused(
         if file.name not in ("chat_template.jinja", "model.safetensors"):
             (bare / file.name).write_bytes(file.read_bytes())
     assert entry_point(["train", str(recipe_file), f"model.base={bare}"]) == 2
-    assert f"model.base={bare}: it has no chat template; set model.chat_template to " in capsys.readouterr().err
+    assert f"model.base={bare}: the model has no chat template; set model.chat_template to " in capsys.readouterr().err
 
 
 def test_an_earlier_run_is_kept_unless_overwritten(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ def test_a_question_that_cannot_be_encoded_is_an_error_with_its_row_id(answering
     turns = [{"role": role, "content": [{"type": "text", "text": "half of \ud83d"}]} for role in ("user", "assistant")]
     with pytest.raises(RowError, match=r"^row: messages\[0\]: the text is not valid Unicode"):
         generate_answers(*answering_llava, [Sample("row", turns)], max_new_tokens=2, batch_size=1)
-    with pytest.raises(RowError, match=r"^row: messages: the conversation does not end with an answer"):
+    with pytest.raises(RowError, match=r"^row: messages: expected an answer as the last turn of the conversation"):
         generate_answers(*answering_llava, [Sample("row", turns[:1])], max_new_tokens=2, batch_size=1)
 
 

@@ -361,7 +361,7 @@ def test_packs_of_lengths_like_llavas_are_full(capacity: int) -> None:
 
 @pytest.mark.parametrize("lengths", [[0, 3], [21], [-1]])
 def test_lengths_that_do_not_go_into_a_pack_are_refused(lengths: list[int]) -> None:
-    with pytest.raises(ValueError, match="do not go into packs of 20 tokens"):
+    with pytest.raises(ValueError, match=r"expected lengths from 1 to 20 \(the capacity\)"):
         pack_lengths(lengths, 20)
 
 

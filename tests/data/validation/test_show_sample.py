@@ -276,7 +276,7 @@ def test_the_command_prints_a_row_or_its_prompt_or_writes_a_page(
 def test_a_row_that_is_not_there_is_a_clear_mistake(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--row", "rows.json[99]"], "no row has the id 'rows.json[99]'; expected an id such as 'rows.json[11]'"),
-        (["--index", "12"], "--index 12: there are 12 training rows"),
+        (["--index", "12"], "--index 12: expected 0 to 11: there are 12 training rows"),
     ):
         assert entry_point(["data", "show", recipe_file, *arguments]) == 2
         assert message in capsys.readouterr().err
