@@ -116,6 +116,7 @@ VARIABLES = {"told", "said", "made", "found", "given", "kept"}
 """Names of variables and parameters that say when a value came and not what it is."""
 
 UNFINISHED = ("mmtune/chat_templates/", "mmtune/data/", "tests/chat_templates/", "tests/data/", "tests/helpers/hostile_rows.py")
+"""Where only the old identifiers are an error, not yet phrases and variables."""
 
 
 def checked_files() -> list[Path]:
@@ -170,7 +171,8 @@ def test_no_file_has_an_old_word() -> None:
     files = checked_files()
     assert len(files) > 300
     issues = [issue for path in files for issue in word_issues(str(path.relative_to(ROOT)), path.read_text("utf-8"))]
-    issues = [issue for issue in issues if not issue.startswith(UNFINISHED)]
+    strict = tuple(f"write {instead}" for instead in IDENTIFIERS.values())
+    issues = [issue for issue in issues if issue.endswith(strict) or not issue.startswith(UNFINISHED)]
     assert not issues, "\n".join(issues)
 
 
