@@ -69,6 +69,11 @@ IDENTIFIERS: Mapping[str, str] = {
 PHRASES: Mapping[str, str] = {
     r"\b(to|could|can|cannot|may) be had\b": "available, not available",
     r"\b(whereof|thereof|therein|thereby|wherein|herein|whereby)\b": "of it, in it, by it: a sentence of its own",
+    r"\bis no (role|JSON value|range)\b": "unknown role; is not a JSON value",
+    r"\bmeans nothing beside\b": "cannot be used with",
+    r"\bone of those that ship\b": "a shipped one",
+    r"\bstand side by side\b": "are adjacent",
+    r"\btext cannot be made of\b": "expected text or a number, got",
     r"\banew\b": "again",
     r"\blest\b|\bought to\b": "so that ... not; should",
     r"\bin vain\b": "without success",
