@@ -1,7 +1,7 @@
-"""A corpus of hostile rows and images, made by code, each with what the doctor has to say of it.
+"""A corpus of hostile rows and images, generated, each with the issues that validation must report.
 
 `write(folder)` lays them out as one JSON Lines file in LLaVA's format beside its media; line N is case N. Images that are
-merely unusual (turned, palette, CMYK) are here too, because they too must be told, and must train.
+merely unusual (turned, palette, CMYK) are here too, because they must be reported and must train.
 """
 
 from __future__ import annotations
