@@ -13,10 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.utils import logging as transformers_logging
+
+__all__ = ["DataDependentOutputException", "DynamicOutputShapeException", "TorchDispatchMode"]  # torch's own, for other modules
 
 MemoryKind = Literal[
     "weights", "frozen_models", "quantization_constants", "trainable", "gradients", "optimizer", "activations", "logits"

@@ -18,7 +18,6 @@ from peft import PeftModel
 from PIL import Image
 from rich.table import Table
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import (
     AutoImageProcessor,
     Trainer,
@@ -34,6 +33,8 @@ from mmtune.models.compatibility import (
 )
 from mmtune.models.components import find_components, linear_modules
 from mmtune.models.fake_tensors import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
     MemoryTracker,
     QuantizedLinear,
     bnb_state_bytes,

@@ -26,7 +26,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
-from mmtune.methods.tuners.register import register
+from mmtune.methods.tuners.peft_private import cast_layer_input, register
 from mmtune.utils.errors import UserError
 
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
@@ -180,7 +180,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         for name in names:
             config = self.bottleneck_config[name]
             x = self._input(args, kwargs) if config.placement == "parallel" else hidden
-            x = self._cast_input_dtype(x, self.bottleneck_down[name].weight.dtype)
+            x = cast_layer_input(self, x, self.bottleneck_down[name].weight.dtype)
             inner = ACTIVATIONS[config.non_linearity](self.bottleneck_down[name](x))
             change = self.bottleneck_up[name](self.bottleneck_dropout[name](inner))
             # A mixture of experts may return its tokens in one flat row.

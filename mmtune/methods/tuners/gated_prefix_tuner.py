@@ -40,8 +40,9 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers import AttentionInterface
 
-from mmtune.methods.tuners.register import register
+from mmtune.methods.tuners.peft_private import register
 from mmtune.utils.errors import UserError
+from mmtune.utils.transformers_private import attention_of
 
 ATTENTION = "mmtune_gated_prefix"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -248,7 +249,7 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention function of an adapted module: the one that the model's config names, and the prompts."""
     overlay: Any = module.config
-    usual = AttentionInterface().get_interface(overlay.beneath._attn_implementation, _names(module)["eager_attention_forward"])
+    usual = AttentionInterface().get_interface(attention_of(overlay.beneath), _names(module)["eager_attention_forward"])
     attended, weights = usual(_Overlay(module, config=overlay.beneath), query, key, value, mask, **kwargs)
     return overlay.gated_prefix.add_prompts(attended, query, kwargs["scaling"]), weights
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Processor,
@@ -22,7 +21,12 @@ from mmtune.chat_templates.resolving import end_of_turn_ids
 from mmtune.distributed.sharded_parameters import meta_init
 from mmtune.models.compatibility import PREFIX_TOKENS
 from mmtune.models.components import find_components
-from mmtune.models.fake_tensors import MemoryTracker, suppress_fake_tensor_warnings
+from mmtune.models.fake_tensors import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    MemoryTracker,
+    suppress_fake_tensor_warnings,
+)
 from mmtune.models.processors.processor import read_processor
 from mmtune.utils.errors import UserError
 

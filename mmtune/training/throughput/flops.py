@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmtune.data.batching.collate import RowSize
 from mmtune.models.components import Components, component_of, find_components
+from mmtune.models.fake_tensors import TorchDispatchMode
 
 
 @dataclass(frozen=True)

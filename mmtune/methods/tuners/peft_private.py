@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from peft import PeftConfig, PeftType
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 
 
@@ -30,3 +33,9 @@ def register(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> Pef
     type.__setattr__(PeftType, value, member)
     register_peft_method(name=name, config_cls=config, model_cls=tuner)
     return member
+
+
+def cast_layer_input(layer: BaseTunerLayer, x: torch.Tensor, dtype: Any) -> torch.Tensor:
+    """The input of an adapter in the dtype of its weights, as PEFT's own layers cast it (`autocast_adapter_dtype`)."""
+    cast: torch.Tensor = layer._cast_input_dtype(x, dtype)
+    return cast
