@@ -56,7 +56,7 @@ def own_names(trees: list[ast.AST]) -> set[str]:
 
 def library_members(source: str, own: set[str]) -> list[str]:
     """Private members of libraries that a file touches, as far as its source shows."""
-    tree, found = ast.parse(source), []
+    tree, members = ast.parse(source), []
     imported = {
         alias.asname or alias.name
         for node in ast.walk(tree)
@@ -65,21 +65,21 @@ def library_members(source: str, own: set[str]) -> list[str]:
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and (is_private(node.attr) or node.attr in DEEPSPEED) and node.attr not in own:
-            found.append(ast.unparse(node))
+            members.append(ast.unparse(node))
         elif (
             isinstance(node, ast.Attribute)
             and isinstance(node.ctx, ast.Store)
             and node.attr[0] == "_"
             and ast.unparse(node.value) in imported
         ):
-            found.append(f"{ast.unparse(node)} = ...")  # a patched library
+            members.append(f"{ast.unparse(node)} = ...")  # a patched library
         elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("mmtune"):
             parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
-            found += [f"from {node.module} import {part}" for part in parts if is_private(part)]
+            members += [f"from {node.module} import {part}" for part in parts if is_private(part)]
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
             names = [each.value for each in node.args[1:2] if isinstance(each, ast.Constant) and isinstance(each.value, str)]
-            found += [f"{ast.unparse(node.func)} {name}" for name in names if is_private(name) or name in DEEPSPEED]
-    return found
+            members += [f"{ast.unparse(node.func)} {name}" for name in names if is_private(name) or name in DEEPSPEED]
+    return members
 
 
 def test_private_members_of_libraries_stand_in_their_files() -> None:
