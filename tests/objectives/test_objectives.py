@@ -21,6 +21,7 @@ from mmtune.recipe.objective_section import OBJECTIVE_SECTIONS
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
+from mmtune.training.loss_record import LossRecord
 
 TEACHER = {"type": "distillation", "teacher": "builtin:tiny-llava"}
 CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -161,3 +162,16 @@ def test_two_processes_train_what_one_does(make_recipe: MakeRecipe, tmp_path: Pa
             for each in (runs[case, "one"], run)
         ]
         assert losses[1] == pytest.approx(losses[0], abs=1e-5), (case, name)
+
+
+def test_the_loss_record_averages_over_steps_and_tokens_and_leaves_out_a_dropped_step() -> None:
+    record = LossRecord(["a", "b", "none"])
+    for step, value in enumerate((1.0, 100.0, 4.0)):
+        record.begin_step()
+        for _ in range(2):  # batches
+            record.add_parts({"term": torch.tensor(value)})
+            record.add_by_source(torch.tensor([value, 7.0], dtype=torch.float64), torch.tensor([0, 1]))
+        if step == 1:
+            record.drop_step()
+    assert record.take() == {"loss_term": 5.0, "loss/a": 2.5, "loss/b": 7.0}
+    assert record.take() == {}
