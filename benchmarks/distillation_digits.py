@@ -1,9 +1,9 @@
 """Distillation with few labelled rows on the built-in task: a student with and without a teacher.
 
 The teacher is the built-in model tuned by LoRA on all training rows. A student is the same model, tuned with the same LoRA for
-the same steps on a few rows, with their labels alone (sft) and with the teacher's distribution beside them. Every seed has its own
-rows, and both students of a seed see the same ones in the same order. Held-out answers choose nothing. Results are
-written as they come, and a second start continues where the first ended.
+the same steps on a few rows, with their labels alone (sft) and with the teacher's distribution beside them. Every seed has its
+own rows, and both students of a seed see the same ones in the same order. Held-out answers choose nothing. Results are written
+as they come, and a second start continues where the first ended.
 
 Usage: mmtune data digits data/digits; python benchmarks/distillation_digits.py [--rows 128] [--steps 160] [--teacher-steps 320]
 It writes benchmarks/results/distillation.json and the table in docs/objectives.md.
