@@ -50,8 +50,8 @@ ROWS = 4
 def rehearse(recipe: Recipe) -> dict[str, Any]:
     """Load, take one optimizer step, save, load back, answer, and merge where there is an adapter, in a temporary folder.
 
-    Under a launcher all processes train together, by the strategy that was asked for. The first then does the rest alone, as
-    after a real run.
+    Under a launcher all processes train together, with the launcher's parallelism strategy. The main process then does the rest
+    alone, as after a real run.
 
     Returns:
         The rehearsed run's figures; in processes other than the first, nothing.
@@ -185,7 +185,7 @@ def _shrink_model(recipe: Recipe, section: dict[str, Any], place: Path) -> None:
 
 
 def _tiny_model(section: ModelSection, path: Path) -> str:
-    """A whole model like the tiny base: itself, or one assembled from the same parts."""
+    """A full model like the tiny base: the base itself, or a model assembled from the same components."""
     if section.base is not None and not section.base.startswith("builtin:"):
         return section.base
     if section.base is not None:
@@ -196,7 +196,7 @@ def _tiny_model(section: ModelSection, path: Path) -> str:
 
 
 def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], place: Path, count: int) -> None:
-    """Rows made of the templates' own examples, and a picture for every path they name."""
+    """Replace the data of sources by rows from the templates' examples, with an image for every path in them."""
     for number, (source, section) in enumerate(zip(sources, sections, strict=True)):
         folder = place / str(number)
         folder.mkdir(parents=True)
@@ -214,7 +214,7 @@ def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], plac
 
 
 def _stand_in(source: Source, template: DataTemplate, path: Path, count: int, seed: int) -> dict[str, str]:
-    """Rows made of the template's example, in its layout, with their pictures; returns the keys of a source."""
+    """Write rows from the template's example, with their images; returns the keys of a source."""
     rows = example_rows(template, count)
     for name in dict.fromkeys(name for row in rows for name in example_images(template, row, dict(source.values or {}))):
         picture = (path.parent / name).resolve()

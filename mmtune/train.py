@@ -166,7 +166,7 @@ def fit(inputs: RunInputs, tuned: TunedModel, data: TrainingData, processor: Pro
 
 
 def export(inputs: RunInputs, tuned: TunedModel, processor: ProcessorMixin, run: RunDirectory) -> None:
-    """Write the adapter or the whole model, with its processor and generation config."""
+    """Write the adapter or the full model, with its processor and generation config."""
     recipe, is_main, model = inputs.recipe, inputs.dist.is_main_process, tuned.model
     adapts = keeps_adapter(recipe.tune)
     out, mark = (run.adapter, ADAPTER_CONFIG) if adapts else (run.model, CHECKPOINT_MARK)

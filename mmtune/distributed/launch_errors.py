@@ -1,8 +1,8 @@
 """The error of a launched run: printed by one process, and left where the launcher's report takes the root cause from.
 
 torch's elastic launcher, which torchrun and accelerate launch use, gives every process the path of a file for its error, and
-prints its text when the run has failed. One machine's files are `…/LOCAL_RANK/error.json`; so a process can look up what the
-machine's first process has found.
+prints its text when the run has failed. One machine's files are `…/LOCAL_RANK/error.json`; so a process can read the error of
+the machine's first process.
 """
 
 from __future__ import annotations

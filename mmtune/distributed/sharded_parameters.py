@@ -96,7 +96,7 @@ def gathered_forward(model: PreTrainedModel) -> Iterator[None]:
 
     def gather(layer: nn.Module, *_: Any) -> None:
         running[id(layer)] = gathered(list(layer.parameters()))
-        with torch.inference_mode(False):  # tensors that are made in inference mode cannot train later
+        with torch.inference_mode(False):  # tensors created in inference mode cannot train later
             running[id(layer)].__enter__()
 
     def release(layer: nn.Module, *_: Any) -> None:

@@ -67,7 +67,7 @@ def run_training(trainer: TuningTrainer, inputs: RunInputs, run: RunDirectory) -
         `train_seconds` and `steps`, for the summary.
 
     Raises:
-        Stopped: a signal ended training after a whole step.
+        Stopped: a signal ended training after a complete step.
         UserError: no usable training sample, or an error of `TuningTrainer.train`.
     """
     checkpoint, report, is_main_process = inputs.checkpoint, inputs.data_report, inputs.dist.is_main_process
