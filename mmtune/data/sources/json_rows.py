@@ -27,7 +27,7 @@ _DEPTH_CHANGE[list(b"[{")], _DEPTH_CHANGE[list(b"]}")] = 1, -1
 _STRUCTURAL = bytes(byte in b'",[]{}' for byte in range(256))
 _KEY = re.compile(rb'\s*+("(?:[^"\\]++|\\.)*+")\s*+:\s*+', re.DOTALL)
 _SCALAR = re.compile(rb'"|-?\d|(true|false|null)\b')
-_KEY_BYTES = 2**16  # only this many bytes of a key are parsed
+_KEY_BYTES = 2**16  # at most this many bytes of a key are parsed
 
 
 class JsonRows:
