@@ -181,6 +181,7 @@ def test_a_resumed_run_is_the_unbroken_one_with_a_teacher(make_recipe: MakeRecip
     assert [json.loads(line)["loss_distillation"] for line in run.metrics.read_text().splitlines()] == losses
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_teacher(make_recipe: MakeRecipe, base: Path) -> None:
     teacher = sum(parameter.numel() for parameter in load_trained(base)[0].parameters())
     alone, both = (estimate_memory(make_recipe(*extra), tokens=60) for extra in ((), (distilled(base),)))

@@ -116,6 +116,7 @@ def test_frozen_models_are_in_eval_mode_and_get_no_gradient(setup: Setup) -> Non
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_trainer_logs_the_loss_and_its_parts_alike_however_it_accumulates(case: str, make_recipe: MakeRecipe) -> None:
     section, overrides = CASES[case]
