@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_passed_over(make_recipe: Callable[..., Recipe],
     (run.checkpoints / ".saving" / "checkpoint-5").mkdir(parents=True)  # killed while it was being written
     train(recipe, ["test"], resume=True)
     output = capsys.readouterr().out
-    assert "passed over" in output and "checkpoint-4" in output and "checkpoint-2, after 2 steps" in output
+    assert "skipped" in output and "checkpoint-4" in output and "checkpoint-2, after 2 steps" in output
     assert outcome(run) == expected
 
 
