@@ -12,6 +12,7 @@ from mmtune.methods.entries.gated_prefix import GATED_PREFIX
 from mmtune.methods.entries.lora import LORA
 from mmtune.methods.entries.oft import OFT
 from mmtune.methods.entries.prompt_methods import P_TUNING, PREFIX_TUNING, PROMPT_TUNING
+from mmtune.methods.entries.shira import SHIRA
 from mmtune.methods.method import BIAS_ALL, Method
 from mmtune.methods.setting_types import COUNT, DROPOUT, POSITIVE_INT
 
@@ -71,6 +72,7 @@ _TABLE = (
         unsupported_values=BIAS_ALL,
         setting_types={"r": COUNT, "miss_dropout": DROPOUT},
     ),
+    SHIRA,
     Method(
         "ln_tuning",
         "the normalization layers' own weights (arXiv 2312.11420)",

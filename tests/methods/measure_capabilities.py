@@ -133,7 +133,7 @@ def measure_zero(cells: list[tuple[str, str, int]], rows: Path, base: Path, fold
         load_trained(run)  # refuses an adapter that is not whole
         one = load_file(folder / f"alone_{name}_{precision}" / "adapter" / "adapter_model.safetensors")
         two = load_file(run / "adapter" / "adapter_model.safetensors")
-        apart = max(float((one[key] - two[key]).abs().mean()) for key in one)
+        apart = max(float((one[key].double() - two[key].double()).abs().mean()) for key in one)  # some hold indices
         if one.keys() != two.keys() or (precision == "fp32" and apart > 1e-6):
             raise CheckFailed(f"its adapter differs by {apart:.2g} on average in one tensor")
 
@@ -184,9 +184,17 @@ def main(selected: Sequence[str]) -> None:
     if selected and earlier["versions"] != versions:
         raise UserError(f"the other methods were measured with {earlier['versions']}; measure all with {versions}")
     torch.set_num_threads(1)
-    measured = earlier["methods"] | measure_all(selected) if selected else measure_all(names())
+    found = measure_all(selected or names())
+    measured = earlier["methods"] | found if selected else found
     document = {"versions": versions, "methods": {name: measured[name] for name in names() if name in measured}}
     table.CAPABILITIES.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    for name, by_precision in found.items():
+        for precision, cell in by_precision.items():
+            works = [what for what, outcome in cell.items() if outcome is True]
+            print(f"{name}, {precision}: {', '.join(works) or 'nothing'}")
+            for what, outcome in cell.items():
+                if outcome is not True:
+                    print(f"  {what}: {outcome}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from mmtune.models.components import find_components
 from mmtune.models.load import load_trained
 from mmtune.recipe.recipe import Recipe, load_recipe
 from mmtune.release.merge import parity_samples
+from mmtune.run_directory import RunDirectory
 from mmtune.train import train
 from mmtune.tuning.apply import apply_tuning, learning_rates
 from mmtune.utils.errors import UserError
@@ -53,6 +55,7 @@ CASES: Mapping[str, tuple[str, int]] = {
     "vera": ("{method: vera, r: 16}", total(lambda i, o: 16 + o)),
     "loha": ("{method: loha, r: 4}", total(lambda i, o: 2 * 4 * (i + o))),
     "miss": ("{method: miss, r: 16}", total(lambda i, o: 16 * o)),
+    "shira": ("{method: shira, r: 4}", total(lambda i, o: 4 * (i + o))),
     "ln_tuning": ("{method: ln_tuning}", (2 * LAYERS + 1) * WIDTH),
     "prompt_tuning": ("{method: prompt_tuning, num_virtual_tokens: 6}", 6 * WIDTH),
     "p_tuning": (
@@ -65,6 +68,9 @@ CASES: Mapping[str, tuple[str, int]] = {
     "lokr": ("{method: lokr, r: 4}", 0),  # its factors are chosen to be as square as they can be: no short closed form
 }
 """Settings, and the trainable parameters of the language model by the method's own arithmetic."""
+
+WITH_PROJECTOR = ("tune.projector={method: full, learning_rate: 1e-3}",)
+SAVES = ("train.save_strategy=steps", "train.save_steps=1")
 
 NOT_AT_ZERO = {"prompt_tuning", "p_tuning", "prefix_tuning"}
 """Methods whose virtual tokens change the output from the start, and say nothing else."""
@@ -162,8 +168,17 @@ def test_steps_change_what_should_change_and_disabling_gives_the_base(
 
 
 @pytest.fixture(scope="module")
-def runs(rows: Path, base: Path, one_batch: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case trained for two steps with the projector in full, and the logits of each as it was trained, in memory."""
+def selected(request: pytest.FixtureRequest) -> list[str]:
+    """The cases of the selected tests: `-k NAME` trains one."""
+    needed = {item.callspec.params["name"] for item in request.session.items if "runs" in getattr(item, "fixturenames", ())}
+    return [name for name in CASES if name in needed]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    selected: list[str], rows: Path, base: Path, one_batch: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Each selected case trained for two steps with the projector in full, and its logits as it was trained, in memory."""
     folder = tmp_path_factory.mktemp("methods")
     seen: dict[str, torch.Tensor] = {}
     module = sys.modules["mmtune.train"]
@@ -175,14 +190,14 @@ def runs(rows: Path, base: Path, one_batch: dict[str, torch.Tensor], tmp_path_fa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "save_tuned", look)
-        for name in CASES:
-            train(recipe_of(name, rows, base, folder, "tune.projector={method: full, learning_rate: 1e-3}"), ["test"])
+        for name in selected:
+            train(recipe_of(name, rows, base, folder, *WITH_PROJECTOR, *SAVES), ["test"])
     save_file(seen, folder / "trained.safetensors")
     return folder
 
 
 @pytest.fixture(scope="module")
-def reloaded(runs: Path, one_batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def reloaded(selected: list[str], runs: Path, one_batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Logits of every run's adapter as plain PEFT gives them in a process of its own."""
     torch.save(one_batch, runs / "batch.pt")
     script = f"""
@@ -196,7 +211,7 @@ import json
 batch = torch.load("batch.pt")
 length = batch["input_ids"].shape[1]
 out = {{}}
-for name in {list(CASES)!r}:
+for name in {selected!r}:
     config = json.load(open(f"{{name}}/adapter/adapter_config.json"))
     model = AutoModelForImageTextToText.from_pretrained(config["base_model_name_or_path"])
     model = PeftModel.from_pretrained(model, f"{{name}}/adapter").eval()
@@ -224,6 +239,21 @@ def test_a_saved_adapter_is_the_same_in_a_new_process(
     with model.disable_adapter():
         off = logits_of(model, one_batch)
     torch.testing.assert_close(off, logits_of(AutoModelForImageTextToText.from_pretrained(str(base)), one_batch), atol=0, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", CASES)
+def test_a_resumed_run_gives_the_adapter_of_the_unbroken_one(
+    name: str, runs: Path, rows: Path, base: Path, tmp_path: Path
+) -> None:
+    run = RunDirectory(tmp_path / name)
+    shutil.copytree(runs / name, run.path)
+    expected = (run.adapter / "adapter_model.safetensors").read_bytes()
+    run.summary.unlink()
+    shutil.rmtree(run.adapter)
+    train(recipe_of(name, rows, base, tmp_path, *WITH_PROJECTOR, *SAVES), ["test"], resume=run.checkpoints / "checkpoint-1")
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == expected
 
 
 @pytest.mark.slow
