@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StrictFloat, StrictInt, ValidationError
 from pydantic_core import InitErrorDetails
 
+from mmtune.methods.method import DEFAULT_METHOD
 from mmtune.methods.method_table import METHODS
 from mmtune.recipe.pass_through.arguments import error_at, format_value
 from mmtune.recipe.section import PathText, Section
@@ -113,7 +114,8 @@ class DistillationSection(ObjectiveSection):
         if method is not None and method.adds_to_loss:
             yield (
                 ("type",),
-                f"{method.name} adds a term to the model's own loss, which distillation replaces; use lora, or type: sft",
+                f"{method.name} adds a term to the model's own loss, which distillation replaces; use {DEFAULT_METHOD}, or "
+                "type: sft",
             )
         if self.attention_maps is None:
             return
@@ -124,7 +126,7 @@ class DistillationSection(ObjectiveSection):
         if recipe.data.packing:
             yield ("attention_maps",), "packed rows have maps over several samples; take data.packing out"
         if method is not None and not method.packable:  # its prompt comes before every sample
-            yield ("attention_maps",), f"{method.name} adds virtual tokens, which the teacher's maps lack; use lora"
+            yield ("attention_maps",), f"{method.name} adds virtual tokens, which the teacher's maps lack; use {DEFAULT_METHOD}"
 
 
 OBJECTIVE_SECTIONS: dict[str, type[ObjectiveSection]] = {"sft": SftSection, "distillation": DistillationSection}

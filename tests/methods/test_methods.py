@@ -247,13 +247,17 @@ def test_a_saved_adapter_is_the_same_in_a_new_process(
 def test_a_resumed_run_gives_the_adapter_of_the_unbroken_one(
     name: str, runs: Path, rows: Path, base: Path, tmp_path: Path
 ) -> None:
-    run = RunDirectory(tmp_path / name)
-    shutil.copytree(runs / name, run.path)
+    run = RunDirectory(runs / name)
     expected = (run.adapter / "adapter_model.safetensors").read_bytes()
+    shutil.copytree(run.path, tmp_path / "finished")
     run.summary.unlink()
     shutil.rmtree(run.adapter)
-    train(recipe_of(name, rows, base, tmp_path, *WITH_PROJECTOR, *SAVES), ["test"], resume=run.checkpoints / "checkpoint-1")
-    assert (run.adapter / "adapter_model.safetensors").read_bytes() == expected
+    try:
+        train(recipe_of(name, rows, base, runs, *WITH_PROJECTOR, *SAVES), ["test"], resume=run.checkpoints / "checkpoint-1")
+        assert (run.adapter / "adapter_model.safetensors").read_bytes() == expected
+    finally:  # for the other tests
+        shutil.rmtree(run.path)
+        shutil.copytree(tmp_path / "finished", run.path)
 
 
 @pytest.mark.slow
