@@ -184,11 +184,11 @@ def main(selected: Sequence[str]) -> None:
     if selected and earlier["versions"] != versions:
         raise UserError(f"the other methods were measured with {earlier['versions']}; measure all with {versions}")
     torch.set_num_threads(1)
-    found = measure_all(selected or names())
-    measured = earlier["methods"] | found if selected else found
+    cells_by_name = measure_all(selected or names())
+    measured = earlier["methods"] | cells_by_name if selected else cells_by_name
     document = {"versions": versions, "methods": {name: measured[name] for name in names() if name in measured}}
     table.CAPABILITIES.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    for name, by_precision in found.items():
+    for name, by_precision in cells_by_name.items():
         for precision, cell in by_precision.items():
             works = [what for what, outcome in cell.items() if outcome is True]
             print(f"{name}, {precision}: {', '.join(works) or 'nothing'}")
