@@ -40,7 +40,7 @@ def test_every_method_is_in_the_file_and_folds_as_the_table_says() -> None:
 @pytest.mark.slow
 def test_methods_train_in_two_processes_as_they_do_in_one(rows: Path, shallow: Path, tmp_path: Path) -> None:
     """One of each kind at ZeRO-3, where the most differs; measure.py runs every cell."""
-    cells = [(name, "fp32", 3) for name in ("boft", "ln_tuning", "bottleneck", "gated_prefix", "prefix_tuning")]
+    cells = [(name, "fp32", 3) for name in ("boft", "shira", "ln_tuning", "bottleneck", "gated_prefix", "prefix_tuning")]
     cells += [("lora", "nf4", 3), ("lora", "int8", 2), ("dora", "nf4", 3)]
     actual = measure_zero(cells, rows, shallow, tmp_path)
     expected = [capabilities()[name][precision][f"zero{stage}"] is True for name, precision, stage in cells]
