@@ -69,6 +69,12 @@ KNOWN = (
         "answers of prompt methods: the model counts positions from its attention mask, virtual tokens included",
     ),
     KnownWarning(
+        "peft.tuners",
+        "UserWarning",
+        "Sparse invariant checks are implicitly disabled",
+        "the indices of a sparse update are those that PEFT chose when it made the adapter",
+    ),
+    KnownWarning(
         "bitsandbytes.optim.optimizer",
         "UserWarning",
         "Paged optimizers are not supported on CPU. Falling back to non-paged optimizer behavior.",
