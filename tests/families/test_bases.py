@@ -104,8 +104,8 @@ def _verbs(case: Path) -> dict[str, list[str]]:
     [
         (
             "without_end",
-            "its chat template does not serve: on a question with an image, the chat template writes ' ' after an answer and no "
-            "token that ends it, so the end would not be learnt; set model.chat_template: vicuna_v1, which writes the same turns",
+            "the model's chat template cannot be used: on a question with an image, expected an end-of-turn token after an "
+            "answer, got ' '; the model would not learn to end its answer; set model.chat_template: vicuna_v1",
         ),
         (
             "counts_too_few",
@@ -163,7 +163,7 @@ def test_a_corrected_fault_is_reported_and_does_not_change_the_answer(
         ("invalid_patch", "chat", "{base}: the model cannot process an image of 640 x 480 pixels from its processor: "),
         ("invalid_patch", "check", "{recipe}:1: model.base: {base}: the model cannot process an image of 640 x 480 pixels"),
         ("llama_config", "chat", "{base}: model_type 'llama' is not supported as a base"),
-        ("without_end", "chat", "{base}: its chat template does not serve"),
+        ("without_end", "chat", "{base}: the model's chat template cannot be used"),
     ],
 )
 def test_an_error_about_a_base_starts_with_its_name_as_given(

@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_an_error_with_its_path(run: Path, tmp_path: Pat
     for damaged, code, fault in (
         (checkpoints / "checkpoint-1", 1, "missing: adapter_model.safetensors"),
         (copy, 1, "changed: tokenizer.json"),
-        (unfinished, 2, "no readable manifest.json"),
+        (unfinished, 2, "without a valid manifest.json"),
     ):
         for verb in (
             ["merge", str(damaged), str(tmp_path / "out")],

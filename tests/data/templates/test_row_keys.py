@@ -438,7 +438,7 @@ def test_a_weight_is_seen_by_check_show_and_plan(mmtune: Callable[..., tuple[int
     assert re.search(rf"supervised tokens │ +{len(shown)} ", told)
 
 
-def test_a_last_answer_of_weight_0_can_train_and_cannot_be_asked(mmtune: Callable[..., tuple[int, str]], media: Path) -> None:
+def test_a_last_answer_of_weight_0_can_train_and_cannot_be_evaluated(mmtune: Callable[..., tuple[int, str]], media: Path) -> None:
     rows = [talk({}, {"weight": 0})]
     assert mmtune(["data", "check"], rows, {})[0] == 0
     code, told = mmtune(["data", "check"], rows, {}, "data.supervise=last")
@@ -448,4 +448,4 @@ def test_a_last_answer_of_weight_0_can_train_and_cannot_be_asked(mmtune: Callabl
     code, told = mmtune(["data", "check"], [talk({}, {})], {}, evaluate=asked)
     assert code == 1 and "reference_weight" in told
     code, told = mmtune(["train"], [talk({}, {})], {}, evaluate=asked)
-    assert code == 2 and "1 of 1 rows cannot be asked:\n  held_out.json[0]: messages: the last answer has weight 0" in told
+    assert code == 2 and "1 of 1 rows cannot be evaluated:\n  held_out.json[0]: messages: the last answer has weight 0" in told

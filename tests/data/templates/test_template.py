@@ -318,11 +318,14 @@ def test_a_template_of_ones_own_is_read_by_path(media: Path, tmp_path: Path) -> 
         ("", "mine.yaml:1: the data template is empty"),
         ("- a", "mine.yaml:1: expected a mapping with description"),
         (b"description: \xff\xfe\xff", "not UTF-8 text"),
-        (OWN + "values: {a: " + "9" * 100_000 + "}", r"mine\.yaml:7: values\.a: a number of 100,000 characters"),
+        (
+            OWN + "values: {a: " + "9" * 100_000 + "}",
+            r"mine\.yaml:7: values\.a: expected a number of at most 1,000 characters",
+        ),
         (OWN + "values: {a: " + "[" * 5000, r"mine\.yaml:7: not valid YAML: nested more than 50 levels deep"),
         (
             OWN + "a0: &a0 x\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)),
-            "more than 100,000",
+            "expected at most 100,000 values",
         ),
         (OWN + "images: more", r"mine\.yaml:7: images: key given twice; first on line 4"),
         (OWN.replace("{}", "\n  when: 2024-99-99\n  1: x"), r"mine\.yaml:8: example: a key must be text, got 1"),
