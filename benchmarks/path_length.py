@@ -9,6 +9,7 @@ What counts: distinct functions and methods that are defined with `def` in a Pyt
 `load_recipe` to the return of `train`. Rows are encoded and collated in this process (`dataloader_num_workers: 0`), so that
 these functions count. Properties count; generators and context managers count once. Lambdas, comprehensions, class bodies, module
 bodies, templates, functions of libraries and functions that dataclasses generate do not count, and neither does the command line.
+The first lines give the same count for each step of `train.py` alone: what a reader of that step meets.
 
 The number says how much of the package a reader meets on the way of one run. It is no target for inlining.
 """
@@ -33,6 +34,8 @@ from PIL import Image
 from mmtune.console.library_output import configure_console
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mmtune"
+STEPS = ("recipe", "train", "validate", "load", "evaluate_base", "tune", "fit", "export", "summarize")
+"""`recipe` is `load_recipe`; the others are functions of `train.py`. Calls of `train` between two steps count with the earlier one."""
 
 
 def plainest_recipe(folder: Path) -> Path:
@@ -56,13 +59,18 @@ def plainest_recipe(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def executed_code() -> Iterator[set[CodeType]]:
-    """Inside, the code objects of the package that run are collected, in threads that start here too."""
-    codes: set[CodeType] = set()
+def executed_code() -> Iterator[dict[str, set[CodeType]]]:
+    """Inside, the code objects of the package that run are collected by step, in threads that start here too."""
+    codes: dict[str, set[CodeType]] = {step: set() for step in STEPS}
+    step = "recipe"
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
-            codes.add(frame.f_code)
+        nonlocal step
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(str(PACKAGE)):
+            if code.co_name in STEPS and code.co_filename == str(PACKAGE / "train.py"):
+                step = code.co_name
+            codes[step].add(code)
 
     threading.setprofile(profile)
     sys.setprofile(profile)
@@ -82,6 +90,11 @@ def functions_by_file(codes: set[CodeType]) -> dict[str, list[str]]:
     return {file: sorted(by_file[file]) for file in sorted(by_file)}
 
 
+def count_functions(by_file: dict[str, list[str]]) -> int:
+    """The number of functions in all files."""
+    return sum(map(len, by_file.values()))
+
+
 def main() -> None:
     """Train, print the functions by file, and write them to a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -95,8 +108,12 @@ def main() -> None:
         path = plainest_recipe(Path(folder))
         with contextlib.redirect_stdout(io.StringIO()), executed_code() as codes:
             train(load_recipe(path), ["benchmark"])
-    by_file = functions_by_file(codes)
-    lines = [f"{sum(map(len, by_file.values()))} functions in {len(by_file)} files", ""]
+    by_file = functions_by_file(set().union(*codes.values()))
+    lines = [f"{count_functions(by_file)} functions in {len(by_file)} files", ""]
+    for step in STEPS:
+        of_step = functions_by_file(codes[step])
+        lines.append(f"{step:14} {count_functions(of_step):4} functions in {len(of_step):2} files")
+    lines.append("")
     for file, names in by_file.items():
         lines += [f"{file} ({len(names)})", *(f"    {name}" for name in names)]
     text = "\n".join(lines)
