@@ -35,7 +35,7 @@ from mmtune.console.library_output import configure_console
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mmtune"
 STEPS = ("recipe", "train", "validate", "load", "evaluate_base", "tune", "fit", "export", "summarize")
-"""`recipe` is `load_recipe`; the others are functions of `train.py`. Calls of `train` between two steps count with the earlier one."""
+"""`recipe` is `load_recipe`; the others are functions of `train.py`. Calls between two steps count with the earlier one."""
 
 
 def plainest_recipe(folder: Path) -> Path:
