@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, StrictFloat, StrictInt, ValidationError
 from pydantic_core import InitErrorDetails
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class ObjectiveSection(Section):
     """The settings of one objective. A subclass names its `type` and overrides what differs."""
 
+    uses_model_loss: ClassVar[bool] = False
+    """Whether the model itself computes the loss, so that a tuning method can add a term to it."""
     type: str
 
     @property
@@ -29,8 +31,11 @@ class ObjectiveSection(Section):
         return {}
 
     def conflicts(self, recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-        """What the objective excludes in the rest of the recipe: the key and the message."""
-        return iter(())
+        """What the objective excludes in the rest of the recipe: the key and the message. An override yields these as well."""
+        method = METHODS.get(str(recipe.tune.method))
+        if method is not None and method.adds_to_loss and not self.uses_model_loss:
+            replaced = f"{method.name} adds a term to the model's own loss, which {self.type} replaces"
+            yield ("type",), f"{replaced}; use {DEFAULT_METHOD}, or type: sft"
 
     def for_rehearsal(self, model: str, layers: int) -> dict[str, Any]:
         """The section with every model replaced, and layers within a tiny model.
@@ -45,7 +50,20 @@ class ObjectiveSection(Section):
 class SftSection(ObjectiveSection):
     """Supervised fine-tuning: cross entropy at the supervised tokens."""
 
+    uses_model_loss = True
     type: Literal["sft"] = Field(default="sft", description="The objective.")
+
+    @classmethod
+    def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:
+        if not isinstance(values, dict) or "type" in values:
+            return values, []
+        owners = {key: [name for name, section in OBJECTIVE_SECTIONS.items() if key in section.model_fields] for key in values}
+        foreign = {key: names for key, names in owners.items() if names}
+        errors = [
+            error_at(key, f"a setting of the objective {' or '.join(names)}; expected objective.type beside it, got none")
+            for key, names in foreign.items()
+        ]
+        return {key: value for key, value in values.items() if key not in foreign}, errors
 
 
 Weight = Annotated[StrictFloat, Field(ge=0)]
@@ -110,13 +128,7 @@ class DistillationSection(ObjectiveSection):
         return section
 
     def conflicts(self, recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-        method = METHODS.get(str(recipe.tune.method))
-        if method is not None and method.adds_to_loss:
-            yield (
-                ("type",),
-                f"{method.name} adds a term to the model's own loss, which distillation replaces; use {DEFAULT_METHOD}, or "
-                "type: sft",
-            )
+        yield from super().conflicts(recipe)
         if self.attention_maps is None:
             return
         attention = recipe.model.attn_implementation
@@ -125,11 +137,16 @@ class DistillationSection(ObjectiveSection):
             yield ("attention_maps",), message
         if recipe.data.packing:
             yield ("attention_maps",), "packed rows have maps over several samples; take data.packing out"
+        method = METHODS.get(str(recipe.tune.method))
         if method is not None and not method.packable:  # its prompt comes before every sample
             yield ("attention_maps",), f"{method.name} adds virtual tokens, which the teacher's maps lack; use {DEFAULT_METHOD}"
 
 
-OBJECTIVE_SECTIONS: dict[str, type[ObjectiveSection]] = {"sft": SftSection, "distillation": DistillationSection}
+_AnySection = SftSection | DistillationSection
+
+OBJECTIVE_SECTIONS: dict[str, type[ObjectiveSection]] = {
+    name: section for section in get_args(_AnySection) for name in get_args(section.model_fields["type"].annotation)
+}
 """By `objective.type`; `mmtune.objectives.objective_table` has the same names."""
 
 
@@ -137,7 +154,8 @@ def _by_type(value: Any) -> Any:
     if isinstance(value, ObjectiveSection):
         return value
     if not isinstance(value, Mapping):
-        message = f"expected a mapping, such as {{type: sft}}, got {format_value(value)}"
+        example = value if isinstance(value, str) and value in OBJECTIVE_SECTIONS else "sft"
+        message = f"expected a mapping, such as {{type: {example}}}, got {format_value(value)}"
         raise ValidationError.from_exception_data("ObjectiveSection", [error_at((), message)])
     name = value.get("type", "sft")
     if not isinstance(name, str) or name not in OBJECTIVE_SECTIONS:
@@ -148,5 +166,5 @@ def _by_type(value: Any) -> Any:
     return OBJECTIVE_SECTIONS[name].model_validate(value)
 
 
-AnyObjectiveSection = Annotated[SftSection | DistillationSection, BeforeValidator(_by_type)]
+AnyObjectiveSection = Annotated[_AnySection, BeforeValidator(_by_type)]
 """A field that takes the section class of its `type`."""
