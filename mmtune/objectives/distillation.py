@@ -21,7 +21,7 @@ from mmtune.models.compute import count_virtual_tokens
 from mmtune.models.meta_model import read_model_config
 from mmtune.objectives.distillation_losses import attention_divergences, divergences, hidden_state_errors, widen
 from mmtune.objectives.reference_model import ReferenceModel, find_reference_model
-from mmtune.objectives.sft import Losses, SupervisedTuning, supervised_positions
+from mmtune.objectives.sft import Losses, SupervisedTuning, supervised_positions, without_labels
 from mmtune.objectives.teacher_checks import TEACHER, check_layers, check_model_inputs, check_vocabulary
 from mmtune.recipe.objective_section import DistillationSection, LayerPairs
 from mmtune.recipe.recipe import Recipe
@@ -64,11 +64,9 @@ class Distillation(SupervisedTuning):
     def frozen_models(self) -> list[nn.Module]:
         return [] if self._teacher is None else [self._teacher]
 
-    def compute_loss(
-        self, model: Callable[..., Any], inputs: dict[str, Any], denominator: torch.Tensor | int | None = None
-    ) -> Losses:
+    def compute_loss(self, model: Callable[..., Any], inputs: dict[str, Any], denominator: torch.Tensor | int) -> Losses:
         settings = self.settings
-        unlabelled = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        unlabelled = without_labels(inputs)
         unlabelled |= {"output_hidden_states": True} if settings.hidden_states else {}
         unlabelled |= {"output_attentions": True} if settings.attention_maps else {}
         positions = supervised_positions(inputs["labels"])
@@ -90,8 +88,6 @@ class Distillation(SupervisedTuning):
             maps = [[layer.transpose(1, 2) for layer in each["attentions"]] for each in (student, teacher)]
             weights["attention_maps"] = settings.attention_maps.weight
             terms["attention_maps"] = _over_pairs(settings.attention_maps, attention_divergences, maps, (positions, positions))
-        if denominator is None:
-            denominator = positions.sum()
         parts = {name: values.sum() / denominator for name, values in terms.items()}
         loss = torch.stack([weight * parts[name] for name, weight in weights.items() if weight]).sum()
         return Losses(loss, student["logits"], student, {name: part.detach() for name, part in parts.items()})

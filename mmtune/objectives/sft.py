@@ -48,6 +48,11 @@ def score_supervised_only(inputs: dict[str, Any], virtual_tokens: int = 0) -> di
     return {**inputs, "shift_labels": targets, "logits_to_keep": mask}
 
 
+def without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a model that computes no loss: `inputs` from `score_supervised_only` without their labels."""
+    return {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+
+
 def cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross entropy of every token in fp64 on the CPU, shape (supervised,), without a gradient.
 
@@ -92,6 +97,9 @@ class SupervisedTuning:
 
     def check(self, recipe: Recipe, processor: ProcessorMixin) -> None:
         """Compare the objective with the recipe and the model's processor, before any weight is loaded.
+
+        Training calls it always, `mmtune recipe check` only for an objective with further models. What the recipe alone shows
+        belongs into the section's `conflicts`.
 
         Raises:
             UserError: they do not fit.
@@ -141,15 +149,18 @@ class SupervisedTuning:
         """
         return score_supervised_only(packed_inputs(model, batch), count_virtual_tokens(model))
 
-    def compute_loss(
-        self, model: Callable[..., Any], inputs: dict[str, Any], denominator: torch.Tensor | int | None = None
-    ) -> Losses:
+    def compute_loss(self, model: Callable[..., Any], inputs: dict[str, Any], denominator: torch.Tensor | int) -> Losses:
         """Forward pass and loss of one batch.
 
         Args:
-            model: the model that trains, with its wrappers.
-            inputs: from `model_inputs`.
-            denominator: of the whole optimizer step; None takes the batch's own.
+            model: the model that trains, with its wrappers. Without labels (`without_labels`) it computes no loss. Its
+                logits have the shape (..., supervised, vocabulary).
+            inputs: from `model_inputs`; `shift_labels` has the targets of the logits, int64, shape (supervised,).
+            denominator: of the whole optimizer step, over all processes.
+
+        Returns:
+            Sums over the batch's supervised tokens, divided by the denominator. A dummy batch has no such token: its loss is a
+            zero with a gradient.
         """
         outputs = model(**inputs, num_items_in_batch=denominator)
         return Losses(outputs["loss"], outputs["logits"], outputs)
@@ -157,7 +168,9 @@ class SupervisedTuning:
     def losses_by_source(
         self, losses: Losses, inputs: dict[str, Any], sources: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of every supervised token and the number of its data source, both of shape (supervised,).
+        """A loss of every supervised token and the number of its data source, both of shape (supervised,).
+
+        The log has it as `loss/SOURCE`. This is the cross entropy, which compares sources alike for every objective.
 
         Args:
             sources: the source of every token of the batch, int64, shape (batch, length).

@@ -151,12 +151,13 @@ class TuningTrainer(HookedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The objective's loss, divided by the denominator of the whole optimizer step."""
+        """The objective's loss, divided by the denominator of the whole optimizer step; without one, by the batch's own."""
         plain = self.accelerator.unwrap_model(model)
         sources = inputs.pop("source_ids", None)
+        denominator = self._objective.denominator([inputs]) if num_items_in_batch is None else num_items_in_batch
         inputs = self._objective.model_inputs(plain, inputs)
         with shared_method_loss(plain, self._passes), self._progress.record_costs(inputs):
-            losses = self._objective.compute_loss(model, inputs, num_items_in_batch)
+            losses = self._objective.compute_loss(model, inputs, denominator)
         self._losses.add_parts(losses.parts)
         if sources is not None:
             self._losses.add_by_source(*self._objective.losses_by_source(losses, inputs, sources))
