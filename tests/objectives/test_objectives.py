@@ -4,38 +4,79 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from launched import launch
 from safetensors.torch import load_file
+from scipy.special import log_softmax
 
 from mmtune.data.dataset import IndexedSamples
 from mmtune.distributed.context import SINGLE_PROCESS
 from mmtune.objectives.objective_table import OBJECTIVES, build_objective
 from mmtune.objectives.sft import SupervisedTuning
+from mmtune.planning.memory import estimate_memory
 from mmtune.recipe.objective_section import OBJECTIVE_SECTIONS
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
 from mmtune.training.loss_record import LossRecord
-
-TEACHER = {"type": "distillation", "teacher": "builtin:tiny-llava"}
-CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "sft": ({"type": "sft"}, ()),
-    "distillation": ({**TEACHER, "temperature": 2.0, "beta": 0.5, "crossentropy_weight": 0.5}, ()),
-    "distillation of layers": (
-        {**TEACHER, "hidden_states": {"layers": [[1, 1], [-1, -1]]}, "attention_maps": {"layers": [[0, 0], [2, 4]]}},
-        ("model.attn_implementation=eager",),
-    ),
-}
-"""An `objective` section of each objective, and what else the recipe then needs."""
+from mmtune.utils.errors import UserError
 
 MakeRecipe = Callable[..., Recipe]
 Batches = list[list[int]]
+ROOT = Path(__file__).parents[2]
+TEACHER = {"type": "distillation", "teacher": "builtin:tiny-llava"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """An `objective` section, and what the tests of every objective need to know about it.
+
+    Attributes:
+        section: the section.
+        loss: the closed form of the loss where it depends on the model's distribution alone: from the log-probabilities at the
+            supervised tokens, fp64, shape (tokens, vocabulary), and the labels, shape (tokens,), to the loss of every token.
+        overrides: what else the recipe needs.
+        parts: the weight in the loss of each part that the log has; empty where the log has the loss alone.
+        packs: whether a recipe can have it with `data.packing`.
+    """
+
+    section: dict[str, Any]
+    loss: Callable[[Any, Any], Any] | None = None
+    overrides: tuple[str, ...] = ()
+    parts: dict[str, float] = field(default_factory=dict)
+    packs: bool = True
+
+    def recipe(self, make_recipe: MakeRecipe, *overrides: str) -> Recipe:
+        return make_recipe(f"objective={json.dumps(self.section)}", *self.overrides, *overrides)
+
+
+def label_losses(log_probabilities: Any, labels: Any) -> Any:
+    return -np.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
+
+
+CASES = {
+    "sft": Case({"type": "sft"}, label_losses),
+    "distillation": Case(
+        {**TEACHER, "temperature": 2.0, "beta": 0.5, "crossentropy_weight": 0.5},
+        parts={"distillation": 1.0, "crossentropy": 0.5},
+    ),
+    "distillation of layers": Case(
+        {**TEACHER, "hidden_states": {"layers": [[1, 1], [-1, -1]]}, "attention_maps": {"layers": [[0, 0], [2, 4]]}},
+        overrides=("model.attn_implementation=eager",),
+        parts={"distillation": 1.0, "crossentropy": 0.0, "hidden_states": 1.0, "attention_maps": 1.0},
+        packs=False,
+    ),
+}
+"""At least one row for every objective; each test here runs for every row."""
 
 
 class Setup:
@@ -72,9 +113,13 @@ class Setup:
 
 
 @pytest.fixture(params=CASES)
-def setup(request: pytest.FixtureRequest, make_recipe: MakeRecipe, untrained: tuple[Any, Any]) -> Setup:
-    section, overrides = CASES[request.param]
-    return Setup(make_recipe(f"objective={json.dumps(section)}", *overrides), untrained)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture
+def setup(case: Case, make_recipe: MakeRecipe, untrained: tuple[Any, Any]) -> Setup:
+    return Setup(case.recipe(make_recipe), untrained)
 
 
 def assert_same(actual: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
@@ -86,7 +131,40 @@ def assert_same(actual: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
 
 
 def test_every_objective_has_a_section_and_a_case_here() -> None:
-    assert OBJECTIVES.keys() == OBJECTIVE_SECTIONS.keys() == {section["type"] for section, _ in CASES.values()}
+    assert OBJECTIVES.keys() == OBJECTIVE_SECTIONS.keys() == {case.section["type"] for case in CASES.values()}
+
+
+def test_the_docs_have_every_objective_and_setting() -> None:
+    sections = re.split(r"^## ", (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for name, section in OBJECTIVE_SECTIONS.items():
+        (text,) = (each for each in sections if each.startswith(f"{name}\n"))
+        rows = set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE))
+        assert rows == section.model_fields.keys() - {"type"}, name
+
+
+def test_the_loss_is_its_closed_form(case: Case, setup: Setup) -> None:
+    """From whole logits of the plain model, in fp64."""
+    if case.loss is None:
+        pytest.skip("depends on another model; its own tests have the closed form")
+    (batch,) = setup.batches([[0, 1, 2, 3]])
+    loss, parts, _ = setup.step([batch])
+    labels = batch.pop("labels").numpy()
+    with torch.no_grad():
+        logits = setup.student(**batch).logits.double().numpy()
+    rows, places = np.nonzero(labels[:, 1:] != -100)
+    expected = case.loss(log_softmax(logits[rows, places], axis=-1), labels[rows, places + 1]).mean()
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert parts.keys() == case.parts.keys()
+
+
+def test_a_method_with_a_loss_of_its_own_needs_the_models_loss(case: Case, make_recipe: MakeRecipe) -> None:
+    adalora = "tune.language={method: adalora}"
+    if case.section["type"] == "sft":
+        case.recipe(make_recipe, adalora)
+        return
+    message = rf"objective\.type: adalora adds a term to the model's own loss, which {case.section['type']} replaces; use lora"
+    with pytest.raises(UserError, match=message):
+        case.recipe(make_recipe, adalora)
 
 
 def test_accumulated_batches_give_the_gradients_of_one_large_batch(setup: Setup) -> None:
@@ -101,9 +179,9 @@ def test_a_dummy_batch_adds_nothing(setup: Setup) -> None:
     assert_same(setup.step([*real, dict(setup.dummy)]), setup.step(real))
 
 
-def test_packed_rows_give_the_gradients_of_padded_ones(setup: Setup) -> None:
-    if "attention_maps" in setup.objective.settings.model_dump(exclude_none=True):
-        pytest.skip("a recipe with attention maps cannot pack")
+def test_packed_rows_give_the_gradients_of_padded_ones(case: Case, setup: Setup) -> None:
+    if not case.packs:
+        pytest.skip("a recipe cannot have it with data.packing")
     assert_same(setup.step(setup.batches([[0, 1, 2, 3]], packed=True)), setup.step(setup.batches([[0, 1, 2, 3]])))
 
 
@@ -116,53 +194,69 @@ def test_frozen_models_are_in_eval_mode_and_get_no_gradient(setup: Setup) -> Non
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+def test_the_plan_predicts_a_step(case: Case, make_recipe: MakeRecipe) -> None:
+    """The loss runs without values of the weights and of the batch."""
+    estimate = estimate_memory(case.recipe(make_recipe), tokens=60)
+    assert estimate.activations > 0
+    assert bool(estimate.frozen_models) == ("teacher" in case.section)
+
+
+def losses_of(run: RunDirectory) -> list[dict[str, float]]:
+    lines = run.metrics.read_text(encoding="utf-8").splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name.startswith("loss")} for line in lines]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_the_trainer_logs_the_loss_and_its_parts_alike_however_it_accumulates(case: str, make_recipe: MakeRecipe) -> None:
-    section, overrides = CASES[case]
+def test_the_trainer_logs_the_loss_and_its_parts_alike_however_it_accumulates(case: Case, make_recipe: MakeRecipe) -> None:
     logs = []
     for size, accumulation in ((12, 1), (3, 4)):
         batch = f"train.per_device_train_batch_size={size}", f"train.gradient_accumulation_steps={accumulation}"
-        recipe = make_recipe(f"objective={json.dumps(section)}", *overrides, *batch, "train.max_steps=2")
+        recipe = case.recipe(make_recipe, *batch, "train.max_steps=2")
         train(recipe, ["test"], overwrite=True)
-        metrics = RunDirectory(Path(recipe.output_dir)).metrics.read_text(encoding="utf-8")
-        logs.append([{n: v for n, v in json.loads(line).items() if n.startswith("loss")} for line in metrics.splitlines()])
+        logs.append(losses_of(RunDirectory(Path(recipe.output_dir))))
     assert logs[0][1] == pytest.approx(logs[1][1], rel=1e-3, abs=1e-6)
-    weights = {"loss_distillation": section.get("distillation_weight", 1.0)}
-    weights["loss_crossentropy"] = section.get("crossentropy_weight", 0.0)
-    weights |= {f"loss_{name}": 1.0 for name in ("hidden_states", "attention_maps") if name in section}
-    if section["type"] == "sft":
-        assert logs[0][0].keys() == {"loss"}
-    else:
-        assert logs[0][0].keys() == {"loss", *weights}
-        assert logs[0][0]["loss"] == pytest.approx(sum(w * logs[0][0][name] for name, w in weights.items()), rel=1e-5)
+    assert logs[0][0].keys() == {"loss", *(f"loss_{name}" for name in case.parts)}
+    if case.parts:
+        total = sum(weight * logs[0][0][f"loss_{name}"] for name, weight in case.parts.items())
+        assert logs[0][0]["loss"] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_unbroken_one(case: Case, make_recipe: MakeRecipe) -> None:
+    recipe = case.recipe(make_recipe, "train.save_strategy=steps", "train.save_steps=2", "train.max_steps=4")
+    run = RunDirectory(Path(recipe.output_dir))
+    train(recipe, ["test"])
+    weights, losses = (run.adapter / "adapter_model.safetensors").read_bytes(), losses_of(run)
+    for path in (run.adapter, run.checkpoints / "checkpoint-4"):
+        shutil.rmtree(path)
+    run.summary.unlink()
+    train(recipe, ["test"], resume=True)
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == weights
+    assert losses_of(run) == losses
 
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """DDP, ZeRO-3 and FSDP2, by plain descent, whose steps are the gradients."""
     jobs, runs = [], {}
-    for number, (case, (section, overrides)) in enumerate(CASES.items()):
+    for number, (label, case) in enumerate(CASES.items()):
         for name, strategy, size in (("one", None, 4), ("ddp", "ddp", 2), ("zero3", "zero3", 2), ("fsdp2", "fsdp2", 2)):
             out = tmp_path / f"{number}_{name}"
             settings = f"train.per_device_train_batch_size={size}", "train.optim=sgd", "train.learning_rate=0.1"
-            recipe = make_recipe(f"objective={json.dumps(section)}", *overrides, *settings, f"output_dir={out}")
+            recipe = case.recipe(make_recipe, *settings, f"output_dir={out}")
             path = tmp_path / f"{out.name}.yaml"
             path.write_text(recipe.to_yaml(), encoding="utf-8")
-            runs[case, name] = RunDirectory(out)
+            runs[label, name] = RunDirectory(out)
             if strategy is None:
                 train(recipe, ["test"])
             else:
                 jobs.append((path, strategy))
     assert launch(jobs, tmp_path) == [True] * len(jobs)
-    for (case, name), run in runs.items():
-        expected, actual = (load_file(each.adapter / "adapter_model.safetensors") for each in (runs[case, "one"], run))
-        assert max((expected[key] - actual[key]).abs().max() for key in expected) < 1e-5, (case, name)
-        losses = [
-            [json.loads(line)["loss"] for line in each.metrics.read_text(encoding="utf-8").splitlines()]
-            for each in (runs[case, "one"], run)
-        ]
-        assert losses[1] == pytest.approx(losses[0], abs=1e-5), (case, name)
+    for (label, name), run in runs.items():
+        expected, actual = (load_file(each.adapter / "adapter_model.safetensors") for each in (runs[label, "one"], run))
+        assert max((expected[key] - actual[key]).abs().max() for key in expected) < 1e-5, (label, name)
+        losses = [[each["loss"] for each in losses_of(each_run)] for each_run in (runs[label, "one"], run)]
+        assert losses[1] == pytest.approx(losses[0], abs=1e-5), (label, name)
 
 
 def test_the_loss_record_averages_over_steps_and_tokens_and_leaves_out_a_dropped_step() -> None:
