@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"chat_templates", "console", "recipe", "utils"},
     "models": BASIC | {"builtin", "chat_templates", "families", "methods", "recipe", "run_directory"},
     "tuning": BASIC | {"methods", "models", "recipe"},
-    "objectives": BASIC | {"chat_templates", "data", "models", "recipe"},
+    "objectives": BASIC | {"chat_templates", "data", "methods", "models", "recipe"},
     "planning": BASIC | {"data", "methods", "models", "objectives", "recipe", "tuning"},
     "training": BASIC | {"data", "methods", "models", "objectives", "planning", "recipe", "run_directory", "tuning"},
     "evaluation": BASIC | {"data", "models", "recipe", "run_directory"},

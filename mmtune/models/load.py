@@ -294,14 +294,25 @@ def _ready_processor(
     name: str, subject: str, config: PreTrainedConfig, template_name: str | None, trust_remote_code: bool
 ) -> tuple[ProcessorMixin, str]:
     """The processor of a full model, checked against its config, and its chat template."""
-    processor = _load_processor(name, subject, config, trust_remote_code)
+    processor = load_processor(name, subject, config, trust_remote_code)
     template = _choose_chat_template(processor, subject, template_name)
     with _errors_about(subject):
         prepare_processor(name, processor, template, config, trust_remote_code)
     return processor, template
 
 
-def _load_processor(name: str, subject: str, config: PreTrainedConfig, trust_remote_code: bool) -> ProcessorMixin:
+def load_processor(name: str, subject: str, config: PreTrainedConfig, trust_remote_code: bool) -> ProcessorMixin:
+    """The processor of a model or adapter, with the chat template as stored.
+
+    Args:
+        name: a directory or hub id.
+        subject: the same in messages.
+        config: the config of the model.
+        trust_remote_code: whether code in the directory or repository may be executed.
+
+    Raises:
+        UserError: files that are missing or cannot be read, or an unsupported processor.
+    """
     with _errors_about(subject):
         try:
             return load_completed_processor(name, config, trust_remote_code)
@@ -371,7 +382,7 @@ def _load_trained(
     template_name = None if is_of_run or trained.is_adapter else chat_template
     try:
         if trained.is_adapter:  # an adapter's processor is not checked against the base, which load_adapter checks
-            processor = _load_processor(str(trained.path), subject, config, trust_remote_code)
+            processor = load_processor(str(trained.path), subject, config, trust_remote_code)
             template = _choose_chat_template(processor, subject, template_name)
         else:
             processor, template = _ready_processor(source, subject, config, template_name, trust_remote_code)

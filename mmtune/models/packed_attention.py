@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mmtune.families.family_table import UNPACKABLE
+from mmtune.methods.method import Method
 from mmtune.methods.method_table import method_of
 from mmtune.models.compute import in_eval_mode, move_batch, training_autocast
 from mmtune.utils.errors import UserError
@@ -42,10 +43,18 @@ def check_packable(model: nn.Module) -> None:
     Raises:
         UserError: a family, prompt method or layer type that does not support packing, with the reason.
     """
-    method = method_of(model)
+    check_packable_method(method_of(model))
+    check_packable_family(_base(model).config)
+
+
+def check_packable_method(method: Method | None) -> None:
+    """Check that an adapter's method supports packing; None is a model without an adapter.
+
+    Raises:
+        UserError: a prompt method.
+    """
     if method is not None and not method.packable:
         raise _unsupported(f"{method.name} adds its virtual tokens only before the first sample of a row")
-    check_packable_family(_base(model).config)
 
 
 def check_packable_family(config: PreTrainedConfig) -> None:

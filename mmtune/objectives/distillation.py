@@ -7,6 +7,7 @@ Sources: soft labels, Hinton et al. (arXiv 1503.02531); the generalized Jensen-S
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from mmtune.distributed.context import DistributedContext
 from mmtune.distributed.sharded_parameters import unsharded_loading
 from mmtune.models.compute import count_virtual_tokens
 from mmtune.models.meta_model import read_model_config
-from mmtune.objectives.distillation_losses import attention_divergences, divergences, hidden_state_errors, widen
+from mmtune.models.packed_attention import check_packable_family, check_packable_method
+from mmtune.objectives.distillation_losses import attention_divergences, by_chunks, divergences, hidden_state_errors, widen
 from mmtune.objectives.reference_model import ReferenceModel, find_reference_model
 from mmtune.objectives.sft import Losses, SupervisedTuning, supervised_positions, without_labels
 from mmtune.objectives.teacher_checks import TEACHER, check_layers, check_model_inputs, check_vocabulary
@@ -47,6 +49,9 @@ class Distillation(SupervisedTuning):
         reference = self._reference(recipe)
         with errors_at_key(TEACHER):
             theirs = reference.load_processor()
+            if recipe.data.packing:
+                check_packable_method(reference.method)
+                check_packable_family(reference.config)
         check_vocabulary(processor.tokenizer.get_vocab(), theirs.tokenizer.get_vocab())
         set_chat_template(theirs, str(processor.chat_template))
         check_model_inputs(dummy_sample(processor), dummy_sample(theirs))
@@ -72,12 +77,12 @@ class Distillation(SupervisedTuning):
         positions = supervised_positions(inputs["labels"])
         student, teacher = model(**unlabelled), self._ask_teacher(unlabelled, positions)
         logits, soft = student["logits"].flatten(end_dim=-2), teacher["logits"].flatten(end_dim=-2)
-        size = min(logits.shape[-1], soft.shape[-1])  # the rest is padding: both have one vocabulary
         scored = logits if settings.crossentropy_weight else logits.detach()  # then reported only
+        divergence = partial(divergences, beta=settings.beta, temperature=settings.temperature)
         weights = {"crossentropy": settings.crossentropy_weight, "distillation": settings.distillation_weight}
         terms = {
-            "crossentropy": nn.functional.cross_entropy(widen(scored), inputs["shift_labels"], reduction="none"),
-            "distillation": divergences(logits[:, :size], soft[:, :size], settings.beta, settings.temperature),
+            "crossentropy": by_chunks(_cross_entropies, scored, inputs["shift_labels"]),
+            "distillation": by_chunks(divergence, logits, soft),
         }
         if settings.hidden_states is not None:
             masks = inputs["logits_to_keep"], self._teacher_mask(positions)
@@ -109,6 +114,10 @@ class Distillation(SupervisedTuning):
         inputs = inputs | {"logits_to_keep": self._teacher_mask(positions), "use_cache": False}
         with torch.no_grad(), torch.autocast(positions.device.type, torch.bfloat16, enabled=self._half):
             return self._teacher(**inputs)
+
+
+def _cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(widen(logits), targets, reduction="none")
 
 
 def _over_pairs(

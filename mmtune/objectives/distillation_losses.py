@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 1024
+"""Tokens whose fp32 distributions are in memory at a time: a vocabulary may have 150,000 entries."""
 
 
 def divergences(student: torch.Tensor, teacher: torch.Tensor, beta: float, temperature: float) -> torch.Tensor:
@@ -13,19 +18,31 @@ def divergences(student: torch.Tensor, teacher: torch.Tensor, beta: float, tempe
     For beta 0 and 1 it is its limit divided by the vanishing factor: KL(T || S) and KL(S || T). GKD, equation 1.
 
     Args:
-        student, teacher: logits of shape (tokens, vocabulary).
+        student, teacher: logits of shape (tokens, vocabulary). Where one has more entries, these are padding and do not count.
         temperature: divides both; the result is not multiplied by its square.
 
     Returns:
         Shape (tokens,), in nats, in fp32 or the wider dtype of the logits.
     """
-    log_s, log_t = (widen(logits).div(temperature).log_softmax(-1) for logits in (student, teacher))
+    size = min(student.shape[-1], teacher.shape[-1])
+    log_s, log_t = (widen(logits[:, :size]).div(temperature).log_softmax(-1) for logits in (student, teacher))
     if beta == 0:
         return _kl(log_t, log_s)
     if beta == 1:
         return _kl(log_s, log_t)
     log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
     return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
+
+
+def by_chunks(compare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """A function of every token, computed on `CHUNK` tokens at a time and again in the backward pass, which saves its memory.
+
+    Args:
+        compare: from tensors of shape (tokens, ...) to shape (tokens,).
+        tensors: its arguments, of shape (tokens, ...).
+    """
+    chunks = zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True)
+    return torch.cat([checkpoint(compare, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
 
 
 def hidden_state_errors(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig, ProcessorMixin
 
+from mmtune.methods.method import Method
+from mmtune.methods.method_table import METHODS
 from mmtune.models.checkpoints.trained_weights import TrainedWeights, locate_adapter_base, locate_trained_weights
 from mmtune.models.fake_tensors import make_prompt_tokens_real
-from mmtune.models.load import DTYPES, load_trained
+from mmtune.models.load import DTYPES, adapter_method, load_processor, load_trained
 from mmtune.models.meta_model import build_meta, read_model_config
-from mmtune.models.processors.ready_processor import load_completed_processor
 from mmtune.recipe.recipe import ModelSection
 
 
@@ -36,9 +37,23 @@ class ReferenceModel:
         """The configuration of its base."""
         return read_model_config(self.section)
 
+    @property
+    def method(self) -> Method | None:
+        """The method of its adapter; None where it has none.
+
+        Raises:
+            UserError: an adapter of an unsupported method.
+        """
+        return METHODS[adapter_method(self.weights.path)] if self.weights.is_adapter else None
+
     def load_processor(self) -> ProcessorMixin:
-        """Its processor, which an adapter directory holds itself; the chat template is as stored."""
-        return load_completed_processor(str(self.weights.path), self.config, self.section.trust_remote_code)
+        """Its processor, which an adapter directory holds itself; the chat template is as stored.
+
+        Raises:
+            UserError: files that are missing or cannot be read, or an unsupported processor.
+        """
+        path = str(self.weights.path)
+        return load_processor(path, path, self.config, self.section.trust_remote_code)
 
     def load(self) -> nn.Module:
         """The model on the CPU: unquantized, in eval mode, no parameter requires a gradient.
@@ -58,8 +73,8 @@ class ReferenceModel:
     def build_meta(self) -> nn.Module:
         """The same model without weights (meta tensors), its adapter included."""
         model: Any = build_meta(self.section)
-        if self.weights.is_adapter:
-            config = PeftConfig.from_pretrained(str(self.weights.path))
+        if (method := self.method) is not None:
+            config = method.config_class().from_pretrained(str(self.weights.path))
             with torch.device("meta"):
                 model = get_peft_model(model, config)
             make_prompt_tokens_real(model)

@@ -22,7 +22,7 @@ from mmtune.distributed.context import SINGLE_PROCESS
 from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
 from mmtune.models.load import load_trained
 from mmtune.objectives.distillation import Distillation
-from mmtune.objectives.distillation_losses import attention_divergences, divergences, hidden_state_errors
+from mmtune.objectives.distillation_losses import CHUNK, attention_divergences, by_chunks, divergences, hidden_state_errors
 from mmtune.objectives.objective_table import build_objective
 from mmtune.planning.memory import estimate_memory
 from mmtune.recipe.recipe import Recipe, load_recipe
@@ -78,6 +78,25 @@ def test_the_divergence_and_its_gradient_are_those_of_trl() -> None:
         loss.backward()
         reference.backward()
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-12)
+
+
+def test_the_divergence_is_computed_in_chunks_over_the_common_vocabulary() -> None:
+    """Value and gradient are those of one piece; the padding of one output layer counts in neither."""
+    student, teacher = logits(2 * CHUNK + 3, 7)
+    rows: list[int] = []
+
+    def compare(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        rows.append(len(one))
+        return divergences(one, other, 0.5, 2.0)
+
+    ours, whole = student.clone().requires_grad_(), student.clone().requires_grad_()
+    chunked = by_chunks(compare, ours, torch.cat([teacher, torch.full((len(teacher), 3), 50.0)], dim=1))
+    expected = divergences(whole, teacher, 0.5, 2.0)
+    torch.testing.assert_close(chunked, expected)
+    chunked.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(ours.grad, whole.grad)
+    assert sorted(rows) == sorted(2 * [CHUNK, CHUNK, 3])  # and again in the backward pass
 
 
 def test_hidden_states_and_attention_maps_by_plain_formulas() -> None:
@@ -288,6 +307,24 @@ def test_a_teacher_with_another_vocabulary_or_image_processor(
     save_checkpoint(model, processor, tmp_path / "colours")
     message = "prepares an image differently from the student's: pixel_values"
     rejected(make_recipe(distilled(tmp_path / "colours")), untrained, "objective.teacher", message)
+
+
+def test_a_teacher_without_a_processor(make_recipe: MakeRecipe, untrained: tuple[Any, Any], tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(TINY_LLAVA / name, tmp_path)
+    rejected(make_recipe(distilled(tmp_path)), untrained, "objective.teacher", "cannot load its processor")
+
+
+def test_a_teacher_that_cannot_read_packed_rows(
+    make_recipe: MakeRecipe, base: Path, untrained: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """Its virtual tokens would come before the first sample only."""
+    untrained[1].save_pretrained(tmp_path / "prompts")
+    config = {"peft_type": "PROMPT_TUNING", "base_model_name_or_path": str(base)}
+    (tmp_path / "prompts" / "adapter_config.json").write_text(json.dumps(config))
+    packed = ("data.packing=true", "data.max_tokens=99", "train={max_steps: 1}")
+    message = "packing is not supported: prompt_tuning adds its virtual tokens only before the first sample"
+    rejected(make_recipe(distilled(tmp_path / "prompts"), *packed), untrained, "objective.teacher", message)
 
 
 def test_recipe_check_compares_the_teacher_and_names_the_line(
