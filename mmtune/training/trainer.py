@@ -152,7 +152,7 @@ class TuningTrainer(HookedTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The objective's loss, divided by the denominator of the whole optimizer step; without one, by the batch's own."""
-        plain = self.accelerator.unwrap_model(model)
+        plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)  # methods are found by class
         sources = inputs.pop("source_ids", None)
         denominator = self._objective.denominator([inputs]) if num_items_in_batch is None else num_items_in_batch
         inputs = self._objective.model_inputs(plain, inputs)

@@ -269,6 +269,21 @@ def test_adaloras_loss_does_not_depend_on_how_a_step_is_divided(make_recipe: Cal
     assert all(abs(one - two) < 1e-4 for one, two in zip(*losses, strict=True)), losses
 
 
+@pytest.mark.slow
+def test_a_compiled_model_keeps_its_method(make_recipe: Callable[..., Recipe]) -> None:
+    """Losses with `torch_compile` are those without, for a method that shifts the logits by its virtual tokens."""
+    losses = []
+    for compiled in ("false", "true"):
+        recipe = make_recipe(
+            "tune={projector: frozen, language: {method: prompt_tuning, num_virtual_tokens: 3}}",
+            f"train={{max_steps: 1, logging_steps: 1, use_cpu: true, torch_compile: {compiled}}}",
+            *(["train.torch_compile_backend=eager"] if compiled == "true" else []),
+        )
+        train(recipe, ["test"], overwrite=True)
+        losses.append(json.loads(RunDirectory(Path(recipe.output_dir)).metrics.read_text().splitlines()[0])["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_an_earlier_run_outlives_a_failed_start(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe("train.max_steps=1")
     train(recipe, ["first"])
