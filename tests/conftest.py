@@ -1,4 +1,4 @@
-"""What every test stands on: no network, no telemetry, one thread, and no GPU test where there is no GPU."""
+"""Setup of all tests: no network, no telemetry, one thread; GPU tests are skipped without a GPU."""
 
 from __future__ import annotations
 

@@ -61,8 +61,8 @@ def missing_paths(page: Path, text: str) -> list[str]:
     """Names of files with a known folder, that are neither below the root, the package nor the page's folder."""
     folders = {item.name for base in (ROOT, ROOT / "mmtune") for item in base.iterdir() if item.is_dir()} - {"data"}
     named = sorted(name for name in paths_named(text) if not name.startswith(OTHER_PROJECTS))
-    mine = [name for name in named if name.split("/")[0] in folders or name.endswith(".py")]
-    return [name for name in mine if not any((base / name).exists() for base in (ROOT, ROOT / "mmtune", page.parent))]
+    own_paths = [name for name in named if name.split("/")[0] in folders or name.endswith(".py")]
+    return [name for name in own_paths if not any((base / name).exists() for base in (ROOT, ROOT / "mmtune", page.parent))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

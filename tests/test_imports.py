@@ -1,4 +1,4 @@
-"""The architecture, read from the source: who may import whom, and what no file may contain.
+"""Import rules of the packages, and the rules that hold for every source file.
 
 The checks are functions from source text to a list of faults, so that each is first shown to find the fault it is for.
 """

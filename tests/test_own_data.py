@@ -1,4 +1,4 @@
-"""docs/own_data.md, followed command by command: with the built-in model, since the page's base is on the hub."""
+"""The commands of docs/own_data.md, run with the built-in model because the page's base is on the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Private members of libraries: each stands in the one file of its library, and is as that file expects it.
+"""Private members of libraries: each is used only in the file of its library and behaves as that file expects.
 
 A test that fails here after an upgrade names the library and the member; its file is where the change belongs.
 """

@@ -1,4 +1,4 @@
-"""What a newcomer does: the README's commands, and every recipe that ships."""
+"""The README's commands and every shipped recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel works as well as the checkout: built, installed in an empty environment, asked for what it carries."""
+"""The wheel, built and installed in an empty environment, has the files and commands of the checkout."""
 
 from __future__ import annotations
 

@@ -127,5 +127,5 @@ def _over_pairs(
     masks: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """The mean over pairs of layers, shape (supervised,); `layers` and `masks` are the student's and the teacher's."""
-    (student, teacher), (mine, theirs) = layers, masks
-    return torch.stack([compare(student[s][mine], teacher[t][theirs]) for s, t in pairs.layers]).mean(0)
+    (student, teacher), (student_mask, teacher_mask) = layers, masks
+    return torch.stack([compare(student[s][student_mask], teacher[t][teacher_mask]) for s, t in pairs.layers]).mean(0)

@@ -41,13 +41,13 @@ def check_model_inputs(student: dict[str, Any], teacher: dict[str, Any]) -> None
         RecipeValueError: the two differ, so that the teacher could not read the student's batches.
     """
     for name in sorted(student.keys() | teacher.keys()):
-        mine, theirs = student.get(name), teacher.get(name)
-        if not (isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor)):
-            shapes = [None if each is None else tuple(each.shape) for each in (mine, theirs)]
-        elif mine.shape == theirs.shape and torch.equal(mine, theirs):
+        student_value, teacher_value = student.get(name), teacher.get(name)
+        if not (isinstance(student_value, torch.Tensor) and isinstance(teacher_value, torch.Tensor)):
+            shapes = [None if each is None else tuple(each.shape) for each in (student_value, teacher_value)]
+        elif student_value.shape == teacher_value.shape and torch.equal(student_value, teacher_value):
             continue
         else:
-            shapes = [tuple(mine.shape), tuple(theirs.shape)]
+            shapes = [tuple(student_value.shape), tuple(teacher_value.shape)]
         raise RecipeValueError(
             TEACHER,
             f"its processor prepares an image differently from the student's: {name} of shape {shapes[0]} in the student's and "

@@ -52,10 +52,10 @@ class LossRecord:
             `loss_NAME` for each part of the loss, the mean of the steps, and `loss/SOURCE` for each source, the mean of its
             supervised tokens.
         """
-        mine = {name: float(value) for name, value in self._parts.items()}
-        everyone = self._dist.all_gather_object((mine, self._sources))
-        parts = {name for theirs, _ in everyone for name in theirs}
-        record = {f"loss_{name}": sum(theirs.get(name, 0.0) for theirs, _ in everyone) for name in sorted(parts)}
+        own_parts = {name: float(value) for name, value in self._parts.items()}
+        everyone = self._dist.all_gather_object((own_parts, self._sources))
+        parts = {name for process_parts, _ in everyone for name in process_parts}
+        record = {f"loss_{name}": sum(process_parts.get(name, 0.0) for process_parts, _ in everyone) for name in sorted(parts)}
         record = {name: value / max(self._steps, 1) for name, value in record.items()}
         for name, (loss, tokens) in zip(self._names, sum(sources for _, sources in everyone).tolist(), strict=True):
             if tokens:

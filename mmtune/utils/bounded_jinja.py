@@ -1,9 +1,9 @@
-"""Jinja with a bound on the work of one rendering: data templates and chat templates are untrusted.
+"""Jinja with a limit on the work of one rendering: data templates and chat templates are untrusted.
 
 The environment is Jinja's immutable sandbox. Every operation whose cost can grow is charged to a `Budget` before it runs:
 operators and methods by the size of their result, filters and tests by the size of what they read, and each pass of a loop, a
-macro or a block. Loops are charged by a filter that is added to the parsed template, so that what an honest template writes does
-not change. Time and memory are at most proportional to the budget, which grows with the size of what a template is given.
+macro or a block. A filter added to the parsed template charges the loops, so the output of a well-behaved template does not
+change. Time and memory are at most proportional to the budget, which grows with the size of the template's input.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from jinja2.utils import Namespace
 from mmtune.utils.jinja_counting import CHARGE_PASS, CHARGE_READ, count_work
 
 BUDGET = "budget of mmtune"
-"""The name under which a rendering finds its budget; no name that Jinja could write."""
+"""Key of the budget in a rendering's context; a template cannot use it, because it is not a valid Jinja name."""
 
 UNITS = 10_000_000
-"""What a rendering may take: a unit for each character that a filter reads, `ITEM` for an item, `PASS` for a loop's pass."""
+"""Base budget of a rendering: one unit per character that a filter reads, `ITEM` per item, `PASS` per pass of a loop."""
 UNITS_PER_INPUT = 200
-"""Added for what the template is given, `ITEM` for each of its items and a unit for each 8 of its characters."""
+"""Budget added per unit of the input, which counts `ITEM` for each item and one unit for every 8 characters."""
 CALL = 100
 ITEM = 20
 MAX_BITS = 10_000
-"""Longest whole number, in bits."""
+"""Largest integer, in bits."""
 
 COMPILE_FAULTS = (TemplateError, SyntaxError, RecursionError, MemoryError, ValueError, OverflowError)
-"""What compiling a template raises: Jinja's own errors, and Python's for brackets, loops or numbers beyond what it takes."""
+"""Errors of compiling a template: Jinja's own, and Python's for too deep nesting and too large numbers."""
 RENDER_FAULTS = (
     TemplateError,
     TypeError,
@@ -45,58 +45,59 @@ RENDER_FAULTS = (
     RecursionError,
     MemoryError,
 )
-"""What rendering raises: Jinja runs Python's operators and methods, and writes infinity, as of 1e400, as a name."""
+"""Errors of rendering: Jinja runs Python's operators and methods, and compiles infinity (1e400) to an undefined name."""
 
 _SHALLOW = (
     *("attr", "count", "d", "default", "first", "items", "last", "length", "list", "map"),
     *("reject", "rejectattr", "reverse", "select", "selectattr"),
 )
-"""Filters that read their value's items and not what is inside of these."""
+"""Filters that read the items of their value, but not the contents of the items."""
 _DEEP_TESTS = (
     *("==", "!=", "<", "<=", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "le", "lessthan", "lt", "ne"),
     *("in", "lower", "upper"),
 )
-"""Tests that read all of a value."""
+"""Tests that read a whole value."""
 _REMOVED = ("lipsum",)
 _PERCENT = re.compile(r"[-#0 +]*(\d+|\*)?(?:\.(\d+|\*)?)?")
-"""Flags, width and precision of a `%` pattern's field, behind its key."""
+"""Flags, width and precision of a field of a `%` pattern, after its key."""
 _SPEC = re.compile(r"\{[^{}:]*:([^{}]*)")
-"""The format of a `str.format` pattern's field, up to a field inside of it."""
+"""Format specification of a field of a `str.format` pattern, up to a nested field."""
 
 
 _NESTED = (list, tuple, dict, KeysView, ValuesView, ItemsView, Namespace)
 
 
 class TooMuchWork(TemplateRuntimeError):
-    """A template that takes more than its budget."""
+    """A rendering exceeded its budget."""
 
 
 class Budget:
-    """What one rendering may still take.
+    """Remaining units of one rendering.
 
     Args:
-        given: what the template can read, whose size adds to the budget.
+        values: the template's variables; their size adds to the budget.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        self._given: Mapping[str, Any] | None = values
+        self._values: Mapping[str, Any] | None = values
         self._left = UNITS
 
     def charge(self, units: int) -> None:
-        """
+        """Subtract `units`.
+
         Raises:
-            TooMuchWork: when more was taken than the budget holds.
+            TooMuchWork: the budget is exceeded.
         """
         self._left -= units
         if self._left < 0:
-            if self._given is not None:
-                self._left += UNITS_PER_INPUT * sum(_sizes(self._given))
-                self._given = None
+            if self._values is not None:
+                self._left += UNITS_PER_INPUT * sum(_sizes(self._values))
+                self._values = None
             if self._left < 0:
                 raise TooMuchWork("it does more work than a template may: a loop, a repetition or a width in it is too large")
 
     def read(self, value: Any) -> None:
-        """Charge a value with all that is inside of it, as often as it is there."""
+        """Charge a value and all nested values; a shared value is charged each time."""
         if isinstance(value, (str, bytes)):
             self.charge(len(value) // 8 + 1)
         elif isinstance(value, _NESTED):
@@ -104,7 +105,7 @@ class Budget:
                 self.charge(size)
 
     def size(self, value: Any) -> None:
-        """Charge a value by its length alone."""
+        """Charge a value by its own length, without nested values."""
         if isinstance(value, (str, bytes)):
             self.charge(len(value) // 8 + 1)
         elif isinstance(value, (list, tuple, dict)):
@@ -112,7 +113,7 @@ class Budget:
 
 
 def _sizes(value: Any) -> Iterator[int]:
-    """Units of nested lists and objects: `ITEM` for each item, and one for each 8 characters. A shared item counts each time."""
+    """Units of nested lists and objects: `ITEM` per item and one per 8 characters. A shared item counts each time."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
@@ -130,27 +131,27 @@ def _sizes(value: Any) -> Iterator[int]:
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox whose templates are rendered by `render` or with a `Budget` under `BUDGET` in their context.
+    """Sandbox whose templates need a `Budget` under `BUDGET` in their context; `render_bounded` provides it.
 
     Args:
-        finalize: as Jinja's, of a value that is written.
-        options: Jinja's.
+        finalize: Jinja's `finalize`, called with each value before it is output.
+        options: further options of Jinja's environment.
     """
 
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
 
     def __init__(self, finalize: Callable[[Any], Any] | None = None, **options: Any) -> None:
         @pass_context
-        def written(context: Context, value: Any) -> Any:
+        def finalize_and_charge(context: Context, value: Any) -> Any:
             value = value if finalize is None else finalize(value)
             _budget(context).read(value)
             return value
 
-        # Folding constants would run filters on them when a template is compiled, where there is no budget.
-        super().__init__(optimized=False, finalize=written, **options)
+        # Constant folding would run filters at compile time, without a budget.
+        super().__init__(optimized=False, finalize=finalize_and_charge, **options)
 
     def bound(self) -> None:
-        """Charge all filters and tests, and take out what has no bound; called once, when the environment has all of its own."""
+        """Wrap all filters and tests with charges and remove unbounded globals. Call once, after all filters are registered."""
         for name in _REMOVED:
             self.globals.pop(name, None)
         self.filters = {name: _charged(name, function) for name, function in self.filters.items()}
@@ -159,7 +160,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.filters |= {CHARGE_PASS: _pass, CHARGE_READ: _read}
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """The operator's result, if its size is within the budget."""
+        """The operator's result.
+
+        Raises:
+            TooMuchWork: its size exceeds the budget.
+        """
         budget = _budget(context)
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
@@ -178,7 +183,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        """A call's result, if its size is within the budget."""
+        """A call's result.
+
+        Raises:
+            TooMuchWork: its work exceeds the budget.
+        """
         budget = _budget(__context)
         budget.charge(CALL)
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
@@ -201,20 +210,20 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 def render_bounded(template: Template, values: Mapping[str, Any]) -> Iterator[str]:
-    """The pieces of a rendered template.
+    """The output of a template, in pieces.
 
     Args:
-        template: of a `BoundedEnvironment`.
-        given: what it can read.
+        template: from a `BoundedEnvironment`.
+        values: the template's variables.
 
     Raises:
-        TemplateError: and others of `RENDER_FAULTS`, which `failure` puts into words.
+        TemplateError: or another error of `RENDER_FAULTS`; `failure` gives its message.
     """
     return template.root_render_func(template.new_context({**values, BUDGET: Budget(values)}))
 
 
 def line_of(error: BaseException) -> int | None:
-    """The line of the template at which it does not parse, or at which its rendering failed; None where none is known."""
+    """Line of the template at which parsing or rendering failed; None if unknown."""
     line = getattr(error, "lineno", None)
     trace = error.__traceback__
     while trace is not None:
@@ -226,7 +235,7 @@ def line_of(error: BaseException) -> int | None:
 
 
 def failure(error: BaseException) -> str:
-    """Where and why a template fails, to follow `the template fails`: ` at line 3: ...`, in one line of bounded length."""
+    """Line and reason of a failure, to append to `the template fails`: ` at line 3: ...`; one line, limited in length."""
     if isinstance(error, RecursionError):
         reason = "it is nested too deeply, or calls itself without end"
     else:
@@ -253,7 +262,7 @@ def _read(context: Context, value: Any) -> Any:
 
 
 def _charged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter or test that is charged for what it reads and gives."""
+    """Wrap a filter or test so that its input and its result are charged."""
     passes = getattr(function, "jinja_pass_arg", None)
     estimate = _FILTER_UNITS.get(name)
 
@@ -266,7 +275,7 @@ def _charged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if name in _SHALLOW:
             budget.size(first)
         else:
-            if isinstance(first, Iterator):  # of another filter, lazily; what it gives is read here
+            if isinstance(first, Iterator):  # the lazy result of another filter
                 args = (list(_counted(budget, first)), *args[1:])
             budget.read(args)
             budget.read(kwargs)
@@ -293,7 +302,7 @@ def _counted(budget: Budget, items: Iterator[Any]) -> Iterator[Any]:
 
 
 def _charge_numbers(budget: Budget, value: Any) -> None:
-    """Charge every whole number in a value, which may be a width or a count."""
+    """Charge every integer in a value; it may be a width or a count."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
@@ -307,7 +316,7 @@ def _charge_numbers(budget: Budget, value: Any) -> None:
 
 
 def _charge_percent(budget: Budget, pattern: str | bytes, arguments: Any) -> None:
-    """Charge a `%` pattern, as Python reads it: the width and precision of each field, and what is given, once for each field."""
+    """Charge a `%` pattern as Python parses it: width and precision of each field, and the arguments once per field."""
     text = pattern.decode("latin-1") if isinstance(pattern, bytes) else pattern
     fields, place = 0, text.find("%")
     while 0 <= place < len(text) - 1:
@@ -325,27 +334,27 @@ def _charge_percent(budget: Budget, pattern: str | bytes, arguments: Any) -> Non
             budget.charge(sum(map(_width, field.groups())))
             place = field.end() + 1
         place = text.find("%", place)
-    _charge_given(budget, fields, arguments)
+    _charge_arguments(budget, fields, arguments)
 
 
 def _charge_format(budget: Budget, pattern: str, arguments: Any) -> None:
-    """Charge a `str.format` pattern: the widths of its fields, and what is given, once for each field."""
+    """Charge a `str.format` pattern: the widths of its fields, and the arguments once per field."""
     pattern = pattern.replace("{{", "")
-    if re.search(r"\{[^{}]*\{", pattern):  # a width that is itself a field, or digits on both sides of one
+    if re.search(r"\{[^{}]*\{", pattern):  # a nested field for the width, perhaps with digits around it
         _charge_numbers(budget, arguments)
         specs = [pattern]
     else:
         specs = _SPEC.findall(pattern)
     budget.charge(sum(_width(digits) for spec in specs for digits in re.findall(r"\d+", spec)))
-    _charge_given(budget, pattern.count("{"), arguments)
+    _charge_arguments(budget, pattern.count("{"), arguments)
 
 
 def _width(digits: str | None) -> int:
-    """The number of these digits; one beyond every budget, where there are more than a width can have."""
+    """The integer of these digits; 10**12, beyond every budget, for 12 digits or more."""
     return 0 if digits in (None, "*") else int(digits) if len(digits) < 12 else 10**12
 
 
-def _charge_given(budget: Budget, fields: int, arguments: Any) -> None:
+def _charge_arguments(budget: Budget, fields: int, arguments: Any) -> None:
     if fields > 1:
         budget.charge(fields * sum(_within(budget, arguments)))
     else:
@@ -359,7 +368,7 @@ def _within(budget: Budget, value: Any) -> Iterator[int]:
 
 
 def _method_units(budget: Budget, owner: str | bytes, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """What a method of a text takes besides reading it."""
+    """Units of a string method, besides those of reading the string."""
     budget.charge(len(owner) // 8 + 1)
     if name in ("center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes"):
         tabs = _occurrences(owner, "\t") if name == "expandtabs" else 1
@@ -380,7 +389,7 @@ def _method_units(budget: Budget, owner: str | bytes, name: str, args: tuple[Any
 
 
 def _tag_units(text: str | bytes) -> int:
-    """Tags are taken out one at a time, and the rest is copied for each."""
+    """Units of removing tags: they are removed one at a time, and the rest of the text is copied each time."""
     return len(text) * (_occurrences(text, "<") + 1) // 8
 
 
@@ -414,19 +423,19 @@ def _stripped_of_tags(budget: Budget, text: Any, *_: Any, **__: Any) -> None:
 
 
 def _summed(budget: Budget, items: Any, *_: Any, **__: Any) -> None:
-    """Lists are added one to the other, and what was added before is copied each time."""
+    """Charge the sum of lists: each addition copies the previous result."""
     if isinstance(items, (list, tuple)) and not all(isinstance(item, (int, float)) for item in items):
         budget.charge(len(items) * sum(_within(budget, items)) // 8)
 
 
 def _compared(budget: Budget, items: Any, *_: Any, **__: Any) -> None:
-    """Each item is compared with every other."""
+    """Charge the comparison of each item with every other."""
     if isinstance(items, (list, tuple)):
         budget.charge(len(items) * sum(_within(budget, items)) // 8)
 
 
 def _by_word(budget: Budget, text: Any, width: Any = 79, *args: Any, **kwargs: Any) -> None:
-    """Patterns are tried on each word, and a long one is taken apart piece by piece."""
+    """Charge pattern matching on each word, and the splitting of long words."""
     width = kwargs.get("width", width)
     words = str(text).split()
     line = width if isinstance(width, int) and width > 0 else 1
@@ -436,7 +445,7 @@ def _by_word(budget: Budget, text: Any, width: Any = 79, *args: Any, **kwargs: A
 
 
 def _pretty(budget: Budget, value: Any, indent: Any = None, *_: Any, **kwargs: Any) -> None:
-    """Every item of a value on a line of its own, indented by its depth."""
+    """Charge output with one line per item, indented by its depth."""
     wide = kwargs.get("indent", indent)
     wide = len(wide) if isinstance(wide, str) else max(0, wide) if isinstance(wide, int) else 0
     items = sum(1 for _ in _within(budget, value))
@@ -460,4 +469,4 @@ _FILTER_UNITS: dict[str, Callable[..., None]] = {
     "commonest": _compared,
     "tojson": _pretty,
 }
-"""By a filter, what it takes besides reading its value and arguments."""
+"""Charges of filters besides those of reading their value and arguments."""

@@ -1,4 +1,4 @@
-"""Parsed Jinja with filters added that count its work: the passes of its loops, and what its operators read."""
+"""Work counting in parsed Jinja templates: filters are added that charge the passes of loops and the operands of operators."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 from jinja2 import nodes
 
 CHARGE_PASS, CHARGE_READ = "mmtune pass", "mmtune read"
-"""Names of the filters that are added; no names that a template could write with `|`."""
+"""Names of the added filters. A template cannot use them: they are not valid Jinja names."""
 PASS = 20
-"""Units of one pass, besides those of what stands in it."""
+"""Units of one pass, besides those of its body."""
 
 _BODIES: Any = (nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block)
 
 
 def count_work(template: nodes.Template) -> None:
-    """Charge every pass of a loop, a macro, a call or a block, and what operators that Jinja compiles to Python's read."""
+    """Charge every pass of a loop, macro, call or block, and the operands of operators that Jinja compiles to Python's."""
     _charge_operands(template)
     for loop in template.find_all(nodes.For):
         if loop.test is not None:
@@ -38,13 +38,13 @@ def _at(place: nodes.Node, node: Any) -> Any:
 
 
 def _length(node: nodes.Node) -> int:
-    """Expressions and characters of text in a part of a template. Those of a loop in it count again with each of its passes."""
+    """Number of expressions and text characters in a template node. A loop inside it is charged again for each pass."""
     parts = [node, *node.find_all(nodes.Node)]
     return sum(len(part.data) if isinstance(part, nodes.TemplateData) else 1 for part in parts)
 
 
 def _charge_operands(node: nodes.Node) -> None:
-    """Charge what is read by operators that the sandbox leaves to Python: `~`, comparisons, slices, and keys of objects."""
+    """Charge the operands that the sandbox does not intercept: of `~`, comparisons and slices, and keys of objects."""
     for child in node.iter_child_nodes():
         _charge_operands(child)
     if isinstance(node, nodes.Concat):

@@ -1,4 +1,4 @@
-"""Chat templates that behave as published ones do, rewritten: each gives exact labels, or names the line that fixes it."""
+"""Chat templates that behave like published ones: exact labels, or an error that names the line that fixes it."""
 
 from __future__ import annotations
 

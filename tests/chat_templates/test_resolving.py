@@ -1,4 +1,4 @@
-"""Labels are exact for every template that is shipped, and one that would lose something is refused."""
+"""Resolving of chat templates: exact labels for every shipped template; a template that would lose content is an error."""
 
 from __future__ import annotations
 

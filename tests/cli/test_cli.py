@@ -1,4 +1,4 @@
-"""The command line: exit codes, one clear message for a user's mistake, with --json JSON alone."""
+"""The command line: exit codes, one clear message for a user error, only JSON with --json."""
 
 from __future__ import annotations
 

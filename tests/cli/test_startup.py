@@ -1,4 +1,4 @@
-"""What a command imports before it knows that it was asked something that it can do."""
+"""Startup of the command line: help and invalid commands import no heavy library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warnings of libraries: a known one is not printed, any other once in one line, from all processes of a run together."""
+"""Warnings of libraries: known ones are not printed, others once on one line for all processes of a run."""
 
 from __future__ import annotations
 

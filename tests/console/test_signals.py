@@ -1,4 +1,4 @@
-"""What a signal leaves: nothing half written, and the exit code that a shell expects."""
+"""Signals: no half-written files, and the exit code that a shell expects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reaches the terminal: control characters of data and answers are escaped, and an output that fails is reported."""
+"""Terminal output: control characters of data and answers are escaped, and a failed output is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of several sources, their faults counted once, and batches that leave the faulty rows aside."""
+"""The data set of a run: rows of several sources, faults counted once, and batches without the faulty rows."""
 
 from __future__ import annotations
 
@@ -226,8 +226,11 @@ def test_shared_memory_that_is_too_small_is_named() -> None:
     loader = torch.utils.data.DataLoader(_Big(), num_workers=1, worker_init_fn=_little_shared_memory)
     with pytest.raises(RuntimeError) as caught:
         list(loader)
-    told = str(worker_failure(caught.value))
-    assert re.match(r"unable to \w+ file .*: the shared memory \(/dev/shm\)", told) and "train.dataloader_num_workers: 0" in told
+    message = str(worker_failure(caught.value))
+    assert (
+        re.match(r"unable to \w+ file .*: the shared memory \(/dev/shm\)", message)
+        and "train.dataloader_num_workers: 0" in message
+    )
     killed = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that workers are out of shared memory"
     assert "/dev/shm" in str(worker_failure(RuntimeError(killed)))
     assert worker_failure(RuntimeError("The size of tensor a (2) must match the size of tensor b (3)")) is None

@@ -314,7 +314,7 @@ def test_processes_that_talk_through_the_cpu_are_refused(monkeypatch: pytest.Mon
 
 def test_processes_with_different_recipes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = {"train.learning_rate": 0.2, "torch": "2.13.0"}
-    monkeypatch.setattr(DistributedContext, "all_gather_object", lambda self, mine: [mine, mine, theirs])
+    monkeypatch.setattr(DistributedContext, "all_gather_object", lambda self, value: [value, value, theirs])
     check_same(DistributedContext(size=3), theirs)
     with pytest.raises(UserError, match=r"process 2 has train.learning_rate: 0.2, and process 0 0.1"):
         check_same(DistributedContext(size=3), {"train.learning_rate": 0.1, "torch": "2.13.0"})
@@ -323,8 +323,8 @@ def test_processes_with_different_recipes_are_named(monkeypatch: pytest.MonkeyPa
 def test_an_output_dir_that_is_not_shared_is_told(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     """The second process finds an earlier run where the first has made a new one."""
     monkeypatch.setattr(run_directory, "VISIBLE_TIMEOUT_S", 0.0)
-    monkeypatch.setattr(DistributedContext, "broadcast_object", lambda self, brought: "new")
-    monkeypatch.setattr(DistributedContext, "all_gather_object", lambda self, mine: [True, mine])
+    monkeypatch.setattr(DistributedContext, "broadcast_object", lambda self, value: "new")
+    monkeypatch.setattr(DistributedContext, "all_gather_object", lambda self, value: [True, value])
     recipe = make_recipe()
     run = RunDirectory(Path(recipe.output_dir))
     run.path.mkdir()
@@ -350,8 +350,8 @@ def test_an_earlier_run_is_back_after_sigterm(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     """The signal by which a launcher ends the main process after another one failed; ignoring it would change nothing."""
-    monkeypatch.setattr(DistributedContext, "broadcast_object", lambda self, brought: brought)
-    monkeypatch.setattr(DistributedContext, "all_gather_object", lambda self, mine: [mine, mine])
+    monkeypatch.setattr(DistributedContext, "broadcast_object", lambda self, value: value)
+    monkeypatch.setattr(DistributedContext, "all_gather_object", lambda self, value: [value, value])
     recipe = make_recipe()
     run = RunDirectory(Path(recipe.output_dir))
     run.path.mkdir()

@@ -1,4 +1,4 @@
-"""Chat templates in the manner of published ones, written with `{% generation %}` marks, and a processor for each."""
+"""Chat templates similar to published ones, written with `{% generation %}` tags, and a processor for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small processor of every family, real ones, with a chat template in its family's manner that marks its answers."""
+"""A small real processor of every family, with a chat template like its family's that marks the answers."""
 
 from __future__ import annotations
 

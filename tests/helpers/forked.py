@@ -1,4 +1,4 @@
-"""Processes that start at once: forked from one, the fork server, that has imported what a run needs."""
+"""Processes that start quickly: forked from a fork server that has already imported what a run needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are killed (SIGKILL) at moments drawn by a seed, and started again by the same command until one ends well.
+"""Runs that are killed (SIGKILL) at random moments and restarted with the same command until one completes.
 
 A scheduler's requeue loop, then: `mmtune train RECIPE --resume`, from the very first start on. Processes are forked from one
 that has imported everything, so that a start takes seconds; what is killed is the run, from its first line to its last file.

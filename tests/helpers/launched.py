@@ -75,8 +75,8 @@ def launch(
     jobs, results = folder / "jobs.json", folder / "results.jsonl"
     outcomes: dict[int, bool | str] = {}
     for config in dict.fromkeys(strategy for _, strategy, *_ in recipes):
-        mine = [number for number, (_, strategy, *_) in enumerate(recipes) if strategy == config]
-        while left := [number for number in mine if number not in outcomes]:
+        numbers = [number for number, (_, strategy, *_) in enumerate(recipes) if strategy == config]
+        while left := [number for number in numbers if number not in outcomes]:
             jobs.write_text(json.dumps([[number, str(recipes[number][0]), *recipes[number][2:]] for number in left]))
             results.write_text("")
             ended = _processes(config, jobs, results, processes, timeout_s)

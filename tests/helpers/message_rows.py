@@ -1,4 +1,4 @@
-"""Rows of messages, and the samples that are made of them."""
+"""Rows of messages and their samples."""
 
 from __future__ import annotations
 

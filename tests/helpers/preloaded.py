@@ -1,4 +1,4 @@
-"""What the fork server imports before it forks processes of tests (forked.py): all that a run needs, in the right order."""
+"""Imports of the fork server (forked.py): everything that a run needs, in the right order."""
 
 from mmtune.utils.torchvision_support import prepare_torchvision
 

@@ -1,4 +1,4 @@
-"""What each method does in each precision, found by running it: the source of `mmtune/methods/capabilities.json`.
+"""Measurement of method capabilities by running each method in each precision; writes `mmtune/methods/capabilities.json`.
 
     python tests/methods/measure_capabilities.py            # runs every cell and writes the file; half an hour
     python tests/methods/measure_capabilities.py NAME ...   # runs the cells of these methods and keeps the others as they are

@@ -1,4 +1,4 @@
-"""Bottleneck adapters against the published equations, and as citizens of PEFT."""
+"""Bottleneck adapters compared with the published equations, and as a tuner of PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`capabilities.json` says what runs: cells of every method are run again."""
+"""`capabilities.json` agrees with real runs: some cells of every method are run again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Zero-gated prefixes against attention written out by hand, and what a recipe relies on around them."""
+"""Zero-gated prefixes compared with attention written by hand, and with the features that recipes use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hooks of every method: their defaults, and who overrides which."""
+"""The hooks of every method: their defaults, and which methods override which hooks."""
 
 from __future__ import annotations
 

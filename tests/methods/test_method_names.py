@@ -1,4 +1,4 @@
-"""No module outside `mmtune/methods/` names a tuning method: it asks the table."""
+"""No module outside `mmtune/methods/` names a tuning method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every method: what it trains, what it leaves alone, and that what is saved is what was trained."""
+"""Tuning methods: trainable and frozen parameters, and saved weights equal to the trained ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every objective keeps: the same gradients however the rows are batched, and dummy batches that add nothing."""
+"""Objectives: the same gradients for every batching of the rows, and no effect of dummy batches."""
 
 from __future__ import annotations
 

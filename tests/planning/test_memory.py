@@ -1,4 +1,4 @@
-"""The memory estimate equals what a real step allocates, and its parts what closed forms and bitsandbytes say."""
+"""Memory estimates compared with the allocations of a real step, closed forms and bitsandbytes."""
 
 from __future__ import annotations
 

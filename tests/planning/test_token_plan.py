@@ -1,4 +1,4 @@
-"""A plan holds what encoding would give, is made once, and is made again where what it was made from has changed."""
+"""Token plans: equal to encoding, computed once, and computed again after any of their inputs changed."""
 
 from __future__ import annotations
 

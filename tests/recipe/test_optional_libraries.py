@@ -1,4 +1,4 @@
-"""Without an optional library a command ends with one line that names it, or does without."""
+"""Optional libraries: a command without one reports its name in one line, or does not need it."""
 
 from __future__ import annotations
 

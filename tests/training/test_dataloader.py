@@ -1,4 +1,4 @@
-"""What the training rows become in a run: mixtures with a loss each, streams, budgets of tokens, media that go or shrink."""
+"""Training data of a run: mixtures with a loss per source, streams, token budgets, dropped and resized media."""
 
 from __future__ import annotations
 

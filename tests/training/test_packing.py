@@ -1,4 +1,4 @@
-"""Samples packed into one row, or padded into one batch, train as each of them would alone."""
+"""Packed and padded samples train exactly as each sample alone."""
 
 from __future__ import annotations
 

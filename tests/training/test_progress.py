@@ -1,4 +1,4 @@
-"""Metrics of a run: correct values, in one place, sent only to the trackers that the recipe names."""
+"""Metrics of a run: correct values, in one place, sent only to the trackers of the recipe."""
 
 from __future__ import annotations
 
@@ -184,8 +184,8 @@ class Together(DistributedContext):
 
     other: dict[type, Any]
 
-    def all_gather_object(self, mine: Any) -> list[Any]:
-        return [mine, self.other[type(mine)]]
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return [value, self.other[type(value)]]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Several processes beyond a few steps: stopping and resuming, mixed modalities, and the memory of a sharded model."""
+"""Multi-process training: stop and resume, mixed modalities, and the memory of a sharded model."""
 
 from __future__ import annotations
 

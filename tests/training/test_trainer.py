@@ -1,4 +1,4 @@
-"""Training equals plain transformers + PEFT, counts tokens and not steps, and says what it could not train on."""
+"""The trainer: equal to plain transformers + PEFT, losses weighted by tokens, and reports of rows that could not train."""
 
 from __future__ import annotations
 

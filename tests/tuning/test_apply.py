@@ -1,4 +1,4 @@
-"""The trainable parameters are those that the recipe names, in fp32."""
+"""Application of a recipe's tuning: the named parameters are trainable, in fp32."""
 
 from __future__ import annotations
 

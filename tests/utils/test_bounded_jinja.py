@@ -1,4 +1,4 @@
-"""Jinja with a bound: hostile templates end, and honest ones write what Jinja alone writes."""
+"""Bounded Jinja: hostile templates stop with an error, and other templates have the output of plain Jinja."""
 
 from __future__ import annotations
 

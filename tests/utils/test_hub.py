@@ -1,4 +1,4 @@
-"""Names that may be local paths or hub ids, and a hub that cannot be reached: nothing is asked twice, and nothing waits."""
+"""Local paths, hub ids and an unreachable hub: no repeated requests and no waiting."""
 
 from __future__ import annotations
 

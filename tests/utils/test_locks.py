@@ -1,4 +1,4 @@
-"""One process at a time writes a directory; links, mount points, modes and leftovers of what is written."""
+"""Write locks of directories; symbolic links, mount points, file modes and leftovers of killed processes."""
 
 from __future__ import annotations
 
@@ -217,9 +217,9 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     (tmp_path / "a.txt").write_text("a", encoding="utf-8")
     (tmp_path / ".gitattributes").write_text("*.txt filter=own=er\n", encoding="utf-8")
-    mine = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
-        subprocess.run([*mine, *command], check=True)
+        subprocess.run([*git, *command], check=True)
     for kind in ("clean", "smudge", "process"):
         subprocess.run(["git", "config", f"filter.own=er.{kind}", f"touch {tmp_path}/../ran-{tmp_path.name}; cat"], check=True)
     subprocess.run(["git", "config", "core.fsmonitor", f"touch {tmp_path}/../ran-{tmp_path.name}"], check=True)

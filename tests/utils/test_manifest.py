@@ -1,4 +1,4 @@
-"""A release is pushed as the plain files of its manifest, or not at all."""
+"""Manifests: a release is pushed as the plain files that its manifest lists, or not at all."""
 
 from __future__ import annotations
 

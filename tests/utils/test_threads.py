@@ -1,4 +1,4 @@
-"""How many threads a process starts, and how they wait for each other."""
+"""Thread counts of a process and the wait policy of its threads."""
 
 from __future__ import annotations
 

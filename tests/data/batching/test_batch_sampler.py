@@ -1,4 +1,4 @@
-"""Batches: one order of the rows for every layout, each row once, within the budget, and evenly spread."""
+"""Batch sampling: one order of the rows for every number of processes, each row once, within the budget, balanced."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_order_is_that_of_torchs_own_sampler() -> None:
 def test_a_step_has_the_same_rows_in_every_layout(kind: str, count: int) -> None:
     lengths = None if kind == "size" else llava_like(count)
     more: dict[str, Any] = {"tokens": 4096, "packed": kind == "packed"} if kind in ("tokens", "packed") else {}
-    found = []
+    steps_by_size = []
     for world_size, accumulation, size in ((1, 6, 2), (2, 3, 2), (3, 2, 2), (6, 1, 2)):
         of = [
             MixtureBatchSampler(
@@ -66,9 +66,9 @@ def test_a_step_has_the_same_rows_in_every_layout(kind: str, count: int) -> None
         ]
         for each in of:
             each.set_epoch(3)
-        found.append(steps(of, accumulation))
-    assert all(other == found[0] for other in found[1:])
-    assert sum(found[0], Counter()) == Counter(range(count))
+        steps_by_size.append(steps(of, accumulation))
+    assert all(other == steps_by_size[0] for other in steps_by_size[1:])
+    assert sum(steps_by_size[0], Counter()) == Counter(range(count))
 
 
 @settings(max_examples=60, deadline=None)
@@ -91,10 +91,12 @@ def test_a_budget_is_kept_and_no_row_is_lost(lengths: list[int], world_size: int
         )
         for rank in range(world_size)
     ]
-    made = [list(each) for each in of]
-    assert len({len(each) for each in made}) == 1
-    assert Counter(chain.from_iterable(chain.from_iterable(made))) == Counter(i for i, length in enumerate(lengths) if length)
-    for batch in chain.from_iterable(made):
+    batches_by_rank = [list(each) for each in of]
+    assert len({len(each) for each in batches_by_rank}) == 1
+    assert Counter(chain.from_iterable(chain.from_iterable(batches_by_rank))) == Counter(
+        i for i, length in enumerate(lengths) if length
+    )
+    for batch in chain.from_iterable(batches_by_rank):
         sizes = [lengths[row] for row in batch]
         assert (sum(sizes) if packed else max(sizes, default=0) * len(sizes)) <= 50
 
@@ -116,8 +118,8 @@ def test_the_largest_batch_comes_first_and_in_the_first_epoch_only(more: dict[st
 
 def test_the_largest_batch_is_told_with_and_without_its_padding() -> None:
     lengths = np.array([3, 9, 4, 50, 2, 7, 0, 60])
-    found = MixtureBatchSampler(alone(7), seed=2, size=2, lengths=lengths).largest()
-    assert found["rows"] == 2 and found["padded_tokens"] == 120 and 62 <= found["tokens"] <= 110
+    largest = MixtureBatchSampler(alone(7), seed=2, size=2, lengths=lengths).largest()
+    assert largest["rows"] == 2 and largest["padded_tokens"] == 120 and 62 <= largest["tokens"] <= 110
 
 
 def _at(batches: MixtureBatchSampler, epoch: int) -> MixtureBatchSampler:
@@ -134,7 +136,7 @@ def test_processes_have_equal_work_within_three_per_cent(world_size: int, kind: 
         alone(len(lengths)), seed=0, size=16, accumulation=world_size, lengths=lengths, **more
     )  # one takes all in turn
     tokens = np.array([lengths[batch].sum() for batch in batches])
-    whole = tokens[: len(tokens) // world_size * world_size].reshape(-1, world_size)[:-1]  # the last step has what is left over
+    whole = tokens[: len(tokens) // world_size * world_size].reshape(-1, world_size)[:-1]  # the last step is incomplete
     worst = whole.max(axis=1) / whole.mean(axis=1) - 1
     assert len(whole) >= 4
     assert max(sorted(worst)[:-1]) < 0.03
@@ -143,9 +145,9 @@ def test_processes_have_equal_work_within_three_per_cent(world_size: int, kind: 
 def test_spreading_fills_every_batch_and_balances_it() -> None:
     rows = np.arange(12)
     lengths = np.array([100, 1, 1, 1, 50, 50, 1, 1, 1, 1, 90, 7])
-    made = balance(rows, lengths, 3, 4)
-    assert sorted(chain.from_iterable(made)) == list(range(12)) and [len(batch) for batch in made] == [4, 4, 4]
-    assert max(lengths[batch].sum() for batch in made) == 103  # the best there is: 100 with three of one token
+    balanced = balance(rows, lengths, 3, 4)
+    assert sorted(chain.from_iterable(balanced)) == list(range(12)) and [len(batch) for batch in balanced] == [4, 4, 4]
+    assert max(lengths[batch].sum() for batch in balanced) == 103  # the best there is: 100 with three of one token
 
 
 def test_the_last_rows_are_shared_and_none_is_taken_twice() -> None:
@@ -199,9 +201,9 @@ def test_every_epoch_has_as_many_batches_as_announced(kind: str, seed: int) -> N
     batches = MixtureBatchSampler(mixture, seed=seed, size=2, accumulation=3, lengths=lengths, steps=30, **more)
     met: Counter[int] = Counter()
     for epoch in range(4):
-        made = list(_at(batches, epoch))
-        assert len(made) == len(batches)
-        met.update(chain.from_iterable(made))
+        epoch_batches = list(_at(batches, epoch))
+        assert len(epoch_batches) == len(batches)
+        met.update(chain.from_iterable(epoch_batches))
     assert met == dict.fromkeys(np.flatnonzero(lengths).tolist(), 2)
 
 
@@ -211,5 +213,5 @@ def test_packed_epochs_of_parts_of_a_source_have_equally_many_batches() -> None:
         Mixture.by_repeats([50], [0.3]), seed=0, size=1, lengths=lengths, tokens=50, packed=True, accumulation=2, epochs=6
     )
     for epoch in range(6):
-        made = list(_at(batches, epoch))
-        assert len(made) == len(batches) and all(lengths[batch].sum() <= 50 for batch in made)
+        epoch_batches = list(_at(batches, epoch))
+        assert len(epoch_batches) == len(batches) and all(lengths[batch].sum() <= 50 for batch in epoch_batches)

@@ -1,4 +1,4 @@
-"""A padded batch is the one that the family's own processor makes of the same conversations."""
+"""Padded batches equal those of the family's own processor for the same conversations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORDS = ["what is it?", "nothing to see, yes or no?", "two", "the cat is on the 
 
 
 def conversations(folder: Path, open_images: bool = True) -> list[list[Message]]:
-    made = []
+    samples = []
     for number, (sizes, words) in enumerate(zip(SIZES, WORDS, strict=True)):
         content: list[dict[str, Any]] = []
         for place, size in enumerate(sizes if open_images else []):
@@ -32,8 +32,8 @@ def conversations(folder: Path, open_images: bool = True) -> list[list[Message]]
             # Neither flat nor like another: what is joined in the wrong order does not compare equal.
             Image.radial_gradient("L").resize(size).rotate(37 * number + 11 * place).convert("RGB").save(path)
             content.append({"type": "image", "image": path})
-        made.append([{"role": "user", "content": [*content, {"type": "text", "text": words}]}])
-    return made
+        samples.append([{"role": "user", "content": [*content, {"type": "text", "text": words}]}])
+    return samples
 
 
 def of_the_processor(processor: Any, talks: list[list[Message]], side: str) -> dict[str, torch.Tensor]:
@@ -51,12 +51,12 @@ def of_the_processor(processor: Any, talks: list[list[Message]], side: str) -> d
     return {key: own[key] for key in own if key != "labels"}  # PaliGemma's mark the whole answer side, here the prompt's
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert {key: (value.shape, value.dtype) for key, value in found.items()} == {
+def assert_same(batch: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
         key: (value.shape, value.dtype) for key, value in expected.items()
     }
     for key in expected:
-        assert torch.equal(found[key], expected[key]), key
+        assert torch.equal(batch[key], expected[key]), key
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -1,4 +1,4 @@
-"""A stream gives every row once an epoch, in one order for every layout, and goes on exactly where it was left."""
+"""Sample streams: every row once an epoch, the same order at any number of processes and workers, and exact resuming."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_stream_without_rows_ends_the_run() -> None:
 
 @pytest.mark.slow
 def test_killed_runs_see_the_rows_of_an_unbroken_one(tmp_path: Path) -> None:
-    """A process writes the ids of each batch; it is killed at random moments and goes on behind the last line that it wrote."""
+    """A process writes the ids of each batch; it is killed at random moments and resumes after the last line that it wrote."""
     lines = [json.dumps({"id": number, "text": "x" * (number % 50)}) for number in range(300)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     script = f"""

@@ -1,4 +1,4 @@
-"""Labels are the assistant's text and its end of turn; training and serving see the same tokens; padding changes nothing."""
+"""Encoding: exact labels of answers and their end of turn, the same tokens in training and serving, padding without effect."""
 
 from __future__ import annotations
 
@@ -313,10 +313,10 @@ def test_padding_fills_one_side(side: str) -> None:
     rows[1]["pixel_values"] = torch.full((2, 3, 4, 4), 0.5)
     batch = collate(rows, 9, side)
     pads = {"input_ids": 9, "labels": IGNORE_INDEX, "attention_mask": 0, "token_type_ids": 0}
-    kept = {"input_ids": 5, "labels": 6, "attention_mask": 1, "token_type_ids": 2}
+    values = {"input_ids": 5, "labels": 6, "attention_mask": 1, "token_type_ids": 2}
     for key, pad in pads.items():
-        short = [kept[key], pad, pad] if side == "right" else [pad, pad, kept[key]]
-        assert batch[key].tolist() == [[kept[key]] * 3, short]
+        short = [values[key], pad, pad] if side == "right" else [pad, pad, values[key]]
+        assert batch[key].tolist() == [[values[key]] * 3, short]
     assert batch["pixel_values"].shape == (2, 3, 4, 4)
 
 
@@ -338,7 +338,7 @@ def test_logits_of_a_batch_are_those_of_each_sample_alone(untrained: tuple[Any, 
         logits = model(**{key: value for key, value in batch.items() if key != "labels"}, position_ids=positions).logits
         for row, sample in enumerate(encoded):
             alone = model(**{key: value for key, value in sample.items() if key != "labels"}).logits[0]
-            kept = batch["attention_mask"][row].bool()
-            torch.testing.assert_close(logits[row][kept], alone, atol=1e-5, rtol=0)
-            assert torch.equal(batch["labels"][row][kept], sample["labels"][0])
-            assert (batch["labels"][row][~kept] == IGNORE_INDEX).all()
+            real = batch["attention_mask"][row].bool()
+            torch.testing.assert_close(logits[row][real], alone, atol=1e-5, rtol=0)
+            assert torch.equal(batch["labels"][row][real], sample["labels"][0])
+            assert (batch["labels"][row][~real] == IGNORE_INDEX).all()

@@ -1,4 +1,4 @@
-"""What is encoded is what each family's own processor gives, tensor for tensor; and image tokens are never supervised."""
+"""Encoding per family: tensors equal those of the family's own processor, and image tokens are never supervised."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONVERSATIONS: dict[str, list[list[str]]] = {
 
 
 TAKE_SPELLINGS = ("idefics3", "internvl", "paligemma")
-"""Families whose own code takes a placeholder that a text spells for a real one, even when it is told to sanitize."""
+"""Families whose own code takes a placeholder that a text spells for a real one, even with sanitizing on."""
 
 
 @pytest.fixture(scope="module")
@@ -87,21 +87,21 @@ def test_encoded_samples_are_what_the_processor_gives(pictures: Path, family: st
             if not (reads_types and key in ("labels", "token_type_ids")):
                 assert ours[key].dtype == tensor.dtype and torch.equal(ours[key], tensor), key
     ids, labels = trained["input_ids"], trained["labels"]
-    kept = labels != IGNORE_INDEX
-    assert torch.equal(ids[kept], labels[kept])
+    supervised = labels != IGNORE_INDEX
+    assert torch.equal(ids[supervised], labels[supervised])
     images = torch.isin(ids, torch.tensor([processor.image_token_id, *processor.image_token_ids]))
-    assert not (images & kept).any() and images.any() == (case != "text")
+    assert not (images & supervised).any() and images.any() == (case != "text")
     end = processor.tokenizer.eos_token if family != "gemma3" else "<end_of_turn>"
     lead = " " if "%} {%" in processor.chat_template else ""
     answers = [
         turn[0].format(image=processor.image_token, end=processor.tokenizer.eos_token) for turn in CONVERSATIONS[case][1::2]
     ]
-    assert processor.tokenizer.decode(labels[kept]) == "".join(lead + answer + end for answer in answers)
+    assert processor.tokenizer.decode(labels[supervised]) == "".join(lead + answer + end for answer in answers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_alone_gives_the_tokens_of_the_whole_sample(pictures: Path, family: str) -> None:
-    """What counting does: the same tokens from the replacement strings, no pixel read; media tokens are told apart."""
+    """Counting gives the same tokens from the replacement strings and reads no pixels; media tokens are marked as such."""
     processor = FAMILIES[family]()
     sample = _sample(CONVERSATIONS["several"], pictures, processor)
     images = [block["image"] for message in open_images("r", sample.messages) for block in message["content"] if "image" in block]

@@ -1,4 +1,4 @@
-"""Labels are exact over many chat templates, whatever is said: with marks, and without them."""
+"""Labels over many chat templates and random conversations, with and without `{% generation %}` tags."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WORDS = [
 ]
 
 
-def said(extra: list[str]) -> st.SearchStrategy[str]:
+def message_texts(extra: list[str]) -> st.SearchStrategy[str]:
     """Words, white space, and the spellings of control tokens, in any order."""
     return st.lists(st.sampled_from(WORDS + extra), max_size=5).map("".join) | st.text(
         st.characters(exclude_categories=["Cs"]), max_size=12
@@ -46,7 +46,7 @@ def said(extra: list[str]) -> st.SearchStrategy[str]:
 @st.composite
 def conversations(draw: st.DrawFn, dialect: Dialect) -> list[Message]:
     """One to three turns; in each question up to two images among up to three pieces of text."""
-    text = said([*dialect.specials, dialect.end, dialect.token])
+    text = message_texts([*dialect.specials, dialect.end, dialect.token])
     piece = text.map(lambda words: {"type": "text", "text": words})
     image = st.just({"type": "image", "image": "never-opened.png"})
     messages: list[Message] = []
@@ -60,10 +60,10 @@ def conversations(draw: st.DrawFn, dialect: Dialect) -> list[Message]:
 
 def answers_of(messages: list[Message], dialect: Dialect) -> list[str]:
     marks = str.maketrans("", "", "\U000f0000\U000f0001")  # what transformers marks spellings with, and drops from texts
-    said = [text_of(message) for message in messages if message["role"] == "assistant"]
+    answers = [text_of(message) for message in messages if message["role"] == "assistant"]
     spelt = any(token in text_of(message) for message in messages for token in (*dialect.specials, dialect.token))
     dropped = spelt or any(chr(code) in text_of(message) for message in messages for code in (0xF0000, 0xF0001))
-    return [dialect.lead + (text.translate(marks) if dropped else text) + dialect.end for text in said]
+    return [dialect.lead + (text.translate(marks) if dropped else text) + dialect.end for text in answers]
 
 
 @pytest.mark.parametrize("name", DIALECTS)

@@ -1,4 +1,4 @@
-"""Samples that are too long: what goes, what gets smaller, and that the rest is encoded to the very length that was counted."""
+"""Samples over the length limit: dropped or resized media, and an encoded length equal to the counted one."""
 
 from __future__ import annotations
 
@@ -98,12 +98,14 @@ def test_of_equal_images_the_last_of_the_earliest_turn_goes_first(pictures: dict
     processor, small, twin = FAMILIES["llava"](), pictures["small"], pictures["twin"]
     sample = _sample([small, twin, "what?"], ["a"], [small, "and this?"], ["b"])
     limit = count_tokens(sample, processor).tokens - 1
-    kept = []
+    images = []
     for _ in range(3):
         fitted = fit_to_budget(sample, processor, limit, "drop_media")
-        kept.append([[Path(b["image"]).stem for b in m["content"] if b["type"] == "image"] for m in fitted.sample.messages[::2]])
+        images.append(
+            [[Path(b["image"]).stem for b in m["content"] if b["type"] == "image"] for m in fitted.sample.messages[::2]]
+        )
         limit = fitted.counts.tokens - 1
-    assert kept == [[["small"], ["small"]], [[], ["small"]], [[], []]]
+    assert images == [[["small"], ["small"]], [[], ["small"]], [[], []]]
 
 
 def test_words_around_a_dropped_image_stay_apart(pictures: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""A weight takes a turn out of the loss, and nothing else changes."""
+"""Message weights: a weight of 0 removes a turn from the loss and changes nothing else."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_question_has_no_loss_to_ask_for(media: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "question", "answer", "kept"),
+    ("template", "question", "answer", "expected"),
     [
         ("query_response", "Indent it", "    return x\n", "    return x\n"),
         ("query_response", "q", " a", " a"),
@@ -116,14 +116,14 @@ def test_a_question_has_no_loss_to_ask_for(media: Path) -> None:
         ("prompt_completion", "Indent it", "\treturn", "\treturn"),
     ],
 )
-def test_an_answer_keeps_its_white_space(media: Path, template: str, question: str, answer: str, kept: str) -> None:
+def test_an_answer_keeps_its_white_space(media: Path, template: str, question: str, answer: str, expected: str) -> None:
     [sample] = samples(media, dict(zip(template.split("_"), (question, answer), strict=True)), template=template)
-    assert [message["content"][0]["text"] for message in sample.messages] == [question, kept]
+    assert [message["content"][0]["text"] for message in sample.messages] == [question, expected]
 
 
 def test_an_answer_of_weight_0_is_no_reference(media: Path) -> None:
-    kept, excluded = samples(media, talk({"weight": 0}, {}), talk({}, {"weight": 0}))
-    assert split_question(kept)[1] == "right"
+    included, excluded = samples(media, talk({"weight": 0}, {}), talk({}, {"weight": 0}))
+    assert split_question(included)[1] == "right"
     with pytest.raises(RowError, match=r"^rows\.json\[1\]: messages: the last answer has weight 0"):
         split_question(excluded)
 

@@ -1,4 +1,4 @@
-"""Counts from sizes are those of the real processors, for sizes from one pixel to a photograph's, and refusals are the same."""
+"""Token counts from image sizes equal those of the real processors, from one pixel to photographs, with the same errors."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def _counted(processor: Any, sizes: list[Size]) -> list[str] | str:
 
 @pytest.fixture(scope="module")
 def variants() -> Callable[[str], Any]:
-    made: dict[str, Any] = {}
-    return lambda name: made.setdefault(name, VARIANTS[name]())
+    processors: dict[str, Any] = {}
+    return lambda name: processors.setdefault(name, VARIANTS[name]())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -253,13 +253,13 @@ def test_a_sample_without_images_has_no_media_tokens(media: Path) -> None:
 def test_an_image_that_the_processor_refuses_is_refused_alike_by_row(media: Path) -> None:
     Image.new("RGB", (900, 2)).save(media / "line.png")
     sample = _sample([media / "line.png"], "what?", "a line")
-    told = []
+    errors = []
     for does in (count_tokens, encode_sample):
         with pytest.raises(RowError) as refused:
             does(sample, FAMILIES["qwen2_vl"]())
-        told.append((refused.value.row, refused.value.field, refused.value.detail))
+        errors.append((refused.value.row, refused.value.field, refused.value.detail))
     refusal = "Qwen2VLProcessor rejects the sample's images: absolute aspect ratio must be smaller than 200, got 450.0"
-    assert told[0] == told[1] == ("rows.json[3]", "image", refusal)
+    assert errors[0] == errors[1] == ("rows.json[3]", "image", refusal)
 
 
 def test_an_image_without_a_header_is_refused_by_row(media: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tokens and the characters they stand for, over tokenizers that treat white space in different ways."""
+"""Character spans of tokens, over tokenizers that treat white space in different ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Augmentation: operations in closed form, boxes that follow, draws that are those of every layout and differ between epochs."""
+"""Augmentation: operations in closed form, transformed boxes, and draws that depend on the epoch but not on the processes."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def _resized(pixels: Any, size: tuple[int, int]) -> Any:
 def test_a_cut_is_resized_to_the_images_size() -> None:
     change = ImageAugmentation(crop=0.5, position=(0.99, 0.25))
     assert change.crop_box(IMAGE.size) == (28, 5, 56, 25)  # half of 56 x 40; the last of 29 places, and 0.25 x 21 of 21
-    made = np.asarray(change.apply(IMAGE), dtype=np.float64)
-    assert np.abs(made - _resized(PIXELS[5:25, 28:56], (56, 40))).max() <= 2  # each of the two passes is rounded
+    augmented = np.asarray(change.apply(IMAGE), dtype=np.float64)
+    assert np.abs(augmented - _resized(PIXELS[5:25, 28:56], (56, 40))).max() <= 2  # each of the two passes is rounded
 
 
 def test_an_image_is_brought_down_to_the_longest_side() -> None:
@@ -82,8 +82,8 @@ def test_colours_are_blended(name: str, factor: float) -> None:
     luma = PIXELS @ np.array([0.299, 0.587, 0.114])
     degenerate = {"brightness": np.zeros(1), "contrast": np.floor(luma.mean() + 0.5), "saturation": luma[..., None]}[name]
     expected = np.clip(degenerate + factor * (PIXELS.astype(np.float64) - degenerate), 0, 255)
-    made = np.asarray(ImageAugmentation(**{name: factor}).apply(IMAGE), dtype=np.float64)
-    assert np.abs(made - expected).max() <= 2
+    augmented = np.asarray(ImageAugmentation(**{name: factor}).apply(IMAGE), dtype=np.float64)
+    assert np.abs(augmented - expected).max() <= 2
 
 
 def test_operations_come_in_their_order() -> None:
@@ -231,9 +231,9 @@ output_dir: {tmp_path / "run"}
 """
     (tmp_path / "recipe.yaml").write_text(text)
     assert entry_point(["recipe", "check", str(tmp_path / "recipe.yaml")]) == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert f"{tmp_path / 'recipe.yaml'}:4: data.train.0.augment: {path}:" in told
-    assert "would move the image but not the box 'bbox'" in told
+    stderr = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path / 'recipe.yaml'}:4: data.train.0.augment: {path}:" in stderr
+    assert "would move the image but not the box 'bbox'" in stderr
     assert entry_point(["recipe", "check", str(tmp_path / "recipe.yaml"), "data.train.0.augment={contrast: 0.1}"]) == 0
 
 
@@ -381,10 +381,10 @@ def test_lengths_are_planned_checked_and_shown_of_augmented_images(tmp_path: Pat
     assert plan.media is not None and plan.media.files == [str(tmp_path / f"{index}.png") for index in range(4)]
     limit = int(plan.tokens.max())
     for augment, kinds in ((source.augment, set()), (None, {"too_long"})):
-        doctor = Validator(
+        validator = Validator(
             [source.model_copy(update={"augment": augment})], settings=ValidationSettings(processor, max_tokens=limit)
         )
-        assert {each.issue for each in doctor.issues(1) if each.severity == "error"} == kinds
+        assert {each.issue for each in validator.issues(1) if each.severity == "error"} == kinds
     view = view_sample(samples[0], processor, DataSection(train=(source,)))
     assert len(view.tokens) == plan.tokens[0] and "images have the augmentation of the first visit" in view.notes[0]
 

@@ -1,4 +1,4 @@
-"""DICOM: grey values through the file's own window or the recipe's, colours as RGB, and files that are refused by name."""
+"""DICOM: grey values through the file's own window or the recipe's, colours as RGB, errors for unsupported files."""
 
 from __future__ import annotations
 
@@ -101,11 +101,11 @@ def test_grey_values_are_rescaled_and_go_through_the_files_window() -> None:
 @pytest.mark.parametrize("function", ["LINEAR_EXACT", "SIGMOID"])
 def test_the_other_functions_of_a_window(function: str) -> None:
     """PS3.3, C.11.2.1.3."""
-    made = _grey(_dicom(VALUES, WindowCenter="2000", WindowWidth="1000", VOILUTFunction=function))
+    grey = _grey(_dicom(VALUES, WindowCenter="2000", WindowWidth="1000", VOILUTFunction=function))
     if function == "LINEAR_EXACT":
-        assert np.array_equal(made, _linear(VALUES, 1500, 2500))
+        assert np.array_equal(grey, _linear(VALUES, 1500, 2500))
     else:
-        assert np.array_equal(made, _linear(1 / (1 + np.exp(-4 * (VALUES - 2000.0) / 1000)), 0, 1))
+        assert np.array_equal(grey, _linear(1 / (1 + np.exp(-4 * (VALUES - 2000.0) / 1000)), 0, 1))
 
 
 @pytest.mark.parametrize(("kind", "element"), [("f4", "FloatPixelData"), ("f8", "DoubleFloatPixelData")])
@@ -128,8 +128,8 @@ def test_a_lut_takes_the_windows_place() -> None:
     table.add_new("LUTDescriptor", "US", [4, 0, 8])
     table.add_new("LUTData", "US", [0, 200, 100, 255])
     stored = np.array([[0, 1, 2, 3, 9, 9]], np.uint8)
-    made = _grey(_dicom(stored, VOILUTSequence=Sequence([table])))
-    assert made.tolist() == [[0, 200, 100, 255, 255, 255]]
+    grey = _grey(_dicom(stored, VOILUTSequence=Sequence([table])))
+    assert grey.tolist() == [[0, 200, 100, 255, 255, 255]]
     assert np.array_equal(_grey(_dicom(stored, VOILUTSequence=Sequence([table])), (0.0, 9.0)), _linear(stored, 0, 9))
 
 
@@ -146,8 +146,8 @@ def test_an_enhanced_file_keeps_its_settings_for_each_frame() -> None:
     }
     data = _dicom(np.stack([VALUES, VALUES[::-1]]), NumberOfFrames="2", **groups)
     assert np.array_equal(_grey(data), _standard(VALUES * 2.0 - 100, 500, 800))
-    found = dict(inspect_image(_media(data)).issues)
-    assert found == {"image_animated": "several frames", "image_16bit": "DICOM with 16 bits per channel"}
+    issues = dict(inspect_image(_media(data)).issues)
+    assert issues == {"image_animated": "several frames", "image_16bit": "DICOM with 16 bits per channel"}
 
 
 def test_colours_are_rgb() -> None:
@@ -161,11 +161,11 @@ def test_colours_are_rgb() -> None:
     for name, levels in {"Red": (1, 2, 3), "Green": (10, 20, 30), "Blue": (100, 150, 255)}.items():
         palette[f"{name}PaletteColorLookupTableDescriptor"] = [3, 0, 16]
         palette[f"{name}PaletteColorLookupTableData"] = np.array([level * 257 for level in levels], "<u2").tobytes()
-    made = np.asarray(open_image(_media(_dicom(index, "PALETTE COLOR", **palette))))
-    assert made.tolist() == [[[1, 10, 100], [2, 20, 150], [3, 30, 255], [3, 30, 255]]]
+    pixels = np.asarray(open_image(_media(_dicom(index, "PALETTE COLOR", **palette))))
+    assert pixels.tolist() == [[[1, 10, 100], [2, 20, 150], [3, 30, 255], [3, 30, 255]]]
     luma = np.array([[[81, 90, 240]]], np.uint8).repeat(2, axis=1)  # JFIF's YCbCr of a red
-    made = np.asarray(open_image(_media(_dicom(luma, "YBR_FULL"))))
-    assert np.abs(made[0, 0].astype(int) - [238, 14, 14]).max() <= 1
+    pixels = np.asarray(open_image(_media(_dicom(luma, "YBR_FULL"))))
+    assert np.abs(pixels[0, 0].astype(int) - [238, 14, 14]).max() <= 1
 
 
 def test_compressed_pixels_are_decoded_or_the_package_is_named() -> None:
@@ -188,8 +188,8 @@ def test_it_is_found_by_its_content_wherever_it_lies(tmp_path: Path) -> None:
     (tmp_path / "scan").write_bytes(data)
     (tmp_path / "all").write_bytes(b"before" + data + b"behind")
     expected = np.asarray(open_image(_media(data)))
-    found = resolve_media("scan", MediaRules(tmp_path))
-    for media in (found, EmbeddedMedia(tmp_path / "all", "scan", offset=6, length=len(data))):
+    path = resolve_media("scan", MediaRules(tmp_path))
+    for media in (path, EmbeddedMedia(tmp_path / "all", "scan", offset=6, length=len(data))):
         assert image_size(media) == (8, 5) and np.array_equal(np.asarray(open_image(media)), expected)
 
 

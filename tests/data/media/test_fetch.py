@@ -1,4 +1,4 @@
-"""URLs against a server of our own on the loopback, which only these tests may ask."""
+"""Download of media by URL, against a local server on the loopback interface."""
 
 from __future__ import annotations
 
@@ -103,12 +103,12 @@ def _fetch(site: Any, path: str, cache: Path, limits: fetch.FetchLimits = SMALL)
 def test_an_image_is_fetched_once_and_kept_by_its_url(site: Site, tmp_path: Path) -> None:
     site.says("/a.png?size=1%20x&name=%C3%A9")
     cache = tmp_path / "not" / "there yet"
-    kept = _fetch(site, "/a.png?size=1%20x&name=é", cache)
+    path = _fetch(site, "/a.png?size=1%20x&name=é", cache)
     name = hashlib.sha256((site.url + "/a.png?size=1%20x&name=é").encode()).hexdigest()  # type: ignore[attr-defined]
-    assert kept == cache / name[:2] / name and kept.read_bytes() == PICTURE
-    assert _fetch(site, "/a.png?size=1%20x&name=é", cache) == kept
+    assert path == cache / name[:2] / name and path.read_bytes() == PICTURE
+    assert _fetch(site, "/a.png?size=1%20x&name=é", cache) == path
     assert len(site.asked) == 1
-    assert [file for file in cache.rglob("*") if file.is_file()] == [kept]
+    assert [file for file in cache.rglob("*") if file.is_file()] == [path]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_what_is_no_image_of_fair_size_is_refused_and_nothing_kept(
 
 @pytest.mark.parametrize("kind", ["headers", "body", "silence"])
 def test_a_server_that_drips_is_hung_up_on(site: Site, tmp_path: Path, kind: str) -> None:
-    """It would go on for ever: without the hanging up the test would not end."""
+    """The server never ends its response: if the client did not hang up, this test would not end."""
     given_up = threading.Event()
     begins = {
         "headers": b"HTTP/1.0 200 OK\r\nX-Slow: ",
@@ -336,11 +336,11 @@ def test_every_address_of_a_name_is_checked_and_the_checked_one_is_asked(
 
 
 def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
-    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
-    made += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    made += ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "cert")]
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command += ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "cert")]
     try:
-        subprocess.run(made, check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True)
     except FileNotFoundError:
         pytest.skip("no openssl command")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -373,8 +373,8 @@ def test_a_row_may_name_a_url_only_where_its_source_allows_it(
     with pytest.raises(ValueError, match="expected a public address"):
         resolve_media(url, rules)
     assert site.asked == []
-    kept = fetch_media(url, tmp_path / "cache", DEFAULT_LIMITS, loopback)
-    assert resolve_media(url, rules) == kept
+    path = fetch_media(url, tmp_path / "cache", DEFAULT_LIMITS, loopback)
+    assert resolve_media(url, rules) == path
 
 
 def test_nobody_listening_and_a_full_disk_are_the_rows_fault(tmp_path: Path, site: Site) -> None:

@@ -1,4 +1,4 @@
-"""Images are opened upright and in RGB, or refused by name."""
+"""Opening of images: upright and in RGB, or an error that names the image."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def test_an_orientation_behind_the_pixels_of_a_png_is_found_without_decoding_the
     assert early[at : at + length] in late and late.index(b"IDAT") < late.index(b"eXIf")
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     text = b"XML:com.adobe.xmp\0\0\0\0\0" + xmp
-    told = struct.pack(">I4s", len(text), b"iTXt") + text + struct.pack(">I", zlib.crc32(b"iTXt" + text))
-    in_text = early[:at] + early[at + length : -12] + told + early[-12:]
+    description = struct.pack(">I4s", len(text), b"iTXt") + text + struct.pack(">I", zlib.crc32(b"iTXt" + text))
+    in_text = early[:at] + early[at + length : -12] + description + early[-12:]
     for data in (late, in_text):
         assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size == (60, 80)
         for media in _both(tmp_path, data):
@@ -294,9 +294,9 @@ def test_what_a_row_carries_is_found(media: Path) -> None:
         uri,
         EmbeddedMedia(media, "a", data=data),
     ):
-        found = resolve_media(value, rules)
-        assert isinstance(found, EmbeddedMedia) and found.data == data
-        assert image_size(found) == open_image(found).size == (40, 24)
+        medium = resolve_media(value, rules)
+        assert isinstance(medium, EmbeddedMedia) and medium.data == data
+        assert image_size(medium) == open_image(medium).size == (40, 24)
     for value in ({"bytes": None, "path": "a.png"}, {"path": "a.png"}, Path("a.png")):
         assert resolve_media(value, rules) == (media / "a.png").resolve()
 

@@ -1,4 +1,4 @@
-"""What rows write to name a medium: URIs, Windows paths and the objects that data sets wrap them in."""
+"""Names of media in rows: URIs, Windows paths, and the objects in which data sets wrap them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def _encoded(format: str = "JPEG") -> str:
 def test_a_data_uri_is_read_with_a_format_or_without(media: Path, head: str) -> None:
     body = _encoded()
     lines = "\n".join(body[start : start + 76] for start in range(0, len(body), 76))  # as MIME breaks it
-    for written in (body, lines, body.replace("+", "%2B").replace("=", "%3D")):
-        found = resolve_media(head + written, MediaRules(media))
-        assert isinstance(found, EmbeddedMedia) and open_image(found).getpixel((3, 3))[0] > 250
+    for uri in (body, lines, body.replace("+", "%2B").replace("=", "%3D")):
+        medium = resolve_media(head + uri, MediaRules(media))
+        assert isinstance(medium, EmbeddedMedia) and open_image(medium).getpixel((3, 3))[0] > 250
 
 
 def test_a_file_uri_is_a_path_below_the_root(media: Path) -> None:
@@ -71,8 +71,8 @@ def test_base64_without_a_head_is_told_what_is_missing(media: Path, format: str)
 
 @pytest.mark.parametrize("value", [{"url": "a.png"}, {"image_url": "a.png"}, {"image_url": {"url": "a.png"}}, {"image": "a.png"}])
 def test_an_object_that_names_one_medium_is_read(media: Path, value: dict[str, Any]) -> None:
-    for given in (value, value | {"type": "image"}, value | {"bytes": None}, {"image": value}):
-        assert resolve_media(given, MediaRules(media)) == media / "a.png"
+    for wrapped in (value, value | {"type": "image"}, value | {"bytes": None}, {"image": value}):
+        assert resolve_media(wrapped, MediaRules(media)) == media / "a.png"
 
 
 @pytest.mark.parametrize("value", [{"url": "a.png", "caption": "x"}, {"file": "a.png"}, {"image": "a.png", "path": "b.png"}])
@@ -135,6 +135,6 @@ def test_rows_with_uris_and_windows_paths_are_checked(media: Path, capsys: pytes
     assert entry_point(["data", "show", str(media / "recipe.yaml"), "--index", "2"]) == 0
     assert f"image 1: {media / 'imgs' / 'a.png'}" in capsys.readouterr().out.replace("\n", "")
     assert entry_point(["data", "check", str(_case(media, [*good, _encoded()])), "--out", str(media / "found.jsonl")]) == 1
-    found = [json.loads(line) for line in (media / "found.jsonl").read_text().splitlines()]
-    [error] = [each for each in found if each["issue"] == "media_path"]
+    issues = [json.loads(line) for line in (media / "found.jsonl").read_text().splitlines()]
+    [error] = [each for each in issues if each["issue"] == "media_path"]
     assert error["row"] == "rows.json[3]" and "write data:image;base64, before it" in error["detail"]

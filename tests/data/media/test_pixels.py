@@ -1,4 +1,4 @@
-"""Pixels of every mode as 8-bit RGB, held to closed forms in numpy: transparency on white, wide grey values through windows."""
+"""Pixels of every image mode as 8-bit RGB, compared with closed forms in numpy: alpha on white, windows for 16-bit grey."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ def test_alpha_is_composited_on_white(format: str, options: dict[str, Any]) -> N
 def test_alpha_of_a_format_with_loss_is_composited_on_white() -> None:
     alpha = np.repeat(np.array([0, 128, 255], np.uint8), 16)[None].repeat(16, axis=0)
     colours = np.full((16, 48, 3), (40, 90, 200), np.uint8)
-    made = _pixels(_saved(Image.fromarray(np.dstack([colours, alpha]), "RGBA"), "AVIF", quality=100, subsampling="4:4:4"))
-    off = np.abs(made.astype(int) - _on_white(colours, alpha))
+    rgb = _pixels(_saved(Image.fromarray(np.dstack([colours, alpha]), "RGBA"), "AVIF", quality=100, subsampling="4:4:4"))
+    off = np.abs(rgb.astype(int) - _on_white(colours, alpha))
     assert off[:, [4, 24, 44]].max() <= 4
 
 
@@ -123,16 +123,16 @@ def test_premultiplied_alpha_of_a_tiff_is_taken_out_first(order: str, bits: int)
     stored = np.dstack([np.minimum(COLOURS, 128), alpha]).astype(np.uint16)
     stored = stored * 257 if bits == 16 else stored
     data = stored.astype(f"{order}u{bits // 8}").tobytes()
-    made = _pixels(_tiff(data, (7, 9), [bits] * 4, 2, order, {338: 1}))
-    assert np.abs(made.astype(int) - (np.minimum(COLOURS, 128).astype(int) + 255 - 128)).max() <= 1
+    rgb = _pixels(_tiff(data, (7, 9), [bits] * 4, 2, order, {338: 1}))
+    assert np.abs(rgb.astype(int) - (np.minimum(COLOURS, 128).astype(int) + 255 - 128)).max() <= 1
 
 
 def test_a_palette_is_transparent_by_index_or_by_alpha() -> None:
     palette = [10, 20, 30, 40, 50, 60, 70, 80, 90]
     colours = np.array(palette).reshape(1, 3, 3)
     for alpha in ([0, 255, 255], [0, 128, 255], [7, 128, 200]):
-        made = _pixels(_png(3, 1, 8, 3, bytes([0, 1, 2]), bytes(alpha), bytes(palette)))
-        assert np.array_equal(made, _on_white(colours, [alpha]))
+        rgb = _pixels(_png(3, 1, 8, 3, bytes([0, 1, 2]), bytes(alpha), bytes(palette)))
+        assert np.array_equal(rgb, _on_white(colours, [alpha]))
     gif = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
     gif.putpalette(palette)
     assert np.array_equal(_pixels(_saved(gif, "GIF", transparency=1)), _on_white(colours, [[255, 0, 255]]))
@@ -163,8 +163,8 @@ def test_a_transparent_grey_value_is_white(depth: int, pixels: bytes, grey: list
 def test_a_transparent_colour_is_white(depth: int, scale: int) -> None:
     pixels = np.array([1, 2, 3, 4, 5, 6]) * scale  # 16 bits: upper halves from 1 to 6, other lower halves
     data = pixels.astype(f">u{depth // 8}").tobytes()
-    made = _pixels(_png(2, 1, depth, 2, data, struct.pack(">3H", *(pixels[3:]))))
-    assert made.tolist() == [[[1, 2, 3], [255, 255, 255]]]
+    rgb = _pixels(_png(2, 1, depth, 2, data, struct.pack(">3H", *(pixels[3:]))))
+    assert rgb.tolist() == [[[1, 2, 3], [255, 255, 255]]]
 
 
 def test_sixteen_bits_with_alpha_keep_the_upper_eight() -> None:
@@ -175,8 +175,8 @@ def test_sixteen_bits_with_alpha_keep_the_upper_eight() -> None:
         data = stored.astype(f"{order}u2").tobytes()
         assert np.array_equal(_pixels(_tiff(data, (7, 9), [16] * 4, 2, order, {338: 2})), expected)
     grey = np.dstack([COLOURS[..., 0], ALPHA]).astype(">u2") * 257
-    made = _pixels(_png(7, 9, 16, 4, grey.astype(">u2").tobytes()))
-    assert np.array_equal(made, _on_white(np.repeat(COLOURS[..., :1], 3, axis=2), ALPHA))
+    rgb = _pixels(_png(7, 9, 16, 4, grey.astype(">u2").tobytes()))
+    assert np.array_equal(rgb, _on_white(np.repeat(COLOURS[..., :1], 3, axis=2), ALPHA))
 
 
 def test_a_fourth_channel_that_is_no_alpha_is_not_transparent() -> None:
@@ -286,8 +286,8 @@ def test_the_first_page_of_a_tiff_is_shown() -> None:
     pages = [Image.fromarray((WIDE + step).clip(0, 65_535).astype(np.uint16)) for step in (0, 9_000)]
     data = _saved(pages[0], "TIFF", save_all=True, append_images=pages[1:])
     assert np.array_equal(_pixels(data)[..., 0], WIDE // 256)
-    found = dict(inspect_image(_media(data)).issues)
-    assert found["image_animated"] == "several pages" and found["image_16bit"] == "TIFF with 16 bits per channel"
+    issues = dict(inspect_image(_media(data)).issues)
+    assert issues["image_animated"] == "several pages" and issues["image_16bit"] == "TIFF with 16 bits per channel"
 
 
 def test_a_transparent_picture_is_checked_and_shown_on_white(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

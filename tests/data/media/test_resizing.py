@@ -1,4 +1,4 @@
-"""Long and narrow images: what a processor would make of them is bounded before a pixel is decoded, and the row is named."""
+"""Long and narrow images: the resized size is limited before any pixel is decoded, and the error names the row."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_what_a_processor_would_make_of_an_image_is_said() -> None:
     """The 5,000,000 x 1 of a file of 685 bytes would be 1.6 billion pixels at the tiny base's 56."""
     processor = FAMILIES["llava"]()
     edge = processor.image_processor.size["shortest_edge"]
-    told = rf"^expected at most .* after resizing, got {100_000 * edge} x {edge} for an image of 100000 x 1"
-    with pytest.raises(ValueError, match=told):
+    message = rf"^expected at most .* after resizing, got {100_000 * edge} x {edge} for an image of 100000 x 1"
+    with pytest.raises(ValueError, match=message):
         check_resized(processor, [(10, 10), (100_000, 1)])
     with pytest.raises(RowError, match=r"^rows\.jsonl:7: image: LlavaProcessor rejects .* for an image of 1 x 100000"):
         encode_prompt("rows.jsonl:7", _sample((1, 100_000)).messages[:1], processor)

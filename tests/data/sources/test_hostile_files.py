@@ -1,4 +1,4 @@
-"""Files of rows that are damaged or made to do harm: each is an error of its file or of one row, and each is read to its end."""
+"""Damaged and malicious data files: each is an error of its file or of one row, and is read to its end."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ SHARDS: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", SHARDS)
 def test_headers_of_a_shard_are_bounded(name: str, tmp_path: Path) -> None:
-    data, told = SHARDS[name]
+    data, message = SHARDS[name]
     (tmp_path / "s.tar").write_bytes(data)
     for read in (open_rows, lambda path: list(stream_rows(path))):
-        with pytest.raises(UserError, match=rf"s\.tar: .*({told})"):
+        with pytest.raises(UserError, match=rf"s\.tar: .*({message})"):
             read(tmp_path / "s.tar")
 
 
@@ -202,8 +202,8 @@ def test_a_row_of_many_fields_is_read_once_to_name_them(tmp_path: Path, monkeypa
     read = source_csv.CsvRows.__getitem__
     monkeypatch.setattr(source_csv.CsvRows, "__getitem__", lambda self, index: (reads.append(index), read(self, index))[1])
     (tmp_path / "r.csv").write_text(f"{','.join(f'c{n}' for n in range(500))}\n{','.join(['1'] * 500)}\n")
-    found = list(Validator([Source(path=str(tmp_path / "r.csv"), template="vqa")]).issues(1))
-    assert len([each for each in found if each.issue == "field_unknown"]) == 500 and len(reads) <= 2
+    issues = list(Validator([Source(path=str(tmp_path / "r.csv"), template="vqa")]).issues(1))
+    assert len([each for each in issues if each.issue == "field_unknown"]) == 500 and len(reads) <= 2
 
 
 @pytest.mark.parametrize("file", ["r.jsonl", "r.csv", "r.json", "quoted.csv"])
@@ -264,7 +264,7 @@ def test_names_from_files_are_compared_within_bounds() -> None:
 
 
 def test_a_png_of_many_text_chunks_is_walked_once(tmp_path: Path) -> None:
-    """Text that says nothing of the orientation is passed over; what says it is read, wherever it stands."""
+    """Text chunks without an orientation are skipped; the one with it is read at any position."""
     from hostile_rows import NOISE, chunk, encoded
 
     exif = Image.Exif()
@@ -301,5 +301,5 @@ def test_a_tiff_tag_of_another_type_is_an_error_of_the_image(tag: int, tmp_path:
 def test_a_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "a.webp").write_bytes(b"RIFF\xff\xff\xff\x7fWEBPVP8 ")
     os.truncate(tmp_path / "a.webp", 2**40)
-    found: list[Any] = inspect_image(tmp_path / "a.webp").issues
-    assert [name for name, _ in found] == ["image_too_large"]
+    issues: list[Any] = inspect_image(tmp_path / "a.webp").issues
+    assert [name for name, _ in issues] == ["image_too_large"]

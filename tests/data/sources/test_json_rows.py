@@ -1,4 +1,4 @@
-"""The JSON scanner against json.loads: the same rows, and nothing accepted that json.loads refuses."""
+"""The JSON scanner compared with json.loads: the same rows, and the same inputs rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows by index, each with an id that finds it again."""
+"""Sources: rows by index, and row ids that find the row again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe says of a source holds for its rows."""
+"""Media rules of a source in a recipe apply to the rows of that source."""
 
 from __future__ import annotations
 

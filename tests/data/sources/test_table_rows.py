@@ -1,4 +1,4 @@
-"""CSV against Python's own reader, parquet and arrow against pyarrow, saved data sets against `datasets`."""
+"""Tables: CSV compared with Python's reader, Parquet and Arrow with pyarrow, saved data sets with `datasets`."""
 
 from __future__ import annotations
 
@@ -212,12 +212,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("RGB", (5, 3), "teal").save(root / "a.png")
     columns = {"image": datasets.Image(), "more": datasets.List(datasets.Image()), "text": datasets.Value("string")}
     pictures = [str(root / "a.png"), {"bytes": (root / "a.png").read_bytes(), "path": None}]
-    made = datasets.Dataset.from_dict(
+    data_set = datasets.Dataset.from_dict(
         {"image": pictures, "more": [pictures, []], "text": ["a", "b"]}, features=datasets.Features(columns)
     )
-    made.save_to_disk(root / "one")
-    datasets.DatasetDict({"train": made, "test": made}).save_to_disk(root / "splits")
-    made.to_parquet(root / "r.parquet")
+    data_set.save_to_disk(root / "one")
+    datasets.DatasetDict({"train": data_set, "test": data_set}).save_to_disk(root / "splits")
+    data_set.to_parquet(root / "r.parquet")
     return root
 
 
@@ -256,11 +256,11 @@ def test_a_directory_of_splits_asks_for_one(saved: Path) -> None:
     ],
 )
 def test_a_hub_id_is_what_datasets_loads(path: str, asked: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    made = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    data_set = datasets.Dataset.from_dict({"text": ["a", "b"]})
 
     def load(name: str, config: str | None, split: str, streaming: bool) -> Any:
         assert (name, config, split) == asked
-        return made.to_iterable_dataset() if streaming else made
+        return data_set.to_iterable_dataset() if streaming else data_set
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert _both(path) == [(f"{path}[0]", {"text": "a"}), (f"{path}[1]", {"text": "b"})]

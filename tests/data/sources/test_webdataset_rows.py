@@ -1,4 +1,4 @@
-"""Webdataset shards read in place, unsafe archives refused, and many files read as one source."""
+"""Webdataset shards read without unpacking, unsafe archives rejected, and many files read as one source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Boxes as text: closed forms, and what is no box of the image."""
+"""Boxes as text: closed forms, and errors for boxes outside the image."""
 
 from __future__ import annotations
 
@@ -124,11 +124,11 @@ def test_boxes_in_jinja(media: Path) -> None:
 def test_a_box_of_each_round_and_what_reaches_out_of_the_image_clipped(media: Path) -> None:
     turns = [{"role": "user", "images": ["{{ image }}"], "text": "where?"}, {"role": "assistant", "text": "{{ box | pixels }}"}]
     boxes = {"value": "{{ thing.at }}", "layout": "xywh"}
-    told = {"description": "d", "messages": turns, "boxes": boxes, "repeat": {"thing": "things"}, "example": {}}
+    template = {"description": "d", "messages": turns, "boxes": boxes, "repeat": {"thing": "things"}, "example": {}}
     row = {"image": "a.png", "things": [{"at": [0, 0, 10, 12]}, {"at": [-3, 20, 20, 20]}]}  # 40 x 24
     with pytest.raises(RowError, match="is partly outside the image of 40 x 24"):
-        DataTemplate.model_validate(told).sample("r", row, MediaRules(media))
-    clips = DataTemplate.model_validate(told | {"boxes": boxes | {"outside": "clip"}})
+        DataTemplate.model_validate(template).sample("r", row, MediaRules(media))
+    clips = DataTemplate.model_validate(template | {"boxes": boxes | {"outside": "clip"}})
     sample = clips.sample("r", row, MediaRules(media))
     assert [text_of(message) for message in sample.messages[1::2]] == ["[0, 0, 10, 12]", "[0, 20, 17, 24]"]
     with pytest.raises(RowError, match="is entirely outside the image of 40 x 24"):
@@ -143,7 +143,7 @@ def test_rows_with_nothing_to_repeat_are_left_out_where_the_template_says_so(tmp
     (tmp_path / "t.yaml").write_text(json.dumps(template))
     reader = SourceReader(Source(path=str(tmp_path / "rows.json"), template=str(tmp_path / "t.yaml")))
     opened = reader.open()
-    kept = [opened[index][0] for index in range(len(opened))]
-    assert kept == [parse()[0] for parse in reader.stream()] == ["rows.json[1]", "rows.json[3]", "rows.json[4]"]
+    row_ids = [opened[index][0] for index in range(len(opened))]
+    assert row_ids == [parse()[0] for parse in reader.stream()] == ["rows.json[1]", "rows.json[3]", "rows.json[4]"]
     with pytest.raises(RowError, match="things: expected a non-empty list"):
         reader.sample(*opened[2])

@@ -1,4 +1,4 @@
-"""Seeded choices of phrasing, options and examples; words for labels; rows that are joined and chosen."""
+"""Prompt settings: seeded choices of phrasings, options and examples; verbalized labels; joined and selected rows."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ def test_a_draw_is_the_hash_of_its_names() -> None:
 
 def test_a_draw_is_the_same_in_another_process() -> None:
     code = "from mmtune.data.templates.prompts import draw, shuffled; print(draw(1, 'a'), shuffled(range(9), 1, 'a'))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "5"})
-    assert told.stdout == f"{draw(1, 'a')} {shuffled(range(9), 1, 'a')}\n"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "5"}
+    )
+    assert process.stdout == f"{draw(1, 'a')} {shuffled(range(9), 1, 'a')}\n"
 
 
 def test_every_phrasing_is_drawn_about_as_often_and_by_the_row_alone() -> None:

@@ -1,4 +1,4 @@
-"""What a row says in its keys is honoured or refused: media, indexes, placeholders; and by every verb the same."""
+"""Media, indexes and placeholders in a row's keys are used or rejected, in the same way by every command."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_media_that_are_meant_to_be_left_out(media: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("turns", "images", "told"),
+    ("turns", "images", "expected"),
     [
         ([user("q", images=["a.png"]), assistant("a")], [], [["<a.png>", "q"], ["a"]]),
         ([user("q", image="a.png"), assistant("a")], [], [["<a.png>", "q"], ["a"]]),
@@ -188,9 +188,9 @@ def test_media_that_are_meant_to_be_left_out(media: Path) -> None:
         ([user([{"type": "image", "image_url": {"url": "a.png", "detail": "low"}}]), assistant("a")], [], [["<a.png>"], ["a"]]),
     ],
 )
-def test_media_of_turns_and_blocks(media: Path, turns: list[Any], images: list[str], told: list[list[str]]) -> None:
+def test_media_of_turns_and_blocks(media: Path, turns: list[Any], images: list[str], expected: list[list[str]]) -> None:
     [sample] = samples(media, {"messages": turns, "images": images})
-    assert contents(sample) == told
+    assert contents(sample) == expected
 
 
 @pytest.mark.parametrize(
@@ -301,10 +301,10 @@ def test_a_conversation_inside_of_a_shards_json(tmp_path: Path) -> None:
     ]
     reader = SourceReader(Source(path=str(_shard(tmp_path, *rows)), template="llava"))
     opened = reader.open()
-    told = [contents(reader.sample(*opened[index])) for index in range(len(opened))]
-    assert told[:3] == [[["<000.png>", "q"], ["a"]], [["<001.jpg>", "q"], ["a"]], [["q"], ["a"]]]
-    assert told[3][0] == [f"<003.{n}.png>" for n in range(11)]
-    assert [told[4][0], told[5][0]] == [[f"<00{row}.{n}.png>" for n in (1, 0)] for row in (4, 5)]
+    turns = [contents(reader.sample(*opened[index])) for index in range(len(opened))]
+    assert turns[:3] == [[["<000.png>", "q"], ["a"]], [["<001.jpg>", "q"], ["a"]], [["q"], ["a"]]]
+    assert turns[3][0] == [f"<003.{n}.png>" for n in range(11)]
+    assert [turns[4][0], turns[5][0]] == [[f"<00{row}.{n}.png>" for n in (1, 0)] for row in (4, 5)]
 
 
 @pytest.mark.parametrize(
@@ -405,47 +405,47 @@ def test_rows_as_people_bring_them_are_checked_and_shown(
 def test_a_file_that_is_no_json_is_refused_by_every_verb(media: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = {"train": [{"path": str(media / "rows.json"), "template": "llava"}]}
     (media / "recipe.yaml").write_text(json.dumps({"model": {"base": str(base)}, "data": data, "output_dir": str(media / "run")}))
-    for text, told in (
+    for text, message in (
         (b"this is not json", "rows.json:1: not valid JSON"),
         ("[]".encode("utf-16"), "rows.json: expected UTF-8 text, got UTF-16"),
     ):
         (media / "rows.json").write_bytes(text)
         for verb in (["data", "check"], ["data", "show"], ["plan"], ["train"]):
             assert entry_point([*verb, str(media / "recipe.yaml")]) == 2
-            assert told in capsys.readouterr().err
+            assert message in capsys.readouterr().err
 
 
 def test_a_key_with_media_is_told_by_check_plan_and_train(mmtune: Callable[..., tuple[int, str]]) -> None:
     rows = [{"image": "a.png", "messages": [user("q"), assistant("a")]}]
-    code, told = mmtune(["data", "check"], rows, {})
-    assert code == 1 and "media_unread" in told and "0 notes" in told
+    code, output = mmtune(["data", "check"], rows, {})
+    assert code == 1 and "media_unread" in output and "0 notes" in output
     for verb in (["plan"], ["train"]):
-        code, told = mmtune(verb, rows, {})
+        code, output = mmtune(verb, rows, {})
         assert (
-            "rows.json[0]: image: the key refers to media but is not read; the template reads media in images, videos" in told
+            "rows.json[0]: image: the key refers to media but is not read; the template reads media in images, videos" in output
         ), verb
-    assert code == 2 and "1 of 1 rows cannot train" in told
+    assert code == 2 and "1 of 1 rows cannot train" in output
     assert mmtune(["data", "check"], rows, {"ignore": ["image"]})[0] == 0
 
 
 def test_a_weight_is_seen_by_check_show_and_plan(mmtune: Callable[..., tuple[int, str]]) -> None:
     rows = [talk({"weight": 0}, {})]
     assert mmtune(["data", "check"], rows, {})[0] == 0
-    _, told = mmtune(["data", "show", "--json"], rows, {})
-    shown = [token["text"] for token in json.loads(told)["tokens"] if token["kind"] == "supervised"]
+    _, output = mmtune(["data", "show", "--json"], rows, {})
+    shown = [token["text"] for token in json.loads(output)["tokens"] if token["kind"] == "supervised"]
     assert "".join(shown) == "right<|end|>"
-    _, told = mmtune(["plan"], rows, {})
-    assert re.search(rf"supervised tokens │ +{len(shown)} ", told)
+    _, output = mmtune(["plan"], rows, {})
+    assert re.search(rf"supervised tokens │ +{len(shown)} ", output)
 
 
 def test_a_last_answer_of_weight_0_can_train_and_cannot_be_evaluated(mmtune: Callable[..., tuple[int, str]], media: Path) -> None:
     rows = [talk({}, {"weight": 0})]
     assert mmtune(["data", "check"], rows, {})[0] == 0
-    code, told = mmtune(["data", "check"], rows, {}, "data.supervise=last")
-    assert code == 1 and "nothing_supervised" in told
+    code, output = mmtune(["data", "check"], rows, {}, "data.supervise=last")
+    assert code == 1 and "nothing_supervised" in output
     (media / "held_out.json").write_text(json.dumps(rows), encoding="utf-8")
     asked = {"data": [{"path": str(media / "held_out.json"), "template": "messages"}]}
-    code, told = mmtune(["data", "check"], [talk({}, {})], {}, evaluate=asked)
-    assert code == 1 and "reference_weight" in told
-    code, told = mmtune(["train"], [talk({}, {})], {}, evaluate=asked)
-    assert code == 2 and "1 of 1 rows cannot be evaluated:\n  held_out.json[0]: messages: the last answer has weight 0" in told
+    code, output = mmtune(["data", "check"], [talk({}, {})], {}, evaluate=asked)
+    assert code == 1 and "reference_weight" in output
+    code, output = mmtune(["train"], [talk({}, {})], {}, evaluate=asked)
+    assert code == 2 and "1 of 1 rows cannot be evaluated:\n  held_out.json[0]: messages: the last answer has weight 0" in output

@@ -1,4 +1,4 @@
-"""Every shipped template reads rows in the layout that its data set is published in, and names a row that it cannot read."""
+"""Shipped data templates: each reads rows in the published format of its data set, and names a row that it cannot read."""
 
 from __future__ import annotations
 
@@ -93,11 +93,11 @@ def _reader(name: str, root: Path, **settings: Any) -> SourceReader:
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A media root for each template, with all that its fixture names."""
-    made = {name: tmp_path_factory.mktemp(name) for name in SHIPPED}
-    for name, root in made.items():
+    folders = {name: tmp_path_factory.mktemp(name) for name in SHIPPED}
+    for name, root in folders.items():
         for kind, medium in _media_of(_expected(name)):
             _place(root, kind, medium)
-    return made
+    return folders
 
 
 def _same(block: dict[str, Any], expected: Any, root: Path) -> bool:
@@ -122,9 +122,9 @@ def test_rows_as_published_become_these_messages(name: str, roots: dict[str, Pat
     assert len(rows) == len(expected)
     for index, sample_expected in enumerate(expected):
         sample = reader.sample(*rows[index])
-        told = sample_expected["messages"]
-        assert [message["role"] for message in sample.messages] == [role for role, _ in told]
-        for message, (_, blocks) in zip(sample.messages, told, strict=True):
+        messages = sample_expected["messages"]
+        assert [message["role"] for message in sample.messages] == [role for role, _ in messages]
+        for message, (_, blocks) in zip(sample.messages, messages, strict=True):
             assert len(message["content"]) == len(blocks)
             for block, block_expected in zip(message["content"], blocks, strict=True):
                 assert _same(block, block_expected, roots[name]), (block, block_expected)

@@ -1,4 +1,4 @@
-"""Rows of every format become the same messages, or an error that names the row and the field."""
+"""Data templates: rows of every format become the same messages, or an error that names the row and the field."""
 
 from __future__ import annotations
 
@@ -215,8 +215,8 @@ def _repeated(**row: Any) -> list[tuple[str, list[str]]]:
         {"role": "user", "text": "{{ title }}: {{ q }}"},
         {"role": "assistant", "text": "{{ a.text }}"},
     ]
-    told = {"description": "d", "messages": turns, "repeat": {"q": "questions", "a": "answers"}, "example": {}}
-    return _said(DataTemplate.model_validate(told).sample("r", row, MediaRules(Path())), Path())
+    template = {"description": "d", "messages": turns, "repeat": {"q": "questions", "a": "answers"}, "example": {}}
+    return _said(DataTemplate.model_validate(template).sample("r", row, MediaRules(Path())), Path())
 
 
 def test_turns_repeat_over_lists() -> None:
@@ -365,11 +365,11 @@ def test_text_around_placeholders_is_kept(pieces: list[str], answer: str, tmp_pa
         return  # two pieces spell one more
     row = _llava(("human", text), ("gpt", answer), image=["p.png"] * (len(pieces) - 1))
     messages = load_data_template("llava").sample("r", row, MediaRules(root)).messages
-    kept = "".join(block.get("text", "<image>") for block in messages[0]["content"])
+    read_text = "".join(block.get("text", "<image>") for block in messages[0]["content"])
     last = len(pieces) - 1
     trimmed = [piece.removeprefix("\n") if number else piece for number, piece in enumerate(pieces)]
     trimmed = [piece.removesuffix("\n") if number < last else piece for number, piece in enumerate(trimmed)]
-    assert kept == "<image>".join(trimmed)
+    assert read_text == "<image>".join(trimmed)
     assert text_of(messages[1]) == answer
     plain = load_data_template("llava").sample("r", _llava(("human", pieces[0]), ("gpt", answer)), MediaRules(root))
     assert text_of(plain.messages[0]) == pieces[0]
@@ -393,5 +393,5 @@ def test_the_page_names_every_template_and_every_key() -> None:
     of_sources = re.findall(r"^\| `(\w+)` \|", PAGE.partition("## What a source adds")[2], flags=re.MULTILINE)
     assert len(of_sources) == 9 and set(of_sources) <= set(Source.model_fields)
     keys = set(re.findall(r"^(\w+):|^\| `(\w+): ", PAGE, flags=re.MULTILINE))
-    written = {name for pair in keys for name in pair if name} | {"videos", "audio"}  # told beside `images`
-    assert set(DataTemplate.model_fields) <= written
+    names = {name for pair in keys for name in pair if name} | {"videos", "audio"}  # described next to `images`
+    assert set(DataTemplate.model_fields) <= names

@@ -1,4 +1,4 @@
-"""What is shown is what is encoded: the tokens' texts are transformers' own decoding, their kinds those of the labels."""
+"""`mmtune data show`: token texts equal transformers' decoding, and token kinds agree with the labels."""
 
 from __future__ import annotations
 
@@ -253,13 +253,13 @@ def recipe_file(make_recipe: Callable[..., Recipe], tmp_path: Path) -> str:
 
 def test_the_command_gives_a_row_as_json(recipe_file: str, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert entry_point(["data", "show", recipe_file, "--row", "rows.json[3]", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert list(told) == ["row", "tokens"] and told["row"] == "rows.json[3]"
-    assert all(list(token) == ["id", "text", "kind"] for token in told["tokens"])
+    view = json.loads(capsys.readouterr().out)
+    assert list(view) == ["row", "tokens"] and view["row"] == "rows.json[3]"
+    assert all(list(token) == ["id", "text", "kind"] for token in view["tokens"])
     answer = json.loads(rows.read_text(encoding="utf-8"))[3]["conversations"][-1]["value"]
-    assert "".join(token["text"] for token in told["tokens"] if token["kind"] == "supervised") == answer + "<|end|>"
+    assert "".join(token["text"] for token in view["tokens"] if token["kind"] == "supervised") == answer + "<|end|>"
     assert entry_point(["data", "show", recipe_file, "--index", "3", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == told
+    assert json.loads(capsys.readouterr().out) == view
 
 
 def test_the_command_prints_a_row_or_its_prompt_or_writes_a_page(
@@ -288,8 +288,8 @@ def test_a_row_is_found_wherever_it_is(tmp_path: Path) -> None:
     (tmp_path / "two.jsonl").write_text("\n".join(lines))
     sources = [Source(path=str(tmp_path / name), template="llava") for name in ("one.jsonl", "two.jsonl")]
     for row_id, text in (("one.jsonl:1", "0"), ("one.jsonl:3", "1"), ("one.jsonl:11", "4"), ("two.jsonl:5", "4")):
-        found = find_sample(sources[:1], sources[1:], row_id)
-        assert (found.id, found.messages[0]["content"][0]["text"]) == (row_id, text)
+        sample = find_sample(sources[:1], sources[1:], row_id)
+        assert (sample.id, sample.messages[0]["content"][0]["text"]) == (row_id, text)
     with pytest.raises(RowError, match=r"one\.jsonl:5: row: not valid JSON"):
         find_sample(sources[:1], sources[1:], "one.jsonl:5")
     with pytest.raises(UserError, match="no row has the id"):

@@ -1,4 +1,4 @@
-"""The doctor finds in each hostile row what is there and nothing else, and agrees with training about what cannot train."""
+"""Validation reports exactly the issues of each hostile row, and agrees with training on the rows that cannot train."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def issues(corpus: Source) -> dict[str, list[Issue]]:
     return by_row(Validator([corpus]).issues())
 
 
-def by_row(found: Any) -> dict[str, list[Issue]]:
+def by_row(issues: Any) -> dict[str, list[Issue]]:
     rows: dict[str, list[Issue]] = {}
-    for each in found:
+    for each in issues:
         rows.setdefault(each.row, []).append(each)
     return rows
 
@@ -71,17 +71,17 @@ def test_the_corpus_is_large_and_each_case_its_own() -> None:
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[case.name for case in CASES])
 def test_a_hostile_row_has_its_issue_and_no_other(issues: dict[str, list[Issue]], number: int) -> None:
-    found = issues.get(f"hostile.jsonl:{number + 1}", [])
-    assert tuple((each.field, each.issue) for each in found if each.issue != "field_unknown") == CASES[number].issues
-    assert all(each.detail and each.fix for each in found)
+    row_issues = issues.get(f"hostile.jsonl:{number + 1}", [])
+    assert tuple((each.field, each.issue) for each in row_issues if each.issue != "field_unknown") == CASES[number].issues
+    assert all(each.detail and each.fix for each in row_issues)
 
 
 @pytest.mark.slow
 def test_what_cannot_train_is_an_error_and_what_is_an_error_cannot_train(corpus: Source, untrained: tuple[Any, Any]) -> None:
     processor, reader = untrained[1], SourceReader(corpus)
-    found = by_row(Validator([corpus], settings=ValidationSettings(processor)).issues())
+    issues_by_row = by_row(Validator([corpus], settings=ValidationSettings(processor)).issues())
     for number, case in enumerate(CASES):
-        refused = [each.issue for each in found.get(f"hostile.jsonl:{number + 1}", []) if each.issue in ERRORS]
+        refused = [each.issue for each in issues_by_row.get(f"hostile.jsonl:{number + 1}", []) if each.issue in ERRORS]
         assert len(refused) <= 1, case.name
         trained = outcome(reader, number, processor)
         if case.decoding:
@@ -91,10 +91,10 @@ def test_what_cannot_train_is_an_error_and_what_is_an_error_cannot_train(corpus:
 
 
 def test_decoding_finds_the_rest(corpus: Source) -> None:
-    found = by_row(Validator([corpus], settings=ValidationSettings(decode=True)).issues())
+    issues_by_row = by_row(Validator([corpus], settings=ValidationSettings(decode=True)).issues())
     for number, case in enumerate(CASES):
         if case.decoding:
-            assert [each.issue for each in found[f"hostile.jsonl:{number + 1}"]] == [case.decoding], case.name
+            assert [each.issue for each in issues_by_row[f"hostile.jsonl:{number + 1}"]] == [case.decoding], case.name
 
 
 def test_rows_are_checked_in_several_processes_as_in_one(
@@ -129,8 +129,8 @@ def _talk(question: str, answer: str = "yes", **fields: Any) -> dict[str, Any]:
 def test_repetitions_are_within_a_source_and_name_the_first(tmp_path: Path) -> None:
     one = _rows(tmp_path / "one.jsonl", _talk("a", id=1), _talk("b", id=2), _talk("a", id=1), _talk("c", id=2), _talk("a", id=1))
     two = _rows(tmp_path / "two.jsonl", _talk("a", id=1), _talk("d"), _talk("e"), _talk("f", id="1"))
-    found = [(each.row, each.issue, each.detail.split()[-1]) for each in Validator([one, two]).issues()]
-    assert found == [
+    issues = [(each.row, each.issue, each.detail.split()[-1]) for each in Validator([one, two]).issues()]
+    assert issues == [
         ("one.jsonl:3", "duplicate_row", "one.jsonl:1"),
         ("one.jsonl:5", "duplicate_row", "one.jsonl:1"),
         ("one.jsonl:4", "duplicate_id", "one.jsonl:2"),
@@ -140,9 +140,9 @@ def test_repetitions_are_within_a_source_and_name_the_first(tmp_path: Path) -> N
 def test_a_held_out_row_that_trains_is_named(tmp_path: Path) -> None:
     train = _rows(tmp_path / "train.jsonl", _talk("a"), _talk("b"))
     held_out = _rows(tmp_path / "held_out.jsonl", _talk("c"), _talk("b"))
-    found = list(Validator([train], [held_out]).issues())
-    assert [(each.row, each.issue) for each in found] == [("held_out.jsonl:2", "row_held_out")]
-    assert "train.jsonl:2" in found[0].detail
+    issues = list(Validator([train], [held_out]).issues())
+    assert [(each.row, each.issue) for each in issues] == [("held_out.jsonl:2", "row_held_out")]
+    assert "train.jsonl:2" in issues[0].detail
 
 
 def test_the_same_path_under_another_root_is_another_image(tmp_path: Path) -> None:
@@ -156,9 +156,9 @@ def test_the_same_path_under_another_root_is_another_image(tmp_path: Path) -> No
 
 def test_a_field_that_nobody_reads_is_told_once(tmp_path: Path) -> None:
     source = _rows(tmp_path / "r.jsonl", _talk("a"), _talk("b", imgae="x"), _talk("c", imgae="y"), _talk("d", id=4))
-    found = list(Validator([source]).issues())
-    assert [(each.row, each.field, each.issue) for each in found] == [("r.jsonl:2", "imgae", "field_unknown")]
-    assert "2 rows" in found[0].detail
+    issues = list(Validator([source]).issues())
+    assert [(each.row, each.field, each.issue) for each in issues] == [("r.jsonl:2", "imgae", "field_unknown")]
+    assert "2 rows" in issues[0].detail
 
 
 @pytest.mark.parametrize("name", shipped_templates())
@@ -186,8 +186,8 @@ def test_a_long_row_fails_a_run_unless_the_recipe_drops_it(
 ) -> None:
     source = _rows(tmp_path / "r.jsonl", _talk("short"), _talk("long " * 50))
     length = encode_sample(SourceReader(source).sample("r", _talk("short")), untrained[1])["input_ids"].shape[1]
-    found = list(Validator([source], settings=ValidationSettings(untrained[1], length, policy)).issues())
-    assert [(each.row, each.issue) for each in found] == [("r.jsonl:2", kind)]
+    issues = list(Validator([source], settings=ValidationSettings(untrained[1], length, policy)).issues())
+    assert [(each.row, each.issue) for each in issues] == [("r.jsonl:2", kind)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- images
@@ -283,10 +283,10 @@ def test_no_row_crashes_and_the_doctor_agrees_with_training(
         if place in _places(row):
             row = _mutated(row, place, by)
     source = _rows(tmp_path / "fuzz.jsonl", row).model_copy(update={"media_root": corpus.media_root})
-    found = list(Validator([source], settings=ValidationSettings(untrained[1])).issues())
-    refused = [each.issue for each in found if each.issue in ERRORS]
-    assert (refused == []) == (outcome(SourceReader(source), 0, untrained[1]) is None), (row, found)
-    json.dumps([each.as_json() for each in found])
+    issues = list(Validator([source], settings=ValidationSettings(untrained[1])).issues())
+    refused = [each.issue for each in issues if each.issue in ERRORS]
+    assert (refused == []) == (outcome(SourceReader(source), 0, untrained[1]) is None), (row, issues)
+    json.dumps([each.as_json() for each in issues])
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -323,8 +323,8 @@ def test_the_command_writes_issues_and_fails_for_errors_alone(
     assert f"{faulty} of {len(CASES)} rows cannot train" in shown.err
 
     assert entry_point([*arguments[:-2], "--json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert told["issues"] == lines and told["rows"] == len(CASES) and told["faulty_rows"] == faulty
+    report = json.loads(capsys.readouterr().out)
+    assert report["issues"] == lines and report["rows"] == len(CASES) and report["faulty_rows"] == faulty
 
 
 def test_warnings_do_not_fail_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,7 +351,7 @@ def test_the_template_of_a_file_is_guessed_from_its_rows(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ('{"a": 1}\n', "cannot choose a data template"),
         ("not JSON", r"r\.jsonl:1: row: not valid JSON"),
@@ -361,9 +361,9 @@ def test_the_template_of_a_file_is_guessed_from_its_rows(tmp_path: Path, name: s
         ),
     ],
 )
-def test_a_file_that_no_template_fits_is_refused(tmp_path: Path, text: str, told: str) -> None:
+def test_a_file_that_no_template_fits_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.jsonl").write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         guess_template(str(tmp_path / "r.jsonl"))
 
 
@@ -372,7 +372,7 @@ def test_a_file_that_no_template_fits_is_refused(tmp_path: Path, text: str, told
 
 def _faults_raised() -> list[tuple[str, ast.expr | None]]:
     """Every RowError and DataIssueError that the package makes: where, and the expression that gives its kind."""
-    made = []
+    faults = []
     for path in sorted(Path(data.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
@@ -380,14 +380,14 @@ def _faults_raised() -> list[tuple[str, ast.expr | None]]:
                 continue
             if name in ("RowError", "DataIssueError") and isinstance(node, ast.Call):
                 place = 3 if name == "RowError" else 0
-                made.append((f"{path.name}:{node.lineno}", node.args[place] if len(node.args) > place else None))
-    return made
+                faults.append((f"{path.name}:{node.lineno}", node.args[place] if len(node.args) > place else None))
+    return faults
 
 
 def test_every_fault_says_its_kind_where_it_is_raised() -> None:
-    made = _faults_raised()
-    assert len(made) > 50
-    for where, kind in made:
+    faults = _faults_raised()
+    assert len(faults) > 50
+    for where, kind in faults:
         assert kind is not None, f"{where} does not say what kind of fault it is"
         named = [node.value for node in ast.walk(kind) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
         assert set(named) - {"assistant"} <= set(ISSUE_TYPES), f"{where} says {named}"
