@@ -54,7 +54,7 @@ def test_every_key_on_our_side_is_one_of_the_recipe() -> None:
 
 
 @pytest.mark.parametrize("key", ["model.bas", "tune.language.rank", "data.train.0.rows", "data.max_tokens.1", "trains"])
-def test_a_key_that_a_recipe_lacks_is_found(key: str) -> None:
+def test_an_unknown_recipe_key_is_reported(key: str) -> None:
     assert not is_recipe_key(key)
 
 

@@ -70,7 +70,7 @@ def test_every_path_that_a_page_names_exists(page: Path) -> None:
     assert missing_paths(page, page.read_text("utf-8")) == []
 
 
-def test_a_path_that_is_gone_is_found() -> None:
+def test_a_missing_path_is_reported() -> None:
     text = "see `mmtune/no_such_file.py`, `data/no_such_file.py` and `mmtune/train.py`"
     assert missing_paths(ROOT / "README.md", text) == ["data/no_such_file.py", "mmtune/no_such_file.py"]
 

@@ -255,7 +255,7 @@ def test_imports_go_one_way(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", sources(), ids=name_of)
-def test_a_file_holds_nothing_that_the_house_forbids(file: Path) -> None:
+def test_no_file_has_forbidden_content(file: Path) -> None:
     assert content_faults(file.read_text("utf-8"), name_of(file)) == []
 
 

@@ -82,7 +82,7 @@ def library_members(source: str, own: set[str]) -> list[str]:
     return members
 
 
-def test_private_members_of_libraries_stand_in_their_files() -> None:
+def test_private_members_of_libraries_are_used_in_their_files_only() -> None:
     files = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in sorted((ROOT / "mmtune").rglob("*.py"))}
     assert files.keys() >= PRIVATE_FILES
     own = own_names([ast.parse(text) for name, text in files.items() if name not in PRIVATE_FILES])
@@ -150,7 +150,7 @@ SIGNATURES: dict[tuple[str, str], tuple[Callable[..., Any], list[str]]] = {
 
 
 @pytest.mark.parametrize(("library", "member"), SIGNATURES)
-def test_a_private_function_takes_what_it_took(library: str, member: str) -> None:
+def test_a_private_function_has_the_expected_parameters(library: str, member: str) -> None:
     function, parameters = SIGNATURES[library, member]
     assert [*inspect.signature(function).parameters] == parameters, f"{library} {metadata.version(library)} changed {member}"
 
@@ -196,7 +196,7 @@ def test_accelerate_sets_the_distributed_type_where_it_is_patched() -> None:
     assert isinstance(PartialState._shared_state, dict), changed
 
 
-def test_deepspeed_marks_sharded_parameters_as_it_did() -> None:
+def test_deepspeed_still_sets_the_attributes_of_sharded_parameters() -> None:
     partition = pytest.importorskip("deepspeed.runtime.zero.partition_parameters")
     source = inspect.getsource(partition)
     for name in ("ds_id", "ds_numel", "ds_tensor"):
@@ -206,7 +206,7 @@ def test_deepspeed_marks_sharded_parameters_as_it_did() -> None:
         assert hasattr(integration, name), f"transformers {metadata.version('transformers')} changed {name}"
 
 
-def test_torchs_fake_tensors_are_where_they_were() -> None:
+def test_torchs_fake_tensors_are_still_importable() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():

@@ -61,7 +61,7 @@ def summary(checkout: Path) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(1200)
-def test_the_quickstart_achieves_what_it_promises(summary: dict[str, Any]) -> None:
+def test_the_quickstart_reaches_its_accuracy_thresholds(summary: dict[str, Any]) -> None:
     assert summary["questions"] >= 500
     assert summary["tuned_accuracy"] >= 0.85
     assert summary["base_accuracy"] < 0.35
@@ -72,7 +72,7 @@ def test_the_quickstart_achieves_what_it_promises(summary: dict[str, Any]) -> No
     assert 0 < summary["trainable_parameters"] < summary["total_parameters"] < 2_500_000
 
 
-def test_its_figures_are_recomputed_from_the_answers(checkout: Path, summary: dict[str, Any]) -> None:
+def test_quickstart_metrics_are_recomputed_from_the_answers(checkout: Path, summary: dict[str, Any]) -> None:
     """Scored here in three lines of our own, and against the digits themselves, not against the file's reference."""
     rows = {f"eval.json[{i}]": row for i, row in enumerate(json.loads((checkout / "data/digits/eval.json").read_text()))}
     for when, figure in (("before", "base_accuracy"), ("after", "tuned_accuracy")):
@@ -160,7 +160,7 @@ def test_every_command_of_the_table(
     assert capsys.readouterr().out
 
 
-def test_the_table_holds_every_verb() -> None:
+def test_the_table_has_every_command() -> None:
     shown = subprocess.run([str(Path(sys.prefix) / "bin" / "mmtune"), "--help"], capture_output=True, text=True, check=True)
     verbs = set(re.findall(r"^    (\w+) ", shown.stdout, flags=re.MULTILINE))
     assert verbs == {words[0] for words in table_commands()}

@@ -95,7 +95,7 @@ def test_the_installed_package_is_the_wheels(installed: Path, tmp_path: Path) ->
     assert Path(where.strip()).is_relative_to(installed.parent)
 
 
-def test_help_names_the_verbs(installed: Path, tmp_path: Path) -> None:
+def test_help_lists_the_commands(installed: Path, tmp_path: Path) -> None:
     text = succeed(installed / "mmtune", "--help", cwd=tmp_path)
     for verb in ("train", "recipe", "data", "assemble", "merge", "chat"):
         assert verb in text
@@ -115,7 +115,7 @@ def test_recipe_copy_gives_the_checkouts_file(installed: Path, tmp_path: Path) -
     assert (tmp_path / "quickstart.yaml").read_bytes() == (ROOT / "recipes" / "quickstart.yaml").read_bytes()
 
 
-def test_a_recipe_that_does_not_ship_is_the_users_error(installed: Path, tmp_path: Path) -> None:
+def test_an_unknown_shipped_recipe_is_a_user_error(installed: Path, tmp_path: Path) -> None:
     done = run(installed / "mmtune", "recipe", "copy", "quikstart", cwd=tmp_path)
     assert done.returncode == 2
     assert "quickstart" in done.stderr

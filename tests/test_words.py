@@ -184,11 +184,11 @@ def test_no_file_has_an_old_word() -> None:
         ("mmtune/cut_back.py", "", "mmtune/cut_back.py: 'cut_back': write truncate_to_step"),
     ],
 )
-def test_an_old_word_is_found(path: str, text: str, expected: str) -> None:
+def test_an_old_word_is_reported(path: str, text: str, expected: str) -> None:
     assert word_issues(path, text) == [expected]
 
 
-def test_a_phrase_is_found_over_a_line_break_of_a_comment() -> None:
+def test_a_phrase_is_reported_across_a_line_break_of_a_comment() -> None:
     assert word_issues("a.py", "# that hangs\n    # on it") == ["a.py:1: 'hangs # on': write depends on"]
 
 
@@ -204,7 +204,7 @@ def test_variables_say_what_they_hold() -> None:
 
 
 @pytest.mark.parametrize("source", ["found = 1", "def f(told): pass", "for made in rows: pass", "x = (kept := 1)", "a, said = b"])
-def test_a_variable_that_says_when_is_found(source: str) -> None:
+def test_a_variable_that_says_when_is_reported(source: str) -> None:
     assert [issue.partition(": ")[0] for issue in variable_issues("a.py", source)] == ["a.py:1"]
 
 

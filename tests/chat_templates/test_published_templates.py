@@ -161,7 +161,7 @@ def test_published_templates_give_exact_labels(name: str) -> None:
 
 
 @pytest.mark.parametrize("system", ["", "A chat between a curious human and an assistant. "])
-def test_a_template_that_ends_no_answer_names_the_shipped_one_that_does(system: str) -> None:
+def test_a_template_without_end_of_turn_is_an_error_that_names_the_shipped_one(system: str) -> None:
     """LLaVA-1.5's and LLaVA-NeXT-Vicuna's: a space behind the answer."""
     processor = _processor(system + LLAVA_15, LLAMA, "<image>")
     with pytest.raises(
@@ -198,12 +198,14 @@ def test_a_template_that_ends_no_answer_names_the_shipped_one_that_does(system: 
         ({"tool_use": LLAVA_15, "rag": LLAVA_15}, LLAMA, "<image>", "expected a chat template named default, got rag, tool_use"),
     ],
 )
-def test_a_template_that_does_not_serve_names_what_would(template: Any, specials: Any, image: str, named: str) -> None:
+def test_an_unsuitable_template_is_an_error_that_names_a_suitable_one(
+    template: Any, specials: Any, image: str, named: str
+) -> None:
     with pytest.raises(UserError, match=named):
         training_chat_template(_processor(template, specials, image))
 
 
-def test_of_several_templates_the_default_is_used_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_default_of_several_templates_is_used_and_reported(capsys: pytest.CaptureFixture[str]) -> None:
     template, specials, image, _ = EXACT["llava-next-chatml"]
     assert training_chat_template(_processor({"default": template, "rag": "x"}, specials, image)) == template
     assert "chat template: using default, of default, rag" in capsys.readouterr().out
@@ -212,7 +214,7 @@ def test_of_several_templates_the_default_is_used_and_said(capsys: pytest.Captur
     assert training_chat_template(processor) == template
 
 
-def test_a_system_message_that_a_template_cannot_take_is_a_fault_of_its_row() -> None:
+def test_an_unsupported_system_message_is_an_error_of_its_row() -> None:
     """Some templates add a system message to a string, as if it had no blocks; others refuse it."""
     for opens, reason in (
         (
@@ -228,7 +230,7 @@ def test_a_system_message_that_a_template_cannot_take_is_a_fault_of_its_row() ->
             encode_text("r", messages, processor, ["<image>"])
 
 
-def test_a_template_that_ends_its_answers_differently_is_refused() -> None:
+def test_a_template_that_ends_its_answers_differently_is_rejected() -> None:
     template = _turns("<|user|>", _said("<image>"), _said("", MARKED) + "{{ '</s>' if loop.last else '<s>' }}", "<|user|>")
     processor = _processor(template, LLAMA, "<image>")
     with pytest.raises(UserError, match="the same end-of-turn token after every answer, got '</s>', '<s>'"):

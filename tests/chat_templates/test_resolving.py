@@ -166,7 +166,7 @@ def test_rendered_text_is_the_familys(template_processors: dict[str, Any], name:
     assert template_processors[name].apply_chat_template(talk) == RENDERED[name]
 
 
-def test_templates_refuse_what_they_would_lose(template_processors: dict[str, Any]) -> None:
+def test_templates_reject_content_that_they_would_lose(template_processors: dict[str, Any]) -> None:
     for talk, reason in (
         (_talk(("user", "Draw."), ("assistant", [IMAGES[0]])), "text only"),
         (_talk(("tool", "x")), "tool"),

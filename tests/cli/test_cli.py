@@ -91,7 +91,7 @@ def test_a_mistake_in_the_recipe_is_one_message(
     assert "Traceback" not in error
 
 
-def test_a_base_without_a_chat_template_is_refused(
+def test_a_base_without_a_chat_template_is_rejected(
     recipe_file: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bare = tmp_path / "bare"
@@ -157,7 +157,7 @@ def test_a_run_directory_is_complete_and_machine_readable(
     assert json.loads(capsys.readouterr().out)["prompt"] == "What?"
 
 
-def test_where_answers_go_is_checked_before_weights_load(
+def test_the_output_path_of_answers_is_checked_before_weights_load(
     recipe_file: Path, tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mmtune.models.load.load_trained", None)
@@ -173,7 +173,7 @@ def test_where_answers_go_is_checked_before_weights_load(
     assert (tmp_path / "answers_after.jsonl").read_text() == "the run's"
 
 
-def test_what_was_not_evaluated_is_said(
+def test_skipped_evaluation_is_reported(
     make_recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe()
@@ -202,7 +202,7 @@ def test_what_was_not_evaluated_is_said(
         (["recipe", "list", "--all"], "unrecognized arguments: --all\n"),
     ],
 )
-def test_mistakes_in_the_command_are_named_with_what_was_meant(
+def test_mistakes_in_the_command_are_reported_with_a_suggestion(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -276,7 +276,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         entry_point(["recipe", "list"])
 
 
-def test_other_processes_than_the_first_tell_who_they_are(
+def test_processes_other_than_the_main_one_print_their_rank(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli_recipe, "configure_console", lambda: None)

@@ -131,7 +131,7 @@ SLOW = ("model_types",)  # reads the configuration classes of every family
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FACTS])
-def test_what_is_stored_of_a_library_is_what_is_installed(name: str) -> None:
+def test_stored_library_facts_equal_the_installed_library(name: str) -> None:
     library, read = FACTS[name]
     stored = json.loads(recipe_libraries.STORED.read_text(encoding="utf-8"))[name]
     again = "python tests/helpers/write_library_facts.py"
@@ -140,7 +140,7 @@ def test_what_is_stored_of_a_library_is_what_is_installed(name: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["installed", "another"])
-def test_the_library_is_asked_when_another_version_is_installed(
+def test_the_library_is_imported_if_another_version_is_installed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     """A key that is not stored is unknown, unless what is stored is of another version: then the library knows it."""

@@ -95,7 +95,7 @@ def test_the_log_level_of_a_recipe_is_that_of_transformers(printed: Callable[[],
     assert printed() == ["info: transformers: Num examples = 40"]
 
 
-def test_a_record_that_cannot_be_formatted_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_that_cannot_be_formatted_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     record = logging.LogRecord("lib", logging.WARNING, "lib.py", 1, "use the new name", (FutureWarning,), None)
     WarningPrinter().handle(record)
     assert capsys.readouterr().err == "warning: lib: use the new name (<class 'FutureWarning'>,)\n"

@@ -39,7 +39,7 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], Any
 
 
 @pytest.mark.parametrize("number", ENDING)
-def test_what_was_being_written_is_removed(
+def test_half_written_files_are_removed(
     verb: Callable[[Callable[[], Any]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
     def write() -> None:

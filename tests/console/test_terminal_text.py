@@ -139,7 +139,7 @@ def test_a_full_disk_behind_the_output_is_named(
     assert capfd.readouterr().err == "error: cannot write to standard output: No space left on device\n"
 
 
-def test_a_terminal_that_was_closed_ends_nothing_by_itself() -> None:
+def test_a_closed_terminal_does_not_stop_a_run() -> None:
     master, slave = os.openpty()
     os.close(master)
     with os.fdopen(slave, "w", buffering=1) as gone:

@@ -108,7 +108,7 @@ def test_faults_are_listed_by_kind_with_their_number() -> None:
     ]
 
 
-def test_a_run_with_no_row_left_stops_whatever_the_bound() -> None:
+def test_a_run_without_usable_rows_stops_at_any_limit() -> None:
     report = DataReport(rows=2)
     report.add(RowError("r:1", "image", "gone"))
     report.stop_past(1.0)

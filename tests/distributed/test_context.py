@@ -162,7 +162,7 @@ def quarantined(run: RunDirectory) -> set[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # the first waits for all launches
 @pytest.mark.parametrize(("kind", "strategy"), CELLS)
-def test_two_processes_train_what_one_does(
+def test_two_processes_give_the_result_of_one(
     kind: str, strategy: str, alone: dict[str, Path], runs: dict[tuple[str, str], tuple[bool | str, Path]]
 ) -> None:
     done, run = runs[kind, strategy]
@@ -200,7 +200,7 @@ def test_two_processes_train_what_one_does(
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, "fp32", "several processes and started one"),
     ],
 )
-def test_a_launch_that_contradicts_is_refused(
+def test_a_launch_that_contradicts_is_rejected(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], precision: str, message: str
 ) -> None:
     for name, value in environment.items():
@@ -220,7 +220,7 @@ def asked_by_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return file
 
 
-def test_a_recipe_asks_for_deepspeed_as_the_launcher_would(asked_by_recipe: Path) -> None:
+def test_a_recipe_enables_deepspeed_like_the_launcher(asked_by_recipe: Path) -> None:
     check_launch("fp32", str(asked_by_recipe))
     assert os.environ[DEEPSPEED] == "true"
     assert json.loads(os.environ[DEEPSPEED_CONFIG]) == {"zero_optimization": {"stage": 3}}
@@ -249,7 +249,7 @@ def test_deepspeed_of_launcher_and_recipe_must_be_one(asked_by_recipe: Path, mon
         check_launch("fp32", str(asked_by_recipe))
 
 
-def test_a_deepspeed_configuration_is_looked_for_and_read(
+def test_a_deepspeed_configuration_is_located_and_read(
     asked_by_recipe: Path, make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"command line: train.deepspeed=.*no such file: .*none.json"):
@@ -295,7 +295,7 @@ def test_a_backend_of_several_processes_does_not_stop_one(make_recipe: Callable[
         ),
     ],
 )
-def test_what_accelerate_made_of_it_is_checked(
+def test_the_strategy_that_accelerate_configured_is_checked(
     dist: DistributedContext, actual: tuple[int, DistributedType, str], precision: str, message: str | None
 ) -> None:
     accelerator: Any = SimpleNamespace(num_processes=actual[0], distributed_type=actual[1], mixed_precision=actual[2])
@@ -303,7 +303,7 @@ def test_what_accelerate_made_of_it_is_checked(
         check_strategy(accelerator, dist, precision)
 
 
-def test_processes_that_talk_through_the_cpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gloo_on_cuda_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
     arguments: Any = SimpleNamespace(world_size=2, device=torch.device("cuda:0"), ddp_backend=None)
     with pytest.raises(UserError, match="expected the nccl backend on cuda, got gloo"):
@@ -320,7 +320,9 @@ def test_processes_with_different_recipes_are_named(monkeypatch: pytest.MonkeyPa
         check_same(DistributedContext(size=3), {"train.learning_rate": 0.1, "torch": "2.13.0"})
 
 
-def test_an_output_dir_that_is_not_shared_is_told(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_dir_that_is_not_shared_is_reported(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second process finds an earlier run where the first has made a new one."""
     monkeypatch.setattr(run_directory, "VISIBLE_TIMEOUT_S", 0.0)
     monkeypatch.setattr(DistributedContext, "broadcast_object", lambda self, value: "new")
@@ -340,7 +342,7 @@ def test_mixed_precision_of_the_launcher_may_be_the_recipes(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("key", ["average_tokens_across_devices=false", "accelerator_config={even_batches: false}"])
-def test_how_batches_are_divided_is_not_a_recipes_to_set(make_recipe: Callable[..., Recipe], key: str) -> None:
+def test_batch_splitting_settings_are_rejected_in_a_recipe(make_recipe: Callable[..., Recipe], key: str) -> None:
     with pytest.raises(UserError, match="every parallelism strategy gives the same result"):
         make_recipe(f"train.{key}")
 
@@ -366,7 +368,7 @@ def test_an_earlier_run_is_back_after_sigterm(
 
 
 @pytest.mark.parametrize("end", [SystemExit, ZeroDivisionError, None])
-def test_the_folder_of_a_rehearsal_goes_however_it_ends(
+def test_the_folder_of_a_rehearsal_is_always_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: type[BaseException] | None
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -380,7 +382,7 @@ def test_the_folder_of_a_rehearsal_goes_however_it_ends(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_rehearsal_on_two_machines_is_refused(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rehearsal_on_two_machines_is_rejected(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in zip(RENDEZVOUS, ("0", "0", "4", "127.0.0.1", "1"), strict=True):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -403,7 +405,7 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.slow
-def test_a_deepspeed_configuration_that_contradicts_is_refused(kinds: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_deepspeed_configuration_that_contradicts_is_rejected(kinds: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     jobs = []
     for number, settings in enumerate(CONTRADICTIONS.values()):
         recipe = {**kinds["text"], "output_dir": str(tmp_path / f"run{number}")}
@@ -441,7 +443,7 @@ def test_two_launchers_are_two_machines(alone: dict[str, Path], kinds: dict[str,
 
 
 @pytest.mark.slow
-def test_fsdp_that_becomes_ddp_is_told(kinds: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_fsdp_that_falls_back_to_ddp_is_reported(kinds: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """accelerate does that to every machine without GPUs, and says nothing."""
     recipe = write(halved(kinds["text"], tmp_path / "run"))
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
@@ -491,7 +493,7 @@ def test_the_command_is_rehearsed_by_torchrun(kinds: dict[str, dict[str, Any]], 
     assert not list(tmp_path.glob("mmtune-rehearsal-*"))
 
 
-def test_shipped_configurations_leave_to_the_recipe_what_is_its() -> None:
+def test_shipped_configurations_set_no_recipe_settings() -> None:
     for path in CONFIGS.glob("*.yaml"):
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert path.read_text(encoding="utf-8").startswith("# ")

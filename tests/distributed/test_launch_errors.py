@@ -64,7 +64,7 @@ def test_the_launchers_report_shows_the_error(launch: Launch) -> None:
     assert "exitcode  : 2 " in root_cause
 
 
-def test_a_process_that_lost_another_leaves_the_word_to_it(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_peer_is_reported_once_and_not_over_an_error(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
     file = launch.be(0)
     print_lost_peer()
     assert "aborted: another process of the run ended" in capsys.readouterr().err

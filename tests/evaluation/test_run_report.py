@@ -154,7 +154,7 @@ def test_selected_answers_are_evenly_spaced() -> None:
 
 
 @pytest.mark.parametrize("columns", [20, 60, 120])
-def test_tables_truncate_no_number_and_no_name(
+def test_tables_do_not_truncate_numbers_or_names(
     columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))

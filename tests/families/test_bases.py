@@ -166,7 +166,7 @@ def test_a_corrected_fault_is_reported_and_does_not_change_the_answer(
         ("without_end", "chat", "{base}: the model's chat template cannot be used"),
     ],
 )
-def test_an_error_about_a_base_starts_with_its_name_as_given(
+def test_an_error_about_a_base_starts_with_its_name_in_the_recipe(
     bases: Callable[[str], Path], name: str, verb: str, error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = bases(name)

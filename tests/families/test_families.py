@@ -224,7 +224,9 @@ def test_tower_full_and_quantized_tuning_train_and_merge(
 
 
 @pytest.mark.slow
-def test_a_rehearsal_says_what_stands_in(write: Write, bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rehearsal_reports_its_placeholders(
+    write: Write, bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write("qwen2_5_vl", LORA)
     for name in ("Qwen/Qwen2.5-VL-3B-Instruct", "llava-hf/llava-1.5-7b-hf"):
         assert mmtune("train", path, f"model.base={name}", "--rehearse") == 0, capsys.readouterr()

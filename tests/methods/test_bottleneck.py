@@ -373,7 +373,7 @@ def test_unload_gives_the_base_back(model: Any, inputs: dict[str, torch.Tensor])
     ],
     ids=["merge_and_unload", "merge_adapter", "unmerge_adapter", "layer"],
 )
-def test_merging_is_refused_and_leaves_the_model_as_it_was(
+def test_merging_is_rejected_and_does_not_change_the_model(
     model: Any, inputs: dict[str, torch.Tensor], merge: Callable[[Any], Any]
 ) -> None:
     peft = tuned(model, modules_to_save=[PROJECTOR]).eval()
@@ -453,12 +453,12 @@ def test_the_wrapped_modules_attributes_are_there_and_private_ones_stay_its_own(
         _ = layer.nonsense
 
 
-def test_one_target_inside_another_is_refused(model: Any) -> None:
+def test_one_target_inside_another_is_rejected(model: Any) -> None:
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj lies inside another target"):
         tuned(model, target_modules=[f"{LANGUAGE}.layers.0.mlp", f"{LANGUAGE}.layers.0.mlp.down_proj"])
 
 
-def test_a_module_without_a_width_is_refused(model: Any) -> None:
+def test_a_module_without_a_width_is_rejected(model: Any) -> None:
     with pytest.raises(ValueError, match=r"cannot tell the width of gate"):
         get_peft_model(nn.ModuleDict({"gate": nn.Sequential(nn.ReLU())}), BottleneckConfig(target_modules=["gate"]))
 
@@ -604,17 +604,17 @@ WHOLE = Block(self_attn=nn.Linear(4, 4), mlp=nn.Linear(4, 4))
     ],
     ids=["no_sublayers", "no_list", "mixed", "empty_block", "residual_inside"],
 )
-def test_a_structure_that_is_not_known_is_refused(component: nn.Module, message: str) -> None:
+def test_an_unknown_structure_is_rejected(component: nn.Module, message: str) -> None:
     with pytest.raises(UserError, match=message):
         bottleneck_targets(nn.ModuleDict({"tower": component}), "tower", "houlsby")
 
 
-def test_a_component_that_is_not_there_is_refused(model: Any) -> None:
+def test_a_missing_component_is_rejected(model: Any) -> None:
     with pytest.raises(UserError, match=r"LlavaForConditionalGeneration has no module 'model\.tower'"):
         bottleneck_targets(model, "model.tower", "pfeiffer")
 
 
-def test_bloom_whose_sublayers_add_the_residual_is_refused() -> None:
+def test_bloom_whose_sublayers_add_the_residual_is_rejected() -> None:
     bloom = tf.AutoModel.from_config(tf.BloomConfig(hidden_size=16, n_head=2, n_layer=1, vocab_size=16))
     with pytest.raises(UserError, match="BloomBlock"):
         bottleneck_targets(bloom, "", "houlsby")

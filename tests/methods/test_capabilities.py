@@ -19,7 +19,7 @@ def works(cell: dict[str, object]) -> dict[str, bool]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", names())
-def test_a_methods_cells_are_what_happens(name: str, rows: Path, base: Path, tmp_path: Path) -> None:
+def test_the_capabilities_of_a_method_agree_with_real_runs(name: str, rows: Path, base: Path, tmp_path: Path) -> None:
     """In the most and the least exact precision, and LoRA in all; measure.py runs every cell."""
     precisions = PRECISIONS if name == "lora" else ("fp32", "nf4")
     actual = {precision: works(measure(name, precision, rows, base, tmp_path)) for precision in precisions}
@@ -27,7 +27,7 @@ def test_a_methods_cells_are_what_happens(name: str, rows: Path, base: Path, tmp
     assert actual == {precision: {what: expected[precision][what] for what in actual[precision]} for precision in precisions}
 
 
-def test_every_method_is_in_the_file_and_folds_as_the_table_says() -> None:
+def test_every_method_is_in_the_file_and_merges_as_the_table_says() -> None:
     assert set(capabilities()) == set(METHODS) | set(VARIANTS)
     assert set(json.loads(CAPABILITIES.read_text())["versions"]) == {
         *("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed")
@@ -47,7 +47,7 @@ def test_methods_train_in_two_processes_as_they_do_in_one(rows: Path, shallow: P
     assert [outcome is True for outcome in actual] == expected, actual
 
 
-def test_zero_is_refused_by_what_was_measured() -> None:
+def test_zero_is_rejected_by_the_measured_capabilities() -> None:
     assert "use ZeRO-2, or lora" in str(incompatibility("lora", {"use_dora": True}, precision="nf4", zero_stage=3))
     assert "launch with DDP, or use lora" in str(incompatibility("adalora", {}, zero_stage=2))
     assert incompatibility("adalora", {}) is None
@@ -55,7 +55,7 @@ def test_zero_is_refused_by_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_recipe_refuses_exactly_what_does_not_work(name: str) -> None:
+def test_the_recipe_rejects_exactly_the_failing_combinations(name: str) -> None:
     for precision, cell in capabilities()[name].items():
         assert (incompatibility(name, {}, precision=precision) is None) == (cell["train"] is True)
         both = cell["train"] is True and cell["checkpointing"] is True
@@ -64,6 +64,6 @@ def test_the_recipe_refuses_exactly_what_does_not_work(name: str) -> None:
         assert message is None or "use " in message
 
 
-def test_prompt_methods_are_refused_where_positions_have_three_parts() -> None:
+def test_prompt_methods_are_rejected_where_positions_have_three_parts() -> None:
     assert "use gated_prefix or lora" in str(incompatibility("prefix_tuning", {}, model_type="qwen2_5_vl"))
     assert incompatibility("gated_prefix", {}, model_type="qwen2_5_vl") is None

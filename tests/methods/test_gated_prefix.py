@@ -401,7 +401,7 @@ def test_a_copy_stands_on_its_own(model: Any, inputs: Any) -> None:
     assert torch.equal(logits_of(adapted, inputs), expected)
 
 
-def test_a_merge_is_refused_and_leaves_all_as_it_was(model: Any, inputs: Any) -> None:
+def test_a_merge_is_rejected_and_changes_nothing(model: Any, inputs: Any) -> None:
     base = logits_of(model, inputs)
     adapted = adapt(model, modules_to_save=["model.multi_modal_projector"])
     open_gates(adapted)
@@ -525,12 +525,12 @@ def test_a_deep_decoder_is_adapted_where_it_should_be() -> None:
 
 
 @pytest.mark.parametrize("adapter_layers", [0, -1, 6])
-def test_layers_that_are_not_there_are_refused(model: Any, adapter_layers: int) -> None:
+def test_missing_layers_are_rejected(model: Any, adapter_layers: int) -> None:
     with pytest.raises(UserError, match=rf"adapter_layers: {adapter_layers} is out of range; .* has 5 layers"):
         gated_prefix_targets(model, "model.language_model", adapter_layers)
 
 
-def test_structures_that_are_not_supported_are_refused_with_the_reason(model: Any) -> None:
+def test_structures_that_are_not_supported_are_rejected_with_the_reason(model: Any) -> None:
     for root, reason in [
         ("model.vision_tower", "no list of decoder layers"),
         (
@@ -553,6 +553,6 @@ def test_structures_that_are_not_supported_are_refused_with_the_reason(model: An
 
 
 @pytest.mark.parametrize(("field", "value"), [("adapter_len", 0), ("init_std", 0.0)])
-def test_settings_that_cannot_train_are_refused(field: str, value: Any) -> None:
+def test_settings_that_cannot_train_are_rejected(field: str, value: Any) -> None:
     with pytest.raises(UserError, match=field):
         GatedPrefixConfig(**{field: value})

@@ -29,7 +29,7 @@ def public(method: type[Method]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_an_entry_defines_is_a_hook_with_its_parameters(name: str) -> None:
+def test_every_overridden_hook_exists_with_its_parameters(name: str) -> None:
     """A function that no caller knows would never run, and one with other parameters would fail when it does."""
     method = METHODS[name]
     hooks = public(Method)

@@ -122,7 +122,7 @@ def fresh(name: str, rows: Path, base: Path, folder: Path, batch: Mapping[str, t
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_trains_is_the_closed_form_and_step_0_is_the_base(
+def test_trainable_parameters_are_the_closed_form_and_step_0_equals_the_base(
     name: str, rows: Path, base: Path, tmp_path: Path, one_batch: dict[str, torch.Tensor]
 ) -> None:
     torch.manual_seed(0)
@@ -244,7 +244,7 @@ def test_a_saved_adapter_is_the_same_in_a_new_process(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", CASES)
-def test_a_resumed_run_gives_the_adapter_of_the_unbroken_one(
+def test_a_resumed_run_gives_the_adapter_of_the_uninterrupted_run(
     name: str, runs: Path, rows: Path, base: Path, tmp_path: Path
 ) -> None:
     run = RunDirectory(runs / name)
@@ -325,7 +325,7 @@ def test_an_initialization_that_changes_the_base_is_saved_as_plain_lora(
     torch.testing.assert_close(logits_of(model, one_batch), seen["logits"], atol=2e-5, rtol=0)
 
 
-def test_ranks_of_their_own_in_two_components(rows: Path, base: Path, tmp_path: Path, one_batch: dict[str, torch.Tensor]) -> None:
+def test_components_can_have_different_ranks(rows: Path, base: Path, tmp_path: Path, one_batch: dict[str, torch.Tensor]) -> None:
     vision = "tune.vision={method: lora, r: 2, lora_alpha: 4, learning_rate: 1e-4, target_modules: '.*layers.3[.].*(q|v)_proj'}"
     recipe = recipe_of("lora", rows, base, tmp_path, vision, "tune.projector=full", "tune.language.lora_alpha=12")
     model = AutoModelForImageTextToText.from_pretrained(str(base))
@@ -466,7 +466,7 @@ def test_experts_are_reached_by_parameter(tmp_path: Path) -> None:
         (["tune.language={method: prompt_tuning, num_virtual_tokens: 0}"], "expected an integer >= 1, got 0"),
     ],
 )
-def test_mistakes_are_told_before_weights_are_trained(
+def test_mistakes_are_reported_before_training(
     overrides: list[str], message: str, rows: Path, base: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as caught:

@@ -263,7 +263,7 @@ def test_a_rehearsal_has_a_tiny_teacher(
         ),
     ],
 )
-def test_what_a_recipe_cannot_say(make_recipe: MakeRecipe, overrides: tuple[str, ...], message: str) -> None:
+def test_unsupported_teacher_settings_are_rejected(make_recipe: MakeRecipe, overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_recipe(*overrides)
 

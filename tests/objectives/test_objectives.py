@@ -222,7 +222,7 @@ def test_the_trainer_logs_the_loss_and_its_parts_alike_however_it_accumulates(ca
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_unbroken_one(case: Case, make_recipe: MakeRecipe) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_run(case: Case, make_recipe: MakeRecipe) -> None:
     recipe = case.recipe(make_recipe, "train.save_strategy=steps", "train.save_steps=2", "train.max_steps=4")
     run = RunDirectory(Path(recipe.output_dir))
     train(recipe, ["test"])
@@ -236,7 +236,7 @@ def test_a_resumed_run_is_the_unbroken_one(case: Case, make_recipe: MakeRecipe) 
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_two_processes_give_the_result_of_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """DDP, ZeRO-3 and FSDP2, by plain descent, whose steps are the gradients."""
     jobs, runs = [], {}
     for number, (label, case) in enumerate(CASES.items()):

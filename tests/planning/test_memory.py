@@ -208,7 +208,7 @@ def test_suggestions_are_estimated_and_end_with_one_that_fits(
 
 
 @pytest.mark.slow
-def test_suggestions_go_from_no_harm_to_some(recipe_of: Callable[..., Recipe]) -> None:
+def test_suggestions_are_ordered_by_their_effect_on_the_result(recipe_of: Callable[..., Recipe]) -> None:
     recipe = recipe_of(per_device_train_batch_size=4)
     estimate = estimate_memory(recipe, tokens=64)
     lines = suggestions(recipe, estimate, 10, tokens=64)
@@ -227,12 +227,12 @@ def test_amounts_of_memory(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GB", "24 apples", "-3GB", "0GB", "24XB", "1e9GB", "iB"])
-def test_nonsense_is_no_amount_of_memory(text: str) -> None:
+def test_invalid_amounts_of_memory_are_rejected(text: str) -> None:
     with pytest.raises(UserError, match="24GB"):
         parse_memory(text)
 
 
-def test_images_that_leave_no_room_are_refused(recipe_of: Callable[..., Recipe]) -> None:
+def test_images_that_exceed_the_memory_are_rejected(recipe_of: Callable[..., Recipe]) -> None:
     with pytest.raises(UserError, match=r"2 image\(s\) take 32 tokens, and a sample has 32"):
         estimate_memory(recipe_of(), tokens=32, images=2)
 
@@ -257,7 +257,7 @@ def test_a_hub_id_that_cannot_be_downloaded_is_named(model: dict[str, str], mess
         estimate_memory(recipe, tokens=64)
 
 
-def test_the_table_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_memory_table_shows_whether_the_run_fits(capsys: pytest.CaptureFixture[str]) -> None:
     gb = 10**9
     estimate = MemoryEstimate(14 * gb, 0, gb, 0, 2 * gb, 3 * gb, gb, "backward")
     print_estimate(estimate, 24 * gb)

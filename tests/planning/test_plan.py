@@ -21,7 +21,7 @@ def recipe_file(make_recipe: Callable[..., Recipe], tmp_path: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_plan_is_told_and_suggests(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_is_printed_with_suggestions(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert entry_point(["plan", recipe_file, "--no-data", "--tokens", "40", "--memory", "24GB", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["suggestions"] == []
@@ -52,12 +52,14 @@ def test_a_plan_is_told_and_suggests(recipe_file: str, capsys: pytest.CaptureFix
         (["--tokens", "40", "model.base=nobody/nothing"], "nobody/nothing"),
     ],
 )
-def test_mistakes(recipe_file: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_invalid_plan_commands_are_errors(
+    recipe_file: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     assert entry_point(["plan", recipe_file, *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_methods_are_listed_with_what_works(capsys: pytest.CaptureFixture[str]) -> None:
+def test_methods_are_listed_with_their_capabilities(capsys: pytest.CaptureFixture[str]) -> None:
     assert entry_point(["methods", "--json"]) == 0
     rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
     everything = ("train", "merge", "checkpointing", "zero1", "zero2", "zero3")

@@ -79,7 +79,7 @@ def _same(plan: Plan, other: Plan) -> bool:
 
 
 @pytest.mark.parametrize("supervise", ["all", "last"])
-def test_a_plan_holds_what_encoding_gives_and_lists_what_cannot_train(data: Path, supervise: Any) -> None:
+def test_a_plan_equals_encoding_and_lists_untrainable_rows(data: Path, supervise: Any) -> None:
     processor, samples = FAMILIES["qwen2_vl"](), IndexedSamples(_sources(data))
     plan = build_plan(samples, processor, supervise)
     assert list(plan.errors) == [4] and "no such file" in str(plan.errors[4])
@@ -120,7 +120,7 @@ def test_a_processor_that_cannot_be_counted_stops_the_plan_in_any_process(data: 
 # ---- the cache
 
 
-def test_a_second_plan_counts_only_what_was_at_fault(data: Path, own_cache: Path) -> None:
+def test_a_second_plan_counts_only_faulty_rows_again(data: Path, own_cache: Path) -> None:
     first, second = _plan(data), _plan(data)
     assert (first.counted, second.counted) == (6, 1)
     assert _same(first, second)
@@ -133,7 +133,7 @@ def test_a_second_plan_counts_only_what_was_at_fault(data: Path, own_cache: Path
     assert len(list(first.cache_file.parent.iterdir())) == 1  # no leavings
 
 
-def test_a_changed_picture_is_counted_again_and_no_other_row(data: Path) -> None:
+def test_only_the_row_of_a_changed_image_is_counted_again(data: Path) -> None:
     first = _plan(data)
     Image.new("RGB", (300, 300), "red").save(data.parent / "b.png")
     second = _plan(data)
@@ -143,7 +143,7 @@ def test_a_changed_picture_is_counted_again_and_no_other_row(data: Path) -> None
     assert _plan(data).counted == 1
 
 
-def test_a_picture_of_as_many_bytes_is_noticed(data: Path) -> None:
+def test_a_changed_image_of_the_same_size_is_noticed(data: Path) -> None:
     picture = data.parent / "b.png"
     Image.new("RGB", (64, 320)).save(picture, format="BMP")
     size = picture.stat().st_size
@@ -154,7 +154,7 @@ def test_a_picture_of_as_many_bytes_is_noticed(data: Path) -> None:
     assert _plan(data).counted == 2 + 1 < first.counted
 
 
-def test_a_picture_that_goes_or_comes_is_noticed(data: Path) -> None:
+def test_an_added_or_removed_image_is_noticed(data: Path) -> None:
     _plan(data)
     (data.parent / "large.png").rename(data.parent / "missing.png")
     plan = _plan(data)
@@ -181,7 +181,7 @@ def _other_tokens(data: Path, processor: Any) -> Any:
 
 
 @pytest.mark.parametrize("change", [_other_rows, _other_template, _other_pixels, _other_tokens])
-def test_whatever_a_plan_is_made_from_is_part_of_its_key(data: Path, change: Callable[[Path, Any], Any]) -> None:
+def test_every_input_of_a_plan_is_part_of_its_key(data: Path, change: Callable[[Path, Any], Any]) -> None:
     processor = copy.deepcopy(FAMILIES["qwen2_vl"]())
     assert (_plan(data, processor).counted, _plan(data, processor).counted) == (6, 1)
     fresh = copy.deepcopy(processor)
@@ -191,7 +191,7 @@ def test_whatever_a_plan_is_made_from_is_part_of_its_key(data: Path, change: Cal
     assert _same(plan, build_plan(IndexedSamples(_sources(data)), fresh))
 
 
-def test_what_the_recipe_says_is_part_of_the_key(data: Path) -> None:
+def test_recipe_settings_are_part_of_the_key(data: Path) -> None:
     processor = FAMILIES["qwen2_vl"]()
     own = data.parent / "own.yaml"
     own.write_text("one", encoding="utf-8")
@@ -219,7 +219,7 @@ def test_every_file_of_a_pattern_is_part_of_the_key(data: Path) -> None:
     assert plan_key([source], processor, "all") != before
 
 
-def test_of_files_too_large_to_be_read_whole_the_time_and_the_ends_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_are_compared_by_time_start_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     source = Source(path=str(tmp_path / "*.jsonl"), template="llava")
     monkeypatch.setattr(plan_cache, "READ", 3 * 16)  # the template is the third file
@@ -239,7 +239,7 @@ def test_of_files_too_large_to_be_read_whole_the_time_and_the_ends_tell(tmp_path
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
-def test_a_damaged_file_is_recognized_and_made_again(data: Path, damage: str) -> None:
+def test_a_damaged_plan_is_detected_and_computed_again(data: Path, damage: str) -> None:
     first = _plan(data)
     assert first.cache_file is not None
     damaged = bytearray(first.cache_file.read_bytes())
@@ -262,7 +262,7 @@ def test_a_directory_that_cannot_be_written_leaves_the_plan_in_the_users_cache(
     assert _plan(data).counted == 1
 
 
-def test_where_nothing_can_be_written_the_plan_is_made_all_the_same(data: Path, own_cache: Path) -> None:
+def test_a_plan_works_without_a_writable_cache(data: Path, own_cache: Path) -> None:
     for place in (data.parent / ".mmtune", own_cache):
         place.write_text("in the way")
     assert (_plan(data).cache_file, _plan(data).counted) == (None, 6)
@@ -286,7 +286,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_plan(data: Path, monkeypatch
 
 
 @pytest.mark.parametrize("policy", ["error", "drop_sample", "drop_media", "shrink_media"])
-def test_what_a_policy_would_do_is_what_it_does(data: Path, policy: Any) -> None:
+def test_planned_over_length_policies_equal_the_run(data: Path, policy: Any) -> None:
     processor, samples = FAMILIES["qwen2_vl"](), IndexedSamples(_sources(data))
     plan = build_plan(samples, processor)
     limit = int(np.sort(plan.tokens)[-2]) - 1  # two rows are longer
@@ -331,7 +331,7 @@ def _fewest(lengths: list[int], capacity: int) -> int:
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(1, 50), max_size=60), capacity=st.integers(50, 70))
-def test_every_sample_is_in_one_pack_and_no_two_packs_would_go_into_one(lengths: list[int], capacity: int) -> None:
+def test_every_sample_is_in_one_pack_and_no_two_packs_can_be_joined(lengths: list[int], capacity: int) -> None:
     packs = pack_lengths(lengths, capacity)
     assert sorted(position for pack in packs for position in pack) == list(range(len(lengths)))
     filled = [sum(lengths[position] for position in pack) for pack in packs]
@@ -343,7 +343,7 @@ def test_every_sample_is_in_one_pack_and_no_two_packs_would_go_into_one(lengths:
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=9))
-def test_packs_are_nearly_as_few_as_can_be(lengths: list[int]) -> None:
+def test_the_number_of_packs_is_close_to_the_minimum(lengths: list[int]) -> None:
     assert len(pack_lengths(lengths, 20)) <= 11 / 9 * _fewest(lengths, 20) + 6 / 9
 
 
@@ -360,7 +360,7 @@ def test_packs_of_lengths_like_llavas_are_full(capacity: int) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[0, 3], [21], [-1]])
-def test_lengths_that_do_not_go_into_a_pack_are_refused(lengths: list[int]) -> None:
+def test_lengths_beyond_the_pack_size_are_rejected(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match=r"expected lengths from 1 to 20 \(the capacity\)"):
         pack_lengths(lengths, 20)
 
@@ -375,7 +375,7 @@ def test_a_histogram_has_every_row_once() -> None:
     assert histogram(np.zeros(0, dtype=np.int64)) == []
 
 
-def test_figures_are_those_of_the_rows(data: Path) -> None:
+def test_plan_metrics_equal_those_of_the_rows(data: Path) -> None:
     processor, samples = FAMILIES["qwen2_vl"](), IndexedSamples(_sources(data))
     plan = build_plan(samples, processor)
     limit = int(plan.tokens.max()) - 1
@@ -400,9 +400,7 @@ def recipe_file(make_recipe: Callable[..., Any], tmp_path: Path) -> Iterator[str
 
 
 @pytest.mark.slow
-def test_the_command_tells_of_the_data_and_of_the_memory(
-    recipe_file: str, rows: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_prints_data_and_memory(recipe_file: str, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert entry_point(["plan", recipe_file, "--json", "data.max_tokens=300"]) == 0
     captured = capsys.readouterr()
     plan = json.loads(captured.out)
@@ -415,7 +413,7 @@ def test_the_command_tells_of_the_data_and_of_the_memory(
     assert plan["peak"] > 0
 
 
-def test_a_plan_shows_what_the_run_does_and_no_more(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_shows_only_what_the_run_does(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["data.train.0.limit=3", "train.per_device_train_batch_size=8"]
     assert entry_point(["plan", recipe_file, *few]) == 0
     shown = capsys.readouterr().out
@@ -423,7 +421,7 @@ def test_a_plan_shows_what_the_run_does_and_no_more(recipe_file: str, capsys: py
     assert "memory of a batch of 3 rows: the data has fewer rows than train.per_device_train_batch_size: 8" in shown
 
 
-def test_without_the_data_the_memory_alone_is_told_and_why(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_data_only_the_memory_is_printed_with_the_reason(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     gone = "data.train=[{path: gone/rows.json, template: llava}]"
     assert entry_point(["plan", recipe_file, gone, "--tokens", "40"]) == 0
     shown = capsys.readouterr().out

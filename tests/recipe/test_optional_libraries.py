@@ -138,7 +138,7 @@ def test_import_errors_of_our_own_keep_their_traceback() -> None:
     ],
     ids=["text", "blip2", "vision", "mllama"],
 )
-def test_a_base_of_another_family_is_refused_by_every_command(
+def test_a_base_of_another_family_is_rejected_by_every_command(
     config: tf.PreTrainedConfig, reason: str, command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tmp_path / "base"
@@ -162,7 +162,7 @@ def test_a_base_of_another_family_is_refused_by_every_command(
         ({"model_type": "internvl_chat", "auto_map": {"AutoConfig": "c.C"}}, "use the release converted for transformers"),
     ],
 )
-def test_a_model_type_that_transformers_lacks_says_so(
+def test_a_model_type_that_transformers_lacks_is_an_error(
     config: dict[str, object], advice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "base").mkdir()
@@ -172,7 +172,7 @@ def test_a_model_type_that_transformers_lacks_says_so(
 
 
 @pytest.mark.parametrize("command", [("data", "check"), ("plan",), ("train",)])
-def test_a_structure_without_its_parts_is_refused_before_weights_load(
+def test_a_structure_without_its_parts_is_rejected_before_weights_load(
     command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(PROJECTORS, "llava", ("model.elsewhere",))

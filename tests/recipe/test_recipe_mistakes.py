@@ -274,7 +274,7 @@ def test_a_plan_needs_no_library_of_the_run(recipe: Path, capsys: pytest.Capture
         (["--overwrite"], "unrecognized arguments: --overwrite\n"),
     ],
 )
-def test_an_override_given_as_an_option_is_shown_without_dashes(
+def test_an_override_with_dashes_is_corrected_in_the_message(
     recipe: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -227,7 +227,7 @@ def test_a_bf16_release_is_merged_in_fp32_and_its_rounding_is_limited(
     assert not (tmp_path / "lost").exists()
 
 
-def test_user_mistakes(run: RunDirectory, tmp_path: Path) -> None:
+def test_merge_user_errors_have_clear_messages(run: RunDirectory, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match="exists; give another path, or --overwrite"):
         merge(run.path, tmp_path / "taken", count=2)

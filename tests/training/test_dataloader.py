@@ -58,7 +58,7 @@ def test_each_sources_loss_is_that_of_plain_transformers(
     assert record["loss/one.jsonl"] != pytest.approx(record["loss/two.jsonl"], abs=1e-3)
 
 
-def test_one_source_has_no_loss_of_its_own(make_recipe: Callable[..., Recipe]) -> None:
+def test_a_single_source_has_no_separate_loss(make_recipe: Callable[..., Recipe]) -> None:
     recipe = make_recipe("train.max_steps=1")
     train(recipe, ["test"])
     assert not [name for name in metrics(recipe)[0] if name.startswith("loss/")]
@@ -90,7 +90,7 @@ def test_a_stream_trains_as_the_rows_by_index_do(make_recipe: Callable[..., Reci
 
 
 @pytest.mark.parametrize("policy", ["drop_media", "shrink_media"])
-def test_media_go_or_a_row_does_and_both_are_told(make_recipe: Callable[..., Recipe], base: Path, policy: str) -> None:
+def test_dropped_media_and_dropped_rows_are_reported(make_recipe: Callable[..., Recipe], base: Path, policy: str) -> None:
     recipe = make_recipe()
     processor = AutoProcessor.from_pretrained(str(base))
     encoded = [encode_sample(sample, processor) for sample in IndexedSamples(recipe.data.train)]

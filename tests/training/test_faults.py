@@ -40,7 +40,7 @@ def outcome(run: RunDirectory) -> tuple[bytes, list[tuple[int, float]]]:
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_comes_to_what_the_unbroken_one_came_to(tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_equals_the_uninterrupted_run(tmp_path: Path) -> None:
     prepare(tmp_path)
     unbroken = {stream: run_unbroken(tmp_path, stream) for stream in (False, True)}
     assert "missing.png" in unbroken[False].outcome[2]
@@ -50,7 +50,7 @@ def test_a_run_killed_at_any_moment_comes_to_what_the_unbroken_one_came_to(tmp_p
 
 
 @pytest.mark.parametrize("left", ["nothing", "an empty directory", "a start", "a start over an earlier run"])
-def test_resume_begins_where_there_is_no_checkpoint_yet(
+def test_resume_without_a_checkpoint_starts_the_run(
     make_recipe: Make, left: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe("train.max_steps=1")
@@ -99,7 +99,7 @@ def make_unfinished(run: RunDirectory, state: str) -> None:
         ("finished", "is a finished run: --overwrite replaces it"),
     ],
 )
-def test_a_second_start_says_what_is_there_and_how_to_go_on(make_recipe: Make, state: str, message: str) -> None:
+def test_a_second_start_names_the_existing_run_and_how_to_resume(make_recipe: Make, state: str, message: str) -> None:
     recipe = make_recipe()
     run = RunDirectory(Path(recipe.output_dir))
     make_unfinished(run, state)
@@ -112,7 +112,7 @@ def test_a_second_start_says_what_is_there_and_how_to_go_on(make_recipe: Make, s
 
 
 @pytest.mark.parametrize("left", ["a start", "a start over an earlier run"])
-def test_what_a_killed_start_has_left_does_not_block_the_next(
+def test_leftovers_of_a_killed_start_do_not_block_the_next(
     make_recipe: Make, left: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe("train.max_steps=1")
@@ -130,7 +130,7 @@ def test_what_a_killed_start_has_left_does_not_block_the_next(
     assert run.summary.is_file() and not earlier.path.exists()
 
 
-def test_a_run_whose_every_checkpoint_is_damaged_is_not_begun_again(make_recipe: Make) -> None:
+def test_a_run_with_only_damaged_checkpoints_is_not_restarted(make_recipe: Make) -> None:
     recipe = make_recipe(*SAVES)
     (Path(recipe.output_dir) / "checkpoints" / "checkpoint-2").mkdir(parents=True)
     with pytest.raises(UserError, match=r"all checkpoints of .* are damaged"):
@@ -158,7 +158,7 @@ def limited(function: Callable[..., Any], size: int, when: Callable[..., bool]) 
     [(300_000, "checkpoint-4"), (500_000, "checkpoint-4"), (200, "metrics.jsonl"), (300_000, "adapter")],
     ids=["weights", "optimizer", "metrics", "adapter"],
 )
-def test_a_full_disk_leaves_what_was_there(
+def test_a_full_disk_leaves_existing_files_unchanged(
     make_recipe: Make, size: int, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe(*SAVES)
@@ -189,9 +189,7 @@ def test_a_full_disk_leaves_what_was_there(
     assert outcome(run) == expected
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_weights_load(
-    make_recipe: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_output_dir_is_rejected_before_weights_load(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmtune.train, "load_base", None)
     with pytest.raises(UserError, match="output_dir: cannot write in /proc"):  # not even by root
         train(make_recipe("output_dir=/proc/runs/run"), ["test"])
@@ -199,7 +197,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_weights_load(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", ["false", "true"])
-def test_a_killed_worker_is_said_and_the_run_goes_on(
+def test_a_killed_worker_is_reported_and_the_run_continues(
     make_recipe: Make, stream: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe(*SAVES, "train.dataloader_num_workers=1", "train.save_steps=1", f"data.stream={stream}")
@@ -361,7 +359,7 @@ def test_adalora_cannot_skip(make_recipe: Make) -> None:
 
 
 @pytest.mark.parametrize("stream", ["false", "true"])
-def test_a_data_file_that_changes_under_a_run_ends_it(
+def test_a_data_file_that_changes_during_a_run_stops_it(
     make_recipe: Make, rows: Path, tmp_path: Path, stream: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tmp_path / "rows.json"
@@ -408,7 +406,7 @@ sys.exit(entry_point(["train", *arguments]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["at the start", "in a step", "killed"])
-def test_a_process_that_fails_ends_all(make_recipe: Make, tmp_path: Path, how: str) -> None:
+def test_a_failed_process_stops_all_processes(make_recipe: Make, tmp_path: Path, how: str) -> None:
     """The second process fails while the main process waits for it: the main process ends, without a traceback of its own."""
     recipe, script = tmp_path / "resolved.yaml", tmp_path / "failing.py"
     recipe.write_text(make_recipe().to_yaml())

@@ -150,7 +150,7 @@ def test_a_step_over_a_packed_row_is_the_step_over_a_padded_batch(tmp_path: Path
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
-def test_positions_that_run_on_are_found(family: str, tmp_path: Path) -> None:
+def test_positions_that_continue_across_samples_are_detected(family: str, tmp_path: Path) -> None:
     """What the tests above hold fails by far when samples in a row see each other."""
     model, encoded = tiny(family), samples(family)
     count = supervised(encoded)
@@ -165,7 +165,7 @@ def test_positions_that_run_on_are_found(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
 @pytest.mark.parametrize("pair", [(0, 1), (1, 0), (0, 2), (2, 3)])
-def test_two_samples_prove_that_a_model_keeps_them_apart(family: str, pair: tuple[int, int]) -> None:
+def test_packing_verification_passes_for_pairs_of_samples(family: str, pair: tuple[int, int]) -> None:
     model = tiny(family)
     model.lm_head.eval()
     encoded = [samples(family)[number] for number in pair]
@@ -237,26 +237,26 @@ GEMMA = {**TEXT, "head_dim": 16}
     ],
     ids=["paligemma", "gemma3", "convolutions", "prompt_tuning", "prefix_tuning"],
 )
-def test_what_cannot_be_packed_is_refused_by_name(make: Any, reason: str) -> None:
+def test_unpackable_models_are_rejected_by_name(make: Any, reason: str) -> None:
     with pytest.raises(UserError, match=f"packing is not supported: {reason}.*set data.packing: false"):
         check_packable(make())
 
 
-def test_a_family_is_refused_before_it_has_weights() -> None:
+def test_a_family_is_rejected_before_it_has_weights() -> None:
     with pytest.raises(UserError, match="gemma3: its image tokens attend in both"):
         check_packable_family(Gemma3Config(vision_config=SIGLIP, text_config=GEMMA))
     for make in CONFIGS.values():
         check_packable_family(make())
 
 
-def test_an_attention_without_masks_between_samples_is_refused() -> None:
+def test_an_attention_without_masks_between_samples_is_rejected() -> None:
     model = tiny("llava")
     model.config.text_config._attn_implementation = "paged|sdpa"
     with pytest.raises(UserError, match=r"attention 'paged\|sdpa' has no mask between samples"):
         check_packable(model)
 
 
-def test_the_proof_finds_a_family_that_nobody_named() -> None:
+def test_packing_verification_detects_an_unsupported_family() -> None:
     """Gemma 3, had it not been refused by name."""
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(
@@ -272,7 +272,7 @@ def test_the_proof_finds_a_family_that_nobody_named() -> None:
 # -------------------------------------------------------------------------------------------------- rows
 
 
-def test_a_row_crosses_no_border() -> None:
+def test_packed_rows_have_the_tokens_positions_and_labels_of_their_samples() -> None:
     encoded = samples("smolvlm")
     row = pack(encoded)
     lengths = [sample["input_ids"].shape[1] for sample in encoded]

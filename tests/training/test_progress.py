@@ -205,7 +205,7 @@ def begun(
     return callback
 
 
-def test_figures_are_those_of_all_processes(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_cover_all_processes(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     dist = Together(0, 2)
     dist.__dict__["other"] = {
         int: 300,
@@ -414,7 +414,7 @@ def test_each_tracker_has_what_the_metrics_have(
     assert not [path for path in (tmp_path / "home").rglob("*") if "wandb" in path.name or "trackio" in path.name]
 
 
-def test_wandb_without_a_login_is_refused_before_weights_load(
+def test_wandb_without_a_login_is_rejected_before_weights_load(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -438,12 +438,12 @@ def test_a_reporter_that_is_not_installed_is_named_before_weights_load(
         train(make_recipe(f"train.report_to={name}"), ["test"])
 
 
-def test_a_misspelt_reporter_is_a_recipes_fault(make_recipe: Callable[..., Recipe]) -> None:
+def test_a_misspelt_reporter_is_a_recipe_error(make_recipe: Callable[..., Recipe]) -> None:
     with pytest.raises(UserError, match=r"train\.report_to.*did you mean 'tensorboard'"):
         make_recipe("train.report_to=tensorbord")
 
 
-def test_nobody_is_told_of_a_run_by_default(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tracker_gets_a_run_by_default(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     """With TensorBoard installed, the hub within reach, and where transformers adds a reporter by itself."""
     monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", "https://127.0.0.1:9")
     assert TrainingArguments(output_dir="unused", use_cpu=True).report_to == ["kubeflow"]

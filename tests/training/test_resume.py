@@ -70,7 +70,7 @@ def outcome(run: RunDirectory) -> tuple[bytes, list[tuple[float, float]]]:
     ],
     ids=["indexed", "accumulated", "stream", "stream with workers", "adalora", "p_tuning", "full"],
 )
-def test_a_resumed_run_is_the_unbroken_one(make_recipe: Callable[..., Recipe], how: tuple[str, ...]) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_run(make_recipe: Callable[..., Recipe], how: tuple[str, ...]) -> None:
     recipe = make_recipe(*SAVES, *how)
     run = RunDirectory(Path(recipe.output_dir))
     train(recipe, ["test"])
@@ -87,7 +87,7 @@ def test_a_resumed_run_is_the_unbroken_one(make_recipe: Callable[..., Recipe], h
     assert outcome(run) == expected
 
 
-def test_a_damaged_checkpoint_is_passed_over(make_recipe: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_skipped(make_recipe: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]) -> None:
     recipe = make_recipe(*SAVES)
     run = RunDirectory(Path(recipe.output_dir))
     train(recipe, ["test"])
@@ -110,7 +110,7 @@ def test_the_newest_checkpoints_are_kept(make_recipe: Callable[..., Recipe]) -> 
     assert [path.name for path in RunDirectory(Path(recipe.output_dir)).checkpoints.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
-def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_runs_that_cannot_resume_are_rejected(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe(*SAVES)
     run = RunDirectory(Path(recipe.output_dir))
     train(recipe, ["test"])
@@ -143,7 +143,7 @@ def test_what_cannot_go_on_is_refused(make_recipe: Callable[..., Recipe], tmp_pa
     assert (run.adapter / "adapter_model.safetensors").is_file()
 
 
-def test_a_second_signal_ends_at_once_and_an_echo_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_signal_stops_at_once_and_a_repeated_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     stop, nothing = StopOnSignal(SINGLE_PROCESS), cast(Any, None)
@@ -160,7 +160,7 @@ def test_a_second_signal_ends_at_once_and_an_echo_does_not(monkeypatch: pytest.M
         signal.signal(signal.SIGTERM, before)
 
 
-def test_files_that_other_machines_have_written_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_other_machines_are_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rng_state_0.pth").touch()
     wait_for_files(tmp_path, {"rng_state_0.pth"})
     monkeypatch.setattr(run_directory, "VISIBLE_TIMEOUT_S", -1.0)
@@ -178,7 +178,7 @@ def test_files_that_other_machines_have_written_are_waited_for(tmp_path: Path, m
     ],
     ids=["SIGKILL", "SIGHUP", "SIGTERM in an epoch"],
 )
-def test_a_run_ended_by_a_signal_goes_on(
+def test_a_run_stopped_by_a_signal_resumes(
     make_recipe: Callable[..., Recipe], number: int, stream: str, saves: str, tmp_path: Path
 ) -> None:
     """Sent once the third step is logged; the same rows in the same order give the same losses and the same adapter.

@@ -98,7 +98,7 @@ def stopped(shallow: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "read"), RESUMED)
-def test_two_processes_go_on_bit_for_bit(strategy: str, read: str, stopped: dict[tuple[str, str], list[Any]]) -> None:
+def test_two_processes_resume_bit_for_bit(strategy: str, read: str, stopped: dict[tuple[str, str], list[Any]]) -> None:
     """The second process gets SIGTERM in the third step: both finish it and save."""
     whole, ended, resumed, unbroken, broken = stopped[strategy, read]
     assert whole is True, whole
@@ -143,7 +143,7 @@ def test_a_model_assembled_at_zero_3_is_saved_as_one_process_saves_it(shallow: P
 
 
 @pytest.mark.slow
-def test_modalities_that_differ_by_process_never_hang(shallow: Path, mixed: Path, tmp_path: Path) -> None:
+def test_modalities_that_differ_by_process_do_not_deadlock(shallow: Path, mixed: Path, tmp_path: Path) -> None:
     """200 steps at ZeRO-3, where a process that runs the tower waits for the others' part of it."""
     rows = json.loads(mixed.read_text(encoding="utf-8"))
     differing = sum(("image" in one) != ("image" in two) for one, two in zip(rows[::2], rows[1::2], strict=True))
@@ -158,7 +158,7 @@ def test_modalities_that_differ_by_process_never_hang(shallow: Path, mixed: Path
 
 
 @pytest.mark.slow
-def test_four_processes_train_what_one_does(shallow: Path, mixed: Path, tmp_path: Path) -> None:
+def test_four_processes_give_the_result_of_one(shallow: Path, mixed: Path, tmp_path: Path) -> None:
     """Padded and packed, over a global batch of four rows, or of four packs; by plain descent, whose steps are the gradients.
 
     No padded row of the second step can train, and in the third one process has none.

@@ -107,7 +107,7 @@ def test_lora_targets_stay_inside_the_language_model(make_recipe: Callable[..., 
     assert any(name.endswith("vision_tower.encoder.layers.0.self_attn.q_proj") for name, _ in model.named_modules())
 
 
-def test_where_it_trains_is_told_by_path(make_recipe: Callable[..., Recipe], base: Path) -> None:
+def test_adapted_modules_are_listed_by_path(make_recipe: Callable[..., Recipe], base: Path) -> None:
     model, _ = tuned(make_recipe("tune.language.target_modules=[q_proj, down_proj]"), base)
     assert trained_modules(model) == {
         "model.multi_modal_projector": (1, 33_024),  # 128 x 128 and a bias of 128, twice

@@ -113,7 +113,7 @@ HOSTILE = [
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("template", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_hostile_data_template_fails_where_it_stands(template: str) -> None:
+def test_a_hostile_data_template_is_an_error_with_its_line(template: str) -> None:
     check_jinja(template)
     with pytest.raises(RowError, match=r"^r: messages\[0\]: the template fails at line 3: .{1,400}$"):
         render_expression("r", "messages[0]", f"\n\n{template}", ROW, ROW)
@@ -139,7 +139,7 @@ def test_the_value_of_an_expression_is_bounded(template: str) -> None:
     ],
     ids=["parentheses", "brackets", "not", "loops", "digits"],
 )
-def test_what_does_not_compile_is_said(template: str) -> None:
+def test_compile_errors_are_reported(template: str) -> None:
     with pytest.raises(ValueError, match=r"^not valid Jinja.{1,700}$"):
         check_jinja(template)
     with pytest.raises(ChatTemplateError, match=r"^the chat template is not valid Jinja.{1,400}$"):
@@ -161,7 +161,7 @@ def test_what_does_not_compile_is_said(template: str) -> None:
         "{{ messages | tojson(indent=1000000000) }}",
     ],
 )
-def test_a_hostile_chat_template_fails_where_it_stands(template: str) -> None:
+def test_a_hostile_chat_template_is_an_error_with_its_line(template: str) -> None:
     talk = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
     with pytest.raises(ChatTemplateError, match="the chat template fails on this conversation at line 2: it does more work"):
         render_text(talk, f"\n{template}", _tokenizer())
@@ -201,7 +201,7 @@ HONEST = [
 
 
 @pytest.mark.parametrize("template", HONEST)
-def test_an_honest_template_writes_what_jinja_writes(template: str) -> None:
+def test_a_harmless_template_gives_the_output_of_plain_jinja(template: str) -> None:
     values = {**ROW, "talk": [{"role": "user", "text": "a\u00e9"}, {"role": "assistant", "text": "b"}]}
     ours = bounded_jinja.BoundedEnvironment()
     ours.bound()
@@ -230,7 +230,7 @@ def _published() -> list[Path]:
 
 
 @pytest.mark.parametrize("file", _published(), ids=lambda file: file.stem)
-def test_chat_templates_write_what_transformers_writes(file: Path) -> None:
+def test_chat_templates_give_the_output_of_transformers(file: Path) -> None:
     """The texts, the spans of `{% generation %}`, and the words of a refusal."""
     template, tokenizer = file.read_text("utf-8"), _tokenizer()
     talks: list[list[dict[str, Any]]] = [

@@ -93,7 +93,7 @@ def into_cache(cache: Path, name: str) -> Path:
     return folder / "snapshots" / "abc"
 
 
-def test_names_are_told_apart_by_their_form(no_hub: Path) -> None:
+def test_paths_and_hub_ids_are_distinguished_by_form(no_hub: Path) -> None:
     Path("runs", "quickstart").mkdir(parents=True)
     for local in ("./x", "/x", "~/x", "a/b/c", "x", "runs/quickstar", "run/quickstart", "owner/rows.json"):
         assert is_local_name(local), local
@@ -138,7 +138,7 @@ def test_every_path_of_a_recipe_names_the_nearest(no_hub: Path) -> None:
     assert "recipe.yaml:1: model.base: " in str(error.value)
 
 
-def test_without_a_network_the_message_says_how_to_go_on(no_hub: Path) -> None:
+def test_without_a_network_the_message_names_the_next_step(no_hub: Path) -> None:
     with pytest.raises(UserError) as error:
         locate_checkpoint("owner/name")
     message = str(error.value)
@@ -200,7 +200,7 @@ def test_without_a_network_a_prepared_data_set_is_read_from_the_cache(
     ("name", "message"),
     [("private", "has no model owner/private, or it is private"), ("gated", "is gated"), ("empty", "has no config.json")],
 )
-def test_what_the_hub_refuses_is_said(name: str, message: str, hub: list[str]) -> None:
+def test_errors_of_the_hub_are_reported(name: str, message: str, hub: list[str]) -> None:
     with pytest.raises(UserError, match=message):
         locate_checkpoint(f"owner/{name}")
     assert hub == [f"/owner/{name}/resolve/main/config.json"]

@@ -58,7 +58,7 @@ def test_a_lock_ends_with_its_process_and_leaves_no_file(tmp_path: Path) -> None
     assert not (tmp_path / "new").exists()
 
 
-def test_another_user_s_file_and_a_closed_folder_are_not_taken_for_a_process_that_writes() -> None:
+def test_permission_errors_are_not_reported_as_another_writer() -> None:
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         (folder := Path(name)).chmod(0o755)
         lock_file(folder / "left").write_text("process 1 on elsewhere", encoding="utf-8")
@@ -101,7 +101,7 @@ def test_two_writers_of_one_destination(tmp_path: Path, capsys: pytest.CaptureFi
     assert list(tmp_path.iterdir()) == [lock_file(tmp_path / "out")]
 
 
-def test_what_a_killed_process_left_goes_and_what_is_another_s_stays(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed_and_other_files_stay(tmp_path: Path) -> None:
     for name in (".out.abcdefgh.partial", ".out.b.abcdefgh.partial", ".out.notes"):
         (tmp_path / name / "new").mkdir(parents=True)
     killed_between_the_renamings = tmp_path / ".other.abcdefgh.partial"
@@ -139,7 +139,7 @@ def test_the_target_of_a_link_is_replaced_and_the_link_stays(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("target", "message"), [("gone/release", "gone does not exist"), ("out", "is a symbolic link to itself")]
 )
-def test_a_link_that_leads_nowhere_is_refused_at_once(tmp_path: Path, target: str, message: str) -> None:
+def test_a_dangling_link_is_rejected_at_once(tmp_path: Path, target: str, message: str) -> None:
     (tmp_path / "out").symlink_to(tmp_path / target)
     with pytest.raises(UserError, match=message):
         check_replaceable(tmp_path / "out", True, "mark")
@@ -148,7 +148,7 @@ def test_a_link_that_leads_nowhere_is_refused_at_once(tmp_path: Path, target: st
     assert (tmp_path / "out").is_symlink()
 
 
-def test_a_mount_point_is_refused_at_once() -> None:
+def test_a_mount_point_is_rejected_at_once() -> None:
     with pytest.raises(UserError, match="/proc is a mount point, which cannot be replaced"):
         check_replaceable(Path("/proc"), True, "version")
 
@@ -175,7 +175,7 @@ def test_a_run_behind_a_link_is_replaced_there(make_recipe: Callable[..., Recipe
 
 
 @pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_files_get_the_modes_that_the_umask_says(base: Path, tmp_path: Path, umask: int, expected: int) -> None:
+def test_files_have_the_modes_of_the_umask(base: Path, tmp_path: Path, umask: int, expected: int) -> None:
     from mmtune.models.load import load_trained
 
     model, processor = load_trained(base)
@@ -226,7 +226,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_commit_is_told_and_no_program_of_the_repository_runs(repository: Path) -> None:
+def test_the_commit_is_recorded_and_no_program_of_the_repository_runs(repository: Path) -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert git_commit() == head
     os.utime(repository / "a.txt", (0, 0))  # git reads the content again, through its filters

@@ -68,7 +68,7 @@ def test_threads_are_as_many_as_cores(
     assert os.environ["GOMP_SPINCOUNT"] == SPIN_COUNT
 
 
-def test_what_the_user_set_stays(nothing_set: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_the_user_are_unchanged(nothing_set: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "cpu_quotas", lambda: [2])
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")

@@ -46,7 +46,7 @@ def test_the_order_is_that_of_torchs_own_sampler() -> None:
 
 @pytest.mark.parametrize("kind", ["size", "lengths", "tokens", "packed"])
 @pytest.mark.parametrize("count", [1, 7, 48, 101])
-def test_a_step_has_the_same_rows_in_every_layout(kind: str, count: int) -> None:
+def test_a_step_has_the_same_rows_for_every_number_of_processes(kind: str, count: int) -> None:
     lengths = None if kind == "size" else llava_like(count)
     more: dict[str, Any] = {"tokens": 4096, "packed": kind == "packed"} if kind in ("tokens", "packed") else {}
     steps_by_size = []
@@ -73,7 +73,9 @@ def test_a_step_has_the_same_rows_in_every_layout(kind: str, count: int) -> None
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=80), st.integers(1, 4), st.integers(1, 3), st.booleans())
-def test_a_budget_is_kept_and_no_row_is_lost(lengths: list[int], world_size: int, accumulation: int, packed: bool) -> None:
+def test_batches_stay_within_the_budget_and_no_row_is_lost(
+    lengths: list[int], world_size: int, accumulation: int, packed: bool
+) -> None:
     if not any(lengths):
         lengths[0] = 1
     of = [
@@ -102,7 +104,7 @@ def test_a_budget_is_kept_and_no_row_is_lost(lengths: list[int], world_size: int
 
 
 @pytest.mark.parametrize("more", [{}, {"tokens": 64}, {"tokens": 64, "packed": True}], ids=["size", "tokens", "packed"])
-def test_the_largest_batch_comes_first_and_in_the_first_epoch_only(more: dict[str, Any]) -> None:
+def test_the_largest_batch_is_first_in_the_first_epoch_only(more: dict[str, Any]) -> None:
     lengths = np.array([3, 9, 4, 50, 2, 7, 7, 1] * 4)
     lengths[13] = 60
     for seed in range(8):  # by chance the largest batch may come first anyway
@@ -116,7 +118,7 @@ def test_the_largest_batch_comes_first_and_in_the_first_epoch_only(more: dict[st
         assert list(batches) == list(_at(plain, 1))
 
 
-def test_the_largest_batch_is_told_with_and_without_its_padding() -> None:
+def test_the_largest_batch_is_reported_with_and_without_padding() -> None:
     lengths = np.array([3, 9, 4, 50, 2, 7, 0, 60])
     largest = MixtureBatchSampler(alone(7), seed=2, size=2, lengths=lengths).largest()
     assert largest["rows"] == 2 and largest["padded_tokens"] == 120 and 62 <= largest["tokens"] <= 110
@@ -150,7 +152,7 @@ def test_spreading_fills_every_batch_and_balances_it() -> None:
     assert max(lengths[batch].sum() for batch in balanced) == 103  # the best there is: 100 with three of one token
 
 
-def test_the_last_rows_are_shared_and_none_is_taken_twice() -> None:
+def test_the_last_rows_are_distributed_and_none_is_repeated() -> None:
     of = [list(MixtureBatchSampler(alone(5), seed=0, size=2, rank=rank, world_size=2)) for rank in range(2)]
     assert [[len(batch) for batch in rank] for rank in of] == [[2, 1], [2, 0]]
     dropped = [list(MixtureBatchSampler(alone(5), seed=0, size=2, rank=rank, world_size=2, drop_last=True)) for rank in range(2)]

@@ -71,14 +71,14 @@ def test_a_batch_is_the_processors_own(family: str, side: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("family", sorted({*FAMILIES} - {"paligemma"}))
-def test_a_batch_of_text_alone_has_no_media(family: str, tmp_path: Path) -> None:
+def test_a_text_only_batch_has_no_media(family: str, tmp_path: Path) -> None:
     processor = FAMILIES[family]()
     talks = conversations(tmp_path, open_images=False)
     batch = collate([encode_prompt("r", talk, processor) for talk in talks], processor.tokenizer.pad_token_id)
     assert_same(batch, of_the_processor(processor, talks, "right"))
 
 
-def test_what_is_filled_up_is_not_supervised_and_not_attended(tmp_path: Path) -> None:
+def test_padding_is_not_supervised_and_not_attended(tmp_path: Path) -> None:
     processor = FAMILIES["idefics3"]()
     encoded = samples(processor, tmp_path)
     batch = collate(encoded, processor.tokenizer.pad_token_id)

@@ -68,14 +68,14 @@ def test_processes_and_workers_share_one_order(world_size: int, workers: int) ->
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("first", [1, 3, 7, 12])
-def test_it_goes_on_with_the_very_next_sample(first: int, workers: int) -> None:
+def test_a_stream_resumes_with_the_next_sample(first: int, workers: int) -> None:
     unbroken = taken(stream(20, 9, weights=(3.0, 1.0)), 15)
     resumed = stream(20, 9, weights=(3.0, 1.0))
     resumed.start_at(first)
     assert taken(resumed, 15 - first, workers) == unbroken[first:]
 
 
-def test_what_was_taken_before_is_not_parsed_again() -> None:
+def test_consumed_rows_are_not_parsed_again() -> None:
     parsed: list[str] = []
     again = SampleStream([partial(rows, "a", 1000, parsed)], [1.0], make_batch, seed=0, window=10, size=4)
     again.start_at(200)
@@ -83,7 +83,7 @@ def test_what_was_taken_before_is_not_parsed_again() -> None:
     assert len(parsed) == 4
 
 
-def test_sources_come_in_the_ratio_of_their_weights() -> None:
+def test_sources_are_mixed_by_their_weights() -> None:
     flat = list(chain.from_iterable(taken(stream(5, 50, 500, weights=(1.0, 2.0, 5.0)), 100)))
     for length in (8, 80, 400):
         assert Counter(row[0] for row in flat[:length]) == {"a": length / 8, "b": length / 4, "c": length * 5 / 8}
@@ -97,7 +97,7 @@ def test_a_stream_without_rows_ends_the_run() -> None:
 
 
 @pytest.mark.slow
-def test_killed_runs_see_the_rows_of_an_unbroken_one(tmp_path: Path) -> None:
+def test_killed_runs_read_the_rows_of_an_uninterrupted_run(tmp_path: Path) -> None:
     """A process writes the ids of each batch; it is killed at random moments and resumes after the last line that it wrote."""
     lines = [json.dumps({"id": number, "text": "x" * (number % 50)}) for number in range(300)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))

@@ -94,7 +94,7 @@ def test_a_caption_is_supervised_with_its_newline(template_processors: dict[str,
 
 
 @pytest.mark.parametrize("name", TALKING)
-def test_the_loss_can_fall_on_the_last_answer_alone(template_processors: dict[str, Any], media: Path, name: str) -> None:
+def test_the_loss_can_be_limited_to_the_last_answer(template_processors: dict[str, Any], media: Path, name: str) -> None:
     processor, sample = template_processors[name], _conversations(media)["several images"]
     whole, last = encode_sample(sample, processor), encode_sample(sample, processor, supervise="last")
     assert _spans(last, processor) == _spans(whole, processor)[-1:] and len(_spans(whole, processor)) == 2
@@ -120,7 +120,7 @@ SPACES = st.text(st.sampled_from(" \n\t\rab.é"), max_size=12)
 @pytest.mark.parametrize("name", TALKING)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(question=SPACES, answer=SPACES.filter(str.strip))
-def test_labels_are_exact_or_refused_when_white_space_joins(
+def test_labels_are_exact_or_rejected_when_white_space_joins(
     template_processors: dict[str, Any], name: str, question: str, answer: str
 ) -> None:
     processor, sample = template_processors[name], _sample(question, answer)
@@ -132,7 +132,7 @@ def test_labels_are_exact_or_refused_when_white_space_joins(
     assert _spans(encoded, processor) == [SPACE.get(name, "") + answer + END[name]]
 
 
-def test_white_space_does_join_here_and_is_refused(template_processors: dict[str, Any]) -> None:
+def test_joined_white_space_is_rejected(template_processors: dict[str, Any]) -> None:
     with pytest.raises(RowError, match=r"r\.json\[7\]: messages\[1\]: the answer starts with white space"):
         encode_sample(_sample("q", "\n\nfoo"), template_processors["chatml"])
     assert _spans(encode_sample(_sample("q", " foo"), template_processors["chatml"]), template_processors["chatml"]) == [
@@ -212,12 +212,12 @@ def test_a_control_token_that_text_spells_stays_text(
     assert token in tokenizer.decode(halves["input_ids"][0])
 
 
-def test_text_that_is_no_unicode_is_refused(untrained: tuple[Any, Any]) -> None:
+def test_invalid_unicode_text_is_rejected(untrained: tuple[Any, Any]) -> None:
     with pytest.raises(RowError, match=r"r\.json\[7\]: messages\[1\]: the text is not valid Unicode"):
         encode_sample(_sample("q", "half of \ud83d"), untrained[1])
 
 
-def test_a_sample_that_is_too_long_is_refused(untrained: tuple[Any, Any], media: Path) -> None:
+def test_a_sample_that_is_too_long_is_rejected(untrained: tuple[Any, Any], media: Path) -> None:
     processor, sample = untrained[1], _sample([str(media / "a.png"), "what?"], "a cat")
     length = encode_sample(sample, processor)["input_ids"].shape[1]
     assert encode_sample(sample, processor, max_tokens=length)["input_ids"].shape[1] == length
@@ -275,7 +275,7 @@ TURNS = (
         ("<|assistant|>{{ text ~ '<|end|>' }}", "no {% generation %} tags.*'<|user|>Is it?<|assistant|>' for '<|user|>Is it?'"),
     ],
 )
-def test_a_template_that_supervises_something_else_is_refused(answer: str, reason: str | None) -> None:
+def test_a_template_that_supervises_something_else_is_rejected(answer: str, reason: str | None) -> None:
     from mmtune.builtin.tiny_checkpoint import build_processor
 
     processor = build_processor()
@@ -287,7 +287,7 @@ def test_a_template_that_supervises_something_else_is_refused(answer: str, reaso
         check_chat_template(processor)
 
 
-def test_a_template_that_drops_an_answer_is_found_at_the_row(untrained: tuple[Any, Any]) -> None:
+def test_a_template_that_drops_an_answer_is_reported_with_the_row(untrained: tuple[Any, Any]) -> None:
     from mmtune.builtin.tiny_checkpoint import build_processor
 
     processor = build_processor()

@@ -66,7 +66,7 @@ def _plain(messages: list[Message], processor: Any, sanitize: bool, prompt: bool
 
 @pytest.mark.parametrize("case", CONVERSATIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_encoded_samples_are_what_the_processor_gives(pictures: Path, family: str, case: str) -> None:
+def test_encoded_samples_equal_those_of_the_processor(pictures: Path, family: str, case: str) -> None:
     processor = FAMILIES[family]()
     sample = _sample(CONVERSATIONS[case], pictures, processor)
     reads_types = isinstance(processor, tf.PaliGemmaProcessor)
@@ -100,7 +100,7 @@ def test_encoded_samples_are_what_the_processor_gives(pictures: Path, family: st
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_text_alone_gives_the_tokens_of_the_whole_sample(pictures: Path, family: str) -> None:
+def test_text_only_encoding_gives_the_tokens_of_the_whole_sample(pictures: Path, family: str) -> None:
     """Counting gives the same tokens from the replacement strings and reads no pixels; media tokens are marked as such."""
     processor = FAMILIES[family]()
     sample = _sample(CONVERSATIONS["several"], pictures, processor)
@@ -144,13 +144,13 @@ def test_the_answers_of_a_prefix_model_are_not_seen_by_its_prefix(pictures: Path
     assert not encode_prompt("r", sample.messages[:1], processor)["token_type_ids"].any()
 
 
-def test_images_that_a_processor_refuses_name_their_row(pictures: Path) -> None:
+def test_images_that_a_processor_rejects_are_errors_with_their_row(pictures: Path) -> None:
     Image.new("RGB", (900, 4)).save(pictures / "line.png")
     with pytest.raises(RowError, match="r: image: Qwen2VLProcessor rejects the sample's images: absolute aspect ratio"):
         encode_sample(_sample([["line.png", "?"], ["no"]], pictures, FAMILIES["qwen2_vl"]()), FAMILIES["qwen2_vl"]())
 
 
-def test_a_processor_that_does_not_tell_its_image_tokens_is_refused(pictures: Path) -> None:
+def test_a_processor_without_image_token_counts_is_rejected(pictures: Path) -> None:
     class Silent(tf.LlavaProcessor):
         replace_image_token = tf.ProcessorMixin.replace_image_token
 

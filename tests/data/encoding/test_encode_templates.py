@@ -67,7 +67,7 @@ def answers_of(messages: list[Message], dialect: Dialect) -> list[str]:
 
 
 @pytest.mark.parametrize("name", DIALECTS)
-def test_labels_are_the_answers_and_their_ends_with_marks_and_without(name: str) -> None:
+def test_labels_are_the_answers_and_their_ends_with_and_without_generation_tags(name: str) -> None:
     dialect, marked, unmarked = DIALECTS[name], dialect_processor(name), dialect_processor(name, marked=False)
     assert "generation" in marked.chat_template and "generation %}" not in unmarked.chat_template
 
@@ -149,7 +149,7 @@ def _talk(*turns: str | list[str]) -> list[Message]:
 
 
 @pytest.mark.parametrize("name", END_OF)
-def test_trls_training_templates_and_what_they_stand_for_give_the_same_labels(name: str) -> None:
+def test_trls_training_templates_give_the_labels_of_the_original_templates(name: str) -> None:
     """The published template has no marks, TRL's has, around more than the end of turn for some."""
     image, end = END_OF[name]
     messages = _talk(["image", "what?"], "a cat", ["and ", "image", "?"], "no\n\n<|im_end|>not", "sure?", "yes")
@@ -163,7 +163,7 @@ def test_trls_training_templates_and_what_they_stand_for_give_the_same_labels(na
     assert [span.lstrip(" ") for span in spans] == [text + end for text in ("a cat", "no\n\n<|im_end|>not", "yes")]
 
 
-def test_a_thought_that_the_prompt_holds_is_not_supervised() -> None:
+def test_a_thought_inside_the_prompt_is_not_supervised() -> None:
     """TRL marks the empty thought too; the prompt of a model that does not think ends after it."""
     talk = _talk(["image", "what?"], "a cat")
     for file in ("qwen3_5_nothink_training.jinja", "qwen3_5_nothink.jinja"):
@@ -207,7 +207,9 @@ PROMPT = "{% if add_generation_prompt %}assistant:{% endif %}"
         ("{{ m.nothing.here }}", PROMPT, "the chat template rejects this conversation: .* has no attribute"),
     ],
 )
-def test_a_template_without_marks_is_exact_or_says_why_not(turn: str, prompt: str, reason: str | None) -> None:
+def test_a_template_without_generation_tags_is_exact_or_rejected_with_the_reason(
+    turn: str, prompt: str, reason: str | None
+) -> None:
     processor = _speaks(TURN.format(turn, prompt), "<image>")
     messages = _talk("what?", "a dog", "sure?", "yes")
     if reason is None:
@@ -219,13 +221,13 @@ def test_a_template_without_marks_is_exact_or_says_why_not(turn: str, prompt: st
 
 
 @pytest.mark.parametrize("marked", [True, False])
-def test_white_space_that_a_template_takes_off_is_named(marked: bool) -> None:
+def test_white_space_that_a_template_strips_is_reported(marked: bool) -> None:
     with pytest.raises(RowError, match="strips white space from the ends of an answer; remove it from the row"):
         encode_text("r", _talk("what?", "a dog\n"), dialect_processor("llama-3", marked), [])
 
 
 @pytest.mark.parametrize("marked", [True, False])
-def test_a_token_over_the_edge_of_an_answer_is_refused(marked: bool) -> None:
+def test_a_token_across_the_boundary_of_an_answer_is_rejected(marked: bool) -> None:
     """A prompt that ends with a space, which the tokenizer joins to the first word."""
     turn = "{% if m.role == 'user' %}" + SAYS + "{% else %}{{ ' ' }}{% generation %}" + SAYS + "{% endgeneration %}{% endif %}"
     template = TURN.format(turn, PROMPT.replace("assistant:", "assistant: "))
@@ -236,7 +238,7 @@ def test_a_token_over_the_edge_of_an_answer_is_refused(marked: bool) -> None:
         encode_text("r", _talk("what?", "the cat"), processor, [])
 
 
-def test_a_prompt_that_the_answer_splits_otherwise_is_refused() -> None:
+def test_a_prompt_that_tokenizes_differently_with_its_answer_is_rejected() -> None:
     """Line breaks and the spaces before them are one piece for Qwen's and Llama 3's tokenizers, split by what follows.
 
     No token stands over the edge of the answer, and the prompt alone still has other tokens than the prompt before the answer.
@@ -269,7 +271,7 @@ def test_media_without_an_encoding_are_named(kind: str) -> None:
         encode_text("r", messages, dialect_processor("zephyr"), [])
 
 
-def test_placeholders_are_as_many_as_images() -> None:
+def test_placeholders_and_images_have_equal_counts() -> None:
     messages = _talk(["image", "what?"], "a dog")
     with pytest.raises(RowError, match="expected 2 image placeholders from the chat template, one for each image, got 1"):
         encode_text("r", messages, dialect_processor("zephyr"), ["<image>"] * 2)

@@ -62,7 +62,7 @@ def _answers(sample: Sample) -> list[Any]:
 
 
 @pytest.mark.parametrize("policy", ["error", "drop_sample", "drop_media", "shrink_media"])
-def test_a_sample_that_fits_is_left_alone(pictures: dict[str, Path], policy: Any) -> None:
+def test_a_sample_that_fits_is_unchanged(pictures: dict[str, Path], policy: Any) -> None:
     processor, sample = FAMILIES["qwen2_vl"](), _sample([pictures["large"], "what?"], ["a wall"])
     counts = count_tokens(sample, processor)
     for limit in (counts.tokens, None):
@@ -70,7 +70,7 @@ def test_a_sample_that_fits_is_left_alone(pictures: dict[str, Path], policy: Any
 
 
 @pytest.mark.parametrize("policy", ["error", "drop_sample"])
-def test_a_long_sample_is_refused_in_the_encoders_words(pictures: dict[str, Path], policy: Any) -> None:
+def test_a_long_sample_is_rejected_with_the_encoders_message(pictures: dict[str, Path], policy: Any) -> None:
     processor, sample = FAMILIES["qwen2_vl"](), _sample([pictures["large"], "what?"], ["a wall"])
     limit = count_tokens(sample, processor).tokens - 1
     with pytest.raises(OverLength) as counted:
@@ -83,7 +83,7 @@ def test_a_long_sample_is_refused_in_the_encoders_words(pictures: dict[str, Path
 # ---- fewer images
 
 
-def test_the_largest_image_goes_first_and_no_more_than_needed(pictures: dict[str, Path]) -> None:
+def test_the_largest_image_is_dropped_first_and_only_as_many_as_needed(pictures: dict[str, Path]) -> None:
     processor = FAMILIES["qwen2_vl"]()
     sample = _sample([pictures["small"], pictures["large"], pictures["wide"], "which?"], ["the last"])
     whole = count_tokens(sample, processor).tokens
@@ -94,7 +94,7 @@ def test_the_largest_image_goes_first_and_no_more_than_needed(pictures: dict[str
     assert _names(fit_to_budget(sample, processor, fitted.counts.tokens - 1, "drop_media")) == ["small"]
 
 
-def test_of_equal_images_the_last_of_the_earliest_turn_goes_first(pictures: dict[str, Path]) -> None:
+def test_among_equal_images_the_last_of_the_earliest_turn_is_dropped_first(pictures: dict[str, Path]) -> None:
     processor, small, twin = FAMILIES["llava"](), pictures["small"], pictures["twin"]
     sample = _sample([small, twin, "what?"], ["a"], [small, "and this?"], ["b"])
     limit = count_tokens(sample, processor).tokens - 1
@@ -116,14 +116,14 @@ def test_words_around_a_dropped_image_stay_apart(pictures: dict[str, Path]) -> N
     assert len(messages[0]["content"]) == 3  # the given ones stay whole
 
 
-def test_an_image_that_is_a_whole_turn_stays_and_the_sample_goes(pictures: dict[str, Path]) -> None:
+def test_a_sample_is_dropped_if_an_image_is_a_whole_turn(pictures: dict[str, Path]) -> None:
     processor, sample = FAMILIES["qwen2_vl"](), _sample([pictures["large"]], ["a wall"])
     limit = count_tokens(sample, processor).tokens - 1
     with pytest.raises(OverLength, match=rf"{limit + 1} tokens, more than data\.max_tokens: {limit}$"):
         fit_to_budget(sample, processor, limit, "drop_media")
 
 
-def test_a_sample_too_long_without_its_images_goes(pictures: dict[str, Path]) -> None:
+def test_a_sample_too_long_without_its_images_is_dropped(pictures: dict[str, Path]) -> None:
     processor, sample = FAMILIES["qwen2_vl"](), _sample([pictures["small"], "what? " * 20], ["a wall"])
     bare = count_tokens(_sample(["what? " * 20], ["a wall"]), processor).tokens
     assert fit_to_budget(sample, processor, bare, "drop_media").counts.tokens == bare
@@ -131,7 +131,7 @@ def test_a_sample_too_long_without_its_images_goes(pictures: dict[str, Path]) ->
         fit_to_budget(sample, processor, bare - 1, "drop_media")
 
 
-def test_an_image_left_alone_may_take_more_and_is_counted_so(pictures: dict[str, Path]) -> None:
+def test_an_image_with_more_tokens_when_alone_is_counted_correctly(pictures: dict[str, Path]) -> None:
     processor = FAMILIES["llava_onevision"]()  # tiles an image that is alone in its sample
     sample = _sample([pictures["small"], pictures["twin"], "what?"], ["a wall"])
     whole = count_tokens(sample, processor).tokens
@@ -158,7 +158,7 @@ def test_images_shrink_until_they_fit_and_are_encoded_to_that_length(pictures: d
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_where_size_does_not_matter_the_sample_goes(pictures: dict[str, Path], name: str) -> None:
+def test_a_sample_is_dropped_if_image_size_has_no_effect(pictures: dict[str, Path], name: str) -> None:
     processor, sample = FAMILIES[name](), _sample([pictures["large"], "what?"], ["a wall"])
     limit = count_tokens(sample, processor).tokens - 1
     with pytest.raises(OverLength, match="resizing its images does not make it fit"):
@@ -166,7 +166,7 @@ def test_where_size_does_not_matter_the_sample_goes(pictures: dict[str, Path], n
     assert resize_images([(300, 240)], processor, _media_tokens(processor, [(300, 240)]) - 1) is None
 
 
-def test_the_largest_shrink_first_and_no_further_than_needed() -> None:
+def test_the_largest_images_are_resized_first_and_only_as_far_as_needed() -> None:
     processor = FAMILIES["qwen2_vl"]()  # patches of 28 x 28 pixels, at most 64
     sizes = [(90, 90), (224, 224), (168, 168)]  # 9, 64 and 36 tokens
     assert _media_tokens(processor, sizes) == 109
@@ -202,7 +202,7 @@ def test_shrunken_images_keep_their_shape_and_the_budget(name: str, sizes: list[
         assert abs(new_width / width - new_height / height) <= 0.5 / width + 0.5 / height + 1e-9  # but for whole pixels
 
 
-def test_an_image_that_cannot_be_read_is_the_rows_fault(media: Path) -> None:
+def test_an_unreadable_image_is_an_error_of_its_row(media: Path) -> None:
     (media / "a.png").write_bytes(b"no image")
     with pytest.raises(RowError, match=r"rows\.json\[3\]: image: "):
         fit_to_budget(_sample([media / "a.png", "what?"], ["no"]), FAMILIES["qwen2_vl"](), 10, "shrink_media")

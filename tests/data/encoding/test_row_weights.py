@@ -37,7 +37,7 @@ def _answers(sample: Sample, processor: Any, **settings: Any) -> list[str]:
         ({"training": False, "weight": 0}, {"weight": None, "loss": None}, ["right"]),
     ],
 )
-def test_a_weight_takes_its_turn_out_of_the_loss_and_changes_nothing_else(
+def test_a_weight_of_0_removes_its_turn_from_the_loss_and_changes_nothing_else(
     untrained: tuple[Any, Any], media: Path, first: dict[str, Any], last: dict[str, Any], trains: list[str]
 ) -> None:
     processor = untrained[1]
@@ -82,15 +82,13 @@ def test_a_weight_and_the_last_answer_alone(untrained: tuple[Any, Any], media: P
         ({"weight": 0}, {"weight": 0}, "messages: every answer has weight 0"),
     ],
 )
-def test_a_weight_that_cannot_be_honoured_is_an_error(
-    media: Path, first: dict[str, Any], last: dict[str, Any], reason: str
-) -> None:
+def test_an_unsupported_weight_is_an_error(media: Path, first: dict[str, Any], last: dict[str, Any], reason: str) -> None:
     reader = SourceReader(Source(path=str(media / "rows.jsonl"), template="messages"))
     with pytest.raises(RowError, match=reason):
         reader.sample("r", talk(first, last))
 
 
-def test_a_question_has_no_loss_to_ask_for(media: Path) -> None:
+def test_a_weight_on_a_question_is_an_error(media: Path) -> None:
     asks = [user("q", weight=1), assistant("a")]
     with pytest.raises(RowError, match=r"messages\[0\]\.weight: expected weight 0 for a turn of the user, got 1"):
         samples(media, {"messages": asks})
@@ -121,7 +119,7 @@ def test_an_answer_keeps_its_white_space(media: Path, template: str, question: s
     assert [message["content"][0]["text"] for message in sample.messages] == [question, expected]
 
 
-def test_an_answer_of_weight_0_is_no_reference(media: Path) -> None:
+def test_an_answer_of_weight_0_is_not_a_reference(media: Path) -> None:
     included, excluded = samples(media, talk({"weight": 0}, {}), talk({}, {"weight": 0}))
     assert split_question(included)[1] == "right"
     with pytest.raises(RowError, match=r"^rows\.json\[1\]: messages: the last answer has weight 0"):
@@ -161,6 +159,6 @@ def test_answers_in_a_prompt_are_context(untrained: tuple[Any, Any], media: Path
         ("query_response", {"query": "q", "response": "a", "system": 3}, "system: expected text"),
     ],
 )
-def test_questions_and_answers_that_are_none(media: Path, template: str, row: dict[str, Any], reason: str) -> None:
+def test_missing_questions_and_answers_are_errors(media: Path, template: str, row: dict[str, Any], reason: str) -> None:
     with pytest.raises(RowError, match=reason):
         samples(media, row, template=template)

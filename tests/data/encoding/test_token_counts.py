@@ -105,7 +105,7 @@ def variants() -> Callable[[str], Any]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_nasty_sizes_are_counted_and_refused_as_by_the_processor(variants: Callable[[str], Any], name: str) -> None:
+def test_extreme_sizes_are_counted_and_rejected_as_by_the_processor(variants: Callable[[str], Any], name: str) -> None:
     processor = variants(name)
     assert counts_by_arithmetic(processor)
     for size in NASTY:
@@ -178,13 +178,13 @@ def _size(value: dict[str, int]) -> Any:
     return SizeDict(**value)
 
 
-def test_settings_that_no_arithmetic_covers_are_counted_with_blank_images() -> None:
+def test_settings_without_a_formula_are_counted_with_blank_images() -> None:
     processor = _changed("llava", do_center_crop=False)  # every image keeps its shape
     assert _counted(processor, [(100, 60)]) == _real(processor, [(100, 60)])
     assert _counted(processor, [(100, 70)]) == _real(processor, [(100, 70)]) != _real(processor, [(100, 60)])
 
 
-def test_a_family_that_nobody_taught_us_is_counted_with_blank_images() -> None:
+def test_an_unknown_family_is_counted_with_blank_images() -> None:
     class OtherImages(type(FAMILIES["qwen2_vl"]().image_processor)):  # type: ignore[misc]
         def resize(self, images: Any, *arguments: Any, **settings: Any) -> Any:
             return super().resize(images[..., :28, :], *arguments, **settings)
@@ -208,7 +208,7 @@ def test_arithmetic_that_disagrees_with_the_processor_is_not_used() -> None:
     assert _counted(processor, [(300, 301)]) == _real(processor, [(300, 301)])
 
 
-def test_a_processor_that_does_not_say_what_it_writes_is_refused_by_name() -> None:
+def test_a_processor_without_replacement_text_is_rejected_by_name() -> None:
     from transformers import ProcessorMixin
 
     class Silent(type(FAMILIES["llava"]())):  # type: ignore[misc]
@@ -250,7 +250,7 @@ def test_a_sample_without_images_has_no_media_tokens(media: Path) -> None:
     assert counts == Counts(encoded["input_ids"].shape[1], 0, int((encoded["labels"] != -100).sum()), 0)
 
 
-def test_an_image_that_the_processor_refuses_is_refused_alike_by_row(media: Path) -> None:
+def test_an_image_that_the_processor_rejects_is_the_same_row_error_in_counting_and_encoding(media: Path) -> None:
     Image.new("RGB", (900, 2)).save(media / "line.png")
     sample = _sample([media / "line.png"], "what?", "a line")
     errors = []
@@ -262,7 +262,7 @@ def test_an_image_that_the_processor_refuses_is_refused_alike_by_row(media: Path
     assert errors[0] == errors[1] == ("rows.json[3]", "image", refusal)
 
 
-def test_an_image_without_a_header_is_refused_by_row(media: Path) -> None:
+def test_an_image_without_a_header_is_rejected_by_row(media: Path) -> None:
     (media / "a.png").write_bytes(b"no image")
     with pytest.raises(RowError, match=r"rows\.json\[3\]: image: "):
         count_tokens(_sample([media / "a.png"], "what?", "yes"), FAMILIES["llava"]())

@@ -84,7 +84,7 @@ def test_a_run_encoded_as_one_is_the_run(name: str, added: bool, pieces: list[st
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(pieces=st.lists(PIECES, min_size=1, max_size=8), cut=st.floats(0, 1), length=st.floats(0, 1))
-def test_places_are_the_tokens_that_share_a_character(name: str, pieces: list[str], cut: float, length: float) -> None:
+def test_spans_are_the_tokens_that_share_a_character(name: str, pieces: list[str], cut: float, length: float) -> None:
     text = "".join(pieces)
     _, offsets = tokenize(TOKENIZERS[name], text, True)
     start = int(cut * (len(text) - 1))
@@ -103,7 +103,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}{% for b in m.content %}{{ b.t
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(turns=st.lists(st.lists(PIECES, max_size=5).map("".join), min_size=1, max_size=3))
-def test_marked_spellings_are_what_transformers_makes_of_them(name: str, turns: list[str]) -> None:
+def test_escaped_spellings_equal_those_of_transformers(name: str, turns: list[str]) -> None:
     tokenizer = TOKENIZERS[name]
     control = control_tokens(tokenizer, TEMPLATE).anywhere
     messages = [{"role": "user", "content": [{"type": "text", "text": turn}]} for turn in turns]
@@ -121,7 +121,7 @@ def test_marked_spellings_are_what_transformers_makes_of_them(name: str, turns: 
     assert len(framed) - len(ids) == len(around[0]) - len(around[1]) and "".join(map(chr, ids)) in "".join(map(chr, framed))
 
 
-def test_marks_move_spans_and_are_dropped_from_texts() -> None:
+def test_escape_characters_shift_spans_and_are_removed_from_texts() -> None:
     rendered = f"a{ESCAPE_START}<end>{ESCAPE_END}b{ESCAPE_END}<end>"
     assert unescape_control_tokens(rendered, [(0, 1), (1, 8), (8, 10), (10, 15), (0, 15)]) == (
         "a<end>b<end>",
@@ -137,7 +137,7 @@ def test_marks_move_spans_and_are_dropped_from_texts() -> None:
     assert [block.get("text") for block in escape_control_tokens(halves, control)] == [f"<en{ESCAPE_END}", "d>", None, "d>"]
 
 
-def test_a_token_that_plain_text_gives_is_refused() -> None:
+def test_a_control_token_that_plain_text_produces_is_rejected() -> None:
     """A word-level vocabulary has one token for the spelling, the control token itself."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

@@ -57,14 +57,14 @@ def _resized(pixels: Any, size: tuple[int, int]) -> Any:
     return np.clip(_lanczos(np.clip(_lanczos(pixels, size[0], 1), 0, 255), size[1], 0), 0, 255)
 
 
-def test_a_cut_is_resized_to_the_images_size() -> None:
+def test_a_crop_is_resized_to_the_images_size() -> None:
     change = ImageAugmentation(crop=0.5, position=(0.99, 0.25))
     assert change.crop_box(IMAGE.size) == (28, 5, 56, 25)  # half of 56 x 40; the last of 29 places, and 0.25 x 21 of 21
     augmented = np.asarray(change.apply(IMAGE), dtype=np.float64)
     assert np.abs(augmented - _resized(PIXELS[5:25, 28:56], (56, 40))).max() <= 2  # each of the two passes is rounded
 
 
-def test_an_image_is_brought_down_to_the_longest_side() -> None:
+def test_an_image_is_resized_to_the_longest_side() -> None:
     change = ImageAugmentation(longest_edge=32)
     assert change.size(IMAGE.size) == (32, 23)
     assert np.abs(np.asarray(change.apply(IMAGE), dtype=np.float64) - _resized(PIXELS, (32, 23))).max() <= 1
@@ -86,7 +86,7 @@ def test_colours_are_blended(name: str, factor: float) -> None:
     assert np.abs(augmented - expected).max() <= 2
 
 
-def test_operations_come_in_their_order() -> None:
+def test_operations_are_applied_in_order() -> None:
     change = ImageAugmentation(crop=0.5, longest_edge=32, flip=True, brightness=0.5)
     expected = _resized(PIXELS[:20, :28], (32, 23))[:, ::-1] * 0.5
     assert np.abs(np.asarray(change.apply(IMAGE), dtype=np.float64) - expected).max() <= 2
@@ -103,7 +103,7 @@ CHANGES = st.builds(
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(change=CHANGES, width=st.integers(1, 200), height=st.integers(1, 200), data=st.data())
-def test_a_cut_lies_in_the_image_and_keeps_its_boxes(
+def test_a_crop_lies_in_the_image_and_keeps_its_boxes(
     change: ImageAugmentation, width: int, height: int, data: st.DataObject
 ) -> None:
     left, top, right, bottom = change.crop_box((width, height))
@@ -164,7 +164,7 @@ def test_nothing_changes_without_augment(tmp_path: Path) -> None:
         assert [samples.visit(index, visit).images for index in range(4)] == [[tmp_path / f"{index}.png"] for index in range(4)]
 
 
-def test_every_visit_of_a_row_is_drawn_again_and_is_always_the_same(tmp_path: Path) -> None:
+def test_every_visit_of_a_row_has_its_own_reproducible_draw(tmp_path: Path) -> None:
     first, second = IndexedSamples([_source(tmp_path)]), IndexedSamples([_source(tmp_path)])
     drawn = [_pixels(first, visit) for visit in range(3)]
     assert drawn == [_pixels(second, visit) for visit in range(3)]
@@ -206,7 +206,7 @@ def test_boxes_of_a_planned_run_keep_their_first_draw(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["[12, 30, 44, 80]", "<box>1", "(1, 2),(30.5, 40)", '{"bbox_2d": 1}', "<loc0001>", "(0.1,0.2,0.3,0.4)"]
 )
-def test_boxes_that_only_the_text_knows_are_refused(tmp_path: Path, text: str) -> None:
+def test_boxes_in_plain_text_are_rejected(tmp_path: Path, text: str) -> None:
     path = _rows(tmp_path, 1)
     rows = json.loads(Path(path).read_text())
     rows[0]["conversations"][1]["value"] = f"It is at {text}."
@@ -219,7 +219,7 @@ def test_boxes_that_only_the_text_knows_are_refused(tmp_path: Path, text: str) -
     assert IndexedSamples([Source(path=path, template="llava", augment={"contrast": 0.5})])[0].images
 
 
-def test_a_template_that_writes_boxes_undeclared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_template_with_undeclared_boxes_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = _rows(tmp_path)
     written = BOXES.replace("boxes: {value", "# {value").replace("{% for box in boxes %}", "{{ bbox[0] }} {{ bbox[1] }}")
     (tmp_path / "own.yaml").write_text(written.split("{{ box | pixels")[0] + '"}\n' + BOXES.splitlines()[-1])
@@ -246,7 +246,7 @@ def test_held_out_rows_and_parity_are_not_augmented(tmp_path: Path, make_recipe:
         make_recipe(f"evaluate={{data: [{{path: {path}, template: llava, augment: {{flip: 0.5}}}}]}}")
 
 
-def test_examples_are_shown_as_they_are(tmp_path: Path) -> None:
+def test_few_shot_examples_are_not_augmented(tmp_path: Path) -> None:
     [sample] = list(IndexedSamples([_source(tmp_path, shots={"count": 1}, limit=1)]))
     assert [isinstance(image, ImageView) for image in sample.images] == [False, True]
 
@@ -339,7 +339,7 @@ def test_a_planned_run_with_boxes_trains_on_the_counted_lengths(tmp_path: Path) 
         ("window=[.nan, 3]", r"expected \[LOW, HIGH\]"),
     ],
 )
-def test_what_a_source_cannot_say_of_its_images(make_recipe: Any, override: str, reason: str) -> None:
+def test_invalid_image_settings_of_a_source_are_errors(make_recipe: Any, override: str, reason: str) -> None:
     with pytest.raises(UserError, match=rf"command line: data\.train\.0\.{override[:6]}.*{reason}"):
         make_recipe(f"data.train.0.{override}")
 

@@ -123,7 +123,7 @@ def test_monochrome1_shows_low_values_white() -> None:
         assert np.array_equal(_grey(_dicom(VALUES, "MONOCHROME1"), window), 255 - _grey(_dicom(VALUES), window))
 
 
-def test_a_lut_takes_the_windows_place() -> None:
+def test_a_lut_replaces_the_window() -> None:
     table = Dataset()
     table.add_new("LUTDescriptor", "US", [4, 0, 8])
     table.add_new("LUTData", "US", [0, 200, 100, 255])
@@ -183,7 +183,7 @@ def test_compressed_pixels_are_decoded_or_the_package_is_named() -> None:
         open_image(_media(_dicom(VALUES, syntax=JPEGLosslessSV1, PixelData=encapsulate([b"\xff\xd8\xff\xd9"]))))
 
 
-def test_it_is_found_by_its_content_wherever_it_lies(tmp_path: Path) -> None:
+def test_a_dicom_file_is_detected_by_its_content(tmp_path: Path) -> None:
     data = _dicom(VALUES)
     (tmp_path / "scan").write_bytes(data)
     (tmp_path / "all").write_bytes(b"before" + data + b"behind")
@@ -193,7 +193,7 @@ def test_it_is_found_by_its_content_wherever_it_lies(tmp_path: Path) -> None:
         assert image_size(media) == (8, 5) and np.array_equal(np.asarray(open_image(media)), expected)
 
 
-def test_its_size_is_known_from_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_dicom_image_is_read_from_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pydicom.pixels.pixel_array", lambda *_, **__: pytest.fail("decoded"))
     media = _media(_dicom(VALUES, PixelData=b"\0\0"))
     assert image_size(media) == (8, 5)
@@ -219,12 +219,12 @@ def test_its_size_is_known_from_the_header(monkeypatch: pytest.MonkeyPatch) -> N
         (lambda: _dicom(VALUES).replace(b"(\0\0\1US\2", b"(\0\0\1US\3"), "cannot open image"),  # BitsAllocated
     ],
 )
-def test_what_cannot_be_opened_is_refused(data: Any, reason: str) -> None:
+def test_unsupported_dicom_files_are_rejected(data: Any, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         open_image(_media(data()))
 
 
-def test_a_file_that_is_compressed_as_a_whole_is_refused_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deflated_file_is_rejected_before_decompression(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some kilobytes of it could unpack to any size, before a header says how large the image is."""
     data = _dicom(VALUES, syntax=DeflatedExplicitVRLittleEndian)
     monkeypatch.setattr(zlib, "decompress", lambda *_, **__: pytest.fail("unpacked"))

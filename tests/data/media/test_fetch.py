@@ -125,7 +125,7 @@ def test_an_image_is_fetched_once_and_kept_by_its_url(site: Site, tmp_path: Path
         ({"status": 302}, "expected status 200, got 302"),
     ],
 )
-def test_what_is_no_image_of_fair_size_is_refused_and_nothing_kept(
+def test_invalid_and_oversized_images_are_rejected_and_not_cached(
     site: Site, tmp_path: Path, answer: dict[str, Any], reason: str
 ) -> None:
     site.says("/a.png", **answer)
@@ -135,7 +135,7 @@ def test_what_is_no_image_of_fair_size_is_refused_and_nothing_kept(
 
 
 @pytest.mark.parametrize("kind", ["headers", "body", "silence"])
-def test_a_server_that_drips_is_hung_up_on(site: Site, tmp_path: Path, kind: str) -> None:
+def test_a_slow_server_is_disconnected(site: Site, tmp_path: Path, kind: str) -> None:
     """The server never ends its response: if the client did not hang up, this test would not end."""
     given_up = threading.Event()
     begins = {
@@ -182,7 +182,7 @@ def test_redirects_are_followed_and_counted(site: Site, tmp_path: Path) -> None:
         ("http://127.0.0.1:x/a.png", "not a valid URL"),
     ],
 )
-def test_where_a_redirect_leads_is_checked_as_the_url_was(site: Site, tmp_path: Path, location: str, reason: str) -> None:
+def test_the_target_of_a_redirect_is_checked_like_the_url(site: Site, tmp_path: Path, location: str, reason: str) -> None:
     site.says("/a.png", 302, b"", Location=location)
     with pytest.raises(ValueError, match=reason):
         _fetch(site, "/a.png", tmp_path / "cache")
@@ -242,7 +242,7 @@ def test_where_a_redirect_leads_is_checked_as_the_url_was(site: Site, tmp_path: 
         "2002:c000:c0::1",
     ],
 )
-def test_no_address_but_a_public_one_is_public(address: str) -> None:
+def test_special_addresses_are_not_public(address: str) -> None:
     assert not is_public_address(ipaddress.ip_address(address))
 
 
@@ -261,7 +261,7 @@ def test_every_special_address_that_python_knows_is_special_here_too() -> None:
 
 
 @pytest.mark.parametrize("host", ["a\0b", "127.0.0.1\0.example.com", "a b", "a%00b", "a\x7f", "-", "a..b\0", "exa\u2028mple"])
-def test_a_host_that_is_none_is_refused_before_anything_is_asked(host: str, tmp_path: Path, no_network: list[Any]) -> None:
+def test_an_invalid_host_is_rejected_before_any_request(host: str, tmp_path: Path, no_network: list[Any]) -> None:
     with pytest.raises(ValueError, match=r"^cannot fetch http://.*: not a valid URL: "):
         fetch_media(f"http://{host}/a.png", tmp_path)
     assert no_network == []
@@ -295,9 +295,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         ("images/a.png?b", "images/a.png?b"),
     ],
 )
-def test_a_url_is_shown_without_what_is_secret_in_it(
-    url: str, shown: str, tmp_path: Path, media: Path, no_network: list[Any]
-) -> None:
+def test_a_url_is_printed_without_its_secrets(url: str, shown: str, tmp_path: Path, media: Path, no_network: list[Any]) -> None:
     assert redact_url(url) == shown
     if "://" in url:
         for urls in (False, True):
@@ -307,7 +305,7 @@ def test_a_url_is_shown_without_what_is_secret_in_it(
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "2130706433", "0x7f.1", "[::1]", "[::ffff:127.0.0.1]", "127.1"])
-def test_this_machine_is_never_asked_however_it_is_spelt(site: Site, tmp_path: Path, host: str) -> None:
+def test_requests_to_the_local_machine_are_rejected_in_every_spelling(site: Site, tmp_path: Path, host: str) -> None:
     site.says("/a.png")
     port = site.url.rpartition(":")[2]  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"expected a public address|cannot fetch .*(not known|resolution|No address)"):
@@ -315,7 +313,7 @@ def test_this_machine_is_never_asked_however_it_is_spelt(site: Site, tmp_path: P
     assert site.asked == []
 
 
-def test_every_address_of_a_name_is_checked_and_the_checked_one_is_asked(
+def test_every_address_of_a_host_is_checked_and_the_checked_one_is_used(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name whose server says a public address first, and another when asked again, as in DNS rebinding."""
@@ -335,7 +333,7 @@ def test_every_address_of_a_name_is_checked_and_the_checked_one_is_asked(
     assert site.asked == ["/a.png"] and named == [["10.0.0.1"]]  # looked up once: what was checked is what was asked
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
+def test_an_untrusted_certificate_is_rejected(tmp_path: Path) -> None:
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
     command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
     command += ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "cert")]
@@ -377,7 +375,7 @@ def test_a_row_may_name_a_url_only_where_its_source_allows_it(
     assert resolve_media(url, rules) == path
 
 
-def test_nobody_listening_and_a_full_disk_are_the_rows_fault(tmp_path: Path, site: Site) -> None:
+def test_a_rejected_connection_and_a_full_disk_are_errors_of_the_row(tmp_path: Path, site: Site) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(ValueError, match="the host is missing"):

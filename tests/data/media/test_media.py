@@ -24,7 +24,7 @@ NOISE = Image.fromarray(RNG.integers(0, 256, (60, 80, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("name", ["cut.jpg", "cut.png", "cut.gif", "cut.webp", "cut.bmp"])
-def test_a_file_cut_short_is_refused_though_its_header_is_fine(tmp_path: Path, name: str) -> None:
+def test_a_truncated_file_with_a_valid_header_is_rejected(tmp_path: Path, name: str) -> None:
     NOISE.save(tmp_path / name)
     whole = (tmp_path / name).read_bytes()
     assert open_image(tmp_path / name).size == (80, 60)
@@ -36,14 +36,14 @@ def test_a_file_cut_short_is_refused_though_its_header_is_fine(tmp_path: Path, n
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
-def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_images_are_rejected(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jpg").write_bytes(content)
     for read in (image_size, open_image):
         with pytest.raises(ValueError, match=r"cannot open image .*a\.jpg"):
             read(tmp_path / "a.jpg")
 
 
-def test_a_directory_and_a_missing_file_are_refused(tmp_path: Path) -> None:
+def test_a_directory_and_a_missing_file_are_rejected(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.png"):
         with pytest.raises(ValueError, match="cannot open image"):
             open_image(path)
@@ -59,7 +59,9 @@ def _png(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(("width", "height"), [(60_000, 60_000), (10_000, 8_948)])
-def test_a_bomb_is_refused_by_its_header(tmp_path: Path, width: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_rejected_by_its_header(
+    tmp_path: Path, width: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bomb.png").write_bytes(_png(width, height))
 
     def decoded(*args: object) -> None:
@@ -102,7 +104,7 @@ def _both(tmp_path: Path, data: bytes) -> list[Path | EmbeddedMedia]:
 
 @pytest.mark.parametrize("orientation", [*range(10), 6])
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "MPO"])
-def test_an_image_is_upright_wherever_it_lies(tmp_path: Path, format: str, orientation: int) -> None:
+def test_an_image_is_upright_from_every_kind_of_source(tmp_path: Path, format: str, orientation: int) -> None:
     """As Pillow's own transpose has it, and its size is predicted by the header."""
     data = _oriented(format, orientation)
     with Image.open(io.BytesIO(data)) as image:
@@ -113,7 +115,7 @@ def test_an_image_is_upright_wherever_it_lies(tmp_path: Path, format: str, orien
         assert image_size(media) == (upright.shape[1], upright.shape[0])
 
 
-def test_an_orientation_behind_the_pixels_of_a_png_is_found_without_decoding_them(
+def test_an_orientation_after_the_pixels_of_a_png_is_read_without_decoding_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     early = _oriented("PNG", 6)
@@ -162,7 +164,7 @@ def test_every_mode_becomes_rgb_with_its_colours(tmp_path: Path) -> None:
     assert all(abs(a - b) <= 3 for a, b in zip(_pixel(tmp_path / "ycc.jpg"), (254, 0, 0), strict=True))
 
 
-def test_a_palette_with_alpha_of_its_own_is_read_without_a_warning(tmp_path: Path) -> None:
+def test_a_palette_with_alpha_is_read_without_a_warning(tmp_path: Path) -> None:
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putpixel((1, 0), 1)
@@ -173,7 +175,7 @@ def test_a_palette_with_alpha_of_its_own_is_read_without_a_warning(tmp_path: Pat
     assert [image.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (147, 152, 157)]
 
 
-def test_values_without_a_known_range_are_refused(tmp_path: Path) -> None:
+def test_values_without_a_known_range_are_rejected(tmp_path: Path) -> None:
     Image.new("F", (4, 4), 0.5).save(tmp_path / "float.tif")
     Image.new("I", (4, 4), 70_000).save(tmp_path / "int.tif")
     for name, values in (("float.tif", "floating-point"), ("int.tif", "signed 32-bit")):
@@ -200,7 +202,7 @@ def test_an_animation_shows_its_first_frame(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(0, 5), (5, 0)])
-def test_an_image_without_pixels_is_refused(tmp_path: Path, width: int, height: int) -> None:
+def test_an_image_without_pixels_is_rejected(tmp_path: Path, width: int, height: int) -> None:
     for media in _both(tmp_path, _png(width, height)):
         for read in (image_size, open_image):
             with pytest.raises(ValueError, match=f"{width} x {height} pixels|cannot open image"):
@@ -219,7 +221,7 @@ FORMATS = {name: _oriented(name, 1) for name in ("AVIF", "BMP", "GIF", "JPEG", "
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(sorted(FORMATS)), st.data())
-def test_hostile_bytes_are_refused_or_keep_what_the_header_says(format: str, data: st.DataObject) -> None:
+def test_hostile_bytes_are_rejected_or_agree_with_the_header(format: str, data: st.DataObject) -> None:
     content = bytearray(FORMATS[format])
     for _ in range(data.draw(st.integers(1, 6))):
         content[data.draw(st.integers(0, min(len(content), 400) - 1))] = data.draw(st.integers(0, 255))
@@ -282,7 +284,7 @@ def test_a_slice_is_a_file_of_its_own(tmp_path: Path) -> None:
             EmbeddedMedia(tmp_path / "all", "a", offset, length).open()
 
 
-def test_what_a_row_carries_is_found(media: Path) -> None:
+def test_media_inside_a_row_are_resolved(media: Path) -> None:
     rules = MediaRules(media)
     data = (media / "a.png").read_bytes()
     uri = "data:image/png;charset=x;base64," + base64.b64encode(data).decode()
@@ -320,13 +322,13 @@ def test_what_a_row_carries_is_found(media: Path) -> None:
         ("data:image/png;base64," + "A" * 33_554_500, "at most 33554432 characters"),
     ],
 )
-def test_what_is_no_medium_is_refused(media: Path, value: object, reason: str) -> None:
+def test_values_that_are_not_media_are_rejected(media: Path, value: object, reason: str) -> None:
     with pytest.raises(ValueError, match=reason) as caught:
         resolve_media(value, MediaRules(media))
     assert len(str(caught.value)) < 400
 
 
-def test_a_bomb_inside_a_row_is_refused_as_one_on_disk(media: Path) -> None:
+def test_a_decompression_bomb_inside_a_row_is_rejected_like_one_on_disk(media: Path) -> None:
     for value in (_png(60_000, 60_000), {"bytes": _png(10_000, 8_948), "path": "a.png"}):
         for read in (image_size, open_image):
             with pytest.raises(ValueError, match=r"cannot open image|expected an image of"):
@@ -345,7 +347,7 @@ def test_a_source_may_let_paths_lead_out(media: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- media_root
 
 
-def test_a_name_is_found_below_the_root_alone(media: Path) -> None:
+def test_a_name_is_resolved_below_the_root_only(media: Path) -> None:
     (media / "sub").mkdir()
     (media / "sub" / "inside.png").symlink_to(media / "a.png")
     (media / "link.png").symlink_to(media.parent / "outside.png")
@@ -365,7 +367,7 @@ def test_a_name_is_found_below_the_root_alone(media: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["https://example.org/a.png", "http://example.org/a.png", "HTTPS://example.org/" + "a" * 9000])
-def test_a_url_is_called_one(media: Path, url: str) -> None:
+def test_a_url_is_reported_as_a_url(media: Path, url: str) -> None:
     with pytest.raises(ValueError, match="is a URL") as caught:
         resolve_media(url, MediaRules(media))
     assert len(str(caught.value)) < 200

@@ -59,7 +59,7 @@ def test_another_scheme_is_named(media: Path, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "JPEG2000"])
-def test_base64_without_a_head_is_told_what_is_missing(media: Path, format: str) -> None:
+def test_base64_without_a_data_uri_prefix_is_an_error_that_names_it(media: Path, format: str) -> None:
     body = _encoded(format)
     for value in (body, body[:100], {"url": body}):
         with pytest.raises(ValueError, match=r"without its prefix; write data:image;base64, before it") as caught:
@@ -76,7 +76,7 @@ def test_an_object_that_names_one_medium_is_read(media: Path, value: dict[str, A
 
 
 @pytest.mark.parametrize("value", [{"url": "a.png", "caption": "x"}, {"file": "a.png"}, {"image": "a.png", "path": "b.png"}])
-def test_an_object_of_another_form_is_refused_with_the_forms(media: Path, value: dict[str, Any]) -> None:
+def test_an_object_of_another_form_is_rejected_with_the_supported_forms(media: Path, value: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf'or {{"path": ...}}, .*; got an object with {", ".join(value)}'):
         resolve_media(value, MediaRules(media))
 
@@ -90,7 +90,7 @@ def test_a_windows_path_is_read_with_forward_slashes(media: Path, name: str) -> 
     assert resolve_media(name.replace("{root}", str(media)), MediaRules(media)) == media / "imgs" / "a.png"
 
 
-def test_a_file_whose_name_has_a_backslash_comes_first(media: Path) -> None:
+def test_a_file_whose_name_has_a_backslash_has_priority(media: Path) -> None:
     (media / "imgs").mkdir()
     for name in ("imgs\\a.png", "imgs/a.png"):
         (media / name).write_bytes((media / "a.png").read_bytes())
@@ -100,7 +100,7 @@ def test_a_file_whose_name_has_a_backslash_comes_first(media: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["C:\\data\\a.png", "C:/data/a.png", "file:///C:/data/a.png", "imgs\\none.png", "\\\\host\\x\\a.png"]
 )
-def test_a_windows_path_that_is_not_there_is_called_one(media: Path, name: str) -> None:
+def test_a_missing_windows_path_is_reported_as_a_windows_path(media: Path, name: str) -> None:
     with pytest.raises(ValueError, match="this is a Windows path; write it relative to media_root"):
         resolve_media(name, MediaRules(media))
 

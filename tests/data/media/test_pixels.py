@@ -117,7 +117,7 @@ def test_alpha_of_a_format_with_loss_is_composited_on_white() -> None:
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("bits", [8, 16])
-def test_premultiplied_alpha_of_a_tiff_is_taken_out_first(order: str, bits: int) -> None:
+def test_premultiplied_alpha_of_a_tiff_is_divided_out_first(order: str, bits: int) -> None:
     """Its colours are alpha times the colour, so white shows through by what alpha leaves: exact to the rounding of each."""
     alpha = np.full((9, 7), 128, np.uint8)
     stored = np.dstack([np.minimum(COLOURS, 128), alpha]).astype(np.uint16)
@@ -179,7 +179,7 @@ def test_sixteen_bits_with_alpha_keep_the_upper_eight() -> None:
     assert np.array_equal(rgb, _on_white(np.repeat(COLOURS[..., :1], 3, axis=2), ALPHA))
 
 
-def test_a_fourth_channel_that_is_no_alpha_is_not_transparent() -> None:
+def test_a_fourth_channel_other_than_alpha_is_not_transparent() -> None:
     data = np.dstack([COLOURS, ALPHA]).tobytes()
     assert np.array_equal(_pixels(_tiff(data, (7, 9), [8] * 4, 2, "<", {338: 0})), COLOURS)
     assert inspect_image(_media(_tiff(data, (7, 9), [8] * 4, 2, "<", {338: 0}))).issues == []
@@ -247,7 +247,7 @@ def test_a_window_is_linear_and_clips(name: str, window: tuple[float, float]) ->
 
 
 @pytest.mark.parametrize("name", GREY)
-def test_without_a_window_sixteen_bits_keep_the_upper_eight_and_others_are_refused(name: str) -> None:
+def test_without_a_window_16_bits_keep_the_upper_8_and_others_are_rejected(name: str) -> None:
     values, write = GREY[name]
     media = _media(write(values))
     if values is WIDE:
@@ -261,7 +261,7 @@ def test_without_a_window_sixteen_bits_keep_the_upper_eight_and_others_are_refus
     assert [name for name, _ in inspect_image(media).issues] == ["image_unreadable"]
 
 
-def test_a_window_leaves_images_of_eight_bits_as_they_are() -> None:
+def test_a_window_does_not_change_8_bit_images() -> None:
     for image in (Image.fromarray(COLOURS), Image.fromarray(COLOURS[..., 0]), Image.new("1", (7, 9), 1)):
         data = _saved(image, "PNG")
         assert np.array_equal(np.asarray(open_image(ImageView(_media(data), (0.0, 10.0)))), _pixels(data))
@@ -277,7 +277,7 @@ def test_twelve_bits_are_scaled_by_their_own_range() -> None:
 
 
 @pytest.mark.parametrize("order", ["<"])
-def test_zero_is_white_where_a_tiff_says_so(order: str) -> None:
+def test_zero_is_white_in_a_white_is_zero_tiff(order: str) -> None:
     data = WIDE.astype(f"{order}u2").tobytes()
     assert np.array_equal(_pixels(_tiff(data, (8, 2), [16], 0, order, {}))[..., 0], 255 - WIDE // 256)
 

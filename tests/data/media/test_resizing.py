@@ -29,7 +29,7 @@ def _sample(size: tuple[int, int]) -> Sample:
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("size", [(100_000, 1), (1, 100_000)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_long_and_narrow_image_is_counted_and_encoded_within_bounds_or_refused(family: str, size: tuple[int, int]) -> None:
+def test_a_long_and_narrow_image_is_counted_and_encoded_within_limits_or_rejected(family: str, size: tuple[int, int]) -> None:
     processor = FAMILIES[family]()
     outcomes: list[Any] = []
     for outcome in (lambda s: count_tokens(s, processor).tokens, lambda s: encode_sample(s, processor)["input_ids"].shape[1]):
@@ -41,7 +41,7 @@ def test_a_long_and_narrow_image_is_counted_and_encoded_within_bounds_or_refused
     assert outcomes[0] == outcomes[1]
 
 
-def test_what_a_processor_would_make_of_an_image_is_said() -> None:
+def test_the_error_has_the_size_after_resizing() -> None:
     """The 5,000,000 x 1 of a file of 685 bytes would be 1.6 billion pixels at the tiny base's 56."""
     processor = FAMILIES["llava"]()
     edge = processor.image_processor.size["shortest_edge"]

@@ -169,7 +169,7 @@ def test_offsets_that_lead_out_of_an_arrow_file_are_not_followed(tmp_path: Path)
             open_rows(tmp_path / "r.arrow")[index]
 
 
-def test_a_dictionary_that_unpacks_beyond_all_bounds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dictionary_that_expands_too_much_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few hundred bytes of a file that hold a text of 64 KiB for each of 100,000 rows."""
     monkeypatch.setattr(source_arrow, "GROUP_BYTES", 2**24)
     monkeypatch.setattr(source_arrow, "CACHE_BYTES", 2**22)
@@ -181,7 +181,7 @@ def test_a_dictionary_that_unpacks_beyond_all_bounds_is_refused(tmp_path: Path, 
     assert len(next(stream_rows(tmp_path / "r.parquet"))()[1]["a"]) == 2**16
 
 
-def test_a_key_that_comes_twice_among_many_is_found(tmp_path: Path) -> None:
+def test_a_duplicate_among_many_keys_is_reported(tmp_path: Path) -> None:
     keys = ", ".join(f'"k{number}": 1' for number in range(200_000))
     (tmp_path / "r.jsonl").write_text(f'{{{keys}, "k199999": 2}}\n')
     with pytest.raises(RowError, match=r"r\.jsonl:1: row: not valid JSON: duplicate key 'k199999'"):
@@ -240,7 +240,7 @@ def test_a_pattern_does_not_follow_links_to_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
-def test_what_is_no_file_is_not_opened(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_special_files_are_not_opened(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "r.jsonl")
     with pytest.raises(UserError, match=r"r\.jsonl: expected a regular file, got a pipe, a socket or a device"):
         open_rows(tmp_path / "r.jsonl")

@@ -49,7 +49,7 @@ def _called(item: Any) -> tuple[str, Any]:
 
 @QUICK
 @given(st.lists(ROW, min_size=1, max_size=5), STYLE, st.sampled_from(["", " ", "\r\n\t"]), st.booleans())
-def test_a_list_of_any_rows_comes_back(
+def test_a_list_of_any_rows_round_trips(
     tmp_path: Path, chunks: None, rows: list[Any], style: dict[str, Any], space: str, bom: bool
 ) -> None:
     path = tmp_path / "r.json"
@@ -60,7 +60,7 @@ def test_a_list_of_any_rows_comes_back(
 
 @QUICK
 @given(st.dictionaries(TEXT, VALUE, max_size=3), st.lists(ROW, min_size=1, max_size=4), st.dictionaries(TEXT, VALUE, max_size=3))
-def test_a_list_under_a_key_comes_back(tmp_path: Path, chunks: None, before: Any, rows: list[Any], after: Any) -> None:
+def test_a_list_under_a_key_round_trips(tmp_path: Path, chunks: None, before: Any, rows: list[Any], after: Any) -> None:
     path = tmp_path / "r.json"
     path.write_text(json.dumps({**before, "the rows": rows, **{key: value for key, value in after.items() if key not in before}}))
     assert _both(path, "the rows") == [(f"r.json:the rows[{index}]", row) for index, row in enumerate(rows)]
@@ -68,7 +68,7 @@ def test_a_list_under_a_key_comes_back(tmp_path: Path, chunks: None, before: Any
 
 @QUICK
 @given(st.dictionaries(TEXT, ROW, min_size=1, max_size=4), STYLE)
-def test_an_object_by_key_comes_back(tmp_path: Path, chunks: None, rows: dict[str, Any], style: dict[str, Any]) -> None:
+def test_an_object_by_key_round_trips(tmp_path: Path, chunks: None, rows: dict[str, Any], style: dict[str, Any]) -> None:
     path = tmp_path / "r.json"
     path.write_text(json.dumps(rows, **style))
     assert _both(path, "*") == [(f"r.json:{key}", {**row, "__key__": key}) for key, row in rows.items()]
@@ -76,7 +76,7 @@ def test_an_object_by_key_comes_back(tmp_path: Path, chunks: None, rows: dict[st
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(ROW, max_size=3), st.data())
-def test_what_json_refuses_is_never_taken(tmp_path: Path, rows: list[Any], data: st.DataObject) -> None:
+def test_input_that_json_rejects_is_rejected(tmp_path: Path, rows: list[Any], data: st.DataObject) -> None:
     """A byte changed, removed or added: either json.loads reads the whole and gives our rows, or we raise somewhere."""
     text = json.dumps(rows).encode()
     at = data.draw(st.integers(0, len(text)))
@@ -120,7 +120,7 @@ def test_what_json_refuses_is_never_taken(tmp_path: Path, rows: list[Any], data:
         ("[{}]", "*", "needs an object, got a list"),
     ],
 )
-def test_a_file_without_rows_says_why(tmp_path: Path, text: str, rows: str | None, reason: str) -> None:
+def test_a_file_without_rows_is_an_error_with_the_reason(tmp_path: Path, text: str, rows: str | None, reason: str) -> None:
     (tmp_path / "r.json").write_bytes(text.encode())
     with pytest.raises(UserError, match=reason):
         open_rows(tmp_path / "r.json", rows=rows)
@@ -163,7 +163,7 @@ def test_a_row_that_is_not_strict_json_is_named_in_every_format(tmp_path: Path, 
         assert caught.value.row == row_id and caught.value.field == "row"
 
 
-def test_a_byte_order_mark_and_old_line_ends_are_no_part_of_a_row(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_old_line_ends_are_not_part_of_a_row(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"n": 1}\r\n\r\n \t\r\n{"n": 4}')
     assert _both(path) == [("r.jsonl:1", {"n": 1}), ("r.jsonl:4", {"n": 4})]
@@ -173,7 +173,7 @@ def test_a_byte_order_mark_and_old_line_ends_are_no_part_of_a_row(tmp_path: Path
 
 @QUICK
 @given(st.lists(st.one_of(st.none(), ROW), min_size=1, max_size=6), st.sampled_from(["\n", "\r\n"]))
-def test_json_lines_come_back(tmp_path: Path, rows: list[Any], end: str) -> None:
+def test_json_lines_round_trip(tmp_path: Path, rows: list[Any], end: str) -> None:
     path = tmp_path / "r.ndjson"
     path.write_bytes("".join(("" if row is None else json.dumps(row)) + end for row in rows).encode())
     expected = [(f"r.ndjson:{number}", row) for number, row in enumerate(rows, start=1) if row is not None]

@@ -50,7 +50,7 @@ def test_blank_lines_keep_the_line_numbers_right(tmp_path: Path, end: str) -> No
         ("r", "x", "unknown file extension; .* got ''"),
     ],
 )
-def test_a_file_that_holds_no_rows_is_refused(tmp_path: Path, name: str, text: str | bytes | None, reason: str) -> None:
+def test_a_file_that_holds_no_rows_is_rejected(tmp_path: Path, name: str, text: str | bytes | None, reason: str) -> None:
     if text is not None:
         _write(tmp_path / name, text)
     with pytest.raises(UserError, match=reason):
@@ -75,7 +75,7 @@ def test_a_broken_line_is_named_and_the_others_still_read(tmp_path: Path, line: 
     assert rows[2] == ("r.jsonl:4", {"a": 4})
 
 
-def test_a_row_of_a_list_that_is_no_object_is_named(tmp_path: Path) -> None:
+def test_a_list_item_that_is_not_an_object_is_named(tmp_path: Path) -> None:
     rows = open_rows(_write(tmp_path / "r.json", '[{"a": 1}, "text"]'))
     with pytest.raises(RowError, match=r"^r\.json\[1\]: row: expected an object, got str$"):
         rows[1]
@@ -187,6 +187,6 @@ def test_a_file_that_is_something_else_is_called_that(tmp_path: Path, name: str,
         ('[{"a": 1}]', r"r\.jsonl:1: row: expected an object, got list; a \.jsonl file has one row per line"),
     ],
 )
-def test_a_line_that_is_no_row_is_called_what_it_is(tmp_path: Path, text: str, reason: str) -> None:
+def test_a_line_that_is_not_a_row_is_an_error_with_its_type(tmp_path: Path, text: str, reason: str) -> None:
     with pytest.raises(RowError, match=reason):
         open_rows(_write(tmp_path / "r.jsonl", text))[0]

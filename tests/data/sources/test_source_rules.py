@@ -18,7 +18,7 @@ def _llava(image: str) -> dict[str, Any]:
     return {"image": image, "conversations": turns}
 
 
-def test_what_a_source_allows_holds_for_its_rows(tmp_path: Path, media: Path) -> None:
+def test_media_rules_of_a_source_apply_to_its_rows(tmp_path: Path, media: Path) -> None:
     rows = [_llava("../outside.png"), _llava("https://example.org/a.png"), _llava("a.png")]
     path = str(tmp_path / "r.json")
     (tmp_path / "r.json").write_text(json.dumps(rows))

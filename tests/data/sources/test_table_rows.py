@@ -48,7 +48,7 @@ def _both(path: Path | str) -> list[tuple[str, Any]]:
     st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]),
     st.sampled_from(["utf-8", "utf-8-sig"]),
 )
-def test_a_table_of_any_text_comes_back(
+def test_a_table_of_any_text_round_trips(
     tmp_path: Path, rows: list[tuple[str, str]], kind: tuple[str, str], end: str, quoting: Any, encoding: str
 ) -> None:
     out = io.StringIO()
@@ -64,7 +64,7 @@ def test_a_table_of_any_text_comes_back(
     assert _both(path) == expected and len(expected) == len(rows)
 
 
-def test_a_quoted_line_break_is_no_new_row(tmp_path: Path) -> None:
+def test_a_quoted_line_break_does_not_start_a_row(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text('q,a\n"one\ntwo",1\n\nthree,"say ""3"""\n')
     assert _both(tmp_path / "r.csv") == [("r.csv:2", {"q": "one\ntwo", "a": "1"}), ("r.csv:5", {"q": "three", "a": 'say "3"'})]
 
@@ -101,14 +101,14 @@ def test_a_record_that_is_wrong_is_named_and_the_others_still_read(tmp_path: Pat
         (b"", "r.csv"),
     ],
 )
-def test_a_table_that_cannot_be_read_says_why(tmp_path: Path, text: bytes, reason: str) -> None:
+def test_an_unreadable_table_is_an_error_with_the_reason(tmp_path: Path, text: bytes, reason: str) -> None:
     (tmp_path / "r.csv").write_bytes(text)
     for read in (open_rows, lambda path: list(stream_rows(path))):
         with pytest.raises(UserError, match=reason):
             read(tmp_path / "r.csv")
 
 
-def test_a_field_may_be_long_and_pythons_own_bound_stays(tmp_path: Path) -> None:
+def test_a_field_may_be_long_and_pythons_field_limit_is_unchanged(tmp_path: Path) -> None:
     before = csv.field_size_limit()
     (tmp_path / "r.csv").write_text(f"a\n{'x' * (before + 1)}\n")
     assert len(_both(tmp_path / "r.csv")[0][1]["a"]) == before + 1
@@ -164,7 +164,7 @@ def test_a_columnar_file_is_read_by_group(tmp_path: Path, name: str, kind: str, 
 
 @pytest.mark.parametrize("name", ["r.parquet", "r.arrow", "r.feather"])
 @pytest.mark.parametrize("content", [b"", b"PAR1 nothing of the kind", b"ARROW1\0\0 nothing of the kind"])
-def test_a_columnar_file_that_is_none_says_so(tmp_path: Path, name: str, content: bytes) -> None:
+def test_an_invalid_columnar_file_is_an_error(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     for read in (open_rows, lambda path: list(stream_rows(path))):
         with pytest.raises(UserError, match=f"{name}: cannot be read: "):
@@ -172,7 +172,7 @@ def test_a_columnar_file_that_is_none_says_so(tmp_path: Path, name: str, content
 
 
 @pytest.mark.parametrize(("name", "kind"), ISSUE_TYPES)
-def test_a_columnar_file_cut_short_is_no_short_file(tmp_path: Path, name: str, kind: str) -> None:
+def test_a_truncated_columnar_file_is_an_error(tmp_path: Path, name: str, kind: str) -> None:
     path = _write(tmp_path / name, kind)
     whole = path.read_bytes()
     for part in (0.5, 0.9):
@@ -182,7 +182,7 @@ def test_a_columnar_file_cut_short_is_no_short_file(tmp_path: Path, name: str, k
                 read(path)
 
 
-def test_a_row_group_too_large_for_one_row_is_refused_and_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_group_too_large_for_one_row_is_rejected_and_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _write(tmp_path / "r.parquet", "parquet")
     monkeypatch.setattr(source_arrow, "GROUP_BYTES", 10)
     with pytest.raises(UserError, match=r"row group 0 has .*\(row_group_size=1000\), or stream it"):
@@ -190,7 +190,7 @@ def test_a_row_group_too_large_for_one_row_is_refused_and_streams(tmp_path: Path
     assert len(list(stream_rows(path))) == 10
 
 
-def test_a_large_row_group_lies_in_few_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_row_group_is_read_in_few_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoded row by row, as its size asks for, a row would be found by a walk over all the rows before it."""
     monkeypatch.setattr(source_arrow, "CACHE_BYTES", 1)
     texts = [f"text {number}" for number in range(3000)]
@@ -281,7 +281,9 @@ def test_a_hub_id_is_what_datasets_loads(path: str, asked: tuple[Any, ...], monk
         (ValueError("Unknown split \"train\". Should be one of ['test']."), "Should be one of"),
     ],
 )
-def test_a_data_set_that_does_not_load_says_why(error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_that_does_not_load_is_an_error_with_the_reason(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def load(*args: Any, **options: Any) -> Any:
         raise error
 
@@ -300,7 +302,7 @@ def test_without_a_connection_the_hub_is_one_clear_error(monkeypatch: pytest.Mon
     assert "trust_remote_code" not in Path(sys.modules["mmtune.data.sources.hub_rows"].__file__ or "").read_text()
 
 
-def test_another_separator_than_the_ending_says_is_named(tmp_path: Path) -> None:
+def test_a_separator_that_contradicts_the_suffix_is_named(tmp_path: Path) -> None:
     for name, text, separator in (("r.csv", "image;question\na.png;b\n", "';'"), ("r.tsv", "image,question\na.png,b\n", "','")):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=f"got one column .*; the separator seems to be {separator}"):

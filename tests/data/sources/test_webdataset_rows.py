@@ -76,14 +76,14 @@ def test_a_shard_gives_rows_of_members(tmp_path: Path, format: int) -> None:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(KEY, st.binary(max_size=1100), min_size=1, max_size=6))
-def test_any_members_come_back(tmp_path: Path, rows: dict[str, bytes]) -> None:
+def test_any_members_round_trip(tmp_path: Path, rows: dict[str, bytes]) -> None:
     members = [(f"{key}.{kind}", data + kind.encode()) for key, data in rows.items() for kind in ("bin", "jpg")]
     read = _both(_shard(tmp_path / "s.tar", members))
     assert [row["__key__"] for _, row in read] == list(rows)
     assert [row[kind].open().read() for _, row in read for kind in ("bin", "jpg")] == [data for _, data in members]
 
 
-def test_what_gnu_tar_writes_is_read(tmp_path: Path) -> None:
+def test_gnu_tar_archives_are_read(tmp_path: Path) -> None:
     (tmp_path / "in" / "sub").mkdir(parents=True)
     for name in ("sub/b.txt", "sub/b.jpg", "sub/c.txt"):
         (tmp_path / "in" / name).write_text(name)
@@ -109,7 +109,7 @@ def _special(kind: bytes, name: str = "a.jpg", link: str = "/etc/passwd") -> tar
         (_special(tarfile.REGTYPE, "LICENSE"), "'LICENSE' has no extension"),
     ],
 )
-def test_an_archive_with_what_no_data_set_needs_is_refused(tmp_path: Path, member: tarfile.TarInfo, reason: str) -> None:
+def test_an_archive_with_special_members_is_rejected(tmp_path: Path, member: tarfile.TarInfo, reason: str) -> None:
     path = tmp_path / "s.tar"
     with tarfile.open(path, "w") as archive:
         archive.addfile(tarfile.TarInfo("0.txt"), io.BytesIO())
@@ -135,11 +135,11 @@ GOOD = [("a.txt", b"x" * 600), ("a.jpg", b"y" * 600), ("b.txt", b"z")]
         ([(".hidden", b"")], "has no rows"),
     ],
 )
-def test_members_that_make_no_rows_are_refused(tmp_path: Path, members: list[tuple[str, bytes]], reason: str) -> None:
+def test_members_that_form_no_rows_are_rejected(tmp_path: Path, members: list[tuple[str, bytes]], reason: str) -> None:
     _refused(_shard(tmp_path / "s.tar", members), reason)
 
 
-def test_a_damaged_archive_is_no_short_one(tmp_path: Path) -> None:
+def test_a_damaged_archive_is_an_error(tmp_path: Path) -> None:
     path = _shard(tmp_path / "s.tar", GOOD)
     whole = path.read_bytes()
     assert len(_both(path)) == 2
@@ -160,7 +160,7 @@ def test_a_damaged_archive_is_no_short_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
-def test_a_compressed_archive_is_refused_whatever_its_name(tmp_path: Path, mode: str) -> None:
+def test_a_compressed_archive_is_rejected_under_any_name(tmp_path: Path, mode: str) -> None:
     with tarfile.open(tmp_path / "s.tar", f"w:{mode}"):
         pass
     _refused(tmp_path / "s.tar", r"compressed with .* decompress it to a plain \.tar")
@@ -176,9 +176,7 @@ def test_a_compressed_archive_is_refused_whatever_its_name(tmp_path: Path, mode:
         (("b.txt", b"\xff"), "txt", "UTF-8"),
     ],
 )
-def test_a_member_that_cannot_be_read_is_its_rows_fault(
-    tmp_path: Path, member: tuple[str, bytes], field: str, reason: str
-) -> None:
+def test_an_unreadable_member_is_an_error_of_its_row(tmp_path: Path, member: tuple[str, bytes], field: str, reason: str) -> None:
     path = _shard(tmp_path / "s.tar", [("a.txt", b"1"), member, ("c.txt", b"3")])
     rows, streamed = open_rows(path), list(stream_rows(path))
     for read in (lambda: rows[1], streamed[1]):

@@ -39,11 +39,11 @@ def test_a_box_is_written_in_each_convention(value: Any, layout: Any, thousand: 
     assert (thousandths(box), fractions(box), pixels(box)) == (thousand, share, pixel)
 
 
-def test_fractions_take_their_digits() -> None:
+def test_fractions_have_the_requested_digits() -> None:
     assert fractions(Box(64, 48, 128, 240, 640, 480), 2) == "[0.10, 0.10, 0.20, 0.50]"
 
 
-def test_several_boxes_come_in_order() -> None:
+def test_several_boxes_keep_their_order() -> None:
     boxes = read_boxes([[0, 0, 1, 1], (2, 2, 3, 3)], "xyxy", SIZE)
     assert [pixels(box) for box in boxes] == ["[0, 0, 1, 1]", "[2, 2, 3, 3]"]
 
@@ -80,7 +80,7 @@ def test_a_box_of_whole_pixels_is_exact(data: st.DataObject, width: int, height:
         ([[0, 0, 1, 1], [0, 0, 641, 1]], "xyxy", "partly outside"),
     ],
 )
-def test_what_is_no_box_of_the_image_is_refused(value: Any, layout: Any, reason: str) -> None:
+def test_invalid_boxes_are_rejected(value: Any, layout: Any, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         read_boxes(value, layout, SIZE)
 
@@ -135,7 +135,7 @@ def test_a_box_of_each_round_and_what_reaches_out_of_the_image_clipped(media: Pa
         clips.sample("r", {**row, "things": [{"at": [40, 0, 5, 5]}]}, MediaRules(media))
 
 
-def test_rows_with_nothing_to_repeat_are_left_out_where_the_template_says_so(tmp_path: Path) -> None:
+def test_rows_with_nothing_to_repeat_are_skipped_if_the_template_allows_it(tmp_path: Path) -> None:
     rows = [{"n": number, "things": things} for number, things in enumerate([[], ["a"], [], ["b", "c"], None])]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     turns = [{"role": "user", "text": "what?"}, {"role": "assistant", "text": "{{ thing }}"}]

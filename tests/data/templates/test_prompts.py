@@ -117,7 +117,7 @@ def test_options_keep_their_answer_in_any_order() -> None:
         (["a", "b"], None, "answer", "got None"),
     ],
 )
-def test_options_that_cannot_be_asked_are_named(choices: Any, right: Any, field: str, reason: str) -> None:
+def test_invalid_options_are_errors(choices: Any, right: Any, field: str, reason: str) -> None:
     template = _template("{{ options }}", "{{ letter }}", options=OPTIONS)
     with pytest.raises(RowError, match=rf"^r: options\.{field}: .*{reason}"):
         template.sample("r", {"choices": choices, "right": right}, RULES)
@@ -141,7 +141,7 @@ def test_labels_are_put_into_words() -> None:
 OWN_WORDS = {"label": "{{ label }}"}
 
 
-def test_labels_that_are_words_are_their_own_words() -> None:
+def test_word_labels_need_no_verbalizer() -> None:
     template = _template("{{ candidates | join(' or ') }}?", "It is {{ verbalized }}.", verbalizer=OWN_WORDS)
     for label in ("cat", "T-shirt", "Boeing 737", "7up", "\u732b\u72ac", "apple_pie"):
         sample = template.sample("r", {"label": label}, RULES)
@@ -237,7 +237,7 @@ def test_few_shot_examples_of_another_file_bring_their_images(tmp_path: Path, me
     assert _texts(first)[1:] == ["this", "q0", "a0"]
 
 
-def test_a_row_is_no_example_of_itself_in_a_copy_of_the_file(tmp_path: Path) -> None:
+def test_a_row_is_not_its_own_example_in_a_copy_of_the_file(tmp_path: Path) -> None:
     rows = [ROWS[0], ROWS[1]]
     source = _source(tmp_path, rows)
     (tmp_path / "copy.json").write_text(json.dumps(rows), encoding="utf-8")
@@ -246,7 +246,7 @@ def test_a_row_is_no_example_of_itself_in_a_copy_of_the_file(tmp_path: Path) -> 
     assert [_texts(sample)[0] for sample in samples] == ["q1", "q0"]
 
 
-def test_examples_that_cannot_be_had_are_named(tmp_path: Path) -> None:
+def test_missing_examples_are_errors(tmp_path: Path) -> None:
     same = {"count": 2, "path": str(tmp_path / "rows.json")}
     with pytest.raises(UserError, match=r"shots: .*rows\.json: expected at least 3 rows for 2 examples, got 2"):
         SourceReader(_source(tmp_path, ROWS[:2], shots=same))
@@ -295,7 +295,7 @@ def test_a_row_without_its_partner_is_named(tmp_path: Path, value: Any, reason: 
         _all(reader)
 
 
-def test_a_row_cannot_bring_a_partner_of_its_own(tmp_path: Path) -> None:
+def test_a_row_cannot_supply_its_own_partner(tmp_path: Path) -> None:
     (tmp_path / "more.json").write_text('{"more": [{"id": 1, "a": "true"}]}', encoding="utf-8")
     rows = [{"q": "q", "id": 1, "joined": {"id": 1, "a": "false"}}]
     with pytest.raises(RowError, match=r"^rows\.json\[0\]: joined: the row already has a field `joined`"):
@@ -322,7 +322,9 @@ def test_a_row_cannot_bring_a_partner_of_its_own(tmp_path: Path) -> None:
         (OWN, {"shots": {"count": 1, "path": "rows.json", "join": "more.json"}}, "does not join a second file; remove the line"),
     ],
 )
-def test_a_wish_that_the_template_cannot_meet(tmp_path: Path, template: str, settings: dict[str, Any], reason: str) -> None:
+def test_settings_that_the_template_does_not_support_are_errors(
+    tmp_path: Path, template: str, settings: dict[str, Any], reason: str
+) -> None:
     source = _source(tmp_path, template=template if "\n" in template else OWN)
     if "\n" not in template:
         settings = {**settings, "template": template}
@@ -371,7 +373,7 @@ def test_a_wrong_key_of_a_source_is_named_with_its_line(tmp_path: Path, line: st
     assert "\n" not in str(caught.value)
 
 
-def test_the_resolved_recipe_says_the_same_prompts(tmp_path: Path) -> None:
+def test_the_resolved_recipe_has_the_same_prompt_settings(tmp_path: Path) -> None:
     keys = "{where: {split: [a, 1, null]}, verbalizer: [no, 'yes'], values: {a: b}, system: s, seed: 3, "
     keys += "shots: {count: 2, path: p, where: {split: b}}}"
     (tmp_path / "x.yaml").write_text(RECIPE.replace("%s", "<<: " + keys.replace("[no,", "['no',")), encoding="utf-8")

@@ -55,7 +55,7 @@ UNREAD: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("template", "row", "where"), UNREAD)
-def test_media_that_nobody_reads_are_an_error_of_the_row(media: Path, template: str, row: dict[str, Any], where: str) -> None:
+def test_unread_media_are_an_error_of_the_row(media: Path, template: str, row: dict[str, Any], where: str) -> None:
     with pytest.raises(RowError, match=rf"^rows\.json\[0\]: \S*{where}: the key refers to media but is not read; ") as caught:
         samples(media, row, template=template)
     assert caught.value.issue == "media_unread"
@@ -86,7 +86,7 @@ def test_media_that_nobody_reads_are_an_error_of_the_row(media: Path, template: 
         ("table", "rows.json"),
     ],
 )
-def test_what_only_speaks_of_media_is_no_media(key: str, value: Any) -> None:
+def test_text_about_media_is_not_media(key: str, value: Any) -> None:
     assert not holds_media(key, value)
 
 
@@ -99,14 +99,14 @@ def test_a_picture_s_address_in_metadata_is_provenance_where_media_are_read(medi
     assert contents(samples(media, row)[0]) == [["<a.png>", "q"], ["a"]]
 
 
-def test_what_is_not_media_leaves_a_row_whole(media: Path) -> None:
+def test_values_that_are_not_media_do_not_change_a_row(media: Path) -> None:
     text = {"type": "text", "text": "q", "image_url": {"url": None}}
     picture = {"type": "image", "image": "a.png", "url": {"url": None}}
     rows = {"image": {"bytes": None, "path": None}, "messages": [user([text, picture], name="bob.png"), assistant("a")]}
     assert contents(samples(media, rows)[0]) == [["q", "<a.png>"], ["a"]]
 
 
-def test_anthropic_s_source_is_read_or_refused(media: Path) -> None:
+def test_anthropics_source_block_is_read_or_rejected(media: Path) -> None:
     data = base64.b64encode(_png("red")).decode()
 
     def row(source: Any) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def test_bytes_and_members_are_media() -> None:
     )
 
 
-def test_media_that_are_meant_to_be_left_out(media: Path) -> None:
+def test_media_can_be_left_out_on_request(media: Path) -> None:
     """Named in `ignore`, read by `where`, the row's own id, or null as parquet fills it."""
     row = {
         "id": "pics/a.png",
@@ -233,7 +233,7 @@ def test_media_of_turns_and_blocks(media: Path, turns: list[Any], images: list[s
         ),
     ],
 )
-def test_media_of_turns_that_are_not_clear(media: Path, turns: list[Any], images: list[str], reason: str) -> None:
+def test_ambiguous_media_of_turns_are_errors(media: Path, turns: list[Any], images: list[str], reason: str) -> None:
     with pytest.raises(RowError, match=reason):
         samples(media, {"messages": turns, "images": images})
 
@@ -327,7 +327,7 @@ def test_a_conversation_inside_of_a_shards_json(tmp_path: Path) -> None:
         ({"json": _nested("q", video="a.mp4")}, "video: the key refers to media but is not read"),
     ],
 )
-def test_a_shards_row_whose_media_are_not_clear(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+def test_ambiguous_media_in_a_shard_are_an_error(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
     reader = SourceReader(Source(path=str(_shard(tmp_path, row)), template="llava"))
     with pytest.raises(RowError, match=reason):
         reader.sample(*reader.open()[0])
@@ -383,7 +383,7 @@ CATS = {"images": ["a.png"], "prompt": [user("<image>q")], "completion": [assist
     ],
     ids=["images in a turn", "index", "prompt_completion", "query_response", "word labels", "shard"],
 )
-def test_rows_as_people_bring_them_are_checked_and_shown(
+def test_common_row_formats_are_checked_and_shown(
     media: Path, base: Path, capsys: pytest.CaptureFixture[str], template: str, rows: Any, trains: list[str], images: int
 ) -> None:
     if isinstance(rows, bytes):
@@ -402,7 +402,7 @@ def test_rows_as_people_bring_them_are_checked_and_shown(
     assert sum(token["kind"] == "media" for token in tokens) == 16 * images
 
 
-def test_a_file_that_is_no_json_is_refused_by_every_verb(media: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_json_file_is_rejected_by_every_command(media: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = {"train": [{"path": str(media / "rows.json"), "template": "llava"}]}
     (media / "recipe.yaml").write_text(json.dumps({"model": {"base": str(base)}, "data": data, "output_dir": str(media / "run")}))
     for text, message in (
@@ -415,7 +415,7 @@ def test_a_file_that_is_no_json_is_refused_by_every_verb(media: Path, base: Path
             assert message in capsys.readouterr().err
 
 
-def test_a_key_with_media_is_told_by_check_plan_and_train(mmtune: Callable[..., tuple[int, str]]) -> None:
+def test_an_unread_media_key_is_reported_by_check_plan_and_train(mmtune: Callable[..., tuple[int, str]]) -> None:
     rows = [{"image": "a.png", "messages": [user("q"), assistant("a")]}]
     code, output = mmtune(["data", "check"], rows, {})
     assert code == 1 and "media_unread" in output and "0 notes" in output

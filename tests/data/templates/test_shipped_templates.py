@@ -250,7 +250,7 @@ def _check_sound(sample: Sample) -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_hostile_row_is_refused_by_name_or_sound(name: str, roots: dict[str, Path]) -> None:
+def test_a_hostile_row_is_rejected_by_name_or_valid(name: str, roots: dict[str, Path]) -> None:
     reader = _reader(name, roots[name])
     template, rows = reader.template, reader.open()
     partners = {}

@@ -56,12 +56,12 @@ def _read(name: str, row: dict[str, Any], root: Path) -> list[tuple[str, list[st
         ("<Image> <image>", ["a.png"], ["<Image> ", "<a.png>"]),
     ],
 )
-def test_images_go_where_the_text_says(media: Path, text: str, image: Any, blocks: list[str]) -> None:
+def test_images_are_placed_at_the_placeholders(media: Path, text: str, image: Any, blocks: list[str]) -> None:
     row = _llava(("human", text), ("gpt", "x"), image=image)
     assert _read("llava", row, media) == [("user", blocks), ("assistant", ["x"])]
 
 
-def test_images_of_several_turns_are_taken_in_order(media: Path) -> None:
+def test_images_of_several_turns_are_used_in_order(media: Path) -> None:
     row = _llava(("human", "<image>\n1?"), ("gpt", "one"), ("human", "2? <image>"), ("gpt", "two"), image=["b.png", "a.png"])
     assert [blocks for role, blocks in _read("llava", row, media) if role == "user"] == [["<b.png>", "1?"], ["2? ", "<a.png>"]]
 
@@ -282,7 +282,7 @@ example: {}
 BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10))
 
 
-def test_a_template_of_ones_own_is_read_by_path(media: Path, tmp_path: Path) -> None:
+def test_a_custom_template_is_read_by_path(media: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(OWN, encoding="utf-8")
     row = {"chat": [{"who": "me", "says": "[img]<image>"}, {"who": "you", "says": "x"}], "pictures": ["a.png"]}
     assert _read(str(tmp_path / "mine.yaml"), row, media) == [("user", ["<a.png>", "<image>"]), ("assistant", ["x"])]
@@ -331,7 +331,7 @@ def test_a_template_of_ones_own_is_read_by_path(media: Path, tmp_path: Path) -> 
         (OWN.replace("{}", "\n  when: 2024-99-99\n  1: x"), r"mine\.yaml:8: example: a key must be text, got 1"),
     ],
 )
-def test_a_bad_template_is_refused(tmp_path: Path, text: str | bytes, reason: str) -> None:
+def test_a_bad_template_is_rejected(tmp_path: Path, text: str | bytes, reason: str) -> None:
     (tmp_path / "mine.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(UserError, match=reason) as caught:
         load_data_template(str(tmp_path / "mine.yaml"))

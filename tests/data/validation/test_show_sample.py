@@ -135,7 +135,7 @@ def test_the_recipe_says_what_is_supervised_and_what_a_long_row_becomes(media: P
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
-def test_the_rendered_prompt_is_what_evaluation_asks(media: Path, family: str) -> None:
+def test_the_rendered_prompt_equals_the_evaluation_prompt(media: Path, family: str) -> None:
     processor = families.FAMILIES[family]()
     sample = _sample(media, "what?", "a cat", "sure?", "yes")
     prompt = view_sample(sample, processor, _section()).prompt
@@ -147,7 +147,7 @@ def test_the_rendered_prompt_is_what_evaluation_asks(media: Path, family: str) -
 # ------------------------------------------------------------------------------------------------------------- terminal
 
 
-def test_the_terminal_tells_kinds_apart_without_colours(media: Path, untrained: tuple[Any, Any]) -> None:
+def test_token_kinds_are_distinguishable_without_colours(media: Path, untrained: tuple[Any, Any]) -> None:
     view = view_sample(_sample(media, "a.png", "what?\nwho?", "a cat"), untrained[1], _section())
     plain = _printed(view)
     lines = [line.rstrip() for line in plain.splitlines()]
@@ -162,7 +162,7 @@ def test_the_terminal_tells_kinds_apart_without_colours(media: Path, untrained: 
     assert "\x1b[1;32m" in coloured and re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain
 
 
-def test_text_cannot_move_the_cursor_or_turn_a_line_around(media: Path, untrained: tuple[Any, Any]) -> None:
+def test_control_and_bidi_characters_in_text_are_escaped(media: Path, untrained: tuple[Any, Any]) -> None:
     view = view_sample(_sample(media, "\x1b[2Jgone \u202eback [red]x[/red] \x9b0m \0", "yes\r"), untrained[1], _section())
     shown = _printed(view)
     assert not set("\x1b\u202e\x9b\0\r") & set(shown)
@@ -202,7 +202,7 @@ class _Page(HTMLParser):
             self.tokens[-1] = (ids, kind, text + data)
 
 
-def test_the_page_holds_every_token_and_picture_and_nothing_that_runs(tmp_path: Path, media: Path) -> None:
+def test_the_page_has_every_token_and_image_and_no_scripts(tmp_path: Path, media: Path) -> None:
     processor = families.FAMILIES["qwen2_5_vl"]()
     evil = "</span><script>alert(1)</script>\"'&amp; \U0001f431"
     view = view_sample(_sample(media, "a.png", "b.png", evil, f"{evil} yes"), processor, _section())
@@ -273,7 +273,7 @@ def test_the_command_prints_a_row_or_its_prompt_or_writes_a_page(
     assert "<!doctype html>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-def test_a_row_that_is_not_there_is_a_clear_mistake(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_row_is_an_error(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--row", "rows.json[99]"], "no row has the id 'rows.json[99]'; expected an id such as 'rows.json[11]'"),
         (["--index", "12"], "--index 12: expected 0 to 11: there are 12 training rows"),
@@ -282,7 +282,7 @@ def test_a_row_that_is_not_there_is_a_clear_mistake(recipe_file: str, capsys: py
         assert message in capsys.readouterr().err
 
 
-def test_a_row_is_found_wherever_it_is(tmp_path: Path) -> None:
+def test_a_row_is_found_in_every_source(tmp_path: Path) -> None:
     lines = [json.dumps({"conversations": [{"from": "human", "value": str(n)}, {"from": "gpt", "value": "x"}]}) for n in range(5)]
     (tmp_path / "one.jsonl").write_text("\n\n".join([*lines[:2], "not JSON", *lines[2:]]) + "\n")
     (tmp_path / "two.jsonl").write_text("\n".join(lines))

@@ -70,14 +70,14 @@ def test_the_corpus_is_large_and_each_case_its_own() -> None:
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[case.name for case in CASES])
-def test_a_hostile_row_has_its_issue_and_no_other(issues: dict[str, list[Issue]], number: int) -> None:
+def test_a_hostile_row_has_only_the_expected_issues(issues: dict[str, list[Issue]], number: int) -> None:
     row_issues = issues.get(f"hostile.jsonl:{number + 1}", [])
     assert tuple((each.field, each.issue) for each in row_issues if each.issue != "field_unknown") == CASES[number].issues
     assert all(each.detail and each.fix for each in row_issues)
 
 
 @pytest.mark.slow
-def test_what_cannot_train_is_an_error_and_what_is_an_error_cannot_train(corpus: Source, untrained: tuple[Any, Any]) -> None:
+def test_a_row_has_an_error_exactly_if_it_cannot_train(corpus: Source, untrained: tuple[Any, Any]) -> None:
     processor, reader = untrained[1], SourceReader(corpus)
     issues_by_row = by_row(Validator([corpus], settings=ValidationSettings(processor)).issues())
     for number, case in enumerate(CASES):
@@ -90,7 +90,7 @@ def test_what_cannot_train_is_an_error_and_what_is_an_error_cannot_train(corpus:
             assert (refused != []) == (trained is not None), (case.name, refused, trained)
 
 
-def test_decoding_finds_the_rest(corpus: Source) -> None:
+def test_decoding_reports_the_remaining_issues(corpus: Source) -> None:
     issues_by_row = by_row(Validator([corpus], settings=ValidationSettings(decode=True)).issues())
     for number, case in enumerate(CASES):
         if case.decoding:
@@ -105,9 +105,7 @@ def test_rows_are_checked_in_several_processes_as_in_one(
 
 
 @pytest.mark.parametrize("others", [0, 1])
-def test_what_is_wrong_with_the_model_ends_the_check_with_its_reason_alone(
-    corpus: Source, untrained: tuple[Any, Any], others: int
-) -> None:
+def test_a_model_error_stops_the_check_with_one_message(corpus: Source, untrained: tuple[Any, Any], others: int) -> None:
     processor = copy.deepcopy(untrained[1])
     processor.chat_template = None
     with pytest.raises(UserError, match=r"^model: its processor has no chat template; set model\.chat_template$"):
@@ -154,7 +152,7 @@ def test_the_same_path_under_another_root_is_another_image(tmp_path: Path) -> No
     assert list(Validator(sources[:1], sources[1:]).issues()) == []
 
 
-def test_a_field_that_nobody_reads_is_told_once(tmp_path: Path) -> None:
+def test_an_unread_field_is_reported_once(tmp_path: Path) -> None:
     source = _rows(tmp_path / "r.jsonl", _talk("a"), _talk("b", imgae="x"), _talk("c", imgae="y"), _talk("d", id=4))
     issues = list(Validator([source]).issues())
     assert [(each.row, each.field, each.issue) for each in issues] == [("r.jsonl:2", "imgae", "field_unknown")]
@@ -197,7 +195,7 @@ def test_a_long_row_fails_a_run_unless_the_recipe_drops_it(
     ("kind", "frames"),
     [("JPEG", 1), ("PNG", 1), ("GIF", 1), ("WEBP", 1), ("BMP", 1), ("TIFF", 1), ("PNG", 2), ("GIF", 2), ("WEBP", 2), ("TIFF", 2)],
 )
-def test_a_file_cut_anywhere_is_found_exactly_when_training_could_not_open_it(tmp_path: Path, kind: str, frames: int) -> None:
+def test_a_truncated_file_is_reported_exactly_if_training_cannot_open_it(tmp_path: Path, kind: str, frames: int) -> None:
     """All of these formats say where they end, so for every length the header scan knows what decoding would find."""
     buffer = io.BytesIO()
     image = hostile.NOISE.resize((16, 12))
@@ -226,7 +224,9 @@ FILES = [content for case in hostile.images() for content in case.files.values()
     flips=st.lists(st.tuples(st.integers(0, 20_000), st.integers(1, 255)), max_size=6),
 )
 @example(whole=FILES[0], cut=0, flips=[])
-def test_no_image_crashes_and_none_passes_silently(tmp_path: Path, whole: bytes, cut: int, flips: list[tuple[int, int]]) -> None:
+def test_no_image_crashes_and_every_fault_is_reported(
+    tmp_path: Path, whole: bytes, cut: int, flips: list[tuple[int, int]]
+) -> None:
     content = bytearray(whole[: len(whole) - cut % (len(whole) + 1)] if cut % 2 else whole)
     for place, bits in flips:
         if content:
@@ -275,7 +275,7 @@ def _mutated(value: Any, place: tuple[Any, ...], by: Any) -> Any:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(st.tuples(st.sampled_from(_places(GOOD)), JSON), min_size=1, max_size=2))
-def test_no_row_crashes_and_the_doctor_agrees_with_training(
+def test_no_row_crashes_and_validation_agrees_with_training(
     tmp_path: Path, corpus: Source, untrained: tuple[Any, Any], changes: list[tuple[tuple[Any, ...], Any]]
 ) -> None:
     row: Any = GOOD
@@ -361,7 +361,7 @@ def test_the_template_of_a_file_is_guessed_from_its_rows(tmp_path: Path, name: s
         ),
     ],
 )
-def test_a_file_that_no_template_fits_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_without_a_matching_template_is_rejected(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
         guess_template(str(tmp_path / "r.jsonl"))
@@ -384,7 +384,7 @@ def _faults_raised() -> list[tuple[str, ast.expr | None]]:
     return faults
 
 
-def test_every_fault_says_its_kind_where_it_is_raised() -> None:
+def test_every_error_is_raised_with_a_known_issue_type() -> None:
     faults = _faults_raised()
     assert len(faults) > 50
     for where, kind in faults:
