@@ -180,7 +180,7 @@ def load_strictly(
         UserError: files that cannot be read, or missing or mismatched weights.
     """
     model: PreTrainedModel
-    with _errors_about(subject):
+    with errors_about(subject):
         try:
             config = config or AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             generation_config, dropped = read_generation_config(name, config)
@@ -204,7 +204,7 @@ def load_strictly(
 
 
 @contextmanager
-def _errors_about(subject: str) -> Iterator[None]:
+def errors_about(subject: str) -> Iterator[None]:
     """Prefix user errors with a base's name as given in the recipe or on the command line."""
     try:
         yield
@@ -265,11 +265,11 @@ def base_config(section: ModelSection, location: str | None = None) -> PreTraine
         UserError: a base that cannot be located, or an unsupported family.
     """
     name = location or locate_base(str(section.base))
-    with errors_at_key("model.base"), _errors_about(str(section.base)):
-        return _supported_config(name, str(section.base), section.trust_remote_code)
+    with errors_at_key("model.base"), errors_about(str(section.base)):
+        return supported_config(name, str(section.base), section.trust_remote_code)
 
 
-def _supported_config(name: str, subject: str, trust_remote_code: bool) -> PreTrainedConfig:
+def supported_config(name: str, subject: str, trust_remote_code: bool) -> PreTrainedConfig:
     """The config of a model of a supported family.
 
     Args:
@@ -296,7 +296,7 @@ def _ready_processor(
     """The processor of a full model, checked against its config, and its chat template."""
     processor = load_processor(name, subject, config, trust_remote_code)
     template = _choose_chat_template(processor, subject, template_name)
-    with _errors_about(subject):
+    with errors_about(subject):
         prepare_processor(name, processor, template, config, trust_remote_code)
     return processor, template
 
@@ -313,7 +313,7 @@ def load_processor(name: str, subject: str, config: PreTrainedConfig, trust_remo
     Raises:
         UserError: files that are missing or cannot be read, or an unsupported processor.
     """
-    with _errors_about(subject):
+    with errors_about(subject):
         try:
             return load_completed_processor(name, config, trust_remote_code)
         except (OSError, ValueError) as error:
@@ -323,7 +323,7 @@ def load_processor(name: str, subject: str, config: PreTrainedConfig, trust_remo
 def _choose_chat_template(processor: ProcessorMixin, subject: str, template_name: str | None) -> str:
     """The chat template that a recipe names, otherwise the checkpoint's."""
     if template_name is None:
-        with _errors_about(subject):
+        with errors_about(subject):
             template = training_chat_template(processor)
     else:
         template = resolve_chat_template(template_name, processor.tokenizer, image_token=processor.image_token)
@@ -369,9 +369,9 @@ def _load_trained(
     source = read_adapter_base(trained.path) if trained.is_adapter else str(trained.path)
     is_of_run = trained.run.recipe.is_file()
     section = _model_section(trained, source, trust_remote_code) if is_of_run else None
-    with _errors_about(f"{subject}: its base {source}" if trained.is_adapter else subject):
+    with errors_about(f"{subject}: its base {source}" if trained.is_adapter else subject):
         source = locate_checkpoint(source)
-        config = _supported_config(source, source, trust_remote_code)
+        config = supported_config(source, source, trust_remote_code)
     settings: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     if section is not None:
         if chat_template == section.chat_template:

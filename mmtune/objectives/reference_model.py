@@ -15,9 +15,10 @@ from mmtune.methods.method import Method
 from mmtune.methods.method_table import METHODS
 from mmtune.models.checkpoints.trained_weights import TrainedWeights, locate_adapter_base, locate_trained_weights
 from mmtune.models.fake_tensors import make_prompt_tokens_real
-from mmtune.models.load import DTYPES, adapter_method, load_processor, load_trained
-from mmtune.models.meta_model import build_meta, read_model_config
+from mmtune.models.load import DTYPES, adapter_method, errors_about, load_processor, load_trained, supported_config
+from mmtune.models.meta_model import build_meta
 from mmtune.recipe.recipe import ModelSection
+from mmtune.utils.hub import locate_checkpoint
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,14 @@ class ReferenceModel:
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The configuration of its base."""
-        return read_model_config(self.section)
+        """The configuration of its base.
+
+        Raises:
+            UserError: a missing or invalid configuration, or an unsupported family.
+        """
+        base = str(self.section.base)
+        with errors_about(base):
+            return supported_config(locate_checkpoint(base), base, self.section.trust_remote_code)
 
     @property
     def method(self) -> Method | None:
@@ -53,7 +60,7 @@ class ReferenceModel:
             UserError: files that are missing or cannot be read, or an unsupported processor.
         """
         path = str(self.weights.path)
-        return load_processor(path, path, self.config, self.section.trust_remote_code)
+        return load_processor(locate_checkpoint(path), path, self.config, self.section.trust_remote_code)
 
     def load(self) -> nn.Module:
         """The model on the CPU: unquantized, in eval mode, no parameter requires a gradient.

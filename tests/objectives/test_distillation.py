@@ -309,10 +309,14 @@ def test_a_teacher_with_another_vocabulary_or_image_processor(
     rejected(make_recipe(distilled(tmp_path / "colours")), untrained, "objective.teacher", message)
 
 
-def test_a_teacher_without_a_processor(make_recipe: MakeRecipe, untrained: tuple[Any, Any], tmp_path: Path) -> None:
+def test_a_teacher_without_a_processor_or_with_a_damaged_config(
+    make_recipe: MakeRecipe, untrained: tuple[Any, Any], tmp_path: Path
+) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(TINY_LLAVA / name, tmp_path)
     rejected(make_recipe(distilled(tmp_path)), untrained, "objective.teacher", "cannot load its processor")
+    (tmp_path / "config.json").write_text("{")
+    rejected(make_recipe(distilled(tmp_path)), untrained, "objective.teacher", rf"teacher: {tmp_path}: .*config")
 
 
 def test_a_teacher_that_cannot_read_packed_rows(
