@@ -48,7 +48,7 @@ def test_the_chinese_readme_has_the_structure_of_the_english_one() -> None:
         ("indented blocks", "# A\n\n    pip\n"),
     ],
 )
-def test_a_difference_of_two_pages_is_found(kind: str, changed: str) -> None:
+def test_a_difference_of_two_pages_is_reported(kind: str, changed: str) -> None:
     assert {key for key, value in shape(changed).items() if value != shape("# A\n")[key]} == {kind}
 
 

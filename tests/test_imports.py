@@ -403,7 +403,7 @@ def test_an_allowed_import_is_not_a_fault(module: str, source: str) -> None:
         "x = 1\n" * (MAX_LINES + 1),
     ],
 )
-def test_forbidden_content_is_found(source: str) -> None:
+def test_forbidden_content_is_reported(source: str) -> None:
     assert content_faults(source, "mmtune.data.encoding.encode")
 
 
@@ -423,5 +423,5 @@ def test_allowed_content_is_not_a_fault(source: str) -> None:
     assert content_faults(source, "mmtune.data.encoding.encode") == []
 
 
-def test_a_name_that_hides_a_library_is_found() -> None:
+def test_a_name_that_hides_a_library_is_reported() -> None:
     assert shadowed({"data", "types", "torch", "yaml"}) == {"types", "torch", "yaml"}

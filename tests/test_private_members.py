@@ -103,7 +103,7 @@ def test_private_members_of_libraries_are_used_in_their_files_only() -> None:
         "getattr(model, '_weight_conversions', None)",
     ],
 )
-def test_a_private_member_elsewhere_is_found(source: str) -> None:
+def test_a_private_member_elsewhere_is_reported(source: str) -> None:
     assert library_members(source, {"_own"}) != []
 
 
@@ -112,7 +112,7 @@ def test_a_member_of_the_package_is_not_a_fault(source: str) -> None:
     assert library_members(source, {"_own"}) == []
 
 
-def test_the_trainer_is_overridden_by_public_names_alone() -> None:
+def test_the_trainer_overrides_only_public_names() -> None:
     overridden = {name for name in vars(TuningTrainer) if hasattr(Trainer, name)}
     assert {name for name in overridden if is_private(name)} == set()
 

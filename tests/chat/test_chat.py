@@ -129,7 +129,7 @@ def test_a_model_without_a_chat_template_is_an_error(answering_llava: tuple[Any,
         ChatSession(answering_llava[0], bare)
 
 
-def test_a_stopped_answer_stays_as_far_as_it_was_read(answering_llava: tuple[Any, Any], image: Path) -> None:
+def test_a_stopped_answer_is_kept_up_to_the_last_token_read(answering_llava: tuple[Any, Any], image: Path) -> None:
     endless = ChatSession(*answering_llava, max_new_tokens=10**6)
     endless.attach(image)
     threads = threading.active_count()

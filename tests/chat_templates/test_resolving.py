@@ -242,7 +242,7 @@ def test_chat_templates_from_files_are_checked(tiny_checkpoints: Path, tmp_path:
         resolve_chat_template(str(tmp_path / "own.jinja"), tokenizer)
 
 
-def test_a_text_models_own_template_is_not_taken_unless_it_places_images(tiny_checkpoints: Path) -> None:
+def test_a_text_models_template_is_used_only_if_it_places_images(tiny_checkpoints: Path) -> None:
     tokenizer = tf.AutoTokenizer.from_pretrained(tiny_checkpoints / "qwen2")
     assert tokenizer.chat_template is not None
     chatml = resolve_chat_template("chatml", tokenizer)

@@ -101,7 +101,7 @@ def test_a_record_that_cannot_be_formatted_stops_nothing(capsys: pytest.CaptureF
     assert capsys.readouterr().err == "warning: lib: use the new name (<class 'FutureWarning'>,)\n"
 
 
-def test_a_library_with_a_handler_of_its_own_prints_once(printed: Callable[[], list[str]], tmp_path: Path) -> None:
+def test_a_library_with_its_own_handler_prints_once(printed: Callable[[], list[str]], tmp_path: Path) -> None:
     logger = logging.getLogger("chattylib")
     logger.propagate = False
     logger.addHandler(logging.StreamHandler(sys.stderr))

@@ -72,7 +72,7 @@ def test_files_of_one_name_keep_their_ids_apart(tmp_path: Path) -> None:
     assert IndexedSamples([_source(paths[0])] * 2).names == ["r.jsonl", "r.jsonl (2)"]
 
 
-def test_media_lie_beside_the_rows_or_under_media_root(tmp_path: Path, media: Path) -> None:
+def test_media_paths_are_relative_to_the_rows_or_to_media_root(tmp_path: Path, media: Path) -> None:
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "a.png").write_bytes((media / "b.png").read_bytes())
     rows = _rows(tmp_path / "rows", 1, image="a.png")
@@ -193,7 +193,7 @@ def test_errors_travel_between_processes(kind: type[RowError]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_sets_faulty_rows_beside_their_batch(tmp_path: Path, untrained: tuple[Any, Any], workers: int) -> None:
+def test_a_loader_returns_faulty_rows_with_their_batch(tmp_path: Path, untrained: tuple[Any, Any], workers: int) -> None:
     processor = untrained[1]
     dataset = TrainingSet(IndexedSamples([_source(_rows(tmp_path, 6, bad=(1, 4, 5)))]), SampleEncoder(processor, _section()))
     collator = Collator(processor.tokenizer.pad_token_id)

@@ -77,7 +77,7 @@ def test_a_lost_peer_is_reported_once_and_not_over_an_error(launch: Launch, caps
     assert not file.exists()  # it is not the root cause
 
 
-def test_a_bug_is_left_with_its_traceback(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_a_launched_run_keeps_its_traceback(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which is undone
 
     def fail(rank: int) -> Path:

@@ -104,7 +104,7 @@ def test_a_question_with_one_choice_is_an_error(answering_llava: tuple[Any, Any]
         score_choices(*answering_llava, [replace(samples[0], choices=("yes",))], 2)
 
 
-def test_the_first_of_equally_likely_choices_is_taken(samples: list[Sample]) -> None:
+def test_the_first_of_equally_likely_choices_is_selected(samples: list[Sample]) -> None:
     assert most_likely_choice(samples[2], (-3.0, -1.0, -2.0, -1.0)) == "no"
 
 

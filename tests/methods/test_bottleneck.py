@@ -140,7 +140,7 @@ def test_down_starts_as_a_linear_layer_and_the_rest_at_zero(model: Any) -> None:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_adapters_alone_get_gradients_and_all_of_them_do(model: Any, inputs: dict[str, torch.Tensor], placement: str) -> None:
+def test_only_adapters_get_gradients_and_all_of_them_do(model: Any, inputs: dict[str, torch.Tensor], placement: str) -> None:
     peft = tuned(model, placement=placement, non_linearity="silu").train()  # a unit of relu can be dead
     randomize(peft)
     peft(**inputs, labels=inputs["input_ids"]).loss.backward()
@@ -438,7 +438,7 @@ def test_each_adapter_is_saved_alone(model: Any, tmp_path: Path) -> None:
     assert all(name.startswith("base_model.model.model.language_model.layers.") for name in one | other)
 
 
-def test_the_wrapped_modules_attributes_are_there_and_private_ones_stay_its_own(model: Any) -> None:
+def test_a_wrapped_modules_public_attributes_are_available_and_private_ones_are_separate(model: Any) -> None:
     plain = copy.deepcopy(model.model.language_model.layers[1].self_attn)
     layer = copy.deepcopy(tuned(model)).get_submodule("base_model.model.model.language_model.layers.1.self_attn")
     assert isinstance(layer, BottleneckLayer)

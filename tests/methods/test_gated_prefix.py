@@ -286,7 +286,7 @@ def test_disabled_and_unloaded_it_is_the_base_to_the_bit(model: Any, inputs: Any
     )
 
 
-def test_the_projector_is_trained_and_unloaded_beside_it(model: Any, inputs: Any) -> None:
+def test_the_projector_is_trained_and_unloaded_with_it(model: Any, inputs: Any) -> None:
     expected = logits_of(model, inputs)
     adapted = adapt(model, modules_to_save=["model.multi_modal_projector"])
     trained = {name for name in backward(adapted, inputs) if "gated_prefix_" not in name}
@@ -390,7 +390,7 @@ def test_two_adapters_add(model: Any, inputs: Any) -> None:
     assert torch.equal(attended[-1], second) and list(layer.gated_prefix_prompt) == ["other"]
 
 
-def test_a_copy_stands_on_its_own(model: Any, inputs: Any) -> None:
+def test_a_copy_is_independent(model: Any, inputs: Any) -> None:
     adapted = adapt(model)
     open_gates(adapted)
     expected = logits_of(adapted, inputs)

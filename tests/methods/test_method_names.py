@@ -70,7 +70,7 @@ def named_methods(source: str) -> list[str]:
         'config = {"peft:PromptEncoderConfig": 1}',
     ],
 )
-def test_a_name_is_found(source: str) -> None:
+def test_a_method_name_is_reported(source: str) -> None:
     assert named_methods(source)
 
 

@@ -56,7 +56,7 @@ def test_assembled_components_have_their_weights_and_tokens_match_features(
 
 
 @pytest.mark.parametrize(("known", "rows", "after"), [(319, 320, 384), (320, 320, 322), (300, 320, 320)])
-def test_embeddings_grow_only_where_needed_and_stay_padded(
+def test_embeddings_grow_only_if_needed_and_remain_padded(
     tiny_checkpoints: Path, tmp_path: Path, known: int, rows: int, after: int
 ) -> None:
     """`<pad>` and `<image>` are new; more rows than tokens mean that the source was padded."""

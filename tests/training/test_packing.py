@@ -197,7 +197,7 @@ def test_three_positions_are_the_models_own_for_every_sample() -> None:
     assert positions.shape == (4, 1, start)
 
 
-def test_padded_batches_pass_as_they_are() -> None:
+def test_padded_batches_pass_unchanged() -> None:
     batch = collate(samples("llava"), PAD)
     assert packed_inputs(tiny("llava"), batch) is batch
 
@@ -286,7 +286,7 @@ def test_packed_rows_have_the_tokens_positions_and_labels_of_their_samples() -> 
     assert row["pixel_attention_mask"].shape == (1, 21, 28, 28)
 
 
-def test_the_collator_packs_rows_and_sets_faults_beside_them() -> None:
+def test_the_collator_packs_rows_and_returns_faults_with_them() -> None:
     encoded = samples("qwen2_5_vl")
     image = {**encoded[0], "labels": torch.full_like(encoded[0]["labels"], -100)}
     batch = Collator(PAD, dummy_sample=image, packed=True)([encoded[1]])

@@ -35,7 +35,7 @@ def test_lora_count_is_its_closed_form(make_recipe: Callable[..., Recipe], base:
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
 
 
-def test_saving_an_adapter_asks_the_hub_nothing(
+def test_saving_an_adapter_makes_no_hub_request(
     make_recipe: Callable[..., Recipe], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = AutoModelForImageTextToText.from_pretrained(str(base))
@@ -78,7 +78,7 @@ def test_parameters_are_counted_once(make_recipe: Callable[..., Recipe], base: P
     assert {count.component: count.learning_rate for count in counts} == {"vision": None, "projector": 1e-3, "language": 1e-3}
 
 
-def test_a_component_takes_its_own_learning_rate(make_recipe: Callable[..., Recipe], base: Path) -> None:
+def test_a_component_can_have_its_own_learning_rate(make_recipe: Callable[..., Recipe], base: Path) -> None:
     recipe = make_recipe("tune.projector.learning_rate=0.25")
     model, components = tuned(recipe, base)
     rates = learning_rates(model, components, recipe.tune, 0.5)

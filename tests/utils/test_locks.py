@@ -43,7 +43,7 @@ def held_elsewhere(directory: Path) -> Iterator[int]:
         os.close(writer)
 
 
-def test_a_lock_ends_with_its_process_and_leaves_no_file(tmp_path: Path) -> None:
+def test_a_lock_is_released_with_its_process_and_its_file_removed(tmp_path: Path) -> None:
     run = tmp_path / "deep" / "run"
     with held_elsewhere(run) as holder:
         in_use = pytest.raises(UserError, match=rf"in use by process {holder} on {socket.gethostname()}")
@@ -236,7 +236,7 @@ def test_the_commit_is_recorded_and_no_program_of_the_repository_runs(repository
     assert not (repository.parent / f"ran-{repository.name}").exists()
 
 
-def test_git_settings_of_the_environment_stay(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_settings_of_the_environment_are_unchanged(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("COUNT", "1"), ("KEY_0", "status.showUntrackedFiles"), ("VALUE_0", "no")):
         monkeypatch.setenv(f"GIT_CONFIG_{name}", value)
     (repository / "untracked.txt").touch()

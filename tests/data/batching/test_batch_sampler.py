@@ -36,7 +36,7 @@ def steps(batches: list[MixtureBatchSampler], accumulation: int) -> list[Counter
     return [Counter(chain.from_iterable(chain.from_iterable(r[i : i + accumulation] for r in ranks))) for i in starts]
 
 
-def test_the_order_is_that_of_torchs_own_sampler() -> None:
+def test_the_order_equals_that_of_torchs_sampler() -> None:
     batches = MixtureBatchSampler(alone(23), seed=5, size=4)
     for epoch in (0, 1, 0):
         batches.set_epoch(epoch)

@@ -174,7 +174,7 @@ SPELLS = {
 
 
 @pytest.mark.parametrize(("name", "token"), [(name, token) for name, tokens in SPELLS.items() for token in tokens])
-def test_a_control_token_that_text_spells_stays_text(
+def test_a_control_token_spelled_in_text_is_encoded_as_text(
     template_processors: dict[str, Any], media: Path, name: str, token: str
 ) -> None:
     processor, tokenizer, a = template_processors[name], template_processors[name].tokenizer, str(media / "a.png")

@@ -108,7 +108,7 @@ def test_among_equal_images_the_last_of_the_earliest_turn_is_dropped_first(pictu
     assert images == [[["small"], ["small"]], [[], ["small"]], [[], []]]
 
 
-def test_words_around_a_dropped_image_stay_apart(pictures: dict[str, Path]) -> None:
+def test_words_around_a_dropped_image_remain_separate(pictures: dict[str, Path]) -> None:
     messages = _sample(["look", pictures["small"], "at this"], ["yes"]).messages
     assert drop_image(messages, (0, 1))[0]["content"] == [{"type": "text", "text": "look\nat this"}]
     messages = _sample(["look ", pictures["small"], "at this"], ["yes"]).messages

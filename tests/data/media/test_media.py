@@ -73,7 +73,7 @@ def test_a_decompression_bomb_is_rejected_by_its_header(
             read(tmp_path / "bomb.png")
 
 
-def test_the_bound_is_pillows_and_holds_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_limit_equals_pillows_and_applies_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Image.MAX_IMAGE_PIXELS == MAX_PIXELS
     (tmp_path / "fits.png").write_bytes(_png(10_000, 8_947))
     assert image_size(tmp_path / "fits.png") == (10_000, 8_947)
@@ -265,7 +265,7 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- embedded
 
 
-def test_a_slice_is_a_file_of_its_own(tmp_path: Path) -> None:
+def test_embedded_media_are_read_like_separate_files(tmp_path: Path) -> None:
     (tmp_path / "all").write_bytes(bytes(range(100)))
     slice_ = EmbeddedMedia(tmp_path / "all", "a", offset=10, length=20)
     assert str(slice_) == f"{tmp_path}/all!a" and "\\x" not in repr(EmbeddedMedia(tmp_path, "a", data=b"\xff"))

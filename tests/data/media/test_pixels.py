@@ -267,7 +267,7 @@ def test_a_window_does_not_change_8_bit_images() -> None:
         assert np.array_equal(np.asarray(open_image(ImageView(_media(data), (0.0, 10.0)))), _pixels(data))
 
 
-def test_twelve_bits_are_scaled_by_their_own_range() -> None:
+def test_twelve_bit_values_are_scaled_by_the_12_bit_range() -> None:
     """Two values of 12 bits in three bytes (TIFF 6.0, section 2, BitsPerSample)."""
     values = [0x123, 0xFED]
     data = bytes([values[0] >> 4, (values[0] & 15) << 4 | values[1] >> 8, values[1] & 255])

@@ -95,7 +95,7 @@ def test_a_sparse_file_behind_a_shard_is_not_read_to_its_end(tmp_path: Path) -> 
         open_rows(tmp_path / "s.tar")
 
 
-def test_a_members_name_that_is_not_utf8_stays_readable(tmp_path: Path) -> None:
+def test_a_member_name_that_is_not_utf8_is_readable(tmp_path: Path) -> None:
     (tmp_path / "s.tar").write_bytes(header(2, name=b"caf\xe9.json") + block(b"{}") + b"\0" * 1024)
     assert open_rows(tmp_path / "s.tar")[0] == ("s.tar:caf\\udce9", {"__key__": "caf\\udce9", "json": {}})
 

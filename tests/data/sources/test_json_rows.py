@@ -184,7 +184,7 @@ def test_json_lines_round_trip(tmp_path: Path, rows: list[Any], end: str) -> Non
             open_rows(path)
 
 
-def test_a_stream_parses_only_what_is_called_and_stops_where_it_is_left(tmp_path: Path) -> None:
+def test_a_stream_parses_only_requested_rows_and_stops_with_its_reader(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text('{"n": 1}\nbroken\n{"n": 3}\n')
     (tmp_path / "r.json").write_text('[{"n": 1}, broken, {"n": 3}]')
     for name in ("r.jsonl", "r.json"):

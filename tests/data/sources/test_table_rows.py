@@ -236,7 +236,7 @@ def test_a_shuffled_data_set_keeps_its_order(saved: Path, tmp_path: Path) -> Non
     assert [row["text"] for _, row in _both(tmp_path / "turned")] == ["b", "a"]
 
 
-def test_a_directory_of_splits_asks_for_one(saved: Path) -> None:
+def test_a_directory_of_splits_is_an_error_without_a_split(saved: Path) -> None:
     with pytest.raises(
         UserError, match=r"has several splits \(test, train\); give the path of one of them, such as .*splits/test"
     ):

@@ -246,7 +246,7 @@ def test_files_that_are_not_there_are_named(shards: Path, path: str, reason: str
     _refused(Path(f"{shards}/{path}"), reason)
 
 
-def test_media_lie_beside_the_rows(shards: Path) -> None:
+def test_the_default_media_root_is_the_folder_of_the_rows(shards: Path) -> None:
     assert default_media_root(shards / "x" / "r.jsonl") == shards / "x"
     assert default_media_root(shards / "x") == shards / "x"
     assert default_media_root(f"{shards}/*/r.jsonl") == shards

@@ -238,7 +238,7 @@ def test_ambiguous_media_of_turns_are_errors(media: Path, turns: list[Any], imag
         samples(media, {"messages": turns, "images": images})
 
 
-def test_images_without_a_placeholder_are_added_where_the_source_says_so(media: Path) -> None:
+def test_images_without_a_placeholder_are_added_if_the_source_requests_it(media: Path) -> None:
     row = {
         "images": ["a.png", "b.png"],
         "messages": [{"role": "system", "content": "s"}, user("q"), assistant("a"), user("r"), assistant("b")],

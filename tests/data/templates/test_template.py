@@ -231,7 +231,7 @@ def test_turns_repeat_over_lists() -> None:
         _repeated(**{**row, "questions": "no list"})
 
 
-def test_a_number_is_text_and_jinja_in_a_row_stays_text(media: Path) -> None:
+def test_a_number_becomes_text_and_jinja_in_a_row_is_not_rendered(media: Path) -> None:
     row = {**VQA, "question": "{{ answer }} <b>&", "answer": 2}
     assert _read("vqa", row, media) == [
         ("user", ["<a.png>", "{{ answer }} <b>&\nAnswer the question using a single word or phrase."]),
@@ -257,7 +257,7 @@ def _columns(text: str) -> DataTemplate:
         "{{ range(10**9)|list }}",
     ],
 )
-def test_a_template_stays_in_its_sandbox(source: str, tmp_path: Path) -> None:
+def test_a_template_cannot_leave_its_sandbox(source: str, tmp_path: Path) -> None:
     with pytest.raises(RowError, match=r"^r: messages\[0\]: "):
         _columns(source).sample("r", {"a": [1]}, MediaRules(tmp_path))
 

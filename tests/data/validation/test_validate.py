@@ -305,7 +305,7 @@ def test_no_line_of_bytes_crashes(tmp_path: Path, place: int, bits: int, cut: bo
 # ---------------------------------------------------------------------------------------------------------- command line
 
 
-def test_the_command_writes_issues_and_fails_for_errors_alone(
+def test_the_command_writes_issues_and_fails_for_errors_only(
     tmp_path: Path, corpus: Source, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "issues.jsonl"
