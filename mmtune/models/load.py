@@ -199,7 +199,8 @@ def load_strictly(
     if dropped and not quiet:
         print(f"{subject}: {dropped}")
     if getattr(model, "is_quantized", False):
-        prepare_quantized(model)
+        with errors_about(subject):
+            prepare_quantized(model)
     return model
 
 

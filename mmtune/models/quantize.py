@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig
 
 from mmtune.models.components import component_of, find_components
+from mmtune.utils.errors import UserError
 
 QUANTIZED = ("int8", "nf4")
 
@@ -48,6 +49,9 @@ def prepare_quantized(model: nn.Module) -> None:
 
     On CPUs with AVX512-BF16, a forward pass without gradients repacks 4-bit weights in place; every later dequantization then
     gives wrong values without an error.
+
+    Raises:
+        UserError: another component is quantized.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
@@ -55,7 +59,11 @@ def prepare_quantized(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (Linear4bit, Linear8bitLt)):
             component = component_of(name, components)
-            assert component == "language", f"{name} of the {component} component was quantized"
+            if component != "language":  # as in a checkpoint that another tool has quantized
+                raise UserError(
+                    f"expected only the language model quantized, got {name} of the {component} component; use an "
+                    "unquantized checkpoint"
+                )
         if isinstance(module, Linear4bit):
             layer: Any = module
             layer.support_avx512bf16_for_cpu = False

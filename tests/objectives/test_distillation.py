@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from scipy.special import log_softmax, rel_entr, softmax
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from mmtune.builtin import TINY_LLAVA
 from mmtune.cli.main import entry_point
@@ -317,6 +319,23 @@ def test_a_teacher_without_a_processor_or_with_a_damaged_config(
     rejected(make_recipe(distilled(tmp_path)), untrained, "objective.teacher", "cannot load its processor")
     (tmp_path / "config.json").write_text("{")
     rejected(make_recipe(distilled(tmp_path)), untrained, "objective.teacher", rf"teacher: {tmp_path}: .*config")
+
+
+@pytest.mark.parametrize("language_only", [False, True])
+def test_a_checkpoint_that_another_tool_has_quantized(
+    language_only: bool, make_recipe: MakeRecipe, untrained: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """A quantized language model teaches; a quantized vision encoder is an error, not a failed assertion."""
+    skipped = ["model.vision_tower", "model.multi_modal_projector", "lm_head"] if language_only else None
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    model = AutoModelForImageTextToText.from_pretrained(TINY_LLAVA, quantization_config=config, device_map={"": "cpu"})
+    model.save_pretrained(tmp_path)
+    untrained[1].save_pretrained(tmp_path)
+    recipe = make_recipe(distilled(tmp_path))
+    objective = Distillation(recipe.objective)  # type: ignore[arg-type]
+    message = r"expected only the language model quantized, got model\.vision_tower"
+    with nullcontext() if language_only else pytest.raises(RecipeValueError, match=message):
+        objective.load_models(recipe, torch.device("cpu"), SINGLE_PROCESS)
 
 
 def test_a_teacher_that_cannot_read_packed_rows(
