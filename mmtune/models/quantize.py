@@ -22,7 +22,7 @@ def quantization_config(config: PreTrainedConfig, precision: str, trust_remote_c
 
     Args:
         config: the checkpoint's configuration.
-        precision: `int8` (LLM.int8, arXiv 2208.07339) or `nf4` with double quantization_config (QLoRA, arXiv 2305.14314).
+        precision: `int8` (LLM.int8, arXiv 2208.07339) or `nf4` with double quantization (QLoRA, arXiv 2305.14314).
 
     Raises:
         UserError: an unsupported family.

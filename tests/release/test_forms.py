@@ -17,7 +17,7 @@ import torch
 from peft import C3AConfig, PeftModel, get_peft_model
 from programs import run_program
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from mmtune.cli.main import entry_point
 from mmtune.models.load import load_trained
@@ -189,7 +189,7 @@ def test_a_full_disk_leaves_the_existing_release(make_recipe: Make, tmp_path: Pa
 
 def test_a_wrong_merge_by_peft_is_detected(base: Path, make_recipe: Make) -> None:
     """PEFT merges C3A into an int8 base without an error, but the merged weights are wrong."""
-    config = quantization_config(str(base), "int8")
+    config = quantization_config(AutoConfig.from_pretrained(str(base)), "int8")
     model = AutoModelForImageTextToText.from_pretrained(str(base), quantization_config=config, device_map={"": "cpu"})
     prepare_quantized(model)
     tuned = get_peft_model(
