@@ -118,7 +118,7 @@ def validate(recipe: Recipe, overwrite: bool, resume: bool | Path) -> RunInputs:
     base = resolve_model(recipe.model)
     check_method(recipe, base, arguments, dist, checkpoint)
     check_chat_template(base.processor)
-    objective = build_objective(recipe, base.processor)
+    objective = build_objective(recipe, base)
     lengths = plan_rows(samples, recipe, base.processor, data_report, dist)
     print(f"training: {dist.strategy}, {arguments.device}")
     return RunInputs(recipe, overwrite, checkpoint, arguments, dist, samples, data_report, base, objective, lengths)

@@ -187,7 +187,7 @@ def _check_objective(recipe: Any) -> None:
     from mmtune.models.load import resolve_model
     from mmtune.objectives.objective_table import build_objective
 
-    build_objective(recipe, resolve_model(recipe.model).processor)
+    build_objective(recipe, resolve_model(recipe.model))
 
 
 def _check_base_config(recipe: Any) -> None:

@@ -248,8 +248,12 @@ class Method:
             batches: training batches with labels, on the same device, read once.
         """
 
+    def initializes_from_data(self, config: PeftConfig) -> bool:
+        """Whether `after_wrapping` runs the model. A sharded model is gathered for it."""
+        return False
+
     def after_wrapping(self, model: PeftModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
-        """Initialize the adapter from training data; `batches` as in `before_wrapping`."""
+        """Initialize the adapter from training data where `initializes_from_data`; `batches` as in `before_wrapping`."""
 
     # Training.
 

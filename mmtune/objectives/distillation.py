@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import ProcessorMixin
 
 from mmtune.chat_templates.resolving import set_chat_template
 from mmtune.data.dataset import dummy_sample
 from mmtune.distributed.context import DistributedContext
 from mmtune.distributed.sharded_parameters import unsharded_loading
 from mmtune.models.compute import count_virtual_tokens
+from mmtune.models.load import ResolvedBase
 from mmtune.models.meta_model import read_model_config
 from mmtune.models.packed_attention import check_packable_family, check_packable_method
 from mmtune.objectives.distillation_losses import attention_divergences, by_chunks, divergences, hidden_state_errors, widen
@@ -44,9 +44,10 @@ class Distillation(SupervisedTuning):
         super().__init__(settings)
         self._teacher: nn.Module | None = None
         self._half = False
+        self._located: ReferenceModel | None = None
 
-    def check(self, recipe: Recipe, processor: ProcessorMixin) -> None:
-        reference = self._reference(recipe)
+    def check(self, recipe: Recipe, base: ResolvedBase) -> None:
+        reference, processor = self._reference(recipe), base.processor
         with errors_at_key(TEACHER):
             theirs = reference.load_processor()
             if recipe.data.packing:
@@ -55,7 +56,9 @@ class Distillation(SupervisedTuning):
         check_vocabulary(processor.tokenizer.get_vocab(), theirs.tokenizer.get_vocab())
         set_chat_template(theirs, str(processor.chat_template))
         check_model_inputs(dummy_sample(processor), dummy_sample(theirs))
-        check_layers(self.settings, read_model_config(recipe.model).get_text_config(), reference.config.get_text_config())
+        check_layers(
+            self.settings, (base.config or read_model_config(recipe.model)).get_text_config(), reference.config.get_text_config()
+        )
 
     def load_models(self, recipe: Recipe, device: torch.device, dist: DistributedContext) -> None:
         with unsharded_loading(dist), errors_at_key(TEACHER):
@@ -98,8 +101,12 @@ class Distillation(SupervisedTuning):
         return Losses(loss, student["logits"], student, {name: part.detach() for name, part in parts.items()})
 
     def _reference(self, recipe: Recipe) -> ReferenceModel:
-        with errors_at_key(TEACHER):
-            return find_reference_model(self.settings.teacher, recipe.model, "eager" if self.settings.attention_maps else None)
+        """The teacher, located once: a later lookup could find a newer checkpoint of a run that has not finished."""
+        if self._located is None:
+            attention = "eager" if self.settings.attention_maps else None
+            with errors_at_key(TEACHER):
+                self._located = find_reference_model(self.settings.teacher, recipe.model, attention)
+        return self._located
 
     def _set_teacher(self, recipe: Recipe, teacher: nn.Module) -> None:
         self._teacher, self._half = teacher, recipe.model.precision != "fp32"

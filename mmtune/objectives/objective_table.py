@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import ProcessorMixin
-
+from mmtune.models.load import ResolvedBase
 from mmtune.objectives.distillation import Distillation
 from mmtune.objectives.sft import SupervisedTuning
 from mmtune.recipe.recipe import Recipe
@@ -15,12 +14,12 @@ OBJECTIVES: dict[str, type[SupervisedTuning]] = {
 """By `objective.type` in a recipe. `SupervisedTuning` documents what an entry defines."""
 
 
-def build_objective(recipe: Recipe, processor: ProcessorMixin) -> SupervisedTuning:
-    """The recipe's objective, checked against the model's processor. No weight is loaded.
+def build_objective(recipe: Recipe, base: ResolvedBase) -> SupervisedTuning:
+    """The recipe's objective, checked against the base. No weight is loaded.
 
     Raises:
-        UserError: the objective does not fit the model, where that shows without weights.
+        UserError: the objective does not fit the base, where that shows without weights.
     """
     objective = OBJECTIVES[recipe.objective.type](recipe.objective)
-    objective.check(recipe, processor)
+    objective.check(recipe, base)
     return objective

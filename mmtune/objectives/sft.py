@@ -15,6 +15,7 @@ from mmtune.data.dataset import SampleEncoder, dummy_sample
 from mmtune.data.encoding.encode import IGNORE_INDEX
 from mmtune.distributed.context import DistributedContext
 from mmtune.models.compute import count_virtual_tokens
+from mmtune.models.load import ResolvedBase
 from mmtune.models.packed_attention import packed_inputs
 from mmtune.recipe.objective_section import ObjectiveSection
 from mmtune.recipe.recipe import DataSection, Recipe
@@ -95,8 +96,8 @@ class SupervisedTuning:
     def __init__(self, settings: ObjectiveSection) -> None:
         self.settings = settings
 
-    def check(self, recipe: Recipe, processor: ProcessorMixin) -> None:
-        """Compare the objective with the recipe and the model's processor, before any weight is loaded.
+    def check(self, recipe: Recipe, base: ResolvedBase) -> None:
+        """Compare the objective with the recipe and the base's config and processor, before any weight is loaded.
 
         Training calls it always, `mmtune recipe check` only for an objective with further models. What the recipe alone shows
         belongs into the section's `conflicts`.

@@ -163,7 +163,7 @@ def _wrap(
     if method is not None:
         method.before_wrapping(model, config, on_device)
     tuned = get_peft_model(model, config)
-    if method is not None:
+    if method is not None and method.initializes_from_data(config):
         with gathered_forward(tuned):
             method.after_wrapping(tuned, on_device)
     base = tuned.get_base_model()

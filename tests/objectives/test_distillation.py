@@ -22,7 +22,7 @@ from mmtune.cli.main import entry_point
 from mmtune.data.dataset import IndexedSamples
 from mmtune.distributed.context import SINGLE_PROCESS
 from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
-from mmtune.models.load import load_trained
+from mmtune.models.load import ResolvedBase, load_trained
 from mmtune.objectives.distillation import Distillation
 from mmtune.objectives.distillation_losses import CHUNK, attention_divergences, by_chunks, divergences, hidden_state_errors
 from mmtune.objectives.objective_table import build_objective
@@ -125,7 +125,7 @@ def test_the_loss_is_that_of_two_plain_models(make_recipe: MakeRecipe, base: Pat
     recipe = make_recipe(distilled(beta=0.5, temperature=2.0, distillation_weight=0.7, crossentropy_weight=0.3, **pairs), EAGER)
     student, processor = copy.deepcopy(untrained[0]), untrained[1]
     student.set_attn_implementation("eager")
-    objective = build_objective(recipe, processor)
+    objective = build_objective(recipe, ResolvedBase(recipe.model, recipe.model.base, student.config, processor))
     objective.load_models(recipe, torch.device("cpu"), SINGLE_PROCESS)
     encoder, samples = objective.encoder(processor, recipe.data), IndexedSamples(recipe.data.train)
     batch = objective.collator(processor)([encoder(lambda n=n: samples[n]) for n in range(4)])
@@ -198,7 +198,7 @@ def test_the_operations_of_the_teacher_are_counted(make_recipe: MakeRecipe, untr
     recipe = make_recipe(distilled(), EAGER)
     student, processor = copy.deepcopy(untrained[0]), untrained[1]
     student.set_attn_implementation("eager")
-    objective = build_objective(recipe, processor)
+    objective = build_objective(recipe, ResolvedBase(recipe.model, recipe.model.base, student.config, processor))
     objective.load_models(recipe, torch.device("cpu"), SINGLE_PROCESS)
     (teacher,) = objective.frozen_models
     teacher.set_attn_implementation("eager")  # type: ignore[operator]  # torch counts no fused attention on a CPU
@@ -272,7 +272,8 @@ def test_unsupported_teacher_settings_are_rejected(make_recipe: MakeRecipe, over
 
 def rejected(recipe: Recipe, untrained: tuple[Any, Any], key: str, message: str) -> None:
     with pytest.raises(RecipeValueError, match=message) as error:
-        build_objective(recipe, copy.deepcopy(untrained[1]))
+        model, processor = untrained
+        build_objective(recipe, ResolvedBase(recipe.model, recipe.model.base, model.config, copy.deepcopy(processor)))
     assert error.value.key == key
 
 

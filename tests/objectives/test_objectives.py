@@ -20,6 +20,7 @@ from scipy.special import log_softmax
 
 from mmtune.data.dataset import IndexedSamples
 from mmtune.distributed.context import SINGLE_PROCESS
+from mmtune.models.load import ResolvedBase
 from mmtune.objectives.objective_table import OBJECTIVES, build_objective
 from mmtune.objectives.sft import SupervisedTuning
 from mmtune.planning.memory import estimate_memory
@@ -85,7 +86,8 @@ class Setup:
     def __init__(self, recipe: Recipe, untrained: tuple[Any, Any]) -> None:
         self.student, processor = copy.deepcopy(untrained[0]).train(), untrained[1]
         self.student.set_attn_implementation(recipe.model.attn_implementation or "sdpa")
-        self.objective: SupervisedTuning = build_objective(recipe, processor)
+        base = ResolvedBase(recipe.model, recipe.model.base, self.student.config, processor)
+        self.objective: SupervisedTuning = build_objective(recipe, base)
         self.objective.load_models(recipe, torch.device("cpu"), SINGLE_PROCESS)
         encoder = self.objective.encoder(processor, recipe.data)
         samples = IndexedSamples(recipe.data.train)

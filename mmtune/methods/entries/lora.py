@@ -108,12 +108,15 @@ class Lora(Method):
         if config.init_lora_weights == "lora_ga":
             preprocess_loraga(model, config, run_backward)
 
+    def initializes_from_data(self, config: PeftConfig) -> bool:
+        """EVA (arXiv 2410.07170)."""
+        return config.init_lora_weights == "eva"
+
     def after_wrapping(self, model: PeftModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
         """EVA decomposes the inputs of the adapted layers."""
         from peft import initialize_lora_eva_weights
 
-        if model.active_peft_config.init_lora_weights == "eva":
-            initialize_lora_eva_weights(model, list(batches), show_progress_bar=False)
+        initialize_lora_eva_weights(model, list(batches), show_progress_bar=False)
 
     def rate_factor(self, parameter: str, settings: Mapping[str, Any]) -> float:
         """LoRA+ (arXiv 2402.12354): B learns faster than A."""
