@@ -170,7 +170,8 @@ def test_steps_change_what_should_change_and_disabling_gives_the_base(
 @pytest.fixture(scope="module")
 def selected(request: pytest.FixtureRequest) -> list[str]:
     """The cases of the selected tests: `-k NAME` trains one."""
-    needed = {item.callspec.params["name"] for item in request.session.items if "runs" in getattr(item, "fixturenames", ())}
+    of_this_file = [item for item in request.session.items if item.path == request.path]
+    needed = {item.callspec.params["name"] for item in of_this_file if "runs" in getattr(item, "fixturenames", ())}
     return [name for name in CASES if name in needed]
 
 
