@@ -21,10 +21,11 @@ from mmtune.models.compute import count_virtual_tokens
 from mmtune.models.load import ResolvedBase
 from mmtune.models.meta_model import read_model_config
 from mmtune.models.packed_attention import check_packable_family, check_packable_method
-from mmtune.objectives.distillation_losses import attention_divergences, by_chunks, divergences, hidden_state_errors, widen
+from mmtune.objectives.distillation_losses import attention_divergences, divergences, hidden_state_errors
 from mmtune.objectives.reference_model import ReferenceModel, find_reference_model
 from mmtune.objectives.sft import Losses, SupervisedTuning, supervised_positions, without_labels
 from mmtune.objectives.teacher_checks import TEACHER, check_layers, check_model_inputs, check_vocabulary
+from mmtune.objectives.token_losses import by_chunks, cross_entropies
 from mmtune.recipe.objective_section import DistillationSection, LayerPairs
 from mmtune.recipe.recipe import Recipe
 from mmtune.utils.errors import errors_at_key
@@ -56,9 +57,8 @@ class Distillation(SupervisedTuning):
         check_vocabulary(processor.tokenizer.get_vocab(), theirs.tokenizer.get_vocab())
         set_chat_template(theirs, str(processor.chat_template))
         check_model_inputs(dummy_sample(processor), dummy_sample(theirs))
-        check_layers(
-            self.settings, (base.config or read_model_config(recipe.model)).get_text_config(), reference.config.get_text_config()
-        )
+        config = base.config or read_model_config(recipe.model)  # a model that is assembled here has none on disk
+        check_layers(self.settings, config.get_text_config(), reference.config.get_text_config())
 
     def load_models(self, recipe: Recipe, device: torch.device, dist: DistributedContext) -> None:
         with unsharded_loading(dist), errors_at_key(TEACHER):
@@ -84,7 +84,7 @@ class Distillation(SupervisedTuning):
         divergence = partial(divergences, beta=settings.beta, temperature=settings.temperature)
         weights = {"crossentropy": settings.crossentropy_weight, "distillation": settings.distillation_weight}
         terms = {
-            "crossentropy": by_chunks(_cross_entropies, scored, inputs["shift_labels"]),
+            "crossentropy": by_chunks(cross_entropies, scored, inputs["shift_labels"]),
             "distillation": by_chunks(divergence, logits, soft),
         }
         if settings.hidden_states is not None:
@@ -121,10 +121,6 @@ class Distillation(SupervisedTuning):
         inputs = inputs | {"logits_to_keep": self._teacher_mask(positions), "use_cache": False}
         with torch.no_grad(), torch.autocast(positions.device.type, torch.bfloat16, enabled=self._half):
             return self._teacher(**inputs)
-
-
-def _cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(widen(logits), targets, reduction="none")
 
 
 def _over_pairs(

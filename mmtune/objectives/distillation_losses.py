@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-CHUNK = 1024
-"""Tokens whose fp32 distributions are in memory at a time: a vocabulary may have 150,000 entries."""
+from mmtune.objectives.token_losses import widen
 
 
 def divergences(student: torch.Tensor, teacher: torch.Tensor, beta: float, temperature: float) -> torch.Tensor:
@@ -34,17 +31,6 @@ def divergences(student: torch.Tensor, teacher: torch.Tensor, beta: float, tempe
     return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
 
 
-def by_chunks(compare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-    """A function of every token, computed on `CHUNK` tokens at a time and again in the backward pass, which saves its memory.
-
-    Args:
-        compare: from tensors of shape (tokens, ...) to shape (tokens,).
-        tensors: its arguments, of shape (tokens, ...).
-    """
-    chunks = zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True)
-    return torch.cat([checkpoint(compare, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
-
-
 def hidden_state_errors(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Mean squared error of every token over the hidden size: shapes (tokens, size) to (tokens,)."""
     return (widen(student) - widen(teacher)).square().mean(-1)
@@ -55,11 +41,6 @@ def attention_divergences(student: torch.Tensor, teacher: torch.Tensor) -> torch
     smallest = torch.finfo(torch.float32).tiny  # masked keys have probability 0 in both
     log_s, log_t = (widen(maps).clamp_min(smallest).log() for maps in (student, teacher))
     return (widen(teacher) * (log_t - log_s)).sum(-1).mean(-1)
-
-
-def widen(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in fp32, or in the wider dtype that it has."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

@@ -17,11 +17,9 @@ from mmtune.distributed.context import DistributedContext
 from mmtune.models.compute import count_virtual_tokens
 from mmtune.models.load import ResolvedBase
 from mmtune.models.packed_attention import packed_inputs
+from mmtune.objectives.token_losses import by_chunks, cross_entropies
 from mmtune.recipe.objective_section import ObjectiveSection
 from mmtune.recipe.recipe import DataSection, Recipe
-
-CHUNK = 1024
-"""Tokens whose fp32 logits are in memory at a time when losses are only reported: a vocabulary may have 150,000 entries."""
 
 
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
@@ -52,19 +50,6 @@ def score_supervised_only(inputs: dict[str, Any], virtual_tokens: int = 0) -> di
 def without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs of a model that computes no loss: `inputs` from `score_supervised_only` without their labels."""
     return {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-
-
-def cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of every token in fp64 on the CPU, shape (supervised,), without a gradient.
-
-    Args:
-        logits: shape (..., supervised, vocabulary).
-        targets: shape (supervised,), int64.
-    """
-    logits = logits.detach().view(-1, logits.shape[-1])
-    pieces = [slice(start, start + CHUNK) for start in range(0, len(targets), CHUNK)]
-    losses = [nn.functional.cross_entropy(logits[piece].float(), targets[piece], reduction="none") for piece in pieces]
-    return torch.cat(losses).double().cpu() if losses else torch.zeros(0, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -176,7 +161,9 @@ class SupervisedTuning:
         Args:
             sources: the source of every token of the batch, int64, shape (batch, length).
         """
-        return cross_entropies(losses.logits, inputs["shift_labels"]), sources[supervised_positions(inputs["labels"])]
+        logits = losses.logits.detach().flatten(end_dim=-2)
+        by_token = by_chunks(cross_entropies, logits, inputs["shift_labels"]).double().cpu()
+        return by_token, sources[supervised_positions(inputs["labels"])]
 
 
 def pad_token_id(processor: ProcessorMixin) -> int:

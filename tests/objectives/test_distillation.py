@@ -24,8 +24,9 @@ from mmtune.distributed.context import SINGLE_PROCESS
 from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
 from mmtune.models.load import ResolvedBase, load_trained
 from mmtune.objectives.distillation import Distillation
-from mmtune.objectives.distillation_losses import CHUNK, attention_divergences, by_chunks, divergences, hidden_state_errors
+from mmtune.objectives.distillation_losses import attention_divergences, divergences, hidden_state_errors
 from mmtune.objectives.objective_table import build_objective
+from mmtune.objectives.token_losses import CHUNK, by_chunks
 from mmtune.planning.memory import estimate_memory
 from mmtune.recipe.recipe import Recipe, load_recipe
 from mmtune.rehearse import rehearse
