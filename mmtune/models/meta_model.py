@@ -39,16 +39,19 @@ def read_model_config(section: ModelSection) -> PreTrainedConfig:
     return config
 
 
-def build_meta(section: ModelSection) -> PreTrainedModel:
+def build_meta(section: ModelSection, config: PreTrainedConfig | None = None) -> PreTrainedModel:
     """The recipe's model on the meta device, from configs alone.
 
     An assembled model lacks the few embedding rows that its tokenizer may add.
+
+    Args:
+        config: the model's configuration, where it has been read.
 
     Raises:
         UserError: a config that is neither on this machine nor on the hub.
     """
     attention = section.attn_implementation if section.attn_implementation in ("eager", "sdpa") else None
-    config = read_model_config(section)
+    config = config or read_model_config(section)
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             model: PreTrainedModel = AutoModelForImageTextToText.from_config(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class ReferenceModel:
     weights: TrainedWeights
     section: ModelSection
 
-    @property
+    @cached_property
     def config(self) -> PreTrainedConfig:
         """The configuration of its base.
 
@@ -79,7 +80,7 @@ class ReferenceModel:
 
     def build_meta(self) -> nn.Module:
         """The same model without weights (meta tensors), its adapter included."""
-        model: Any = build_meta(self.section)
+        model: Any = build_meta(self.section, self.config)
         if (method := self.method) is not None:
             config = method.config_class().from_pretrained(str(self.weights.path))
             with torch.device("meta"):

@@ -321,6 +321,9 @@ def test_a_teacher_without_a_processor_or_with_a_damaged_config(
     rejected(make_recipe(distilled(tmp_path)), untrained, "objective.teacher", "cannot load its processor")
     (tmp_path / "config.json").write_text("{")
     rejected(make_recipe(distilled(tmp_path)), untrained, "objective.teacher", rf"teacher: {tmp_path}: .*config")
+    recipe = make_recipe(distilled(tmp_path))
+    with pytest.raises(RecipeValueError, match=rf"teacher: {tmp_path}: .*config"):  # in the plan too
+        Distillation(recipe.objective).build_meta_models(recipe)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("language_only", [False, True])
