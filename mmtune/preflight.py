@@ -80,7 +80,7 @@ def _check_base(recipe: Recipe) -> None:
             precision = recipe.model.precision
             reason = incompatibility(tuning.method, tuning.settings, precision=precision, model_type=model_type)
             if reason is not None:
-                raise RecipeValueError(f"tune.{component}", f"{reason}")
+                raise RecipeValueError(f"tune.{component}", reason)
 
 
 def check_reachable(recipe: Recipe) -> None:

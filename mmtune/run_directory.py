@@ -208,7 +208,7 @@ def check_output_dir(recipe: Recipe, overwrite: bool) -> None:
     try:
         check_replaceable(run.path, overwrite or leftover, run.recipe.name, needed_paths(recipe))
     except UserError as error:
-        raise RecipeValueError("output_dir", f"{error}") from error
+        raise RecipeValueError("output_dir", str(error)) from error
 
 
 @contextlib.contextmanager
@@ -222,7 +222,7 @@ def locked_run(recipe: Recipe) -> Iterator[None]:
         try:
             stack.enter_context(locked(resolve_link(Path(recipe.output_dir))))
         except UserError as error:
-            raise RecipeValueError("output_dir", f"{error}") from error
+            raise RecipeValueError("output_dir", str(error)) from error
         yield
 
 

@@ -197,11 +197,12 @@ def test_accelerate_sets_the_distributed_type_where_it_is_patched() -> None:
 
 
 def test_deepspeed_still_sets_the_attributes_of_sharded_parameters() -> None:
-    partition = pytest.importorskip("deepspeed.runtime.zero.partition_parameters")
-    source = inspect.getsource(partition)
+    from deepspeed.runtime.zero import partition_parameters
+    from transformers.integrations import deepspeed as integration
+
+    source = inspect.getsource(partition_parameters)
     for name in ("ds_id", "ds_numel", "ds_tensor"):
         assert f"param.{name} = " in source, f"deepspeed {metadata.version('deepspeed')} changed param.{name}"
-    integration = pytest.importorskip("transformers.integrations.deepspeed")
     for name in ("HfDeepSpeedConfig", "set_hf_deepspeed_config", "unset_hf_deepspeed_config"):
         assert hasattr(integration, name), f"transformers {metadata.version('transformers')} changed {name}"
 

@@ -26,7 +26,7 @@ def materialize_base(
     Args:
         model: the base, from `load_base`.
         processor: its processor.
-        section: the recipe's `model` section.
+        base: where the base is, and the recipe's `model` section.
         out: the directory for a base that was built in memory; None if the run saves a full model, which needs no base.
         dist: the distributed context.
         device: the device of this process.

@@ -246,7 +246,7 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
     try:
         return TrainingArguments(output_dir=recipe.output_dir, **settings)
     except (ValueError, TypeError) as error:
-        raise RecipeValueError("train", f"{error}") from error
+        raise RecipeValueError("train", str(error)) from error
 
 
 def _with_plain_initialization(recipe: Recipe) -> Recipe:

@@ -139,7 +139,7 @@ def print_data_plan(statistics: dict[str, Any]) -> None:
     """Print the statistics.
 
     Args:
-        figures: from `plan_data`, with the optimizer steps under `steps` and `MixtureBatchSampler.largest` under `largest_batch`.
+        statistics: from `plan_data`, with the optimizer steps as `steps` and `MixtureBatchSampler.largest` as `largest_batch`.
     """
     console = StyledConsole()
     tokens = max(1, statistics["tokens"])

@@ -19,7 +19,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     """transformers' own arguments from the recipe's `train` section, with what mmtune decides.
 
     Raises:
-        UserError: values that TrainingArguments refuses together.
+        UserError: values that TrainingArguments rejects in combination.
     """
     settings: dict[str, Any] = {
         "report_to": "none",
@@ -30,7 +30,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         "ddp_find_unused_parameters": True,  # a tower's last layers may be trained and unused, checkpointing or not
     }
     settings |= recipe.train
-    settings.pop("deepspeed", None)  # `check_launch` has seen to it
+    settings.pop("deepspeed", None)  # `check_launch` has passed it to accelerate
     if not is_launched():  # TrainingArguments would look for the process group that a launcher sets up
         settings.pop("ddp_backend", None)
     try:
@@ -44,7 +44,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
             logging_nan_inf_filter=False,
         )
     except (ValueError, TypeError) as error:
-        raise RecipeValueError("train", f"{error}") from error
+        raise RecipeValueError("train", str(error)) from error
     arguments.report_to = tracker_names(settings["report_to"])
     if arguments.n_gpu > 1:  # the Trainer would wrap the model in DataParallel, which gathers losses that are already divided
         raise UserError(

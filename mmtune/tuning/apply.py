@@ -151,7 +151,7 @@ def _errors_of_peft(tune: TuneSection) -> Iterator[None]:
         yield
     except ValueError as error:
         where = next((name for name, tuning in tune.components.items() if tuning.method == tune.method), "language")
-        raise RecipeValueError(f"tune.{where}", f"{str(error).strip()}") from error
+        raise RecipeValueError(f"tune.{where}", str(error).strip()) from error
 
 
 def _wrap(

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from mmtune.cli import recipe_verbs as cli_recipe
+from mmtune.cli import recipe_verbs
 from mmtune.cli.main import entry_point
 from mmtune.recipe.recipe import Recipe
 
@@ -263,7 +263,7 @@ def test_interruption_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_recipe, "_recipe_list", interrupted)
+    monkeypatch.setattr(recipe_verbs, "_recipe_list", interrupted)
     assert entry_point(["recipe", "list"]) == 130
 
 
@@ -271,7 +271,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli_recipe, "_recipe_list", broken)
+    monkeypatch.setattr(recipe_verbs, "_recipe_list", broken)
     with pytest.raises(ZeroDivisionError):
         entry_point(["recipe", "list"])
 
@@ -279,7 +279,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_processes_other_than_the_main_one_print_their_rank(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli_recipe, "configure_console", lambda: None)
+    monkeypatch.setattr(recipe_verbs, "configure_console", lambda: None)
     monkeypatch.setenv("RANK", "3")
     assert entry_point(["train", str(recipe_file), "train.fsdp=true"]) == 2
     output = capsys.readouterr().err

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mmtune.recipe.pass_through import library_facts as recipe_libraries
+from mmtune.recipe.pass_through import library_facts
 from mmtune.recipe.pass_through.arguments import train_arguments
 from mmtune.recipe.pass_through.library_facts import FACTS, library_fact
 from mmtune.recipe.recipe import load_recipe
@@ -133,7 +133,7 @@ SLOW = ("model_types",)  # reads the configuration classes of every family
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FACTS])
 def test_stored_library_facts_equal_the_installed_library(name: str) -> None:
     library, read = FACTS[name]
-    stored = json.loads(recipe_libraries.STORED.read_text(encoding="utf-8"))[name]
+    stored = json.loads(library_facts.STORED.read_text(encoding="utf-8"))[name]
     again = "python tests/helpers/write_library_facts.py"
     assert (stored["library"], stored["version"]) == (library, metadata.version(library)), again
     assert stored["value"] == json.loads(json.dumps(read())), again
@@ -144,13 +144,13 @@ def test_the_library_is_imported_if_another_version_is_installed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     """A key that is not stored is unknown, unless what is stored is of another version: then the library knows it."""
-    facts: dict[str, Any] = json.loads(recipe_libraries.STORED.read_text(encoding="utf-8"))
+    facts: dict[str, Any] = json.loads(library_facts.STORED.read_text(encoding="utf-8"))
     del facts["training_arguments"]["value"]["weight_decay"]
     if version == "another":
         facts["training_arguments"]["version"] = "5.0.0"
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-    monkeypatch.setattr(recipe_libraries, "STORED", folder / "facts.json")
-    caches = (recipe_libraries._stored, library_fact, train_arguments)
+    monkeypatch.setattr(library_facts, "STORED", folder / "facts.json")
+    caches = (library_facts._stored, library_fact, train_arguments)
     for cache in caches:
         cache.cache_clear()
     try:

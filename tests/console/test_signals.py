@@ -14,7 +14,7 @@ import pytest
 
 from mmtune import __main__
 from mmtune.cli import main as cli
-from mmtune.cli import recipe_verbs as cli_recipe
+from mmtune.cli import recipe_verbs
 from mmtune.cli.main import entry_point
 from mmtune.console.signals import ENDING
 from mmtune.distributed.context import SINGLE_PROCESS
@@ -28,7 +28,7 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], Any
     before = {number: signal.signal(number, signal.SIG_DFL) for number in ENDING}
 
     def run(act: Callable[[], Any]) -> int:
-        monkeypatch.setattr(cli_recipe, "_methods", lambda arguments: act())
+        monkeypatch.setattr(recipe_verbs, "_methods", lambda arguments: act())
         code = entry_point(["methods"])
         assert all(signal.getsignal(number) is signal.SIG_DFL for number in ENDING)
         return code
@@ -83,7 +83,7 @@ def test_nohup_stays_nohup(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     nothing: Any = None
     try:
-        monkeypatch.setattr(cli_recipe, "_methods", lambda arguments: signal.raise_signal(signal.SIGHUP))
+        monkeypatch.setattr(recipe_verbs, "_methods", lambda arguments: signal.raise_signal(signal.SIGHUP))
         assert entry_point(["methods"]) == 0
         stop = StopOnSignal(SINGLE_PROCESS)
         stop.on_train_begin(nothing, nothing, nothing)

@@ -14,7 +14,7 @@ import pytest
 from rich.table import Table
 from tqdm import tqdm
 
-from mmtune.cli import recipe_verbs as cli_recipe
+from mmtune.cli import recipe_verbs
 from mmtune.cli.main import entry_point
 from mmtune.console.styled_console import StyledConsole
 from mmtune.console.terminal_text import EscapedStream, escape_controls
@@ -36,7 +36,7 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """Run `mmtune methods` with another function in its place."""
 
     def run(act: Callable[[], Any], *options: str) -> int:
-        monkeypatch.setattr(cli_recipe, "_methods", lambda arguments: act())
+        monkeypatch.setattr(recipe_verbs, "_methods", lambda arguments: act())
         return entry_point(["methods", *options])
 
     yield run

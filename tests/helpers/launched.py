@@ -136,14 +136,14 @@ def _work(config: str, rank: int, size: int, port: int, jobs: Path, results: Pat
 @contextmanager
 def nothing_known() -> Iterator[None]:
     """The recipe refuses what the table says does not work; here that is what is asked."""
-    from mmtune.methods import capability_table as table
+    from mmtune.methods import capability_table
 
-    real = table.capabilities
-    table.capabilities = dict  # type: ignore[assignment]
+    real = capability_table.capabilities
+    capability_table.capabilities = dict  # type: ignore[assignment]
     try:
         yield
     finally:
-        table.capabilities = real
+        capability_table.capabilities = real
 
 
 def reason(run: Callable[[], Any]) -> bool | str:

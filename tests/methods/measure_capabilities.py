@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # as pytest has 
 import torchvision_prepared as torchvision_prepared
 from launched import launch, nothing_known, reason
 
-from mmtune.methods import capability_table as table
+from mmtune.methods import capability_table
 from mmtune.methods.method_table import METHODS
 from mmtune.models.load import load_trained
 from mmtune.recipe.recipe import Recipe, load_recipe
@@ -99,7 +99,7 @@ def measure(name: str, precision: str, rows: Path, base: Path, folder: Path) -> 
         cell = {"train": reason(trains)}
         if cell["train"] is not True:
             return {**cell, "checkpointing": cell["train"], "merge": "it does not train"}
-        if not table.measured_method(name).mergeable:
+        if not capability_table.measured_method(name).mergeable:
             cell["merge"] = "it does not change the weights of the base"
         else:
             cell["merge"] = reason(lambda: merge(run, folder / "out", overwrite=True, count=2))
@@ -153,18 +153,18 @@ def measure_all(selected: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]
         (folder / "rows.json").write_text(json.dumps(split), encoding="utf-8")
         save_checkpoint(*build_untrained(seed=0), folder / "base")
         rows, base = folder / "rows.json", folder / "base"
-        measured = {name: {p: measure(name, p, rows, base, folder) for p in table.PRECISIONS} for name in selected}
+        measured = {name: {p: measure(name, p, rows, base, folder) for p in capability_table.PRECISIONS} for name in selected}
         cells = [
             (name, precision, stage)
             for name in selected
-            for precision in table.PRECISIONS
-            for stage in table.ZERO_STAGES
+            for precision in capability_table.PRECISIONS
+            for stage in capability_table.ZERO_STAGES
             if measured[name][precision]["train"] is True and name != "adalora"
         ]
         sharded = dict(zip(cells, measure_zero(cells, rows, base, folder), strict=True))
     for name, by_precision in measured.items():
         for precision, cell in by_precision.items():
-            for stage in table.ZERO_STAGES:
+            for stage in capability_table.ZERO_STAGES:
                 why = "it does not train" if cell["train"] is not True else PARTED_GRADIENTS
                 cell[f"zero{stage}"] = sharded.get((name, precision, stage), why)
     return measured
@@ -180,14 +180,14 @@ def main(selected: Sequence[str]) -> None:
         raise UserError(f"expected methods or variants ({', '.join(names())}), got {', '.join(sorted(unknown))}")
     libraries = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed")
     versions = {name: metadata.version(name) for name in libraries}
-    earlier = json.loads(table.CAPABILITIES.read_text(encoding="utf-8"))
+    earlier = json.loads(capability_table.CAPABILITIES.read_text(encoding="utf-8"))
     if selected and earlier["versions"] != versions:
         raise UserError(f"the other methods were measured with {earlier['versions']}; measure all with {versions}")
     torch.set_num_threads(1)
     cells_by_name = measure_all(selected or names())
     measured = earlier["methods"] | cells_by_name if selected else cells_by_name
     document = {"versions": versions, "methods": {name: measured[name] for name in names() if name in measured}}
-    table.CAPABILITIES.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    capability_table.CAPABILITIES.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     for name, by_precision in cells_by_name.items():
         for precision, cell in by_precision.items():
             works = [what for what, outcome in cell.items() if outcome is True]

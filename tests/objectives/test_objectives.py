@@ -144,10 +144,12 @@ def test_the_docs_have_every_objective_and_setting() -> None:
         assert rows == section.model_fields.keys() - {"type"}, name
 
 
+@pytest.mark.parametrize(
+    "case", [each for each in CASES.values() if each.loss is not None], ids=lambda case: case.section["type"]
+)
 def test_the_loss_is_its_closed_form(case: Case, setup: Setup) -> None:
-    """From whole logits of the plain model, in fp64."""
-    if case.loss is None:
-        pytest.skip("depends on another model; its own tests have the closed form")
+    """From whole logits of the plain model, in fp64. A loss that depends on another model has a closed form in its own tests."""
+    assert case.loss is not None
     (batch,) = setup.batches([[0, 1, 2, 3]])
     loss, parts, _ = setup.step([batch])
     labels = batch.pop("labels").numpy()
@@ -181,9 +183,9 @@ def test_a_dummy_batch_adds_nothing(setup: Setup) -> None:
     assert_same(setup.step([*real, dict(setup.dummy)]), setup.step(real))
 
 
-def test_packed_rows_give_the_gradients_of_padded_ones(case: Case, setup: Setup) -> None:
-    if not case.packs:
-        pytest.skip("a recipe cannot have it with data.packing")
+@pytest.mark.parametrize("case", [each for each in CASES.values() if each.packs], ids=lambda case: case.section["type"])
+def test_packed_rows_give_the_gradients_of_padded_ones(setup: Setup) -> None:
+    """For the objectives that a recipe can have with `data.packing`."""
     assert_same(setup.step(setup.batches([[0, 1, 2, 3]], packed=True)), setup.step(setup.batches([[0, 1, 2, 3]])))
 
 

@@ -324,7 +324,6 @@ _LLAVA_KEYS = (
 _CLIP_KEYS = (*_LLAVA_KEYS, (r"^model\.vision_tower\.", "vision_tower.vision_model."))
 _FLAT_KEYS = (*_LLAVA_KEYS, (r"^model\.vision_tower\.", "vision_tower."))
 _QWEN_KEYS = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
-_GREEDY = {"do_sample": False}
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,8 @@ from mmtune.cli.main import entry_point
 from mmtune.data.media.image_headers import inspect_image
 from mmtune.data.media.media import image_size, open_image
 from mmtune.data.message import RowError
-from mmtune.data.sources import arrow_rows as source_arrow
-from mmtune.data.sources import csv_rows as source_csv
-from mmtune.data.sources import json_rows as source_json
+from mmtune.data.sources import arrow_rows, csv_rows, json_rows, webdataset_rows
 from mmtune.data.sources import rows as rows_module
-from mmtune.data.sources import webdataset_rows as source_tar
 from mmtune.data.sources.source import open_rows, stream_rows
 from mmtune.data.validation.validate import Validator
 from mmtune.recipe.recipe import Source
@@ -171,8 +168,8 @@ def test_offsets_that_lead_out_of_an_arrow_file_are_not_followed(tmp_path: Path)
 
 def test_a_dictionary_that_expands_too_much_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few hundred bytes of a file that hold a text of 64 KiB for each of 100,000 rows."""
-    monkeypatch.setattr(source_arrow, "GROUP_BYTES", 2**24)
-    monkeypatch.setattr(source_arrow, "CACHE_BYTES", 2**22)
+    monkeypatch.setattr(arrow_rows, "GROUP_BYTES", 2**24)
+    monkeypatch.setattr(arrow_rows, "CACHE_BYTES", 2**22)
     values = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array(["x" * 2**16]))
     pq.write_table(pa.table({"a": values}), tmp_path / "r.parquet", compression="zstd", store_schema=False)
     assert (tmp_path / "r.parquet").stat().st_size < 10_000
@@ -199,8 +196,8 @@ def test_many_columns(tmp_path: Path) -> None:
 
 def test_a_row_of_many_fields_is_read_once_to_name_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
-    read = source_csv.CsvRows.__getitem__
-    monkeypatch.setattr(source_csv.CsvRows, "__getitem__", lambda self, index: (reads.append(index), read(self, index))[1])
+    read = csv_rows.CsvRows.__getitem__
+    monkeypatch.setattr(csv_rows.CsvRows, "__getitem__", lambda self, index: (reads.append(index), read(self, index))[1])
     (tmp_path / "r.csv").write_text(f"{','.join(f'c{n}' for n in range(500))}\n{','.join(['1'] * 500)}\n")
     issues = list(Validator([Source(path=str(tmp_path / "r.csv"), template="vqa")]).issues(1))
     assert len([each for each in issues if each.issue == "field_unknown"]) == 500 and len(reads) <= 2
@@ -208,7 +205,7 @@ def test_a_row_of_many_fields_is_read_once_to_name_them(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("file", ["r.jsonl", "r.csv", "r.json", "quoted.csv"])
 def test_a_row_is_of_bounded_length(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (rows_module, source_json, source_csv, source_tar):
+    for module in (rows_module, json_rows, csv_rows, webdataset_rows):
         monkeypatch.setattr(module, "MAX_ROW_BYTES", 1000)
     text = {
         "r.jsonl": f'{{"a": 1}}\n{{"a": "{"x" * 2000}"}}\n',

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmtune.data.message import RowError
-from mmtune.data.sources import json_rows as source_json
+from mmtune.data.sources import json_rows
 from mmtune.data.sources.source import open_rows, stream_rows
 from mmtune.utils.errors import UserError
 
@@ -29,7 +29,7 @@ STYLE = st.fixed_dictionaries({"indent": st.sampled_from([None, 0, 2]), "ensure_
 
 @pytest.fixture(params=[3, 2**20], ids=lambda size: f"chunks of {size}")
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_json, "CHUNK", request.param)
+    monkeypatch.setattr(json_rows, "CHUNK", request.param)
 
 
 def _both(path: Path, rows: str | None = None) -> list[tuple[str, Any]]:

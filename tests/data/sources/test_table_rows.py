@@ -20,7 +20,7 @@ from PIL import Image
 
 from mmtune.data.media.media import MediaRules, open_image, resolve_media
 from mmtune.data.message import RowError
-from mmtune.data.sources import arrow_rows as source_arrow
+from mmtune.data.sources import arrow_rows
 from mmtune.data.sources.source import open_rows, stream_rows
 from mmtune.utils.errors import UserError
 
@@ -153,7 +153,7 @@ def test_a_columnar_file_is_read_by_group(tmp_path: Path, name: str, kind: str, 
     for index in (0, 1, 2, 9, 0, 9, 4):
         assert rows[index][1] == TABLE.slice(index, 1).to_pylist()[0]
     assert groups == [0, 3, 1]  # each once: they are kept …
-    monkeypatch.setattr(source_arrow, "CACHE_BYTES", 0)
+    monkeypatch.setattr(arrow_rows, "CACHE_BYTES", 0)
     rows._cache.clear()
     for index in (0, 1, 9, 0):
         assert rows[index][1]["n"] == index
@@ -184,7 +184,7 @@ def test_a_truncated_columnar_file_is_an_error(tmp_path: Path, name: str, kind: 
 
 def test_a_row_group_too_large_for_one_row_is_rejected_and_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _write(tmp_path / "r.parquet", "parquet")
-    monkeypatch.setattr(source_arrow, "GROUP_BYTES", 10)
+    monkeypatch.setattr(arrow_rows, "GROUP_BYTES", 10)
     with pytest.raises(UserError, match=r"row group 0 has .*\(row_group_size=1000\), or stream it"):
         open_rows(path)
     assert len(list(stream_rows(path))) == 10
@@ -192,11 +192,11 @@ def test_a_row_group_too_large_for_one_row_is_rejected_and_streams(tmp_path: Pat
 
 def test_a_large_row_group_is_read_in_few_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoded row by row, as its size asks for, a row would be found by a walk over all the rows before it."""
-    monkeypatch.setattr(source_arrow, "CACHE_BYTES", 1)
+    monkeypatch.setattr(arrow_rows, "CACHE_BYTES", 1)
     texts = [f"text {number}" for number in range(3000)]
     table = pa.table({"a": texts, "b": pa.array(["x", "y", None] * 1000).dictionary_encode()})
     pq.write_table(table, tmp_path / "r.parquet")
-    group = source_arrow._row_group(tmp_path / "r.parquet", 0)
+    group = arrow_rows._row_group(tmp_path / "r.parquet", 0)
     assert [column.num_chunks for column in group.columns] == [3, 3]
     rows = open_rows(tmp_path / "r.parquet")
     assert [rows[index][1] for index in (0, 1023, 1024, 2999)] == [table.to_pylist()[index] for index in (0, 1023, 1024, 2999)]
