@@ -12,7 +12,6 @@ from mmtune.data.media.image_settings import DEFAULT_IMAGE_SETTINGS, ImageSettin
 from mmtune.data.media.media import ImageView, Media, MediaRules, image_size
 from mmtune.data.message import Message, RowError
 from mmtune.data.templates.boxes import Box, read_boxes
-from mmtune.data.templates.conversation import missing_field_hint, resolve_row_media
 from mmtune.data.templates.expressions import (
     DRAW_VARIABLE,
     TemplateSection,
@@ -22,6 +21,7 @@ from mmtune.data.templates.expressions import (
     render_expression,
 )
 from mmtune.data.templates.prompts import ClosedAnswers, Options, PromptSettings, Verbalizer, draw
+from mmtune.data.templates.row_media import missing_field_hint, resolve_row_media
 from mmtune.data.validation.issues import issue_type_of
 
 Context = dict[str, Any]

@@ -21,9 +21,10 @@ from mmtune.data.message import Message, RowError, Sample, has_media, is_supervi
 from mmtune.data.sources.rows import ID_FIELDS, Row
 from mmtune.data.templates.boxes import BOX_FIELDS
 from mmtune.data.templates.columns import BoxDeclaration, ColumnTemplate, TurnTemplate
-from mmtune.data.templates.conversation import PLACEHOLDERS, Conversation, check_no_row_weights
+from mmtune.data.templates.conversation import Conversation, check_no_row_weights
 from mmtune.data.templates.expressions import TemplateSection, check_jinja, names_read
 from mmtune.data.templates.prompts import DEFAULT_PROMPT_SETTINGS, Options, PromptSettings, Verbalizer
+from mmtune.data.templates.row_media import PLACEHOLDERS
 from mmtune.data.templates.unread_media import check_unread, is_empty_value, modality_of_file
 from mmtune.recipe.yaml_lines import read_document
 from mmtune.utils.errors import UserError, nearest
