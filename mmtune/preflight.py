@@ -6,9 +6,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from mmtune.data.sources.reader import check_source
-from mmtune.families.family_table import UNPACKABLE, check_family, local_model_type
+from mmtune.families.family_table import family_of
 from mmtune.methods.capability_table import incompatibility
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, resolve_base
+from mmtune.models.checkpoints.model_type import check_model_type, local_model_type
 from mmtune.recipe.recipe import SECTIONS, Recipe, check_files, located
 from mmtune.recipe.train_rules import LIBRARY_KEYS, missing_libraries
 from mmtune.utils.errors import RecipeValueError, UserError, errors_at_key
@@ -66,15 +67,14 @@ def _check_base(recipe: Recipe) -> None:
         if (folder := local_folder(str(base))) is None:
             return
         try:
-            model_type = local_model_type(folder)
+            model_type = local_model_type(folder, recipe.model.trust_remote_code)
             if model_type is not None:
-                check_family(model_type, str(base))
+                check_model_type(model_type, str(base))
         except UserError as error:
             raise RecipeValueError("model.base", f"{base}: {error}") from error
-    if recipe.data.packing and model_type in UNPACKABLE:
-        raise RecipeValueError(
-            "data.packing", f"packing is not supported: {model_type}: {UNPACKABLE[model_type]}; set data.packing: false"
-        )
+    reason = None if model_type is None else family_of(model_type).unpackable
+    if recipe.data.packing and reason is not None:
+        raise RecipeValueError("data.packing", f"packing is not supported: {model_type}: {reason}; set data.packing: false")
     for component, tuning in recipe.tune.components.items():
         if tuning.method == recipe.tune.method is not None:
             precision = recipe.model.precision

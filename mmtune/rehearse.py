@@ -34,9 +34,8 @@ from mmtune.models.checkpoints.locate_base import local_folder
 from mmtune.models.load import base_config, load_base, load_trained, resolve_model
 from mmtune.models.meta_model import read_model_config
 from mmtune.models.tiny.shrunk_base import local_files, write_shrunk_base
-from mmtune.models.tiny.tiny_bases import write_tiny_base
+from mmtune.models.tiny.tiny_bases import BASES, write_tiny_base
 from mmtune.models.tiny.tiny_models import DECODER, tiny_family, write_tiny_language, write_tiny_vision
-from mmtune.models.tiny.tiny_templates import REQUIRED_TEMPLATES
 from mmtune.recipe.recipe import ModelSection, Recipe, Source, load_recipe
 from mmtune.release.merge import ExportOptions, merge, parity_samples, release_adapter
 from mmtune.run_directory import RunDirectory
@@ -175,13 +174,13 @@ def _shrink_model(recipe: Recipe, section: dict[str, Any], place: Path) -> None:
             section["base"] = str(write_shrunk_base(base, files, place / "base"))
             return
         family = tiny_family(base, "base")
-        section["base"] = str(write_tiny_base(family, place / "base"))
+        section["base"] = str(write_tiny_base(BASES[family], place / "base"))
         print(
             f"rehearsal: {base} is not on this machine; the tiny {family} stands in for it, so its own tokenizer, "
             "chat template and image sizes are not rehearsed"
         )
         if section.get("chat_template") is None:
-            section["chat_template"] = REQUIRED_TEMPLATES.get(family)
+            section["chat_template"] = BASES[family].required_template
 
 
 def _tiny_model(section: ModelSection, path: Path) -> str:

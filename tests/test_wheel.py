@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmtune.models.tiny.tiny_bases import write_tiny_base
+from mmtune.models.tiny.tiny_bases import BASES, write_tiny_base
 
 pytestmark = pytest.mark.slow
 
@@ -158,6 +158,6 @@ for base in map(Path, sys.argv[1:]):
 
 def test_released_families_go_from_train_to_chat(installed: Path, tmp_path: Path) -> None:
     families = ("qwen2_5_vl", "internvl", "smolvlm", "gemma3")
-    bases = [write_tiny_base(family, tmp_path / family) for family in families]
+    bases = [write_tiny_base(BASES[family], tmp_path / family) for family in families]
     Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
     succeed(installed / "python", "-c", TRAIN_TO_CHAT, *bases, cwd=tmp_path)

@@ -1,76 +1,49 @@
-"""The model families that mmtune supports as bases, by `model_type`; available without importing a library."""
+"""The model families that differ from most, and the image-text models that cannot be tuned; available without torch.
+
+A model of any other `model_type` is handled by `Family`, which finds everything in the structure of model and processor.
+"""
 
 from __future__ import annotations
 
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
-from mmtune.recipe.pass_through.library_facts import library_fact
-from mmtune.utils.errors import UserError
-from mmtune.utils.files import read_json_object
+from mmtune.families.family import Family
+from mmtune.families.fixed.gemma3 import GEMMA3
+from mmtune.families.fixed.llava import LLAVA
+from mmtune.families.fixed.paligemma import PALIGEMMA
+from mmtune.families.grids.pixtral import PIXTRAL
+from mmtune.families.grids.qwen_vl import QWEN_VL
+from mmtune.families.tiles.idefics3 import IDEFICS3
+from mmtune.families.tiles.internvl import INTERNVL
+from mmtune.families.tiles.llava_next import LLAVA_NEXT, LLAVA_ONEVISION
 
-PROJECTORS: dict[str, tuple[str, ...]] = {
-    "llava": ("model.multi_modal_projector",),
-    "llava_next": ("model.multi_modal_projector", "model.image_newline"),
-    "llava_onevision": ("model.multi_modal_projector", "model.image_newline"),
-    "qwen2_vl": ("model.visual.merger",),
-    "qwen2_5_vl": ("model.visual.merger",),
-    "qwen3_vl": ("model.visual.merger", "model.visual.deepstack_merger_list"),
-    "idefics3": ("model.connector",),
-    "smolvlm": ("model.connector",),
-    "internvl": ("model.multi_modal_projector",),
-    "gemma3": ("model.multi_modal_projector",),
-    "paligemma": ("model.multi_modal_projector",),
-    "mistral3": ("model.multi_modal_projector",),
+FAMILIES: Mapping[str, Family] = {
+    family.name: family
+    for family in (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN_VL, IDEFICS3, INTERNVL, GEMMA3, PALIGEMMA, PIXTRAL)
 }
-"""Paths of the projector by `model_type`: the main module, then further modules and parameters that are trained with it."""
+"""The families with an entry of their own, by name."""
 
-UNPACKABLE = {
-    "paligemma": "its prompts attend in both directions, so the prompts of all samples in a row would attend to each other",
-    "gemma3": "its image tokens attend in both directions by their position in the row, but positions restart in every sample",
+PLAIN = Family("plain")
+"""Every other family."""
+
+OUT_OF_SCOPE: Mapping[str, str] = {
+    "evolla": "it reads proteins",
+    "pi0": "it is a robot policy",
+    "diffusion_gemma": "it generates text by diffusion, without a next-token loss",
 }
-"""Families whose attention masks do not separate packed samples, by `model_type`, with the reason."""
+"""Types of transformers' image-text mapping that are no image-text chat models, with what they are."""
 
 
-def check_family(model_type: str, name: str) -> None:
-    """Check that the family of a base is in `PROJECTORS`.
-
-    Args:
-        model_type: `model_type` in the base's config.
-        name: the base, as named in the recipe.
-
-    Raises:
-        UserError: an unsupported family; the message names the recipe key for it, if there is one.
-    """
-    if model_type in PROJECTORS:
-        return
-    kind = library_fact("model_types").get(model_type, "other")
-    if kind == "language":
-        advice = f"it is a language model without a vision tower; set model.language: {name} and model.vision"
-    elif kind == "image-text":
-        advice = "transformers supports this image-text model, mmtune does not"
-    elif kind == "vision":
-        advice = f"it is a vision encoder without a language model; set model.vision: {name} and model.language"
-    else:
-        advice = "it is not an image-text model of transformers"
-    raise UserError(f"model_type {model_type!r} is not supported as a base: {advice}; supported: {', '.join(sorted(PROJECTORS))}")
+def family_of(model_type: str) -> Family:
+    """The family of a model by the `model_type` of its config."""
+    return next((family for family in FAMILIES.values() if model_type in family.model_types), PLAIN)
 
 
-def local_model_type(folder: Path) -> str | None:
-    """`model_type` in the `config.json` of a checkpoint, or None if it has none.
-
-    Raises:
-        UserError: a model type that transformers does not have, with or without code in the checkpoint; or a `config.json` that
-            is not a JSON object.
-    """
-    config = read_json_object(folder / "config.json")
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        return None
-    if model_type not in PROJECTORS and model_type not in library_fact("model_types"):
-        advice = "check config.json, or install a newer transformers"
-        if "auto_map" in config:
-            advice = "the model needs its own code; use the release converted for transformers (its name often ends in -hf)"
-        version = metadata.version("transformers")
-        raise UserError(f"model_type {model_type!r} does not exist in transformers {version}: {advice}")
-    return model_type
+def family_of_processor(processor: Any) -> Family:
+    """The family of a processor by its class, or the nearest parent class that an entry names."""
+    for name in (each.__name__ for each in type(processor).__mro__):
+        for family in FAMILIES.values():
+            if name in family.processors:
+                return family
+    return PLAIN

@@ -21,19 +21,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from mmtune.distributed.sharded_parameters import meta_init
+from mmtune.families.image_geometry import PREFIX_TOKENS
 from mmtune.models.checkpoints.remote_code import first_line
 from mmtune.utils.errors import UserError
 from mmtune.utils.hub import locate_checkpoint
-
-PREFIX_TOKENS = {
-    "clip_vision_model": 1,
-    "siglip_vision_model": 0,
-    "dinov2": 1,
-    "dinov2_with_registers": 1,
-    "dinov3_vit": 1,
-    "vit": 1,
-}
-"""Number of class tokens before the patches of a vision tower, by `model_type`; register tokens are not included."""
 
 INTERPOLATES_POSITIONS = {"dinov2", "dinov2_with_registers", "dinov3_vit"}
 """Vision towers that interpolate position embeddings to any image size by default; others accept only their `image_size`."""

@@ -1,91 +1,26 @@
-"""Components of a vision-language model: paths of the vision tower, projector, language model and output head.
+"""Modules and parameters of a vision-language model by component: vision tower, projector, language model, output head, others.
 
-Freezing, tuning targets, learning-rate groups and quantization use these paths. Components are found by module identity, with
-the accessors that transformers gives every model, not by matching substrings of names.
+Freezing, tuning targets, learning-rate groups and quantization use these paths, which `families/structure.py` finds.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-from peft import PeftModel
 from torch import nn
 
-from mmtune.families.family_table import PROJECTORS
+from mmtune.families.structure import Components
 from mmtune.methods.method_table import LANGUAGE_PREFIXES
 from mmtune.methods.selectors import compile_selector, is_match
 from mmtune.utils.errors import RecipeValueError, UserError, nearest
 
-Component = Literal["vision", "projector", "language", "lm_head"]
+Component = Literal["vision", "projector", "language", "lm_head", "others"]
 
 PEFT_PREFIX = "base_model.model."
 PEFT_PREFIXES = ("", PEFT_PREFIX, "base_model.")
 """Prefixes of module names: none, that of a PEFT tuner, and that of a PEFT prompt method."""
-
-
-@dataclass(frozen=True)
-class Components:
-    """Dotted module paths of the components of a model.
-
-    Attributes:
-        vision_tower: the image encoder; in Qwen-VL it contains the projector.
-        projector: the module that maps image features to the width of the language model.
-        language_model: the decoder, with its token embeddings.
-        lm_head: the output embeddings.
-        projector_extras: further modules and parameters of the projector (LLaVA-NeXT's `image_newline`, Qwen3-VL's DeepStack
-            mergers).
-    """
-
-    vision_tower: str | None
-    projector: str | None
-    language_model: str
-    lm_head: str | None
-    projector_extras: tuple[str, ...] = ()
-
-
-def find_components(model: nn.Module) -> Components:
-    """Find the components of a vision-language model, plain or wrapped by PEFT.
-
-    Args:
-        model: a `...ForConditionalGeneration` model of a family in `PROJECTORS`.
-
-    Returns:
-        Paths for `model.get_submodule`; those of `projector_extras` may also be parameters.
-
-    Raises:
-        UserError: an unsupported family, or a model without one of the components.
-    """
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    model_type = getattr(getattr(inner, "config", None), "model_type", None)
-    names = {id(module): name for name, module in model.named_modules()}
-    prefix = names[id(inner)] + "." if inner is not model else ""
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    if model_type not in PROJECTORS or head is None:
-        raise RecipeValueError(
-            "model",
-            f"{type(inner).__name__} (model_type {model_type!r}): expected a ...ForConditionalGeneration class of a supported "
-            f"family: {', '.join(sorted(PROJECTORS))}",
-        )
-    paths = {name for name, _ in (*inner.named_modules(), *inner.named_parameters())}
-    projectors = [path for path in PROJECTORS[model_type] if path in paths]
-    vision, language = inner.get_encoder(modality="image"), inner.get_decoder()
-    has_component = {
-        "vision tower": vision is not inner and id(vision) in names,
-        "language model": id(language) in names,
-        "projector": bool(projectors),
-    }
-    if missing := [name for name, exists in has_component.items() if not exists]:
-        raise RecipeValueError("model", f"{type(inner).__name__} (model_type {model_type!r}) has no {', no '.join(missing)}")
-    return Components(
-        vision_tower=names[id(vision)],
-        projector=prefix + projectors[0],
-        language_model=names[id(language)],
-        lm_head=names[id(head)],
-        projector_extras=tuple(prefix + path for path in projectors[1:]),
-    )
 
 
 def component_of(name: str, components: Components) -> Component:
@@ -193,6 +128,7 @@ def _paths(components: Components) -> list[tuple[str, Component]]:
         *((path, "projector") for path in components.projector_extras),
         (components.vision_tower, "vision"),
         (components.language_model, "language"),
+        *((path, "others") for path in components.others),
     ]
     return [(path, component) for path, component in pairs if path is not None]
 

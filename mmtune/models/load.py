@@ -26,7 +26,6 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from mmtune.builtin import tiny_checkpoint as tiny
 from mmtune.chat_templates.resolving import resolve_chat_template, set_chat_template, training_chat_template, use_chat_template
 from mmtune.distributed.sharded_parameters import is_sharded
-from mmtune.families.family_table import check_family, local_model_type
 from mmtune.methods.method_table import METHODS, method_of_peft_type
 from mmtune.models.assemble import assemble, assemble_processor
 from mmtune.models.checkpoints.adapter_export import export_adapter
@@ -40,6 +39,7 @@ from mmtune.models.checkpoints.checkpoint_files import (
     weight_files,
 )
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, locate_base
+from mmtune.models.checkpoints.model_type import check_model_type, local_model_type
 from mmtune.models.checkpoints.remote_code import CODE_NOT_ALLOWED, first_line, has_remote_code, reject_unsafe_pickles
 from mmtune.models.checkpoints.trained_weights import (
     ADAPTER_CONFIG,
@@ -282,12 +282,12 @@ def supported_config(name: str, subject: str, trust_remote_code: bool) -> PreTra
         UserError: a missing or invalid config, or an unsupported family.
     """
     if (folder := local_folder(subject)) is not None:
-        local_model_type(folder)  # raises an error for a model type that transformers does not have
+        local_model_type(folder, trust_remote_code)  # raises an error for a model type that transformers does not have
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read its config: {_reason(name, error)}") from error
-    check_family(str(config.model_type), subject)
+    check_model_type(str(config.model_type), subject)
     return config
 
 

@@ -14,15 +14,12 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mmtune.families.family_table import UNPACKABLE
+from mmtune.families.family_table import family_of
 from mmtune.methods.method import Method
 from mmtune.methods.method_table import method_of
 from mmtune.models.compute import in_eval_mode, move_batch, training_autocast
 from mmtune.utils.errors import UserError
 from mmtune.utils.transformers_private import attention_of
-
-MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-"""Families with three positions per token: time, height and width. Masks are built from a fourth, the text position."""
 
 MASKED_LAYER_TYPES = ("full_attention", "sliding_attention")
 """Layer types that use an attention mask. Convolutions and recurrent states continue from one sample into the next."""
@@ -64,8 +61,8 @@ def check_packable_family(config: PreTrainedConfig) -> None:
         UserError: a family or layer type that does not support packing, with the reason.
     """
     family = config.model_type
-    if family in UNPACKABLE:
-        raise _unsupported(f"{family}: {UNPACKABLE[family]}")
+    if (reason := family_of(family).unpackable) is not None:
+        raise _unsupported(f"{family}: {reason}")
     text = config.get_text_config()
     unmasked = sorted(set(getattr(text, "layer_types", None) or ()) - set(MASKED_LAYER_TYPES))
     if unmasked:
@@ -92,7 +89,7 @@ def packed_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs
     packed = {key: value for key, value in inputs.items() if key != "attention_mask"}
     base = _base(model)
-    if base.config.model_type in MROPE:
+    if hasattr(base.model, "get_rope_index"):
         packed["position_ids"] = _mrope_positions(base, inputs)
     return {**packed, "use_cache": False}
 

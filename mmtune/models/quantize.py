@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig
 
-from mmtune.models.components import component_of, find_components
+from mmtune.families.structure import find_components
+from mmtune.models.components import component_of
 from mmtune.utils.errors import UserError
 
 QUANTIZED = ("int8", "nf4")

@@ -25,13 +25,14 @@ from transformers import (
 )
 
 from mmtune.console.styled_console import StyledConsole
+from mmtune.families.structure import find_components
 from mmtune.methods.method import DEFAULT_METHOD
 from mmtune.methods.method_table import METHODS
 from mmtune.models.compatibility import (
     read_image_processor,
     read_vision_tower,
 )
-from mmtune.models.components import find_components, linear_modules
+from mmtune.models.components import linear_modules
 from mmtune.models.fake_tensors import (
     DataDependentOutputException,
     DynamicOutputShapeException,

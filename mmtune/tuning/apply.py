@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from mmtune.console.styled_console import StyledConsole
 from mmtune.distributed.deepspeed_private import full_size
 from mmtune.distributed.sharded_parameters import gathered_forward, to_float32
+from mmtune.families.structure import Components, find_components
 from mmtune.methods.method_table import METHODS
-from mmtune.models.components import Components, component_of, find_components, select_modules
+from mmtune.models.components import component_of, select_modules
 from mmtune.models.compute import move_batch
 from mmtune.recipe.recipe import TuneSection
 from mmtune.tuning.peft_config import component_path, frozen_parts, keeps_adapter, peft_config

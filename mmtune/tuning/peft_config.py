@@ -8,8 +8,9 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
+from mmtune.families.structure import Components
 from mmtune.methods.method_table import METHODS, full_modules_config
-from mmtune.models.components import Components, select_modules, select_parameters
+from mmtune.models.components import select_modules, select_parameters
 from mmtune.recipe.recipe import ComponentTuning, TuneSection
 from mmtune.utils.errors import RecipeValueError, errors_at_key
 

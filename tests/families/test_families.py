@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from family_cases import CASES
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,19 +25,14 @@ from mmtune.data.batching.collate import collate
 from mmtune.data.dataset import IndexedSamples
 from mmtune.data.encoding.encode import encode_sample
 from mmtune.data.message import text_of
-from mmtune.families.family_table import PROJECTORS, UNPACKABLE
+from mmtune.families.family_table import FAMILIES, family_of
 from mmtune.models.tiny.tiny_bases import BASES, write_tiny_base
-from mmtune.models.tiny.tiny_templates import REQUIRED_TEMPLATES
 from mmtune.recipe.recipe import load_recipe
 from mmtune.run_directory import RunDirectory
 
 FAST = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "gemma3")
 """Families of the fast tests; the others are slow."""
-FAMILY = [family if family in FAST else pytest.param(family, marks=pytest.mark.slow) for family in BASES]
-ENDS = {"idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>", "gemma3": "<end_of_turn>", "paligemma": "<eos>"}
-ENDS |= dict.fromkeys(("llava", "llava_pixtral", "llava_next", "mistral3"), "</s>")
-LEADING_TEXT = dict.fromkeys(("llava", "llava_next", "idefics3", "smolvlm"), " ")
-"""Supervised text before an answer, if the generation prompt ends without it."""
+FAMILY = [family if family in FAST else pytest.param(family, marks=pytest.mark.slow) for family in CASES]
 SIZES = [(90, 70), (40, 120), (64, 64), (200, 60)]
 LORA = "language: {method: lora, r: 4, lora_alpha: 8, target_modules: all-linear}"
 SGD = "optim: sgd, learning_rate: 1.0, max_grad_norm: 0, lr_scheduler_type: constant"
@@ -74,7 +70,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     folder = tmp_path_factory.mktemp("bases")
 
     def base(family: str) -> Path:
-        return folder / family if (folder / family).exists() else write_tiny_base(family, folder / family)
+        return folder / family if (folder / family).exists() else write_tiny_base(CASES[family].base, folder / family)
 
     return base
 
@@ -84,8 +80,9 @@ def write(rows: Path, bases: Callable[[str], Path], tmp_path: Path) -> Write:
     """A function that writes a recipe of one step over all rows and returns its path; its output is `run` in its folder."""
 
     def recipe(family: str, tune: str, model: str = "", data: str = "", train: str = "learning_rate: 1e-2") -> Path:
-        template = f", chat_template: {REQUIRED_TEMPLATES[family]}" if family in REQUIRED_TEMPLATES else ""
-        data_file = rows / ("images.json" if family == "paligemma" else "rows.json")  # its processor needs an image
+        case = CASES[family]
+        template = f", chat_template: {case.base.required_template}" if case.base.required_template else ""
+        data_file = rows / ("images.json" if case.needs_image else "rows.json")
         batch = "" if "packing" in data else ", per_device_train_batch_size: 5"
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
@@ -109,7 +106,8 @@ def mmtune(*arguments: str | Path) -> int:
 
 
 def test_every_family_has_a_tiny_checkpoint() -> None:
-    assert {re.sub("_pixtral$", "", family) for family in BASES} == set(PROJECTORS)
+    types = {re.sub("_pixtral$", "", name) for name in BASES}
+    assert all(types & set(family.model_types) for family in FAMILIES.values() if family.model_types)
     assert set(FAST) <= set(BASES) and len(FAST) == 8
 
 
@@ -134,9 +132,7 @@ def test_a_training_step_equals_that_of_plain_transformers_and_peft(
         labels = tensors["labels"]
         answers = [text_of(message) for message in sample.messages if message["role"] == "assistant"]
         supervised_text = processor.tokenizer.decode(labels[labels != -100])
-        assert supervised_text == "".join(
-            LEADING_TEXT.get(family, "") + answer + ENDS.get(family, "<|im_end|>") for answer in answers
-        )
+        assert supervised_text == "".join(CASES[family].leading + answer + CASES[family].end for answer in answers)
 
     model = _reference(bases(family), run / "adapter")
     batch = collate(encoded, processor.tokenizer.pad_token_id)
@@ -220,7 +216,7 @@ def test_tower_full_and_quantized_tuning_train_and_merge(
     capsys.readouterr()
     packed = mmtune("train", write(family, LORA, data=", packing: true, max_tokens: 600"))
     errors = capsys.readouterr().err
-    assert (packed, "packing is not supported" in errors) == ((2, True) if family in UNPACKABLE else (0, False)), errors
+    assert (packed, "packing is not supported" in errors) == ((2, True) if family_of(family).unpackable else (0, False)), errors
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from programs import run_program
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
+from mmtune.families.structure import find_components
 from mmtune.methods.tuners.gated_prefix_tuner import GatedPrefixConfig, GatedPrefixLayer, gated_prefix_targets
-from mmtune.models.components import find_components
 from mmtune.utils.errors import UserError
 
 HEADS, GROUPS, HEAD_DIM, WIDTH, LAYERS = 4, 2, 8, 24, 3

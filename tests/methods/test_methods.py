@@ -20,8 +20,8 @@ from mmtune.data.batching.collate import collate
 from mmtune.data.dataset import IndexedSamples
 from mmtune.data.encoding.encode import encode_sample
 from mmtune.evaluation.evaluate import generate_answers
+from mmtune.families.structure import find_components
 from mmtune.methods.method_table import METHODS
-from mmtune.models.components import find_components
 from mmtune.models.load import load_trained
 from mmtune.recipe.recipe import Recipe, load_recipe
 from mmtune.release.merge import parity_samples
@@ -371,7 +371,7 @@ def test_new_tokens_train_alone(rows: Path, base: Path, tmp_path: Path, one_batc
 def test_experts_are_reached_by_parameter(tmp_path: Path) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from mmtune.models.components import Components
+    from mmtune.families.structure import Components
     from mmtune.recipe.recipe import TuneSection
 
     torch.manual_seed(0)

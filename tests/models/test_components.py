@@ -11,7 +11,8 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from mmtune.models.components import Components, component_of, find_components, linear_modules, select_modules
+from mmtune.families.structure import Components, find_components
+from mmtune.models.components import component_of, linear_modules, select_modules
 from mmtune.models.tiny.tiny_bases import BASES
 from mmtune.recipe.recipe import TuneSection
 from mmtune.tuning.apply import apply_tuning

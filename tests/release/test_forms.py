@@ -84,11 +84,11 @@ def test_adapters_that_cannot_be_combined(
 
 
 def test_an_adapter_of_another_base_is_an_error(make_recipe: Make, tmp_path: Path) -> None:
-    from mmtune.models.tiny.tiny_bases import write_tiny_base
+    from mmtune.models.tiny.tiny_bases import BASES, write_tiny_base
 
     run = trained(make_recipe, tmp_path / "run")
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = str(write_tiny_base("llava", tmp_path / "other_base"))
+    config["base_model_name_or_path"] = str(write_tiny_base(BASES["llava"], tmp_path / "other_base"))
     (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"cannot load the adapter|its tensors do not match its base"):
         merge(run, tmp_path / "out", count=2)

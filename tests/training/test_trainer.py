@@ -18,7 +18,7 @@ from mmtune.data.data_report import DataReport
 from mmtune.data.dataset import IndexedSamples, SampleEncoder, TrainingSet, dummy_sample
 from mmtune.data.encoding.encode import encode_sample
 from mmtune.evaluation.evaluate import evaluate, read_answers
-from mmtune.models.components import find_components
+from mmtune.families.structure import find_components
 from mmtune.models.load import load_trained
 from mmtune.objectives.sft import SupervisedTuning
 from mmtune.recipe.recipe import Recipe

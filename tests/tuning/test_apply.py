@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from mmtune.models.components import component_of, find_components
+from mmtune.families.structure import find_components
+from mmtune.models.components import component_of
 from mmtune.recipe.recipe import Recipe
 from mmtune.tuning.apply import apply_tuning, count_parameters, learning_rates, trained_modules
 from mmtune.utils.errors import UserError

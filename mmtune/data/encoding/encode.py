@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from PIL import Image
-from transformers import Gemma3nProcessor, Gemma3Processor, PaliGemmaProcessor, ProcessorMixin
+from transformers import ProcessorMixin
 
 from mmtune.chat_templates.rendering import (
     ESCAPE_START,
@@ -37,15 +36,14 @@ from mmtune.data.media.media import blank_image, open_image
 from mmtune.data.media.resizing import check_resized
 from mmtune.data.message import Message, RowError, Sample, is_supervised, text_of
 from mmtune.data.validation.issues import issue_type_of
+from mmtune.families.family import Family, TextError
+from mmtune.families.family_table import family_of_processor
 from mmtune.utils.errors import RecipeValueError
 from mmtune.utils.transformers_private import processor_call_kwargs
 
 IGNORE_INDEX = -100
 
 CHAT_TEMPLATE_HINT = "set model.chat_template to another one, or to a .jinja file (docs/recipe.md)"
-
-RENAMES_TYPES = (Gemma3Processor, Gemma3nProcessor)
-"""Processors that return `mm_token_type_ids` under the name `token_type_ids`."""
 
 Supervise = Literal["all", "last"]
 
@@ -202,15 +200,10 @@ def _expand_placeholders(
         raise ChatTemplateError(
             f"expected {len(replacements)} image placeholders from the chat template, one for each image, got {len(image_ends)}"
         )
-    if isinstance(processor, PaliGemmaProcessor):
-        if not image_ends:
-            raise ChatTemplateError("PaliGemma's processor needs an image in every conversation")
-        # It writes the bos token after the last image, and a newline at the end. In a prompt that is the newline before the
-        # answer, which the model then does not generate.
-        last, bos = image_ends[-1], processor.tokenizer.bos_token
-        spans = [(start + text.startswith("\n", start), end) for start, end in spans]
-        text = f"{text[:last]}{bos}{text[last:]}\n"
-        spans = [(start + len(bos) * (start >= last), end + len(bos) * (end > last)) for start, end in spans]
+    try:
+        text, spans = family_of_processor(processor).mark_text(processor, text, spans, image_ends)
+    except TextError as error:
+        raise ChatTemplateError(str(error)) from error
     if not replacements:
         return text, spans, []
     texts, [changes] = processor.get_text_with_replacements([text], replacements)
@@ -282,25 +275,28 @@ def _process_images(
     images = [block["image"] for message in opened for block in message["content"] if block["type"] == "image"]
     if not images:
         return {}, []
-    name = type(processor).__name__
-    if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
-        raise RecipeValueError(
-            "model", f"{name} has no `replace_image_token`, so its image tokens are unknown; use a model whose processor has it"
-        )
+    family, name = family_of_processor(processor), type(processor).__name__
+    check_reports_replacements(family, processor)
     try:
         check_resized(processor, [image.size for image in images])
-        outputs: Mapping[str, Any] = processor(
-            images=[images],
-            text=[processor.image_token * len(images)],
-            images_kwargs={"return_tensors": "pt"},
-            return_text_replacement_offsets=True,
-        )
+        return family.process_images(processor, images)
     except ValueError as error:  # for example an image with an extreme aspect ratio
         detail = f"{name} rejects the sample's images: {error}"
         raise RowError(sample_id, "image", detail, "image_refused") from error
-    replacements = [change["replacement"] for change in outputs["text_replacement_offsets"][0]]
-    text_keys = {"text_replacement_offsets", "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
-    return {key: torch.as_tensor(value) for key, value in outputs.items() if key not in text_keys}, replacements
+
+
+def check_reports_replacements(family: Family, processor: ProcessorMixin) -> None:
+    """Check that the text with which an image placeholder is replaced is known.
+
+    Raises:
+        UserError: neither the processor nor an entry for its family tells.
+    """
+    if not family.reports_replacements(processor):
+        raise RecipeValueError(
+            "model",
+            f"{type(processor).__name__} has no `replace_image_token`, so its image tokens are unknown; use a "
+            "model whose processor has it",
+        )
 
 
 @lru_cache(maxsize=8)
@@ -314,14 +310,10 @@ def _per_token(processor: ProcessorMixin, text: EncodedText) -> dict[str, torch.
     types = _text_settings(processor).get("return_token_type_ids")
     if types or (types is None and "token_type_ids" in processor.tokenizer.model_input_names):
         tensors["token_type_ids"] = torch.zeros_like(input_ids)
+    family = family_of_processor(processor)
     if processor.return_mm_token_type_ids:
-        name = "token_type_ids" if isinstance(processor, RENAMES_TYPES) else "mm_token_type_ids"
-        tensors[name] = torch.tensor(processor.create_mm_token_type_ids([text.input_ids]))
-    if isinstance(processor, PaliGemmaProcessor):
-        # Tokens of type 0 attend in both directions, so supervised tokens need type 1.
-        prefix = text.supervised.index(True) if True in text.supervised else len(text.supervised)
-        tensors["token_type_ids"] = (torch.arange(len(text.input_ids)) >= prefix).long()[None]
-    return tensors
+        tensors[family.media_types_key] = torch.tensor(processor.create_mm_token_type_ids([text.input_ids]))
+    return {**tensors, **family.token_tensors(processor, text.input_ids, text.supervised)}
 
 
 def _check_answer_edges(
@@ -375,8 +367,7 @@ def check_chat_template(processor: ProcessorMixin) -> None:
     Raises:
         UserError: more or fewer tokens are supervised, for example no end-of-turn token.
     """
-    # PaliGemma's processor needs an image.
-    images = [{"type": "image", "image": blank_image()}] * isinstance(processor, PaliGemmaProcessor)
+    images = [{"type": "image", "image": blank_image()}] * family_of_processor(processor).needs_image
     for word in ("yes", "no"):
         messages: list[Message] = [
             {"role": "user", "content": [*images, {"type": "text", "text": "Is it?"}]},

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mmtune.families.family_table import family_of
 from mmtune.methods.method import MANAGED, Method
 from mmtune.methods.setting_types import COUNT, DROPOUT
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-"""Families whose positions have three parts, which virtual tokens before the input do not have."""
 
 _LANGUAGE_MODELS = "it is the language model's"
 _COMMON: dict[str, Any] = {
@@ -34,8 +32,8 @@ class PromptMethod(Method):
     """A method whose virtual tokens are keys and values that PEFT writes into the cache."""
 
     def incompatibility(self, settings: Mapping[str, Any], precision: str, model_type: str | None) -> str | None:
-        """Families with mRoPE have no position for a virtual token."""
-        if model_type in MROPE:
+        """Families with mRoPE have no position for a virtual token, which needs three parts."""
+        if model_type is not None and family_of(model_type).mrope:
             others = " or ".join(self.alternatives)
             return f"{self.name} gives its virtual tokens no position in {model_type} (mRoPE); use {others}"
         return None

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from mmtune.families.structure import find_components
 from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK
-from mmtune.models.components import PEFT_PREFIX, find_components
+from mmtune.models.components import PEFT_PREFIX
 from mmtune.utils.errors import UserError
 from mmtune.utils.files import read_json_object, replaced_directory
 from mmtune.utils.transformers_private import set_weight_conversions, weight_conversions

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import (
-    AutoModelForImageTextToText,
-    Gemma3Processor,
-    PaliGemmaProcessor,
-    PreTrainedConfig,
-    ProcessorMixin,
-)
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, ProcessorMixin
 
 from mmtune.chat_templates.resolving import end_of_turn_ids
 from mmtune.distributed.sharded_parameters import meta_init
-from mmtune.models.compatibility import PREFIX_TOKENS
-from mmtune.models.components import find_components
+from mmtune.families.family_table import family_of_processor
+from mmtune.families.structure import find_components
 from mmtune.models.fake_tensors import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -34,65 +27,6 @@ PROBE_SIZES = ((640, 480), (100, 333), (224, 224))
 """(width, height) in pixels of the images for which image tokens and features are compared."""
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|vision_pad|>", "<unk>")
 """Padding tokens in the order of preference."""
-
-ConfigRule = Callable[[Any], Any]
-"""A function from a model's config to the value of a processor key; None if the config does not determine it."""
-
-
-def _patch(config: Any) -> int:
-    size = config.vision_config.patch_size
-    return int(size if isinstance(size, int) else size[0])
-
-
-def _grid(config: Any) -> int:
-    """The number of patches of the vision tower's image size."""
-    size = config.vision_config.image_size
-    return (int(size if isinstance(size, int) else size[0]) // _patch(config)) ** 2
-
-
-def _extra(config: Any) -> int | None:
-    tower = config.vision_config
-    class_tokens = PREFIX_TOKENS.get(tower.model_type)
-    return None if class_tokens is None else class_tokens + (getattr(tower, "num_register_tokens", 0) or 0)
-
-
-def _strategy(config: Any) -> str:
-    return str(config.vision_feature_select_strategy)
-
-
-_LLAVA: dict[str, ConfigRule] = {
-    "patch_size": _patch,
-    "vision_feature_select_strategy": _strategy,
-    "num_additional_image_tokens": _extra,
-}
-_QWEN: dict[str, ConfigRule] = {
-    "image_processor.patch_size": _patch,
-    "image_processor.merge_size": lambda config: config.vision_config.spatial_merge_size,
-    "image_processor.temporal_patch_size": lambda config: config.vision_config.temporal_patch_size,
-}
-_SHUFFLED: dict[str, ConfigRule] = {"image_seq_len": lambda config: _grid(config) // config.scale_factor**2}
-_TILES: dict[str, ConfigRule] = {"image_processor.image_grid_pinpoints": lambda config: config.image_grid_pinpoints}
-
-PROCESSOR_KEYS: dict[str, dict[str, ConfigRule]] = {
-    "LlavaProcessor": _LLAVA,
-    "LlavaNextProcessor": {**_LLAVA, **_TILES},
-    "LlavaOnevisionProcessor": {
-        "num_image_tokens": _grid,
-        "vision_feature_select_strategy": _strategy,
-        "vision_aspect_ratio": lambda config: config.vision_aspect_ratio,
-        **_TILES,
-    },
-    "Qwen2VLProcessor": _QWEN,
-    "Qwen2_5_VLProcessor": _QWEN,
-    "Qwen3VLProcessor": _QWEN,
-    "Idefics3Processor": _SHUFFLED,
-    "SmolVLMProcessor": _SHUFFLED,
-    "InternVLProcessor": {"image_seq_length": lambda config: int(_grid(config) * config.downsample_ratio**2)},
-    "Gemma3Processor": {"image_seq_length": lambda config: config.mm_tokens_per_image},
-    "PaliGemmaProcessor": {"image_processor.image_seq_length": _grid},
-    "PixtralProcessor": {"patch_size": _patch, "spatial_merge_size": lambda config: getattr(config, "spatial_merge_size", 1)},
-}
-"""Keys that determine the number of image tokens, by processor class, with the rule for each value."""
 
 
 def load_completed_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> ProcessorMixin:
@@ -113,7 +47,7 @@ def load_completed_processor(name: str, config: PreTrainedConfig, trust_remote_c
             f"model_type {config.model_type}: expected a processor for images and text, got {type(processor).__name__}; for a "
             "text model set model.language and model.vision"
         )
-    if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
+    if not family_of_processor(processor).reports_replacements(processor):
         raise UserError(
             f"model_type {config.model_type}: {type(processor).__name__} has no `replace_image_token`, which is needed to encode "
             "images; use a base of another family"
@@ -132,8 +66,9 @@ def _complete(name: str, processor: Any, config: PreTrainedConfig) -> None:
     images = published.get("image_processor")
     if images is None:
         images, _ = type(processor.image_processor).get_image_processor_dict(name)
-    filled = {}
-    for key, rule in PROCESSOR_KEYS.get(type(processor).__name__, {}).items():
+    filled: dict[str, Any] = {}
+    family = family_of_processor(processor)
+    for key, rule in family.processor_keys.items():
         owner, attribute = _owner(processor, key)
         published_value = (published if owner is processor else images).get(attribute)
         value = rule(config)
@@ -144,12 +79,7 @@ def _complete(name: str, processor: Any, config: PreTrainedConfig) -> None:
             filled[key] = value
         elif getattr(owner, attribute) is None:
             raise UserError(f"processor_config.json: missing key {key}, which config.json does not determine; add it")
-    if isinstance(processor, PaliGemmaProcessor):
-        processor.image_seq_length = processor.image_processor.image_seq_length
-    if isinstance(processor, Gemma3Processor) and filled:  # set in __init__ from image_seq_length
-        tokenizer = processor.tokenizer
-        tokens = tokenizer.image_token * processor.image_seq_length
-        processor.full_image_sequence = f"\n\n{tokenizer.boi_token}{tokens}{tokenizer.eoi_token}\n\n"
+    family.complete_processor(processor, filled)
     if filled:
         values = ", ".join(f"{key}: {textwrap.shorten(str(value), 60, placeholder=' ...')}" for key, value in filled.items())
         print(f"{name}: keys missing in the processor's files set from config.json: {values}")
@@ -235,18 +165,19 @@ def _mismatched_keys(processor: Any, config: Any) -> str:
     """The processor keys that do not match the model's config, with the expected values, for messages."""
     mismatches = []
     token = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
-    if processor.image_token_id != config.image_token_id and not isinstance(processor, Gemma3Processor):
+    family = family_of_processor(processor)
+    if processor.image_token_id != config.image_token_id and family.placeholder_is_image_token:
         mismatches.append(
             f"image_token: expected {token!r} (config.json), got {processor.image_token!r} (id {processor.image_token_id})"
         )
-    for key, rule in PROCESSOR_KEYS.get(type(processor).__name__, {}).items():
+    for key, rule in family.processor_keys.items():
         owner, attribute = _owner(processor, key)
         expected, actual = rule(config), getattr(owner, attribute)
         if expected is not None and actual != expected:
             mismatches.append(f"{key}: expected {expected}, got {actual}")
     if mismatches:
         return f"; in the processor's files {'; '.join(mismatches)}"
-    keys = ", ".join(PROCESSOR_KEYS.get(type(processor).__name__, {}))
+    keys = ", ".join(family.processor_keys)
     return f"; the processor's files do not match config.json: check the image size{', ' + keys if keys else ''}"
 
 
@@ -257,8 +188,8 @@ def _check_embedding_rows(processor: Any, config: Any) -> None:
         UserError: tokens without a row.
     """
     rows, vocabulary = config.get_text_config().vocab_size, processor.tokenizer.get_vocab()
-    # These two families replace the image token by features before the embedding.
-    ignored = config.image_token_id if isinstance(processor, (Gemma3Processor, PaliGemmaProcessor)) else None
+    # Some families replace the image token by features before the embedding.
+    ignored = None if family_of_processor(processor).embeds_image_token else config.image_token_id
     beyond = [token for token, token_id in vocabulary.items() if token_id >= rows and token_id != ignored]
     beyond.sort(key=vocabulary.__getitem__)
     if beyond:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
 
 from mmtune.models.tiny.tiny_models import DECODER, IMAGE, PATCH, TOWER, byte_level_tokenizer
-from mmtune.models.tiny.tiny_templates import TEMPLATES
+from mmtune.models.tiny.tiny_templates import REQUIRED_TEMPLATES, TEMPLATES
 from mmtune.utils.transformers_private import tied_weight_names
 
 TEXTS = ["\n\n\n    the cat is on the mat, what is it?\n\n yes no a photo of two dogs and a bird."] * 20
@@ -28,7 +28,7 @@ MERGES = 60
 
 # ---- settings shared by several families
 
-_TEXT: dict[str, Any] = {
+TEXT: dict[str, Any] = {
     **DECODER,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -36,35 +36,35 @@ _TEXT: dict[str, Any] = {
     "num_key_value_heads": 2,
     "tie_word_embeddings": False,
 }
-_VISION: dict[str, Any] = {**TOWER, "hidden_size": 64, "intermediate_size": 128, "image_size": IMAGE, "patch_size": PATCH}
-_MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+VISION: dict[str, Any] = {**TOWER, "hidden_size": 64, "intermediate_size": 128, "image_size": IMAGE, "patch_size": PATCH}
+MROPE_PARAMETERS = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
 _QWEN_VISION_CONFIG = {"depth": 2, "hidden_size": 64, "num_heads": 2, "patch_size": 14}
-_QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _QWEN_VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-_SENTENCEPIECE: dict[str, Any] = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+SENTENCEPIECE: dict[str, Any] = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 
 
-def _tokenizer(specials: tuple[str, ...], named: dict[str, str] | None = None, **names: Any) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(specials: tuple[str, ...], named: dict[str, str] | None = None, **names: Any) -> PreTrainedTokenizerFast:
     others = [token for token in specials if token not in names.values()]
     settings = {"specials": list(dict.fromkeys([*specials, *(named or {}).values()])), "named": named or others, **names}
     return byte_level_tokenizer(settings, TEXTS, merges=MERGES)
 
 
-def _sizes(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def text_sizes(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Text config fields that depend on the tokenizer; the vocabulary size is padded, as in most releases."""
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {**_TEXT, "vocab_size": -(-len(tokenizer) // 64) * 64, **ids}
+    return {**TEXT, "vocab_size": -(-len(tokenizer) // 64) * 64, **ids}
 
 
-def _id(processor: Any, token: str) -> int:
+def token_id(processor: Any, token: str) -> int:
     return int(processor.tokenizer.convert_tokens_to_ids(token))
 
 
 def _llava_processor(kind: Any, images: Any, specials: tuple[str, ...], **settings: Any) -> ProcessorMixin:
     processor: ProcessorMixin = kind(
         images,
-        _tokenizer(
-            ("<unk>", "<s>", "</s>", *specials, "<pad>", "<image>"), {"image_token": "<image>"}, pad="<pad>", **_SENTENCEPIECE
+        tiny_tokenizer(
+            ("<unk>", "<s>", "</s>", *specials, "<pad>", "<image>"), {"image_token": "<image>"}, pad="<pad>", **SENTENCEPIECE
         ),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
@@ -80,17 +80,17 @@ def _llava_config(processor: Any, text: str, model_type: str = "llava", **settin
         "vision_feature_select_strategy": "default",
         "image_seq_length": (IMAGE // PATCH) ** 2,
     }
-    defaults["vision_config"] = {"model_type": "clip_vision_model", **_VISION, "projection_dim": 32}
+    defaults["vision_config"] = {"model_type": "clip_vision_model", **VISION, "projection_dim": 32}
     return AutoConfig.for_model(
         model_type,
-        text_config={"model_type": text, **_sizes(processor.tokenizer)},
-        image_token_index=_id(processor, "<image>"),
+        text_config={"model_type": text, **text_sizes(processor.tokenizer)},
+        image_token_index=token_id(processor, "<image>"),
         tie_word_embeddings=False,
         **(defaults | settings),
     )
 
 
-def _square() -> dict[str, Any]:
+def square_sizes() -> dict[str, Any]:
     return {"size": {"shortest_edge": IMAGE}, "crop_size": {"height": IMAGE, "width": IMAGE}}
 
 
@@ -100,14 +100,14 @@ def _square() -> dict[str, Any]:
 def _llava(**_: Any) -> ProcessorMixin:
     from transformers import CLIPImageProcessor, LlavaProcessor
 
-    return _llava_processor(LlavaProcessor, CLIPImageProcessor(**_square()), ())
+    return _llava_processor(LlavaProcessor, CLIPImageProcessor(**square_sizes()), ())
 
 
 def _llava_next() -> ProcessorMixin:
     from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 
     tiles = [[IMAGE * h, IMAGE * w] for h, w in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
-    images = LlavaNextImageProcessor(**_square(), image_grid_pinpoints=tiles)
+    images = LlavaNextImageProcessor(**square_sizes(), image_grid_pinpoints=tiles)
     return _llava_processor(LlavaNextProcessor, images, ("[INST]", "[/INST]"))
 
 
@@ -124,7 +124,7 @@ def _onevision() -> ProcessorMixin:
     named = {"image_token": "<image>", "video_token": "<video>"}
     processor: ProcessorMixin = LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=tiles),
-        _tokenizer(_QWEN_TOKENS, named, pad="<|endoftext|>", eos="<|im_end|>"),
+        tiny_tokenizer(CHATML_TOKENS, named, pad="<|endoftext|>", eos="<|im_end|>"),
         LlavaOnevisionVideoProcessor(size=size),
         num_image_tokens=(IMAGE // PATCH) ** 2,
         vision_feature_select_strategy="full",
@@ -137,8 +137,8 @@ def _onevision_config(processor: Any) -> PreTrainedConfig:
         processor,
         "qwen2",
         "llava_onevision",
-        vision_config={"model_type": "siglip_vision_model", **_VISION, "vision_use_head": False},
-        video_token_index=_id(processor, "<video>"),
+        vision_config={"model_type": "siglip_vision_model", **VISION, "vision_use_head": False},
+        video_token_index=token_id(processor, "<video>"),
         image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
@@ -153,18 +153,20 @@ def _qwen(kind: str, patch: int, video: str) -> ProcessorMixin:
     sizes = {"patch_size": patch, "temporal_patch_size": 2, "merge_size": 2}
     processor: ProcessorMixin = getattr(tf, kind)(
         tf.Qwen2VLImageProcessor(**pixels, **sizes),
-        _tokenizer((*_QWEN_TOKENS, *_QWEN_VISION), pad="<|endoftext|>", eos="<|im_end|>"),
+        tiny_tokenizer((*CHATML_TOKENS, *_QWEN_VISION), pad="<|endoftext|>", eos="<|im_end|>"),
         getattr(tf, video)(**sizes),
     )
     return processor
 
 
-def _qwen_config(model_type: str, vision: dict[str, Any], rope: dict[str, Any] = _MROPE) -> Callable[[Any], PreTrainedConfig]:
+def _qwen_config(
+    model_type: str, vision: dict[str, Any], rope: dict[str, Any] = MROPE_PARAMETERS
+) -> Callable[[Any], PreTrainedConfig]:
     names = ("vision_start", "vision_end", "image", "video")
 
     def config(processor: Any) -> PreTrainedConfig:
-        ids = {f"{name}_token_id": _id(processor, token) for name, token in zip(names, _QWEN_VISION, strict=True)}
-        text = {**_sizes(processor.tokenizer), "rope_parameters": rope}
+        ids = {f"{name}_token_id": token_id(processor, token) for name, token in zip(names, _QWEN_VISION, strict=True)}
+        text = {**text_sizes(processor.tokenizer), "rope_parameters": rope}
         return AutoConfig.for_model(
             model_type, vision_config={**_QWEN_VISION_CONFIG, **vision}, text_config=text, tie_word_embeddings=False, **ids
         )
@@ -180,7 +182,7 @@ def _idefics(kind: str, images: str, video: str | None) -> Callable[[], Processo
         markers = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *grid)
         names: dict[str, Any] = {"bos": "<|im_start|>", "eos": "<end_of_utterance>", "pad": "<|im_end|>", "adds_bos": False}
         size = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 28}}
-        components = [getattr(tf, images)(**size), _tokenizer((*_QWEN_TOKENS, *markers), **names)]
+        components = [getattr(tf, images)(**size), tiny_tokenizer((*CHATML_TOKENS, *markers), **names)]
         components += [getattr(tf, video)(**size)] if video else []
         processor: ProcessorMixin = getattr(tf, kind)(*components, image_seq_len=4)
         return processor
@@ -190,9 +192,9 @@ def _idefics(kind: str, images: str, video: str | None) -> Callable[[], Processo
 
 def _idefics_config(model_type: str) -> Callable[[Any], PreTrainedConfig]:
     def config(processor: Any) -> PreTrainedConfig:
-        vision = {**_VISION, "image_size": 28, "patch_size": 7}
-        text = {"model_type": "llama", **_sizes(processor.tokenizer)}
-        tokens = {"image_token_id": _id(processor, "<image>"), "pad_token_id": processor.tokenizer.pad_token_id}
+        vision = {**VISION, "image_size": 28, "patch_size": 7}
+        text = {"model_type": "llama", **text_sizes(processor.tokenizer)}
+        tokens = {"image_token_id": token_id(processor, "<image>"), "pad_token_id": processor.tokenizer.pad_token_id}
         return AutoConfig.for_model(
             model_type, vision_config=vision, text_config=text, scale_factor=2, tie_word_embeddings=False, **tokens
         )
@@ -208,7 +210,7 @@ def _internvl() -> ProcessorMixin:
     size = {"height": 28, "width": 28}
     processor: ProcessorMixin = InternVLProcessor(
         GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=6),
-        _tokenizer(_QWEN_TOKENS, named, pad="<|endoftext|>", eos="<|im_end|>"),
+        tiny_tokenizer(CHATML_TOKENS, named, pad="<|endoftext|>", eos="<|im_end|>"),
         InternVLVideoProcessor(size=size),
         image_seq_length=4,
     )
@@ -218,9 +220,9 @@ def _internvl() -> ProcessorMixin:
 def _internvl_config(processor: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(
         "internvl",
-        vision_config={**_VISION, "image_size": [28, 28], "patch_size": [7, 7], "use_qk_norm": False},
-        text_config={"model_type": "qwen2", **_sizes(processor.tokenizer)},
-        image_token_id=_id(processor, "<IMG_CONTEXT>"),
+        vision_config={**VISION, "image_size": [28, 28], "patch_size": [7, 7], "use_qk_norm": False},
+        text_config={"model_type": "qwen2", **text_sizes(processor.tokenizer)},
+        image_token_id=token_id(processor, "<IMG_CONTEXT>"),
         image_seq_length=4,
         downsample_ratio=0.5,
         vision_feature_layer=-1,
@@ -232,7 +234,7 @@ def _gemma3() -> ProcessorMixin:
     from transformers import Gemma3ImageProcessor, Gemma3Processor
 
     named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
-    tokenizer = _tokenizer(
+    tokenizer = tiny_tokenizer(
         ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"), named, bos="<bos>", eos="<eos>", pad="<pad>"
     )
     processor: ProcessorMixin = Gemma3Processor(
@@ -245,19 +247,19 @@ def _gemma3_config(processor: Any) -> PreTrainedConfig:
     tokenizer = processor.tokenizer
     return AutoConfig.for_model(
         "gemma3",
-        vision_config={"model_type": "siglip_vision_model", **_VISION, "vision_use_head": False},
+        vision_config={"model_type": "siglip_vision_model", **VISION, "vision_use_head": False},
         text_config={
             "model_type": "gemma3_text",
-            **_sizes(tokenizer),
+            **text_sizes(tokenizer),
             "sliding_window": 64,
             "layer_types": ["sliding_attention", "full_attention"],
             "query_pre_attn_scalar": 16,
             "tie_word_embeddings": True,
         },
         mm_tokens_per_image=4,
-        boi_token_index=_id(processor, "<start_of_image>"),
-        eoi_token_index=_id(processor, "<end_of_image>"),
-        image_token_index=_id(processor, "<image_soft_token>"),
+        boi_token_index=token_id(processor, "<start_of_image>"),
+        eoi_token_index=token_id(processor, "<end_of_image>"),
+        image_token_index=token_id(processor, "<image_soft_token>"),
         tie_word_embeddings=True,
     )
 
@@ -267,7 +269,7 @@ def _paligemma() -> ProcessorMixin:
 
     images = SiglipImageProcessor(size={"height": IMAGE, "width": IMAGE})
     images.image_seq_length = (IMAGE // PATCH) ** 2
-    tokenizer = _tokenizer(("<pad>", "<eos>", "<bos>", "<unk>", "<image>"), bos="<bos>", eos="<eos>", pad="<pad>")
+    tokenizer = tiny_tokenizer(("<pad>", "<eos>", "<bos>", "<unk>", "<image>"), bos="<bos>", eos="<eos>", pad="<pad>")
     processor: ProcessorMixin = PaliGemmaProcessor(images, tokenizer)
     return processor
 
@@ -275,9 +277,9 @@ def _paligemma() -> ProcessorMixin:
 def _paligemma_config(processor: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(
         "paligemma",
-        vision_config={"model_type": "siglip_vision_model", **_VISION, "vision_use_head": False, "projection_dim": 64},
-        text_config={"model_type": "gemma", **_sizes(processor.tokenizer), "tie_word_embeddings": True},
-        image_token_index=_id(processor, "<image>"),
+        vision_config={"model_type": "siglip_vision_model", **VISION, "vision_use_head": False, "projection_dim": 64},
+        text_config={"model_type": "gemma", **text_sizes(processor.tokenizer), "tie_word_embeddings": True},
+        image_token_index=token_id(processor, "<image>"),
         projection_dim=64,
         tie_word_embeddings=True,
     )
@@ -288,7 +290,7 @@ def _pixtral(merge: int) -> Callable[[], ProcessorMixin]:
         from transformers import PixtralImageProcessor, PixtralProcessor
 
         specials = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "<pad>")
-        tokenizer = _tokenizer((*specials, "[IMG]", "[IMG_BREAK]", "[IMG_END]"), pad="<pad>", **_SENTENCEPIECE)
+        tokenizer = tiny_tokenizer((*specials, "[IMG]", "[IMG_BREAK]", "[IMG_END]"), pad="<pad>", **SENTENCEPIECE)
         images = PixtralImageProcessor(size={"longest_edge": 128}, patch_size=8 if merge == 1 else {"height": 8, "width": 8})
         processor: ProcessorMixin = PixtralProcessor(images, tokenizer, patch_size=8, spatial_merge_size=merge)
         return processor
@@ -298,13 +300,13 @@ def _pixtral(merge: int) -> Callable[[], ProcessorMixin]:
 
 def _pixtral_config(model_type: str) -> Callable[[Any], PreTrainedConfig]:
     def config(processor: Any) -> PreTrainedConfig:
-        vision = {key: value for key, value in _VISION.items() if key not in ("image_size", "patch_size")}
+        vision = {key: value for key, value in VISION.items() if key not in ("image_size", "patch_size")}
         settings = {"spatial_merge_size": 2} if model_type == "mistral3" else {"vision_feature_select_strategy": "full"}
         return AutoConfig.for_model(
             model_type,
             vision_config={"model_type": "pixtral", **vision, "head_dim": 32, "image_size": 128, "patch_size": 8},
-            text_config={"model_type": "mistral", **_sizes(processor.tokenizer)},
-            image_token_index=_id(processor, "[IMG]"),
+            text_config={"model_type": "mistral", **text_sizes(processor.tokenizer)},
+            image_token_index=token_id(processor, "[IMG]"),
             vision_feature_layer=-1,
             tie_word_embeddings=False,
             **settings,
@@ -335,16 +337,21 @@ class TinyBase:
         config: builds the model's config for that processor.
         keys: regular expressions and replacements that map module names to the key names of hub checkpoints.
         generation: generation settings of the release, without its token ids.
+        template: the chat template of the release, or one that renders the same text; None if it has none.
+        required_template: the `model.chat_template` that a recipe must set, because the release has no template, or one without
+            an end-of-turn token.
     """
 
     processor: Callable[[], ProcessorMixin]
     config: Callable[[Any], PreTrainedConfig]
     keys: tuple[tuple[str, str], ...] = ()
     generation: dict[str, Any] = field(default_factory=dict)
+    template: str | None = None
+    required_template: str | None = None
 
 
 _NUCLEUS = {"do_sample": True, "temperature": 0.1, "top_p": 0.001, "repetition_penalty": 1.05}
-BASES: dict[str, TinyBase] = {
+_BASES: dict[str, TinyBase] = {
     "llava": TinyBase(_llava, lambda p: _llava_config(p, "llama"), _CLIP_KEYS),
     "llava_pixtral": TinyBase(_pixtral(1), _pixtral_config("llava"), _FLAT_KEYS),
     "llava_next": TinyBase(_llava_next, _llava_next_config, _CLIP_KEYS),
@@ -377,7 +384,7 @@ BASES: dict[str, TinyBase] = {
                 "num_position_embeddings": 16,
                 "deepstack_visual_indexes": [0],
             },
-            {**_MROPE, "mrope_section": [3, 3, 2]},
+            {**MROPE_PARAMETERS, "mrope_section": [3, 3, 2]},
         ),
         generation={"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
     ),
@@ -399,23 +406,24 @@ BASES: dict[str, TinyBase] = {
     "paligemma": TinyBase(_paligemma, _paligemma_config, _CLIP_KEYS),
     "mistral3": TinyBase(_pixtral(2), _pixtral_config("mistral3"), _FLAT_KEYS),
 }
+BASES = {
+    name: replace(base, template=TEMPLATES[name], required_template=REQUIRED_TEMPLATES.get(name)) for name, base in _BASES.items()
+}
 """Tiny bases by name: the `model_type` of the family, with the vision tower appended if a class has several variants."""
 
 
-def write_tiny_base(family: str, out: Path, seed: int = 0) -> Path:
-    """Write the tiny checkpoint of a family.
+def write_tiny_base(base: TinyBase, out: Path, seed: int = 0) -> Path:
+    """Write a tiny checkpoint, such as one of `BASES`.
 
     Args:
-        family: a key of `BASES`.
         out: the directory to write.
         seed: the seed of the weights.
 
     Raises:
         ImportError: the processor needs an optional library that is not installed.
     """
-    base = BASES[family]
     processor = base.processor()
-    processor.chat_template = TEMPLATES[family]
+    processor.chat_template = base.template
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(base.config(processor), trust_remote_code=False)

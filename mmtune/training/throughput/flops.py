@@ -14,7 +14,8 @@ from peft import PeftModel
 from torch import nn
 
 from mmtune.data.batching.collate import RowSize
-from mmtune.models.components import Components, component_of, find_components
+from mmtune.families.structure import Components, find_components
+from mmtune.models.components import component_of
 from mmtune.models.fake_tensors import TorchDispatchMode
 
 

@@ -94,7 +94,7 @@ def test_an_assembled_model_is_saved_with_hub_key_names(
 
 @pytest.mark.parametrize("family", BASES)
 def test_loaded_and_built_models_are_saved_with_hub_key_names(family: str, tmp_path: Path) -> None:
-    release = write_tiny_base(family, tmp_path / "release")
+    release = write_tiny_base(BASES[family], tmp_path / "release")
     assert modules(keys_of(release), HUB[family]) == HUB[family]
     model = reload(release)
     assert not find_unread_tensors(model, str(release))

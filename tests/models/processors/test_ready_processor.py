@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from family_processors import FAMILIES, TURNS, byte_level
 
-from mmtune.models.processors.ready_processor import PROCESSOR_KEYS, check_image_tokens, choose_pad_token, prepare_processor
+from mmtune.families.family_table import family_of_processor
+from mmtune.models.processors.ready_processor import check_image_tokens, choose_pad_token, prepare_processor
 from mmtune.models.tiny.tiny_bases import BASES
 from mmtune.utils.errors import UserError
 
@@ -25,7 +26,7 @@ def test_image_tokens_equal_image_features(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mismatched_key_is_an_error_with_the_expected_value(family: str) -> None:
     config = BASES[family].config(FAMILIES[family]())
-    for key, rule in PROCESSOR_KEYS[type(FAMILIES[family]()).__name__].items():
+    for key, rule in family_of_processor(FAMILIES[family]()).processor_keys.items():
         processor: Any = copy.deepcopy(FAMILIES[family]())
         owner = processor.image_processor if "." in key else processor
         attribute = key.rpartition(".")[2]

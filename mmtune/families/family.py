@@ -1,0 +1,131 @@
+"""A model family: where its components are, and how its processor turns an image into tokens.
+
+`Family` holds what is true of most: components are found in the model's structure, and the processor itself says with which text
+it replaces the placeholder of an image. A family that differs is an entry of `family_table.py`, in a file of its own when it has
+code. torch and transformers are imported inside the hooks, because recipes are checked without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import ProcessorMixin
+
+Span = tuple[int, int]
+"""First and past-the-last character."""
+
+Size = tuple[int, int]
+"""(width, height) in pixels, upright."""
+
+Geometry = dict[str, Any]
+"""The values that a processor's `replace_image_token` reads, as its image processor would return them."""
+
+ConfigRule = Callable[[Any], Any]
+"""A function from a model's config to the value of a processor key; None if the config does not determine it."""
+
+
+class TextError(ValueError):
+    """A conversation that the family's processor cannot encode."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family, or several that differ from most in the same way.
+
+    Attributes:
+        name: of its entry, and of its tests.
+        model_types: `model_type` of the configs for which the entry holds.
+        processors: class names of the processors for which it holds; subclasses count.
+        encoder: path of the vision tower, where transformers' accessor does not return it.
+        language_model: path of the language model, where transformers' accessor does not return it.
+        projector: paths of the projector, the main module first, then further modules and parameters that are trained with it;
+            empty where structure tells (`structure.py`). A path that the model lacks is left out.
+        others: paths of parts that take no part in reading an image, such as an audio tower. They stay frozen.
+        unpackable: why packed samples would attend to each other; None where they do not.
+        mrope: whether a position has three parts: time, height and width.
+        image_processors: class names of the image processors that `geometry` supports.
+        processor_keys: keys of the processor that determine the number of image tokens, with the rule for each value.
+        needs_image: whether its processor takes no conversation without an image.
+        embeds_image_token: whether the image token has a row in the embeddings.
+        placeholder_is_image_token: whether the chat template's placeholder is the token of the image features.
+        media_types_key: the name under which its model takes `mm_token_type_ids`.
+    """
+
+    name: str
+    model_types: tuple[str, ...] = ()
+    processors: tuple[str, ...] = ()
+    encoder: str | None = None
+    language_model: str | None = None
+    projector: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    unpackable: str | None = None
+    mrope: bool = False
+    image_processors: tuple[str, ...] = ()
+    processor_keys: Mapping[str, ConfigRule] = field(default_factory=dict)
+    needs_image: bool = False
+    embeds_image_token: bool = True
+    placeholder_is_image_token: bool = True
+    media_types_key: str = "mm_token_type_ids"
+
+    def reports_replacements(self, processor: ProcessorMixin) -> bool:
+        """Whether the processor, or the entry, says with which text it replaces the placeholder of an image."""
+        from transformers import ProcessorMixin
+
+        return type(processor).replace_image_token is not ProcessorMixin.replace_image_token
+
+    def complete_processor(self, processor: Any, filled: Mapping[str, Any]) -> None:
+        """Set attributes that the processor computes from its keys, after `filled` were set from the model's config."""
+
+    def process_images(self, processor: Any, images: Sequence[Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """The media tensors of one sample's images, and the text with which each placeholder is replaced.
+
+        Args:
+            images: of one sample, in order; at least one PIL image.
+
+        Raises:
+            ValueError: an image that the processor rejects.
+        """
+        import torch
+
+        outputs: Mapping[str, Any] = processor(
+            images=[list(images)],
+            text=[processor.image_token * len(images)],
+            images_kwargs={"return_tensors": "pt"},
+            return_text_replacement_offsets=True,
+        )
+        replacements = [change["replacement"] for change in outputs["text_replacement_offsets"][0]]
+        text_keys = {"text_replacement_offsets", "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
+        return {key: torch.as_tensor(value) for key, value in outputs.items() if key not in text_keys}, replacements
+
+    def geometry(self, processor: Any, settings: Mapping[str, Any], sizes: Sequence[Size]) -> Geometry | None:
+        """What the image processor would return for images of these sizes, without pixels; None if the real one is needed.
+
+        A rule is used only after it has agreed with the real processor on a few sizes.
+
+        Args:
+            settings: of the image processor, with the processor's defaults.
+            sizes: of all images of one sample.
+
+        Raises:
+            ValueError: an image that the processor rejects, with the same message.
+        """
+        return None
+
+    def mark_text(self, processor: Any, text: str, spans: list[Span], image_ends: Sequence[int]) -> tuple[str, list[Span]]:
+        """A rendered conversation with what the processor adds beyond images, and its shifted answer spans.
+
+        Args:
+            image_ends: the position after each image placeholder.
+
+        Raises:
+            TextError: a conversation that the processor cannot encode.
+        """
+        return text, spans
+
+    def token_tensors(self, processor: Any, input_ids: list[int], supervised: list[bool]) -> dict[str, torch.Tensor]:
+        """Further tensors of shape (1, length) that the model takes; they replace those of the same name."""
+        return {}

@@ -1,0 +1,149 @@
+"""Where the components of a vision-language model are, found in its structure.
+
+transformers gives every model accessors for the encoder of a modality, the decoder and the output head. What lies between is the
+projector: the modules and parameters in neither, or, where the vision tower contains it (Qwen-VL), the parts of the tower that
+transformers names as projectors. `check_image_tokens` proves the result on the features of an image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from mmtune.families.family_table import family_of
+from mmtune.utils.errors import RecipeValueError
+
+PROJECTOR_NAMES = ("merger", "projector", "connector", "aligner", "resampler", "projection")
+"""Words in the names that transformers gives a projector inside a vision tower."""
+
+OTHER_MODALITIES = ("audio", "video")
+
+
+@dataclass(frozen=True)
+class Components:
+    """Dotted module paths of the components of a model.
+
+    Attributes:
+        vision_tower: the image encoder; in Qwen-VL it contains the projector.
+        projector: the module that maps image features to the width of the language model.
+        language_model: the decoder, with its token embeddings.
+        lm_head: the output embeddings.
+        projector_extras: further modules and parameters of the projector (LLaVA-NeXT's `image_newline`, Qwen3-VL's DeepStack
+            mergers).
+        others: parts that take no part in reading an image, such as an audio tower. They stay frozen.
+    """
+
+    vision_tower: str | None
+    projector: str | None
+    language_model: str
+    lm_head: str | None
+    projector_extras: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+
+def find_components(model: nn.Module) -> Components:
+    """Find the components of a vision-language model, plain or wrapped by PEFT.
+
+    Returns:
+        Paths for `model.get_submodule`; those of `projector_extras` and `others` may also be parameters.
+
+    Raises:
+        UserError: a model without one of the components, or with parts that belong to none; lists what was found.
+    """
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    model_type = str(getattr(getattr(inner, "config", None), "model_type", None))
+    subject = f"{type(inner).__name__} (model_type {model_type!r})"
+    names = {id(module): name for name, module in inner.named_modules()}
+    family = family_of(model_type)
+
+    def path(module: Any) -> str | None:
+        return names.get(id(module)) or None  # the model itself is no component
+
+    head = path(inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None)
+    language = family.language_model or path(_accessor(inner, "get_decoder"))
+    vision = family.encoder or path(_accessor(inner, "get_encoder", modality="image"))
+    found = {"vision tower": vision, "language model": language, "output head": head}
+    if vision is None or language is None or head is None or vision == language:
+        missing = [name for name, where in found.items() if where is None] or ["vision tower"]
+        raise RecipeValueError("model", f"{subject} has no {', no '.join(missing)}; found {_listing(found)}")
+    audio = [path(_accessor(inner, "get_encoder", modality=modality)) for modality in OTHER_MODALITIES]
+    others = [*family.others, *(each for each in audio if each not in (None, vision, language))]
+    others = [each for each in dict.fromkeys(others) if not is_inside(vision, each) and _has(inner, each)]
+    projectors = [each for each in family.projector if _has(inner, each)] or _projectors(
+        inner, vision, [vision, language, head, *others]
+    )
+    if not projectors:
+        inside = ", ".join(name for name, _ in inner.get_submodule(vision).named_children())
+        raise RecipeValueError("model", f"{subject} has no projector; found {_listing(found)}, with {inside} in the vision tower")
+    prefix = {id(module): name for name, module in model.named_modules()}[id(inner)] + "." if inner is not model else ""
+    return Components(
+        vision_tower=prefix + vision,
+        projector=prefix + projectors[0],
+        language_model=prefix + language,
+        lm_head=prefix + head,
+        projector_extras=tuple(prefix + each for each in projectors[1:]),
+        others=tuple(prefix + each for each in others),
+    )
+
+
+def _accessor(model: Any, name: str, **modality: str) -> Any:
+    """What an accessor of transformers returns; None where a class has none for the modality."""
+    if not hasattr(model, name):
+        return None
+    try:
+        return getattr(model, name)(**modality)
+    except (AttributeError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _projectors(model: nn.Module, vision: str, claimed: list[str]) -> list[str]:
+    """What lies between encoder and decoder, the largest module first; else the parts of the vision tower named as projectors."""
+    between = _outside(model, claimed)
+    if not between:
+        tower = model.get_submodule(vision)
+        between = [
+            f"{vision}.{name}"
+            for name, module in tower.named_children()
+            if any(word in name for word in PROJECTOR_NAMES) and any(True for _ in module.parameters())
+        ]
+    modules = dict(model.named_modules())
+
+    def size(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    def rank(path: str) -> tuple[bool, int]:  # parameters, and lists such as Qwen3-VL's mergers of deeper layers, come last
+        module = modules.get(path)
+        return module is None or isinstance(module, nn.ModuleList), 0 if module is None else -size(module)
+
+    return sorted(between, key=rank)
+
+
+def _outside(model: nn.Module, claimed: list[str]) -> list[str]:
+    """The modules and parameters outside the claimed paths, each as large as possible."""
+    names = [name for name, _ in model.named_parameters() if not any(is_inside(name, path) for path in claimed)]
+    parts: dict[str, None] = {}
+    for name in names:
+        pieces = name.split(".")
+        ends = (".".join(pieces[:end]) for end in range(1, len(pieces) + 1))
+        parts[next(part for part in ends if not any(is_inside(path, part) for path in claimed))] = None
+    return list(parts)
+
+
+def is_inside(name: str, path: str) -> bool:
+    """Whether a dotted name is a path or lies below it."""
+    return name == path or name.startswith(path + ".")
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    try:
+        return hasattr(model.get_submodule(owner), name)
+    except AttributeError:
+        return False
+
+
+def _listing(found: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {path}" for name, path in found.items() if path is not None) or "none of them"

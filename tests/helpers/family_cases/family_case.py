@@ -1,0 +1,26 @@
+"""A family of the tests: a tiny checkpoint, and what its chat template writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmtune.models.tiny.tiny_bases import TinyBase
+
+
+@dataclass(frozen=True)
+class FamilyCase:
+    """One family of the tests.
+
+    Attributes:
+        base: its tiny checkpoint.
+        end: the end-of-turn token of its chat template.
+        leading: supervised text before an answer, if the generation prompt ends without it.
+        needs_image: whether its processor takes no conversation without an image.
+        one_image: whether its processor takes at most one image in a conversation.
+    """
+
+    base: TinyBase
+    end: str = "<|im_end|>"
+    leading: str = ""
+    needs_image: bool = False
+    one_image: bool = False
