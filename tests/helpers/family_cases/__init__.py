@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from family_cases.family_case import FamilyCase
+from family_cases.fixed_cases import FIXED_CASES
+from family_cases.grid_cases import GRID_CASES
+from family_cases.separate_cases import SEPARATE_CASES
 from family_cases.shipped_bases import SHIPPED
+from family_cases.tile_cases import TILE_CASES
 
-CASES: dict[str, FamilyCase] = {**SHIPPED}
+CASES: dict[str, FamilyCase] = {**SHIPPED, **FIXED_CASES, **GRID_CASES, **TILE_CASES, **SEPARATE_CASES}
