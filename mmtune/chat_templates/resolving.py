@@ -104,17 +104,21 @@ def resolve_chat_template(
     return template
 
 
-def training_chat_template(processor: ProcessorMixin) -> str:
+def training_chat_template(processor: ProcessorMixin, image_token: str) -> str:
     """The chat template of a ready vision-language model, with `{% generation %}` tags if possible.
 
     A template without these tags is replaced by TRL's training template that writes the same text, if there is one. Otherwise it
     is used unchanged if the spans of its answers can be found exactly (see `mmtune.chat_templates.rendering`).
 
+    Args:
+        processor: the model's processor.
+        image_token: the image placeholder that the template must write.
+
     Raises:
         UserError: the model has no chat template, or one without exact answer spans.
     """
     published = _published_template(processor)
-    tokenizer, image_token = processor.tokenizer, processor.image_token
+    tokenizer = processor.tokenizer
     if published is None:
         raise UserError(f"the model has no chat template; {_advice(None, tokenizer, image_token)}")
     if has_generation_tags(published) and not _incompatibility(published, tokenizer, image_token):

@@ -71,11 +71,16 @@ class Family:
     placeholder_is_image_token: bool = True
     media_types_key: str = "mm_token_type_ids"
 
+    def placeholder(self, processor: Any) -> str:
+        """The text that the chat template writes for an image."""
+        return str(processor.image_token)
+
     def reports_replacements(self, processor: ProcessorMixin) -> bool:
         """Whether the processor, or the entry, says with which text it replaces the placeholder of an image."""
         from transformers import ProcessorMixin
 
-        return type(processor).replace_image_token is not ProcessorMixin.replace_image_token
+        has_own = type(self).process_images is not Family.process_images
+        return has_own or type(processor).replace_image_token is not ProcessorMixin.replace_image_token
 
     def complete_processor(self, processor: Any, filled: Mapping[str, Any]) -> None:
         """Set attributes that the processor computes from its keys, after `filled` were set from the model's config."""
@@ -125,6 +130,18 @@ class Family:
             TextError: a conversation that the processor cannot encode.
         """
         return text, spans
+
+    def replacements_in_text(
+        self, processor: Any, text: str, placeholders: Sequence[Span], replacements: Sequence[str]
+    ) -> Sequence[str]:
+        """The replacements of a text's placeholders, where they depend on what stands beside them.
+
+        Args:
+            text: as `mark_text` returned it.
+            placeholders: the span of each placeholder.
+            replacements: the text of each image alone, as `process_images` returned it.
+        """
+        return replacements
 
     def token_tensors(self, processor: Any, input_ids: list[int], supervised: list[bool]) -> dict[str, torch.Tensor]:
         """Further tensors of shape (1, length) that the model takes; they replace those of the same name."""

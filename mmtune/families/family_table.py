@@ -14,13 +14,14 @@ from mmtune.families.fixed.llava import LLAVA
 from mmtune.families.fixed.paligemma import PALIGEMMA
 from mmtune.families.grids.pixtral import PIXTRAL
 from mmtune.families.grids.qwen_vl import QWEN_VL
+from mmtune.families.separate.idefics2 import IDEFICS2
 from mmtune.families.tiles.idefics3 import IDEFICS3
 from mmtune.families.tiles.internvl import INTERNVL
 from mmtune.families.tiles.llava_next import LLAVA_NEXT, LLAVA_ONEVISION
 
 FAMILIES: Mapping[str, Family] = {
     family.name: family
-    for family in (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN_VL, IDEFICS3, INTERNVL, GEMMA3, PALIGEMMA, PIXTRAL)
+    for family in (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN_VL, IDEFICS3, INTERNVL, GEMMA3, PALIGEMMA, PIXTRAL, IDEFICS2)
 }
 """The families with an entry of their own, by name."""
 

@@ -26,6 +26,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from mmtune.builtin import tiny_checkpoint as tiny
 from mmtune.chat_templates.resolving import resolve_chat_template, set_chat_template, training_chat_template, use_chat_template
 from mmtune.distributed.sharded_parameters import is_sharded
+from mmtune.families.family_table import family_of_processor
 from mmtune.methods.method_table import METHODS, method_of_peft_type
 from mmtune.models.assemble import assemble, assemble_processor
 from mmtune.models.checkpoints.adapter_export import export_adapter
@@ -323,11 +324,12 @@ def load_processor(name: str, subject: str, config: PreTrainedConfig, trust_remo
 
 def _choose_chat_template(processor: ProcessorMixin, subject: str, template_name: str | None) -> str:
     """The chat template that a recipe names, otherwise the checkpoint's."""
+    placeholder = family_of_processor(processor).placeholder(processor)
     if template_name is None:
         with errors_about(subject):
-            template = training_chat_template(processor)
+            template = training_chat_template(processor, placeholder)
     else:
-        template = resolve_chat_template(template_name, processor.tokenizer, image_token=processor.image_token)
+        template = resolve_chat_template(template_name, processor.tokenizer, image_token=placeholder)
     if "strftime_now" in template:
         print("chat template: it writes the current date (strftime_now), so tokens and lengths of rows depend on the day")
     return template
@@ -387,9 +389,7 @@ def _load_trained(
             template = _choose_chat_template(processor, subject, template_name)
         else:
             processor, template = _ready_processor(source, subject, config, template_name, trust_remote_code)
-        if template_name != chat_template and template != resolve_chat_template(
-            str(chat_template), processor.tokenizer, image_token=processor.image_token
-        ):
+        if template_name != chat_template and template != _choose_chat_template(processor, subject, chat_template):
             raise UserError(f"{subject}: it was trained with another chat template than {chat_template}; omit the chat template")
         set_chat_template(processor, template)
         if not trained.is_adapter:

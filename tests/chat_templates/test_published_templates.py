@@ -148,7 +148,7 @@ def _messages(*answers: str) -> list[dict[str, Any]]:
 def test_published_templates_give_exact_labels(name: str) -> None:
     template, specials, image, span = EXACT[name]
     processor = _processor(template, specials, image)
-    set_chat_template(processor, training_chat_template(processor))
+    set_chat_template(processor, training_chat_template(processor, processor.image_token))
     check_chat_template(processor)
     messages = _messages("a cat", "no\n\ndog")
     encoded = encode_text("r", messages, processor, [image * 4])
@@ -167,7 +167,7 @@ def test_a_template_without_end_of_turn_is_an_error_that_names_the_shipped_one(s
     with pytest.raises(
         UserError, match=r"expected an end-of-turn token after an answer, got ' '.*model.chat_template: vicuna_v1,"
     ):
-        training_chat_template(processor)
+        training_chat_template(processor, processor.image_token)
     resolve_chat_template("vicuna_v1", processor.tokenizer)  # the advice leads somewhere
 
 
@@ -202,16 +202,16 @@ def test_an_unsuitable_template_is_an_error_that_names_a_suitable_one(
     template: Any, specials: Any, image: str, named: str
 ) -> None:
     with pytest.raises(UserError, match=named):
-        training_chat_template(_processor(template, specials, image))
+        training_chat_template(_processor(template, specials, image), image)
 
 
 def test_the_default_of_several_templates_is_used_and_reported(capsys: pytest.CaptureFixture[str]) -> None:
     template, specials, image, _ = EXACT["llava-next-chatml"]
-    assert training_chat_template(_processor({"default": template, "rag": "x"}, specials, image)) == template
+    assert training_chat_template(_processor({"default": template, "rag": "x"}, specials, image), image) == template
     assert "chat template: using default, of default, rag" in capsys.readouterr().out
     processor = _processor(None, specials, image)
     processor.tokenizer.chat_template = template  # in tokenizer_config.json alone
-    assert training_chat_template(processor) == template
+    assert training_chat_template(processor, processor.image_token) == template
 
 
 def test_an_unsupported_system_message_is_an_error_of_its_row() -> None:

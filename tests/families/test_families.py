@@ -106,7 +106,7 @@ def mmtune(*arguments: str | Path) -> int:
 
 
 def test_every_family_has_a_tiny_checkpoint() -> None:
-    types = {re.sub("_pixtral$", "", name) for name in BASES}
+    types = {re.sub("_pixtral$", "", name) for name in CASES}
     assert all(types & set(family.model_types) for family in FAMILIES.values() if family.model_types)
     assert set(FAST) <= set(BASES) and len(FAST) == 8
 

@@ -142,7 +142,7 @@ def _supervised_answers(messages: list[Message], supervise: Supervise) -> list[b
 
 def image_tokens(processor: ProcessorMixin) -> tuple[str, ...]:
     """The image placeholder of the chat template, and the token of image features if it is different."""
-    tokens = (getattr(processor, "image_token", None), getattr(processor.tokenizer, "image_token", None))
+    tokens = (family_of_processor(processor).placeholder(processor), getattr(processor.tokenizer, "image_token", None))
     return tuple(dict.fromkeys(token for token in tokens if token))
 
 
@@ -194,26 +194,31 @@ def _expand_placeholders(
     Raises:
         ChatTemplateError: the numbers of placeholders and images differ.
     """
-    token = getattr(processor, "image_token", None)
-    image_ends = [match.end() for match in re.finditer(f"(?<!{ESCAPE_START}){re.escape(token)}", text)] if token else []
+    family = family_of_processor(processor)
+    placeholder = re.compile(f"(?<!{ESCAPE_START}){re.escape(family.placeholder(processor))}")
+    image_ends = [match.end() for match in placeholder.finditer(text)]
     if len(image_ends) != len(replacements):
         raise ChatTemplateError(
             f"expected {len(replacements)} image placeholders from the chat template, one for each image, got {len(image_ends)}"
         )
     try:
-        text, spans = family_of_processor(processor).mark_text(processor, text, spans, image_ends)
+        text, spans = family.mark_text(processor, text, spans, image_ends)
     except TextError as error:
         raise ChatTemplateError(str(error)) from error
-    if not replacements:
-        return text, spans, []
-    texts, [changes] = processor.get_text_with_replacements([text], replacements)
-    ends = [change["span"][1] for change in changes]
-    shifts = [0, *(change["new_span"][1] - change["span"][1] for change in changes)]
+    placeholders = [match.span() for match in placeholder.finditer(text)]
+    pieces, media_spans, shifts, last = [], [], [0], 0
+    placed = family.replacements_in_text(processor, text, placeholders, replacements)
+    for (start, end), replacement in zip(placeholders, placed, strict=True):
+        pieces += [text[last:start], replacement]
+        media_spans.append((start + shifts[-1], start + shifts[-1] + len(replacement)))
+        shifts.append(media_spans[-1][1] - end)
+        last = end
+    ends = [end for _, end in placeholders]
 
     def shift(position: int) -> int:
-        return int(position + shifts[bisect_right(ends, position)])
+        return position + shifts[bisect_right(ends, position)]
 
-    return texts[0], [(shift(start), shift(end)) for start, end in spans], [change["new_span"] for change in changes]
+    return "".join([*pieces, text[last:]]), [(shift(start), shift(end)) for start, end in spans], media_spans
 
 
 def open_images(sample_id: str, messages: list[Message]) -> list[Message]:

@@ -107,7 +107,7 @@ def prepare_processor(
     """
     check_image_tokens(processor, config, trust_remote_code)
     _check_embedding_rows(processor, config)
-    choose_pad_token(name, processor.tokenizer, template, processor.image_token)
+    choose_pad_token(name, processor.tokenizer, template, family_of_processor(processor).placeholder(processor))
 
 
 def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
@@ -121,6 +121,7 @@ def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_co
     config = type(config).from_dict(config.to_dict())  # from_config modifies the config
     if (token := getattr(config, "image_token_id", None)) is None:
         return
+    family = family_of_processor(processor)
     counts: dict[Any, int] = {}
     with suppress_fake_tensor_warnings():
         with meta_init():
@@ -134,7 +135,7 @@ def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_co
         for width, height in PROBE_SIZES:
             image = Image.new("RGB", (width, height), "red")
             try:
-                batch = processor(images=[[image]], text=[processor.image_token], return_tensors="pt")
+                batch = processor(images=[[image]], text=[family.placeholder(processor)], return_tensors="pt")
                 written = int((batch["input_ids"] == token).sum())
                 inputs = {name: value for name, value in batch.items() if name in parameters and name != "input_ids"}
                 key = tuple((name, value.shape if value.is_floating_point() else str(value)) for name, value in inputs.items())
