@@ -44,7 +44,8 @@ class Family:
         language_model: path of the language model, where transformers' accessor does not return it.
         projector: paths of the projector, the main module first, then further modules and parameters that are trained with it;
             empty where structure tells (`structure.py`). A path that the model lacks is left out.
-        others: paths of parts that take no part in reading an image, such as an audio tower. They stay frozen.
+        others: paths of parts that stay frozen whatever the recipe says: an audio tower, parts that generate images, a second
+            vision tower.
         unpackable: why packed samples would attend to each other; None where they do not.
         mrope: whether a position has three parts: time, height and width.
         image_processors: class names of the image processors that `geometry` supports.

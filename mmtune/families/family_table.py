@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmtune.families.family import Family
+from mmtune.families.fixed.deepseek import DEEPSEEK_VL_HYBRID, JANUS
 from mmtune.families.fixed.gemma3 import GEMMA3
 from mmtune.families.fixed.llava import LLAVA
 from mmtune.families.fixed.paligemma import PALIGEMMA
@@ -21,7 +22,12 @@ from mmtune.families.tiles.llava_next import LLAVA_NEXT, LLAVA_ONEVISION
 
 FAMILIES: Mapping[str, Family] = {
     family.name: family
-    for family in (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN_VL, IDEFICS3, INTERNVL, GEMMA3, PALIGEMMA, PIXTRAL, IDEFICS2)
+    for family in (
+        *(LLAVA, GEMMA3, PALIGEMMA, DEEPSEEK_VL_HYBRID, JANUS),
+        *(LLAVA_NEXT, LLAVA_ONEVISION, IDEFICS3, INTERNVL),
+        *(QWEN_VL, PIXTRAL),
+        IDEFICS2,
+    )
 }
 """The families with an entry of their own, by name."""
 

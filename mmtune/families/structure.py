@@ -7,6 +7,7 @@ transformers names as projectors. `check_image_tokens` proves the result on the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,8 @@ class Components:
         lm_head: the output embeddings.
         projector_extras: further modules and parameters of the projector (LLaVA-NeXT's `image_newline`, Qwen3-VL's DeepStack
             mergers).
-        others: parts that take no part in reading an image, such as an audio tower. They stay frozen.
+        others: parts that stay frozen whatever the recipe says: an audio tower, parts that generate images, a second vision
+            tower.
     """
 
     vision_tower: str | None
@@ -87,6 +89,14 @@ def find_components(model: nn.Module) -> Components:
         projector_extras=tuple(prefix + each for each in projectors[1:]),
         others=tuple(prefix + each for each in others),
     )
+
+
+def image_features_of(model: Any) -> Callable[..., Any] | None:
+    """`get_image_features` of a model, or of its part without the head (DeepSeek-VL, Janus); None if it has none."""
+    for owner in (model, getattr(model, "base_model", None)):
+        if hasattr(owner, "get_image_features"):
+            return owner.get_image_features  # type: ignore[no-any-return]
+    return None
 
 
 def _accessor(model: Any, name: str, **modality: str) -> Any:

@@ -8,6 +8,7 @@ method; no code here depends on a model's layers.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from mmtune.console.styled_console import StyledConsole
-from mmtune.families.structure import find_components
+from mmtune.families.structure import find_components, image_features_of
 from mmtune.methods.method import DEFAULT_METHOD
 from mmtune.methods.method_table import METHODS
 from mmtune.models.compatibility import (
@@ -146,7 +147,7 @@ def estimate_memory(
         for frozen in objective.frozen_models:
             memory.track_model(frozen, "frozen_models")
         with _prediction_errors(recipe):
-            pixels = _pixels(recipe.model, memory, images * arguments.per_device_train_batch_size, image_size)
+            pixels = _pixels(recipe.model, model, memory, images * arguments.per_device_train_batch_size, image_size)
             batch = _batch(tuned, memory, pixels, arguments, tokens, images, supervised)
             peak_memory, phase = _step(tuned, objective, memory, batch, arguments)
     return MemoryEstimate(**peak_memory, phase=phase)
@@ -319,8 +320,10 @@ def _prediction_errors(recipe: Recipe) -> Iterator[None]:
 # ---- the training step
 
 
-def _pixels(section: ModelSection, memory: MemoryTracker, count: int, size: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """The output of the image processor for blank images, as fake tensors."""
+def _pixels(
+    section: ModelSection, model: Any, memory: MemoryTracker, count: int, size: tuple[int, int]
+) -> dict[str, torch.Tensor]:
+    """What the model takes of the image processor's output for blank images, as fake tensors."""
     if not count:
         return {}
     if section.base is None:
@@ -334,9 +337,9 @@ def _pixels(section: ModelSection, memory: MemoryTracker, count: int, size: tupl
             raise UserError(unreachable_file("model.base", section.base, "preprocessor_config.json", error)) from error
     blank = Image.new("RGB", (size[1], size[0]))
     one = processor(images=[blank], return_tensors="pt")
-    pixels = {}
+    pixels, taken = {}, inspect.signature(model.forward).parameters
     for name, tensor in one.items():
-        if name in ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask"):
+        if name in taken and isinstance(tensor, torch.Tensor):
             whole = (count * tensor.shape[0], *tensor.shape[1:])
             pixels[name] = memory.fake(tensor, whole) if tensor.is_floating_point() else tensor.expand(whole).clone()
     return pixels
@@ -357,7 +360,7 @@ def _batch(
     rows, each = arguments.per_device_train_batch_size, 0
     if pixels:
         with torch.no_grad(), memory, _autocast(arguments):
-            features = base.get_image_features(**pixels, return_dict=True).pooler_output
+            features = _image_features(base, pixels).pooler_output
         each = sum(part.numel() for part in (features if isinstance(features, (list, tuple)) else [features]))
         each //= width * rows * images
     marks = [getattr(config, name, None) for name in ("vision_start_token_id", "vision_end_token_id")]
@@ -376,6 +379,14 @@ def _batch(
     if marks[0] is not None:
         batch["mm_token_type_ids"] = (ids == image_token).long()
     return batch
+
+
+def _image_features(model: Any, pixels: dict[str, torch.Tensor]) -> Any:
+    image_features = image_features_of(model)
+    if image_features is None:
+        raise UserError(f"{type(model).__name__} has no get_image_features, which counts the features of an image")
+    taken = inspect.signature(image_features).parameters
+    return image_features(**{name: tensor for name, tensor in pixels.items() if name in taken}, return_dict=True)
 
 
 def _step(

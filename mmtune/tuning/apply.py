@@ -197,7 +197,7 @@ def count_parameters(model: nn.Module, components: Components, tune: TuneSection
     return [
         ComponentCount(
             name,
-            tunings[name].method,
+            tunings[name].method if name in tunings else "frozen",
             ", ".join(sorted(stored.get(name, ()))),
             total,
             trainable,

@@ -10,7 +10,7 @@ from mmtune.families.image_geometry import SQUARE_PROCESSORS, extra_tokens, patc
 
 LLAVA_KEYS: dict[str, ConfigRule] = {
     "patch_size": patch_size,
-    "vision_feature_select_strategy": lambda config: str(config.vision_feature_select_strategy),
+    "vision_feature_select_strategy": lambda config: getattr(config, "vision_feature_select_strategy", None),
     "num_additional_image_tokens": extra_tokens,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, Processo
 from mmtune.chat_templates.resolving import end_of_turn_ids
 from mmtune.distributed.sharded_parameters import meta_init
 from mmtune.families.family_table import family_of_processor
-from mmtune.families.structure import find_components
+from mmtune.families.structure import find_components, image_features_of
 from mmtune.models.fake_tensors import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -127,11 +128,11 @@ def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_co
         with meta_init():
             model: Any = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code).eval()
         find_components(model)  # raises an error for a model without one of the components
-        if not hasattr(model, "get_image_features"):
+        if (image_features := image_features_of(model)) is None:
             return
         memory = MemoryTracker(0)
         memory.track_model(model)
-        parameters = inspect.signature(model.get_image_features).parameters
+        parameters = inspect.signature(image_features).parameters
         for width, height in PROBE_SIZES:
             image = Image.new("RGB", (width, height), "red")
             try:
@@ -140,7 +141,7 @@ def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_co
                 inputs = {name: value for name, value in batch.items() if name in parameters and name != "input_ids"}
                 key = tuple((name, value.shape if value.is_floating_point() else str(value)) for name, value in inputs.items())
                 if key not in counts:
-                    counts[key] = _count_features(model, memory, inputs)
+                    counts[key] = _count_features(image_features, memory, inputs, config.get_text_config().hidden_size)
             except (DataDependentOutputException, DynamicOutputShapeException):
                 return  # the number of features depends on weights
             except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
@@ -155,11 +156,13 @@ def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_co
                 )
 
 
-def _count_features(model: Any, memory: MemoryTracker, inputs: dict[str, torch.Tensor]) -> int:
+def _count_features(
+    image_features: Callable[..., Any], memory: MemoryTracker, inputs: dict[str, torch.Tensor], width: int
+) -> int:
     with memory, torch.no_grad():
-        features = model.get_image_features(**inputs, return_dict=True).pooler_output
+        features = image_features(**inputs, return_dict=True).pooler_output
     tensors = features if isinstance(features, (list, tuple)) else [features]
-    return int(sum(tensor.numel() for tensor in tensors) // model.config.get_text_config().hidden_size)
+    return int(sum(tensor.numel() for tensor in tensors) // width)
 
 
 def _mismatched_keys(processor: Any, config: Any) -> str:

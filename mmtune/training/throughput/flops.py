@@ -149,9 +149,8 @@ class ModelFlops:
             yield
         config: Any = _base(self._model).config.get_text_config()
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        vision = (
-            recorder.flops["vision"] + recorder.flops["projector"] + recorder.attention.flops * (1 + 2 * recorder.share("vision"))
-        )
+        vision = sum(recorder.flops[component] for component in ("vision", "projector", "others"))
+        vision += recorder.attention.flops * (1 + 2 * recorder.share("vision"))
         self.dtype = recorder.dtype
         self._rates[images] = _FlopsRates(
             token=recorder.flops["language"] / inputs["input_ids"].numel(),
@@ -181,7 +180,7 @@ class _FlopsRecorder:
     def __init__(self, model: nn.Module, components: Components) -> None:
         self._model = model
         self._components = components
-        self.flops: dict[str, float] = dict.fromkeys(("vision", "projector", "language", "lm_head"), 0.0)
+        self.flops: dict[str, float] = dict.fromkeys(("vision", "projector", "language", "lm_head", "others"), 0.0)
         self._forward, self._with_gradient = dict(self.flops), dict(self.flops)
         self.attention = _AttentionFlops()
         self.dtype = torch.float32
