@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 from mmtune.data.sources.reader import check_source
 from mmtune.families.family_table import family_of
-from mmtune.methods.capability_table import incompatibility
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, resolve_base
 from mmtune.models.checkpoints.model_type import check_model_type, local_model_type
 from mmtune.recipe.recipe import SECTIONS, Recipe, check_files, located
@@ -75,12 +74,9 @@ def _check_base(recipe: Recipe) -> None:
     reason = None if model_type is None else family_of(model_type).unpackable
     if recipe.data.packing and reason is not None:
         raise RecipeValueError("data.packing", f"packing is not supported: {model_type}: {reason}; set data.packing: false")
-    for component, tuning in recipe.tune.components.items():
-        if tuning.method == recipe.tune.method is not None:
-            precision = recipe.model.precision
-            reason = incompatibility(tuning.method, tuning.settings, precision=precision, model_type=model_type)
-            if reason is not None:
-                raise RecipeValueError(f"tune.{component}", reason)
+    if (problem := recipe.tune.incompatibility(recipe.model.precision, model_type=model_type)) is not None:
+        component, reason = problem
+        raise RecipeValueError(f"tune.{component}", reason)
 
 
 def check_reachable(recipe: Recipe) -> None:

@@ -19,7 +19,6 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails
 
-from mmtune.methods.capability_table import incompatibility
 from mmtune.methods.method import DEFAULT_METHOD
 from mmtune.methods.method_table import METHODS
 from mmtune.recipe.media_sections import WINDOW, Augment, evaluation_augment_errors, window_errors
@@ -389,13 +388,10 @@ class Recipe(Section):
                 f"not supported with {method}: a packed row would have its prompt before the first sample only; leave it out"
             )
             yield error_at(("data", "packing"), message)
-        component = next((name for name, tuning in self.tune.components.items() if tuning.method == method), None)
-        if method is not None and component is not None:
-            settings = self.tune.components[component].settings
-            checkpointing = bool(self.train.get("activation_checkpointing") or self.train.get("gradient_checkpointing"))
-            reason = incompatibility(method, settings, precision=precision, checkpointing=checkpointing)
-            if reason is not None:
-                yield error_at(("tune", component), reason)
+        checkpointing = bool(self.train.get("activation_checkpointing") or self.train.get("gradient_checkpointing"))
+        if (problem := self.tune.incompatibility(precision, checkpointing=checkpointing)) is not None:
+            component, reason = problem
+            yield error_at(("tune", component), reason)
 
     def origin(self, key: str) -> str:
         """Where a dotted key was written: `FILE:LINE`, `command line: KEY=VALUE`, or `default`."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, SerializerFunctionWrapHandler, StrictFloat, model_serializer
 from pydantic_core import InitErrorDetails
 
+from mmtune.methods import capability_table
 from mmtune.methods.method import DEFAULT_METHOD
 from mmtune.methods.method_table import METHODS
 from mmtune.methods.selectors import NAMED, compile_selector, is_match
@@ -177,6 +178,20 @@ class TuneSection(Section):
         """Whether the method is initialized from full weights, so that the base cannot be loaded sharded."""
         tuned = [tuning for tuning in self.components.values() if tuning.method in METHODS]
         return any(METHODS[tuning.method].needs_full_weights(tuning.settings) for tuning in tuned)
+
+    def incompatibility(self, precision: str, **context: Any) -> tuple[str, str] | None:
+        """The first component whose method does not work in a run, and why not; None when all work.
+
+        Args:
+            precision: of the base while training.
+            context: what else is known about the run, as the other arguments of `capability_table.incompatibility`.
+        """
+        for component, tuning in self.components.items():
+            if tuning.method in METHODS:
+                reason = capability_table.incompatibility(tuning.method, tuning.settings, precision=precision, **context)
+                if reason is not None:
+                    return component, reason
+        return None
 
 
 def with_rates(tune: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from mmtune.distributed.context import DistributedContext
-from mmtune.methods.capability_table import incompatibility
 from mmtune.methods.method import DEFAULT_METHOD
 from mmtune.methods.method_table import METHODS
 from mmtune.models.load import ResolvedBase
@@ -36,17 +35,10 @@ def check_method(
         )
     if recipe.data.packing and base.config is not None:
         check_packable_family(base.config)
-    for component, tuning in recipe.tune.components.items():
-        if tuning.method == recipe.tune.method:
-            reason = incompatibility(
-                tuning.method,
-                tuning.settings,
-                precision=recipe.model.precision,
-                model_type=base.model_type,
-                zero_stage=dist.zero_stage,
-            )
-            if reason is not None:
-                raise RecipeValueError(f"tune.{component}", reason)
+    problem = recipe.tune.incompatibility(recipe.model.precision, model_type=base.model_type, zero_stage=dist.zero_stage)
+    if problem is not None:
+        component, reason = problem
+        raise RecipeValueError(f"tune.{component}", reason)
     if dist.fsdp:
         _check_fsdp(recipe, arguments, checkpoint)
 
