@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from importlib.util import find_spec
@@ -40,59 +39,42 @@ VISIBLE_TIMEOUT_S = 60.0
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "pillow", "numpy")
 
 
-@dataclass(frozen=True)
 class RunDirectory:
-    """Paths inside one run."""
+    """Paths inside one run.
 
-    path: Path
+    Attributes:
+        recipe: the resolved recipe, with all defaults and overrides.
+        environment: versions, git commit, seed and command.
+        data_report: rows that were checked, dropped and quarantined.
+        metrics: one JSON object per logged step.
+        tensorboard: TensorBoard's files, with `train.report_to: tensorboard`.
+        loss_curve: the training loss over steps, as a picture.
+        adapter: the PEFT adapter and its processor, for runs with a PEFT method.
+        model: the full model, for runs without a PEFT method.
+        base: the assembled base model, which the adapter needs.
+        checkpoints: the folder of the checkpoints.
+        summary: the metrics of the run, as JSON.
+        report: the metrics and sample answers of the run, as HTML.
+    """
 
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe: with all defaults and overrides."""
-        return self.path / "recipe.yaml"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.environment = path / "environment.json"
+        self.data_report = path / "data_report.json"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.loss_curve = path / "loss.png"
+        self.adapter = path / "adapter"
+        self.model = path / "model"
+        self.base = path / "base"
+        self.checkpoints = path / "checkpoints"
+        self.summary = path / "summary.json"
+        self.report = path / "report.html"
 
-    @property
-    def environment(self) -> Path:
-        """Versions, git commit, seed and command."""
-        return self.path / "environment.json"
-
-    @property
-    def data_report(self) -> Path:
-        """Rows that were checked, dropped and quarantined."""
-        return self.path / "data_report.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per logged step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """TensorBoard's files, with `train.report_to: tensorboard`."""
-        return self.path / "tensorboard"
-
-    @property
-    def loss_curve(self) -> Path:
-        return self.path / "loss.png"
-
-    @property
-    def adapter(self) -> Path:
-        """The PEFT adapter and its processor, for runs with a PEFT method."""
-        return self.path / "adapter"
-
-    @property
-    def model(self) -> Path:
-        """The full model, for runs without a PEFT method."""
-        return self.path / "model"
-
-    @property
-    def base(self) -> Path:
-        """The assembled base model, which the adapter needs."""
-        return self.path / "base"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def answers(self, when: str) -> Path:
+        """Held-out answers `before` or `after` tuning."""
+        return self.path / f"answers_{when}.jsonl"
 
     def checkpoints_by_step(self) -> list[Path]:
         """The complete checkpoints, the oldest first."""
@@ -119,20 +101,6 @@ class RunDirectory:
             else:
                 return path
         return None
-
-    @property
-    def summary(self) -> Path:
-        """The metrics of the run, as JSON."""
-        return self.path / "summary.json"
-
-    @property
-    def report(self) -> Path:
-        """The metrics and sample answers of the run, as HTML."""
-        return self.path / "report.html"
-
-    def answers(self, when: str) -> Path:
-        """Held-out answers `before` or `after` tuning."""
-        return self.path / f"answers_{when}.jsonl"
 
     def read_summary(self) -> dict[str, Any]:
         """Read `summary.json`.
