@@ -11,6 +11,7 @@ import re
 from bisect import bisect_left, bisect_right
 from functools import lru_cache
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -54,7 +55,7 @@ def tokenize(
     done = shift = 0
     for (start, stop), position in zip(runs, positions, strict=True):
         size = len(tokens[start, stop])
-        index = bisect_left(offsets, position, lo=done, key=_start)
+        index = bisect_left(offsets, position, lo=done, key=itemgetter(0))
         if index == len(offsets) or offsets[index] != (position, position + size):
             return tokenize(tokenizer, text, add_special_tokens)  # the token includes white space next to it
         all_ids += ids[done:index] + [ids[index]] * ((stop - start) // size)
@@ -68,14 +69,6 @@ def tokenize(
 def _runs(tokenizer: PreTrainedTokenizerBase, size: int, repeated: tuple[str, ...]) -> re.Pattern[str]:
     added = tokenizer.added_tokens_encoder
     return re.compile("|".join(f"(?:{re.escape(token)}){{2,}}" for token in repeated if token in added) or "(?!)")
-
-
-def _start(span: Span) -> int:
-    return span[0]
-
-
-def _end(span: Span) -> int:
-    return span[1]
 
 
 def _shift(offsets: list[Span], by: int) -> list[Span]:
@@ -174,8 +167,8 @@ class TokenSpans:
 
     def of(self, span: Span) -> slice:
         """The tokens that overlap a character span."""
-        first = bisect_right(self._offsets, span[0], hi=self._last, key=_end)
-        return slice(first, bisect_left(self._offsets, span[1], lo=first, hi=self._last, key=_start))
+        first = bisect_right(self._offsets, span[0], hi=self._last, key=itemgetter(1))
+        return slice(first, bisect_left(self._offsets, span[1], lo=first, hi=self._last, key=itemgetter(0)))
 
     def mask(self, spans: list[Span]) -> list[bool]:
         """For each token, whether it overlaps any of the character spans."""
