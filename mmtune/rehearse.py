@@ -171,7 +171,9 @@ def _shrink_model(recipe: Recipe, section: dict[str, Any], place: Path) -> None:
         if local_folder(base) is not None:
             base_config(recipe.model)  # an error for unsupported families
         if (files := local_files(base)) is not None:
-            section["base"] = str(write_shrunk_base(base, files, place / "base"))
+            section["base"] = str(
+                write_shrunk_base(base, files, place / "base", trust_remote_code=recipe.model.trust_remote_code)
+            )
             return
         family = tiny_family(base, "base")
         section["base"] = str(write_tiny_base(BASES[family], place / "base"))

@@ -67,10 +67,10 @@ def find_components(model: nn.Module) -> Components:
     head = path(inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None)
     language = family.language_model or path(_accessor(inner, "get_decoder"))
     vision = family.encoder or path(_accessor(inner, "get_encoder", modality="image"))
-    found = {"vision tower": vision, "language model": language, "output head": head}
+    paths = {"vision tower": vision, "language model": language, "output head": head}
     if vision is None or language is None or head is None or vision == language:
-        missing = [name for name, where in found.items() if where is None] or ["vision tower"]
-        raise RecipeValueError("model", f"{subject} has no {', no '.join(missing)}; found {_listing(found)}")
+        missing = [name for name, where in paths.items() if where is None] or ["vision tower"]
+        raise RecipeValueError("model", f"{subject} has no {', no '.join(missing)}; found {_listing(paths)}")
     audio = [path(_accessor(inner, "get_encoder", modality=modality)) for modality in OTHER_MODALITIES]
     others = [*family.others, *(each for each in audio if each not in (None, vision, language))]
     others = [each for each in dict.fromkeys(others) if not is_inside(vision, each) and _has(inner, each)]
@@ -79,7 +79,7 @@ def find_components(model: nn.Module) -> Components:
     )
     if not projectors:
         inside = ", ".join(name for name, _ in inner.get_submodule(vision).named_children())
-        raise RecipeValueError("model", f"{subject} has no projector; found {_listing(found)}, with {inside} in the vision tower")
+        raise RecipeValueError("model", f"{subject} has no projector; found {_listing(paths)}, with {inside} in the vision tower")
     prefix = {id(module): name for name, module in model.named_modules()}[id(inner)] + "." if inner is not model else ""
     return Components(
         vision_tower=prefix + vision,
@@ -155,5 +155,5 @@ def _has(model: nn.Module, path: str) -> bool:
         return False
 
 
-def _listing(found: dict[str, str | None]) -> str:
-    return ", ".join(f"{name} {path}" for name, path in found.items() if path is not None) or "none of them"
+def _listing(paths: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {path}" for name, path in paths.items() if path is not None) or "none of them"

@@ -15,7 +15,6 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
-    AutoModelForImageTextToText,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -29,6 +28,7 @@ from mmtune.distributed.sharded_parameters import is_sharded
 from mmtune.families.family_table import family_of_processor
 from mmtune.methods.method_table import METHODS, method_of_peft_type
 from mmtune.models.assemble import assemble, assemble_processor
+from mmtune.models.auto_class import auto_class
 from mmtune.models.checkpoints.adapter_export import export_adapter
 from mmtune.models.checkpoints.adapter_patterns import expand_patterns
 from mmtune.models.checkpoints.checkpoint_files import (
@@ -186,7 +186,7 @@ def load_strictly(
             config = config or AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             generation_config, dropped = read_generation_config(name, config)
             with reject_unsafe_pickles("its weights"):
-                model, report = AutoModelForImageTextToText.from_pretrained(
+                model, report = auto_class(config).from_pretrained(
                     name,
                     config=config,
                     trust_remote_code=trust_remote_code,

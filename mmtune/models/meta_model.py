@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, LlavaConfig, PreTrainedConfig, PreTrainedModel
 
+from mmtune.models.auto_class import auto_class
 from mmtune.models.checkpoints.locate_base import BUILTIN, UNTRAINED, locate_base
 from mmtune.models.compatibility import choose_feature_select_strategy, read_language_config, read_vision_tower
 from mmtune.models.load import DTYPES
@@ -54,7 +55,7 @@ def build_meta(section: ModelSection, config: PreTrainedConfig | None = None) ->
     config = config or read_model_config(section)
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+            model: PreTrainedModel = auto_class(config).from_config(
                 config,
                 attn_implementation=attention,
                 dtype=DTYPES[section.precision],

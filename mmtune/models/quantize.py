@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from mmtune.families.structure import find_components
+from mmtune.models.auto_class import auto_class
 from mmtune.models.components import component_of
 from mmtune.utils.errors import UserError
 
@@ -30,7 +31,7 @@ def quantization_config(config: PreTrainedConfig, precision: str, trust_remote_c
     """
     config = type(config).from_dict(config.to_dict())  # a model that is built from a config changes it
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     components = find_components(model)
     projectors = [components.projector, *components.projector_extras]
     unquantized = [components.vision_tower, *projectors, *components.others, components.lm_head]

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
 from mmtune.data.dataset import IndexedSamples, open_samples
 from mmtune.data.message import Sample
+from mmtune.models.auto_class import auto_class
 from mmtune.models.checkpoints.adapter_export import export_adapter
 from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK, UNTRAINED, locate_base
 from mmtune.models.checkpoints.trained_weights import (
@@ -379,9 +380,7 @@ class _ReleaseWriter:
         base_config = AutoConfig.from_pretrained(source, trust_remote_code=self._trust_remote_code)
         config = quantization_config(base_config, precision, self._trust_remote_code)
         device_map = {"": torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")}
-        load = partial(
-            AutoModelForImageTextToText.from_pretrained, device_map=device_map, trust_remote_code=self._trust_remote_code
-        )
+        load = partial(auto_class(base_config).from_pretrained, device_map=device_map, trust_remote_code=self._trust_remote_code)
         model = load(str(source), dtype=torch.bfloat16, quantization_config=config)
         prepare_quantized(model)
         model.save_pretrained(folder, max_shard_size=self.options.max_shard_size)

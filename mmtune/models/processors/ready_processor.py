@@ -5,16 +5,19 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, ProcessorMixin
+from transformers import PreTrainedConfig, ProcessorMixin
 
 from mmtune.chat_templates.resolving import end_of_turn_ids
 from mmtune.distributed.sharded_parameters import meta_init
 from mmtune.families.family_table import family_of_processor
-from mmtune.families.structure import find_components, image_features_of
+from mmtune.families.structure import Components, find_components, image_features_of, is_inside
+from mmtune.models.auto_class import auto_class
+from mmtune.models.components import component_of
 from mmtune.models.fake_tensors import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -126,8 +129,10 @@ def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_co
     counts: dict[Any, int] = {}
     with suppress_fake_tensor_warnings():
         with meta_init():
-            model: Any = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code).eval()
-        find_components(model)  # raises an error for a model without one of the components
+            model: Any = auto_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
+        components = find_components(model)
+        for name, _ in model.named_parameters():
+            component_of(name, components)  # raises an error for a parameter in no component
         if (image_features := image_features_of(model)) is None:
             return
         memory = MemoryTracker(0)
@@ -141,7 +146,8 @@ def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_co
                 inputs = {name: value for name, value in batch.items() if name in parameters and name != "input_ids"}
                 key = tuple((name, value.shape if value.is_floating_point() else str(value)) for name, value in inputs.items())
                 if key not in counts:
-                    counts[key] = _count_features(image_features, memory, inputs, config.get_text_config().hidden_size)
+                    check = None if counts else partial(_check_gradients, model, components)
+                    counts[key] = _count_features(image_features, memory, inputs, config.get_text_config().hidden_size, check)
             except (DataDependentOutputException, DynamicOutputShapeException):
                 return  # the number of features depends on weights
             except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
@@ -157,12 +163,60 @@ def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_co
 
 
 def _count_features(
-    image_features: Callable[..., Any], memory: MemoryTracker, inputs: dict[str, torch.Tensor], width: int
+    image_features: Callable[..., Any],
+    memory: MemoryTracker,
+    inputs: dict[str, torch.Tensor],
+    width: int,
+    check: Callable[[list[torch.Tensor]], None] | None,
 ) -> int:
-    with memory, torch.no_grad():
-        features = image_features(**inputs, return_dict=True).pooler_output
-    tensors = features if isinstance(features, (list, tuple)) else [features]
-    return int(sum(tensor.numel() for tensor in tensors) // width)
+    """The number of image features of `width` values; `check` receives all that the model returns for the image."""
+    with memory, torch.set_grad_enabled(check is not None):
+        outputs = image_features(**inputs, return_dict=True)
+        if check is not None:
+            check(_tensors(list(outputs.values())))
+    return int(sum(tensor.numel() for tensor in _tensors(outputs.pooler_output)) // width)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors in nested lists."""
+    if isinstance(value, (list, tuple)):
+        return [tensor for each in value for tensor in _tensors(each)]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+def _check_gradients(model: Any, components: Components, features: list[torch.Tensor]) -> None:
+    """Check that the features depend on the vision tower and on every part of the projector, and on no other part.
+
+    Args:
+        features: all that the model returns for an image, with the features of deeper layers that some families add.
+
+    Raises:
+        UserError: they do not, so that what was taken for the projector is something else; lists the components.
+    """
+    reached_ids = _leaves_of(features)
+    reached = {name for name, parameter in model.named_parameters() if id(parameter) in reached_ids}
+    needed = [components.vision_tower, components.projector, *components.projector_extras]
+    parts = {path: any(is_inside(name, path) for name in reached) for path in needed if path is not None}
+    parts |= {path: not any(is_inside(name, path) for name in reached) for path in components.others}
+    if wrong := [path for path, is_right in parts.items() if not is_right]:
+        raise UserError(
+            f"{type(model).__name__}: expected image features that depend on the vision tower {components.vision_tower} and the "
+            f"projector ({', '.join(path for path in needed[1:] if path)}), and on nothing else; not so: {', '.join(wrong)}"
+        )
+
+
+def _leaves_of(tensors: list[torch.Tensor]) -> set[int]:
+    """The identities of the parameters to which a backward pass from these tensors would lead; nothing is computed."""
+    pending = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    nodes, leaves = set(pending), set()
+    while pending:
+        node = pending.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.add(id(leaf))
+        following = {each for each, _ in node.next_functions if each is not None} - nodes
+        nodes |= following
+        pending += following
+    return leaves
 
 
 def _mismatched_keys(processor: Any, config: Any) -> str:

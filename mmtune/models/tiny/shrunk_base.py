@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
+from mmtune.models.auto_class import auto_class
 from mmtune.models.checkpoints.locate_base import local_folder
 
 WIDTH, HEADS, KV_HEADS, LAYERS = 64, 4, 2, 2
@@ -46,7 +47,7 @@ def local_files(base: str) -> Path | None:
     return folder if folder and all(any((folder / name).is_file() for name in names) for names in required) else None
 
 
-def write_shrunk_base(name: str, folder: Path, out: Path, seed: int = 0) -> Path:
+def write_shrunk_base(name: str, folder: Path, out: Path, seed: int = 0, trust_remote_code: bool = False) -> Path:
     """Write a checkpoint with the files of a base and the weights of a tiny random model.
 
     Args:
@@ -54,11 +55,12 @@ def write_shrunk_base(name: str, folder: Path, out: Path, seed: int = 0) -> Path
         folder: the local folder with its files.
         out: the directory to write.
         seed: the seed of the weights.
+        trust_remote_code: whether code in the checkpoint may be executed.
     """
-    config = shrunk_config(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    config = shrunk_config(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.save_pretrained(out)
     for file in folder.iterdir():  # also copies the generation config
         if file.is_file() and file.name != "config.json" and not file.name.endswith(WEIGHTS):

@@ -1,0 +1,103 @@
+"""A family that mmtune has never heard of: a class that is defined here, as code in a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import remote_vl
+import torch
+import transformers as tf
+from family_cases import CASES
+from PIL import Image
+from remote_vl.modeling_kite import KiteConfig, KiteForConditionalGeneration, KiteProcessor
+from safetensors.torch import load_file
+
+import mmtune
+from mmtune.cli.main import entry_point
+from mmtune.models.tiny.tiny_bases import TEXT, VISION, text_sizes, tiny_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for b in m.content %}"
+    "{{ b.text if b.type == 'text' else '<kite>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def kite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+    """A function that writes a recipe over a `kite` checkpoint with its code, and rows; returns the recipe's path."""
+    folder = tmp_path_factory.mktemp("kite")
+    Image.new("RGB", (60, 40), "teal").save(folder / "a.png")
+    turns = [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "a cat"}]
+    (folder / "rows.json").write_text(json.dumps([{"images": ["a.png"], "messages": turns}] * 4))
+    tokenizer = tiny_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<kite>"), pad="<|endoftext|>", eos="<|im_end|>")
+    images = tf.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    processor = KiteProcessor(images, tokenizer)
+    processor.chat_template = TEMPLATE
+    config = KiteConfig({**VISION}, {**text_sizes(tokenizer)}, processor.image_token_id)
+    torch.manual_seed(0)
+    KiteForConditionalGeneration(config).save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    assert TEXT["hidden_size"] == config.text_config.hidden_size
+
+    def write(model: str, auto_class: str | None, out: Path) -> Path:
+        """`auto_class`: the class of transformers through which `auto_map` names the model; None without code."""
+        base = out / "base"
+        shutil.copytree(folder / "base", base)
+        if auto_class is not None:
+            shutil.copy(Path(remote_vl.__file__).parent / "modeling_kite.py", base)
+            names = {"AutoConfig": "KiteConfig", auto_class: "KiteForConditionalGeneration", "AutoProcessor": "KiteProcessor"}
+            for file in ("config.json", "processor_config.json"):
+                content = json.loads((base / file).read_text())
+                content["auto_map"] = {key: f"modeling_kite.{name}" for key, name in names.items()}
+                (base / file).write_text(json.dumps(content))
+        (out / "recipe.yaml").write_text(
+            f"model: {{base: {base}{model}}}\ntune: {{vision: {{method: lora, r: 2}}, language: {{method: lora, r: 2}}}}\n"
+            f"data: {{train: [{{path: {folder / 'rows.json'}, template: messages}}]}}\n"
+            f"evaluate: {{data: [{{path: {folder / 'rows.json'}, template: messages}}], max_new_tokens: 4}}\n"
+            f"train: {{max_steps: 3, learning_rate: 1e-2, per_device_train_batch_size: 4, use_cpu: true, logging_steps: 1}}\n"
+            f"output_dir: {out / 'run'}\n"
+        )
+        return out / "recipe.yaml"
+
+    yield write
+    shutil.rmtree(folder)
+
+
+def _goes_through(recipe: Path, capsys: pytest.CaptureFixture[str], *trust: str) -> None:
+    """Check, plan, train, merge with parity, and evaluate the merged model."""
+    run, merged = recipe.parent / "run", recipe.parent / "merged"
+    commands: list[list[Any]] = [["recipe", "check", recipe], ["data", "check", recipe], ["plan", recipe], ["train", recipe]]
+    commands += [["merge", run, merged, "--dtype", "fp32", *trust], ["eval", merged, "--recipe", recipe, *trust]]
+    for command in commands:
+        assert entry_point([str(argument) for argument in command]) == 0, capsys.readouterr()
+    losses = [row["loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    assert losses[-1] < losses[0]
+    modules = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert modules["modules_to_save"] == ["tail"]
+    keys = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all(any(f".{part}." in key for key in keys) for part in ("vision_tower", "tail", "language_model"))
+
+
+@pytest.mark.parametrize(
+    "auto_class", ["AutoModelForCausalLM", pytest.param("AutoModelForImageTextToText", marks=pytest.mark.slow)]
+)
+def test_a_class_in_the_checkpoint_goes_the_same_way(
+    kite: Callable[..., Path], auto_class: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = kite("", auto_class, tmp_path / "refused")
+    assert entry_point(["train", str(recipe)]) == 2
+    assert "set model.trust_remote_code: true" in capsys.readouterr().err
+    _goes_through(kite(", trust_remote_code: true", auto_class, tmp_path / "trusted"), capsys, "--trust-remote-code")
+
+
+def test_types_of_transformers_work_that_no_file_of_the_package_names() -> None:
+    source = "\n".join(file.read_text() for file in Path(mmtune.__file__).parent.rglob("*.py"))
+    plain = {name for name in CASES if not re.search(rf"\b{re.escape(name)}\b", source)}
+    assert len(plain) >= 20, sorted(plain)
