@@ -38,7 +38,7 @@ from transformers.utils import logging
 from mmtune.data.batching.batch_sampler import Mixture, MixtureBatchSampler
 from mmtune.data.batching.collate import Collator
 from mmtune.data.data_report import DataReport
-from mmtune.models.components import find_components
+from mmtune.families.structure import find_components
 from mmtune.models.load import load_weights
 from mmtune.objectives.sft import SupervisedTuning
 from mmtune.planning.memory import estimate_memory

@@ -107,6 +107,15 @@ class Family:
         text_keys = {"text_replacement_offsets", "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
         return {key: torch.as_tensor(value) for key, value in outputs.items() if key not in text_keys}, replacements
 
+    def image_features(self, model: Any) -> Callable[..., Any]:
+        """The function that returns the features of an image as `pooler_output`: the model's `get_image_features`.
+
+        Args:
+            model: the model, or its part without the head.
+        """
+        features: Callable[..., Any] = model.get_image_features
+        return features
+
     def geometry(self, processor: Any, settings: Mapping[str, Any], sizes: Sequence[Size]) -> Geometry | None:
         """What the image processor would return for images of these sizes, without pixels; None if the real one is needed.
 

@@ -95,7 +95,7 @@ def image_features_of(model: Any) -> Callable[..., Any] | None:
     """`get_image_features` of a model, or of its part without the head (DeepSeek-VL, Janus); None if it has none."""
     for owner in (model, getattr(model, "base_model", None)):
         if hasattr(owner, "get_image_features"):
-            return owner.get_image_features  # type: ignore[no-any-return]
+            return family_of(str(model.config.model_type)).image_features(owner)
     return None
 
 

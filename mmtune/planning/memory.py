@@ -19,11 +19,7 @@ from peft import PeftModel
 from PIL import Image
 from rich.table import Table
 from torch import nn
-from transformers import (
-    AutoImageProcessor,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor, Trainer, TrainingArguments
 
 from mmtune.console.styled_console import StyledConsole
 from mmtune.families.structure import find_components, image_features_of
@@ -336,13 +332,24 @@ def _pixels(
         except (OSError, ValueError, ImportError) as error:
             raise UserError(unreachable_file("model.base", section.base, "preprocessor_config.json", error)) from error
     blank = Image.new("RGB", (size[1], size[0]))
-    one = processor(images=[blank], return_tensors="pt")
+    settings = {**_image_settings(section), "return_tensors": "pt"}
+    one, two = (processor(images=[blank] * number, **settings) for number in (1, 2))
     pixels, taken = {}, inspect.signature(model.forward).parameters
     for name, tensor in one.items():
         if name in taken and isinstance(tensor, torch.Tensor):
-            whole = (count * tensor.shape[0], *tensor.shape[1:])
-            pixels[name] = memory.fake(tensor, whole) if tensor.is_floating_point() else tensor.expand(whole).clone()
+            grown = [axis for axis, size in enumerate(tensor.shape) if size != two[name].shape[axis]]
+            axis = grown[0] if grown else 0
+            whole = (*tensor.shape[:axis], count * tensor.shape[axis], *tensor.shape[axis + 1 :])
+            pixels[name] = memory.fake(tensor, whole) if tensor.is_floating_point() else torch.cat([tensor] * count, axis)
     return pixels
+
+
+def _image_settings(section: ModelSection) -> dict[str, Any]:
+    """The settings of a base's image processor that its processor class changes, such as to cut images into tiles."""
+    if section.base is None:
+        return {}
+    config = AutoConfig.from_pretrained(config_source(section), trust_remote_code=section.trust_remote_code)
+    return dict(getattr(PROCESSOR_MAPPING.get(type(config), None), "images_kwargs", {}))
 
 
 def _batch(

@@ -111,9 +111,7 @@ def test_a_processor_that_cannot_be_counted_stops_the_plan_in_any_process(data: 
     processor = copy.deepcopy(FAMILIES["llava"]())
     processor.__class__ = Silent
     for processes in (0, 1):
-        with pytest.raises(
-            UserError, match=r"^model: Silent has no `replace_image_token`, so its image tokens cannot be counted"
-        ):
+        with pytest.raises(UserError, match=r"^model: Silent has no `replace_image_token`, so its image tokens are unknown"):
             build_plan(IndexedSamples(_sources(data)), processor, processes=processes)
 
 
