@@ -41,6 +41,9 @@ OUT_OF_SCOPE: Mapping[str, str] = {
 }
 """Types of transformers' image-text mapping that are no image-text chat models, with what they are."""
 
+NOT_SUPPORTED: Mapping[str, str] = {}
+"""Types of image-text chat models that cannot be tuned, with the reason."""
+
 
 def family_of(model_type: str) -> Family:
     """The family of a model by the `model_type` of its config."""

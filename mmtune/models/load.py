@@ -28,7 +28,6 @@ from mmtune.distributed.sharded_parameters import is_sharded
 from mmtune.families.family_table import family_of_processor
 from mmtune.methods.method_table import METHODS, method_of_peft_type
 from mmtune.models.assemble import assemble, assemble_processor
-from mmtune.models.auto_class import auto_class
 from mmtune.models.checkpoints.adapter_export import export_adapter
 from mmtune.models.checkpoints.adapter_patterns import expand_patterns
 from mmtune.models.checkpoints.checkpoint_files import (
@@ -41,7 +40,7 @@ from mmtune.models.checkpoints.checkpoint_files import (
 )
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, locate_base
 from mmtune.models.checkpoints.model_type import check_model_type, local_model_type
-from mmtune.models.checkpoints.remote_code import CODE_NOT_ALLOWED, first_line, has_remote_code, reject_unsafe_pickles
+from mmtune.models.checkpoints.remote_code import CODE_NOT_ALLOWED, auto_class, first_line, has_remote_code, reject_unsafe_pickles
 from mmtune.models.checkpoints.trained_weights import (
     ADAPTER_CONFIG,
     INITIAL_FACTORS,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, LlavaConfig, PreTrainedConfig, PreTrainedModel
 
-from mmtune.models.auto_class import auto_class
 from mmtune.models.checkpoints.locate_base import BUILTIN, UNTRAINED, locate_base
+from mmtune.models.checkpoints.remote_code import auto_class
 from mmtune.models.compatibility import choose_feature_select_strategy, read_language_config, read_vision_tower
 from mmtune.models.load import DTYPES
 from mmtune.recipe.recipe import ModelSection

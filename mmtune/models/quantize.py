@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from mmtune.families.structure import find_components
-from mmtune.models.auto_class import auto_class
+from mmtune.models.checkpoints.remote_code import auto_class
 from mmtune.models.components import component_of
 from mmtune.utils.errors import UserError
 

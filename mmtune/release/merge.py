@@ -19,9 +19,9 @@ from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
 from mmtune.data.dataset import IndexedSamples, open_samples
 from mmtune.data.message import Sample
-from mmtune.models.auto_class import auto_class
 from mmtune.models.checkpoints.adapter_export import export_adapter
 from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK, UNTRAINED, locate_base
+from mmtune.models.checkpoints.remote_code import auto_class
 from mmtune.models.checkpoints.trained_weights import (
     TrainedWeights,
     locate_adapter_base,

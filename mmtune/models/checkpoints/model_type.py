@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 
-from mmtune.families.family_table import FAMILIES, OUT_OF_SCOPE
+from mmtune.families.family_table import FAMILIES, NOT_SUPPORTED, OUT_OF_SCOPE
 from mmtune.recipe.pass_through.library_facts import library_fact
 from mmtune.utils.errors import UserError
 from mmtune.utils.files import read_json_object
@@ -22,8 +22,8 @@ def check_model_type(model_type: str, name: str) -> None:
         UserError: another kind of model; the message names the recipe key for it, if there is one.
     """
     kind = library_fact("model_types").get(model_type)
-    if model_type in OUT_OF_SCOPE:
-        advice = OUT_OF_SCOPE[model_type]
+    if (reason := OUT_OF_SCOPE.get(model_type) or NOT_SUPPORTED.get(model_type)) is not None:
+        advice = reason
     elif kind in (None, "image-text") or any(model_type in family.model_types for family in FAMILIES.values()):
         return
     elif kind == "language":

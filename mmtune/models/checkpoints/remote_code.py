@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch.serialization import pickle as torch_pickle
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.processing_utils import PROCESSOR_NAME
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
@@ -21,6 +23,20 @@ CODE_NOT_ALLOWED = (
 )
 FILES_WITH_CODE = (CONFIG_NAME, PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, TOKENIZER_CONFIG_FILE)
 """Files whose `auto_map` may name classes of such code."""
+
+
+_OLDER_CLASSES = {each.__name__: each for each in (AutoModelForCausalLM, AutoModel)}
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """`AutoModelForImageTextToText`, or the class under which a checkpoint with code of its own names its model.
+
+    Such code is often older than the image-text mapping and names a class for causal language models.
+    """
+    names = getattr(config, "auto_map", None) or {}
+    if AutoModelForImageTextToText.__name__ in names:
+        return AutoModelForImageTextToText
+    return next((kind for name, kind in _OLDER_CLASSES.items() if name in names), AutoModelForImageTextToText)
 
 
 def has_remote_code(folder: Path) -> bool:

@@ -16,7 +16,7 @@ from mmtune.chat_templates.resolving import end_of_turn_ids
 from mmtune.distributed.sharded_parameters import meta_init
 from mmtune.families.family_table import family_of_processor
 from mmtune.families.structure import Components, find_components, image_features_of, is_inside
-from mmtune.models.auto_class import auto_class
+from mmtune.models.checkpoints.remote_code import auto_class
 from mmtune.models.components import component_of
 from mmtune.models.fake_tensors import (
     DataDependentOutputException,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from mmtune.models.auto_class import auto_class
 from mmtune.models.checkpoints.locate_base import local_folder
+from mmtune.models.checkpoints.remote_code import auto_class
 
 WIDTH, HEADS, KV_HEADS, LAYERS = 64, 4, 2, 2
 HEAD_DIM = WIDTH // HEADS

@@ -93,9 +93,9 @@ class KiteForConditionalGeneration(PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state
-        logits = self.lm_head(hidden[:, kept] if isinstance(kept, slice) or kept.ndim == 1 else hidden[kept][None])
+        logits = self.lm_head(hidden[:, positions] if isinstance(positions, slice) else hidden[positions][None])
         loss = None if labels is None else self.loss_function(logits, labels, self.config.text_config.vocab_size, **kwargs)
         return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
