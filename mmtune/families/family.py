@@ -107,13 +107,13 @@ class Family:
         text_keys = {"text_replacement_offsets", "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
         return {key: torch.as_tensor(value) for key, value in outputs.items() if key not in text_keys}, replacements
 
-    def image_features(self, model: Any) -> Callable[..., Any]:
-        """The function that returns the features of an image as `pooler_output`: the model's `get_image_features`.
+    def image_features(self, model: Any) -> Callable[..., Any] | None:
+        """The function that returns the features of an image as `pooler_output`: the model's `get_image_features`, if it has one.
 
         Args:
             model: the model, or its part without the head.
         """
-        features: Callable[..., Any] = model.get_image_features
+        features: Callable[..., Any] | None = getattr(model, "get_image_features", None)
         return features
 
     def geometry(self, processor: Any, settings: Mapping[str, Any], sizes: Sequence[Size]) -> Geometry | None:
@@ -153,6 +153,25 @@ class Family:
         """
         return replacements
 
-    def token_tensors(self, processor: Any, input_ids: list[int], supervised: list[bool]) -> dict[str, torch.Tensor]:
-        """Further tensors of shape (1, length) that the model takes; they replace those of the same name."""
+    def token_tensors(
+        self, processor: Any, input_ids: list[int], supervised: list[bool], media: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Further tensors of shape (1, length) or (1, length, images, ...) that the model takes; they replace those of the same
+        name.
+
+        Args:
+            media: the media tensors of `process_images`; empty without images.
+        """
         return {}
+
+    def planned_batch(self, batch: dict[str, torch.Tensor], images: int) -> dict[str, torch.Tensor]:
+        """The batch for which memory is predicted, in the shapes of the collator.
+
+        Args:
+            batch: token tensors of shape (rows, length), and media tensors of single images joined along the first dimension.
+            images: the number of images of a row.
+        """
+        return batch
+
+    def prepare_model(self, model: Any) -> None:
+        """Correct what the class of a loaded model computes, where a row of a batch would depend on the others."""

@@ -16,6 +16,7 @@ from mmtune.families.fixed.paligemma import PALIGEMMA
 from mmtune.families.grids.pixtral import PIXTRAL
 from mmtune.families.grids.qwen_vl import QWEN_VL
 from mmtune.families.separate.idefics2 import IDEFICS2
+from mmtune.families.separate.mllama import MLLAMA
 from mmtune.families.tiles.idefics3 import IDEFICS3
 from mmtune.families.tiles.internvl import INTERNVL
 from mmtune.families.tiles.llava_next import LLAVA_NEXT, LLAVA_ONEVISION
@@ -26,7 +27,7 @@ FAMILIES: Mapping[str, Family] = {
         *(LLAVA, GEMMA3, PALIGEMMA, DEEPSEEK_VL_HYBRID, JANUS),
         *(LLAVA_NEXT, LLAVA_ONEVISION, IDEFICS3, INTERNVL),
         *(QWEN_VL, PIXTRAL),
-        IDEFICS2,
+        *(IDEFICS2, MLLAMA),
     )
 }
 """The families with an entry of their own, by name."""

@@ -7,7 +7,6 @@ transformers names as projectors. `check_image_tokens` proves the result on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,10 +92,9 @@ def find_components(model: nn.Module) -> Components:
 
 def image_features_of(model: Any) -> Callable[..., Any] | None:
     """`get_image_features` of a model, or of its part without the head (DeepSeek-VL, Janus); None if it has none."""
-    for owner in (model, getattr(model, "base_model", None)):
-        if hasattr(owner, "get_image_features"):
-            return family_of(str(model.config.model_type)).image_features(owner)
-    return None
+    owners = (model, getattr(model, "base_model", None))
+    owner = next((owner for owner in owners if hasattr(owner, "get_image_features")), model)
+    return family_of(str(model.config.model_type)).image_features(owner)
 
 
 def _accessor(model: Any, name: str, **modality: str) -> Any:

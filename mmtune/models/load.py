@@ -25,7 +25,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from mmtune.builtin import tiny_checkpoint as tiny
 from mmtune.chat_templates.resolving import resolve_chat_template, set_chat_template, training_chat_template, use_chat_template
 from mmtune.distributed.sharded_parameters import is_sharded
-from mmtune.families.family_table import family_of_processor
+from mmtune.families.family_table import family_of, family_of_processor
 from mmtune.methods.method_table import METHODS, method_of_peft_type
 from mmtune.models.assemble import assemble, assemble_processor
 from mmtune.models.checkpoints.adapter_export import export_adapter
@@ -201,6 +201,7 @@ def load_strictly(
     if getattr(model, "is_quantized", False):
         with errors_about(subject):
             prepare_quantized(model)
+    family_of(str(model.config.model_type)).prepare_model(model)
     return model
 
 

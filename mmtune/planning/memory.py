@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor, Trainer, TrainingArguments
 
 from mmtune.console.styled_console import StyledConsole
+from mmtune.families.family_table import family_of
 from mmtune.families.structure import find_components, image_features_of
 from mmtune.methods.method import DEFAULT_METHOD
 from mmtune.methods.method_table import METHODS
@@ -363,13 +364,13 @@ def _batch(
 ) -> dict[str, torch.Tensor]:
     """A batch like the collator's. Only token ids and labels have values; they decide what the model computes."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    config, width = base.config, base.config.get_text_config().hidden_size
+    config, family = base.config, family_of(str(base.config.model_type))
     rows, each = arguments.per_device_train_batch_size, 0
     if pixels:
         with torch.no_grad(), memory, _autocast(arguments):
             features = _image_features(base, pixels).pooler_output
         each = sum(part.numel() for part in (features if isinstance(features, (list, tuple)) else [features]))
-        each //= width * rows * images
+        each //= config.get_text_config().hidden_size * rows * images
     marks = [getattr(config, name, None) for name in ("vision_start_token_id", "vision_end_token_id")]
     image_token = config.image_token_id
     block = [*marks[:1], *[image_token] * each, *marks[1:]]
@@ -385,7 +386,7 @@ def _batch(
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **pixels}
     if marks[0] is not None:
         batch["mm_token_type_ids"] = (ids == image_token).long()
-    return batch
+    return family.planned_batch(batch, images)
 
 
 def _image_features(model: Any, pixels: dict[str, torch.Tensor]) -> Any:

@@ -14,6 +14,12 @@ from mmtune.utils.errors import UserError
 PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids", "source_ids")
 """Tensors with one value per token, shape (1, length); all others are concatenated by image, tile or patch."""
 
+CROSS_ATTENTION_MASKS = ("cross_attention_mask", "image_attention_mask")
+"""Tensors that say which images a token attends to, shape (1, length, images, ...)."""
+BY_SAMPLE = ("pixel_values", "pixel_attention_mask", "aspect_ratio_ids", "aspect_ratio_mask")
+"""Media tensors whose first dimension is the sample and not the image, in models with such a mask and in Idefics: shape
+(1, images, ...)."""
+
 METADATA_KEYS = ("row", "note")
 """Keys of an encoded row that are not tensors: its id, and a note about changes to its media."""
 
@@ -66,10 +72,11 @@ def collate(encoded: list[dict[str, torch.Tensor]], pad_token_id: int, side: str
 
     Returns:
         Per-token tensors of shape (batch, longest), and media tensors concatenated along their first dimension. Their other
-        dimensions are padded with zeros at the end (missing tiles, and pixels at the bottom and right). Idefics' images of shape
-        (batch, images, channels, height, width) are zeros for a sample without images.
+        dimensions are padded with zeros at the end (missing tiles, and pixels at the bottom and right). Tensors of shape
+        (batch, images, ...) are zeros for the images that a sample lacks.
     """
     longest = max(sample["input_ids"].shape[1] for sample in encoded)
+    by_sample = BY_SAMPLE if _images_by_sample(encoded) else ()
     fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
     batch: dict[str, torch.Tensor] = {}
     for key in _keys(encoded):
@@ -82,9 +89,10 @@ def collate(encoded: list[dict[str, torch.Tensor]], pad_token_id: int, side: str
             batch[key] = torch.cat(rows)
         else:
             present = [sample[key] for sample in encoded if key in sample]
-            if _images_by_sample(encoded) and key in ("pixel_values", "pixel_attention_mask"):
-                none = present[0][:, :0]
-                present = [sample.get(key, none) for sample in encoded]
+            if key in CROSS_ATTENTION_MASKS:
+                present = [_cross_attention_mask(sample, key, present[0], longest, side) for sample in encoded]
+            elif key in by_sample:
+                present = [sample.get(key, present[0][:, :0]) for sample in encoded]
             batch[key] = _concat_padded(present, dim=0)
     return batch
 
@@ -108,7 +116,7 @@ def pack(encoded: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         if key in PER_TOKEN:
             batch[key] = torch.cat([_per_token(sample, key) for sample in encoded], dim=1)
         else:
-            in_row = _images_by_sample(encoded) and key in ("pixel_values", "pixel_attention_mask")
+            in_row = _images_by_sample(encoded) and key in BY_SAMPLE
             batch[key] = _concat_padded([sample[key] for sample in encoded if key in sample], dim=1 if in_row else 0)
     lengths = [sample["input_ids"].shape[1] for sample in encoded]
     batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -132,8 +140,19 @@ def _per_token(sample: dict[str, torch.Tensor], key: str) -> torch.Tensor:
 
 
 def _images_by_sample(encoded: list[dict[str, torch.Tensor]]) -> bool:
-    """Whether the first dimension of the pixels is the sample (Idefics, SmolVLM) and not the image."""
-    return any("pixel_attention_mask" in sample and sample["pixel_values"].ndim == 5 for sample in encoded)
+    """Whether the first dimension of the pixels is the sample and not the image."""
+    idefics = any("pixel_attention_mask" in sample and sample["pixel_values"].ndim == 5 for sample in encoded)
+    return idefics or any(key in sample for sample in encoded for key in CROSS_ATTENTION_MASKS)
+
+
+def _cross_attention_mask(
+    sample: dict[str, torch.Tensor], key: str, example: torch.Tensor, longest: int, side: str
+) -> torch.Tensor:
+    """The sample's mask with its tokens padded to `longest`, or a mask for no image like that of another sample."""
+    length = sample["input_ids"].shape[1]
+    mask = sample[key] if key in sample else example.new_zeros((1, length, 0, *example.shape[3:]))
+    padding = (longest - length, 0) if side == "left" else (0, longest - length)
+    return pad(mask, [*[0] * 2 * (mask.ndim - 2), *padding])
 
 
 def _concat_padded(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:

@@ -267,7 +267,7 @@ def encode_sample(
     length = len(text.input_ids)
     if max_tokens is not None and length > max_tokens:
         raise over_length_error(sample.id, length, max_tokens)
-    tensors = {**_per_token(processor, text), **media}
+    tensors = {**_per_token(processor, text, media), **media}
     unsupervised = ~torch.tensor([text.supervised])
     return {**tensors, "labels": tensors["input_ids"].masked_fill(unsupervised, IGNORE_INDEX)}
 
@@ -309,7 +309,7 @@ def _text_settings(processor: ProcessorMixin) -> dict[str, Any]:
     return dict(processor_call_kwargs(processor)["text_kwargs"])
 
 
-def _per_token(processor: ProcessorMixin, text: EncodedText) -> dict[str, torch.Tensor]:
+def _per_token(processor: ProcessorMixin, text: EncodedText, media: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     input_ids = torch.tensor([text.input_ids])
     tensors = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     types = _text_settings(processor).get("return_token_type_ids")
@@ -318,7 +318,7 @@ def _per_token(processor: ProcessorMixin, text: EncodedText) -> dict[str, torch.
     family = family_of_processor(processor)
     if processor.return_mm_token_type_ids:
         tensors[family.media_types_key] = torch.tensor(processor.create_mm_token_type_ids([text.input_ids]))
-    return {**tensors, **family.token_tensors(processor, text.input_ids, text.supervised)}
+    return {**tensors, **family.token_tensors(processor, text.input_ids, text.supervised, media)}
 
 
 def _check_answer_edges(
@@ -361,7 +361,7 @@ def encode_prompt(sample_id: str, messages: list[Message], processor: ProcessorM
     """
     media, replacements = _process_images(sample_id, messages, processor)
     text = _encode_text(sample_id, messages, processor, replacements, "all", prompt=True)
-    return {**_per_token(processor, text), **media}
+    return {**_per_token(processor, text, media), **media}
 
 
 def check_chat_template(processor: ProcessorMixin) -> None:

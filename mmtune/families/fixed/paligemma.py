@@ -35,7 +35,9 @@ class PaliGemma(Family):
         text = f"{text[:last]}{bos}{text[last:]}\n"
         return text, [(start + len(bos) * (start >= last), end + len(bos) * (end > last)) for start, end in spans]
 
-    def token_tensors(self, processor: Any, input_ids: list[int], supervised: list[bool]) -> dict[str, torch.Tensor]:
+    def token_tensors(
+        self, processor: Any, input_ids: list[int], supervised: list[bool], media: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """Tokens of type 0 attend in both directions, so supervised tokens need type 1."""
         import torch
 

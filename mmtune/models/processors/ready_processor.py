@@ -141,9 +141,9 @@ def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_co
         for width, height in PROBE_SIZES:
             image = Image.new("RGB", (width, height), "red")
             try:
-                batch = processor(images=[[image]], text=[family.placeholder(processor)], return_tensors="pt")
-                written = int((batch["input_ids"] == token).sum())
-                inputs = {name: value for name, value in batch.items() if name in parameters and name != "input_ids"}
+                media, [text] = family.process_images(processor, [image])
+                written = processor.tokenizer(text, add_special_tokens=False)["input_ids"].count(token)
+                inputs = {name: value for name, value in media.items() if name in parameters}
                 key = tuple((name, value.shape if value.is_floating_point() else str(value)) for name, value in inputs.items())
                 if key not in counts:
                     check = None if counts else partial(_check_gradients, model, components)

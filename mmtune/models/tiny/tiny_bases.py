@@ -429,7 +429,8 @@ def write_tiny_base(base: TinyBase, out: Path, seed: int = 0) -> Path:
         model = AutoModelForImageTextToText.from_config(base.config(processor), trust_remote_code=False)
         with torch.no_grad():
             for parameter in model.parameters():
-                # Gemma 3's projection and the weight of DeepSeek-VL's second tower start at zero, which would ignore images.
+                # Gemma 3's projection, the weight of DeepSeek-VL's second tower and Mllama's gates start at zero, which would ignore
+                # images.
                 if (parameter.ndim > 1 or parameter.numel() == 1) and not parameter.any():
                     parameter.normal_(std=0.02)
     out.mkdir(parents=True, exist_ok=True)
@@ -446,7 +447,7 @@ def write_tiny_base(base: TinyBase, out: Path, seed: int = 0) -> Path:
 
 def _hub_tensors(model: Any, keys: tuple[tuple[str, str], ...]) -> dict[str, torch.Tensor]:
     tensors = {}
-    tied = tied_weight_names(model) if model.config.tie_word_embeddings else set()
+    tied = tied_weight_names(model) if getattr(model.config, "tie_word_embeddings", False) else set()
     for name, tensor in model.state_dict().items():
         if name not in tied:
             renamed = name

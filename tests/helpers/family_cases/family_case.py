@@ -17,6 +17,8 @@ class FamilyCase:
         leading: supervised text before an answer, if the generation prompt ends without it.
         needs_image: whether its processor takes no conversation without an image.
         one_image: whether its processor takes at most one image in a conversation.
+        alone: whether the reference computes every row alone, because in plain transformers a row can depend on the others of its
+            batch, and does not in mmtune.
     """
 
     base: TinyBase
@@ -24,3 +26,4 @@ class FamilyCase:
     leading: str = ""
     needs_image: bool = False
     one_image: bool = False
+    alone: bool = False

@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
 
 from family_cases.family_case import FamilyCase
 from mmtune.models.tiny.tiny_bases import SENTENCEPIECE, VISION, TinyBase, text_sizes, tiny_tokenizer, token_id
+from mmtune.models.tiny.tiny_models import IMAGE, PATCH
 from mmtune.models.tiny.tiny_templates import TEMPLATES
 
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -34,10 +35,47 @@ def _idefics2_config(processor: Any) -> PreTrainedConfig:
     )
 
 
+MLLAMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
+    "{% for b in m.content %}{{ b.text if b.type == 'text' else '<|image|>' }}{% endfor %}{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def _mllama() -> ProcessorMixin:
+    from transformers import MllamaImageProcessor, MllamaProcessor
+
+    headers = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>", "<|finetune_right_pad_id|>")
+    tokenizer = tiny_tokenizer(
+        ("<|begin_of_text|>", "<|end_of_text|>", *headers),
+        bos="<|begin_of_text|>",
+        eos="<|end_of_text|>",
+        pad="<|finetune_right_pad_id|>",
+    )
+    tokenizer.add_tokens(["<|image|>"], special_tokens=True)  # the first of the eight embedding rows beyond the vocabulary
+    size = {"height": IMAGE, "width": IMAGE}
+    processor: ProcessorMixin = MllamaProcessor(MllamaImageProcessor(size=size, max_image_tiles=4), tokenizer)
+    return processor
+
+
+def _mllama_config(processor: Any) -> PreTrainedConfig:
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "attention_heads": 4}
+    layers = {"num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 128}
+    text = {**text_sizes(processor.tokenizer), "cross_attention_layers": [1]}
+    text.pop("head_dim")
+    return AutoConfig.for_model(
+        "mllama",
+        vision_config={**vision, **layers, "image_size": IMAGE, "patch_size": PATCH, "max_num_tiles": 4},
+        text_config={**text, "vocab_size": token_id(processor, "<|image|>")},
+        image_token_index=token_id(processor, "<|image|>"),
+    )
+
+
 SEPARATE_CASES: dict[str, FamilyCase] = {
     "idefics2": FamilyCase(
         TinyBase(_idefics2, _idefics2_config, template=str(TEMPLATES["idefics3"]).replace("<|im_start|>", "")),
         "<end_of_utterance>",
         leading=" ",
     ),
+    "mllama": FamilyCase(TinyBase(_mllama, _mllama_config, template=MLLAMA_TEMPLATE), "<|eot_id|>", alone=True),
 }

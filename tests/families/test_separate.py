@@ -1,0 +1,78 @@
+"""Families whose features are resampled by queries, attended to across, or read by an encoder: what only they have."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from family_cases.separate_cases import SEPARATE_CASES
+from PIL import Image
+
+from mmtune.data.batching.collate import collate
+from mmtune.data.encoding.encode import encode_prompt, encode_sample, open_images
+from mmtune.data.media.media import EmbeddedMedia
+from mmtune.data.message import Message, Sample
+from mmtune.families.family_table import family_of
+from mmtune.models.tiny.tiny_bases import write_tiny_base
+
+
+def _turn(role: str, *content: str | EmbeddedMedia) -> Message:
+    blocks = [{"type": "text", "text": x} if isinstance(x, str) else {"type": "image", "image": x} for x in content]
+    return {"role": role, "content": blocks}
+
+
+def _image(color: str, size: tuple[int, int] = (40, 90)) -> EmbeddedMedia:
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, "PNG")
+    return EmbeddedMedia(Path("test"), color, data=file.getvalue())
+
+
+QUESTIONS: dict[str, list[Message]] = {
+    "text": [_turn("user", "What is it?")],
+    "image": [_turn("user", _image("red"), "What is it?")],
+    "image_last": [_turn("user", "What is it?", _image("red"))],
+    "adjacent_images": [_turn("user", _image("red"), _image("blue", (120, 30)), " which?")],
+    "two_turns": [_turn("user", _image("red"), "One?"), _turn("assistant", "yes"), _turn("user", _image("blue"), "\nTwo?")],
+}
+
+
+def _processor(family: str) -> Any:
+    processor = SEPARATE_CASES[family].base.processor()
+    processor.chat_template = SEPARATE_CASES[family].base.template
+    return processor
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("family", ["idefics2", "mllama"])
+def test_a_prompt_equals_that_of_the_processor(family: str, question: str) -> None:
+    processor, messages = _processor(family), QUESTIONS[question]
+    expected = processor.apply_chat_template(
+        open_images("row", messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    encoded = encode_prompt("row", messages, processor)
+    assert set(encoded) == set(expected)
+    for name, tensor in encoded.items():
+        torch.testing.assert_close(tensor, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_row_without_images_does_not_depend_on_the_images_of_its_batch(tmp_path: Path) -> None:
+    """Mllama of transformers lets it attend to the empty images that pad it; a correction of the loaded model does not."""
+    processor = _processor("mllama")
+    answer = _turn("assistant", "yes")
+    rows = [encode_sample(Sample("row", [*QUESTIONS[name], answer]), processor) for name in ("text", "image", "adjacent_images")]
+    for row in rows:
+        del row["labels"]
+    model = tf.AutoModelForImageTextToText.from_pretrained(write_tiny_base(SEPARATE_CASES["mllama"].base, tmp_path / "base"))
+    length = rows[0]["input_ids"].shape[1]
+    with torch.no_grad():
+        alone = [model(**row).logits[0] for row in rows]
+        plain = model(**collate(rows, 0)).logits
+        family_of("mllama").prepare_model(model)
+        corrected = model(**collate(rows, 0)).logits
+    assert not torch.allclose(plain[0, :length], alone[0], atol=1e-3)
+    for row, logits in enumerate(alone):
+        torch.testing.assert_close(corrected[row, : len(logits)], logits, rtol=0, atol=1e-5)
