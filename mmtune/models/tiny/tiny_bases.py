@@ -429,8 +429,8 @@ def write_tiny_base(base: TinyBase, out: Path, seed: int = 0) -> Path:
         model = AutoModelForImageTextToText.from_config(base.config(processor), trust_remote_code=False)
         with torch.no_grad():
             for parameter in model.parameters():
-                # Gemma 3's projection, the weight of DeepSeek-VL's second tower and Mllama's gates start at zero, which would ignore
-                # images.
+                # Gemma 3's projection, the weight of DeepSeek-VL's second tower and Mllama's gates start at zero: images would be
+                # ignored.
                 if (parameter.ndim > 1 or parameter.numel() == 1) and not parameter.any():
                     parameter.normal_(std=0.02)
     out.mkdir(parents=True, exist_ok=True)
