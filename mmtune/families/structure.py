@@ -7,6 +7,7 @@ transformers names as projectors. `check_image_tokens` proves the result on the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
