@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,13 @@ from mmtune.data.media.media import Media
 from mmtune.utils.errors import UserError
 
 Message = dict[str, Any]
-"""`{"role": "user" | "assistant" | "system", "content": [block, ...]}` where a block is `{"type": "text", "text": str}`
+"""`{"role": "user" | "assistant" | "system" | "tool", "content": [block, ...]}` where a block is `{"type": "text", "text": str}`
 or `{"type": "image", "image": Media}`, and likewise `video` and `audio`. An assistant message with `"supervised": False` is
-context without loss."""
+context without loss.
+
+An assistant message can have `reasoning_content`, the text of its reasoning, and `tool_calls`, a list of
+`{"type": "function", "function": {"name": str, "arguments": {...}}}` with an optional `id`; its content can then be empty.
+A `tool` message is the result of a call, with optional `tool_call_id` and `name`."""
 
 
 class RowError(UserError):
@@ -46,6 +51,7 @@ class Sample:
         source: path of the source in the recipe.
         choices: all possible answers to a closed question, as text of the assistant; empty for an open question.
         references: all accepted answers if the row has several; empty if only the last turn is accepted.
+        tools: schemas of the functions that the model may call, `{"type": "function", "function": {"name": str, ...}}`.
     """
 
     id: str
@@ -54,6 +60,7 @@ class Sample:
     source: str = ""
     choices: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def images(self) -> list[Media]:
@@ -64,6 +71,12 @@ class Sample:
 def text_of(message: Message) -> str:
     """The text of one message, without its media."""
     return "".join(block["text"] for block in message["content"] if block["type"] == "text")
+
+
+def all_text_of(message: Message) -> str:
+    """The text of one message with its reasoning and, as JSON, its tool calls."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join([message.get("reasoning_content", ""), text_of(message), *calls]).strip("\n")
 
 
 def has_media(message: Message) -> bool:
@@ -80,10 +93,14 @@ def split_question(sample: Sample) -> tuple[list[Message], str]:
     """Split a conversation into the messages before its last answer, and the text of that answer.
 
     Raises:
-        RowError: the conversation does not end with an answer, or the answer has weight 0 and is thus not a valid reference.
+        RowError: the conversation does not end with an answer of text, or the answer has weight 0 and is thus not a valid
+            reference.
     """
     if sample.messages[-1]["role"] != "assistant":
         raise RowError(sample.id, "messages", "expected an answer as the last turn of the conversation", "answer_missing")
+    if "tool_calls" in sample.messages[-1]:
+        detail = "the last answer is a tool call, and only text can be compared with the model's answer; end the row with a text"
+        raise RowError(sample.id, "messages", detail, "reference_tool_call")
     if not is_supervised(sample.messages[-1]):
         detail = "the last answer has weight 0, so it cannot be the reference; remove it, or set weight 1"
         raise RowError(sample.id, "messages", detail, "reference_weight")

@@ -91,7 +91,7 @@ def generate_answers(
     with in_eval_mode(model), EvaluationProgress(label, len(order)) as progress:
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            prompts = {i: encode_prompt(samples[i].id, split_question(samples[i])[0], processor) for i in chunk}
+            prompts = {i: encode_prompt(samples[i].id, split_question(samples[i])[0], processor, samples[i].tools) for i in chunk}
             for group in _batch_groups(model, prompts):
                 batch = move_batch(model, collate([prompts[i] for i in group], tokenizer.pad_token_id, side="left"))
                 with torch.inference_mode(), training_autocast(model):
@@ -171,7 +171,7 @@ def evaluate(
             Answer(
                 id=sample.id,
                 task=sample.task,
-                question=text_of(question[-1]),
+                question=text_of(next(message for message in reversed(question) if message["role"] == "user")),
                 images=tuple(str(path) for path in sample.images),
                 reference=reference,
                 prediction=prediction.strip(),

@@ -204,8 +204,9 @@ class DataSection(Section):
         default="repeats",
         description="The meaning of weight: repeats in an epoch, or the share of an epoch as long as all sources together.",
     )
-    supervise: Literal["all", "last"] = Field(
-        default="all", description="Compute the loss on all answers of a conversation, or on the last one."
+    supervise: Literal["all", "last", "without_tool_calls"] = Field(
+        default="all",
+        description="Compute the loss on all answers of a conversation, on the last one, or on all but those with a tool call.",
     )
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None, description="The maximum length of a sample in tokens, image tokens included; null: no limit."

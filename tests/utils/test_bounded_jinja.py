@@ -14,7 +14,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mmtune.chat_templates.rendering import ChatTemplateError, _render, render_text
+from mmtune.chat_templates.jinja_rendering import ChatTemplateError, render_template
+from mmtune.chat_templates.rendering import render_text
 from mmtune.chat_templates.resolving import TEMPLATES, resolve_chat_template
 from mmtune.data.message import RowError
 from mmtune.data.templates.expressions import check_jinja, evaluate_expression, render_expression
@@ -253,10 +254,10 @@ def test_chat_templates_give_the_output_of_transformers(file: Path) -> None:
                 )
             except (TemplateError, TypeError, ValueError, LookupError) as error:
                 with pytest.raises(ChatTemplateError, match=r"^the chat template ") as caught:
-                    _render(talk, template, tokenizer, prompt)
+                    render_template(talk, template, tokenizer, prompt)
                 assert str(error)[:200] in str(caught.value)
             else:
-                assert _render(talk, template, tokenizer, prompt) == (texts[0], spans[0] if spans else [])
+                assert render_template(talk, template, tokenizer, prompt) == (texts[0], spans[0] if spans else [])
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

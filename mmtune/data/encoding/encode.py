@@ -16,36 +16,31 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
-from mmtune.chat_templates.rendering import (
-    ESCAPE_START,
-    ChatTemplateError,
-    Span,
-    control_tokens,
-    render_conversation,
-    render_prompt,
-)
+from mmtune.chat_templates.jinja_rendering import ChatTemplateError, Span, Tools, control_tokens
+from mmtune.chat_templates.rendering import render_conversation, render_prompt
 from mmtune.data.encoding.token_spans import (
     TokenSpans,
-    escape_control_tokens,
-    has_control_tokens,
+    escape_conversation,
     tokenize,
     tokenize_escaped,
     unescape_control_tokens,
 )
 from mmtune.data.media.media import blank_image, open_image
 from mmtune.data.media.resizing import check_resized
-from mmtune.data.message import Message, RowError, Sample, is_supervised, text_of
+from mmtune.data.message import Message, RowError, Sample, all_text_of, is_supervised, text_of
 from mmtune.data.validation.issues import issue_type_of
 from mmtune.families.family import Family, TextError
 from mmtune.families.family_table import family_of_processor
 from mmtune.utils.errors import RecipeValueError
-from mmtune.utils.transformers_private import processor_call_kwargs
+from mmtune.utils.transformers_private import ESCAPE_START, processor_call_kwargs
 
 IGNORE_INDEX = -100
 
 CHAT_TEMPLATE_HINT = "set model.chat_template to another one, or to a .jinja file (docs/recipe.md)"
 
-Supervise = Literal["all", "last"]
+Supervise = Literal["all", "last", "without_tool_calls"]
+"""The recipe's `data.supervise`: all answers, the last one, or all but those with a tool call. Answers with `"supervised": False`
+never are."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +68,7 @@ def encode_text(
     processor: ProcessorMixin,
     replacements: list[str],
     supervise: Supervise = "all",
+    tools: Tools = (),
 ) -> EncodedText:
     """Encode the text of a whole conversation, for training and for counting.
 
@@ -81,12 +77,13 @@ def encode_text(
         messages: the conversation; its images are not opened.
         processor: the model's processor.
         replacements: for each image, the string with which the processor replaces its placeholder.
-        supervise: supervise all answers or only the last one; answers with `"supervised": False` never are.
+        supervise: which answers are supervised.
+        tools: schemas of the functions that the conversation may call.
 
     Raises:
         RowError: the conversation cannot be encoded; names the row.
     """
-    return _encode_text(sample_id, messages, processor, replacements, supervise, prompt=False)
+    return _encode_text(sample_id, messages, processor, replacements, supervise, tools, prompt=False)
 
 
 def _encode_text(
@@ -95,22 +92,20 @@ def _encode_text(
     processor: ProcessorMixin,
     replacements: list[str],
     supervise: Supervise,
+    tools: Tools,
     prompt: bool,
 ) -> EncodedText:
     tokenizer, template = processor.tokenizer, chat_template_of(processor)
     control = control_tokens(tokenizer, template).anywhere
-    template_messages = to_template_messages(sample_id, messages)
-    escaped = any(has_control_tokens(text_of(message), control) for message in template_messages)
-    if escaped:
-        template_messages = [
-            {**message, "content": escape_control_tokens(message["content"], control)} for message in template_messages
-        ]
     spans: list[Span] = []
     try:
+        template_messages, template_tools, escaped = escape_conversation(
+            to_template_messages(sample_id, messages), tools, control
+        )
         if prompt:
-            text = render_prompt(template_messages, template, tokenizer)
+            text = render_prompt(template_messages, template, tokenizer, template_tools)
         else:
-            text, spans = render_conversation(template_messages, template, tokenizer)
+            text, spans = render_conversation(template_messages, template, tokenizer, template_tools)
         writes_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         text, spans, media_spans = _expand_placeholders(text, spans, processor, replacements)
         if escaped:
@@ -125,19 +120,28 @@ def _encode_text(
     if prompt:
         return EncodedText(input_ids, token_spans.mask([]), token_spans.mask(media_spans), offsets, text)
     crossed = [token_spans.crosses(span) for span in spans]
-    _check_answer_edges(sample_id, messages, processor, replacements, input_ids, crossed)
+    _check_answer_edges(sample_id, messages, processor, replacements, input_ids, crossed, tools)
     is_supervised_answer = _supervised_answers(messages, supervise)
     if is_supervised_answer and not any(is_supervised_answer):
-        which = "every answer" if supervise == "all" else "the last answer (data.supervise: last)"
-        raise RowError(sample_id, "messages", f"{which} has weight 0, so no token is supervised", "nothing_supervised")
+        reason = {
+            "all": "every answer has weight 0",
+            "last": "the last answer (data.supervise: last) has weight 0",
+            "without_tool_calls": "every answer has weight 0 or a tool call (data.supervise: without_tool_calls)",
+        }[supervise]
+        raise RowError(sample_id, "messages", f"{reason}, so no token is supervised", "nothing_supervised")
     supervised = [span for span, included in zip(spans, is_supervised_answer, strict=True) if included]
     return EncodedText(input_ids, token_spans.mask(supervised), token_spans.mask(media_spans), offsets, text)
 
 
 def _supervised_answers(messages: list[Message], supervise: Supervise) -> list[bool]:
     """For each answer, whether it is supervised."""
-    answers = [is_supervised(message) for message in messages if message["role"] == "assistant"]
-    return answers if supervise == "all" else [False] * (len(answers) - 1) + answers[-1:]
+    answers = [message for message in messages if message["role"] == "assistant"]
+    supervised = [is_supervised(message) for message in answers]
+    if supervise == "last":
+        return [False] * (len(answers) - 1) + supervised[-1:]
+    if supervise == "without_tool_calls":
+        return [included and "tool_calls" not in message for message, included in zip(answers, supervised, strict=True)]
+    return supervised
 
 
 def image_tokens(processor: ProcessorMixin) -> tuple[str, ...]:
@@ -178,11 +182,11 @@ def to_template_messages(sample_id: str, messages: list[Message]) -> list[Messag
                 detail = f"expected text or an image, got {block['type']}, which is not supported yet"
                 raise RowError(sample_id, f"messages[{number}]", detail, "media_unsupported")
         try:
-            text_of(message).encode()
+            all_text_of(message).encode()
         except UnicodeEncodeError as error:
             detail = f"the text is not valid Unicode: {error}"
             raise RowError(sample_id, f"messages[{number}]", detail, "text_not_unicode") from error
-        template_messages.append({"role": message["role"], "content": content})
+        template_messages.append({key: value for key, value in message.items() if key != "supervised"} | {"content": content})
     return template_messages
 
 
@@ -253,7 +257,7 @@ def encode_sample(
         sample: the conversation; its images are opened here.
         processor: the model's processor.
         max_tokens: the maximum length, including image tokens.
-        supervise: supervise all answers or only the last one; answers with `"supervised": False` never are.
+        supervise: which answers are supervised.
 
     Returns:
         `input_ids`, `labels` (int64, shape (1, length); -100 where not supervised), `attention_mask`, and the processor's
@@ -263,7 +267,7 @@ def encode_sample(
         RowError: the sample cannot be encoded; `OverLength` if it is too long.
     """
     media, replacements = _process_images(sample.id, sample.messages, processor)
-    text = encode_text(sample.id, sample.messages, processor, replacements, supervise)
+    text = encode_text(sample.id, sample.messages, processor, replacements, supervise, sample.tools)
     length = len(text.input_ids)
     if max_tokens is not None and length > max_tokens:
         raise over_length_error(sample.id, length, max_tokens)
@@ -328,6 +332,7 @@ def _check_answer_edges(
     replacements: list[str],
     input_ids: list[int],
     crossed: list[bool],
+    tools: Tools,
 ) -> None:
     """Check that no token contains both a part of an answer and text of the chat template.
 
@@ -344,14 +349,16 @@ def _check_answer_edges(
         if text_of(messages[number])[:1].isspace():
             detail = "the answer starts with white space that the tokenizer joins with the chat template's; remove it"
             images = sum(block["type"] == "image" for message in before for block in message["content"])
-            prompt = _encode_text(sample_id, before, processor, replacements[:images], "all", prompt=True).input_ids
+            prompt = _encode_text(sample_id, before, processor, replacements[:images], "all", tools, prompt=True).input_ids
             crosses = crosses or input_ids[: len(prompt)] != prompt
         if crosses:
             raise RowError(sample_id, f"messages[{number}]", detail, "answer_edge")
 
 
-def encode_prompt(sample_id: str, messages: list[Message], processor: ProcessorMixin) -> dict[str, torch.Tensor]:
-    """Encode a conversation that ends with a user turn as a prompt, up to the start of the model's answer.
+def encode_prompt(
+    sample_id: str, messages: list[Message], processor: ProcessorMixin, tools: Tools = ()
+) -> dict[str, torch.Tensor]:
+    """Encode a conversation that ends with a user turn or a tool result as a prompt, up to the start of the model's answer.
 
     Returns:
         The tensors of `encode_sample`, without labels.
@@ -360,7 +367,7 @@ def encode_prompt(sample_id: str, messages: list[Message], processor: ProcessorM
         RowError: the conversation cannot be encoded; names the row.
     """
     media, replacements = _process_images(sample_id, messages, processor)
-    text = _encode_text(sample_id, messages, processor, replacements, "all", prompt=True)
+    text = _encode_text(sample_id, messages, processor, replacements, "all", tools, prompt=True)
     return {**_per_token(processor, text, media), **media}
 
 

@@ -57,7 +57,7 @@ def count_tokens(sample: Sample, processor: ProcessorMixin, supervise: Supervise
         UserError: the processor has no `replace_image_token`.
     """
     replacements = sample_replacements(sample, processor)
-    encoded = encode_text(sample.id, sample.messages, processor, replacements, supervise)
+    encoded = encode_text(sample.id, sample.messages, processor, replacements, supervise, sample.tools)
     return Counts(len(encoded.input_ids), sum(encoded.media), sum(encoded.supervised), len(replacements))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from operator import itemgetter
@@ -17,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import mark_control_tokens
 
-from mmtune.chat_templates.rendering import ChatTemplateError, Span
+from mmtune.chat_templates.jinja_rendering import ChatTemplateError, Messages, Span, Tools
 from mmtune.utils.transformers_private import ESCAPE_END, ESCAPE_START, encode_without_added_tokens
 
 ADDED: Span = (0, 0)
@@ -91,6 +92,45 @@ def escape_control_tokens(content: list[dict[str, Any]], control: re.Pattern[str
             if any(match.start() < border < match.end() for match in control.finditer(both)):
                 block["text"] += ESCAPE_END  # separates the two halves of a control token
     return escaped
+
+
+def escape_conversation(messages: Messages, tools: Tools, control: re.Pattern[str]) -> tuple[Messages, Tools, bool]:
+    """Messages and function schemas with every control token in their texts escaped, and whether there was one.
+
+    Raises:
+        ChatTemplateError: a key of an object in a tool call or schema has a control token; only values can be escaped.
+    """
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    if key := next((key for key in _keys_within([calls, tools]) if control.search(key)), None):
+        raise ChatTemplateError(f"the key {key[:80]!r} of a tool call or schema contains a control token; rename it")
+    values = [[value for key, value in message.items() if key not in ("role", "content")] for message in messages]
+    contents = ["".join(block["text"] for block in message["content"] if block["type"] == "text") for message in messages]
+    if not any(has_control_tokens(text, control) for text in _texts_within([contents, values, tools])):
+        return messages, tools, False
+    escaped = []
+    for message in messages:
+        others = {key: mark_control_tokens(value, control) for key, value in message.items() if key not in ("role", "content")}
+        escaped.append({**message, **others, "content": escape_control_tokens(message["content"], control)})
+    return escaped, mark_control_tokens(list(tools), control), True
+
+
+def _texts_within(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts_within(list(value.values()))
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _texts_within(item)
+
+
+def _keys_within(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        yield from map(str, value)
+        yield from _keys_within(list(value.values()))
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from _keys_within(item)
 
 
 @lru_cache(maxsize=8)

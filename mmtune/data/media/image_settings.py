@@ -10,7 +10,7 @@ from pathlib import Path
 from mmtune.data.media.augmentation import ImageAugmentation
 from mmtune.data.media.media import EmbeddedMedia, ImageView, Media
 from mmtune.data.media.pixels import Window
-from mmtune.data.message import Message, RowError, text_of
+from mmtune.data.message import Message, RowError, all_text_of
 from mmtune.data.templates.boxes import Box
 from mmtune.data.templates.prompts import draw
 from mmtune.recipe.media_sections import Augment
@@ -96,7 +96,7 @@ class ImageSettings:
         if self.augment is None or not self.augment.moves:
             return
         for number, message in enumerate(messages):
-            if box := BOX_IN_TEXT.search(text_of(message)):
+            if box := BOX_IN_TEXT.search(all_text_of(message)):
                 detail = (
                     f"the text has a box, '{box[0][:60]}', which `augment` of the source (resize, crop, flip) does not transform"
                 )

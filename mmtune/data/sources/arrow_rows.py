@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmtune.data.message import RowError
-from mmtune.data.sources.rows import LazyRow, Row
+from mmtune.data.sources.rows import LazyRow, Row, drop_tool_padding
 from mmtune.utils.errors import UserError, reason_of
 
 CACHE_BYTES = 256 * 2**20
@@ -90,7 +90,7 @@ def _row(row_id: str, group: pa.Table | pa.RecordBatch, index: int) -> Row:
             row[name] = column[0].as_py()
         except (pa.ArrowException, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             raise RowError(row_id, name, f"cannot be read as {column.type}: {error}"[:400], "row_malformed") from error
-    return row
+    return drop_tool_padding(row)
 
 
 def _check_column_names(path: Path, schema: pa.Schema) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmtune.data.sources.rows import LazyRow, Row
+from mmtune.data.sources.rows import LazyRow, Row, drop_tool_padding
 from mmtune.utils.errors import UserError, reason_of
 from mmtune.utils.files import path_hint
 from mmtune.utils.hub import unreachable_reason
@@ -32,7 +32,7 @@ class DatasetRows:
     def __getitem__(self, index: int) -> tuple[str, Row]:
         """The id `NAME[INDEX]` and the row."""
         index = range(len(self))[index]
-        return f"{self._name}[{index}]", self._dataset[index].to_pylist()[0]
+        return f"{self._name}[{index}]", drop_tool_padding(self._dataset[index].to_pylist()[0])
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -83,7 +83,7 @@ def stream_hub(path: str, name: str) -> Iterator[LazyRow]:
 
 
 def _with_id(row_id: str, row: Row) -> tuple[str, Row]:
-    return row_id, dict(row)
+    return row_id, drop_tool_padding(dict(row))
 
 
 def _load_cached(repository: str, config: str | None, split: str, streaming: bool, reason: str) -> Any:

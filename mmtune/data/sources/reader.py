@@ -86,7 +86,7 @@ class SourceReader:
         if self._shots is None:
             return sample
         start = 1 if sample.messages[0]["role"] == "system" else 0
-        examples = [message for example in self._shots.draw_for(row_id, row) for message in example]
+        examples = [message for example in self._shots.draw_for(row_id, row, sample.tools) for message in example]
         return replace(sample, messages=[*sample.messages[:start], *examples, *sample.messages[start:]])
 
     def _sample_without_shots(self, row_id: str, row: Row, visit: int) -> Sample:
@@ -185,11 +185,16 @@ class _FewShotExamples:
                 "lower `shots.count`"
             )
 
-    def draw_for(self, row_id: str, row: Row) -> list[list[dict[str, Any]]]:
+    def draw_for(self, row_id: str, row: Row, tools: tuple[dict[str, Any], ...]) -> list[list[dict[str, Any]]]:
         """Draw examples for a row: the messages of each, without system messages.
 
+        Args:
+            row_id: the row's id.
+            row: the row.
+            tools: the row's function schemas; a conversation has one list of them.
+
         Raises:
-            RowError: an example cannot be converted, or too few rows differ from this one.
+            RowError: an example cannot be converted or has other function schemas, or too few rows differ from this one.
         """
         examples: list[list[dict[str, Any]]] = []
         for index in _lazy_permutation(len(self._rows), self._seed, row_id):
@@ -199,10 +204,13 @@ class _FewShotExamples:
                 other_id, other = self._rows[index]
                 if other == row or (self._same_file and other_id == row_id):
                     continue
-                messages = self._reader.sample(other_id, other).messages
+                example = self._reader.sample(other_id, other)
             except RowError as error:
                 raise RowError(row_id, "shots", f"few-shot example: {error}", error.issue) from error
-            examples.append([message for message in messages if message["role"] != "system"])
+            if example.tools != tools:
+                detail = f"few-shot example {other_id}: expected the function schemas of this row; remove `shots` from the source"
+                raise RowError(row_id, "shots", detail, "tool_malformed")
+            examples.append([message for message in example.messages if message["role"] != "system"])
         if len(examples) < self._count:
             detail = f"{self._path}: expected {self._count} rows that differ from this one, got {len(examples)}"
             raise RowError(row_id, "shots", detail, "shots_too_few")

@@ -16,6 +16,9 @@ Row = dict[str, Any]
 ID_FIELDS = ("id", "question_id", "questionId", "sample_id", "uid", "__key__")
 """Fields that commonly hold a row's id in its data set."""
 
+TOOL_FIELDS = ("tools", "tool_calls", "function_call")
+"""Columns and keys of turns with function schemas and tool calls."""
+
 MAX_DEPTH = 100
 """Maximum nesting of lists and objects in a row's JSON, so that recursive code stays within Python's recursion limit."""
 
@@ -38,6 +41,29 @@ class Rows(Protocol):
             RowError: the row cannot be read.
         """
         ...
+
+
+def drop_tool_padding(row: Row) -> Row:
+    """An Arrow row without the null fields of its tool calls and function schemas, in columns and in lists of turns.
+
+    All structs of an Arrow column have the same fields, so a call has the arguments of all other calls as null, and a schema the
+    parameters of all others. Null values that the file's author wrote look the same.
+    """
+    for name, value in row.items():
+        if name in TOOL_FIELDS:
+            row[name] = _without_nulls(value)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for item in value:
+                for key in TOOL_FIELDS:
+                    if isinstance(item, dict) and item.get(key) is not None:
+                        item[key] = _without_nulls(item[key])
+    return row
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def id_in_dataset(row: Row) -> str | int | None:

@@ -8,9 +8,10 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from mmtune.data.media.media import MediaRules
-from mmtune.data.message import Message, RowError, has_media
+from mmtune.data.message import Message, RowError, has_media, is_supervised, text_of
 from mmtune.data.templates.expressions import TemplateSection
 from mmtune.data.templates.row_media import PLACEHOLDERS, TURN_MEDIA_KEYS, RowMedia, Turn, missing_field_hint
+from mmtune.data.templates.tool_turns import TOOL_TURN_KEYS, has_calls, read_call_text, read_turn_keys
 from mmtune.data.templates.unread_media import check_unread
 from mmtune.utils.errors import nearest
 
@@ -39,8 +40,9 @@ class Conversation(TemplateSection):
     text: str = Field(default="content", description="The turn's key with the text, or a list of typed blocks.")
     roles: dict[str, str] = Field(
         default_factory=lambda: {"user": "user", "assistant": "assistant", "system": "system"},
-        description="Speaker name to user, assistant or system.",
+        description="Speaker name to user, assistant, system, tool (the result of a call) or tool_call (a text that is calls).",
     )
+    tools: str | None = Field(default=None, description="The row's field with the schemas of the functions that may be called.")
     system: str | None = Field(default=None, description="The row's field with an optional system prompt.")
     joined_by_space: bool = Field(
         default=False,
@@ -61,7 +63,9 @@ class Conversation(TemplateSection):
     @property
     def fields(self) -> set[str]:
         """The row's fields that are read."""
-        return {name for name in (self.field, self.question, self.answer, self.history, self.system) if name is not None}
+        return {
+            name for name in (self.field, self.question, self.answer, self.history, self.system, self.tools) if name is not None
+        }
 
     def messages(
         self,
@@ -84,17 +88,27 @@ class Conversation(TemplateSection):
 
         Raises:
             RowError: a missing field, an unknown role, media that are missing or not read, different numbers of media and
-                placeholders, or a weight of a turn that is neither 0 nor 1.
+                placeholders, a tool call that is not valid, or a weight of a turn that is neither 0 nor 1.
         """
         media = RowMedia(row_id, row, rules, fields, PLACEHOLDERS | {"image": placeholder})
         messages = self._system(row_id, row)
-        read = {self.role, self.text, SPEAKER_NAME, *TURN_MEDIA_KEYS}
+        read = {self.role, self.text, SPEAKER_NAME, *TURN_MEDIA_KEYS, *TOOL_TURN_KEYS}
         advice = "media of a turn are read from images, videos, audios; rename the key"
         for turn in self._turns(row_id, row):
             supervised = _is_supervised_turn(row_id, turn)
             message: Message = {"role": turn.role, "content": media.content(turn)}
             check_unread(row_id, turn.where, turn.keys, read, advice, provenance=has_media(message))
-            messages.append(message if supervised else message | {"supervised": False})
+            message |= read_turn_keys(row_id, turn.where, turn.role, turn.keys)
+            if turn.calls:
+                message["tool_calls"] = [*turn.calls, *message.get("tool_calls", ())]
+            if "tool_calls" in message and not text_of(message).strip():  # white space alone is no answer beside a call
+                message["content"] = [block for block in message["content"] if block["type"] != "text"]
+            if not supervised:
+                message["supervised"] = False
+            if turn.calls and messages and messages[-1]["role"] == "assistant":
+                messages[-1] = _joined(row_id, turn.where, messages[-1], message)
+            else:
+                messages.append(message)
         media.check(self.field or str(self.question), messages if add_images else None)
         return messages
 
@@ -126,13 +140,20 @@ class Conversation(TemplateSection):
             raise RowError(row_id, name, expected, "field_type" if name in row else "field_missing")
         for number, turn in enumerate(turns):
             where = f"{name}[{number}]"
-            if not isinstance(turn, dict) or self.role not in turn or self.text not in turn:
+            if not isinstance(turn, dict) or self.role not in turn or (self.text not in turn and not has_calls(turn)):
                 raise RowError(row_id, where, f"expected an object with '{self.role}' and '{self.text}'", "field_missing")
             speaker = turn[self.role]
             if not isinstance(speaker, str) or speaker not in self.roles:
                 hint = nearest(str(speaker)[:100], set(self.roles))
                 raise RowError(row_id, f"{where}.{self.role}", f"unknown role {speaker!r}"[:200] + hint, "role_unknown")
-            yield Turn(where, self.roles[speaker], turn[self.text], f"{where}.{self.text}", turn)
+            role, at, text = self.roles[speaker], f"{where}.{self.text}", turn.get(self.text)
+            calls: list[dict[str, Any]] = []
+            if role == "tool_call":
+                role = "assistant"
+                text, calls = read_call_text(row_id, at, text)
+            elif text is None and has_calls(turn):
+                text = ""
+            yield Turn(where, role, text, at, turn, calls=tuple(calls))
 
     def _history(self, row_id: str, row: Mapping[str, Any]) -> list[list[str]]:
         pairs = row.get(self.history) if self.history else None
@@ -166,6 +187,19 @@ def _without_separator(question: str, answer: str) -> str:
     """The answer without the single space that separates it from the question; more white space belongs to the answer."""
     has_separator = answer[:1] == " " and not answer[1:2].isspace() and question and not question[-1].isspace()
     return answer[1:] if has_separator else answer
+
+
+def _joined(row_id: str, where: str, message: Message, calls: Message) -> Message:
+    """An assistant message with the tool calls of the turn after it, which belong to the same answer.
+
+    Raises:
+        RowError: the loss includes one of them and not the other.
+    """
+    if is_supervised(message) != is_supervised(calls):
+        detail = "expected the weight of the assistant's turn before it: a text and its tool calls are supervised as a whole"
+        raise RowError(row_id, where, detail, "turn_weight")
+    tool_calls = [*message.get("tool_calls", ()), *calls["tool_calls"]]
+    return {**message, "content": [*message["content"], *calls["content"]], "tool_calls": tool_calls}
 
 
 def _is_supervised_turn(row_id: str, turn: Turn) -> bool:

@@ -28,11 +28,12 @@ class Turn(NamedTuple):
 
     Attributes:
         where: the part of the row with the turn.
-        role: user, assistant or system.
+        role: user, assistant, system or tool.
         text: a text, or a list of typed blocks.
         at: the part of the row with the text; empty if it is `where`.
         keys: all keys of the turn in the row.
         supervised: whether the loss includes the turn, unless its keys have a weight.
+        calls: the tool calls of a turn whose text is tool calls; it continues an assistant turn before it.
     """
 
     where: str
@@ -41,6 +42,7 @@ class Turn(NamedTuple):
     at: str = ""
     keys: Mapping[str, Any] = {}
     supervised: bool = True
+    calls: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from mmtune.data.media.image_settings import DEFAULT_IMAGE_SETTINGS, ImageSettings
 from mmtune.data.media.media import EmbeddedMedia, MediaRules
-from mmtune.data.message import Message, RowError, Sample, has_media, is_supervised
+from mmtune.data.message import Message, RowError, Sample, has_media, is_supervised, text_of
 from mmtune.data.sources.rows import ID_FIELDS, Row
 from mmtune.data.templates.boxes import BOX_FIELDS
 from mmtune.data.templates.columns import BoxDeclaration, ColumnTemplate, TurnTemplate
@@ -25,6 +25,7 @@ from mmtune.data.templates.conversation import Conversation, check_no_row_weight
 from mmtune.data.templates.expressions import TemplateSection, check_jinja, names_read
 from mmtune.data.templates.prompts import DEFAULT_PROMPT_SETTINGS, Options, PromptSettings, Verbalizer
 from mmtune.data.templates.row_media import PLACEHOLDERS
+from mmtune.data.templates.tool_turns import check_result_ids, read_tools
 from mmtune.data.templates.unread_media import check_unread, is_empty_value, modality_of_file
 from mmtune.recipe.yaml_lines import read_document
 from mmtune.utils.errors import UserError, nearest
@@ -32,6 +33,11 @@ from mmtune.utils.hub import missing_path_message
 from mmtune.utils.shipped import shipped_dir
 
 ROLES = ("system", "user", "assistant")
+CONVERSATION_ROLES = (*ROLES, "tool", "tool_call")
+"""What a conversation's `roles` can name: also tool results, and turns whose text is tool calls."""
+
+_NEXT_ROLES = {"user": ("assistant", "tool_call"), "assistant": ("user",), "tool_call": ("tool",)}
+_NEXT_ROLES["tool"] = ("tool", "assistant", "tool_call")
 _IN_CONVERSATIONS = ("images", "videos", "audio", "placeholder")
 _IN_MESSAGES = ("join", "values", "repeat", "options", "verbalizer", "boxes", "references")
 
@@ -94,9 +100,10 @@ class DataTemplate(TemplateSection):
             if name in self.model_fields_set:
                 raise ValueError(f"'{name}' cannot be used with '{form}'; remove it")
         roles = self.conversation.roles.values() if self.conversation else [turn.role for turn in self.messages]
+        known_roles = CONVERSATION_ROLES if self.conversation else ROLES
         for role in roles:
-            if role not in ROLES:
-                raise ValueError(f"unknown role '{role}'; expected one of {', '.join(ROLES)}")
+            if role not in known_roles:
+                raise ValueError(f"unknown role '{role}'; expected one of {', '.join(known_roles)}")
         if self.options is not None and self.verbalizer is not None:
             raise ValueError("set only one of 'options' and 'verbalizer'")
         joined = self.example.get("joined")
@@ -124,19 +131,22 @@ class DataTemplate(TemplateSection):
             settings: the source's image settings.
 
         Raises:
-            RowError: a missing field, an unknown role, turns out of order, an empty answer, an image that is missing or outside
-                the media root, different numbers of images and placeholders, a box outside the image, or a box in a text that
-                `settings` does not transform with the image.
+            RowError: a missing field, an unknown role, turns out of order, an empty answer, a tool call or schema that is not
+                valid, an image that is missing or outside the media root, different numbers of images and placeholders, a box
+                outside the image, or a box in a text that `settings` does not transform with the image.
         """
         row = self.unpack_shard_row(row_id, row)
         read = self.fields_read | prompting.ignore | {*self.ignore, *ID_FIELDS}
         check_unread(row_id, "", row, read, self._advice, provenance=True)
         choices: tuple[str, ...] = ()
         references: tuple[str, ...] = ()
+        tools: tuple[dict[str, Any], ...] = ()
         if self.conversation:
             check_no_row_weights(row_id, row, read)
             fields = {modality: names for modality, names in self._media_fields().items() if names}
             messages = self.conversation.messages(row_id, row, rules, fields, self.placeholder, prompting.add_images)
+            if self.conversation.tools is not None:
+                tools = read_tools(row_id, self.conversation.tools, row.get(self.conversation.tools))
         else:
             messages, choices, references = self.columns().messages(row_id, row, rules, prompting, settings)
         if not any(map(has_media, messages)):
@@ -146,7 +156,7 @@ class DataTemplate(TemplateSection):
         if prompting.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompting.system}]})
         _check_turns(row_id, messages)
-        return Sample(row_id, messages, task=self._task(row_id, row), choices=choices, references=references)
+        return Sample(row_id, messages, task=self._task(row_id, row), choices=choices, references=references, tools=tools)
 
     @cached_property
     def fields_read(self) -> frozenset[str]:
@@ -233,24 +243,28 @@ def lookup(row: Mapping[str, Any], field: str) -> Any:
 
 
 def _check_turns(row_id: str, messages: list[Message]) -> None:
-    roles = [message["role"] for message in messages if message["role"] != "system"]
+    roles = ["tool_call" if "tool_calls" in message else message["role"] for message in messages if message["role"] != "system"]
     if any(message["role"] == "system" for message in messages[1:]):
         raise RowError(row_id, "messages", "expected a system message only as the first message", "role_order")
-    if not roles or roles[0] != "user" or any(a == b for a, b in pairwise(roles)):
-        detail = f"expected turns that alternate between user and assistant, got {', '.join(roles) or 'none'}"
-        raise RowError(row_id, "messages", detail, "role_order")
-    if "assistant" in roles and not any(map(is_supervised, messages)):
+    if not roles or roles[0] != "user" or any(after not in _NEXT_ROLES[role] for role, after in pairwise(roles)):
+        detail = "expected turns that alternate between user and assistant"
+        if "tool_call" in roles or "tool" in roles:
+            detail += ", and after a tool call its results, then the assistant"
+        raise RowError(row_id, "messages", f"{detail}, got {', '.join(roles) or 'none'}"[:600], "role_order")
+    check_result_ids(row_id, messages)
+    has_answer = "assistant" in roles or "tool_call" in roles
+    if has_answer and not any(map(is_supervised, messages)):
         raise RowError(row_id, "messages", "every answer has weight 0, so the row has no supervised token", "nothing_supervised")
-    if roles[-1] != "assistant":
+    if roles[-1] not in ("assistant", "tool_call"):
         raise RowError(
             row_id,
             "messages",
-            "expected an answer as the last turn, got a turn of the user",
-            "answer_missing" if "assistant" in roles else "nothing_supervised",
+            f"expected an answer as the last turn, got a turn of the {roles[-1]}",
+            "answer_missing" if has_answer else "nothing_supervised",
         )
     for number, message in enumerate(messages):
         media = [block["type"] for block in message["content"] if block["type"] != "text"]
-        if message["role"] == "assistant" and not any(b["type"] == "text" and b["text"].strip() for b in message["content"]):
+        if message["role"] == "assistant" and "tool_calls" not in message and not text_of(message).strip():
             raise RowError(row_id, f"messages[{number}]", "the answer is empty", "answer_empty")
         if message["role"] == "assistant" and media:
             detail = f"expected only text in an answer, got {_with_article(media[0])}"

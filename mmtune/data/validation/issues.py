@@ -25,7 +25,13 @@ ISSUE_TYPES: dict[str, IssueType] = {
     "field_type": IssueType("error", "change the field to the type that the data template reads"),
     "template_fails": IssueType("error", "simplify the data template: it exceeds the limits for one row"),
     "role_unknown": IssueType("error", "rename the speaker, or add it to the data template's roles"),
-    "role_order": IssueType("error", "order the turns: an optional system message first, then user and assistant alternating"),
+    "role_order": IssueType(
+        "error",
+        "order the turns: an optional system message, then user and assistant alternating; tool results follow their calls",
+    ),
+    "tool_malformed": IssueType(
+        "error", "write a call as {name, arguments} with arguments as an object, and tools as a list of function schemas"
+    ),
     "answer_missing": IssueType("error", "end the conversation with an answer of the assistant, or remove the last question"),
     "answer_empty": IssueType("error", "write the answer, or remove the row"),
     "nothing_supervised": IssueType(
@@ -33,6 +39,7 @@ ISSUE_TYPES: dict[str, IssueType] = {
     ),
     "turn_weight": IssueType("error", "set the weight of the assistant's turn to 0 or 1, or remove the key"),
     "reference_weight": IssueType("error", "end a held-out row with an answer of weight 1"),
+    "reference_tool_call": IssueType("error", "end a held-out row with an answer of text: a tool call cannot be scored"),
     "image_in_answer": IssueType("error", "move the image to the user's turn"),
     "placeholder_count": IssueType("error", "write one placeholder for each image of the row"),
     "text_not_unicode": IssueType("error", "write the text again from its source: it has a lone surrogate"),
@@ -65,6 +72,7 @@ ISSUE_TYPES: dict[str, IssueType] = {
     # warnings and notes: the row is used
     "too_long_by_policy": IssueType("warning", "nothing, if data.over_length handles long rows as you want"),
     "control_token": IssueType("warning", "check that it is meant as text: it does not become the real token"),
+    "tool_undeclared": IssueType("warning", "add the function's schema to the row's tools, or correct the name in the call"),
     "text_nul": IssueType("warning", "remove the NUL characters from the text"),
     "duplicate_id": IssueType("warning", "give every row a unique id, or remove the copies"),
     "duplicate_row": IssueType("warning", "remove the copies, or set a weight of the source to repeat it"),

@@ -150,7 +150,8 @@ def view_sample(sample: Sample, processor: ProcessorMixin, section: DataSection)
             notes += [f"{fitted.resized} images resized to fit data.max_tokens"] if fitted.resized else []
     if any(isinstance(image, ImageView) and image.augmentation is not None for image in sample.images):
         notes.append("images have the augmentation of the first visit; every later visit draws a new one")
-    encoded = encode_text(sample.id, sample.messages, processor, sample_replacements(sample, processor), section.supervise)
+    replacements = sample_replacements(sample, processor)
+    encoded = encode_text(sample.id, sample.messages, processor, replacements, section.supervise, sample.tools)
     kinds: list[Kind] = [
         "media" if media else "supervised" if supervised else "prompt"
         for media, supervised in zip(encoded.media, encoded.supervised, strict=True)
@@ -158,7 +159,7 @@ def view_sample(sample: Sample, processor: ProcessorMixin, section: DataSection)
     texts = token_texts(processor.tokenizer, encoded.input_ids)
     tokens = [Token(*each) for each in zip(encoded.input_ids, texts, kinds, strict=True)]
     prompt_messages = to_template_messages(sample.id, sample.messages[:-1])
-    prompt = render_prompt(prompt_messages, chat_template_of(processor), processor.tokenizer)
+    prompt = render_prompt(prompt_messages, chat_template_of(processor), processor.tokenizer, sample.tools)
     return SampleView(sample, tokens, prompt, notes)
 
 

@@ -30,7 +30,7 @@ from mmtune.data.encoding.over_length import set_image_sizes
 from mmtune.data.encoding.token_counts import Size, count_tokens
 from mmtune.data.media.image_headers import inspect_image
 from mmtune.data.media.media import MediaRules, augmented_size
-from mmtune.data.message import Message, RowError, Sample, split_question, text_of
+from mmtune.data.message import Message, RowError, Sample, all_text_of, split_question
 from mmtune.data.processes import map_rows
 from mmtune.data.sources.reader import SourceReader
 from mmtune.data.sources.rows import ID_FIELDS, id_in_dataset
@@ -41,7 +41,7 @@ from mmtune.data.templates.unread_media import holds_media
 from mmtune.data.validation.issues import ISSUE_TYPES, Issue, new_issue
 from mmtune.data.validation.show_sample import escape_invisible
 from mmtune.recipe.recipe import Source
-from mmtune.utils.errors import UserError
+from mmtune.utils.errors import UserError, nearest
 
 FORMAT_ISSUES = (
     *("row_not_json", "row_not_object", "field_missing", "field_type", "template_fails", "role_unknown", "label_unknown"),
@@ -234,6 +234,7 @@ class Validator:
         text_issues: list[Issue] = []
         for number, message in enumerate(sample.messages):
             text_issues += self._check_text(sample.id, f"messages[{number}]", message)
+        text_issues += _undeclared_calls(sample)
         yield from text_issues
         if self._settings.processor is not None and None not in sizes:
             reported = [(issue.field, issue.issue) for issue in text_issues]
@@ -262,7 +263,7 @@ class Validator:
             yield new_issue(sample.id, "messages", issue_type, detail)
 
     def _check_text(self, row_id: str, where: str, message: Message) -> Iterator[Issue]:
-        text = text_of(message)
+        text = all_text_of(message)
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -385,6 +386,16 @@ def _json_default(value: Any) -> str:
 def _id_digest(row: Row) -> int:
     value = id_in_dataset(row)
     return 0 if value is None else _digest(value)
+
+
+def _undeclared_calls(sample: Sample) -> Iterator[Issue]:
+    """Issues of calls of functions that the row's schemas, if it has any, do not declare."""
+    declared = {tool["function"]["name"] for tool in sample.tools}
+    for number, message in enumerate(sample.messages if declared else ()):
+        for name in (call["function"]["name"] for call in message.get("tool_calls", ())):
+            if name not in declared:
+                detail = f"a call of {name!r}, which the row's tools do not declare" + nearest(name, declared)
+                yield new_issue(sample.id, f"messages[{number}]", "tool_undeclared", detail)
 
 
 def _suspect_boxes(row_id: str, row: Row, size: tuple[int, int]) -> Iterator[Issue]:
