@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mmtune.families.expanded_text import TEXT_KEYS, expanded_images
+
 if TYPE_CHECKING:
     import torch
     from transformers import ProcessorMixin
@@ -76,12 +78,9 @@ class Family:
         """The text that the chat template writes for an image."""
         return str(processor.image_token)
 
-    def reports_replacements(self, processor: ProcessorMixin) -> bool:
-        """Whether the processor, or the entry, says with which text it replaces the placeholder of an image."""
-        from transformers import ProcessorMixin
-
-        has_own = type(self).process_images is not Family.process_images
-        return has_own or type(processor).replace_image_token is not ProcessorMixin.replace_image_token
+    def has_placeholder(self, processor: ProcessorMixin) -> bool:
+        """Whether it is known what stands for an image in the text."""
+        return type(self).process_images is not Family.process_images or isinstance(getattr(processor, "image_token", None), str)
 
     def complete_processor(self, processor: Any, filled: Mapping[str, Any]) -> None:
         """Set attributes that the processor computes from its keys, after `filled` were set from the model's config."""
@@ -93,10 +92,14 @@ class Family:
             images: of one sample, in order; at least one PIL image.
 
         Raises:
+            UserError: the text cannot be told.
             ValueError: an image that the processor rejects.
         """
         import torch
+        from transformers import ProcessorMixin
 
+        if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
+            return expanded_images(processor, images)
         outputs: Mapping[str, Any] = processor(
             images=[list(images)],
             text=[processor.image_token * len(images)],
@@ -104,8 +107,7 @@ class Family:
             return_text_replacement_offsets=True,
         )
         replacements = [change["replacement"] for change in outputs["text_replacement_offsets"][0]]
-        text_keys = {"text_replacement_offsets", "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
-        return {key: torch.as_tensor(value) for key, value in outputs.items() if key not in text_keys}, replacements
+        return {key: torch.as_tensor(value) for key, value in outputs.items() if key not in TEXT_KEYS}, replacements
 
     def image_features(self, model: Any) -> Callable[..., Any] | None:
         """The function that returns the features of an image as `pooler_output`: the model's `get_image_features`, if it has one.

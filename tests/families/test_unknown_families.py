@@ -52,7 +52,8 @@ def kite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pat
         shutil.copytree(folder / "base", base)
         if auto_class is not None:
             shutil.copy(Path(remote_vl.__file__).parent / "modeling_kite.py", base)
-            names = {"AutoConfig": "KiteConfig", auto_class: "KiteForConditionalGeneration", "AutoProcessor": "KiteProcessor"}
+            processor_class = "KiteProcessor" if auto_class == "AutoModelForImageTextToText" else "OlderKiteProcessor"
+            names = {"AutoConfig": "KiteConfig", auto_class: "KiteForConditionalGeneration", "AutoProcessor": processor_class}
             for file in ("config.json", "processor_config.json"):
                 content = json.loads((base / file).read_text())
                 content["auto_map"] = {key: f"modeling_kite.{name}" for key, name in names.items()}

@@ -111,7 +111,9 @@ def test_a_processor_that_cannot_be_counted_stops_the_plan_in_any_process(data: 
     processor = copy.deepcopy(FAMILIES["llava"]())
     processor.__class__ = Silent
     for processes in (0, 1):
-        with pytest.raises(UserError, match=r"^model: Silent has no `replace_image_token`, so its image tokens are unknown"):
+        with pytest.raises(
+            UserError, match=r"^model: Silent has no `replace_image_token`, and its token ids do not show the text of an image"
+        ):
             build_plan(IndexedSamples(_sources(data)), processor, processes=processes)
 
 

@@ -29,7 +29,7 @@ from mmtune.data.media.media import blank_image, open_image
 from mmtune.data.media.resizing import check_resized
 from mmtune.data.message import Message, RowError, Sample, all_text_of, is_supervised, text_of
 from mmtune.data.validation.issues import issue_type_of
-from mmtune.families.family import Family, TextError
+from mmtune.families.family import TextError
 from mmtune.families.family_table import family_of_processor
 from mmtune.utils.errors import RecipeValueError
 from mmtune.utils.transformers_private import ESCAPE_START, processor_call_kwargs
@@ -285,27 +285,12 @@ def _process_images(
     if not images:
         return {}, []
     family, name = family_of_processor(processor), type(processor).__name__
-    check_reports_replacements(family, processor)
     try:
         check_resized(processor, [image.size for image in images])
         return family.process_images(processor, images)
     except ValueError as error:  # for example an image with an extreme aspect ratio
         detail = f"{name} rejects the sample's images: {error}"
         raise RowError(sample_id, "image", detail, "image_refused") from error
-
-
-def check_reports_replacements(family: Family, processor: ProcessorMixin) -> None:
-    """Check that the text with which an image placeholder is replaced is known.
-
-    Raises:
-        UserError: neither the processor nor an entry for its family tells.
-    """
-    if not family.reports_replacements(processor):
-        raise RecipeValueError(
-            "model",
-            f"{type(processor).__name__} has no `replace_image_token`, so its image tokens are unknown; use a "
-            "model whose processor has it",
-        )
 
 
 @lru_cache(maxsize=8)

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 from transformers import ProcessorMixin
 
-from mmtune.data.encoding.encode import Supervise, check_reports_replacements, encode_text
+from mmtune.data.encoding.encode import Supervise, encode_text
 from mmtune.data.media.media import image_size
 from mmtune.data.media.resizing import check_resized, image_kwargs
 from mmtune.data.message import Message, RowError, Sample
@@ -54,7 +54,7 @@ def count_tokens(sample: Sample, processor: ProcessorMixin, supervise: Supervise
 
     Raises:
         RowError: an image has no readable header or is rejected by the processor, or `encode_sample` would reject the text.
-        UserError: the processor has no `replace_image_token`.
+        UserError: the text that stands for an image cannot be told.
     """
     replacements = sample_replacements(sample, processor)
     encoded = encode_text(sample.id, sample.messages, processor, replacements, supervise, sample.tools)
@@ -103,7 +103,7 @@ def image_replacements(processor: ProcessorMixin, sizes: list[Size]) -> list[str
 
     Raises:
         ValueError: the processor rejects an image, or would resize it to too many pixels.
-        UserError: the processor has no `replace_image_token`.
+        UserError: the text that stands for an image cannot be told.
     """
     if not sizes:
         return []
@@ -119,10 +119,12 @@ def counts_by_arithmetic(processor: ProcessorMixin) -> bool:
     The arithmetic must agree with the processor, because other releases of transformers may differ.
     """
     family = family_of_processor(processor)
-    check_reports_replacements(family, processor)
     image_processor = type(processor.image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
-    return image_processor in family.image_processors and all(
-        _outcome(_by_rule, processor, sizes) == _outcome(_blank_replacements, processor, sizes) for sizes in PROBES
+    writes_text = type(processor).replace_image_token is not ProcessorMixin.replace_image_token
+    return (
+        writes_text
+        and image_processor in family.image_processors
+        and all(_outcome(_by_rule, processor, sizes) == _outcome(_blank_replacements, processor, sizes) for sizes in PROBES)
     )
 
 

@@ -51,9 +51,9 @@ def load_completed_processor(name: str, config: PreTrainedConfig, trust_remote_c
             f"model_type {config.model_type}: expected a processor for images and text, got {type(processor).__name__}; for a "
             "text model set model.language and model.vision"
         )
-    if not family_of_processor(processor).reports_replacements(processor):
+    if not family_of_processor(processor).has_placeholder(processor):
         raise UserError(
-            f"model_type {config.model_type}: {type(processor).__name__} has no `replace_image_token`, which is needed to encode "
+            f"model_type {config.model_type}: {type(processor).__name__} has no `image_token`, which is needed to encode "
             "images; use a base of another family"
         )
     if not processor.tokenizer.is_fast:

@@ -156,5 +156,7 @@ def test_a_processor_without_image_token_counts_is_rejected(pictures: Path) -> N
 
     known = FAMILIES["llava"]()
     processor = Silent(known.image_processor, known.tokenizer, patch_size=14, chat_template=known.chat_template)
-    with pytest.raises(UserError, match="Silent has no `replace_image_token`, so its image tokens are unknown"):
+    with pytest.raises(
+        UserError, match="Silent has no `replace_image_token`, and its token ids do not show the text of an image"
+    ):
         encode_sample(_sample(CONVERSATIONS["image"], pictures, processor), processor)

@@ -216,7 +216,9 @@ def test_a_processor_without_replacement_text_is_rejected_by_name() -> None:
 
     processor = copy.deepcopy(FAMILIES["llava"]())
     processor.__class__ = Silent
-    with pytest.raises(UserError, match="Silent has no `replace_image_token`, so its image tokens cannot be counted"):
+    with pytest.raises(
+        UserError, match="Silent has no `replace_image_token`, and its token ids do not show the text of an image"
+    ):
         image_replacements(processor, [(8, 8)])
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModel,
+    BatchFeature,
     CLIPVisionConfig,
     CLIPVisionModel,
     GenerationMixin,
@@ -115,3 +116,14 @@ class KiteProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.features
+
+
+class OlderKiteProcessor(KiteProcessor):
+    """A processor that expands the text itself and reports nothing, as older code in checkpoints does."""
+
+    replace_image_token = ProcessorMixin.replace_image_token
+
+    def __call__(self, text: Any = None, images: Any = None, return_tensors: Any = None, **kwargs: Any) -> Any:
+        texts = [each.replace(self.image_token, self.image_token * self.features) for each in text]
+        media = {} if images is None else self.image_processor(images, return_tensors=return_tensors)
+        return BatchFeature({**self.tokenizer(texts, return_tensors=return_tensors, padding=True), **media})
