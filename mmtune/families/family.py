@@ -43,11 +43,13 @@ class Family:
         model_types: `model_type` of the configs for which the entry holds.
         processors: class names of the processors for which it holds; subclasses count.
         encoder: path of the vision tower, where transformers' accessor does not return it.
+        encoder_free: whether the model has no vision tower: the projector reads pixels, or images are tokens of the vocabulary.
         language_model: path of the language model, where transformers' accessor does not return it.
         projector: paths of the projector, the main module first, then further modules and parameters that are trained with it;
             empty where structure tells (`structure.py`). A path that the model lacks is left out.
-        others: paths of parts that stay frozen whatever the recipe says: an audio tower, parts that generate images, a second
-            vision tower.
+        encoder_extras: paths of further vision towers.
+        others: paths of parts that take no part in reading an image, such as an audio tower. They stay frozen.
+        bypassed: last names of linear layers whose weight the model reads without calling the layer.
         unpackable: why packed samples would attend to each other; None where they do not.
         mrope: whether a position has three parts: time, height and width.
         image_processors: class names of the image processors that `geometry` supports.
@@ -62,9 +64,12 @@ class Family:
     model_types: tuple[str, ...] = ()
     processors: tuple[str, ...] = ()
     encoder: str | None = None
+    encoder_free: bool = False
     language_model: str | None = None
     projector: tuple[str, ...] = ()
+    encoder_extras: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    bypassed: tuple[str, ...] = ()
     unpackable: str | None = None
     mrope: bool = False
     image_processors: tuple[str, ...] = ()

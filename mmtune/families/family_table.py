@@ -10,7 +10,8 @@ from typing import Any
 
 from mmtune.families.family import Family
 from mmtune.families.fixed.deepseek import DEEPSEEK_VL_HYBRID, JANUS
-from mmtune.families.fixed.gemma3 import GEMMA3
+from mmtune.families.fixed.encoder_free import GEMMA4_UNIFIED
+from mmtune.families.fixed.gemma3 import GEMMA3, GEMMA3N
 from mmtune.families.fixed.llava import LLAVA
 from mmtune.families.fixed.paligemma import PALIGEMMA
 from mmtune.families.grids.pixtral import PIXTRAL
@@ -24,7 +25,7 @@ from mmtune.families.tiles.llava_next import LLAVA_NEXT, LLAVA_ONEVISION
 FAMILIES: Mapping[str, Family] = {
     family.name: family
     for family in (
-        *(LLAVA, GEMMA3, PALIGEMMA, DEEPSEEK_VL_HYBRID, JANUS),
+        *(LLAVA, GEMMA3, GEMMA3N, PALIGEMMA, DEEPSEEK_VL_HYBRID, JANUS, GEMMA4_UNIFIED),
         *(LLAVA_NEXT, LLAVA_ONEVISION, IDEFICS3, INTERNVL),
         *(QWEN_VL, PIXTRAL),
         *(IDEFICS2, MLLAMA),

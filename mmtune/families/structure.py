@@ -28,14 +28,17 @@ class Components:
     """Dotted module paths of the components of a model.
 
     Attributes:
-        vision_tower: the image encoder; in Qwen-VL it contains the projector.
-        projector: the module that maps image features to the width of the language model.
+        vision_tower: the image encoder; in Qwen-VL it contains the projector. None in a model that has no encoder.
+        projector: the module that maps image features, or the pixels themselves, to the width of the language model. None where
+            images become tokens of the vocabulary.
         language_model: the decoder, with its token embeddings.
         lm_head: the output embeddings.
         projector_extras: further modules and parameters of the projector (LLaVA-NeXT's `image_newline`, Qwen3-VL's DeepStack
             mergers).
-        others: parts that stay frozen whatever the recipe says: an audio tower, parts that generate images, a second vision
-            tower.
+        vision_extras: further vision towers (DeepSeek-VL's for a high resolution).
+        others: parts that take no part in reading an image, such as an audio tower. They stay frozen.
+        bypassed: last names of linear layers whose weight the model reads without calling the layer. Adapters on them would not
+            train, and they are not quantized.
     """
 
     vision_tower: str | None
@@ -43,7 +46,14 @@ class Components:
     language_model: str
     lm_head: str | None
     projector_extras: tuple[str, ...] = ()
+    vision_extras: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    bypassed: tuple[str, ...] = ()
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """All vision towers."""
+        return (*([] if self.vision_tower is None else [self.vision_tower]), *self.vision_extras)
 
 
 def find_components(model: nn.Module) -> Components:
@@ -66,28 +76,33 @@ def find_components(model: nn.Module) -> Components:
 
     head = path(inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None)
     language = family.language_model or path(_accessor(inner, "get_decoder"))
-    vision = family.encoder or path(_accessor(inner, "get_encoder", modality="image"))
+    vision = None if family.encoder_free else family.encoder or path(_accessor(inner, "get_encoder", modality="image"))
     paths = {"vision tower": vision, "language model": language, "output head": head}
-    if vision is None or language is None or head is None or vision == language:
+    if (vision is None and not family.encoder_free) or language is None or head is None or vision == language:
         missing = [name for name, where in paths.items() if where is None] or ["vision tower"]
         raise RecipeValueError("model", f"{subject} has no {', no '.join(missing)}; found {_listing(paths)}")
     audio = [path(_accessor(inner, "get_encoder", modality=modality)) for modality in OTHER_MODALITIES]
     others = [*family.others, *(each for each in audio if each not in (None, vision, language))]
-    others = [each for each in dict.fromkeys(others) if not is_inside(vision, each) and _has(inner, each)]
+    others = [each for each in dict.fromkeys(others) if not is_inside(str(vision), each) and _has(inner, each)]
+    towers = family.encoder_extras
+    between = _outside(inner, [each for each in (vision, language, head, *towers, *others) if each is not None])
+    others += [part for part in between if any(word in part.rpartition(".")[2] for word in OTHER_MODALITIES)]
     projectors = [each for each in family.projector if _has(inner, each)] or _projectors(
-        inner, vision, [vision, language, head, *others]
+        inner, vision, [part for part in between if part not in others]
     )
-    if not projectors:
+    if not projectors and vision is not None:
         inside = ", ".join(name for name, _ in inner.get_submodule(vision).named_children())
         raise RecipeValueError("model", f"{subject} has no projector; found {_listing(paths)}, with {inside} in the vision tower")
     prefix = {id(module): name for name, module in model.named_modules()}[id(inner)] + "." if inner is not model else ""
     return Components(
-        vision_tower=prefix + vision,
-        projector=prefix + projectors[0],
+        vision_tower=None if vision is None else prefix + vision,
+        projector=prefix + projectors[0] if projectors else None,
         language_model=prefix + language,
         lm_head=prefix + head,
         projector_extras=tuple(prefix + each for each in projectors[1:]),
+        vision_extras=tuple(prefix + each for each in towers),
         others=tuple(prefix + each for each in others),
+        bypassed=family.bypassed,
     )
 
 
@@ -108,10 +123,9 @@ def _accessor(model: Any, name: str, **modality: str) -> Any:
         return None
 
 
-def _projectors(model: nn.Module, vision: str, claimed: list[str]) -> list[str]:
+def _projectors(model: nn.Module, vision: str | None, between: list[str]) -> list[str]:
     """What lies between encoder and decoder, the largest module first; else the parts of the vision tower named as projectors."""
-    between = _outside(model, claimed)
-    if not between:
+    if not between and vision is not None:
         tower = model.get_submodule(vision)
         between = [
             f"{vision}.{name}"

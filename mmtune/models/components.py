@@ -46,14 +46,14 @@ def component_of(name: str, components: Components) -> Component:
 
 
 def linear_modules(model: nn.Module, components: Components, component: Component) -> list[str]:
-    """Full paths of the linear layers of a component, including quantized ones, without the output head.
+    """Full paths of the linear layers of a component that the model calls, including quantized ones, without the output head.
 
     Call it before adapters are attached, because adapter matrices are linear layers, too.
     """
     return [
         name
         for name, module in _modules_of(model, components, component)
-        if isinstance(module, nn.Linear) and name != components.lm_head
+        if isinstance(module, nn.Linear) and name != components.lm_head and name.rpartition(".")[2] not in components.bypassed
     ]
 
 
@@ -126,7 +126,7 @@ def _paths(components: Components) -> list[tuple[str, Component]]:
         (components.lm_head, "lm_head"),
         (components.projector, "projector"),
         *((path, "projector") for path in components.projector_extras),
-        (components.vision_tower, "vision"),
+        *((path, "vision") for path in components.towers),
         (components.language_model, "language"),
         *((path, "others") for path in components.others),
     ]

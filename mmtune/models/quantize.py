@@ -34,8 +34,8 @@ def quantization_config(config: PreTrainedConfig, precision: str, trust_remote_c
         model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     components = find_components(model)
     projectors = [components.projector, *components.projector_extras]
-    unquantized = [components.vision_tower, *projectors, *components.others, components.lm_head]
-    skip = [path for path in unquantized if path is not None]
+    unquantized = [*components.towers, *projectors, *components.others, components.lm_head]
+    skip = [*(path for path in unquantized if path is not None), *components.bypassed]
     if precision == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(

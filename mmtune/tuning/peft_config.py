@@ -81,8 +81,8 @@ def saved_modules(model: nn.Module, components: Components, tune: TuneSection) -
                 "full beside a method in another component would save the whole language model in the adapter; "
                 "tune those components in full too, or name some layers with target_modules",
             )
-        if name == "vision" and components.vision_tower is not None:
-            saved.append(components.vision_tower)
+        if name == "vision":
+            saved += components.towers
         if name == "projector" and components.projector is not None and not (vision_whole and inside):
             saved.append(components.projector)
         kept_frozen = frozen_parts(model, components, tune)

@@ -144,6 +144,7 @@ def test_a_training_step_equals_that_of_plain_transformers_and_peft(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ".lora_A." not in name:  # the gradient of A is zero where B is
             saved = trained[name.replace(".default", "").replace(".modules_to_save", "")]
+            assert parameter.grad is not None, name
             step, gradient = parameter.detach() - saved, parameter.grad  # a learning rate of 1
             scale = gradient.abs().max().item()
             assert scale > 0, name

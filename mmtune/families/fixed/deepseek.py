@@ -14,7 +14,7 @@ DEEPSEEK_VL_HYBRID = Family(
         "model.high_res_vision_neck",
         "model.high_res_vision_alpha",
     ),
-    others=("model.high_res_vision_model",),
+    encoder_extras=("model.high_res_vision_model",),
 )
 JANUS = Family(
     "janus",

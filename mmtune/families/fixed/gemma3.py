@@ -1,4 +1,4 @@
-"""Gemma 3: the whole image, and with pan and scan also crops of a long one."""
+"""Gemma 3 and 3n: the whole image, and with pan and scan also crops of a long one."""
 
 from __future__ import annotations
 
@@ -40,5 +40,13 @@ GEMMA3 = Gemma3(
     processor_keys={"image_seq_length": lambda config: config.mm_tokens_per_image},
     embeds_image_token=False,
     placeholder_is_image_token=False,
+    media_types_key="token_type_ids",
+)
+GEMMA3N = Gemma3(
+    "gemma3n",
+    model_types=("gemma3n",),
+    processors=("Gemma3nProcessor",),
+    bypassed=("prediction_coefs", "correction_coefs"),  # AltUp bounds their weights in training
+    processor_keys={"image_seq_length": lambda config: config.vision_soft_tokens_per_image},
     media_types_key="token_type_ids",
 )

@@ -9,7 +9,8 @@ from mmtune.families.family import ConfigRule, Family, Geometry, Size
 from mmtune.families.image_geometry import SQUARE_PROCESSORS, extra_tokens, patch_size, shape_only_image
 
 LLAVA_KEYS: dict[str, ConfigRule] = {
-    "patch_size": patch_size,
+    # A convolutional tower, as in FastVLM, has no patches.
+    "patch_size": lambda config: patch_size(config) if hasattr(config.vision_config, "patch_size") else None,
     "vision_feature_select_strategy": lambda config: getattr(config, "vision_feature_select_strategy", None),
     "num_additional_image_tokens": extra_tokens,
 }

@@ -195,13 +195,13 @@ def _check_gradients(model: Any, components: Components, features: list[torch.Te
     """
     reached_ids = _leaves_of(features)
     reached = {name for name, parameter in model.named_parameters() if id(parameter) in reached_ids}
-    needed = [components.vision_tower, components.projector, *components.projector_extras]
+    needed = [*components.towers, components.projector, *components.projector_extras]
     parts = {path: any(is_inside(name, path) for name in reached) for path in needed if path is not None}
     parts |= {path: not any(is_inside(name, path) for name in reached) for path in components.others}
     if wrong := [path for path, is_right in parts.items() if not is_right]:
         raise UserError(
-            f"{type(model).__name__}: expected image features that depend on the vision tower {components.vision_tower} and the "
-            f"projector ({', '.join(path for path in needed[1:] if path)}), and on nothing else; not so: {', '.join(wrong)}"
+            f"{type(model).__name__}: expected image features that depend on the vision tower and the projector "
+            f"({', '.join(path for path in needed if path)}), and on nothing else; not so: {', '.join(wrong)}"
         )
 
 

@@ -428,10 +428,9 @@ def write_tiny_base(base: TinyBase, out: Path, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(base.config(processor), trust_remote_code=False)
         with torch.no_grad():
-            for parameter in model.parameters():
-                # Gemma 3's projection, the weight of DeepSeek-VL's second tower and Mllama's gates start at zero: images would be
-                # ignored.
-                if (parameter.ndim > 1 or parameter.numel() == 1) and not parameter.any():
+            for name, parameter in model.named_parameters():
+                # A projection (Gemma 3), weight (DeepSeek-VL, Gemma 3n) or gate (Mllama) of zeros would ignore images.
+                if not parameter.any() and not name.endswith("bias") and "norm" not in name:
                     parameter.normal_(std=0.02)
     out.mkdir(parents=True, exist_ok=True)
     processor.save_pretrained(out)

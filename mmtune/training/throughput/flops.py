@@ -149,8 +149,9 @@ class ModelFlops:
             yield
         config: Any = _base(self._model).config.get_text_config()
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        vision = sum(recorder.flops[component] for component in ("vision", "projector", "others"))
-        vision += recorder.attention.flops * (1 + 2 * recorder.share("vision"))
+        vision = (
+            recorder.flops["vision"] + recorder.flops["projector"] + recorder.attention.flops * (1 + 2 * recorder.share("vision"))
+        )
         self.dtype = recorder.dtype
         self._rates[images] = _FlopsRates(
             token=recorder.flops["language"] / inputs["input_ids"].numel(),
@@ -180,7 +181,7 @@ class _FlopsRecorder:
     def __init__(self, model: nn.Module, components: Components) -> None:
         self._model = model
         self._components = components
-        self.flops: dict[str, float] = dict.fromkeys(("vision", "projector", "language", "lm_head", "others"), 0.0)
+        self.flops: dict[str, float] = dict.fromkeys(("vision", "projector", "language", "lm_head"), 0.0)
         self._forward, self._with_gradient = dict(self.flops), dict(self.flops)
         self.attention = _AttentionFlops()
         self.dtype = torch.float32
@@ -196,15 +197,20 @@ class _FlopsRecorder:
                 if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
                     hook = module.register_forward_hook(partial(self._product, component_of(name, self._components)))
                     stack.callback(hook.remove)
-            if self._components.vision_tower is not None:
-                tower = self._model.get_submodule(self._components.vision_tower)
+            for tower in map(self._model.get_submodule, self._components.towers):
                 inside = stack.enter_context(contextlib.ExitStack())
                 for hook in (
-                    tower.register_forward_pre_hook(lambda *_: inside.enter_context(self.attention) and None),
-                    tower.register_forward_hook(lambda *_: inside.close()),
+                    tower.register_forward_pre_hook(partial(self._enter, inside)),
+                    tower.register_forward_hook(partial(self._leave, inside)),
                 ):
                     stack.callback(hook.remove)
             yield
+
+    def _enter(self, inside: contextlib.ExitStack, *_: Any) -> None:
+        inside.enter_context(self.attention)
+
+    def _leave(self, inside: contextlib.ExitStack, *_: Any) -> None:
+        inside.close()
 
     def _product(self, component: str, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         # from the layer's attributes, because a weight may be quantized or sharded

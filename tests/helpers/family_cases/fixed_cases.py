@@ -8,8 +8,18 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
 
 from family_cases.family_case import FamilyCase
-from mmtune.models.tiny.tiny_bases import BASES, VISION, TinyBase, text_sizes, tiny_tokenizer, token_id
-from mmtune.models.tiny.tiny_models import IMAGE, PATCH
+from mmtune.models.tiny.tiny_bases import (
+    BASES,
+    CHATML_TOKENS,
+    MERGES,
+    TEXTS,
+    VISION,
+    TinyBase,
+    text_sizes,
+    tiny_tokenizer,
+    token_id,
+)
+from mmtune.models.tiny.tiny_models import IMAGE, PATCH, TOWER, byte_level_tokenizer
 
 SQUARE = {"height": IMAGE, "width": IMAGE}
 GRID = IMAGE // PATCH
@@ -114,6 +124,139 @@ _CHAT = {"user": "User", "assistant": "Assistant", "end": _DEEPSEEK_END}
 _DEEPSEEK_TEMPLATE = _user_assistant(**_CHAT, image="<image_placeholder>")
 _JANUS_TEMPLATE = _user_assistant("<|User|>", "<|Assistant|>", "<image_placeholder>\n", _DEEPSEEK_END)
 
+# ---- Gemma 3n and 4: an audio tower beside the vision tower, and embeddings for every layer
+
+_GEMMA: dict[str, Any] = {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>"}
+_GEMMA4_NAMES = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
+_GEMMA4_NAMES |= {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
+_GEMMA4_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
+    "{% for b in m.content %}{{ (b.text | trim) if b.type == 'text' else '<|image|>' }}{% endfor %}{{ '<turn|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn>model\n' }}{% endif %}"
+)
+
+
+def _gemma4(kind: str) -> Callable[[], ProcessorMixin]:
+    def build() -> ProcessorMixin:
+        import transformers as tf
+
+        tokenizer = tiny_tokenizer(
+            ("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|video|>"), _GEMMA4_NAMES, **_GEMMA
+        )
+        sizes = {"patch_size": 8, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+        extractor = getattr(tf, f"{kind}AudioFeatureExtractor")()
+        images, videos = (getattr(tf, f"{kind}{medium}Processor")(**sizes) for medium in ("Image", "Video"))
+        processor: ProcessorMixin = getattr(tf, f"{kind}Processor")(extractor, images, tokenizer, videos)
+        return processor
+
+    return build
+
+
+def _gemma4_config(model_type: str, vision: dict[str, Any], audio: dict[str, Any] | None, **text: Any) -> Any:
+    def config(processor: Any) -> PreTrainedConfig:
+        names = {f"{name.removesuffix('_token')}_token_id": token for name, token in _GEMMA4_NAMES.items()}
+        ids = {name: token_id(processor, token) for name, token in names.items()}
+        ids["eoa_token_index"] = ids.pop("eoa_token_id")
+        sizes = {**text_sizes(processor.tokenizer), "num_hidden_layers": 4, "global_head_dim": 32, "sliding_window": 64}
+        sizes["layer_types"] = ["sliding_attention", "full_attention"] * 2
+        return AutoConfig.for_model(
+            model_type,
+            text_config={**sizes, **text, "tie_word_embeddings": True},
+            vision_config={**vision, "patch_size": 8, "pooling_kernel_size": 2},
+            audio_config=audio,
+            video_token_id=token_id(processor, "<|video|>"),
+            **ids,
+        )
+
+    return config
+
+
+_GEMMA4_VISION: dict[str, Any] = {**TOWER, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 128}
+_GEMMA4_AUDIO = {**TOWER, "num_hidden_layers": 1, "subsampling_conv_channels": [8, 4], "output_proj_dims": 32}
+# E2B and E4B: embeddings of every layer, and layers that use the keys and values of others
+_GEMMA4_SMALL = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 384, "num_kv_shared_layers": 2}
+# 31B: image tokens that see each other, and keys that are values
+_GEMMA4_LARGE = {"hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision", "attention_k_eq_v": True}
+_GEMMA4_LARGE["num_global_key_value_heads"] = 1
+
+# Gemma 3's template with another placeholder
+_GEMMA3N_TEMPLATE = str(BASES["gemma3"].template).replace("<start_of_image>", "<image_soft_token>")
+# InternVL's writes the same text with another placeholder.
+_FAST_VLM_TEMPLATE = str(BASES["internvl"].template).replace("<IMG_CONTEXT>", "<image>")
+
+
+def _gemma3n() -> ProcessorMixin:
+    from transformers import Gemma3nAudioFeatureExtractor, Gemma3nProcessor, SiglipImageProcessor
+
+    named = {"boi_token": "<start_of_image>", "boa_token": "<start_of_audio>"}
+    # After the text tokens: they have embeddings of their own.
+    named |= {"eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    named |= {"eoa_token": "<end_of_audio>", "audio_token": "<audio_soft_token>"}
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", *list(named.values())[:2]]
+    tokenizer = byte_level_tokenizer({"specials": specials, "named": named, **_GEMMA}, TEXTS, merges=MERGES)
+    processor: ProcessorMixin = Gemma3nProcessor(
+        Gemma3nAudioFeatureExtractor(), SiglipImageProcessor(size=SQUARE), tokenizer, image_seq_length=4
+    )
+    return processor
+
+
+def _gemma3n_config(processor: Any) -> PreTrainedConfig:
+    tokens = {"boi": "start_of_image", "eoi": "end_of_image", "image": "image_soft_token"}
+    tokens |= {"boa": "start_of_audio", "eoa": "end_of_audio", "audio": "audio_soft_token"}
+    ids = {f"{name}_token_id": token_id(processor, f"<{token}>") for name, token in tokens.items()}
+    sizes = text_sizes(processor.tokenizer)
+    # The last tokens of the vocabulary are those of images, then those of audio.
+    images = {"vocab_offset": ids["eoi_token_id"], "vocab_size": 2}
+    audio: dict[str, Any] = {"vocab_offset": ids["eoa_token_id"], "vocab_size": sizes["vocab_size"] - ids["eoa_token_id"]}
+    audio |= {"hidden_size": 32, "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1, "sscp_conv_channel_size": [8, 4]}
+    layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+    layers |= {"activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "sliding_window": 64}
+    widths = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": images["vocab_offset"]}
+    text = {**sizes, **layers, **widths, "altup_num_inputs": 2, "laurel_rank": 8}
+    return AutoConfig.for_model(
+        "gemma3n",
+        text_config={**text, "tie_word_embeddings": True},
+        vision_config={
+            "architecture": "mobilenetv5_300m_enc",
+            "model_args": {"channel_multiplier": 0.05, "msfa_output_resolution": 2},
+            **images,
+        },
+        audio_config=audio,
+        vision_soft_tokens_per_image=4,
+        **ids,
+    )
+
+
+# ---- FastVLM: a convolutional tower, which halves the image six times
+
+
+def _fast_vlm() -> ProcessorMixin:
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    size = {"size": {"shortest_edge": 128}, "crop_size": {"height": 128, "width": 128}}
+    tokenizer = tiny_tokenizer(CHATML_TOKENS, {"image_token": "<image>"}, pad="<|endoftext|>", eos="<|im_end|>")
+    processor: ProcessorMixin = LlavaProcessor(
+        CLIPImageProcessor(**size), tokenizer, patch_size=64, vision_feature_select_strategy="full"
+    )
+    return processor
+
+
+def _fast_vlm_config(processor: Any) -> PreTrainedConfig:
+    stages = {"layers": [1, 1, 1, 1, 1], "embed_dims": [16, 16, 32, 32, 64]}
+    return AutoConfig.for_model(
+        "fast_vlm",
+        text_config={"model_type": "qwen2", **text_sizes(processor.tokenizer)},
+        vision_config={
+            "model_type": "timm_wrapper",
+            "architecture": "fastvit_mci3",
+            "hidden_size": 128,
+            "model_args": {"inference_mode": True, **stages},
+        },
+        image_token_index=token_id(processor, "<image>"),
+        image_seq_length=4,
+    )
+
+
 # ---- the table
 
 FIXED_CASES: dict[str, FamilyCase] = {
@@ -132,5 +275,29 @@ FIXED_CASES: dict[str, FamilyCase] = {
         end=_DEEPSEEK_END,
         leading=" ",
     ),
+    "gemma4": FamilyCase(
+        TinyBase(
+            _gemma4("Gemma4"),
+            _gemma4_config("gemma4", _GEMMA4_VISION, _GEMMA4_AUDIO, **_GEMMA4_SMALL),
+            template=_GEMMA4_TEMPLATE,
+        ),
+        end="<turn|>",
+    ),
+    "gemma4_large": FamilyCase(
+        TinyBase(_gemma4("Gemma4"), _gemma4_config("gemma4", _GEMMA4_VISION, None, **_GEMMA4_LARGE), template=_GEMMA4_TEMPLATE),
+        end="<turn|>",
+    ),
+    "gemma4_unified": FamilyCase(
+        TinyBase(
+            _gemma4("Gemma4Unified"),
+            _gemma4_config(
+                "gemma4_unified", {"mm_embed_dim": 32, "mm_posemb_size": 128, "output_proj_dims": 32}, {"audio_embed_dim": 640}
+            ),
+            template=_GEMMA4_TEMPLATE,
+        ),
+        end="<turn|>",
+    ),
+    "gemma3n": FamilyCase(TinyBase(_gemma3n, _gemma3n_config, template=_GEMMA3N_TEMPLATE), end="<end_of_turn>"),
+    "fast_vlm": FamilyCase(TinyBase(_fast_vlm, _fast_vlm_config, template=_FAST_VLM_TEMPLATE)),
     "janus": FamilyCase(TinyBase(_janus, _janus_config, template=_JANUS_TEMPLATE), end=_DEEPSEEK_END, leading=" "),
 }
