@@ -89,6 +89,17 @@ def is_supervised(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("supervised", True)
 
 
+def prompt_messages(sample: Sample) -> list[Message]:
+    """The messages of a conversation before its last answer, which can be a tool call.
+
+    Raises:
+        RowError: the conversation does not end with an answer.
+    """
+    if sample.messages[-1]["role"] != "assistant":
+        raise RowError(sample.id, "messages", "expected an answer as the last turn of the conversation", "answer_missing")
+    return sample.messages[:-1]
+
+
 def split_question(sample: Sample) -> tuple[list[Message], str]:
     """Split a conversation into the messages before its last answer, and the text of that answer.
 
@@ -96,12 +107,11 @@ def split_question(sample: Sample) -> tuple[list[Message], str]:
         RowError: the conversation does not end with an answer of text, or the answer has weight 0 and is thus not a valid
             reference.
     """
-    if sample.messages[-1]["role"] != "assistant":
-        raise RowError(sample.id, "messages", "expected an answer as the last turn of the conversation", "answer_missing")
+    question = prompt_messages(sample)
     if "tool_calls" in sample.messages[-1]:
         detail = "the last answer is a tool call, and only text can be compared with the model's answer; end the row with a text"
         raise RowError(sample.id, "messages", detail, "reference_tool_call")
     if not is_supervised(sample.messages[-1]):
         detail = "the last answer has weight 0, so it cannot be the reference; remove it, or set weight 1"
         raise RowError(sample.id, "messages", detail, "reference_weight")
-    return sample.messages[:-1], text_of(sample.messages[-1])
+    return question, text_of(sample.messages[-1])

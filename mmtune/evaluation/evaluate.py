@@ -16,7 +16,7 @@ from transformers import ProcessorMixin
 from mmtune.data.batching.collate import collate
 from mmtune.data.dataset import DataReport, IndexedSamples, check_rows, iterate_rows
 from mmtune.data.encoding.encode import encode_prompt
-from mmtune.data.message import RowError, Sample, split_question, text_of
+from mmtune.data.message import RowError, Sample, prompt_messages, split_question, text_of
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.evaluation.choices import check_choices, most_likely_choice, score_choices
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
@@ -80,7 +80,7 @@ def generate_answers(
 
     Args:
         model: in train or eval mode; it runs in eval mode, and its mode is restored.
-        samples: conversations that end with the reference answer, which is not shown to the model.
+        samples: conversations that end with an answer, which is not shown to the model.
         max_new_tokens: at most this many new tokens per answer.
         batch_size: questions per batch; questions are sorted by length to reduce padding.
         label: the label of the progress display.
@@ -91,7 +91,7 @@ def generate_answers(
     with in_eval_mode(model), EvaluationProgress(label, len(order)) as progress:
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            prompts = {i: encode_prompt(samples[i].id, split_question(samples[i])[0], processor, samples[i].tools) for i in chunk}
+            prompts = {i: encode_prompt(samples[i].id, prompt_messages(samples[i]), processor, samples[i].tools) for i in chunk}
             for group in _batch_groups(model, prompts):
                 batch = move_batch(model, collate([prompts[i] for i in group], tokenizer.pad_token_id, side="left"))
                 with torch.inference_mode(), training_autocast(model):
@@ -156,6 +156,7 @@ def evaluate(
     """
     rows = IndexedSamples(section.data)
     samples = list(iterate_rows(rows))
+    questions = [split_question(sample) for sample in samples]
     indices = range(len(samples)) if dist.sharded else range(dist.rank, len(samples), dist.size)
     rank_predictions = _predict(model, processor, [samples[index] for index in indices], section, label)
     gathered = dist.all_gather_object(list(zip(indices, rank_predictions, strict=True)))
@@ -163,7 +164,7 @@ def evaluate(
     answers = []
     for index, sample in enumerate(samples):
         prediction = predictions[index]
-        question, reference = split_question(sample)
+        question, reference = questions[index]
         conclusion = final_answer(prediction, section.answer_after)
         references = (reference, *sample.references)
         correct = any(exact_match(conclusion, final_answer(text, section.answer_after)) for text in references)

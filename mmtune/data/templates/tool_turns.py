@@ -8,7 +8,6 @@ from typing import Any
 
 from mmtune.data.message import Message, RowError
 from mmtune.data.sources.rows import parse_json
-from mmtune.data.templates.unread_media import is_empty_value
 
 CALL_KEYS = ("tool_calls", "function_call")
 """An assistant turn's keys with its tool calls: a list, or one call in OpenAI's first form."""
@@ -16,6 +15,7 @@ CALL_KEYS = ("tool_calls", "function_call")
 TOOL_TURN_KEYS = (*CALL_KEYS, "tool_call_id", "reasoning_content")
 """All keys of a turn that are read for tool calls, results and reasoning."""
 
+_ABSENT: tuple[Any, ...] = (None, "", [], {})
 _FUNCTION_KEYS = {"name", "arguments"}
 _CALL_KEYS = {"id", "type", "index", "function"}
 _THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
@@ -24,7 +24,7 @@ _CALL_BLOCK = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 def has_calls(keys: Mapping[str, Any]) -> bool:
     """Whether a turn's keys have tool calls."""
-    return any(not is_empty_value(keys.get(name)) for name in CALL_KEYS)
+    return any(keys.get(name) not in _ABSENT for name in CALL_KEYS)
 
 
 def read_turn_keys(row_id: str, where: str, role: str, keys: Mapping[str, Any]) -> Message:
@@ -48,7 +48,7 @@ def read_turn_keys(row_id: str, where: str, role: str, keys: Mapping[str, Any]) 
         parts["reasoning_content"] = reasoning
     expected = {"tool_call_id": "tool"}
     for name in TOOL_TURN_KEYS:
-        if role != (owner := expected.get(name, "assistant")) and not is_empty_value(keys.get(name)):
+        if role != (owner := expected.get(name, "assistant")) and keys.get(name) not in _ABSENT:
             detail = f"expected it in a turn of the {owner}, got a turn of the {role}; move or remove it"
             raise RowError(row_id, f"{where}.{name}", detail, "tool_malformed")
     if role == "tool":
@@ -89,7 +89,7 @@ def read_tools(row_id: str, field: str, value: Any) -> tuple[dict[str, Any], ...
         RowError: a schema without a name, or a name that occurs twice.
     """
     value = _parse(row_id, field, value) if isinstance(value, str) and value.strip() else value
-    if is_empty_value(value):
+    if value in _ABSENT:
         return ()
     tools = []
     names = set()
@@ -129,7 +129,7 @@ def check_result_ids(row_id: str, messages: list[Message]) -> None:
 
 
 def _read_calls(row_id: str, where: str, value: Any, required: bool = False) -> list[dict[str, Any]]:
-    if not required and is_empty_value(value):
+    if not required and value in _ABSENT:
         return []
     if not isinstance(value, (dict, list)) or not value:
         detail = f"expected a tool call, {{name, arguments}}, or a list of calls, got {value!r}"[:200]
@@ -142,7 +142,7 @@ def _read_call(row_id: str, where: str, call: Any) -> dict[str, Any]:
     """One call, with or without its `function` object, with its arguments as an object."""
     if not isinstance(call, dict):
         raise RowError(row_id, where, f"expected a tool call, {{name, arguments}}, got {call!r}"[:200], "tool_malformed")
-    is_nested = not is_empty_value(call.get("function"))
+    is_nested = call.get("function") is not None
     function = call["function"] if is_nested else call
     if not isinstance(function, dict):
         raise RowError(row_id, f"{where}.function", f"expected an object, got {function!r}"[:200], "tool_malformed")

@@ -158,8 +158,8 @@ def view_sample(sample: Sample, processor: ProcessorMixin, section: DataSection)
     ]
     texts = token_texts(processor.tokenizer, encoded.input_ids)
     tokens = [Token(*each) for each in zip(encoded.input_ids, texts, kinds, strict=True)]
-    prompt_messages = to_template_messages(sample.id, sample.messages[:-1])
-    prompt = render_prompt(prompt_messages, chat_template_of(processor), processor.tokenizer, sample.tools)
+    template_messages = to_template_messages(sample.id, sample.messages[:-1])
+    prompt = render_prompt(template_messages, chat_template_of(processor), processor.tokenizer, sample.tools)
     return SampleView(sample, tokens, prompt, notes)
 
 

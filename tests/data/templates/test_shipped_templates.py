@@ -67,7 +67,7 @@ def _expected(name: str) -> Any:
 
 def _media_of(expected: Any) -> Iterator[tuple[str, str]]:
     for sample in expected:
-        for _, blocks in sample["messages"]:
+        for _, blocks, *_ in sample["messages"]:
             for block in blocks:
                 if isinstance(block, dict) and "any of" not in block:
                     yield from block.items()
@@ -123,8 +123,11 @@ def test_rows_as_published_become_these_messages(name: str, roots: dict[str, Pat
     for index, sample_expected in enumerate(expected):
         sample = reader.sample(*rows[index])
         messages = sample_expected["messages"]
-        assert [message["role"] for message in sample.messages] == [role for role, _ in messages]
-        for message, (_, blocks) in zip(sample.messages, messages, strict=True):
+        assert [message["role"] for message in sample.messages] == [role for role, *_ in messages]
+        assert list(sample.tools) == sample_expected.get("tools", [])
+        for message, (_, blocks, *keys) in zip(sample.messages, messages, strict=True):
+            others = {key: value for key, value in message.items() if key not in ("role", "content", "supervised")}
+            assert others == (keys[0] if keys else {})
             assert len(message["content"]) == len(blocks)
             for block, block_expected in zip(message["content"], blocks, strict=True):
                 assert _same(block, block_expected, roots[name]), (block, block_expected)
@@ -243,8 +246,12 @@ def _check_sound(sample: Sample) -> None:
         for block in message["content"]:
             what = block[block["type"]]
             assert isinstance(what, str) if block["type"] == "text" else isinstance(what, EmbeddedMedia) or what.is_file()
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and "tool_calls" not in message:
             assert "".join(block["text"] for block in message["content"]).strip()
+        for call in message.get("tool_calls", ()):
+            assert message["role"] == "assistant" and call["function"]["name"]
+            assert isinstance(call["function"]["arguments"], dict)
+    assert all(tool["function"]["name"] for tool in sample.tools)
     assert all(isinstance(text, str) for text in (*sample.choices, *sample.references))
     assert not sample.choices or sample.messages[-1]["content"][0]["text"] in sample.choices
 
