@@ -37,7 +37,7 @@ BY_MODEL_TYPE = {
     "gemma3_text": "gemma",
 }
 
-WITHOUT_ROLES = ("plain", "paligemma")
+WITHOUT_ROLES = ("plain", "paligemma", "instruction", "question_answer")
 """Shipped templates without role tokens, so that their fit cannot be inferred from a tokenizer."""
 PALIGEMMA_TOKEN = "<loc0000>"
 """A token that only PaliGemma tokenizers have, because their processor adds it."""
@@ -55,7 +55,7 @@ def template_names() -> list[str]:
 
 
 def resolve_chat_template(
-    name: str | None, tokenizer: PreTrainedTokenizerBase, *, model_type: str | None = None, image_token: str = "<image>"
+    name: str | None, tokenizer: PreTrainedTokenizerBase, *, model_type: str | None = None, image_token: str | None = "<image>"
 ) -> str:
     """Select a chat template that writes image placeholders and has exact answer spans.
 
@@ -64,7 +64,8 @@ def resolve_chat_template(
             (those of text models seldom are), or else the default for the model type.
         tokenizer: the tokenizer, which must have the template's control tokens as single tokens.
         model_type: the text model's type, for the default.
-        image_token: the image placeholder that the template must write.
+        image_token: the image placeholder that the template must write; None if it must write nothing for an image, because the
+            processor puts all images before the text.
 
     Returns:
         The source text of the template.
@@ -104,7 +105,7 @@ def resolve_chat_template(
     return template
 
 
-def training_chat_template(processor: ProcessorMixin, image_token: str) -> str:
+def training_chat_template(processor: ProcessorMixin, image_token: str | None) -> str:
     """The chat template of a ready vision-language model, with `{% generation %}` tags if possible.
 
     A template without these tags is replaced by TRL's training template that writes the same text, if there is one. Otherwise it
@@ -112,7 +113,7 @@ def training_chat_template(processor: ProcessorMixin, image_token: str) -> str:
 
     Args:
         processor: the model's processor.
-        image_token: the image placeholder that the template must write.
+        image_token: as in `resolve_chat_template`.
 
     Raises:
         UserError: the model has no chat template, or one without exact answer spans.
@@ -222,25 +223,25 @@ def _missing_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None
     missing = [marker for marker in MARKERS.get(name, ()) if marker not in vocabulary]
     if missing:
         return f"writes {', '.join(missing)}, which the tokenizer does not have"
-    if name in ("vicuna_v1", "mistral") and tokenizer.eos_token is None:
+    if name in ("vicuna_v1", "mistral", "instruction", "question_answer") and tokenizer.eos_token is None:
         return "ends a turn with eos_token, which the tokenizer does not have"
     return None
 
 
-def _advice(template: str | None, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
+def _advice(template: str | None, tokenizer: PreTrainedTokenizerBase, image_token: str | None) -> str:
     """How to fix the recipe: a shipped template that writes the same turns, or else all shipped templates that would work.
 
     Args:
         template: the template that cannot be used; None if there is none.
         tokenizer: the tokenizer.
-        image_token: the image placeholder.
+        image_token: as in `resolve_chat_template`.
     """
     if PALIGEMMA_TOKEN in tokenizer.get_vocab():
         return "set model.chat_template: paligemma"
     usable = {
         name: text
         for name in template_names()
-        if name not in WITHOUT_ROLES
+        if (name not in WITHOUT_ROLES or image_token is None)
         and not _missing_tokens(name, tokenizer)
         and not _incompatibility(text := _read_shipped(name), tokenizer, image_token)
     }
@@ -248,7 +249,7 @@ def _advice(template: str | None, tokenizer: PreTrainedTokenizerBase, image_toke
         (end,) = tokenizer.convert_ids_to_tokens(end_of_turn_ids(tokenizer, text))
         if template and _turn_separators(template, tokenizer, end) == _turn_separators(text, tokenizer, end):
             return f"set model.chat_template: {name}, which writes the same turns and an end-of-turn token after every answer"
-    needs = f"which writes {image_token} for an image, the answers, and an end-of-turn token after each answer"
+    needs = f"which writes {image_token or 'nothing'} for an image, the answers, and an end-of-turn token after each answer"
     if usable:
         names = " or ".join(usable)
         return f"set model.chat_template to {names} if the model was trained with it, or to a .jinja file ({needs})"
@@ -277,11 +278,14 @@ def _default_name(tokenizer: PreTrainedTokenizerBase, model_type: str | None) ->
     return name
 
 
-def _incompatibility(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str | None:
+def _incompatibility(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str | None) -> str | None:
     """Why a template cannot be used with this tokenizer; None if it can."""
     try:
         prompt = render_prompt([QUESTION], template, tokenizer)
-        if prompt.count(image_token) != 1:
+        if image_token is None:
+            if prompt != render_prompt([{**QUESTION, "content": QUESTION["content"][1:]}], template, tokenizer):
+                return "expected nothing for an image, because the processor puts all images before the text"
+        elif prompt.count(image_token) != 1:
             return f"expected one {image_token} for an image, got {prompt.count(image_token)}"
         render_conversation([QUESTION, ANSWER], template, tokenizer)
     except ChatTemplateError as error:

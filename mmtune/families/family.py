@@ -54,9 +54,13 @@ class Family:
         mrope: whether a position has three parts: time, height and width.
         image_processors: class names of the image processors that `geometry` supports.
         processor_keys: keys of the processor that determine the number of image tokens, with the rule for each value.
-        needs_image: whether its processor takes no conversation without an image.
+        needs_image: whether its processor or its model takes no conversation without an image.
+        images_first: whether its processor puts all images before the text and its first special token. Its chat template then
+            writes nothing for an image.
         embeds_image_token: whether the image token has a row in the embeddings.
         placeholder_is_image_token: whether the chat template's placeholder is the token of the image features.
+        scores_labels: whether its class computes the loss of labels from logits at supervised positions. Otherwise the objective
+            computes it.
         media_types_key: the name under which its model takes `mm_token_type_ids`.
     """
 
@@ -75,8 +79,10 @@ class Family:
     image_processors: tuple[str, ...] = ()
     processor_keys: Mapping[str, ConfigRule] = field(default_factory=dict)
     needs_image: bool = False
+    images_first: bool = False
     embeds_image_token: bool = True
     placeholder_is_image_token: bool = True
+    scores_labels: bool = True
     media_types_key: str = "mm_token_type_ids"
 
     def placeholder(self, processor: Any) -> str:
@@ -168,6 +174,21 @@ class Family:
 
         Args:
             media: the media tensors of `process_images`; empty without images.
+        """
+        return {}
+
+    def prompt_tensors(
+        self, processor: Any, prompt: Callable[[], str], media: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Further tensors that the model computes image features from, besides those of `process_images`.
+
+        Args:
+            prompt: returns the rendered conversation up to its first answer, without images: what a model that reads a question
+                beside the image may see in training and when it answers.
+            media: the media tensors of `process_images`; empty without images.
+
+        Raises:
+            TextError: a prompt that the family's processor cannot encode.
         """
         return {}
 

@@ -16,6 +16,7 @@ from mmtune.families.fixed.llava import LLAVA
 from mmtune.families.fixed.paligemma import PALIGEMMA
 from mmtune.families.grids.pixtral import PIXTRAL
 from mmtune.families.grids.qwen_vl import QWEN_VL
+from mmtune.families.separate.blip2 import BLIP2, INSTRUCT_BLIP
 from mmtune.families.separate.idefics2 import IDEFICS2
 from mmtune.families.separate.mllama import MLLAMA
 from mmtune.families.tiles.idefics3 import IDEFICS3
@@ -28,7 +29,7 @@ FAMILIES: Mapping[str, Family] = {
         *(LLAVA, GEMMA3, GEMMA3N, PALIGEMMA, DEEPSEEK_VL_HYBRID, JANUS, GEMMA4_UNIFIED),
         *(LLAVA_NEXT, LLAVA_ONEVISION, IDEFICS3, INTERNVL),
         *(QWEN_VL, PIXTRAL),
-        *(IDEFICS2, MLLAMA),
+        *(IDEFICS2, MLLAMA, BLIP2, INSTRUCT_BLIP),
     )
 }
 """The families with an entry of their own, by name."""

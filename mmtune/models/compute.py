@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
+from mmtune.families.family_table import family_of
 from mmtune.methods.method_table import method_of
 
 
@@ -59,3 +61,9 @@ def count_virtual_tokens(model: nn.Module) -> int:
     method = method_of(model)
     adapted: Any = model
     return 0 if method is None else method.virtual_tokens(adapted.active_peft_config)
+
+
+def computes_loss(model: nn.Module) -> bool:
+    """Whether the class of a model, plain or with an adapter, computes the loss of labels from logits at supervised positions."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return family_of(str(base.config.model_type)).scores_labels

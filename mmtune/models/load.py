@@ -324,7 +324,8 @@ def load_processor(name: str, subject: str, config: PreTrainedConfig, trust_remo
 
 def _choose_chat_template(processor: ProcessorMixin, subject: str, template_name: str | None) -> str:
     """The chat template that a recipe names, otherwise the checkpoint's."""
-    placeholder = family_of_processor(processor).placeholder(processor)
+    family = family_of_processor(processor)
+    placeholder = None if family.images_first else family.placeholder(processor)
     if template_name is None:
         with errors_about(subject):
             template = training_chat_template(processor, placeholder)

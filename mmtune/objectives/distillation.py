@@ -23,7 +23,7 @@ from mmtune.models.meta_model import read_model_config
 from mmtune.models.packed_attention import check_packable_family, check_packable_method
 from mmtune.objectives.distillation_losses import attention_divergences, divergences, hidden_state_errors
 from mmtune.objectives.reference_model import ReferenceModel, find_reference_model
-from mmtune.objectives.sft import Losses, SupervisedTuning, supervised_positions, without_labels
+from mmtune.objectives.sft import Losses, SupervisedTuning, scored_positions, without_labels
 from mmtune.objectives.teacher_checks import TEACHER, check_layers, check_model_inputs, check_vocabulary
 from mmtune.objectives.token_losses import by_chunks, cross_entropies
 from mmtune.recipe.objective_section import DistillationSection, LayerPairs
@@ -77,7 +77,7 @@ class Distillation(SupervisedTuning):
         unlabelled = without_labels(inputs)
         unlabelled |= {"output_hidden_states": True} if settings.hidden_states else {}
         unlabelled |= {"output_attentions": True} if settings.attention_maps else {}
-        positions = supervised_positions(inputs["labels"])
+        positions = scored_positions(inputs)
         student, teacher = model(**unlabelled), self._ask_teacher(unlabelled, positions)
         logits, soft = student["logits"].flatten(end_dim=-2), teacher["logits"].flatten(end_dim=-2)
         scored = logits if settings.crossentropy_weight else logits.detach()  # then reported only

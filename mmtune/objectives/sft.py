@@ -14,7 +14,7 @@ from mmtune.data.batching.collate import Collator, collate
 from mmtune.data.dataset import SampleEncoder, dummy_sample
 from mmtune.data.encoding.encode import IGNORE_INDEX
 from mmtune.distributed.context import DistributedContext
-from mmtune.models.compute import count_virtual_tokens
+from mmtune.models.compute import computes_loss, count_virtual_tokens
 from mmtune.models.load import ResolvedBase
 from mmtune.models.packed_attention import packed_inputs
 from mmtune.objectives.token_losses import by_chunks, cross_entropies
@@ -45,6 +45,12 @@ def score_supervised_only(inputs: dict[str, Any], virtual_tokens: int = 0) -> di
     targets = inputs["labels"][:, 1:][keep[:, :-1]]
     mask = nn.functional.pad(keep, (virtual_tokens, 0), value=False)
     return {**inputs, "shift_labels": targets, "logits_to_keep": mask}
+
+
+def scored_positions(inputs: dict[str, Any]) -> torch.Tensor:
+    """The supervised positions of `inputs` from `model_inputs`, without virtual tokens, shape (batch, length)."""
+    mask: torch.Tensor = inputs["logits_to_keep"]
+    return mask[:, -inputs["input_ids"].shape[1] :]
 
 
 def without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -132,8 +138,14 @@ class SupervisedTuning:
 
         Args:
             model: without the wrappers of a distributed run.
+
+        Returns:
+            The inputs of `score_supervised_only`; without `labels` if the model's class cannot compute their loss.
         """
-        return score_supervised_only(packed_inputs(model, batch), count_virtual_tokens(model))
+        inputs = score_supervised_only(packed_inputs(model, batch), count_virtual_tokens(model))
+        if not computes_loss(model):
+            del inputs["labels"]
+        return inputs
 
     def compute_loss(self, model: Callable[..., Any], inputs: dict[str, Any], denominator: torch.Tensor | int) -> Losses:
         """Forward pass and loss of one batch.
@@ -148,8 +160,12 @@ class SupervisedTuning:
             Sums over the batch's supervised tokens, divided by the denominator. A dummy batch has no such token: its loss is a
             zero with a gradient.
         """
-        outputs = model(**inputs, num_items_in_batch=denominator)
-        return Losses(outputs["loss"], outputs["logits"], outputs)
+        if "labels" in inputs:
+            outputs = model(**inputs, num_items_in_batch=denominator)
+            return Losses(outputs["loss"], outputs["logits"], outputs)
+        outputs = model(**without_labels(inputs))
+        losses = by_chunks(cross_entropies, outputs["logits"].flatten(end_dim=-2), inputs["shift_labels"])
+        return Losses(losses.sum() / denominator, outputs["logits"], outputs)
 
     def losses_by_source(
         self, losses: Losses, inputs: dict[str, Any], sources: torch.Tensor
@@ -163,7 +179,7 @@ class SupervisedTuning:
         """
         logits = losses.logits.detach().flatten(end_dim=-2)
         by_token = by_chunks(cross_entropies, logits, inputs["shift_labels"]).double().cpu()
-        return by_token, sources[supervised_positions(inputs["labels"])]
+        return by_token, sources[scored_positions(inputs)]
 
 
 def pad_token_id(processor: ProcessorMixin) -> int:

@@ -147,7 +147,7 @@ def test_a_training_step_equals_that_of_plain_transformers_and_peft(
             assert parameter.grad is not None, name
             step, gradient = parameter.detach() - saved, parameter.grad  # a learning rate of 1
             scale = gradient.abs().max().item()
-            assert scale > 0, name
+            assert (scale > 0) != bool(re.search(CASES[family].idle, name)), name
             torch.testing.assert_close(
                 step, gradient, rtol=0, atol=1e-3 * scale + 1e-6, msg=lambda text, name=name: f"{name}: {text}"
             )
@@ -157,15 +157,24 @@ def test_a_training_step_equals_that_of_plain_transformers_and_peft(
     question = samples[-1].messages[:1]
     plain = tf.AutoModelForImageTextToText.from_pretrained(merged)
     messages = [{**question[0], "content": [_with_open_image(block) for block in question[0]["content"]]}]
-    inputs = tf.AutoProcessor.from_pretrained(merged).apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    inputs = _plain_inputs(tf.AutoProcessor.from_pretrained(merged), messages)
     output = plain.generate(**inputs, max_new_tokens=6, do_sample=False, repetition_penalty=1.0)
     answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     answers = [json.loads(line)["prediction"] for line in (RunDirectory(run).answers("after")).read_text().splitlines()]
     assert answer.strip() == answers[-1]
     for model in (run, merged):
         assert mmtune("chat", model, "--image", samples[-1].images[0], "--prompt", "What?", "--max-new-tokens", "3") == 0
+
+
+def _plain_inputs(processor: Any, messages: list[dict[str, Any]]) -> Any:
+    """The model's inputs for a question in plain transformers. BLIP-2's processor leaves the chat template to its tokenizer."""
+    if processor.chat_template is None:
+        text = processor.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        images = [block["image"] for message in messages for block in message["content"] if block["type"] == "image"]
+        return processor(images=images, text=[text], return_tensors="pt")
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
 
 
 def _reference_loss(model: Any, batches: list[list[dict[str, Any]]], processor: Any) -> torch.Tensor:

@@ -12,9 +12,10 @@ import transformers as tf
 from family_cases.separate_cases import SEPARATE_CASES
 from PIL import Image
 
+from mmtune.chat_templates.resolving import resolve_chat_template
 from mmtune.data.batching.collate import collate
 from mmtune.data.encoding.encode import encode_prompt, encode_sample, open_images
-from mmtune.data.media.media import EmbeddedMedia
+from mmtune.data.media.media import EmbeddedMedia, open_image
 from mmtune.data.message import Message, Sample
 from mmtune.families.family_table import family_of
 from mmtune.models.tiny.tiny_bases import write_tiny_base
@@ -46,17 +47,41 @@ def _processor(family: str) -> Any:
     return processor
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
-@pytest.mark.parametrize("family", ["idefics2", "mllama"])
+PROMPTS = [(family, question) for family in ("idefics2", "mllama") for question in QUESTIONS]
+PROMPTS += [(family, question) for family in ("blip-2", "instructblip") for question in ("image", "image_last")]
+
+
+@pytest.mark.parametrize(("family", "question"), PROMPTS)
 def test_a_prompt_equals_that_of_the_processor(family: str, question: str) -> None:
-    processor, messages = _processor(family), QUESTIONS[question]
-    expected = processor.apply_chat_template(
-        open_images("row", messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    case, processor, messages = SEPARATE_CASES[family], _processor(family), QUESTIONS[question]
+    if (template := case.base.required_template) is None:
+        expected = processor.apply_chat_template(
+            open_images("row", messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        processor.chat_template = processor.tokenizer.chat_template = resolve_chat_template(
+            template, processor.tokenizer, image_token=None
+        )
+        text = processor.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        expected = processor(images=[open_image(_image("red"))], text=[text], return_tensors="pt")
     encoded = encode_prompt("row", messages, processor)
     assert set(encoded) == set(expected)
     for name, tensor in encoded.items():
         torch.testing.assert_close(tensor, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_qformer_of_instructblip_sees_the_question_and_no_answer() -> None:
+    """Its processor would give it the whole conversation, with the answer that it should learn to give."""
+    processor = _processor("instructblip")
+    processor.chat_template = resolve_chat_template("instruction", processor.tokenizer, image_token=None)
+    answered = [*QUESTIONS["two_turns"], _turn("assistant", "no")]
+    rows = [encode_sample(Sample("row", [*answered[:1], _turn("assistant", text), *answered[2:]]), processor) for text in "ab"]
+    prompt = encode_prompt("row", answered[:1], processor)
+    for row in rows:
+        assert row["qformer_input_ids"].shape[0] == len(row["pixel_values"]) == 2
+        for question in row["qformer_input_ids"]:
+            assert torch.equal(question, prompt["qformer_input_ids"][0])
+            assert processor.qformer_tokenizer.decode(question) == "[CLS]One?"
 
 
 def test_a_row_without_images_does_not_depend_on_the_images_of_its_batch(tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ placeholders and through the tokenizer's offsets to tokens. No length is estimat
 
 from __future__ import annotations
 
-import re
-from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -18,13 +16,8 @@ from transformers import ProcessorMixin
 
 from mmtune.chat_templates.jinja_rendering import ChatTemplateError, Span, Tools, control_tokens
 from mmtune.chat_templates.rendering import render_conversation, render_prompt
-from mmtune.data.encoding.token_spans import (
-    TokenSpans,
-    escape_conversation,
-    tokenize,
-    tokenize_escaped,
-    unescape_control_tokens,
-)
+from mmtune.data.encoding.placeholders import expand_placeholders, tokenize_expanded
+from mmtune.data.encoding.token_spans import TokenSpans, escape_conversation, unescape_control_tokens
 from mmtune.data.media.media import blank_image, open_image
 from mmtune.data.media.resizing import check_resized
 from mmtune.data.message import Message, RowError, Sample, all_text_of, is_supervised, text_of
@@ -32,7 +25,7 @@ from mmtune.data.validation.issues import issue_type_of
 from mmtune.families.family import TextError
 from mmtune.families.family_table import family_of_processor
 from mmtune.utils.errors import RecipeValueError
-from mmtune.utils.transformers_private import ESCAPE_START, processor_call_kwargs
+from mmtune.utils.transformers_private import processor_call_kwargs
 
 IGNORE_INDEX = -100
 
@@ -107,13 +100,11 @@ def _encode_text(
         else:
             text, spans = render_conversation(template_messages, template, tokenizer, template_tools)
         writes_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        text, spans, media_spans = _expand_placeholders(text, spans, processor, replacements)
+        text, spans, media_spans = expand_placeholders(text, spans, processor, replacements)
+        input_ids, offsets = tokenize_expanded(processor, text, media_spans, not writes_bos, escaped)
         if escaped:
-            input_ids, offsets = tokenize_escaped(tokenizer, text, not writes_bos)
             text, shifted = unescape_control_tokens(text, [*spans, *media_spans])
             spans, media_spans = shifted[: len(spans)], shifted[len(spans) :]
-        else:
-            input_ids, offsets = tokenize(tokenizer, text, not writes_bos, image_tokens(processor))
     except ChatTemplateError as error:
         raise RowError(sample_id, "messages", str(error), "chat_template") from error
     token_spans = TokenSpans(offsets)
@@ -144,19 +135,13 @@ def _supervised_answers(messages: list[Message], supervise: Supervise) -> list[b
     return supervised
 
 
-def image_tokens(processor: ProcessorMixin) -> tuple[str, ...]:
-    """The image placeholder of the chat template, and the token of image features if it is different."""
-    tokens = (family_of_processor(processor).placeholder(processor), getattr(processor.tokenizer, "image_token", None))
-    return tuple(dict.fromkeys(token for token in tokens if token))
-
-
 def chat_template_of(processor: ProcessorMixin) -> str:
     """The source text of the processor's chat template.
 
     Raises:
         UserError: the processor has no chat template.
     """
-    template = processor.chat_template
+    template = processor.chat_template or processor.tokenizer.chat_template  # BLIP-2's processor drops it when it is loaded
     if isinstance(template, dict):
         template = template.get("default")
     if not template:
@@ -188,41 +173,6 @@ def to_template_messages(sample_id: str, messages: list[Message]) -> list[Messag
             raise RowError(sample_id, f"messages[{number}]", detail, "text_not_unicode") from error
         template_messages.append({key: value for key, value in message.items() if key != "supervised"} | {"content": content})
     return template_messages
-
-
-def _expand_placeholders(
-    text: str, spans: list[Span], processor: ProcessorMixin, replacements: list[str]
-) -> tuple[str, list[Span], list[Span]]:
-    """Expand the image placeholders: the text, the shifted spans, and the spans of the expanded placeholders.
-
-    Raises:
-        ChatTemplateError: the numbers of placeholders and images differ.
-    """
-    family = family_of_processor(processor)
-    placeholder = re.compile(f"(?<!{ESCAPE_START}){re.escape(family.placeholder(processor))}")
-    image_ends = [match.end() for match in placeholder.finditer(text)]
-    if len(image_ends) != len(replacements):
-        raise ChatTemplateError(
-            f"expected {len(replacements)} image placeholders from the chat template, one for each image, got {len(image_ends)}"
-        )
-    try:
-        text, spans = family.mark_text(processor, text, spans, image_ends)
-    except TextError as error:
-        raise ChatTemplateError(str(error)) from error
-    placeholders = [match.span() for match in placeholder.finditer(text)]
-    pieces, media_spans, shifts, last = [], [], [0], 0
-    placed = family.replacements_in_text(processor, text, placeholders, replacements)
-    for (start, end), replacement in zip(placeholders, placed, strict=True):
-        pieces += [text[last:start], replacement]
-        media_spans.append((start + shifts[-1], start + shifts[-1] + len(replacement)))
-        shifts.append(media_spans[-1][1] - end)
-        last = end
-    ends = [end for _, end in placeholders]
-
-    def shift(position: int) -> int:
-        return position + shifts[bisect_right(ends, position)]
-
-    return "".join([*pieces, text[last:]]), [(shift(start), shift(end)) for start, end in spans], media_spans
 
 
 def open_images(sample_id: str, messages: list[Message]) -> list[Message]:
@@ -271,7 +221,7 @@ def encode_sample(
     length = len(text.input_ids)
     if max_tokens is not None and length > max_tokens:
         raise over_length_error(sample.id, length, max_tokens)
-    tensors = {**_per_token(processor, text, media), **media}
+    tensors = _model_tensors(sample.id, sample.messages, sample.tools, processor, text, media)
     unsupervised = ~torch.tensor([text.supervised])
     return {**tensors, "labels": tensors["input_ids"].masked_fill(unsupervised, IGNORE_INDEX)}
 
@@ -296,6 +246,28 @@ def _process_images(
 @lru_cache(maxsize=8)
 def _text_settings(processor: ProcessorMixin) -> dict[str, Any]:
     return dict(processor_call_kwargs(processor)["text_kwargs"])
+
+
+def _model_tensors(
+    sample_id: str,
+    messages: list[Message],
+    tools: Tools,
+    processor: ProcessorMixin,
+    text: EncodedText,
+    media: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """All tensors of a sample but the labels."""
+
+    def first_prompt() -> str:
+        first = next((number for number, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+        before = to_template_messages(sample_id, messages[:first])
+        return render_prompt(before, chat_template_of(processor), processor.tokenizer, tools)
+
+    try:
+        prompt_tensors = family_of_processor(processor).prompt_tensors(processor, first_prompt, media)
+    except (ChatTemplateError, TextError) as error:
+        raise RowError(sample_id, "messages", str(error), "chat_template") from error
+    return {**_per_token(processor, text, media), **media, **prompt_tensors}
 
 
 def _per_token(processor: ProcessorMixin, text: EncodedText, media: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -353,7 +325,7 @@ def encode_prompt(
     """
     media, replacements = _process_images(sample_id, messages, processor)
     text = _encode_text(sample_id, messages, processor, replacements, "all", tools, prompt=True)
-    return {**_per_token(processor, text, media), **media}
+    return _model_tensors(sample_id, messages, tools, processor, text, media)
 
 
 def check_chat_template(processor: ProcessorMixin) -> None:

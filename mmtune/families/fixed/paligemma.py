@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mmtune.families.family import Family, Geometry, Size, Span, TextError
+from mmtune.families.family import Family, Geometry, Size, Span
 from mmtune.families.image_geometry import SQUARE_PROCESSORS, grid_tokens
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ class PaliGemma(Family):
 
         In a prompt that is the newline before the answer, which the model then does not generate.
         """
-        if not image_ends:
-            raise TextError("PaliGemma's processor needs an image in every conversation")
         last, bos = image_ends[-1], processor.tokenizer.bos_token
         spans = [(start + text.startswith("\n", start), end) for start, end in spans]
         text = f"{text[:last]}{bos}{text[last:]}\n"

@@ -224,10 +224,10 @@ def _mismatched_keys(processor: Any, config: Any) -> str:
     mismatches = []
     token = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
     family = family_of_processor(processor)
-    if processor.image_token_id != config.image_token_id and family.placeholder_is_image_token:
-        mismatches.append(
-            f"image_token: expected {token!r} (config.json), got {processor.image_token!r} (id {processor.image_token_id})"
-        )
+    placeholder = family.placeholder(processor)
+    placeholder_id = processor.tokenizer.convert_tokens_to_ids(placeholder)
+    if placeholder_id != config.image_token_id and family.placeholder_is_image_token:
+        mismatches.append(f"image_token: expected {token!r} (config.json), got {placeholder!r} (id {placeholder_id})")
     for key, rule in family.processor_keys.items():
         owner, attribute = _owner(processor, key)
         expected, actual = rule(config), getattr(owner, attribute)

@@ -19,6 +19,7 @@ class FamilyCase:
         one_image: whether its processor takes at most one image in a conversation.
         alone: whether the reference computes every row alone, because in plain transformers a row can depend on the others of its
             batch, and does not in mmtune.
+        idle: a regular expression of the trained tensors on which no image feature depends, so that their gradient is zero.
     """
 
     base: TinyBase
@@ -27,3 +28,4 @@ class FamilyCase:
     needs_image: bool = False
     one_image: bool = False
     alone: bool = False
+    idle: str = "(?!)"

@@ -35,6 +35,57 @@ def _idefics2_config(processor: Any) -> PreTrainedConfig:
     )
 
 
+QFORMER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+QFORMER |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # a reference has other random numbers
+
+
+def _blip_images() -> Any:
+    from transformers import BlipImageProcessor
+
+    return BlipImageProcessor(size={"height": IMAGE, "width": IMAGE})
+
+
+def _blip2() -> ProcessorMixin:
+    from transformers import Blip2Processor
+
+    tokenizer = tiny_tokenizer(("<pad>", "</s>", "<unk>"), bos="</s>", eos="</s>", pad="<pad>", unk="<unk>")
+    processor: ProcessorMixin = Blip2Processor(_blip_images(), tokenizer, num_query_tokens=3)
+    return processor
+
+
+def _blip2_config(processor: Any) -> PreTrainedConfig:
+    text = text_sizes(processor.tokenizer)
+    opt = {"model_type": "opt", **text, "word_embed_proj_dim": 64, "ffn_dim": 64, "dropout": 0.0, "activation_function": "relu"}
+    return AutoConfig.for_model(
+        "blip-2",
+        vision_config=VISION,
+        qformer_config=QFORMER,
+        text_config=opt,
+        num_query_tokens=3,
+        image_token_index=token_id(processor, "<image>"),
+    )
+
+
+def _instructblip() -> ProcessorMixin:
+    from transformers import InstructBlipProcessor
+
+    tokenizer = tiny_tokenizer(("<unk>", "<s>", "</s>", "<pad>"), pad="<pad>", **SENTENCEPIECE)
+    questions = tiny_tokenizer(("[PAD]", "[UNK]", "[CLS]"), pad="[PAD]", unk="[UNK]", bos="[CLS]")
+    processor: ProcessorMixin = InstructBlipProcessor(_blip_images(), tokenizer, questions, num_query_tokens=3)
+    return processor
+
+
+def _instructblip_config(processor: Any) -> PreTrainedConfig:
+    return AutoConfig.for_model(
+        "instructblip",
+        vision_config=VISION,
+        qformer_config={**QFORMER, "vocab_size": len(processor.qformer_tokenizer)},
+        text_config={"model_type": "llama", **text_sizes(processor.tokenizer)},
+        num_query_tokens=3,
+        image_token_index=token_id(processor, "<image>"),
+    )
+
+
 MLLAMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
     "{% for b in m.content %}{{ b.text if b.type == 'text' else '<|image|>' }}{% endfor %}{{ '<|eot_id|>' }}{% endfor %}"
@@ -78,4 +129,14 @@ SEPARATE_CASES: dict[str, FamilyCase] = {
         leading=" ",
     ),
     "mllama": FamilyCase(TinyBase(_mllama, _mllama_config, template=MLLAMA_TEMPLATE), "<|eot_id|>", alone=True),
+    "blip-2": FamilyCase(
+        TinyBase(_blip2, _blip2_config, required_template="question_answer"), "</s>", leading=" ", needs_image=True
+    ),
+    "instructblip": FamilyCase(
+        TinyBase(_instructblip, _instructblip_config, required_template="instruction"),
+        "</s>",
+        leading=" ",
+        needs_image=True,
+        idle=r"qformer.*layer\.1\.(intermediate|output)\.",  # what the last layer makes of the question, which only queries read
+    ),
 }
