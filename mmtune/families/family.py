@@ -113,7 +113,7 @@ class Family:
             return expanded_images(processor, images)
         outputs: Mapping[str, Any] = processor(
             images=[list(images)],
-            text=[processor.image_token * len(images)],
+            text=[self.placeholder(processor) * len(images)],
             images_kwargs={"return_tensors": "pt"},
             return_text_replacement_offsets=True,
         )

@@ -19,15 +19,23 @@ from mmtune.families.grids.qwen_vl import QWEN_VL
 from mmtune.families.separate.blip2 import BLIP2, INSTRUCT_BLIP
 from mmtune.families.separate.idefics2 import IDEFICS2
 from mmtune.families.separate.mllama import MLLAMA
+from mmtune.families.tiles.got_ocr import GOT_OCR2
+from mmtune.families.tiles.granite_vision import GRANITE4_VISION
 from mmtune.families.tiles.idefics3 import IDEFICS3
-from mmtune.families.tiles.internvl import INTERNVL
+from mmtune.families.tiles.internvl import INTERNVL, QIANFAN_OCR
+from mmtune.families.tiles.llama4 import LLAMA4
 from mmtune.families.tiles.llava_next import LLAVA_NEXT, LLAVA_ONEVISION
+from mmtune.families.tiles.minicpm import MINICPM
+from mmtune.families.tiles.molmo2 import MOLMO2
+from mmtune.families.tiles.perception_lm import PERCEPTION_LM
+from mmtune.families.tiles.unlimited_ocr import UNLIMITED_OCR
 
 FAMILIES: Mapping[str, Family] = {
     family.name: family
     for family in (
         *(LLAVA, GEMMA3, GEMMA3N, PALIGEMMA, DEEPSEEK_VL_HYBRID, JANUS, GEMMA4_UNIFIED),
-        *(LLAVA_NEXT, LLAVA_ONEVISION, IDEFICS3, INTERNVL),
+        *(LLAVA_NEXT, LLAVA_ONEVISION, IDEFICS3, INTERNVL, LLAMA4, GRANITE4_VISION),
+        *(GOT_OCR2, QIANFAN_OCR, MOLMO2, PERCEPTION_LM, MINICPM, UNLIMITED_OCR),
         *(QWEN_VL, PIXTRAL),
         *(IDEFICS2, MLLAMA, BLIP2, INSTRUCT_BLIP),
     )

@@ -7,6 +7,7 @@ transformers names as projectors. `check_image_tokens` proves the result on the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -107,10 +108,17 @@ def find_components(model: nn.Module) -> Components:
 
 
 def image_features_of(model: Any) -> Callable[..., Any] | None:
-    """`get_image_features` of a model, or of its part without the head (DeepSeek-VL, Janus); None if it has none."""
+    """`get_image_features` of a model, or of its part without the head; None if it has none.
+
+    Some models leave it to that part (DeepSeek-VL, Janus), or pass everything on to it without naming the inputs (MiniCPM-V).
+    """
+
+    def names_inputs(owner: Any) -> bool:
+        parameters = inspect.signature(getattr(owner, "get_image_features", lambda: None)).parameters.values()
+        return any(each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters)
+
     owners = (model, getattr(model, "base_model", None))
-    owner = next((owner for owner in owners if hasattr(owner, "get_image_features")), model)
-    return family_of(str(model.config.model_type)).image_features(owner)
+    return family_of(str(model.config.model_type)).image_features(next(filter(names_inputs, owners), model))
 
 
 def _accessor(model: Any, name: str, **modality: str) -> Any:

@@ -336,12 +336,11 @@ def _pixels(
     settings = {**_image_settings(section), "return_tensors": "pt"}
     one, two = (processor(images=[blank] * number, **settings) for number in (1, 2))
     pixels, taken = {}, inspect.signature(model.forward).parameters
-    for name, tensor in one.items():
-        if name in taken and isinstance(tensor, torch.Tensor):
-            grown = [axis for axis, size in enumerate(tensor.shape) if size != two[name].shape[axis]]
-            axis = grown[0] if grown else 0
-            whole = (*tensor.shape[:axis], count * tensor.shape[axis], *tensor.shape[axis + 1 :])
-            pixels[name] = memory.fake(tensor, whole) if tensor.is_floating_point() else torch.cat([tensor] * count, axis)
+    for name in (name for name in one if name in taken):
+        tensor, of_two = torch.as_tensor(one[name]), torch.as_tensor(two[name])  # some processors leave lists
+        axis = next((axis for axis, size in enumerate(tensor.shape) if size != of_two.shape[axis]), 0)
+        whole = (*tensor.shape[:axis], count * tensor.shape[axis], *tensor.shape[axis + 1 :])
+        pixels[name] = memory.fake(tensor, whole) if tensor.is_floating_point() else torch.cat([tensor] * count, axis)
     return pixels
 
 
@@ -384,7 +383,7 @@ def _batch(
     ids = torch.tensor([head + [text_token] * (tokens - len(head))] * rows)
     labels = ids.masked_fill(torch.arange(tokens) < tokens - scored, -100)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **pixels}
-    if marks[0] is not None:
+    if "mm_token_type_ids" in inspect.signature(base.forward).parameters:
         batch["mm_token_type_ids"] = (ids == image_token).long()
     return family.planned_batch(batch, images)
 

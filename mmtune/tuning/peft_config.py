@@ -84,15 +84,18 @@ def saved_modules(model: nn.Module, components: Components, tune: TuneSection) -
         if name == "vision":
             saved += components.towers
         if name == "projector" and components.projector is not None and not (vision_whole and inside):
-            saved.append(components.projector)
+            saved += _saved_modules(model, components.projector)
         kept_frozen = frozen_parts(model, components, tune)
         for part in components.projector_extras if name == "projector" else ():
-            if part in kept_frozen:
-                continue
-            inner = model.get_submodule(part)
-            # PEFT saves no bare list: Qwen3-VL's DeepStack mergers are named one by one.
-            saved += [f"{part}.{index}" for index in range(len(inner))] if isinstance(inner, nn.ModuleList) else [part]
+            if part not in kept_frozen:
+                saved += _saved_modules(model, part)
     return saved
+
+
+def _saved_modules(model: nn.Module, part: str) -> list[str]:
+    """The part, or the modules of a list, such as Qwen3-VL's mergers: PEFT saves no bare list."""
+    inner = model.get_submodule(part)
+    return [f"{part}.{index}" for index in range(len(inner))] if isinstance(inner, nn.ModuleList) else [part]
 
 
 def frozen_parts(model: nn.Module, components: Components, tune: TuneSection) -> list[str]:

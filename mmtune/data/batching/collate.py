@@ -93,7 +93,7 @@ def collate(encoded: list[dict[str, torch.Tensor]], pad_token_id: int, side: str
                 present = [_cross_attention_mask(sample, key, present[0], longest, side) for sample in encoded]
             elif key in by_sample:
                 present = [sample.get(key, present[0][:, :0]) for sample in encoded]
-            batch[key] = _concat_padded(present, dim=0)
+            batch[key] = _concat_padded(present, dim=_media_axis(key, encoded))
     return batch
 
 
@@ -117,7 +117,8 @@ def pack(encoded: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
             batch[key] = torch.cat([_per_token(sample, key) for sample in encoded], dim=1)
         else:
             in_row = _images_by_sample(encoded) and key in BY_SAMPLE
-            batch[key] = _concat_padded([sample[key] for sample in encoded if key in sample], dim=1 if in_row else 0)
+            present = [sample[key] for sample in encoded if key in sample]
+            batch[key] = _concat_padded(present, dim=1 if in_row else _media_axis(key, encoded))
     lengths = [sample["input_ids"].shape[1] for sample in encoded]
     batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
     if "labels" in batch:
@@ -153,6 +154,15 @@ def _cross_attention_mask(
     mask = sample[key] if key in sample else example.new_zeros((1, length, 0, *example.shape[3:]))
     padding = (longest - length, 0) if side == "left" else (0, longest - length)
     return pad(mask, [*[0] * 2 * (mask.ndim - 2), *padding])
+
+
+def _media_axis(key: str, encoded: list[dict[str, torch.Tensor]]) -> int:
+    """The dimension along which a media tensor is concatenated.
+
+    It is the first, except for the pixels of MiniCPM-V, of shape (1, channels, patch size, width of all patches), whose grids of
+    patches are in `target_sizes`.
+    """
+    return 3 if key == "pixel_values" and any("target_sizes" in sample for sample in encoded) else 0
 
 
 def _concat_padded(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""InternVL: the grid of tiles with the nearest aspect ratio, and a thumbnail if there is more than one tile."""
+"""InternVL and Qianfan-OCR: the grid of tiles with the nearest aspect ratio, and a thumbnail if there is more than one tile."""
 
 from __future__ import annotations
 
@@ -32,4 +32,21 @@ INTERNVL = InternVl(
     processors=("InternVLProcessor",),
     image_processors=("GotOcr2ImageProcessor",),
     processor_keys={"image_seq_length": lambda config: int(grid_tokens(config) * config.downsample_ratio**2)},
+)
+
+
+class QianfanOcr(InternVl):
+    """InternVL's tiles, with a placeholder that is not the token of the image features."""
+
+    def placeholder(self, processor: Any) -> str:
+        """The placeholder has a name of its own."""
+        return str(processor.image_placeholder_token)
+
+
+QIANFAN_OCR = QianfanOcr(
+    "qianfan_ocr",
+    model_types=("qianfan_ocr",),
+    processors=("QianfanOCRProcessor",),
+    image_processors=INTERNVL.image_processors,
+    processor_keys=INTERNVL.processor_keys,
 )

@@ -18,14 +18,14 @@ class LlavaNext(Family):
     """Tiles, which the processor counts from the sizes of the images."""
 
     def geometry(self, processor: Any, settings: Mapping[str, Any], sizes: Sequence[Size]) -> Geometry | None:
-        """One tile and the sizes of the images."""
+        """One tile for each image, and the sizes of the images."""
         size = settings["size"]
         edge = size.get("shortest_edge")
         tile = (size["width"], size["height"]) if size.get("height") and size.get("width") else (edge, edge)
         if settings["do_center_crop"]:
             tile = (settings["crop_size"]["width"], settings["crop_size"]["height"])
         return {
-            "pixel_values": [[shape_only_image(tile)]],
+            "pixel_values": [[shape_only_image(tile)] * len(sizes)],
             "image_sizes": [(height, width) for width, height in sizes],
             "batch_num_images": [len(sizes)],  # LLaVA-OneVision tiles only the single image of a sample
         }

@@ -245,7 +245,9 @@ def _check_embedding_rows(processor: Any, config: Any) -> None:
     Raises:
         UserError: tokens without a row.
     """
-    rows, vocabulary = config.get_text_config().vocab_size, processor.tokenizer.get_vocab()
+    text = config.get_text_config()
+    # Molmo 2 has rows for its markers of images beside those of the words.
+    rows, vocabulary = text.vocab_size + getattr(text, "additional_vocab_size", 0), processor.tokenizer.get_vocab()
     # Some families replace the image token by features before the embedding.
     ignored = None if family_of_processor(processor).embeds_image_token else config.image_token_id
     beyond = [token for token, token_id in vocabulary.items() if token_id >= rows and token_id != ignored]

@@ -20,6 +20,8 @@ class FamilyCase:
         alone: whether the reference computes every row alone, because in plain transformers a row can depend on the others of its
             batch, and does not in mmtune.
         idle: a regular expression of the trained tensors on which no image feature depends, so that their gradient is zero.
+        flat_images: whether its processor takes the images of a conversation in one list, which `apply_chat_template` nests.
+        lists: inputs that its class in plain transformers takes only as Python lists.
     """
 
     base: TinyBase
@@ -29,3 +31,5 @@ class FamilyCase:
     one_image: bool = False
     alone: bool = False
     idle: str = "(?!)"
+    flat_images: bool = False
+    lists: tuple[str, ...] = ()
