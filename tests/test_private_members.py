@@ -34,7 +34,7 @@ PRIVATE_FILES = {
 }
 NAMEDTUPLE = {"_replace", "_asdict", "_fields", "_make"}
 """Public members of named tuples, whatever their names look like."""
-DEEPSPEED = {"ds_id", "ds_numel", "ds_tensor", "ds_status"}
+DEEPSPEED = {"ds_id", "ds_numel", "ds_shape", "ds_tensor", "ds_status"}
 
 
 def is_private(name: str) -> bool:
@@ -182,6 +182,14 @@ def test_transformers_builds_models_in_full_inside_set_zero3_state() -> None:
     assert not modeling_utils._is_ds_init_called
 
 
+def test_peft_still_reads_layers_of_some_families_as_experts() -> None:
+    from mmtune.methods.tuners.peft_private import names_read_as_experts
+
+    changed = f"peft {metadata.version('peft')} changed the conversion of adapters from before transformers 5"
+    assert names_read_as_experts("glm4v_moe") == {"gate", "gate_proj", "up_proj", "down_proj"}, changed
+    assert not names_read_as_experts("qwen3_vl_moe"), changed
+
+
 def test_pefts_types_are_an_enumeration_that_can_be_extended() -> None:
     changed = f"peft {metadata.version('peft')} or Python changed PeftType"
     assert PeftType._value2member_map_["LORA"] is PeftType._member_map_["LORA"] is PeftType.LORA, changed
@@ -201,7 +209,7 @@ def test_deepspeed_still_sets_the_attributes_of_sharded_parameters() -> None:
     from transformers.integrations import deepspeed as integration
 
     source = inspect.getsource(partition_parameters)
-    for name in ("ds_id", "ds_numel", "ds_tensor"):
+    for name in ("ds_id", "ds_numel", "ds_shape", "ds_tensor"):
         assert f"param.{name} = " in source, f"deepspeed {metadata.version('deepspeed')} changed param.{name}"
     for name in ("HfDeepSpeedConfig", "set_hf_deepspeed_config", "unset_hf_deepspeed_config"):
         assert hasattr(integration, name), f"transformers {metadata.version('transformers')} changed {name}"

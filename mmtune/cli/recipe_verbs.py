@@ -81,6 +81,7 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
     from mmtune.planning.memory import estimate_memory, print_estimate, suggestions
     from mmtune.planning.plan_report import plan_data, print_data_plan
     from mmtune.planning.sharded_memory import memory_by_strategy, print_strategies
+    from mmtune.planning.weight_counts import count_weights, describe_weights
     from mmtune.training.dataloader import make_batches, optimizer_steps
     from mmtune.training.training_arguments import build_training_arguments, without_trackers
 
@@ -106,6 +107,9 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
         sample.pop("image_size", None)
     if sample["tokens"] is None:
         raise UserError("the length of the longest sample is unknown: give data.max_tokens in the recipe, or --tokens N")
+    counts = count_weights(recipe.model)
+    for line in describe_weights(counts, recipe.model.precision):
+        print(line)
     estimate = estimate_memory(recipe, **sample)
     print_estimate(estimate, limit)
     strategies = memory_by_strategy(estimate, arguments.processes) if arguments.processes > 1 else {}
@@ -115,7 +119,8 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
     for change in changes:
         print(f"  {change}")
     by_strategy = {strategy: each.as_json() for strategy, each in strategies.items()}
-    return estimate.as_json() | {"limit": limit, "strategies": by_strategy, "suggestions": changes, "data": data}
+    weights = {"parameters": counts.stored, "active_parameters": counts.active}
+    return estimate.as_json() | weights | {"limit": limit, "strategies": by_strategy, "suggestions": changes, "data": data}
 
 
 def _with_batches_of_the_data(recipe: Any, size: int, max_batch_rows: int) -> Any:

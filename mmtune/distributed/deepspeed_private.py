@@ -1,7 +1,7 @@
 """Private members of DeepSpeed, and of transformers' integration of it, that mmtune uses: one function for each.
 
-ZeRO-3 marks a parameter whose values are sharded with attributes of its own: `ds_id`, `ds_numel` (its full size) and `ds_tensor`
-(this rank's shard). A test compares each with the installed version.
+ZeRO-3 marks a parameter whose values are sharded with attributes of its own: `ds_id`, `ds_numel` (its full size), `ds_shape` and
+`ds_tensor` (this rank's shard). A test compares each with the installed version.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ def is_sharded_parameter(parameter: torch.Tensor) -> bool:
 def full_size(parameter: torch.Tensor) -> int:
     """How many numbers a parameter holds over all ranks."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter over all ranks; a sharded one's own shape is empty."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def shard_to_float32(parameter: nn.Parameter) -> None:

@@ -7,12 +7,13 @@ subclass in a file of `entries/`. torch and PEFT are imported inside the hooks, 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mmtune.methods.selectors import is_router
 from mmtune.methods.setting_types import SELECTOR
 from mmtune.utils.errors import UserError
 
@@ -40,6 +41,7 @@ MANAGED = {
     "modules_to_save": "give another component the method full, and it is saved with the adapter",
     "runtime_config": "it holds for one process and is not saved with the adapter",
     "exclude_modules": "name what is meant with target_modules",
+    "target_parameters": "only lora adapts parameters outside of linear layers, such as stacked experts; use method: lora",
     "fan_in_fan_out": "no layer of these families is stored transposed",
     "megatron_config": "mmtune does not run Megatron models",
     "megatron_core": "mmtune does not run Megatron models",
@@ -157,6 +159,10 @@ class Method:
                 return name
         return self.name
 
+    def conflicts(self, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Settings that do not work with others: the name and the message."""
+        yield from ()
+
     def check_component(self, component: str, settings: Mapping[str, Any]) -> str | None:
         """Why it cannot tune a component with these settings; None when it can."""
         if component in self.components:
@@ -204,6 +210,17 @@ class Method:
         """
         return {}
 
+    def settle_targets(self, model: Any, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings whose targets PEFT reads as they are meant.
+
+        Args:
+            settings: with full paths as targets.
+
+        Raises:
+            UserError: targets that PEFT would replace by others.
+        """
+        return settings
+
     def check_model(self, model: Any, targets: Mapping[str, nn.Module], settings: Mapping[str, Any]) -> None:
         """Check settings against the model where PEFT would not, or would stop with a traceback.
 
@@ -219,6 +236,8 @@ class Method:
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
         is_tied = head is not None and head.weight is embeddings.weight
         for path, module in targets.items():
+            if is_router(module):
+                raise UserError(f"{path} is a router, which returns more than its product; name the targets without it")
             if is_tied and module in (embeddings, head):
                 raise UserError(
                     f"{path} is tied to the head, so an update of only one of them cannot be merged; train new tokens with "

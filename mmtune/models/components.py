@@ -11,9 +11,11 @@ from typing import Literal
 
 from torch import nn
 
+from mmtune.distributed.deepspeed_private import full_shape
 from mmtune.families.structure import Components
 from mmtune.methods.method_table import LANGUAGE_PREFIXES
-from mmtune.methods.selectors import compile_selector, is_match
+from mmtune.methods.selectors import ALL_EXPERTS, compile_selector, is_match, is_router
+from mmtune.models.experts.expert_stacks import find_experts
 from mmtune.utils.errors import RecipeValueError, UserError, nearest
 
 Component = Literal["vision", "projector", "language", "lm_head", "others"]
@@ -46,14 +48,17 @@ def component_of(name: str, components: Components) -> Component:
 
 
 def linear_modules(model: nn.Module, components: Components, component: Component) -> list[str]:
-    """Full paths of the linear layers of a component that the model calls, including quantized ones, without the output head.
+    """Full paths of the linear layers of a component that the model calls, including quantized ones, without head and routers.
 
     Call it before adapters are attached, because adapter matrices are linear layers, too.
     """
     return [
         name
         for name, module in _modules_of(model, components, component)
-        if isinstance(module, nn.Linear) and name != components.lm_head and name.rpartition(".")[2] not in components.bypassed
+        if isinstance(module, nn.Linear)
+        and name != components.lm_head
+        and name.rpartition(".")[2] not in components.bypassed
+        and not is_router(module)
     ]
 
 
@@ -100,22 +105,35 @@ def select_modules(model: nn.Module, components: Components, component: Componen
     return [name for name in leaves if name in selected]
 
 
-def select_parameters(model: nn.Module, components: Components, component: Component, names: list[str]) -> list[str]:
+def select_parameters(model: nn.Module, components: Components, component: Component, names: str | list[str]) -> list[str]:
     """Full paths of the parameters of a component that end with one of `names`, such as `experts.down_proj`.
+
+    Args:
+        names: path endings; or "all-experts", the stacked weights of all experts.
 
     Raises:
         UserError: an entry that matches nothing, or a parameter that is neither a matrix nor a stack of matrices.
     """
+    stacks = [stack for stack in find_experts(model).values() if component_of(stack.module, components) == component]
+    if names == ALL_EXPERTS:
+        if not stacks:
+            raise UserError(
+                f"{ALL_EXPERTS}: the {component} component has no experts that are stacked in one parameter; leave it out: "
+                "target_modules selects experts that are linear layers"
+            )
+        return [path for stack in stacks for path in stack.paths]
     parameters = {name: p for name, p in model.named_parameters() if component_of(name, components) == component}
     selected = []
     for entry in names:
         matches = [name for name in parameters if name == entry or name.endswith("." + entry)]
         if not matches:
             hint = nearest(entry, {name.rpartition(".")[2] for name in parameters})
+            hint += f"; the stacked experts are target_parameters: {ALL_EXPERTS}" if stacks else ""
             raise UserError(f"{entry!r} matches no parameter of the {component} component{hint}")
-        other = next((name for name in matches if parameters[name].ndim not in (2, 3)), None)
+        dimensions = {name: len(full_shape(parameters[name])) for name in matches}
+        other = next((name for name, count in dimensions.items() if count not in (2, 3)), None)
         if other is not None:
-            raise UserError(f"{entry!r}: {other}: expected a parameter of 2 or 3 dimensions, got {parameters[other].ndim}")
+            raise UserError(f"{entry!r}: {other}: expected a parameter of 2 or 3 dimensions, got {dimensions[other]}")
         selected += matches
     return list(dict.fromkeys(selected))
 
@@ -147,7 +165,8 @@ def _leaves(model: nn.Module, components: Components, component: Component) -> d
     roots = [path for path, path_component in _paths(components) if path_component == component]
     leaves = {}
     for name, module in _modules_of(model, components, component):
-        if not any(module.children()) and any(True for _ in module.parameters(recurse=False)):
+        own, inner = (sum(1 for _ in module.parameters(recurse=recurse)) for recurse in (False, True))
+        if own and own == inner:
             root = max((path for path in roots if name == path or name.startswith(path + ".")), key=len)
             leaves[name] = name.removeprefix(root).lstrip(".")
     return leaves

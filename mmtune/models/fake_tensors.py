@@ -182,6 +182,8 @@ class MemoryTracker(TorchDispatchMode):
             return torch.zeros((), dtype=torch.bool).expand(args[0].shape)
         if func in _INDEXING:
             args = (args[0], [positions for index in args[1] for positions in _index_positions(index)], *args[2:])
+        if func is _aten._grouped_mm.default:
+            func = _grouped_product
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if inputs and not any(isinstance(tensor, FakeTensor) for tensor in inputs):
             out = func(*args, **kwargs)
@@ -196,6 +198,15 @@ class MemoryTracker(TorchDispatchMode):
                 is_logits = tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary and self.allocating == "activations"
                 self.track(tensor, "logits" if is_logits else self.allocating)
         return out
+
+
+def _grouped_product(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor, *_: Any) -> torch.Tensor:
+    """A tensor like the product of experts: of tokens with a matrix for each group, or of the tokens of each group.
+
+    torch's own rule for fake tensors takes bf16 of certain sizes only, as its kernel for GPUs does.
+    """
+    shape = left.shape[-2], right.shape[-1]
+    return left.new_empty(shape if left.ndim + right.ndim == 5 else (len(offsets), *shape))
 
 
 def _index_positions(index: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -51,9 +51,10 @@ from mmtune.models.checkpoints.trained_weights import (
     read_adapter_config,
     report_removed_checkpoint,
 )
+from mmtune.models.experts.expert_stacks import find_experts
 from mmtune.models.generation import read_generation_config
 from mmtune.models.processors.ready_processor import load_completed_processor, prepare_processor
-from mmtune.models.quantize import QUANTIZED, prepare_quantized, quantization_config
+from mmtune.models.quantize import QUANTIZED, describe_unquantized_experts, prepare_quantized, quantization_config
 from mmtune.recipe.recipe import ModelSection, load_recipe
 from mmtune.utils.errors import UserError, errors_at_key, reason_of
 from mmtune.utils.hub import locate_checkpoint
@@ -150,6 +151,8 @@ def load_weights(name: str, section: ModelSection, config: PreTrainedConfig | No
     with errors_at_key("model.base") if section.base else nullcontext():
         config = config or AutoConfig.from_pretrained(name, trust_remote_code=section.trust_remote_code)
         model = load_strictly(name, section.base or name, config=config, **loading_arguments(config, section))
+    if (line := describe_unquantized_experts(find_experts(model).values(), section.precision)) is not None:
+        print(line)
     if is_sharded(model):  # transformers then stores all conversions of the class; saving must invert only those that were used
         set_weight_conversions(model, [conversion for conversion in weight_conversions(model) or () if conversion.was_used()])
     return model

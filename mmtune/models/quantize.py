@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 from mmtune.families.structure import find_components
 from mmtune.models.checkpoints.remote_code import auto_class
 from mmtune.models.components import component_of
+from mmtune.models.experts.expert_stacks import ExpertStack
 from mmtune.utils.errors import UserError
 
 QUANTIZED = ("int8", "nf4")
@@ -44,6 +46,21 @@ def quantization_config(config: PreTrainedConfig, precision: str, trust_remote_c
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=skip,
+    )
+
+
+def describe_unquantized_experts(stacks: Iterable[ExpertStack], precision: str) -> str | None:
+    """What stays in bf16 in a mixture of experts, as one line; None where nothing is quantized or nothing is stacked.
+
+    Args:
+        precision: `model.precision`.
+    """
+    size = sum(stack.stored for stack in stacks)
+    if precision not in QUANTIZED or not size:
+        return None
+    return (
+        f"model.precision: {precision}: {size:,} weights of stacked experts stay in bf16, {2 * size / 1e9:.2f} GB: bitsandbytes "
+        "quantizes linear layers only"
     )
 
 

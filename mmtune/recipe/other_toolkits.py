@@ -82,6 +82,7 @@ OTHER_VALUES: Mapping[str, Mapping[str, str]] = {
     },
     "lr_scheduler_type": {"cosine_annealing": "cosine", "wsd": "warmup_stable_decay", "one_cycle": "cosine", "none": "constant"},
     "target_modules": {"all": "all-linear", "all_linear": "all-linear", "linear": "all-linear", "auto": "all-linear"},
+    "target_parameters": dict.fromkeys(("all", "auto", "experts", "all_experts", "mlp.experts"), "all-experts"),
 }
 """By key: other names of its values, and the value to write."""
 

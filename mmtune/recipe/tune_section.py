@@ -54,6 +54,7 @@ class ComponentTuning(Section):
                 for name, value in settings_given.items()
                 if isinstance(value, str) and (name, value) in reasons
             ]
+            errors += [error_at(name, message) for name, message in METHODS[method].conflicts(settings)]
             return own | {"settings": Settings(settings)}, errors
         errors = []
         if method not in ("frozen", "full") and method is not None:

@@ -21,9 +21,12 @@ from mmtune.console.styled_console import StyledConsole
 from mmtune.distributed.deepspeed_private import full_size
 from mmtune.distributed.sharded_parameters import gathered_forward, to_float32
 from mmtune.families.structure import Components, find_components
+from mmtune.methods.method import DEFAULT_METHOD
 from mmtune.methods.method_table import METHODS
-from mmtune.models.components import component_of, select_modules
+from mmtune.methods.selectors import ALL_EXPERTS
+from mmtune.models.components import PEFT_PREFIX, component_of, select_modules
 from mmtune.models.compute import move_batch
+from mmtune.models.experts.expert_stacks import BASE_LAYER, ExpertStack, find_experts, without_layer_numbers
 from mmtune.recipe.recipe import TuneSection
 from mmtune.tuning.peft_config import component_path, frozen_parts, keeps_adapter, peft_config
 from mmtune.tuning.save import initial_factors
@@ -73,12 +76,14 @@ def tune_model(
         steps, batches: as `apply_tuning`.
     """
     base_components = find_components(model)
-    kept_frozen = frozen_parts(model, base_components, tune)
+    kept_frozen, stacks = frozen_parts(model, base_components, tune), list(find_experts(model).values())
     tuned = apply_tuning(model, base_components, tune, steps=steps, batches=batches)
     components = find_components(tuned)
     counts = count_parameters(tuned, components, tune, learning_rate)
     print_trained_modules(trained_modules(tuned))
     print_parameters(counts)
+    for line in describe_frozen_experts(stacks, tuned, base_components, tune):
+        print(line)
     for part in kept_frozen:
         print(f"tune.projector: {part} stays frozen: PEFT saves modules beside an adapter, and it is a parameter of its own")
     return TunedModel(tuned, counts, learning_rates(tuned, components, tune, learning_rate), initial_factors(tuned))
@@ -258,6 +263,31 @@ def trained_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
         modules, total = by_path.get(path, (0, 0))
         by_path[path] = modules + 1, total + size
     return by_path
+
+
+def describe_frozen_experts(
+    stacks: Sequence[ExpertStack], tuned: nn.Module, components: Components, tune: TuneSection
+) -> Iterator[str]:
+    """A line for each component whose method leaves its stacked experts frozen; selectors of modules do not reach them.
+
+    Args:
+        stacks: of the base.
+        tuned: from `apply_tuning`.
+        components: of the base.
+    """
+    trained = {name.removeprefix(PEFT_PREFIX).replace(BASE_LAYER, "") for name, p in tuned.named_parameters() if p.requires_grad}
+    frozen = [stack for stack in stacks if not any(name.startswith(f"{stack.module}.") for name in trained)]
+    for component, tuning in tune.components.items():
+        own = [stack for stack in frozen if component_of(stack.module, components) == component]
+        if not own or tuning.method not in METHODS or METHODS[tuning.method].targets is None:
+            continue
+        paths = ", ".join(without_layer_numbers(path for stack in own for path in stack.paths))
+        takes_parameters = "target_parameters" in METHODS[tuning.method].selectors
+        method = "" if takes_parameters else f"method: {DEFAULT_METHOD} and "
+        yield (
+            f"tune.{component}: the experts stay frozen, {sum(stack.stored for stack in own):,} weights that are stacked and not "
+            f"linear layers: {paths}; to tune them, write {method}target_parameters: {ALL_EXPERTS}"
+        )
 
 
 def print_trained_modules(modules: Mapping[str, tuple[int, int]]) -> None:

@@ -42,8 +42,9 @@ def peft_config(model: nn.Module, components: Components, tune: TuneSection, ste
             if key == "target_modules" and len(users) > 1:
                 by_component = {name: tuning.settings for name, tuning in users.items()}
                 settings |= method.settings_by_component(selected, by_component)
-    modules = {path: model.get_submodule(path) for path in settings.get("target_modules") or ()}
     with errors_at_key(f"tune.{next(iter(users))}"):
+        settings = method.settle_targets(model, settings)
+        modules = {path: model.get_submodule(path) for path in settings.get("target_modules") or ()}
         method.check_model(model, modules, settings)
     return method.build_config(settings, saved or None, steps)
 

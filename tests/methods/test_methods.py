@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from programs import run_program
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -368,49 +368,19 @@ def test_new_tokens_train_alone(rows: Path, base: Path, tmp_path: Path, one_batc
     assert set((before != after).any(dim=1).nonzero().flatten().tolist()) <= {5, 9}
 
 
-def test_experts_are_reached_by_parameter(tmp_path: Path) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    from mmtune.families.structure import Components
-    from mmtune.recipe.recipe import TuneSection
-
-    torch.manual_seed(0)
-    small = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
-    config = MixtralConfig(**small, num_local_experts=4, vocab_size=64)
-    model = MixtralForCausalLM(config)
-    components = Components(None, None, "model", "lm_head")
-    section = {"method": "lora", "r": 2, "target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
-    tune = TuneSection.model_validate({"projector": "frozen", "language": section})
-    tuned = apply_tuning(model, components, tune)
-    trainable = [name for name, p in tuned.named_parameters() if p.requires_grad]
-    assert sum("experts" in name for name in trainable) == 2 * 2
-    assert sum("q_proj" in name for name in trainable) == 2 * 2
-    ids = torch.arange(10)[None]
-    reference = get_peft_model(
-        MixtralForCausalLM(config),
-        LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"], task_type="CAUSAL_LM"),
-    )
-    assert sum(p.numel() for p in reference.parameters() if p.requires_grad) == sum(
-        p.numel() for p in tuned.parameters() if p.requires_grad
-    )
-    assert tuned(input_ids=ids).logits.shape == (1, 10, 64)
-    wrong = TuneSection.model_validate(
-        {"projector": "frozen", "language": {**section, "target_parameters": ["experts.down_prj"]}}
-    )
-    with pytest.raises(UserError, match="matches no parameter of the language"):
-        apply_tuning(MixtralForCausalLM(config), components, wrong)
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["tune.language.r=0"], "tune.language.r=0: expected an integer >= 1, got 0"),
+        (
+            ["tune.language.target_parameters=all-experts", "tune.language.lora_dropout=0.05"],
+            "tune.language.lora_dropout=0.05: not supported with target_parameters: the update is added to the weight",
+        ),
+        (
+            ["tune.language.target_parameters=all-experts", "tune.language.use_dora=true"],
+            "tune.language.use_dora=true: not supported with target_parameters: PEFT has DoRA for layers only",
+        ),
+        (["tune.language={method: oft, target_parameters: [x]}"], "only lora adapts parameters outside of linear layers"),
         (["tune.language.target_modules=[q_prj]"], "'q_prj' matches no module of the language component; did you mean 'q_proj'"),
         (
             ["model.precision=nf4", "tune.language.init_lora_weights=pissa"],

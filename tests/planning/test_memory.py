@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,13 +16,17 @@ import bitsandbytes
 import pytest
 import torch
 from torch import nn
+from transformers import LlavaConfig
 
+from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
 from mmtune.models.fake_tensors import MemoryTracker, bnb_state_bytes, quantized_bytes
+from mmtune.models.load import load_base, resolve_model
 from mmtune.models.meta_model import build_meta
 from mmtune.models.tiny.tiny_models import write_tiny_language, write_tiny_vision
 from mmtune.planning.memory import MemoryEstimate, estimate_memory, print_estimate, suggestions
 from mmtune.planning.memory_sizes import parse_memory
-from mmtune.recipe.recipe import Recipe
+from mmtune.planning.weight_counts import count_weights, describe_weights
+from mmtune.recipe.recipe import ModelSection, Recipe
 from mmtune.utils.errors import UserError
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "memory_estimate.py"
@@ -266,3 +271,43 @@ def test_the_memory_table_shows_whether_the_run_fits(capsys: pytest.CaptureFixtu
     assert "quantization" not in shown
     print_estimate(estimate, 21 * gb)
     assert "does not fit" in capsys.readouterr().out
+
+
+def test_experts_are_stored_and_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Mixtral's own numbers, by hand: 3 matrices for each of 8 experts in 32 layers, of which a token uses 2."""
+    LlavaConfig(vision_config={"model_type": "clip_vision_model"}, text_config={"model_type": "mixtral"}).save_pretrained(
+        tmp_path
+    )
+    section = ModelSection(base=str(tmp_path), precision="nf4")
+    counts = count_weights(section)
+    expert = 32 * 3 * 4096 * 14336
+    assert counts.active == counts.stored - 6 * expert
+    assert counts.stored == sum(parameter.numel() for parameter in build_meta(section).parameters()) > 46e9
+    first, second = describe_weights(counts, "nf4")
+    assert first == f"weights: {counts.stored:,} stored, {counts.active:,} used by one token: 2 of 8 experts in 32 layers"
+    assert second.startswith(f"model.precision: nf4: {8 * expert:,} weights of stacked experts stay in bf16, 90.19 GB")
+    assert not list(describe_weights(replace(counts, stacks=()), "nf4"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_experts_hold_too(benchmark: ModuleType, tmp_path: Path, precision: str) -> None:
+    """LoRA keeps a changed copy of every expert of a layer for the backward pass."""
+    recipe = Recipe.model_validate(
+        {
+            "model": {
+                "vision": str(write_tiny_vision("clip", tmp_path / "clip")),
+                "language": str(write_tiny_language("mixtral", tmp_path / "mixtral")),
+                "chat_template": "mistral",
+                "precision": precision,
+            },
+            "tune": {"projector": "frozen", "language": {"method": "lora", "r": 2, "target_parameters": "all-experts"}},
+            "data": {"train": [{"path": "rows.json", "template": "llava"}]},
+            "train": {"per_device_train_batch_size": 2, "use_cpu": True},
+            "output_dir": str(tmp_path / "run"),
+        }
+    )
+    save_checkpoint(*load_base(resolve_model(recipe.model), 0), tmp_path / "base")
+    model = recipe.model.model_copy(update={"base": str(tmp_path / "base"), "vision": None, "language": None})
+    recipe = recipe.model_copy(update={"model": model})
+    measured, _ = benchmark.measured_peak(recipe, 64, SUPERVISED)
+    assert estimate_memory(recipe, tokens=64, supervised=SUPERVISED).peak == pytest.approx(measured, rel=0.02)

@@ -131,9 +131,15 @@ def test_neither_padding_nor_recomputation_counts() -> None:
     assert happened > 1.2 * sum(torchs for _, torchs in alone)
 
 
-def test_experts_are_not_guessed_at() -> None:
-    assert ModelFlops.supports(tiny("qwen3_vl"))
-    assert not ModelFlops.supports(tiny("qwen3_vl_moe"))
+@pytest.mark.parametrize("full", [False, True])
+def test_experts_count_by_those_that_a_token_uses(full: bool) -> None:
+    model = tiny("qwen3_vl_moe", "eager")
+    model.set_experts_implementation("eager")  # torch counts its products
+    if not full:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=TEXT_LINEAR, modules_to_save=["visual.merger"])).train()
+    assert ModelFlops.supports(model)
+    ours, happened = step(model, samples("qwen3_vl_moe")[:1], ModelFlops(model))
+    assert ours == pytest.approx(happened, rel=5e-3)  # without the routers
 
 
 @pytest.mark.parametrize(

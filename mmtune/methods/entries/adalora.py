@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mmtune.methods.entries.lora import LORA_MANAGED
-from mmtune.methods.method import BIAS_ALL, UNPROVEN, Method
+from mmtune.methods.method import BIAS_ALL, MANAGED, UNPROVEN, Method
 from mmtune.methods.setting_types import COUNT, DROPOUT, POSITIVE_INT
 from mmtune.utils.errors import UserError
 
@@ -79,7 +79,8 @@ ADALORA = AdaLora(
     managed=LORA_MANAGED
     | dict.fromkeys(("r", "use_dora", "use_rslora", "lora_bias", "eva_config", "lora_ga_config"), "AdaLoRA has no such part")
     | {"init_lora_weights": "AdaLoRA has its own", "total_step": "mmtune counts the run's steps"}
-    | dict.fromkeys(("target_parameters", "trainable_token_indices", "ensure_weight_tying"), UNPROVEN),
+    | {"target_parameters": MANAGED["target_parameters"]}
+    | dict.fromkeys(("trainable_token_indices", "ensure_weight_tying"), UNPROVEN),
     unsupported_values=BIAS_ALL,
     setting_types={"init_r": COUNT, "target_r": COUNT, "lora_alpha": POSITIVE_INT, "lora_dropout": DROPOUT},
     skips_steps=False,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmtune.methods.method import BIAS_ALL, MANAGED, QUANTIZED, UNPROVEN, Method, Setting, Variant, check_linear
+from mmtune.methods.selectors import ALL_EXPERTS
 from mmtune.methods.setting_types import COUNT, DROPOUT, POSITIVE_INT, POSITIVE_OR_NONE, numbered
 from mmtune.utils.errors import UserError
 
@@ -22,7 +23,7 @@ MUTATING_INITS = ("pissa", "olora", "lora_ga")
 SHARDED_INITS = ("gaussian", "orthogonal", "pissa", "eva")
 """Initializations for a sharded base: they draw random numbers, gather the weights that they read, or only run the model."""
 
-LORA_MANAGED = MANAGED | {
+LORA_MANAGED = {name: reason for name, reason in MANAGED.items() if name != "target_parameters"} | {
     "rank_pattern": "give each component its own r",
     "alpha_pattern": "give each component its own lora_alpha",
     **dict.fromkeys(("corda_config", "loftq_config", "velora_config", "monteclora_config", "kasa_config"), UNPROVEN),
@@ -49,9 +50,24 @@ class Lora(Method):
             return f"{setting} decomposes full weights, and model.precision: {precision} has none; use eva, or bf16"
         if is_mutating(init) and settings.get("use_dora"):
             return f"{setting} with use_dora cannot be saved as an adapter of the original base; use one of the two"
-        if precision in QUANTIZED and settings.get("target_parameters"):
-            return f"target_parameters adapts weights that model.precision: {precision} replaces; use bf16"
         return None
+
+    def conflicts(self, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """PEFT adapts a parameter by adding the update to it before each forward pass."""
+        if not settings.get("target_parameters"):
+            return
+        init = settings.get("init_lora_weights", True)
+        reasons = {
+            "lora_dropout": "the update is added to the weight and has no input of its own; write lora_dropout: 0",
+            "use_dora": "PEFT has DoRA for layers only; leave it out",
+            "lora_bias": "the update is added to the weight and has no bias; leave it out",
+        }
+        for name, reason in reasons.items():
+            if settings.get(name):
+                yield name, f"not supported with target_parameters: {reason}"
+        if not isinstance(init, bool) and init != "gaussian":
+            message = f"not supported with target_parameters: {init} decomposes one matrix, not a stack"
+            yield "init_lora_weights", f"{message}; leave it out, or write gaussian"
 
     def needs_full_weights(self, settings: Mapping[str, Any]) -> bool:
         """OLoRA and LoRA-GA decompose the weights where they lie."""
@@ -71,8 +87,43 @@ class Lora(Method):
             "alpha_pattern": {path: settings[name]["lora_alpha"] for name, paths in targets.items() for path in paths},
         }
 
+    def settle_targets(self, model: Any, settings: dict[str, Any]) -> dict[str, Any]:
+        """Layers whose names PEFT would read as experts are targeted by their weights, which it leaves as they are."""
+        from mmtune.methods.tuners.peft_private import names_read_as_experts
+
+        names = names_read_as_experts(str(model.config.model_type))
+        paths = settings.get("target_modules") or ()
+        read_as_experts = [path for path in paths if path.rpartition(".")[2] in names]
+        if not read_as_experts:
+            return settings
+        weights = {path: f"{path}.weight" for path in read_as_experts}
+        for name, message in self.conflicts({**settings, "target_parameters": list(weights.values())}):
+            raise UserError(
+                f"{name}: PEFT would read {read_as_experts[0]} as experts, so it is adapted by target_parameters; {message}"
+            )
+        patterns = {
+            name: {weights.get(path, path): value for path, value in settings[name].items()}
+            for name in ("rank_pattern", "alpha_pattern")
+            if name in settings
+        }
+        changed: dict[str, Any] = {
+            **patterns,
+            "target_modules": [path for path in paths if path not in weights],
+            "target_parameters": [*(settings.get("target_parameters") or ()), *weights.values()],
+        }
+        return settings | changed
+
     def check_model(self, model: Any, targets: Mapping[str, nn.Module], settings: Mapping[str, Any]) -> None:
         """A matrix has as many factors as its smaller dimension."""
+        for path, module in targets.items():
+            if "Experts" in type(module).__name__:
+                raise UserError(f"{path} holds stacked experts, which are no layers; write target_parameters: {ALL_EXPERTS}")
+        for path in settings.get("target_parameters") or ():
+            if not model.get_parameter(path).is_floating_point():
+                raise UserError(
+                    f"{path} is quantized, and target_parameters adapts the weight itself; leave it out, or use model.precision: "
+                    "bf16"
+                )
         init = settings.get("init_lora_weights")
         if is_mutating(init):
             check_linear(targets, f"init_lora_weights: {init}")
@@ -179,6 +230,7 @@ LORA = Lora(
         "r": COUNT,
         "lora_alpha": POSITIVE_INT,
         "lora_dropout": DROPOUT,
+        "target_parameters": Literal["all-experts"] | list[str] | None,
         "init_lora_weights": bool | Literal["gaussian", "eva", "olora", "pissa", "lora_ga"] | numbered("pissa_niter_"),
     },
     extra_settings={

@@ -35,6 +35,20 @@ def register(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> Pef
     return member
 
 
+def names_read_as_experts(model_type: str) -> frozenset[str]:
+    """Last names of LoRA's target modules that PEFT replaces by the stacked experts, at every injection and every load.
+
+    Adapters from before transformers 5 name the experts of these model types so. The shared experts and the dense layers of the
+    same model have layers of the same names, which PEFT then leaves out.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type)
+    if pattern not in conversion._MOE_FUSED_TARGETS:
+        return frozenset()
+    return frozenset(conversion._MOE_TARGET_MODULE_MAPPING[pattern])
+
+
 def cast_layer_input(layer: BaseTunerLayer, x: torch.Tensor, dtype: Any) -> torch.Tensor:
     """The input of an adapter in the dtype of its weights, as PEFT's own layers cast it (`autocast_adapter_dtype`)."""
     cast: torch.Tensor = layer._cast_input_dtype(x, dtype)

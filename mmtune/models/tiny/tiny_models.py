@@ -88,13 +88,27 @@ LANGUAGE_FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", **_LLAMA, "specials": [*_LLAMA["specials"], "[INST]", "[/INST]"]},
     "gemma": {"model_type": "gemma", "tied": True, **_GEMMA},
     "gemma3": {"model_type": "gemma3_text", "tied": True, **_GEMMA},
+    "mixtral": {
+        "model_type": "mixtral",
+        **_LLAMA,
+        "specials": [*_LLAMA["specials"], "[INST]", "[/INST]"],
+        "experts": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "multiple": 64,
+        "template": TEXT_ONLY_CHATML,
+        **_QWEN,
+        "experts": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    },
 }
-"""Settings of each family: model type, special tokens, tied embeddings, padding multiple of the embedding rows, chat template."""
+"""Settings of each family: model type, special tokens, tied embeddings, padding multiple of the embedding rows, chat template,
+and config fields of its experts."""
 
 MODEL_TYPES: dict[str, dict[str, str]] = {
     "vision": {"clip_vision_model": "clip", "siglip_vision_model": "siglip"} | {name: name for name in VISION_FAMILIES},
     "language": {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "mistral": "mistral"}
-    | {"gemma": "gemma", "gemma3_text": "gemma3"},
+    | {"gemma": "gemma", "gemma3_text": "gemma3", "mixtral": "mixtral", "qwen3_moe": "qwen3_moe"},
     "base": {name: name for name in BASE_FAMILIES},
 }
 
@@ -108,9 +122,11 @@ NAMES: dict[str, list[tuple[str, str]]] = {
     "language": [
         (r"llama-?3", "llama3"),
         (r"vicuna|llama", "llama"),
+        (r"qwen-?3(?!.*vl).*-a\d+b", "qwen3_moe"),
         (r"qwen-?3(?!.*vl)", "qwen3"),
         (r"qwen-?(1\.5|2)(?!.*vl)", "qwen2"),
         (r"mistral-", "mistral"),
+        (r"mixtral", "mixtral"),
         (r"gemma-3-(1b|270m)", "gemma3"),
         (r"(^|/)gemma-\d+b", "gemma"),
     ],
@@ -192,7 +208,8 @@ def write_tiny_language(
     settings = LANGUAGE_FAMILIES[family]
     tokenizer = byte_level_tokenizer(settings, texts, vocab_size)
     multiple = settings.get("multiple", 1)
-    size = {**DECODER, "vocab_size": -(-len(tokenizer) // multiple) * multiple, **overrides}
+    size = {**DECODER, "vocab_size": -(-len(tokenizer) // multiple) * multiple}
+    size |= {**settings.get("experts", {}), **overrides}
     config = AutoConfig.for_model(
         settings["model_type"],
         tie_word_embeddings=settings.get("tied", False),

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import ParamWrapper
 from torch import nn
 
 from mmtune.data.batching.collate import RowSize
+from mmtune.distributed.deepspeed_private import full_shape, full_size
 from mmtune.families.structure import Components, find_components
 from mmtune.models.components import component_of
+from mmtune.models.experts.expert_stacks import ExpertStack, find_experts
 from mmtune.models.fake_tensors import TorchDispatchMode
 
 
@@ -86,9 +89,9 @@ class ModelFlops:
     """The FLOPs that a model needs for its rows, as in "model FLOPs utilization" (PaLM, arXiv 2204.02311, appendix B).
 
     A matrix multiplication of n tokens with a weight of N elements takes 2nN operations in the forward pass, 2nN more if its
-    input needs a gradient, and 2nN more if the weight is trainable. Attention over a row of n tokens takes 4n² times the width
-    of all heads in a layer, and twice as much again with gradients. Padding, recomputation by checkpointing, and operations
-    other than matrix multiplication do not count.
+    input needs a gradient, and 2nN more if the weight is trainable. Of a mixture of experts, N is what a token uses, without the
+    router. Attention over a row of n tokens takes 4n² times the width of all heads in a layer, and twice as much again with
+    gradients. Padding, recomputation by checkpointing, and operations other than matrix multiplication do not count.
 
     One forward pass of each kind of batch, with and without images, is recorded: which weights it multiplies with, how often,
     and where gradients flow. After that, the count is proportional to the rows: tokens for the language model, supervised tokens
@@ -108,9 +111,12 @@ class ModelFlops:
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
-        """Whether every token uses every weight: not in a mixture of experts, whose weights are stacked in one parameter."""
-        weights = _base(model).get_decoder().parameters()
-        return not any(len(getattr(weight, "ds_shape", weight.shape)) == 3 for weight in weights)  # ds_shape: sharded by ZeRO-3
+        """Whether it is known how many weights a token uses: not where a stack of weights has no router that says it."""
+        decoder = _base(model).get_decoder()
+        stacks = find_experts(decoder)
+        stacked = {f"{name}.{parameter}" for name, stack in stacks.items() for parameter in stack.parameters}
+        others = (name for name, weight in decoder.named_parameters() if len(full_shape(weight)) == 3 and name not in stacked)
+        return next(others, None) is None and all(stack.used is not None for stack in stacks.values())
 
     def add(self, rows: Iterable[RowSize], images: bool) -> None:
         """Count rows of a batch.
@@ -145,7 +151,7 @@ class ModelFlops:
             yield
             return
         recorder = _FlopsRecorder(self._model, self._components)
-        with recorder.recording():
+        with recorder.recording(inputs["input_ids"].numel()):
             yield
         config: Any = _base(self._model).config.get_text_config()
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -191,12 +197,24 @@ class _FlopsRecorder:
         return self._with_gradient[component] / max(self._forward[component], 1.0)
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self, tokens: int) -> Iterator[None]:
+        """
+        Args:
+            tokens: of the batch.
+        """
+        experts = find_experts(self._model)
         with contextlib.ExitStack() as stack:
             for name, module in self._model.named_modules():
+                record: Any = None
                 if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-                    hook = module.register_forward_hook(partial(self._product, component_of(name, self._components)))
-                    stack.callback(hook.remove)
+                    record = partial(self._product, component_of(name, self._components))
+                elif name in experts:
+                    trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+                    record = partial(self._experts, component_of(name, self._components), experts[name], tokens, trained)
+                elif isinstance(module, ParamWrapper):
+                    record = partial(self._adapted, component_of(name, self._components), module, tokens)
+                if record is not None:
+                    stack.callback(module.register_forward_hook(record).remove)
             for tower in map(self._model.get_submodule, self._components.towers):
                 inside = stack.enter_context(contextlib.ExitStack())
                 for hook in (
@@ -218,11 +236,36 @@ class _FlopsRecorder:
             forward = 2 * output.numel() * module.in_features
         else:
             forward = 2 * output.numel() * module.in_channels // module.groups * torch.Size(module.kernel_size).numel()
-        self._forward[component] += forward
-        self._with_gradient[component] += forward * output.requires_grad
-        self.flops[component] += forward * (1 + inputs[0].requires_grad + module.weight.requires_grad)
+        # PEFT's update of a parameter is in its place during the forward pass, and no parameter.
+        trained = isinstance(module.weight, nn.Parameter) and module.weight.requires_grad
+        self._add(component, forward, inputs[0], output, trained)
         if component == "language":
             self.dtype = output.dtype
+
+    def _experts(
+        self, component: str, stack: ExpertStack, tokens: int, trained: bool, module: nn.Module, inputs: Any, output: torch.Tensor
+    ) -> None:
+        """A product for every pair of a token and one of its experts."""
+        self._add(component, 2 * _pairs(inputs, tokens * (stack.used or 0)) * stack.size, inputs[0], output, trained)
+
+    def _adapted(
+        self, component: str, wrapper: ParamWrapper, tokens: int, module: nn.Module, inputs: Any, output: torch.Tensor
+    ) -> None:
+        """LoRA of a parameter, as if its factors were layers beside the experts that a token uses; PEFT multiplies them once."""
+        factors = (*wrapper.lora_A.parameters(), *wrapper.lora_B.parameters())
+        size = sum(full_size(factor) for factor in factors if factor.requires_grad) // wrapper.num_experts
+        self._add(component, 2 * _pairs(inputs, tokens) * size, inputs[0], output, True)
+
+    def _add(self, component: str, forward: float, x: torch.Tensor, output: torch.Tensor, trained: bool) -> None:
+        self._forward[component] += forward
+        self._with_gradient[component] += forward * output.requires_grad
+        self.flops[component] += forward * (1 + x.requires_grad + trained)
+
+
+def _pairs(inputs: tuple[Any, ...], default: int) -> int:
+    """Pairs of a token and an expert: the indices of experts that a router gives, if the module takes them."""
+    indices = inputs[1] if len(inputs) > 1 else None
+    return indices.numel() if isinstance(indices, torch.Tensor) and not indices.is_floating_point() else default
 
 
 def _base(model: nn.Module) -> Any:
