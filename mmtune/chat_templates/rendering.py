@@ -35,6 +35,10 @@ from mmtune.utils.transformers_private import ESCAPE_END, ESCAPE_START
 PLACEHOLDER_CODE_POINTS = range(0x100000, 0x10FFFE)
 """Private-use code points; those that a conversation does not contain are placeholders of its answers."""
 
+CALL_END_TOKENS = {"<|tool_response>", "<|eom_id|>"}
+"""Tokens with which a model ends a turn with tool calls instead of its end-of-turn token: Gemma 4, and Llama 3 with `ipython`.
+Their generation configs stop there."""
+
 NO_GENERATION_TAGS = "the chat template has no {% generation %} tags"
 ANSWER_STRIPPED = "the chat template strips white space from the ends of an answer; remove it from the row"
 
@@ -144,7 +148,13 @@ def _turn_span(text: str, messages: Messages, number: int, chat: _Chat) -> Span:
                 f"{rendered[max(0, len(prompt) - 40) : len(prompt)]!r}"
             )
     start = len(prompt)
-    end, end_alone = (_end_of_turn(rendered, start, chat) for rendered in (text, alone))
+    ends = _end_of_turn_tokens(chat.template, chat.tokenizer)
+    if "tool_calls" in message:
+        ends = ends | CALL_END_TOKENS
+    end, end_alone = (
+        next((token.end() for token in chat.control.finditer(rendered, start) if token[0] in ends), None)
+        for rendered in (text, alone)
+    )
     if end is None or end_alone is None:
         raise ChatTemplateError(f"the chat template writes no end-of-turn token after {what}")
     if alone[end_alone:].strip():
@@ -161,12 +171,6 @@ def _turn_span(text: str, messages: Messages, number: int, chat: _Chat) -> Span:
         raise ChatTemplateError(f"expected the answer {answer[:100]!r} after the prompt, got {turn[: begin + 40]!r}")
     check_calls_written(turn[begin + len(answer) :], message.get("tool_calls", ()))
     return start, end
-
-
-def _end_of_turn(text: str, start: int, chat: _Chat) -> int | None:
-    """The end of the first end-of-turn token after `start`."""
-    ends = _end_of_turn_tokens(chat.template, chat.tokenizer)
-    return next((token.end() for token in chat.control.finditer(text, start) if token[0] in ends), None)
 
 
 @lru_cache(maxsize=32)

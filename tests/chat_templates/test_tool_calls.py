@@ -199,6 +199,17 @@ def test_a_prompt_is_the_text_before_its_answer(name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_call_and_answer_of_several_questions_is_supervised(name: str, marked: bool) -> None:
+    processor = tool_processor(name, marked)
+    again: list[Message] = [{"role": "user", "content": text("And now?")}, said("", call("now", {}, 3)), result("13:00", 3)]
+    messages = [*CONVERSATIONS["several steps"], *again, said("At one.")]
+    spans = spans_of(_encode(messages, processor), processor)
+    assert len(spans) == 5 and [span for span in spans if "now" in span] == [spans[1], spans[3]]
+    assert [spans[2].strip(), spans[4].strip()] == ["Stop, at noon." + ENDS[name], "At one." + ENDS[name]]
+
+
 @pytest.mark.parametrize("supervise", ["last", "without_tool_calls"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_calls_are_context_if_the_recipe_says_so(name: str, supervise: Any) -> None:
@@ -252,6 +263,34 @@ def test_published_templates_give_tokens_and_labels_of_transformers(name: str, c
             each["function"]["name"] in span for each in answer.get("tool_calls", ())
         )
         assert "tool_response" not in span and "enlarged" not in span and "Enlarge" not in span
+
+
+GEMMA_TOKENS = ("<bos>", "<eos>", "<|turn>", "<turn|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", '<|"|>')
+
+
+@pytest.mark.parametrize("case", CONVERSATIONS)
+def test_gemma_4_ends_a_call_with_the_token_that_begins_its_result(case: str) -> None:
+    """Its template writes results and the next answer into the same turn, and the generation config stops at that token."""
+    tokens = (*GEMMA_TOKENS, "<|tool_response>", "<tool_response|>")
+    template = (TRL / "gemma4_v5.jinja").read_text(encoding="utf-8")
+    processor = processor_with(template, tokens, "<|image|>", bos_token="<bos>", eos_token="<eos>")
+    messages = CONVERSATIONS[case]
+    if case == "text before a call":  # the template moves the text behind the result
+        with pytest.raises(RowError, match="the chat template writes a tool call differently before other turns"):
+            _encode(messages, processor)
+        return
+    encoded = _encode(messages, processor)
+    reference = processor.tokenizer.apply_chat_template(
+        plain(messages, False), tools=list(TOOLS), return_dict=False, sanitize_control_tokens=True
+    )
+    assert encoded.input_ids == reference
+    spans, answers = spans_of(encoded, processor), [message for message in messages if message["role"] == "assistant"]
+    for span, answer in zip(spans, answers, strict=True):
+        if "tool_calls" in answer:
+            assert span.startswith(("<|tool_call>call:zoom{", "<|tool_call>call:now{}"))
+            assert span.endswith("<tool_call|><|tool_response>") and "enlarged" not in span
+        else:
+            assert span == answer["content"][0]["text"] + "<turn|>"
 
 
 MARKED = ("qwen3_vl_training.jinja", "qwen3_5_nothink_training.jinja", "lfm2_2_5_vl.jinja")

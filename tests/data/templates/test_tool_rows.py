@@ -70,6 +70,16 @@ def test_the_three_forms_are_the_same_sample(media: Path) -> None:
     assert first.messages[1]["tool_calls"] == [call({"factor": 2})] and contents(first) == [["q"], ["I look."], ["big"], ["a"]]
 
 
+def test_the_example_of_the_documentation_is_a_row(media: Path) -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "data_templates.md").read_text(encoding="utf-8")
+    [example] = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL) if "tool_calls" in block]
+    for name in ("street.png", "sign.png"):
+        (media / name).write_bytes((media / "a.png").read_bytes())
+    [sample] = samples(media, example)
+    assert calls_of(sample) == [[("zoom", {"bbox_2d": [310, 40, 380, 90]})]] and len(sample.images) == 2
+    assert [tool["function"]["name"] for tool in sample.tools] == ["zoom"]
+
+
 @pytest.mark.parametrize("arguments", [{}, "{}", "", " ", None, "null"])
 def test_a_call_without_arguments(media: Path, arguments: Any) -> None:
     [sample] = samples(media, row(called(call(arguments))))
