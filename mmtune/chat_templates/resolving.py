@@ -24,6 +24,7 @@ MARKERS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "glm": ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"),
     "tiny": ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
 }
 """Control tokens of a shipped template that the tokenizer must have. Other templates need only `eos_token`."""

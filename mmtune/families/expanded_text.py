@@ -7,7 +7,10 @@ from typing import Any
 
 from mmtune.utils.errors import RecipeValueError
 
-TEXT_KEYS = {"text_replacement_offsets", "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
+TEXT_KEYS = {
+    *("text_replacement_offsets", "input_ids", "attention_mask", "labels"),
+    *("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"),
+}
 """Outputs of a processor that belong to its text."""
 
 

@@ -93,6 +93,10 @@ class Family:
         """Whether it is known what stands for an image in the text."""
         return type(self).process_images is not Family.process_images or isinstance(getattr(processor, "image_token", None), str)
 
+    def projector_of(self, model: Any) -> tuple[str, ...]:
+        """`projector`, where the paths depend on the number of layers."""
+        return self.projector
+
     def complete_processor(self, processor: Any, filled: Mapping[str, Any]) -> None:
         """Set attributes that the processor computes from its keys, after `filled` were set from the model's config."""
 

@@ -75,7 +75,7 @@ def find_components(model: nn.Module) -> Components:
     def path(module: Any) -> str | None:
         return names.get(id(module)) or None  # the model itself is no component
 
-    head = path(inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None)
+    head = path(output_head(inner))
     language = family.language_model or path(_accessor(inner, "get_decoder"))
     vision = None if family.encoder_free else family.encoder or path(_accessor(inner, "get_encoder", modality="image"))
     paths = {"vision tower": vision, "language model": language, "output head": head}
@@ -88,7 +88,7 @@ def find_components(model: nn.Module) -> Components:
     towers = family.encoder_extras
     between = _outside(inner, [each for each in (vision, language, head, *towers, *others) if each is not None])
     others += [part for part in between if any(word in part.rpartition(".")[2] for word in OTHER_MODALITIES)]
-    projectors = [each for each in family.projector if _has(inner, each)] or _projectors(
+    projectors = [each for each in family.projector_of(inner) if _has(inner, each)] or _projectors(
         inner, vision, [part for part in between if part not in others]
     )
     if not projectors and vision is not None:
@@ -110,15 +110,24 @@ def find_components(model: nn.Module) -> Components:
 def image_features_of(model: Any) -> Callable[..., Any] | None:
     """`get_image_features` of a model, or of its part without the head; None if it has none.
 
-    Some models leave it to that part (DeepSeek-VL, Janus), or pass everything on to it without naming the inputs (MiniCPM-V).
+    Some models leave it to that part (DeepSeek-VL, Janus), or pass inputs on to it without naming them (MiniCPM-V, VideoLLaMA 3).
     """
 
     def names_inputs(owner: Any) -> bool:
         parameters = inspect.signature(getattr(owner, "get_image_features", lambda: None)).parameters.values()
         return any(each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters)
 
-    owners = (model, getattr(model, "base_model", None))
+    owners = (getattr(model, "base_model", None), model)
     return family_of(str(model.config.model_type)).image_features(next(filter(names_inputs, owners), model))
+
+
+def output_head(model: Any) -> nn.Module | None:
+    """The output embeddings of a model, or of its language model if that has its own; None if there are none."""
+    for owner in (model, _accessor(model, "get_decoder")):
+        head: nn.Module | None = _accessor(owner, "get_output_embeddings")
+        if head is not None:
+            return head
+    return None
 
 
 def _accessor(model: Any, name: str, **modality: str) -> Any:

@@ -50,14 +50,18 @@ def component_of(name: str, components: Components) -> Component:
 def linear_modules(model: nn.Module, components: Components, component: Component) -> list[str]:
     """Full paths of the linear layers of a component that the model calls, including quantized ones, without head and routers.
 
+    Layers of an indexer, which selects the positions that sparse attention reads, are left out: the loss has no gradient there.
     Call it before adapters are attached, because adapter matrices are linear layers, too.
     """
+    modules = _modules_of(model, components, component)
+    indexers = tuple(f"{name}." for name, module in modules if type(module).__name__.endswith("Indexer"))
     return [
         name
-        for name, module in _modules_of(model, components, component)
+        for name, module in modules
         if isinstance(module, nn.Linear)
         and name != components.lm_head
         and name.rpartition(".")[2] not in components.bypassed
+        and not name.startswith(indexers)
         and not is_router(module)
     ]
 

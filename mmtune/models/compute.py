@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import slice_logits_to_keep
 
 from mmtune.families.family_table import family_of
+from mmtune.families.structure import output_head
 from mmtune.methods.method_table import method_of
+
+
+def accept_logits_to_keep(model: PreTrainedModel) -> None:
+    """Let a model take `logits_to_keep`; some classes of transformers ignore it and compute all logits."""
+    forward = type(model).forward
+    if "logits_to_keep" in inspect.signature(forward).parameters:
+        return
+
+    @functools.wraps(forward)
+    def selective(self: Any, *args: Any, logits_to_keep: int | torch.Tensor = 0, **kwargs: Any) -> Any:
+        def select(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return slice_logits_to_keep(inputs[0], logits_to_keep), *inputs[1:]
+
+        head = output_head(self)
+        assert head is not None  # a model without one has no components
+        hook = head.register_forward_pre_hook(select)
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            hook.remove()
+
+    model.forward = types.MethodType(selective, model)  # on the model: PEFT calls `forward` without the hooks of a module
 
 
 def to_best_device(model: nn.Module) -> nn.Module:

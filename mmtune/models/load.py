@@ -51,6 +51,7 @@ from mmtune.models.checkpoints.trained_weights import (
     read_adapter_config,
     report_removed_checkpoint,
 )
+from mmtune.models.compute import accept_logits_to_keep
 from mmtune.models.experts.expert_stacks import find_experts
 from mmtune.models.generation import read_generation_config
 from mmtune.models.processors.ready_processor import load_completed_processor, prepare_processor
@@ -199,6 +200,7 @@ def load_strictly(
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"cannot load its weights: {_reason(name, error)}") from error
     check_weights_loaded(subject, model, report)
+    accept_logits_to_keep(model)
     if dropped and not quiet:
         print(f"{subject}: {dropped}")
     if getattr(model, "is_quantized", False):

@@ -6,6 +6,7 @@ nor a cache is passed (`find_packed_sequence_indices` in its masking_utils).
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -138,13 +139,15 @@ def _mrope_positions(base: PreTrainedModel, inputs: dict[str, Any]) -> torch.Ten
 
     types = inputs.get("mm_token_type_ids", torch.zeros_like(text_positions))
     mask = unpack(torch.ones_like(text_positions))
-    positions, _ = base.model.get_rope_index(
-        unpack(inputs["input_ids"]),
-        mm_token_type_ids=unpack(types),
-        image_grid_thw=inputs.get("image_grid_thw"),
-        video_grid_thw=inputs.get("video_grid_thw"),
-        attention_mask=mask,
-    )
+    arguments = {
+        "input_ids": unpack(inputs["input_ids"]),
+        "mm_token_type_ids": unpack(types),
+        "image_grid_thw": inputs.get("image_grid_thw"),
+        "video_grid_thw": inputs.get("video_grid_thw"),
+        "attention_mask": mask,
+    }
+    taken = inspect.signature(base.model.get_rope_index).parameters  # Qwen Omni takes no types, HunYuan no videos
+    positions, _ = base.model.get_rope_index(**{name: value for name, value in arguments.items() if name in taken})
     return torch.cat([text_positions[None], positions[:, mask.bool()][:, None]])
 
 

@@ -370,7 +370,11 @@ def _batch(
             features = _image_features(base, pixels).pooler_output
         each = sum(part.numel() for part in (features if isinstance(features, (list, tuple)) else [features]))
         each //= config.get_text_config().hidden_size * rows * images
-    marks = [getattr(config, name, None) for name in ("vision_start_token_id", "vision_end_token_id")]
+    named = ("vision_{}_token_id", "image_{}_token_id", "im_{}_id")
+    marks = [
+        next((token for name in named if (token := getattr(config, name.format(side), None)) is not None), None)
+        for side in ("start", "end")
+    ]
     image_token = config.image_token_id
     block = [*marks[:1], *[image_token] * each, *marks[1:]]
     head = [token for token in block if token is not None] * images if pixels else []
@@ -383,8 +387,8 @@ def _batch(
     ids = torch.tensor([head + [text_token] * (tokens - len(head))] * rows)
     labels = ids.masked_fill(torch.arange(tokens) < tokens - scored, -100)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **pixels}
-    if "mm_token_type_ids" in inspect.signature(base.forward).parameters:
-        batch["mm_token_type_ids"] = (ids == image_token).long()
+    types = [name for name in inspect.signature(base.forward).parameters if name.endswith("mm_token_type_ids")]
+    batch |= {name: (ids == image_token).long() for name in types}
     return family.planned_batch(batch, images)
 
 

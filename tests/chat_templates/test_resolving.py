@@ -86,7 +86,7 @@ def template_processors(tiny_checkpoints: Path, tmp_path_factory: pytest.TempPat
 
 
 def test_every_shipped_template_is_tested() -> None:
-    of_families = {"paligemma", "question_answer", "instruction"}  # they need their own processors: tests/families
+    of_families = {"paligemma", "question_answer", "instruction", "glm"}  # they need their own processors: tests/families
     assert set(template_names()) == {*END, *of_families}
 
 

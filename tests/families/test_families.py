@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers as tf
 from family_cases import CASES
+from family_cases.family_case import FamilyCase
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -160,7 +161,7 @@ def test_a_training_step_equals_that_of_plain_transformers_and_peft(
     question = samples[-1].messages[:1]
     plain = tf.AutoModelForImageTextToText.from_pretrained(merged)
     messages = [{**question[0], "content": [_with_open_image(block) for block in question[0]["content"]]}]
-    inputs = _plain_inputs(tf.AutoProcessor.from_pretrained(merged), messages, CASES[family].flat_images)
+    inputs = _plain_inputs(tf.AutoProcessor.from_pretrained(merged), messages, CASES[family])
     output = plain.generate(**inputs, max_new_tokens=6, do_sample=False, repetition_penalty=1.0)
     answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     answers = [json.loads(line)["prediction"] for line in (RunDirectory(run).answers("after")).read_text().splitlines()]
@@ -169,15 +170,15 @@ def test_a_training_step_equals_that_of_plain_transformers_and_peft(
         assert mmtune("chat", model, "--image", samples[-1].images[0], "--prompt", "What?", "--max-new-tokens", "3") == 0
 
 
-def _plain_inputs(processor: Any, messages: list[dict[str, Any]], flat_images: bool) -> Any:
+def _plain_inputs(processor: Any, messages: list[dict[str, Any]], case: FamilyCase) -> Any:
     """The model's inputs for a question in plain transformers. BLIP-2's processor leaves the chat template to its tokenizer."""
-    if processor.chat_template is None or flat_images:
+    if processor.chat_template is None or case.flat_images:
         renders = processor.tokenizer if processor.chat_template is None else processor
         text = renders.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         images = [block["image"] for message in messages for block in message["content"] if block["type"] == "image"]
         return processor(images=images, text=[text], return_tensors="pt")
     return processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **case.plain_call
     )
 
 

@@ -11,7 +11,15 @@ from torch.nn.functional import pad
 from mmtune.data.encoding.encode import IGNORE_INDEX
 from mmtune.utils.errors import UserError
 
-PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids", "source_ids")
+PER_TOKEN = (
+    "input_ids",
+    "labels",
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "moe_mm_token_type_ids",
+    "source_ids",
+)
 """Tensors with one value per token, shape (1, length); all others are concatenated by image, tile or patch."""
 
 CROSS_ATTENTION_MASKS = ("cross_attention_mask", "image_attention_mask")

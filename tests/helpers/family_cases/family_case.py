@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from mmtune.models.tiny.tiny_bases import TinyBase
 
@@ -16,6 +17,7 @@ class FamilyCase:
         end: the end-of-turn token of its chat template.
         leading: supervised text before an answer, if the generation prompt ends without it.
         needs_image: whether its processor takes no conversation without an image.
+        plain_call: arguments without which plain transformers' processor makes no inputs for its model.
         one_image: whether its processor takes at most one image in a conversation.
         alone: whether the reference computes every row alone, because in plain transformers a row can depend on the others of its
             batch, and does not in mmtune.
@@ -33,3 +35,4 @@ class FamilyCase:
     idle: str = "(?!)"
     flat_images: bool = False
     lists: tuple[str, ...] = ()
+    plain_call: dict[str, Any] = field(default_factory=dict)
