@@ -180,7 +180,7 @@ def use_chat_template(model: PreTrainedModel, processor: ProcessorMixin, templat
     Raises:
         UserError: the tokenizer still adds special tokens to the rendered text.
     """
-    set_chat_template(processor, template)
+    set_chat_template(processor, template, getattr(model.config, "is_encoder_decoder", False))
     tokenizer = processor.tokenizer
     config = model.generation_config
     assert config is not None  # every generative model has one
@@ -188,14 +188,18 @@ def use_chat_template(model: PreTrainedModel, processor: ProcessorMixin, templat
     config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
 
 
-def set_chat_template(processor: ProcessorMixin, template: str) -> None:
+def set_chat_template(processor: ProcessorMixin, template: str, encoder_decoder: bool = False) -> None:
     """Set the chat template of a processor and its tokenizer, without a model (see `use_chat_template`).
+
+    Args:
+        encoder_decoder: whether the tokenizer encodes a question and its answer alone, each with special tokens.
 
     Raises:
         UserError: the tokenizer still adds special tokens to the rendered text.
     """
     processor.chat_template = processor.tokenizer.chat_template = template
-    configure_special_tokens(processor.tokenizer, template)
+    if not encoder_decoder:
+        configure_special_tokens(processor.tokenizer, template)
 
 
 def stop_token_ids(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:

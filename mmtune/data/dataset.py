@@ -195,7 +195,7 @@ class SampleEncoder:
         if note is not None:
             encoded["note"] = note
         if len(section.train) > 1:
-            encoded["source_ids"] = torch.full_like(encoded["input_ids"], source)
+            encoded["source_ids"] = torch.full_like(encoded["labels"], source)
         return encoded
 
     def _fit(self, sample: Sample, max_tokens: int) -> tuple[Sample, MediaChanged | None]:

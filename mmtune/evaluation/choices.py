@@ -76,7 +76,7 @@ def _encode_choice(sample: Sample, choice: str, processor: ProcessorMixin) -> di
     """The conversation with one candidate as its last answer; only that answer has labels."""
     prompt, _ = split_question(sample)
     answer = {"role": "assistant", "content": [{"type": "text", "text": choice}]}
-    encoded = encode_sample(replace(sample, messages=[*prompt, answer]), processor)
+    encoded = encode_sample(replace(sample, messages=[*prompt, answer]), processor, supervise="last")
     labels = encoded["labels"].clone()
     # A user turn separates two answers, so the last answer starts after the last unsupervised position before its end.
     supervised = labels[0] != IGNORE_INDEX
@@ -92,7 +92,11 @@ def _log_likelihoods(model: nn.Module, encoded: list[dict[str, torch.Tensor]], p
     # Logits only where a supervised token is predicted: logits of all positions of a batch may not fit in memory.
     supervised = (labels != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
     with torch.inference_mode(), training_autocast(model):
-        logits = model(**batch, logits_to_keep=supervised - 1 + count_virtual_tokens(model)).logits
+        positions = supervised - 1 + count_virtual_tokens(model)
+        if "decoder_input_ids" in batch:  # few classes with an encoder compute logits at some positions only
+            logits = model(**batch).logits[:, positions]
+        else:
+            logits = model(**batch, logits_to_keep=positions).logits
     targets = labels[:, supervised]
     # Shape (candidates, positions); unsupervised positions have a loss of 0.
     losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none")

@@ -22,7 +22,7 @@ from mmtune.evaluation.choices import check_choices, most_likely_choice, score_c
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
 from mmtune.evaluation.metrics import exact_match, final_answer, majority_accuracy, wilson_interval
 from mmtune.models.compute import count_virtual_tokens, in_eval_mode, move_batch, training_autocast
-from mmtune.models.generation import generate
+from mmtune.models.generation import generate, padding_side
 from mmtune.recipe.recipe import EvaluateSection
 from mmtune.utils.errors import RecipeValueError
 
@@ -93,10 +93,11 @@ def generate_answers(
             chunk = order[start : start + batch_size]
             prompts = {i: encode_prompt(samples[i].id, prompt_messages(samples[i]), processor, samples[i].tools) for i in chunk}
             for group in _batch_groups(model, prompts):
-                batch = move_batch(model, collate([prompts[i] for i in group], tokenizer.pad_token_id, side="left"))
+                rows = [prompts[i] for i in group]
+                batch = move_batch(model, collate(rows, tokenizer.pad_token_id, side=padding_side(model)))
                 with torch.inference_mode(), training_autocast(model):
                     output = generate(model, processor, batch, max_new_tokens)
-                texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+                texts = tokenizer.batch_decode(output, skip_special_tokens=True)
                 answers.update(zip(group, texts, strict=True))
                 progress.update(len(group))
     return [answers[index] for index in range(len(samples))]

@@ -52,9 +52,11 @@ class Family:
         bypassed: last names of linear layers whose weight the model reads without calling the layer.
         unpackable: why packed samples would attend to each other; None where they do not.
         mrope: whether a position has three parts: time, height and width.
+        takes_virtual_tokens: whether a prompt method can put virtual tokens before its input embeddings.
         image_processors: class names of the image processors that `geometry` supports.
         processor_keys: keys of the processor that determine the number of image tokens, with the rule for each value.
         needs_image: whether its processor or its model takes no conversation without an image.
+        one_image: whether its processor takes at most one image in a conversation.
         images_first: whether its processor puts all images before the text and its first special token. Its chat template then
             writes nothing for an image.
         embeds_image_token: whether the image token has a row in the embeddings.
@@ -76,9 +78,11 @@ class Family:
     bypassed: tuple[str, ...] = ()
     unpackable: str | None = None
     mrope: bool = False
+    takes_virtual_tokens: bool = True
     image_processors: tuple[str, ...] = ()
     processor_keys: Mapping[str, ConfigRule] = field(default_factory=dict)
     needs_image: bool = False
+    one_image: bool = False
     images_first: bool = False
     embeds_image_token: bool = True
     placeholder_is_image_token: bool = True
@@ -88,6 +92,13 @@ class Family:
     def placeholder(self, processor: Any) -> str:
         """The text that the chat template writes for an image."""
         return str(processor.image_token)
+
+    def decoder_start(self, processor: Any) -> int | None:
+        """The token with which the decoder of an encoder-decoder model starts; None for a model that continues its prompt.
+
+        An encoder-decoder model reads the question with its encoder, and its decoder writes one answer.
+        """
+        return None
 
     def has_placeholder(self, processor: ProcessorMixin) -> bool:
         """Whether it is known what stands for an image in the text."""

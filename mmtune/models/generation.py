@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from mmtune.chat_templates.resolving import stop_token_ids
+from mmtune.families.family_table import family_of_processor
 from mmtune.utils.files import read_json_object
 
 DEFAULT_MAX_NEW_TOKENS = 64
@@ -108,7 +109,10 @@ def _is_token(token: Any, vocabulary: int) -> bool:
 def generation_settings(model: torch.nn.Module, processor: ProcessorMixin, max_new_tokens: int) -> dict[str, Any]:
     """The generation settings of `generate`: greedy decoding with all end-of-turn tokens as stop tokens."""
     tokenizer = processor.tokenizer
+    start = family_of_processor(processor).decoder_start(processor)
+    forced = getattr(_inner(model).generation_config, "forced_bos_token_id", None)  # a part of every answer of BART
     return {
+        **({} if start is None else {"decoder_start_token_id": start, "forced_bos_token_id": forced}),
         "do_sample": False,
         "num_beams": 1,
         "max_new_tokens": max_new_tokens,
@@ -143,13 +147,13 @@ def generate(
     Args:
         model: the model, plain or with an adapter.
         processor: its processor, with a chat template.
-        batch: `input_ids` of shape (rows, tokens), padded on the left, and the other inputs of the model.
+        batch: `input_ids` of shape (rows, tokens), padded on `padding_side`, and the other inputs of the model.
         max_new_tokens: at most this many new tokens.
         streamer: receives the tokens of a single row as they are generated.
         stopping_criteria: functions of `input_ids` and `scores` that return a boolean per row: whether to stop it.
 
     Returns:
-        Token ids of prompts and answers, int64, shape (rows, tokens).
+        Token ids of the answers, int64, shape (rows, tokens).
     """
     inner = _inner(model)
     previous = inner.generation_config
@@ -163,7 +167,18 @@ def generate(
         )
     finally:
         inner.generation_config = previous
-    return answers
+    prompt = 1 if reads_with_encoder(model) else batch["input_ids"].shape[1]  # the decoder's start token
+    return answers[:, prompt:]
+
+
+def reads_with_encoder(model: torch.nn.Module) -> bool:
+    """Whether a model is an encoder-decoder model, whose answer does not continue the prompt."""
+    return bool(getattr(_inner(model).config, "is_encoder_decoder", False))
+
+
+def padding_side(model: torch.nn.Module) -> Literal["left", "right"]:
+    """The side on which prompts are padded for `generate`: an encoder reads a prompt from its first position."""
+    return "right" if reads_with_encoder(model) else "left"
 
 
 def _inner(model: Any) -> PreTrainedModel:

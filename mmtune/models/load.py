@@ -110,7 +110,7 @@ def resolve_model(section: ModelSection) -> ResolvedBase:
     config = base_config(section, location)
     with errors_at_key("model.base"):
         processor, template = _ready_processor(location, section.base, config, section.chat_template, section.trust_remote_code)
-    set_chat_template(processor, template)
+    set_chat_template(processor, template, _has_encoder(processor))
     return ResolvedBase(section, location, config, processor)
 
 
@@ -341,6 +341,10 @@ def _choose_chat_template(processor: ProcessorMixin, subject: str, template_name
     return template
 
 
+def _has_encoder(processor: ProcessorMixin) -> bool:
+    return family_of_processor(processor).decoder_start(processor) is not None
+
+
 def load_trained(
     path: Path | TrainedWeights,
     dtype: torch.dtype | None = None,
@@ -397,7 +401,7 @@ def _load_trained(
             processor, template = _ready_processor(source, subject, config, template_name, trust_remote_code)
         if template_name != chat_template and template != _choose_chat_template(processor, subject, chat_template):
             raise UserError(f"{subject}: it was trained with another chat template than {chat_template}; omit the chat template")
-        set_chat_template(processor, template)
+        set_chat_template(processor, template, _has_encoder(processor))
         if not trained.is_adapter:
             return load_strictly(source, subject, config=config, **settings).eval(), processor
         if not (trained.path / INITIAL_FACTORS).is_file():

@@ -28,7 +28,7 @@ from mmtune.objectives.teacher_checks import TEACHER, check_layers, check_model_
 from mmtune.objectives.token_losses import by_chunks, cross_entropies
 from mmtune.recipe.objective_section import DistillationSection, LayerPairs
 from mmtune.recipe.recipe import Recipe
-from mmtune.utils.errors import errors_at_key
+from mmtune.utils.errors import RecipeValueError, errors_at_key
 
 
 class Distillation(SupervisedTuning):
@@ -48,6 +48,12 @@ class Distillation(SupervisedTuning):
         self._located: ReferenceModel | None = None
 
     def check(self, recipe: Recipe, base: ResolvedBase) -> None:
+        config = base.config or read_model_config(recipe.model)  # a model that is assembled here has none on disk
+        if getattr(config, "is_encoder_decoder", False):
+            raise RecipeValueError(
+                "objective.type",
+                f"distillation takes a model that continues its prompt, got the encoder-decoder {config.model_type}",
+            )
         reference, processor = self._reference(recipe), base.processor
         with errors_at_key(TEACHER):
             theirs = reference.load_processor()
@@ -57,7 +63,6 @@ class Distillation(SupervisedTuning):
         check_vocabulary(processor.tokenizer.get_vocab(), theirs.tokenizer.get_vocab())
         set_chat_template(theirs, str(processor.chat_template))
         check_model_inputs(dummy_sample(processor), dummy_sample(theirs))
-        config = base.config or read_model_config(recipe.model)  # a model that is assembled here has none on disk
         check_layers(self.settings, config.get_text_config(), reference.config.get_text_config())
 
     def load_models(self, recipe: Recipe, device: torch.device, dist: DistributedContext) -> None:

@@ -50,7 +50,7 @@ def score_supervised_only(inputs: dict[str, Any], virtual_tokens: int = 0) -> di
 def scored_positions(inputs: dict[str, Any]) -> torch.Tensor:
     """The supervised positions of `inputs` from `model_inputs`, without virtual tokens, shape (batch, length)."""
     mask: torch.Tensor = inputs["logits_to_keep"]
-    return mask[:, -inputs["input_ids"].shape[1] :]
+    return mask[:, -inputs.get("decoder_input_ids", inputs["input_ids"]).shape[1] :]
 
 
 def without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class SupervisedTuning:
             The inputs of `score_supervised_only`; without `labels` if the model's class cannot compute their loss.
         """
         inputs = score_supervised_only(packed_inputs(model, batch), count_virtual_tokens(model))
-        if not computes_loss(model):
+        if "decoder_input_ids" in inputs or not computes_loss(model):
             del inputs["labels"]
         return inputs
 
@@ -163,7 +163,7 @@ class SupervisedTuning:
         if "labels" in inputs:
             outputs = model(**inputs, num_items_in_batch=denominator)
             return Losses(outputs["loss"], outputs["logits"], outputs)
-        outputs = model(**without_labels(inputs))
+        outputs = _supervised_outputs(model, without_labels(inputs))
         losses = by_chunks(cross_entropies, outputs["logits"].flatten(end_dim=-2), inputs["shift_labels"])
         return Losses(losses.sum() / denominator, outputs["logits"], outputs)
 
@@ -180,6 +180,15 @@ class SupervisedTuning:
         logits = losses.logits.detach().flatten(end_dim=-2)
         by_token = by_chunks(cross_entropies, logits, inputs["shift_labels"]).double().cpu()
         return by_token, sources[scored_positions(inputs)]
+
+
+def _supervised_outputs(model: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    """The model's outputs, with logits at supervised positions. Few classes with an encoder take a mask, so they compute all."""
+    if "decoder_input_ids" not in inputs:
+        return model(**inputs)
+    outputs = model(**{name: value for name, value in inputs.items() if name != "logits_to_keep"})
+    outputs["logits"] = outputs["logits"][inputs["logits_to_keep"]]
+    return outputs
 
 
 def pad_token_id(processor: ProcessorMixin) -> int:

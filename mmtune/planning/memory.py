@@ -389,6 +389,10 @@ def _batch(
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **pixels}
     types = [name for name in inspect.signature(base.forward).parameters if name.endswith("mm_token_type_ids")]
     batch |= {name: (ids == image_token).long() for name in types}
+    if getattr(config, "is_encoder_decoder", False):
+        question, answer = ids.split([tokens - scored, scored], dim=1)
+        targets = {"decoder_input_ids": answer, "labels": answer.masked_fill(torch.arange(scored) == 0, -100)}
+        batch |= {"input_ids": question, "attention_mask": torch.ones_like(question), **targets}
     return family.planned_batch(batch, images)
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from mmtune.data.encoding.encode import IGNORE_INDEX, encode_sample
+from mmtune.data.encoding.encode import IGNORE_INDEX, Supervise, encode_sample
 from mmtune.data.message import Sample
 from mmtune.evaluation.evaluate import generate_answers
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
 from mmtune.models.compute import move_batch, training_autocast
+from mmtune.models.generation import reads_with_encoder
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,16 @@ def collect_outputs(
 def answer_logits(
     model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], label: str = "comparing"
 ) -> list[torch.Tensor]:
-    """Teacher-forced logits at answer positions (see `ModelOutputs.logits`), one sample at a time."""
+    """Teacher-forced logits at answer positions (see `ModelOutputs.logits`), one sample at a time.
+
+    The decoder of an encoder-decoder model writes only the last answer.
+    """
     model.eval()
+    supervise: Supervise = "last" if reads_with_encoder(model) else "all"
     logits = []
     with EvaluationProgress(label, len(samples), "logits of samples") as progress:
         for sample in samples:
-            inputs = move_batch(model, encode_sample(sample, processor))
+            inputs = move_batch(model, encode_sample(sample, processor, supervise=supervise))
             is_answer = inputs.pop("labels")[0, 1:] != IGNORE_INDEX
             with torch.inference_mode(), training_autocast(model):
                 sample_logits = model(**inputs).logits[0, -len(is_answer) - 1 : -1]  # without positions of virtual tokens

@@ -14,9 +14,10 @@ from PIL import Image
 
 from mmtune.chat_templates.resolving import resolve_chat_template
 from mmtune.data.batching.collate import collate
-from mmtune.data.encoding.encode import encode_prompt, encode_sample, open_images
+from mmtune.data.encoding.encode import IGNORE_INDEX, encode_prompt, encode_sample, open_images
+from mmtune.data.encoding.token_counts import count_tokens
 from mmtune.data.media.media import EmbeddedMedia, open_image
-from mmtune.data.message import Message, Sample
+from mmtune.data.message import Message, RowError, Sample
 from mmtune.families.family_table import family_of
 from mmtune.models.tiny.tiny_bases import write_tiny_base
 
@@ -48,7 +49,9 @@ def _processor(family: str) -> Any:
 
 
 PROMPTS = [(family, question) for family in ("idefics2", "mllama") for question in QUESTIONS]
-PROMPTS += [(family, question) for family in ("blip-2", "instructblip") for question in ("image", "image_last")]
+PROMPTS += [
+    (family, question) for family in ("blip-2", "blip-2_t5", "instructblip", "florence2") for question in ("image", "image_last")
+]
 
 
 @pytest.mark.parametrize(("family", "question"), PROMPTS)
@@ -59,15 +62,58 @@ def test_a_prompt_equals_that_of_the_processor(family: str, question: str) -> No
             open_images("row", messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
     else:
-        processor.chat_template = processor.tokenizer.chat_template = resolve_chat_template(
-            template, processor.tokenizer, image_token=None
-        )
+        source = resolve_chat_template(template, processor.tokenizer, image_token=None)
+        processor.chat_template = processor.tokenizer.chat_template = source
         text = processor.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         expected = processor(images=[open_image(_image("red"))], text=[text], return_tensors="pt")
     encoded = encode_prompt("row", messages, processor)
     assert set(encoded) == set(expected)
     for name, tensor in encoded.items():
         torch.testing.assert_close(tensor, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("family", ["blip-2_t5", "florence2"])
+def test_the_loss_of_a_decoder_is_that_of_its_class(family: str, tmp_path: Path) -> None:
+    """transformers shifts labels that begin with the answer; ours begin with the start token, as those of other families."""
+    processor = _processor(family)
+    processor.chat_template = resolve_chat_template("instruction", processor.tokenizer, image_token=None)
+    encoded = encode_sample(Sample("row", [*QUESTIONS["image"], _turn("assistant", "a red cat")]), processor)
+    model = tf.AutoModelForImageTextToText.from_pretrained(write_tiny_base(SEPARATE_CASES[family].base, tmp_path / "base"))
+    labels, targets = encoded.pop("labels"), encoded.pop("decoder_input_ids")
+    assert labels[0, 0] == IGNORE_INDEX and torch.equal(labels[0, 1:], targets[0, 1:])
+    with torch.no_grad():
+        expected = model(**encoded, labels=labels[:, 1:]).loss
+        logits = model(**encoded, decoder_input_ids=targets).logits
+    torch.testing.assert_close(torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:]), expected)
+
+
+@pytest.mark.parametrize("family", ["blip-2_t5", "florence2"])
+def test_a_decoder_writes_one_answer(family: str) -> None:
+    processor = _processor(family)
+    processor.chat_template = resolve_chat_template("question_answer", processor.tokenizer, image_token=None)
+    turns = [*QUESTIONS["image"], _turn("assistant", "a cat"), _turn("user", "Sure?"), _turn("assistant", "yes")]
+    with pytest.raises(RowError, match=r"expected one supervised answer, at the end, got 2 .* set data.supervise: last"):
+        encode_sample(Sample("row", turns), processor)
+    encoded = encode_sample(Sample("row", turns), processor, supervise="last")
+    assert processor.tokenizer.decode(encoded["labels"][0, 1:], skip_special_tokens=True) == "yes"
+    assert "a cat</s> Question: Sure? Answer:" in processor.tokenizer.decode(encoded["input_ids"][0])
+    assert count_tokens(Sample("row", turns), processor, "last").tokens == sum(
+        encoded[name].shape[1] for name in ("input_ids", "decoder_input_ids")
+    )
+
+
+def test_a_task_of_florence_is_the_question_of_its_processor() -> None:
+    processor = _processor("florence2")
+    processor.chat_template = resolve_chat_template("instruction", processor.tokenizer, image_token=None)
+    image = _image("red")
+    for task in ("<CAPTION>", "<REGION_TO_OCR>the mat"):
+        encoded = encode_prompt("row", [_turn("user", image, task)], processor)
+        expected = processor(images=[open_image(image)], text=[task], return_tensors="pt")
+        assert torch.equal(encoded["input_ids"], expected["input_ids"])
+    with pytest.raises(RowError, match="expected nothing beside the task <OD>"):
+        encode_prompt("row", [_turn("user", image, "<OD> please")], processor)
+    with pytest.raises(RowError, match="takes one image in a conversation, got 2"):
+        encode_prompt("row", [_turn("user", image, image, "which?")], processor)
 
 
 def test_the_qformer_of_instructblip_sees_the_question_and_no_answer() -> None:

@@ -19,6 +19,7 @@ PER_TOKEN = (
     "mm_token_type_ids",
     "moe_mm_token_type_ids",
     "source_ids",
+    "decoder_input_ids",
 )
 """Tensors with one value per token, shape (1, length); all others are concatenated by image, tile or patch."""
 
@@ -85,14 +86,15 @@ def collate(encoded: list[dict[str, torch.Tensor]], pad_token_id: int, side: str
     """
     longest = max(sample["input_ids"].shape[1] for sample in encoded)
     by_sample = BY_SAMPLE if _images_by_sample(encoded) else ()
-    fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
+    fill = {"input_ids": pad_token_id, "decoder_input_ids": pad_token_id, "labels": IGNORE_INDEX}
     batch: dict[str, torch.Tensor] = {}
     for key in _keys(encoded):
         if key in PER_TOKEN:
             rows = []
-            for sample in encoded:
-                row = _per_token(sample, key)
-                missing = longest - row.shape[1]
+            present = [_per_token(sample, key) for sample in encoded]
+            width = max(row.shape[1] for row in present)  # the decoder of an encoder-decoder model has a length of its own
+            for row in present:
+                missing = width - row.shape[1]
                 rows.append(pad(row, (missing, 0) if side == "left" else (0, missing), value=fill.get(key, 0)))
             batch[key] = torch.cat(rows)
         else:
@@ -136,7 +138,8 @@ def pack(encoded: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def _size(encoded: dict[str, torch.Tensor]) -> RowSize:
     pixels = encoded["pixel_values"].numel() if "pixel_values" in encoded else 0
-    return RowSize(encoded["input_ids"].shape[1], int((encoded["labels"][:, 1:] != IGNORE_INDEX).sum()), pixels)
+    tokens = sum(encoded[key].shape[1] for key in ("input_ids", "decoder_input_ids") if key in encoded)
+    return RowSize(tokens, int((encoded["labels"][:, 1:] != IGNORE_INDEX).sum()), pixels)
 
 
 def _keys(encoded: list[dict[str, torch.Tensor]]) -> list[str]:
@@ -144,8 +147,8 @@ def _keys(encoded: list[dict[str, torch.Tensor]]) -> list[str]:
 
 
 def _per_token(sample: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    """The sample's tensor, or zeros: some processors omit token types for samples without media."""
-    return sample[key] if key in sample else torch.zeros_like(sample["input_ids"])
+    """The sample's tensor, or zeros: some processors omit token types for samples without media, and a dummy has no source."""
+    return sample[key] if key in sample else torch.zeros_like(sample["labels" if key == "source_ids" else "input_ids"])
 
 
 def _images_by_sample(encoded: list[dict[str, torch.Tensor]]) -> bool:

@@ -6,7 +6,7 @@ placeholders and through the tokenizer's offsets to tokens. No length is estimat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -17,7 +17,13 @@ from transformers import ProcessorMixin
 from mmtune.chat_templates.jinja_rendering import ChatTemplateError, Span, Tools, control_tokens
 from mmtune.chat_templates.rendering import render_conversation, render_prompt
 from mmtune.data.encoding.placeholders import expand_placeholders, tokenize_expanded
-from mmtune.data.encoding.token_spans import TokenSpans, escape_conversation, unescape_control_tokens
+from mmtune.data.encoding.token_spans import (
+    TokenSpans,
+    escape_control_tokens,
+    escape_conversation,
+    tokenize_escaped,
+    unescape_control_tokens,
+)
 from mmtune.data.media.media import blank_image, open_image
 from mmtune.data.media.resizing import check_resized
 from mmtune.data.message import Message, RowError, Sample, all_text_of, is_supervised, text_of
@@ -46,6 +52,8 @@ class EncodedText:
         media: for each token, whether it belongs to an expanded image placeholder.
         offsets: for each token, its first and past-the-last character in `text`; (0, 0) for tokens added by the tokenizer.
         text: the rendered conversation with expanded image placeholders.
+        target_ids: for an encoder-decoder model, the tokens of the decoder: its start token and the answer. `input_ids` are then
+            those of the question, which the encoder reads.
     """
 
     input_ids: list[int]
@@ -53,6 +61,12 @@ class EncodedText:
     media: list[bool]
     offsets: list[Span]
     text: str
+    target_ids: list[int] = field(default_factory=list)
+
+    def tokens(self) -> list[tuple[int, bool, bool]]:
+        """Every token of question and answer, with whether it belongs to an image and whether the loss includes it."""
+        question = list(zip(self.input_ids, self.media, self.supervised, strict=True))
+        return [*question, *((token, False, index > 0) for index, token in enumerate(self.target_ids))]
 
 
 def encode_text(
@@ -90,6 +104,11 @@ def _encode_text(
 ) -> EncodedText:
     tokenizer, template = processor.tokenizer, chat_template_of(processor)
     control = control_tokens(tokenizer, template).anywhere
+    start = family_of_processor(processor).decoder_start(processor)
+    if start is not None and not prompt:
+        target = _target_ids(sample_id, messages, processor, supervise, start)
+        question = _encode_text(sample_id, messages[:-1], processor, replacements, supervise, tools, prompt=True)
+        return replace(question, target_ids=target)
     spans: list[Span] = []
     try:
         template_messages, template_tools, escaped = escape_conversation(
@@ -100,8 +119,9 @@ def _encode_text(
         else:
             text, spans = render_conversation(template_messages, template, tokenizer, template_tools)
         writes_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        adds_special_tokens = not writes_bos and _text_settings(processor).get("add_special_tokens", True)
         text, spans, media_spans = expand_placeholders(text, spans, processor, replacements)
-        input_ids, offsets = tokenize_expanded(processor, text, media_spans, not writes_bos, escaped)
+        input_ids, offsets = tokenize_expanded(processor, text, media_spans, adds_special_tokens, escaped)
         if escaped:
             text, shifted = unescape_control_tokens(text, [*spans, *media_spans])
             spans, media_spans = shifted[: len(spans)], shifted[len(spans) :]
@@ -122,6 +142,31 @@ def _encode_text(
         raise RowError(sample_id, "messages", f"{reason}, so no token is supervised", "nothing_supervised")
     supervised = [span for span, included in zip(spans, is_supervised_answer, strict=True) if included]
     return EncodedText(input_ids, token_spans.mask(supervised), token_spans.mask(media_spans), offsets, text)
+
+
+def _target_ids(
+    sample_id: str, messages: list[Message], processor: ProcessorMixin, supervise: Supervise, start: int
+) -> list[int]:
+    """The tokens of a decoder: its start token, and the answer as the tokenizer encodes a text, with its end.
+
+    Raises:
+        RowError: the conversation does not end with its only supervised answer.
+    """
+    supervised = _supervised_answers(messages, supervise)
+    if messages[-1]["role"] != "assistant" or supervised.count(True) != 1 or not supervised[-1]:
+        detail = f"expected one supervised answer, at the end, got {supervised.count(True)} in a conversation that ends with "
+        detail += f"{messages[-1]['role']}: the model's decoder writes one answer to what its encoder reads; set data.supervise: "
+        detail += "last to make the turns before the last answer a part of the question"
+        raise RowError(sample_id, "messages", detail, "several_answers")
+    tokenizer, answer = processor.tokenizer, messages[-1]["content"]
+    control = control_tokens(tokenizer, chat_template_of(processor)).anywhere
+    try:
+        escaped = text_of({"role": "assistant", "content": escape_control_tokens(answer, control)})
+        ids, _ = tokenize_escaped(tokenizer, escaped, add_special_tokens=True)
+    except ChatTemplateError as error:
+        raise RowError(sample_id, "messages", str(error), "chat_template") from error
+    ids = ids[1:] if ids[0] == start else ids
+    return [start, *ids, *([tokenizer.eos_token_id] if ids[-1] != tokenizer.eos_token_id else [])]
 
 
 def _supervised_answers(messages: list[Message], supervise: Supervise) -> list[bool]:
@@ -211,17 +256,22 @@ def encode_sample(
 
     Returns:
         `input_ids`, `labels` (int64, shape (1, length); -100 where not supervised), `attention_mask`, and the processor's
-        media tensors.
+        media tensors. For an encoder-decoder model also `decoder_input_ids`, to which `labels` then belong: in both cases a
+        position predicts the label of the next one.
 
     Raises:
         RowError: the sample cannot be encoded; `OverLength` if it is too long.
     """
     media, replacements = _process_images(sample.id, sample.messages, processor)
     text = encode_text(sample.id, sample.messages, processor, replacements, supervise, sample.tools)
-    length = len(text.input_ids)
+    length = len(text.input_ids) + len(text.target_ids)
     if max_tokens is not None and length > max_tokens:
         raise over_length_error(sample.id, length, max_tokens)
     tensors = _model_tensors(sample.id, sample.messages, sample.tools, processor, text, media)
+    if text.target_ids:
+        targets = torch.tensor([text.target_ids])
+        labels = targets.masked_fill(torch.arange(targets.shape[1]) == 0, IGNORE_INDEX)
+        return {**tensors, "decoder_input_ids": targets, "labels": labels}
     unsupervised = ~torch.tensor([text.supervised])
     return {**tensors, "labels": tensors["input_ids"].masked_fill(unsupervised, IGNORE_INDEX)}
 
@@ -336,7 +386,8 @@ def check_chat_template(processor: ProcessorMixin) -> None:
     Raises:
         UserError: more or fewer tokens are supervised, for example no end-of-turn token.
     """
-    images = [{"type": "image", "image": blank_image()}] * family_of_processor(processor).needs_image
+    family = family_of_processor(processor)
+    images = [{"type": "image", "image": blank_image()}] * family.needs_image
     for word in ("yes", "no"):
         messages: list[Message] = [
             {"role": "user", "content": [*images, {"type": "text", "text": "Is it?"}]},
@@ -349,7 +400,9 @@ def check_chat_template(processor: ProcessorMixin) -> None:
                 "model", f"the chat template gives no exact labels: {error.detail}; {CHAT_TEMPLATE_HINT}"
             ) from error
         span = labels[labels != IGNORE_INDEX].tolist()
-        text, end = processor.tokenizer.decode(span[:-1]), processor.tokenizer.decode(span[-1:])
+        has_encoder = family.decoder_start(processor) is not None  # BART's decoder also writes the first special token
+        text = processor.tokenizer.decode(span[:-1], skip_special_tokens=has_encoder)
+        end = processor.tokenizer.decode(span[-1:])
         if text.strip() != word:
             raise RecipeValueError(
                 "model",

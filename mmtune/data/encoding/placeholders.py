@@ -45,6 +45,8 @@ def expand_placeholders(
         raise ChatTemplateError(
             f"expected {len(replacements)} image placeholders from the chat template, one for each image, got {len(image_ends)}"
         )
+    if family.one_image and len(image_ends) > 1:
+        raise ChatTemplateError(f"{type(processor).__name__} takes one image in a conversation, got {len(image_ends)}")
     if family.needs_image and not image_ends:
         raise ChatTemplateError(f"{type(processor).__name__} needs an image in every conversation")
     try:

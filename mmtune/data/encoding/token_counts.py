@@ -32,7 +32,7 @@ class Counts:
     """Token counts of a sample.
 
     Attributes:
-        tokens: length of `input_ids`.
+        tokens: length of `input_ids`, with that of `decoder_input_ids` for an encoder-decoder model.
         media_tokens: tokens of expanded image placeholders, including separators that the processor writes around them.
         supervised: tokens that the loss includes.
         images: number of images.
@@ -58,7 +58,8 @@ def count_tokens(sample: Sample, processor: ProcessorMixin, supervise: Supervise
     """
     replacements = sample_replacements(sample, processor)
     encoded = encode_text(sample.id, sample.messages, processor, replacements, supervise, sample.tools)
-    return Counts(len(encoded.input_ids), sum(encoded.media), sum(encoded.supervised), len(replacements))
+    tokens = encoded.tokens()
+    return Counts(len(tokens), sum(media for _, media, _ in tokens), sum(scored for _, _, scored in tokens), len(replacements))
 
 
 def sample_replacements(sample: Sample, processor: ProcessorMixin) -> list[str]:

@@ -37,6 +37,7 @@ ISSUE_TYPES: dict[str, IssueType] = {
     "nothing_supervised": IssueType(
         "error", "add an answer of the assistant with a weight other than 0: only answers are supervised"
     ),
+    "several_answers": IssueType("error", "set data.supervise: last, or split the conversation into one row for each answer"),
     "turn_weight": IssueType("error", "set the weight of the assistant's turn to 0 or 1, or remove the key"),
     "reference_weight": IssueType("error", "end a held-out row with an answer of weight 1"),
     "reference_tool_call": IssueType("error", "end a held-out row with an answer of text: a tool call cannot be scored"),

@@ -153,11 +153,11 @@ def view_sample(sample: Sample, processor: ProcessorMixin, section: DataSection)
     replacements = sample_replacements(sample, processor)
     encoded = encode_text(sample.id, sample.messages, processor, replacements, section.supervise, sample.tools)
     kinds: list[Kind] = [
-        "media" if media else "supervised" if supervised else "prompt"
-        for media, supervised in zip(encoded.media, encoded.supervised, strict=True)
+        "media" if media else "supervised" if supervised else "prompt" for _, media, supervised in encoded.tokens()
     ]
-    texts = token_texts(processor.tokenizer, encoded.input_ids)
-    tokens = [Token(*each) for each in zip(encoded.input_ids, texts, kinds, strict=True)]
+    input_ids = [token for token, _, _ in encoded.tokens()]
+    texts = token_texts(processor.tokenizer, input_ids)
+    tokens = [Token(*each) for each in zip(input_ids, texts, kinds, strict=True)]
     template_messages = to_template_messages(sample.id, sample.messages[:-1])
     prompt = render_prompt(template_messages, chat_template_of(processor), processor.tokenizer, sample.tools)
     return SampleView(sample, tokens, prompt, notes)

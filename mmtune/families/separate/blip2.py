@@ -17,6 +17,11 @@ ONES = "its class gives the language model an attention mask of ones, with which
 class Blip2(Family):
     """A fixed number of tokens for every image."""
 
+    def decoder_start(self, processor: Any) -> int | None:
+        """With OPT and Vicuna the language model continues its prompt; T5 does not, and only its tokenizer has no bos token."""
+        tokenizer = processor.tokenizer
+        return int(tokenizer.pad_token_id) if tokenizer.bos_token is None else None
+
     def process_images(self, processor: Any, images: Sequence[Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
         """Pixels of shape (images, 3, height, width), and a token for every query."""
         outputs = processor.image_processor(list(images), return_tensors="pt")
@@ -69,6 +74,7 @@ BLIP2 = Blip2(
     model_types=("blip-2",),
     processors=("Blip2Processor",),
     unpackable=ONES,
+    takes_virtual_tokens=False,
     processor_keys=QFORMER_KEYS,
     needs_image=True,
     images_first=True,
@@ -79,6 +85,7 @@ INSTRUCT_BLIP = InstructBlip(
     model_types=("instructblip",),
     processors=("InstructBlipProcessor",),
     unpackable=ONES,
+    takes_virtual_tokens=False,
     processor_keys=QFORMER_KEYS,
     needs_image=True,
     images_first=True,

@@ -109,6 +109,7 @@ MLLAMA = Mllama(
     model_types=("mllama",),
     processors=("MllamaProcessor",),
     unpackable="its tokens that come before an image, or have none, would attend to the images of the other samples in a row",
+    takes_virtual_tokens=False,
     processor_keys={"image_processor.max_image_tiles": lambda config: config.vision_config.max_num_tiles},
     embeds_image_token=False,
 )

@@ -32,9 +32,11 @@ class PromptMethod(Method):
     """A method whose virtual tokens are keys and values that PEFT writes into the cache."""
 
     def incompatibility(self, settings: Mapping[str, Any], precision: str, model_type: str | None) -> str | None:
-        """Families with mRoPE have no position for a virtual token, which needs three parts."""
+        """Families with mRoPE have no position for a virtual token, which needs three parts; others have no place for it."""
+        others = " or ".join(self.alternatives)
+        if model_type is not None and not family_of(model_type).takes_virtual_tokens:
+            return f"{self.name} puts virtual tokens before the text, for which {model_type} has no place; use {others}"
         if model_type is not None and family_of(model_type).mrope:
-            others = " or ".join(self.alternatives)
             return f"{self.name} gives its virtual tokens no position in {model_type} (mRoPE); use {others}"
         return None
 

@@ -111,6 +111,7 @@ def prepare_processor(
     """
     check_image_tokens(processor, config, trust_remote_code)
     _check_embedding_rows(processor, config)
+    _check_decoder(processor, config)
     choose_pad_token(name, processor.tokenizer, template, family_of_processor(processor).placeholder(processor))
 
 
@@ -257,6 +258,25 @@ def _check_embedding_rows(processor: Any, config: Any) -> None:
             f"its tokenizer has {len(vocabulary):,} tokens and its model {rows:,} embedding rows: no row for "
             f"{', '.join(beyond[:3])}{' ...' * (len(beyond) > 3)}; save the model after resize_token_embeddings("
             f"{max(vocabulary.values()) + 1}), or save its tokenizer without these tokens"
+        )
+
+
+def _check_decoder(processor: Any, config: Any) -> None:
+    """Check that the decoder of an encoder-decoder model starts with the token that the labels assume.
+
+    Raises:
+        UserError: it starts with another token, or the family is not known to have an encoder.
+    """
+    expected = family_of_processor(processor).decoder_start(processor)
+    has_encoder = getattr(config, "is_encoder_decoder", False)
+    starts = [
+        each.decoder_start_token_id for each in (config, config.get_text_config()) if hasattr(each, "decoder_start_token_id")
+    ]
+    actual = next((start for start in starts if start is not None), None) if has_encoder else None
+    if expected != actual:
+        raise UserError(
+            f"model_type {config.model_type}: expected decoder_start_token_id {expected} in config.json for its tokenizer "
+            f"{type(processor.tokenizer).__name__}, got {actual}"
         )
 
 

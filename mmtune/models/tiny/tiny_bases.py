@@ -447,8 +447,10 @@ def write_tiny_base(base: TinyBase, out: Path, seed: int = 0) -> Path:
 def _hub_tensors(model: Any, keys: tuple[tuple[str, str], ...]) -> dict[str, torch.Tensor]:
     tensors = {}
     tied = tied_weight_names(model) if getattr(model.config, "tie_word_embeddings", False) else set()
+    written: set[int] = set()  # the embeddings of T5's and BART's encoder and decoder are one tensor
     for name, tensor in model.state_dict().items():
-        if name not in tied:
+        if name not in tied and tensor.data_ptr() not in written:
+            written.add(tensor.data_ptr())
             renamed = name
             for pattern, replacement in keys:
                 renamed, changes = re.subn(pattern, replacement, name)

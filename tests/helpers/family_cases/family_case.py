@@ -24,6 +24,7 @@ class FamilyCase:
         idle: a regular expression of the trained tensors on which no image feature depends, so that their gradient is zero.
         flat_images: whether its processor takes the images of a conversation in one list, which `apply_chat_template` nests.
         lists: inputs that its class in plain transformers takes only as Python lists.
+        supervise: `data.supervise`: a decoder with an encoder writes one answer, so that only the last turn can be one.
     """
 
     base: TinyBase
@@ -36,3 +37,4 @@ class FamilyCase:
     flat_images: bool = False
     lists: tuple[str, ...] = ()
     plain_call: dict[str, Any] = field(default_factory=dict)
+    supervise: str = "all"

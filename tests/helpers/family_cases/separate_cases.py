@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
 
 from family_cases.family_case import FamilyCase
@@ -86,6 +87,73 @@ def _instructblip_config(processor: Any) -> PreTrainedConfig:
     )
 
 
+def _blip2_t5() -> ProcessorMixin:
+    from transformers import Blip2Processor
+
+    tokenizer = tiny_tokenizer(("<pad>", "</s>", "<unk>"), eos="</s>", pad="<pad>", unk="<unk>")
+    _adds(tokenizer, "$A </s>", "</s>")
+    processor: ProcessorMixin = Blip2Processor(_blip_images(), tokenizer, num_query_tokens=3)
+    return processor
+
+
+def _adds(tokenizer: Any, template: str, *tokens: str) -> None:
+    """Let a tokenizer add special tokens around a text, as those of encoder-decoder models do."""
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in tokens]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=ids)
+
+
+def _blip2_t5_config(processor: Any) -> PreTrainedConfig:
+    text = {
+        key: value
+        for key, value in text_sizes(processor.tokenizer).items()
+        if key in ("vocab_size", "eos_token_id", "pad_token_id")
+    }
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+    t5 = {"model_type": "t5", **text, **sizes, "decoder_start_token_id": processor.tokenizer.pad_token_id}
+    return AutoConfig.for_model(
+        "blip-2",
+        vision_config=VISION,
+        qformer_config=QFORMER,
+        text_config={**t5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        num_query_tokens=3,
+        image_token_index=token_id(processor, "<image>"),
+    )
+
+
+def _florence2() -> ProcessorMixin:
+    from transformers import CLIPImageProcessor, Florence2Processor
+
+    names: dict[str, Any] = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "unk": "<unk>"}
+    tokenizer = tiny_tokenizer(("<s>", "<pad>", "</s>", "<unk>"), {"image_token": "<image>"}, **names)
+    _adds(tokenizer, "<s> $A </s>", "<s>", "</s>")
+    images = CLIPImageProcessor(size={"height": 64, "width": 64}, do_center_crop=False)
+    images.image_seq_length = 17
+    processor: ProcessorMixin = Florence2Processor(images, tokenizer)
+    return processor
+
+
+def _florence2_config(processor: Any) -> PreTrainedConfig:
+    vision = {
+        "depths": [1, 1],
+        "patch_size": [7, 3],
+        "patch_stride": [4, 4],
+        "patch_padding": [3, 1],
+        "patch_prenorm": [False, True],
+    }
+    vision |= {"embed_dim": [32, 64], "num_heads": [2, 4], "num_groups": [2, 4], "window_size": 4, "drop_path_rate": 0.0}
+    ids = {name: getattr(processor.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ends = {**ids, "decoder_start_token_id": ids["eos_token_id"], "forced_bos_token_id": ids["bos_token_id"]}
+    sizes = {"d_model": 64, "dropout": 0.0, "max_position_embeddings": 256, "vocab_size": -(-len(processor.tokenizer) // 64) * 64}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 64}
+    return AutoConfig.for_model(
+        "florence2",
+        vision_config={**vision, "projection_dim": 64},
+        text_config={"model_type": "bart", **ends, **sizes},
+        image_token_id=token_id(processor, "<image>"),
+    )
+
+
 MLLAMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
     "{% for b in m.content %}{{ b.text if b.type == 'text' else '<|image|>' }}{% endfor %}{{ '<|eot_id|>' }}{% endfor %}"
@@ -122,6 +190,8 @@ def _mllama_config(processor: Any) -> PreTrainedConfig:
     )
 
 
+ONE_ANSWER: dict[str, Any] = {"end": "</s>", "needs_image": True, "supervise": "last"}
+
 SEPARATE_CASES: dict[str, FamilyCase] = {
     "idefics2": FamilyCase(
         TinyBase(_idefics2, _idefics2_config, template=str(TEMPLATES["idefics3"]).replace("<|im_start|>", "")),
@@ -131,6 +201,10 @@ SEPARATE_CASES: dict[str, FamilyCase] = {
     "mllama": FamilyCase(TinyBase(_mllama, _mllama_config, template=MLLAMA_TEMPLATE), "<|eot_id|>", alone=True),
     "blip-2": FamilyCase(
         TinyBase(_blip2, _blip2_config, required_template="question_answer"), "</s>", leading=" ", needs_image=True
+    ),
+    "blip-2_t5": FamilyCase(TinyBase(_blip2_t5, _blip2_t5_config, required_template="question_answer"), **ONE_ANSWER),
+    "florence2": FamilyCase(
+        TinyBase(_florence2, _florence2_config, required_template="instruction"), leading="<s>", one_image=True, **ONE_ANSWER
     ),
     "instructblip": FamilyCase(
         TinyBase(_instructblip, _instructblip_config, required_template="instruction"),
