@@ -123,5 +123,5 @@ def merge_weighted(
                 total[name] = total[name] + change if name in total else change
     if len({processor.chat_template for processor in processors}) > 1:
         raise UserError("expected adapters with the same chat template, got adapters that were trained with different ones")
-    base.load_state_dict({name: base_weights[name] + change for name, change in total.items()}, strict=False)
+    base.load_state_dict(base.state_dict() | {name: base_weights[name] + change for name, change in total.items()})
     return base.eval(), processors[0]

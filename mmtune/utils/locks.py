@@ -86,10 +86,10 @@ def _is_at(descriptor: int, file: Path) -> bool:
 
 
 def _holder(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace") or "another process"
-    except OSError:
-        return "another process"
+    with contextlib.suppress(OSError):  # the holder has just removed it, or not yet written it
+        if text := file.read_text(encoding="utf-8", errors="replace"):
+            return text
+    return "another process"
 
 
 def _remove_empty(folders: list[Path]) -> None:

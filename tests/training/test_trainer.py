@@ -284,6 +284,16 @@ def test_a_compiled_model_keeps_its_method(make_recipe: Callable[..., Recipe]) -
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_a_run_has_its_data_report_while_it_trains(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("mmtune.train.fit", killed)
+    with pytest.raises(ZeroDivisionError):
+        train(recipe := make_recipe(), ["test"])
+    assert json.loads(RunDirectory(Path(recipe.output_dir)).data_report.read_text())["rows"] == 12
+
+
 def test_an_earlier_run_outlives_a_failed_start(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe("train.max_steps=1")
     train(recipe, ["first"])

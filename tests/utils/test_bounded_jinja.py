@@ -71,7 +71,7 @@ HOSTILE = [
     "{{ ('a' * 30000).replace('a', 'b' * 30000) }}",
     "{{ 'a'.translate({97: 'b' * 1000000}).translate({98: 'c' * 1000000}) }}",
     "{{ ('x' * 5000).join('y' * 1000000) }}",
-    "{{ 'x' * 5000000 | join('y' * 1000000) }}",
+    "{{ ('x' * 5000000) | join('y' * 1000000) }}",
     "{{ (['a'] * 100000) | sum(start=[]) }}",
     "{{ ('<!---->' * 100000) | striptags }}",
     "{{ ('<!---->' * 100000) | safe | striptags }}",
@@ -116,7 +116,8 @@ HOSTILE = [
 @pytest.mark.parametrize("template", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_hostile_data_template_is_an_error_with_its_line(template: str) -> None:
     check_jinja(template)
-    with pytest.raises(RowError, match=r"^r: messages\[0\]: the template fails at line 3: .{1,400}$"):
+    begun = "MemoryError"  # the work is counted before it is begun
+    with pytest.raises(RowError, match=rf"^r: messages\[0\]: the template fails at line 3: (?!{begun}).{{1,400}}$"):
         render_expression("r", "messages[0]", f"\n\n{template}", ROW, ROW)
 
 

@@ -58,6 +58,13 @@ def test_a_lock_is_released_with_its_process_and_its_file_removed(tmp_path: Path
     assert not (tmp_path / "new").exists()
 
 
+def test_a_holder_that_has_not_left_its_name_is_another_process(tmp_path: Path) -> None:
+    with held_elsewhere(tmp_path / "run"):
+        lock_file(tmp_path / "run").write_text("")
+        with pytest.raises(UserError, match="in use by another process; wait"), locked(tmp_path / "run"):
+            pass
+
+
 def test_permission_errors_are_not_reported_as_another_writer() -> None:
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         (folder := Path(name)).chmod(0o755)

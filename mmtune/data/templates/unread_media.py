@@ -66,11 +66,6 @@ def holds_media(key: str, value: Any, provenance: bool = False) -> bool:
     return _is_media_name(key) or _looks_like_media(key, value, provenance)
 
 
-def unread_media(fields: Mapping[str, Any], read: Collection[str], provenance: bool = False) -> Iterator[str]:
-    """The keys that are not read and refer to or contain media (see `holds_media`)."""
-    return (str(key) for key, value in fields.items() if key not in read and holds_media(str(key), value, provenance))
-
-
 def check_unread(
     row_id: str, where: str, fields: Mapping[str, Any], read: Collection[str], advice: str, provenance: bool = False
 ) -> None:
@@ -87,9 +82,10 @@ def check_unread(
     Raises:
         RowError: a key refers to or contains media and is not read.
     """
-    for key in unread_media(fields, read, provenance):
-        detail = f"the key refers to media but is not read; {advice}"
-        raise RowError(row_id, f"{where}.{key}" if where else key, detail, "media_unread")
+    for key, value in fields.items():
+        if key not in read and holds_media(str(key), value, provenance):
+            detail = f"the key refers to media but is not read; {advice}"
+            raise RowError(row_id, f"{where}.{key}" if where else str(key), detail, "media_unread")
 
 
 def _is_media_name(key: str) -> bool:

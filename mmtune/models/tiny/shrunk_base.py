@@ -71,11 +71,12 @@ def write_shrunk_base(name: str, folder: Path, out: Path, seed: int = 0, trust_r
 def shrunk_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config with small widths and few layers; changed in place."""
     layers = config.__dict__.get("vision_feature_layer")
-    deepest = max((-layer for layer in (layers if isinstance(layers, list) else [layers]) if layer is not None), default=0)
+    selected = [layer for layer in (layers if isinstance(layers, list) else [layers]) if layer is not None]
+    vision_layers = max([LAYERS, *(-layer for layer in selected)])
     sub_configs = {name: getattr(config, name, None) for name in config.sub_configs}
     for name, sub_config in (("", config), *sub_configs.items()):
         if isinstance(sub_config, PreTrainedConfig):
-            _shrink(sub_config, max(LAYERS, deepest) if name == "vision_config" else LAYERS)
+            _shrink(sub_config, vision_layers if name == "vision_config" else LAYERS)
     return config
 
 

@@ -134,15 +134,16 @@ def test_a_lut_replaces_the_window() -> None:
 
 
 def test_an_enhanced_file_keeps_its_settings_for_each_frame() -> None:
-    transformation, window = Dataset(), Dataset()
+    transformation, window, other_window = Dataset(), Dataset(), Dataset()
     transformation.RescaleSlope, transformation.RescaleIntercept, transformation.RescaleType = "2", "-100", "US"
     window.WindowCenter, window.WindowWidth = "500", "800"
-    shared, per_frame = Dataset(), Dataset()
+    other_window.WindowCenter, other_window.WindowWidth = "900", "300"
+    shared, first, second = Dataset(), Dataset(), Dataset()
     shared.PixelValueTransformationSequence = Sequence([transformation])
-    per_frame.FrameVOILUTSequence = Sequence([window])
+    first.FrameVOILUTSequence, second.FrameVOILUTSequence = Sequence([window]), Sequence([other_window])
     groups = {
         "SharedFunctionalGroupsSequence": Sequence([shared]),
-        "PerFrameFunctionalGroupsSequence": Sequence([per_frame, Dataset()]),
+        "PerFrameFunctionalGroupsSequence": Sequence([first, second]),
     }
     data = _dicom(np.stack([VALUES, VALUES[::-1]]), NumberOfFrames="2", **groups)
     assert np.array_equal(_grey(data), _standard(VALUES * 2.0 - 100, 500, 800))

@@ -65,6 +65,7 @@ SHARDS: dict[str, tuple[bytes, str]] = {
         "the header at byte 0 is damaged: expected a size of at most 1048576 bytes, got -1",
     ),
     "digits without end": (header(10**6, b"x") + block(b"1" * 10**6) + ROW, "expected an attribute at its byte 0"),
+    "a length in letters": (header(9, b"x") + block(b"ab a=bcd\n") + ROW, "expected an attribute at its byte 0"),
     "an attribute that ends outside": (header(9, b"x") + block(b"99 a=bcd\n") + ROW, "expected an attribute at its byte 0"),
     "a sparse map without end": (
         header(len(attribute(b"GNU.sparse.major", b"1")), b"x") + block(attribute(b"GNU.sparse.major", b"1")) + ROW,
