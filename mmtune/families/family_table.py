@@ -56,7 +56,15 @@ OUT_OF_SCOPE: Mapping[str, str] = {
 }
 """Types of transformers' image-text mapping that are no image-text chat models, with what they are."""
 
-NOT_SUPPORTED: Mapping[str, str] = {}
+NOT_SUPPORTED: Mapping[str, str] = {
+    "blip": "its class gives no access to its output head and mixes label smoothing into its loss; it is a captioning model",
+    "git": "it puts image features before the tokens inside its class, so that logits and labels have different lengths",
+    "instructblipvideo": "its processor takes videos and no images",
+    "pix2struct": "a question is drawn into the image, and its decoder reads no prompt",
+    "pp_formulanet": "it reads formulas: its processor takes an image and no text",
+    "udop": "it reads words with their boxes, which a row of questions and answers does not have",
+    "vision-encoder-decoder": "its encoder reads an image and no text, so that there is no place for a question",
+}
 """Types of image-text chat models that cannot be tuned, with the reason."""
 
 
