@@ -132,6 +132,8 @@ class Family:
             images_kwargs={"return_tensors": "pt"},
             return_text_replacement_offsets=True,
         )
+        if "text_replacement_offsets" not in outputs:  # a processor that writes the text itself
+            return expanded_images(processor, images)
         replacements = [change["replacement"] for change in outputs["text_replacement_offsets"][0]]
         return {key: torch.as_tensor(value) for key, value in outputs.items() if key not in TEXT_KEYS}, replacements
 

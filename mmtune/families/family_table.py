@@ -16,7 +16,9 @@ from mmtune.families.fixed.llava import LLAVA
 from mmtune.families.fixed.paligemma import PALIGEMMA
 from mmtune.families.grids.cosmos3_edge import COSMOS3_EDGE
 from mmtune.families.grids.ernie_vl import ERNIE_VL
+from mmtune.families.grids.hunyuan_vl import HUNYUAN_VL
 from mmtune.families.grids.inkling import INKLING
+from mmtune.families.grids.nemotron_omni import NEMOTRON_OMNI
 from mmtune.families.grids.pixtral import PIXTRAL
 from mmtune.families.grids.qwen_vl import QWEN_VL
 from mmtune.families.separate.blip2 import BLIP2, INSTRUCT_BLIP
@@ -40,7 +42,7 @@ FAMILIES: Mapping[str, Family] = {
         *(LLAVA, GEMMA3, GEMMA3N, PALIGEMMA, DEEPSEEK_VL_HYBRID, JANUS, GEMMA4_UNIFIED),
         *(LLAVA_NEXT, LLAVA_ONEVISION, IDEFICS3, INTERNVL, LLAMA4, GRANITE4_VISION),
         *(GOT_OCR2, QIANFAN_OCR, MOLMO2, PERCEPTION_LM, MINICPM, UNLIMITED_OCR),
-        *(QWEN_VL, PIXTRAL, COSMOS3_EDGE, ERNIE_VL, INKLING),
+        *(QWEN_VL, PIXTRAL, COSMOS3_EDGE, ERNIE_VL, HUNYUAN_VL, INKLING, NEMOTRON_OMNI),
         *(IDEFICS2, MLLAMA, BLIP2, INSTRUCT_BLIP, FLORENCE2),
     )
 }

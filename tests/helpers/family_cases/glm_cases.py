@@ -68,4 +68,12 @@ GLM_CASES: dict[str, FamilyCase] = {
         end="<|user|>",
     ),
     "glmga": glm_case("glmga", "Glm46VProcessor", "GlmgaImageProcessor", "GlmgaVideoProcessor", model_type="glm4v_text"),
+    "glm4v_moe": glm_case(
+        "glm4v_moe",
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+    ),
 }

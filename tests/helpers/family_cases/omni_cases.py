@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import ProcessorMixin
 
 from family_cases.family_case import FamilyCase
-from family_cases.grid_bases import PARTS, grid_config, grid_processor
+from family_cases.grid_bases import PARTS, chatml, grid_config, grid_processor
 from mmtune.models.tiny.tiny_bases import TinyBase, tiny_tokenizer
 
 DOTS_TOKENS = (
@@ -70,6 +70,31 @@ INKLING_TEXT = {
     "layer_types": ["hybrid_sliding", "hybrid"],
     **ROUTED,
 }
+
+
+HUNYUAN_NAMED = {
+    "image_token": "<|hy_place_holder_no_102|>",
+    "image_start_token": "<|hy_place_holder_no_100|>",
+    "image_end_token": "<|hy_place_holder_no_101|>",
+}
+HUNYUAN_TEMPLATE = (
+    "<|hy_begin_of_sentence|>{% for m in messages %}"
+    + PARTS.replace("IMAGE", repr("<|hy_place_holder_no_100|><|hy_place_holder_no_102|><|hy_place_holder_no_101|>"))
+    + "{{ {'system': '<|hy_place_holder_no_3|>', 'user': '<|hy_User|>', 'assistant': '<|hy_Assistant|>'}[m.role] }}{% endfor %}"
+)
+
+
+def _nemotron() -> ProcessorMixin:
+    import transformers as tf
+
+    tokens = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<img>", "</img>")
+    media = ("<image>", "<video>", "<so_embedding>", "<so_start>", "<so_end>")
+    return tf.NemotronH_Omni_Reasoning_V3Processor(
+        tf.NemotronH_Omni_Reasoning_V3ImageProcessor(min_num_patches=16, max_num_patches=64),
+        tf.NemotronH_Omni_Reasoning_V3VideoProcessor(),
+        tiny_tokenizer((*tokens, *media), pad="<unk>", bos="<s>", eos="<|im_end|>", unk="<unk>", adds_bos=False),
+        tf.ParakeetFeatureExtractor(),
+    )
 
 
 OMNI_CASES: dict[str, FamilyCase] = {
@@ -197,5 +222,94 @@ OMNI_CASES: dict[str, FamilyCase] = {
             template=INKLING_TEMPLATE,
         ),
         end="<|end_message|>",
+    ),
+    "hunyuan_vl": FamilyCase(
+        TinyBase(
+            grid_processor(
+                "HunYuanVLProcessor",
+                "HunYuanVLImageProcessor",
+                (
+                    *("<|hy_begin_of_sentence|>", "<|hy_end_of_sentence|>", "<|hy_pad|>"),
+                    *("<|hy_place_holder_no_3|>", "<|hy_User|>", "<|hy_Assistant|>"),
+                ),
+                patch=16,
+                frames=1,
+                named=HUNYUAN_NAMED,
+                pad="<|hy_pad|>",
+                bos="<|hy_begin_of_sentence|>",
+                eos="<|hy_Assistant|>",
+            ),
+            grid_config(
+                "hunyuan_vl",
+                {
+                    "hidden_size": 64,
+                    "intermediate_size": 128,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "out_hidden_size": 64,
+                    "text_hidden_size": 64,
+                    "max_image_size": 256,
+                    "img_max_token_num": 64,
+                },
+                {
+                    "rope_parameters": {
+                        "rope_type": "dynamic",
+                        "alpha": 1000.0,
+                        "factor": 1.0,
+                        "rope_theta": 1e4,
+                        "mrope_section": [2, 2, 2, 2],
+                    },
+                    "tie_word_embeddings": True,
+                },
+                {"image_token_id": HUNYUAN_NAMED["image_token"], "im_start_id": HUNYUAN_NAMED["image_start_token"]},
+                tie_word_embeddings=True,
+            ),
+            template=HUNYUAN_TEMPLATE,
+        ),
+        end="<|hy_Assistant|>",
+        idle=r"\.image_sep$",  # no code of its class reads it
+    ),
+    "nemotron_h_omni": FamilyCase(
+        TinyBase(
+            _nemotron,
+            grid_config(
+                "nemotron_h_omni",
+                {
+                    "model_type": "radio",
+                    "hidden_size": 64,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "mlp_ratio": 2.0,
+                    "image_size": 64,
+                    "max_img_size": 128,
+                    "video_temporal_patch_size": 2,
+                },
+                {
+                    "model_type": "nemotron_h",
+                    "layers_block_type": ["mamba", "full_attention", "mlp", "moe"],
+                    "ssm_state_size": 16,
+                    "mamba_num_heads": 4,
+                    "mamba_head_dim": 16,
+                    "n_groups": 2,
+                    "chunk_size": 64,
+                    "n_routed_experts": 4,
+                    "moe_intermediate_size": 32,
+                    "moe_shared_expert_intermediate_size": 32,
+                },
+                {"image_token_id": "<image>", "video_token_id": "<video>", "audio_token_id": "<so_embedding>"},
+                projector_hidden_size=64,
+                vision_hidden_size=64,
+                audio_config={
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "subsampling_conv_channels": 8,
+                    "projection_hidden_size": 32,
+                    "projection_bias": False,
+                },
+            ),
+            template=chatml("<image>", "<think></think>"),
+        )
     ),
 }
