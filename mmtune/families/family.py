@@ -118,7 +118,7 @@ class Family:
             images: of one sample, in order; at least one PIL image.
 
         Raises:
-            UserError: the text cannot be told.
+            UserError: the text is unknown.
             ValueError: an image that the processor rejects.
         """
         import torch

@@ -54,7 +54,7 @@ def count_tokens(sample: Sample, processor: ProcessorMixin, supervise: Supervise
 
     Raises:
         RowError: an image has no readable header or is rejected by the processor, or `encode_sample` would reject the text.
-        UserError: the text that stands for an image cannot be told.
+        UserError: the text that stands for an image is unknown.
     """
     replacements = sample_replacements(sample, processor)
     encoded = encode_text(sample.id, sample.messages, processor, replacements, supervise, sample.tools)
@@ -104,7 +104,7 @@ def image_replacements(processor: ProcessorMixin, sizes: list[Size]) -> list[str
 
     Raises:
         ValueError: the processor rejects an image, or would resize it to too many pixels.
-        UserError: the text that stands for an image cannot be told.
+        UserError: the text that stands for an image is unknown.
     """
     if not sizes:
         return []

@@ -101,7 +101,7 @@ class Lora(Method):
             raise UserError(
                 f"{name}: PEFT would read {read_as_experts[0]} as experts, so it is adapted by target_parameters; {message}"
             )
-        patterns = {
+        patterns: dict[str, Any] = {
             name: {weights.get(path, path): value for path, value in settings[name].items()}
             for name in ("rank_pattern", "alpha_pattern")
             if name in settings

@@ -5,10 +5,10 @@ from __future__ import annotations
 from transformers import ProcessorMixin
 
 from family_cases.family_case import FamilyCase
-from family_cases.glm_cases import GLM_CASES
-from family_cases.grid_bases import PARTS, QWEN_NAMES, QWEN_VISION, chatml, grid_config, grid_processor
-from family_cases.omni_cases import OMNI_CASES
-from family_cases.qwen_cases import QWEN_CASES
+from family_cases.grids.glm_cases import GLM_CASES
+from family_cases.grids.grid_bases import PARTS, QWEN_NAMES, QWEN_VISION, chatml, grid_config, grid_processor
+from family_cases.grids.omni_cases import OMNI_CASES
+from family_cases.grids.qwen_cases import QWEN_CASES
 from mmtune.models.tiny.tiny_bases import CHATML_TOKENS, MROPE_PARAMETERS, SENTENCEPIECE, TinyBase, tiny_tokenizer
 
 PADDLE_TOKENS = ("<unk>", "<s>", "</s>", "<|begin_of_sentence|>", "<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>")

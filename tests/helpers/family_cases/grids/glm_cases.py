@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from family_cases.family_case import FamilyCase
-from family_cases.grid_bases import PARTS, grid_config, grid_processor
+from family_cases.grids.grid_bases import PARTS, grid_config, grid_processor
 from mmtune.models.tiny.tiny_bases import MROPE_PARAMETERS, TinyBase
 
 GLM_TOKENS = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from family_cases.family_case import FamilyCase
-from family_cases.grid_bases import QWEN_IDS, QWEN_IMAGE, QWEN_NAMES, QWEN_VISION, chatml, grid_config, grid_processor
+from family_cases.grids.grid_bases import QWEN_IDS, QWEN_IMAGE, QWEN_NAMES, QWEN_VISION, chatml, grid_config, grid_processor
 from mmtune.models.tiny.tiny_bases import CHATML_TOKENS, MROPE_PARAMETERS, TinyBase
 
 NO_THOUGHT = "<think>\n\n</think>\n\n"

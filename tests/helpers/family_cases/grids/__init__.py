@@ -1,0 +1,1 @@
+"""Families whose image is a grid of patches, by developer."""
