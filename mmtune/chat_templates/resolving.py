@@ -33,7 +33,9 @@ BY_MODEL_TYPE = {
     "llama": "vicuna_v1",
     "qwen2": "chatml",
     "qwen3": "chatml",
+    "qwen3_moe": "chatml",
     "mistral": "mistral",
+    "mixtral": "mistral",
     "gemma": "gemma",
     "gemma3_text": "gemma",
 }
