@@ -107,7 +107,7 @@ def test_rows_are_checked_in_several_processes_as_in_one(
 @pytest.mark.parametrize("others", [0, 1])
 def test_a_model_error_stops_the_check_with_one_message(corpus: Source, untrained: tuple[Any, Any], others: int) -> None:
     processor = copy.deepcopy(untrained[1])
-    processor.chat_template = None
+    processor.chat_template = processor.tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"^model: its processor has no chat template; set model\.chat_template$"):
         list(Validator([corpus], settings=ValidationSettings(processor)).issues(processes=others))
 
