@@ -53,6 +53,7 @@ class Family:
         unpackable: why packed samples would attend to each other; None where they do not.
         mrope: whether a position has three parts: time, height and width.
         takes_virtual_tokens: whether a prompt method can put virtual tokens before its input embeddings.
+        image_settings: arguments of every call of the image processor.
         image_processors: class names of the image processors that `geometry` supports.
         processor_keys: keys of the processor that determine the number of image tokens, with the rule for each value.
         needs_image: whether its processor or its model takes no conversation without an image.
@@ -79,6 +80,7 @@ class Family:
     unpackable: str | None = None
     mrope: bool = False
     takes_virtual_tokens: bool = True
+    image_settings: Mapping[str, Any] = field(default_factory=dict)
     image_processors: tuple[str, ...] = ()
     processor_keys: Mapping[str, ConfigRule] = field(default_factory=dict)
     needs_image: bool = False
@@ -129,7 +131,7 @@ class Family:
         outputs: Mapping[str, Any] = processor(
             images=[list(images)],
             text=[self.placeholder(processor) * len(images)],
-            images_kwargs={"return_tensors": "pt"},
+            images_kwargs={"return_tensors": "pt", **self.image_settings},
             return_text_replacement_offsets=True,
         )
         if "text_replacement_offsets" not in outputs:  # a processor that writes the text itself

@@ -10,9 +10,9 @@ from typing import Any
 
 from mmtune.families.family import Family
 from mmtune.families.fixed.deepseek import DEEPSEEK_VL_HYBRID, JANUS
-from mmtune.families.fixed.encoder_free import GEMMA4_UNIFIED
+from mmtune.families.fixed.encoder_free import CHAMELEON, EMU3, GEMMA4_UNIFIED
 from mmtune.families.fixed.gemma3 import GEMMA3, GEMMA3N
-from mmtune.families.fixed.llava import LLAVA
+from mmtune.families.fixed.llava import LLAVA, VIDEO_LLAVA
 from mmtune.families.fixed.paligemma import PALIGEMMA
 from mmtune.families.grids.cosmos3_edge import COSMOS3_EDGE
 from mmtune.families.grids.ernie_vl import ERNIE_VL
@@ -39,7 +39,8 @@ from mmtune.families.tiles.unlimited_ocr import UNLIMITED_OCR
 FAMILIES: Mapping[str, Family] = {
     family.name: family
     for family in (
-        *(LLAVA, GEMMA3, GEMMA3N, PALIGEMMA, DEEPSEEK_VL_HYBRID, JANUS, GEMMA4_UNIFIED),
+        *(LLAVA, VIDEO_LLAVA, GEMMA3, GEMMA3N, PALIGEMMA, DEEPSEEK_VL_HYBRID, JANUS),
+        *(GEMMA4_UNIFIED, CHAMELEON, EMU3),
         *(LLAVA_NEXT, LLAVA_ONEVISION, IDEFICS3, INTERNVL, LLAMA4, GRANITE4_VISION),
         *(GOT_OCR2, QIANFAN_OCR, MOLMO2, PERCEPTION_LM, MINICPM, UNLIMITED_OCR),
         *(QWEN_VL, PIXTRAL, COSMOS3_EDGE, ERNIE_VL, HUNYUAN_VL, INKLING, NEMOTRON_OMNI),
@@ -54,6 +55,7 @@ PLAIN = Family("plain")
 OUT_OF_SCOPE: Mapping[str, str] = {
     "evolla": "it reads proteins",
     "pi0": "it is a robot policy",
+    "mistral4": "it is a language model without a vision tower",
     "diffusion_gemma": "it generates text by diffusion, without a next-token loss",
 }
 """Types of transformers' image-text mapping that are no image-text chat models, with what they are."""

@@ -345,11 +345,12 @@ def _pixels(
 
 
 def _image_settings(section: ModelSection) -> dict[str, Any]:
-    """The settings of a base's image processor that its processor class changes, such as to cut images into tiles."""
+    """The settings of a base's image processor that its processor class or its family changes, such as cutting into tiles."""
     if section.base is None:
         return {}
     config = AutoConfig.from_pretrained(config_source(section), trust_remote_code=section.trust_remote_code)
-    return dict(getattr(PROCESSOR_MAPPING.get(type(config), None), "images_kwargs", {}))
+    own = getattr(PROCESSOR_MAPPING.get(type(config), None), "images_kwargs", {})
+    return {**own, **family_of(str(config.model_type)).image_settings}
 
 
 def _batch(

@@ -186,7 +186,7 @@ def chat_template_of(processor: ProcessorMixin) -> str:
     Raises:
         UserError: the processor has no chat template.
     """
-    template = processor.chat_template or processor.tokenizer.chat_template  # BLIP-2's processor drops it when it is loaded
+    template = processor.chat_template or processor.tokenizer.chat_template  # BLIP-2's and Chameleon's processors drop it
     if isinstance(template, dict):
         template = template.get("default")
     if not template:

@@ -27,6 +27,14 @@ class Llava(Family):
         return {"pixel_values": [shape_only_image((final["width"], final["height"]))] * len(sizes)}
 
 
+VIDEO_LLAVA = Llava(
+    "video_llava",
+    model_types=("video_llava",),
+    processors=("VideoLlavaProcessor",),
+    image_settings={"return_legacy_image_output": False},  # pixels under the name that the model takes
+    image_processors=("VideoLlavaImageProcessor",),
+    processor_keys=LLAVA_KEYS,
+)
 LLAVA = Llava(
     "llava",
     model_types=("llava",),

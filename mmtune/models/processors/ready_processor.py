@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -168,13 +168,13 @@ def _count_features(
     memory: MemoryTracker,
     inputs: dict[str, torch.Tensor],
     width: int,
-    check: Callable[[list[torch.Tensor]], None] | None,
+    check: Callable[[Mapping[str, Any]], None] | None,
 ) -> int:
     """The number of image features of `width` values; `check` receives all that the model returns for the image."""
     with memory, torch.set_grad_enabled(check is not None):
         outputs = image_features(**inputs, return_dict=True)
         if check is not None:
-            check(_tensors(list(outputs.values())))
+            check(outputs)
     return int(sum(tensor.numel() for tensor in _tensors(outputs.pooler_output)) // width)
 
 
@@ -185,25 +185,31 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [value] if isinstance(value, torch.Tensor) else []
 
 
-def _check_gradients(model: Any, components: Components, features: list[torch.Tensor]) -> None:
+def _check_gradients(model: Any, components: Components, outputs: Mapping[str, Any]) -> None:
     """Check that the features depend on the vision tower and on every part of the projector, and on no other part.
 
     Args:
-        features: all that the model returns for an image, with the features of deeper layers that some families add.
+        outputs: all that the model returns for an image: its features as `pooler_output`, those of deeper layers that some
+            families add, and what an image tokenizer computes beside them.
 
     Raises:
         UserError: they do not, so that what was taken for the projector is something else; lists the components.
     """
-    reached_ids = _leaves_of(features)
-    reached = {name for name, parameter in model.named_parameters() if id(parameter) in reached_ids}
+    reached, by_features = _reached(model, list(outputs.values())), _reached(model, outputs["pooler_output"])
     needed = [*components.towers, components.projector, *components.projector_extras]
     parts = {path: any(is_inside(name, path) for name in reached) for path in needed if path is not None}
-    parts |= {path: not any(is_inside(name, path) for name in reached) for path in components.others}
+    parts |= {path: not any(is_inside(name, path) for name in by_features) for path in components.others}
     if wrong := [path for path, is_right in parts.items() if not is_right]:
         raise UserError(
             f"{type(model).__name__}: expected image features that depend on the vision tower and the projector "
             f"({', '.join(path for path in needed if path)}), and on nothing else; not so: {', '.join(wrong)}"
         )
+
+
+def _reached(model: Any, outputs: Any) -> set[str]:
+    """The names of the parameters on which the tensors in nested lists depend."""
+    leaves = _leaves_of(_tensors(outputs))
+    return {name for name, parameter in model.named_parameters() if id(parameter) in leaves}
 
 
 def _leaves_of(tensors: list[torch.Tensor]) -> set[int]:

@@ -25,6 +25,7 @@ class FamilyCase:
         flat_images: whether its processor takes the images of a conversation in one list, which `apply_chat_template` nests.
         lists: inputs that its class in plain transformers takes only as Python lists.
         supervise: `data.supervise`: a decoder with an encoder writes one answer, so that only the last turn can be one.
+        projector: whether the model has a projector.
     """
 
     base: TinyBase
@@ -38,3 +39,4 @@ class FamilyCase:
     lists: tuple[str, ...] = ()
     plain_call: dict[str, Any] = field(default_factory=dict)
     supervise: str = "all"
+    projector: bool = True

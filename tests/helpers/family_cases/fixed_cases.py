@@ -15,6 +15,7 @@ from mmtune.models.tiny.tiny_bases import (
     TEXTS,
     VISION,
     TinyBase,
+    square_sizes,
     text_sizes,
     tiny_tokenizer,
     token_id,
@@ -257,6 +258,128 @@ def _fast_vlm_config(processor: Any) -> PreTrainedConfig:
     )
 
 
+# ---- HyperCLOVA X Vision, with Qwen2.5-VL's tower, and Video-LLaVA, with a tower for each medium
+
+
+def _hyperclovax() -> ProcessorMixin:
+    from transformers import HyperCLOVAXVisionV2Processor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    sizes = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2}
+    images = Qwen2VLImageProcessor(min_pixels=4 * 28**2, max_pixels=64 * 28**2, **sizes)
+    tokenizer = tiny_tokenizer((*CHATML_TOKENS, *_HYPERCLOVAX_IMAGE, "<|video_pad|>"), pad="<|endoftext|>", eos="<|im_end|>")
+    processor: ProcessorMixin = HyperCLOVAXVisionV2Processor(images, tokenizer, Qwen2VLVideoProcessor(**sizes))
+    return processor
+
+
+def _hyperclovax_config(processor: Any) -> PreTrainedConfig:
+    windows = {"window_size": 56, "fullatt_block_indexes": [1], "out_hidden_size": 32}
+    return AutoConfig.for_model(
+        "hyperclovax_vision_v2",
+        text_config={"model_type": "hyperclovax", **text_sizes(processor.tokenizer)},
+        vision_config={
+            "model_type": "qwen2_5_vl_vision",
+            "depth": 2,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "intermediate_size": 128,
+            **windows,
+        },
+        image_token_id=token_id(processor, "<|image_pad|>"),
+        video_token_id=token_id(processor, "<|video_pad|>"),
+        tie_word_embeddings=False,
+    )
+
+
+_HYPERCLOVAX_IMAGE = ("<|image_start|>", "<|image_pad|>", "<|image_end|>")
+_HYPERCLOVAX_TEMPLATE = str(BASES["internvl"].template).replace("<IMG_CONTEXT>", "".join(_HYPERCLOVAX_IMAGE))
+
+
+def _video_llava() -> ProcessorMixin:
+    from transformers import VideoLlavaImageProcessor, VideoLlavaProcessor, VideoLlavaVideoProcessor
+
+    names = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>"}
+    named = {"image_token": "<image>", "video_token": "<video>"}
+    tokenizer = tiny_tokenizer(("<unk>", "<s>", "</s>", "<pad>"), named, **names)
+    images, videos = (kind(**square_sizes()) for kind in (VideoLlavaImageProcessor, VideoLlavaVideoProcessor))
+    processor: ProcessorMixin = VideoLlavaProcessor(images, videos, tokenizer, patch_size=PATCH)
+    return processor
+
+
+def _video_llava_config(processor: Any) -> PreTrainedConfig:
+    return AutoConfig.for_model(
+        "video_llava",
+        text_config={"model_type": "llama", **text_sizes(processor.tokenizer)},
+        vision_config={"model_type": "clip_vision_model", **VISION, "projection_dim": 32},
+        image_token_index=token_id(processor, "<image>"),
+        video_token_index=token_id(processor, "<video>"),
+        image_seq_length=GRID**2,
+        video_seq_length=8 * (GRID**2 + 1),
+    )
+
+
+# ---- Chameleon and Emu3: images become tokens of the vocabulary
+
+_CODES = 16
+
+
+def _chameleon() -> ProcessorMixin:
+    from transformers import ChameleonImageProcessor, ChameleonProcessor
+
+    codes = tuple(f"IMGIMG{chr(ord('A') + code // 10)}{chr(ord('A') + code % 10)}Z" for code in range(_CODES))
+    names = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>"}
+    named = {"image_token": "<image>", "boi_token": "<racm3:break>", "eoi_token": "<eoss>"}
+    tokenizer = tiny_tokenizer(("<s>", "<pad>", "</s>", "<unk>", "<reserved08706>", *codes), named, **names)
+    tokenizer.sep_token = "<reserved08706>"
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    processor: ProcessorMixin = ChameleonProcessor(ChameleonImageProcessor(**size), tokenizer, image_seq_length=16)
+    return processor
+
+
+def _chameleon_config(processor: Any) -> PreTrainedConfig:
+    tokens = processor.tokenizer.get_vocab()
+    vq = {"embed_dim": 8, "num_embeddings": _CODES, "latent_channels": 8, "resolution": 32, "base_channels": 32}
+    return AutoConfig.for_model(
+        "chameleon",
+        **text_sizes(processor.tokenizer),
+        vq_config={**vq, "channel_multiplier": [1, 1, 1, 1], "num_res_blocks": 1},
+        vocabulary_map={token: tokens[token] for token in tokens if token.startswith("IMGIMG") or token == "<image>"},
+    )
+
+
+def _emu3() -> ProcessorMixin:
+    from transformers import Emu3ImageProcessor, Emu3Processor
+
+    codes = tuple(f"<|visual token {code:06}|>" for code in range(_CODES))
+    names = {"bos": "<|extra_203|>", "eos": "<|extra_204|>", "pad": "<|endoftext|>"}
+    named = {"image_token": "<image>", "boi_token": "<|image start|>", "eoi_token": "<|image end|>"}
+    named |= {"image_wrapper_token": "<|image token|>", "eof_token": "<|extra_201|>"}
+    specials = (*names.values(), "<|extra_200|>", *codes)
+    tokenizer = tiny_tokenizer(specials, named, adds_bos=False, **names)
+    images = Emu3ImageProcessor(min_pixels=16**2, max_pixels=48**2, spatial_factor=8)
+    processor: ProcessorMixin = Emu3Processor(images, tokenizer)
+    return processor
+
+
+def _emu3_config(processor: Any) -> PreTrainedConfig:
+    tokens = processor.tokenizer.get_vocab()
+    vq = {"codebook_size": _CODES, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "channel_multiplier": [1, 1, 1, 1]}
+    return AutoConfig.for_model(
+        "emu3",
+        text_config={**text_sizes(processor.tokenizer), "attention_dropout": 0.0},
+        vq_config={**vq, "num_res_blocks": 1, "hidden_size": 32},
+        vocabulary_map={
+            token: tokens[token] for token in tokens if token.startswith("<|visual") or token in ("<image>", "<|extra_200|>")
+        },
+    )
+
+
+_CHAMELEON_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<reserved08706>' }}"
+    "{% generation %}{{ m.content[0].text + eos_token }}{% endgeneration %}{% else %}"
+    "{% for b in m.content %}{{ b.text if b.type == 'text' else '<image>' }}{% endfor %}{% endif %}{% endfor %}"
+)
+_EMU3_TEMPLATE = _user_assistant("USER", "ASSISTANT", "<image>", "<|extra_204|>").replace("\n\n", " ")
+
 # ---- the table
 
 FIXED_CASES: dict[str, FamilyCase] = {
@@ -299,5 +422,21 @@ FIXED_CASES: dict[str, FamilyCase] = {
     ),
     "gemma3n": FamilyCase(TinyBase(_gemma3n, _gemma3n_config, template=_GEMMA3N_TEMPLATE), end="<end_of_turn>"),
     "fast_vlm": FamilyCase(TinyBase(_fast_vlm, _fast_vlm_config, template=_FAST_VLM_TEMPLATE)),
+    "hyperclovax_vision_v2": FamilyCase(TinyBase(_hyperclovax, _hyperclovax_config, template=_HYPERCLOVAX_TEMPLATE)),
+    "video_llava": FamilyCase(
+        TinyBase(_video_llava, _video_llava_config, template=BASES["llava"].template, required_template="vicuna_v1"),
+        end="</s>",
+        leading=" ",
+    ),
+    "chameleon": FamilyCase(TinyBase(_chameleon, _chameleon_config, template=_CHAMELEON_TEMPLATE), end="</s>", projector=False),
+    # Its processor pads the images of a row to one size, which changes their codes in plain transformers.
+    "emu3": FamilyCase(
+        TinyBase(_emu3, _emu3_config, template=_EMU3_TEMPLATE),
+        end="<|extra_204|>",
+        leading=" ",
+        one_image=True,
+        alone=True,
+        projector=False,
+    ),
     "janus": FamilyCase(TinyBase(_janus, _janus_config, template=_JANUS_TEMPLATE), end=_DEEPSEEK_END, leading=" "),
 }
