@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -31,6 +32,8 @@ from mmtune.recipe.recipe import TuneSection
 from mmtune.tuning.peft_config import component_path, frozen_parts, keeps_adapter, peft_config
 from mmtune.tuning.save import initial_factors
 from mmtune.utils.errors import RecipeValueError, errors_at_key
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,23 @@ def apply_tuning(
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             to_float32(parameter)
+    _keep_frozen_statistics(tuned)
     return tuned
+
+
+def _keep_frozen_statistics(model: nn.Module) -> None:
+    """Frozen batch normalizations (FastVLM's tower) use and keep the statistics of the base in training.
+
+    In training mode they would use those of the batch, so that a row depends on the others, and change the base's: an adapter
+    does not save them.
+    """
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS) and not any(parameter.requires_grad for parameter in module.parameters()):
+            module.register_forward_pre_hook(_evaluate)
+
+
+def _evaluate(module: nn.Module, _: Any) -> None:
+    module.eval()
 
 
 def _trained_in_full(model: nn.Module, components: Components, tune: TuneSection) -> list[str]:
