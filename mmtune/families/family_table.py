@@ -62,10 +62,13 @@ OUT_OF_SCOPE: Mapping[str, str] = {
 
 NOT_SUPPORTED: Mapping[str, str] = {
     "blip": "its class gives no access to its output head and mixes label smoothing into its loss; it is a captioning model",
+    "fuyu": "its processor moves the one image before the text, and neither it nor its release has a chat template",
     "git": "it puts image features before the tokens inside its class, so that logits and labels have different lengths",
     "instructblipvideo": "its processor takes videos and no images",
     "pix2struct": "a question is drawn into the image, and its decoder reads no prompt",
+    "pp_chart2table": "its processor expands no image: the chat template writes the tokens of one image of one size",
     "pp_formulanet": "it reads formulas: its processor takes an image and no text",
+    "shieldgemma2": "its processor takes no text: it asks about an image its own questions about policies",
     "udop": "it reads words with their boxes, which a row of questions and answers does not have",
     "vision-encoder-decoder": "its encoder reads an image and no text, so that there is no place for a question",
 }

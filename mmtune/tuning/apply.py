@@ -136,7 +136,7 @@ def apply_tuning(
 
 
 def _keep_frozen_statistics(model: nn.Module) -> None:
-    """Frozen batch normalizations (FastVLM's tower) use and keep the statistics of the base in training.
+    """Frozen batch normalizations (FastVLM's tower, Emu3's image tokenizer) use and keep the statistics of the base in training.
 
     In training mode they would use those of the batch, so that a row depends on the others, and change the base's: an adapter
     does not save them.

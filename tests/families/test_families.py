@@ -235,8 +235,8 @@ def _reference(base: Path, adapter: Path) -> Any:
                 parameter.copy_(saved[name.replace(".default", "")])
     tuned.train()
     for module in tuned.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()  # the statistics of a frozen tower, which a batch does not change
+        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm3d):
+            module.eval()  # frozen, with the statistics of the base
     return tuned
 
 

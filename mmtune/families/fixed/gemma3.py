@@ -33,7 +33,7 @@ class Gemma3(Family):
 
 GEMMA3 = Gemma3(
     "gemma3",
-    model_types=("gemma3", "shieldgemma2"),
+    model_types=("gemma3",),
     processors=("Gemma3Processor",),
     unpackable="its image tokens attend in both directions by their position in the row, but positions restart in every sample",
     image_processors=("Gemma3ImageProcessor",),
