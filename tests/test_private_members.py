@@ -16,7 +16,16 @@ import pytest
 import torch
 from peft import PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AttentionInterface, PreTrainedModel, ProcessorMixin, Trainer, trainer_optimizer
+from transformers import (
+    AttentionInterface,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    ProcessorMixin,
+    Trainer,
+    trainer_optimizer,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
@@ -168,6 +177,7 @@ def test_transformers_still_has_the_private_attributes() -> None:
     assert isinstance(AttentionInterface._global_mapping, dict) and "sdpa" in AttentionInterface._global_mapping, changed
     assert isinstance(trainer_optimizer._OPTIMIZER_HANDLERS, dict), changed
     assert callable(trainer_optimizer._get_bitsandbytes_optimizer), changed
+    assert AutoModelForImageTextToText._model_mapping.get(LlavaConfig, None) is LlavaForConditionalGeneration, changed
     assert hasattr(PreTrainedModel, "_no_split_modules") and hasattr(PreTrainedModel, "_tied_weights_keys"), changed
     assert len(chat_template_utils._CONTROL_TOKEN_START) == len(chat_template_utils._CONTROL_TOKEN_END) == 1, changed
 

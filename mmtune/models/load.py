@@ -41,6 +41,7 @@ from mmtune.models.checkpoints.checkpoint_files import (
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, locate_base
 from mmtune.models.checkpoints.model_type import check_model_type, local_model_type
 from mmtune.models.checkpoints.remote_code import CODE_NOT_ALLOWED, auto_class, first_line, has_remote_code, reject_unsafe_pickles
+from mmtune.models.checkpoints.stored_layout import keep_stored_layout
 from mmtune.models.checkpoints.trained_weights import (
     ADAPTER_CONFIG,
     INITIAL_FACTORS,
@@ -201,6 +202,7 @@ def load_strictly(
             raise UserError(f"cannot load its weights: {_reason(name, error)}") from error
     check_weights_loaded(subject, model, report)
     accept_logits_to_keep(model)
+    keep_stored_layout(model, name)
     if dropped and not quiet:
         print(f"{subject}: {dropped}")
     if getattr(model, "is_quantized", False):

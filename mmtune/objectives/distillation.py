@@ -18,6 +18,7 @@ from mmtune.data.dataset import dummy_sample
 from mmtune.distributed.context import DistributedContext
 from mmtune.distributed.sharded_parameters import unsharded_loading
 from mmtune.models.compute import count_virtual_tokens
+from mmtune.models.experts.router_loss import SWITCH
 from mmtune.models.load import ResolvedBase
 from mmtune.models.meta_model import read_model_config
 from mmtune.models.packed_attention import check_packable_family, check_packable_method
@@ -48,6 +49,7 @@ class Distillation(SupervisedTuning):
         self._located: ReferenceModel | None = None
 
     def check(self, recipe: Recipe, base: ResolvedBase) -> None:
+        super().check(recipe, base)
         config = base.config or read_model_config(recipe.model)  # a model that is assembled here has none on disk
         if getattr(config, "is_encoder_decoder", False):
             raise RecipeValueError(
@@ -83,7 +85,8 @@ class Distillation(SupervisedTuning):
         unlabelled |= {"output_hidden_states": True} if settings.hidden_states else {}
         unlabelled |= {"output_attentions": True} if settings.attention_maps else {}
         positions = scored_positions(inputs)
-        student, teacher = model(**unlabelled), self._ask_teacher(unlabelled, positions)
+        asked = {name: value for name, value in unlabelled.items() if name != SWITCH}  # the teacher's routers do not train
+        student, teacher = model(**unlabelled), self._ask_teacher(asked, positions)
         logits, soft = student["logits"].flatten(end_dim=-2), teacher["logits"].flatten(end_dim=-2)
         scored = logits if settings.crossentropy_weight else logits.detach()  # then reported only
         divergence = partial(divergences, beta=settings.beta, temperature=settings.temperature)
@@ -103,7 +106,8 @@ class Distillation(SupervisedTuning):
             terms["attention_maps"] = _over_pairs(settings.attention_maps, attention_divergences, maps, (positions, positions))
         parts = {name: values.sum() / denominator for name, values in terms.items()}
         loss = torch.stack([weight * parts[name] for name, weight in weights.items() if weight]).sum()
-        return Losses(loss, student["logits"], student, {name: part.detach() for name, part in parts.items()})
+        losses = Losses(loss, student["logits"], student, {name: part.detach() for name, part in parts.items()})
+        return self.with_router_loss(losses, inputs, denominator)
 
     def _reference(self, recipe: Recipe) -> ReferenceModel:
         """The teacher, located once: a later lookup could find a newer checkpoint of a run that has not finished."""

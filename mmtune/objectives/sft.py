@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import ProcessorMixin
+from transformers import LlavaForConditionalGeneration, ProcessorMixin
 
 from mmtune.data.batching.collate import Collator, collate
 from mmtune.data.dataset import SampleEncoder, dummy_sample
 from mmtune.data.encoding.encode import IGNORE_INDEX
 from mmtune.distributed.context import DistributedContext
 from mmtune.models.compute import computes_loss, count_virtual_tokens
+from mmtune.models.experts.router_loss import SWITCH, RouterLoss, check_router_loss, has_router_loss, router_loss_of
 from mmtune.models.load import ResolvedBase
 from mmtune.models.packed_attention import packed_inputs
 from mmtune.objectives.token_losses import by_chunks, cross_entropies
 from mmtune.recipe.objective_section import ObjectiveSection
 from mmtune.recipe.recipe import DataSection, Recipe
+from mmtune.utils.errors import UserError, errors_at_key
 
 
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
@@ -86,6 +88,7 @@ class SupervisedTuning:
 
     def __init__(self, settings: ObjectiveSection) -> None:
         self.settings = settings
+        self._router_loss: RouterLoss | None = None  # of the model that trains, from the first `model_inputs` on
 
     def check(self, recipe: Recipe, base: ResolvedBase) -> None:
         """Compare the objective with the recipe and the base's config and processor, before any weight is loaded.
@@ -96,6 +99,10 @@ class SupervisedTuning:
         Raises:
             UserError: they do not fit.
         """
+        with errors_at_key("objective.router_aux_loss_coef"):
+            line = check_router_loss(base.config, LlavaForConditionalGeneration, self.settings.router_aux_loss_coef)
+        if line is not None:
+            print(line)
 
     def load_models(self, recipe: Recipe, device: torch.device, dist: DistributedContext) -> None:
         """Load the frozen models of the objective, in full on this process's device."""
@@ -145,6 +152,11 @@ class SupervisedTuning:
         inputs = score_supervised_only(packed_inputs(model, batch), count_virtual_tokens(model))
         if "decoder_input_ids" in inputs or not computes_loss(model):
             del inputs["labels"]
+        self._router_loss = router_loss_of(model, self.settings.router_aux_loss_coef)
+        if self._router_loss is not None:
+            inputs[SWITCH] = True
+        elif self.settings.router_aux_loss_coef == 0 and has_router_loss(model):
+            inputs[SWITCH] = False
         return inputs
 
     def compute_loss(self, model: Callable[..., Any], inputs: dict[str, Any], denominator: torch.Tensor | int) -> Losses:
@@ -162,10 +174,33 @@ class SupervisedTuning:
         """
         if "labels" in inputs:
             outputs = model(**inputs, num_items_in_batch=denominator)
-            return Losses(outputs["loss"], outputs["logits"], outputs)
+            return self.with_router_loss(Losses(outputs["loss"], outputs["logits"], outputs), inputs, denominator, added=True)
         outputs = _supervised_outputs(model, without_labels(inputs))
         losses = by_chunks(cross_entropies, outputs["logits"].flatten(end_dim=-2), inputs["shift_labels"])
-        return Losses(losses.sum() / denominator, outputs["logits"], outputs)
+        return self.with_router_loss(Losses(losses.sum() / denominator, outputs["logits"], outputs), inputs, denominator)
+
+    def with_router_loss(
+        self, losses: Losses, inputs: dict[str, Any], denominator: torch.Tensor | int, added: bool = False
+    ) -> Losses:
+        """The losses with the router's, where a mixture of experts trains with one.
+
+        A forward pass has one value. Its share in an optimizer step is that of the batch's supervised tokens, so that the shares
+        of all batches and processes sum to 1, and a dummy batch has none. transformers' Trainer adds the full value for each.
+
+        Args:
+            inputs, denominator: as in `compute_loss`.
+            added: whether the model has added it, in full, to the loss that it computed from labels.
+        """
+        if self._router_loss is None:
+            return losses
+        value = losses.outputs["aux_loss"]
+        if not isinstance(value, torch.Tensor):
+            raise UserError("objective.router_aux_loss_coef: the model has no router; leave it out")
+        share = inputs["shift_labels"].numel() / denominator
+        weight = self._router_loss.added if added else 0.0
+        parts = losses.parts or {"crossentropy": (losses.loss - weight * value).detach()}
+        loss = losses.loss + (self._router_loss.coefficient * share - weight) * value
+        return replace(losses, loss=loss, parts={**parts, "router_aux": (share * value).detach()})
 
     def losses_by_source(
         self, losses: Losses, inputs: dict[str, Any], sources: torch.Tensor

@@ -18,12 +18,20 @@ if TYPE_CHECKING:
     from mmtune.recipe.sections import Recipe
 
 
+RouterCoefficient = Annotated[StrictFloat, Field(ge=0)] | None
+ROUTER_LOSS = (
+    "The weight of the load-balancing loss of a mixture of experts in the loss, where its class computes one; 0 leaves it out, "
+    "null takes the base's config (router_aux_loss_coef where output_router_logits is true)."
+)
+
+
 class ObjectiveSection(Section):
     """The settings of one objective. A subclass names its `type` and overrides what differs."""
 
     uses_model_loss: ClassVar[bool] = False
     """Whether the model itself computes the loss, so that a tuning method can add a term to it."""
     type: str
+    router_aux_loss_coef: RouterCoefficient = Field(default=None, description=ROUTER_LOSS)
 
     @property
     def models(self) -> dict[str, str]:
@@ -58,7 +66,7 @@ class SftSection(ObjectiveSection):
         if not isinstance(values, dict) or "type" in values:
             return values, []
         owners = {key: [name for name, section in OBJECTIVE_SECTIONS.items() if key in section.model_fields] for key in values}
-        foreign = {key: names for key, names in owners.items() if names}
+        foreign = {key: names for key, names in owners.items() if names and key not in cls.model_fields}
         errors = [
             error_at(key, f"a setting of the objective {' or '.join(names)}; expected objective.type beside it, got none")
             for key, names in foreign.items()

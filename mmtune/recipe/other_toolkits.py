@@ -24,6 +24,10 @@ OTHER_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("flash_attn", "flash_attention", "attn_impl", "use_flash_attention_2"), "model.attn_implementation"),
     **dict.fromkeys(("finetuning_type", "adapter", "peft_type", "tuner_type", "train_type", "sft_type"), _LANGUAGE + "method"),
     **{name: _LANGUAGE + setting for method in METHODS.values() for name, setting in method.other_keys.items()},
+    **dict.fromkeys(
+        ("router_aux_loss_coef", "moe_aux_loss_coef", "moe_aux_loss_coeff", "output_router_logits"),
+        "objective.router_aux_loss_coef",
+    ),
     **dict.fromkeys(("freeze_vision_tower", "freeze_vit"), "tune.vision: frozen"),
     "vit_lr": "tune.vision.learning_rate",
     **dict.fromkeys(("freeze_multi_modal_projector", "freeze_aligner", "freeze_mm_mlp_adapter"), "tune.projector: frozen"),

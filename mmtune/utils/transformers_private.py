@@ -111,6 +111,14 @@ def makes_bitsandbytes_optimizer(handler: Callable[..., Any]) -> bool:
     return handler is trainer_optimizer._get_bitsandbytes_optimizer
 
 
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that `AutoModelForImageTextToText` builds from a config; None for one that only code in a checkpoint has."""
+    from transformers import AutoModelForImageTextToText
+
+    mapping: Any = AutoModelForImageTextToText._model_mapping
+    return mapping.get(type(config), None)
+
+
 def without_zero3_init() -> AbstractContextManager[None]:
     """Inside, models are built in full at ZeRO-3 too."""
     from transformers.modeling_utils import set_zero3_state

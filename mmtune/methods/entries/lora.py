@@ -106,12 +106,12 @@ class Lora(Method):
             for name in ("rank_pattern", "alpha_pattern")
             if name in settings
         }
-        changed: dict[str, Any] = {
+        return {
+            **settings,
             **patterns,
             "target_modules": [path for path in paths if path not in weights],
             "target_parameters": [*(settings.get("target_parameters") or ()), *weights.values()],
         }
-        return settings | changed
 
     def check_model(self, model: Any, targets: Mapping[str, nn.Module], settings: Mapping[str, Any]) -> None:
         """A matrix has as many factors as its smaller dimension."""
