@@ -24,6 +24,7 @@ from mmtune.families.grids.qwen_vl import QWEN_VL
 from mmtune.families.separate.blip2 import BLIP2, INSTRUCT_BLIP
 from mmtune.families.separate.florence2 import FLORENCE2
 from mmtune.families.separate.idefics2 import IDEFICS2
+from mmtune.families.separate.kosmos2 import KOSMOS2
 from mmtune.families.separate.mllama import MLLAMA
 from mmtune.families.tiles.got_ocr import GOT_OCR2
 from mmtune.families.tiles.granite_vision import GRANITE4_VISION
@@ -44,7 +45,7 @@ FAMILIES: Mapping[str, Family] = {
         *(LLAVA_NEXT, LLAVA_ONEVISION, IDEFICS3, INTERNVL, LLAMA4, GRANITE4_VISION),
         *(GOT_OCR2, QIANFAN_OCR, MOLMO2, PERCEPTION_LM, MINICPM, UNLIMITED_OCR),
         *(QWEN_VL, PIXTRAL, COSMOS3_EDGE, ERNIE_VL, HUNYUAN_VL, INKLING, NEMOTRON_OMNI),
-        *(IDEFICS2, MLLAMA, BLIP2, INSTRUCT_BLIP, FLORENCE2),
+        *(IDEFICS2, MLLAMA, BLIP2, INSTRUCT_BLIP, FLORENCE2, KOSMOS2),
     )
 }
 """The families with an entry of their own, by name."""

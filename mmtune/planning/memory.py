@@ -376,7 +376,7 @@ def _batch(
         next((token for name in named if (token := getattr(config, name.format(side), None)) is not None), None)
         for side in ("start", "end")
     ]
-    image_token = config.image_token_id
+    image_token = getattr(config, "image_token_id", 0)  # Kosmos-2 finds image features by a mask, which `planned_batch` adds
     block = [*marks[:1], *[image_token] * each, *marks[1:]]
     head = [token for token in block if token is not None] * images if pixels else []
     if len(head) >= tokens:

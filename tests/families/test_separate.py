@@ -50,7 +50,9 @@ def _processor(family: str) -> Any:
 
 PROMPTS = [(family, question) for family in ("idefics2", "mllama") for question in QUESTIONS]
 PROMPTS += [
-    (family, question) for family in ("blip-2", "blip-2_t5", "instructblip", "florence2") for question in ("image", "image_last")
+    (family, question)
+    for family in ("blip-2", "blip-2_t5", "instructblip", "florence2", "kosmos-2")
+    for question in ("image", "image_last")
 ]
 
 
@@ -147,3 +149,26 @@ def test_a_row_without_images_does_not_depend_on_the_images_of_its_batch(tmp_pat
     assert not torch.allclose(plain[0, :length], alone[0], atol=1e-3)
     for row, logits in enumerate(alone):
         torch.testing.assert_close(corrected[row, : len(logits)], logits, rtol=0, atol=1e-5)
+
+
+def test_an_answer_does_not_depend_on_the_padding_before_its_prompt(tmp_path: Path) -> None:
+    """Kosmos-2 of transformers counts padding in the positions of generated tokens; a correction of the loaded model does not."""
+    case, processor = SEPARATE_CASES["kosmos-2"], _processor("kosmos-2")
+    processor.chat_template = resolve_chat_template("question_answer", processor.tokenizer, image_token=None)
+    questions = ("Is it?", "What is on the mat, the bird or the cat and two dogs?")
+    prompts = [encode_prompt("row", [_turn("user", _image("red"), question)], processor) for question in questions]
+    model = tf.AutoModelForImageTextToText.from_pretrained(write_tiny_base(case.base, tmp_path / "base"))
+    for parameter in model.parameters():
+        parameter.data.mul_(3)  # so that the answer depends on the positions
+
+    def answers(rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        batch = collate(rows, processor.tokenizer.pad_token_id, "left")
+        output = model.generate(**batch, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        return output[:, batch["input_ids"].shape[1] :]
+
+    alone = torch.cat([answers([row]) for row in prompts])
+    plain = answers(prompts)
+    family_of("kosmos-2").prepare_model(model)
+    assert not torch.equal(plain, alone)
+    assert torch.equal(answers(prompts), alone)
+    assert torch.equal(torch.cat([answers([row]) for row in prompts]), alone)

@@ -18,6 +18,7 @@ PER_TOKEN = (
     "token_type_ids",
     "mm_token_type_ids",
     "moe_mm_token_type_ids",
+    "image_embeds_position_mask",
     "source_ids",
     "decoder_input_ids",
 )

@@ -118,9 +118,11 @@ def _encode_text(
             text = render_prompt(template_messages, template, tokenizer, template_tools)
         else:
             text, spans = render_conversation(template_messages, template, tokenizer, template_tools)
-        writes_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        rendered = text
+        text, spans, media_spans = expand_placeholders(rendered, spans, processor, replacements)
+        bos = tokenizer.bos_token  # written by the chat template, or by the family's `mark_text`
+        writes_bos = bos is not None and (rendered.startswith(bos) or text.startswith(bos))
         adds_special_tokens = not writes_bos and _text_settings(processor).get("add_special_tokens", True)
-        text, spans, media_spans = expand_placeholders(text, spans, processor, replacements)
         input_ids, offsets = tokenize_expanded(processor, text, media_spans, adds_special_tokens, escaped)
         if escaped:
             text, shifted = unescape_control_tokens(text, [*spans, *media_spans])

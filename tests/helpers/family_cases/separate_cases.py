@@ -154,6 +154,28 @@ def _florence2_config(processor: Any) -> PreTrainedConfig:
     )
 
 
+def _kosmos2() -> ProcessorMixin:
+    from transformers import CLIPImageProcessor, Kosmos2Processor
+
+    tokenizer = tiny_tokenizer(("<s>", "<pad>", "</s>", "<unk>"), pad="<pad>", **SENTENCEPIECE)
+    _adds(tokenizer, "<s> $A </s>", "<s>", "</s>")
+    images = CLIPImageProcessor(size={"shortest_edge": IMAGE}, crop_size={"height": IMAGE, "width": IMAGE})
+    processor: ProcessorMixin = Kosmos2Processor(images, tokenizer, num_patch_index_tokens=16)
+    return processor
+
+
+def _kosmos2_config(processor: Any) -> PreTrainedConfig:
+    text = text_sizes(processor.tokenizer)
+    ids = {name: text[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    dropout = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
+    return AutoConfig.for_model(
+        "kosmos-2",
+        vision_config=VISION,
+        text_config={**ids, **dropout, "embed_dim": 64, "layers": 2, "ffn_dim": 64, "attention_heads": 4},
+        latent_query_num=64,
+    )
+
+
 MLLAMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
     "{% for b in m.content %}{{ b.text if b.type == 'text' else '<|image|>' }}{% endfor %}{{ '<|eot_id|>' }}{% endfor %}"
@@ -205,6 +227,13 @@ SEPARATE_CASES: dict[str, FamilyCase] = {
     "blip-2_t5": FamilyCase(TinyBase(_blip2_t5, _blip2_t5_config, required_template="question_answer"), **ONE_ANSWER),
     "florence2": FamilyCase(
         TinyBase(_florence2, _florence2_config, required_template="instruction"), leading="<s>", one_image=True, **ONE_ANSWER
+    ),
+    "kosmos-2": FamilyCase(
+        TinyBase(_kosmos2, _kosmos2_config, required_template="question_answer"),
+        "</s>",
+        leading=" ",
+        needs_image=True,
+        one_image=True,
     ),
     "instructblip": FamilyCase(
         TinyBase(_instructblip, _instructblip_config, required_template="instruction"),
