@@ -51,7 +51,7 @@ class Family:
         others: paths of parts that take no part in reading an image, such as an audio tower. They stay frozen.
         bypassed: last names of linear layers whose weight the model reads without calling the layer.
         unpackable: why packed samples would attend to each other; None where they do not.
-        mrope: whether a position has three parts: time, height and width.
+        mrope: whether a position has three parts: time, height and width, so that it is known before a model is built.
         takes_virtual_tokens: whether a prompt method can put virtual tokens before its input embeddings.
         image_settings: arguments of every call of the image processor.
         image_processors: class names of the image processors that `geometry` supports.

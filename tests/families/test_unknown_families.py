@@ -20,7 +20,11 @@ from safetensors.torch import load_file
 
 import mmtune
 from mmtune.cli.main import entry_point
+from mmtune.families.structure import find_components
 from mmtune.models.tiny.tiny_bases import TEXT, VISION, text_sizes, tiny_tokenizer
+from mmtune.recipe.tune_section import TuneSection
+from mmtune.tuning.apply import apply_tuning
+from mmtune.utils.errors import UserError
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for b in m.content %}"
@@ -96,6 +100,16 @@ def test_a_class_in_the_checkpoint_goes_the_same_way(
     assert entry_point(["train", str(recipe)]) == 2
     assert "set model.trust_remote_code: true" in capsys.readouterr().err
     _goes_through(kite(", trust_remote_code: true", auto_class, tmp_path / "trusted"), capsys, "--trust-remote-code")
+
+
+def test_a_prompt_method_is_an_error_where_only_the_model_shows_three_positions() -> None:
+    base = CASES["glm_ocr"].base
+    with torch.device("meta"):
+        model = tf.AutoModelForImageTextToText.from_config(base.config(base.processor()))
+    with pytest.raises(
+        UserError, match=r"tune\.language: prompt_tuning gives .* no position in glm_ocr \(mRoPE\)"
+    ):
+        apply_tuning(model, find_components(model), TuneSection.model_validate({"language": {"method": "prompt_tuning"}}))
 
 
 def test_types_of_transformers_work_that_no_file_of_the_package_names() -> None:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 from mmtune.families.family_table import family_of
 from mmtune.methods.method import MANAGED, Method
 from mmtune.methods.setting_types import COUNT, DROPOUT
+from mmtune.utils.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from torch import nn
 
 _LANGUAGE_MODELS = "it is the language model's"
 _COMMON: dict[str, Any] = {
@@ -33,12 +35,21 @@ class PromptMethod(Method):
 
     def incompatibility(self, settings: Mapping[str, Any], precision: str, model_type: str | None) -> str | None:
         """Families with mRoPE have no position for a virtual token, which needs three parts; others have no place for it."""
-        others = " or ".join(self.alternatives)
         if model_type is not None and not family_of(model_type).takes_virtual_tokens:
-            return f"{self.name} puts virtual tokens before the text, for which {model_type} has no place; use {others}"
-        if model_type is not None and family_of(model_type).mrope:
-            return f"{self.name} gives its virtual tokens no position in {model_type} (mRoPE); use {others}"
-        return None
+            return f"{self.name} puts virtual tokens before the text, for which {model_type} has no place; {self._advice()}"
+        return self._no_position(model_type) if model_type is not None and family_of(model_type).mrope else None
+
+    def check_model(self, model: Any, targets: Mapping[str, nn.Module], settings: Mapping[str, Any]) -> None:
+        """A family without an entry shows that it has mRoPE only in its model."""
+        super().check_model(model, targets, settings)
+        if hasattr(model.base_model, "get_rope_index"):
+            raise UserError(self._no_position(str(model.config.model_type)))
+
+    def _no_position(self, model_type: str) -> str:
+        return f"{self.name} gives its virtual tokens no position in {model_type} (mRoPE); {self._advice()}"
+
+    def _advice(self) -> str:
+        return f"use {' or '.join(self.alternatives)}"
 
 
 class EmbeddedPrompt(PromptMethod):
