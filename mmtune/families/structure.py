@@ -79,7 +79,8 @@ def find_components(model: nn.Module) -> Components:
     language = family.language_model or path(_accessor(inner, "get_decoder"))
     vision = None if family.encoder_free else family.encoder or path(_accessor(inner, "get_encoder", modality="image"))
     paths = {"vision tower": vision, "language model": language, "output head": head}
-    if (vision is None and not family.encoder_free) or language is None or head is None or vision == language:
+    is_nested = vision is not None and language is not None and is_inside(language, vision)
+    if (vision is None and not family.encoder_free) or language is None or head is None or is_nested:
         missing = [name for name, where in paths.items() if where is None] or ["vision tower"]
         raise RecipeValueError("model", f"{subject} has no {', no '.join(missing)}; found {_listing(paths)}")
     audio = [path(_accessor(inner, "get_encoder", modality=modality)) for modality in OTHER_MODALITIES]

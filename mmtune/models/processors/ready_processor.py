@@ -16,7 +16,7 @@ from mmtune.chat_templates.resolving import end_of_turn_ids
 from mmtune.distributed.sharded_parameters import meta_init
 from mmtune.families.family_table import family_of_processor
 from mmtune.families.structure import Components, find_components, image_features_of, is_inside
-from mmtune.models.checkpoints.remote_code import auto_class
+from mmtune.models.checkpoints.remote_code import auto_class, first_line
 from mmtune.models.components import component_of
 from mmtune.models.fake_tensors import (
     DataDependentOutputException,
@@ -118,15 +118,15 @@ def prepare_processor(
 def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
     """Check that the number of image tokens of a processor equals the number of image features of its model.
 
-    The model is built from its config, and its vision tower runs on fake tensors.
+    The model is built from its config, and its vision tower runs on fake tensors. Where the numbers cannot be compared, a line
+    says so.
 
     Raises:
         UserError: the numbers differ (the message names the responsible processor keys), or the image tokens differ.
     """
     config = type(config).from_dict(config.to_dict())  # from_config modifies the config
-    if (token := getattr(config, "image_token_id", None)) is None:
-        return
     family = family_of_processor(processor)
+    token = _image_token_id(processor, config)
     counts: dict[Any, int] = {}
     with suppress_fake_tensor_warnings():
         with meta_init():
@@ -135,6 +135,7 @@ def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_co
         for name, _ in model.named_parameters():
             component_of(name, components)  # raises an error for a parameter in no component
         if (image_features := image_features_of(model)) is None:
+            print(f"{type(model).__name__}: image tokens and features are not compared: it has no get_image_features")
             return
         memory = MemoryTracker(0)
         memory.track_model(model)
@@ -150,11 +151,12 @@ def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_co
                     check = None if counts else partial(_check_gradients, model, components)
                     counts[key] = _count_features(image_features, memory, inputs, config.get_text_config().hidden_size, check)
             except (DataDependentOutputException, DynamicOutputShapeException):
-                return  # the number of features depends on weights
+                print(f"{type(model).__name__}: image tokens and features are not compared: their number depends on weights")
+                return
             except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"the model cannot process an image of {width} x {height} pixels from its processor: "
-                    f"{str(error).strip().splitlines()[0]}{_mismatched_keys(processor, config)}"
+                    f"{first_line(error)}{_mismatched_keys(processor, config)}"
                 ) from error
             if written != counts[key]:
                 raise UserError(
@@ -175,7 +177,10 @@ def _count_features(
         outputs = image_features(**inputs, return_dict=True)
         if check is not None:
             check(outputs)
-    return int(sum(tensor.numel() for tensor in _tensors(outputs.pooler_output)) // width)
+    values = sum(tensor.numel() for tensor in _tensors(outputs.pooler_output))
+    if values % width:
+        raise ValueError(f"expected image features of {width} values, got {values} values in all")
+    return values // width
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -186,7 +191,9 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _check_gradients(model: Any, components: Components, outputs: Mapping[str, Any]) -> None:
-    """Check that the features depend on the vision tower and on every part of the projector, and on no other part.
+    """Check that the features depend on the vision tower and on every part of the projector, and on no other component.
+
+    Images that are tokens of the vocabulary have no projector: the language model embeds them.
 
     Args:
         outputs: all that the model returns for an image: its features as `pooler_output`, those of deeper layers that some
@@ -198,11 +205,12 @@ def _check_gradients(model: Any, components: Components, outputs: Mapping[str, A
     reached, by_features = _reached(model, list(outputs.values())), _reached(model, outputs["pooler_output"])
     needed = [*components.towers, components.projector, *components.projector_extras]
     parts = {path: any(is_inside(name, path) for name in reached) for path in needed if path is not None}
-    parts |= {path: not any(is_inside(name, path) for name in by_features) for path in components.others}
+    allowed = ("vision", "projector") if components.projector is not None else ("vision", "language")
+    parts |= dict.fromkeys(sorted(name for name in by_features if component_of(name, components) not in allowed), False)
     if wrong := [path for path, is_right in parts.items() if not is_right]:
         raise UserError(
             f"{type(model).__name__}: expected image features that depend on the vision tower and the projector "
-            f"({', '.join(path for path in needed if path)}), and on nothing else; not so: {', '.join(wrong)}"
+            f"({', '.join(path for path in needed if path)}), and on nothing else; not so: {', '.join(wrong[:8])}"
         )
 
 
@@ -226,14 +234,23 @@ def _leaves_of(tensors: list[torch.Tensor]) -> set[int]:
     return leaves
 
 
+def _image_token_id(processor: Any, config: Any) -> int:
+    """The id of the token of image features: of the model's config, or of the processor's placeholder where that has none."""
+    token = getattr(config, "image_token_id", None)
+    if token is None:
+        token = processor.tokenizer.convert_tokens_to_ids(family_of_processor(processor).placeholder(processor))
+    return int(token)
+
+
 def _mismatched_keys(processor: Any, config: Any) -> str:
     """The processor keys that do not match the model's config, with the expected values, for messages."""
     mismatches = []
-    token = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
+    token_id = _image_token_id(processor, config)
+    token = processor.tokenizer.convert_ids_to_tokens(token_id)
     family = family_of_processor(processor)
     placeholder = family.placeholder(processor)
     placeholder_id = processor.tokenizer.convert_tokens_to_ids(placeholder)
-    if placeholder_id != config.image_token_id and family.placeholder_is_image_token:
+    if placeholder_id != token_id and family.placeholder_is_image_token:
         mismatches.append(f"image_token: expected {token!r} (config.json), got {placeholder!r} (id {placeholder_id})")
     for key, rule in family.processor_keys.items():
         owner, attribute = _owner(processor, key)

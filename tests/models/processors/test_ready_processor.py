@@ -9,6 +9,7 @@ import pytest
 from family_processors import FAMILIES, TURNS, byte_level
 
 from mmtune.families.family_table import family_of_processor
+from mmtune.models.processors import ready_processor
 from mmtune.models.processors.ready_processor import check_image_tokens, choose_pad_token, prepare_processor
 from mmtune.models.tiny.tiny_bases import BASES
 from mmtune.utils.errors import UserError
@@ -64,6 +65,28 @@ def test_a_mismatched_image_size_is_an_error() -> None:
     config.vision_config.image_size = 28
     with pytest.raises(UserError, match=r"cannot process an image of 640 x 480 pixels.*56\*56.*check the image size"):
         check_image_tokens(processor, config)
+
+
+def test_features_that_depend_on_the_language_model_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_norm(model: Any) -> Any:
+        def features(pixel_values: Any, return_dict: bool = True) -> Any:
+            output = model.get_image_features(pixel_values, return_dict=return_dict)
+            output.pooler_output = output.pooler_output[0] * model.get_decoder().norm.weight
+            return output
+
+        return features
+
+    monkeypatch.setattr(ready_processor, "image_features_of", with_norm)
+    processor = FAMILIES["llava"]()
+    with pytest.raises(UserError, match=r"and on nothing else; not so: model\.language_model\.norm\.weight$"):
+        check_image_tokens(processor, BASES["llava"].config(processor))
+
+
+def test_a_model_without_image_features_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(ready_processor, "image_features_of", lambda model: None)
+    processor = FAMILIES["llava"]()
+    check_image_tokens(processor, BASES["llava"].config(processor))
+    assert "image tokens and features are not compared: it has no get_image_features" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
