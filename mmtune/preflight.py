@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from mmtune.data.sources.reader import check_source
-from mmtune.families.family_table import family_of
+from mmtune.families.family_table import ASSEMBLED_TYPE, family_of
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, resolve_base
 from mmtune.models.checkpoints.model_type import check_model_type, local_model_type
 from mmtune.recipe.recipe import SECTIONS, Recipe, check_files, located
@@ -60,7 +60,7 @@ def _collected(errors: list[str]) -> Iterator[None]:
 def _check_base(recipe: Recipe) -> None:
     """Check by the base's `model_type` that its family is supported, and supports the method and packing."""
     base = recipe.model.base
-    model_type: str | None = "llava"  # of assembled and built-in models
+    model_type: str | None = ASSEMBLED_TYPE
     if base not in (None, UNTRAINED):
         resolve_base(str(base))
         if (folder := local_folder(str(base))) is None:

@@ -6,6 +6,7 @@ A model of any other `model_type` is handled by `Family`, which finds everything
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from mmtune.families.family import Family
@@ -53,6 +54,9 @@ FAMILIES: Mapping[str, Family] = {
 PLAIN = Family("plain")
 """Every other family."""
 
+ASSEMBLED_TYPE = LLAVA.model_types[0]
+"""`model_type` of models that are assembled from a vision tower and a language model, and of the built-in one."""
+
 OUT_OF_SCOPE: Mapping[str, str] = {
     "evolla": "it reads proteins",
     "pi0": "it is a robot policy",
@@ -83,7 +87,12 @@ def family_of(model_type: str) -> Family:
 
 def family_of_processor(processor: Any) -> Family:
     """The family of a processor by its class, or the nearest parent class that an entry names."""
-    for name in (each.__name__ for each in type(processor).__mro__):
+    return _family_of_class(type(processor))
+
+
+@lru_cache
+def _family_of_class(processor_class: type) -> Family:
+    for name in (each.__name__ for each in processor_class.__mro__):
         for family in FAMILIES.values():
             if name in family.processors:
                 return family

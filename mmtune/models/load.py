@@ -25,7 +25,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from mmtune.builtin import tiny_checkpoint as tiny
 from mmtune.chat_templates.resolving import resolve_chat_template, set_chat_template, training_chat_template, use_chat_template
 from mmtune.distributed.sharded_parameters import is_sharded
-from mmtune.families.family_table import family_of, family_of_processor
+from mmtune.families.family_table import ASSEMBLED_TYPE, family_of, family_of_processor
 from mmtune.methods.method_table import METHODS, method_of_peft_type
 from mmtune.models.assemble import assemble, assemble_processor
 from mmtune.models.checkpoints.adapter_export import export_adapter
@@ -84,8 +84,8 @@ class ResolvedBase:
 
     @property
     def model_type(self) -> str:
-        """The `model_type` of the family; models that are built here are LLaVA models."""
-        return "llava" if self.config is None else str(self.config.model_type)
+        """The `model_type` of its family."""
+        return ASSEMBLED_TYPE if self.config is None else str(self.config.model_type)
 
 
 def resolve_model(section: ModelSection) -> ResolvedBase:

@@ -154,8 +154,8 @@ def _per_token(sample: dict[str, torch.Tensor], key: str) -> torch.Tensor:
 
 def _images_by_sample(encoded: list[dict[str, torch.Tensor]]) -> bool:
     """Whether the first dimension of the pixels is the sample and not the image."""
-    idefics = any("pixel_attention_mask" in sample and sample["pixel_values"].ndim == 5 for sample in encoded)
-    return idefics or any(key in sample for sample in encoded for key in CROSS_ATTENTION_MASKS)
+    masked_images = any("pixel_attention_mask" in sample and sample["pixel_values"].ndim == 5 for sample in encoded)
+    return masked_images or any(key in sample for sample in encoded for key in CROSS_ATTENTION_MASKS)
 
 
 def _cross_attention_mask(
