@@ -106,9 +106,7 @@ def test_a_prompt_method_is_an_error_where_only_the_model_shows_three_positions(
     base = CASES["glm_ocr"].base
     with torch.device("meta"):
         model = tf.AutoModelForImageTextToText.from_config(base.config(base.processor()))
-    with pytest.raises(
-        UserError, match=r"tune\.language: prompt_tuning gives .* no position in glm_ocr \(mRoPE\)"
-    ):
+    with pytest.raises(UserError, match=r"tune\.language: prompt_tuning gives .* no position in glm_ocr \(mRoPE\)"):
         apply_tuning(model, find_components(model), TuneSection.model_validate({"language": {"method": "prompt_tuning"}}))
 
 
