@@ -87,11 +87,12 @@ def family_of(model_type: str) -> Family:
 
 def family_of_processor(processor: Any) -> Family:
     """The family of a processor by its class, or the nearest parent class that an entry names."""
-    return _family_of_class(type(processor))
+    processor_class: Any = type(processor)
+    return _family_of_class(processor_class)
 
 
 @lru_cache
-def _family_of_class(processor_class: type) -> Family:
+def _family_of_class(processor_class: type[Any]) -> Family:
     for name in (each.__name__ for each in processor_class.__mro__):
         for family in FAMILIES.values():
             if name in family.processors:
