@@ -45,6 +45,9 @@ IMAGE_TOKEN = "<image>"
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
 PROBE_SIZES = ((640, 480), (100, 333), (31, 17), (224, 224))
 
+ASSEMBLED_CLASS = LlavaForConditionalGeneration
+"""The class of assembled models, and of the built-in one."""
+
 
 def assemble(
     vision: str,

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration, ProcessorMixin
+from transformers import ProcessorMixin
 
 from mmtune.data.batching.collate import Collator, collate
 from mmtune.data.dataset import SampleEncoder, dummy_sample
 from mmtune.data.encoding.encode import IGNORE_INDEX
 from mmtune.distributed.context import DistributedContext
+from mmtune.models.assemble import ASSEMBLED_CLASS
 from mmtune.models.compute import computes_loss, count_virtual_tokens
 from mmtune.models.experts.router_loss import SWITCH, RouterLoss, check_router_loss, has_router_loss, router_loss_of
 from mmtune.models.load import ResolvedBase
@@ -100,7 +101,7 @@ class SupervisedTuning:
             UserError: they do not fit.
         """
         with errors_at_key("objective.router_aux_loss_coef"):
-            line = check_router_loss(base.config, LlavaForConditionalGeneration, self.settings.router_aux_loss_coef)
+            line = check_router_loss(base.config, ASSEMBLED_CLASS, self.settings.router_aux_loss_coef)
         if line is not None:
             print(line)
 
