@@ -200,6 +200,18 @@ def test_peft_still_reads_layers_of_some_families_as_experts() -> None:
     assert not names_read_as_experts("qwen3_vl_moe"), changed
 
 
+def test_peft_still_renames_the_tensors_of_an_adapter_by_a_mapping_of_this_name() -> None:
+    from peft.utils import transformers_weight_conversion as conversion
+
+    from mmtune.methods.tuners.peft_private import adapter_keys_as_stored
+
+    mapping = conversion.get_checkpoint_conversion_mapping
+    assert mapping("deepseek_ocr2"), f"peft {metadata.version('peft')} changed how it renames the tensors of adapters"
+    with adapter_keys_as_stored():
+        assert conversion.get_checkpoint_conversion_mapping("deepseek_ocr2") is None
+    assert conversion.get_checkpoint_conversion_mapping is mapping
+
+
 def test_pefts_types_are_an_enumeration_that_can_be_extended() -> None:
     changed = f"peft {metadata.version('peft')} or Python changed PeftType"
     assert PeftType._value2member_map_["LORA"] is PeftType._member_map_["LORA"] is PeftType.LORA, changed

@@ -27,6 +27,7 @@ from mmtune.chat_templates.resolving import resolve_chat_template, set_chat_temp
 from mmtune.distributed.sharded_parameters import is_sharded
 from mmtune.families.family_table import ASSEMBLED_TYPE, family_of, family_of_processor
 from mmtune.methods.method_table import METHODS, method_of_peft_type
+from mmtune.methods.tuners.peft_private import adapter_keys_as_stored
 from mmtune.models.assemble import assemble, assemble_processor
 from mmtune.models.checkpoints.adapter_export import export_adapter
 from mmtune.models.checkpoints.adapter_patterns import expand_patterns
@@ -455,23 +456,21 @@ def load_adapter(adapter: Path, **settings: Any) -> PeftModel:
     try:
         config = config_class.from_pretrained(str(adapter))
         expand_patterns(config, model, adapter / ADAPTER_CONFIG)
-        tuned = PeftModel.from_pretrained(model, str(adapter), config=config)
+        with adapter_keys_as_stored():
+            tuned = PeftModel.from_pretrained(model, str(adapter), config=config)
         keys = {key for file in weight_files(adapter) for key in safe_open(file, framework="pt").keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{adapter}: cannot load the adapter: {reason_of(error)}") from error
     # PEFT loads the tensors that match and only warns about the others.
     expected = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
-    mismatches = {"missing": expected - keys, "unexpected": {key for key in keys - expected if not _is_embedding(key)}}
+    unexpected = {key for key in keys - expected if not any(f".{name}." in f".{key}" for name in EMBEDDING_LAYER_NAMES)}
+    mismatches = {"missing": expected - keys, "unexpected": unexpected}
     listing = [f"{len(names)} {kind} ({', '.join(sorted(names)[:3])} ...)" for kind, names in mismatches.items() if names]
     if listing:
         raise UserError(f"{adapter}: its tensors do not match its base: {'; '.join(listing)}")
     if has_generation_config:
         tuned.get_base_model().generation_config = GenerationConfig.from_pretrained(str(adapter))
     return tuned
-
-
-def _is_embedding(key: str) -> bool:
-    return any(f".{name}." in f".{key}" for name in EMBEDDING_LAYER_NAMES)
 
 
 def adapter_method(adapter: Path) -> str:

@@ -25,6 +25,7 @@ from mmtune.data.message import RowError
 from mmtune.data.processes import prepare_worker, worker_failure
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.distributed.sharded_parameters import full_state_dict
+from mmtune.methods.tuners.peft_private import adapter_keys_as_stored
 from mmtune.models.checkpoints.remote_code import reject_unsafe_pickles
 from mmtune.models.checkpoints.trained_weights import INITIAL_FACTORS
 from mmtune.objectives.sft import SupervisedTuning
@@ -277,7 +278,8 @@ class TuningTrainer(HookedTrainer):
             load_full_model(self.model, checkpoint)
         elif not load_adapter_state(self.model, checkpoint):
             # The Trainer itself reads it onto the first GPU in every process.
-            self.model.load_adapter(str(checkpoint), self.model.active_adapter, is_trainable=True, torch_device="cpu")
+            with adapter_keys_as_stored():
+                self.model.load_adapter(str(checkpoint), self.model.active_adapter, is_trainable=True, torch_device="cpu")
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The data loader of this process's batches; accelerate does not divide them further."""

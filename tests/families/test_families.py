@@ -125,8 +125,11 @@ def test_a_training_step_equals_that_of_plain_transformers_and_peft(
     path = write(family, LORA if CASES[family].projector else f"{LORA}, projector: {{method: frozen}}", train=SGD)
     run, merged = path.parent / "run", path.parent / "merged"
     for command in (["recipe", "check", path], ["data", "check", path], ["plan", path], ["train", path]):
-        assert mmtune(*command) == 0, capsys.readouterr()
-    printed = capsys.readouterr().out
+        expected = 2 if command[0] == "plan" and CASES[family].unpredictable else 0
+        assert mmtune(*command) == expected, capsys.readouterr()
+    output = capsys.readouterr()
+    assert ("cannot be predicted" in output.err) == CASES[family].unpredictable
+    printed = output.out
     assert mmtune("merge", run, merged, "--dtype", "fp32", "--samples", "2") == 0, capsys.readouterr()
 
     recipe = load_recipe(path)
@@ -170,6 +173,7 @@ def test_a_training_step_equals_that_of_plain_transformers_and_peft(
     plain = tf.AutoModelForImageTextToText.from_pretrained(merged)
     messages = [{**question[0], "content": [_with_open_image(block) for block in question[0]["content"]]}]
     inputs = _plain_inputs(tf.AutoProcessor.from_pretrained(merged), messages, CASES[family])
+    inputs = {name: value.to(plain.dtype) if _is_float(value) else value for name, value in inputs.items()}  # Llama 4's is bf16
     output = plain.generate(**inputs, max_new_tokens=6, do_sample=False, repetition_penalty=1.0)
     prompt = 0 if plain.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     answer = processor.tokenizer.decode(output[0, prompt:], skip_special_tokens=True)
@@ -177,6 +181,10 @@ def test_a_training_step_equals_that_of_plain_transformers_and_peft(
     assert answer.strip() == answers[-1]
     for model in (run, merged):
         assert mmtune("chat", model, "--image", samples[-1].images[0], "--prompt", "What?", "--max-new-tokens", "3") == 0
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _plain_inputs(processor: Any, messages: list[dict[str, Any]], case: FamilyCase) -> Any:

@@ -15,10 +15,7 @@ class MiniCpm(Family):
 
     def planned_batch(self, batch: dict[str, torch.Tensor], images: int) -> dict[str, torch.Tensor]:
         """Positions of plain text, because the planned text has no markers; memory is the same."""
-        import torch
-
-        positions = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
-        return {**{name: tensor for name, tensor in batch.items() if name != "mm_token_type_ids"}, "position_ids": positions}
+        return batch | {"mm_token_type_ids": batch["input_ids"] * 0}
 
 
 MINICPM = MiniCpm(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +49,23 @@ def names_read_as_experts(model_type: str) -> frozenset[str]:
     if pattern not in conversion._MOE_FUSED_TARGETS:
         return frozenset()
     return frozenset(conversion._MOE_TARGET_MODULE_MAPPING[pattern])
+
+
+@contextmanager
+def adapter_keys_as_stored() -> Iterator[None]:
+    """Inside, PEFT loads adapters by the names of their tensors.
+
+    Otherwise it renames them as transformers does the weights of releases. A rule that also matches a name of today, as two of
+    DeepSeek-OCR 2 do, then leaves the adapter out, with a warning only. All adapters here have the names of today.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    mapping = conversion.get_checkpoint_conversion_mapping
+    conversion.get_checkpoint_conversion_mapping = lambda *_: None
+    try:
+        yield
+    finally:
+        conversion.get_checkpoint_conversion_mapping = mapping
 
 
 def cast_layer_input(layer: BaseTunerLayer, x: torch.Tensor, dtype: Any) -> torch.Tensor:

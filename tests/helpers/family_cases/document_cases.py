@@ -149,4 +149,30 @@ DOCUMENT_CASES: dict[str, FamilyCase] = {
         TinyBase(_granite_docling, _granite_docling_config, template=granite_template("<image>")), "<|end_of_text|>"
     ),
     "qianfan_ocr": FamilyCase(TinyBase(_qianfan_ocr, _qianfan_ocr_config, template=chatml("<image>\\n"))),
+    "deepseek_ocr2": FamilyCase(
+        TinyBase(
+            lambda: _ocr_processor(
+                "DeepseekOcr2Processor", "DeepseekOcr2ImageProcessor", 1, size={"height": 64, "width": 64}, tile_size=48
+            ),
+            _deepseek_ocr2_config,
+            template=_OCR_TEMPLATE,
+        ),
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    ),
+    "unlimited_ocr": FamilyCase(
+        TinyBase(
+            lambda: _ocr_processor(
+                "UnlimitedOcrProcessor",
+                "UnlimitedOcrImageProcessor",
+                4,
+                size={"height": 64, "width": 64},
+                tile_size=32,
+                max_patches=4,
+            ),
+            _unlimited_ocr_config,
+            template=_OCR_TEMPLATE,
+        ),
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+        lists=("num_local_patches", "patches_grid"),
+    ),
 }

@@ -23,6 +23,7 @@ class FamilyCase:
             batch, and does not in mmtune.
         idle: a regular expression of the trained tensors on which no image feature depends, so that their gradient is zero.
         flat_images: whether its processor takes the images of a conversation in one list, which `apply_chat_template` nests.
+        unpredictable: whether its memory cannot be predicted, because the class computes with positions that weights determine.
         lists: inputs that its class in plain transformers takes only as Python lists.
         supervise: `data.supervise`: a decoder with an encoder writes one answer, so that only the last turn can be one.
         projector: whether the model has a projector.
@@ -36,6 +37,7 @@ class FamilyCase:
     alone: bool = False
     idle: str = "(?!)"
     flat_images: bool = False
+    unpredictable: bool = False
     lists: tuple[str, ...] = ()
     plain_call: dict[str, Any] = field(default_factory=dict)
     supervise: str = "all"

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
 
 from family_cases.family_case import FamilyCase
-from family_cases.tile_cases import chatml, turns
+from family_cases.tile_cases import CHATML, chatml, turns
 from mmtune.models.tiny.tiny_bases import CHATML_TOKENS, TinyBase, text_sizes, tiny_tokenizer, token_id
 
 _SIZES: dict[str, Any] = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
@@ -136,12 +136,88 @@ _COMPASS_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"
 )
 
+# ---- MiniCPM-V
+
+
+_MINICPM = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "image_start_token": "<image>"}
+_MINICPM |= {"image_end_token": "</image>", "slice_start_token": "<slice>", "slice_end_token": "</slice>"}
+_MINICPM |= {"image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>"}
+_MINICPM_MARKERS = ("image_start", "image_end", "slice_start", "slice_end")
+_MINICPM_IMAGES: dict[str, Any] = {"patch_size": 7, "scale_resolution": 56, "max_slice_nums": 4}
+_QWEN35_TEXT: dict[str, Any] = {
+    "model_type": "qwen3_5_text",
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+
+
+def _minicpm(kind: str, images: str, video: str, **settings: Any) -> Callable[[], ProcessorMixin]:
+    def build() -> ProcessorMixin:
+        import transformers as tf
+
+        tokenizer = tiny_tokenizer(CHATML_TOKENS, _MINICPM, **CHATML)
+        sizes = {**_MINICPM_IMAGES, **settings}
+        parts = {"image_processor": getattr(tf, images)(**sizes), "video_processor": getattr(tf, video)(**sizes)}
+        processor: ProcessorMixin = getattr(tf, kind)(**parts, tokenizer=tokenizer)
+        return processor
+
+    return build
+
+
+def _minicpm_config(model_type: str, **settings: Any) -> Callable[[Any], PreTrainedConfig]:
+    def config(processor: Any) -> PreTrainedConfig:
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return AutoConfig.for_model(
+            model_type,
+            vision_config={**sizes, "image_size": 112, "patch_size": 7},
+            text_config={**text_sizes(processor.tokenizer), **_QWEN35_TEXT},
+            image_token_id=processor.image_token_id,
+            video_token_id=processor.video_token_id,
+            insert_layer_id=0,
+            tie_word_embeddings=False,
+            **settings,
+        )
+
+    return config
+
+
+def _minicpmv4_7_config(processor: Any) -> PreTrainedConfig:
+    markers = {f"{name}_id": getattr(processor.tokenizer, f"{name}_token_id") for name in _MINICPM_MARKERS}
+    (newline,) = processor.tokenizer("\n")["input_ids"]
+    return _minicpm_config("minicpmv4_7", **markers, newline_id=newline)(processor)
+
+
 PATCH_CASES: dict[str, FamilyCase] = {
     "lfm3_vl": FamilyCase(
         TinyBase(_lfm3_vl, _lfm3_vl_config, template=chatml("<|vision_start|><|image_pad|><|vision_end|>", "{{ bos_token }}"))
     ),
     "muse_glimmer": FamilyCase(TinyBase(_muse_glimmer, _muse_config("muse_glimmer"), template=_MUSE_TEMPLATE), "<|eot|>"),
+    "muse_spark": FamilyCase(TinyBase(_muse_spark, _muse_spark_config, template=_MUSE_TEMPLATE), "<|eot|>"),
     "cohere_compass": FamilyCase(
         TinyBase(_cohere_compass, _cohere_compass_config, template=_COMPASS_TEMPLATE), "<|END_OF_TURN_TOKEN|>"
+    ),
+    "minicpmv4_6": FamilyCase(
+        TinyBase(
+            _minicpm("MiniCPMV4_6Processor", "MiniCPMV4_6ImageProcessor", "MiniCPMV4_6VideoProcessor"),
+            _minicpm_config("minicpmv4_6", image_size=56),
+            template=chatml("<|image_pad|>\\n"),
+        )
+    ),
+    "minicpmv4_7": FamilyCase(
+        TinyBase(
+            _minicpm("MiniCPMV4_7Processor", "MiniCPMV4_6ImageProcessor", "MiniCPMV4_6VideoProcessor"),
+            _minicpmv4_7_config,
+            template=chatml("<|image_pad|>\\n"),
+        )
+    ),
+    "minicpm_ocr": FamilyCase(
+        TinyBase(
+            _minicpm("MiniCPMOcrProcessor", "MiniCPMOcrImageProcessor", "MiniCPMOcrVideoProcessor", downsample_mode="4x"),
+            _minicpm_config("minicpm_ocr"),
+            template=chatml("<|image_pad|>\\n"),
+        )
     ),
 }

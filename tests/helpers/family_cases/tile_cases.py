@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
@@ -163,62 +162,6 @@ def _ovis2_config(processor: Any) -> PreTrainedConfig:
         hidden_size=64,
         tie_word_embeddings=False,
     )
-
-
-# ---- MiniCPM-V
-
-
-_MINICPM = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "image_start_token": "<image>"}
-_MINICPM |= {"image_end_token": "</image>", "slice_start_token": "<slice>", "slice_end_token": "</slice>"}
-_MINICPM |= {"image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>"}
-_MINICPM_MARKERS = ("image_start", "image_end", "slice_start", "slice_end")
-MINICPM_IMAGES: dict[str, Any] = {"patch_size": 7, "scale_resolution": 56, "max_slice_nums": 4}
-QWEN35_TEXT: dict[str, Any] = {
-    "model_type": "qwen3_5_text",
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-}
-
-
-def minicpm(kind: str, images: str, video: str, **settings: Any) -> Callable[[], ProcessorMixin]:
-    def build() -> ProcessorMixin:
-        import transformers as tf
-
-        tokenizer = tiny_tokenizer(CHATML_TOKENS, _MINICPM, **CHATML)
-        parts = {
-            "image_processor": getattr(tf, images)(**MINICPM_IMAGES),
-            "video_processor": getattr(tf, video)(**MINICPM_IMAGES),
-        }
-        processor: ProcessorMixin = getattr(tf, kind)(**parts, tokenizer=tokenizer)
-        return processor
-
-    return build
-
-
-def minicpm_config(model_type: str, **settings: Any) -> Callable[[Any], PreTrainedConfig]:
-    def config(processor: Any) -> PreTrainedConfig:
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        return AutoConfig.for_model(
-            model_type,
-            vision_config={**sizes, "image_size": 112, "patch_size": 7},
-            text_config={**text_sizes(processor.tokenizer), **QWEN35_TEXT},
-            image_token_id=processor.image_token_id,
-            video_token_id=processor.video_token_id,
-            insert_layer_id=0,
-            tie_word_embeddings=False,
-            **settings,
-        )
-
-    return config
-
-
-def _minicpmv4_7_config(processor: Any) -> PreTrainedConfig:
-    markers = {f"{name}_id": getattr(processor.tokenizer, f"{name}_token_id") for name in _MINICPM_MARKERS}
-    (newline,) = processor.tokenizer("\n")["input_ids"]
-    return minicpm_config("minicpmv4_7", **markers, newline_id=newline)(processor)
 
 
 # ---- Molmo 2
@@ -471,6 +414,7 @@ TILE_CASES: dict[str, FamilyCase] = {
     ),
     "lfm2_vl": FamilyCase(TinyBase(_lfm2_vl, _lfm2_vl_config, template=chatml("<image>", "{{ bos_token }}"))),
     "ovis2": FamilyCase(TinyBase(_ovis2, _ovis2_config, template=chatml("<image>\\n", _SYSTEM))),
+    "step3p7": FamilyCase(TinyBase(_step3p7, _step3p7_config, template=chatml("<im_patch>")), unpredictable=True),
     "molmo2": FamilyCase(TinyBase(_molmo2, _molmo2_config, template=chatml("<|image|>"))),
     "perception_lm": FamilyCase(
         TinyBase(
@@ -480,6 +424,8 @@ TILE_CASES: dict[str, FamilyCase] = {
         ),
         "<|eot_id|>",
     ),
+    "aria": FamilyCase(TinyBase(_aria, _aria_config, template=chatml("<fim_prefix><|img|><fim_suffix>"))),
+    "llama4": FamilyCase(TinyBase(_llama4, _llama4_config, template=_LLAMA4_TEMPLATE), "<|eot|>"),
     "llava_next_video": FamilyCase(
         TinyBase(_llava_next_video, _llava_next_video_config, template=TEMPLATES["llava"], required_template="vicuna_v1"),
         "</s>",
