@@ -179,7 +179,7 @@ def test_a_training_step_equals_that_of_plain_transformers_and_peft(
     answer = processor.tokenizer.decode(output[0, prompt:], skip_special_tokens=True)
     answers = [json.loads(line)["prediction"] for line in (RunDirectory(run).answers("after")).read_text().splitlines()]
     assert answer.strip() == answers[-1]
-    for model in (run, merged):
+    for model in (run, merged) if family in FAST else (merged,):
         assert mmtune("chat", model, "--image", samples[-1].images[0], "--prompt", "What?", "--max-new-tokens", "3") == 0
 
 
@@ -249,7 +249,7 @@ def _reference(base: Path, adapter: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("family", sorted({*BASES} - {"qwen2_vl", "idefics3", "llava_pixtral"}))  # close to others of the list
 def test_tower_full_and_quantized_tuning_train_and_merge(
     family: str, write: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
