@@ -124,7 +124,7 @@ def test_a_question_cannot_write_control_tokens(session: ChatSession, answering_
 
 def test_a_model_without_a_chat_template_is_an_error(answering_llava: tuple[Any, Any]) -> None:
     bare = copy.deepcopy(answering_llava[1])
-    bare.chat_template = None
+    bare.chat_template = bare.tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         ChatSession(answering_llava[0], bare)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
+from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 
@@ -72,3 +73,14 @@ def cast_layer_input(layer: BaseTunerLayer, x: torch.Tensor, dtype: Any) -> torc
     """The input of an adapter in the dtype of its weights, as PEFT's own layers cast it (`autocast_adapter_dtype`)."""
     cast: torch.Tensor = layer._cast_input_dtype(x, dtype)
     return cast
+
+
+def adapts_stack(module: torch.nn.Module) -> bool:
+    """Whether a module is PEFT's wrapper of a parameter that stacks the weights of experts."""
+    return isinstance(module, ParamWrapper)
+
+
+def stacked_factors(wrapper: torch.nn.Module) -> tuple[list[torch.nn.Parameter], int]:
+    """The adapter's matrices of such a wrapper, each of all experts, and the number of experts."""
+    assert isinstance(wrapper, ParamWrapper)
+    return [*wrapper.lora_A.parameters(), *wrapper.lora_B.parameters()], int(wrapper.num_experts)

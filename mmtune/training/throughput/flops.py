@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import ParamWrapper
 from torch import nn
 
 from mmtune.data.batching.collate import RowSize
 from mmtune.distributed.deepspeed_private import full_shape, full_size
 from mmtune.families.structure import Components, find_components
+from mmtune.methods.tuners.peft_private import adapts_stack, stacked_factors
 from mmtune.models.components import component_of
 from mmtune.models.experts.expert_stacks import ExpertStack, find_experts
 from mmtune.models.fake_tensors import TorchDispatchMode
@@ -211,7 +211,7 @@ class _FlopsRecorder:
                 elif name in experts:
                     trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
                     record = partial(self._experts, component_of(name, self._components), experts[name], tokens, trained)
-                elif isinstance(module, ParamWrapper):
+                elif adapts_stack(module):
                     record = partial(self._adapted, component_of(name, self._components), module, tokens)
                 if record is not None:
                     stack.callback(module.register_forward_hook(record).remove)
@@ -249,11 +249,11 @@ class _FlopsRecorder:
         self._add(component, 2 * _pairs(inputs, tokens * (stack.used or 0)) * stack.size, inputs[0], output, trained)
 
     def _adapted(
-        self, component: str, wrapper: ParamWrapper, tokens: int, module: nn.Module, inputs: Any, output: torch.Tensor
+        self, component: str, wrapper: nn.Module, tokens: int, module: nn.Module, inputs: Any, output: torch.Tensor
     ) -> None:
         """LoRA of a parameter, as if its factors were layers beside the experts that a token uses; PEFT multiplies them once."""
-        factors = (*wrapper.lora_A.parameters(), *wrapper.lora_B.parameters())
-        size = sum(full_size(factor) for factor in factors if factor.requires_grad) // wrapper.num_experts
+        factors, experts = stacked_factors(wrapper)
+        size = sum(full_size(factor) for factor in factors if factor.requires_grad) // experts
         self._add(component, 2 * _pairs(inputs, tokens) * size, inputs[0], output, True)
 
     def _add(self, component: str, forward: float, x: torch.Tensor, output: torch.Tensor, trained: bool) -> None:
