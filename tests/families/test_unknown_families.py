@@ -79,7 +79,10 @@ def _goes_through(recipe: Path, capsys: pytest.CaptureFixture[str], *trust: str)
     """Check, plan, train, merge with parity, and evaluate the merged model."""
     run, merged = recipe.parent / "run", recipe.parent / "merged"
     commands: list[list[Any]] = [["recipe", "check", recipe], ["data", "check", recipe], ["plan", recipe], ["train", recipe]]
-    commands += [["merge", run, merged, "--dtype", "fp32", *trust], ["eval", merged, "--recipe", recipe, *trust]]
+    commands += [
+        ["merge", run, merged, "--dtype", "fp32", *trust],
+        ["eval", merged, "--recipe", recipe, "--out", recipe.parent / "answers.jsonl", *trust],
+    ]
     for command in commands:
         assert entry_point([str(argument) for argument in command]) == 0, capsys.readouterr()
     losses = [row["loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
