@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from launched import launch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Glm4vMoeConfig, Llama4ForCausalLM, Llama4TextConfig, LlavaConfig
 
 from mmtune.families.structure import Components, find_components
@@ -182,3 +184,29 @@ def test_a_run_on_experts_resumes_and_merges(make_recipe: Callable[..., Recipe],
     adapted = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(run.base), run.adapter)
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert torch.allclose(logits(merged), logits(adapted), atol=1e-2)  # the release is rounded to bf16
+
+
+@pytest.mark.slow
+def test_sharded_experts_train_as_in_one_process(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Weights of 262,144 numbers, which DeepSpeed shards; those below 100,000 stay in every process."""
+    vision = write_tiny_vision("clip", tmp_path / "clip")
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_local_experts": 8}
+    language = write_tiny_language("mixtral", tmp_path / "mixtral", **sizes)
+    recipes = [
+        make_recipe(
+            f"model={{vision: {vision}, language: {language}, chat_template: mistral}}",
+            "tune.language.target_parameters=all-experts",
+            f"train={{max_steps: 2, learning_rate: 1e-2, per_device_train_batch_size: {size}, use_cpu: true}}",
+            f"output_dir={tmp_path / name}",
+        )
+        for name, size in (("one", 4), ("zero3", 2), ("fsdp2", 2))
+    ]
+    train(recipes[0], ["test"])
+    jobs = [(tmp_path / f"{name}.yaml", name) for name in ("zero3", "fsdp2")]
+    for (path, _), recipe in zip(jobs, recipes[1:], strict=True):
+        path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert launch(jobs, tmp_path, timeout_s=300.0) == [True, True]
+    one, *others = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "zero3", "fsdp2"))
+    assert sum(".experts." in key for key in one) == 2 * 4  # A and B of two parameters in two layers
+    for other in others:
+        assert one.keys() == other.keys() and all(torch.allclose(one[key], other[key], atol=1e-4) for key in one)
