@@ -52,7 +52,7 @@ def describe_weights(counts: WeightCounts, precision: str) -> Iterator[str]:
         return
     layers = Counter((stack.used, stack.experts) for stack in counts.stacks)
     routes = ", ".join(
-        f"{'an unknown number' if used is None else used} of {experts} experts in {count} layers"
+        f"{'an unknown number' if used is None else used} of {experts} experts in {count} layer{'s' if count > 1 else ''}"
         for (used, experts), count in layers.items()
     )
     active = "an unknown number" if counts.active is None else f"{counts.active:,}"
