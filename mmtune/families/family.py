@@ -139,6 +139,10 @@ class Family:
         replacements = [change["replacement"] for change in outputs["text_replacement_offsets"][0]]
         return {key: torch.as_tensor(value) for key, value in outputs.items() if key not in TEXT_KEYS}, replacements
 
+    def count_image_tokens(self, processor: Any, text: str, token_id: int) -> int:
+        """The number of image features for which `text`, the replacement of one placeholder, has places."""
+        return int(processor.tokenizer(text, add_special_tokens=False)["input_ids"].count(token_id))
+
     def image_features(self, model: Any) -> Callable[..., Any] | None:
         """The function that returns the features of an image as `pooler_output`: the model's `get_image_features`, if it has one.
 

@@ -43,6 +43,10 @@ class Kosmos2(Family):
         places[0, start : start + count] = 1
         return {"input_ids": ids, "image_embeds_position_mask": places}
 
+    def count_image_tokens(self, processor: Any, text: str, token_id: int) -> int:
+        """All but the first, which stands before the features."""
+        return super().count_image_tokens(processor, text, token_id) - 1
+
     def image_features(self, model: Any) -> Callable[..., Any] | None:
         """What `get_image_features` of the class without a head returns; the class with a head has no such method."""
         from transformers import Kosmos2Model

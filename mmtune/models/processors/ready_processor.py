@@ -144,7 +144,7 @@ def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_co
             image = Image.new("RGB", (width, height), "red")
             try:
                 media, [text] = family.process_images(processor, [image])
-                written = processor.tokenizer(text, add_special_tokens=False)["input_ids"].count(token)
+                written = family.count_image_tokens(processor, text, token)
                 inputs = {name: value for name, value in media.items() if name in parameters}
                 key = tuple((name, value.shape if value.is_floating_point() else str(value)) for name, value in inputs.items())
                 if key not in counts:
