@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import textwrap
-from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
-import torch
 from PIL import Image
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from mmtune.chat_templates.resolving import end_of_turn_ids
-from mmtune.distributed.sharded_parameters import meta_init
 from mmtune.families.family_table import family_of_processor
-from mmtune.families.structure import Components, find_components, image_features_of, is_inside
-from mmtune.models.checkpoints.remote_code import auto_class, first_line
-from mmtune.models.components import component_of
-from mmtune.models.fake_tensors import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    MemoryTracker,
-    suppress_fake_tensor_warnings,
-)
+from mmtune.models.checkpoints.remote_code import first_line
+from mmtune.models.fake_tensors import DataDependentOutputException, DynamicOutputShapeException
+from mmtune.models.processors.feature_counter import feature_counter
 from mmtune.models.processors.processor import read_processor
 from mmtune.utils.errors import UserError
 
@@ -118,120 +107,36 @@ def prepare_processor(
 def check_image_tokens(processor: Any, config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
     """Check that the number of image tokens of a processor equals the number of image features of its model.
 
-    The model is built from its config, and its vision tower runs on fake tensors. Where the numbers cannot be compared, a line
-    says so.
+    Where the numbers cannot be compared, a line says so.
 
     Raises:
-        UserError: the numbers differ (the message names the responsible processor keys), or the image tokens differ.
+        UserError: the numbers differ (the message names the responsible processor keys), the image tokens differ, or the model's
+            components are not what its structure suggests.
     """
-    config = type(config).from_dict(config.to_dict())  # from_config modifies the config
     family = family_of_processor(processor)
     token = _image_token_id(processor, config)
-    counts: dict[Any, int] = {}
-    with suppress_fake_tensor_warnings():
-        with meta_init():
-            model: Any = auto_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
-        components = find_components(model)
-        for name, _ in model.named_parameters():
-            component_of(name, components)  # raises an error for a parameter in no component
-        if (image_features := image_features_of(model)) is None:
-            print(f"{type(model).__name__}: image tokens and features are not compared: it has no get_image_features")
+    counter = feature_counter(config, trust_remote_code)
+    if counter.image_features is None:
+        print(f"{counter.model_class}: image tokens and features are not compared: it has no get_image_features")
+        return
+    for width, height in PROBE_SIZES:
+        try:
+            media, [text] = family.process_images(processor, [Image.new("RGB", (width, height), "red")])
+            features = counter.count(media)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            print(f"{counter.model_class}: image tokens and features are not compared: their number depends on weights")
             return
-        memory = MemoryTracker(0)
-        memory.track_model(model)
-        parameters = inspect.signature(image_features).parameters
-        for width, height in PROBE_SIZES:
-            image = Image.new("RGB", (width, height), "red")
-            try:
-                media, [text] = family.process_images(processor, [image])
-                written = family.count_image_tokens(processor, text, token)
-                inputs = {name: value for name, value in media.items() if name in parameters}
-                key = tuple((name, value.shape if value.is_floating_point() else str(value)) for name, value in inputs.items())
-                if key not in counts:
-                    check = None if counts else partial(_check_gradients, model, components)
-                    counts[key] = _count_features(image_features, memory, inputs, config.get_text_config().hidden_size, check)
-            except (DataDependentOutputException, DynamicOutputShapeException):
-                print(f"{type(model).__name__}: image tokens and features are not compared: their number depends on weights")
-                return
-            except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"the model cannot process an image of {width} x {height} pixels from its processor: "
-                    f"{first_line(error)}{_mismatched_keys(processor, config)}"
-                ) from error
-            if written != counts[key]:
-                raise UserError(
-                    f"for an image of {width} x {height} pixels the processor writes {written} image tokens (id {token}), the "
-                    f"model gives {counts[key]} image features{_mismatched_keys(processor, config)}"
-                )
-
-
-def _count_features(
-    image_features: Callable[..., Any],
-    memory: MemoryTracker,
-    inputs: dict[str, torch.Tensor],
-    width: int,
-    check: Callable[[Mapping[str, Any]], None] | None,
-) -> int:
-    """The number of image features of `width` values; `check` receives all that the model returns for the image."""
-    with memory, torch.set_grad_enabled(check is not None):
-        outputs = image_features(**inputs, return_dict=True)
-        if check is not None:
-            check(outputs)
-    values = sum(tensor.numel() for tensor in _tensors(outputs.pooler_output))
-    if values % width:
-        raise ValueError(f"expected image features of {width} values, got {values} values in all")
-    return values // width
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors in nested lists."""
-    if isinstance(value, (list, tuple)):
-        return [tensor for each in value for tensor in _tensors(each)]
-    return [value] if isinstance(value, torch.Tensor) else []
-
-
-def _check_gradients(model: Any, components: Components, outputs: Mapping[str, Any]) -> None:
-    """Check that the features depend on the vision tower and on every part of the projector, and on no other component.
-
-    Images that are tokens of the vocabulary have no projector: the language model embeds them.
-
-    Args:
-        outputs: all that the model returns for an image: its features as `pooler_output`, those of deeper layers that some
-            families add, and what an image tokenizer computes beside them.
-
-    Raises:
-        UserError: they do not, so that what was taken for the projector is something else; lists the components.
-    """
-    reached, by_features = _reached(model, list(outputs.values())), _reached(model, outputs["pooler_output"])
-    needed = [*components.towers, components.projector, *components.projector_extras]
-    parts = {path: any(is_inside(name, path) for name in reached) for path in needed if path is not None}
-    allowed = ("vision", "projector") if components.projector is not None else ("vision", "language")
-    parts |= dict.fromkeys(sorted(name for name in by_features if component_of(name, components) not in allowed), False)
-    if wrong := [path for path, is_right in parts.items() if not is_right]:
-        raise UserError(
-            f"{type(model).__name__}: expected image features that depend on the vision tower and the projector "
-            f"({', '.join(path for path in needed if path)}), and on nothing else; not so: {', '.join(wrong[:8])}"
-        )
-
-
-def _reached(model: Any, outputs: Any) -> set[str]:
-    """The names of the parameters on which the tensors in nested lists depend."""
-    leaves = _leaves_of(_tensors(outputs))
-    return {name for name, parameter in model.named_parameters() if id(parameter) in leaves}
-
-
-def _leaves_of(tensors: list[torch.Tensor]) -> set[int]:
-    """The identities of the parameters to which a backward pass from these tensors would lead; nothing is computed."""
-    pending = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-    nodes, leaves = set(pending), set()
-    while pending:
-        node = pending.pop()
-        if (leaf := getattr(node, "variable", None)) is not None:
-            leaves.add(id(leaf))
-        following = {each for each, _ in node.next_functions if each is not None} - nodes
-        nodes |= following
-        pending += following
-    return leaves
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"the model cannot process an image of {width} x {height} pixels from its processor: "
+                f"{first_line(error)}{_mismatched_keys(processor, config)}"
+            ) from error
+        written = family.count_image_tokens(processor, text, token)
+        if written != features:
+            raise UserError(
+                f"for an image of {width} x {height} pixels the processor writes {written} image tokens (id {token}), the "
+                f"model gives {features} image features{_mismatched_keys(processor, config)}"
+            )
 
 
 def _image_token_id(processor: Any, config: Any) -> int:

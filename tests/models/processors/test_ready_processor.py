@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from family_processors import FAMILIES, TURNS, byte_level
 
 from mmtune.families.family_table import family_of_processor
-from mmtune.models.processors import ready_processor
+from mmtune.models.processors import feature_counter
 from mmtune.models.processors.ready_processor import check_image_tokens, choose_pad_token, prepare_processor
 from mmtune.models.tiny.tiny_bases import BASES
 from mmtune.utils.errors import UserError
@@ -67,6 +68,15 @@ def test_a_mismatched_image_size_is_an_error() -> None:
         check_image_tokens(processor, config)
 
 
+@pytest.fixture
+def no_kept_counters() -> Iterator[None]:
+    """A counter is built for the test, and does not stay for the next."""
+    feature_counter._KEPT.clear()
+    yield
+    feature_counter._KEPT.clear()
+
+
+@pytest.mark.usefixtures("no_kept_counters")
 def test_features_that_depend_on_the_language_model_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def with_norm(model: Any) -> Any:
         def features(pixel_values: Any, return_dict: bool = True) -> Any:
@@ -76,14 +86,15 @@ def test_features_that_depend_on_the_language_model_are_an_error(monkeypatch: py
 
         return features
 
-    monkeypatch.setattr(ready_processor, "image_features_of", with_norm)
+    monkeypatch.setattr(feature_counter, "image_features_of", with_norm)
     processor = FAMILIES["llava"]()
     with pytest.raises(UserError, match=r"and on nothing else; not so: model\.language_model\.norm\.weight$"):
         check_image_tokens(processor, BASES["llava"].config(processor))
 
 
+@pytest.mark.usefixtures("no_kept_counters")
 def test_a_model_without_image_features_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(ready_processor, "image_features_of", lambda model: None)
+    monkeypatch.setattr(feature_counter, "image_features_of", lambda model: None)
     processor = FAMILIES["llava"]()
     check_image_tokens(processor, BASES["llava"].config(processor))
     assert "image tokens and features are not compared: it has no get_image_features" in capsys.readouterr().out
