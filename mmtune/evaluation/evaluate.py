@@ -9,20 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from mmtune.data.batching.collate import collate
 from mmtune.data.dataset import DataReport, IndexedSamples, check_rows, iterate_rows
-from mmtune.data.encoding.encode import encode_prompt
-from mmtune.data.message import RowError, Sample, prompt_messages, split_question, text_of
+from mmtune.data.message import RowError, split_question, text_of
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
-from mmtune.evaluation.choices import check_choices, most_likely_choice, score_choices
-from mmtune.evaluation.evaluation_progress import EvaluationProgress
+from mmtune.evaluation.answering import predict_answers
+from mmtune.evaluation.choices import check_choices
 from mmtune.evaluation.metrics import exact_match, final_answer, majority_accuracy, wilson_interval
-from mmtune.models.compute import count_virtual_tokens, in_eval_mode, move_batch, training_autocast
-from mmtune.models.generation import generate, padding_side
 from mmtune.recipe.recipe import EvaluateSection
 from mmtune.utils.errors import RecipeValueError
 
@@ -68,54 +63,6 @@ class Score:
     majority_accuracy: float
 
 
-def generate_answers(
-    model: nn.Module,
-    processor: ProcessorMixin,
-    samples: Sequence[Sample],
-    max_new_tokens: int,
-    batch_size: int,
-    label: str = "answering",
-) -> list[str]:
-    """Greedy answers to the last questions of samples, in the order of the samples.
-
-    Args:
-        model: in train or eval mode; it runs in eval mode, and its mode is restored.
-        samples: conversations that end with an answer, which is not shown to the model.
-        max_new_tokens: at most this many new tokens per answer.
-        batch_size: questions per batch; questions are sorted by length to reduce padding.
-        label: the label of the progress display.
-    """
-    tokenizer = processor.tokenizer
-    answers: dict[int, str] = {}
-    order = sorted(range(len(samples)), key=lambda index: sum(len(text_of(m)) for m in samples[index].messages[:-1]))
-    with in_eval_mode(model), EvaluationProgress(label, len(order)) as progress:
-        for start in range(0, len(order), batch_size):
-            chunk = order[start : start + batch_size]
-            prompts = {i: encode_prompt(samples[i].id, prompt_messages(samples[i]), processor, samples[i].tools) for i in chunk}
-            for group in _batch_groups(model, prompts):
-                rows = [prompts[i] for i in group]
-                batch = move_batch(model, collate(rows, tokenizer.pad_token_id, side=padding_side(model)))
-                with torch.inference_mode(), training_autocast(model):
-                    output = generate(model, processor, batch, max_new_tokens)
-                texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-                answers.update(zip(group, texts, strict=True))
-                progress.update(len(group))
-    return [answers[index] for index in range(len(samples))]
-
-
-def _batch_groups(model: nn.Module, prompts: dict[int, dict[str, torch.Tensor]]) -> list[list[int]]:
-    """Indices of the prompts that may share a batch: all, or those of equal length if the model has virtual tokens.
-
-    PEFT puts virtual tokens before the padding. Padding would change their distance to the prompt, and with it the answer.
-    """
-    if not count_virtual_tokens(model):
-        return [list(prompts)]
-    lengths: dict[int, list[int]] = {}
-    for index, prompt in prompts.items():
-        lengths.setdefault(prompt["input_ids"].shape[1], []).append(index)
-    return list(lengths.values())
-
-
 def check_questions(section: EvaluateSection) -> None:
     """Read every held-out row and the headers of its images, without a model.
 
@@ -159,7 +106,7 @@ def evaluate(
     samples = list(iterate_rows(rows))
     questions = [split_question(sample) for sample in samples]
     indices = range(len(samples)) if dist.sharded else range(dist.rank, len(samples), dist.size)
-    rank_predictions = _predict(model, processor, [samples[index] for index in indices], section, label)
+    rank_predictions = predict_answers(model, processor, [samples[index] for index in indices], section, label)
     gathered = dist.all_gather_object(list(zip(indices, rank_predictions, strict=True)))
     predictions = dict(itertools.chain.from_iterable(gathered))
     answers = []
@@ -182,16 +129,6 @@ def evaluate(
             )
         )
     return answers
-
-
-def _predict(
-    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], section: EvaluateSection, label: str
-) -> list[str]:
-    """The prediction for each sample: generated text, or the most likely choice."""
-    if section.score == "generate":
-        return generate_answers(model, processor, samples, section.max_new_tokens, section.batch_size, label)
-    scores = score_choices(model, processor, samples, section.batch_size, label)
-    return [most_likely_choice(sample, sample_scores) for sample, sample_scores in zip(samples, scores, strict=True)]
 
 
 def score(answers: Sequence[Answer], section: EvaluateSection) -> list[Score]:

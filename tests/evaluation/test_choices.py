@@ -137,7 +137,7 @@ def test_any_reference_answer_is_correct(
     rows = [{"image": "a.png", "question": "where?", "answers": ["ucsf", "University of California", "UC"]}] * 3
     (tmp_path / "rows.json").write_text(json.dumps({"data": rows}), encoding="utf-8")
     predictions = ["university of california.", "UCSF", "California"]
-    monkeypatch.setattr("mmtune.evaluation.evaluate.generate_answers", lambda *_: predictions)
+    monkeypatch.setattr("mmtune.evaluation.answering.generate_answers", lambda *_: predictions)
     answers = evaluate(*answering_llava, EvaluateSection(data=(Source(path=str(tmp_path / "rows.json"), template="docvqa"),)))
     assert [answer.correct for answer in answers] == [True, True, False]
     assert {answer.reference for answer in answers} == {"ucsf"}

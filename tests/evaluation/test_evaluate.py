@@ -13,7 +13,8 @@ from PIL import Image
 
 from mmtune.data.dataset import IndexedSamples, iterate_rows
 from mmtune.data.message import RowError, Sample
-from mmtune.evaluation.evaluate import Answer, evaluate, generate_answers, read_answers, score, scores_to_dicts, write_answers
+from mmtune.evaluation.answering import generate_answers
+from mmtune.evaluation.evaluate import Answer, evaluate, read_answers, score, scores_to_dicts, write_answers
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
 from mmtune.recipe.recipe import EvaluateSection, Source
 
@@ -108,7 +109,7 @@ def test_evaluate_scores_the_text_after_answer_after(
     content = json.loads(rows.read_text())
     references = [row["conversations"][1]["value"] for row in content]
     predictions = [*references[:9], "", "no idea", references[11].rpartition("Answer:")[2]]
-    monkeypatch.setattr("mmtune.evaluation.evaluate.generate_answers", lambda *_: predictions)
+    monkeypatch.setattr("mmtune.evaluation.answering.generate_answers", lambda *_: predictions)
     answers = evaluate(*answering_llava, _section(rows, answer_after="Answer:"))
     assert [answer.correct for answer in answers] == [True] * 9 + [False, False, True]
     assert [answer.correct for answer in evaluate(*answering_llava, _section(rows))] == [True] * 9 + [False] * 3
@@ -129,7 +130,9 @@ def test_rows_without_a_task_are_scored_by_their_source(
         (tmp_path / name).write_text(json.dumps(without_task))
     sources = [Source(path=str(tmp_path / name), template="llava", media_root=str(rows.parent)) for name in ("a.json", "b.json")]
     section = EvaluateSection(data=(*sources, Source(path=str(rows), template="llava", limit=1)), max_new_tokens=6)
-    monkeypatch.setattr("mmtune.evaluation.evaluate.generate_answers", lambda model, processor, samples, *_: ["?"] * len(samples))
+    monkeypatch.setattr(
+        "mmtune.evaluation.answering.generate_answers", lambda model, processor, samples, *_: ["?"] * len(samples)
+    )
     scores = score(evaluate(*answering_llava, section), section)
     assert [(each.task, each.questions) for each in scores] == [
         ("a.json", 2),
