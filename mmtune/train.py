@@ -23,7 +23,7 @@ from transformers import ProcessorMixin, set_seed
 from mmtune.console.library_output import rank_prefix
 from mmtune.data.data_report import DataReport
 from mmtune.data.dataset import check_rows, open_samples
-from mmtune.data.encoding.encode import check_chat_template
+from mmtune.data.encoding.encoding_checks import check_encoding
 from mmtune.distributed.context import check_same, init_distributed
 from mmtune.distributed.launch import check_launch
 from mmtune.distributed.sharded_parameters import gathered_forward
@@ -117,7 +117,7 @@ def validate(recipe: Recipe, overwrite: bool, resume: bool | Path) -> RunInputs:
 
     base = resolve_model(recipe.model)
     check_method(recipe, base, arguments, dist, checkpoint)
-    check_chat_template(base.processor)
+    check_encoding(base.processor)
     objective = build_objective(recipe, base)
     lengths = plan_rows(samples, recipe, base.processor, data_report, dist)
     print(f"training: {dist.strategy}, {arguments.device}")

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
 
-from mmtune.data.encoding.encode import check_chat_template, encode_prompt
+from mmtune.data.encoding.encode import encode_prompt
+from mmtune.data.encoding.encoding_checks import check_encoding
 from mmtune.data.media.media import EmbeddedMedia, ImageView, open_image
 from mmtune.data.media.pixels import Window
 from mmtune.data.message import Message
@@ -25,7 +26,7 @@ class ChatSession:
 
     Args:
         model: the model, in eval mode.
-        processor: the model's processor, with a chat template that `check_chat_template` accepts.
+        processor: the model's processor, with a chat template that `check_encoding` accepts.
         max_new_tokens: at most this many new tokens per answer.
         window: the gray values that map to black and white, as the `window` of a recipe's data source.
 
@@ -36,7 +37,7 @@ class ChatSession:
     def __init__(
         self, model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int = 256, window: Window | None = None
     ) -> None:
-        check_chat_template(processor)
+        check_encoding(processor)
         if max_new_tokens < 1:
             raise UserError(f"--max-new-tokens {max_new_tokens}: expected at least 1")
         self._model = model

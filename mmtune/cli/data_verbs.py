@@ -117,11 +117,11 @@ def _make_validator(arguments: argparse.Namespace) -> Any:
 
 def _processor(recipe: Any) -> Any:
     """The recipe's processor, with a chat template that gives exact labels."""
-    from mmtune.data.encoding.encode import check_chat_template
+    from mmtune.data.encoding.encoding_checks import check_encoding
     from mmtune.models.load import resolve_model  # slow import, not needed for a file of rows
 
     processor = resolve_model(recipe.model).processor
-    check_chat_template(processor)
+    check_encoding(processor)
     return processor
 
 

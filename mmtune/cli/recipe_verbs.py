@@ -74,7 +74,7 @@ def _plan(arguments: argparse.Namespace) -> Any:
 
 
 def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> Any:
-    from mmtune.data.encoding.encode import check_chat_template
+    from mmtune.data.encoding.encoding_checks import check_encoding
     from mmtune.data.sources.source import is_missing_path
     from mmtune.distributed.context import SINGLE_PROCESS
     from mmtune.models.load import resolve_model
@@ -95,7 +95,7 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
     elif not arguments.no_data:
         settings = build_training_arguments(without_trackers(recipe))
         processor = resolve_model(recipe.model).processor
-        check_chat_template(processor)
+        check_encoding(processor)
         data, longest, (samples, lengths) = plan_data(recipe.data, processor)
         batches = make_batches(samples, recipe.data, settings, SINGLE_PROCESS, lengths)
         data |= {"steps": optimizer_steps(settings, batches), "largest_batch": batches.largest()}

@@ -144,7 +144,7 @@ def _eval(arguments: argparse.Namespace) -> Any:
     out = _answers_file(arguments, trained)
     check_recipe(recipe, ("evaluate",))
     configure_console()
-    from mmtune.data.encoding.encode import check_chat_template
+    from mmtune.data.encoding.encoding_checks import check_encoding
     from mmtune.evaluation.evaluate import check_questions, evaluate, score, scores_to_dicts, write_answers
     from mmtune.evaluation.scores import print_scores
     from mmtune.models.compute import to_best_device
@@ -155,7 +155,7 @@ def _eval(arguments: argparse.Namespace) -> Any:
         model, processor = load_trained(
             trained, chat_template=recipe.model.chat_template, trust_remote_code=arguments.trust_remote_code
         )
-    check_chat_template(processor)
+    check_encoding(processor)
     answers = evaluate(to_best_device(model), processor, recipe.evaluate, label=str(arguments.model))
     with report_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,8 @@ from chat_dialects import spans_of
 from family_processors import byte_level
 
 from mmtune.chat_templates.resolving import resolve_chat_template, set_chat_template, training_chat_template
-from mmtune.data.encoding.encode import check_chat_template, encode_prompt, encode_text
+from mmtune.data.encoding.encode import encode_prompt, encode_text
+from mmtune.data.encoding.encoding_checks import check_chat_template
 from mmtune.utils.errors import UserError
 
 IMAGES_FIRST = (

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import mmtune
 from mmtune.cli.main import entry_point
+from mmtune.data.encoding.encoding_checks import check_encoding
 from mmtune.families.structure import find_components
 from mmtune.models.tiny.tiny_bases import TEXT, VISION, text_sizes, tiny_tokenizer
 from mmtune.recipe.tune_section import TuneSection
@@ -33,6 +34,14 @@ TEMPLATE = (
 )
 
 
+def _processor(processor_class: type[KiteProcessor]) -> Any:
+    tokenizer = tiny_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<kite>"), pad="<|endoftext|>", eos="<|im_end|>")
+    images = tf.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    processor = processor_class(images, tokenizer)
+    processor.chat_template = TEMPLATE
+    return processor
+
+
 @pytest.fixture(scope="module")
 def kite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
     """A function that writes a recipe over a `kite` checkpoint with its code, and rows; returns the recipe's path."""
@@ -40,11 +49,8 @@ def kite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pat
     Image.new("RGB", (60, 40), "teal").save(folder / "a.png")
     turns = [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "a cat"}]
     (folder / "rows.json").write_text(json.dumps([{"images": ["a.png"], "messages": turns}] * 4))
-    tokenizer = tiny_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<kite>"), pad="<|endoftext|>", eos="<|im_end|>")
-    images = tf.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    processor = KiteProcessor(images, tokenizer)
-    processor.chat_template = TEMPLATE
-    config = KiteConfig({**VISION}, {**text_sizes(tokenizer)}, processor.image_token_id)
+    processor = _processor(KiteProcessor)
+    config = KiteConfig({**VISION}, {**text_sizes(processor.tokenizer)}, processor.image_token_id)
     torch.manual_seed(0)
     KiteForConditionalGeneration(config).save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
@@ -103,6 +109,27 @@ def test_a_class_in_the_checkpoint_goes_the_same_way(
     assert entry_point(["train", str(recipe)]) == 2
     assert "set model.trust_remote_code: true" in capsys.readouterr().err
     _goes_through(kite(", trust_remote_code: true", auto_class, tmp_path / "trusted"), capsys, "--trust-remote-code")
+
+
+class PrefixedKiteProcessor(KiteProcessor):
+    """Writes a prefix that neither the chat template nor the replacement of an image shows."""
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        return super().__call__(images, [f"image: {each}" for each in text], **kwargs)
+
+
+class RefusingKiteProcessor(KiteProcessor):
+    def apply_chat_template(self, *arguments: Any, **kwargs: Any) -> Any:
+        raise ValueError("one image only")
+
+
+def test_a_processor_that_encodes_otherwise_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    check_encoding(_processor(KiteProcessor))
+    with pytest.raises(UserError, match=r"PrefixedKiteProcessor: expected .* as by its apply_chat_template; not so: input_ids"):
+        check_encoding(_processor(PrefixedKiteProcessor))
+    assert capsys.readouterr().out == ""
+    check_encoding(_processor(RefusingKiteProcessor))
+    assert "its encoding is not compared: its apply_chat_template fails (one image only)" in capsys.readouterr().out
 
 
 def test_a_prompt_method_is_an_error_where_only_the_model_shows_three_positions() -> None:

@@ -24,7 +24,7 @@ from mmtune.data.encoding.token_spans import (
     tokenize_escaped,
     unescape_control_tokens,
 )
-from mmtune.data.media.media import blank_image, open_image
+from mmtune.data.media.media import open_image
 from mmtune.data.media.resizing import check_resized
 from mmtune.data.message import Message, RowError, Sample, all_text_of, is_supervised, text_of
 from mmtune.data.validation.issues import issue_type_of
@@ -378,39 +378,6 @@ def encode_prompt(
     media, replacements = _process_images(sample_id, messages, processor)
     text = _encode_text(sample_id, messages, processor, replacements, "all", tools, prompt=True)
     return _model_tensors(sample_id, messages, tools, processor, text, media)
-
-
-def check_chat_template(processor: ProcessorMixin) -> None:
-    """Check with two short conversations that exactly the answer and its end-of-turn token are supervised.
-
-    Conversations of several turns are checked sample by sample: `encode_sample` counts their spans.
-
-    Raises:
-        UserError: more or fewer tokens are supervised, for example no end-of-turn token.
-    """
-    family = family_of_processor(processor)
-    images = [{"type": "image", "image": blank_image()}] * family.needs_image
-    for word in ("yes", "no"):
-        messages: list[Message] = [
-            {"role": "user", "content": [*images, {"type": "text", "text": "Is it?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": word}]},
-        ]
-        try:
-            labels = encode_sample(Sample("chat template", messages), processor)["labels"]
-        except RowError as error:
-            raise RecipeValueError(
-                "model", f"the chat template gives no exact labels: {error.detail}; {CHAT_TEMPLATE_HINT}"
-            ) from error
-        span = labels[labels != IGNORE_INDEX].tolist()
-        has_encoder = family.decoder_start(processor) is not None  # BART's decoder also writes the first special token
-        text = processor.tokenizer.decode(span[:-1], skip_special_tokens=has_encoder)
-        end = processor.tokenizer.decode(span[-1:])
-        if text.strip() != word:
-            raise RecipeValueError(
-                "model",
-                f"expected the answer {word!r} and one end-of-turn token to be supervised, got {text + end!r}; "
-                f"{CHAT_TEMPLATE_HINT}",
-            )
 
 
 class OverLength(RowError):

@@ -130,7 +130,8 @@ def _check_gradients(model: Any, components: Components, outputs: Mapping[str, A
     if wrong := [path for path, is_right in parts.items() if not is_right]:
         raise UserError(
             f"{type(model).__name__}: expected image features that depend on the vision tower and the projector "
-            f"({', '.join(path for path in needed if path)}), and on nothing else; not so: {', '.join(wrong[:8])}"
+            f"({', '.join(path for path in needed if path)}), and on nothing else; not so: {', '.join(wrong[:8])}; "
+            "the family needs an entry (CONTRIBUTING.md)"
         )
 
 

@@ -16,11 +16,11 @@ from mmtune.data.batching.collate import collate
 from mmtune.data.encoding.encode import (
     IGNORE_INDEX,
     OverLength,
-    check_chat_template,
     encode_prompt,
     encode_sample,
     open_images,
 )
+from mmtune.data.encoding.encoding_checks import check_chat_template
 from mmtune.data.message import Message, RowError, Sample
 from mmtune.utils.errors import UserError
 

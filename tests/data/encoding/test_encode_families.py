@@ -11,7 +11,8 @@ import transformers as tf
 from family_processors import FAMILIES
 from PIL import Image
 
-from mmtune.data.encoding.encode import IGNORE_INDEX, check_chat_template, encode_prompt, encode_sample, encode_text, open_images
+from mmtune.data.encoding.encode import IGNORE_INDEX, encode_prompt, encode_sample, encode_text, open_images
+from mmtune.data.encoding.encoding_checks import check_chat_template
 from mmtune.data.message import Message, RowError, Sample
 from mmtune.utils.errors import UserError
 

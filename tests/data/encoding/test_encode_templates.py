@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from mmtune.data.encoding.encode import check_chat_template, encode_text
+from mmtune.data.encoding.encode import encode_text
+from mmtune.data.encoding.encoding_checks import check_chat_template
 from mmtune.data.message import Message, RowError, text_of
 
 WORDS = [
