@@ -37,7 +37,7 @@ STUDENTS = {
     "labels and teacher": {"crossentropy_weight": 0.5, "distillation_weight": 0.5},
 }
 TEMPERATURE = 2.0
-KEPT = ("tuned_accuracy", "tuned_interval", "base_accuracy", "majority_accuracy", "questions", "train_seconds")
+KEPT = ("tuned_score", "tuned_interval", "base_score", "baseline", "questions", "train_seconds")
 
 
 def run(
@@ -65,7 +65,7 @@ def run(
 def table(results: dict[str, Any]) -> str:
     """The mean over seeds with its 95% t interval, and the same of the difference from the student without a teacher."""
     lines = ["| student | held-out accuracy | 95% interval over seeds | minus labels alone, same seed |", "|---|---|---|---|"]
-    accuracy = {name: {r["seed"]: r["tuned_accuracy"] for r in results["runs"] if r["student"] == name} for name in STUDENTS}
+    accuracy = {name: {r["seed"]: r["tuned_score"] for r in results["runs"] if r["student"] == name} for name in STUDENTS}
     alone = accuracy[next(iter(STUDENTS))]
     for name, by_seed in accuracy.items():
         seeds = sorted(by_seed.keys() & alone.keys())
@@ -78,7 +78,7 @@ def table(results: dict[str, Any]) -> str:
             difference = f"{100 * centre:+.1f} ({100 * (centre - width):+.1f} to {100 * (centre + width):+.1f}) points"
         lines.append(f"| {name} | {mean:.1%} | {max(0.0, mean - half):.1%} to {min(1.0, mean + half):.1%} | {difference} |")
     teacher = results["teacher"]
-    lines.append(f"| (the teacher) | {teacher['tuned_accuracy']:.1%} | one run | |")
+    lines.append(f"| (the teacher) | {teacher['tuned_score']:.1%} | one run | |")
     return "\n".join(lines) + "\n"
 
 

@@ -6,12 +6,14 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from mmtune.data.sources.reader import check_source
+from mmtune.data.templates.template import load_data_template
+from mmtune.evaluation.metrics.metric_table import METRICS, find_metric
 from mmtune.families.family_table import ASSEMBLED_TYPE, family_of
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, resolve_base
 from mmtune.models.checkpoints.model_type import check_model_type, local_model_type
-from mmtune.recipe.recipe import SECTIONS, Recipe, check_files, located
+from mmtune.recipe.recipe import SECTIONS, Recipe, Source, check_files, located
 from mmtune.recipe.train_rules import LIBRARY_KEYS, missing_libraries
-from mmtune.utils.errors import RecipeValueError, UserError, errors_at_key
+from mmtune.utils.errors import RecipeValueError, UserError, errors_at_key, nearest
 from mmtune.utils.hub import is_local_name, locate_checkpoint
 
 
@@ -38,8 +40,12 @@ def check_recipe(
             try:
                 with errors_at_key("template"):
                     check_source(source)
+                    _check_metric(source)
             except RecipeValueError as error:
                 errors.append(located(recipe, f"{name}.{number}.{error.key}", error.problem))
+    if recipe.evaluate and recipe.evaluate.metric is not None and "evaluate" in sections:
+        with _collected(errors), located_errors(recipe), errors_at_key("evaluate.metric"):
+            find_metric(recipe.evaluate.metric)
     missing = missing_libraries(recipe.train, recipe.model.attn_implementation) if "train" in sections else ()
     errors += [located(recipe, key, message) for key, message in missing if key in libraries]
     if "model" in sections:
@@ -55,6 +61,13 @@ def _collected(errors: list[str]) -> Iterator[None]:
         yield
     except UserError as error:
         errors.append(str(error))
+
+
+def _check_metric(source: Source) -> None:
+    """A data template names a metric of the table: a file of data must not name code to run."""
+    metric = load_data_template(source.template).metric
+    if metric is not None and metric not in METRICS:
+        raise RecipeValueError("template", f"{source.template}: unknown metric '{metric}'{nearest(metric, METRICS)}")
 
 
 def _check_base(recipe: Recipe) -> None:

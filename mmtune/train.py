@@ -27,7 +27,8 @@ from mmtune.data.encoding.encoding_checks import check_encoding
 from mmtune.distributed.context import check_same, init_distributed
 from mmtune.distributed.launch import check_launch
 from mmtune.distributed.sharded_parameters import gathered_forward
-from mmtune.evaluation.evaluate import Answer, check_questions, evaluate, read_answers, score_metrics, write_answers
+from mmtune.evaluation.answers import Answer, read_answers, score_metrics, write_answers
+from mmtune.evaluation.evaluate import check_questions, evaluate
 from mmtune.evaluation.run_report import write_report
 from mmtune.evaluation.scores import print_scores
 from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK
@@ -203,7 +204,7 @@ def summarize(
     }
     if section:
         write_answers(after, run.answers("after"))
-        metrics |= score_metrics(before, after, section)
+        metrics |= score_metrics(before, after, section.answer_after)
     metrics["peak_memory_mb"] = peak_memory_mb()
     write_report(run, recipe, metrics)
     if not keeps_adapter(recipe.tune):

@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": BASIC | {"data", "models", "recipe", "run_directory"},
     "release": BASIC | {"data", "evaluation", "methods", "models", "recipe", "run_directory"},
     "chat": BASIC | {"data", "models"},
-    "preflight": BASIC | {"data", "families", "methods", "models", "recipe"},
+    "preflight": BASIC | {"data", "evaluation", "families", "methods", "models", "recipe"},
 }
 # These run the whole job, and may import every package but the command line, which nothing imports.
 WHOLE_JOB = {"train", "rehearse", "cli"}

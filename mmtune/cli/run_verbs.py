@@ -145,7 +145,8 @@ def _eval(arguments: argparse.Namespace) -> Any:
     check_recipe(recipe, ("evaluate",))
     configure_console()
     from mmtune.data.encoding.encoding_checks import check_encoding
-    from mmtune.evaluation.evaluate import check_questions, evaluate, score, scores_to_dicts, write_answers
+    from mmtune.evaluation.answers import group_scores, scores_to_dicts, write_answers
+    from mmtune.evaluation.evaluate import check_questions, evaluate
     from mmtune.evaluation.scores import print_scores
     from mmtune.models.compute import to_best_device
     from mmtune.models.load import load_trained
@@ -160,7 +161,8 @@ def _eval(arguments: argparse.Namespace) -> Any:
     with report_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_answers(answers, out)
-    result: dict[str, Any] = {"tuned_scores": scores_to_dicts(score(answers, recipe.evaluate)), "answers": str(out)}
+    scores = group_scores(answers, recipe.evaluate.answer_after)
+    result: dict[str, Any] = {"tuned_scores": scores_to_dicts(scores), "answers": str(out)}
     print_scores(result)
     print(f"answers: {out}")
     if trained.is_checkpoint:

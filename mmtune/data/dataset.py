@@ -67,6 +67,7 @@ class IndexedSamples(Sequence[Sample]):
         self._planned = planned
         self._readers = open_readers(sources)
         self._rows = [reader.open() for reader in self._readers]
+        self.templates = [reader.template for reader in self._readers]
         self.counts = [len(rows) for rows in self._rows]
         self._ends = list(accumulate(self.counts))
         self.names = _names(sources)

@@ -50,7 +50,9 @@ class Sample:
         task: name of the task, for metrics per task; None if the rows have no task.
         source: path of the source in the recipe.
         choices: all possible answers to a closed question, as text of the assistant; empty for an open question.
-        references: all accepted answers if the row has several; empty if only the last turn is accepted.
+        options: the texts of the options A, B, ... of a multiple-choice question, in the order that the model sees.
+        references: all accepted answers as the row has them, with repetitions; empty if only the last turn is accepted.
+        cluster: the document that the question is about, if the template names a field for it.
         tools: schemas of the functions that the model may call, `{"type": "function", "function": {"name": str, ...}}`.
     """
 
@@ -60,6 +62,8 @@ class Sample:
     source: str = ""
     choices: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    cluster: str | None = None
     tools: tuple[dict[str, Any], ...] = ()
 
     @property

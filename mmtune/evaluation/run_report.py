@@ -12,8 +12,9 @@ from jinja2 import Environment, PackageLoader
 
 from mmtune.data.dataset import IndexedSamples, iterate_rows
 from mmtune.data.media.media import Media, open_image
-from mmtune.evaluation.evaluate import Answer, read_answers
-from mmtune.evaluation.scores import score_rows
+from mmtune.evaluation.answers import Answer, read_answers
+from mmtune.evaluation.metrics.metric_table import find_metric
+from mmtune.evaluation.scores import format_score, further_lines, score_rows, score_title
 from mmtune.recipe.recipe import Recipe, Source
 from mmtune.run_directory import RunDirectory
 
@@ -48,6 +49,9 @@ def write_report(run: RunDirectory, recipe: Recipe, summary: dict[str, Any]) -> 
         samples = [
             {
                 "answer": answer,
+                "reference": " | ".join(dict.fromkeys(answer.references)),
+                "right": is_right(answer),
+                "score": format_score(answer.score, answer.metric) if answer.parsed else "unparsed",
                 "before": before.get(answer.id),
                 "images": [_thumbnail_uri(media) for media in images[answer.id]],
             }
@@ -58,6 +62,8 @@ def write_report(run: RunDirectory, recipe: Recipe, summary: dict[str, Any]) -> 
         title=run.path.name,
         summary=summary,
         scores=score_rows(summary),
+        scores_title=score_title(summary) if recipe.evaluate else "",
+        further=further_lines(summary),
         generation=generation_line(summary),
         curve=_data_uri(run.loss_curve.read_bytes()),
         samples=samples,
@@ -69,12 +75,17 @@ def write_report(run: RunDirectory, recipe: Recipe, summary: dict[str, Any]) -> 
 def select_answers(answers: Sequence[Answer], count: int) -> list[Answer]:
     """Up to `count` answers, spread evenly over the questions.
 
-    At least a quarter of them are wrong answers, and more if there are not enough correct ones.
+    At least a quarter of them are wrong answers, and more if there are not enough right ones.
     """
-    correct = [answer for answer in answers if answer.correct]
-    wrong = _evenly_spaced([answer for answer in answers if not answer.correct], max(-(-count // 4), count - len(correct)))
-    correct = _evenly_spaced(correct, count - len(wrong))
-    return [answer for answer in answers if answer in correct or answer in wrong]
+    right = [answer for answer in answers if is_right(answer)]
+    wrong = _evenly_spaced([answer for answer in answers if not is_right(answer)], max(-(-count // 4), count - len(right)))
+    right = _evenly_spaced(right, count - len(wrong))
+    return [answer for answer in answers if answer in right or answer in wrong]
+
+
+def is_right(answer: Answer) -> bool:
+    """Whether an answer is shown as right."""
+    return answer.parsed and find_metric(answer.metric).is_right(answer.score)
 
 
 def _evenly_spaced(answers: Sequence[Answer], count: int) -> list[Answer]:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from mmtune.console.styled_console import StyledConsole
+from mmtune.evaluation.metrics.metric_table import METRICS
 
 
 def print_scores(summary: dict[str, Any]) -> None:
-    """Print exact match before and after tuning, per task and overall, with the majority-class baseline."""
+    """Print the scores before and after tuning, per task and overall, with intervals and the majority-class baseline."""
     rows = score_rows(summary)
     if not rows:
         return
-    table = Table(title="Held-out exact match", title_justify="left")
-    table.add_column("task or source")
-    for name in ("questions", "majority-class baseline", "base", "tuned", "95% interval"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        if row["task"] == "overall":
+    table = Table(title=score_title(summary), title_justify="left")
+    for number, name in enumerate(rows[0]):
+        table.add_column(Text(name), justify="right" if number else "left")
+    for row, score in zip(rows, summary["tuned_scores"], strict=True):
+        if score["task"] == "overall":
             table.add_section()
-        table.add_row(*(Text(row[key]) for key in ("task", "questions", "majority", "base", "tuned", "interval")))
+        table.add_row(*map(Text, row.values()))
     StyledConsole().print_table(table)
+    for line in further_lines(summary):
+        print(line)
     if "merge_max_logit_difference" in summary:
         print(
             f"merged: largest logit difference {summary['merge_max_logit_difference']:.2g}, "
@@ -31,21 +34,49 @@ def print_scores(summary: dict[str, Any]) -> None:
         )
 
 
-def score_rows(summary: dict[str, Any]) -> list[dict[str, str]]:
-    """The rows of the score table, as text."""
-    base = {item["task"]: item for item in summary.get("base_scores", [])}
+def score_title(summary: Mapping[str, Any]) -> str:
+    """The title of the score table: its metric, if it has only one."""
+    metrics = {score["metric"] for score in summary["tuned_scores"]}
+    return f"Held-out {metrics.pop()}" if len(metrics) == 1 else "Held-out scores"
+
+
+def score_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The rows of the score table as text, by column. Columns in which no row has a value are left out."""
+    base = {(item["task"], item["metric"]): item for item in summary.get("base_scores", [])}
+    tuned = summary.get("tuned_scores", [])
+    several = len({item["metric"] for item in tuned}) > 1
     rows = []
-    for tuned in summary.get("tuned_scores", []):
-        low, high = tuned["interval"]
-        before = base.get(tuned["task"])
+    for item in tuned:
+        name = item["metric"]
+        before = base.get((item["task"], name))
         rows.append(
             {
-                "task": tuned["task"],
-                "questions": str(tuned["questions"]),
-                "majority": f"{tuned['majority_accuracy']:.1%}",
-                "base": f"{before['accuracy']:.1%}" if before else "",
-                "tuned": f"{tuned['accuracy']:.1%}",
-                "interval": f"{low:.1%} to {high:.1%}",
+                "task or source": item["task"],
+                "metric": name if several else "",
+                "questions": str(item["questions"]),
+                "unparsed": str(item["unparsed"]) if item["unparsed"] else "",
+                "majority-class baseline": "" if item["baseline"] is None else format_score(item["baseline"], name),
+                "base": format_score(before["score"], name) if before else "",
+                "base unparsed": str(before["unparsed"]) if before and before["unparsed"] else "",
+                "tuned": format_score(item["score"], name),
+                "95% interval": " to ".join(format_score(limit, name) for limit in item["interval"]),
             }
         )
-    return rows
+    used = {column for row in rows for column, text in row.items() if text} | {"base"}
+    return [{column: text for column, text in row.items() if column in used} for row in rows]
+
+
+def further_lines(summary: Mapping[str, Any]) -> list[str]:
+    """One line for each overall score whose metric has further numbers."""
+    lines = []
+    for item in summary.get("tuned_scores", []):
+        numbers = {name: value for name, value in item["further"].items() if isinstance(value, (int, float))}
+        if item["task"] == "overall" and numbers:
+            listed = ", ".join(f"{name} {format_score(value, item['metric'])}" for name, value in numbers.items())
+            lines.append(f"{item['metric']}: {listed}")
+    return lines
+
+
+def format_score(value: float, metric: str) -> str:
+    """A score as text: in percent if it is a share of 1."""
+    return f"{value:.1%}" if metric in METRICS and METRICS[metric].percent else f"{value:.4g}"

@@ -291,6 +291,10 @@ class EvaluateSection(Section):
 
     _examples: ClassVar = {"data": "such as [{path: rows.json, template: llava}]"}
     data: tuple[Source, ...] = Field(min_length=1, description="The sources of held-out rows.")
+    metric: Text | None = Field(
+        default=None,
+        description="A metric by name, module:function or FILE.py:function; null: the one of the data template, or exact_match.",
+    )
     answer_after: Text | None = Field(
         default=None, description="Compare only the text after this in the answer; null: the whole answer."
     )

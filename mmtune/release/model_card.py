@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mmtune.evaluation.run_report import generation_line
-from mmtune.evaluation.scores import score_rows
+from mmtune.evaluation.scores import further_lines, score_rows, score_title
 from mmtune.methods.method_table import METHODS
 from mmtune.models.checkpoints.locate_base import BUILTIN
 from mmtune.recipe.recipe import Recipe
@@ -197,10 +197,6 @@ def _evaluation(summary: dict[str, Any]) -> list[str]:
     rows = score_rows(summary)
     if not rows:
         return []
-    lines = [
-        "| task or source | questions | majority-class baseline | base | tuned | 95% interval |",
-        "|---|---|---|---|---|---|",
-    ]
-    keys = ("task", "questions", "majority", "base", "tuned", "interval")
-    lines += ["| " + " | ".join(row[key] for key in keys) + " |" for row in rows]
-    return ["## Evaluation", "Exact match on held-out questions.", "\n".join(lines)]
+    lines = [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
+    return ["## Evaluation", f"{score_title(summary)}.", "\n".join(lines), *further_lines(summary)]

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 import mmtune.builtin.digits as digits
 from mmtune.builtin.digits import ANSWER_MARK, POSITIONS, SPLITS, digit_images, write_digits
 from mmtune.data.dataset import IndexedSamples, iterate_rows
-from mmtune.evaluation.metrics import final_answer
+from mmtune.evaluation.answers import final_answer
 from mmtune.recipe.recipe import Source
 
 SCENES = 80

@@ -128,10 +128,10 @@ def test_a_run_directory_is_complete_and_machine_readable(
     assert f"run: {run} (report.html, summary.json, adapter/)\n" in captured.err
     assert summary == json.loads((run / "summary.json").read_text())
     assert summary["questions"] == 12
-    for key in ("base_accuracy", "tuned_accuracy", "majority_accuracy", "train_seconds", "peak_memory_mb"):
+    for key in ("base_score", "tuned_score", "baseline", "train_seconds", "peak_memory_mb"):
         assert isinstance(summary[key], float), key
     low, high = summary["tuned_interval"]
-    assert low <= summary["tuned_accuracy"] <= high
+    assert low <= summary["tuned_score"] <= high
     assert 0 < summary["trainable_parameters"] < summary["total_parameters"]
     names = {path.name for path in run.iterdir()}
     assert names >= {"recipe.yaml", "environment.json", "data_report.json", "metrics.jsonl", "loss.png", "report.html", "adapter"}

@@ -120,8 +120,8 @@ def test_evaluate_with_choices_predicts_the_most_likely_class(tmp_path: Path, an
     samples = list(iterate_rows(IndexedSamples(section.data)))
     expected = [max(verbalizer.values(), key=lambda word: _reference_score(*answering_llava, sample, word)) for sample in samples]
     assert [answer.prediction for answer in answers] == expected
-    assert [answer.reference for answer in answers] == ["right", "wrong"]
-    assert [answer.correct for answer in answers] == [e == r for e, r in zip(expected, ["right", "wrong"], strict=True)]
+    assert [answer.references for answer in answers] == [("right",), ("wrong",)]
+    assert [answer.score for answer in answers] == [e == r for e, r in zip(expected, ["right", "wrong"], strict=True)]
 
 
 def test_score_choices_with_a_template_without_options_is_an_error(rows: Path) -> None:
@@ -138,6 +138,7 @@ def test_any_reference_answer_is_correct(
     (tmp_path / "rows.json").write_text(json.dumps({"data": rows}), encoding="utf-8")
     predictions = ["university of california.", "UCSF", "California"]
     monkeypatch.setattr("mmtune.evaluation.answering.generate_answers", lambda *_: predictions)
-    answers = evaluate(*answering_llava, EvaluateSection(data=(Source(path=str(tmp_path / "rows.json"), template="docvqa"),)))
-    assert [answer.correct for answer in answers] == [True, True, False]
-    assert {answer.reference for answer in answers} == {"ucsf"}
+    source = Source(path=str(tmp_path / "rows.json"), template="docvqa")
+    answers = evaluate(*answering_llava, EvaluateSection(data=(source,), metric="exact_match"))
+    assert [answer.score for answer in answers] == [1, 1, 0]
+    assert {answer.references for answer in answers} == {("ucsf", "University of California", "UC")}

@@ -14,7 +14,8 @@ from PIL import Image
 from mmtune.data.dataset import IndexedSamples, iterate_rows
 from mmtune.data.message import RowError, Sample
 from mmtune.evaluation.answering import generate_answers
-from mmtune.evaluation.evaluate import Answer, evaluate, read_answers, score, scores_to_dicts, write_answers
+from mmtune.evaluation.answers import Answer, group_scores, read_answers, score_answers, scores_to_dicts, write_answers
+from mmtune.evaluation.evaluate import evaluate
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
 from mmtune.recipe.recipe import EvaluateSection, Source
 
@@ -111,13 +112,14 @@ def test_evaluate_scores_the_text_after_answer_after(
     predictions = [*references[:9], "", "no idea", references[11].rpartition("Answer:")[2]]
     monkeypatch.setattr("mmtune.evaluation.answering.generate_answers", lambda *_: predictions)
     answers = evaluate(*answering_llava, _section(rows, answer_after="Answer:"))
-    assert [answer.correct for answer in answers] == [True] * 9 + [False, False, True]
-    assert [answer.correct for answer in evaluate(*answering_llava, _section(rows))] == [True] * 9 + [False] * 3
-    assert [answer.reference for answer in answers] == references
+    assert [answer.score for answer in answers] == [1] * 9 + [0, 0, 1]
+    assert [answer.score for answer in evaluate(*answering_llava, _section(rows))] == [1] * 9 + [0] * 3
+    assert [answer.references for answer in answers] == [(reference,) for reference in references]
     assert [answer.id for answer in answers] == [f"rows.json[{number}]" for number in range(12)]
     assert [answer.task for answer in answers] == [row["task"] for row in content]
     assert answers[0].question == content[0]["conversations"][0]["value"].removeprefix("<image>\n")
     assert [Path(answer.images[0]).name for answer in answers] == [f"{number:05d}.png" for number in range(12)]
+    assert [answer.cluster for answer in answers] == [answer.images[0] for answer in answers]
     assert {answer.source for answer in answers} == {None}  # the recipe has one source
 
 
@@ -133,7 +135,7 @@ def test_rows_without_a_task_are_scored_by_their_source(
     monkeypatch.setattr(
         "mmtune.evaluation.answering.generate_answers", lambda model, processor, samples, *_: ["?"] * len(samples)
     )
-    scores = score(evaluate(*answering_llava, section), section)
+    scores = group_scores(evaluate(*answering_llava, section))
     assert [(each.task, each.questions) for each in scores] == [
         ("a.json", 2),
         ("b.json", 3),
@@ -164,31 +166,34 @@ def test_a_held_out_row_that_cannot_be_read_stops_the_evaluation(tmp_path: Path,
         evaluate(*answering_llava, _section(tmp_path / "r.jsonl"))
 
 
-def _answer(task: str | None, correct: bool, reference: str = "1 2. Answer: yes", **changes: Any) -> Answer:
-    answer = Answer("r", task=task, question="?", images=(), reference=reference, prediction="", correct=correct)
+def _answer(task: str | None, prediction: str, reference: str = "1 2. Answer: yes", **changes: Any) -> Answer:
+    answer = Answer("r", task, "?", (), (reference,), prediction, cluster=str(id(object())), metric="exact_match")
     return dataclasses.replace(answer, **changes)
 
 
-def test_scores_per_task_and_overall(rows: Path) -> None:
+def test_scores_per_task_and_overall() -> None:
     answers = [
-        _answer("b", True),
-        _answer("a", False),
-        _answer("b", True),
-        _answer("b", False, "x. Answer: no"),
-        _answer(None, True),
+        _answer("b", "Answer: yes", cluster="1"),
+        _answer("a", "no", cluster="2"),
+        _answer("b", "yes", cluster="3"),
+        _answer("b", "Answer: yes", "x. Answer: no", cluster="4"),
+        _answer(None, "x. Answer: Yes.", cluster="5"),
     ]
-    scores = score(answers, _section(rows, answer_after="Answer:"))
-    metrics = [(s.task, s.questions, s.correct, s.accuracy, s.majority_accuracy) for s in scores]
-    assert metrics == [("b", 3, 2, 2 / 3, 2 / 3), ("a", 1, 0, 0, 1), ("untitled", 1, 1, 1, 1), ("overall", 5, 3, 3 / 5, 4 / 5)]
+    answers = score_answers(answers, "Answer:")
+    scores = group_scores(answers, "Answer:")
+    assert [(s.task, s.questions, s.score, s.baseline) for s in scores] == [
+        ("b", 3, 2 / 3, 2 / 3),
+        ("a", 1, 0, 1),
+        ("untitled", 1, 1, 1),
+        ("overall", 5, 3 / 5, 4 / 5),
+    ]
     assert scores[0].interval == pytest.approx((0.20765, 0.93851), abs=1e-5)  # scipy.stats.binomtest(2, 3), wilson
-    assert json.loads(json.dumps(scores_to_dicts(scores)))[3]["accuracy"] == 0.6
-    one = score(answers[:1], _section(rows))
-    assert [s.task for s in one] == ["overall"]
-    assert [dataclasses.astuple(s) for s in score([], _section(rows))] == [("overall", 0, 0, 0.0, (0.0, 1.0), 0.0)]
+    assert json.loads(json.dumps(scores_to_dicts(scores)))[3]["score"] == 0.6
+    assert [s.task for s in group_scores(answers[:1])] == ["overall"]
 
 
 def test_written_answers_are_read_back_unchanged(tmp_path: Path) -> None:
     odd = "line\nbreak \u2028 \u2029 \x85 \x0b \x1c \r\n é 猫 <|end|>"
-    answers = [_answer(None, True, odd, prediction=odd, question=odd, images=("a.png", "b.png")), _answer("t", False)]
+    answers = [_answer(None, odd, odd, question=odd, images=("a.png", "b.png"), options=("x", "y")), _answer("t", "")]
     write_answers(answers, tmp_path / "a.jsonl")
     assert read_answers(tmp_path / "a.jsonl") == answers

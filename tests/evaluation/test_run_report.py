@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmtune.evaluation.evaluate import Answer, write_answers
+from mmtune.evaluation.answers import Answer, write_answers
 from mmtune.evaluation.run_report import select_answers, write_report
 from mmtune.evaluation.scores import print_scores, score_rows
 from mmtune.methods.method_table import METHODS
@@ -42,11 +42,20 @@ class _Page(HTMLParser):
 
 
 def _answer(number: int, correct: bool, **changes: Any) -> Answer:
-    answer = Answer(f"r[{number}]", task="t", question="?", images=(), reference="x", prediction="y", correct=correct)
+    answer = Answer(f"r[{number}]", "t", "?", (), ("x",), "y", cluster=str(number), metric="exact_match", score=float(correct))
     return dataclasses.replace(answer, **changes)
 
 
-SCORE = {"questions": 4, "correct": 1, "accuracy": 0.25, "interval": (0.05, 0.7), "majority_accuracy": 0.5}
+SCORE = {
+    "metric": "exact_match",
+    "questions": 4,
+    "score": 0.25,
+    "interval": (0.05, 0.7),
+    "unparsed": 0,
+    "clusters": 4,
+    "baseline": 0.5,
+    "further": {},
+}
 SUMMARY = {
     "trainable_parameters": 1234567,
     "total_parameters": 7654321,
@@ -55,7 +64,7 @@ SUMMARY = {
     "quarantined": 1,
     "dropped_over_length": 2,
     "peak_memory_mb": 1500.4,
-    "tuned_scores": [{"task": HOSTILE, **SCORE}, {"task": "overall", **SCORE, "accuracy": 0.75}],
+    "tuned_scores": [{"task": HOSTILE, **SCORE}, {"task": "overall", **SCORE, "score": 0.75}],
     "base_scores": [{"task": "overall", **SCORE}],
 }
 
@@ -77,7 +86,9 @@ def _run(recipe: Recipe, answers: list[Answer], before: list[Answer]) -> tuple[R
 def test_the_page_is_self_contained_and_shows_hostile_text_as_text(make_recipe: MakeRecipe, rows: Path, tmp_path: Path) -> None:
     Image.new("RGB", (1000, 500), (10, 200, 30)).save(tmp_path / "wide.png")
     images = (str(tmp_path / "wide.png"), str(tmp_path / "wide.png"))
-    hostile = _answer(0, False, question=HOSTILE, prediction=HOSTILE, reference=HOSTILE, id=HOSTILE, task=HOSTILE, images=images)
+    hostile = _answer(
+        0, False, question=HOSTILE, prediction=HOSTILE, references=(HOSTILE,), id=HOSTILE, task=HOSTILE, images=images
+    )
     recipe = make_recipe(f"evaluate.data=[{{path: {rows}, template: llava}}]", "evaluate.samples=8")
     _, page = _run(recipe, [hostile, _answer(1, True, prediction="")], [hostile, _answer(1, False, prediction="before all")])
 
@@ -137,7 +148,7 @@ def test_a_quarter_of_the_selected_answers_is_wrong(
     answers = [_answer(n, True) for n in range(correct)] + [_answer(n + correct, False) for n in range(wrong)]
     answers.sort(key=_shuffled)
     selected = select_answers(answers, count)
-    assert [sum(a.correct for a in selected), sum(not a.correct for a in selected)] == [selected_correct, selected_wrong]
+    assert [sum(a.score == 1 for a in selected), sum(a.score == 0 for a in selected)] == [selected_correct, selected_wrong]
     assert selected == [answer for answer in answers if answer in selected] == select_answers(answers, count)
 
 
@@ -170,18 +181,31 @@ def test_tables_do_not_truncate_numbers_or_names(
     assert "Error:" not in shown and "it ends in an error of a library" in " ".join(shown.split())
 
 
-def test_score_rows_have_base_and_tuned_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_rows_have_base_and_tuned_scores(capsys: pytest.CaptureFixture[str]) -> None:
     lines = score_rows(SUMMARY)
     assert lines[1] == {
-        "task": "overall",
+        "task or source": "overall",
         "questions": "4",
-        "majority": "50.0%",
+        "majority-class baseline": "50.0%",
         "base": "25.0%",
         "tuned": "75.0%",
-        "interval": "5.0% to 70.0%",
+        "95% interval": "5.0% to 70.0%",
     }
     assert lines[0]["base"] == "" and score_rows({}) == []
     print_scores({"tuned_scores": [{"task": "[bold]x[/bold]", **SCORE}]})
     assert "[bold]x[/bold]" in capsys.readouterr().out
     print_scores({})
     assert capsys.readouterr().out == ""
+
+
+def test_the_table_shows_metrics_unparsed_answers_and_further_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    further = {"f1": 0.5, "confusion": {"a": {"a": 1}}}
+    yes_no = {**SCORE, "task": "overall", "metric": "yes_no", "unparsed": 3, "further": further}
+    caption = {**SCORE, "task": "overall", "metric": "cider_d", "score": 1.1634, "interval": (1.0, 1.25), "baseline": None}
+    tuned = score_rows({"tuned_scores": [yes_no, caption]})
+    assert [row["metric"] for row in tuned] == ["yes_no", "cider_d"]
+    assert [row["unparsed"] for row in tuned] == ["3", ""]
+    assert tuned[1]["majority-class baseline"] == ""
+    print_scores({"tuned_scores": [yes_no, caption]})
+    shown = capsys.readouterr().out
+    assert "Held-out scores" in shown and "yes_no: f1 50.0%\n" in shown and "confusion" not in shown

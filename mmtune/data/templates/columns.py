@@ -126,8 +126,8 @@ class ColumnTemplate:
         rules: MediaRules,
         prompting: PromptSettings,
         settings: ImageSettings = DEFAULT_IMAGE_SETTINGS,
-    ) -> tuple[list[Message], tuple[str, ...], tuple[str, ...]]:
-        """The messages, the answer choices and the accepted answers. `settings` transform an image together with its boxes.
+    ) -> tuple[list[Message], dict[str, tuple[str, ...]]]:
+        """The messages, and the sample's `choices`, `options` and `references`. `settings` transform an image with its boxes.
 
         Raises:
             RowError: a section of the template fails for this row; names the section.
@@ -163,7 +163,9 @@ class ColumnTemplate:
                 media = blocks[index] if number == 0 else []
                 messages.append({"role": turn.role, "content": [*media, {"type": "text", "text": text}]})
         last = rounds[-1] | answer_variables
-        return messages, self._choices(row_id, row, last, closed), self._references(row_id, row, last)
+        options = tuple(each["option"] for each in closed.alternatives) if closed is not None and self.options is not None else ()
+        choices, references = self._choices(row_id, row, last, closed), self._references(row_id, row, last)
+        return messages, {"choices": choices, "options": options, "references": references}
 
     def media_values(self, row: Mapping[str, Any], values: Mapping[str, str] | None = None) -> list[tuple[str, Any]]:
         """The modality and the row's value of each image, video and audio clip; no file is opened.
@@ -222,7 +224,7 @@ class ColumnTemplate:
         if not isinstance(values, list) or not values:
             raise RowError(row_id, "references", f"expected a non-empty list of answers, got {values!r}"[:200], "field_type")
         try:
-            return tuple(dict.fromkeys(as_text(value) for value in values))
+            return tuple(as_text(value) for value in values)
         except ValueError as error:
             raise RowError(row_id, "references", str(error), "field_type") from error
 

@@ -84,8 +84,17 @@ class DataTemplate(TemplateSection):
     options: Options | None = None
     verbalizer: Verbalizer | None = None
     boxes: BoxDeclaration | None = None
-    references: str | None = Field(default=None, description="Jinja: the list of all accepted answers.")
+    references: str | None = Field(
+        default=None, description="Jinja: the list of all accepted answers; an answer of several people several times."
+    )
+    metric: str | None = Field(
+        default=None, description="The metric of an evaluation on these rows, where the recipe names none; null: exact_match."
+    )
     task: str | None = Field(default=None, description="The row's field with the name of its task; a.b is b inside a.")
+    cluster: str | None = Field(
+        default=None,
+        description="The row's field with the document that it is about; null: questions on one image belong together.",
+    )
     ignore: tuple[str, ...] = Field(
         default=(), description="The row's fields that refer to media and are not used; any other unread media field is an error."
     )
@@ -138,8 +147,7 @@ class DataTemplate(TemplateSection):
         row = self.unpack_shard_row(row_id, row)
         read = self.fields_read | prompting.ignore | {*self.ignore, *ID_FIELDS}
         check_unread(row_id, "", row, read, self._advice, provenance=True)
-        choices: tuple[str, ...] = ()
-        references: tuple[str, ...] = ()
+        answers: dict[str, Any] = {}
         tools: tuple[dict[str, Any], ...] = ()
         if self.conversation:
             check_no_row_weights(row_id, row, read)
@@ -148,7 +156,7 @@ class DataTemplate(TemplateSection):
             if self.conversation.tools is not None:
                 tools = read_tools(row_id, self.conversation.tools, row.get(self.conversation.tools))
         else:
-            messages, choices, references = self.columns().messages(row_id, row, rules, prompting, settings)
+            messages, answers = self.columns().messages(row_id, row, rules, prompting, settings)
         if not any(map(has_media, messages)):
             check_unread(row_id, "", row, read, self._advice)
         if self.boxes is None:
@@ -156,12 +164,13 @@ class DataTemplate(TemplateSection):
         if prompting.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompting.system}]})
         _check_turns(row_id, messages)
-        return Sample(row_id, messages, task=self._task(row_id, row), choices=choices, references=references, tools=tools)
+        task, cluster = self._name(row_id, row, self.task), self._name(row_id, row, self.cluster)
+        return Sample(row_id, messages, task=task, cluster=cluster, tools=tools, **answers)
 
     @cached_property
     def fields_read(self) -> frozenset[str]:
         """The fields of a row that the template reads, including `joined`."""
-        field_names = [*chain.from_iterable(self._media_fields().values()), self.task, *self.repeat.values()]
+        field_names = [*chain.from_iterable(self._media_fields().values()), self.task, self.cluster, *self.repeat.values()]
         jinja_sources = [self.references or ""]
         if self.conversation is not None:
             field_names += self.conversation.fields
@@ -227,10 +236,10 @@ class DataTemplate(TemplateSection):
         read = {name for turn in self.messages for text in turn.text for name in names_read(text)}
         return next((name for name in BOX_FIELDS if name in read and self.boxes is None), None)
 
-    def _task(self, row_id: str, row: Row) -> str | None:
-        value = lookup(row, self.task) if self.task else None
+    def _name(self, row_id: str, row: Row, field: str | None) -> str | None:
+        value = lookup(row, field) if field else None
         if value is not None and not isinstance(value, (str, int, float)):
-            raise RowError(row_id, str(self.task), f"expected the name of a task, got {type(value).__name__}", "field_type")
+            raise RowError(row_id, str(field), f"expected a text or a number, got {type(value).__name__}", "field_type")
         return None if value is None else str(value)
 
 

@@ -117,7 +117,7 @@ def test_an_evaluation_asks_with_schemas_calls_and_results(media: Path, calling:
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     expected = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert answer.prediction == expected.strip() and (answer.question, answer.reference) == ("What is it?", "red")
+    assert answer.prediction == expected.strip() and (answer.question, answer.references) == ("What is it?", ("red",))
 
 
 def test_a_held_out_row_that_ends_with_a_call_is_rejected_before_answers(media: Path, calling: tuple[Any, Any]) -> None:

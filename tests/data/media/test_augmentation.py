@@ -28,7 +28,7 @@ from mmtune.data.templates.boxes import Box
 from mmtune.data.validation.show_sample import view_sample
 from mmtune.data.validation.validate import ValidationSettings, Validator
 from mmtune.distributed.context import SINGLE_PROCESS
-from mmtune.evaluation.evaluate import Answer
+from mmtune.evaluation.answers import Answer
 from mmtune.evaluation.run_report import _images
 from mmtune.planning.token_plan import build_plan
 from mmtune.recipe.recipe import DataSection, Source
@@ -395,7 +395,7 @@ def test_a_report_and_chat_show_images_through_the_window(tmp_path: Path, untrai
     (tmp_path / "rows.json").write_text(json.dumps([{"image": "0.tif", "conversations": turns}]))
     source = Source(path=str(tmp_path / "rows.json"), template="llava", window=(0.0, 4.0))
     [sample] = list(IndexedSamples([source]))
-    answer = Answer(sample.id, None, "What?", (str(sample.images[0]),), "a ramp", "a ramp", True)
+    answer = Answer(sample.id, None, "What?", (str(sample.images[0]),), ("a ramp",), "a ramp", "ramp", "exact_match", score=1.0)
     [image] = _images([answer], [source])[sample.id]
     assert np.asarray(open_image(image))[..., 0].ravel()[[0, -1]].tolist() == [0, 255]
     model, processor = untrained

@@ -193,7 +193,7 @@ def test_a_row_within_a_row_names_its_task(media: Path) -> None:
     template = _columns("q").model_copy(update={"task": "a.b"})
     for row, task in [({"a": {"b": 7}}, "7"), ({"a": {}}, None), ({"a": 1}, None), ({}, None)]:
         assert template.sample("r", row, MediaRules(media)).task == task
-    with pytest.raises(RowError, match=r"^r: a\.b: expected the name of a task, got list"):
+    with pytest.raises(RowError, match=r"^r: a\.b: expected a text or a number, got list"):
         template.sample("r", {"a": {"b": []}}, MediaRules(media))
 
 

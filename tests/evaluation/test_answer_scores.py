@@ -1,11 +1,18 @@
-"""Metrics against scipy and hand counts; answers that are similar but not equal."""
+"""Scores of answers against scipy and hand counts; answers that are similar but not equal."""
 
 from __future__ import annotations
 
 import pytest
 from scipy.stats import binomtest
 
-from mmtune.evaluation.metrics import exact_match, final_answer, majority_accuracy, normalize, wilson_interval
+from mmtune.evaluation.answers import Answer, final_answer, group_scores, score_answers
+from mmtune.evaluation.metrics.entries.text_match import EXACT_MATCH, normalize
+from mmtune.evaluation.metrics.intervals import wilson_interval
+from mmtune.evaluation.metrics.metric import Item
+
+
+def exact_match(prediction: str, reference: str) -> bool:
+    return EXACT_MATCH.score(Item(prediction, (reference,))) == 1
 
 
 @pytest.mark.parametrize("confidence", [0.95, 0.8])
@@ -20,7 +27,7 @@ def test_the_interval_equals_scipys_wilson_interval(correct: int, total: int, co
 def test_metrics_without_questions() -> None:
     assert wilson_interval(0, 0) == (0, 1)
     assert all(wilson_interval(0, total)[0] == 0 and wilson_interval(total, total)[1] == 1 for total in range(1, 100))
-    assert majority_accuracy([], []) == 0
+    assert group_scores([]) == [] == score_answers([])
 
 
 @pytest.mark.parametrize("prediction", ["yes", "Yes", "YES.", " yes\n", "yes .", "y" + "e" + "s.", "\tyes"])
@@ -75,11 +82,18 @@ def test_the_conclusion_of_an_answer(text: str, marker: str | None, answer: str)
     assert final_answer(text, marker) == answer
 
 
+def _answers(references: list[str], tasks: list[str | None]) -> list[Answer]:
+    rows = enumerate(zip(references, tasks, strict=True))
+    return [Answer(str(n), task, "?", (), (text,), "?", str(n), "exact_match") for n, (text, task) in rows]
+
+
 def test_the_majority_class_baseline_is_counted_per_task() -> None:
-    answers = ["yes", "no", "Yes.", "2", "3", "3", "2", "1"]
-    tasks = ["presence"] * 3 + ["count"] * 5
-    assert majority_accuracy(answers, tasks) == (2 + 2) / 8
-    assert majority_accuracy(answers, [None] * 8) == 2 / 8
-    assert majority_accuracy(["a", "b"], ["x", None]) == 1
-    with pytest.raises(ValueError, match="zip"):
-        majority_accuracy(["a"], [])
+    references = ["yes", "no", "Yes.", "2", "3", "3", "2", "1"]
+    by_task = group_scores(_answers(references, [*["presence"] * 3, *["count"] * 5]))
+    assert [(score.task, score.baseline) for score in by_task] == [
+        ("presence", 2 / 3),
+        ("count", 2 / 5),
+        ("overall", (2 + 2) / 8),
+    ]
+    assert [score.baseline for score in group_scores(_answers(references, [None] * 8))] == [2 / 8]
+    assert group_scores(_answers(["a", "b"], ["x", None]))[-1].baseline == 1

@@ -1,0 +1,45 @@
+"""The table of metrics, read by the recipe's check, the evaluation, the reports and `mmtune score`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from mmtune.evaluation.metrics.entries.closed_answers import CLASSIFICATION, MULTIPLE_CHOICE, YES_NO
+from mmtune.evaluation.metrics.entries.edit_distance import ANLS, CER, WER
+from mmtune.evaluation.metrics.entries.numeric_answers import NUMERIC, RELAXED_ACCURACY
+from mmtune.evaluation.metrics.entries.text_match import EXACT_MATCH, TOKEN_F1
+from mmtune.evaluation.metrics.function_metric import load_function_metric
+from mmtune.evaluation.metrics.metric import Metric
+from mmtune.utils.errors import UserError, nearest
+
+_TABLE = (
+    EXACT_MATCH,
+    TOKEN_F1,
+    ANLS,
+    RELAXED_ACCURACY,
+    MULTIPLE_CHOICE,
+    YES_NO,
+    CLASSIFICATION,
+    NUMERIC,
+    CER,
+    WER,
+)
+METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _TABLE}
+"""Every metric by its name."""
+
+DEFAULT_METRIC = EXACT_MATCH.name
+"""The metric of rows whose data template names none, where the recipe names none."""
+
+
+def find_metric(name: str) -> Metric:
+    """The metric of a name, or the function of `module:function` or `FILE.py:function`.
+
+    Raises:
+        UserError: no such metric or function.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    if re.fullmatch(r"[^:]+:[A-Za-z_]\w*", name):
+        return load_function_metric(name)
+    raise UserError(f"unknown metric '{name}'{nearest(name, METRICS)}")
