@@ -36,7 +36,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 prepare_torchvision()  # before a test imports transformers
 
-LONG = ("test_quickstart.py", "test_context.py", "test_together.py", "test_faults.py", "test_capabilities.py")
+LONG = ("test_families.py", "test_quickstart.py", "test_context.py", "test_together.py", "test_faults.py", "test_capabilities.py")
 """Minutes each: begun first, or one process would be at the last of them when the other has nothing left to do."""
 
 

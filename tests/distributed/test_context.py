@@ -39,15 +39,14 @@ STRATEGIES = {"DDP": "ddp", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zer
 """Strategies by their name in a run, and the shipped configuration that launches each."""
 OTHER_WAYS = {
     "ZeRO-3, offloaded": "zero3_offload",
-    **{f"ZeRO-{name.removeprefix('zero')}, by the recipe": name for name in ("zero1", "zero2", "zero3", "zero3_offload")},
+    **{f"ZeRO-{name.removeprefix('zero')}, by the recipe": name for name in ("zero1", "zero3_offload")},
 }
 """The second half of them by `train.deepspeed` under torchrun."""
 CELLS = [
     *(("mixed", strategy) for strategy in STRATEGIES),
     *(("text", way) for way in OTHER_WAYS),
-    *((kind, strategy) for kind in ("text", "packed", "towers") for strategy in ("DDP", "ZeRO-2", "ZeRO-3")),
-    *(("images", strategy) for strategy in ("DDP", "ZeRO-3")),
-    *(("packed", "ZeRO-1"), ("towers", "FSDP2"), ("bf16", "FSDP2")),
+    *((kind, strategy) for kind in ("packed", "towers") for strategy in ("DDP", "ZeRO-2", "ZeRO-3")),
+    *(("text", "DDP"), ("images", "ZeRO-3"), ("towers", "FSDP2"), ("bf16", "FSDP2")),
 ]
 
 

@@ -48,6 +48,7 @@ class Case:
         overrides: what else the recipe needs.
         parts: the weight in the loss of each part that the log has; empty where the log has the loss alone.
         packs: whether a recipe can have it with `data.packing`.
+        together: whether several processes are compared with one; no other case then covers it.
     """
 
     section: dict[str, Any]
@@ -55,6 +56,7 @@ class Case:
     overrides: tuple[str, ...] = ()
     parts: dict[str, float] = field(default_factory=dict)
     packs: bool = True
+    together: bool = True
 
     def recipe(self, make_recipe: MakeRecipe, *overrides: str) -> Recipe:
         return make_recipe(f"objective={json.dumps(self.section)}", *self.overrides, *overrides)
@@ -65,10 +67,11 @@ def label_losses(log_probabilities: Any, labels: Any) -> Any:
 
 
 CASES = {
-    "sft": Case({"type": "sft"}, label_losses),
+    "sft": Case({"type": "sft"}, label_losses, together=False),
     "distillation": Case(
         {**TEACHER, "temperature": 2.0, "beta": 0.5, "crossentropy_weight": 0.5},
         parts={"distillation": 1.0, "crossentropy": 0.5},
+        together=False,
     ),
     "distillation of layers": Case(
         {**TEACHER, "hidden_states": {"layers": [[1, 1], [-1, -1]]}, "attention_maps": {"layers": [[0, 0], [2, 4]]}},
@@ -241,9 +244,11 @@ def test_a_resumed_run_equals_the_uninterrupted_run(case: Case, make_recipe: Mak
 
 @pytest.mark.slow
 def test_two_processes_give_the_result_of_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """DDP, ZeRO-3 and FSDP2, by plain descent, whose steps are the gradients."""
+    """DDP, ZeRO-3 and FSDP2, by plain descent, whose steps are the gradients. Those of `sft` are in tests/distributed."""
     jobs, runs = [], {}
     for number, (label, case) in enumerate(CASES.items()):
+        if not case.together:
+            continue
         for name, strategy, size in (("one", None, 4), ("ddp", "ddp", 2), ("zero3", "zero3", 2), ("fsdp2", "fsdp2", 2)):
             out = tmp_path / f"{number}_{name}"
             settings = f"train.per_device_train_batch_size={size}", "train.optim=sgd", "train.learning_rate=0.1"

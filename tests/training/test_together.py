@@ -217,12 +217,12 @@ def private_peaks(command: list[str], log: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_a_process_at_zero_3_never_holds_the_whole_model(tmp_path: Path) -> None:
-    """A billion parameters that are bf16 on disk and fp32 here, so that no process can use the file's own pages."""
+    """600 million parameters that are bf16 on disk and fp32 here, so that no process can use the file's own pages."""
     few_words = [{"from": "human", "value": "one and one"}, {"from": "gpt", "value": "two"}]
     (tmp_path / "rows.json").write_text(json.dumps([{"conversations": few_words}] * 2), encoding="utf-8")
     model, processor = build_untrained(seed=0)
     text = model.config.text_config
-    text.num_hidden_layers, text.hidden_size, text.intermediate_size = 20, 2048, 5632
+    text.num_hidden_layers, text.hidden_size, text.intermediate_size = 12, 2048, 5632
     text.num_attention_heads = text.num_key_value_heads = 16
     text.head_dim = 128
     with torch.device("meta"):
@@ -243,6 +243,5 @@ def test_a_process_at_zero_3_never_holds_the_whole_model(tmp_path: Path) -> None
     [*_, alone] = private_peaks([sys.executable, *program], tmp_path / "one.log")
     torchrun = [*launcher("torchrun"), *program, f"train.deepspeed={settings}"]
     [*_, first, second] = private_peaks(torchrun, tmp_path / "two.log")
-    assert alone > whole
-    assert max(first, second) < 0.65 * alone
+    assert max(first, second) < 0.9 * whole < alone
     shutil.rmtree(tmp_path / "large")
