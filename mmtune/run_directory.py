@@ -102,6 +102,19 @@ class RunDirectory:
                 return path
         return None
 
+    def delete_checkpoints(self, limit: int | None, keep: Path | None = None) -> None:
+        """Delete the oldest checkpoints beyond a limit, but not the newest one.
+
+        Args:
+            limit: how many to keep; None keeps all.
+            keep: is not deleted, and counts.
+        """
+        checkpoints = self.checkpoints_by_step()
+        protected = {checkpoints[-1], keep} & set(checkpoints) if checkpoints else set()
+        spare = [path for path in checkpoints if path not in protected]
+        for path in spare[: max(0, len(checkpoints) - max(limit, len(protected)))] if limit else ():
+            shutil.rmtree(path)
+
     def read_summary(self) -> dict[str, Any]:
         """Read `summary.json`.
 

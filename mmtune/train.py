@@ -45,6 +45,7 @@ from mmtune.training.callbacks import draw_loss_curve
 from mmtune.training.checkpoint import check_resumable, checkpoint_to_resume, finished_summary, flatten, restore_training_state
 from mmtune.training.dataloader import TrainingData, optimizer_steps, plan_rows, prepare_data, prove_packed_rows, rows_to_take
 from mmtune.training.fit import create_trainer, run_training
+from mmtune.training.held_out.held_out_rows import plan_held_out
 from mmtune.training.run_inputs import RunInputs
 from mmtune.training.training_arguments import build_training_arguments
 from mmtune.tuning.apply import TunedModel, tune_model
@@ -109,20 +110,19 @@ def validate(recipe: Recipe, overwrite: bool, resume: bool | Path) -> RunInputs:
     data_report.stop_past(recipe.data.max_bad_fraction)
     if recipe.evaluate:
         check_questions(recipe.evaluate)
-
     dist = init_distributed(arguments, recipe.model.precision, takes_sharded_weights(recipe))
     settings = {**flatten(recipe.model_dump(mode="json")), **versions(), "rows": data_report.rows}
     check_same(dist, {**settings, "checkpoint": checkpoint and checkpoint.name})  # a shared file system may lag behind on one
     if checkpoint is not None:
         check_resumable(recipe, run, checkpoint, dist)
-
     base = resolve_model(recipe.model)
     check_method(recipe, base, arguments, dist, checkpoint)
     check_encoding(base.processor)
     objective = build_objective(recipe, base)
     lengths = plan_rows(samples, recipe, base.processor, data_report, dist)
     print(f"training: {dist.strategy}, {arguments.device}")
-    return RunInputs(recipe, overwrite, checkpoint, arguments, dist, samples, data_report, base, objective, lengths)
+    held_out = plan_held_out(recipe, base.processor, dist)
+    return RunInputs(recipe, overwrite, checkpoint, arguments, dist, samples, data_report, base, objective, lengths, held_out)
 
 
 def load(inputs: RunInputs) -> tuple[Any, ProcessorMixin, TrainingData]:

@@ -22,7 +22,7 @@ from mmtune.data.message import RowError, Sample
 from mmtune.data.sources.reader import SourceReader
 from mmtune.data.sources.source import Row
 from mmtune.data.validation.issues import ISSUE_TYPES
-from mmtune.recipe.recipe import DataSection, Source
+from mmtune.recipe.recipe import DataSection, Source, source_names
 from mmtune.utils.errors import UserError
 
 LazySample = Callable[[], Sample]
@@ -37,18 +37,6 @@ def open_readers(sources: Sequence[Source]) -> list[SourceReader]:
     files = Counter(Path(path).name for path in paths)
     several = len(paths) > 1 and any(not Path(path).is_file() for path in paths)
     return [SourceReader(source, source.path if several or files[Path(source.path).name] > 1 else None) for source in sources]
-
-
-def _names(sources: Sequence[Source]) -> list[str]:
-    """Display names of the sources: the file name, or the path if file names are not unique; sources of one file are numbered."""
-    files = Counter(Path(path).name for path in {source.path for source in sources})
-    repeats: Counter[str] = Counter()
-    names = []
-    for source in sources:
-        name = source.path if files[Path(source.path).name] > 1 else Path(source.path).name
-        repeats[name] += 1
-        names.append(name if repeats[name] == 1 else f"{name} ({repeats[name]})")
-    return names
 
 
 class IndexedSamples(Sequence[Sample]):
@@ -70,7 +58,7 @@ class IndexedSamples(Sequence[Sample]):
         self.templates = [reader.template for reader in self._readers]
         self.counts = [len(rows) for rows in self._rows]
         self._ends = list(accumulate(self.counts))
-        self.names = _names(sources)
+        self.names = source_names(sources)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -110,7 +98,7 @@ class StreamedSamples:
         """
         self._readers = open_readers(sources)
         self.weights = [source.weight for source in sources]
-        self.names = _names(sources)
+        self.names = source_names(sources)
 
     @property
     def stream_openers(self) -> list[Callable[[int], Iterator[LazySample]]]:

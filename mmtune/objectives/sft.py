@@ -203,6 +203,21 @@ class SupervisedTuning:
         loss = losses.loss + (self._router_loss.coefficient * share - weight) * value
         return replace(losses, loss=loss, parts={**parts, "router_aux": (share * value).detach()})
 
+    def held_out_losses(self, losses: Losses) -> dict[str, torch.Tensor]:
+        """What an evaluation while training reports of a batch: `loss`, and `loss_NAME` for each part of a loss of several.
+
+        The router's term is left out: its value depends on which rows share a batch.
+
+        Args:
+            losses: from `compute_loss` with a denominator of 1.
+
+        Returns:
+            Sums over the supervised tokens of the batch.
+        """
+        parts = {f"loss_{name}": part for name, part in losses.parts.items() if name != "router_aux"}
+        router = 0.0 if self._router_loss is None else self._router_loss.coefficient * losses.parts["router_aux"]
+        return {"loss": losses.loss - router, **(parts if len(parts) > 1 else {})}
+
     def losses_by_source(
         self, losses: Losses, inputs: dict[str, Any], sources: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,6 +43,7 @@ from mmtune.models.fake_tensors import (
 from mmtune.models.meta_model import build_meta, config_source, unreachable_file
 from mmtune.objectives.objective_table import OBJECTIVES
 from mmtune.objectives.sft import SupervisedTuning
+from mmtune.recipe.pass_through.arguments import EARLY_STOPPING
 from mmtune.recipe.recipe import ModelSection, Recipe, Settings
 from mmtune.tuning.apply import apply_tuning
 from mmtune.utils.errors import RecipeValueError, UserError
@@ -238,7 +239,7 @@ def print_estimate(estimate: MemoryEstimate, limit_bytes: int | None = None) -> 
 
 
 def _arguments(recipe: Recipe) -> TrainingArguments:
-    left_out = ("report_to", "deepspeed", "ddp_backend")
+    left_out = ("report_to", "deepspeed", "ddp_backend", *EARLY_STOPPING)
     settings = {name: value for name, value in recipe.train.items() if name not in left_out}
     settings = {"use_cpu": not torch.accelerator.is_available(), **settings}
     settings |= {"report_to": "none", "bf16": recipe.model.precision != "fp32"}

@@ -26,6 +26,7 @@ from mmtune.recipe.sections import (
     Projector,
     Recipe,
     Source,
+    source_names,
 )
 from mmtune.recipe.tune_section import DEFAULT_METHODS, ComponentTuning, TuneSection
 from mmtune.recipe.unknown_keys import error_messages, override_error, split_override_error
@@ -51,6 +52,7 @@ __all__ = [
     "located",
     "needed_paths",
     "recipe_schema",
+    "source_names",
 ]
 
 SECTIONS = ("model", "tune", "objective", "data", "evaluate", "train")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -36,7 +38,7 @@ from mmtune.recipe.prompt_sections import (
     where_errors,
 )
 from mmtune.recipe.section import PassThroughArguments, PathText, Section, Text
-from mmtune.recipe.train_rules import training_errors
+from mmtune.recipe.train_rules import evaluation_errors, training_errors
 from mmtune.recipe.tune_section import TuneSection, with_rates
 from mmtune.recipe.yaml_lines import dump_yaml
 from mmtune.utils.errors import closest_hint, nearest
@@ -195,6 +197,18 @@ class Source(Section):
         return values, where_errors(values) + verbalizer_errors(values) + values_errors(values) + window_errors(values)
 
 
+def source_names(sources: Sequence[Source]) -> list[str]:
+    """Display names of the sources: the file name, or the path if file names are not unique; sources of one file are numbered."""
+    files = Counter(Path(path).name for path in {source.path for source in sources})
+    repeats: Counter[str] = Counter()
+    names = []
+    for source in sources:
+        name = source.path if files[Path(source.path).name] > 1 else Path(source.path).name
+        repeats[name] += 1
+        names.append(name if repeats[name] == 1 else f"{name} ({repeats[name]})")
+    return names
+
+
 class DataSection(Section):
     """Training data."""
 
@@ -286,6 +300,15 @@ class DataSection(Section):
         return self.plan or self.packing or self.tokens_per_batch is not None or self.largest_batch_first or stops
 
 
+class WhileTraining(Section):
+    """Evaluation while training: which held-out rows, and what is computed besides the loss."""
+
+    rows: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        default=None, description="Evaluate this many rows, drawn once; null: all. The same rows are taken at every step."
+    )
+    seed: StrictInt = Field(default=0, description="Seed of the draw of the rows.")
+
+
 class EvaluateSection(Section):
     """Evaluation on held-out rows."""
 
@@ -310,10 +333,19 @@ class EvaluateSection(Section):
     samples: Annotated[StrictInt, Field(ge=0)] = Field(
         default=24, description="How many answers the report shows with their images."
     )
+    while_training: WhileTraining = Field(
+        default=WhileTraining(), description="The evaluation at the steps of train.eval_strategy."
+    )
 
     @classmethod
     def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:
         return values, evaluation_augment_errors(values)
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The metrics of an evaluation while training, without `eval_`."""
+        names = source_names(self.data)
+        return ["loss", *(f"loss_{name}" for name in names if len(names) > 1)]
 
 
 class Recipe(Section):
@@ -386,6 +418,12 @@ class Recipe(Section):
                 yield error_at(("train", name), message)
         if self.data.stream and (self.train.get("max_steps") or -1) < 1:
             yield error_at(("train", "max_steps"), "required with data.stream: true: a stream has no known length")
+        metrics = None if self.evaluate is None else self.evaluate.metric_names
+        for place, message in evaluation_errors(self.train, metrics, self.data.stream):
+            yield error_at(place, message)
+        if not self.evaluates_while_training and self.evaluate and self.evaluate.while_training != WhileTraining():
+            message = "needs an evaluation while training: give train.eval_strategy: steps or epoch, or leave it out"
+            yield error_at(("evaluate", "while_training"), message)
         for key, message in self.objective.conflicts(self):
             yield error_at(("objective", *key), message)
         if self.data.packing and method is not None and not METHODS[method].packable:
@@ -397,6 +435,11 @@ class Recipe(Section):
         if (problem := self.tune.incompatibility(precision, checkpointing=checkpointing)) is not None:
             component, reason = problem
             yield error_at(("tune", component), reason)
+
+    @property
+    def evaluates_while_training(self) -> bool:
+        """Whether held-out rows are evaluated while the model trains."""
+        return bool(self.train.get("eval_strategy", "no") != "no")
 
     def origin(self, key: str) -> str:
         """Where a dotted key was written: `FILE:LINE`, `command line: KEY=VALUE`, or `default`."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 from pydantic_core import InitErrorDetails
 
-from mmtune.recipe.pass_through.arguments import error_at, format_value, train_arguments
+from mmtune.recipe.pass_through.arguments import EARLY_STOPPING, error_at, format_value, train_arguments
 from mmtune.recipe.pass_through.library_facts import library_fact
 from mmtune.utils.errors import nearest
 
@@ -110,6 +110,18 @@ DECAY_TYPES = ("linear", "cosine", "1-sqrt")
 MINIMUM = {"num_decay_steps": 1, "num_stable_steps": 0, "timescale": 1}
 """The lowest values of keys of `lr_scheduler_kwargs`."""
 
+LOGGING_STEPS = 10
+"""mmtune's default of `logging_steps`."""
+EVALUATION_KEYS = (
+    "eval_steps",
+    "eval_delay",
+    "eval_on_start",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+)
+"""Arguments of TrainingArguments that have an effect only with `eval_strategy`."""
+
 POLYNOMIAL_END = 1e-7
 """The default of `lr_end`."""
 
@@ -117,17 +129,13 @@ POLYNOMIAL_END = 1e-7
 def training_errors(train: Mapping[str, Any]) -> list[InitErrorDetails]:
     """Errors in the values of `train`, each of which has the right type. The Trainer would report them only after loading."""
     errors = _scheduler_errors(train)
-    for name in ("logging_steps", "save_steps"):
-        steps = train.get(name, 1)
+    for name in ("logging_steps", "save_steps", "eval_steps"):
+        steps = train.get(name) or 1
         if steps > 1 and steps != int(steps):
             errors.append(error_at(name, f"expected an integer, or a fraction of the run below 1, got {format_value(steps)}"))
     for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context"):
         if train.get(name) and not train.get("dataloader_num_workers"):
             errors.append(error_at(name, "needs worker processes: give dataloader_num_workers, or leave it out"))
-    if train.get("save_strategy") == "best":
-        errors.append(
-            error_at("save_strategy", "best is not supported: mmtune does not evaluate during training; give steps or epoch")
-        )
     optimizer = str(train.get("optim", ""))
     low_rank = optimizer.startswith(("galore", "apollo"))
     if low_rank and train.get("optim_target_modules") is None:
@@ -152,6 +160,63 @@ def training_errors(train: Mapping[str, Any]) -> list[InitErrorDetails]:
     return errors
 
 
+def evaluation_errors(
+    train: Mapping[str, Any], metrics: Collection[str] | None, stream: bool
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Errors in the keys of `train` about the evaluation while training: a key of the recipe and a message for each.
+
+    Args:
+        train: the section, each value of the right type.
+        metrics: the names of the metrics that an evaluation reports, without `eval_`; None if the recipe has no held-out rows.
+        stream: the recipe's `data.stream`.
+    """
+    strategy = train.get("eval_strategy", "no")
+    if strategy == "no":
+        for name in (*EVALUATION_KEYS, *EARLY_STOPPING):
+            if train.get(name) not in (None, False) and not (name == "eval_delay" and not train[name]):
+                yield ("train", name), "needs an evaluation while training: give eval_strategy: steps or epoch, or leave it out"
+        if train.get("save_strategy") == "best":
+            yield ("train", "save_strategy"), "best needs an evaluation while training: give eval_strategy: steps or epoch"
+        return
+    if metrics is None:
+        yield ("train", "eval_strategy"), "needs held-out rows: give evaluate: {data: [{path: held_out.json, template: llava}]}"
+        return
+    if strategy == "epoch" and train.get("eval_steps") is not None:
+        yield ("train", "eval_steps"), "needs eval_strategy: steps; leave it out, or change eval_strategy"
+    if strategy == "epoch" and stream:
+        yield ("train", "eval_strategy"), "epoch is not supported with data.stream: true: a stream has no epochs; give steps"
+    if train.get("early_stopping_threshold") and train.get("early_stopping_patience") is None:
+        yield ("train", "early_stopping_threshold"), "needs early_stopping_patience: give it too, or leave this out"
+    best = train.get("metric_for_best_model")
+    if best is not None and best.removeprefix("eval_") not in metrics:
+        yield ("train", "metric_for_best_model"), f"unknown metric '{best}'{nearest(best.removeprefix('eval_'), metrics)}"
+    if train.get("load_best_model_at_end"):
+        yield from _best_checkpoint_errors(train, strategy)
+
+
+def _best_checkpoint_errors(train: Mapping[str, Any], strategy: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """transformers' rules: the best step is one that has a checkpoint."""
+    save = train.get("save_strategy", "no")
+    if save == "best":
+        return
+    if save != strategy:
+        yield (
+            ("train", "load_best_model_at_end"),
+            f"expected save_strategy: {strategy}, as eval_strategy, or best, got {save}: the best weights are read from a "
+            f"checkpoint; give save_strategy: {strategy}",
+        )
+        return
+    every = train.get("eval_steps") or train.get("logging_steps", LOGGING_STEPS)
+    saves = train.get("save_steps", train_arguments().arguments["save_steps"].default)
+    both_shares = (every < 1) == (saves < 1)
+    ratio = saves / every
+    if strategy == "steps" and not (both_shares and math.isclose(ratio, round(ratio)) and round(ratio) >= 1):
+        yield (
+            ("train", "load_best_model_at_end"),
+            f"expected save_steps to be a multiple of eval_steps ({every:g}), got {saves:g}; give save_steps: {every:g}",
+        )
+
+
 def _optimizer_errors(optimizer: str, arguments: str) -> list[InitErrorDetails]:
     """Names in `optim_args` that the Trainer would not read."""
     valid = library_fact("optimizer_arguments")[optimizer]
@@ -165,10 +230,7 @@ def _scheduler_errors(train: Mapping[str, Any]) -> list[InitErrorDetails]:
     """Errors in `lr_scheduler_type` and `lr_scheduler_kwargs`."""
     kind, kwargs = train.get("lr_scheduler_type", "linear"), train.get("lr_scheduler_kwargs") or {}
     if kind in ("reduce_lr_on_plateau", "greedy"):
-        message = (
-            f"{kind} is not supported: it needs an evaluation during training, which mmtune does not run; use cosine or linear"
-        )
-        return [error_at("lr_scheduler_type", message)]
+        return [error_at("lr_scheduler_type", f"{kind} is not supported: its rates depend on a metric; use cosine or linear")]
     if kind == "constant" and train.get("warmup_steps"):
         return [
             error_at(

@@ -7,17 +7,19 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmtune.distributed.context import DistributedContext
 from mmtune.training.throughput.progress import format_duration
 from mmtune.utils.errors import CheckFailed, Stopped
 from mmtune.utils.files import report_disk_errors
 
+EVALUATION_SPEED = ("eval_runtime", "eval_samples_per_second")
 MIN_CPU_WAIT = 0.1
 """From this fraction of the time on, the progress line shows the wait for CPU."""
 
@@ -54,16 +56,19 @@ class RecordMetrics(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not logs or "loss" not in logs:
+        if not logs or not logs.keys() & {"loss", "eval_loss"}:
             return
         if state.is_world_process_zero:
             with report_disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-            if self._bar is not None:
+            if "eval_loss" in logs:
+                if not args.disable_tqdm:
+                    tqdm.write(f"step {state.global_step}/{state.max_steps}  {evaluation_line(logs)}")
+            elif self._bar is not None:
                 self._bar.set_postfix_str(progress_line(logs, _room(self._bar)))
             elif not args.disable_tqdm:
                 print(f"step {state.global_step}/{state.max_steps}  {progress_line(logs)}", flush=True)
-        if not math.isfinite(logs["loss"]):  # the mean over all processes, so all of them stop
+        if not math.isfinite(logs.get("loss", 0.0)):  # the mean over all processes, so all of them stop
             raise CheckFailed(
                 f"the loss is {logs['loss']} at step {state.global_step}; lower the learning rate or look at the data"
             )
@@ -99,6 +104,34 @@ def progress_line(logs: dict[str, Any], room: int | None = None) -> str:
     while room is not None and len(metrics) > 1 and len("  ".join(metrics)) > room:
         metrics.pop()
     return "  ".join(metrics)
+
+
+def evaluation_line(logs: dict[str, Any]) -> str:
+    """The metrics of an evaluation in one line."""
+    named = [f"{name} {value:.4f}" for name, value in logs.items() if name.startswith("eval_") and name not in EVALUATION_SPEED]
+    return "  ".join([*named, f"in {format_duration(logs['eval_runtime'])}"])
+
+
+def early_stopping(train: Mapping[str, Any]) -> list[TrainerCallback]:
+    """The callback of `early_stopping_patience`, if a recipe's `train` section has it."""
+    patience = train.get("early_stopping_patience")
+    return [] if patience is None else [StopEarly(patience, train.get("early_stopping_threshold", 0.0))]
+
+
+class StopEarly(EarlyStoppingCallback):
+    """transformers' EarlyStoppingCallback, whose counter is that of the checkpoint in a resumed run."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        attributes = state.stateful_callbacks[type(self).__name__]["attributes"]
+        self.early_stopping_patience_counter = attributes["early_stopping_patience_counter"]
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:  # the run was killed after its last step
+            control.should_training_stop = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_evaluate(args, state, control, **kwargs)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience and state.is_world_process_zero:
+            count, metric = self.early_stopping_patience_counter, args.metric_for_best_model
+            print(f"stopped early: {metric} did not improve in {count} evaluations", flush=True)
 
 
 class DisableInputRequireGrads(TrainerCallback):
@@ -167,17 +200,27 @@ class StopOnSignal(TrainerCallback):
             control.should_save = not self._dist.fsdp
             control.should_training_stop = True
 
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.received is not None:  # the Trainer ends the epoch early, where an uninterrupted run does not evaluate
+            control.should_evaluate = False
+
 
 def draw_loss_curve(metrics: Path, out: Path) -> None:
     """Plot the training loss of a `metrics.jsonl` over steps as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records, held_out = ([line for line in lines if name in line] for name in ("loss", "eval_loss"))
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.add_subplot()
     dot = "." if len(records) == 1 else None  # a line of one point is invisible
-    axes.plot([r["step"] for r in records], [r["loss"] for r in records], color="#1f6feb", linewidth=1.5, marker=dot)
+    steps = [record["step"] for record in records]
+    axes.plot(steps, [r["loss"] for r in records], color="#1f6feb", linewidth=1.5, marker=dot, label="training")
+    if held_out:
+        steps = [record["step"] for record in held_out]
+        axes.plot(steps, [r["eval_loss"] for r in held_out], color="#d1242f", linewidth=1.5, marker=".", label="held out")
+        axes.legend(frameon=False)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per supervised token")
     axes.set_ylim(bottom=0)

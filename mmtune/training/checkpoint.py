@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from mmtune.data.batching.sample_stream import SampleStream
 from mmtune.data.data_report import DataReport
 from mmtune.distributed.context import DistributedContext
 from mmtune.planning.plan_cache import file_signatures
 from mmtune.recipe.pass_through.arguments import format_value
-from mmtune.recipe.recipe import Recipe, load_recipe
+from mmtune.recipe.recipe import Recipe, Source, load_recipe
 from mmtune.run_directory import SAVING, RunDirectory, step_of, wait_until_visible
 from mmtune.utils.errors import UserError
 from mmtune.utils.files import apply_umask, fsync, fsync_tree, read_record
@@ -38,20 +39,20 @@ MAY_CHANGE = (
     "data.max_nonfinite_steps",
     "data.check_rows",
 )
-"""Keys that may change when a run is resumed: no training step depends on them."""
+"""Keys that may change when a run is resumed: no training step depends on them. Those of `evaluate` may not with
+`train.eval_strategy`: the best step depends on them."""
 
 
 def finalize_checkpoint(
-    temporary: Path, checkpoints: Path, report: DataReport, dist: DistributedContext, files: dict[str, Any], limit: int | None
+    temporary: Path, checkpoints: Path, report: DataReport, dist: DistributedContext, files: dict[str, Any]
 ) -> None:
-    """Rename a completely written checkpoint to its final name, and delete older ones beyond the limit.
+    """Rename a completely written checkpoint to its final name.
 
     Before that it has a temporary name, so that every directory with the name of a checkpoint is complete.
 
     Args:
         temporary: the complete directory, on the file system of `checkpoints`.
         files: the signatures of the data files by name.
-        limit: how many checkpoints to keep; None keeps all.
     """
     report.write(temporary / REPORT_FILE)
     (temporary / STRATEGY_FILE).write_text(json.dumps({"strategy": dist.strategy, "files": files}) + "\n", encoding="utf-8")
@@ -60,8 +61,6 @@ def finalize_checkpoint(
     fsync_tree(temporary)
     temporary.rename(checkpoints / temporary.name)
     fsync(checkpoints)  # before an older one is deleted
-    for old in RunDirectory(checkpoints.parent).checkpoints_by_step()[:-limit] if limit else ():
-        shutil.rmtree(old)
 
 
 def wait_for_files(folder: Path, names: set[str]) -> None:
@@ -146,6 +145,7 @@ def restore_training_state(
     if isinstance(rows, SampleStream):
         rows.start_at(step * arguments.gradient_accumulation_steps)
         arguments.ignore_data_skip = True  # the stream skips rows itself, without parsing them
+    arguments.eval_on_start = False
 
 
 def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, dist: DistributedContext) -> None:
@@ -160,12 +160,22 @@ def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, dist: D
     saved = read_record(checkpoint / STRATEGY_FILE, strategy=str, files=dict)
     if saved["strategy"] != dist.strategy:
         raise UserError(f"resume: expected {saved['strategy']} as for {checkpoint}, got {dist.strategy}; launch as before")
-    files = file_signatures(recipe.data.train)
+    if recipe.train.get("load_best_model_at_end"):
+        best = read_record(checkpoint / TRAINER_STATE_NAME).get("best_model_checkpoint")
+        if best is not None and not Path(best).is_dir():
+            raise UserError(f"resume: {best} is missing, the best checkpoint until {checkpoint}; restore it, or use --overwrite")
+    files = file_signatures(fixed_sources(recipe))
     changed = [name for name in sorted({*files, *saved["files"]}) if files.get(name) != saved["files"].get(name)]
     if changed:
         raise UserError(
             f"resume: {', '.join(changed)} changed since {checkpoint} was written; restore them, or start again with --overwrite"
         )
+
+
+def fixed_sources(recipe: Recipe) -> tuple[Source, ...]:
+    """The sources whose files must not change when a run is resumed."""
+    held_out = recipe.evaluate.data if recipe.evaluate and recipe.evaluates_while_training else ()
+    return (*recipe.data.train, *held_out)
 
 
 def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
@@ -178,7 +188,8 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     for key in changed:
         print(f"resume: {key} changed from {format_value(before.get(key))} to {format_value(now.get(key))}")
-    fixed = [key for key in changed if not key.startswith(MAY_CHANGE)]
+    may_change = tuple(key for key in MAY_CHANGE if not (key == "evaluate." and recipe.evaluates_while_training))
+    fixed = [key for key in changed if not key.startswith((*may_change, "evaluate.samples"))]
     if fixed:
         raise UserError(
             f"resume: expected the values of {run.recipe} for {', '.join(fixed)}; restore them, give a new output_dir, or start "

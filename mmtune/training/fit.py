@@ -12,8 +12,10 @@ from mmtune.distributed.context import check_strategy
 from mmtune.distributed.fsdp import configure_fsdp
 from mmtune.planning.plan_cache import file_signatures
 from mmtune.run_directory import RunDirectory
-from mmtune.training.callbacks import DisableInputRequireGrads, RecordMetrics, StopOnSignal
+from mmtune.training.callbacks import DisableInputRequireGrads, RecordMetrics, StopOnSignal, early_stopping
+from mmtune.training.checkpoint import fixed_sources
 from mmtune.training.dataloader import TrainingData
+from mmtune.training.held_out.held_out_loss import HeldOutLoss
 from mmtune.training.run_inputs import RunInputs
 from mmtune.training.trackers import start_trackers
 from mmtune.training.trainer import TuningTrainer
@@ -36,7 +38,7 @@ def create_trainer(
         train_dataset=data.rows,
         data_collator=data.collator,
         processing_class=processor,
-        callbacks=[RecordMetrics(run.metrics), DisableInputRequireGrads()],
+        callbacks=[RecordMetrics(run.metrics), DisableInputRequireGrads(), *early_stopping(recipe.train)],
         data_report=inputs.data_report,
         max_bad_fraction=recipe.data.max_bad_fraction,
         max_nonfinite_steps=recipe.data.max_nonfinite_steps,
@@ -46,8 +48,9 @@ def create_trainer(
         dummy_batch=inputs.objective.dummy_batch(processor),
         batches=data.batches,
         source_names=data.source_names,
-        data_files=file_signatures(recipe.data.train) if dist.is_main_process else {},  # only it finalizes checkpoints
+        data_files=file_signatures(fixed_sources(recipe)) if dist.is_main_process else {},  # only it finalizes checkpoints
         initial=tuned.initial,
+        held_out=_held_out_loss(inputs, processor),
     )
     check_strategy(trainer.accelerator, dist, recipe.model.precision)
     if dist.fsdp:
@@ -58,13 +61,19 @@ def create_trainer(
     return trainer
 
 
+def _held_out_loss(inputs: RunInputs, processor: ProcessorMixin) -> HeldOutLoss | None:
+    if inputs.held_out is None or inputs.recipe.evaluate is None:
+        return None
+    return HeldOutLoss(inputs.held_out, inputs.objective, processor, inputs.dist, inputs.recipe.evaluate.batch_size)
+
+
 def run_training(trainer: TuningTrainer, inputs: RunInputs, run: RunDirectory) -> dict[str, Any]:
     """Train to the end, and write the data report however training ends.
 
     A new run that fails before its first step leaves nothing behind.
 
     Returns:
-        `train_seconds` and `steps`, for the summary.
+        `train_seconds` and `steps`, for the summary, and those of `best_step_metrics`.
 
     Raises:
         Stopped: a signal ended training after a complete step.
@@ -90,4 +99,18 @@ def run_training(trainer: TuningTrainer, inputs: RunInputs, run: RunDirectory) -
             f"no usable training sample: every sampled row was dropped or quarantined; {report.summary()}; see {run.data_report}"
         )
     print(report.summary())
-    return {"train_seconds": round(time.perf_counter() - start, 1), "steps": trainer.state.global_step}
+    seconds = round(time.perf_counter() - start, 1)
+    return {"train_seconds": seconds, "steps": trainer.state.global_step, **best_step_metrics(trainer)}
+
+
+def best_step_metrics(trainer: TuningTrainer) -> dict[str, Any]:
+    """`best_step`, `best_metric` and `metric_for_best_model`, which are printed too; empty where nothing was evaluated."""
+    state, args = trainer.state, trainer.args
+    if not state.best_global_step:
+        if args.load_best_model_at_end:
+            print("no step was evaluated: the run keeps the weights of its last step")
+        return {}
+    name = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
+    note = "; the run keeps its weights" if args.load_best_model_at_end else ""
+    print(f"best step: {state.best_global_step} of {state.global_step}, {name} {state.best_metric:.4f}{note}")
+    return {"best_step": state.best_global_step, "best_metric": state.best_metric, "metric_for_best_model": name}

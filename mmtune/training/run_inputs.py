@@ -16,6 +16,7 @@ from mmtune.models.load import ResolvedBase
 from mmtune.objectives.sft import SupervisedTuning
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
+from mmtune.training.held_out.held_out_rows import HeldOutRows
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class RunInputs:
         overwrite: whether an earlier run at the recipe's `output_dir` is replaced.
         checkpoint: where training resumes; None for a new run.
         lengths: tokens of every row, shape (rows,), 0 for a row that cannot train; None where rows are not counted beforehand.
+        held_out: the rows of the evaluation while training; None without one.
     """
 
     recipe: Recipe
@@ -38,6 +40,7 @@ class RunInputs:
     base: ResolvedBase
     objective: SupervisedTuning
     lengths: NDArray[np.int64] | None
+    held_out: HeldOutRows | None
 
     @property
     def run(self) -> RunDirectory:

@@ -16,6 +16,8 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import TrainerControl
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mmtune.data.batching.batch_sampler import MixtureBatchSampler
@@ -28,8 +30,9 @@ from mmtune.distributed.sharded_parameters import full_state_dict
 from mmtune.methods.tuners.peft_private import adapter_keys_as_stored
 from mmtune.models.checkpoints.remote_code import reject_unsafe_pickles
 from mmtune.models.checkpoints.trained_weights import INITIAL_FACTORS
+from mmtune.models.compute import in_eval_mode
 from mmtune.objectives.sft import SupervisedTuning
-from mmtune.run_directory import SAVING
+from mmtune.run_directory import SAVING, RunDirectory
 from mmtune.training.adapter_state import (
     MethodStep,
     load_adapter_state,
@@ -38,12 +41,13 @@ from mmtune.training.adapter_state import (
     shared_method_loss,
 )
 from mmtune.training.checkpoint import finalize_checkpoint, wait_for_files
+from mmtune.training.held_out.held_out_loss import HeldOutLoss
 from mmtune.training.loss_record import LossRecord
 from mmtune.training.throughput.progress import TrainingProgress
 from mmtune.training.trainer_private import HookedTrainer
 from mmtune.utils.errors import CheckFailed, UserError
 from mmtune.utils.files import fsync_tree, report_disk_errors
-from mmtune.utils.manifest import file_names
+from mmtune.utils.manifest import check_manifest, file_names
 
 
 def _listing(rows: Sequence[str]) -> str:
@@ -80,6 +84,7 @@ class TuningTrainer(HookedTrainer):
         source_names: the data sources whose losses are logged separately.
         data_files: signatures of the data files by name, for checkpoints.
         initial: LoRA's matrices before training, if a checkpoint must contain them (`mmtune.tuning.save.initial_factors`).
+        held_out: the rows that are evaluated while training.
     """
 
     def __init__(
@@ -96,9 +101,11 @@ class TuningTrainer(HookedTrainer):
         source_names: Sequence[str] = (),
         data_files: Mapping[str, Any] | None = None,
         initial: dict[str, torch.Tensor] | None = None,
+        held_out: HeldOutLoss | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, eval_dataset=None if held_out is None else held_out.data, **kwargs)
+        self._held_out = held_out
         self.model_accepts_loss_kwargs = True  # the loss below is a sum divided by the global count of supervised tokens
         self._objective = objective
         self._data_report = data_report
@@ -171,6 +178,34 @@ class TuningTrainer(HookedTrainer):
         context: contextlib.AbstractContextManager[None]
         context = self.accelerator.autocast() if self._dist.fsdp else super().autocast_smart_context_manager(cache_enabled)
         return context
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate the held-out rows and log the metrics. The Trainer's own loop averages the means of batches.
+
+        The state of the random number generators, the modes of the modules and the throughput of training do not change.
+        """
+        assert self._held_out is not None  # the recipe has no evaluation without held-out rows
+        device = self.args.device
+        generators = [device] if device.type == "cuda" else []
+        with self._progress.pause(), torch.random.fork_rng(generators), in_eval_mode(self.model_wrapped):
+            metrics = self._held_out.means(self._held_out.loader(self._loader_settings()), self._held_out_sums)
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _held_out_sums(self, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The losses of a held-out batch by name, summed over its supervised tokens, and the number of these tokens."""
+        plain = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+        batch = self.prepare_inputs(batch)
+        tokens = self._objective.denominator([batch])
+        inputs = self._objective.model_inputs(plain, batch)
+        inputs.pop("labels", None)  # a method may add a term to a loss that the model itself computes
+        model = plain if self._dist.zero_stage is None else self.model_wrapped  # DDP would synchronize buffers
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = self._objective.compute_loss(model, inputs, 1)
+        return self._objective.held_out_losses(losses), tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the metrics of `TrainingProgress` and the losses of `LossRecord`, to all callbacks and trackers."""
@@ -255,6 +290,9 @@ class TuningTrainer(HookedTrainer):
             with report_disk_errors(checkpoints / name):
                 write()
                 folder, limit = self.checkpoint_parent() / name, self.args.save_total_limit
+                if (best := self._best_checkpoint()) is not None and self._dist.is_main_process:
+                    self.state.best_model_checkpoint = str(best)  # the Trainer has written the name before it is complete
+                    self.state.save_to_json(folder / TRAINER_STATE_NAME)
                 if self._dist.is_main_process and self._dist.zero_stage is None:  # DeepSpeed saves weights of its own
                     save_adapter_state(self.model, folder)
                 if self._dist.is_main_process:  # with these a checkpoint of an adapter can be released
@@ -266,11 +304,36 @@ class TuningTrainer(HookedTrainer):
                 written = set[str]().union(*self._dist.all_gather_object(file_names(folder)))
                 if self._dist.is_main_process:
                     wait_for_files(folder, written)
-                    finalize_checkpoint(folder, checkpoints, self._data_report, self._dist, self._data_files, limit)
+                    finalize_checkpoint(folder, checkpoints, self._data_report, self._dist, self._data_files)
+                    RunDirectory(checkpoints.parent).delete_checkpoints(limit, keep=best)
         except UserError:
             shutil.rmtree(self.checkpoint_parent(), ignore_errors=True)  # a full disk has no room for an incomplete checkpoint
             raise
         self._saved_step = self.state.global_step
+
+    def _best_checkpoint(self) -> Path | None:
+        """The checkpoint of the best step so far, which is loaded after training; None without `load_best_model_at_end`."""
+        step = self.state.best_global_step
+        if not (self.args.load_best_model_at_end and step):
+            return None
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    def load_best_model(self, load: Callable[[], None]) -> None:
+        """Load the weights of the best step, unless it is the last one.
+
+        Raises:
+            CheckFailed: the checkpoint is damaged.
+        """
+        best = self._best_checkpoint()
+        if best is None or self.state.best_global_step == self.state.global_step:
+            return
+        self.state.best_model_checkpoint = str(best)
+        if self._dist.is_main_process:
+            check_manifest(best)
+        if self._dist.zero_stage is None:
+            self.load_checkpoint(best)
+        else:
+            load()
 
     def load_checkpoint(self, checkpoint: Path) -> None:
         """Load the weights of a checkpoint, and the adapter training state beside them."""
@@ -283,19 +346,20 @@ class TuningTrainer(HookedTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The data loader of this process's batches; accelerate does not divide them further."""
-        workers = self.args.dataloader_num_workers
-        settings: dict[str, Any] = {
-            "num_workers": workers,
+        settings = self._loader_settings() | {"persistent_workers": self.args.dataloader_persistent_workers}
+        if isinstance(self.train_dataset, SampleStream):
+            return DataLoader(self.train_dataset, batch_size=None, **settings)
+        return EpochLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator, **settings)
+
+    def _loader_settings(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.args.dataloader_num_workers,
             "pin_memory": self.args.dataloader_pin_memory,
-            "persistent_workers": self.args.dataloader_persistent_workers,
             "multiprocessing_context": self.args.dataloader_multiprocessing_context,
             "prefetch_factor": self.args.dataloader_prefetch_factor,
             "worker_init_fn": prepare_worker,
             "generator": torch.Generator(),  # not the run's generator, which a resumed run would use once more
         }
-        if isinstance(self.train_dataset, SampleStream):
-            return DataLoader(self.train_dataset, batch_size=None, **settings)
-        return EpochLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator, **settings)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

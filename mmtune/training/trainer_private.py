@@ -34,6 +34,15 @@ class HookedTrainer(Trainer):
         """Save the model's weights; `save` is the Trainer's own way."""
         save()
 
+    def load_best_model(self, load: Callable[[], None]) -> None:
+        """Load the weights of `state.best_model_checkpoint` after training; `load` is the Trainer's own way."""
+        load()
+
+    def prepare_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch on the device of this process, as in a training step."""
+        inputs: dict[str, Any] = self._prepare_inputs(batch)
+        return inputs
+
     def grad_norm(self, model: nn.Module, compute: Callable[[], Any]) -> Any:
         """Norm of the gradients, before the optimizer uses them; `compute` is the Trainer's own way."""
         return compute()
@@ -62,10 +71,21 @@ class HookedTrainer(Trainer):
         self.save_weights(output_dir, partial(super().save_model, output_dir, _internal_call))
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        if self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(**kwargs)
         else:  # resumed from the last step, where the Trainer would take one more; a stream's epochs have no end
             self.control.should_training_stop = True
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best: bool = super()._determine_best_metric(metrics, trial)
+        if is_best:
+            self.state.best_global_step = self.state.global_step  # the Trainer sets it only where `save_strategy` saves
+            if self.args.load_best_model_at_end:  # also between two steps of `save_steps`
+                self.control.should_save = True
+        return is_best
+
+    def _load_best_model(self) -> None:
+        self.load_best_model(super()._load_best_model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         return self.grad_norm(model, partial(super()._get_grad_norm, model, grad_norm))

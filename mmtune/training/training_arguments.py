@@ -9,7 +9,9 @@ import torch
 from transformers import TrainingArguments
 
 from mmtune.distributed.launch import is_launched, launched_with_deepspeed
+from mmtune.recipe.pass_through.arguments import EARLY_STOPPING
 from mmtune.recipe.recipe import Recipe
+from mmtune.recipe.train_rules import LOGGING_STEPS
 from mmtune.run_directory import RunDirectory
 from mmtune.training.trackers import tracker_names
 from mmtune.utils.errors import RecipeValueError, UserError
@@ -23,7 +25,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     """
     settings: dict[str, Any] = {
         "report_to": "none",
-        "logging_steps": 10,
+        "logging_steps": LOGGING_STEPS,
         "save_strategy": "no",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.accelerator.is_available(),
@@ -31,11 +33,17 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     }
     settings |= recipe.train
     settings.pop("deepspeed", None)  # `check_launch` has passed it to accelerate
+    if recipe.evaluates_while_training:
+        best = settings.get("metric_for_best_model") or "loss"
+        is_loss = best.removeprefix("eval_").startswith("loss")  # transformers does not know `loss_SOURCE`
+        settings["metric_for_best_model"] = best
+        if settings.get("greater_is_better") is None:
+            settings["greater_is_better"] = not is_loss
     if not is_launched():  # TrainingArguments would look for the process group that a launcher sets up
         settings.pop("ddp_backend", None)
     try:
         arguments = TrainingArguments(
-            **settings,
+            **{name: value for name, value in settings.items() if name not in EARLY_STOPPING},
             output_dir=str(RunDirectory(Path(recipe.output_dir)).checkpoints),
             # DeepSpeed's own would round the trainable parameters: `init_distributed` selects torch's autocast there
             bf16=recipe.model.precision != "fp32" and not launched_with_deepspeed(),

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from transformers import TrainingArguments
 
 from mmtune.methods.method_table import METHODS
-from mmtune.recipe.pass_through.arguments import method_arguments, train_arguments
+from mmtune.recipe.pass_through.arguments import EARLY_STOPPING, method_arguments, train_arguments
 from mmtune.recipe.recipe import ComponentTuning, Recipe, Source, check_files, load_recipe, recipe_schema
 from mmtune.utils.errors import UserError
 from mmtune.utils.shipped import copy_recipe, shipped_dir, shipped_recipes
@@ -287,9 +287,8 @@ def test_anchors_and_merge_keys(write: Any) -> None:
         ),
         (
             "max_steps: 200",
-            "eval_strategy: steps",
-            "x.yaml:20: train.eval_strategy: not supported in a recipe: "
-            "mmtune evaluates before and after tuning, not during it; give the evaluate section",
+            "do_eval: true",
+            "x.yaml:20: train.do_eval: not supported in a recipe: give eval_strategy",
         ),
         (
             "max_steps: 200",
@@ -642,7 +641,7 @@ def test_managed_arguments_are_not_keys_of_the_recipe_and_the_rest_are_all_there
     import dataclasses
 
     tables = [(method_arguments(name), method.config_class(), method.extra_settings) for name, method in METHODS.items()]
-    for table, source, extra in (*tables, (train_arguments(), TrainingArguments, ())):
+    for table, source, extra in (*tables, (train_arguments(), TrainingArguments, EARLY_STOPPING)):
         names = {field.name for field in dataclasses.fields(source) if field.init} | set(extra)
         assert set(table.arguments) | (set(table.managed) & names) == names
         assert not set(table.arguments) & set(table.managed)

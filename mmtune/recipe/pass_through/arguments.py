@@ -33,6 +33,8 @@ _TRAIN_BOUNDS: dict[str, Any] = {
         ("save_total_limit", "torch_empty_cache_steps", "dataloader_prefetch_factor", "ddp_bucket_cap_mb"), _COUNT | None
     ),
     **dict.fromkeys(("num_train_epochs", "learning_rate", "adam_epsilon", "logging_steps", "save_steps"), _POSITIVE),
+    "eval_steps": _POSITIVE | None,
+    "eval_delay": _NOT_NEGATIVE,
     **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps"), _NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), Annotated[float, Ge(0), Lt(1)]),
     "max_steps": Annotated[int, Ge(1)] | Literal[-1],
@@ -46,7 +48,8 @@ _TRAIN_BOUNDS: dict[str, Any] = {
 }
 """Types narrower than TrainingArguments declares."""
 
-_EVALUATE = "mmtune evaluates before and after tuning, not during it; give the evaluate section"
+_NO_LOGITS = "an evaluation while training adds up losses exactly and keeps no logits"
+_STRATEGY = "give eval_strategy"
 _UPLOAD = "mmtune does not upload; push the finished directory yourself"
 _PRECISION = "give model.precision"
 _LAUNCH = "give it to the launcher: accelerate launch --config_file recipes/accelerate/fsdp2.yaml mmtune/train.py RECIPE"
@@ -65,11 +68,9 @@ _TRAIN_MANAGED = {
     **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), _PRECISION),
     **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id"), _UPLOAD),
     **dict.fromkeys(("hub_strategy", "hub_always_push", "hub_revision"), _UPLOAD),
-    **dict.fromkeys(("do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay"), _EVALUATE),
-    **dict.fromkeys(("eval_on_start", "eval_accumulation_steps", "eval_do_concat_batches"), _EVALUATE),
-    **dict.fromkeys(("eval_use_gather_object", "batch_eval_metrics", "include_for_metrics"), _EVALUATE),
-    **dict.fromkeys(("prediction_loss_only", "load_best_model_at_end", "metric_for_best_model"), _EVALUATE),
-    "greater_is_better": _EVALUATE,
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), _STRATEGY),
+    **dict.fromkeys(("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"), _NO_LOGITS),
+    **dict.fromkeys(("batch_eval_metrics", "include_for_metrics", "prediction_loss_only"), _NO_LOGITS),
     "include_num_input_tokens_seen": "mmtune counts the tokens that are not padding",
     "logging_nan_inf_filter": "mmtune stops at a loss that is not finite, or skips the step: data.max_nonfinite_steps",
     "length_column_name": "mmtune counts lengths itself: data.tokens_per_batch",
@@ -84,7 +85,7 @@ _TRAIN_MANAGED = {
 }
 _TRAIN_RENAMED = {
     "warmup_ratio": "a float warmup_steps below 1 is the ratio, as in warmup_steps: 0.03",
-    "evaluation_strategy": _EVALUATE,
+    "evaluation_strategy": "its name is now eval_strategy",
     "max_length": "give data.max_tokens",
     "max_seq_length": "give data.max_tokens",
     "no_cuda": "its name is now use_cpu",
@@ -93,6 +94,15 @@ _TRAIN_RENAMED = {
     "batch_size": "write per_device_train_batch_size",
     "group_by_length": "give data.tokens_per_batch, which puts similar lengths together",
 }
+EARLY_STOPPING: dict[str, Any] = {
+    "early_stopping_patience": (
+        _COUNT | None,
+        None,
+        "Stop after this many evaluations in a row without an improvement of metric_for_best_model; null: never.",
+    ),
+    "early_stopping_threshold": (_NOT_NEGATIVE, 0.0, "An improvement of metric_for_best_model counts if it is larger than this."),
+}
+"""Keys of `train` that are arguments of transformers' EarlyStoppingCallback: type, default and description."""
 _PYTHON_OBJECT = "its value is a Python object, which a recipe cannot contain"
 
 
@@ -235,7 +245,7 @@ def method_arguments(name: str) -> Arguments:
 
 @functools.cache
 def train_arguments() -> Arguments:
-    """The arguments of `train`: the fields of TrainingArguments, without those that mmtune manages."""
+    """The arguments of `train`: the fields of TrainingArguments without those that mmtune manages, and `EARLY_STOPPING`."""
     names = ("none", "all", *library_fact("reporters"))
     backends = tuple(library_fact("compile_backends"))
     bounds = {
@@ -243,7 +253,9 @@ def train_arguments() -> Arguments:
         "report_to": Literal[names] | list[Literal[names]],  # type: ignore[valid-type]
         "torch_compile_backend": Literal[backends] | None,
     }
-    return _arguments(library_fact("training_arguments"), _TRAIN_MANAGED, _TRAIN_RENAMED, {"report_to": "none"}, bounds)
+    arguments = _arguments(library_fact("training_arguments"), _TRAIN_MANAGED, _TRAIN_RENAMED, {"report_to": "none"}, bounds)
+    arguments.arguments.update({name: Argument(*argument) for name, argument in EARLY_STOPPING.items()})
+    return arguments
 
 
 def _arguments(

@@ -37,7 +37,7 @@ class TrainingProgress(TrainerCallback):
         supported = self._peak is not None and not arguments.torch_compile and all(map(ModelFlops.supports, models))
         self._flops = [ModelFlops(model) for model in models] if supported else []
         self._samples = self._tokens = 0
-        self._wait_seconds = 0.0
+        self._wait_seconds = self._paused_seconds = 0.0
         self._cpu = CpuWait()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -45,6 +45,13 @@ class TrainingProgress(TrainerCallback):
         self._cpu.take()  # discards the time before training
         self._tokens_before = state.num_input_tokens_seen
         self._logs = deque([(self._start, state.global_step)], maxlen=RECENT)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time of the block out of the throughput; it counts in the remaining time."""
+        start = time.perf_counter()
+        yield
+        self._paused_seconds += time.perf_counter() - start
 
     @contextlib.contextmanager
     def data_wait(self) -> Iterator[None]:
@@ -87,12 +94,13 @@ class TrainingProgress(TrainerCallback):
         self.count_tokens(state)
         tokens = state.num_input_tokens_seen - self._tokens_before
         now = time.perf_counter()
-        seconds = max(now - self._logs[-1][0], 1e-9)
+        elapsed = max(now - self._logs[-1][0], 1e-9)
+        seconds = max(elapsed - self._paused_seconds, 1e-9)
         kind, memory = memory_mb(self._arguments.device)
         operations = [flops.take() for flops in self._flops]
         flops = None if None in operations else sum(operations)  # type: ignore[arg-type]
         cpu = self._cpu.take()
-        cpu_share = None if cpu is None else cpu / seconds
+        cpu_share = None if cpu is None else cpu / elapsed
         gathered = self._dist.all_gather_object((self._samples, self._wait_seconds / seconds, cpu_share, memory, flops))
         samples, data_waits, cpu_shares, memories, operations_by_rank = zip(*gathered, strict=True)
         first, step = self._logs[0]
@@ -112,7 +120,8 @@ class TrainingProgress(TrainerCallback):
             available = self._peak.at(self._flops[0].dtype, bool(self._arguments.tf32)) * seconds * self._dist.size
             metrics_now["mfu"] = round(sum(operations_by_rank) / available, 4)
         self._logs.append((now, state.global_step))
-        self._tokens_before, self._samples, self._wait_seconds = state.num_input_tokens_seen, 0, 0.0
+        self._tokens_before, self._samples = state.num_input_tokens_seen, 0
+        self._wait_seconds = self._paused_seconds = 0.0
         return metrics_now
 
 
