@@ -86,15 +86,19 @@ def write(rows: Path, bases: Callable[[str], Path], tmp_path: Path) -> Write:
 
     def recipe(family: str, tune: str, model: str = "", data: str = "", train: str = "learning_rate: 1e-2") -> Path:
         case = CASES[family]
-        template = f", chat_template: {case.base.required_template}" if case.base.required_template else ""
+        template = case.base.required_template
         data_file = rows / ("single.json" if case.one_image else "images.json" if case.needs_image else "rows.json")
         data += f", supervise: {case.supervise}"
         batch = "" if "packing" in data else ", per_device_train_batch_size: 5"
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
+        if case.template_file is not None:
+            template = str(folder / "template.jinja")
+            Path(template).write_text(case.template_file, encoding="utf-8")
+        model += f", chat_template: {template}" if template else ""
         (folder / "recipe.yaml").write_text(
             f"""
-            model: {{base: {bases(family)}{template}{model}}}
+            model: {{base: {bases(family)}{model}}}
             tune: {{{tune}}}
             data: {{train: [{{path: {data_file}, template: messages}}]{data}}}
             evaluate: {{data: [{{path: {data_file}, template: messages}}], max_new_tokens: 6, before: false}}

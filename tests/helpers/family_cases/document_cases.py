@@ -144,7 +144,9 @@ _OCR_TEMPLATE = (
 )
 
 DOCUMENT_CASES: dict[str, FamilyCase] = {
-    "got_ocr2": FamilyCase(TinyBase(_got_ocr2, _got_ocr2_config, template=_GOT_TEMPLATE), needs_image=True, flat_images=True),
+    "got_ocr2": FamilyCase(
+        TinyBase(_got_ocr2, _got_ocr2_config), needs_image=True, flat_images=True, template_file=_GOT_TEMPLATE
+    ),
     "granite_docling": FamilyCase(
         TinyBase(_granite_docling, _granite_docling_config, template=granite_template("<image>")), "<|end_of_text|>"
     ),

@@ -27,6 +27,7 @@ class FamilyCase:
         lists: inputs that its class in plain transformers takes only as Python lists.
         supervise: `data.supervise`: a decoder with an encoder writes one answer, so that only the last turn can be one.
         projector: whether the model has a projector.
+        template_file: a chat template that a user must write, because the release has none and no shipped one fits.
     """
 
     base: TinyBase
@@ -42,3 +43,4 @@ class FamilyCase:
     plain_call: dict[str, Any] = field(default_factory=dict)
     supervise: str = "all"
     projector: bool = True
+    template_file: str | None = None

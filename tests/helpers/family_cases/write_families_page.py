@@ -50,6 +50,7 @@ def page() -> str:
             continue
         works += 1
         template = f"`{case.base.required_template}`" if case.base.required_template else "its own"
+        template = "a `.jinja` file that you write" if case.template_file else template
         packing = "no" if family.unpackable else ""
         entry = f"`{family.name}`" if family.model_types else ""
         lines.append(f"| `{model_type}` | {kind} | works | {template} | {packing} | {entry} |")
