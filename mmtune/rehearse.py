@@ -27,7 +27,7 @@ from mmtune.distributed.accelerate_private import fsdp_on_cpu
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext, init_distributed
 from mmtune.distributed.deepspeed_private import disable_sharded_construction
 from mmtune.distributed.launch import check_launch, is_launched, launched_with_deepspeed, launched_with_fsdp
-from mmtune.evaluation.answering import generate_answers
+from mmtune.evaluation.predictions.answering import generate_answers
 from mmtune.methods.method_table import METHODS
 from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
 from mmtune.models.checkpoints.locate_base import local_folder

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AttentionInterface,
     AutoModelForImageTextToText,
+    GenerationMixin,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
@@ -153,6 +154,17 @@ SIGNATURES: dict[tuple[str, str], tuple[Callable[..., Any], list[str]]] = {
     ("transformers", "ProcessorMixin._merge_kwargs"): (
         ProcessorMixin._merge_kwargs,
         ["self", "ModelProcessorKwargs", "tokenizer_init_kwargs", "kwargs"],
+    ),
+    ("transformers", "GenerationMixin._sample"): (
+        GenerationMixin._sample,
+        [
+            *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"),
+            "model_kwargs",
+        ],
+    ),
+    ("transformers", "GenerationMixin._update_model_kwargs_for_generation"): (
+        GenerationMixin._update_model_kwargs_for_generation,
+        ["self", "outputs", "model_kwargs", "is_encoder_decoder", "num_new_tokens"],
     ),
     ("peft", "BaseTunerLayer._cast_input_dtype"): (BaseTunerLayer._cast_input_dtype, ["self", "x", "dtype"]),
 }

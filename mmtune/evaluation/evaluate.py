@@ -13,10 +13,10 @@ from mmtune.data.dataset import DataReport, IndexedSamples, check_rows, iterate_
 from mmtune.data.media.media import EmbeddedMedia, ImageView, Media
 from mmtune.data.message import RowError, Sample, split_question, text_of
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
-from mmtune.evaluation.answering import predict_answers
 from mmtune.evaluation.answers import Answer, score_answers
-from mmtune.evaluation.choices import check_choices
 from mmtune.evaluation.metrics.metric_table import DEFAULT_METRIC, find_metric
+from mmtune.evaluation.predictions.answering import predict_answers
+from mmtune.evaluation.predictions.choices import check_choices
 from mmtune.recipe.recipe import EvaluateSection
 from mmtune.utils.errors import RecipeValueError, errors_at_key
 
@@ -71,7 +71,7 @@ def evaluate(
     rank_predictions = predict_answers(model, processor, [samples[index] for index in indices], section, label)
     gathered = dist.all_gather_object(list(zip(indices, rank_predictions, strict=True)))
     predictions = dict(itertools.chain.from_iterable(gathered))
-    answers = [replace(question, prediction=predictions[index].strip()) for index, question in enumerate(questions)]
+    answers = [replace(question, prediction=predictions[index].text.strip()) for index, question in enumerate(questions)]
     return score_answers(answers, section.answer_after)
 
 

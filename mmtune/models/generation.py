@@ -138,11 +138,9 @@ def generate(
     max_new_tokens: int,
     streamer: BaseStreamer | None = None,
     stopping_criteria: Sequence[Callable[..., torch.Tensor]] = (),
+    custom_generate: Callable[..., Any] | None = None,
 ) -> torch.Tensor:
     """Greedy generation for a batch of prompts; used by evaluation, parity, rehearsal and chat.
-
-    transformers' `generate` takes unset arguments from the model's generation config (penalties, beams, suppressed tokens). This
-    function replaces that config during the call.
 
     Args:
         model: the model, plain or with an adapter.
@@ -151,24 +149,43 @@ def generate(
         max_new_tokens: at most this many new tokens.
         streamer: receives the tokens of a single row as they are generated.
         stopping_criteria: functions of `input_ids` and `scores` that return a boolean per row: whether to stop it.
+        custom_generate: transformers' argument: a loop in place of its own, which returns prompts and answers.
 
     Returns:
         Token ids of the answers, int64, shape (rows, tokens).
+    """
+    tokens: torch.Tensor = run_generate(
+        model,
+        processor,
+        batch,
+        max_new_tokens,
+        streamer=streamer,
+        stopping_criteria=StoppingCriteriaList(stopping_criteria),
+        custom_generate=custom_generate,
+    )
+    prompt = 1 if reads_with_encoder(model) else batch["input_ids"].shape[1]  # the decoder's start token
+    return tokens[:, prompt:]
+
+
+def run_generate(
+    model: torch.nn.Module,
+    processor: ProcessorMixin,
+    batch: Mapping[str, torch.Tensor],
+    max_new_tokens: int,
+    **arguments: Any,
+) -> Any:
+    """What transformers' `generate` returns for a batch of prompts with `generation_settings`.
+
+    `generate` takes unset arguments from the model's generation config (penalties, beams, suppressed tokens). This function
+    replaces that config during the call. The other arguments are those of `mmtune.models.generation.generate`.
     """
     inner = _inner(model)
     previous = inner.generation_config
     inner.generation_config = GenerationConfig(**generation_settings(model, processor, max_new_tokens))
     try:
-        answers: torch.Tensor = model.generate(  # type: ignore[operator]
-            **batch,
-            generation_config=inner.generation_config,
-            streamer=streamer,
-            stopping_criteria=StoppingCriteriaList(stopping_criteria),
-        )
+        return model.generate(**batch, generation_config=inner.generation_config, **arguments)  # type: ignore[operator]
     finally:
         inner.generation_config = previous
-    prompt = 1 if reads_with_encoder(model) else batch["input_ids"].shape[1]  # the decoder's start token
-    return answers[:, prompt:]
 
 
 def reads_with_encoder(model: torch.nn.Module) -> bool:

@@ -1,11 +1,11 @@
-"""Recipe keys of a source that select rows and change prompts: `where`, `shots`, `verbalizer`, `values`."""
+"""Recipe keys that select rows and change prompts: `where`, `shots`, `verbalizer`, `values`; sampled answers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, PlainSerializer, StrictInt, WithJsonSchema
+from pydantic import Field, PlainSerializer, StrictFloat, StrictInt, WithJsonSchema
 from pydantic_core import InitErrorDetails
 
 from mmtune.recipe.pass_through.arguments import Settings, error_at, format_value
@@ -57,6 +57,18 @@ class Shots(Section):
     @classmethod
     def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:
         return values, where_errors(values)
+
+
+class Sampling(Section):
+    """Sampled answers of an evaluation. They do not depend on the batch size or the number of processes."""
+
+    num_return_sequences: Annotated[StrictInt, Field(ge=1)] = Field(
+        default=5, description="The number of answers to each question; the most frequent final answer is the prediction."
+    )
+    temperature: Annotated[StrictFloat, Field(gt=0)] = Field(
+        default=0.7, description="Tokens are drawn from softmax(logits / temperature)."
+    )
+    seed: StrictInt = Field(default=0, description="The seed of the drawn tokens.")
 
 
 def verbalizer_errors(section: Any) -> list[InitErrorDetails]:

@@ -32,6 +32,7 @@ from mmtune.recipe.prompt_sections import (
     FieldsToValues,
     LabelsToWords,
     NamesToText,
+    Sampling,
     Shots,
     values_errors,
     verbalizer_errors,
@@ -328,7 +329,12 @@ class EvaluateSection(Section):
         default="generate",
         description="generate: generate an answer. choices: take the most likely candidate (options, verbalizer).",
     )
-    batch_size: Annotated[StrictInt, Field(ge=1)] = Field(default=16, description="Rows per batch.")
+    batch_size: Annotated[StrictInt, Field(ge=1)] = Field(
+        default=16, description="Answers per batch: generated answers, or candidates with score: choices."
+    )
+    sampling: Sampling | None = Field(
+        default=None, description="Sampled answers to each question, with a majority vote; null: one greedy answer."
+    )
     before: StrictBool = Field(default=True, description="Evaluate the base before tuning too.")
     samples: Annotated[StrictInt, Field(ge=0)] = Field(
         default=24, description="How many answers the report shows with their images."
@@ -339,13 +345,19 @@ class EvaluateSection(Section):
 
     @classmethod
     def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:
-        return values, evaluation_augment_errors(values)
+        return values, evaluation_augment_errors(values) + _sampling_errors(values)
 
     @property
     def metric_names(self) -> list[str]:
         """The metrics of an evaluation while training, without `eval_`."""
         names = source_names(self.data)
         return ["loss", *(f"loss_{name}" for name in names if len(names) > 1)]
+
+
+def _sampling_errors(values: Any) -> list[InitErrorDetails]:
+    if isinstance(values, Mapping) and values.get("score") == "choices" and values.get("sampling") is not None:
+        return [error_at("sampling", "not supported with score: choices, which generates nothing; leave it out")]
+    return []
 
 
 class Recipe(Section):

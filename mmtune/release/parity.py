@@ -11,8 +11,8 @@ from transformers import ProcessorMixin
 
 from mmtune.data.encoding.encode import IGNORE_INDEX, Supervise, encode_sample
 from mmtune.data.message import Sample
-from mmtune.evaluation.answering import generate_answers
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
+from mmtune.evaluation.predictions.answering import generate_answers
 from mmtune.models.compute import move_batch, training_autocast
 from mmtune.models.generation import reads_with_encoder
 

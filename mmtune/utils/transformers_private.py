@@ -19,6 +19,7 @@ from transformers.utils.chat_template_utils import (
 )
 
 if TYPE_CHECKING:  # a module that reads chat templates must not import torch
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
     from transformers.core_model_loading import WeightTransform
 
@@ -80,6 +81,20 @@ def weight_conversions(model: PreTrainedModel) -> Sequence[WeightTransform] | No
 def set_weight_conversions(model: PreTrainedModel, conversions: Sequence[WeightTransform]) -> None:
     """Replace what `weight_conversions` returns."""
     model._weight_conversions = list(conversions)
+
+
+def sample_tokens(model: PreTrainedModel, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """The loop of `generate`, which may begin with a cache of all tokens but the last; the form of `custom_generate`."""
+    tokens: torch.Tensor = model._sample(input_ids, **inputs)
+    return tokens
+
+
+def inputs_of_next_tokens(model: PreTrainedModel, outputs: Any, inputs: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """The inputs of `generate`'s loop after a forward pass: cache, masks and positions for this many more tokens."""
+    following: dict[str, Any] = model._update_model_kwargs_for_generation(
+        outputs, dict(inputs), is_encoder_decoder=False, num_new_tokens=tokens
+    )
+    return following
 
 
 def attention_of(config: PreTrainedConfig) -> str | None:

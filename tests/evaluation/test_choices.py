@@ -1,7 +1,8 @@
-"""Multiple-choice scoring: a candidate's log-likelihood equals minus the loss of plain transformers times its tokens."""
+"""Multiple-choice scoring: a candidate's log-likelihood is that of a plain forward pass of transformers."""
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from family_cases import CASES
 from PIL import Image
 
 from mmtune.data.dataset import IndexedSamples, iterate_rows
+from mmtune.data.encoding.encode import encode_sample
 from mmtune.data.message import RowError, Sample
-from mmtune.evaluation.choices import most_likely_choice, score_choices
 from mmtune.evaluation.evaluate import check_questions, evaluate
-from mmtune.recipe.recipe import EvaluateSection, Source
+from mmtune.evaluation.predictions.answering import Prediction
+from mmtune.evaluation.predictions.choices import most_likely_choice, score_choices
+from mmtune.evaluation.predictions.prompt_cache import shares_prompt
+from mmtune.models.load import load_base, resolve_model
+from mmtune.models.tiny.tiny_bases import write_tiny_base
+from mmtune.recipe.recipe import EvaluateSection, ModelSection, Source
 from mmtune.utils.errors import UserError
 
 torch.set_num_threads(1)
@@ -40,7 +47,7 @@ def samples(rows: Path) -> list[Sample]:
 
 
 def _reference_score(model: Any, processor: Any, sample: Sample, choice: str) -> float:
-    """The log-likelihood of one candidate from plain transformers' loss."""
+    """The log-likelihood of one candidate from the logits of plain transformers."""
     conversation: list[dict[str, Any]] = []
     for message in [*sample.messages[:-1], {"role": "assistant", "content": [{"type": "text", "text": choice}]}]:
         blocks = [
@@ -54,22 +61,77 @@ def _reference_score(model: Any, processor: Any, sample: Sample, choice: str) ->
     start, end = prompt["input_ids"].shape[1], inputs["input_ids"].shape[1]
     assert torch.equal(inputs["input_ids"][:, :start], prompt["input_ids"])
     assert processor.tokenizer.decode(inputs["input_ids"][0, start:]) == f"{choice}<|end|>"  # with the end-of-turn token
-    labels = inputs["input_ids"].clone()
-    labels[:, :start] = -100
     with torch.no_grad():
-        return -float(model(**inputs, labels=labels).loss) * (end - start)
+        log_probabilities = model(**inputs).logits[0].log_softmax(-1)
+    return sum(float(log_probabilities[at - 1, inputs["input_ids"][0, at]]) for at in range(start, end))
+
+
+@pytest.fixture(scope="module")
+def reference_scores(answering_llava: tuple[Any, Any], samples: list[Sample]) -> list[list[float]]:
+    return [[_reference_score(*answering_llava, sample, choice) for choice in sample.choices] for sample in samples]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 99])
 def test_scores_equal_those_of_plain_transformers(
-    answering_llava: tuple[Any, Any], samples: list[Sample], batch_size: int
+    answering_llava: tuple[Any, Any], samples: list[Sample], reference_scores: list[list[float]], batch_size: int
 ) -> None:
     scores = score_choices(*answering_llava, samples, batch_size)
-    expected = [[_reference_score(*answering_llava, sample, choice) for choice in sample.choices] for sample in samples]
     assert [len(sample_scores) for sample_scores in scores] == [2, 3, 4, 5]
-    for sample_scores, reference in zip(scores, expected, strict=True):
-        assert sample_scores == pytest.approx(reference, rel=1e-4, abs=1e-4)
+    for sample_scores, reference in zip(scores, reference_scores, strict=True):
+        assert sample_scores == pytest.approx(reference, rel=1e-5)
         assert len({round(score, 2) for score in reference}) == len(reference)  # distinct, so that the order is tested
+
+
+def test_scores_in_double_precision_equal_those_of_plain_transformers(
+    answering_llava: tuple[Any, Any], samples: list[Sample]
+) -> None:
+    model, processor = copy.deepcopy(answering_llava[0]).double(), answering_llava[1]
+    expected = [[_reference_score(model, processor, sample, choice) for choice in sample.choices] for sample in samples]
+    for sample_scores, reference in zip(score_choices(model, processor, samples, 4), expected, strict=True):
+        assert sample_scores == pytest.approx(reference, rel=0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("batch_size", "passes"), [(99, 2), (14, 2), (8, 4), (1, 4 + 14)])
+def test_a_prompt_goes_through_the_model_once(
+    answering_llava: tuple[Any, Any], samples: list[Sample], batch_size: int, passes: int
+) -> None:
+    """Of 4 questions with 14 candidates and 4 images, the prompts of a batch are one pass and its candidates another."""
+    model, processor = answering_llava
+    calls: list[tuple[int, int]] = []
+    images: list[int] = []
+    hooks = [
+        model.model.language_model.register_forward_hook(lambda _, __, outputs: calls.append(outputs[0].shape[:2])),
+        model.model.vision_tower.register_forward_pre_hook(lambda _, inputs: images.append(len(inputs[0]))),
+    ]
+    try:
+        score_choices(model, processor, samples, batch_size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(calls) == passes
+    assert sum(images) == sum(len(sample.images) for sample in samples) == 4
+    assert sum(rows for rows, _ in calls) == 4 + 14
+
+
+@pytest.mark.parametrize("family", ["florence2", "gemma3"])
+def test_a_prompt_that_cannot_be_shared_is_computed_with_each_candidate(family: str, tmp_path: Path, rows: Path) -> None:
+    """Florence-2 is an encoder-decoder model, and Gemma 3 has sliding windows."""
+    case = CASES[family]
+    section = ModelSection(base=str(write_tiny_base(case.base, tmp_path / "base")), chat_template=case.base.required_template)
+    model, processor = load_base(resolve_model(section), seed=0)
+    assert not shares_prompt(model)
+    [sample, other] = [*iterate_rows(IndexedSamples([Source(path=str(rows), template="llava", limit=2)]))]
+    questions = [replace(sample, choices=CHOICES), replace(other, choices=CHOICES[:2])]
+    scores = score_choices(model, processor, questions, 3)
+    for question, question_scores in zip(questions, scores, strict=True):
+        for choice, score in zip(question.choices, question_scores, strict=True):
+            answer = {"role": "assistant", "content": [{"type": "text", "text": choice}]}
+            inputs = encode_sample(replace(question, messages=[*question.messages[:-1], answer]), processor, supervise="last")
+            labels = inputs.pop("labels")[:, 1:]
+            with torch.no_grad():
+                logits = model(**inputs).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(logits[0], labels[0], ignore_index=-100, reduction="sum")
+            assert score == pytest.approx(-float(loss), rel=1e-5)
 
 
 def test_scoring_uses_no_gradient_and_restores_module_modes(answering_llava: tuple[Any, Any], samples: list[Sample]) -> None:
@@ -82,7 +144,7 @@ def test_scoring_uses_no_gradient_and_restores_module_modes(answering_llava: tup
     try:
         score_choices(model, processor, samples[:1], 2)
         assert {name: module.training for name, module in model.named_modules()} == before
-        assert seen == [(False, False)]
+        assert seen == [(False, False)] * 2  # the prompt, then its candidates
     finally:
         hook.remove()
         model.eval()
@@ -96,7 +158,7 @@ def test_logits_are_computed_for_answer_positions_only(answering_llava: tuple[An
         score_choices(model, processor, [replace(samples[0], choices=("a", "b"))], 2)
     finally:
         hook.remove()
-    assert widths == [2]  # a letter and the end-of-turn token
+    assert widths == [1, 1]  # the last token of the prompt predicts a letter, which predicts the end-of-turn token
 
 
 def test_a_question_with_one_choice_is_an_error(answering_llava: tuple[Any, Any], samples: list[Sample]) -> None:
@@ -137,7 +199,9 @@ def test_any_reference_answer_is_correct(
     rows = [{"image": "a.png", "question": "where?", "answers": ["ucsf", "University of California", "UC"]}] * 3
     (tmp_path / "rows.json").write_text(json.dumps({"data": rows}), encoding="utf-8")
     predictions = ["university of california.", "UCSF", "California"]
-    monkeypatch.setattr("mmtune.evaluation.answering.generate_answers", lambda *_: predictions)
+    monkeypatch.setattr(
+        "mmtune.evaluation.predictions.answering.generate_predictions", lambda *_: [Prediction(text) for text in predictions]
+    )
     source = Source(path=str(tmp_path / "rows.json"), template="docvqa")
     answers = evaluate(*answering_llava, EvaluateSection(data=(source,), metric="exact_match"))
     assert [answer.score for answer in answers] == [1, 1, 0]

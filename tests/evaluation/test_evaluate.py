@@ -13,10 +13,10 @@ from PIL import Image
 
 from mmtune.data.dataset import IndexedSamples, iterate_rows
 from mmtune.data.message import RowError, Sample
-from mmtune.evaluation.answering import generate_answers
 from mmtune.evaluation.answers import Answer, group_scores, read_answers, score_answers, scores_to_dicts, write_answers
 from mmtune.evaluation.evaluate import evaluate
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
+from mmtune.evaluation.predictions.answering import Prediction, generate_answers
 from mmtune.recipe.recipe import EvaluateSection, Source
 
 torch.set_num_threads(1)
@@ -110,7 +110,9 @@ def test_evaluate_scores_the_text_after_answer_after(
     content = json.loads(rows.read_text())
     references = [row["conversations"][1]["value"] for row in content]
     predictions = [*references[:9], "", "no idea", references[11].rpartition("Answer:")[2]]
-    monkeypatch.setattr("mmtune.evaluation.answering.generate_answers", lambda *_: predictions)
+    monkeypatch.setattr(
+        "mmtune.evaluation.predictions.answering.generate_predictions", lambda *_: [Prediction(text) for text in predictions]
+    )
     answers = evaluate(*answering_llava, _section(rows, answer_after="Answer:"))
     assert [answer.score for answer in answers] == [1] * 9 + [0, 0, 1]
     assert [answer.score for answer in evaluate(*answering_llava, _section(rows))] == [1] * 9 + [0] * 3
@@ -133,7 +135,8 @@ def test_rows_without_a_task_are_scored_by_their_source(
     sources = [Source(path=str(tmp_path / name), template="llava", media_root=str(rows.parent)) for name in ("a.json", "b.json")]
     section = EvaluateSection(data=(*sources, Source(path=str(rows), template="llava", limit=1)), max_new_tokens=6)
     monkeypatch.setattr(
-        "mmtune.evaluation.answering.generate_answers", lambda model, processor, samples, *_: ["?"] * len(samples)
+        "mmtune.evaluation.predictions.answering.generate_predictions",
+        lambda model, processor, samples, *_: [Prediction("?")] * len(samples),
     )
     scores = group_scores(evaluate(*answering_llava, section))
     assert [(each.task, each.questions) for each in scores] == [

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ from safetensors.torch import load_file
 from mmtune.cli.main import entry_point
 from mmtune.data.batching.collate import collate
 from mmtune.data.dataset import IndexedSamples
-from mmtune.data.encoding.encode import encode_sample
-from mmtune.data.message import text_of
+from mmtune.data.encoding.encode import encode_choices, encode_sample
+from mmtune.data.message import Sample, text_of
+from mmtune.evaluation.predictions.choices import score_choices
+from mmtune.evaluation.predictions.prompt_cache import shares_prompt
 from mmtune.families.family_table import FAMILIES, family_of
+from mmtune.models.load import load_trained
 from mmtune.models.tiny.tiny_bases import BASES, write_tiny_base
 from mmtune.recipe.recipe import load_recipe
 from mmtune.run_directory import RunDirectory
@@ -183,8 +187,20 @@ def test_a_training_step_equals_that_of_plain_transformers_and_peft(
     answer = processor.tokenizer.decode(output[0, prompt:], skip_special_tokens=True)
     answers = [json.loads(line)["prediction"] for line in (RunDirectory(run).answers("after")).read_text().splitlines()]
     assert answer.strip() == answers[-1]
+    if shares_prompt(plain):
+        _check_shared_prompts(*load_trained(merged), samples, CASES[family])
     for model in (run, merged) if family in FAST else (merged,):
         assert mmtune("chat", model, "--image", samples[-1].images[0], "--prompt", "What?", "--max-new-tokens", "3") == 0
+
+
+def _check_shared_prompts(model: Any, processor: Any, samples: list[Sample], case: FamilyCase) -> None:
+    """Candidates that continue the cache of their prompt have the likelihoods of a plain forward pass."""
+    questions = [replace(sample, choices=("yes", "the cat is on it")) for sample in samples]
+    scores = score_choices(model, processor, questions, batch_size=2 if case.alone else 8)
+    for question, question_scores in zip(questions, scores, strict=True):
+        for encoded, score in zip(encode_choices(question, processor), question_scores, strict=True):
+            loss = _reference_loss(model, [[encoded]], processor, case.lists).item()
+            assert score == pytest.approx(-loss * int((encoded["labels"] != -100).sum()), rel=1e-4, abs=1e-4)
 
 
 def _is_float(value: Any) -> bool:

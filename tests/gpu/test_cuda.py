@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmtune.evaluation.answering import generate_answers
+from mmtune.evaluation.predictions.answering import generate_answers
 from mmtune.models.load import load_trained
 from mmtune.planning.memory import estimate_memory
 from mmtune.recipe.recipe import Recipe

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mmtune.data.batching.collate import collate
 from mmtune.data.dataset import IndexedSamples
 from mmtune.data.encoding.encode import encode_sample
-from mmtune.evaluation.answering import generate_answers
+from mmtune.evaluation.predictions.answering import generate_answers
 from mmtune.families.structure import find_components
 from mmtune.methods.method_table import METHODS
 from mmtune.models.load import load_trained

@@ -26,7 +26,7 @@ from mmtune.data.encoding.token_spans import (
 )
 from mmtune.data.media.media import open_image
 from mmtune.data.media.resizing import check_resized
-from mmtune.data.message import Message, RowError, Sample, all_text_of, is_supervised, text_of
+from mmtune.data.message import Message, RowError, Sample, all_text_of, is_supervised, prompt_messages, text_of
 from mmtune.data.validation.issues import issue_type_of
 from mmtune.families.family import TextError
 from mmtune.families.family_table import family_of_processor
@@ -264,7 +264,35 @@ def encode_sample(
     Raises:
         RowError: the sample cannot be encoded; `OverLength` if it is too long.
     """
-    media, replacements = _process_images(sample.id, sample.messages, processor)
+    return _encode(sample, processor, _process_images(sample.id, sample.messages, processor), max_tokens, supervise)
+
+
+def encode_choices(sample: Sample, processor: ProcessorMixin) -> list[dict[str, torch.Tensor]]:
+    """Encode the conversation with each of its candidate answers as the last one. Its images are processed once.
+
+    Returns:
+        The tensors of `encode_sample` for each of `sample.choices`, with labels on the last answer only. They share the media.
+
+    Raises:
+        RowError: the conversation cannot be encoded; names the row.
+    """
+    prompt = prompt_messages(sample)
+    media = _process_images(sample.id, prompt, processor)
+    encoded = []
+    for choice in sample.choices:
+        answer = {"role": "assistant", "content": [{"type": "text", "text": choice}]}
+        encoded.append(_encode(replace(sample, messages=[*prompt, answer]), processor, media, supervise="last"))
+    return encoded
+
+
+def _encode(
+    sample: Sample,
+    processor: ProcessorMixin,
+    images: tuple[dict[str, torch.Tensor], list[str]],
+    max_tokens: int | None = None,
+    supervise: Supervise = "all",
+) -> dict[str, torch.Tensor]:
+    media, replacements = images
     text = encode_text(sample.id, sample.messages, processor, replacements, supervise, sample.tools)
     length = len(text.input_ids) + len(text.target_ids)
     if max_tokens is not None and length > max_tokens:

@@ -77,7 +77,7 @@ def _set_positions(module: Any, arguments: tuple[Any, ...], inputs: dict[str, An
     if mask is None or ids is None or mask.ndim != 2 or inputs.get("position_ids") is not None:
         return arguments, inputs
     positions = mask.cumsum(dim=1) * mask + module.embed_positions.padding_idx
-    return arguments, {**inputs, "position_ids": positions[:, -ids.shape[1] :].long()}
+    return arguments, {**inputs, "position_ids": positions[:, -ids.shape[1] :].long().contiguous()}
 
 
 KOSMOS2 = Kosmos2(

@@ -1,0 +1,147 @@
+"""Multiple-choice scoring: the log-likelihood of each candidate answer of a question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import ProcessorMixin
+
+from mmtune.data.batching.collate import collate
+from mmtune.data.encoding.encode import IGNORE_INDEX, encode_choices
+from mmtune.data.message import RowError, Sample
+from mmtune.evaluation.evaluation_progress import EvaluationProgress
+from mmtune.evaluation.predictions.prompt_cache import TOKEN_INPUTS, score_from_prompt, shares_prompt, sum_log_likelihoods
+from mmtune.models.compute import count_virtual_tokens, in_eval_mode, move_batch, training_autocast
+from mmtune.models.generation import run_generate
+
+Encoded = dict[str, torch.Tensor]
+
+
+def check_choices(sample: Sample) -> None:
+    """Check that a sample has at least two candidate answers.
+
+    Raises:
+        RowError: fewer than two candidates.
+    """
+    if len(sample.choices) < 2:
+        needed = "evaluate.score: choices needs a data template with options or a verbalizer"
+        raise RowError(sample.id, "choices", f"expected at least 2 candidate answers, got {len(sample.choices)}; {needed}")
+
+
+def score_choices(
+    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], batch_size: int, label: str = "scoring"
+) -> list[tuple[float, ...]]:
+    """Log-likelihoods of all candidate answers, given the conversation before the answer.
+
+    A log-likelihood is the sum over the candidate's tokens and the end-of-turn token. With the end-of-turn token no candidate is
+    a prefix of another, so the candidates of a question are mutually exclusive. The sum is not normalized by length.
+
+    The prompt of a question, with its images, is computed once, and its candidates continue it, where `shares_prompt`; elsewhere
+    it is computed with every candidate.
+
+    Args:
+        model: in train or eval mode; it runs in eval mode, and its mode is restored.
+        samples: conversations with `choices`; the last answer of each is not shown to the model.
+        batch_size: candidates per batch; questions are sorted by length to reduce padding.
+        label: the label of the progress display.
+
+    Returns:
+        For each sample, one natural-log probability per choice.
+
+    Raises:
+        RowError: a sample without choices, or one that cannot be encoded.
+    """
+    for sample in samples:
+        check_choices(sample)
+    score_batch = _score_shared if shares_prompt(model) else _score_plain
+    scores: dict[int, tuple[float, ...]] = {}
+    with in_eval_mode(model), EvaluationProgress(label, len(samples)) as progress:
+        for chunk in _chunks(samples, batch_size):
+            encoded = [encode_choices(samples[index], processor) for index in chunk]
+            with torch.inference_mode(), training_autocast(model):
+                scores.update(zip(chunk, map(tuple, score_batch(model, processor, encoded, batch_size)), strict=True))
+            progress.update(len(chunk))
+    return [scores[index] for index in range(len(samples))]
+
+
+def most_likely_choice(sample: Sample, scores: Sequence[float]) -> str:
+    """The choice with the highest score; the first one if several are equal."""
+    return sample.choices[max(range(len(scores)), key=lambda number: scores[number])]
+
+
+def _chunks(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
+    """Indices of questions of similar length that have at most `batch_size` candidates together, or of one question."""
+    chunk: list[int] = []
+    candidates = 0
+    for index in sorted(range(len(samples)), key=lambda index: _num_characters(samples[index])):
+        if chunk and candidates + len(samples[index].choices) > batch_size:
+            yield chunk
+            chunk, candidates = [], 0
+        chunk.append(index)
+        candidates += len(samples[index].choices)
+    if chunk:
+        yield chunk
+
+
+def _num_characters(sample: Sample) -> int:
+    return sum(len(block.get("text", "")) for message in sample.messages[:-1] for block in message["content"])
+
+
+def _score_shared(
+    model: nn.Module, processor: ProcessorMixin, questions: list[list[Encoded]], batch_size: int
+) -> list[list[float]]:
+    prompts, continuations = [], []
+    for candidates in questions:
+        start = _common_length(candidates)
+        prompt = {key: value[:, :start] if key in TOKEN_INPUTS else value for key, value in candidates[0].items()}
+        prompts.append({key: value for key, value in prompt.items() if key != "labels"})
+        continuations.append([_continuation(candidate, start) for candidate in candidates])
+    batch = move_batch(model, collate(prompts, processor.tokenizer.pad_token_id, side="left"))
+    score = partial(score_from_prompt, continuations=continuations, rows_at_once=batch_size)
+    scores: list[list[float]] = run_generate(model, processor, batch, 1, custom_generate=score)
+    return scores
+
+
+def _common_length(candidates: list[Encoded]) -> int:
+    """The number of tokens before the answer that all candidates begin with."""
+    first = candidates[0]["input_ids"][0]
+    length = int((candidates[0]["labels"][0] != IGNORE_INDEX).nonzero()[0])
+    for candidate in candidates[1:]:
+        length = min(length, int((candidate["labels"][0] != IGNORE_INDEX).nonzero()[0]))
+        different = (candidate["input_ids"][0, :length] != first[:length]).nonzero()
+        length = int(different[0]) if len(different) else length
+    return length
+
+
+def _continuation(candidate: Encoded, start: int) -> Encoded:
+    """The per-token tensors of a candidate from `start` to its last token with a label."""
+    end = int((candidate["labels"][0] != IGNORE_INDEX).nonzero()[-1]) + 1
+    return {key: value[:, start:end] for key, value in candidate.items() if key in TOKEN_INPUTS and value.ndim == 2}
+
+
+def _score_plain(
+    model: nn.Module, processor: ProcessorMixin, questions: list[list[Encoded]], batch_size: int
+) -> list[list[float]]:
+    candidates = [candidate for question in questions for candidate in question]
+    scores: list[float] = []
+    for start in range(0, len(candidates), batch_size):
+        scores += _log_likelihoods(model, candidates[start : start + batch_size], processor.tokenizer.pad_token_id)
+    remaining = iter(scores)
+    return [[next(remaining) for _ in question] for question in questions]
+
+
+def _log_likelihoods(model: nn.Module, encoded: list[Encoded], pad_token_id: int) -> list[float]:
+    batch: dict[str, Any] = move_batch(model, collate(encoded, pad_token_id))
+    labels = batch.pop("labels")
+    # Logits only where a supervised token is predicted: logits of all positions of a batch may not fit in memory.
+    supervised = (labels != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
+    positions = supervised - 1 + count_virtual_tokens(model)
+    if "decoder_input_ids" in batch:  # few classes with an encoder compute logits at some positions only
+        logits = model(**batch).logits[:, positions]
+    else:
+        logits = model(**batch, logits_to_keep=positions).logits
+    return sum_log_likelihoods(logits, labels[:, supervised])
