@@ -129,7 +129,10 @@ def _write_small(recipe: Recipe, place: Path, dist: DistributedContext) -> Path:
     each = small["train"].get("per_device_train_batch_size", 8) * small["train"].get("gradient_accumulation_steps", 1)
     _shrink_data(recipe.data.train, small["data"]["train"], place / "train", max(ROWS, each * dist.size))
     if recipe.evaluate:
-        _shrink_data(recipe.evaluate.data, small["evaluate"]["data"], place / "evaluate", max(ROWS, dist.size))
+        sources = recipe.evaluate.sources
+        small["evaluate"]["data"] = [source.model_dump(mode="json", exclude_none=True) for source in sources]
+        _shrink_data(sources, small["evaluate"]["data"], place / "evaluate", max(ROWS, dist.size))
+        small["evaluate"]["leakage"] = "warn"  # all rows are copies of the template's example
         small["evaluate"]["max_new_tokens"] = 4
     if recipe.objective.models:
         section = ModelSection.model_validate(small["model"])
@@ -210,7 +213,7 @@ def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], plac
         if source.verbalizer is not None and template.verbalizer is not None:
             label = template.verbalizer.label_of("example", template.example, template.example)
             section["verbalizer"] = {label: next(iter(source.verbalizer.values())), **source.verbalizer}
-        for name in ("limit", "where", *(("join",) if template.join is None or template.join.same_file else ())):
+        for name in ("limit", "where", "held_out", *(("join",) if template.join is None or template.join.same_file else ())):
             section.pop(name, None)
 
 

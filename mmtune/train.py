@@ -24,6 +24,7 @@ from mmtune.console.library_output import rank_prefix
 from mmtune.data.data_report import DataReport
 from mmtune.data.dataset import check_rows, open_samples
 from mmtune.data.encoding.encoding_checks import check_encoding
+from mmtune.data.validation.leakage import check_leakage
 from mmtune.distributed.context import check_same, init_distributed
 from mmtune.distributed.launch import check_launch
 from mmtune.distributed.sharded_parameters import gathered_forward
@@ -105,11 +106,12 @@ def validate(recipe: Recipe, overwrite: bool, resume: bool | Path) -> RunInputs:
             check_writable(run.path.parent if checkpoint is None else run.path)
 
     samples = open_samples(recipe.data)
-    data_report = DataReport(rows=rows_to_take(samples, arguments), streamed=recipe.data.stream)
+    data_report = DataReport(rows_to_take(samples, arguments), streamed=recipe.data.stream, held_out=samples.held_out)
     check_rows(samples, data_report, recipe.data.check_rows)
     data_report.stop_past(recipe.data.max_bad_fraction)
     if recipe.evaluate:
         check_questions(recipe.evaluate)
+        check_leakage(samples, recipe.evaluate, recipe.data.check_rows)
     dist = init_distributed(arguments, recipe.model.precision, takes_sharded_weights(recipe))
     settings = {**flatten(recipe.model_dump(mode="json")), **versions(), "rows": data_report.rows}
     check_same(dist, {**settings, "checkpoint": checkpoint and checkpoint.name})  # a shared file system may lag behind on one

@@ -51,6 +51,7 @@ def add_data_verbs(verbs: Any, add: AddVerb) -> None:
 
 def _check(arguments: argparse.Namespace) -> Any:
     validator = _make_validator(arguments)
+    from mmtune.data.sources.held_out_split import describe_split
     from mmtune.data.validation.validate import IssueSummary
 
     summary, listed = IssueSummary(validator.rows), []
@@ -61,11 +62,13 @@ def _check(arguments: argparse.Namespace) -> Any:
             if arguments.json:
                 listed.append(issue.as_json())
     summary.show()
+    for name, counts in validator.held_out.items():
+        print(describe_split(name, counts))
     if arguments.out:
         print(f"issues: {arguments.out}")
-    result = {"data": arguments.data, **summary.as_json(), "issues": listed}
-    if summary.faulty_rows:
-        raise CheckFailed(f"{arguments.data}: {summary.faulty_rows:,} of {summary.rows:,} rows cannot train", result)
+    result = {"data": arguments.data, **summary.as_json(), "held_out": validator.held_out, "issues": listed}
+    if (failure := summary.failure()) is not None:
+        raise CheckFailed(f"{arguments.data}: {failure}", result)
     return result
 
 
@@ -110,9 +113,14 @@ def _make_validator(arguments: argparse.Namespace) -> Any:
             print(f"not checked: tokens and lengths: {absent} is not on this machine and cannot be downloaded")
         processor = None if absent else _processor(recipe)
         settings = ValidationSettings(
-            processor, recipe.data.max_tokens, recipe.data.over_length, recipe.data.supervise, arguments.decode
+            processor,
+            recipe.data.max_tokens,
+            recipe.data.over_length,
+            recipe.data.supervise,
+            arguments.decode,
+            recipe.evaluate.leakage if recipe.evaluate else "error",
         )
-        return Validator(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), settings)
+        return Validator(recipe.data.train, recipe.evaluate.sources if recipe.evaluate else (), settings)
 
 
 def _processor(recipe: Any) -> Any:
@@ -151,7 +159,7 @@ def _show(arguments: argparse.Namespace) -> Any:
     from mmtune.data.validation.show_sample import escape_invisible, find_sample, print_sample, view_sample, write_page
 
     if arguments.row is not None:
-        sample = find_sample(recipe.data.train, recipe.evaluate.data if recipe.evaluate else (), arguments.row)
+        sample = find_sample(recipe.data.train, recipe.evaluate.sources if recipe.evaluate else (), arguments.row)
     else:
         samples = IndexedSamples(recipe.data.train)
         if not 0 <= arguments.index < len(samples):

@@ -53,6 +53,7 @@ class DataReport:
         rows: number of rows of the data; for a stream, the number of rows that the run reads.
         checked: number of rows checked (text and image headers) before weights were loaded.
         streamed: whether rows are counted again in every epoch, as in `rows` of a stream.
+        held_out: by the name of a source, the counts of its split into training and held-out rows.
         dropped_over_length: rows dropped as too long.
         media_changed: rows with dropped or resized media.
         quarantined: rows with errors.
@@ -62,6 +63,7 @@ class DataReport:
     rows: int
     checked: int = 0
     streamed: bool = False
+    held_out: dict[str, dict[str, int]] = field(default_factory=dict)
     dropped_over_length: list[RowIssue] = field(default_factory=list)
     media_changed: list[RowIssue] = field(default_factory=list)
     quarantined: list[RowIssue] = field(default_factory=list)

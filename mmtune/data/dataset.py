@@ -19,6 +19,7 @@ from mmtune.data.encoding.over_length import fit_to_budget
 from mmtune.data.media.image_headers import inspect_image
 from mmtune.data.media.media import Media, blank_image
 from mmtune.data.message import RowError, Sample
+from mmtune.data.sources.held_out_split import describe_split
 from mmtune.data.sources.reader import SourceReader
 from mmtune.data.sources.source import Row
 from mmtune.data.validation.issues import ISSUE_TYPES
@@ -59,6 +60,12 @@ class IndexedSamples(Sequence[Sample]):
         self.counts = [len(rows) for rows in self._rows]
         self._ends = list(accumulate(self.counts))
         self.names = source_names(sources)
+        self.held_out = {
+            name: reader.held_out_counts
+            for name, reader in zip(self.names, self._readers, strict=True)
+            if reader.held_out_counts is not None
+        }
+        """By the name of a source with `held_out`: the counts of its split."""
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -99,6 +106,7 @@ class StreamedSamples:
         self._readers = open_readers(sources)
         self.weights = [source.weight for source in sources]
         self.names = source_names(sources)
+        self.held_out: dict[str, dict[str, int]] = {}
 
     @property
     def stream_openers(self) -> list[Callable[[int], Iterator[LazySample]]]:
@@ -120,12 +128,17 @@ def _load_sample(reader: SourceReader, visit: int, read: Callable[[], tuple[str,
 
 
 def open_samples(section: DataSection) -> IndexedSamples | StreamedSamples:
-    """Open the recipe's training data, by index or as a stream.
+    """Open the recipe's training data, by index or as a stream, and print how many rows are held out.
 
     Raises:
         UserError: a missing or unreadable file, or an unknown template.
     """
-    return StreamedSamples(section.train) if section.stream else IndexedSamples(section.train, section.planned)
+    if section.stream:
+        return StreamedSamples(section.train)
+    samples = IndexedSamples(section.train, section.planned)
+    for name, counts in samples.held_out.items():
+        print(describe_split(name, counts))
+    return samples
 
 
 def check_rows(samples: IndexedSamples | StreamedSamples, report: DataReport, limit: int) -> None:

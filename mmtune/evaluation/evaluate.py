@@ -28,9 +28,9 @@ def check_questions(section: EvaluateSection) -> None:
         UserError: an unknown metric, or rows that cannot be evaluated, by id. They are not skipped: a score over fewer questions
             would be another metric.
     """
-    samples = IndexedSamples(section.data)
+    samples = IndexedSamples(section.sources)
     with errors_at_key("evaluate.metric"):
-        metrics = [find_metric(metric_of(samples, source, section)) for source in range(len(section.data))]
+        metrics = [find_metric(metric_of(samples, source, section)) for source in range(len(section.sources))]
     report = DataReport(rows=len(samples))
     check_rows(samples, report, len(samples))
     for index, handle in enumerate(samples.subset(len(samples))):
@@ -64,7 +64,7 @@ def evaluate(
     Raises:
         RowError: a held-out row that cannot be read.
     """
-    rows = IndexedSamples(section.data)
+    rows = IndexedSamples(section.sources)
     samples = list(iterate_rows(rows))
     questions = [unanswered(rows, index, sample, section) for index, sample in enumerate(samples)]
     indices = range(len(samples)) if dist.sharded else range(dist.rank, len(samples), dist.size)
@@ -97,7 +97,7 @@ def unanswered(rows: IndexedSamples, index: int, sample: Sample, section: Evalua
         prediction="",
         cluster=cluster_of(sample),
         metric=metric_of(rows, source, section),
-        source=rows.names[source] if len(section.data) > 1 else None,
+        source=rows.names[source] if len(section.sources) > 1 else None,
         choices=sample.choices,
         options=sample.options,
     )

@@ -45,7 +45,7 @@ def write_report(run: RunDirectory, recipe: Recipe, summary: dict[str, Any]) -> 
         after = read_answers(run.answers("after"))
         before = {a.id: a.prediction for a in read_answers(run.answers("before"))} if recipe.evaluate.before else {}
         selected = select_answers(after, recipe.evaluate.samples)
-        images = _images(selected, recipe.evaluate.data)
+        images = _images(selected, recipe.evaluate.sources)
         samples = [
             {
                 "answer": answer,

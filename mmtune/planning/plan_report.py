@@ -16,6 +16,7 @@ from mmtune.data.dataset import IndexedSamples
 from mmtune.data.encoding.over_length import fit_to_budget
 from mmtune.data.encoding.token_counts import image_replacements, image_sizes
 from mmtune.data.message import Sample
+from mmtune.data.sources.held_out_split import describe_split
 from mmtune.planning.token_plan import IntArray, OverLengthOutcome, Plan, plan_section
 from mmtune.recipe.recipe import DataSection
 
@@ -44,7 +45,7 @@ def plan_data(section: DataSection, processor: ProcessorMixin) -> tuple[dict[str
     """
     samples = IndexedSamples(section.train)
     plan, outcome = plan_section(samples, section, processor)
-    statistics = plan_statistics(plan, outcome, section)
+    statistics = plan_statistics(plan, outcome, section) | {"held_out": samples.held_out}
     lengths = samples, outcome.lengths
     if not statistics["rows_trained"]:
         return statistics, {}, lengths
@@ -173,6 +174,8 @@ def print_data_plan(statistics: dict[str, Any]) -> None:
         bars.add_row(f"{bar['from']:,} to {bar['to']:,}", drawn, f"{bar['rows']:,}")
     console.print(bars)
     print(over_length_line(statistics))
+    for name, counts in statistics["held_out"].items():
+        print(describe_split(name, counts))
     for error in statistics["errors"][:SHOWN]:
         print(f"  {error['row']}: {error['field']}: {error['detail']}")
     if len(statistics["errors"]) > SHOWN:

@@ -17,7 +17,8 @@ from mmtune.data.encoding.over_length import Policy, fit_to_budget
 from mmtune.data.encoding.token_counts import count_tokens, counts_by_arithmetic
 from mmtune.data.message import RowError, Sample
 from mmtune.data.processes import map_rows
-from mmtune.planning.plan_cache import Arrays, PlanCache, plan_directory, plan_key
+from mmtune.data.sources.row_cache import Arrays, RowCache, cache_directory
+from mmtune.planning.plan_cache import plan_key
 from mmtune.recipe.recipe import DataSection
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
@@ -82,7 +83,7 @@ def build_plan(
     processor: ProcessorMixin,
     supervise: Supervise = "all",
     *,
-    cache: PlanCache | None = None,
+    cache: RowCache | None = None,
     processes: int | None = None,
 ) -> Plan:
     """Count the tokens of every row, or with a cache only of new rows and rows with changed media.
@@ -192,14 +193,14 @@ COLUMNS = ("tokens", "media_tokens", "supervised", "images")
 STAMPS = ("sizes", "times", "counts", "uses")
 
 
-def _write_cache(cache: PlanCache, plan: Plan) -> Path | None:
+def _write_cache(cache: RowCache, plan: Plan) -> Path | None:
     assert plan.media is not None
     arrays: Arrays = {name: getattr(plan, name) for name in COLUMNS} | {name: getattr(plan.media, name) for name in STAMPS}
     errors = [[row, error.row, error.field, error.detail] for row, error in plan.errors.items()]
     return cache.write(arrays, {"files": plan.media.files, "errors": errors})
 
 
-def _read_cache(cache: PlanCache, rows: int) -> Plan | None:
+def _read_cache(cache: RowCache, rows: int) -> Plan | None:
     read = cache.read()
     if read is None:
         return None
@@ -277,7 +278,7 @@ def predict_outcome(
 
 def plan_section(samples: Sequence[Sample], section: DataSection, processor: ProcessorMixin) -> tuple[Plan, OverLengthOutcome]:
     """The cached plan of a recipe's rows, and the effect of its over-length policy. Raises as `build_plan`."""
-    cache = PlanCache(plan_directory(section.train), plan_key(section.train, processor, section.supervise))
+    cache = RowCache(cache_directory(section.train), plan_key(section.train, processor, section.supervise), "plan")
     plan = build_plan(samples, processor, section.supervise, cache=cache)
     return plan, predict_outcome(plan, samples, processor, section.max_tokens, section.over_length, section.supervise)
 

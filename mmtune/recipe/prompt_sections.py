@@ -1,4 +1,4 @@
-"""Recipe keys that select rows and change prompts: `where`, `shots`, `verbalizer`, `values`; sampled answers."""
+"""Recipe keys that select rows and change prompts: `where`, `held_out`, `shots`, `verbalizer`, `values`; sampled answers."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ NamesToText = Annotated[
     Settings, PlainSerializer(dict), WithJsonSchema({"type": "object", "additionalProperties": {"type": "string"}})
 ]
 
+HeldOut = Annotated[
+    StrictInt | StrictFloat,
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}]}
+    ),
+]
+
 WHERE = "Use only rows whose field has this value, or one of a list: {split: train}; a.b is the field b inside a."
 
 
@@ -39,6 +46,23 @@ def where_errors(section: Any) -> list[InitErrorDetails]:
             errors.append(error_at(("where", field), f"expected a value or a list of values, got {format_value(value)}"))
     section["where"] = None if errors else Settings(where)
     return errors
+
+
+def held_out_errors(section: Any) -> list[InitErrorDetails]:
+    """Check the `held_out` of a source: a fraction, or a number of rows."""
+    share = section.get("held_out") if isinstance(section, dict) else None
+    if share is None:
+        return []
+    if isinstance(share, int) and not isinstance(share, bool) and share >= 1:
+        shots = section.get("shots")
+        if isinstance(shots, Mapping) and shots.get("path") == section.get("path"):
+            message = "expected a fraction: shots of the same file are then split by the same rule; give held_out: 0.1"
+            return [error_at("held_out", message)]
+        return []
+    if isinstance(share, float) and 0 < share < 1:
+        return []
+    section["held_out"] = None
+    return [error_at("held_out", f"expected a fraction between 0 and 1, or a number of rows, got {format_value(share)}")]
 
 
 class Shots(Section):

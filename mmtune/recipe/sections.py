@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -23,22 +21,12 @@ from pydantic_core import InitErrorDetails
 
 from mmtune.methods.method import DEFAULT_METHOD
 from mmtune.methods.method_table import METHODS
-from mmtune.recipe.media_sections import WINDOW, Augment, evaluation_augment_errors, window_errors
 from mmtune.recipe.objective_section import AnyObjectiveSection, SftSection
 from mmtune.recipe.pass_through.arguments import Settings, error_at, format_value, train_arguments
 from mmtune.recipe.pass_through.library_facts import library_fact
-from mmtune.recipe.prompt_sections import (
-    WHERE,
-    FieldsToValues,
-    LabelsToWords,
-    NamesToText,
-    Sampling,
-    Shots,
-    values_errors,
-    verbalizer_errors,
-    where_errors,
-)
+from mmtune.recipe.prompt_sections import Sampling
 from mmtune.recipe.section import PassThroughArguments, PathText, Section, Text
+from mmtune.recipe.source_section import Source, evaluation_source_errors, source_names
 from mmtune.recipe.train_rules import evaluation_errors, training_errors
 from mmtune.recipe.tune_section import TuneSection, with_rates
 from mmtune.recipe.yaml_lines import dump_yaml
@@ -135,79 +123,6 @@ class ModelSection(Section):
         """The directories and hub ids of the model by key, without a built-in base."""
         names = {"base": self.base, "vision": self.vision, "language": self.language}
         return {key: name for key, name in names.items() if name is not None and not name.startswith("builtin:")}
-
-
-class Source(Section):
-    """Source of rows: where they are and how to read them."""
-
-    path: PathText = Field(
-        description="A file of rows (.json, .jsonl, .csv, .tsv, .parquet, .arrow, .tar), a glob or brace list of such files, a "
-        "folder of them, a directory that datasets saved, or a hub id (org/name@config:split)."
-    )
-    template: PathText = Field(description="The name of a shipped data template, or a .yaml file.")
-    media_root: PathText | None = Field(
-        default=None, description="The directory that media paths are relative to; null: the directory of the file."
-    )
-    allow_outside_root: StrictBool = Field(
-        default=False, description="Allow media paths outside media_root: .., absolute paths and symbolic links."
-    )
-    allow_urls: StrictBool = Field(
-        default=False, description="Download media from http and https URLs, within limits, into a cache."
-    )
-    window: tuple[StrictFloat, StrictFloat] | None = Field(default=None, description=WINDOW)
-    augment: Augment | None = Field(default=None, description="Random changes to the training images; null: none.")
-    limit: Annotated[StrictInt, Field(ge=1)] | None = Field(default=None, description="Use only this many first rows; null: all.")
-    weight: Annotated[StrictFloat, Field(gt=0)] = Field(
-        default=1.0,
-        description="How often an epoch repeats the source (data.mix: repeats), or its share of an epoch (data.mix: ratio).",
-    )
-    where: FieldsToValues | None = Field(default=None, description=WHERE)
-    image_placeholder: Literal["error", "add"] = Field(
-        default="error",
-        description="A row with images and no placeholder: an error, or add the images at the start of the first user turn.",
-    )
-    ignore: tuple[Text, ...] = Field(
-        default=(),
-        description="Fields of the rows with media that are left out on purpose; other unread media fields are an error.",
-    )
-    join: PathText | None = Field(
-        default=None, description="A second file whose rows are joined to the rows, for templates that need one (vqa_v2)."
-    )
-    values: NamesToText | None = Field(
-        default=None, description="Values of the template's parameters, such as {images: val2014} for vqa_v2."
-    )
-    system: Text | None = Field(default=None, description="A system message for rows without one.")
-    shots: Shots | None = Field(default=None, description="Few-shot examples before each question.")
-    shuffle_options: StrictBool = Field(
-        default=False, description="Shuffle the answer options, for templates that declare options."
-    )
-    verbalizer: LabelsToWords | None = Field(
-        default=None,
-        description="Answer words by label, {'0': cat, '1': dog}, or as a list for labels 0, 1, ...; for templates that declare "
-        "labels.",
-    )
-    seed: StrictInt = Field(
-        default=0,
-        description="Seed of the choice of prompts and examples, of the option order (the same in every epoch) and of augment.",
-    )
-
-    @classmethod
-    def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:
-        if isinstance(values, dict) and isinstance(values.get("shots"), Mapping) and "path" in values:
-            values["shots"] = {"path": values["path"], **values["shots"]}
-        return values, where_errors(values) + verbalizer_errors(values) + values_errors(values) + window_errors(values)
-
-
-def source_names(sources: Sequence[Source]) -> list[str]:
-    """Display names of the sources: the file name, or the path if file names are not unique; sources of one file are numbered."""
-    files = Counter(Path(path).name for path in {source.path for source in sources})
-    repeats: Counter[str] = Counter()
-    names = []
-    for source in sources:
-        name = source.path if files[Path(source.path).name] > 1 else Path(source.path).name
-        repeats[name] += 1
-        names.append(name if repeats[name] == 1 else f"{name} ({repeats[name]})")
-    return names
 
 
 class DataSection(Section):
@@ -314,10 +229,15 @@ class EvaluateSection(Section):
     """Evaluation on held-out rows."""
 
     _examples: ClassVar = {"data": "such as [{path: rows.json, template: llava}]"}
-    data: tuple[Source, ...] = Field(min_length=1, description="The sources of held-out rows.")
+    data: tuple[Source, ...] = Field(
+        default=(), description="The sources of held-out rows, beside the rows that `held_out` takes from the training sources."
+    )
     metric: Text | None = Field(
         default=None,
         description="A metric by name, module:function or FILE.py:function; null: the one of the data template, or exact_match.",
+    )
+    leakage: Literal["error", "warn"] = Field(
+        default="error", description="Held-out rows that are also in the training data: stop the run, or print a warning."
     )
     answer_after: Text | None = Field(
         default=None, description="Compare only the text after this in the answer; null: the whole answer."
@@ -345,12 +265,19 @@ class EvaluateSection(Section):
 
     @classmethod
     def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:
-        return values, evaluation_augment_errors(values) + _sampling_errors(values)
+        return values, evaluation_source_errors(values) + _sampling_errors(values)
+
+    _held_out_parts: tuple[Source, ...] = PrivateAttr(default=())
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """All sources of held-out rows: those of `data`, and the held-out parts of the training sources."""
+        return (*self.data, *self._held_out_parts)
 
     @property
     def metric_names(self) -> list[str]:
         """The metrics of an evaluation while training, without `eval_`."""
-        names = source_names(self.data)
+        names = source_names(self.sources)
         return ["loss", *(f"loss_{name}" for name in names if len(names) > 1)]
 
 
@@ -358,6 +285,12 @@ def _sampling_errors(values: Any) -> list[InitErrorDetails]:
     if isinstance(values, Mapping) and values.get("score") == "choices" and values.get("sampling") is not None:
         return [error_at("sampling", "not supported with score: choices, which generates nothing; leave it out")]
     return []
+
+
+def _holds_rows_out(data: Any) -> bool:
+    sources = data.get("train") if isinstance(data, Mapping) else ()
+    sources = sources if isinstance(sources, (list, tuple)) else ()
+    return any(isinstance(source, Mapping) and source.get("held_out") is not None for source in sources)
 
 
 class Recipe(Section):
@@ -397,6 +330,8 @@ class Recipe(Section):
         settings, errors = train_arguments().check(train)
         errors = errors or training_errors(train)
         inner = [InitErrorDetails(type=each["type"], loc=("train", *each.get("loc", ())), input=None) for each in errors]
+        if values.get("evaluate") is None and _holds_rows_out(values.get("data")):
+            values["evaluate"] = {}
         if "learning_rate" not in train and isinstance(values.get("tune", {}), Mapping):
             values["tune"] = with_rates(values.get("tune", {}))
         return values | {"train": Settings(settings)}, inner
@@ -404,11 +339,24 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
         """Reject combinations of keys in different sections that do not work."""
+        if self.evaluate is not None:
+            self.evaluate._held_out_parts = tuple(each.held_out_part() for each in self.data.train if each.held_out is not None)
         if errors := list(self._combination_errors()):
             raise ValidationError.from_exception_data("Recipe", errors)
         return self
 
     def _combination_errors(self) -> Iterator[InitErrorDetails]:
+        if self.evaluate is not None and not self.evaluate.sources:
+            example = self.evaluate._examples["data"]
+            message = f"required, and not given; {example}, or give a source of data.train `held_out: 0.1`"
+            yield error_at(("evaluate", "data"), message)
+        for number, source in enumerate(self.data.train if self.data.stream else ()):
+            if source.held_out is not None:
+                message = (
+                    "not supported with data.stream: true: rows that share an image are found by reading all rows first; write "
+                    "the held-out rows into a file of their own and name it in evaluate.data"
+                )
+                yield error_at(("data", "train", number, "held_out"), message)
         method, precision = self.tune.method, self.model.precision
         if precision in ("int8", "nf4") and self.tune.language.method == "full":
             instead = f"use {DEFAULT_METHOD}, or bf16"

@@ -179,7 +179,8 @@ def evaluation_errors(
             yield ("train", "save_strategy"), "best needs an evaluation while training: give eval_strategy: steps or epoch"
         return
     if metrics is None:
-        yield ("train", "eval_strategy"), "needs held-out rows: give evaluate: {data: [{path: held_out.json, template: llava}]}"
+        rows = "evaluate: {data: [{path: held_out.json, template: llava}]}, or held_out: 0.1 in a source of data.train"
+        yield ("train", "eval_strategy"), f"needs held-out rows: give {rows}"
         return
     if strategy == "epoch" and train.get("eval_steps") is not None:
         yield ("train", "eval_steps"), "needs eval_strategy: steps; leave it out, or change eval_strategy"

@@ -284,7 +284,9 @@ def parity_samples(recipe: Recipe, count: int) -> list[Sample]:
     """Up to `count` samples, spread over the held-out data; over the training data without augmentation if there is none."""
     plain = tuple(source.model_copy(update={"augment": None}) for source in recipe.data.train)
     samples = (
-        IndexedSamples(recipe.evaluate.data) if recipe.evaluate else open_samples(recipe.data.model_copy(update={"train": plain}))
+        IndexedSamples(recipe.evaluate.sources)
+        if recipe.evaluate
+        else open_samples(recipe.data.model_copy(update={"train": plain}))
     )
     return [handle() for handle in islice(samples.subset(count), count)]
 

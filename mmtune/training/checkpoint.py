@@ -14,8 +14,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from mmtune.data.batching.sample_stream import SampleStream
 from mmtune.data.data_report import DataReport
+from mmtune.data.sources.row_cache import file_signatures
 from mmtune.distributed.context import DistributedContext
-from mmtune.planning.plan_cache import file_signatures
 from mmtune.recipe.pass_through.arguments import format_value
 from mmtune.recipe.recipe import Recipe, Source, load_recipe
 from mmtune.run_directory import SAVING, RunDirectory, step_of, wait_until_visible
@@ -174,7 +174,7 @@ def check_resumable(recipe: Recipe, run: RunDirectory, checkpoint: Path, dist: D
 
 def fixed_sources(recipe: Recipe) -> tuple[Source, ...]:
     """The sources whose files must not change when a run is resumed."""
-    held_out = recipe.evaluate.data if recipe.evaluate and recipe.evaluates_while_training else ()
+    held_out = recipe.evaluate.sources if recipe.evaluate and recipe.evaluates_while_training else ()
     return (*recipe.data.train, *held_out)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PrinterCallback, ProcessorMixin, ProgressCallback
 
+from mmtune.data.sources.row_cache import file_signatures
 from mmtune.distributed.context import check_strategy
 from mmtune.distributed.fsdp import configure_fsdp
-from mmtune.planning.plan_cache import file_signatures
 from mmtune.run_directory import RunDirectory
 from mmtune.training.callbacks import DisableInputRequireGrads, RecordMetrics, StopOnSignal, early_stopping
 from mmtune.training.checkpoint import fixed_sources

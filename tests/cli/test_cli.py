@@ -120,7 +120,8 @@ def test_an_earlier_run_is_kept_unless_overwritten(recipe_file: Path, tmp_path: 
 def test_a_run_directory_is_complete_and_machine_readable(
     recipe_file: Path, tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate = f"evaluate={{data: [{{path: {rows}, template: llava}}], max_new_tokens: 4, answer_after: 'Answer:'}}"
+    settings = "leakage: warn, max_new_tokens: 4, answer_after: 'Answer:'"
+    evaluate = f"evaluate={{data: [{{path: {rows}, template: llava}}], {settings}}}"
     assert entry_point(["train", str(recipe_file), evaluate, "--json"]) == 0
     captured = capsys.readouterr()
     summary = json.loads(captured.out)

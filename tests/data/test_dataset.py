@@ -125,6 +125,7 @@ def test_the_report_is_json(tmp_path: Path) -> None:
         "rows": 10,
         "checked": 4,
         "streamed": False,
+        "held_out": {},
         "dropped_over_length": [],
         "media_changed": [],
         "skipped_steps": [],

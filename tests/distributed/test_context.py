@@ -106,6 +106,7 @@ def kinds(rows: Path, shallow: Path, tmp_path_factory: pytest.TempPathFactory) -
     recipes["mixed"]["data"]["max_bad_fraction"] = 0.5
     recipes["mixed"]["evaluate"] = {
         "data": [{"path": str(questions), "template": "llava", "media_root": "/"}],
+        "leakage": "warn",
         "max_new_tokens": 4,
         "batch_size": 5,
     }

@@ -77,7 +77,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
             source = f"{{path: {folder / 'rows.json'}, template: llava}}"
             (out / "recipe.yaml").write_text(
                 f"model: {{base: {out / 'base'}}}\ntune: {{language: {{method: lora, r: 2}}}}\ndata: {{train: [{source}]}}\n"
-                f"evaluate: {{data: [{source}], max_new_tokens: 6}}\noutput_dir: {out / 'run'}\n"
+                f"evaluate: {{data: [{source}], leakage: warn, max_new_tokens: 6}}\noutput_dir: {out / 'run'}\n"
                 "train: {max_steps: 1, learning_rate: 1e-3, per_device_train_batch_size: 2, use_cpu: true}\n"
             )
         return out

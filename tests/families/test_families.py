@@ -105,7 +105,7 @@ def write(rows: Path, bases: Callable[[str], Path], tmp_path: Path) -> Write:
             model: {{base: {bases(family)}{model}}}
             tune: {{{tune}}}
             data: {{train: [{{path: {data_file}, template: messages}}]{data}}}
-            evaluate: {{data: [{{path: {data_file}, template: messages}}], max_new_tokens: 6, before: false}}
+            evaluate: {{data: [{{path: {data_file}, template: messages}}], leakage: warn, max_new_tokens: 6, before: false}}
             train: {{max_steps: 1, logging_steps: 1, use_cpu: true, {train}{batch}}}
             output_dir: {folder / "run"}
             """

@@ -71,7 +71,7 @@ def kite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pat
         (out / "recipe.yaml").write_text(
             f"model: {{base: {base}{model}}}\ntune: {{vision: {{method: lora, r: 2}}, language: {{method: lora, r: 2}}}}\n"
             f"data: {{train: [{{path: {folder / 'rows.json'}, template: messages}}]}}\n"
-            f"evaluate: {{data: [{{path: {folder / 'rows.json'}, template: messages}}], max_new_tokens: 4}}\n"
+            f"evaluate: {{data: [{{path: {folder / 'rows.json'}, template: messages}}], leakage: warn, max_new_tokens: 4}}\n"
             f"train: {{max_steps: 3, learning_rate: 1e-2, per_device_train_batch_size: 4, use_cpu: true, logging_steps: 1}}\n"
             f"output_dir: {out / 'run'}\n"
         )

@@ -24,8 +24,9 @@ from mmtune.data.dataset import IndexedSamples
 from mmtune.data.encoding.encode import encode_sample
 from mmtune.data.encoding.over_length import fit_to_budget
 from mmtune.data.message import RowError
-from mmtune.planning import plan_cache
-from mmtune.planning.plan_cache import PlanCache, file_signatures, plan_directory, plan_key
+from mmtune.data.sources import row_cache
+from mmtune.data.sources.row_cache import RowCache, cache_directory, file_signatures
+from mmtune.planning.plan_cache import plan_key
 from mmtune.planning.plan_report import histogram, plan_statistics
 from mmtune.planning.token_plan import Plan, build_plan, predict_outcome
 from mmtune.recipe.recipe import DataSection, Source
@@ -64,7 +65,7 @@ def _sources(data: Path) -> list[Source]:
 def _plan(data: Path, processor: Any = None, supervise: Any = "all", **arguments: Any) -> Plan:
     processor = processor or FAMILIES["qwen2_vl"]()
     sources = _sources(data)
-    cache = PlanCache(plan_directory(sources), plan_key(sources, processor, supervise))
+    cache = RowCache(cache_directory(sources), plan_key(sources, processor, supervise), "plan")
     return build_plan(IndexedSamples(sources), processor, supervise, cache=cache, **arguments)
 
 
@@ -214,7 +215,7 @@ def test_every_file_of_a_pattern_is_part_of_the_key(data: Path) -> None:
     source = Source(path=str(data.parent / "{rows,more}*.jsonl"), template="llava")
     (data.parent / "more1.jsonl").write_bytes(data.read_bytes())
     before = plan_key([source], processor, "all")
-    assert plan_directory([source]) == data.parent
+    assert cache_directory([source]) == data.parent
     (data.parent / "more1.jsonl").write_bytes(data.read_bytes() + b"{}\n")
     assert plan_key([source], processor, "all") != before
 
@@ -222,7 +223,7 @@ def test_every_file_of_a_pattern_is_part_of_the_key(data: Path) -> None:
 def test_large_files_are_compared_by_time_start_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     source = Source(path=str(tmp_path / "*.jsonl"), template="llava")
-    monkeypatch.setattr(plan_cache, "READ", 3 * 16)  # the template is the third file
+    monkeypatch.setattr(row_cache, "READ", 3 * 16)  # the template is the third file
 
     def known(content: bytes, time: int) -> list[Any]:
         for path, holds in ((small, b"x" * 16), (large, content)):

@@ -32,7 +32,7 @@ SAVES = ("train.save_strategy=steps", "train.save_steps=1")
 @pytest.fixture
 def run(make_recipe: Make, rows: Path) -> Path:
     """A run of three steps with a checkpoint after each step, and an evaluation."""
-    section = f"evaluate={{data: [{{path: {rows}, template: llava}}], max_new_tokens: 2}}"
+    section = f"evaluate={{data: [{{path: {rows}, template: llava}}], leakage: warn, max_new_tokens: 2}}"
     recipe = make_recipe(*SAVES, section)
     train(recipe, ["test"])
     return Path(recipe.output_dir)

@@ -35,7 +35,13 @@ def lines(run: RunDirectory, name: str) -> list[dict[str, Any]]:
 
 
 def evaluation(rows: Path, **more: Any) -> str:
-    section = {"data": [{"path": str(rows), "template": "llava"}], "before": False, "max_new_tokens": 1, **more}
+    section = {
+        "data": [{"path": str(rows), "template": "llava"}],
+        "leakage": "warn",
+        "max_new_tokens": 1,
+        "before": False,
+        **more,
+    }
     return f"evaluate={json.dumps(section)}"
 
 
@@ -207,9 +213,9 @@ def test_processes_share_the_sample_in_the_same_number_of_batches(
 def test_rows_without_a_loss_stop_the_run_before_weights(make_recipe: Callable[..., Recipe], rows: Path, base: Path) -> None:
     processor = AutoProcessor.from_pretrained(str(base))
     limit = ("data.max_tokens=20", "data.over_length=drop_sample")
-    with pytest.raises(RecipeValueError, match=r"evaluate\.data: all 12 held-out rows are longer than data\.max_tokens: 20"):
+    with pytest.raises(RecipeValueError, match=r"evaluate: all 12 held-out rows are longer than data\.max_tokens: 20"):
         plan_held_out(make_recipe(*EVERY_STEP, *limit, evaluation(rows)), processor, SINGLE_PROCESS)
-    with pytest.raises(RecipeValueError, match=r"evaluate\.data: 12 held-out rows are too long, the first: rows\.json\[0\]"):
+    with pytest.raises(RecipeValueError, match=r"evaluate: 12 held-out rows are too long, the first: rows\.json\[0\]"):
         plan_held_out(make_recipe(*EVERY_STEP, limit[0], evaluation(rows)), processor, SINGLE_PROCESS)
     silent = json.loads(rows.read_text(encoding="utf-8"))
     for row in silent:

@@ -321,7 +321,7 @@ def test_a_run_does_not_replace_what_it_starts_from(make_recipe: Callable[..., R
 def test_half_precision_trains_answers_and_loads(make_recipe: Callable[..., Recipe], rows: Path) -> None:
     recipe = make_recipe(
         "model.precision=bf16",
-        f"evaluate={{data: [{{path: {rows}, template: llava}}], max_new_tokens: 4}}",
+        f"evaluate={{data: [{{path: {rows}, template: llava}}], leakage: warn, max_new_tokens: 4}}",
         "train.activation_checkpointing=true",
     )
     assert train(recipe, ["test"])["questions"] == 12

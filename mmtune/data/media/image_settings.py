@@ -13,7 +13,7 @@ from mmtune.data.media.pixels import Window
 from mmtune.data.message import Message, RowError, all_text_of
 from mmtune.data.templates.boxes import Box
 from mmtune.data.templates.prompts import draw
-from mmtune.recipe.media_sections import Augment
+from mmtune.recipe.source_section import Augment
 
 NUMBER = r"\s*-?\d+(?:\.\d+)?\s*"
 BOX_IN_TEXT = re.compile(

@@ -52,10 +52,15 @@ class SourceReader:
         )
         join = self.template.join
         self._join_table = None if join is None else _JoinTable(join, source.join or source.path)
+        self.held_out_counts: dict[str, int] | None = None
         self._shots = None if source.shots is None else _FewShotExamples(source, source.shots, name)
 
     def open(self) -> Rows:
-        """Open the rows by index: the first `limit` rows that pass `where` and the template's `leave_out_empty`."""
+        """Open the rows by index: the first `limit` rows that pass `where` and the template's `leave_out_empty`.
+
+        With `held_out` these are the training rows or, for `source.held_out_part()`, the held-out rows, and `held_out_counts`
+        is set.
+        """
         rows = open_rows(self.source.path, self._name, rows=self.template.rows)
         indices: Sequence[int] = range(len(rows))
         if self._has_filter:
@@ -64,7 +69,14 @@ class SourceReader:
                 where = [f"`where: {_format_where(self.source.where)}`"] if self.source.where else []
                 not_empty = [f"a `{field}` that is not empty" for field in (self.template.leave_out_empty,) if field]
                 raise UserError(f"{self.source.path}: no row matches {' and '.join([*where, *not_empty])}")
-        return _RowSubset(rows, indices[: self.source.limit])
+        selected = _RowSubset(rows, indices[: self.source.limit])
+        if self.source.held_out is None:
+            return selected
+        from mmtune.data.sources.held_out_split import split_source  # imports torch, which recipes are checked without
+
+        split = split_source(self.source, selected, self.sample_without_shots)
+        self.held_out_counts = split.counts()
+        return _RowSubset(selected, (split.held_out if self.source.is_held_out else split.training).tolist())
 
     def stream(self) -> Iterator[LazyRow]:
         """Stream the same rows, each parsed on demand; with `where`, each row is parsed once more for the filter."""
@@ -82,14 +94,15 @@ class SourceReader:
         Raises:
             RowError: the row, or a few-shot example drawn for it, cannot be converted.
         """
-        sample = self._sample_without_shots(row_id, row, visit)
+        sample = self.sample_without_shots(row_id, row, visit)
         if self._shots is None:
             return sample
         start = 1 if sample.messages[0]["role"] == "system" else 0
         examples = [message for example in self._shots.draw_for(row_id, row, sample.tools) for message in example]
         return replace(sample, messages=[*sample.messages[:start], *examples, *sample.messages[start:]])
 
-    def _sample_without_shots(self, row_id: str, row: Row, visit: int) -> Sample:
+    def sample_without_shots(self, row_id: str, row: Row, visit: int = 0) -> Sample:
+        """As `sample`, without few-shot examples. Raises RowError."""
         joined = row if self._join_table is None else self._join_table.join(row_id, row)
         images = replace(self._images, visit=visit)
         return replace(self.template.sample(row_id, joined, self.rules, self._prompting, images), source=self.source.path)
@@ -242,10 +255,11 @@ def _shots_source(source: Source, shots: Shots) -> Source:
         "shots": None,
         "system": None,
         "augment": None,
+        "held_out": source.held_out if same_file else None,
     }
     if template != source.template:
         settings |= {"verbalizer": None, "shuffle_options": False, "values": None, "image_placeholder": "error", "ignore": ()}
-    return source.model_copy(update=settings)
+    return source.model_copy(update=settings).training_part()
 
 
 def check_source(source: Source) -> DataTemplate:

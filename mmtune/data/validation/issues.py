@@ -70,6 +70,14 @@ ISSUE_TYPES: dict[str, IssueType] = {
     "box_outside": IssueType("error", "correct the box: it must be inside the upright image"),
     "box_malformed": IssueType("error", "write the box as four numbers with a positive area, in a row with one image"),
     "box_unmoved": IssueType("error", "declare the boxes in the data template, or remove resize, crop and flip from augment"),
+    # between training and held-out rows
+    "row_leaked": IssueType(
+        "error", "remove the row from one side; or set evaluate.leakage: warn, and the score includes rows seen in training"
+    ),
+    "image_leaked": IssueType(
+        "error",
+        "give every source with these images the same fraction in held_out, and the same seed; or set evaluate.leakage: warn",
+    ),
     # warnings and notes: the row is used
     "too_long_by_policy": IssueType("warning", "nothing, if data.over_length handles long rows as you want"),
     "control_token": IssueType("warning", "check that it is meant as text: it does not become the real token"),
@@ -77,9 +85,9 @@ ISSUE_TYPES: dict[str, IssueType] = {
     "text_nul": IssueType("warning", "remove the NUL characters from the text"),
     "duplicate_id": IssueType("warning", "give every row a unique id, or remove the copies"),
     "duplicate_row": IssueType("warning", "remove the copies, or set a weight of the source to repeat it"),
-    "row_held_out": IssueType(
-        "warning", "remove the row from the training data: otherwise the score includes rows seen in training"
-    ),
+    "row_shared": IssueType("warning", "remove the row from one side: the score includes a row seen in training"),
+    "image_shared": IssueType("warning", "nothing, if the held-out questions may be about images seen in training"),
+    "image_near_duplicate": IssueType("warning", "look at both images, and remove one of the rows if they are the same picture"),
     "box_suspect": IssueType(
         "warning", "nothing, if the field is not a box in pixels of the upright image; the data template does not read it"
     ),

@@ -39,6 +39,7 @@ from mmtune.data.templates.boxes import BOX_FIELDS
 from mmtune.data.templates.template import DataTemplate, load_data_template, shipped_templates
 from mmtune.data.templates.unread_media import holds_media
 from mmtune.data.validation.issues import ISSUE_TYPES, Issue, new_issue
+from mmtune.data.validation.leakage import LEAKS, Digests, LeakageSearch, row_digests
 from mmtune.data.validation.show_sample import escape_invisible
 from mmtune.recipe.recipe import Source
 from mmtune.utils.errors import UserError, nearest
@@ -60,7 +61,7 @@ CONTROL_TOKENS = (
 """Control tokens of well-known models, for checking the rows' text without the recipe's tokenizer."""
 
 Positions = np.ndarray[Any, np.dtype[np.intp]]
-Digests = np.ndarray[Any, np.dtype[np.uint64]]
+RowHashes = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class ValidationSettings:
         over_length: the recipe's `data.over_length`.
         supervise: the recipe's `data.supervise`.
         decode: decode every image.
+        leakage: the recipe's `evaluate.leakage`.
     """
 
     processor: ProcessorMixin | None = None
@@ -80,6 +82,7 @@ class ValidationSettings:
     over_length: str = "error"
     supervise: Supervise = "all"
     decode: bool = False
+    leakage: str = "error"
 
 
 @dataclass
@@ -91,6 +94,7 @@ class IssueSummary:
     first: dict[str, list[str]] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)
     faulty_rows: int = 0
+    leaked_rows: int = 0
     _last_faulty_row: str | None = field(default=None, init=False, repr=False)
 
     def add(self, issue: Issue) -> None:
@@ -101,7 +105,9 @@ class IssueSummary:
             self.details[issue.issue] = f"{issue.field}: {issue.detail}"
         if len(first) < 3:
             first.append(issue.row)
-        if issue.severity == "error" and issue.row != self._last_faulty_row:
+        if issue.issue in LEAKS:
+            self.leaked_rows += 1
+        elif issue.severity == "error" and issue.row != self._last_faulty_row:
             self._last_faulty_row = issue.row
             self.faulty_rows += 1
 
@@ -114,7 +120,19 @@ class IssueSummary:
 
     def as_json(self) -> dict[str, Any]:
         """The counts as a JSON object."""
-        return {"rows": self.rows, "faulty_rows": self.faulty_rows, "severities": self.severities(), "counts": dict(self.counts)}
+        return {
+            "rows": self.rows,
+            "faulty_rows": self.faulty_rows,
+            "leaked_rows": self.leaked_rows,
+            "severities": self.severities(),
+            "counts": dict(self.counts),
+        }
+
+    def failure(self) -> str | None:
+        """What makes the check fail; None if it passes."""
+        faults = [f"{self.faulty_rows:,} of {self.rows:,} rows cannot train"] * bool(self.faulty_rows)
+        faults += [f"{self.leaked_rows:,} held-out rows leak into the training data"] * bool(self.leaked_rows)
+        return " and ".join(faults) or None
 
     def show(self) -> None:
         """Print the issues by type, the most severe first: count, first rows, first detail, and fix."""
@@ -130,7 +148,8 @@ class IssueSummary:
         if self.counts:
             StyledConsole().print(table)
         totals = ", ".join(f"{count:,} {severity}{'' if count == 1 else 's'}" for severity, count in self.severities().items())
-        print(f"checked: {self.rows:,} rows, {self.faulty_rows:,} cannot train: {totals}")
+        leaked = f", {self.leaked_rows:,} held out and in the training data" if self.leaked_rows else ""
+        print(f"checked: {self.rows:,} rows, {self.faulty_rows:,} cannot train{leaked}: {totals}")
 
 
 @dataclass(frozen=True)
@@ -141,6 +160,10 @@ class _OpenSource:
     rows: Rows
     held_out: bool
     known_fields: frozenset[str]
+
+    def to_compare(self, row_id: str, row: Row) -> Sample:
+        """The sample of a row; of a held-out row without few-shot examples, which may be training rows."""
+        return (self.reader.sample_without_shots if self.held_out else self.reader.sample)(row_id, row)
 
 
 class Validator:
@@ -164,6 +187,13 @@ class Validator:
         self._sources = [_open_source(reader, held_out=False) for reader in open_readers(train)]
         self._sources += [_open_source(reader, held_out=True) for reader in open_readers(held_out)]
         self.rows = sum(len(source.rows) for source in self._sources)
+        self.held_out = {
+            reader.source.path: reader.held_out_counts
+            for reader in (source.reader for source in self._sources if not source.held_out)
+            if reader.held_out_counts is not None
+        }
+        """By path of a training source with `held_out`: the counts of its split."""
+        self._compares_sides = len({source.held_out for source in self._sources}) == 2
 
     def issues(self, processes: int | None = None) -> Iterator[Issue]:
         """All issues, source by source and row by row; duplicates of a source follow its rows.
@@ -176,13 +206,17 @@ class Validator:
         Raises:
             UserError: an error that is not about a single row, such as a missing chat template.
         """
-        row_digests: list[Digests] = []
-        for number, source in enumerate(self._sources):
+        search = LeakageSearch(self._load, self._settings.leakage == "warn")
+        for number, source in sorted(enumerate(self._sources), key=lambda item: not item[1].held_out):
             digests = np.zeros((2, len(source.rows)), np.uint64)
             unknown_fields: dict[str, list[int]] = {}
             results = map_rows(partial(self._check, source), range(len(source.rows)), processes, "checking rows")
-            for position, (issues, row_and_id_digest, fields) in enumerate(results):
+            for position, (issues, row_and_id_digest, fields, compared) in enumerate(results):
                 yield from issues
+                if compared is not None and source.held_out:
+                    search.add_held_out(number, position, compared, source.reader.source.is_held_out)
+                elif compared is not None:
+                    search.add_training(number, position, compared)
                 digests[:, position] = row_and_id_digest
                 for name in fields:
                     unknown_fields.setdefault(name, []).append(position)
@@ -194,15 +228,20 @@ class Validator:
             same_id[same_row >= 0] = -1  # a copied row also has the same id
             yield from self._duplicates(number, "row", "duplicate_row", same_row)
             yield from self._duplicates(number, "id", "duplicate_id", same_id)
-            row_digests.append(digests[0])
-        yield from self._rows_in_both(row_digests)
+        yield from search.issues()
+        yield from search.near_duplicates(processes)
 
-    def _check(self, source: _OpenSource, position: int) -> tuple[list[Issue], tuple[int, int], list[str]]:
-        """Check one row: its issues, the digests of the row and of its id (0 if there is none), and its unknown fields."""
+    def _check(self, source: _OpenSource, position: int) -> tuple[list[Issue], tuple[int, int], list[str], Digests | None]:
+        """Check one row.
+
+        Returns:
+            Its issues; the digests of the row and of its id (0 if there is none); its unknown fields; and, if there are training
+            and held-out rows, the digests that are compared between them.
+        """
         try:
             row_id, row = source.rows[position]
         except RowError as error:
-            return [_issue_of_error(error)], (0, 0), []
+            return [_issue_of_error(error)], (0, 0), [], None
         issues: list[Issue] = []
         media = []
         unpacked = row
@@ -216,12 +255,20 @@ class Validator:
         except RowError as error:
             issues.append(_issue_of_error(error))
         digests = _digest((row, [str(image) for image in media])), _id_digest(unpacked)
+        compared = None
+        if self._compares_sides and not any(issue.severity == "error" for issue in issues):
+            try:
+                images, pairs = row_digests(source.to_compare(row_id, row))
+            except RowError as error:
+                issues.append(_issue_of_error(error))
+            else:  # a copied row is found by its own digest too: its template may draw another prompt for it
+                compared = images, (*(pairs[-1:] if source.held_out else pairs), digests[0].to_bytes(8))
         fields = [
             name
             for name in unpacked
             if name not in source.known_fields and not holds_media(name, unpacked[name], provenance=bool(media))
         ]
-        return issues, digests, fields
+        return issues, digests, fields, compared
 
     def _check_sample(self, sample: Sample, row: Row, has_declared_boxes: bool, held_out: bool) -> Iterator[Issue]:
         images = sample.images
@@ -278,15 +325,9 @@ class Validator:
             detail = f"the same as in {self._row_id(number, int(first_occurrences[position]))}"
             yield new_issue(self._row_id(number, position), where, issue_type, detail)
 
-    def _rows_in_both(self, digests: list[Digests]) -> Iterator[Issue]:
-        """Rows of the evaluation that are also in the training data."""
-        training = [number for number, source in enumerate(self._sources) if not source.held_out]
-        for number, source in enumerate(self._sources):
-            for other in training if source.held_out else ():
-                common, here, there = np.intersect1d(digests[number], digests[other], return_indices=True)
-                for position, copy in sorted(zip(here[common != 0].tolist(), there[common != 0].tolist(), strict=True)):
-                    detail = f"also in the training data: {self._row_id(other, copy)}"
-                    yield new_issue(self._row_id(number, position), "row", "row_held_out", detail)
+    def _load(self, number: int, position: int) -> Sample:
+        source = self._sources[number]
+        return source.to_compare(*source.rows[position])
 
     def _row_id(self, number: int, position: int) -> str:
         return self._sources[number].rows[position][0]
@@ -366,7 +407,7 @@ def _control_token_pattern(processor: ProcessorMixin | None) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
 
 
-def _first_occurrences(digests: Digests) -> Positions:
+def _first_occurrences(digests: RowHashes) -> Positions:
     """For each digest the position of its first occurrence; -1 if that is the digest itself, or the digest is 0."""
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     first_positions = first[inverse]

@@ -16,12 +16,12 @@ from mmtune.planning.token_plan import plan_section
 from mmtune.recipe.recipe import DataSection, Recipe
 from mmtune.utils.errors import RecipeValueError
 
-KEY = "evaluate.data"
+KEY = "evaluate"
 
 
 @dataclass(frozen=True)
 class HeldOutRows:
-    """The rows of the held-out loss: all of `evaluate.data`, or a fixed sample of them.
+    """The rows of the held-out loss: all of `evaluate`, or a fixed sample of them.
 
     Attributes:
         samples: all held-out rows.
@@ -72,7 +72,7 @@ def plan_held_out(recipe: Recipe, processor: ProcessorMixin, dist: DistributedCo
     """
     if recipe.evaluate is None or not recipe.evaluates_while_training:
         return None
-    section = recipe.data.model_copy(update={"train": recipe.evaluate.data, "stream": False})
+    section = recipe.data.model_copy(update={"train": recipe.evaluate.sources, "stream": False})
     samples = IndexedSamples(section.train)
     drawn, total = recipe.evaluate.while_training, len(samples)
     chosen = np.arange(total)

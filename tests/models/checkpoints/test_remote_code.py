@@ -62,7 +62,7 @@ def with_code(base: Path, out: Path, marker: Path, *files: str) -> Path:
 @pytest.fixture
 def run(make_recipe: Callable[..., Recipe], base: Path, rows: Path, tmp_path: Path, marker: Path) -> Path:
     """A finished run from someone else, with code in its model and a recipe that trusts it."""
-    evaluate = f"evaluate={{data: [{{path: {rows}, template: llava, limit: 1}}], max_new_tokens: 1}}"
+    evaluate = f"evaluate={{data: [{{path: {rows}, template: llava, limit: 1}}], leakage: warn, max_new_tokens: 1}}"
     tune = "tune={projector: {method: full, learning_rate: 1e-3}}"
     recipe = make_recipe("model.trust_remote_code=true", evaluate, tune)
     with_code(base, tmp_path / "run" / "model", marker, "config.json")
