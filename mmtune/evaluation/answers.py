@@ -12,6 +12,7 @@ from typing import Any
 from mmtune.evaluation.metrics.intervals import confidence_interval
 from mmtune.evaluation.metrics.metric import Item, Metric
 from mmtune.evaluation.metrics.metric_table import find_metric
+from mmtune.utils.errors import UserError, reason_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Score:
         task: the `group` of the answers, or `overall`.
         metric: its name.
         score: the headline number; unparsed answers count as 0.
-        interval: its 95% confidence interval.
+        interval: its 95% confidence interval; None where it has none, see `confidence_interval`.
         unparsed: how many answers could not be parsed.
         clusters: how many images or documents the questions are about.
         baseline: the score of the majority-class baseline, which gives each group's most frequent reference as every answer; None
@@ -82,7 +83,7 @@ class Score:
     metric: str
     questions: int
     score: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     unparsed: int
     clusters: int
     baseline: float | None
@@ -101,7 +102,7 @@ def score_answers(answers: Sequence[Answer], answer_after: str | None = None) ->
         UserError: an unknown metric, or one whose function fails.
     """
     scored = list(answers)
-    for name, indices in _by(answers, lambda answer: answer.metric).items():
+    for name, indices in _by([answer.metric for answer in answers]).items():
         items = [answers[index].item(answer_after) for index in indices]
         for index, value in zip(indices, find_metric(name).score_all(items), strict=True):
             scored[index] = replace(answers[index], score=value or 0.0, parsed=value is not None)
@@ -113,25 +114,37 @@ def group_scores(answers: Sequence[Answer], answer_after: str | None = None) -> 
 
     With several metrics, for each metric in the order of first questions.
     """
-    by_metric = _by(answers, lambda answer: answer.metric)
+    by_metric = _by([answer.metric for answer in answers])
     scores = []
     for name, indices in by_metric.items():
-        metric, own = find_metric(name), [answers[index] for index in indices]
-        groups = _by(own, lambda answer: answer.group)
-        items = [answer.item(answer_after) for answer in own]
+        own = [answers[index] for index in indices]
         values = [answer.score if answer.parsed else None for answer in own]
-        baseline = _baseline_items(metric, items, list(groups.values()))
-        if len(groups) > 1 or len(by_metric) > 1:
-            scores += [_group_score(group, metric, items, values, baseline, rows) for group, rows in groups.items()]
-        scores.append(_group_score("overall", metric, items, values, baseline, range(len(own))))
+        items = [answer.item(answer_after) for answer in own]
+        scores += item_scores(find_metric(name), items, values, [answer.group for answer in own], len(by_metric) > 1)
     return scores
 
 
-def _by(answers: Sequence[Answer], key: Any) -> dict[str, list[int]]:
-    """Indices of the answers by a key, in the order of first answers."""
+def item_scores(
+    metric: Metric, items: Sequence[Item], values: Sequence[float | None], groups: Sequence[str], every_group: bool = False
+) -> list[Score]:
+    """Scores of each group in the order of first items, then `overall`.
+
+    Args:
+        values: the score of each item, from `Metric.score_all`.
+        groups: the group of each item.
+        every_group: whether a single group has a score of its own beside `overall`.
+    """
+    by_group = _by(groups)
+    baseline = _baseline_items(metric, items, list(by_group.values()))
+    named = [*by_group.items()] if len(by_group) > 1 or every_group else []
+    return [_group_score(name, metric, items, values, baseline, rows) for name, rows in [*named, ("overall", range(len(items)))]]
+
+
+def _by(keys: Sequence[str]) -> dict[str, list[int]]:
+    """Indices by key, in the order of first keys."""
     indices: dict[str, list[int]] = {}
-    for index, answer in enumerate(answers):
-        indices.setdefault(key(answer), []).append(index)
+    for index, key in enumerate(keys):
+        indices.setdefault(key, []).append(index)
     return indices
 
 
@@ -219,3 +232,64 @@ def read_answers(path: Path) -> list[Answer]:
     """Read answers that `write_answers` wrote."""
     with path.open(encoding="utf-8") as lines:  # str.splitlines would also split at U+0085 and U+2028 inside an answer
         return [Answer(**{**row, **{name: tuple(row[name]) for name in _LISTS}}) for row in map(json.loads, lines)]
+
+
+MAX_ERRORS = 10
+"""How many faulty lines `read_items` lists."""
+
+
+def read_items(path: Path, metric: Metric, answer_after: str | None = None) -> list[Item]:
+    """Read answers that were made elsewhere, one JSON object per line.
+
+    A line has `prediction`, a text, and `references`, a list of texts; optionally `id` and `cluster`, which default to the line's
+    number, and further fields. Lines that `write_answers` wrote are read too.
+
+    Raises:
+        UserError: the file cannot be read, or has no line; lines that are wrong, or that the metric cannot score, by number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {reason_of(error)}; expected JSON Lines in UTF-8") from error
+    items, errors = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            item = _read_line(line, str(number), answer_after)
+            if (problem := metric.problem(item)) is not None:
+                raise ValueError(f"references: {problem} (metric {metric.name})")
+        except ValueError as error:
+            errors.append(f"{path}:{number}: {error}")
+        else:
+            items.append(item)
+    if errors:
+        more = [f"... and {len(errors) - MAX_ERRORS} more lines"] if len(errors) > MAX_ERRORS else []
+        raise UserError("\n".join([*errors[:MAX_ERRORS], *more]))
+    if not items:
+        raise UserError(f"{path}: expected one JSON object per line, got an empty file")
+    return items
+
+
+def _read_line(line: str, number: str, answer_after: str | None) -> Item:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected a JSON object, got text that is not JSON: {reason_of(error)}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+    references = row.get("references")
+    if not isinstance(row.get("prediction"), str):
+        raise ValueError(f"prediction: expected a text, got {_kind(row, 'prediction')}")
+    if not isinstance(references, list) or not references or not all(isinstance(text, str) for text in references):
+        raise ValueError(f"references: expected a list of texts, got {_kind(row, 'references')}")
+    for name in ("choices", "options"):
+        if not isinstance(row.get(name, []), list) or not all(isinstance(text, str) for text in row.get(name, [])):
+            raise ValueError(f"{name}: expected a list of texts, got {_kind(row, name)}")
+    texts = tuple(final_answer(text, answer_after) for text in references)
+    fields = {"id": number, **{name: value for name, value in row.items() if name not in ("prediction", "references")}}
+    return Item(final_answer(row["prediction"], answer_after), texts, str(row.get("cluster", number)), fields)
+
+
+def _kind(row: dict[str, Any], name: str) -> str:
+    return json.dumps(row[name], ensure_ascii=False)[:80] if name in row else "no such key"

@@ -12,14 +12,19 @@ from mmtune.console.styled_console import StyledConsole
 from mmtune.evaluation.metrics.metric_table import METRICS
 
 
-def print_scores(summary: dict[str, Any]) -> None:
-    """Print the scores before and after tuning, per task and overall, with intervals and the majority-class baseline."""
+def print_scores(summary: dict[str, Any], column: str = "tuned") -> None:
+    """Print the scores before and after tuning, per task and overall, with intervals and the majority-class baseline.
+
+    Args:
+        summary: with the scores as `tuned_scores`, and those of the base as `base_scores`, if any.
+        column: the name of the column of `tuned_scores`.
+    """
     rows = score_rows(summary)
     if not rows:
         return
     table = Table(title=score_title(summary), title_justify="left")
     for number, name in enumerate(rows[0]):
-        table.add_column(Text(name), justify="right" if number else "left")
+        table.add_column(Text(column if name == "tuned" else name), justify="right" if number else "left")
     for row, score in zip(rows, summary["tuned_scores"], strict=True):
         if score["task"] == "overall":
             table.add_section()
@@ -35,9 +40,8 @@ def print_scores(summary: dict[str, Any]) -> None:
 
 
 def score_title(summary: Mapping[str, Any]) -> str:
-    """The title of the score table: its metric, if it has only one."""
-    metrics = {score["metric"] for score in summary["tuned_scores"]}
-    return f"Held-out {metrics.pop()}" if len(metrics) == 1 else "Held-out scores"
+    """The title of the score table: its metrics."""
+    return f"Held-out {', '.join(dict.fromkeys(score['metric'] for score in summary['tuned_scores']))}"
 
 
 def score_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -59,10 +63,10 @@ def score_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
                 "base": format_score(before["score"], name) if before else "",
                 "base unparsed": str(before["unparsed"]) if before and before["unparsed"] else "",
                 "tuned": format_score(item["score"], name),
-                "95% interval": " to ".join(format_score(limit, name) for limit in item["interval"]),
+                "95% interval": " to ".join(format_score(limit, name) for limit in item["interval"] or ()),
             }
         )
-    used = {column for row in rows for column, text in row.items() if text} | {"base"}
+    used = {column for row in rows for column, text in row.items() if text}
     return [{column: text for column, text in row.items() if column in used} for row in rows]
 
 

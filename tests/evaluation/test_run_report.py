@@ -208,4 +208,4 @@ def test_the_table_shows_metrics_unparsed_answers_and_further_numbers(capsys: py
     assert tuned[1]["majority-class baseline"] == ""
     print_scores({"tuned_scores": [yes_no, caption]})
     shown = capsys.readouterr().out
-    assert "Held-out scores" in shown and "yes_no: f1 50.0%\n" in shown and "confusion" not in shown
+    assert "Held-out yes_no, cider_d" in shown and "yes_no: f1 50.0%\n" in shown and "confusion" not in shown

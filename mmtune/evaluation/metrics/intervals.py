@@ -69,7 +69,7 @@ def bootstrap_interval(metric: Metric, sums: Array, confidence: float = 0.95, se
     return float(low), float(high)
 
 
-def confidence_interval(metric: Metric, statistics: Array, clusters: Sequence[str]) -> tuple[float, float]:
+def confidence_interval(metric: Metric, statistics: Array, clusters: Sequence[str]) -> tuple[float, float] | None:
     """The 95% interval of a metric's headline number.
 
     Args:
@@ -77,16 +77,14 @@ def confidence_interval(metric: Metric, statistics: Array, clusters: Sequence[st
         clusters: the cluster of each item.
 
     Returns:
-        (low, high); (0, 1) for a proportion of no items, (NaN, NaN) for another number of no items.
+        (low, high); None for a number that is not a proportion of fewer than two clusters.
     """
     sums = cluster_sums(statistics, clusters)
     if metric.proportion:
         correct, total = sums.sum(axis=0)
-        if total == 0:
-            return 0.0, 1.0
         size = effective_sample_size(sums)
         return wilson_interval(size if correct == total else size * correct / total, size)
-    return bootstrap_interval(metric, sums) if len(sums) else (math.nan, math.nan)
+    return bootstrap_interval(metric, sums) if len(sums) > 1 else None
 
 
 def cluster_sums(statistics: Array, clusters: Sequence[str]) -> Array:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from mmtune.evaluation.metrics.entries.box_overlap import ACC_AT_IOU_HALF, IOU
+from mmtune.evaluation.metrics.entries.caption_scores import BLEU, CIDER_D, ROUGE_L
 from mmtune.evaluation.metrics.entries.closed_answers import CLASSIFICATION, MULTIPLE_CHOICE, YES_NO
 from mmtune.evaluation.metrics.entries.edit_distance import ANLS, CER, WER
+from mmtune.evaluation.metrics.entries.json_fields import JSON_FIELDS
 from mmtune.evaluation.metrics.entries.numeric_answers import NUMERIC, RELAXED_ACCURACY
 from mmtune.evaluation.metrics.entries.text_match import EXACT_MATCH, TOKEN_F1
+from mmtune.evaluation.metrics.entries.vqa_accuracy import VQA_ACCURACY
 from mmtune.evaluation.metrics.function_metric import load_function_metric
 from mmtune.evaluation.metrics.metric import Metric
 from mmtune.utils.errors import UserError, nearest
@@ -16,6 +20,7 @@ from mmtune.utils.errors import UserError, nearest
 _TABLE = (
     EXACT_MATCH,
     TOKEN_F1,
+    VQA_ACCURACY,
     ANLS,
     RELAXED_ACCURACY,
     MULTIPLE_CHOICE,
@@ -24,6 +29,12 @@ _TABLE = (
     NUMERIC,
     CER,
     WER,
+    CIDER_D,
+    BLEU,
+    ROUGE_L,
+    IOU,
+    ACC_AT_IOU_HALF,
+    JSON_FIELDS,
 )
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _TABLE}
 """Every metric by its name."""

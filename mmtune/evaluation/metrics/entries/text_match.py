@@ -48,7 +48,7 @@ class ExactMatch(Metric):
 
 
 class TokenF1(Metric):
-    """F1 over the words that prediction and reference share, the best of all references."""
+    """F1 over the words that prediction and reference share, the best of all references; two texts without words are equal."""
 
     def score(self, item: Item) -> float:
         """From 0 to 1."""

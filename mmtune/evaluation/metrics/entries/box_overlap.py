@@ -1,0 +1,107 @@
+"""Metrics of bounding boxes in answers: intersection over union, and accuracy at an IoU of 0.5."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmtune.evaluation.metrics.metric import Array, Item, Metric
+
+_NUMBER = r"[-+]?\d*\.?\d+"
+_BOX = re.compile(rf"[\[(<{{]\s*(?:<?\w+>\s*)?({_NUMBER}(?:\s*[,\s]\s*{_NUMBER}){{3}})\s*[\])>}}]")
+_BARE = re.compile(rf"\s*{_NUMBER}(?:\s*[,\s]\s*{_NUMBER}){{3}}\s*")
+
+
+class BoxOverlap(Metric):
+    """Intersection over union of the boxes in an answer with those in the reference.
+
+    Both are read from the text, in the same coordinates. Stretching an axis does not change the result, so boxes in
+    thousandths give the IoU in pixels up to rounding. Several boxes are matched one to one so that the sum of the IoUs is
+    largest; boxes without a partner count 0.
+    """
+
+    def problem(self, item: Item) -> str | None:
+        """Every reference must have a box."""
+        wrong = [reference for reference in item.references if not read_box_texts(reference)]
+        return f"expected a reference with a box [x1, y1, x2, y2], got {wrong[0][:80]!r}" if wrong else None
+
+    def score(self, item: Item) -> float | None:
+        """The best of the references, from 0 to 1; None if the answer has no box."""
+        boxes = read_box_texts(item.prediction)
+        if not boxes:
+            return None
+        return max(self.of_matches(*_matched_overlaps(boxes, read_box_texts(reference))) for reference in item.references)
+
+    def of_matches(self, overlaps: Array, number: int) -> float:
+        """The score from the IoUs of matched boxes.
+
+        Args:
+            overlaps: shape (matches,).
+            number: boxes of the answer or the reference, whichever are more.
+        """
+        return float(overlaps.sum()) / number
+
+
+class AccuracyAtHalf(BoxOverlap):
+    """The share of boxes matched with an IoU of at least 0.5; of one box in RefCOCO, 1 or 0."""
+
+    def of_matches(self, overlaps: Array, number: int) -> float:
+        """Matches with an IoU of at least 0.5, over the boxes."""
+        return float((overlaps >= 0.5).sum()) / number
+
+
+def read_box_texts(text: str) -> list[tuple[float, float, float, float]]:
+    """The boxes in a text: four numbers in brackets, or a text of four numbers; two corners, in any order.
+
+    A box without area, which has x1 = x2 or y1 = y2, is a box; its IoU is 0.
+    """
+    groups = [text] if _BARE.fullmatch(text) else _BOX.findall(text)
+    boxes = []
+    for group in groups:
+        x1, y1, x2, y2 = (float(number) for number in re.findall(_NUMBER, group))
+        boxes.append((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
+    return boxes
+
+
+def _matched_overlaps(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> tuple[Array, int]:
+    from scipy.optimize import linear_sum_assignment
+
+    overlaps = box_iou(np.array(first, dtype=np.float64), np.array(second, dtype=np.float64))
+    rows, columns = linear_sum_assignment(overlaps, maximize=True)
+    return overlaps[rows, columns], max(overlaps.shape)
+
+
+def box_iou(first: Array, second: Array) -> Array:
+    """Intersection over union of all pairs.
+
+    Args:
+        first, second: boxes x1, y1, x2, y2 of shapes (n, 4) and (m, 4).
+
+    Returns:
+        Shape (n, m); 0 for two boxes without area.
+    """
+    sides = np.minimum(first[:, None, 2:], second[None, :, 2:]) - np.maximum(first[:, None, :2], second[None, :, :2])
+    intersection = sides.clip(min=0).prod(axis=-1)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(axis=-1) for boxes in (first, second)]
+    union = areas[0][:, None] + areas[1][None, :] - intersection
+    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+
+
+IOU = BoxOverlap(
+    "iou",
+    "intersection over union of boxes",
+    "RefCOCO (arXiv 1608.00272)",
+    needs="boxes in the references, in the coordinates of the answers",
+    unparsed="has no four numbers in brackets",
+    has_baseline=False,
+)
+ACC_AT_IOU_HALF = AccuracyAtHalf(
+    "acc_at_iou_0.5",
+    "boxes with an IoU of at least 0.5",
+    "RefCOCO (arXiv 1608.00272)",
+    needs="boxes in the references, in the coordinates of the answers",
+    unparsed="has no four numbers in brackets",
+    has_baseline=False,
+)
