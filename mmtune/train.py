@@ -143,7 +143,7 @@ def evaluate_base(inputs: RunInputs, model: Any, processor: ProcessorMixin, run:
     if not (section and section.before):
         return []
     with gathered_forward(model):
-        before = evaluate(model, processor, section, inputs.dist, "before tuning")
+        before = evaluate(model, processor, section, inputs.dist, "before tuning", inputs.hash_weights())
     if inputs.dist.is_main_process:
         write_answers(before, answers)
     return before
@@ -192,7 +192,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Evaluate the tuned model, and write the loss curve, the report and `summary.json`."""
     recipe, section = inputs.recipe, inputs.recipe.evaluate
-    after = evaluate(tuned.model, processor, section, inputs.dist, "after tuning") if section else []
+    after = evaluate(tuned.model, processor, section, inputs.dist, "after tuning", inputs.hash_weights(run)) if section else []
     if not inputs.dist.is_main_process:
         return {}
     draw_loss_curve(run.metrics, run.loss_curve)

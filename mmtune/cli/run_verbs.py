@@ -148,6 +148,7 @@ def _eval(arguments: argparse.Namespace) -> Any:
     from mmtune.evaluation.answers import group_scores, scores_to_dicts, write_answers
     from mmtune.evaluation.evaluate import check_questions, evaluate
     from mmtune.evaluation.scores import print_scores
+    from mmtune.models.checkpoints.weights_hash import hash_trained
     from mmtune.models.compute import to_best_device
     from mmtune.models.load import load_trained
 
@@ -157,7 +158,8 @@ def _eval(arguments: argparse.Namespace) -> Any:
             trained, chat_template=recipe.model.chat_template, trust_remote_code=arguments.trust_remote_code
         )
     check_encoding(processor)
-    answers = evaluate(to_best_device(model), processor, recipe.evaluate, label=str(arguments.model))
+    weights = hash_trained(trained) if recipe.evaluate.cache else None
+    answers = evaluate(to_best_device(model), processor, recipe.evaluate, label=str(arguments.model), weights=weights)
     with report_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_answers(answers, out)

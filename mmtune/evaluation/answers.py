@@ -31,6 +31,9 @@ class Answer:
         options: the texts of the options A, B, ... of a multiple-choice question.
         score: by the metric; 0 if the answer could not be parsed.
         parsed: whether the metric could parse the answer.
+        near_tie: whether rounding could change the prediction (`mmtune.evaluation.predictions.prediction`).
+        sampled: all answers if several were sampled; `prediction` is the most frequent one.
+        choice_scores: the log-likelihood of each of `choices`, with `evaluate.score: choices`.
     """
 
     id: str
@@ -46,6 +49,9 @@ class Answer:
     options: tuple[str, ...] = ()
     score: float = 0.0
     parsed: bool = True
+    near_tie: bool = False
+    sampled: tuple[str, ...] = ()
+    choice_scores: tuple[float, ...] = ()
 
     @property
     def group(self) -> str:
@@ -203,6 +209,7 @@ def score_metrics(before: Sequence[Answer], after: Sequence[Answer], answer_afte
     """
     tuned = group_scores(after, answer_after)
     metrics: dict[str, Any] = {"questions": len(after), "tuned_scores": scores_to_dicts(tuned)}
+    metrics["near_ties"] = sum(answer.near_tie for answer in after)
     one_metric = len({score.metric for score in tuned}) == 1
     if one_metric:
         overall = tuned[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -15,8 +16,11 @@ from mmtune.data.message import RowError, Sample, split_question, text_of
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.evaluation.answers import Answer, score_answers
 from mmtune.evaluation.metrics.metric_table import DEFAULT_METRIC, find_metric
+from mmtune.evaluation.predictions.answer_cache import AnswerCache, open_answer_cache
 from mmtune.evaluation.predictions.answering import predict_answers
 from mmtune.evaluation.predictions.choices import check_choices
+from mmtune.evaluation.predictions.decoding import NEAR_TIE
+from mmtune.evaluation.predictions.prediction import Prediction
 from mmtune.recipe.recipe import EvaluateSection
 from mmtune.utils.errors import RecipeValueError, errors_at_key
 
@@ -55,11 +59,17 @@ def evaluate(
     section: EvaluateSection,
     dist: DistributedContext = SINGLE_PROCESS,
     label: str = "evaluating",
+    weights: str | None = None,
 ) -> list[Answer]:
     """Answer and score every question of the recipe's `evaluate` section.
 
     Ranks share the questions, and every rank returns all answers. Under ZeRO-3 a forward pass needs all ranks, so every rank
     answers all questions.
+
+    Args:
+        dist: the processes of the evaluation.
+        label: the label of the progress display.
+        weights: the hash of the files that hold the weights, with which answers are cached; None: they are not.
 
     Raises:
         RowError: a held-out row that cannot be read.
@@ -68,11 +78,35 @@ def evaluate(
     samples = list(iterate_rows(rows))
     questions = [unanswered(rows, index, sample, section) for index, sample in enumerate(samples)]
     indices = range(len(samples)) if dist.sharded else range(dist.rank, len(samples), dist.size)
-    rank_predictions = predict_answers(model, processor, [samples[index] for index in indices], section, label)
+    cache = open_answer_cache(model, processor, weights, dist) if section.cache else None
+    rank_predictions = predict_answers(model, processor, [samples[index] for index in indices], section, label, cache)
     gathered = dist.all_gather_object(list(zip(indices, rank_predictions, strict=True)))
     predictions = dict(itertools.chain.from_iterable(gathered))
-    answers = [replace(question, prediction=predictions[index].text.strip()) for index, question in enumerate(questions)]
+    if dist.is_main_process:
+        _print_counts(list(predictions.values()), label, cache)
+    answers = [_answered(question, predictions[index]) for index, question in enumerate(questions)]
     return score_answers(answers, section.answer_after)
+
+
+def _answered(question: Answer, prediction: Prediction) -> Answer:
+    return replace(
+        question,
+        prediction=prediction.text.strip(),
+        near_tie=prediction.near_tie,
+        sampled=prediction.answers,
+        choice_scores=prediction.scores,
+    )
+
+
+def _print_counts(predictions: Sequence[Prediction], label: str, cache: AnswerCache | None) -> None:
+    """Print how many predictions rounding could change, and how many were in the cache."""
+    if near_ties := sum(prediction.near_tie for prediction in predictions):
+        print(
+            f"{label}: {near_ties:,} of {len(predictions):,} predictions are near ties: their logits differ by less than "
+            f"{NEAR_TIE:g}, so another batch size or number of processes can change them"
+        )
+    if cache is not None and cache.hits:
+        print(f"{label}: {cache.hits:,} answers are from the cache {cache.folder} (evaluate.cache: false computes them again)")
 
 
 def unanswered(rows: IndexedSamples, index: int, sample: Sample, section: EvaluateSection) -> Answer:

@@ -42,6 +42,13 @@ class EvaluationProgress:
             )
         return self
 
+    def skip(self, count: int) -> None:
+        """Leave out `count` questions whose answers are known."""
+        self._total -= count
+        if self._bar is not None:
+            self._bar.total = self._total
+            self._bar.refresh()
+
     def update(self, count: int) -> None:
         """Add `count` answered questions."""
         self._done += count

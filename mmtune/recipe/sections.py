@@ -255,6 +255,9 @@ class EvaluateSection(Section):
     sampling: Sampling | None = Field(
         default=None, description="Sampled answers to each question, with a majority vote; null: one greedy answer."
     )
+    cache: StrictBool = Field(
+        default=True, description="Take known answers of the same weights to the same input from ~/.cache/mmtune/answers."
+    )
     before: StrictBool = Field(default=True, description="Evaluate the base before tuning too.")
     samples: Annotated[StrictInt, Field(ge=0)] = Field(
         default=24, description="How many answers the report shows with their images."

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from mmtune.utils.errors import UserError
 from mmtune.utils.locks import locked
 
+USER_CACHE = Path("~/.cache/mmtune")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -126,7 +127,7 @@ def user_cache(kind: str) -> Path:
         UserError: the user has no home directory, as in some containers.
     """
     try:
-        return Path.home() / ".cache" / "mmtune" / kind
+        return USER_CACHE.expanduser() / kind
     except RuntimeError as error:
         raise UserError(f"the cache of {kind}: this user has no home directory; set HOME to a writable folder") from error
 

@@ -17,8 +17,8 @@ from mmtune.data.dataset import IndexedSamples, iterate_rows
 from mmtune.data.encoding.encode import encode_sample
 from mmtune.data.message import RowError, Sample
 from mmtune.evaluation.evaluate import check_questions, evaluate
-from mmtune.evaluation.predictions.answering import Prediction
-from mmtune.evaluation.predictions.choices import most_likely_choice, score_choices
+from mmtune.evaluation.predictions.choices import choice_prediction, score_choices
+from mmtune.evaluation.predictions.prediction import Prediction
 from mmtune.evaluation.predictions.prompt_cache import shares_prompt
 from mmtune.models.load import load_base, resolve_model
 from mmtune.models.tiny.tiny_bases import write_tiny_base
@@ -91,7 +91,7 @@ def test_scores_in_double_precision_equal_those_of_plain_transformers(
         assert sample_scores == pytest.approx(reference, rel=0, abs=1e-9)
 
 
-@pytest.mark.parametrize(("batch_size", "passes"), [(99, 2), (14, 2), (8, 4), (1, 4 + 14)])
+@pytest.mark.parametrize(("batch_size", "passes"), [(99, 2), (14, 2), (8, 6), (1, 4 + 14)])
 def test_a_prompt_goes_through_the_model_once(
     answering_llava: tuple[Any, Any], samples: list[Sample], batch_size: int, passes: int
 ) -> None:
@@ -167,7 +167,7 @@ def test_a_question_with_one_choice_is_an_error(answering_llava: tuple[Any, Any]
 
 
 def test_the_first_of_equally_likely_choices_is_selected(samples: list[Sample]) -> None:
-    assert most_likely_choice(samples[2], (-3.0, -1.0, -2.0, -1.0)) == "no"
+    assert choice_prediction(samples[2], (-3.0, -1.0, -2.0, -1.0)).text == "no"
 
 
 def test_evaluate_with_choices_predicts_the_most_likely_class(tmp_path: Path, answering_llava: tuple[Any, Any]) -> None:

@@ -12,8 +12,10 @@ from pydantic import ValidationError
 from mmtune.data.dataset import IndexedSamples, iterate_rows
 from mmtune.data.message import Sample
 from mmtune.evaluation.predictions import answering
-from mmtune.evaluation.predictions.answering import Prediction, choice_prediction, generate_predictions, predict_answers, vote
+from mmtune.evaluation.predictions.answering import generate_predictions, predict_answers
+from mmtune.evaluation.predictions.choices import choice_prediction
 from mmtune.evaluation.predictions.decoding import DecodingSettings, TokenChoice
+from mmtune.evaluation.predictions.prediction import Prediction, vote
 from mmtune.recipe.recipe import EvaluateSection, Source
 
 torch.set_num_threads(1)

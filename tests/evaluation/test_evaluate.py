@@ -16,7 +16,8 @@ from mmtune.data.message import RowError, Sample
 from mmtune.evaluation.answers import Answer, group_scores, read_answers, score_answers, scores_to_dicts, write_answers
 from mmtune.evaluation.evaluate import evaluate
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
-from mmtune.evaluation.predictions.answering import Prediction, generate_answers
+from mmtune.evaluation.predictions.answering import generate_answers
+from mmtune.evaluation.predictions.prediction import Prediction
 from mmtune.recipe.recipe import EvaluateSection, Source
 
 torch.set_num_threads(1)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import ProcessorMixin
 
 from mmtune.data.batching.collate import collate
 from mmtune.data.encoding.encode import IGNORE_INDEX, encode_choices
 from mmtune.data.message import RowError, Sample
-from mmtune.evaluation.evaluation_progress import EvaluationProgress
+from mmtune.evaluation.predictions.answer_cache import AnswerCache
+from mmtune.evaluation.predictions.decoding import NEAR_TIE
+from mmtune.evaluation.predictions.prediction import Prediction
 from mmtune.evaluation.predictions.prompt_cache import TOKEN_INPUTS, score_from_prompt, shares_prompt, sum_log_likelihoods
-from mmtune.models.compute import count_virtual_tokens, in_eval_mode, move_batch, training_autocast
+from mmtune.evaluation.predictions.running import Encoded, answer_questions
+from mmtune.models.compute import count_virtual_tokens, move_batch
 from mmtune.models.generation import run_generate
-
-Encoded = dict[str, torch.Tensor]
 
 
 def check_choices(sample: Sample) -> None:
@@ -35,7 +35,19 @@ def check_choices(sample: Sample) -> None:
 def score_choices(
     model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], batch_size: int, label: str = "scoring"
 ) -> list[tuple[float, ...]]:
-    """Log-likelihoods of all candidate answers, given the conversation before the answer.
+    """Log-likelihoods of all candidate answers, one natural logarithm per choice of each sample; as `predict_choices`."""
+    return [prediction.scores for prediction in predict_choices(model, processor, samples, batch_size, label)]
+
+
+def predict_choices(
+    model: nn.Module,
+    processor: ProcessorMixin,
+    samples: Sequence[Sample],
+    batch_size: int,
+    label: str = "scoring",
+    cache: AnswerCache | None = None,
+) -> list[Prediction]:
+    """The most likely choices of samples, given the conversation before the answer, with the log-likelihood of each choice.
 
     A log-likelihood is the sum over the candidate's tokens and the end-of-turn token. With the end-of-turn token no candidate is
     a prefix of another, so the candidates of a question are mutually exclusive. The sum is not normalized by length.
@@ -46,11 +58,9 @@ def score_choices(
     Args:
         model: in train or eval mode; it runs in eval mode, and its mode is restored.
         samples: conversations with `choices`; the last answer of each is not shown to the model.
-        batch_size: candidates per batch; questions are sorted by length to reduce padding.
+        batch_size: candidates per batch.
         label: the label of the progress display.
-
-    Returns:
-        For each sample, one natural-log probability per choice.
+        cache: known answers, to which new ones are added; None: all are computed.
 
     Raises:
         RowError: a sample without choices, or one that cannot be encoded.
@@ -58,37 +68,28 @@ def score_choices(
     for sample in samples:
         check_choices(sample)
     score_batch = _score_shared if shares_prompt(model) else _score_plain
-    scores: dict[int, tuple[float, ...]] = {}
-    with in_eval_mode(model), EvaluationProgress(label, len(samples)) as progress:
-        for chunk in _chunks(samples, batch_size):
-            encoded = [encode_choices(samples[index], processor) for index in chunk]
-            with torch.inference_mode(), training_autocast(model):
-                scores.update(zip(chunk, map(tuple, score_batch(model, processor, encoded, batch_size)), strict=True))
-            progress.update(len(chunk))
-    return [scores[index] for index in range(len(samples))]
+
+    def answer(questions: list[Sample], candidates: list[list[Encoded]]) -> list[Prediction]:
+        scores = score_batch(model, processor, candidates, batch_size)
+        return [choice_prediction(sample, tuple(each)) for sample, each in zip(questions, scores, strict=True)]
+
+    return answer_questions(
+        model,
+        samples,
+        lambda sample: encode_choices(sample, processor),
+        answer,
+        lambda sample: {"kind": "choices", "choices": sample.choices},
+        lambda sample: len(sample.choices),
+        batch_size,
+        label,
+        cache,
+    )
 
 
-def most_likely_choice(sample: Sample, scores: Sequence[float]) -> str:
-    """The choice with the highest score; the first one if several are equal."""
-    return sample.choices[max(range(len(scores)), key=lambda number: scores[number])]
-
-
-def _chunks(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
-    """Indices of questions of similar length that have at most `batch_size` candidates together, or of one question."""
-    chunk: list[int] = []
-    candidates = 0
-    for index in sorted(range(len(samples)), key=lambda index: _num_characters(samples[index])):
-        if chunk and candidates + len(samples[index].choices) > batch_size:
-            yield chunk
-            chunk, candidates = [], 0
-        chunk.append(index)
-        candidates += len(samples[index].choices)
-    if chunk:
-        yield chunk
-
-
-def _num_characters(sample: Sample) -> int:
-    return sum(len(block.get("text", "")) for message in sample.messages[:-1] for block in message["content"])
+def choice_prediction(sample: Sample, scores: tuple[float, ...]) -> Prediction:
+    """The most likely choice of a sample from their log-likelihoods; the first one if several are equal."""
+    first, second = sorted(scores, reverse=True)[:2]
+    return Prediction(sample.choices[scores.index(first)], first - second < NEAR_TIE, scores=scores)
 
 
 def _score_shared(

@@ -1,0 +1,36 @@
+"""The prediction for one question: an answer, and what it was chosen from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The prediction for one question.
+
+    Attributes:
+        text: the answer; of several sampled answers, the most frequent one.
+        near_tie: whether rounding could change it: the two largest logits of one of its tokens, or the log-likelihoods of the two
+            most likely choices, differ by less than `NEAR_TIE`.
+        answers: all answers if several were sampled.
+        scores: the log-likelihood of each choice.
+    """
+
+    text: str
+    near_tie: bool = False
+    answers: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+
+
+def vote(prediction: Prediction, marker: str | None) -> Prediction:
+    """The prediction whose text is the most frequent of several answers; of equally frequent ones, the first.
+
+    Answers are compared by the text after the last `marker`, without case and white space around words.
+    """
+    if not prediction.answers:
+        return prediction
+    keys = [" ".join((text.rpartition(marker)[2] if marker else text).casefold().split()) for text in prediction.answers]
+    winner = keys.index(Counter(keys).most_common(1)[0][0])  # of equal counts, the one counted first
+    return replace(prediction, text=prediction.answers[winner])
