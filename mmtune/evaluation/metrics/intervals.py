@@ -13,6 +13,9 @@ from mmtune.evaluation.metrics.metric import Array, Metric
 RESAMPLES = 2000
 """Bootstrap resamples. The Monte Carlo error of a 95% limit is then about 1% of the interval's width."""
 
+MAX_DRAWS = 1 << 20
+"""How many clusters are drawn at once."""
+
 
 def wilson_interval(correct: float, total: float, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a proportion (Wilson, 1927, JASA 22:209-212); valid near 0 and 1 and for small samples.
@@ -39,7 +42,7 @@ def effective_sample_size(sums: Array) -> float:
 
     The number of answers divided by the design effect, which is the variance of the proportion between clusters (Taylor
     linearization) over the binomial variance (Rao and Scott, 1992, Biometrics 48:577-585); at most the number of answers. If all
-    answers have the same score, the design effect is unknown, and each cluster counts once.
+    answers have the same score, or are about one cluster, the design effect is unknown, and each cluster counts once.
 
     Args:
         sums: shape (clusters, 2): correct answers and answers of each cluster.
@@ -48,9 +51,11 @@ def effective_sample_size(sums: Array) -> float:
     correct, total = sums.sum(axis=0)
     if clusters == total:
         return float(total)
+    if clusters == 1 or correct in (0, total):
+        return float(clusters)
     p = correct / total
-    variance = clusters / (clusters - 1) * ((sums[:, 0] - p * sums[:, 1]) ** 2).sum() / total**2 if clusters > 1 else 0.0
-    return float(min(total, p * (1 - p) / variance)) if variance > 0 else float(clusters)
+    variance = clusters / (clusters - 1) * ((sums[:, 0] - p * sums[:, 1]) ** 2).sum() / total**2
+    return float(total if variance * total <= p * (1 - p) else p * (1 - p) / variance)
 
 
 def bootstrap_interval(metric: Metric, sums: Array, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
@@ -61,11 +66,14 @@ def bootstrap_interval(metric: Metric, sums: Array, confidence: float = 0.95, se
         seed: the same data and seed give the same interval.
     """
     generator, clusters = np.random.default_rng(seed), len(sums)
-    values = np.empty(RESAMPLES)
-    for index in range(RESAMPLES):
-        values[index] = metric.headline(sums[generator.integers(clusters, size=clusters)].sum(axis=0))
+    values: list[float] = []
+    while len(values) < RESAMPLES:
+        resamples = min(RESAMPLES - len(values), max(1, MAX_DRAWS // clusters))
+        drawn = generator.integers(clusters, size=(resamples, clusters)) + clusters * np.arange(resamples)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=resamples * clusters).reshape(resamples, clusters)
+        values += metric.headline(counts @ sums).tolist()
     tail = (1 - confidence) / 2
-    low, high = np.nanquantile(values, [tail, 1 - tail])
+    low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
 
 
