@@ -24,12 +24,12 @@ from mmtune.console.library_output import rank_prefix
 from mmtune.data.data_report import DataReport
 from mmtune.data.dataset import check_rows, open_samples
 from mmtune.data.encoding.encoding_checks import check_encoding
-from mmtune.data.validation.leakage import check_leakage
 from mmtune.distributed.context import check_same, init_distributed
 from mmtune.distributed.launch import check_launch
 from mmtune.distributed.sharded_parameters import gathered_forward
-from mmtune.evaluation.answers import Answer, read_answers, score_metrics, write_answers
-from mmtune.evaluation.evaluate import check_questions, evaluate
+from mmtune.evaluation.answers import Answer, read_answers, write_answers
+from mmtune.evaluation.comparison import tuning_metrics
+from mmtune.evaluation.evaluate import check_held_out, evaluate
 from mmtune.evaluation.run_report import write_report
 from mmtune.evaluation.scores import print_scores
 from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK
@@ -109,9 +109,7 @@ def validate(recipe: Recipe, overwrite: bool, resume: bool | Path) -> RunInputs:
     data_report = DataReport(rows_to_take(samples, arguments), streamed=recipe.data.stream, held_out=samples.held_out)
     check_rows(samples, data_report, recipe.data.check_rows)
     data_report.stop_past(recipe.data.max_bad_fraction)
-    if recipe.evaluate:
-        check_questions(recipe.evaluate)
-        check_leakage(samples, recipe.evaluate, recipe.data.check_rows)
+    check_held_out(recipe, samples)
     dist = init_distributed(arguments, recipe.model.precision, takes_sharded_weights(recipe))
     settings = {**flatten(recipe.model_dump(mode="json")), **versions(), "rows": data_report.rows}
     check_same(dist, {**settings, "checkpoint": checkpoint and checkpoint.name})  # a shared file system may lag behind on one
@@ -206,7 +204,7 @@ def summarize(
     }
     if section:
         write_answers(after, run.answers("after"))
-        metrics |= score_metrics(before, after, section.answer_after)
+        metrics |= tuning_metrics(before, after, section.answer_after)
     metrics["peak_memory_mb"] = peak_memory_mb()
     write_report(run, recipe, metrics)
     if not keeps_adapter(recipe.tune):

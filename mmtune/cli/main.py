@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from mmtune import __version__
 from mmtune.cli.answer_verbs import add_answer_verbs
+from mmtune.cli.comparison_verb import add_comparison_verb
 from mmtune.cli.data_verbs import add_data_verbs
 from mmtune.cli.recipe_verbs import add_recipe_verbs
 from mmtune.cli.run_verbs import add_run_verbs
@@ -152,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     add_run_verbs(verbs, _verb)
     add_answer_verbs(verbs, _verb)
+    add_comparison_verb(verbs, _verb)
     add_recipe_verbs(verbs, _verb)
     add_data_verbs(
         verbs.add_parser("data", help="validate and show data sets").add_subparsers(required=True, metavar="VERB"), _verb

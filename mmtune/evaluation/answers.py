@@ -236,9 +236,23 @@ _LISTS = tuple(each.name for each in fields(Answer) if str(each.type).startswith
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """Read answers that `write_answers` wrote."""
-    with path.open(encoding="utf-8") as lines:  # str.splitlines would also split at U+0085 and U+2028 inside an answer
-        return [Answer(**{**row, **{name: tuple(row[name]) for name in _LISTS}}) for row in map(json.loads, lines)]
+    """Read answers that `write_answers` wrote.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not such an answer.
+    """
+    answers = []
+    try:
+        with path.open(encoding="utf-8") as lines:  # str.splitlines would also split at U+0085 and U+2028 inside an answer
+            for number, line in enumerate(lines, 1):
+                try:
+                    row = json.loads(line)
+                    answers.append(Answer(**{**row, **{name: tuple(row[name]) for name in _LISTS}}))
+                except (ValueError, TypeError, KeyError) as error:
+                    raise UserError(f"{path}:{number}: expected an answer as `mmtune eval` writes it: {error!r}"[:300]) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {reason_of(error)}") from error
+    return answers
 
 
 MAX_ERRORS = 10

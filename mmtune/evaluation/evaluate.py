@@ -10,9 +10,10 @@ from dataclasses import replace
 from torch import nn
 from transformers import ProcessorMixin
 
-from mmtune.data.dataset import DataReport, IndexedSamples, check_rows, iterate_rows
+from mmtune.data.dataset import DataReport, IndexedSamples, StreamedSamples, check_rows, iterate_rows
 from mmtune.data.media.media import EmbeddedMedia, ImageView, Media
 from mmtune.data.message import RowError, Sample, split_question, text_of
+from mmtune.data.validation.leakage import check_leakage
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.evaluation.answers import Answer, score_answers
 from mmtune.evaluation.metrics.metric_table import DEFAULT_METRIC, find_metric
@@ -21,8 +22,15 @@ from mmtune.evaluation.predictions.answering import predict_answers
 from mmtune.evaluation.predictions.choices import check_choices
 from mmtune.evaluation.predictions.decoding import NEAR_TIE
 from mmtune.evaluation.predictions.prediction import Prediction
-from mmtune.recipe.recipe import EvaluateSection
+from mmtune.recipe.recipe import EvaluateSection, Recipe
 from mmtune.utils.errors import RecipeValueError, errors_at_key
+
+
+def check_held_out(recipe: Recipe, training: IndexedSamples | StreamedSamples) -> None:
+    """Check the held-out rows of a recipe, and that they are not in the training data. Raises as the two checks."""
+    if recipe.evaluate:
+        check_questions(recipe.evaluate)
+        check_leakage(training, recipe.evaluate, recipe.data.check_rows)
 
 
 def check_questions(section: EvaluateSection) -> None:

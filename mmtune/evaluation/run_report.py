@@ -1,4 +1,4 @@
-"""The HTML report of a run: metrics, loss curve and sample answers in one self-contained page."""
+"""HTML pages in one file: the report of a run, and a comparison of models, with sample answers and their images."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, PackageLoader
 
 from mmtune.data.dataset import IndexedSamples, iterate_rows
 from mmtune.data.media.media import Media, open_image
 from mmtune.evaluation.answers import Answer, read_answers
+from mmtune.evaluation.comparison import Comparison, column_names, difference_rows, differences_to_dicts, gain, unmatched_lines
 from mmtune.evaluation.metrics.metric_table import find_metric
-from mmtune.evaluation.scores import format_score, further_lines, score_rows, score_title
+from mmtune.evaluation.scores import difference_lines, format_score, further_lines, score_rows, score_title
 from mmtune.recipe.recipe import Recipe, Source
 from mmtune.run_directory import RunDirectory
 
+CHANGED = 24
+"""Maximum number of rows that a comparison shows as worse, and as better."""
 THUMBNAIL = 320  # maximum length of the longer side in pixels; smaller images keep their size
+
+
+Item = TypeVar("Item")
 
 
 def generation_line(summary: dict[str, Any]) -> str:
@@ -39,37 +45,99 @@ def generation_line(summary: dict[str, Any]) -> str:
 
 
 def write_report(run: RunDirectory, recipe: Recipe, summary: dict[str, Any]) -> None:
-    """Write `report.html`: metrics, loss curve, and sample answers with their images, in one file."""
-    samples = []
+    """Write `report.html`: metrics, loss curve, and sample answers with their images, in one file.
+
+    With answers of the base, rows on which tuning changed the score come first.
+    """
+    groups: list[tuple[str, list[dict[str, Any]]]] = []
     if recipe.evaluate:
+        count, sources = recipe.evaluate.samples, recipe.evaluate.sources
         after = read_answers(run.answers("after"))
-        before = {a.id: a.prediction for a in read_answers(run.answers("before"))} if recipe.evaluate.before else {}
-        selected = select_answers(after, recipe.evaluate.samples)
-        images = _images(selected, recipe.evaluate.sources)
-        samples = [
-            {
-                "answer": answer,
-                "reference": " | ".join(dict.fromkeys(answer.references)),
-                "right": is_right(answer),
-                "score": format_score(answer.score, answer.metric) if answer.parsed else "unparsed",
-                "before": before.get(answer.id),
-                "images": [_thumbnail_uri(media) for media in images[answer.id]],
-            }
-            for answer in selected
-        ]
-    page = Environment(loader=PackageLoader("mmtune.evaluation"), autoescape=True).get_template("report.html.jinja")
-    text = page.render(
+        before = {answer.id: answer for answer in read_answers(run.answers("before"))} if recipe.evaluate.before else {}
+        pairs = [(before.get(answer.id), answer) for answer in after]
+        worse, better = (
+            _evenly_spaced([pair for pair in pairs if pair[0] and sign * gain(pair[0], pair[1]) > 0], count // 4)
+            for sign in (-1, 1)
+        )
+        shown = {pair[1].id for pair in (*worse, *better)}
+        rest = select_answers([answer for answer in after if answer.id not in shown], count - len(shown))
+        titled = {
+            "Worse than the base": worse,
+            "Better than the base": better,
+            "Other answers" if shown else "Answers": [(before.get(answer.id), answer) for answer in rest],
+        }
+        groups = [(title, sample_cards(chosen, ("base", "tuned"), sources)) for title, chosen in titled.items()]
+    page_text = render_page(
+        "report.html.jinja",
         title=run.path.name,
         summary=summary,
         scores=score_rows(summary),
         scores_title=score_title(summary) if recipe.evaluate else "",
-        further=further_lines(summary),
+        further=further_lines(summary) + difference_lines(summary.get("comparison", [])),
         generation=generation_line(summary),
         curve=_data_uri(run.loss_curve.read_bytes()),
-        samples=samples,
+        groups=groups,
         recipe=run.recipe.read_text(encoding="utf-8"),
     )
-    run.report.write_text(text, encoding="utf-8")
+    run.report.write_text(page_text, encoding="utf-8")
+
+
+def write_comparison(comparisons: Sequence[tuple[tuple[str, str], Comparison]], path: Path, sources: Sequence[Source]) -> None:
+    """Write a page with the differences of each comparison, and the rows that became worse and better with their images.
+
+    Args:
+        comparisons: the names of both models, and the comparison.
+        path: the HTML file.
+        sources: the sources of the rows, for images that are embedded in a file; without them such images are left out.
+    """
+    sections = []
+    for names, comparison in comparisons:
+        groups = []
+        for title, sign in (("Worse", -1), ("Better", 1)):
+            pairs = [pair for pair in comparison.pairs if sign * gain(*pair) > 0]
+            chosen = _evenly_spaced(pairs, CHANGED)
+            count = f"{len(pairs):,} rows" + (f", {len(chosen)} of them" if len(chosen) < len(pairs) else "")
+            groups.append((f"{title}: {count}", sample_cards(chosen, names, sources)))
+        sections.append(
+            {
+                "title": f"{names[1]} against {names[0]}",
+                "unmatched": unmatched_lines(comparison, names),
+                "rows": difference_rows(comparison.tasks, column_names(names)),
+                "lines": difference_lines(differences_to_dicts(comparison.tasks)),
+                "groups": groups,
+            }
+        )
+    path.write_text(render_page("comparison.html.jinja", title="Comparison", sections=sections), encoding="utf-8")
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page from one of the templates; all text is escaped."""
+    return Environment(loader=PackageLoader("mmtune.evaluation"), autoescape=True).get_template(template).render(**values)
+
+
+def sample_cards(
+    pairs: Sequence[tuple[Answer | None, Answer]], names: tuple[str, str], sources: Sequence[Source]
+) -> list[dict[str, Any]]:
+    """What a page shows of rows: images, question, references, and the answers of one or two models."""
+    images = _images([answer for _, answer in pairs], sources)
+    return [
+        {
+            "question": second.question,
+            "reference": " | ".join(dict.fromkeys(second.references)),
+            "images": [_thumbnail_uri(media) for media in images.get(second.id, ())],
+            "answers": [
+                {
+                    "label": f"{name}, {format_score(answer.score, answer.metric) if answer.parsed else 'unparsed'}",
+                    "prediction": answer.prediction,
+                    "right": is_right(answer),
+                }
+                for name, answer in zip(names[::-1], (second, first), strict=True)
+                if answer is not None
+            ],
+            "label": f"{second.id} · {second.task}" if second.task else second.id,
+        }
+        for first, second in pairs
+    ]
 
 
 def select_answers(answers: Sequence[Answer], count: int) -> list[Answer]:
@@ -88,13 +156,15 @@ def is_right(answer: Answer) -> bool:
     return answer.parsed and find_metric(answer.metric).is_right(answer.score)
 
 
-def _evenly_spaced(answers: Sequence[Answer], count: int) -> list[Answer]:
-    count = min(count, len(answers))
-    return [answers[number * len(answers) // count] for number in range(count)]
+def _evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def _images(answers: Sequence[Answer], sources: Sequence[Source]) -> dict[str, Sequence[Media]]:
     """The images of each answer by row id. Rows are read again for images that are embedded in a file or have a window."""
+    if not sources:
+        return {answer.id: [Path(name) for name in answer.images if Path(name).is_file()] for answer in answers}
     windows = any(source.window is not None for source in sources)
     if not windows and all(Path(name).is_file() for answer in answers for name in answer.images):
         return {answer.id: [Path(name) for name in answer.images] for answer in answers}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -30,7 +30,7 @@ def print_scores(summary: dict[str, Any], column: str = "tuned") -> None:
             table.add_section()
         table.add_row(*map(Text, row.values()))
     StyledConsole().print_table(table)
-    for line in further_lines(summary):
+    for line in further_lines(summary) + difference_lines(summary.get("comparison", [])):
         print(line)
     if "merge_max_logit_difference" in summary:
         print(
@@ -49,10 +49,11 @@ def score_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     base = {(item["task"], item["metric"]): item for item in summary.get("base_scores", [])}
     tuned = summary.get("tuned_scores", [])
     several = len({item["metric"] for item in tuned}) > 1
+    differences = {(item["task"], item["metric"]): item for item in summary.get("comparison", [])}
     rows = []
     for item in tuned:
         name = item["metric"]
-        before = base.get((item["task"], name))
+        before, change = base.get((item["task"], name)), differences.get((item["task"], name))
         rows.append(
             {
                 "task or source": item["task"],
@@ -64,6 +65,8 @@ def score_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
                 "base unparsed": str(before["unparsed"]) if before and before["unparsed"] else "",
                 "tuned": format_score(item["score"], name),
                 "95% interval": " to ".join(format_score(limit, name) for limit in item["interval"] or ()),
+                "difference": format_difference(change["difference"], name) if change else "",
+                "its 95% interval": format_interval(change["interval"], name) if change else "",
             }
         )
     used = {column for row in rows for column, text in row.items() if text}
@@ -81,6 +84,47 @@ def further_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def difference_lines(differences: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How to read differences: for each overall one its test, then the tasks that became worse.
+
+    Args:
+        differences: as in `summary.json` (`comparison`).
+    """
+    lines = []
+    for each in differences:
+        if each["task"] == "overall":
+            metric, interval, detectable = each["metric"], each["interval"], each["detectable"]
+            line = f"{metric}: {format_difference(each['difference'], metric)}"
+            line += f", 95% interval {format_interval(interval, metric)}" if interval else ""
+            line += f", p = {each['p_value']:.3g} ({each['test']}"
+            line += f"; {each['rows']:,} rows of {each['clusters']:,} images or documents)"
+            lines.append(
+                line + (f"; detectable with 80% power: {format_difference(detectable, metric)[1:]}" if detectable else "")
+            )
+    worse = [
+        f"{each['task']} {format_difference(each['difference'], each['metric'])} (p = {each['adjusted_p']:.3g})"
+        for each in differences
+        if each["task"] != "overall" and each["regression"]
+    ]
+    if worse:
+        lines.append(f"worse by task: {', '.join(worse)}; p is adjusted for the number of tasks (Holm)")
+    return lines
+
+
+def format_difference(value: float, metric: str) -> str:
+    """A difference of scores as text, with its sign: in percentage points (pp) if scores are shares of 1."""
+    return f"{100 * value:+.1f} pp" if _is_percent(metric) else f"{value:+.4g}"
+
+
+def format_interval(interval: Sequence[float] | None, metric: str) -> str:
+    """An interval of a difference as text."""
+    return "" if interval is None else " to ".join(format_difference(limit, metric).removesuffix(" pp") for limit in interval)
+
+
 def format_score(value: float, metric: str) -> str:
     """A score as text: in percent if it is a share of 1."""
-    return f"{value:.1%}" if metric in METRICS and METRICS[metric].percent else f"{value:.4g}"
+    return f"{value:.1%}" if _is_percent(metric) else f"{value:.4g}"
+
+
+def _is_percent(metric: str) -> bool:
+    return metric in METRICS and METRICS[metric].percent

@@ -124,6 +124,21 @@ def test_the_report_of_a_run_without_answers(make_recipe: MakeRecipe, rows: Path
     assert "Answers" not in page.text
 
 
+def test_answers_that_tuning_changed_come_first(make_recipe: MakeRecipe, rows: Path) -> None:
+    recipe = make_recipe(f"evaluate.data=[{{path: {rows}, template: llava}}]", "evaluate.samples=8")
+    after = [_answer(number, number % 3 == 0) for number in range(30)]
+    before = [_answer(number, number % 2 == 0) for number in range(30)]
+    _, page = _run(recipe, after, before)
+    headings = [page.text.index(title) for title in ("Worse than the base", "Better than the base", "Other answers")]
+    assert headings == sorted(headings)
+    parts = [page.text[start:end] for start, end in zip(headings, [*headings[1:], None], strict=True)]
+    ids = [[int(number) for number in re.findall(r"r\[(\d+)\]", part)] for part in parts]
+    assert [len(part) for part in ids] == [2, 2, 4]
+    assert all(number % 2 == 0 and number % 3 for number in ids[0])
+    assert all(number % 2 and number % 3 == 0 for number in ids[1])
+    assert len({number for part in ids for number in part}) == 8
+
+
 # --------------------------------------------------------------------------------------------------------------- samples
 
 

@@ -1,0 +1,96 @@
+"""Verb `mmtune compare`: the answers of two or more models to the same questions."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmtune.cli.verb_arguments import AddVerb
+from mmtune.console.library_output import configure_console
+from mmtune.utils.errors import UserError
+from mmtune.utils.hub import missing_path_message
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The answers of one model.
+
+    Attributes:
+        name: as it was given, or base or tuned.
+        file: the answers file.
+        run: the run directory that the file is in; None if it is in no run.
+    """
+
+    name: str
+    file: Path
+    run: Path | None
+
+
+def add_comparison_verb(verbs: Any, add: AddVerb) -> None:
+    """Declare the verb.
+
+    Args:
+        verbs: argparse's subparsers.
+        add: declares one verb.
+    """
+    verb = add(verbs, "compare", _compare, "compare the answers of two models, or of a run's base and its tuned model")
+    help_text = "a run (its tuned model) or a file of answers; the others are compared with the first. One run: base and tuned"
+    verb.add_argument("model", metavar="RUN_OR_ANSWERS", nargs="+", help=help_text)
+    verb.add_argument("--html", metavar="FILE", help="write a page with the rows that became better or worse, and their images")
+
+
+def _compare(arguments: argparse.Namespace) -> Any:
+    from mmtune.recipe.recipe import load_recipe
+    from mmtune.run_directory import RunDirectory
+    from mmtune.utils.files import check_writable, report_disk_errors
+
+    sides = _sides(arguments.model)
+    if arguments.html:
+        check_writable(Path(arguments.html).parent, f"--html {arguments.html}: ")
+    recipe = next((load_recipe(RunDirectory(side.run).recipe) for side in sides if side.run is not None), None)
+    section = recipe.evaluate if recipe is not None else None
+    configure_console()
+    from mmtune.evaluation.answers import read_answers
+    from mmtune.evaluation.comparison import compare_answers, print_comparison
+    from mmtune.evaluation.run_report import write_comparison
+
+    first, *others = [read_answers(side.file) for side in sides]
+    comparisons = []
+    for side, answers in zip(sides[1:], others, strict=True):
+        comparison = compare_answers(first, answers, section.answer_after if section else None)
+        comparisons.append(((sides[0].name, side.name), comparison))
+        print_comparison(comparison, comparisons[-1][0])
+    if arguments.html:
+        with report_disk_errors(Path(arguments.html)):
+            Path(arguments.html).parent.mkdir(parents=True, exist_ok=True)
+            write_comparison(comparisons, Path(arguments.html), section.sources if section else ())
+        print(f"page: {arguments.html}")
+    return {"comparisons": [{"first": names[0], "second": names[1], **each.as_json()} for names, each in comparisons]}
+
+
+def _sides(names: list[str]) -> list[_Side]:
+    if len(names) > 1:
+        return [_side(name, Path(name), "after") for name in names]
+    run = Path(names[0])
+    if not run.is_dir():
+        raise UserError(f"{run}: expected a second run or file of answers to compare with, or one run with answers of its base")
+    return [_side("base", run, "before"), _side("tuned", run, "after")]
+
+
+def _side(name: str, path: Path, when: str) -> _Side:
+    """
+    Raises:
+        UserError: there are no answers.
+    """
+    from mmtune.run_directory import RunDirectory
+
+    run = RunDirectory(path if path.is_dir() else path.parent)
+    if not path.exists():
+        raise UserError(missing_path_message(str(path), "run or file of answers"))
+    file = run.answers(when) if path.is_dir() else path
+    if not file.is_file():
+        hint = "set evaluate.before: true" if when == "before" else "`mmtune eval` writes them; give its file"
+        raise UserError(f"{path}: has no answers ({file.name}); {hint}")
+    return _Side(name, file, run.path if run.recipe.is_file() else None)

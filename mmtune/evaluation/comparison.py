@@ -1,0 +1,238 @@
+"""Comparison of the answers of two models: rows joined by id, differences by task, wins and losses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from mmtune.console.styled_console import StyledConsole
+from mmtune.evaluation.answers import Answer, score_metrics
+from mmtune.evaluation.metrics.metric_table import find_metric
+from mmtune.evaluation.paired_comparison import PairedDifference, holm, paired_difference
+from mmtune.evaluation.scores import difference_lines, format_difference, format_interval, format_score
+from mmtune.utils.errors import UserError
+
+SHOWN = 5
+Pair = tuple[Answer, Answer]
+
+
+@dataclass(frozen=True)
+class TaskDifference:
+    """The difference of two models on a group of rows.
+
+    Attributes:
+        task: the `group` of the answers, or `overall`.
+        metric: its name.
+        result: the comparison.
+        better, worse: how many rows the second model has a better or a worse score on.
+        adjusted_p: the p-value adjusted for the number of tasks (Holm); that of the comparison for `overall`.
+    """
+
+    task: str
+    metric: str
+    result: PairedDifference
+    better: int
+    worse: int
+    adjusted_p: float
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the second model is worse."""
+        return self.result.difference != 0 and (self.result.difference > 0) != find_metric(self.metric).greater_is_better
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The comparison of a second model with a first one.
+
+    Attributes:
+        pairs: the answers of both to the rows that are compared.
+        tasks: the differences of each task, then `overall`; for each metric.
+        only_first, only_second: ids of rows that one of them has.
+        changed: ids of rows that have another question, other references or another metric. They are not compared.
+    """
+
+    pairs: list[Pair]
+    tasks: list[TaskDifference]
+    only_first: list[str]
+    only_second: list[str]
+    changed: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The comparison as a JSON object, with the ids of the rows that changed."""
+        return {
+            "rows": len(self.pairs),
+            "only_first": self.only_first,
+            "only_second": self.only_second,
+            "changed": self.changed,
+            "tasks": differences_to_dicts(self.tasks),
+            "regressions": [each.task for each in self.tasks if each.task != "overall" and each.is_regression],
+            "worse": [first.id for first, second in self.pairs if gain(first, second) < 0],
+            "better": [first.id for first, second in self.pairs if gain(first, second) > 0],
+        }
+
+
+def compare_answers(first: Sequence[Answer], second: Sequence[Answer], answer_after: str | None = None) -> Comparison:
+    """Compare the scored answers of two models, row by row.
+
+    Args:
+        answer_after: the recipe's `evaluate.answer_after`, for metrics whose headline number depends on the texts.
+
+    Raises:
+        UserError: an id occurs twice, or no row can be compared.
+    """
+    sides = [_by_id(answers) for answers in (first, second)]
+    joined = [(answer, sides[1][row]) for row, answer in sides[0].items() if row in sides[1]]
+    pairs = [pair for pair in joined if _asked(pair[0]) == _asked(pair[1])]
+    changed = [pair[0].id for pair in joined if _asked(pair[0]) != _asked(pair[1])]
+    only_first, only_second = ([row for row in one if row not in other] for one, other in (sides, sides[::-1]))
+    if not pairs:
+        ids = " and ".join(next(iter(side), "no row") for side in sides)
+        why = f"no row id is in both; the first ids are {ids}"
+        if changed:
+            why = f"{len(changed):,} rows have another question, other references or another metric, such as {changed[0]}"
+        raise UserError(f"no row can be compared: {why}")
+    return Comparison(pairs, compare_tasks(pairs, answer_after), only_first, only_second, changed)
+
+
+def compare_tasks(pairs: Sequence[Pair], answer_after: str | None = None) -> list[TaskDifference]:
+    """The differences of each task in the order of first rows, then `overall`; for each metric."""
+    differences = []
+    metrics = list(dict.fromkeys(first.metric for first, _ in pairs))
+    for metric in metrics:
+        own = [pair for pair in pairs if pair[0].metric == metric]
+        groups = list(dict.fromkeys(first.group for first, _ in own))
+        if len(groups) > 1 or len(metrics) > 1:
+            rows = [[pair for pair in own if pair[0].group == group] for group in groups]
+            results = [_difference(metric, each, answer_after) for each in rows]
+            adjusted = holm([result.p_value for result in results])
+            for group, each, result, p_value in zip(groups, rows, results, adjusted, strict=True):
+                differences.append(TaskDifference(group, metric, result, *_count(each), p_value))
+        result = _difference(metric, own, answer_after)
+        differences.append(TaskDifference("overall", metric, result, *_count(own), result.p_value))
+    return differences
+
+
+def _difference(metric_name: str, pairs: Sequence[Pair], answer_after: str | None) -> PairedDifference:
+    metric = find_metric(metric_name)
+    first, second = (
+        metric.statistics([each.item(answer_after) for each in side], [each.score if each.parsed else None for each in side])
+        for side in zip(*pairs, strict=True)
+    )
+    return paired_difference(first, second, [answer.cluster for answer, _ in pairs], metric.headline, metric.proportion)
+
+
+def gain(first: Answer, second: Answer) -> float:
+    """How much better the second score is: positive if it is better, also where lower scores are better."""
+    change = second.score - first.score
+    return change if find_metric(first.metric).greater_is_better else -change
+
+
+def _count(pairs: Sequence[Pair]) -> tuple[int, int]:
+    gains = [gain(*pair) for pair in pairs]
+    return sum(each > 0 for each in gains), sum(each < 0 for each in gains)
+
+
+def _by_id(answers: Sequence[Answer]) -> dict[str, Answer]:
+    [(row, count)] = Counter(answer.id for answer in answers).most_common(1) or [("", 0)]
+    if count > 1:
+        raise UserError(f"row {row}: expected one answer for each row, got {count}")
+    return {answer.id: answer for answer in answers}
+
+
+def _asked(answer: Answer) -> tuple[Any, ...]:
+    return answer.question, answer.references, answer.metric
+
+
+def tuning_metrics(before: Sequence[Answer], after: Sequence[Answer], answer_after: str | None = None) -> dict[str, Any]:
+    """`score_metrics`, and with answers of the base their `comparison` with those of the tuned model."""
+    metrics = score_metrics(before, after, answer_after)
+    base = {answer.id: answer for answer in before}
+    pairs = [(base[answer.id], answer) for answer in after if answer.id in base and _asked(base[answer.id]) == _asked(answer)]
+    if pairs:
+        metrics["comparison"] = differences_to_dicts(compare_tasks(pairs, answer_after))
+    return metrics
+
+
+def differences_to_dicts(differences: Sequence[TaskDifference]) -> list[dict[str, Any]]:
+    """Differences as JSON-serializable dicts."""
+    return [
+        {
+            "task": each.task,
+            "metric": each.metric,
+            **asdict(each.result),
+            "difference": each.result.difference,
+            "better": each.better,
+            "worse": each.worse,
+            "adjusted_p": each.adjusted_p,
+            "regression": each.is_regression,
+        }
+        for each in differences
+    ]
+
+
+def difference_rows(differences: Sequence[TaskDifference], names: tuple[str, str]) -> list[dict[str, str]]:
+    """The rows of the table of differences as text, by column."""
+    several = len({each.metric for each in differences}) > 1
+    rows = []
+    for each in differences:
+        result = each.result
+        rows.append(
+            {
+                "task or source": each.task,
+                **({"metric": each.metric} if several else {}),
+                "rows": f"{result.rows:,}",
+                "images": f"{result.clusters:,}",
+                names[0]: format_score(result.first, each.metric),
+                names[1]: format_score(result.second, each.metric),
+                "difference": format_difference(result.difference, each.metric),
+                "95% interval": format_interval(result.interval, each.metric),
+                "p": f"{each.adjusted_p:.3g}",
+                "better": str(each.better),
+                "worse": str(each.worse),
+                "detectable": "" if result.detectable is None else format_difference(result.detectable, each.metric)[1:],
+            }
+        )
+    return rows
+
+
+def print_comparison(comparison: Comparison, names: tuple[str, str]) -> None:
+    """Print the rows that are not compared, the table of differences, how to read it, and the tasks that became worse."""
+    print(f"{names[1]} against {names[0]}:")
+    for line in unmatched_lines(comparison, names):
+        print(line)
+    table = Table(title="Difference of the scores", title_justify="left")
+    rows = difference_rows(comparison.tasks, column_names(names))
+    for number, name in enumerate(rows[0]):
+        table.add_column(Text(name), justify="right" if number else "left")
+    for row in rows:
+        if row["task or source"] == "overall":
+            table.add_section()
+        table.add_row(*map(Text, row.values()))
+    StyledConsole().print_table(table)
+    for line in difference_lines(differences_to_dicts(comparison.tasks)):
+        print(line)
+
+
+def column_names(names: tuple[str, str]) -> tuple[str, str]:
+    """Short names of two models for a table."""
+    return names if names == ("base", "tuned") else ("first", "second")
+
+
+def unmatched_lines(comparison: Comparison, names: tuple[str, str]) -> list[str]:
+    """One line for each kind of row that is not compared."""
+    kinds = {
+        f"only in {names[0]}": comparison.only_first,
+        f"only in {names[1]}": comparison.only_second,
+        "with another question, other references or another metric": comparison.changed,
+    }
+    return [
+        f"not compared: {len(rows):,} rows {kind}: {', '.join(rows[:SHOWN])}{', ...' if len(rows) > SHOWN else ''}"
+        for kind, rows in kinds.items()
+        if rows
+    ]
