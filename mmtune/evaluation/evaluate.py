@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from mmtune.data.dataset import DataReport, IndexedSamples, StreamedSamples, check_rows, iterate_rows
-from mmtune.data.media.media import EmbeddedMedia, ImageView, Media
+from mmtune.data.media.image_content import media_key
 from mmtune.data.message import RowError, Sample, split_question, text_of
 from mmtune.data.validation.leakage import check_leakage
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
@@ -21,6 +20,7 @@ from mmtune.evaluation.predictions.answer_cache import AnswerCache, open_answer_
 from mmtune.evaluation.predictions.answering import predict_answers
 from mmtune.evaluation.predictions.choices import check_choices
 from mmtune.evaluation.predictions.decoding import NEAR_TIE
+from mmtune.evaluation.predictions.likelihood_choice import content_free_sample
 from mmtune.evaluation.predictions.prediction import Prediction
 from mmtune.recipe.recipe import EvaluateSection, Recipe
 from mmtune.utils.errors import RecipeValueError, errors_at_key
@@ -55,6 +55,8 @@ def check_questions(section: EvaluateSection) -> None:
     if section.score == "choices" and not report.quarantined:
         for sample in iterate_rows(samples):
             check_choices(sample)
+            if section.choice_scores.calibrate:
+                content_free_sample(sample)
     if report.quarantined:
         raise RecipeValueError(
             "evaluate", f"{len(report.quarantined)} of {len(samples)} rows cannot be evaluated:\n{report.listing()}"
@@ -152,12 +154,4 @@ def metric_of(rows: IndexedSamples, source: int, section: EvaluateSection) -> st
 
 def cluster_of(sample: Sample) -> str:
     """What a question is about: the document that its template names, else its images, else the row itself."""
-    return sample.cluster or " ".join(map(_media_key, sample.images)) or sample.id
-
-
-def _media_key(media: Media) -> str:
-    """The same text for the same image: a path, a member of a file, or a digest of embedded bytes."""
-    image = media.image if isinstance(media, ImageView) else media
-    if isinstance(image, EmbeddedMedia):
-        return hashlib.blake2b(image.data, digest_size=16).hexdigest() if image.data is not None else f"{image}@{image.offset}"
-    return str(image)
+    return sample.cluster or " ".join(map(media_key, sample.images)) or sample.id

@@ -1,11 +1,11 @@
-"""Recipe keys that select rows and change prompts: `where`, `held_out`, `shots`, `verbalizer`, `values`; sampled answers."""
+"""Recipe keys that select rows and change prompts: `where`, `held_out`, `shots`, `verbalizer`, `values`; answers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, PlainSerializer, StrictFloat, StrictInt, WithJsonSchema
+from pydantic import Field, PlainSerializer, StrictBool, StrictFloat, StrictInt, WithJsonSchema
 from pydantic_core import InitErrorDetails
 
 from mmtune.recipe.pass_through.arguments import Settings, error_at, format_value
@@ -93,6 +93,18 @@ class Sampling(Section):
         default=0.7, description="Tokens are drawn from softmax(logits / temperature)."
     )
     seed: StrictInt = Field(default=0, description="The seed of the drawn tokens.")
+
+
+class ChoiceScores(Section):
+    """How `evaluate.score: choices` compares the log-likelihoods of the candidate answers."""
+
+    per_token: StrictBool = Field(
+        default=False, description="Divide a log-likelihood by the number of tokens, so that long candidates are not disfavoured."
+    )
+    calibrate: StrictBool = Field(
+        default=False,
+        description="Subtract the log-likelihood given a grey image: what the question alone makes likely does not count.",
+    )
 
 
 def verbalizer_errors(section: Any) -> list[InitErrorDetails]:

@@ -24,7 +24,7 @@ from mmtune.methods.method_table import METHODS
 from mmtune.recipe.objective_section import AnyObjectiveSection, SftSection
 from mmtune.recipe.pass_through.arguments import Settings, error_at, format_value, train_arguments
 from mmtune.recipe.pass_through.library_facts import library_fact
-from mmtune.recipe.prompt_sections import Sampling
+from mmtune.recipe.prompt_sections import ChoiceScores, Sampling
 from mmtune.recipe.section import PassThroughArguments, PathText, Section, Text
 from mmtune.recipe.source_section import Source, evaluation_source_errors, source_names
 from mmtune.recipe.train_rules import evaluation_errors, training_errors
@@ -249,6 +249,7 @@ class EvaluateSection(Section):
         default="generate",
         description="generate: generate an answer. choices: take the most likely candidate (options, verbalizer).",
     )
+    choice_scores: ChoiceScores = Field(default=ChoiceScores(), description="With score: choices, how candidates are compared.")
     batch_size: Annotated[StrictInt, Field(ge=1)] = Field(
         default=16, description="Answers per batch: generated answers, or candidates with score: choices."
     )
@@ -268,7 +269,7 @@ class EvaluateSection(Section):
 
     @classmethod
     def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:
-        return values, evaluation_source_errors(values) + _sampling_errors(values)
+        return values, evaluation_source_errors(values) + _score_errors(values)
 
     _held_out_parts: tuple[Source, ...] = PrivateAttr(default=())
 
@@ -284,9 +285,14 @@ class EvaluateSection(Section):
         return ["loss", *(f"loss_{name}" for name in names if len(names) > 1)]
 
 
-def _sampling_errors(values: Any) -> list[InitErrorDetails]:
-    if isinstance(values, Mapping) and values.get("score") == "choices" and values.get("sampling") is not None:
+def _score_errors(values: Any) -> list[InitErrorDetails]:
+    if not isinstance(values, Mapping):
+        return []
+    choices, adjusted = values.get("score") == "choices", values.get("choice_scores")
+    if choices and values.get("sampling") is not None:
         return [error_at("sampling", "not supported with score: choices, which generates nothing; leave it out")]
+    if not choices and isinstance(adjusted, Mapping) and any(value is True for value in adjusted.values()):
+        return [error_at("choice_scores", "needs score: choices; give it, or leave choice_scores out")]
     return []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from PIL import Image
 
 from mmtune.data.dataset import IndexedSamples, iterate_rows
 from mmtune.data.encoding.encode import encode_sample
+from mmtune.data.media.media import image_size
 from mmtune.data.message import RowError, Sample
 from mmtune.evaluation.evaluate import check_questions, evaluate
+from mmtune.evaluation.predictions.answering import predict_answers
 from mmtune.evaluation.predictions.choices import choice_prediction, score_choices
+from mmtune.evaluation.predictions.likelihood_choice import content_free_sample, most_likely_choices
 from mmtune.evaluation.predictions.prediction import Prediction
 from mmtune.evaluation.predictions.prompt_cache import shares_prompt
 from mmtune.models.load import load_base, resolve_model
 from mmtune.models.tiny.tiny_bases import write_tiny_base
+from mmtune.recipe.prompt_sections import ChoiceScores
 from mmtune.recipe.recipe import EvaluateSection, ModelSection, Source
 from mmtune.utils.errors import UserError
 
@@ -167,7 +172,7 @@ def test_a_question_with_one_choice_is_an_error(answering_llava: tuple[Any, Any]
 
 
 def test_the_first_of_equally_likely_choices_is_selected(samples: list[Sample]) -> None:
-    assert choice_prediction(samples[2], (-3.0, -1.0, -2.0, -1.0)).text == "no"
+    assert choice_prediction(samples[2], (-3.0, -1.0, -2.0, -1.0), (1, 1, 1, 1)).text == "no"
 
 
 def test_evaluate_with_choices_predicts_the_most_likely_class(tmp_path: Path, answering_llava: tuple[Any, Any]) -> None:
@@ -206,3 +211,62 @@ def test_any_reference_answer_is_correct(
     answers = evaluate(*answering_llava, EvaluateSection(data=(source,), metric="exact_match"))
     assert [answer.score for answer in answers] == [1, 1, 0]
     assert {answer.references for answer in answers} == {("ucsf", "University of California", "UC")}
+
+
+def _closed(samples: list[Sample]) -> list[Sample]:
+    """The questions with an image, twice with another one."""
+    return [replace(sample, choices=CHOICES) for sample in (samples[1], samples[2])]
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_log_likelihoods_are_adjusted(
+    answering_llava: tuple[Any, Any], samples: list[Sample], per_token: bool, calibrate: bool, tmp_path: Path
+) -> None:
+    model, processor = answering_llava
+    section = EvaluateSection.model_validate(
+        {
+            "data": [{"path": "x", "template": "llava"}],
+            "score": "choices",
+            "choice_scores": {"per_token": per_token, "calibrate": calibrate},
+        }
+    )
+    questions = _closed(samples)
+    predictions = predict_answers(model, processor, questions, section, "scoring")
+    Image.new("RGB", image_size(questions[0].images[0]), (127, 127, 127)).save(tmp_path / "grey.png")
+    for sample, prediction in zip(questions, predictions, strict=True):
+        grey = [
+            {
+                **message,
+                "content": [{**b, "image": tmp_path / "grey.png"} if b["type"] == "image" else b for b in message["content"]],
+            }
+            for message in sample.messages
+        ]
+        expected = []
+        for choice in CHOICES:
+            score = _reference_score(model, processor, sample, choice)
+            if calibrate:
+                score -= _reference_score(model, processor, replace(sample, messages=grey), choice)
+            tokens = len(processor.tokenizer(f"{choice}<|end|>", add_special_tokens=False).input_ids)
+            expected.append(score / tokens if per_token else score)
+        assert prediction.scores == pytest.approx(expected, rel=1e-4, abs=2e-4)
+        assert prediction.text == CHOICES[max(range(len(expected)), key=expected.__getitem__)]
+
+
+def test_a_content_free_question_is_computed_once(samples: list[Sample]) -> None:
+    asked: list[list[Sample]] = []
+
+    def predict(questions: Sequence[Sample], label: str) -> list[Prediction]:
+        asked.append(list(questions))
+        return [Prediction("", scores=(-1.0,) * len(CHOICES), tokens=(1,) * len(CHOICES)) for _ in questions]
+
+    one, other = _closed(samples)
+    most_likely_choices([one, one, other, one], ChoiceScores(calibrate=True), predict, "scoring")
+    assert [len(questions) for questions in asked] == [4, 2]
+    with pytest.raises(RowError, match=r"choices: evaluate\.choice_scores\.calibrate needs a question with an image"):
+        content_free_sample(samples[0])
+
+
+def test_choice_scores_without_score_choices_are_an_error() -> None:
+    with pytest.raises(ValueError, match="needs score: choices; give it, or leave choice_scores out"):
+        EvaluateSection.model_validate({"data": [{"path": "x", "template": "llava"}], "choice_scores": {"per_token": True}})

@@ -86,8 +86,8 @@ def test_a_greedy_answer_of_which_two_tokens_are_nearly_equal_is_a_near_tie() ->
 
 def test_choices_with_nearly_equal_likelihoods_are_a_near_tie() -> None:
     sample = Sample("r", [], choices=("a", "b", "c"))
-    assert choice_prediction(sample, (-2.0, -1.0, -1.00005)) == Prediction("b", True, scores=(-2.0, -1.0, -1.00005))
-    assert not choice_prediction(sample, (-2.0, -1.0, -1.001)).near_tie
+    assert choice_prediction(sample, (-2.0, -1.0, -1.00005), (1, 1, 1)).near_tie
+    assert not choice_prediction(sample, (-2.0, -1.0, -1.001), (1, 1, 1)).near_tie
 
 
 def test_the_most_frequent_final_answer_wins() -> None:

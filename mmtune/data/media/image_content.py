@@ -8,7 +8,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from mmtune.data.media.media import Media, open_image, open_image_header, open_media
+from mmtune.data.media.media import EmbeddedMedia, ImageView, Media, open_image, open_image_header, open_media
 from mmtune.data.validation.issues import DataIssueError
 
 BLOCK, BLOCKS = 4096, 16
@@ -40,6 +40,14 @@ def sampled_digest(media: Media) -> bytes:
                 file.seek(number * (size - BLOCK) // (BLOCKS - 1))
                 digest.update(file.read(BLOCK))
     return digest.digest()
+
+
+def media_key(media: Media) -> str:
+    """The same text for the same image without reading a file: a path, a member of a file, or the digest of embedded bytes."""
+    image = media.image if isinstance(media, ImageView) else media
+    if isinstance(image, EmbeddedMedia):
+        return hashlib.blake2b(image.data, digest_size=16).hexdigest() if image.data is not None else f"{image}@{image.offset}"
+    return str(image)
 
 
 def content_digest(media: Media) -> bytes:

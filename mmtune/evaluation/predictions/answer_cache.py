@@ -199,7 +199,7 @@ def _entry(line: bytes) -> tuple[str, Prediction] | None:
     if digest.decode("ascii", "replace") != _digest(content):
         return None
     key, value = json.loads(content)
-    return key, Prediction(**{**value, "answers": tuple(value["answers"]), "scores": tuple(value["scores"])})
+    return key, Prediction(**{**value, **{name: tuple(value[name]) for name in ("answers", "scores", "tokens")}})
 
 
 def _digest(data: bytes) -> str:

@@ -16,6 +16,7 @@ from mmtune.data.message import Sample, prompt_messages
 from mmtune.evaluation.predictions.answer_cache import AnswerCache
 from mmtune.evaluation.predictions.choices import predict_choices
 from mmtune.evaluation.predictions.decoding import DecodingSettings, TokenChoice
+from mmtune.evaluation.predictions.likelihood_choice import most_likely_choices
 from mmtune.evaluation.predictions.prediction import Prediction, vote
 from mmtune.evaluation.predictions.prompt_cache import answer_prompts, shares_prompt
 from mmtune.evaluation.predictions.running import Encoded, answer_questions
@@ -34,7 +35,11 @@ def predict_answers(
 ) -> list[Prediction]:
     """The prediction for each sample: generated text, or the most likely choice."""
     if section.score == "choices":
-        return predict_choices(model, processor, samples, section.batch_size, label, cache)
+
+        def predict(questions: Sequence[Sample], progress: str) -> list[Prediction]:
+            return predict_choices(model, processor, questions, section.batch_size, progress, cache)
+
+        return most_likely_choices(samples, section.choice_scores, predict, label)
     predictions = generate_predictions(model, processor, samples, decoding_of(section), section.batch_size, label, cache)
     return [vote(prediction, section.answer_after) for prediction in predictions]
 

@@ -71,7 +71,8 @@ def predict_choices(
 
     def answer(questions: list[Sample], candidates: list[list[Encoded]]) -> list[Prediction]:
         scores = score_batch(model, processor, candidates, batch_size)
-        return [choice_prediction(sample, tuple(each)) for sample, each in zip(questions, scores, strict=True)]
+        tokens = [tuple(int((each["labels"] != IGNORE_INDEX).sum()) for each in encoded) for encoded in candidates]
+        return [choice_prediction(*each) for each in zip(questions, map(tuple, scores), tokens, strict=True)]
 
     return answer_questions(
         model,
@@ -86,10 +87,14 @@ def predict_choices(
     )
 
 
-def choice_prediction(sample: Sample, scores: tuple[float, ...]) -> Prediction:
-    """The most likely choice of a sample from their log-likelihoods; the first one if several are equal."""
+def choice_prediction(sample: Sample, scores: tuple[float, ...], tokens: tuple[int, ...]) -> Prediction:
+    """The most likely choice of a sample from their log-likelihoods; the first one if several are equal.
+
+    Args:
+        tokens: the number of tokens of each choice.
+    """
     first, second = sorted(scores, reverse=True)[:2]
-    return Prediction(sample.choices[scores.index(first)], first - second < NEAR_TIE, scores=scores)
+    return Prediction(sample.choices[scores.index(first)], first - second < NEAR_TIE, scores=scores, tokens=tokens)
 
 
 def _score_shared(

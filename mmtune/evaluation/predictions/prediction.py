@@ -16,12 +16,14 @@ class Prediction:
             most likely choices, differ by less than `NEAR_TIE`.
         answers: all answers if several were sampled.
         scores: the log-likelihood of each choice.
+        tokens: the number of tokens of each choice, end of turn included.
     """
 
     text: str
     near_tie: bool = False
     answers: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
+    tokens: tuple[int, ...] = ()
 
 
 def vote(prediction: Prediction, marker: str | None) -> Prediction:
