@@ -145,6 +145,7 @@ def _eval(arguments: argparse.Namespace) -> Any:
     check_recipe(recipe, ("evaluate",))
     configure_console()
     from mmtune.data.encoding.encoding_checks import check_encoding
+    from mmtune.distributed.context import init_inference
     from mmtune.evaluation.answers import group_scores, scores_to_dicts, write_answers
     from mmtune.evaluation.evaluate import check_questions, evaluate
     from mmtune.evaluation.scores import print_scores
@@ -154,12 +155,15 @@ def _eval(arguments: argparse.Namespace) -> Any:
 
     with located_errors(recipe):
         check_questions(recipe.evaluate)
+        dist = init_inference()
         model, processor = load_trained(
             trained, chat_template=recipe.model.chat_template, trust_remote_code=arguments.trust_remote_code
         )
     check_encoding(processor)
-    weights = hash_trained(trained) if recipe.evaluate.cache else None
-    answers = evaluate(to_best_device(model), processor, recipe.evaluate, label=str(arguments.model), weights=weights)
+    weights = dist.broadcast_object(hash_trained(trained) if recipe.evaluate.cache and dist.is_main_process else None)
+    answers = evaluate(to_best_device(model), processor, recipe.evaluate, dist, str(arguments.model), weights)
+    if not dist.is_main_process:
+        return {}
     with report_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_answers(answers, out)

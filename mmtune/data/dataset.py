@@ -17,7 +17,7 @@ from mmtune.data.data_report import DataReport, MediaChanged, StopRunError
 from mmtune.data.encoding.encode import IGNORE_INDEX, OverLength, encode_sample
 from mmtune.data.encoding.over_length import fit_to_budget
 from mmtune.data.media.image_headers import inspect_image
-from mmtune.data.media.media import Media, blank_image
+from mmtune.data.media.media import blank_image
 from mmtune.data.message import RowError, Sample
 from mmtune.data.sources.held_out_split import describe_split
 from mmtune.data.sources.reader import SourceReader
@@ -146,17 +146,21 @@ def check_rows(samples: IndexedSamples | StreamedSamples, report: DataReport, li
     for lazy_sample in samples.subset(limit):
         report.checked += 1
         try:
-            sample = lazy_sample()
-            for image in sample.images:
-                _check_header(sample.id, image)
+            check_headers(lazy_sample())
         except RowError as error:
             report.add(error)
 
 
-def _check_header(row_id: str, image: Media) -> None:
-    for name, detail in inspect_image(image).issues:
-        if ISSUE_TYPES[name].severity == "error":
-            raise RowError(row_id, "image", detail, name)
+def check_headers(sample: Sample) -> None:
+    """Check the headers and ends of a sample's images.
+
+    Raises:
+        RowError: an image that cannot be read.
+    """
+    for image in sample.images:
+        for name, detail in inspect_image(image).issues:
+            if ISSUE_TYPES[name].severity == "error":
+                raise RowError(sample.id, "image", detail, name)
 
 
 OVER_LENGTH_HINT = "to continue, set data.over_length: drop_sample, drop_media or shrink_media"

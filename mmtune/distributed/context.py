@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from torch import distributed
 from transformers import TrainingArguments
 
-from mmtune.distributed.launch import launched_with_fsdp
+from mmtune.distributed.launch import is_launched, launched_with_deepspeed, launched_with_fsdp
 from mmtune.distributed.zero import configure_zero
 from mmtune.utils.errors import UserError
 
@@ -184,3 +184,17 @@ def check_strategy(accelerator: Accelerator, dist: DistributedContext, precision
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether an error only says that another process has ended."""
     return any(words in str(error) for words in LOST_PEER)
+
+
+def init_inference() -> DistributedContext:
+    """The processes of a launcher that share rows, each with the whole model on its device; one process without a launcher.
+
+    Raises:
+        UserError: a launcher for sharded weights.
+    """
+    if not is_launched():
+        return SINGLE_PROCESS
+    if launched_with_deepspeed() or launched_with_fsdp():
+        raise UserError("launched with DeepSpeed or FSDP, which shard training; use torchrun, or accelerate launch --multi_gpu")
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    return DistributedContext(state.process_index, state.num_processes)

@@ -16,6 +16,7 @@ from mmtune.data.message import RowError, Sample
 from mmtune.data.sources.source import FileWatch, LazyRow, Row, Rows, default_media_root, open_rows, stream_rows
 from mmtune.data.templates.prompts import PromptSettings, draw
 from mmtune.data.templates.template import DataTemplate, Join, load_data_template, lookup
+from mmtune.data.templates.unanswered import without_answers
 from mmtune.recipe.recipe import Shots, Source
 from mmtune.utils.errors import RecipeValueError, UserError, nearest
 
@@ -26,14 +27,15 @@ class SourceReader:
     Args:
         source: the recipe's source.
         name: the file name to use in row ids; None uses the file's own name.
+        answered: whether every row has an answer; otherwise the last answer of a sample is a placeholder.
 
     Raises:
         UserError: an unknown template, a missing or unreadable file, or a source setting that the template does not support.
     """
 
-    def __init__(self, source: Source, name: str | None = None) -> None:
+    def __init__(self, source: Source, name: str | None = None, answered: bool = True) -> None:
         self.source = source
-        self.template = check_source(source)
+        self.template = check_source(source) if answered else without_answers(check_source(source))
         root = Path(source.media_root) if source.media_root else default_media_root(source.path)
         self.rules = MediaRules(root, source.allow_outside_root, source.allow_urls)
         self._name = name

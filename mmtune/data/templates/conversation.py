@@ -75,6 +75,7 @@ class Conversation(TemplateSection):
         fields: Mapping[str, tuple[str, ...]],
         placeholder: str,
         add_images: bool = False,
+        awaits_answer: bool = False,
     ) -> list[Message]:
         """Convert the row's turns to messages, with media in the positions of their placeholders or blocks.
 
@@ -85,6 +86,7 @@ class Conversation(TemplateSection):
             fields: modality (`image`, `video`, `audio`) to the row's fields for its media; a row uses one of them.
             placeholder: the placeholder of an image.
             add_images: put the images of a row without placeholders at the start of the first user turn.
+            awaits_answer: with `question`: the row's answer is not read.
 
         Raises:
             RowError: a missing field, an unknown role, media that are missing or not read, different numbers of media and
@@ -94,7 +96,7 @@ class Conversation(TemplateSection):
         messages = self._system(row_id, row)
         read = {self.role, self.text, SPEAKER_NAME, *TURN_MEDIA_KEYS, *TOOL_TURN_KEYS}
         advice = "media of a turn are read from images, videos, audios; rename the key"
-        for turn in self._turns(row_id, row):
+        for turn in self._turns(row_id, row, awaits_answer):
             supervised = _is_supervised_turn(row_id, turn)
             message: Message = {"role": turn.role, "content": media.content(turn)}
             check_unread(row_id, turn.where, turn.keys, read, advice, provenance=has_media(message))
@@ -112,12 +114,13 @@ class Conversation(TemplateSection):
         media.check(self.field or str(self.question), messages if add_images else None)
         return messages
 
-    def _turns(self, row_id: str, row: Mapping[str, Any]) -> Iterator[Turn]:
+    def _turns(self, row_id: str, row: Mapping[str, Any], awaits_answer: bool) -> Iterator[Turn]:
         if self.field is not None:
             expected = "expected a list of turns" + missing_field_hint(row, self.field)
             yield from self._parse_turns(row_id, self.field, row.get(self.field), expected, row)
             return
-        question, answer = (_required(row_id, row, str(name)) for name in (self.question, self.answer))
+        question = _required(row_id, row, str(self.question))
+        answer = "" if awaits_answer else _required(row_id, row, str(self.answer))
         for number, pair in enumerate(self._history(row_id, row)):
             where = f"{self.history}[{number}]"
             yield Turn(where, "user", pair[0])
@@ -130,6 +133,8 @@ class Conversation(TemplateSection):
         else:  # answers within the question are context; only the row's answer is supervised
             turns = self._parse_turns(row_id, str(self.question), question, expected, row)
             yield from (turn._replace(supervised=turn.role != "assistant") for turn in turns)
+        if awaits_answer:
+            return
         if isinstance(answer, str):
             yield Turn(str(self.answer), "assistant", answer)
         else:

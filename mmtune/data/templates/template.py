@@ -13,7 +13,7 @@ from itertools import chain, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from mmtune.data.media.image_settings import DEFAULT_IMAGE_SETTINGS, ImageSettings
 from mmtune.data.media.media import EmbeddedMedia, MediaRules
@@ -38,6 +38,8 @@ CONVERSATION_ROLES = (*ROLES, "tool", "tool_call")
 
 _NEXT_ROLES = {"user": ("assistant", "tool_call"), "assistant": ("user",), "tool_call": ("tool",)}
 _NEXT_ROLES["tool"] = ("tool", "assistant", "tool_call")
+UNANSWERED = "?"
+"""The text of the placeholder answer of a question without one."""
 _IN_CONVERSATIONS = ("images", "videos", "audio", "placeholder")
 _IN_MESSAGES = ("join", "values", "repeat", "options", "verbalizer", "boxes", "references")
 
@@ -100,6 +102,14 @@ class DataTemplate(TemplateSection):
     )
     example: dict[str, Any] = Field(description="A row in this format, for `--rehearse` and the tests.")
 
+    _awaits_answer: bool = PrivateAttr(default=False)
+
+    def awaiting_answer(self, changes: Mapping[str, Any]) -> DataTemplate:
+        """A copy with changed sections, for rows whose last answer may be missing: each sample ends with a placeholder answer."""
+        copy = self.model_copy(update=changes)
+        copy._awaits_answer = True
+        return copy
+
     @model_validator(mode="after")
     def _one_form(self) -> DataTemplate:
         if (self.conversation is None) == (not self.messages):
@@ -152,7 +162,10 @@ class DataTemplate(TemplateSection):
         if self.conversation:
             check_no_row_weights(row_id, row, read)
             fields = {modality: names for modality, names in self._media_fields().items() if names}
-            messages = self.conversation.messages(row_id, row, rules, fields, self.placeholder, prompting.add_images)
+            awaits = self._awaits_answer
+            messages = self.conversation.messages(row_id, row, rules, fields, self.placeholder, prompting.add_images, awaits)
+            if awaits:
+                messages = [*messages[: -1 if messages[-1]["role"] == "assistant" else None], unanswered_turn()]
             if self.conversation.tools is not None:
                 tools = read_tools(row_id, self.conversation.tools, row.get(self.conversation.tools))
         else:
@@ -249,6 +262,11 @@ def lookup(row: Mapping[str, Any], field: str) -> Any:
     for part in field.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
+
+
+def unanswered_turn() -> Message:
+    """The placeholder answer of a question without one."""
+    return {"role": "assistant", "content": [{"type": "text", "text": UNANSWERED}]}
 
 
 def _check_turns(row_id: str, messages: list[Message]) -> None:

@@ -37,6 +37,7 @@ from mmtune.data.sources.rows import ID_FIELDS, id_in_dataset
 from mmtune.data.sources.source import Row, Rows, open_rows
 from mmtune.data.templates.boxes import BOX_FIELDS
 from mmtune.data.templates.template import DataTemplate, load_data_template, shipped_templates
+from mmtune.data.templates.unanswered import without_answers
 from mmtune.data.templates.unread_media import holds_media
 from mmtune.data.validation.issues import ISSUE_TYPES, Issue, new_issue
 from mmtune.data.validation.leakage import LEAKS, Digests, LeakageSearch, row_digests
@@ -342,11 +343,12 @@ def _issue_of_error(error: RowError) -> Issue:
     return new_issue(error.row, error.field, error.issue, error.detail)
 
 
-def guess_template(path: str) -> str:
+def guess_template(path: str, answered: bool = True) -> str:
     """The name of the shipped data template that fits a file's first rows best.
 
     Args:
         path: the path of a source.
+        answered: whether every row has an answer.
 
     Raises:
         UserError: the file cannot be read, or no template or several templates fit it.
@@ -354,7 +356,7 @@ def guess_template(path: str) -> str:
     scores: dict[str, tuple[int, float]] = {}
     read_error = ""
     for name in shipped_templates():
-        template = load_data_template(name)
+        template = load_data_template(name) if answered else without_answers(load_data_template(name))
         try:
             rows = open_rows(path, rows=template.rows)
         except UserError as error:
