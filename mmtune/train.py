@@ -42,7 +42,6 @@ from mmtune.preflight import check_recipe
 from mmtune.recipe.recipe import Recipe
 from mmtune.release.model_card import model_card
 from mmtune.run_directory import RunDirectory, check_output_dir, clear_leftover, new_run, peak_memory_mb, versions
-from mmtune.training.callbacks import draw_loss_curve
 from mmtune.training.checkpoint import check_resumable, checkpoint_to_resume, finished_summary, flatten, restore_training_state
 from mmtune.training.dataloader import TrainingData, optimizer_steps, plan_rows, prepare_data, prove_packed_rows, rows_to_take
 from mmtune.training.fit import create_trainer, run_training
@@ -159,7 +158,7 @@ def tune(inputs: RunInputs, model: Any, data: TrainingData) -> TunedModel:
 
 
 def fit(inputs: RunInputs, tuned: TunedModel, data: TrainingData, processor: ProcessorMixin, run: RunDirectory) -> dict[str, Any]:
-    """Train with transformers' Trainer, from the checkpoint if there is one; returns `train_seconds` and `steps`."""
+    """Train with transformers' Trainer, from the checkpoint if there is one; returns metrics of `summary.json`."""
     trainer = create_trainer(inputs, tuned, data, processor, run)
     if inputs.checkpoint is not None:
         restore_training_state(inputs.checkpoint, run, inputs.data_report, data.rows, inputs.arguments)
@@ -188,12 +187,11 @@ def summarize(
     before: list[Answer],
     metrics: dict[str, Any],
 ) -> dict[str, Any]:
-    """Evaluate the tuned model, and write the loss curve, the report and `summary.json`."""
+    """Evaluate the tuned model, and write the report and `summary.json`."""
     recipe, section = inputs.recipe, inputs.recipe.evaluate
     after = evaluate(tuned.model, processor, section, inputs.dist, "after tuning", inputs.hash_weights(run)) if section else []
     if not inputs.dist.is_main_process:
         return {}
-    draw_loss_curve(run.metrics, run.loss_curve)
     metrics |= {
         "strategy": inputs.dist.strategy,
         "trainable_parameters": sum(count.trainable for count in tuned.counts),

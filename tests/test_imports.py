@@ -45,8 +45,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tuning": BASIC | {"families", "methods", "models", "recipe"},
     "objectives": BASIC | {"chat_templates", "data", "methods", "models", "recipe"},
     "planning": BASIC | {"data", "families", "methods", "models", "objectives", "recipe", "tuning"},
-    "training": BASIC | {"data", "families", "methods", "models", "objectives", "planning", "recipe", "run_directory", "tuning"},
     "evaluation": BASIC | {"data", "models", "recipe", "run_directory"},
+    "training": BASIC
+    | {"data", "evaluation", "families", "methods", "models", "objectives", "planning", "recipe", "run_directory", "tuning"},
     "release": BASIC | {"data", "evaluation", "methods", "models", "recipe", "run_directory"},
     "chat": BASIC | {"data", "models"},
     "preflight": BASIC | {"data", "evaluation", "families", "methods", "models", "recipe"},

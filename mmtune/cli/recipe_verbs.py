@@ -100,6 +100,7 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
         batches = make_batches(samples, recipe.data, settings, SINGLE_PROCESS, lengths)
         data |= {"steps": optimizer_steps(settings, batches), "largest_batch": batches.largest()}
         print_data_plan(data)
+        data["held_out"] = _plan_held_out(recipe, processor)
         sample |= longest
         recipe = _with_batches_of_the_data(recipe, settings.per_device_train_batch_size, batches.max_batch_rows())
     sample |= {name: value for name in ("tokens", "images", "supervised") if (value := getattr(arguments, name)) is not None}
@@ -121,6 +122,25 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
     by_strategy = {strategy: each.as_json() for strategy, each in strategies.items()}
     weights = {"parameters": counts.stored, "active_parameters": counts.active}
     return estimate.as_json() | weights | {"limit": limit, "strategies": by_strategy, "suggestions": changes, "data": data}
+
+
+def _plan_held_out(recipe: Any, processor: Any) -> dict[str, int] | None:
+    """The rows, tokens and batches of the evaluation while training, which are printed too; None without one."""
+    from mmtune.data.sources.source import is_missing_path
+    from mmtune.distributed.context import SINGLE_PROCESS
+    from mmtune.training.held_out.held_out_rows import plan_held_out
+
+    if not recipe.evaluates_while_training:
+        return None
+    if missing := [source.path for source in recipe.evaluate.sources if is_missing_path(source.path)]:
+        print(f"held-out loss: no such file: {', '.join(missing)}")
+        return None
+    rows = plan_held_out(recipe, processor, SINGLE_PROCESS)
+    assert rows is not None
+    batches = len(rows.batches(recipe.evaluate.batch_size, SINGLE_PROCESS))
+    tokens = int(rows.lengths.sum())
+    print(f"held-out tokens: {tokens:,}; batches in one process: {batches:,}")
+    return {"rows": len(rows.chosen), "tokens": tokens, "batches": batches}
 
 
 def _with_batches_of_the_data(recipe: Any, size: int, max_batch_rows: int) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -141,6 +142,9 @@ def full_state_dict(model: nn.Module, is_main_process: bool) -> Iterator[dict[st
 @contextlib.contextmanager
 def _unsharded(model: nn.Module) -> Iterator[None]:
     """Inside, trainable parameters that FSDP2 has sharded are full in every process."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # an evaluation leaves the outermost parameters full, and `state_dict` would shard them again
     sharded = [
         (module, name, parameter)
         for module in model.modules()

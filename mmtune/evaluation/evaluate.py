@@ -70,6 +70,7 @@ def evaluate(
     dist: DistributedContext = SINGLE_PROCESS,
     label: str = "evaluating",
     weights: str | None = None,
+    chosen: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Answer and score every question of the recipe's `evaluate` section.
 
@@ -80,13 +81,15 @@ def evaluate(
         dist: the processes of the evaluation.
         label: the label of the progress display.
         weights: the hash of the files that hold the weights, with which answers are cached; None: they are not.
+        chosen: the numbers of the questions; None: all.
 
     Raises:
         RowError: a held-out row that cannot be read.
     """
     rows = IndexedSamples(section.sources)
-    samples = list(iterate_rows(rows))
-    questions = [unanswered(rows, index, sample, section) for index, sample in enumerate(samples)]
+    numbers = range(len(rows)) if chosen is None else chosen
+    samples = [rows[number] for number in numbers]
+    questions = [unanswered(rows, number, sample, section) for number, sample in zip(numbers, samples, strict=True)]
     indices = range(len(samples)) if dist.sharded else range(dist.rank, len(samples), dist.size)
     cache = open_answer_cache(model, processor, weights, dist) if section.cache else None
     rank_predictions = predict_answers(model, processor, [samples[index] for index in indices], section, label, cache)

@@ -26,8 +26,8 @@ from mmtune.recipe.sections import (
     Projector,
     Recipe,
     Source,
-    source_names,
 )
+from mmtune.recipe.source_section import source_names
 from mmtune.recipe.tune_section import DEFAULT_METHODS, ComponentTuning, TuneSection
 from mmtune.recipe.unknown_keys import error_messages, override_error, split_override_error
 from mmtune.recipe.yaml_lines import Origin, apply_override, read_document

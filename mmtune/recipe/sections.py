@@ -26,7 +26,7 @@ from mmtune.recipe.pass_through.arguments import Settings, error_at, format_valu
 from mmtune.recipe.pass_through.library_facts import library_fact
 from mmtune.recipe.prompt_sections import ChoiceScores, Sampling
 from mmtune.recipe.section import PassThroughArguments, PathText, Section, Text
-from mmtune.recipe.source_section import Source, evaluation_source_errors, source_names
+from mmtune.recipe.source_section import Source, evaluation_source_errors
 from mmtune.recipe.train_rules import evaluation_errors, training_errors
 from mmtune.recipe.tune_section import TuneSection, with_rates
 from mmtune.recipe.yaml_lines import dump_yaml
@@ -223,6 +223,7 @@ class WhileTraining(Section):
         default=None, description="Evaluate this many rows, drawn once; null: all. The same rows are taken at every step."
     )
     seed: StrictInt = Field(default=0, description="Seed of the draw of the rows.")
+    answers: StrictBool = Field(default=False, description="Answer the rows too, and report the scores of their metrics.")
 
 
 class EvaluateSection(Section):
@@ -277,12 +278,6 @@ class EvaluateSection(Section):
     def sources(self) -> tuple[Source, ...]:
         """All sources of held-out rows: those of `data`, and the held-out parts of the training sources."""
         return (*self.data, *self._held_out_parts)
-
-    @property
-    def metric_names(self) -> list[str]:
-        """The metrics of an evaluation while training, without `eval_`."""
-        names = source_names(self.sources)
-        return ["loss", *(f"loss_{name}" for name in names if len(names) > 1)]
 
 
 def _score_errors(values: Any) -> list[InitErrorDetails]:
@@ -387,9 +382,8 @@ class Recipe(Section):
                 yield error_at(("train", name), message)
         if self.data.stream and (self.train.get("max_steps") or -1) < 1:
             yield error_at(("train", "max_steps"), "required with data.stream: true: a stream has no known length")
-        metrics = None if self.evaluate is None else self.evaluate.metric_names
-        for place, message in evaluation_errors(self.train, metrics, self.data.stream):
-            yield error_at(place, message)
+        for name, message in evaluation_errors(self.train, self.evaluate is not None, self.data.stream):
+            yield error_at(("train", name), message)
         if not self.evaluates_while_training and self.evaluate and self.evaluate.while_training != WhileTraining():
             message = "needs an evaluation while training: give train.eval_strategy: steps or epoch, or leave it out"
             yield error_at(("evaluate", "while_training"), message)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -160,62 +160,51 @@ def training_errors(train: Mapping[str, Any]) -> list[InitErrorDetails]:
     return errors
 
 
-def evaluation_errors(
-    train: Mapping[str, Any], metrics: Collection[str] | None, stream: bool
-) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Errors in the keys of `train` about the evaluation while training: a key of the recipe and a message for each.
+def evaluation_errors(train: Mapping[str, Any], has_held_out: bool, stream: bool) -> Iterator[tuple[str, str]]:
+    """Errors in the keys of `train` about the evaluation while training: a key and a message for each.
 
     Args:
         train: the section, each value of the right type.
-        metrics: the names of the metrics that an evaluation reports, without `eval_`; None if the recipe has no held-out rows.
+        has_held_out: whether the recipe names held-out rows.
         stream: the recipe's `data.stream`.
     """
     strategy = train.get("eval_strategy", "no")
     if strategy == "no":
         for name in (*EVALUATION_KEYS, *EARLY_STOPPING):
-            if train.get(name) not in (None, False) and not (name == "eval_delay" and not train[name]):
-                yield ("train", name), "needs an evaluation while training: give eval_strategy: steps or epoch, or leave it out"
+            if train.get(name):
+                yield name, "needs an evaluation while training: give eval_strategy: steps or epoch, or leave it out"
         if train.get("save_strategy") == "best":
-            yield ("train", "save_strategy"), "best needs an evaluation while training: give eval_strategy: steps or epoch"
+            yield "save_strategy", "best needs an evaluation while training: give eval_strategy: steps or epoch"
         return
-    if metrics is None:
+    if not has_held_out:
         rows = "evaluate: {data: [{path: held_out.json, template: llava}]}, or held_out: 0.1 in a source of data.train"
-        yield ("train", "eval_strategy"), f"needs held-out rows: give {rows}"
-        return
+        yield "eval_strategy", f"needs held-out rows: give {rows}"
     if strategy == "epoch" and train.get("eval_steps") is not None:
-        yield ("train", "eval_steps"), "needs eval_strategy: steps; leave it out, or change eval_strategy"
+        yield "eval_steps", "needs eval_strategy: steps; leave it out, or change eval_strategy"
     if strategy == "epoch" and stream:
-        yield ("train", "eval_strategy"), "epoch is not supported with data.stream: true: a stream has no epochs; give steps"
+        yield "eval_strategy", "epoch is not supported with data.stream: true: a stream has no epochs; give steps"
     if train.get("early_stopping_threshold") and train.get("early_stopping_patience") is None:
-        yield ("train", "early_stopping_threshold"), "needs early_stopping_patience: give it too, or leave this out"
-    best = train.get("metric_for_best_model")
-    if best is not None and best.removeprefix("eval_") not in metrics:
-        yield ("train", "metric_for_best_model"), f"unknown metric '{best}'{nearest(best.removeprefix('eval_'), metrics)}"
-    if train.get("load_best_model_at_end"):
-        yield from _best_checkpoint_errors(train, strategy)
+        yield "early_stopping_threshold", "needs early_stopping_patience: give it too, or leave this out"
+    if train.get("load_best_model_at_end") and (message := _best_checkpoint_error(train, strategy)) is not None:
+        yield "load_best_model_at_end", message
 
 
-def _best_checkpoint_errors(train: Mapping[str, Any], strategy: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """transformers' rules: the best step is one that has a checkpoint."""
+def _best_checkpoint_error(train: Mapping[str, Any], strategy: str) -> str | None:
+    """transformers' rules of `load_best_model_at_end`: steps are saved as they are evaluated."""
     save = train.get("save_strategy", "no")
     if save == "best":
-        return
+        return None
     if save != strategy:
-        yield (
-            ("train", "load_best_model_at_end"),
+        return (
             f"expected save_strategy: {strategy}, as eval_strategy, or best, got {save}: the best weights are read from a "
-            f"checkpoint; give save_strategy: {strategy}",
+            f"checkpoint; give save_strategy: {strategy}"
         )
-        return
     every = train.get("eval_steps") or train.get("logging_steps", LOGGING_STEPS)
     saves = train.get("save_steps", train_arguments().arguments["save_steps"].default)
-    both_shares = (every < 1) == (saves < 1)
-    ratio = saves / every
-    if strategy == "steps" and not (both_shares and math.isclose(ratio, round(ratio)) and round(ratio) >= 1):
-        yield (
-            ("train", "load_best_model_at_end"),
-            f"expected save_steps to be a multiple of eval_steps ({every:g}), got {saves:g}; give save_steps: {every:g}",
-        )
+    is_multiple = (every < 1) == (saves < 1) and saves >= every and math.isclose(saves / every, round(saves / every))
+    if strategy != "steps" or is_multiple:
+        return None
+    return f"expected save_steps to be a multiple of eval_steps ({every:g}), got {saves:g}; give save_steps: {every:g}"
 
 
 def _optimizer_errors(optimizer: str, arguments: str) -> list[InitErrorDetails]:

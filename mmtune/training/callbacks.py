@@ -106,6 +106,11 @@ def progress_line(logs: dict[str, Any], room: int | None = None) -> str:
     return "  ".join(metrics)
 
 
+def is_loss_or_speed(name: str) -> bool:
+    """Whether a metric of an evaluation is a loss or a speed, not a score of answers."""
+    return name.startswith("eval_loss") or name in EVALUATION_SPEED
+
+
 def evaluation_line(logs: dict[str, Any]) -> str:
     """The metrics of an evaluation in one line."""
     named = [f"{name} {value:.4f}" for name, value in logs.items() if name.startswith("eval_") and name not in EVALUATION_SPEED]
@@ -194,36 +199,46 @@ class StopOnSignal(TrainerCallback):
             hint = "FSDP2 has no checkpoints" if self._dist.fsdp else "--resume continues from there"
             raise Stopped(self.received, f"by {name} after step {step}; {hint}")
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.on_step_end(args, state, control)  # a signal during the evaluation; without another step
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._dist.any_rank(self.received is not None, args.device):
             self.received = self.received or signal.SIGTERM
-            control.should_save = not self._dist.fsdp
             control.should_training_stop = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.received is not None:  # the Trainer ends the epoch early, where an uninterrupted run does not evaluate
+        if self.received is None:
+            return
+        control.should_save = not self._dist.fsdp  # here, after every evaluation of the step
+        if state.epoch is not None and state.epoch % 1:  # the Trainer leaves the epoch early, where it would not evaluate
             control.should_evaluate = False
 
 
 def draw_loss_curve(metrics: Path, out: Path) -> None:
-    """Plot the training loss of a `metrics.jsonl` over steps as a PNG."""
+    """Plot the training loss, the held-out loss and its scores of a `metrics.jsonl` over steps as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     records, held_out = ([line for line in lines if name in line] for name in ("loss", "eval_loss"))
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = FigureCanvasAgg(figure).figure.add_subplot()
+    scores = [name for name in (held_out[0] if held_out else ()) if name.startswith("eval_") and not is_loss_or_speed(name)]
+    figure = Figure(figsize=(6.4, 3.6 + 2.4 * bool(scores)), layout="constrained")
+    axes, *below = FigureCanvasAgg(figure).figure.subplots(1 + bool(scores), sharex=True, squeeze=False).flat
     dot = "." if len(records) == 1 else None  # a line of one point is invisible
     steps = [record["step"] for record in records]
     axes.plot(steps, [r["loss"] for r in records], color="#1f6feb", linewidth=1.5, marker=dot, label="training")
     if held_out:
         steps = [record["step"] for record in held_out]
         axes.plot(steps, [r["eval_loss"] for r in held_out], color="#d1242f", linewidth=1.5, marker=".", label="held out")
-        axes.legend(frameon=False)
-    axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per supervised token")
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    for name in scores:
+        below[0].plot(steps, [r[name] for r in held_out], linewidth=1.5, marker=".", label=name.removeprefix("eval_"))
+    for each in (axes, *below):
+        each.grid(alpha=0.3)
+        each.spines[["top", "right"]].set_visible(False)
+        if held_out:
+            each.legend(frameon=False)
+    figure.axes[-1].set_xlabel("optimizer step")
     figure.savefig(out, dpi=144)

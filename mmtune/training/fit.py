@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from functools import partial
 from typing import Any
 
 from transformers import PrinterCallback, ProcessorMixin, ProgressCallback
@@ -12,9 +13,10 @@ from mmtune.data.sources.row_cache import file_signatures
 from mmtune.distributed.context import check_strategy
 from mmtune.distributed.fsdp import configure_fsdp
 from mmtune.run_directory import RunDirectory
-from mmtune.training.callbacks import DisableInputRequireGrads, RecordMetrics, StopOnSignal, early_stopping
+from mmtune.training.callbacks import DisableInputRequireGrads, RecordMetrics, StopOnSignal, draw_loss_curve, early_stopping
 from mmtune.training.checkpoint import fixed_sources
 from mmtune.training.dataloader import TrainingData
+from mmtune.training.held_out.held_out_answers import held_out_scores
 from mmtune.training.held_out.held_out_loss import HeldOutLoss
 from mmtune.training.run_inputs import RunInputs
 from mmtune.training.trackers import start_trackers
@@ -50,7 +52,7 @@ def create_trainer(
         source_names=data.source_names,
         data_files=file_signatures(fixed_sources(recipe)) if dist.is_main_process else {},  # only it finalizes checkpoints
         initial=tuned.initial,
-        held_out=_held_out_loss(inputs, processor),
+        **_held_out(inputs, processor),
     )
     check_strategy(trainer.accelerator, dist, recipe.model.precision)
     if dist.fsdp:
@@ -61,14 +63,20 @@ def create_trainer(
     return trainer
 
 
-def _held_out_loss(inputs: RunInputs, processor: ProcessorMixin) -> HeldOutLoss | None:
-    if inputs.held_out is None or inputs.recipe.evaluate is None:
-        return None
-    return HeldOutLoss(inputs.held_out, inputs.objective, processor, inputs.dist, inputs.recipe.evaluate.batch_size)
+def _held_out(inputs: RunInputs, processor: ProcessorMixin) -> dict[str, Any]:
+    """The Trainer's arguments for the evaluation while training."""
+    rows, section, dist = inputs.held_out, inputs.recipe.evaluate, inputs.dist
+    if rows is None or section is None:
+        return {}
+    loss = HeldOutLoss(rows, inputs.objective, processor, dist, section.batch_size)
+    if not section.while_training.answers:
+        return {"held_out": loss}
+    scores = partial(held_out_scores, processor=processor, section=section, rows=rows, dist=dist)
+    return {"held_out": loss, "held_out_scores": scores}
 
 
 def run_training(trainer: TuningTrainer, inputs: RunInputs, run: RunDirectory) -> dict[str, Any]:
-    """Train to the end, and write the data report however training ends.
+    """Train to the end and plot the losses, and write the data report however training ends.
 
     A new run that fails before its first step leaves nothing behind.
 
@@ -99,6 +107,8 @@ def run_training(trainer: TuningTrainer, inputs: RunInputs, run: RunDirectory) -
             f"no usable training sample: every sampled row was dropped or quarantined; {report.summary()}; see {run.data_report}"
         )
     print(report.summary())
+    if is_main_process:
+        draw_loss_curve(run.metrics, run.loss_curve)
     seconds = round(time.perf_counter() - start, 1)
     return {"train_seconds": seconds, "steps": trainer.state.global_step, **best_step_metrics(trainer)}
 

@@ -85,6 +85,7 @@ class TuningTrainer(HookedTrainer):
         data_files: signatures of the data files by name, for checkpoints.
         initial: LoRA's matrices before training, if a checkpoint must contain them (`mmtune.tuning.save.initial_factors`).
         held_out: the rows that are evaluated while training.
+        held_out_scores: further metrics of these rows, from the model without the wrappers of a distributed run.
     """
 
     def __init__(
@@ -102,10 +103,12 @@ class TuningTrainer(HookedTrainer):
         data_files: Mapping[str, Any] | None = None,
         initial: dict[str, torch.Tensor] | None = None,
         held_out: HeldOutLoss | None = None,
+        held_out_scores: Callable[[nn.Module], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, eval_dataset=None if held_out is None else held_out.data, **kwargs)
         self._held_out = held_out
+        self._held_out_scores = held_out_scores
         self.model_accepts_loss_kwargs = True  # the loss below is a sum divided by the global count of supervised tokens
         self._objective = objective
         self._data_report = data_report
@@ -191,6 +194,8 @@ class TuningTrainer(HookedTrainer):
         generators = [device] if device.type == "cuda" else []
         with self._progress.pause(), torch.random.fork_rng(generators), in_eval_mode(self.model_wrapped):
             metrics = self._held_out.means(self._held_out.loader(self._loader_settings()), self._held_out_sums)
+            if self._held_out_scores is not None:
+                metrics |= self._held_out_scores(self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False))
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -82,7 +82,7 @@ class HookedTrainer(Trainer):
             self.state.best_global_step = self.state.global_step  # the Trainer sets it only where `save_strategy` saves
             if self.args.load_best_model_at_end:  # also between two steps of `save_steps`
                 self.control.should_save = True
-        return is_best
+        return is_best or self.control.should_save  # `save_strategy: best` saves if this is true; a signal has asked for it too
 
     def _load_best_model(self) -> None:
         self.load_best_model(super()._load_best_model)

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from mmtune.distributed.launch import is_launched, launched_with_deepspeed
+from mmtune.evaluation.metrics.metric_table import find_metric
 from mmtune.recipe.pass_through.arguments import EARLY_STOPPING
 from mmtune.recipe.recipe import Recipe
 from mmtune.recipe.train_rules import LOGGING_STEPS
@@ -34,11 +35,10 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     settings |= recipe.train
     settings.pop("deepspeed", None)  # `check_launch` has passed it to accelerate
     if recipe.evaluates_while_training:
-        best = settings.get("metric_for_best_model") or "loss"
-        is_loss = best.removeprefix("eval_").startswith("loss")  # transformers does not know `loss_SOURCE`
+        best = (settings.get("metric_for_best_model") or "loss").removeprefix("eval_")
         settings["metric_for_best_model"] = best
-        if settings.get("greater_is_better") is None:
-            settings["greater_is_better"] = not is_loss
+        if settings.get("greater_is_better") is None:  # transformers knows neither `loss_SOURCE` nor error rates
+            settings["greater_is_better"] = not best.startswith("loss") and find_metric(best).greater_is_better
     if not is_launched():  # TrainingArguments would look for the process group that a launcher sets up
         settings.pop("ddp_backend", None)
     try:

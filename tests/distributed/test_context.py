@@ -102,14 +102,16 @@ def kinds(rows: Path, shallow: Path, tmp_path_factory: pytest.TempPathFactory) -
         recipes[kind]["data"]["train"][0]["media_root"] = "/"
     # Rows that fail while they are trained on, and questions that do not divide by two.
     questions = folder / "questions.json"
-    questions.write_text(json.dumps(images[:5]), encoding="utf-8")
+    questions.write_text(json.dumps([*images[:3], text[0], images[3]]), encoding="utf-8")
     recipes["mixed"]["data"]["max_bad_fraction"] = 0.5
     recipes["mixed"]["evaluate"] = {
         "data": [{"path": str(questions), "template": "llava", "media_root": "/"}],
         "leakage": "warn",
         "max_new_tokens": 4,
         "batch_size": 5,
+        "while_training": {"answers": True},
     }
+    recipes["mixed"]["train"] |= {"eval_strategy": "steps", "eval_steps": 1}
     recipes["bf16"] = {**recipes["mixed"], "output_dir": str(folder / "bf16_run")}
     recipes["bf16"]["model"] = {**recipes["mixed"]["model"], "precision": "bf16"}
     recipes["towers"] = document(folder / "mixed.json", shallow, folder / "towers_run")
@@ -151,8 +153,9 @@ def weights(run: Path) -> dict[str, Any]:
     return {name: tensor.float() for name, tensor in load_file(file).items()}
 
 
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in RunDirectory(run).metrics.read_text(encoding="utf-8").splitlines()]
+def metrics(run: Path, name: str = "loss") -> list[dict[str, float]]:
+    records = [json.loads(line) for line in RunDirectory(run).metrics.read_text(encoding="utf-8").splitlines()]
+    return [record for record in records if name in record]
 
 
 def quarantined(run: RunDirectory) -> set[str]:
@@ -174,8 +177,12 @@ def test_two_processes_give_the_result_of_one(
         assert abs(one["loss"] - two["loss"]) < 1e-5 * rounded
         assert abs(one["grad_norm"] - two["grad_norm"]) < 1e-4 * rounded * one["grad_norm"]
         assert one["tokens"] == two["tokens"]  # those of rows alone, not of what stands in for an image
+    for one, two in zip(metrics(alone[kind], "eval_loss"), metrics(run, "eval_loss"), strict=True):
+        assert abs(one["eval_loss"] - two["eval_loss"]) < 1e-5 * rounded
+        assert one["eval_exact_match"] == two["eval_exact_match"]
     one, two = RunDirectory(alone[kind]), RunDirectory(run)
     if kind == "mixed":
+        assert len(metrics(run, "eval_loss")) == 3
         assert len(quarantined(one)) > 0
         assert quarantined(one) == quarantined(two)
         assert one.answers("before").read_text() == two.answers("before").read_text()

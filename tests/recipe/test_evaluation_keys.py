@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mmtune.preflight import check_recipe
 from mmtune.recipe.recipe import load_recipe
 from mmtune.utils.errors import UserError
 
@@ -22,6 +23,7 @@ output_dir: run
 """
 ONE = "evaluate: {data: [{path: held.json, template: llava}]}"
 TWO = "evaluate: {data: [{path: a.json, template: llava}, {path: b.json, template: llava}]}"
+ANSWERED = "evaluate: {data: [{path: held.json, template: llava}], while_training: {answers: true}}"
 SAMPLE = "evaluate: {data: [{path: held.json, template: llava}], while_training: {rows: 5}}"
 BEST = "eval_strategy: steps\n  load_best_model_at_end: true"
 
@@ -60,16 +62,6 @@ BEST = "eval_strategy: steps\n  load_best_model_at_end: true"
             ONE,
             "8: train.load_best_model_at_end: expected save_steps to be a multiple of eval_steps (50), got 0.5",
         ),
-        (
-            "eval_strategy: steps\n  metric_for_best_model: los",
-            ONE,
-            "8: train.metric_for_best_model: unknown metric 'los'; did you mean 'loss'?",
-        ),
-        (
-            "eval_strategy: steps\n  metric_for_best_model: eval_loss_c.json",
-            TWO,
-            "8: train.metric_for_best_model: unknown metric 'eval_loss_c.json'; did you mean 'loss_b.json'?",
-        ),
     ],
 )
 def test_a_combination_that_does_not_work_is_named(tmp_path: Path, train: str, evaluate: str, error: str) -> None:
@@ -96,6 +88,28 @@ def test_a_combination_that_works_is_a_recipe(tmp_path: Path, train: str, evalua
     path = tmp_path / "x.yaml"
     path.write_text(RECIPE.format(train=train, evaluate=evaluate, data=""), encoding="utf-8")
     assert load_recipe(path).evaluates_while_training == ("'no'" not in train)
+
+
+@pytest.mark.parametrize(
+    ("name", "evaluate", "error"),
+    [
+        ("los", ONE, "unknown metric 'los'; did you mean 'loss'?"),
+        ("eval_loss_c.json", TWO, "unknown metric 'eval_loss_c.json'; did you mean 'loss_b.json'?"),
+        ("anls", ANSWERED, "unknown metric 'anls'; valid here: exact_match, loss"),
+        ("exact_match", ONE, "exact_match needs answers while training: give evaluate.while_training: {answers: true}"),
+        ("eval_exact_match", ANSWERED, None),
+        ("eval_loss_a.json", TWO, None),
+    ],
+)
+def test_the_best_metric_is_one_that_is_reported(tmp_path: Path, name: str, evaluate: str, error: str | None) -> None:
+    path = tmp_path / "x.yaml"
+    train = f"eval_strategy: steps\n  metric_for_best_model: {name}"
+    path.write_text(RECIPE.format(train=train, evaluate=evaluate, data=""), encoding="utf-8")
+    if error is None:
+        check_recipe(load_recipe(path), files=False)
+        return
+    with pytest.raises(UserError, match=re.escape(f"x.yaml:8: train.metric_for_best_model: {error}")):
+        check_recipe(load_recipe(path), files=False)
 
 
 def test_a_stream_has_no_epochs(tmp_path: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import command_line
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -21,6 +25,7 @@ from mmtune.recipe.objective_section import SftSection
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
+from mmtune.training.callbacks import evaluation_line
 from mmtune.training.held_out.held_out_loss import HeldOutLoss
 from mmtune.training.held_out.held_out_rows import HeldOutRows, plan_held_out
 from mmtune.utils.errors import RecipeValueError, UserError
@@ -59,11 +64,12 @@ def plain_loss(base: Path, adapter: Path, samples: IndexedSamples) -> float:
     return total / tokens
 
 
-def test_the_held_out_loss_is_that_of_plain_transformers_and_peft(
-    make_recipe: Callable[..., Recipe], rows: Path, base: Path
+def test_the_held_out_metrics_are_those_of_plain_transformers_and_peft(
+    make_recipe: Callable[..., Recipe], rows: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Answers differ in length and the last batch has fewer rows, so a mean of batch means is another number."""
-    recipe = make_recipe(*EVERY_STEP, "train.max_steps=2", evaluation(rows, batch_size=5))
+    held_out = evaluation(rows, batch_size=5, metric="wer", max_new_tokens=4, while_training={"answers": True})
+    recipe = make_recipe(*EVERY_STEP, "train.max_steps=2", held_out)
     summary = train(recipe, ["test"])
     run = RunDirectory(Path(recipe.output_dir))
     evaluated = lines(run, "eval_loss")
@@ -73,6 +79,8 @@ def test_the_held_out_loss_is_that_of_plain_transformers_and_peft(
     best = min(evaluated, key=lambda record: record["eval_loss"])
     assert (summary["best_step"], summary["best_metric"]) == (best["step"], best["eval_loss"])
     assert summary["metric_for_best_model"] == "eval_loss"
+    assert evaluated[-1]["eval_wer"] == summary["tuned_scores"][-1]["score"] > 0  # that of the answers after tuning
+    assert f"step 2/2  {evaluation_line(evaluated[-1])}" in capsys.readouterr().out
 
 
 def test_training_does_not_notice_the_evaluation(make_recipe: Callable[..., Recipe], rows: Path, tmp_path: Path) -> None:
@@ -224,3 +232,24 @@ def test_rows_without_a_loss_stop_the_run_before_weights(make_recipe: Callable[.
     path.write_text(json.dumps(silent), encoding="utf-8")
     with pytest.raises(RecipeValueError, match=r"12 of 12 rows have no held-out loss, the first: silent\.json\[0\].*weight 0"):
         plan_held_out(make_recipe(*EVERY_STEP, evaluation(path)), processor, SINGLE_PROCESS)
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_an_evaluation_resumes(make_recipe: Callable[..., Recipe], rows: Path, tmp_path: Path) -> None:
+    held_out = evaluation(rows, max_new_tokens=30, while_training={"answers": True})
+    saves = ("train.save_strategy=steps", "train.save_steps=1", "train.load_best_model_at_end=true", "train.save_total_limit=1")
+    recipe = make_recipe(*EVERY_STEP, *saves, "train.max_steps=5", "tune.language.lora_dropout=0.2", held_out)
+    run = RunDirectory(Path(recipe.output_dir))
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(recipe.to_yaml(), encoding="utf-8")
+    process = command_line(["train", str(resolved)], tmp_path / "run.log")
+    while not (run.metrics.exists() and run.metrics.read_text(encoding="utf-8").count('"loss"') >= 3):
+        assert process.is_alive(), (tmp_path / "run.log").read_text()
+        time.sleep(0.005)
+    os.killpg(process.pid or 0, signal.SIGKILL)
+    process.join()
+    assert [record["step"] for record in lines(run, "eval_loss")] == [1, 2]  # it was in the third
+    train(recipe, ["test"], resume=True)
+    resumed = outcome(run)
+    train(recipe, ["test"], overwrite=True)
+    assert outcome(run) == resumed

@@ -380,7 +380,11 @@ def _wandb_history(file: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_each_tracker_has_what_the_metrics_have(
-    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_recipe: Callable[..., Recipe],
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refuse(self: socket.socket, address: Any) -> None:
         assert self.family == socket.AF_UNIX, f"{address} was called"  # W&B speaks to a process of its own
@@ -396,13 +400,21 @@ def test_each_tracker_has_what_the_metrics_have(
         monkeypatch.setenv(variable, str(tmp_path / folder))
     monkeypatch.setenv("WANDB_MODE", "offline")
 
-    recipe = make_recipe("train.report_to=[tensorboard, wandb, trackio]", "train.project=reading", "train.run_name=first")
+    held_out = (
+        f"evaluate={{data: [{{path: {rows}, template: llava, limit: 3}}], leakage: warn, while_training: {{answers: true}}}}"
+    )
+    evaluates = ("train.eval_strategy=steps", "train.eval_steps=1", held_out)
+    trackers = ("train.report_to=[tensorboard, wandb, trackio]", "train.project=reading", "train.run_name=first")
+    recipe = make_recipe(*trackers, *evaluates)
     train(recipe, ["test"])
     wandb.teardown()
-    records = metrics(recipe)
-    assert len(records) == 3
+    both = metrics(recipe)
+    records, evaluated = ([record for record in both if name in record] for name in ("loss", "eval_loss"))
+    assert len(records) == len(evaluated) == 3
     names = records[0].keys() - {"step", "epoch"}
     expected = [{name: pytest.approx(record[name], rel=1e-5) for name in names} for record in records]
+    scores = {"eval_loss": "eval/loss", "eval_exact_match": "eval/exact_match"}
+    expected_scores = [{name: pytest.approx(record[name], rel=1e-5) for name in scores} for record in evaluated]
     run = Path(recipe.output_dir)
 
     board = EventAccumulator(str(run / "tensorboard"))
@@ -410,17 +422,22 @@ def test_each_tracker_has_what_the_metrics_have(
     for name in names:
         values = [(event.step, event.value) for event in board.Scalars(f"train/{name}")]
         assert values == [(record["step"], pytest.approx(record[name], rel=1e-5)) for record in records]
+    board_scores = zip(*([event.value for event in board.Scalars(scores[name])] for name in scores), strict=True)
+    assert [dict(zip(scores, values, strict=True)) for values in board_scores] == expected_scores
     assert not list((run / "checkpoints").rglob("*tfevents*"))
 
     [file] = run.glob("wandb/offline-run-*/run-*.wandb")
-    history = [row for row in _wandb_history(file) if "train/loss" in row]
+    written = _wandb_history(file)
+    assert [{name: row[scores[name]] for name in scores} for row in written if "eval/loss" in row] == expected_scores
+    history = [row for row in written if "train/loss" in row]
     assert [row["train/global_step"] for row in history] == [1, 2, 3]
     assert [{name: row[f"train/{name}"] for name in names} for row in history] == expected
 
     database = sqlite3.connect(tmp_path / "trackio" / "reading.db")
-    rows = [json.loads(row) for (row,) in database.execute("SELECT metrics FROM metrics WHERE run_name = 'first' ORDER BY id")]
+    stored = [json.loads(row) for (row,) in database.execute("SELECT metrics FROM metrics WHERE run_name = 'first' ORDER BY id")]
     database.close()
-    logged = [row for row in rows if "train/loss" in row]
+    assert [{name: row[scores[name]] for name in scores} for row in stored if "eval/loss" in row] == expected_scores
+    logged = [row for row in stored if "train/loss" in row]
     assert [{name: row[f"train/{name}"] for name in names} for row in logged] == expected
 
     out = capsys.readouterr().out

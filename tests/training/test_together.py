@@ -30,6 +30,8 @@ from mmtune.run_directory import RunDirectory
 from mmtune.train import train
 
 STEPS = 5
+STOPPED = 4
+"""The step at which early stopping ends the runs that are stopped and resumed: the first was the best one."""
 
 
 def recipe(folder: Path, shallow: Path, rows: Path, name: str, **changes: Any) -> Path:
@@ -49,6 +51,9 @@ def recipe(folder: Path, shallow: Path, rows: Path, name: str, **changes: Any) -
         },
         "output_dir": str(folder / name),
     }
+    if (questions := changes.pop("held_out", None)) is not None:
+        source = {"path": str(questions), "template": "llava", "limit": 3}
+        document["evaluate"] = {"data": [source], "before": False, "max_new_tokens": 1, "leakage": "warn"}
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(document), encoding="utf-8")
     return path
@@ -72,18 +77,27 @@ def mixed(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 LAYOUTS = {"DDP": "ddp", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 READ = {"indexed": {}, "streamed": {"stream": True, "shuffle_window": 8}}
+WORSE = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "best",
+    "load_best_model_at_end": True,
+    "greater_is_better": True,  # of the loss, which falls
+    "early_stopping_patience": 3,
+}
 TOO_FAR = {"learning_rate": 1e38, "max_grad_norm": 0.0}
 RESUMED = [("DDP", "indexed"), *((strategy, read) for strategy in ("ZeRO-2", "ZeRO-3") for read in READ)]
 
 
 @pytest.fixture(scope="module")
-def stopped(shallow: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[Any]]:
+def stopped(shallow: Path, rows: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[Any]]:
     """The outcomes of an uninterrupted run, of one that was stopped and of its continuation, and the two runs."""
     folder = tmp_path_factory.mktemp("stopped")
     jobs: list[Any] = []
     for strategy, read in RESUMED:
         whole, broken = (
-            recipe(folder, shallow, mixed, f"{strategy}_{read}_{name}", data=READ[read]) for name in ("whole", "broken")
+            recipe(folder, shallow, mixed, f"{strategy}_{read}_{name}", data=READ[read], train=WORSE, held_out=rows)
+            for name in ("whole", "broken")
         )
         jobs += [(whole, LAYOUTS[strategy]), (broken, LAYOUTS[strategy], 3), (broken, LAYOUTS[strategy], "resume")]
     for strategy in ("ZeRO-2", "ZeRO-3"):
@@ -99,7 +113,7 @@ def stopped(shallow: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "read"), RESUMED)
 def test_two_processes_resume_bit_for_bit(strategy: str, read: str, stopped: dict[tuple[str, str], list[Any]]) -> None:
-    """The second process gets SIGTERM in the third step: both finish it and save."""
+    """The second process gets SIGTERM in the third step: both finish it and save. The best step is the first."""
     whole, ended, resumed, unbroken, broken = stopped[strategy, read]
     assert whole is True, whole
     assert "by SIGTERM after step 3" in str(ended)
@@ -108,9 +122,16 @@ def test_two_processes_resume_bit_for_bit(strategy: str, read: str, stopped: dic
     adapters = [(run.adapter / "adapter_model.safetensors").read_bytes() for run in runs]
     assert adapters[0] == adapters[1]
     figures = [[json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()] for run in runs]
-    assert [record["step"] for record in figures[1]] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in figures[1]] == [step for step in range(1, STOPPED + 1) for _ in ("loss", "eval_loss")]
     for one, two in zip(*figures, strict=True):
-        assert (one["loss"], one["grad_norm"], one["tokens"]) == (two["loss"], two["grad_norm"], two["tokens"])
+        names = ("loss", "grad_norm", "tokens", "eval_loss")
+        assert [one.get(name) for name in names] == [two.get(name) for name in names]
+    for run in runs:
+        assert run.read_summary()["best_step"] == 1
+        best = load_file(run.checkpoints / "checkpoint-1" / "adapter_model.safetensors")
+        assert all(
+            torch.equal(tensor, best[name]) for name, tensor in load_file(run.adapter / "adapter_model.safetensors").items()
+        )
     assert load_trained(broken / "checkpoints" / "checkpoint-3")[0].peft_config  # an adapter as any other
 
 

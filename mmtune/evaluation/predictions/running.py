@@ -46,7 +46,7 @@ def answer_questions(
 
     def flush() -> None:
         indices, keys, encoded = zip(*batch, strict=True)
-        with torch.inference_mode(), training_autocast(model):
+        with torch.no_grad(), training_autocast(model):  # tensors of inference mode could not train on at ZeRO-3
             answers = list(answer([samples[index] for index in indices], list(encoded)))
         predictions.update(zip(indices, answers, strict=True))
         if cache is not None:
