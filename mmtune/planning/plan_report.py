@@ -45,7 +45,7 @@ def plan_data(section: DataSection, processor: ProcessorMixin) -> tuple[dict[str
     """
     samples = IndexedSamples(section.train)
     plan, outcome = plan_section(samples, section, processor)
-    statistics = plan_statistics(plan, outcome, section) | {"held_out": samples.held_out}
+    statistics = plan_statistics(plan, outcome, section) | {"splits": samples.held_out}
     lengths = samples, outcome.lengths
     if not statistics["rows_trained"]:
         return statistics, {}, lengths
@@ -174,7 +174,7 @@ def print_data_plan(statistics: dict[str, Any]) -> None:
         bars.add_row(f"{bar['from']:,} to {bar['to']:,}", drawn, f"{bar['rows']:,}")
     console.print(bars)
     print(over_length_line(statistics))
-    for name, counts in statistics["held_out"].items():
+    for name, counts in statistics["splits"].items():
         print(describe_split(name, counts))
     for error in statistics["errors"][:SHOWN]:
         print(f"  {error['row']}: {error['field']}: {error['detail']}")

@@ -1,6 +1,7 @@
 """Held-out rows of a training source: a split by image, so that rows that share an image are on one side.
 
-Rows are linked if they have an image of the same content in common; rows without images, if they have the same first question.
+Rows are linked if they have an image of the same content or, where the data template names it with `cluster`, the document in
+common; rows without both, if they have the same first question.
 The first image (or question) of each group of linked rows, hashed with the source's seed, decides its side. The side of a row
 thus does not depend on rows that are added after it, on the path of an image, or on the format of the file.
 """
@@ -23,11 +24,11 @@ from mmtune.data.sources.rows import Row, Rows
 from mmtune.recipe.recipe import Source
 from mmtune.utils.errors import UserError, reason_of
 
-FORMAT = 1
+FORMAT = 2
 """Version of the split and of its cache file."""
 
 Keys = tuple[bytes, ...]
-"""The digests of a row's images, or that of its first question; empty for a row that cannot be read."""
+"""The digests of a row's images and document, or that of its first question; empty for a row that cannot be read."""
 IndexArray = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
@@ -105,7 +106,9 @@ def _read_split(cache: RowCache, rows: int) -> HeldOutSplit | None:
 
 
 def _row_keys(rows: Rows, sample_of: Callable[[str, Row], Sample], index: int) -> Keys:
-    """What links a row to others: the content of its images, or without images its first question.
+    """What links a row to others: the content of its images, and the document that its template names (`cluster`).
+
+    Without both it is the row's first question.
 
     Raises:
         RowError: the row or one of its images cannot be read.
@@ -113,12 +116,18 @@ def _row_keys(rows: Rows, sample_of: Callable[[str, Row], Sample], index: int) -
     row_id, row = rows[index]
     sample = sample_of(row_id, row)
     try:
-        if images := tuple(sampled_digest(image) for image in sample.images):
-            return images
+        images = tuple(sampled_digest(image) for image in sample.images)
     except (OSError, ValueError) as error:
         raise RowError(row_id, "image", reason_of(error), "image_unreadable") from error
+    if sample.cluster:
+        return (*images, _text_digest("document", sample.cluster))
     question = next((text_of(message) for message in sample.messages if message["role"] == "user"), "")
-    return (hashlib.blake2b(" ".join(question.split()).encode("utf-8", "surrogatepass"), digest_size=16).digest(),)
+    return images or (_text_digest("question", question),)
+
+
+def _text_digest(kind: str, text: str) -> bytes:
+    normalized = f"{kind} {' '.join(text.split())}"
+    return hashlib.blake2b(normalized.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def split_rows(keys: Sequence[Keys], share: float, seed: int) -> HeldOutSplit:

@@ -19,8 +19,9 @@ from mmtune.data.validation.issues import DataIssueError, Issue, new_issue
 from mmtune.recipe.recipe import EvaluateSection
 from mmtune.utils.errors import RecipeValueError, reason_of
 
-NEAR_BITS = 12
-"""Two images are near-duplicates if at most this many of the 256 bits of their hashes differ."""
+NEAR_BITS, NEAR_SHARE = 12, 8
+"""Two images are near-duplicates if at most this many of the 256 bits of their hashes differ, and at most one in this many of the
+bits that distinguish the picture from a flat one: pages with a few lines of text have few such bits."""
 NEAR_IMAGES = 20_000
 """Maximum number of images of each side that are decoded and compared for near-duplicates."""
 LEAKS = ("row_leaked", "image_leaked")
@@ -165,14 +166,17 @@ class LeakageSearch:
 
 
 def nearest_hashes(hashes: Hashes, others: Hashes, most: int = NEAR_BITS) -> Iterator[tuple[int, int, int]]:
-    """For each hash with another one within `most` bits: its number, the number of the nearest other, and the bits that differ.
+    """For each hash with another one that is near: its number, the number of the nearest other, and the bits that differ.
 
     Args:
         hashes, others: uint64 of shapes (n, 4) and (m, 4).
+        most: `NEAR_BITS`.
     """
     if not len(others):
         return
     step = max(1, PAIRS // len(others))
+    set_bits = np.bitwise_count(hashes).sum(axis=1, dtype=np.int64)
+    limits = np.minimum(most, np.minimum(set_bits, 64 * hashes.shape[1] - set_bits) // NEAR_SHARE)
     for start in range(0, len(hashes), step):
         chunk = hashes[start : start + step]
         distances = np.zeros((len(chunk), len(others)), np.uint16)
@@ -180,7 +184,7 @@ def nearest_hashes(hashes: Hashes, others: Hashes, most: int = NEAR_BITS) -> Ite
             distances += np.bitwise_count(chunk[:, word, None] ^ others[None, :, word])
         nearest = distances.argmin(axis=1)
         for number, other in enumerate(nearest.tolist()):
-            if (bits := int(distances[number, other])) <= most:
+            if (bits := int(distances[number, other])) <= limits[start + number]:
                 yield start + number, other, bits
 
 

@@ -54,6 +54,16 @@ def test_the_order_of_rows_with_one_image_does_not_count(keys: list[bytes], rand
     assert _sides([(key,) for key in shuffled], 0.5) == [side[key] for key in shuffled]
 
 
+@given(ROWS, st.lists(st.tuples(st.integers(0, 99), st.integers(0, 3)), max_size=9))
+def test_added_rows_that_bring_new_images_move_no_other_row(keys: list[Keys], added: list[tuple[int, int]]) -> None:
+    """An added row has new images of its own, and after them one that was there before."""
+    known = [row[0] for row in keys if row]
+    rows = []
+    for number, (row, images) in enumerate(added if known else []):
+        rows.append((*(f"{number} {image}".encode() for image in range(images)), known[row % len(known)]))
+    assert _sides([*keys, *rows], 0.5)[: len(keys)] == _sides(keys, 0.5)
+
+
 def test_the_fraction_is_that_of_the_images_also_with_several_in_a_row() -> None:
     """Groups of one to four images: the share of groups is within four standard deviations of the fraction."""
     groups = 4000
@@ -119,6 +129,24 @@ def test_rows_without_images_are_split_by_their_first_question(tmp_path: Path) -
     assert [len(side) for side in sides] == [48, 12]  # of three rows a question, as many as reach ten
 
 
+def test_rows_of_one_document_stay_together(tmp_path: Path) -> None:
+    template = tmp_path / "pages.yaml"
+    turns = [{"role": "user", "images": ["{{ page }}"], "text": "{{ question }}"}, {"role": "assistant", "text": "yes"}]
+    example = {"page": "a.png", "question": "?", "document": "d"}
+    template.write_text(
+        json.dumps({"description": "pages", "messages": turns, "cluster": "document", "example": example}), encoding="utf-8"
+    )
+    rows = []
+    for number in range(40):
+        Image.new("RGB", (20, 20), (number, 7, 9)).save(tmp_path / f"{number}.png")
+        rows.append({"page": f"{number}.png", "question": "?", "document": f"d{number % 10}"})
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    source = Source(path=str(tmp_path / "rows.json"), template=str(template), held_out=0.4)
+    documents = [{sample.cluster for sample in IndexedSamples([part])} for part in (source, source.held_out_part())]
+    assert not documents[0] & documents[1]
+    assert len(documents[0] | documents[1]) == 10
+
+
 def test_an_unreadable_row_stays_in_training_and_the_split_is_cached_only_without_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +201,11 @@ def test_a_sampled_digest_is_that_of_the_bytes_and_not_of_the_path(size: int) ->
             assert sampled_digest(EmbeddedMedia(Path("a"), "a", data=changed)) != sampled_digest(first)
 
 
+def test_a_sampled_digest_depends_on_the_size() -> None:
+    first, second = (EmbeddedMedia(Path("a"), "a", data=bytes(BLOCK * BLOCKS + more)) for more in (1, 2))
+    assert sampled_digest(first) != sampled_digest(second)
+
+
 # --------------------------------------------------------------------------------------------------------------- recipes
 
 
@@ -225,5 +258,5 @@ def test_the_check_and_the_plan_show_the_counts(tmp_path: Path, capsys: pytest.C
     assert line in capsys.readouterr().out
     assert entry_point(["plan", str(recipe), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)["data"]
-    assert plan["held_out"] == {"rows.jsonl": counts}
+    assert plan["splits"] == {"rows.jsonl": counts}
     assert plan["rows"] == 120 - counts["held_out_rows"]

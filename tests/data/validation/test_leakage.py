@@ -117,6 +117,21 @@ def test_pictures_that_differ_are_far_apart() -> None:
     assert distances.min() > 3 * NEAR_BITS
 
 
+def test_pages_with_a_few_lines_are_not_near_duplicates() -> None:
+    pages = []
+    for seed in range(60):
+        page = np.full((1100, 850), 255, np.uint8)
+        random = np.random.default_rng(seed)
+        for line in range(6):
+            words = random.integers(0, 2, (10, int(random.integers(60, 700)))).astype(np.uint8)
+            page[60 + 18 * line : 70 + 18 * line, 60 : 60 + words.shape[1]] = 255 * words
+        pages.append(difference_hash(_embedded(Image.fromarray(page))))
+    hashes = np.array([value for value in pages if value is not None])
+    assert len(hashes) > 30
+    assert not [pair for number in range(len(hashes)) for pair in nearest_hashes(hashes[:number], hashes[number : number + 1])]
+    assert list(nearest_hashes(hashes[:1], hashes[:1])) == [(0, 0, 0)]
+
+
 def _embedded(picture: Image.Image) -> Any:
     import io
 
@@ -176,6 +191,8 @@ def test_few_shot_examples_of_held_out_rows_may_be_training_rows(pictures: Path)
     held_out = _rows(pictures, "test.jsonl", ("b.png", "q", "b"), shots=shots)
     assert _issues([train], [held_out]) == []
     leaking = _rows(pictures, "train.jsonl", ("a.png", "q", "a"), shots={"count": 1, "path": held_out.path})
+    own = _rows(pictures, "own.jsonl", ("a.png", "q", "a"))  # the row after its example
+    assert _issues([leaking], [own]) == [("own.jsonl:1", "row_leaked", "train.jsonl:1")]
     held_out = _rows(pictures, "test.jsonl", ("b.png", "q", "b"))
     assert _issues([leaking], [held_out]) == [("test.jsonl:1", "row_leaked", "train.jsonl:1")]
 
