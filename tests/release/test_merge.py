@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from programs import run_program
@@ -30,6 +31,7 @@ from mmtune.release.merge import (
     parity_samples,
     release_adapter,
 )
+from mmtune.release.model_card import model_card
 from mmtune.release.parity import ModelOutputs
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
@@ -81,8 +83,14 @@ def test_a_release_has_all_its_files(run: RunDirectory, tmp_path: Path) -> None:
     assert not [name for name in names if name.endswith((".bin", ".pt"))]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "largest logit difference" in card
-    assert "library_name: transformers" in card
     assert run.recipe.read_text() in card
+    recipe = _recipe(run)
+    builtin = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": "builtin:tiny-llava"})})
+    cards = (card, model_card(builtin, run.read_summary(), run))
+    fronts = [yaml.safe_load(each.split("---\n")[1]) for each in cards]
+    assert fronts[0]["library_name"] == "transformers"
+    assert fronts[0]["base_model"] == recipe.model.base
+    assert "base_model" not in fronts[1]
     assert run.read_summary()["merge_same_answers"] == 2
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
 
@@ -100,6 +108,7 @@ class Refuse(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Refuse())
 from PIL import Image
 import torch
+import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
 processor = AutoProcessor.from_pretrained(sys.argv[1])

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from mmtune.models.assemble import assemble, load_projector, save_checkpoint
-from mmtune.models.checkpoints.checkpoint_files import safetensors_files
+from mmtune.models.checkpoints.checkpoint_files import check_weights_loaded, safetensors_files
 from mmtune.utils.errors import UserError
 
 
@@ -111,3 +111,16 @@ def test_an_index_that_names_a_file_in_another_folder_is_an_error(tmp_path: Path
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": name}}), encoding="utf-8")
     with pytest.raises(UserError, match="expected file names in the same folder, got"):
         safetensors_files(tmp_path)
+
+
+def test_weights_that_do_not_match_are_an_error_by_name(llava: tuple[Any, Any]) -> None:
+    report = {
+        "missing_keys": {*(f"layer.{number}" for number in range(6)), "pooler.dense.weight"},
+        "mismatched_keys": [("head", (2, 3), (4, 3))],
+    }
+    with pytest.raises(UserError) as caught:
+        check_weights_loaded("base", llava[0], report)
+    assert str(caught.value) == (
+        f"base: its weights do not match {type(llava[0]).__name__}: missing layer.0, layer.1, layer.2, layer.3 and 2 more; "
+        "head: expected shape (4, 3), got (2, 3)"
+    )
