@@ -22,6 +22,16 @@ LONG = "The picture shows many things. " * 2000
             for text in ("option B is correct", "The answer is B because it barks", "I think it is B", f"{LONG}Answer: B")
         ),
         *((text, "B") for text in ("答案是B", "答案\uff1aB", "\uff08B\uff09", "Ответ: B", "La respuesta es B")),
+        *(
+            (text, "B")
+            for text in ("$B$", "\\boxed{B}", "$\\boxed{\\text{B}}$", "Answer: $B", "b. dog", "The correct answer is dog.")
+        ),
+        *((text, "B") for text in ("The answer is B. Note that A is a common distractor.", "选项 (B) $3.3\\mathrm{MeV}$。")),
+        *((text, "D") for text in ("ANSWER: None of these", "D. None of these")),
+        *(
+            (text, None)
+            for text in ("ANSWER: I don't know", "Don't know", "rules out C, leaving D", "It is not B, the answer is D")
+        ),
         *((text, "A") for text in ("A", "A. A cat", "The image shows option A: a cat")),
         *((text, None) for text in ("", " ", "No", "There is none", "Not sure", "E", "I", "?", "1", "A cat", LONG)),
         *((text, None) for text in ("A or B", "A, B", "A/B", "(A) and (B)", "Both A and B", "B or maybe C", "A. cat B. dog")),

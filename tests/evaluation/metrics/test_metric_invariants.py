@@ -130,7 +130,10 @@ def test_several_boxes_are_matched_one_to_one() -> None:
     assert accuracy.score(Item("[0, 0, 10, 5], [20, 20, 30, 24]", two)) == 1 / 2
     assert accuracy.score(Item("[[0, 0, 10, 5], [20, 20, 30, 24]]", two)) == 1 / 2
     assert iou.score(Item("the box is at 3, 4", two)) is None
-    assert iou.score(Item("<box>(0, 0, 10, 10)</box>", ("[0,0,10,10]",))) == 1
+    one = ("[0,0,10,10]",)
+    for text in ("<box>(0, 0, 10, 10)</box>", '```json\n[{"bbox_2d": [0, 0, 10, 10], "label": "a"}]\n```', "(0,0),(10,10)"):
+        assert iou.score(Item(text, one)) == 1
+    assert iou.score(Item("<loc0000><loc0000><loc0010><loc0005> cat", ("<loc0000><loc0000><loc0010><loc0010> cat",))) == 1 / 2
 
 
 def test_corpus_bleu_is_not_the_mean_of_the_scores() -> None:

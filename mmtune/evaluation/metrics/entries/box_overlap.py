@@ -9,8 +9,10 @@ import numpy as np
 
 from mmtune.evaluation.metrics.metric import Array, Item, Metric
 
-_NUMBER = r"[-+]?\d*\.?\d+"
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 _BOX = re.compile(rf"[\[(<{{]\s*(?:<?\w+>\s*)?({_NUMBER}(?:\s*[,\s]\s*{_NUMBER}){{3}})\s*[\])>}}]")
+_CORNERS = re.compile(rf"\(\s*({_NUMBER}\s*,\s*{_NUMBER})\s*\)\s*,?\s*\(\s*({_NUMBER}\s*,\s*{_NUMBER})\s*\)")
+_LOCATIONS = re.compile(r"(?:<loc\d+>){4}")
 _BARE = re.compile(rf"\s*{_NUMBER}(?:\s*[,\s]\s*{_NUMBER}){{3}}\s*")
 
 
@@ -53,11 +55,14 @@ class AccuracyAtHalf(BoxOverlap):
 
 
 def read_box_texts(text: str) -> list[tuple[float, float, float, float]]:
-    """The boxes in a text: four numbers in brackets, or a text of four numbers; two corners, in any order.
+    """The boxes in a text, each two opposite corners.
+
+    A box is four numbers in brackets, `(x1, y1), (x2, y2)`, `<loc0100><loc0200><loc0300><loc0400>`, or a text of four numbers.
 
     A box without area, which has x1 = x2 or y1 = y2, is a box; its IoU is 0.
     """
-    groups = [text] if _BARE.fullmatch(text) else _BOX.findall(text)
+    groups = [text] if _BARE.fullmatch(text) else _LOCATIONS.findall(text)
+    groups = groups or _BOX.findall(_CORNERS.sub(r"[\1, \2]", text))
     boxes = []
     for group in groups:
         x1, y1, x2, y2 = (float(number) for number in re.findall(_NUMBER, group))

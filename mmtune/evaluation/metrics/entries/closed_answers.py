@@ -14,12 +14,15 @@ from mmtune.evaluation.metrics.metric import Item, Metric, precision_recall_f1
 _IS = r"(?:[:=]|\b(?i:is|es|est|ist|é|är|è|option|choice)\b|是|为|選|选)"
 _DENIAL = re.compile(r"(?:\b(?:not|no|nicht|pas|nunca|neither|except)|n't|不|非)\s*$", re.IGNORECASE)
 _LABEL = re.compile(r"(?<![^\W_])(?:[(\[]([A-Z])[)\]]|([A-Z])[.):,](?!\w))")
+_ANSWER_IS = re.compile(
+    r"(?:the )?(?:correct |right |best |final )?\b(?:answer|option|choice)\b(?: is|:)*\s*(?!(?:not|no)\b)", re.IGNORECASE
+)
 _SHORT = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:,]?")
 _ENDING = re.compile(
     rf"{_IS}\s*[(\[]?([A-Z])[)\]]?(?=\s*(?:[.。!,;\n]|$|\b(?:because|since|is (?:the )?(?:correct|right|best))\b))"
 )
 _MENTION = re.compile(r"(?<![^\W_])(?!A [a-z]|I\b)([A-Z])(?![\w'])")
-_LEADING = re.compile(r"[(\[]?([A-Z])[)\]]?[.):,]?\s*(.+)", re.DOTALL)
+_LEADING = re.compile(r"[(\[]?([A-Za-z])(?:[)\]]|[.):,])+\s*(.+)", re.DOTALL)
 
 
 class MultipleChoice(Metric):
@@ -51,24 +54,25 @@ def read_letter(answer: str, options: Sequence[str] = ()) -> str | None:
     """
     letters = LETTERS[: len(options)] if options else LETTERS
     text, texts = plain(answer), [normalize(plain(option)) for option in options]
-    if match := _SHORT.fullmatch(text):
+    statement = _ANSWER_IS.sub("", text, count=1) if _ANSWER_IS.match(text) else text
+    if match := _SHORT.fullmatch(statement):
         letter = match[1].upper()
         return letter if letter in letters else None
-    if texts.count(normalize(text)) == 1:
-        return letters[texts.index(normalize(text))]
+    if texts.count(normalize(statement)) == 1:
+        return letters[texts.index(normalize(statement))]
+    leading = _LEADING.fullmatch(statement)
+    if leading and normalize(leading[2]) in texts:  # "B. cat", where cat may be another option
+        letter = leading[1].upper()
+        return letter if letter in letters and texts[letters.index(letter)] == normalize(leading[2]) else None
     labels = [match for match in _LABEL.finditer(text) if (match[1] or match[2]) in letters]
-    if any(_DENIAL.search(text[: match.start()]) for match in labels):
+    if any(_DENIAL.search(text[max(0, match.start() - 20) : match.start()]) for match in labels):
         return None
     # "The answer is B": the letter ends its sentence.
     names = {match[1] or match[2] for match in labels} | {match[1] for match in _ENDING.finditer(text) if match[1] in letters}
     mentioned = {match[1] for match in _MENTION.finditer(text) if match[1] in letters}
     if len(names) != 1 or mentioned - names:
         return None
-    letter = names.pop()
-    leading = _LEADING.fullmatch(text)
-    if leading and leading[1] == letter and normalize(leading[2]) in texts:  # "B. cat", where cat may be another option
-        return letter if texts[letters.index(letter)] == normalize(leading[2]) else None
-    return letter
+    return names.pop()
 
 
 class YesNo(Metric):

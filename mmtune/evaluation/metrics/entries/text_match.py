@@ -21,12 +21,14 @@ def normalize(answer: str) -> str:
 
 
 _ASCII = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2212": "-", "\u3001": ","})
-_MARKUP = re.compile(r"[*_`]+")
+_MARKUP = re.compile(r"[*_`$]+")
+_LATEX = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\{([^{}]*)\}")
 
 
 def plain(answer: str) -> str:
-    """Text for a parser: full-width forms, curly quotes and the minus sign as ASCII; no Markdown emphasis or outer quotes."""
+    """Text for a parser: full-width forms, curly quotes and the minus sign as ASCII; no markup or outer quotes."""
     text = unicodedata.normalize("NFKC", answer).translate(_ASCII)
+    text = _LATEX.sub(r"\1", _LATEX.sub(r"\1", text))  # \boxed{\text{B}}
     return _MARKUP.sub("", text).strip().strip("\"'").strip()
 
 
