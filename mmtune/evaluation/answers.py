@@ -247,7 +247,7 @@ def read_answers(path: Path) -> list[Answer]:
             for number, line in enumerate(lines, 1):
                 try:
                     row = json.loads(line)
-                    answers.append(Answer(**{**row, **{name: tuple(row[name]) for name in _LISTS}}))
+                    answers.append(Answer(**{**row, **{name: tuple(row[name]) for name in _LISTS if name in row}}))
                 except (ValueError, TypeError, KeyError) as error:
                     raise UserError(f"{path}:{number}: expected an answer as `mmtune eval` writes it: {error!r}"[:300]) from error
     except (OSError, UnicodeDecodeError) as error:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mmtune.cli.main import entry_point
-from mmtune.evaluation.answers import Answer, write_answers
+from mmtune.evaluation.answers import Answer, read_answers, write_answers
 from mmtune.evaluation.comparison import compare_answers, tuning_metrics
 from mmtune.evaluation.scores import print_scores, score_rows
 from mmtune.recipe.recipe import Recipe
@@ -125,6 +125,13 @@ def test_several_files_are_compared_with_the_first(files: list[str], capsys: pyt
     assert comparisons[0]["tasks"][-1]["test"] == "exact sign-flip permutation test"
     assert f"not compared: 20 rows only in {files[0]}: r[4], r[5], r[6], r[7], r[8], ..." in output.err
     assert "worse by task: count -91.7 pp" in output.err
+
+
+def test_answers_of_an_earlier_version_have_the_defaults_of_new_keys(files: list[str]) -> None:
+    rows = map(json.loads, Path(files[0]).read_text(encoding="utf-8").splitlines())
+    old = [{name: value for name, value in row.items() if name not in ("choices", "options")} for row in rows]
+    Path(files[1]).write_text("".join(json.dumps(row) + "\n" for row in old), encoding="utf-8")
+    assert read_answers(Path(files[1])) == read_answers(Path(files[0]))
 
 
 def test_the_page_shows_what_became_worse_and_better(files: list[str], tmp_path: Path) -> None:
