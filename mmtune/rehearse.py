@@ -213,7 +213,7 @@ def _shrink_data(sources: Sequence[Source], sections: list[dict[str, Any]], plac
         if source.shots is not None:
             other = load_data_template(source.shots.template or source.template)
             shots = _stand_in(source, other, folder / "shots.json", source.shots.count + 1, seed=number)
-            section["shots"] = {"count": source.shots.count, "template": source.shots.template, **shots}
+            section["shots"] = {"count": source.shots.count, "template": source.shots.template, "same_image": True, **shots}
         if source.verbalizer is not None and template.verbalizer is not None:
             label = template.verbalizer.label_of("example", template.example, template.example)
             section["verbalizer"] = {label: next(iter(source.verbalizer.values())), **source.verbalizer}

@@ -22,6 +22,7 @@ from mmtune.evaluation.predictions.choices import check_choices
 from mmtune.evaluation.predictions.decoding import NEAR_TIE
 from mmtune.evaluation.predictions.likelihood_choice import content_free_sample
 from mmtune.evaluation.predictions.prediction import Prediction
+from mmtune.evaluation.predictions.questions import questions_of, with_prompt
 from mmtune.recipe.recipe import EvaluateSection, Recipe
 from mmtune.utils.errors import RecipeValueError, errors_at_key
 
@@ -47,9 +48,10 @@ def check_questions(section: EvaluateSection) -> None:
     check_rows(samples, report, len(samples))
     for index, handle in enumerate(samples.subset(len(samples))):
         try:
-            item = unanswered(samples, index, handle(), section).item(section.answer_after)
-            if (problem := metrics[samples.source_of(index)].problem(item)) is not None:
-                raise RowError(item.fields["id"], "references", problem)
+            for question in unanswered(samples, index, handle(), section):
+                item = question.item(section.answer_after)
+                if (problem := metrics[samples.source_of(index)].problem(item)) is not None:
+                    raise RowError(item.fields["id"], "references", problem)
         except RowError as error:
             report.add(error)
     if section.score == "choices" and not report.quarantined:
@@ -81,15 +83,19 @@ def evaluate(
         dist: the processes of the evaluation.
         label: the label of the progress display.
         weights: the hash of the files that hold the weights, with which answers are cached; None: they are not.
-        chosen: the numbers of the questions; None: all.
+        chosen: the numbers of the rows; None: all.
 
     Raises:
         RowError: a held-out row that cannot be read.
     """
     rows = IndexedSamples(section.sources)
     numbers = range(len(rows)) if chosen is None else chosen
-    samples = [rows[number] for number in numbers]
-    questions = [unanswered(rows, number, sample, section) for number, sample in zip(numbers, samples, strict=True)]
+    questions: list[Answer] = []
+    samples: list[Sample] = []
+    for number in numbers:
+        sample = rows[number]
+        questions += unanswered(rows, number, sample, section)
+        samples += [with_prompt(question, section.prompt) for question in questions_of(sample, section)]
     indices = range(len(samples)) if dist.sharded else range(dist.rank, len(samples), dist.size)
     cache = open_answer_cache(model, processor, weights, dist) if section.cache else None
     rank_predictions = predict_answers(model, processor, [samples[index] for index in indices], section, label, cache)
@@ -122,8 +128,8 @@ def _print_counts(predictions: Sequence[Prediction], label: str, cache: AnswerCa
         print(f"{label}: {cache.hits:,} answers are from the cache {cache.folder} (evaluate.cache: false computes them again)")
 
 
-def unanswered(rows: IndexedSamples, index: int, sample: Sample, section: EvaluateSection) -> Answer:
-    """A held-out row as an answer with an empty prediction.
+def unanswered(rows: IndexedSamples, index: int, sample: Sample, section: EvaluateSection) -> list[Answer]:
+    """The questions of a held-out row as answers with empty predictions. They are one cluster.
 
     Args:
         rows: the held-out rows.
@@ -133,21 +139,26 @@ def unanswered(rows: IndexedSamples, index: int, sample: Sample, section: Evalua
     Raises:
         RowError: the conversation does not end with an answer of text.
     """
-    messages, reference = split_question(sample)
-    source = rows.source_of(index)
-    return Answer(
-        id=sample.id,
-        task=sample.task,
-        question=text_of(next(message for message in reversed(messages) if message["role"] == "user")),
-        images=tuple(str(path) for path in sample.images),
-        references=sample.references if reference in sample.references else (reference, *sample.references),
-        prediction="",
-        cluster=cluster_of(sample),
-        metric=metric_of(rows, source, section),
-        source=rows.names[source] if len(section.sources) > 1 else None,
-        choices=sample.choices,
-        options=sample.options,
-    )
+    source, cluster = rows.source_of(index), cluster_of(sample)
+    answers = []
+    for question in questions_of(sample, section):
+        messages, reference = split_question(question)
+        answers.append(
+            Answer(
+                id=question.id,
+                task=question.task,
+                question=text_of(next(message for message in reversed(messages) if message["role"] == "user")),
+                images=tuple(str(path) for path in question.images),
+                references=question.references if reference in question.references else (reference, *question.references),
+                prediction="",
+                cluster=cluster,
+                metric=metric_of(rows, source, section),
+                source=rows.names[source] if len(section.sources) > 1 else None,
+                choices=question.choices,
+                options=question.options,
+            )
+        )
+    return answers
 
 
 def metric_of(rows: IndexedSamples, source: int, section: EvaluateSection) -> str:

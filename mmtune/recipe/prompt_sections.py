@@ -77,6 +77,7 @@ class Shots(Section):
     )
     join: PathText | None = Field(default=None, description="Its second file; null: the source's, if the file is the same.")
     where: FieldsToValues | None = Field(default=None, description=WHERE)
+    same_image: StrictBool = Field(default=False, description="Allow examples about an image of the row.")
 
     @classmethod
     def _normalize(cls, values: Any) -> tuple[Any, list[InitErrorDetails]]:

@@ -251,6 +251,13 @@ class EvaluateSection(Section):
         description="generate: generate an answer. choices: take the most likely candidate (options, verbalizer).",
     )
     choice_scores: ChoiceScores = Field(default=ChoiceScores(), description="With score: choices, how candidates are compared.")
+    turns: Literal["last", "all"] = Field(
+        default="last", description="Ask the last question of a conversation, or every one, with the row's answers before it."
+    )
+    prompt: Text | None = Field(
+        default=None,
+        description="The question as the model reads it, such as '{question}\\nThink step by step.'; null: as it is.",
+    )
     batch_size: Annotated[StrictInt, Field(ge=1)] = Field(
         default=16, description="Answers per batch: generated answers, or candidates with score: choices."
     )
@@ -284,11 +291,22 @@ def _score_errors(values: Any) -> list[InitErrorDetails]:
     if not isinstance(values, Mapping):
         return []
     choices, adjusted = values.get("score") == "choices", values.get("choice_scores")
+    prompt = values.get("prompt")
+    if isinstance(prompt, str) and prompt.count("{question}") != 1:
+        return [error_at("prompt", f"expected {{question}} once, where the question stands, got {format_value(prompt)}")]
+    if values.get("turns") == "all" and (choices or _has_shots(values.get("data"))):
+        reason = "score: choices: only the last answer of a row has candidates" if choices else "shots of a source"
+        return [error_at("turns", f"all is not supported with {reason}")]
     if choices and values.get("sampling") is not None:
         return [error_at("sampling", "not supported with score: choices, which generates nothing; leave it out")]
     if not choices and isinstance(adjusted, Mapping) and any(value is True for value in adjusted.values()):
         return [error_at("choice_scores", "needs score: choices; give it, or leave choice_scores out")]
     return []
+
+
+def _has_shots(sources: Any) -> bool:
+    sources = sources if isinstance(sources, (list, tuple)) else ()
+    return any(isinstance(source, Mapping) and source.get("shots") is not None for source in sources)
 
 
 def _holds_rows_out(data: Any) -> bool:

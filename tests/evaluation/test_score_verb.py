@@ -148,7 +148,7 @@ def test_each_source_is_scored_by_the_metric_of_its_template(tmp_path: Path) -> 
     section = _section(tmp_path)
     check_questions(section)
     rows = IndexedSamples(section.data)
-    questions = [unanswered(rows, index, sample, section) for index, sample in enumerate(iterate_rows(rows))]
+    questions = [each for index, sample in enumerate(iterate_rows(rows)) for each in unanswered(rows, index, sample, section)]
     assert [(q.metric, q.references) for q in questions] == [
         ("relaxed_accuracy", ("100",)),
         ("relaxed_accuracy", ("Yes",)),
@@ -166,7 +166,7 @@ def test_each_source_is_scored_by_the_metric_of_its_template(tmp_path: Path) -> 
     ]
     summary = score_metrics([], answers)
     assert "tuned_score" not in summary and len(summary["tuned_scores"]) == 4
-    assert {q.metric for q in (unanswered(rows, 0, rows[0], _section(tmp_path, metric="anls")),)} == {"anls"}
+    assert {q.metric for q in unanswered(rows, 0, rows[0], _section(tmp_path, metric="anls"))} == {"anls"}
 
 
 def test_a_metric_that_does_not_fit_the_rows_is_an_error_before_anything_is_generated(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mmtune.data.media.image_content import media_key
 from mmtune.data.media.image_settings import ImageSettings
 from mmtune.data.media.media import MediaRules
 from mmtune.data.message import RowError, Sample
@@ -100,7 +101,7 @@ class SourceReader:
         if self._shots is None:
             return sample
         start = 1 if sample.messages[0]["role"] == "system" else 0
-        examples = [message for example in self._shots.draw_for(row_id, row, sample.tools) for message in example]
+        examples = [message for example in self._shots.draw_for(row_id, row, sample) for message in example]
         return replace(sample, messages=[*sample.messages[:start], *examples, *sample.messages[start:]])
 
     def sample_without_shots(self, row_id: str, row: Row, visit: int = 0) -> Sample:
@@ -191,6 +192,7 @@ class _FewShotExamples:
         self._path = shots.path
         self._same_file = shots.path == source.path
         self._seed = source.seed
+        self._same_image = shots.same_image
         self._reader = SourceReader(_shots_source(source, shots), name if self._same_file else None)
         self._rows = self._reader.open()
         needed = self._count + (self._same_file and shots.where is None)  # the row itself is not its own example
@@ -200,18 +202,20 @@ class _FewShotExamples:
                 "lower `shots.count`"
             )
 
-    def draw_for(self, row_id: str, row: Row, tools: tuple[dict[str, Any], ...]) -> list[list[dict[str, Any]]]:
+    def draw_for(self, row_id: str, row: Row, sample: Sample) -> list[list[dict[str, Any]]]:
         """Draw examples for a row: the messages of each, without system messages.
 
         Args:
             row_id: the row's id.
             row: the row.
-            tools: the row's function schemas; a conversation has one list of them.
+            sample: the row without examples. Its function schemas must be those of the examples, and its images are in none of
+                them, unless the recipe allows it.
 
         Raises:
             RowError: an example cannot be converted or has other function schemas, or too few rows differ from this one.
         """
         examples: list[list[dict[str, Any]]] = []
+        images = set() if self._same_image else {media_key(image) for image in sample.images}
         for index in _lazy_permutation(len(self._rows), self._seed, row_id):
             if len(examples) == self._count:
                 break
@@ -222,12 +226,15 @@ class _FewShotExamples:
                 example = self._reader.sample(other_id, other)
             except RowError as error:
                 raise RowError(row_id, "shots", f"few-shot example: {error}", error.issue) from error
-            if example.tools != tools:
+            if not images.isdisjoint(map(media_key, example.images)):
+                continue
+            if example.tools != sample.tools:
                 detail = f"few-shot example {other_id}: expected the function schemas of this row; remove `shots` from the source"
                 raise RowError(row_id, "shots", detail, "tool_malformed")
             examples.append([message for message in example.messages if message["role"] != "system"])
         if len(examples) < self._count:
-            detail = f"{self._path}: expected {self._count} rows that differ from this one, got {len(examples)}"
+            differ = "differ from this one" + (" and are about other images" if images else "")
+            detail = f"{self._path}: expected {self._count} rows that {differ}, got {len(examples)}"
             raise RowError(row_id, "shots", detail, "shots_too_few")
         return examples
 

@@ -246,6 +246,21 @@ def test_a_row_is_not_its_own_example_in_a_copy_of_the_file(tmp_path: Path) -> N
     assert [_texts(sample)[0] for sample in samples] == ["q1", "q0"]
 
 
+def test_a_few_shot_example_is_not_about_the_image_of_the_row(tmp_path: Path, media: Path) -> None:
+    rows = [{"image": f"{name}.png", "question": f"q{n}", "answer": f"a{n}"} for n, name in enumerate("aab")]
+    (tmp_path / "images.json").write_text(json.dumps(rows), encoding="utf-8")
+    settings = {"path": str(tmp_path / "images.json"), "template": "vqa", "media_root": str(media)}
+    samples = _all(SourceReader(Source.model_validate({**settings, "shots": {"count": 1, "path": settings["path"]}})))
+    assert [_texts(sample)[1] for sample in samples][:2] == ["a2", "a2"]
+    assert all(len(set(sample.images)) == 2 for sample in samples)
+    two = Source.model_validate({**settings, "shots": {"count": 2, "path": settings["path"]}})
+    with pytest.raises(RowError, match=r"expected 2 rows that differ from this one and are about other images, got 1"):
+        SourceReader(two).sample("r", rows[0])
+    assert two.shots is not None
+    same = two.model_copy(update={"shots": two.shots.model_copy(update={"same_image": True})})
+    assert len(SourceReader(same).sample("r", rows[0]).messages) == 6
+
+
 def test_missing_examples_are_errors(tmp_path: Path) -> None:
     same = {"count": 2, "path": str(tmp_path / "rows.json")}
     with pytest.raises(UserError, match=r"shots: .*rows\.json: expected at least 3 rows for 2 examples, got 2"):
