@@ -416,7 +416,10 @@ def exif_damage(image: Image.Image) -> str | None:
             orientation = _png_orientation(cast(BinaryIO, image.fp))  # type: ignore[attr-defined]
         else:
             exif = Image.Exif()  # `image.getexif` caches its result, and does not warn again
-            exif.load(image.info.get("exif", b""))
+            try:
+                exif.load(image.info.get("exif", b""))
+            except SyntaxError as error:  # an unknown byte order, which Pillow's JPEG reader ignores
+                return reason_of(error)
             orientation = exif.get(ExifTags.Base.Orientation)
     return " ".join(str(caught[0].message).split()) if caught and orientation is None else None
 

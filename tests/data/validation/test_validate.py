@@ -207,6 +207,7 @@ def test_a_truncated_file_is_reported_exactly_if_training_cannot_open_it(tmp_pat
 
 
 FILES = [content for case in hostile.images() for content in case.files.values() if len(content) < 20_000]
+[SIDEWAYS_JPEG] = [content for case in hostile.images() if case.name == "a JPEG on its side" for content in case.files.values()]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -216,6 +217,7 @@ FILES = [content for case in hostile.images() for content in case.files.values()
     flips=st.lists(st.tuples(st.integers(0, 20_000), st.integers(1, 255)), max_size=6),
 )
 @example(whole=FILES[0], cut=0, flips=[])
+@example(whole=SIDEWAYS_JPEG, cut=0, flips=[(30, 1)])  # an unknown byte order in the EXIF data
 def test_no_image_crashes_and_every_fault_is_reported(
     tmp_path: Path, whole: bytes, cut: int, flips: list[tuple[int, int]]
 ) -> None:
