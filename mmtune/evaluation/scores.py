@@ -74,14 +74,24 @@ def score_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def further_lines(summary: Mapping[str, Any]) -> list[str]:
-    """One line for each overall score whose metric has further numbers."""
+    """For each overall score, a line with the further numbers of its metric, and one with its unparsed answers."""
     lines = []
     for item in summary.get("tuned_scores", []):
-        numbers = {name: value for name, value in item["further"].items() if isinstance(value, (int, float))}
-        if item["task"] == "overall" and numbers:
-            listed = ", ".join(f"{name} {format_score(value, item['metric'])}" for name, value in numbers.items())
-            lines.append(f"{item['metric']}: {listed}")
+        if item["task"] != "overall":
+            continue
+        name, numbers = item["metric"], {key: value for key, value in item["further"].items() if isinstance(value, (int, float))}
+        if numbers:
+            lines.append(f"{name}: {', '.join(f'{key} {format_score(value, name)}' for key, value in numbers.items())}")
+        if item["unparsed"]:
+            rule = f" ({METRICS[name].unparsed})" if name in METRICS else ""
+            lines.append(f"{name}: {item['unparsed']} of {item['questions']} answers are unparsed{rule} and count as 0")
     return lines
+
+
+def metric_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What each metric measures, and the scorer or paper that defines it."""
+    names = dict.fromkeys(item["metric"] for item in summary.get("tuned_scores", []) if item["metric"] in METRICS)
+    return [f"`{name}`: {METRICS[name].about} ({METRICS[name].source})." for name in names]
 
 
 def difference_lines(differences: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mmtune.evaluation.run_report import generation_line
-from mmtune.evaluation.scores import further_lines, score_rows, score_title
+from mmtune.evaluation.scores import further_lines, metric_lines, score_rows, score_title
 from mmtune.methods.method_table import METHODS
 from mmtune.models.checkpoints.locate_base import BUILTIN
 from mmtune.recipe.recipe import Recipe
@@ -199,4 +199,5 @@ def _evaluation(summary: dict[str, Any]) -> list[str]:
         return []
     lines = [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
     lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
-    return ["## Evaluation", f"{score_title(summary)}.", "\n".join(lines), *further_lines(summary)]
+    about = f"{score_title(summary)}. {' '.join(metric_lines(summary))}".rstrip()
+    return ["## Evaluation", about, "\n".join(lines), *further_lines(summary)]

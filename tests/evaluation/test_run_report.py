@@ -16,7 +16,7 @@ from PIL import Image
 
 from mmtune.evaluation.answers import Answer, write_answers
 from mmtune.evaluation.run_report import select_answers, write_report
-from mmtune.evaluation.scores import print_scores, score_rows
+from mmtune.evaluation.scores import metric_lines, print_scores, score_rows
 from mmtune.methods.method_table import METHODS
 from mmtune.methods.show_methods import print_methods
 from mmtune.recipe.recipe import Recipe
@@ -224,3 +224,6 @@ def test_the_table_shows_metrics_unparsed_answers_and_further_numbers(capsys: py
     print_scores({"tuned_scores": [yes_no, caption]})
     shown = capsys.readouterr().out
     assert "Held-out yes_no, cider_d" in shown and "yes_no: f1 50.0%\n" in shown and "confusion" not in shown
+    assert "yes_no: 3 of 4 answers are unparsed (neither begins with yes or no, nor ends with it after " in shown
+    [about, _] = metric_lines({"tuned_scores": [yes_no, caption]})
+    assert about == "`yes_no`: yes or no; with precision, recall and F1 of yes, and the share of yes (POPE (arXiv 2305.10355))."

@@ -45,7 +45,6 @@ class Metric:
         name: in a recipe, a data template, and `mmtune score --metric`.
         about: what it measures, in one line.
         source: the paper or the scorer that defines it.
-        needs: what a row must give besides `prediction` and `references`.
         unparsed: when an answer counts as unparsed; "never" if it always has a score.
         greater_is_better: whether a higher score is better.
         proportion: whether every score is 0 or 1, so that the headline number is a proportion.
@@ -56,7 +55,6 @@ class Metric:
     name: str
     about: str
     source: str
-    needs: str = ""
     unparsed: str = "never"
     greater_is_better: bool = True
     proportion: bool = False

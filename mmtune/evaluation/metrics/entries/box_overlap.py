@@ -98,7 +98,6 @@ IOU = BoxOverlap(
     "iou",
     "intersection over union of boxes",
     "RefCOCO (arXiv 1608.00272)",
-    needs="boxes in the references, in the coordinates of the answers",
     unparsed="has no four numbers in brackets",
     has_baseline=False,
 )
@@ -106,7 +105,6 @@ ACC_AT_IOU_HALF = AccuracyAtHalf(
     "acc_at_iou_0.5",
     "boxes with an IoU of at least 0.5",
     "RefCOCO (arXiv 1608.00272)",
-    needs="boxes in the references, in the coordinates of the answers",
     unparsed="has no four numbers in brackets",
     has_baseline=False,
 )

@@ -169,8 +169,7 @@ def _label(answer: str, choices: Sequence[str]) -> str | None:
 MULTIPLE_CHOICE = MultipleChoice(
     "multiple_choice",
     "the letter of the correct option",
-    "a definition of mmtune",
-    needs="`options`: the texts of the options A, B, ...; without it, answers are letters",
+    "defined by mmtune",
     unparsed="names no option, several options, or denies one",
     proportion=True,
 )
@@ -185,7 +184,6 @@ CLASSIFICATION = Classification(
     "classification",
     "the right label; with macro F1 and the confusion matrix",
     "scikit-learn's accuracy_score and f1_score",
-    needs="`choices`: all labels; without it, no answer is unparsed",
     unparsed="is none of the labels",
     proportion=True,
 )

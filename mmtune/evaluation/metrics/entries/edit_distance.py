@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
-from mmtune.evaluation.metrics.metric import Array, Item, Metric, ratio
+from mmtune.evaluation.metrics.metric import Array, Item, Metric
 
 
 def edit_distance(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
@@ -73,10 +73,6 @@ class ErrorRate(Metric):
     def statistics(self, items: Sequence[Item], scores: Sequence[float | None]) -> Array:
         """Edits and reference lengths: shape (items, 2)."""
         return np.array([self._counts(item) for item in items], dtype=np.float64).reshape(-1, 2)
-
-    def headline(self, sums: Array) -> Array:
-        """All edits over all reference lengths."""
-        return ratio(sums[..., 0], sums[..., 1])
 
     def _counts(self, item: Item) -> tuple[int, int]:
         prediction = self.split(item.prediction)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmtune.evaluation.metrics.entries.text_match import normalize
-from mmtune.evaluation.metrics.metric import Array, Item, Metric, precision_recall_f1, ratio
+from mmtune.evaluation.metrics.metric import Array, Item, Metric, precision_recall_f1
 
 _FENCE = re.compile(r"```(?:json)?\s*\n?(.*?)```", re.DOTALL | re.IGNORECASE)
 
@@ -39,10 +39,6 @@ class JsonFields(Metric):
         return np.array([(2 * right, 2 * right + extra + missing) for right, extra, missing in counts], dtype=float).reshape(
             -1, 2
         )
-
-    def headline(self, sums: Array) -> Array:
-        """F1."""
-        return ratio(sums[..., 0], sums[..., 1])
 
     def further(self, items: Sequence[Item], scores: Sequence[float | None]) -> dict[str, Any]:
         """`precision` and `recall` of fields, and `all_fields`, the share of answers with every field right and no other."""
@@ -103,8 +99,7 @@ def _fields(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 JSON_FIELDS = JsonFields(
     "json_fields",
     "F1 over the fields of a JSON object",
-    "a definition of mmtune",
-    needs="JSON objects as references",
+    "defined by mmtune",
     unparsed="is no JSON object, also not in a code block",
     has_baseline=False,
 )

@@ -94,7 +94,7 @@ RELAXED_ACCURACY = RelaxedAccuracy(
 NUMERIC = Numeric(
     "numeric",
     "the number in the answer equals the reference",
-    "a definition of mmtune",
+    "defined by mmtune",
     unparsed="no number, or several different ones",
     proportion=True,
 )

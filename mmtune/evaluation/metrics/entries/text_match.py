@@ -77,7 +77,7 @@ def _token_f1(prediction: list[str], reference: list[str]) -> float:
 EXACT_MATCH = ExactMatch(
     "exact_match",
     "the answer equals a reference, case, whitespace and a final full stop aside",
-    "a definition of mmtune",
+    "defined by mmtune",
     proportion=True,
 )
 TOKEN_F1 = TokenF1("token_f1", "F1 over words, the best of the references", "SQuAD (arXiv 1606.05250, 1806.03822)")

@@ -82,5 +82,4 @@ VQA_ACCURACY = VqaAccuracy(
     "vqa_accuracy",
     "agreement with the annotators, at least three of whom count as right",
     "VQA v2's evaluation code (arXiv 1612.00837)",
-    needs="all annotators' answers as `references`, with repetitions",
 )
