@@ -59,6 +59,7 @@ def score_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
                 "task or source": item["task"],
                 "metric": name if several else "",
                 "questions": str(item["questions"]),
+                "images or documents": str(item["clusters"]) if item["clusters"] < item["questions"] else "",
                 "unparsed": str(item["unparsed"]) if item["unparsed"] else "",
                 "majority-class baseline": "" if item["baseline"] is None else format_score(item["baseline"], name),
                 "base": format_score(before["score"], name) if before else "",

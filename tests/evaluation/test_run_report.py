@@ -215,11 +215,12 @@ def test_score_rows_have_base_and_tuned_scores(capsys: pytest.CaptureFixture[str
 
 def test_the_table_shows_metrics_unparsed_answers_and_further_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     further = {"f1": 0.5, "confusion": {"a": {"a": 1}}}
-    yes_no = {**SCORE, "task": "overall", "metric": "yes_no", "unparsed": 3, "further": further}
+    yes_no = {**SCORE, "task": "overall", "metric": "yes_no", "unparsed": 3, "clusters": 2, "further": further}
     caption = {**SCORE, "task": "overall", "metric": "cider_d", "score": 1.1634, "interval": (1.0, 1.25), "baseline": None}
     tuned = score_rows({"tuned_scores": [yes_no, caption]})
     assert [row["metric"] for row in tuned] == ["yes_no", "cider_d"]
     assert [row["unparsed"] for row in tuned] == ["3", ""]
+    assert [row["images or documents"] for row in tuned] == ["2", ""]
     assert tuned[1]["majority-class baseline"] == ""
     print_scores({"tuned_scores": [yes_no, caption]})
     shown = capsys.readouterr().out
