@@ -234,6 +234,19 @@ def test_an_evaluation_continues_where_it_stopped(
     assert passes == [2]
 
 
+def test_an_evaluation_after_training_gives_the_answers_of_the_run(
+    run: Path, tmp_path: Path, passes: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [f"output_dir={tmp_path / 'run'}"]
+    assert entry_point(["train", str(run / "recipe.yaml"), *overrides]) == 0
+    assert sum(passes) == 6
+    passes.clear()
+    answers = _answers(tmp_path / "run")
+    assert passes == [] and "6 answers are from the cache" in capsys.readouterr().out
+    assert answers == [json.loads(line) for line in (tmp_path / "run" / "answers_after.jsonl").read_text().splitlines()]
+    assert _answers(tmp_path / "run", "evaluate.cache=false") == answers
+
+
 def test_a_retrained_run_and_a_changed_image_get_no_old_answers(run: Path, rows: Path, passes: list[int]) -> None:
     first = _answers(run / "run")
     adapter = run / "run" / "adapter" / "adapter_model.safetensors"

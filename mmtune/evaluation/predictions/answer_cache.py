@@ -58,7 +58,7 @@ def model_key(model: Any, processor: ProcessorMixin, weights: str) -> str:
         "format": FORMAT,
         "weights": weights,
         "class": type(model).__name__,
-        "config": model.config.to_dict(),
+        "config": _without_notes(model.config.to_dict()),
         "attention": [attention_of(config) for config in _configs(model.config)],
         "dtypes": [[name, str(parameter.dtype)] for name, parameter in parameters],
         "devices": sorted({parameter.device.type for _, parameter in parameters}),
@@ -68,6 +68,13 @@ def model_key(model: Any, processor: ProcessorMixin, weights: str) -> str:
         "code": _code_digest(),
     }
     return _digest(json.dumps(content, sort_keys=True, default=str).encode())
+
+
+def _without_notes(value: Any) -> Any:
+    """A config without where it was read, and without what training switches off and generation sets itself."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_notes(item) for key, item in value.items() if key not in ("_name_or_path", "use_cache")}
 
 
 @functools.cache
