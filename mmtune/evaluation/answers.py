@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mmtune.evaluation.metrics.intervals import confidence_interval
 from mmtune.evaluation.metrics.metric import Item, Metric
 from mmtune.evaluation.metrics.metric_table import find_metric
 from mmtune.utils.errors import UserError, reason_of
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,13 @@ def final_answer(text: str, marker: str | None) -> str:
 
 
 def score_answers(answers: Sequence[Answer], answer_after: str | None = None) -> list[Answer]:
-    """The answers with `score` and `parsed` from their metrics.
+    """The answers with `score` and `parsed` from their metrics. Each source is a data set of its own (`Metric.score_all`).
 
     Raises:
         UserError: an unknown metric, or one whose function fails.
     """
     scored = list(answers)
-    for name, indices in _by([answer.metric for answer in answers]).items():
+    for (name, _), indices in _by([(answer.metric, answer.source) for answer in answers]).items():
         items = [answers[index].item(answer_after) for index in indices]
         for index, value in zip(indices, find_metric(name).score_all(items), strict=True):
             scored[index] = replace(answers[index], score=value or 0.0, parsed=value is not None)
@@ -146,9 +148,9 @@ def item_scores(
     return [_group_score(name, metric, items, values, baseline, rows) for name, rows in [*named, ("overall", range(len(items)))]]
 
 
-def _by(keys: Sequence[str]) -> dict[str, list[int]]:
+def _by(keys: Sequence[Key]) -> dict[Key, list[int]]:
     """Indices by key, in the order of first keys."""
-    indices: dict[str, list[int]] = {}
+    indices: dict[Key, list[int]] = {}
     for index, key in enumerate(keys):
         indices.setdefault(key, []).append(index)
     return indices

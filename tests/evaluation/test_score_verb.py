@@ -169,6 +169,18 @@ def test_each_source_is_scored_by_the_metric_of_its_template(tmp_path: Path) -> 
     assert {q.metric for q in unanswered(rows, 0, rows[0], _section(tmp_path, metric="anls"))} == {"anls"}
 
 
+def test_each_source_is_a_data_set_of_its_own() -> None:
+    captions = ("a cat on a mat", "two dogs run in a park", "a red bus", "a man in a hat", "a cat on a red chair", "two men")
+    answers = [
+        Answer(str(n), None, "?", (), (text,), text, str(n), "cider_d", source="ab"[n % 2]) for n, text in enumerate(captions)
+    ]
+    both = score_answers(answers)
+    for source in "ab":
+        alone = score_answers([answer for answer in answers if answer.source == source])
+        assert [answer.score for answer in both if answer.source == source] == [answer.score for answer in alone]
+    assert [answer.score for answer in both] != METRICS["cider_d"].score_all([answer.item() for answer in answers])
+
+
 def test_a_metric_that_does_not_fit_the_rows_is_an_error_before_anything_is_generated(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"charts\.json\[0\]: references: expected yes or no as reference, got '100'"):
         check_questions(_section(tmp_path, metric="yes_no"))

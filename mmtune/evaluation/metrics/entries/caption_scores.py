@@ -35,8 +35,8 @@ def _ngrams(words: Sequence[str]) -> NGrams:
 class CiderD(Metric):
     """CIDEr-D: cosine of TF-IDF weighted n-grams, clipped, with a penalty for length (Vedantam et al., arXiv 1411.5726).
 
-    The document frequencies are those of the references of all rows that are scored together, so the score of one answer
-    depends on the others; a single row scores 0.
+    The document frequencies are those of the references of all rows that are scored together (a source), so the score of
+    one answer depends on the others; a single row scores 0.
     """
 
     def score_all(self, items: Sequence[Item]) -> list[float | None]:
