@@ -193,7 +193,7 @@ class TuningTrainer(HookedTrainer):
         device = self.args.device
         generators = [device] if device.type == "cuda" else []
         with self._progress.pause(), torch.random.fork_rng(generators), in_eval_mode(self.model_wrapped):
-            metrics = self._held_out.means(self._held_out.loader(self._loader_settings()), self._held_out_sums)
+            metrics = self._held_out.means(self._loader_settings(), self._held_out_sums)
             if self._held_out_scores is not None:
                 metrics |= self._held_out_scores(self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False))
         self.log(metrics)
@@ -295,8 +295,10 @@ class TuningTrainer(HookedTrainer):
             with report_disk_errors(checkpoints / name):
                 write()
                 folder, limit = self.checkpoint_parent() / name, self.args.save_total_limit
-                if (best := self._best_checkpoint()) is not None and self._dist.is_main_process:
-                    self.state.best_model_checkpoint = str(best)  # the Trainer has written the name before it is complete
+                best = self._best_checkpoint()
+                if self._held_out is not None and self._dist.is_main_process:
+                    # The Trainer has written a path inside `checkpoint_parent`.
+                    self.state.best_model_checkpoint = None if best is None else str(best)
                     self.state.save_to_json(folder / TRAINER_STATE_NAME)
                 if self._dist.is_main_process and self._dist.zero_stage is None:  # DeepSpeed saves weights of its own
                     save_adapter_state(self.model, folder)

@@ -69,7 +69,7 @@ def test_the_held_out_metrics_are_those_of_plain_transformers_and_peft(
 ) -> None:
     """Answers differ in length and the last batch has fewer rows, so a mean of batch means is another number."""
     held_out = evaluation(rows, batch_size=5, metric="wer", max_new_tokens=4, while_training={"answers": True})
-    recipe = make_recipe(*EVERY_STEP, "train.max_steps=2", held_out)
+    recipe = make_recipe(*EVERY_STEP, "train.max_steps=2", "tune.language.lora_dropout=0.2", held_out)
     summary = train(recipe, ["test"])
     run = RunDirectory(Path(recipe.output_dir))
     evaluated = lines(run, "eval_loss")
@@ -161,6 +161,29 @@ def test_the_best_step_is_kept_and_known_after_a_resume(make_recipe: Callable[..
         train(recipe, ["test"], resume=True)
 
 
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [
+        (None, 1, [1, 2, 3, 4]),
+        (1, None, [4]),
+        (1, 1, [1, 4]),
+        (1, 4, [4]),
+        (3, 1, [1, 3, 4]),
+        (3, 3, [2, 3, 4]),
+        (9, 1, [1, 2, 3, 4]),
+    ],
+)
+def test_the_best_checkpoint_counts_among_the_newest(
+    tmp_path: Path, limit: int | None, best: int | None, left: list[int]
+) -> None:
+    """As transformers' rotate_checkpoints."""
+    run = RunDirectory(tmp_path)
+    for step in range(1, 5):
+        (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+    run.delete_checkpoints(limit, keep=None if best is None else run.checkpoints / f"checkpoint-{best}")
+    assert [path.name for path in run.checkpoints_by_step()] == [f"checkpoint-{step}" for step in left]
+
+
 def mean_losses(model: Any, processor: Any, rows: HeldOutRows, size: int) -> dict[str, float]:
     objective = SupervisedTuning(SftSection())
     held_out = HeldOutLoss(rows, objective, processor, SINGLE_PROCESS, size)
@@ -170,7 +193,7 @@ def mean_losses(model: Any, processor: Any, rows: HeldOutRows, size: int) -> dic
             losses = objective.compute_loss(model, objective.model_inputs(model, batch), 1)
         return objective.held_out_losses(losses), objective.denominator([batch])
 
-    means = held_out.means(held_out.loader({}), sums)
+    means = held_out.means({}, sums)
     return {name: value for name, value in means.items() if name.startswith("eval_loss")}
 
 

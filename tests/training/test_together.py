@@ -81,6 +81,7 @@ WORSE = {
     "eval_strategy": "steps",
     "eval_steps": 1,
     "save_strategy": "best",
+    "save_total_limit": 1,  # the newest checkpoint, and the best one
     "load_best_model_at_end": True,
     "greater_is_better": True,  # of the loss, which falls
     "early_stopping_patience": 3,

@@ -32,17 +32,11 @@ class HeldOutLoss:
     Args:
         rows: the held-out rows.
         objective: encodes and collates them.
-        size: rows per batch.
-        loader_settings: of the data loader: workers and pinned memory.
+        size: rows per batch, where the recipe does not limit their tokens.
     """
 
     def __init__(
-        self,
-        rows: HeldOutRows,
-        objective: SupervisedTuning,
-        processor: ProcessorMixin,
-        dist: DistributedContext,
-        size: int,
+        self, rows: HeldOutRows, objective: SupervisedTuning, processor: ProcessorMixin, dist: DistributedContext, size: int
     ) -> None:
         self._names = rows.samples.names
         self._dist = dist
@@ -52,21 +46,13 @@ class HeldOutLoss:
         self.data = TrainingSet(rows.samples, objective.encoder(processor, rows.section))
         self.rows = len(rows.chosen)
 
-    def loader(self, settings: Mapping[str, Any]) -> DataLoader[Any]:
-        """The data loader of this process's batches.
-
-        Args:
-            settings: of the loader, such as `num_workers`.
-        """
-        batches: Any = [rows for _, rows in self._batches]
-        return DataLoader(self.data, batch_sampler=batches, collate_fn=self._collator, **settings)
-
-    def means(self, loader: DataLoader[Any], sums: Sums) -> dict[str, float]:
+    def means(self, loader_settings: Mapping[str, Any], sums: Sums) -> dict[str, float]:
         """`eval_loss`, and with several sources `eval_loss_SOURCE`, and `eval_loss_PART` for each part of the objective's loss.
 
         All processes call it and get the same values.
 
         Args:
+            loader_settings: of the data loader, such as `num_workers`.
             sums: computes a batch, without gradients.
 
         Raises:
@@ -74,6 +60,8 @@ class HeldOutLoss:
             CheckFailed: the loss is not finite.
         """
         start = time.perf_counter()
+        batches: Any = [rows for _, rows in self._batches]
+        loader = DataLoader(self.data, batch_sampler=batches, collate_fn=self._collator, **loader_settings)
         by_source: dict[int, dict[str, float]] = {}
         faults: list[UserError] = []
         for (source, _), batch in zip(self._batches, loader, strict=True):
