@@ -38,8 +38,8 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's cache directory of the test's own."""
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    return tmp_path / ".cache"
+    monkeypatch.setattr("mmtune.utils.files.USER_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def test_a_directory_that_cannot_be_written_leaves_the_plan_in_the_users_cache(
 ) -> None:
     (data.parent / ".mmtune").write_text("in the way")  # as root may write to any directory
     plan = _plan(data)
-    assert plan.cache_file is not None and plan.cache_file.parent == own_cache / "mmtune" / "plans"
+    assert plan.cache_file is not None and plan.cache_file.parent == own_cache / "plans"
     output = capsys.readouterr().out
     assert "cannot write the cache in" in output and f"plan: cached in {plan.cache_file.parent}" in output
     assert _plan(data).counted == 1

@@ -175,5 +175,6 @@ def test_a_structure_without_its_parts_is_rejected_before_weights_load(
 ) -> None:
     monkeypatch.setattr("mmtune.families.structure._outside", lambda model, claimed: [])
     monkeypatch.setattr("mmtune.models.load.load_weights", None)
+    monkeypatch.setattr("mmtune.models.processors.feature_counter._KEPT", {})  # of an earlier test
     assert entry_point([*command, str(_recipe(tmp_path / "case", "builtin:tiny-llava"))]) == 2
     assert "LlavaForConditionalGeneration (model_type 'llava') has no projector" in capsys.readouterr().err
