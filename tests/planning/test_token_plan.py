@@ -402,7 +402,9 @@ def recipe_file(make_recipe: Callable[..., Any], tmp_path: Path) -> Iterator[str
 
 @pytest.mark.slow
 def test_plan_prints_data_and_memory(recipe_file: str, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert entry_point(["plan", recipe_file, "--json", "data.max_tokens=300"]) == 0
+    held_out = f"evaluate={{data: [{{path: {rows}, template: llava, limit: 5}}], batch_size: 2}}"
+    evaluates = ["train.eval_strategy=steps", "train.eval_steps=1", held_out]
+    assert entry_point(["plan", recipe_file, "--json", "data.max_tokens=300", *evaluates]) == 0
     captured = capsys.readouterr()
     plan = json.loads(captured.out)
     for words in ("supervised tokens", "largest batch", "Length of a row", "over length: 0 rows", "Peak memory of a step"):
@@ -412,6 +414,7 @@ def test_plan_prints_data_and_memory(recipe_file: str, rows: Path, capsys: pytes
     assert plan["data"]["image_tokens"] == 16 * plan["data"]["images"]
     assert sum(bar["rows"] for bar in plan["data"]["histogram"]) == count
     assert plan["peak"] > 0
+    assert (plan["data"]["held_out"]["rows"], plan["data"]["held_out"]["batches"]) == (5, 3)
 
 
 def test_a_plan_shows_only_what_the_run_does(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:

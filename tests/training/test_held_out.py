@@ -23,6 +23,7 @@ from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.objectives.sft import SupervisedTuning
 from mmtune.recipe.objective_section import SftSection
 from mmtune.recipe.recipe import Recipe
+from mmtune.rehearse import rehearse
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
 from mmtune.training.callbacks import evaluation_line
@@ -276,3 +277,13 @@ def test_a_run_killed_in_an_evaluation_resumes(make_recipe: Callable[..., Recipe
     resumed = outcome(run)
     train(recipe, ["test"], overwrite=True)
     assert outcome(run) == resumed
+
+
+@pytest.mark.slow
+def test_a_rehearsal_evaluates_too(make_recipe: Callable[..., Recipe], rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sources have other names in it, so that the best loss of one cannot be asked for by its name."""
+    held_out = evaluation(rows, data=[{"path": str(rows), **source} for source in TWO_SOURCES], while_training={"answers": True})
+    best = ("train.load_best_model_at_end=true", "train.save_strategy=steps", "train.metric_for_best_model=loss_rows.json")
+    summary = rehearse(make_recipe("train.eval_strategy=steps", "train.eval_steps=50", "train.save_steps=100", *best, held_out))
+    assert summary["best_step"] == 1
+    assert "eval_exact_match" in capsys.readouterr().out
