@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import multiprocessing
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +32,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
+from mmtune.data.torch_private import end_workers
 from mmtune.training.trainer import TuningTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +42,7 @@ PRIVATE_FILES = {
     "mmtune/methods/tuners/peft_private.py",
     "mmtune/distributed/deepspeed_private.py",
     "mmtune/distributed/accelerate_private.py",
+    "mmtune/data/torch_private.py",
     "mmtune/models/fake_tensors.py",  # torch's fake tensors and dispatch modes
 }
 NAMEDTUPLE = {"_replace", "_asdict", "_fields", "_make"}
@@ -254,3 +257,10 @@ def test_torchs_fake_tensors_are_still_importable() -> None:
 
     with FakeTensorMode():
         assert torch.empty(4).untyped_storage()._cdata, f"torch {torch.__version__} changed fake tensors"
+
+
+def test_torch_keeps_persistent_workers_with_the_iterator_of_a_loader() -> None:
+    loader = torch.utils.data.DataLoader([0, 1], num_workers=1, persistent_workers=True)
+    assert [*loader] and multiprocessing.active_children()
+    end_workers(loader)
+    assert multiprocessing.active_children() == []

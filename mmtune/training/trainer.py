@@ -25,6 +25,7 @@ from mmtune.data.batching.sample_stream import SampleStream
 from mmtune.data.data_report import NO_SAMPLE, NOT_FINITE, DataReport, SkippedStep
 from mmtune.data.message import RowError
 from mmtune.data.processes import prepare_worker, worker_failure
+from mmtune.data.torch_private import end_workers
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.distributed.sharded_parameters import full_state_dict
 from mmtune.methods.tuners.peft_private import adapter_keys_as_stored
@@ -125,6 +126,7 @@ class TuningTrainer(HookedTrainer):
         self._loss_before_step = torch.zeros(())
         self.supervised = 0  # tokens that the run has trained on, over all processes
         self._batches = batches
+        self._train_loader: DataLoader[Any] | None = None
         self._data_files = dict(data_files or {})
         self._initial = initial
         self._losses = LossRecord(source_names, dist)
@@ -145,6 +147,9 @@ class TuningTrainer(HookedTrainer):
             if (reason := worker_failure(error)) is None:
                 raise
             raise UserError(reason) from error
+        finally:
+            if self._train_loader is not None:
+                end_workers(self._train_loader)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -355,8 +360,11 @@ class TuningTrainer(HookedTrainer):
         """The data loader of this process's batches; accelerate does not divide them further."""
         settings = self._loader_settings() | {"persistent_workers": self.args.dataloader_persistent_workers}
         if isinstance(self.train_dataset, SampleStream):
-            return DataLoader(self.train_dataset, batch_size=None, **settings)
-        return EpochLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator, **settings)
+            self._train_loader = DataLoader(self.train_dataset, batch_size=None, **settings)
+        else:
+            batches = {"batch_sampler": self._batches, "collate_fn": self.data_collator}
+            self._train_loader = EpochLoader(self.train_dataset, **batches, **settings)
+        return self._train_loader
 
     def _loader_settings(self) -> dict[str, Any]:
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,3 +164,9 @@ def test_a_planned_run_knows_its_faulty_and_long_rows_before_weights_load(
     figures = train(recipe, ["test"])
     assert (figures["quarantined"], figures["dropped_over_length"]) == (1, 1)
     assert metrics(recipe)[0]["epoch"] == 1  # ten rows are left, and make one batch
+
+
+def test_persistent_workers_end_with_the_training(make_recipe: Callable[..., Recipe]) -> None:
+    """At the interpreter's exit, multiprocessing would wait for them: they ignore its signal."""
+    train(make_recipe("train.dataloader_num_workers=1", "train.dataloader_persistent_workers=true"), ["test"])
+    assert multiprocessing.active_children() == []
