@@ -136,6 +136,10 @@ def table_commands() -> list[list[str]]:
         "DIR": "data/more",
         "NAME": "llava_lora",
         "DEST": "mine.yaml",
+        "FILE": "data/digits/few.json",
+        "FILE.jsonl": "runs/quickstart/answers_after.jsonl",
+        "METRIC": "exact_match",
+        "A": "runs/quickstart",
         "RELEASE": "runs/quickstart/merged",
     }
     commands = []
@@ -154,6 +158,8 @@ def test_every_command_of_the_table(
         words = [*words, "--rehearse"]
     if words[0] in ("merge", "assemble"):
         words = [*words, "--overwrite"]
+    if words[0] == "predict":
+        words = [*words, "--template", "llava"]
     monkeypatch.chdir(checkout)
     monkeypatch.setattr("sys.stdin", io.StringIO("/exit\n"))
     assert entry_point(words) == 0
