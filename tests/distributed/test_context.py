@@ -472,7 +472,7 @@ def test_a_strategy_is_rehearsed(kinds: dict[str, dict[str, Any]], tmp_path: Pat
     saved = {**kinds["mixed"]["train"], "save_strategy": "epoch"}
     recipes = {
         "ddp": {**kinds["mixed"], "train": saved},
-        "zero2": {**kinds["towers"], "train": saved},
+        "zero2": {**kinds["towers"], "train": {**kinds["towers"]["train"], "save_strategy": "epoch"}},
         "torchrun": {**kinds["mixed"], "train": {**saved, "deepspeed": str(ROOT / "recipes" / "deepspeed" / "zero3.json")}},
         "fsdp2": kinds["mixed"],
     }
