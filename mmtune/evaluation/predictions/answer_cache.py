@@ -26,6 +26,7 @@ from transformers import ProcessorMixin
 import mmtune
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.evaluation.predictions.prediction import Prediction
+from mmtune.models.checkpoints.config_keys import without_keys
 from mmtune.run_directory import versions
 from mmtune.utils.errors import UserError
 from mmtune.utils.files import user_cache
@@ -33,6 +34,8 @@ from mmtune.utils.transformers_private import attention_of
 
 FORMAT = 1
 """Part of the key of a model, so that files of another format are not read."""
+IRRELEVANT_KEYS = ("_name_or_path", "use_cache")
+"""Keys of a config that change no answer: where it was read, and what training switches off and generation sets itself."""
 MAX_BYTES = 2**30
 """Maximum size of all files together; the least recently used ones are removed."""
 
@@ -58,7 +61,7 @@ def model_key(model: Any, processor: ProcessorMixin, weights: str) -> str:
         "format": FORMAT,
         "weights": weights,
         "class": type(model).__name__,
-        "config": _without_notes(model.config.to_dict()),
+        "config": without_keys(model.config.to_dict(), IRRELEVANT_KEYS),
         "attention": [attention_of(config) for config in _configs(model.config)],
         "dtypes": [[name, str(parameter.dtype)] for name, parameter in parameters],
         "devices": sorted({parameter.device.type for _, parameter in parameters}),
@@ -68,13 +71,6 @@ def model_key(model: Any, processor: ProcessorMixin, weights: str) -> str:
         "code": _code_digest(),
     }
     return _digest(json.dumps(content, sort_keys=True, default=str).encode())
-
-
-def _without_notes(value: Any) -> Any:
-    """A config without where it was read, and without what training switches off and generation sets itself."""
-    if not isinstance(value, dict):
-        return value
-    return {key: _without_notes(item) for key, item in value.items() if key not in ("_name_or_path", "use_cache")}
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from mmtune.distributed.sharded_parameters import meta_init
 from mmtune.families.structure import Components, find_components, image_features_of, is_inside
+from mmtune.models.checkpoints.config_keys import without_keys
 from mmtune.models.checkpoints.remote_code import auto_class
 from mmtune.models.components import component_of
 from mmtune.models.fake_tensors import MemoryTracker, suppress_fake_tensor_warnings
@@ -87,7 +88,7 @@ def feature_counter(config: PreTrainedConfig, trust_remote_code: bool) -> Featur
     Raises:
         UserError: as `FeatureCounter`.
     """
-    described = _without_irrelevant(json.loads(config.to_json_string(use_diff=False)))
+    described = without_keys(json.loads(config.to_json_string(use_diff=False)), IRRELEVANT)
     key = f"{type(config)} {json.dumps(described, sort_keys=True)}"
     if key not in _KEPT:
         copied = type(config).from_dict(config.to_dict())  # from_config modifies the config
@@ -95,12 +96,6 @@ def feature_counter(config: PreTrainedConfig, trust_remote_code: bool) -> Featur
         _KEPT.clear()
         _KEPT[key] = counter
     return _KEPT[key]
-
-
-def _without_irrelevant(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_irrelevant(each) for key, each in value.items() if key not in IRRELEVANT}
-    return value
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
