@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
+from mmtune.evaluation.answers import final_answer
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -33,6 +35,6 @@ def vote(prediction: Prediction, marker: str | None) -> Prediction:
     """
     if not prediction.answers:
         return prediction
-    keys = [" ".join((text.rpartition(marker)[2] if marker else text).casefold().split()) for text in prediction.answers]
+    keys = [" ".join(final_answer(text, marker).casefold().split()) for text in prediction.answers]
     winner = keys.index(Counter(keys).most_common(1)[0][0])  # of equal counts, the one counted first
     return replace(prediction, text=prediction.answers[winner])
