@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from mmtune.data.sources.reader import check_source
 from mmtune.data.templates.template import load_data_template
-from mmtune.evaluation.metrics.metric_table import DEFAULT_METRIC, METRICS, find_metric
+from mmtune.evaluation.metrics.metric_table import METRICS, find_metric, metric_name
 from mmtune.families.family_table import ASSEMBLED_TYPE, family_of
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, resolve_base
 from mmtune.models.checkpoints.model_type import check_model_type, local_model_type
@@ -48,7 +48,7 @@ def check_recipe(
             find_metric(recipe.evaluate.metric)
     if recipe.evaluate and recipe.evaluates_while_training and not errors:
         with _collected(errors), located_errors(recipe):
-            _check_best_metric(recipe.evaluate, recipe.train.get("metric_for_best_model"))
+            _check_best_metric(recipe.evaluate, recipe)
     missing = missing_libraries(recipe.train, recipe.model.attn_implementation) if "train" in sections else ()
     errors += [located(recipe, key, message) for key, message in missing if key in libraries]
     if "model" in sections:
@@ -73,12 +73,12 @@ def _check_metric(source: Source) -> None:
         raise RecipeValueError("template", f"{source.template}: unknown metric '{metric}'{nearest(metric, METRICS)}")
 
 
-def _check_best_metric(section: EvaluateSection, name: str | None) -> None:
+def _check_best_metric(section: EvaluateSection, recipe: Recipe) -> None:
     """Check that an evaluation while training reports `train.metric_for_best_model`."""
     names = source_names(section.sources)
     losses = ["loss", *(f"loss_{source}" for source in names if len(names) > 1)]
-    scores = {section.metric or load_data_template(source.template).metric or DEFAULT_METRIC for source in section.sources}
-    best = (name or "loss").removeprefix("eval_")
+    scores = {metric_name(section.metric, load_data_template(source.template).metric) for source in section.sources}
+    name, best = recipe.train.get("metric_for_best_model"), recipe.best_metric
     key = "train.metric_for_best_model"
     if best in scores and not section.while_training.answers:
         raise RecipeValueError(key, f"{name} needs answers while training: give evaluate.while_training: {{answers: true}}")

@@ -155,7 +155,7 @@ def _write_small(recipe: Recipe, place: Path, dist: DistributedContext) -> Path:
         small["train"] |= {"save_strategy": "steps", "save_steps": 1}
     if recipe.evaluates_while_training:
         small["train"] |= {"eval_strategy": "steps", "eval_steps": 1, "eval_delay": 0}
-        if str(recipe.train.get("metric_for_best_model")).removeprefix("eval_").startswith("loss_"):  # of a source, by its file
+        if recipe.best_metric.startswith("loss_"):  # of a source, by its file
             small["train"]["metric_for_best_model"] = "loss"
     if not is_launched():
         small["train"].pop("deepspeed", None)

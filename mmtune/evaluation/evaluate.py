@@ -15,7 +15,7 @@ from mmtune.data.message import RowError, Sample, split_question, text_of
 from mmtune.data.validation.leakage import check_leakage
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.evaluation.answers import Answer, score_answers
-from mmtune.evaluation.metrics.metric_table import DEFAULT_METRIC, find_metric
+from mmtune.evaluation.metrics.metric_table import find_metric, metric_name
 from mmtune.evaluation.predictions.answer_cache import AnswerCache, open_answer_cache
 from mmtune.evaluation.predictions.answering import predict_answers
 from mmtune.evaluation.predictions.choices import check_choices
@@ -162,8 +162,8 @@ def unanswered(rows: IndexedSamples, index: int, sample: Sample, section: Evalua
 
 
 def metric_of(rows: IndexedSamples, source: int, section: EvaluateSection) -> str:
-    """The name of a source's metric: the recipe's, else the one of its data template, else exact match."""
-    return section.metric or rows.templates[source].metric or DEFAULT_METRIC
+    """The name of a source's metric."""
+    return metric_name(section.metric, rows.templates[source].metric)
 
 
 def cluster_of(sample: Sample) -> str:

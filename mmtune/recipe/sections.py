@@ -422,6 +422,11 @@ class Recipe(Section):
         """Whether held-out rows are evaluated while the model trains."""
         return bool(self.train.get("eval_strategy", "no") != "no")
 
+    @property
+    def best_metric(self) -> str:
+        """`train.metric_for_best_model` without the prefix `eval_`; the held-out loss if there is none."""
+        return str(self.train.get("metric_for_best_model") or "loss").removeprefix("eval_")
+
     def origin(self, key: str) -> str:
         """Where a dotted key was written: `FILE:LINE`, `command line: KEY=VALUE`, or `default`."""
         return self._origins.get(key, "default")

@@ -120,7 +120,7 @@ def best_step_metrics(trainer: TuningTrainer) -> dict[str, Any]:
         if args.load_best_model_at_end:
             print("no step was evaluated: the run keeps the weights of its last step")
         return {}
-    name = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
+    name = f"eval_{args.metric_for_best_model}"
     note = "; the run keeps its weights" if args.load_best_model_at_end else ""
     print(f"best step: {state.best_global_step} of {state.global_step}, {name} {state.best_metric:.4f}{note}")
     return {"best_step": state.best_global_step, "best_metric": state.best_metric, "metric_for_best_model": name}

@@ -35,8 +35,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     settings |= recipe.train
     settings.pop("deepspeed", None)  # `check_launch` has passed it to accelerate
     if recipe.evaluates_while_training:
-        best = (settings.get("metric_for_best_model") or "loss").removeprefix("eval_")
-        settings["metric_for_best_model"] = best
+        best = settings["metric_for_best_model"] = recipe.best_metric
         if settings.get("greater_is_better") is None:  # transformers knows neither `loss_SOURCE` nor error rates
             settings["greater_is_better"] = not best.startswith("loss") and find_metric(best).greater_is_better
     if not is_launched():  # TrainingArguments would look for the process group that a launcher sets up

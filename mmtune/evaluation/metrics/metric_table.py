@@ -43,6 +43,11 @@ DEFAULT_METRIC = EXACT_MATCH.name
 """The metric of rows whose data template names none, where the recipe names none."""
 
 
+def metric_name(of_recipe: str | None, of_template: str | None) -> str:
+    """The name of a source's metric: the recipe's, else the one of its data template, else exact match."""
+    return of_recipe or of_template or DEFAULT_METRIC
+
+
 def find_metric(name: str) -> Metric:
     """The metric of a name, or the function of `module:function` or `FILE.py:function`.
 
