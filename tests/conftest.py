@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import signal
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,8 +53,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()  # what is imported by now stays: the Trainer collects garbage at every start, and would look through all of it
+_modules_at_freeze = 0
+
+
+def pytest_runtest_setup() -> None:
+    """Freeze what earlier tests imported: the Trainer collects garbage at every start, and would look through all of it."""
+    global _modules_at_freeze
+    if len(sys.modules) > _modules_at_freeze:
+        _modules_at_freeze = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

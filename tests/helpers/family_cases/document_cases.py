@@ -22,6 +22,7 @@ from mmtune.models.tiny.tiny_bases import CHATML_TOKENS, VISION, TinyBase, text_
 
 _SAM: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64}
 _SAM |= {"output_channels": 32, "window_size": 14, "global_attn_indexes": [1], "initializer_range": 0.02}
+_WINDOWED = {**_SAM, "global_attn_indexes": []}  # for 64 x 64 patches: attention between all of them takes most of a test
 
 
 def _got_ocr2() -> ProcessorMixin:
@@ -34,7 +35,7 @@ def _got_ocr2() -> ProcessorMixin:
 def _got_ocr2_config(processor: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(
         "got_ocr2",
-        vision_config={**_SAM, "image_size": 128, "patch_size": 2},
+        vision_config={**_WINDOWED, "image_size": 128, "patch_size": 2},
         text_config={"model_type": "qwen2", **text_sizes(processor.tokenizer), "tie_word_embeddings": True},
         image_token_index=processor.image_token_id,
     )
@@ -113,7 +114,7 @@ def _ocr_processor(kind: str, images: str, patch: int, **settings: Any) -> Proce
 
 
 def _deepseek_ocr2_config(processor: Any) -> PreTrainedConfig:
-    sam = {**_SAM, "image_size": 64, "patch_size": 1, "downsample_channels": [32, 64]}
+    sam = {**_WINDOWED, "image_size": 64, "patch_size": 1, "downsample_channels": [32, 64]}
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = {**text_sizes(processor.tokenizer), "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1}
     text |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_layer_types": ["dense", "sparse"]}
