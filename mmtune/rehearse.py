@@ -27,6 +27,7 @@ from mmtune.distributed.accelerate_private import fsdp_on_cpu
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext, init_distributed
 from mmtune.distributed.deepspeed_private import disable_sharded_construction
 from mmtune.distributed.launch import check_launch, is_launched, launched_with_deepspeed, launched_with_fsdp
+from mmtune.evaluation.metrics.metric_table import is_held_out_loss
 from mmtune.evaluation.predictions.answering import generate_answers
 from mmtune.methods.method_table import METHODS
 from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
@@ -155,7 +156,7 @@ def _write_small(recipe: Recipe, place: Path, dist: DistributedContext) -> Path:
         small["train"] |= {"save_strategy": "steps", "save_steps": 1}
     if recipe.evaluates_while_training:
         small["train"] |= {"eval_strategy": "steps", "eval_steps": 1, "eval_delay": 0}
-        if recipe.best_metric.startswith("loss_"):  # of a source, by its file
+        if is_held_out_loss(recipe.best_metric):  # of a source, by its file
             small["train"]["metric_for_best_model"] = "loss"
     if not is_launched():
         small["train"].pop("deepspeed", None)

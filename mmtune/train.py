@@ -27,7 +27,7 @@ from mmtune.data.encoding.encoding_checks import check_encoding
 from mmtune.distributed.context import check_same, init_distributed
 from mmtune.distributed.launch import check_launch
 from mmtune.distributed.sharded_parameters import gathered_forward
-from mmtune.evaluation.answers import Answer, read_answers, write_answers
+from mmtune.evaluation.answers import Answer, write_answers
 from mmtune.evaluation.comparison import tuning_metrics
 from mmtune.evaluation.evaluate import check_held_out, evaluate
 from mmtune.evaluation.run_report import write_report
@@ -133,10 +133,8 @@ def load(inputs: RunInputs) -> tuple[Any, ProcessorMixin, TrainingData]:
 
 
 def evaluate_base(inputs: RunInputs, model: Any, processor: ProcessorMixin, run: RunDirectory) -> list[Answer]:
-    """Answers of the base before tuning, if the recipe asks for them; a resumed run reads the ones it wrote."""
+    """Answers of the base before tuning, if the recipe asks for them; those of a resumed run are in the cache."""
     section, answers = inputs.recipe.evaluate, run.answers("before")
-    if inputs.checkpoint is not None and answers.is_file():
-        return read_answers(answers)
     if not (section and section.before):
         return []
     with gathered_forward(model):

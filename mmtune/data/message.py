@@ -54,6 +54,7 @@ class Sample:
         references: all accepted answers as the row has them, with repetitions; empty if only the last turn is accepted.
         cluster: the document that the question is about, if the template names a field for it.
         tools: schemas of the functions that the model may call, `{"type": "function", "function": {"name": str, ...}}`.
+        shots: the number of messages that are few-shot examples; only a system message comes before them.
     """
 
     id: str
@@ -65,11 +66,22 @@ class Sample:
     options: tuple[str, ...] = ()
     cluster: str | None = None
     tools: tuple[dict[str, Any], ...] = ()
+    shots: int = 0
 
     @property
     def images(self) -> list[Media]:
         """The images, in the order of their placeholders."""
-        return [block["image"] for message in self.messages for block in message["content"] if block["type"] == "image"]
+        return _images_of(self.messages)
+
+    @property
+    def own_images(self) -> list[Media]:
+        """The images of the row itself, without those of few-shot examples."""
+        system = 1 if self.messages and self.messages[0]["role"] == "system" else 0
+        return _images_of(self.messages[system + self.shots :])
+
+
+def _images_of(messages: list[Message]) -> list[Media]:
+    return [block["image"] for message in messages for block in message["content"] if block["type"] == "image"]
 
 
 def text_of(message: Message) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from mmtune.data.dataset import DataReport, IndexedSamples, StreamedSamples, check_rows, iterate_rows
+from mmtune.data.linked_rows import first_linked_keys, row_keys
 from mmtune.data.media.image_content import media_key
 from mmtune.data.message import RowError, Sample, split_question, text_of
 from mmtune.data.validation.leakage import check_leakage
@@ -90,11 +91,13 @@ def evaluate(
     """
     rows = IndexedSamples(section.sources)
     numbers = range(len(rows)) if chosen is None else chosen
+    read = [rows[number] for number in numbers]
     questions: list[Answer] = []
     samples: list[Sample] = []
-    for number in numbers:
-        sample = rows[number]
-        questions += unanswered(rows, number, sample, section)
+    for number, sample, cluster in zip(
+        numbers, read, clusters_of(read, [rows.source_of(number) for number in numbers]), strict=True
+    ):
+        questions += unanswered(rows, number, sample, section, cluster)
         samples += [with_prompt(question, section.prompt) for question in questions_of(sample, section)]
     indices = range(len(samples)) if dist.sharded else range(dist.rank, len(samples), dist.size)
     cache = open_answer_cache(model, processor, weights, dist) if section.cache else None
@@ -128,18 +131,21 @@ def _print_counts(predictions: Sequence[Prediction], label: str, cache: AnswerCa
         print(f"{label}: {cache.hits:,} answers are from the cache {cache.folder} (evaluate.cache: false computes them again)")
 
 
-def unanswered(rows: IndexedSamples, index: int, sample: Sample, section: EvaluateSection) -> list[Answer]:
+def unanswered(
+    rows: IndexedSamples, index: int, sample: Sample, section: EvaluateSection, cluster: str | None = None
+) -> list[Answer]:
     """The questions of a held-out row as answers with empty predictions. They are one cluster.
 
     Args:
         rows: the held-out rows.
         index: of the row in `rows`.
         sample: the row.
+        cluster: the name of its cluster; None: the row's id.
 
     Raises:
         RowError: the conversation does not end with an answer of text.
     """
-    source, cluster = rows.source_of(index), cluster_of(sample)
+    source = rows.source_of(index)
     answers = []
     for question in questions_of(sample, section):
         messages, reference = split_question(question)
@@ -148,10 +154,10 @@ def unanswered(rows: IndexedSamples, index: int, sample: Sample, section: Evalua
                 id=question.id,
                 task=question.task,
                 question=text_of(next(message for message in reversed(messages) if message["role"] == "user")),
-                images=tuple(str(path) for path in question.images),
+                images=tuple(str(path) for path in question.own_images),
                 references=question.references if reference in question.references else (reference, *question.references),
                 prediction="",
-                cluster=cluster,
+                cluster=sample.id if cluster is None else cluster,
                 metric=metric_of(rows, source, section),
                 source=rows.names[source] if len(section.sources) > 1 else None,
                 choices=question.choices,
@@ -166,6 +172,25 @@ def metric_of(rows: IndexedSamples, source: int, section: EvaluateSection) -> st
     return metric_name(section.metric, rows.templates[source].metric)
 
 
-def cluster_of(sample: Sample) -> str:
-    """What a question is about: the document that its template names, else its images, else the row itself."""
-    return sample.cluster or " ".join(map(media_key, sample.images)) or sample.id
+def clusters_of(samples: Sequence[Sample], sources: Sequence[int]) -> list[str]:
+    """The name of each row's cluster: what it is about.
+
+    Rows of one cluster share an image of the same content or, in one source, a document, directly or through other rows. The name
+    is the document or the path of the images of its first row; that of a row without both is its id.
+
+    Args:
+        samples: the rows.
+        sources: the number of each row's source.
+
+    Raises:
+        RowError: an image cannot be read.
+    """
+    linked = first_linked_keys([row_keys(sample, str(source)) for sample, source in zip(samples, sources, strict=True)])
+    names: dict[bytes, str] = {}
+    taken: set[str] = set()
+    for key, sample, source in zip(linked, samples, sources, strict=True):
+        if key is not None and key not in names:
+            name = sample.cluster or " ".join(map(media_key, sample.own_images))
+            names[key] = f"{name} (source {source + 1})" if name in taken else name
+            taken.add(names[key])
+    return [sample.id if key is None else names[key] for key, sample in zip(linked, samples, strict=True)]

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmtune.distributed.context import DistributedContext
+from mmtune.evaluation.metrics.metric_table import is_held_out_loss
 from mmtune.training.throughput.progress import format_duration
 from mmtune.utils.errors import CheckFailed, Stopped
 from mmtune.utils.files import report_disk_errors
@@ -108,7 +109,7 @@ def progress_line(logs: dict[str, Any], room: int | None = None) -> str:
 
 def is_loss_or_speed(name: str) -> bool:
     """Whether a metric of an evaluation is a loss or a speed, not a score of answers."""
-    return name.startswith("eval_loss") or name in EVALUATION_SPEED
+    return is_held_out_loss(name.removeprefix("eval_")) or name in EVALUATION_SPEED
 
 
 def evaluation_line(logs: dict[str, Any]) -> str:

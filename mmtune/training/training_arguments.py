@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from mmtune.distributed.launch import is_launched, launched_with_deepspeed
-from mmtune.evaluation.metrics.metric_table import find_metric
+from mmtune.evaluation.metrics.metric_table import find_metric, is_held_out_loss
 from mmtune.recipe.pass_through.arguments import EARLY_STOPPING
 from mmtune.recipe.recipe import Recipe
 from mmtune.recipe.train_rules import LOGGING_STEPS
@@ -37,7 +37,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     if recipe.evaluates_while_training:
         best = settings["metric_for_best_model"] = recipe.best_metric
         if settings.get("greater_is_better") is None:  # transformers knows neither `loss_SOURCE` nor error rates
-            settings["greater_is_better"] = not best.startswith("loss") and find_metric(best).greater_is_better
+            settings["greater_is_better"] = not is_held_out_loss(best) and find_metric(best).greater_is_better
     if not is_launched():  # TrainingArguments would look for the process group that a launcher sets up
         settings.pop("ddp_backend", None)
     try:

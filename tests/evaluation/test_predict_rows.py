@@ -139,7 +139,7 @@ def test_predicted_rows_have_the_answers_of_the_model_and_train(
 def test_an_interrupted_prediction_continues(
     base: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out[1].jsonl"  # a name that is a pattern too
     assert _predict(base, questions, whole) == 0
     monkeypatch.setattr(predict_rows, "BATCHES_AT_ONCE", 1)
     answered: list[int] = []
@@ -154,16 +154,31 @@ def test_an_interrupted_prediction_continues(
     monkeypatch.setattr(predict_rows, "generate_predictions", stopped)
     assert _predict(base, questions, out, "--batch-size", "2") == 130
     assert not out.exists()
-    [part] = tmp_path.glob(".out.jsonl.part-*")
+    [part] = tmp_path.glob(".out*.part-*")
     part.write_text(part.read_text()[:-5])  # a line that a kill cut off
     assert _predict(base, questions, out, "--max-new-tokens", "5") == 2
     assert "an unfinished prediction with another max_new_tokens; finish it with the same command" in capsys.readouterr().err
+    asked = questions.read_text()
+    questions.write_text(asked.replace("And again?", "And now?"))
+    assert _predict(base, questions, out) == 2
+    assert "an unfinished prediction with another content" in capsys.readouterr().err
+    questions.write_text(asked)
     answered.clear()
     assert _predict(base, questions, out, "--batch-size", "4") == 0
     assert "continues: 3 of 7 rows are answered" in capsys.readouterr().out
     assert sum(answered) == 4
     assert out.read_text() == whole.read_text()
     assert [path.name for path in tmp_path.glob(".out*")] == []
+
+
+def test_the_content_of_rows_has_their_images(tmp_path: Path) -> None:
+    row = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>What?"}]}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    contents = set()
+    for color in ("red", "blue", "red"):
+        Image.new("RGB", (32, 32), color).save(tmp_path / "a.png")
+        contents.add(predict_rows.UnansweredRows(Source(path=str(tmp_path / "rows.json"), template="llava")).content)
+    assert len(contents) == 2
 
 
 def test_rows_that_cannot_be_answered_are_listed_before_weights_load(

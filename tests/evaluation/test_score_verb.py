@@ -154,7 +154,6 @@ def test_each_source_is_scored_by_the_metric_of_its_template(tmp_path: Path) -> 
         ("relaxed_accuracy", ("Yes",)),
         ("anls", ("Paris", "paris")),
     ]
-    assert questions[0].cluster == questions[1].cluster == questions[0].images[0] and questions[2].cluster == "d1"
     texts = ["104", "no", "pari"]
     answers = score_answers([Answer(**{**vars(q), "prediction": text}) for q, text in zip(questions, texts, strict=True)])
     scores = [(s.task, s.metric, s.score) for s in group_scores(answers)]

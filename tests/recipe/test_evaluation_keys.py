@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mmtune.evaluation.metrics.metric_table import is_held_out_loss
 from mmtune.preflight import check_recipe
 from mmtune.recipe.recipe import load_recipe
 from mmtune.utils.errors import UserError
@@ -110,6 +111,11 @@ def test_the_best_metric_is_one_that_is_reported(tmp_path: Path, name: str, eval
         return
     with pytest.raises(UserError, match=re.escape(f"x.yaml:8: train.metric_for_best_model: {error}")):
         check_recipe(load_recipe(path), files=False)
+
+
+def test_a_function_is_no_held_out_loss() -> None:
+    names = ("loss", "loss_a.json", "exact_match", "loss_metric.py:score", "loss:score", "losses.py:score")
+    assert [is_held_out_loss(name) for name in names] == [True, True, False, False, False, False]
 
 
 def test_a_stream_has_no_epochs(tmp_path: Path) -> None:

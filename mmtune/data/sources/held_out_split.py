@@ -16,19 +16,17 @@ from importlib import metadata
 
 import numpy as np
 
-from mmtune.data.media.image_content import sampled_digest
+from mmtune.data.linked_rows import Keys, first_linked_keys, row_keys, text_key
 from mmtune.data.message import RowError, Sample, text_of
 from mmtune.data.processes import map_rows
 from mmtune.data.sources.row_cache import RowCache, cache_directory, cache_key, file_signatures
 from mmtune.data.sources.rows import Row, Rows
 from mmtune.recipe.recipe import Source
-from mmtune.utils.errors import UserError, reason_of
+from mmtune.utils.errors import UserError
 
 FORMAT = 2
 """Version of the split and of its cache file."""
 
-Keys = tuple[bytes, ...]
-"""The digests of a row's images and document, or that of its first question; empty for a row that cannot be read."""
 IndexArray = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
@@ -115,19 +113,8 @@ def _row_keys(rows: Rows, sample_of: Callable[[str, Row], Sample], index: int) -
     """
     row_id, row = rows[index]
     sample = sample_of(row_id, row)
-    try:
-        images = tuple(sampled_digest(image) for image in sample.images)
-    except (OSError, ValueError) as error:
-        raise RowError(row_id, "image", reason_of(error), "image_unreadable") from error
-    if sample.cluster:
-        return (*images, _text_digest("document", sample.cluster))
     question = next((text_of(message) for message in sample.messages if message["role"] == "user"), "")
-    return images or (_text_digest("question", question),)
-
-
-def _text_digest(kind: str, text: str) -> bytes:
-    normalized = f"{kind} {' '.join(text.split())}"
-    return hashlib.blake2b(normalized.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return row_keys(sample) or (text_key("question", question),)
 
 
 def split_rows(keys: Sequence[Keys], share: float, seed: int) -> HeldOutSplit:
@@ -140,7 +127,7 @@ def split_rows(keys: Sequence[Keys], share: float, seed: int) -> HeldOutSplit:
         seed: the source's seed.
     """
     groups: dict[bytes, int] = {}  # of the key that decides: the number of rows
-    deciding = _first_keys(keys)
+    deciding = first_linked_keys(keys)
     for key in deciding:
         if key is not None:
             groups[key] = groups.get(key, 0) + 1
@@ -171,28 +158,6 @@ def check_split(split: HeldOutSplit, path: str, share: float) -> None:
         f"{path}: held_out: {share:g}: {side}: the source has {images}, and an image is held out as a whole; give another "
         "fraction, or a number of rows"
     )
-
-
-def _first_keys(keys: Sequence[Keys]) -> list[bytes | None]:
-    """For each row, the first key of the first row that is linked to it, directly or through other rows."""
-    parents: dict[bytes, bytes] = {}
-    order: dict[bytes, int] = {}
-
-    def root(key: bytes) -> bytes:
-        while parents[key] != key:
-            parents[key] = parents[parents[key]]
-            key = parents[key]
-        return key
-
-    for row in keys:
-        for key in row:
-            order.setdefault(key, len(order))
-            parents.setdefault(key, key)
-        roots = {root(key) for key in row}
-        if len(roots) > 1:
-            first = min(roots, key=order.__getitem__)
-            parents.update(dict.fromkeys(roots, first))
-    return [root(row[0]) if row else None for row in keys]
 
 
 def _place(key: bytes, seed: int) -> float:

@@ -102,7 +102,7 @@ class SourceReader:
             return sample
         start = 1 if sample.messages[0]["role"] == "system" else 0
         examples = [message for example in self._shots.draw_for(row_id, row, sample) for message in example]
-        return replace(sample, messages=[*sample.messages[:start], *examples, *sample.messages[start:]])
+        return replace(sample, messages=[*sample.messages[:start], *examples, *sample.messages[start:]], shots=len(examples))
 
     def sample_without_shots(self, row_id: str, row: Row, visit: int = 0) -> Sample:
         """As `sample`, without few-shot examples. Raises RowError."""

@@ -48,6 +48,11 @@ def metric_name(of_recipe: str | None, of_template: str | None) -> str:
     return of_recipe or of_template or DEFAULT_METRIC
 
 
+def is_held_out_loss(name: str) -> bool:
+    """Whether the name of a held-out metric, without `eval_`, is `loss` or `loss_SOURCE`. A name with a colon is a function."""
+    return name == "loss" or (name.startswith("loss_") and ":" not in name)
+
+
 def find_metric(name: str) -> Metric:
     """The metric of a name, or the function of `module:function` or `FILE.py:function`.
 

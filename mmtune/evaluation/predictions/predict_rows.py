@@ -7,6 +7,8 @@ so that a job that was interrupted continues, also with another number of proces
 from __future__ import annotations
 
 import base64
+import glob
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -18,15 +20,17 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from mmtune.data.dataset import check_headers
+from mmtune.data.media.image_content import sampled_digest
 from mmtune.data.media.media import Media, open_media
-from mmtune.data.message import Message, RowError, Sample, prompt_messages
+from mmtune.data.message import Message, RowError, Sample, all_text_of, prompt_messages
 from mmtune.data.sources.reader import SourceReader
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.evaluation.predictions.answering import generate_predictions
 from mmtune.evaluation.predictions.decoding import DecodingSettings
 from mmtune.evaluation.predictions.prediction import Prediction
 from mmtune.recipe.recipe import Source
-from mmtune.utils.errors import UserError
+from mmtune.run_directory import versions
+from mmtune.utils.errors import UserError, reason_of
 from mmtune.utils.files import replace_text
 
 BATCHES_AT_ONCE = 16
@@ -36,6 +40,10 @@ SHOWN_ROWS = 10
 
 class UnansweredRows:
     """The rows of a source by index, as samples whose last answer is a placeholder.
+
+    Attributes:
+        media_root: the folder that media paths are relative to.
+        content: the digest of all questions and images.
 
     Args:
         source: the source; its data template may read answers that the rows lack.
@@ -49,11 +57,15 @@ class UnansweredRows:
         self._rows = self._reader.open()
         self.media_root = self._reader.rules.root.resolve()
         errors = []
+        content = hashlib.blake2b(digest_size=16)
         for index in range(len(self._rows)):
             try:
-                check_headers(self[index])
+                sample = self[index]
+                check_headers(sample)
+                content.update(question_digest(sample))
             except RowError as error:
                 errors.append(str(error))
+        self.content = content.hexdigest()
         if errors:
             more = [f"and {len(errors) - SHOWN_ROWS} more"] * (len(errors) > SHOWN_ROWS)
             listing = "\n  ".join([*errors[:SHOWN_ROWS], *more])
@@ -64,6 +76,23 @@ class UnansweredRows:
 
     def __getitem__(self, index: int) -> Sample:
         return self._reader.sample(*self._rows[index])
+
+
+def question_digest(sample: Sample) -> bytes:
+    """The digest of a question, 16 bytes: of its messages and the content of its images.
+
+    Raises:
+        RowError: an image cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    asked = [{**message, "content": all_text_of(message)} for message in prompt_messages(sample)]
+    digest.update(json.dumps([sample.id, asked, sample.tools]).encode("utf-8", "surrogatepass"))
+    try:
+        for image in sample.images:
+            digest.update(sampled_digest(image))
+    except (OSError, ValueError) as error:
+        raise RowError(sample.id, "image", reason_of(error), "image_unreadable") from error
+    return digest.digest()
 
 
 @dataclass(frozen=True)
@@ -110,7 +139,8 @@ def predict_rows(
         UserError: parts of another job lie beside `out`.
     """
     root = _media_root(rows, out)
-    job = {**job, **asdict(decoding), "rows": len(rows), "media_root": os.path.relpath(root, out.parent.resolve())}
+    job = {**job, **asdict(decoding), "rows": len(rows), "content": rows.content, "versions": versions()}
+    job["media_root"] = os.path.relpath(root, out.parent.resolve())
     done = set(dist.broadcast_object([*read_parts(out, job)] if dist.is_main_process else None))
     indices = [index for index in range(len(rows)) if index not in done][dist.rank :: dist.size]
     if done and dist.is_main_process:
@@ -180,7 +210,7 @@ def _part(out: Path, job: Mapping[str, Any], rank: int) -> Path:
 
 def parts_of(out: Path) -> list[Path]:
     """The parts of an unfinished file of predictions."""
-    return sorted(out.parent.glob(f".{out.name}.part-*"))
+    return sorted(out.parent.glob(f".{glob.escape(out.name)}.part-*"))
 
 
 def read_parts(out: Path, job: Mapping[str, Any]) -> dict[int, tuple[bool, dict[str, Any]]]:

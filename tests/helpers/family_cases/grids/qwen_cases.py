@@ -223,7 +223,7 @@ QWEN_CASES: dict[str, FamilyCase] = {
                     "indexer_kv_heads": 1,
                     "indexer_head_dim": 16,
                     "indexer_budget": 512,
-                    "indexer_compress_ratio": 64,  # the class loops over the tokens that have so many before them
+                    "indexer_compress_ratio": 64,  # the class loops over tokens that have this many before them
                     "ple_layer_ids": [1],
                     "ple_embed_dim": 64,
                     "heads_per_ngram": 2,
