@@ -200,7 +200,7 @@ def summarize(
     }
     if section:
         write_answers(after, run.answers("after"))
-        metrics |= tuning_metrics(before, after, section.answer_after)
+        metrics |= tuning_metrics(before, after)
     metrics["peak_memory_mb"] = peak_memory_mb()
     write_report(run, recipe, metrics)
     if not keeps_adapter(recipe.tune):

@@ -49,8 +49,6 @@ def _compare(arguments: argparse.Namespace) -> Any:
     sides = _sides(arguments.model)
     if arguments.html:
         check_writable(Path(arguments.html).parent, f"--html {arguments.html}: ")
-    recipe = next((load_recipe(RunDirectory(side.run).recipe) for side in sides if side.run is not None), None)
-    section = recipe.evaluate if recipe is not None else None
     configure_console()
     from mmtune.evaluation.answers import read_answers
     from mmtune.evaluation.comparison import compare_answers, print_comparison
@@ -59,10 +57,12 @@ def _compare(arguments: argparse.Namespace) -> Any:
     first, *others = [read_answers(side.file) for side in sides]
     comparisons = []
     for side, answers in zip(sides[1:], others, strict=True):
-        comparison = compare_answers(first, answers, section.answer_after if section else None)
+        comparison = compare_answers(first, answers)
         comparisons.append(((sides[0].name, side.name), comparison))
         print_comparison(comparison, comparisons[-1][0])
     if arguments.html:
+        run = next((side.run for side in sides if side.run is not None), None)
+        section = load_recipe(RunDirectory(run).recipe).evaluate if run is not None else None
         with report_disk_errors(Path(arguments.html)):
             Path(arguments.html).parent.mkdir(parents=True, exist_ok=True)
             write_comparison(comparisons, Path(arguments.html), section.sources if section else ())

@@ -167,7 +167,7 @@ def _eval(arguments: argparse.Namespace) -> Any:
     with report_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_answers(answers, out)
-    scores = group_scores(answers, recipe.evaluate.answer_after)
+    scores = group_scores(answers)
     result: dict[str, Any] = {"tuned_scores": scores_to_dicts(scores), "answers": str(out)}
     print_scores(result)
     print(f"answers: {out}")

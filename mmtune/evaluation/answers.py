@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from mmtune.evaluation.metrics.intervals import confidence_interval
 from mmtune.evaluation.metrics.metric import Item, Metric
-from mmtune.evaluation.metrics.metric_table import find_metric
+from mmtune.evaluation.metrics.metric_table import find_metric, recorded_metric
 from mmtune.utils.errors import UserError, reason_of
 
 Key = TypeVar("Key", bound=Hashable)
@@ -29,6 +29,7 @@ class Answer:
         cluster: what the question is about: its image or document. Answers of one cluster are not independent.
         metric: the name of the metric that scores it.
         source: the name of the row's source; None if the recipe has one source.
+        answer_after: only the text after its last occurrence counts, in the prediction and in the references; None: all text.
         choices: all possible answers to a closed question, as text of the assistant.
         options: the texts of the options A, B, ... of a multiple-choice question.
         score: by the metric; 0 if the answer could not be parsed.
@@ -47,6 +48,7 @@ class Answer:
     cluster: str
     metric: str
     source: str | None = None
+    answer_after: str | None = None
     choices: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     score: float = 0.0
@@ -60,15 +62,11 @@ class Answer:
         """The group whose score the answer counts in: its task, or its source if the row names no task."""
         return self.task or self.source or "untitled"
 
-    def item(self, answer_after: str | None = None) -> Item:
-        """What the metric scores.
-
-        Args:
-            answer_after: only the text after the last occurrence of this counts, in the prediction and in the references.
-        """
+    def item(self) -> Item:
+        """What the metric scores."""
         row = {"question": self.question, "choices": self.choices, "options": self.options, "images": self.images, "id": self.id}
-        references = tuple(final_answer(reference, answer_after) for reference in self.references)
-        return Item(final_answer(self.prediction, answer_after), references, self.cluster, row)
+        references = tuple(final_answer(reference, self.answer_after) for reference in self.references)
+        return Item(final_answer(self.prediction, self.answer_after), references, self.cluster, row)
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def final_answer(text: str, marker: str | None) -> str:
     return (text.rpartition(marker)[2] if marker else text).strip()
 
 
-def score_answers(answers: Sequence[Answer], answer_after: str | None = None) -> list[Answer]:
+def score_answers(answers: Sequence[Answer]) -> list[Answer]:
     """The answers with `score` and `parsed` from their metrics. Each source is a data set of its own (`Metric.score_all`).
 
     Raises:
@@ -111,13 +109,13 @@ def score_answers(answers: Sequence[Answer], answer_after: str | None = None) ->
     """
     scored = list(answers)
     for (name, _), indices in _by([(answer.metric, answer.source) for answer in answers]).items():
-        items = [answers[index].item(answer_after) for index in indices]
+        items = [answers[index].item() for index in indices]
         for index, value in zip(indices, find_metric(name).score_all(items), strict=True):
             scored[index] = replace(answers[index], score=value or 0.0, parsed=value is not None)
     return scored
 
 
-def group_scores(answers: Sequence[Answer], answer_after: str | None = None) -> list[Score]:
+def group_scores(answers: Sequence[Answer]) -> list[Score]:
     """Scores of answers that have been scored: of each group in the order of first questions, then `overall`.
 
     With several metrics, for each metric in the order of first questions.
@@ -127,8 +125,8 @@ def group_scores(answers: Sequence[Answer], answer_after: str | None = None) -> 
     for name, indices in by_metric.items():
         own = [answers[index] for index in indices]
         values = [answer.score if answer.parsed else None for answer in own]
-        items = [answer.item(answer_after) for answer in own]
-        scores += item_scores(find_metric(name), items, values, [answer.group for answer in own], len(by_metric) > 1)
+        items = [answer.item() for answer in own]
+        scores += item_scores(recorded_metric(name), items, values, [answer.group for answer in own], len(by_metric) > 1)
     return scores
 
 
@@ -199,7 +197,7 @@ def _group_score(
     )
 
 
-def score_metrics(before: Sequence[Answer], after: Sequence[Answer], answer_after: str | None = None) -> dict[str, Any]:
+def score_metrics(before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, Any]:
     """The metrics of `summary.json` from the answers before and after tuning.
 
     `metric`, the score, its interval and the baseline stand at the top where all answers have one metric.
@@ -207,9 +205,8 @@ def score_metrics(before: Sequence[Answer], after: Sequence[Answer], answer_afte
     Args:
         before: answers of the base; empty if it was not evaluated.
         after: answers of the tuned model.
-        answer_after: as for `score_answers`.
     """
-    tuned = group_scores(after, answer_after)
+    tuned = group_scores(after)
     metrics: dict[str, Any] = {"questions": len(after), "tuned_scores": scores_to_dicts(tuned)}
     metrics["near_ties"] = sum(answer.near_tie for answer in after)
     one_metric = len({score.metric for score in tuned}) == 1
@@ -218,7 +215,7 @@ def score_metrics(before: Sequence[Answer], after: Sequence[Answer], answer_afte
         metrics |= {"metric": overall.metric, "tuned_score": overall.score, "tuned_interval": overall.interval}
         metrics |= {} if overall.baseline is None else {"baseline": overall.baseline}
     if before:
-        base = group_scores(before, answer_after)
+        base = group_scores(before)
         metrics["base_scores"] = scores_to_dicts(base)
         metrics |= {"base_score": base[-1].score, "base_interval": base[-1].interval} if one_metric else {}
     return metrics

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any
 
 from rich.table import Table
@@ -12,12 +13,13 @@ from rich.text import Text
 
 from mmtune.console.styled_console import StyledConsole
 from mmtune.evaluation.answers import Answer, score_metrics
-from mmtune.evaluation.metrics.metric_table import find_metric
+from mmtune.evaluation.metrics.metric_table import recorded_metric
 from mmtune.evaluation.paired_comparison import PairedDifference, holm, paired_difference
 from mmtune.evaluation.scores import difference_lines, format_difference, format_interval, format_score
 from mmtune.utils.errors import UserError
 
 SHOWN = 5
+OTHER_QUESTION = "another question, other options, images or references, or another metric"
 Pair = tuple[Answer, Answer]
 
 
@@ -43,7 +45,7 @@ class TaskDifference:
     @property
     def is_regression(self) -> bool:
         """Whether the second model is worse."""
-        return self.result.difference != 0 and (self.result.difference > 0) != find_metric(self.metric).greater_is_better
+        return self.result.difference != 0 and (self.result.difference > 0) != recorded_metric(self.metric).greater_is_better
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Comparison:
         pairs: the answers of both to the rows that are compared.
         tasks: the differences of each task, then `overall`; for each metric.
         only_first, only_second: ids of rows that one of them has.
-        changed: ids of rows that have another question, other references or another metric. They are not compared.
+        changed: ids of rows that have `OTHER_QUESTION`. They are not compared.
     """
 
     pairs: list[Pair]
@@ -77,11 +79,8 @@ class Comparison:
         }
 
 
-def compare_answers(first: Sequence[Answer], second: Sequence[Answer], answer_after: str | None = None) -> Comparison:
+def compare_answers(first: Sequence[Answer], second: Sequence[Answer]) -> Comparison:
     """Compare the scored answers of two models, row by row.
-
-    Args:
-        answer_after: the recipe's `evaluate.answer_after`, for metrics whose headline number depends on the texts.
 
     Raises:
         UserError: an id occurs twice, or no row can be compared.
@@ -95,12 +94,12 @@ def compare_answers(first: Sequence[Answer], second: Sequence[Answer], answer_af
         ids = " and ".join(next(iter(side), "no row") for side in sides)
         why = f"no row id is in both; the first ids are {ids}"
         if changed:
-            why = f"{len(changed):,} rows have another question, other references or another metric, such as {changed[0]}"
+            why = f"{len(changed):,} rows have {OTHER_QUESTION}, such as {changed[0]}"
         raise UserError(f"no row can be compared: {why}")
-    return Comparison(pairs, compare_tasks(pairs, answer_after), only_first, only_second, changed)
+    return Comparison(pairs, compare_tasks(pairs), only_first, only_second, changed)
 
 
-def compare_tasks(pairs: Sequence[Pair], answer_after: str | None = None) -> list[TaskDifference]:
+def compare_tasks(pairs: Sequence[Pair]) -> list[TaskDifference]:
     """The differences of each task in the order of first rows, then `overall`; for each metric."""
     differences = []
     metrics = list(dict.fromkeys(first.metric for first, _ in pairs))
@@ -109,19 +108,19 @@ def compare_tasks(pairs: Sequence[Pair], answer_after: str | None = None) -> lis
         groups = list(dict.fromkeys(first.group for first, _ in own))
         if len(groups) > 1 or len(metrics) > 1:
             rows = [[pair for pair in own if pair[0].group == group] for group in groups]
-            results = [_difference(metric, each, answer_after) for each in rows]
+            results = [_difference(metric, each) for each in rows]
             adjusted = holm([result.p_value for result in results])
             for group, each, result, p_value in zip(groups, rows, results, adjusted, strict=True):
                 differences.append(TaskDifference(group, metric, result, *_count(each), p_value))
-        result = _difference(metric, own, answer_after)
+        result = _difference(metric, own)
         differences.append(TaskDifference("overall", metric, result, *_count(own), result.p_value))
     return differences
 
 
-def _difference(metric_name: str, pairs: Sequence[Pair], answer_after: str | None) -> PairedDifference:
-    metric = find_metric(metric_name)
+def _difference(metric_name: str, pairs: Sequence[Pair]) -> PairedDifference:
+    metric = recorded_metric(metric_name)
     first, second = (
-        metric.statistics([each.item(answer_after) for each in side], [each.score if each.parsed else None for each in side])
+        metric.statistics([each.item() for each in side], [each.score if each.parsed else None for each in side])
         for side in zip(*pairs, strict=True)
     )
     return paired_difference(first, second, [answer.cluster for answer, _ in pairs], metric.headline, metric.proportion)
@@ -130,7 +129,7 @@ def _difference(metric_name: str, pairs: Sequence[Pair], answer_after: str | Non
 def gain(first: Answer, second: Answer) -> float:
     """How much better the second score is: positive if it is better, also where lower scores are better."""
     change = second.score - first.score
-    return change if find_metric(first.metric).greater_is_better else -change
+    return change if recorded_metric(first.metric).greater_is_better else -change
 
 
 def _count(pairs: Sequence[Pair]) -> tuple[int, int]:
@@ -146,16 +145,18 @@ def _by_id(answers: Sequence[Answer]) -> dict[str, Answer]:
 
 
 def _asked(answer: Answer) -> tuple[Any, ...]:
-    return answer.question, answer.references, answer.metric
+    """What must be equal in both answers to a row. Of images the names: the data may be in another folder."""
+    images = [PurePath(image).name for image in answer.images]
+    return answer.question, images, answer.choices, answer.options, answer.item().references, answer.metric
 
 
-def tuning_metrics(before: Sequence[Answer], after: Sequence[Answer], answer_after: str | None = None) -> dict[str, Any]:
+def tuning_metrics(before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, Any]:
     """`score_metrics`, and with answers of the base their `comparison` with those of the tuned model."""
-    metrics = score_metrics(before, after, answer_after)
+    metrics = score_metrics(before, after)
     base = {answer.id: answer for answer in before}
     pairs = [(base[answer.id], answer) for answer in after if answer.id in base and _asked(base[answer.id]) == _asked(answer)]
     if pairs:
-        metrics["comparison"] = differences_to_dicts(compare_tasks(pairs, answer_after))
+        metrics["comparison"] = differences_to_dicts(compare_tasks(pairs))
     return metrics
 
 
@@ -229,7 +230,7 @@ def unmatched_lines(comparison: Comparison, names: tuple[str, str]) -> list[str]
     kinds = {
         f"only in {names[0]}": comparison.only_first,
         f"only in {names[1]}": comparison.only_second,
-        "with another question, other references or another metric": comparison.changed,
+        f"with {OTHER_QUESTION}": comparison.changed,
     }
     return [
         f"not compared: {len(rows):,} rows {kind}: {', '.join(rows[:SHOWN])}{', ...' if len(rows) > SHOWN else ''}"

@@ -50,7 +50,7 @@ def check_questions(section: EvaluateSection) -> None:
     for index, handle in enumerate(samples.subset(len(samples))):
         try:
             for question in unanswered(samples, index, handle(), section):
-                item = question.item(section.answer_after)
+                item = question.item()
                 if (problem := metrics[samples.source_of(index)].problem(item)) is not None:
                     raise RowError(item.fields["id"], "references", problem)
         except RowError as error:
@@ -107,7 +107,7 @@ def evaluate(
     if dist.is_main_process:
         _print_counts(list(predictions.values()), label, cache)
     answers = [_answered(question, predictions[index]) for index, question in enumerate(questions)]
-    return score_answers(answers, section.answer_after)
+    return score_answers(answers)
 
 
 def _answered(question: Answer, prediction: Prediction) -> Answer:
@@ -160,6 +160,7 @@ def unanswered(
                 cluster=sample.id if cluster is None else cluster,
                 metric=metric_of(rows, source, section),
                 source=rows.names[source] if len(section.sources) > 1 else None,
+                answer_after=section.answer_after,
                 choices=question.choices,
                 options=question.options,
             )

@@ -14,7 +14,7 @@ from mmtune.data.dataset import IndexedSamples, iterate_rows
 from mmtune.data.media.media import Media, open_image
 from mmtune.evaluation.answers import Answer, read_answers
 from mmtune.evaluation.comparison import Comparison, column_names, difference_rows, differences_to_dicts, gain, unmatched_lines
-from mmtune.evaluation.metrics.metric_table import find_metric
+from mmtune.evaluation.metrics.metric_table import recorded_metric
 from mmtune.evaluation.scores import difference_lines, format_score, further_lines, score_rows, score_title
 from mmtune.recipe.recipe import Recipe, Source
 from mmtune.run_directory import RunDirectory
@@ -153,7 +153,7 @@ def select_answers(answers: Sequence[Answer], count: int) -> list[Answer]:
 
 def is_right(answer: Answer) -> bool:
     """Whether an answer is shown as right."""
-    return answer.parsed and find_metric(answer.metric).is_right(answer.score)
+    return answer.parsed and recorded_metric(answer.metric).is_right(answer.score)
 
 
 def _evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mmtune.cli.main import entry_point
-from mmtune.evaluation.answers import Answer, read_answers, write_answers
+from mmtune.evaluation.answers import Answer, read_answers, score_answers, write_answers
 from mmtune.evaluation.comparison import compare_answers, tuning_metrics
 from mmtune.evaluation.scores import print_scores, score_rows
 from mmtune.recipe.recipe import Recipe
@@ -75,6 +75,36 @@ def test_a_lower_error_rate_is_better() -> None:
     assert comparison.tasks[-1].result.difference == pytest.approx(-0.25)
     assert (comparison.tasks[-1].better, comparison.tasks[-1].worse) == (4, 0)
     assert not comparison.tasks[-1].is_regression
+
+
+@pytest.mark.parametrize(
+    "change", [{"options": ("b", "a")}, {"choices": ("a",)}, {"images": ("other.png",)}, {"answer_after": ":"}]
+)
+def test_another_question_is_not_compared(change: dict[str, Any]) -> None:
+    first = _side("11", references=("a: b",), options=("a", "b"), images=("here/a.png",))
+    second = [first[0], dataclasses.replace(first[1], **change)]
+    assert compare_answers(first, second).changed == ["r[1]"]
+    moved = [dataclasses.replace(answer, images=("there/a.png",)) for answer in first]
+    assert compare_answers(first, moved).changed == []
+
+
+def test_headline_numbers_are_those_of_the_scores_also_with_answer_after(files: list[str]) -> None:
+    answers = _side("0" * 24, metric="wer", answer_after="Answer:", references=("So. Answer: a cat",), prediction="Answer: a cat")
+    thought = [dataclasses.replace(answer, prediction="I see fur. Answer: a cat") for answer in answers]
+    for path, side in zip(files, (answers, thought), strict=False):
+        write_answers(score_answers(side), Path(path))
+    overall = compare_answers(*(read_answers(Path(path)) for path in files[:2])).tasks[-1]
+    assert (overall.result.first, overall.result.second) == (0, 0)
+
+
+def test_an_answers_file_runs_no_code(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef score(*_): return 1\n")
+    for path in files[:2]:
+        answers = read_answers(Path(path))
+        write_answers([dataclasses.replace(answer, metric=f"{tmp_path}/own.py:score") for answer in answers], Path(path))
+    assert entry_point(["compare", *files[:2], "--json", "--html", str(tmp_path / "page.html")]) == 0
+    assert json.loads(capsys.readouterr().out)["comparisons"][0]["tasks"][-1]["second"] == pytest.approx(13 / 24)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_unparsed_answer_counts_as_wrong() -> None:

@@ -171,7 +171,9 @@ def test_a_held_out_row_that_cannot_be_read_stops_the_evaluation(tmp_path: Path,
 
 
 def _answer(task: str | None, prediction: str, reference: str = "1 2. Answer: yes", **changes: Any) -> Answer:
-    answer = Answer("r", task, "?", (), (reference,), prediction, cluster=str(id(object())), metric="exact_match")
+    answer = Answer(
+        "r", task, "?", (), (reference,), prediction, cluster=str(id(object())), metric="exact_match", answer_after="Answer:"
+    )
     return dataclasses.replace(answer, **changes)
 
 
@@ -183,8 +185,8 @@ def test_scores_per_task_and_overall() -> None:
         _answer("b", "Answer: yes", "x. Answer: no", cluster="4"),
         _answer(None, "x. Answer: Yes.", cluster="5"),
     ]
-    answers = score_answers(answers, "Answer:")
-    scores = group_scores(answers, "Answer:")
+    answers = score_answers(answers)
+    scores = group_scores(answers)
     assert [(s.task, s.questions, s.score, s.baseline) for s in scores] == [
         ("b", 3, 2 / 3, 2 / 3),
         ("a", 1, 0, 1),

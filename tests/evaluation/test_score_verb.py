@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_the_answers_of_an_evaluation_can_be_scored_again(tmp_path: Path) -> Non
     answers = [Answer("r", None, "?", ("a.png",), ("A",), "Answer: cat", "a.png", "multiple_choice", options=("cat", "dog"))]
     write_answers(answers, tmp_path / "answers.jsonl")
     [item] = read_items(tmp_path / "answers.jsonl", METRICS["multiple_choice"], "Answer:")
-    assert METRICS["multiple_choice"].score(item) == score_answers(answers, "Answer:")[0].score == 1
+    assert METRICS["multiple_choice"].score(item) == score_answers([replace(answers[0], answer_after="Answer:")])[0].score == 1
     assert (item.prediction, item.cluster, item.fields["id"]) == ("cat", "a.png", "r")
 
 

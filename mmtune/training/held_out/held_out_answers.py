@@ -20,5 +20,5 @@ def held_out_scores(
     All processes call it and get the same values.
     """
     answers = evaluate(model, processor, section, dist, "held-out answers", chosen=rows.chosen.tolist())
-    scores = group_scores(answers, section.answer_after)
+    scores = group_scores(answers)
     return {f"eval_{score.metric}": score.score for score in scores if score.task == "overall"}
