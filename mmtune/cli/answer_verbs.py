@@ -111,11 +111,11 @@ def _score(arguments: argparse.Namespace) -> Any:
 
     metric = find_metric(arguments.metric)
     items = read_items(Path(arguments.data), metric, arguments.answer_after)
-    values = metric.score_all(items)
+    values = metric.score_items(items)
     scores = scores_to_dicts(item_scores(metric, items, values, [str(item.fields.get("task") or "untitled") for item in items]))
     print_scores({"tuned_scores": scores}, column="score")
     answers = [
-        {"id": item.fields["id"], "score": value or 0.0, "parsed": value is not None}
+        {"id": item.fields["id"], "score": metric.unparsed_score if value is None else value, "parsed": value is not None}
         for item, value in zip(items, values, strict=True)
     ]
     return {"scores": scores, "answers": answers}

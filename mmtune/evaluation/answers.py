@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +32,7 @@ class Answer:
         answer_after: only the text after its last occurrence counts, in the prediction and in the references; None: all text.
         choices: all possible answers to a closed question, as text of the assistant.
         options: the texts of the options A, B, ... of a multiple-choice question.
-        score: by the metric; 0 if the answer could not be parsed.
+        score: by the metric; its `unparsed_score` if the answer could not be parsed.
         parsed: whether the metric could parse the answer.
         near_tie: whether rounding could change the prediction (`mmtune.evaluation.predictions.prediction`).
         sampled: all answers if several were sampled; `prediction` is the most frequent one.
@@ -63,10 +63,12 @@ class Answer:
         return self.task or self.source or "untitled"
 
     def item(self) -> Item:
-        """What the metric scores."""
+        """What the metric scores: the texts after `answer_after`.
+
+        A prediction without it was cut off, and is empty; a reference without it counts as a whole.
+        """
         row = {"question": self.question, "choices": self.choices, "options": self.options, "images": self.images, "id": self.id}
-        references = tuple(final_answer(reference, self.answer_after) for reference in self.references)
-        return Item(final_answer(self.prediction, self.answer_after), references, self.cluster, row)
+        return make_item(self.prediction, self.references, self.answer_after, self.cluster, row)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Score:
     Attributes:
         task: the `group` of the answers, or `overall`.
         metric: its name.
-        score: the headline number; unparsed answers count as 0.
+        score: the headline number; unparsed answers count as the metric's `unparsed_score`.
         interval: its 95% confidence interval; None where it has none, see `confidence_interval`.
         unparsed: how many answers could not be parsed.
         clusters: how many images or documents the questions are about.
@@ -96,13 +98,25 @@ class Score:
     further: dict[str, Any]
 
 
-def final_answer(text: str, marker: str | None) -> str:
-    """The text after the last `marker`, or the whole text if it has no marker; stripped."""
-    return (text.rpartition(marker)[2] if marker else text).strip()
+def final_answer(text: str, marker: str | None) -> str | None:
+    """The text after the last `marker`, stripped; None if the text lacks it. The whole text if `marker` is None."""
+    if not marker:
+        return text.strip()
+    return text.rpartition(marker)[2].strip() if marker in text else None
+
+
+def make_item(
+    prediction: str, references: Sequence[str], answer_after: str | None, cluster: str, fields: Mapping[str, Any]
+) -> Item:
+    """What a metric scores; see `Answer.item`."""
+    texts = [(reference, final_answer(reference, answer_after)) for reference in references]
+    accepted = tuple(whole.strip() if final is None else final for whole, final in texts)
+    answer = final_answer(prediction, answer_after)
+    return Item(answer or "", accepted, cluster, fields, cut_off=answer is None)
 
 
 def score_answers(answers: Sequence[Answer]) -> list[Answer]:
-    """The answers with `score` and `parsed` from their metrics. Each source is a data set of its own (`Metric.score_all`).
+    """The answers with `score` and `parsed` from their metrics. Each source is a data set of its own (`Metric.score_items`).
 
     Raises:
         UserError: an unknown metric, or one whose function fails.
@@ -110,8 +124,10 @@ def score_answers(answers: Sequence[Answer]) -> list[Answer]:
     scored = list(answers)
     for (name, _), indices in _by([(answer.metric, answer.source) for answer in answers]).items():
         items = [answers[index].item() for index in indices]
-        for index, value in zip(indices, find_metric(name).score_all(items), strict=True):
-            scored[index] = replace(answers[index], score=value or 0.0, parsed=value is not None)
+        metric = find_metric(name)
+        for index, value in zip(indices, metric.score_items(items), strict=True):
+            score = metric.unparsed_score if value is None else value
+            scored[index] = replace(answers[index], score=score, parsed=value is not None)
     return scored
 
 
@@ -136,7 +152,7 @@ def item_scores(
     """Scores of each group in the order of first items, then `overall`.
 
     Args:
-        values: the score of each item, from `Metric.score_all`.
+        values: the score of each item, from `Metric.score_items`.
         groups: the group of each item.
         every_group: whether a single group has a score of its own beside `overall`.
     """
@@ -164,7 +180,7 @@ def _baseline_items(metric: Metric, items: Sequence[Item], groups: Sequence[Sequ
         classes = [metric.normalize_class(text) for text in texts]
         [(most_frequent, _)] = Counter(classes).most_common(1)
         for row in rows:
-            baseline[row] = replace(items[row], prediction=texts[classes.index(most_frequent)])
+            baseline[row] = replace(items[row], prediction=texts[classes.index(most_frequent)], cut_off=False)
     return baseline
 
 
@@ -182,7 +198,7 @@ def _group_score(
     constant = None
     if baseline is not None:
         constant_items = [baseline[row] for row in rows]
-        constant_statistics = metric.statistics(constant_items, metric.score_all(constant_items))
+        constant_statistics = metric.statistics(constant_items, metric.score_items(constant_items))
         constant = float(metric.headline(constant_statistics.sum(axis=0)))
     return Score(
         task=name,
@@ -306,9 +322,8 @@ def _read_line(line: str, number: str, answer_after: str | None) -> Item:
     for name in ("choices", "options"):
         if not isinstance(row.get(name, []), list) or not all(isinstance(text, str) for text in row.get(name, [])):
             raise ValueError(f"{name}: expected a list of texts, got {_kind(row, name)}")
-    texts = tuple(final_answer(text, answer_after) for text in references)
     fields = {"id": number, **{name: value for name, value in row.items() if name not in ("prediction", "references")}}
-    return Item(final_answer(row["prediction"], answer_after), texts, str(row.get("cluster", number)), fields)
+    return make_item(row["prediction"], references, answer_after, str(row.get("cluster", number)), fields)
 
 
 def _kind(row: dict[str, Any], name: str) -> str:

@@ -84,8 +84,12 @@ def further_lines(summary: Mapping[str, Any]) -> list[str]:
         if numbers:
             lines.append(f"{name}: {', '.join(f'{key} {format_score(value, name)}' for key, value in numbers.items())}")
         if item["unparsed"]:
-            rule = f" ({METRICS[name].unparsed})" if name in METRICS else ""
-            lines.append(f"{name}: {item['unparsed']} of {item['questions']} answers are unparsed{rule} and count as 0")
+            rules = [METRICS[name].unparsed] if name in METRICS and METRICS[name].unparsed != "never" else []
+            rule = " or ".join([*rules, "cut off before `answer_after`"])
+            value = METRICS[name].unparsed_score if name in METRICS else 0.0
+            lines.append(
+                f"{name}: {item['unparsed']} of {item['questions']} answers are unparsed ({rule}) and count as {value:g}"
+            )
     return lines
 
 

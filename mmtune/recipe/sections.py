@@ -241,7 +241,7 @@ class EvaluateSection(Section):
         default="error", description="Held-out rows that are also in the training data: stop the run, or print a warning."
     )
     answer_after: Text | None = Field(
-        default=None, description="Compare only the text after this in the answer; null: the whole answer."
+        default=None, description="Compare only the text after this; an answer without it is unparsed. null: the whole answer."
     )
     max_new_tokens: Annotated[StrictInt, Field(ge=1)] = Field(
         default=64, description="The maximum length of a generated answer, in tokens."

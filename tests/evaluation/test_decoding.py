@@ -91,8 +91,10 @@ def test_choices_with_nearly_equal_likelihoods_are_a_near_tie() -> None:
 
 
 def test_the_most_frequent_final_answer_wins() -> None:
-    answers = ("it is. Answer: no", "I see. Answer: Yes", "Answer:  yes ", "maybe")
+    answers = ("it is. Answer: no", "I see. Answer: Yes", "Answer:  yes ", "cut off", "cut off", "cut off")
     assert vote(Prediction("", answers=answers), "Answer:").text == answers[1]
+    assert vote(Prediction("", answers=("cut off", "too")), "Answer:").text == "cut off"
+    answers = answers[:4]
     assert vote(Prediction("", answers=answers), None).text == answers[0]  # all differ: the first
     assert vote(Prediction("one"), None) == Prediction("one")
 

@@ -110,13 +110,15 @@ def test_evaluate_scores_the_text_after_answer_after(
 ) -> None:
     content = json.loads(rows.read_text())
     references = [row["conversations"][1]["value"] for row in content]
-    predictions = [*references[:9], "", "no idea", references[11].rpartition("Answer:")[2]]
+    final = [reference.rpartition("Answer:")[2] for reference in references]
+    predictions = [*references[:8], f"Answer: not {final[8]}", "", "no idea", final[11]]
     monkeypatch.setattr(
         "mmtune.evaluation.predictions.answering.generate_predictions", lambda *_: [Prediction(text) for text in predictions]
     )
     answers = evaluate(*answering_llava, _section(rows, answer_after="Answer:"))
-    assert [answer.score for answer in answers] == [1] * 9 + [0, 0, 1]
-    assert [answer.score for answer in evaluate(*answering_llava, _section(rows))] == [1] * 9 + [0] * 3
+    assert [answer.score for answer in answers] == [1] * 8 + [0] * 4
+    assert [answer.parsed for answer in answers] == [True] * 9 + [False] * 3  # without the marker the answer was cut off
+    assert [answer.score for answer in evaluate(*answering_llava, _section(rows))] == [1] * 8 + [0] * 4
     assert [answer.references for answer in answers] == [(reference,) for reference in references]
     assert [answer.id for answer in answers] == [f"rows.json[{number}]" for number in range(12)]
     assert [answer.task for answer in answers] == [row["task"] for row in content]
@@ -181,7 +183,7 @@ def test_scores_per_task_and_overall() -> None:
     answers = [
         _answer("b", "Answer: yes", cluster="1"),
         _answer("a", "no", cluster="2"),
-        _answer("b", "yes", cluster="3"),
+        _answer("b", "so Answer: yes", cluster="3"),
         _answer("b", "Answer: yes", "x. Answer: no", cluster="4"),
         _answer(None, "x. Answer: Yes.", cluster="5"),
     ]

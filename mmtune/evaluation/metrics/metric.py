@@ -25,12 +25,14 @@ class Item:
         references: all accepted answers, at least one; an answer given by several people is in it several times.
         cluster: what the question is about, such as its image or document. Answers of one cluster are not independent.
         fields: further fields of the row by name, such as `options`, `choices` and `question`.
+        cut_off: whether the answer ended before the text after which it counts; `prediction` is then empty, and unparsed.
     """
 
     prediction: str
     references: tuple[str, ...]
     cluster: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
+    cut_off: bool = False
 
     def texts(self, name: str) -> tuple[str, ...]:
         """A field that is a list of texts; empty if the row has no such field."""
@@ -45,7 +47,8 @@ class Metric:
         name: in a recipe, a data template, and `mmtune score --metric`.
         about: what it measures, in one line.
         source: the paper or the scorer that defines it.
-        unparsed: when an answer counts as unparsed; "never" if it always has a score.
+        unparsed: when a whole answer counts as unparsed; "never" if it always has a score.
+        unparsed_score: what an unparsed answer counts as; that of an empty answer.
         greater_is_better: whether a higher score is better.
         proportion: whether every score is 0 or 1, so that the headline number is a proportion.
         percent: whether scores are shares of 1, and are shown in percent.
@@ -56,6 +59,7 @@ class Metric:
     about: str
     source: str
     unparsed: str = "never"
+    unparsed_score: float = 0.0
     greater_is_better: bool = True
     proportion: bool = False
     percent: bool = True
@@ -76,11 +80,12 @@ class Metric:
         """The scores of all answers of a data set, for metrics in which an answer's score depends on the other rows."""
         return [self.score(item) for item in items]
 
-    def statistics(self, items: Sequence[Item], scores: Sequence[float | None]) -> Array:
-        """What `headline` sums: shape (items, k). By default the score and 1, so that the headline is the mean.
+    def score_items(self, items: Sequence[Item]) -> list[float | None]:
+        """`score_all`, and None for answers that were cut off. No metric replaces it."""
+        return [None if item.cut_off else value for item, value in zip(items, self.score_all(items), strict=True)]
 
-        An unparsed answer counts as 0.
-        """
+    def statistics(self, items: Sequence[Item], scores: Sequence[float | None]) -> Array:
+        """What `headline` sums: shape (items, k). By default the score and 1, so that the headline is the mean."""
         return np.array([(value or 0.0, 1.0) for value in scores], dtype=np.float64).reshape(-1, 2)
 
     def headline(self, sums: Array) -> Array:

@@ -31,10 +31,14 @@ class Prediction:
 def vote(prediction: Prediction, marker: str | None) -> Prediction:
     """The prediction whose text is the most frequent of several answers; of equally frequent ones, the first.
 
-    Answers are compared by the text after the last `marker`, without case and white space around words.
+    Answers are compared by the text after the last `marker`, without case and white space around words. Answers
+    without it have no vote.
     """
     if not prediction.answers:
         return prediction
-    keys = [" ".join(final_answer(text, marker).casefold().split()) for text in prediction.answers]
-    winner = keys.index(Counter(keys).most_common(1)[0][0])  # of equal counts, the one counted first
-    return replace(prediction, text=prediction.answers[winner])
+    finals = [(text, final_answer(text, marker)) for text in prediction.answers]
+    votes = [(text, " ".join(final.casefold().split())) for text, final in finals if final is not None]
+    if not votes:
+        return replace(prediction, text=prediction.answers[0])
+    [(winner, _)] = Counter(key for _, key in votes).most_common(1)  # of equal counts, the one counted first
+    return replace(prediction, text=next(text for text, key in votes if key == winner))

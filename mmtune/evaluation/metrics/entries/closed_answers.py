@@ -139,16 +139,17 @@ class Classification(Metric):
         An unparsed answer is in no label's predictions; in `confusion` it is the label `unparsed`.
         """
         pairs: Counter[tuple[str, str | None]] = Counter()
-        for item in items:
+        for item, score in zip(items, scores, strict=True):
             choices = item.texts("choices")
-            pairs[_label(item.references[0], choices) or "", _label(item.prediction, choices)] += 1
+            predicted = None if score is None else _label(item.prediction, choices)
+            pairs[_label(item.references[0], choices) or "", predicted] += 1
         labels = sorted({label for pair in pairs for label in pair if label is not None})
         f1 = []
         for label in labels:
-            predicted = sum(count for (_, prediction), count in pairs.items() if prediction == label)
+            guesses = sum(count for (_, prediction), count in pairs.items() if prediction == label)
             actual = sum(count for (reference, _), count in pairs.items() if reference == label)
             right = pairs[label, label]
-            f1.append(precision_recall_f1(right, predicted - right, actual - right)[2])
+            f1.append(precision_recall_f1(right, guesses - right, actual - right)[2])
         confusion: dict[str, dict[str, int]] = {}
         for (reference, prediction), count in sorted(pairs.items(), key=lambda pair: (pair[0][0], pair[0][1] or "")):
             confusion.setdefault(reference, {})["unparsed" if prediction is None else prediction] = count

@@ -104,6 +104,7 @@ CER = CharacterErrorRate(
     "character error rate: edits over reference characters",
     "the definition of jiwer",
     greater_is_better=False,
+    unparsed_score=1.0,
     has_baseline=False,
 )
 WER = WordErrorRate(
@@ -111,5 +112,6 @@ WER = WordErrorRate(
     "word error rate: edits over reference words",
     "the definition of jiwer",
     greater_is_better=False,
+    unparsed_score=1.0,
     has_baseline=False,
 )
