@@ -27,7 +27,8 @@ from mmtune.data.encoding.encoding_checks import check_encoding
 from mmtune.distributed.context import check_same, init_distributed
 from mmtune.distributed.launch import check_launch
 from mmtune.distributed.sharded_parameters import gathered_forward
-from mmtune.evaluation.answers import Answer, write_answers
+from mmtune.evaluation.answers import Answer
+from mmtune.evaluation.answers_file import write_answers
 from mmtune.evaluation.comparison import tuning_metrics
 from mmtune.evaluation.evaluate import check_held_out, evaluate
 from mmtune.evaluation.run_report import write_report

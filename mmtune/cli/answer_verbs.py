@@ -37,10 +37,14 @@ def add_answer_verbs(verbs: Any, add: AddVerb) -> None:
     verb.add_argument(
         "data",
         metavar="FILE.jsonl",
-        help="JSON Lines: `prediction`, `references`, optionally `id`, `cluster`, `task`, and what the metric needs",
+        help="JSON Lines: `prediction`, `references`, optionally `id`, `cluster`, `task`, `source`, and what the metric needs",
     )
     verb.add_argument("--metric", required=True, metavar="NAME", help="a metric of docs/evaluation.md, or FILE.py:function")
-    verb.add_argument("--answer-after", metavar="TEXT", help="score only the text after this, in predictions and references")
+    verb.add_argument(
+        "--answer-after",
+        metavar="TEXT",
+        help="score only the text after this, in predictions and references (default: the lines' `answer_after`)",
+    )
 
 
 def _predict(arguments: argparse.Namespace) -> Any:
@@ -105,17 +109,17 @@ def _as_source(result: Any) -> str:
 
 
 def _score(arguments: argparse.Namespace) -> Any:
-    from mmtune.evaluation.answers import item_scores, read_items, scores_to_dicts
+    from mmtune.evaluation.answers import group_scores, score_answers, scores_to_dicts
+    from mmtune.evaluation.answers_file import read_answers
     from mmtune.evaluation.metrics.metric_table import find_metric
     from mmtune.evaluation.scores import print_scores
 
-    metric = find_metric(arguments.metric)
-    items = read_items(Path(arguments.data), metric, arguments.answer_after)
-    values = metric.score_items(items)
-    scores = scores_to_dicts(item_scores(metric, items, values, [str(item.fields.get("task") or "untitled") for item in items]))
+    answers = score_answers(read_answers(Path(arguments.data), find_metric(arguments.metric), arguments.answer_after))
+    if not answers:
+        raise UserError(f"{arguments.data}: expected one JSON object per line, got no line with text")
+    scores = scores_to_dicts(group_scores(answers))
     print_scores({"tuned_scores": scores}, column="score")
-    answers = [
-        {"id": item.fields["id"], "score": metric.unparsed_score if value is None else value, "parsed": value is not None}
-        for item, value in zip(items, values, strict=True)
-    ]
-    return {"scores": scores, "answers": answers}
+    return {
+        "scores": scores,
+        "answers": [{"id": answer.id, "score": answer.score, "parsed": answer.parsed} for answer in answers],
+    }

@@ -50,7 +50,7 @@ def _compare(arguments: argparse.Namespace) -> Any:
     if arguments.html:
         check_writable(Path(arguments.html).parent, f"--html {arguments.html}: ")
     configure_console()
-    from mmtune.evaluation.answers import read_answers
+    from mmtune.evaluation.answers_file import read_answers
     from mmtune.evaluation.comparison import compare_answers, print_comparison
     from mmtune.evaluation.run_report import write_comparison
 

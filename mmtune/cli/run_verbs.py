@@ -146,7 +146,8 @@ def _eval(arguments: argparse.Namespace) -> Any:
     configure_console()
     from mmtune.data.encoding.encoding_checks import check_encoding
     from mmtune.distributed.context import init_inference
-    from mmtune.evaluation.answers import group_scores, scores_to_dicts, write_answers
+    from mmtune.evaluation.answers import group_scores, scores_to_dicts
+    from mmtune.evaluation.answers_file import write_answers
     from mmtune.evaluation.evaluate import check_questions, evaluate
     from mmtune.evaluation.scores import print_scores
     from mmtune.models.checkpoints.weights_hash import hash_trained

@@ -1,18 +1,15 @@
-"""Answers: held-out questions with their references and predictions, their scores, and the file that holds them."""
+"""Answers: held-out questions with their references and predictions, and their scores."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from mmtune.evaluation.metrics.intervals import confidence_interval
 from mmtune.evaluation.metrics.metric import Item, Metric
 from mmtune.evaluation.metrics.metric_table import find_metric, recorded_metric
-from mmtune.utils.errors import UserError, reason_of
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -37,6 +34,7 @@ class Answer:
         near_tie: whether rounding could change the prediction (`mmtune.evaluation.predictions.prediction`).
         sampled: all answers if several were sampled; `prediction` is the most frequent one.
         choice_scores: the log-likelihood of each of `choices`, with `evaluate.score: choices`.
+        extra: further keys of a line that was made elsewhere, for a metric that is a function.
     """
 
     id: str
@@ -56,19 +54,24 @@ class Answer:
     near_tie: bool = False
     sampled: tuple[str, ...] = ()
     choice_scores: tuple[float, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def group(self) -> str:
         """The group whose score the answer counts in: its task, or its source if the row names no task."""
-        return self.task or self.source or "untitled"
+        name = self.task or self.source or "untitled"
+        return name if name != "overall" else "overall (task)"  # `overall` is the score of all groups
 
     def item(self) -> Item:
         """What the metric scores: the texts after `answer_after`.
 
         A prediction without it was cut off, and is empty; a reference without it counts as a whole.
         """
-        row = {"question": self.question, "choices": self.choices, "options": self.options, "images": self.images, "id": self.id}
-        return make_item(self.prediction, self.references, self.answer_after, self.cluster, row)
+        names = ("id", "task", "source", "question", "images", "choices", "options")
+        row = {**self.extra, **{name: getattr(self, name) for name in names}}
+        answer, *finals = (final_answer(text, self.answer_after) for text in (self.prediction, *self.references))
+        references = [text.strip() if final is None else final for text, final in zip(self.references, finals, strict=True)]
+        return Item(answer or "", tuple(references), self.cluster, row, cut_off=answer is None)
 
 
 @dataclass(frozen=True)
@@ -103,16 +106,6 @@ def final_answer(text: str, marker: str | None) -> str | None:
     if not marker:
         return text.strip()
     return text.rpartition(marker)[2].strip() if marker in text else None
-
-
-def make_item(
-    prediction: str, references: Sequence[str], answer_after: str | None, cluster: str, fields: Mapping[str, Any]
-) -> Item:
-    """What a metric scores; see `Answer.item`."""
-    texts = [(reference, final_answer(reference, answer_after)) for reference in references]
-    accepted = tuple(whole.strip() if final is None else final for whole, final in texts)
-    answer = final_answer(prediction, answer_after)
-    return Item(answer or "", accepted, cluster, fields, cut_off=answer is None)
 
 
 def score_answers(answers: Sequence[Answer]) -> list[Answer]:
@@ -240,91 +233,3 @@ def score_metrics(before: Sequence[Answer], after: Sequence[Answer]) -> dict[str
 def scores_to_dicts(scores: Sequence[Score]) -> list[dict[str, Any]]:
     """Scores as JSON-serializable dicts, for `summary.json`."""
     return [asdict(item) for item in scores]
-
-
-def write_answers(answers: Sequence[Answer], path: Path) -> None:
-    """Write answers as JSON lines, in the order of the questions."""
-    path.write_text("".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")
-
-
-_LISTS = tuple(each.name for each in fields(Answer) if str(each.type).startswith("tuple"))
-
-
-def read_answers(path: Path) -> list[Answer]:
-    """Read answers that `write_answers` wrote.
-
-    Raises:
-        UserError: the file cannot be read, or a line is not such an answer.
-    """
-    answers = []
-    try:
-        with path.open(encoding="utf-8") as lines:  # str.splitlines would also split at U+0085 and U+2028 inside an answer
-            for number, line in enumerate(lines, 1):
-                try:
-                    row = json.loads(line)
-                    answers.append(Answer(**{**row, **{name: tuple(row[name]) for name in _LISTS if name in row}}))
-                except (ValueError, TypeError, KeyError) as error:
-                    raise UserError(f"{path}:{number}: expected an answer as `mmtune eval` writes it: {error!r}"[:300]) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {reason_of(error)}") from error
-    return answers
-
-
-MAX_ERRORS = 10
-"""How many faulty lines `read_items` lists."""
-
-
-def read_items(path: Path, metric: Metric, answer_after: str | None = None) -> list[Item]:
-    """Read answers that were made elsewhere, one JSON object per line.
-
-    A line has `prediction`, a text, and `references`, a list of texts; optionally `id` and `cluster`, which default to the line's
-    number, and further fields. Lines that `write_answers` wrote are read too.
-
-    Raises:
-        UserError: the file cannot be read, or has no line; lines that are wrong, or that the metric cannot score, by number.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {reason_of(error)}; expected JSON Lines in UTF-8") from error
-    items, errors = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            item = _read_line(line, str(number), answer_after)
-            if (problem := metric.problem(item)) is not None:
-                raise ValueError(f"references: {problem} (metric {metric.name})")
-        except ValueError as error:
-            errors.append(f"{path}:{number}: {error}")
-        else:
-            items.append(item)
-    if errors:
-        more = [f"... and {len(errors) - MAX_ERRORS} more lines"] if len(errors) > MAX_ERRORS else []
-        raise UserError("\n".join([*errors[:MAX_ERRORS], *more]))
-    if not items:
-        raise UserError(f"{path}: expected one JSON object per line, got an empty file")
-    return items
-
-
-def _read_line(line: str, number: str, answer_after: str | None) -> Item:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected a JSON object, got text that is not JSON: {reason_of(error)}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-    references = row.get("references")
-    if not isinstance(row.get("prediction"), str):
-        raise ValueError(f"prediction: expected a text, got {_kind(row, 'prediction')}")
-    if not isinstance(references, list) or not references or not all(isinstance(text, str) for text in references):
-        raise ValueError(f"references: expected a list of texts, got {_kind(row, 'references')}")
-    for name in ("choices", "options"):
-        if not isinstance(row.get(name, []), list) or not all(isinstance(text, str) for text in row.get(name, [])):
-            raise ValueError(f"{name}: expected a list of texts, got {_kind(row, name)}")
-    fields = {"id": number, **{name: value for name, value in row.items() if name not in ("prediction", "references")}}
-    return make_item(row["prediction"], references, answer_after, str(row.get("cluster", number)), fields)
-
-
-def _kind(row: dict[str, Any], name: str) -> str:
-    return json.dumps(row[name], ensure_ascii=False)[:80] if name in row else "no such key"

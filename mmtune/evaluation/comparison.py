@@ -44,8 +44,8 @@ class TaskDifference:
 
     @property
     def is_regression(self) -> bool:
-        """Whether the second model is worse."""
-        return self.result.difference != 0 and (self.result.difference > 0) != recorded_metric(self.metric).greater_is_better
+        """Whether the second model is worse, and the difference is significant at 5% after the adjustment."""
+        return self.adjusted_p < 0.05 and (self.result.difference > 0) != recorded_metric(self.metric).greater_is_better
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from transformers import ProcessorMixin
 from mmtune.data.dataset import DataReport, IndexedSamples, StreamedSamples, check_rows, iterate_rows
 from mmtune.data.linked_rows import first_linked_keys, row_keys
 from mmtune.data.media.image_content import media_key
-from mmtune.data.message import RowError, Sample, split_question, text_of
+from mmtune.data.media.media_names import is_utf8
+from mmtune.data.message import RowError, Sample, all_text_of, split_question, text_of
 from mmtune.data.validation.leakage import check_leakage
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.evaluation.answers import Answer, score_answers
@@ -49,7 +50,9 @@ def check_questions(section: EvaluateSection) -> None:
     check_rows(samples, report, len(samples))
     for index, handle in enumerate(samples.subset(len(samples))):
         try:
-            for question in unanswered(samples, index, handle(), section):
+            sample = handle()
+            _check_unicode(sample)
+            for question in unanswered(samples, index, sample, section):
                 item = question.item()
                 if (problem := metrics[samples.source_of(index)].problem(item)) is not None:
                     raise RowError(item.fields["id"], "references", problem)
@@ -64,6 +67,15 @@ def check_questions(section: EvaluateSection) -> None:
         raise RecipeValueError(
             "evaluate", f"{len(report.quarantined)} of {len(samples)} rows cannot be evaluated:\n{report.listing()}"
         )
+
+
+def _check_unicode(sample: Sample) -> None:
+    texts = {f"messages[{number}]": all_text_of(message) for number, message in enumerate(sample.messages)}
+    texts |= {name: "".join(getattr(sample, name)) for name in ("references", "choices", "options")}
+    for name, text in texts.items():
+        if not is_utf8(text):
+            detail = f"expected valid Unicode, got a lone surrogate in {ascii(text)[-80:]}"
+            raise RowError(sample.id, name, detail, "text_not_unicode")
 
 
 def evaluate(

@@ -12,7 +12,9 @@ from jinja2 import Environment, PackageLoader
 
 from mmtune.data.dataset import IndexedSamples, iterate_rows
 from mmtune.data.media.media import Media, open_image
-from mmtune.evaluation.answers import Answer, read_answers
+from mmtune.data.validation.issues import DataIssueError
+from mmtune.evaluation.answers import Answer
+from mmtune.evaluation.answers_file import read_answers
 from mmtune.evaluation.comparison import Comparison, column_names, difference_rows, differences_to_dicts, gain, unmatched_lines
 from mmtune.evaluation.metrics.metric_table import recorded_metric
 from mmtune.evaluation.scores import difference_lines, format_score, further_lines, score_rows, score_title
@@ -107,7 +109,9 @@ def write_comparison(comparisons: Sequence[tuple[tuple[str, str], Comparison]], 
                 "groups": groups,
             }
         )
-    path.write_text(render_page("comparison.html.jinja", title="Comparison", sections=sections), encoding="utf-8")
+    path.write_text(
+        render_page("comparison.html.jinja", title="Comparison", sections=sections), encoding="utf-8", errors="replace"
+    )
 
 
 def render_page(template: str, **values: Any) -> str:
@@ -124,7 +128,7 @@ def sample_cards(
         {
             "question": second.question,
             "reference": " | ".join(dict.fromkeys(second.references)),
-            "images": [_thumbnail_uri(media) for media in images.get(second.id, ())],
+            "images": [_thumbnail(media) for media in images.get(second.id, ())],
             "answers": [
                 {
                     "label": f"{name}, {format_score(answer.score, answer.metric) if answer.parsed else 'unparsed'}",
@@ -172,12 +176,16 @@ def _images(answers: Sequence[Answer], sources: Sequence[Source]) -> dict[str, S
     return {sample.id: sample.images for sample in iterate_rows(IndexedSamples(sources)) if sample.id in ids}
 
 
-def _thumbnail_uri(media: Media) -> str:
-    image = open_image(media)
+def _thumbnail(media: Media) -> dict[str, str]:
+    """The `uri` of a small copy of an image; `problem` if it cannot be read."""
+    try:
+        image = open_image(media)
+    except DataIssueError as error:
+        return {"problem": str(error)}
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    return _data_uri(buffer.getvalue())
+    return {"uri": _data_uri(buffer.getvalue())}
 
 
 def _data_uri(png: bytes) -> str:

@@ -100,7 +100,7 @@ def metric_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def difference_lines(differences: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How to read differences: for each overall one its test, then the tasks that became worse.
+    """How to read differences: for each overall one its test, then the tasks that became significantly worse.
 
     Args:
         differences: as in `summary.json` (`comparison`).
@@ -122,7 +122,7 @@ def difference_lines(differences: Sequence[Mapping[str, Any]]) -> list[str]:
         if each["task"] != "overall" and each["regression"]
     ]
     if worse:
-        lines.append(f"worse by task: {', '.join(worse)}; p is adjusted for the number of tasks (Holm)")
+        lines.append(f"worse by task at 5%: {', '.join(worse)}; p is adjusted for the number of tasks (Holm)")
     return lines
 
 

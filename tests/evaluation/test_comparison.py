@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from mmtune.cli.main import entry_point
-from mmtune.evaluation.answers import Answer, read_answers, score_answers, write_answers
+from mmtune.evaluation.answers import Answer, score_answers
+from mmtune.evaluation.answers_file import read_answers, write_answers
 from mmtune.evaluation.comparison import compare_answers, tuning_metrics
 from mmtune.evaluation.scores import print_scores, score_rows
 from mmtune.recipe.recipe import Recipe
@@ -66,6 +67,12 @@ def test_tasks_are_compared_and_the_worse_ones_named() -> None:
     assert count.adjusted_p >= count.result.p_value
     assert comparison.as_json()["regressions"] == ["count"]
     assert comparison.as_json()["worse"] == [f"r[{number}]" for number in range(0, 38, 2)]
+
+
+def test_a_difference_of_one_row_is_no_regression() -> None:
+    comparison = compare_answers(_side("1111"), _side("0111", task="overall")[:1] + _side("0111")[1:])
+    assert comparison.tasks[0].result.difference == -0.5 and comparison.as_json()["regressions"] == []
+    assert compare_answers(_side("11", task="overall"), _side("11")).tasks[0].task == "overall"
 
 
 def test_a_lower_error_rate_is_better() -> None:
@@ -154,7 +161,7 @@ def test_several_files_are_compared_with_the_first(files: list[str], capsys: pyt
     assert comparisons[1]["only_first"] == [f"r[{number}]" for number in range(4, 24)]
     assert comparisons[0]["tasks"][-1]["test"] == "exact sign-flip permutation test"
     assert f"not compared: 20 rows only in {files[0]}: r[4], r[5], r[6], r[7], r[8], ..." in output.err
-    assert "worse by task: count -91.7 pp" in output.err
+    assert "worse by task at 5%: count -91.7 pp" in output.err
 
 
 def test_answers_of_an_earlier_version_have_the_defaults_of_new_keys(files: list[str]) -> None:
@@ -176,6 +183,15 @@ def test_the_page_shows_what_became_worse_and_better(files: list[str], tmp_path:
     assert "http" not in html
 
 
+def test_an_image_that_cannot_be_read_is_named_on_the_page(files: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("<no image>")
+    second = read_answers(Path(files[1]))
+    write_answers([dataclasses.replace(second[0], prediction="half of \ud83d"), *second[1:]], Path(files[1]))
+    assert entry_point(["compare", *files[:2], "--html", str(tmp_path / "page.html")]) == 0
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "a.png: unknown image format" in html and "half of ?" in html
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -183,7 +199,7 @@ def test_the_page_shows_what_became_worse_and_better(files: list[str], tmp_path:
         (["{first}"], "expected a second run or file of answers"),
         (["{folder}", "{first}"], "has no answers (answers_after.jsonl); `mmtune eval` writes them"),
         (["{folder}"], "has no answers (answers_before.jsonl); set evaluate.before: true"),
-        (["{folder}/broken.jsonl", "{first}"], "broken.jsonl:2: expected an answer as `mmtune eval` writes it"),
+        (["{folder}/broken.jsonl", "{first}"], "broken.jsonl:2: references: expected a list of texts, got no such key"),
         (["{first}", "{first}", "--html", "{first}/page.html"], "--html"),
     ],
 )

@@ -13,7 +13,8 @@ from PIL import Image
 
 from mmtune.data.dataset import IndexedSamples, iterate_rows
 from mmtune.data.message import RowError, Sample
-from mmtune.evaluation.answers import Answer, group_scores, read_answers, score_answers, scores_to_dicts, write_answers
+from mmtune.evaluation.answers import Answer, group_scores, score_answers, scores_to_dicts
+from mmtune.evaluation.answers_file import read_answers, write_answers
 from mmtune.evaluation.evaluate import evaluate
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
 from mmtune.evaluation.predictions.answering import generate_answers
@@ -202,6 +203,9 @@ def test_scores_per_task_and_overall() -> None:
 
 def test_written_answers_are_read_back_unchanged(tmp_path: Path) -> None:
     odd = "line\nbreak \u2028 \u2029 \x85 \x0b \x1c \r\n é 猫 <|end|>"
-    answers = [_answer(None, odd, odd, question=odd, images=("a.png", "b.png"), options=("x", "y")), _answer("t", "")]
+    answers = [
+        _answer(None, odd, odd, question=odd, images=("a.png", "b.png"), options=("x", "y")),
+        _answer("t", "", id="caf\udce9.json[0]"),
+    ]
     write_answers(answers, tmp_path / "a.jsonl")
     assert read_answers(tmp_path / "a.jsonl") == answers

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmtune.evaluation.answers import Answer, write_answers
+from mmtune.evaluation.answers import Answer
+from mmtune.evaluation.answers_file import write_answers
 from mmtune.evaluation.run_report import select_answers, write_report
 from mmtune.evaluation.scores import metric_lines, print_scores, score_rows
 from mmtune.methods.method_table import METHODS

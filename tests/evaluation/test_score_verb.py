@@ -15,8 +15,10 @@ from PIL import Image
 from mmtune.cli.main import entry_point
 from mmtune.data.dataset import IndexedSamples, iterate_rows
 from mmtune.data.templates.template import load_data_template, shipped_templates
-from mmtune.evaluation.answers import Answer, group_scores, read_items, score_answers, score_metrics, write_answers
+from mmtune.evaluation.answers import Answer, group_scores, score_answers, score_metrics
+from mmtune.evaluation.answers_file import read_answers, write_answers
 from mmtune.evaluation.evaluate import check_questions, unanswered
+from mmtune.evaluation.metrics.metric import Item
 from mmtune.evaluation.metrics.metric_table import METRICS, find_metric
 from mmtune.recipe.recipe import EvaluateSection
 from mmtune.utils.errors import UserError
@@ -60,6 +62,8 @@ def test_faulty_lines_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "\n",
         {"prediction": "yes", "references": ["yes"], "options": [1]},
         {"prediction": "yes", "references": ["perhaps"]},
+        {"prediction": 5, "references": ["yes"]},
+        {"prediction": "", "references": ["yes"], "cluster": [1]},
     ]
     path = _write(tmp_path / "answers.jsonl", faulty)
     assert entry_point(["score", str(path), "--metric", "yes_no"]) == 2
@@ -72,26 +76,107 @@ def test_faulty_lines_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
         f"{path}:5: references: expected a list of texts, got []",
         f"{path}:7: options: expected a list of texts, got [1]",
         f"{path}:8: references: expected yes or no as reference, got 'perhaps' (metric yes_no)",
+        f"{path}:9: prediction: expected a text, got 5",
+        f"{path}:10: cluster: expected a text or an integer, got [1]",
     ]
     assert len(errors) == len(expected) and all(map(str.startswith, errors, expected))
     assert entry_point(["score", str(_write(path, ["x\n"] * 12)), "--metric", "yes_no"]) == 2
     assert capsys.readouterr().err.splitlines()[10:] == ["... and 2 more lines"]
     assert entry_point(["score", str(_write(path, ["\n"])), "--metric", "yes_no"]) == 2
-    assert "got an empty file" in capsys.readouterr().err
-    path.write_bytes(b"\xff\xfe")
-    for argument in (path, tmp_path, tmp_path / "missing.jsonl"):
+    assert capsys.readouterr().err == f"error: {path}: expected one JSON object per line, got no line with text\n"
+    path.write_text(json.dumps(LINES[0]), encoding="utf-16")
+    for argument, message in {
+        path: "expected JSON Lines in UTF-8, got byte 0xff at position 0",
+        tmp_path: "cannot be read: Is a directory",
+        tmp_path / "missing.jsonl": "cannot be read: No such file or directory",
+    }.items():
         assert entry_point(["score", str(argument), "--metric", "yes_no"]) == 2
-        assert "expected JSON Lines in UTF-8" in capsys.readouterr().err
+        assert capsys.readouterr().err == f"error: {argument}: {message}\n"
     assert entry_point(["score", str(path), "--metric", "yesno"]) == 2
     assert capsys.readouterr().err == "error: unknown metric 'yesno'; did you mean 'yes_no'?\n"
 
 
-def test_the_answers_of_an_evaluation_can_be_scored_again(tmp_path: Path) -> None:
-    answers = [Answer("r", None, "?", ("a.png",), ("A",), "Answer: cat", "a.png", "multiple_choice", options=("cat", "dog"))]
-    write_answers(answers, tmp_path / "answers.jsonl")
-    [item] = read_items(tmp_path / "answers.jsonl", METRICS["multiple_choice"], "Answer:")
-    assert METRICS["multiple_choice"].score(item) == score_answers([replace(answers[0], answer_after="Answer:")])[0].score == 1
-    assert (item.prediction, item.cluster, item.fields["id"]) == ("cat", "a.png", "r")
+SCORED = {"id": "r", "prediction": "yes", "references": ["yes"], "metric": "yes_no", "score": 1.0, "cluster": "a"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id": None}, "id: expected a text or an integer, got null"),
+        ({"id": True}, "id: expected a text or an integer, got true"),
+        ({"task": ["x"]}, 'task: expected a text or an integer, got ["x"]'),
+        ({"question": 1}, "question: expected a text, got 1"),
+        ({"images": "a.png"}, 'images: expected a list of texts, got "a.png"'),
+        ({"metric": None}, "metric: expected the name of a metric, got null"),
+        ({"metric": "yesno"}, "unknown metric 'yesno'; did you mean 'yes_no'?"),
+        ({"score": None}, "score: expected a finite number, got null"),
+        ({"score": "1.0"}, 'score: expected a finite number, got "1.0"'),
+        ({"score": True}, "score: expected a finite number, got true"),
+        ({"score": float("nan")}, "score: expected a finite number, got NaN"),
+        ({"score": 10**400}, "score: expected a finite number, got 1000"),
+        ({"score": 0.5}, "score: expected 0 or 1 (metric yes_no), got 0.5"),
+        ({"score": 7.0, "metric": "anls"}, "score: expected a number from 0 to 1 (metric anls), got 7"),
+        ({"score": -1, "metric": "cer"}, "score: expected a number from 0 to inf (metric cer), got -1"),
+        ({"parsed": False}, "score: expected 0, because parsed is false (metric yes_no), got 1"),
+        ({"parsed": "no"}, 'parsed: expected true or false, got "no"'),
+        ({"sampled": [1]}, "sampled: expected a list of texts, got [1]"),
+        ({"choice_scores": ["1"]}, 'choice_scores: expected a list of numbers, got ["1"]'),
+        ({"references": ["?"]}, "references: expected yes or no as reference, got '?' (metric yes_no)"),
+        ({"id": "first"}, "id: expected another one than in line 1, got 'first' again"),
+    ],
+)
+def test_a_faulty_line_of_scores_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = _write(tmp_path / "answers.jsonl", [{**SCORED, "id": "first"}, {**SCORED, **change}])
+    with pytest.raises(UserError) as error:
+        read_answers(path)
+    assert str(error.value).startswith(f"{path}:2: {message}") and "\n" not in str(error.value)
+
+
+def test_what_other_programs_write_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    numbers = {**SCORED, "id": 1, "task": 2, "cluster": 3, "score": 1, "weight": [4], "question": None, "choices": None}
+    path.write_text("\ufeff" + json.dumps(numbers) + "\r\n\r\n\n" + json.dumps({**SCORED, "cluster": ""}) + "\n \n", "utf-8")
+    first, second = read_answers(path)
+    assert (first.id, first.task, first.cluster, first.score, first.question, first.choices) == ("1", "2", "3", 1, "", ())
+    assert first.extra == {"weight": [4]} and first.item().fields["weight"] == [4]
+    assert second.cluster == "line 4"
+    write_answers([first, second], path)
+    assert read_answers(path) == [first, second]
+
+
+def test_rows_without_a_cluster_are_independent(tmp_path: Path) -> None:
+    lines = [{"prediction": "x", "references": ["x"], "cluster": cluster} for cluster in (None, "", None, "a", "a")]
+    answers = read_answers(_write(tmp_path / "answers.jsonl", lines), METRICS["anls"])
+    assert len({answer.cluster for answer in answers}) == 4
+
+
+def test_the_answers_of_an_evaluation_can_be_scored_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captions = ["a cat on a mat", "two dogs in a park", "a red bus", "a man in a hat"]
+    answers = [
+        Answer(
+            f"r{n % 2}",
+            None,
+            "?",
+            (),
+            (text,),
+            f"So. Answer: {text}",
+            str(n),
+            "cider_d",
+            source="ab"[n // 2],
+            answer_after="Answer:",
+        )
+        for n, text in enumerate(captions)
+    ]
+    path = tmp_path / "answers.jsonl"
+    write_answers(score_answers(answers), path)
+    for arguments, expected in {
+        (): answers,
+        ("--answer-after", ""): [replace(each, answer_after="") for each in answers],
+    }.items():
+        assert entry_point(["score", str(path), "--metric", "cider_d", "--json", *arguments]) == 0
+        scores = [(score["task"], score["score"]) for score in json.loads(capsys.readouterr().out)["scores"]]
+        assert scores == [(score.task, score.score) for score in group_scores(score_answers(expected))]
+        assert [task for task, _ in scores] == ["a", "b", "overall"]
 
 
 def test_a_function_of_the_user_is_a_metric(
@@ -102,21 +187,32 @@ def test_a_function_of_the_user_is_a_metric(
         "    return None if not prediction else row['weight'] * (prediction in references)\n"
         "def text(prediction, references, row):\n    return 'good'\n"
         "def not_a_number(prediction, references, row):\n    return float('nan')\n"
+        "def too_large(prediction, references, row):\n    return 10**400\n"
+        "def faulty(prediction, references, row):\n    return row['wieght']\n"
+        "def two_arguments(prediction, references):\n    return 1\n"
+        "def numpy_number(prediction, references, row):\n    import numpy\n    return numpy.float32(0.5)\n"
     )
+    (tmp_path / "broken.py").write_text("x = 1\nx.y\n")
     lines = [{"prediction": text, "references": ["x"], "weight": 3, "cluster": text} for text in ("x", "y", "")]
     path = _write(tmp_path / "answers.jsonl", lines)
     monkeypatch.chdir(tmp_path)
     assert entry_point(["score", str(path), "--metric", "own_metric.py:score", "--json"]) == 0
     [overall] = json.loads(capsys.readouterr().out)["scores"]
     assert (overall["score"], overall["unparsed"], overall["baseline"]) == (1, 1, None)
+    assert find_metric("own_metric.py:numpy_number").score(Item("x", ("x",))) == 0.5
     monkeypatch.syspath_prepend(str(tmp_path))
     assert find_metric("own_metric:score").name == "own_metric:score"
     for name, message in {
         "own_metric.py:text": "expected a finite number or None, got 'good' for 'x'",
         "own_metric.py:not_a_number": "expected a finite number or None, got nan",
+        "own_metric.py:too_large": "expected a finite number or None, got 1000",
+        "own_metric.py:faulty": f"KeyError: 'wieght' ({tmp_path}/own_metric.py:10), for 'x'",
+        "own_metric:faulty": f"KeyError: 'wieght' ({tmp_path}/own_metric.py:10), for 'x'",
+        "own_metric.py:two_arguments": "TypeError: two_arguments() takes 2 positional arguments but 3 were given, for 'x'",
+        "broken.py:score": f"cannot import broken.py: AttributeError: 'int' object has no attribute 'y' ({tmp_path}/broken.py:2)",
         "own_metric.py:scores": "own_metric.py has no function 'scores'; did you mean 'score'?",
         "other_metric.py:score": "no file other_metric.py; the path is relative to the working directory",
-        "other_metric:score": "cannot import other_metric: No module named 'other_metric'; a file is given as FILE.py:function",
+        "other_metric:score": "cannot import other_metric: ModuleNotFoundError: No module named 'other_metric'; a file",
     }.items():
         assert entry_point(["score", str(path), "--metric", name]) == 2
         assert f"error: metric {name}: {message}" in capsys.readouterr().err
@@ -179,6 +275,18 @@ def test_each_source_is_a_data_set_of_its_own() -> None:
         alone = score_answers([answer for answer in answers if answer.source == source])
         assert [answer.score for answer in both if answer.source == source] == [answer.score for answer in alone]
     assert [answer.score for answer in both] != METRICS["cider_d"].score_all([answer.item() for answer in answers])
+
+
+@pytest.mark.parametrize("field", ["query", "label"])
+def test_a_text_that_cannot_be_written_is_an_error_before_anything_is_generated(tmp_path: Path, field: str) -> None:
+    section = _section(tmp_path)
+    [first, second] = json.loads((tmp_path / "charts.json").read_text())
+    _write(tmp_path / "charts.json", [json.dumps([first, {**second, field: "caf\ud83d"}])])
+    where = {"query": 0, "label": 1}[field]
+    with pytest.raises(
+        UserError, match=rf"charts\.json\[1\]: messages\[{where}\]: expected valid Unicode, got a lone surrogate in '"
+    ):
+        check_questions(section)
 
 
 def test_a_metric_that_does_not_fit_the_rows_is_an_error_before_anything_is_generated(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mmtune.data.batching.collate import Collator, collate
 from mmtune.data.data_report import DataReport
 from mmtune.data.dataset import IndexedSamples, SampleEncoder, TrainingSet, dummy_sample
 from mmtune.data.encoding.encode import encode_sample
-from mmtune.evaluation.answers import read_answers
+from mmtune.evaluation.answers_file import read_answers
 from mmtune.evaluation.evaluate import evaluate
 from mmtune.families.structure import find_components
 from mmtune.models.load import load_trained

@@ -58,8 +58,10 @@ def effective_sample_size(sums: Array) -> float:
     return float(total if variance * total <= p * (1 - p) else p * (1 - p) / variance)
 
 
-def bootstrap_interval(metric: Metric, sums: Array, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(metric: Metric, sums: Array, confidence: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
     """Percentile bootstrap of a headline number over clusters (Efron and Tibshirani, 1993, chapter 13).
+
+    None if all resamples have the same number: clusters that are all equal do not show how much others vary.
 
     Args:
         sums: shape (clusters, k): sums of the metric's statistics.
@@ -74,7 +76,7 @@ def bootstrap_interval(metric: Metric, sums: Array, confidence: float = 0.95, se
         values += metric.headline(counts @ sums).tolist()
     tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
+    return (float(low), float(high)) if high - low > 1e-12 * (1 + abs(high)) else None  # rounding
 
 
 def confidence_interval(metric: Metric, statistics: Array, clusters: Sequence[str]) -> tuple[float, float] | None:
@@ -85,7 +87,7 @@ def confidence_interval(metric: Metric, statistics: Array, clusters: Sequence[st
         clusters: the cluster of each item.
 
     Returns:
-        (low, high); None for a number that is not a proportion of fewer than two clusters.
+        (low, high); None for a number that is not a proportion of fewer than two clusters, or of clusters that are all equal.
     """
     sums = cluster_sums(statistics, clusters)
     if metric.proportion:

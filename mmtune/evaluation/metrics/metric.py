@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +105,15 @@ class Metric:
     def normalize_class(self, text: str) -> str:
         """The form in which two references are the same class, for the majority-class baseline."""
         return text.strip()
+
+
+def finite_number(value: Any) -> float | None:
+    """A finite real number as a float, also one of numpy; None for anything else."""
+    try:
+        number = float(value) if isinstance(value, (numbers.Real, np.bool_)) else math.nan
+    except OverflowError:  # an integer of more than 308 digits
+        return None
+    return number if math.isfinite(number) else None
 
 
 def ratio(numerator: Array, denominator: Array) -> Array:

@@ -60,6 +60,15 @@ def test_one_cluster_has_no_bootstrap_interval() -> None:
     assert confidence_interval(PROPORTION, PROPORTION.statistics([], []), []) == (0, 1)
 
 
+def test_equal_clusters_have_no_bootstrap_interval() -> None:
+    for score, counts in ((1.0, [1] * 2), (0.1, [1, 2, 3]), (1 / 3, [7] * 500)):
+        clusters = [str(number) for number, count in enumerate(counts) for _ in range(count)]
+        assert confidence_interval(MEAN, MEAN.statistics([], [score] * len(clusters)), clusters) is None
+        assert confidence_interval(MEAN, MEAN.statistics([], [0.9, *[score] * (len(clusters) - 1)]), clusters) is not None
+    reads = [Item("abcd", ("abcd",), str(number)) for number in range(3)]
+    assert confidence_interval(METRICS["cer"], METRICS["cer"].statistics(reads, [0.0] * 3), ["a", "b", "c"]) is None
+
+
 def test_macro_f1_and_confusion_equal_scikit_learn() -> None:
     generator = np.random.default_rng(1)
     references = generator.choice(["cat", "dog", "bird", "fish"], size=300, p=[0.6, 0.2, 0.15, 0.05])

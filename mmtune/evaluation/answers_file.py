@@ -1,0 +1,167 @@
+"""Answers files: JSON Lines, one answer a line, of an evaluation or made elsewhere. Reading one runs no code that it names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmtune.evaluation.answers import Answer
+from mmtune.evaluation.metrics.metric import Metric, finite_number
+from mmtune.evaluation.metrics.metric_table import recorded_metric
+from mmtune.utils.errors import UserError, reason_of
+from mmtune.utils.files import replace_bytes
+
+MAX_ERRORS = 10
+"""How many faulty lines an error lists."""
+
+
+def write_answers(answers: Sequence[Answer], path: Path) -> None:
+    """Replace a file atomically by answers, in the order of the questions."""
+    lines = []
+    for answer in answers:
+        row = asdict(answer)
+        lines.append(json.dumps({**row.pop("extra"), **row}, ensure_ascii=False) + "\n")
+    # A file name that is not UTF-8 has lone surrogates in Python, which are valid JSON as escapes \udcXX.
+    replace_bytes(path, "".join(lines).encode("utf-8", "backslashreplace"))
+
+
+def read_answers(path: Path, metric: Metric | None = None, answer_after: str | None = None) -> list[Answer]:
+    """Read the answers of a file. Blank lines are skipped; a null or empty value is as no such key.
+
+    A line has `prediction` and `references`; `id` and `cluster` default to the line's number. Without a metric given it also has
+    `id`, `metric` and `score`. Keys that are not read are in `extra`.
+
+    Args:
+        metric: what will score the answers; scores in the file are not read. None: they are.
+        answer_after: replaces that of every line.
+
+    Raises:
+        UserError: the file cannot be read; or lines that are wrong or that their metric cannot score, by number and key.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # str.splitlines would also split at U+2028 inside an answer
+    except UnicodeDecodeError as error:
+        byte = f"{error.object[error.start]:#04x} at position {error.start}"
+        raise UserError(f"{path}: expected JSON Lines in UTF-8, got byte {byte}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {reason_of(error)}") from error
+    answers: list[Answer] = []
+    errors: list[str] = []
+    numbers: dict[tuple[str | None, str], int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            answer = _read_line(line, number, metric, answer_after)
+            first = numbers.setdefault((answer.source, answer.id), number)
+            if first != number:
+                raise ValueError(f"id: expected another one than in line {first}, got {answer.id[:80]!r} again")
+        except (ValueError, UserError) as error:
+            errors.append(f"{path}:{number}: {error}")
+        else:
+            answers.append(answer)
+    if errors:
+        more = [f"... and {len(errors) - MAX_ERRORS} more lines"] if len(errors) > MAX_ERRORS else []
+        raise UserError("\n".join([*errors[:MAX_ERRORS], *more]))
+    return answers
+
+
+def _read_line(line: str, number: int, metric: Metric | None, answer_after: str | None) -> Answer:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected a JSON object, got text that is not JSON: {reason_of(error)}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+    required = ("prediction", "references") if metric else ("prediction", "references", "id", "metric", "score")
+    keys = _KEYS if metric else _KEYS | _SCORE_KEYS
+    values: dict[str, Any] = {"id": str(number), "cluster": f"line {number}", "task": None, "question": "", "images": ()}
+    for name, (expected, read) in keys.items():
+        if name not in required and row.get(name) in (None, ""):
+            continue
+        value = read(row.get(name))
+        if value is None:
+            raise ValueError(f"{name}: expected {expected}, got {_shown(row[name]) if name in row else 'no such key'}")
+        values[name] = value
+    if metric:
+        values["metric"] = metric.name
+    if answer_after is not None:
+        values["answer_after"] = answer_after
+    answer = Answer(**values, extra={name: value for name, value in row.items() if name not in keys})
+    used = metric or recorded_metric(answer.metric)
+    if (problem := used.problem(answer.item())) is not None:
+        raise ValueError(f"references: {problem} (metric {used.name})")
+    if not metric and (possible := _expected_score(used, answer)) is not None:
+        raise ValueError(f"score: expected {possible} (metric {used.name}), got {answer.score:g}")
+    return answer
+
+
+def _expected_score(metric: Metric, answer: Answer) -> str | None:
+    """The scores that a metric can give, if that of the answer is not one of them."""
+    if not answer.parsed:
+        return None if answer.score == metric.unparsed_score else f"{metric.unparsed_score:g}, because parsed is false"
+    if metric.proportion:
+        return None if answer.score in (0, 1) else "0 or 1"
+    highest = 1 if metric.percent and metric.greater_is_better else float("inf")
+    in_range = not metric.percent or 0 <= answer.score <= highest + 1e-6  # rounding
+    return None if in_range else f"a number from 0 to {highest:g}"
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _name(value: Any) -> str | None:
+    return str(value) if (isinstance(value, str) and value) or (isinstance(value, int) and not isinstance(value, bool)) else None
+
+
+def _texts(value: Any) -> tuple[str, ...] | None:
+    return tuple(value) if isinstance(value, list) and all(isinstance(text, str) for text in value) else None
+
+
+def _number(value: Any) -> float | None:
+    return None if isinstance(value, bool) else finite_number(value)
+
+
+def _numbers(value: Any) -> tuple[float, ...] | None:
+    """Also infinities and NaN, which the log-likelihoods of a model that diverged can be."""
+    if not isinstance(value, list) or not all(isinstance(each, float) or _number(each) is not None for each in value):
+        return None
+    return tuple(map(float, value))
+
+
+def _flag(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)[:80]
+
+
+Key = tuple[str, Callable[[Any], Any]]
+"""What its value must be, and a function that returns the value of `Answer`, or None if it is something else."""
+
+_KEYS: dict[str, Key] = {
+    "id": ("a text or an integer", _name),
+    "task": ("a text or an integer", _name),
+    "source": ("a text or an integer", _name),
+    "cluster": ("a text or an integer", _name),
+    "question": ("a text", _text),
+    "images": ("a list of texts", _texts),
+    "references": ("a list of texts", lambda value: _texts(value) or None),
+    "prediction": ("a text", _text),
+    "answer_after": ("a text", _text),
+    "choices": ("a list of texts", _texts),
+    "options": ("a list of texts", _texts),
+}
+_SCORE_KEYS: dict[str, Key] = {
+    "metric": ("the name of a metric", _name),
+    "score": ("a finite number", _number),
+    "parsed": ("true or false", _flag),
+    "near_tie": ("true or false", _flag),
+    "sampled": ("a list of texts", _texts),
+    "choice_scores": ("a list of numbers", _numbers),
+}
