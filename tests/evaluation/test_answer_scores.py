@@ -6,7 +6,8 @@ import pytest
 from scipy.stats import binomtest
 
 from mmtune.evaluation.answers import Answer, final_answer, group_scores, score_answers
-from mmtune.evaluation.metrics.entries.text_match import EXACT_MATCH, normalize
+from mmtune.evaluation.metrics.answer_text import normalize
+from mmtune.evaluation.metrics.entries.text_match import EXACT_MATCH
 from mmtune.evaluation.metrics.intervals import wilson_interval
 from mmtune.evaluation.metrics.metric import Item
 
@@ -64,6 +65,7 @@ def test_another_answer_is_wrong(prediction: str, reference: str) -> None:
 def test_runs_of_space_are_one() -> None:
     assert normalize("  Top \n\t LEFT. ") == "top left"
     assert exact_match("STRASSE", "straße")
+    assert exact_match("cafe\u0301", "caf\u00e9") and exact_match("CAF\u00c9", "cafe\u0301")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -172,3 +173,63 @@ def test_fields_of_nested_json() -> None:
     )  # 1 is not true
     for hostile in ("name: Ann", '{"name": NaN}', '{"a": 1, "a": 2}', "[" * 100_000, "3", "```\n{}\n```\n```\n{}\n```", "null"):
         assert metric.score(Item(hostile, reference)) is None
+    for hostile in ('{"a": 1e999}', '{"a": -1e999}', '{"a": Infinity}', "[" * 300 + "]" * 300):
+        assert metric.score(Item(hostile, reference)) is None
+    fenced = '{"code": "```python\\nx = 1\\n```"}'
+    assert metric.problem(Item("", (fenced,))) is None and metric.score(Item(fenced, (fenced,))) == 1
+    assert metric.score(Item("\ufeff" + reference[0], reference)) == 1
+
+
+def test_items_of_a_json_list_are_matched_one_to_one() -> None:
+    metric = METRICS["json_fields"]
+    tea, cake, pie = {"name": "tea", "price": 2}, {"name": "cake", "price": 9}, {"name": "pie", "price": 9, "note": ["a", "b"]}
+
+    def score(answer: list[Any], reference: list[Any]) -> float:
+        item = Item(json.dumps(answer), (json.dumps(reference),))
+        value = metric.score(item)
+        assert value is not None
+        assert metric.further([item], [value])["all_fields"] == (value == 1)
+        return value
+
+    assert score([cake, tea], [tea, cake]) == 1
+    assert score([{**tea, "price": 9}, {**cake, "price": 2}], [tea, cake]) == 1 / 2  # exchanged prices
+    assert score([tea, tea], [tea, cake]) == 1 / 2  # an item counts once
+    assert score([tea], [tea, cake]) == pytest.approx(2 * 2 / (2 + 4))
+    assert score([cake, pie], [pie, tea]) == pytest.approx(2 * 4 / (6 + 6))  # the equal item first; cake and tea share nothing
+    assert score([[1, 2], [3, 4]], [[3, 4], [1, 5]]) == 3 / 4
+    assert score([True, "1"], [1, 1.0]) == 0
+    assert score([{**pie, "note": ["b", "a"]}], [pie]) == 1
+
+
+def test_the_matching_of_a_json_list_is_the_best_of_all() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        first, second = ([{key: int(draw.integers(2)) for key in "abc"} for _ in range(4)] for _ in range(2))
+        best = max(
+            sum(one[key] == other[key] for one, other in zip(first, order, strict=True) for key in "abc")
+            for order in itertools.permutations(second)
+        )
+        assert METRICS["json_fields"].score(Item(json.dumps(first), (json.dumps(second),))) == pytest.approx(best / 12)
+
+
+@pytest.mark.filterwarnings("error")
+def test_boxes_in_full_width_text_and_of_absurd_size() -> None:
+    iou, box = METRICS["iou"], ("[1, 2, 3, 4]",)
+    for text in (
+        "[1\uff0c2\uff0c3\uff0c4]",
+        "\uff081\uff0c2\uff0c3\uff0c4\uff09",
+        "[1\u30012\u30013\u30014]",
+        "\uff3b\uff11, 2, 3, 4\uff3d",
+    ):
+        assert iou.score(Item(text, box)) == 1
+    for text in (f"[1, 2, 3, {'9' * 400}]", f"[1, 2, 3, {'9' * 200}]", f"[1, 2, 3, 4] [{'9' * 400}, 2, 3, 4]"):
+        assert iou.score(Item(text, box)) is None
+
+
+def test_error_rates_compare_composed_characters() -> None:
+    for name in ("cer", "wer"):
+        assert (
+            METRICS[name].score(Item("cafe\u0301", ("caf\u00e9",)))
+            == 0
+            == METRICS[name].score(Item("caf\u00e9", ("cafe\u0301",)))
+        )

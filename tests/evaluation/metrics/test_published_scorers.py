@@ -44,6 +44,8 @@ def test_a_score_equals_that_of_the_published_scorer(name: str) -> None:
 
 def test_yes_no_equals_pope() -> None:
     items, scores = _read("yes_no")
+    assert len({item.prediction for item in items}) == len(items)
+    assert METRICS["yes_no"].score_all(items).count(None) == 0
     metric = METRICS["yes_no"]
     numbers = {"accuracy": _headline("yes_no", items), **metric.further(items, metric.score_all(items))}
     assert numbers == pytest.approx(scores, abs=1e-6)

@@ -10,7 +10,9 @@ The scorers are not part of this project, and no test needs them. To repeat the 
 
 have `java` on the path, and run
 
-    .venv/bin/python tests/evaluation/metrics/write_scorer_fixtures.py FOLDER
+    .venv/bin/python tests/evaluation/metrics/write_scorer_fixtures.py FOLDER [SCORER ...]
+
+With names of functions below, only their cases are written again.
 """
 
 from __future__ import annotations
@@ -40,6 +42,39 @@ Left on top of it's its street sign STOP u.s. o'clock oclock youre couldn'tve 'o
 etc. cannot gonna naïve 日本 £5 \u201cquoted\u201d 'single'
 """
 WORDS = _WORDS.split()
+POPE_THINGS = ["dog", "cat", "car", "person", "dining table", "cell phone", "traffic light", "bottle", "umbrella", "surfboard"]
+POPE_PLACES = ["in the image", "in the picture", "on the left", "in the background", "next to the man", "on the table"]
+POPE_WHOLE = (
+    "Yes",
+    "No",
+    "yes",
+    "Yes.",
+    "No.",
+    "Yes, it is.",
+    "No, it is not.",
+    "Yes it is",
+    "No it is not",
+    "Yes there is",
+    "No there is not.",
+)
+POPE_FORMS = (
+    "Yes, there is a {thing} {place}.",
+    "Yes, there is a {thing} {place}",
+    "Yes there is a {thing} {place}.",
+    "Yes, a {thing} is visible {place}.",
+    "Yes, I can see a {thing} {place}.",
+    "Yes. The {thing} is {place}.",
+    "Yes, there are two of them: a {thing} stands {place}, and another one behind it.",
+    "No, there is no {thing} {place}.",
+    "No, there is no {thing} {place}",
+    "No there is no {thing} {place}.",
+    "No, there is not a {thing} {place}.",
+    "No, a {thing} is not visible {place}.",
+    "No, I do not see a {thing} {place}.",
+    "No {thing} is visible {place}.",
+    "No. The {thing} is missing {place}.",
+    "No, the image does not show a {thing}. It shows something else {place}.",
+)
 
 
 def _text(draw: random.Random, longest: int = 6) -> str:
@@ -149,10 +184,15 @@ def relaxed_accuracy(folder: Path) -> tuple[list[Case], list[float]]:
 
 
 def yes_no(folder: Path) -> tuple[list[Case], dict[str, float]]:
-    """POPE's numbers, on answers that begin with yes or no: it counts every answer without `no` or `not` as yes."""
+    """POPE's numbers, on 240 different answers in which it and a reader see the same.
+
+    POPE keeps the text before the first full stop. With the word `No`, `no` or `not` it is no, otherwise yes.
+    """
     draw = random.Random(5)
-    answers = ["Yes", "yes", "No", "no", "Yes, there is a dog.", "No, there is a cat.", "Yes. It is red.", "No."]
-    cases = [{"prediction": draw.choice(answers), "references": [draw.choice(["yes", "no"])]} for _ in range(COUNT)]
+    answers = dict.fromkeys(POPE_WHOLE)
+    while len(answers) < 240:
+        answers[draw.choice(POPE_FORMS).format(thing=draw.choice(POPE_THINGS), place=draw.choice(POPE_PLACES))] = None
+    cases = [{"prediction": answer, "references": [draw.choice(["yes", "no"])]} for answer in answers]
     source = (folder / "pope_evaluate.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as place:
         for name, lines in {
@@ -242,8 +282,11 @@ SCORERS = (vqa_accuracy, anls, token_f1, relaxed_accuracy, yes_no, error_rates, 
 def main() -> None:
     folder = Path(sys.argv[1])
     sys.path.insert(0, str(folder / "libs"))
-    fixtures = {}
+    names = sys.argv[2:]
+    fixtures = json.loads(gzip.decompress(TARGET.read_bytes())) if names else {}
     for scorer in SCORERS:
+        if names and scorer.__name__ not in names:
+            continue
         cases, scores = scorer(folder)
         fixtures[scorer.__name__] = {"cases": cases, "scores": scores}
         print(f"{scorer.__name__}: {len(cases)} cases")

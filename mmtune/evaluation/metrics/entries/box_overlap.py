@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mmtune.evaluation.metrics.answer_text import to_ascii
 from mmtune.evaluation.metrics.metric import Array, Item, Metric
 
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
@@ -14,6 +15,8 @@ _BOX = re.compile(rf"[\[(<{{]\s*(?:<?\w+>\s*)?({_NUMBER}(?:\s*[,\s]\s*{_NUMBER})
 _CORNERS = re.compile(rf"\(\s*({_NUMBER}\s*,\s*{_NUMBER})\s*\)\s*,?\s*\(\s*({_NUMBER}\s*,\s*{_NUMBER})\s*\)")
 _LOCATIONS = re.compile(r"(?:<loc\d+>){4}")
 _BARE = re.compile(rf"\s*{_NUMBER}(?:\s*[,\s]\s*{_NUMBER}){{3}}\s*")
+
+_LARGEST = 1e9
 
 
 class BoxOverlap(Metric):
@@ -59,13 +62,16 @@ def read_box_texts(text: str) -> list[tuple[float, float, float, float]]:
 
     A box is four numbers in brackets, `(x1, y1), (x2, y2)`, `<loc0100><loc0200><loc0300><loc0400>`, or a text of four numbers.
 
-    A box without area, which has x1 = x2 or y1 = y2, is a box; its IoU is 0.
+    A box without area, which has x1 = x2 or y1 = y2, is a box; its IoU is 0. A text with a coordinate above 1e9 has no boxes.
     """
+    text = to_ascii(text)
     groups = [text] if _BARE.fullmatch(text) else _LOCATIONS.findall(text)
     groups = groups or _BOX.findall(_CORNERS.sub(r"[\1, \2]", text))
     boxes = []
     for group in groups:
-        x1, y1, x2, y2 = (float(number) for number in re.findall(_NUMBER, group))
+        x1, y1, x2, y2 = corners = [float(number) for number in re.findall(_NUMBER, group)]
+        if max(map(abs, corners)) > _LARGEST:
+            return []
         boxes.append((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
     return boxes
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from string import ascii_uppercase as LETTERS
 from typing import Any
 
-from mmtune.evaluation.metrics.entries.text_match import normalize, plain
+from mmtune.evaluation.metrics.answer_text import normalize
+from mmtune.evaluation.metrics.entries.text_match import plain
 from mmtune.evaluation.metrics.metric import Item, Metric, precision_recall_f1
 
 _IS = r"(?:[:=]|\b(?i:is|es|est|ist|é|är|è|option|choice)\b|是|为|選|选)"

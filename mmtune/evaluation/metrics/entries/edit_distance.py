@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
@@ -85,8 +86,8 @@ class CharacterErrorRate(ErrorRate):
 
     @staticmethod
     def split(text: str) -> str:
-        """The characters."""
-        return " ".join(text.split())
+        """The characters, in NFC."""
+        return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 class WordErrorRate(ErrorRate):
@@ -94,8 +95,8 @@ class WordErrorRate(ErrorRate):
 
     @staticmethod
     def split(text: str) -> list[str]:
-        """The words."""
-        return text.split()
+        """The words, in NFC."""
+        return unicodedata.normalize("NFC", text).split()
 
 
 ANLS = Anls("anls", "average normalized Levenshtein similarity, threshold 0.5", "ST-VQA and DocVQA (arXiv 1907.00490, eq. 1)")

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
-from mmtune.evaluation.metrics.entries.text_match import normalize
+from mmtune.evaluation.metrics.answer_text import normalize
 from mmtune.evaluation.metrics.metric import Array, Item, Metric, precision_recall_f1
 
+_MAX_DEPTH = 100
 _FENCE = re.compile(r"```(?:json)?\s*\n?(.*?)```", re.DOTALL | re.IGNORECASE)
 
 
 class JsonFields(Metric):
     """F1 over the fields of a JSON object: a field is its path and its value.
 
-    Texts are compared after `normalize`, numbers by value; the order of lists does not count. The headline number is F1 over the
-    fields of all answers together.
+    Texts are compared after `normalize`, numbers by value. The items of two lists are matched one to one so that most fields are
+    right; their order does not count. The headline number is F1 over the fields of all answers together.
     """
 
     def problem(self, item: Item) -> str | None:
@@ -50,30 +52,36 @@ class JsonFields(Metric):
 
     def _counts(self, item: Item) -> tuple[int, int, int]:
         """Right, extra and missing fields, for the reference with the best F1."""
-        predicted = Counter(_fields(read_json(item.prediction)))
+        prediction = read_json(item.prediction)
+        fields = 0 if prediction is None else _count_fields(prediction)
         options = []
-        for reference in item.references:
-            expected = Counter(_fields(read_json(reference)))
-            right = (predicted & expected).total()
-            options.append((right, predicted.total() - right, expected.total() - right))
+        for reference in map(read_json, item.references):
+            right = _right_fields(prediction, reference)
+            options.append((right, fields - right, _count_fields(reference) - right))
         return max(options, key=lambda counts: precision_recall_f1(*counts)[2])
 
 
 def read_json(text: str) -> dict[str, Any] | list[Any] | None:
     """The JSON object or list that a text is, or that its only code block is; None otherwise.
 
-    NaN, Infinity and repeated keys are not JSON.
+    NaN, Infinity, numbers too large for a float and repeated keys are not JSON; more than 100 levels are not read.
     """
+    text = text.removeprefix("\ufeff")
     blocks = _FENCE.findall(text)
-    try:
-        value = json.loads(blocks[0] if len(blocks) == 1 else text, parse_constant=_no_constant, object_pairs_hook=_unique)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, (dict, list)) else None
+    for candidate in [text, *blocks] if len(blocks) == 1 else [text]:
+        try:
+            value = json.loads(candidate, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_unique)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, (dict, list)) and _depth(value) <= _MAX_DEPTH:
+            return value
+    return None
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not JSON")
+    return number
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -82,18 +90,59 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _fields(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Path and value of every leaf; an empty object or list is a leaf. The items of a list share a path."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _fields(item, (*path, key))
-    elif isinstance(value, list) and value:
-        for item in value:
-            yield from _fields(item, (*path, "[]"))
-    elif isinstance(value, str):
-        yield path, normalize(value)
-    elif value is not None or path:
-        yield path, (type(value).__name__, repr(value)) if isinstance(value, (dict, list, bool)) else value
+def _children(value: Any) -> list[Any]:
+    """The parts of an object or list; a leaf has none."""
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [child for each in level for child in _children(each)]:
+        depth += 1
+    return depth
+
+
+def _count_fields(value: Any) -> int:
+    """The number of leaves; an empty object or list is a leaf."""
+    return sum(map(_count_fields, _children(value))) or 1
+
+
+def _key(value: Any) -> Hashable:
+    """Equal for values of which all fields are equal."""
+    if isinstance(value, dict):
+        return "object", frozenset((key, _key(item)) for key, item in value.items())
+    if isinstance(value, list):
+        return "list", frozenset(Counter(map(_key, value)).items())
+    return ("text", normalize(value)) if isinstance(value, str) else (isinstance(value, bool), value)
+
+
+def _right_fields(first: Any, second: Any) -> int:
+    """The number of leaves with the same path and value, with the items of lists matched so that it is largest."""
+    if isinstance(first, dict) and isinstance(second, dict) and first and second:
+        return sum(_right_fields(first[key], second[key]) for key in first.keys() & second.keys())
+    if isinstance(first, list) and isinstance(second, list) and first and second:
+        return _right_items(first, second)
+    return int(_key(first) == _key(second))
+
+
+def _right_items(first: list[Any], second: list[Any]) -> int:
+    from scipy.optimize import linear_sum_assignment
+
+    keys = Counter(map(_key, first)) & Counter(map(_key, second))
+    right, others = 0, list[list[Any]]()
+    for items in (first, second):  # equal items are a pair in a largest matching, so only the others need the assignment
+        equal = keys.copy()
+        others.append([])
+        for item in items:
+            if equal[key := _key(item)]:
+                equal[key] -= 1
+                right += _count_fields(item) if items is first else 0
+            elif _children(item):
+                others[-1].append(item)
+    overlaps = np.array([[_right_fields(one, other) for other in others[1]] for one in others[0]], dtype=np.float64)
+    if not overlaps.size:
+        return right
+    return right + int(overlaps[linear_sum_assignment(overlaps, maximize=True)].sum())
 
 
 JSON_FIELDS = JsonFields(

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import re
 import string
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from mmtune.evaluation.metrics.answer_text import normalize, to_ascii
 from mmtune.evaluation.metrics.metric import Item, Metric
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def normalize(answer: str) -> str:
-    """Text for comparison: case-folded, whitespace collapsed, and one trailing full stop removed."""
-    return " ".join(answer.casefold().split()).removesuffix(".").rstrip()
-
-
-_ASCII = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2212": "-", "\u3001": ","})
 _MARKUP = re.compile(r"[*_`$]+")
 _LATEX = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\{([^{}]*)\}")
 
 
 def plain(answer: str) -> str:
     """Text for a parser: full-width forms, curly quotes and the minus sign as ASCII; no markup or outer quotes."""
-    text = unicodedata.normalize("NFKC", answer).translate(_ASCII)
+    text = to_ascii(answer)
     text = _LATEX.sub(r"\1", _LATEX.sub(r"\1", text))  # \boxed{\text{B}}
     return _MARKUP.sub("", text).strip().strip("\"'").strip()
 
