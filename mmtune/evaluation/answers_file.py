@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +77,16 @@ def _read_line(line: str, number: int, metric: Metric | None, answer_after: str 
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
     required = ("prediction", "references") if metric else ("prediction", "references", "id", "metric", "score")
-    keys = _KEYS if metric else _KEYS | _SCORE_KEYS
+    keys = [name for name in _KEYS if metric is None or name not in _SCORE_KEYS]
     values: dict[str, Any] = {"id": str(number), "cluster": f"line {number}", "task": None, "question": "", "images": ()}
-    for name, (expected, read) in keys.items():
+    for name in keys:
         if name not in required and row.get(name) in (None, ""):
             continue
-        value = read(row.get(name))
-        if value is None:
-            raise ValueError(f"{name}: expected {expected}, got {_shown(row[name]) if name in row else 'no such key'}")
-        values[name] = value
+        expected, read = _KEYS[name]
+        values[name] = read(row.get(name))
+        if values[name] is None or (name == "references" and not values[name]):
+            shown = json.dumps(row[name], ensure_ascii=False)[:80] if name in row else "no such key"
+            raise ValueError(f"{name}: expected {expected}, got {shown}")
     if metric:
         values["metric"] = metric.name
     if answer_after is not None:
@@ -137,31 +138,19 @@ def _flag(value: Any) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)[:80]
-
-
-Key = tuple[str, Callable[[Any], Any]]
-"""What its value must be, and a function that returns the value of `Answer`, or None if it is something else."""
-
-_KEYS: dict[str, Key] = {
-    "id": ("a text or an integer", _name),
-    "task": ("a text or an integer", _name),
-    "source": ("a text or an integer", _name),
-    "cluster": ("a text or an integer", _name),
-    "question": ("a text", _text),
-    "images": ("a list of texts", _texts),
-    "references": ("a list of texts", lambda value: _texts(value) or None),
-    "prediction": ("a text", _text),
-    "answer_after": ("a text", _text),
-    "choices": ("a list of texts", _texts),
-    "options": ("a list of texts", _texts),
+_KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "str": ("a text", _text),
+    "str | None": ("a text", _text),
+    "tuple[str, ...]": ("a list of texts", _texts),
+    "float": ("a finite number", _number),
+    "bool": ("true or false", _flag),
+    "tuple[float, ...]": ("a list of numbers", _numbers),
 }
-_SCORE_KEYS: dict[str, Key] = {
-    "metric": ("the name of a metric", _name),
-    "score": ("a finite number", _number),
-    "parsed": ("true or false", _flag),
-    "near_tie": ("true or false", _flag),
-    "sampled": ("a list of texts", _texts),
-    "choice_scores": ("a list of numbers", _numbers),
+"""By the type of an attribute of `Answer`: what its value in a file must be, and a function that returns None for another one."""
+_NAMES = ("id", "task", "source", "cluster")
+_KEYS = {
+    each.name: ("a text or an integer", _name) if each.name in _NAMES else _KINDS[str(each.type)]
+    for each in fields(Answer)
+    if each.name != "extra"
 }
+_SCORE_KEYS = ("metric", "score", "parsed", "near_tie", "sampled", "choice_scores")

@@ -71,7 +71,7 @@ def check_questions(section: EvaluateSection) -> None:
 
 def _check_unicode(sample: Sample) -> None:
     texts = {f"messages[{number}]": all_text_of(message) for number, message in enumerate(sample.messages)}
-    texts |= {name: "".join(getattr(sample, name)) for name in ("references", "choices", "options")}
+    texts |= {name: "".join(getattr(sample, name) or "") for name in ("task", "references", "choices", "options")}
     for name, text in texts.items():
         if not is_utf8(text):
             detail = f"expected valid Unicode, got a lone surrogate in {ascii(text)[-80:]}"

@@ -70,9 +70,11 @@ def test_tasks_are_compared_and_the_worse_ones_named() -> None:
 
 
 def test_a_difference_of_one_row_is_no_regression() -> None:
-    comparison = compare_answers(_side("1111"), _side("0111", task="overall")[:1] + _side("0111")[1:])
-    assert comparison.tasks[0].result.difference == -0.5 and comparison.as_json()["regressions"] == []
-    assert compare_answers(_side("11", task="overall"), _side("11")).tasks[0].task == "overall"
+    first, second = ([dataclasses.replace(side[0], task="overall"), *side[1:]] for side in (_side("1111"), _side("0111")))
+    comparison = compare_answers(first, second)
+    differences = [(each.task, each.result.difference) for each in comparison.tasks]
+    assert differences == [("overall (task)", -1), ("color", 0), ("count", 0), ("overall", -0.25)]
+    assert comparison.as_json()["regressions"] == []
 
 
 def test_a_lower_error_rate_is_better() -> None:

@@ -107,7 +107,7 @@ SCORED = {"id": "r", "prediction": "yes", "references": ["yes"], "metric": "yes_
         ({"task": ["x"]}, 'task: expected a text or an integer, got ["x"]'),
         ({"question": 1}, "question: expected a text, got 1"),
         ({"images": "a.png"}, 'images: expected a list of texts, got "a.png"'),
-        ({"metric": None}, "metric: expected the name of a metric, got null"),
+        ({"metric": None}, "metric: expected a text, got null"),
         ({"metric": "yesno"}, "unknown metric 'yesno'; did you mean 'yes_no'?"),
         ({"score": None}, "score: expected a finite number, got null"),
         ({"score": "1.0"}, 'score: expected a finite number, got "1.0"'),
