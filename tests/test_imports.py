@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": BASIC
     | {"data", "evaluation", "families", "methods", "models", "objectives", "planning", "recipe", "run_directory", "tuning"},
     "release": BASIC | {"data", "evaluation", "methods", "models", "recipe", "run_directory"},
+    "serving": BASIC | {"chat_templates", "data", "evaluation", "models", "recipe", "release", "run_directory"},
     "chat": BASIC | {"data", "models"},
     "preflight": BASIC | {"data", "evaluation", "families", "methods", "models", "recipe"},
 }

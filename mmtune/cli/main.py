@@ -20,6 +20,7 @@ from mmtune.cli.comparison_verb import add_comparison_verb
 from mmtune.cli.data_verbs import add_data_verbs
 from mmtune.cli.recipe_verbs import add_recipe_verbs
 from mmtune.cli.run_verbs import add_run_verbs
+from mmtune.cli.serve_verb import add_serve_verb
 from mmtune.console.library_output import rank_prefix
 from mmtune.console.signals import exit_on_signals
 from mmtune.console.terminal_text import escape_output, supports_unicode
@@ -27,7 +28,21 @@ from mmtune.distributed.launch_errors import leaves_bugs, print_error, print_los
 from mmtune.utils.errors import CheckFailed, Stopped, UserError, missing_library
 from mmtune.utils.files import expand_user
 
-PATHS = ("recipe", "model", "out", "release", "folder", "dest", "data", "html", "media_root", "image", "adapter", "resume")
+PATHS = (
+    "recipe",
+    "model",
+    "out",
+    "release",
+    "folder",
+    "dest",
+    "data",
+    "html",
+    "media_root",
+    "image",
+    "adapter",
+    "resume",
+    "trained",
+)
 """Arguments that are paths. A leading `~` is expanded here too, because a shell does not expand `--out=~/x`."""
 
 
@@ -93,7 +108,10 @@ def _check_utf8(arguments: Sequence[str]) -> None:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments. Overrides may also follow an option, which argparse does not support for positional arguments."""
     parser = _parser()
-    parsed, rest = parser.parse_known_args(arguments)
+    end = list(arguments).index("--") if arguments[:1] == ["serve"] and "--" in arguments else len(arguments)
+    parsed, rest = parser.parse_known_args(arguments[:end])
+    if arguments[end + 1 :]:
+        parsed.engine_options = list(arguments[end + 1 :])
     overrides = getattr(parsed, "overrides", None)
     unknown = [argument for argument in rest if overrides is None or argument.startswith("-") or "=" not in argument]
     if unknown:
@@ -154,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     add_run_verbs(verbs, _verb)
     add_answer_verbs(verbs, _verb)
     add_comparison_verb(verbs, _verb)
+    add_serve_verb(verbs, _verb)
     add_recipe_verbs(verbs, _verb)
     add_data_verbs(
         verbs.add_parser("data", help="validate and show data sets").add_subparsers(required=True, metavar="VERB"), _verb

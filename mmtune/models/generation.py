@@ -28,6 +28,8 @@ DEFAULT_MAX_NEW_TOKENS = 64
 
 MODE_SETTINGS = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate", "_from_model_config")
 """Settings on which the validity of others depends; they are set first."""
+SAMPLING_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+"""Settings that have no effect with temperature 0."""
 REQUIRED_SETTINGS = {"penalty_alpha": "top_k"}
 """Settings that have another meaning without a second setting."""
 NOT_SAVABLE = "transformers does not save a model with it"
@@ -131,6 +133,20 @@ def unused_settings(model: torch.nn.Module) -> dict[str, Any]:
     return {key: value for key, value in config.to_diff_dict().items() if key not in without_effect}
 
 
+def greedy_settings(model: torch.nn.Module) -> dict[str, Any]:
+    """Settings of the model's generation config that change greedy answers and that `generate` ignores, such as penalties."""
+    return {key: value for key, value in unused_settings(model).items() if key not in SAMPLING_SETTINGS}
+
+
+def drop_greedy_settings(model: torch.nn.Module) -> dict[str, Any]:
+    """Remove `greedy_settings` from the generation config, and return them: engines would apply them, evaluation does not."""
+    dropped = greedy_settings(model)
+    config, defaults = _inner(model).generation_config, GenerationConfig()
+    for key in dropped:
+        setattr(config, key, getattr(defaults, key, None))
+    return dropped
+
+
 def generate(
     model: torch.nn.Module,
     processor: ProcessorMixin,
@@ -172,16 +188,18 @@ def run_generate(
     processor: ProcessorMixin,
     batch: Mapping[str, torch.Tensor],
     max_new_tokens: int,
+    settings: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Any:
     """What transformers' `generate` returns for a batch of prompts with `generation_settings`.
 
     `generate` takes unset arguments from the model's generation config (penalties, beams, suppressed tokens). This function
-    replaces that config during the call. The other arguments are those of `mmtune.models.generation.generate`.
+    replaces that config during the call. The other arguments are those of `mmtune.models.generation.generate`, and `settings`
+    are added to the config.
     """
     inner = _inner(model)
     previous = inner.generation_config
-    inner.generation_config = GenerationConfig(**generation_settings(model, processor, max_new_tokens))
+    inner.generation_config = GenerationConfig(**generation_settings(model, processor, max_new_tokens) | dict(settings or {}))
     try:
         return model.generate(**batch, generation_config=inner.generation_config, **arguments)  # type: ignore[operator]
     finally:

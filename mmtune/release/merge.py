@@ -29,8 +29,9 @@ from mmtune.models.checkpoints.trained_weights import (
     report_removed_checkpoint,
 )
 from mmtune.models.checkpoints.unread_tensors import append_tensors, describe_unread_tensors, find_unread_tensors
+from mmtune.models.checkpoints.weights_hash import hash_checkpoints
 from mmtune.models.compute import to_best_device
-from mmtune.models.generation import DEFAULT_MAX_NEW_TOKENS
+from mmtune.models.generation import DEFAULT_MAX_NEW_TOKENS, drop_greedy_settings
 from mmtune.models.load import DTYPES, load_base, load_strictly, load_trained, resolve_model
 from mmtune.models.quantize import QUANTIZED, prepare_quantized, quantization_config
 from mmtune.recipe.recipe import Recipe, load_recipe, needed_paths
@@ -165,7 +166,7 @@ def merge(
         parity = writer.write_quantized(merged_outputs, processor, parity)
         summary = read_weights_summary(source)
         parity = replace(parity, merge_step=source.step or summary.get("steps"), merge_steps=summary.get("steps"))
-        writer.finish(summary | asdict(parity), run)
+        writer.finish(summary | asdict(parity), run, trained=hash_checkpoints([str(source.path)]))
     if run.summary.is_file() and not source.is_checkpoint:
         run.update_summary(asdict(parity))
     return parity
@@ -347,6 +348,9 @@ class _ReleaseWriter:
         merged_outputs: ModelOutputs,
     ) -> Parity:
         """Write the model in its dtype, reload it in fp32, and compare."""
+        if dropped := drop_greedy_settings(merged):
+            settings = ", ".join(f"{name} {value}" for name, value in dropped.items())
+            print(f"generation_config.json: without {settings}: training and evaluation do not use it, and engines would")
         merged.to(DTYPES[self.dtype]).save_pretrained(folder, max_shard_size=self.options.max_shard_size)
         processor.save_pretrained(folder)
         if self.base is not None:
@@ -399,9 +403,10 @@ class _ReleaseWriter:
             )
         return replace(parity, quantized=_comparison(merged_outputs, released))
 
-    def finish(self, summary: dict[str, Any], run: RunDirectory) -> None:
-        """Write the model cards and the manifests."""
+    def finish(self, summary: dict[str, Any], run: RunDirectory, trained: str | None = None) -> None:
+        """Write the model cards and the manifests. `trained` is the hash of the files of the trained weights."""
         contents = {"step": summary["merge_step"], "steps": summary["merge_steps"], "copied_tensors": self._copied}
+        contents |= {"trained": trained}
         for folder in self.folders:
             (folder / "README.md").write_text(model_card(self._recipe, summary, run), encoding="utf-8")
             write_manifest(folder, **contents)

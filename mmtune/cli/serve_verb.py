@@ -1,0 +1,143 @@
+"""Verb `mmtune serve`: an engine for a run or a model, and the check of a running one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmtune.cli.verb_arguments import AddVerb, add_trust
+from mmtune.console.library_output import configure_console
+from mmtune.utils.errors import UserError
+
+
+def add_serve_verb(verbs: Any, add: AddVerb) -> None:
+    """Declare the verb.
+
+    Args:
+        verbs: argparse's subparsers.
+        add: declares one verb.
+    """
+    verb = add(verbs, "serve", _serve, "serve a run or a model with an OpenAI-compatible API, or check a running engine")
+    help_text = "a run (merged if needed), a checkpoint of one, a model or a hub id; words after -- are options of the engine"
+    verb.add_argument("model", metavar="RUN_OR_MODEL", nargs="?", help=help_text)
+    verb.add_argument("--engine", default="transformers", metavar="NAME", help="transformers (default) or vllm")
+    help_text = "the command that starts the engine, such as 'vllm/bin/vllm serve' of another environment"
+    verb.add_argument("--engine-command", metavar="COMMAND", help=help_text)
+    verb.add_argument("--port", type=int, default=8000, metavar="N", help="the port on 127.0.0.1 (default 8000)")
+    help_text = "how long the engine may take to start, and for one answer, in seconds (default 600)"
+    verb.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help=help_text)
+    help_text = "compare the engine at this address with the run: its answers to held-out questions and its prompt tokens"
+    verb.add_argument("--check", metavar="URL", help=help_text)
+    verb.add_argument("--run", dest="trained", metavar="RUN", help="with --check: the run, or one of its checkpoints")
+    verb.add_argument("--model-name", metavar="NAME", help="with --check: the model of the engine (default: its only one)")
+    verb.add_argument("--samples", type=int, default=32, metavar="N", help="with --check: number of questions (default 32)")
+    add_trust(verb)
+    verb.set_defaults(engine_options=[])
+
+
+def _serve(arguments: argparse.Namespace) -> Any:
+    if not (math.isfinite(arguments.timeout) and arguments.timeout > 0):
+        raise UserError(f"--timeout {arguments.timeout:g}: expected a positive number of seconds")
+    if arguments.check is not None:
+        return _check(arguments)
+    for name in ("trained", "model_name"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{'run' if name == 'trained' else 'model-name'} belongs to --check URL")
+    if arguments.model is None:
+        raise UserError("expected RUN_OR_MODEL, or --check URL --run RUN")
+    if arguments.json:
+        raise UserError("--json belongs to --check URL; the engine runs until Ctrl-C")
+    return _start(arguments)
+
+
+def _start(arguments: argparse.Namespace) -> None:
+    from mmtune.serving.engine_process import check_port, running_engine
+    from mmtune.serving.engines import find_engine
+
+    engine = find_engine(arguments.engine)
+    engine.command("", arguments.port, (), arguments.engine_command)  # an engine that is missing is reported before a merge
+    check_port(arguments.port)
+    configure_console()
+    from mmtune.serving.engine_client import EngineClient
+    from mmtune.serving.released_model import released_model
+
+    released = released_model(Path(arguments.model), arguments.trust_remote_code)
+    trust = ["--trust-remote-code"] if arguments.trust_remote_code else []
+    options = [*trust, *arguments.engine_options]
+    command = engine.command(released.path, arguments.port, options, arguments.engine_command)
+    print(f"starting: {shlex.join(command)}", flush=True)
+    with running_engine(command, engine.environment, arguments.port) as process:
+        process.wait_until_ready(arguments.timeout)
+        EngineClient(process.address, released.path, arguments.timeout).connect()
+        print(_usage(process.address, released.path, released.run), flush=True)
+        process.wait()
+
+
+def _usage(address: str, model: str, run: Path | None) -> str:
+    """How to ask the engine."""
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,IMAGE"}}
+    content = [image, {"type": "text", "text": "What is in the image?"}]
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0})
+    curl = shlex.quote(body).replace("IMAGE", "'$(base64 -w0 image.png)'")
+    lines = [
+        f"serving: {model} at {address}/v1; Ctrl-C ends it",
+        "",
+        f"curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d {curl}",
+        "",
+        "from openai import OpenAI",
+        f'client = OpenAI(base_url="{address}/v1", api_key="none")',
+        f"answer = client.chat.completions.create(model={model!r}, temperature=0,",
+        '    messages=[{"role": "user", "content": "What can you do?"}])',
+        "print(answer.choices[0].message.content)",
+    ]
+    if run is not None:
+        lines += ["", f"mmtune serve --check {address}/v1 --run {shlex.quote(str(run))}"]
+    return "\n".join(lines)
+
+
+def _check(arguments: argparse.Namespace) -> Any:
+    from mmtune.preflight import check_recipe, located_errors
+    from mmtune.recipe.recipe import load_recipe
+
+    if arguments.trained is None:
+        raise UserError("--check URL needs --run RUN, the run whose answers are compared")
+    if arguments.model is not None or arguments.engine_options:
+        raise UserError("--check URL compares a running engine; leave out RUN_OR_MODEL and options of the engine")
+    if arguments.samples < 1:
+        raise UserError(f"--samples {arguments.samples}: expected at least 1")
+    from mmtune.serving.engine_client import EngineClient
+
+    engine = EngineClient(arguments.check, arguments.model_name, arguments.timeout)
+    engine.connect()
+    configure_console()
+    from mmtune.evaluation.predictions.questions import with_prompt
+    from mmtune.models.generation import DEFAULT_MAX_NEW_TOKENS
+    from mmtune.release.merge import parity_samples
+    from mmtune.release.merge_weights import locate_run_weights
+    from mmtune.serving.serving_check import check_serving
+    from mmtune.serving.trained_answers import TrainedModel
+
+    trained = locate_run_weights(Path(arguments.trained))
+    recipe = load_recipe(trained.run.recipe)
+    check_recipe(recipe, ("evaluate",) if recipe.evaluate else ("data",))
+    section = recipe.evaluate
+    with located_errors(recipe):
+        questions = [
+            with_prompt(sample, section.prompt if section else None) for sample in parity_samples(recipe, arguments.samples)
+        ]
+    max_new_tokens = section.max_new_tokens if section else DEFAULT_MAX_NEW_TOKENS
+    model = TrainedModel(trained, recipe, max_new_tokens, arguments.trust_remote_code)
+    result = check_serving(engine, model, questions)
+    print(f"prompt tokens: {result.same_prompt_tokens} of {result.questions} questions have as many as in training")
+    print(f"answers: {result.same_answers} of {result.questions} are the trained model's")
+    if (difference := result.largest_log_probability_difference) is not None:
+        print(f"log-probabilities: the largest difference of a token is {difference:.2g}")
+    if result.rounding:
+        print(f"warning: {result.cause}")
+    print("check passed")
+    return asdict(result)

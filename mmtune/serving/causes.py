@@ -1,0 +1,210 @@
+"""Why an engine differs from the trained model: a few more questions to both, each of which can differ for one reason only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmtune.data.message import Message, RowError, prompt_messages, text_of
+from mmtune.serving.engine_client import EngineClient, RequestRefused
+from mmtune.serving.served_question import ServedQuestion
+from mmtune.serving.trained_answers import TrainedAnswer, TrainedModel
+
+SHORT = "What is this? Answer with one word."
+SYSTEM = "Answer in English."
+TEXT_QUESTIONS = ("Hello", SHORT, "Count from one to ten.", "Is two more than one? Answer yes or no.")
+LONG_TOKENS = 512
+"""Two questions are made longer than any of the run by this many words and twice as many, to find a limit of the context."""
+OWN_QUESTIONS = 8
+"""Questions of the run that are asked without their images."""
+BASE_ANSWERS = 8
+"""Questions on which the engine is compared with the untuned base."""
+
+
+def find_token_cause(engine: EngineClient, model: TrainedModel, compared: Sequence[ServedQuestion]) -> str:
+    """Why an engine counts another number of prompt tokens.
+
+    Two long questions find a limit of the context. Questions of text alone, with and without a system prompt, tell a default
+    system prompt from another chat template. What is left are the images.
+    """
+    images = _images_of_probes(engine, model, compared)
+    short = _difference(engine, model, [_user(SHORT, images)])
+    if short is None:
+        return "the engine refuses a short question; its own output has the reason"
+    if (limit := _context_limit(engine, model, compared, images)) is not None:
+        return limit
+    if short:
+        with_system = _difference(engine, model, [_system(), _user(SHORT, images)])
+        if with_system == 0:
+            return (
+                f"the default system prompt: without a system message the engine's prompt is {_longer(short)}, with one both are "
+                "the same. Serve the chat template of the release"
+            )
+        return (
+            f"the chat template: the engine's prompt of a short question is {_longer(short)}. Serve the release with its own "
+            "chat_template.jinja, and without an option that replaces it"
+        )
+    first = next(each for each in compared if not each.same_tokens)
+    if first.engine is None:
+        return f"the engine refuses {sum(each.engine is None for each in compared)} of the questions"
+    if not first.sample.images:
+        return "the chat template: it writes a conversation of several turns, or its tools, in another way"
+    return (
+        "the image size: questions of text alone agree, and those with images do not. The engine's processor has other pixel "
+        "bounds or another image size than that of the release (preprocessor_config.json, processor_config.json, or an option "
+        "of the engine such as --mm-processor-kwargs)"
+    )
+
+
+def find_cause(engine: EngineClient, model: TrainedModel, compared: Sequence[ServedQuestion]) -> tuple[str, bool]:
+    """Why an engine gives other answers although it counts the same prompt tokens, and whether rounding explains it."""
+    differing = [each for each in compared if not each.same_answer]
+    again = engine.ask(prompt_messages(differing[0].sample), model.max_new_tokens, differing[0].sample.tools)
+    if differing[0].engine is not None and again.text != differing[0].engine.text:
+        return "sampling: the engine answers the same question in two ways although temperature 0 is asked for", False
+    if _answers_as_base(model, compared):
+        return (
+            "the weights: the engine answers as the untuned base does. The adapter is not applied or not merged; serve the "
+            "result of `mmtune merge`",
+            False,
+        )
+    answered = _text_answers(engine, model, differing)
+    if any(chat != ours == raw for ours, chat, raw in answered):
+        return (
+            "the chat template: it has as many tokens, but other ones. With the rendered prompt as text the engine answers as "
+            "trained, as a chat it does not",
+            False,
+        )
+    if penalties := _answers_with_penalties(model, differing):
+        return (
+            f"generation settings: the engine applies {penalties} of generation_config.json, which training and evaluation do "
+            "not use. Remove them from the release, or override them in the request",
+            False,
+        )
+    gaps = [_gap_at_departure(model, each) for each in differing]
+    tolerance = 2 * model.rounding([(each.sample, each.trained) for each in differing])
+    if max(gaps) < tolerance:
+        return (
+            f"rounding: every differing answer departs at a token whose two largest logits differ by less than {tolerance:.2g} "
+            f"(at most {max(gaps):.2g}), which computing in bf16 explains",
+            True,
+        )
+    if answered and all(chat == ours for ours, chat, _ in answered) and all(each.sample.images for each in differing):
+        return (
+            "the images: answers to questions of text alone are the same. The engine prepares images in another way (resizing, "
+            "mean and standard deviation), has them elsewhere in the prompt, or has another vision tower or projector",
+            False,
+        )
+    return (
+        f"the weights: an answer departs at a token whose two largest logits differ by {max(gaps):.2g}, and computing in bf16 "
+        f"changes such a difference by at most {tolerance / 2:.2g}. The engine serves other weights than those of the run",
+        False,
+    )
+
+
+def _user(text: str, images: Sequence[dict[str, object]] = ()) -> Message:
+    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+
+
+def _system() -> Message:
+    return {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
+
+
+def _images_of_probes(engine: EngineClient, model: TrainedModel, compared: Sequence[ServedQuestion]) -> list[dict[str, object]]:
+    """No image, or one image of the run where the family or the engine takes no question without one."""
+    if _difference(engine, model, [_user(SHORT)]) is not None:
+        return []
+    blocks = (block for each in compared for message in each.sample.messages for block in message["content"])
+    return [block for block in blocks if block["type"] == "image"][:1]
+
+
+def _difference(engine: EngineClient, model: TrainedModel, messages: list[Message]) -> int | None:
+    """How many prompt tokens more the engine counts; None if one side takes no such question."""
+    try:
+        expected = model.prompt_tokens(messages)
+        return engine.ask(messages, 1).prompt_tokens - expected
+    except (RequestRefused, RowError):
+        return None
+
+
+def _longer(difference: int) -> str:
+    count = f"{abs(difference)} token{'s' if abs(difference) > 1 else ''}"
+    return f"{count} longer than in training" if difference > 0 else f"{count} shorter than in training"
+
+
+def _context_limit(
+    engine: EngineClient, model: TrainedModel, compared: Sequence[ServedQuestion], images: list[dict[str, object]]
+) -> str | None:
+    """The limit that two long questions of different lengths meet, or that keeps the engine from answering long questions."""
+    words = max(each.prompt_tokens for each in compared) + LONG_TOKENS
+    long = [[_user(f"Count:{' one' * count}", images)] for count in (words, words + LONG_TOKENS)]
+    try:
+        counted = [engine.ask(messages, 1).prompt_tokens for messages in long]
+    except RequestRefused as error:
+        refused = [each for each in compared if each.engine is None]
+        longest = max((each.prompt_tokens for each in compared if each.engine is not None), default=0)
+        if refused and min(each.prompt_tokens for each in refused) > longest:
+            return f"a truncated context: the engine refuses long questions, answers up to {longest} tokens ({error})"
+        return None
+    if counted[0] != counted[1]:
+        return None
+    return (
+        f"a truncated context: of a question with {model.prompt_tokens(long[0])} tokens the engine reads {counted[0]}. Serve "
+        "with a longer context (vLLM: --max-model-len), and remove `truncation` from the release's tokenizer.json"
+    )
+
+
+def _answers_as_base(model: TrainedModel, compared: Sequence[ServedQuestion]) -> bool:
+    """Whether the engine gives the base's answers where base and trained model differ."""
+    asked = [each for each in compared if not each.same_answer][:BASE_ANSWERS]
+    base = model.answers_of_base([each.sample for each in asked])
+    return all(
+        each.engine is not None and answer.text.strip() == each.engine.text.strip()
+        for each, answer in zip(asked, base, strict=True)
+    )
+
+
+def _answers_with_penalties(model: TrainedModel, differing: Sequence[ServedQuestion]) -> str | None:
+    """The settings of the generation config with which the trained model gives the engine's answers."""
+    if not (penalties := model.penalties):
+        return None
+    for each in differing:
+        assert each.engine is not None
+        if model.answer(each.sample, penalties).text.strip() != each.engine.text.strip():
+            return None
+    return ", ".join(f"{name} {value}" for name, value in penalties.items())
+
+
+def _text_answers(
+    engine: EngineClient, model: TrainedModel, differing: Sequence[ServedQuestion]
+) -> list[tuple[str, str, str | None]]:
+    """Answers to questions of text alone: of the trained model, of the engine, and of the engine to the rendered prompt."""
+    answers = []
+    own = [text_of(prompt_messages(each.sample)[-1]) for each in differing]
+    for text in dict.fromkeys((*TEXT_QUESTIONS, *own[:OWN_QUESTIONS])):
+        messages = [_user(text)]
+        try:
+            ours, tokens = model.answer(messages).text, model.prompt_tokens(messages)
+            chat = engine.ask(messages, model.max_new_tokens)
+        except (RequestRefused, RowError):  # a family without questions of text alone
+            return []
+        raw = engine.complete_text(model.rendered(messages), model.max_new_tokens)
+        same_prompt = raw is not None and raw.prompt_tokens == tokens
+        answers.append((ours.strip(), chat.text.strip(), raw.text.strip() if raw is not None and same_prompt else None))
+    return answers
+
+
+def _gap_at_departure(model: TrainedModel, question: ServedQuestion) -> float:
+    """The gap between the two largest logits at the first token of the trained answer that the engine's does not have."""
+    assert question.engine is not None
+    trained, served = question.trained, question.engine.text.strip()
+    position = _departure(model, trained, served)
+    first, second = trained.logits[position].topk(2).values.tolist()
+    return float(first - second)
+
+
+def _departure(model: TrainedModel, trained: TrainedAnswer, served: str) -> int:
+    for position in range(len(trained.tokens)):
+        text = model.decode(trained.tokens[: position + 1]).lstrip().rstrip("\ufffd")  # a character may be cut
+        if not served.startswith(text.rstrip()):
+            return position
+    return len(trained.tokens) - 1  # the end of turn

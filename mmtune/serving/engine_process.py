@@ -1,0 +1,167 @@
+"""The process of an engine: started in a session of its own, waited for, and ended with all its children."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from threading import Thread
+from typing import IO
+
+import httpx2
+
+from mmtune.console.terminal_text import escape_controls
+from mmtune.serving.engines import LOOPBACK
+from mmtune.utils.errors import CheckFailed, UserError
+
+POLL_S = 0.2
+END_S = 10.0
+"""How long an engine may take to end after each signal."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+_PR_SET_PDEATHSIG = 1
+
+
+def free_port() -> int:
+    """A port on loopback that no program uses at the moment."""
+    with socket.create_server((LOOPBACK, 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def check_port(port: int) -> None:
+    """Check that an engine can listen on a port.
+
+    Raises:
+        UserError: another program uses it, or it must not be used.
+    """
+    if not 0 < port < 65536:
+        raise UserError(f"--port {port}: expected a number from 1 to 65535")
+    try:
+        socket.create_server((LOOPBACK, port)).close()
+    except OSError as error:
+        reason = "another program uses it" if error.errno == 98 else error.strerror
+        raise UserError(f"--port {port}: {reason}; give another one, such as --port {free_port()}") from error
+
+
+class EngineProcess:
+    """A running engine.
+
+    Args:
+        command: the command that starts it.
+        environment: variables of its process, beside those of this one.
+        port: the port on which it will listen.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], port: int) -> None:
+        self.address = f"http://{LOOPBACK}:{port}"
+        self._last_lines: deque[str] = deque(maxlen=20)
+        try:
+            self._process = subprocess.Popen(
+                list(command),
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches this process only, which then ends the engine and its children
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+        except OSError as error:
+            raise UserError(f"the engine cannot be started: {command[0]}: {error.strerror}") from error
+        assert self._process.stdout is not None
+        self._reader = Thread(target=self._copy_output, args=(self._process.stdout,), daemon=True)
+        self._reader.start()
+
+    def _copy_output(self, output: IO[bytes]) -> None:
+        for line in output:
+            text = escape_controls(line.decode("utf-8", "replace").rstrip().rpartition("\r")[2])  # of a progress bar the end
+            if text:
+                self._last_lines.append(text)
+                print(f"engine: {text}", file=sys.stderr, flush=True)
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Wait until the engine answers on its port.
+
+        Raises:
+            CheckFailed: it ends before, or does not answer in time.
+        """
+        until = time.monotonic() + timeout_s
+        while True:
+            self._check_running("before it answered")
+            with contextlib.suppress(httpx2.TransportError):
+                if httpx2.get(f"{self.address}/health", timeout=5.0, trust_env=False).status_code < 500:
+                    self._check_running("before it answered")  # a program that took the port meanwhile may have answered
+                    return
+            if time.monotonic() > until:
+                raise CheckFailed(
+                    f"the engine does not answer at {self.address} after {timeout_s:g} s; a large model needs a longer --timeout"
+                )
+            time.sleep(POLL_S)
+
+    def wait(self) -> None:
+        """Wait until the engine ends by itself.
+
+        Raises:
+            CheckFailed: it ended.
+        """
+        while True:
+            self._check_running("by itself")
+            time.sleep(POLL_S)
+
+    def _check_running(self, when: str) -> None:
+        if (status := self._process.poll()) is None:
+            return
+        self._reader.join(timeout=2.0)
+        how = f"with exit code {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
+        last = f"; its last line: {self._last_lines[-1]}" if self._last_lines else ""
+        raise CheckFailed(f"the engine ended {when}, {how}{last}")
+
+    def end(self) -> None:
+        """End the engine and its children: SIGINT, then SIGTERM, then SIGKILL to its process group."""
+        for number in SIGNALS:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+            until = time.monotonic() + END_S
+            while time.monotonic() < until:
+                self._process.poll()
+                if not _group_exists(self._process.pid):
+                    self._reader.join(timeout=2.0)
+                    return
+                time.sleep(POLL_S / 4)
+
+
+@contextlib.contextmanager
+def running_engine(command: Sequence[str], environment: Mapping[str, str], port: int) -> Iterator[EngineProcess]:
+    """Start an engine, and end it with all its children when the block ends, for whatever reason."""
+    process = EngineProcess(command, environment, port)
+    try:
+        yield process
+    finally:
+        _uninterrupted(process.end)
+
+
+def _uninterrupted(end: Callable[[], None]) -> None:
+    """Run a function to its end, ignoring further Ctrl-C: it would leave processes."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        end()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end the engine when this process is killed and cannot do it (prctl(2))."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

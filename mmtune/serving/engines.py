@@ -1,0 +1,96 @@
+"""The engines that serve a model, and the commands that start them."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mmtune.utils.errors import UserError, nearest
+from mmtune.utils.files import expand_user
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A program that serves a model with an OpenAI-compatible API.
+
+    Attributes:
+        name: of `--engine`.
+        program: the words that start it, before the model.
+        arguments: the arguments for a model, a host and a port.
+        environment: variables of its process.
+    """
+
+    name: str
+    program: Callable[[], list[str]]
+    arguments: Callable[[str, str, int], list[str]]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def command(self, model: str, port: int, options: Sequence[str], program: str | None = None) -> list[str]:
+        """The command that serves a model on loopback.
+
+        Args:
+            model: a directory or a hub id.
+            port: the port.
+            options: options of the engine.
+            program: the command that starts the engine, with its first arguments; None: the engine's own.
+
+        Raises:
+            UserError: the program is not installed, or `program` cannot be split into words.
+        """
+        words = self.program() if program is None else _words(program)
+        return [*words, *self.arguments(model, LOOPBACK, port), *options]
+
+
+def _words(program: str) -> list[str]:
+    try:
+        words = shlex.split(program)
+    except ValueError as error:
+        raise UserError(f"--engine-command {program}: {error}") from error
+    if not words or shutil.which(program_path := expand_user(words[0])) is None:
+        raise UserError(f"--engine-command {program}: expected a program that can be executed, got {' '.join(words[:1])!r}")
+    return [program_path, *words[1:]]
+
+
+def _vllm() -> list[str]:
+    if (program := shutil.which("vllm")) is None:
+        raise UserError(
+            "--engine vllm: no program `vllm` on the PATH. vLLM needs an environment of its own, because it pins another "
+            "version of transformers: python -m venv vllm && vllm/bin/pip install vllm, then add --engine-command "
+            "'vllm/bin/vllm serve'"
+        )
+    return [program, "serve"]
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine(
+            "transformers",
+            lambda: [sys.executable, "-m", "mmtune.serving.transformers_engine", "serve"],
+            lambda model, host, port: [model, "--host", host, "--port", str(port)],
+        ),
+        Engine(
+            "vllm",
+            _vllm,
+            lambda model, host, port: [model, "--host", host, "--port", str(port), "--served-model-name", model],
+            {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"},
+        ),
+    )
+}
+"""The engines by name."""
+
+
+def find_engine(name: str) -> Engine:
+    """The engine of a name.
+
+    Raises:
+        UserError: there is no such engine.
+    """
+    if name not in ENGINES:
+        raise UserError(f"--engine {name}: no such engine{nearest(name, ENGINES)}")
+    return ENGINES[name]

@@ -1,0 +1,62 @@
+"""The model that an engine serves: a full checkpoint, merged from a run where needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmtune.models.checkpoints.trained_weights import locate_trained_weights
+from mmtune.models.checkpoints.weights_hash import hash_checkpoints
+from mmtune.utils.errors import UserError
+from mmtune.utils.files import read_json_object
+from mmtune.utils.manifest import MANIFEST
+
+
+@dataclass(frozen=True)
+class ReleasedModel:
+    """A model that an engine can load.
+
+    Attributes:
+        path: its directory, or a hub id.
+        run: the run that it belongs to, whose answers it can be compared with; None without one.
+    """
+
+    path: str
+    run: Path | None
+
+
+def released_model(path: Path, trust_remote_code: bool = False) -> ReleasedModel:
+    """The full model of a run, checkpoint or model. An adapter is merged into RUN/merged, with the check of `mmtune merge`.
+
+    Engines load adapters of few methods, and none with modules that were trained in full (`modules_to_save`, as the projector by
+    default). A merge of the same weights is used again.
+
+    Raises:
+        UserError: no such model, an adapter without its run, a method that cannot be merged, or a directory with other weights at
+            the place of the merge.
+        CheckFailed: the merged model differs from the trained one.
+    """
+    trained = locate_trained_weights(path)
+    of_run = trained.run.recipe.is_file()
+    if not trained.is_adapter:
+        return ReleasedModel(str(trained.path), trained.run.path if of_run else None)
+    if not of_run:
+        raise UserError(
+            f"{path}: engines serve a full model; expected a run, or the result of `mmtune merge`, got an adapter alone"
+        )
+    out = trained.run.path / (f"merged_step_{trained.step}" if trained.is_checkpoint else "merged")
+    digest = hash_checkpoints([str(trained.path)])
+    if not out.exists():
+        from mmtune.release.merge import merge
+
+        parity = merge(path, out, trust_remote_code=trust_remote_code)
+        print(
+            f"merged: {out}: largest logit difference {parity.merge_max_logit_difference:.2g} on {parity.merge_samples} samples, "
+            f"{parity.merge_same_answers} greedy answers are the same"
+        )
+    elif not (out / MANIFEST).is_file() or read_json_object(out / MANIFEST).get("trained") != digest:
+        raise UserError(
+            f"{out}: expected the merge of {trained.path}, got other weights; replace them with `mmtune merge {path} {out} "
+            f"--overwrite`, or serve them with `mmtune serve {out}`"
+        )
+    return ReleasedModel(str(out), trained.run.path)

@@ -1,0 +1,38 @@
+"""One held-out question, answered by the trained model and by an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmtune.data.message import Sample
+from mmtune.serving.engine_client import EngineAnswer
+from mmtune.serving.trained_answers import TrainedAnswer
+
+
+@dataclass(frozen=True)
+class ServedQuestion:
+    """One question, answered by the trained model and by the engine.
+
+    Attributes:
+        sample: the held-out sample.
+        prompt_tokens: of the training path.
+        trained: the trained model's answer.
+        engine: the engine's answer; None if it refused the question.
+        refusal: the engine's words.
+    """
+
+    sample: Sample
+    prompt_tokens: int
+    trained: TrainedAnswer
+    engine: EngineAnswer | None
+    refusal: str = ""
+
+    @property
+    def same_tokens(self) -> bool:
+        """Whether both count the same number of prompt tokens."""
+        return self.engine is not None and self.engine.prompt_tokens == self.prompt_tokens
+
+    @property
+    def same_answer(self) -> bool:
+        """Whether both give the same answer, surrounding white space aside."""
+        return self.engine is not None and self.engine.text.strip() == self.trained.text.strip()

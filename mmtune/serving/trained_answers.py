@@ -1,0 +1,142 @@
+"""What the trained model answers: the training path's prompts, greedy answers, and how sure each token is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from mmtune.chat_templates.rendering import render_prompt
+from mmtune.data.encoding.encode import chat_template_of, encode_prompt, to_template_messages
+from mmtune.data.message import Message, Sample, prompt_messages
+from mmtune.models.checkpoints.trained_weights import TrainedWeights
+from mmtune.models.compute import move_batch, to_best_device
+from mmtune.models.generation import greedy_settings, reads_with_encoder, run_generate
+from mmtune.models.load import load_base, load_trained, resolve_model
+from mmtune.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class TrainedAnswer:
+    """The greedy answer of a model to one question.
+
+    Attributes:
+        text: the answer, without special tokens.
+        tokens: its token ids, with the end of turn.
+        logits: of each token, fp32 of shape (tokens, vocabulary).
+    """
+
+    text: str
+    tokens: list[int]
+    logits: torch.Tensor
+
+    def log_probabilities(self) -> list[float]:
+        """The log-probability of each token, natural logarithm."""
+        chosen = self.logits.double().log_softmax(-1).gather(1, torch.tensor(self.tokens)[:, None])
+        return [float(value) for value in chosen[:, 0]]
+
+
+class TrainedModel:
+    """A trained model in fp32, and the untuned base beside it.
+
+    Args:
+        trained: where the weights are.
+        recipe: of the run.
+        max_new_tokens: at most this many new tokens per answer.
+        trust_remote_code: whether code in the run, model or base may be executed.
+    """
+
+    def __init__(self, trained: TrainedWeights, recipe: Recipe, max_new_tokens: int, trust_remote_code: bool = False) -> None:
+        model, self.processor = load_trained(trained, torch.float32, trust_remote_code=trust_remote_code)
+        self._model: Any = to_best_device(model)
+        self._recipe = recipe
+        self._trust_remote_code = trust_remote_code
+        self.max_new_tokens = max_new_tokens
+
+    def prompt_tokens(self, messages: Sequence[Message], sample_id: str = "question", tools: Any = ()) -> int:
+        """The number of tokens of a prompt, image tokens included. Raises RowError as `encode_prompt`."""
+        return int(encode_prompt(sample_id, list(messages), self.processor, tools)["input_ids"].shape[1])
+
+    def rendered(self, messages: Sequence[Message]) -> str:
+        """The text of a prompt without images, as the chat template writes it."""
+        template = chat_template_of(self.processor)
+        return render_prompt(to_template_messages("question", list(messages)), template, self.processor.tokenizer)
+
+    @property
+    def penalties(self) -> dict[str, Any]:
+        """Settings of the generation config that change greedy answers and that training and evaluation do not use."""
+        return greedy_settings(self._model)
+
+    def answer(
+        self, question: Sample | Sequence[Message], settings: Mapping[str, Any] | None = None, **arguments: Any
+    ) -> TrainedAnswer:
+        """The greedy answer to the last question of a sample, or to a conversation.
+
+        Args:
+            question: the conversation; the last answer of a sample is not shown to the model.
+            settings: further generation settings.
+            arguments: further arguments of transformers' `generate`.
+        """
+        return self._answer(self._model, question, settings, **arguments)
+
+    def answers_of_base(self, questions: Sequence[Sample]) -> list[TrainedAnswer]:
+        """The greedy answers of the untuned base."""
+        with self._base() as base:
+            return [self._answer(base, question) for question in questions]
+
+    def rounding(self, answered: Sequence[tuple[Sample, TrainedAnswer]]) -> float:
+        """How far computing in bf16 moves the two largest logits of a token apart or together: the largest change of a gap.
+
+        The model then stays in bf16: two copies of a large model may not fit.
+        """
+        self._model.to(torch.bfloat16)
+        largest = 0.0
+        for question, exact in answered:
+            expected = iter(exact.tokens)
+            rounded = self.answer(question, prefix_allowed_tokens_fn=lambda _, tokens, expected=expected: [next(expected)])
+            first, second = exact.logits.topk(2, dim=-1).indices.T
+            rows = torch.arange(len(first))
+            gaps = [logits[rows, first] - logits[rows, second] for logits in (exact.logits, rounded.logits)]
+            largest = max(largest, float((gaps[0] - gaps[1]).abs().max()))
+        return largest
+
+    def _answer(
+        self, model: Any, question: Sample | Sequence[Message], settings: Mapping[str, Any] | None = None, **arguments: Any
+    ) -> TrainedAnswer:
+        sample_id, messages, tools = (
+            (question.id, prompt_messages(question), question.tools)
+            if isinstance(question, Sample)
+            else ("question", list(question), ())
+        )
+        batch = move_batch(model, encode_prompt(sample_id, messages, self.processor, tools))
+        with torch.inference_mode():
+            output = run_generate(
+                model,
+                self.processor,
+                batch,
+                self.max_new_tokens,
+                {"return_dict_in_generate": True, "output_logits": True, **(settings or {})},
+                **arguments,
+            )
+        start = 1 if reads_with_encoder(model) else batch["input_ids"].shape[1]
+        tokens = output.sequences[0, start:].tolist()
+        logits = torch.cat(output.logits).float().cpu()
+        return TrainedAnswer(self.decode(tokens), tokens, logits)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of tokens, without special tokens."""
+        return str(self.processor.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    @contextmanager
+    def _base(self) -> Iterator[Any]:
+        if isinstance(self._model, PeftModel):
+            with self._model.disable_adapter():
+                yield self._model
+            return
+        section = self._recipe.model.model_copy(update={"precision": "fp32", "trust_remote_code": self._trust_remote_code})
+        base, _ = load_base(resolve_model(section), self._recipe.train.get("seed", 42))
+        yield to_best_device(base).eval()
