@@ -21,6 +21,7 @@ from mmtune.recipe.recipe import load_recipe
 from mmtune.rehearse import rehearse
 from mmtune.release.merge import parity_samples
 from mmtune.release.parity import collect_outputs, compare, count_same_answers
+from mmtune.serving.engine_process import EngineProcess, free_port
 from mmtune.utils.shipped import shipped_recipes
 
 pytestmark = pytest.mark.slow
@@ -150,6 +151,10 @@ def table_commands() -> list[list[str]]:
     return commands
 
 
+def interrupted(_: EngineProcess) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("words", table_commands(), ids=" ".join)
 def test_every_command_of_the_table(
     checkout: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -160,9 +165,12 @@ def test_every_command_of_the_table(
         words = [*words, "--overwrite"]
     if words[0] == "predict":
         words = [*words, "--template", "llava"]
+    if words[0] == "serve":
+        words = [*words, "--port", str(free_port())]
+        monkeypatch.setattr(EngineProcess, "wait", interrupted)
     monkeypatch.chdir(checkout)
     monkeypatch.setattr("sys.stdin", io.StringIO("/exit\n"))
-    assert entry_point(words) == 0
+    assert entry_point(words) == (130 if words[0] == "serve" else 0)
     assert capsys.readouterr().out
 
 

@@ -41,6 +41,9 @@ def add_serve_verb(verbs: Any, add: AddVerb) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> Any:
+    from mmtune.serving.engines import check_installed
+
+    check_installed(("openai",))
     if not (math.isfinite(arguments.timeout) and arguments.timeout > 0):
         raise UserError(f"--timeout {arguments.timeout:g}: expected a positive number of seconds")
     if arguments.check is not None:

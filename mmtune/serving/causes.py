@@ -24,7 +24,7 @@ def find_token_cause(engine: EngineClient, model: TrainedModel, compared: Sequen
     """Why an engine counts another number of prompt tokens.
 
     Two long questions find a limit of the context. Questions of text alone, with and without a system prompt, tell a default
-    system prompt from another chat template. What is left are the images.
+    system prompt from another chat template. The rest are the images.
     """
     images = _images_of_probes(engine, model, compared)
     short = _difference(engine, model, [_user(SHORT, images)])
@@ -60,7 +60,7 @@ def find_cause(engine: EngineClient, model: TrainedModel, compared: Sequence[Ser
     differing = [each for each in compared if not each.same_answer]
     again = engine.ask(prompt_messages(differing[0].sample), model.max_new_tokens, differing[0].sample.tools)
     if differing[0].engine is not None and again.text != differing[0].engine.text:
-        return "sampling: the engine answers the same question in two ways although temperature 0 is asked for", False
+        return "sampling: the engine answers the same question in two ways although temperature 0 is requested", False
     if _answers_as_base(model, compared):
         return (
             "the weights: the engine answers as the untuned base does. The adapter is not applied or not merged; serve the "
@@ -74,7 +74,7 @@ def find_cause(engine: EngineClient, model: TrainedModel, compared: Sequence[Ser
             "trained, as a chat it does not",
             False,
         )
-    if penalties := _answers_with_penalties(model, differing):
+    if penalties := _answers_with_penalties(engine, model, differing):
         return (
             f"generation settings: the engine applies {penalties} of generation_config.json, which training and evaluation do "
             "not use. Remove them from the release, or override them in the request",
@@ -163,14 +163,22 @@ def _answers_as_base(model: TrainedModel, compared: Sequence[ServedQuestion]) ->
     )
 
 
-def _answers_with_penalties(model: TrainedModel, differing: Sequence[ServedQuestion]) -> str | None:
-    """The settings of the generation config with which the trained model gives the engine's answers."""
+def _answers_with_penalties(engine: EngineClient, model: TrainedModel, differing: Sequence[ServedQuestion]) -> str | None:
+    """The settings of the generation config with which the trained model gives the engine's answers.
+
+    A repetition penalty is also switched off in the engine, which must then answer as trained: a single answer can change in the
+    same way by rounding.
+    """
     if not (penalties := model.penalties):
         return None
     for each in differing:
         assert each.engine is not None
         if model.answer(each.sample, penalties).text.strip() != each.engine.text.strip():
             return None
+        if penalties.keys() == {"repetition_penalty"}:
+            answer = engine.ask_without_penalty(prompt_messages(each.sample), model.max_new_tokens, each.sample.tools)
+            if answer.strip() != each.trained.text.strip():
+                return None
     return ", ".join(f"{name} {value}" for name, value in penalties.items())
 
 

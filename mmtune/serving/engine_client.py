@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import httpx
+import httpx2
 import openai
 
 from mmtune.data.media.media import blank_image, open_image
@@ -79,7 +79,9 @@ class EngineClient:
             listed = self._listed_models()
             if len(listed) != 1:
                 names = f"; it lists {', '.join(listed[:10])}" if listed else ""
-                raise UserError(f"{self.root}: the engine needs the name of the model, --model NAME{names} ({error})") from error
+                raise UserError(
+                    f"{self.root}: the engine needs the name of the model, --model-name NAME{names} ({error})"
+                ) from error
             self._model = listed[0]
             self._greet()
 
@@ -109,8 +111,7 @@ class EngineClient:
             RequestRefused: the engine answers with an error.
             CheckFailed: it does not answer, or not as an OpenAI-compatible engine.
         """
-        request: dict[str, Any] = {"messages": [openai_message(message) for message in messages], "max_tokens": max_tokens}
-        request |= GREEDY | ({"tools": list(tools)} if tools else {})
+        request = self._request(messages, max_tokens, tools)
         if self._gives_log_probabilities:
             try:
                 return self._complete({**request, "logprobs": True})
@@ -119,6 +120,10 @@ class EngineClient:
                 self._gives_log_probabilities = False
                 return answer
         return self._complete(request)
+
+    def _request(self, messages: Sequence[Message], max_tokens: int, tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        converted = [openai_message(message) for message in messages]
+        return {"messages": converted, "max_tokens": max_tokens, **GREEDY, **({"tools": list(tools)} if tools else {})}
 
     def _complete(self, request: dict[str, Any]) -> EngineAnswer:
         try:
@@ -140,6 +145,14 @@ class EngineClient:
                 "OpenAI-compatible engine?"
             ) from error
 
+    def ask_without_penalty(self, messages: Sequence[Message], max_tokens: int, tools: Sequence[dict[str, Any]] = ()) -> str:
+        """The greedy answer with a repetition penalty of 1, whatever the engine's default. Raises as `ask`."""
+        request = self._request(messages, max_tokens, tools)
+        try:
+            return self._complete({**request, "extra_body": {"repetition_penalty": 1.0}}).text
+        except RequestRefused:  # `transformers serve` knows no such key, and sets the penalty to 1 + frequency_penalty
+            return self._complete({**request, "frequency_penalty": 0.0}).text
+
     def complete_text(self, prompt: str, max_tokens: int) -> EngineAnswer | None:
         """The greedy continuation of a rendered prompt (`/v1/completions`); None if the engine has no such endpoint."""
         try:
@@ -155,7 +168,7 @@ class EngineClient:
             raise CheckFailed(f"{self.root}: the engine did not answer in {self._client.timeout:g} s") from error
         if isinstance(error, openai.APIConnectionError):
             reason = error.__cause__ or error
-            if not isinstance(reason, httpx.ConnectError):  # `transformers serve` does so where the model or processor fails
+            if not isinstance(reason, httpx2.ConnectError):  # `transformers serve` does so where the model or processor fails
                 raise RequestRefused("nothing and closes the connection; its own output has the reason") from error
             raise CheckFailed(f"{self.root}: no engine answers there: {reason}; `mmtune serve RUN` starts one") from error
         if isinstance(error, openai.APIStatusError):

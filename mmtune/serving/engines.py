@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 from mmtune.utils.errors import UserError, nearest
 from mmtune.utils.files import expand_user
@@ -23,12 +24,14 @@ class Engine:
         program: the words that start it, before the model.
         arguments: the arguments for a model, a host and a port.
         environment: variables of its process.
+        libraries: what it needs in this environment.
     """
 
     name: str
     program: Callable[[], list[str]]
     arguments: Callable[[str, str, int], list[str]]
     environment: Mapping[str, str] = field(default_factory=dict)
+    libraries: tuple[str, ...] = ()
 
     def command(self, model: str, port: int, options: Sequence[str], program: str | None = None) -> list[str]:
         """The command that serves a model on loopback.
@@ -40,8 +43,10 @@ class Engine:
             program: the command that starts the engine, with its first arguments; None: the engine's own.
 
         Raises:
-            UserError: the program is not installed, or `program` cannot be split into words.
+            UserError: the program or a library is not installed, or `program` cannot be split into words.
         """
+        if program is None:
+            check_installed(self.libraries)
         words = self.program() if program is None else _words(program)
         return [*words, *self.arguments(model, LOOPBACK, port), *options]
 
@@ -73,6 +78,7 @@ ENGINES = {
             "transformers",
             lambda: [sys.executable, "-m", "mmtune.serving.transformers_engine", "serve"],
             lambda model, host, port: [model, "--host", host, "--port", str(port)],
+            libraries=("fastapi", "openai", "uvicorn"),
         ),
         Engine(
             "vllm",
@@ -83,6 +89,16 @@ ENGINES = {
     )
 }
 """The engines by name."""
+
+
+def check_installed(libraries: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: a library of the extra `serve` is not installed.
+    """
+    missing = [name for name in libraries if sys.modules.get(name, "") is None or find_spec(name) is None]
+    if missing:
+        raise UserError(f"mmtune serve needs {', '.join(missing)}: pip install 'mmtune[serve]'")
 
 
 def find_engine(name: str) -> Engine:

@@ -30,7 +30,7 @@ def decode_image(image: str | torch.Tensor, mode: Any = None, apply_exif_orienta
         return torch.from_numpy(np.array(ImageOps.exif_transpose(opened).convert("RGB"))).permute(2, 0, 1)
 
 
-def main() -> None:
+def run_transformers() -> None:
     """Run the command line of transformers."""
     if prepare_torchvision().operators is not None:
         importlib.import_module("torchvision.io").decode_image = decode_image  # type: ignore[attr-defined]
@@ -40,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_transformers()

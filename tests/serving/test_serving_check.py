@@ -91,6 +91,22 @@ def test_a_good_release_passes(engine: EngineProcess, run: Path, capsys: pytest.
     assert "prompt tokens: 7 of 7" in printed and "answers: 7 of 7" in printed and "check passed" in printed
 
 
+def test_rounding_is_a_warning(engine: EngineProcess, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights with errors of the size of bf16's (2 ** -8), of several seeds, until an answer differs."""
+    tensors = load_file(run / "merged" / "model.safetensors")
+    for seed in range(8):
+        model, generator = tmp_path / str(seed), torch.manual_seed(seed)
+        shutil.copytree(run / "merged", model)
+        noisy = {name: tensor * (1 + torch.randn(tensor.shape, generator=generator) / 256) for name, tensor in tensors.items()}
+        save_file(noisy, model / "model.safetensors", {"format": "pt"})
+        assert check(engine, run, model) == 0, capsys.readouterr()
+        printed = capsys.readouterr().out
+        if "answers: 7 of 7" not in printed:
+            assert "warning: rounding: every differing answer departs" in printed and "check passed" in printed
+            return
+    pytest.fail("no seed changes an answer")
+
+
 def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(path.read_text())
     change(content)
