@@ -33,6 +33,8 @@ def generation_line(summary: dict[str, Any]) -> str:
     """One sentence on the generation settings of a run's answers, and one on unused settings of its base; "" without answers."""
     if "generation" not in summary:
         return ""
+    from mmtune.models.generation import SAMPLING_SETTINGS  # imports torch, which a page of compared answers does not need
+
     used, unused = summary["generation"], summary["generation_not_used"]
     names = {"eos_token_id": "stop token", "pad_token_id": "padding token", "bos_token_id": "first token"}
     settings = [f"at most {used['max_new_tokens']} new tokens"]
@@ -42,8 +44,14 @@ def generation_line(summary: dict[str, Any]) -> str:
     line = f"Answers are generated greedily: {', '.join(settings)}."
     if not unused:
         return line
-    names_and_values = ", ".join(f"{key} {value}" for key, value in unused.items())
-    return f"{line} The model's generation config also sets {names_and_values}: the release keeps this, no answer here used it."
+    of_sampling, others = (
+        ", ".join(f"{key} {value}" for key, value in unused.items() if (key in SAMPLING_SETTINGS) == sampling)
+        for sampling in (True, False)
+    )
+    parts = [f"{of_sampling}, which a release keeps"] * bool(of_sampling) + [f"{others}, which a release leaves out"] * bool(
+        others
+    )
+    return f"{line} The base's generation config also sets {'; and '.join(parts)}. No answer here used it."
 
 
 def write_report(run: RunDirectory, recipe: Recipe, summary: dict[str, Any]) -> None:
