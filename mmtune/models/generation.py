@@ -155,8 +155,9 @@ def generate(
     streamer: BaseStreamer | None = None,
     stopping_criteria: Sequence[Callable[..., torch.Tensor]] = (),
     custom_generate: Callable[..., Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
-    """Greedy generation for a batch of prompts; used by evaluation, parity, rehearsal and chat.
+    """Generation for a batch of prompts, greedy by default; used by evaluation, parity, rehearsal and chat.
 
     Args:
         model: the model, plain or with an adapter.
@@ -166,6 +167,7 @@ def generate(
         streamer: receives the tokens of a single row as they are generated.
         stopping_criteria: functions of `input_ids` and `scores` that return a boolean per row: whether to stop it.
         custom_generate: transformers' argument: a loop in place of its own, which returns prompts and answers.
+        settings: further settings of the GenerationConfig, such as `do_sample` and `temperature`.
 
     Returns:
         Token ids of the answers, int64, shape (rows, tokens).
@@ -175,6 +177,7 @@ def generate(
         processor,
         batch,
         max_new_tokens,
+        settings,
         streamer=streamer,
         stopping_criteria=StoppingCriteriaList(stopping_criteria),
         custom_generate=custom_generate,
@@ -191,7 +194,7 @@ def run_generate(
     settings: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Any:
-    """What transformers' `generate` returns for a batch of prompts with `generation_settings`.
+    """What transformers' `generate` returns for a batch of prompts with `generation_settings`, changed by `settings`.
 
     `generate` takes unset arguments from the model's generation config (penalties, beams, suppressed tokens). This function
     replaces that config during the call. The other arguments are those of `mmtune.models.generation.generate`, and `settings`

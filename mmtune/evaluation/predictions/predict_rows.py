@@ -6,13 +6,12 @@ so that a job that was interrupted continues, also with another number of proces
 
 from __future__ import annotations
 
-import base64
 import glob
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from transformers import ProcessorMixin
 
 from mmtune.data.dataset import check_headers
 from mmtune.data.media.image_content import sampled_digest
-from mmtune.data.media.media import Media, open_media
-from mmtune.data.message import Message, RowError, Sample, all_text_of, prompt_messages
+from mmtune.data.message import RowError, Sample, all_text_of, prompt_messages
+from mmtune.data.message_rows import messages_row
 from mmtune.data.sources.reader import SourceReader
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.evaluation.predictions.answering import generate_predictions
@@ -153,7 +152,7 @@ def predict_rows(
         label = f"rows {start + 1:,} to {start + len(chunk):,} of {len(indices):,}"
         predictions = generate_predictions(model, processor, samples, decoding, batch_size, label)
         lines = [
-            json.dumps([index, prediction.near_tie, predicted_row(sample, prediction, root)], ensure_ascii=False) + "\n"
+            json.dumps([index, prediction.near_tie, messages_row(_answered(sample, prediction), root)], ensure_ascii=False) + "\n"
             for index, sample, prediction in zip(chunk, samples, predictions, strict=True)
         ]
         with part.open("a", encoding="utf-8") as file:
@@ -164,34 +163,10 @@ def predict_rows(
     return result
 
 
-def predicted_row(sample: Sample, prediction: Prediction, root: Path) -> dict[str, Any]:
-    """A row in the form of the data template `messages`, with the prediction as its last answer."""
-    answer = {"role": "assistant", "content": prediction.text.strip()}
-    row: dict[str, Any] = {"id": sample.id, "messages": [*(_turn(turn, root) for turn in prompt_messages(sample)), answer]}
-    if sample.task is not None:
-        row["task"] = sample.task
-    if sample.tools:
-        row["tools"] = list(sample.tools)
-    return row
-
-
-def _turn(message: Message, root: Path) -> dict[str, Any]:
-    blocks = [
-        block if block["type"] == "text" else {"type": block["type"], block["type"]: _reference(block[block["type"]], root)}
-        for block in message["content"]
-    ]
-    turn = {key: value for key, value in message.items() if key != "supervised"} | {"content": blocks}
-    if message["role"] == "assistant":
-        turn["content"] = "".join(block["text"] for block in blocks)
-    return turn if message.get("supervised", True) else {**turn, "weight": 0}
-
-
-def _reference(media: Media, root: Path) -> str:
-    """A path relative to the media root, or a `data:` URI of a file inside another one."""
-    if isinstance(media, Path):
-        return os.path.relpath(media, root)
-    with open_media(media) as file:
-        return f"data:image;base64,{base64.b64encode(file.read()).decode('ascii')}"
+def _answered(sample: Sample, prediction: Prediction) -> Sample:
+    """The sample with the prediction as its last answer."""
+    answer = {"role": "assistant", "content": [{"type": "text", "text": prediction.text.strip()}]}
+    return replace(sample, messages=[*prompt_messages(sample), answer])
 
 
 def _media_root(rows: UnansweredRows, out: Path) -> Path:
