@@ -1,10 +1,10 @@
-"""Image paths in a chat: parsing of `/image` arguments (shell words, dropped files, `file://` URIs) and their completion."""
+"""Paths in a chat: parsing of arguments (shell words, dropped files, `file://` URIs) and their completion."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def image_paths(text: str) -> Iterator[tuple[str, Path | EmbeddedMedia]]:
     Raises:
         UserError: no name, an unclosed quote, or a name that is not an image file.
     """
-    names = _names(text)
+    names = _names("/image", text)
     for name in names:
         try:
             yield name, resolve_image(name)
@@ -53,9 +53,23 @@ def resolve_image(name: str) -> Path | EmbeddedMedia:
         raise UserError(str(error)) from error
 
 
-def _names(text: str) -> list[str]:
+def file_path(command: str, text: str) -> Path:
+    """The path in the argument of a command that takes one file, which is parsed as that of `/image`.
+
+    Raises:
+        UserError: no name, several names, or an unclosed quote.
+    """
+    names = _names(command, text)
+    if len(names) != 1:
+        raise UserError(
+            f"{command}: expected one file, got {len(names)}; put a path with spaces in quotes: {command} 'my chat.jsonl'"
+        )
+    return Path(expand_user(names[0]))
+
+
+def _names(command: str, text: str) -> list[str]:
     if not text:
-        raise UserError("/image: expected at least one image file: /image FILE ...")
+        raise UserError(f"{command}: expected a file: {command} FILE")
     if _is_file(text):
         return [text]
     try:
@@ -65,7 +79,7 @@ def _names(text: str) -> list[str]:
             if is_windows_path(text) or all(_is_file(name.replace("\\", "/")) for name in folders):
                 return folders
     except ValueError as error:
-        raise UserError(f'/image {text}: unclosed quote; put the path in quotes: /image "it\'s.png"') from error
+        raise UserError(f'{command} {text}: unclosed quote; put the path in quotes: {command} "it\'s.png"') from error
     return words
 
 
@@ -81,17 +95,19 @@ def _is_file(name: str) -> bool:
     return False
 
 
-class ImagePathCompleter(Completer):
-    """Completes commands, and paths after `/image`, with spaces and quotes escaped.
+class CommandCompleter(Completer):
+    """Completes commands, and the paths of those that take files, with spaces and quotes escaped.
 
     Args:
         commands: the chat commands; each starts with a slash.
+        with_paths: those whose arguments are paths.
     """
 
     _LAST_WORD = re.compile(r"""(?:^|\s)(?P<word>'[^']*|"[^"]*|(?:\\.|[^\s\\'"])*)$""")
 
-    def __init__(self, commands: Sequence[str]) -> None:
+    def __init__(self, commands: Collection[str], with_paths: Collection[str]) -> None:
         self._commands = commands
+        self._with_paths = with_paths
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
@@ -99,7 +115,7 @@ class ImagePathCompleter(Completer):
         command, space, argument = text.partition(" ")
         if not space:
             yield from (Completion(f"{name} ", -len(text)) for name in self._commands if text and name.startswith(text))
-        elif command == "/image" and (match := self._LAST_WORD.search(argument)):
+        elif command in self._with_paths and (match := self._LAST_WORD.search(argument)):
             word = match["word"]
             is_quoted = word[:1] in ("'", '"')
             path = word[1:] if is_quoted else re.sub(r"\\(.)", r"\1", word)

@@ -2,50 +2,100 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Generator
-from contextlib import suppress
+from contextlib import closing, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
 
+from mmtune.chat.answer_settings import AnswerSettings
 from mmtune.data.encoding.encode import encode_prompt
-from mmtune.data.encoding.encoding_checks import check_encoding
+from mmtune.data.encoding.encoding_checks import check_encoding, check_system_prompt
+from mmtune.data.encoding.token_counts import Counts, count_prompt_tokens
 from mmtune.data.media.media import EmbeddedMedia, ImageView, open_image
 from mmtune.data.media.pixels import Window
-from mmtune.data.message import Message
+from mmtune.data.message import Message, Sample, text_of
+from mmtune.data.message_rows import check_messages_row, messages_row, read_messages_row
 from mmtune.models.compute import move_batch, training_autocast
 from mmtune.models.generation import generate
-from mmtune.utils.errors import UserError
+from mmtune.utils.errors import UserError, reason_of
+from mmtune.utils.files import create_file, replace_bytes
+
+Block = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ChatState:
+    """The state of a chat. It is replaced as a whole, so that Ctrl-C leaves the old one or the new one.
+
+    Attributes:
+        system: the system prompt; None for the chat template's own.
+        messages: questions and answers in turn.
+        attached: image blocks of the next question.
+        repeats: how often the last question was answered since it was asked or the seed was set: added to the seed by the next
+            answer to it.
+    """
+
+    system: str | None = None
+    messages: tuple[Message, ...] = ()
+    attached: tuple[Block, ...] = ()
+    repeats: int = 0
+
+    @property
+    def images(self) -> list[tuple[int, ImageView]]:
+        """Every image in the conversation, with the number of its question, from 1."""
+        questions = enumerate(self.messages[::2], start=1)
+        return [(number, block["image"]) for number, message in questions for block in _images_of(message)]
+
+    def last_turn(self) -> tuple[tuple[Message, ...], Message]:
+        """The messages before the last question, and that question.
+
+        Raises:
+            UserError: no question was answered.
+        """
+        if not self.messages:
+            raise UserError("the conversation has no question yet; ask one first")
+        return self.messages[:-2], self.messages[-2]
 
 
 class ChatSession:
     """The conversation history and its images; prompts are rendered with the processor's chat template, as in training.
 
+    Attributes:
+        state: the conversation.
+        settings: how answers are generated.
+
     Args:
         model: the model, in eval mode.
         processor: the model's processor, with a chat template that `check_encoding` accepts.
-        max_new_tokens: at most this many new tokens per answer.
+        settings: how answers are generated.
         window: the gray values that map to black and white, as the `window` of a recipe's data source.
 
     Raises:
-        UserError: `max_new_tokens` below 1, or an unusable chat template.
+        UserError: an unusable chat template.
     """
 
     def __init__(
-        self, model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int = 256, window: Window | None = None
+        self,
+        model: PreTrainedModel | PeftModel,
+        processor: ProcessorMixin,
+        settings: AnswerSettings | None = None,
+        window: Window | None = None,
     ) -> None:
         check_encoding(processor)
-        if max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens {max_new_tokens}: expected at least 1")
+        self.state = ChatState()
+        self.settings = settings or AnswerSettings()
         self._model = model
         self._processor = processor
-        self._max_new_tokens = max_new_tokens
         self._window = window
-        self._messages: list[Message] = []
-        self._images: list[dict[str, Any]] = []
+        self._written: dict[Path, bytes] = {}
 
     def attach(self, image: Path | EmbeddedMedia) -> tuple[int, int]:
         """Attach an image to the next question; returns its (width, height) in pixels.
@@ -54,30 +104,48 @@ class ChatSession:
             UserError: a file that is missing, damaged or not an image.
         """
         view = ImageView(image, self._window)
-        try:
-            size = open_image(view).size  # decodes it completely: an error during a later question would not name the image
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        self._images.append({"type": "image", "image": view})
+        size = _decoded_size(view)
+        attached = (*self.state.attached, {"type": "image", "image": view})
+        self.state = replace(self.state, attached=attached)
         return size
 
-    @property
-    def pending_images(self) -> int:
-        """The number of images attached to the next question."""
-        return len(self._images)
-
-    @property
-    def turns(self) -> int:
-        """The number of messages in the conversation: questions and answers."""
-        return len(self._messages)
-
     def reset(self) -> None:
-        """Delete all messages and images."""
-        self._messages = []
-        self._images = []
+        """Delete all messages and images; the system prompt and the settings stay."""
+        self.state = ChatState(self.state.system)
+
+    def set_system(self, text: str | None) -> None:
+        """Replace the system prompt, for all further answers; None removes it.
+
+        Raises:
+            UserError: the chat template does not write it.
+        """
+        if text is not None:
+            check_system_prompt(self._processor, text)
+        self.state = replace(self.state, system=text)
+
+    def set_value(self, name: str, text: str) -> None:
+        """Change one of the settings. With a new seed, or the old one again, the next answer uses exactly this seed.
+
+        Raises:
+            UserError: an unknown name, or a text that is not a valid value.
+        """
+        self.settings = self.settings.with_value(name, text)
+        if name == "seed":
+            self.state = replace(self.state, repeats=0)
+
+    def undo(self) -> Message:
+        """Delete the last question and its answer, and attach its images to the next question; returns the question.
+
+        Raises:
+            UserError: no question was answered.
+        """
+        before, question = self.state.last_turn()
+        attached = (*_images_of(question), *self.state.attached)
+        self.state = replace(self.state, messages=before, attached=attached, repeats=1)
+        return question
 
     def ask(self, question: str) -> Generator[str]:
-        """Stream the greedy answer in text chunks; question and answer are then added to the conversation.
+        """Stream the answer in text chunks; question and answer are then added to the conversation.
 
         If the iterator is closed early or Ctrl-C interrupts it, generation stops after the current token, and the call returns
         when the generation thread has ended. The chunks already yielded are added as the answer, so the model sees what the user
@@ -86,42 +154,213 @@ class ChatSession:
         Raises:
             UserError: an image that no longer exists, or a question that is not valid Unicode.
         """
-        message: Message = {"role": "user", "content": [*self._images, {"type": "text", "text": question}]}
-        prompt = encode_prompt("chat", [*self._messages, message], self._processor)
+        blocks = (*self.state.attached, {"type": "text", "text": question})
+        message: Message = {"role": "user", "content": list(blocks)}
+        return self._answer(replace(self.state, attached=(), repeats=0), message)
+
+    def retry(self) -> Generator[str]:
+        """Stream another answer to the last question, which replaces the old one as in `ask`. It is sampled with the next seed.
+
+        Raises:
+            UserError: no question was answered; otherwise as `ask`.
+        """
+        before, question = self.state.last_turn()
+        return self._answer(replace(self.state, messages=before), question)
+
+    def edit(self, text: str) -> Generator[str]:
+        """Stream an answer to another text in place of the last question, with its images, as `retry`.
+
+        Raises:
+            UserError: no question was answered; otherwise as `ask`.
+        """
+        before, question = self.state.last_turn()
+        message: Message = {**question, "content": [*_images_of(question), {"type": "text", "text": text}]}
+        return self._answer(replace(self.state, messages=before, repeats=0), message)
+
+    def compare(self) -> list[tuple[str, Generator[str]]]:
+        """The answers of the base and of the tuned model to the last question, each with its name; the conversation stays.
+
+        Both are generated with the current settings and the seed of the last answer.
+
+        Raises:
+            UserError: the model is not an adapter on its base, or no question was answered.
+        """
+        if not isinstance(self._model, PeftModel):
+            raise UserError(
+                "/compare: expected an adapter on its base, got a full model; chat with an adapter's run, not with a merged model"
+            )
+        before, question = self.state.last_turn()
+        messages, seed = [*before, question], self.settings.seed + max(0, self.state.repeats - 1)
+        return [("base", self._stream(messages, seed, tuned=False)), ("tuned", self._stream(messages, seed))]
+
+    def count_tokens(self) -> tuple[Counts, int | None]:
+        """The tokens of the next question's prompt without its text, and the model's maximum if its config has one.
+
+        Raises:
+            UserError: an image that no longer exists.
+        """
+        question: Message = {"role": "user", "content": [*self.state.attached, {"type": "text", "text": ""}]}
+        counts = count_prompt_tokens(Sample("chat", self._prompt([*self.state.messages, question])), self._processor)
+        maximum = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        return counts, maximum if isinstance(maximum, int) else None
+
+    def save(self, path: Path) -> None:
+        """Write the conversation as a file of one row in the form of the data template `messages`.
+
+        Images inside the file's folder are written as relative paths, others as `data:` URIs. White space around an answer is
+        removed, as in predicted rows. Attached images are not part of the row.
+
+        Raises:
+            UserError: no question was answered, an answer is empty, an image cannot be read, the file exists and was not written
+                by this chat, or it cannot be written.
+        """
+        if path.suffix != ".jsonl":
+            raise UserError(f"/save {path}: expected a file name that ends in .jsonl")
+        self.state.last_turn()
+        root = path.parent.resolve()
+        if not root.is_dir():
+            raise UserError(f"/save {path}: no such folder: {root}")
+        messages = [_stripped(message) for message in self._prompt([*self.state.messages])]
+        try:
+            row = messages_row(Sample(path.stem, messages), root)
+            check_messages_row(row, root, path.name)
+            content = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+            self._write(path, content)
+        except (OSError, ValueError) as error:
+            raise UserError(f"/save {path}: {reason_of(error)}") from error
+
+    def _write(self, path: Path, content: bytes) -> None:
+        target = path.resolve()
+        if self._written.get(target) is not None and target.is_file() and _digest(target.read_bytes()) == self._written[target]:
+            replace_bytes(target, content)
+        else:
+            try:
+                create_file(path, content)
+            except FileExistsError as error:
+                raise UserError(f"/save {path}: exists, and was not written by this chat; give another name") from error
+        self._written[target] = _digest(content)
+
+    def load(self, path: Path) -> None:
+        """Replace system prompt and messages by those of a file of one row in the form of the data template `messages`.
+
+        Attached images stay. Every image is decoded, and the whole conversation is encoded once before anything changes.
+
+        Raises:
+            UserError: a file, a row or an image that cannot be read, a conversation with tool calls, or one that the model's
+                chat template or processor rejects.
+        """
+        sample = read_messages_row(path)
+        if sample.tools or any("tool_calls" in message or message["role"] == "tool" for message in sample.messages):
+            raise UserError(f"/load {path}: tool calls are not supported in a chat")
+        system = text_of(sample.messages[0]) if sample.messages[0]["role"] == "system" else None
+        messages = tuple(self._viewed(message) for message in sample.messages[system is not None :])
+        if system is not None:
+            check_system_prompt(self._processor, system)
+        loaded = replace(self.state, system=system, messages=messages, repeats=0)
+        question: Message = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+        encode_prompt(sample.id, _with_system(system, [*messages, question]), self._processor)
+        self.state = loaded
+
+    def _viewed(self, message: Message) -> Message:
+        """The message with this chat's window for its images."""
+        content = [
+            {**block, "image": ImageView(block["image"], self._window)} if block["type"] == "image" else block
+            for block in message["content"]
+        ]
+        return {**message, "content": content}
+
+    def _prompt(self, messages: list[Message]) -> list[Message]:
+        return _with_system(self.state.system, messages)
+
+    def _answer(self, before: ChatState, question: Message) -> Generator[str]:
+        """Stream the answer to a question after a conversation, which then replaces the present one, with both."""
+        chunks: list[str] = []
+
+        def answered() -> ChatState:
+            answer: Message = {"role": "assistant", "content": [{"type": "text", "text": "".join(chunks)}]}
+            return replace(before, messages=(*before.messages, question, answer), repeats=before.repeats + 1)
+
+        try:
+            with closing(self._stream([*before.messages, question], self.settings.seed + before.repeats)) as stream:
+                for chunk in stream:
+                    chunks.append(chunk)
+                    yield chunk
+        except (GeneratorExit, KeyboardInterrupt):
+            if any(chunks):
+                self.state = answered()
+            raise
+        self.state = answered()
+
+    def _stream(self, messages: list[Message], seed: int, tuned: bool = True) -> Generator[str]:
+        """Stream an answer; the generation thread has ended when the generator returns or is closed."""
+        prompt = encode_prompt("chat", self._prompt(messages), self._processor)
         streamer = TextIteratorStreamer(self._processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         errors: list[BaseException] = []
         stop_requested = Event()
+        settings = self.settings
 
         def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             return torch.full((len(input_ids),), stop_requested.is_set(), device=input_ids.device)
 
         def generate_answer() -> None:
+            model: Any = self._model
             try:
-                with torch.inference_mode(), training_autocast(self._model):
-                    inputs = move_batch(self._model, prompt)
-                    generate(self._model, self._processor, inputs, self._max_new_tokens, streamer, [stop])
+                with nullcontext() if tuned else model.disable_adapter(), torch.inference_mode(), training_autocast(model):
+                    inputs = move_batch(model, prompt)
+                    if settings.temperature:
+                        torch.manual_seed(seed)
+                    generate(
+                        model,
+                        self._processor,
+                        inputs,
+                        settings.max_new_tokens,
+                        streamer,
+                        [stop],
+                        settings=settings.generation(),
+                    )
             except BaseException as error:  # raised again in the calling thread, which would otherwise wait forever
                 errors.append(error)
                 streamer.end()
 
-        # A thread that is inside torch when the interpreter exits aborts the process, so it must end before `ask` returns.
+        # A thread that is inside torch when the interpreter exits aborts the process, so it must end before this returns.
         thread = Thread(target=generate_answer)
-        chunks: list[str] = []
-        finished = False
         try:
             thread.start()
-            for chunk in streamer:
-                chunks.append(chunk)
-                yield chunk
-            finished = True
+            yield from streamer
         finally:
             stop_requested.set()
             _join(thread)
-            if not errors and (finished or any(chunks)):
-                self._messages += [message, {"role": "assistant", "content": [{"type": "text", "text": "".join(chunks)}]}]
-                self._images = []
         if errors:
             raise errors[0]
+
+
+def _with_system(system: str | None, messages: list[Message]) -> list[Message]:
+    if system is None:
+        return messages
+    return [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
+
+
+def _images_of(message: Message) -> list[Block]:
+    return [block for block in message["content"] if block["type"] == "image"]
+
+
+def _stripped(message: Message) -> Message:
+    """An answer without white space around it; any other message unchanged."""
+    if message["role"] != "assistant":
+        return message
+    return {**message, "content": [{"type": "text", "text": text_of(message).strip()}]}
+
+
+def _decoded_size(view: ImageView) -> tuple[int, int]:
+    """(width, height) of an image that is decoded completely: an error during a later question would not name the image."""
+    try:
+        return open_image(view).size
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content).digest()
 
 
 def _join(thread: Thread) -> None:

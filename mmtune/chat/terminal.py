@@ -1,4 +1,4 @@
-"""Chat in the terminal: line editing, commands, and Ctrl-C to stop an answer."""
+"""Chat in the terminal: line editing, and Ctrl-C to stop an answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable
-from contextlib import closing
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.output import create_output
@@ -15,28 +14,24 @@ from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.utils import is_dumb_terminal
 
-from mmtune.chat.image_paths import ImagePathCompleter, image_paths
+from mmtune.chat.commands import COMMANDS, Chat, ask, run_command
+from mmtune.chat.image_paths import CommandCompleter
 from mmtune.chat.session import ChatSession
 from mmtune.console.terminal_text import unescaped
 from mmtune.utils.errors import UserError
 
-COMMANDS = {
-    "/image": "/image FILE ... attaches images to your next question",
-    "/reset": "/reset starts a new conversation",
-    "/exit": "/exit ends the chat",
-}
-"""The commands and their help texts."""
-HELP = f"{', '.join(COMMANDS.values())}; Ctrl-C stops an answer"
+HELP = (
+    "/image FILE ... attaches images to your next question; /help lists the commands; /exit ends the chat; Ctrl-C stops an answer"
+)
 COMMAND_HINTS = {
     **dict.fromkeys(("exit", "quit"), "/exit to end the chat"),
     "reset": "/reset to start a new conversation",
-    "help": HELP,
+    "undo": "/undo to remove the last question and answer",
+    "retry": "/retry for another answer",
+    "help": "/help for the commands",
 }
 """Lines that are probably meant as commands, and what to type instead."""
 PROMPT = "> "
-EMPTY_ANSWER = "(the answer is empty)"
-STOPPED = "\n(stopped: the text so far stays in the conversation)"
-STOPPED_AT_ONCE = "\n(stopped before the first token: the question is dropped; its images stay attached to the next one)"
 
 
 def run_chat(session: ChatSession) -> None:
@@ -48,86 +43,63 @@ def run_chat(session: ChatSession) -> None:
     Raises:
         KeyboardInterrupt: Ctrl-C at the prompt; at any time if standard input is not a terminal.
     """
-    is_interactive = sys.stdin.isatty()
-    read_line = _line_reader()
+    edited: list[str] = []  # the text to put into the line editor
+    editor = _line_editor()
+    read_line = _read_plain_line if editor is None else lambda: editor(edited.pop() if edited else "")
+    chat = Chat(session, None if editor is None else edited.append)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is an error of its own; other lines are read
     print(textwrap.fill(HELP, shutil.get_terminal_size().columns) if sys.stdout.isatty() else HELP)
     while True:
         try:
-            line = read_line().strip()
+            _handle_line(chat, read_line())
         except EOFError:
             return
-        command, _, argument = line.partition(" ")
-        if command == "/exit":
-            return
-        try:
-            _handle_line(session, line, command, argument.strip())
         except UserError as error:
             print(f"({error})")
-        except KeyboardInterrupt:
-            if not is_interactive:
-                raise
-            print("\n(stopped)")
 
 
-def _handle_line(session: ChatSession, line: str, command: str, argument: str) -> None:
-    if not line:
-        return
-    if command == "/reset":
-        session.reset()
-        print("(new conversation)")
-    elif command == "/image":
-        for name, image in image_paths(argument):
-            width, height = session.attach(image)
-            attached = "1 image" if session.pending_images == 1 else f"{session.pending_images} images"
-            print(f"({name}, {width} x {height}; {attached} attached to your next question)")
-    elif command.startswith("/"):
-        raise UserError(f"unknown command {command}; commands: {HELP}")
-    elif line.lower() in COMMAND_HINTS:
-        print(f"(type {COMMAND_HINTS[line.lower()]})")
-    else:
-        _ask(session, line)
-
-
-def _ask(session: ChatSession, question: str) -> None:
-    answer, turns = "", session.turns
+def _handle_line(chat: Chat, line: str) -> None:
+    question = line.strip()
     try:
-        with closing(session.ask(question)) as chunks:
-            for chunk in chunks:
-                print(chunk, end="", flush=True)
-                answer += chunk
+        if line.startswith("/"):
+            run_command(chat, line)
+        elif question.lower() in COMMAND_HINTS:
+            print(f"(type {COMMAND_HINTS[question.lower()]})")
+        elif question:
+            ask(chat, question)
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
-        print(STOPPED if session.turns > turns else STOPPED_AT_ONCE)
-    else:
-        print("" if answer.strip() else EMPTY_ANSWER)
+        print("\n(stopped)")
 
 
-def _line_reader() -> Callable[[], str]:
-    """A function that reads one line; it raises EOFError at the end of the input and for Ctrl-D on a terminal."""
-    is_interactive = sys.stdin.isatty()
-    if is_interactive and sys.stdout.isatty() and not is_dumb_terminal():
-        output = create_output(unescaped(sys.stdout))
-        if isinstance(output, Vt100_Output):
-            output.enable_cpr = False  # avoids prompt_toolkit's warning on terminals that do not report the cursor position
-        editor: PromptSession[str] = PromptSession(
-            PROMPT,
-            output=output,
-            completer=ImagePathCompleter(list(COMMANDS)),
-            complete_style=CompleteStyle.READLINE_LIKE,
-            complete_while_typing=False,
-            enable_suspend=True,
-        )
-        return editor.prompt
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is an error of its own; other lines are read
+def _line_editor() -> Callable[[str], str] | None:
+    """A function that reads a line on a terminal, given the text to edit; None without a terminal that can edit lines.
 
-    def read_line() -> str:
-        if is_interactive and sys.stdout.isatty():
-            print(PROMPT, end="", flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line
+    It raises EOFError for Ctrl-D.
+    """
+    if not sys.stdin.isatty() or not sys.stdout.isatty() or is_dumb_terminal():
+        return None
+    output = create_output(unescaped(sys.stdout))
+    if isinstance(output, Vt100_Output):
+        output.enable_cpr = False  # avoids prompt_toolkit's warning on terminals that do not report the cursor position
+    editor: PromptSession[str] = PromptSession(
+        PROMPT,
+        output=output,
+        completer=CommandCompleter(COMMANDS, [name for name, command in COMMANDS.items() if "FILE" in command.usage]),
+        complete_style=CompleteStyle.READLINE_LIKE,
+        complete_while_typing=False,
+        enable_suspend=True,
+    )
+    return lambda text: editor.prompt(default=text)
 
-    return read_line
+
+def _read_plain_line() -> str:
+    """A line of standard input. Raises EOFError at its end."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        print(PROMPT, end="", flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line

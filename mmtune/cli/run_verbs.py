@@ -77,6 +77,7 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
     )
     help_text = "grey images with more than 8 bits: the values that become black and white (as `window` of a source)"
     verb.add_argument("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help=help_text)
+    verb.add_argument("--system", metavar="TEXT", help="the system prompt (default: that of the chat template, if it has one)")
     verb.add_argument("--prompt", metavar="TEXT", help="ask one question and exit (default: a conversation)")
     verb.add_argument("--chat-template", metavar="NAME", help="a shipped chat template or a .jinja file (default: the model's)")
     verb.add_argument(
@@ -288,11 +289,17 @@ def _chat(arguments: argparse.Namespace) -> Any:
     ):
         low, high = arguments.window
         raise UserError(f"--window {low:g} {high:g}: expected LOW HIGH, two finite numbers, the lower one first")
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: expected at least 1")
+    if arguments.system is not None and not arguments.system.strip():
+        raise UserError("--system: expected a text, got an empty one")
     images = [resolve_image(image) for image in arguments.image]
     trained = locate_trained_weights(Path(arguments.model))
     configure_console()
+    from mmtune.chat.answer_settings import AnswerSettings
+    from mmtune.chat.commands import EMPTY_ANSWER
     from mmtune.chat.session import ChatSession
-    from mmtune.chat.terminal import EMPTY_ANSWER, run_chat
+    from mmtune.chat.terminal import run_chat
     from mmtune.models.compute import to_best_device
     from mmtune.models.load import load_trained
 
@@ -305,7 +312,9 @@ def _chat(arguments: argparse.Namespace) -> Any:
             raise
         raise UserError(f"--chat-template: {error.problem}") from error
     window = None if arguments.window is None else (arguments.window[0], arguments.window[1])
-    session = ChatSession(to_best_device(model), processor, max_new_tokens=arguments.max_new_tokens, window=window)
+    session = ChatSession(to_best_device(model), processor, AnswerSettings(arguments.max_new_tokens), window)
+    if arguments.system is not None:
+        session.set_system(arguments.system.strip())
     for image in images:
         session.attach(image)
     if arguments.prompt is None:

@@ -9,15 +9,20 @@ from typing import Any
 
 from mmtune.data.media.media import ImageView, Media, MediaRules, open_media
 from mmtune.data.media.media_names import MAX_DATA_URI, is_utf8
-from mmtune.data.message import Message, Sample
+from mmtune.data.message import Message, RowError, Sample
 from mmtune.data.sources.rows import Row
 from mmtune.data.sources.source import open_rows
 from mmtune.data.templates.template import load_data_template
-from mmtune.utils.errors import UserError
+from mmtune.utils.errors import UserError, reason_of
 from mmtune.utils.hub import missing_path_message
 
 ROW_FILES = (".json", ".jsonl")
 """File extensions of a file of one row."""
+_INSTEAD_OF_SETTING = {
+    "media_outside_root": "copy the file into this folder",
+    "media_url": "download it into the folder of the row's file, and give its path",
+}
+"""What to do where a recipe's source would need another setting, by issue type."""
 
 
 def messages_row(sample: Sample, root: Path) -> Row:
@@ -28,8 +33,7 @@ def messages_row(sample: Sample, root: Path) -> Row:
         root: the row's media root, without links: media inside it are written as relative paths, all others as `data:` URIs.
 
     Raises:
-        UserError: a file is too large for a `data:` URI.
-        OSError, ValueError: a file cannot be read.
+        UserError: a file cannot be read, or is too large for a `data:` URI.
     """
     row: Row = {"id": sample.id, "messages": [_turn(message, root) for message in sample.messages]}
     if sample.task is not None:
@@ -54,8 +58,11 @@ def _reference(media: Media, root: Path) -> str:
     file = media.image if isinstance(media, ImageView) else media
     if isinstance(file, Path) and file.is_relative_to(root) and is_utf8(name := os.path.relpath(file, root)):
         return name
-    with open_media(file) as opened:
-        uri = f"data:image;base64,{base64.b64encode(opened.read()).decode('ascii')}"
+    try:
+        with open_media(file) as opened:
+            uri = f"data:image;base64,{base64.b64encode(opened.read()).decode('ascii')}"
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {reason_of(error)}") from error
     if len(uri) > MAX_DATA_URI:
         size = f"{len(uri) / 2**20:.0f} MiB in base64, more than the {MAX_DATA_URI // 2**20} MiB of a data: URI"
         raise UserError(f"{file}: {size}; copy the image into {root}, so that the row has its path")
@@ -87,5 +94,11 @@ def read_messages_row(path: Path) -> Sample:
             raise UserError(f"{path}: expected a file of one row, got {len(rows)}")
         row_id, row = rows[0]
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return check_messages_row(row, path.parent, row_id)
+        raise UserError(f"cannot read {path}: {reason_of(error)}") from error
+    try:
+        return check_messages_row(row, path.parent, row_id)
+    except RowError as error:
+        if error.issue not in _INSTEAD_OF_SETTING:
+            raise
+        detail = f"{error.detail.partition('; set `')[0]}; {_INSTEAD_OF_SETTING[error.issue]}"
+        raise RowError(error.row, error.field, detail, error.issue) from error

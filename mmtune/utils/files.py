@@ -149,6 +149,21 @@ def replace_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def create_file(path: Path, data: bytes) -> None:
+    """Write a new file, which is removed again if writing fails.
+
+    Raises:
+        OSError: it exists (FileExistsError), or cannot be written.
+    """
+    with path.open("xb") as file:
+        try:
+            file.write(data)
+            file.flush()
+        except BaseException:
+            path.unlink()
+            raise
+
+
 def apply_umask(folder: Path) -> None:
     """Set the mode of every file in a folder to that of a new file. safetensors writes files that only the owner can read."""
     umask = os.umask(0o077)

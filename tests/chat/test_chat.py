@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from plain_answers import plain_answer
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
-from mmtune.chat.image_paths import ImagePathCompleter, image_paths
+from mmtune.chat.answer_settings import AnswerSettings
+from mmtune.chat.commands import COMMANDS, EMPTY_ANSWER
+from mmtune.chat.image_paths import CommandCompleter, image_paths
 from mmtune.chat.session import ChatSession
-from mmtune.chat.terminal import COMMANDS, EMPTY_ANSWER, HELP, run_chat
+from mmtune.chat.terminal import HELP, run_chat
 from mmtune.utils.errors import UserError
 
 torch.set_num_threads(1)
@@ -29,7 +32,7 @@ NEW = 8  # max_new_tokens
 
 @pytest.fixture
 def session(answering_llava: tuple[Any, Any]) -> ChatSession:
-    return ChatSession(*answering_llava, max_new_tokens=NEW)
+    return ChatSession(*answering_llava, AnswerSettings(NEW))
 
 
 @pytest.fixture
@@ -40,14 +43,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def _plain(answering_llava: tuple[Any, Any], text: str, images: list[Path]) -> str:
-    """The answer of plain transformers to a prompt that is rendered by hand."""
-    model, processor = answering_llava
-    opened = [Image.open(path).convert("RGB") for path in images] or None
-    inputs = processor(text=text, images=opened, return_tensors="pt")
-    with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
-    answer: str = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answer
+    return plain_answer(*answering_llava, text, images, max_new_tokens=NEW)
 
 
 def test_the_prompt_has_all_earlier_turns_and_images(session: ChatSession, answering_llava: tuple[Any, Any], image: Path) -> None:
@@ -130,7 +126,7 @@ def test_a_model_without_a_chat_template_is_an_error(answering_llava: tuple[Any,
 
 
 def test_a_stopped_answer_is_kept_up_to_the_last_token_read(answering_llava: tuple[Any, Any], image: Path) -> None:
-    endless = ChatSession(*answering_llava, max_new_tokens=10**6)
+    endless = ChatSession(*answering_llava, AnswerSettings(10**6))
     endless.attach(image)
     threads = threading.active_count()
     with closing(endless.ask("what is it?")) as chunks:
@@ -140,7 +136,7 @@ def test_a_stopped_answer_is_kept_up_to_the_last_token_read(answering_llava: tup
     endless.attach(image)
     with closing(endless.ask("not read at all")):
         pass
-    endless._max_new_tokens = NEW
+    endless.set_value("max_new_tokens", str(NEW))
     prompt = f"<|user|><image>\nwhat is it?<|end|><|assistant|>{read}<|end|><|user|><image>\nsure?<|end|><|assistant|>"
     assert "".join(endless.ask("sure?")) == _plain(answering_llava, prompt, [image, image])
 
@@ -174,7 +170,7 @@ def test_image_paths_are_parsed_as_shell_words(
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("", "expected at least one image file"),
+        ("", "/image: expected a file: /image FILE"),
         ("my cat.png", "no such file: {folder}/my"),
         ("Tom's cat.png", "unclosed quote"),
         (
@@ -199,17 +195,18 @@ def test_commands_and_paths_are_completed(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my images").mkdir()
     (tmp_path / "my images" / "it's.png").touch()
-    completer = ImagePathCompleter(list(COMMANDS))
+    completer = CommandCompleter(COMMANDS, ["/image", "/load"])
 
     def completed(text: str) -> list[str]:
         completions = completer.get_completions(Document(text), CompleteEvent())
         return [text[: len(text) + completion.start_position] + completion.text for completion in completions]
 
-    assert completed("/i") == ["/image "]
+    assert completed("/r") == ["/retry ", "/reset "]
     assert completed("/image x.png m") == [r"/image x.png my\ images/"]
     assert completed(r"/image my\ images/i") == [r"/image my\ images/it\'s.png"]
     assert completed("/image 'my i") == ["/image 'my images/"]
-    assert completed("") == completed("what is m") == []
+    assert completed("/load m") == [r"/load my\ images/"]
+    assert completed("/edit m") == completed("") == completed("what is m") == []
 
 
 # ------------------------------------------------------------------------------------------------------------- terminal
@@ -232,7 +229,7 @@ def test_a_chat_with_questions_commands_and_errors(
         "",
         f"/image {image}",
         "  what? ",
-        "/help",
+        "/imge x.png",
         "/image",
         "/reset",
         "sure\udcff",
@@ -245,8 +242,8 @@ def test_a_chat_with_questions_commands_and_errors(
     output = capsys.readouterr().out
     expected = [
         f"{HELP}\n(no such file: /nowhere/x.png)\n({image}, 40 x 24; 1 image attached to your next question)\n{first}\n"
-        f"(unknown command /help; commands: {HELP})\n",
-        "(/image: expected at least one image file: /image FILE ...)\n(new conversation)\n(chat: ",
+        "(unknown command /imge; did you mean /image? (a question that begins with / needs a space before it))\n",
+        "(/image: expected a file: /image FILE)\n(new conversation)\n(chat: ",
         f")\n(type /exit to end the chat)\n{last}\n",
     ]
     position = 0
@@ -276,5 +273,5 @@ def test_an_empty_answer_is_reported(
     model = copy.deepcopy(answering_llava[0])
     with torch.no_grad():
         model.lm_head.weight.zero_()  # equal logits: greedy decoding takes token 0, which is special
-    _chat(ChatSession(model, answering_llava[1], max_new_tokens=1), ["so?"], monkeypatch)
+    _chat(ChatSession(model, answering_llava[1], AnswerSettings(1)), ["so?"], monkeypatch)
     assert capsys.readouterr().out == f"{HELP}\n{EMPTY_ANSWER}\n"

@@ -404,8 +404,19 @@ def encode_prompt(
         RowError: the conversation cannot be encoded; names the row.
     """
     media, replacements = _process_images(sample_id, messages, processor)
-    text = _encode_text(sample_id, messages, processor, replacements, "all", tools, prompt=True)
+    text = encode_prompt_text(sample_id, messages, processor, replacements, tools)
     return _model_tensors(sample_id, messages, tools, processor, text, media)
+
+
+def encode_prompt_text(
+    sample_id: str, messages: list[Message], processor: ProcessorMixin, replacements: list[str], tools: Tools = ()
+) -> EncodedText:
+    """The text of `encode_prompt` as tokens; `replacements` as in `encode_text`.
+
+    Raises:
+        RowError: the conversation cannot be encoded; names the row.
+    """
+    return _encode_text(sample_id, messages, processor, replacements, "all", tools, prompt=True)
 
 
 class OverLength(RowError):

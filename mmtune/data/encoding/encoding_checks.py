@@ -58,6 +58,24 @@ def check_chat_template(processor: ProcessorMixin) -> None:
             )
 
 
+def check_system_prompt(processor: ProcessorMixin, text: str) -> None:
+    """Check that the chat template writes a system prompt: some reject it, and some leave it out.
+
+    Raises:
+        UserError: it does not, or the text is not valid Unicode.
+    """
+    images = [{"type": "image", "image": blank_image()}] * family_of_processor(processor).needs_image
+    question: Message = {"role": "user", "content": [*images, {"type": "text", "text": "Is it?"}]}
+
+    def prompt_ids(system: str) -> list[int]:
+        messages: list[Message] = [{"role": "system", "content": [{"type": "text", "text": system}]}, question]
+        ids: list[list[int]] = encode_prompt("system prompt", messages, processor)["input_ids"].tolist()
+        return ids[0]
+
+    if prompt_ids(text) == prompt_ids(f"{text} {text}"):
+        raise UserError("system prompt: the model's chat template leaves it out; put the text into your question")
+
+
 def check_plain_family(processor: ProcessorMixin) -> None:
     """Compare an encoded question with an image with what the processor itself returns for it.
 

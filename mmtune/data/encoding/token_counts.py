@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 from transformers import ProcessorMixin
 
-from mmtune.data.encoding.encode import Supervise, encode_text
+from mmtune.data.encoding.encode import EncodedText, Supervise, encode_prompt_text, encode_text
 from mmtune.data.media.media import image_size
 from mmtune.data.media.resizing import check_resized, image_kwargs
 from mmtune.data.message import Message, RowError, Sample
@@ -57,7 +57,20 @@ def count_tokens(sample: Sample, processor: ProcessorMixin, supervise: Supervise
         UserError: the text that stands for an image is unknown.
     """
     replacements = sample_replacements(sample, processor)
-    encoded = encode_text(sample.id, sample.messages, processor, replacements, supervise, sample.tools)
+    return _counts(encode_text(sample.id, sample.messages, processor, replacements, supervise, sample.tools), replacements)
+
+
+def count_prompt_tokens(sample: Sample, processor: ProcessorMixin) -> Counts:
+    """Count the tokens that `encode_prompt` would produce for all messages of a sample, reading only the headers of images.
+
+    Raises:
+        RowError, UserError: as `count_tokens`.
+    """
+    replacements = sample_replacements(sample, processor)
+    return _counts(encode_prompt_text(sample.id, sample.messages, processor, replacements, sample.tools), replacements)
+
+
+def _counts(encoded: EncodedText, replacements: list[str]) -> Counts:
     tokens = encoded.tokens()
     return Counts(len(tokens), sum(media for _, media, _ in tokens), sum(scored for _, _, scored in tokens), len(replacements))
 
