@@ -194,7 +194,7 @@ def run_generate(
     settings: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Any:
-    """What transformers' `generate` returns for a batch of prompts with `generation_settings`, changed by `settings`.
+    """What transformers' `generate` returns for a batch of prompts with `generation_settings`.
 
     `generate` takes unset arguments from the model's generation config (penalties, beams, suppressed tokens). This function
     replaces that config during the call. The other arguments are those of `mmtune.models.generation.generate`, and `settings`
