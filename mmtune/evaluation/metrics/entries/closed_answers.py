@@ -5,34 +5,51 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import takewhile
 from string import ascii_uppercase as LETTERS
 from typing import Any
 
-from mmtune.evaluation.metrics.answer_text import normalize
-from mmtune.evaluation.metrics.entries.text_match import plain
+from mmtune.evaluation.metrics.answer_text import DENIAL, HEDGE, IGNORANCE, RETRACTION, normalize, plain, sentences
 from mmtune.evaluation.metrics.metric import Item, Metric, precision_recall_f1
 
-_IS = r"(?:[:=]|\b(?i:is|es|est|ist|é|är|è|option|choice)\b|是|为|選|选)"
-_DENIAL = re.compile(r"(?:\b(?:not|no|nicht|pas|nunca|neither|except)|n't|不|非)\s*$", re.IGNORECASE)
-_LABEL = re.compile(r"(?<![^\W_])(?:[(\[]([A-Z])[)\]]|([A-Z])[.):,](?!\w))")
-_ANSWER_IS = re.compile(
-    r"(?:the )?(?:correct |right |best |final )?\b(?:answer|option|choice)\b(?: is|:)*\s*(?!(?:not|no)\b)", re.IGNORECASE
+_NOUN = (
+    r"(?:\b(?:answer|option|choice|guess|respuesta|réponse|antwort|risposta|resposta|antwoord|svar\w*|ответ)\b"
+    r"|答案|正解|答え|选项)"
 )
+_IS = r"(?:\b(?:is|es|est|ist|lautet|é|è|är|er|would be|must be)\b|是|为|為|は|[:=])"
+_ADVERB = r"(?:\b(?:most likely|likely|clearly|definitely|therefore|thus|option|choice)\b[\s:]*)*"
+_LEAD = re.compile(
+    rf"(?:(?:so|thus|therefore|hence)\b[,\s]*)?(?:\w+\s+){{0,3}}?{_NOUN}(?:\s+(?:option|choice))?\s*{_IS}?[\s:=-]*{_ADVERB}",
+    re.IGNORECASE,
+)
+_LETTER = r"([A-Z])(?![^\W\u3040-\u9fff]|')"
+_LABEL = rf"[(\[]?{_LETTER}[)\]]?"
 _SHORT = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:,]?")
-_ENDING = re.compile(
-    rf"{_IS}\s*[(\[]?([A-Z])[)\]]?(?=\s*(?:[.。!,;\n]|$|\b(?:because|since|is (?:the )?(?:correct|right|best))\b))"
+_LEADING = re.compile(r"(?:[(\[]([A-Za-z])[)\]][.:,]?|([A-Za-z])(?:[)\].:,]+|\s+-\s))\s*(.+)", re.DOTALL)
+_MARKED = re.compile(rf"(?<![^\W_])(?:[(\[]?{_LETTER}(?:[)\].:,]+\s*|\s+-\s+)|(?!A\s){_LETTER}\s+)(?:(?i:an?|the)\s+)?")
+_STATED = (
+    re.compile(
+        rf"(?:(?i:{_NOUN}\s*(?:(?:\w+\s+){{0,4}}?{_IS})?|\b(?:it|this|that)(?: is|'s| must be)\b"
+        rf"|\b(?:choose|pick|select|go with)\b)|[选選])\s*(?i:{_ADVERB}){_LABEL}(?=\s*(?:[.,;:!)]|$|です|だ))"
+    ),
+    re.compile(rf"(?<!\w){_LABEL}(?i:\s+(?:is|must be)\s+(?:the\s+)?(?:\w+\s+)?(?:correct|right|best|answer|option|choice)\b)"),
+    re.compile(rf"^(?i:(?:so|thus|therefore|hence)\W+)?{_LABEL}[.,:!]?$"),
 )
-_MENTION = re.compile(r"(?<![^\W_])(?!A [a-z]|I\b)([A-Z])(?![\w'])")
-_LEADING = re.compile(r"[(\[]?([A-Za-z])(?:[)\]]|[.):,])+\s*(.+)", re.DOTALL)
+_REASON = re.compile(r"(?<=.)[,;]?\s+(?:because|since|due to|as it|as the)\b", re.IGNORECASE)
+_MENTION = re.compile(rf"(?<![^\W_])(?!A (?!(?:is|was|isn't|can|cannot|can't)\b)[a-z]|I\b){_LETTER}")
+_DESCRIPTION = re.compile(r"(?:the|an?|it|its|this|that|there|in|on)\b", re.IGNORECASE)
 
 
 class MultipleChoice(Metric):
     """The letter of the correct option, from an answer such as `B`, `(B)`, `B. cat`, `The answer is B` or `cat`."""
 
     def problem(self, item: Item) -> str | None:
-        """Every reference must be a letter or the text of an option."""
+        """At most 26 options; every reference must be a letter or the text of an option."""
+        options = item.texts("options")
+        if len(options) > len(LETTERS):
+            return f"expected at most {len(LETTERS)} options, got {len(options)}"
         for reference in item.references:
-            if read_letter(reference, item.texts("options")) is None:
+            if _reference_letter(reference, options) is None:
                 return f"expected the letter or the text of an option as reference, got {reference[:80]!r}"
         return None
 
@@ -40,7 +57,7 @@ class MultipleChoice(Metric):
         """1 or 0; None if the answer names no option, or several."""
         options = item.texts("options")
         letter = read_letter(item.prediction, options)
-        return None if letter is None else float(letter in {read_letter(each, options) for each in item.references})
+        return None if letter is None else float(letter in {_reference_letter(each, options) for each in item.references})
 
     def normalize_class(self, text: str) -> str:
         """The text in upper case."""
@@ -48,36 +65,102 @@ class MultipleChoice(Metric):
 
 
 def read_letter(answer: str, options: Sequence[str] = ()) -> str | None:
-    """The letter of the only option that an answer names; None if it names none or several, or denies it.
+    """The letter of the only option that an answer names; None if it names none or several, or denies or doubts it.
+
+    An answer is a letter, the text of an option, both, or text that states a letter, such as `The answer is B because ...`.
 
     Args:
-        options: texts of the options A, B, ...; without them, any letter from A to Z is an option.
+        options: texts of the options A, B, ..., at most 26; without them, any letter from A to Z is an option.
     """
     letters = LETTERS[: len(options)] if options else LETTERS
-    text, texts = plain(answer), [normalize(plain(option)) for option in options]
-    statement = _ANSWER_IS.sub("", text, count=1) if _ANSWER_IS.match(text) else text
+    texts = [normalize(plain(option)) for option in options]
+    text = plain(answer)
+    statement = _statement(text)
+    whole = [letter for letter, option in zip(letters, options, strict=False) if normalize(option) == normalize(answer) != ""]
+    whole = whole or [letter for letter, option in zip(letters, texts, strict=False) if option == normalize(statement) != ""]
     if match := _SHORT.fullmatch(statement):
-        letter = match[1].upper()
-        return letter if letter in letters else None
-    if texts.count(normalize(statement)) == 1:
-        return letters[texts.index(normalize(statement))]
+        whole += [letter for letter in letters if letter == match[1].upper()]
+    if whole:  # a letter that is also the text of another option names both
+        return whole[0] if len(set(whole)) == 1 else None
     leading = _LEADING.fullmatch(statement)
-    if leading and normalize(leading[2]) in texts:  # "B. cat", where cat may be another option
-        letter = leading[1].upper()
-        return letter if letter in letters and texts[letters.index(letter)] == normalize(leading[2]) else None
-    labels = [match for match in _LABEL.finditer(text) if (match[1] or match[2]) in letters]
-    if any(_DENIAL.search(text[max(0, match.start() - 20) : match.start()]) for match in labels):
+    if leading and normalize(leading[3]) in texts:  # "B. cat", where cat may be another option
+        letter = (leading[1] or leading[2]).upper()
+        return letter if letter in letters and texts[letters.index(letter)] == normalize(leading[3]) else None
+    return _stated_letter(text, letters, texts)
+
+
+def _statement(text: str) -> str:
+    """A text without `The answer is` at its start."""
+    lead = _LEAD.match(text)
+    return text[lead.end() :] if lead and not (DENIAL.search(lead[0]) or HEDGE.search(lead[0])) else text
+
+
+def _reference_letter(reference: str, options: Sequence[str]) -> str | None:
+    """As `read_letter`, but a letter that is also the text of another option is the letter: data sets give labels."""
+    letter = reference.strip()
+    return letter if letter in tuple(LETTERS[: len(options) or len(LETTERS)]) else read_letter(reference, options)
+
+
+def _stated_letter(text: str, letters: str, texts: Sequence[str]) -> str | None:
+    """The letter that the sentences of an answer state, if no other one is stated, or mentioned without a denial."""
+    if IGNORANCE.search(text) or RETRACTION.search(text):
         return None
-    # "The answer is B": the letter ends its sentence.
-    names = {match[1] or match[2] for match in labels} | {match[1] for match in _ENDING.finditer(text) if match[1] in letters}
-    mentioned = {match[1] for match in _MENTION.finditer(text) if match[1] in letters}
-    if len(names) != 1 or mentioned - names:
-        return None
-    return names.pop()
+    stated, mentioned, denied = set[str](), set[str](), set[str]()
+    for index, sentence in enumerate(sentences(text)):
+        if sentence.endswith("?"):
+            continue
+        claim, *reason = _REASON.split(" ".join(sentence.split()), maxsplit=1)
+        own, claim = _with_own_text(claim, letters, texts)
+        own |= {match[1] for pattern in _STATED for match in pattern.finditer(claim)} & set(letters)
+        if index == 0 and (leading := _LEADING.fullmatch(claim)) and _describes(leading, letters, texts):
+            own.add(leading[1] or leading[2])
+        others = [option for letter, option in zip(letters, texts, strict=False) if letter not in own]
+        if own and (DENIAL.search(claim) or HEDGE.search(claim) or any(_contains(claim, option) for option in others)):
+            return None
+        stated |= own
+        for part in (claim, *reason):
+            mentions = {match[1] for match in _MENTION.finditer(part)} & set(letters)
+            (denied if DENIAL.search(part) else mentioned).update(mentions)
+    return stated.pop() if len(stated) == 1 and not (mentioned - stated) and not (denied & stated) else None
+
+
+def _with_own_text(claim: str, letters: str, texts: Sequence[str]) -> tuple[set[str], str]:
+    """The letters with the text of their option beside them, as `(B) dog` or `dog (B)`; and the claim without these texts."""
+    own = set()
+    for letter, option in zip(letters, texts, strict=False):
+        for match in _MARKED.finditer(claim):
+            end = match.end() + len(option)
+            if letter in match.groups() and claim[match.end() : end].casefold() == option and not claim[end : end + 1].isalnum():
+                own.add(letter)
+                claim = f"{claim[: match.start()]} {letter} {claim[end:]}"
+                break
+        start = claim.casefold().find(f"{option} ({letter.casefold()})")
+        if option and start >= 0:
+            own.add(letter)
+            claim = f"{claim[:start]} {claim[start + len(option) :]}"
+    return own, claim
+
+
+def _describes(leading: re.Match[str], letters: str, texts: Sequence[str]) -> bool:
+    """Whether the text after a label at the start describes its option: `B. The dog`; in `A. Lincoln` A may be part of a name."""
+    letter, text = leading[1] or leading[2], leading[3]
+    if letter not in letters or not texts:
+        return letter in letters
+    own, others = texts[letters.index(letter)], [option for option, each in zip(texts, letters, strict=True) if each != letter]
+    if any(_contains(text, option) for option in others):
+        return False
+    is_part = _contains(own, text) and not any(_contains(option, text) for option in others)
+    return _contains(text, own) or is_part or bool(leading[1] or _DESCRIPTION.match(text) or leading[0][1] in ")]:")
+
+
+def _contains(text: str, phrase: str) -> bool:
+    """Whether the words of a phrase are in a text, one after the other."""
+    words = [" ".join(re.findall(r"[^\s.,;:!?()\[\]\"]+", each.casefold())) for each in (text, phrase)]
+    return words[1] != "" and f" {words[1]} " in f" {words[0]} "
 
 
 class YesNo(Metric):
-    """Yes or no: the first word, the last word after a question or `answer is`, or the whole answer."""
+    """Yes or no: the first word of the answer, also after a question or `Answer:`, or of its conclusion, `the answer is yes`."""
 
     def problem(self, item: Item) -> str | None:
         """Every reference must be yes or no."""
@@ -105,18 +188,65 @@ class YesNo(Metric):
         return read_yes_no(text) or text
 
 
-_YES_NO = re.compile(
-    r"\"?(yes|no)\b(?!')(?!\s*(?:/|or\b|and\b)\s*(?:yes|no)\b)(?!\s+(?:one|idea|way|problem)\b)(?!.*[.!?]\s*(?:yes|no)\W*$)",
-    re.IGNORECASE | re.DOTALL,
+_FIRST = re.compile(r"[\"'(]*(yes|no)\b(?![-'/|])[\"')]*(.*)", re.IGNORECASE | re.DOTALL)
+_CONCLUSION = re.compile(r"(?:.*\b(?:so|therefore|thus|hence)\b)?(.*)\banswer(?: is)?:?\s*\"?(yes|no)\b\W*$", re.IGNORECASE)
+_OPPOSITES = {
+    "yes": re.compile(r"(?<!\w)(?:no|nope|nah|nein|non|nee|nej|нет)(?!\w)|いいえ|不是|没有|否", re.IGNORECASE),
+    "no": re.compile(r"(?<!\w)(?:yes|yeah|yep|yup|sí|sim|oui|ja|да)(?!\w)|はい|是的", re.IGNORECASE),
+}
+_ASIDE = re.compile(r"\b(?:has|have|had|having|with|wearing) no\b|(?<=\w), (?:and |but )?not (?:an?|the|in|on|at)\b")
+_THING = re.compile(r"\b(?:an?|the|some|two|three|several|many|\d+)\s+\w+", re.IGNORECASE)
+_NO_THING = re.compile(r"no (\w{3,})", re.IGNORECASE)
+_MEANT = {  # after the word without a comma: `No is wrong`, `No clue`
+    "yes": re.compile(r"\?|\s+(?:is|isn't|was|wasn't|would|if|unless|when|only|or|and|but|man)\b", re.IGNORECASE),
+    "no": re.compile(
+        r"\?|[.:]?\s*\d|\s+(?:is|isn't|was|wasn't|would|if|unless|or|and|but|can do"
+        r"|one|idea|clue|comment|way|problem|problems|doubt|worries|thanks?|need|matter|wonder|reason|longer|images?|pictures?|photos?"
+        r"|information|info|data|context|answers?|response|parking|smoking|entry|exit|stopping|kidding|offense|deal"
+        r"|hay|lo|se|es|veo|tengo|aplica|sabe|recuerdo|importa|hablo|creo|está|esta|son|meio|centro|fundo|momento|brasil)\b",
+        re.IGNORECASE,
+    ),
+}
+_ENGLISH = re.compile(
+    r"\b(?:is|are|was|were|there|it|not|in|on|at|of|the|this|that|they|visible|present|does|any|from)\b|n't\b|^(?:[a-z]+\s?){1,2}\W*$"
 )
-_CONCLUSION = re.compile(r"\banswer(?: is)?:?\s*\"?(yes|no)\"?[.!]?$", re.IGNORECASE)
 
 
 def read_yes_no(answer: str) -> str | None:
-    """`yes` or `no`; None for an answer that does not begin with one of them, also after a question, or conclude with it."""
-    text = plain(answer)
-    match = _YES_NO.match(text) or _YES_NO.match(text.rpartition("?")[2].lstrip()) or _CONCLUSION.search(text)
-    return match[1].lower() if match else None
+    """`yes` or `no`; None for an answer that states neither first nor as its conclusion, states both, or doubts or denies it."""
+    parts = sentences(plain(answer))
+    questions = [*takewhile(lambda part: part.endswith("?"), parts)]  # the question that the answer repeats
+    text = _statement("\n".join(parts[len(questions) :]))
+    if len(questions) > 1 or any(map(_FIRST.match, questions)) or IGNORANCE.search(text) or RETRACTION.search(text):
+        return None
+    if match := _FIRST.match(text):
+        word = match[1].lower()
+        return word if (_means_yes if word == "yes" else _means_no)(match[2]) else None
+    if match := _CONCLUSION.match(text.rpartition("\n")[2]):
+        word, others = match[2].lower(), re.sub(r"\bno (?=\w{3})", "", text[: -len(match[0])] + match[1])
+        return None if _OPPOSITES[word].search(others) or DENIAL.search(match[1]) or HEDGE.search(match[1]) else word
+    return None
+
+
+def _means_yes(rest: str) -> bool:
+    """Whether the text after `yes` agrees with it."""
+    first, *later = sentences(rest) or [""]
+    if _MEANT["yes"].match(rest) or HEDGE.search(first) or DENIAL.search(_ASIDE.sub("", first)):
+        return False
+    for sentence in later:
+        for match in _OPPOSITES["yes"].finditer(_ASIDE.sub("", sentence)):
+            other = _NO_THING.match(sentence, match.start())  # "Yes, there is a dog. There is no cat."
+            if not other or not _THING.search(first) or other[1].lower() in first.lower():
+                return False
+    return True
+
+
+def _means_no(rest: str) -> bool:
+    """Whether the text after `no` agrees with it, and is English: `no` begins sentences in other languages."""
+    first = (sentences(rest) or [""])[0]
+    if _MEANT["no"].match(rest) or HEDGE.search(first) or _OPPOSITES["no"].search(rest):
+        return False
+    return not re.match(r"[ \t]+\w", rest) or _ENGLISH.search(first) is not None
 
 
 class Classification(Metric):
@@ -172,14 +302,14 @@ MULTIPLE_CHOICE = MultipleChoice(
     "multiple_choice",
     "the letter of the correct option",
     "defined by mmtune",
-    unparsed="names no option, several options, or denies one",
+    unparsed="names no option, several options, or one that it denies or doubts",
     proportion=True,
 )
 YES_NO = YesNo(
     "yes_no",
     "yes or no; with precision, recall and F1 of yes, and the share of yes",
     "POPE (arXiv 2305.10355)",
-    unparsed="neither begins with yes or no, nor ends with it after a question or `answer is`",
+    unparsed="neither begins with yes or no, nor ends with it after a question or `answer is`; or contradicts or doubts it",
     proportion=True,
 )
 CLASSIFICATION = Classification(

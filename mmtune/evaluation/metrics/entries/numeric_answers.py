@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
-from mmtune.evaluation.metrics.entries.text_match import plain
+from mmtune.evaluation.metrics.answer_text import DENIAL, HEDGE, IGNORANCE, RETRACTION, plain, sentences
 from mmtune.evaluation.metrics.metric import Item, Metric
 
 RELAXED_TOLERANCE = 0.05
-_NUMBER = re.compile(r"(?<![\w.,])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w]|[.,]\d)")
+_LETTER = r"[^\W\d_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"  # of scripts with spaces between words: 有5只狗 has the number 5
+_NAME = re.compile(rf"(?<!\w){_LETTER}+[-_]?\d(?:{_LETTER}|[\d_-])*")  # COVID-19
+_RUN = re.compile(r"(?:\d|[.,](?=\d))+(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_SIGNED = re.compile(r"(?:(?:^|[(\[{:=])\s*[$€£¥]?\s*[-+]\s*|\s[$€£¥]?[-+])[$€£¥]?$")
+_OPERATOR = re.compile(r"(?:[-+]\s*[$€£¥]?\s*|[._^*/\u00d7÷√±])$")
+_NOT_AFTER = re.compile(rf"{_LETTER}|[_^*/\u00d7÷√+‰]|\s*(?:[kKM]|bn|mn|mln|Mio|Mrd|тыс|млн)\b|\s*[万萬億亿千百兆半]")
+_OPERATION = re.compile(r"\s*(?:[-+*/\u00d7÷^:·,x}{'\"]+|of|by|out of|to|over)?\s*")
+_INEXACT = re.compile(
+    r"(?<!\w)(?:(?:hundred|thousand|million|billion|trillion|dozen|half|halve)s?|mil|mille|millones|milhões|millionen|miljoen"
+    r"|(?:more|less|fewer|greater|larger|smaller|higher|lower) than|at (?:least|most)|up to|(?:over|under|above|below) \S?\d"
+    r"|or (?:more|less|fewer|so|higher|lower))|[<>≤≥]|\\(?:d?frac|sqrt)|以上|以下|以内",
+    re.IGNORECASE,
+)
+_NUMERALS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_WORDS = {word: float(number) for number, word in enumerate(_NUMERALS, start=2)}
 
 
 class RelaxedAccuracy(Metric):
@@ -72,13 +89,43 @@ class Numeric(Metric):
 
 
 def read_number(text: str) -> float | None:
-    """The only number in a text; None if it has none, or several different ones.
+    """The only number in a text; None if it has none, several, or one that is denied, doubted, a bound or in arithmetic.
 
-    A comma separates groups of three digits. `1.5e3` is a number. A sign in front counts; so does the minus sign U+2212.
+    A comma separates groups of three digits. `1.5e3` is a number. A sign or dash in front counts. Digits in a name, as in
+    COVID-19, and numbers in a question are not read.
     """
-    numbers = {float(match.replace(",", "")) for match in _NUMBER.findall(plain(text))}
-    number = numbers.pop() if len(numbers) == 1 else math.nan
-    return number if math.isfinite(number) else None
+    text = plain(text)
+    numbers = set[float | None]()
+    for sentence in sentences(text):
+        digits = _NAME.sub(" ", re.sub(r"\b(?:minus|negative)\s+(?=[\d.])", "-", sentence))
+        if not sentence.endswith("?") and any(map(str.isdigit, digits)):
+            qualified = any(words.search(sentence) for words in (DENIAL, HEDGE, _INEXACT))
+            numbers |= {None} if qualified else _numbers_of(digits)
+    number = numbers.pop() if len(numbers) == 1 and not (IGNORANCE.search(text) or RETRACTION.search(text)) else None
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _numbers_of(sentence: str) -> set[float | None]:
+    """The numbers of a sentence, and None for what has digits and is not one number."""
+    runs = [*_RUN.finditer(sentence)]
+    numbers: set[float | None] = {_WORDS[word] for word in re.findall(r"\w+", sentence.lower()) if word in _WORDS}
+    if any(unicodedata.category(each) == "No" for each in sentence):  # 10², 2½
+        numbers.add(None)
+    if any(_OPERATION.fullmatch(sentence, one.end(), other.start()) for one, other in pairwise(runs)):
+        numbers.add(None)
+    for run in runs:
+        sign = _sign(sentence, run.start())
+        whole = _NUMBER.fullmatch(run[0]) and not _NOT_AFTER.match(sentence, run.end())
+        numbers.add(sign * float(run[0].replace(",", "")) if whole and sign else None)
+    return numbers
+
+
+def _sign(sentence: str, start: int) -> int | None:
+    """1 or -1, from the text before a number; None after an operator, and if a dash may separate or join: `Total - 5`, `3-5`."""
+    window = max(0, start - 9), start
+    if match := _SIGNED.search(sentence, *window):
+        return -1 if "-" in match[0] else 1
+    return None if _OPERATOR.search(sentence, *window) else 1
 
 
 def _equal(number: float, reference: float | None) -> bool:
@@ -95,6 +142,6 @@ NUMERIC = Numeric(
     "numeric",
     "the number in the answer equals the reference",
     "defined by mmtune",
-    unparsed="no number, or several different ones",
+    unparsed="has no number, several different ones, or one that is denied, doubted, a bound or in arithmetic",
     proportion=True,
 )

@@ -8,22 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from mmtune.evaluation.metrics.answer_text import normalize, to_ascii
+from mmtune.evaluation.metrics.answer_text import normalize
 from mmtune.evaluation.metrics.metric import Item, Metric
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-_MARKUP = re.compile(r"[*_`$]+")
-_LATEX = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\{([^{}]*)\}")
-
-
-def plain(answer: str) -> str:
-    """Text for a parser: full-width forms, curly quotes and the minus sign as ASCII; no markup or outer quotes."""
-    text = to_ascii(answer)
-    text = _LATEX.sub(r"\1", _LATEX.sub(r"\1", text))  # \boxed{\text{B}}
-    return _MARKUP.sub("", text).strip().strip("\"'").strip()
 
 
 def normalize_squad(answer: str) -> str:
