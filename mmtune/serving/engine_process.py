@@ -24,7 +24,7 @@ from mmtune.utils.errors import CheckFailed, UserError
 POLL_S = 0.2
 END_S = 10.0
 """How long an engine may take to end after each signal."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -122,7 +122,7 @@ class EngineProcess:
         raise CheckFailed(f"the engine ended {when}, {how}{last}")
 
     def end(self) -> None:
-        """End the engine and its children: SIGINT, then SIGTERM, then SIGKILL to its process group."""
+        """End the engine and its children: SIGTERM, then SIGINT, then SIGKILL to its process group."""
         for number in SIGNALS:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
