@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mmtune.cli.main import entry_point
 from mmtune.models.tiny.tiny_bases import BASES, write_tiny_base
-from mmtune.serving.engine_process import EngineProcess, free_port, running_engine
-from mmtune.serving.engines import find_engine
+from mmtune.serving.engine_process import EngineProcess
 
 pytestmark = pytest.mark.slow
 
@@ -68,17 +67,6 @@ def write_run(folder: Path, base: Path) -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("qwen")
     return write_run(folder, write_tiny_base(BASES["qwen2_5_vl"], folder / "base"))
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
-    """A `transformers serve` that loads the model that a request names."""
-    port = free_port()
-    command = [word for word in find_engine("transformers").command("", port, ("--device", "cpu")) if word]
-    cache = str(tmp_path_factory.mktemp("hub"))
-    with running_engine(command, {"HF_HOME": cache, "OMP_NUM_THREADS": "1"}, port) as process:
-        process.wait_until_ready(120.0)
-        yield process
 
 
 def check(engine: EngineProcess, run: Path, model: Path) -> int:
