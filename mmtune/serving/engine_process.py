@@ -16,6 +16,7 @@ from threading import Thread
 from typing import IO
 
 import httpx2
+import psutil
 
 from mmtune.console.terminal_text import escape_controls
 from mmtune.serving.engines import LOOPBACK
@@ -24,8 +25,8 @@ from mmtune.utils.errors import CheckFailed, UserError
 POLL_S = 0.2
 END_S = 10.0
 """How long an engine may take to end after each signal."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
-_PR_SET_PDEATHSIG = 1
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def free_port() -> int:
@@ -60,6 +61,7 @@ class EngineProcess:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], port: int) -> None:
         self.address = f"http://{LOOPBACK}:{port}"
+        self._others = _running_children()
         self._last_lines: deque[str] = deque(maxlen=20)
         try:
             self._process = subprocess.Popen(
@@ -122,27 +124,46 @@ class EngineProcess:
         raise CheckFailed(f"the engine ended {when}, {how}{last}")
 
     def end(self) -> None:
-        """End the engine and its children: SIGTERM, then SIGINT, then SIGKILL to its process group."""
+        """End the engine and its processes: SIGTERM and then SIGINT to its group, then SIGKILL to every process that is left."""
         for number in SIGNALS:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
-            until = time.monotonic() + END_S
-            while time.monotonic() < until:
-                self._process.poll()
-                if not _group_exists(self._process.pid):
-                    self._reader.join(timeout=2.0)
-                    return
-                time.sleep(POLL_S / 4)
+            if self._has_ended():
+                break
+        while left := _running_children() - self._others:
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left, END_S)
+        self._process.wait()
+        self._reader.join(timeout=2.0)
+
+    def _has_ended(self) -> bool:
+        """Whether all processes of the engine end in time."""
+        until = time.monotonic() + END_S
+        while time.monotonic() < until:
+            self._process.poll()
+            if not _running_children() - self._others:
+                return True
+            time.sleep(POLL_S / 4)
+        return False
 
 
 @contextlib.contextmanager
 def running_engine(command: Sequence[str], environment: Mapping[str, str], port: int) -> Iterator[EngineProcess]:
-    """Start an engine, and end it with all its children when the block ends, for whatever reason."""
-    process = EngineProcess(command, environment, port)
+    """Start an engine, and end it with all its processes when the block ends, for whatever reason.
+
+    Workers of an engine whose main process was killed, and those in other process groups, become children of this process.
+    """
+    _adopt_orphans(True)
     try:
-        yield process
+        process = EngineProcess(command, environment, port)
+        try:
+            yield process
+        finally:
+            _uninterrupted(process.end)
     finally:
-        _uninterrupted(process.end)
+        _adopt_orphans(False)
 
 
 def _uninterrupted(end: Callable[[], None]) -> None:
@@ -154,12 +175,20 @@ def _uninterrupted(end: Callable[[], None]) -> None:
         signal.signal(signal.SIGINT, previous)
 
 
-def _group_exists(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def _running_children() -> set[psutil.Process]:
+    """The processes that this one started, and theirs, that still run."""
+    running = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                running.add(process)
+    return running
+
+
+def _adopt_orphans(adopt: bool) -> None:
+    """Let orphans below this process become its children instead of those of the first process (prctl(2), Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(adopt))
 
 
 def _end_with_parent() -> None:

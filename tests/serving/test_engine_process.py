@@ -166,7 +166,8 @@ def test_an_engine_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
-def test_ctrl_c_during_the_end_does_not_leave_the_engine(tmp_path: Path) -> None:
+def test_ctrl_c_during_the_end_does_not_leave_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmtune.serving.engine_process.END_S", 0.5)
     file = tmp_path / "engine.py"
     file.write_text(f"{IGNORES_SIGNALS}import time\nprint('ready', flush=True)\ntime.sleep(600)")
     before = children()
@@ -179,6 +180,20 @@ def test_ctrl_c_during_the_end_does_not_leave_the_engine(tmp_path: Path) -> None
         process.end = lambda: (interrupt(), end(process))[1]  # type: ignore[method-assign]
         interrupt()
         time.sleep(1)
+    assert children() == before
+
+
+@pytest.mark.parametrize("session", [False, True])
+def test_workers_end_although_the_main_process_was_killed(tmp_path: Path, session: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a worker in a session of its own, which no signal to the engine's group reaches."""
+    monkeypatch.setattr("mmtune.serving.engine_process.END_S", 0.5)
+    program = IGNORES_SIGNALS + "import time; time.sleep(600)"
+    worker = f"subprocess.Popen([sys.executable, '-c', {program!r}], start_new_session={session})"
+    file = tmp_path / "engine.py"
+    file.write_text(f"import os, subprocess, sys, time\n{worker}\ntime.sleep(1)\nos.kill(os.getpid(), 9)")
+    before = children()
+    with pytest.raises(CheckFailed, match="by SIGKILL"), running_engine([sys.executable, str(file)], {}, free_port()) as process:
+        process.wait()
     assert children() == before
 
 
