@@ -39,11 +39,11 @@ _PAIRED = (
 
 
 def plain(answer: str) -> str:
-    """Text for a parser: `to_ascii` without outer quotes, LaTeX's boxes, and markup that is in pairs around words."""
+    """Text for a parser: `to_ascii` without outer quotes, LaTeX's boxes, tags, and markup that is in pairs around words."""
     text = _LATEX.sub(r"\1", _LATEX.sub(r"\1", to_ascii(answer)))  # \boxed{\text{B}}
     for markup in _PAIRED:
         text = markup.sub(r"\2", text)
-    return re.sub(r"\$(?=[A-Za-z(])|\\(?=[()\[\]])", "", text).strip().strip("\"'").strip()
+    return re.sub(r"\$(?=[A-Za-z(])|\\(?=[()\[\]])|</?[A-Za-z]\w*>", "", text).strip().strip("\"'").strip()
 
 
 _SENTENCE_END = re.compile(r"(?<=[.!?;])(?<!^[A-Za-z]\.)\s+|\n+", re.MULTILINE)  # "B. dog" is one sentence
@@ -54,8 +54,14 @@ def sentences(text: str) -> list[str]:
     return [sentence for each in _SENTENCE_END.split(text) if (sentence := each.strip())]
 
 
+def is_question(sentence: str) -> bool:
+    """Whether a sentence ends with a question mark."""
+    return sentence.endswith("?")
+
+
 _DENIALS = """
-    no not nor neither none never nope nah cannot \\w*n't (?:ca|do|is|are|was|wo|does|did)nt wrong\\w* incorrect\\w* false untrue
+    no not nor neither none nothing nobody never hardly lacks? absent nope nah
+    cannot \\w*n't (?:ca|do|is|are|was|wo|does|did)nt wrong\\w* incorrect\\w* false untrue
     mistaken doubt\\w* except excluding exclude[sd]? eliminat\\w* rul(?:e|es|ed|ing)\\sout unlikely least reject\\w* distractors?
     (?:rather|other)\\sthan instead\\sof (?:any|every)thing\\sbut all\\sbut far\\sfrom
     nunca jamás falso excepto salvo menos tampoco equivocad\\w* descart\\w* elimin\\w*
@@ -76,13 +82,15 @@ _IGNORANCE = rf"""
     un(?:sure|certain|clear|known|decided) depend(?:s|ing)? insufficient ambiguous (?:hard|difficult|impossible)\sto\s{_KNOWN}
     {_NOT}(?:\s\w+)?\s{_KNOWN} {_NOT}\s(?:see|view|access|open)(?:\s(?:the|any|an|this|your))?\s(?:image|picture|photo)s?
     (?:no|without)\s(?:idea|clue|comment|doubt) no\s(?:image|picture|photo)(?:\s\w+)?\s(?:provided|attached|given|available)
-    sé segur[oa] pued\w+ determinar saber depende entiendo sicur[oa] posso dipende (?:non|lo)\sso
+    none\sof\s(?:the|these)\s(?:options|answers|choices) sé segur[oa] pued\w+ determinar sab(?:er|e|emos) depende entiendo
+    comprendo sicur[oa] posso dipende (?:non|lo)\sso imagen imágenes immagin[ei]
 """
 IGNORANCE = re.compile(rf"(?<!\w)(?:{'|'.join(_IGNORANCE.split())})(?!\w)|不确定|不知道|わから|分から", re.IGNORECASE)
 """Words which say that the answer is not known."""
 
 _HEDGES = r"""
-    maybe perhaps possibly might could if unless otherwise either assuming quizás? tal\svez talvez forse peut-être vielleicht
+    maybe perhaps possibly might could if unless otherwise either assuming provided\sthat
+    as\slong\sas quizás? tal\svez talvez forse peut-être vielleicht
     misschien kanske måske kanskje возможно может
 """
 HEDGE = re.compile(rf"(?<!\w)(?:{'|'.join(_HEDGES.split())})(?!\w)|也许|可能|かもしれ", re.IGNORECASE)

@@ -5,24 +5,26 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from string import ascii_uppercase as LETTERS
 from typing import Any
 
-from mmtune.evaluation.metrics.answer_text import DENIAL, HEDGE, IGNORANCE, RETRACTION, normalize, plain, sentences
+from mmtune.evaluation.metrics.answer_text import DENIAL, HEDGE, IGNORANCE, RETRACTION, is_question, normalize, plain, sentences
 from mmtune.evaluation.metrics.metric import Item, Metric, precision_recall_f1
 
 _NOUN = (
-    r"(?:\b(?:answer|option|choice|guess|respuesta|réponse|antwort|risposta|resposta|antwoord|svar\w*|ответ)\b"
-    r"|答案|正解|答え|选项)"
+    r"(?:\b(?:answer|ans|option|choice|correct letter|guess|respuesta|opción|opção|alternativa"
+    r"|réponse|antwort|risposta|resposta|antwoord|svar\w*|ответ)\b"
+    r"|答案|正解|答え|选项|정답은?)"
 )
-_IS = r"(?:\b(?:is|es|est|ist|lautet|é|è|är|er|would be|must be)\b|是|为|為|は|[:=])"
+_IS = r"(?:\b(?:is|es|est|ist|lautet|é|è|är|er|would be|should be|must be)\b|是|为|為|は|[:=])"
 _ADVERB = r"(?:\b(?:most likely|likely|clearly|definitely|therefore|thus|option|choice)\b[\s:]*)*"
 _LEAD = re.compile(
-    rf"(?:(?:so|thus|therefore|hence)\b[,\s]*)?(?:\w+\s+){{0,3}}?{_NOUN}(?:\s+(?:option|choice))?\s*{_IS}?[\s:=-]*{_ADVERB}",
+    rf"(?:(?:so|thus|therefore|hence)\b[,\s]*)?(?:(?!(?:yes|no)\b)(?:\w{{2,}}|I)[ \t]+){{0,3}}?{_NOUN}"
+    rf"(?:\s+(?:option|choice))?\s*{_IS}?[\s:=-]*{_ADVERB}",
     re.IGNORECASE,
 )
-_LETTER = r"([A-Z])(?![^\W\u3040-\u9fff]|')"
+_LETTER = r"([A-Z])(?![^\W\u3040-\u9fff\uac00-\ud7af]|')"
 _LABEL = rf"[(\[]?{_LETTER}[)\]]?"
 _SHORT = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:,]?")
 _LEADING = re.compile(r"(?:[(\[]([A-Za-z])[)\]][.:,]?|([A-Za-z])(?:[)\].:,]+|\s+-\s))\s*(.+)", re.DOTALL)
@@ -30,7 +32,7 @@ _MARKED = re.compile(rf"(?<![^\W_])(?:[(\[]?{_LETTER}(?:[)\].:,]+\s*|\s+-\s+)|(?
 _STATED = (
     re.compile(
         rf"(?:(?i:{_NOUN}\s*(?:(?:\w+\s+){{0,4}}?{_IS})?|\b(?:it|this|that)(?: is|'s| must be)\b"
-        rf"|\b(?:choose|pick|select|go with)\b)|[选選])\s*(?i:{_ADVERB}){_LABEL}(?=\s*(?:[.,;:!)]|$|です|だ))"
+        rf"|\b(?:choose|pick|select|go with)\b)|[选選])\s*(?i:{_ADVERB}){_LABEL}(?=\s*(?:[.,;:!)]|$|です|だ|입니다))"
     ),
     re.compile(rf"(?<!\w){_LABEL}(?i:\s+(?:is|must be)\s+(?:the\s+)?(?:\w+\s+)?(?:correct|right|best|answer|option|choice)\b)"),
     re.compile(rf"^(?i:(?:so|thus|therefore|hence)\W+)?{_LABEL}[.,:!]?$"),
@@ -72,6 +74,8 @@ def read_letter(answer: str, options: Sequence[str] = ()) -> str | None:
     Args:
         options: texts of the options A, B, ..., at most 26; without them, any letter from A to Z is an option.
     """
+    if len(options) > len(LETTERS):
+        return None
     letters = LETTERS[: len(options)] if options else LETTERS
     texts = [normalize(plain(option)) for option in options]
     text = plain(answer)
@@ -106,10 +110,11 @@ def _stated_letter(text: str, letters: str, texts: Sequence[str]) -> str | None:
     if IGNORANCE.search(text) or RETRACTION.search(text):
         return None
     stated, mentioned, denied = set[str](), set[str](), set[str]()
-    for index, sentence in enumerate(sentences(text)):
-        if sentence.endswith("?"):
-            continue
+    for index, sentence in enumerate(dropwhile(is_question, sentences(text))):
         claim, *reason = _REASON.split(" ".join(sentence.split()), maxsplit=1)
+        if normalize(sentence) in texts:
+            stated.add(letters[texts.index(normalize(sentence))])
+            continue
         own, claim = _with_own_text(claim, letters, texts)
         own |= {match[1] for pattern in _STATED for match in pattern.finditer(claim)} & set(letters)
         if index == 0 and (leading := _LEADING.fullmatch(claim)) and _describes(leading, letters, texts):
@@ -117,7 +122,7 @@ def _stated_letter(text: str, letters: str, texts: Sequence[str]) -> str | None:
         others = [option for letter, option in zip(letters, texts, strict=False) if letter not in own]
         if own and (DENIAL.search(claim) or HEDGE.search(claim) or any(_contains(claim, option) for option in others)):
             return None
-        stated |= own
+        stated |= own if not is_question(sentence) else set()
         for part in (claim, *reason):
             mentions = {match[1] for match in _MENTION.finditer(part)} & set(letters)
             (denied if DENIAL.search(part) else mentioned).update(mentions)
@@ -194,16 +199,20 @@ _OPPOSITES = {
     "yes": re.compile(r"(?<!\w)(?:no|nope|nah|nein|non|nee|nej|нет)(?!\w)|いいえ|不是|没有|否", re.IGNORECASE),
     "no": re.compile(r"(?<!\w)(?:yes|yeah|yep|yup|sí|sim|oui|ja|да)(?!\w)|はい|是的", re.IGNORECASE),
 }
-_ASIDE = re.compile(r"\b(?:has|have|had|having|with|wearing) no\b|(?<=\w), (?:and |but )?not (?:an?|the|in|on|at)\b")
+_ASIDE = re.compile(
+    r"\b(?:has|have|had|having|with|wearing|(?<=\w{3} )and) no\b(?= \w{3})|(?<=\w), (?:and |but )?not (?:an?|the|in|on|at)\b"
+)
 _THING = re.compile(r"\b(?:an?|the|some|two|three|several|many|\d+)\s+\w+", re.IGNORECASE)
 _NO_THING = re.compile(r"no (\w{3,})", re.IGNORECASE)
 _MEANT = {  # after the word without a comma: `No is wrong`, `No clue`
     "yes": re.compile(r"\?|\s+(?:is|isn't|was|wasn't|would|if|unless|when|only|or|and|but|man)\b", re.IGNORECASE),
     "no": re.compile(
         r"\?|[.:]?\s*\d|\s+(?:is|isn't|was|wasn't|would|if|unless|or|and|but|can do"
-        r"|one|idea|clue|comment|way|problem|problems|doubt|worries|thanks?|need|matter|wonder|reason|longer|images?|pictures?|photos?"
-        r"|information|info|data|context|answers?|response|parking|smoking|entry|exit|stopping|kidding|offense|deal"
-        r"|hay|lo|se|es|veo|tengo|aplica|sabe|recuerdo|importa|hablo|creo|está|esta|son|meio|centro|fundo|momento|brasil)\b",
+        r"|one|such|pun|question|idea|clue|comment|way|problem|problems|doubt|worries|thanks?|need|matter|wonder|reason|longer"
+        r"|images?|pictures?|photos?"
+        r"|information|info|data|context|answers?|response|opinion|certainty|visible image"
+        r"|parking|smoking|entry|exit|stopping|kidding|offense|deal"
+        r"|hay|lo|se|es|veo|tengo|aplica|aparece|quiero|recuerdo|importa|hablo|creo|está|esta|son|meio|centro|fundo|momento|brasil)\b",
         re.IGNORECASE,
     ),
 }
@@ -215,7 +224,7 @@ _ENGLISH = re.compile(
 def read_yes_no(answer: str) -> str | None:
     """`yes` or `no`; None for an answer that states neither first nor as its conclusion, states both, or doubts or denies it."""
     parts = sentences(plain(answer))
-    questions = [*takewhile(lambda part: part.endswith("?"), parts)]  # the question that the answer repeats
+    questions = [*takewhile(is_question, parts)]  # the question that the answer repeats
     text = _statement("\n".join(parts[len(questions) :]))
     if len(questions) > 1 or any(map(_FIRST.match, questions)) or IGNORANCE.search(text) or RETRACTION.search(text):
         return None

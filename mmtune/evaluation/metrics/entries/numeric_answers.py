@@ -6,10 +6,10 @@ import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from typing import Any
 
-from mmtune.evaluation.metrics.answer_text import DENIAL, HEDGE, IGNORANCE, RETRACTION, plain, sentences
+from mmtune.evaluation.metrics.answer_text import DENIAL, HEDGE, IGNORANCE, RETRACTION, is_question, plain, sentences
 from mmtune.evaluation.metrics.metric import Item, Metric
 
 RELAXED_TOLERANCE = 0.05
@@ -19,14 +19,21 @@ _RUN = re.compile(r"(?:\d|[.,](?=\d))+(?:[eE][-+]?\d+)?")
 _NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _SIGNED = re.compile(r"(?:(?:^|[(\[{:=])\s*[$€£¥]?\s*[-+]\s*|\s[$€£¥]?[-+])[$€£¥]?$")
 _OPERATOR = re.compile(r"(?:[-+]\s*[$€£¥]?\s*|[._^*/\u00d7÷√±])$")
-_NOT_AFTER = re.compile(rf"{_LETTER}|[_^*/\u00d7÷√+‰]|\s*(?:[kKM]|bn|mn|mln|Mio|Mrd|тыс|млн)\b|\s*[万萬億亿千百兆半]")
+_UNIT = r"(?:kg|mg|g|km|cm|mm|ft|in|lbs?|oz|mph|px|ml|kcal|kWh?|[kMG]?Hz|[MGT]B|ms|yrs?)\b"
+_NOT_AFTER = re.compile(
+    rf"(?!{_UNIT}){_LETTER}|[_^*/\u00d7÷√+‰]|-(?:[A-Z]\b|\W|$)|\s*(?:[kKM]|bn|mn|mln|Mio|Mrd|тыс|млн)\b|\s*[万萬億亿千百兆半]"
+)
 _OPERATION = re.compile(r"\s*(?:[-+*/\u00d7÷^:·,x}{'\"]+|of|by|out of|to|over)?\s*")
 _INEXACT = re.compile(
-    r"(?<!\w)(?:(?:hundred|thousand|million|billion|trillion|dozen|half|halve)s?|mil|mille|millones|milhões|millionen|miljoen"
-    r"|(?:more|less|fewer|greater|larger|smaller|higher|lower) than|at (?:least|most)|up to|(?:over|under|above|below) \S?\d"
-    r"|or (?:more|less|fewer|so|higher|lower))|[<>≤≥]|\\(?:d?frac|sqrt)|以上|以下|以内",
+    r"(?<!\w)(?:(?:(?:(?:hundred|thousand|million|billion|trillion)(?:th)?|dozen|half|halve|third|quarter|pair)s?"
+    r"|mil|mille|millones|milhões|millionen|miljoen|twice|double|squared|cubed|factorial|times|plus"
+    r"|divided by|log|ln|sqrt|root|sum of"
+    r"|(?:more|less|fewer|greater|larger|smaller|higher|lower) than|at (?:least|most)|(?:min|max)imum of|up to"
+    r"|or (?:more|less|fewer|so|higher|lower))(?!\w)"
+    r"|(?:over|under|above|below) \S?\d|\d+ [ap]\.?m(?!\w))|[<>≤≥]|\\(?:d?frac|sqrt)|以上|以下|以内",
     re.IGNORECASE,
 )
+_BULLET = re.compile(r"-\s+\S+\s+\w")  # - 12 apples: a list, or a negative number
 _NUMERALS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _WORDS = {word: float(number) for number, word in enumerate(_NUMERALS, start=2)}
 
@@ -94,13 +101,13 @@ def read_number(text: str) -> float | None:
     A comma separates groups of three digits. `1.5e3` is a number. A sign or dash in front counts. Digits in a name, as in
     COVID-19, and numbers in a question are not read.
     """
-    text = plain(text)
+    text = plain(text).replace("{,}", ",")
     numbers = set[float | None]()
-    for sentence in sentences(text):
+    for sentence in dropwhile(is_question, sentences(text)):
         digits = _NAME.sub(" ", re.sub(r"\b(?:minus|negative)\s+(?=[\d.])", "-", sentence))
-        if not sentence.endswith("?") and any(map(str.isdigit, digits)):
-            qualified = any(words.search(sentence) for words in (DENIAL, HEDGE, _INEXACT))
-            numbers |= {None} if qualified else _numbers_of(digits)
+        if any(map(str.isdigit, digits)):
+            open_words = any(words.search(sentence) for words in (DENIAL, HEDGE, _INEXACT))
+            numbers |= {None} if open_words or is_question(sentence) or _BULLET.match(sentence) else _numbers_of(digits)
     number = numbers.pop() if len(numbers) == 1 and not (IGNORANCE.search(text) or RETRACTION.search(text)) else None
     return number if number is not None and math.isfinite(number) else None
 
