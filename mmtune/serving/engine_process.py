@@ -186,7 +186,7 @@ def _running_children() -> set[psutil.Process]:
 
 
 def _adopt_orphans(adopt: bool) -> None:
-    """Let orphans below this process become its children instead of those of the first process (prctl(2), Linux)."""
+    """Let orphans below this process become its children (PR_SET_CHILD_SUBREAPER of prctl(2), Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(adopt))
 
