@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 
 from mmtune.utils.errors import UserError, nearest
 from mmtune.utils.files import expand_user
@@ -71,13 +72,19 @@ def _vllm() -> list[str]:
     return [program, "serve"]
 
 
+def _transformers_arguments(model: str, host: str, port: int) -> list[str]:
+    if "@" in model and Path(model).is_dir():
+        raise UserError(f"{model}: `transformers serve` reads what follows an @ as a revision; rename the directory")
+    return [model, "--host", host, "--port", str(port)]
+
+
 ENGINES = {
     engine.name: engine
     for engine in (
         Engine(
             "transformers",
             lambda: [sys.executable, "-m", "mmtune.serving.transformers_engine", "serve"],
-            lambda model, host, port: [model, "--host", host, "--port", str(port)],
+            _transformers_arguments,
             libraries=("fastapi", "openai", "uvicorn"),
         ),
         Engine(

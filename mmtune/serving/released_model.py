@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,8 @@ def released_model(path: Path, trust_remote_code: bool = False) -> ReleasedModel
     out = trained.run.path / (f"merged_step_{trained.step}" if trained.is_checkpoint else "merged")
     digest = hash_checkpoints([str(trained.path)])
     if not out.exists():
+        import torch
+
         from mmtune.release.merge import merge
 
         parity = merge(path, out, trust_remote_code=trust_remote_code)
@@ -54,6 +57,9 @@ def released_model(path: Path, trust_remote_code: bool = False) -> ReleasedModel
             f"merged: {out}: largest logit difference {parity.merge_max_logit_difference:.2g} on {parity.merge_samples} samples, "
             f"{parity.merge_same_answers} greedy answers are the same"
         )
+        gc.collect()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()  # the engine needs the memory
     elif not (out / MANIFEST).is_file() or read_json_object(out / MANIFEST).get("trained") != digest:
         raise UserError(
             f"{out}: expected the merge of {trained.path}, got other weights; replace them with `mmtune merge {path} {out} "

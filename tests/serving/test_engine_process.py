@@ -130,6 +130,12 @@ def test_no_engine_at_the_address_is_one_line(capsys: pytest.CaptureFixture[str]
     assert errors.startswith(f"failed: {address}: no engine answers there: ") and errors.count("\n") == 1
 
 
+def test_a_directory_that_transformers_takes_for_a_revision_is_an_error(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model.rename(model.with_name("a@b"))
+    assert entry_point(["serve", str(model.with_name("a@b")), "--port", str(free_port())]) == 2
+    assert "a@b: `transformers serve` reads what follows an @ as a revision; rename the directory" in capsys.readouterr().err
+
+
 def test_vllm_that_is_not_installed_is_an_error(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
