@@ -124,7 +124,7 @@ class EngineProcess:
         raise CheckFailed(f"the engine ended {when}, {how}{last}")
 
     def end(self) -> None:
-        """End the engine and its processes: SIGTERM and then SIGINT to its group, then SIGKILL to every other process that still runs."""
+        """End the engine: SIGTERM and then SIGINT to its group, then SIGKILL to each process of it that still runs."""
         for number in SIGNALS:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
