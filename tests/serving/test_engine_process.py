@@ -62,6 +62,7 @@ def children() -> list[int]:
     return [process.pid for process in running if process.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "message"),
     [
@@ -153,6 +154,7 @@ def test_libraries_that_are_not_installed_are_named(
     assert f"mmtune serve needs {missing}: pip install 'mmtune[serve]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_engine_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
     """`kill -9` of mmtune leaves no time to end the engine: the kernel does it."""
     file = tmp_path / "engine.py"
@@ -172,6 +174,7 @@ def test_an_engine_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_the_end_does_not_leave_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmtune.serving.engine_process.END_S", 0.5)
     file = tmp_path / "engine.py"
@@ -189,6 +192,7 @@ def test_ctrl_c_during_the_end_does_not_leave_the_engine(tmp_path: Path, monkeyp
     assert children() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("session", [False, True])
 def test_workers_end_although_the_main_process_was_killed(tmp_path: Path, session: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also a worker in a session of its own, which no signal to the engine's group reaches."""
