@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -206,9 +208,10 @@ def _compare(chat: Chat, argument: str) -> None:
 
 def _tokens(chat: Chat, argument: str) -> None:
     counts, maximum = chat.session.count_tokens()
-    text = f"{counts.tokens - counts.media_tokens:,} of text, {counts.media_tokens:,} of {_count(counts.images, 'image')}"
+    text, media = _count(counts.tokens - counts.media_tokens, "text token"), _count(counts.media_tokens, "image token")
     limit = "" if maximum is None else f"; the model's maximum is {maximum:,}, with your question and the answer"
-    print(f"(the prompt so far: {_count(counts.tokens, 'token')}, {text}{limit})")
+    images = f"{media} ({_count(counts.images, 'image')})" if counts.images else "no image"
+    print(f"(the prompt so far: {_count(counts.tokens, 'token')}: {text}, {images}{limit})")
 
 
 def _reset(chat: Chat, argument: str) -> None:
@@ -218,8 +221,9 @@ def _reset(chat: Chat, argument: str) -> None:
 
 
 def _help(chat: Chat, argument: str) -> None:
+    columns = shutil.get_terminal_size().columns
     for line in command_help():
-        print(line)
+        print(textwrap.fill(line, columns, subsequent_indent="  ") if sys.stdout.isatty() else line)
 
 
 def _exit(chat: Chat, argument: str) -> None:

@@ -9,6 +9,9 @@ import textwrap
 from collections.abc import Callable
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import has_focus
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
@@ -32,6 +35,7 @@ COMMAND_HINTS = {
 }
 """Lines that are probably meant as commands, and what to type instead."""
 PROMPT = "> "
+INTERRUPTED = "(Ctrl-C again or /exit ends the chat)"
 
 
 def run_chat(session: ChatSession) -> None:
@@ -41,7 +45,7 @@ def run_chat(session: ChatSession) -> None:
     Otherwise each line of standard input is a question or a command.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C at the prompt; at any time if standard input is not a terminal.
+        KeyboardInterrupt: Ctrl-C twice at an empty prompt; at any time if standard input is not a terminal.
     """
     edited: list[str] = []  # the text to put into the line editor
     editor = _line_editor()
@@ -50,13 +54,21 @@ def run_chat(session: ChatSession) -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is an error of its own; other lines are read
     print(textwrap.fill(HELP, shutil.get_terminal_size().columns) if sys.stdout.isatty() else HELP)
+    interrupted = False
     while True:
         try:
-            _handle_line(chat, read_line())
+            line = read_line()
+            interrupted = False
+            _handle_line(chat, line)
         except EOFError:
             return
         except UserError as error:
             print(f"({error})")
+        except KeyboardInterrupt:  # at the prompt
+            if interrupted or not sys.stdin.isatty():
+                raise
+            interrupted = True  # the first one may have been for an answer that has just ended
+            print(INTERRUPTED)
 
 
 def _handle_line(chat: Chat, line: str) -> None:
@@ -91,8 +103,23 @@ def _line_editor() -> Callable[[str], str] | None:
         complete_style=CompleteStyle.READLINE_LIKE,
         complete_while_typing=False,
         enable_suspend=True,
+        key_bindings=_key_bindings(),
     )
     return lambda text: editor.prompt(default=text)
+
+
+def _key_bindings() -> KeyBindings:
+    """Ctrl-C discards a line that is not empty."""
+    bindings = KeyBindings()
+
+    @bindings.add("c-c", filter=has_focus(DEFAULT_BUFFER))
+    def discard(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt(), style="class:aborting")
+
+    return bindings
 
 
 def _read_plain_line() -> str:

@@ -235,7 +235,9 @@ def test_tokens_are_those_of_the_processor(
     text = f"<|system|>Be brief.<|end|>{_prompt(f'<image>{chr(10)}what?', answer, '<image>' + chr(10))}"
     ids = processor(text=text, images=[Image.open(path) for path in images])["input_ids"][0]
     image = ids.count(processor.image_token_id)
-    expected = f"{len(ids)} tokens, {len(ids) - image} of text, {image} of 2 images; the model's maximum is 512, with"
+    expected = (
+        f"{len(ids)} tokens: {len(ids) - image} text tokens, {image} image tokens (2 images); the model's maximum is 512, with"
+    )
     assert f"(the prompt so far: {expected} your question and the answer)" in chat(f"/image '{images[1]}'", "/tokens")
 
 

@@ -86,6 +86,10 @@ def test_ctrl_c_stops_an_answer_and_ends_the_chat_at_the_prompt(answering_llava:
         terminal.wait_for(r"one\n *two 世界\n\s*\S")
         terminal.type("\x03")
         terminal.wait_for(r"\n\(stopped: the text so far stays in the conversation\)\n.*>")
+        terminal.type("/edit\r")
+        terminal.wait_for(r"> /edit one\n *two 世界")
+        terminal.type("\x03\x03")  # discards the line
+        terminal.wait_for(r"\n\(Ctrl-C again or /exit ends the chat\)\n.*>")
         terminal.type("\x03")
         terminal.wait_for("\ninterrupted\n")
         assert terminal.exit_code() == 130
