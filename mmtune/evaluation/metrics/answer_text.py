@@ -60,7 +60,7 @@ def is_question(sentence: str) -> bool:
 
 
 _DENIALS = """
-    no not nor neither none nothing nobody never hardly lacks? absent nope nah
+    no not nor neither none nothing nobody never hardly lacks? absent nope nah avoid discard\\w* disagree
     cannot \\w*n't (?:ca|do|is|are|was|wo|does|did)nt wrong\\w* incorrect\\w* false untrue
     mistaken doubt\\w* except excluding exclude[sd]? eliminat\\w* rul(?:e|es|ed|ing)\\sout unlikely least reject\\w* distractors?
     (?:rather|other)\\sthan instead\\sof (?:any|every)thing\\sbut all\\sbut far\\sfrom
@@ -82,8 +82,8 @@ _IGNORANCE = rf"""
     un(?:sure|certain|clear|known|decided) depend(?:s|ing)? insufficient ambiguous (?:hard|difficult|impossible)\sto\s{_KNOWN}
     {_NOT}(?:\s\w+)?\s{_KNOWN} {_NOT}\s(?:see|view|access|open)(?:\s(?:the|any|an|this|your))?\s(?:image|picture|photo)s?
     (?:no|without)\s(?:idea|clue|comment|doubt) no\s(?:image|picture|photo)(?:\s\w+)?\s(?:provided|attached|given|available)
-    none\sof\s(?:the|these)\s(?:options|answers|choices) sé segur[oa] pued\w+ determinar sab(?:er|e|emos) depende entiendo
-    comprendo sicur[oa] posso dipende (?:non|lo)\sso imagen imágenes immagin[ei]
+    none\sof\s(?:the|these)\s(?:options|answers|choices) sé segur[oa] pued\w+ determinar sab(?:er|erlo|e|emos) imposible
+    depende entiendo comprendo sicur[oa] posso dipende (?:non|lo)\sso imagen imágenes immagin[ei]
 """
 IGNORANCE = re.compile(rf"(?<!\w)(?:{'|'.join(_IGNORANCE.split())})(?!\w)|不确定|不知道|わから|分から", re.IGNORECASE)
 """Words which say that the answer is not known."""

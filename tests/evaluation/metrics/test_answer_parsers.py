@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtune.evaluation.metrics.entries.closed_answers import MULTIPLE_CHOICE, read_letter, read_yes_no
+from mmtune.evaluation.metrics.entries.closed_answers import MULTIPLE_CHOICE, YES_NO, read_letter, read_yes_no
 from mmtune.evaluation.metrics.entries.numeric_answers import NUMERIC, read_number
 from mmtune.evaluation.metrics.metric import Item
 
@@ -95,6 +95,17 @@ def test_references_among_unusual_options() -> None:
     many = {"options": tuple(f"opt {n}" for n in range(30))}
     assert MULTIPLE_CHOICE.problem(Item("", ("opt 28",), "", many)) == "expected at most 26 options, got 30"
     assert MULTIPLE_CHOICE.score(Item("opt 28", ("A",), "", many)) is None
+
+
+def test_no_and_a_thing_is_an_answer_to_a_question_about_it() -> None:
+    question = {"question": "Is there a brown dog in the image? Answer yes or no."}
+    assert [YES_NO.score(Item(text, ("no",), "", question)) for text in ("No dog.", "No brown dogs", "No dog, only a cat")] == [
+        1
+    ] * 3
+    assert [YES_NO.score(Item(text, ("no",), "", question)) for text in ("No comment", "No image", "No answer", "No perro")] == [
+        None
+    ] * 4
+    assert YES_NO.score(Item("No dog", ("no",))) is None
 
 
 def test_a_sign_counts() -> None:

@@ -24,18 +24,21 @@ _LEAD = re.compile(
     rf"(?:\s+(?:option|choice))?\s*{_IS}?[\s:=-]*{_ADVERB}",
     re.IGNORECASE,
 )
-_LETTER = r"([A-Z])(?![^\W\u3040-\u9fff\uac00-\ud7af]|')"
-_LABEL = rf"[(\[]?{_LETTER}[)\]]?"
-_SHORT = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:,]?")
+_LETTER = r"([A-Z])(?![^\W\u3040-\u9fff\uac00-\ud7af]|'\w)"
+_LABEL = rf"[(\[{{\"']?{_LETTER}[)\]}}\"']?"
+_SHORT = re.compile(r"[(\[{\"']?([A-Za-z])[)\]}\"']?[.:,]?")
 _LEADING = re.compile(r"(?:[(\[]([A-Za-z])[)\]][.:,]?|([A-Za-z])(?:[)\].:,]+|\s+-\s))\s*(.+)", re.DOTALL)
-_MARKED = re.compile(rf"(?<![^\W_])(?:[(\[]?{_LETTER}(?:[)\].:,]+\s*|\s+-\s+)|(?!A\s){_LETTER}\s+)(?:(?i:an?|the)\s+)?")
+_MARKED = re.compile(rf"(?<![^\W_])(?:[(\[]?{_LETTER}(?:[)\].:,]+\s*|\s+-\s+)|(?!A\s){_LETTER}\s+\(?)(?:(?i:an?|the)\s+)?")
 _STATED = (
     re.compile(
-        rf"(?:(?i:{_NOUN}\s*(?:(?:\w+\s+){{0,4}}?{_IS})?|\b(?:it|this|that)(?: is|'s| must be)\b"
-        rf"|\b(?:choose|pick|select|go with)\b)|[选選])\s*(?i:{_ADVERB}){_LABEL}(?=\s*(?:[.,;:!)]|$|です|だ|입니다))"
+        rf"(?:(?i:{_NOUN}\s*(?:(?:\w+\s+){{0,4}}?{_IS})?|\b(?:it|this|that)(?: is|'s| must be| would be)\b"
+        rf"|\b(?:choose|pick|select|go with|I(?:'d| would) (?:say|answer))\b)|[选選])[\s:=-]*(?i:{_ADVERB}){_LABEL}"
+        r"(?=\s*(?:[.,;:!)]|$|です|だ|입니다))"
     ),
     re.compile(rf"(?<!\w){_LABEL}(?i:\s+(?:is|must be)\s+(?:the\s+)?(?:\w+\s+)?(?:correct|right|best|answer|option|choice)\b)"),
-    re.compile(rf"^(?i:(?:so|thus|therefore|hence)\W+)?{_LABEL}[.,:!]?$"),
+    re.compile(
+        rf"^(?i:(?:so|thus|therefore|hence|definitely|clearly|surely?|most likely|likely|probably|okay)\W+)?{_LABEL}[.,:!]?$"
+    ),
 )
 _REASON = re.compile(r"(?<=.)[,;]?\s+(?:because|since|due to|as it|as the)\b", re.IGNORECASE)
 _MENTION = re.compile(rf"(?<![^\W_])(?!A (?!(?:is|was|isn't|can|cannot|can't)\b)[a-z]|I\b){_LETTER}")
@@ -117,7 +120,7 @@ def _stated_letter(text: str, letters: str, texts: Sequence[str]) -> str | None:
             continue
         own, claim = _with_own_text(claim, letters, texts)
         own |= {match[1] for pattern in _STATED for match in pattern.finditer(claim)} & set(letters)
-        if index == 0 and (leading := _LEADING.fullmatch(claim)) and _describes(leading, letters, texts):
+        if index == 0 and (leading := _LEADING.fullmatch(_statement(claim))) and _describes(leading, letters, texts):
             own.add(leading[1] or leading[2])
         others = [option for letter, option in zip(letters, texts, strict=False) if letter not in own]
         if own and (DENIAL.search(claim) or HEDGE.search(claim) or any(_contains(claim, option) for option in others)):
@@ -174,7 +177,7 @@ class YesNo(Metric):
 
     def score(self, item: Item) -> float | None:
         """1 or 0; None if the answer is neither yes nor no, or both."""
-        answer = read_yes_no(item.prediction)
+        answer = _read_item(item)
         return None if answer is None else float(answer in map(read_yes_no, item.references))
 
     def further(self, items: Sequence[Item], scores: Sequence[float | None]) -> dict[str, Any]:
@@ -182,7 +185,7 @@ class YesNo(Metric):
 
         An unparsed answer is neither yes nor no: it lowers the recall of yes, and counts in the denominator of the ratio.
         """
-        pairs = Counter((read_yes_no(item.references[0]), read_yes_no(item.prediction)) for item in items)
+        pairs = Counter((read_yes_no(item.references[0]), _read_item(item)) for item in items)
         said_yes = pairs["yes", "yes"] + pairs["no", "yes"]
         missed = pairs["yes", "no"] + pairs["yes", None]
         precision, recall, f1 = precision_recall_f1(pairs["yes", "yes"], pairs["no", "yes"], missed)
@@ -204,25 +207,26 @@ _ASIDE = re.compile(
 )
 _THING = re.compile(r"\b(?:an?|the|some|two|three|several|many|\d+)\s+\w+", re.IGNORECASE)
 _NO_THING = re.compile(r"no (\w{3,})", re.IGNORECASE)
-_MEANT = {  # after the word without a comma: `No is wrong`, `No clue`
-    "yes": re.compile(r"\?|\s+(?:is|isn't|was|wasn't|would|if|unless|when|only|or|and|but|man)\b", re.IGNORECASE),
+_MEANT = {  # after the word without a comma: `No is wrong`, `No clue what it is`
+    "yes": re.compile(r"\?|\s+(?:is|isn't|was|wasn't|would|if|unless|when|only|or|and|but|man|for|in)\b", re.IGNORECASE),
     "no": re.compile(
-        r"\?|[.:]?\s*\d|\s+(?:is|isn't|was|wasn't|would|if|unless|or|and|but|can do"
-        r"|one|such|pun|question|idea|clue|comment|way|problem|problems|doubt|worries|thanks?|need|matter|wonder|reason|longer"
-        r"|images?|pictures?|photos?"
-        r"|information|info|data|context|answers?|response|opinion|certainty|visible image"
-        r"|parking|smoking|entry|exit|stopping|kidding|offense|deal"
-        r"|hay|lo|se|es|veo|tengo|aplica|aparece|quiero|recuerdo|importa|hablo|creo|está|esta|son|meio|centro|fundo|momento|brasil)\b",
+        r"\?|[.:]?\s*\d|\s+(?:is|isn't|was|wasn't|would|if|unless|or|and|but|can|for|in|one|idea|clue|doubt|way|need|matter|wonder"
+        r"|reason|(?:visible )?images?"
+        r"|pictures?|photos?|questions?|information|data|context|answers?|response|longer|later|sooner|more|less|fewer)\b",
         re.IGNORECASE,
     ),
 }
 _ENGLISH = re.compile(
-    r"\b(?:is|are|was|were|there|it|not|in|on|at|of|the|this|that|they|visible|present|does|any|from)\b|n't\b|^(?:[a-z]+\s?){1,2}\W*$"
+    r"\b(?:is|are|was|were|there|it|he|she|they|the|this|that|not|on|at|of|visible|present|does|any|from|seen)\b|\bin \w+|n't\b"
 )
 
 
-def read_yes_no(answer: str) -> str | None:
-    """`yes` or `no`; None for an answer that states neither first nor as its conclusion, states both, or doubts or denies it."""
+def read_yes_no(answer: str, question: str = "") -> str | None:
+    """`yes` or `no`; None for an answer that states neither first nor as its conclusion, states both, or doubts or denies it.
+
+    Args:
+        question: with it, `No dog` is an answer to a question about a dog; `No comment` is not.
+    """
     parts = sentences(plain(answer))
     questions = [*takewhile(is_question, parts)]  # the question that the answer repeats
     text = _statement("\n".join(parts[len(questions) :]))
@@ -230,11 +234,15 @@ def read_yes_no(answer: str) -> str | None:
         return None
     if match := _FIRST.match(text):
         word = match[1].lower()
-        return word if (_means_yes if word == "yes" else _means_no)(match[2]) else None
+        return word if (_means_yes(match[2]) if word == "yes" else _means_no(match[2], question)) else None
     if match := _CONCLUSION.match(text.rpartition("\n")[2]):
         word, others = match[2].lower(), re.sub(r"\bno (?=\w{3})", "", text[: -len(match[0])] + match[1])
         return None if _OPPOSITES[word].search(others) or DENIAL.search(match[1]) or HEDGE.search(match[1]) else word
     return None
+
+
+def _read_item(item: Item) -> str | None:
+    return read_yes_no(item.prediction, str(item.fields.get("question") or ""))
 
 
 def _means_yes(rest: str) -> bool:
@@ -250,12 +258,16 @@ def _means_yes(rest: str) -> bool:
     return True
 
 
-def _means_no(rest: str) -> bool:
-    """Whether the text after `no` agrees with it, and is English: `no` begins sentences in other languages."""
+def _means_no(rest: str, question: str) -> bool:
+    """Whether the text after `no` agrees with it. Without a comma it must be English: `no` is a word of other languages."""
     first = (sentences(rest) or [""])[0]
     if _MEANT["no"].match(rest) or HEDGE.search(first) or _OPPOSITES["no"].search(rest):
         return False
-    return not re.match(r"[ \t]+\w", rest) or _ENGLISH.search(first) is not None
+    if not re.match(r"[ \t]+\w", rest):
+        return True
+    phrase = re.split(r"[,;:]", first)[0].lower()
+    asked = {word.removesuffix("s") for word in re.findall(r"\w+", question.lower())}
+    return _ENGLISH.search(phrase) is not None or {word.removesuffix("s") for word in re.findall(r"\w+", phrase)} <= asked
 
 
 class Classification(Metric):
