@@ -211,8 +211,8 @@ _MEANT = {  # after the word without a comma: `No is wrong`, `No clue what it is
     "yes": re.compile(r"\?|\s+(?:is|isn't|was|wasn't|would|if|unless|when|only|or|and|but|man|for|in)\b", re.IGNORECASE),
     "no": re.compile(
         r"\?|[.:]?\s*\d|\s+(?:is|isn't|was|wasn't|would|if|unless|or|and|but|can|for|in|one|idea|clue|doubt|way|need|matter|wonder"
-        r"|reason|(?:visible )?images?"
-        r"|pictures?|photos?|questions?|information|data|context|answers?|response|longer|later|sooner|more|less|fewer)\b",
+        r"|reason|(?:visible )?images?|pictures?|photos?|questions?|information|data|context|answers?|response"
+        r"|longer|later|sooner|more|less|fewer)\b",
         re.IGNORECASE,
     ),
 }
