@@ -23,7 +23,7 @@ from mmtune.data.media.media import EmbeddedMedia, ImageView, open_image
 from mmtune.data.media.pixels import Window
 from mmtune.data.message import Message, Sample, text_of
 from mmtune.data.message_rows import check_messages_row, messages_row, read_messages_row
-from mmtune.models.compute import move_batch, training_autocast
+from mmtune.models.compute import adapter_disabled, move_batch, training_autocast
 from mmtune.models.generation import generate
 from mmtune.utils.errors import UserError, reason_of
 from mmtune.utils.files import create_file, replace_bytes
@@ -152,7 +152,7 @@ class ChatSession:
         has read. If none was yielded, the question is dropped and its images stay attached to the next question.
 
         Raises:
-            UserError: an image that no longer exists, or a question that is not valid Unicode.
+            UserError: an image that no longer exists, a question that is not valid Unicode, or no memory left on the accelerator.
         """
         blocks = (*self.state.attached, {"type": "text", "text": question})
         message: Message = {"role": "user", "content": list(blocks)}
@@ -305,7 +305,7 @@ class ChatSession:
         def generate_answer() -> None:
             model: Any = self._model
             try:
-                with nullcontext() if tuned else model.disable_adapter(), torch.inference_mode(), training_autocast(model):
+                with nullcontext() if tuned else adapter_disabled(model), torch.inference_mode(), training_autocast(model):
                     inputs = move_batch(model, prompt)
                     if settings.temperature:
                         torch.manual_seed(seed)
@@ -330,6 +330,9 @@ class ChatSession:
         finally:
             stop_requested.set()
             _join(thread)
+        if errors and isinstance(errors[0], torch.OutOfMemoryError):
+            problem = str(errors[0]).partition(". ")[0]
+            raise UserError(f"{problem}; shorten the conversation or its images, or lower max_new_tokens") from errors[0]
         if errors:
             raise errors[0]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import slice_logits_to_keep
@@ -89,6 +90,24 @@ def count_virtual_tokens(model: nn.Module) -> int:
     method = method_of(model)
     adapted: Any = model
     return 0 if method is None else method.virtual_tokens(adapted.active_peft_config)
+
+
+@contextlib.contextmanager
+def adapter_disabled(model: PeftModel) -> Iterator[None]:
+    """Run the base of an adapter, without the components that are tuned in full beside it.
+
+    PEFT's `disable_adapter` leaves those on for methods of virtual tokens.
+    """
+    with model.disable_adapter():
+        wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        tuned = [wrapper for wrapper in wrappers if not wrapper.disable_adapters]
+        for wrapper in tuned:
+            wrapper.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for wrapper in tuned:
+                wrapper.enable_adapters(True)
 
 
 def computes_loss(model: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from mmtune.models.checkpoints.trained_weights import (
 )
 from mmtune.models.checkpoints.unread_tensors import append_tensors, describe_unread_tensors, find_unread_tensors
 from mmtune.models.checkpoints.weights_hash import hash_checkpoints
-from mmtune.models.compute import to_best_device
+from mmtune.models.compute import adapter_disabled, to_best_device
 from mmtune.models.generation import DEFAULT_MAX_NEW_TOKENS, drop_greedy_settings
 from mmtune.models.load import DTYPES, load_base, load_strictly, load_trained, resolve_model
 from mmtune.models.quantize import QUANTIZED, prepare_quantized, quantization_config
@@ -148,7 +148,7 @@ def merge(
         to_best_device(model)
         adapter_outputs = writer.collect(model, processor, "trained model in fp32")
         if source.is_adapter:
-            with model.disable_adapter():
+            with adapter_disabled(model):
                 base_logits = answer_logits(model, processor, writer.samples, "base")
             merged = merge_adapter(model)
             merged_outputs = writer.collect(merged, processor, "merged model")

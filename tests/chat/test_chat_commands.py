@@ -30,7 +30,7 @@ from mmtune.utils.errors import UserError
 torch.set_num_threads(1)
 
 NEW = 8
-SAMPLED = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
+SAMPLED = {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 0}
 
 
 @pytest.fixture
@@ -105,9 +105,9 @@ def test_sampled_answers_are_those_of_plain_transformers_with_the_seed(
 ) -> None:
     greedy, first, second, other = (plain(_prompt("so?"), seed=seed) for seed in (None, 5, 6, 9))
     assert len({greedy, first, second, other}) == 4
-    chat("/set temperature 0.7", "/set top_p 0.9", "/set seed 5")
+    chat("/set temperature 5", "/set top_p 0.9", "/set seed 5")
     assert chat("so?", "/retry", "/reset", "so?") == f"{first}\n{second}\n(new conversation)\n{first}\n"
-    settings = "(temperature 0.7, top_p 0.9, seed {}, max_new_tokens 8)\n"
+    settings = "(temperature 5, top_p 0.9, seed {}, max_new_tokens 8)\n"
     assert chat("/set seed 9", "/retry", "/set seed 5", "/retry", "/retry") == (
         f"{settings.format(9)}{other}\n{settings.format(5)}{first}\n{second}\n"
     )
@@ -213,16 +213,25 @@ def test_ctrl_c_while_an_answer_is_computed_keeps_the_text_that_was_shown(sessio
     assert session.state.messages[-1]["content"] == [{"type": "text", "text": shown}]
 
 
-def test_a_failure_of_a_repeat_leaves_the_conversation(session: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("failure", "shown"),
+    [
+        (RuntimeError("a bug"), (RuntimeError, "^a bug$")),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), (UserError, "CUDA out of memory; shorten the")),
+    ],
+)
+def test_a_failure_of_a_repeat_leaves_the_conversation(
+    failure: Exception, shown: tuple[Any, str], session: ChatSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     list(session.ask("what?"))
     state = session.state
 
     def fails(*args: Any, streamer: Any, **settings: Any) -> None:
         streamer.put(torch.tensor([1]))
-        raise RuntimeError("out of memory")
+        raise failure
 
     monkeypatch.setattr(session._model, "generate", fails)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(shown[0], match=shown[1]):
         list(session.retry())
     assert session.state is state
 
@@ -415,6 +424,7 @@ def test_compare_gives_the_answers_of_base_and_tuned_model(
         ),
         "prompt": PromptTuningConfig(
             task_type="CAUSAL_LM",
+            modules_to_save=["multi_modal_projector"],
             num_virtual_tokens=2,
             token_dim=base.config.text_config.hidden_size,
             num_layers=2,
@@ -424,9 +434,12 @@ def test_compare_gives_the_answers_of_base_and_tuned_model(
     }
     torch.manual_seed(0)
     tuned = get_peft_model(copy.deepcopy(base), configs[method]).eval()
+    for name, parameter in tuned.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data *= -1
     session = ChatSession(tuned, processor, AnswerSettings(NEW))
     if seed is not None:
-        for name, value in (("temperature", "0.7"), ("top_p", "0.9"), ("seed", str(seed))):
+        for name, value in (("temperature", "5"), ("top_p", "0.9"), ("seed", str(seed))):
             session.set_value(name, value)
     session.attach(resolve_image(str(images[0])))
     answer = "".join(session.ask("what?"))
