@@ -117,6 +117,14 @@ def _images(chat: Chat, argument: str) -> None:
         print("(no images)")
 
 
+def _detach(chat: Chat, argument: str) -> None:
+    attached = chat.session.state.attached
+    if not attached:
+        raise UserError("/detach: no image is attached to your next question")
+    chat.session.detach()
+    print(f"(detached {_count(len(attached), 'image')})")
+
+
 def _described(view: ImageView) -> str:
     name = view.image.name if isinstance(view.image, EmbeddedMedia) else str(view.image)
     try:
@@ -233,6 +241,7 @@ def _exit(chat: Chat, argument: str) -> None:
 COMMANDS = {
     "/image": Command("FILE ...", "attaches images to your next question", _image),
     "/images": Command("", "lists the images in the conversation and those attached", _images),
+    "/detach": Command("", "removes the images attached to your next question", _detach),
     "/system": Command("[TEXT]", f"shows or sets the system prompt; /system {REMOVE} removes it", _system),
     "/set": Command("[NAME VALUE]", "shows or changes temperature, top_p, seed or max_new_tokens", _set),
     "/undo": Command("", "removes the last question and answer; its images are attached again", _undo),

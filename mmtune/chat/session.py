@@ -21,7 +21,7 @@ from mmtune.data.encoding.encoding_checks import check_encoding, check_system_pr
 from mmtune.data.encoding.token_counts import Counts, count_prompt_tokens
 from mmtune.data.media.media import EmbeddedMedia, ImageView, open_image
 from mmtune.data.media.pixels import Window
-from mmtune.data.message import Message, Sample, text_of
+from mmtune.data.message import Message, Sample, has_media, text_of
 from mmtune.data.message_rows import check_messages_row, messages_row, read_messages_row
 from mmtune.models.compute import adapter_disabled, move_batch, training_autocast
 from mmtune.models.generation import generate
@@ -108,6 +108,10 @@ class ChatSession:
         attached = (*self.state.attached, {"type": "image", "image": view})
         self.state = replace(self.state, attached=attached)
         return size
+
+    def detach(self) -> None:
+        """Remove the images attached to the next question."""
+        self.state = replace(self.state, attached=())
 
     def reset(self) -> None:
         """Delete all messages and images; the system prompt and the settings stay."""
@@ -216,7 +220,7 @@ class ChatSession:
         """
         if path.suffix != ".jsonl":
             raise UserError(f"/save {path}: expected a file name that ends in .jsonl")
-        self.state.last_turn()
+        self.state.last_turn()  # an error if there is none
         root = path.parent.resolve()
         if not root.is_dir():
             raise UserError(f"/save {path}: no such folder: {root}")
@@ -252,7 +256,10 @@ class ChatSession:
         sample = read_messages_row(path)
         if sample.tools or any("tool_calls" in message or message["role"] == "tool" for message in sample.messages):
             raise UserError(f"/load {path}: tool calls are not supported in a chat")
-        system = text_of(sample.messages[0]) if sample.messages[0]["role"] == "system" else None
+        first = sample.messages[0]
+        if first["role"] == "system" and has_media(first):
+            raise UserError(f"/load {path}: images in a system prompt are not supported in a chat")
+        system = text_of(first) if first["role"] == "system" else None
         messages = tuple(self._viewed(message) for message in sample.messages[system is not None :])
         if system is not None:
             check_system_prompt(self._processor, system)

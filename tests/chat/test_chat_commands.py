@@ -128,6 +128,7 @@ def test_sampled_answers_are_those_of_plain_transformers_with_the_seed(
         ("/set seed 1.5", "seed: expected an integer, got '1.5'"),
         ("/set seed -1", "seed -1: expected an integer from 0 to 4294967295"),
         ("/set max_new_tokens 0", "max_new_tokens 0: expected at least 1"),
+        ("/detach", "/detach: no image is attached to your next question"),
         ("/undo", "the conversation has no question yet; ask one first"),
         ("/retry", "the conversation has no question yet; ask one first"),
         ("/edit so", "the conversation has no question yet; ask one first"),
@@ -170,6 +171,9 @@ def test_undo_attaches_the_images_of_the_question_again(
         "(removed the question 'what?' and its answer; 2 images attached to your next question)\n"
         f"attached to your next question: {first}, 40 x 24\nattached to your next question: {second}, 40 x 24\n{answer}\n"
     )
+    assert chat(f"/image {first} {first}", "/detach", "/images").endswith(
+        f"(detached 2 images)\nquestion 2: {first}, 40 x 24\nquestion 2: {second}, 40 x 24\n"
+    )
     first.unlink()
     assert chat("/images").startswith(f"question 2: {first}: no longer readable: ")
     chat("/undo", "/undo")
@@ -203,6 +207,23 @@ def test_a_stopped_repeat_replaces_the_answer_only_by_text_that_was_shown(
         shown = "".join(itertools.islice((chunk for chunk in chunks if chunk), 2))
     assert session.state.messages[-1]["content"] == [{"type": "text", "text": shown}]
     assert len(session.state.messages) == 2 and session.state.attached == state.attached
+
+
+@pytest.mark.parametrize("start", [lambda session: session.ask("so?"), ChatSession.retry, lambda session: session.edit("who?")])
+def test_ctrl_c_before_the_first_token_leaves_the_conversation(
+    start: Callable[[ChatSession], Any], session: ChatSession, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(session.ask("what?"))
+    session.attach(images[0])
+    state = session.state
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmtune.chat.session.encode_prompt", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(start(session))
+    assert session.state is state
 
 
 def test_ctrl_c_while_an_answer_is_computed_keeps_the_text_that_was_shown(session: ChatSession) -> None:
@@ -377,6 +398,10 @@ def _asked(*blocks: Any) -> list[Any]:
         ([{"messages": _asked({"type": "image", "image": "hostile.jsonl"})}], "cannot open image"),
         ([{"messages": _asked({"type": "video", "video": "a.png"})}], "got video, which is not supported"),
         ([{"messages": [*_asked(), {"role": "user", "content": "\ud800"}, ANSWER]}], "not valid Unicode"),
+        (
+            [{"messages": [{"role": "system", "content": [{"type": "image", "image": "a.png"}]}, *_asked()]}],
+            "images in a system prompt are not supported",
+        ),
         ([{"messages": [_asked()[0], CALL, {"role": "tool", "content": "1"}, ANSWER]}], "tool calls are not supported"),
     ],
 )
