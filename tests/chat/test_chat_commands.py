@@ -30,7 +30,7 @@ from mmtune.utils.errors import UserError
 torch.set_num_threads(1)
 
 NEW = 8
-SAMPLED = {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 0}
+SAMPLED = {"do_sample": True, "temperature": 50.0, "top_p": 0.9, "top_k": 0}
 
 
 @pytest.fixture
@@ -105,9 +105,9 @@ def test_sampled_answers_are_those_of_plain_transformers_with_the_seed(
 ) -> None:
     greedy, first, second, other = (plain(_prompt("so?"), seed=seed) for seed in (None, 5, 6, 9))
     assert len({greedy, first, second, other}) == 4
-    chat("/set temperature 5", "/set top_p 0.9", "/set seed 5")
+    chat("/set temperature 50", "/set top_p 0.9", "/set seed 5")
     assert chat("so?", "/retry", "/reset", "so?") == f"{first}\n{second}\n(new conversation)\n{first}\n"
-    settings = "(temperature 5, top_p 0.9, seed {}, max_new_tokens 8)\n"
+    settings = "(temperature 50, top_p 0.9, seed {}, max_new_tokens 8)\n"
     assert chat("/set seed 9", "/retry", "/set seed 5", "/retry", "/retry") == (
         f"{settings.format(9)}{other}\n{settings.format(5)}{first}\n{second}\n"
     )
@@ -285,16 +285,18 @@ def test_a_saved_conversation_trains_and_continues_where_it_was(
 ) -> None:
     out = tmp_path / "chats" / "my chat.jsonl"
     chat("/system Be brief.", f"/image {images[0]} '{images[1]}'", "what?", "and <image>?", f"/image {images[0]}")
+    session.state.messages[1]["content"][0]["text"] = " yes\n"
     printed = chat(f"/save '{out}'")
     assert printed == f"(saved: {out}: a system prompt, 2 questions, 2 images; without the 1 attached image)\n"
     row = json.loads(out.read_text())
     assert row["id"] == "my chat" and [message["role"] for message in row["messages"]] == ["system", *["user", "assistant"] * 2]
     first, second, text = row["messages"][1]["content"]
     assert first == {"type": "image", "image": "a.png"} and text == {"type": "text", "text": "what?"}
-    assert second["image"].startswith("data:image;base64,")
+    assert second["image"].startswith("data:image;base64,") and row["messages"][2]["content"] == "yes"
     assert entry_point(["data", "check", str(out), "--template", "messages", "--decode"]) == 0
     capsys.readouterr()
 
+    session.state.messages[1]["content"][0]["text"] = "yes"
     state = session.state
     expected = "".join(session.ask("sure?"))
     images[1].unlink()
@@ -464,7 +466,7 @@ def test_compare_gives_the_answers_of_base_and_tuned_model(
             parameter.data *= -1
     session = ChatSession(tuned, processor, AnswerSettings(NEW))
     if seed is not None:
-        for name, value in (("temperature", "5"), ("top_p", "0.9"), ("seed", str(seed))):
+        for name, value in (("temperature", "50"), ("top_p", "0.9"), ("seed", str(seed))):
             session.set_value(name, value)
     session.attach(resolve_image(str(images[0])))
     answer = "".join(session.ask("what?"))
