@@ -25,6 +25,7 @@ from mmtune.chat.session import ChatSession
 from mmtune.chat.terminal import run_chat
 from mmtune.cli.main import entry_point
 from mmtune.data.media.media import EmbeddedMedia
+from mmtune.models.load import load_trained
 from mmtune.utils.errors import UserError
 
 torch.set_num_threads(1)
@@ -85,6 +86,18 @@ def test_a_system_prompt_is_shown_set_and_removed(chat: Callable[..., str], plai
     reset = "(new conversation; the system prompt stays)\n"
     system = "(system prompt: Be brief.)\n"
     assert printed == f"(no system prompt)\n{system}{with_system}\n{reset}{with_system}\n{reset}(no system prompt)\n{without}\n"
+
+
+def test_the_option_system_sets_the_system_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["chat", "builtin:tiny-llava", "--prompt", "Which digit?", "--max-new-tokens", "3", "--json", "--system"]
+    assert entry_point([*command, " "]) == 2
+    assert capsys.readouterr().err == "error: --system: expected a text, got an empty one\n"
+    model, processor = load_trained(Path("builtin:tiny-llava"))
+    prompt = f"<|system|>7 7 7 7<|end|>{_prompt('Which digit?')}"
+    answer = plain_answer(model, processor, prompt, [], max_new_tokens=3)
+    assert answer != plain_answer(model, processor, _prompt("Which digit?"), [], max_new_tokens=3)
+    assert entry_point([*command, "7 7 7 7"]) == 0
+    assert json.loads(capsys.readouterr().out)["answer"] == answer
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no system prompts') }}", ""])
