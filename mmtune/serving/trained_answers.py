@@ -14,7 +14,7 @@ from mmtune.chat_templates.rendering import render_prompt
 from mmtune.data.encoding.encode import chat_template_of, encode_prompt, to_template_messages
 from mmtune.data.message import Message, Sample, prompt_messages
 from mmtune.models.checkpoints.trained_weights import TrainedWeights
-from mmtune.models.compute import move_batch, to_best_device
+from mmtune.models.compute import adapter_disabled, move_batch, to_best_device
 from mmtune.models.generation import greedy_settings, reads_with_encoder, run_generate
 from mmtune.models.load import load_base, load_trained, resolve_model
 from mmtune.recipe.recipe import Recipe
@@ -134,7 +134,7 @@ class TrainedModel:
     @contextmanager
     def _base(self) -> Iterator[Any]:
         if isinstance(self._model, PeftModel):
-            with self._model.disable_adapter():
+            with adapter_disabled(self._model):
                 yield self._model
             return
         section = self._recipe.model.model_copy(update={"precision": "fp32", "trust_remote_code": self._trust_remote_code})
