@@ -12,7 +12,7 @@ from typing import Any
 
 from mmtune.cli.verb_arguments import AddVerb, add_trust
 from mmtune.console.library_output import configure_console
-from mmtune.utils.errors import UserError
+from mmtune.utils.errors import CheckFailed, UserError
 
 
 def add_serve_verb(verbs: Any, add: AddVerb) -> None:
@@ -76,7 +76,11 @@ def _start(arguments: argparse.Namespace) -> None:
     print(f"starting: {shlex.join(command)}", flush=True)
     with running_engine(command, engine.environment, arguments.port) as process:
         process.wait_until_ready(arguments.timeout)
-        EngineClient(process.address, released.path, arguments.timeout).connect()
+        try:
+            EngineClient(process.address, released.path, arguments.timeout).connect()
+        except (CheckFailed, UserError):
+            process.check_alive("at its first question")
+            raise
         print(_usage(process.address, released.path, released.run), flush=True)
         process.wait()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,6 +27,9 @@ POLL_S = 0.2
 END_S = 10.0
 """How long an engine may take to end after each signal."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+KEPT_LINES = 200
+"""Lines of an engine's output in which the reason of its end is searched."""
+_ERROR = re.compile(r"\w*(?:Error|Exception): .+")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -62,7 +66,7 @@ class EngineProcess:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], port: int) -> None:
         self.address = f"http://{LOOPBACK}:{port}"
         self._others = _running_children()
-        self._last_lines: deque[str] = deque(maxlen=20)
+        self._last_lines: deque[str] = deque(maxlen=KEPT_LINES)
         try:
             self._process = subprocess.Popen(
                 list(command),
@@ -105,6 +109,16 @@ class EngineProcess:
                 )
             time.sleep(POLL_S)
 
+    def check_alive(self, when: str) -> None:
+        """Check after a failed question that the engine still runs, and is not about to end.
+
+        Raises:
+            CheckFailed: it ended.
+        """
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
+        self._check_running(when)
+
     def wait(self) -> None:
         """Wait until the engine ends by itself.
 
@@ -120,8 +134,14 @@ class EngineProcess:
             return
         self._reader.join(timeout=2.0)
         how = f"with exit code {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
-        last = f"; its last line: {self._last_lines[-1]}" if self._last_lines else ""
-        raise CheckFailed(f"the engine ended {when}, {how}{last}")
+        raise CheckFailed(f"the engine ended {when}, {how}{self._reason()}")
+
+    def _reason(self) -> str:
+        """The first error in the last lines, which later ones follow from; without one the last line."""
+        errors = [match[0] for line in self._last_lines if (match := _ERROR.search(line))]
+        if errors:
+            return f"; its first error: {errors[0]}"
+        return f"; its last line: {self._last_lines[-1]}" if self._last_lines else ""
 
     def end(self) -> None:
         """End the engine: SIGTERM and then SIGINT to its group, then SIGKILL to each process of it that still runs."""

@@ -39,6 +39,10 @@ class Nonsense(http.server.BaseHTTPRequestHandler):
 http.server.HTTPServer(("127.0.0.1", port), Nonsense).serve_forever()
 """
 """Listens, and answers every request with JSON that no OpenAI-compatible engine gives. It has a child."""
+ENDS = SERVER.replace(
+    "def do_POST(self):", "def do_POST(self):\n        print('ValueError: head_dim=16', flush=True); import os; os._exit(1)"
+)
+"""Answers that it is healthy, and ends at the first question."""
 IGNORES_SIGNALS = "import signal\nfor number in (2, 15): signal.signal(number, signal.SIG_IGN)\n"
 
 
@@ -70,6 +74,11 @@ def children() -> list[int]:
             "import sys\nprint('CUDA is missing')\nsys.exit(3)",
             "the engine ended before it answered, with exit code 3; its last line: CUDA",
         ),
+        (
+            "print('INFO x')\nprint('(core) RuntimeError: no kernel')\nraise ValueError('it failed, see above')",
+            "the engine ended before it answered, with exit code 1; its first error: RuntimeError: no kernel",
+        ),
+        (ENDS, "the engine ended at its first question, with exit code 1; its first error: ValueError: head_dim=16"),
         ("import os\nos.kill(os.getpid(), 9)", "the engine ended before it answered, by SIGKILL"),
         ("import time\ntime.sleep(60)", "does not answer at http://127.0.0.1:"),
         (SERVER, "expected a chat completion with `choices` and `usage.prompt_tokens`, got "),
