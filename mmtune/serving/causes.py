@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mmtune.data.message import Message, RowError, prompt_messages, text_of
 from mmtune.serving.engine_client import EngineClient, RequestRefused
-from mmtune.serving.served_question import ServedQuestion
+from mmtune.serving.served_question import ServedQuestion, shown_text
 from mmtune.serving.trained_answers import TrainedAnswer, TrainedModel
 
 SHORT = "What is this? Answer with one word."
@@ -158,7 +158,7 @@ def _answers_as_base(model: TrainedModel, compared: Sequence[ServedQuestion]) ->
     asked = [each for each in compared if not each.same_answer][:BASE_ANSWERS]
     base = model.answers_of_base([each.sample for each in asked])
     return all(
-        each.engine is not None and answer.text.strip() == each.engine.text.strip()
+        each.engine is not None and shown_text(answer.text) == shown_text(each.engine.text)
         for each, answer in zip(asked, base, strict=True)
     )
 
@@ -173,11 +173,11 @@ def _answers_with_penalties(engine: EngineClient, model: TrainedModel, differing
         return None
     for each in differing:
         assert each.engine is not None
-        if model.answer(each.sample, penalties).text.strip() != each.engine.text.strip():
+        if shown_text(model.answer(each.sample, penalties).text) != shown_text(each.engine.text):
             return None
         if penalties.keys() == {"repetition_penalty"}:
             answer = engine.ask_without_penalty(prompt_messages(each.sample), model.max_new_tokens, each.sample.tools)
-            if answer.strip() != each.trained.text.strip():
+            if shown_text(answer) != shown_text(each.trained.text):
                 return None
     return ", ".join(f"{name} {value}" for name, value in penalties.items())
 
@@ -197,7 +197,9 @@ def _text_answers(
             return []
         raw = engine.complete_text(model.rendered(messages), model.max_new_tokens)
         same_prompt = raw is not None and raw.prompt_tokens == tokens
-        answers.append((ours.strip(), chat.text.strip(), raw.text.strip() if raw is not None and same_prompt else None))
+        answers.append(
+            (shown_text(ours), shown_text(chat.text), shown_text(raw.text) if raw is not None and same_prompt else None)
+        )
     return answers
 
 
