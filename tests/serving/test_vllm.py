@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(not VLLM, reason="needs a vLLM: MMTUNE_VLLM names its command (CONTRIBUTING.md, Tests)"),
 ]
+OPTIONS = ("--dtype", "float32", "--enforce-eager")
 FAMILIES = ("assembled", "internvl", "qwen2_5_vl")
 
 
@@ -62,13 +63,13 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 @contextmanager
-def served(model: Path, *options: str) -> Iterator[str]:
+def served(model: Path) -> Iterator[str]:
     """The address of `mmtune serve --engine vllm`; at its end, Ctrl-C leaves no process."""
     port = str(free_port())
     command = [sys.executable, "-m", "mmtune.cli.main", "serve", str(model), "--engine", "vllm", "--engine-command", VLLM]
     log = model.parent / f"log-{port}"
     with log.open("w") as errors:
-        started = subprocess.Popen([*command, "--port", port, "--", *options], stdout=subprocess.PIPE, stderr=errors, text=True)
+        started = subprocess.Popen([*command, "--port", port, "--", *OPTIONS], stdout=subprocess.PIPE, stderr=errors, text=True)
     assert started.stdout is not None
     engines: list[psutil.Process] = []
     try:
