@@ -50,7 +50,7 @@ def add_data_verbs(verbs: Any, add: AddVerb) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> Any:
-    validator = _make_validator(arguments)
+    validator, recipe = _make_validator(arguments)
     from mmtune.data.sources.held_out_split import describe_split
     from mmtune.data.validation.validate import IssueSummary
 
@@ -69,10 +69,20 @@ def _check(arguments: argparse.Namespace) -> Any:
     result = {"data": arguments.data, **summary.as_json(), "held_out": validator.held_out, "issues": listed}
     if (failure := summary.failure()) is not None:
         raise CheckFailed(f"{arguments.data}: {failure}", result)
+    if recipe is not None and recipe.evaluate:
+        from mmtune.evaluation.evaluate import check_questions
+        from mmtune.preflight import located_errors
+
+        try:
+            with located_errors(recipe):
+                check_questions(recipe.evaluate)
+        except UserError as error:
+            raise CheckFailed(str(error), result) from error
     return result
 
 
-def _make_validator(arguments: argparse.Namespace) -> Any:
+def _make_validator(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The validator of a recipe or of a file of rows, and the recipe, or None."""
     from mmtune.data.sources.source import is_missing_path
     from mmtune.data.templates.template import load_data_template
     from mmtune.preflight import check_recipe, located_errors, unreachable_checkpoints
@@ -97,7 +107,7 @@ def _make_validator(arguments: argparse.Namespace) -> Any:
             template = guess_template(arguments.data)
             print(f"{arguments.data}: detected the data template {template}; --template NAME selects another")
         source = Source(path=arguments.data, template=template, media_root=arguments.media_root)
-        return Validator([source], settings=ValidationSettings(decode=arguments.decode))
+        return Validator([source], settings=ValidationSettings(decode=arguments.decode)), None
     if arguments.template or arguments.media_root:
         raise UserError(
             "--template and --media-root: expected a file of rows, got a recipe; set template and media_root in the recipe"
@@ -120,7 +130,7 @@ def _make_validator(arguments: argparse.Namespace) -> Any:
             arguments.decode,
             recipe.evaluate.leakage if recipe.evaluate else "error",
         )
-        return Validator(recipe.data.train, recipe.evaluate.sources if recipe.evaluate else (), settings)
+        return Validator(recipe.data.train, recipe.evaluate.sources if recipe.evaluate else (), settings), recipe
 
 
 def _processor(recipe: Any) -> Any:

@@ -138,6 +138,9 @@ def _eval(arguments: argparse.Namespace) -> Any:
     from mmtune.utils.files import report_disk_errors
 
     trained = locate_trained_weights(Path(arguments.model))
+    of_run = trained.run.recipe.is_file()
+    if not (arguments.recipe or of_run):
+        raise UserError(f"{arguments.model}: a model has no recipe with held-out rows; give one: --recipe FILE")
     recipe = load_recipe(arguments.recipe or trained.run.recipe, arguments.overrides)
     if recipe.evaluate is None:
         hint = "add one" if arguments.recipe else "give a recipe that has one: --recipe FILE"
@@ -149,7 +152,7 @@ def _eval(arguments: argparse.Namespace) -> Any:
     from mmtune.distributed.context import init_inference
     from mmtune.evaluation.answers import group_scores, scores_to_dicts
     from mmtune.evaluation.answers_file import write_answers
-    from mmtune.evaluation.evaluate import check_questions, evaluate
+    from mmtune.evaluation.evaluate import check_questions, evaluate, warn_of_leakage
     from mmtune.evaluation.scores import print_scores
     from mmtune.models.checkpoints.weights_hash import hash_trained
     from mmtune.models.compute import to_best_device
@@ -157,13 +160,20 @@ def _eval(arguments: argparse.Namespace) -> Any:
 
     with located_errors(recipe):
         check_questions(recipe.evaluate)
+        if of_run and (arguments.recipe or arguments.overrides):
+            warn_of_leakage(load_recipe(trained.run.recipe), recipe.evaluate)
         dist = init_inference()
         model, processor = load_trained(
             trained, chat_template=recipe.model.chat_template, trust_remote_code=arguments.trust_remote_code
         )
     check_encoding(processor)
     weights = dist.broadcast_object(hash_trained(trained) if recipe.evaluate.cache and dist.is_main_process else None)
-    answers = evaluate(to_best_device(model), processor, recipe.evaluate, dist, str(arguments.model), weights)
+    try:
+        answers = evaluate(to_best_device(model), processor, recipe.evaluate, dist, str(arguments.model), weights)
+    except KeyboardInterrupt:
+        if weights is not None and dist.is_main_process:
+            print("the same command continues with the answers so far", file=sys.stderr)
+        raise
     if not dist.is_main_process:
         return {}
     with report_disk_errors(out):
@@ -171,7 +181,7 @@ def _eval(arguments: argparse.Namespace) -> Any:
         write_answers(answers, out)
     scores = group_scores(answers)
     result: dict[str, Any] = {"tuned_scores": scores_to_dicts(scores), "answers": str(out)}
-    print_scores(result)
+    print_scores(result, column="tuned" if of_run else "score")
     print(f"answers: {out}")
     if trained.is_checkpoint:
         result |= {"step": trained.step, "steps": trained.steps}
@@ -197,7 +207,9 @@ def _answers_file(arguments: argparse.Namespace, trained: Any) -> Path:
     run = RunDirectory(out.parent)
     if run.recipe.is_file() and out in (run.answers("before"), run.answers("after")):
         raise UserError(f"--out {out}: this file holds the run's own answers and is not replaced; give another file")
-    if out.is_dir() or (out.exists() and out.suffix != ".jsonl"):
+    if out.is_dir():
+        raise UserError(f"--out {out}: expected a .jsonl file, got a directory")
+    if out.exists() and out.suffix != ".jsonl":
         raise UserError(f"--out {out}: expected a new file or a .jsonl file; this one is not replaced; give another file")
     check_writable(out.parent, f"--out {out}: ")
     return out

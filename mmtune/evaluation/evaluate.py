@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 from transformers import ProcessorMixin
 
-from mmtune.data.dataset import DataReport, IndexedSamples, StreamedSamples, check_rows, iterate_rows
+from mmtune.data.dataset import DataReport, IndexedSamples, StreamedSamples, check_rows, iterate_rows, open_samples
 from mmtune.data.linked_rows import first_linked_keys, row_keys
 from mmtune.data.media.image_content import media_key
 from mmtune.data.media.media_names import is_utf8
@@ -26,7 +26,7 @@ from mmtune.evaluation.predictions.likelihood_choice import content_free_sample
 from mmtune.evaluation.predictions.prediction import Prediction
 from mmtune.evaluation.predictions.questions import questions_of, with_prompt
 from mmtune.recipe.recipe import EvaluateSection, Recipe
-from mmtune.utils.errors import RecipeValueError, errors_at_key
+from mmtune.utils.errors import RecipeValueError, UserError, errors_at_key
 
 
 def check_held_out(recipe: Recipe, training: IndexedSamples | StreamedSamples) -> None:
@@ -34,6 +34,20 @@ def check_held_out(recipe: Recipe, training: IndexedSamples | StreamedSamples) -
     if recipe.evaluate:
         check_questions(recipe.evaluate)
         check_leakage(training, recipe.evaluate, recipe.data.check_rows)
+
+
+def warn_of_leakage(run: Recipe, section: EvaluateSection) -> None:
+    """Print a warning if rows that a run is evaluated on, or their images, are also in the data that it was trained on.
+
+    Args:
+        run: the recipe of the run.
+        section: the rows.
+    """
+    try:
+        training = open_samples(run.data)
+        check_leakage(training, section.model_copy(update={"leakage": "warn"}), run.data.check_rows)
+    except UserError as error:
+        print(f"warning: the rows are not compared with those that the run was trained on: {error}")
 
 
 def check_questions(section: EvaluateSection) -> None:

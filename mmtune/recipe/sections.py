@@ -299,7 +299,13 @@ def _score_errors(values: Any) -> list[InitErrorDetails]:
         return [error_at("turns", f"all is not supported with {reason}")]
     if choices and values.get("sampling") is not None:
         return [error_at("sampling", "not supported with score: choices, which generates nothing; leave it out")]
-    if not choices and isinstance(adjusted, Mapping) and any(value is True for value in adjusted.values()):
+    if choices and values.get("answer_after") is not None:
+        return [error_at("answer_after", "not supported with score: choices, which compares whole choices; leave it out")]
+    if (
+        values.get("score", "generate") == "generate"
+        and isinstance(adjusted, Mapping)
+        and any(value is True for value in adjusted.values())
+    ):
         return [error_at("choice_scores", "needs score: choices; give it, or leave choice_scores out")]
     return []
 

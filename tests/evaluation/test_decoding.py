@@ -103,6 +103,7 @@ def test_the_most_frequent_final_answer_wins() -> None:
     ("settings", "message"),
     [
         ({"sampling": {}, "score": "choices"}, "sampling\n  not supported with score: choices"),
+        ({"answer_after": "A:", "score": "choices"}, "answer_after\n  not supported with score: choices"),
         ({"sampling": {"temperature": 0.0}}, r"sampling.temperature\n  expected more than 0, got 0.0"),
     ],
 )

@@ -447,6 +447,12 @@ def test_a_file_that_cannot_be_read(write: Any, tmp_path: Path) -> None:
 # Overrides.
 
 
+def test_a_text_that_ends_with_a_colon_is_no_mapping(write: Any) -> None:
+    recipe = load_recipe(write(), ["evaluate.answer_after=Answer:", "train.run_name=a b:"])
+    assert recipe.evaluate is not None
+    assert (recipe.evaluate.answer_after, recipe.train["run_name"]) == ("Answer:", "a b:")
+
+
 def test_overrides_are_yaml_by_dotted_key_and_the_last_wins(write: Any) -> None:
     recipe = load_recipe(
         write(),

@@ -17,6 +17,7 @@ from mmtune.data.media.image_content import difference_hash, sampled_digest
 from mmtune.data.validation import leakage
 from mmtune.data.validation.leakage import NEAR_BITS, check_leakage, nearest_hashes
 from mmtune.data.validation.validate import ValidationSettings, Validator
+from mmtune.evaluation.evaluate import warn_of_leakage
 from mmtune.recipe.recipe import EvaluateSection, Recipe, Source
 from mmtune.utils.errors import UserError
 
@@ -232,3 +233,26 @@ def test_the_commands_fail_with_both_rows(make_recipe: Callable[..., Recipe], ro
         f"{rows.name}[0]: the same question and answer about the same image in training: {rows.name}[0]"
         in capsys.readouterr().err
     )
+
+
+def test_an_evaluation_on_training_rows_is_a_warning(
+    make_recipe: Callable[..., Recipe], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = EvaluateSection(data=(Source(path=str(rows), template="llava"),))
+    recipe = make_recipe()
+    warn_of_leakage(recipe, section)
+    assert "warning: 12 of 12 held-out rows share an image or more with training rows" in capsys.readouterr().out
+    moved = make_recipe(f"data.train=[{{path: {tmp_path / 'gone.json'}, template: llava}}]")
+    warn_of_leakage(moved, section)
+    assert "warning: the rows are not compared with those that the run was trained on: " in capsys.readouterr().out
+
+
+def test_a_check_of_data_finds_references_that_the_metric_cannot_use(
+    make_recipe: Callable[..., Recipe], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = [{"conversations": [{"from": "human", "value": f"{n}?"}, {"from": "gpt", "value": "a cat"}]} for n in range(3)]
+    (tmp_path / "held_out.json").write_text(json.dumps(answers))
+    recipe = make_recipe(f"evaluate.data=[{{path: {tmp_path / 'held_out.json'}, template: llava}}]", "evaluate.metric=numeric")
+    (tmp_path / "numbers.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert entry_point(["data", "check", str(tmp_path / "numbers.yaml")]) == 1
+    assert "3 of 3 rows cannot be evaluated" in capsys.readouterr().err
