@@ -29,7 +29,8 @@ def find_token_cause(engine: EngineClient, model: TrainedModel, compared: Sequen
     images = _images_of_probes(engine, model, compared)
     short = _difference(engine, model, [_user(SHORT, images)])
     if short is None:
-        return "the engine refuses a short question; its own output has the reason"
+        refusal = next((each.refusal for each in compared if each.refusal), "its own output has the reason")
+        return f"the engine refuses a short question: {refusal}"
     if (limit := _context_limit(engine, model, compared, images)) is not None:
         return limit
     if short:
