@@ -65,13 +65,13 @@ class Answer:
     def item(self) -> Item:
         """What the metric scores: the texts after `answer_after`.
 
-        A prediction without it was cut off, and is empty; a reference without it counts as a whole.
+        A prediction without it is empty; a reference without it counts as a whole.
         """
         names = ("id", "task", "source", "question", "images", "choices", "options")
         row = {**self.extra, **{name: getattr(self, name) for name in names}}
         answer, *finals = (final_answer(text, self.answer_after) for text in (self.prediction, *self.references))
         references = [text.strip() if final is None else final for text, final in zip(self.references, finals, strict=True)]
-        return Item(answer or "", tuple(references), self.cluster, row, cut_off=answer is None)
+        return Item(answer or "", tuple(references), self.cluster, row, self.answer_after if answer is None else None)
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Score:
         score: the headline number; unparsed answers count as the metric's `unparsed_score`.
         interval: its 95% confidence interval; None where it has none, see `confidence_interval`.
         unparsed: how many answers could not be parsed.
+        missing_markers: each `answer_after` that answers lack; they are unparsed.
         clusters: how many images or documents the questions are about.
         baseline: the score of the majority-class baseline, which gives each group's most frequent reference as every answer; None
             where the metric has none.
@@ -96,6 +97,7 @@ class Score:
     score: float
     interval: tuple[float, float] | None
     unparsed: int
+    missing_markers: tuple[str, ...]
     clusters: int
     baseline: float | None
     further: dict[str, Any]
@@ -173,7 +175,7 @@ def _baseline_items(metric: Metric, items: Sequence[Item], groups: Sequence[Sequ
         classes = [metric.normalize_class(text) for text in texts]
         [(most_frequent, _)] = Counter(classes).most_common(1)
         for row in rows:
-            baseline[row] = replace(items[row], prediction=texts[classes.index(most_frequent)], cut_off=False)
+            baseline[row] = replace(items[row], prediction=texts[classes.index(most_frequent)], missing_marker=None)
     return baseline
 
 
@@ -200,6 +202,7 @@ def _group_score(
         score=float(metric.headline(statistics.sum(axis=0))),
         interval=confidence_interval(metric, statistics, clusters),
         unparsed=scores.count(None),
+        missing_markers=tuple(dict.fromkeys(item.missing_marker for item in group if item.missing_marker is not None)),
         clusters=len(set(clusters)),
         baseline=constant,
         further=metric.further(group, scores),

@@ -82,14 +82,13 @@ def further_lines(summary: Mapping[str, Any]) -> list[str]:
             continue
         name, numbers = item["metric"], {key: value for key, value in item["further"].items() if isinstance(value, (int, float))}
         if numbers:
-            lines.append(f"{name}: {', '.join(f'{key} {format_score(value, name)}' for key, value in numbers.items())}")
+            lines.append(f"{name}: {', '.join(f'{key} {_format_further(key, value, name)}' for key, value in numbers.items())}")
         if item["unparsed"]:
             rules = [METRICS[name].unparsed] if name in METRICS and METRICS[name].unparsed != "never" else []
-            rule = " or ".join([*rules, "cut off before `answer_after`"])
+            rule = " or ".join([*rules, *(f"lacks {marker!r}" for marker in item.get("missing_markers", ()))])
             value = METRICS[name].unparsed_score if name in METRICS else 0.0
-            lines.append(
-                f"{name}: {item['unparsed']} of {item['questions']} answers are unparsed ({rule}) and count as {value:g}"
-            )
+            why = f" ({rule})" if rule else ""
+            lines.append(f"{name}: {item['unparsed']} of {item['questions']} answers are unparsed{why} and count as {value:g}")
     return lines
 
 
@@ -139,6 +138,11 @@ def format_interval(interval: Sequence[float] | None, metric: str) -> str:
 def format_score(value: float, metric: str) -> str:
     """A score as text: in percent if it is a share of 1."""
     return f"{value:.1%}" if _is_percent(metric) else f"{value:.4g}"
+
+
+def _format_further(key: str, value: float, metric: str) -> str:
+    unit = METRICS[metric].units.get(key) if metric in METRICS else None
+    return format_score(value, metric) if unit is None else f"{value:.4g} {unit}"
 
 
 def _is_percent(metric: str) -> bool:

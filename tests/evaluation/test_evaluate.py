@@ -118,7 +118,7 @@ def test_evaluate_scores_the_text_after_answer_after(
     )
     answers = evaluate(*answering_llava, _section(rows, answer_after="Answer:"))
     assert [answer.score for answer in answers] == [1] * 8 + [0] * 4
-    assert [answer.parsed for answer in answers] == [True] * 9 + [False] * 3  # without the marker the answer was cut off
+    assert [answer.parsed for answer in answers] == [True] * 9 + [False] * 3  # those without the marker are unparsed
     assert [answer.score for answer in evaluate(*answering_llava, _section(rows))] == [1] * 8 + [0] * 4
     assert [answer.references for answer in answers] == [(reference,) for reference in references]
     assert [answer.id for answer in answers] == [f"rows.json[{number}]" for number in range(12)]

@@ -53,6 +53,7 @@ SCORE = {
     "score": 0.25,
     "interval": (0.05, 0.7),
     "unparsed": 0,
+    "missing_markers": (),
     "clusters": 4,
     "baseline": 0.5,
     "further": {},
@@ -227,5 +228,12 @@ def test_the_table_shows_metrics_unparsed_answers_and_further_numbers(capsys: py
     shown = capsys.readouterr().out
     assert "Held-out yes_no, cider_d" in shown and "yes_no: f1 50.0%\n" in shown and "confusion" not in shown
     assert "yes_no: 3 of 4 answers are unparsed (neither begins with yes or no, nor ends with it after " in shown
+    assert "doubts it) and count as 0\n" in shown
+    lacking = {**yes_no, "metric": "numeric", "missing_markers": ("Answer:",), "further": {"mean_absolute_error": 4 / 3}}
+    print_scores({"tuned_scores": [lacking, {**lacking, "metric": "cer", "further": {}}]})
+    shown = capsys.readouterr().out
+    assert "numeric: mean_absolute_error 1.333 over the parsed answers\n" in shown
+    assert "or in arithmetic or lacks 'Answer:') and count as 0\n" in shown
+    assert "cer: 3 of 4 answers are unparsed (lacks 'Answer:') and count as 1\n" in shown
     [about, _] = metric_lines({"tuned_scores": [yes_no, caption]})
     assert about == "`yes_no`: yes or no; with precision, recall and F1 of yes, and the share of yes (POPE (arXiv 2305.10355))."

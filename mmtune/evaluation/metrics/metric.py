@@ -27,14 +27,14 @@ class Item:
         references: all accepted answers, at least one; an answer given by several people is in it several times.
         cluster: what the question is about, such as its image or document. Answers of one cluster are not independent.
         fields: further fields of the row by name, such as `options`, `choices` and `question`.
-        cut_off: whether the answer ended before the text after which it counts; `prediction` is then empty, and unparsed.
+        missing_marker: the `answer_after` that the answer lacks; `prediction` is then empty, and unparsed.
     """
 
     prediction: str
     references: tuple[str, ...]
     cluster: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    cut_off: bool = False
+    missing_marker: str | None = None
 
     def texts(self, name: str) -> tuple[str, ...]:
         """A field that is a list of texts; empty if the row has no such field."""
@@ -55,6 +55,7 @@ class Metric:
         proportion: whether every score is 0 or 1, so that the headline number is a proportion.
         percent: whether scores are shares of 1, and are shown in percent.
         has_baseline: whether the majority-class baseline means something.
+        units: of those `further` numbers that are no shares of 1, what is printed after the number.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Metric:
     proportion: bool = False
     percent: bool = True
     has_baseline: bool = True
+    units: Mapping[str, str] = field(default_factory=dict)
 
     def problem(self, item: Item) -> str | None:
         """What is wrong with the references or fields of an item, expected and got; None if it can be scored.
@@ -83,8 +85,8 @@ class Metric:
         return [self.score(item) for item in items]
 
     def score_items(self, items: Sequence[Item]) -> list[float | None]:
-        """`score_all`, and None for answers that were cut off. No metric replaces it."""
-        return [None if item.cut_off else value for item, value in zip(items, self.score_all(items), strict=True)]
+        """`score_all`, and None for answers without their `answer_after`. No metric replaces it."""
+        return [value if item.missing_marker is None else None for item, value in zip(items, self.score_all(items), strict=True)]
 
     def statistics(self, items: Sequence[Item], scores: Sequence[float | None]) -> Array:
         """What `headline` sums: shape (items, k). By default the score and 1, so that the headline is the mean."""

@@ -123,7 +123,7 @@ def test_unparsed_answers_count_as_zero(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_an_answer_that_was_cut_off_is_unparsed_and_counts_as_an_empty_one(name: str) -> None:
+def test_an_answer_without_answer_after_is_unparsed_and_counts_as_an_empty_one(name: str) -> None:
     references, fields = EXAMPLES[name]
     texts, options, choices = (references[0],) * 4, *(tuple(fields.get(key, ())) for key in ("options", "choices"))
     answers = score_answers(
@@ -135,7 +135,7 @@ def test_an_answer_that_was_cut_off_is_unparsed_and_counts_as_an_empty_one(name:
     assert [answer.parsed for answer in answers] == [True, False]
     assert answers[1].score == METRICS[name].unparsed_score == (METRICS[name].score_all([Item("", texts, "", fields)])[0] or 0)
     [overall] = group_scores(answers)
-    assert overall.unparsed == 1 and overall.questions == 2
+    assert overall.unparsed == 1 and overall.questions == 2 and overall.missing_markers == ("Answer:",)
     assert overall.score == _headline(name, [answer.item() for answer in answers])
 
 

@@ -79,7 +79,7 @@ class Numeric(Metric):
         return float(any(_equal(number, read_number(reference)) for reference in item.references))
 
     def further(self, items: Sequence[Item], scores: Sequence[float | None]) -> dict[str, Any]:
-        """`within_5_percent`: the share of answers within 5% of a reference; `mean_absolute_error` of the parsed answers."""
+        """`within_5_percent`: the share of all answers within 5% of a reference; `mean_absolute_error` of the parsed answers."""
         errors, close = [], 0
         for item in items:
             number, expected = read_number(item.prediction), [read_number(reference) for reference in item.references]
@@ -151,4 +151,5 @@ NUMERIC = Numeric(
     "defined by mmtune",
     unparsed="has no number, several different ones, or one that is denied, doubted, a bound or in arithmetic",
     proportion=True,
+    units={"mean_absolute_error": "over the parsed answers"},
 )
