@@ -104,13 +104,13 @@ IOU = BoxOverlap(
     "iou",
     "intersection over union of boxes",
     "RefCOCO (arXiv 1608.00272)",
-    unparsed="has no four numbers in brackets",
+    unparsed="has no four numbers in brackets, nor only four numbers",
     has_baseline=False,
 )
 ACC_AT_IOU_HALF = AccuracyAtHalf(
     "acc_at_iou_0.5",
     "boxes with an IoU of at least 0.5",
     "RefCOCO (arXiv 1608.00272)",
-    unparsed="has no four numbers in brackets",
+    unparsed="has no four numbers in brackets, nor only four numbers",
     has_baseline=False,
 )

@@ -19,7 +19,7 @@ _FENCE = re.compile(r"```(?:json)?\s*\n?(.*?)```", re.DOTALL | re.IGNORECASE)
 
 
 class JsonFields(Metric):
-    """F1 over the fields of a JSON object: a field is its path and its value.
+    """F1 over the fields of a JSON object or list: a field is its path and its value.
 
     Texts are compared after `normalize`, numbers by value. The items of two lists are matched one to one so that most fields are
     right; their order does not count. The headline number is F1 over the fields of all answers together.
@@ -28,10 +28,10 @@ class JsonFields(Metric):
     def problem(self, item: Item) -> str | None:
         """Every reference must be a JSON object or list."""
         wrong = [reference for reference in item.references if read_json(reference) is None]
-        return f"expected a JSON object as reference, got {wrong[0][:80]!r}" if wrong else None
+        return f"expected a JSON object or list as reference, got {wrong[0][:80]!r}" if wrong else None
 
     def score(self, item: Item) -> float | None:
-        """F1 of one answer, the best of the references; None if the answer has no JSON object, or several different ones."""
+        """F1 of one answer, the best of the references; None if the answer has none, or several different ones."""
         counts = self._counts(item)
         return None if read_json(item.prediction) is None else precision_recall_f1(*counts)[2]
 
@@ -147,8 +147,8 @@ def _right_items(first: list[Any], second: list[Any]) -> int:
 
 JSON_FIELDS = JsonFields(
     "json_fields",
-    "F1 over the fields of a JSON object",
+    "F1 over the fields of a JSON object or list",
     "defined by mmtune",
-    unparsed="is no JSON object, also not in a code block",
+    unparsed="is no JSON object or list, also not in a code block",
     has_baseline=False,
 )
