@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def load_function_metric(name: str) -> Metric:
     """The metric of `module:function` or `FILE.py:function`; a file is relative to the working directory.
 
     Raises:
-        UserError: the module, the file or the function does not exist, or importing it raises an error.
+        UserError: the module, the file or the function does not exist, takes other arguments, or importing it raises an error.
     """
     place, _, attribute = name.rpartition(":")
     if place.endswith(".py") and not Path(place).expanduser().is_file():
@@ -82,6 +83,7 @@ def load_function_metric(name: str) -> Metric:
     if not callable(function):
         names = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
         raise UserError(f"metric {name}: {place} has no function '{attribute}'{nearest(attribute, names)}")
+    _check_arguments(name, function)
     return FunctionMetric(
         name,
         function.__doc__ or "",
@@ -91,6 +93,19 @@ def load_function_metric(name: str) -> Metric:
         has_baseline=False,
         function=function,
     )
+
+
+def _check_arguments(name: str, function: ScoreFunction) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions of compiled code have none
+        return
+    try:
+        signature.bind("", [], {})
+    except TypeError as error:
+        raise UserError(
+            f"metric {name}: expected a function of (prediction, references, row), got one of {signature}: {error}"
+        ) from error
 
 
 def _import(place: str) -> ModuleType:
