@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from mmtune.data.sources.reader import check_source
 from mmtune.data.templates.template import load_data_template
-from mmtune.evaluation.metrics.metric_table import METRICS, find_metric, metric_name
+from mmtune.evaluation.metrics.metric_table import METRICS, find_metric, metric_name, name_hint
 from mmtune.families.family_table import ASSEMBLED_TYPE, family_of
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, resolve_base
 from mmtune.models.checkpoints.model_type import check_model_type, local_model_type
@@ -70,7 +70,7 @@ def _check_metric(source: Source) -> None:
     """A data template names a metric of the table: a file of data must not name code to run."""
     metric = load_data_template(source.template).metric
     if metric is not None and metric not in METRICS:
-        raise RecipeValueError("template", f"{source.template}: unknown metric '{metric}'{nearest(metric, METRICS)}")
+        raise RecipeValueError("template", f"{source.template}: unknown metric '{metric}'{name_hint(metric)}")
 
 
 def _check_best_metric(section: EvaluateSection, recipe: Recipe) -> None:

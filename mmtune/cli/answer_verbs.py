@@ -11,6 +11,7 @@ from typing import Any
 from mmtune.cli.verb_arguments import AddVerb, add_trust
 from mmtune.console.library_output import configure_console
 from mmtune.utils.errors import UserError
+from mmtune.utils.hub import missing_path_message
 
 
 def add_answer_verbs(verbs: Any, add: AddVerb) -> None:
@@ -113,8 +114,16 @@ def _score(arguments: argparse.Namespace) -> Any:
     from mmtune.evaluation.answers_file import read_answers
     from mmtune.evaluation.metrics.metric_table import find_metric
     from mmtune.evaluation.scores import print_scores
+    from mmtune.run_directory import RunDirectory
 
-    answers = score_answers(read_answers(Path(arguments.data), find_metric(arguments.metric), arguments.answer_after))
+    path = Path(arguments.data)
+    if path.is_dir():
+        file = RunDirectory(path).answers("after")
+        hint = f"; did you mean {file}?" if file.is_file() else ""
+        raise UserError(f"{path}: expected a file of answers, got a directory{hint}")
+    if not path.exists():
+        raise UserError(missing_path_message(str(path), "file of answers"))
+    answers = score_answers(read_answers(path, find_metric(arguments.metric), arguments.answer_after))
     if not answers:
         raise UserError(f"{arguments.data}: expected one JSON object per line, got no line with text")
     scores = scores_to_dicts(group_scores(answers))

@@ -74,7 +74,7 @@ def _sides(names: list[str]) -> list[_Side]:
     if len(names) > 1:
         return [_side(name, Path(name), "after") for name in names]
     run = Path(names[0])
-    if not run.is_dir():
+    if run.is_file():
         raise UserError(f"{run}: expected a second run or file of answers to compare with, or one run with answers of its base")
     return [_side("base", run, "before"), _side("tuned", run, "after")]
 

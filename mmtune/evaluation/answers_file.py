@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -54,6 +55,8 @@ def read_answers(path: Path, metric: Metric | None = None, answer_after: str | N
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        if not numbers and not errors and not re.match(r"\s*{\s*\S", line):
+            raise UserError(f"{path}:{number}: expected JSON Lines, a JSON object on each line, got {line[:40]!r}")
         try:
             answer = _read_line(line, number, metric, answer_after)
             first = numbers.setdefault((answer.source, answer.id), number)
@@ -85,8 +88,9 @@ def _read_line(line: str, number: int, metric: Metric | None, answer_after: str 
         expected, read = _KEYS[name]
         values[name] = read(row.get(name))
         if values[name] is None or (name == "references" and not values[name]):
-            shown = json.dumps(row[name], ensure_ascii=False)[:80] if name in row else "no such key"
-            raise ValueError(f"{name}: expected {expected}, got {shown}")
+            keys_of_line = f"no such key; the line has {', '.join(row)[:200] or 'none'}"
+            shown = json.dumps(row[name], ensure_ascii=False)[:80] if name in row else keys_of_line
+            raise ValueError(f"{name}: expected {expected}, got {shown}{_text_hint(expected, row.get(name))}")
     if metric:
         values["metric"] = metric.name
     if answer_after is not None:
@@ -98,6 +102,15 @@ def _read_line(line: str, number: int, metric: Metric | None, answer_after: str 
     if not metric and (possible := _expected_score(used, answer)) is not None:
         raise ValueError(f"score: expected {possible} (metric {used.name}), got {answer.score:g}")
     return answer
+
+
+def _text_hint(expected: str, value: Any) -> str:
+    """How to write numbers, or one text, as a list of texts."""
+    values = value if isinstance(value, list) else [value]
+    if expected != _KINDS["tuple[str, ...]"][0] or not values or not all(isinstance(each, (str, int, float)) for each in values):
+        return ""
+    texts = [each if isinstance(each, str) else json.dumps(each) for each in values]
+    return f"; write {json.dumps(texts, ensure_ascii=False)[:80]}"
 
 
 def _expected_score(metric: Metric, answer: Answer) -> str | None:

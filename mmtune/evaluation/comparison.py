@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import Any
@@ -19,7 +19,6 @@ from mmtune.evaluation.scores import difference_lines, format_difference, format
 from mmtune.utils.errors import UserError
 
 SHOWN = 5
-OTHER_QUESTION = "another question, other options, images or references, or another metric"
 Pair = tuple[Answer, Answer]
 
 
@@ -56,14 +55,14 @@ class Comparison:
         pairs: the answers of both to the rows that are compared.
         tasks: the differences of each task, then `overall`; for each metric.
         only_first, only_second: ids of rows that one of them has.
-        changed: ids of rows that have `OTHER_QUESTION`. They are not compared.
+        changed: by id of a row that is asked differently, what differs, such as its references. These rows are not compared.
     """
 
     pairs: list[Pair]
     tasks: list[TaskDifference]
     only_first: list[str]
     only_second: list[str]
-    changed: list[str]
+    changed: dict[str, list[str]]
 
     def as_json(self) -> dict[str, Any]:
         """The comparison as a JSON object, with the ids of the rows that changed."""
@@ -71,7 +70,7 @@ class Comparison:
             "rows": len(self.pairs),
             "only_first": self.only_first,
             "only_second": self.only_second,
-            "changed": self.changed,
+            "changed": list(self.changed),
             "tasks": differences_to_dicts(self.tasks),
             "regressions": [each.task for each in self.tasks if each.task != "overall" and each.is_regression],
             "worse": [first.id for first, second in self.pairs if gain(first, second) < 0],
@@ -87,14 +86,16 @@ def compare_answers(first: Sequence[Answer], second: Sequence[Answer]) -> Compar
     """
     sides = [_by_id(answers) for answers in (first, second)]
     joined = [(answer, sides[1][row]) for row, answer in sides[0].items() if row in sides[1]]
-    pairs = [pair for pair in joined if _asked(pair[0]) == _asked(pair[1])]
-    changed = [pair[0].id for pair in joined if _asked(pair[0]) != _asked(pair[1])]
+    pairs = [pair for pair in joined if not _differing(*pair)]
+    changed = {pair[0].id: differing for pair in joined if (differing := _differing(*pair))}
     only_first, only_second = ([row for row in one if row not in other] for one, other in (sides, sides[::-1]))
     if not pairs:
         ids = " and ".join(next(iter(side), "no row") for side in sides)
         why = f"no row id is in both; the first ids are {ids}"
         if changed:
-            why = f"{len(changed):,} rows have {OTHER_QUESTION}, such as {changed[0]}"
+            row, [what, *_] = next(iter(changed.items()))
+            values = " against ".join(repr(_asked(side[row])[what])[:80] for side in sides)
+            why = f"{len(changed):,} rows differ in {_listed(changed)}, such as {row}: {what} {values}"
         raise UserError(f"no row can be compared: {why}")
     return Comparison(pairs, compare_tasks(pairs), only_first, only_second, changed)
 
@@ -144,17 +145,32 @@ def _by_id(answers: Sequence[Answer]) -> dict[str, Answer]:
     return {answer.id: answer for answer in answers}
 
 
-def _asked(answer: Answer) -> tuple[Any, ...]:
+def _asked(answer: Answer) -> dict[str, Any]:
     """What must be equal in both answers to a row. Of images the names: the data may be in another folder."""
-    images = [PurePath(image).name for image in answer.images]
-    return answer.question, images, answer.choices, answer.options, answer.item().references, answer.metric
+    return {
+        "metric": answer.metric,
+        "question": answer.question,
+        "images": [PurePath(image).name for image in answer.images],
+        "choices": list(answer.choices),
+        "options": list(answer.options),
+        "references": list(answer.item().references),
+    }
+
+
+def _differing(first: Answer, second: Answer) -> list[str]:
+    asked = _asked(second)
+    return [name for name, value in _asked(first).items() if value != asked[name]]
+
+
+def _listed(changed: Mapping[str, Sequence[str]]) -> str:
+    return ", ".join(dict.fromkeys(name for differing in changed.values() for name in differing))
 
 
 def tuning_metrics(before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, Any]:
     """`score_metrics`, and with answers of the base their `comparison` with those of the tuned model."""
     metrics = score_metrics(before, after)
     base = {answer.id: answer for answer in before}
-    pairs = [(base[answer.id], answer) for answer in after if answer.id in base and _asked(base[answer.id]) == _asked(answer)]
+    pairs = [(base[answer.id], answer) for answer in after if answer.id in base and not _differing(base[answer.id], answer)]
     if pairs:
         metrics["comparison"] = differences_to_dicts(compare_tasks(pairs))
     return metrics
@@ -230,7 +246,7 @@ def unmatched_lines(comparison: Comparison, names: tuple[str, str]) -> list[str]
     kinds = {
         f"only in {names[0]}": comparison.only_first,
         f"only in {names[1]}": comparison.only_second,
-        f"with {OTHER_QUESTION}": comparison.changed,
+        f"that differ in {_listed(comparison.changed)}": list(comparison.changed),
     }
     return [
         f"not compared: {len(rows):,} rows {kind}: {', '.join(rows[:SHOWN])}{', ...' if len(rows) > SHOWN else ''}"

@@ -14,7 +14,7 @@ from PIL import Image
 from mmtune.cli.main import entry_point
 from mmtune.evaluation.answers import Answer, score_answers
 from mmtune.evaluation.answers_file import read_answers, write_answers
-from mmtune.evaluation.comparison import compare_answers, tuning_metrics
+from mmtune.evaluation.comparison import compare_answers, tuning_metrics, unmatched_lines
 from mmtune.evaluation.scores import print_scores, score_rows
 from mmtune.recipe.recipe import Recipe
 from mmtune.utils.errors import UserError
@@ -48,7 +48,8 @@ def test_rows_are_joined_by_id_and_the_others_are_listed() -> None:
     comparison = compare_answers(first, second)
     assert comparison.only_first == ["r[0]", "r[1]"]
     assert comparison.only_second == [f"r[{number}]" for number in (11, 10, 9, 8)]
-    assert comparison.changed == ["r[6]", "r[7]"]
+    assert comparison.changed == {"r[6]": ["references"], "r[7]": ["question"]}
+    assert unmatched_lines(comparison, ("a", "b"))[-1] == "not compared: 2 rows that differ in references, question: r[6], r[7]"
     assert [pair[0].id for pair in comparison.pairs] == ["r[2]", "r[3]", "r[4]", "r[5]"]
     [overall] = [each for each in comparison.tasks if each.task == "overall"]
     differences = [b.score - a.score for a, b in comparison.pairs]
@@ -92,9 +93,9 @@ def test_a_lower_error_rate_is_better() -> None:
 def test_another_question_is_not_compared(change: dict[str, Any]) -> None:
     first = _side("11", references=("a: b",), options=("a", "b"), images=("here/a.png",))
     second = [first[0], dataclasses.replace(first[1], **change)]
-    assert compare_answers(first, second).changed == ["r[1]"]
+    assert compare_answers(first, second).changed == {"r[1]": ["references" if "answer_after" in change else next(iter(change))]}
     moved = [dataclasses.replace(answer, images=("there/a.png",)) for answer in first]
-    assert compare_answers(first, moved).changed == []
+    assert compare_answers(first, moved).changed == {}
 
 
 def test_headline_numbers_are_those_of_the_scores_also_with_answer_after(files: list[str]) -> None:
@@ -128,7 +129,7 @@ def test_an_unparsed_answer_counts_as_wrong() -> None:
         (
             _side("11"),
             _side("11", metric="cer"),
-            r"2 rows have another question, .* such as r\[0\]",
+            r"2 rows differ in metric, such as r\[0\]: metric 'exact_match' against 'cer'",
         ),
         (_side("1") * 2, _side("11"), r"row r\[0\]: expected one answer for each row, got 2"),
         ([], _side("11"), "the first ids are no row and"),
@@ -199,6 +200,7 @@ def test_an_image_that_cannot_be_read_is_named_on_the_page(files: list[str], tmp
     [
         (["{folder}/none.jsonl", "{first}"], "none.jsonl"),
         (["{first}"], "expected a second run or file of answers"),
+        (["{folder}/held"], "no such run or file of answers"),
         (["{folder}", "{first}"], "has no answers (answers_after.jsonl); `mmtune eval` writes them"),
         (["{folder}"], "has no answers (answers_before.jsonl); set evaluate.before: true"),
         (["{folder}/broken.jsonl", "{first}"], "broken.jsonl:2: references: expected a list of texts, got no such key"),

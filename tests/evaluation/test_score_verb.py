@@ -54,7 +54,7 @@ def test_answers_made_elsewhere_are_scored(tmp_path: Path, capsys: pytest.Captur
 
 def test_faulty_lines_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     faulty = [
-        "{\n",
+        {"prediction": "yes"},
         [1],
         {"references": ["yes"]},
         {"prediction": "yes", "references": "yes"},
@@ -64,36 +64,56 @@ def test_faulty_lines_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
         {"prediction": "yes", "references": ["perhaps"]},
         {"prediction": 5, "references": ["yes"]},
         {"prediction": "", "references": ["yes"], "cluster": [1]},
+        "{\n",
     ]
     path = _write(tmp_path / "answers.jsonl", faulty)
     assert entry_point(["score", str(path), "--metric", "yes_no"]) == 2
     errors = capsys.readouterr().err.splitlines()
     expected = [
-        f"error: {path}:1: expected a JSON object, got text that is not JSON: ",
+        f"error: {path}:1: references: expected a list of texts, got no such key; the line has prediction",
         f"{path}:2: expected a JSON object, got list",
         f"{path}:3: prediction: expected a text, got no such key",
-        f'{path}:4: references: expected a list of texts, got "yes"',
+        f'{path}:4: references: expected a list of texts, got "yes"; write ["yes"]',
         f"{path}:5: references: expected a list of texts, got []",
-        f"{path}:7: options: expected a list of texts, got [1]",
+        f'{path}:7: options: expected a list of texts, got [1]; write ["1"]',
         f"{path}:8: references: expected yes or no as reference, got 'perhaps' (metric yes_no)",
         f"{path}:9: prediction: expected a text, got 5",
         f"{path}:10: cluster: expected a text or an integer, got [1]",
+        f"{path}:11: expected a JSON object, got text that is not JSON: ",
     ]
     assert len(errors) == len(expected) and all(map(str.startswith, errors, expected))
-    assert entry_point(["score", str(_write(path, ["x\n"] * 12)), "--metric", "yes_no"]) == 2
+    assert entry_point(["score", str(_write(path, [{}] * 12)), "--metric", "yes_no"]) == 2
     assert capsys.readouterr().err.splitlines()[10:] == ["... and 2 more lines"]
     assert entry_point(["score", str(_write(path, ["\n"])), "--metric", "yes_no"]) == 2
     assert capsys.readouterr().err == f"error: {path}: expected one JSON object per line, got no line with text\n"
     path.write_text(json.dumps(LINES[0]), encoding="utf-16")
     for argument, message in {
         path: "expected JSON Lines in UTF-8, got byte 0xff at position 0",
-        tmp_path: "cannot be read: Is a directory",
-        tmp_path / "missing.jsonl": "cannot be read: No such file or directory",
+        tmp_path: "expected a file of answers, got a directory",
     }.items():
         assert entry_point(["score", str(argument), "--metric", "yes_no"]) == 2
         assert capsys.readouterr().err == f"error: {argument}: {message}\n"
+    (tmp_path / "answers_after.jsonl").touch()
+    for argument, message in {
+        tmp_path: f"{tmp_path}: expected a file of answers, got a directory; did you mean {tmp_path}/answers_after.jsonl?",
+        tmp_path / "answer.jsonl": f"no such file of answers: {tmp_path}/answer.jsonl; did you mean '{path}'?",
+    }.items():
+        assert entry_point(["score", str(argument), "--metric", "yes_no"]) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+    for text, first in {
+        "prediction,references\nyes,yes\n": "prediction,references",
+        "[{}]": "[{}]",
+        "{\n}": "{",
+        "[\n{}\n]": "[",
+    }.items():
+        path.write_text("\n" + text)
+        assert entry_point(["score", str(path), "--metric", "yes_no"]) == 2
+        message = f"{path}:2: expected JSON Lines, a JSON object on each line, got '{first}'"
+        assert capsys.readouterr().err == f"error: {message}\n"
     assert entry_point(["score", str(path), "--metric", "yesno"]) == 2
     assert capsys.readouterr().err == "error: unknown metric 'yesno'; did you mean 'yes_no'?\n"
+    assert entry_point(["score", str(path), "--metric", "mine"]) == 2
+    assert "yes_no; one of your own is FILE.py:function or module:function\n" in capsys.readouterr().err
 
 
 SCORED = {"id": "r", "prediction": "yes", "references": ["yes"], "metric": "yes_no", "score": 1.0, "cluster": "a"}
@@ -109,6 +129,10 @@ SCORED = {"id": "r", "prediction": "yes", "references": ["yes"], "metric": "yes_
         ({"images": "a.png"}, 'images: expected a list of texts, got "a.png"'),
         ({"metric": None}, "metric: expected a text, got null"),
         ({"metric": "yesno"}, "unknown metric 'yesno'; did you mean 'yes_no'?"),
+        ({"metric": "mine"}, "unknown metric 'mine'; valid here: acc_at_iou_0.5, "),
+        ({"metric": "own.py"}, "unknown metric 'own.py'; a function in a file is FILE.py:function, such as 'own.py:score'"),
+        ({"metric": "accuracy"}, "unknown metric 'accuracy'; did you mean 'exact_match'?"),
+        ({"metric": "F1"}, "unknown metric 'F1'; did you mean 'token_f1'?"),
         ({"score": None}, "score: expected a finite number, got null"),
         ({"score": "1.0"}, 'score: expected a finite number, got "1.0"'),
         ({"score": True}, "score: expected a finite number, got true"),
@@ -208,7 +232,7 @@ def test_a_function_of_the_user_is_a_metric(
         "own_metric.py:too_large": "expected a finite number or None, got 1000",
         "own_metric.py:faulty": f"KeyError: 'wieght' ({tmp_path}/own_metric.py:10), for 'x'",
         "own_metric:faulty": f"KeyError: 'wieght' ({tmp_path}/own_metric.py:10), for 'x'",
-        "own_metric.py:two_arguments": "TypeError: two_arguments() takes 2 positional arguments but 3 were given, for 'x'",
+        "own_metric.py:two_arguments": "expected a function of (prediction, references, row), got one of (prediction, refer",
         "broken.py:score": f"cannot import broken.py: AttributeError: 'int' object has no attribute 'y' ({tmp_path}/broken.py:2)",
         "own_metric.py:scores": "own_metric.py has no function 'scores'; did you mean 'score'?",
         "other_metric.py:score": "no file other_metric.py; the path is relative to the working directory",
@@ -216,6 +240,26 @@ def test_a_function_of_the_user_is_a_metric(
     }.items():
         assert entry_point(["score", str(path), "--metric", name]) == 2
         assert f"error: metric {name}: {message}" in capsys.readouterr().err
+
+
+def test_a_function_with_other_arguments_is_an_error_before_anything_is_generated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "arguments.py").write_text(
+        "def two(prediction, references): ...\n"
+        "def four(prediction, references, row, more): ...\n"
+        "def named(*, prediction, references, row): ...\n"
+        "def any_number(*arguments): ...\n"
+        "def default(prediction, references, row=None, more=1): ...\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name in ("two", "four", "named"):
+        with pytest.raises(
+            UserError, match=rf"evaluate\.metric: metric arguments\.py:{name}: expected a function of \(prediction, "
+        ):
+            check_questions(_section(tmp_path, metric=f"arguments.py:{name}"))
+    for name in ("any_number", "default"):
+        check_questions(_section(tmp_path, metric=f"arguments.py:{name}"))
 
 
 def test_every_shipped_template_names_a_metric_of_the_table() -> None:

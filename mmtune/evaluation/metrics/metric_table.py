@@ -39,6 +39,9 @@ _TABLE = (
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _TABLE}
 """Every metric by its name."""
 
+_OTHER_NAMES = {"accuracy": EXACT_MATCH, "acc": EXACT_MATCH, "em": EXACT_MATCH, "f1": TOKEN_F1, "mae": NUMERIC, "mean_iou": IOU}
+"""Names that other tools use, and the metric of the table that is meant."""
+
 DEFAULT_METRIC = EXACT_MATCH.name
 """The metric of rows whose data template names none, where the recipe names none."""
 
@@ -73,4 +76,16 @@ def recorded_metric(name: str) -> Metric:
         return METRICS[name]
     if re.fullmatch(r"[^:]+:[A-Za-z_]\w*", name):
         return Metric(name, "", "", percent=False, has_baseline=False)
-    raise UserError(f"unknown metric '{name}'{nearest(name, METRICS)}")
+    file = name.partition(":")[0]
+    if file.endswith(".py"):
+        raise UserError(f"unknown metric '{name}'; a function in a file is FILE.py:function, such as '{file}:score'")
+    hint = name_hint(name)
+    own = "" if hint.endswith("?") else "; one of your own is FILE.py:function or module:function"
+    raise UserError(f"unknown metric '{name}'{hint}{own}")
+
+
+def name_hint(name: str) -> str:
+    """A hint for an unknown metric: the one that is meant, or all names."""
+    if name.lower() in _OTHER_NAMES:
+        return f"; did you mean '{_OTHER_NAMES[name.lower()].name}'?"
+    return nearest(name, METRICS)
