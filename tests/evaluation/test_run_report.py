@@ -104,6 +104,10 @@ def test_the_page_is_self_contained_and_shows_hostile_text_as_text(make_recipe: 
     assert style and "url(" not in style[1] and "@import" not in style[1]
     assert page.text.count(HOSTILE) == 7  # a score, question, reference, both predictions, id, task
 
+    # On a narrow page each text stands beside the name of its column.
+    columns = [attributes["data-column"] for tag, attributes in page.tags if tag == "td"]
+    assert columns == [*score_rows(SUMMARY)[0]] * 2
+
     pictures = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     assert len(pictures) == 3
     decoded = [Image.open(io.BytesIO(base64.b64decode(str(picture).partition("base64,")[2]))) for picture in pictures]
