@@ -95,7 +95,7 @@ def compare_answers(first: Sequence[Answer], second: Sequence[Answer]) -> Compar
         if changed:
             row, [what, *_] = next(iter(changed.items()))
             values = " against ".join(repr(_asked(side[row])[what])[:80] for side in sides)
-            why = f"{len(changed):,} rows differ in {_listed(changed)}, such as {row}: {what} {values}"
+            why = f"{len(changed):,} rows differ in {_listed(changed)}: {what} of {row} is {values}"
         raise UserError(f"no row can be compared: {why}")
     return Comparison(pairs, compare_tasks(pairs), only_first, only_second, changed)
 

@@ -85,7 +85,7 @@ def further_lines(summary: Mapping[str, Any]) -> list[str]:
             lines.append(f"{name}: {', '.join(f'{key} {_format_further(key, value, name)}' for key, value in numbers.items())}")
         if item["unparsed"]:
             rules = [METRICS[name].unparsed] if name in METRICS and METRICS[name].unparsed != "never" else []
-            rule = " or ".join([*rules, *(f"lacks {marker!r}" for marker in item.get("missing_markers", ()))])
+            rule = "; or ".join([*rules, *(f"lacks {marker!r}" for marker in item.get("missing_markers", ()))])
             value = METRICS[name].unparsed_score if name in METRICS else 0.0
             why = f" ({rule})" if rule else ""
             lines.append(f"{name}: {item['unparsed']} of {item['questions']} answers are unparsed{why} and count as {value:g}")

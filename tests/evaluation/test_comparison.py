@@ -129,7 +129,7 @@ def test_an_unparsed_answer_counts_as_wrong() -> None:
         (
             _side("11"),
             _side("11", metric="cer"),
-            r"2 rows differ in metric, such as r\[0\]: metric 'exact_match' against 'cer'",
+            r"2 rows differ in metric: metric of r\[0\] is 'exact_match' against 'cer'",
         ),
         (_side("1") * 2, _side("11"), r"row r\[0\]: expected one answer for each row, got 2"),
         ([], _side("11"), "the first ids are no row and"),

@@ -237,7 +237,7 @@ def test_the_table_shows_metrics_unparsed_answers_and_further_numbers(capsys: py
     print_scores({"tuned_scores": [lacking, {**lacking, "metric": "cer", "further": {}}]})
     shown = capsys.readouterr().out
     assert "numeric: mean_absolute_error 1.333 over the parsed answers\n" in shown
-    assert "or in arithmetic or lacks 'Answer:') and count as 0\n" in shown
+    assert "or in arithmetic; or lacks 'Answer:') and count as 0\n" in shown
     assert "cer: 3 of 4 answers are unparsed (lacks 'Answer:') and count as 1\n" in shown
     [about, _] = metric_lines({"tuned_scores": [yes_no, caption]})
     assert about == "`yes_no`: yes or no; with precision, recall and F1 of yes, and the share of yes (POPE (arXiv 2305.10355))."
