@@ -8,9 +8,8 @@ import textwrap
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
-from mmtune.chat.image_paths import file_path, image_paths
+from mmtune.chat.image_paths import file_path, image_paths, is_file
 from mmtune.chat.session import ChatSession, ChatState
 from mmtune.data.media.media import EmbeddedMedia, ImageView, image_size
 from mmtune.data.message import text_of
@@ -63,7 +62,7 @@ def run_command(chat: Chat, line: str) -> None:
     if name not in COMMANDS:
         close = OTHER_NAMES.get(name.lower()) or closest_name(name, COMMANDS)
         hint = f"did you mean {close}?" if close else "/help lists the commands"
-        if Path(name).exists():
+        if is_file(name):
             hint = f"an image is attached with /image {name}"
         raise UserError(f"unknown command {name[:100]}; {hint} (a question that begins with / needs a space before it)")
     command = COMMANDS[name]

@@ -34,7 +34,7 @@ def image_paths(text: str) -> Iterator[tuple[str, Path | EmbeddedMedia]]:
         try:
             yield name, resolve_image(name)
         except UserError as error:
-            if len(names) == 1 or any(map(_is_file, names)):
+            if len(names) == 1 or any(map(is_file, names)):
                 raise
             raise UserError(f"{error}; put a path with spaces in quotes: /image 'my cat.png'") from error
 
@@ -70,13 +70,13 @@ def file_path(command: str, text: str) -> Path:
 def _names(command: str, text: str) -> list[str]:
     if not text:
         raise UserError(f"{command}: expected a file: {command} FILE")
-    if _is_file(text):
+    if is_file(text):
         return [text]
     try:
         words = _words(text, escape="\\")
-        if "\\" in text and not all(map(_is_file, words)):
+        if "\\" in text and not all(map(is_file, words)):
             folders = _words(text, escape="")  # a backslash between folders is not an escape
-            if is_windows_path(text) or all(_is_file(name.replace("\\", "/")) for name in folders):
+            if is_windows_path(text) or all(is_file(name.replace("\\", "/")) for name in folders):
                 return folders
     except ValueError as error:
         raise UserError(f'{command} {text}: unclosed quote; put the path in quotes: {command} "it\'s.png"') from error
@@ -89,8 +89,9 @@ def _words(text: str, escape: str) -> list[str]:
     return list(lexer)
 
 
-def _is_file(name: str) -> bool:
-    with suppress(OSError):  # for example a name that is too long
+def is_file(name: str) -> bool:
+    """Whether a name is that of a file; False for one that cannot be a path."""
+    with suppress(OSError, ValueError):  # for example a name that is too long, or has a null character
         return Path(expand_user(name)).is_file()
     return False
 

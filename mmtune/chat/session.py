@@ -221,8 +221,12 @@ class ChatSession:
         if path.suffix != ".jsonl":
             raise UserError(f"/save {path}: expected a file name that ends in .jsonl")
         self.state.last_turn()  # an error if there is none
-        root = path.parent.resolve()
-        if not root.is_dir():
+        try:
+            root = path.parent.resolve()
+            is_folder = root.is_dir()
+        except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, a null character, a loop of links
+            raise UserError(f"/save {str(path)[:100]}: {reason_of(error)}") from error
+        if not is_folder:
             raise UserError(f"/save {path}: no such folder: {root}")
         messages = [_stripped(message) for message in self._prompt([*self.state.messages])]
         try:

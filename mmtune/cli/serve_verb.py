@@ -14,6 +14,13 @@ from mmtune.cli.verb_arguments import AddVerb, add_trust
 from mmtune.console.library_output import configure_console
 from mmtune.utils.errors import CheckFailed, UserError
 
+SET_HERE = {
+    "--port": "the port is an option of mmtune: --port N before --",
+    "--host": "an engine listens on 127.0.0.1 only; put a server that checks requests before it",
+    "--served-model-name": "the name of the model is its path",
+}
+"""Options of engines that `mmtune serve` sets itself."""
+
 
 def add_serve_verb(verbs: Any, add: AddVerb) -> None:
     """Declare the verb.
@@ -65,14 +72,19 @@ def _start(arguments: argparse.Namespace) -> None:
     engine = find_engine(arguments.engine)
     engine.command("", arguments.port, (), arguments.engine_command)  # an engine that is missing is reported before a merge
     check_port(arguments.port)
+    for word in arguments.engine_options:
+        if word.partition("=")[0] in SET_HERE:
+            raise UserError(f"{word}: {SET_HERE[word.partition('=')[0]]}; leave it out after --")
     configure_console()
     from mmtune.serving.engine_client import EngineClient
-    from mmtune.serving.released_model import released_model
+    from mmtune.serving.released_model import check_decoder_only, released_model
 
     released = released_model(Path(arguments.model), arguments.trust_remote_code)
     trust = ["--trust-remote-code"] if arguments.trust_remote_code else []
     options = [*trust, *arguments.engine_options]
     command = engine.command(released.path, arguments.port, options, arguments.engine_command)
+    if engine.decoder_only and arguments.engine_command is None:
+        check_decoder_only(released.path, arguments.trust_remote_code)
     print(f"starting: {shlex.join(command)}", flush=True)
     with running_engine(command, engine.environment, arguments.port) as process:
         process.wait_until_ready(arguments.timeout)
@@ -81,20 +93,23 @@ def _start(arguments: argparse.Namespace) -> None:
         except (CheckFailed, UserError):
             process.check_alive("at its first question")
             raise
-        print(_usage(process.address, released.path, released.run), flush=True)
+        print(_usage(process.address, released.path, released.trained), flush=True)
         process.wait()
 
 
-def _usage(address: str, model: str, run: Path | None) -> str:
+def _usage(address: str, model: str, trained: Path | None) -> str:
     """How to ask the engine."""
-    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,IMAGE"}}
+    mark = "IMAGE-IN-BASE64"
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{mark}"}}
     content = [image, {"type": "text", "text": "What is in the image?"}]
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0})
-    curl = shlex.quote(body).replace("IMAGE", "'$(base64 -w0 image.png)'")
+    shown = shlex.quote(body).replace(mark, "'$(base64 -w0 image.png)'")
+    # The body is not an argument of curl: an argument has at most 128 KiB.
+    curl = f"echo {shown} | curl -s {address}/v1/chat/completions -H 'Content-Type: application/json' -d @-"
     lines = [
         f"serving: {model} at {address}/v1; Ctrl-C ends it",
         "",
-        f"curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d {curl}",
+        curl,
         "",
         "from openai import OpenAI",
         f'client = OpenAI(base_url="{address}/v1", api_key="none")',
@@ -102,8 +117,8 @@ def _usage(address: str, model: str, run: Path | None) -> str:
         '    messages=[{"role": "user", "content": "What can you do?"}])',
         "print(answer.choices[0].message.content)",
     ]
-    if run is not None:
-        lines += ["", f"mmtune serve --check {address}/v1 --run {shlex.quote(str(run))}"]
+    if trained is not None:
+        lines += ["", f"mmtune serve --check {address}/v1 --run {shlex.quote(str(trained))}"]
     return "\n".join(lines)
 
 
@@ -142,6 +157,8 @@ def _check(arguments: argparse.Namespace) -> Any:
     result = check_serving(engine, model, questions)
     print(f"prompt tokens: {result.same_prompt_tokens} of {result.questions} questions have as many as in training")
     print(f"answers: {result.same_answers} of {result.questions} are the trained model's")
+    if result.parsed_answers:
+        print(f"not compared: {result.parsed_answers} answers of which the engine took out tool calls or reasoning")
     if (difference := result.largest_log_probability_difference) is not None:
         print(f"log-probabilities: the largest difference of a token is {difference:.2g}")
     if result.rounding:

@@ -84,8 +84,11 @@ def read_messages_row(path: Path) -> Sample:
     Raises:
         UserError: a missing or unreadable file, another number of rows, or a row that is not valid.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: expected a file" if path.exists() else missing_path_message(str(path), "file"))
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: expected a file" if path.exists() else missing_path_message(str(path), "file"))
+    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, a null character, a loop of links
+        raise UserError(f"{str(path)[:100]}: cannot be read: {reason_of(error)}") from error
     if path.suffix.lower() not in ROW_FILES:
         raise UserError(f"{path}: expected a {' or '.join(ROW_FILES)} file with one row in the form of the template `messages`")
     try:

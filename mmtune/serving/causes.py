@@ -1,11 +1,11 @@
-"""Why an engine differs from the trained model: a few more questions to both, each of which can differ for one reason only."""
+"""Causes of a difference between engine and trained model, found by further questions that each differ for one reason only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from mmtune.data.message import Message, RowError, prompt_messages, text_of
-from mmtune.serving.engine_client import EngineClient, RequestRefused
+from mmtune.serving.engine_client import EngineClient, RequestRejected
 from mmtune.serving.served_question import ServedQuestion, shown_text
 from mmtune.serving.trained_answers import TrainedAnswer, TrainedModel
 
@@ -14,6 +14,8 @@ SYSTEM = "Answer in English."
 TEXT_QUESTIONS = ("Hello", SHORT, "Count from one to ten.", "Is two more than one? Answer yes or no.")
 LONG_TOKENS = 512
 """Two questions are made longer than any of the run by this many words and twice as many, to find a limit of the context."""
+EXACT = 1e-3
+"""Log-probabilities that differ by less need no measurement of rounding."""
 OWN_QUESTIONS = 8
 """Questions of the run that are asked without their images."""
 BASE_ANSWERS = 8
@@ -29,8 +31,8 @@ def find_token_cause(engine: EngineClient, model: TrainedModel, compared: Sequen
     images = _images_of_probes(engine, model, compared)
     short = _difference(engine, model, [_user(SHORT, images)])
     if short is None:
-        refusal = next((each.refusal for each in compared if each.refusal), "its own output has the reason")
-        return f"the engine refuses a short question: {refusal}"
+        rejection = next((each.rejection for each in compared if each.rejection), "its own output has the reason")
+        return f"the engine rejects a short question: {rejection}"
     if (limit := _context_limit(engine, model, compared, images)) is not None:
         return limit
     if short:
@@ -44,11 +46,12 @@ def find_token_cause(engine: EngineClient, model: TrainedModel, compared: Sequen
             f"the chat template: the engine's prompt of a short question is {_longer(short)}. Serve the release with its own "
             "chat_template.jinja, and without an option that replaces it"
         )
-    first = next(each for each in compared if not each.same_tokens)
-    if first.engine is None:
-        return f"the engine refuses {sum(each.engine is None for each in compared)} of the questions"
-    if not first.sample.images:
-        return "the chat template: it writes a conversation of several turns, or its tools, in another way"
+    differing = [each for each in compared if not each.same_tokens]
+    if rejected := [each for each in differing if each.engine is None]:
+        return f"the engine rejects {len(rejected)} of the questions: {rejected[0].rejection}"
+    for each in differing:
+        if _difference(engine, model, _without_images(each)) or not each.sample.images:
+            return "the chat template: it writes a conversation of several turns, or its tools, in another way"
     return (
         "the image size: questions of text alone agree, and those with images do not. The engine's processor has other pixel "
         "bounds or another image size than that of the release (preprocessor_config.json, processor_config.json, or an option "
@@ -59,10 +62,7 @@ def find_token_cause(engine: EngineClient, model: TrainedModel, compared: Sequen
 def find_cause(engine: EngineClient, model: TrainedModel, compared: Sequence[ServedQuestion]) -> tuple[str, bool]:
     """Why an engine gives other answers although it counts the same prompt tokens, and whether rounding explains it."""
     differing = [each for each in compared if not each.same_answer]
-    again = engine.ask(prompt_messages(differing[0].sample), model.max_new_tokens, differing[0].sample.tools)
-    if differing[0].engine is not None and again.text != differing[0].engine.text:
-        return "sampling: the engine answers the same question in two ways although temperature 0 is requested", False
-    if _answers_as_base(model, compared):
+    if answers_as_base(model, compared):
         return (
             "the weights: the engine answers as the untuned base does. The adapter is not applied or not merged; serve the "
             "result of `mmtune merge`",
@@ -89,6 +89,9 @@ def find_cause(engine: EngineClient, model: TrainedModel, compared: Sequence[Ser
             f"(at most {max(gaps):.2g}), which computing in bf16 explains",
             True,
         )
+    again = engine.ask(prompt_messages(differing[0].sample), model.max_new_tokens, differing[0].sample.tools)
+    if differing[0].engine is not None and again.text != differing[0].engine.text:
+        return "sampling: the engine answers the same question in two ways although temperature 0 is requested", False
     if answered and all(chat == ours for ours, chat, _ in answered) and all(each.sample.images for each in differing):
         return (
             "the images: answers to questions of text alone are the same. The engine prepares images in another way (resizing, "
@@ -99,6 +102,27 @@ def find_cause(engine: EngineClient, model: TrainedModel, compared: Sequence[Ser
         f"the weights: an answer departs at a token whose two largest logits differ by {max(gaps):.2g}, and computing in bf16 "
         f"changes such a difference by at most {tolerance / 2:.2g}. The engine serves other weights than those of the run",
         False,
+    )
+
+
+def find_hidden_cause(model: TrainedModel, compared: Sequence[ServedQuestion], difference: float | None) -> str | None:
+    """A cause although all answers are the same; None without one.
+
+    Prints a line if the untuned base gives the same answers too, so that they do not show which of the two is served.
+
+    Args:
+        difference: the largest difference of a token's log-probability; None if the engine gives none.
+    """
+    answered = [(each.sample, each.trained) for each in compared]
+    if model.has_base:
+        base = model.answers_of_base([sample for sample, _ in answered[:BASE_ANSWERS]])
+        if all(shown_text(ours.text) == shown_text(trained.text) for ours, (_, trained) in zip(base, answered, strict=False)):
+            print("warning: the untuned base gives the same answers, so they do not show whether the tuned weights are served")
+    if difference is None or difference < EXACT or difference <= 2 * (tolerance := model.rounding(answered)):
+        return None
+    return (
+        f"the weights: the answers are the same, but the log-probability of a token differs by {difference:.2g}, and computing "
+        f"in bf16 changes the gap between two logits by at most {tolerance:.2g}"
     )
 
 
@@ -123,7 +147,7 @@ def _difference(engine: EngineClient, model: TrainedModel, messages: list[Messag
     try:
         expected = model.prompt_tokens(messages)
         return engine.ask(messages, 1).prompt_tokens - expected
-    except (RequestRefused, RowError):
+    except (RequestRejected, RowError):
         return None
 
 
@@ -140,13 +164,14 @@ def _context_limit(
     long = [[_user(f"Count:{' one' * count}", images)] for count in (words, words + LONG_TOKENS)]
     try:
         counted = [engine.ask(messages, 1).prompt_tokens for messages in long]
-    except RequestRefused as error:
-        refused = [each for each in compared if each.engine is None]
+    except RequestRejected as error:
+        rejected = [each for each in compared if each.engine is None]
         longest = max((each.prompt_tokens for each in compared if each.engine is not None), default=0)
-        if refused and min(each.prompt_tokens for each in refused) > longest:
-            return f"a truncated context: the engine refuses long questions, answers up to {longest} tokens ({error})"
+        if rejected and min(each.prompt_tokens for each in rejected) > longest:
+            return f"a truncated context: the engine rejects long questions, answers up to {longest} tokens ({error})"
         return None
-    if counted[0] != counted[1]:
+    reached = any(each.prompt_tokens >= counted[0] for each in compared if not each.same_tokens)
+    if counted[0] != counted[1] or not reached:
         return None
     return (
         f"a truncated context: of a question with {model.prompt_tokens(long[0])} tokens the engine reads {counted[0]}. Serve "
@@ -154,14 +179,25 @@ def _context_limit(
     )
 
 
-def _answers_as_base(model: TrainedModel, compared: Sequence[ServedQuestion]) -> bool:
-    """Whether the engine gives the base's answers where base and trained model differ."""
-    asked = [each for each in compared if not each.same_answer][:BASE_ANSWERS]
+def answers_as_base(model: TrainedModel, compared: Sequence[ServedQuestion]) -> bool:
+    """Whether the engine gives the base's answers to all questions that base and trained model answer differently."""
+    groups = ([each for each in compared if each.same_answer == same][:BASE_ANSWERS] for same in (False, True))
+    asked = [each for group in groups for each in group]
     base = model.answers_of_base([each.sample for each in asked])
-    return all(
-        each.engine is not None and shown_text(answer.text) == shown_text(each.engine.text)
+    telling = [
+        (each, answer)
         for each, answer in zip(asked, base, strict=True)
+        if shown_text(answer.text) != shown_text(each.trained.text)
+    ]
+    return bool(telling) and all(
+        each.engine is not None and shown_text(answer.text) == shown_text(each.engine.text) for each, answer in telling
     )
+
+
+def _without_images(question: ServedQuestion) -> list[Message]:
+    """The question with its texts alone."""
+    messages = prompt_messages(question.sample)
+    return [{**message, "content": [block for block in message["content"] if block["type"] == "text"]} for message in messages]
 
 
 def _answers_with_penalties(engine: EngineClient, model: TrainedModel, differing: Sequence[ServedQuestion]) -> str | None:
@@ -194,7 +230,7 @@ def _text_answers(
         try:
             ours, tokens = model.answer(messages).text, model.prompt_tokens(messages)
             chat = engine.ask(messages, model.max_new_tokens)
-        except (RequestRefused, RowError):  # a family without questions of text alone
+        except (RequestRejected, RowError):  # a family without questions of text alone
             return []
         raw = engine.complete_text(model.rendered(messages), model.max_new_tokens)
         same_prompt = raw is not None and raw.prompt_tokens == tokens
@@ -208,9 +244,7 @@ def _gap_at_departure(model: TrainedModel, question: ServedQuestion) -> float:
     """The gap between the two largest logits at the first token of the trained answer that the engine's does not have."""
     assert question.engine is not None
     trained, served = question.trained, question.engine.text.strip()
-    position = _departure(model, trained, served)
-    first, second = trained.logits[position].topk(2).values.tolist()
-    return float(first - second)
+    return trained.gaps[_departure(model, trained, served)]
 
 
 def _departure(model: TrainedModel, trained: TrainedAnswer, served: str) -> int:

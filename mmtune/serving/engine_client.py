@@ -27,14 +27,16 @@ class EngineAnswer:
         text: the answer.
         prompt_tokens: the number of tokens of the prompt, image tokens included, as the engine counts them.
         log_probabilities: of the tokens of the answer, natural logarithm; None if the engine does not give them.
+        parsed: whether the engine took tool calls or reasoning out of the text, which thus is not what the model wrote.
     """
 
     text: str
     prompt_tokens: int
     log_probabilities: tuple[float, ...] | None = None
+    parsed: bool = False
 
 
-class RequestRefused(Exception):
+class RequestRejected(Exception):
     """The engine answers one request with an error; the message is the engine's."""
 
 
@@ -72,25 +74,25 @@ class EngineClient:
             CheckFailed: no OpenAI-compatible engine answers.
         """
         try:
-            self._greet()
-        except RequestRefused as error:
-            if self._model is not openai.omit:
-                raise UserError(f"{self.root}: the engine refuses a question to {self._model}: {error}") from error
-            listed = self._listed_models()
+            self._send_probe()
+        except RequestRejected as error:
+            listed = self._listed_models() if self._model is openai.omit else []
             if len(listed) != 1:
-                names = f"; it lists {', '.join(listed[:10])}" if listed else ""
-                raise UserError(
-                    f"{self.root}: the engine needs the name of the model, --model-name NAME{names} ({error})"
-                ) from error
+                names = f" ({', '.join(listed[:10])})" if listed else ""
+                which = f"; --model-name NAME selects one of several models{names}" if self._model is openai.omit else ""
+                raise UserError(f"{self.root}: the engine rejects a question: {error}{which}") from error
             self._model = listed[0]
-            self._greet()
+            try:
+                self._send_probe()
+            except RequestRejected as again:
+                raise UserError(f"{self.root}: the engine rejects a question to {listed[0]}: {again}") from again
 
-    def _greet(self) -> None:
+    def _send_probe(self) -> None:
         """Ask a question of text, or one with an image where the model takes no other."""
         text = {"type": "text", "text": "Hello"}
         try:
             self.ask([{"role": "user", "content": [text]}], 1)
-        except RequestRefused:
+        except RequestRejected:
             self.ask([{"role": "user", "content": [{"type": "image", "image": blank_image()}, text]}], 1)
 
     def _listed_models(self) -> list[str]:
@@ -108,15 +110,15 @@ class EngineClient:
             tools: schemas of functions.
 
         Raises:
-            RequestRefused: the engine answers with an error.
+            RequestRejected: the engine answers with an error.
             CheckFailed: it does not answer, or not as an OpenAI-compatible engine.
         """
         request = self._request(messages, max_tokens, tools)
         if self._gives_log_probabilities:
             try:
                 return self._complete({**request, "logprobs": True})
-            except RequestRefused:
-                answer = self._complete(request)  # refused for another reason: raised again
+            except RequestRejected:
+                answer = self._complete(request)  # rejected for another reason: raised again
                 self._gives_log_probabilities = False
                 return answer
         return self._complete(request)
@@ -137,6 +139,7 @@ class EngineClient:
                 text=_text(choice.message),
                 prompt_tokens=int(completion.usage.prompt_tokens),
                 log_probabilities=tuple(float(token.logprob) for token in tokens) if tokens else None,
+                parsed=bool(choice.message.tool_calls or getattr(choice.message, "reasoning_content", None)),
             )
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             shown = str(completion)[:200]
@@ -150,7 +153,7 @@ class EngineClient:
         request = self._request(messages, max_tokens, tools)
         try:
             return self._complete({**request, "extra_body": {"repetition_penalty": 1.0}}).text
-        except RequestRefused:  # `transformers serve` knows no such key, and sets the penalty to 1 + frequency_penalty
+        except RequestRejected:  # `transformers serve` knows no such key, and sets the penalty to 1 + frequency_penalty
             return self._complete({**request, "frequency_penalty": 0.0}).text
 
     def complete_text(self, prompt: str, max_tokens: int) -> EngineAnswer | None:
@@ -169,10 +172,10 @@ class EngineClient:
         if isinstance(error, openai.APIConnectionError):
             reason = error.__cause__ or error
             if not isinstance(reason, httpx2.ConnectError):  # `transformers serve` does so where the model or processor fails
-                raise RequestRefused("nothing and closes the connection; its own output has the reason") from error
+                raise RequestRejected("the connection was closed; the engine's own output has the reason") from error
             raise CheckFailed(f"{self.root}: no engine answers there: {reason}; `mmtune serve RUN` starts one") from error
         if isinstance(error, openai.APIStatusError):
-            raise RequestRefused(f"HTTP {error.status_code}: {_detail(error)}") from error
+            raise RequestRejected(f"HTTP {error.status_code}: {_detail(error)}") from error
         raise CheckFailed(f"{self.root}: the engine's answer cannot be read: {error}") from error
 
 
@@ -185,10 +188,9 @@ def _detail(error: openai.APIStatusError) -> str:
 
 
 def _text(message: Any) -> str:
-    """The text of an answer; a tool call as JSON."""
-    if message.tool_calls:
-        return json.dumps([[call.function.name, json.loads(call.function.arguments)] for call in message.tool_calls])
-    return str(message.content or "")
+    """The text of an answer, and its tool calls as the engine gives them."""
+    calls = [f"{call.function.name}({call.function.arguments})" for call in message.tool_calls or ()]
+    return "\n".join([str(message.content or ""), *calls]).strip("\n")
 
 
 def openai_message(message: Message) -> dict[str, Any]:

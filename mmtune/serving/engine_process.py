@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from typing import IO
 import httpx2
 import psutil
 
+from mmtune.console.signals import ENDING
 from mmtune.console.terminal_text import escape_controls
 from mmtune.serving.engines import LOOPBACK
 from mmtune.utils.errors import CheckFailed, UserError
@@ -50,7 +52,7 @@ def check_port(port: int) -> None:
     try:
         socket.create_server((LOOPBACK, port)).close()
     except OSError as error:
-        reason = "another program uses it" if error.errno == 98 else error.strerror
+        reason = "another program uses it" if error.errno == errno.EADDRINUSE else error.strerror
         raise UserError(f"--port {port}: {reason}; give another one, such as --port {free_port()}") from error
 
 
@@ -80,7 +82,8 @@ class EngineProcess:
         except OSError as error:
             raise UserError(f"the engine cannot be started: {command[0]}: {error.strerror}") from error
         assert self._process.stdout is not None
-        self._reader = Thread(target=self._copy_output, args=(self._process.stdout,), daemon=True)
+        self._output = self._process.stdout
+        self._reader = Thread(target=self._copy_output, args=(self._output,), daemon=True)
         self._reader.start()
 
     def _copy_output(self, output: IO[bytes]) -> None:
@@ -88,7 +91,8 @@ class EngineProcess:
             text = escape_controls(line.decode("utf-8", "replace").rstrip().rpartition("\r")[2])  # of a progress bar the end
             if text:
                 self._last_lines.append(text)
-                print(f"engine: {text}", file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):  # nobody reads our output: the engine would block on its own
+                    print(f"engine: {text}", file=sys.stderr, flush=True)
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Wait until the engine answers on its port.
@@ -157,6 +161,8 @@ class EngineProcess:
             psutil.wait_procs(left, END_S)
         self._process.wait()
         self._reader.join(timeout=2.0)
+        if not self._reader.is_alive():
+            self._output.close()
 
     def _has_ended(self) -> bool:
         """Whether all processes of the engine end in time."""
@@ -187,12 +193,13 @@ def running_engine(command: Sequence[str], environment: Mapping[str, str], port:
 
 
 def _uninterrupted(end: Callable[[], None]) -> None:
-    """Run a function to its end, ignoring further Ctrl-C: it would leave processes."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Run a function to its end, ignoring further signals: they would leave processes."""
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *ENDING)}
     try:
         end()
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _running_children() -> set[psutil.Process]:

@@ -26,6 +26,7 @@ class Engine:
         arguments: the arguments for a model, a host and a port.
         environment: variables of its process.
         libraries: what it needs in this environment.
+        decoder_only: whether it serves no encoder-decoder models.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Engine:
     arguments: Callable[[str, str, int], list[str]]
     environment: Mapping[str, str] = field(default_factory=dict)
     libraries: tuple[str, ...] = ()
+    decoder_only: bool = False
 
     def command(self, model: str, port: int, options: Sequence[str], program: str | None = None) -> list[str]:
         """The command that serves a model on loopback.
@@ -86,6 +88,7 @@ ENGINES = {
             lambda: [sys.executable, "-m", "mmtune.serving.transformers_engine", "serve"],
             _transformers_arguments,
             libraries=("fastapi", "openai", "uvicorn"),
+            decoder_only=True,
         ),
         Engine(
             "vllm",

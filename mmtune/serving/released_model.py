@@ -19,17 +19,18 @@ class ReleasedModel:
 
     Attributes:
         path: its directory, or a hub id.
-        run: the run that it belongs to, whose answers it can be compared with; None without one.
+        trained: the run or checkpoint whose answers it can be compared with; None without one.
     """
 
     path: str
-    run: Path | None
+    trained: Path | None
 
 
 def released_model(path: Path, trust_remote_code: bool = False) -> ReleasedModel:
-    """The full model of a run, checkpoint or model. An adapter is merged into RUN/merged, with the check of `mmtune merge`.
+    """The full model of a run, checkpoint or model. A run is merged into RUN/merged, with the check of `mmtune merge`.
 
-    Engines load adapters of few methods, and none with modules that were trained in full (`modules_to_save`, as the projector by
+    Also a run that trained all weights, because a release has no settings that engines apply and evaluation does not. Engines
+    load adapters of few methods, and none with modules that were trained in full (`modules_to_save`, as the projector by
     default). A merge of the same weights is used again.
 
     Raises:
@@ -39,20 +40,21 @@ def released_model(path: Path, trust_remote_code: bool = False) -> ReleasedModel
     """
     trained = locate_trained_weights(path)
     of_run = trained.run.recipe.is_file()
-    if not trained.is_adapter:
-        return ReleasedModel(str(trained.path), trained.run.path if of_run else None)
+    if not (trained.is_adapter or of_run):
+        return ReleasedModel(str(trained.path), None)
     if not of_run:
         raise UserError(
             f"{path}: engines serve a full model; expected a run, or the result of `mmtune merge`, got an adapter alone"
         )
     out = trained.run.path / (f"merged_step_{trained.step}" if trained.is_checkpoint else "merged")
     digest = hash_checkpoints([str(trained.path)])
+    source = trained.path if trained.is_checkpoint else trained.run.path
     if not out.exists():
         import torch
 
         from mmtune.release.merge import merge
 
-        parity = merge(path, out, trust_remote_code=trust_remote_code)
+        parity = merge(source, out, trust_remote_code=trust_remote_code)
         print(
             f"merged: {out}: largest logit difference {parity.merge_max_logit_difference:.2g} on {parity.merge_samples} samples, "
             f"{parity.merge_same_answers} greedy answers are the same"
@@ -65,4 +67,19 @@ def released_model(path: Path, trust_remote_code: bool = False) -> ReleasedModel
             f"{out}: expected the merge of {trained.path}, got other weights; replace them with `mmtune merge {path} {out} "
             f"--overwrite`, or serve them with `mmtune serve {out}`"
         )
-    return ReleasedModel(str(out), trained.run.path)
+    return ReleasedModel(str(out), source)
+
+
+def check_decoder_only(model: str, trust_remote_code: bool = False) -> None:
+    """
+    Raises:
+        UserError: an encoder-decoder model. `transformers serve` leaves out as many tokens of its answer as the prompt has.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{model}: `transformers serve` returns the answers of encoder-decoder models ({config.model_type}) without their "
+            "beginning; serve it with another engine: --engine-command"
+        )

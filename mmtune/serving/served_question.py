@@ -17,15 +17,15 @@ class ServedQuestion:
         sample: the held-out sample.
         prompt_tokens: of the training path.
         trained: the trained model's answer.
-        engine: the engine's answer; None if it refused the question.
-        refusal: the engine's words.
+        engine: the engine's answer; None if it rejected the question.
+        rejection: the engine's words.
     """
 
     sample: Sample
     prompt_tokens: int
     trained: TrainedAnswer
     engine: EngineAnswer | None
-    refusal: str = ""
+    rejection: str = ""
 
     @property
     def same_tokens(self) -> bool:
@@ -34,8 +34,10 @@ class ServedQuestion:
 
     @property
     def same_answer(self) -> bool:
-        """Whether both give the same answer, by `shown_text`."""
-        return self.engine is not None and shown_text(self.engine.text) == shown_text(self.trained.text)
+        """Whether both give the same answer, by `shown_text`, or the engine's cannot be compared because it is `parsed`."""
+        if self.engine is None:
+            return False
+        return self.engine.parsed or shown_text(self.engine.text) == shown_text(self.trained.text)
 
 
 def shown_text(text: str) -> str:

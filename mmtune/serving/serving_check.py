@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 
 from mmtune.data.message import Sample, prompt_messages
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
-from mmtune.serving.causes import find_cause, find_token_cause
-from mmtune.serving.engine_client import EngineClient, RequestRefused
+from mmtune.serving.causes import find_cause, find_hidden_cause, find_token_cause
+from mmtune.serving.engine_client import EngineClient, RequestRejected
 from mmtune.serving.served_question import ServedQuestion
 from mmtune.serving.trained_answers import TrainedModel
 from mmtune.utils.errors import CheckFailed
@@ -21,7 +21,8 @@ class ServingResult:
     Attributes:
         questions: the number of questions.
         same_prompt_tokens: questions for which both count the same number of prompt tokens.
-        same_answers: questions with the same greedy answer.
+        same_answers: questions with the same greedy answer, or one that cannot be compared.
+        parsed_answers: questions whose answer cannot be compared, because the engine took tool calls or reasoning out of it.
         cause: the cause of the difference; None without one.
         rounding: whether every differing answer is explained by computing in bf16.
         largest_log_probability_difference: over the tokens of equal answers; None if the engine gives none.
@@ -31,6 +32,7 @@ class ServingResult:
     questions: int
     same_prompt_tokens: int
     same_answers: int
+    parsed_answers: int
     cause: str | None
     rounding: bool
     largest_log_probability_difference: float | None
@@ -49,14 +51,20 @@ def check_serving(engine: EngineClient, model: TrainedModel, questions: Sequence
     """
     compared = [_compare(engine, model, question) for question in _shown(questions, "trained model and engine")]
     cause, rounding = None, False
-    if not all(question.same_tokens for question in compared):
-        cause = find_token_cause(engine, model, compared)
-    elif not all(question.same_answer for question in compared):
-        cause, rounding = find_cause(engine, model, compared)
+    try:
+        if not all(question.same_tokens for question in compared):
+            cause = find_token_cause(engine, model, compared)
+        elif not all(question.same_answer for question in compared):
+            cause, rounding = find_cause(engine, model, compared)
+        else:
+            cause = find_hidden_cause(model, compared, _log_probability_difference(compared))
+    except RequestRejected as error:
+        raise CheckFailed(f"{engine.root}: the engine rejects a question that it answered before: {error}") from error
     result = ServingResult(
         questions=len(compared),
         same_prompt_tokens=sum(question.same_tokens for question in compared),
         same_answers=sum(question.same_answer for question in compared),
+        parsed_answers=sum(question.engine is not None and question.engine.parsed for question in compared),
         cause=cause,
         rounding=rounding,
         largest_log_probability_difference=_log_probability_difference(compared),
@@ -80,7 +88,7 @@ def _compare(engine: EngineClient, model: TrainedModel, question: Sample) -> Ser
     trained = model.answer(question)
     try:
         return ServedQuestion(question, tokens, trained, engine.ask(messages, model.max_new_tokens, question.tools))
-    except RequestRefused as error:
+    except RequestRejected as error:
         return ServedQuestion(question, tokens, trained, None, str(error))
 
 
@@ -89,8 +97,8 @@ def _log_probability_difference(compared: Sequence[ServedQuestion]) -> float | N
     differences = [
         abs(ours - theirs)
         for question in compared
-        if question.same_answer and question.engine is not None and question.engine.log_probabilities
-        for ours, theirs in zip(question.trained.log_probabilities(), question.engine.log_probabilities, strict=False)
+        if question.same_answer and question.engine and not question.engine.parsed and question.engine.log_probabilities
+        for ours, theirs in zip(question.trained.log_probabilities, question.engine.log_probabilities, strict=False)
     ]
     return max(differences, default=None)
 
@@ -103,9 +111,11 @@ def _counts(result: ServingResult) -> str:
 
 def _example(compared: Sequence[ServedQuestion]) -> str:
     """The first question that differs."""
-    first = next(each for each in compared if not (each.same_tokens and each.same_answer))
+    first = next((each for each in compared if not (each.same_tokens and each.same_answer)), None)
+    if first is None:
+        return ""
     if first.engine is None:
-        return f"\n{first.sample.id}: the engine answers {first.refusal}"
+        return f"\n{first.sample.id}: the engine answers {first.rejection}"
     return (
         f"\n{first.sample.id}: {first.prompt_tokens} prompt tokens and {_short(first.trained.text)} from the trained model, "
         f"{first.engine.prompt_tokens} and {_short(first.engine.text)} from the engine"
@@ -123,5 +133,5 @@ def _record(question: ServedQuestion) -> dict[str, object]:
         "prompt_tokens": question.prompt_tokens,
         "engine_prompt_tokens": engine.prompt_tokens if engine else None,
         "answer": question.trained.text,
-        "engine_answer": engine.text if engine else question.refusal,
+        "engine_answer": engine.text if engine else question.rejection,
     }

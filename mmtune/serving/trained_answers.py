@@ -1,4 +1,4 @@
-"""What the trained model answers: the training path's prompts, greedy answers, and how sure each token is."""
+"""The trained model's prompts, greedy answers and, for each token, the gap between the two largest logits."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ class TrainedAnswer:
     Attributes:
         text: the answer, without special tokens.
         tokens: its token ids, with the end of turn.
-        logits: of each token, fp32 of shape (tokens, vocabulary).
+        log_probabilities: of each token, natural logarithm.
+        largest: the two tokens with the largest logits at each position.
+        gaps: by how much their logits differ.
     """
 
     text: str
     tokens: list[int]
-    logits: torch.Tensor
-
-    def log_probabilities(self) -> list[float]:
-        """The log-probability of each token, natural logarithm."""
-        chosen = self.logits.double().log_softmax(-1).gather(1, torch.tensor(self.tokens)[:, None])
-        return [float(value) for value in chosen[:, 0]]
+    log_probabilities: list[float]
+    largest: list[tuple[int, int]]
+    gaps: list[float]
 
 
 class TrainedModel:
@@ -71,17 +70,14 @@ class TrainedModel:
         """Settings of the generation config that change greedy answers and that training and evaluation do not use."""
         return greedy_settings(self._model)
 
-    def answer(
-        self, question: Sample | Sequence[Message], settings: Mapping[str, Any] | None = None, **arguments: Any
-    ) -> TrainedAnswer:
+    def answer(self, question: Sample | Sequence[Message], settings: Mapping[str, Any] | None = None) -> TrainedAnswer:
         """The greedy answer to the last question of a sample, or to a conversation.
 
         Args:
             question: the conversation; the last answer of a sample is not shown to the model.
             settings: further generation settings.
-            arguments: further arguments of transformers' `generate`.
         """
-        return self._answer(self._model, question, settings, **arguments)
+        return self._answer(self._model, question, settings)
 
     def answers_of_base(self, questions: Sequence[Sample]) -> list[TrainedAnswer]:
         """The greedy answers of the untuned base."""
@@ -97,16 +93,27 @@ class TrainedModel:
         largest = 0.0
         for question, exact in answered:
             expected = iter(exact.tokens)
-            rounded = self.answer(question, prefix_allowed_tokens_fn=lambda _, tokens, expected=expected: [next(expected)])
-            first, second = exact.logits.topk(2, dim=-1).indices.T
-            rows = torch.arange(len(first))
-            gaps = [logits[rows, first] - logits[rows, second] for logits in (exact.logits, rounded.logits)]
-            largest = max(largest, float((gaps[0] - gaps[1]).abs().max()))
+            _, logits = self._generate(
+                self._model, question, prefix_allowed_tokens_fn=lambda _, tokens, expected=expected: [next(expected)]
+            )
+            for position, (first, second) in enumerate(exact.largest):
+                gap = float(logits[position, first] - logits[position, second])
+                largest = max(largest, abs(gap - exact.gaps[position]))
         return largest
 
     def _answer(
-        self, model: Any, question: Sample | Sequence[Message], settings: Mapping[str, Any] | None = None, **arguments: Any
+        self, model: Any, question: Sample | Sequence[Message], settings: Mapping[str, Any] | None = None
     ) -> TrainedAnswer:
+        tokens, logits = self._generate(model, question, settings)
+        values, indices = logits.topk(2, dim=-1)
+        chosen = logits.double().log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        largest = [(first, second) for first, second in indices.tolist()]
+        return TrainedAnswer(self.decode(tokens), tokens, chosen.tolist(), largest, (values[:, 0] - values[:, 1]).tolist())
+
+    def _generate(
+        self, model: Any, question: Sample | Sequence[Message], settings: Mapping[str, Any] | None = None, **arguments: Any
+    ) -> tuple[list[int], torch.Tensor]:
+        """The tokens of an answer, and their logits, fp32 of shape (tokens, vocabulary)."""
         sample_id, messages, tools = (
             (question.id, prompt_messages(question), question.tools)
             if isinstance(question, Sample)
@@ -123,13 +130,16 @@ class TrainedModel:
                 **arguments,
             )
         start = 1 if reads_with_encoder(model) else batch["input_ids"].shape[1]
-        tokens = output.sequences[0, start:].tolist()
-        logits = torch.cat(output.logits).float().cpu()
-        return TrainedAnswer(self.decode(tokens), tokens, logits)
+        return output.sequences[0, start:].tolist(), torch.cat(output.logits).float().cpu()
 
     def decode(self, tokens: list[int]) -> str:
         """The text of tokens, without special tokens."""
         return str(self.processor.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the untuned base is in memory, as that of an adapter."""
+        return isinstance(self._model, PeftModel)
 
     @contextmanager
     def _base(self) -> Iterator[Any]:

@@ -163,6 +163,13 @@ def test_an_error_of_a_command_is_one_line(line: str, error: str, session: ChatS
     assert (session.state, session.settings) == (state, settings)
 
 
+@pytest.mark.parametrize("command", ["", "/load ", "/save ", "/image "])
+@pytest.mark.parametrize("name", ["/" + "x" * 300, "/" + "x" * 300 + "/c.jsonl", "a\0b/c.jsonl"])
+def test_a_name_that_cannot_be_a_path_is_one_line(command: str, name: str, chat: Callable[..., str]) -> None:
+    printed = chat("so?", command + name) if command or name.startswith("/") else "()"
+    assert printed.splitlines()[-1].startswith("(") and printed.splitlines()[-1].endswith(")")
+
+
 def test_a_question_may_begin_with_a_slash(chat: Callable[..., str], plain: Callable[..., str], images: list[Path]) -> None:
     assert chat(" /usr/bin?") == plain(_prompt("/usr/bin?")) + "\n"
     assert f"an image is attached with /image {images[0]} (" in chat(str(images[0]))

@@ -116,6 +116,11 @@ def test_a_port_that_is_taken_is_an_error_before_anything_starts(model: Path, ca
             "expected a program that can be executed, got 'no-such",
         ),
         (["serve", "MODEL", "--engine-command", "'"], "--engine-command ': No closing quotation"),
+        (
+            ["serve", "MODEL", "--", "--port", "1"],
+            "--port: the port is an option of mmtune: --port N before --; leave it out after --",
+        ),
+        (["serve", "MODEL", "--", "--host=0.0.0.0"], "--host=0.0.0.0: an engine listens on 127.0.0.1 only"),
         (["serve", "MODEL", "--run", "x"], "--run belongs to --check URL"),
         (["serve", "MODEL", "--timeout", "0"], "--timeout 0: expected a positive number of seconds"),
         (["serve", "MODEL", "--json"], "--json belongs to --check URL"),
@@ -154,6 +159,12 @@ def test_vllm_that_is_not_installed_is_an_error(
     assert "no program `vllm` on the PATH. vLLM needs an environment of its own" in capsys.readouterr().err
 
 
+def test_an_encoder_decoder_model_needs_another_engine(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / "config.json").write_text('{"model_type": "florence2"}')
+    assert entry_point(["serve", str(model), "--port", str(free_port())]) == 2
+    assert "returns the answers of encoder-decoder models (florence2) without their beginning" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("missing", ["openai", "uvicorn"])
 def test_libraries_that_are_not_installed_are_named(
     model: Path, missing: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -184,19 +195,19 @@ def test_an_engine_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_during_the_end_does_not_leave_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_during_the_end_does_not_leave_the_engine(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mmtune.serving.engine_process.END_S", 0.5)
     file = tmp_path / "engine.py"
     file.write_text(f"{IGNORES_SIGNALS}import time\nprint('ready', flush=True)\ntime.sleep(600)")
     before = children()
 
-    def interrupt() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(KeyboardInterrupt), running_engine([sys.executable, str(file)], {}, free_port()) as process:
         end = EngineProcess.end
-        process.end = lambda: (interrupt(), end(process))[1]  # type: ignore[method-assign]
-        interrupt()
+        process.end = lambda: (os.kill(os.getpid(), number), end(process))[1]  # type: ignore[method-assign]
+        os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
     assert children() == before
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -34,7 +35,8 @@ def blocks(language: str) -> list[str]:
 def photos(tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of the built-in model as `runs/photos`, and a photo, in the working directory."""
     monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (64, 48), "teal").save(tmp_path / "photo.png")
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photo.png")  # larger than an argument of a command may be
     source = {"path": str(rows), "template": "llava"}
     recipe = {
         "model": {"base": "builtin:tiny-llava"},
@@ -71,11 +73,11 @@ def test_every_command_of_the_page(photos: Path, capsys: pytest.CaptureFixture[s
         assert line, (photos / "log").read_text()
         printed += line
     assert "merged: runs/photos/merged: " in printed and f"serving: runs/photos/merged at http://127.0.0.1:{port}/v1" in printed
-    assert "client = OpenAI(" in printed and f"curl http://127.0.0.1:{port}/v1/chat/completions" in printed
+    assert "client = OpenAI(" in printed and f"curl -s http://127.0.0.1:{port}/v1/chat/completions" in printed
     of_curl = json.loads(in_shell(curl))["choices"][0]["message"]["content"]
     python = blocks("python")[0].replace("8000", port)
     assert in_shell(f"{sys.executable} -c {shlex.quote(python)}").strip() == of_curl.strip() != ""
-    [printed_curl] = [line for line in printed.splitlines() if line.startswith("curl ")]
+    [printed_curl] = [line for line in printed.splitlines() if line.startswith("echo ")]
     (photos / "image.png").write_bytes((photos / "photo.png").read_bytes())
     assert json.loads(in_shell(printed_curl))["choices"][0]["message"]["content"] == of_curl
     capsys.readouterr()
