@@ -81,7 +81,8 @@ def test_quickstart_metrics_are_recomputed_from_the_answers(checkout: Path, summ
         answers = {answer["id"]: answer["prediction"] for answer in map(json.loads, lines)}
         assert answers.keys() == rows.keys()
         expected = {row_id: row["conversations"][-1]["value"].split("Answer: ")[1] for row_id, row in rows.items()}
-        right = sum(answers[row_id].split("Answer:")[-1].strip() == expected[row_id] for row_id in rows)
+        # An answer without the mark is wrong.
+        right = sum(answers[row_id].rpartition("Answer:")[1:] == ("Answer:", f" {expected[row_id]}") for row_id in rows)
         assert right / len(rows) == pytest.approx(summary[figure])
 
 

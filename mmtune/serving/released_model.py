@@ -6,7 +6,7 @@ import gc
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmtune.models.checkpoints.trained_weights import locate_trained_weights
+from mmtune.models.checkpoints.trained_weights import TrainedWeights, locate_trained_weights, read_adapter_config
 from mmtune.models.checkpoints.weights_hash import hash_checkpoints
 from mmtune.utils.errors import UserError
 from mmtune.utils.files import read_json_object
@@ -54,6 +54,7 @@ def released_model(path: Path, trust_remote_code: bool = False) -> ReleasedModel
 
         from mmtune.release.merge import merge
 
+        print(f"{source}: {_why_merged(trained)}; merging into {out}", flush=True)
         parity = merge(source, out, trust_remote_code=trust_remote_code)
         print(
             f"merged: {out}: largest logit difference {parity.merge_max_logit_difference:.2g} on {parity.merge_samples} samples, "
@@ -68,6 +69,14 @@ def released_model(path: Path, trust_remote_code: bool = False) -> ReleasedModel
             f"--overwrite`, or serve them with `mmtune serve {out}`"
         )
     return ReleasedModel(str(out), source)
+
+
+def _why_merged(trained: TrainedWeights) -> str:
+    if not trained.is_adapter:
+        return "a release has no settings that engines apply and evaluation does not"
+    if modules := read_adapter_config(trained.path).get("modules_to_save"):
+        return f"engines load no adapter with modules that were trained in full ({', '.join(modules[:3])})"
+    return "engines serve a full model"
 
 
 def check_decoder_only(model: str, trust_remote_code: bool = False) -> None:

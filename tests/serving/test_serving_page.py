@@ -72,6 +72,7 @@ def test_every_command_of_the_page(photos: Path, capsys: pytest.CaptureFixture[s
         line = started.stdout.readline()
         assert line, (photos / "log").read_text()
         printed += line
+    assert re.search(r"runs/photos: engines load no adapter with modules that were trained in full \(.*projector", printed)
     assert "merged: runs/photos/merged: " in printed and f"serving: runs/photos/merged at http://127.0.0.1:{port}/v1" in printed
     assert "client = OpenAI(" in printed and f"curl -s http://127.0.0.1:{port}/v1/chat/completions" in printed
     of_curl = json.loads(in_shell(curl))["choices"][0]["message"]["content"]
