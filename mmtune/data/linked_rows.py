@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from mmtune.data.media.image_content import sampled_digest
+from mmtune.data.media.media import Media
 from mmtune.data.message import RowError, Sample
 from mmtune.utils.errors import reason_of
 
@@ -16,7 +17,7 @@ Keys = tuple[bytes, ...]
 def row_keys(sample: Sample, source: str = "") -> Keys:
     """The digests of a row's images, by content, and of its document (`cluster` of the data template); empty without both.
 
-    Images of few-shot examples are no images of the row.
+    Images of few-shot examples do not count.
 
     Args:
         sample: the row.
@@ -25,11 +26,20 @@ def row_keys(sample: Sample, source: str = "") -> Keys:
     Raises:
         RowError: an image cannot be read.
     """
-    try:
-        images = tuple(sampled_digest(image) for image in sample.own_images)
-    except (OSError, ValueError) as error:
-        raise RowError(sample.id, "image", reason_of(error), "image_unreadable") from error
+    images = image_digests(sample.id, sample.own_images)
     return (*images, text_key(f"document{source}", sample.cluster)) if sample.cluster else images
+
+
+def image_digests(row_id: str, images: Iterable[Media]) -> tuple[bytes, ...]:
+    """`sampled_digest` of each image of a row.
+
+    Raises:
+        RowError: an image cannot be read.
+    """
+    try:
+        return tuple(sampled_digest(image) for image in images)
+    except (OSError, ValueError) as error:
+        raise RowError(row_id, "image", reason_of(error), "image_unreadable") from error
 
 
 def text_key(kind: str, text: str) -> bytes:

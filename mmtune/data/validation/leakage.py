@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from mmtune.data.dataset import IndexedSamples, LazySample, StreamedSamples
+from mmtune.data.linked_rows import image_digests
 from mmtune.data.media.image_content import content_digest, difference_hash, sampled_digest
 from mmtune.data.media.media import Media
 from mmtune.data.message import RowError, Sample, is_supervised, text_of
 from mmtune.data.processes import map_rows
 from mmtune.data.validation.issues import DataIssueError, Issue, new_issue
 from mmtune.recipe.recipe import EvaluateSection
-from mmtune.utils.errors import RecipeValueError, reason_of
+from mmtune.utils.errors import RecipeValueError
 
 NEAR_BITS, NEAR_SHARE = 12, 8
 """Two images are near-duplicates if at most this many of the 256 bits of their hashes differ, and at most one in this many of the
@@ -48,13 +49,10 @@ def row_digests(sample: Sample) -> Digests:
     """
     images: list[bytes] = []
     pairs = []
-    shown: list[bytes] = []
+    shown: Sequence[bytes] = ()
     question = ""
     for message in sample.messages:
-        try:
-            here = [sampled_digest(block["image"]) for block in message["content"] if block["type"] == "image"]
-        except (OSError, ValueError) as error:
-            raise RowError(sample.id, "image", reason_of(error), "image_unreadable") from error
+        here = image_digests(sample.id, (block["image"] for block in message["content"] if block["type"] == "image"))
         images += here
         shown = here or shown
         if message["role"] == "user":

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from mmtune.data.dataset import check_headers
-from mmtune.data.media.image_content import sampled_digest
+from mmtune.data.linked_rows import image_digests
 from mmtune.data.message import RowError, Sample, all_text_of, prompt_messages
 from mmtune.data.message_rows import messages_row
 from mmtune.data.sources.reader import SourceReader
@@ -29,7 +29,7 @@ from mmtune.evaluation.predictions.decoding import DecodingSettings
 from mmtune.evaluation.predictions.prediction import Prediction
 from mmtune.recipe.recipe import Source
 from mmtune.run_directory import versions
-from mmtune.utils.errors import UserError, reason_of
+from mmtune.utils.errors import UserError
 from mmtune.utils.files import replace_text
 
 BATCHES_AT_ONCE = 16
@@ -86,11 +86,7 @@ def question_digest(sample: Sample) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     asked = [{**message, "content": all_text_of(message)} for message in prompt_messages(sample)]
     digest.update(json.dumps([sample.id, asked, sample.tools]).encode("utf-8", "surrogatepass"))
-    try:
-        for image in sample.images:
-            digest.update(sampled_digest(image))
-    except (OSError, ValueError) as error:
-        raise RowError(sample.id, "image", reason_of(error), "image_unreadable") from error
+    digest.update(b"".join(image_digests(sample.id, sample.images)))
     return digest.digest()
 
 
