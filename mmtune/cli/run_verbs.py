@@ -224,7 +224,7 @@ def _merge(arguments: argparse.Namespace) -> Any:
             raise UserError(missing_path_message(str(path), "run or model"))
     _check_release(arguments)
     configure_console()
-    from mmtune.release.merge import ExportOptions, combine_adapters, merge, release_adapter
+    from mmtune.release.merge import ExportOptions, combine_adapters, merge, merge_line, release_adapter
 
     out = Path(arguments.out)
     shared = {
@@ -243,10 +243,7 @@ def _merge(arguments: argparse.Namespace) -> Any:
         parity = combine_adapters(runs, out, options=options, **shared)
     else:
         parity = merge(Path(arguments.model), out, options=options, **shared)
-    print(
-        f"merged: {out}{_step(parity)}: largest logit difference {parity.merge_max_logit_difference:.2g} on "
-        f"{parity.merge_samples} samples, {parity.merge_same_answers} greedy answers are the same"
-    )
+    print(merge_line(out, parity))
     for name, difference in (("as trained, quantized", parity.trained), (f"{out}-{options.quantize}", parity.quantized)):
         if difference:
             print(
@@ -267,10 +264,6 @@ def _check_release(arguments: argparse.Namespace) -> None:
     for directory in directories:
         check_replaceable(directory, arguments.overwrite, MANIFEST if arguments.keep_adapter else CHECKPOINT_MARK)
         check_writable(directory.absolute().parent, f"{directory}: ")
-
-
-def _step(parity: Any) -> str:
-    return "" if parity.merge_step == parity.merge_steps else f" (step {parity.merge_step} of {parity.merge_steps})"
 
 
 def _weighted(text: str) -> tuple[Path, float]:

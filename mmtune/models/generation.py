@@ -182,8 +182,12 @@ def generate(
         stopping_criteria=StoppingCriteriaList(stopping_criteria),
         custom_generate=custom_generate,
     )
-    prompt = 1 if reads_with_encoder(model) else batch["input_ids"].shape[1]  # the decoder's start token
-    return tokens[:, prompt:]
+    return tokens[:, answer_start(model, batch) :]
+
+
+def answer_start(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> int:
+    """The position at which an answer begins in what `run_generate` returns for a batch of prompts."""
+    return 1 if reads_with_encoder(model) else batch["input_ids"].shape[1]  # 1: the decoder's start token
 
 
 def run_generate(

@@ -153,9 +153,8 @@ def merge(
             merged = merge_adapter(model)
             merged_outputs = writer.collect(merged, processor, "merged model")
         else:
-            section = recipe.model.model_copy(update={"precision": "fp32", "trust_remote_code": trust_remote_code})
-            untuned, _ = load_base(resolve_model(section), recipe.train.get("seed", 42))
-            base_logits = answer_logits(to_best_device(untuned).eval(), processor, writer.samples, "base")
+            untuned = load_untuned(recipe, trust_remote_code)
+            base_logits = answer_logits(untuned, processor, writer.samples, "base")
             del untuned
             merged, merged_outputs = model, adapter_outputs
         _check_merge(adapter_outputs, base_logits, merged_outputs)
@@ -170,6 +169,26 @@ def merge(
     if run.summary.is_file() and not source.is_checkpoint:
         run.update_summary(asdict(parity))
     return parity
+
+
+def load_untuned(recipe: Recipe, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The base of a recipe before tuning, in fp32 and eval mode on the best device.
+
+    Raises:
+        UserError: as `load_base`.
+    """
+    section = recipe.model.model_copy(update={"precision": "fp32", "trust_remote_code": trust_remote_code})
+    untuned, _ = load_base(resolve_model(section), recipe.train.get("seed", 42))
+    return to_best_device(untuned).eval()
+
+
+def merge_line(out: Path, parity: Parity) -> str:
+    """One line for the terminal about a merge that was verified."""
+    step = "" if parity.merge_step == parity.merge_steps else f" (step {parity.merge_step} of {parity.merge_steps})"
+    return (
+        f"merged: {out}{step}: largest logit difference {parity.merge_max_logit_difference:.2g} on {parity.merge_samples} "
+        f"samples, {parity.merge_same_answers} greedy answers are the same"
+    )
 
 
 def read_weights_summary(trained: TrainedWeights) -> dict[str, Any]:

@@ -228,14 +228,14 @@ def _text_answers(
     for text in dict.fromkeys((*TEXT_QUESTIONS, *own[:OWN_QUESTIONS])):
         messages = [_user(text)]
         try:
-            ours, tokens = model.answer(messages).text, model.prompt_tokens(messages)
+            ours = model.answer(messages)
             chat = engine.ask(messages, model.max_new_tokens)
         except (RequestRejected, RowError):  # a family without questions of text alone
             return []
         raw = engine.complete_text(model.rendered(messages), model.max_new_tokens)
-        same_prompt = raw is not None and raw.prompt_tokens == tokens
+        same_prompt = raw is not None and raw.prompt_tokens == ours.prompt_tokens
         answers.append(
-            (shown_text(ours), shown_text(chat.text), shown_text(raw.text) if raw is not None and same_prompt else None)
+            (shown_text(ours.text), shown_text(chat.text), shown_text(raw.text) if raw is not None and same_prompt else None)
         )
     return answers
 

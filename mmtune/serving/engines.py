@@ -87,7 +87,7 @@ ENGINES = {
             "transformers",
             lambda: [sys.executable, "-m", "mmtune.serving.transformers_engine", "serve"],
             _transformers_arguments,
-            libraries=("fastapi", "openai", "uvicorn"),
+            libraries=("fastapi", "uvicorn"),
             decoder_only=True,
         ),
         Engine(
@@ -106,7 +106,7 @@ def check_installed(libraries: Sequence[str]) -> None:
     Raises:
         UserError: a library of the extra `serve` is not installed.
     """
-    missing = [name for name in libraries if sys.modules.get(name, "") is None or find_spec(name) is None]
+    missing = [name for name in libraries if find_spec(name) is None]
     if missing:
         raise UserError(f"mmtune serve needs {', '.join(missing)}: pip install 'mmtune[serve]'")
 
@@ -115,7 +115,7 @@ def find_engine(name: str) -> Engine:
     """The engine of a name.
 
     Raises:
-        UserError: there is no such engine.
+        UserError: an unknown name.
     """
     if name not in ENGINES:
         raise UserError(f"--engine {name}: no such engine{nearest(name, ENGINES)}")

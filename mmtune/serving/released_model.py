@@ -52,14 +52,10 @@ def released_model(path: Path, trust_remote_code: bool = False) -> ReleasedModel
     if not out.exists():
         import torch
 
-        from mmtune.release.merge import merge
+        from mmtune.release.merge import merge, merge_line
 
         print(f"{source}: {_why_merged(trained)}; merging into {out}", flush=True)
-        parity = merge(source, out, trust_remote_code=trust_remote_code)
-        print(
-            f"merged: {out}: largest logit difference {parity.merge_max_logit_difference:.2g} on {parity.merge_samples} samples, "
-            f"{parity.merge_same_answers} greedy answers are the same"
-        )
+        print(merge_line(out, merge(source, out, trust_remote_code=trust_remote_code)))
         gc.collect()
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()  # the engine needs the memory

@@ -15,17 +15,20 @@ class ServedQuestion:
 
     Attributes:
         sample: the held-out sample.
-        prompt_tokens: of the training path.
         trained: the trained model's answer.
         engine: the engine's answer; None if it rejected the question.
         rejection: the engine's words.
     """
 
     sample: Sample
-    prompt_tokens: int
     trained: TrainedAnswer
     engine: EngineAnswer | None
     rejection: str = ""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The number of prompt tokens of the training path."""
+        return self.trained.prompt_tokens
 
     @property
     def same_tokens(self) -> bool:

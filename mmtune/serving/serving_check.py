@@ -49,7 +49,8 @@ def check_serving(engine: EngineClient, model: TrainedModel, questions: Sequence
     Raises:
         CheckFailed: the engine differs; the message names the cause, and the result has the answers.
     """
-    compared = [_compare(engine, model, question) for question in _shown(questions, "trained model and engine")]
+    compared = [_compare(engine, model, question) for question in _shown(questions)]
+    difference = _log_probability_difference(compared)
     cause, rounding = None, False
     try:
         if not all(question.same_tokens for question in compared):
@@ -57,7 +58,7 @@ def check_serving(engine: EngineClient, model: TrainedModel, questions: Sequence
         elif not all(question.same_answer for question in compared):
             cause, rounding = find_cause(engine, model, compared)
         else:
-            cause = find_hidden_cause(model, compared, _log_probability_difference(compared))
+            cause = find_hidden_cause(model, compared, difference)
     except RequestRejected as error:
         raise CheckFailed(f"{engine.root}: the engine rejects a question that it answered before: {error}") from error
     result = ServingResult(
@@ -67,7 +68,7 @@ def check_serving(engine: EngineClient, model: TrainedModel, questions: Sequence
         parsed_answers=sum(question.engine is not None and question.engine.parsed for question in compared),
         cause=cause,
         rounding=rounding,
-        largest_log_probability_difference=_log_probability_difference(compared),
+        largest_log_probability_difference=difference,
         answers=[_record(question) for question in compared],
     )
     if cause is not None and not rounding:
@@ -75,8 +76,8 @@ def check_serving(engine: EngineClient, model: TrainedModel, questions: Sequence
     return result
 
 
-def _shown(questions: Sequence[Sample], label: str) -> Iterator[Sample]:
-    with EvaluationProgress(label, len(questions), "questions") as progress:
+def _shown(questions: Sequence[Sample]) -> Iterator[Sample]:
+    with EvaluationProgress("trained model and engine", len(questions), "questions") as progress:
         for question in questions:
             yield question
             progress.update(1)
@@ -84,12 +85,11 @@ def _shown(questions: Sequence[Sample], label: str) -> Iterator[Sample]:
 
 def _compare(engine: EngineClient, model: TrainedModel, question: Sample) -> ServedQuestion:
     messages = prompt_messages(question)
-    tokens = model.prompt_tokens(messages, question.id, question.tools)
     trained = model.answer(question)
     try:
-        return ServedQuestion(question, tokens, trained, engine.ask(messages, model.max_new_tokens, question.tools))
+        return ServedQuestion(question, trained, engine.ask(messages, model.max_new_tokens, question.tools))
     except RequestRejected as error:
-        return ServedQuestion(question, tokens, trained, None, str(error))
+        return ServedQuestion(question, trained, None, str(error))
 
 
 def _log_probability_difference(compared: Sequence[ServedQuestion]) -> float | None:

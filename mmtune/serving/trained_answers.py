@@ -15,9 +15,10 @@ from mmtune.data.encoding.encode import chat_template_of, encode_prompt, to_temp
 from mmtune.data.message import Message, Sample, prompt_messages
 from mmtune.models.checkpoints.trained_weights import TrainedWeights
 from mmtune.models.compute import adapter_disabled, move_batch, to_best_device
-from mmtune.models.generation import greedy_settings, reads_with_encoder, run_generate
-from mmtune.models.load import load_base, load_trained, resolve_model
+from mmtune.models.generation import answer_start, greedy_settings, run_generate
+from mmtune.models.load import load_trained
 from mmtune.recipe.recipe import Recipe
+from mmtune.release.merge import load_untuned
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class TrainedAnswer:
 
     Attributes:
         text: the answer, without special tokens.
+        prompt_tokens: the number of tokens of the prompt, image tokens included.
         tokens: its token ids, with the end of turn.
         log_probabilities: of each token, natural logarithm.
         largest: the two tokens with the largest logits at each position.
@@ -33,6 +35,7 @@ class TrainedAnswer:
     """
 
     text: str
+    prompt_tokens: int
     tokens: list[int]
     log_probabilities: list[float]
     largest: list[tuple[int, int]]
@@ -56,9 +59,9 @@ class TrainedModel:
         self._trust_remote_code = trust_remote_code
         self.max_new_tokens = max_new_tokens
 
-    def prompt_tokens(self, messages: Sequence[Message], sample_id: str = "question", tools: Any = ()) -> int:
+    def prompt_tokens(self, messages: Sequence[Message]) -> int:
         """The number of tokens of a prompt, image tokens included. Raises RowError as `encode_prompt`."""
-        return int(encode_prompt(sample_id, list(messages), self.processor, tools)["input_ids"].shape[1])
+        return int(encode_prompt("question", list(messages), self.processor)["input_ids"].shape[1])
 
     def rendered(self, messages: Sequence[Message]) -> str:
         """The text of a prompt without images, as the chat template writes it."""
@@ -93,7 +96,7 @@ class TrainedModel:
         largest = 0.0
         for question, exact in answered:
             expected = iter(exact.tokens)
-            _, logits = self._generate(
+            *_, logits = self._generate(
                 self._model, question, prefix_allowed_tokens_fn=lambda _, tokens, expected=expected: [next(expected)]
             )
             for position, (first, second) in enumerate(exact.largest):
@@ -104,16 +107,18 @@ class TrainedModel:
     def _answer(
         self, model: Any, question: Sample | Sequence[Message], settings: Mapping[str, Any] | None = None
     ) -> TrainedAnswer:
-        tokens, logits = self._generate(model, question, settings)
+        prompt_tokens, tokens, logits = self._generate(model, question, settings)
         values, indices = logits.topk(2, dim=-1)
         chosen = logits.double().log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
         largest = [(first, second) for first, second in indices.tolist()]
-        return TrainedAnswer(self.decode(tokens), tokens, chosen.tolist(), largest, (values[:, 0] - values[:, 1]).tolist())
+        return TrainedAnswer(
+            self.decode(tokens), prompt_tokens, tokens, chosen.tolist(), largest, (values[:, 0] - values[:, 1]).tolist()
+        )
 
     def _generate(
         self, model: Any, question: Sample | Sequence[Message], settings: Mapping[str, Any] | None = None, **arguments: Any
-    ) -> tuple[list[int], torch.Tensor]:
-        """The tokens of an answer, and their logits, fp32 of shape (tokens, vocabulary)."""
+    ) -> tuple[int, list[int], torch.Tensor]:
+        """The number of tokens of the prompt, the tokens of an answer, and their logits, fp32 of shape (tokens, vocabulary)."""
         sample_id, messages, tools = (
             (question.id, prompt_messages(question), question.tools)
             if isinstance(question, Sample)
@@ -129,8 +134,8 @@ class TrainedModel:
                 {"return_dict_in_generate": True, "output_logits": True, **(settings or {})},
                 **arguments,
             )
-        start = 1 if reads_with_encoder(model) else batch["input_ids"].shape[1]
-        return output.sequences[0, start:].tolist(), torch.cat(output.logits).float().cpu()
+        tokens = output.sequences[0, answer_start(model, batch) :].tolist()
+        return batch["input_ids"].shape[1], tokens, torch.cat(output.logits).float().cpu()
 
     def decode(self, tokens: list[int]) -> str:
         """The text of tokens, without special tokens."""
@@ -147,6 +152,4 @@ class TrainedModel:
             with adapter_disabled(self._model):
                 yield self._model
             return
-        section = self._recipe.model.model_copy(update={"precision": "fp32", "trust_remote_code": self._trust_remote_code})
-        base, _ = load_base(resolve_model(section), self._recipe.train.get("seed", 42))
-        yield to_best_device(base).eval()
+        yield load_untuned(self._recipe, self._trust_remote_code)

@@ -24,7 +24,7 @@ from mmtune.serving.trained_answers import TrainedAnswer
 )
 def test_an_answer_that_ends_within_a_character(trained: str, served: str, same: bool) -> None:
     sample = Sample(id="a", messages=[{"role": "user", "content": [{"type": "text", "text": "What is it?"}]}])
-    question = ServedQuestion(sample, 3, TrainedAnswer(trained, [], [], [], []), EngineAnswer(served, 3))
+    question = ServedQuestion(sample, TrainedAnswer(trained, 3, [], [], [], []), EngineAnswer(served, 3))
     assert question.same_answer is same
 
 
@@ -45,12 +45,12 @@ class Answers:
 
 
 def answer(text: str) -> TrainedAnswer:
-    return TrainedAnswer(text, [], [], [], [])
+    return TrainedAnswer(text, 3, [], [], [], [])
 
 
 def questions(trained: list[str], served: list[str]) -> list[ServedQuestion]:
     return [
-        ServedQuestion(Sample(str(number), []), 3, answer(ours), EngineAnswer(theirs, 3))
+        ServedQuestion(Sample(str(number), []), answer(ours), EngineAnswer(theirs, 3))
         for number, (ours, theirs) in enumerate(zip(trained, served, strict=True))
     ]
 
@@ -78,4 +78,4 @@ def test_equal_answers_may_hide_a_difference(capsys: pytest.CaptureFixture[str])
 
 def test_an_answer_of_which_the_engine_took_a_part_is_not_compared() -> None:
     sample = Sample("0", [])
-    assert ServedQuestion(sample, 3, answer('<tool_call>{"name": "f"}'), EngineAnswer("f({})", 3, parsed=True)).same_answer
+    assert ServedQuestion(sample, answer('<tool_call>{"name": "f"}'), EngineAnswer("f({})", 3, parsed=True)).same_answer
