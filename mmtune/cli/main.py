@@ -108,7 +108,7 @@ def _check_utf8(arguments: Sequence[str]) -> None:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments. Overrides may also follow an option, which argparse does not support for positional arguments."""
     parser = _parser()
-    end = list(arguments).index("--") if arguments[:1] == ["serve"] and "--" in arguments else len(arguments)
+    end = arguments.index("--") if arguments[:1] == ["serve"] and "--" in arguments else len(arguments)
     parsed, rest = parser.parse_known_args(arguments[:end])
     if arguments[end + 1 :]:
         parsed.engine_options = list(arguments[end + 1 :])

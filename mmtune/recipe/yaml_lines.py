@@ -184,9 +184,8 @@ def apply_override(document: Document, text: str, number: int, shorthands: Mappi
         document.problems.append((origin, located_message(origin, key, f"not valid YAML: {_syntax_error(error, value_text)[1]}")))
         return
     if isinstance(node, yaml.MappingNode) and value_text.endswith(":") and value_text.count(":") == 1:
-        node = yaml.ScalarNode(
-            "tag:yaml.org,2002:str", value_text, node.start_mark, node.end_mark
-        )  # `Answer:` is a text here, not a mapping without values
+        # `Answer:` is a text here, not a mapping without values.
+        node = yaml.ScalarNode("tag:yaml.org,2002:str", value_text, node.start_mark, node.end_mark)
     value = None if node is None else _Builder(built, origin).build(node, key)
     document.problems += built.problems
     document.unread |= built.unread

@@ -55,7 +55,7 @@ class Metric:
         proportion: whether every score is 0 or 1, so that the headline number is a proportion.
         percent: whether scores are shares of 1, and are shown in percent.
         has_baseline: whether the majority-class baseline means something.
-        units: of those `further` numbers that are no shares of 1, what is printed after the number.
+        units: what is printed after a number of `further` that is not a share of 1.
     """
 
     name: str
