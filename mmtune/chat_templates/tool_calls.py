@@ -117,7 +117,7 @@ def check_tools_written(text: str, tools: Tools) -> None:
         parameters = function.get("parameters")
         properties = parameters.get("properties") if isinstance(parameters, dict) else None
         for name in (function["name"], *(properties if isinstance(properties, dict) else ())):
-            if not _has_words(text, name):
+            if not has_words(text, name):
                 raise ChatTemplateError(f"the chat template does not write {name!r} of `tools` before the first answer; {ADVICE}")
 
 
@@ -131,8 +131,8 @@ def check_calls_written(turn: str, calls: Sequence[dict[str, Any]]) -> None:
     """
     for call in calls:
         function = call["function"]
-        for leaf in (function["name"], *_leaves(function["arguments"])):
-            if not _has_words(turn, leaf):
+        for leaf in (function["name"], *leaves(function["arguments"])):
+            if not has_words(turn, leaf):
                 raise ChatTemplateError(
                     f"the chat template does not write {leaf!r} of the tool call {function['name']!r}; {ADVICE}"[:400]
                 )
@@ -146,7 +146,7 @@ def check_results_written(text: str, messages: Messages) -> None:
     """
     for message in messages:
         for block in message["content"] if message["role"] == "tool" else ():
-            if block["type"] == "text" and not _has_words(text, block["text"]):
+            if block["type"] == "text" and not has_words(text, block["text"]):
                 raise ChatTemplateError(
                     f"the chat template does not write the tool result {block['text']!r}"[:200] + f"; {ADVICE}"
                 )
@@ -167,20 +167,20 @@ def check_reasoning_written(turn: str, reasoning: str) -> int:
     return end
 
 
-def _leaves(value: Any) -> Iterator[str]:
+def leaves(value: Any) -> Iterator[str]:
     """The keys and scalar values of arguments as text, except null, true and false, which templates spell differently."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield str(key)
-            yield from _leaves(item)
+            yield from leaves(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _leaves(item)
+            yield from leaves(item)
     elif value is not None and not isinstance(value, bool):
         yield str(value)
 
 
-def _has_words(text: str, expected: str) -> bool:
+def has_words(text: str, expected: str) -> bool:
     """Whether a text has the words of another one in their order, whatever is between them, such as escapes."""
     if expected in text:
         return True

@@ -157,8 +157,15 @@ def _check(arguments: argparse.Namespace) -> Any:
     result = check_serving(engine, model, questions)
     print(f"prompt tokens: {result.same_prompt_tokens} of {result.questions} questions have as many as in training")
     print(f"answers: {result.same_answers} of {result.questions} are the trained model's")
-    if result.parsed_answers:
-        print(f"not compared: {result.parsed_answers} answers of which the engine took out tool calls or reasoning")
+    for part, count in result.unread_parts.items():
+        print(f"warning: the engine leaves out {part} ({count} question{'s' if count > 1 else ''}), and is compared without it")
+    if result.failed_answers:
+        print(
+            f"warning: {result.failed_answers} answers are not compared, because the engine fails at them: such as a tool call "
+            f"that ends after {max_new_tokens} new tokens (evaluate.max_new_tokens), which `transformers serve` cannot read"
+        )
+    if result.not_asked:
+        print(f"warning: {result.not_asked} questions are not compared, because the check sends no video or audio")
     if (difference := result.largest_log_probability_difference) is not None:
         print(f"log-probabilities: the largest difference of a token is {difference:.2g}")
     if result.rounding:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from mmtune.data.message import Message, RowError, prompt_messages, text_of
+from mmtune.data.message import Message, RowError, Sample, prompt_messages, text_of
 from mmtune.serving.engine_client import EngineClient, RequestRejected
 from mmtune.serving.served_question import ServedQuestion, shown_text
 from mmtune.serving.trained_answers import TrainedAnswer, TrainedModel
+from mmtune.serving.unread_parts import find_unread_parts
 
 SHORT = "What is this? Answer with one word."
 SYSTEM = "Answer in English."
@@ -50,7 +52,7 @@ def find_token_cause(engine: EngineClient, model: TrainedModel, compared: Sequen
     if rejected := [each for each in differing if each.engine is None]:
         return f"the engine rejects {len(rejected)} of the questions: {rejected[0].rejection}"
     for each in differing:
-        if _difference(engine, model, _without_images(each)) or not each.sample.images:
+        if not each.sample.images or _texts_differ(engine, model, each.sample):
             return "the chat template: it writes a conversation of several turns, or its tools, in another way"
     return (
         "the image size: questions of text alone agree, and those with images do not. The engine's processor has other pixel "
@@ -181,7 +183,8 @@ def _context_limit(
 
 def answers_as_base(model: TrainedModel, compared: Sequence[ServedQuestion]) -> bool:
     """Whether the engine gives the base's answers to all questions that base and trained model answer differently."""
-    groups = ([each for each in compared if each.same_answer == same][:BASE_ANSWERS] for same in (False, True))
+    answered = [each for each in compared if not each.failed]
+    groups = ([each for each in answered if each.same_answer == same][:BASE_ANSWERS] for same in (False, True))
     asked = [each for group in groups for each in group]
     base = model.answers_of_base([each.sample for each in asked])
     telling = [
@@ -194,10 +197,19 @@ def answers_as_base(model: TrainedModel, compared: Sequence[ServedQuestion]) -> 
     )
 
 
-def _without_images(question: ServedQuestion) -> list[Message]:
-    """The question with its texts alone."""
-    messages = prompt_messages(question.sample)
-    return [{**message, "content": [block for block in message["content"] if block["type"] == "text"]} for message in messages]
+def _texts_differ(engine: EngineClient, model: TrainedModel, question: Sample) -> bool:
+    """Whether the engine counts another number of tokens for a question without its images, and leaves out no parts of it."""
+    texts = replace(question, messages=[_text_alone(message) for message in question.messages])
+    try:
+        expected = model.prompt_tokens(prompt_messages(texts), texts.tools)
+        counted = engine.ask(prompt_messages(texts), 1, texts.tools).prompt_tokens
+    except (RequestRejected, RowError):  # a family without questions of text alone
+        return False
+    return counted != expected and find_unread_parts(model, texts, counted) is None
+
+
+def _text_alone(message: Message) -> Message:
+    return {**message, "content": [block for block in message["content"] if block["type"] == "text"]}
 
 
 def _answers_with_penalties(engine: EngineClient, model: TrainedModel, differing: Sequence[ServedQuestion]) -> str | None:
@@ -241,9 +253,14 @@ def _text_answers(
 
 
 def _gap_at_departure(model: TrainedModel, question: ServedQuestion) -> float:
-    """The gap between the two largest logits at the first token of the trained answer that the engine's does not have."""
+    """The gap between the two largest logits at the first token of the trained answer that the engine's does not have.
+
+    The smallest gap if the engine's answer has `parts`: where it departs is not known.
+    """
     assert question.engine is not None
     trained, served = question.trained, question.engine.text.strip()
+    if question.engine.parts:
+        return min(trained.gaps)
     return trained.gaps[_departure(model, trained, served)]
 
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import httpx2
 import openai
 
+from mmtune.chat_templates.tool_calls import leaves
 from mmtune.data.media.media import blank_image, open_image
 from mmtune.data.message import Message
 from mmtune.utils.errors import CheckFailed, UserError
@@ -27,17 +28,27 @@ class EngineAnswer:
         text: the answer.
         prompt_tokens: the number of tokens of the prompt, image tokens included, as the engine counts them.
         log_probabilities: of the tokens of the answer, natural logarithm; None if the engine does not give them.
-        parsed: whether the engine took tool calls or reasoning out of the text, which thus is not what the model wrote.
+        parts: reasoning, text, and names, keys and values of tool calls, where the engine took reasoning or tool calls out of the
+            text, which thus is not what the model wrote; empty otherwise.
     """
 
     text: str
     prompt_tokens: int
     log_probabilities: tuple[float, ...] | None = None
-    parsed: bool = False
+    parts: tuple[str, ...] = ()
 
 
 class RequestRejected(Exception):
-    """The engine answers one request with an error; the message is the engine's."""
+    """The engine answers one request with an error.
+
+    Args:
+        message: the engine's words.
+        failed: whether the engine failed at it (HTTP 500, or a closed connection), instead of rejecting it (HTTP 400).
+    """
+
+    def __init__(self, message: str, failed: bool) -> None:
+        super().__init__(message)
+        self.failed = failed
 
 
 class EngineClient:
@@ -139,7 +150,7 @@ class EngineClient:
                 text=_text(choice.message),
                 prompt_tokens=int(completion.usage.prompt_tokens),
                 log_probabilities=tuple(float(token.logprob) for token in tokens) if tokens else None,
-                parsed=bool(choice.message.tool_calls or getattr(choice.message, "reasoning_content", None)),
+                parts=_parts(choice.message),
             )
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             shown = str(completion)[:200]
@@ -172,10 +183,10 @@ class EngineClient:
         if isinstance(error, openai.APIConnectionError):
             reason = error.__cause__ or error
             if not isinstance(reason, httpx2.ConnectError):  # `transformers serve` does so where the model or processor fails
-                raise RequestRejected("the connection was closed; the engine's own output has the reason") from error
+                raise RequestRejected("the connection was closed; the engine's own output has the reason", True) from error
             raise CheckFailed(f"{self.root}: no engine answers there: {reason}; `mmtune serve RUN` starts one") from error
         if isinstance(error, openai.APIStatusError):
-            raise RequestRejected(f"HTTP {error.status_code}: {_detail(error)}") from error
+            raise RequestRejected(f"HTTP {error.status_code}: {_detail(error)}", error.status_code >= 500) from error
         raise CheckFailed(f"{self.root}: the engine's answer cannot be read: {error}") from error
 
 
@@ -191,6 +202,25 @@ def _text(message: Any) -> str:
     """The text of an answer, and its tool calls as the engine gives them."""
     calls = [f"{call.function.name}({call.function.arguments})" for call in message.tool_calls or ()]
     return "\n".join([str(message.content or ""), *calls]).strip("\n")
+
+
+def _parts(message: Any) -> tuple[str, ...]:
+    """The attribute `parts` of an answer."""
+    reasoning = str(getattr(message, "reasoning_content", None) or "")
+    if not (message.tool_calls or reasoning):
+        return ()
+    parts = [reasoning, str(message.content or "")]
+    for call in message.tool_calls or ():
+        parts += [call.function.name, *_values(call.function.arguments)]
+    return tuple(part for part in parts if part.strip())
+
+
+def _values(arguments: str) -> list[str]:
+    """The keys and values of a call's arguments; their text where it is not JSON."""
+    try:
+        return list(leaves(json.loads(arguments)))
+    except ValueError:
+        return [arguments]
 
 
 def openai_message(message: Message) -> dict[str, Any]:
@@ -213,8 +243,6 @@ def openai_message(message: Message) -> dict[str, Any]:
 def _openai_block(block: dict[str, Any]) -> dict[str, Any]:
     if block["type"] == "text":
         return {"type": "text", "text": block["text"]}
-    if block["type"] != "image":
-        raise UserError(f"a question with {block['type']} cannot be compared yet; expected text and images")
     file = io.BytesIO()
     open_image(block["image"]).save(file, "PNG")
     encoded = base64.b64encode(file.getvalue()).decode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mmtune.chat_templates.tool_calls import has_words
 from mmtune.data.message import Sample
 from mmtune.serving.engine_client import EngineAnswer
 from mmtune.serving.trained_answers import TrainedAnswer
@@ -14,16 +15,19 @@ class ServedQuestion:
     """One question, answered by the trained model and by the engine.
 
     Attributes:
-        sample: the held-out sample.
+        sample: the held-out sample, without its `unread` parts.
         trained: the trained model's answer.
-        engine: the engine's answer; None if it rejected the question.
+        engine: the engine's answer; None if it rejected the question. If it failed only at its answer, the number of prompt
+            tokens alone.
         rejection: the engine's words.
+        unread: parts of the conversation that the engine leaves out, keys of `unread_parts.PARTS`.
     """
 
     sample: Sample
     trained: TrainedAnswer
     engine: EngineAnswer | None
     rejection: str = ""
+    unread: tuple[str, ...] = ()
 
     @property
     def prompt_tokens(self) -> int:
@@ -37,10 +41,20 @@ class ServedQuestion:
 
     @property
     def same_answer(self) -> bool:
-        """Whether both give the same answer, by `shown_text`, or the engine's cannot be compared because it is `parsed`."""
+        """Whether both give the same answer, by `shown_text`, or the engine failed at its own.
+
+        Of an answer with `parts`, the words of each must occur in the trained answer.
+        """
         if self.engine is None:
             return False
-        return self.engine.parsed or shown_text(self.engine.text) == shown_text(self.trained.text)
+        if self.engine.parts:
+            return all(has_words(self.trained.text, part) for part in self.engine.parts)
+        return self.failed or shown_text(self.engine.text) == shown_text(self.trained.text)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine failed at its answer, so that there is none to compare."""
+        return self.engine is not None and self.rejection != ""
 
 
 def shown_text(text: str) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from mmtune.data.message import Sample, prompt_messages
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
 from mmtune.serving.causes import find_cause, find_hidden_cause, find_token_cause
-from mmtune.serving.engine_client import EngineClient, RequestRejected
+from mmtune.serving.engine_client import EngineAnswer, EngineClient, RequestRejected
 from mmtune.serving.served_question import ServedQuestion
 from mmtune.serving.trained_answers import TrainedModel
-from mmtune.utils.errors import CheckFailed
+from mmtune.serving.unread_parts import find_unread_parts
+from mmtune.utils.errors import CheckFailed, UserError
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,11 @@ class ServingResult:
     Attributes:
         questions: the number of questions.
         same_prompt_tokens: questions for which both count the same number of prompt tokens.
-        same_answers: questions with the same greedy answer, or one that cannot be compared.
-        parsed_answers: questions whose answer cannot be compared, because the engine took tool calls or reasoning out of it.
+        same_answers: questions with the same greedy answer.
+        failed_answers: questions without an answer to compare, because the engine failed at it.
+        not_asked: questions with a video or audio, which the check does not send.
+        unread_parts: parts of conversations that the engine leaves out, and the number of their questions. These questions are
+            compared without these parts.
         cause: the cause of the difference; None without one.
         rounding: whether every differing answer is explained by computing in bf16.
         largest_log_probability_difference: over the tokens of equal answers; None if the engine gives none.
@@ -32,7 +37,9 @@ class ServingResult:
     questions: int
     same_prompt_tokens: int
     same_answers: int
-    parsed_answers: int
+    failed_answers: int
+    not_asked: int
+    unread_parts: dict[str, int]
     cause: str | None
     rounding: bool
     largest_log_probability_difference: float | None
@@ -47,9 +54,13 @@ def check_serving(engine: EngineClient, model: TrainedModel, questions: Sequence
     such a difference when the trained model computes in bf16.
 
     Raises:
+        UserError: all questions have a video or audio.
         CheckFailed: the engine differs; the message names the cause, and the result has the answers.
     """
-    compared = [_compare(engine, model, question) for question in _shown(questions)]
+    asked = [question for question in questions if _has_images_only(question)]
+    if not asked:
+        raise UserError(f"all {len(questions)} questions have a video or audio, which the check does not send to an engine")
+    compared = [_compare(engine, model, question) for question in _shown(asked)]
     difference = _log_probability_difference(compared)
     cause, rounding = None, False
     try:
@@ -57,6 +68,8 @@ def check_serving(engine: EngineClient, model: TrainedModel, questions: Sequence
             cause = find_token_cause(engine, model, compared)
         elif not all(question.same_answer for question in compared):
             cause, rounding = find_cause(engine, model, compared)
+        elif all(question.failed for question in compared):
+            cause = f"the engine fails at every answer: {compared[0].rejection}"
         else:
             cause = find_hidden_cause(model, compared, difference)
     except RequestRejected as error:
@@ -64,8 +77,10 @@ def check_serving(engine: EngineClient, model: TrainedModel, questions: Sequence
     result = ServingResult(
         questions=len(compared),
         same_prompt_tokens=sum(question.same_tokens for question in compared),
-        same_answers=sum(question.same_answer for question in compared),
-        parsed_answers=sum(question.engine is not None and question.engine.parsed for question in compared),
+        same_answers=sum(question.same_answer and not question.failed for question in compared),
+        failed_answers=sum(question.failed for question in compared),
+        not_asked=len(questions) - len(asked),
+        unread_parts=dict(Counter(part for question in compared for part in question.unread)),
         cause=cause,
         rounding=rounding,
         largest_log_probability_difference=difference,
@@ -87,9 +102,28 @@ def _compare(engine: EngineClient, model: TrainedModel, question: Sample) -> Ser
     messages = prompt_messages(question)
     trained = model.answer(question)
     try:
-        return ServedQuestion(question, trained, engine.ask(messages, model.max_new_tokens, question.tools))
+        answer = engine.ask(messages, model.max_new_tokens, question.tools)
     except RequestRejected as error:
-        return ServedQuestion(question, trained, None, str(error))
+        return ServedQuestion(question, trained, _prompt_alone(engine, question) if error.failed else None, str(error))
+    differs = answer.prompt_tokens != trained.prompt_tokens
+    if differs and (read := find_unread_parts(model, question, answer.prompt_tokens)) is not None:
+        return ServedQuestion(read[0], model.answer(read[0]), answer, unread=read[1])
+    return ServedQuestion(question, trained, answer)
+
+
+def _prompt_alone(engine: EngineClient, question: Sample) -> EngineAnswer | None:
+    """The engine's number of prompt tokens; None if it fails at the question itself.
+
+    `transformers serve` fails at an answer that it cannot parse, such as a tool call that ends with `max_new_tokens`.
+    """
+    try:
+        return replace(engine.ask(prompt_messages(question), 1, question.tools), text="", parts=())
+    except RequestRejected:
+        return None
+
+
+def _has_images_only(question: Sample) -> bool:
+    return all(block["type"] in ("text", "image") for message in prompt_messages(question) for block in message["content"])
 
 
 def _log_probability_difference(compared: Sequence[ServedQuestion]) -> float | None:
@@ -97,7 +131,7 @@ def _log_probability_difference(compared: Sequence[ServedQuestion]) -> float | N
     differences = [
         abs(ours - theirs)
         for question in compared
-        if question.same_answer and question.engine and not question.engine.parsed and question.engine.log_probabilities
+        if question.same_answer and question.engine and not question.engine.parts and question.engine.log_probabilities
         for ours, theirs in zip(question.trained.log_probabilities, question.engine.log_probabilities, strict=False)
     ]
     return max(differences, default=None)
@@ -133,5 +167,5 @@ def _record(question: ServedQuestion) -> dict[str, object]:
         "prompt_tokens": question.prompt_tokens,
         "engine_prompt_tokens": engine.prompt_tokens if engine else None,
         "answer": question.trained.text,
-        "engine_answer": engine.text if engine else question.rejection,
+        "engine_answer": question.rejection or (engine.text if engine else ""),
     }

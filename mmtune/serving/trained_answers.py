@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from mmtune.chat_templates.jinja_rendering import Tools
 from mmtune.chat_templates.rendering import render_prompt
 from mmtune.data.encoding.encode import chat_template_of, encode_prompt, to_template_messages
 from mmtune.data.message import Message, Sample, prompt_messages
@@ -59,9 +60,9 @@ class TrainedModel:
         self._trust_remote_code = trust_remote_code
         self.max_new_tokens = max_new_tokens
 
-    def prompt_tokens(self, messages: Sequence[Message]) -> int:
+    def prompt_tokens(self, messages: Sequence[Message], tools: Tools = ()) -> int:
         """The number of tokens of a prompt, image tokens included. Raises RowError as `encode_prompt`."""
-        return int(encode_prompt("question", list(messages), self.processor)["input_ids"].shape[1])
+        return int(encode_prompt("question", list(messages), self.processor, tools)["input_ids"].shape[1])
 
     def rendered(self, messages: Sequence[Message]) -> str:
         """The text of a prompt without images, as the chat template writes it."""

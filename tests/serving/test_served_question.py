@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
-from mmtune.data.message import Sample
+from mmtune.data.message import Sample, text_of
 from mmtune.serving.causes import answers_as_base, find_hidden_cause
 from mmtune.serving.engine_client import EngineAnswer
 from mmtune.serving.served_question import ServedQuestion
+from mmtune.serving.serving_check import check_serving
 from mmtune.serving.trained_answers import TrainedAnswer
+from mmtune.serving.unread_parts import find_unread_parts
+from mmtune.utils.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -76,6 +79,52 @@ def test_equal_answers_may_hide_a_difference(capsys: pytest.CaptureFixture[str])
     assert "warning: the untuned base gives the same answers" in capsys.readouterr().out
 
 
-def test_an_answer_of_which_the_engine_took_a_part_is_not_compared() -> None:
-    sample = Sample("0", [])
-    assert ServedQuestion(sample, answer('<tool_call>{"name": "f"}'), EngineAnswer("f({})", 3, parsed=True)).same_answer
+@pytest.mark.parametrize(
+    ("parts", "same"), [(("f", "what", "a cat"), True), (("I look", "f"), False), (("f", "what", "a dog"), False)]
+)
+def test_the_parts_of_an_answer_are_compared_by_their_words(parts: tuple[str, ...], same: bool) -> None:
+    trained = answer('<tool_call>{"name": "f", "arguments": {"what": "a cat"}}</tool_call>')
+    assert ServedQuestion(Sample("0", []), trained, EngineAnswer("f({})", 3, parts=parts)).same_answer is same
+
+
+class Counting:
+    """A trained model whose prompts have one token for each word of text, reasoning and names."""
+
+    def prompt_tokens(self, messages: list[dict[str, Any]], _: Any) -> int:
+        parts = [[text_of(message), message.get("reasoning_content", ""), message.get("name", "")] for message in messages]
+        return sum(len(part.split()) for message in parts for part in message)
+
+
+@pytest.mark.parametrize(
+    ("counted", "parts"),
+    [
+        (8, ("the text beside a tool call",)),
+        (9, ("reasoning_content",)),
+        (7, ("reasoning_content", "the name of a tool result")),
+        (4, ("the text beside a tool call", "reasoning_content", "the name of a tool result")),
+        (6, ("the text beside a tool call", "reasoning_content")),
+        (3, None),
+        (12, None),
+    ],
+)
+def test_parts_that_an_engine_leaves_out_are_found_by_the_number_of_tokens(counted: int, parts: tuple[str, ...] | None) -> None:
+    call = {"type": "function", "function": {"name": "find", "arguments": {}}}
+    turns = [
+        {"role": "user", "content": block("Find it now")},
+        {"role": "assistant", "content": block("I look here"), "reasoning_content": "a b", "tool_calls": [call]},
+        {"role": "tool", "content": block("found"), "name": "the finder"},
+        {"role": "assistant", "content": block("It is found")},
+    ]
+    read = find_unread_parts(Counting(), Sample("0", turns), counted)  # type: ignore[arg-type]
+    assert (read and read[1]) == parts
+    assert read is None or (read[0].messages[0], read[0].messages[-1]) == (turns[0], turns[-1])
+
+
+def block(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def test_questions_with_video_alone_are_an_error() -> None:
+    turns = [{"role": "user", "content": [{"type": "video", "video": "0.mp4"}]}, {"role": "assistant", "content": block("a")}]
+    with pytest.raises(UserError, match="all 1 questions have a video or audio"):
+        check_serving(None, None, [Sample("0", turns)])  # type: ignore[arg-type]
