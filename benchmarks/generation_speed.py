@@ -3,7 +3,7 @@
 Both encode the prompts, generate greedily and decode. Each pair of measurements runs one after the other; medians and the median
 ratio are printed, and how many answers are the same. Candidates are compared with a forward pass of prompt and candidate each.
 
-Usage: python benchmarks/generation_speed.py [--questions 128] [--pairs 5] [--tokens 32] [--batch 16 32 64]
+Usage: python benchmarks/generation_speed.py [--questions 512] [--pairs 5] [--tokens 32] [--batch 16 32 64]
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def compare(name: str, plain: Callable[[], list[Any]], ours: Callable[[], list[A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=128)
+    parser.add_argument("--questions", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--batch", type=int, nargs="*", default=[16, 32, 64])

@@ -22,11 +22,16 @@ def prepare_threads() -> None:
     """Configure the OpenMP runtime for cores that other processes may use too. Has no effect after torch is imported."""
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
-    share = max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    share = core_share()
     if (
         "OMP_NUM_THREADS" not in os.environ and share < _affinity()
     ):  # otherwise torch's default applies: one thread per physical core
         os.environ["OMP_NUM_THREADS"] = str(share)
+
+
+def core_share() -> int:
+    """The usable cores of each process that a launcher started on this machine, at least one."""
+    return max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
 def usable_cores() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from PIL import Image
 
 from mmtune.data.dataset import IndexedSamples, iterate_rows
+from mmtune.data.encoding.encode import encode_prompt
 from mmtune.data.message import RowError, Sample
 from mmtune.evaluation.answers import Answer, group_scores, score_answers, scores_to_dicts
 from mmtune.evaluation.answers_file import read_answers, write_answers
 from mmtune.evaluation.evaluate import evaluate
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
+from mmtune.evaluation.predictions import answering, running
 from mmtune.evaluation.predictions.answering import generate_answers
 from mmtune.evaluation.predictions.prediction import Prediction
 from mmtune.recipe.recipe import EvaluateSection, Source
@@ -76,6 +79,40 @@ def test_batched_answers_equal_single_answers(
     answers = generate_answers(*answering_llava, samples, max_new_tokens=6, batch_size=batch_size)
     assert answers == reference_answers
     assert len(set(answers)) > 1  # distinct, so that the order is tested
+
+
+def test_other_processes_encode_the_questions(
+    answering_llava: tuple[Any, Any],
+    samples: list[Sample],
+    reference_answers: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def encode(*arguments: Any) -> Any:
+        (tmp_path / str(os.getpid())).touch()
+        return encode_prompt(*arguments)
+
+    monkeypatch.setattr(answering, "encode_prompt", encode)
+    monkeypatch.setattr(running, "QUESTIONS_PER_PROCESS", 2)
+    monkeypatch.setattr(running, "QUESTIONS_AT_ONCE", 1)
+    monkeypatch.setattr(running, "core_share", lambda: 3)
+    assert generate_answers(*answering_llava, samples, max_new_tokens=6, batch_size=2) == reference_answers
+    processes = [path.name for path in tmp_path.iterdir()]
+    assert len(processes) == 2 and str(os.getpid()) not in processes
+    broken = [{"role": role, "content": [{"type": "text", "text": "half of \ud83d"}]} for role in ("user", "assistant")]
+    with pytest.raises(RowError, match=r"^row: messages\[0\]: the text is not valid Unicode"):
+        generate_answers(*answering_llava, [*samples, Sample("row", broken)], max_new_tokens=2, batch_size=2)
+
+
+def test_sent_tensors_are_received_as_they_were() -> None:
+    shared = torch.randn(2, 3).bfloat16()
+    first = {"transposed": torch.randn(2, 3).T, "empty": torch.zeros(0, 5), "media": shared}
+    second = {"bool": torch.tensor([[True, False]]), "scalar": torch.tensor(3.5, dtype=torch.float64), "media": shared}
+    received = running._Sent([first, second]).received()
+    for sent, each in zip((first, second), received, strict=True):
+        assert sent.keys() == each.keys()
+        assert all(each[name].dtype == sent[name].dtype and torch.equal(each[name], sent[name]) for name in sent)
+    assert received[0]["media"] is received[1]["media"]
 
 
 def test_no_questions_give_no_answers(answering_llava: tuple[Any, Any]) -> None:

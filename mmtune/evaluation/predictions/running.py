@@ -3,18 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import nn
 
-from mmtune.data.message import Sample, text_of
+from mmtune.data.message import RowError, Sample, text_of
+from mmtune.data.processes import map_rows
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
 from mmtune.evaluation.predictions.answer_cache import AnswerCache, question_key
 from mmtune.evaluation.predictions.prediction import Prediction
 from mmtune.models.compute import in_eval_mode, training_autocast
+from mmtune.utils.threads import core_share
 
 Encoded = dict[str, torch.Tensor]
+
+ENCODING_PROCESSES = 4
+"""The most processes that encode questions while the model answers others."""
+QUESTIONS_PER_PROCESS = 64
+"""Fewer questions are encoded sooner than another process starts."""
+QUESTIONS_AT_ONCE = 8
+"""Questions per task of an encoding process, which limits the images in memory."""
+
+
+class _Sent:
+    """An encoded question as it is sent between processes: its tensors as arrays, those that candidates share once.
+
+    Tensors themselves would be sent through shared memory, of which a container may have too little.
+    """
+
+    def __init__(self, encoded: list[Encoded]) -> None:
+        tensors = {id(tensor): tensor for each in encoded for tensor in each.values()}
+        self._names = [{name: id(tensor) for name, tensor in each.items()} for each in encoded]
+        self._tensors = {
+            number: (tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
+            for number, tensor in tensors.items()
+        }
+
+    def received(self) -> list[Encoded]:
+        tensors = {number: torch.empty(shape, dtype=dtype) for number, (_, dtype, shape) in self._tensors.items()}
+        for number, (content, _, _) in self._tensors.items():
+            tensors[number].reshape(-1).view(torch.uint8).copy_(torch.from_numpy(content))
+        return [{name: tensors[number] for name, number in names.items()} for names in self._names]
 
 
 def answer_questions(
@@ -29,6 +60,8 @@ def answer_questions(
     cache: AnswerCache | None = None,
 ) -> list[Prediction]:
     """The predictions for samples, in their order.
+
+    Other processes encode the next questions where a core is left beside the model's.
 
     Args:
         model: in train or eval mode; it runs in eval mode, and its mode is restored.
@@ -54,10 +87,14 @@ def answer_questions(
         progress.update(len(batch))
         batch.clear()
 
-    with in_eval_mode(model), EvaluationProgress(label, len(samples)) as progress:
-        for index in sorted(range(len(samples)), key=lambda index: _length(samples[index])):
-            sample = samples[index]
-            encoded, key = encode(sample), ""
+    order = sorted(range(len(samples)), key=lambda index: _length(samples[index]))
+    processes = min(ENCODING_PROCESSES, core_share() - 1, len(order) // QUESTIONS_PER_PROCESS)
+    ahead = map_rows(lambda index: _Sent(encode(samples[index])), order, processes, None, QUESTIONS_AT_ONCE, 2 * batch_size)
+    with in_eval_mode(model), closing(ahead), EvaluationProgress(label, len(samples)) as progress:
+        for index, sent in zip(order, ahead, strict=True):
+            if isinstance(sent, RowError):
+                raise sent
+            sample, encoded, key = samples[index], sent.received(), ""
             if cache is not None:
                 key = question_key(encoded, settings(sample))
                 if (known := cache.get(key)) is not None:
