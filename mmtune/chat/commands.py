@@ -126,10 +126,7 @@ def _detach(chat: Chat, argument: str) -> None:
 
 def _described(view: ImageView) -> str:
     name = view.image.name if isinstance(view.image, EmbeddedMedia) else str(view.image)
-    try:
-        width, height = image_size(view)
-    except ValueError as error:
-        return f"{name}: no longer readable: {error}"
+    width, height = image_size(view)
     return f"{name}, {width} x {height}"
 
 

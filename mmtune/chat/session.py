@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,7 +105,7 @@ class ChatSession:
         """
         view = ImageView(image, self._window)
         size = _decoded_size(view)
-        attached = (*self.state.attached, {"type": "image", "image": view})
+        attached = (*self.state.attached, {"type": "image", "image": _in_memory(view)})
         self.state = replace(self.state, attached=attached)
         return size
 
@@ -156,7 +156,7 @@ class ChatSession:
         has read. If none was yielded, the question is dropped and its images stay attached to the next question.
 
         Raises:
-            UserError: an image that no longer exists, a question that is not valid Unicode, or no memory left on the accelerator.
+            UserError: a question that is not valid Unicode, or no memory left on the accelerator.
         """
         blocks = (*self.state.attached, {"type": "text", "text": question})
         message: Message = {"role": "user", "content": list(blocks)}
@@ -198,11 +198,7 @@ class ChatSession:
         return [("base", self._stream(messages, seed, tuned=False)), ("tuned", self._stream(messages, seed))]
 
     def count_tokens(self) -> tuple[Counts, int | None]:
-        """The tokens of the next question's prompt without its text, and the model's maximum if its config has one.
-
-        Raises:
-            UserError: an image that no longer exists.
-        """
+        """The tokens of the next question's prompt without its text, and the model's maximum if its config has one."""
         question: Message = {"role": "user", "content": [*self.state.attached, {"type": "text", "text": ""}]}
         counts = count_prompt_tokens(Sample("chat", self._prompt([*self.state.messages, question])), self._processor)
         maximum = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
@@ -211,12 +207,12 @@ class ChatSession:
     def save(self, path: Path) -> None:
         """Write the conversation as a file of one row in the form of the data template `messages`.
 
-        Images inside the file's folder are written as relative paths, others as `data:` URIs. White space around an answer is
-        removed, as in predicted rows. Attached images are not part of the row.
+        Images inside the file's folder are written as relative paths, others as `data:` URIs, also those whose file was deleted
+        or changed since. White space around an answer is removed, as in predicted rows. Attached images are not part of the row.
 
         Raises:
-            UserError: no question was answered, an answer is empty, an image cannot be read, the file exists and was not written
-                by this chat, or it cannot be written.
+            UserError: no question was answered, an answer is empty, an image is too large for a `data:` URI, the file exists and
+                was not written by this chat, or it cannot be written.
         """
         if path.suffix != ".jsonl":
             raise UserError(f"/save {path}: expected a file name that ends in .jsonl")
@@ -228,7 +224,7 @@ class ChatSession:
             raise UserError(f"/save {str(path)[:100]}: {reason_of(error)}") from error
         if not is_folder:
             raise UserError(f"/save {path}: no such folder: {root}")
-        messages = [_stripped(message) for message in self._prompt([*self.state.messages])]
+        messages = [_saved(message) for message in self._prompt([*self.state.messages])]
         try:
             row = messages_row(Sample(path.stem, messages), root)
             check_messages_row(row, root, path.name)
@@ -264,21 +260,14 @@ class ChatSession:
         if first["role"] == "system" and has_media(first):
             raise UserError(f"/load {path}: images in a system prompt are not supported in a chat")
         system = text_of(first) if first["role"] == "system" else None
-        messages = tuple(self._viewed(message) for message in sample.messages[system is not None :])
+        turns = sample.messages[system is not None :]
+        messages = [_with_images(turn, lambda image: ImageView(image, self._window)) for turn in turns]
         if system is not None:
             check_system_prompt(self._processor, system)
-        loaded = replace(self.state, system=system, messages=messages, repeats=0)
         question: Message = {"role": "user", "content": [{"type": "text", "text": "?"}]}
         encode_prompt(sample.id, _with_system(system, [*messages, question]), self._processor)
-        self.state = loaded
-
-    def _viewed(self, message: Message) -> Message:
-        """The message with this chat's window for its images."""
-        content = [
-            {**block, "image": ImageView(block["image"], self._window)} if block["type"] == "image" else block
-            for block in message["content"]
-        ]
-        return {**message, "content": content}
+        loaded = tuple(_with_images(message, _in_memory) for message in messages)
+        self.state = replace(self.state, system=system, messages=loaded, repeats=0)
 
     def _prompt(self, messages: list[Message]) -> list[Message]:
         return _with_system(self.state.system, messages)
@@ -358,11 +347,36 @@ def _images_of(message: Message) -> list[Block]:
     return [block for block in message["content"] if block["type"] == "image"]
 
 
-def _stripped(message: Message) -> Message:
-    """An answer without white space around it; any other message unchanged."""
-    if message["role"] != "assistant":
-        return message
-    return {**message, "content": [{"type": "text", "text": text_of(message).strip()}]}
+def _saved(message: Message) -> Message:
+    """The message as it is written: an answer without white space around it, and the files of images that are unchanged."""
+    if message["role"] == "assistant":
+        return {**message, "content": [{"type": "text", "text": text_of(message).strip()}]}
+    return _with_images(message, _file_of)
+
+
+def _with_images(message: Message, convert: Callable[[Any], Any]) -> Message:
+    """The message with each of its images converted."""
+    blocks = [{**block, "image": convert(block["image"])} if block["type"] == "image" else block for block in message["content"]]
+    return {**message, "content": blocks}
+
+
+def _in_memory(view: ImageView) -> ImageView:
+    """The image with its file's present content: the file may be deleted or replaced before a later question or `/save`."""
+    if isinstance(view.image, EmbeddedMedia):
+        return view
+    try:
+        return replace(view, image=EmbeddedMedia(view.image, str(view.image), data=view.image.read_bytes()))
+    except OSError as error:
+        raise UserError(f"cannot read {view.image}: {reason_of(error)}") from error
+
+
+def _file_of(view: ImageView) -> Path | EmbeddedMedia:
+    """The file of an image; its bytes if it has none, or if the file was deleted or changed."""
+    media = view.image
+    with suppress(OSError):
+        if isinstance(media, EmbeddedMedia) and media.data is not None and media.container.read_bytes() == media.data:
+            return media.container
+    return media
 
 
 def _decoded_size(view: ImageView) -> tuple[int, int]:
