@@ -55,6 +55,8 @@ class RunDirectory:
         checkpoints: the folder of the checkpoints.
         summary: the metrics of the run, as JSON.
         report: the metrics and sample answers of the run, as HTML.
+        profile: the time of a step by part, with `--profile`.
+        trace: what ran in the profiled steps, for ui.perfetto.dev.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,6 +73,8 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.summary = path / "summary.json"
         self.report = path / "report.html"
+        self.profile = path / "profile.json"
+        self.trace = path / "trace.json.gz"
 
     def answers(self, when: str) -> Path:
         """Held-out answers `before` or `after` tuning."""

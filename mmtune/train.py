@@ -45,8 +45,9 @@ from mmtune.release.model_card import model_card
 from mmtune.run_directory import RunDirectory, check_output_dir, clear_leftover, new_run, peak_memory_mb, versions
 from mmtune.training.checkpoint import check_resumable, checkpoint_to_resume, finished_summary, flatten, restore_training_state
 from mmtune.training.dataloader import TrainingData, optimizer_steps, plan_rows, prepare_data, prove_packed_rows, rows_to_take
-from mmtune.training.fit import create_trainer, run_training
+from mmtune.training.fit import check_profile, create_trainer, run_training
 from mmtune.training.held_out.held_out_rows import plan_held_out
+from mmtune.training.profiling.profile_table import profile_section
 from mmtune.training.run_inputs import RunInputs
 from mmtune.training.training_arguments import build_training_arguments
 from mmtune.tuning.apply import TunedModel, tune_model
@@ -57,7 +58,9 @@ from mmtune.utils.errors import errors_at_key
 from mmtune.utils.files import check_writable, replaced_directory, resolve_link
 
 
-def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: bool | Path = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe, command: list[str], overwrite: bool = False, resume: bool | Path = False, profile: int = 0
+) -> dict[str, Any]:
     """Tune a model by a recipe.
 
     Args:
@@ -65,6 +68,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
         overwrite: replace an earlier run at the recipe's `output_dir`.
         resume: resume the run at the recipe's `output_dir`, from its last good checkpoint or from the one at this path. True
             starts a run that has no checkpoint yet and leaves a finished one alone, so that a scheduler can repeat one command.
+        profile: profile this many steps after a warm-up (`mmtune.training.profiling`); the result of training is the same.
 
     Returns:
         The metrics of `summary.json`; in processes other than the main one, an empty dictionary.
@@ -77,7 +81,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     check_launch(recipe.model.precision, recipe.train.get("deepspeed"))
     if resume is True and (summary := finished_summary(recipe)) is not None:
         return summary
-    inputs = validate(recipe, overwrite, resume)
+    inputs = validate(recipe, overwrite, resume, profile)
     model, processor, data = load(inputs)
     with nullcontext(inputs.run) if inputs.checkpoint else new_run(recipe, command, inputs.overwrite, inputs.dist) as run:
         if inputs.dist.is_main_process:
@@ -91,7 +95,7 @@ def train(recipe: Recipe, command: list[str], overwrite: bool = False, resume: b
     return summarize(inputs, tuned, processor, run, before, metrics)
 
 
-def validate(recipe: Recipe, overwrite: bool, resume: bool | Path) -> RunInputs:
+def validate(recipe: Recipe, overwrite: bool, resume: bool | Path, profile: int = 0) -> RunInputs:
     """Preflight: check paths, launch environment, rows and parallelism strategy before any weight is loaded."""
     run = RunDirectory(Path(recipe.output_dir))
     if not (rank_prefix() or resume or overwrite):  # in the main process
@@ -122,7 +126,11 @@ def validate(recipe: Recipe, overwrite: bool, resume: bool | Path) -> RunInputs:
     lengths = plan_rows(samples, recipe, base.processor, data_report, dist)
     print(f"training: {dist.strategy}, {arguments.device}")
     held_out = plan_held_out(recipe, base.processor, dist)
-    return RunInputs(recipe, overwrite, checkpoint, arguments, dist, samples, data_report, base, objective, lengths, held_out)
+    inputs = RunInputs(
+        recipe, overwrite, checkpoint, arguments, dist, samples, data_report, base, objective, lengths, held_out, profile
+    )
+    check_profile(inputs)
+    return inputs
 
 
 def load(inputs: RunInputs) -> tuple[Any, ProcessorMixin, TrainingData]:
@@ -203,7 +211,7 @@ def summarize(
         write_answers(after, run.answers("after"))
         metrics |= tuning_metrics(before, after)
     metrics["peak_memory_mb"] = peak_memory_mb()
-    write_report(run, recipe, metrics)
+    write_report(run, recipe, metrics, profile_section(run))
     if not keeps_adapter(recipe.tune):
         (run.model / "README.md").write_text(model_card(recipe, metrics, run), encoding="utf-8")
     run.update_summary(metrics)  # the last file: a run that has it is finished

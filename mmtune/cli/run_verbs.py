@@ -15,6 +15,9 @@ from mmtune.console.library_output import configure_console, rank_prefix
 from mmtune.utils.errors import RecipeValueError, UserError, errors_at_key
 from mmtune.utils.hub import missing_path_message
 
+MAX_PROFILED = 100
+"""Programs that show a trace do not open one of more steps."""
+
 
 def add_run_verbs(verbs: Any, add: AddVerb) -> None:
     """Declare the verbs that train, evaluate and release a run.
@@ -33,6 +36,12 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
         default=False,
         metavar="CHECKPOINT",
         help="resume the run at output_dir from its last valid checkpoint, or from CHECKPOINT; start if there is none yet",
+    )
+    verb.add_argument(
+        "--profile",
+        type=int,
+        metavar="N",
+        help="profile N steps after a warm-up: the time of a step by part, a trace and advice; training then continues",
     )
     verb.add_argument(
         "--rehearse",
@@ -98,6 +107,10 @@ def _train(arguments: argparse.Namespace) -> Any:
 
     if isinstance(arguments.resume, str) and "=" in arguments.resume and not Path(arguments.resume).exists():
         arguments.overrides, arguments.resume = [*arguments.overrides, arguments.resume], True  # --resume key=value
+    if arguments.profile is not None and not 1 <= arguments.profile <= MAX_PROFILED:
+        raise UserError(f"--profile: expected 1 to {MAX_PROFILED} steps, got {arguments.profile}; 5 to 10 show most")
+    if arguments.profile is not None and arguments.rehearse:
+        raise UserError("--profile and --rehearse exclude each other: a rehearsal takes one step of a tiny model; give one")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.rehearse:
         check_recipe(recipe, files=False, libraries=set(LIBRARY_KEYS) - {"train.report_to"})
@@ -123,7 +136,7 @@ def _train(arguments: argparse.Namespace) -> Any:
         from mmtune.train import train
 
         resume = arguments.resume if isinstance(arguments.resume, bool) else Path(arguments.resume)
-        metrics = train(recipe, arguments.command_line, arguments.overwrite, resume)
+        metrics = train(recipe, arguments.command_line, arguments.overwrite, resume, arguments.profile or 0)
         if not rank_prefix():
             run = RunDirectory(Path(recipe.output_dir))
             weights = run.adapter if run.adapter.is_dir() else run.model

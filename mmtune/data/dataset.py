@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from mmtune.data.message import RowError, Sample
 from mmtune.data.sources.held_out_split import describe_split
 from mmtune.data.sources.reader import SourceReader
 from mmtune.data.sources.source import Row
+from mmtune.data.time_spans import SpanLog
 from mmtune.data.validation.issues import ISSUE_TYPES
 from mmtune.recipe.recipe import DataSection, Source, source_names
 from mmtune.utils.errors import UserError
@@ -172,11 +174,15 @@ class SampleEncoder:
     Args:
         processor: the model's processor.
         section: the recipe's data section.
+
+    Attributes:
+        spans: records the time of encoding, as `preprocess`, and within it that of decoding images; None: no record.
     """
 
     def __init__(self, processor: ProcessorMixin, section: DataSection) -> None:
         self._processor = processor
         self._section = section
+        self.spans: SpanLog | None = None
 
     def __call__(self, lazy_sample: LazySample, source: int = 0) -> Encoded | UserError:
         """Load and encode a sample.
@@ -185,13 +191,18 @@ class SampleEncoder:
             The tensors of `encode_sample` with the row's id as `row`, and for several sources `source_ids` (int64, shape
             (1, length)) with the number of the source; or the error of the row, which the collator puts aside.
         """
+        with nullcontext() if self.spans is None else self.spans.span("preprocess"):
+            return self._encode(lazy_sample, source)
+
+    def _encode(self, lazy_sample: LazySample, source: int) -> Encoded | UserError:
         section = self._section
         try:
             sample = lazy_sample()
             note = None
             if section.max_tokens is not None and section.over_length in ("drop_media", "shrink_media"):
                 sample, note = self._fit(sample, section.max_tokens)
-            encoded: Encoded = {**encode_sample(sample, self._processor, section.max_tokens, section.supervise), "row": sample.id}
+            tensors = encode_sample(sample, self._processor, section.max_tokens, section.supervise, self.spans)
+            encoded: Encoded = {**tensors, "row": sample.id}
         except OverLength as error:
             if section.over_length == "error":
                 return StopRunError(error.row, error.field, f"{error.detail} ({OVER_LENGTH_HINT})")

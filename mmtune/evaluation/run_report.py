@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,10 +55,22 @@ def generation_line(summary: dict[str, Any]) -> str:
     return f"{line} The base's generation config also sets {'; and '.join(parts)}. No answer here used it."
 
 
-def write_report(run: RunDirectory, recipe: Recipe, summary: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class ProfileSection:
+    """The profile of a run in its report: a title, a table as text by column, and sentences."""
+
+    title: str
+    rows: list[dict[str, str]]
+    lines: list[str]
+
+
+def write_report(run: RunDirectory, recipe: Recipe, summary: dict[str, Any], profile: ProfileSection | None = None) -> None:
     """Write `report.html`: metrics, loss curve, and sample answers with their images, in one file.
 
     With answers of the base, rows on which tuning changed the score come first.
+
+    Args:
+        profile: of the run's steps; None where they were not profiled.
     """
     groups: list[tuple[str, list[dict[str, Any]]]] = []
     if recipe.evaluate:
@@ -86,6 +99,7 @@ def write_report(run: RunDirectory, recipe: Recipe, summary: dict[str, Any]) -> 
         further=further_lines(summary) + difference_lines(summary.get("comparison", [])),
         generation=generation_line(summary),
         curve=_data_uri(run.loss_curve.read_bytes()),
+        profile=profile,
         groups=groups,
         recipe=run.recipe.read_text(encoding="utf-8"),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 
 from mmtune.data.batching.batch_sampler import Mixture, MixtureBatchSampler
-from mmtune.data.batching.collate import METADATA_KEYS, Collator, collate, pack
+from mmtune.data.batching.collate import METADATA_KEYS, collate, pack
 from mmtune.data.batching.sample_stream import SampleStream
 from mmtune.data.data_report import DataReport
 from mmtune.data.dataset import (
@@ -28,6 +28,7 @@ from mmtune.data.dataset import (
     TrainingSet,
 )
 from mmtune.data.encoding.encode import over_length_error
+from mmtune.data.time_spans import SpanLog, TimedCollator
 from mmtune.distributed.context import DistributedContext
 from mmtune.distributed.sharded_parameters import gathered_forward
 from mmtune.models.packed_attention import check_packable, verify_packing
@@ -36,6 +37,9 @@ from mmtune.planning.token_plan import plan_section
 from mmtune.recipe.recipe import DataSection, Recipe
 from mmtune.training.run_inputs import RunInputs
 from mmtune.utils.errors import RecipeValueError, UserError
+
+MakeBatch = Callable[[Sequence[Any]], dict[str, Any]]
+"""Makes a batch of encoded rows, as `Collator` does."""
 
 
 def rows_to_take(samples: IndexedSamples | StreamedSamples, arguments: TrainingArguments) -> int:
@@ -93,14 +97,16 @@ class TrainingData:
         samples: the rows before they are encoded.
         rows: a map-style data set of encoded rows, or a stream of batches.
         batches: the row indices of each batch; None for a stream.
+        spans: records the time of encoding and collating; None without a profile.
     """
 
     samples: IndexedSamples | StreamedSamples
     encoder: SampleEncoder
-    collator: Collator
+    collator: MakeBatch
     rows: Dataset[Any]
     batches: MixtureBatchSampler | None
     pad_token_id: int
+    spans: SpanLog | None
 
     @property
     def source_names(self) -> Sequence[str]:
@@ -121,19 +127,22 @@ def prepare_data(inputs: RunInputs, processor: ProcessorMixin) -> TrainingData:
     """Create the encoder, collator and batches of a run."""
     samples, section, arguments, dist = inputs.samples, inputs.recipe.data, inputs.arguments, inputs.dist
     encoder = inputs.objective.encoder(processor, section)
-    collator = inputs.objective.collator(processor, section.packing, always_images=dist.size > 1)
+    collator: MakeBatch = inputs.objective.collator(processor, section.packing, always_images=dist.size > 1)
+    spans = SpanLog() if inputs.profile else None
+    if spans is not None:
+        encoder.spans, collator = spans, TimedCollator(collator, spans)
     rows: Dataset[Any]
     if isinstance(samples, IndexedSamples):
         rows, batches = TrainingSet(samples, encoder), make_batches(samples, section, arguments, dist, inputs.lengths)
     else:
         rows, batches = _stream(samples, encoder, collator, section, arguments, dist), None
-    return TrainingData(samples, encoder, collator, rows, batches, pad_token_id(processor))
+    return TrainingData(samples, encoder, collator, rows, batches, pad_token_id(processor), spans)
 
 
 def _stream(
     samples: StreamedSamples,
     encoder: SampleEncoder,
-    collator: Collator,
+    collator: MakeBatch,
     section: DataSection,
     arguments: TrainingArguments,
     dist: DistributedContext,
@@ -198,7 +207,7 @@ def make_batches(
     )
 
 
-def _make_batch(collator: Collator, encoder: SampleEncoder, rows: Sequence[tuple[int, LazySample]]) -> dict[str, Any]:
+def _make_batch(collator: MakeBatch, encoder: SampleEncoder, rows: Sequence[tuple[int, LazySample]]) -> dict[str, Any]:
     return collator([encoder(handle, source) for source, handle in rows])
 
 

@@ -4,25 +4,50 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from transformers import PrinterCallback, ProcessorMixin, ProgressCallback
 
+from mmtune.data.dataset import IndexedSamples
 from mmtune.data.sources.row_cache import file_signatures
 from mmtune.distributed.context import check_strategy
 from mmtune.distributed.fsdp import configure_fsdp
-from mmtune.run_directory import RunDirectory
+from mmtune.run_directory import RunDirectory, step_of
 from mmtune.training.callbacks import DisableInputRequireGrads, RecordMetrics, StopOnSignal, draw_loss_curve, early_stopping
 from mmtune.training.checkpoint import fixed_sources
-from mmtune.training.dataloader import TrainingData
+from mmtune.training.dataloader import TrainingData, make_batches, optimizer_steps
 from mmtune.training.held_out.held_out_answers import held_out_scores
 from mmtune.training.held_out.held_out_loss import HeldOutLoss
+from mmtune.training.profiling.profiled_trainer import ProfiledTrainer
+from mmtune.training.profiling.step_profiler import WARMUP, ProfileSettings, run_facts
 from mmtune.training.run_inputs import RunInputs
 from mmtune.training.trackers import start_trackers
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import TunedModel
 from mmtune.utils.errors import UserError
+
+
+def check_profile(inputs: RunInputs) -> None:
+    """Compare the number of steps to profile with the steps that the run takes, before any weight is loaded.
+
+    Raises:
+        UserError: the run has too few steps.
+    """
+    samples, arguments = inputs.samples, inputs.arguments
+    if not inputs.profile:
+        return
+    batches = None
+    if isinstance(samples, IndexedSamples):
+        batches = make_batches(samples, inputs.recipe.data, arguments, inputs.dist, inputs.lengths)
+    left = optimizer_steps(arguments, batches) - (0 if inputs.checkpoint is None else step_of(inputs.checkpoint))
+    if (most := left - WARMUP) < inputs.profile:
+        expected = f"expected at most {most}" if most > 0 else "the run is too short"
+        raise UserError(
+            f"--profile {inputs.profile}: {expected}: {left} steps are left, and the first {WARMUP} are a warm-up; lower it, or "
+            "raise train.max_steps or train.num_train_epochs"
+        )
 
 
 def create_trainer(
@@ -34,7 +59,11 @@ def create_trainer(
         UserError: accelerate set up another strategy than the launcher announced, or a tracker does not start.
     """
     recipe, dist = inputs.recipe, inputs.dist
-    trainer = TuningTrainer(
+    kind: Callable[..., TuningTrainer] = TuningTrainer
+    if data.spans is not None:
+        settings = ProfileSettings(inputs.profile, data.spans, run, run_facts(recipe, inputs.arguments, dist, tuned.model))
+        kind = partial(ProfiledTrainer, profile=settings)
+    trainer = kind(
         model=tuned.model,
         args=inputs.arguments,
         train_dataset=data.rows,

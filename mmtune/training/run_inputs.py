@@ -31,6 +31,7 @@ class RunInputs:
         checkpoint: where training resumes; None for a new run.
         lengths: tokens of every row, shape (rows,), 0 for a row that cannot train; None where rows are not counted beforehand.
         held_out: the rows of the evaluation while training; None without one.
+        profile: the number of steps to profile; 0: none.
     """
 
     recipe: Recipe
@@ -44,6 +45,7 @@ class RunInputs:
     objective: SupervisedTuning
     lengths: NDArray[np.int64] | None
     held_out: HeldOutRows | None
+    profile: int = 0
 
     @property
     def run(self) -> RunDirectory:

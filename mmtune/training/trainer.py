@@ -376,6 +376,10 @@ class TuningTrainer(HookedTrainer):
             "generator": torch.Generator(),  # not the run's generator, which a resumed run would use once more
         }
 
+    def fetch_batches(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Any]:
+        """The next batches of the loader, fewer at the end of the data; in the place of one, an error that stops the run."""
+        return list(islice(epoch_iterator, num_batches))
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
@@ -385,7 +389,7 @@ class TuningTrainer(HookedTrainer):
             UserError: more rows failed than the recipe allows, or the first steps have no sample.
         """
         with self._progress.data_wait():
-            batches = list(islice(epoch_iterator, num_batches))
+            batches = self.fetch_batches(epoch_iterator, num_batches)
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch

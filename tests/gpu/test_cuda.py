@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from mmtune.recipe.recipe import Recipe
 from mmtune.release.merge import merge, parity_samples
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
+from mmtune.training.profiling.step_profiler import WARMUP
 
 pytestmark = pytest.mark.gpu
 
@@ -61,3 +63,25 @@ def test_the_memory_estimate_holds_on_cuda(make_recipe: Callable[..., Recipe], p
     torch.cuda.reset_peak_memory_stats()
     train(recipe, ["test"])
     assert torch.cuda.max_memory_allocated() < 1.5 * predicted + 64e6  # a model of 8 MB: cuBLAS's workspaces are most of it
+
+
+def test_a_profile_on_cuda_adds_up_and_changes_no_loss(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    settings = ("train.use_cpu=false", f"train.max_steps={WARMUP + 2}")
+    expected = losses(make_recipe(f"output_dir={tmp_path / 'plain'}", *settings))
+    recipe = make_recipe(f"output_dir={tmp_path / 'profiled'}", *settings)
+    train(recipe, ["test"], profile=2)
+    run = RunDirectory(Path(recipe.output_dir))
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [line["loss"] for line in lines] == pytest.approx(expected, abs=1e-5)
+    profile = json.loads(run.profile.read_text())
+    assert profile["device"] == "cuda" and not profile["notes"]
+    assert sum(part["seconds"] for part in profile["parts"].values()) == pytest.approx(profile["step_seconds"], rel=1e-9)
+    parts = ("vision", "projector", "language", "loss", "backward", "optimizer")
+    assert all(profile["parts"][part]["seconds"] > 0 for part in parts)
+    events = json.loads(gzip.decompress(run.trace.read_bytes()))["traceEvents"]
+    marks = [event for event in events if event.get("cat") == "user_annotation" and event["name"].startswith("mmtune step")]
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    assert len(marks) == 2 and kernels
+    lanes = [event for event in events if event.get("cat") == "mmtune" and event["name"] == "backward"]
+    for lane in lanes:  # the clocks of the events and of the trace agree: a backward pass has kernels in it
+        assert any(lane["ts"] <= kernel["ts"] <= lane["ts"] + lane["dur"] for kernel in kernels)

@@ -65,7 +65,8 @@ def launch(
 
     Args:
         recipes: with the launch of each: the name of a shipped configuration of accelerate, or `torchrun`, where a recipe may
-            name DeepSpeed itself. A third value is the step after which the last process gets SIGTERM, `resume`, or `rehearse`.
+            name DeepSpeed itself. A third value is the step after which the last process gets SIGTERM, `resume`,
+            `rehearse`, or `profile`.
         folder: for the processes' input and output.
         timeout_s: seconds that a recipe may take.
 
@@ -203,14 +204,18 @@ def train_all(jobs: Path, results: Path) -> None:
     for number, recipe, *how in json.loads(jobs.read_text()):
         os.environ.clear()
         os.environ.update(launched)  # without the DeepSpeed that a recipe has asked for
-        resume, step = how == ["resume"], next((each for each in how if isinstance(each, int)), None)
+        resume, profile, step = (
+            how == ["resume"],
+            2 * (how == ["profile"]),
+            next((each for each in how if isinstance(each, int)), None),
+        )
         with nothing_known(), signalled(step), fsdp_on_cpu():
             if how == ["rehearse"]:
                 outcome = reason(lambda path=Path(recipe): rehearse(load_recipe(path)))
             else:
                 outcome = reason(
-                    lambda path=Path(recipe), resume=resume: train(
-                        load_recipe(path), ["test"], overwrite=not resume, resume=resume
+                    lambda path=Path(recipe), resume=resume, profile=profile: train(
+                        load_recipe(path), ["test"], overwrite=not resume, resume=resume, profile=profile
                     )
                 )
         outcomes: list[bool | str] = [outcome] * distributed.get_world_size()

@@ -6,6 +6,7 @@ placeholders and through the tokenizer's offsets to tokens. No length is estimat
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from mmtune.data.encoding.token_spans import (
 from mmtune.data.media.media import open_image
 from mmtune.data.media.resizing import check_resized
 from mmtune.data.message import Message, RowError, Sample, all_text_of, is_supervised, prompt_messages, text_of
+from mmtune.data.time_spans import SpanLog
 from mmtune.data.validation.issues import issue_type_of
 from mmtune.families.family import TextError
 from mmtune.families.family_table import family_of_processor
@@ -246,7 +248,11 @@ def open_images(sample_id: str, messages: list[Message]) -> list[Message]:
 
 
 def encode_sample(
-    sample: Sample, processor: ProcessorMixin, max_tokens: int | None = None, supervise: Supervise = "all"
+    sample: Sample,
+    processor: ProcessorMixin,
+    max_tokens: int | None = None,
+    supervise: Supervise = "all",
+    spans: SpanLog | None = None,
 ) -> dict[str, torch.Tensor]:
     """Encode a whole conversation for training.
 
@@ -264,7 +270,7 @@ def encode_sample(
     Raises:
         RowError: the sample cannot be encoded; `OverLength` if it is too long.
     """
-    return _encode(sample, processor, _process_images(sample.id, sample.messages, processor), max_tokens, supervise)
+    return _encode(sample, processor, _process_images(sample.id, sample.messages, processor, spans), max_tokens, supervise)
 
 
 def encode_choices(sample: Sample, processor: ProcessorMixin) -> list[dict[str, torch.Tensor]]:
@@ -307,10 +313,11 @@ def _encode(
 
 
 def _process_images(
-    sample_id: str, messages: list[Message], processor: ProcessorMixin
+    sample_id: str, messages: list[Message], processor: ProcessorMixin, spans: SpanLog | None = None
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Run the image processor: the media tensors, and the replacement text of each image."""
-    opened = open_images(sample_id, messages)
+    with nullcontext() if spans is None else spans.span("decode"):
+        opened = open_images(sample_id, messages)
     images = [block["image"] for message in opened for block in message["content"] if block["type"] == "image"]
     if not images:
         return {}, []

@@ -1,0 +1,260 @@
+"""Summary of a profile over all processes: what `profile.json` and the table say."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mmtune.data.time_spans import TimeSpan
+from mmtune.evaluation.run_report import ProfileSection
+from mmtune.run_directory import RunDirectory
+from mmtune.training.profiling.advice import RunFacts, advise
+from mmtune.training.profiling.step_parts import PARTS, Interval, Segment, seconds_by_part, union
+from mmtune.utils.files import read_json_object
+
+BETWEEN_PROCESSES = {"communication", "processes"}
+COMPONENTS = {"vision", "projector", "language"}
+BAR = 24
+"""Width of the bar of the largest possible part, in columns."""
+
+
+@dataclass(frozen=True)
+class ProcessProfile:
+    """What one process measured.
+
+    Attributes:
+        steps: the segments of every profiled step.
+        shift: nanoseconds from its `time.perf_counter_ns` to the wall clock.
+        tokens: of the rows of all steps.
+        positions: with padding and dummy samples.
+        spans: of its data-loader workers, for the batches of the steps.
+        collectives: in the steps.
+        is_split: whether the wait for other processes is known apart from communication.
+        is_traced: whether torch.profiler recorded any work of the device.
+    """
+
+    steps: list[list[Segment]]
+    shift: int
+    tokens: int
+    positions: int
+    spans: list[TimeSpan]
+    collectives: list[Interval]
+    is_split: bool
+    is_traced: bool
+
+    @property
+    def seconds(self) -> float:
+        """Mean seconds of a step."""
+        return sum(steps[-1].end - steps[0].start for steps in self.steps) / 1e9 / len(self.steps)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Mean seconds of every part of a step. Their sum is `seconds`."""
+        totals = seconds_by_part(segment for step in self.steps for segment in step)
+        return {part: seconds / len(self.steps) for part, seconds in totals.items()}
+
+    @property
+    def hidden_communication(self) -> float:
+        """Mean seconds of a step in which collectives ran while the process did other work."""
+        total = sum(end - start for start, end in union(self.collectives)) / 1e9 / len(self.steps)
+        return max(total - self.parts["communication"] - self.parts["processes"], 0.0)
+
+    def segments_at(self, shift: int) -> list[Segment]:
+        """All segments on the clock of a process with this `shift`."""
+        moved = self.shift - shift
+        return [Segment(start + moved, end + moved, part) for step in self.steps for start, end, part in step]
+
+
+@dataclass(frozen=True)
+class WorkersLoad:
+    """The work of the data-loader workers of a process, which runs beside the step.
+
+    Attributes:
+        workers: their number.
+        decode, preprocess: seconds of work for a step, over all workers.
+        busy: the fraction of a step in which the workers work.
+    """
+
+    workers: int
+    decode: float
+    preprocess: float
+    busy: float
+
+
+@dataclass(frozen=True)
+class PartTime:
+    """Seconds of a part in a step.
+
+    Attributes:
+        seconds: the mean of all steps and processes.
+        share: of the step, from 0 to 1.
+        processes: the mean of each process.
+    """
+
+    seconds: float
+    share: float
+    processes: list[float]
+
+
+@dataclass(frozen=True)
+class ProfileSummary:
+    """A profile, as `profile.json` has it.
+
+    Attributes:
+        steps: the numbers of the profiled steps.
+        processes: the number of processes.
+        device: torch's name of it.
+        step_seconds: the mean of all profiled steps and processes, and the sum of the parts.
+        unprofiled_step_seconds: the faster of the steps that were timed without torch.profiler; None where there was none.
+        parts: by the names of `PARTS`.
+        hidden_communication_seconds: collectives behind other work, in a step; no part of the sum.
+        padding: the fraction of the batches' positions that are padding or dummy samples.
+        workers: the load of the data-loader workers, the mean of all processes; None without workers.
+        notes: what could not be measured.
+        advice: what the numbers suggest.
+    """
+
+    steps: list[int]
+    processes: int
+    device: str
+    step_seconds: float
+    unprofiled_step_seconds: float | None
+    parts: dict[str, PartTime]
+    hidden_communication_seconds: float
+    padding: float
+    workers: WorkersLoad | None
+    notes: list[str]
+    advice: list[str]
+
+    def to_json(self) -> str:
+        """The text of `profile.json`."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def summarize_profile(
+    steps: Sequence[int], processes: Sequence[ProcessProfile], unprofiled: Sequence[float], facts: RunFacts
+) -> ProfileSummary:
+    """The profile of all processes.
+
+    Args:
+        steps: the numbers of the profiled steps.
+        processes: in the order of their ranks.
+        unprofiled: seconds of the steps that were timed without torch.profiler.
+        facts: of the run.
+    """
+    seconds = statistics.fmean(process.seconds for process in processes)
+    by_rank = [process.parts for process in processes]
+    means = {part: statistics.fmean(each[part] for each in by_rank) for part in PARTS}
+    left_out = {"frozen"} | (COMPONENTS if means["compiled"] else {"compiled"})
+    left_out |= BETWEEN_PROCESSES if len(processes) == 1 else set()
+    parts = {
+        part: PartTime(mean, mean / seconds, [each[part] for each in by_rank])
+        for part, mean in means.items()
+        if mean or part not in left_out
+    }
+    positions = sum(process.positions for process in processes)
+    padding = 1 - sum(process.tokens for process in processes) / positions if positions else 0.0
+    workers = _workers_load(processes, seconds, len(steps), facts.workers) if facts.workers else None
+    shares = dict.fromkeys(PARTS, 0.0) | {part: each.share for part, each in parts.items()}
+    return ProfileSummary(
+        steps=list(steps),
+        processes=len(processes),
+        device=facts.device,
+        step_seconds=seconds,
+        unprofiled_step_seconds=min(unprofiled, default=None),
+        parts=parts,
+        hidden_communication_seconds=statistics.fmean(process.hidden_communication for process in processes),
+        padding=padding,
+        workers=workers,
+        notes=_notes(processes, shares, facts.device),
+        advice=advise(shares, padding, facts, None if workers is None else workers.busy),
+    )
+
+
+def _workers_load(processes: Sequence[ProcessProfile], seconds: float, steps: int, workers: int) -> WorkersLoad:
+    spans = [span for process in processes for span in process.spans]
+    everything, decode = (
+        sum(span.end - span.start for span in spans if span.part == part) / 1e9 / steps / len(processes)
+        for part in ("preprocess", "decode")
+    )
+    return WorkersLoad(workers, decode, everything - decode, everything / (workers * seconds))
+
+
+def _notes(processes: Sequence[ProcessProfile], shares: Mapping[str, float], device: str) -> list[str]:
+    notes = []
+    if device not in ("cpu", "cuda"):
+        notes.append(f"{device}: the times are those of the host, which runs ahead of the device")
+    if not all(process.is_split for process in processes):
+        notes.append(
+            "the processes took part in different collectives, so the wait for other processes is counted as communication"
+        )
+    if not all(process.is_traced for process in processes):
+        notes.append(
+            "torch.profiler recorded no GPU kernels, so communication is counted in the parts that wait for it; the driver "
+            "may allow performance counters to administrators only"
+        )
+    if shares["compiled"]:
+        notes.append("train.torch_compile: the forward pass of a compiled model is one part")
+    return notes
+
+
+def profile_rows(profile: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The table of a profile, from the content of `profile.json`: a row for every part and one for their sum, by column."""
+    rows = []
+    for part, time in profile["parts"].items():
+        row = {"part of a step": PARTS[part], "seconds": f"{time['seconds']:.4f}", "share": f"{time['share']:.1%}"}
+        if profile["processes"] > 1:
+            most = max(time["processes"])
+            row |= {"least": f"{min(time['processes']):.4f}", "most": f"{most:.4f}"}
+            row |= {"in process": str(time["processes"].index(most)) if most else ""}
+        rows.append(row)
+    total = {"part of a step": "step", "seconds": f"{profile['step_seconds']:.4f}", "share": "100.0%"}
+    return [*rows, dict.fromkeys(rows[0], "") | total]
+
+
+def profile_facts(profile: Mapping[str, Any]) -> list[str]:
+    """Sentences on what a profile measured beside its parts, and its advice, from the content of `profile.json`."""
+    facts = []
+    if profile["unprofiled_step_seconds"] is not None:
+        facts.append(f"a step without the profiler: {profile['unprofiled_step_seconds']:.4f} s")
+    if workers := profile["workers"]:
+        facts.append(
+            f"beside the step, in the data-loader workers ({workers['workers']}): decode images {workers['decode']:.4f} s, "
+            f"preprocess {workers['preprocess']:.4f} s; they are busy {workers['busy']:.0%} of the time"
+        )
+    if profile["processes"] > 1:
+        facts.append(f"communication behind other work: {profile['hidden_communication_seconds']:.4f} s")
+    facts.append(f"padding: {profile['padding']:.0%} of the positions")
+    return [*facts, *profile["notes"], *(f"advice: {each}" for each in profile["advice"])]
+
+
+def profile_title(profile: Mapping[str, Any]) -> str:
+    """What was profiled, from the content of `profile.json`."""
+    first, *_, last = steps = [*profile["steps"], profile["steps"][-1]]
+    which = f"step {first}" if len(steps) == 2 else f"{len(steps) - 1} steps, {first} to {last}"
+    return f"Profile of {which}: the parts add up to the step"
+
+
+def profile_section(run: RunDirectory) -> ProfileSection | None:
+    """The section of a run's report; None without a profile."""
+    if not run.profile.is_file():
+        return None
+    profile = read_json_object(run.profile)
+    return ProfileSection(profile_title(profile), profile_rows(profile), profile_facts(profile))
+
+
+def profile_lines(summary: ProfileSummary) -> list[str]:
+    """The profile as text."""
+    profile = asdict(summary)
+    rows = profile_rows(profile)
+    widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in rows[0]}
+    name = next(iter(widths))
+    shares = [0.0, *(each.share for each in summary.parts.values()), 0.0]
+    lines = [profile_title(profile)]
+    for row, share in zip([dict(zip(widths, widths, strict=True)), *rows], shares, strict=True):
+        cells = [row[name].ljust(widths[name]), *(row[each].rjust(widths[each]) for each in widths if each != name)]
+        lines.append(f"  {'  '.join(cells)}  {'#' * round(BAR * share)}".rstrip())
+    return [*lines, *profile_facts(profile)]
