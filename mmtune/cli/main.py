@@ -116,6 +116,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     unknown = [argument for argument in rest if overrides is None or argument.startswith("-") or "=" not in argument]
     if unknown:
         hint = (overrides is not None and _as_override(unknown)) or _near_option(parsed.parser, unknown)
+        if hasattr(parsed, "engine_options"):
+            hint += "; options of the engine come after --"
         parsed.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]

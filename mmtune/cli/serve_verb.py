@@ -20,6 +20,7 @@ SET_HERE = {
     "--served-model-name": "the name of the model is its path",
 }
 """Options of engines that `mmtune serve` sets itself."""
+DEFAULT_ENGINE, DEFAULT_PORT, DEFAULT_SAMPLES = "transformers", 8000, 32
 
 
 def add_serve_verb(verbs: Any, add: AddVerb) -> None:
@@ -32,17 +33,17 @@ def add_serve_verb(verbs: Any, add: AddVerb) -> None:
     verb = add(verbs, "serve", _serve, "serve a run or a model with an OpenAI-compatible API, or check a running engine")
     help_text = "a run (merged if needed), a checkpoint of one, a model or a hub id; words after -- are options of the engine"
     verb.add_argument("model", metavar="RUN_OR_MODEL", nargs="?", help=help_text)
-    verb.add_argument("--engine", default="transformers", metavar="NAME", help="transformers (default) or vllm")
+    verb.add_argument("--engine", metavar="NAME", help="transformers (default) or vllm")
     help_text = "the command that starts the engine, such as 'vllm/bin/vllm serve' of another environment"
     verb.add_argument("--engine-command", metavar="COMMAND", help=help_text)
-    verb.add_argument("--port", type=int, default=8000, metavar="N", help="the port on 127.0.0.1 (default 8000)")
+    verb.add_argument("--port", type=int, metavar="N", help="the port on 127.0.0.1 (default 8000)")
     help_text = "how long the engine may take to start, and for one answer, in seconds (default 600)"
     verb.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help=help_text)
     help_text = "compare the engine at this address with the run: its answers to held-out questions and its prompt tokens"
     verb.add_argument("--check", metavar="URL", help=help_text)
     verb.add_argument("--run", dest="trained", metavar="RUN", help="with --check: the run, or one of its checkpoints")
     verb.add_argument("--model-name", metavar="NAME", help="with --check: the model of the engine (default: its only one)")
-    verb.add_argument("--samples", type=int, default=32, metavar="N", help="with --check: number of questions (default 32)")
+    verb.add_argument("--samples", type=int, metavar="N", help="with --check: number of questions (default 32)")
     add_trust(verb)
     verb.set_defaults(engine_options=[])
 
@@ -53,11 +54,12 @@ def _serve(arguments: argparse.Namespace) -> Any:
     check_installed(("openai",))
     if not (math.isfinite(arguments.timeout) and arguments.timeout > 0):
         raise UserError(f"--timeout {arguments.timeout:g}: expected a positive number of seconds")
+    of_check = {"--run": arguments.trained, "--model-name": arguments.model_name, "--samples": arguments.samples}
+    of_start = {"--engine": arguments.engine, "--engine-command": arguments.engine_command, "--port": arguments.port}
     if arguments.check is not None:
+        _check_unused(of_start, "starts an engine; --check URL compares a running one")
         return _check(arguments)
-    for name in ("trained", "model_name"):
-        if getattr(arguments, name) is not None:
-            raise UserError(f"--{'run' if name == 'trained' else 'model-name'} belongs to --check URL")
+    _check_unused(of_check, "belongs to --check URL")
     if arguments.model is None:
         raise UserError("expected RUN_OR_MODEL, or --check URL --run RUN")
     if arguments.json:
@@ -65,13 +67,20 @@ def _serve(arguments: argparse.Namespace) -> Any:
     return _start(arguments)
 
 
+def _check_unused(options: dict[str, Any], reason: str) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise UserError(f"{option} {reason}")
+
+
 def _start(arguments: argparse.Namespace) -> None:
     from mmtune.serving.engine_process import check_port, running_engine
     from mmtune.serving.engines import find_engine
 
-    engine = find_engine(arguments.engine)
-    engine.command("", arguments.port, (), arguments.engine_command)  # an engine that is missing is reported before a merge
-    check_port(arguments.port)
+    engine = find_engine(arguments.engine or DEFAULT_ENGINE)
+    port = DEFAULT_PORT if arguments.port is None else arguments.port
+    engine.command("", port, (), arguments.engine_command)  # an engine that is missing is reported before a merge
+    check_port(port)
     for word in arguments.engine_options:
         if word.partition("=")[0] in SET_HERE:
             raise UserError(f"{word}: {SET_HERE[word.partition('=')[0]]}; leave it out after --")
@@ -82,11 +91,11 @@ def _start(arguments: argparse.Namespace) -> None:
     released = released_model(Path(arguments.model), arguments.trust_remote_code)
     trust = ["--trust-remote-code"] if arguments.trust_remote_code else []
     options = [*trust, *arguments.engine_options]
-    command = engine.command(released.path, arguments.port, options, arguments.engine_command)
+    command = engine.command(released.path, port, options, arguments.engine_command)
     if engine.decoder_only and arguments.engine_command is None:
         check_decoder_only(released.path, arguments.trust_remote_code)
     print(f"starting: {shlex.join(command)}", flush=True)
-    with running_engine(command, engine.environment, arguments.port) as process:
+    with running_engine(command, engine.environment, port) as process:
         process.wait_until_ready(arguments.timeout)
         try:
             EngineClient(process.address, released.path, arguments.timeout).connect()
@@ -107,7 +116,7 @@ def _usage(address: str, model: str, trained: Path | None) -> str:
     # The body is not an argument of curl: an argument has at most 128 KiB.
     curl = f"echo {shown} | curl -s {address}/v1/chat/completions -H 'Content-Type: application/json' -d @-"
     lines = [
-        f"serving: {model} at {address}/v1; Ctrl-C ends it",
+        f"serving: {model} at {address}/v1; Ctrl-C ends it. Ask it, with your image in place of image.png:",
         "",
         curl,
         "",
@@ -130,8 +139,9 @@ def _check(arguments: argparse.Namespace) -> Any:
         raise UserError("--check URL needs --run RUN, the run whose answers are compared")
     if arguments.model is not None or arguments.engine_options:
         raise UserError("--check URL compares a running engine; leave out RUN_OR_MODEL and options of the engine")
-    if arguments.samples < 1:
-        raise UserError(f"--samples {arguments.samples}: expected at least 1")
+    samples = DEFAULT_SAMPLES if arguments.samples is None else arguments.samples
+    if samples < 1:
+        raise UserError(f"--samples {samples}: expected at least 1")
     from mmtune.serving.engine_client import EngineClient
 
     engine = EngineClient(arguments.check, arguments.model_name, arguments.timeout)
@@ -149,9 +159,7 @@ def _check(arguments: argparse.Namespace) -> Any:
     check_recipe(recipe, ("evaluate",) if recipe.evaluate else ("data",))
     section = recipe.evaluate
     with located_errors(recipe):
-        questions = [
-            with_prompt(sample, section.prompt if section else None) for sample in parity_samples(recipe, arguments.samples)
-        ]
+        questions = [with_prompt(sample, section.prompt if section else None) for sample in parity_samples(recipe, samples)]
     max_new_tokens = section.max_new_tokens if section else DEFAULT_MAX_NEW_TOKENS
     model = TrainedModel(trained, recipe, max_new_tokens, arguments.trust_remote_code)
     result = check_serving(engine, model, questions)

@@ -87,10 +87,17 @@ class EngineClient:
         try:
             self._send_probe()
         except RequestRejected as error:
-            listed = self._listed_models() if self._model is openai.omit else []
-            if len(listed) != 1:
-                names = f" ({', '.join(listed[:10])})" if listed else ""
-                which = f"; --model-name NAME selects one of several models{names}" if self._model is openai.omit else ""
+            listed = self._listed_models()
+            if not listed and isinstance(error.__cause__, openai.NotFoundError):
+                raise UserError(
+                    f"{self.root}/v1/chat/completions: no such address there ({error}); expected the address of an "
+                    "OpenAI-compatible engine, such as http://127.0.0.1:8000/v1"
+                ) from error
+            if self._model is not openai.omit or len(listed) != 1:
+                names = ", ".join(listed[:10])
+                which = f"; its models: {names}" if listed and self._model not in listed else ""
+                if self._model is openai.omit and not error.failed:
+                    which = f"; --model-name NAME selects one of several models{names and f' ({names})'}"
                 raise UserError(f"{self.root}: the engine rejects a question: {error}{which}") from error
             self._model = listed[0]
             try:

@@ -130,20 +130,25 @@ class EngineProcess:
             CheckFailed: it ended.
         """
         while True:
-            self._check_running("by itself")
+            self._check_running("by itself", while_serving=True)
             time.sleep(POLL_S)
 
-    def _check_running(self, when: str) -> None:
+    def _check_running(self, when: str, while_serving: bool = False) -> None:
         if (status := self._process.poll()) is None:
             return
         self._reader.join(timeout=2.0)
+        if status == -signal.SIGKILL:
+            raise CheckFailed(f"the engine ended {when}, by SIGKILL: another program killed it, or the system ran out of memory")
         how = f"with exit code {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
-        raise CheckFailed(f"the engine ended {when}, {how}{self._reason()}")
+        raise CheckFailed(f"the engine ended {when}, {how}{self._reason(while_serving)}")
 
-    def _reason(self) -> str:
-        """The first error in the last lines, which later ones follow from; without one the last line."""
+    def _reason(self, while_serving: bool) -> str:
+        """The first error in the last lines, which later ones follow from; otherwise the last line.
+
+        While it serves, earlier errors are those of requests, and the last line is the reason of its end.
+        """
         errors = [match[0] for line in self._last_lines if (match := _ERROR.search(line))]
-        if errors:
+        if errors and not while_serving:
             return f"; its first error: {errors[0]}"
         return f"; its last line: {self._last_lines[-1]}" if self._last_lines else ""
 

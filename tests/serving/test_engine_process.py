@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
@@ -43,6 +45,21 @@ ENDS = SERVER.replace(
     "def do_POST(self):", "def do_POST(self):\n        print('ValueError: head_dim=16', flush=True); import os; os._exit(1)"
 )
 """Answers that it is healthy, and ends at the first question."""
+
+
+class NothingThere(BaseHTTPRequestHandler):
+    """A web server that is no engine."""
+
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def do_POST(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 IGNORES_SIGNALS = "import signal\nfor number in (2, 15): signal.signal(number, signal.SIG_IGN)\n"
 
 
@@ -79,7 +96,7 @@ def children() -> list[int]:
             "the engine ended before it answered, with exit code 1; its first error: RuntimeError: no kernel",
         ),
         (ENDS, "the engine ended at its first question, with exit code 1; its first error: ValueError: head_dim=16"),
-        ("import os\nos.kill(os.getpid(), 9)", "the engine ended before it answered, by SIGKILL"),
+        ("import os\nos.kill(os.getpid(), 9)", "the engine ended before it answered, by SIGKILL: another program"),
         ("import time\ntime.sleep(60)", "does not answer at http://127.0.0.1:"),
         (SERVER, "expected a chat completion with `choices` and `usage.prompt_tokens`, got "),
         (IGNORES_SIGNALS + SERVER, "expected a chat completion with `choices`"),
@@ -122,6 +139,8 @@ def test_a_port_that_is_taken_is_an_error_before_anything_starts(model: Path, ca
         ),
         (["serve", "MODEL", "--", "--host=0.0.0.0"], "--host=0.0.0.0: an engine listens on 127.0.0.1 only"),
         (["serve", "MODEL", "--run", "x"], "--run belongs to --check URL"),
+        (["serve", "MODEL", "--samples", "32"], "--samples belongs to --check URL"),
+        (["serve", "--check", "http://127.0.0.1:1", "--run", "x", "--port", "8000"], "--port starts an engine; --check URL"),
         (["serve", "MODEL", "--timeout", "0"], "--timeout 0: expected a positive number of seconds"),
         (["serve", "MODEL", "--json"], "--json belongs to --check URL"),
         (["serve", "--check", "http://127.0.0.1:1/v1"], "--check URL needs --run RUN"),
@@ -136,6 +155,23 @@ def test_a_port_that_is_taken_is_an_error_before_anything_starts(model: Path, ca
 def test_wrong_arguments_are_named(arguments: list[str], message: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert entry_point([str(model) if word == "MODEL" else word for word in arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_option_of_the_engine_needs_two_dashes_before_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        entry_point(["serve", "runs/photos", "--device", "cpu"])
+    assert "unrecognized arguments: --device cpu" in (errors := capsys.readouterr().err)
+    assert errors.endswith("; options of the engine come after --\n")
+
+
+def test_an_address_without_an_api_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with HTTPServer(("127.0.0.1", 0), NothingThere) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/v1/models"
+        assert entry_point(["serve", "--check", address, "--run", "x"]) == 2
+        server.shutdown()
+    errors = capsys.readouterr().err
+    assert f"{address}/v1/chat/completions: no such address there (HTTP 404: " in errors and "--model-name" not in errors
 
 
 def test_no_engine_at_the_address_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,7 +263,8 @@ def test_workers_end_although_the_main_process_was_killed(tmp_path: Path, sessio
     assert children() == before
 
 
-def test_an_engine_that_ends_by_itself_is_reported() -> None:
-    ended = pytest.raises(CheckFailed, match="the engine ended by itself, with exit code 0")
-    with ended, running_engine([sys.executable, "-c", "pass"], {}, free_port()) as process:
+def test_an_engine_that_ends_by_itself_is_reported_without_the_errors_of_requests() -> None:
+    ended = pytest.raises(CheckFailed, match=r"the engine ended by itself, with exit code 0; its last line: end$")
+    program = "print('ValueError: a wrong request'); print('end')"
+    with ended, running_engine([sys.executable, "-c", program], {}, free_port()) as process:
         process.wait()
