@@ -76,6 +76,14 @@ def ask(chat: Chat, question: str) -> None:
     _print_answer(chat, chat.session.ask(question), STOPPED_AT_ONCE)
 
 
+def long_prompt_line(session: ChatSession) -> str | None:
+    """A line about the last prompt if it is longer than the model's maximum."""
+    tokens, maximum = session.prompt_tokens, session.maximum_tokens
+    if maximum is None or tokens <= maximum:
+        return None
+    return f"the prompt had {tokens:,} tokens, more than the model's maximum of {maximum:,}: do not rely on the answer"
+
+
 def command_help() -> list[str]:
     """One line for each command."""
     return [f"{f'{name} {command.usage}'.rstrip()}: {command.description}" for name, command in COMMANDS.items()]
@@ -84,20 +92,22 @@ def command_help() -> list[str]:
 def _print_answer(chat: Chat, chunks: Generator[str], stopped_at_once: str) -> None:
     before = chat.session.state
     try:
-        _print_chunks(chunks)
+        _print_chunks(chat, chunks)
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
         print(STOPPED if chat.session.state is not before else stopped_at_once)
 
 
-def _print_chunks(chunks: Generator[str]) -> None:
+def _print_chunks(chat: Chat, chunks: Generator[str]) -> None:
     answer = ""
     with closing(chunks):
         for chunk in chunks:
             print(chunk, end="", flush=True)
             answer += chunk
     print("" if answer.strip() else EMPTY_ANSWER)
+    if line := long_prompt_line(chat.session):
+        print(f"({line}; /undo or /reset shortens the conversation)")
 
 
 def _image(chat: Chat, argument: str) -> None:
@@ -203,7 +213,7 @@ def _compare(chat: Chat, argument: str) -> None:
     try:
         for name, chunks in chat.session.compare():
             print(f"({name}:)")
-            _print_chunks(chunks)
+            _print_chunks(chat, chunks)
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
@@ -211,7 +221,7 @@ def _compare(chat: Chat, argument: str) -> None:
 
 
 def _tokens(chat: Chat, argument: str) -> None:
-    counts, maximum = chat.session.count_tokens()
+    counts, maximum = chat.session.count_tokens(), chat.session.maximum_tokens
     text, media = _count(counts.tokens - counts.media_tokens, "text token"), _count(counts.media_tokens, "image token")
     limit = "" if maximum is None else f"; the model's maximum is {maximum:,}, with your question and the answer"
     images = f"{media} ({_count(counts.images, 'image')})" if counts.images else "no image"

@@ -71,6 +71,8 @@ class ChatSession:
     Attributes:
         state: the conversation.
         settings: how answers are generated.
+        prompt_tokens: number of tokens of the last prompt.
+        maximum_tokens: the model's maximum of prompt and answer; None if its config has none.
 
     Args:
         model: the model, in eval mode.
@@ -92,6 +94,9 @@ class ChatSession:
         check_encoding(processor)
         self.state = ChatState()
         self.settings = settings or AnswerSettings()
+        self.prompt_tokens = 0
+        maximum = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.maximum_tokens = maximum if isinstance(maximum, int) else None
         self._model = model
         self._processor = processor
         self._window = window
@@ -197,12 +202,10 @@ class ChatSession:
         messages, seed = [*before, question], self.settings.seed + max(0, self.state.repeats - 1)
         return [("base", self._stream(messages, seed, tuned=False)), ("tuned", self._stream(messages, seed))]
 
-    def count_tokens(self) -> tuple[Counts, int | None]:
-        """The tokens of the next question's prompt without its text, and the model's maximum if its config has one."""
+    def count_tokens(self) -> Counts:
+        """The tokens of the next question's prompt without its text."""
         question: Message = {"role": "user", "content": [*self.state.attached, {"type": "text", "text": ""}]}
-        counts = count_prompt_tokens(Sample("chat", self._prompt([*self.state.messages, question])), self._processor)
-        maximum = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        return counts, maximum if isinstance(maximum, int) else None
+        return count_prompt_tokens(Sample("chat", self._prompt([*self.state.messages, question])), self._processor)
 
     def save(self, path: Path) -> None:
         """Write the conversation as a file of one row in the form of the data template `messages`.
@@ -294,6 +297,7 @@ class ChatSession:
     def _stream(self, messages: list[Message], seed: int, tuned: bool = True) -> Generator[str]:
         """Stream an answer; the generation thread has ended when the generator returns or is closed."""
         prompt = encode_prompt("chat", self._prompt(messages), self._processor)
+        self.prompt_tokens = prompt["input_ids"].shape[-1]
         streamer = TextIteratorStreamer(self._processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         errors: list[BaseException] = []
         stop_requested = Event()

@@ -38,11 +38,14 @@ PROMPT = "> "
 INTERRUPTED = "(Ctrl-C again or /exit ends the chat)"
 
 
-def run_chat(session: ChatSession) -> None:
+def run_chat(session: ChatSession) -> int:
     """Read questions and commands from standard input until it ends.
 
     On a terminal, lines can be edited and have a history, and Ctrl-C during an answer stops it but keeps the conversation.
     Otherwise each line of standard input is a question or a command.
+
+    Returns:
+        The number of lines that were errors.
 
     Raises:
         KeyboardInterrupt: Ctrl-C twice at an empty prompt; at any time if standard input is not a terminal.
@@ -54,16 +57,17 @@ def run_chat(session: ChatSession) -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is an error of its own; other lines are read
     print(textwrap.fill(HELP, shutil.get_terminal_size().columns) if sys.stdout.isatty() else HELP)
-    interrupted = False
+    interrupted, errors = False, 0
     while True:
         try:
             line = read_line()
             interrupted = False
             _handle_line(chat, line)
         except EOFError:
-            return
+            return errors
         except UserError as error:
             print(f"({error})")
+            errors += 1
         except KeyboardInterrupt:  # at the prompt
             if interrupted or not sys.stdin.isatty():
                 raise

@@ -311,11 +311,13 @@ def _chat(arguments: argparse.Namespace) -> Any:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: expected at least 1")
     if arguments.system is not None and not arguments.system.strip():
         raise UserError("--system: expected a text, got an empty one")
+    if arguments.prompt is not None and not (arguments.prompt.strip() or arguments.image):
+        raise UserError("--prompt: expected a text, got an empty one")
     images = [resolve_image(image) for image in arguments.image]
     trained = locate_trained_weights(Path(arguments.model))
     configure_console()
     from mmtune.chat.answer_settings import AnswerSettings
-    from mmtune.chat.commands import EMPTY_ANSWER
+    from mmtune.chat.commands import EMPTY_ANSWER, long_prompt_line
     from mmtune.chat.session import ChatSession
     from mmtune.chat.terminal import run_chat
     from mmtune.models.compute import to_best_device
@@ -336,7 +338,8 @@ def _chat(arguments: argparse.Namespace) -> Any:
     for image in images:
         session.attach(image)
     if arguments.prompt is None:
-        run_chat(session)
+        if (errors := run_chat(session)) and not sys.stdin.isatty():
+            raise UserError(f"{errors} {'lines' if errors > 1 else 'line'} of standard input failed; see the output")
         return None
     pieces = []
     for piece in session.ask(arguments.prompt):
@@ -346,6 +349,8 @@ def _chat(arguments: argparse.Namespace) -> Any:
     answer = "".join(pieces)
     if not answer.strip():
         print(EMPTY_ANSWER, file=sys.stderr)
+    if line := long_prompt_line(session):
+        print(f"warning: {line}", file=sys.stderr)
     return {"prompt": arguments.prompt, "images": arguments.image, "answer": answer}
 
 

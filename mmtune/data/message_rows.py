@@ -98,6 +98,9 @@ def read_messages_row(path: Path) -> Sample:
         row_id, row = rows[0]
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason_of(error)}") from error
+    if "messages" not in row:
+        keys = ", ".join(map(str, row))[:200]
+        raise RowError(row_id, "messages", f"expected a row in the form of the template `messages`, got the keys {keys}")
     try:
         return check_messages_row(row, path.parent, row_id)
     except RowError as error:

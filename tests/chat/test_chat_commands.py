@@ -101,6 +101,18 @@ def test_the_option_system_sets_the_system_prompt(capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out)["answer"] == answer
 
 
+def test_a_command_without_a_question_or_with_a_line_that_fails_exits_with_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert entry_point(["chat", "builtin:tiny-llava", "--prompt", " "]) == 2
+    assert capsys.readouterr().err == "error: --prompt: expected a text, got an empty one\n"
+    for lines, code in (("/image none.png\n/undo\n/images\n", 2), ("/images\n", 0)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        assert entry_point(["chat", "builtin:tiny-llava"]) == code
+        printed = capsys.readouterr()
+        assert printed.out.endswith("(no images)\n") and ("error: 2 lines of standard input failed" in printed.err) == (code == 2)
+
+
 @pytest.mark.parametrize("template", ["{{ raise_exception('no system prompts') }}", ""])
 def test_a_system_prompt_that_the_chat_template_does_not_write_is_an_error(
     answering_llava: tuple[Any, Any], template: str
@@ -290,6 +302,19 @@ def test_tokens_are_those_of_the_processor(
     assert f"(the prompt so far: {expected} your question and the answer)" in chat(f"/image '{images[1]}'", "/tokens")
 
 
+def test_a_prompt_longer_than_the_models_maximum_is_reported(
+    session: ChatSession, chat: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maximum = session._model.config.get_text_config().max_position_embeddings
+    assert "the model's maximum" not in chat("what?")
+    assert chat("x " * maximum).endswith(
+        f"(the prompt had {session.prompt_tokens:,} tokens, more than the model's maximum of {maximum:,}: do not rely on the "
+        "answer; /undo or /reset shortens the conversation)\n"
+    )
+    assert session.prompt_tokens > maximum
+    assert "more than the model's maximum" not in chat("/undo", "/retry")
+
+
 # --------------------------------------------------------------------------------------------------------------- files
 
 
@@ -410,6 +435,7 @@ def _asked(*blocks: Any) -> list[Any]:
     ("content", "error"),
     [
         (b"", "has no rows"),
+        ([{"image": "a.png", "conversations": []}], "row in the form of the template `messages`, got the keys image, conv"),
         (b"\x00\xff\x93", "expected UTF-8 text"),
         (b'{"messages": [', "not valid JSON"),
         (b"[" * 100_000, "not valid JSON|levels of nested lists"),
