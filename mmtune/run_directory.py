@@ -23,7 +23,7 @@ from mmtune.recipe.recipe import Recipe, needed_paths
 from mmtune.utils.errors import CheckFailed, RecipeValueError, UserError
 from mmtune.utils.files import check_replaceable, read_record, replace_text, report_disk_errors, resolve_link
 from mmtune.utils.hub import missing_path_message
-from mmtune.utils.locks import locked
+from mmtune.utils.locks import lock_holder, locked
 from mmtune.utils.manifest import check_manifest
 from mmtune.utils.threads import usable_cores
 from mmtune.utils.torchvision_support import prepare_torchvision
@@ -134,6 +134,8 @@ class RunDirectory:
 
     def unfinished_state(self) -> str:
         """The state of a run without a `summary.json`, and the command that continues it. Follows the run's path in a message."""
+        if holder := lock_holder(resolve_link(self.path)):
+            return f"is not finished: {holder} works on it; wait until it ends, or for a checkpoint"
         if self.is_leftover():
             return "stopped before its first step: the next `mmtune train` of its recipe replaces it"
         if checkpoints := self.checkpoints_by_step():

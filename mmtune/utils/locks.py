@@ -78,6 +78,25 @@ def _lock(file: Path) -> int:
         os.close(descriptor)  # the holder removed it in the meantime
 
 
+def lock_holder(directory: Path) -> str | None:
+    """The other process that holds the lock of a directory, with its command; None without one.
+
+    The lock of this process would be released: a process that holds it must not ask.
+    """
+    file = lock_file(directory)
+    try:
+        descriptor = os.open(file, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return _holder(file) if error.errno in IS_HELD else None
+    finally:
+        os.close(descriptor)
+    return None
+
+
 def _is_at(descriptor: int, file: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), file.stat())

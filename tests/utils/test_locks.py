@@ -16,11 +16,12 @@ import pytest
 
 from mmtune.cli.main import entry_point
 from mmtune.distributed.context import SINGLE_PROCESS
+from mmtune.models.checkpoints.trained_weights import find_trained_weights
 from mmtune.recipe.recipe import Recipe
-from mmtune.run_directory import git_commit, new_run
+from mmtune.run_directory import RunDirectory, git_commit, new_run
 from mmtune.utils.errors import UserError
 from mmtune.utils.files import check_links, check_replaceable, replace_text, replaced_directory, resolve_link
-from mmtune.utils.locks import lock_file, locked
+from mmtune.utils.locks import lock_file, lock_holder, locked
 
 
 @contextmanager
@@ -49,7 +50,14 @@ def test_a_lock_is_released_with_its_process_and_its_file_removed(tmp_path: Path
         in_use = pytest.raises(UserError, match=rf"in use by process {holder} on {socket.gethostname()}")
         with in_use, locked(run):
             pass
-    assert lock_file(run).exists()  # the process was killed
+        run.mkdir()
+        (run / "recipe.yaml").touch()
+        unfinished = rf"run is not finished: process {holder} on .* works on it; wait until it ends, or for a checkpoint"
+        for read in (lambda: find_trained_weights(run), RunDirectory(run).read_summary):
+            with pytest.raises(UserError, match=unfinished):
+                read()
+        assert lock_holder(run)
+    assert lock_file(run).exists() and lock_holder(run) is None  # the process was killed
     with locked(run) as is_locked:
         assert is_locked
     assert not lock_file(run).exists()

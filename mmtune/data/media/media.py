@@ -364,14 +364,16 @@ def open_image_header(media: Media | str) -> Iterator[tuple[Image.Image, int]]:
             issue_type = "image_too_large" if bomb else "image_unreadable"
             unknown_format = f"unknown image format; expected one of {', '.join(FORMATS)}, DICOM"
             reason = unknown_format if isinstance(error, Image.UnidentifiedImageError) else reason_of(error)
+            if bomb:
+                reason = f"expected an image of 1 to {MAX_PIXELS:,} pixels, got more; make it smaller"
             raise DataIssueError(issue_type, f"cannot open image {media}: {reason}") from error
         with image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
                 issue_type = "image_too_large" if image.width * image.height else "image_zero_size"
-                detail = f"{media}: expected an image of 1 to {MAX_PIXELS} pixels, got {image.width} x {image.height}"
-                raise DataIssueError(issue_type, detail)
+                detail = f"{media}: expected an image of 1 to {MAX_PIXELS:,} pixels, got {image.width} x {image.height}"
+                raise DataIssueError(issue_type, f"{detail}; make it smaller" if issue_type == "image_too_large" else detail)
             if max(image.size) > MAX_EDGE:
-                detail = f"{media}: expected edges of at most {MAX_EDGE} pixels, got {image.width} x {image.height}"
+                detail = f"{media}: expected edges of at most {MAX_EDGE:,} pixels, got {image.width} x {image.height}"
                 raise DataIssueError("image_too_large", detail)
             try:
                 values = values_that_need_window(image)

@@ -204,7 +204,7 @@ def test_the_size_of_a_dicom_image_is_read_from_the_header(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (lambda: _dicom(VALUES, Rows=40_000, Columns=40_000), "expected an image of 1 to 89478485 pixels, got 40000 x 40000"),
+        (lambda: _dicom(VALUES, Rows=40_000, Columns=40_000), "expected an image of 1 to 89,478,485 pixels, got 40000 x 40000"),
         (
             lambda: _dicom(VALUES, PhotometricInterpretation="HSV"),
             "expected a photometric interpretation of MONOCHROME1, .* got HSV",
