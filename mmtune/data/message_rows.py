@@ -100,7 +100,8 @@ def read_messages_row(path: Path) -> Sample:
         raise UserError(f"cannot read {path}: {reason_of(error)}") from error
     if "messages" not in row:
         keys = ", ".join(map(str, row))[:200]
-        raise RowError(row_id, "messages", f"expected a row in the form of the template `messages`, got the keys {keys}")
+        detail = f"expected a row in the form of the template `messages`, got the keys {keys}"
+        raise RowError(row_id, "messages", detail, "field_missing")
     try:
         return check_messages_row(row, path.parent, row_id)
     except RowError as error:
