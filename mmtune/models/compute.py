@@ -17,11 +17,19 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import slice_logits_to_keep
 
 from mmtune.families.family_table import family_of
+from mmtune.families.patch_embedding import use_patch_products
 from mmtune.families.structure import output_head
 from mmtune.methods.method_table import method_of
 
 
-def accept_logits_to_keep(model: PreTrainedModel) -> None:
+def prepare_computation(model: PreTrainedModel) -> None:
+    """Change how a loaded model computes: what its family corrects, patches as products, and `logits_to_keep` for all."""
+    _accept_logits_to_keep(model)
+    family_of(str(model.config.model_type)).prepare_model(model)
+    use_patch_products(model)
+
+
+def _accept_logits_to_keep(model: PreTrainedModel) -> None:
     """Let a model take `logits_to_keep`; some classes of transformers ignore it and compute all logits."""
     forward = type(model).forward
     if "logits_to_keep" in inspect.signature(forward).parameters:

@@ -25,7 +25,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from mmtune.builtin import tiny_checkpoint as tiny
 from mmtune.chat_templates.resolving import resolve_chat_template, set_chat_template, training_chat_template, use_chat_template
 from mmtune.distributed.sharded_parameters import is_sharded
-from mmtune.families.family_table import ASSEMBLED_TYPE, family_of, family_of_processor
+from mmtune.families.family_table import ASSEMBLED_TYPE, family_of_processor
 from mmtune.methods.method_table import METHODS, method_of_peft_type
 from mmtune.methods.tuners.peft_private import adapter_keys_as_stored
 from mmtune.models.assemble import assemble, assemble_processor
@@ -53,7 +53,7 @@ from mmtune.models.checkpoints.trained_weights import (
     read_adapter_config,
     report_removed_checkpoint,
 )
-from mmtune.models.compute import accept_logits_to_keep
+from mmtune.models.compute import prepare_computation
 from mmtune.models.experts.expert_stacks import find_experts
 from mmtune.models.generation import read_generation_config
 from mmtune.models.processors.ready_processor import load_completed_processor, prepare_processor
@@ -202,14 +202,13 @@ def load_strictly(
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"cannot load its weights: {_reason(name, error)}") from error
     check_weights_loaded(subject, model, report)
-    accept_logits_to_keep(model)
     keep_stored_layout(model, name)
     if dropped and not quiet:
         print(f"{subject}: {dropped}")
     if getattr(model, "is_quantized", False):
         with errors_about(subject):
             prepare_quantized(model)
-    family_of(str(model.config.model_type)).prepare_model(model)
+    prepare_computation(model)
     return model
 
 

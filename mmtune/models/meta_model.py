@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, LlavaConfig, PreTrainedConfig, PreTrainedModel
 
-from mmtune.families.family_table import family_of
 from mmtune.models.checkpoints.locate_base import BUILTIN, UNTRAINED, locate_base
 from mmtune.models.checkpoints.remote_code import auto_class
 from mmtune.models.compatibility import choose_feature_select_strategy, read_language_config, read_vision_tower
-from mmtune.models.compute import accept_logits_to_keep
+from mmtune.models.compute import prepare_computation
 from mmtune.models.load import DTYPES
 from mmtune.recipe.recipe import ModelSection
 from mmtune.utils.errors import RecipeValueError, UserError
@@ -65,8 +64,7 @@ def build_meta(section: ModelSection, config: PreTrainedConfig | None = None) ->
             )
     except ValueError as error:
         raise RecipeValueError("model", f"cannot be built from its config: {str(error).strip().splitlines()[0]}") from error
-    accept_logits_to_keep(model)
-    family_of(str(config.model_type)).prepare_model(model)
+    prepare_computation(model)
     return model
 
 

@@ -17,7 +17,7 @@ from mmtune.data.batching.collate import collate, pack
 from mmtune.data.encoding.encode import encode_sample
 from mmtune.data.media.media import EmbeddedMedia
 from mmtune.data.message import Sample
-from mmtune.models.compute import accept_logits_to_keep
+from mmtune.models.compute import prepare_computation
 from mmtune.models.packed_attention import check_packable_family, verify_packing
 from mmtune.models.tiny.tiny_bases import write_tiny_base
 from mmtune.utils.errors import UserError
@@ -51,7 +51,7 @@ def test_packed_samples_have_the_logits_of_single_samples(family: str, tmp_path:
     processor = tf.AutoProcessor.from_pretrained(base)
     encoded = _samples(family, processor)
     model = tf.AutoModelForImageTextToText.from_pretrained(base)
-    accept_logits_to_keep(model)
+    prepare_computation(model)
     check_packable_family(model.config)
     singles = [collate([sample], processor.tokenizer.pad_token_id) for sample in encoded]
     verify_packing(model, pack(encoded), singles)
