@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ def add_comparison_verb(verbs: Any, add: AddVerb) -> None:
     verb = add(verbs, "compare", _compare, "compare the answers of two models, or of a run's base and its tuned model")
     help_text = "a run (its tuned model) or a file of answers; the others are compared with the first. One run: base and tuned"
     verb.add_argument("model", metavar="RUN_OR_ANSWERS", nargs="+", help=help_text)
+    help_text = "also combine all answers: the most frequent one, or the choice with the largest mean probability"
+    verb.add_argument("--vote", choices=("majority", "mean"), help=help_text)
+    verb.add_argument("--weights", metavar="W,W,...", help="with --vote, the weight of each model (default: equal)")
+    verb.add_argument("--out", metavar="FILE.jsonl", help="with --vote, write its answers")
     verb.add_argument("--html", metavar="FILE", help="write a page with the rows that became better or worse, and their images")
 
 
@@ -47,11 +52,17 @@ def _compare(arguments: argparse.Namespace) -> Any:
     from mmtune.utils.files import check_writable, report_disk_errors
 
     sides = _sides(arguments.model)
+    weights = _weights(arguments)
+    if arguments.out and Path(arguments.out).resolve() in [side.file.resolve() for side in sides]:
+        raise UserError(
+            f"--out {arguments.out}: this file holds answers that are compared and is not replaced; give another file"
+        )
     if arguments.html:
         check_writable(Path(arguments.html).parent, f"--html {arguments.html}: ")
     configure_console()
-    from mmtune.evaluation.answers_file import read_answers
+    from mmtune.evaluation.answers_file import read_answers, write_answers
     from mmtune.evaluation.comparison import compare_answers, print_comparison
+    from mmtune.evaluation.ensemble import vote_of_models
     from mmtune.evaluation.run_report import write_comparison
 
     first, *others = [read_answers(side.file) for side in sides]
@@ -60,6 +71,16 @@ def _compare(arguments: argparse.Namespace) -> Any:
         comparison = compare_answers(first, answers)
         comparisons.append(((sides[0].name, side.name), comparison))
         print_comparison(comparison, comparisons[-1][0])
+    if arguments.vote:
+        vote = vote_of_models([first, *others], arguments.vote, weights)
+        comparisons.append(((sides[vote.best].name, f"vote ({arguments.vote})"), vote.gain))
+        left_out = f"; {vote.left_out:,} rows of the first are not in all or are asked differently" if vote.left_out else ""
+        print(f"vote of {len(sides)} models on {len(vote.answers):,} rows{left_out}; the best of them is {sides[vote.best].name}")
+        print_comparison(vote.gain, comparisons[-1][0])
+        if arguments.out:
+            with report_disk_errors(Path(arguments.out)):
+                write_answers(vote.answers, Path(arguments.out))
+            print(f"answers: {arguments.out}")
     if arguments.html:
         run = next((side.run for side in sides if side.run is not None), None)
         section = load_recipe(RunDirectory(run).recipe).evaluate if run is not None else None
@@ -68,6 +89,26 @@ def _compare(arguments: argparse.Namespace) -> Any:
             write_comparison(comparisons, Path(arguments.html), section.sources if section else ())
         print(f"page: {arguments.html}")
     return {"comparisons": [{"first": names[0], "second": names[1], **each.as_json()} for names, each in comparisons]}
+
+
+def _weights(arguments: argparse.Namespace) -> list[float]:
+    """The weight of each model in a vote."""
+    for name in ("weights", "out"):
+        if getattr(arguments, name) and not arguments.vote:
+            raise UserError(f"--{name}: needs --vote majority or --vote mean")
+    if arguments.out and (Path(arguments.out).suffix != ".jsonl" or Path(arguments.out).is_dir()):
+        raise UserError(f"--out {arguments.out}: expected a .jsonl file")
+    if arguments.vote and len(arguments.model) < 2:
+        raise UserError("--vote: expected at least two runs or files of answers")
+    if not arguments.weights:
+        return [1.0] * len(arguments.model)
+    try:
+        weights = [float(text) for text in arguments.weights.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != len(arguments.model) or not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise UserError(f"--weights {arguments.weights}: expected {len(arguments.model)} positive numbers, such as 2,1")
+    return weights
 
 
 def _sides(names: list[str]) -> list[_Side]:

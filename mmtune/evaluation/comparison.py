@@ -84,10 +84,10 @@ def compare_answers(first: Sequence[Answer], second: Sequence[Answer]) -> Compar
     Raises:
         UserError: an id occurs twice, or no row can be compared.
     """
-    sides = [_by_id(answers) for answers in (first, second)]
+    sides = [answers_by_id(answers) for answers in (first, second)]
     joined = [(answer, sides[1][row]) for row, answer in sides[0].items() if row in sides[1]]
-    pairs = [pair for pair in joined if not _differing(*pair)]
-    changed = {pair[0].id: differing for pair in joined if (differing := _differing(*pair))}
+    pairs = [pair for pair in joined if not differing_keys(*pair)]
+    changed = {pair[0].id: differing for pair in joined if (differing := differing_keys(*pair))}
     only_first, only_second = ([row for row in one if row not in other] for one, other in (sides, sides[::-1]))
     if not pairs:
         ids = " and ".join(next(iter(side), "no row") for side in sides)
@@ -138,7 +138,11 @@ def _count(pairs: Sequence[Pair]) -> tuple[int, int]:
     return sum(each > 0 for each in gains), sum(each < 0 for each in gains)
 
 
-def _by_id(answers: Sequence[Answer]) -> dict[str, Answer]:
+def answers_by_id(answers: Sequence[Answer]) -> dict[str, Answer]:
+    """
+    Raises:
+        UserError: an id occurs twice.
+    """
     [(row, count)] = Counter(answer.id for answer in answers).most_common(1) or [("", 0)]
     if count > 1:
         raise UserError(f"row {row}: expected one answer for each row, got {count}")
@@ -157,7 +161,8 @@ def _asked(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _differing(first: Answer, second: Answer) -> list[str]:
+def differing_keys(first: Answer, second: Answer) -> list[str]:
+    """What differs in how a row was asked, such as its references."""
     asked = _asked(second)
     return [name for name, value in _asked(first).items() if value != asked[name]]
 
@@ -170,7 +175,7 @@ def tuning_metrics(before: Sequence[Answer], after: Sequence[Answer]) -> dict[st
     """`score_metrics`, and with answers of the base their `comparison` with those of the tuned model."""
     metrics = score_metrics(before, after)
     base = {answer.id: answer for answer in before}
-    pairs = [(base[answer.id], answer) for answer in after if answer.id in base and not _differing(base[answer.id], answer)]
+    pairs = [(base[answer.id], answer) for answer in after if answer.id in base and not differing_keys(base[answer.id], answer)]
     if pairs:
         metrics["comparison"] = differences_to_dicts(compare_tasks(pairs))
     return metrics

@@ -108,6 +108,10 @@ class Metric:
         """The form in which two references are the same class, for the majority-class baseline."""
         return text.strip()
 
+    def answer_class(self, item: Item) -> str:
+        """The form in which two parsed answers to a row are the same, for a vote."""
+        return self.normalize_class(item.prediction)
+
 
 def finite_number(value: Any) -> float | None:
     """A finite real number as a float, also one of numpy; None for anything else."""

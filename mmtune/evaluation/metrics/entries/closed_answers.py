@@ -68,6 +68,10 @@ class MultipleChoice(Metric):
         """The text in upper case."""
         return text.strip().upper()
 
+    def answer_class(self, item: Item) -> str:
+        """The letter of the option."""
+        return str(read_letter(item.prediction, item.texts("options")))
+
 
 def read_letter(answer: str, options: Sequence[str] = ()) -> str | None:
     """The letter of the only option that an answer names; None if it names none or several, or denies or doubts it.
@@ -195,6 +199,10 @@ class YesNo(Metric):
         """Yes or no."""
         return read_yes_no(text) or text
 
+    def answer_class(self, item: Item) -> str:
+        """Yes or no."""
+        return str(_read_item(item))
+
 
 _FIRST = re.compile(r"[\"'(]*(yes|no)\b(?![-'/|])[\"')]*(.*)", re.IGNORECASE | re.DOTALL)
 _CONCLUSION = re.compile(r"(?:.*\b(?:so|therefore|thus|hence)\b)?(.*)\banswer(?: is)?:?\s*\"?(yes|no)\b\W*$", re.IGNORECASE)
@@ -310,6 +318,10 @@ class Classification(Metric):
     def normalize_class(self, text: str) -> str:
         """The text as it is compared."""
         return normalize(text)
+
+    def answer_class(self, item: Item) -> str:
+        """The label."""
+        return str(_label(item.prediction, item.texts("choices")))
 
 
 def _label(answer: str, choices: Sequence[str]) -> str | None:
