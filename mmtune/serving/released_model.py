@@ -9,7 +9,7 @@ from pathlib import Path
 from mmtune.models.checkpoints.trained_weights import TrainedWeights, locate_trained_weights, read_adapter_config
 from mmtune.models.checkpoints.weights_hash import hash_checkpoints
 from mmtune.utils.errors import UserError
-from mmtune.utils.files import read_json_object
+from mmtune.utils.files import check_writable, read_json_object
 from mmtune.utils.manifest import MANIFEST
 
 
@@ -50,6 +50,7 @@ def released_model(path: Path, trust_remote_code: bool = False) -> ReleasedModel
     digest = hash_checkpoints([str(trained.path)])
     source = trained.path if trained.is_checkpoint else trained.run.path
     if not out.exists():
+        check_writable(out.absolute().parent, f"{out}: ")
         import torch
 
         from mmtune.release.merge import merge, merge_line

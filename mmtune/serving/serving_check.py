@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from mmtune.data.message import Sample, prompt_messages
@@ -60,7 +60,11 @@ def check_serving(engine: EngineClient, model: TrainedModel, questions: Sequence
     asked = [question for question in questions if _has_images_only(question)]
     if not asked:
         raise UserError(f"all {len(questions)} questions have a video or audio, which the check does not send to an engine")
-    compared = [_compare(engine, model, question) for question in _shown(asked)]
+    compared = []
+    with EvaluationProgress("trained model and engine", len(asked), "questions") as progress:
+        for question in asked:
+            compared.append(_compare(engine, model, question))
+            progress.update(1)
     difference = _log_probability_difference(compared)
     cause, rounding = None, False
     try:
@@ -89,13 +93,6 @@ def check_serving(engine: EngineClient, model: TrainedModel, questions: Sequence
     if cause is not None and not rounding:
         raise CheckFailed(f"{_counts(result)}: {cause}{_example(compared)}", asdict(result))
     return result
-
-
-def _shown(questions: Sequence[Sample]) -> Iterator[Sample]:
-    with EvaluationProgress("trained model and engine", len(questions), "questions") as progress:
-        for question in questions:
-            yield question
-            progress.update(1)
 
 
 def _compare(engine: EngineClient, model: TrainedModel, question: Sample) -> ServedQuestion:

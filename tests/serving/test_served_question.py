@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from mmtune.data.message import Sample, text_of
+from mmtune.evaluation.evaluation_progress import EvaluationProgress
 from mmtune.serving.causes import answers_as_base, find_hidden_cause
 from mmtune.serving.engine_client import EngineAnswer
 from mmtune.serving.served_question import ServedQuestion
 from mmtune.serving.serving_check import check_serving
 from mmtune.serving.trained_answers import TrainedAnswer
 from mmtune.serving.unread_parts import find_unread_parts
-from mmtune.utils.errors import UserError
+from mmtune.utils.errors import CheckFailed, UserError
 
 
 @pytest.mark.parametrize(
@@ -128,3 +129,18 @@ def test_questions_with_video_alone_are_an_error() -> None:
     turns = [{"role": "user", "content": [{"type": "video", "video": "0.mp4"}]}, {"role": "assistant", "content": block("a")}]
     with pytest.raises(UserError, match="all 1 questions have a video or audio"):
         check_serving(None, None, [Sample("0", turns)])  # type: ignore[arg-type]
+
+
+def test_the_progress_bar_ends_before_an_error_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ends:
+        def answer(self, _: Any) -> TrainedAnswer:
+            raise CheckFailed("the engine ended")
+
+    ended: list[bool] = []
+    monkeypatch.setattr(EvaluationProgress, "__exit__", lambda *_: ended.append(True))
+    asked: Any = [Sample("a", [{"role": "user", "content": []}, {"role": "assistant", "content": []}])]
+    engine: Any = None
+    model: Any = Ends()
+    with pytest.raises(CheckFailed) as caught:  # its traceback keeps the frames alive, as while it is printed
+        check_serving(engine, model, asked)
+    assert ended and caught.value.result is None
