@@ -21,7 +21,7 @@ from mmtune.training.dataloader import TrainingData, make_batches, optimizer_ste
 from mmtune.training.held_out.held_out_answers import held_out_scores
 from mmtune.training.held_out.held_out_loss import HeldOutLoss
 from mmtune.training.profiling.profiled_trainer import ProfiledTrainer
-from mmtune.training.profiling.step_profiler import WARMUP, ProfileSettings, run_facts
+from mmtune.training.profiling.step_profiler import WARMUP, ProfileSettings, run_facts, traced_steps
 from mmtune.training.run_inputs import RunInputs
 from mmtune.training.trackers import start_trackers
 from mmtune.training.trainer import TuningTrainer
@@ -42,11 +42,12 @@ def check_profile(inputs: RunInputs) -> None:
     if isinstance(samples, IndexedSamples):
         batches = make_batches(samples, inputs.recipe.data, arguments, inputs.dist, inputs.lengths)
     left = optimizer_steps(arguments, batches) - (0 if inputs.checkpoint is None else step_of(inputs.checkpoint))
-    if (most := left - WARMUP) < inputs.profile:
+    further = 1 + traced_steps(arguments.gradient_accumulation_steps)
+    if (most := left - WARMUP - further) < inputs.profile:
         expected = f"expected at most {most}" if most > 0 else "the run is too short"
         raise UserError(
-            f"--profile {inputs.profile}: {expected}: {left} steps are left, and the first {WARMUP} are a warm-up; lower it, or "
-            "raise train.max_steps or train.num_train_epochs"
+            f"--profile {inputs.profile}: {expected}: {left} steps are left, and a profile takes {WARMUP} before its own and "
+            f"{further} after; {'lower it, or ' if most > 0 else ''}raise train.max_steps or train.num_train_epochs"
         )
 
 

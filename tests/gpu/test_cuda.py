@@ -17,7 +17,7 @@ from mmtune.recipe.recipe import Recipe
 from mmtune.release.merge import merge, parity_samples
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
-from mmtune.training.profiling.step_profiler import WARMUP
+from mmtune.training.profiling.step_profiler import TRACED_STEPS, WARMUP
 
 pytestmark = pytest.mark.gpu
 
@@ -66,7 +66,7 @@ def test_the_memory_estimate_holds_on_cuda(make_recipe: Callable[..., Recipe], p
 
 
 def test_a_profile_on_cuda_adds_up_and_changes_no_loss(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    settings = ("train.use_cpu=false", f"train.max_steps={WARMUP + 2}")
+    settings = ("train.use_cpu=false", f"train.max_steps={WARMUP + 2 + 1 + TRACED_STEPS}")
     expected = losses(make_recipe(f"output_dir={tmp_path / 'plain'}", *settings))
     recipe = make_recipe(f"output_dir={tmp_path / 'profiled'}", *settings)
     train(recipe, ["test"], profile=2)
@@ -81,7 +81,7 @@ def test_a_profile_on_cuda_adds_up_and_changes_no_loss(make_recipe: Callable[...
     events = json.loads(gzip.decompress(run.trace.read_bytes()))["traceEvents"]
     marks = [event for event in events if event.get("cat") == "user_annotation" and event["name"].startswith("mmtune step")]
     kernels = [event for event in events if event.get("cat") == "kernel"]
-    assert len(marks) == 2 and kernels
+    assert len(marks) == TRACED_STEPS and kernels
     lanes = [event for event in events if event.get("cat") == "mmtune" and event["name"] == "backward"]
     for lane in lanes:  # the clocks of the events and of the trace agree: a backward pass has kernels in it
         assert any(lane["ts"] <= kernel["ts"] <= lane["ts"] + lane["dur"] for kernel in kernels)

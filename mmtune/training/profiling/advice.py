@@ -23,8 +23,9 @@ class RunFacts:
     Attributes:
         device: torch's name of it.
         workers: data-loader workers of a process.
+        persistent_workers: whether they stay from one epoch to the next.
+        prefetched: batches that each of them makes ahead.
         cores: usable CPU cores for each process of this machine.
-        processes: of the run.
         accumulation: batches of an optimizer step.
         packing: whether samples are packed.
         by_tokens: whether batches are limited by tokens, and samples grouped by length.
@@ -36,8 +37,9 @@ class RunFacts:
 
     device: str
     workers: int
+    persistent_workers: bool
+    prefetched: int
     cores: int
-    processes: int
     accumulation: int
     packing: bool
     by_tokens: bool
@@ -45,6 +47,21 @@ class RunFacts:
     balanced: bool
     tower_frozen: bool
     sharded: bool
+
+
+@dataclass(frozen=True)
+class LoaderLoad:
+    """The load of data-loader workers.
+
+    Attributes:
+        busy: fraction of the time in which they work.
+        at_epochs: whether most of the wait for them is in the first step of an epoch.
+        decoding: whether most of their work is decoding images.
+    """
+
+    busy: float
+    at_epochs: bool
+    decoding: bool
 
 
 @dataclass(frozen=True)
@@ -57,18 +74,18 @@ class _Finding:
     text: str
 
 
-def advise(shares: Mapping[str, float], padding: float, facts: RunFacts, busy: float | None) -> list[str]:
+def advise(shares: Mapping[str, float], padding: float, facts: RunFacts, load: LoaderLoad | None) -> list[str]:
     """Sentences on what the numbers suggest, the largest share first.
 
     Args:
         shares: of the parts in a step (`PARTS`).
         padding: fraction of the positions.
-        busy: fraction of the time in which the data-loader workers work; None without workers.
+        load: of the data-loader workers; None without workers.
     """
     step = "of the step"
     data = shares["loader"] + shares["decode"] + shares["preprocess"]
     findings = [
-        _Finding(f"data preparation: {data:.0%} {step}", data, LARGE_LOADER, _data_advice(data, shares, facts, busy)),
+        _Finding(f"data preparation: {data:.0%} {step}", data, LARGE_LOADER, _data_advice(data, shares, facts, load)),
         _Finding(
             f"waiting for other processes: {shares['processes']:.0%} {step}",
             shares["processes"],
@@ -105,15 +122,20 @@ def advise(shares: Mapping[str, float], padding: float, facts: RunFacts, busy: f
     return [f"{each.name}; {each.text}" for each in large]
 
 
-def _data_advice(share: float, shares: Mapping[str, float], facts: RunFacts, busy: float | None) -> str:
-    if busy is None:
-        work, before = share, "it runs in the training process"
+def _data_advice(share: float, shares: Mapping[str, float], facts: RunFacts, load: LoaderLoad | None) -> str:
+    if load is None:
+        work, before, decoding = share, "it runs in the training process", shares["decode"] > share / 2
     else:
-        work, before = busy * facts.workers, f"the {facts.workers} data-loader workers are busy {busy:.0%} of the time"
-    if busy is not None and busy < BUSY:
-        return f"{before}, so single batches are late: raise train.dataloader_prefetch_factor"
+        work, decoding = load.busy * facts.workers, load.decoding
+        before = f"the data-loader workers ({facts.workers}) are busy {load.busy:.0%} of the time"
+        if load.at_epochs:
+            keep = "" if facts.persistent_workers else "; train.dataloader_persistent_workers: true keeps the workers"
+            return f"most of it is the first step of an epoch, before any batch is ready{keep}"
+        if load.busy < BUSY:
+            ahead = max(2 * facts.prefetched, math.ceil(facts.accumulation / facts.workers) + facts.prefetched)
+            return f"{before}, so single batches are late: set train.dataloader_prefetch_factor: {ahead}"
     needed = max(math.ceil(RESERVE * work / max(1 - share, 0.01)), facts.workers + 1)
-    smaller = "; decoding is most of it: smaller image files help too" if shares["decode"] > share / 2 else ""
+    smaller = "; decoding is most of it: smaller image files help too" if decoding else ""
     if needed > facts.cores:
         cores = f"{facts.cores} core{'s' * (facts.cores != 1)}"
         return f"{before}, and it takes {needed} cores to hide it where each process has {cores}{smaller}"

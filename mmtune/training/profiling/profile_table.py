@@ -11,8 +11,8 @@ from typing import Any
 from mmtune.data.time_spans import TimeSpan
 from mmtune.evaluation.run_report import ProfileSection
 from mmtune.run_directory import RunDirectory
-from mmtune.training.profiling.advice import RunFacts, advise
-from mmtune.training.profiling.step_parts import PARTS, Interval, Segment, seconds_by_part, union
+from mmtune.training.profiling.advice import LoaderLoad, RunFacts, advise
+from mmtune.training.profiling.step_parts import PARTS, Interval, Segment, seconds_by_part
 from mmtune.utils.files import read_json_object
 
 BETWEEN_PROCESSES = {"communication", "processes"}
@@ -26,46 +26,40 @@ class ProcessProfile:
     """What one process measured.
 
     Attributes:
-        steps: the segments of every profiled step.
+        totals: seconds of every part in all timed steps.
+        traced: the segments of the traced steps.
+        collectives: the time in which any collective ran in the traced steps; disjoint.
         shift: nanoseconds from its `time.perf_counter_ns` to the wall clock.
-        tokens: of the rows of all steps.
+        tokens: of the rows of the timed steps.
         positions: with padding and dummy samples.
-        spans: of its data-loader workers, for the batches of the steps.
-        collectives: in the steps.
+        spans: of its data-loader workers, for the batches of the timed steps.
+        epoch_wait: seconds of the wait for the loader that were in steps which start an epoch.
         is_split: whether the wait for other processes is known apart from communication.
-        is_traced: whether torch.profiler recorded any work of the device.
+        is_recorded: whether torch.profiler recorded any work of the device.
     """
 
-    steps: list[list[Segment]]
+    totals: dict[str, float]
+    traced: list[Segment]
+    collectives: list[Interval]
     shift: int
     tokens: int
     positions: int
     spans: list[TimeSpan]
-    collectives: list[Interval]
+    epoch_wait: float
     is_split: bool
-    is_traced: bool
-
-    @property
-    def seconds(self) -> float:
-        """Mean seconds of a step."""
-        return sum(steps[-1].end - steps[0].start for steps in self.steps) / 1e9 / len(self.steps)
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """Mean seconds of every part of a step. Their sum is `seconds`."""
-        totals = seconds_by_part(segment for step in self.steps for segment in step)
-        return {part: seconds / len(self.steps) for part, seconds in totals.items()}
+    is_recorded: bool
 
     @property
     def hidden_communication(self) -> float:
-        """Mean seconds of a step in which collectives ran while the process did other work."""
-        total = sum(end - start for start, end in union(self.collectives)) / 1e9 / len(self.steps)
-        return max(total - self.parts["communication"] - self.parts["processes"], 0.0)
+        """Seconds of the traced steps in which collectives ran while the process did other work."""
+        exposed = seconds_by_part(self.traced)
+        running = sum(end - start for start, end in self.collectives) / 1e9
+        return max(running - exposed["communication"] - exposed["processes"], 0.0)
 
     def segments_at(self, shift: int) -> list[Segment]:
-        """All segments on the clock of a process with this `shift`."""
+        """The traced segments on the clock of a process with this `shift`."""
         moved = self.shift - shift
-        return [Segment(start + moved, end + moved, part) for step in self.steps for start, end, part in step]
+        return [Segment(start + moved, end + moved, part) for start, end, part in self.traced]
 
 
 @dataclass(frozen=True)
@@ -104,11 +98,11 @@ class ProfileSummary:
     """A profile, as `profile.json` has it.
 
     Attributes:
-        steps: the numbers of the profiled steps.
+        steps: the numbers of the timed steps.
+        traced_steps: how many steps were traced after them.
         processes: the number of processes.
         device: torch's name of it.
-        step_seconds: the mean of all profiled steps and processes, and the sum of the parts.
-        unprofiled_step_seconds: the faster of the steps that were timed without torch.profiler; None where there was none.
+        step_seconds: the mean of all timed steps and processes, and the sum of the parts.
         parts: by the names of `PARTS`.
         hidden_communication_seconds: collectives behind other work, in a step; no part of the sum.
         padding: the fraction of the batches' positions that are padding or dummy samples.
@@ -118,10 +112,10 @@ class ProfileSummary:
     """
 
     steps: list[int]
+    traced_steps: int
     processes: int
     device: str
     step_seconds: float
-    unprofiled_step_seconds: float | None
     parts: dict[str, PartTime]
     hidden_communication_seconds: float
     padding: float
@@ -134,43 +128,45 @@ class ProfileSummary:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-def summarize_profile(
-    steps: Sequence[int], processes: Sequence[ProcessProfile], unprofiled: Sequence[float], facts: RunFacts
-) -> ProfileSummary:
+def summarize_profile(steps: Sequence[int], traced: int, processes: Sequence[ProcessProfile], facts: RunFacts) -> ProfileSummary:
     """The profile of all processes.
 
     Args:
-        steps: the numbers of the profiled steps.
+        steps: the numbers of the timed steps.
+        traced: the number of traced steps.
         processes: in the order of their ranks.
-        unprofiled: seconds of the steps that were timed without torch.profiler.
         facts: of the run.
     """
-    seconds = statistics.fmean(process.seconds for process in processes)
-    by_rank = [process.parts for process in processes]
+    by_rank = [{part: each / len(steps) for part, each in process.totals.items()} for process in processes]
     means = {part: statistics.fmean(each[part] for each in by_rank) for part in PARTS}
+    seconds = sum(means.values())
+    shares = {part: mean / seconds for part, mean in means.items()}
     left_out = {"frozen"} | (COMPONENTS if means["compiled"] else {"compiled"})
     left_out |= BETWEEN_PROCESSES if len(processes) == 1 else set()
-    parts = {
-        part: PartTime(mean, mean / seconds, [each[part] for each in by_rank])
-        for part, mean in means.items()
-        if mean or part not in left_out
-    }
     positions = sum(process.positions for process in processes)
     padding = 1 - sum(process.tokens for process in processes) / positions if positions else 0.0
     workers = _workers_load(processes, seconds, len(steps), facts.workers) if facts.workers else None
-    shares = dict.fromkeys(PARTS, 0.0) | {part: each.share for part, each in parts.items()}
+    waited = sum(process.totals["loader"] for process in processes)
+    load = None
+    if workers is not None:
+        at_epochs = sum(process.epoch_wait for process in processes) > waited / 2
+        load = LoaderLoad(workers.busy, at_epochs, workers.decode > workers.preprocess)
     return ProfileSummary(
         steps=list(steps),
+        traced_steps=traced,
         processes=len(processes),
         device=facts.device,
         step_seconds=seconds,
-        unprofiled_step_seconds=min(unprofiled, default=None),
-        parts=parts,
-        hidden_communication_seconds=statistics.fmean(process.hidden_communication for process in processes),
+        parts={
+            part: PartTime(mean, shares[part], [each[part] for each in by_rank])
+            for part, mean in means.items()
+            if mean or part not in left_out
+        },
+        hidden_communication_seconds=statistics.fmean(each.hidden_communication for each in processes) / max(traced, 1),
         padding=padding,
         workers=workers,
-        notes=_notes(processes, shares, facts.device),
-        advice=advise(shares, padding, facts, None if workers is None else workers.busy),
+        notes=_notes(processes, traced, shares, facts.device),
+        advice=advise(shares, padding, facts, load),
     )
 
 
@@ -183,15 +179,17 @@ def _workers_load(processes: Sequence[ProcessProfile], seconds: float, steps: in
     return WorkersLoad(workers, decode, everything - decode, everything / (workers * seconds))
 
 
-def _notes(processes: Sequence[ProcessProfile], shares: Mapping[str, float], device: str) -> list[str]:
+def _notes(processes: Sequence[ProcessProfile], traced: int, shares: Mapping[str, float], device: str) -> list[str]:
     notes = []
     if device not in ("cpu", "cuda"):
         notes.append(f"{device}: the times are those of the host, which runs ahead of the device")
+    if not traced and len(processes) > 1:
+        notes.append("no step was traced, so communication is counted in the parts that wait for it")
     if not all(process.is_split for process in processes):
         notes.append(
             "the processes took part in different collectives, so the wait for other processes is counted as communication"
         )
-    if not all(process.is_traced for process in processes):
+    if traced and not all(process.is_recorded for process in processes):
         notes.append(
             "torch.profiler recorded no GPU kernels, so communication is counted in the parts that wait for it; the driver "
             "may allow performance counters to administrators only"
@@ -218,8 +216,6 @@ def profile_rows(profile: Mapping[str, Any]) -> list[dict[str, str]]:
 def profile_facts(profile: Mapping[str, Any]) -> list[str]:
     """Sentences on what a profile measured beside its parts, and its advice, from the content of `profile.json`."""
     facts = []
-    if profile["unprofiled_step_seconds"] is not None:
-        facts.append(f"a step without the profiler: {profile['unprofiled_step_seconds']:.4f} s")
     if workers := profile["workers"]:
         facts.append(
             f"beside the step, in the data-loader workers ({workers['workers']}): decode images {workers['decode']:.4f} s, "

@@ -38,7 +38,7 @@ class ProfiledTrainer(TuningTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Any]:
         """As `TuningTrainer.get_batch_samples`; the step begins here."""
-        self._profiler.begin_step(self.state.global_step + 1)
+        self._profiler.begin_step(self.state.global_step + 1, starts_epoch=(self.state.epoch or 0) % 1 == 0)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def fetch_batches(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Any]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 PARTS = {
     "decode": "decode images",
@@ -36,15 +39,19 @@ class Segment(NamedTuple):
     part: str
 
 
-def union(intervals: Iterable[Interval], gap: int = 0) -> list[Interval]:
-    """The time in any of the intervals, as disjoint intervals in order; those at most `gap` apart are joined."""
-    merged: list[Interval] = []
-    for start, end in sorted(intervals):
-        if merged and start <= merged[-1][1] + gap:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        elif start < end:
-            merged.append((start, end))
-    return merged
+def union(intervals: Sequence[Interval] | NDArray[np.int64], gap: int = 0) -> list[Interval]:
+    """The time in any of the intervals, as disjoint intervals in order; those at most `gap` apart are joined.
+
+    Args:
+        intervals: in any order; as an array, of shape (intervals, 2).
+    """
+    spans = np.asarray(intervals, np.int64).reshape(-1, 2)
+    spans = spans[spans[:, 0] < spans[:, 1]]
+    spans = spans[spans[:, 0].argsort()]
+    ends = np.maximum.accumulate(spans[:, 1])  # of all intervals so far
+    first = np.append(True, spans[1:, 0] > ends[:-1] + gap)[: len(spans)]
+    last = np.append(first[1:], True)[: len(spans)]
+    return list(zip(spans[first, 0].tolist(), ends[last].tolist(), strict=True))
 
 
 def subtract(intervals: Sequence[Interval], removed: Sequence[Interval]) -> list[Interval]:
@@ -91,6 +98,29 @@ def seconds_by_part(segments: Iterable[Segment]) -> dict[str, float]:
     for start, end, part in segments:
         totals[part] += end - start
     return {part: total / 1e9 for part, total in totals.items()}
+
+
+def split_communication(
+    seconds: Mapping[str, float], traced: Sequence[Segment], communication: Sequence[Interval], wait: Sequence[Interval]
+) -> dict[str, float]:
+    """Take communication and the wait for other processes out of the seconds of the parts that contain them.
+
+    Args:
+        seconds: by part.
+        traced: the same parts in steps of which the communication is known. Its share of a part there is its share in `seconds`.
+        communication, wait: in the traced steps; both disjoint and in order.
+
+    Returns:
+        By part, with the same sum.
+    """
+    result = dict.fromkeys(PARTS, 0.0)
+    for part, total in seconds.items():
+        own = [segment for segment in traced if segment.part == part]
+        measured = seconds_by_part(assign(assign(own, communication, "communication"), wait, "processes"))
+        whole = sum(measured.values())
+        for name, each in measured.items() if whole else [(part, 1.0)]:
+            result[name] += total * each / (whole or 1.0)
+    return result
 
 
 def _overlapping(intervals: Sequence[Interval], start: int, end: int) -> Iterator[Interval]:

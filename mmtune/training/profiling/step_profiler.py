@@ -1,4 +1,4 @@
-"""Profiler of training steps: measures steps after a warm-up by part, and writes `profile.json` and a trace."""
+"""Profiler of training steps: times steps by part, traces a few more, and writes `profile.json` and the trace."""
 
 from __future__ import annotations
 
@@ -17,21 +17,29 @@ from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_fun
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mmtune.data.time_spans import SpanLog, TimeSpan, WorkerSpans
+from mmtune.data.time_spans import SpanLog, WorkerSpans
 from mmtune.distributed.context import DistributedContext
 from mmtune.families.structure import find_components
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.training.profiling.advice import RunFacts
 from mmtune.training.profiling.profile_table import ProcessProfile, profile_lines, summarize_profile
-from mmtune.training.profiling.step_parts import Segment, assign, union
+from mmtune.training.profiling.step_parts import Segment, assign, seconds_by_part, split_communication, union
 from mmtune.training.profiling.timeline import StepTimeline, clock_of
-from mmtune.training.profiling.torch_trace import clock_offset, device_work, wait_for_others, write_trace
-from mmtune.utils.files import read_json_object, replace_text, report_disk_errors
+from mmtune.training.profiling.torch_trace import DeviceWork, read_device_work, wait_for_others, write_trace
+from mmtune.utils.files import replace_text, report_disk_errors
 from mmtune.utils.threads import usable_cores
 
-WARMUP = 4
-"""Steps before the profiled ones: the first is slow, the last starts torch.profiler, and those between are timed without it."""
+WARMUP = 3
+"""Steps before those that are timed."""
+TRACED_STEPS, TRACED_BATCHES = 3, 32
+"""Maximum number of traced steps, and of their batches; one step is always traced. A model of 7B parameters records about 100,000
+operations in a batch, 25 MB of a trace."""
+
+
+def traced_steps(accumulation: int) -> int:
+    """The number of traced steps, for the number of batches in a step."""
+    return max(min(TRACED_STEPS, TRACED_BATCHES // accumulation), 1)
 
 
 def run_facts(recipe: Recipe, arguments: TrainingArguments, dist: DistributedContext, model: nn.Module) -> RunFacts:
@@ -44,8 +52,9 @@ def run_facts(recipe: Recipe, arguments: TrainingArguments, dist: DistributedCon
     return RunFacts(
         device=arguments.device.type,
         workers=arguments.dataloader_num_workers,
+        persistent_workers=arguments.dataloader_persistent_workers,
+        prefetched=arguments.dataloader_prefetch_factor or 2,  # torch's default
         cores=max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1),
-        processes=dist.size,
         accumulation=arguments.gradient_accumulation_steps,
         packing=section.packing,
         by_tokens=section.tokens_per_batch is not None,
@@ -61,7 +70,7 @@ class ProfileSettings:
     """What a profile needs to know of its run.
 
     Attributes:
-        steps: how many steps are profiled.
+        steps: how many steps are timed.
         log: the time spans of data preparation in this process.
         run: where the profile is written.
         facts: for the advice.
@@ -75,6 +84,9 @@ class ProfileSettings:
 
 class StepProfiler(TrainerCallback):
     """Profiles optimizer steps in every process, and has the main process write the profile.
+
+    torch.profiler makes small operations slower, so it runs in steps of its own after those that are timed. What it shows of
+    communication is applied to the timed steps.
 
     Args:
         settings: of the profile.
@@ -93,33 +105,38 @@ class StepProfiler(TrainerCallback):
         pause: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.timeline: StepTimeline | None = None
-        """The timeline of the present step; None outside of a step that is measured."""
+        """The timeline of the present step; None outside of a step that is timed or traced."""
         self._settings, self._dist, self._device = settings, dist, device
         self._instrument, self._pause = instrument, pause
         self._clock = clock_of(device)
+        self._last_timed = WARMUP + settings.steps
+        self._traced_steps = traced_steps(settings.facts.accumulation)
         self._begun = 0
-        self._is_done = False
-        self._installed = ExitStack()
-        self._mark = ExitStack()
+        self._is_done = self._starts_epoch = False
+        self._installed, self._mark = ExitStack(), ExitStack()
+        self._profile: profile | None = None
         self._marks: dict[str, int] = {}
-        self._unprofiled: list[float] = []
-        self._steps: dict[int, list[Segment]] = {}
-        self._spans: list[TimeSpan] = []
-        self._batches: list[WorkerSpans] = []
+        self._timed: dict[int, list[Segment]] = {}
+        self._traced: list[list[Segment]] = []
+        self._batches: list[WorkerSpans] = []  # of the timed steps
+        self._traced_batches: list[WorkerSpans] = []
         self._tokens = self._positions = 0
+        self._epoch_wait = 0.0
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: int, starts_epoch: bool) -> None:
         """Begin the optimizer step with this number."""
         if self._is_done:
             return
         self._begun += 1
-        if self._begun == WARMUP:
-            self._start()
-        elif self._begun > WARMUP:
-            self._profile.step()
+        self._starts_epoch = starts_epoch
         self._settings.log.take()
-        if self._begun > 1:
-            if self._begun > WARMUP:
+        if self._begun == WARMUP + 1:
+            self._installed.enter_context(self._instrument())
+        if self._begun == self._last_timed + 1:
+            self._profile = self._start_profile()  # this step is its warm-up
+        elif self._begun > WARMUP:
+            if self._profile is not None:
+                self._profile.step()
                 name = f"mmtune step {step}"
                 self._marks[name] = time.perf_counter_ns()
                 self._mark.enter_context(record_function(name))
@@ -155,10 +172,14 @@ class StepProfiler(TrainerCallback):
             positions: with padding and dummy samples.
             spans: of the worker that made it.
         """
-        if self._begun > WARMUP and not self._is_done:
+        if self.timeline is None:
+            return
+        batches = self._traced_batches
+        if self._profile is None:
             self._tokens += tokens
             self._positions += positions
-            self._batches += [] if spans is None else [spans]
+            batches = self._batches
+        batches += [] if spans is None else [spans]
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.timeline is not None:
@@ -172,21 +193,24 @@ class StepProfiler(TrainerCallback):
         timeline, self.timeline = self.timeline, None
         if timeline is None:
             return
-        segments = timeline.finish()
+        segments = self._with_preparation(timeline.finish())
         self._mark.close()
-        if self._begun < WARMUP:
-            self._unprofiled.append((segments[-1].end - segments[0].start) / 1e9)
-        elif self._begun > WARMUP:
-            self._steps[state.global_step] = segments
-            self._spans += self._settings.log.take()
-            if len(self._steps) == self._settings.steps:
+        if self._profile is None:
+            self._timed[state.global_step] = segments
+            self._epoch_wait += seconds_by_part(segments)["loader"] if self._starts_epoch else 0.0
+        else:
+            self._traced.append(segments)
+            if len(self._traced) == self._traced_steps:
                 self._finish()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._is_done:
             return
-        if self._steps:
-            print(f"profile: the run ended after {len(self._steps)} of the {self._settings.steps} steps to profile")
+        if self._timed:
+            print(
+                f"profile: the run ended after {len(self._timed)} of {self._settings.steps} timed steps, and {len(self._traced)} "
+                f"of {self._traced_steps} traced ones"
+            )
             self._finish()
         else:
             print(f"profile: none, the run ended after {self._begun} steps, and the first {WARMUP} are not profiled")
@@ -199,62 +223,68 @@ class StepProfiler(TrainerCallback):
         self._settings.log.close()
         self._installed.close()
 
-    def _start(self) -> None:
-        """Install the hooks, and begin the warm-up of torch.profiler."""
-        self._installed.enter_context(self._instrument())
+    def _start_profile(self) -> profile:
         # kineto prints every start and stop. What it cannot record is found in the trace.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self._device.type == "cuda")
         actions = {0: ProfilerAction.WARMUP}
-        self._profile = profile(activities=activities, schedule=lambda step: actions.get(step, ProfilerAction.RECORD))
-        self._profile.start()
-        self._installed.callback(self._profile.stop)
+        started = profile(activities=activities, schedule=lambda step: actions.get(step, ProfilerAction.RECORD))
+        started.start()
+        self._installed.callback(started.stop)
+        return started
+
+    def _with_preparation(self, segments: list[Segment]) -> list[Segment]:
+        """The segments of a step that has just ended, with the data preparation of this process in them."""
+        spans = self._settings.log.take()
+        prepared = union([(span.start, span.end) for span in spans])
+        decoded = union([(span.start, span.end) for span in spans if span.part == "decode"])
+        return assign(assign(segments, prepared, "preprocess", within="loader"), decoded, "decode", within="preprocess")
 
     def _finish(self) -> None:
         self.close()
-        with self._pause():
-            trace = self._read_trace()
-            events, on_gpu, settings = trace["traceEvents"], self._device.type == "cuda", self._settings
-            work, offset = device_work(events, self._marks, on_gpu), clock_offset(events, self._marks)
-            numbers = list(self._steps)
-            collectives = [work.during(each[0].start, each[-1].end) for each in self._steps.values()]
+        with self._pause(), tempfile.TemporaryDirectory(prefix="mmtune-profile-") as folder:
+            trace = Path(folder) / "trace.json"
+            work, offset = self._read_trace(trace)
+            collectives = [work.during(each[0].start, each[-1].end) for each in self._traced]
             durations = self._dist.all_gather_object([[end - start for start, end in each] for each in collectives])
-            waits = [
-                wait_for_others(each, of_step) for each, of_step in zip(collectives, zip(*durations, strict=True), strict=True)
-            ]
+            by_step = zip(collectives, zip(*durations, strict=True), strict=True)
+            waits = [wait_for_others(each, of_processes) for each, of_processes in by_step]
             communication, wait = work.exposed([interval for each in waits for interval in each or ()])
-            steps = [self._parts(segments, communication, wait) for segments in self._steps.values()]
+            timed = [segment for each in self._timed.values() for segment in each]
+            traced = [segment for each in self._traced for segment in each]
             own = ProcessProfile(
-                steps=steps,
+                totals=split_communication(seconds_by_part(timed), traced, communication, wait),
+                traced=assign(assign(traced, communication, "communication"), wait, "processes"),
+                collectives=union([interval for each in collectives for interval in each]),
                 shift=time.time_ns() - time.perf_counter_ns(),
                 tokens=self._tokens,
                 positions=self._positions,
                 spans=[span for batch in self._batches for span in batch.spans],
-                collectives=[interval for each in collectives for interval in each],
+                epoch_wait=self._epoch_wait,
                 is_split=None not in waits,
-                is_traced=not on_gpu or bool(work.busy),
+                is_recorded=bool(work.busy),
             )
             processes: list[ProcessProfile] = self._dist.all_gather_object(own)
-            if not self._dist.is_main_process:
-                return
-            summary = summarize_profile(numbers, processes, self._unprofiled, settings.facts)
-            run = settings.run
-            with report_disk_errors(run.profile):
-                replace_text(run.profile, summary.to_json())
-                lanes = [each.segments_at(own.shift) for each in processes]
-                write_trace(run.trace, trace, offset, lanes, self._batches)
-            tqdm.write("\n".join([*profile_lines(summary), f"profile: {run.profile}, {run.trace} (open it in ui.perfetto.dev)"]))
+            if self._dist.is_main_process:
+                self._write(processes, trace, offset)
 
-    def _parts(self, segments: list[Segment], communication: list[Any], wait: list[Any]) -> list[Segment]:
-        """A step's segments, with the data preparation and the communication of this process in them."""
-        prepared = union((span.start, span.end) for span in self._spans)
-        decoded = union((span.start, span.end) for span in self._spans if span.part == "decode")
-        segments = assign(segments, prepared, "preprocess", within="loader")
-        segments = assign(segments, decoded, "decode", within="preprocess")
-        return assign(assign(segments, communication, "communication"), wait, "processes")
-
-    def _read_trace(self) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory(prefix="mmtune-profile-") as folder:
-            path = Path(folder) / "trace.json"
+    def _read_trace(self, path: Path) -> tuple[DeviceWork, int]:
+        """The device's work in the traced steps, from torch.profiler's trace, which is written to a file."""
+        if self._profile is None or not self._traced:
+            return DeviceWork([], []), 0
+        with report_disk_errors(path):
             self._profile.export_chrome_trace(str(path))
-            return read_json_object(path)
+        self._profile = None  # its events take more memory than the file's size
+        return read_device_work(path, self._marks, on_gpu=self._device.type == "cuda")
+
+    def _write(self, processes: list[ProcessProfile], trace: Path, offset: int) -> None:
+        run = self._settings.run
+        summary = summarize_profile(list(self._timed), len(self._traced), processes, self._settings.facts)
+        written = [str(run.profile)]
+        with report_disk_errors(run.profile):
+            replace_text(run.profile, summary.to_json())
+            if self._traced:
+                lanes = [each.segments_at(processes[0].shift) for each in processes]
+                write_trace(run.trace, trace, offset, lanes, self._traced_batches)
+                written.append(f"{run.trace} (open it in ui.perfetto.dev)")
+        tqdm.write("\n".join([*profile_lines(summary), f"profile: {', '.join(written)}"]))

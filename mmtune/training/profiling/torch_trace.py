@@ -5,14 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Sequence
+import shutil
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+import numpy as np
 
 from mmtune.data.time_spans import TimeSpan, WorkerSpans
 from mmtune.training.profiling.step_parts import PARTS, Interval, Segment, subtract, union
-from mmtune.utils.files import replace_bytes
 
 FIRST_LANE = 10**9
 """Process number of the first of mmtune's lanes in a trace: above those of processes and GPUs."""
@@ -20,6 +23,10 @@ COLLECTIVE = re.compile(r"(gloo|mpi|ucc|xccl|hccl):")
 """Names of the spans that torch's backends record on their own threads. NCCL's collectives are GPU kernels."""
 LAUNCH_NS = 100_000
 """A shorter time between two operations of a process is no wait: its host prepares the second."""
+EVENTS = re.compile(r'"traceEvents"\s*:\s*\[')
+SEPARATOR = re.compile(r"[\s,]*")
+CHUNK = 2**22
+"""Characters of a trace that are read at once."""
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
@@ -71,39 +78,63 @@ def wait_for_others(collectives: Sequence[Interval], durations: Sequence[Sequenc
     return [(start, end - transfer) for (start, end), transfer in zip(collectives, shortest, strict=True)]
 
 
-def clock_offset(events: Sequence[dict[str, Any]], marks: dict[str, int]) -> int:
-    """Nanoseconds to add to a time of the trace to get one of `time.perf_counter_ns`.
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a trace file, one after another: all of them would take several times the file's size in memory."""
+    decoder, text, position = json.JSONDecoder(), "", 0
+    with path.open(encoding="utf-8") as file:
+        while not (start := EVENTS.search(text)):
+            text += _chunk(file, path)
+        position = start.end()
+        while True:
+            position = SEPARATOR.match(text, position).end()  # type: ignore[union-attr]  # it matches an empty text
+            if text[position : position + 1] == "]":
+                return
+            try:
+                event, position = decoder.raw_decode(text, position)
+            except json.JSONDecodeError:  # its end is not read yet
+                text, position = text[position:] + _chunk(file, path), 0
+            else:
+                yield event
+
+
+def _chunk(file: TextIO, path: Path) -> str:
+    if chunk := file.read(CHUNK):
+        return chunk
+    raise ValueError(f"{path}: the trace of torch.profiler is incomplete")
+
+
+def read_device_work(path: Path, marks: Mapping[str, int], on_gpu: bool) -> tuple[DeviceWork, int]:
+    """Read the work of the device from a trace file.
 
     Args:
-        events: of the trace, with a span for every mark.
-        marks: when each of these spans was entered, by its name.
+        marks: for every step, the name of its span in the trace, and when it was entered (`time.perf_counter_ns`).
+
+    Returns:
+        The work, and the nanoseconds to add to a time of the trace to get one of `time.perf_counter_ns`.
     """
-    return max(marks[event["name"]] - _ns(event["ts"]) for event in _step_marks(events, marks))
-
-
-def device_work(events: Sequence[dict[str, Any]], marks: dict[str, int], on_gpu: bool) -> DeviceWork:
-    """The work of the device, from the events of a trace; arguments as `clock_offset`."""
-    offset = clock_offset(events, marks)
-    thread = next(iter(_step_marks(events, marks)))["tid"]
     collectives: list[Interval] = []
-    busy: list[Interval] = []
-    for event in events:
+    work: dict[Any, array[int]] = {}  # by thread: start, end, start, end, ...
+    offsets, own_thread = [], None
+    for event in read_events(path):
         if event.get("ph") != "X":
             continue
-        name, category, start = event["name"], event.get("cat"), _ns(event["ts"]) + offset
+        name, category, thread, start = event["name"], event.get("cat"), event["tid"], _ns(event["ts"])
         span = (start, start + _ns(event["dur"]))
-        if on_gpu and category in GPU_WORK:
-            (collectives if "nccl" in name.lower() else busy).append(span)
-        elif not on_gpu and COLLECTIVE.match(name):
+        if category == "user_annotation" and name in marks:
+            own_thread = thread
+            offsets.append(marks[name] - start)  # the span begins right after its mark
+        elif (on_gpu and category == "kernel" and "nccl" in name.lower()) or (not on_gpu and COLLECTIVE.match(name)):
             collectives.append(span)
-        elif not on_gpu and category == "cpu_op" and event["tid"] == thread and not name.startswith("c10d::"):
-            busy.append(span)
-    return DeviceWork(sorted(collectives), union(busy, gap=LAUNCH_NS))
+        elif (on_gpu and category in GPU_WORK) or (not on_gpu and category == "cpu_op" and not name.startswith("c10d::")):
+            work.setdefault("gpu" if on_gpu else thread, array("q")).extend(span)
+    offset = max(offsets)
+    busy = np.array(work.get("gpu" if on_gpu else own_thread, array("q"))).reshape(-1, 2) + offset
+    return DeviceWork(sorted((start + offset, end + offset) for start, end in collectives), union(busy, LAUNCH_NS)), offset
 
 
 def write_trace(
     path: Path,
-    trace: dict[str, Any],
+    torch_trace: Path,
     offset: int,
     segments_by_rank: Sequence[Sequence[Segment]],
     batches: Sequence[WorkerSpans],
@@ -112,38 +143,41 @@ def write_trace(
 
     Args:
         path: the file, gzip-compressed JSON.
-        trace: of torch.profiler.
-        offset: `clock_offset` of its events.
+        torch_trace: the file of torch.profiler.
+        offset: as `read_device_work` returns it.
         segments_by_rank: of every process, on the clock of this one.
         batches: of the workers.
     """
+    lanes = [*_lanes(offset, segments_by_rank, batches)]
+    temporary = path.with_name(f".{path.name}")
+    try:
+        with torch_trace.open(encoding="utf-8") as file, gzip.open(temporary, "wt", compresslevel=3, encoding="utf-8") as out:
+            text = _chunk(file, torch_trace)
+            while not (start := EVENTS.search(text)):
+                text += _chunk(file, torch_trace)
+            out.write(f"{text[: start.end()]}{json.dumps(lanes)[1:-1]},{text[start.end() :]}")
+            shutil.copyfileobj(file, out, CHUNK)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _lanes(
+    offset: int, segments_by_rank: Sequence[Sequence[Segment]], batches: Sequence[WorkerSpans]
+) -> Iterator[dict[str, Any]]:
     lanes: list[tuple[int, str, str, Sequence[Segment | TimeSpan]]] = []
     for rank, segments in enumerate(segments_by_rank):
         lanes.append((rank, "mmtune: parts of a step", f"process {rank}", segments))
     for worker in sorted({batch.worker for batch in batches}):
         spans = [span for batch in batches if batch.worker == worker for span in batch.spans]
         lanes.append((worker, "mmtune: loader workers", f"worker {worker}", spans))
-    events = [*trace["traceEvents"]]
     for thread, process, name, lane in lanes:
         where = {"pid": FIRST_LANE + ("workers" in process), "tid": thread}
-        events.append({"ph": "M", "name": "process_name", **where, "args": {"name": process}})
-        events.append({"ph": "M", "name": "thread_name", **where, "args": {"name": name}})
-        events += [
-            {
-                "ph": "X",
-                "cat": "mmtune",
-                "name": PARTS[span.part],
-                "ts": (span.start - offset) / 1e3,
-                "dur": (span.end - span.start) / 1e3,
-                **where,
-            }
-            for span in lane
-        ]
-    replace_bytes(path, gzip.compress(json.dumps({**trace, "traceEvents": events}).encode(), compresslevel=5))
-
-
-def _step_marks(events: Sequence[dict[str, Any]], marks: dict[str, int]) -> list[dict[str, Any]]:
-    return [event for event in events if event.get("cat") == "user_annotation" and event["name"] in marks]
+        yield {"ph": "M", "name": "process_name", **where, "args": {"name": process}}
+        yield {"ph": "M", "name": "thread_name", **where, "args": {"name": name}}
+        for span in lane:
+            times = {"ts": (span.start - offset) / 1e3, "dur": (span.end - span.start) / 1e3}
+            yield {"ph": "X", "cat": "mmtune", "name": PARTS[span.part], **times, **where}
 
 
 def _ns(microseconds: float) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
 from collections.abc import Iterable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +15,27 @@ from torch import nn
 from transformers import TrainingArguments
 
 from mmtune.recipe.recipe import DataSection
-from mmtune.training.profiling.advice import RunFacts, advise
+from mmtune.training.profiling.advice import LoaderLoad, RunFacts, advise
 from mmtune.training.profiling.module_hooks import hook_compiled
-from mmtune.training.profiling.step_parts import PARTS, Interval, Segment, assign, seconds_by_part, subtract, union
+from mmtune.training.profiling.step_parts import (
+    PARTS,
+    Interval,
+    Segment,
+    assign,
+    seconds_by_part,
+    split_communication,
+    subtract,
+    union,
+)
 from mmtune.training.profiling.timeline import CudaClock, HostClock, StepTimeline
-from mmtune.training.profiling.torch_trace import LAUNCH_NS, DeviceWork, device_work, wait_for_others
+from mmtune.training.profiling.torch_trace import (
+    LAUNCH_NS,
+    DeviceWork,
+    read_device_work,
+    read_events,
+    wait_for_others,
+    write_trace,
+)
 
 
 def moments(intervals: Iterable[tuple[Any, ...]]) -> set[int]:
@@ -55,16 +74,24 @@ def test_the_rank_that_is_ready_last_does_not_wait_and_hidden_collectives_are_no
     assert wait_for_others(own, [[40, 10], [10]]) is None
 
 
+def test_communication_of_traced_steps_has_the_same_share_of_timed_ones() -> None:
+    """In the trace a quarter of the backward pass is communication, a quarter is the wait; the language model is not in it."""
+    traced = [Segment(0, 40, "backward"), Segment(40, 50, "loss")]
+    seconds = split_communication({"backward": 2.0, "language": 1.0, "loss": 3.0}, traced, [(30, 40)], [(0, 10)])
+    expected = {"backward": 1.0, "communication": 0.5, "processes": 0.5, "language": 1.0, "loss": 3.0}
+    assert {part: each for part, each in seconds.items() if each} == pytest.approx(expected)
+
+
 def event(name: str, category: str, start_us: float, us: float, thread: int = 1) -> dict[str, Any]:
     return {"ph": "X", "name": name, "cat": category, "ts": start_us, "dur": us, "tid": thread}
 
 
-def test_collectives_and_work_are_read_from_a_trace() -> None:
+def test_collectives_and_work_are_read_from_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of gloo on its own thread, and of NCCL as GPU kernels; host operators are no work of a GPU."""
     gap = LAUNCH_NS / 1e3
     events = [
-        event("step 7", "user_annotation", 1000, 5000),
         event("aten::mm", "cpu_op", 1000, 10),
+        event("step 7", "user_annotation", 1000, 5000),
         event("aten::mm", "cpu_op", 1010 + gap, 10),
         event("c10d::allreduce_", "cpu_op", 3000, 10),
         event("aten::mm", "cpu_op", 3000, 10, thread=2),
@@ -72,15 +99,28 @@ def test_collectives_and_work_are_read_from_a_trace() -> None:
         event("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "kernel", 2000, 300, thread=7),
         event("ampere_sgemm_128x64", "kernel", 1500, 600, thread=8),
         event("Memcpy HtoD", "gpu_memcpy", 5000, 1, thread=8),
-        {"ph": "M", "name": "process_name"},
+        {"ph": "M", "name": "process_name", "args": {"name": "a, ] and }"}},
     ]
-    cpu, gpu = (device_work(events, {"step 7": 50}, on_gpu) for on_gpu in (False, True))
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"schemaVersion": 1, "deviceProperties": [{}], "traceEvents": events, "traceName": "x"}, indent=1))
+    monkeypatch.setattr("mmtune.training.profiling.torch_trace.CHUNK", 7)  # a read ends in the middle of everything
+    assert list(read_events(path)) == events
+    (cpu, offset), (gpu, _) = (read_device_work(path, {"step 7": 50}, on_gpu) for on_gpu in (False, True))
     start = 50  # of the step, in nanoseconds
+    assert offset == start - 1_000_000
     assert cpu.collectives == [(start + 2_000_000, start + 2_500_000)]
     assert cpu.busy == [(start, start + 20_000 + LAUNCH_NS)], "an operator shortly after another; none of gloo's thread"
     assert gpu.collectives == [(start + 1_000_000, start + 1_300_000)]
     assert gpu.busy == [(start + 500_000, start + 1_100_000), (start + 4_000_000, start + 4_001_000)]
     assert gpu.during(0, start + 1_000_000) == []
+
+    write_trace(tmp_path / "out.json.gz", path, offset, [[Segment(start, start + 2000, "loss")]], [])
+    merged = json.loads(gzip.decompress((tmp_path / "out.json.gz").read_bytes()))
+    assert merged["traceEvents"][-len(events) :] == events and merged["traceName"] == "x"
+    assert {**merged["traceEvents"][2], "pid": 0} == {**event("loss", "mmtune", 1000, 2, thread=0), "pid": 0}
+    path.write_text(path.read_text()[:300])
+    with pytest.raises(ValueError, match="incomplete"):
+        list(read_events(path))
 
 
 class Ticks(HostClock):
@@ -150,22 +190,37 @@ def test_a_gpu_measures_its_own_time_from_where_the_host_waited_for_it(monkeypat
     assert timeline.finish() == [Segment(5 + start * ms, 5 + end * ms, part) for part, start, end in expected]
 
 
-FACTS = RunFacts("cuda", 0, 16, 1, 1, False, False, False, False, False, False)
-"""One process without workers, whose tower is trained."""
+FACTS = RunFacts("cuda", 0, False, 2, 16, 1, False, False, False, False, False, False)
+"""Without workers, the tower is trained."""
 
 
 @pytest.mark.parametrize(
-    ("shares", "changes", "padding", "busy", "expected"),
+    ("shares", "changes", "padding", "load", "expected"),
     [
         ({"backward": 1.0}, {}, 0.0, None, []),
         # Data preparation of 0.6 steps beside a computation of 0.4: 0.6 / 0.4 x 1.25 workers.
         ({"decode": 0.4, "preprocess": 0.2}, {}, 0.0, None, ["train.dataloader_num_workers: 2; decoding is most"]),
-        ({"loader": 0.5}, {"workers": 2}, 0.0, 1.0, ["busy 100% of the time: set train.dataloader_num_workers: 5"]),
-        ({"loader": 0.5}, {"workers": 2, "cores": 4}, 0.0, 1.0, ["takes 5 cores to hide it where each process has 4 cores"]),
-        ({"loader": 0.2}, {"workers": 2}, 0.0, 0.1, ["train.dataloader_prefetch_factor"]),
-        ({"processes": 0.2}, {"processes": 2}, 0.0, None, ["data.plan: true"]),
-        ({"communication": 0.3}, {"processes": 2}, 0.0, None, ["train.gradient_accumulation_steps above 1"]),
-        ({"communication": 0.3}, {"processes": 2, "sharded": True}, 0.0, None, ["DDP or ZeRO-1"]),
+        (
+            {"loader": 0.5},
+            {"workers": 2},
+            0.0,
+            LoaderLoad(1.0, False, False),
+            ["busy 100% of the time: set train.dataloader_num_workers: 5"],
+        ),
+        (
+            {"loader": 0.5},
+            {"workers": 2, "cores": 4},
+            0.0,
+            LoaderLoad(1.0, False, False),
+            ["takes 5 cores to hide it where each process has 4 cores"],
+        ),
+        ({"loader": 0.2}, {"workers": 2}, 0.0, LoaderLoad(0.1, False, False), ["set train.dataloader_prefetch_factor: 4"]),
+        # A step takes 16 batches at once, 8 from each worker.
+        ({"loader": 0.2}, {"workers": 2, "accumulation": 16}, 0.0, LoaderLoad(0.1, False, False), ["prefetch_factor: 10"]),
+        ({"loader": 0.2}, {"workers": 2}, 0.0, LoaderLoad(0.1, True, False), ["train.dataloader_persistent_workers: true"]),
+        ({"processes": 0.2}, {}, 0.0, None, ["data.plan: true"]),
+        ({"communication": 0.3}, {}, 0.0, None, ["train.gradient_accumulation_steps above 1"]),
+        ({"communication": 0.3}, {"sharded": True}, 0.0, None, ["DDP or ZeRO-1"]),
         ({"optimizer": 0.3}, {}, 0.4, None, ["padding: 40% of the positions; data.packing: true", "the optimizer: 30%"]),
         ({"vision": 0.4}, {"tower_frozen": True}, 0.0, None, ["the frozen vision tower: 40%"]),
         ({"vision": 0.4}, {}, 0.0, None, []),
@@ -173,10 +228,10 @@ FACTS = RunFacts("cuda", 0, 16, 1, 1, False, False, False, False, False, False)
     ],
 )
 def test_advice_follows_from_the_numbers(
-    shares: dict[str, float], changes: dict[str, Any], padding: float, busy: float | None, expected: list[str]
+    shares: dict[str, float], changes: dict[str, Any], padding: float, load: LoaderLoad | None, expected: list[str]
 ) -> None:
     facts = RunFacts(**{**vars(FACTS), **changes})
-    advice = advise(dict.fromkeys(PARTS, 0.0) | shares, padding, facts, busy)
+    advice = advise(dict.fromkeys(PARTS, 0.0) | shares, padding, facts, load)
     assert len(advice) == len(expected)
     assert all(text in line for text, line in zip(expected, advice, strict=True)), advice
     for line in advice:  # every key exists
