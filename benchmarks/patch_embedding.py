@@ -51,7 +51,7 @@ def main() -> None:
         print(
             f"{str(dtype).removeprefix('torch.'):9} convolution {1e3 * medians['convolution']:.1f} ms, "
             f"product {1e3 * medians['product']:.1f} ms, ratio {medians['convolution'] / medians['product']:.1f} "
-            f"(medians of {arguments.runs}); largest relative difference {float(difference):.1e}"
+            f"(medians of {arguments.runs}); largest relative difference {float(difference.detach()):.1e}"
         )
 
 

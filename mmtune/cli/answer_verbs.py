@@ -112,6 +112,7 @@ def _as_source(result: Any) -> str:
 def _score(arguments: argparse.Namespace) -> Any:
     from mmtune.evaluation.answers import group_scores, score_answers, scores_to_dicts
     from mmtune.evaluation.answers_file import read_answers
+    from mmtune.evaluation.field_groups import field_groups
     from mmtune.evaluation.metrics.metric_table import find_metric
     from mmtune.evaluation.scores import print_scores
     from mmtune.run_directory import RunDirectory
@@ -126,9 +127,10 @@ def _score(arguments: argparse.Namespace) -> Any:
     answers = score_answers(read_answers(path, find_metric(arguments.metric), arguments.answer_after))
     if not answers:
         raise UserError(f"{arguments.data}: expected one JSON object per line, got no line with text")
-    scores = scores_to_dicts(group_scores(answers))
-    print_scores({"tuned_scores": scores}, column="score")
+    scores, groups = scores_to_dicts(group_scores(answers)), field_groups(answers)
+    print_scores({"tuned_scores": scores, "groups": groups}, column="score")
     return {
         "scores": scores,
+        "groups": groups,
         "answers": [{"id": answer.id, "score": answer.score, "parsed": answer.parsed} for answer in answers],
     }

@@ -163,6 +163,7 @@ def _eval(arguments: argparse.Namespace) -> Any:
     from mmtune.evaluation.answers import group_scores, scores_to_dicts
     from mmtune.evaluation.answers_file import write_answers
     from mmtune.evaluation.evaluate import check_questions, evaluate, warn_of_leakage
+    from mmtune.evaluation.field_groups import field_groups
     from mmtune.evaluation.scores import print_scores
     from mmtune.models.checkpoints.weights_hash import hash_trained
     from mmtune.models.compute import to_best_device
@@ -190,7 +191,7 @@ def _eval(arguments: argparse.Namespace) -> Any:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_answers(answers, out)
     scores = group_scores(answers)
-    result: dict[str, Any] = {"tuned_scores": scores_to_dicts(scores), "answers": str(out)}
+    result: dict[str, Any] = {"tuned_scores": scores_to_dicts(scores), "groups": field_groups(answers), "answers": str(out)}
     print_scores(result, column="tuned" if of_run else "score")
     print(f"answers: {out}")
     if trained.is_checkpoint:

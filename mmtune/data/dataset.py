@@ -82,10 +82,14 @@ class IndexedSamples(Sequence[Sample]):
         Raises:
             RowError: the row cannot be converted.
         """
-        source = self.source_of(index)
-        row_id, row = self._rows[source][index - self._ends[source] + self.counts[source]]
-        reader = self._readers[source]
+        row_id, row = self.row(index)
+        reader = self._readers[self.source_of(index)]
         return reader.sample(row_id, row, 0 if self._planned and reader.template.boxes else number)
+
+    def row(self, index: int) -> tuple[str, Row]:
+        """The id of a row, and the row as it is in the file, with the row that is joined to it."""
+        source = self.source_of(index)
+        return self._rows[source][index - self._ends[source] + self.counts[source]]
 
     def source_of(self, index: int) -> int:
         """The number of the source of a row."""

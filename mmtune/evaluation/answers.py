@@ -34,6 +34,7 @@ class Answer:
         near_tie: whether rounding could change the prediction (`mmtune.evaluation.predictions.prediction`).
         sampled: all answers if several were sampled; `prediction` is the most frequent one.
         choice_scores: the log-likelihood of each of `choices`, with `evaluate.score: choices`.
+        groups: the values of the row's fields in `evaluate.groups`, by field.
         extra: further keys of a line that was made elsewhere, for a metric that is a function.
     """
 
@@ -54,6 +55,7 @@ class Answer:
     near_tie: bool = False
     sampled: tuple[str, ...] = ()
     choice_scores: tuple[float, ...] = ()
+    groups: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -151,6 +151,10 @@ def _flag(value: Any) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
+def _texts_by_name(value: Any) -> dict[str, str] | None:
+    return value if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()) else None
+
+
 _KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "str": ("a text", _text),
     "str | None": ("a text", _text),
@@ -158,6 +162,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "float": ("a finite number", _number),
     "bool": ("true or false", _flag),
     "tuple[float, ...]": ("a list of numbers", _numbers),
+    "Mapping[str, str]": ("an object of texts", _texts_by_name),
 }
 """By the type of an attribute of `Answer`: what its value in a file must be, and a function that returns None for another one."""
 _NAMES = ("id", "task", "source", "cluster")

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mmtune.console.styled_console import StyledConsole
 from mmtune.evaluation.answers import Answer, score_metrics
+from mmtune.evaluation.field_groups import field_groups
 from mmtune.evaluation.metrics.metric_table import recorded_metric
 from mmtune.evaluation.paired_comparison import PairedDifference, holm, paired_difference
 from mmtune.evaluation.scores import difference_lines, format_difference, format_interval, format_score
@@ -172,8 +173,10 @@ def _listed(changed: Mapping[str, Sequence[str]]) -> str:
 
 
 def tuning_metrics(before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, Any]:
-    """`score_metrics`, and with answers of the base their `comparison` with those of the tuned model."""
+    """`score_metrics`, the `groups` of the tuned model, and with answers of the base the `comparison` of both."""
     metrics = score_metrics(before, after)
+    if groups := field_groups(after):
+        metrics["groups"] = groups
     base = {answer.id: answer for answer in before}
     pairs = [(base[answer.id], answer) for answer in after if answer.id in base and not differing_keys(base[answer.id], answer)]
     if pairs:

@@ -14,9 +14,11 @@ from mmtune.data.linked_rows import first_linked_keys, row_keys
 from mmtune.data.media.image_content import media_key
 from mmtune.data.media.media_names import is_utf8
 from mmtune.data.message import RowError, Sample, all_text_of, split_question, text_of
+from mmtune.data.templates.template import name_in
 from mmtune.data.validation.leakage import check_leakage
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.evaluation.answers import Answer, score_answers
+from mmtune.evaluation.field_groups import NO_VALUE
 from mmtune.evaluation.metrics.metric_table import find_metric, metric_name
 from mmtune.evaluation.predictions.answer_cache import AnswerCache, open_answer_cache
 from mmtune.evaluation.predictions.answering import predict_answers
@@ -62,11 +64,13 @@ def check_questions(section: EvaluateSection) -> None:
         metrics = [find_metric(metric_of(samples, source, section)) for source in range(len(section.sources))]
     report = DataReport(rows=len(samples))
     check_rows(samples, report, len(samples))
+    lacking = set(section.groups)
     for index, handle in enumerate(samples.subset(len(samples))):
         try:
             sample = handle()
             _check_unicode(sample)
             for question in unanswered(samples, index, sample, section):
+                lacking -= {name for name, value in question.groups.items() if value != NO_VALUE}
                 item = question.item()
                 if (problem := metrics[samples.source_of(index)].problem(item)) is not None:
                     raise RowError(item.fields["id"], "references", problem)
@@ -77,6 +81,9 @@ def check_questions(section: EvaluateSection) -> None:
             check_choices(sample)
             if section.choice_scores.calibrate:
                 content_free_sample(sample)
+    if lacking and not report.quarantined and len(samples):
+        fields = ", ".join(samples.row(0)[1])
+        raise RecipeValueError("evaluate.groups", f"no held-out row has {', '.join(sorted(lacking))}; the first one has {fields}")
     if report.quarantined:
         raise RecipeValueError(
             "evaluate", f"{len(report.quarantined)} of {len(samples)} rows cannot be evaluated:\n{report.listing()}"
@@ -172,6 +179,8 @@ def unanswered(
         RowError: the conversation does not end with an answer of text.
     """
     source = rows.source_of(index)
+    values = {name: name_in(*rows.row(index), name) for name in section.groups}
+    groups = {name: NO_VALUE if value is None else value for name, value in values.items()}
     answers = []
     for question in questions_of(sample, section):
         messages, reference = split_question(question)
@@ -189,6 +198,7 @@ def unanswered(
                 answer_after=section.answer_after,
                 choices=question.choices,
                 options=question.options,
+                groups=groups,
             )
         )
     return answers

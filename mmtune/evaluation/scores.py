@@ -13,7 +13,7 @@ from mmtune.evaluation.metrics.metric_table import METRICS
 
 
 def print_scores(summary: dict[str, Any], column: str = "tuned") -> None:
-    """Print the scores before and after tuning, per task and overall, with intervals and the majority-class baseline.
+    """Print the scores before and after tuning, by task and overall, with intervals and baselines, and those by field.
 
     Args:
         summary: with the scores as `tuned_scores`, and those of the base as `base_scores`, if any.
@@ -22,21 +22,31 @@ def print_scores(summary: dict[str, Any], column: str = "tuned") -> None:
     rows = score_rows(summary)
     if not rows:
         return
-    table = Table(title=score_title(summary), title_justify="left")
-    for number, name in enumerate(rows[0]):
-        table.add_column(Text(column if name == "tuned" else name), justify="right" if number else "left")
-    for row, score in zip(rows, summary["tuned_scores"], strict=True):
-        if score["task"] == "overall":
-            table.add_section()
-        table.add_row(*map(Text, row.values()))
-    StyledConsole().print_table(table)
+    named = [{column if name == "tuned" else name: text for name, text in row.items()} for row in rows]
+    _print_table(score_title(summary), named, [score["task"] == "overall" for score in summary["tuned_scores"]])
     for line in further_lines(summary) + difference_lines(summary.get("comparison", [])):
         print(line)
+    for groups in summary.get("groups", ()):
+        _print_table(f"By {groups['field']}", group_rows(groups))
+        if (gap := gap_line(groups)) is not None:
+            print(gap)
     if "merge_max_logit_difference" in summary:
         print(
             f"merged: largest logit difference {summary['merge_max_logit_difference']:.2g}, "
             f"{summary['merge_same_answers']} of {summary['merge_samples']} greedy answers identical"
         )
+
+
+def _print_table(title: str, rows: Sequence[Mapping[str, str]], sections: Sequence[bool] = ()) -> None:
+    """Print rows of text by column; `sections` says above which of them a line is drawn."""
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(rows[0]):
+        table.add_column(Text(name), justify="right" if number else "left")
+    for number, row in enumerate(rows):
+        if number < len(sections) and sections[number]:
+            table.add_section()
+        table.add_row(*map(Text, row.values()))
+    StyledConsole().print_table(table)
 
 
 def score_title(summary: Mapping[str, Any]) -> str:
@@ -90,6 +100,32 @@ def further_lines(summary: Mapping[str, Any]) -> list[str]:
             why = f" ({rule})" if rule else ""
             lines.append(f"{name}: {item['unparsed']} of {item['questions']} answers are unparsed{why} and count as {value:g}")
     return lines
+
+
+def group_rows(groups: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The rows of the table of an object of `field_groups` as text, by column."""
+    name = groups["metric"]
+    return [
+        {
+            groups["field"]: score["task"],
+            "questions": f"{score['questions']:,}",
+            "images or documents": f"{score['clusters']:,}",
+            "unparsed": f"{score['unparsed']:,}",
+            name: format_score(score["score"], name),
+            "95% interval": " to ".join(format_score(limit, name) for limit in score["interval"] or ()),
+        }
+        for score in groups["scores"]
+    ]
+
+
+def gap_line(groups: Mapping[str, Any]) -> str | None:
+    """The gap of an object of `field_groups` in words; None without one."""
+    gap, name = groups["gap"], groups["metric"]
+    if gap is None:
+        return None
+    interval = f", 95% interval {format_interval(gap['interval'], name)}" if gap["interval"] else ""
+    difference = format_difference(gap["difference"], name)
+    return f"{name} by {groups['field']}: {gap['highest']} minus {gap['lowest']}: {difference}{interval}"
 
 
 def metric_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -268,6 +268,10 @@ class EvaluateSection(Section):
         default=True, description="Take known answers of the same weights to the same input from ~/.cache/mmtune/answers."
     )
     before: StrictBool = Field(default=True, description="Evaluate the base before tuning too.")
+    groups: tuple[Text, ...] = Field(
+        default=(),
+        description="Fields of the rows, such as language: scores by their values too, and the gap. a.b is b inside a.",
+    )
     samples: Annotated[StrictInt, Field(ge=0)] = Field(
         default=24, description="How many answers the report shows with their images."
     )

@@ -177,7 +177,7 @@ class DataTemplate(TemplateSection):
         if prompting.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompting.system}]})
         _check_turns(row_id, messages)
-        task, cluster = self._name(row_id, row, self.task), self._name(row_id, row, self.cluster)
+        task, cluster = (name_in(row_id, row, field) for field in (self.task, self.cluster))
         return Sample(row_id, messages, task=task, cluster=cluster, tools=tools, **answers)
 
     @cached_property
@@ -249,12 +249,6 @@ class DataTemplate(TemplateSection):
         read = {name for turn in self.messages for text in turn.text for name in names_read(text)}
         return next((name for name in BOX_FIELDS if name in read and self.boxes is None), None)
 
-    def _name(self, row_id: str, row: Row, field: str | None) -> str | None:
-        value = lookup(row, field) if field else None
-        if value is not None and not isinstance(value, (str, int, float)):
-            raise RowError(row_id, str(field), f"expected a text or a number, got {type(value).__name__}", "field_type")
-        return None if value is None else str(value)
-
 
 def lookup(row: Mapping[str, Any], field: str) -> Any:
     """The value of a field, where `a.b` is the field `b` of the object in field `a`; None if there is no such field."""
@@ -262,6 +256,18 @@ def lookup(row: Mapping[str, Any], field: str) -> Any:
     for part in field.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
+
+
+def name_in(row_id: str, row: Mapping[str, Any], field: str | None) -> str | None:
+    """The value of a field as text, as by `lookup`; None without a field.
+
+    Raises:
+        RowError: a value that is not a text or a number.
+    """
+    value = lookup(row, field) if field else None
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise RowError(row_id, str(field), f"expected a text or a number, got {type(value).__name__}", "field_type")
+    return None if value is None else str(value)
 
 
 def unanswered_turn() -> Message:
