@@ -53,6 +53,16 @@ def resolve_image(name: str) -> Path | EmbeddedMedia:
         raise UserError(str(error)) from error
 
 
+def is_dropped_file(line: str) -> bool:
+    """Whether a line is a single path, as file managers drop it into a terminal, and not a question or a command."""
+    if line[:1].isspace() or "/" not in line:
+        return False
+    with suppress(UserError):
+        names = _names("", line.strip())
+        return len(names) == 1 and bool(resolve_image(names[0]))
+    return False
+
+
 def file_path(command: str, text: str) -> Path:
     """The path in the argument of a command that takes one file, which is parsed as that of `/image`.
 

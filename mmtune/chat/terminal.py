@@ -18,7 +18,7 @@ from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.utils import is_dumb_terminal
 
 from mmtune.chat.commands import COMMANDS, Chat, ask, run_command
-from mmtune.chat.image_paths import CommandCompleter
+from mmtune.chat.image_paths import CommandCompleter, is_dropped_file
 from mmtune.chat.session import ChatSession
 from mmtune.console.terminal_text import unescaped
 from mmtune.utils.errors import UserError
@@ -78,6 +78,8 @@ def run_chat(session: ChatSession) -> int:
 def _handle_line(chat: Chat, line: str) -> None:
     question = line.strip()
     try:
+        if is_dropped_file(line):
+            raise UserError(f"expected a question, got a file; /image {question[:200]} attaches it")
         if line.startswith("/"):
             run_command(chat, line)
         elif question.lower() in COMMAND_HINTS:

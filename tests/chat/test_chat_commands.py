@@ -185,7 +185,17 @@ def test_a_name_that_cannot_be_a_path_is_one_line(command: str, name: str, chat:
 
 def test_a_question_may_begin_with_a_slash(chat: Callable[..., str], plain: Callable[..., str], images: list[Path]) -> None:
     assert chat(" /usr/bin?") == plain(_prompt("/usr/bin?")) + "\n"
-    assert f"an image is attached with /image {images[0]} (" in chat(str(images[0]))
+    assert f"an image is attached with /image {images[0]} (" in chat(f"{images[0]} what?")
+
+
+def test_a_dropped_file_is_not_a_question(session: ChatSession, chat: Callable[..., str], images: list[Path]) -> None:
+    path = images[1]
+    for line in (f"'{path}'", str(path).replace(" ", r"\ "), str(path), path.as_uri()):
+        assert chat(line) == f"(expected a question, got a file; /image {line} attaches it)\n"
+        assert chat(f"/image {line}", "/detach").endswith("(detached 1 image)\n")
+    assert session.state.messages == ()
+    chat(f" {path}", f"what is in {images[0]}?", "/nowhere/a.png or 'b.png'")
+    assert len(session.state.messages) == 4
 
 
 def test_help_lists_every_command(chat: Callable[..., str]) -> None:
