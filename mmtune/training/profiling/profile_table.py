@@ -191,8 +191,9 @@ def _notes(processes: Sequence[ProcessProfile], traced: int, shares: Mapping[str
         )
     if traced and not all(process.is_recorded for process in processes):
         notes.append(
-            "torch.profiler recorded no GPU kernels, so communication is counted in the parts that wait for it; the driver "
-            "may allow performance counters to administrators only"
+            "torch.profiler recorded no work of a device"
+            + (", so communication is counted in the parts that wait for it" if len(processes) > 1 else "")
+            + ("; the driver may allow performance counters to administrators only" if device == "cuda" else "")
         )
     if shares["compiled"]:
         notes.append("train.torch_compile: the forward pass of a compiled model is one part")

@@ -26,7 +26,14 @@ from mmtune.training.profiling.advice import RunFacts
 from mmtune.training.profiling.profile_table import ProcessProfile, profile_lines, summarize_profile
 from mmtune.training.profiling.step_parts import Segment, assign, seconds_by_part, split_communication, union
 from mmtune.training.profiling.timeline import StepTimeline, clock_of
-from mmtune.training.profiling.torch_trace import DeviceWork, read_device_work, wait_for_others, write_trace
+from mmtune.training.profiling.torch_trace import (
+    NO_WORK,
+    DeviceWork,
+    IncompleteTraceError,
+    read_device_work,
+    wait_for_others,
+    write_trace,
+)
 from mmtune.utils.files import replace_text, report_disk_errors
 from mmtune.utils.threads import usable_cores
 
@@ -269,13 +276,17 @@ class StepProfiler(TrainerCallback):
                 self._write(processes, trace, offset)
 
     def _read_trace(self, path: Path) -> tuple[DeviceWork, int]:
-        """The device's work in the traced steps, from torch.profiler's trace, which is written to a file."""
+        """The device's work in the traced steps, from torch.profiler's trace, which is written to a file; none without room."""
         if self._profile is None or not self._traced:
-            return DeviceWork([], []), 0
-        with report_disk_errors(path):
-            self._profile.export_chrome_trace(str(path))
+            return NO_WORK
+        self._profile.export_chrome_trace(str(path))  # without an error if the disk is full
         self._profile = None  # its events take more memory than the file's size
-        return read_device_work(path, self._marks, on_gpu=self._device.type == "cuda")
+        try:
+            return read_device_work(path, self._marks, on_gpu=self._device.type == "cuda")
+        except (FileNotFoundError, IncompleteTraceError):
+            path.unlink(missing_ok=True)
+            print(f"profile: no trace: it was not written to {path.parent.parent}; make room there, or set TMPDIR")
+            return NO_WORK
 
     def _write(self, processes: list[ProcessProfile], trace: Path, offset: int) -> None:
         run = self._settings.run
@@ -283,7 +294,7 @@ class StepProfiler(TrainerCallback):
         written = [str(run.profile)]
         with report_disk_errors(run.profile):
             replace_text(run.profile, summary.to_json())
-            if self._traced:
+            if trace.is_file():
                 lanes = [each.segments_at(processes[0].shift) for each in processes]
                 write_trace(run.trace, trace, offset, lanes, self._traced_batches)
                 written.append(f"{run.trace} (open it in ui.perfetto.dev)")

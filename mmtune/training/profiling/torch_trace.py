@@ -59,6 +59,14 @@ class DeviceWork:
         return [each for each in self.collectives if start <= each[0] < end]
 
 
+NO_WORK = DeviceWork([], []), 0
+"""What `read_device_work` would return of a process that was not traced."""
+
+
+class IncompleteTraceError(Exception):
+    """A trace file of torch.profiler that ends early."""
+
+
 def wait_for_others(collectives: Sequence[Interval], durations: Sequence[Sequence[int]]) -> list[Interval] | None:
     """The part of each collective in which another process was not ready for it.
 
@@ -79,7 +87,11 @@ def wait_for_others(collectives: Sequence[Interval], durations: Sequence[Sequenc
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a trace file, one after another: all of them would take several times the file's size in memory."""
+    """The events of a trace file, one after another: all of them would take several times the file's size in memory.
+
+    Raises:
+        IncompleteTraceError: the file ends early.
+    """
     decoder, text, position = json.JSONDecoder(), "", 0
     with path.open(encoding="utf-8") as file:
         while not (start := EVENTS.search(text)):
@@ -100,7 +112,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
 def _chunk(file: TextIO, path: Path) -> str:
     if chunk := file.read(CHUNK):
         return chunk
-    raise ValueError(f"{path}: the trace of torch.profiler is incomplete")
+    raise IncompleteTraceError(path)
 
 
 def read_device_work(path: Path, marks: Mapping[str, int], on_gpu: bool) -> tuple[DeviceWork, int]:

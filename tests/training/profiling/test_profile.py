@@ -180,6 +180,20 @@ def test_a_run_that_fails_stops_the_profiler(make_recipe: MakeRecipe, monkeypatc
     check_sum(read(RunDirectory(Path(recipe.output_dir)))[0])
 
 
+def test_a_run_without_room_for_the_trace_continues(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch.profiler leaves no file on a full disk, and reports no error."""
+    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", lambda self, path: None)
+    recipe = make_recipe(f"train.max_steps={STEPS}")
+    train(recipe, ["test"], profile=2)
+    run = RunDirectory(Path(recipe.output_dir))
+    assert "profile: no trace" in capsys.readouterr().out and not run.trace.exists() and run.summary.is_file()
+    profile = json.loads(run.profile.read_text())
+    check_sum(profile)
+    assert "torch.profiler recorded no work of a device" in profile["notes"][0]
+
+
 @pytest.mark.slow
 def test_several_processes_measure_the_same_step(shallow: Path, rows: Path, tmp_path: Path) -> None:
     """DDP and FSDP2 average gradients in the backward pass; ZeRO-3 and FSDP2 gather weights in the forward pass."""

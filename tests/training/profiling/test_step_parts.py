@@ -31,6 +31,7 @@ from mmtune.training.profiling.timeline import CudaClock, HostClock, StepTimelin
 from mmtune.training.profiling.torch_trace import (
     LAUNCH_NS,
     DeviceWork,
+    IncompleteTraceError,
     read_device_work,
     read_events,
     wait_for_others,
@@ -119,7 +120,7 @@ def test_collectives_and_work_are_read_from_a_trace(tmp_path: Path, monkeypatch:
     assert merged["traceEvents"][-len(events) :] == events and merged["traceName"] == "x"
     assert {**merged["traceEvents"][2], "pid": 0} == {**event("loss", "mmtune", 1000, 2, thread=0), "pid": 0}
     path.write_text(path.read_text()[:300])
-    with pytest.raises(ValueError, match="incomplete"):
+    with pytest.raises(IncompleteTraceError):
         list(read_events(path))
 
 
