@@ -246,8 +246,20 @@ def _value_type(file: BinaryIO, position: int) -> str:
     return {b"[": "a list", b"{": "an object", b'"': "text"}.get(first, "a number, true, false or null" if first else "nothing")
 
 
+def is_json_lines(path: Path) -> bool:
+    """Whether a file, whatever its ending, has an object on its first line and another one after it, as POPE's `.json` files."""
+    with path.open("rb") as file:
+        first = file.readline(MAX_ROW_BYTES).removeprefix(BOM)
+        if not first.startswith(b"{") or _byte(file, _skip_space(file, file.tell())) != b"{":
+            return False
+    try:
+        return isinstance(parse_json("", "", first), dict)
+    except RowError:
+        return False
+
+
 class JsonLinesRows:
-    """The rows of a `.jsonl` file."""
+    """The rows of a JSON Lines file."""
 
     def __init__(self, path: Path, name: str) -> None:
         self._path = path

@@ -19,7 +19,7 @@ from mmtune.data.media.media_names import is_utf8
 from mmtune.data.sources.arrow_rows import open_arrow, open_parquet, stream_arrow, stream_parquet
 from mmtune.data.sources.csv_rows import CsvRows, stream_csv
 from mmtune.data.sources.hub_rows import hub_repository, is_saved_dataset, open_hub, open_saved, stream_hub
-from mmtune.data.sources.json_rows import JsonLinesRows, JsonRows, stream_json, stream_json_lines
+from mmtune.data.sources.json_rows import JsonLinesRows, JsonRows, is_json_lines, stream_json, stream_json_lines
 from mmtune.data.sources.rows import LazyRow, Row, Rows
 from mmtune.data.sources.webdataset_rows import TarRows, stream_tar
 from mmtune.utils.errors import UserError
@@ -209,7 +209,7 @@ def _stream(path: str, name: str | None, rows: str | None, watch: FileWatch) -> 
     for file, file_name in files:
         _check_file(file, rows)
         watch.check(file)
-        suffix = file.suffix.lower()
+        suffix = _format(file, rows)
         file_rows = stream_json(file, file_name, rows) if suffix == ".json" else _STREAM[suffix](file, file_name)
         for lazy_row in file_rows:
             watch.check(file)
@@ -223,9 +223,16 @@ def _stream(path: str, name: str | None, rows: str | None, watch: FileWatch) -> 
 
 def _open_file(file: Path, name: str, rows: str | None) -> Rows:
     _check_file(file, rows)
-    if file.suffix.lower() == ".json":
+    suffix = _format(file, rows)
+    if suffix == ".json":
         return WatchedRows(file, partial(JsonRows, file, name, rows))
-    return WatchedRows(file, partial(_OPEN[file.suffix.lower()], file, name))
+    return WatchedRows(file, partial(_OPEN[suffix], file, name))
+
+
+def _format(file: Path, rows: str | None) -> str:
+    """The file extension of a file's format: `.jsonl` also for a `.json` file with one object per line."""
+    suffix = file.suffix.lower()
+    return ".jsonl" if suffix == ".json" and rows is None and is_json_lines(file) else suffix
 
 
 def _check_file(file: Path, rows: str | None) -> None:

@@ -92,6 +92,14 @@ def test_input_that_json_rejects_is_rejected(tmp_path: Path, rows: list[Any], da
         assert [row for _, row in taken] == json.loads(text)
 
 
+def test_a_json_file_with_an_object_on_each_line_is_json_lines(tmp_path: Path) -> None:
+    file = tmp_path / "coco_pope_random.json"
+    file.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": 2}\n')
+    rows = open_rows(file)
+    assert [rows[n] for n in range(len(rows))] == [("coco_pope_random.json:1", {"a": 1}), ("coco_pope_random.json:3", {"a": 2})]
+    assert [read() for read in stream_rows(file)] == [rows[0], rows[1]]
+
+
 @pytest.mark.parametrize(
     ("text", "rows", "reason"),
     [
@@ -109,7 +117,7 @@ def test_input_that_json_rejects_is_rejected(tmp_path: Path, rows: list[Any], da
         ('[{"a": 1}}', None, "expected ']' at byte 9 to close the bracket at byte 0, got '}'"),
         ('[{"a": 1}] [', None, "extra data after the first value, at byte 11"),
         ('[{"a": 1}]\n[{"a": 2}]', None, "JSON Lines"),
-        ('{"a": 1}\n{"a": 2}', None, "JSON Lines"),
+        ('{"a": 1}\n{"a": 2}', "a", "JSON Lines"),
         ('{"info": {}, "images": [], "n": 3}', None, r"info \(an object\), images \(a list\), n \(a number.*`rows: KEY`.*'\*'"),
         ('{"a": [{}], "b": 1}', "A", "no key 'A'; (did you mean 'a'|valid here: a, b)"),
         ('{"a": 1}', "a", "expected a list of rows under the key 'a', got a number, true, false or null"),
