@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 from mmtune.data.sources.reader import check_source
 from mmtune.data.templates.template import load_data_template
-from mmtune.evaluation.metrics.metric_table import METRICS, find_metric, metric_name, name_hint
+from mmtune.evaluation.metrics.metric_table import check_template_metric, find_metric, metric_name
 from mmtune.families.family_table import ASSEMBLED_TYPE, family_of
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, resolve_base
 from mmtune.models.checkpoints.model_type import check_model_type, local_model_type
-from mmtune.recipe.recipe import SECTIONS, EvaluateSection, Recipe, Source, check_files, located, source_names
+from mmtune.recipe.recipe import SECTIONS, EvaluateSection, Recipe, check_files, located, source_names
 from mmtune.recipe.train_rules import LIBRARY_KEYS, missing_libraries
 from mmtune.utils.errors import RecipeValueError, UserError, errors_at_key, nearest
 from mmtune.utils.hub import is_local_name, locate_checkpoint
@@ -40,7 +40,7 @@ def check_recipe(
             try:
                 with errors_at_key("template"):
                     check_source(source)
-                    _check_metric(source)
+                    check_template_metric(source.template, load_data_template(source.template).metric)
             except RecipeValueError as error:
                 errors.append(located(recipe, f"{name}.{number}.{error.key}", error.problem))
     if recipe.evaluate and recipe.evaluate.metric is not None and "evaluate" in sections:
@@ -64,13 +64,6 @@ def _collected(errors: list[str]) -> Iterator[None]:
         yield
     except UserError as error:
         errors.append(str(error))
-
-
-def _check_metric(source: Source) -> None:
-    """A data template names a metric of the table: a file of data must not name code to run."""
-    metric = load_data_template(source.template).metric
-    if metric is not None and metric not in METRICS:
-        raise RecipeValueError("template", f"{source.template}: unknown metric '{metric}'{name_hint(metric)}")
 
 
 def _check_best_metric(section: EvaluateSection, recipe: Recipe) -> None:

@@ -12,15 +12,16 @@ from mmtune.evaluation.metrics.entries.edit_distance import ANLS, CER, WER
 from mmtune.evaluation.metrics.entries.json_fields import JSON_FIELDS
 from mmtune.evaluation.metrics.entries.numeric_answers import NUMERIC, RELAXED_ACCURACY
 from mmtune.evaluation.metrics.entries.text_match import EXACT_MATCH, TOKEN_F1
-from mmtune.evaluation.metrics.entries.vqa_accuracy import VQA_ACCURACY
+from mmtune.evaluation.metrics.entries.vqa_accuracy import TEXTVQA_ACCURACY, VQA_ACCURACY
 from mmtune.evaluation.metrics.function_metric import load_function_metric
 from mmtune.evaluation.metrics.metric import Metric
-from mmtune.utils.errors import UserError, nearest
+from mmtune.utils.errors import RecipeValueError, UserError, nearest
 
 _TABLE = (
     EXACT_MATCH,
     TOKEN_F1,
     VQA_ACCURACY,
+    TEXTVQA_ACCURACY,
     ANLS,
     RELAXED_ACCURACY,
     MULTIPLE_CHOICE,
@@ -49,6 +50,16 @@ DEFAULT_METRIC = EXACT_MATCH.name
 def metric_name(of_recipe: str | None, of_template: str | None) -> str:
     """The name of a source's metric: the recipe's, else the one of its data template, else exact match."""
     return of_recipe or of_template or DEFAULT_METRIC
+
+
+def check_template_metric(template: str, metric: str | None) -> None:
+    """Check that a data template names a metric of the table: a file of data must not name code to run.
+
+    Raises:
+        RecipeValueError: it does not.
+    """
+    if metric is not None and metric not in METRICS:
+        raise RecipeValueError("template", f"{template}: unknown metric '{metric}'{name_hint(metric)}")
 
 
 def is_held_out_loss(name: str) -> bool:

@@ -21,6 +21,7 @@ EXAMPLES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "exact_match": (["a cat", "Paris.", "12", "left"], {}),
     "token_f1": (["a black cat", "the city of Paris", "12", "turn left"], {}),
     "vqa_accuracy": (["a cat", "two", "don't know", "yes"], {}),
+    "textvqa_accuracy": (["a cat", "two", "don't know", "Dakota's"], {}),
     "anls": (["a cat", "Paris", "12.50", "UCSF"], {}),
     "relaxed_accuracy": (["12", "-3.5", "40%", "Yes"], {}),
     "multiple_choice": (["A", "B", "C", "dog"], {"options": ["cat", "dog", "bird"]}),
@@ -45,7 +46,7 @@ TEXTS = st.text(max_size=40) | st.sampled_from(PLAIN_ANSWERS) | st.lists(st.samp
 
 def _items(name: str, predictions: list[str]) -> list[Item]:
     references, fields = EXAMPLES[name]
-    copies = 4 if name == "vqa_accuracy" else 1
+    copies = 4 if name in ("vqa_accuracy", "textvqa_accuracy") else 1
     return [
         Item(text, (references[n % len(references)],) * copies, f"image {n // 2}", fields) for n, text in enumerate(predictions)
     ]
@@ -93,7 +94,7 @@ def test_any_answer_has_a_finite_score_or_is_unparsed(name: str) -> None:
         if name != "cider_d":  # its document frequencies do change
             assert _headline(name, items * 2) == pytest.approx(headline, abs=1e-6)
         # More references never make an answer worse.
-        if name not in ("vqa_accuracy", "cider_d", "bleu"):
+        if name not in ("vqa_accuracy", "textvqa_accuracy", "cider_d", "bleu"):
             more = [replace(item, references=(*item.references, *items[0].references)) for item in items]
             for score, with_more in zip(scores, metric.score_all(more), strict=True):
                 assert (score is None) == (with_more is None)

@@ -34,7 +34,7 @@ def _headline(name: str, items: list[Item]) -> float:
     return float(metric.headline(metric.statistics(items, metric.score_all(items)).sum(axis=0)))
 
 
-@pytest.mark.parametrize("name", ["vqa_accuracy", "anls", "token_f1", "relaxed_accuracy"])
+@pytest.mark.parametrize("name", ["vqa_accuracy", "textvqa_accuracy", "anls", "token_f1", "relaxed_accuracy"])
 def test_a_score_equals_that_of_the_published_scorer(name: str) -> None:
     items, scores = _read(name)
     assert METRICS[name].score_all(items) == pytest.approx(scores, abs=1e-6)

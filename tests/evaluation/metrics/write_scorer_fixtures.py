@@ -3,6 +3,7 @@
 The scorers are not part of this project, and no test needs them. To repeat the comparison, make a folder with
 
 - `vqaEval.py`: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation (Python 2; its print statements are rewritten here),
+- `m4c_evaluator.py`: haotian-liu/LLaVA, llava/eval/m4c_evaluator.py, for TextVQA (a copy of facebookresearch/mmf),
 - `pix2struct_metrics.py`: google-research/pix2struct, pix2struct/metrics.py, for ChartQA's relaxed accuracy,
 - `pope_evaluate.py`: RUCAIBox/POPE, evaluate.py,
 - `squad_v1_evaluate.py`: huggingface/evaluate, metrics/squad/compute_score.py, the official script of SQuAD 1.1,
@@ -115,13 +116,28 @@ def _near_cases(seed: int, references: int, longest: int = 6) -> list[Case]:
     return cases
 
 
-def vqa_accuracy(folder: Path) -> tuple[list[Case], list[float]]:
-    draw, cases = random.Random(1), []
+def _annotated_cases(seed: int) -> list[Case]:
+    """Cases with the answers of ten annotators."""
+    draw, cases = random.Random(seed), []
     for _ in range(COUNT):
         texts = [_text(draw, 3) for _ in range(draw.randint(1, 3))]
         answers = [_near(draw, draw.choice(texts)) if draw.random() < 0.3 else draw.choice(texts) for _ in range(10)]
         prediction = _near(draw, draw.choice(answers)) if draw.random() < 0.8 else _text(draw, 3)
         cases.append({"prediction": prediction, "references": answers})
+    return cases
+
+
+def textvqa_accuracy(folder: Path) -> tuple[list[Case], list[float]]:
+    scope: dict[str, Any] = {}
+    source = (folder / "m4c_evaluator.py").read_text(encoding="utf-8").replace("from tqdm import tqdm", "tqdm = list")
+    exec(compile(source, "m4c_evaluator.py", "exec"), scope)  # noqa: S102
+    evaluator, cases = scope["TextVQAAccuracyEvaluator"](), _annotated_cases(9)
+    entries = [{"pred_answer": case["prediction"], "gt_answers": case["references"]} for case in cases]
+    return cases, [evaluator.eval_pred_list([entry]) for entry in entries]
+
+
+def vqa_accuracy(folder: Path) -> tuple[list[Case], list[float]]:
+    cases = _annotated_cases(1)
     source = re.sub(r"print (\".*\")", r"print(\1)", (folder / "vqaEval.py").read_text(encoding="utf-8").expandtabs(8))
     scope: dict[str, Any] = {}
     exec(compile(source, "vqaEval.py", "exec"), scope)  # noqa: S102
@@ -276,7 +292,7 @@ def captions(folder: Path) -> tuple[list[Case], dict[str, Any]]:
     }
 
 
-SCORERS = (vqa_accuracy, anls, token_f1, relaxed_accuracy, yes_no, error_rates, boxes, captions)
+SCORERS = (vqa_accuracy, textvqa_accuracy, anls, token_f1, relaxed_accuracy, yes_no, error_rates, boxes, captions)
 
 
 def main() -> None:

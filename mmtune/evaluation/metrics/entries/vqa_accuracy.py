@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from mmtune.evaluation.metrics.metric import Item, Metric
 
@@ -55,13 +56,29 @@ class VqaAccuracy(Metric):
         prediction, references = _one_line(item.prediction), [_one_line(reference) for reference in item.references]
         if len(set(references)) > 1:
             prediction, references = normalize_vqa(prediction), [normalize_vqa(reference) for reference in references]
-        matches = references.count(prediction)
-        others = (matches - (reference == prediction) for reference in references)
-        return sum(min(1.0, count / 3) for count in others) / len(references)
+        return _agreement(prediction, references)
 
     def normalize_class(self, text: str) -> str:
         """The text as it is compared."""
         return normalize_vqa(_one_line(text))
+
+
+class TextVqaAccuracy(VqaAccuracy):
+    """The same mean, after a normalization that always applies and also parts a possessive `'s`."""
+
+    def score(self, item: Item) -> float:
+        """From 0 to 1."""
+        return _agreement(normalize_textvqa(item.prediction), list(map(normalize_textvqa, item.references)))
+
+    def normalize_class(self, text: str) -> str:
+        """The text as it is compared."""
+        return normalize_textvqa(text)
+
+
+def _agreement(prediction: str, references: Sequence[str]) -> float:
+    matches = references.count(prediction)
+    others = (matches - (reference == prediction) for reference in references)
+    return sum(min(1.0, count / 3) for count in others) / len(references)
 
 
 def _one_line(text: str) -> str:
@@ -78,8 +95,18 @@ def normalize_vqa(text: str) -> str:
     return " ".join(_SPELLINGS.get(word, word) for word in words if word not in _ARTICLES)
 
 
+def normalize_textvqa(text: str) -> str:
+    """The normalization of TextVQA's evaluation: `normalize_vqa` of the text in lower case, without commas and question marks."""
+    return normalize_vqa(_one_line(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()))
+
+
 VQA_ACCURACY = VqaAccuracy(
     "vqa_accuracy",
     "agreement with the annotators, at least three of whom count as right",
     "VQA v2's evaluation code (arXiv 1612.00837)",
+)
+TEXTVQA_ACCURACY = TextVqaAccuracy(
+    "textvqa_accuracy",
+    "agreement with the annotators, as `vqa_accuracy`, always normalized",
+    "TextVQA's evaluator in MMF (arXiv 1904.08920)",
 )
