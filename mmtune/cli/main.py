@@ -18,6 +18,7 @@ from mmtune import __version__
 from mmtune.cli.answer_verbs import add_answer_verbs
 from mmtune.cli.comparison_verb import add_comparison_verb
 from mmtune.cli.data_verbs import add_data_verbs
+from mmtune.cli.evaluation_verbs import add_evaluation_verbs
 from mmtune.cli.recipe_verbs import add_recipe_verbs
 from mmtune.cli.run_verbs import add_run_verbs
 from mmtune.cli.serve_verb import add_serve_verb
@@ -172,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mmtune {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     add_run_verbs(verbs, _verb)
+    add_evaluation_verbs(verbs, _verb)
     add_answer_verbs(verbs, _verb)
     add_comparison_verb(verbs, _verb)
     add_serve_verb(verbs, _verb)

@@ -1,4 +1,4 @@
-"""Verbs `mmtune train`, `eval`, `merge`, `push`, `chat` and `report`: one function per verb, which calls the library."""
+"""Verbs `mmtune train`, `merge`, `push`, `chat` and `report`: one function per verb, which calls the library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmtune.utils.hub import missing_path_message
 
 
 def add_run_verbs(verbs: Any, add: AddVerb) -> None:
-    """Declare the verbs that train, evaluate and release a run.
+    """Declare the verbs that train and release a run.
 
     Args:
         verbs: argparse's subparsers.
@@ -45,14 +45,6 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
         action="store_true",
         help="run the whole job on a tiny random model and generated rows; also works under a launcher",
     )
-
-    verb = add(verbs, "eval", _eval, "evaluate a run or a model on the held-out rows of a recipe")
-    verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a checkpoint of one, an adapter, a model or a hub id")
-    verb.add_argument("--recipe", metavar="FILE", help="the recipe whose evaluate section is used (default: the run's)")
-    help_text = "write the answers as JSON Lines (default: in the run directory; for other models, in the working directory)"
-    verb.add_argument("--out", metavar="FILE", help=help_text)
-    verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override keys of the recipe")
-    add_trust(verb)
 
     verb = add(verbs, "merge", _merge, "merge a run's adapter into its base and verify the result")
     verb.add_argument("model", metavar="RUN", nargs="?", help="a run or one of its checkpoints; leave out with --adapter")
@@ -139,91 +131,6 @@ def _train(arguments: argparse.Namespace) -> Any:
             weights = run.adapter if run.adapter.is_dir() else run.model
             print(f"run: {run.path} ({run.report.name}, {run.summary.name}, {weights.name}/)")
         return metrics
-
-
-def _eval(arguments: argparse.Namespace) -> Any:
-    from mmtune.models.checkpoints.trained_weights import locate_trained_weights
-    from mmtune.preflight import check_recipe, located_errors
-    from mmtune.recipe.recipe import load_recipe
-    from mmtune.utils.files import report_disk_errors
-
-    trained = locate_trained_weights(Path(arguments.model))
-    of_run = trained.run.recipe.is_file()
-    if not (arguments.recipe or of_run):
-        raise UserError(f"{arguments.model}: a model has no recipe with held-out rows; give one: --recipe FILE")
-    recipe = load_recipe(arguments.recipe or trained.run.recipe, arguments.overrides)
-    if recipe.evaluate is None:
-        hint = "add one" if arguments.recipe else "give a recipe that has one: --recipe FILE"
-        raise UserError(f"{arguments.recipe or arguments.model}: the recipe has no evaluate section; {hint}")
-    out = _answers_file(arguments, trained)
-    check_recipe(recipe, ("evaluate",))
-    configure_console()
-    from mmtune.data.encoding.encoding_checks import check_encoding
-    from mmtune.distributed.context import init_inference
-    from mmtune.evaluation.answers import group_scores, scores_to_dicts
-    from mmtune.evaluation.answers_file import write_answers
-    from mmtune.evaluation.evaluate import check_questions, evaluate, warn_of_leakage
-    from mmtune.evaluation.field_groups import field_groups
-    from mmtune.evaluation.scores import print_scores
-    from mmtune.models.checkpoints.weights_hash import hash_trained
-    from mmtune.models.compute import to_best_device
-    from mmtune.models.load import load_trained
-
-    with located_errors(recipe):
-        check_questions(recipe.evaluate)
-        if of_run and (arguments.recipe or arguments.overrides):
-            warn_of_leakage(load_recipe(trained.run.recipe), recipe.evaluate)
-        dist = init_inference()
-        model, processor = load_trained(
-            trained, chat_template=recipe.model.chat_template, trust_remote_code=arguments.trust_remote_code
-        )
-    check_encoding(processor)
-    weights = dist.broadcast_object(hash_trained(trained) if recipe.evaluate.cache and dist.is_main_process else None)
-    try:
-        answers = evaluate(to_best_device(model), processor, recipe.evaluate, dist, str(arguments.model), weights)
-    except KeyboardInterrupt:
-        if weights is not None and dist.is_main_process:
-            print("the same command continues with the answers so far", file=sys.stderr)
-        raise
-    if not dist.is_main_process:
-        return {}
-    with report_disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_answers(answers, out)
-    scores = group_scores(answers)
-    result: dict[str, Any] = {"tuned_scores": scores_to_dicts(scores), "groups": field_groups(answers), "answers": str(out)}
-    print_scores(result, column="tuned" if of_run else "score")
-    print(f"answers: {out}")
-    if trained.is_checkpoint:
-        result |= {"step": trained.step, "steps": trained.steps}
-    return result
-
-
-def _answers_file(arguments: argparse.Namespace, trained: Any) -> Path:
-    """The file for the answers of `mmtune eval`. In a run, only answers of an earlier `mmtune eval` are overwritten.
-
-    Raises:
-        UserError: the file must not be overwritten or cannot be written.
-    """
-    from mmtune.run_directory import RunDirectory
-    from mmtune.utils.files import check_writable
-
-    if arguments.out is not None:
-        out = Path(arguments.out)
-    elif trained.run.recipe.is_file():
-        of = Path(arguments.recipe).stem if arguments.recipe else "eval"
-        out = trained.run.path / f"answers_{of}{f'_step_{trained.step}' if trained.is_checkpoint else ''}.jsonl"
-    else:
-        out = Path(f"answers_{Path(arguments.model).absolute().name.rpartition(':')[2]}.jsonl")
-    run = RunDirectory(out.parent)
-    if run.recipe.is_file() and out in (run.answers("before"), run.answers("after")):
-        raise UserError(f"--out {out}: this file holds the run's own answers and is not replaced; give another file")
-    if out.is_dir():
-        raise UserError(f"--out {out}: expected a .jsonl file, got a directory")
-    if out.exists() and out.suffix != ".jsonl":
-        raise UserError(f"--out {out}: expected a new file or a .jsonl file; this one is not replaced; give another file")
-    check_writable(out.parent, f"--out {out}: ")
-    return out
 
 
 def _merge(arguments: argparse.Namespace) -> Any:

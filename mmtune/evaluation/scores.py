@@ -12,19 +12,20 @@ from mmtune.console.styled_console import StyledConsole
 from mmtune.evaluation.metrics.metric_table import METRICS
 
 
-def print_scores(summary: dict[str, Any], column: str = "tuned") -> None:
+def print_scores(summary: dict[str, Any], column: str = "tuned", task: str | None = None) -> None:
     """Print the scores before and after tuning, by task and overall, with intervals and baselines, and those by field.
 
     Args:
         summary: with the scores as `tuned_scores`, and those of the base as `base_scores`, if any.
         column: the name of the column of `tuned_scores`.
+        task: the name of the evaluation task. The further numbers of its groups are then printed too, as benchmarks report them.
     """
     rows = score_rows(summary)
     if not rows:
         return
     named = [{column if name == "tuned" else name: text for name, text in row.items()} for row in rows]
-    _print_table(score_title(summary), named, [score["task"] == "overall" for score in summary["tuned_scores"]])
-    for line in further_lines(summary) + difference_lines(summary.get("comparison", [])):
+    _print_table(score_title(summary, task), named, [score["task"] == "overall" for score in summary["tuned_scores"]])
+    for line in further_lines(summary, every_group=task is not None) + difference_lines(summary.get("comparison", [])):
         print(line)
     for groups in summary.get("groups", ()):
         _print_table(f"By {groups['field']}", group_rows(groups))
@@ -49,9 +50,10 @@ def _print_table(title: str, rows: Sequence[Mapping[str, str]], sections: Sequen
     StyledConsole().print_table(table)
 
 
-def score_title(summary: Mapping[str, Any]) -> str:
-    """The title of the score table: its metrics."""
-    return f"Held-out {', '.join(dict.fromkeys(score['metric'] for score in summary['tuned_scores']))}"
+def score_title(summary: Mapping[str, Any], task: str | None = None) -> str:
+    """The title of the score table: the name of the task, and its metrics."""
+    metrics = ", ".join(dict.fromkeys(score["metric"] for score in summary["tuned_scores"]))
+    return f"Held-out {metrics}" if task is None else f"{task}: {metrics}"
 
 
 def score_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -84,16 +86,21 @@ def score_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     return [{column: text for column, text in row.items() if column in used} for row in rows]
 
 
-def further_lines(summary: Mapping[str, Any]) -> list[str]:
-    """For each overall score, a line with the further numbers of its metric, and one with its unparsed answers."""
+def further_lines(summary: Mapping[str, Any], every_group: bool = False) -> list[str]:
+    """For each overall score, a line with the further numbers of its metric, and one with its unparsed answers.
+
+    With `every_group`, the further numbers of each task or source too.
+    """
     lines = []
     for item in summary.get("tuned_scores", []):
-        if item["task"] != "overall":
+        overall = item["task"] == "overall"
+        if not (overall or every_group):
             continue
         name, numbers = item["metric"], {key: value for key, value in item["further"].items() if isinstance(value, (int, float))}
         if numbers:
-            lines.append(f"{name}: {', '.join(f'{key} {_format_further(key, value, name)}' for key, value in numbers.items())}")
-        if item["unparsed"]:
+            shown = ", ".join(f"{key} {_format_further(key, value, name)}" for key, value in numbers.items())
+            lines.append(f"{name if overall else item['task']}: {shown}")
+        if overall and item["unparsed"]:
             rules = [METRICS[name].unparsed] if name in METRICS and METRICS[name].unparsed != "never" else []
             rule = "; or ".join([*rules, *(f"lacks {marker!r}" for marker in item.get("missing_markers", ()))])
             value = METRICS[name].unparsed_score if name in METRICS else 0.0

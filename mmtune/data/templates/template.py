@@ -360,7 +360,7 @@ def shipped_templates() -> dict[str, Path]:
 
 
 def load_data_template(name: str) -> DataTemplate:
-    """Load a shipped template by its name, or another one by the path of its YAML file.
+    """Load a shipped template by its name, or another one by the path of its YAML file, which can also be an evaluation task.
 
     Raises:
         UserError: an unknown name, or a file that is not a valid data template, with one problem per line.
@@ -377,12 +377,15 @@ def load_data_template(name: str) -> DataTemplate:
             )
         path = shipped[name]
     document = read_document(path, "data template", "description, conversation or messages, example")
+    values, above = document.values, ""
+    if isinstance(values.get("template"), dict):  # the file of a task, which has its template inside
+        values, above = {"description": values.get("description"), **values["template"]}, "template."
     template = None
     try:
-        template = DataTemplate.model_validate(document.values)
+        template = DataTemplate.model_validate(values)
     except ValidationError as error:
         for detail in error.errors():
-            key = ".".join(map(str, detail["loc"])) or "data template"
+            key = above + (".".join(map(str, detail["loc"])) or "data template")
             document.report(key, _message(detail["type"], detail["loc"], detail["msg"]))
     document.raise_problems()
     assert template is not None

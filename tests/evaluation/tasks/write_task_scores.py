@@ -1,0 +1,164 @@
+"""Write `tests/evaluation/tasks/fixtures/task_scores.json`: answers to `benchmark_files.py`, scored by the benchmarks' code.
+
+The scorers read the benchmarks' files themselves; nothing of mmtune is used. They are not part of this project, and no test needs
+them. To repeat the comparison, make a folder with
+
+- `pope_evaluate.py`: RUCAIBox/POPE, evaluate.py,
+- `m4c_evaluator.py`, `eval_science_qa.py`: haotian-liu/LLaVA, llava/eval/,
+- `vqaEval.py`: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation (Python 2; its print statements are rewritten here),
+- `chartqa_utils.py`: EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/chartqa/utils.py,
+- `libs/`: pip install --no-deps --target libs anls pycocoevalcap,
+
+and run
+
+    .venv/bin/python tests/evaluation/tasks/write_task_scores.py FOLDER
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmark_files import BENCHMARKS
+
+TARGET = Path(__file__).parent / "fixtures" / "task_scores.json"
+ANSWERS: dict[str, list[str]] = {
+    "pope": ["Yes", "No", "No", "Yes", "Yes, there is.", "No", "No.", "yes", "no", "Yes", "No", "Yes"],
+    "textvqa": ["Dakota Digital", "COPENHAGEN", "Three", "McCoy's"],
+    "textvqa_ocr": ["DAKOTA", "Copenhagen.", "four", "mccoys"],
+    "vqa_v2": ["netting", "Yes", "2"],
+    "chartqa": ["14.5", "0.6", "germany", "0.36", "2014"],
+    "docvqa": ["0.28", "University of Californa", "ATC"],
+    "scienceqa_img": ["C", "B. wool", "A"],
+    "coco_caption": ["a man on a red moped", "two dogs run in the park", "a table with a plate of food"],
+    "flickr30k": ["a man riding a moped on a road", "a dog", "a white plate with food on a table"],
+}
+"""Answers in the order of the rows."""
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _scope(path: Path) -> dict[str, Any]:
+    source = path.read_text(encoding="utf-8").expandtabs(8).replace("from tqdm import tqdm", "tqdm = list")
+    scope: dict[str, Any] = {}
+    exec(compile(re.sub(r"print (\".*\")", r"print(\1)", source), path.name, "exec"), scope)  # noqa: S102
+    return scope
+
+
+def pope(scorers: Path, files: Path, answers: list[str]) -> dict[str, Any]:
+    source, scores, start = (scorers / "pope_evaluate.py").read_text(encoding="utf-8"), {}, 0
+    for name in ("random", "popular", "adversarial"):
+        labels = files / f"coco_pope_{name}.json"
+        own = answers[start : (start := start + len(labels.read_text().splitlines()))]
+        path = files / "answers.json"
+        path.write_text("".join(json.dumps({"answer": each}) + "\n" for each in own), encoding="utf-8")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            code = source.replace("ans_file = ''", f"ans_file = {str(path)!r}")
+            exec(code.replace("label_file = ''", f"label_file = {str(labels)!r}"), {})  # noqa: S102
+        numbers = dict(line.split(": ") for line in printed.getvalue().splitlines() if ": " in line)
+        keys = {"score": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1 score", "yes_ratio": "Yes ratio"}
+        scores[labels.name] = {key: float(numbers[value]) for key, value in keys.items()}
+    return scores
+
+
+def textvqa(scorers: Path, files: Path, answers: list[str]) -> dict[str, Any]:
+    rows = _load(files / "TextVQA_0.5.1_val.json")["data"]
+    entries = [{"pred_answer": each, "gt_answers": row["answers"]} for each, row in zip(answers, rows, strict=True)]
+    return {"overall": {"score": _scope(scorers / "m4c_evaluator.py")["TextVQAAccuracyEvaluator"]().eval_pred_list(entries)}}
+
+
+def vqa_v2(scorers: Path, files: Path, answers: list[str]) -> dict[str, Any]:
+    class Questions:
+        def __init__(self, qa: dict[int, Any]) -> None:
+            self.qa = qa
+
+        def getQuesIds(self) -> list[int]:  # noqa: N802
+            return list(self.qa)
+
+    questions = _load(files / "v2_OpenEnded_mscoco_val2014_questions.json")["questions"]
+    truth = {row["question_id"]: row for row in _load(files / "v2_mscoco_val2014_annotations.json")["annotations"]}
+    predictions = {row["question_id"]: {"answer": each} for row, each in zip(questions, answers, strict=True)}
+    scorer = _scope(scorers / "vqaEval.py")["VQAEval"](Questions(truth), Questions(predictions), n=12)
+    with contextlib.redirect_stdout(io.StringIO()):
+        scorer.evaluate()
+    by_type = {name: {"score": value / 100} for name, value in scorer.accuracy["perAnswerType"].items()}
+    return {**by_type, "overall": {"score": scorer.accuracy["overall"] / 100}}
+
+
+def chartqa(scorers: Path, files: Path, answers: list[str]) -> dict[str, Any]:
+    relaxed, scores, start = _scope(scorers / "chartqa_utils.py")["relaxed_correctness"], {}, 0
+    everything: list[bool] = []
+    for name in ("test_human.json", "test_augmented.json"):
+        rows = _load(files / name)
+        own = answers[start : (start := start + len(rows))]
+        right = [relaxed(each, row["label"]) for each, row in zip(own, rows, strict=True)]
+        everything += right
+        scores[name] = {"score": sum(right) / len(right)}
+    return {**scores, "overall": {"score": sum(everything) / len(everything)}}
+
+
+def docvqa(scorers: Path, files: Path, answers: list[str]) -> dict[str, Any]:
+    from anls import anls_score
+
+    rows = _load(files / "val_v1.0_withQT.json")["data"]
+    scores = [anls_score(each, row["answers"]) for each, row in zip(answers, rows, strict=True)]
+    return {"overall": {"score": sum(scores) / len(scores)}}
+
+
+def scienceqa_img(scorers: Path, files: Path, answers: list[str]) -> dict[str, Any]:
+    problems = _load(files / "problems.json")
+    test = [number for number, problem in problems.items() if problem["split"] == "test"]
+    (files / "pid_splits.json").write_text(json.dumps({"test": test}), encoding="utf-8")
+    remaining, lines = iter(answers), []
+    for number in test:
+        has_image = problems[number]["image"] is not None
+        text = next(remaining) if has_image else "A"
+        lines.append(json.dumps({"question_id": number, "prompt": "<image>" if has_image else "", "text": text}) + "\n")
+    (files / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
+    outputs = [f"--{kind}={files / kind}" for kind in ("output-file", "output-result")]
+    command = [sys.executable, scorers / "eval_science_qa.py", f"--base-dir={files}", f"--result-file={files / 'answers.jsonl'}"]
+    done = subprocess.run([*map(str, command), *outputs], capture_output=True, text=True, check=True)
+    match = re.search(r"IMG-Accuracy: ([\d.]+)%", done.stdout)
+    assert match is not None
+    return {"overall": {"score": float(match[1]) / 100}}
+
+
+def captions(scorers: Path, files: Path, answers: list[str]) -> dict[str, Any]:
+    from pycocoevalcap.cider.cider import Cider
+
+    [file] = files.glob("dataset_*.json")
+    rows = [row for row in _load(file)["images"] if row["split"] == "test"]
+    # The captions are words in lower case without punctuation, which the tokenizer leaves as they are.
+    references = {row["imgid"]: [sentence["raw"] for sentence in row["sentences"]] for row in rows}
+    score, _ = Cider().compute_score(references, {row["imgid"]: [each] for row, each in zip(rows, answers, strict=True)})
+    return {"overall": {"score": float(score)}}
+
+
+SCORERS = {"textvqa_ocr": textvqa, "coco_caption": captions, "flickr30k": captions}
+SCORERS |= {each.__name__: each for each in (pope, textvqa, vqa_v2, chartqa, docvqa, scienceqa_img)}
+
+
+def main() -> None:
+    scorers = Path(sys.argv[1]).resolve()
+    sys.path.insert(0, str(scorers / "libs"))
+    recorded = {}
+    for name, answers in ANSWERS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            BENCHMARKS[name](Path(folder))
+            recorded[name] = {"answers": answers, "scores": SCORERS[name](scorers, Path(folder), answers)}
+    TARGET.parent.mkdir(exist_ok=True)
+    TARGET.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
+    print(f"{TARGET}: {', '.join(recorded)}")
+
+
+if __name__ == "__main__":
+    main()
