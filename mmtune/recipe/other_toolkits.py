@@ -61,6 +61,7 @@ OTHER_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("val_batch_size", "per_device_eval_batch_size"), "evaluate.batch_size"),
     "overwrite_output_dir": "--overwrite on the command line",
     **dict.fromkeys(("resume_from_checkpoint", "auto_resume_from_checkpoints"), "--resume on the command line"),
+    **dict.fromkeys(("profiler_steps", "enable_torch_profiler"), "--profile on the command line, with a number of steps"),
     **dict.fromkeys(("bf16", "fp16", "mixed_precision"), "model.precision"),
 }
 """By another toolkit's name: the recipe's key, with a value if the name implies one."""
