@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mmtune.cli.conversation_evaluation import add_conversation_arguments, evaluate_conversations
 from mmtune.cli.verb_arguments import AddVerb, add_trust
 from mmtune.console.library_output import configure_console
 from mmtune.utils.errors import UserError
@@ -31,6 +32,7 @@ def add_evaluation_verbs(verbs: Any, add: AddVerb) -> None:
     verb.add_argument("--task", action="append", default=[], metavar="NAME=DIR", help=f"{help_text}; repeat for several")
     help_text = "write the answers as JSON Lines (default: in the run directory; for other models, in the working directory)"
     verb.add_argument("--out", metavar="FILE", help=f"{help_text}; with --task, a folder of such files")
+    add_conversation_arguments(verb)
     verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override keys of the recipe or the tasks")
     add_trust(verb)
 
@@ -55,6 +57,10 @@ class _Evaluation:
 
 
 def _eval(arguments: argparse.Namespace) -> Any:
+    if arguments.conversation:
+        return evaluate_conversations(arguments)
+    if arguments.judge or arguments.judge_model:
+        raise UserError("--judge: needs --conversation FILE.yaml")
     from mmtune.models.checkpoints.trained_weights import locate_trained_weights
     from mmtune.recipe.recipe import load_recipe
     from mmtune.utils.files import report_disk_errors

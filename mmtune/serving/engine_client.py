@@ -58,12 +58,13 @@ class EngineClient:
         url: the address of the engine, with or without `/v1`.
         model: the name of the model in the engine; None: the engine's only model.
         timeout_s: how long one answer may take.
+        model_option: the option that gives `model`, for messages.
 
     Raises:
         UserError: the address is not one.
     """
 
-    def __init__(self, url: str, model: str | None = None, timeout_s: float = 600.0) -> None:
+    def __init__(self, url: str, model: str | None = None, timeout_s: float = 600.0, model_option: str = "--model-name") -> None:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"--check {url}: expected the address of an engine, such as http://127.0.0.1:8000/v1")
         self.root = url.rstrip("/").removesuffix("/v1")
@@ -75,6 +76,7 @@ class EngineClient:
             http_client=openai.DefaultHttpxClient(trust_env=False),  # a proxy of the environment must not see loopback
         )
         self._gives_log_probabilities = True
+        self._model_option = model_option
         self._model: Any = openai.omit if model is None else model
 
     def connect(self) -> None:
@@ -97,7 +99,7 @@ class EngineClient:
                 names = ", ".join(listed[:10])
                 which = f"; its models: {names}" if listed and self._model not in listed else ""
                 if self._model is openai.omit and not error.failed:
-                    which = f"; --model-name NAME selects one of several models{names and f' ({names})'}"
+                    which = f"; {self._model_option} NAME selects one of several models{names and f' ({names})'}"
                 raise UserError(f"{self.root}: the engine rejects a question: {error}{which}") from error
             self._model = listed[0]
             try:
