@@ -26,7 +26,8 @@ class ProcessProfile:
     """What one process measured.
 
     Attributes:
-        totals: seconds of every part in all timed steps.
+        seconds: of all timed steps, each from its first to its last moment.
+        totals: seconds of every part in them.
         traced: the segments of the traced steps.
         collectives: the time in which any collective ran in the traced steps; disjoint.
         shift: nanoseconds from its `time.perf_counter_ns` to the wall clock.
@@ -38,6 +39,7 @@ class ProcessProfile:
         is_recorded: whether torch.profiler recorded any work of the device.
     """
 
+    seconds: float
     totals: dict[str, float]
     traced: list[Segment]
     collectives: list[Interval]
@@ -102,7 +104,7 @@ class ProfileSummary:
         traced_steps: how many steps were traced after them.
         processes: the number of processes.
         device: torch's name of it.
-        step_seconds: the mean of all timed steps and processes, and the sum of the parts.
+        step_seconds: the mean of all timed steps and processes. The seconds of the parts add up to it.
         parts: by the names of `PARTS`.
         hidden_communication_seconds: collectives behind other work, in a step; no part of the sum.
         padding: the fraction of the batches' positions that are padding or dummy samples.
@@ -139,7 +141,7 @@ def summarize_profile(steps: Sequence[int], traced: int, processes: Sequence[Pro
     """
     by_rank = [{part: each / len(steps) for part, each in process.totals.items()} for process in processes]
     means = {part: statistics.fmean(each[part] for each in by_rank) for part in PARTS}
-    seconds = sum(means.values())
+    seconds = statistics.fmean(process.seconds for process in processes) / len(steps)
     shares = {part: mean / seconds for part, mean in means.items()}
     left_out = {"frozen"} | (COMPONENTS if means["compiled"] else {"compiled"})
     left_out |= BETWEEN_PROCESSES if len(processes) == 1 else set()

@@ -260,6 +260,7 @@ class StepProfiler(TrainerCallback):
             timed = [segment for each in self._timed.values() for segment in each]
             traced = [segment for each in self._traced for segment in each]
             own = ProcessProfile(
+                seconds=sum(each[-1].end - each[0].start for each in self._timed.values()) / 1e9,
                 totals=split_communication(seconds_by_part(timed), traced, communication, wait),
                 traced=assign(assign(traced, communication, "communication"), wait, "processes"),
                 collectives=union([interval for each in collectives for interval in each]),

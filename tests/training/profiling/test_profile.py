@@ -39,7 +39,7 @@ def read(run: RunDirectory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def check_sum(profile: dict[str, Any]) -> None:
-    """In the mean of all processes, and in each of them, where a step has the same length up to its last collective."""
+    """The parts add up to the time from the first to the last moment of a step."""
     parts = profile["parts"].values()
     assert sum(part["seconds"] for part in parts) == pytest.approx(profile["step_seconds"], rel=1e-9)
     assert sum(part["share"] for part in parts) == pytest.approx(1, rel=1e-9)
