@@ -19,6 +19,7 @@ from mmtune.cli.answer_verbs import add_answer_verbs
 from mmtune.cli.comparison_verb import add_comparison_verb
 from mmtune.cli.data_verbs import add_data_verbs
 from mmtune.cli.evaluation_verbs import add_evaluation_verbs
+from mmtune.cli.export_verbs import add_export_verbs
 from mmtune.cli.recipe_verbs import add_recipe_verbs
 from mmtune.cli.run_verbs import add_run_verbs
 from mmtune.cli.serve_verb import add_serve_verb
@@ -177,6 +178,10 @@ def _parser() -> argparse.ArgumentParser:
     add_answer_verbs(verbs, _verb)
     add_comparison_verb(verbs, _verb)
     add_serve_verb(verbs, _verb)
+    add_export_verbs(
+        verbs.add_parser("export", help="convert a model").add_subparsers(required=True, metavar="VERB"),
+        _verb,
+    )
     add_recipe_verbs(verbs, _verb)
     add_data_verbs(
         verbs.add_parser("data", help="validate and show data sets").add_subparsers(required=True, metavar="VERB"), _verb

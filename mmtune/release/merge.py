@@ -135,7 +135,7 @@ def merge(
     recipe = load_recipe(run.recipe)
     if source.is_adapter:
         check_mergeable(source)
-    writer = _ReleaseWriter(recipe, options or ExportOptions(), count, _locate_base(source, recipe), trust_remote_code)
+    writer = _ReleaseWriter(recipe, options or ExportOptions(), count, locate_run_base(source, recipe), trust_remote_code)
     needed = [path, run.path, *needed_paths(recipe), *([Path(writer.base)] if writer.base else [])]
     with ExitStack() as stack:
         folder = writer.open(stack, out, overwrite, needed)
@@ -202,7 +202,7 @@ def read_weights_summary(trained: TrainedWeights) -> dict[str, Any]:
     return {"steps": trained.steps, "rows": report["rows"], **counts}
 
 
-def _locate_base(source: TrainedWeights, recipe: Recipe) -> str | None:
+def locate_run_base(source: TrainedWeights, recipe: Recipe) -> str | None:
     """The checkpoint that a run started from; None if its base was created in memory and not saved."""
     if source.is_adapter:
         return locate_adapter_base(source.path)

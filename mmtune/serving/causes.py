@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from mmtune.data.message import Message, RowError, Sample, prompt_messages, text_of
 from mmtune.serving.engine_client import EngineClient, RequestRejected
-from mmtune.serving.served_question import ServedQuestion, shown_text
-from mmtune.serving.trained_answers import TrainedAnswer, TrainedModel
+from mmtune.serving.served_question import ServedQuestion, log_probability_difference, shown_text
+from mmtune.serving.trained_answers import TrainedModel
 from mmtune.serving.unread_parts import find_unread_parts
 
 SHORT = "What is this? Answer with one word."
@@ -57,7 +58,7 @@ def find_token_cause(engine: EngineClient, model: TrainedModel, compared: Sequen
     return (
         "the image size: questions of text alone agree, and those with images do not. The engine's processor has other pixel "
         "bounds or another image size than that of the release (preprocessor_config.json, processor_config.json, or an option "
-        "of the engine such as --mm-processor-kwargs)"
+        "of the engine such as --mm-processor-kwargs or --image-max-tokens), or writes other tokens around an image"
     )
 
 
@@ -83,8 +84,8 @@ def find_cause(engine: EngineClient, model: TrainedModel, compared: Sequence[Ser
             "not use. Remove them from the release, or override them in the request",
             False,
         )
-    gaps = [_gap_at_departure(model, each) for each in differing]
-    tolerance = 2 * model.rounding([(each.sample, each.trained) for each in differing])
+    gaps = [gap_at_departure(model, each) for each in differing]
+    tolerance = 2 * model.rounding([(each.sample, each.trained) for each in compared])
     if max(gaps) < tolerance:
         return (
             f"rounding: every differing answer departs at a token whose two largest logits differ by less than {tolerance:.2g} "
@@ -107,10 +108,13 @@ def find_cause(engine: EngineClient, model: TrainedModel, compared: Sequence[Ser
     )
 
 
-def find_hidden_cause(model: TrainedModel, compared: Sequence[ServedQuestion], difference: float | None) -> str | None:
+def find_hidden_cause(
+    engine: EngineClient, model: TrainedModel, compared: Sequence[ServedQuestion], difference: float | None
+) -> str | None:
     """A cause although all answers are the same; None without one.
 
-    Prints a line if the untuned base gives the same answers too, so that they do not show which of the two is served.
+    Prints a line if the untuned base gives the same answers too, so that they do not show which of the two is served, and one if
+    log-probabilities differ for questions with images alone: llama.cpp does not resize images as training does.
 
     Args:
         difference: the largest difference of a token's log-probability; None if the engine gives none.
@@ -120,12 +124,39 @@ def find_hidden_cause(model: TrainedModel, compared: Sequence[ServedQuestion], d
         base = model.answers_of_base([sample for sample, _ in answered[:BASE_ANSWERS]])
         if all(shown_text(ours.text) == shown_text(trained.text) for ours, (_, trained) in zip(base, answered, strict=False)):
             print("warning: the untuned base gives the same answers, so they do not show whether the tuned weights are served")
-    if difference is None or difference < EXACT or difference <= 2 * (tolerance := model.rounding(answered)):
+    if difference is None or difference < EXACT:
+        return None
+    of_text = _difference_without_images(engine, model)
+    if difference <= 2 * (tolerance := model.rounding(answered)):
+        return None
+    if of_text is not None and of_text <= 2 * tolerance:
+        print(
+            f"warning: the images: the answers are the same, but the log-probability of a token differs by {difference:.2g}, and "
+            f"by {of_text:.2g} for questions of text alone. The engine prepares images in another way (resizing, mean and "
+            "standard deviation), or has another vision tower or projector"
+        )
         return None
     return (
         f"the weights: the answers are the same, but the log-probability of a token differs by {difference:.2g}, and computing "
         f"in bf16 changes the gap between two logits by at most {tolerance:.2g}"
     )
+
+
+def _difference_without_images(engine: EngineClient, model: TrainedModel) -> float | None:
+    """The largest difference of a token's log-probability in answers to questions of text alone, infinite if an answer differs.
+
+    None for a family or an engine without such questions.
+    """
+    largest = 0.0
+    for text in TEXT_QUESTIONS:
+        try:
+            ours, theirs = model.answer([_user(text)]), engine.ask([_user(text)], model.max_new_tokens)
+        except (RequestRejected, RowError):
+            return None
+        if shown_text(ours.text) != shown_text(theirs.text):
+            return math.inf
+        largest = max(largest, log_probability_difference(ours, theirs) or 0.0)
+    return largest
 
 
 def _user(text: str, images: Sequence[dict[str, object]] = ()) -> Message:
@@ -166,12 +197,8 @@ def _context_limit(
     long = [[_user(f"Count:{' one' * count}", images)] for count in (words, words + LONG_TOKENS)]
     try:
         counted = [engine.ask(messages, 1).prompt_tokens for messages in long]
-    except RequestRejected as error:
-        rejected = [each for each in compared if each.engine is None]
-        longest = max((each.prompt_tokens for each in compared if each.engine is not None), default=0)
-        if rejected and min(each.prompt_tokens for each in rejected) > longest:
-            return f"a truncated context: the engine rejects long questions, answers up to {longest} tokens ({error})"
-        return None
+    except RequestRejected:
+        return _rejected_length(engine, compared, images)
     reached = any(each.prompt_tokens >= counted[0] for each in compared if not each.same_tokens)
     if counted[0] != counted[1] or not reached:
         return None
@@ -179,6 +206,22 @@ def _context_limit(
         f"a truncated context: of a question with {model.prompt_tokens(long[0])} tokens the engine reads {counted[0]}. Serve "
         "with a longer context (vLLM: --max-model-len), and remove `truncation` from the release's tokenizer.json"
     )
+
+
+def _rejected_length(engine: EngineClient, compared: Sequence[ServedQuestion], images: list[dict[str, object]]) -> str | None:
+    """The limit of an engine that rejects long questions: all that it rejects are longer than all that it answers.
+
+    A question of text that is as long as the shortest rejected one must be rejected too.
+    """
+    rejected = min((each.prompt_tokens for each in compared if each.engine is None), default=0)
+    longest = max((each.prompt_tokens for each in compared if each.engine is not None), default=0)
+    if rejected <= longest:
+        return None
+    try:
+        engine.ask([_user(f"Count:{' one' * rejected}", images)], 1)
+    except RequestRejected as error:
+        return f"a truncated context: the engine rejects long questions, answers up to {longest} tokens ({error})"
+    return None
 
 
 def answers_as_base(model: TrainedModel, compared: Sequence[ServedQuestion]) -> bool:
@@ -252,21 +295,21 @@ def _text_answers(
     return answers
 
 
-def _gap_at_departure(model: TrainedModel, question: ServedQuestion) -> float:
+def gap_at_departure(model: TrainedModel, question: ServedQuestion) -> float:
     """The gap between the two largest logits at the first token of the trained answer that the engine's does not have.
 
-    The smallest gap if the engine's answer has `parts`: where it departs is not known.
+    If the text does not show which, the smallest gap of the possible tokens: those of one character, and all tokens of an answer
+    with `parts`.
     """
     assert question.engine is not None
     trained, served = question.trained, question.engine.text.strip()
     if question.engine.parts:
         return min(trained.gaps)
-    return trained.gaps[_departure(model, trained, served)]
-
-
-def _departure(model: TrainedModel, trained: TrainedAnswer, served: str) -> int:
+    shared = 0
     for position in range(len(trained.tokens)):
-        text = model.decode(trained.tokens[: position + 1]).lstrip().rstrip("\ufffd")  # a character may be cut
-        if not served.startswith(text.rstrip()):
-            return position
-    return len(trained.tokens) - 1  # the end of turn
+        text = model.decode(trained.tokens[: position + 1]).lstrip()
+        if not served.startswith(text.rstrip("\ufffd").rstrip()):
+            return min(trained.gaps[shared : position + 1])
+        if not text.endswith("\ufffd"):
+            shared = position + 1
+    return min(trained.gaps[shared:] or trained.gaps[-1:])  # the engine's answer has more after the end of turn

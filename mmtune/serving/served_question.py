@@ -60,3 +60,9 @@ class ServedQuestion:
 def shown_text(text: str) -> str:
     """An answer without surrounding white space and a character that the last token leaves incomplete, which vLLM leaves out."""
     return text.strip().rstrip("\ufffd").rstrip()
+
+
+def log_probability_difference(trained: TrainedAnswer, served: EngineAnswer) -> float | None:
+    """The largest over the tokens that both sides have, as an engine may leave out the end of turn; None if it gives none."""
+    pairs = zip(trained.log_probabilities, served.log_probabilities or (), strict=False)
+    return max((abs(ours - theirs) for ours, theirs in pairs), default=None)

@@ -10,7 +10,7 @@ from mmtune.data.message import Sample, prompt_messages
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
 from mmtune.serving.causes import find_cause, find_hidden_cause, find_token_cause
 from mmtune.serving.engine_client import EngineAnswer, EngineClient, RequestRejected
-from mmtune.serving.served_question import ServedQuestion
+from mmtune.serving.served_question import ServedQuestion, log_probability_difference
 from mmtune.serving.trained_answers import TrainedModel
 from mmtune.serving.unread_parts import find_unread_parts
 from mmtune.utils.errors import CheckFailed, UserError
@@ -65,7 +65,12 @@ def check_serving(engine: EngineClient, model: TrainedModel, questions: Sequence
         for question in asked:
             compared.append(_compare(engine, model, question))
             progress.update(1)
-    difference = _log_probability_difference(compared)
+    differences = [
+        log_probability_difference(question.trained, question.engine)
+        for question in compared
+        if question.same_answer and question.engine and not question.engine.parts
+    ]
+    difference = max((each for each in differences if each is not None), default=None)
     cause, rounding = None, False
     try:
         if not all(question.same_tokens for question in compared):
@@ -75,7 +80,7 @@ def check_serving(engine: EngineClient, model: TrainedModel, questions: Sequence
         elif all(question.failed for question in compared):
             cause = f"the engine fails at every answer: {compared[0].rejection}"
         else:
-            cause = find_hidden_cause(model, compared, difference)
+            cause = find_hidden_cause(engine, model, compared, difference)
     except RequestRejected as error:
         raise CheckFailed(f"{engine.root}: the engine rejects a question that it answered before: {error}") from error
     result = ServingResult(
@@ -121,17 +126,6 @@ def _prompt_alone(engine: EngineClient, question: Sample) -> EngineAnswer | None
 
 def _has_images_only(question: Sample) -> bool:
     return all(block["type"] in ("text", "image") for message in prompt_messages(question) for block in message["content"])
-
-
-def _log_probability_difference(compared: Sequence[ServedQuestion]) -> float | None:
-    """Over the tokens that both sides have: an engine may leave out the end of turn."""
-    differences = [
-        abs(ours - theirs)
-        for question in compared
-        if question.same_answer and question.engine and not question.engine.parts and question.engine.log_probabilities
-        for ours, theirs in zip(question.trained.log_probabilities, question.engine.log_probabilities, strict=False)
-    ]
-    return max(differences, default=None)
 
 
 def _counts(result: ServingResult) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from mmtune.data.message import Sample, text_of
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
-from mmtune.serving.causes import answers_as_base, find_hidden_cause
-from mmtune.serving.engine_client import EngineAnswer
+from mmtune.serving.causes import answers_as_base, find_hidden_cause, find_token_cause, gap_at_departure
+from mmtune.serving.engine_client import EngineAnswer, RequestRejected
 from mmtune.serving.served_question import ServedQuestion
 from mmtune.serving.serving_check import check_serving
 from mmtune.serving.trained_answers import TrainedAnswer
@@ -36,6 +37,7 @@ class Answers:
     """A trained model with given answers of its base."""
 
     has_base = True
+    max_new_tokens = 1
 
     def __init__(self, base: list[str], rounding: float = 0.1) -> None:
         self._base = base
@@ -46,6 +48,9 @@ class Answers:
 
     def rounding(self, _: Any) -> float:
         return self._rounding
+
+    def answer(self, _: Any) -> TrainedAnswer:
+        return TrainedAnswer("yes", 3, [], [-1.0], [], [])
 
 
 def answer(text: str) -> TrainedAnswer:
@@ -68,15 +73,31 @@ def test_one_answer_that_is_the_bases_is_not_the_base() -> None:
     assert not answers_as_base(Answers(trained), questions(trained, ["no", "yes", "no", "yes"]))  # type: ignore[arg-type]
 
 
+class Engine:
+    """An engine whose log-probability differs by this much for questions of text alone."""
+
+    def __init__(self, difference: float) -> None:
+        self._difference = difference
+
+    def ask(self, *_: Any) -> EngineAnswer:
+        return EngineAnswer("yes", 3, (-1.0 - self._difference,))
+
+
 def test_equal_answers_may_hide_a_difference(capsys: pytest.CaptureFixture[str]) -> None:
     trained = ["yes", "no"]
     tuned: Any = Answers(["yes", "yes"], rounding=0.1)
+    engine: Any = Engine(0.25)
     for difference, cause in ((None, None), (1e-5, None), (0.15, None), (0.25, "the weights: the answers are the same")):
-        named = find_hidden_cause(tuned, questions(trained, trained), difference)
+        named = find_hidden_cause(engine, tuned, questions(trained, trained), difference)
         assert named is None if cause is None else str(named).startswith(cause)
     assert capsys.readouterr().out == ""
+    images: Any = Engine(0.01)
+    assert find_hidden_cause(images, tuned, questions(trained, trained), 0.25) is None
+    assert "warning: the images: the answers are the same, but the log-probability of a token differs by 0.25, and by 0.01" in (
+        capsys.readouterr().out
+    )
     untuned: Any = Answers(trained)
-    assert find_hidden_cause(untuned, questions(trained, trained), None) is None
+    assert find_hidden_cause(engine, untuned, questions(trained, trained), None) is None
     assert "warning: the untuned base gives the same answers" in capsys.readouterr().out
 
 
@@ -144,3 +165,66 @@ def test_the_progress_bar_ends_before_an_error_is_printed(monkeypatch: pytest.Mo
     with pytest.raises(CheckFailed) as caught:  # its traceback keeps the frames alive, as while it is printed
         check_serving(engine, model, asked)
     assert ended and caught.value.result is None
+
+
+class Words:
+    """A trained model, and an engine with a limit of the context or without images; a prompt has one token for each word."""
+
+    def __init__(self, limit: int = 10_000, images: bool = True) -> None:
+        self._limit = limit
+        self._images = images
+
+    def prompt_tokens(self, messages: list[dict[str, Any]], _: Any = ()) -> int:
+        blocks = [block for message in messages for block in message["content"]]
+        return sum(len(block["text"].split()) if block["type"] == "text" else 50 for block in blocks)
+
+    def ask(self, messages: list[dict[str, Any]], *_: Any) -> EngineAnswer:
+        if any(block["type"] == "image" for message in messages for block in message["content"]) and not self._images:
+            raise RequestRejected("HTTP 400: Invalid token", False)
+        if (counted := self.prompt_tokens(messages)) > self._limit:
+            raise RequestRejected("HTTP 400: too long", False)
+        return EngineAnswer("", counted)
+
+
+@pytest.mark.parametrize(
+    ("engine", "cause"),
+    [
+        (Words(limit=30), "a truncated context: the engine rejects long questions, answers up to 3 tokens (HTTP 400: too long)"),
+        (Words(limit=300, images=False), "the engine rejects 1 of the questions: HTTP 400: Invalid token"),
+    ],
+)
+def test_an_engine_without_images_has_no_truncated_context(engine: Any, cause: str) -> None:
+    samples = [
+        Sample("0", [{"role": "user", "content": [*images, *block("What is it?")]}]) for images in ([], [{"type": "image"}])
+    ]
+    compared = []
+    for sample in samples:
+        trained = replace(answer("a"), prompt_tokens=engine.prompt_tokens(sample.messages))
+        try:
+            compared.append(ServedQuestion(sample, trained, engine.ask(sample.messages)))
+        except RequestRejected as error:
+            compared.append(ServedQuestion(sample, trained, None, str(error)))
+    assert find_token_cause(engine, engine, compared) == cause
+
+
+class Characters:
+    """A model whose tokens are bytes."""
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(tokens).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(
+    ("served", "gap"),
+    [
+        ("ab", 1.0),  # the trained answer is "aéb", and the engine left out the character of two tokens: its first one differs
+        ("aê", 1.0),  # one of the two tokens
+        ("aéc", 3.0),
+        ("aéb and more", 4.0),
+        ("x", 5.0),
+    ],
+)
+def test_the_gap_where_an_answer_departs(served: str, gap: float) -> None:
+    trained = TrainedAnswer("aéb", 3, [*"aéb".encode(), 0], [], [], [5.0, 1.0, 2.0, 3.0, 4.0])
+    question = ServedQuestion(Sample("0", []), trained, EngineAnswer(served, 3))
+    assert gap_at_departure(Characters(), question) == gap  # type: ignore[arg-type]

@@ -80,19 +80,15 @@ def test_a_good_release_passes(engine: EngineProcess, run: Path, capsys: pytest.
 
 
 def test_rounding_is_a_warning(engine: EngineProcess, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Weights with errors of the size of bf16's (2 ** -8), of several seeds, until an answer differs."""
-    tensors = load_file(run / "merged" / "model.safetensors")
-    for seed in range(8):
-        model, generator = tmp_path / str(seed), torch.manual_seed(seed)
-        shutil.copytree(run / "merged", model)
-        noisy = {name: tensor * (1 + torch.randn(tensor.shape, generator=generator) / 256) for name, tensor in tensors.items()}
-        save_file(noisy, model / "model.safetensors", {"format": "pt"})
-        assert check(engine, run, model) == 0, capsys.readouterr()
-        printed = capsys.readouterr().out
-        if "answers: 7 of 7" not in printed:
-            assert "warning: rounding: every differing answer departs" in printed and "check passed" in printed
-            return
-    pytest.fail("no seed changes an answer")
+    """A run of one step is uncertain of its answers, so that computing in bf16 changes some."""
+    uncertain = tmp_path / "run"
+    assert entry_point(["train", str(run.parent / "recipe.yaml"), "train.max_steps=1", f"output_dir={uncertain}"]) == 0
+    assert entry_point(["merge", str(uncertain), str(uncertain / "merged"), "--dtype", "bf16"]) == 0
+    capsys.readouterr()
+    assert check(engine, uncertain, uncertain / "merged") == 0, capsys.readouterr()
+    printed = capsys.readouterr().out
+    assert "answers: 7 of 7" not in printed
+    assert "warning: rounding: every differing answer departs" in printed and "check passed" in printed
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -131,8 +127,7 @@ def truncation(model: Path) -> None:
 
 def other_weights(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
-    name = next(name for name in tensors if name.endswith("layers.1.mlp.down_proj.weight") and "visual" not in name)
-    tensors[name] = tensors[name] + torch.randn(tensors[name].shape, generator=torch.manual_seed(0)) * 0.2
+    tensors["lm_head.weight"] += torch.randn(tensors["lm_head.weight"].shape, generator=torch.manual_seed(0)) * 0.2
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
 
 
