@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -32,6 +33,11 @@ class TurnTemplate(TemplateSection):
 
     role: str
     images: tuple[str, ...] = Field(default=(), description="Jinja for images before the text.")
+    numbered: str | None = Field(
+        default=None,
+        description="How the text names an image, such as '<image {number}>': image NUMBER, from 1, stands there. Images that it "
+        "does not name stand before it.",
+    )
     videos: tuple[str, ...] = Field(default=(), description="Jinja for videos.")
     audio: tuple[str, ...] = Field(default=(), description="Jinja for audio clips.")
     text: tuple[str, ...] = Field(min_length=1, description="Jinja for the text; one of several phrasings is drawn at random.")
@@ -49,6 +55,35 @@ class TurnTemplate(TemplateSection):
         for source in sources:
             check_jinja(source)
         return sources
+
+    @field_validator("numbered")
+    @classmethod
+    def _one_number(cls, numbered: str | None) -> str | None:
+        if numbered is not None and numbered.count("{number}") != 1:
+            raise ValueError(f"expected {{number}} once, got {numbered[:80]!r}")
+        return numbered
+
+    def content(self, row_id: str, where: str, text: str, media: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The blocks of a message: its media before the text, or where the text names them by number.
+
+        Raises:
+            RowError: the text names an image that the row does not have.
+        """
+        if self.numbered is None:
+            return [*media, {"type": "text", "text": text}]
+        before, after = map(re.escape, self.numbered.split("{number}"))
+        parts = re.split(rf"{before}(\d+){after}", text)
+        images = [block for block in media if block["type"] == "image"]
+        numbers = [int(number) for number in parts[1::2]]
+        if missing := [number for number in numbers if not 1 <= number <= len(images)]:
+            detail = f"the text names image {missing[0]}; expected 1 to {len(images)}, the images of the row"
+            raise RowError(row_id, where, detail, "placeholder_count")
+        named = [images[number - 1] for number in numbers]
+        content = [block for block in media if not any(block is each for each in named)]
+        for text_before, image in zip(parts[::2], [*named, None], strict=True):
+            content += [{"type": "text", "text": text_before}] if text_before else []
+            content += [] if image is None else [image]
+        return content
 
     def media(self, row_id: str, where: str, row: Mapping[str, Any], context: Context) -> list[tuple[str, Any]]:
         """The modality and the row's value of each image, video and audio clip. Jinja that evaluates to a list gives several."""
@@ -161,7 +196,7 @@ class ColumnTemplate:
                     continue
                 text = turn.render(row_id, f"messages[{index}]", row, context | answer_variables)
                 media = blocks[index] if number == 0 else []
-                messages.append({"role": turn.role, "content": [*media, {"type": "text", "text": text}]})
+                messages.append({"role": turn.role, "content": turn.content(row_id, f"messages[{index}]", text, media)})
         last = rounds[-1] | answer_variables
         options = tuple(each["option"] for each in closed.alternatives) if closed is not None and self.options is not None else ()
         choices, references = self._choices(row_id, row, last, closed), self._references(row_id, row, last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,11 @@ def check_jinja(source: str) -> None:
         names_read(source)
     except COMPILE_FAULTS as error:
         raise ValueError(f"not valid Jinja{bounded_jinja.failure(error)}: {source[:300]}") from error
+
+
+def is_jinja(text: str) -> bool:
+    """Whether a text that can also be the name of a field is Jinja."""
+    return "{{" in text or "{%" in text
 
 
 def names_read(source: str) -> set[str]:
@@ -143,10 +149,24 @@ def _pick(context: Context, values: Any) -> Any:
     return values[int(context[DRAW_VARIABLE] * 2**20 % 1 * len(values))]
 
 
+def _parse_list(text: Any) -> Any:
+    """The list that a text holds in the notation of Python; a list stays as it is."""
+    if isinstance(text, list):
+        return text
+    try:
+        values = ast.literal_eval(as_text(text).strip())
+    except (SyntaxError, TypeError) as error:
+        raise ValueError(f"expected a list written as text, got {as_text(text)[:80]!r}") from error
+    if not isinstance(values, list):
+        raise ValueError(f"expected a list written as text, got {as_text(text)[:80]!r}")
+    return values
+
+
 @cache
 def _environment() -> BoundedEnvironment:
     environment = BoundedEnvironment(finalize=_finalize, undefined=StrictUndefined, autoescape=False)
     row_filters = {"commonest": _most_common, "pick": _pick, "thousandths": thousandths, "fractions": fractions, "pixels": pixels}
+    row_filters["parse_list"] = _parse_list
     environment.filters.update(row_filters)
     del environment.filters["random"]  # it would draw again in every epoch; `pick` uses the row's draw
     environment.globals.clear()  # a missing column must be an error, not a Jinja global of the same name

@@ -82,6 +82,8 @@ class Options(TemplateSection):
 
     choices: str = Field(description="Jinja: the list of options.")
     answer: str = Field(description="Jinja: the index of the right one, from 0.")
+    line: str = Field(default="{letter}. {option}", description="How a line is written: text with {letter} and {option}.")
+    optional: bool = Field(default=False, description="Whether a row with an empty list is an open question.")
 
     @field_validator("choices", "answer")
     @classmethod
@@ -89,13 +91,24 @@ class Options(TemplateSection):
         check_jinja(source)
         return source
 
-    def read(self, row_id: str, row: Mapping[str, Any], context: Mapping[str, Any], prompting: PromptSettings) -> ClosedAnswers:
-        """The options of a row and the correct one.
+    @field_validator("line")
+    @classmethod
+    def _both_names(cls, line: str) -> str:
+        if line.count("{letter}") != 1 or line.count("{option}") != 1:
+            raise ValueError(f"expected {{letter}} and {{option}} once each, got {line[:80]!r}")
+        return line
+
+    def read(
+        self, row_id: str, row: Mapping[str, Any], context: Mapping[str, Any], prompting: PromptSettings
+    ) -> ClosedAnswers | None:
+        """The options of a row and the correct one; None for an open question.
 
         Raises:
             RowError: fewer than two options, or an index out of range.
         """
         choices = evaluate_expression(row_id, "options.choices", self.choices, context, row)
+        if self.optional and choices in ([], ()):
+            return None
         if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
             raise RowError(
                 row_id,
@@ -114,7 +127,11 @@ class Options(TemplateSection):
         order = list(range(len(texts)))
         if prompting.shuffle_options:
             order = shuffled(order, prompting.seed, row_id, "options")
-        lines = [f"{letter}. {texts[index]}" for letter, index in zip(LETTERS, order, strict=False)]
+        before, _, after = self.line.partition("{option}")
+        lines = [
+            f"{before.replace('{letter}', letter)}{texts[index]}{after.replace('{letter}', letter)}"
+            for letter, index in zip(LETTERS, order, strict=False)
+        ]
         alternatives = [{"letter": letter, "option": texts[index]} for letter, index in zip(LETTERS, order, strict=False)]
         return ClosedAnswers({"options": "\n".join(lines)}, alternatives, order.index(answer))
 

@@ -22,7 +22,7 @@ from mmtune.data.sources.rows import ID_FIELDS, Row
 from mmtune.data.templates.boxes import BOX_FIELDS
 from mmtune.data.templates.columns import BoxDeclaration, ColumnTemplate, TurnTemplate
 from mmtune.data.templates.conversation import Conversation, check_no_row_weights
-from mmtune.data.templates.expressions import TemplateSection, check_jinja, names_read
+from mmtune.data.templates.expressions import TemplateSection, check_jinja, is_jinja, names_read, render_expression
 from mmtune.data.templates.prompts import DEFAULT_PROMPT_SETTINGS, Options, PromptSettings, Verbalizer
 from mmtune.data.templates.row_media import PLACEHOLDERS
 from mmtune.data.templates.tool_turns import check_result_ids, read_tools
@@ -92,7 +92,9 @@ class DataTemplate(TemplateSection):
     metric: str | None = Field(
         default=None, description="The metric of an evaluation on these rows, where the recipe names none; null: exact_match."
     )
-    task: str | None = Field(default=None, description="The row's field with the name of its task; a.b is b inside a.")
+    task: str | None = Field(
+        default=None, description="The row's field with the name of its task; a.b is b inside a; or Jinja for the name."
+    )
     cluster: str | None = Field(
         default=None,
         description="The row's field with the document that it is about; null: questions on one image belong together.",
@@ -128,8 +130,9 @@ class DataTemplate(TemplateSection):
         joined = self.example.get("joined")
         if self.join is not None and (not isinstance(joined, dict) or (self.join.to or self.join.by) not in joined):
             raise ValueError("a template with a join needs the joined row in its example, under 'joined'")
-        if self.references is not None:
-            check_jinja(self.references)
+        for source in (self.references, self.task if is_jinja(self.task or "") else None):
+            if source is not None:
+                check_jinja(source)
         return self
 
     def sample(
@@ -177,14 +180,18 @@ class DataTemplate(TemplateSection):
         if prompting.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompting.system}]})
         _check_turns(row_id, messages)
-        task, cluster = (name_in(row_id, row, field) for field in (self.task, self.cluster))
-        return Sample(row_id, messages, task=task, cluster=cluster, tools=tools, **answers)
+        if self.task is not None and is_jinja(self.task):
+            task: str | None = render_expression(row_id, "task", self.task, row, row)
+        else:
+            task = name_in(row_id, row, self.task)
+        return Sample(row_id, messages, task=task, cluster=name_in(row_id, row, self.cluster), tools=tools, **answers)
 
     @cached_property
     def fields_read(self) -> frozenset[str]:
         """The fields of a row that the template reads, including `joined`."""
-        field_names = [*chain.from_iterable(self._media_fields().values()), self.task, self.cluster, *self.repeat.values()]
+        field_names = [*chain.from_iterable(self._media_fields().values()), self.cluster, *self.repeat.values()]
         jinja_sources = [self.references or ""]
+        (jinja_sources if is_jinja(self.task or "") else field_names).append(self.task or "")
         if self.conversation is not None:
             field_names += self.conversation.fields
         if self.join is not None:

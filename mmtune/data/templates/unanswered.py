@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmtune.data.templates.columns import TurnTemplate
-from mmtune.data.templates.expressions import names_read
+from mmtune.data.templates.expressions import is_jinja, names_read
 from mmtune.data.templates.template import UNANSWERED, DataTemplate
 
 
@@ -33,5 +33,6 @@ def without_answers(template: DataTemplate) -> DataTemplate:
         changes["boxes"] = None
     if template.join is not None and "joined" not in asked:
         changes["join"] = None
-        changes["task"] = None if (template.task or "").startswith("joined.") else template.task
+        of_joined = is_jinja(template.task or "") and "joined" in names_read(template.task or "")
+        changes["task"] = None if of_joined or (template.task or "").startswith("joined.") else template.task
     return template.awaiting_answer(changes)

@@ -10,6 +10,7 @@ from mmtune.evaluation.metrics.entries.caption_scores import BLEU, CIDER_D, ROUG
 from mmtune.evaluation.metrics.entries.closed_answers import CLASSIFICATION, MULTIPLE_CHOICE, YES_NO
 from mmtune.evaluation.metrics.entries.edit_distance import ANLS, CER, WER
 from mmtune.evaluation.metrics.entries.json_fields import JSON_FIELDS
+from mmtune.evaluation.metrics.entries.mmmu import MMMU
 from mmtune.evaluation.metrics.entries.numeric_answers import NUMERIC, RELAXED_ACCURACY
 from mmtune.evaluation.metrics.entries.text_match import EXACT_MATCH, TOKEN_F1
 from mmtune.evaluation.metrics.entries.vqa_accuracy import TEXTVQA_ACCURACY, VQA_ACCURACY
@@ -25,6 +26,7 @@ _TABLE = (
     ANLS,
     RELAXED_ACCURACY,
     MULTIPLE_CHOICE,
+    MMMU,
     YES_NO,
     CLASSIFICATION,
     NUMERIC,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
+from PIL import Image
 
 from mmtune.data.media.media import MediaRules
 from mmtune.data.message import RowError, Sample, text_of
@@ -121,6 +122,54 @@ def test_invalid_options_are_errors(choices: Any, right: Any, field: str, reason
     template = _template("{{ options }}", "{{ letter }}", options=OPTIONS)
     with pytest.raises(RowError, match=rf"^r: options\.{field}: .*{reason}"):
         template.sample("r", {"choices": choices, "right": right}, RULES)
+
+
+def test_options_can_be_optional_and_written_in_other_lines() -> None:
+    options = {"choices": "{{ choices | parse_list }}", "answer": "{{ right }}", "line": "({letter}) {option}", "optional": True}
+    template = _template("{{ options if closed else 'Why?' }}", "{{ letter if closed else 'So.' }}", options=options)
+    closed = template.sample("r", {"choices": "['{letter}', \"it's\"]", "right": 1, "closed": True}, RULES)
+    assert (_texts(closed), closed.options) == (["(A) {letter}\n(B) it's", "B"], ("{letter}", "it's"))
+    opened = template.sample("r", {"choices": "[]", "right": None, "closed": False}, RULES)
+    assert (_texts(opened), opened.options, opened.choices) == (["Why?", "So."], (), ())
+    for choices in ("a, b", "[a]", "{}", "", "9" * 5000, "[" * 500, 3, None):
+        with pytest.raises(RowError, match=r"^r: options\.choices: "):
+            template.sample("r", {"choices": choices, "right": 0, "closed": True}, RULES)
+    for line in ("{letter}", "{option}", "{letter} {option} {option}"):
+        with pytest.raises(ValueError, match=r"\{letter\} and \{option\} once each"):
+            _template("q", "a", options={**OPTIONS, "line": line})
+
+
+def test_numbered_images_stand_where_the_text_names_them(tmp_path: Path) -> None:
+    for name in "abc":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    turns = [
+        {"role": "user", "images": ["{{ images }}"], "numbered": "<image {number}>", "text": "{{ text }}"},
+        {"role": "assistant", "text": "x"},
+    ]
+    template = DataTemplate.model_validate({"description": "d", "messages": turns, "example": {}})
+
+    def blocks(text: str) -> list[str]:
+        row = {"images": ["a.png", "b.png", "c.png"], "text": text}
+        content = template.sample("r", row, MediaRules(tmp_path)).messages[0]["content"]
+        return [block["text"] if block["type"] == "text" else block["image"].stem for block in content]
+
+    assert blocks("Is <image 3> in <image 1>?") == ["b", "Is ", "c", " in ", "a", "?"]
+    assert blocks("<image 2><image 2>") == ["a", "c", "b", "b"]
+    assert blocks("<image 12 > image 1") == ["a", "b", "c", "<image 12 > image 1"]
+    for number in (0, 4):
+        with pytest.raises(RowError, match=rf"the text names image {number}; expected 1 to 3"):
+            blocks(f"<image {number}>")
+    turns[0]["numbered"] = "<image>"
+    with pytest.raises(ValueError, match="once"):
+        DataTemplate.model_validate({"description": "d", "messages": turns, "example": {}})
+
+
+def test_a_task_can_be_written_in_jinja() -> None:
+    template = _template("q", "a", task="{{ id.split('_')[1:-1] | join('_') }}")
+    assert template.sample("r", {"id": "validation_Art_Theory_1"}, RULES).task == "Art_Theory"
+    assert "id" in template.fields_read
+    with pytest.raises(RowError, match=r"^r: task: "):
+        template.sample("r", {"name": "x"}, RULES)
 
 
 def test_labels_are_put_into_words() -> None:

@@ -25,6 +25,7 @@ EXAMPLES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "anls": (["a cat", "Paris", "12.50", "UCSF"], {}),
     "relaxed_accuracy": (["12", "-3.5", "40%", "Yes"], {}),
     "multiple_choice": (["A", "B", "C", "dog"], {"options": ["cat", "dog", "bird"]}),
+    "mmmu": (["A", "B", "C", "B"], {"options": ["cat", "dog", "bird"]}),
     "yes_no": (["yes", "no", "Yes.", "No"], {}),
     "classification": (["cat", "dog", "Bird", "dog."], {"choices": ["cat", "dog", "bird"]}),
     "numeric": (["12", "-3.5", "1,000 apples", "0"], {}),

@@ -24,7 +24,10 @@ def _fixtures() -> dict[str, Any]:
 
 def _read(name: str) -> tuple[list[Item], Any]:
     recorded = _fixtures()[name]
-    items = [Item(case["prediction"], tuple(case["references"]), str(n)) for n, case in enumerate(recorded["cases"])]
+    items = [
+        Item(case["prediction"], tuple(case["references"]), str(n), {"options": case.get("options", ())})
+        for n, case in enumerate(recorded["cases"])
+    ]
     assert len(items) >= 200
     return items, recorded["scores"]
 
@@ -40,6 +43,12 @@ def test_a_score_equals_that_of_the_published_scorer(name: str) -> None:
     assert METRICS[name].score_all(items) == pytest.approx(scores, abs=1e-6)
     assert _headline(name, items) == pytest.approx(sum(scores) / len(scores), abs=1e-6)
     assert len(set(scores)) > 1
+
+
+def test_mmmu_equals_its_code_and_no_letter_is_drawn() -> None:
+    items, scores = _read("mmmu")
+    assert METRICS["mmmu"].score_all(items) == scores
+    assert {*scores} == {0.0, 1.0, None}
 
 
 def test_yes_no_equals_pope() -> None:

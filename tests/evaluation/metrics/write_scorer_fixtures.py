@@ -4,6 +4,7 @@ The scorers are not part of this project, and no test needs them. To repeat the 
 
 - `vqaEval.py`: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation (Python 2; its print statements are rewritten here),
 - `m4c_evaluator.py`: haotian-liu/LLaVA, llava/eval/m4c_evaluator.py, for TextVQA (a copy of facebookresearch/mmf),
+- `mmmu_eval_utils.py`: MMMU-Benchmark/MMMU, mmmu/utils/eval_utils.py,
 - `pix2struct_metrics.py`: google-research/pix2struct, pix2struct/metrics.py, for ChartQA's relaxed accuracy,
 - `pope_evaluate.py`: RUCAIBox/POPE, evaluate.py,
 - `squad_v1_evaluate.py`: huggingface/evaluate, metrics/squad/compute_score.py, the official script of SQuAD 1.1,
@@ -43,6 +44,8 @@ Left on top of it's its street sign STOP u.s. o'clock oclock youre couldn'tve 'o
 etc. cannot gonna naïve 日本 £5 \u201cquoted\u201d 'single'
 """
 WORDS = _WORDS.split()
+_MMMU_WORDS = "the answer is So so thus final could be A B C (A) (B) B. 12.345 1,234 -3 3e5 .5 = \n MgS 24/7 dog cat it, !"
+MMMU_WORDS = _MMMU_WORDS.split(" ")
 POPE_THINGS = ["dog", "cat", "car", "person", "dining table", "cell phone", "traffic light", "bottle", "umbrella", "surfboard"]
 POPE_PLACES = ["in the image", "in the picture", "on the left", "in the background", "next to the man", "on the table"]
 POPE_WHOLE = (
@@ -161,6 +164,28 @@ def vqa_accuracy(folder: Path) -> tuple[list[Case], list[float]]:
     with contextlib.redirect_stdout(io.StringIO()):
         scorer.evaluate()
     return cases, [scorer.evalQA[number] / 100 for number in range(len(cases))]
+
+
+def mmmu(folder: Path) -> tuple[list[Case], list[float | None]]:
+    """Questions with options and open ones. Where MMMU's code would draw a letter at random, the score is null."""
+    scope: dict[str, Any] = {}
+    exec((folder / "mmmu_eval_utils.py").read_text(encoding="utf-8"), scope)  # noqa: S102
+    scope["random"].choice = lambda letters: None
+    texts = [["cat", "dog", "blue"], ["$6", "<image 1>", "12"], ["a", "the dog", "A B"]]
+    golds = [["12.35"], ["1,234"], ["$MgS$", "MgS"], ["24/7", "3.429"], ["B"], ["-3.0"], ["dog"], ["300000"]]
+    draw, cases, scores = random.Random(10), [], []
+    for number in range(COUNT):
+        answer = " ".join(draw.choices(MMMU_WORDS, k=draw.randint(1, 8)))
+        if number % 2:
+            options = draw.choice(texts)
+            letters = dict(zip("ABC", options, strict=True))
+            letter = scope["parse_multi_choice_response"](answer, list(letters), letters)
+            cases.append({"prediction": answer, "references": [draw.choice("ABC")], "options": options})
+            scores.append(None if letter is None else float(scope["eval_multi_choice"](cases[-1]["references"], letter)))
+        else:
+            cases.append({"prediction": answer, "references": draw.choice(golds)})
+            scores.append(float(scope["eval_open"](cases[-1]["references"], scope["parse_open_response"](answer))))
+    return cases, scores
 
 
 def anls(folder: Path) -> tuple[list[Case], list[float]]:
@@ -292,7 +317,7 @@ def captions(folder: Path) -> tuple[list[Case], dict[str, Any]]:
     }
 
 
-SCORERS = (vqa_accuracy, textvqa_accuracy, anls, token_f1, relaxed_accuracy, yes_no, error_rates, boxes, captions)
+SCORERS = (vqa_accuracy, textvqa_accuracy, mmmu, anls, token_f1, relaxed_accuracy, yes_no, error_rates, boxes, captions)
 
 
 def main() -> None:

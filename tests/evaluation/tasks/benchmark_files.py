@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from PIL import Image
+from pyarrow import parquet
 
 from mmtune.builtin.digits import TUNE_TASKS, Split, write_split
 
@@ -166,6 +169,34 @@ def _karpathy(folder: Path, name: str, images: str, filename: str, **fields: Any
     _json(folder / f"dataset_{name}.json", {"images": rows, "dataset": name})
 
 
+def _mmmu(folder: Path) -> None:
+    def row(name: str, question: str, options: list[str], answer: str, images: int = 1) -> dict[str, Any]:
+        fields = {"id": f"validation_{name}", "question": question, "options": repr(options), "explanation": "", "answer": answer}
+        media = {f"image_{n}": _embedded(60 * n) if n <= images else None for n in range(1, 8)}
+        kind = "multiple-choice" if options else "open"
+        further = {"img_type": "['Plots']", "topic_difficulty": "Easy", "question_type": kind, "subfield": "Drawing"}
+        return {**fields, **media, **further}
+
+    rows = [
+        row("Art_Theory_1", "<image 1> Who painted it?", ["Klee", "Klimt", "Manet", "Monet"], "B"),
+        row("Art_Theory_2", "Which belongs to <image 1>?", ["<image 3>", "<image 2>"], "A", images=3),
+        row("Chemistry_30", "Name the compound. <image 1>", [], "['$MgS$', 'MgS']"),
+        row("Chemistry_13", "What is the pH in <image 1>?", [], "12.97"),
+        row("Chemistry_14", "Which law does <image 1> show?", ["Boyle's law", "Hess' law", "none"], "C"),
+    ]
+    for subject in ("Art_Theory", "Chemistry"):
+        path = folder / subject / "validation-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True)
+        parquet.write_table(pa.Table.from_pylist([each for each in rows if subject in each["id"]]), path)
+
+
+def _embedded(shade: int) -> dict[str, Any]:
+    """An image as `datasets` stores it."""
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), (shade % 256, 255 - shade % 256, 99)).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": f"{shade}.png"}
+
+
 def _digits(folder: Path) -> None:
     rows = write_split("eval", Split(scenes=4, held_out=True, tasks=TUNE_TASKS, questions=1, seed=0), folder)
     _json(folder / "eval.json", rows)
@@ -177,6 +208,7 @@ BENCHMARKS: dict[str, Callable[[Path], None]] = {
     "digits": _digits,
     "docvqa": _docvqa,
     "flickr30k": lambda folder: _karpathy(folder, "flickr30k", "flickr30k-images", "100009{:04d}.jpg"),
+    "mmmu": _mmmu,
     "pope": _pope,
     "scienceqa_img": _scienceqa_img,
     "textvqa": _textvqa,

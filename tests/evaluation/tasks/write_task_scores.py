@@ -6,6 +6,7 @@ them. To repeat the comparison, make a folder with
 - `pope_evaluate.py`: RUCAIBox/POPE, evaluate.py,
 - `m4c_evaluator.py`, `eval_science_qa.py`: haotian-liu/LLaVA, llava/eval/,
 - `vqaEval.py`: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation (Python 2; its print statements are rewritten here),
+- `eval_utils.py`: MMMU-Benchmark/MMMU, mmmu/utils/,
 - `chartqa_utils.py`: EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/chartqa/utils.py,
 - `libs/`: pip install --no-deps --target libs anls pycocoevalcap,
 
@@ -16,6 +17,7 @@ and run
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import json
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_files import BENCHMARKS
+from pyarrow import parquet
 
 TARGET = Path(__file__).parent / "fixtures" / "task_scores.json"
 ANSWERS: dict[str, list[str]] = {
@@ -37,6 +40,7 @@ ANSWERS: dict[str, list[str]] = {
     "chartqa": ["14.5", "0.6", "germany", "0.36", "2014"],
     "docvqa": ["0.28", "University of Californa", "ATC"],
     "scienceqa_img": ["C", "B. wool", "A"],
+    "mmmu": ["(B) Klimt", "B", "The answer is MgS.", "pH = 12.97", "I think that it shows none of the two, so C"],
     "coco_caption": ["a man on a red moped", "two dogs run in the park", "a table with a plate of food"],
     "flickr30k": ["a man riding a moped on a road", "a dog", "a white plate with food on a table"],
 }
@@ -132,6 +136,28 @@ def scienceqa_img(scorers: Path, files: Path, answers: list[str]) -> dict[str, A
     return {"overall": {"score": float(match[1]) / 100}}
 
 
+def mmmu(scorers: Path, files: Path, answers: list[str]) -> dict[str, Any]:
+    scope = _scope(scorers / "eval_utils.py")
+    remaining, by_subject = iter(answers), {}
+    for file in sorted(files.glob("*/validation-*.parquet")):
+        samples = []
+        for row in parquet.read_table(file).to_pylist():
+            options = ast.literal_eval(row["options"])
+            answer = ast.literal_eval(row["answer"]) if row["answer"].startswith("[") else row["answer"]
+            letters = dict(zip("ABCDEFGHI", options, strict=False))
+            text = next(remaining)
+            kind = row["question_type"]
+            parsed = (
+                scope["parse_multi_choice_response"](text, list(letters), letters)
+                if kind == "multiple-choice"
+                else scope["parse_open_response"](text)
+            )
+            samples.append({"id": row["id"], "question_type": kind, "answer": answer, "parsed_pred": parsed})
+        by_subject[file.parent.name] = {**scope["evaluate"](samples)[1], "num_example": len(samples)}
+    scores = {name: {"score": each["acc"]} for name, each in by_subject.items()}
+    return {**scores, "overall": {"score": scope["calculate_ins_level_acc"](by_subject)}}
+
+
 def captions(scorers: Path, files: Path, answers: list[str]) -> dict[str, Any]:
     from pycocoevalcap.cider.cider import Cider
 
@@ -144,7 +170,7 @@ def captions(scorers: Path, files: Path, answers: list[str]) -> dict[str, Any]:
 
 
 SCORERS = {"textvqa_ocr": textvqa, "coco_caption": captions, "flickr30k": captions}
-SCORERS |= {each.__name__: each for each in (pope, textvqa, vqa_v2, chartqa, docvqa, scienceqa_img)}
+SCORERS |= {each.__name__: each for each in (pope, textvqa, vqa_v2, chartqa, docvqa, scienceqa_img, mmmu)}
 
 
 def main() -> None:
