@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mmtune.cli.main import entry_point
 from mmtune.models.assemble import assemble
 from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
 from mmtune.models.tiny.tiny_models import write_tiny_language, write_tiny_vision
@@ -60,3 +62,17 @@ def test_served_answers_equal_those_of_plain_transformers(
         blocks = [{"type": "image", "image": tmp_path / "image.png"}, {"type": "text", "text": "What is it?"}]
         assert client.ask([{"role": "user", "content": blocks}], 12) == EngineAnswer(answers[-1], length)
     assert answers[0] != answers[1] and all(answers)
+
+
+def test_a_judge_replies_the_same_from_an_engine_as_here(models: dict[str, Path], engine: EngineProcess, tmp_path: Path) -> None:
+    script, judge = tmp_path / "script.yaml", str(models["clip"])
+    turns = ["{user: Name it., expect: [{judge: A cat.}]}", "{user: Again., expect: [{judge: A dog.}, {contains: cat}]}"]
+    script.write_text(f"max_new_tokens: 8\nconversations:\n  - id: a\n    turns: [{', '.join(turns)}]\n")
+    replies = []
+    for arguments in (["--judge", judge], ["--judge", engine.address, "--judge-model", judge]):
+        out = tmp_path / f"{len(replies)}.jsonl"
+        entry_point(["eval", str(models["siglip"]), "--conversation", str(script), "--out", str(out), *arguments])
+        results = [result for line in out.read_text().splitlines() for result in json.loads(line)["results"]]
+        replies.append([result["judgement"]["replies"] for result in results if result["judgement"]])
+    assert replies[0] == replies[1]
+    assert len(replies[0]) == 2 and all(reply for pair in replies[0] for reply in pair)
