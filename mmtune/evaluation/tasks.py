@@ -98,8 +98,9 @@ def read_task(name: str, overrides: Sequence[str] = ()) -> tuple[Document, TaskF
         apply_override(document, override, number, {})
     template = document.values.get("template")
     evaluate = document.values.get("evaluate")
-    for source in (evaluate.get("data") or ()) if isinstance(evaluate, Mapping) else ():
-        if isinstance(source, dict) and template is not None:
+    sources = evaluate.get("data") if isinstance(evaluate, dict) else None
+    for source in sources if isinstance(sources, list) and template is not None else ():
+        if isinstance(source, dict):
             source.setdefault("template", template if isinstance(template, str) else str(path))
     file = None
     try:
@@ -119,7 +120,8 @@ def read_task(name: str, overrides: Sequence[str] = ()) -> tuple[Document, TaskF
                 check_source(source)
                 check_template_metric(source.template, load_data_template(source.template).metric)
         except RecipeValueError as error:
-            document.report(f"evaluate.data.{number}.{error.key}", error.problem)
+            key = f"evaluate.data.{number}.{error.key}"
+            document.report("template" if error.key == "template" and key not in document.origins else key, error.problem)
     document.raise_problems()
     return document, file
 

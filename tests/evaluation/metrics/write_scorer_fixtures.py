@@ -44,7 +44,9 @@ Left on top of it's its street sign STOP u.s. o'clock oclock youre couldn'tve 'o
 etc. cannot gonna naïve 日本 £5 \u201cquoted\u201d 'single'
 """
 WORDS = _WORDS.split()
-_MMMU_WORDS = "the answer is So so thus final could be A B C (A) (B) B. 12.345 1,234 -3 3e5 .5 = \n MgS 24/7 dog cat it, !"
+_MMMU_WORDS = (
+    "the answer is So so thus final could be A B C A B (A) (B) (A) (B) (C) B. 12.345 1,234 -3 3e5 .5 = \n MgS 24/7 dog cat it, !"
+)
 MMMU_WORDS = _MMMU_WORDS.split(" ")
 POPE_THINGS = ["dog", "cat", "car", "person", "dining table", "cell phone", "traffic light", "bottle", "umbrella", "surfboard"]
 POPE_PLACES = ["in the image", "in the picture", "on the left", "in the background", "next to the man", "on the table"]
@@ -175,7 +177,7 @@ def mmmu(folder: Path) -> tuple[list[Case], list[float | None]]:
     golds = [["12.35"], ["1,234"], ["$MgS$", "MgS"], ["24/7", "3.429"], ["B"], ["-3.0"], ["dog"], ["300000"]]
     draw, cases, scores = random.Random(10), [], []
     for number in range(COUNT):
-        answer = " ".join(draw.choices(MMMU_WORDS, k=draw.randint(1, 8)))
+        answer = " ".join(draw.choices(MMMU_WORDS, k=draw.randint(1, 12)))
         if number % 2:
             options = draw.choice(texts)
             letters = dict(zip("ABC", options, strict=True))

@@ -14,10 +14,13 @@ from benchmark_files import BENCHMARKS, CAPTIONS
 
 from mmtune.cli.main import entry_point
 from mmtune.data.dataset import IndexedSamples
+from mmtune.data.media.media import MediaRules
+from mmtune.data.templates.template import load_data_template
 from mmtune.evaluation.answers import Answer, group_scores, score_answers
 from mmtune.evaluation.answers_file import read_answers
 from mmtune.evaluation.evaluate import check_questions, unanswered
 from mmtune.evaluation.tasks import Task, load_task, read_task, shipped_tasks
+from mmtune.rehearse import draw_picture, example_images
 from mmtune.utils.errors import UserError
 
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "fixtures" / "task_scores.json").read_text(encoding="utf-8"))
@@ -115,12 +118,14 @@ def test_the_score_is_that_of_the_benchmark_code(name: str, folders: dict[str, P
 
 @pytest.mark.parametrize(
     ("name", "prediction", "right"),
-    [  # of the first row: POPE's answer is yes, ScienceQA's is C
+    [  # of the first row: the answer of POPE is yes, that of ScienceQA is C
         ("pope", "Yes.", True),
         ("pope", "YES", True),
         ("pope", "No, there is a snowboard.", False),
         ("pope", "There is a snowboard.", None),
         ("pope", "Yes. The answer is no.", None),
+        ("chartqa", "14.7", True),  # the reference is 14
+        ("chartqa", "14.72", False),  # within 5% of the answer, not of the reference
         ("scienceqa_img", "The answer is C.", True),
         ("scienceqa_img", "(C) Maine", True),
         ("scienceqa_img", "C or D", None),
@@ -219,6 +224,13 @@ def test_a_faulty_row_is_an_error_of_its_task(
         ("max_new_tokens: 128", "max_new_tokens: none", "mine.yaml:16: evaluate.max_new_tokens: expected an integer, got 'none'"),
         ("{{ label }}", "{{ label", "not valid Jinja"),
         ("template:\n", "template: popp\ntemplate_of:\n", "template_of: unknown key"),
+        (
+            "template:\n",
+            "template: [1]\ntemplate_of:\n",
+            "template: expected the name of a data template, a .yaml file or the keys",
+        ),
+        ("evaluate:\n", "evaluate: {data: 5}\nx:\n", "evaluate.data: expected a list, got 5"),
+        ("evaluate:\n", "evaluate: {}\nx:\n", "x: unknown key"),
         ("media_root: val2014}", "join: x.json}", "does not join a second file; remove the line"),
     ],
 )
@@ -226,8 +238,29 @@ def test_a_faulty_file_of_a_task_is_an_error_with_its_line(old: str, new: str, m
     text = shipped_tasks()["pope"].read_text(encoding="utf-8")
     assert old in text
     (tmp_path / "mine.yaml").write_text(text.replace(old, new, 1), encoding="utf-8")
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         read_task(str(tmp_path / "mine.yaml"))
+    if "metri" in new:  # in the template of three sources
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_an_unknown_template_is_an_error_at_its_line(tmp_path: Path) -> None:
+    text = "description: d\nurl: u\nsource: s\ntemplate: chartqu\nevaluate: {data: [{path: a.json}, {path: b.json}]}\n"
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        read_task(str(tmp_path / "mine.yaml"))
+    assert str(error.value).startswith(f"{tmp_path}/mine.yaml:4: template: unknown data template 'chartqu'")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", shipped_tasks())
+def test_the_example_of_a_task_is_a_row_that_its_template_reads(name: str, tmp_path: Path) -> None:
+    _, file = read_task(name)
+    template = load_data_template(file.evaluate.data[0].template)
+    for image in example_images(template):
+        draw_picture(tmp_path / image, seed=0)
+    sample = template.sample("row", template.example, MediaRules(tmp_path))
+    assert sample.messages[-1]["role"] == "assistant"
 
 
 def test_the_listing_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
