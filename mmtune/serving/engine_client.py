@@ -18,6 +18,8 @@ from mmtune.data.message import Message
 from mmtune.utils.errors import CheckFailed, UserError
 
 GREEDY = {"temperature": 0.0, "seed": 0}
+REASONING = ("reasoning_content", "reasoning")
+"""Names of the reasoning in an answer: those of `transformers serve` 5.23 and llama.cpp, and of vLLM 0.32."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def _text(message: Any) -> str:
 
 def _parts(message: Any) -> tuple[str, ...]:
     """The attribute `parts` of an answer."""
-    reasoning = str(getattr(message, "reasoning_content", None) or "")
+    reasoning = next((str(text) for name in REASONING if (text := getattr(message, name, None))), "")
     if not (message.tool_calls or reasoning):
         return ()
     parts = [reasoning, str(message.content or "")]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import httpx2
 import pytest
 
 from mmtune.data.message import Sample, text_of
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
 from mmtune.serving.causes import answers_as_base, find_hidden_cause, find_token_cause, gap_at_departure
-from mmtune.serving.engine_client import EngineAnswer, RequestRejected
+from mmtune.serving.engine_client import EngineAnswer, EngineClient, RequestRejected
 from mmtune.serving.served_question import ServedQuestion
 from mmtune.serving.serving_check import check_serving
 from mmtune.serving.trained_answers import TrainedAnswer
@@ -107,6 +108,19 @@ def test_equal_answers_may_hide_a_difference(capsys: pytest.CaptureFixture[str])
 def test_the_parts_of_an_answer_are_compared_by_their_words(parts: tuple[str, ...], same: bool) -> None:
     trained = answer('<tool_call>{"name": "f", "arguments": {"what": "a cat"}}</tool_call>')
     assert ServedQuestion(Sample("0", []), trained, EngineAnswer("f({})", 3, parts=parts)).same_answer is same
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_reasoning_is_a_part_by_the_name_of_each_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`transformers serve` 5.23 and llama.cpp say reasoning_content, vLLM 0.32 reasoning."""
+    message = {"role": "assistant", "content": "a cat", name: "It has ears."}
+    usage = {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
+    reply = {"id": "0", "created": 0, "model": "m", "object": "chat.completion", "usage": usage}
+    reply["choices"] = [{"index": 0, "finish_reason": "stop", "message": message}]
+    transport = httpx2.MockTransport(lambda _: httpx2.Response(200, json=reply))
+    monkeypatch.setattr("openai.DefaultHttpxClient", lambda **_: httpx2.Client(transport=transport))
+    asked = EngineClient("http://engine").ask([{"role": "user", "content": block("What is it?")}], 8)
+    assert asked == EngineAnswer("a cat", 3, parts=("It has ears.", "a cat"))
 
 
 class Counting:
