@@ -71,16 +71,29 @@ def _compare(arguments: argparse.Namespace) -> Any:
         comparison = compare_answers(first, answers)
         comparisons.append(((sides[0].name, side.name), comparison))
         print_comparison(comparison, comparisons[-1][0])
+    result: dict[str, Any] = {}
     if arguments.vote:
         vote = vote_of_models([first, *others], arguments.vote, weights)
         comparisons.append(((sides[vote.best].name, f"vote ({arguments.vote})"), vote.gain))
         left_out = f"; {vote.left_out:,} rows of the first are not in all or are asked differently" if vote.left_out else ""
         print(f"vote of {len(sides)} models on {len(vote.answers):,} rows{left_out}; the best of them is {sides[vote.best].name}")
+        if vote.undecided:
+            print(f"{vote.undecided:,} rows have no single largest vote: the answer of the earliest model is taken")
         print_comparison(vote.gain, comparisons[-1][0])
+        result["vote"] = {
+            "how": arguments.vote,
+            "weights": weights,
+            "rows": len(vote.answers),
+            "left_out": vote.left_out,
+            "undecided": vote.undecided,
+            "best": sides[vote.best].name,
+        }
         if arguments.out:
             with report_disk_errors(Path(arguments.out)):
+                Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
                 write_answers(vote.answers, Path(arguments.out))
             print(f"answers: {arguments.out}")
+            result["vote"]["answers"] = arguments.out
     if arguments.html:
         run = next((side.run for side in sides if side.run is not None), None)
         section = load_recipe(RunDirectory(run).recipe).evaluate if run is not None else None
@@ -88,7 +101,8 @@ def _compare(arguments: argparse.Namespace) -> Any:
             Path(arguments.html).parent.mkdir(parents=True, exist_ok=True)
             write_comparison(comparisons, Path(arguments.html), section.sources if section else ())
         print(f"page: {arguments.html}")
-    return {"comparisons": [{"first": names[0], "second": names[1], **each.as_json()} for names, each in comparisons]}
+    result["comparisons"] = [{"first": names[0], "second": names[1], **each.as_json()} for names, each in comparisons]
+    return result
 
 
 def _weights(arguments: argparse.Namespace) -> list[float]:

@@ -25,18 +25,20 @@ class Vote:
     Attributes:
         answers: one answer to each row that all models were asked in the same way.
         left_out: how many rows of the first model are not among them.
+        undecided: in how many of the rows several answers have the largest sum, or probability, so that the order decides.
         best: the index of the model with the best score on these rows; the first of equal ones.
         gain: the vote compared with that model.
     """
 
     answers: list[Answer]
     left_out: int
+    undecided: int
     best: int
     gain: Comparison
 
 
 def vote_of_models(models: Sequence[Sequence[Answer]], how: How, weights: Sequence[float]) -> Vote:
-    """Combine the scored answers of several models.
+    """Combine the scored answers of several models. All are scored again, on the rows that they have in common.
 
     `majority`: the answer with the largest sum of weights. Answers that the metric reads as the same, `B` and `(B) a cat`,
     are one; those that it cannot read have no vote. Of equal sums, the answer of the earliest model wins.
@@ -48,8 +50,8 @@ def vote_of_models(models: Sequence[Sequence[Answer]], how: How, weights: Sequen
         weights: of each model, positive.
 
     Raises:
-        UserError: no row is common to all, rows of several metrics, a metric that is a function, or `mean` of answers without
-            log-likelihoods of choices.
+        UserError: no row is common to all, rows of several metrics, a metric that is a function, or `mean` of answers without a
+            finite log-likelihood for each choice.
     """
     sides = [answers_by_id(answers) for answers in models]
     rows = []
@@ -64,12 +66,14 @@ def vote_of_models(models: Sequence[Sequence[Answer]], how: How, weights: Sequen
         raise UserError(f"no vote: expected answers of one metric, to choose the best model by it, got {', '.join(names)}")
     if names[0] not in METRICS:
         raise UserError(f"no vote: {names[0]} is not a metric of the table, so the vote cannot be scored")
+    own = [score_answers(each) for each in zip(*rows, strict=True)]
+    rows = [list(each) for each in zip(*own, strict=True)]
     combine = _majority if how == "majority" else _mean
-    answers = score_answers([combine(row, weights) for row in rows])
-    own = [list(each) for each in zip(*rows, strict=True)]
+    voted = [combine(row, weights) for row in rows]
+    answers = score_answers([answer for answer, _ in voted])
     gains = [compare_answers(each, answers) for each in own]
     best = max(range(len(own)), key=lambda index: _overall(gains[index]))
-    return Vote(answers, len(sides[0]) - len(rows), best, gains[best])
+    return Vote(answers, len(sides[0]) - len(rows), sum(not decided for _, decided in voted), best, gains[best])
 
 
 def _overall(comparison: Comparison) -> float:
@@ -78,7 +82,8 @@ def _overall(comparison: Comparison) -> float:
     return result.first if METRICS[comparison.tasks[-1].metric].greater_is_better else -result.first
 
 
-def _majority(row: Sequence[Answer], weights: Sequence[float]) -> Answer:
+def _majority(row: Sequence[Answer], weights: Sequence[float]) -> tuple[Answer, bool]:
+    """The answer of a row, and whether it alone has the largest sum."""
     metric = METRICS[row[0].metric]
     totals: dict[str, float] = defaultdict(float)
     first: dict[str, Answer] = {}
@@ -87,20 +92,34 @@ def _majority(row: Sequence[Answer], weights: Sequence[float]) -> Answer:
             read = metric.answer_class(answer.item())
             totals[read] += weight
             first.setdefault(read, answer)
-    winner = first[max(totals, key=lambda read: totals[read])] if totals else row[0]
-    return _as_vote(row[0], winner.prediction, winner.answer_after)
+    if not totals:
+        return _as_vote(row[0], row[0].prediction), False
+    largest = [read for read, total in totals.items() if math.isclose(total, max(totals.values()))]  # .1 + .2 is not .3
+    winner = first[largest[0]]
+    return _as_vote(winner, winner.prediction), len(largest) == 1
 
 
-def _mean(row: Sequence[Answer], weights: Sequence[float]) -> Answer:
-    if missing := [answer.id for answer in row if not answer.choice_scores]:
-        raise UserError(f"row {missing[0]}: a mean needs the log-likelihoods of choices (evaluate.score: choices); use majority")
+def _mean(row: Sequence[Answer], weights: Sequence[float]) -> tuple[Answer, bool]:
+    """As `_majority`, of probabilities."""
+    for number, answer in enumerate(row, start=1):
+        if not answer.choice_scores:
+            raise UserError(
+                f"row {answer.id} of model {number}: a mean needs the log-likelihoods of choices (evaluate.score: choices); use "
+                "majority"
+            )
+        if len(answer.choice_scores) != len(answer.choices) or not all(map(math.isfinite, answer.choice_scores)):
+            raise UserError(
+                f"row {answer.id} of model {number}: choice_scores: expected {len(answer.choices)} finite numbers, one for each "
+                f"choice, got {list(answer.choice_scores)}"
+            )
     totals = [0.0] * len(row[0].choices)
     for answer, weight in zip(row, weights, strict=True):
         shares = [math.exp(score - max(answer.choice_scores)) for score in answer.choice_scores]
         totals = [total + weight * share / sum(shares) for total, share in zip(totals, shares, strict=True)]
-    return _as_vote(row[0], row[0].choices[totals.index(max(totals))], None)
+    largest = [index for index, total in enumerate(totals) if math.isclose(total, max(totals))]
+    return _as_vote(row[0], row[0].choices[largest[0]]), len(largest) == 1
 
 
-def _as_vote(answer: Answer, prediction: str, answer_after: str | None) -> Answer:
-    """An answer to the same row without what only the answer of a single model has."""
-    return replace(answer, prediction=prediction, answer_after=answer_after, near_tie=False, sampled=(), choice_scores=())
+def _as_vote(answer: Answer, prediction: str) -> Answer:
+    """The answer of a model as the vote, without what only the answer of a single model has."""
+    return replace(answer, prediction=prediction, near_tie=False, sampled=(), choice_scores=())

@@ -70,41 +70,19 @@ def paired_difference(
     sums = cluster_sums(first, clusters), cluster_sums(second, clusters)
     count = len(sums[0])
     before, after = (float(headline(each.sum(axis=0))) for each in sums)
-    interval = difference_interval(*sums, headline)
-    detectable = None
-    if interval is not None:
-        high, power = _t_quantiles(count - 1)
-        detectable = (interval[1] - interval[0]) / 2 * (high + power) / high
+    error = jackknife_error(*sums, headline)
+    interval = detectable = None
+    if error > 0:
+        from scipy.stats import t  # slow to import
+
+        high, power = (float(t.ppf(level, count - 1)) for level in ((1 + CONFIDENCE) / 2, POWER))
+        interval = after - before - high * error, after - before + high * error
+        detectable = (high + power) * error
     if proportion and count == len(first):
         p_value, test = mcnemar(first[:, 0], second[:, 0]), "exact McNemar test"
     else:
         p_value, test = sign_flip_test(*sums, headline)
     return PairedDifference(len(first), count, before, after, interval, p_value, test, detectable)
-
-
-def difference_interval(first: Array, second: Array, headline: Headline) -> tuple[float, float] | None:
-    """The 95% interval of the second headline number minus the first, by the jackknife over clusters with a t distribution.
-
-    Args:
-        first, second: sums of statistics of the same clusters, shape (clusters, k). Where the numbers are of different rows, a
-            cluster without a row has zeros.
-
-    Returns:
-        (low, high); None if it cannot be estimated, from one cluster or from clusters that all have the same difference.
-    """
-    error = jackknife_error(first, second, headline)
-    if error == 0:
-        return None
-    difference = float(headline(second.sum(axis=0))) - float(headline(first.sum(axis=0)))
-    high, _ = _t_quantiles(len(first) - 1)
-    return difference - high * error, difference + high * error
-
-
-def _t_quantiles(degrees: int) -> tuple[float, float]:
-    """The quantiles of Student's t for `CONFIDENCE`, two-sided, and for `POWER`."""
-    from scipy.stats import t  # slow to import
-
-    return float(t.ppf((1 + CONFIDENCE) / 2, degrees)), float(t.ppf(POWER, degrees))
 
 
 def jackknife_error(first: Array, second: Array, headline: Headline) -> float:

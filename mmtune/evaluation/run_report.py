@@ -18,7 +18,16 @@ from mmtune.evaluation.answers import Answer
 from mmtune.evaluation.answers_file import read_answers
 from mmtune.evaluation.comparison import Comparison, column_names, difference_rows, differences_to_dicts, gain, unmatched_lines
 from mmtune.evaluation.metrics.metric_table import recorded_metric
-from mmtune.evaluation.scores import difference_lines, format_score, further_lines, gap_line, group_rows, score_rows, score_title
+from mmtune.evaluation.scores import (
+    difference_lines,
+    format_score,
+    further_lines,
+    gap_line,
+    group_rows,
+    group_title,
+    score_rows,
+    score_title,
+)
 from mmtune.recipe.recipe import Recipe, Source
 from mmtune.run_directory import RunDirectory
 
@@ -96,7 +105,7 @@ def write_report(run: RunDirectory, recipe: Recipe, summary: dict[str, Any], pro
         summary=summary,
         scores=score_rows(summary),
         scores_title=score_title(summary) if recipe.evaluate else "",
-        by_field=[(f"By {each['field']}", group_rows(each), gap_line(each)) for each in summary.get("groups", ())],
+        by_field=[(group_title(each), group_rows(each), gap_line(each)) for each in summary.get("groups", ())],
         further=further_lines(summary) + difference_lines(summary.get("comparison", [])),
         generation=generation_line(summary),
         curve=_data_uri(run.loss_curve.read_bytes()),

@@ -11,6 +11,11 @@ from rich.text import Text
 from mmtune.console.styled_console import StyledConsole
 from mmtune.evaluation.metrics.metric_table import METRICS
 
+SHOWN_GROUPS = 20
+"""Groups in the table of a field."""
+SHOWN_CHARACTERS = 60
+"""Characters of a group's name in a table."""
+
 
 def print_scores(summary: dict[str, Any], column: str = "tuned", task: str | None = None) -> None:
     """Print the scores before and after tuning, by task and overall, with intervals and baselines, and those by field.
@@ -28,7 +33,7 @@ def print_scores(summary: dict[str, Any], column: str = "tuned", task: str | Non
     for line in further_lines(summary, every_group=task is not None) + difference_lines(summary.get("comparison", [])):
         print(line)
     for groups in summary.get("groups", ()):
-        _print_table(f"By {groups['field']}", group_rows(groups))
+        _print_table(group_title(groups), group_rows(groups))
         if (gap := gap_line(groups)) is not None:
             print(gap)
     if "merge_max_logit_difference" in summary:
@@ -40,7 +45,7 @@ def print_scores(summary: dict[str, Any], column: str = "tuned", task: str | Non
 
 def _print_table(title: str, rows: Sequence[Mapping[str, str]], sections: Sequence[bool] = ()) -> None:
     """Print rows of text by column; `sections` says above which of them a line is drawn."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for number, name in enumerate(rows[0]):
         table.add_column(Text(name), justify="right" if number else "left")
     for number, row in enumerate(rows):
@@ -110,19 +115,32 @@ def further_lines(summary: Mapping[str, Any], every_group: bool = False) -> list
 
 
 def group_rows(groups: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The rows of the table of an object of `field_groups` as text, by column."""
+    """The rows of the table of an object of `field_groups` as text, by column: the `SHOWN_GROUPS` largest groups."""
     name = groups["metric"]
+    largest = sorted(groups["scores"], key=lambda score: -score["questions"])[:SHOWN_GROUPS]
     return [
         {
-            groups["field"]: score["task"],
+            "group": _short(score["task"]),
             "questions": f"{score['questions']:,}",
             "images or documents": f"{score['clusters']:,}",
             "unparsed": f"{score['unparsed']:,}",
-            name: format_score(score["score"], name),
+            "score": format_score(score["score"], name),
             "95% interval": " to ".join(format_score(limit, name) for limit in score["interval"] or ()),
         }
         for score in groups["scores"]
+        if score in largest
     ]
+
+
+def group_title(groups: Mapping[str, Any]) -> str:
+    """The title of the table of an object of `field_groups`."""
+    count = len(groups["scores"])
+    more = f", the {SHOWN_GROUPS} largest of {count:,} groups" if count > SHOWN_GROUPS else ""
+    return f"{groups['metric']} by {groups['field']}{more}"
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= SHOWN_CHARACTERS else f"{value[:SHOWN_CHARACTERS]}..."
 
 
 def gap_line(groups: Mapping[str, Any]) -> str | None:
@@ -130,9 +148,10 @@ def gap_line(groups: Mapping[str, Any]) -> str | None:
     gap, name = groups["gap"], groups["metric"]
     if gap is None:
         return None
-    interval = f", 95% interval {format_interval(gap['interval'], name)}" if gap["interval"] else ""
-    difference = format_difference(gap["difference"], name)
-    return f"{name} by {groups['field']}: {gap['highest']} minus {gap['lowest']}: {difference}{interval}"
+    several = " for all pairs together" if len(groups["scores"]) > 2 else ""
+    interval = f", 95% interval{several} {format_interval(gap['interval'], name)}" if gap["interval"] else ""
+    pair = f"{_short(gap['highest'])} minus {_short(gap['lowest'])}"
+    return f"{name} by {groups['field']}: {pair}: {format_difference(gap['difference'], name)}{interval}"
 
 
 def metric_lines(summary: Mapping[str, Any]) -> list[str]:

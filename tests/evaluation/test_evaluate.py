@@ -94,7 +94,6 @@ def test_other_processes_encode_the_questions(
 
     monkeypatch.setattr(answering, "encode_prompt", encode)
     monkeypatch.setattr(running, "QUESTIONS_PER_PROCESS", 2)
-    monkeypatch.setattr(running, "QUESTIONS_AT_ONCE", 1)
     monkeypatch.setattr(running, "core_share", lambda: 3)
     assert generate_answers(*answering_llava, samples, max_new_tokens=6, batch_size=2) == reference_answers
     processes = [path.name for path in tmp_path.iterdir()]
@@ -104,14 +103,14 @@ def test_other_processes_encode_the_questions(
         generate_answers(*answering_llava, [*samples, Sample("row", broken)], max_new_tokens=2, batch_size=2)
 
 
-def test_sent_tensors_are_received_as_they_were() -> None:
+def test_tensors_become_arrays_and_tensors_again() -> None:
     shared = torch.randn(2, 3).bfloat16()
     first = {"transposed": torch.randn(2, 3).T, "empty": torch.zeros(0, 5), "media": shared}
     second = {"bool": torch.tensor([[True, False]]), "scalar": torch.tensor(3.5, dtype=torch.float64), "media": shared}
-    received = running._Sent([first, second]).received()
-    for sent, each in zip((first, second), received, strict=True):
-        assert sent.keys() == each.keys()
-        assert all(each[name].dtype == sent[name].dtype and torch.equal(each[name], sent[name]) for name in sent)
+    received = running._Arrays([first, second]).as_tensors()
+    for before, each in zip((first, second), received, strict=True):
+        assert before.keys() == each.keys()
+        assert all(each[name].dtype == before[name].dtype and torch.equal(each[name], before[name]) for name in before)
     assert received[0]["media"] is received[1]["media"]
 
 

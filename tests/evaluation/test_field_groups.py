@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import t
 
 from mmtune.cli.main import entry_point
 from mmtune.data.dataset import IndexedSamples
@@ -51,19 +50,33 @@ def test_the_score_of_a_group_is_that_of_its_rows_alone() -> None:
     assert (groups["gap"]["lowest"], groups["gap"]["highest"], groups["gap"]["difference"]) == ("de", "fr", 0.75)
 
 
-def test_the_interval_of_a_gap_is_close_to_welchs() -> None:
+def test_the_interval_of_a_gap_is_newcombes() -> None:
+    """The first example of Newcombe (1998), table II: 56/70 - 48/80 is 0.2000, 0.0524 to 0.3339 by method 10."""
+    [groups] = field_groups(_answers({"a": "1" * 56 + "0" * 14, "b": "1" * 48 + "0" * 32}))
+    assert groups["gap"]["difference"] == pytest.approx(0.2)
+    assert groups["gap"]["interval"] == pytest.approx((0.0524, 0.3339), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shares"), [((100, 1), (0.5, 0.5)), ((100, 5), (0.5, 0.9)), ((30, 30, 30, 30, 30), (0.5,) * 5)]
+)
+def test_the_interval_covers_the_difference_of_small_and_chosen_groups(sizes: tuple[int, ...], shares: tuple[float, ...]) -> None:
     generator = np.random.default_rng(0)
-    rights = {name: "".join(map(str, generator.binomial(1, share, 150))) for name, share in (("en", 0.8), ("de", 0.5))}
-    [groups] = field_groups(_answers(rights))
-    samples = [np.array(list(map(int, rights[name]))) for name in ("en", "de")]
-    error = float(np.sqrt(sum(each.var(ddof=1) / len(each) for each in samples)))
-    difference = samples[0].mean() - samples[1].mean()
-    expected = [difference - t.ppf(0.975, 298) * error, difference + t.ppf(0.975, 298) * error]
-    assert groups["gap"]["interval"] == pytest.approx(expected, rel=0.02)
+    truth = {str(number): share for number, share in enumerate(shares)}
+    covered = []
+    for _ in range(60):
+        draws = [generator.binomial(1, share, size) for size, share in zip(sizes, shares, strict=True)]
+        [groups] = field_groups(_answers({str(number): "".join(map(str, each)) for number, each in enumerate(draws)}))
+        if (gap := groups["gap"]) is not None:
+            low, high = gap["interval"]
+            assert -1 <= low <= high <= 1
+            covered.append(low - 1e-9 <= truth[gap["highest"]] - truth[gap["lowest"]] <= high + 1e-9)
+    assert sum(covered) / len(covered) >= 0.9
 
 
 def test_a_field_with_one_value_has_no_gap_and_a_metric_its_own_groups() -> None:
     assert field_groups(_answers({"en": "10"}))[0]["gap"] is None
+    assert field_groups(_answers({"en": "10", "de": "01"}))[0]["gap"] is None
     assert gap_line(field_groups(_answers({"en": "10"}))[0]) is None
     assert field_groups([dataclasses.replace(answer, groups={}) for answer in _answers({"en": "10"})]) == []
     mixed = [*_answers({"en": "10", "de": "11"}), *_answers({"it": "10"}, "cer")]
@@ -79,12 +92,25 @@ def test_groups_are_printed_and_in_the_summary(tmp_path: Path, capsys: pytest.Ca
     assert tuning_metrics([], answers)["groups"] == field_groups(answers)
     assert entry_point(["score", str(file), "--metric", "exact_match"]) == 0
     printed = capsys.readouterr().out
-    assert "By language" in printed and "[b]de" in printed
+    assert "exact_match by language" in printed and "[b]de" in printed
     assert "exact_match by language: en minus [b]de: +75.0 pp, 95% interval" in printed
-    assert group_rows(field_groups(answers)[0])[1]["language"] == "[b]de"
+    assert group_rows(field_groups(answers)[0])[1]["group"] == "[b]de"
     file.write_text('{"prediction": "x", "references": ["x"], "groups": {"language": 3}}\n')
     assert entry_point(["score", str(file), "--metric", "exact_match"]) == 2
     assert 'groups: expected an object of texts, got {"language": 3}' in capsys.readouterr().err
+
+
+def test_many_groups_and_markup_are_printed_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = [
+        dataclasses.replace(answer, groups={"id[/b]": answer.id if number else "x" * 500})
+        for number, answer in enumerate(_answers({"en": "10" * 100}))
+    ]
+    file = tmp_path / "answers.jsonl"
+    write_answers(answers, file)
+    assert entry_point(["score", str(file), "--metric", "exact_match"]) == 0
+    printed = capsys.readouterr().out
+    assert "exact_match by id[/b], the 20 largest of 200 groups" in printed
+    assert len(printed.splitlines()) < 60 and "x" * 61 not in printed
 
 
 def _section(tmp_path: Path, rows: list[dict[str, Any]], groups: tuple[str, ...]) -> EvaluateSection:

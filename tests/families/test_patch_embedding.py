@@ -6,8 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from mmtune.families.patch_embedding import PatchConv3d, use_patch_products
+from mmtune.models.compute import prepare_computation
 
 
 class Embedding(nn.Module):
@@ -50,6 +52,27 @@ def test_lora_adapts_it() -> None:
         module = Embedding()
         prepare(module)
         torch.manual_seed(1)
+        assert (type(module.proj) is PatchConv3d) == (prepare is use_patch_products)
         tuned = get_peft_model(module, LoraConfig(r=2, target_modules=["proj"], init_lora_weights=False))
         results.append(tuned(torch.ones(2, 3, 2, 4, 4)))
     torch.testing.assert_close(*results)
+
+
+def test_a_model_that_is_loaded_has_it() -> None:
+    config = Qwen2VLConfig(
+        text_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "vocab_size": 32,
+        },
+        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4},
+    )
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(config)
+    pixels = torch.randn(8, 3 * 2 * 4 * 4)
+    expected = model.model.visual.patch_embed(pixels)
+    prepare_computation(model)
+    assert type(model.model.visual.patch_embed.proj) is PatchConv3d
+    torch.testing.assert_close(model.model.visual.patch_embed(pixels), expected)

@@ -274,6 +274,8 @@ def name_in(row_id: str, row: Mapping[str, Any], field: str | None) -> str | Non
     value = lookup(row, field) if field else None
     if value is not None and not isinstance(value, (str, int, float)):
         raise RowError(row_id, str(field), f"expected a text or a number, got {type(value).__name__}", "field_type")
+    if isinstance(value, bool):
+        return str(value).lower()
     return None if value is None else str(value)
 
 

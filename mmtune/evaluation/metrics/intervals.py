@@ -79,12 +79,15 @@ def bootstrap_interval(metric: Metric, sums: Array, confidence: float = 0.95, se
     return (float(low), float(high)) if high - low > 1e-12 * (1 + abs(high)) else None  # rounding
 
 
-def confidence_interval(metric: Metric, statistics: Array, clusters: Sequence[str]) -> tuple[float, float] | None:
-    """The 95% interval of a metric's headline number.
+def confidence_interval(
+    metric: Metric, statistics: Array, clusters: Sequence[str], confidence: float = 0.95
+) -> tuple[float, float] | None:
+    """The interval of a metric's headline number.
 
     Args:
         statistics: shape (items, k), from `Metric.statistics`.
         clusters: the cluster of each item.
+        confidence: 0.95 for a 95% interval.
 
     Returns:
         (low, high); None for a number that is not a proportion of fewer than two clusters, or of clusters that are all equal.
@@ -93,8 +96,8 @@ def confidence_interval(metric: Metric, statistics: Array, clusters: Sequence[st
     if metric.proportion:
         correct, total = sums.sum(axis=0)
         size = effective_sample_size(sums)
-        return wilson_interval(size if correct == total else size * correct / total, size)
-    return bootstrap_interval(metric, sums) if len(sums) > 1 else None
+        return wilson_interval(size if correct == total else size * correct / total, size, confidence)
+    return bootstrap_interval(metric, sums, confidence) if len(sums) > 1 else None
 
 
 def cluster_sums(statistics: Array, clusters: Sequence[str]) -> Array:

@@ -110,7 +110,7 @@ class Metric:
 
     def answer_class(self, item: Item) -> str:
         """The form in which two parsed answers to a row are the same, for a vote."""
-        return self.normalize_class(item.prediction)
+        return " ".join(self.normalize_class(item.prediction).casefold().split())
 
 
 def finite_number(value: Any) -> float | None:

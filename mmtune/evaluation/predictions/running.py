@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -23,12 +24,12 @@ ENCODING_PROCESSES = 4
 """The most processes that encode questions while the model answers others."""
 QUESTIONS_PER_PROCESS = 64
 """Fewer questions are encoded sooner than another process starts."""
-QUESTIONS_AT_ONCE = 8
-"""Questions per task of an encoding process, which limits the images in memory."""
+QUESTIONS_AT_ONCE = 64
+"""The most questions per task of an encoding process, which limits the images in memory; at most a batch."""
 
 
-class _Sent:
-    """An encoded question as it is sent between processes: its tensors as arrays, those that candidates share once.
+class _Arrays:
+    """An encoded question as arrays, to be sent between processes; a tensor that candidates share is one array.
 
     Tensors themselves would be sent through shared memory, of which a container may have too little.
     """
@@ -41,7 +42,7 @@ class _Sent:
             for number, tensor in tensors.items()
         }
 
-    def received(self) -> list[Encoded]:
+    def as_tensors(self) -> list[Encoded]:
         tensors = {number: torch.empty(shape, dtype=dtype) for number, (_, dtype, shape) in self._tensors.items()}
         for number, (content, _, _) in self._tensors.items():
             tensors[number].reshape(-1).view(torch.uint8).copy_(torch.from_numpy(content))
@@ -89,12 +90,19 @@ def answer_questions(
 
     order = sorted(range(len(samples)), key=lambda index: _length(samples[index]))
     processes = min(ENCODING_PROCESSES, core_share() - 1, len(order) // QUESTIONS_PER_PROCESS)
-    ahead = map_rows(lambda index: _Sent(encode(samples[index])), order, processes, None, QUESTIONS_AT_ONCE, 2 * batch_size)
-    with in_eval_mode(model), closing(ahead), EvaluationProgress(label, len(samples)) as progress:
-        for index, sent in zip(order, ahead, strict=True):
-            if isinstance(sent, RowError):
-                raise sent
-            sample, encoded, key = samples[index], sent.received(), ""
+    main_process = os.getpid()
+
+    def encode_row(index: int) -> list[Encoded] | _Arrays:
+        encoded = encode(samples[index])
+        return encoded if os.getpid() == main_process else _Arrays(encoded)
+
+    questions = map_rows(encode_row, order, processes, None, min(batch_size, QUESTIONS_AT_ONCE))
+    with in_eval_mode(model), closing(questions), EvaluationProgress(label, len(samples)) as progress:
+        for index, question in zip(order, questions, strict=True):
+            if isinstance(question, RowError):
+                raise question
+            encoded = question.as_tensors() if isinstance(question, _Arrays) else question
+            sample, key = samples[index], ""
             if cache is not None:
                 key = question_key(encoded, settings(sample))
                 if (known := cache.get(key)) is not None:

@@ -14,6 +14,7 @@ from mmtune.cli.main import entry_point
 from mmtune.evaluation.answers import Answer, score_answers
 from mmtune.evaluation.answers_file import read_answers, write_answers
 from mmtune.evaluation.ensemble import vote_of_models
+from mmtune.evaluation.metrics.metric_table import METRICS
 from mmtune.utils.errors import UserError
 
 OPTIONS = ("a cat", "a dog", "a cow")
@@ -53,6 +54,82 @@ def test_a_marker_of_one_model_is_used_for_its_answer() -> None:
     assert answer.answer_after == "Answer:" and answer.score == 1
 
 
+def test_the_references_of_a_vote_are_read_with_the_marker_of_its_answer() -> None:
+    references = ("2+3=5 #### 5",)
+    models = [
+        _model(["#### 4"], "exact_match", references=references, answer_after="####"),
+        *[_model(["#### 5"], "exact_match", references=references, answer_after="####")] * 2,
+    ]
+    models[1] = [dataclasses.replace(each, references=("5",), answer_after=None, prediction="5") for each in models[1]]
+    models[2] = models[1]
+    [answer] = vote_of_models(models, "majority", (1, 1, 1)).answers
+    assert answer.prediction == "5" and answer.score == 1
+
+
+def test_a_model_against_itself_gains_nothing_on_common_rows() -> None:
+    """CIDEr-D of a row depends on the other rows of its file."""
+    captions = ["a cat on a mat", "two dogs run", "a red bus", "a man eats", "a tree", "the sea"]
+    references = [("a cat sits on a mat", "a cat"), ("dogs running", "two dogs run"), ("a bus", "a red bus")] * 2
+    answers = [
+        dataclasses.replace(each, references=accepted)
+        for each, accepted in zip(_model(captions, "exact_match"), references, strict=True)
+    ]
+    answers = score_answers([dataclasses.replace(each, metric="cider_d") for each in answers])
+    vote = vote_of_models([answers, answers[:3]], "majority", (1, 1))
+    assert vote.left_out == 3 and vote.undecided == 0
+    assert vote.gain.tasks[-1].result.difference == 0
+
+
+SAME = {
+    "exact_match": ("A cat.", "a  cat"),
+    "token_f1": ("the cat", "Cat"),
+    "vqa_accuracy": ("Two", "2"),
+    "anls": ("A Cat", "a cat"),
+    "relaxed_accuracy": ("14", "14.0"),
+    "multiple_choice": ("B", "(B) a dog"),
+    "mmmu": ("B", "(B)"),
+    "yes_no": ("Yes", "Yes, it is."),
+    "classification": ("A", "a"),
+    "numeric": ("3 cats", "There are 3."),
+    "json_fields": ('{"a": 1, "b": 2}', '{"b":2,"a":1}'),
+    "iou": ("[1, 2, 3, 4]", "[1,2,3,4.0]"),
+    "acc_at_iou_0.5": ("[1, 2, 3, 4]", "[1,2,3,4.0]"),
+}
+REFERENCE = {
+    "yes_no": "yes",
+    "numeric": "3",
+    "json_fields": '{"a": 1, "b": 2}',
+    "iou": "[1, 2, 3, 4]",
+    "acc_at_iou_0.5": "[1, 2, 3, 4]",
+}
+WRONG = {"yes_no": "no", "numeric": "4", "json_fields": '{"a": 7}', "iou": "[9, 9, 10, 10]", "acc_at_iou_0.5": "[9, 9, 10, 10]"}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_two_right_answers_win_against_one_wrong_answer(metric: str) -> None:
+    first, second = SAME.get(metric, ("A Cat", "a  cat"))
+    wrong = WRONG.get(metric, "C")
+    accepted = (
+        REFERENCE.get(metric, "B" if metric in ("multiple_choice", "mmmu") else "A" if metric == "classification" else "a cat"),
+    )
+    models = [_model([text], metric, references=accepted) for text in (wrong, first, second)]
+    vote = vote_of_models(models, "majority", (1, 1, 1))
+    assert vote.answers[0].prediction == first and vote.undecided == 0
+
+
+def test_sums_that_are_equal_but_for_rounding_are_a_tie() -> None:
+    models = [_model(["A"]), _model(["B"]), _model(["B"])]
+    vote = vote_of_models(models, "majority", (0.3, 0.1, 0.2))
+    assert vote.answers[0].prediction == "A" and vote.undecided == 1
+
+
+@pytest.mark.parametrize("scores", [(float("nan"), 0.0, 0.0), (-math.inf, 0.0, 0.0), (0.0, 0.0)])
+def test_a_mean_of_scores_that_are_not_finite_is_an_error(scores: tuple[float, ...]) -> None:
+    models = [_model(["A"], choice_scores=(0.0, 0.0, 0.0)), _model(["A"], choice_scores=scores)]
+    with pytest.raises(UserError, match=r"^row r0 of model 2: choice_scores: expected 3 finite numbers"):
+        vote_of_models(models, "mean", (1, 1))
+
+
 def test_a_mean_of_probabilities_equals_the_closed_form() -> None:
     scores = [(-1.0, -1.2, -9.0), (-1000.0, -1001.0, -1002.0), (-3.0, -0.1, -0.2)]
     models = [_model(["A"], choice_scores=each) for each in scores]
@@ -66,7 +143,7 @@ def test_a_mean_of_probabilities_equals_the_closed_form() -> None:
     ]
     assert _predictions(*models, how="mean", weights=weights) == ["ABC"[means.index(max(means))]]
     assert _predictions(*models, how="mean", weights=(0.01, 0.01, 1)) == ["B"]
-    with pytest.raises(UserError, match=r"^row r0: a mean needs the log-likelihoods of choices"):
+    with pytest.raises(UserError, match=r"^row r0 of model 3: a mean needs the log-likelihoods of choices"):
         _predictions(*models[:2], _model(["A"]), how="mean")
 
 
@@ -95,14 +172,16 @@ def test_compare_prints_the_vote_and_writes_its_answers(tmp_path: Path, capsys: 
     for number, predictions in enumerate((["B", "A", "B", "A"], ["B", "B", "A", "A"], ["A", "B", "B", "B"])):
         files.append(str(tmp_path / f"m{number}.jsonl"))
         write_answers(_model(predictions), Path(files[-1]))
-    out = tmp_path / "vote.jsonl"
+    out = tmp_path / "new" / "vote.jsonl"
     assert entry_point(["compare", *files, "--vote", "majority", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert f"vote of 3 models on 4 rows; the best of them is {files[2]}" in printed
     assert f"vote (majority) against {files[2]}:" in printed
     assert [answer.prediction for answer in read_answers(out)] == ["B", "B", "B", "A"]
     assert entry_point(["compare", *files, "--vote", "majority", "--weights", "1,1,3", "--json"]) == 0
-    last = json.loads(capsys.readouterr().out)["comparisons"][-1]
+    result = json.loads(capsys.readouterr().out)
+    assert result["vote"] == {"how": "majority", "weights": [1, 1, 3], "rows": 4, "left_out": 0, "undecided": 0, "best": files[2]}
+    last = result["comparisons"][-1]
     assert last["second"] == "vote (majority)" and last["tasks"][-1]["difference"] == 0
 
 

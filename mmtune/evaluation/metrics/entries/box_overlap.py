@@ -39,6 +39,10 @@ class BoxOverlap(Metric):
             return None
         return max(self.of_matches(*_matched_overlaps(boxes, read_box_texts(reference))) for reference in item.references)
 
+    def answer_class(self, item: Item) -> str:
+        """The numbers of the boxes."""
+        return str(sorted(read_box_texts(item.prediction)))
+
     def of_matches(self, overlaps: Array, number: int) -> float:
         """The score from the IoUs of matched boxes.
 

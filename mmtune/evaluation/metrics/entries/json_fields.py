@@ -50,6 +50,10 @@ class JsonFields(Metric):
         )
         return {"precision": precision, "recall": recall, "all_fields": scores.count(1.0) / len(scores)} if scores else {}
 
+    def answer_class(self, item: Item) -> str:
+        """The value with sorted keys."""
+        return json.dumps(read_json(item.prediction), sort_keys=True)
+
     def _counts(self, item: Item) -> tuple[int, int, int]:
         """Right, extra and missing fields, for the reference with the best F1."""
         prediction = read_json(item.prediction)

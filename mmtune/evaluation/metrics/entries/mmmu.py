@@ -39,6 +39,11 @@ class Mmmu(Metric):
         accepted = [value for reference in item.references for value in _values(reference)]
         return float(any(map(_agrees(accepted), stated)))
 
+    def answer_class(self, item: Item) -> str:
+        """The letter of the option; of an open question the text."""
+        options = item.texts("options")
+        return str(read_mmmu_letter(item.prediction, options)) if options else super().answer_class(item)
+
 
 def read_mmmu_letter(answer: str, options: Sequence[str]) -> str | None:
     """The letter that an answer names last: as `(B)`; else as the word `B`; else, in a long answer, by the option's text.

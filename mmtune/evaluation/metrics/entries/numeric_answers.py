@@ -48,6 +48,11 @@ class RelaxedAccuracy(Metric):
         """1 or 0; the best of the references."""
         return float(any(_relaxed_match(item.prediction, reference) for reference in item.references))
 
+    def answer_class(self, item: Item) -> str:
+        """The number, or the text."""
+        number = _as_number(item.prediction)
+        return super().answer_class(item) if number is None else repr(number)
+
 
 def _relaxed_match(prediction: str, reference: str) -> bool:
     predicted, expected = _as_number(prediction), _as_number(reference)
