@@ -3,7 +3,7 @@
 Both encode the prompts, generate greedily and decode. Each pair of measurements runs one after the other; medians and the median
 ratio are printed, and how many answers are the same. Candidates are compared with a forward pass of prompt and candidate each.
 
-Usage: python benchmarks/generation_speed.py [--questions 512] [--pairs 5] [--tokens 32] [--batch 16 32 64]
+Usage: python benchmarks/generation_speed.py [--questions 512] [--pairs 5] [--tokens 32] [--batch 16 32 64] [--no-choices]
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--batch", type=int, nargs="*", default=[16, 32, 64])
+    parser.add_argument("--no-choices", dest="choices", action="store_false", help="leave out the log-likelihoods of candidates")
     arguments = parser.parse_args()
     model, processor = load_base(resolve_model(ModelSection(base="builtin:tiny-llava")), seed=0)
     model.eval()
@@ -107,6 +108,8 @@ def main() -> None:
                 arguments.pairs,
             )
             print(f"  the same answers: {sum(a == b for a, b in zip(expected, answers, strict=True))} of {len(samples)}")
+        if not arguments.choices:
+            return
         questions = [replace(sample, choices=CHOICES) for sample in samples]
         expected, scores = compare(
             f"log-likelihoods of {len(CHOICES)} candidates each, batch_size 64",
