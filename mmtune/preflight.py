@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from mmtune.data.sources.reader import check_source
 from mmtune.data.templates.template import load_data_template
 from mmtune.evaluation.metrics.metric_table import check_template_metric, find_metric, metric_name
+from mmtune.evaluation.tasks import recipe_tasks
 from mmtune.families.family_table import ASSEMBLED_TYPE, family_of
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, resolve_base
 from mmtune.models.checkpoints.model_type import check_model_type, local_model_type
@@ -49,6 +50,9 @@ def check_recipe(
     if recipe.evaluate and recipe.evaluates_while_training and not errors:
         with _collected(errors), located_errors(recipe):
             _check_best_metric(recipe.evaluate, recipe)
+    if recipe.evaluate and files and "evaluate" in sections:
+        with _collected(errors), located_errors(recipe):
+            recipe_tasks(recipe.evaluate)
     missing = missing_libraries(recipe.train, recipe.model.attn_implementation) if "train" in sections else ()
     errors += [located(recipe, key, message) for key, message in missing if key in libraries]
     if "model" in sections:

@@ -133,6 +133,7 @@ def _write_small(recipe: Recipe, place: Path, dist: DistributedContext) -> Path:
         sources = recipe.evaluate.sources
         small["evaluate"]["data"] = [source.model_dump(mode="json", exclude_none=True) for source in sources]
         _shrink_data(sources, small["evaluate"]["data"], place / "evaluate", max(ROWS, dist.size))
+        small["evaluate"]["tasks"] = []  # their files may be on another machine
         small["evaluate"]["leakage"] = "warn"  # all rows are copies of the template's example
         small["evaluate"]["max_new_tokens"] = 4
     if recipe.objective.models:

@@ -29,8 +29,8 @@ from mmtune.distributed.launch import check_launch
 from mmtune.distributed.sharded_parameters import gathered_forward
 from mmtune.evaluation.answers import Answer
 from mmtune.evaluation.answers_file import write_answers
-from mmtune.evaluation.comparison import tuning_metrics
-from mmtune.evaluation.evaluate import check_held_out, evaluate
+from mmtune.evaluation.comparison import task_metrics, tuning_metrics
+from mmtune.evaluation.evaluate import check_held_out, evaluate, evaluate_tasks
 from mmtune.evaluation.run_report import write_report
 from mmtune.evaluation.scores import print_scores
 from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK
@@ -148,6 +148,7 @@ def evaluate_base(inputs: RunInputs, model: Any, processor: ProcessorMixin, run:
         return []
     with gathered_forward(model):
         before = evaluate(model, processor, section, inputs.dist, "before tuning", inputs.hash_weights())
+        evaluate_tasks(model, processor, section, run, "before", inputs.dist, inputs.hash_weights())
     if inputs.dist.is_main_process:
         write_answers(before, answers)
     return before
@@ -197,6 +198,8 @@ def summarize(
     """Evaluate the tuned model, and write the report and `summary.json`."""
     recipe, section = inputs.recipe, inputs.recipe.evaluate
     after = evaluate(tuned.model, processor, section, inputs.dist, "after tuning", inputs.hash_weights(run)) if section else []
+    if section:
+        evaluate_tasks(tuned.model, processor, section, run, "after", inputs.dist, inputs.hash_weights(run))
     if not inputs.dist.is_main_process:
         return {}
     metrics |= {
@@ -209,7 +212,7 @@ def summarize(
     }
     if section:
         write_answers(after, run.answers("after"))
-        metrics |= tuning_metrics(before, after)
+        metrics |= tuning_metrics(before, after) | task_metrics(section, run)
     metrics["peak_memory_mb"] = peak_memory_mb()
     write_report(run, recipe, metrics, profile_section(run))
     if not keeps_adapter(recipe.tune):

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,11 @@ def _eval(arguments: argparse.Namespace) -> Any:
     recipe = None
     if arguments.recipe or of_run:
         recipe = load_recipe(arguments.recipe or trained.run.recipe, [] if arguments.task else arguments.overrides)
-    evaluations = _of_tasks(arguments, trained) if arguments.task else [_of_recipe(arguments, trained, recipe)]
+    evaluations = _of_tasks(arguments, trained) if arguments.task else _of_recipe(arguments, trained, recipe)
     configure_console()
     from mmtune.data.encoding.encoding_checks import check_encoding
     from mmtune.distributed.context import init_inference
-    from mmtune.evaluation.answers import group_scores, scores_to_dicts
+    from mmtune.evaluation.answers import group_scores, of_benchmark, scores_to_dicts
     from mmtune.evaluation.answers_file import write_answers
     from mmtune.evaluation.evaluate import check_questions, evaluate, warn_of_leakage
     from mmtune.evaluation.field_groups import field_groups
@@ -108,7 +108,7 @@ def _eval(arguments: argparse.Namespace) -> Any:
         if not dist.is_main_process:
             continue
         if each.task is not None:
-            answers = [replace(answer, extra={"benchmark": each.task}) for answer in answers]
+            answers = of_benchmark(answers, each.task)
         with report_disk_errors(each.out):
             each.out.parent.mkdir(parents=True, exist_ok=True)
             write_answers(answers, each.out)
@@ -119,14 +119,15 @@ def _eval(arguments: argparse.Namespace) -> Any:
         results.append({"task": each.task, **result} if each.task else result)
     if not dist.is_main_process:
         return {}
-    result = {"tasks": results} if arguments.task else results[0]
+    result = {"tasks": results} if arguments.task else {**results[0], "tasks": results[1:]} if results[1:] else results[0]
     if trained.is_checkpoint:
         result |= {"step": trained.step, "steps": trained.steps}
     return result
 
 
-def _of_recipe(arguments: argparse.Namespace, trained: Any, recipe: Any) -> _Evaluation:
-    """The evaluation of a recipe's held-out rows."""
+def _of_recipe(arguments: argparse.Namespace, trained: Any, recipe: Any) -> list[_Evaluation]:
+    """The evaluations of a recipe's held-out rows, and of its tasks."""
+    from mmtune.evaluation.tasks import recipe_tasks
     from mmtune.preflight import check_recipe, located_errors
 
     if recipe is None:
@@ -139,7 +140,11 @@ def _of_recipe(arguments: argparse.Namespace, trained: Any, recipe: Any) -> _Eva
     of = Path(arguments.recipe).stem if arguments.recipe else "eval"
     out = _answers_file(trained, of, _model_name(arguments)) if arguments.out is None else _checked_out(Path(arguments.out))
     check_recipe(recipe, ("evaluate",))
-    return _Evaluation(recipe.evaluate, out, partial(located_errors, recipe))
+    evaluations = [_Evaluation(recipe.evaluate, out, partial(located_errors, recipe))]
+    for task in recipe_tasks(recipe.evaluate):
+        file = _checked_out(out.with_stem(f"{out.stem}_{task.name}"))
+        evaluations.append(_Evaluation(task.section, file, task.located_errors, task.name))
+    return evaluations
 
 
 def _of_tasks(arguments: argparse.Namespace, trained: Any) -> list[_Evaluation]:

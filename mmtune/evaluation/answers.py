@@ -128,6 +128,11 @@ def score_answers(answers: Sequence[Answer]) -> list[Answer]:
     return scored
 
 
+def of_benchmark(answers: Sequence[Answer], task: str) -> list[Answer]:
+    """The answers with the name of an evaluation task, as the key `benchmark` of their lines."""
+    return [replace(answer, extra={"benchmark": task}) for answer in answers]
+
+
 def group_scores(answers: Sequence[Answer]) -> list[Score]:
     """Scores of answers that have been scored: of each group in the order of first questions, then `overall`.
 

@@ -13,10 +13,14 @@ from rich.text import Text
 
 from mmtune.console.styled_console import StyledConsole
 from mmtune.evaluation.answers import Answer, score_metrics
+from mmtune.evaluation.answers_file import read_answers
 from mmtune.evaluation.field_groups import field_groups
 from mmtune.evaluation.metrics.metric_table import recorded_metric
 from mmtune.evaluation.paired_comparison import PairedDifference, holm, paired_difference
 from mmtune.evaluation.scores import difference_lines, format_difference, format_interval, format_score
+from mmtune.evaluation.tasks import recipe_tasks
+from mmtune.recipe.recipe import EvaluateSection
+from mmtune.run_directory import RunDirectory
 from mmtune.utils.errors import UserError
 
 SHOWN = 5
@@ -182,6 +186,15 @@ def tuning_metrics(before: Sequence[Answer], after: Sequence[Answer]) -> dict[st
     if pairs:
         metrics["comparison"] = differences_to_dicts(compare_tasks(pairs))
     return metrics
+
+
+def task_metrics(section: EvaluateSection, run: RunDirectory) -> dict[str, Any]:
+    """`tasks` of `summary.json`: by the name of a task the `tuning_metrics` of its answers in the run; nothing without tasks."""
+    metrics = {}
+    for task in recipe_tasks(section):
+        before, after = (run.answers(f"{when}_{task.name}") for when in ("before", "after"))
+        metrics[task.name] = tuning_metrics(read_answers(before) if section.before else [], read_answers(after))
+    return {"tasks": metrics} if metrics else {}
 
 
 def differences_to_dicts(differences: Sequence[TaskDifference]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from torch import nn
 from transformers import ProcessorMixin
@@ -17,7 +18,8 @@ from mmtune.data.message import RowError, Sample, all_text_of, split_question, t
 from mmtune.data.templates.template import name_in
 from mmtune.data.validation.leakage import check_leakage
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
-from mmtune.evaluation.answers import Answer, score_answers
+from mmtune.evaluation.answers import Answer, of_benchmark, score_answers
+from mmtune.evaluation.answers_file import write_answers
 from mmtune.evaluation.field_groups import NO_VALUE
 from mmtune.evaluation.metrics.metric_table import find_metric, metric_name
 from mmtune.evaluation.predictions.answer_cache import AnswerCache, open_answer_cache
@@ -27,7 +29,9 @@ from mmtune.evaluation.predictions.decoding import NEAR_TIE
 from mmtune.evaluation.predictions.likelihood_choice import content_free_sample
 from mmtune.evaluation.predictions.prediction import Prediction
 from mmtune.evaluation.predictions.questions import questions_of, with_prompt
+from mmtune.evaluation.tasks import recipe_tasks
 from mmtune.recipe.recipe import EvaluateSection, Recipe
+from mmtune.run_directory import RunDirectory
 from mmtune.utils.errors import RecipeValueError, UserError, errors_at_key
 
 
@@ -36,6 +40,10 @@ def check_held_out(recipe: Recipe, training: IndexedSamples | StreamedSamples) -
     if recipe.evaluate:
         check_questions(recipe.evaluate)
         check_leakage(training, recipe.evaluate, recipe.data.check_rows)
+        for task in recipe_tasks(recipe.evaluate):
+            with task.located_errors():
+                check_questions(task.section)
+                check_leakage(training, task.section, recipe.data.check_rows)
 
 
 def warn_of_leakage(run: Recipe, section: EvaluateSection) -> None:
@@ -141,6 +149,22 @@ def evaluate(
         _print_counts(list(predictions.values()), label, cache)
     answers = [_answered(question, predictions[index]) for index, question in enumerate(questions)]
     return score_answers(answers)
+
+
+def evaluate_tasks(
+    model: nn.Module,
+    processor: ProcessorMixin,
+    section: EvaluateSection,
+    run: RunDirectory,
+    when: Literal["before", "after"],
+    dist: DistributedContext = SINGLE_PROCESS,
+    weights: str | None = None,
+) -> None:
+    """Evaluate the tasks of a recipe, each as by `evaluate`, and write the answers before or after tuning into the run."""
+    for task in recipe_tasks(section):
+        answers = evaluate(model, processor, task.section, dist, f"{when} tuning, {task.name}", weights)
+        if dist.is_main_process:
+            write_answers(of_benchmark(answers, task.name), run.answers(f"{when}_{task.name}"))
 
 
 def _answered(question: Answer, prediction: Prediction) -> Answer:

@@ -107,6 +107,10 @@ def write_report(run: RunDirectory, recipe: Recipe, summary: dict[str, Any], pro
         scores_title=score_title(summary) if recipe.evaluate else "",
         by_field=[(group_title(each), group_rows(each), gap_line(each)) for each in summary.get("groups", ())],
         further=further_lines(summary) + difference_lines(summary.get("comparison", [])),
+        tasks=[
+            (score_title(each, name), score_rows(each), further_lines(each, True) + difference_lines(each.get("comparison", [])))
+            for name, each in summary.get("tasks", {}).items()
+        ],
         generation=generation_line(summary),
         curve=_data_uri(run.loss_curve.read_bytes()),
         profile=profile,

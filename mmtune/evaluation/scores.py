@@ -36,6 +36,8 @@ def print_scores(summary: dict[str, Any], column: str = "tuned", task: str | Non
         _print_table(group_title(groups), group_rows(groups))
         if (gap := gap_line(groups)) is not None:
             print(gap)
+    for name, metrics in summary.get("tasks", {}).items():
+        print_scores(metrics, column, name)
     if "merge_max_logit_difference" in summary:
         print(
             f"merged: largest logit difference {summary['merge_max_logit_difference']:.2g}, "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,10 @@ class TaskFile(Section):
             return values, []
         message = f"expected the name of a data template, a .yaml file or the keys of one, got {format_value(template)}"
         return values, [error_at("template", message)]
+
+
+OF_A_RUN = ("tasks", "leakage", "before", "samples", "while_training")
+"""Keys of `evaluate` that say what a training run does."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,9 @@ def read_task(name: str, overrides: Sequence[str] = ()) -> tuple[Document, TaskF
             document.report(".".join(map(str, detail["loc"])), detail["msg"])
     if file is not None and not file.evaluate.data:
         document.report("evaluate.data", "required, and not given; such as [{path: rows.json}]")
+    for key in OF_A_RUN:
+        if isinstance(evaluate, dict) and key in evaluate:
+            document.report(f"evaluate.{key}", "has no effect in a task; leave it out")
     document.raise_problems()
     assert file is not None
     if isinstance(template, dict):
@@ -145,6 +152,23 @@ def load_task(name: str, folder: Path, overrides: Sequence[str] = ()) -> Task:
         paths = "\n".join(f"  {path}" for path in dict.fromkeys(missing))
         raise UserError(f"task {task}: no such file or folder; the files come from {file.url}:\n{paths}")
     return Task(task, file, file.evaluate.model_copy(update={"data": sources}), document)
+
+
+def recipe_tasks(section: EvaluateSection) -> list[Task]:
+    """The tasks of a recipe. Batch size and cache are the recipe's; rows that are in the training data are a warning.
+
+    Raises:
+        RecipeValueError: a task cannot be read, or its files are missing.
+    """
+    tasks: dict[str, Task] = {}
+    for number, entry in enumerate(section.tasks):
+        with errors_at_key(f"evaluate.tasks.{number}"):
+            task = load_task(entry.name, Path(entry.path))
+            if task.name in tasks:
+                raise UserError(f"expected each task once, got {task.name} again")
+        settings = {"batch_size": section.batch_size, "cache": section.cache, "leakage": "warn"}
+        tasks[task.name] = replace(task, section=task.section.model_copy(update=settings))
+    return list(tasks.values())
 
 
 def task_rows() -> list[dict[str, Any]]:

@@ -226,12 +226,26 @@ class WhileTraining(Section):
     answers: StrictBool = Field(default=False, description="Answer the rows too, and report the scores of their metrics.")
 
 
+class TaskFolder(Section):
+    """Evaluation task: a benchmark, and the folder of its files."""
+
+    name: PathText = Field(description="The name of a task, as `mmtune tasks` lists it, or a .yaml file.")
+    path: PathText = Field(description="The folder of the benchmark's files.")
+
+
 class EvaluateSection(Section):
     """Evaluation on held-out rows."""
 
-    _examples: ClassVar = {"data": "such as [{path: rows.json, template: llava}]"}
+    _examples: ClassVar = {
+        "data": "such as [{path: rows.json, template: llava}]",
+        "tasks": "such as [{name: pope, path: data/pope}]",
+    }
     data: tuple[Source, ...] = Field(
         default=(), description="The sources of held-out rows, beside the rows that `held_out` takes from the training sources."
+    )
+    tasks: tuple[TaskFolder, ...] = Field(
+        default=(),
+        description="Benchmarks that are evaluated too, before and after tuning, such as [{name: pope, path: data/pope}].",
     )
     metric: Text | None = Field(
         default=None,

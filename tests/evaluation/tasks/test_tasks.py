@@ -163,6 +163,61 @@ def test_the_command_line_evaluates_tasks_and_compares_their_answers(
     assert '"rows": 12' in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_recipe_evaluates_its_tasks_before_and_after_tuning(
+    tmp_path: Path, folders: dict[str, Path], rows: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    tasks = f"[{{name: pope, path: {folders['pope']}}}, {{name: digits, path: {folders['digits']}}}]"
+    recipe.write_text(
+        f"model: {{base: {base}}}\ntune: {{language: lora}}\ndata: {{train: [{{path: {rows}, template: llava, limit: 4}}]}}\n"
+        f"evaluate:\n  data: [{{path: {folders['digits'] / 'eval.json'}, template: llava}}]\n  max_new_tokens: 1\n"
+        f"  tasks: {tasks}\ntrain: {{max_steps: 1, per_device_train_batch_size: 1}}\noutput_dir: {tmp_path / 'run'}\n"
+    )
+    assert entry_point(["train", str(recipe)]) == 0
+    assert "pope: yes_no" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert list(summary["tasks"]) == ["pope", "digits"]
+    for name, questions in {"pope": 12, "digits": 4}.items():
+        metrics = summary["tasks"][name]
+        before, after = (read_answers(tmp_path / "run" / f"answers_{when}_{name}.jsonl") for when in ("before", "after"))
+        assert len(before) == len(after) == metrics["questions"] == questions
+        assert {answer.extra["benchmark"] for answer in (*before, *after)} == {name}
+        assert metrics["base_scores"][-1]["questions"] == metrics["comparison"][-1]["rows"] == questions
+    assert "pope: yes_no" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert entry_point(["eval", str(tmp_path / "run"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [each["task"] for each in result["tasks"]] == ["pope", "digits"]
+    assert result["tasks"][0]["answers"] == str(tmp_path / "run" / "answers_eval_pope.jsonl")
+    again = (tmp_path / "run" / "answers_eval_pope.jsonl").read_text(encoding="utf-8")
+    assert again == (tmp_path / "run" / "answers_after_pope.jsonl").read_text(encoding="utf-8")
+    assert entry_point(["train", str(recipe), "--rehearse"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        (
+            "[{name: popp, path: POPE}]",
+            "evaluate.tasks.0: unknown task 'popp'; expected a shipped one or a .yaml file; did you mean",
+        ),
+        ("[{name: pope, path: POPE}, {name: digits, path: nowhere}]", "evaluate.tasks.1: task digits: no such file or folder"),
+        ("[{name: pope, path: POPE}, {name: pope, path: POPE}]", "evaluate.tasks.1: expected each task once, got pope again"),
+        ("{pope: POPE}", "evaluate.tasks: expected a list, got"),
+    ],
+)
+def test_wrong_tasks_of_a_recipe_are_errors(
+    tasks: str, message: str, tmp_path: Path, folders: dict[str, Path], rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, pope = tmp_path / "r.yaml", str(folders["pope"])
+    recipe.write_text(
+        f"model: {{base: builtin:tiny-llava}}\ndata: {{train: [{{path: {rows}, template: llava}}]}}\noutput_dir: run\n"
+        f"evaluate:\n  data: [{{path: {rows}, template: llava}}]\n  tasks: {tasks.replace('POPE', pope)}\n"
+    )
+    assert entry_point(["recipe", "check", str(recipe)]) == 2
+    assert f"{recipe}:6: {message}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -231,6 +286,7 @@ def test_a_faulty_row_is_an_error_of_its_task(
         ),
         ("evaluate:\n", "evaluate: {data: 5}\nx:\n", "evaluate.data: expected a list, got 5"),
         ("evaluate:\n", "evaluate: {}\nx:\n", "x: unknown key"),
+        ("evaluate:\n", "evaluate:\n  before: false\n", "mine.yaml:12: evaluate.before: has no effect in a task; leave it out"),
         ("media_root: val2014}", "join: x.json}", "does not join a second file; remove the line"),
     ],
 )
