@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from mmtune.data.sources.reader import check_source
 from mmtune.data.templates.template import load_data_template
 from mmtune.evaluation.metrics.metric_table import check_template_metric, find_metric, metric_name
 from mmtune.evaluation.tasks import recipe_tasks
+from mmtune.families.box_convention import UNKNOWN_CONVENTION
 from mmtune.families.family_table import ASSEMBLED_TYPE, family_of
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, resolve_base
 from mmtune.models.checkpoints.model_type import check_model_type, local_model_type
-from mmtune.recipe.recipe import SECTIONS, EvaluateSection, Recipe, check_files, located, source_names
+from mmtune.recipe.recipe import SECTIONS, EvaluateSection, Recipe, Source, check_files, located, source_names
 from mmtune.recipe.train_rules import LIBRARY_KEYS, missing_libraries
 from mmtune.utils.errors import RecipeValueError, UserError, errors_at_key, nearest
 from mmtune.utils.hub import is_local_name, locate_checkpoint
@@ -32,6 +33,7 @@ def check_recipe(
         UserError: all errors, one per line, with file, line and key.
     """
     errors: list[str] = []
+    native_boxes: list[tuple[str, str]] = []
     if files:
         with _collected(errors):
             check_files(recipe, sections)
@@ -42,6 +44,9 @@ def check_recipe(
                 with errors_at_key("template"):
                     check_source(source)
                     check_template_metric(source.template, load_data_template(source.template).metric)
+                for key, template in _templates(source).items():
+                    if load_data_template(template).writes_native_boxes:
+                        native_boxes.append((f"{name}.{number}.{key}", template))
             except RecipeValueError as error:
                 errors.append(located(recipe, f"{name}.{number}.{error.key}", error.problem))
     if recipe.evaluate and recipe.evaluate.metric is not None and "evaluate" in sections:
@@ -57,9 +62,19 @@ def check_recipe(
     errors += [located(recipe, key, message) for key, message in missing if key in libraries]
     if "model" in sections:
         with _collected(errors), located_errors(recipe):
-            _check_base(recipe)
+            _check_base(recipe, native_boxes)
     if errors:
         raise UserError("\n".join(dict.fromkeys(errors)))
+
+
+def _templates(source: Source) -> dict[str, str]:
+    """The data templates of a source and of its examples, by key."""
+    templates = {"template": source.template}
+    return (
+        templates
+        if source.shots is None or source.shots.template is None
+        else {**templates, "shots.template": source.shots.template}
+    )
 
 
 @contextmanager
@@ -83,8 +98,12 @@ def _check_best_metric(section: EvaluateSection, recipe: Recipe) -> None:
         raise RecipeValueError(key, f"unknown metric '{name}'{nearest(best, (*losses, *scores))}")
 
 
-def _check_base(recipe: Recipe) -> None:
-    """Check by the base's `model_type` that its family is supported, and supports the method and packing."""
+def _check_base(recipe: Recipe, native_boxes: Sequence[tuple[str, str]]) -> None:
+    """Check by the base's `model_type` that its family is supported, and supports the method, packing and native boxes.
+
+    Args:
+        native_boxes: the data templates that write boxes in the convention of the family: the recipe's key, and the name.
+    """
     base = recipe.model.base
     model_type: str | None = ASSEMBLED_TYPE
     if base not in (None, UNTRAINED):
@@ -97,6 +116,9 @@ def _check_base(recipe: Recipe) -> None:
                 check_model_type(model_type, str(base))
         except UserError as error:
             raise RecipeValueError("model.base", f"{base}: {error}") from error
+    if native_boxes and model_type is not None and not family_of(model_type).box_conventions:
+        key, template = native_boxes[0]
+        raise RecipeValueError(key, f"{template}: {model_type}: {UNKNOWN_CONVENTION}")
     reason = None if model_type is None else family_of(model_type).unpackable
     if recipe.data.packing and reason is not None:
         raise RecipeValueError("data.packing", f"packing is not supported: {model_type}: {reason}; set data.packing: false")

@@ -27,6 +27,12 @@ from mmtune.utils.transformers_private import (
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+BOX_TOKENS = re.compile(
+    r"<\|(box|object_ref|quad)_(start|end)\|>|</?(box|ref|quad|phrase|object)>|<loc_?\d+>|<patch_index_\d+>"
+    r"|</delimiter_of_multi_objects/>"
+)
+"""Tokens that models write as a part of their answers: around a box and its label, and for positions. A text may spell them."""
+
 Messages = list[dict[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 """Function schemas, `{"type": "function", "function": {"name", "description", "parameters"}}`."""
@@ -51,13 +57,14 @@ class ControlTokenPatterns(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _control_tokens(tokenizer: PreTrainedTokenizerBase, size: int, template: str) -> ControlTokenPatterns:
-    tokens = sorted(control_tokens_of(tokenizer, template), key=len, reverse=True)
+    tokens = [token for token in control_tokens_of(tokenizer, template) if not BOX_TOKENS.fullmatch(token)]
+    tokens.sort(key=len, reverse=True)
     alternatives = "|".join(map(re.escape, tokens)) or "(?!)"
     return ControlTokenPatterns(re.compile(alternatives), re.compile(f"(?<!{ESCAPE_START})(?:{alternatives})"))
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> ControlTokenPatterns:
-    """Patterns of the tokenizer's special tokens, and of its added tokens that occur in the template."""
+    """Patterns of the tokenizer's special tokens, and of its added tokens that occur in the template, without `BOX_TOKENS`."""
     return _control_tokens(tokenizer, len(tokenizer), template)
 
 

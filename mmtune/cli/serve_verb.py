@@ -147,6 +147,7 @@ def _check(arguments: argparse.Namespace) -> Any:
     engine = EngineClient(arguments.check, arguments.model_name, arguments.timeout)
     engine.connect()
     configure_console()
+    from mmtune.data.encoding.native_boxes import with_native_boxes
     from mmtune.evaluation.predictions.questions import with_prompt
     from mmtune.models.generation import DEFAULT_MAX_NEW_TOKENS
     from mmtune.release.merge import parity_samples
@@ -159,10 +160,11 @@ def _check(arguments: argparse.Namespace) -> Any:
     check_recipe(recipe, ("evaluate",) if recipe.evaluate else ("data",))
     section = recipe.evaluate
     with located_errors(recipe):
-        questions = [with_prompt(sample, section.prompt if section else None) for sample in parity_samples(recipe, samples)]
+        rows = parity_samples(recipe, samples)
     max_new_tokens = section.max_new_tokens if section else DEFAULT_MAX_NEW_TOKENS
     model = TrainedModel(trained, recipe, max_new_tokens, arguments.trust_remote_code)
-    result = check_serving(engine, model, questions)
+    written = [with_native_boxes(row, model.processor) for row in rows]
+    result = check_serving(engine, model, [with_prompt(row, section.prompt if section else None) for row in written])
     print(f"prompt tokens: {result.same_prompt_tokens} of {result.questions} questions have as many as in training")
     print(f"answers: {result.same_answers} of {result.questions} are the trained model's")
     for part, count in result.unread_parts.items():

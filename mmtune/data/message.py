@@ -14,6 +14,9 @@ Message = dict[str, Any]
 or `{"type": "image", "image": Media}`, and likewise `video` and `audio`. An assistant message with `"supervised": False` is
 context without loss.
 
+A text block with `native`, a `NativeBox` in the image `box_image`, is written in the convention of the model's family by
+`write_native_boxes`; until then its text has the box in thousandths.
+
 An assistant message can have `reasoning_content`, the text of its reasoning, and `tool_calls`, a list of
 `{"type": "function", "function": {"name": str, "arguments": {...}}}` with an optional `id`; its content can then be empty.
 A `tool` message is the result of a call, with optional `tool_call_id` and `name`."""

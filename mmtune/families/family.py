@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mmtune.families.box_convention import BoxConvention
 from mmtune.families.expanded_text import TEXT_KEYS, expanded_images
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Family:
         scores_labels: whether its class computes the loss of labels from logits at supervised positions. Otherwise the objective
             computes it.
         media_types_key: the name under which its model takes `mm_token_type_ids`.
+        box_conventions: the box convention of its models by the class name of their processor; none where it is unknown.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Family:
     placeholder_is_image_token: bool = True
     scores_labels: bool = True
     media_types_key: str = "mm_token_type_ids"
+    box_conventions: Mapping[str, BoxConvention] = field(default_factory=dict)
 
     def placeholder(self, processor: Any) -> str:
         """The text that the chat template writes for an image."""
@@ -165,6 +168,18 @@ class Family:
             ValueError: an image that the processor rejects, with the same message.
         """
         return None
+
+    def resized_size(self, settings: Mapping[str, Any], size: Size) -> Size:
+        """The size to which the image processor resizes an image, for a box convention in pixels of that size.
+
+        Args:
+            settings: as `geometry`.
+            size: of the image.
+
+        Raises:
+            ValueError: an image that the processor rejects.
+        """
+        return size
 
     def mark_text(self, processor: Any, text: str, spans: list[Span], image_ends: Sequence[int]) -> tuple[str, list[Span]]:
         """A rendered conversation with what the processor adds beyond images, and its shifted answer spans.

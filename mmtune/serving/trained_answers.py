@@ -67,7 +67,7 @@ class TrainedModel:
     def rendered(self, messages: Sequence[Message]) -> str:
         """The text of a prompt without images, as the chat template writes it."""
         template = chat_template_of(self.processor)
-        return render_prompt(to_template_messages("question", list(messages)), template, self.processor.tokenizer)
+        return render_prompt(to_template_messages("question", list(messages), self.processor), template, self.processor.tokenizer)
 
     @property
     def penalties(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import ProcessorMixin
 
 from mmtune.chat_templates.jinja_rendering import ChatTemplateError, Span, Tools, control_tokens
 from mmtune.chat_templates.rendering import render_conversation, render_prompt
+from mmtune.data.encoding.native_boxes import write_native_boxes
 from mmtune.data.encoding.placeholders import expand_placeholders, tokenize_expanded
 from mmtune.data.encoding.token_spans import (
     TokenSpans,
@@ -114,7 +115,7 @@ def _encode_text(
     spans: list[Span] = []
     try:
         template_messages, template_tools, escaped = escape_conversation(
-            to_template_messages(sample_id, messages), tools, control
+            to_template_messages(sample_id, messages, processor), tools, control
         )
         if prompt:
             text = render_prompt(template_messages, template, tokenizer, template_tools)
@@ -162,7 +163,7 @@ def _target_ids(
         detail += f"{messages[-1]['role']}: the model's decoder writes one answer to what its encoder reads; set data.supervise: "
         detail += "last to make the turns before the last answer a part of the question"
         raise RowError(sample_id, "messages", detail, "several_answers")
-    tokenizer, answer = processor.tokenizer, messages[-1]["content"]
+    tokenizer, answer = processor.tokenizer, write_native_boxes(sample_id, messages, processor)[-1]["content"]
     control = control_tokens(tokenizer, chat_template_of(processor)).anywhere
     try:
         escaped = text_of({"role": "assistant", "content": escape_control_tokens(answer, control)})
@@ -198,14 +199,15 @@ def chat_template_of(processor: ProcessorMixin) -> str:
     return template
 
 
-def to_template_messages(sample_id: str, messages: list[Message]) -> list[Message]:
-    """The messages in the form that chat templates read, with a placeholder value for every image.
+def to_template_messages(sample_id: str, messages: list[Message], processor: ProcessorMixin) -> list[Message]:
+    """The messages in the form that chat templates read, with native boxes as text and a placeholder value for every image.
 
     Raises:
         RowError: media of a modality that cannot be encoded, or text that is not valid Unicode.
+        RecipeValueError: as in `write_native_boxes`.
     """
     template_messages = []
-    for number, message in enumerate(messages):
+    for number, message in enumerate(write_native_boxes(sample_id, messages, processor)):
         content: list[dict[str, str]] = []
         for block in message["content"]:
             if block["type"] == "text":
@@ -347,7 +349,7 @@ def _model_tensors(
 
     def first_prompt() -> str:
         first = next((number for number, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
-        before = to_template_messages(sample_id, messages[:first])
+        before = to_template_messages(sample_id, messages[:first], processor)
         return render_prompt(before, chat_template_of(processor), processor.tokenizer, tools)
 
     try:

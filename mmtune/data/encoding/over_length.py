@@ -84,7 +84,10 @@ def drop_image(messages: list[Message], position: ImagePosition) -> list[Message
     if 0 < index < len(content) and content[index - 1]["type"] == content[index]["type"] == "text":
         before, after = content[index - 1]["text"], content[index]["text"]
         separator = "" if before[-1:].isspace() or after[:1].isspace() else "\n"
-        content[index - 1 : index + 1] = [{"type": "text", "text": f"{before}{separator}{after}"}]
+        if "native" in content[index - 1] or "native" in content[index]:
+            content.insert(index, {"type": "text", "text": separator})
+        else:
+            content[index - 1 : index + 1] = [{"type": "text", "text": f"{before}{separator}{after}"}]
     return [*messages[:number], {**messages[number], "content": content}, *messages[number + 1 :]]
 
 

@@ -63,30 +63,45 @@ def _read(value: Any, layout: str, size: tuple[int, int], clip: bool) -> Box:
     return Box(max(x1, 0), max(y1, 0), min(x2, width), min(y2, height), width, height)
 
 
+@dataclass(frozen=True)
+class NativeBox:
+    """A box that is written in the convention of the model's family, once its processor is known.
+
+    Attributes:
+        box: the box.
+        label: written with the box, in the form of the family; None: the box alone.
+    """
+
+    box: Box
+    label: str | None = None
+
+
 def thousandths(box: Box) -> str:
     """`[x1, y1, x2, y2]` in thousandths of the image's width and height, as integers from 0 to 1000, rounded half up."""
-    return _format_list(str(_round_half_up(1000 * share)) for share in _shares(box))
+    return _format_list(str(_round_half_up(1000 * share)) for share in corner_shares(box))
 
 
 def fractions(box: Box, digits: int = 3) -> str:
     """`[x1, y1, x2, y2]` as fractions of the image's width and height, from 0 to 1, with `digits` decimals."""
-    return _format_list(f"{share:.{digits}f}" for share in _shares(box))
+    return _format_list(f"{share:.{digits}f}" for share in corner_shares(box))
 
 
 def pixels(box: Box) -> str:
     """`[x1, y1, x2, y2]` in whole pixels of the upright (and augmented) image, rounded half up."""
-    corners = (_require_box(box).x1, box.y1, box.x2, box.y2)
+    corners = (require_box(box).x1, box.y1, box.x2, box.y2)
     return _format_list(str(_round_half_up(corner)) for corner in corners)
 
 
-def _require_box(box: Any) -> Box:
+def require_box(box: Any) -> Box:
+    """The box itself. Raises TypeError for any other value."""
     if not isinstance(box, Box):
         raise TypeError(f"expected a box declared in the template's 'boxes', got {type(box).__name__}")
     return box
 
 
-def _shares(box: Any) -> tuple[float, ...]:
-    _require_box(box)
+def corner_shares(box: Any) -> tuple[float, float, float, float]:
+    """x1, y1, x2, y2 as fractions of the image's width and height. Raises TypeError for anything but a box."""
+    require_box(box)
     return box.x1 / box.width, box.y1 / box.height, box.x2 / box.width, box.y2 / box.height
 
 

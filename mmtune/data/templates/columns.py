@@ -12,13 +12,15 @@ from pydantic import Field, field_validator, model_validator
 from mmtune.data.media.image_settings import DEFAULT_IMAGE_SETTINGS, ImageSettings
 from mmtune.data.media.media import ImageView, Media, MediaRules, image_size
 from mmtune.data.message import Message, RowError
-from mmtune.data.templates.boxes import Box, read_boxes
+from mmtune.data.templates.boxes import Box, NativeBox, read_boxes, thousandths
 from mmtune.data.templates.expressions import (
     DRAW_VARIABLE,
+    NATIVE_BOXES,
     TemplateSection,
     as_text,
     check_jinja,
     evaluate_expression,
+    native_pieces,
     render_expression,
 )
 from mmtune.data.templates.prompts import ClosedAnswers, Options, PromptSettings, Verbalizer, draw
@@ -175,8 +177,8 @@ class ColumnTemplate:
             ]
             for number, media in enumerate(self._turn_media(row_id, row, rounds[0]))
         ]
+        images = [block for turn in blocks for block in turn if block["type"] == "image"]
         if self.boxes is not None:
-            images = [block for turn in blocks for block in turn if block["type"] == "image"]
             not_augmented = replace(settings, augment=None)
             views = [not_augmented.view(block["image"], row_id, 0) for block in images]
             round_boxes = self.boxes.read(row_id, row, rounds, views)
@@ -194,9 +196,13 @@ class ColumnTemplate:
             for index, turn in enumerate(self.turns):
                 if turn.role == "system" and number > 0:
                     continue
-                text = turn.render(row_id, f"messages[{index}]", row, context | answer_variables)
+                native: list[NativeBox] = []
+                text = turn.render(row_id, f"messages[{index}]", row, context | answer_variables | {NATIVE_BOXES: native})
                 media = blocks[index] if number == 0 else []
-                messages.append({"role": turn.role, "content": turn.content(row_id, f"messages[{index}]", text, media)})
+                content = turn.content(row_id, f"messages[{index}]", text, media)
+                messages.append(
+                    {"role": turn.role, "content": _with_native(row_id, f"messages[{index}]", content, native, images)}
+                )
         last = rounds[-1] | answer_variables
         options = tuple(each["option"] for each in closed.alternatives) if closed is not None and self.options is not None else ()
         choices, references = self._choices(row_id, row, last, closed), self._references(row_id, row, last)
@@ -262,6 +268,28 @@ class ColumnTemplate:
             return tuple(as_text(value) for value in values)
         except ValueError as error:
             raise RowError(row_id, "references", str(error), "field_type") from error
+
+
+def _with_native(
+    row_id: str, where: str, content: list[dict[str, Any]], boxes: list[NativeBox], images: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The blocks of a message, with a block for each native box of its texts, whose text is in thousandths."""
+    if not boxes:
+        return content
+    blocks = []
+    for block in content:
+        try:
+            pieces = native_pieces(block["text"], boxes) if block["type"] == "text" else []
+        except (ValueError, LookupError) as error:
+            raise RowError(row_id, where, str(error), "template_fails") from error
+        blocks += [block] if block["type"] != "text" else []
+        for piece in pieces:
+            if isinstance(piece, str):
+                blocks.append({"type": "text", "text": piece})
+            else:
+                text = thousandths(piece.box)
+                blocks.append({"type": "text", "text": text, "native": piece, "box_image": images[0]["image"]})
+    return blocks
 
 
 def _resolve(row_id: str, where: str, row: Mapping[str, Any], value: Any, rules: MediaRules) -> Media:

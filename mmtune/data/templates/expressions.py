@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -15,12 +15,18 @@ from jinja2.runtime import Context
 from pydantic import BaseModel, ConfigDict
 
 from mmtune.data.message import RowError
-from mmtune.data.templates.boxes import Box, fractions, pixels, thousandths
+from mmtune.data.templates.boxes import Box, NativeBox, fractions, pixels, require_box, thousandths
 from mmtune.utils import bounded_jinja
 from mmtune.utils.bounded_jinja import BUDGET, COMPILE_FAULTS, RENDER_FAULTS, BoundedEnvironment, Budget, TooMuchWork
 
 DRAW_VARIABLE = "random draw"
 """The context variable with the row's random draw. Not a valid Jinja name, so that it cannot collide with a column."""
+
+NATIVE_BOXES = "native boxes"
+"""The context variable with the list of boxes that `native` writes into the text of a message."""
+NATIVE_MARK = "\ufdd0{}\ufdd1"
+"""What `native` writes for the box of a number: noncharacters of Unicode, which no text contains."""
+_NATIVE_MARK = re.compile("\ufdd0(\\d+)\ufdd1")
 
 
 class NotText(TemplateRuntimeError):
@@ -55,6 +61,11 @@ def is_jinja(text: str) -> bool:
 def names_read(source: str) -> set[str]:
     """The variables that a piece of Jinja reads from its context."""
     return meta.find_undeclared_variables(_environment().parse(source))
+
+
+def has_filter(source: str, name: str) -> bool:
+    """Whether a piece of Jinja uses a filter."""
+    return any(node.name == name for node in _environment().parse(source).find_all(nodes.Filter))
 
 
 def render_expression(row_id: str, where: str, source: str, context: Mapping[str, Any], row: Mapping[str, Any]) -> str:
@@ -104,7 +115,8 @@ def as_text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         raise ValueError(f"expected text or a number, got {'null' if value is None else str(value).lower()}")
     if isinstance(value, Box):
-        raise ValueError("expected text or a number, got a box; use a filter: {{ box | thousandths }}, fractions or pixels")
+        filters = "{{ box | native }}, thousandths, fractions or pixels"
+        raise ValueError(f"expected text or a number, got a box; use a filter: {filters}")
     if not isinstance(value, (str, int, float)):
         raise ValueError(f"expected text or a number, got {type(value).__name__}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -162,12 +174,33 @@ def _parse_list(text: Any) -> Any:
     return values
 
 
+@pass_context
+def _native(context: Context, box: Any, label: Any = None) -> str:
+    """A mark for a box; `native_pieces` replaces it."""
+    boxes: list[NativeBox] | None = context.get(NATIVE_BOXES)
+    if boxes is None:
+        raise ValueError("`native` can only write a box in the text of a message, and not in a choice")
+    boxes.append(NativeBox(require_box(box), None if label is None else as_text(label)))
+    return NATIVE_MARK.format(len(boxes) - 1)
+
+
+def native_pieces(text: str, boxes: Sequence[NativeBox]) -> list[str | NativeBox]:
+    """A rendered text, split at the boxes that `native` wrote into it; no piece is empty.
+
+    Raises:
+        ValueError: the text has the mark of no box, or that of a box that was changed by another filter.
+    """
+    pieces = [piece if number % 2 == 0 else boxes[int(piece)] for number, piece in enumerate(_NATIVE_MARK.split(text))]
+    if any(isinstance(piece, str) and ("\ufdd0" in piece or "\ufdd1" in piece) for piece in pieces):
+        raise ValueError("expected text as `native` wrote it, got the mark of a box that another filter changed")
+    return [piece for piece in pieces if piece != ""]
+
+
 @cache
 def _environment() -> BoundedEnvironment:
     environment = BoundedEnvironment(finalize=_finalize, undefined=StrictUndefined, autoescape=False)
-    row_filters = {"commonest": _most_common, "pick": _pick, "thousandths": thousandths, "fractions": fractions, "pixels": pixels}
-    row_filters["parse_list"] = _parse_list
-    environment.filters.update(row_filters)
+    environment.filters.update(commonest=_most_common, pick=_pick, parse_list=_parse_list)
+    environment.filters.update(native=_native, thousandths=thousandths, fractions=fractions, pixels=pixels)
     del environment.filters["random"]  # it would draw again in every epoch; `pick` uses the row's draw
     environment.globals.clear()  # a missing column must be an error, not a Jinja global of the same name
     environment.bound()

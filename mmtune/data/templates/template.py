@@ -22,7 +22,7 @@ from mmtune.data.sources.rows import ID_FIELDS, Row
 from mmtune.data.templates.boxes import BOX_FIELDS
 from mmtune.data.templates.columns import BoxDeclaration, ColumnTemplate, TurnTemplate
 from mmtune.data.templates.conversation import Conversation, check_no_row_weights
-from mmtune.data.templates.expressions import TemplateSection, check_jinja, is_jinja, names_read, render_expression
+from mmtune.data.templates.expressions import TemplateSection, check_jinja, has_filter, is_jinja, names_read, render_expression
 from mmtune.data.templates.prompts import DEFAULT_PROMPT_SETTINGS, Options, PromptSettings, Verbalizer
 from mmtune.data.templates.row_media import PLACEHOLDERS
 from mmtune.data.templates.tool_turns import check_result_ids, read_tools
@@ -250,6 +250,11 @@ class DataTemplate(TemplateSection):
     def columns(self) -> ColumnTemplate:
         """The column template of a data template without `conversation`."""
         return ColumnTemplate(self.messages, self.values, self.repeat, self.options, self.verbalizer, self.boxes, self.references)
+
+    @property
+    def writes_native_boxes(self) -> bool:
+        """Whether a text has a box in the convention of the model's family."""
+        return any(has_filter(text, "native") for turn in self.messages for text in turn.text)
 
     def undeclared_boxes(self) -> str | None:
         """A column with the name of a box that a text reads unchanged; None if there is none, or the template has `boxes`."""

@@ -22,6 +22,7 @@ from mmtune.chat_templates.rendering import render_prompt
 from mmtune.console.styled_console import StyledConsole
 from mmtune.data.dataset import open_readers
 from mmtune.data.encoding.encode import OverLength, chat_template_of, encode_text, to_template_messages
+from mmtune.data.encoding.native_boxes import with_native_boxes
 from mmtune.data.encoding.over_length import fit_to_budget
 from mmtune.data.encoding.token_counts import sample_replacements
 from mmtune.data.media.media import ImageView, Media, open_image
@@ -158,9 +159,9 @@ def view_sample(sample: Sample, processor: ProcessorMixin, section: DataSection)
     input_ids = [token for token, _, _ in encoded.tokens()]
     texts = token_texts(processor.tokenizer, input_ids)
     tokens = [Token(*each) for each in zip(input_ids, texts, kinds, strict=True)]
-    template_messages = to_template_messages(sample.id, sample.messages[:-1])
+    template_messages = to_template_messages(sample.id, sample.messages[:-1], processor)
     prompt = render_prompt(template_messages, chat_template_of(processor), processor.tokenizer, sample.tools)
-    return SampleView(sample, tokens, prompt, notes)
+    return SampleView(with_native_boxes(sample, processor), tokens, prompt, notes)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> list[str]:

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import ProcessorMixin
 
+from mmtune.chat_templates.jinja_rendering import BOX_TOKENS
 from mmtune.console.styled_console import StyledConsole
 from mmtune.data.dataset import open_readers
 from mmtune.data.encoding.encode import Supervise, over_length_error
@@ -406,6 +407,7 @@ def _control_token_pattern(processor: ProcessorMixin | None) -> re.Pattern[str]:
         added = processor.tokenizer.added_tokens_decoder.values()
         template = str(processor.chat_template)
         tokens = {*processor.tokenizer.all_special_tokens, *(t.content for t in added if t.special or t.content in template)}
+    tokens = {token for token in tokens if not BOX_TOKENS.fullmatch(token)}
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
 
 

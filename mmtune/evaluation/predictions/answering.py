@@ -12,6 +12,7 @@ from transformers import ProcessorMixin
 
 from mmtune.data.batching.collate import collate
 from mmtune.data.encoding.encode import encode_prompt
+from mmtune.data.encoding.native_boxes import decode_answers
 from mmtune.data.message import Sample, prompt_messages
 from mmtune.evaluation.predictions.answer_cache import AnswerCache
 from mmtune.evaluation.predictions.choices import predict_choices
@@ -128,7 +129,7 @@ def _answer_batch(
     batch = move_batch(model, collate(rows, processor.tokenizer.pad_token_id, side=padding_side(model)))
     loop = partial(answer_prompts, choice=choice, repeats=count if shared else 1)
     output = generate(model, processor, batch, decoding.max_new_tokens, custom_generate=loop)
-    texts = processor.tokenizer.batch_decode(output, skip_special_tokens=True)
+    texts = decode_answers(processor.tokenizer, output.tolist())
     near_ties = choice.near_ties_of_rows()
     return [
         Prediction(texts[start], near_ties[start], answers=tuple(texts[start : start + count]) if count > 1 else ())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mmtune.families import box_convention
 from mmtune.families.family import Family, Geometry, Size, Span
 from mmtune.families.image_geometry import SQUARE_PROCESSORS, grid_tokens
 
@@ -52,4 +53,5 @@ PALIGEMMA = PaliGemma(
     processor_keys={"image_processor.image_seq_length": grid_tokens},
     needs_image=True,
     embeds_image_token=False,
+    box_conventions={"PaliGemmaProcessor": box_convention.PALIGEMMA},
 )

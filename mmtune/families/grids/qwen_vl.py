@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmtune.families.box_convention import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 from mmtune.families.family import ConfigRule, Family, Geometry, Size
 
 _KEYS: dict[str, ConfigRule] = {
@@ -20,18 +21,23 @@ class QwenVl(Family):
     def geometry(self, processor: Any, settings: Mapping[str, Any], sizes: Sequence[Size]) -> Geometry | None:
         """The grid of patches of each image."""
         import numpy as np
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
         if not settings["do_resize"]:
             return None
-        patch, bounds = settings["patch_size"], settings["size"]
-        grids = []
-        for width, height in sizes:
-            min_pixels, max_pixels = bounds["shortest_edge"], bounds["longest_edge"]
-            factor = patch * settings["merge_size"]
-            resized = smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
-            grids.append([1, *(edge // patch for edge in resized)])
-        return {"image_grid_thw": np.array(grids)}
+        patch = settings["patch_size"]
+        resized = [self.resized_size(settings, size) for size in sizes]
+        return {"image_grid_thw": np.array([[1, height // patch, width // patch] for width, height in resized])}
+
+    def resized_size(self, settings: Mapping[str, Any], size: Size) -> Size:
+        """Whole groups of patches, within the limits of pixels."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        if not settings["do_resize"]:
+            return size
+        factor, bounds = settings["patch_size"] * settings["merge_size"], settings["size"]
+        limits = {"min_pixels": bounds["shortest_edge"], "max_pixels": bounds["longest_edge"]}
+        height, width = smart_resize(size[1], size[0], factor=factor, **limits)
+        return width, height
 
 
 QWEN_VL = QwenVl(
@@ -41,4 +47,5 @@ QWEN_VL = QwenVl(
     mrope=True,
     image_processors=("Qwen2VLImageProcessor",),
     processor_keys=_KEYS,
+    box_conventions={"Qwen2VLProcessor": QWEN2_VL, "Qwen2_5_VLProcessor": QWEN2_5_VL, "Qwen3VLProcessor": QWEN3_VL},
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mmtune.families import box_convention
 from mmtune.families.family import Family, Span, TextError
 
 if TYPE_CHECKING:
@@ -50,4 +51,5 @@ FLORENCE2 = Florence2(
     needs_image=True,
     one_image=True,
     images_first=True,
+    box_conventions={"Florence2Processor": box_convention.FLORENCE2},
 )

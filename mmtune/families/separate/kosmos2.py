@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mmtune.families import box_convention
 from mmtune.families.family import Family, Span
 
 if TYPE_CHECKING:
@@ -91,4 +92,5 @@ KOSMOS2 = Kosmos2(
     needs_image=True,
     one_image=True,
     images_first=True,
+    box_conventions={"Kosmos2Processor": box_convention.KOSMOS2},
 )

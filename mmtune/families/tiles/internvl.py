@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmtune.families import box_convention
 from mmtune.families.family import Family, Geometry, Size
 from mmtune.families.image_geometry import grid_tokens
 
@@ -32,6 +33,7 @@ INTERNVL = InternVl(
     processors=("InternVLProcessor",),
     image_processors=("GotOcr2ImageProcessor",),
     processor_keys={"image_seq_length": lambda config: int(grid_tokens(config) * config.downsample_ratio**2)},
+    box_conventions={"InternVLProcessor": box_convention.INTERNVL},
 )
 
 

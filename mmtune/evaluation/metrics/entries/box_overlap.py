@@ -13,7 +13,10 @@ from mmtune.evaluation.metrics.metric import Array, Item, Metric
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 _BOX = re.compile(rf"[\[(<{{]\s*(?:<?\w+>\s*)?({_NUMBER}(?:\s*[,\s]\s*{_NUMBER}){{3}})\s*[\])>}}]")
 _CORNERS = re.compile(rf"\(\s*({_NUMBER}\s*,\s*{_NUMBER})\s*\)\s*,?\s*\(\s*({_NUMBER}\s*,\s*{_NUMBER})\s*\)")
-_LOCATIONS = re.compile(r"(?:<loc\d+>){4}")
+_LOCATIONS = re.compile(r"(?:<loc_?\d+>){4}")
+_CELLS = re.compile(r"<patch_index_(\d+)>\s*<patch_index_(\d+)>")
+_GRID = 32
+"""Cells in a row of Kosmos-2's grid."""
 _BARE = re.compile(rf"\s*{_NUMBER}(?:\s*[,\s]\s*{_NUMBER}){{3}}\s*")
 
 _LARGEST = 1e9
@@ -64,11 +67,12 @@ class AccuracyAtHalf(BoxOverlap):
 def read_box_texts(text: str) -> list[tuple[float, float, float, float]]:
     """The boxes in a text, each two opposite corners.
 
-    A box is four numbers in brackets, `(x1, y1), (x2, y2)`, `<loc0100><loc0200><loc0300><loc0400>`, or a text of four numbers.
+    A box is four numbers in brackets, `(x1, y1), (x2, y2)`, four location tokens (`<loc0100>`, `<loc_100>`), two cells
+    (`<patch_index_0044><patch_index_0863>`, in thirty-seconds of the image), or a text of four numbers.
 
     A box without area, which has x1 = x2 or y1 = y2, is a box; its IoU is 0. A text with a coordinate above 1e9 has no boxes.
     """
-    text = to_ascii(text)
+    text = _CELLS.sub(lambda cells: str([*_corners_of_cells(int(cells[1]), int(cells[2]))]), to_ascii(text))
     groups = [text] if _BARE.fullmatch(text) else _LOCATIONS.findall(text)
     groups = groups or _BOX.findall(_CORNERS.sub(r"[\1, \2]", text))
     boxes = []
@@ -78,6 +82,17 @@ def read_box_texts(text: str) -> list[tuple[float, float, float, float]]:
             return []
         boxes.append((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
     return boxes
+
+
+def _corners_of_cells(first: int, last: int) -> tuple[float, float, float, float]:
+    """x1, y1, x2, y2 of the box from one cell to another: from center to center, or around the cells of one row or column.
+
+    Source: transformers' `patch_index_to_coordinate` of Kosmos-2 (arXiv 2306.14824).
+    """
+    (y1, x1), (y2, x2) = divmod(first, _GRID), divmod(last, _GRID)
+    if x1 == x2 or y1 == y2:
+        return x1, y1, x2 + 1, y2 + 1
+    return x1 + 0.5, y1 + 0.5, x2 + 0.5, y2 + 0.5
 
 
 def _matched_overlaps(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> tuple[Array, int]:
