@@ -33,17 +33,15 @@ def write_report(results: Path) -> None:
     stored = {path.stem.removeprefix("peers_"): json.loads(path.read_text()) for path in sorted(results.glob("peers_*.json"))}
     for name, result in stored.items():
         table = equality_table(result) if name == "equality" else speed_table(result)
-        lines = [
-            f"{result['machine']}; {result['conditions']}",
-            f"model {result['model']}, {result['steps']} steps of 8 rows",
-            *table,
-        ]
+        lines = [conditions(result), "", *table]
         (results / f"peers_{name}.txt").write_text("\n".join([*lines, "", *version_lines(result)]) + "\n")
     page = DOCS / "performance.md"
     before, _, rest = page.read_text().partition(BEGIN)
-    sections = ["![Losses, speed and memory of the programs](performance.png)", ""]
+    sections = ["![Losses of the programs on the same rows](performance.png)", ""]
     if "equality" in stored:
-        sections += ["### The same training", "", *equality_table(stored["equality"]), ""]
+        result = stored["equality"]
+        sections += ["### Equality", "", *equality_table(result), ""]
+        sections += [f"Model `{result['model']}`, {result['rows']} rows in the order of the file, {result['steps']} steps.", ""]
     for name, title in TITLES.items():
         if name in stored:
             sections += [f"### {title[0].upper()}{title[1:]}", "", *speed_table(stored[name]), "", conditions(stored[name]), ""]
@@ -54,30 +52,36 @@ def write_report(results: Path) -> None:
 def conditions(result: dict[str, Any]) -> str:
     rounds = 1 + max(run["round"] for run in result["runs"])
     medians = f"medians of {rounds} rounds" if rounds > 1 else "one round"
-    return f"{result['rows']} rows, {result['steps']} steps, {medians}; {result['conditions']}."
+    remark = "; other load on the machine, so no wall clock" if result["shared"] else ""
+    return f"Model `{result['model']}`, {result['rows']} rows, {result['steps']} steps, {medians}; {result['machine']}{remark}."
 
 
 def speed_table(result: dict[str, Any]) -> list[str]:
-    """Medians of each program in Markdown; the ratio is mmtune's number divided by the program's."""
-    lines = [
-        "| program | samples/s | ratio | samples per core second | ratio | tokens/s | padding | peak memory, GB | ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
+    """Medians of each program in Markdown; the ratio is mmtune's number divided by the program's.
+
+    On a machine with other load, the columns of the wall clock are left out.
+    """
+    columns = [
+        ("samples per core second", "samples_per_core_s", ".2f", True),
+        ("tokens per core second", "tokens_per_core_s", ".0f", True),
+        ("padding", "padding", ".0%", False),
+        ("peak memory, GB", "peak_gb", ".2f", True),
     ]
+    if not result["shared"]:
+        columns = [("samples/s", "samples_per_s", ".2f", True), ("tokens/s", "tokens_per_s", ".0f", True), *columns]
+    header = [f"{title} | ratio" if has_ratio else title for title, _, _, has_ratio in columns]
+    width = sum(1 + has_ratio for *_, has_ratio in columns)
+    lines = [f"| program | {' | '.join(header)} |", "|---" * (1 + width) + "|"]
     for program, values in result["medians"].items():
         if "failure" in values:
-            lines.append(f"| {NAMES[program]} | does not run: `{values['failure'].replace('|', '/')}` | | | | | | | |")
+            failure = values["failure"].replace("|", "/").replace("`", "'")
+            lines.append(f"| {NAMES[program]} | does not run: `{failure}` |" + " |" * (width - 1))
             continue
-        ratio = {key: f"{value:.2f}" for key, value in values.items() if key.startswith("ratio_")}
-        cells = [
-            f"{values['samples_per_s']:.2f}",
-            ratio.get("ratio_samples_per_s", ""),
-            f"{values['samples_per_core_s']:.2f}",
-            ratio.get("ratio_samples_per_core_s", ""),
-            f"{values['tokens_per_s']:.0f}",
-            f"{values['padding']:.0%}",
-            f"{values['peak_gb']:.2f}",
-            ratio.get("ratio_peak_gb", ""),
-        ]
+        cells = []
+        for _, key, form, has_ratio in columns:
+            cells.append(format(values[key], form))
+            if has_ratio:
+                cells.append(format(values.get(f"ratio_{key}", float("nan")), ".2f"))
         lines.append(f"| {NAMES[program]} | " + " | ".join(cells) + " |")
     return lines
 
@@ -107,9 +111,14 @@ def version_lines(result: dict[str, Any]) -> list[str]:
 
 
 def draw(stored: dict[str, Any], path: Path) -> None:
-    """Losses of the same rows in one plot; speed and memory with and without activation checkpointing beside it."""
-    figure, (losses, speed, memory) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    """Losses of the same rows, and once measured, speed and memory with and without activation checkpointing."""
+    parts = [(name, stored[name]["medians"]) for name in ("lora", "lora_checkpointing") if name in stored]
+    bars = (("samples_per_core_s", "samples per core second"), ("peak_gb", "peak memory, GB")) if parts else ()
+    count = 1 + len(bars)
+    figure, axes = plt.subplots(1, count, figsize=(2 + 3.4 * count, 3.4), layout="constrained", squeeze=False)
     styles = {"mmtune": ("C0", "-", 4), "llamafactory": ("C1", "--", 2.5), "swift": ("C2", "-.", 1.8), "trl": ("C3", ":", 1.8)}
+    losses = axes[0, 0]
+    losses.set(xlabel="optimizer step", ylabel="loss (nats per token)", title="the same rows in each step")
     for run in stored["equality"]["runs"] if "equality" in stored else []:
         if "steps" in run:
             color, line, width = styles[run["program"]]
@@ -117,26 +126,16 @@ def draw(stored: dict[str, Any], path: Path) -> None:
             losses.plot(
                 range(1, len(points) + 1), points, color=color, linestyle=line, linewidth=width, label=NAMES[run["program"]]
             )
-    losses.set(xlabel="optimizer step", ylabel="loss (nats per token)", title="the same rows in each step")
-    if losses.lines:
-        losses.legend(fontsize=8)
-    for axis, key, title in ((speed, "samples_per_s", "samples/s"), (memory, "peak_gb", "peak memory, GB")):
-        for offset, (part, label, alpha) in enumerate((("lora", "LoRA", 1.0), ("lora_checkpointing", "with checkpointing", 0.5))):
-            values = stored.get(part, {}).get("medians", {})
-            for place, program in enumerate(NAMES):
-                if key in values.get(program, {}):
-                    position = place + 0.4 * offset - 0.2
-                    axis.bar(
-                        position,
-                        values[program][key],
-                        0.38,
-                        color=styles[program][0],
-                        alpha=alpha,
-                        label=label if not place else "",
-                    )
+            losses.legend(fontsize=8)
+    for axis, (key, title) in zip(axes[0, 1:], bars, strict=True):
+        for offset, (name, medians) in enumerate(parts):
+            programs = [program for program in NAMES if key in medians.get(program, {})]
+            places = [list(NAMES).index(program) + 0.4 * offset - 0.2 for program in programs]
+            colors = [styles[program][0] for program in programs]
+            heights = [medians[program][key] for program in programs]
+            axis.bar(places, heights, 0.38, color=colors, alpha=1 - 0.5 * offset, label=TITLES[name])
         axis.set_xticks(range(len(NAMES)), list(NAMES.values()), fontsize=8)
         axis.set_title(title)
-        if axis.patches:
-            axis.legend(fontsize=8)
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -142,6 +142,7 @@ def measure(
         "samples_per_s": total["samples"] / (end - begin),
         "samples_per_core_s": total["samples"] / core_seconds,
         "tokens_per_s": total["tokens"] / (end - begin),
+        "tokens_per_core_s": total["tokens"] / core_seconds,
         "padding": 1 - total["tokens"] / total["padded"],
         "peak_gb": max(size for at, size in samples if first["begin"] <= at <= end) / 1e9,
         "steps": [{key: value for key, value in step.items() if key not in ("time", "processor")} for step in steps],
@@ -170,8 +171,8 @@ def run_part(name: str, part: Part, arguments: argparse.Namespace) -> dict[str, 
         "rows": arguments.rows,
         "steps": arguments.steps,
         "options": list(part.options),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads",
-        "conditions": arguments.conditions,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}",
+        "shared": arguments.shared,
         "runs": runs,
         "medians": medians(runs),
     }
@@ -189,12 +190,12 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
         if any("failure" in run for run in program_runs):
             result[program] = {"failure": next(run["failure"] for run in program_runs if "failure" in run)}
             continue
-        keys = ("samples_per_s", "samples_per_core_s", "tokens_per_s", "padding", "peak_gb", "start_up_s")
+        keys = ("samples_per_s", "samples_per_core_s", "tokens_per_s", "tokens_per_core_s", "padding", "peak_gb", "start_up_s")
         result[program] = {key: statistics.median(run[key] for run in program_runs) for key in keys}
         ours = {run["round"]: run for run in runs if run["program"] == "mmtune" and "failure" not in run}
         pairs = [(ours[run["round"]], run) for run in program_runs if run["round"] in ours]
         if pairs:
-            for key in ("samples_per_s", "samples_per_core_s", "tokens_per_s", "peak_gb"):
+            for key in ("samples_per_s", "samples_per_core_s", "tokens_per_s", "tokens_per_core_s", "peak_gb"):
                 result[program][f"ratio_{key}"] = statistics.median(our[key] / run[key] for our, run in pairs)
     return result
 
@@ -209,7 +210,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--steps", type=int, default=32, help="optimizer steps of 8 rows; the first two are not measured")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--conditions", default="", help="a remark for the results, such as what else ran")
+    parser.add_argument(
+        "--shared", action="store_true", help="other load is on the machine: report processor time, no wall clock"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="run nothing; write tables and plots from the stored results")
     arguments = parser.parse_args()
