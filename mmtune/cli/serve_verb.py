@@ -168,7 +168,7 @@ def _check(arguments: argparse.Namespace) -> Any:
     print(f"prompt tokens: {result.same_prompt_tokens} of {result.questions} questions have as many as in training")
     print(f"answers: {result.same_answers} of {result.questions} are the trained model's")
     for part, count in result.unread_parts.items():
-        print(f"warning: the engine leaves out {part} ({count} question{'s' if count > 1 else ''}), and is compared without it")
+        print(f"warning: the engine {part} ({count} question{'s' if count > 1 else ''}), and is compared with that prompt")
     if result.failed_answers:
         print(
             f"warning: {result.failed_answers} answers are not compared, because the engine fails at them: such as a tool call "

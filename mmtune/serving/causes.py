@@ -241,7 +241,7 @@ def answers_as_base(model: TrainedModel, compared: Sequence[ServedQuestion]) -> 
 
 
 def _texts_differ(engine: EngineClient, model: TrainedModel, question: Sample) -> bool:
-    """Whether the engine counts another number of tokens for a question without its images, and leaves out no parts of it."""
+    """Whether the engine counts another number of tokens for a question without its images, and `PARTS` do not explain it."""
     texts = replace(question, messages=[_text_alone(message) for message in question.messages])
     try:
         expected = model.prompt_tokens(prompt_messages(texts), texts.tools)

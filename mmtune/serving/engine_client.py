@@ -239,6 +239,8 @@ def openai_message(message: Message) -> dict[str, Any]:
     converted: dict[str, Any] = {"role": message["role"], "content": [_openai_block(block) for block in message["content"]]}
     if message["role"] != "user" and all(block["type"] == "text" for block in message["content"]):
         converted["content"] = "".join(block["text"] for block in message["content"])
+        if "tool_calls" in message and not converted["content"]:
+            converted["content"] = None  # vLLM 0.32 gives templates a list with an empty text for "", which they take for a text
     if calls := message.get("tool_calls"):
         converted["tool_calls"] = [
             {

@@ -15,12 +15,12 @@ class ServedQuestion:
     """One question, answered by the trained model and by the engine.
 
     Attributes:
-        sample: the held-out sample, without its `unread` parts.
+        sample: the held-out sample, as the engine reads it.
         trained: the trained model's answer.
         engine: the engine's answer; None if it rejected the question. If it failed only at its answer, the number of prompt
             tokens alone.
         rejection: the engine's words.
-        unread: parts of the conversation that the engine leaves out, keys of `unread_parts.PARTS`.
+        unread: what the engine does to the conversation, keys of `unread_parts.PARTS`.
     """
 
     sample: Sample

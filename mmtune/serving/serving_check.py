@@ -26,8 +26,8 @@ class ServingResult:
         same_answers: questions with the same greedy answer.
         failed_answers: questions without an answer to compare, because the engine failed at it.
         not_asked: questions with a video or audio, which the check does not send.
-        unread_parts: parts of conversations that the engine leaves out, and the number of their questions. These questions are
-            compared without these parts.
+        unread_parts: what the engine does to conversations, keys of `unread_parts.PARTS`, and the number of questions. These are
+            compared as the engine reads them.
         cause: the cause of the difference; None without one.
         rounding: whether every differing answer is explained by computing in bf16.
         largest_log_probability_difference: over the tokens of equal answers; None if the engine gives none.

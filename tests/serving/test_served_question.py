@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from mmtune.data.message import Sample, text_of
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
 from mmtune.serving.causes import answers_as_base, find_hidden_cause, find_token_cause, gap_at_departure
-from mmtune.serving.engine_client import EngineAnswer, EngineClient, RequestRejected
+from mmtune.serving.engine_client import EngineAnswer, EngineClient, RequestRejected, openai_message
 from mmtune.serving.served_question import ServedQuestion
 from mmtune.serving.serving_check import check_serving
 from mmtune.serving.trained_answers import TrainedAnswer
@@ -134,11 +135,11 @@ class Counting:
 @pytest.mark.parametrize(
     ("counted", "parts"),
     [
-        (8, ("the text beside a tool call",)),
-        (9, ("reasoning_content",)),
-        (7, ("reasoning_content", "the name of a tool result")),
-        (4, ("the text beside a tool call", "reasoning_content", "the name of a tool result")),
-        (6, ("the text beside a tool call", "reasoning_content")),
+        (8, ("leaves out the text beside a tool call",)),
+        (9, ("leaves out reasoning_content",)),
+        (7, ("leaves out reasoning_content", "leaves out the name of a tool result")),
+        (4, ("leaves out the text beside a tool call", "leaves out reasoning_content", "leaves out the name of a tool result")),
+        (6, ("leaves out the text beside a tool call", "leaves out reasoning_content")),
         (3, None),
         (12, None),
     ],
@@ -154,6 +155,31 @@ def test_parts_that_an_engine_leaves_out_are_found_by_the_number_of_tokens(count
     read = find_unread_parts(Counting(), Sample("0", turns), counted)  # type: ignore[arg-type]
     assert (read and read[1]) == parts
     assert read is None or (read[0].messages[0], read[0].messages[-1]) == (turns[0], turns[-1])
+
+
+def test_a_schema_without_description_is_read_as_vllm_writes_it() -> None:
+    """vLLM 0.32 gives chat templates the keys of OpenAI's API, with null for a missing description."""
+
+    class Schemas:
+        def prompt_tokens(self, _: Any, tools: Any) -> int:
+            return len(json.dumps(tools))
+
+    function = {"name": "find", "description": None, "parameters": {"type": "object"}}
+    tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}, "response": {}}}
+    turns = [{"role": "user", "content": block("Find it")}, {"role": "assistant", "content": block("yes")}]
+    written = ({"type": "function", "function": function},)
+    read = find_unread_parts(Schemas(), Sample("0", turns, tools=(tool,)), len(json.dumps(written)))  # type: ignore[arg-type]
+    assert read is not None and read[0].tools == written and read[0].messages == turns
+    assert read[1][0].startswith('writes "description": null') and len(read[1]) == 1
+
+
+def test_a_call_without_text_has_no_content() -> None:
+    call = {"type": "function", "function": {"name": "find", "arguments": {}}}
+    contents = [
+        openai_message({"role": "assistant", "content": content, "tool_calls": [call]})["content"]
+        for content in ([], block(""), block("I look"))
+    ]
+    assert contents == [None, None, "I look"]
 
 
 def block(text: str) -> list[dict[str, str]]:

@@ -18,6 +18,7 @@ from mmtune.cli.main import entry_point
 from mmtune.models.tiny.tiny_bases import BASES, write_tiny_base
 from mmtune.models.tiny.tiny_models import write_tiny_language, write_tiny_vision
 from mmtune.serving.engine_process import free_port
+from tests.serving.test_served_conversations import A_CALL, ALL, ROWS, TEMPLATE, TEXT_BESIDE_A_CALL, train, write_images
 from tests.serving.test_serving_check import write_run
 
 VLLM = os.environ.get("MMTUNE_VLLM", "")
@@ -63,13 +64,15 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 @contextmanager
-def served(model: Path) -> Iterator[str]:
+def served(model: Path, *options: str) -> Iterator[str]:
     """The address of `mmtune serve --engine vllm`; at its end, Ctrl-C leaves no process."""
     port = str(free_port())
     command = [sys.executable, "-m", "mmtune.cli.main", "serve", str(model), "--engine", "vllm", "--engine-command", VLLM]
     log = model.parent / f"log-{port}"
     with log.open("w") as errors:
-        started = subprocess.Popen([*command, "--port", port, "--", *OPTIONS], stdout=subprocess.PIPE, stderr=errors, text=True)
+        started = subprocess.Popen(
+            [*command, "--port", port, "--", *OPTIONS, *options], stdout=subprocess.PIPE, stderr=errors, text=True
+        )
     assert started.stdout is not None
     engines: list[psutil.Process] = []
     try:
@@ -82,7 +85,7 @@ def served(model: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         started.send_signal(signal.SIGINT)
-        status = started.wait(60)
+        status = started.wait(300)
     assert status == 130
     assert not psutil.wait_procs(engines, timeout=5)[1]
 
@@ -92,4 +95,19 @@ def test_a_good_release_passes(run: Path, capsys: pytest.CaptureFixture[str]) ->
         assert entry_point(["serve", "--check", address, "--run", str(run), "--json"]) == 0, capsys.readouterr().err
     result = json.loads(capsys.readouterr().out)
     assert result["same_prompt_tokens"] == result["same_answers"] == result["questions"] == 7
+    assert result["largest_log_probability_difference"] < 1e-3
+
+
+def test_conversations_are_answered_as_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A schema that the engine writes otherwise, and a call that it takes out of the text, are no difference."""
+    base = write_base("qwen2_5_vl", tmp_path)
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    write_images(tmp_path)
+    run = train(base, "all", [*ROWS.values(), TEXT_BESIDE_A_CALL, A_CALL], ALL, evaluate=None)
+    capsys.readouterr()
+    with served(run, "--enable-auto-tool-choice", "--tool-call-parser", "hermes") as address:
+        assert entry_point(["serve", "--check", address, "--run", str(run), "--json"]) == 0, capsys.readouterr()
+    result = json.loads(capsys.readouterr().out)
+    assert result["same_prompt_tokens"] == result["same_answers"] == len(ROWS) + 2 and not result["rounding"]
+    assert list(result["unread_parts"].values()) == [4] and 'writes "description": null' in next(iter(result["unread_parts"]))
     assert result["largest_log_probability_difference"] < 1e-3
