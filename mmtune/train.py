@@ -147,8 +147,9 @@ def evaluate_base(inputs: RunInputs, model: Any, processor: ProcessorMixin, run:
     if not (section and section.before):
         return []
     with gathered_forward(model):
-        before = evaluate(model, processor, section, inputs.dist, "before tuning", inputs.hash_weights())
-        evaluate_tasks(model, processor, section, run, "before", inputs.dist, inputs.hash_weights())
+        weights = inputs.hash_weights()
+        before = evaluate(model, processor, section, inputs.dist, "before tuning", weights)
+        evaluate_tasks(model, processor, section, run, "before", inputs.dist, weights)
     if inputs.dist.is_main_process:
         write_answers(before, answers)
     return before
@@ -197,9 +198,11 @@ def summarize(
 ) -> dict[str, Any]:
     """Evaluate the tuned model, and write the report and `summary.json`."""
     recipe, section = inputs.recipe, inputs.recipe.evaluate
-    after = evaluate(tuned.model, processor, section, inputs.dist, "after tuning", inputs.hash_weights(run)) if section else []
+    after = []
     if section:
-        evaluate_tasks(tuned.model, processor, section, run, "after", inputs.dist, inputs.hash_weights(run))
+        weights = inputs.hash_weights(run)
+        after = evaluate(tuned.model, processor, section, inputs.dist, "after tuning", weights)
+        evaluate_tasks(tuned.model, processor, section, run, "after", inputs.dist, weights)
     if not inputs.dist.is_main_process:
         return {}
     metrics |= {

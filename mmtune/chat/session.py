@@ -21,7 +21,7 @@ from mmtune.data.encoding.encoding_checks import check_encoding, check_system_pr
 from mmtune.data.encoding.token_counts import Counts, count_prompt_tokens
 from mmtune.data.media.media import EmbeddedMedia, ImageView, open_image
 from mmtune.data.media.pixels import Window
-from mmtune.data.message import Message, Sample, has_media, text_of
+from mmtune.data.message import Message, Sample, has_media, text_message, text_of
 from mmtune.data.message_rows import check_messages_row, messages_row, read_messages_row
 from mmtune.models.compute import adapter_disabled, move_batch, training_autocast
 from mmtune.models.generation import generate
@@ -267,7 +267,7 @@ class ChatSession:
         messages = [_with_images(turn, lambda image: ImageView(image, self._window)) for turn in turns]
         if system is not None:
             check_system_prompt(self._processor, system)
-        question: Message = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+        question: Message = text_message("user", "?")
         encode_prompt(sample.id, _with_system(system, [*messages, question]), self._processor)
         loaded = tuple(_with_images(message, _in_memory) for message in messages)
         self.state = replace(self.state, system=system, messages=loaded, repeats=0)
@@ -280,7 +280,7 @@ class ChatSession:
         chunks: list[str] = []
 
         def answered() -> ChatState:
-            answer: Message = {"role": "assistant", "content": [{"type": "text", "text": "".join(chunks)}]}
+            answer: Message = text_message("assistant", "".join(chunks))
             return replace(before, messages=(*before.messages, question, answer), repeats=before.repeats + 1)
 
         try:
@@ -344,7 +344,7 @@ class ChatSession:
 def _with_system(system: str | None, messages: list[Message]) -> list[Message]:
     if system is None:
         return messages
-    return [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
+    return [text_message("system", system), *messages]
 
 
 def _images_of(message: Message) -> list[Block]:

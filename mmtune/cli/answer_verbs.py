@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmtune.cli.verb_arguments import AddVerb, add_trust
+from mmtune.cli.verb_arguments import AddVerb, add_trust, check_jsonl
 from mmtune.console.library_output import configure_console
 from mmtune.utils.errors import UserError
 from mmtune.utils.hub import missing_path_message
@@ -56,8 +56,7 @@ def _predict(arguments: argparse.Namespace) -> Any:
     from mmtune.utils.locks import locked
 
     out = Path(arguments.out)
-    if out.suffix != ".jsonl" or out.is_dir():
-        raise UserError(f"--out {out}: expected a .jsonl file")
+    check_jsonl(out)
     if out.exists() and not arguments.overwrite:
         raise UserError(f"--out {out}: the file exists; give another one, or --overwrite to replace it")
     for name in ("batch_size", "max_new_tokens"):

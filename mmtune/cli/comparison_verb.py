@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmtune.cli.verb_arguments import AddVerb
+from mmtune.cli.verb_arguments import AddVerb, check_jsonl
 from mmtune.console.library_output import configure_console
 from mmtune.utils.errors import UserError
 from mmtune.utils.hub import missing_path_message
@@ -110,8 +110,8 @@ def _weights(arguments: argparse.Namespace) -> list[float]:
     for name in ("weights", "out"):
         if getattr(arguments, name) and not arguments.vote:
             raise UserError(f"--{name}: needs --vote majority or --vote mean")
-    if arguments.out and (Path(arguments.out).suffix != ".jsonl" or Path(arguments.out).is_dir()):
-        raise UserError(f"--out {arguments.out}: expected a .jsonl file")
+    if arguments.out:
+        check_jsonl(Path(arguments.out))
     if arguments.vote and len(arguments.model) < 2:
         raise UserError("--vote: expected at least two runs or files of answers")
     if not arguments.weights:

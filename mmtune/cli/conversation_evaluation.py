@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmtune.cli.verb_arguments import check_jsonl
 from mmtune.console.library_output import configure_console
 from mmtune.utils.errors import CheckFailed, UserError
 
@@ -41,8 +42,7 @@ def evaluate_conversations(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--conversation: expected one process; run it without torchrun or accelerate launch")
     path, out = Path(arguments.conversation), Path(arguments.out) if arguments.out else None
     if out is not None:
-        if out.suffix != ".jsonl" or out.is_dir():
-            raise UserError(f"--out {out}: expected a .jsonl file")
+        check_jsonl(out)
         check_writable(out.absolute().parent, f"--out {out}: ")
     configure_console()
     from mmtune.evaluation.conversations.script import question_messages, read_script
@@ -59,24 +59,14 @@ def evaluate_conversations(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--judge-model: needs --judge")
     questions = question_messages(script, path)
     trained = locate_trained_weights(Path(arguments.model))
-    from mmtune.data.encoding.encoding_checks import check_encoding, check_system_prompt
-    from mmtune.data.message import Sample
+    from mmtune.data.encoding.encoding_checks import check_system_prompt
     from mmtune.evaluation.conversations.run_script import print_results, run_script, summarize_turns, write_turns
-    from mmtune.evaluation.predictions.answering import generate_answers
-    from mmtune.models.compute import to_best_device
-    from mmtune.models.load import load_trained
 
     ask = _judge(arguments) if arguments.judge else None
-    model, processor = load_trained(trained, trust_remote_code=arguments.trust_remote_code)
-    check_encoding(processor)
+    processor, answer = _answerer(trained, script.max_new_tokens, str(arguments.model), arguments.trust_remote_code)
     for each in script.conversations:
         if each.system is not None:
             check_system_prompt(processor, each.system)
-    model = to_best_device(model)
-
-    def answer(samples: Sequence[Sample]) -> list[str]:
-        return generate_answers(model, processor, samples, script.max_new_tokens, BATCH_SIZE, str(arguments.model))
-
     turns = run_script(script, questions, answer, ask)
     summary = summarize_turns(turns)
     print_results(summary)
@@ -89,12 +79,27 @@ def evaluate_conversations(arguments: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
+def _answerer(trained: Any, max_new_tokens: int, label: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The processor of a model, and a function that answers the last questions of samples with it."""
+    from mmtune.data.encoding.encoding_checks import check_encoding
+    from mmtune.evaluation.predictions.answering import generate_answers
+    from mmtune.models.compute import to_best_device
+    from mmtune.models.load import load_trained
+
+    model, processor = load_trained(trained, trust_remote_code=trust_remote_code)
+    check_encoding(processor)
+    model = to_best_device(model)
+    return processor, lambda samples: generate_answers(model, processor, samples, max_new_tokens, BATCH_SIZE, label)
+
+
 def _judge(arguments: argparse.Namespace) -> Any:
     """The judge as a function from prompts to replies.
 
     Raises:
         UserError, CheckFailed: no engine answers, or the model cannot be loaded.
     """
+    from mmtune.data.message import text_message
+
     if arguments.judge.startswith(("http://", "https://")):
         from mmtune.serving.engine_client import EngineClient, RequestRejected
 
@@ -103,31 +108,23 @@ def _judge(arguments: argparse.Namespace) -> Any:
 
         def ask_engine(prompts: Sequence[str]) -> list[str]:
             try:
-                return [client.ask([_question(prompt)], MAX_REPLY_TOKENS).text for prompt in prompts]
+                return [client.ask([text_message("user", prompt)], MAX_REPLY_TOKENS).text for prompt in prompts]
             except RequestRejected as error:
                 raise CheckFailed(f"{arguments.judge}: the judge rejects a question: {error}") from error
 
         return ask_engine
     if arguments.judge_model:
         raise UserError(f"--judge-model {arguments.judge_model}: needs the address of an engine as --judge")
-    from mmtune.data.encoding.encoding_checks import check_encoding
     from mmtune.data.message import Sample
-    from mmtune.evaluation.predictions.answering import generate_answers
+    from mmtune.data.templates.template import unanswered_turn
     from mmtune.models.checkpoints.trained_weights import locate_trained_weights
-    from mmtune.models.compute import to_best_device
-    from mmtune.models.load import load_trained
 
     trained = locate_trained_weights(Path(arguments.judge))
 
     def ask_model(prompts: Sequence[str]) -> list[str]:
-        model, processor = load_trained(trained, trust_remote_code=arguments.trust_remote_code)
-        check_encoding(processor)
-        placeholder = {"role": "assistant", "content": [{"type": "text", "text": "?"}]}
-        samples = [Sample(f"judge {number}", [_question(prompt), placeholder]) for number, prompt in enumerate(prompts)]
-        return generate_answers(to_best_device(model), processor, samples, MAX_REPLY_TOKENS, BATCH_SIZE, "judging")
+        _, answer = _answerer(trained, MAX_REPLY_TOKENS, "judging", arguments.trust_remote_code)
+        turns = [[text_message("user", prompt), unanswered_turn()] for prompt in prompts]
+        replies: list[str] = answer([Sample(f"judge {number}", each) for number, each in enumerate(turns)])
+        return replies
 
     return ask_model
-
-
-def _question(prompt: str) -> dict[str, Any]:
-    return {"role": "user", "content": [{"type": "text", "text": prompt}]}

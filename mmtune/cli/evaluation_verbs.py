@@ -83,11 +83,12 @@ def _eval(arguments: argparse.Namespace) -> Any:
     from mmtune.models.compute import to_best_device
     from mmtune.models.load import load_trained
 
+    trained_by = load_recipe(trained.run.recipe) if of_run else None
     for each in evaluations:
         with each.located_errors():
             check_questions(each.section)
-            if of_run and (arguments.recipe or arguments.overrides or each.task):
-                warn_of_leakage(load_recipe(trained.run.recipe), each.section)
+            if trained_by is not None and (arguments.recipe or arguments.overrides or each.task):
+                warn_of_leakage(trained_by, each.section)
     with evaluations[0].located_errors():
         dist = init_inference()
         chat_template = None if recipe is None else recipe.model.chat_template

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from mmtune.utils.errors import UserError
 
 AddVerb = Callable[[Any, str, Callable[[argparse.Namespace], Any], str], argparse.ArgumentParser]
 """Declares one verb. Arguments: argparse's subparsers, the verb's name, its function, its help text."""
@@ -20,6 +23,16 @@ def add_recipe_arguments(verb: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="override keys of the recipe, such as train.learning_rate=1e-4",
     )
+
+
+def check_jsonl(out: Path) -> None:
+    """Check the ending of a file that --out names.
+
+    Raises:
+        UserError: it does not end in .jsonl, or is a directory.
+    """
+    if out.suffix != ".jsonl" or out.is_dir():
+        raise UserError(f"--out {out}: expected a .jsonl file")
 
 
 def add_trust(verb: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from mmtune.data.encoding.encode import IGNORE_INDEX, OverLength, encode_sample
 from mmtune.data.encoding.over_length import fit_to_budget
 from mmtune.data.media.image_headers import inspect_image
 from mmtune.data.media.media import blank_image
-from mmtune.data.message import RowError, Sample
+from mmtune.data.message import RowError, Sample, text_message
 from mmtune.data.sources.held_out_split import describe_split
 from mmtune.data.sources.reader import SourceReader
 from mmtune.data.sources.source import Row
@@ -254,6 +254,6 @@ def dummy_sample(processor: ProcessorMixin) -> Encoded:
     It replaces a batch whose rows were all dropped, and is added to batches without images so that the vision tower is used.
     """
     question = {"role": "user", "content": [{"type": "image", "image": blank_image()}, {"type": "text", "text": "?"}]}
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "."}]}
+    answer = text_message("assistant", ".")
     encoded = encode_sample(Sample("dummy sample", [question, answer]), processor)
     return {**encoded, "labels": torch.full_like(encoded["labels"], IGNORE_INDEX)}

@@ -87,6 +87,11 @@ def _images_of(messages: list[Message]) -> list[Media]:
     return [block["image"] for message in messages for block in message["content"] if block["type"] == "image"]
 
 
+def text_message(role: str, text: str) -> Message:
+    """A message of text alone."""
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
 def text_of(message: Message) -> str:
     """The text of one message, without its media."""
     return "".join(block["text"] for block in message["content"] if block["type"] == "text")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from mmtune.evaluation.metrics.intervals import confidence_interval
-from mmtune.evaluation.metrics.metric import Item, Metric
+from mmtune.evaluation.metrics.metric import Array, Item, Metric
 from mmtune.evaluation.metrics.metric_table import find_metric, recorded_metric
 
 Key = TypeVar("Key", bound=Hashable)
@@ -126,6 +126,11 @@ def score_answers(answers: Sequence[Answer]) -> list[Answer]:
             score = metric.unparsed_score if value is None else value
             scored[index] = replace(answers[index], score=score, parsed=value is not None)
     return scored
+
+
+def statistics_of(metric: Metric, answers: Sequence[Answer]) -> Array:
+    """`Metric.statistics` of answers that have been scored, shape (answers, k)."""
+    return metric.statistics([each.item() for each in answers], [each.score if each.parsed else None for each in answers])
 
 
 def of_benchmark(answers: Sequence[Answer], task: str) -> list[Answer]:

@@ -8,16 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
-from mmtune.console.styled_console import StyledConsole
-from mmtune.evaluation.answers import Answer, score_metrics
+from mmtune.evaluation.answers import Answer, score_metrics, statistics_of
 from mmtune.evaluation.answers_file import read_answers
 from mmtune.evaluation.field_groups import field_groups
 from mmtune.evaluation.metrics.metric_table import recorded_metric
 from mmtune.evaluation.paired_comparison import PairedDifference, holm, paired_difference
-from mmtune.evaluation.scores import difference_lines, format_difference, format_interval, format_score
+from mmtune.evaluation.scores import difference_lines, format_difference, format_interval, format_score, print_rows
 from mmtune.evaluation.tasks import recipe_tasks
 from mmtune.recipe.recipe import EvaluateSection
 from mmtune.run_directory import RunDirectory
@@ -125,10 +121,7 @@ def compare_tasks(pairs: Sequence[Pair]) -> list[TaskDifference]:
 
 def _difference(metric_name: str, pairs: Sequence[Pair]) -> PairedDifference:
     metric = recorded_metric(metric_name)
-    first, second = (
-        metric.statistics([each.item() for each in side], [each.score if each.parsed else None for each in side])
-        for side in zip(*pairs, strict=True)
-    )
+    first, second = (statistics_of(metric, side) for side in zip(*pairs, strict=True))
     return paired_difference(first, second, [answer.cluster for answer, _ in pairs], metric.headline, metric.proportion)
 
 
@@ -244,15 +237,8 @@ def print_comparison(comparison: Comparison, names: tuple[str, str]) -> None:
     print(f"{names[1]} against {names[0]}:")
     for line in unmatched_lines(comparison, names):
         print(line)
-    table = Table(title="Difference of the scores", title_justify="left")
     rows = difference_rows(comparison.tasks, column_names(names))
-    for number, name in enumerate(rows[0]):
-        table.add_column(Text(name), justify="right" if number else "left")
-    for row in rows:
-        if row["task or source"] == "overall":
-            table.add_section()
-        table.add_row(*map(Text, row.values()))
-    StyledConsole().print_table(table)
+    print_rows("Difference of the scores", rows, [row["task or source"] == "overall" for row in rows])
     for line in difference_lines(differences_to_dicts(comparison.tasks)):
         print(line)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mmtune.evaluation.answers import Answer, score_answers
+from mmtune.evaluation.answers import Answer, score_answers, statistics_of
 from mmtune.evaluation.comparison import Comparison, answers_by_id, compare_answers, differing_keys
 from mmtune.evaluation.metrics.metric_table import METRICS
 from mmtune.utils.errors import UserError
@@ -71,15 +71,16 @@ def vote_of_models(models: Sequence[Sequence[Answer]], how: How, weights: Sequen
     combine = _majority if how == "majority" else _mean
     voted = [combine(row, weights) for row in rows]
     answers = score_answers([answer for answer, _ in voted])
-    gains = [compare_answers(each, answers) for each in own]
-    best = max(range(len(own)), key=lambda index: _overall(gains[index]))
-    return Vote(answers, len(sides[0]) - len(rows), sum(not decided for _, decided in voted), best, gains[best])
+    best = max(range(len(own)), key=lambda index: _overall(own[index]))
+    gain = compare_answers(own[best], answers)
+    return Vote(answers, len(sides[0]) - len(rows), sum(not decided for _, decided in voted), best, gain)
 
 
-def _overall(comparison: Comparison) -> float:
-    """The overall score of the first side, negated where lower scores are better."""
-    result = comparison.tasks[-1].result
-    return result.first if METRICS[comparison.tasks[-1].metric].greater_is_better else -result.first
+def _overall(answers: Sequence[Answer]) -> float:
+    """The overall score of a model, negated where lower scores are better."""
+    metric = METRICS[answers[0].metric]
+    score = float(metric.headline(statistics_of(metric, answers).sum(axis=0)))
+    return score if metric.greater_is_better else -score
 
 
 def _majority(row: Sequence[Answer], weights: Sequence[float]) -> tuple[Answer, bool]:

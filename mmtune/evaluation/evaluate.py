@@ -204,8 +204,11 @@ def unanswered(
         RowError: the conversation does not end with an answer of text.
     """
     source = rows.source_of(index)
-    values = {name: name_in(*rows.row(index), name) for name in section.groups}
-    groups = {name: NO_VALUE if value is None else value for name, value in values.items()}
+    groups = {}
+    if section.groups:
+        row_id, row = rows.row(index)
+        values = {name: name_in(row_id, row, name) for name in section.groups}
+        groups = {name: NO_VALUE if value is None else value for name, value in values.items()}
     answers = []
     for question in questions_of(sample, section):
         messages, reference = split_question(question)

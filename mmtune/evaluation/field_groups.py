@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mmtune.evaluation.answers import Answer, item_scores
+from mmtune.evaluation.answers import Answer, item_scores, statistics_of
 from mmtune.evaluation.metrics.intervals import confidence_interval
 from mmtune.evaluation.metrics.metric_table import recorded_metric
 
@@ -36,10 +36,9 @@ def field_groups(answers: Sequence[Answer]) -> list[dict[str, Any]]:
             if highest.score > lowest.score:
                 ends = []
                 for each in (lowest, highest):
-                    rows = [number for number, value in enumerate(values) if value == each.task]
-                    statistics = metric.statistics([items[row] for row in rows], [scores[row] for row in rows])
-                    confidence = pair_confidence(len(by_value))
-                    interval = confidence_interval(metric, statistics, [own[row].cluster for row in rows], confidence)
+                    group = [answer for answer, value in zip(own, values, strict=True) if value == each.task]
+                    clusters = [answer.cluster for answer in group]
+                    interval = confidence_interval(metric, statistics_of(metric, group), clusters, pair_confidence(len(by_value)))
                     ends.append((each.score, interval))
                 gap = {
                     "lowest": lowest.task,

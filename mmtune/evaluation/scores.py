@@ -29,11 +29,11 @@ def print_scores(summary: dict[str, Any], column: str = "tuned", task: str | Non
     if not rows:
         return
     named = [{column if name == "tuned" else name: text for name, text in row.items()} for row in rows]
-    _print_table(score_title(summary, task), named, [score["task"] == "overall" for score in summary["tuned_scores"]])
+    print_rows(score_title(summary, task), named, [score["task"] == "overall" for score in summary["tuned_scores"]])
     for line in further_lines(summary, every_group=task is not None) + difference_lines(summary.get("comparison", [])):
         print(line)
     for groups in summary.get("groups", ()):
-        _print_table(group_title(groups), group_rows(groups))
+        print_rows(group_title(groups), group_rows(groups))
         if (gap := gap_line(groups)) is not None:
             print(gap)
     for name, metrics in summary.get("tasks", {}).items():
@@ -45,8 +45,8 @@ def print_scores(summary: dict[str, Any], column: str = "tuned", task: str | Non
         )
 
 
-def _print_table(title: str, rows: Sequence[Mapping[str, str]], sections: Sequence[bool] = ()) -> None:
-    """Print rows of text by column; `sections` says above which of them a line is drawn."""
+def print_rows(title: str, rows: Sequence[Mapping[str, str]], sections: Sequence[bool] = ()) -> None:
+    """Print a table of rows of text by column, the first one on the left; `sections` says above which rows a line is drawn."""
     table = Table(title=Text(title), title_justify="left")
     for number, name in enumerate(rows[0]):
         table.add_column(Text(name), justify="right" if number else "left")
@@ -119,7 +119,8 @@ def further_lines(summary: Mapping[str, Any], every_group: bool = False) -> list
 def group_rows(groups: Mapping[str, Any]) -> list[dict[str, str]]:
     """The rows of the table of an object of `field_groups` as text, by column: the `SHOWN_GROUPS` largest groups."""
     name = groups["metric"]
-    largest = sorted(groups["scores"], key=lambda score: -score["questions"])[:SHOWN_GROUPS]
+    by_size = sorted(groups["scores"], key=lambda score: -score["questions"])
+    largest = {score["task"] for score in by_size[:SHOWN_GROUPS]}
     return [
         {
             "group": _short(score["task"]),
@@ -130,7 +131,7 @@ def group_rows(groups: Mapping[str, Any]) -> list[dict[str, str]]:
             "95% interval": " to ".join(format_score(limit, name) for limit in score["interval"] or ()),
         }
         for score in groups["scores"]
-        if score in largest
+        if score["task"] in largest
     ]
 
 

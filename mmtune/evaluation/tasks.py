@@ -24,7 +24,7 @@ from mmtune.recipe.recipe import EvaluateSection, Source
 from mmtune.recipe.section import Section, Text
 from mmtune.recipe.yaml_lines import Document, apply_override, located_message, read_document
 from mmtune.utils.errors import RecipeValueError, UserError, errors_at_key, nearest
-from mmtune.utils.shipped import shipped_dir
+from mmtune.utils.shipped import shipped_dir, yaml_files
 
 PATHS = ("path", "join", "media_root")
 """Keys of a source that lie below the folder of the benchmark."""
@@ -79,8 +79,8 @@ class Task:
 
 
 def shipped_tasks() -> dict[str, Path]:
-    """The shipped tasks by name (the file name without `.yaml`), sorted by name."""
-    return {file.stem: file for file in sorted((shipped_dir("data_templates") / "eval").glob("*.yaml"))}
+    """The shipped tasks by name, as `yaml_files`."""
+    return yaml_files(shipped_dir("data_templates") / "eval")
 
 
 def read_task(name: str, overrides: Sequence[str] = ()) -> tuple[Document, TaskFile]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mmtune.data.message import Message, RowError, Sample, prompt_messages, text_of
+from mmtune.data.message import Message, RowError, Sample, prompt_messages, text_message, text_of
 from mmtune.serving.engine_client import EngineClient, RequestRejected
 from mmtune.serving.served_question import ServedQuestion, log_probability_difference, shown_text
 from mmtune.serving.trained_answers import TrainedModel
@@ -164,7 +164,7 @@ def _user(text: str, images: Sequence[dict[str, object]] = ()) -> Message:
 
 
 def _system() -> Message:
-    return {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
+    return text_message("system", SYSTEM)
 
 
 def _images_of_probes(engine: EngineClient, model: TrainedModel, compared: Sequence[ServedQuestion]) -> list[dict[str, object]]:

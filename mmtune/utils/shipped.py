@@ -17,9 +17,14 @@ def shipped_dir(kind: Literal["recipes", "data_templates"]) -> Path:
     return in_wheel if in_wheel.is_dir() else _PACKAGE.parent / kind
 
 
+def yaml_files(folder: Path) -> dict[str, Path]:
+    """The YAML files of a folder by name (the file name without `.yaml`), sorted."""
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
 def shipped_recipes() -> dict[str, Path]:
-    """The shipped recipes by name (the file name without `.yaml`), sorted."""
-    return {file.stem: file for file in sorted(shipped_dir("recipes").glob("*.yaml"))}
+    """The shipped recipes by name, as `yaml_files`."""
+    return yaml_files(shipped_dir("recipes"))
 
 
 def copy_recipe(name: str, dest: Path) -> Path:

@@ -28,7 +28,7 @@ from mmtune.data.encoding.token_spans import (
 )
 from mmtune.data.media.media import open_image
 from mmtune.data.media.resizing import check_resized
-from mmtune.data.message import Message, RowError, Sample, all_text_of, is_supervised, prompt_messages, text_of
+from mmtune.data.message import Message, RowError, Sample, all_text_of, is_supervised, prompt_messages, text_message, text_of
 from mmtune.data.time_spans import SpanLog
 from mmtune.data.validation.issues import issue_type_of
 from mmtune.families.family import TextError
@@ -288,7 +288,7 @@ def encode_choices(sample: Sample, processor: ProcessorMixin) -> list[dict[str, 
     media = _process_images(sample.id, prompt, processor)
     encoded = []
     for choice in sample.choices:
-        answer = {"role": "assistant", "content": [{"type": "text", "text": choice}]}
+        answer = text_message("assistant", choice)
         encoded.append(_encode(replace(sample, messages=[*prompt, answer]), processor, media, supervise="last"))
     return encoded
 

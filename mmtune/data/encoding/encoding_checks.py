@@ -9,7 +9,7 @@ from transformers import ProcessorMixin
 
 from mmtune.data.encoding.encode import CHAT_TEMPLATE_HINT, IGNORE_INDEX, encode_prompt, encode_sample, open_images
 from mmtune.data.media.media import blank_image
-from mmtune.data.message import Message, RowError, Sample
+from mmtune.data.message import Message, RowError, Sample, text_message
 from mmtune.families.family_table import PLAIN, family_of_processor
 from mmtune.utils.errors import RecipeValueError, UserError, reason_of
 
@@ -38,7 +38,7 @@ def check_chat_template(processor: ProcessorMixin) -> None:
     for word in ("yes", "no"):
         messages: list[Message] = [
             {"role": "user", "content": [*images, {"type": "text", "text": "Is it?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": word}]},
+            text_message("assistant", word),
         ]
         try:
             labels = encode_sample(Sample("chat template", messages), processor)["labels"]
@@ -68,7 +68,7 @@ def check_system_prompt(processor: ProcessorMixin, text: str) -> None:
     question: Message = {"role": "user", "content": [*images, {"type": "text", "text": "Is it?"}]}
 
     def prompt_ids(system: str) -> list[int]:
-        messages: list[Message] = [{"role": "system", "content": [{"type": "text", "text": system}]}, question]
+        messages: list[Message] = [text_message("system", system), question]
         ids: list[list[int]] = encode_prompt("system prompt", messages, processor)["input_ids"].tolist()
         return ids[0]
 

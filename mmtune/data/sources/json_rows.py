@@ -249,8 +249,12 @@ def _value_type(file: BinaryIO, position: int) -> str:
 def is_json_lines(path: Path) -> bool:
     """Whether a file, whatever its ending, has an object on its first line and another one after it, as POPE's `.json` files."""
     with path.open("rb") as file:
-        first = file.readline(MAX_ROW_BYTES).removeprefix(BOM)
-        if not first.startswith(b"{") or _byte(file, _skip_space(file, file.tell())) != b"{":
+        start = len(BOM) if file.read(len(BOM)) == BOM else 0
+        if _byte(file, start) != b"{":  # most files are a list, which can be a single line
+            return False
+        file.seek(start)
+        first = file.readline(MAX_ROW_BYTES)
+        if _byte(file, _skip_space(file, file.tell())) != b"{":
             return False
     try:
         return isinstance(parse_json("", "", first), dict)

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from mmtune.data.media.media import MediaRules
-from mmtune.data.message import Message, RowError, has_media, is_supervised, text_of
+from mmtune.data.message import Message, RowError, has_media, is_supervised, text_message, text_of
 from mmtune.data.templates.expressions import TemplateSection
 from mmtune.data.templates.row_media import PLACEHOLDERS, TURN_MEDIA_KEYS, RowMedia, Turn, missing_field_hint
 from mmtune.data.templates.tool_turns import TOOL_TURN_KEYS, has_calls, read_call_text, read_turn_keys
@@ -176,7 +176,7 @@ class Conversation(TemplateSection):
             return []
         if not isinstance(text, str):
             raise RowError(row_id, str(self.system), f"expected text, got {type(text).__name__}", "field_type")
-        return [{"role": "system", "content": [{"type": "text", "text": text}]}]
+        return [text_message("system", text)]
 
 
 _WEIGHT_KEYS = {*WEIGHTS, *UNSUPPORTED_WEIGHTS}

@@ -17,7 +17,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from mmtune.data.media.image_settings import DEFAULT_IMAGE_SETTINGS, ImageSettings
 from mmtune.data.media.media import EmbeddedMedia, MediaRules
-from mmtune.data.message import Message, RowError, Sample, has_media, is_supervised, text_of
+from mmtune.data.message import Message, RowError, Sample, has_media, is_supervised, text_message, text_of
 from mmtune.data.sources.rows import ID_FIELDS, Row
 from mmtune.data.templates.boxes import BOX_FIELDS
 from mmtune.data.templates.columns import BoxDeclaration, ColumnTemplate, TurnTemplate
@@ -30,7 +30,7 @@ from mmtune.data.templates.unread_media import check_unread, is_empty_value, mod
 from mmtune.recipe.yaml_lines import read_document
 from mmtune.utils.errors import UserError, nearest
 from mmtune.utils.hub import missing_path_message
-from mmtune.utils.shipped import shipped_dir
+from mmtune.utils.shipped import shipped_dir, yaml_files
 
 ROLES = ("system", "user", "assistant")
 CONVERSATION_ROLES = (*ROLES, "tool", "tool_call")
@@ -178,7 +178,7 @@ class DataTemplate(TemplateSection):
         if self.boxes is None:
             settings.apply_to_messages(row_id, messages)
         if prompting.system is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompting.system}]})
+            messages.insert(0, text_message("system", prompting.system))
         _check_turns(row_id, messages)
         if self.task is not None and is_jinja(self.task):
             task: str | None = render_expression(row_id, "task", self.task, row, row)
@@ -286,7 +286,7 @@ def name_in(row_id: str, row: Mapping[str, Any], field: str | None) -> str | Non
 
 def unanswered_turn() -> Message:
     """The placeholder answer of a question without one."""
-    return {"role": "assistant", "content": [{"type": "text", "text": UNANSWERED}]}
+    return text_message("assistant", UNANSWERED)
 
 
 def _check_turns(row_id: str, messages: list[Message]) -> None:
@@ -369,8 +369,8 @@ def _with_article(modality: str) -> str:
 
 
 def shipped_templates() -> dict[str, Path]:
-    """The shipped data templates by name (the file name without `.yaml`), sorted by name."""
-    return {file.stem: file for file in sorted(shipped_dir("data_templates").glob("*.yaml"))}
+    """The shipped data templates by name, as `yaml_files`."""
+    return yaml_files(shipped_dir("data_templates"))
 
 
 def load_data_template(name: str) -> DataTemplate:

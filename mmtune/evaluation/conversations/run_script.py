@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mmtune.console.styled_console import StyledConsole
-from mmtune.data.message import Message, Sample
+from mmtune.data.message import Message, Sample, text_message
+from mmtune.data.templates.template import unanswered_turn
 from mmtune.evaluation.conversations.judge import Ask, Judgement, judge_answers
 from mmtune.evaluation.conversations.script import Expectation, Script, ScriptedConversation
 from mmtune.evaluation.metrics.intervals import confidence_interval
@@ -79,9 +80,9 @@ def run_script(script: Script, questions: Sequence[Sequence[Message]], answer: A
         samples = []
         for number in asked:
             histories[number].append(questions[number][turn])
-            samples.append(Sample(f"{script.conversations[number].id}, turn {turn + 1}", [*histories[number], _said("?")]))
+            samples.append(Sample(f"{script.conversations[number].id}, turn {turn + 1}", [*histories[number], unanswered_turn()]))
         for number, text in zip(asked, answer(samples), strict=True):
-            histories[number].append(_said(text))
+            histories[number].append(text_message("assistant", text))
             answers[number].append(text.strip())
     judged = [
         (number, turn, expectation)
@@ -121,11 +122,7 @@ def transcript(conversation: ScriptedConversation, answers: Sequence[str], turn:
 
 def _system(conversation: ScriptedConversation) -> list[Message]:
     text = conversation.system
-    return [] if text is None else [{"role": "system", "content": [{"type": "text", "text": text}]}]
-
-
-def _said(text: str) -> Message:
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+    return [] if text is None else [text_message("system", text)]
 
 
 def _result(expectation: Expectation, answer: str, judgement: Judgement | None) -> Result:

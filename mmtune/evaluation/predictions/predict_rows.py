@@ -21,7 +21,7 @@ from transformers import ProcessorMixin
 from mmtune.data.dataset import check_headers
 from mmtune.data.encoding.native_boxes import with_native_boxes
 from mmtune.data.linked_rows import image_digests
-from mmtune.data.message import RowError, Sample, all_text_of, prompt_messages
+from mmtune.data.message import RowError, Sample, all_text_of, prompt_messages, text_message
 from mmtune.data.message_rows import messages_row
 from mmtune.data.sources.reader import SourceReader
 from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
@@ -162,7 +162,7 @@ def predict_rows(
 
 def _answered(sample: Sample, prediction: Prediction) -> Sample:
     """The sample with the prediction as its last answer."""
-    answer = {"role": "assistant", "content": [{"type": "text", "text": prediction.text.strip()}]}
+    answer = text_message("assistant", prediction.text.strip())
     return replace(sample, messages=[*prompt_messages(sample), answer])
 
 

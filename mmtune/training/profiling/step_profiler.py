@@ -35,7 +35,7 @@ from mmtune.training.profiling.torch_trace import (
     write_trace,
 )
 from mmtune.utils.files import replace_text, report_disk_errors
-from mmtune.utils.threads import usable_cores
+from mmtune.utils.threads import core_share
 
 WARMUP = 3
 """Steps before those that are timed."""
@@ -61,7 +61,7 @@ def run_facts(recipe: Recipe, arguments: TrainingArguments, dist: DistributedCon
         workers=arguments.dataloader_num_workers,
         persistent_workers=arguments.dataloader_persistent_workers,
         prefetched=arguments.dataloader_prefetch_factor or 2,  # torch's default
-        cores=max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1),
+        cores=core_share(),
         accumulation=arguments.gradient_accumulation_steps,
         packing=section.packing,
         by_tokens=section.tokens_per_batch is not None,
