@@ -30,9 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     programs = sorted(path.stem for path in REQUIREMENTS.glob("*.txt"))
-    parser.add_argument("programs", nargs="*", choices=[*programs, []], default=programs)
+    parser.add_argument("programs", nargs="*", choices=[*programs, []], default=[], help="default: all")
     arguments = parser.parse_args()
-    for program in arguments.programs:
+    for program in arguments.programs or programs:
         make_environment(arguments.folder, program)
 
 

@@ -25,7 +25,7 @@ if options.method == "qlora":
     recipe["model"]["precision"] = "nf4"
 if options.packing:
     recipe["data"] |= {"packing": True, "max_tokens": 4096}  # a batch is one pack
-    del recipe["train"]["per_device_train_batch_size"]
+    del recipe["train"]["per_device_train_batch_size"], recipe["train"]["train_sampling_strategy"]
     recipe["train"]["gradient_accumulation_steps"] = 2
 path = options.output.with_suffix(".yaml")
 path.write_text(yaml.safe_dump(recipe))

@@ -43,6 +43,7 @@ OTHER_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("max_length", "max_seq_length", "max_seq_len", "max_len"), "data.max_tokens"),
     **dict.fromkeys(("sample_packing", "neat_packing", "padding_free"), "data.packing"),
     "packing_length": "data.tokens_per_batch",
+    **dict.fromkeys(("group_by_length", "group_by_modality_length"), "train.train_sampling_strategy: group_by_length"),
     **dict.fromkeys(("streaming", "dataset_streaming"), "data.stream"),
     **dict.fromkeys(("buffer_size", "shuffle_buffer_size"), "data.shuffle_window"),
     **dict.fromkeys(("interleave_probs", "interleave_prob"), "data.train.0.weight"),

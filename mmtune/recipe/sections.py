@@ -149,7 +149,7 @@ class DataSection(Section):
     plan: StrictBool = Field(
         default=False,
         description="Count the tokens of every row before the weights are loaded, and balance the batches of the processes "
-        "by them. Implied by packing, tokens_per_batch and largest_batch_first.",
+        "by them. Implied by packing, tokens_per_batch, largest_batch_first and train_sampling_strategy: group_by_length.",
     )
     packing: StrictBool = Field(
         default=False,
@@ -378,6 +378,10 @@ class Recipe(Section):
         inner = [InitErrorDetails(type=each["type"], loc=("train", *each.get("loc", ())), input=None) for each in errors]
         if values.get("evaluate") is None and _holds_rows_out(values.get("data")):
             values["evaluate"] = {}
+        data = values.get("data")
+        by_length = train.get("train_sampling_strategy") == "group_by_length"
+        if by_length and isinstance(data, Mapping) and data.get("stream") is not True:
+            values["data"] = {**data, "plan": True}
         if "learning_rate" not in train and isinstance(values.get("tune", {}), Mapping):
             values["tune"] = with_rates(values.get("tune", {}))
         return values | {"train": Settings(settings)}, inner
@@ -422,6 +426,11 @@ class Recipe(Section):
             if by_tokens and self.train.get(name) is not None:
                 message = "not supported with data.packing and data.tokens_per_batch, which set the batches; leave it out"
                 yield error_at(("train", name), message)
+        if self.train.get("train_sampling_strategy") == "group_by_length" and (by_tokens or self.data.stream):
+            message = "not supported with data.stream, where row lengths are unknown before training; leave it out"
+            if by_tokens:
+                message = "not supported with data.packing and data.tokens_per_batch, which sort rows by length; leave it out"
+            yield error_at(("train", "train_sampling_strategy"), message)
         if self.data.stream and (self.train.get("max_steps") or -1) < 1:
             yield error_at(("train", "max_steps"), "required with data.stream: true: a stream has no known length")
         for name, message in evaluation_errors(self.train, self.evaluate is not None, self.data.stream):

@@ -90,6 +90,47 @@ def test_a_stream_trains_as_the_rows_by_index_do(make_recipe: Callable[..., Reci
     assert [record["loss"] for record in metrics(shuffled)] != expected
 
 
+def test_grouping_by_length_trains_on_steps_of_similar_rows(
+    make_recipe: Callable[..., Recipe], rows: Path, base: Path, tmp_path: Path
+) -> None:
+    """The loss of each step is plain transformers' on two rows whose lengths are equal or neighbours."""
+    written = json.loads(rows.read_text())[:8]
+    for number, row in enumerate(written):
+        row["conversations"][1]["value"] = "seven " * (1 + 3 * number)
+    path = tmp_path / "sizes.json"
+    path.write_text(json.dumps(written))
+    recipe = make_recipe(
+        f"data.train=[{{path: {path}, media_root: {rows.parent}, template: llava, weight: 8}}]",
+        "train.train_sampling_strategy=group_by_length",
+        "train.per_device_train_batch_size=2",
+        "train.learning_rate=1e-12",
+        "tune.projector.learning_rate=1e-12",
+    )
+    assert recipe.data.plan
+    train(recipe, ["test"])
+    model, processor = AutoModelForImageTextToText.from_pretrained(str(base)), AutoProcessor.from_pretrained(str(base))
+    encoded = [encode_sample(sample, processor) for sample in IndexedSamples(recipe.data.train)]
+    pairs = [(one, two) for one in range(8) for two in (one, one + 1) if two < 8]
+    with torch.no_grad():
+        expected = [float(model(**collate([encoded[i] for i in pair], processor.tokenizer.pad_token_id)).loss) for pair in pairs]
+    assert all(min(abs(record["loss"] - loss) for loss in expected) < 1e-5 for record in metrics(recipe))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("data.packing=true", "data.max_tokens=400"), "which sort rows by length"),
+        (("data.stream=true",), "row lengths are unknown before training"),
+    ],
+    ids=["packing", "stream"],
+)
+def test_grouping_by_length_where_it_cannot_be(
+    make_recipe: Callable[..., Recipe], settings: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=f"train.train_sampling_strategy=group_by_length: not supported with .*{message}"):
+        make_recipe("train.train_sampling_strategy=group_by_length", *settings)
+
+
 @pytest.mark.parametrize("policy", ["drop_media", "shrink_media"])
 def test_dropped_media_and_dropped_rows_are_reported(make_recipe: Callable[..., Recipe], base: Path, policy: str) -> None:
     recipe = make_recipe()

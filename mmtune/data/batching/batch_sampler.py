@@ -97,6 +97,7 @@ class MixtureBatchSampler(Sampler[list[int]]):
         largest_first: start the first epoch with the step that has the largest batch.
         drop_last: drop the last rows of an epoch that do not fill a batch in every process.
         shuffled: whether to shuffle the rows.
+        by_length: give each optimizer step rows of similar length. Needs `lengths`; the number of rows per step stays the same.
         epochs: number of epochs. All have as many batches as the one with the most.
         steps: number of optimizer steps of the whole run, if that and not `epochs` sets its length.
         visits: yield (row number, visit) instead of row numbers; a visit counts the draws of a row over the run.
@@ -117,6 +118,7 @@ class MixtureBatchSampler(Sampler[list[int]]):
         largest_first: bool = False,
         drop_last: bool = False,
         shuffled: bool = True,
+        by_length: bool = False,
         epochs: int = 1,
         steps: int | None = None,
         visits: bool = False,
@@ -135,6 +137,7 @@ class MixtureBatchSampler(Sampler[list[int]]):
         self._largest_first = largest_first
         self._drop_last = drop_last
         self._shuffled = shuffled
+        self._by_length = by_length
         self._epoch = 0
         self._batch_count = 0
         self._first: list[list[list[int]]] | None = None  # the first epoch's steps, if they are final
@@ -203,10 +206,11 @@ class MixtureBatchSampler(Sampler[list[int]]):
             rows = self._usable[rows]
         if self._shuffled:
             rows = rows[_permutation(len(rows), self._seed + epoch)]
-        if self._tokens is None:
-            steps = self._steps_by_size(rows)
+        random = np.random.default_rng((self._seed, epoch))
+        if self._tokens is not None:
+            steps = iter(self._steps_by_tokens(rows, random))
         else:
-            steps = iter(self._steps_by_tokens(rows, np.random.default_rng((self._seed, epoch))))
+            steps = self._steps_by_size(self._similar_together(rows, random) if self._by_length else rows)
         if self._largest_first and epoch == 0:
             steps = iter(self._with_largest_first(list(steps)))
         return steps
@@ -220,13 +224,37 @@ class MixtureBatchSampler(Sampler[list[int]]):
             if len(step):
                 yield self._split_step(step)
 
+    def _similar_together(self, rows: Rows, random: np.random.Generator) -> Rows:
+        """The same rows with those of similar length in one step: sorted in windows, then the steps in random order.
+
+        Windows have 50 steps, or a quarter of a short epoch, so that every epoch has other steps. The last
+        step of an epoch that is not full keeps its random rows: otherwise it would always have the shortest.
+        """
+        assert self._lengths is not None
+        rows_per_step = self._size * self._batches_per_step
+        full = len(rows) // rows_per_step
+        window = max(2, min(50, full // 4)) * rows_per_step
+        head, tail = rows[: full * rows_per_step], rows[full * rows_per_step :]
+        windows = [head[start : start + window] for start in range(0, len(head), window)]
+        ordered = [piece[np.argsort(-self._lengths[piece], kind="stable")] for piece in windows]
+        steps = np.concatenate([head[:0], *ordered]).reshape(full, rows_per_step)
+        return np.concatenate([(steps[random.permutation(full)] if self._shuffled else steps).ravel(), tail])
+
     def _split_step(self, step: Rows) -> list[list[int]]:
-        """Split the rows of a step into batches with balanced tokens; all processes have the same number of batches."""
-        count = min(self._batches_per_step, -(-len(step) // (self._size * self._world_size)) * self._world_size)
-        if self._lengths is None or count == 1:
+        """Split the rows of a step into batches; all processes have the same number of batches.
+
+        With known lengths, the batches that the processes compute at the same time have rows of similar length, which needs
+        the least padding, and balanced tokens.
+        """
+        rounds = -(-len(step) // (self._size * self._world_size))
+        if self._lengths is None:
             pieces = [step[start : start + self._size].tolist() for start in range(0, len(step), self._size)]
-            return pieces + [[] for _ in range(count - len(pieces))]
-        return balance(step, self._lengths[step], count, self._size)
+            return pieces + [[] for _ in range(rounds * self._world_size - len(pieces))]
+        if rounds * self._world_size == 1:
+            return [step.tolist()]
+        order = step[np.argsort(-self._lengths[step], kind="stable")]
+        parts = np.array_split(order, rounds)
+        return [batch for part in parts for batch in balance(part, self._lengths[part], self._world_size, self._size)]
 
     def _steps_by_tokens(self, rows: Rows, random: np.random.Generator) -> list[list[list[int]]]:
         assert self._lengths is not None and self._tokens is not None

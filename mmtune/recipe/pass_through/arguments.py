@@ -26,8 +26,8 @@ from mmtune.utils.errors import closest_hint, closest_name, nearest
 
 _COUNT, _POSITIVE, _NOT_NEGATIVE = Annotated[int, Ge(1)], Annotated[float, Gt(0)], Annotated[float, Ge(0)]
 _TRAIN_BOUNDS: dict[str, Any] = {
-    # `data.tokens_per_batch` groups rows by length; the Trainer's own strategies for that are not supported.
-    "train_sampling_strategy": Literal["random", "sequential"],
+    # `data.packing` and `data.plan` balance the batches of processes; the Trainer's batch_rebalance is not supported.
+    "train_sampling_strategy": Literal["random", "sequential", "group_by_length"],
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout"), _COUNT),
     **dict.fromkeys(
         ("save_total_limit", "torch_empty_cache_steps", "dataloader_prefetch_factor", "ddp_bucket_cap_mb"), _COUNT | None
@@ -73,7 +73,7 @@ _TRAIN_MANAGED = {
     **dict.fromkeys(("batch_eval_metrics", "include_for_metrics", "prediction_loss_only"), _NO_LOGITS),
     "include_num_input_tokens_seen": "mmtune counts the tokens that are not padding",
     "logging_nan_inf_filter": "mmtune stops at a loss that is not finite, or skips the step: data.max_nonfinite_steps",
-    "length_column_name": "mmtune counts lengths itself: data.tokens_per_batch",
+    "length_column_name": "mmtune counts lengths itself",
     "label_smoothing_factor": "mmtune computes the loss on exact labels only",
     "per_device_eval_batch_size": "give evaluate.batch_size",
     "save_only_model": "resuming needs the whole checkpoint; adapter/ of a run holds the model only",
@@ -92,7 +92,6 @@ _TRAIN_RENAMED = {
     "lr": "write learning_rate",
     "epochs": "write num_train_epochs",
     "batch_size": "write per_device_train_batch_size",
-    "group_by_length": "give data.tokens_per_batch, which puts similar lengths together",
 }
 EARLY_STOPPING: dict[str, Any] = {
     "early_stopping_patience": (

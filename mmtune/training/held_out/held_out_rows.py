@@ -58,6 +58,7 @@ class HeldOutRows:
                 tokens=tokens,
                 packed=self.section.packing,
                 shuffled=False,
+                by_length=tokens is None,
             )
             batches += [(source, rows[batch].tolist()) for batch in sampler]
         return batches

@@ -28,7 +28,7 @@ class RunFacts:
         cores: usable CPU cores for each process of this machine.
         accumulation: batches of an optimizer step.
         packing: whether samples are packed.
-        by_tokens: whether batches are limited by tokens, and samples grouped by length.
+        by_length: whether the rows of a step have similar lengths.
         stream: whether rows are read as a stream.
         balanced: whether rows are counted beforehand, so that the batches of the processes are balanced.
         tower_frozen: whether no parameter of the vision towers is trained.
@@ -42,7 +42,7 @@ class RunFacts:
     cores: int
     accumulation: int
     packing: bool
-    by_tokens: bool
+    by_length: bool
     stream: bool
     balanced: bool
     tower_frozen: bool
@@ -148,5 +148,5 @@ def _padding_advice(facts: RunFacts) -> str:
         return "the rows of a stream are batched as they come; without data.stream, data.packing: true needs no padding"
     if facts.packing:
         return "with data.packing these are the dummy samples of batches without images"
-    grouped = "" if facts.by_tokens else ", and data.tokens_per_batch groups rows by length"
+    grouped = "" if facts.by_length else ", and train.train_sampling_strategy: group_by_length needs less"
     return f"data.packing: true needs no padding{grouped}"

@@ -64,7 +64,7 @@ def run_facts(recipe: Recipe, arguments: TrainingArguments, dist: DistributedCon
         cores=core_share(),
         accumulation=arguments.gradient_accumulation_steps,
         packing=section.packing,
-        by_tokens=section.tokens_per_batch is not None,
+        by_length=section.tokens_per_batch is not None or arguments.train_sampling_strategy == "group_by_length",
         stream=section.stream,
         balanced=section.planned,
         tower_frozen=not any(parameter.requires_grad for path in towers for parameter in model.get_submodule(path).parameters()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import chain
+from itertools import chain, permutations
 from typing import Any
 
 import numpy as np
@@ -44,11 +44,13 @@ def test_the_order_equals_that_of_torchs_sampler() -> None:
         assert list(batches) == list(BatchSampler(sampler, 4, drop_last=False))
 
 
-@pytest.mark.parametrize("kind", ["size", "lengths", "tokens", "packed"])
+@pytest.mark.parametrize("kind", ["size", "lengths", "by_length", "tokens", "packed"])
 @pytest.mark.parametrize("count", [1, 7, 48, 101])
 def test_a_step_has_the_same_rows_for_every_number_of_processes(kind: str, count: int) -> None:
     lengths = None if kind == "size" else llava_like(count)
-    more: dict[str, Any] = {"tokens": 4096, "packed": kind == "packed"} if kind in ("tokens", "packed") else {}
+    more: dict[str, Any] = {"by_length": kind == "by_length"}
+    if kind in ("tokens", "packed"):
+        more = {"tokens": 4096, "packed": kind == "packed"}
     steps_by_size = []
     for world_size, accumulation, size in ((1, 6, 2), (2, 3, 2), (3, 2, 2), (6, 1, 2)):
         of = [
@@ -134,11 +136,12 @@ def _at(batches: MixtureBatchSampler, epoch: int) -> MixtureBatchSampler:
 def test_processes_have_equal_work_within_three_per_cent(world_size: int, kind: str) -> None:
     lengths = llava_like(world_size * 160)
     more: dict[str, Any] = {"tokens": 16384, "packed": kind == "packed"} if kind != "size" else {}
-    batches = MixtureBatchSampler(
-        alone(len(lengths)), seed=0, size=16, accumulation=world_size, lengths=lengths, **more
-    )  # one takes all in turn
-    tokens = np.array([lengths[batch].sum() for batch in batches])
-    whole = tokens[: len(tokens) // world_size * world_size].reshape(-1, world_size)[:-1]  # the last step is incomplete
+    of = [
+        iter(MixtureBatchSampler(alone(len(lengths)), seed=0, size=16, rank=r, world_size=world_size, lengths=lengths, **more))
+        for r in range(min(world_size, 8))
+    ]
+    tokens = np.array([[lengths[batch].sum() for batch in batches] for batches in of]).T
+    whole = tokens[:-1]  # the last step is incomplete
     worst = whole.max(axis=1) / whole.mean(axis=1) - 1
     assert len(whole) >= 4
     assert max(sorted(worst)[:-1]) < 0.03
@@ -150,6 +153,36 @@ def test_spreading_fills_every_batch_and_balances_it() -> None:
     balanced = balance(rows, lengths, 3, 4)
     assert sorted(chain.from_iterable(balanced)) == list(range(12)) and [len(batch) for batch in balanced] == [4, 4, 4]
     assert max(lengths[batch].sum() for batch in balanced) == 103  # the best there is: 100 with three of one token
+
+
+def test_the_batches_of_a_step_need_the_least_padding() -> None:
+    lengths = np.array([5, 90, 7, 31, 12, 88])
+    batches = list(MixtureBatchSampler(alone(6), seed=0, size=2, accumulation=3, lengths=lengths))
+    divisions = {
+        sum(max(lengths[order[i]], lengths[order[i + 1]]) for i in (0, 2, 4)) for order in map(list, permutations(range(6)))
+    }
+    assert sorted(chain.from_iterable(batches)) == list(range(6))
+    assert sum(lengths[batch].max() for batch in batches) == min(divisions)
+
+
+def test_grouping_by_length_gives_a_step_similar_rows_and_other_ones_in_every_epoch() -> None:
+    lengths = llava_like(1003)
+    batches = MixtureBatchSampler(alone(1003), seed=0, size=8, lengths=lengths, by_length=True)
+    random = MixtureBatchSampler(alone(1003), seed=0, size=8, lengths=lengths)
+    epochs = [list(_at(batches, epoch)) for epoch in range(2)]
+    assert [len(epoch) for epoch in epochs] == [len(random), len(random)]
+    assert all(Counter(chain.from_iterable(epoch)) == Counter(range(1003)) for epoch in epochs)
+    assert not {frozenset(batch) for batch in epochs[0]} & {frozenset(batch) for batch in epochs[1]}
+    assert _padding(lengths, epochs[0]) < 0.1 * _padding(lengths, list(random))
+    # The steps come in random order, and the one that is not full is the last and has rows of any length.
+    longest = np.array([lengths[batch].max() for batch in epochs[0]])
+    assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.3
+    assert [len(batch) for batch in epochs[0]] == [8] * 125 + [3]
+    assert sorted(epochs[0][-1]) == sorted(list(_at(random, 0))[-1])
+
+
+def _padding(lengths: Any, batches: list[list[int]]) -> int:
+    return sum(int(lengths[batch].max() * len(batch) - lengths[batch].sum()) for batch in batches)
 
 
 def test_the_last_rows_are_distributed_and_none_is_repeated() -> None:
