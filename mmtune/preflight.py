@@ -9,7 +9,7 @@ from mmtune.data.sources.reader import check_source
 from mmtune.data.templates.template import load_data_template
 from mmtune.evaluation.metrics.metric_table import check_template_metric, find_metric, metric_name
 from mmtune.evaluation.tasks import recipe_tasks
-from mmtune.families.box_convention import UNKNOWN_CONVENTION
+from mmtune.families.box_convention import RegionKind, unknown_convention
 from mmtune.families.family_table import ASSEMBLED_TYPE, family_of
 from mmtune.models.checkpoints.locate_base import UNTRAINED, local_folder, resolve_base
 from mmtune.models.checkpoints.model_type import check_model_type, local_model_type
@@ -33,7 +33,7 @@ def check_recipe(
         UserError: all errors, one per line, with file, line and key.
     """
     errors: list[str] = []
-    native_boxes: list[tuple[str, str]] = []
+    native_kinds: list[tuple[str, str, list[RegionKind]]] = []
     if files:
         with _collected(errors):
             check_files(recipe, sections)
@@ -45,8 +45,7 @@ def check_recipe(
                     check_source(source)
                     check_template_metric(source.template, load_data_template(source.template).metric)
                 for key, template in _templates(source).items():
-                    if load_data_template(template).writes_native_boxes:
-                        native_boxes.append((f"{name}.{number}.{key}", template))
+                    native_kinds.append((f"{name}.{number}.{key}", template, load_data_template(template).native_kinds))
             except RecipeValueError as error:
                 errors.append(located(recipe, f"{name}.{number}.{error.key}", error.problem))
     if recipe.evaluate and recipe.evaluate.metric is not None and "evaluate" in sections:
@@ -62,7 +61,7 @@ def check_recipe(
     errors += [located(recipe, key, message) for key, message in missing if key in libraries]
     if "model" in sections:
         with _collected(errors), located_errors(recipe):
-            _check_base(recipe, native_boxes)
+            _check_base(recipe, native_kinds)
     if errors:
         raise UserError("\n".join(dict.fromkeys(errors)))
 
@@ -98,11 +97,12 @@ def _check_best_metric(section: EvaluateSection, recipe: Recipe) -> None:
         raise RecipeValueError(key, f"unknown metric '{name}'{nearest(best, (*losses, *scores))}")
 
 
-def _check_base(recipe: Recipe, native_boxes: Sequence[tuple[str, str]]) -> None:
-    """Check by the base's `model_type` that its family is supported, and supports the method, packing and native boxes.
+def _check_base(recipe: Recipe, native_kinds: Sequence[tuple[str, str, Sequence[RegionKind]]]) -> None:
+    """Check by the base's `model_type` that its family is supported, and supports the method, packing and native regions.
 
     Args:
-        native_boxes: the data templates that write boxes in the convention of the family: the recipe's key, and the name.
+        native_kinds: of each data template the recipe's key, its name, and the kinds of regions that it declares if it writes
+            regions in the convention of the family.
     """
     base = recipe.model.base
     model_type: str | None = ASSEMBLED_TYPE
@@ -116,9 +116,10 @@ def _check_base(recipe: Recipe, native_boxes: Sequence[tuple[str, str]]) -> None
                 check_model_type(model_type, str(base))
         except UserError as error:
             raise RecipeValueError("model.base", f"{base}: {error}") from error
-    if native_boxes and model_type is not None and not family_of(model_type).box_conventions:
-        key, template = native_boxes[0]
-        raise RecipeValueError(key, f"{template}: {model_type}: {UNKNOWN_CONVENTION}")
+    known = {kind for convention in family_of(model_type or "").box_conventions.values() for kind in convention.forms}
+    for key, template, kinds in native_kinds:
+        if model_type is not None and kinds and not known & {*kinds}:
+            raise RecipeValueError(key, f"{template}: {model_type}: {unknown_convention(kinds[0])}")
     reason = None if model_type is None else family_of(model_type).unpackable
     if recipe.data.packing and reason is not None:
         raise RecipeValueError("data.packing", f"packing is not supported: {model_type}: {reason}; set data.packing: false")

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
 
 from mmtune.chat.answer_settings import AnswerSettings
+from mmtune.data.encoding.answer_decoding import AnswerDecoder
 from mmtune.data.encoding.encode import encode_prompt
 from mmtune.data.encoding.encoding_checks import check_encoding, check_system_prompt
 from mmtune.data.encoding.token_counts import Counts, count_prompt_tokens
@@ -298,7 +299,7 @@ class ChatSession:
         """Stream an answer; the generation thread has ended when the generator returns or is closed."""
         prompt = encode_prompt("chat", self._prompt(messages), self._processor)
         self.prompt_tokens = prompt["input_ids"].shape[-1]
-        streamer = TextIteratorStreamer(self._processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextIteratorStreamer(AnswerDecoder(self._processor.tokenizer), skip_prompt=True)
         errors: list[BaseException] = []
         stop_requested = Event()
         settings = self.settings

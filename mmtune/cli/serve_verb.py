@@ -147,7 +147,7 @@ def _check(arguments: argparse.Namespace) -> Any:
     engine = EngineClient(arguments.check, arguments.model_name, arguments.timeout)
     engine.connect()
     configure_console()
-    from mmtune.data.encoding.native_boxes import with_native_boxes
+    from mmtune.data.encoding.native_regions import with_native_regions
     from mmtune.evaluation.predictions.questions import with_prompt
     from mmtune.models.generation import DEFAULT_MAX_NEW_TOKENS
     from mmtune.release.merge import parity_samples
@@ -163,7 +163,7 @@ def _check(arguments: argparse.Namespace) -> Any:
         rows = parity_samples(recipe, samples)
     max_new_tokens = section.max_new_tokens if section else DEFAULT_MAX_NEW_TOKENS
     model = TrainedModel(trained, recipe, max_new_tokens, arguments.trust_remote_code)
-    written = [with_native_boxes(row, model.processor) for row in rows]
+    written = [with_native_regions(row, model.processor) for row in rows]
     result = check_serving(engine, model, [with_prompt(row, section.prompt if section else None) for row in written])
     print(f"prompt tokens: {result.same_prompt_tokens} of {result.questions} questions have as many as in training")
     print(f"answers: {result.same_answers} of {result.questions} are the trained model's")

@@ -49,7 +49,7 @@ class IndexedSamples(Sequence[Sample]):
         """
         Args:
             sources: the recipe's sources.
-            planned: whether the lengths of the rows are counted before training. If so, a row with boxes in its text keeps the
+            planned: whether the lengths of the rows are counted before training. If so, a row with regions in its text keeps the
                 augmentation of its first visit, because other coordinates could have another number of tokens.
 
         Raises:
@@ -84,7 +84,7 @@ class IndexedSamples(Sequence[Sample]):
         """
         row_id, row = self.row(index)
         reader = self._readers[self.source_of(index)]
-        return reader.sample(row_id, row, 0 if self._planned and reader.template.boxes else number)
+        return reader.sample(row_id, row, 0 if self._planned and reader.template.regions else number)
 
     def row(self, index: int) -> tuple[str, Row]:
         """The id of a row, and the row as it is in the file, with the row that is joined to it."""

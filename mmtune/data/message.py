@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmtune.data.media.media import Media
 from mmtune.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from mmtune.data.templates.regions import Region
 
 Message = dict[str, Any]
 """`{"role": "user" | "assistant" | "system" | "tool", "content": [block, ...]}` where a block is `{"type": "text", "text": str}`
 or `{"type": "image", "image": Media}`, and likewise `video` and `audio`. An assistant message with `"supervised": False` is
 context without loss.
 
-A text block with `native`, a `NativeBox` in the image `box_image`, is written in the convention of the model's family by
-`write_native_boxes`; until then its text has the box in thousandths.
+A text block with `native`, a `NativeRegion` in the image `region_image`, is written in the convention of the model's family by
+`write_native_regions`; until then its text has the region in thousandths.
 
 An assistant message can have `reasoning_content`, the text of its reasoning, and `tool_calls`, a list of
 `{"type": "function", "function": {"name": str, "arguments": {...}}}` with an optional `id`; its content can then be empty.
@@ -58,6 +61,9 @@ class Sample:
         cluster: the document that the question is about, if the template names a field for it.
         tools: schemas of the functions that the model may call, `{"type": "function", "function": {"name": str, ...}}`.
         shots: the number of messages that are few-shot examples; only a system message comes before them.
+        regions: the boxes, points and quadrilaterals that the template declares, in the only image of the row.
+        extent: the coordinates of the image's lower right corner, in the convention of the regions in the last answer; None if it
+            has none, several conventions, or that of a family before `with_native_regions`.
     """
 
     id: str
@@ -70,6 +76,8 @@ class Sample:
     cluster: str | None = None
     tools: tuple[dict[str, Any], ...] = ()
     shots: int = 0
+    regions: tuple[Region, ...] = ()
+    extent: tuple[float, float] | None = None
 
     @property
     def images(self) -> list[Media]:

@@ -35,6 +35,8 @@ class Answer:
         sampled: all answers if several were sampled; `prediction` is the most frequent one.
         choice_scores: the log-likelihood of each of `choices`, with `evaluate.score: choices`.
         groups: the values of the row's fields in `evaluate.groups`, by field.
+        extent: the coordinates of the image's lower right corner, in the convention of the regions in references and prediction;
+            empty if it is not known.
         extra: further keys of a line that was made elsewhere, for a metric that is a function.
     """
 
@@ -56,6 +58,7 @@ class Answer:
     sampled: tuple[str, ...] = ()
     choice_scores: tuple[float, ...] = ()
     groups: Mapping[str, str] = field(default_factory=dict)
+    extent: tuple[float, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property

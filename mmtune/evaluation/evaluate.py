@@ -11,7 +11,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from mmtune.data.dataset import DataReport, IndexedSamples, StreamedSamples, check_rows, iterate_rows, open_samples
-from mmtune.data.encoding.native_boxes import with_native_boxes
+from mmtune.data.encoding.native_regions import with_native_regions
 from mmtune.data.linked_rows import first_linked_keys, row_keys
 from mmtune.data.media.image_content import media_key
 from mmtune.data.media.media_names import is_utf8
@@ -133,7 +133,7 @@ def evaluate(
     """
     rows = IndexedSamples(section.sources)
     numbers = range(len(rows)) if chosen is None else chosen
-    read = [with_native_boxes(rows[number], processor) for number in numbers]
+    read = [with_native_regions(rows[number], processor) for number in numbers]
     questions: list[Answer] = []
     samples: list[Sample] = []
     for number, sample, cluster in zip(
@@ -227,6 +227,7 @@ def unanswered(
                 choices=question.choices,
                 options=question.options,
                 groups=groups,
+                extent=question.extent or (),
             )
         )
     return answers

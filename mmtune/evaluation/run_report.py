@@ -12,11 +12,14 @@ from typing import Any, TypeVar
 from jinja2 import Environment, PackageLoader
 
 from mmtune.data.dataset import IndexedSamples, iterate_rows
+from mmtune.data.media.drawing import draw_regions
 from mmtune.data.media.media import Media, open_image
+from mmtune.data.region_text import Corners, read_areas, read_points
 from mmtune.data.validation.issues import DataIssueError
 from mmtune.evaluation.answers import Answer
 from mmtune.evaluation.answers_file import read_answers
 from mmtune.evaluation.comparison import Comparison, column_names, difference_rows, differences_to_dicts, gain, unmatched_lines
+from mmtune.evaluation.metrics.answer_text import to_ascii
 from mmtune.evaluation.metrics.metric_table import recorded_metric
 from mmtune.evaluation.scores import (
     difference_lines,
@@ -62,6 +65,15 @@ def generation_line(summary: dict[str, Any]) -> str:
         others
     )
     return f"{line} The base's generation config also sets {'; and '.join(parts)}. No answer here used it."
+
+
+@dataclass(frozen=True)
+class DrawnRegions:
+    """The regions of one text that are drawn on an image: whose text it is, their color, and their corners as fractions."""
+
+    of: str
+    color: str
+    regions: Sequence[Corners]
 
 
 @dataclass(frozen=True)
@@ -160,11 +172,13 @@ def sample_cards(
 ) -> list[dict[str, Any]]:
     """What a page shows of rows: images, question, references, and the answers of one or two models."""
     images = _images([answer for _, answer in pairs], sources)
+    drawn = {second.id: _drawn_regions(first, second, names) for first, second in pairs}
     return [
         {
             "question": second.question,
             "reference": " | ".join(dict.fromkeys(second.references)),
-            "images": [_thumbnail(media) for media in images.get(second.id, ())],
+            "images": [_thumbnail(media, drawn[second.id]) for media in images.get(second.id, ())],
+            "drawn": ", ".join(f"{each.of} {each.color}" for each in drawn[second.id] if each.regions),
             "answers": [
                 {
                     "label": f"{name}, {format_score(answer.score, answer.metric) if answer.parsed else 'unparsed'}",
@@ -212,13 +226,36 @@ def _images(answers: Sequence[Answer], sources: Sequence[Source]) -> dict[str, S
     return {sample.id: sample.images for sample in iterate_rows(IndexedSamples(sources)) if sample.id in ids}
 
 
-def _thumbnail(media: Media) -> dict[str, str]:
-    """The `uri` of a small copy of an image; `problem` if it cannot be read."""
+def _drawn_regions(first: Answer | None, second: Answer, names: tuple[str, str]) -> list[DrawnRegions]:
+    """The regions of the reference and of the predictions; none for a question with several images."""
+    if len(second.images) != 1:
+        return []
+    texts = [("reference", "green", second, second.item().references[0])]
+    texts += [
+        (name, color, answer, answer.item().prediction)
+        for name, color, answer in zip(names, ("orange", "red"), (first, second), strict=True)
+        if answer is not None
+    ]
+    return [DrawnRegions(of, color, _regions_in(text, answer.extent)) for of, color, answer, text in texts]
+
+
+def _regions_in(text: str, extent: Sequence[float]) -> list[Corners]:
+    """The regions of a text as fractions of the image's width and height."""
+    if len(extent) != 2 or min(extent) <= 0:
+        return []
+    regions = read_areas(to_ascii(text)) or read_points(to_ascii(text))
+    return [tuple((x / extent[0], y / extent[1]) for x, y in corners) for corners in regions]
+
+
+def _thumbnail(media: Media, drawn: Sequence[DrawnRegions]) -> dict[str, str]:
+    """The `uri` of a small copy of an image with regions drawn on it; `problem` if it cannot be read."""
     try:
         image = open_image(media)
     except DataIssueError as error:
         return {"problem": str(error)}
     image.thumbnail((THUMBNAIL, THUMBNAIL))
+    for each in drawn:
+        draw_regions(image, each.regions, each.color)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return {"uri": _data_uri(buffer.getvalue())}

@@ -67,7 +67,7 @@ class TrainedModel:
     def rendered(self, messages: Sequence[Message]) -> str:
         """The text of a prompt without images, as the chat template writes it."""
         template = chat_template_of(self.processor)
-        return render_prompt(to_template_messages("question", list(messages), self.processor), template, self.processor.tokenizer)
+        return render_prompt(to_template_messages("question", list(messages)), template, self.processor.tokenizer)
 
     @property
     def penalties(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class TrainedModel:
         return batch["input_ids"].shape[1], tokens, torch.cat(output.logits).float().cpu()
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of tokens, without special tokens."""
+        """The text of tokens, without special tokens: as engines return it."""
         return str(self.processor.tokenizer.decode(tokens, skip_special_tokens=True))
 
     @property

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from mmtune.evaluation.answers import Answer
-from mmtune.evaluation.answers_file import write_answers
+from mmtune.evaluation.answers_file import read_answers, write_answers
 from mmtune.evaluation.run_report import select_answers, write_report
 from mmtune.evaluation.scores import metric_lines, print_scores, score_rows
 from mmtune.methods.method_table import METHODS
@@ -241,3 +241,28 @@ def test_the_table_shows_metrics_unparsed_answers_and_further_numbers(capsys: py
     assert "cer: 3 of 4 answers are unparsed (lacks 'Answer:') and count as 1\n" in shown
     [about, _] = metric_lines({"tuned_scores": [yes_no, caption]})
     assert about == "`yes_no`: yes or no; with precision, recall and F1 of yes, and the share of yes (POPE (arXiv 2305.10355))."
+
+
+def test_regions_of_references_and_predictions_are_drawn(make_recipe: MakeRecipe, rows: Path, tmp_path: Path) -> None:
+    """Each in the coordinates of its answer; answers without known coordinates, or without regions, change no pixel."""
+    Image.new("RGB", (200, 100), "white").save(tmp_path / "a.png")
+    changes: dict[str, Any] = {"images": (str(tmp_path / "a.png"),), "references": ("[100, 200, 500, 800]",), "metric": "iou"}
+    drawn = _answer(0, False, **changes, prediction='{"bbox_2d": [600, 200, 900, 800]} 1e30', extent=(1000.0, 1000.0))
+    base = dataclasses.replace(drawn, prediction="(160, 70)", extent=(200.0, 100.0))
+    unknown = _answer(1, False, **changes, prediction="[600, 200, 900, 800]")
+    recipe = make_recipe(f"evaluate.data=[{{path: {rows}, template: llava}}]", "evaluate.samples=8")
+    run, page = _run(recipe, [drawn, unknown], [base, dataclasses.replace(unknown, prediction="left")])
+    assert read_answers(run.answers("after"))[0].extent == (1000, 1000)
+    assert page.text.count("drawn: reference green, base orange, tuned red") == 1 and page.text.count("drawn:") == 1
+    sources = [str(attributes["src"]) for tag, attributes in page.tags if tag == "img"]
+    images = [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGB") for source in sources]
+    image, other = [each for each in images if each.size == (200, 100)]
+    if image.getcolors() == [(20000, (255, 255, 255))]:
+        image, other = other, image
+    assert other.getcolors() == [(20000, (255, 255, 255))]
+    edges = {"green": [(20, 50), (99, 50), (60, 20), (60, 79)], "red": [(120, 50), (179, 50), (150, 20), (150, 79)]}
+    for color, places in edges.items():
+        for x, y in places:
+            area = image.crop((x - 1, y - 1, x + 2, y + 2))
+            assert ImageColor.getrgb(color) in {pixel for _, pixel in area.getcolors()}, (color, x, y)
+    assert ImageColor.getrgb("orange") in {pixel for _, pixel in image.crop((150, 60, 172, 80)).getcolors()}

@@ -17,7 +17,7 @@ from transformers import ProcessorMixin
 
 from mmtune.chat_templates.jinja_rendering import ChatTemplateError, Span, Tools, control_tokens
 from mmtune.chat_templates.rendering import render_conversation, render_prompt
-from mmtune.data.encoding.native_boxes import write_native_boxes
+from mmtune.data.encoding.native_regions import write_native_regions
 from mmtune.data.encoding.placeholders import expand_placeholders, tokenize_expanded
 from mmtune.data.encoding.token_spans import (
     TokenSpans,
@@ -93,7 +93,8 @@ def encode_text(
     Raises:
         RowError: the conversation cannot be encoded; names the row.
     """
-    return _encode_text(sample_id, messages, processor, replacements, supervise, tools, prompt=False)
+    written = write_native_regions(sample_id, messages, processor)
+    return _encode_text(sample_id, written, processor, replacements, supervise, tools, prompt=False)
 
 
 def _encode_text(
@@ -115,7 +116,7 @@ def _encode_text(
     spans: list[Span] = []
     try:
         template_messages, template_tools, escaped = escape_conversation(
-            to_template_messages(sample_id, messages, processor), tools, control
+            to_template_messages(sample_id, messages), tools, control
         )
         if prompt:
             text = render_prompt(template_messages, template, tokenizer, template_tools)
@@ -163,7 +164,7 @@ def _target_ids(
         detail += f"{messages[-1]['role']}: the model's decoder writes one answer to what its encoder reads; set data.supervise: "
         detail += "last to make the turns before the last answer a part of the question"
         raise RowError(sample_id, "messages", detail, "several_answers")
-    tokenizer, answer = processor.tokenizer, write_native_boxes(sample_id, messages, processor)[-1]["content"]
+    tokenizer, answer = processor.tokenizer, messages[-1]["content"]
     control = control_tokens(tokenizer, chat_template_of(processor)).anywhere
     try:
         escaped = text_of({"role": "assistant", "content": escape_control_tokens(answer, control)})
@@ -199,15 +200,14 @@ def chat_template_of(processor: ProcessorMixin) -> str:
     return template
 
 
-def to_template_messages(sample_id: str, messages: list[Message], processor: ProcessorMixin) -> list[Message]:
-    """The messages in the form that chat templates read, with native boxes as text and a placeholder value for every image.
+def to_template_messages(sample_id: str, messages: list[Message]) -> list[Message]:
+    """The messages in the form that chat templates read, with a placeholder value for every image.
 
     Raises:
         RowError: media of a modality that cannot be encoded, or text that is not valid Unicode.
-        RecipeValueError: as in `write_native_boxes`.
     """
     template_messages = []
-    for number, message in enumerate(write_native_boxes(sample_id, messages, processor)):
+    for number, message in enumerate(messages):
         content: list[dict[str, str]] = []
         for block in message["content"]:
             if block["type"] == "text":
@@ -272,6 +272,7 @@ def encode_sample(
     Raises:
         RowError: the sample cannot be encoded; `OverLength` if it is too long.
     """
+    sample = replace(sample, messages=write_native_regions(sample.id, sample.messages, processor))
     return _encode(sample, processor, _process_images(sample.id, sample.messages, processor, spans), max_tokens, supervise)
 
 
@@ -284,7 +285,7 @@ def encode_choices(sample: Sample, processor: ProcessorMixin) -> list[dict[str, 
     Raises:
         RowError: the conversation cannot be encoded; names the row.
     """
-    prompt = prompt_messages(sample)
+    prompt = write_native_regions(sample.id, prompt_messages(sample), processor)
     media = _process_images(sample.id, prompt, processor)
     encoded = []
     for choice in sample.choices:
@@ -301,7 +302,7 @@ def _encode(
     supervise: Supervise = "all",
 ) -> dict[str, torch.Tensor]:
     media, replacements = images
-    text = encode_text(sample.id, sample.messages, processor, replacements, supervise, sample.tools)
+    text = _encode_text(sample.id, sample.messages, processor, replacements, supervise, sample.tools, prompt=False)
     length = len(text.input_ids) + len(text.target_ids)
     if max_tokens is not None and length > max_tokens:
         raise over_length_error(sample.id, length, max_tokens)
@@ -349,7 +350,7 @@ def _model_tensors(
 
     def first_prompt() -> str:
         first = next((number for number, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
-        before = to_template_messages(sample_id, messages[:first], processor)
+        before = to_template_messages(sample_id, messages[:first])
         return render_prompt(before, chat_template_of(processor), processor.tokenizer, tools)
 
     try:
@@ -412,8 +413,9 @@ def encode_prompt(
     Raises:
         RowError: the conversation cannot be encoded; names the row.
     """
+    messages = write_native_regions(sample_id, messages, processor)
     media, replacements = _process_images(sample_id, messages, processor)
-    text = encode_prompt_text(sample_id, messages, processor, replacements, tools)
+    text = _encode_text(sample_id, messages, processor, replacements, "all", tools, prompt=True)
     return _model_tensors(sample_id, messages, tools, processor, text, media)
 
 
@@ -425,7 +427,8 @@ def encode_prompt_text(
     Raises:
         RowError: the conversation cannot be encoded; names the row.
     """
-    return _encode_text(sample_id, messages, processor, replacements, "all", tools, prompt=True)
+    written = write_native_regions(sample_id, messages, processor)
+    return _encode_text(sample_id, written, processor, replacements, "all", tools, prompt=True)
 
 
 class OverLength(RowError):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageEnhance
 
-from mmtune.data.templates.boxes import Box
+from mmtune.data.templates.regions import Region
 
 Size = tuple[int, int]
 """(width, height) in pixels, upright."""
@@ -74,12 +74,23 @@ class ImageAugmentation:
             image = enhance(image).enhance(factor) if factor != 1 else image
         return image
 
-    def transform_box(self, box: Box) -> Box:
-        """The box in the augmented image. `region` must contain it, so that the crop does too."""
-        left, top, right, bottom = self.crop_box((box.width, box.height))
-        width, height = self.size((box.width, box.height))
-        x1, x2 = ((x - left) * width / (right - left) for x in (box.x1, box.x2))
-        y1, y2 = ((y - top) * height / (bottom - top) for y in (box.y1, box.y2))
+    def transform_region(self, region: Region) -> Region:
+        """The region in the augmented image. `self.region` must contain it, so that the crop does too.
+
+        A flip turns the order of a box's corners and that of a quadrilateral's, so that the first one stays the left one.
+        """
+        left, top, right, bottom = self.crop_box((region.width, region.height))
+        width, height = self.size((region.width, region.height))
+        corners = [
+            (min(max((x - left) * width / (right - left), 0), width), min(max((y - top) * height / (bottom - top), 0), height))
+            for x, y in region.corners
+        ]
         if self.flip:
-            x1, x2 = width - x2, width - x1
-        return Box(max(x1, 0), max(y1, 0), min(x2, width), min(y2, height), width, height)
+            mirrored = [(width - x, y) for x, y in corners]
+            if region.kind == "box":
+                (x2, y1), (x1, y2) = mirrored
+                mirrored = [(x1, y1), (x2, y2)]
+            elif region.kind == "quad":
+                mirrored = [mirrored[index] for index in (1, 0, 3, 2)]
+            corners = mirrored
+        return Region(tuple(corners), width, height)

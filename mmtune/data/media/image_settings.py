@@ -11,15 +11,16 @@ from mmtune.data.media.augmentation import ImageAugmentation
 from mmtune.data.media.media import EmbeddedMedia, ImageView, Media
 from mmtune.data.media.pixels import Window
 from mmtune.data.message import Message, RowError, all_text_of
-from mmtune.data.templates.boxes import Box
 from mmtune.data.templates.prompts import draw
+from mmtune.data.templates.regions import Region
 from mmtune.recipe.source_section import Augment
 
 NUMBER = r"\s*-?\d+(?:\.\d+)?\s*"
 BOX_IN_TEXT = re.compile(
-    rf"[\[(<]{NUMBER}(?:,{NUMBER}){{3}}[\])>]|\({NUMBER},{NUMBER}\),\s*\({NUMBER},{NUMBER}\)|<\|?box(?:_start)?\|?>|<loc\d{{4}}>|bbox_2d"
+    rf"[\[(<]{NUMBER}(?:,{NUMBER}){{3}}(?:(?:,{NUMBER}){{4}})?[\])>]|\({NUMBER},{NUMBER}\),\s*\({NUMBER},{NUMBER}\)"
+    r"|<\|?(?:box|quad|point)(?:_start)?\|?>|<points? |<loc_?\d{1,4}>|<patch_index_\d+>|bbox_2d|point_2d"
 )
-"""Text with a box: four numbers in brackets, two points, or the box tokens of Qwen, InternVL and PaliGemma."""
+"""Text with a region: four or eight numbers in brackets, two points, or the tokens and keys with which models write regions."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,20 @@ class ImageSettings:
     seed: int = 0
     visit: int = 0
 
-    def view(self, image: Path | EmbeddedMedia, row_id: str, number: int, boxes: Sequence[Box] = ()) -> Media:
+    def view(self, image: Path | EmbeddedMedia, row_id: str, number: int, regions: Sequence[Region] = ()) -> Media:
         """The image with its window and augmentation; the image itself if the source sets neither.
 
         Args:
             image: an image of the row.
             row_id: the row's id.
             number: index of the image in the row.
-            boxes: boxes in the image, which the crop must contain.
+            regions: regions of the image, which the crop must contain.
         """
         if self.window is None and self.augment is None:
             return image
-        return ImageView(image, self.window, self._draw(row_id, number, boxes))
+        return ImageView(image, self.window, self._draw(row_id, number, regions))
 
-    def _draw(self, row_id: str, number: int, boxes: Sequence[Box]) -> ImageAugmentation | None:
+    def _draw(self, row_id: str, number: int, regions: Sequence[Region]) -> ImageAugmentation | None:
         augment = self.augment
         if augment is None:
             return None
@@ -63,8 +64,9 @@ class ImageSettings:
             return 1 + strength * (2 * uniform(name) - 1)
 
         region = None
-        if boxes:
-            region = (min(b.x1 for b in boxes), min(b.y1 for b in boxes), max(b.x2 for b in boxes), max(b.y2 for b in boxes))
+        if regions:
+            xs, ys = zip(*(corner for each in regions for corner in each.corners), strict=True)
+            region = (min(xs), min(ys), max(xs), max(ys))
         return ImageAugmentation(
             crop=augment.crop + (1 - augment.crop) * uniform("crop"),
             position=(uniform("left"), uniform("top")),

@@ -16,6 +16,7 @@ from mmtune.data.media.media import MediaRules
 from mmtune.data.message import RowError, Sample
 from mmtune.data.sources.source import FileWatch, LazyRow, Row, Rows, default_media_root, open_rows, stream_rows
 from mmtune.data.templates.prompts import PromptSettings, draw
+from mmtune.data.templates.regions import RowConvention
 from mmtune.data.templates.template import DataTemplate, Join, load_data_template, lookup
 from mmtune.data.templates.unanswered import without_answers
 from mmtune.recipe.recipe import Shots, Source
@@ -109,6 +110,15 @@ class SourceReader:
         joined = row if self._join_table is None else self._join_table.join(row_id, row)
         images = replace(self._images, visit=visit)
         return replace(self.template.sample(row_id, joined, self.rules, self._prompting, images), source=self.source.path)
+
+    def fitting_conventions(self, row_id: str, row: Row) -> dict[str, frozenset[RowConvention]]:
+        """For each kind of region that the template declares, the conventions in which all of the row's are possible.
+
+        Raises:
+            RowError, DataIssueError: the row has no such regions, or no image that can be read.
+        """
+        joined = row if self._join_table is None else self._join_table.join(row_id, row)
+        return self.template.columns().fitting_conventions(row_id, joined, self.rules, self._prompting)
 
     @property
     def _has_filter(self) -> bool:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
 from mmtune.data.media.image_settings import DEFAULT_IMAGE_SETTINGS, ImageSettings
-from mmtune.data.media.media import ImageView, Media, MediaRules, image_size
+from mmtune.data.media.media import ImageView, Media, MediaRules
 from mmtune.data.message import Message, RowError
-from mmtune.data.templates.boxes import Box, NativeBox, read_boxes, thousandths
 from mmtune.data.templates.expressions import (
     DRAW_VARIABLE,
-    NATIVE_BOXES,
+    WRITTEN_REGIONS,
     TemplateSection,
+    WrittenRegions,
     as_text,
     check_jinja,
     evaluate_expression,
@@ -24,8 +24,9 @@ from mmtune.data.templates.expressions import (
     render_expression,
 )
 from mmtune.data.templates.prompts import ClosedAnswers, Options, PromptSettings, Verbalizer, draw
+from mmtune.data.templates.region_declaration import RegionDeclaration
+from mmtune.data.templates.regions import Region, RowConvention, thousandths
 from mmtune.data.templates.row_media import missing_field_hint, resolve_row_media
-from mmtune.data.validation.issues import issue_type_of
 
 Context = dict[str, Any]
 
@@ -102,38 +103,6 @@ class TurnTemplate(TemplateSection):
         return render_expression(row_id, where, phrasing, context, row)
 
 
-class BoxDeclaration(TemplateSection):
-    """Boxes in the row's image. Jinja reads the first one as `box` and all of them as `boxes`."""
-
-    value: str = Field(description="Jinja: one box of four numbers in pixels, or a list of them.")
-    layout: Literal["xywh", "xyxy"] = Field(description="Corner with width and height, or two corners.")
-    outside: Literal["error", "clip"] = Field(
-        default="error", description="Whether a box partly outside the image is an error of the row, or is clipped."
-    )
-
-    @field_validator("value")
-    @classmethod
-    def _jinja(cls, source: str) -> str:
-        check_jinja(source)
-        return source
-
-    def read(self, row_id: str, row: Mapping[str, Any], rounds: list[Context], images: list[Media]) -> list[list[Box]]:
-        """The boxes for each repetition of the messages.
-
-        Raises:
-            RowError: an invalid box, a box outside the image, or not exactly one image in the row.
-        """
-        if len(images) != 1:
-            detail = f"expected one image in a row with boxes, got {len(images)}"
-            raise RowError(row_id, "boxes", detail, "box_malformed")
-        values = [evaluate_expression(row_id, "boxes", self.value, context, row) for context in rounds]
-        try:
-            size = image_size(images[0])
-            return [read_boxes(value, self.layout, size, self.outside == "clip") for value in values]
-        except ValueError as error:
-            raise RowError(row_id, "boxes", str(error), issue_type_of(error)) from error
-
-
 @dataclass(frozen=True)
 class ColumnTemplate:
     """The part of a data template that writes messages from columns.
@@ -144,7 +113,7 @@ class ColumnTemplate:
         repeat: Jinja variable to the row's list; the turns are repeated for each item.
         options: the row's answer options.
         verbalizer: labels to words.
-        boxes: boxes in the image.
+        regions: boxes, points and quadrilaterals in the image, by the name of their section.
         references: Jinja for the list of all accepted answers.
     """
 
@@ -153,7 +122,7 @@ class ColumnTemplate:
     repeat: Mapping[str, str]
     options: Options | None
     verbalizer: Verbalizer | None
-    boxes: BoxDeclaration | None
+    regions: Mapping[str, RegionDeclaration]
     references: str | None
 
     def messages(
@@ -163,8 +132,8 @@ class ColumnTemplate:
         rules: MediaRules,
         prompting: PromptSettings,
         settings: ImageSettings = DEFAULT_IMAGE_SETTINGS,
-    ) -> tuple[list[Message], dict[str, tuple[str, ...]]]:
-        """The messages, and the sample's `choices`, `options` and `references`. `settings` transform an image with its boxes.
+    ) -> tuple[list[Message], dict[str, Any]]:
+        """The messages, and further attributes of the sample. `settings` transform an image with its regions.
 
         Raises:
             RowError: a section of the template fails for this row; names the section.
@@ -178,35 +147,67 @@ class ColumnTemplate:
             for number, media in enumerate(self._turn_media(row_id, row, rounds[0]))
         ]
         images = [block for turn in blocks for block in turn if block["type"] == "image"]
-        if self.boxes is not None:
-            not_augmented = replace(settings, augment=None)
-            views = [not_augmented.view(block["image"], row_id, 0) for block in images]
-            round_boxes = self.boxes.read(row_id, row, rounds, views)
-            all_boxes = [box for boxes in round_boxes for box in boxes]
-            view = images[0]["image"] = settings.view(images[0]["image"], row_id, 0, all_boxes)
-            if isinstance(view, ImageView) and view.augmentation is not None:
-                round_boxes = [[view.augmentation.transform_box(box) for box in boxes] for boxes in round_boxes]
-            rounds = [context | {"box": boxes[0], "boxes": boxes} for context, boxes in zip(rounds, round_boxes, strict=True)]
+        regions: list[Region] = []
+        if self.regions:
+            rounds, regions = self._with_regions(row_id, row, rounds, images, settings)
         answer_variables: Context = {}
         closed = self._closed_answers(row_id, row, rounds[0], prompting)
         if closed is not None:
             answer_variables = closed.shared | closed.alternatives[closed.correct]
         messages: list[Message] = []
+        written = WrittenRegions()
         for number, context in enumerate(rounds):
             for index, turn in enumerate(self.turns):
                 if turn.role == "system" and number > 0:
                     continue
-                native: list[NativeBox] = []
-                text = turn.render(row_id, f"messages[{index}]", row, context | answer_variables | {NATIVE_BOXES: native})
+                written = WrittenRegions()
+                text = turn.render(row_id, f"messages[{index}]", row, context | answer_variables | {WRITTEN_REGIONS: written})
                 media = blocks[index] if number == 0 else []
                 content = turn.content(row_id, f"messages[{index}]", text, media)
                 messages.append(
-                    {"role": turn.role, "content": _with_native(row_id, f"messages[{index}]", content, native, images)}
+                    {"role": turn.role, "content": _with_native(row_id, f"messages[{index}]", content, written, images)}
                 )
         last = rounds[-1] | answer_variables
         options = tuple(each["option"] for each in closed.alternatives) if closed is not None and self.options is not None else ()
         choices, references = self._choices(row_id, row, last, closed), self._references(row_id, row, last)
-        return messages, {"choices": choices, "options": options, "references": references}
+        answers = {"choices": choices, "options": options, "references": references}
+        return messages, {**answers, "regions": tuple(regions), "extent": written.extent()}
+
+    def fitting_conventions(
+        self, row_id: str, row: Mapping[str, Any], rules: MediaRules, prompting: PromptSettings
+    ) -> dict[str, frozenset[RowConvention]]:
+        """For each section of regions, the conventions in which all regions of a row are possible.
+
+        Raises:
+            RowError: the row has no such regions, or not one image.
+        """
+        rounds = self._rounds(row_id, row, self._context(row_id, row, prompting))
+        images = [
+            resolve_row_media(row_id, "image", value, rules)
+            for media in self._turn_media(row_id, row, rounds[0])
+            for modality, value in media
+            if modality == "image"
+        ]
+        return {name: section.fitting(name, row_id, row, rounds, images) for name, section in self.regions.items()}
+
+    def _with_regions(
+        self, row_id: str, row: Mapping[str, Any], rounds: list[Context], images: list[dict[str, Any]], settings: ImageSettings
+    ) -> tuple[list[Context], list[Region]]:
+        """The rounds with the variables of their regions, and all regions. The image becomes its view, and they follow it."""
+        not_augmented = replace(settings, augment=None)
+        views = [not_augmented.view(block["image"], row_id, 0) for block in images]
+        by_section = {name: section.read(name, row_id, row, rounds, views) for name, section in self.regions.items()}
+        every = [region for each in by_section.values() for regions in each for region in regions]
+        view = images[0]["image"] = settings.view(images[0]["image"], row_id, 0, every)
+        augmentation = view.augmentation if isinstance(view, ImageView) else None
+        moved: list[Region] = []
+        for name, section in self.regions.items():
+            for number, regions in enumerate(by_section[name]):
+                regions = regions if augmentation is None else [augmentation.transform_region(region) for region in regions]
+                first = {section.kind: regions[0]} if regions else {}
+                rounds[number] = rounds[number] | first | {name: regions}
+                moved += regions
+        return rounds, moved
 
     def media_values(self, row: Mapping[str, Any], values: Mapping[str, str] | None = None) -> list[tuple[str, Any]]:
         """The modality and the row's value of each image, video and audio clip; no file is opened.
@@ -271,15 +272,15 @@ class ColumnTemplate:
 
 
 def _with_native(
-    row_id: str, where: str, content: list[dict[str, Any]], boxes: list[NativeBox], images: list[dict[str, Any]]
+    row_id: str, where: str, content: list[dict[str, Any]], written: WrittenRegions, images: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The blocks of a message, with a block for each native box of its texts, whose text is in thousandths."""
-    if not boxes:
+    """The blocks of a message, with a block for each native region of its texts, whose text is in thousandths."""
+    if not written.native:
         return content
     blocks = []
     for block in content:
         try:
-            pieces = native_pieces(block["text"], boxes) if block["type"] == "text" else []
+            pieces = native_pieces(block["text"], written.native) if block["type"] == "text" else []
         except (ValueError, LookupError) as error:
             raise RowError(row_id, where, str(error), "template_fails") from error
         blocks += [block] if block["type"] != "text" else []
@@ -287,8 +288,8 @@ def _with_native(
             if isinstance(piece, str):
                 blocks.append({"type": "text", "text": piece})
             else:
-                text = thousandths(piece.box)
-                blocks.append({"type": "text", "text": text, "native": piece, "box_image": images[0]["image"]})
+                text = thousandths(piece.region)
+                blocks.append({"type": "text", "text": text, "native": piece, "region_image": images[0]["image"]})
     return blocks
 
 

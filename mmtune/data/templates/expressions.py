@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -15,18 +16,35 @@ from jinja2.runtime import Context
 from pydantic import BaseModel, ConfigDict
 
 from mmtune.data.message import RowError
-from mmtune.data.templates.boxes import Box, NativeBox, fractions, pixels, require_box, thousandths
+from mmtune.data.templates.regions import NativeRegion, Region, fractions, pixels, require_region, thousandths
 from mmtune.utils import bounded_jinja
 from mmtune.utils.bounded_jinja import BUDGET, COMPILE_FAULTS, RENDER_FAULTS, BoundedEnvironment, Budget, TooMuchWork
 
 DRAW_VARIABLE = "random draw"
 """The context variable with the row's random draw. Not a valid Jinja name, so that it cannot collide with a column."""
 
-NATIVE_BOXES = "native boxes"
-"""The context variable with the list of boxes that `native` writes into the text of a message."""
+WRITTEN_REGIONS = "written regions"
+"""The context variable with the `WrittenRegions` of the text of a message."""
 NATIVE_MARK = "\ufdd0{}\ufdd1"
-"""What `native` writes for the box of a number: noncharacters of Unicode, which no text contains."""
+"""What `native` writes for the region of a number: noncharacters of Unicode, which no text contains."""
 _NATIVE_MARK = re.compile("\ufdd0(\\d+)\ufdd1")
+
+
+@dataclass
+class WrittenRegions:
+    """The regions that filters have written into a text.
+
+    Attributes:
+        native: those in the convention of the model's family.
+        extents: the coordinates of the image's lower right corner, of all others.
+    """
+
+    native: list[NativeRegion] = field(default_factory=list)
+    extents: set[tuple[float, float]] = field(default_factory=set)
+
+    def extent(self) -> tuple[float, float] | None:
+        """The coordinates of the image's lower right corner, if all regions have the same; None also for native ones."""
+        return next(iter(self.extents)) if len(self.extents) == 1 and not self.native else None
 
 
 class NotText(TemplateRuntimeError):
@@ -114,9 +132,9 @@ def as_text(value: Any) -> str:
     """
     if value is None or isinstance(value, bool):
         raise ValueError(f"expected text or a number, got {'null' if value is None else str(value).lower()}")
-    if isinstance(value, Box):
-        filters = "{{ box | native }}, thousandths, fractions or pixels"
-        raise ValueError(f"expected text or a number, got a box; use a filter: {filters}")
+    if isinstance(value, Region):
+        filters = f"{{{{ {value.kind} | native }}}}, thousandths, fractions or pixels"
+        raise ValueError(f"expected text or a number, got a {value.kind}; use a filter: {filters}")
     if not isinstance(value, (str, int, float)):
         raise ValueError(f"expected text or a number, got {type(value).__name__}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -175,24 +193,45 @@ def _parse_list(text: Any) -> Any:
 
 
 @pass_context
-def _native(context: Context, box: Any, label: Any = None) -> str:
-    """A mark for a box; `native_pieces` replaces it."""
-    boxes: list[NativeBox] | None = context.get(NATIVE_BOXES)
-    if boxes is None:
-        raise ValueError("`native` can only write a box in the text of a message, and not in a choice")
-    boxes.append(NativeBox(require_box(box), None if label is None else as_text(label)))
-    return NATIVE_MARK.format(len(boxes) - 1)
+def _native(context: Context, region: Any, label: Any = None) -> str:
+    """A mark for a region; `native_pieces` replaces it."""
+    written: WrittenRegions | None = context.get(WRITTEN_REGIONS)
+    if written is None:
+        raise ValueError("`native` can only write a region in the text of a message, and not in a choice")
+    written.native.append(NativeRegion(_declared(region), None if label is None else as_text(label)))
+    return NATIVE_MARK.format(len(written.native) - 1)
 
 
-def native_pieces(text: str, boxes: Sequence[NativeBox]) -> list[str | NativeBox]:
-    """A rendered text, split at the boxes that `native` wrote into it; no piece is empty.
+def _declared(region: Any) -> Region:
+    """The region itself. Raises UndefinedError for that of a row without regions, and TypeError for any other value."""
+    if isinstance(region, Undefined):
+        str(region)
+    return require_region(region)
+
+
+def _recorded(write: Callable[..., str], extent_of: Callable[[Region], tuple[float, float]]) -> Callable[..., str]:
+    """A filter that also records the extent of the coordinates which it writes."""
+
+    @pass_context
+    def write_and_record(context: Context, region: Any, *arguments: Any, **options: Any) -> str:
+        written: WrittenRegions | None = context.get(WRITTEN_REGIONS)
+        text = write(_declared(region), *arguments, **options)
+        if written is not None:
+            written.extents.add(extent_of(region))
+        return text
+
+    return write_and_record
+
+
+def native_pieces(text: str, regions: Sequence[NativeRegion]) -> list[str | NativeRegion]:
+    """A rendered text, split at the regions that `native` wrote into it; no piece is empty.
 
     Raises:
-        ValueError: the text has the mark of no box, or that of a box that was changed by another filter.
+        ValueError: the text has the mark of no region, or that of a region that was changed by another filter.
     """
-    pieces = [piece if number % 2 == 0 else boxes[int(piece)] for number, piece in enumerate(_NATIVE_MARK.split(text))]
+    pieces = [piece if number % 2 == 0 else regions[int(piece)] for number, piece in enumerate(_NATIVE_MARK.split(text))]
     if any(isinstance(piece, str) and ("\ufdd0" in piece or "\ufdd1" in piece) for piece in pieces):
-        raise ValueError("expected text as `native` wrote it, got the mark of a box that another filter changed")
+        raise ValueError("expected text as `native` wrote it, got the mark of a region that another filter changed")
     return [piece for piece in pieces if piece != ""]
 
 
@@ -200,7 +239,10 @@ def native_pieces(text: str, boxes: Sequence[NativeBox]) -> list[str | NativeBox
 def _environment() -> BoundedEnvironment:
     environment = BoundedEnvironment(finalize=_finalize, undefined=StrictUndefined, autoescape=False)
     environment.filters.update(commonest=_most_common, pick=_pick, parse_list=_parse_list)
-    environment.filters.update(native=_native, thousandths=thousandths, fractions=fractions, pixels=pixels)
+    environment.filters["native"] = _native
+    environment.filters["thousandths"] = _recorded(thousandths, lambda region: (1000, 1000))
+    environment.filters["fractions"] = _recorded(fractions, lambda region: (1, 1))
+    environment.filters["pixels"] = _recorded(pixels, lambda region: (region.width, region.height))
     del environment.filters["random"]  # it would draw again in every epoch; `pick` uses the row's draw
     environment.globals.clear()  # a missing column must be an error, not a Jinja global of the same name
     environment.bound()

@@ -19,14 +19,16 @@ from mmtune.data.media.image_settings import DEFAULT_IMAGE_SETTINGS, ImageSettin
 from mmtune.data.media.media import EmbeddedMedia, MediaRules
 from mmtune.data.message import Message, RowError, Sample, has_media, is_supervised, text_message, text_of
 from mmtune.data.sources.rows import ID_FIELDS, Row
-from mmtune.data.templates.boxes import BOX_FIELDS
-from mmtune.data.templates.columns import BoxDeclaration, ColumnTemplate, TurnTemplate
+from mmtune.data.templates.columns import ColumnTemplate, TurnTemplate
 from mmtune.data.templates.conversation import Conversation, check_no_row_weights
 from mmtune.data.templates.expressions import TemplateSection, check_jinja, has_filter, is_jinja, names_read, render_expression
 from mmtune.data.templates.prompts import DEFAULT_PROMPT_SETTINGS, Options, PromptSettings, Verbalizer
+from mmtune.data.templates.region_declaration import BoxDeclaration, PointDeclaration, QuadDeclaration, RegionDeclaration
+from mmtune.data.templates.regions import BOX_FIELDS
 from mmtune.data.templates.row_media import PLACEHOLDERS
 from mmtune.data.templates.tool_turns import check_result_ids, read_tools
 from mmtune.data.templates.unread_media import check_unread, is_empty_value, modality_of_file
+from mmtune.families.box_convention import RegionKind
 from mmtune.recipe.yaml_lines import read_document
 from mmtune.utils.errors import UserError, nearest
 from mmtune.utils.hub import missing_path_message
@@ -36,12 +38,15 @@ ROLES = ("system", "user", "assistant")
 CONVERSATION_ROLES = (*ROLES, "tool", "tool_call")
 """What a conversation's `roles` can name: also tool results, and turns whose text is tool calls."""
 
+_OBJECTS_IN_TEXT = re.compile("<bbox>|<ref-object>")
+"""Where ms-swift writes the values of a row's `objects` into a text."""
+
 _NEXT_ROLES = {"user": ("assistant", "tool_call"), "assistant": ("user",), "tool_call": ("tool",)}
 _NEXT_ROLES["tool"] = ("tool", "assistant", "tool_call")
 UNANSWERED = "?"
 """The text of the placeholder answer of a question without one."""
 _IN_CONVERSATIONS = ("images", "videos", "audio", "placeholder")
-_IN_MESSAGES = ("join", "values", "repeat", "options", "verbalizer", "boxes", "references")
+_IN_MESSAGES = ("join", "values", "repeat", "options", "verbalizer", "boxes", "points", "quads", "references")
 
 
 class Join(TemplateSection):
@@ -86,6 +91,8 @@ class DataTemplate(TemplateSection):
     options: Options | None = None
     verbalizer: Verbalizer | None = None
     boxes: BoxDeclaration | None = None
+    points: PointDeclaration | None = None
+    quads: QuadDeclaration | None = None
     references: str | None = Field(
         default=None, description="Jinja: the list of all accepted answers; an answer of several people several times."
     )
@@ -154,7 +161,7 @@ class DataTemplate(TemplateSection):
 
         Raises:
             RowError: a missing field, an unknown role, turns out of order, an empty answer, a tool call or schema that is not
-                valid, an image that is missing or outside the media root, different numbers of images and placeholders, a box
+                valid, an image that is missing or outside the media root, different numbers of images and placeholders, a region
                 outside the image, or a box in a text that `settings` does not transform with the image.
         """
         row = self.unpack_shard_row(row_id, row)
@@ -167,6 +174,7 @@ class DataTemplate(TemplateSection):
             fields = {modality: names for modality, names in self._media_fields().items() if names}
             awaits = self._awaits_answer
             messages = self.conversation.messages(row_id, row, rules, fields, self.placeholder, prompting.add_images, awaits)
+            _check_objects(row_id, row, messages)
             if awaits:
                 messages = [*messages[: -1 if messages[-1]["role"] == "assistant" else None], unanswered_turn()]
             if self.conversation.tools is not None:
@@ -175,7 +183,7 @@ class DataTemplate(TemplateSection):
             messages, answers = self.columns().messages(row_id, row, rules, prompting, settings)
         if not any(map(has_media, messages)):
             check_unread(row_id, "", row, read, self._advice)
-        if self.boxes is None:
+        if not self.regions:
             settings.apply_to_messages(row_id, messages)
         if prompting.system is not None and messages[0]["role"] != "system":
             messages.insert(0, text_message("system", prompting.system))
@@ -202,9 +210,8 @@ class DataTemplate(TemplateSection):
             jinja_sources += [self.options.choices, self.options.answer]
         if self.verbalizer is not None:
             jinja_sources.append(self.verbalizer.label)
-        if self.boxes is not None:
-            jinja_sources.append(self.boxes.value)
         in_jinja = {name for source in jinja_sources for name in names_read(source)}
+        in_jinja |= {name for section in self.regions.values() for name in section.names_read}
         return frozenset(in_jinja | {name.split(".")[0] for name in field_names if name})
 
     def unpack_shard_row(self, row_id: str, row: Row) -> Row:
@@ -249,17 +256,34 @@ class DataTemplate(TemplateSection):
 
     def columns(self) -> ColumnTemplate:
         """The column template of a data template without `conversation`."""
-        return ColumnTemplate(self.messages, self.values, self.repeat, self.options, self.verbalizer, self.boxes, self.references)
+        return ColumnTemplate(
+            self.messages, self.values, self.repeat, self.options, self.verbalizer, self.regions, self.references
+        )
 
     @property
-    def writes_native_boxes(self) -> bool:
-        """Whether a text has a box in the convention of the model's family."""
-        return any(has_filter(text, "native") for turn in self.messages for text in turn.text)
+    def regions(self) -> dict[str, RegionDeclaration]:
+        """The declared boxes, points and quadrilaterals, by the name of their section."""
+        sections = {"boxes": self.boxes, "points": self.points, "quads": self.quads}
+        return {name: section for name, section in sections.items() if section is not None}
+
+    @property
+    def native_kinds(self) -> list[RegionKind]:
+        """The kinds of declared regions, if a text has regions in the convention of the model's family; else none."""
+        is_native = any(has_filter(text, "native") for turn in self.messages for text in turn.text)
+        return [section.kind for section in self.regions.values()] if is_native else []
 
     def undeclared_boxes(self) -> str | None:
-        """A column with the name of a box that a text reads unchanged; None if there is none, or the template has `boxes`."""
+        """A column with the name of a box that a text reads unchanged; None if none, or the template declares regions."""
         read = {name for turn in self.messages for text in turn.text for name in names_read(text)}
-        return next((name for name in BOX_FIELDS if name in read and self.boxes is None), None)
+        return next((name for name in BOX_FIELDS if name in read and not self.regions), None)
+
+
+def _check_objects(row_id: str, row: Row, messages: list[Message]) -> None:
+    """Check that no text of a conversation has a place for the row's boxes, which would be trained as it is spelled."""
+    places = [place[0] for message in messages if (place := _OBJECTS_IN_TEXT.search(text_of(message)))]
+    if places and row.get("objects"):
+        detail = f"the text has {places[0]}, the place of a value of `objects`, which the data template does not fill"
+        raise RowError(row_id, "objects", detail, "box_placeholder")
 
 
 def lookup(row: Mapping[str, Any], field: str) -> Any:

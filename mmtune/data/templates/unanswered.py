@@ -12,7 +12,7 @@ from mmtune.data.templates.template import UNANSWERED, DataTemplate
 def without_answers(template: DataTemplate) -> DataTemplate:
     """The template for rows whose last answer may be missing; the last answer of its samples is a placeholder.
 
-    What only the answer, the references and the task read is not needed: a column, the right option, a box, a joined row. The
+    What only the answer, the references and the task read is not needed: a column, the right option, a region, a joined row. The
     earlier questions of a row keep their answers, so a template that repeats its messages still reads all answers.
     """
     changes: dict[str, Any] = {"references": None}
@@ -29,8 +29,9 @@ def without_answers(template: DataTemplate) -> DataTemplate:
     if template.verbalizer is not None:
         label = next(iter(template.verbalizer.words), "unknown")
         changes["verbalizer"] = template.verbalizer.model_copy(update={"label": "{{ " + repr(label) + " }}"})
-    if template.boxes is not None and not asked & {"box", "boxes"}:
-        changes["boxes"] = None
+    for name, section in template.regions.items():
+        if not asked & {section.kind, name}:
+            changes[name] = None
     if template.join is not None and "joined" not in asked:
         changes["join"] = None
         of_joined = is_jinja(template.task or "") and "joined" in names_read(template.task or "")

@@ -66,9 +66,14 @@ ISSUE_TYPES: dict[str, IssueType] = {
     "image_refused": IssueType("error", "change the image's shape: the model's image processor rejects it"),
     "image_zero_size": IssueType("error", "replace the image: it has no pixels"),
     "image_too_large": IssueType("error", "resize the image below the limit"),
-    # boxes that the data template declares
-    "box_outside": IssueType("error", "correct the box: it must be inside the upright image"),
-    "box_malformed": IssueType("error", "write the box as four numbers with a positive area, in a row with one image"),
+    # boxes, points and quadrilaterals that the data template declares
+    "box_outside": IssueType("error", "correct the numbers: they must be inside the upright image in the declared convention"),
+    "box_malformed": IssueType(
+        "error",
+        "write finite numbers: four of a box and eight of a quadrilateral with an area, two of a point; in a row with one image",
+    ),
+    "box_unit": IssueType("error", "set `unit` in the data template to that of the numbers, or correct them"),
+    "box_placeholder": IssueType("error", "write the messages in a data template of columns that declares `boxes`"),
     "box_unmoved": IssueType("error", "declare the boxes in the data template, or remove resize, crop and flip from augment"),
     # between training and held-out rows
     "row_leaked": IssueType(
@@ -91,6 +96,7 @@ ISSUE_TYPES: dict[str, IssueType] = {
     "box_suspect": IssueType(
         "warning", "nothing, if the field is not a box in pixels of the upright image; the data template does not read it"
     ),
+    "box_convention": IssueType("warning", "set `unit` and `layout` in the data template to those that fit"),
     "image_end_marker": IssueType("warning", "save the image again: it can be decoded, but its end marker is missing"),
     "image_elongated": IssueType(
         "warning", "crop the image, or pad its shorter edge: image processors reject it or resize it to a huge one"

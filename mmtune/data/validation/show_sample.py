@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,19 +23,23 @@ from mmtune.chat_templates.rendering import render_prompt
 from mmtune.console.styled_console import StyledConsole
 from mmtune.data.dataset import open_readers
 from mmtune.data.encoding.encode import OverLength, chat_template_of, encode_text, to_template_messages
-from mmtune.data.encoding.native_boxes import with_native_boxes
+from mmtune.data.encoding.native_regions import with_native_regions
 from mmtune.data.encoding.over_length import fit_to_budget
 from mmtune.data.encoding.token_counts import sample_replacements
+from mmtune.data.media.drawing import draw_regions
 from mmtune.data.media.media import ImageView, Media, open_image
 from mmtune.data.message import RowError, Sample
 from mmtune.data.sources.reader import SourceReader
 from mmtune.data.sources.rows import Row, id_in_dataset
+from mmtune.data.templates.regions import Region, pixels
+from mmtune.families.box_convention import KIND_NAMES
 from mmtune.recipe.recipe import DataSection, Source
 from mmtune.utils.errors import UserError
 
 Kind = Literal["prompt", "supervised", "media"]
 STYLES = {"prompt": "", "supervised": "bold green", "media": "cyan"}
 MAX_PAGE_EDGE = 640  # longer edge of an image on the page, in pixels
+REGION_COLOR = "#1a7f37"
 SMALL_EDGE = 128  # images with a longer edge of at most this many pixels are lossless on the page
 REPLACEMENT_CHARACTER = "\ufffd"
 """The text that a tokenizer decodes from an incomplete character."""
@@ -70,6 +75,10 @@ class SampleView:
     tokens: list[Token]
     prompt: str
     notes: list[str]
+
+    def regions_of(self, image: int) -> tuple[Region, ...]:
+        """The declared regions in the image of a number, from 0: they are in the row's own one, after those of examples."""
+        return self.sample.regions if self.sample.own_images and image == len(self.sample.images) - 1 else ()
 
     def as_json(self) -> dict[str, Any]:
         """The row's id and its tokens."""
@@ -151,6 +160,7 @@ def view_sample(sample: Sample, processor: ProcessorMixin, section: DataSection)
             notes += [f"{fitted.resized} images resized to fit data.max_tokens"] if fitted.resized else []
     if any(isinstance(image, ImageView) and image.augmentation is not None for image in sample.images):
         notes.append("images have the augmentation of the first visit; every later visit draws a new one")
+    sample = with_native_regions(sample, processor)
     replacements = sample_replacements(sample, processor)
     encoded = encode_text(sample.id, sample.messages, processor, replacements, section.supervise, sample.tools)
     kinds: list[Kind] = [
@@ -159,9 +169,9 @@ def view_sample(sample: Sample, processor: ProcessorMixin, section: DataSection)
     input_ids = [token for token, _, _ in encoded.tokens()]
     texts = token_texts(processor.tokenizer, input_ids)
     tokens = [Token(*each) for each in zip(input_ids, texts, kinds, strict=True)]
-    template_messages = to_template_messages(sample.id, sample.messages[:-1], processor)
+    template_messages = to_template_messages(sample.id, sample.messages[:-1])
     prompt = render_prompt(template_messages, chat_template_of(processor), processor.tokenizer, sample.tools)
-    return SampleView(with_native_boxes(sample, processor), tokens, prompt, notes)
+    return SampleView(sample, tokens, prompt, notes)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> list[str]:
@@ -202,6 +212,8 @@ def print_sample(view: SampleView, console: Console | None = None) -> None:
         console.print(Text(note, "yellow"))
     for number, media in enumerate(view.sample.images, start=1):
         console.print(Text(f"image {number}: {escape_invisible(str(media))}"))
+        for region in view.regions_of(number - 1):
+            console.print(Text(f"  {region.kind} {pixels(region)}, in pixels of {region.width} x {region.height}"))
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -262,7 +274,7 @@ def write_page(view: SampleView, path: Path) -> None:
         row=escape_invisible(view.sample.id),
         summary=view.summary(),
         notes=view.notes,
-        images=[_page_image(media) for media in view.sample.images],
+        images=[_page_image(media, view.regions_of(number)) for number, media in enumerate(view.sample.images)],
         runs=[(kind, list(_page_tokens(list(run)))) for kind, run in groupby(view.tokens, key=lambda token: token.kind)],
         prompt=escape_invisible(view.prompt),
         style=style,
@@ -289,7 +301,14 @@ def _page_tokens(tokens: Sequence[Token]) -> Iterator[_PageToken]:
             ids = []
 
 
-def _page_image(media: Media) -> dict[str, Any]:
+def _count_regions(regions: Sequence[Region]) -> str:
+    """Such as ", 2 boxes drawn"; empty without regions."""
+    counts = Counter(region.kind for region in regions)
+    return "".join(f", {count} {kind if count == 1 else KIND_NAMES[kind]} drawn" for kind, count in counts.items())
+
+
+def _page_image(media: Media, regions: Sequence[Region]) -> dict[str, Any]:
+    """The values of an image on the page, on which its regions are drawn."""
     name = escape_invisible(str(media))
     try:
         image = open_image(media)
@@ -298,8 +317,10 @@ def _page_image(media: Media) -> dict[str, Any]:
     size = f"{image.width} x {image.height}"
     small = max(image.size) <= SMALL_EDGE
     image.thumbnail((MAX_PAGE_EDGE, MAX_PAGE_EDGE))
+    draw_regions(image, [region.corner_shares for region in regions], REGION_COLOR)
     buffer = io.BytesIO()
     image.save(buffer, "PNG" if small else "JPEG", quality=85)
     image_format = "png" if small else "jpeg"
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {"name": name, "size": size, "small": small, "data": f"data:image/{image_format};base64,{data}"}
+    drawn = _count_regions(regions)
+    return {"name": name, "size": size, "small": small, "regions": drawn, "data": f"data:image/{image_format};base64,{data}"}

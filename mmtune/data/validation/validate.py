@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,10 +22,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import ProcessorMixin
 
-from mmtune.chat_templates.jinja_rendering import BOX_TOKENS
+from mmtune.chat_templates.jinja_rendering import control_tokens
 from mmtune.console.styled_console import StyledConsole
 from mmtune.data.dataset import open_readers
-from mmtune.data.encoding.encode import Supervise, over_length_error
+from mmtune.data.encoding.encode import Supervise, chat_template_of, over_length_error
 from mmtune.data.encoding.over_length import set_image_sizes
 from mmtune.data.encoding.token_counts import Size, count_tokens
 from mmtune.data.media.image_headers import inspect_image
@@ -36,12 +35,13 @@ from mmtune.data.processes import map_rows
 from mmtune.data.sources.reader import SourceReader
 from mmtune.data.sources.rows import ID_FIELDS, id_in_dataset
 from mmtune.data.sources.source import Row, Rows, open_rows
-from mmtune.data.templates.boxes import BOX_FIELDS
+from mmtune.data.templates.regions import BOX_FIELDS
 from mmtune.data.templates.template import DataTemplate, load_data_template, shipped_templates
 from mmtune.data.templates.unanswered import without_answers
 from mmtune.data.templates.unread_media import holds_media
 from mmtune.data.validation.issues import ISSUE_TYPES, Issue, new_issue
 from mmtune.data.validation.leakage import LEAKS, Digests, LeakageSearch, row_digests
+from mmtune.data.validation.region_checks import ConventionCounts, RowConventions, row_conventions, suspect_boxes
 from mmtune.data.validation.show_sample import escape_invisible
 from mmtune.recipe.recipe import Source
 from mmtune.utils.errors import UserError, nearest
@@ -168,6 +168,9 @@ class _OpenSource:
         return (self.reader.sample_without_shots if self.held_out else self.reader.sample)(row_id, row)
 
 
+_CheckedRow = tuple[list[Issue], tuple[int, int], list[str], Digests | None, RowConventions | None]
+
+
 class Validator:
     """Checks every row of training and evaluation sources."""
 
@@ -212,9 +215,12 @@ class Validator:
         for number, source in sorted(enumerate(self._sources), key=lambda item: not item[1].held_out):
             digests = np.zeros((2, len(source.rows)), np.uint64)
             unknown_fields: dict[str, list[int]] = {}
+            conventions = ConventionCounts(source.reader.template.regions)
             results = map_rows(partial(self._check, source), range(len(source.rows)), processes, "checking rows")
-            for position, (issues, row_and_id_digest, fields, compared) in enumerate(results):
+            for position, (issues, row_and_id_digest, fields, compared, fitting) in enumerate(results):
                 yield from issues
+                if fitting is not None:
+                    conventions.add(self._row_id(number, position), fitting, issues)
                 if compared is not None and source.held_out:
                     search.add_held_out(number, position, compared, source.reader.source.is_held_out)
                 elif compared is not None:
@@ -222,6 +228,7 @@ class Validator:
                 digests[:, position] = row_and_id_digest
                 for name in fields:
                     unknown_fields.setdefault(name, []).append(position)
+            yield from conventions.issues()
             # A row is read once, even if it is the first one with several fields.
             ids = {position: self._row_id(number, position) for position in {rows[0] for rows in unknown_fields.values()}}
             for name, rows in unknown_fields.items():
@@ -233,17 +240,17 @@ class Validator:
         yield from search.issues()
         yield from search.near_duplicates(processes)
 
-    def _check(self, source: _OpenSource, position: int) -> tuple[list[Issue], tuple[int, int], list[str], Digests | None]:
+    def _check(self, source: _OpenSource, position: int) -> _CheckedRow:
         """Check one row.
 
         Returns:
-            Its issues; the digests of the row and of its id (0 if there is none); its unknown fields; and, if there are training
-            and held-out rows, the digests that are compared between them.
+            Its issues; the digests of the row and of its id (0 if there is none); its unknown fields; if there are training and
+            held-out rows, the digests that are compared between them; and the conventions that fit its regions, if it has any.
         """
         try:
             row_id, row = source.rows[position]
         except RowError as error:
-            return [_issue_of_error(error)], (0, 0), [], None
+            return [_issue_of_error(error)], (0, 0), [], None, None
         issues: list[Issue] = []
         media = []
         unpacked = row
@@ -253,7 +260,7 @@ class Validator:
             media = sample.images
             if source.held_out:
                 split_question(sample)
-            issues += self._check_sample(sample, unpacked, source.reader.template.boxes is not None, source.held_out)
+            issues += self._check_sample(sample, unpacked, source.held_out)
         except RowError as error:
             issues.append(_issue_of_error(error))
         digests = _digest((row, [str(image) for image in media])), _id_digest(unpacked)
@@ -270,9 +277,9 @@ class Validator:
             for name in unpacked
             if name not in source.known_fields and not holds_media(name, unpacked[name], provenance=bool(media))
         ]
-        return issues, digests, fields, compared
+        return issues, digests, fields, compared, row_conventions(source.reader, row_id, row)
 
-    def _check_sample(self, sample: Sample, row: Row, has_declared_boxes: bool, held_out: bool) -> Iterator[Issue]:
+    def _check_sample(self, sample: Sample, row: Row, held_out: bool) -> Iterator[Issue]:
         images = sample.images
         sizes: list[Any] = []
         for number, media in enumerate(images):
@@ -289,8 +296,8 @@ class Validator:
             reported = [(issue.field, issue.issue) for issue in text_issues]
             token_issues = self._check_tokens(sample, sizes, held_out)
             yield from (issue for issue in token_issues if (issue.field, issue.issue) not in reported)
-        if len(sizes) == 1 and sizes[0] is not None and not has_declared_boxes:
-            yield from _suspect_boxes(sample.id, row, sizes[0])
+        if len(sizes) == 1 and sizes[0] is not None and not sample.regions:
+            yield from suspect_boxes(sample.id, row, sizes[0])
 
     def _check_tokens(self, sample: Sample, sizes: list[Size], held_out: bool) -> Iterator[Issue]:
         """Issues of encoding the text as in training, with image tokens counted from the image sizes."""
@@ -402,13 +409,9 @@ def _template_fit(template: DataTemplate, rows: Rows) -> tuple[int, float]:
 
 def _control_token_pattern(processor: ProcessorMixin | None) -> re.Pattern[str]:
     """A pattern of the control tokens that a row's text should not contain."""
-    tokens: set[str] = set(CONTROL_TOKENS)
     if processor is not None:
-        added = processor.tokenizer.added_tokens_decoder.values()
-        template = str(processor.chat_template)
-        tokens = {*processor.tokenizer.all_special_tokens, *(t.content for t in added if t.special or t.content in template)}
-    tokens = {token for token in tokens if not BOX_TOKENS.fullmatch(token)}
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+        return control_tokens(processor.tokenizer, chat_template_of(processor)).anywhere
+    return re.compile("|".join(re.escape(token) for token in sorted(CONTROL_TOKENS, key=len, reverse=True)))
 
 
 def _first_occurrences(digests: RowHashes) -> Positions:
@@ -441,24 +444,3 @@ def _undeclared_calls(sample: Sample) -> Iterator[Issue]:
             if name not in declared:
                 detail = f"a call of {name!r}, which the row's tools do not declare" + nearest(name, declared)
                 yield new_issue(sample.id, f"messages[{number}]", "tool_undeclared", detail)
-
-
-def _suspect_boxes(row_id: str, row: Row, size: tuple[int, int]) -> Iterator[Issue]:
-    """Issues of fields with the name of a box that the template does not read, and that are outside the image in both layouts."""
-    for name in BOX_FIELDS:
-        value: Any = row.get(name)
-        is_list_of_boxes = isinstance(value, list) and bool(value) and all(isinstance(box, list) for box in value)
-        boxes: list[Any] = value if is_list_of_boxes else [value]
-        for number, box in enumerate(boxes):
-            is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(edge, (int, float)) for edge in box)
-            if is_box and not _is_inside(box, size):
-                where = f"{name}[{number}]" if is_list_of_boxes else name
-                yield new_issue(row_id, where, "box_suspect", f"{box} in an image of {size[0]} x {size[1]} pixels")
-
-
-def _is_inside(box: list[float], size: tuple[int, int]) -> bool:
-    left, top, third, fourth = box
-    if not all(math.isfinite(edge) and edge >= 0 for edge in box):
-        return False
-    corners = left < third <= size[0] and top < fourth <= size[1]
-    return corners or (left + third <= size[0] and top + fourth <= size[1])

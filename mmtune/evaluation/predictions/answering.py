@@ -11,8 +11,8 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from mmtune.data.batching.collate import collate
+from mmtune.data.encoding.answer_decoding import decode_answers
 from mmtune.data.encoding.encode import encode_prompt
-from mmtune.data.encoding.native_boxes import decode_answers
 from mmtune.data.message import Sample, prompt_messages
 from mmtune.evaluation.predictions.answer_cache import AnswerCache
 from mmtune.evaluation.predictions.choices import predict_choices

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from mmtune.data.dataset import check_headers
-from mmtune.data.encoding.native_boxes import with_native_boxes
+from mmtune.data.encoding.native_regions import with_native_regions
 from mmtune.data.linked_rows import image_digests
 from mmtune.data.message import RowError, Sample, all_text_of, prompt_messages, text_message
 from mmtune.data.message_rows import messages_row
@@ -145,7 +145,7 @@ def predict_rows(
     step = BATCHES_AT_ONCE * batch_size
     for start in range(0, len(indices), step):
         chunk = indices[start : start + step]
-        samples = [with_native_boxes(rows[index], processor) for index in chunk]
+        samples = [with_native_regions(rows[index], processor) for index in chunk]
         label = f"rows {start + 1:,} to {start + len(chunk):,} of {len(indices):,}"
         predictions = generate_predictions(model, processor, samples, decoding, batch_size, label)
         lines = [

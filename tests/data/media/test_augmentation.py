@@ -24,7 +24,7 @@ from mmtune.data.encoding.token_counts import count_tokens
 from mmtune.data.media.augmentation import ImageAugmentation
 from mmtune.data.media.media import ImageView, image_size, open_image
 from mmtune.data.message import RowError, text_of
-from mmtune.data.templates.boxes import Box
+from mmtune.data.templates.regions import Region
 from mmtune.data.validation.show_sample import view_sample
 from mmtune.data.validation.validate import ValidationSettings, Validator
 from mmtune.distributed.context import SINGLE_PROCESS
@@ -115,9 +115,13 @@ def test_a_crop_lies_in_the_image_and_keeps_its_boxes(
     keeping = ImageAugmentation(change.crop, change.position, (x1, y1, x2, y2), change.longest_edge, change.flip)
     left, top, right, bottom = keeping.crop_box((width, height))
     assert 0 <= left <= x1 and x2 <= right <= width and 0 <= top <= y1 and y2 <= bottom <= height
-    box = keeping.transform_box(Box(x1, y1, x2, y2, width, height))
+    box = keeping.transform_region(Region(((x1, y1), (x2, y2)), width, height))
     assert (box.width, box.height) == keeping.size((width, height))
     assert 0 <= box.x1 < box.x2 <= box.width and 0 <= box.y1 < box.y2 <= box.height
+    quad = keeping.transform_region(Region(((x1, y1), (x2, y1), (x2, y2), (x1, y2)), width, height))
+    assert quad.corners == ((box.x1, box.y1), (box.x2, box.y1), (box.x2, box.y2), (box.x1, box.y2))  # also when flipped
+    point = keeping.transform_region(Region(((x1, y1),), width, height))
+    assert point.corners == ((box.x2 if change.flip else box.x1, box.y1),)
 
 
 # ------------------------------------------------------------------------------------------------------------------ rows
@@ -204,7 +208,11 @@ def test_boxes_of_a_planned_run_keep_their_first_draw(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[12, 30, 44, 80]", "<box>1", "(1, 2),(30.5, 40)", '{"bbox_2d": 1}', "<loc0001>", "(0.1,0.2,0.3,0.4)"]
+    "text",
+    [
+        *("[12, 30, 44, 80]", "<box>1", "(1, 2),(30.5, 40)", '{"bbox_2d": 1}', "<loc0001>", "(0.1,0.2,0.3,0.4)"),
+        *('{"point_2d": 1}', "<loc_7>", "<patch_index_0044>", "[1, 2, 3, 4, 5, 6, 7, 8]", "<|quad_start|>", '<points x1="3"'),
+    ],
 )
 def test_boxes_in_plain_text_are_rejected(tmp_path: Path, text: str) -> None:
     path = _rows(tmp_path, 1)

@@ -302,7 +302,7 @@ def test_a_custom_template_is_read_by_path(media: Path, tmp_path: Path) -> None:
         ("description: d\nexample: {}\nmessages: [{role: user, text: []}]", "messages.0.text: "),
         ("description: d\nexample: {}\nmessages: [{role: user, images: ['{{'], text: x}]", "not valid Jinja at line 1: "),
         ("description: d\nexample: {}\nreferences: '{{ x'\nmessages: [{role: user, text: x}]", "not valid Jinja at line 1: "),
-        ("description: d\nexample: {}\nboxes: {value: x, layout: yxyx}\nmessages: [{role: user, text: x}]", "boxes.layout: "),
+        ("description: d\nexample: {}\nboxes: {value: x, layout: yx}\nmessages: [{role: user, text: x}]", "boxes.layout: "),
         (
             "description: d\nexample: {}\njoin: {by: a}\nmessages: [{role: user, text: x}]",
             "needs the joined row in its example, under 'joined'",

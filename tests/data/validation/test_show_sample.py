@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import family_processors as families
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,10 @@ from rich.console import Console
 from mmtune.cli.main import entry_point
 from mmtune.data.dataset import IndexedSamples
 from mmtune.data.encoding.encode import IGNORE_INDEX, encode_prompt, encode_sample
+from mmtune.data.media.image_settings import ImageSettings
+from mmtune.data.media.media import MediaRules
 from mmtune.data.message import RowError, Sample, text_of
+from mmtune.data.templates.template import DataTemplate
 from mmtune.data.validation.show_sample import (
     SampleView,
     escape_invisible,
@@ -33,6 +37,7 @@ from mmtune.data.validation.show_sample import (
     write_page,
 )
 from mmtune.recipe.recipe import DataSection, Recipe, Source
+from mmtune.recipe.source_section import Augment
 from mmtune.utils.errors import UserError
 
 
@@ -240,6 +245,30 @@ def test_a_large_picture_is_scaled_down_and_a_broken_one_named(tmp_path: Path, m
     assert "cannot decode" in (tmp_path / "page.html").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="cannot write"):
         write_page(view, tmp_path / "no" / "page.html")
+
+
+def test_declared_regions_are_drawn_on_the_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only on their outlines, on the row's own image, which is scaled down and flipped."""
+    Image.new("RGB", (1280, 960), "white").save(tmp_path / "a.png")
+    text = "{{ box | native }} {{ box | thousandths }}"
+    turns = [{"role": "user", "images": ["{{ image }}"], "text": "where?"}, {"role": "assistant", "text": text}]
+    sections = {"boxes": {"value": "{{ bbox }}", "layout": "xyxy"}, "points": {"value": "{{ [640, 240] }}"}}
+    template = DataTemplate.model_validate({"description": "d", "messages": turns, **sections, "example": {}})
+    row = {"image": "a.png", "bbox": [[128, 96, 384, 576], [0, 0, 64, 64]]}
+    sample = template.sample("r", row, MediaRules(tmp_path), settings=ImageSettings(augment=Augment(flip=1)))
+    view = view_sample(sample, families.FAMILIES["qwen2_5_vl"](), _section())
+    write_page(view, tmp_path / "page.html")
+    page = _Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "1280 x 960 pixels, 2 boxes drawn, 1 point drawn" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    [source] = [str(attributes["src"]) for tag, attributes in page.tags if tag == "img"]
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("L")).astype(int)
+    assert image.shape == (480, 640)
+    dark = image < 180
+    assert dark[100, 446:450].any() and dark[100, 574:578].any()  # the left and the right side of the mirrored box
+    assert dark[46:50, 500].any() and dark[285:290, 500].any() and dark[115:126, 314:327].any()
+    assert not dark[60:280, 455:570].any() and dark.mean() < 0.02
+    print_sample(view)
+    assert "box [896, 96, 1152, 576], in pixels of 1280 x 960" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------------- command line

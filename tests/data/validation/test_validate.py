@@ -155,7 +155,7 @@ def test_an_unread_field_is_reported_once(tmp_path: Path) -> None:
 def test_a_template_knows_the_fields_that_it_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A field that is not among them can go, and the sample stays the same."""
     monkeypatch.setattr("mmtune.data.templates.row_media.resolve_media", lambda value, rules: Path(str(value)))
-    monkeypatch.setattr("mmtune.data.templates.columns.image_size", lambda media: (1000, 1000))
+    monkeypatch.setattr("mmtune.data.templates.region_declaration.image_size", lambda media: (1000, 1000))
     template = load_data_template(name)
     words = {"0": "cat", "1": "dog", "2": "bird", "3": "fish", "7": "horse"} if template.verbalizer else None
     rules, prompting = MediaRules(Path()), PromptSettings(words=words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageDraw
 
 from mmtune.evaluation.answers import Answer, group_scores, item_scores, score_answers
 from mmtune.evaluation.metrics.metric import Item
@@ -154,6 +156,8 @@ def test_several_boxes_are_matched_one_to_one() -> None:
     one = ("[0,0,10,10]",)
     for text in ("<box>(0, 0, 10, 10)</box>", '```json\n[{"bbox_2d": [0, 0, 10, 10], "label": "a"}]\n```', "(0,0),(10,10)"):
         assert iou.score(Item(text, one)) == 1
+    boxes = Item("<loc_0><loc_0><loc_9><loc_9><loc_20><loc_20><loc_29><loc_29>", ("a<loc_0><loc_0><loc_9><loc_9>",))
+    assert iou.score(boxes) == 1 / 2  # two boxes, and no quadrilateral
     assert iou.score(Item("<loc0000><loc0000><loc0010><loc0005> cat", ("<loc0000><loc0000><loc0010><loc0010> cat",))) == 1 / 2
 
 
@@ -235,3 +239,26 @@ def test_error_rates_compare_composed_characters() -> None:
             == 0
             == METRICS[name].score(Item("caf\u00e9", ("cafe\u0301",)))
         )
+
+
+@pytest.mark.parametrize(
+    "form", ["[{}, {}, {}, {}, {}, {}, {}, {}]", "[[{}, {}], [{}, {}], [{}, {}], [{}, {}]]", "a" + "<loc_{}>" * 8]
+)
+def test_the_overlap_of_quadrilaterals_is_that_of_their_pixels(form: str) -> None:
+    """Corners of four quarters around a center, so that they are convex up to a little; the reference is drawn by Pillow."""
+    chosen = random.Random(form)
+    for _ in range(10):
+        quads = []
+        for _ in range(2):
+            x, y, width, height = (chosen.randint(*limits) for limits in ((300, 700), (300, 700), (120, 250), (120, 250)))
+            shift = [chosen.randint(-40, 40) for _ in range(4)]
+            corners = [x - width, y - height + shift[0], x + width + shift[1], y - height, x + width, y + height + shift[2]]
+            quads.append([*corners, x - width + shift[3], y + height])
+        masks = []
+        for quad in quads:
+            mask = Image.new("1", (1000, 1000))
+            ImageDraw.Draw(mask).polygon(quad, fill=1)
+            masks.append(np.asarray(mask))
+        expected = (masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum()
+        assert METRICS["iou"].score(Item(form.format(*quads[0]), (form.format(*quads[1]),))) == pytest.approx(expected, abs=0.01)
+    assert METRICS["iou"].score(Item("[0, 5, 5, 0, 10, 5, 5, 10]", ("[0, 0, 10, 10]",))) == 0.5

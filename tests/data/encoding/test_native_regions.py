@@ -15,21 +15,25 @@ import pytest
 import torch
 from family_cases import CASES
 from PIL import Image, ImageDraw
+from transformers import TextIteratorStreamer
 from transformers.models.florence2.processing_florence2 import Florence2PostProcessor
 from transformers.models.kosmos2.processing_kosmos2 import patch_index_to_coordinate
 
 from mmtune.chat_templates.resolving import resolve_chat_template
+from mmtune.data.encoding.answer_decoding import AnswerDecoder, decode_answers
 from mmtune.data.encoding.encode import encode_prompt, encode_sample
-from mmtune.data.encoding.native_boxes import decode_answers, with_native_boxes, write_native_boxes
+from mmtune.data.encoding.native_regions import with_native_regions, write_native_regions
 from mmtune.data.encoding.over_length import fit_to_budget
 from mmtune.data.encoding.token_counts import count_tokens
 from mmtune.data.media.image_settings import ImageSettings
 from mmtune.data.media.media import MediaRules
 from mmtune.data.message import RowError, Sample, text_of
-from mmtune.data.templates.boxes import Box, NativeBox
+from mmtune.data.region_text import read_areas, read_points
+from mmtune.data.templates.regions import NativeRegion, Region
 from mmtune.data.templates.template import DataTemplate
 from mmtune.evaluation.metrics.entries.box_overlap import IOU
 from mmtune.evaluation.metrics.metric import Item
+from mmtune.families.box_convention import RegionKind
 from mmtune.families.family_table import FAMILIES as TABLE
 from mmtune.families.family_table import family_of_processor
 from mmtune.preflight import check_recipe
@@ -124,23 +128,32 @@ def _processor(family: str) -> Any:
     return processor
 
 
-def _sample(folder: Path, size: tuple[int, int], corners: tuple[int, ...], augment: Augment | None = None) -> Sample:
-    """A row with a red object on a blue image, whose answer is its native box."""
+def _sample(
+    folder: Path,
+    size: tuple[int, int],
+    corners: tuple[int, ...],
+    augment: Augment | None = None,
+    declared: dict[str, Any] | None = None,
+    answer: str | None = None,
+) -> Sample:
+    """A row with a red object on a blue image, whose answer is its native box or another declared region."""
     image = Image.new("RGB", size, (0, 0, 255))
     ImageDraw.Draw(image).rectangle((corners[0], corners[1], corners[2] - 1, corners[3] - 1), fill=(255, 0, 0))
     image.save(folder / "a.png")
-    turns = [{"role": "user", "images": ["{{ image }}"], "text": "where?"}, {"role": "assistant", "text": "{{ box | native }}"}]
-    boxes = {"value": "{{ bbox }}", "layout": "xyxy"}
-    template = DataTemplate.model_validate({"description": "d", "messages": turns, "boxes": boxes, "example": {}})
+    sections = declared or {"boxes": {"value": "{{ bbox }}", "layout": "xyxy"}}
+    kind = {"boxes": "box", "points": "point", "quads": "quad"}[next(iter(sections))]
+    written = answer or f"{{{{ {kind} | native }}}}"
+    turns = [{"role": "user", "images": ["{{ image }}"], "text": "where?"}, {"role": "assistant", "text": written}]
+    template = DataTemplate.model_validate({"description": "d", "messages": turns, **sections, "example": {}})
     row = {"image": "a.png", "bbox": list(corners)}
     return template.sample("r", row, MediaRules(folder), settings=ImageSettings(augment=augment))
 
 
-def _seen(family: str, sample: Sample) -> tuple[list[float], list[float], tuple[int, int]]:
+def _seen(family: str, sample: Sample, read: Any = "box") -> tuple[list[float], list[float], tuple[int, int]]:
     """The object's corners in the image that the model sees, those of the written box, and the size of that image."""
     processor = _processor(family)
     encoded = encode_sample(sample, processor)
-    to_image, read, _ = FAMILIES[family]
+    to_image, read_box, _ = FAMILIES[family]
     pixels = to_image(encoded, processor)
     difference = pixels[..., 0] - pixels[..., 2]
     red = difference > (difference.min() + difference.max()) / 2
@@ -148,9 +161,9 @@ def _seen(family: str, sample: Sample) -> tuple[list[float], list[float], tuple[
     size = (pixels.shape[1], pixels.shape[0])
     supervised = encoded["labels"][encoded["labels"] >= 0]
     text = processor.tokenizer.decode(supervised, skip_special_tokens=False).replace("Ġ", " ")
-    written = text_of(with_native_boxes(sample, processor).messages[1])
+    written = text_of(with_native_regions(sample, processor).messages[1])
     assert written in text
-    return [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], read(written, size), size
+    return [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], read_box(written, size) if read else [], size
 
 
 def _assert_covers(family: str, sample: Sample) -> None:
@@ -181,6 +194,58 @@ def test_it_covers_the_object_after_augmentation(family: str, tmp_path: Path) ->
     _assert_covers(family, _sample(tmp_path, (640, 480), (64, 240, 320, 432), augment))
 
 
+AUGMENT = Augment(crop=0.7, resize=400, flip=1.0)
+
+
+@pytest.mark.parametrize("augment", [None, AUGMENT])
+@pytest.mark.parametrize("size", [(640, 480), (300, 1000), (1000, 250)])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_native_point_is_on_the_object(family: str, size: tuple[int, int], augment: Augment | None, tmp_path: Path) -> None:
+    corners = (60, 100, 100, 180)
+    sample = _sample(tmp_path, size, corners, augment, {"points": {"value": "{{ [80, 140] }}"}})
+    (x1, y1, x2, y2), _, shape = _seen(family, sample, read=None)
+    point = json.loads(text_of(with_native_regions(sample, _processor(family)).messages[1]))["point_2d"]
+    x, y = point if family == "qwen2_5_vl" else (number * side / 1000 for number, side in zip(point, shape, strict=True))
+    assert abs(x - (x1 + x2) / 2) <= 2 and abs(y - (y1 + y2) / 2) <= 2
+
+
+@pytest.mark.parametrize("augment", [None, AUGMENT])
+@pytest.mark.parametrize("size", [(640, 480), (300, 1000), (1000, 250)])
+def test_a_native_quadrilateral_is_that_of_florence(size: tuple[int, int], augment: Augment | None, tmp_path: Path) -> None:
+    quads = {"quads": {"value": "{{ [[60, 100], [100, 100], [100, 180], [60, 180]] }}"}}
+    sample = _sample(tmp_path, size, (60, 100, 100, 180), augment, quads, '{{ quad | native("A cup") }}')
+    (x1, y1, x2, y2), _, shape = _seen("florence2", sample, read=None)
+    text = text_of(with_native_regions(sample, _processor("florence2")).messages[1])
+    post_processor = Florence2PostProcessor(config={}, tokenizer=_processor("florence2").tokenizer)
+    [parsed] = post_processor.parse_ocr_from_text_and_spans(text, None, shape)
+    assert parsed["text"] == "A cup"
+    assert parsed["quad_box"] == pytest.approx([x1, y1, x2, y1, x2, y2, x1, y2], abs=2)
+    assert read_areas(text) == [tuple(zip(*[iter(_numbers(text))] * 2, strict=True))]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("qwen2_vl", "point"), ("internvl", "point"), ("florence2", "point"), ("qwen3_vl", "quad")]
+)
+def test_a_region_that_the_family_does_not_document_is_an_error(family: str, kind: str, tmp_path: Path) -> None:
+    value = {"point": [80, 140], "quad": [0, 0, 9, 0, 9, 9, 0, 9]}[kind]
+    sample = _sample(tmp_path, (640, 480), (60, 100, 100, 180), None, {f"{kind}s": {"value": f"{{{{ {value} }}}}"}})
+    names = {"point": "points", "quad": "quadrilaterals"}
+    expected = rf"how its models write {names[kind]}, .* write them with \{{\{{ {kind} \| thousandths"
+    with pytest.raises(RecipeValueError, match=expected):
+        with_native_regions(sample, _processor(family))
+
+
+def test_the_extent_of_native_coordinates(tmp_path: Path) -> None:
+    sample = _sample(tmp_path, (640, 480), (64, 240, 320, 432))
+    extents = {family: with_native_regions(sample, _processor(family)).extent for family in FAMILIES}
+    assert extents.pop("qwen2_5_vl") == _seen("qwen2_5_vl", sample)[2]
+    assert extents == {
+        **dict.fromkeys(("qwen2_vl", "qwen3_vl", "internvl", "florence2"), (1000, 1000)),
+        "paligemma": (1024, 1024),
+        "kosmos-2": (32, 32),
+    }
+
+
 def test_it_covers_the_object_in_an_image_that_is_shrunk_to_the_token_limit(tmp_path: Path) -> None:
     processor = _processor("qwen2_5_vl")
     sample = _sample(tmp_path, (640, 480), (64, 240, 320, 432))
@@ -191,7 +256,7 @@ def test_it_covers_the_object_in_an_image_that_is_shrunk_to_the_token_limit(tmp_
     _assert_covers("qwen2_5_vl", fitted)
 
 
-BOX = Box(146, 137, 615, 415, 640, 428)
+BOX = Region(((146, 137), (615, 415)), 640, 428)
 """The box of the example in Qwen's script `process_bbox.ipynb`."""
 WRITTEN = {
     # the results of the script
@@ -213,8 +278,8 @@ def test_the_text_is_that_of_the_family(family: str) -> None:
         processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 14 * 14 * 4 * 1280}
     box, labelled = WRITTEN[family]
     for label, expected in ((None, box), ('a "bowl"', labelled.replace("{}", box))):
-        block = {"type": "text", "text": "[]", "native": NativeBox(BOX, label), "box_image": Path("a.png")}
-        [message] = write_native_boxes("r", [{"role": "user", "content": [{"type": "text", "text": "At "}, block]}], processor)
+        block = {"type": "text", "text": "[]", "native": NativeRegion(BOX, label), "region_image": Path("a.png")}
+        [message] = write_native_regions("r", [{"role": "user", "content": [{"type": "text", "text": "At "}, block]}], processor)
         if family == "qwen2_5_vl":
             assert processor.image_processor.patch_size * processor.image_processor.merge_size == 28
         assert message["content"] == [{"type": "text", "text": f"At {expected}"}]
@@ -225,7 +290,7 @@ def test_tokens_of_boxes_are_tokens_and_not_their_spelling(family: str, tmp_path
     processor = _processor(family)
     sample = _sample(tmp_path, (640, 480), (64, 240, 320, 432))
     encoded = encode_sample(sample, processor)
-    written = text_of(with_native_boxes(sample, processor).messages[1])
+    written = text_of(with_native_regions(sample, processor).messages[1])
     spelled = [token for token in TOKENS[family] if token in written]
     ids = processor.tokenizer.convert_tokens_to_ids(spelled)
     assert spelled and set(ids) <= set(encoded["labels"].flatten().tolist())
@@ -243,7 +308,7 @@ def test_boxes_in_a_question_with_labels(tmp_path: Path) -> None:
     processor = _processor("qwen3_vl")
     labelled = [{"bbox_2d": [0, 0, 100, 200], "label": "cup"}, {"bbox_2d": [500, 0, 1000, 1000], "label": "plate"}]
     expected = ", ".join([*map(json.dumps, labelled), "which is larger?"])
-    assert text_of(with_native_boxes(sample, processor).messages[0]) == expected
+    assert text_of(with_native_regions(sample, processor).messages[0]) == expected
     prompt = encode_prompt("r", sample.messages[:1], processor)["input_ids"][0]
     assert expected in processor.tokenizer.decode(prompt)
 
@@ -253,14 +318,14 @@ def test_a_family_without_a_convention_is_an_error(tmp_path: Path) -> None:
     processor = CASES["gemma3"].base.processor()
     assert not family_of_processor(processor).box_conventions
     with pytest.raises(RecipeValueError, match=r"Gemma3Processor: .*`native` cannot be used; write them with \{\{ box \|"):
-        with_native_boxes(sample, processor)
+        with_native_regions(sample, processor)
 
 
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ("{{ (box | native)[1:] }}", "the mark of a box that another filter changed"),
-        ("{{ bbox | native }}", "expected a box declared in the template's 'boxes', got list"),
+        ("{{ (box | native)[1:] }}", "the mark of a region that another filter changed"),
+        ("{{ bbox | native }}", "expected a region declared in the template's 'boxes', 'points' or 'quads', got list"),
         ("{{ box | native(none) }}{{ box | native([1]) }}", "expected text or a number, got list"),
     ],
 )
@@ -282,7 +347,7 @@ def test_an_answer_keeps_the_tokens_of_boxes_and_is_scored_by_its_iou(family: st
         encoded = encode_sample(_sample(tmp_path, (640, 480), each), processor)
         [answer] = decode_answers(processor.tokenizer, [encoded["labels"][encoded["labels"] >= 0].tolist()])
         texts.append(answer)
-    reference = text_of(with_native_boxes(_sample(tmp_path, (640, 480), corners[1]), processor).messages[1])
+    reference = text_of(with_native_regions(_sample(tmp_path, (640, 480), corners[1]), processor).messages[1])
     assert texts[1].strip() == reference
     score = IOU.score(Item(prediction=texts[0], references=(reference,)))
     assert score == pytest.approx(224 / 288, abs=0.02 + FAMILIES[family][2])
@@ -293,8 +358,11 @@ def test_the_documentation_has_every_convention() -> None:
     page = (Path(__file__).parents[3] / "docs" / "data_templates.md").read_text(encoding="utf-8")
     conventions = {name: each for family in TABLE.values() for name, each in family.box_conventions.items()}
     corners = (64 / 640, 240 / 480, 320 / 640, 432 / 480)
+    regions: dict[RegionKind, tuple[float, ...]] = {"point": (0.1, 0.5), "quad": (0.1, 0.5, 0.5, 0.5, 0.5, 0.9, 0.1, 0.9)}
     for name, convention in conventions.items():
-        text = convention.write(corners, (644, 476), "cup").replace("|", "\\|")
+        for kind in convention.others:
+            assert f"| `{name}` | {kind} | `{convention.write(kind, regions[kind], (644, 476), 'cup')}` |" in page
+        text = convention.write("box", corners, (644, 476), "cup").replace("|", "\\|")
         assert f"| `{name}` | {convention.meaning} | `{text}` | {convention.source} |" in page
 
 
@@ -332,3 +400,27 @@ def test_a_row_that_spells_the_tokens_of_a_box_has_the_tokens(tmp_path: Path) ->
     ids = encode_sample(Sample("r", messages), processor)["labels"].flatten().tolist()
     assert [ids.count(number) for number in processor.tokenizer.convert_tokens_to_ids(TOKENS["qwen2_vl"])] == [1, 1, 1, 1]
     assert ids.count(processor.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+
+
+@pytest.mark.parametrize("family", TOKENS)
+def test_a_streamed_answer_keeps_the_tokens_of_boxes(family: str, tmp_path: Path) -> None:
+    processor = _processor(family)
+    encoded = encode_sample(_sample(tmp_path, (640, 480), (64, 240, 320, 432)), processor)
+    tokens = encoded["labels"][encoded["labels"] >= 0]
+    streamer = TextIteratorStreamer(AnswerDecoder(processor.tokenizer))  # type: ignore[arg-type]
+    for token in tokens:
+        streamer.put(token[None])
+    streamer.end()
+    assert "".join(streamer) == decode_answers(processor.tokenizer, [tokens.tolist()])[0]
+
+
+def test_points_in_the_forms_of_answers() -> None:
+    forms = (
+        '{"point_2d": [12, 34], "label": "a"}',
+        "(12, 34)",
+        '<point x="12" y="34" alt="a">a</point>',
+        "<points x1='12' y1='34'>",
+    )
+    assert [read_points(form) for form in forms] == [[((12, 34),)]] * 4
+    assert read_points('<points x1="1" y1="2" x2="3" y2="4">a</points>') == [((1, 2),), ((3, 4),)]
+    assert read_points("[1, 2, 3, 4]") == read_points("[1e30, 2]") == read_points("x is 3") == []
