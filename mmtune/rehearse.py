@@ -146,6 +146,11 @@ def _write_small(recipe: Recipe, place: Path, dist: DistributedContext) -> Path:
     language = small["tune"]["language"]
     if language.get("adapter_layers"):
         language["adapter_layers"] = min(language["adapter_layers"], DECODER["num_hidden_layers"])
+    if recipe.tune.labels and not own_tokenizer:
+        print("rehearsal: soft_verbalizer is left out, because the byte-level tokenizer has several tokens for a label")
+        del language["soft_verbalizer"]
+        if not language.get("target_modules", True):  # the labels trained alone
+            del language["target_modules"]
     small["train"] |= {
         "max_steps": 1,
         "warmup_steps": 0,

@@ -23,7 +23,7 @@ from transformers import ProcessorMixin, set_seed
 from mmtune.console.library_output import rank_prefix
 from mmtune.data.data_report import DataReport
 from mmtune.data.dataset import check_rows, open_samples
-from mmtune.data.encoding.encoding_checks import check_encoding
+from mmtune.data.encoding.encoding_checks import check_encoding, label_tokens
 from mmtune.distributed.context import check_same, init_distributed
 from mmtune.distributed.launch import check_launch
 from mmtune.distributed.sharded_parameters import gathered_forward
@@ -122,12 +122,13 @@ def validate(recipe: Recipe, overwrite: bool, resume: bool | Path, profile: int 
     base = resolve_model(recipe.model)
     check_method(recipe, base, arguments, dist, checkpoint)
     check_encoding(base.processor)
+    labels = label_tokens(base.processor, recipe.tune.labels)
     objective = build_objective(recipe, base)
     lengths = plan_rows(samples, recipe, base.processor, data_report, dist)
     print(f"training: {dist.strategy}, {arguments.device}")
     held_out = plan_held_out(recipe, base.processor, dist)
     inputs = RunInputs(
-        recipe, overwrite, checkpoint, arguments, dist, samples, data_report, base, objective, lengths, held_out, profile
+        recipe, overwrite, checkpoint, arguments, dist, samples, data_report, base, objective, lengths, held_out, labels, profile
     )
     check_profile(inputs)
     return inputs
@@ -160,7 +161,14 @@ def tune(inputs: RunInputs, model: Any, data: TrainingData) -> TunedModel:
     arguments = inputs.arguments
     set_seed(arguments.seed)  # initial values must not depend on how the base was loaded
     steps = optimizer_steps(arguments, data.batches)
-    tuned = tune_model(model, inputs.recipe.tune, arguments.learning_rate, steps=steps, batches=data.first_batches())
+    tuned = tune_model(
+        model,
+        inputs.recipe.tune,
+        arguments.learning_rate,
+        steps=steps,
+        batches=data.first_batches(),
+        label_tokens=inputs.label_tokens,
+    )
     if inputs.recipe.data.packing:
         prove_packed_rows(tuned.model, data)
     return tuned

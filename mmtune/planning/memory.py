@@ -131,7 +131,8 @@ def estimate_memory(
             for name in linear_modules(model, components, "language"):
                 model.set_submodule(name, QuantizedLinear(model.get_submodule(name), recipe.model.precision))
         with torch.device("meta"):
-            tuned: Any = apply_tuning(model, components, _with_plain_initialization(recipe).tune, steps=1000)
+            tune = _with_plain_initialization(recipe).tune
+            tuned: Any = apply_tuning(model, components, tune, steps=1000, label_tokens=range(len(tune.labels)))
         make_prompt_tokens_real(tuned)
         tuned.config.use_cache = arguments.use_cache
         if arguments.activation_checkpointing:

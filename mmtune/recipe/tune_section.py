@@ -13,6 +13,7 @@ from mmtune.methods import capability_table
 from mmtune.methods.method import DEFAULT_METHOD
 from mmtune.methods.method_table import METHODS
 from mmtune.methods.selectors import NAMED, compile_selector, is_match
+from mmtune.methods.soft_verbalizer import SOFT_VERBALIZER
 from mmtune.recipe.other_toolkits import OTHER_METHODS, value_hint
 from mmtune.recipe.pass_through.arguments import Settings, error_at, format_value, method_arguments, unknown_key_at
 from mmtune.recipe.section import PassThroughArguments, Section, Text
@@ -173,6 +174,11 @@ class TuneSection(Section):
     def method(self) -> str | None:
         """The method of PEFT's kind that components use, if any does."""
         return next((tuning.method for tuning in self.components.values() if tuning.method in METHODS), None)
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of the soft verbalizer; empty without one."""
+        return self.language.settings.get(SOFT_VERBALIZER) or []
 
     @property
     def needs_full_weights(self) -> bool:

@@ -31,6 +31,7 @@ class RunInputs:
         checkpoint: where training resumes; None for a new run.
         lengths: tokens of every row, shape (rows,), 0 for a row that cannot train; None where rows are not counted beforehand.
         held_out: the rows of the evaluation while training; None without one.
+        label_tokens: the tokens of a soft verbalizer's labels.
         profile: the number of steps to profile; 0: none.
     """
 
@@ -45,6 +46,7 @@ class RunInputs:
     objective: SupervisedTuning
     lengths: NDArray[np.int64] | None
     held_out: HeldOutRows | None
+    label_tokens: list[int]
     profile: int = 0
 
     @property

@@ -71,16 +71,17 @@ def tune_model(
     *,
     steps: int | None = None,
     batches: Iterable[Mapping[str, torch.Tensor]] = (),
+    label_tokens: Sequence[int] = (),
 ) -> TunedModel:
     """Apply the recipe's `tune` section with `apply_tuning`, and print the adapted modules and the trainable parameters.
 
     Args:
         learning_rate: the run's own rate, for components that name none.
-        steps, batches: as `apply_tuning`.
+        steps, batches, label_tokens: as `apply_tuning`.
     """
     base_components = find_components(model)
     kept_frozen, stacks = frozen_parts(model, base_components, tune), list(find_experts(model).values())
-    tuned = apply_tuning(model, base_components, tune, steps=steps, batches=batches)
+    tuned = apply_tuning(model, base_components, tune, steps=steps, batches=batches, label_tokens=label_tokens)
     components = find_components(tuned)
     counts = count_parameters(tuned, components, tune, learning_rate)
     print_trained_modules(trained_modules(tuned))
@@ -99,6 +100,7 @@ def apply_tuning(
     *,
     steps: int | None = None,
     batches: Iterable[Mapping[str, torch.Tensor]] = (),
+    label_tokens: Sequence[int] = (),
 ) -> PreTrainedModel | PeftModel:
     """Freeze, unfreeze and wrap by the recipe's `tune` section.
 
@@ -108,6 +110,7 @@ def apply_tuning(
         tune: the recipe's section.
         steps: optimizer steps of the run, for methods with a schedule over it.
         batches: training batches, for initializations that read data.
+        label_tokens: token ids of the labels of a soft verbalizer.
 
     Returns:
         A `PeftModel` when `keeps_adapter`, components trained in full then being its `modules_to_save`; otherwise the model
@@ -122,7 +125,7 @@ def apply_tuning(
     model.requires_grad_(False)
     if keeps_adapter(tune):
         with _errors_of_peft(tune):
-            config = peft_config(model, components, tune, steps)
+            config = peft_config(model, components, tune, steps, label_tokens)
             tuned: PreTrainedModel | PeftModel = _wrap(model, config, tune, batches)
     else:
         for name in _trained_in_full(model, components, tune):

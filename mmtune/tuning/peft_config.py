@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import PeftConfig
@@ -10,6 +10,7 @@ from torch import nn
 
 from mmtune.families.structure import Components
 from mmtune.methods.method_table import METHODS, full_modules_config
+from mmtune.methods.soft_verbalizer import trained_rows
 from mmtune.models.components import select_modules, select_parameters
 from mmtune.recipe.recipe import ComponentTuning, TuneSection
 from mmtune.utils.errors import RecipeValueError, errors_at_key
@@ -17,11 +18,14 @@ from mmtune.utils.errors import RecipeValueError, errors_at_key
 SELECTORS = {"modules": select_modules, "parameters": select_parameters}
 
 
-def peft_config(model: nn.Module, components: Components, tune: TuneSection, steps: int | None) -> PeftConfig:
+def peft_config(
+    model: nn.Module, components: Components, tune: TuneSection, steps: int | None, label_tokens: Sequence[int] = ()
+) -> PeftConfig:
     """The method's configuration, and the components trained in full as `modules_to_save`.
 
     Args:
         steps: optimizer steps of the run, for methods with a schedule over it.
+        label_tokens: token ids of the labels of a soft verbalizer.
 
     Raises:
         UserError: a selector that matches nothing, or settings that do not fit the model.
@@ -44,6 +48,8 @@ def peft_config(model: nn.Module, components: Components, tune: TuneSection, ste
                 settings |= method.settings_by_component(selected, by_component)
     with errors_at_key(f"tune.{next(iter(users))}"):
         settings = method.settle_targets(model, settings)
+        if label_tokens:
+            settings["trainable_token_indices"] = trained_rows(model, label_tokens)
         modules = {path: model.get_submodule(path) for path in settings.get("target_modules") or ()}
         method.check_model(model, modules, settings)
     return method.build_config(settings, saved or None, steps)

@@ -228,7 +228,7 @@ def test_anchors_and_merge_keys(write: Any) -> None:
             "  vision: frozen",
             "  vision: {method: lora, use_dora: true}",
             "x.yaml:3: tune: components of one adapter differ in learning_rate, target_modules, r, lora_alpha, "
-            "loraplus_lr_ratio, target_parameters, trainable_token_indices only; make the rest equal",
+            "loraplus_lr_ratio, target_parameters, trainable_token_indices, soft_verbalizer only; make the rest equal",
         ),
         (
             "    r: 8",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,21 +34,10 @@ def check_chat_template(processor: ProcessorMixin) -> None:
     Raises:
         UserError: more or fewer tokens are supervised, for example no end-of-turn token.
     """
-    family = family_of_processor(processor)
-    images = [{"type": "image", "image": blank_image()}] * family.needs_image
+    has_encoder = family_of_processor(processor).decoder_start(processor) is not None
     for word in ("yes", "no"):
-        messages: list[Message] = [
-            {"role": "user", "content": [*images, {"type": "text", "text": "Is it?"}]},
-            text_message("assistant", word),
-        ]
-        try:
-            labels = encode_sample(Sample("chat template", messages), processor)["labels"]
-        except RowError as error:
-            raise RecipeValueError(
-                "model", f"the chat template gives no exact labels: {error.detail}; {CHAT_TEMPLATE_HINT}"
-            ) from error
-        span = labels[labels != IGNORE_INDEX].tolist()
-        has_encoder = family.decoder_start(processor) is not None  # BART's decoder also writes the first special token
+        span = _supervised_tokens(processor, word)
+        # BART's decoder also writes the first special token.
         text = processor.tokenizer.decode(span[:-1], skip_special_tokens=has_encoder)
         end = processor.tokenizer.decode(span[-1:])
         if text.strip() != word:
@@ -56,6 +46,43 @@ def check_chat_template(processor: ProcessorMixin) -> None:
                 f"expected the answer {word!r} and one end-of-turn token to be supervised, got {text + end!r}; "
                 f"{CHAT_TEMPLATE_HINT}",
             )
+
+
+def _supervised_tokens(processor: ProcessorMixin, answer: str) -> list[int]:
+    images = [{"type": "image", "image": blank_image()}] * family_of_processor(processor).needs_image
+    messages: list[Message] = [
+        {"role": "user", "content": [*images, {"type": "text", "text": "Is it?"}]},
+        text_message("assistant", answer),
+    ]
+    try:
+        labels = encode_sample(Sample("chat template", messages), processor)["labels"]
+    except RowError as error:
+        raise RecipeValueError(
+            "model", f"the chat template gives no exact labels: {error.detail}; {CHAT_TEMPLATE_HINT}"
+        ) from error
+    tokens: list[int] = labels[labels != IGNORE_INDEX].tolist()
+    return tokens
+
+
+def label_tokens(processor: ProcessorMixin, labels: Sequence[str]) -> list[int]:
+    """The token of each label of a soft verbalizer, as the chat template writes it in an answer.
+
+    Raises:
+        RecipeValueError: a label of several tokens, or two labels of one token.
+    """
+    tokens = []
+    for label in labels:
+        answer = _supervised_tokens(processor, label)[:-1]
+        if len(answer) != 1 or answer[0] in tokens:
+            pieces = ", ".join(repr(processor.tokenizer.decode([token])) for token in answer)
+            problem = f"is {len(answer)} tokens ({pieces})" if len(answer) != 1 else "has the token of another label"
+            raise RecipeValueError(
+                "tune.language.soft_verbalizer",
+                f"expected labels of one token each, all different; '{label}' {problem}: give the labels other words, such as "
+                "A and B, here and in the rows (a source's verbalizer)",
+            )
+        tokens += answer
+    return tokens
 
 
 def check_system_prompt(processor: ProcessorMixin, text: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mmtune.methods.method import BIAS_ALL, MANAGED, QUANTIZED, UNPROVEN, Method, Setting, Variant, check_linear
 from mmtune.methods.selectors import ALL_EXPERTS
 from mmtune.methods.setting_types import COUNT, DROPOUT, POSITIVE_INT, POSITIVE_OR_NONE, numbered
+from mmtune.methods.soft_verbalizer import LABELS_SETTING, SOFT_VERBALIZER, label_conflicts
 from mmtune.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Lora(Method):
         """EVA (arXiv 2410.07170) decomposes the language model's activations."""
         if component != "language" and settings.get("init_lora_weights") == "eva":
             return "init_lora_weights: eva is supported in tune.language only"
+        if component != "language" and settings.get(SOFT_VERBALIZER):
+            return f"{SOFT_VERBALIZER}: the labels are tokens of the language model; write it in tune.language"
         return super().check_component(component, settings)
 
     def incompatibility(self, settings: Mapping[str, Any], precision: str, model_type: str | None) -> str | None:
@@ -53,7 +56,8 @@ class Lora(Method):
         return None
 
     def conflicts(self, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """PEFT adapts a parameter by adding the update to it before each forward pass."""
+        """Labels; and PEFT adapts a parameter by adding the update to it before each forward pass."""
+        yield from label_conflicts(settings)
         if not settings.get("target_parameters"):
             return
         init = settings.get("init_lora_weights", True)
@@ -139,10 +143,13 @@ class Lora(Method):
         super().check_model(model, targets, settings)
 
     def build_config(self, settings: Mapping[str, Any], modules_to_save: list[str] | None, steps: int | None) -> PeftConfig:
-        """With the configuration of the initialization, which PEFT takes as an object."""
+        """With the configuration of the initialization, which PEFT takes as an object; with no target where only tokens train."""
         from peft import EvaConfig, LoraGAConfig
+        from peft.utils.constants import DUMMY_TARGET_MODULES
 
         values = dict(settings)
+        if values.get("trainable_token_indices") and not (values.get("target_modules") or values.get("target_parameters")):
+            values["target_modules"] = DUMMY_TARGET_MODULES
         for init, config in (("eva", EvaConfig), ("lora_ga", LoraGAConfig)):
             if settings.get("init_lora_weights") == init:
                 values[f"{init}_config"] = config(**(settings.get(f"{init}_config") or {}))
@@ -233,10 +240,9 @@ LORA = Lora(
         "target_parameters": Literal["all-experts"] | list[str] | None,
         "init_lora_weights": bool | Literal["gaussian", "eva", "olora", "pissa", "lora_ga"] | numbered("pissa_niter_"),
     },
-    extra_settings={
-        "loraplus_lr_ratio": Setting(POSITIVE_OR_NONE, "LoRA+ (arXiv 2402.12354): how many times faster B learns than A.")
-    },
-    by_component=("r", "lora_alpha", "loraplus_lr_ratio", "target_parameters", "trainable_token_indices"),
+    extra_settings=LABELS_SETTING
+    | {"loraplus_lr_ratio": Setting(POSITIVE_OR_NONE, "LoRA+ (arXiv 2402.12354): how many times faster B learns than A.")},
+    by_component=("r", "lora_alpha", "loraplus_lr_ratio", "target_parameters", "trainable_token_indices", SOFT_VERBALIZER),
     variants={"dora": Variant("LoRA with use_dora: direction and size apart (arXiv 2402.09353)", {"use_dora": True})},
     other_names={
         "qlora": "QLoRA is method: lora with model.precision: nf4",

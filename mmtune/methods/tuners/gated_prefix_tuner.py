@@ -69,6 +69,9 @@ class GatedPrefixConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules that are trained whole and saved beside the adapter."}
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the embeddings or of a named module that train, as in PEFT's LoraConfig."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
