@@ -2,15 +2,15 @@
 
 Lengths resemble LLaVA's instruction data: most samples have an image and a short or medium conversation, a few are long and text
 only. All lengths are scaled down by nine for the CPU: an image has 64 tokens instead of 576, and rows of 512 tokens at width 512
-represent rows of 4,608 at width 4,608. Three kinds of batches take turns:
+represent rows of 4,608 at width 4,608. Four kinds of batches take turns:
 
 * padded: batches in random order, padded to their longest sample;
 * similar: the same, with samples of similar length together;
-* packed: rows filled up to a token budget, without attention across samples.
+* packed: rows filled up to a token budget, with the attention of each sample computed alone, as mmtune trains;
+* masked: the same rows, with attention over the full row under a mask, as transformers computes them by itself.
 
 Only the samples' own tokens are counted, so padding lowers the throughput. Time is CPU time of the process, which other processes
-affect little. Attention in a packed row is computed over the full row with a mask, which costs more for long rows and narrow
-models; flash attention, which skips other samples, is not measured.
+affect little.
 
 Usage: python benchmarks/packing_step.py [--samples 64] [--batch 4] [--budget 512] [--width 512] [--rounds 5]
 """
@@ -18,20 +18,25 @@ Usage: python benchmarks/packing_step.py [--samples 64] [--batch 4] [--budget 51
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import statistics
 import time
 from typing import Any
 
-import torch
-import transformers
-from peft import LoraConfig, get_peft_model
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from mmtune.utils.torchvision_support import prepare_torchvision
 
-from mmtune.data.batching.collate import collate, pack
-from mmtune.models.packed_attention import packed_inputs
-from mmtune.objectives.sft import score_supervised_only
+prepare_torchvision()
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration  # noqa: E402
+
+from mmtune.data.batching.collate import collate, pack  # noqa: E402
+from mmtune.models.packed_attention import attention_by_sample, packed_inputs  # noqa: E402
+from mmtune.objectives.sft import score_supervised_only  # noqa: E402
 
 IMAGE, IMAGE_TOKENS, VOCABULARY = 3, 64, 4096
 Encoded = dict[str, torch.Tensor]
@@ -88,12 +93,13 @@ def rows(samples: list[Encoded], budget: int) -> list[list[Encoded]]:
     return filled
 
 
-def epoch(model: Any, batches: list[Encoded]) -> float:
+def epoch(model: Any, batches: list[Encoded], by_sample: bool) -> float:
     """CPU seconds of a forward and backward pass over every batch."""
     start = time.process_time()
-    for batch in batches:
-        model.zero_grad()
-        model(**score_supervised_only(packed_inputs(model, batch))).loss.backward()
+    with attention_by_sample() if by_sample else contextlib.nullcontext():
+        for batch in batches:
+            model.zero_grad()
+            model(**score_supervised_only(packed_inputs(model, batch))).loss.backward()
     return time.process_time() - start
 
 
@@ -117,6 +123,7 @@ def main() -> None:
         "similar": padded(sorted(samples, key=lambda sample: sample["input_ids"].shape[1])),
         "packed": [pack(row) for row in rows(samples, arguments.budget)],
     }
+    ways["masked"] = ways["packed"]
     computed = {way: sum(batch["input_ids"].numel() for batch in batches) for way, batches in ways.items()}
     room = len(ways["packed"]) * arguments.budget
     print(
@@ -126,11 +133,11 @@ def main() -> None:
         f"padded batches of {arguments.batch}, rows of {arguments.budget} ({whole / room:.1%} of the budget filled)"
     )
     for way in ways:
-        epoch(model, ways[way])
+        epoch(model, ways[way], way == "packed")
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(arguments.rounds):
         for way in ways:
-            times[way].append(epoch(model, ways[way]))
+            times[way].append(epoch(model, ways[way], way == "packed"))
     for way in ways:
         ratio = statistics.median(one / two for one, two in zip(times["padded"], times[way], strict=True))
         print(

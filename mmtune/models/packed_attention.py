@@ -1,19 +1,29 @@
 """Attention over packed sequences: model support, inputs, and verification that packed samples do not attend to each other.
 
-transformers masks attention between packed samples if `position_ids` restart at 0 in every sample and neither `attention_mask`
-nor a cache is passed (`find_packed_sequence_indices` in its masking_utils).
+transformers keeps packed samples apart if `position_ids` restart at 0 in every sample and neither `attention_mask` nor a cache is
+passed (`find_packed_sequence_indices` in its masking_utils):
+
+- flash attention reads the boundaries of the samples from the positions,
+- flex attention has a mask of blocks, and skips those between samples,
+- sdpa and eager have a dense mask, whose cost grows with the square of the row. `attention_by_sample` replaces it for sdpa.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from mmtune.families.family_table import family_of
 from mmtune.methods.method import Method
@@ -22,11 +32,8 @@ from mmtune.models.compute import in_eval_mode, move_batch, training_autocast
 from mmtune.utils.errors import UserError
 from mmtune.utils.transformers_private import attention_of
 
-MASKED_LAYER_TYPES = ("full_attention", "sliding_attention")
+MASKED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 """Layer types that use an attention mask. Convolutions and recurrent states continue from one sample into the next."""
-
-ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-"""Attention implementations for which transformers builds masks or sequence boundaries."""
 
 FP32_TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
 """Largest allowed relative difference between the logits of packed and single samples, in fp32 and in half precision.
@@ -69,10 +76,9 @@ def check_packable_family(config: PreTrainedConfig) -> None:
     if unmasked:
         raise _unsupported(f"{family} has {', '.join(unmasked)} layers, whose state continues from one sample into the next")
     attention = attention_of(text)  # None until a model is built
-    if attention is not None and attention not in ATTENTION_IMPLEMENTATIONS:
-        raise _unsupported(
-            f"{family}: attention {attention!r} has no mask between samples; supported: {', '.join(ATTENTION_IMPLEMENTATIONS)}"
-        )
+    if attention is not None and attention not in ALL_MASK_ATTENTION_FUNCTIONS:  # kernels of the hub are there once loaded
+        supported = ", ".join(sorted(ALL_MASK_ATTENTION_FUNCTIONS))
+        raise _unsupported(f"{family}: attention {attention!r} has no mask between samples; supported: {supported}")
 
 
 def packed_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +96,7 @@ def packed_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs
     packed = {key: value for key, value in inputs.items() if key != "attention_mask"}
     base = _base(model)
-    if hasattr(base.model, "get_rope_index"):
+    if hasattr(getattr(base, "model", None), "get_rope_index"):
         packed["position_ids"] = _mrope_positions(base, inputs)
     return {**packed, "use_cache": False}
 
@@ -108,7 +114,7 @@ def verify_packing(model: nn.Module, packed: dict[str, Any], singles: list[dict[
     Raises:
         UserError: the relative difference is larger than the tolerance.
     """
-    with in_eval_mode(model), torch.no_grad(), training_autocast(model):
+    with in_eval_mode(model), torch.no_grad(), training_autocast(model), attention_by_sample():
         packed_logits = _supervised_logits(model, packed)
         single_logits = torch.cat([_supervised_logits(model, single) for single in singles])
     tolerance = FP32_TOLERANCE if packed_logits.dtype == torch.float32 else HALF_TOLERANCE
@@ -118,6 +124,145 @@ def verify_packing(model: nn.Module, packed: dict[str, Any], singles: list[dict[
             f"{_base(model).config.model_type}: the logits of packed samples differ from those of single samples by a relative "
             f"{difference:.1e}, limit {tolerance:g}"
         )
+
+
+@contextlib.contextmanager
+def attention_by_sample() -> Iterator[None]:
+    """Inside, sdpa computes every sample of a packed row alone, without a mask of the row; the result differs by rounding only.
+
+    Other attention does not change. Layers whose samples do not attend causally to all of themselves, as with a sliding window
+    that is shorter than a sample, have their dense mask.
+    """
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _mask_by_sample
+    try:
+        yield
+    finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+
+class SampleMask(torch.Tensor):
+    """The mask of a packed row, bool of shape (1, 1, length, length), that has no values until they are read.
+
+    `scaled_dot_product_attention` with this mask computes each sample alone. Every other function gets the dense mask.
+    """
+
+    lengths: list[int]
+    boundaries: torch.Tensor
+    _make_dense: Callable[[], torch.Tensor]
+
+    @classmethod
+    def of(cls, lengths: list[int], make_dense: Callable[[], torch.Tensor], device: torch.device) -> SampleMask:
+        """
+        Args:
+            lengths: of the row's samples.
+            make_dense: returns the dense mask.
+        """
+        size = sum(lengths)
+        mask = torch.zeros((), dtype=torch.bool, device=device).expand(1, 1, size, size).as_subclass(cls)
+        mask.lengths, mask._make_dense = lengths, cache(make_dense)
+        mask.boundaries = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+        return mask
+
+    def dense(self) -> torch.Tensor:
+        """The mask with its values, which are made once."""
+        return self._make_dense()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is scaled_dot_product_attention:
+            return _masked_attention(*args, **(kwargs or {}))
+        if func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs)
+        return func(*_with_values(args), **{name: _with_values(value) for name, value in (kwargs or {}).items()})
+
+
+def _with_values(argument: Any) -> Any:
+    """An argument of a function, a list or a tuple of them, with dense masks."""
+    if isinstance(argument, SampleMask):
+        return argument.dense()
+    return type(argument)(map(_with_values, argument)) if type(argument) in (list, tuple) else argument
+
+
+_METADATA = {
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_cuda")),
+    *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.get_device, torch.Tensor.is_floating_point),
+}
+"""Functions of a tensor that read no values."""
+
+
+def _masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: SampleMask,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` with a `SampleMask`: tensors of shape (1, heads, length, width)."""
+    lengths = attn_mask.lengths
+    attend = partial(scaled_dot_product_attention, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa)
+    if is_causal or any(tensor.ndim != 4 or tensor.shape[0] != 1 or tensor.shape[2] != sum(lengths) for tensor in (query, key)):
+        return attend(query, key, value, attn_mask=attn_mask.dense(), is_causal=is_causal)
+    if (dtype := _varlen_dtype(query, value)) is not None and not dropout_p and not enable_gqa:
+        ends, longest = attn_mask.boundaries, max(lengths)
+        query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+        by_token: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))
+        attended: torch.Tensor = by_token.transpose(0, 1)[None]
+        return attended
+    samples = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([attend(*sample, is_causal=True) for sample in samples], dim=2)
+
+
+def _varlen_dtype(query: torch.Tensor, value: torch.Tensor) -> torch.dtype | None:
+    """The dtype in which torch's variable-length kernel computes this attention; None if it does not support it."""
+    if not query.is_cuda or not torch.backends.cuda.is_flash_attention_available():
+        return None
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    width = query.shape[-1]
+    supported = dtype in (torch.bfloat16, torch.float16) and width == value.shape[-1] and width <= 256 and width % 8 == 0
+    return dtype if supported and torch.cuda.get_device_capability(query.device) >= (8, 0) else None
+
+
+def _mask_by_sample(**arguments: Any) -> torch.Tensor | None:
+    """transformers' mask for sdpa, as a `SampleMask` if the row has packed samples of causal attention."""
+    is_packed = (
+        arguments["batch_size"] == 1
+        and arguments["q_length"] == arguments["kv_length"]
+        and arguments.get("attention_mask") is None
+        and not (arguments.get("allow_is_causal_skip", True) or arguments.get("use_vmap") or torch.compiler.is_compiling())
+    )
+    lengths = _causal_samples(arguments["mask_function"], arguments["q_length"], arguments["device"]) if is_packed else None
+    if lengths is None:
+        mask: torch.Tensor | None = sdpa_mask(**arguments)
+        return mask
+    return SampleMask.of(lengths, partial(sdpa_mask, **arguments), arguments["device"])
+
+
+def _causal_samples(mask_function: Callable[..., torch.Tensor], length: int, device: torch.device) -> list[int] | None:
+    """Lengths of the samples of a row, if each token attends to all tokens of its sample up to itself and to no other.
+
+    Args:
+        mask_function: transformers' function of the indices of batch, head, query and key. Whether a query sees a key does not
+            increase with their distance, except where tokens of an image attend to each other.
+
+    Returns:
+        None for any other attention.
+    """
+    tokens = torch.arange(length, device=device)
+
+    def sees(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return mask_function(tokens[0], tokens[0], queries, keys).expand(len(queries))
+
+    is_start = torch.cat([tokens[:1] == 0, ~sees(tokens[1:], tokens[:-1])])
+    starts = tokens[is_start]
+    first = starts[is_start.cumsum(0) - 1]  # of the token's sample
+    others = tokens[first > 0]
+    if not bool(sees(tokens, first).all() & ~sees(tokens[:-1], tokens[1:]).any() & ~sees(others, first[others] - 1).any()):
+        return None
+    ends = [*starts.tolist()[1:], length]
+    return [end - start for start, end in zip(starts.tolist(), ends, strict=True)]
 
 
 def _supervised_logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:

@@ -32,6 +32,7 @@ from mmtune.methods.tuners.peft_private import adapter_keys_as_stored
 from mmtune.models.checkpoints.remote_code import reject_unsafe_pickles
 from mmtune.models.checkpoints.trained_weights import INITIAL_FACTORS
 from mmtune.models.compute import in_eval_mode
+from mmtune.models.packed_attention import attention_by_sample
 from mmtune.objectives.sft import SupervisedTuning
 from mmtune.run_directory import SAVING, RunDirectory
 from mmtune.training.adapter_state import (
@@ -172,7 +173,7 @@ class TuningTrainer(HookedTrainer):
         sources = inputs.pop("source_ids", None)
         denominator = self._objective.denominator([inputs]) if num_items_in_batch is None else num_items_in_batch
         inputs = self._objective.model_inputs(plain, inputs)
-        with shared_method_loss(plain, self._passes), self._progress.record_costs(inputs):
+        with shared_method_loss(plain, self._passes), self._progress.record_costs(inputs), attention_by_sample():
             losses = self._objective.compute_loss(model, inputs, denominator)
         self._losses.add_parts(losses.parts)
         if sources is not None:
@@ -213,7 +214,7 @@ class TuningTrainer(HookedTrainer):
         inputs = self._objective.model_inputs(plain, batch)
         inputs.pop("labels", None)  # a method may add a term to a loss that the model itself computes
         model = plain if self._dist.zero_stage is None else self.model_wrapped  # DDP would synchronize buffers
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), attention_by_sample():
             losses = self._objective.compute_loss(model, inputs, 1)
         return self._objective.held_out_losses(losses), tokens
 

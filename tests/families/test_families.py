@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mmtune.cli.main import entry_point
-from mmtune.data.batching.collate import collate
+from mmtune.data.batching.collate import collate, pack
 from mmtune.data.dataset import IndexedSamples
 from mmtune.data.encoding.encode import encode_choices, encode_sample
 from mmtune.data.message import Sample, text_of
@@ -31,9 +31,11 @@ from mmtune.evaluation.predictions.choices import score_choices
 from mmtune.evaluation.predictions.prompt_cache import shares_prompt
 from mmtune.families.family_table import FAMILIES, family_of
 from mmtune.models.load import load_trained
+from mmtune.models.packed_attention import attention_by_sample, check_packable, packed_inputs
 from mmtune.models.tiny.tiny_bases import BASES, write_tiny_base
 from mmtune.recipe.recipe import load_recipe
 from mmtune.run_directory import RunDirectory
+from mmtune.utils.errors import UserError
 
 FAST = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "gemma3")
 """Families of the fast tests; the others are slow."""
@@ -177,6 +179,9 @@ def test_a_training_step_equals_that_of_plain_transformers_and_peft(
     buffers = {_saved_name(name) for name, _ in model.named_buffers()}  # Florence-2's projector saves one
     assert compared == sum(".lora_A." not in name for name in trained.keys() - buffers)
 
+    if not CASES[family].alone:
+        _check_packed_attention(model, encoded)
+
     question = samples[-1].messages[:1]
     plain = tf.AutoModelForImageTextToText.from_pretrained(merged)
     messages = [{**question[0], "content": [_with_open_image(block) for block in question[0]["content"]]}]
@@ -191,6 +196,21 @@ def test_a_training_step_equals_that_of_plain_transformers_and_peft(
         _check_shared_prompts(*load_trained(merged), samples, CASES[family])
     for model in (run, merged) if family in FAST else (merged,):
         assert mmtune("chat", model, "--image", samples[-1].images[0], "--prompt", "What?", "--max-new-tokens", "3") == 0
+
+
+def _check_packed_attention(model: Any, encoded: list[dict[str, torch.Tensor]]) -> None:
+    """Samples of a packed row that are computed alone have the logits that they have under the mask of the row."""
+    try:
+        check_packable(model)
+    except UserError:
+        return
+    inputs = packed_inputs(model, pack(encoded))
+    inputs.pop("labels")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with attention_by_sample():
+            logits = model(**inputs).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def _check_shared_prompts(model: Any, processor: Any, samples: list[Sample], case: FamilyCase) -> None:

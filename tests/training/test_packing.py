@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,40 @@ import pytest
 import torch
 from packing_models import CONFIGS, IMAGE, TEXT, TOWER, samples, tiny
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForImageTextToText, Gemma3Config, Lfm2VlConfig, PaliGemmaConfig, TrainingArguments
+from transformers import (
+    AttentionInterface,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Lfm2VlConfig,
+    PaliGemmaConfig,
+    TrainingArguments,
+    modeling_flash_attention_utils,
+)
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+    sdpa_mask,
+)
 
 from mmtune.data.batching.batch_sampler import Mixture, MixtureBatchSampler
 from mmtune.data.batching.collate import Collator, RowSize, collate, pack
 from mmtune.data.data_report import DataReport
 from mmtune.methods.tuners.gated_prefix_tuner import GatedPrefixConfig
-from mmtune.models.packed_attention import check_packable, check_packable_family, packed_inputs, verify_packing
+from mmtune.models import packed_attention
+from mmtune.models.packed_attention import (
+    SampleMask,
+    attention_by_sample,
+    check_packable,
+    check_packable_family,
+    packed_inputs,
+    verify_packing,
+)
 from mmtune.objectives.sft import SupervisedTuning
 from mmtune.recipe.objective_section import SftSection
 from mmtune.training.trainer import TuningTrainer
 from mmtune.utils.errors import UserError
+from mmtune.utils.transformers_private import own_attention_functions
 
 PAD = 0
 Encoded = list[dict[str, torch.Tensor]]
@@ -200,6 +224,121 @@ def test_three_positions_are_the_models_own_for_every_sample() -> None:
 def test_padded_batches_pass_unchanged() -> None:
     batch = collate(samples("llava"), PAD)
     assert packed_inputs(tiny("llava"), batch) is batch
+
+
+# -------------------------------------------------------------------------------------------------- attention
+
+
+def dense_masks(model: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The number of dense masks that a forward pass of a batch makes for the language model."""
+    masks = []
+
+    def count(**arguments: Any) -> Any:
+        masks.extend([arguments] * (arguments["q_length"] == batch["input_ids"].shape[1]))
+        return sdpa_mask(**arguments)
+
+    monkeypatch.setattr(packed_attention, "sdpa_mask", count)
+    with torch.no_grad(), attention_by_sample():
+        model(**packed_inputs(model, batch))
+    return len(masks)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_sdpa_makes_dense_masks_only_for_windows_that_are_shorter_than_a_sample(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = 1 if family in ("llava_mistral", "llava_gemma3") else 0
+    assert dense_masks(tiny(family), pack(samples(family)), monkeypatch) == expected
+
+
+def test_a_mask_that_another_function_reads_has_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask is read where a model changes it, as Gemma 4 does; here by a slice in every layer."""
+    model, batch = tiny("llava"), pack(samples("llava"))
+    with torch.no_grad():
+        expected = model(**packed_inputs(model, batch)).logits
+        attend = own_attention_functions()["sdpa"]
+
+        def sliced(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+            return attend(module, query, key, value, mask if mask is None else mask[..., : key.shape[-2]], **kwargs)
+
+        monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sliced)
+        assert dense_masks(model, batch, monkeypatch) == 1  # which every layer reads
+        with attention_by_sample():
+            logits = model(**packed_inputs(model, batch)).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 3, 5, 6])
+@pytest.mark.parametrize("kind", ["causal", "sliding", "chunked", "image"])
+def test_attention_by_sample_equals_that_with_the_mask(kind: str, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of transformers over samples of 5, 1, 4 and 2 tokens, with and without a window, for one query of random numbers."""
+    config = tiny("llava").config.text_config
+    config.sliding_window = config.attention_chunk_size = window or 100
+    positions = torch.cat([torch.arange(length) for length in (5, 1, 4, 2)])[None]
+    hidden, make = torch.zeros(1, 12, 32), create_causal_mask
+    arguments = {"config": config, "inputs_embeds": hidden, "attention_mask": None, "past_key_values": None}
+    if kind in ("sliding", "chunked"):
+        make = create_sliding_window_causal_mask if kind == "sliding" else create_chunked_causal_mask
+    elif kind == "image":  # three tokens of the third sample see each other
+        blocks = torch.full((1, 12), -1)
+        blocks[0, 6:9] = 0
+        arguments["block_sequence_ids"] = blocks
+    mask = make(**arguments, position_ids=positions)
+    with attention_by_sample():
+        by_sample = make(**arguments, position_ids=positions)
+    whole = kind != "image" and (kind == "causal" or window is None or window >= 5 or kind == "chunked")
+    assert isinstance(by_sample, SampleMask) == whole
+    query, key, value = torch.randn(3, 1, 2, 12, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    attend = torch.nn.functional.scaled_dot_product_attention
+    torch.testing.assert_close(attend(query, key, value, attn_mask=by_sample), attend(query, key, value, attn_mask=mask))
+    assert by_sample.shape == mask.shape and by_sample.dtype == mask.dtype and torch.equal(by_sample & True, mask)
+
+
+def by_loop(query: Any, key: Any, value: Any, cu_seqlens_q: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """Variable-length causal attention from its definition: tensors of shape (tokens, heads, width)."""
+    attended = []
+    for start, end in pairwise(cu_seqlens_q.tolist()):
+        q, k, v = (tensor[start:end].transpose(0, 1).double() for tensor in (query, key, value))
+        k, v = (tensor.repeat_interleave(len(q) // len(tensor), 0) for tensor in (k, v))
+        scores = (q @ k.mT * settings["scale"]).masked_fill(torch.ones(end - start, end - start).triu(1).bool(), -torch.inf)
+        attended.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(attended).to(query.dtype)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_qwen3", "qwen2_5_vl", "qwen3_vl", "smolvlm"])
+def test_kernels_for_samples_of_variable_length_get_their_boundaries(
+    family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """torch's kernel under sdpa, and flash attention, with another implementation in place of the kernels, which need a GPU."""
+    model, encoded = tiny(family), samples(family)
+    count = supervised(encoded)
+    expected = gradients(model, [training_autocast(model, pack(encoded), count, tmp_path)])
+    lengths, calls = [sample["input_ids"].shape[1] for sample in encoded], []
+
+    def torch_kernel(query: Any, key: Any, value: Any, starts: Any, _: Any, longest: int, *__: Any, **settings: Any) -> Any:
+        assert settings.pop("window_size") == (-1, 0) and longest == max(lengths) and starts.dtype == torch.int32
+        calls.append(starts.diff().tolist())
+        return by_loop(query, key, value, starts, **settings)
+
+    monkeypatch.setattr(packed_attention, "_varlen_dtype", lambda query, value: query.dtype)
+    monkeypatch.setattr(packed_attention, "varlen_attn", torch_kernel)
+    assert_same(gradients(model, [training_autocast(model, pack(encoded), count, tmp_path)]), expected)
+    assert calls == [lengths] * 2
+
+    def flash_kernel(
+        query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, softmax_scale: float, causal: bool, **_: Any
+    ) -> Any:
+        assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k)
+        calls.append(cu_seqlens_q.diff().tolist())
+        return by_loop(query, key, value, cu_seqlens_q, scale=softmax_scale)
+
+    monkeypatch.setattr(modeling_flash_attention_utils, "_lazy_imports", lambda *_, **__: (None, flash_kernel, *[None] * 3))
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    check_packable(model)
+    calls.clear()
+    assert_same(gradients(model, [training_autocast(model, pack(encoded), count, tmp_path)]), expected)
+    assert calls == [lengths] * 2
 
 
 # -------------------------------------------------------------------------------------------------- refused
