@@ -119,6 +119,10 @@ def adapter_disabled(model: PeftModel) -> Iterator[None]:
 
 
 def computes_loss(model: nn.Module) -> bool:
-    """Whether the class of a model, plain or with an adapter, computes the loss of labels from logits at supervised positions."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return family_of(str(base.config.model_type)).scores_labels
+    """Whether the model's class computes the loss: only where its method adds a term to it, and the class can.
+
+    transformers' loss holds four arrays of the logits' size in fp32; the objective's holds parts of them.
+    """
+    method = method_of(model)
+    adapted: Any = model
+    return method is not None and method.adds_to_loss and family_of(str(adapted.config.model_type)).scores_labels

@@ -148,7 +148,7 @@ class SupervisedTuning:
             model: without the wrappers of a distributed run.
 
         Returns:
-            The inputs of `score_supervised_only`; without `labels` if the model's class cannot compute their loss.
+            The inputs of `score_supervised_only`; with `labels` only if the model's class computes their loss.
         """
         inputs = score_supervised_only(packed_inputs(model, batch), count_virtual_tokens(model))
         if "decoder_input_ids" in inputs or not computes_loss(model):
