@@ -277,7 +277,7 @@ class Validator:
             for name in unpacked
             if name not in source.known_fields and not holds_media(name, unpacked[name], provenance=bool(media))
         ]
-        return issues, digests, fields, compared, row_conventions(source.reader, row_id, row)
+        return issues, digests, fields, compared, row_conventions(source.reader, position, len(source.rows), row_id, row)
 
     def _check_sample(self, sample: Sample, row: Row, held_out: bool) -> Iterator[Issue]:
         images = sample.images

@@ -366,11 +366,17 @@ def test_the_documentation_has_every_convention() -> None:
         assert f"| `{name}` | {convention.meaning} | `{text}` | {convention.source} |" in page
 
 
-def test_a_base_without_a_convention_is_an_error_at_the_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["box", "point"])
+def test_a_base_without_a_convention_is_an_error_at_the_template(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    turns = [{"role": "user", "images": ["{{ image }}"], "text": "where?"}, {"role": "assistant", "text": "{{ box | native }}"}]
-    boxes = {"value": "{{ bbox }}", "layout": "xyxy"}
-    template = {"description": "d", "messages": turns, "boxes": boxes, "example": {"image": "a.png", "bbox": [0, 0, 9, 9]}}
+    turns = [
+        {"role": "user", "images": ["{{ image }}"], "text": "where?"},
+        {"role": "assistant", "text": f"{{{{ {kind} | native }}}}"},
+    ]
+    sections = {"box": {"boxes": {"value": "{{ bbox }}", "layout": "xyxy"}}, "point": {"points": {"value": "{{ bbox[:2] }}"}}}
+    template = {"description": "d", "messages": turns, **sections[kind], "example": {"image": "a.png", "bbox": [0, 0, 9, 9]}}
     Path("boxes.yaml").write_text(json.dumps(template))
     Path("rows.json").write_text("[]")
     Path("recipe.yaml").write_text(
@@ -387,7 +393,7 @@ def test_a_base_without_a_convention_is_an_error_at_the_template(tmp_path: Path,
     )
     with pytest.raises(UserError, match=r"recipe.yaml:7: data.train.0.template: boxes.yaml: llava: .*write them with") as error:
         check_recipe(load_recipe("recipe.yaml"))
-    assert "{{ box | thousandths }}, fractions or pixels" in str(error.value)
+    assert f"{{{{ {kind} | thousandths }}}}, fractions or pixels" in str(error.value)
 
 
 def test_a_row_that_spells_the_tokens_of_a_box_has_the_tokens(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_the_convention_that_fits_is_named(
     *faulty, summary = issues
     assert summary.issue == "box_convention" and summary.severity == "warning"
     assert {issue.severity for issue in faulty} == {"error"} and summary.row == faulty[0].row
-    assert summary.detail.startswith(f"{len(faulty)} of 40 rows contradict unit: ")
+    assert summary.detail.startswith(f"{len(faulty)} of 40 compared rows contradict unit: ")
     assert f"; 40 rows fit {expected}" in summary.detail
     assert {issue.row for issue in faulty} <= {f"rows.jsonl:{number}" for number in range(1, 41)}
 
@@ -108,11 +108,18 @@ def test_a_few_faulty_rows_are_named_without_another_convention(tmp_path: Path) 
     }
 
 
+def test_some_rows_of_a_large_source_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmtune.data.validation.region_checks.COMPARED_ROWS", 10)
+    *faulty, summary = _check(tmp_path, "layout: xywh", [[0.1, 0.2, 0.3, 0.4]] * 40)
+    assert len(faulty) == 40
+    assert summary.detail.startswith("10 of 10 compared rows contradict unit: pixels, layout: xywh; 10 rows fit unit: fractions")
+
+
 def test_rows_that_no_convention_fits(tmp_path: Path) -> None:
     boxes = [[5000, 5000, 1, 1] if number % 2 else box for number, box in enumerate(_boxes("xyxy", (1600, 1200)))]
     *_, summary = _check(tmp_path, "layout: xyxy", boxes)
     assert summary.detail == (
-        "20 of 40 rows contradict unit: pixels, layout: xyxy; no convention fits the rows: the best one, "
+        "20 of 40 compared rows contradict unit: pixels, layout: xyxy; no convention fits the rows: the best one, "
         "unit: pixels, layout: xyxy, fits 20"
     )
 
