@@ -13,10 +13,13 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 NAMES = {"mmtune": "mmtune", "llamafactory": "LLaMA-Factory", "swift": "ms-swift", "trl": "TRL"}
 TITLES = {
     "lora": "LoRA",
     "lora_checkpointing": "LoRA, activation checkpointing",
+    "lora_tcmalloc": "LoRA, with tcmalloc",
+    "lora_checkpointing_tcmalloc": "LoRA, activation checkpointing, with tcmalloc",
     "full": "the language model in full",
     "qlora": "QLoRA (nf4)",
     "text_heavy": "LoRA, long answers",
@@ -29,12 +32,14 @@ BEGIN, END = "<!-- tables: written by benchmarks/peers/suite.py --report -->\n",
 
 
 def write_report(results: Path) -> None:
-    """Write every table, and the figure, from `results`/peers_*.json."""
+    """Write every table, and the figure, from `results`/peers_*.json; those of docs/ only from benchmarks/results."""
     stored = {path.stem.removeprefix("peers_"): json.loads(path.read_text()) for path in sorted(results.glob("peers_*.json"))}
     for name, result in stored.items():
         table = equality_table(result) if name == "equality" else speed_table(result)
         lines = [conditions(result), "", *table]
         (results / f"peers_{name}.txt").write_text("\n".join([*lines, "", *version_lines(result)]) + "\n")
+    if results.resolve() != RESULTS:  # a trial
+        return
     page = DOCS / "performance.md"
     before, _, rest = page.read_text().partition(BEGIN)
     sections = ["![Losses of the programs on the same rows](performance.png)", ""]

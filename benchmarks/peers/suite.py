@@ -12,6 +12,7 @@ optimizer steps from the third on, and the memory and processor time of the proc
 from __future__ import annotations
 
 import argparse
+import ctypes.util
 import json
 import os
 import platform
@@ -28,27 +29,29 @@ from typing import Any
 
 import psutil
 from fixture import write_model, write_rows
-from report import write_report
+from report import RESULTS, write_report
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent / "results"
 PROGRAMS = ("mmtune", "llamafactory", "swift", "trl")
 WARM_UP = 2  # steps that are not measured
 
 
 @dataclass(frozen=True)
 class Part:
-    """One comparison: the kind of rows and the options of the training scripts."""
+    """One comparison: the kind of rows, the options of the training scripts, and the library for malloc where it is not libc."""
 
     variant: str
     options: tuple[str, ...] = ()
     rounds: int | None = None  # where the result does not depend on time
+    allocator: str | None = None
 
 
 PARTS = {
     "equality": Part("single", ("--in-order",), rounds=1),
     "lora": Part("single"),
     "lora_checkpointing": Part("single", ("--checkpointing",)),
+    "lora_tcmalloc": Part("single", allocator="tcmalloc_minimal"),
+    "lora_checkpointing_tcmalloc": Part("single", ("--checkpointing",), allocator="tcmalloc_minimal"),
     "full": Part("single", ("--method", "full")),
     "qlora": Part("single", ("--method", "qlora")),
     "text_heavy": Part("text_heavy"),
@@ -104,7 +107,12 @@ def run_program(program: str, python: Path, folder: Path, model: Path, rows: Pat
     shutil.rmtree(folder / f"out_{program}", ignore_errors=True)
     command = [python, HERE / f"train_{program}.py", "--model", model, "--rows", rows, "--output", folder / f"out_{program}"]
     command += ["--record", record, "--steps", str(steps), *part.options]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_DISABLED": "true", "CUDA_VISIBLE_DEVICES": ""}
+    variables = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_DISABLED": "true", "CUDA_VISIBLE_DEVICES": ""}
+    if part.allocator is not None:
+        library = ctypes.util.find_library(part.allocator)
+        if library is None:
+            raise SystemExit(f"no library {part.allocator}; on Debian and Ubuntu: apt install libtcmalloc-minimal4")
+        variables["LD_PRELOAD"] = library
     start = time.time()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -112,7 +120,7 @@ def run_program(program: str, python: Path, folder: Path, model: Path, rows: Pat
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=folder,
-            env=os.environ | offline | {"PATH": f"{python.parent}:{os.environ['PATH']}"},
+            env=os.environ | variables | {"PATH": f"{python.parent}:{os.environ['PATH']}"},
         )
         watch = Watch(process)
         watch.start()
@@ -171,7 +179,8 @@ def run_part(name: str, part: Part, arguments: argparse.Namespace) -> dict[str, 
         "rows": arguments.rows,
         "steps": arguments.steps,
         "options": list(part.options),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {' '.join(platform.libc_ver())}, "
+        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}",
         "shared": arguments.shared,
         "runs": runs,
         "medians": medians(runs),
