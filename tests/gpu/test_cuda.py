@@ -6,11 +6,13 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mmtune.evaluation.predictions.answering import generate_answers
+from mmtune.models import packed_attention
 from mmtune.models.load import load_trained
 from mmtune.planning.memory import estimate_memory
 from mmtune.recipe.recipe import Recipe
@@ -23,6 +25,13 @@ pytestmark = pytest.mark.gpu
 
 TOLERANCES = {"fp32": 1e-3, "bf16": 3e-2, "int8": 5e-2, "nf4": 2e-1}
 """Largest allowed difference from the losses of three steps in fp32 on the CPU."""
+
+
+@pytest.fixture(autouse=True)
+def without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 off, so that fp32 is fp32; torch computes convolutions with it by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 def losses(recipe: Recipe) -> list[float]:
@@ -46,6 +55,28 @@ def test_losses_answers_and_merges_on_cuda(
     )
     parity = merge(tmp_path / "cuda", tmp_path / "merged", count=4)
     assert parity.merge_unrounded_difference < 1e-4
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_packed_rows_on_cuda_have_the_losses_of_packed_rows_on_the_cpu(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, precision: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With sdpa in bf16, torch's kernel for samples of variable length computes the attention."""
+    kernel, calls = packed_attention.varlen_attn, []
+
+    def count(*arguments: Any, **settings: Any) -> Any:
+        calls.append(arguments)
+        return kernel(*arguments, **settings)
+
+    monkeypatch.setattr(packed_attention, "varlen_attn", count)
+    train = "train={max_steps: 3, learning_rate: 5e-3, logging_steps: 1, use_cpu: true, seed: 0}"
+    packing = ("data.packing=true", "data.max_tokens=512", train)
+    expected = losses(make_recipe(f"output_dir={tmp_path / 'cpu'}", *packing))
+    settings = ("train.use_cpu=false", f"model.precision={precision}", f"model.attn_implementation={attention}")
+    recipe = make_recipe(f"output_dir={tmp_path / 'cuda'}", *packing, *settings)
+    assert losses(recipe) == pytest.approx(expected, abs=TOLERANCES[precision])
+    assert bool(calls) == (attention == "sdpa" and precision == "bf16")
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "gated_prefix", "prompt_tuning", "prefix_tuning", "ia3", "oft", "vera"])
