@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from mmtune.evaluation.metrics.entries.box_overlap import ACC_AT_IOU_HALF, IOU
 from mmtune.evaluation.metrics.entries.caption_scores import BLEU, CIDER_D, ROUGE_L
+from mmtune.evaluation.metrics.entries.circular_choice import CIRCULAR_CHOICE
 from mmtune.evaluation.metrics.entries.closed_answers import CLASSIFICATION, MULTIPLE_CHOICE, YES_NO
 from mmtune.evaluation.metrics.entries.edit_distance import ANLS, CER, WER
 from mmtune.evaluation.metrics.entries.json_fields import JSON_FIELDS
@@ -26,6 +27,7 @@ _TABLE = (
     ANLS,
     RELAXED_ACCURACY,
     MULTIPLE_CHOICE,
+    CIRCULAR_CHOICE,
     MMMU,
     YES_NO,
     CLASSIFICATION,

@@ -26,6 +26,7 @@ EXAMPLES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "textvqa_accuracy": (["a cat", "two", "don't know", "Dakota's"], {}),
     "anls": (["a cat", "Paris", "12.50", "UCSF"], {}),
     "relaxed_accuracy": (["12", "-3.5", "40%", "Yes"], {}),
+    "circular_choice": (["A", "B", "C", "dog"], {"options": ["cat", "dog", "bird"]}),
     "multiple_choice": (["A", "B", "C", "dog"], {"options": ["cat", "dog", "bird"]}),
     "mmmu": (["A", "B", "C", "B"], {"options": ["cat", "dog", "bird"]}),
     "yes_no": (["yes", "no", "Yes.", "No"], {}),
@@ -121,9 +122,11 @@ def test_unparsed_answers_count_as_zero(name: str) -> None:
         assert None not in scores
     else:
         assert scores == [None] * 3 and _headline(name, items) == 0
-        right = replace(items[0], prediction=items[0].references[0])
+        right = replace(items[0], prediction=items[0].references[0], cluster="another image")
         # Of json_fields: twice 3 right fields; 3 fields in the answer, and 3, 3, 1 and 2 in the references.
-        assert _headline(name, [right, *items]) == (0.25 if name != "json_fields" else 2 * 3 / (3 + 3 + 3 + 1 + 2))
+        # Of circular_choice: two of the three are about one image, and so passes of one question.
+        expected = {"json_fields": 2 * 3 / (3 + 3 + 3 + 1 + 2), "circular_choice": 1 / 3}
+        assert _headline(name, [right, *items]) == expected.get(name, 0.25)
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -190,6 +190,31 @@ def _mmmu(folder: Path) -> None:
         parquet.write_table(pa.Table.from_pylist([each for each in rows if subject in each["id"]]), path)
 
 
+def _mmbench_en(folder: Path) -> None:
+    questions = [
+        (241, "Which river is shown?", ["Rhine", "Seine", "Thames"], 1, "ocr", "nan"),
+        (242, "What is on the left?", ["a cup", "a plate", "a fork", "a knife"], 3, "spatial_relationship", "The table is set."),
+        (243, "What is on the right?", ["a cup", "a plate", "a fork", "a knife"], 0, "spatial_relationship", "nan"),
+        (250, "Is it raining?", ["no", "yes"], 0, "ocr", "nan"),
+    ]
+    rows = []
+    for number, question, options, answer, category, hint in questions:
+        for turn in range(len(options)):
+            shifted = [options[(place - turn) % len(options)] for place in range(len(options))]
+            letters = dict(zip("ABCD", [*shifted, "nan", "nan"], strict=False))
+            fixed = {"source": "example", "L2-category": "perception", "comment": "nan", "split": "dev"}
+            own = {
+                "index": number + 1_000_000 * turn,
+                "question": question,
+                "hint": hint,
+                "answer": "ABCD"[shifted.index(options[answer])],
+            }
+            rows.append({**own, **letters, "category": category, "image": _embedded(min(number, 242)), **fixed})
+    path = folder / "en" / "dev-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True)
+    parquet.write_table(pa.Table.from_pylist(sorted(rows, key=lambda row: row["index"])), path)
+
+
 def _embedded(shade: int) -> dict[str, Any]:
     """An image as `datasets` stores it."""
     file = io.BytesIO()
@@ -208,6 +233,7 @@ BENCHMARKS: dict[str, Callable[[Path], None]] = {
     "digits": _digits,
     "docvqa": _docvqa,
     "flickr30k": lambda folder: _karpathy(folder, "flickr30k", "flickr30k-images", "100009{:04d}.jpg"),
+    "mmbench_en": _mmbench_en,
     "mmmu": _mmmu,
     "pope": _pope,
     "scienceqa_img": _scienceqa_img,

@@ -18,7 +18,7 @@ from mmtune.data.media.media import MediaRules
 from mmtune.data.templates.template import load_data_template
 from mmtune.evaluation.answers import Answer, group_scores, score_answers
 from mmtune.evaluation.answers_file import read_answers
-from mmtune.evaluation.evaluate import check_questions, unanswered
+from mmtune.evaluation.evaluate import check_questions, clusters_of, unanswered
 from mmtune.evaluation.tasks import Task, load_task, read_task, shipped_tasks
 from mmtune.rehearse import draw_picture, example_images
 from mmtune.utils.errors import UserError
@@ -52,6 +52,14 @@ PROMPTS: dict[str, list[tuple[str, str]]] = {
         ),
         (f"Context: Select one.\nWhich material?\nA. metal\nB. wool\nC. glass\n{LETTER}", "images/test/16/image.png"),
     ],
+    "mmbench_en": [
+        (f"Which river is shown? There are several options:\nA. Rhine\nB. Seine\nC. Thames\n\n{LETTER}", ""),
+        (
+            "The table is set. What is on the left? There are several options:\nA. a cup\nB. a plate\nC. a fork\nD. a knife\n\n"
+            f"{LETTER}",
+            "",
+        ),
+    ],
     "mmmu": [
         (f" Who painted it?\n(A) Klee\n(B) Klimt\n(C) Manet\n(D) Monet\n\n{LETTER}", ""),
     ],
@@ -61,6 +69,7 @@ PROMPTS: dict[str, list[tuple[str, str]]] = {
 REFERENCES = {
     "coco_caption": tuple(CAPTIONS[0]),
     "docvqa": ("0.28",),
+    "mmbench_en": ("B",),
     "mmmu": ("B",),
     "pope": ("yes",),
     "scienceqa_img": ("C",),
@@ -79,7 +88,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def _questions(task: Task) -> list[Answer]:
     rows = IndexedSamples(task.section.sources)
-    return [answer for number in range(len(rows)) for answer in unanswered(rows, number, rows[number], task.section)]
+    samples = [rows[number] for number in range(len(rows))]
+    clusters = clusters_of(samples, [rows.source_of(number) for number in range(len(rows))])
+    numbered = enumerate(zip(samples, clusters, strict=True))
+    return [answer for number, (each, name) in numbered for answer in unanswered(rows, number, each, task.section, name)]
 
 
 def test_every_shipped_task_has_files_here_and_recorded_scores() -> None:
@@ -114,6 +126,19 @@ def test_the_score_is_that_of_the_benchmark_code(name: str, folders: dict[str, P
         assert {key: scores[group][key] for key in expected} == pytest.approx(expected, abs=1e-4)
     wrong = score_answers([replace(each, prediction="Zzz") for each in answers])
     assert group_scores(wrong)[-1].score == 0
+
+
+def test_a_question_of_mmbench_counts_once_and_needs_every_order_of_its_options(folders: dict[str, Path]) -> None:
+    """All passes about one image: two questions with the same options stay apart."""
+    questions = _questions(load_task("mmbench_en", folders["mmbench_en"]))
+    right = score_answers([replace(each, prediction=each.references[0]) for each in questions])
+    overall = group_scores(right)[-1]
+    assert (overall.score, overall.further) == (1, {"circular_questions": 4, "single_pass": 1})
+    [wrong] = [each for each in right if "on the right" in each.question and each.references[0] == "C"]
+    for prediction in ("A", "I cannot see it."):
+        others = score_answers([replace(each, prediction=prediction) if each is wrong else each for each in right])
+        assert group_scores(others)[-1].score == 3 / 4
+        assert group_scores(others)[-1].further["single_pass"] == 12 / 13
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ them. To repeat the comparison, make a folder with
 - `m4c_evaluator.py`, `eval_science_qa.py`: haotian-liu/LLaVA, llava/eval/,
 - `vqaEval.py`: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation (Python 2; its print statements are rewritten here),
 - `eval_utils.py`: MMMU-Benchmark/MMMU, mmmu/utils/,
-- `chartqa_utils.py`: EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/chartqa/utils.py,
-- `libs/`: pip install --no-deps --target libs anls pycocoevalcap,
+- `chartqa_utils.py`, `mmbench_evals.py`: EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/chartqa/utils.py and tasks/mmbench/,
+- `libs/`: pip install --no-deps --target libs anls pycocoevalcap loguru,
 
 and run
 
@@ -40,6 +40,8 @@ ANSWERS: dict[str, list[str]] = {
     "chartqa": ["14.5", "0.6", "germany", "0.36", "2014"],
     "docvqa": ["0.28", "University of Californa", "ATC"],
     "scienceqa_img": ["C", "B. wool", "A"],
+    # Passes of four questions in the order of the index: 241 is right in one of three, 242 in three of four, the others in all.
+    "mmbench_en": ["B", "D", "A.", "(A)", "B", "A", "B.", "B", "B", "B", "C", "A", "D"],
     "mmmu": ["(B) Klimt", "B", "The answer is MgS.", "pH = 12.97", "I think that it shows none of the two, so C"],
     "coco_caption": ["a man on a red moped", "two dogs run in the park", "a table with a plate of food"],
     "flickr30k": ["a man riding a moped on a road", "a dog", "a white plate with food on a table"],
@@ -136,6 +138,17 @@ def scienceqa_img(scorers: Path, files: Path, answers: list[str]) -> dict[str, A
     return {"overall": {"score": float(match[1]) / 100}}
 
 
+def mmbench_en(scorers: Path, files: Path, answers: list[str]) -> dict[str, Any]:
+    [file] = files.glob("en/dev-*.parquet")
+    rows = [{**row, "prediction": each} for row, each in zip(parquet.read_table(file).to_pylist(), answers, strict=True)]
+    for row in rows:
+        row.pop("image")
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = _scope(scorers / "mmbench_evals.py")["MMBench_Evaluator"]()
+        overall, by_category, _ = evaluator.eval_result(rows, eval_method="openai")
+    return {**{name: {"score": value} for name, value in by_category.items()}, "overall": {"score": float(overall)}}
+
+
 def mmmu(scorers: Path, files: Path, answers: list[str]) -> dict[str, Any]:
     scope = _scope(scorers / "eval_utils.py")
     remaining, by_subject = iter(answers), {}
@@ -170,7 +183,7 @@ def captions(scorers: Path, files: Path, answers: list[str]) -> dict[str, Any]:
 
 
 SCORERS = {"textvqa_ocr": textvqa, "coco_caption": captions, "flickr30k": captions}
-SCORERS |= {each.__name__: each for each in (pope, textvqa, vqa_v2, chartqa, docvqa, scienceqa_img, mmmu)}
+SCORERS |= {each.__name__: each for each in (pope, textvqa, vqa_v2, chartqa, docvqa, scienceqa_img, mmbench_en, mmmu)}
 
 
 def main() -> None:
