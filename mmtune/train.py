@@ -43,6 +43,7 @@ from mmtune.preflight import check_recipe
 from mmtune.recipe.recipe import Recipe
 from mmtune.release.model_card import model_card
 from mmtune.run_directory import RunDirectory, check_output_dir, clear_leftover, new_run, peak_memory_mb, versions
+from mmtune.training.cached_features.feature_cache import FeatureCache, open_feature_cache
 from mmtune.training.checkpoint import check_resumable, checkpoint_to_resume, finished_summary, flatten, restore_training_state
 from mmtune.training.dataloader import TrainingData, optimizer_steps, plan_rows, prepare_data, prove_packed_rows, rows_to_take
 from mmtune.training.fit import check_profile, create_trainer, run_training
@@ -90,7 +91,8 @@ def train(
         model = materialize_base(model, processor, inputs.base, adapter_base, inputs.dist, inputs.arguments.device)
         before = evaluate_base(inputs, model, processor, run)
         tuned = tune(inputs, model, data)
-    metrics = fit(inputs, tuned, data, processor, run)
+        feature_cache = open_feature_cache(inputs, tuned.model, processor)
+    metrics = fit(inputs, tuned, data, processor, run, feature_cache)
     export(inputs, tuned, processor, run)
     return summarize(inputs, tuned, processor, run, before, metrics)
 
@@ -174,9 +176,16 @@ def tune(inputs: RunInputs, model: Any, data: TrainingData) -> TunedModel:
     return tuned
 
 
-def fit(inputs: RunInputs, tuned: TunedModel, data: TrainingData, processor: ProcessorMixin, run: RunDirectory) -> dict[str, Any]:
+def fit(
+    inputs: RunInputs,
+    tuned: TunedModel,
+    data: TrainingData,
+    processor: ProcessorMixin,
+    run: RunDirectory,
+    feature_cache: FeatureCache | None,
+) -> dict[str, Any]:
     """Train with transformers' Trainer, from the checkpoint if there is one; returns metrics of `summary.json`."""
-    trainer = create_trainer(inputs, tuned, data, processor, run)
+    trainer = create_trainer(inputs, tuned, data, processor, run, feature_cache)
     if inputs.checkpoint is not None:
         restore_training_state(inputs.checkpoint, run, inputs.data_report, data.rows, inputs.arguments)
     return run_training(trainer, inputs, run)

@@ -78,6 +78,7 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
     from mmtune.data.sources.source import is_missing_path
     from mmtune.distributed.context import SINGLE_PROCESS
     from mmtune.models.load import resolve_model
+    from mmtune.planning.feature_sizes import describe_features, plan_features
     from mmtune.planning.memory import estimate_memory, print_estimate, suggestions
     from mmtune.planning.plan_report import plan_data, print_data_plan
     from mmtune.planning.sharded_memory import memory_by_strategy, print_strategies
@@ -101,6 +102,9 @@ def _plan_of(recipe: Any, arguments: argparse.Namespace, limit: int | None) -> A
         data |= {"steps": optimizer_steps(settings, batches), "largest_batch": batches.largest()}
         print_data_plan(data)
         data["held_out"] = _plan_held_out(recipe, processor)
+        data["feature_cache"] = plan_features(recipe, samples, lengths, processor)
+        if data["feature_cache"] is not None:
+            print(describe_features(data["feature_cache"], recipe.data.cache_features))
         sample |= longest
         recipe = _with_batches_of_the_data(recipe, settings.per_device_train_batch_size, batches.max_batch_rows())
     sample |= {name: value for name in ("tokens", "images", "supervised") if (value := getattr(arguments, name)) is not None}

@@ -15,7 +15,8 @@ import torch
 from transformers import ProcessorMixin
 
 from mmtune.data.data_report import DataReport, MediaChanged, StopRunError
-from mmtune.data.encoding.encode import IGNORE_INDEX, OverLength, encode_sample
+from mmtune.data.encoding.encode import IGNORE_INDEX, OverLength, encode_sample, process_images
+from mmtune.data.encoding.feature_store import FeatureStore
 from mmtune.data.encoding.over_length import fit_to_budget
 from mmtune.data.media.image_headers import inspect_image
 from mmtune.data.media.media import blank_image
@@ -181,12 +182,14 @@ class SampleEncoder:
 
     Attributes:
         spans: records the time of encoding, as `preprocess`, and within it that of decoding images; None: no record.
+        features: where the features of images are looked up, which encoded samples then have as `vision_features`; None: nowhere.
     """
 
     def __init__(self, processor: ProcessorMixin, section: DataSection) -> None:
         self._processor = processor
         self._section = section
         self.spans: SpanLog | None = None
+        self.features: FeatureStore | None = None
 
     def __call__(self, lazy_sample: LazySample, source: int = 0) -> Encoded | UserError:
         """Load and encode a sample.
@@ -205,8 +208,14 @@ class SampleEncoder:
             note = None
             if section.max_tokens is not None and section.over_length in ("drop_media", "shrink_media"):
                 sample, note = self._fit(sample, section.max_tokens)
-            tensors = encode_sample(sample, self._processor, section.max_tokens, section.supervise, self.spans)
+            images = vision_features = None
+            if self.features is not None:
+                process = partial(process_images, sample.id, sample.messages, self._processor, self.spans)
+                images, vision_features = self.features.encode_images(sample.id, sample.messages, process)
+            tensors = encode_sample(sample, self._processor, section.max_tokens, section.supervise, self.spans, images)
             encoded: Encoded = {**tensors, "row": sample.id}
+            if vision_features is not None:
+                encoded["vision_features"] = vision_features
         except OverLength as error:
             if section.over_length == "error":
                 return StopRunError(error.row, error.field, f"{error.detail} ({OVER_LENGTH_HINT})")

@@ -20,10 +20,17 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from transformers.utils import logging as transformers_logging
 
-__all__ = ["DataDependentOutputException", "DynamicOutputShapeException", "TorchDispatchMode"]  # torch's own, for other modules
+__all__ = [  # torch's own, for other modules
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "TorchDispatchMode",
+    "TreeSpec",
+    "tree_flatten",
+    "tree_unflatten",
+]
 
 MemoryKind = Literal[
     "weights", "frozen_models", "quantization_constants", "trainable", "gradients", "optimizer", "activations", "logits"

@@ -43,6 +43,7 @@ from mmtune.models.fake_tensors import (
 from mmtune.models.meta_model import build_meta, config_source, unreachable_file
 from mmtune.objectives.objective_table import OBJECTIVES
 from mmtune.objectives.sft import SupervisedTuning
+from mmtune.planning.memory_sizes import format_memory
 from mmtune.recipe.pass_through.arguments import EARLY_STOPPING
 from mmtune.recipe.recipe import ModelSection, Recipe, Settings
 from mmtune.tuning.apply import apply_tuning
@@ -199,9 +200,8 @@ def suggestions(
                 break
         accepted, best = accepted | chosen[0], chosen[1]
         outcome = "fits" if best.fits(limit_bytes) else "still too much"
-        lines.append(
-            f"{' '.join(f'{key}={_format_override(value)}' for key, value in accepted.items())}  ({_gb(best.peak)}, {outcome})"
-        )
+        overrides = " ".join(f"{key}={_format_override(value)}" for key, value in accepted.items())
+        lines.append(f"{overrides}  ({format_memory(best.peak)}, {outcome})")
         if best.fits(limit_bytes):
             break
     return lines
@@ -299,10 +299,6 @@ def _format_override(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return str(value["method"]) if isinstance(value, dict) else str(value)
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 @contextlib.contextmanager

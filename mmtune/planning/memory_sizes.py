@@ -23,3 +23,8 @@ def parse_memory(text: str) -> int:
     if match is None or unit not in UNITS or not float(match[1]):
         raise UserError(f"expected a memory size such as 24GB (10^9 bytes) or 24GiB (2^30 bytes), got {text!r}")
     return int(float(match[1]) * UNITS[unit])
+
+
+def format_memory(size: int) -> str:
+    """A number of bytes as GB (10^9 bytes) or MB (10^6 bytes)."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -27,7 +27,7 @@ from mmtune.recipe.pass_through.library_facts import library_fact
 from mmtune.recipe.prompt_sections import ChoiceScores, Sampling
 from mmtune.recipe.section import PassThroughArguments, PathText, Section, Text
 from mmtune.recipe.source_section import Source, evaluation_source_errors
-from mmtune.recipe.train_rules import evaluation_errors, training_errors
+from mmtune.recipe.train_rules import evaluation_errors, feature_cache_errors, training_errors
 from mmtune.recipe.tune_section import TuneSection, with_rates
 from mmtune.recipe.yaml_lines import dump_yaml
 from mmtune.utils.errors import closest_hint, nearest
@@ -177,6 +177,10 @@ class DataSection(Section):
     check_rows: Annotated[StrictInt, Field(ge=0)] = Field(
         default=2000,
         description="How many rows are checked (text and image headers) before the weights are loaded; 0: none.",
+    )
+    cache_features: PathText | None = Field(
+        default=None,
+        description="A folder for the features of a frozen vision tower, which then runs once for a row; null: none.",
     )
 
     @classmethod
@@ -445,6 +449,8 @@ class Recipe(Section):
                 f"not supported with {method}: a packed row would have its prompt before the first sample only; leave it out"
             )
             yield error_at(("data", "packing"), message)
+        for data_key, message in feature_cache_errors(self):
+            yield error_at(("data", *data_key), message)
         checkpointing = bool(self.train.get("activation_checkpointing") or self.train.get("gradient_checkpointing"))
         if (problem := self.tune.incompatibility(precision, checkpointing=checkpointing)) is not None:
             component, reason = problem

@@ -54,6 +54,11 @@ class Augment(Section):
         return values, [error_at((), "expected at least one key; leave augment out for no augmentation")] if values == {} else []
 
     @property
+    def is_random(self) -> bool:
+        """Whether a row's images differ between its visits."""
+        return self.crop < 1 or self.flip > 0 or max(self.brightness, self.contrast, self.saturation) > 0
+
+    @property
     def moves(self) -> bool:
         """Whether positions in the image change, so that boxes must change too."""
         return self.resize is not None or self.crop < 1 or self.flip > 0

@@ -6,13 +6,16 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic_core import InitErrorDetails
 
 from mmtune.recipe.pass_through.arguments import EARLY_STOPPING, error_at, format_value, train_arguments
 from mmtune.recipe.pass_through.library_facts import library_fact
 from mmtune.utils.errors import nearest
+
+if TYPE_CHECKING:
+    from mmtune.recipe.sections import Recipe
 
 HUB_KERNEL = "owner/name"
 """Stands for every `attn_implementation` that is a kernel on the hub."""
@@ -187,6 +190,24 @@ def evaluation_errors(train: Mapping[str, Any], has_held_out: bool, stream: bool
         yield "early_stopping_threshold", "needs early_stopping_patience: give it too, or leave this out"
     if train.get("load_best_model_at_end") and (message := _best_checkpoint_error(train, strategy)) is not None:
         yield "load_best_model_at_end", message
+
+
+def feature_cache_errors(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What `data.cache_features` excludes in the rest of a recipe: a key of `data` and a message for each."""
+    if recipe.data.cache_features is None:
+        return
+    key = ("cache_features",)
+    if recipe.tune.vision.method != "frozen":
+        yield key, f"needs a frozen vision tower, got tune.vision: {recipe.tune.vision.method}; leave it out, or freeze the tower"
+    for number, source in enumerate(recipe.data.train):
+        if source.augment is not None and source.augment.is_random:
+            message = "random changes are not supported with data.cache_features, which keeps the features of one picture"
+            yield ("train", number, "augment"), f"{message}; keep only resize, or leave one of the two out"
+    if recipe.objective.models:
+        models = ", ".join(f"objective.{name}" for name in recipe.objective.models)
+        yield key, f"not supported with {models}, which reads the pixels of every image; leave it out"
+    if recipe.train.get("torch_compile"):
+        yield key, "not supported with train.torch_compile; leave one of the two out"
 
 
 def _best_checkpoint_error(train: Mapping[str, Any], strategy: str) -> str | None:

@@ -11,10 +11,12 @@ from typing import Any
 from transformers import PrinterCallback, ProcessorMixin, ProgressCallback
 
 from mmtune.data.dataset import IndexedSamples
+from mmtune.data.encoding.feature_store import FeatureStore
 from mmtune.data.sources.row_cache import file_signatures
 from mmtune.distributed.context import check_strategy
 from mmtune.distributed.fsdp import configure_fsdp
 from mmtune.run_directory import RunDirectory, step_of
+from mmtune.training.cached_features.feature_cache import FeatureCache
 from mmtune.training.callbacks import DisableInputRequireGrads, RecordMetrics, StopOnSignal, draw_loss_curve, early_stopping
 from mmtune.training.checkpoint import fixed_sources
 from mmtune.training.dataloader import TrainingData, make_batches, optimizer_steps
@@ -52,7 +54,12 @@ def check_profile(inputs: RunInputs) -> None:
 
 
 def create_trainer(
-    inputs: RunInputs, tuned: TunedModel, data: TrainingData, processor: ProcessorMixin, run: RunDirectory
+    inputs: RunInputs,
+    tuned: TunedModel,
+    data: TrainingData,
+    processor: ProcessorMixin,
+    run: RunDirectory,
+    feature_cache: FeatureCache | None,
 ) -> TuningTrainer:
     """The Trainer of a run, with its parallelism strategy checked and its trackers started.
 
@@ -60,6 +67,7 @@ def create_trainer(
         UserError: accelerate set up another strategy than the launcher announced, or a tracker does not start.
     """
     recipe, dist = inputs.recipe, inputs.dist
+    data.encoder.features = store = None if feature_cache is None else feature_cache.store
     kind: Callable[..., TuningTrainer] = TuningTrainer
     if data.spans is not None:
         settings = ProfileSettings(inputs.profile, data.spans, run, run_facts(recipe, inputs.arguments, dist, tuned.model))
@@ -82,7 +90,8 @@ def create_trainer(
         source_names=data.source_names,
         data_files=file_signatures(fixed_sources(recipe)) if dist.is_main_process else {},  # only it finalizes checkpoints
         initial=tuned.initial,
-        **_held_out(inputs, processor),
+        feature_cache=feature_cache,
+        **_held_out(inputs, processor, store),
     )
     check_strategy(trainer.accelerator, dist, recipe.model.precision)
     if dist.fsdp:
@@ -93,12 +102,12 @@ def create_trainer(
     return trainer
 
 
-def _held_out(inputs: RunInputs, processor: ProcessorMixin) -> dict[str, Any]:
+def _held_out(inputs: RunInputs, processor: ProcessorMixin, features: FeatureStore | None) -> dict[str, Any]:
     """The Trainer's arguments for the evaluation while training."""
     rows, section, dist = inputs.held_out, inputs.recipe.evaluate, inputs.dist
     if rows is None or section is None:
         return {}
-    loss = HeldOutLoss(rows, inputs.objective, processor, dist, section.batch_size)
+    loss = HeldOutLoss(rows, inputs.objective, processor, dist, section.batch_size, features)
     if not section.while_training.answers:
         return {"held_out": loss}
     scores = partial(held_out_scores, processor=processor, section=section, rows=rows, dist=dist)

@@ -42,6 +42,7 @@ from mmtune.training.adapter_state import (
     save_adapter_state,
     shared_method_loss,
 )
+from mmtune.training.cached_features.feature_cache import FeatureCache
 from mmtune.training.checkpoint import finalize_checkpoint, wait_for_files
 from mmtune.training.held_out.held_out_loss import HeldOutLoss
 from mmtune.training.loss_record import LossRecord
@@ -88,6 +89,7 @@ class TuningTrainer(HookedTrainer):
         initial: LoRA's matrices before training, if a checkpoint must contain them (`mmtune.tuning.save.initial_factors`).
         held_out: the rows that are evaluated while training.
         held_out_scores: further metrics of these rows, from the model without the wrappers of a distributed run.
+        feature_cache: the features of the batches' images, if the recipe keeps them.
     """
 
     def __init__(
@@ -106,11 +108,13 @@ class TuningTrainer(HookedTrainer):
         initial: dict[str, torch.Tensor] | None = None,
         held_out: HeldOutLoss | None = None,
         held_out_scores: Callable[[nn.Module], dict[str, float]] | None = None,
+        feature_cache: FeatureCache | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, eval_dataset=None if held_out is None else held_out.data, **kwargs)
         self._held_out = held_out
         self._held_out_scores = held_out_scores
+        self._feature_cache = feature_cache
         self.model_accepts_loss_kwargs = True  # the loss below is a sum divided by the global count of supervised tokens
         self._objective = objective
         self._data_report = data_report
@@ -170,10 +174,11 @@ class TuningTrainer(HookedTrainer):
     ) -> Any:
         """The objective's loss, divided by the denominator of the whole optimizer step; without one, by the batch's own."""
         plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)  # methods are found by class
-        sources = inputs.pop("source_ids", None)
+        sources, features = inputs.pop("source_ids", None), self._features_of(inputs)
         denominator = self._objective.denominator([inputs]) if num_items_in_batch is None else num_items_in_batch
         inputs = self._objective.model_inputs(plain, inputs)
-        with shared_method_loss(plain, self._passes), self._progress.record_costs(inputs), attention_by_sample():
+        costs = self._progress.record_costs(inputs)
+        with features, shared_method_loss(plain, self._passes), costs, attention_by_sample():
             losses = self._objective.compute_loss(model, inputs, denominator)
         self._losses.add_parts(losses.parts)
         if sources is not None:
@@ -210,13 +215,19 @@ class TuningTrainer(HookedTrainer):
         """The losses of a held-out batch by name, summed over its supervised tokens, and the number of these tokens."""
         plain = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
         batch = self.prepare_inputs(batch)
+        features = self._features_of(batch)
         tokens = self._objective.denominator([batch])
         inputs = self._objective.model_inputs(plain, batch)
         inputs.pop("labels", None)  # a method may add a term to a loss that the model itself computes
         model = plain if self._dist.zero_stage is None else self.model_wrapped  # DDP would synchronize buffers
-        with torch.no_grad(), self.compute_loss_context_manager(), attention_by_sample():
+        with torch.no_grad(), self.compute_loss_context_manager(), features, attention_by_sample():
             losses = self._objective.compute_loss(model, inputs, 1)
         return self._objective.held_out_losses(losses), tokens
+
+    def _features_of(self, batch: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+        """Take the image features out of a batch; inside the block, the vision tower returns them."""
+        features = batch.pop("vision_features", [])
+        return contextlib.nullcontext() if self._feature_cache is None else self._feature_cache.features_of(features)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the metrics of `TrainingProgress` and the losses of `LossRecord`, to all callbacks and trackers."""

@@ -33,6 +33,10 @@ def check_method(
         raise RecipeValueError(
             "data.max_nonfinite_steps", "DeepSpeed without ZeRO takes every step, so none can be skipped; leave it out"
         )
+    if recipe.data.cache_features is not None and (dist.fsdp or dist.zero_stage == 3):
+        strategy = "FSDP2" if dist.fsdp else "ZeRO-3"
+        message = f"{strategy} gathers the tower's weights in all processes at once, and only some would run it"
+        raise RecipeValueError("data.cache_features", f"{message}; launch with DDP or ZeRO-2, or leave it out")
     if recipe.data.packing and base.config is not None:
         check_packable_family(base.config)
     problem = recipe.tune.incompatibility(recipe.model.precision, model_type=base.model_type, zero_stage=dist.zero_stage)

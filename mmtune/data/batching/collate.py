@@ -30,8 +30,8 @@ BY_SAMPLE = ("pixel_values", "pixel_attention_mask", "aspect_ratio_ids", "aspect
 """Media tensors whose first dimension is the sample and not the image, in models with such a mask and in Idefics: shape
 (1, images, ...)."""
 
-METADATA_KEYS = ("row", "note")
-"""Keys of an encoded row that are not tensors: its id, and a note about changes to its media."""
+METADATA_KEYS = ("row", "note", "vision_features")
+"""Keys of an encoded row that are not tensors: its id, a note about changes to its media, and the features of its images."""
 
 
 class RowSize(NamedTuple):
@@ -44,7 +44,8 @@ class RowSize(NamedTuple):
 
 class Collator:
     """Collates encoded samples to a batch, with the row ids under `rows`, their sizes (without padding and dummy samples)
-    under `sizes`, and the errors of failed rows and the notes about changed media under `faults`.
+    under `sizes`, and the errors of failed rows and the notes about changed media under `faults`. With a feature store,
+    `vision_features` are those of the samples with images, in their order.
 
     Args:
         pad_token_id: the token for padding.
@@ -69,6 +70,8 @@ class Collator:
         batch: dict[str, Any] = {}
         if encoded:
             batch = pack(encoded) if self._packed else collate(encoded, self._pad_token_id)
+        if features := [item["vision_features"] for item in samples if "vision_features" in item]:
+            batch["vision_features"] = features
         return {**batch, "rows": rows, "sizes": sizes, "faults": faults}
 
 
@@ -104,7 +107,7 @@ def collate(encoded: list[dict[str, torch.Tensor]], pad_token_id: int, side: str
                 present = [_cross_attention_mask(sample, key, present[0], longest, side) for sample in encoded]
             elif key in by_sample:
                 present = [sample.get(key, present[0][:, :0]) for sample in encoded]
-            batch[key] = _concat_padded(present, dim=_media_axis(key, encoded))
+            batch[key] = concat_padded(present, dim=_media_axis(key, encoded))
     return batch
 
 
@@ -129,7 +132,7 @@ def pack(encoded: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         else:
             in_row = _images_by_sample(encoded) and key in BY_SAMPLE
             present = [sample[key] for sample in encoded if key in sample]
-            batch[key] = _concat_padded(present, dim=1 if in_row else _media_axis(key, encoded))
+            batch[key] = concat_padded(present, dim=1 if in_row else _media_axis(key, encoded))
     lengths = [sample["input_ids"].shape[1] for sample in encoded]
     batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
     if "labels" in batch:
@@ -177,7 +180,7 @@ def _media_axis(key: str, encoded: list[dict[str, torch.Tensor]]) -> int:
     return 3 if key == "pixel_values" and any("target_sizes" in sample for sample in encoded) else 0
 
 
-def _concat_padded(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
+def concat_padded(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
     """Concatenate along `dim`, with every other dimension padded with zeros at its end to the largest."""
     largest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
     padded = []

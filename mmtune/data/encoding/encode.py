@@ -40,6 +40,9 @@ IGNORE_INDEX = -100
 
 CHAT_TEMPLATE_HINT = "set model.chat_template to another one, or to a .jinja file (docs/recipe.md)"
 
+ProcessedImages = tuple[dict[str, torch.Tensor], list[str]]
+"""The media tensors of a sample's images, and the text with which each placeholder is replaced."""
+
 Supervise = Literal["all", "last", "without_tool_calls"]
 """The recipe's `data.supervise`: all answers, the last one, or all but those with a tool call. Answers with `"supervised": False`
 never are."""
@@ -255,6 +258,7 @@ def encode_sample(
     max_tokens: int | None = None,
     supervise: Supervise = "all",
     spans: SpanLog | None = None,
+    images: ProcessedImages | None = None,
 ) -> dict[str, torch.Tensor]:
     """Encode a whole conversation for training.
 
@@ -263,6 +267,7 @@ def encode_sample(
         processor: the model's processor.
         max_tokens: the maximum length, including image tokens.
         supervise: which answers are supervised.
+        images: from `process_images`, if they are processed already.
 
     Returns:
         `input_ids`, `labels` (int64, shape (1, length); -100 where not supervised), `attention_mask`, and the processor's
@@ -273,7 +278,8 @@ def encode_sample(
         RowError: the sample cannot be encoded; `OverLength` if it is too long.
     """
     sample = replace(sample, messages=write_native_regions(sample.id, sample.messages, processor))
-    return _encode(sample, processor, _process_images(sample.id, sample.messages, processor, spans), max_tokens, supervise)
+    images = images or process_images(sample.id, sample.messages, processor, spans)
+    return _encode(sample, processor, images, max_tokens, supervise)
 
 
 def encode_choices(sample: Sample, processor: ProcessorMixin) -> list[dict[str, torch.Tensor]]:
@@ -286,7 +292,7 @@ def encode_choices(sample: Sample, processor: ProcessorMixin) -> list[dict[str, 
         RowError: the conversation cannot be encoded; names the row.
     """
     prompt = write_native_regions(sample.id, prompt_messages(sample), processor)
-    media = _process_images(sample.id, prompt, processor)
+    media = process_images(sample.id, prompt, processor)
     encoded = []
     for choice in sample.choices:
         answer = text_message("assistant", choice)
@@ -297,7 +303,7 @@ def encode_choices(sample: Sample, processor: ProcessorMixin) -> list[dict[str, 
 def _encode(
     sample: Sample,
     processor: ProcessorMixin,
-    images: tuple[dict[str, torch.Tensor], list[str]],
+    images: ProcessedImages,
     max_tokens: int | None = None,
     supervise: Supervise = "all",
 ) -> dict[str, torch.Tensor]:
@@ -315,10 +321,14 @@ def _encode(
     return {**tensors, "labels": tensors["input_ids"].masked_fill(unsupervised, IGNORE_INDEX)}
 
 
-def _process_images(
+def process_images(
     sample_id: str, messages: list[Message], processor: ProcessorMixin, spans: SpanLog | None = None
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Run the image processor: the media tensors, and the replacement text of each image."""
+) -> ProcessedImages:
+    """Open the images of a sample and run the image processor.
+
+    Raises:
+        RowError: an image cannot be opened, or is rejected by the processor; names the row.
+    """
     with nullcontext() if spans is None else spans.span("decode"):
         opened = open_images(sample_id, messages)
     images = [block["image"] for message in opened for block in message["content"] if block["type"] == "image"]
@@ -414,7 +424,7 @@ def encode_prompt(
         RowError: the conversation cannot be encoded; names the row.
     """
     messages = write_native_regions(sample_id, messages, processor)
-    media, replacements = _process_images(sample_id, messages, processor)
+    media, replacements = process_images(sample_id, messages, processor)
     text = _encode_text(sample_id, messages, processor, replacements, "all", tools, prompt=True)
     return _model_tensors(sample_id, messages, tools, processor, text, media)
 

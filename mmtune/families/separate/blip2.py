@@ -66,7 +66,7 @@ class InstructBlip(Blip2):
 def _question(pixel_values: Any, length: int) -> Any:
     import torch
 
-    return torch.zeros((len(pixel_values), length), dtype=torch.long)
+    return torch.zeros((len(pixel_values), length), dtype=torch.long, device=pixel_values.device)
 
 
 BLIP2 = Blip2(

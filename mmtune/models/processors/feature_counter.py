@@ -132,11 +132,11 @@ def _check_gradients(model: Any, components: Components, outputs: Mapping[str, A
 
 def _reached(model: Any, outputs: Any) -> set[str]:
     """The names of the parameters on which the tensors in nested lists depend."""
-    leaves = _leaves_of(_tensors(outputs))
+    leaves = leaves_of(_tensors(outputs))
     return {name for name, parameter in model.named_parameters() if id(parameter) in leaves}
 
 
-def _leaves_of(tensors: list[torch.Tensor]) -> set[int]:
+def leaves_of(tensors: list[torch.Tensor]) -> set[int]:
     """The identities of the parameters to which a backward pass from these tensors would lead; nothing is computed."""
     pending = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     nodes, leaves = set(pending), set()

@@ -17,6 +17,7 @@ from transformers import ProcessorMixin
 
 from mmtune.data.data_report import MediaChanged
 from mmtune.data.dataset import TrainingSet
+from mmtune.data.encoding.feature_store import FeatureStore
 from mmtune.distributed.context import DistributedContext
 from mmtune.objectives.sft import SupervisedTuning
 from mmtune.training.held_out.held_out_rows import HeldOutRows
@@ -33,17 +34,26 @@ class HeldOutLoss:
         rows: the held-out rows.
         objective: encodes and collates them.
         size: rows per batch, where the recipe does not limit their tokens.
+        features: where the features of images are looked up, if the recipe keeps them.
     """
 
     def __init__(
-        self, rows: HeldOutRows, objective: SupervisedTuning, processor: ProcessorMixin, dist: DistributedContext, size: int
+        self,
+        rows: HeldOutRows,
+        objective: SupervisedTuning,
+        processor: ProcessorMixin,
+        dist: DistributedContext,
+        size: int,
+        features: FeatureStore | None = None,
     ) -> None:
         self._names = rows.samples.names
         self._dist = dist
         self._batches = rows.batches(size, dist)
         self._collator = objective.collator(processor, rows.section.packing, always_images=dist.size > 1)
         self._dummy_batch = objective.dummy_batch(processor)
-        self.data = TrainingSet(rows.samples, objective.encoder(processor, rows.section))
+        encoder = objective.encoder(processor, rows.section)
+        encoder.features = features
+        self.data = TrainingSet(rows.samples, encoder)
         self.rows = len(rows.chosen)
 
     def means(self, loader_settings: Mapping[str, Any], sums: Sums) -> dict[str, float]:
