@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -113,11 +114,11 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def make_recipe(base: Path, rows: Path, tmp_path: Path) -> Callable[..., Recipe]:
-    """A LoRA recipe of three steps over `rows`, changed by `key=value` overrides."""
+@pytest.fixture(scope="session")
+def make_recipe_in(base: Path, rows: Path) -> Callable[..., Recipe]:
+    """A LoRA recipe of three steps over `rows` with its output in a folder, changed by `key=value` overrides."""
 
-    def make(*overrides: str) -> Recipe:
+    def make(folder: Path, *overrides: str) -> Recipe:
         from mmtune.recipe.recipe import load_recipe
 
         text = f"""
@@ -127,13 +128,19 @@ def make_recipe(base: Path, rows: Path, tmp_path: Path) -> Callable[..., Recipe]
           language: {{method: lora, r: 4, lora_alpha: 8}}
         data: {{train: [{{path: {rows}, template: llava}}]}}
         train: {{max_steps: 3, learning_rate: 5e-3, per_device_train_batch_size: 4, logging_steps: 1, use_cpu: true, seed: 0}}
-        output_dir: {tmp_path / "run"}
+        output_dir: {folder / "run"}
         """
-        path = tmp_path / "recipe.yaml"
+        path = folder / "recipe.yaml"
         path.write_text(textwrap.dedent(text), encoding="utf-8")
         return load_recipe(path, overrides)
 
     return make
+
+
+@pytest.fixture
+def make_recipe(make_recipe_in: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Recipe]:
+    """As `make_recipe_in`, with the folder of the test."""
+    return functools.partial(make_recipe_in, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -193,7 +193,7 @@ def _wait(process: ForkServerProcess, there: Callable[[], bool]) -> float:
     """Until something is there or the process has ended; returns when."""
     end = time.monotonic() + TIMEOUT_S
     while not there() and process.is_alive() and time.monotonic() < end:
-        time.sleep(0.0005)
+        time.sleep(0.002)
     return time.monotonic()
 
 

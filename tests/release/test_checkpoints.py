@@ -29,13 +29,18 @@ Make = Callable[..., Recipe]
 SAVES = ("train.save_strategy=steps", "train.save_steps=1")
 
 
-@pytest.fixture
-def run(make_recipe: Make, rows: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained(make_recipe_in: Make, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps with a checkpoint after each step, and an evaluation."""
     section = f"evaluate={{data: [{{path: {rows}, template: llava}}], leakage: warn, max_new_tokens: 2}}"
-    recipe = make_recipe(*SAVES, section)
+    recipe = make_recipe_in(tmp_path_factory.mktemp("trained"), *SAVES, section)
     train(recipe, ["test"])
     return Path(recipe.output_dir)
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def make_unfinished(run: Path) -> None:
