@@ -13,6 +13,7 @@ Splits:
 * `tune`: training data of the quickstart: whether a digit is present, how often, whether two digits are equal, which is larger.
   Answers first read the digits, then conclude, so that a model of two million parameters can derive the answer.
 * `eval`: the questions of `tune` about held-out digits.
+* `boxes`, `boxes_eval`: scenes of four different digits, and the box of each; rows for the data template `digit_boxes`.
 """
 
 from __future__ import annotations
@@ -66,6 +67,18 @@ SPLITS = {
     "eval": Split(600, True, TUNE_TASKS, 1, seed=4),
 }
 
+BOX_SPLITS = {
+    "boxes": Split(8_000, False, ("box",), 2, seed=7),
+    "boxes_eval": Split(400, True, ("box",), 1, seed=8),
+}
+"""The splits with boxes. The questions of a scene are about different digits."""
+
+INK = 64
+"""The gray value, of 255, from which a pixel belongs to a digit's box."""
+
+Corners = tuple[int, int, int, int]
+"""x1, y1, x2, y2 in pixels."""
+
 
 def digit_images(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
     """The digits that are held out, or the others.
@@ -80,16 +93,24 @@ def digit_images(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
     return data.images[selected], data.target[selected]
 
 
-def draw_scene(digits: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """A grayscale scene of four digits, shape (4, 8, 8), in reading order; size, rotation and position vary slightly."""
+def draw_scene(digits: np.ndarray, rng: np.random.Generator) -> tuple[Image.Image, list[Corners]]:
+    """A grayscale scene of four digits, shape (4, 8, 8), in reading order; size, rotation and position vary slightly.
+
+    Returns:
+        The scene; the box around the pixels of each digit that are at least `INK`.
+    """
     scene = Image.new("L", (2 * CELL, 2 * CELL), 0)
+    boxes = []
     for index, digit in enumerate(digits):
         size = int(rng.integers(12, 16))
         glyph = Image.fromarray((digit * (255 / 16)).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
         glyph = glyph.rotate(float(rng.uniform(-12, 12)), Image.Resampling.BICUBIC)
         x, y = rng.integers(0, CELL - size + 1, size=2)
-        scene.paste(glyph, ((index % 2) * CELL + int(x), (index // 2) * CELL + int(y)))
-    return scene
+        left, top = (index % 2) * CELL + int(x), (index // 2) * CELL + int(y)
+        scene.paste(glyph, (left, top))
+        rows, columns = (np.flatnonzero((np.asarray(glyph) >= INK).any(axis=axis)) for axis in (1, 0))
+        boxes.append((left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1))
+    return scene, boxes
 
 
 def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
@@ -205,7 +226,7 @@ def write_split(name: str, split: Split, folder: Path) -> list[dict]:
             values[rng.permutation(4)[: int(rng.integers(2, 5))]] = rng.integers(10)
         chosen = [rng.choice(np.flatnonzero(labels == value)) for value in values]
         digits = [int(value) for value in values]
-        draw_scene(images[chosen], rng).save(image_folder / f"{number:05d}.png")
+        draw_scene(images[chosen], rng)[0].save(image_folder / f"{number:05d}.png")
         offset = number % len(split.tasks)
         tasks = [split.tasks[(offset + turn) % len(split.tasks)] for turn in range(split.questions)]
         turns: list[dict[str, str]] = []
@@ -224,6 +245,31 @@ def write_split(name: str, split: Split, folder: Path) -> list[dict]:
     return rows
 
 
+def write_box_split(name: str, split: Split, folder: Path) -> list[dict]:
+    """Write the images of a split to `folder`/images/`name` and return its rows: digits of the scene and their boxes."""
+    rng = np.random.default_rng(split.seed)
+    images, labels = digit_images(split.held_out)
+    image_folder = folder / "images" / name
+    image_folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(split.scenes):
+        values = rng.choice(10, size=4, replace=False)
+        chosen = [rng.choice(np.flatnonzero(labels == value)) for value in values]
+        scene, boxes = draw_scene(images[chosen], rng)
+        scene.save(image_folder / f"{number:05d}.png")
+        asked = [int(index) for index in rng.permutation(4)[: split.questions]]
+        rows.append(
+            {
+                "id": f"{name}-{number:05d}",
+                "image": f"images/{name}/{number:05d}.png",
+                "scene": [int(value) for value in values],
+                "digits": [int(values[index]) for index in asked],
+                "boxes": [list(boxes[index]) for index in asked],
+            }
+        )
+    return rows
+
+
 def write_digits(folder: Path, splits: Sequence[str] = ("tune", "eval")) -> dict[str, int]:
     """Write splits as `folder`/NAME.json with their images; returns the number of rows of each split.
 
@@ -231,7 +277,7 @@ def write_digits(folder: Path, splits: Sequence[str] = ("tune", "eval")) -> dict
     """
     counts = {}
     for name in splits:
-        rows = write_split(name, SPLITS[name], folder)
+        rows = write_box_split(name, BOX_SPLITS[name], folder) if name in BOX_SPLITS else write_split(name, SPLITS[name], folder)
         replace_text(folder / f"{name}.json", json.dumps(rows, indent=1))
         counts[name] = len(rows)
     return counts

@@ -46,7 +46,9 @@ def add_data_verbs(verbs: Any, add: AddVerb) -> None:
 
     verb = add(verbs, "digits", _digits, "write the data set of the quickstart, handwritten digits")
     verb.add_argument("folder", metavar="DIR", help="the folder to write to")
-    verb.add_argument("--all", action="store_true", help="also write the splits that the built-in checkpoint was trained on")
+    which = verb.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="also write the splits that the built-in checkpoint was trained on")
+    which.add_argument("--boxes", action="store_true", help="write digits and their boxes instead, for recipes/grounding.yaml")
 
 
 def _check(arguments: argparse.Namespace) -> Any:
@@ -190,11 +192,11 @@ def _show(arguments: argparse.Namespace) -> Any:
 
 
 def _digits(arguments: argparse.Namespace) -> Any:
-    from mmtune.builtin.digits import SPLITS, write_digits
+    from mmtune.builtin.digits import BOX_SPLITS, SPLITS, write_digits
     from mmtune.utils.files import resolve_link
     from mmtune.utils.locks import locked
 
-    splits = tuple(SPLITS) if arguments.all else ("tune", "eval")
+    splits = tuple(BOX_SPLITS) if arguments.boxes else tuple(SPLITS) if arguments.all else ("tune", "eval")
     with locked(resolve_link(Path(arguments.folder))):
         counts = write_digits(Path(arguments.folder), splits)
     for split, rows in counts.items():

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits
 
 import mmtune.builtin.digits as digits
@@ -177,3 +178,33 @@ def test_the_llava_template_reads_every_row(folder: Path, split: str) -> None:
     assert [sample.task for sample in samples] == [row["task"] for row in rows]
     assert [sample.images for sample in samples] == [[folder / row["image"]] for row in rows]
     assert all(len(sample.messages) == 2 * SPLITS[split].questions for sample in samples)
+
+
+@pytest.mark.parametrize("split", digits.BOX_SPLITS)
+def test_boxes_are_around_the_digits(split: str, tmp_path: Path) -> None:
+    """A box's border rows and columns have ink, and the rest of its cell, outside of the box, has none."""
+    small = dataclasses.replace(digits.BOX_SPLITS[split], scenes=12)
+    rows = digits.write_box_split(split, small, tmp_path)
+    assert small.held_out == split.endswith("eval")
+    for row in rows:
+        ink = np.asarray(Image.open(tmp_path / row["image"])) >= digits.INK
+        assert len(set(row["scene"])) == 4 and len(row["digits"]) == len(row["boxes"]) == small.questions
+        for digit, (x1, y1, x2, y2) in zip(row["digits"], row["boxes"], strict=True):
+            top, left = (digits.CELL * part for part in divmod(row["scene"].index(digit), 2))
+            cell = np.zeros_like(ink)
+            cell[top : top + digits.CELL, left : left + digits.CELL] = ink[top : top + digits.CELL, left : left + digits.CELL]
+            assert all(edge.any() for edge in (cell[y1, x1:x2], cell[y2 - 1, x1:x2], cell[y1:y2, x1], cell[y1:y2, x2 - 1]))
+            cell[y1:y2, x1:x2] = False
+            assert not cell.any()
+
+
+@pytest.mark.parametrize(("values", "expected"), [({}, "[125, 531, 438, 938]"), ({"convention": "pixels"}, "[4, 17, 14, 30]")])
+def test_the_template_of_boxes_writes_both_conventions(values: dict[str, str], expected: str, tmp_path: Path) -> None:
+    rows = digits.write_box_split("boxes", dataclasses.replace(digits.BOX_SPLITS["boxes"], scenes=1), tmp_path)
+    (tmp_path / "boxes.json").write_text(json.dumps(rows), encoding="utf-8")
+    source = Source(path=str(tmp_path / "boxes.json"), template="digit_boxes", values=values)
+    [sample] = iterate_rows(IndexedSamples([source]))
+    assert rows[0]["boxes"][0] == [4, 17, 14, 30]  # of a scene of 32 x 32 pixels
+    answer = sample.messages[1]["content"][0]["text"]
+    assert answer == f"6 no 5 no 9 yes 8 no Answer: {expected}"
+    assert len(sample.messages) == 4

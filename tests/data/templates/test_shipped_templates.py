@@ -36,6 +36,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "classification": {"path": "train.jsonl", "verbalizer": CIFAR10},
     "coco_caption": {"path": "captions_val2014.json"},
     "conceptual_captions": {"path": "00000.tar"},
+    "digit_boxes": {"path": "boxes.json"},
     "docvqa": {"path": "val_v1.0.json"},
     "flickr30k": {"path": "dataset_flickr30k.json", "where": {"split": "train"}},
     "gqa": {"path": "val_balanced_questions.json"},
