@@ -19,12 +19,12 @@ def works(cell: dict[str, object]) -> dict[str, bool]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", names())
-def test_the_capabilities_of_a_method_agree_with_real_runs(name: str, rows: Path, base: Path, tmp_path: Path) -> None:
+def test_the_capabilities_of_a_method_agree_with_real_runs(name: str, rows: Path, shallow: Path, tmp_path: Path) -> None:
     """In the least exact precision in which it trains, and LoRA in all; measure.py runs every cell."""
     expected = {precision: works(cell) for precision, cell in capabilities()[name].items()}
     precisions = PRECISIONS if name == "lora" else [next(p for p in reversed(PRECISIONS) if expected[p]["train"])]
     for precision in precisions:
-        actual = works(measure(name, precision, rows, base, tmp_path))
+        actual = works(measure(name, precision, rows, shallow, tmp_path))
         assert actual == {what: expected[precision][what] for what in actual}, precision
 
 

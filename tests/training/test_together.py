@@ -75,7 +75,7 @@ def mixed(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-LAYOUTS = {"DDP": "ddp", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
+LAYOUTS = {"DDP": "ddp", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 READ = {"indexed": {}, "streamed": {"stream": True, "shuffle_window": 8}}
 WORSE = {
     "eval_strategy": "steps",
@@ -87,7 +87,7 @@ WORSE = {
     "early_stopping_patience": 3,
 }
 TOO_FAR = {"learning_rate": 1e38, "max_grad_norm": 0.0}
-RESUMED = [("DDP", "indexed"), *((strategy, read) for strategy in ("ZeRO-2", "ZeRO-3") for read in READ)]
+RESUMED = [("DDP", "indexed"), ("ZeRO-2", "streamed"), ("ZeRO-3", "indexed")]
 
 
 @pytest.fixture(scope="module")
@@ -166,17 +166,17 @@ def test_a_model_assembled_at_zero_3_is_saved_as_one_process_saves_it(shallow: P
 
 @pytest.mark.slow
 def test_modalities_that_differ_by_process_do_not_deadlock(shallow: Path, mixed: Path, tmp_path: Path) -> None:
-    """40 steps at ZeRO-3, where a process that runs the tower waits for the others' part of it."""
+    """20 steps at ZeRO-3, where a process that runs the tower waits for the others' part of it."""
     rows = json.loads(mixed.read_text(encoding="utf-8"))
-    differing = sum(("image" in one) != ("image" in two) for one, two in zip(rows[:80:2], rows[1:80:2], strict=True))
-    assert 10 < differing < 30
-    settings = {"max_steps": 40, "gradient_accumulation_steps": 1, "train_sampling_strategy": "sequential", "logging_steps": 10}
+    differing = sum(("image" in one) != ("image" in two) for one, two in zip(rows[:40:2], rows[1:40:2], strict=True))
+    assert 5 < differing < 18
+    settings = {"max_steps": 20, "gradient_accumulation_steps": 1, "train_sampling_strategy": "sequential", "logging_steps": 10}
     path = recipe(tmp_path, shallow, mixed, "long", train=settings)
     assert launch([(path, "zero3")], tmp_path, timeout_s=300.0) == [True]
     summary = RunDirectory(tmp_path / "long").read_summary()
     assert summary["strategy"] == "2 processes, ZeRO-3"
     steps = [json.loads(line)["step"] for line in RunDirectory(tmp_path / "long").metrics.read_text().splitlines()]
-    assert steps == [10, 20, 30, 40]
+    assert steps == [10, 20]
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_four_processes_give_the_result_of_one(shallow: Path, mixed: Path, tmp_p
     spoilt = tmp_path / "mixed.json"
     spoilt.write_text(json.dumps(rows), encoding="utf-8")
     kinds: dict[str, Any] = {"padded": {"check_rows": 0, "max_bad_fraction": 0.5}, "packed": {"packing": True, "max_tokens": 256}}
-    keys = [*(("padded", strategy) for strategy in LAYOUTS), ("packed", "DDP"), ("packed", "ZeRO-3")]
+    keys = [(kind, strategy) for kind in kinds for strategy in ("DDP", "ZeRO-3")]
     descent = {"max_steps": 3, "gradient_accumulation_steps": 4, "optim": "sgd", "learning_rate": 0.3}
     alone, jobs = {}, []
     for kind, data in kinds.items():
@@ -221,6 +221,16 @@ def test_four_processes_give_the_result_of_one(shallow: Path, mixed: Path, tmp_p
         assert max((expected[name] - actual[name]).abs().max() for name in expected) < 1e-5
 
 
+PROGRAM = """
+import importlib, sys
+from mmtune.console.library_output import configure_console
+configure_console()
+importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # as in helpers/preloaded.py
+from mmtune.cli.main import entry_point
+sys.exit(entry_point(["train", *sys.argv[1:]]))
+"""
+
+
 def private_peaks(command: list[str], log: Path) -> list[int]:
     """The largest private memory of each process that trains, in bytes: what is mapped from files is the machine's own."""
     peaks: dict[int, int] = {}
@@ -239,12 +249,12 @@ def private_peaks(command: list[str], log: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_a_process_at_zero_3_never_holds_the_whole_model(tmp_path: Path) -> None:
-    """600 million parameters that are bf16 on disk and fp32 here, so that no process can use the file's own pages."""
+    """300 million parameters that are bf16 on disk and fp32 here, so that no process can use the file's own pages."""
     few_words = [{"from": "human", "value": "one and one"}, {"from": "gpt", "value": "two"}]
     (tmp_path / "rows.json").write_text(json.dumps([{"conversations": few_words}] * 2), encoding="utf-8")
     model, processor = build_untrained(seed=0)
     text = model.config.text_config
-    text.num_hidden_layers, text.hidden_size, text.intermediate_size = 12, 2048, 5632
+    text.num_hidden_layers, text.hidden_size, text.intermediate_size = 6, 2048, 5632
     text.num_attention_heads = text.num_key_value_heads = 16
     text.head_dim = 128
     with torch.device("meta"):
@@ -261,9 +271,10 @@ def test_a_process_at_zero_3_never_holds_the_whole_model(tmp_path: Path) -> None
     few = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"), 20_000_000)
     settings = tmp_path / "zero.json"
     settings.write_text(json.dumps({"zero_optimization": {"stage": 3, **few}}), encoding="utf-8")
-    program = [str(Path(__file__).parents[2] / "mmtune" / "train.py"), str(path), "--overwrite"]
+    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
+    program = [str(tmp_path / "program.py"), str(path), "--overwrite"]
     [*_, alone] = private_peaks([sys.executable, *program], tmp_path / "one.log")
     torchrun = [*launcher("torchrun"), *program, f"train.deepspeed={settings}"]
     [*_, first, second] = private_peaks(torchrun, tmp_path / "two.log")
-    assert max(first, second) < 0.9 * whole < alone
+    assert max(first, second) < alone - 0.3 * whole
     shutil.rmtree(tmp_path / "large")
