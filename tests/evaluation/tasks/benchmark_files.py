@@ -215,6 +215,21 @@ def _mmbench_en(folder: Path) -> None:
     parquet.write_table(pa.Table.from_pylist(sorted(rows, key=lambda row: row["index"])), path)
 
 
+def _refcoco(folder: Path) -> None:
+    expressions = {
+        "val": [("the red part", [4.0, 3.0, 20.0, 15.0]), ("left side", [0.0, 0.0, 20.0, 30.0])],
+        "testA": [("lower right corner", [30.0, 20.0, 40.01, 30.0]), ("the middle", [10.5, 6.2, 30.1, 24.9])],
+        "testB": [("all of it", [0.0, 0.0, 40.0, 30.0])],
+    }
+    for number, (name, rows) in enumerate(expressions.items()):
+        image = f"data/coco/train2014/COCO_train2014_{581857 + number:012d}.jpg"
+        _image(folder / image, 90 * number)
+        lines = [{"image": image, "sent": text, "bbox": box, "height": 30, "width": 40} for text, box in rows]
+        path = folder / "data" / "refcoco" / f"refcoco_{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+
+
 def _embedded(shade: int) -> dict[str, Any]:
     """An image as `datasets` stores it."""
     file = io.BytesIO()
@@ -236,6 +251,7 @@ BENCHMARKS: dict[str, Callable[[Path], None]] = {
     "mmbench_en": _mmbench_en,
     "mmmu": _mmmu,
     "pope": _pope,
+    "refcoco": _refcoco,
     "scienceqa_img": _scienceqa_img,
     "textvqa": _textvqa,
     "textvqa_ocr": _textvqa,

@@ -60,6 +60,12 @@ PROMPTS: dict[str, list[tuple[str, str]]] = {
             "",
         ),
     ],
+    "refcoco": [
+        (
+            "Please provide the bounding box coordinate of the region this sentence describes: the red part",
+            "data/coco/train2014/COCO_train2014_000000581857.jpg",
+        ),
+    ],
     "mmmu": [
         (f" Who painted it?\n(A) Klee\n(B) Klimt\n(C) Manet\n(D) Monet\n\n{LETTER}", ""),
     ],
@@ -72,6 +78,7 @@ REFERENCES = {
     "mmbench_en": ("B",),
     "mmmu": ("B",),
     "pope": ("yes",),
+    "refcoco": ("[100, 100, 500, 500]",),  # until the convention of a model's family is known
     "scienceqa_img": ("C",),
     "textvqa": ("dakota",) * 7 + ("dakota digital",) * 2 + ("clos culombu",),
 }
@@ -156,6 +163,9 @@ def test_a_question_of_mmbench_counts_once_and_needs_every_order_of_its_options(
         ("scienceqa_img", "C or D", None),
         ("scienceqa_img", "E", None),
         ("scienceqa_img", "A. Maine", None),
+        ("refcoco", '[{"bbox_2d": [110, 90, 510, 480], "label": "the red part"}]', True),
+        ("refcoco", "(110, 90), (510, 480)", True),
+        ("refcoco", "in the upper left", None),
     ],
 )
 def test_an_answer_is_right_or_wrong_or_not_parsed(

@@ -7,7 +7,8 @@ them. To repeat the comparison, make a folder with
 - `m4c_evaluator.py`, `eval_science_qa.py`: haotian-liu/LLaVA, llava/eval/,
 - `vqaEval.py`: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation (Python 2; its print statements are rewritten here),
 - `eval_utils.py`: MMMU-Benchmark/MMMU, mmmu/utils/,
-- `chartqa_utils.py`, `mmbench_evals.py`: EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/chartqa/utils.py and tasks/mmbench/,
+- `chartqa_utils.py`, `mmbench_evals.py`, `utils_rec.py`: EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/chartqa/utils.py,
+  tasks/mmbench/ and tasks/refcoco/,
 - `libs/`: pip install --no-deps --target libs anls pycocoevalcap loguru,
 
 and run
@@ -43,6 +44,13 @@ ANSWERS: dict[str, list[str]] = {
     # Passes of four questions in the order of the index: 241 is right in one of three, 242 in three of four, the others in all.
     "mmbench_en": ["B", "D", "A.", "(A)", "B", "A", "B.", "B", "B", "B", "C", "A", "D"],
     "mmmu": ["(B) Klimt", "B", "The answer is MgS.", "pH = 12.97", "I think that it shows none of the two, so C"],
+    "refcoco": [
+        "[100, 100, 500, 500]",
+        "[0, 0, 480, 1000]",
+        "It is at [700, 600, 1000, 1000].",
+        "[500, 200, 900, 800]",
+        "[0, 0, 600, 800]",
+    ],
     "coco_caption": ["a man on a red moped", "two dogs run in the park", "a table with a plate of food"],
     "flickr30k": ["a man riding a moped on a road", "a dog", "a white plate with food on a table"],
 }
@@ -149,6 +157,23 @@ def mmbench_en(scorers: Path, files: Path, answers: list[str]) -> dict[str, Any]
     return {**{name: {"score": value} for name, value in by_category.items()}, "overall": {"score": float(overall)}}
 
 
+def refcoco(scorers: Path, files: Path, answers: list[str]) -> dict[str, Any]:
+    """Answers in thousandths, as InternVL's and Qwen3-VL's; the benchmark's boxes are in pixels."""
+    scope, scores, boxes, start = _scope(scorers / "utils_rec.py"), {}, [], 0
+    for name in ("val", "testA", "testB"):
+        path = files / "data" / "refcoco" / f"refcoco_{name}.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for row, answer in zip(rows, answers[start : start + len(rows)], strict=True):
+            numbers = scope["parse_float_sequence_within"](answer)
+            sides = [row["width"], row["height"]] * 2
+            boxes.append({"bbox": row["bbox"], "pred": [each * side / 1000 for each, side in zip(numbers, sides, strict=True)]})
+        with contextlib.redirect_stdout(io.StringIO()):
+            scores[path.name] = {"score": scope["refcoco_bbox_rec_acc05"](boxes[start:])}
+            scores["overall"] = {"score": scope["refcoco_bbox_rec_acc05"](boxes)}
+        start = len(boxes)
+    return scores
+
+
 def mmmu(scorers: Path, files: Path, answers: list[str]) -> dict[str, Any]:
     scope = _scope(scorers / "eval_utils.py")
     remaining, by_subject = iter(answers), {}
@@ -183,7 +208,7 @@ def captions(scorers: Path, files: Path, answers: list[str]) -> dict[str, Any]:
 
 
 SCORERS = {"textvqa_ocr": textvqa, "coco_caption": captions, "flickr30k": captions}
-SCORERS |= {each.__name__: each for each in (pope, textvqa, vqa_v2, chartqa, docvqa, scienceqa_img, mmbench_en, mmmu)}
+SCORERS |= {each.__name__: each for each in (pope, textvqa, vqa_v2, chartqa, docvqa, scienceqa_img, mmbench_en, refcoco, mmmu)}
 
 
 def main() -> None:
