@@ -21,7 +21,7 @@ from mmtune.recipe.recipe import Recipe, Source, load_recipe
 from mmtune.run_directory import SAVING, RunDirectory, step_of, wait_until_visible
 from mmtune.utils.errors import UserError
 from mmtune.utils.files import apply_umask, fsync, fsync_tree, read_record
-from mmtune.utils.manifest import check_manifest, file_names, write_manifest
+from mmtune.utils.manifest import check_manifest, digests, file_names, write_manifest
 
 REPORT_FILE = "data_report.json"
 STRATEGY_FILE = "strategy.json"
@@ -44,7 +44,12 @@ MAY_CHANGE = (
 
 
 def finalize_checkpoint(
-    temporary: Path, checkpoints: Path, report: DataReport, dist: DistributedContext, files: dict[str, Any]
+    temporary: Path,
+    checkpoints: Path,
+    report: DataReport,
+    dist: DistributedContext,
+    files: dict[str, Any],
+    hashed: Mapping[str, str],
 ) -> None:
     """Rename a completely written checkpoint to its final name.
 
@@ -53,25 +58,37 @@ def finalize_checkpoint(
     Args:
         temporary: the complete directory, on the file system of `checkpoints`.
         files: the signatures of the data files by name.
+        hashed: from `hash_files`.
     """
     report.write(temporary / REPORT_FILE)
     (temporary / STRATEGY_FILE).write_text(json.dumps({"strategy": dist.strategy, "files": files}) + "\n", encoding="utf-8")
     apply_umask(temporary)
-    write_manifest(temporary)
+    write_manifest(temporary, hashed)
     fsync_tree(temporary)
     temporary.rename(checkpoints / temporary.name)
     fsync(checkpoints)  # before an older one is deleted
 
 
-def wait_for_files(folder: Path, names: set[str]) -> None:
-    """Wait for files that processes on other machines have written.
+def hash_files(folder: Path, dist: DistributedContext) -> dict[str, str]:
+    """The SHA-256 of every file that any process sees in a folder, by name: each process hashes its share of them.
 
     Raises:
-        UserError: they do not become visible.
+        UserError: files that processes on other machines have written do not become visible.
     """
+    names = sorted(set[str]().union(*dist.all_gather_object(file_names(folder))))
+    own = names if dist.is_main_process else names[dist.rank :: dist.size]
+    wait_for_files(folder, set(own), dist.rank)
+    shares = dist.all_gather_object(digests(folder, names[dist.rank :: dist.size]))
+    return {name: digest for share in shares for name, digest in share.items()}
+
+
+def wait_for_files(folder: Path, names: set[str], rank: int) -> None:
+    """Wait for files that processes on other machines have written; arguments and errors as `hash_files`."""
     if not wait_until_visible(lambda: names <= file_names(folder)):
         missing = ", ".join(sorted(names - file_names(folder)))
-        raise UserError(f"{folder}: process 0 does not see files of other processes: {missing}; expected a shared file system")
+        raise UserError(
+            f"{folder}: process {rank} does not see files of other processes: {missing}; expected a shared file system"
+        )
 
 
 def last_checkpoint(run: RunDirectory) -> Path | None:

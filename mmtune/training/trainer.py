@@ -43,14 +43,14 @@ from mmtune.training.adapter_state import (
     shared_method_loss,
 )
 from mmtune.training.cached_features.feature_cache import FeatureCache
-from mmtune.training.checkpoint import finalize_checkpoint, wait_for_files
+from mmtune.training.checkpoint import finalize_checkpoint, hash_files
 from mmtune.training.held_out.held_out_loss import HeldOutLoss
 from mmtune.training.loss_record import LossRecord
 from mmtune.training.throughput.progress import TrainingProgress
 from mmtune.training.trainer_private import HookedTrainer
 from mmtune.utils.errors import CheckFailed, UserError
 from mmtune.utils.files import fsync_tree, report_disk_errors
-from mmtune.utils.manifest import check_manifest, file_names
+from mmtune.utils.manifest import check_manifest
 
 
 def _listing(rows: Sequence[str]) -> str:
@@ -325,10 +325,9 @@ class TuningTrainer(HookedTrainer):
                         save_file(self._initial, folder / INITIAL_FACTORS, metadata={"format": "pt"})
                 self._dist.barrier()
                 fsync_tree(folder)
-                written = set[str]().union(*self._dist.all_gather_object(file_names(folder)))
+                hashed = hash_files(folder, self._dist)
                 if self._dist.is_main_process:
-                    wait_for_files(folder, written)
-                    finalize_checkpoint(folder, checkpoints, self._data_report, self._dist, self._data_files)
+                    finalize_checkpoint(folder, checkpoints, self._data_report, self._dist, self._data_files, hashed)
                     RunDirectory(checkpoints.parent).delete_checkpoints(limit, keep=best)
         except UserError:
             shutil.rmtree(self.checkpoint_parent(), ignore_errors=True)  # a full disk has no room for an incomplete checkpoint

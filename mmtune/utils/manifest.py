@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,16 @@ from mmtune.utils.files import replace_text
 MANIFEST = "manifest.json"
 
 
-def write_manifest(folder: Path, **about: Any) -> None:
+def write_manifest(folder: Path, known: Mapping[str, str] | None = None, **about: Any) -> None:
     """Write `manifest.json` over every other file of a folder.
 
     Args:
+        known: from `digests`, of files that are not read again.
         about: other keys of the manifest, beside `files`.
     """
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in _digests(folder).items()}
+    names, known = file_names(folder) - {MANIFEST}, known or {}
+    hashed = {**known, **digests(folder, names - known.keys())}
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": hashed[name]} for name in sorted(names)}
     (folder / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -38,7 +41,7 @@ def check_manifest(folder: Path, may_change: Collection[str] = ()) -> dict[str, 
     listed = _listed(folder)
     if special := sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not _is_plain(path)):
         raise CheckFailed(f"{folder}: {', '.join(special[:10])}: expected regular files only, got a link or special file")
-    actual = _digests(folder)
+    actual = digests(folder, file_names(folder) - {MANIFEST})
     differences = [f"missing: {name}" for name in sorted(listed.keys() - actual.keys())]
     differences += [f"not in the manifest: {name}" for name in sorted(actual.keys() - listed.keys())]
     changed = (name for name in sorted(listed.keys() & actual.keys()) if actual[name] != listed[name]["sha256"])
@@ -85,8 +88,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a folder except the manifest, by name. In threads: one thread is slower than the disk."""
-    names = sorted(file_names(folder) - {MANIFEST})
+def digests(folder: Path, names: Collection[str]) -> dict[str, str]:
+    """The SHA-256 of files of a folder by name. In threads: one thread is slower than the disk."""
     with ThreadPoolExecutor(max_workers=8) as threads:
         return dict(zip(names, threads.map(sha256, (folder / name for name in names)), strict=True))

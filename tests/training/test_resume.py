@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from mmtune.run_directory import RunDirectory
 from mmtune.train import train
 from mmtune.training import callbacks
 from mmtune.training.callbacks import StopOnSignal
-from mmtune.training.checkpoint import check_resumable, wait_for_files
+from mmtune.training.checkpoint import check_resumable, hash_files, wait_for_files
 from mmtune.utils.errors import UserError
 
 SAVES = ("train.save_strategy=steps", "train.save_steps=2", "train.max_steps=6", "tune.language.lora_dropout=0.2")
@@ -162,12 +163,22 @@ def test_a_second_signal_stops_at_once_and_a_repeated_one_does_not(monkeypatch: 
         signal.signal(signal.SIGTERM, before)
 
 
+def test_each_process_hashes_its_share_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = {f"shard_{number}": bytes([number]) * 9 for number in range(5)}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(DistributedContext, "all_gather_object", lambda self, value: [value])
+    shares = [hash_files(tmp_path, DistributedContext(rank, 2)) for rank in range(2)]
+    assert [len(share) for share in shares] == [3, 2]
+    assert shares[0] | shares[1] == {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+
 def test_files_of_other_machines_are_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rng_state_0.pth").touch()
-    wait_for_files(tmp_path, {"rng_state_0.pth"})
+    wait_for_files(tmp_path, {"rng_state_0.pth"}, 0)
     monkeypatch.setattr(run_directory, "VISIBLE_TIMEOUT_S", -1.0)
     with pytest.raises(UserError, match=r"does not see files of other processes: rng_state_1\.pth"):
-        wait_for_files(tmp_path, {"rng_state_0.pth", "rng_state_1.pth"})
+        wait_for_files(tmp_path, {"rng_state_0.pth", "rng_state_1.pth"}, 0)
 
 
 @pytest.mark.slow
