@@ -33,7 +33,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     assert {row[0] for row in shown} <= {row[0] for row in rows}
     digits, _ = digit_images(held_out=True)
     for path, *_ in rows:
-        draw_scene(rng.choice(digits, 4), rng).save(folder / path)
+        draw_scene(rng.choice(digits, 4), rng)[0].save(folder / path)
     for name, part in (("train", rows[:6]), ("eval", rows[6:])):
         with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([header, *part])

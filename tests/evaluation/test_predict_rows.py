@@ -47,7 +47,7 @@ ANSWERS = {
     "vqa_v2": ["joined"],
 }
 """By template, the fields of its example that say the answer."""
-REPEATED = {"ocr_vqa", "refcoco", "visual_genome_qa", "visual_genome_regions"}
+REPEATED = {"digit_boxes", "ocr_vqa", "refcoco", "visual_genome_qa", "visual_genome_regions"}
 """Templates that repeat a question: the earlier ones need their answers."""
 
 
