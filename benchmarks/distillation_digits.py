@@ -24,6 +24,7 @@ import peft
 import torch
 import transformers
 from methods_same_budget import interval
+from page_table import write_table
 
 from mmtune.recipe.recipe import load_recipe
 from mmtune.train import train
@@ -31,7 +32,6 @@ from mmtune.train import train
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "distillation.json"
 PAGE = ROOT / "docs" / "objectives.md"
-MARKS = "<!-- distillation_digits.py writes this table -->\n", "<!-- end of the table -->"
 STUDENTS = {
     "labels alone (sft)": {},
     "labels and teacher": {"crossentropy_weight": 0.5, "distillation_weight": 0.5},
@@ -82,13 +82,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_table(rows: str) -> None:
-    before, mark, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    assert mark and end, f"{PAGE} lacks the marks"
-    PAGE.write_text(f"{before}{mark}{rows}{end}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=128)
@@ -131,7 +124,7 @@ def main() -> None:
             print(json.dumps(results["runs"][-1]), flush=True)
     mean = statistics.fmean(r["seconds"] for r in results["runs"])
     print(f"{len(results['runs'])} runs, {mean:.0f} s each\n{table(results)}")
-    write_table(table(results))
+    write_table(PAGE, "distillation_digits.py", table(results))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
+from mmtune.data.batching.bin_packing import pack_lengths  # noqa: E402
 from mmtune.data.batching.collate import Collator, pack  # noqa: E402
 from mmtune.data.dataset import IndexedSamples, SampleEncoder, TrainingSet  # noqa: E402
 from mmtune.families.patch_embedding import use_patch_products  # noqa: E402
@@ -156,18 +157,6 @@ def quantize(decoder: nn.Module, device: torch.device) -> None:
             setattr(decoder.get_submodule(parent), child, layer.to(device))
 
 
-def packs(lengths: list[int], budget: int) -> list[list[int]]:
-    """First-fit decreasing: rows of at most `budget` tokens."""
-    filled: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        room = (row for row in filled if sum(lengths[other] for other in row) + lengths[index] <= budget)
-        if (row := next(room, None)) is None:
-            filled.append([index])
-        else:
-            row.append(index)
-    return filled
-
-
 def loader(name: str, size: str, base: Path | None, folder: Path, budget: int, workers: int, rows: int) -> Iterator[Batch]:
     """Endless packed batches; of random tokens for the model without images."""
     if base is None:
@@ -180,7 +169,7 @@ def loader(name: str, size: str, base: Path | None, folder: Path, budget: int, w
                 labels = ids.clone()
                 labels[:, : length // 4] = -100
                 samples.append({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
-            yield from (pack([samples[index] for index in row]) for row in packs(lengths, budget))
+            yield from (pack([samples[index] for index in row]) for row in pack_lengths(lengths, budget))
     if not (folder / "rows").exists():
         fixture.write_rows(folder / "rows", "single", rows, size)
     section = DataSection.model_validate({"train": [{"path": str(folder / "rows" / "mmtune.json"), "template": "llava"}]})
@@ -188,7 +177,7 @@ def loader(name: str, size: str, base: Path | None, folder: Path, budget: int, w
     data = TrainingSet(IndexedSamples(section.train), SampleEncoder(processor, section))
     lengths = [data[index]["input_ids"].shape[1] for index in range(rows)]
     usable = [index for index in range(rows) if lengths[index] <= budget]
-    order = [[usable[index] for index in row] for row in packs([lengths[index] for index in usable], budget)]
+    order = [[usable[index] for index in row] for row in pack_lengths([lengths[index] for index in usable], budget)]
     batches = DataLoader(
         data,
         batch_sampler=list(itertools.islice(itertools.cycle(order), 10_000)),

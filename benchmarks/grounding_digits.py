@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from page_table import write_table
 
 from mmtune.utils.torchvision_support import prepare_torchvision
 
@@ -36,7 +37,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "data" / "digits"
 RESULTS = ROOT / "benchmarks" / "results" / "grounding.json"
 PAGE = ROOT / "docs" / "evaluation.md"
-MARKS = "<!-- grounding_digits.py writes this table -->\n", "<!-- end of the table -->"
 CONVENTIONS = ("thousandths", "pixels")
 GOAL = 3
 CANDIDATES = 500
@@ -88,13 +88,6 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
-def write_table(rows: str) -> None:
-    before, mark, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    assert mark and end, f"{PAGE} lacks the marks"
-    PAGE.write_text(f"{before}{mark}{rows}{end}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=400)
@@ -113,7 +106,7 @@ def main() -> None:
             results["runs"].append(run(convention, seed, arguments.steps))
             results["runs"].sort(key=lambda each: (CONVENTIONS.index(each["convention"]), each["seed"]))
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            write_table(table(results))
+            write_table(PAGE, "grounding_digits.py", table(results))
     reached = all(each["tuned_interval"][0] >= GOAL * results["chance"]["another_box"] for each in results["runs"])
     print(f"{table(results)}every lower end is at least {GOAL} times chance: {reached}")
 

@@ -27,6 +27,7 @@ import torch
 import transformers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from page_table import write_table
 
 from mmtune.recipe.recipe import load_recipe
 from mmtune.run_directory import RunDirectory
@@ -121,14 +122,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, *(text for _, text in sorted(rows, reverse=True))]) + "\n"
 
 
-def write_table(rows: str, page: Path) -> None:
-    """Replace the table between the page's two markers."""
-    before, mark, rest = page.read_text(encoding="utf-8").partition("<!-- methods_same_budget.py writes this table -->\n")
-    _, end, after = rest.partition("<!-- to here -->")
-    assert mark and end, f"{page} lacks the two markers"
-    page.write_text(f"{before}{mark}{rows}{end}{after}", encoding="utf-8")
-
-
 def plot(results: dict[str, Any], out: Path) -> None:
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.add_subplot()
@@ -181,7 +174,7 @@ def main() -> None:
             for rate in best_rates(results["sweep"], method, 2) if seed == 0 else best_rates(results["runs"], method, 1):
                 if not any((r["method"], r["learning_rate"], r["seed"]) == (method, rate, seed) for r in results["runs"]):
                     keep("runs", one(method, rate, seed, arguments.steps, arguments.batch, evaluates=True))
-    write_table(table(results), ROOT / "docs" / "methods.md")
+    write_table(ROOT / "docs" / "methods.md", "methods_same_budget.py", table(results), "<!-- to here -->")
     plot(results, ROOT / "docs" / "methods.png")
     print(table(results))
 

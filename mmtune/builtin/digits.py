@@ -212,12 +212,17 @@ TASKS: dict[str, Callable[[list[int], np.random.Generator], tuple[str, str]]] = 
 }
 
 
+def _image_folder(name: str, folder: Path) -> Path:
+    image_folder = folder / "images" / name
+    image_folder.mkdir(parents=True, exist_ok=True)
+    return image_folder
+
+
 def write_split(name: str, split: Split, folder: Path) -> list[dict]:
     """Write the images of a split to `folder`/images/`name` and return its rows, in LLaVA's format plus `task`."""
     rng = np.random.default_rng(split.seed)
     images, labels = digit_images(split.held_out)
-    image_folder = folder / "images" / name
-    image_folder.mkdir(parents=True, exist_ok=True)
+    image_folder = _image_folder(name, folder)
     rows = []
     for number in range(split.scenes):
         # Repeated digits in every second scene: independent digits rarely repeat, and almost every count would be 0 or 1.
@@ -249,8 +254,7 @@ def write_box_split(name: str, split: Split, folder: Path) -> list[dict]:
     """Write the images of a split to `folder`/images/`name` and return its rows: digits of the scene and their boxes."""
     rng = np.random.default_rng(split.seed)
     images, labels = digit_images(split.held_out)
-    image_folder = folder / "images" / name
-    image_folder.mkdir(parents=True, exist_ok=True)
+    image_folder = _image_folder(name, folder)
     rows = []
     for number in range(split.scenes):
         values = rng.choice(10, size=4, replace=False)
