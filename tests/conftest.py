@@ -236,3 +236,12 @@ def llava(tiny_checkpoints: Path) -> tuple[Any, Any]:
     from mmtune.models.assemble import assemble
 
     return assemble(str(tiny_checkpoints / "clip"), str(tiny_checkpoints / "llama"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium; the tests of a machine without it are skipped."""
+    from browser import chromium  # of tests/helpers
+
+    with chromium() as started:
+        yield started
