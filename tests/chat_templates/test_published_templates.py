@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import transformers as tf
-from chat_dialects import spans_of
+from dialects.chat_dialects import spans_of
 from family_processors import byte_level
 
 from mmtune.chat_templates.resolving import resolve_chat_template, set_chat_template, training_chat_template

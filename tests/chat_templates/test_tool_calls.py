@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import transformers as tf
 import trl
-from chat_dialects import spans_of
-from tool_dialects import ENDS, TEMPLATES, processor_with, tool_processor
+from dialects.chat_dialects import spans_of
+from dialects.tool_dialects import ENDS, TEMPLATES, processor_with, tool_processor
 
 from mmtune.data.encoding.encode import encode_prompt, encode_text
 from mmtune.data.message import Message, RowError

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dialects.tool_dialects import HERMES, SAID_OR_TEXT
 from PIL import Image
-from tool_dialects import HERMES, SAID_OR_TEXT
 
 from mmtune.cli.main import entry_point
 from mmtune.models.tiny.tiny_bases import BASES, write_tiny_base

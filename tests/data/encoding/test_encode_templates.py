@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers as tf
 import trl
-from chat_dialects import DIALECTS, Dialect, dialect_processor, spans_of
+from dialects.chat_dialects import DIALECTS, Dialect, dialect_processor, spans_of
 from family_processors import byte_level
 from hypothesis import given, settings
 from hypothesis import strategies as st

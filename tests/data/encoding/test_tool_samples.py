@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from dialects.tool_dialects import SAID_OR_TEXT
 from PIL import Image
-from tool_dialects import SAID_OR_TEXT
 
 from mmtune.chat_templates.resolving import set_chat_template
 from mmtune.data.encoding.encode import IGNORE_INDEX, OverLength, encode_sample

@@ -6,8 +6,9 @@ import re
 from functools import cache
 
 import transformers as tf
-from chat_dialects import SAID
 from family_processors import byte_level
+
+from dialects.chat_dialects import SAID
 
 HERMES = (  # Qwen's way: schemas in the system turn, calls in <tool_call>, consecutive results in one user turn
     "{%- macro schemas() -%}{{- 'Functions you can call:\n<tools>' -}}"
