@@ -31,7 +31,6 @@ from mmtune.evaluation.answers import Answer
 from mmtune.evaluation.answers_file import write_answers
 from mmtune.evaluation.comparison import task_metrics, tuning_metrics
 from mmtune.evaluation.evaluate import check_held_out, evaluate, evaluate_tasks
-from mmtune.evaluation.run_report import write_report
 from mmtune.evaluation.scores import print_scores
 from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK
 from mmtune.models.checkpoints.unread_tensors import copy_unread_tensors
@@ -42,6 +41,7 @@ from mmtune.objectives.objective_table import build_objective
 from mmtune.preflight import check_recipe
 from mmtune.recipe.recipe import Recipe
 from mmtune.release.model_card import model_card
+from mmtune.report.run_report import write_report
 from mmtune.run_directory import RunDirectory, check_output_dir, clear_leftover, new_run, peak_memory_mb, versions
 from mmtune.training.cached_features.feature_cache import FeatureCache, open_feature_cache
 from mmtune.training.checkpoint import check_resumable, checkpoint_to_resume, finished_summary, flatten, restore_training_state

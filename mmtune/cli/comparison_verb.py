@@ -63,7 +63,7 @@ def _compare(arguments: argparse.Namespace) -> Any:
     from mmtune.evaluation.answers_file import read_answers, write_answers
     from mmtune.evaluation.comparison import compare_answers, print_comparison
     from mmtune.evaluation.ensemble import vote_of_models
-    from mmtune.evaluation.run_report import write_comparison
+    from mmtune.report.run_report import write_comparison
 
     first, *others = [read_answers(side.file) for side in sides]
     comparisons = []

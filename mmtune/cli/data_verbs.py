@@ -168,7 +168,8 @@ def _show(arguments: argparse.Namespace) -> Any:
     check_recipe(recipe, ("model", "data", "evaluate"))
     configure_console()
     from mmtune.data.dataset import IndexedSamples
-    from mmtune.data.validation.show_sample import escape_invisible, find_sample, print_sample, view_sample, write_page
+    from mmtune.data.validation.show_sample import escape_invisible, find_sample, print_sample, view_sample
+    from mmtune.report.sample_page import write_page
 
     if arguments.row is not None:
         sample = find_sample(recipe.data.train, recipe.evaluate.sources if recipe.evaluate else (), arguments.row)

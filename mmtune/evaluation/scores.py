@@ -163,6 +163,31 @@ def metric_lines(summary: Mapping[str, Any]) -> list[str]:
     return [f"`{name}`: {METRICS[name].about} ({METRICS[name].source})." for name in names]
 
 
+def generation_line(summary: dict[str, Any]) -> str:
+    """One sentence on the generation settings of a run's answers, and one on unused settings of its base; "" without answers."""
+    if "generation" not in summary:
+        return ""
+    from mmtune.models.generation import SAMPLING_SETTINGS  # imports torch, which a table of scores does not need
+
+    used, unused = summary["generation"], summary["generation_not_used"]
+    names = {"eos_token_id": "stop token", "pad_token_id": "padding token", "bos_token_id": "first token"}
+    settings = [f"at most {used['max_new_tokens']} new tokens"]
+    for key, name in names.items():
+        if used[key] is not None:
+            settings.append(f"{name} {', '.join(map(str, used[key])) if isinstance(used[key], list) else used[key]}")
+    line = f"Answers are generated greedily: {', '.join(settings)}."
+    if not unused:
+        return line
+    of_sampling, others = (
+        ", ".join(f"{key} {value}" for key, value in unused.items() if (key in SAMPLING_SETTINGS) == sampling)
+        for sampling in (True, False)
+    )
+    parts = [f"{of_sampling}, which a release keeps"] * bool(of_sampling) + [f"{others}, which a release leaves out"] * bool(
+        others
+    )
+    return f"{line} The base's generation config also sets {'; and '.join(parts)}. No answer here used it."
+
+
 def difference_lines(differences: Sequence[Mapping[str, Any]]) -> list[str]:
     """How to read differences: for each overall one its test, then the tasks that became significantly worse.
 

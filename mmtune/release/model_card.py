@@ -9,8 +9,7 @@ from typing import Any
 
 import yaml
 
-from mmtune.evaluation.run_report import generation_line
-from mmtune.evaluation.scores import further_lines, metric_lines, score_rows, score_title
+from mmtune.evaluation.scores import further_lines, generation_line, metric_lines, score_rows, score_title
 from mmtune.methods.method_table import METHODS
 from mmtune.models.checkpoints.locate_base import BUILTIN
 from mmtune.recipe.recipe import Recipe

@@ -1,19 +1,13 @@
-"""View of one encoded sample, token by token: in the terminal, as an HTML page, and as JSON."""
+"""View of one encoded sample, token by token: in the terminal and as JSON."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import Environment, PackageLoader
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -26,21 +20,16 @@ from mmtune.data.encoding.encode import OverLength, chat_template_of, encode_tex
 from mmtune.data.encoding.native_regions import with_native_regions
 from mmtune.data.encoding.over_length import fit_to_budget
 from mmtune.data.encoding.token_counts import sample_replacements
-from mmtune.data.media.drawing import draw_regions
-from mmtune.data.media.media import ImageView, Media, open_image
+from mmtune.data.media.media import ImageView
 from mmtune.data.message import RowError, Sample
 from mmtune.data.sources.reader import SourceReader
 from mmtune.data.sources.rows import Row, id_in_dataset
 from mmtune.data.templates.regions import Region, pixels
-from mmtune.families.box_convention import KIND_NAMES
 from mmtune.recipe.recipe import DataSection, Source
 from mmtune.utils.errors import UserError
 
 Kind = Literal["prompt", "supervised", "media"]
 STYLES = {"prompt": "", "supervised": "bold green", "media": "cyan"}
-MAX_PAGE_EDGE = 640  # longer edge of an image on the page, in pixels
-REGION_COLOR = "#1a7f37"
-SMALL_EDGE = 128  # images with a longer edge of at most this many pixels are lossless on the page
 REPLACEMENT_CHARACTER = "\ufffd"
 """The text that a tokenizer decodes from an incomplete character."""
 
@@ -245,82 +234,3 @@ def show_line_breaks(text: str) -> str:
 
 def _escape(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")
-
-
-# ---- page
-
-
-@dataclass(frozen=True)
-class _PageToken:
-    """Tokens that the page shows as one: those of one character, or repeated ones of an image."""
-
-    text: str
-    ids: str
-    kind: Kind
-    times: int = 1
-
-
-def write_page(view: SampleView, path: Path) -> None:
-    """Write a self-contained HTML page with the sample's images and its tokens, with token ids on hover.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    environment = Environment(
-        loader=PackageLoader("mmtune.data.validation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    style = environment.get_template("sample.css").render()
-    page = environment.get_template("sample.html.jinja").render(
-        row=escape_invisible(view.sample.id),
-        summary=view.summary(),
-        notes=view.notes,
-        images=[_page_image(media, view.regions_of(number)) for number, media in enumerate(view.sample.images)],
-        runs=[(kind, list(_page_tokens(list(run)))) for kind, run in groupby(view.tokens, key=lambda token: token.kind)],
-        prompt=escape_invisible(view.prompt),
-        style=style,
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii"),
-    )
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _page_tokens(tokens: Sequence[Token]) -> Iterator[_PageToken]:
-    """Group tokens of one kind for the page."""
-    if tokens[0].kind == "media":
-        for number, run in groupby(tokens, key=lambda token: token.id):
-            same = list(run)
-            yield _PageToken(escape_invisible(same[0].text), str(number), "media", len(same))
-        return
-    ids: list[str] = []
-    for position, token in enumerate(tokens):
-        ids.append(str(token.id))
-        if token.text or position == len(tokens) - 1:
-            yield _PageToken(show_line_breaks(token.text) + "\n" * token.text.endswith("\n"), " ".join(ids), token.kind)
-            ids = []
-
-
-def _count_regions(regions: Sequence[Region]) -> str:
-    """Such as ", 2 boxes drawn"; empty without regions."""
-    counts = Counter(region.kind for region in regions)
-    return "".join(f", {count} {kind if count == 1 else KIND_NAMES[kind]} drawn" for kind, count in counts.items())
-
-
-def _page_image(media: Media, regions: Sequence[Region]) -> dict[str, Any]:
-    """The values of an image on the page, on which its regions are drawn."""
-    name = escape_invisible(str(media))
-    try:
-        image = open_image(media)
-    except ValueError as error:
-        return {"name": name, "error": escape_invisible(str(error))}
-    size = f"{image.width} x {image.height}"
-    small = max(image.size) <= SMALL_EDGE
-    image.thumbnail((MAX_PAGE_EDGE, MAX_PAGE_EDGE))
-    draw_regions(image, [region.corner_shares for region in regions], REGION_COLOR)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG" if small else "JPEG", quality=85)
-    image_format = "png" if small else "jpeg"
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    drawn = _count_regions(regions)
-    return {"name": name, "size": size, "small": small, "regions": drawn, "data": f"data:image/{image_format};base64,{data}"}

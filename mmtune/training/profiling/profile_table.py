@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mmtune.data.time_spans import TimeSpan
-from mmtune.evaluation.run_report import ProfileSection
+from mmtune.report.run_report import ProfileSection
 from mmtune.run_directory import RunDirectory
 from mmtune.training.profiling.advice import LoaderLoad, RunFacts, advise
 from mmtune.training.profiling.step_parts import PARTS, Interval, Segment, seconds_by_part

@@ -29,10 +29,10 @@ from mmtune.data.validation.show_sample import view_sample
 from mmtune.data.validation.validate import ValidationSettings, Validator
 from mmtune.distributed.context import SINGLE_PROCESS
 from mmtune.evaluation.answers import Answer
-from mmtune.evaluation.run_report import _images
 from mmtune.planning.token_plan import build_plan
 from mmtune.recipe.recipe import DataSection, Source
 from mmtune.release.merge import parity_samples
+from mmtune.report.answer_cards import _images
 from mmtune.training.dataloader import make_batches
 from mmtune.training.trainer import EpochLoader
 from mmtune.utils.errors import UserError

@@ -34,10 +34,10 @@ from mmtune.data.validation.show_sample import (
     print_sample,
     token_texts,
     view_sample,
-    write_page,
 )
 from mmtune.recipe.recipe import DataSection, Recipe, Source
 from mmtune.recipe.source_section import Augment
+from mmtune.report.sample_page import write_page
 from mmtune.utils.errors import UserError
 
 
@@ -220,7 +220,7 @@ def test_the_page_has_every_token_and_image_and_no_scripts(tmp_path: Path, media
         assert not any(name.startswith("on") or name in ("style", "href") for name in attributes)
     policy = next(dict(each)["content"] for tag, each in page.tags if tag == "meta" and "http-equiv" in each)
     digest = base64.b64encode(hashlib.sha256(page.style.encode()).digest()).decode()
-    assert policy == f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'"
+    assert policy == f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
 
     ids = [number for ids, kind, _ in page.tokens if kind != "media" for number in ids.split()]
     assert ids == [str(token.id) for token in view.tokens if token.kind != "media"]

@@ -16,11 +16,11 @@ from PIL import Image, ImageColor
 
 from mmtune.evaluation.answers import Answer
 from mmtune.evaluation.answers_file import read_answers, write_answers
-from mmtune.evaluation.run_report import select_answers, write_report
 from mmtune.evaluation.scores import metric_lines, print_scores, score_rows
 from mmtune.methods.method_table import METHODS
 from mmtune.methods.show_methods import print_methods
 from mmtune.recipe.recipe import Recipe
+from mmtune.report.run_report import select_answers, write_report
 from mmtune.run_directory import RunDirectory
 from mmtune.tuning.apply import ComponentCount, print_parameters, print_trained_modules
 

@@ -1,0 +1,129 @@
+"""Cards of answers on a page: images with regions drawn on them, question, references, and the answers of one or two models."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mmtune.data.dataset import IndexedSamples, iterate_rows
+from mmtune.data.media.drawing import draw_regions
+from mmtune.data.media.media import Media, open_image
+from mmtune.data.region_text import Corners, read_areas, read_points
+from mmtune.data.validation.issues import DataIssueError
+from mmtune.evaluation.answers import Answer
+from mmtune.evaluation.metrics.answer_text import to_ascii
+from mmtune.evaluation.metrics.metric_table import recorded_metric
+from mmtune.evaluation.scores import format_score
+from mmtune.recipe.recipe import Source
+from mmtune.report.pages import data_uri
+
+THUMBNAIL = 320  # maximum length of the longer side in pixels; smaller images keep their size
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class DrawnRegions:
+    """The regions of one text that are drawn on an image: whose text it is, their color, and their corners as fractions."""
+
+    of: str
+    color: str
+    regions: Sequence[Corners]
+
+
+def sample_cards(
+    pairs: Sequence[tuple[Answer | None, Answer]], names: tuple[str, str], sources: Sequence[Source]
+) -> list[dict[str, Any]]:
+    """What a page shows of rows: images, question, references, and the answers of one or two models."""
+    images = _images([answer for _, answer in pairs], sources)
+    drawn = {second.id: _drawn_regions(first, second, names) for first, second in pairs}
+    return [
+        {
+            "question": second.question,
+            "reference": " | ".join(dict.fromkeys(second.references)),
+            "images": [_thumbnail(media, drawn[second.id]) for media in images.get(second.id, ())],
+            "drawn": ", ".join(f"{each.of} {each.color}" for each in drawn[second.id] if each.regions),
+            "answers": [
+                {
+                    "label": f"{name}, {format_score(answer.score, answer.metric) if answer.parsed else 'unparsed'}",
+                    "prediction": answer.prediction,
+                    "right": is_right(answer),
+                }
+                for name, answer in zip(names[::-1], (second, first), strict=True)
+                if answer is not None
+            ],
+            "label": f"{second.id} · {second.task}" if second.task else second.id,
+        }
+        for first, second in pairs
+    ]
+
+
+def select_answers(answers: Sequence[Answer], count: int) -> list[Answer]:
+    """Up to `count` answers, spread evenly over the questions.
+
+    At least a quarter of them are wrong answers, and more if there are not enough right ones.
+    """
+    right = [answer for answer in answers if is_right(answer)]
+    wrong = evenly_spaced([answer for answer in answers if not is_right(answer)], max(-(-count // 4), count - len(right)))
+    right = evenly_spaced(right, count - len(wrong))
+    return [answer for answer in answers if answer in right or answer in wrong]
+
+
+def is_right(answer: Answer) -> bool:
+    """Whether an answer is shown as right."""
+    return answer.parsed and recorded_metric(answer.metric).is_right(answer.score)
+
+
+def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
+    """Up to `count` of the items, spread evenly over them."""
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
+
+
+def _images(answers: Sequence[Answer], sources: Sequence[Source]) -> dict[str, Sequence[Media]]:
+    """The images of each answer by row id. Rows are read again for images that are embedded in a file or have a window."""
+    if not sources:
+        return {answer.id: [Path(name) for name in answer.images if Path(name).is_file()] for answer in answers}
+    windows = any(source.window is not None for source in sources)
+    if not windows and all(Path(name).is_file() for answer in answers for name in answer.images):
+        return {answer.id: [Path(name) for name in answer.images] for answer in answers}
+    ids = {answer.id for answer in answers}
+    return {sample.id: sample.images for sample in iterate_rows(IndexedSamples(sources)) if sample.id in ids}
+
+
+def _drawn_regions(first: Answer | None, second: Answer, names: tuple[str, str]) -> list[DrawnRegions]:
+    """The regions of the reference and of the predictions; none for a question with several images."""
+    if len(second.images) != 1:
+        return []
+    texts = [("reference", "green", second, second.item().references[0])]
+    texts += [
+        (name, color, answer, answer.item().prediction)
+        for name, color, answer in zip(names, ("orange", "red"), (first, second), strict=True)
+        if answer is not None
+    ]
+    return [DrawnRegions(of, color, _regions_in(text, answer.extent)) for of, color, answer, text in texts]
+
+
+def _regions_in(text: str, extent: Sequence[float]) -> list[Corners]:
+    """The regions of a text as fractions of the image's width and height."""
+    if len(extent) != 2 or min(extent) <= 0:
+        return []
+    regions = read_areas(to_ascii(text)) or read_points(to_ascii(text))
+    return [tuple((x / extent[0], y / extent[1]) for x, y in corners) for corners in regions]
+
+
+def _thumbnail(media: Media, drawn: Sequence[DrawnRegions]) -> dict[str, str]:
+    """The `uri` of a small copy of an image with regions drawn on it; `problem` if it cannot be read."""
+    try:
+        image = open_image(media)
+    except DataIssueError as error:
+        return {"problem": str(error)}
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    for each in drawn:
+        draw_regions(image, each.regions, each.color)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return {"uri": data_uri(buffer.getvalue(), "png")}
