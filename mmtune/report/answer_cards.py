@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from PIL import Image
+
 from mmtune.data.dataset import IndexedSamples, iterate_rows
 from mmtune.data.media.drawing import draw_regions
 from mmtune.data.media.media import Media, open_image
@@ -38,13 +40,13 @@ def sample_cards(
     pairs: Sequence[tuple[Answer | None, Answer]], names: tuple[str, str], sources: Sequence[Source]
 ) -> list[dict[str, Any]]:
     """What a page shows of rows: images, question, references, and the answers of one or two models."""
-    images = _images([answer for _, answer in pairs], sources)
-    drawn = {second.id: _drawn_regions(first, second, names) for first, second in pairs}
+    images = images_of([answer for _, answer in pairs], sources)
+    drawn = {second.id: drawn_regions(first, second, names) for first, second in pairs}
     return [
         {
             "question": second.question,
             "reference": " | ".join(dict.fromkeys(second.references)),
-            "images": [_thumbnail(media, drawn[second.id]) for media in images.get(second.id, ())],
+            "images": [_page_thumbnail(media, drawn[second.id]) for media in images.get(second.id, ())],
             "drawn": ", ".join(f"{each.of} {each.color}" for each in drawn[second.id] if each.regions),
             "answers": [
                 {
@@ -83,7 +85,7 @@ def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
     return [items[number * len(items) // count] for number in range(count)]
 
 
-def _images(answers: Sequence[Answer], sources: Sequence[Source]) -> dict[str, Sequence[Media]]:
+def images_of(answers: Sequence[Answer], sources: Sequence[Source]) -> dict[str, Sequence[Media]]:
     """The images of each answer by row id. Rows are read again for images that are embedded in a file or have a window."""
     if not sources:
         return {answer.id: [Path(name) for name in answer.images if Path(name).is_file()] for answer in answers}
@@ -94,7 +96,7 @@ def _images(answers: Sequence[Answer], sources: Sequence[Source]) -> dict[str, S
     return {sample.id: sample.images for sample in iterate_rows(IndexedSamples(sources)) if sample.id in ids}
 
 
-def _drawn_regions(first: Answer | None, second: Answer, names: tuple[str, str]) -> list[DrawnRegions]:
+def drawn_regions(first: Answer | None, second: Answer, names: tuple[str, str]) -> list[DrawnRegions]:
     """The regions of the reference and of the predictions; none for a question with several images."""
     if len(second.images) != 1:
         return []
@@ -115,15 +117,25 @@ def _regions_in(text: str, extent: Sequence[float]) -> list[Corners]:
     return [tuple((x / extent[0], y / extent[1]) for x, y in corners) for corners in regions]
 
 
-def _thumbnail(media: Media, drawn: Sequence[DrawnRegions]) -> dict[str, str]:
-    """The `uri` of a small copy of an image with regions drawn on it; `problem` if it cannot be read."""
-    try:
-        image = open_image(media)
-    except DataIssueError as error:
-        return {"problem": str(error)}
+def thumbnail(media: Media, drawn: Sequence[DrawnRegions]) -> Image.Image:
+    """A small copy of an image with regions drawn on it.
+
+    Raises:
+        DataIssueError: the image cannot be read.
+    """
+    image = open_image(media)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     for each in drawn:
         draw_regions(image, each.regions, each.color)
+    return image
+
+
+def _page_thumbnail(media: Media, drawn: Sequence[DrawnRegions]) -> dict[str, str]:
+    """The `uri` of a thumbnail; `problem` if the image cannot be read."""
+    try:
+        image = thumbnail(media, drawn)
+    except DataIssueError as error:
+        return {"problem": str(error)}
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return {"uri": data_uri(buffer.getvalue(), "png")}
