@@ -20,14 +20,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-import transformers
-from methods_same_budget import interval
-from page_table import write_table
+from mmtune.utils.torchvision_support import prepare_torchvision
 
-from mmtune.recipe.recipe import load_recipe
-from mmtune.train import train
+prepare_torchvision()
+
+import peft  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from methods_same_budget import interval  # noqa: E402
+from page_table import write_table  # noqa: E402
+
+from mmtune.recipe.recipe import load_recipe  # noqa: E402
+from mmtune.train import train  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "distillation.json"

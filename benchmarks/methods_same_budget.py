@@ -22,16 +22,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-import transformers
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from page_table import write_table
+from mmtune.utils.torchvision_support import prepare_torchvision
 
-from mmtune.recipe.recipe import load_recipe
-from mmtune.run_directory import RunDirectory
-from mmtune.train import train
+prepare_torchvision()
+
+import peft  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from page_table import write_table  # noqa: E402
+
+from mmtune.recipe.recipe import load_recipe  # noqa: E402
+from mmtune.run_directory import RunDirectory  # noqa: E402
+from mmtune.train import train  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "methods.json"
