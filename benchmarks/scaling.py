@@ -205,7 +205,7 @@ def batches(_: Path, most: int) -> None:
     for size in sizes:
         count, lengths = size, np.random.default_rng(0).integers(50, 2000, size)
         by_rows.append(first_batch(8, lengths=lengths, tokens=16_384))
-    report("first batch by tokens by rows", "s", sizes, by_rows, "1: every row has a place")
+    report("first batch by tokens by rows", "s", sizes, by_rows, "1, and a little for sorting: every row has a place")
 
 
 def processes(folder: Path, _: int) -> None:
