@@ -48,6 +48,7 @@ class RunDirectory:
         data_report: rows that were checked, dropped and quarantined.
         metrics: one JSON object per logged step.
         tensorboard: TensorBoard's files, with `train.report_to: tensorboard`.
+        trackers: by tracker, the id with which a resumed run continues the run in that tracker.
         loss_curve: the training loss over steps, as a picture.
         adapter: the PEFT adapter and its processor, for runs with a PEFT method.
         model: the full model, for runs without a PEFT method.
@@ -66,6 +67,7 @@ class RunDirectory:
         self.data_report = path / "data_report.json"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
+        self.trackers = path / "trackers.json"
         self.loss_curve = path / "loss.png"
         self.adapter = path / "adapter"
         self.model = path / "model"

@@ -50,6 +50,7 @@ from mmtune.training.fit import check_profile, create_trainer, run_training
 from mmtune.training.held_out.held_out_rows import plan_held_out
 from mmtune.training.profiling.profile_table import profile_section
 from mmtune.training.run_inputs import RunInputs
+from mmtune.training.trackers.run_trackers import RunTrackers
 from mmtune.training.training_arguments import build_training_arguments
 from mmtune.tuning.apply import TunedModel, tune_model
 from mmtune.tuning.peft_config import keeps_adapter
@@ -92,9 +93,10 @@ def train(
         before = evaluate_base(inputs, model, processor, run)
         tuned = tune(inputs, model, data)
         feature_cache = open_feature_cache(inputs, tuned.model, processor)
-    metrics = fit(inputs, tuned, data, processor, run, feature_cache)
-    export(inputs, tuned, processor, run)
-    return summarize(inputs, tuned, processor, run, before, metrics)
+    with RunTrackers(inputs, run, before) as trackers:
+        metrics = fit(inputs, tuned, data, processor, run, feature_cache, trackers)
+        export(inputs, tuned, processor, run)
+        return summarize(inputs, tuned, processor, run, before, metrics, trackers)
 
 
 def validate(recipe: Recipe, overwrite: bool, resume: bool | Path, profile: int = 0) -> RunInputs:
@@ -183,12 +185,13 @@ def fit(
     processor: ProcessorMixin,
     run: RunDirectory,
     feature_cache: FeatureCache | None,
+    trackers: RunTrackers,
 ) -> dict[str, Any]:
     """Train with transformers' Trainer, from the checkpoint if there is one; returns metrics of `summary.json`."""
-    trainer = create_trainer(inputs, tuned, data, processor, run, feature_cache)
+    trainer = create_trainer(inputs, tuned, data, processor, run, feature_cache, trackers)
     if inputs.checkpoint is not None:
         restore_training_state(inputs.checkpoint, run, inputs.data_report, data.rows, inputs.arguments)
-    return run_training(trainer, inputs, run)
+    return run_training(trainer, inputs, run, trackers)
 
 
 def export(inputs: RunInputs, tuned: TunedModel, processor: ProcessorMixin, run: RunDirectory) -> None:
@@ -212,8 +215,9 @@ def summarize(
     run: RunDirectory,
     before: list[Answer],
     metrics: dict[str, Any],
+    trackers: RunTrackers,
 ) -> dict[str, Any]:
-    """Evaluate the tuned model, and write the report and `summary.json`."""
+    """Evaluate the tuned model, write the report and `summary.json`, and send the results to the trackers."""
     recipe, section = inputs.recipe, inputs.recipe.evaluate
     after = []
     if section:
@@ -239,6 +243,7 @@ def summarize(
         (run.model / "README.md").write_text(model_card(recipe, metrics, run), encoding="utf-8")
     run.update_summary(metrics)  # the last file: a run that has it is finished
     print_scores(metrics)
+    trackers.add_results(metrics, after)
     return metrics
 
 

@@ -293,6 +293,11 @@ class EvaluateSection(Section):
     samples: Annotated[StrictInt, Field(ge=0)] = Field(
         default=24, description="How many answers the report shows with their images."
     )
+    track_answers: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        default=None,
+        description="How many rows a tracker of train.report_to gets with question, answers and images. null: 8 if it keeps "
+        "them on this machine, otherwise none.",
+    )
     while_training: WhileTraining = Field(
         default=WhileTraining(), description="The evaluation at the steps of train.eval_strategy."
     )

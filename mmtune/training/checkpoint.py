@@ -206,7 +206,7 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     for key in changed:
         print(f"resume: {key} changed from {format_value(before.get(key))} to {format_value(now.get(key))}")
     may_change = tuple(key for key in MAY_CHANGE if not (key == "evaluate." and recipe.evaluates_while_training))
-    fixed = [key for key in changed if not key.startswith((*may_change, "evaluate.samples"))]
+    fixed = [key for key in changed if not key.startswith((*may_change, "evaluate.samples", "evaluate.track_answers"))]
     if fixed:
         raise UserError(
             f"resume: expected the values of {run.recipe} for {', '.join(fixed)}; restore them, give a new output_dir, or start "

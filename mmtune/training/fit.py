@@ -25,7 +25,7 @@ from mmtune.training.held_out.held_out_loss import HeldOutLoss
 from mmtune.training.profiling.profiled_trainer import ProfiledTrainer
 from mmtune.training.profiling.step_profiler import WARMUP, ProfileSettings, run_facts, traced_steps
 from mmtune.training.run_inputs import RunInputs
-from mmtune.training.trackers import start_trackers
+from mmtune.training.trackers.run_trackers import RunTrackers
 from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import TunedModel
 from mmtune.utils.errors import UserError
@@ -60,6 +60,7 @@ def create_trainer(
     processor: ProcessorMixin,
     run: RunDirectory,
     feature_cache: FeatureCache | None,
+    trackers: RunTrackers,
 ) -> TuningTrainer:
     """The Trainer of a run, with its parallelism strategy checked and its trackers started.
 
@@ -91,18 +92,20 @@ def create_trainer(
         data_files=file_signatures(fixed_sources(recipe)) if dist.is_main_process else {},  # only it finalizes checkpoints
         initial=tuned.initial,
         feature_cache=feature_cache,
-        **_held_out(inputs, processor, store),
+        **_held_out(inputs, processor, store, trackers),
     )
     check_strategy(trainer.accelerator, dist, recipe.model.precision)
     if dist.fsdp:
         configure_fsdp(trainer.accelerator, tuned.model)
     for duplicate in (ProgressCallback, PrinterCallback):  # RecordMetrics prints the same
         trainer.remove_callback(duplicate)
-    start_trackers(trainer, run)
+    trackers.start(trainer)
     return trainer
 
 
-def _held_out(inputs: RunInputs, processor: ProcessorMixin, features: FeatureStore | None) -> dict[str, Any]:
+def _held_out(
+    inputs: RunInputs, processor: ProcessorMixin, features: FeatureStore | None, trackers: RunTrackers
+) -> dict[str, Any]:
     """The Trainer's arguments for the evaluation while training."""
     rows, section, dist = inputs.held_out, inputs.recipe.evaluate, inputs.dist
     if rows is None or section is None:
@@ -110,11 +113,11 @@ def _held_out(inputs: RunInputs, processor: ProcessorMixin, features: FeatureSto
     loss = HeldOutLoss(rows, inputs.objective, processor, dist, section.batch_size, features)
     if not section.while_training.answers:
         return {"held_out": loss}
-    scores = partial(held_out_scores, processor=processor, section=section, rows=rows, dist=dist)
+    scores = partial(held_out_scores, processor=processor, section=section, rows=rows, dist=dist, on_answers=trackers.add_answers)
     return {"held_out": loss, "held_out_scores": scores}
 
 
-def run_training(trainer: TuningTrainer, inputs: RunInputs, run: RunDirectory) -> dict[str, Any]:
+def run_training(trainer: TuningTrainer, inputs: RunInputs, run: RunDirectory, trackers: RunTrackers) -> dict[str, Any]:
     """Train to the end and plot the losses, and write the data report however training ends.
 
     A new run that fails before its first step leaves nothing behind.
@@ -134,6 +137,7 @@ def run_training(trainer: TuningTrainer, inputs: RunInputs, run: RunDirectory) -
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (UserError, RuntimeError):  # such as a row that stops the run, or a first batch that does not fit into memory
         if is_main_process and checkpoint is None and trainer.state.global_step == 0:
+            trackers.finish(failed=True)  # their files are among those that are removed
             shutil.rmtree(run.path, ignore_errors=True)
         raise
     finally:

@@ -14,7 +14,7 @@ from mmtune.recipe.pass_through.arguments import EARLY_STOPPING
 from mmtune.recipe.recipe import Recipe
 from mmtune.recipe.train_rules import LOGGING_STEPS
 from mmtune.run_directory import RunDirectory
-from mmtune.training.trackers import tracker_names
+from mmtune.training.trackers.report_to import tracker_names
 from mmtune.utils.errors import RecipeValueError, UserError
 
 

@@ -7,9 +7,6 @@ import json
 import os
 import pty
 import shutil
-import socket
-import sqlite3
-import struct
 import sys
 import termios
 from collections.abc import Callable, Sequence
@@ -19,13 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-import wandb
 from packing_models import samples, tiny
 from peft import LoraConfig, get_peft_model
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor, TrainerControl, TrainerState, TrainingArguments
-from wandb.proto import wandb_internal_pb2
 
 from mmtune.data.batching.collate import Collator, RowSize
 from mmtune.data.dataset import IndexedSamples
@@ -40,9 +34,6 @@ from mmtune.training.throughput import progress
 from mmtune.training.throughput.cpu_wait import CpuWait
 from mmtune.training.throughput.flops import ModelFlops, PeakFlops, peak_flops
 from mmtune.training.throughput.progress import TrainingProgress, format_duration
-from mmtune.training.trainer import TuningTrainer
-from mmtune.training.training_arguments import build_training_arguments
-from mmtune.utils.errors import UserError
 
 
 def metrics(recipe: Recipe) -> list[dict[str, Any]]:
@@ -355,144 +346,3 @@ def test_a_run_counts_its_rows_without_padding(
     assert 0 < tokens_seen < sum(lengths)
     assert record["tokens_per_second"] * record["seconds"] == pytest.approx(sum(lengths) - tokens_seen, rel=0.01)
     assert record["mfu"] > 0
-
-
-# --------------------------------------------------------------------------------------------------------------- reporters
-
-
-def _wandb_history(file: Path) -> list[dict[str, Any]]:
-    """What a W&B file holds: a 7-byte header, then LevelDB's log format, with a record in one or several chunks of a block."""
-    data, at, body, history = file.read_bytes(), 7, b"", []
-    while at < len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, kind = struct.unpack_from("<HB", data, at + 4)
-        body += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last chunk of one
-            record = wandb_internal_pb2.Record.FromString(body)
-            body = b""
-            if record.WhichOneof("record_type") == "history":
-                history.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
-    return history
-
-
-@pytest.mark.slow
-def test_each_tracker_has_what_the_metrics_have(
-    make_recipe: Callable[..., Recipe],
-    rows: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def refuse(self: socket.socket, address: Any) -> None:
-        assert self.family == socket.AF_UNIX, f"{address} was called"  # W&B speaks to a process of its own
-        connect(self, address)
-
-    connect = socket.socket.connect
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
-        monkeypatch.delitem(sys.modules, name)  # it reads its folder when it is imported
-    folders = {"TRACKIO_DIR": "trackio", "WANDB_CACHE_DIR": "cache", "WANDB_CONFIG_DIR": "config", "WANDB_DATA_DIR": "data"}
-    for variable, folder in {**folders, "HOME": "home"}.items():
-        (tmp_path / folder).mkdir()
-        monkeypatch.setenv(variable, str(tmp_path / folder))
-    monkeypatch.setenv("WANDB_MODE", "offline")
-
-    held_out = (
-        f"evaluate={{data: [{{path: {rows}, template: llava, limit: 3}}], leakage: warn, while_training: {{answers: true}}}}"
-    )
-    evaluates = ("train.eval_strategy=steps", "train.eval_steps=1", held_out)
-    trackers = ("train.report_to=[tensorboard, wandb, trackio]", "train.project=reading", "train.run_name=first")
-    recipe = make_recipe(*trackers, *evaluates)
-    train(recipe, ["test"])
-    wandb.teardown()
-    both = metrics(recipe)
-    records, evaluated = ([record for record in both if name in record] for name in ("loss", "eval_loss"))
-    assert len(records) == len(evaluated) == 3
-    names = records[0].keys() - {"step", "epoch"}
-    expected = [{name: pytest.approx(record[name], rel=1e-5) for name in names} for record in records]
-    scores = {"eval_loss": "eval/loss", "eval_exact_match": "eval/exact_match"}
-    expected_scores = [{name: pytest.approx(record[name], rel=1e-5) for name in scores} for record in evaluated]
-    run = Path(recipe.output_dir)
-
-    board = EventAccumulator(str(run / "tensorboard"))
-    board.Reload()
-    for name in names:
-        values = [(event.step, event.value) for event in board.Scalars(f"train/{name}")]
-        assert values == [(record["step"], pytest.approx(record[name], rel=1e-5)) for record in records]
-    board_scores = zip(*([event.value for event in board.Scalars(scores[name])] for name in scores), strict=True)
-    assert [dict(zip(scores, values, strict=True)) for values in board_scores] == expected_scores
-    assert not list((run / "checkpoints").rglob("*tfevents*"))
-
-    [file] = run.glob("wandb/offline-run-*/run-*.wandb")
-    written = _wandb_history(file)
-    assert [{name: row[scores[name]] for name in scores} for row in written if "eval/loss" in row] == expected_scores
-    history = [row for row in written if "train/loss" in row]
-    assert [row["train/global_step"] for row in history] == [1, 2, 3]
-    assert [{name: row[f"train/{name}"] for name in names} for row in history] == expected
-
-    database = sqlite3.connect(tmp_path / "trackio" / "reading.db")
-    stored = [json.loads(row) for (row,) in database.execute("SELECT metrics FROM metrics WHERE run_name = 'first' ORDER BY id")]
-    database.close()
-    assert [{name: row[scores[name]] for name in scores} for row in stored if "eval/loss" in row] == expected_scores
-    logged = [row for row in stored if "train/loss" in row]
-    assert [{name: row[f"train/{name}"] for name in names} for row in logged] == expected
-
-    out = capsys.readouterr().out
-    assert f"wandb: {file.parent / 'files'}; to upload it: wandb sync {file.parent}" in out
-    assert f"trackio: {tmp_path / 'trackio'}; to view it: trackio show --project reading" in out and "\x1b" not in out
-    assert wandb.run is None
-    assert not [path for path in (tmp_path / "home").rglob("*") if "wandb" in path.name or "trackio" in path.name]
-
-
-def test_wandb_without_a_login_is_rejected_before_weights_load(
-    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("WANDB_MODE", "online")
-    wandb.teardown()  # its settings are read once
-    monkeypatch.setattr("mmtune.train.load_base", lambda *arguments: pytest.fail("weights were loaded"))
-    with pytest.raises(UserError, match=r"train.report_to: wandb: no login on this machine: .*WANDB_MODE=offline"):
-        train(make_recipe("train.report_to=wandb"), ["test"])
-    wandb.teardown()
-
-
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_reporter_that_is_not_installed_is_named_before_weights_load(
-    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setattr("mmtune.recipe.train_rules.find_spec", lambda module: None)
-    monkeypatch.setattr("mmtune.train.load_base", lambda *arguments: pytest.fail("weights were loaded"))
-    with pytest.raises(
-        UserError, match=f"train.report_to={name}: {name} needs a library that is not installed: pip install {name}"
-    ):
-        train(make_recipe(f"train.report_to={name}"), ["test"])
-
-
-def test_a_misspelt_reporter_is_a_recipe_error(make_recipe: Callable[..., Recipe]) -> None:
-    with pytest.raises(UserError, match=r"train\.report_to.*did you mean 'tensorboard'"):
-        make_recipe("train.report_to=tensorbord")
-
-
-def test_no_tracker_gets_a_run_by_default(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With TensorBoard installed, the hub within reach, and where transformers adds a reporter by itself."""
-    monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", "https://127.0.0.1:9")
-    assert TrainingArguments(output_dir="unused", use_cpu=True).report_to == ["kubeflow"]
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    reached, callbacks = [], []
-    monkeypatch.setattr(socket.socket, "connect", lambda self, address: reached.append(address))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **more: reached.append(arguments) or [])
-    plain = TuningTrainer.train
-
-    def spied(self: TuningTrainer, **settings: Any) -> Any:
-        callbacks.extend(self.callback_handler.callbacks)
-        return plain(self, **settings)
-
-    monkeypatch.setattr(TuningTrainer, "train", spied)
-    train(make_recipe(), ["test"])
-    assert callbacks
-    assert not [each for each in callbacks if type(each).__module__.startswith("transformers.integrations")]
-    assert reached == []
-    assert build_training_arguments(make_recipe("train.report_to=all")).report_to[-1] == "kubeflow"
