@@ -49,13 +49,15 @@ class RunDirectory:
         metrics: one JSON object per logged step.
         tensorboard: TensorBoard's files, with `train.report_to: tensorboard`.
         trackers: by tracker, the id with which a resumed run continues the run in that tracker.
-        loss_curve: the training loss over steps, as a picture.
+        modules: the adapted modules and the parameters by component.
+        first_batch: the first batch of the run, as tokens, with its images.
         adapter: the PEFT adapter and its processor, for runs with a PEFT method.
         model: the full model, for runs without a PEFT method.
         base: the assembled base model, which the adapter needs.
         checkpoints: the folder of the checkpoints.
         summary: the metrics of the run, as JSON.
-        report: the metrics and sample answers of the run, as HTML.
+        serving: the last results of `mmtune serve --check`.
+        report: what the run is, does and did, as HTML; written again while it trains.
         profile: the time of a step by part, with `--profile`.
         trace: what ran in the profiled steps, for ui.perfetto.dev.
     """
@@ -68,12 +70,14 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
         self.trackers = path / "trackers.json"
-        self.loss_curve = path / "loss.png"
+        self.modules = path / "modules.json"
+        self.first_batch = path / "first_batch.json"
         self.adapter = path / "adapter"
         self.model = path / "model"
         self.base = path / "base"
         self.checkpoints = path / "checkpoints"
         self.summary = path / "summary.json"
+        self.serving = path / "serving.json"
         self.report = path / "report.html"
         self.profile = path / "profile.json"
         self.trace = path / "trace.json.gz"

@@ -41,7 +41,7 @@ from mmtune.objectives.objective_table import build_objective
 from mmtune.preflight import check_recipe
 from mmtune.recipe.recipe import Recipe
 from mmtune.release.model_card import model_card
-from mmtune.report.run_report import write_report
+from mmtune.report.run_report import finished_state, stops_reported, write_report
 from mmtune.run_directory import RunDirectory, check_output_dir, clear_leftover, new_run, peak_memory_mb, versions
 from mmtune.training.cached_features.feature_cache import FeatureCache, open_feature_cache
 from mmtune.training.checkpoint import check_resumable, checkpoint_to_resume, finished_summary, flatten, restore_training_state
@@ -93,7 +93,7 @@ def train(
         before = evaluate_base(inputs, model, processor, run)
         tuned = tune(inputs, model, data)
         feature_cache = open_feature_cache(inputs, tuned.model, processor)
-    with RunTrackers(inputs, run, before) as trackers:
+    with stops_reported(run, recipe, inputs.dist.is_main_process), RunTrackers(inputs, run, before) as trackers:
         metrics = fit(inputs, tuned, data, processor, run, feature_cache, trackers)
         export(inputs, tuned, processor, run)
         return summarize(inputs, tuned, processor, run, before, metrics, trackers)
@@ -238,7 +238,7 @@ def summarize(
         write_answers(after, run.answers("after"))
         metrics |= tuning_metrics(before, after) | task_metrics(section, run)
     metrics["peak_memory_mb"] = peak_memory_mb()
-    write_report(run, recipe, metrics, profile_section(run))
+    write_report(run, recipe, finished_state(metrics), summary=metrics, profile=profile_section(run))
     if not keeps_adapter(recipe.tune):
         (run.model / "README.md").write_text(model_card(recipe, metrics, run), encoding="utf-8")
     run.update_summary(metrics)  # the last file: a run that has it is finished

@@ -1,4 +1,4 @@
-"""Verb `mmtune compare`: the answers of two or more models to the same questions."""
+"""Verbs `mmtune compare`, the answers of models to the same questions, and `mmtune report`, the results of runs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmtune.cli.verb_arguments import AddVerb, check_jsonl
 from mmtune.console.library_output import configure_console
 from mmtune.utils.errors import UserError
 from mmtune.utils.hub import missing_path_message
+
+if TYPE_CHECKING:
+    from mmtune.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class _Side:
 
 
 def add_comparison_verb(verbs: Any, add: AddVerb) -> None:
-    """Declare the verb.
+    """Declare the verbs.
 
     Args:
         verbs: argparse's subparsers.
@@ -44,6 +47,10 @@ def add_comparison_verb(verbs: Any, add: AddVerb) -> None:
     verb.add_argument("--weights", metavar="W,W,...", help="with --vote, the weight of each model (default: equal)")
     verb.add_argument("--out", metavar="FILE.jsonl", help="with --vote, write its answers")
     verb.add_argument("--html", metavar="FILE", help="write a page with the rows that became better or worse, and their images")
+
+    verb = add(verbs, "report", _report, "print the results of a run and write its report.html again, or compare runs")
+    verb.add_argument("model", metavar="RUN", nargs="+", help="a run, finished or not; several are compared with the first")
+    verb.add_argument("--html", metavar="FILE", help="with several runs: the page (default: comparison.html)")
 
 
 def _compare(arguments: argparse.Namespace) -> Any:
@@ -63,7 +70,7 @@ def _compare(arguments: argparse.Namespace) -> Any:
     from mmtune.evaluation.answers_file import read_answers, write_answers
     from mmtune.evaluation.comparison import compare_answers, print_comparison
     from mmtune.evaluation.ensemble import vote_of_models
-    from mmtune.report.run_report import write_comparison
+    from mmtune.report.run_comparison import write_comparison
 
     first, *others = [read_answers(side.file) for side in sides]
     comparisons = []
@@ -149,3 +156,101 @@ def _side(name: str, path: Path, when: str) -> _Side:
         hint = "set evaluate.before: true" if when == "before" else "`mmtune eval` writes them; give its file"
         raise UserError(f"{path}: has no answers ({file.name}); {hint}")
     return _Side(name, file, run.path if run.recipe.is_file() else None)
+
+
+def _report(arguments: argparse.Namespace) -> Any:
+    paths = [Path(name) for name in arguments.model]
+    if len(paths) > 1:
+        return _compare_runs(paths, Path(arguments.html or "comparison.html"))
+    if arguments.html:
+        raise UserError(f"--html {arguments.html}: belongs to several runs; the page of one run is its report.html")
+    from mmtune.run_directory import RunDirectory
+
+    run = RunDirectory(paths[0])
+    if not run.recipe.is_file() or run.is_leftover() or run.summary.is_file():
+        run.read_summary()
+        summary = _print_summary(run)
+    else:
+        summary = _print_progress(run)
+    if run.recipe.is_file():
+        rewrite_page(run)
+    print(f"page: {run.report}")
+    return summary
+
+
+def _print_summary(run: RunDirectory) -> dict[str, Any]:
+    from mmtune.evaluation.scores import print_scores
+    from mmtune.utils.files import read_record
+
+    number = (int, float)
+    summary = read_record(
+        run.summary, trainable_parameters=int, total_parameters=int, train_seconds=number, peak_memory_mb=number
+    )
+    print_scores(summary)
+    if not summary.get("tuned_scores"):
+        print("no evaluation: the recipe has no evaluate section (`mmtune eval RUN --recipe FILE` evaluates the run)")
+    print(
+        f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters trained in "
+        f"{summary['train_seconds']:g} s, peak memory {summary['peak_memory_mb']:,.0f} MB"
+    )
+    return summary
+
+
+def _print_progress(run: RunDirectory) -> dict[str, Any]:
+    """Print the state of an unfinished run and its last log."""
+    from mmtune.report.curves import RunCurves
+
+    state, read = run.unfinished_state(), RunCurves(run.metrics).update()
+    print(f"{run.path} {state}")
+    values = {name: value for name, value in read.last.items() if name.endswith("loss") or name.startswith("eval_")}
+    shown = "".join(f", {name} {value:.4f}" for name, value in values.items() if isinstance(value, float))
+    print(f"last log: step {read.step:,}{shown}" if read.step else "no step is logged yet")
+    return {"state": state, "step": read.step, **values}
+
+
+def rewrite_page(run: RunDirectory) -> None:
+    """Write the report of a run again, with what its directory has by now, if that may be written."""
+    from mmtune.utils.files import check_writable
+
+    try:
+        check_writable(run.path)
+    except UserError as error:
+        print(f"the page is not written again: {error}")
+        return
+    configure_console()
+    from mmtune.report.run_report import rewrite_report
+    from mmtune.training.profiling.profile_table import profile_section
+
+    rewrite_report(run, profile_section(run))
+
+
+def _compare_runs(paths: list[Path], page: Path) -> Any:
+    from mmtune.utils.files import check_writable, report_disk_errors
+
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(missing_path_message(str(path), "run"))
+    check_writable(page.parent, f"--html {page}: ")
+    configure_console()
+    from mmtune.evaluation.comparison import print_comparison
+    from mmtune.evaluation.scores import print_rows
+    from mmtune.report.run_comparison import compare_runs, write_run_comparison
+
+    comparison = compare_runs(paths)
+    tables = {"Runs": comparison.results, "Recipe differences": comparison.recipe, "Version differences": comparison.versions}
+    for title, rows in tables.items():
+        if rows:
+            print_rows(title, rows)
+    for names, each in comparison.answers:
+        print_comparison(each, names)
+    for line in comparison.notes:
+        print(line)
+    from mmtune.recipe.recipe import load_recipe
+    from mmtune.run_directory import RunDirectory
+
+    section = load_recipe(RunDirectory(paths[0]).recipe).evaluate
+    with report_disk_errors(page):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_run_comparison(comparison, page, section.sources if section else ())
+    print(f"page: {page}")
+    return comparison.as_json()

@@ -1,4 +1,4 @@
-"""Verbs `mmtune train`, `merge`, `push`, `chat` and `report`: one function per verb, which calls the library."""
+"""Verbs `mmtune train`, `merge`, `push` and `chat`: one function per verb, which calls the library."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mmtune.cli.comparison_verb import rewrite_page
 from mmtune.cli.verb_arguments import AddVerb, add_recipe_arguments, add_trust
 from mmtune.console.library_output import configure_console, rank_prefix
 from mmtune.utils.errors import RecipeValueError, UserError, errors_at_key
@@ -83,9 +84,6 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
     )
     add_trust(verb)
 
-    verb = add(verbs, "report", _report, "print the results of a run")
-    verb.add_argument("model", metavar="RUN", help="the run directory")
-
 
 def _train(arguments: argparse.Namespace) -> Any:
     from mmtune.preflight import check_reachable, check_recipe, located_errors
@@ -143,6 +141,7 @@ def _merge(arguments: argparse.Namespace) -> Any:
     _check_release(arguments)
     configure_console()
     from mmtune.release.merge import ExportOptions, combine_adapters, merge, merge_line, release_adapter
+    from mmtune.run_directory import RunDirectory
 
     out = Path(arguments.out)
     shared = {
@@ -162,6 +161,10 @@ def _merge(arguments: argparse.Namespace) -> Any:
     else:
         parity = merge(Path(arguments.model), out, options=options, **shared)
     print(merge_line(out, parity))
+    if arguments.model is not None:
+        run = RunDirectory(Path(arguments.model))
+        if run.report.is_file() and run.summary.is_file():
+            rewrite_page(run)
     for name, difference in (("as trained, quantized", parity.trained), (f"{out}-{options.quantize}", parity.quantized)):
         if difference:
             print(
@@ -257,25 +260,3 @@ def _chat(arguments: argparse.Namespace) -> Any:
     if line := long_prompt_line(session):
         print(f"warning: {line}", file=sys.stderr)
     return {"prompt": arguments.prompt, "images": arguments.image, "answer": answer}
-
-
-def _report(arguments: argparse.Namespace) -> Any:
-    from mmtune.evaluation.scores import print_scores
-    from mmtune.run_directory import RunDirectory
-    from mmtune.utils.files import read_record
-
-    run = RunDirectory(Path(arguments.model))
-    run.read_summary()
-    number = (int, float)
-    summary = read_record(
-        run.summary, trainable_parameters=int, total_parameters=int, train_seconds=number, peak_memory_mb=number
-    )
-    print_scores(summary)
-    if not summary.get("tuned_scores"):
-        print("no evaluation: the recipe has no evaluate section (`mmtune eval RUN --recipe FILE` evaluates the run)")
-    print(
-        f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters trained in "
-        f"{summary['train_seconds']:g} s, peak memory {summary['peak_memory_mb']:,.0f} MB"
-    )
-    print(f"page: {run.report}")
-    return summary

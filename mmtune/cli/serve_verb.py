@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mmtune.cli.comparison_verb import rewrite_page
 from mmtune.cli.verb_arguments import AddVerb, add_trust
 from mmtune.console.library_output import configure_console
 from mmtune.utils.errors import CheckFailed, UserError
@@ -152,7 +153,7 @@ def _check(arguments: argparse.Namespace) -> Any:
     from mmtune.models.generation import DEFAULT_MAX_NEW_TOKENS
     from mmtune.release.merge import parity_samples
     from mmtune.release.merge_weights import locate_run_weights
-    from mmtune.serving.serving_check import check_serving
+    from mmtune.serving.serving_check import check_serving, record_check
     from mmtune.serving.trained_answers import TrainedModel
 
     trained = locate_run_weights(Path(arguments.trained))
@@ -164,7 +165,20 @@ def _check(arguments: argparse.Namespace) -> Any:
     max_new_tokens = section.max_new_tokens if section else DEFAULT_MAX_NEW_TOKENS
     model = TrainedModel(trained, recipe, max_new_tokens, arguments.trust_remote_code)
     written = [with_native_regions(row, model.processor) for row in rows]
-    result = check_serving(engine, model, [with_prompt(row, section.prompt if section else None) for row in written])
+    questions = [with_prompt(row, section.prompt if section else None) for row in written]
+
+    def record(values: dict[str, Any], outcome: str) -> None:
+        record_check(trained.run.serving, engine.name, trained.path.name, values, outcome)
+        if trained.run.report.is_file():
+            rewrite_page(trained.run)
+
+    try:
+        result = check_serving(engine, model, questions)
+    except CheckFailed as error:
+        if error.result is not None:
+            record(error.result, str(error))
+        raise
+    record(asdict(result), f"passed: {result.cause}" if result.rounding else "passed")
     print(f"prompt tokens: {result.same_prompt_tokens} of {result.questions} questions have as many as in training")
     print(f"answers: {result.same_answers} of {result.questions} are the trained model's")
     for part, count in result.unread_parts.items():

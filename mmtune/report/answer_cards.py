@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,25 @@ from mmtune.data.media.media import Media, open_image
 from mmtune.data.region_text import Corners, read_areas, read_points
 from mmtune.data.validation.issues import DataIssueError
 from mmtune.evaluation.answers import Answer
+from mmtune.evaluation.comparison import gain
 from mmtune.evaluation.metrics.answer_text import to_ascii
 from mmtune.evaluation.metrics.metric_table import recorded_metric
 from mmtune.evaluation.scores import format_score
 from mmtune.recipe.recipe import Source
-from mmtune.report.pages import data_uri
+from mmtune.report.pages import embedded_image
 
 THUMBNAIL = 320  # maximum length of the longer side in pixels; smaller images keep their size
+SHOWN_CARDS = 300
+"""A page shows at most this many answers, whatever `evaluate.samples` is."""
+SHOWN_CHARACTERS = 2_000
+"""Characters of one text of a card; fewer with many cards, which have `ALL_CHARACTERS` together."""
+ALL_CHARACTERS = 400_000
+IMAGE_BYTES = 5_000_000
+"""The embedded images of a page's cards together."""
 
 Item = TypeVar("Item")
+AnswerPair = tuple[Answer | None, Answer]
+"""The answers of the base, where there is one, and of the tuned model to one question."""
 
 
 @dataclass(frozen=True)
@@ -36,31 +45,72 @@ class DrawnRegions:
     regions: Sequence[Corners]
 
 
-def sample_cards(
-    pairs: Sequence[tuple[Answer | None, Answer]], names: tuple[str, str], sources: Sequence[Source]
-) -> list[dict[str, Any]]:
-    """What a page shows of rows: images, question, references, and the answers of one or two models."""
+def choose_answers(before: Sequence[Answer], after: Sequence[Answer], count: int) -> dict[str, list[AnswerPair]]:
+    """The answers that a report shows, by the title of their group: those that tuning made worse and better, then others.
+
+    Args:
+        before: of the base; empty if it was not evaluated.
+        after: of the tuned model.
+        count: how many, at most `SHOWN_CARDS`; a quarter each for those that became worse and better.
+    """
+    count, base = min(count, SHOWN_CARDS), {answer.id: answer for answer in before}
+    pairs: list[AnswerPair] = [(base.get(answer.id), answer) for answer in after]
+    worse, better = (
+        evenly_spaced([pair for pair in pairs if pair[0] and sign * gain(pair[0], pair[1]) > 0], count // 4) for sign in (-1, 1)
+    )
+    shown = {pair[1].id for pair in (*worse, *better)}
+    rest = select_answers([answer for answer in after if answer.id not in shown], count - len(shown))
+    groups: dict[str, list[AnswerPair]] = {
+        "Worse than the base": worse,
+        "Better than the base": better,
+        "Other answers" if shown else "Answers": [(base.get(answer.id), answer) for answer in rest],
+    }
+    return {title: chosen for title, chosen in groups.items() if chosen}
+
+
+def sample_cards(pairs: Sequence[AnswerPair], names: tuple[str, str], sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """What a page shows of rows: images, question, references, and the answers of one or two models.
+
+    Images are left out with a sentence once they are `IMAGE_BYTES` together, and long texts are cut.
+    """
     images = images_of([answer for _, answer in pairs], sources)
-    drawn = {second.id: drawn_regions(first, second, names) for first, second in pairs}
-    return [
-        {
-            "question": second.question,
-            "reference": " | ".join(dict.fromkeys(second.references)),
-            "images": [_page_thumbnail(media, drawn[second.id]) for media in images.get(second.id, ())],
-            "drawn": ", ".join(f"{each.of} {each.color}" for each in drawn[second.id] if each.regions),
-            "answers": [
-                {
-                    "label": f"{name}, {format_score(answer.score, answer.metric) if answer.parsed else 'unparsed'}",
-                    "prediction": answer.prediction,
-                    "right": is_right(answer),
-                }
-                for name, answer in zip(names[::-1], (second, first), strict=True)
-                if answer is not None
-            ],
-            "label": f"{second.id} · {second.task}" if second.task else second.id,
-        }
-        for first, second in pairs
-    ]
+    budget = IMAGE_BYTES
+    cards = []
+    for first, second in pairs:
+        drawn = drawn_regions(first, second, names)
+        shown = []
+        for media in images.get(second.id, ()):
+            shown.append(_page_thumbnail(media, drawn) if budget > 0 else {"problem": "an image is left out: the page has many"})
+            budget -= len(shown[-1].get("uri", ""))
+        change = 0.0 if first is None else gain(first, second)
+        length = min(SHOWN_CHARACTERS, ALL_CHARACTERS // len(pairs))
+        cards.append(
+            {
+                "id": second.id,
+                "question": shortened(second.question, length),
+                "reference": shortened(" | ".join(dict.fromkeys(second.references)), length),
+                "images": shown,
+                "drawn": ", ".join(f"{each.of} {each.color}" for each in drawn if each.regions),
+                "answers": [
+                    {
+                        "label": f"{name}, {format_score(answer.score, answer.metric) if answer.parsed else 'unparsed'}",
+                        "prediction": shortened(answer.prediction, length),
+                        "right": is_right(answer),
+                    }
+                    for name, answer in zip(names[::-1], (second, first), strict=True)
+                    if answer is not None
+                ],
+                "group": second.group,
+                "change": "better" if change > 0 else "worse" if change < 0 else "same",
+                "label": shortened(f"{second.id} · {second.task}" if second.task else second.id, 300),
+            }
+        )
+    return cards
+
+
+def shortened(text: str, length: int) -> str:
+    """The first characters of a longer text, with its length."""
+    return text if len(text) <= length else f"{text[:length]}\u2026 ({len(text):,} characters)"
 
 
 def select_answers(answers: Sequence[Answer], count: int) -> list[Answer]:
@@ -136,6 +186,4 @@ def _page_thumbnail(media: Media, drawn: Sequence[DrawnRegions]) -> dict[str, st
         image = thumbnail(media, drawn)
     except DataIssueError as error:
         return {"problem": str(error)}
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return {"uri": data_uri(buffer.getvalue(), "png")}
+    return {"uri": embedded_image(image)}

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
+from PIL import Image
+
+LOSSLESS_BYTES = 40_000
+"""An embedded image whose PNG file is larger is a JPEG."""
 
 
 def render_page(
@@ -46,6 +51,16 @@ def render_page(
 def data_uri(image: bytes, image_format: str) -> str:
     """The address of an image that is embedded in a page; `image_format` is png, jpeg or webp."""
     return f"data:image/{image_format};base64,{base64.b64encode(image).decode('ascii')}"
+
+
+def embedded_image(image: Image.Image) -> str:
+    """The address of an image, which is in RGB: lossless if that is small."""
+    for image_format in ("png", "jpeg"):
+        buffer = io.BytesIO()
+        image.save(buffer, image_format, quality=85)
+        if buffer.tell() <= LOSSLESS_BYTES:
+            break
+    return data_uri(buffer.getvalue(), image_format)
 
 
 @lru_cache(maxsize=1)

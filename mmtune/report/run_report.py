@@ -1,16 +1,21 @@
-"""Report of a run, and the page of compared answers, with sample answers and their images."""
+"""Report of a run, `report.html`: one page from the records of the run directory, written again while the run trains."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from mmtune.data.validation.issues import ISSUE_TYPES
 from mmtune.evaluation.answers_file import read_answers
-from mmtune.evaluation.comparison import Comparison, column_names, difference_rows, differences_to_dicts, gain, unmatched_lines
 from mmtune.evaluation.scores import (
     difference_lines,
+    format_score,
     further_lines,
     gap_line,
     generation_line,
@@ -19,13 +24,25 @@ from mmtune.evaluation.scores import (
     score_rows,
     score_title,
 )
-from mmtune.recipe.recipe import Recipe, Source
-from mmtune.report.answer_cards import evenly_spaced, sample_cards, select_answers
-from mmtune.report.pages import data_uri, render_page
+from mmtune.recipe.recipe import Recipe, load_recipe
+from mmtune.report.answer_cards import choose_answers, sample_cards, shortened
+from mmtune.report.confusion import confusion_tables
+from mmtune.report.curves import RunCurves
+from mmtune.report.pages import render_page
+from mmtune.report.plots import plot_values, run_plots
+from mmtune.report.recipe_differences import differences_from_defaults
 from mmtune.run_directory import RunDirectory
+from mmtune.utils.errors import Stopped
+from mmtune.utils.files import read_json_object, replace_text, report_disk_errors
 
-CHANGED = 24
-"""Maximum number of rows that a comparison shows as worse, and as better."""
+SHOWN_ROWS = 200
+"""Rows of one table."""
+SHOWN_ISSUES = 20
+"""Rows of the data that are named, for each list of the data report."""
+SHOWN_RECIPE = 100_000
+"""Characters of the recipe."""
+STYLES = ("plots.css", "tokens.css", "report.css")
+SCRIPTS = ("plots.js", "report.js")
 
 
 @dataclass(frozen=True)
@@ -37,76 +54,250 @@ class ProfileSection:
     lines: list[str]
 
 
-def write_report(run: RunDirectory, recipe: Recipe, summary: dict[str, Any], profile: ProfileSection | None = None) -> None:
-    """Write `report.html`: metrics, loss curve, and sample answers with their images, in one file.
+@dataclass(frozen=True)
+class RunState:
+    """What a run does when its report is written.
 
-    With answers of the base, rows on which tuning changed the score come first.
+    Attributes:
+        kind: a page of a `running` run reads itself again, and says how old it is.
+        text: a sentence.
+    """
+
+    kind: Literal["running", "finished", "stopped"]
+    text: str
+
+
+def finished_state(summary: Mapping[str, Any]) -> RunState:
+    """The state of a run that has its summary."""
+    steps = f"{summary['steps']:,} steps in " if "steps" in summary else ""
+    return RunState("finished", f"Finished: {steps}{summary['train_seconds']:,g} s.")
+
+
+def write_report(
+    run: RunDirectory,
+    recipe: Recipe,
+    state: RunState,
+    *,
+    summary: Mapping[str, Any] | None = None,
+    profile: ProfileSection | None = None,
+    curves: RunCurves | None = None,
+) -> None:
+    """Replace `report.html`, from the records that the run directory has so far.
 
     Args:
+        summary: the metrics of a finished run.
         profile: of the run's steps; None where they were not profiled.
+        curves: of the run, if they have been read before.
+
+    Raises:
+        UserError: the disk is full or failing.
     """
-    groups: list[tuple[str, list[dict[str, Any]]]] = []
-    if recipe.evaluate:
-        count, sources = recipe.evaluate.samples, recipe.evaluate.sources
-        after = read_answers(run.answers("after"))
-        before = {answer.id: answer for answer in read_answers(run.answers("before"))} if recipe.evaluate.before else {}
-        pairs = [(before.get(answer.id), answer) for answer in after]
-        worse, better = (
-            evenly_spaced([pair for pair in pairs if pair[0] and sign * gain(pair[0], pair[1]) > 0], count // 4)
-            for sign in (-1, 1)
-        )
-        shown = {pair[1].id for pair in (*worse, *better)}
-        rest = select_answers([answer for answer in after if answer.id not in shown], count - len(shown))
-        titled = {
-            "Worse than the base": worse,
-            "Better than the base": better,
-            "Other answers" if shown else "Answers": [(before.get(answer.id), answer) for answer in rest],
-        }
-        groups = [(title, sample_cards(chosen, ("base", "tuned"), sources)) for title, chosen in titled.items()]
-    page_text = render_page(
+    read = (curves or RunCurves(run.metrics)).update()
+    page = render_page(
         "report.html.jinja",
-        title=run.path.name,
-        summary=summary,
-        scores=score_rows(summary),
-        scores_title=score_title(summary) if recipe.evaluate else "",
-        by_field=[(group_title(each), group_rows(each), gap_line(each)) for each in summary.get("groups", ())],
-        further=further_lines(summary) + difference_lines(summary.get("comparison", [])),
-        tasks=[
-            (score_title(each, name), score_rows(each), further_lines(each, True) + difference_lines(each.get("comparison", [])))
+        title=run.path.resolve().name,
+        styles=STYLES,
+        scripts=SCRIPTS,
+        state=state,
+        written=_clock(time.time()),
+        written_ms=round(time.time() * 1000),
+        facts=_facts(run, recipe, summary, read),
+        plots=[plot_values(plot) for plot in run_plots(read)],
+        damaged=read.damaged,
+        profile=profile,
+        data=_data_values(run),
+        modules=_module_values(run),
+        first_batch=_record(run.first_batch),
+        checks=_checks(run, summary or {}),
+        **_result_values(run, recipe, summary),
+        **_recipe_values(run, recipe),
+    )
+    with report_disk_errors(run.report):
+        replace_text(run.report, page)
+
+
+def rewrite_report(run: RunDirectory, profile: ProfileSection | None = None) -> RunState:
+    """Write `report.html` of a run that this process does not train, finished or not.
+
+    Returns:
+        The state of the run.
+
+    Raises:
+        UserError: not a run, or a damaged record.
+    """
+    recipe = load_recipe(run.recipe)
+    if run.summary.is_file():
+        summary = run.read_summary()
+        state = finished_state(summary)
+    else:
+        summary, state = None, unfinished_run_state(run)
+    write_report(run, recipe, state, summary=summary, profile=profile)
+    return state
+
+
+def unfinished_run_state(run: RunDirectory) -> RunState:
+    """The state of a run without a summary, by the lock of the process that trains it."""
+    text = run.unfinished_state()
+    running = "works on it" in text
+    return RunState("running" if running else "stopped", f"{'Running' if running else 'Not finished'}: this run {text}.")
+
+
+@contextmanager
+def stops_reported(run: RunDirectory, recipe: Recipe, is_main_process: bool) -> Iterator[None]:
+    """If the block fails, the page says that the run stopped, and why. The error is raised again."""
+    try:
+        yield
+    except BaseException as error:
+        if is_main_process and run.report.is_file():
+            reason = str(error) if isinstance(error, Stopped) else f"{type(error).__name__}: {error}"
+            with suppress(OSError):  # a full disk is the error that is raised
+                write_report(run, recipe, RunState("stopped", f"Stopped: {shortened(reason, 1_000)}"))
+        raise
+
+
+def _clock(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    return read_json_object(path) if path.is_file() else None
+
+
+def _facts(run: RunDirectory, recipe: Recipe, summary: Mapping[str, Any] | None, read: RunCurves) -> list[tuple[str, str]]:
+    """The most important values of a run by name."""
+    model, modules = recipe.model, _record(run.modules)
+    methods = dict.fromkeys(each.method for each in recipe.tune.components.values() if each.method != "frozen")
+    facts = [("base", model.base or f"{model.vision} + {model.language}"), ("method", " + ".join(methods))]
+    if modules is not None:
+        total, trainable = (sum(each[name] for each in modules["components"]) for name in ("total", "trainable"))
+        facts.append(("trainable parameters", f"{trainable:,} of {total:,} ({trainable / max(total, 1):.2%})"))
+    if summary is not None:
+        facts.append(("training", f"{summary.get('steps', read.step):,} steps in {summary['train_seconds']:,g} s"))
+        facts.append(("peak memory", f"{summary['peak_memory_mb']:,.0f} MB"))
+        if "tuned_score" in summary:
+            before = f"{format_score(summary['base_score'], summary['metric'])} \u2192 " if "base_score" in summary else ""
+            facts.append((f"held-out {summary['metric']}", before + format_score(summary["tuned_score"], summary["metric"])))
+        if "best_step" in summary:
+            facts.append(
+                ("best step", f"{summary['best_step']:,}: {summary['metric_for_best_model']} {summary['best_metric']:.4g}")
+            )
+    elif read.step:
+        facts.append(("last logged step", f"{read.step:,}"))
+        for name, label in (("loss", "training loss"), ("eval_loss", "held-out loss")):
+            if name in read.last:
+                facts.append((label, f"{read.last[name]:.4g}"))
+    return facts
+
+
+def _result_values(run: RunDirectory, recipe: Recipe, summary: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Scores, confusion matrices and answers of a finished run."""
+    if summary is None or not summary.get("tuned_scores"):
+        return {"results": None, "groups": [], "answer_groups": []}
+    section = recipe.evaluate
+    after = read_answers(run.answers("after")) if run.answers("after").is_file() else []
+    before = read_answers(run.answers("before")) if run.answers("before").is_file() and section and section.before else []
+    rows = score_rows(summary)
+    results = {
+        "title": score_title(summary),
+        "rows": _first_rows(rows),
+        "hidden": max(len(rows) - SHOWN_ROWS, 0),
+        "lines": further_lines(summary) + difference_lines(summary.get("comparison", [])),
+        "generation": generation_line(dict(summary)),
+        "by_field": [(group_title(each), group_rows(each), gap_line(each)) for each in summary.get("groups", ())],
+        "tasks": [
+            (
+                score_title(each, name),
+                _first_rows(score_rows(each)),
+                further_lines(each, True) + difference_lines(each.get("comparison", [])),
+            )
             for name, each in summary.get("tasks", {}).items()
         ],
-        generation=generation_line(summary),
-        curve=data_uri(run.loss_curve.read_bytes(), "png"),
-        profile=profile,
-        groups=groups,
-        recipe=run.recipe.read_text(encoding="utf-8"),
-    )
-    run.report.write_text(page_text, encoding="utf-8")
+        "confusion": confusion_tables(after),
+    }
+    chosen = choose_answers(before, after, section.samples) if section else {}
+    sources = section.sources if section else ()
+    cards = [(title, sample_cards(pairs, ("base", "tuned"), sources)) for title, pairs in chosen.items()]
+    names = dict.fromkeys(card["group"] for _, group in cards for card in group)
+    return {"results": results, "groups": cards, "answer_groups": list(names)}
 
 
-def write_comparison(comparisons: Sequence[tuple[tuple[str, str], Comparison]], path: Path, sources: Sequence[Source]) -> None:
-    """Write a page with the differences of each comparison, and the rows that became worse and better with their images.
+def _first_rows(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The first rows of a table and its last one, which is that of all groups."""
+    return [*rows[: SHOWN_ROWS - 1], rows[-1]] if len(rows) > SHOWN_ROWS else list(rows)
 
-    Args:
-        comparisons: the names of both models, and the comparison.
-        path: the HTML file.
-        sources: the sources of the rows, for images that are embedded in a file; without them such images are left out.
-    """
-    sections = []
-    for names, comparison in comparisons:
-        groups = []
-        for title, sign in (("Worse", -1), ("Better", 1)):
-            pairs = [pair for pair in comparison.pairs if sign * gain(*pair) > 0]
-            chosen = evenly_spaced(pairs, CHANGED)
-            count = f"{len(pairs):,} rows" + (f", {len(chosen)} of them" if len(chosen) < len(pairs) else "")
-            groups.append((f"{title}: {count}", sample_cards(chosen, names, sources)))
-        sections.append(
-            {
-                "title": f"{names[1]} against {names[0]}",
-                "unmatched": unmatched_lines(comparison, names),
-                "rows": difference_rows(comparison.tasks, column_names(names)),
-                "lines": difference_lines(differences_to_dicts(comparison.tasks)),
-                "groups": groups,
-            }
-        )
-    path.write_text(render_page("comparison.html.jinja", title="Comparison", sections=sections), encoding="utf-8")
+
+def _data_values(run: RunDirectory) -> dict[str, Any] | None:
+    """The data report: counts, and the first rows of each list by their type."""
+    report = _record(run.data_report)
+    if report is None:
+        return None
+    lists = []
+    for name, title in (
+        ("quarantined", "Quarantined rows"),
+        ("dropped_over_length", "Rows dropped as too long"),
+        ("media_changed", "Rows with media dropped or resized"),
+    ):
+        issues = report[name]
+        types = Counter(issue["issue"] for issue in issues)
+        shown = [
+            {"row": shortened(each["row"], 300), "field": shortened(each["field"], 100), "what": shortened(each["detail"], 500)}
+            for each in issues[:SHOWN_ISSUES]
+        ]
+        fixes = [f"{kind}, {count:,}: {ISSUE_TYPES[kind].fix}" for kind, count in types.most_common() if kind in ISSUE_TYPES]
+        if issues:
+            lists.append({"title": title, "count": len(issues), "rows": shown, "fixes": fixes})
+    skipped = report.get("skipped_steps", [])
+    return {
+        "rows": report["rows"],
+        "checked": report["checked"],
+        "held_out": report.get("held_out", {}),
+        "lists": lists,
+        "skipped": Counter(each["reason"] for each in skipped).most_common(),
+        "skipped_steps": ", ".join(str(each["step"]) for each in skipped[:SHOWN_ISSUES])
+        + (", ..." if len(skipped) > SHOWN_ISSUES else ""),
+    }
+
+
+def _module_values(run: RunDirectory) -> dict[str, Any] | None:
+    """The tables of adapted modules and of parameters by component."""
+    record = _record(run.modules)
+    if record is None:
+        return None
+    modules = [
+        {"module": path, "modules": f"{count:,}", "trainable": f"{size:,}"} for path, (count, size) in record["modules"].items()
+    ]
+    components = [
+        {
+            "component": each["component"],
+            "method": each["method"],
+            "frozen weights": each["weights"],
+            "parameters": f"{each['total']:,}",
+            "trainable": f"{each['trainable']:,}",
+            "learning rate": "" if each["learning_rate"] is None else f"{each['learning_rate']:g}",
+        }
+        for each in record["components"]
+    ]
+    return {"module_rows": modules[:SHOWN_ROWS], "component_rows": components, "lines": record["lines"]}
+
+
+def _checks(run: RunDirectory, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The comparisons of releases and served models with the run."""
+    serving = _record(run.serving)
+    return {"merge": summary if "merge_samples" in summary else None, "serving": serving["checks"] if serving else []}
+
+
+def _recipe_values(run: RunDirectory, recipe: Recipe) -> dict[str, Any]:
+    environment = _record(run.environment) or {}
+    return {
+        "differences": differences_from_defaults(recipe),
+        "recipe": shortened(run.recipe.read_text(encoding="utf-8"), SHOWN_RECIPE),
+        "versions": environment.get("versions", {}),
+        "environment": {
+            "command": shortened(" ".join(map(str, environment.get("command", ()))), 2_000),
+            **{
+                name: environment[name]
+                for name in ("started", "python", "platform", "git_commit", "image_backend")
+                if environment.get(name)
+            },
+        },
+    }

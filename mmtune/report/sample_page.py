@@ -24,8 +24,8 @@ SMALL_EDGE = 128  # images with a longer edge of at most this many pixels are lo
 
 
 @dataclass(frozen=True)
-class _PageToken:
-    """Tokens that the page shows as one: those of one character, or repeated ones of an image."""
+class PageToken:
+    """Tokens that the page shows as one: those of one character, or repeated ones of an image or of padding."""
 
     text: str
     ids: str
@@ -52,23 +52,23 @@ def sample_values(view: SampleView) -> dict[str, Any]:
         "summary": view.summary(),
         "notes": view.notes,
         "images": [page_image(media, view.regions_of(number)) for number, media in enumerate(view.sample.images)],
-        "runs": [(kind, list(_page_tokens(list(run)))) for kind, run in groupby(view.tokens, key=lambda token: token.kind)],
+        "runs": [(kind, list(page_tokens(list(run)))) for kind, run in groupby(view.tokens, key=lambda token: token.kind)],
         "prompt": escape_invisible(view.prompt),
     }
 
 
-def _page_tokens(tokens: Sequence[Token]) -> Iterator[_PageToken]:
+def page_tokens(tokens: Sequence[Token]) -> Iterator[PageToken]:
     """Group tokens of one kind for the page."""
-    if tokens[0].kind == "media":
+    if tokens[0].kind in ("media", "padding"):
         for number, run in groupby(tokens, key=lambda token: token.id):
             same = list(run)
-            yield _PageToken(escape_invisible(same[0].text), str(number), "media", len(same))
+            yield PageToken(escape_invisible(same[0].text), str(number), same[0].kind, len(same))
         return
     ids: list[str] = []
     for position, token in enumerate(tokens):
         ids.append(str(token.id))
         if token.text or position == len(tokens) - 1:
-            yield _PageToken(show_line_breaks(token.text) + "\n" * token.text.endswith("\n"), " ".join(ids), token.kind)
+            yield PageToken(show_line_breaks(token.text) + "\n" * token.text.endswith("\n"), " ".join(ids), token.kind)
             ids = []
 
 

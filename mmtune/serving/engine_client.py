@@ -81,6 +81,11 @@ class EngineClient:
         self._model_option = model_option
         self._model: Any = openai.omit if model is None else model
 
+    @property
+    def name(self) -> str:
+        """The address of the engine and the name of its model."""
+        return f"{self._model} at {self.root}"
+
     def connect(self) -> None:
         """Ask for one token, without the name of a model if none is given: an engine with one model then uses it.
 

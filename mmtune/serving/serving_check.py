@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 from mmtune.data.message import Sample, prompt_messages
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
@@ -14,6 +18,9 @@ from mmtune.serving.served_question import ServedQuestion, log_probability_diffe
 from mmtune.serving.trained_answers import TrainedModel
 from mmtune.serving.unread_parts import find_unread_parts
 from mmtune.utils.errors import CheckFailed, UserError
+from mmtune.utils.files import read_record, replace_text, report_disk_errors
+
+RECORDED_CHECKS = 20
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,31 @@ def check_serving(engine: EngineClient, model: TrainedModel, questions: Sequence
     if cause is not None and not rounding:
         raise CheckFailed(f"{_counts(result)}: {cause}{_example(compared)}", asdict(result))
     return result
+
+
+def record_check(path: Path, engine: str, weights: str, result: Mapping[str, Any], outcome: str) -> None:
+    """Add the result of a serving check to the last ones in a run's `serving.json`, which its report shows.
+
+    Args:
+        path: the file.
+        engine: the address of the engine and the name of its model.
+        weights: the run or checkpoint that it was compared with.
+        result: a `ServingResult` as a dictionary.
+        outcome: `passed`, or what differs.
+    """
+    difference = result["largest_log_probability_difference"]
+    check = {
+        "time": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+        "engine": engine,
+        "compared with": weights,
+        "same prompt tokens": f"{result['same_prompt_tokens']} of {result['questions']}",
+        "same answers": f"{result['same_answers']} of {result['questions']}",
+        "largest log-probability difference": "" if difference is None else f"{difference:.2g}",
+        "result": outcome,
+    }
+    earlier = read_record(path, checks=list)["checks"] if path.is_file() else []
+    with report_disk_errors(path):
+        replace_text(path, json.dumps({"checks": [*earlier, check][-RECORDED_CHECKS:]}, indent=2) + "\n")
 
 
 def _compare(engine: EngineClient, model: TrainedModel, question: Sample) -> ServedQuestion:

@@ -1,4 +1,4 @@
-"""Trainer callbacks: progress line, `metrics.jsonl`, stopping on signals; and the plot of the loss curve."""
+"""Trainer callbacks: progress line, `metrics.jsonl`, the live report, stopping on signals."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 
 from mmtune.distributed.context import DistributedContext
 from mmtune.evaluation.metrics.metric_table import is_held_out_loss
+from mmtune.report.live_report import LiveReport
 from mmtune.training.throughput.progress import format_duration
 from mmtune.utils.errors import CheckFailed, Stopped
 from mmtune.utils.files import report_disk_errors
@@ -77,6 +78,25 @@ class RecordMetrics(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class UpdateReport(TrainerCallback):
+    """Writes the report of the run while it trains, with what is in `metrics.jsonl` so far. Only the main process has it."""
+
+    def __init__(self, report: LiveReport) -> None:
+        self._report = report
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._report.write(f"Training begins: {state.max_steps - state.global_step:,} steps.")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._report.is_due:
+            left = next((log["seconds_left"] for log in reversed(state.log_history) if "seconds_left" in log), None)
+            more = "" if left is None else f", {format_duration(left)} left at the last log"
+            self._report.write(f"Training: step {state.global_step:,} of {state.max_steps:,}{more}.")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._report.write(f"Trained {state.global_step:,} steps; what follows is the export and the evaluation.")
 
 
 def _room(bar: tqdm[Any]) -> int | None:
@@ -214,34 +234,3 @@ class StopOnSignal(TrainerCallback):
         control.should_save = not self._dist.fsdp  # here, after every evaluation of the step
         if state.epoch is not None and state.epoch % 1:  # the Trainer leaves the epoch early, where it would not evaluate
             control.should_evaluate = False
-
-
-def draw_loss_curve(metrics: Path, out: Path) -> None:
-    """Plot the training loss, the held-out loss and its scores of a `metrics.jsonl` over steps as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    records, held_out = ([line for line in lines if name in line] for name in ("loss", "eval_loss"))
-    scores = [name for name in (held_out[0] if held_out else ()) if name.startswith("eval_") and not is_loss_or_speed(name)]
-    height = 3.6 + 2.4 * bool(scores)
-    margins = {"left": 0.12, "right": 0.98, "bottom": 0.5 / height, "top": 1 - 0.1 / height}  # computed, they take half the time
-    figure = Figure(figsize=(6.4, height))
-    axes, *below = FigureCanvasAgg(figure).figure.subplots(1 + bool(scores), sharex=True, squeeze=False, gridspec_kw=margins).flat
-    dot = "." if len(records) == 1 else None  # a line of one point is invisible
-    steps = [record["step"] for record in records]
-    axes.plot(steps, [r["loss"] for r in records], color="#1f6feb", linewidth=1.5, marker=dot, label="training")
-    if held_out:
-        steps = [record["step"] for record in held_out]
-        axes.plot(steps, [r["eval_loss"] for r in held_out], color="#d1242f", linewidth=1.5, marker=".", label="held out")
-    axes.set_ylabel("loss per supervised token")
-    axes.set_ylim(bottom=0)
-    for name in scores:
-        below[0].plot(steps, [r[name] for r in held_out], linewidth=1.5, marker=".", label=name.removeprefix("eval_"))
-    for each in (axes, *below):
-        each.grid(alpha=0.3)
-        each.spines[["top", "right"]].set_visible(False)
-        if held_out:
-            each.legend(frameon=False)
-    figure.axes[-1].set_xlabel("optimizer step")
-    figure.savefig(out, dpi=144)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from mmtune.data.dataset import (
     TrainingSet,
 )
 from mmtune.data.encoding.encode import over_length_error
+from mmtune.data.message import RowError, Sample
 from mmtune.data.time_spans import SpanLog, TimedCollator
 from mmtune.distributed.context import DistributedContext
 from mmtune.distributed.sharded_parameters import gathered_forward
@@ -221,6 +223,22 @@ def optimizer_steps(arguments: TrainingArguments, batches: MixtureBatchSampler |
     if arguments.max_steps > 0 or batches is None:
         return int(arguments.max_steps)
     return math.ceil(arguments.num_train_epochs * -(-len(batches) // arguments.gradient_accumulation_steps))
+
+
+def first_samples(data: TrainingData) -> dict[str, Sample]:
+    """The samples of this process's first batch by id, before they are encoded; none of a stream, whose rows have no index.
+
+    A row that fails is left out.
+    """
+    samples: dict[str, Sample] = {}
+    if data.batches is None or not isinstance(data.samples, IndexedSamples):
+        return samples
+    for index in next(iter(data.batches), ()):
+        row, visit = index if isinstance(index, tuple) else (index, 0)
+        with contextlib.suppress(RowError):
+            sample = data.samples.visit(row, visit)
+            samples[sample.id] = sample
+    return samples
 
 
 def prove_packed_rows(model: PreTrainedModel, data: TrainingData) -> None:

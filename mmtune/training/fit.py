@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,11 +16,13 @@ from mmtune.data.encoding.feature_store import FeatureStore
 from mmtune.data.sources.row_cache import file_signatures
 from mmtune.distributed.context import check_strategy
 from mmtune.distributed.fsdp import configure_fsdp
+from mmtune.report.first_batch import record_first_batch
+from mmtune.report.live_report import LiveReport
 from mmtune.run_directory import RunDirectory, step_of
 from mmtune.training.cached_features.feature_cache import FeatureCache
-from mmtune.training.callbacks import DisableInputRequireGrads, RecordMetrics, StopOnSignal, draw_loss_curve, early_stopping
+from mmtune.training.callbacks import DisableInputRequireGrads, RecordMetrics, StopOnSignal, UpdateReport, early_stopping
 from mmtune.training.checkpoint import fixed_sources
-from mmtune.training.dataloader import TrainingData, make_batches, optimizer_steps
+from mmtune.training.dataloader import TrainingData, first_samples, make_batches, optimizer_steps
 from mmtune.training.held_out.held_out_answers import held_out_scores
 from mmtune.training.held_out.held_out_loss import HeldOutLoss
 from mmtune.training.profiling.profiled_trainer import ProfiledTrainer
@@ -27,8 +30,9 @@ from mmtune.training.profiling.step_profiler import WARMUP, ProfileSettings, run
 from mmtune.training.run_inputs import RunInputs
 from mmtune.training.trackers.run_trackers import RunTrackers
 from mmtune.training.trainer import TuningTrainer
-from mmtune.tuning.apply import TunedModel
+from mmtune.tuning.apply import TunedModel, modules_record
 from mmtune.utils.errors import UserError
+from mmtune.utils.files import replace_text, report_disk_errors
 
 
 def check_profile(inputs: RunInputs) -> None:
@@ -92,6 +96,7 @@ def create_trainer(
         data_files=file_signatures(fixed_sources(recipe)) if dist.is_main_process else {},  # only it finalizes checkpoints
         initial=tuned.initial,
         feature_cache=feature_cache,
+        record_batch=_batch_recorder(inputs, data, processor, run),
         **_held_out(inputs, processor, store, trackers),
     )
     check_strategy(trainer.accelerator, dist, recipe.model.precision)
@@ -100,7 +105,24 @@ def create_trainer(
     for duplicate in (ProgressCallback, PrinterCallback):  # RecordMetrics prints the same
         trainer.remove_callback(duplicate)
     trackers.start(trainer)
+    if dist.is_main_process:
+        replace_text(run.modules, json.dumps(modules_record(tuned), indent=2) + "\n")
+        trainer.add_callback(UpdateReport(LiveReport(run, recipe)))
     return trainer
+
+
+def _batch_recorder(
+    inputs: RunInputs, data: TrainingData, processor: ProcessorMixin, run: RunDirectory
+) -> Callable[[Mapping[str, Any], Sequence[str]], None] | None:
+    """Records the first batch of a new run, from the batch and the ids of its rows; None in the other processes."""
+    if not inputs.dist.is_main_process or inputs.checkpoint is not None:
+        return None
+
+    def record(batch: Mapping[str, Any], rows: Sequence[str]) -> None:
+        with report_disk_errors(run.first_batch):
+            record_first_batch(run.first_batch, processor, inputs.recipe.data, batch, rows, first_samples(data))
+
+    return record
 
 
 def _held_out(
@@ -118,7 +140,7 @@ def _held_out(
 
 
 def run_training(trainer: TuningTrainer, inputs: RunInputs, run: RunDirectory, trackers: RunTrackers) -> dict[str, Any]:
-    """Train to the end and plot the losses, and write the data report however training ends.
+    """Train to the end, and write the data report however training ends.
 
     A new run that fails before its first step leaves nothing behind.
 
@@ -150,8 +172,6 @@ def run_training(trainer: TuningTrainer, inputs: RunInputs, run: RunDirectory, t
             f"no usable training sample: every sampled row was dropped or quarantined; {report.summary()}; see {run.data_report}"
         )
     print(report.summary())
-    if is_main_process:
-        draw_loss_curve(run.metrics, run.loss_curve)
     seconds = round(time.perf_counter() - start, 1)
     return {"train_seconds": seconds, "steps": trainer.state.global_step, **best_step_metrics(trainer)}
 

@@ -90,6 +90,7 @@ class TuningTrainer(HookedTrainer):
         held_out: the rows that are evaluated while training.
         held_out_scores: further metrics of these rows, from the model without the wrappers of a distributed run.
         feature_cache: the features of the batches' images, if the recipe keeps them.
+        record_batch: gets the first batch of this process and the ids of its rows.
     """
 
     def __init__(
@@ -109,12 +110,14 @@ class TuningTrainer(HookedTrainer):
         held_out: HeldOutLoss | None = None,
         held_out_scores: Callable[[nn.Module], dict[str, float]] | None = None,
         feature_cache: FeatureCache | None = None,
+        record_batch: Callable[[Mapping[str, Any], Sequence[str]], None] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, eval_dataset=None if held_out is None else held_out.data, **kwargs)
         self._held_out = held_out
         self._held_out_scores = held_out_scores
         self._feature_cache = feature_cache
+        self._record_batch = record_batch
         self.model_accepts_loss_kwargs = True  # the loss below is a sum divided by the global count of supervised tokens
         self._objective = objective
         self._data_report = data_report
@@ -407,6 +410,9 @@ class TuningTrainer(HookedTrainer):
         self._passes = len(batches) * self._dist.size
         self._loss_before_step = self.accumulated_loss.clone()
         self._losses.begin_step()
+        if self._record_batch is not None and "input_ids" in batches[0]:
+            self._record_batch(batches[0], batches[0]["rows"])
+            self._record_batch = None
         faults = [fault for batch in batches for fault in batch.pop("faults")]
         self._step_rows = [row for batch in batches for row in batch.pop("rows")]
         self._step_rows += [fault.row for fault in faults if isinstance(fault, RowError) and fault.row not in self._step_rows]

@@ -7,7 +7,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -56,12 +56,14 @@ class TunedModel:
         counts: parameters by component.
         learning_rates: by parameter name, where it is not the run's own.
         initial: LoRA's matrices before training, where the adapter's file needs them (`initial_factors`).
+        notes: sentences on parts that stay frozen.
     """
 
     model: PreTrainedModel | PeftModel
     counts: list[ComponentCount]
     learning_rates: dict[str, float]
     initial: dict[str, torch.Tensor] | None
+    notes: list[str]
 
 
 def tune_model(
@@ -86,11 +88,12 @@ def tune_model(
     counts = count_parameters(tuned, components, tune, learning_rate)
     print_trained_modules(trained_modules(tuned))
     print_parameters(counts)
-    for line in describe_frozen_experts(stacks, tuned, base_components, tune):
+    notes = list(describe_frozen_experts(stacks, tuned, base_components, tune))
+    why = "PEFT saves modules beside an adapter, and it is a parameter of its own"
+    notes += [f"tune.projector: {part} stays frozen: {why}" for part in kept_frozen]
+    for line in notes:
         print(line)
-    for part in kept_frozen:
-        print(f"tune.projector: {part} stays frozen: PEFT saves modules beside an adapter, and it is a parameter of its own")
-    return TunedModel(tuned, counts, learning_rates(tuned, components, tune, learning_rate), initial_factors(tuned))
+    return TunedModel(tuned, counts, learning_rates(tuned, components, tune, learning_rate), initial_factors(tuned), notes)
 
 
 def apply_tuning(
@@ -285,6 +288,16 @@ def trained_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
         modules, total = by_path.get(path, (0, 0))
         by_path[path] = modules + 1, total + size
     return by_path
+
+
+def modules_record(tuned: TunedModel) -> dict[str, Any]:
+    """Trainable parameters by component, with the adapted modules and sentences on what stays frozen."""
+    return {
+        "class": type(tuned.model.get_base_model() if isinstance(tuned.model, PeftModel) else tuned.model).__name__,
+        "components": [asdict(count) for count in tuned.counts],
+        "modules": trained_modules(tuned.model),
+        "lines": tuned.notes,
+    }
 
 
 def describe_frozen_experts(

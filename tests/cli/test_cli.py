@@ -135,13 +135,13 @@ def test_a_run_directory_is_complete_and_machine_readable(
     assert low <= summary["tuned_score"] <= high
     assert 0 < summary["trainable_parameters"] < summary["total_parameters"]
     names = {path.name for path in run.iterdir()}
-    assert names >= {"recipe.yaml", "environment.json", "data_report.json", "metrics.jsonl", "loss.png", "report.html", "adapter"}
+    assert names >= {"recipe.yaml", "environment.json", "data_report.json", "metrics.jsonl", "modules.json", "first_batch.json"}
+    assert names >= {"report.html", "adapter"}
     environment = json.loads((run / "environment.json").read_text())
     assert environment["command"][:2] == ["mmtune", "train"]
     assert environment["versions"]["transformers"]
     assert environment["seed"] == 0
     assert yaml.safe_load((run / "recipe.yaml").read_text())["train"]["max_steps"] == 3
-    assert Image.open(run / "loss.png").size[0] > 100
 
     after = (run / "answers_after.jsonl").read_bytes()
     assert entry_point(["eval", str(run), "--json"]) == 0

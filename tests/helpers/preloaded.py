@@ -8,8 +8,6 @@ prepare_torchvision()
 
 import accelerate.commands.launch  # noqa: E402, F401
 import deepspeed  # noqa: E402, F401
-import matplotlib.backends.backend_agg  # noqa: E402
-import matplotlib.figure  # noqa: E402, F401
 import PIL.Image  # noqa: E402
 import transformers.models.clip.modeling_clip  # noqa: E402
 import transformers.models.llama.modeling_llama  # noqa: E402, F401

@@ -20,7 +20,8 @@ from mmtune.evaluation.scores import metric_lines, print_scores, score_rows
 from mmtune.methods.method_table import METHODS
 from mmtune.methods.show_methods import print_methods
 from mmtune.recipe.recipe import Recipe
-from mmtune.report.run_report import select_answers, write_report
+from mmtune.report.answer_cards import select_answers
+from mmtune.report.run_report import rewrite_report
 from mmtune.run_directory import RunDirectory
 from mmtune.tuning.apply import ComponentCount, print_parameters, print_trained_modules
 
@@ -77,11 +78,12 @@ def _run(recipe: Recipe, answers: list[Answer], before: list[Answer]) -> tuple[R
     run = RunDirectory(Path(recipe.output_dir))
     run.path.mkdir()
     run.recipe.write_text(recipe.to_yaml())
-    Image.new("RGB", (8, 8)).save(run.loss_curve)
-    run.update_summary(SUMMARY)
+    run.update_summary(SUMMARY if answers else {name: value for name, value in SUMMARY.items() if "scores" not in name})
     write_answers(answers, run.answers("after"))
     write_answers(before, run.answers("before"))
-    write_report(run, recipe, run.read_summary())
+    run.environment.write_text('{"command": ["mmtune", "train", "<b>&x</b>"], "versions": {"mmtune": "1"}}')
+    run.metrics.write_text('{"step": 1, "loss": 2.0, "loss/<i>a</i>": 2.5}\n{"step": 2, "loss": 1.0, "loss/<i>a</i>": 1.5}\n')
+    rewrite_report(run)
     return run, _Page(run.report.read_text(encoding="utf-8"))
 
 
@@ -95,33 +97,37 @@ def test_the_page_is_self_contained_and_shows_hostile_text_as_text(make_recipe: 
     _, page = _run(recipe, [hostile, _answer(1, True, prediction="")], [hostile, _answer(1, False, prediction="before all")])
 
     kinds = {tag for tag, _ in page.tags}
-    assert not kinds & {"script", "link", "iframe", "object", "base"}
+    assert not kinds & {"link", "iframe", "object", "base", "i", "form"}
+    scripts = [attributes for tag, attributes in page.tags if tag == "script"]  # values of two plots, then the page's own
+    assert scripts == [{"type": "application/json"}] * 2 + [{}]
     for tag, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes), tag
-        assert not attributes.get("href")
+        assert (attributes.get("href") or "#").startswith("#")
+        assert "style" not in attributes
         assert (attributes.get("src") or "data:").startswith("data:")
     style = re.search(r"<style>(.*?)</style>", (Path(recipe.output_dir) / "report.html").read_text(), re.DOTALL)
     assert style and "url(" not in style[1] and "@import" not in style[1]
-    assert page.text.count(HOSTILE) == 7  # a score, question, reference, both predictions, id, task
+    shown = page.text[page.text.index("</style>") + 1 :] if "</style>" in page.text else page.text
+    assert shown.count(HOSTILE) == 8  # a score, question, reference, both predictions, id, task, a choice of the filter
 
     # On a narrow page each text stands beside the name of its column.
-    columns = [attributes["data-column"] for tag, attributes in page.tags if tag == "td"]
-    assert columns == [*score_rows(SUMMARY)[0]] * 2
+    columns = [attributes["data-column"] for tag, attributes in page.tags if "data-column" in attributes]
+    assert columns[: 2 * len(score_rows(SUMMARY)[0])] == [*score_rows(SUMMARY)[0]] * 2
 
     pictures = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
-    assert len(pictures) == 3
+    assert len(pictures) == 2
     decoded = [Image.open(io.BytesIO(base64.b64decode(str(picture).partition("base64,")[2]))) for picture in pictures]
-    assert [image.size for image in decoded] == [(8, 8), (320, 160), (320, 160)]
+    assert [image.size for image in decoded] == [(320, 160), (320, 160)]
     assert decoded[1].convert("RGB").getpixel((5, 5)) == (10, 200, 30)
-    for shown in ("1,234,567 of 7,654,321", "1 quarantined, 2 dropped", "(empty answer)", "before all", "5.0% to 70.0%", "75.0%"):
-        assert shown in " ".join(page.text.split())
+    for text in ("1,500 MB", "in 12.5 s", "(empty answer)", "before all", "5.0% to 70.0%", "75.0%", "mmtune train <b>&x</b>"):
+        assert text in " ".join(page.text.split())
 
 
 def test_the_report_of_a_run_without_evaluation(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe()
     assert recipe.evaluate is None
     _, page = _run(recipe, [], [])
-    assert [tag for tag, _ in page.tags].count("img") == 1 and "Answers" not in page.text
+    assert [tag for tag, _ in page.tags].count("img") == 0 and "Answers" not in page.text
 
 
 def test_the_report_of_a_run_without_answers(make_recipe: MakeRecipe, rows: Path) -> None:

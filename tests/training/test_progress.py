@@ -29,7 +29,7 @@ from mmtune.objectives.sft import score_supervised_only
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
-from mmtune.training.callbacks import RecordMetrics, draw_loss_curve, progress_line
+from mmtune.training.callbacks import RecordMetrics, progress_line
 from mmtune.training.throughput import progress
 from mmtune.training.throughput.cpu_wait import CpuWait
 from mmtune.training.throughput.flops import ModelFlops, PeakFlops, peak_flops
@@ -66,16 +66,6 @@ def step(model: Any, rows: Sequence[dict[str, torch.Tensor]], counted: ModelFlop
             loss = model(**inputs).loss
         loss.backward()
     return counted.take(), counter.get_total_flops()
-
-
-def test_the_loss_curve_shows_the_losses_and_names_its_axes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.extend(figure.axes))
-    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 2.5}\n{"step": 20, "loss": 0.5}\n', encoding="utf-8")
-    draw_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
-    [axes] = drawn
-    assert axes.lines[0].get_xydata().tolist() == [[10, 2.5], [20, 0.5]]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "loss per supervised token")
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])

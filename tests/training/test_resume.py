@@ -33,7 +33,7 @@ AUGMENTED = "data.train.0.augment={crop: 0.5, flip: 0.5, brightness: 0.5}"
 
 def stop_after(run: RunDirectory, step: int) -> None:
     """What a run leaves that was killed after a checkpoint: no figures, no adapter, and metrics past the checkpoint."""
-    for path in (run.summary, run.report, run.loss_curve):
+    for path in (run.summary, run.report):
         path.unlink(missing_ok=True)
     shutil.rmtree(run.adapter if run.adapter.exists() else run.model)
     for path in run.checkpoints.glob("checkpoint-*"):

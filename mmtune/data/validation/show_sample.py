@@ -28,7 +28,7 @@ from mmtune.data.templates.regions import Region, pixels
 from mmtune.recipe.recipe import DataSection, Source
 from mmtune.utils.errors import UserError
 
-Kind = Literal["prompt", "supervised", "media"]
+Kind = Literal["prompt", "supervised", "media", "padding"]
 STYLES = {"prompt": "", "supervised": "bold green", "media": "cyan"}
 REPLACEMENT_CHARACTER = "\ufffd"
 """The text that a tokenizer decodes from an incomplete character."""
@@ -41,7 +41,8 @@ class Token:
     Attributes:
         id: the token id.
         text: the text that it adds to the decoded text; a character of several tokens belongs to the last of them.
-        kind: `supervised` if the loss includes it, `media` if it belongs to an expanded image placeholder, else `prompt`.
+        kind: `supervised` if the loss includes it, `media` if it belongs to an expanded image placeholder, `padding` in a
+            batch, else `prompt`.
     """
 
     id: int

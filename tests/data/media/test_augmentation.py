@@ -32,7 +32,7 @@ from mmtune.evaluation.answers import Answer
 from mmtune.planning.token_plan import build_plan
 from mmtune.recipe.recipe import DataSection, Source
 from mmtune.release.merge import parity_samples
-from mmtune.report.answer_cards import _images
+from mmtune.report.answer_cards import images_of
 from mmtune.training.dataloader import make_batches
 from mmtune.training.trainer import EpochLoader
 from mmtune.utils.errors import UserError
@@ -404,7 +404,7 @@ def test_a_report_and_chat_show_images_through_the_window(tmp_path: Path, untrai
     source = Source(path=str(tmp_path / "rows.json"), template="llava", window=(0.0, 4.0))
     [sample] = list(IndexedSamples([source]))
     answer = Answer(sample.id, None, "What?", (str(sample.images[0]),), ("a ramp",), "a ramp", "ramp", "exact_match", score=1.0)
-    [image] = _images([answer], [source])[sample.id]
+    [image] = images_of([answer], [source])[sample.id]
     assert np.asarray(open_image(image))[..., 0].ravel()[[0, -1]].tolist() == [0, 255]
     model, processor = untrained
     assert ChatSession(model, processor, window=(0.0, 4.0)).attach(tmp_path / "0.tif") == (48, 40)
