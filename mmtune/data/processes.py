@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mmtune.console.library_output import shows_progress
 from mmtune.data.message import RowError
 from mmtune.utils.errors import UserError
-from mmtune.utils.threads import usable_cores
+from mmtune.utils.threads import core_share
 
 CHUNK = 64
 """Rows per task of a process."""
@@ -41,7 +41,8 @@ def map_rows(
     Args:
         function: from a row number to a result that can be sent between processes. If it raises a RowError, that is the result.
         rows: the row numbers.
-        processes: number of worker processes; None for one per usable core, and none for few rows. Always none without fork.
+        processes: number of worker processes; None for one per core (of its share, under a launcher), and none for few
+            rows. Always none without fork.
         description: the label of the progress bar; None: no bar.
         chunk: rows per task of a process. Each process is at most one task ahead.
 
@@ -49,7 +50,7 @@ def map_rows(
         UserError: any other user error of the function, which is not about a single row; or a process that crashed.
     """
     if processes is None:
-        cores = usable_cores()
+        cores = core_share()
         processes = min(cores, -(-len(rows) // CHUNK)) if len(rows) > SERIAL_ROWS and cores > 1 else 0
     if sys.platform != "linux":  # a process that is not forked cannot get every function
         processes = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from mmtune.data.encoding.token_counts import count_tokens, counts_by_arithmetic
 from mmtune.data.message import RowError, Sample
 from mmtune.data.processes import map_rows
 from mmtune.data.sources.row_cache import Arrays, RowCache, cache_directory
+from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.planning.plan_cache import plan_key
 from mmtune.recipe.recipe import DataSection
 
@@ -85,20 +86,24 @@ def build_plan(
     *,
     cache: RowCache | None = None,
     processes: int | None = None,
+    dist: DistributedContext = SINGLE_PROCESS,
 ) -> Plan:
     """Count the tokens of every row, or with a cache only of new rows and rows with changed media.
+
+    Each process of a run counts its share of these rows; all return the same plan. Only the main process uses the cache.
 
     Args:
         samples: the rows. A RowError of a row is recorded in the plan.
         processor: of the model, with its chat template.
         supervise: the recipe's `data.supervise`.
         cache: the cache of the plan, if any.
-        processes: the number of worker processes, as in `map_rows`.
+        processes: the number of worker processes of each process, as in `map_rows`.
+        dist: the processes of the run.
 
     Raises:
         UserError: tokens cannot be counted for this processor.
     """
-    known = _read_cache(cache, len(samples)) if cache else None
+    known = _read_cache(cache, len(samples)) if cache and dist.is_main_process else None
     if known is None:
         stale = np.arange(len(samples))
         plan = _empty(len(samples))
@@ -106,14 +111,29 @@ def build_plan(
         plan = known
         assert plan.media is not None
         stale = np.union1d(plan.media.stale_rows(), np.array(sorted(plan.errors), dtype=np.int64))
-    counts_by_arithmetic(processor)  # determined once here, not in every process
-    results = map_rows(partial(_count_row, samples, processor, supervise), stale, processes, "counting tokens")
-    plan, changed = _with_counts(plan, stale, results)
-    cache_file = None
-    if cache is not None:
-        there = next((path for path in cache.paths if path.exists()), None)
-        cache_file = _write_cache(cache, plan) if changed or known is None else there
-    return replace(plan, counted=len(stale), cache_file=cache_file)
+    stale = dist.broadcast_object(stale)
+    counts_by_arithmetic(processor)  # determined once here, not in every worker process
+    results = _map_shares(partial(_count_row, samples, processor, supervise), stale, processes, "counting tokens", dist)
+    if dist.is_main_process:
+        plan, changed = _with_counts(plan, stale, results)
+        cache_file = None
+        if cache is not None:
+            there = next((path for path in cache.paths if path.exists()), None)
+            cache_file = _write_cache(cache, plan) if changed or known is None else there
+        plan = replace(plan, counted=len(stale), cache_file=cache_file, media=None)
+    shared: Plan = dist.broadcast_object(plan)
+    return shared
+
+
+def _map_shares(
+    function: Callable[[int], Any], rows: IntArray, processes: int | None, description: str, dist: DistributedContext
+) -> Iterator[Any]:
+    """`map_rows` with the rows divided among the processes of a run; each returns the results of all, in order."""
+    own = map_rows(function, rows[dist.rank :: dist.size], processes, description)
+    if dist.size == 1:
+        return own
+    shares = dist.all_gather_object(list(own))
+    return (shares[number % dist.size][number // dist.size] for number in range(len(rows)))
 
 
 def _count_row(samples: Sequence[Sample], processor: ProcessorMixin, supervise: Supervise, index: int) -> Any:
@@ -246,6 +266,7 @@ def predict_outcome(
     supervise: Supervise = "all",
     *,
     processes: int | None = None,
+    dist: DistributedContext = SINGLE_PROCESS,
 ) -> OverLengthOutcome:
     """Predict the effect of the over-length policy. Only rows that are too long are read again.
 
@@ -253,7 +274,7 @@ def predict_outcome(
         plan: of the same samples, processor and `supervise`.
         max_tokens: the limit; None: no limit.
         policy: as in `fit_to_budget`.
-        processes: as `build_plan`.
+        processes, dist: as `build_plan`.
     """
     lengths = plan.tokens.copy()
     if max_tokens is None:
@@ -265,7 +286,7 @@ def predict_outcome(
     fits = partial(_fit_row, samples, processor, supervise, max_tokens, policy)
     dropped: list[int] = []
     fewer = images_dropped = smaller = images_resized = 0
-    for row, result in zip(longer.tolist(), map_rows(fits, longer, processes, "fitting long rows"), strict=True):
+    for row, result in zip(longer.tolist(), _map_shares(fits, longer, processes, "fitting long rows", dist), strict=True):
         if isinstance(result, RowError):
             dropped.append(row)
             lengths[row] = 0
@@ -276,11 +297,14 @@ def predict_outcome(
     return OverLengthOutcome(lengths, len(longer), dropped, fewer, images_dropped, smaller, images_resized)
 
 
-def plan_section(samples: Sequence[Sample], section: DataSection, processor: ProcessorMixin) -> tuple[Plan, OverLengthOutcome]:
-    """The cached plan of a recipe's rows, and the effect of its over-length policy. Raises as `build_plan`."""
+def plan_section(
+    samples: Sequence[Sample], section: DataSection, processor: ProcessorMixin, dist: DistributedContext = SINGLE_PROCESS
+) -> tuple[Plan, OverLengthOutcome]:
+    """The cached plan of a recipe's rows, and the effect of its over-length policy; see `build_plan`."""
     cache = RowCache(cache_directory(section.train), plan_key(section.train, processor, section.supervise), "plan")
-    plan = build_plan(samples, processor, section.supervise, cache=cache)
-    return plan, predict_outcome(plan, samples, processor, section.max_tokens, section.over_length, section.supervise)
+    plan = build_plan(samples, processor, section.supervise, cache=cache, dist=dist)
+    outcome = predict_outcome(plan, samples, processor, section.max_tokens, section.over_length, section.supervise, dist=dist)
+    return plan, outcome
 
 
 def _fit_row(

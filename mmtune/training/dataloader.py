@@ -59,7 +59,7 @@ def plan_rows(
     report: DataReport,
     dist: DistributedContext,
 ) -> NDArray[np.int64] | None:
-    """Count the tokens of every row in the main process, if the recipe needs it. Rows that cannot be trained on are reported.
+    """Count the tokens of every row, if the recipe needs it. Rows that cannot be trained on are reported.
 
     Returns:
         Tokens of every row in training, shape (rows,); 0 for rows that are left out. None if rows are not counted.
@@ -75,20 +75,17 @@ def plan_rows(
                 "batch"
             )
         return None
-    counted = None
-    if dist.is_main_process:
-        plan, outcome = plan_section(samples, section, processor)
-        limit = section.max_tokens or 0  # without a limit no row is dropped
-        longer = [over_length_error(samples[row].id, int(plan.tokens[row]), limit) for row in outcome.dropped]
-        if longer and section.over_length == "error":
-            raise UserError(f"{len(longer)} rows are too long, the first: {longer[0]} ({OVER_LENGTH_HINT})")
-        counted = outcome.lengths, [*plan.errors.values(), *longer]
-    lengths, errors = dist.broadcast_object(counted)
-    for fault in errors:
+    plan, outcome = plan_section(samples, section, processor, dist)
+    dropped = outcome.dropped if dist.is_main_process else []
+    limit = section.max_tokens or 0  # without a limit no row is dropped
+    longer = [over_length_error(samples[row].id, int(plan.tokens[row]), limit) for row in dropped]
+    if longer and section.over_length == "error":
+        raise UserError(f"{len(longer)} rows are too long, the first: {longer[0]} ({OVER_LENGTH_HINT})")
+    for fault in (*plan.errors.values(), *dist.broadcast_object(longer)):
         report.add(fault)
     report.checked = len(samples)
     report.stop_past(section.max_bad_fraction)
-    return lengths
+    return outcome.lengths
 
 
 @dataclass(frozen=True)

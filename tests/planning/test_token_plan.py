@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from family_processors import FAMILIES
+from forked import forking, settle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import distributed
 
 from mmtune.cli.main import entry_point
 from mmtune.data.batching.bin_packing import pack_lengths, packing_efficiency
@@ -26,6 +28,7 @@ from mmtune.data.encoding.over_length import fit_to_budget
 from mmtune.data.message import RowError
 from mmtune.data.sources import row_cache
 from mmtune.data.sources.row_cache import RowCache, cache_directory, file_signatures
+from mmtune.distributed.context import SINGLE_PROCESS, DistributedContext
 from mmtune.planning.plan_cache import plan_key
 from mmtune.planning.plan_report import histogram, plan_statistics
 from mmtune.planning.token_plan import Plan, build_plan, predict_outcome
@@ -116,6 +119,53 @@ def test_a_processor_that_cannot_be_counted_stops_the_plan_in_any_process(data: 
             UserError, match=r"^model: Silent has no `replace_image_token`, and its token ids do not show the text of an image"
         ):
             build_plan(IndexedSamples(_sources(data)), processor, processes=processes)
+
+
+class Recorded(IndexedSamples):
+    """Notes which rows are read."""
+
+    def __getitem__(self, index: int) -> Any:
+        self.read = sorted({*getattr(self, "read", ()), index})
+        return super().__getitem__(index)
+
+
+def _limited_plan(data: Path, dist: DistributedContext = SINGLE_PROCESS) -> list[Any]:
+    """A plan with an over-length policy, as plain values; its number of counted rows, and those that this process has read."""
+    processor, sources, samples = FAMILIES["qwen2_vl"](), _sources(data), Recorded(_sources(data))
+    cache = RowCache(cache_directory(sources), plan_key(sources, processor, "all"), "plan")
+    plan = build_plan(samples, processor, cache=cache, dist=dist)
+    counts = [getattr(plan, name).tolist() for name in ("tokens", "media_tokens", "supervised", "images")]
+    outcome = predict_outcome(plan, IndexedSamples(sources), processor, 40, "shrink_media", dist=dist)
+    errors = {str(row): [error.row, str(error)] for row, error in plan.errors.items()}
+    fitted = [outcome.lengths.tolist(), outcome.dropped, outcome.smaller_images, outcome.images_resized]
+    return [[counts, errors, fitted], plan.counted, samples.read]
+
+
+def _plan_in_process(rank: int, data: Path) -> None:
+    settle(data.with_suffix(f".{rank}.log"))
+    distributed.init_process_group("gloo", init_method=f"file://{data.parent / 'store'}", rank=rank, world_size=2)
+    data.with_suffix(f".{rank}.json").write_text(json.dumps(_limited_plan(data, DistributedContext(rank, 2))))
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_run_count_their_shares_and_have_the_plan_of_one(data: Path) -> None:
+    """The second time they count the row that has an error and the one whose image has changed."""
+    expected, *_ = _limited_plan(data)
+    assert expected[2][2] > 0 and expected[1]  # rows are fitted, and one has an error
+    [file] = (data.parent / ".mmtune").iterdir()
+    alone = file.read_bytes()
+    file.unlink()
+    for counted, shares in ((6, [[0, 2, 4], [1, 3, 5]]), (2, [[4], [5]])):
+        started = [forking.Process(target=_plan_in_process, args=(rank, data)) for rank in range(2)]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join()
+        results = [json.loads(data.with_suffix(f".{rank}.json").read_text()) for rank in range(2)]
+        assert results == [[expected, counted, rows] for rows in shares]
+        assert counted == 2 or file.read_bytes() == alone
+        (data.parent / "store").unlink(missing_ok=True)
+        os.utime(data.parent / "large.png", ns=(1, 1))
 
 
 # ---- the cache

@@ -79,7 +79,7 @@ def plan_held_out(recipe: Recipe, processor: ProcessorMixin, dist: DistributedCo
     chosen = np.arange(total)
     if drawn.rows is not None and drawn.rows < total:
         chosen = np.sort(np.random.default_rng(drawn.seed).choice(total, drawn.rows, replace=False))
-    lengths = dist.broadcast_object(_count(samples, section, chosen, processor) if dist.is_main_process else None)
+    lengths = _count(samples, section, chosen, processor, dist)
     usable = lengths > 0
     if not usable.any():
         raise RecipeValueError(KEY, f"all {len(chosen)} held-out rows are longer than data.max_tokens: {section.max_tokens}")
@@ -89,10 +89,14 @@ def plan_held_out(recipe: Recipe, processor: ProcessorMixin, dist: DistributedCo
 
 
 def _count(
-    samples: IndexedSamples, section: DataSection, chosen: NDArray[np.int64], processor: ProcessorMixin
+    samples: IndexedSamples,
+    section: DataSection,
+    chosen: NDArray[np.int64],
+    processor: ProcessorMixin,
+    dist: DistributedContext,
 ) -> NDArray[np.int64]:
     """Tokens of the chosen rows, 0 for one that is too long."""
-    plan, outcome = plan_section(samples, section, processor)
+    plan, outcome = plan_section(samples, section, processor, dist)
     inside = set(chosen.tolist())
     errors = [error for row, error in plan.errors.items() if row in inside]
     if errors:
