@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import ProcessorMixin
 
@@ -141,13 +142,27 @@ def _score_plain(
 
 
 def _log_likelihoods(model: nn.Module, encoded: list[Encoded], pad_token_id: int) -> list[float]:
+    return sum_log_likelihoods(*answer_logits(model, encoded, pad_token_id))
+
+
+def answer_logits(model: nn.Module, encoded: list[Encoded], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits that predict the supervised tokens of conversations.
+
+    Logits of all positions of a batch may not fit in memory, so the model computes them only where some row has a label.
+
+    Args:
+        encoded: results of `encode_sample`.
+        pad_token_id: the padding token.
+
+    Returns:
+        Logits of shape (rows, tokens, vocabulary), and labels of shape (rows, tokens), -100 where a row has none.
+    """
     batch: dict[str, Any] = move_batch(model, collate(encoded, pad_token_id))
     labels = batch.pop("labels")
-    # Logits only where a supervised token is predicted: logits of all positions of a batch may not fit in memory.
     supervised = (labels != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
     positions = supervised - 1 + count_virtual_tokens(model)
     if "decoder_input_ids" in batch:  # few classes with an encoder compute logits at some positions only
         logits = model(**batch).logits[:, positions]
     else:
         logits = model(**batch, logits_to_keep=positions).logits
-    return sum_log_likelihoods(logits, labels[:, supervised])
+    return logits, labels[:, supervised]
