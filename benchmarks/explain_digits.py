@@ -1,13 +1,14 @@
 """Explanations on the digits, where the right region is known: the mass inside the cell that a question names.
 
-The recipe is recipes/quickstart.yaml. Held-out questions of the tasks `same` and `larger` name two places, and their answers begin
-with the two digits: "3 7. Answer: 7". So the first token must rest on the first place, the second on the second. A score is the
-share of the positive mass of a token that is inside the named quarter of the scene, the mean of both tokens; chance is the quarter
-itself, 25%. The interval is a bootstrap over scenes, one question each. Every model explains the reference answers, so that all
-explain the same tokens: the tuned model, its base, and the same architecture with random weights, which must be at chance (the
-check of Adebayo et al. 2018, arXiv 1810.03292). The goal: the lower end of the tuned model is at least 1.5 times chance.
+The recipe is recipes/quickstart.yaml. Held-out questions of the tasks `same` and `larger` name two places, and their answers
+begin with the two digits: "3 7. Answer: 7". So the first token must rest on the first place, the second on the second. A score
+is the share of the positive mass of a token that is inside the named quarter of the scene, as the mean of both tokens; chance is
+the quarter itself, 25%. The interval is a bootstrap over scenes, one question each. Every model explains the reference answers,
+so that all explain the same tokens: the tuned model, its base, and the same architecture with random weights, which must be at
+chance (the check of Adebayo et al. 2018, arXiv 1810.03292). The goal: the lower end of the tuned model is at least 1.5 times
+chance.
 
-Usage: mmtune data digits data/digits; python benchmarks/explain_digits.py [--questions 240] [--run runs/quickstart]
+Usage: mmtune data digits data/digits; python benchmarks/explain_digits.py [--questions 300] [--run runs/quickstart]
 It writes benchmarks/results/explain.json and the table in docs/explain.md.
 """
 
@@ -32,6 +33,7 @@ from mmtune.utils.torchvision_support import prepare_torchvision
 prepare_torchvision()  # before transformers imports a processor
 
 from mmtune.builtin.digits import CELL, POSITIONS  # noqa: E402
+from mmtune.builtin.tiny_checkpoint import build_untrained  # noqa: E402
 from mmtune.data.message import Sample, text_message  # noqa: E402
 from mmtune.explain.explanation import mass_inside  # noqa: E402
 from mmtune.explain.explanation_methods import EXPLANATION_METHODS, explain  # noqa: E402
@@ -47,7 +49,6 @@ GOAL = 1.5
 CHANCE = 0.25
 RESAMPLES = 10_000
 TUNED, BASE, RANDOM = "tuned", "base", "random weights"
-MODELS = {BASE: "builtin:tiny-llava", RANDOM: "builtin:tiny-llava-untrained"}
 
 
 def questions(data: Path, count: int) -> list[tuple[Sample, list[str]]]:
@@ -64,9 +65,15 @@ def questions(data: Path, count: int) -> list[tuple[Sample, list[str]]]:
     return selected[:count]
 
 
-def named_mass(path: str, method: str, asked: list[tuple[Sample, list[str]]]) -> list[list[float]]:
+def load(name: str, run: str) -> tuple[Any, Any]:
+    if name == RANDOM:
+        model, processor = build_untrained(seed=0)
+        return model.eval(), processor
+    return load_trained(locate_trained_weights(Path(run if name == TUNED else "builtin:tiny-llava")))
+
+
+def named_mass(model: Any, processor: Any, method: str, asked: list[tuple[Sample, list[str]]]) -> list[list[float]]:
     """For each question, the mass of its first two digits inside the place that each names."""
-    model, processor = load_trained(locate_trained_weights(Path(path)))
     masses = []
     for sample, places in asked:
         explanation = explain(model, processor, sample, method)
@@ -114,7 +121,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "digits")
-    parser.add_argument("--questions", type=int, default=240)
+    parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--run", help="a finished run of recipes/quickstart.yaml (default: train it)")
     arguments = parser.parse_args()
     asked = questions(arguments.data, arguments.questions)
@@ -129,11 +136,13 @@ def main() -> None:
             paths = [f"data.train.0.path={arguments.data / 'tune.json'}", f"evaluate.data.0.path={arguments.data / 'eval.json'}"]
             settings = [*paths, "evaluate.before=false", "train.disable_tqdm=true", f"output_dir={run}"]
             train(load_recipe(ROOT / "recipes" / "quickstart.yaml", settings), ["benchmark"])
-        for model, path in {TUNED: run, **MODELS}.items():
+        for name in (TUNED, BASE, RANDOM):
+            model, processor = load(name, run)
             for method in EXPLANATION_METHODS:
                 start = time.perf_counter()
-                masses = named_mass(path, method, asked)
-                results["scores"].append(summarize(model, method, masses, time.perf_counter() - start))
+                masses = named_mass(model, processor, method, asked)
+                results["scores"].append(summarize(name, method, masses, time.perf_counter() - start))
+                print(results["scores"][-1], flush=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     write_table(PAGE, "explain_digits.py", table(results))
     tuned = [each for each in results["scores"] if each["model"] == TUNED]

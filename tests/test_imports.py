@@ -46,7 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives": BASIC | {"chat_templates", "data", "methods", "models", "recipe"},
     "planning": BASIC | {"data", "families", "methods", "models", "objectives", "recipe", "tuning"},
     "evaluation": BASIC | {"data", "models", "recipe", "run_directory"},
-    "report": BASIC | {"data", "evaluation", "families", "methods", "recipe", "run_directory"},
+    "explain": BASIC | {"data", "evaluation", "models"},
+    "report": BASIC | {"data", "evaluation", "explain", "families", "methods", "recipe", "run_directory"},
     "training": BASIC
     | {"data", "evaluation", "families", "methods", "models", "objectives", "planning", "recipe", "report"}
     | {"run_directory", "tuning"},

@@ -19,10 +19,10 @@ from mmtune.cli.answer_verbs import add_answer_verbs
 from mmtune.cli.comparison_verb import add_comparison_verb
 from mmtune.cli.data_verbs import add_data_verbs
 from mmtune.cli.evaluation_verbs import add_evaluation_verbs
-from mmtune.cli.export_verbs import add_export_verbs
+from mmtune.cli.explain_verb import add_explain_verb
 from mmtune.cli.recipe_verbs import add_recipe_verbs
 from mmtune.cli.run_verbs import add_run_verbs
-from mmtune.cli.serve_verb import add_serve_verb
+from mmtune.cli.serve_verb import add_export_verbs, add_serve_verb
 from mmtune.console.library_output import rank_prefix
 from mmtune.console.signals import exit_on_signals
 from mmtune.console.terminal_text import escape_output, supports_unicode
@@ -176,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     add_run_verbs(verbs, _verb)
     add_evaluation_verbs(verbs, _verb)
     add_answer_verbs(verbs, _verb)
+    add_explain_verb(verbs, _verb)
     add_comparison_verb(verbs, _verb)
     add_serve_verb(verbs, _verb)
     add_export_verbs(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -11,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.cli.comparison_verb import rewrite_page
-from mmtune.cli.verb_arguments import AddVerb, add_recipe_arguments, add_trust
+from mmtune.cli.verb_arguments import (
+    AddVerb,
+    add_question_arguments,
+    add_recipe_arguments,
+    add_trust,
+    check_question_arguments,
+)
 from mmtune.console.library_output import configure_console, rank_prefix
 from mmtune.utils.errors import RecipeValueError, UserError, errors_at_key
 from mmtune.utils.hub import missing_path_message
@@ -71,12 +76,7 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
 
     verb = add(verbs, "chat", _chat, "chat with a run or a model")
     verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a checkpoint of one, an adapter, a model or a hub id")
-    verb.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="an image for the first question; repeat for several"
-    )
-    help_text = "grey images with more than 8 bits: the values that become black and white (as `window` of a source)"
-    verb.add_argument("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help=help_text)
-    verb.add_argument("--system", metavar="TEXT", help="the system prompt (default: that of the chat template, if it has one)")
+    add_question_arguments(verb)
     verb.add_argument("--prompt", metavar="TEXT", help="ask one question and exit (default: a conversation)")
     verb.add_argument("--chat-template", metavar="NAME", help="a shipped chat template or a .jinja file (default: the model's)")
     verb.add_argument(
@@ -210,17 +210,9 @@ def _chat(arguments: argparse.Namespace) -> Any:
 
     if arguments.json and arguments.prompt is None:
         raise UserError("--json needs --prompt")
-    if arguments.window is not None and not (
-        all(map(math.isfinite, arguments.window)) and arguments.window[0] < arguments.window[1]
-    ):
-        low, high = arguments.window
-        raise UserError(f"--window {low:g} {high:g}: expected LOW HIGH, two finite numbers, the lower one first")
+    window = check_question_arguments(arguments)
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: expected at least 1")
-    if arguments.system is not None and not arguments.system.strip():
-        raise UserError("--system: expected a text, got an empty one")
-    if arguments.prompt is not None and not (arguments.prompt.strip() or arguments.image):
-        raise UserError("--prompt: expected a text, got an empty one")
     images = [resolve_image(image) for image in arguments.image]
     trained = locate_trained_weights(Path(arguments.model))
     configure_console()
@@ -239,7 +231,6 @@ def _chat(arguments: argparse.Namespace) -> Any:
         if arguments.chat_template is None or error.key != "model.chat_template":
             raise
         raise UserError(f"--chat-template: {error.problem}") from error
-    window = None if arguments.window is None else (arguments.window[0], arguments.window[1])
     session = ChatSession(to_best_device(model), processor, AnswerSettings(arguments.max_new_tokens), window)
     if arguments.system is not None:
         session.set_system(arguments.system.strip())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -130,8 +131,7 @@ def _grid_of(image: Image.Image, grid: int | None) -> tuple[int, int]:
 
 
 def _intervals(length: int, cells: int) -> list[tuple[int, int]]:
-    edges = cell_edges(length, cells)
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(cell_edges(length, cells)))
 
 
 def _as_media(image: Image.Image) -> EmbeddedMedia:

@@ -77,9 +77,7 @@ class Explanation:
             "method": self.method,
             "answer": self.answer,
             "tokens": [{"text": token.text, "log_probability": token.log_probability} for token in self.tokens],
-            "images": [
-                {"width": image.width, "height": image.height, "scores": image.scores.tolist()} for image in self.images
-            ],
+            "images": [{"width": image.width, "height": image.height, "scores": image.scores.tolist()} for image in self.images],
             "words": [{"text": word.text, "scores": list(word.scores)} for word in self.words],
         }
 
@@ -126,9 +124,7 @@ def mass_inside(image: CellScores, scores: Scores, boxes: Sequence[Box]) -> floa
     rows, columns = scores.shape
     inside = np.zeros_like(positive)
     for x1, y1, x2, y2 in boxes:
-        inside += np.outer(
-            _overlaps(cell_edges(image.height, rows), y1, y2), _overlaps(cell_edges(image.width, columns), x1, x2)
-        )
+        inside += np.outer(_overlaps(cell_edges(image.height, rows), y1, y2), _overlaps(cell_edges(image.width, columns), x1, x2))
     return float((positive * inside).sum() / positive.sum())
 
 
@@ -136,3 +132,26 @@ def _overlaps(edges: Sequence[int], low: int, high: int) -> Scores:
     """For each interval between edges, the share of it inside (low, high)."""
     starts, ends = np.array(edges[:-1]), np.array(edges[1:])
     return np.clip(np.minimum(ends, high) - np.maximum(starts, low), 0, None) / (ends - starts)
+
+
+def top_cells(image: CellScores, scores: Scores, count: int) -> list[tuple[Box, float, float]]:
+    """The cells of an image with the largest positive scores: box, score, and share of all positive scores.
+
+    Args:
+        image: with the extent of the cells.
+        scores: of one token or of the whole answer, shape (rows, columns).
+    """
+    total = float(np.maximum(scores, 0).sum())
+    places = np.argsort(-scores, axis=None, kind="stable")[:count]
+    cells = [(divmod(int(place), scores.shape[1]), float(scores.flat[place])) for place in places]
+    return [(image.cell_box(row, column), score, score / total) for (row, column), score in cells if score > 0]
+
+
+def top_words(words: Sequence[PromptWord], scores: Sequence[float], count: int) -> list[tuple[str, float]]:
+    """The words with the largest positive scores, and the scores.
+
+    Args:
+        scores: of the words, for one token or for the whole answer.
+    """
+    order = sorted(range(len(words)), key=lambda number: -scores[number])[:count]
+    return [(words[number].text, scores[number]) for number in order if scores[number] > 0]

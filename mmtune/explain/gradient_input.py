@@ -16,11 +16,11 @@ from transformers import ProcessorMixin
 
 from mmtune.data.batching.collate import PER_TOKEN
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
-from mmtune.evaluation.predictions.choices import answer_logits
+from mmtune.evaluation.predictions.choices import supervised_logits
 from mmtune.explain.explained_inputs import ExplainedInputs
 from mmtune.explain.occlusion import token_log_probabilities
 from mmtune.explain.word_embeddings import changed_embeddings, mean_embedding
-from mmtune.models.compute import in_eval_mode, move_batch, training_autocast
+from mmtune.models.compute import in_eval_mode, training_autocast
 from mmtune.utils.errors import UserError
 
 Change = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -64,7 +64,7 @@ def gradient_scores(
     with torch.enable_grad(), in_eval_mode(model), EvaluationProgress("explaining", count, "backward passes") as progress:
         baseline = mean_embedding(model)
         with training_autocast(model), words:
-            logits, labels = answer_logits(model, [encoded], processor.tokenizer.pad_token_id)
+            logits, labels = supervised_logits(model, [encoded], processor.tokenizer.pad_token_id)
         values = token_log_probabilities(logits, labels)[0]
         for number, value in enumerate(values):
             gradients = torch.autograd.grad(

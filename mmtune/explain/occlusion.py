@@ -16,7 +16,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from mmtune.evaluation.evaluation_progress import EvaluationProgress
-from mmtune.evaluation.predictions.choices import answer_logits
+from mmtune.evaluation.predictions.choices import supervised_logits
 from mmtune.explain.explained_inputs import ExplainedInputs
 from mmtune.explain.word_embeddings import changed_embeddings, mean_embedding
 from mmtune.models.compute import in_eval_mode, training_autocast
@@ -58,16 +58,14 @@ def occlusion_scores(
 
             words = changed_embeddings(model, replaced.shape, replace_words) if replaced.any() else nullcontext()
             with training_autocast(model), words:
-                logits, labels = answer_logits(model, [encoded for encoded, _ in chunk], pad_token_id)
+                logits, labels = supervised_logits(model, [encoded for encoded, _ in chunk], pad_token_id)
             results.append(token_log_probabilities(logits, labels).cpu())
             progress.update(len(chunk))
     values = torch.cat(results)
     return values[0], values[0] - values[1:]
 
 
-def _rows(
-    inputs: ExplainedInputs, processor: ProcessorMixin
-) -> Iterator[tuple[dict[str, torch.Tensor], tuple[int, ...]]]:
+def _rows(inputs: ExplainedInputs, processor: ProcessorMixin) -> Iterator[tuple[dict[str, torch.Tensor], tuple[int, ...]]]:
     """The tensors of each forward pass, with the positions of the tokens that are replaced in it."""
     yield inputs.encoded, ()
     for encoded in inputs.without_cells(processor):
@@ -92,4 +90,3 @@ def token_log_probabilities(logits: torch.Tensor, labels: torch.Tensor) -> torch
     logits = logits[:, :-1]
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits.log_softmax(dim=-1).gather(-1, labels[:, :-1, None])[..., 0].double()
-

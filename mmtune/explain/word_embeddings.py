@@ -15,9 +15,7 @@ ROWS_AT_ONCE = 8192
 
 
 @contextmanager
-def changed_embeddings(
-    model: nn.Module, shape: torch.Size, change: Callable[[torch.Tensor], torch.Tensor]
-) -> Iterator[None]:
+def changed_embeddings(model: nn.Module, shape: torch.Size, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Change the embeddings of the prompt in every forward pass of the block, before images are put among them.
 
     Args:

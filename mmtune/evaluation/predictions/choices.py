@@ -142,10 +142,10 @@ def _score_plain(
 
 
 def _log_likelihoods(model: nn.Module, encoded: list[Encoded], pad_token_id: int) -> list[float]:
-    return sum_log_likelihoods(*answer_logits(model, encoded, pad_token_id))
+    return sum_log_likelihoods(*supervised_logits(model, encoded, pad_token_id))
 
 
-def answer_logits(model: nn.Module, encoded: list[Encoded], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def supervised_logits(model: nn.Module, encoded: list[Encoded], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits that predict the supervised tokens of conversations.
 
     Logits of all positions of a batch may not fit in memory, so the model computes them only where some row has a label.

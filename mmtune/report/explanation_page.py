@@ -1,0 +1,123 @@
+"""HTML page of an explanation: heat maps over the images and the words of the prompt, for each token of the answer."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mmtune.data.media.media import Media
+from mmtune.data.validation.show_sample import escape_invisible, show_line_breaks
+from mmtune.explain.explanation import CellScores, Explanation, Scores, top_cells
+from mmtune.report.pages import data_uri, render_page
+from mmtune.report.sample_page import page_image
+from mmtune.utils.errors import UserError, reason_of
+
+RAISES, LOWERS = (245, 130, 32), (45, 125, 245)
+"""Orange and blue, which people with any color blindness tell apart, and which show on black and on white."""
+OPAQUE = 215
+"""The opacity, of 255, of the cell with the largest score."""
+LEVELS = 5
+"""Steps of a word's color, in explanation.css."""
+TOP_CELLS = 5
+STYLES, SCRIPTS = ("tokens.css", "explanation.css"), ("explanation.js",)
+
+
+def write_explanation(explanation: Explanation, images: Sequence[Media], prompt: str, path: Path) -> None:
+    """Write a self-contained HTML page.
+
+    Args:
+        images: of the conversation, in order.
+        prompt: the question, for the top of the page.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    values = explanation_values(explanation, images)
+    page = render_page(
+        "explanation.html.jinja",
+        styles=STYLES,
+        scripts=SCRIPTS,
+        title=f"Explanation: {escape_invisible(explanation.answer)[:80]}",
+        prompt=escape_invisible(prompt),
+        explained=values,
+    )
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {path}: {reason_of(error)}") from error
+
+
+def explanation_values(explanation: Explanation, images: Sequence[Media], key: str = "token") -> dict[str, Any]:
+    """The values of the templates for one explanation.
+
+    Args:
+        key: the name of the choice of a token, unique in the page.
+    """
+    count = len(explanation.tokens)
+    total = sum(token.log_probability for token in explanation.tokens)
+    labels = [("whole answer", total), *((show_line_breaks(t.text), t.log_probability) for t in explanation.tokens)]
+    chosen = [list(range(count)), *([number] for number in range(count))]
+    return {
+        "key": key,
+        "method": explanation.method,
+        "images": [
+            {**page_image(media, ()), "views": [_map_view(scores, tokens) for tokens in chosen]}
+            for media, scores in zip(images, explanation.images, strict=True)
+        ],
+        "views": [
+            {"label": label, "log_probability": f"{value:.2f}", **_word_view(explanation, tokens)}
+            for (label, value), tokens in zip(labels, chosen, strict=True)
+        ],
+    }
+
+
+def _map_view(image: CellScores, tokens: Sequence[int]) -> dict[str, Any]:
+    """The overlay of an image for a token, or for several: their sum."""
+    scores = image.scores[list(tokens)].sum(axis=0)
+    lines = [
+        f"x {x1} to {x2}, y {y1} to {y2}: {score:+.2f} nats, {share:.0%}"
+        for (x1, y1, x2, y2), score, share in top_cells(image, scores, TOP_CELLS)
+    ]
+    return {"uri": data_uri(heat_map(scores), "png"), "scale": f"{_largest(scores):.2f}", "lines": lines}
+
+
+def _word_view(explanation: Explanation, tokens: Sequence[int]) -> dict[str, Any]:
+    scores = [sum(word.scores[number] for number in tokens) for word in explanation.words]
+    largest = _largest(np.array(scores or [0.0]))
+    words = [
+        {"text": escape_invisible(word.text), "score": f"{score:+.2f}", "level": _level(score, largest)}
+        for word, score in zip(explanation.words, scores, strict=True)
+    ]
+    return {"words": words, "word_scale": f"{largest:.2f}"}
+
+
+def heat_map(scores: Scores) -> bytes:
+    """A PNG image with one pixel for each cell: orange where the score is positive, blue where it is negative.
+
+    The opacity is proportional to the score; that of the largest is `OPAQUE`.
+
+    Args:
+        scores: shape (rows, columns).
+    """
+    strength = np.abs(scores) / (_largest(scores) or 1)
+    color = np.where((scores > 0)[..., None], np.array(RAISES), np.array(LOWERS))
+    pixels: NDArray[np.uint8] = np.dstack([color, strength * OPAQUE]).round().astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, "RGBA").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _largest(scores: Scores) -> float:
+    return float(np.abs(scores).max())
+
+
+def _level(score: float, largest: float) -> str:
+    """The class of a word's color; "" for a score near 0."""
+    level = round(LEVELS * abs(score) / largest) if largest else 0
+    return f"{'raises' if score > 0 else 'lowers'}-{level}" if level else ""
