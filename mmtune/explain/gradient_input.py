@@ -56,7 +56,7 @@ def gradient_scores(
 
     def keep(embeddings: torch.Tensor) -> torch.Tensor:
         embedded[:] = [embeddings.detach().requires_grad_()]
-        return embedded[0]
+        return embedded[0].clone()  # some models write image features into it
 
     words = changed_embeddings(model, inputs.encoded["input_ids"].shape, keep)
     count = len(inputs.answer_ids)
