@@ -68,7 +68,7 @@ def _explain(arguments: argparse.Namespace) -> Any:
     from mmtune.explain.explanation_methods import answer_to_explain, explain
     from mmtune.models.compute import to_best_device
     from mmtune.models.load import load_trained
-    from mmtune.report.explanation_page import write_explanation
+    from mmtune.report.explanations.explanation_page import write_explanation
 
     model, processor = load_trained(trained, trust_remote_code=arguments.trust_remote_code)
     check_encoding(processor)

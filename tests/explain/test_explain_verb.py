@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import NARROW, opened_page, overflow
+from browser import NARROW, axe_violations, opened_page, overflow
 from PIL import Image
 
 from mmtune.cli.explain_verb import METHODS
 from mmtune.cli.main import entry_point
 from mmtune.explain.explanation import AnswerToken, CellScores, Explanation, PromptWord
 from mmtune.explain.explanation_methods import EXPLANATION_METHODS
-from mmtune.report.explanation_page import LOWERS, OPAQUE, RAISES, heat_map, write_explanation
+from mmtune.report.explanations.explanation_page import LOWERS, OPAQUE, RAISES, heat_map, write_explanation
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -39,7 +39,7 @@ def test_the_verb_prints_json_and_writes_a_page(
     assert [word["text"] for word in result["words"]] == ["Which", "is", "larger?"]
     assert "occlusion: 6 forward passes of" in output.err
     assert "answer: 3 7 (log-probability" in output.err
-    assert "http" not in out.read_text(encoding="utf-8")
+    assert "://" not in out.read_text(encoding="utf-8")
 
 
 def test_the_methods_of_the_verb_are_those_of_the_table() -> None:
@@ -104,6 +104,7 @@ def test_the_arrow_keys_choose_a_token_and_its_heat_map(browser: Any, page: Path
 def test_the_page_fits_a_narrow_window(browser: Any, page: Path, theme: str) -> None:
     with opened_page(browser, page.as_uri(), NARROW, theme) as (opened, record):
         assert overflow(opened) == 0
+        assert axe_violations(opened) == []
         box, overlay = (opened.locator(selector).first.bounding_box() for selector in (".map > img", ".overlay"))
         assert box == overlay
     assert (record.errors, record.dialogs, record.external) == ([], [], [])

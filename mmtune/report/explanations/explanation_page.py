@@ -25,7 +25,7 @@ OPAQUE = 215
 LEVELS = 5
 """Steps of a word's color, in explanation.css."""
 TOP_CELLS = 5
-STYLES, SCRIPTS = ("tokens.css", "explanation.css"), ("explanation.js",)
+STYLES, SCRIPTS = ("explanation.css",), ("explanation.js",)
 
 
 def write_explanation(explanation: Explanation, images: Sequence[Media], prompt: str, path: Path) -> None:
