@@ -58,6 +58,8 @@ class RunDirectory:
         summary: the metrics of the run, as JSON.
         serving: the last results of `mmtune serve --check`.
         report: what the run is, does and did, as HTML; written again while it trains.
+        explanations: what some of the sample answers rest on, with `evaluate.explain`, as JSON: `explanations` is a list with the
+            `id` of the row and the values of `mmtune explain --json`.
         profile: the time of a step by part, with `--profile`.
         trace: what ran in the profiled steps, for ui.perfetto.dev.
     """
@@ -79,6 +81,7 @@ class RunDirectory:
         self.summary = path / "summary.json"
         self.serving = path / "serving.json"
         self.report = path / "report.html"
+        self.explanations = path / "explanations.json"
         self.profile = path / "profile.json"
         self.trace = path / "trace.json.gz"
 

@@ -41,6 +41,7 @@ from mmtune.objectives.objective_table import build_objective
 from mmtune.preflight import check_recipe
 from mmtune.recipe.recipe import Recipe
 from mmtune.release.model_card import model_card
+from mmtune.report.explanations.run_explanations import check_explained, write_explanations
 from mmtune.report.run_report import finished_state, stops_reported, write_report
 from mmtune.run_directory import RunDirectory, check_output_dir, clear_leftover, new_run, peak_memory_mb, versions
 from mmtune.training.cached_features.feature_cache import FeatureCache, open_feature_cache
@@ -119,6 +120,7 @@ def validate(recipe: Recipe, overwrite: bool, resume: bool | Path, profile: int 
     data_report.stop_past(recipe.data.max_bad_fraction)
     check_held_out(recipe, samples)
     dist = init_distributed(arguments, recipe.model.precision, takes_sharded_weights(recipe))
+    check_explained(recipe, dist)
     settings = {**flatten(recipe.model_dump(mode="json")), **versions(), "rows": data_report.rows}
     check_same(dist, {**settings, "checkpoint": checkpoint and checkpoint.name})  # a shared file system may lag behind on one
     if checkpoint is not None:
@@ -237,6 +239,8 @@ def summarize(
     if section:
         write_answers(after, run.answers("after"))
         metrics |= tuning_metrics(before, after) | task_metrics(section, run)
+        if section.explain:
+            write_explanations(tuned.model, processor, section, run, before, after)
     metrics["peak_memory_mb"] = peak_memory_mb()
     write_report(run, recipe, finished_state(metrics), summary=metrics, profile=profile_section(run))
     if not keeps_adapter(recipe.tune):

@@ -293,6 +293,10 @@ class EvaluateSection(Section):
     samples: Annotated[StrictInt, Field(ge=0)] = Field(
         default=24, description="How many answers the report shows with their images."
     )
+    explain: Annotated[StrictInt, Field(ge=0)] = Field(
+        default=0,
+        description="Of how many of these the report also shows what each token rests on (docs/explain.md), by occlusion.",
+    )
     track_answers: Annotated[StrictInt, Field(ge=0)] | None = Field(
         default=None,
         description="How many rows a tracker of train.report_to gets with question, answers and images. null: 8 if it keeps "

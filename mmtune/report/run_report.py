@@ -28,6 +28,7 @@ from mmtune.recipe.recipe import Recipe, load_recipe
 from mmtune.report.answer_cards import choose_answers, sample_cards, shortened
 from mmtune.report.confusion import confusion_tables
 from mmtune.report.curves import RunCurves
+from mmtune.report.explanations.explanation_page import EXPLANATION_SCRIPTS, EXPLANATION_STYLES, explanations_by_row
 from mmtune.report.pages import render_page
 from mmtune.report.plots import plot_values, run_plots
 from mmtune.report.recipe_differences import differences_from_defaults
@@ -41,8 +42,8 @@ SHOWN_ISSUES = 20
 """Rows of the data that are named, for each list of the data report."""
 SHOWN_RECIPE = 100_000
 """Characters of the recipe."""
-STYLES = ("plots.css", "tokens.css", "report.css")
-SCRIPTS = ("plots.js", "report.js")
+STYLES = ("plots.css", "tokens.css", "report.css", *EXPLANATION_STYLES)
+SCRIPTS = ("plots.js", "report.js", *EXPLANATION_SCRIPTS)
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,9 @@ def _result_values(run: RunDirectory, recipe: Recipe, summary: Mapping[str, Any]
     chosen = choose_answers(before, after, section.samples) if section else {}
     sources = section.sources if section else ()
     cards = [(title, sample_cards(pairs, ("base", "tuned"), sources)) for title, pairs in chosen.items()]
+    explained = [pair[1] for pairs in chosen.values() for pair in pairs] if run.explanations.is_file() else []
+    values = explanations_by_row(run.explanations, explained, sources)
+    cards = [(title, [{**card, "explained": values.get(card["id"])} for card in group]) for title, group in cards]
     names = dict.fromkeys(card["group"] for _, group in cards for card in group)
     return {"results": results, "groups": cards, "answer_groups": list(names)}
 

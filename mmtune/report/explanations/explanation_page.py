@@ -13,10 +13,14 @@ from PIL import Image
 
 from mmtune.data.media.media import Media
 from mmtune.data.validation.show_sample import escape_invisible, show_line_breaks
+from mmtune.evaluation.answers import Answer
 from mmtune.explain.explanation import CellScores, Explanation, Scores, top_cells
+from mmtune.recipe.recipe import Source
+from mmtune.report.answer_cards import images_of
 from mmtune.report.pages import data_uri, render_page
 from mmtune.report.sample_page import page_image
 from mmtune.utils.errors import UserError, reason_of
+from mmtune.utils.files import read_json_object
 
 RAISES, LOWERS = (245, 130, 32), (45, 125, 245)
 """Orange and blue, which people with any color blindness tell apart, and which show on black and on white."""
@@ -25,7 +29,7 @@ OPAQUE = 215
 LEVELS = 5
 """Steps of a word's color, in explanation.css."""
 TOP_CELLS = 5
-STYLES, SCRIPTS = ("explanation.css",), ("explanation.js",)
+EXPLANATION_STYLES, EXPLANATION_SCRIPTS = ("explanation.css",), ("explanation.js",)
 
 
 def write_explanation(explanation: Explanation, images: Sequence[Media], prompt: str, path: Path) -> None:
@@ -41,8 +45,8 @@ def write_explanation(explanation: Explanation, images: Sequence[Media], prompt:
     values = explanation_values(explanation, images)
     page = render_page(
         "explanation.html.jinja",
-        styles=STYLES,
-        scripts=SCRIPTS,
+        styles=EXPLANATION_STYLES,
+        scripts=EXPLANATION_SCRIPTS,
         title=f"Explanation: {escape_invisible(explanation.answer)[:80]}",
         prompt=escape_invisible(prompt),
         explained=values,
@@ -51,6 +55,24 @@ def write_explanation(explanation: Explanation, images: Sequence[Media], prompt:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {path}: {reason_of(error)}") from error
+
+
+def explanations_by_row(path: Path, answers: Sequence[Answer], sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
+    """The values of the templates for the explanations of a run, by row id.
+
+    Args:
+        path: `explanations.json` of the run.
+        answers: those that the page shows; the others are left out.
+        sources: of the rows, for images that are embedded in a file.
+    """
+    recorded = {each["id"]: each for each in read_json_object(path)["explanations"]} if path.is_file() else {}
+    explained = [answer for answer in answers if answer.id in recorded]
+    images = images_of(explained, sources) if explained else {}
+    return {
+        answer.id: explanation_values(Explanation.from_dict(recorded[answer.id]), images[answer.id], f"explained-{number}")
+        for number, answer in enumerate(explained)
+        if len(images.get(answer.id, ())) == len(recorded[answer.id]["images"])
+    }
 
 
 def explanation_values(explanation: Explanation, images: Sequence[Media], key: str = "token") -> dict[str, Any]:
