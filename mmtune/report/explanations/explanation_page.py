@@ -28,7 +28,8 @@ OPAQUE = 215
 """The opacity, of 255, of the cell with the largest score."""
 LEVELS = 5
 """Steps of a word's color, in explanation.css."""
-TOP_CELLS = 5
+TOP_CELLS, SMALL_SHARE = 5, 0.01
+"""Cells that are listed below a map, if their share of the positive scores is not smaller."""
 EXPLANATION_STYLES, EXPLANATION_SCRIPTS = ("explanation.css",), ("explanation.js",)
 
 
@@ -93,7 +94,7 @@ def explanation_values(explanation: Explanation, images: Sequence[Media], key: s
             for media, scores in zip(images, explanation.images, strict=True)
         ],
         "views": [
-            {"label": label, "log_probability": f"{value:.2f}", **_word_view(explanation, tokens)}
+            {"label": label, "log_probability": f"{round(value, 2) + 0.0:.2f}", **_word_view(explanation, tokens)}
             for (label, value), tokens in zip(labels, chosen, strict=True)
         ],
     }
@@ -105,6 +106,7 @@ def _map_view(image: CellScores, tokens: Sequence[int]) -> dict[str, Any]:
     lines = [
         f"x {x1} to {x2}, y {y1} to {y2}: {score:+.2f} nats, {share:.0%}"
         for (x1, y1, x2, y2), score, share in top_cells(image, scores, TOP_CELLS)
+        if share >= SMALL_SHARE
     ]
     return {"uri": data_uri(heat_map(scores), "png"), "scale": f"{_largest(scores):.2f}", "lines": lines}
 
