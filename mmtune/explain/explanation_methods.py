@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +69,7 @@ def explain(
     """
     inputs = explained_inputs(sample, processor, grid)
     if report is not None:
-        report(EXPLANATION_METHODS[method].cost(inputs))
+        report(EXPLANATION_METHODS[method].cost(inputs) + _excess(model, inputs))
     log_probabilities, scores = EXPLANATION_METHODS[method].scores(model, processor, inputs, batch_size)
     images, start = [], 0
     for image, (rows, columns) in zip(inputs.images, inputs.grids, strict=True):
@@ -83,6 +84,14 @@ def explain(
         tuple(images),
         tuple(PromptWord(word.text, tuple(scores[start + number].tolist())) for number, word in enumerate(inputs.words)),
     )
+
+
+def _excess(model: Any, inputs: ExplainedInputs) -> str:
+    """What to add to the cost of a conversation that is longer than the model's maximum."""
+    maximum = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(maximum, int) or inputs.encoded["input_ids"].shape[1] <= maximum:
+        return ""
+    return f"; the model was made for at most {maximum:,}"
 
 
 def answer_to_explain(model: nn.Module, processor: ProcessorMixin, sample: Sample, max_new_tokens: int) -> Sample:
