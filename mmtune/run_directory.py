@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from mmtune import __version__
 from mmtune.recipe.recipe import Recipe, needed_paths
 from mmtune.utils.errors import CheckFailed, RecipeValueError, UserError
-from mmtune.utils.files import check_replaceable, read_record, replace_text, report_disk_errors, resolve_link
+from mmtune.utils.files import check_replaceable, read_record, replace_bytes, report_disk_errors, resolve_link
 from mmtune.utils.hub import missing_path_message
 from mmtune.utils.locks import lock_holder, locked
 from mmtune.utils.manifest import check_manifest
@@ -173,7 +173,9 @@ class RunDirectory:
     def update_summary(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Add metrics to `summary.json`, which is replaced atomically."""
         summary = {**(self.read_summary() if self.summary.is_file() else {}), **metrics}
-        replace_text(self.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        # The name of a task with lone surrogates is valid JSON as escapes \udcXX.
+        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+        replace_bytes(self.summary, text.encode("utf-8", "backslashreplace"))
         return summary
 
 

@@ -63,7 +63,7 @@ def run_plots(read: RunCurves) -> list[Plot]:
     plots += [
         Plot("Held-out loss by source and term", "per supervised token", take(losses)),
         Plot("Held-out scores", "", take(held_out)),
-        Plot("Learning rate", "", take({"learning_rate": "all parameters"} | starting("learning_rate/"))),
+        Plot("Learning rate", "", take({"learning_rate": "the run's own"} | starting("learning_rate/"))),
         Plot("Norm of the gradients", "before clipping", take({"grad_norm": "norm"})),
         Plot("Throughput", "tokens per second", take({"tokens_per_second": "tokens"})),
         Plot("Waits", "% of the time", _scaled(take(WAITS), 100)),

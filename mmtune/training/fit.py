@@ -89,6 +89,7 @@ def create_trainer(
         max_nonfinite_steps=recipe.data.max_nonfinite_steps,
         dist=dist,
         learning_rates=tuned.learning_rates,
+        rate_names={count.learning_rate: count.component for count in tuned.counts if count.learning_rate is not None},
         objective=inputs.objective,
         dummy_batch=inputs.objective.dummy_batch(processor),
         batches=data.batches,

@@ -81,6 +81,7 @@ class TuningTrainer(HookedTrainer):
         max_nonfinite_steps: skip this many steps whose gradients are not finite, and stop at the next.
         dist: the distributed context; every process counts the rows that failed in any.
         learning_rates: by parameter name, for parameters with another rate than the run's own.
+        rate_names: by such a rate, its name in the log, `learning_rate/NAME`; a rate without a name has its value there.
         dummy_batch: a batch without supervised tokens. It replaces a batch whose rows were all dropped, so that the number of
             steps does not change. A step of dummy batches only, over all processes, changes nothing.
         batches: the row indices of each batch; None when the training set is a stream of batches.
@@ -102,6 +103,7 @@ class TuningTrainer(HookedTrainer):
         max_nonfinite_steps: int = 0,
         dist: DistributedContext = SINGLE_PROCESS,
         learning_rates: Mapping[str, float],
+        rate_names: Mapping[float, str] | None = None,
         dummy_batch: dict[str, Any],
         batches: MixtureBatchSampler | None = None,
         source_names: Sequence[str] = (),
@@ -126,6 +128,8 @@ class TuningTrainer(HookedTrainer):
         self._dist = dist
         self._passes = 1  # forward passes of the present step, over all processes
         self._learning_rates = dict(learning_rates)
+        self._rate_names = dict(rate_names or {})
+        self._group_names: list[str] = []  # of the optimizer's groups
         self._dummy_batch = dummy_batch
         self._step_rows: list[str] = []  # of this process
         self._is_empty = False  # whether the present step has no supervised token in any process
@@ -237,7 +241,15 @@ class TuningTrainer(HookedTrainer):
         if "loss" in logs:
             logs.update(self._progress.metrics(self.state))
             logs.update(self._losses.take())
+            logs.update(self._further_rates())
         super().log(logs, start_time)
+
+    def _further_rates(self) -> dict[str, float]:
+        """The present learning rates of the parameters that do not have the run's own."""
+        if not any(self._group_names):
+            return {}
+        rates = zip(self._group_names, self.lr_scheduler.get_last_lr(), strict=False)  # DeepSpeed may have fewer groups
+        return {f"learning_rate/{name}": float(rate) for name, rate in rates if name}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, its parameter groups split by learning rate."""
@@ -254,6 +266,8 @@ class TuningTrainer(HookedTrainer):
             groups += [{**group, "params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
         # The Trainer logs the rate of the first group, which must be the run's own.
         optimizer.param_groups[:] = sorted(groups, key=lambda group: group["lr"] != self.args.learning_rate)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        self._group_names = ["" if rate == self.args.learning_rate else self._rate_names.get(rate, f"{rate:g}") for rate in rates]
         return optimizer
 
     def grad_norm(self, model: nn.Module, compute: Callable[[], Any]) -> Any:

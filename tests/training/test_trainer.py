@@ -251,6 +251,7 @@ def test_the_logged_rate_is_the_runs_own(make_recipe: Callable[..., Recipe]) -> 
     train(recipe, ["test"])
     lines = RunDirectory(Path(recipe.output_dir)).metrics.read_text().splitlines()
     assert {json.loads(line)["learning_rate"] for line in lines} == {0.03125}
+    assert {json.loads(line)["learning_rate/projector"] for line in lines} == {0.125}
 
 
 @pytest.mark.slow

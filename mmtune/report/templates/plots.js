@@ -74,7 +74,7 @@ for (const chart of document.querySelectorAll(".chart")) {
     if (event.key === "Escape") hide();
     else if (event.key in moves) {
       event.preventDefault();
-      show(tip.hidden ? at : at + moves[event.key]);
+      show(tip.hidden && Number.isFinite(moves[event.key]) ? at : at + moves[event.key]);
     }
   });
   chart.addEventListener("focus", () => { if (chart.matches(":focus-visible")) show(at); });
