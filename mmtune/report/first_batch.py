@@ -15,7 +15,7 @@ from mmtune.data.encoding.encode import IGNORE_INDEX
 from mmtune.data.message import RowError, Sample
 from mmtune.data.validation.show_sample import SampleView, Token, escape_invisible, token_texts, view_sample
 from mmtune.recipe.recipe import DataSection
-from mmtune.report.sample_page import page_image, page_tokens
+from mmtune.report.sample_page import image_name, page_image, page_tokens
 from mmtune.utils.files import replace_text
 
 SHOWN_ROWS = 8
@@ -51,7 +51,7 @@ def record_first_batch(
         images: list[dict[str, Any]] = []
         for position, image in enumerate(view.sample.images if view else ()):
             if budget <= 0:
-                images.append({"name": escape_invisible(str(image)), "error": "left out: the batch has many images"})
+                images.append({"name": image_name(image), "error": "left out: the batch has many images"})
                 continue
             images.append(page_image(image, view.regions_of(position) if view else ()))
             budget -= len(images[-1].get("data", ""))

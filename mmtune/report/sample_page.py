@@ -78,9 +78,14 @@ def _count_regions(regions: Sequence[Region]) -> str:
     return "".join(f", {count} {kind if count == 1 else KIND_NAMES[kind]} drawn" for kind, count in counts.items())
 
 
+def image_name(media: Media) -> str:
+    """The name of an image on a page: its path below the working directory, or the whole path."""
+    return escape_invisible(str(media).removeprefix(f"{Path.cwd()}/"))
+
+
 def page_image(media: Media, regions: Sequence[Region]) -> dict[str, Any]:
     """The values of an image on the page, on which its regions are drawn."""
-    name = escape_invisible(str(media))
+    name = image_name(media)
     try:
         image = open_image(media)
     except ValueError as error:
