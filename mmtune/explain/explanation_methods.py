@@ -13,10 +13,11 @@ from transformers import ProcessorMixin
 from mmtune.data.encoding.answer_decoding import AnswerDecoder
 from mmtune.data.encoding.encode import encode_prompt
 from mmtune.data.message import Sample, text_message, text_of
+from mmtune.evaluation.evaluation_progress import EvaluationProgress
 from mmtune.explain.explained_inputs import ExplainedInputs, explained_inputs
 from mmtune.explain.explanation import AnswerToken, CellScores, Explanation, PromptWord
-from mmtune.explain.gradient_input import gradient_cost, gradient_scores
-from mmtune.explain.occlusion import occlusion_cost, occlusion_scores
+from mmtune.explain.gradient_input import count_gradients, gradient_scores
+from mmtune.explain.occlusion import count_occlusions, occlusion_scores
 from mmtune.models.compute import in_eval_mode, move_batch, training_autocast
 from mmtune.models.generation import generate
 
@@ -28,18 +29,20 @@ class ExplanationMethod:
     """A method that scores the cells of the images and the words of the prompt for each token of an answer.
 
     Attributes:
-        scores: from model, processor, inputs and batch size to the log-probability of each answer token, shape (tokens,), and the
-            score of each cell and word, in nats, shape (cells + words, tokens).
-        cost: what it computes for the inputs, in words.
+        scores: from model, processor, inputs, batch size and a function that is told of steps, to the log-probability of each
+            answer token, shape (tokens,), and the score of each cell and word, in nats, shape (cells + words, tokens).
+        count: the number of its steps for the inputs.
+        steps: what a step is.
     """
 
-    scores: Callable[[nn.Module, ProcessorMixin, ExplainedInputs, int], tuple[torch.Tensor, torch.Tensor]]
-    cost: Callable[[ExplainedInputs], str]
+    scores: Callable[[nn.Module, ProcessorMixin, ExplainedInputs, int, Callable[[int], None]], tuple[torch.Tensor, torch.Tensor]]
+    count: Callable[[ExplainedInputs], int]
+    steps: str
 
 
 EXPLANATION_METHODS: Mapping[str, ExplanationMethod] = {
-    "occlusion": ExplanationMethod(occlusion_scores, occlusion_cost),
-    "gradient_x_input": ExplanationMethod(gradient_scores, gradient_cost),
+    "occlusion": ExplanationMethod(occlusion_scores, count_occlusions, "forward passes"),
+    "gradient_x_input": ExplanationMethod(gradient_scores, count_gradients, "backward passes"),
 }
 
 
@@ -51,6 +54,7 @@ def explain(
     grid: int | None = None,
     batch_size: int = BATCH_SIZE,
     report: Callable[[str], None] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Explanation:
     """Explain the last answer of a conversation, the model's own or any other.
 
@@ -62,15 +66,26 @@ def explain(
         grid: cells along the longer side of each image; None: 8, or the pixels of a smaller image.
         batch_size: conversations in a forward pass; fewer for a long answer.
         report: called with the cost before it is paid.
+        check: called between batches; an error that it raises ends the explanation.
 
     Raises:
         UserError: an empty answer, a grid that is too fine, or a method that does not work for the model.
         RowError: the conversation cannot be encoded.
     """
     inputs = explained_inputs(sample, processor, grid)
+    chosen = EXPLANATION_METHODS[method]
+    count = chosen.count(inputs)
     if report is not None:
-        report(EXPLANATION_METHODS[method].cost(inputs) + _excess(model, inputs))
-    log_probabilities, scores = EXPLANATION_METHODS[method].scores(model, processor, inputs, batch_size)
+        length = inputs.encoded["input_ids"].shape[1]
+        report(f"{count:,} {chosen.steps} of {length:,} tokens{_excess(model, length)}")
+    with EvaluationProgress("explaining", count, chosen.steps) as progress:
+
+        def done(steps: int) -> None:
+            progress.update(steps)
+            if check is not None:
+                check()
+
+        log_probabilities, scores = chosen.scores(model, processor, inputs, batch_size, done)
     images, start = [], 0
     for image, (rows, columns) in zip(inputs.images, inputs.grids, strict=True):
         cells = scores[start : start + rows * columns].T.reshape(-1, rows, columns).numpy()
@@ -86,10 +101,10 @@ def explain(
     )
 
 
-def _excess(model: Any, inputs: ExplainedInputs) -> str:
+def _excess(model: Any, length: int) -> str:
     """What to add to the cost of a conversation that is longer than the model's maximum."""
     maximum = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(maximum, int) or inputs.encoded["input_ids"].shape[1] <= maximum:
+    if not isinstance(maximum, int) or length <= maximum:
         return ""
     return f"; the model was made for at most {maximum:,}"
 

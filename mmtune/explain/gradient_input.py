@@ -10,12 +10,13 @@ tiles, or patches in rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import ProcessorMixin
 
 from mmtune.data.batching.collate import PER_TOKEN
-from mmtune.evaluation.evaluation_progress import EvaluationProgress
 from mmtune.evaluation.predictions.choices import supervised_logits
 from mmtune.explain.explained_inputs import ExplainedInputs
 from mmtune.explain.occlusion import token_log_probabilities
@@ -27,18 +28,19 @@ Change = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """By tensor: the places of the values, flattened, that occluding a cell changes, and how much larger they are without it."""
 
 
-def gradient_cost(inputs: ExplainedInputs) -> str:
-    """What `gradient_scores` computes, in words."""
-    return f"1 forward and {len(inputs.answer_ids):,} backward passes of {inputs.encoded['input_ids'].shape[1]:,} tokens"
+def count_gradients(inputs: ExplainedInputs) -> int:
+    """The backward passes of `gradient_scores`."""
+    return len(inputs.answer_ids)
 
 
 def gradient_scores(
-    model: nn.Module, processor: ProcessorMixin, inputs: ExplainedInputs, batch_size: int
+    model: nn.Module, processor: ProcessorMixin, inputs: ExplainedInputs, batch_size: int, done: Callable[[int], None]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The log-probability of each answer token, and the gradient x input of each cell and word.
 
     Args:
         batch_size: has no effect: one conversation is computed.
+        done: called after each backward pass with 1.
 
     Returns:
         As `occlusion_scores`.
@@ -61,7 +63,7 @@ def gradient_scores(
     words = changed_embeddings(model, inputs.encoded["input_ids"].shape, keep)
     count = len(inputs.answer_ids)
     rows = []
-    with torch.enable_grad(), in_eval_mode(model), EvaluationProgress("explaining", count, "backward passes") as progress:
+    with torch.enable_grad(), in_eval_mode(model):
         baseline = mean_embedding(model)
         with training_autocast(model), words:
             logits, labels = supervised_logits(model, [encoded], processor.tokenizer.pad_token_id)
@@ -76,7 +78,7 @@ def gradient_scores(
                     "the method occlusion needs none"
                 )
             rows.append(_products(gradients, embedded[0] - baseline, names, changes, inputs))
-            progress.update(1)
+            done(1)
     return values.detach().cpu(), torch.stack(rows, dim=1)
 
 

@@ -7,7 +7,7 @@ positions stay. Covert, Lundberg & Lee 2021, "Explaining by Removing" (arXiv 201
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import islice
 
@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from mmtune.evaluation.evaluation_progress import EvaluationProgress
 from mmtune.evaluation.predictions.choices import supervised_logits
 from mmtune.explain.explained_inputs import ExplainedInputs
 from mmtune.explain.word_embeddings import changed_embeddings, mean_embedding
@@ -25,27 +24,29 @@ LOGITS_AT_ONCE = 2**27
 """The most logits of a batch: 512 MiB in fp32."""
 
 
-def occlusion_cost(inputs: ExplainedInputs) -> str:
-    """What `occlusion_scores` computes, in words."""
-    cells, words = len(inputs.cells), len(inputs.words)
-    return f"{1 + cells + words:,} forward passes of {inputs.encoded['input_ids'].shape[1]:,} tokens"
+def count_occlusions(inputs: ExplainedInputs) -> int:
+    """The forward passes of `occlusion_scores`."""
+    return 1 + len(inputs.cells) + len(inputs.words)
 
 
 def occlusion_scores(
-    model: nn.Module, processor: ProcessorMixin, inputs: ExplainedInputs, batch_size: int
+    model: nn.Module, processor: ProcessorMixin, inputs: ExplainedInputs, batch_size: int, done: Callable[[int], None]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The log-probability of each answer token, and how much of it each cell and word takes away when it is replaced.
 
     The unchanged conversation is computed in a batch of the same size, because half precision rounds differently in others.
+
+    Args:
+        batch_size: forward passes at once, fewer for a long answer.
+        done: called after each batch with the number of its forward passes.
 
     Returns:
         fp64, shape (answer tokens,), and (cells + words, answer tokens): cells in reading order, then words.
     """
     pad_token_id, length = processor.tokenizer.pad_token_id, inputs.encoded["input_ids"].shape[1]
     rows = _rows(inputs, processor)
-    total = 1 + len(inputs.cells) + len(inputs.words)
     results = []
-    with torch.no_grad(), in_eval_mode(model), EvaluationProgress("explaining", total, "forward passes") as progress:
+    with torch.no_grad(), in_eval_mode(model):
         baseline = mean_embedding(model)
         size = _rows_at_once(model, inputs, batch_size)
         while chunk := list(islice(rows, size)):
@@ -60,7 +61,7 @@ def occlusion_scores(
             with training_autocast(model), words:
                 logits, labels = supervised_logits(model, [encoded for encoded, _ in chunk], pad_token_id)
             results.append(token_log_probabilities(logits, labels).cpu())
-            progress.update(len(chunk))
+            done(len(chunk))
     values = torch.cat(results)
     return values[0], values[0] - values[1:]
 

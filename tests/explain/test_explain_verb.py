@@ -78,11 +78,17 @@ def test_a_heat_map_has_a_pixel_for_each_cell_with_opacity_by_score() -> None:
 @pytest.fixture
 def page(image: Path, tmp_path: Path) -> Path:
     scores = np.array([[[1.0, 0.0]], [[0.0, -2.0]]])
-    words = (PromptWord("Which", (0.5, -0.5)), PromptWord(HOSTILE, (0.0, 1.0)))
+    words = (PromptWord("Which", (0.5, -0.5)), PromptWord(HOSTILE, (0.0, 1.0)), PromptWord("\u202eleft", (0.0, 0.0)))
     tokens = (AnswerToken("3", -0.1), AnswerToken(HOSTILE, -2.0))
     explanation = Explanation("occlusion", f"3{HOSTILE}", tokens, (CellScores(40, 24, scores),), words)
     write_explanation(explanation, [image], HOSTILE, tmp_path / "why.html")
     return tmp_path / "why.html"
+
+
+def test_the_page_escapes_the_reversal_of_text(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "\u202e" not in text
+    assert "\\u202eleft" in text
 
 
 def test_the_arrow_keys_choose_a_token_and_its_heat_map(browser: Any, page: Path) -> None:

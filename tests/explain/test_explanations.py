@@ -17,8 +17,6 @@ from mmtune.data.message import RowError, Sample, text_message
 from mmtune.explain.explained_inputs import explained_inputs, mean_color
 from mmtune.explain.explanation import CellScores, Explanation, cell_edges, cell_grid, mass_inside, top_cells
 from mmtune.explain.explanation_methods import EXPLANATION_METHODS, answer_to_explain, explain
-from mmtune.explain.gradient_input import gradient_cost
-from mmtune.explain.occlusion import occlusion_cost
 from mmtune.models.checkpoints.trained_weights import find_trained_weights
 from mmtune.models.load import load_trained
 from mmtune.models.tiny.tiny_bases import write_tiny_base
@@ -218,17 +216,33 @@ def test_a_damaged_image_is_an_error_that_names_it(untrained: tuple[Any, Any], t
         explain(*untrained, asked([tmp_path / "a.png"]))
 
 
-def test_the_cost_of_a_long_answer_is_stated_before_it_is_paid(untrained: tuple[Any, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "cost"), [("occlusion", "8 forward passes"), ("gradient_x_input", r"[\d,]{3,} backward passes")]
+)
+def test_the_cost_of_a_long_answer_is_stated_before_it_is_paid(
+    untrained: tuple[Any, Any], tmp_path: Path, method: str, cost: str
+) -> None:
+    def stop(cost: str) -> None:
+        raise UserError(cost)
+
     sample = asked([picture(tmp_path / "a.png")], answer="7 " * 599 + "7")
-    inputs = explained_inputs(sample, untrained[1], grid=2)
-    tokens = len(inputs.answer_ids)
-    assert tokens >= 600
-    assert occlusion_cost(inputs) == f"8 forward passes of {inputs.encoded['input_ids'].shape[1]} tokens"
-    assert gradient_cost(inputs).startswith(f"1 forward and {tokens} backward passes")
-    costs: list[str] = []
-    with pytest.raises(ZeroDivisionError):
-        explain(*untrained, sample, grid=2, report=lambda cost: (costs.append(cost), 1 / 0)[0])
-    assert costs == [f"{occlusion_cost(inputs)}; the model was made for at most 512"]
+    with pytest.raises(UserError, match=rf"^{cost} of [\d,]+ tokens; the model was made for at most 512$"):
+        explain(*untrained, sample, method, grid=2, report=stop)
+
+
+@pytest.mark.parametrize("method", EXPLANATION_METHODS)
+def test_an_explanation_can_be_stopped_between_batches(untrained: tuple[Any, Any], tmp_path: Path, method: str) -> None:
+    calls = []
+
+    def check() -> None:
+        calls.append(None)
+        if len(calls) == 2:
+            raise UserError("stopped")
+
+    with pytest.raises(UserError, match="stopped"):
+        explain(*untrained, asked([picture(tmp_path / "a.png")]), method, batch_size=3, check=check)
+    assert len(calls) == 2
+    explain(*untrained, asked([]), method)  # hooks are removed
 
 
 def test_cells_cover_the_image_without_overlap() -> None:
