@@ -29,7 +29,7 @@ class ExplanationMethod:
     """A method that scores the cells of the images and the words of the prompt for each token of an answer.
 
     Attributes:
-        scores: from model, processor, inputs, batch size and a function that is told of steps, to the log-probability of each
+        scores: from model, processor, inputs, batch size and a function that gets each step, to the log-probability of each
             answer token, shape (tokens,), and the score of each cell and word, in nats, shape (cells + words, tokens).
         count: the number of its steps for the inputs.
         steps: what a step is.
