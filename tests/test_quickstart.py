@@ -151,6 +151,7 @@ def table_commands() -> list[list[str]]:
         "NAME": "llava_lora",
         "DEST": "mine.yaml",
         "FILE": "data/digits/few.json",
+        "IMAGE": "data/digits/images/eval/00001.png",
         "FILE.jsonl": "runs/quickstart/answers_after.jsonl",
         "METRIC": "exact_match",
         "A": "runs/quickstart",
