@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from mmtune.evaluation.metrics.metric_table import recorded_metric
 from mmtune.evaluation.scores import format_score
 from mmtune.recipe.recipe import Source
 from mmtune.report.pages import embedded_image
+from mmtune.utils.errors import UserError
 
 THUMBNAIL = 320  # maximum length of the longer side in pixels; smaller images keep their size
 SHOWN_CARDS = 300
@@ -73,12 +74,12 @@ def sample_cards(pairs: Sequence[AnswerPair], names: tuple[str, str], sources: S
 
     Images are left out with a sentence once they are `IMAGE_BYTES` together, and long texts are cut.
     """
-    images = images_of([answer for _, answer in pairs], sources)
+    images, problem = readable_images([answer for _, answer in pairs], sources)
     budget = IMAGE_BYTES
     cards = []
     for first, second in pairs:
         drawn = drawn_regions(first, second, names)
-        shown = []
+        shown: list[dict[str, str]] = [{"problem": problem}] if problem else []
         for media in images.get(second.id, ()):
             shown.append(_page_thumbnail(media, drawn) if budget > 0 else {"problem": "an image is left out: the page has many"})
             budget -= len(shown[-1].get("uri", ""))
@@ -121,7 +122,8 @@ def select_answers(answers: Sequence[Answer], count: int) -> list[Answer]:
     right = [answer for answer in answers if is_right(answer)]
     wrong = evenly_spaced([answer for answer in answers if not is_right(answer)], max(-(-count // 4), count - len(right)))
     right = evenly_spaced(right, count - len(wrong))
-    return [answer for answer in answers if answer in right or answer in wrong]
+    selected = set(map(id, (*right, *wrong)))
+    return [answer for answer in answers if id(answer) in selected]
 
 
 def is_right(answer: Answer) -> bool:
@@ -144,6 +146,14 @@ def images_of(answers: Sequence[Answer], sources: Sequence[Source]) -> dict[str,
         return {answer.id: [Path(name) for name in answer.images] for answer in answers}
     ids = {answer.id for answer in answers}
     return {sample.id: sample.images for sample in iterate_rows(IndexedSamples(sources)) if sample.id in ids}
+
+
+def readable_images(answers: Sequence[Answer], sources: Sequence[Source]) -> tuple[Mapping[str, Sequence[Media]], str]:
+    """`images_of`, and a sentence where the data cannot be read, such as in another working directory than that of the run."""
+    try:
+        return images_of(answers, sources), ""
+    except UserError as error:
+        return {}, shortened(f"the images cannot be read: {error}", 500)
 
 
 def drawn_regions(first: Answer | None, second: Answer, names: tuple[str, str]) -> list[DrawnRegions]:

@@ -10,6 +10,9 @@ from typing import Any
 BUCKETS = 512
 """A curve has at most two points for each: the lowest and the highest of the steps that it covers."""
 
+LARGEST = 1e300
+"""A value that is not smaller has no place on an axis."""
+
 Point = tuple[float, float]
 
 
@@ -99,5 +102,5 @@ class RunCurves:
         self.step = max(self.step, step)
         for name, value in record.items():
             self.last[name] = value
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < LARGEST:
                 self.curves.setdefault(name, Curve()).add(step, value)

@@ -121,8 +121,9 @@ def plot_values(plot: Plot) -> dict[str, Any]:
 
 def _value_range(low: float, high: float) -> tuple[float, float]:
     """The range of the axis: from 0 where that costs less than half of it."""
-    if low == high:
-        low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * size:
+        low, high = (low - size / 2, high + size / 2) if size else (0.0, 1.0)
     return (0.0, high) if 0 < low < high / 2 else (low, high)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,8 @@ from mmtune.report.plots import plot_values, run_plots
 from mmtune.report.recipe_differences import differences_from_defaults
 from mmtune.run_directory import RunDirectory
 from mmtune.utils.errors import Stopped
-from mmtune.utils.files import read_json_object, replace_text, report_disk_errors
+from mmtune.utils.files import read_json_object, replace_text, report_disk_errors, resolve_link
+from mmtune.utils.locks import lock_holder
 
 SHOWN_ROWS = 200
 """Rows of one table."""
@@ -138,9 +140,9 @@ def rewrite_report(run: RunDirectory, profile: ProfileSection | None = None) -> 
 
 def unfinished_run_state(run: RunDirectory) -> RunState:
     """The state of a run without a summary, by the lock of the process that trains it."""
-    text = run.unfinished_state()
-    running = "works on it" in text
-    return RunState("running" if running else "stopped", f"{'Running' if running else 'Not finished'}: this run {text}.")
+    if lock_holder(resolve_link(run.path)):
+        return RunState("running", f"Running: this run {run.unfinished_state()}.")
+    return RunState("stopped", f"Not finished: this run {run.unfinished_state()}.")
 
 
 @contextmanager
@@ -217,7 +219,8 @@ def _result_values(run: RunDirectory, recipe: Recipe, summary: Mapping[str, Any]
     }
     chosen = choose_answers(before, after, section.samples) if section else {}
     sources = section.sources if section else ()
-    cards = [(title, sample_cards(pairs, ("base", "tuned"), sources)) for title, pairs in chosen.items()]
+    every = iter(sample_cards([pair for pairs in chosen.values() for pair in pairs], ("base", "tuned"), sources))
+    cards = [(title, list(islice(every, len(pairs)))) for title, pairs in chosen.items()]
     explained = [pair[1] for pairs in chosen.values() for pair in pairs] if run.explanations.is_file() else []
     values = explanations_by_row(run.explanations, explained, sources)
     cards = [(title, [{**card, "explained": values.get(card["id"])} for card in group]) for title, group in cards]

@@ -248,8 +248,8 @@ class TuningTrainer(HookedTrainer):
         """The present learning rates of the parameters that do not have the run's own."""
         if not any(self._group_names):
             return {}
-        rates = zip(self._group_names, self.lr_scheduler.get_last_lr(), strict=False)  # DeepSpeed may have fewer groups
-        return {f"learning_rate/{name}": float(rate) for name, rate in rates if name}
+        groups = zip(self._group_names, self.optimizer.param_groups, strict=False)  # DeepSpeed may have fewer
+        return {f"learning_rate/{name}": float(group["lr"]) for name, group in groups if name}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, its parameter groups split by learning rate."""

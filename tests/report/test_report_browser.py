@@ -98,8 +98,16 @@ def finished(
     return run, recipe
 
 
-@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("size", "theme"),
+    [
+        (WIDE, "light"),
+        (NARROW, "dark"),
+        pytest.param(WIDE, "dark", marks=pytest.mark.slow),
+        pytest.param(NARROW, "light", marks=pytest.mark.slow),
+    ],
+    ids=["wide-light", "narrow-dark", "wide-dark", "narrow-light"],
+)
 def test_hostile_text_is_shown_as_text_in_every_theme_and_width(
     browser: Any, finished: tuple[RunDirectory, Recipe], size: tuple[int, int], theme: str
 ) -> None:
@@ -273,6 +281,7 @@ def test_the_page_is_written_during_a_run_and_at_its_end(
     assert 'data-kind="stopped"' in page_text and "Stopped: CheckFailed: " in page_text
 
 
+@pytest.mark.slow
 def test_the_page_stays_small_after_many_steps_with_many_answers(
     make_recipe: Callable[..., Recipe], rows: Path, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from browser import NARROW, axe_violations, opened_page, overflow
 
 from mmtune.cli.main import entry_point
 from mmtune.evaluation.answers import Answer
-from mmtune.evaluation.answers_file import write_answers
+from mmtune.evaluation.answers_file import read_answers, write_answers
 from mmtune.evaluation.comparison import tuning_metrics
 from mmtune.recipe.recipe import Recipe
 from mmtune.run_directory import RunDirectory
@@ -93,3 +93,16 @@ def test_the_page_of_an_unfinished_run_is_written_again(runs: list[RunDirectory]
     page = run.report.read_text()
     assert 'data-kind="stopped"' in page and "Not finished: this run is not finished and has no checkpoint" in page
     assert page.count('class="chart"') == 1
+
+
+def test_the_page_is_written_again_where_the_data_has_moved(
+    runs: list[RunDirectory], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs[0]
+    run.recipe.write_text(run.recipe.read_text().replace("rows.json", "moved.json"))
+    answers = [replace(answer, images=("moved.png",)) for answer in read_answers(run.answers("after"))]
+    write_answers(answers, run.answers("after"))
+    assert entry_point(["report", str(run.path)]) == 0
+    assert "exact_match" in capsys.readouterr().out
+    page = run.report.read_text()
+    assert page.count("the images cannot be read: ") == 24 and "moved.json" in page and 'data-kind="finished"' in page

@@ -79,7 +79,7 @@ def test_a_good_release_passes(engine: EngineProcess, run: Path, capsys: pytest.
     assert "prompt tokens: 7 of 7" in printed and "answers: 7 of 7" in printed and "check passed" in printed
     [*_, result] = json.loads((run / "serving.json").read_text())["checks"]  # which the report shows
     assert (result["same prompt tokens"], result["same answers"], result["result"]) == ("7 of 7", "7 of 7", "passed")
-    assert f"<td data-column=\"engine\">{run / 'merged'} at {engine.address}</td>" in (run / "report.html").read_text()
+    assert f'<td data-column="engine">{run / "merged"} at {engine.address}</td>' in (run / "report.html").read_text()
 
 
 def test_rounding_is_a_warning(engine: EngineProcess, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

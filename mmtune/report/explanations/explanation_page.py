@@ -16,7 +16,7 @@ from mmtune.data.validation.show_sample import escape_invisible, show_line_break
 from mmtune.evaluation.answers import Answer
 from mmtune.explain.explanation import CellScores, Explanation, Scores, top_cells
 from mmtune.recipe.recipe import Source
-from mmtune.report.answer_cards import images_of
+from mmtune.report.answer_cards import readable_images
 from mmtune.report.pages import data_uri, render_page
 from mmtune.report.sample_page import page_image
 from mmtune.utils.errors import UserError, reason_of
@@ -68,7 +68,7 @@ def explanations_by_row(path: Path, answers: Sequence[Answer], sources: Sequence
     """
     recorded = {each["id"]: each for each in read_json_object(path)["explanations"]} if path.is_file() else {}
     explained = [answer for answer in answers if answer.id in recorded]
-    images = images_of(explained, sources) if explained else {}
+    images, _ = readable_images(explained, sources)
     return {
         answer.id: explanation_values(Explanation.from_dict(recorded[answer.id]), images[answer.id], f"explained-{number}")
         for number, answer in enumerate(explained)
