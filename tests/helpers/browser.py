@@ -45,7 +45,9 @@ class PageRecord:
 
 
 @contextmanager
-def opened_page(browser: Any, url: str, size: tuple[int, int] = WIDE, theme: str = "light") -> Iterator[tuple[Any, PageRecord]]:
+def opened_page(
+    browser: Any, url: str, size: tuple[int, int] = WIDE, theme: str = "light", scale: float = 1
+) -> Iterator[tuple[Any, PageRecord]]:
     """A page in a context of its own, and its record.
 
     Args:
@@ -53,8 +55,10 @@ def opened_page(browser: Any, url: str, size: tuple[int, int] = WIDE, theme: str
         url: `http://` or `file://`.
         size: (width, height) of the window in pixels.
         theme: `light` or `dark`.
+        scale: pixels of a screenshot for one of the page.
     """
-    context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=theme)
+    viewport = {"width": size[0], "height": size[1]}
+    context = browser.new_context(viewport=viewport, color_scheme=theme, device_scale_factor=scale)
     page, record = context.new_page(), PageRecord()
     page.on("console", lambda message: record.errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: record.errors.append(str(error)))
