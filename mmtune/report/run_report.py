@@ -140,9 +140,7 @@ def rewrite_report(run: RunDirectory, profile: ProfileSection | None = None) -> 
 
 def unfinished_run_state(run: RunDirectory) -> RunState:
     """The state of a run without a summary, by the lock of the process that trains it."""
-    if lock_holder(resolve_link(run.path)):
-        return RunState("running", f"Running: this run {run.unfinished_state()}.")
-    return RunState("stopped", f"Not finished: this run {run.unfinished_state()}.")
+    return RunState("running" if lock_holder(resolve_link(run.path)) else "stopped", f"This run {run.unfinished_state()}.")
 
 
 @contextmanager

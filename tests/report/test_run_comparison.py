@@ -91,7 +91,7 @@ def test_the_page_of_an_unfinished_run_is_written_again(runs: list[RunDirectory]
     assert json.loads(captured.out)["step"] == 3
     assert "has no checkpoint" in captured.err and "last log: step 3, loss 1.3333" in captured.err
     page = run.report.read_text()
-    assert 'data-kind="stopped"' in page and "Not finished: this run is not finished and has no checkpoint" in page
+    assert 'data-kind="stopped"' in page and "This run is not finished and has no checkpoint" in page
     assert page.count('class="chart"') == 1
 
 
