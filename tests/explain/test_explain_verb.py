@@ -77,9 +77,10 @@ def test_a_heat_map_has_a_pixel_for_each_cell_with_opacity_by_score() -> None:
 
 @pytest.fixture
 def page(image: Path, tmp_path: Path) -> Path:
-    scores = np.array([[[1.0, 0.0]], [[0.0, -2.0]]])
-    words = (PromptWord("Which", (0.5, -0.5)), PromptWord(HOSTILE, (0.0, 1.0)), PromptWord("\u202eleft", (0.0, 0.0)))
-    tokens = (AnswerToken("3", -0.1), AnswerToken(HOSTILE, -2.0))
+    scores = np.array([[[1.0, 0.0]], [[0.0, -2.0]], [[0.0, 0.0]]])
+    words = (PromptWord("Which", (0.5, -0.5, 0.0)), PromptWord(HOSTILE, (0.0, 1.0, 0.0)))
+    words += (PromptWord("\u202eleft", (0.0, 0.0, 0.0)),)
+    tokens = (AnswerToken("3", -0.1), AnswerToken(HOSTILE, -2.0), AnswerToken("  ", -0.001))
     explanation = Explanation("occlusion", f"3{HOSTILE}", tokens, (CellScores(40, 24, scores),), words)
     write_explanation(explanation, [image], HOSTILE, tmp_path / "why.html")
     return tmp_path / "why.html"
@@ -98,6 +99,7 @@ def test_the_arrow_keys_choose_a_token_and_its_heat_map(browser: Any, page: Path
         opened.locator("input[type=radio]").first.focus()
         opened.keyboard.press("ArrowRight")
         opened.keyboard.press("ArrowRight")
+        assert opened.locator(".choice").all_inner_texts() == ["whole answer", "3", HOSTILE, "\u2423\u2423"]
         assert opened.locator(".overlay:visible").count() == 1
         assert opened.locator(".overlay:visible").get_attribute("data-view") == "2"
         assert "no cell raises it" in opened.inner_text("figure")

@@ -84,7 +84,7 @@ def explanation_values(explanation: Explanation, images: Sequence[Media], key: s
     """
     count = len(explanation.tokens)
     total = sum(token.log_probability for token in explanation.tokens)
-    labels = [("whole answer", total), *((show_line_breaks(t.text), t.log_probability) for t in explanation.tokens)]
+    labels = [("whole answer", total), *((_label(t.text), t.log_probability) for t in explanation.tokens)]
     chosen = [list(range(count)), *([number] for number in range(count))]
     return {
         "key": key,
@@ -98,6 +98,11 @@ def explanation_values(explanation: Explanation, images: Sequence[Media], key: s
             for (label, value), tokens in zip(labels, chosen, strict=True)
         ],
     }
+
+
+def _label(text: str) -> str:
+    """The text of a token, with spaces shown if it has nothing else."""
+    return show_line_breaks(text if text.strip(" ") else "\u2423" * len(text))
 
 
 def _map_view(image: CellScores, tokens: Sequence[int]) -> dict[str, Any]:
