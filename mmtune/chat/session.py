@@ -19,11 +19,14 @@ from mmtune.chat.answer_settings import AnswerSettings
 from mmtune.data.encoding.answer_decoding import AnswerDecoder
 from mmtune.data.encoding.encode import encode_prompt
 from mmtune.data.encoding.encoding_checks import check_encoding, check_system_prompt
+from mmtune.data.encoding.native_regions import text_extent
 from mmtune.data.encoding.token_counts import Counts, count_prompt_tokens
 from mmtune.data.media.media import EmbeddedMedia, ImageView, open_image
 from mmtune.data.media.pixels import Window
 from mmtune.data.message import Message, Sample, has_media, text_message, text_of
 from mmtune.data.message_rows import check_messages_row, messages_row, read_messages_row
+from mmtune.data.validation.show_sample import SampleView, view_prompt
+from mmtune.families.box_convention import RegionKind
 from mmtune.models.compute import adapter_disabled, move_batch, training_autocast
 from mmtune.models.generation import generate
 from mmtune.utils.errors import UserError, reason_of
@@ -195,13 +198,36 @@ class ChatSession:
         Raises:
             UserError: the model is not an adapter on its base, or no question was answered.
         """
-        if not isinstance(self._model, PeftModel):
+        if not self.is_adapter:
             raise UserError(
                 "/compare: expected an adapter on its base, got a full model; chat with an adapter's run, not with a merged model"
             )
         before, question = self.state.last_turn()
         messages, seed = [*before, question], self.settings.seed + max(0, self.state.repeats - 1)
         return [("base", self._stream(messages, seed, tuned=False)), ("tuned", self._stream(messages, seed))]
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the model is an adapter on its base, which `compare` needs."""
+        return isinstance(self._model, PeftModel)
+
+    def view_prompt(self) -> SampleView:
+        """The prompt of the last question, token by token.
+
+        Raises:
+            UserError: no question was answered.
+        """
+        before, question = self.state.last_turn()
+        return view_prompt(Sample("prompt of your last question", self._prompt([*before, question])), self._processor)
+
+    def text_extent(self, kind: RegionKind, size: tuple[int, int]) -> tuple[int, int] | None:
+        """The coordinates of the lower right corner of an image in the model's answers; None if they are unknown.
+
+        Args:
+            kind: the regions that the answer names.
+            size: (width, height) of the upright image.
+        """
+        return text_extent(self._processor, kind, size)
 
     def count_tokens(self) -> Counts:
         """The tokens of the next question's prompt without its text."""

@@ -7,6 +7,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 from mmtune.cli.comparison_verb import rewrite_page
@@ -82,6 +83,11 @@ def add_run_verbs(verbs: Any, add: AddVerb) -> None:
     verb.add_argument(
         "--max-new-tokens", type=int, default=256, metavar="N", help="maximum number of new tokens in an answer (default 256)"
     )
+    verb.add_argument("--web", action="store_true", help="chat on a page in the browser; needs the extra `web`")
+    verb.add_argument("--host", metavar="HOST", help="with --web: where the page listens (default 127.0.0.1)")
+    verb.add_argument("--port", type=int, metavar="N", help="with --web: the port (default: the first free one from 7860)")
+    help_text = "with --web: the page's password is the first line of FILE; required if --host is not this machine's loopback"
+    verb.add_argument("--password-file", metavar="FILE", help=help_text)
     add_trust(verb)
 
 
@@ -215,6 +221,7 @@ def _chat(arguments: argparse.Namespace) -> Any:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: expected at least 1")
     images = [resolve_image(image) for image in arguments.image]
     trained = locate_trained_weights(Path(arguments.model))
+    listener, password = _page_address(arguments)
     configure_console()
     from mmtune.chat.answer_settings import AnswerSettings
     from mmtune.chat.commands import EMPTY_ANSWER, long_prompt_line
@@ -231,9 +238,20 @@ def _chat(arguments: argparse.Namespace) -> Any:
         if arguments.chat_template is None or error.key != "model.chat_template":
             raise
         raise UserError(f"--chat-template: {error.problem}") from error
-    session = ChatSession(to_best_device(model), processor, AnswerSettings(arguments.max_new_tokens), window)
-    if arguments.system is not None:
-        session.set_system(arguments.system.strip())
+    model = to_best_device(model)
+
+    def new_session() -> ChatSession:
+        session = ChatSession(model, processor, AnswerSettings(arguments.max_new_tokens), window)
+        if arguments.system is not None:
+            session.set_system(arguments.system.strip())
+        return session
+
+    session = new_session()
+    if listener is not None:
+        from mmtune.chat.web.page_server import run_page
+
+        run_page(new_session, str(arguments.model), listener, password)
+        return None
     for image in images:
         session.attach(image)
     if arguments.prompt is None:
@@ -251,3 +269,21 @@ def _chat(arguments: argparse.Namespace) -> Any:
     if line := long_prompt_line(session):
         print(f"warning: {line}", file=sys.stderr)
     return {"prompt": arguments.prompt, "images": arguments.image, "answer": answer}
+
+
+def _page_address(arguments: argparse.Namespace) -> tuple[socket | None, str | None]:
+    """Where the chat page listens, and its password; (None, None) for a chat in the terminal."""
+    of_page = {"--host": arguments.host, "--port": arguments.port, "--password-file": arguments.password_file}
+    if not arguments.web:
+        for option, value in of_page.items():
+            if value is not None:
+                raise UserError(f"{option} belongs to --web")
+        return None, None
+    if arguments.prompt is not None or arguments.image:
+        raise UserError("--web: ask and attach images on the page; leave out --prompt and --image")
+    from mmtune.chat.web.page_server import LOOPBACK, check_web, listen, read_password
+
+    check_web()
+    host = arguments.host or LOOPBACK
+    password = read_password(host, arguments.password_file)
+    return listen(host, arguments.port), password

@@ -56,6 +56,23 @@ def write_native_regions(sample_id: str, messages: list[Message], processor: Pro
     return written
 
 
+def text_extent(processor: ProcessorMixin, kind: RegionKind, size: Size) -> Size | None:
+    """The coordinates of an image's lower right corner in texts of the processor's family; None if its convention is unknown.
+
+    Args:
+        processor: the model's processor.
+        kind: what is written.
+        size: (width, height) of the upright image.
+
+    Raises:
+        ValueError: an image that the processor rejects.
+    """
+    convention = _known_convention(processor, kind)
+    if convention is None:
+        return None
+    return convention.extent(family_of_processor(processor).resized_size(image_kwargs(processor), size))
+
+
 def _text(sample_id: str, block: dict[str, Any], messages: list[Message], processor: ProcessorMixin) -> str:
     if "native" not in block:
         return str(block["text"])
@@ -64,14 +81,19 @@ def _text(sample_id: str, block: dict[str, Any], messages: list[Message], proces
     return _convention(processor, region.kind).write(region.kind, region.shares, size, label)
 
 
-@lru_cache(maxsize=8)
 def _convention(processor: ProcessorMixin, kind: RegionKind) -> BoxConvention:
+    convention = _known_convention(processor, kind)
+    if convention is None:
+        raise RecipeValueError("model", f"{type(processor).__name__}: {unknown_convention(kind)}")
+    return convention
+
+
+@lru_cache(maxsize=8)
+def _known_convention(processor: ProcessorMixin, kind: RegionKind) -> BoxConvention | None:
     conventions = family_of_processor(processor).box_conventions
     names = [each.__name__ for each in type(processor).__mro__]
     convention = next((conventions[name] for name in names if name in conventions), None)
-    if convention is None or kind not in convention.forms:
-        raise RecipeValueError("model", f"{type(processor).__name__}: {unknown_convention(kind)}")
-    return convention
+    return convention if convention is not None and kind in convention.forms else None
 
 
 def _resized_size(sample_id: str, block: dict[str, Any], messages: list[Message], processor: ProcessorMixin) -> Size:

@@ -16,12 +16,19 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from mmtune.chat_templates.rendering import render_prompt
 from mmtune.console.styled_console import StyledConsole
 from mmtune.data.dataset import open_readers
-from mmtune.data.encoding.encode import OverLength, chat_template_of, encode_text, to_template_messages
+from mmtune.data.encoding.encode import (
+    EncodedText,
+    OverLength,
+    chat_template_of,
+    encode_prompt_text,
+    encode_text,
+    to_template_messages,
+)
 from mmtune.data.encoding.native_regions import with_native_regions
 from mmtune.data.encoding.over_length import fit_to_budget
 from mmtune.data.encoding.token_counts import sample_replacements
 from mmtune.data.media.media import ImageView
-from mmtune.data.message import RowError, Sample
+from mmtune.data.message import Message, RowError, Sample
 from mmtune.data.sources.reader import SourceReader
 from mmtune.data.sources.rows import Row, id_in_dataset
 from mmtune.data.templates.regions import Region, pixels
@@ -153,15 +160,32 @@ def view_sample(sample: Sample, processor: ProcessorMixin, section: DataSection)
     sample = with_native_regions(sample, processor)
     replacements = sample_replacements(sample, processor)
     encoded = encode_text(sample.id, sample.messages, processor, replacements, section.supervise, sample.tools)
+    return SampleView(sample, _tokens(encoded, processor), _rendered(sample, sample.messages[:-1], processor), notes)
+
+
+def view_prompt(sample: Sample, processor: ProcessorMixin) -> SampleView:
+    """Encode all messages of a sample as `encode_prompt` does, without decoding its images.
+
+    Raises:
+        RowError: the sample cannot be encoded.
+    """
+    replacements = sample_replacements(sample, processor)
+    encoded = encode_prompt_text(sample.id, sample.messages, processor, replacements, sample.tools)
+    return SampleView(sample, _tokens(encoded, processor), _rendered(sample, sample.messages, processor), [])
+
+
+def _tokens(encoded: EncodedText, processor: ProcessorMixin) -> list[Token]:
     kinds: list[Kind] = [
         "media" if media else "supervised" if supervised else "prompt" for _, media, supervised in encoded.tokens()
     ]
     input_ids = [token for token, _, _ in encoded.tokens()]
     texts = token_texts(processor.tokenizer, input_ids)
-    tokens = [Token(*each) for each in zip(input_ids, texts, kinds, strict=True)]
-    template_messages = to_template_messages(sample.id, sample.messages[:-1])
-    prompt = render_prompt(template_messages, chat_template_of(processor), processor.tokenizer, sample.tools)
-    return SampleView(sample, tokens, prompt, notes)
+    return [Token(*each) for each in zip(input_ids, texts, kinds, strict=True)]
+
+
+def _rendered(sample: Sample, messages: list[Message], processor: ProcessorMixin) -> str:
+    template_messages = to_template_messages(sample.id, messages)
+    return render_prompt(template_messages, chat_template_of(processor), processor.tokenizer, sample.tools)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> list[str]:
