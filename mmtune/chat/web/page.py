@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import gradio as gr
+from gradio.blocks import Block
 
 from mmtune.chat.session import ChatSession
 from mmtune.chat.web.answer_panels import ANSWER_PANELS
@@ -162,7 +163,7 @@ class ChatPage:
         shown = [self._history, self._writing, self._box, self._notice, self._retry, self._undo, self._save, *self._panel_outputs]
         blocks.load(self._open, tab_id, [*shown, *self._settings], js=READ_TAB_ID, **EVENT)
         blocks.unload(self._leave)
-        settings = {*self._settings}
+        settings: set[Block] = {*self._settings}
         for button, handle, outputs in self._clicks:
             button.click(handle, settings, [self._notice, *outputs], **EVENT)
         self._box.submit(self._ask, {self._box, *settings}, shown, **EVENT)
@@ -244,14 +245,14 @@ class ChatPage:
             self._conversations.pop(tab_id).close()
 
     def _streamed(self, conversation: PageConversation, steps: Iterator[None], clears_box: bool = False) -> Iterator[list[Any]]:
-        is_first = True
+        is_opening = True
         with closing(self._reported(conversation, steps)) as changes:
             for _ in changes:
-                yield self._shown(conversation, with_draft=is_first and clears_box, with_controls=is_first)
-                is_first = False
-        yield self._shown(conversation, with_draft=conversation.draft != Draft() or is_first)
+                yield self._shown(conversation, with_draft=is_opening and clears_box, with_controls=is_opening)
+                is_opening = False
+        yield self._shown(conversation, with_draft=conversation.draft != Draft() or is_opening)
 
-    def _reported(self, conversation: PageConversation, steps: Iterator[Any]) -> Iterator[Any]:
+    def _reported(self, conversation: PageConversation, steps: Iterator[Any]) -> Generator[Any]:
         """The steps; an error becomes the line under the conversation."""
         try:
             yield from steps
@@ -274,8 +275,9 @@ class ChatPage:
         """
         is_writing, has_turn = conversation.writing is not None, bool(conversation.session.state.messages)
         draft = conversation.draft
-        content = {"value": {"text": draft.text, "files": [str(path) for path in draft.files]}} if with_draft else {}
+        content: dict[str, Any] = {}
         if with_draft:
+            content["value"] = {"text": draft.text, "files": [str(path) for path in draft.files]}
             conversation.draft = Draft()
         if not with_controls:
             return [gr.skip(), writing_html(conversation), gr.skip(), self._notice_of(conversation), *self._unchanged]

@@ -8,13 +8,19 @@ import binascii
 import hmac
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi.datastructures import Headers
+from fastapi.responses import PlainTextResponse
+
+Scope = MutableMapping[str, Any]
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+"""The types of an ASGI application."""
 
 MAX_UPLOAD = 512 * 2**20
 """Maximum size of one upload request in bytes."""
@@ -40,7 +46,7 @@ ALLOWED = (
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
-HEADERS = {
+_HEADERS = {
     # gradio writes scripts and styles into its page, and compiles templates of components.
     "Content-Security-Policy": (
         "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -51,6 +57,8 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+HEADERS = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
+"""Headers of every response."""
 
 
 class RequestChecks:
@@ -63,7 +71,7 @@ class RequestChecks:
             requests for a name of this machine: another name can be that of a page in the browser that is resolved to it.
     """
 
-    def __init__(self, app: ASGIApp, folder: Path, password: str | None) -> None:
+    def __init__(self, app: Application, folder: Path, password: str | None) -> None:
         self._app = app
         self._folder = folder.resolve()
         self._password = password
@@ -82,9 +90,9 @@ class RequestChecks:
             await problem(scope, receive, send)
             return
 
-        async def send_with_headers(message: Message) -> None:
+        async def send_with_headers(message: Event) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                message["headers"] = [*message["headers"], *HEADERS]
             await send(message)
 
         await self._app(scope, receive, send_with_headers)
@@ -135,10 +143,10 @@ class RequestChecks:
             return receive, _refusal(413, message) if too_large else None
         body, more = b"", True
         while more:
-            message = await receive()
-            if message["type"] != "http.request":
+            part = await receive()
+            if part["type"] != "http.request":
                 return receive, _refusal(400, "the connection was closed")
-            body, more = body + message.get("body", b""), message.get("more_body", False)
+            body, more = body + part.get("body", b""), part.get("more_body", False)
             if len(body) > MAX_EVENT:
                 return receive, _refusal(413, f"expected at most {MAX_EVENT >> 20} MB")
         try:
@@ -147,10 +155,10 @@ class RequestChecks:
             return receive, _refusal(400, "expected JSON")
         if not all(isinstance(path, str) and self._is_own_file(path) for path in paths):
             return receive, _refusal(403, "this file does not belong to the page")
-        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+        read = iter([{"type": "http.request", "body": body, "more_body": False}])
 
-        async def receive_again() -> Message:
-            return next(messages, None) or await receive()
+        async def receive_again() -> Event:
+            return next(read, None) or await receive()
 
         return receive_again, None
 
