@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from mmtune.recipe.recipe import Recipe
 from mmtune.report.curves import RunCurves
-from mmtune.report.run_report import RunState, write_report
+from mmtune.report.run_report import RunState, base_scores, write_report
 from mmtune.run_directory import RunDirectory
 
 INTERVAL_S = 10.0
@@ -27,6 +28,7 @@ class LiveReport:
         self._run = run
         self._recipe = recipe
         self._curves = RunCurves(run.metrics)
+        self._base: dict[str, Any] | None = None
         self._next = 0.0
 
     @property
@@ -44,6 +46,8 @@ class LiveReport:
             UserError: the disk is full or failing.
         """
         start = time.monotonic()
-        write_report(self._run, self._recipe, RunState("running", text), curves=self._curves)
+        if not self._next:  # the first time
+            self._base = base_scores(self._run)
+        write_report(self._run, self._recipe, RunState("running", text), curves=self._curves, base=self._base)
         end = time.monotonic()
         self._next = end + max(INTERVAL_S, (end - start) / MAX_SHARE)

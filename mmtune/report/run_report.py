@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmtune.data.validation.issues import ISSUE_TYPES
+from mmtune.evaluation.answers import score_metrics
 from mmtune.evaluation.answers_file import read_answers
 from mmtune.evaluation.scores import (
     difference_lines,
@@ -84,6 +85,7 @@ def write_report(
     summary: Mapping[str, Any] | None = None,
     profile: ProfileSection | None = None,
     curves: RunCurves | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> None:
     """Replace `report.html`, from the records that the run directory has so far.
 
@@ -91,6 +93,7 @@ def write_report(
         summary: the metrics of a finished run.
         profile: of the run's steps; None where they were not profiled.
         curves: of the run, if they have been read before.
+        base: of a run without a summary, from `base_scores`.
 
     Raises:
         UserError: the disk is full or failing.
@@ -112,7 +115,7 @@ def write_report(
         modules=_module_values(run),
         first_batch=_record(run.first_batch),
         checks=_checks(run, summary or {}),
-        **_result_values(run, recipe, summary),
+        **_result_values(run, recipe, summary, base),
         **_recipe_values(run, recipe),
     )
     with report_disk_errors(run.report):
@@ -134,7 +137,7 @@ def rewrite_report(run: RunDirectory, profile: ProfileSection | None = None) -> 
         state = finished_state(summary)
     else:
         summary, state = None, unfinished_run_state(run)
-    write_report(run, recipe, state, summary=summary, profile=profile)
+    write_report(run, recipe, state, summary=summary, profile=profile, base=base_scores(run))
     return state
 
 
@@ -154,6 +157,12 @@ def stops_reported(run: RunDirectory, recipe: Recipe, is_main_process: bool) -> 
             with suppress(OSError):  # a full disk is the error that is raised
                 write_report(run, recipe, RunState("stopped", f"Stopped: {shortened(reason, 1_000)}"))
         raise
+
+
+def base_scores(run: RunDirectory) -> dict[str, Any] | None:
+    """The scores of the base before tuning, as those of a summary; None if it was not evaluated."""
+    file = run.answers("before")
+    return score_metrics([], read_answers(file)) if file.is_file() else None
 
 
 def _clock(seconds: float) -> str:
@@ -190,8 +199,15 @@ def _facts(run: RunDirectory, recipe: Recipe, summary: Mapping[str, Any] | None,
     return facts
 
 
-def _result_values(run: RunDirectory, recipe: Recipe, summary: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Scores, confusion matrices and answers of a finished run."""
+def _result_values(
+    run: RunDirectory, recipe: Recipe, summary: Mapping[str, Any] | None, base: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Scores, confusion matrices and answers of a finished run; the scores of the base before that."""
+    if summary is None and base is not None:
+        rows = [{"base" if name == "tuned" else name: text for name, text in row.items()} for row in score_rows(base)]
+        title, lines = f"{score_title(base)} of the base, before tuning", further_lines(base)
+        results = {"title": title, "rows": _first_rows(rows), "hidden": max(len(rows) - SHOWN_ROWS, 0), "lines": lines}
+        return {"results": results, "groups": [], "answer_groups": []}
     if summary is None or not summary.get("tuned_scores"):
         return {"results": None, "groups": [], "answer_groups": []}
     section = recipe.evaluate
@@ -223,7 +239,7 @@ def _result_values(run: RunDirectory, recipe: Recipe, summary: Mapping[str, Any]
     values = explanations_by_row(run.explanations, explained, sources)
     cards = [(title, [{**card, "explained": values.get(card["id"])} for card in group]) for title, group in cards]
     names = dict.fromkeys(card["group"] for _, group in cards for card in group)
-    return {"results": results, "groups": cards, "answer_groups": list(names)}
+    return {"results": results, "groups": cards, "answer_groups": list(names), "has_base": bool(before)}
 
 
 def _first_rows(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:

@@ -20,7 +20,7 @@ from mmtune.evaluation.answers_file import read_answers, write_answers
 from mmtune.evaluation.comparison import tuning_metrics
 from mmtune.recipe.recipe import Recipe
 from mmtune.report.live_report import LiveReport
-from mmtune.report.run_report import RunState, rewrite_report, stops_reported, write_report
+from mmtune.report.run_report import RunState, base_scores, rewrite_report, stops_reported, write_report
 from mmtune.run_directory import RunDirectory
 from mmtune.train import train
 from mmtune.utils.errors import CheckFailed
@@ -200,12 +200,13 @@ def test_the_page_of_a_running_run_reads_itself_again_and_says_when_it_is_old(
     try:
         for path in (live.summary,):
             path.rename(tmp_path / path.name)
-        write_report(live, recipe, RunState("running", "Training: step 60 of 90."))
+        write_report(live, recipe, RunState("running", "Training: step 60 of 90."), base=base_scores(live))
         with opened_page(browser, live.report.as_uri()) as (page, record):
             page.clock.install()
             page.reload()
             assert page.locator(".badge").inner_text() == "running" and page.locator("#age").is_visible()
             assert axe_violations(page) == [] and page.locator("#answers").count() == 0
+            assert "before tuning" in page.inner_text("#scores")
             with live.metrics.open("a") as file:
                 file.write('{"step": 70, "loss": 0.5}\n')
             write_report(live, recipe, RunState("running", "Training: step 70 of 90."))
@@ -270,6 +271,8 @@ def test_the_page_is_written_during_a_run_and_at_its_end(
             assert page.locator(".chart").count() >= 5 and page.locator("#batch .token.supervised").count() > 4
             assert page.locator("#batch img").count() == 4  # one image in each row
             assert page.locator(".sample").count() == (4 if kind == "finished" else 0)
+            scores = page.inner_text("#scores")
+            assert ("of the base, before tuning" in scores) == (kind == "running") and "overall" in scores
     assert pages[0].count('class="chart"') == 0 and "Training begins: 3 steps" in pages[0]
 
     stopped = make_recipe("train.learning_rate=1e30", "train.max_steps=8", f"output_dir={recipe.output_dir}-stopped")

@@ -12,17 +12,17 @@ if (filters) {
     for (const card of cards) {
       const { group: own, change: changed, wrong: isWrong } = card.dataset;
       const fits = (!group?.value || own === group.value) && (!wrong.checked || isWrong === "yes")
-        && (!change.value || changed === change.value || (change.value === "changed" && changed !== "same"));
+        && (!change?.value || changed === change.value || (change.value === "changed" && changed !== "same"));
       card.hidden = !fits;
       shown += fits;
     }
     for (const each of document.querySelectorAll(".answer-group")) each.hidden = !each.querySelector(".sample:not([hidden])");
     count.textContent = `${shown} of ${cards.length} answers`;
-    keep({ filters: [group?.value ?? "", change.value, wrong.checked] });
+    keep({ filters: [group?.value ?? "", change?.value ?? "", wrong.checked] });
   };
   const [ownGroup, ownChange, ownWrong] = saved.filters ?? ["", "", false];
   if (group) group.value = [...group.options].some((option) => option.value === ownGroup) ? ownGroup : "";
-  change.value = ownChange;
+  if (change) change.value = ownChange;
   wrong.checked = ownWrong;
   filters.hidden = false;
   filters.addEventListener("change", apply);
@@ -40,6 +40,12 @@ for (const tokens of document.querySelectorAll(".tokens[role]")) {
     all[to].focus();
   });
 }
+
+// A region that does not scroll is no stop of the Tab key.
+const scrolls = new ResizeObserver((entries) => {
+  for (const { target } of entries) target.tabIndex = target.scrollWidth > target.clientWidth || target.scrollHeight > target.clientHeight ? 0 : -1;
+});
+for (const region of document.querySelectorAll(".scroll")) scrolls.observe(region);
 
 for (const details of document.querySelectorAll("details[id]")) {
   details.open = (saved.open ?? []).includes(details.id);
