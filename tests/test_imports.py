@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"run_directory", "tuning"},
     "release": BASIC | {"data", "evaluation", "methods", "models", "recipe", "run_directory"},
     "serving": BASIC | {"chat_templates", "data", "evaluation", "models", "recipe", "release", "run_directory"},
-    "chat": BASIC | {"data", "families", "models", "report"},
+    "chat": BASIC | {"data", "explain", "families", "models", "report"},
     "preflight": BASIC | {"data", "evaluation", "families", "methods", "models", "recipe"},
 }
 # These run the whole job, and may import every package but the command line, which nothing imports.

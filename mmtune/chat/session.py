@@ -21,11 +21,13 @@ from mmtune.data.encoding.encode import encode_prompt
 from mmtune.data.encoding.encoding_checks import check_encoding, check_system_prompt
 from mmtune.data.encoding.native_regions import text_extent
 from mmtune.data.encoding.token_counts import Counts, count_prompt_tokens
-from mmtune.data.media.media import EmbeddedMedia, ImageView, open_image
+from mmtune.data.media.media import EmbeddedMedia, ImageView, Media, open_image
 from mmtune.data.media.pixels import Window
 from mmtune.data.message import Message, Sample, has_media, text_message, text_of
 from mmtune.data.message_rows import check_messages_row, messages_row, read_messages_row
 from mmtune.data.validation.show_sample import SampleView, view_prompt
+from mmtune.explain.explanation import Explanation
+from mmtune.explain.explanation_methods import explain
 from mmtune.families.box_convention import RegionKind
 from mmtune.models.compute import adapter_disabled, move_batch, training_autocast
 from mmtune.models.generation import generate
@@ -228,6 +230,23 @@ class ChatSession:
             size: (width, height) of the upright image.
         """
         return text_extent(self._processor, kind, size)
+
+    def explain(self, check: Callable[[], None] | None = None) -> tuple[Explanation, list[Media]]:
+        """What the last answer rests on, by occlusion, and the images of the conversation.
+
+        Args:
+            check: called between batches; an error that it raises ends the explanation.
+
+        Raises:
+            UserError: no question was answered, an empty answer, or no memory left on the accelerator.
+        """
+        before, question = self.state.last_turn()
+        messages = self._prompt([*before, question, _saved(self.state.messages[-1])])
+        sample = Sample("chat", messages)
+        try:
+            return explain(self._model, self._processor, sample, check=check), sample.images
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{str(error).partition('. ')[0]}; shorten the conversation or its images") from error
 
     def count_tokens(self) -> Counts:
         """The tokens of the next question's prompt without its text."""

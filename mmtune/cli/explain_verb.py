@@ -64,7 +64,7 @@ def _explain(arguments: argparse.Namespace) -> Any:
     configure_console()
     from mmtune.data.encoding.encoding_checks import check_encoding, check_system_prompt
     from mmtune.data.media.media import ImageView
-    from mmtune.data.message import Message, Sample, text_message
+    from mmtune.data.message import Message, Sample, text_message, text_of
     from mmtune.explain.explanation_methods import answer_to_explain, explain
     from mmtune.models.compute import to_best_device
     from mmtune.models.load import load_trained
@@ -80,6 +80,8 @@ def _explain(arguments: argparse.Namespace) -> Any:
     model = to_best_device(model)
     if arguments.answer is None:
         sample = answer_to_explain(model, processor, Sample("explain", messages), arguments.max_new_tokens)
+        if not text_of(sample.messages[-1]):
+            raise UserError("the model's answer is empty; explain another one with --answer TEXT")
     else:
         sample = Sample("explain", [*messages, text_message("assistant", arguments.answer.strip())])
     explanation = explain(

@@ -99,7 +99,7 @@ def explained_inputs(sample: Sample, processor: ProcessorMixin, grid: int | None
     encoded = encode_sample(sample, processor, supervise="last", images=processed)
     answer_ids = encoded["labels"][encoded["labels"] != IGNORE_INDEX].tolist()[:-1]
     if not answer_ids:
-        raise UserError("the answer is empty, so there is nothing to explain; give one with --answer")
+        raise UserError("the answer is empty, so there is nothing to explain")
     text = encode_text(sample.id, sample.messages, processor, processed[1], "last", sample.tools)
     return ExplainedInputs(sample, tuple(images), grids, encoded, tuple(_words(text, processor)), tuple(answer_ids))
 

@@ -13,6 +13,7 @@ from mmtune.chat.session import ChatSession
 from mmtune.chat.web.page_conversation import PageConversation
 from mmtune.chat.web.shown_images import file_name
 from mmtune.chat.web.transcript_html import inert
+from mmtune.report.explanations.explanation_page import EXPLANATION_SCRIPTS, EXPLANATION_STYLES, explanation_values
 from mmtune.report.pages import render_page
 from mmtune.report.sample_page import sample_values
 
@@ -66,16 +67,52 @@ def _build_prompt_tokens(page: ChatPage) -> Sequence[Any]:
         for image, media in zip(shown["images"], view.sample.images, strict=True):
             image["name"] = file_name(media)  # without folders of the server
         document = render_page("sample.html.jinja", styles=("tokens.css",), title=view.sample.id, **shown)
-        # A frame with its own content policy, without scripts: texts of the conversation stay inside.
-        frame = f'<iframe class="tokens" title="Prompt as tokens" sandbox="" srcdoc="{html.escape(document)}"></iframe>'
-        yield [inert(frame)]
+        yield [_frame("Prompt as tokens", document)]
 
     page.on_click(start, show, [output])
     return [output]
 
 
+def _build_explanation(page: ChatPage) -> Sequence[Any]:
+    with gr.Row():
+        start = gr.Button("Explain the last answer", size="sm", min_width=240, scale=0)
+    output = gr.HTML(padding=False)
+
+    def show(conversation: PageConversation, system: str, values: Mapping[str, Any]) -> Iterator[list[Any]]:
+        for result in conversation.explain():
+            if result is None:
+                yield [None]
+                continue
+            explanation, images = result
+            shown = explanation_values(explanation, images)
+            for image, media in zip(shown["images"], images, strict=True):
+                image["name"] = file_name(media)  # without folders of the server
+            document = render_page(
+                "explanation.html.jinja",
+                styles=EXPLANATION_STYLES,
+                scripts=EXPLANATION_SCRIPTS,
+                title="What the last answer rests on",
+                prompt="",
+                explained=shown,
+            )
+            yield [_frame("Explanation", document, "allow-scripts")]
+
+    page.on_click(start, show, [output])
+    return [output]
+
+
+def _frame(title: str, document: str, sandbox: str = "") -> str:
+    """A page in a frame with its own origin and content policy: texts of the conversation and scripts stay inside.
+
+    Args:
+        sandbox: what the frame may do.
+    """
+    return inert(f'<iframe class="tokens" title="{title}" sandbox="{sandbox}" srcdoc="{html.escape(document)}"></iframe>')
+
+
 ANSWER_PANELS = (
     AnswerPanel("Base and tuned", _build_comparison, lambda session: session.is_adapter),
     AnswerPanel("Prompt tokens", _build_prompt_tokens),
+    AnswerPanel("Why", _build_explanation),
 )
 """The panels, in the order of their tabs."""

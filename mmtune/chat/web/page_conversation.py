@@ -17,9 +17,10 @@ from mmtune.chat.commands import EMPTY_ANSWER, STOPPED, STOPPED_AT_ONCE, STOPPED
 from mmtune.chat.session import ChatSession
 from mmtune.chat.web.model_turns import ModelTurns
 from mmtune.chat.web.shown_images import ShownImages
-from mmtune.data.media.media import open_media
+from mmtune.data.media.media import Media, open_media
 from mmtune.data.message import Message, text_of
 from mmtune.data.validation.show_sample import SampleView
+from mmtune.explain.explanation import Explanation
 from mmtune.utils.errors import UserError
 
 MAX_IMAGES = 32
@@ -190,6 +191,25 @@ class PageConversation:
         with self.exclusive(), self._turns.ticket() as ticket:
             ticket.before(None)
             return self.session.view_prompt()
+
+    def explain(self) -> Generator[tuple[Explanation, list[Media]] | None]:
+        """None while the last answer is explained, then what it rests on and the images of the conversation.
+
+        Raises:
+            UserError: as `ChatSession.explain`, or an answer is being written.
+        """
+        with self.exclusive(), self._turns.ticket() as ticket:
+            self._stop_requested.clear()
+            for _ in self._wait(ticket.before):
+                yield None
+            self.notice = Notice("explaining the last answer")
+            yield None
+            self.notice = Notice()
+            yield self.session.explain(self._check_stop)
+
+    def _check_stop(self) -> None:
+        if self._stop_requested.is_set():
+            raise UserError("stopped: the answer is not explained")
 
     def undo(self) -> None:
         """Remove the last question and its answer; the question returns to the input field.
