@@ -158,7 +158,9 @@ class Screenshots:
         with subprocess.Popen(command, cwd=self._folder, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             addresses = (re.search(r"http://\S+", line) for line in process.stdout)
-            yield next(match[0] for match in addresses if match)
+            address = next((match[0] for match in addresses if match), None)
+            assert address is not None, f"{arguments}: no address printed"
+            yield address
             process.send_signal(signal.SIGINT)
 
     def _run(self, name: str) -> RunDirectory:
