@@ -123,10 +123,13 @@ def answer_to_explain(model: nn.Module, processor: ProcessorMixin, sample: Sampl
 
 
 def _token_texts(processor: ProcessorMixin, ids: tuple[int, ...]) -> list[str]:
-    """The text of each token: what it adds to the text of those before it."""
+    """The text of each token: what it adds to the text of those before it.
+
+    The last token of a character that is several tokens adds the character, the others a replacement character.
+    """
     texts, before = [], ""
     for count in range(1, len(ids) + 1):
         text = str(processor.tokenizer.decode(list(ids[:count])))
         texts.append(text[len(before) :] if text.startswith(before) else str(processor.tokenizer.decode([ids[count - 1]])))
-        before = text
+        before = text.rstrip("\ufffd")
     return texts

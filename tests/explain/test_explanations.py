@@ -179,6 +179,11 @@ def test_words_leave_out_control_tokens_and_split_chinese(untrained: tuple[Any, 
     assert words == ["<|user|>", "is", "红", "色", "<image>x"]  # typed, so it is text and no control token
 
 
+def test_a_character_of_several_tokens_is_the_text_of_the_last_one(untrained: tuple[Any, Any]) -> None:
+    tokens = explain(*untrained, asked([], answer="7 红é")).tokens
+    assert [token.text for token in tokens] == ["7", " ", "\ufffd", "\ufffd", "红", "\ufffd", "é"]
+
+
 def test_the_models_own_answer_is_explained(answering_llava: tuple[Any, Any], tmp_path: Path) -> None:
     model, processor = answering_llava
     question = Sample("row", asked([picture(tmp_path / "a.png")]).messages[:-1])
