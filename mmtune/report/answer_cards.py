@@ -28,8 +28,8 @@ SHOWN_CARDS = 300
 """A page shows at most this many answers, whatever `evaluate.samples` is."""
 SHOWN_CHARACTERS = 2_000
 """Characters of one text of a card; fewer with many cards, which have `ALL_CHARACTERS` together."""
-ALL_CHARACTERS = 400_000
-IMAGE_BYTES = 5_000_000
+ALL_CHARACTERS = 300_000
+IMAGE_BYTES = 4_000_000
 """The embedded images of a page's cards together."""
 
 Item = TypeVar("Item")

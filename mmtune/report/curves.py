@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-BUCKETS = 512
+BUCKETS = 256
 """A curve has at most two points for each: the lowest and the highest of the steps that it covers."""
 
 LARGEST = 1e300
@@ -17,7 +17,7 @@ Point = tuple[float, float]
 
 
 class Curve:
-    """The values of one metric by step. Up to 1,024 are all points, then the lowest and the highest of equally many logs.
+    """The values of one metric by step. Up to 512 are all points, then the lowest and the highest of equally many logs.
 
     The points depend on the values alone, not on when they are read, and a spike of one step stays visible.
     """

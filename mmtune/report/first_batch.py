@@ -21,7 +21,7 @@ from mmtune.utils.files import replace_text
 SHOWN_ROWS = 8
 SHOWN_TOKENS = 2_000
 """Tokens of one row; repeated ones of an image count as one."""
-IMAGE_BYTES = 2_000_000
+IMAGE_BYTES = 1_500_000
 """The embedded images together."""
 
 

@@ -35,7 +35,7 @@ from mmtune.report.pages import render_page
 from mmtune.report.plots import plot_values, run_plots
 from mmtune.report.recipe_differences import differences_from_defaults
 from mmtune.run_directory import RunDirectory
-from mmtune.utils.errors import Stopped
+from mmtune.utils.errors import Stopped, UserError
 from mmtune.utils.files import read_json_object, replace_text, report_disk_errors, resolve_link
 from mmtune.utils.locks import lock_holder
 
@@ -154,7 +154,7 @@ def stops_reported(run: RunDirectory, recipe: Recipe, is_main_process: bool) -> 
     except BaseException as error:
         if is_main_process and run.report.is_file():
             reason = str(error) if isinstance(error, Stopped) else f"{type(error).__name__}: {error}"
-            with suppress(OSError):  # a full disk is the error that is raised
+            with suppress(OSError, UserError):  # such as a full disk, which is then the error that is raised
                 write_report(run, recipe, RunState("stopped", f"Stopped: {shortened(reason, 1_000)}"))
         raise
 

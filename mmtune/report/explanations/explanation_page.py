@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ LEVELS = 5
 """Steps of a word's color, in explanation.css."""
 TOP_CELLS, SMALL_SHARE = 5, 0.01
 """Cells that are listed below a map, if their share of the positive scores is not smaller."""
+EXPLANATION_BYTES = 1_000_000
+"""A report leaves out further explanations once it has this many bytes of them; `explanations.json` has all."""
 EXPLANATION_STYLES, EXPLANATION_SCRIPTS = ("explanation.css",), ("explanation.js",)
 
 
@@ -69,11 +72,14 @@ def explanations_by_row(path: Path, answers: Sequence[Answer], sources: Sequence
     recorded = {each["id"]: each for each in read_json_object(path)["explanations"]} if path.is_file() else {}
     explained = [answer for answer in answers if answer.id in recorded]
     images, _ = readable_images(explained, sources)
-    return {
-        answer.id: explanation_values(Explanation.from_dict(recorded[answer.id]), images[answer.id], f"explained-{number}")
-        for number, answer in enumerate(explained)
-        if len(images.get(answer.id, ())) == len(recorded[answer.id]["images"])
-    }
+    values: dict[str, dict[str, Any]] = {}
+    budget = EXPLANATION_BYTES
+    for number, answer in enumerate(explained):
+        if budget > 0 and len(images.get(answer.id, ())) == len(recorded[answer.id]["images"]):
+            explanation = Explanation.from_dict(recorded[answer.id])
+            values[answer.id] = explanation_values(explanation, images[answer.id], f"explained-{number}")
+            budget -= len(json.dumps(values[answer.id]))
+    return values
 
 
 def explanation_values(explanation: Explanation, images: Sequence[Media], key: str = "token") -> dict[str, Any]:
