@@ -125,6 +125,7 @@ def wait_for_notice(page: Any, text: str) -> None:
     page.locator("#notice p", has_text=text).wait_for()
 
 
+@pytest.mark.slow
 def test_an_answer_is_streamed_stopped_retried_and_taken_back(browser: Any, server: Server, image: Path) -> None:
     with chat(browser, server) as (page, _):
         page.set_input_files("#question input[type=file]", [image, image])
@@ -154,6 +155,7 @@ def test_an_answer_is_streamed_stopped_retried_and_taken_back(browser: Any, serv
         assert page.input_value("#question textarea") == f"{HOSTILE}\nmore"
 
 
+@pytest.mark.slow
 def test_base_and_tuned_answers_are_side_by_side_and_the_prompt_is_shown_as_tokens(
     browser: Any, server: Server, image: Path
 ) -> None:
@@ -174,6 +176,7 @@ def test_base_and_tuned_answers_are_side_by_side_and_the_prompt_is_shown_as_toke
         assert str(server.temporary) not in frame.locator("body").text_content()
 
 
+@pytest.mark.slow
 def test_a_mistake_is_a_message_and_the_question_stays(browser: Any, server: Server, image: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.png"
     bad.write_bytes(image.read_bytes()[:500])
@@ -195,6 +198,7 @@ def test_a_mistake_is_a_message_and_the_question_stays(browser: Any, server: Ser
         assert page.locator("article.user img").count() == 1 and not page.locator("#notice p").count()
 
 
+@pytest.mark.slow
 def test_a_conversation_is_saved_loaded_and_kept_by_a_reload(browser: Any, server: Server, image: Path, tmp_path: Path) -> None:
     with chat(browser, server) as (page, _):
         page.set_input_files("#question input[type=file]", image)
@@ -226,6 +230,7 @@ def test_a_conversation_is_saved_loaded_and_kept_by_a_reload(browser: Any, serve
         assert page.get_by_label("System prompt").input_value() == "Be brief."
 
 
+@pytest.mark.slow
 def test_two_tabs_wait_for_each_other_and_a_closed_tab_stops_its_answer(browser: Any, server: Server) -> None:
     with chat(browser, server) as (second, _):
         with chat(browser, server) as (first, _):
@@ -239,6 +244,7 @@ def test_two_tabs_wait_for_each_other_and_a_closed_tab_stops_its_answer(browser:
         wait_for_notice(second, "stopped")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_narrow_page_does_not_scroll_sideways_and_is_accessible(browser: Any, server: Server, theme: str) -> None:
     with chat(browser, server, size=NARROW, theme=theme) as (page, _):
@@ -251,6 +257,7 @@ def test_a_narrow_page_does_not_scroll_sideways_and_is_accessible(browser: Any, 
         assert page.evaluate("document.activeElement.tagName") == "BUTTON"
 
 
+@pytest.mark.slow
 def test_no_file_of_the_server_but_uploads_can_be_read(browser: Any, server: Server, adapter: Path) -> None:
     with httpx2.Client(base_url=server.address) as client, chat(browser, server) as (page, _):
         private = next(server.temporary.glob("mmtune-chat-*"))
@@ -289,6 +296,7 @@ def test_no_file_of_the_server_but_uploads_can_be_read(browser: Any, server: Ser
         assert "connect-src 'self'" in client.get("/").headers["content-security-policy"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_server_and_the_page_says_so(browser: Any, server: Server) -> None:
     with opened_page(browser, server.address) as (page, record):
         page.locator("#question textarea:enabled").wait_for()
