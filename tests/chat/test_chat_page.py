@@ -222,7 +222,8 @@ def test_a_conversation_is_saved_loaded_and_kept_by_a_reload(browser: Any, serve
         assert drawn.startswith("1 box (read as thousandths of the image) drawn on ")
         shown = page.locator("article.assistant img").get_attribute("src")
         pixels = Image.open(io.BytesIO(httpx2.get(f"{server.address}/{shown}").content)).convert("RGB")
-        assert pixels.size == (40, 24) and (229, 72, 77) in {pixels.getpixel((4, y)) for y in range(24)}
+        assert pixels.size == (120, 72)  # three times as large, so that its pixels are sharp
+        assert (229, 72, 77) in {pixels.getpixel((12, y)) for y in range(72)}
 
         page.reload()
         page.locator("article.assistant").wait_for()

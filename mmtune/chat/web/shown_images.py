@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from uuid import uuid4
 
+from PIL import Image
+
 from mmtune.chat.session import ChatSession
 from mmtune.data.media.drawing import draw_regions
 from mmtune.data.media.media import ImageView, Media, image_size, open_image
@@ -14,6 +16,9 @@ from mmtune.families.box_convention import KIND_NAMES, RegionKind
 
 MAX_EDGE = 768
 """Longer edge of a copy in pixels."""
+
+SMALL_EDGE = 128
+"""A smaller image is enlarged by a whole factor, up to this longer edge in pixels."""
 
 REGION_COLOR = "#e5484d"
 THOUSANDTHS = (1000, 1000)
@@ -65,6 +70,8 @@ class ShownImages:
             description = f"{drawn} drawn on {description}"
         image = open_image(view)
         image.thumbnail((MAX_EDGE, MAX_EDGE))
+        if (times := SMALL_EDGE // max(image.size)) > 1:  # a browser would blur it
+            image = image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
         draw_regions(image, shares, REGION_COLOR)
         self._folder.mkdir(exist_ok=True)
         path = self._folder / f"{uuid4().hex}.png"
