@@ -130,11 +130,15 @@ class Screenshots:
                     page.wait_for_function(
                         "[...document.querySelectorAll('textarea')].some((box) => box.value.includes('Answer:'))"
                     )
-                    self._save(page, "chat-compare", bottom=True)
-                    page.get_by_role("tab", name="Prompt tokens").click()
-                    page.get_by_role("button", name="Show the prompt as tokens").click()
-                    page.wait_for_selector("iframe.tokens")
-                    self._save(page, "chat-tokens", bottom=True)
+                    self._save(page, "chat-compare", ".tabs")
+                    for tab, button, frame in (
+                        ("Prompt tokens", "Show the prompt as tokens", "Prompt as tokens"),
+                        ("Why", "Explain the last answer", "Explanation"),
+                    ):
+                        page.get_by_role("tab", name=tab).click()
+                        page.get_by_role("button", name=button).click()
+                        page.wait_for_selector(f"iframe[title='{frame}']")
+                        self._save(page, f"chat-{frame.split()[0].lower()}", ".tabs")
             with self._page(url, NARROW) as page:
                 self._converse(page)
                 self._save(page, "chat-narrow")
@@ -191,23 +195,15 @@ class Screenshots:
             yield page
             assert not record.errors and not record.external, (url, record)
 
-    def _save(self, page: Any, name: str, selector: str = "", height: int = 10_000, bottom: bool = False) -> None:
-        """Write a picture with few colors.
-
-        Args:
-            selector: a part of the page, down to `height`; without it, what the window shows.
-            bottom: scroll to the end of the page first.
-        """
+    def _save(self, page: Any, name: str, selector: str = "", height: int = 10_000) -> None:
+        """Write a picture with few colors: of a part of the page, down to `height`, or of what the window shows."""
         if not name.startswith(self._only):
             return
         clip = None
         if selector:
             box = page.locator(selector).bounding_box()
-            top = box["y"] + page.evaluate("window.scrollY") - 16
-            clip = {"x": 0, "y": top, "width": page.viewport_size["width"], "height": min(box["height"] + 32, height)}
-        if bottom:
-            page.evaluate("window.scrollTo(0, document.documentElement.scrollHeight)")
-            page.wait_for_timeout(500)
+            left, top = max(box["x"] - 16, 0), box["y"] + page.evaluate("window.scrollY") - 16
+            clip = {"x": left, "y": top, "width": box["width"] + 32, "height": min(box["height"] + 32, height)}
         image = Image.open(io.BytesIO(page.screenshot(clip=clip, full_page=clip is not None)))
         path = OUT / f"{name}.png"
         image.convert("RGB").quantize(256, kmeans=4, dither=Image.Dither.NONE).save(path, optimize=True)
