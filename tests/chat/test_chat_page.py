@@ -177,6 +177,27 @@ def test_base_and_tuned_answers_are_side_by_side_and_the_prompt_is_shown_as_toke
 
 
 @pytest.mark.slow
+def test_the_last_answer_is_explained_in_a_frame_that_reaches_nothing(browser: Any, server: Server, image: Path) -> None:
+    with chat(browser, server) as (page, _):
+        page.set_input_files("#question input[type=file]", [image])
+        page.locator("#question .thumbnail-item, #question img").first.wait_for()
+        text = ask(page, HOSTILE)
+        page.get_by_role("tab", name="Why").click()
+        page.get_by_role("button", name="Explain the last answer").click()
+        frame = page.frame_locator("iframe[title=Explanation]")
+        frame.locator(".overlay:visible").wait_for()
+        tokens = "".join(frame.locator(".choice").all_text_contents()[1:]).replace("\u2423", " ")
+        assert tokens.replace("\ufffd", "").split() == text.replace("\ufffd", "").split()  # half characters
+        assert "onerror=alert(1)" in frame.locator(".words:visible").text_content()
+        frame.locator("input[type=radio]").first.focus()
+        page.keyboard.press("ArrowRight")
+        assert frame.locator(".overlay:visible").get_attribute("data-view") == "1"
+        assert frame.locator("body").evaluate("() => window.origin") == "null"
+        page.get_by_role("button", name="Undo").click()
+        page.locator("iframe[title=Explanation]").wait_for(state="detached")
+
+
+@pytest.mark.slow
 def test_a_mistake_is_a_message_and_the_question_stays(browser: Any, server: Server, image: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.png"
     bad.write_bytes(image.read_bytes()[:500])

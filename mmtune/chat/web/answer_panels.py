@@ -83,17 +83,13 @@ def _build_explanation(page: ChatPage) -> Sequence[Any]:
             if result is None:
                 yield [None]
                 continue
-            explanation, images = result
-            shown = explanation_values(explanation, images)
-            for image, media in zip(shown["images"], images, strict=True):
-                image["name"] = file_name(media)  # without folders of the server
             document = render_page(
                 "explanation.html.jinja",
                 styles=EXPLANATION_STYLES,
                 scripts=EXPLANATION_SCRIPTS,
                 title="What the last answer rests on",
                 prompt="",
-                explained=shown,
+                explained=explanation_values(*result),
             )
             yield [_frame("Explanation", document, "allow-scripts")]
 
