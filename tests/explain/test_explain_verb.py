@@ -15,7 +15,7 @@ from mmtune.cli.explain_verb import METHODS
 from mmtune.cli.main import entry_point
 from mmtune.explain.explanation import AnswerToken, CellScores, Explanation, PromptWord
 from mmtune.explain.explanation_methods import EXPLANATION_METHODS
-from mmtune.report.explanations.explanation_page import LOWERS, OPAQUE, RAISES, heat_map, write_explanation
+from mmtune.report.explanations.explanation_page import LOWERS, OPAQUE, RAISES, explanation_values, heat_map, write_explanation
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -84,6 +84,20 @@ def page(image: Path, tmp_path: Path) -> Path:
     explanation = Explanation("occlusion", f"3{HOSTILE}", tokens, (CellScores(40, 24, scores),), words)
     write_explanation(explanation, [image], HOSTILE, tmp_path / "why.html")
     return tmp_path / "why.html"
+
+
+def test_of_a_long_prompt_the_words_with_the_largest_scores_are_shown(tmp_path: Path) -> None:
+    tokens, count = 500, 300
+    random = np.random.default_rng(0).normal(size=(count, tokens))
+    words = tuple(PromptWord(f"w{number}", tuple(scores)) for number, scores in enumerate(random))
+    explanation = Explanation("occlusion", "7", (AnswerToken("7", -1.0),) * tokens, (), words)
+    write_explanation(explanation, [], "?", tmp_path / "why.html")
+    assert (tmp_path / "why.html").stat().st_size < 4_000_000
+    view = explanation_values(explanation, [])["views"][1]
+    strongest = sorted(range(count), key=lambda number: -abs(random[number, 0]))[: len(view["words"])]
+    assert [word["text"] for word in view["words"]] == [f"w{number}" for number in sorted(strongest)]
+    assert len(strongest) + view["words_left_out"] == count
+    assert len(strongest) > 30
 
 
 def test_the_page_escapes_the_reversal_of_text(page: Path) -> None:

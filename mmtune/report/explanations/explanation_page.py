@@ -29,6 +29,8 @@ OPAQUE = 215
 """The opacity, of 255, of the cell with the largest score."""
 LEVELS = 5
 """Steps of a word's color, in explanation.css."""
+SHOWN_WORDS, MIN_WORDS = 20_000, 10
+"""Words of all tokens together, and of one token at least: of a long prompt only those with the largest scores are shown."""
 TOP_CELLS, SMALL_SHARE = 5, 0.01
 """Cells that are listed below a map, if their share of the positive scores is not smaller."""
 EXPLANATION_BYTES = 1_000_000
@@ -125,11 +127,17 @@ def _map_view(image: CellScores, tokens: Sequence[int]) -> dict[str, Any]:
 def _word_view(explanation: Explanation, tokens: Sequence[int]) -> dict[str, Any]:
     scores = [sum(word.scores[number] for number in tokens) for word in explanation.words]
     largest = _largest(np.array(scores or [0.0]))
+    count = max(MIN_WORDS, SHOWN_WORDS // (1 + len(explanation.tokens)))
+    shown = sorted(sorted(range(len(scores)), key=lambda number: -abs(scores[number]))[:count])
     words = [
-        {"text": escape_invisible(word.text), "score": f"{score:+.2f}", "level": _level(score, largest)}
-        for word, score in zip(explanation.words, scores, strict=True)
+        {
+            "text": escape_invisible(explanation.words[number].text),
+            "score": f"{scores[number]:+.2f}",
+            "level": _level(scores[number], largest),
+        }
+        for number in shown
     ]
-    return {"words": words, "word_scale": f"{largest:.2f}"}
+    return {"words": words, "word_scale": f"{largest:.2f}", "words_left_out": len(scores) - len(words)}
 
 
 def heat_map(scores: Scores) -> bytes:
