@@ -167,6 +167,11 @@ def test_base_and_tuned_answers_are_side_by_side_and_the_prompt_is_shown_as_toke
         base, tuned = (page.locator("[role=tabpanel] textarea").nth(number) for number in (0, 1))
         page.wait_for_function("text => document.querySelectorAll('[role=tabpanel] textarea')[1].value === text", arg=text)
         assert tuned.input_value() == text != base.input_value() != "" and answer(page) == text
+        page.get_by_label("Maximum of new tokens").fill("1000000")
+        page.get_by_role("button", name="Answer with base and tuned").click()
+        page.get_by_label("Stop").click()
+        wait_for_notice(page, "stopped: the conversation is as before")
+        assert answer(page) == text
 
         page.get_by_role("tab", name="Prompt tokens").click()
         page.get_by_role("button", name="Show the prompt as tokens").click()

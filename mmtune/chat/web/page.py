@@ -97,8 +97,8 @@ class ChatPage:
             unchanged = [gr.skip() for _ in outputs]
             with closing(self._reported(conversation, run(conversation, *self._settings_in(inputs)))) as results:
                 for result in results:
-                    yield [self._notice_of(conversation), *result]
-            yield [self._notice_of(conversation), *unchanged]
+                    yield [self._notice_of(conversation), self._send_or_stop(conversation), *result]
+            yield [self._notice_of(conversation), self._send_or_stop(conversation), *unchanged]
 
         self._clicks.append((button, handle, outputs))
 
@@ -165,7 +165,7 @@ class ChatPage:
         blocks.unload(self._leave)
         settings: set[Block] = {*self._settings}
         for button, handle, outputs in self._clicks:
-            button.click(handle, settings, [self._notice, *outputs], **EVENT)
+            button.click(handle, settings, [self._notice, self._box, *outputs], **EVENT)
         self._box.submit(self._ask, {self._box, *settings}, shown, **EVENT)
         self._box.stop(self._stop, None, None, **EVENT)
         self._retry.click(self._answer_again, settings, shown, **EVENT)
@@ -189,7 +189,7 @@ class ChatPage:
             self._conversations[tab_id] = conversation
             self._tabs[request.session_hash or ""] = tab_id
             self._drop_old()
-        conversation.stop()  # an answer for the page before the reload
+        conversation.wait_until_stopped()  # an answer for the page before the reload
         return [*self._shown(conversation, with_draft=True), *self._settings_of(conversation)]
 
     def _leave(self, request: gr.Request) -> None:
@@ -273,7 +273,6 @@ class ChatPage:
             with_draft: also the content of the input field, in which the user may have written meanwhile.
             with_controls: all components; otherwise only the answer that is being written, and the line under it.
         """
-        is_writing, has_turn = conversation.writing is not None, bool(conversation.session.state.messages)
         draft = conversation.draft
         content: dict[str, Any] = {}
         if with_draft:
@@ -281,10 +280,14 @@ class ChatPage:
             conversation.draft = Draft()
         if not with_controls:
             return [gr.skip(), writing_html(conversation), gr.skip(), self._notice_of(conversation), *self._unchanged]
-        box = gr.update(interactive=True, submit_btn=not is_writing, stop_btn=is_writing, **content)
-        can_change = gr.update(interactive=has_turn and not is_writing)
+        box = self._send_or_stop(conversation, **content)
+        can_change = gr.update(interactive=bool(conversation.session.state.messages) and not conversation.is_busy)
         texts = [history_html(conversation), writing_html(conversation)]
         return [*texts, box, self._notice_of(conversation), *[can_change] * 3, *[None] * len(self._panel_outputs)]
+
+    def _send_or_stop(self, conversation: PageConversation, **content: Any) -> Any:
+        """The input field with the button that is of use."""
+        return gr.update(interactive=True, submit_btn=not conversation.is_busy, stop_btn=conversation.is_busy, **content)
 
     def _settings_in(self, inputs: Inputs) -> tuple[str, dict[str, Any]]:
         system, *values = (inputs[field] for field in self._settings)

@@ -32,6 +32,9 @@ UPDATE_S = 0.05
 WAIT_S = 0.5
 """Time between two looks at the stop button while another answer is written."""
 
+STOPPED_S = 30.0
+"""Maximum time to wait for the end of a stopped answer: its prompt is processed first."""
+
 BUSY = "an answer is being written; stop it first"
 
 
@@ -112,11 +115,16 @@ class PageConversation:
         """Stop the answer after the current token. It stays as far as it was written."""
         self._stop_requested.set()
 
+    def wait_until_stopped(self) -> None:
+        """Stop the answer, and wait until the model has stopped; not longer than a long prompt takes."""
+        self.stop()
+        if self._busy.acquire(timeout=STOPPED_S):
+            self._busy.release()
+
     def close(self) -> None:
         """Stop the answer, wait until the model has stopped, and delete the files."""
-        self.stop()
-        with self._busy:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self.wait_until_stopped()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def set_values(self, system: str, values: Mapping[str, Any]) -> None:
         """Set the system prompt and the settings; those that are unchanged stay, also the number of repeats of the seed.
@@ -169,6 +177,7 @@ class PageConversation:
         with self.exclusive(), self._turns.ticket() as ticket:
             self._stop_requested.clear()
             answers: dict[str, str] = {}
+            yield answers
             for _ in self._wait(ticket.before):
                 yield answers
             self.set_values(system, values)

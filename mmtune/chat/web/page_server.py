@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import ipaddress
 import os
 import socket
@@ -133,6 +134,7 @@ def run_page(new_session: Callable[[], ChatSession], name: str, listener: socket
             Server(config).run(sockets=[listener])
         finally:
             page.close()
+            gc.freeze()  # Python's collection at the exit would search all objects of the libraries, for seconds
 
 
 def _is_loopback(host: str) -> bool:
