@@ -32,6 +32,10 @@ ALL_CHARACTERS = 300_000
 IMAGE_BYTES = 4_000_000
 """The embedded images of a page's cards together."""
 
+BLUE, YELLOW, ORANGE = "#56b4e9", "#f0e442", "#d55e00"
+"""Colors of regions, which people with any color blindness tell apart (Okabe and Ito)."""
+COLOR_NAMES = {BLUE: "blue", YELLOW: "yellow", ORANGE: "orange"}
+
 Item = TypeVar("Item")
 AnswerPair = tuple[Answer | None, Answer]
 """The answers of the base, where there is one, and of the tuned model to one question."""
@@ -91,7 +95,7 @@ def sample_cards(pairs: Sequence[AnswerPair], names: tuple[str, str], sources: S
                 "question": shortened(second.question, length),
                 "reference": shortened(" | ".join(dict.fromkeys(second.references)), length),
                 "images": shown,
-                "drawn": ", ".join(f"{each.of} {each.color}" for each in drawn if each.regions),
+                "drawn": ", ".join(f"{each.of} {COLOR_NAMES[each.color]}" for each in drawn if each.regions),
                 "answers": [
                     {
                         "label": f"{name}, {format_score(answer.score, answer.metric) if answer.parsed else 'unparsed'}",
@@ -160,10 +164,10 @@ def drawn_regions(first: Answer | None, second: Answer, names: tuple[str, str]) 
     """The regions of the reference and of the predictions; none for a question with several images."""
     if len(second.images) != 1:
         return []
-    texts = [("reference", "green", second, second.item().references[0])]
+    texts = [("reference", BLUE, second, second.item().references[0])]
     texts += [
         (name, color, answer, answer.item().prediction)
-        for name, color, answer in zip(names, ("orange", "red"), (first, second), strict=True)
+        for name, color, answer in zip(names, (YELLOW, ORANGE), (first, second), strict=True)
         if answer is not None
     ]
     return [DrawnRegions(of, color, _regions_in(text, answer.extent)) for of, color, answer, text in texts]

@@ -20,7 +20,7 @@ from mmtune.evaluation.scores import metric_lines, print_scores, score_rows
 from mmtune.methods.method_table import METHODS
 from mmtune.methods.show_methods import print_methods
 from mmtune.recipe.recipe import Recipe
-from mmtune.report.answer_cards import select_answers
+from mmtune.report.answer_cards import BLUE, ORANGE, YELLOW, select_answers
 from mmtune.report.run_report import rewrite_report
 from mmtune.run_directory import RunDirectory
 from mmtune.tuning.apply import ComponentCount, print_parameters, print_trained_modules
@@ -259,16 +259,16 @@ def test_regions_of_references_and_predictions_are_drawn(make_recipe: MakeRecipe
     recipe = make_recipe(f"evaluate.data=[{{path: {rows}, template: llava}}]", "evaluate.samples=8")
     run, page = _run(recipe, [drawn, unknown], [base, dataclasses.replace(unknown, prediction="left")])
     assert read_answers(run.answers("after"))[0].extent == (1000, 1000)
-    assert page.text.count("drawn: reference green, base orange, tuned red") == 1 and page.text.count("drawn:") == 1
+    assert page.text.count("drawn: reference blue, base yellow, tuned orange") == 1 and page.text.count("drawn:") == 1
     sources = [str(attributes["src"]) for tag, attributes in page.tags if tag == "img"]
     images = [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGB") for source in sources]
     image, other = [each for each in images if each.size == (200, 100)]
     if image.getcolors() == [(20000, (255, 255, 255))]:
         image, other = other, image
     assert other.getcolors() == [(20000, (255, 255, 255))]
-    edges = {"green": [(20, 50), (99, 50), (60, 20), (60, 79)], "red": [(120, 50), (179, 50), (150, 20), (150, 79)]}
+    edges = {BLUE: [(20, 50), (99, 50), (60, 20), (60, 79)], ORANGE: [(120, 50), (179, 50), (150, 20), (150, 79)]}
     for color, places in edges.items():
         for x, y in places:
             area = image.crop((x - 1, y - 1, x + 2, y + 2))
             assert ImageColor.getrgb(color) in {pixel for _, pixel in area.getcolors()}, (color, x, y)
-    assert ImageColor.getrgb("orange") in {pixel for _, pixel in image.crop((150, 60, 172, 80)).getcolors()}
+    assert ImageColor.getrgb(YELLOW) in {pixel for _, pixel in image.crop((150, 60, 172, 80)).getcolors()}
