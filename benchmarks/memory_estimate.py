@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
@@ -128,19 +129,28 @@ def measured_peak(recipe: Recipe, tokens: int, supervised: int | None = None) ->
     labels[:, : tokens - min(supervised or tokens, tokens - patches)] = -100
     row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     row["pixel_values"] = torch.randn(1, 3, vision.image_size, vision.image_size)
-    rows = 2 * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    budget = recipe.data.tokens_per_batch
+    in_batch = arguments.per_device_train_batch_size if budget is None else budget // tokens
+    rows = 2 * in_batch * arguments.gradient_accumulation_steps
     trainer = TuningTrainer(
         model=model,
         args=arguments,
         train_dataset=[row] * rows,
-        data_collator=Collator(0),
+        data_collator=Collator(0, packed=recipe.data.packing),
         callbacks=[DisableInputRequireGrads()],
         data_report=DataReport(rows=rows),
         objective=SupervisedTuning(recipe.objective),
         max_bad_fraction=0.0,
         learning_rates=learning_rates(model, components, recipe.tune, arguments.learning_rate),
         dummy_batch=row,
-        batches=MixtureBatchSampler(Mixture.by_repeats([rows], [1.0]), seed=0, size=arguments.per_device_train_batch_size),
+        batches=MixtureBatchSampler(
+            Mixture.by_repeats([rows], [1.0]),
+            seed=0,
+            size=arguments.per_device_train_batch_size,
+            lengths=np.full(rows, tokens),
+            tokens=budget,
+            packed=recipe.data.packing,
+        ),
     )
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)

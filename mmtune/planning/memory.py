@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor, Trainer, TrainingArguments
 
 from mmtune.console.styled_console import StyledConsole
+from mmtune.data.batching.collate import pack
 from mmtune.families.family_table import family_of
 from mmtune.families.structure import find_components, image_features_of
 from mmtune.methods.method import DEFAULT_METHOD
@@ -41,11 +42,12 @@ from mmtune.models.fake_tensors import (
     suppress_fake_tensor_warnings,
 )
 from mmtune.models.meta_model import build_meta, config_source, unreachable_file
+from mmtune.models.packed_attention import attention_by_sample
 from mmtune.objectives.objective_table import OBJECTIVES
 from mmtune.objectives.sft import SupervisedTuning
 from mmtune.planning.memory_sizes import format_memory
 from mmtune.recipe.pass_through.arguments import EARLY_STOPPING
-from mmtune.recipe.recipe import ModelSection, Recipe, Settings
+from mmtune.recipe.recipe import DataSection, ModelSection, Recipe, Settings
 from mmtune.tuning.apply import apply_tuning
 from mmtune.utils.errors import RecipeValueError, UserError
 
@@ -110,11 +112,12 @@ def estimate_memory(
 
     Loads configs only: `config.json` and `preprocessor_config.json` (or `processor_config.json`) of the recipe's models.
     CPU kernels are run instead of GPU kernels; attention saves the same tensors in both. Sharding and offloading by DeepSpeed and
-    FSDP are not included.
+    FSDP are not included. A batch has `train.per_device_train_batch_size` samples, or those that fill `data.tokens_per_batch`
+    or a packed row.
 
     Args:
-        recipe: its model, `tune` and `train` sections are read.
-        tokens: the length of every sample, with image tokens; no sample is padded.
+        recipe: its model, `tune` and `train` sections are read, and of `data` what limits a batch.
+        tokens: the length of every sample, with image tokens; no sample is padded. The last one of a packed row is shorter.
         images: the number of images in every sample.
         supervised: the number of supervised tokens in every sample; None: all text tokens.
         image_size: height and width of the images in pixels; used if the number of image tokens depends on it.
@@ -147,8 +150,9 @@ def estimate_memory(
         for frozen in objective.frozen_models:
             memory.track_model(frozen, "frozen_models")
         with _prediction_errors(recipe):
-            pixels = _pixels(recipe.model, model, memory, images * arguments.per_device_train_batch_size, image_size)
-            batch = _batch(tuned, memory, pixels, arguments, tokens, images, supervised)
+            lengths = _lengths(recipe.data, tokens, arguments.per_device_train_batch_size)
+            pixels = _pixels(recipe.model, model, memory, images * lengths.count(tokens), image_size)
+            batch = _batch(tuned, memory, pixels, arguments, lengths, images, supervised, recipe.data.packing)
             peak_memory, phase = _step(tuned, objective, memory, batch, arguments)
     return MemoryEstimate(**peak_memory, phase=phase)
 
@@ -315,6 +319,15 @@ def _prediction_errors(recipe: Recipe) -> Iterator[None]:
 # ---- the training step
 
 
+def _lengths(section: DataSection, tokens: int, rows: int) -> list[int]:
+    """The tokens of each sample of a batch."""
+    budget = section.tokens_per_batch or (section.max_tokens if section.packing else None)
+    if budget is None:
+        return [tokens] * rows
+    rest = max(budget - tokens, 0) % tokens if section.packing else 0
+    return [tokens] * max(budget // tokens, 1) + [rest] * (rest > 0)
+
+
 def _pixels(
     section: ModelSection, model: Any, memory: MemoryTracker, count: int, size: tuple[int, int]
 ) -> dict[str, torch.Tensor]:
@@ -356,14 +369,20 @@ def _batch(
     memory: MemoryTracker,
     pixels: dict[str, torch.Tensor],
     arguments: TrainingArguments,
-    tokens: int,
+    lengths: list[int],
     images: int,
     supervised: int | None,
+    packing: bool,
 ) -> dict[str, torch.Tensor]:
-    """A batch like the collator's. Only token ids and labels have values; they decide what the model computes."""
+    """A batch like the collator's. Only token ids and labels have values; they decide what the model computes.
+
+    Args:
+        lengths: from `_lengths`; samples of the first length have images.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config, family = base.config, family_of(str(base.config.model_type))
-    rows, each = arguments.per_device_train_batch_size, 0
+    tokens, each = lengths[0], 0
+    rows = lengths.count(tokens)
     if pixels:
         with torch.no_grad(), memory, _autocast(arguments):
             features = _image_features(base, pixels).pooler_output
@@ -383,13 +402,17 @@ def _batch(
     if scored < 1:
         raise UserError(f"supervised: {supervised} tokens leave nothing to learn; at least 1 is right")
     text_token = next(token for token in range(len(head) + 8) if token not in head)
-    ids = torch.tensor([head + [text_token] * (tokens - len(head))] * rows)
-    labels = ids.masked_fill(torch.arange(tokens) < tokens - scored, -100)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **pixels}
     types = [name for name in inspect.signature(base.forward).parameters if name.endswith("mm_token_type_ids")]
-    batch |= {name: (ids == image_token).long() for name in types}
+    samples = []
+    for length in lengths:
+        ids = torch.tensor([[*head, *[text_token] * tokens][:length] if length == tokens else [text_token] * length])
+        labels = ids.masked_fill(torch.arange(length) < length - scored, -100)
+        sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        samples.append(sample | {name: (ids == image_token).long() for name in types})
+    batch = pack(samples) if packing else {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
+    batch |= pixels
     if getattr(config, "is_encoder_decoder", False):
-        question, answer = ids.split([tokens - scored, scored], dim=1)
+        question, answer = batch["input_ids"].split([tokens - scored, scored], dim=1)
         targets = {"decoder_input_ids": answer, "labels": answer.masked_fill(torch.arange(scored) == 0, -100)}
         batch |= {"input_ids": question, "attention_mask": torch.ones_like(question), **targets}
     return family.planned_batch(batch, images)
@@ -424,7 +447,7 @@ def _step(
         memory.track(tensor, "activations")
         memory.add("activations", (arguments.gradient_accumulation_steps - 1) * tensor.nbytes)
     memory.reset_peak()
-    with memory:
+    with memory, attention_by_sample():
         for _ in range(min(arguments.gradient_accumulation_steps, 2)):
             memory.phase = "forward"
             inputs = objective.model_inputs(model, batch)

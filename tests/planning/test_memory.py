@@ -82,6 +82,27 @@ def test_other_ways_to_step_hold_too(benchmark: ModuleType, recipe_of: Callable[
     assert estimate_memory(recipe, tokens=64).peak == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_batch_of_a_token_budget_holds_too(benchmark: ModuleType, recipe_of: Callable[..., Recipe], packing: bool) -> None:
+    """Sixteen samples; a dense mask of the packed row would be a fifth of the peak."""
+    recipe = recipe_of("lora", per_device_train_batch_size=1)
+    limits = {"packing": packing, "max_tokens": 64, "tokens_per_batch": 16 * 64}
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=limits)})
+    measured, _ = benchmark.measured_peak(recipe, 64, SUPERVISED)
+    assert estimate_memory(recipe, tokens=64, supervised=SUPERVISED).peak == pytest.approx(measured, rel=0.05)
+
+
+def test_the_last_sample_of_a_packed_row_fills_it(recipe_of: Callable[..., Recipe]) -> None:
+    """A row of 150 tokens holds two samples of 64 and one of 22: more than two, and less than three of 64."""
+
+    def peak(tokens: int) -> int:
+        limits = {"packing": True, "max_tokens": 64, "tokens_per_batch": tokens}
+        recipe = recipe_of("lora")
+        return estimate_memory(recipe.model_copy(update={"data": recipe.data.model_copy(update=limits)}), tokens=64).peak
+
+    assert peak(128) < peak(150) < peak(192)
+
+
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 def test_a_quantized_model_holds_too(benchmark: ModuleType, recipe_of: Callable[..., Recipe], precision: str) -> None:
     recipe = recipe_of("lora", precision)
