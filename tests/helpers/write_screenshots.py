@@ -29,7 +29,7 @@ from mmtune.run_directory import RunDirectory
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs" / "screenshots"
 WIDE, NARROW = (1100, 800), (400, 760)
-CHAT = (1100, 900)
+CHAT, TRAINING = (1100, 900), (1100, 1120)
 SCALE = 1.4
 """Pixels of a picture for one of the page, so that text is sharp where a picture is shown smaller."""
 MAX_BYTES = 150_000
@@ -184,7 +184,7 @@ class Screenshots:
             for line in process.stdout:
                 print(line, end="")
                 if name == "quickstart" and line.startswith("step 500/"):
-                    with self._page(run.report.as_uri(), WIDE) as page:
+                    with self._page(run.report.as_uri(), TRAINING) as page:
                         self._save(page, "report-training")
         assert process.returncode == 0, f"{name}: exit code {process.returncode}"
 
