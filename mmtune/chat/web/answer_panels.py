@@ -12,7 +12,6 @@ import gradio as gr
 from mmtune.chat.session import ChatSession
 from mmtune.chat.web.page_conversation import PageConversation
 from mmtune.chat.web.shown_images import file_name
-from mmtune.chat.web.transcript_html import inert
 from mmtune.report.explanations.explanation_page import EXPLANATION_SCRIPTS, EXPLANATION_STYLES, explanation_values
 from mmtune.report.pages import render_page
 from mmtune.report.sample_page import sample_values
@@ -103,7 +102,7 @@ def _frame(title: str, document: str, sandbox: str = "") -> str:
     Args:
         sandbox: what the frame may do.
     """
-    return inert(f'<iframe class="tokens" title="{title}" sandbox="{sandbox}" srcdoc="{html.escape(document)}"></iframe>')
+    return f'<iframe class="tokens" title="{title}" sandbox="{sandbox}" srcdoc="{html.escape(document)}"></iframe>'
 
 
 ANSWER_PANELS = (

@@ -17,7 +17,7 @@ from mmtune.chat.session import ChatSession
 from mmtune.chat.web.answer_panels import ANSWER_PANELS
 from mmtune.chat.web.model_turns import ModelTurns
 from mmtune.chat.web.page_conversation import Draft, Notice, PageConversation
-from mmtune.chat.web.transcript_html import history_html, inert, writing_html
+from mmtune.chat.web.transcript_html import history_html, writing_html
 from mmtune.utils.errors import UserError
 
 MAX_CONVERSATIONS = 64
@@ -302,4 +302,4 @@ class ChatPage:
         if not notice.text:
             return ""
         role = 'role="alert" class="error"' if notice.is_error else 'role="status"'
-        return inert(f"<p {role}>{html.escape(notice.text)}</p>")
+        return f"<p {role}>{html.escape(notice.text)}</p>"

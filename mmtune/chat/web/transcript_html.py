@@ -27,19 +27,14 @@ def history_html(conversation: PageConversation) -> str:
     writing = conversation.writing
     messages = conversation.session.state.messages if writing is None else writing.messages
     articles = [_article(conversation, messages[: index + 1]) for index in range(len(messages))]
-    return inert("".join(articles) or PLACEHOLDER)
+    return "".join(articles) or PLACEHOLDER
 
 
 def writing_html(conversation: PageConversation) -> str:
     """The answer that is being written; empty without one."""
     if conversation.writing is None:
         return ""
-    return inert(_message("assistant", conversation.writing.text, "", "writing"))
-
-
-def inert(markup: str) -> str:
-    """The same HTML without the characters with which gradio's templates begin an expression."""
-    return markup.replace("{", "&#123;").replace("$", "&#36;")
+    return _message("assistant", conversation.writing.text, "", "writing")
 
 
 def _article(conversation: PageConversation, messages: Sequence[Message]) -> str:
