@@ -180,6 +180,7 @@ def _facts(run: RunDirectory, recipe: Recipe, summary: Mapping[str, Any] | None,
     facts = [("base", model.base or f"{model.vision} + {model.language}"), ("method", " + ".join(methods))]
     if modules is not None:
         total, trainable = (sum(each[name] for each in modules["components"]) for name in ("total", "trainable"))
+        facts.append(("model", f"{modules['class']}, {model.precision}"))
         facts.append(("trainable parameters", f"{trainable:,} of {total:,} ({trainable / max(total, 1):.2%})"))
     if summary is not None:
         facts.append(("training", f"{summary.get('steps', read.step):,} steps in {summary['train_seconds']:,g} s"))
@@ -314,6 +315,7 @@ def _recipe_values(run: RunDirectory, recipe: Recipe) -> dict[str, Any]:
         "recipe": shortened(run.recipe.read_text(encoding="utf-8"), SHOWN_RECIPE),
         "versions": environment.get("versions", {}),
         "environment": {
+            "base revision": (_record(run.modules) or {}).get("base_revision"),
             "command": shortened(" ".join(map(str, environment.get("command", ()))), 2_000),
             **{
                 name: environment[name]

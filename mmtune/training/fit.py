@@ -33,6 +33,7 @@ from mmtune.training.trainer import TuningTrainer
 from mmtune.tuning.apply import TunedModel, modules_record
 from mmtune.utils.errors import UserError
 from mmtune.utils.files import replace_text, report_disk_errors
+from mmtune.utils.hub import hub_revision
 
 
 def check_profile(inputs: RunInputs) -> None:
@@ -107,7 +108,8 @@ def create_trainer(
         trainer.remove_callback(duplicate)
     trackers.start(trainer)
     if dist.is_main_process:
-        replace_text(run.modules, json.dumps(modules_record(tuned), indent=2) + "\n")
+        revision = hub_revision(inputs.base.location)
+        replace_text(run.modules, json.dumps({"base_revision": revision, **modules_record(tuned)}, indent=2) + "\n")
         trainer.add_callback(UpdateReport(LiveReport(run, recipe)))
     return trainer
 

@@ -145,3 +145,15 @@ def _request_metadata(repository: str, file: str, kind: str, endpoint: str) -> s
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         return f"the hub {endpoint} cannot be reached ({str(error) or type(error).__name__})"
     return None if metadata.commit_hash else f"{endpoint} does not answer like a hub"
+
+
+def hub_revision(name: str | None) -> str | None:
+    """The commit of a model that is in the hub's cache; None for any other directory, and for no model.
+
+    Args:
+        name: a directory or a hub id.
+    """
+    if name is None:
+        return None
+    folder = cached_snapshot(name, "config.json") if HUB_ID.fullmatch(name) and not Path(name).is_dir() else Path(name)
+    return folder.name if folder is not None and folder.parent.name == "snapshots" else None

@@ -20,7 +20,7 @@ from mmtune.models.load import load_trained
 from mmtune.recipe.recipe import check_files, load_recipe
 from mmtune.utils.errors import UserError
 from mmtune.utils.files import nearest_path
-from mmtune.utils.hub import is_local_name, locate_checkpoint, unreachable_reason
+from mmtune.utils.hub import hub_revision, is_local_name, locate_checkpoint, unreachable_reason
 
 
 def use_hub(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
@@ -101,6 +101,12 @@ def test_paths_and_hub_ids_are_distinguished_by_form(no_hub: Path) -> None:
         assert not is_local_name(hub_id), hub_id
     into_cache(no_hub, "runs/cached")
     assert not is_local_name("runs/cached")  # the hub's owner has the name of a folder, and the model is here
+
+
+def test_a_run_records_the_commit_of_a_cached_base(no_hub: Path, tmp_path: Path) -> None:
+    snapshot = into_cache(no_hub, "someone/model")
+    assert hub_revision("someone/model") == hub_revision(str(snapshot)) == "abc"
+    assert [hub_revision(name) for name in (None, str(tmp_path), "someone/other", "not there")] == [None] * 4
 
 
 def test_the_nearest_path_is_followed_part_by_part(tmp_path: Path) -> None:
