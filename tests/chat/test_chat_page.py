@@ -23,6 +23,9 @@ from browser import NARROW, PageRecord, axe_violations, opened_page, overflow
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
+from mmtune.chat.session import ChatSession
+from mmtune.chat.web.model_turns import ModelTurns
+from mmtune.chat.web.page_conversation import PageConversation
 from mmtune.chat.web.page_server import check_web, listen, read_password
 from mmtune.cli.main import entry_point
 from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
@@ -338,6 +341,29 @@ def test_ctrl_c_ends_the_server_and_the_page_says_so(browser: Any, server: Serve
         page.get_by_text("The server does not answer").wait_for()
         assert page.locator("article.assistant .text").first.text_content() == text
         assert not record.dialogs and not record.external
+
+
+def test_an_error_while_generating_keeps_the_conversation_and_the_question(
+    answering_llava: tuple[Any, Any], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, streamer: Any, **settings: Any) -> None:
+        raise RuntimeError("device-side assert")
+
+    conversation = PageConversation(ChatSession(*answering_llava), ModelTurns(), tmp_path / "files")
+    values = {"max_new_tokens": 8, "temperature": 0, "top_p": 1, "seed": 0}
+    list(conversation.ask("one", [], "", values))
+    messages, content = conversation.session.state.messages, image.read_bytes()
+    monkeypatch.setattr(answering_llava[0], "generate", fails)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        list(conversation.ask("two", [image], "", values))
+    assert conversation.session.state.messages == messages and not conversation.is_busy
+    assert conversation.draft.text == "two" and [file.read_bytes() for file in conversation.draft.files] == [content]
+    assert not image.exists()  # the uploaded file
+    monkeypatch.undo()
+    list(conversation.ask("two", conversation.draft.files, "", values))
+    assert len(conversation.session.state.messages) == 4 and len(conversation.session.state.images) == 1
+    conversation.close()
+    assert not (tmp_path / "files").exists()
 
 
 def test_a_host_other_than_loopback_needs_a_password(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mmtune.chat.web.answer_panels import ANSWER_PANELS
 from mmtune.chat.web.model_turns import ModelTurns
 from mmtune.chat.web.page_conversation import Draft, Notice, PageConversation
 from mmtune.chat.web.transcript_html import history_html, writing_html
-from mmtune.utils.errors import UserError
+from mmtune.utils.errors import UserError, reason_of
 
 MAX_CONVERSATIONS = 64
 """Conversations that the server keeps; of more, the oldest that no tab shows are deleted."""
@@ -97,7 +97,7 @@ class ChatPage:
             unchanged = [gr.skip() for _ in outputs]
             with closing(self._reported(conversation, run(conversation, *self._settings_in(inputs)))) as results:
                 for result in results:
-                    yield [self._notice_of(conversation), self._send_or_stop(conversation), *result]
+                    yield [self._notice_of(conversation), self._send_or_stop(conversation), *(result or unchanged)]
             yield [self._notice_of(conversation), self._send_or_stop(conversation), *unchanged]
 
         self._clicks.append((button, handle, outputs))
@@ -248,16 +248,24 @@ class ChatPage:
         is_opening = True
         with closing(self._reported(conversation, steps)) as changes:
             for _ in changes:
-                yield self._shown(conversation, with_draft=is_opening and clears_box, with_controls=is_opening)
+                has_ended = not conversation.is_busy
+                with_draft = (is_opening and clears_box) or (has_ended and conversation.draft != Draft())
+                yield self._shown(conversation, with_draft=with_draft, with_controls=is_opening or has_ended)
                 is_opening = False
         yield self._shown(conversation, with_draft=conversation.draft != Draft() or is_opening)
 
     def _reported(self, conversation: PageConversation, steps: Iterator[Any]) -> Generator[Any]:
-        """The steps; an error becomes the line under the conversation."""
+        """The steps; an error becomes the line under the conversation. A bug is one more step, and is then raised."""
         try:
             yield from steps
         except UserError as error:
             conversation.notice = Notice(str(error), is_error=True)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            conversation.notice = Notice(f"failed: {reason_of(error)}; the server's terminal has the details", is_error=True)
+            yield None
+            raise
 
     def _changed(self, conversation: PageConversation, change: Callable[[PageConversation], None]) -> list[Any]:
         try:
