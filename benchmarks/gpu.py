@@ -8,8 +8,9 @@ by mmtune's data loader in worker processes. Both ways train the same packed row
 
 TFLOP/s are counted twice: `ours` from the products that the step needs (2 N for a token in the forward pass, 2 N more where an
 input needs a gradient, 2 N more where the weight is trained, so 4 N for frozen and 6 N for trained weights; attention within
-samples, 4 n^2 for each number of a head's width, three times with its gradients; not the attention of the tower), and `6N` with
-all weights of the language model. MFU is `ours` by the dense bf16 peak of the device (989 TFLOP/s on H100 and H200).
+samples, 4 n^2 for each number of a head's width, three times with its gradients; in the frozen tower once, within an image or a
+window), and `6N` with all weights of the language model. MFU is `ours` by the dense bf16 peak of the device (989 TFLOP/s on H100
+and H200).
 
     python benchmarks/gpu.py --part qwen2_5 --attention flash_attention_2
     python benchmarks/gpu.py --part qwen2_5_vl --size tiny --device cpu        # seconds, on any machine
@@ -85,6 +86,7 @@ QWEN_VISION = {
     "tiny": {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "fullatt_block_indexes": [1]},
 }
 QWEN_SECTIONS = {"7b": [16, 24, 24], "tiny": [2, 3, 3]}
+TOWER_ATTENTION = ("CLIPAttention", "Qwen2_5_VLVisionAttention")
 Batch = dict[str, Any]
 
 
@@ -201,9 +203,19 @@ class ProductFlops:
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
                 size = math.prod(getattr(module, "kernel_size", ())) * getattr(module, "in_channels", 1)
                 module.register_forward_hook(partial(self._add, getattr(module, "in_features", size)))
+            if type(module).__name__ in TOWER_ATTENTION:
+                module.register_forward_pre_hook(self._add_tower_attention, with_kwargs=True)
 
     def _add(self, columns: int, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         self.total += 2 * output.numel() * columns * (1 + inputs[0].requires_grad + module.weight.requires_grad)
+
+    def _add_tower_attention(self, module: Any, inputs: tuple[torch.Tensor, ...], settings: dict[str, Any]) -> None:
+        hidden = (
+            inputs[0] if inputs else settings["hidden_states"]
+        )  # (images, patches, width), or (patches, width) with boundaries
+        boundaries = settings.get("cu_seqlens")
+        squares = hidden.shape[0] * hidden.shape[1] ** 2 if boundaries is None else int((boundaries.diff() ** 2).sum())
+        self.total += 4 * hidden.shape[-1] * squares * (3 if hidden.requires_grad else 1)
 
     def add_attention(self, positions: torch.Tensor) -> None:
         starts = [*(positions[0] == 0).nonzero()[:, 0].tolist(), positions.shape[1]]

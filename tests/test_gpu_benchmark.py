@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -23,6 +25,25 @@ def test_both_ways_train_the_same_rows(part: str, monkeypatch: pytest.MonkeyPatc
     lines = re.findall(r"^(mmtune|plain) .* tokens/s .* TFLOP/s ours .* loss ([\d.]+)$", capsys.readouterr().out, re.M)
     assert [way for way, _ in lines] == ["mmtune", "plain"]
     assert float(lines[0][1]) == pytest.approx(float(lines[1][1]), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_the_flops_of_a_tower_are_those_of_torchs_counter(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Eager attention, because torch counts no fused one on a CPU; windows and whole images of two sizes."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    gpu = importlib.import_module("gpu")
+    config = gpu.config_of(name, "tiny", gpu.write_processor(name, "tiny", tmp_path))
+    model = gpu.build(config, torch.device("cpu"), "eager", False).get_base_model()
+    size = model.config.vision_config.image_size if name == "llava" else 0
+    inputs = {"pixel_values": torch.randn(2, 3, size, size)}
+    if name == "qwen2_5_vl":
+        grid = torch.tensor([[1, 12, 20], [1, 8, 8]])
+        inputs = {"pixel_values": torch.randn(int(grid.prod(1).sum()), 3 * 2 * 14 * 14), "image_grid_thw": grid}
+    counter = gpu.ProductFlops(model)
+    with torch.no_grad(), FlopCounterMode(display=False) as expected:
+        model.get_image_features(**inputs)
+    assert counter.total == pytest.approx(expected.get_total_flops(), rel=1e-3)
 
 
 def test_wheels_are_divided_by_size(monkeypatch: pytest.MonkeyPatch) -> None:

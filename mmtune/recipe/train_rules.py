@@ -113,6 +113,9 @@ DECAY_TYPES = ("linear", "cosine", "1-sqrt")
 MINIMUM = {"num_decay_steps": 1, "num_stable_steps": 0, "timescale": 1}
 """The lowest values of keys of `lr_scheduler_kwargs`."""
 
+LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
+"""Keys of `liger_kernel_config` that replace the loss. Liger's default, a fused one, takes no mask of the scored positions."""
+
 LOGGING_STEPS = 10
 """mmtune's default of `logging_steps`."""
 EVALUATION_KEYS = (
@@ -154,6 +157,13 @@ def training_errors(train: Mapping[str, Any]) -> list[InitErrorDetails]:
         errors.append(error_at("optim_args", f"expected name=value, separated by commas, got {format_value(arguments)}"))
     elif arguments:
         errors += _optimizer_errors(optimizer or str(train_arguments().arguments["optim"].default), arguments)
+    if (liger := train.get("liger_kernel_config")) is not None:
+        if not train.get("use_liger_kernel"):
+            errors.append(error_at("liger_kernel_config", "needs use_liger_kernel: true; give it too, or leave this out"))
+        for name in LIGER_LOSSES:
+            if liger.get(name):
+                message = "not supported: mmtune computes the loss of supervised tokens in parts itself; leave it out"
+                errors.append(error_at(("liger_kernel_config", name), message))
     if train.get("torch_compile") is False:
         for name in ("torch_compile_mode", "torch_compile_backend"):
             if train.get(name) is not None:

@@ -12,7 +12,7 @@ from mmtune.distributed.launch import is_launched, launched_with_deepspeed
 from mmtune.evaluation.metrics.metric_table import find_metric, is_held_out_loss
 from mmtune.recipe.pass_through.arguments import EARLY_STOPPING
 from mmtune.recipe.recipe import Recipe
-from mmtune.recipe.train_rules import LOGGING_STEPS
+from mmtune.recipe.train_rules import LIGER_LOSSES, LOGGING_STEPS
 from mmtune.run_directory import RunDirectory
 from mmtune.training.trackers.report_to import tracker_names
 from mmtune.utils.errors import RecipeValueError, UserError
@@ -22,7 +22,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     """transformers' own arguments from the recipe's `train` section, with what mmtune decides.
 
     Raises:
-        UserError: values that TrainingArguments rejects in combination.
+        UserError: values that TrainingArguments rejects in combination, or that the device does not support.
     """
     settings: dict[str, Any] = {
         "report_to": "none",
@@ -34,6 +34,8 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     }
     settings |= recipe.train
     settings.pop("deepspeed", None)  # `check_launch` has passed it to accelerate
+    if settings.get("use_liger_kernel"):
+        settings["liger_kernel_config"] = {**dict.fromkeys(LIGER_LOSSES, False), **(settings.get("liger_kernel_config") or {})}
     if recipe.evaluates_while_training:
         best = settings["metric_for_best_model"] = recipe.best_metric
         if settings.get("greater_is_better") is None:  # transformers knows neither `loss_SOURCE` nor error rates
@@ -53,6 +55,10 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     except (ValueError, TypeError) as error:
         raise RecipeValueError("train", str(error)) from error
     arguments.report_to = tracker_names(settings["report_to"])
+    if arguments.use_liger_kernel and arguments.device.type == "cpu":
+        raise RecipeValueError(
+            "train.use_liger_kernel", "Liger's kernels need a GPU, and this run trains on the CPU; leave it out"
+        )
     if arguments.n_gpu > 1:  # the Trainer would wrap the model in DataParallel, which gathers losses that are already divided
         raise UserError(
             f"one process sees {arguments.n_gpu} GPUs: give each its own (accelerate launch --multi_gpu --num_processes "

@@ -211,3 +211,15 @@ def test_persistent_workers_end_with_the_training(make_recipe: Callable[..., Rec
     """At the interpreter's exit, multiprocessing would wait for them: they ignore its signal."""
     train(make_recipe("train.dataloader_num_workers=1", "train.dataloader_persistent_workers=true"), ["test"])
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_worker_processes_change_no_metric(make_recipe: Callable[..., Recipe]) -> None:
+    """The same batches in the same order: losses, gradient norms and tokens are equal bit for bit."""
+    results = []
+    workers = ("num_workers=2", "prefetch_factor=3", "persistent_workers=true", "pin_memory=true")
+    for settings in ((), tuple(f"train.dataloader_{setting}" for setting in workers)):
+        recipe = make_recipe("train.max_steps=5", "train.per_device_train_batch_size=3", *settings)  # two epochs
+        train(recipe, ["test"], overwrite=True)
+        results.append([[record[name] for name in ("loss", "grad_norm", "tokens")] for record in metrics(recipe)])
+    assert len(results[0]) == 5 and results[0] == results[1]
