@@ -177,10 +177,10 @@ def _facts(run: RunDirectory, recipe: Recipe, summary: Mapping[str, Any] | None,
     """The most important values of a run by name."""
     model, modules = recipe.model, _record(run.modules)
     methods = dict.fromkeys(each.method for each in recipe.tune.components.values() if each.method != "frozen")
-    facts = [("base", model.base or f"{model.vision} + {model.language}"), ("method", " + ".join(methods))]
+    base = model.base or f"{model.vision} + {model.language}"
+    facts = [("base", f"{base}, {model.precision}"), ("method", " + ".join(methods))]
     if modules is not None:
         total, trainable = (sum(each[name] for each in modules["components"]) for name in ("total", "trainable"))
-        facts.append(("model", f"{modules['class']}, {model.precision}"))
         facts.append(("trainable parameters", f"{trainable:,} of {total:,} ({trainable / max(total, 1):.2%})"))
     if summary is not None:
         facts.append(("training", f"{summary.get('steps', read.step):,} steps in {summary['train_seconds']:,g} s"))
@@ -299,7 +299,7 @@ def _module_values(run: RunDirectory) -> dict[str, Any] | None:
         }
         for each in record["components"]
     ]
-    return {"module_rows": modules[:SHOWN_ROWS], "component_rows": components, "lines": record["lines"]}
+    return {"module_rows": modules[:SHOWN_ROWS], "component_rows": components, "lines": record["lines"], "class": record["class"]}
 
 
 def _checks(run: RunDirectory, summary: Mapping[str, Any]) -> dict[str, Any]:
