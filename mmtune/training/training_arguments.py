@@ -55,6 +55,8 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     except (ValueError, TypeError) as error:
         raise RecipeValueError("train", str(error)) from error
     arguments.report_to = tracker_names(settings["report_to"])
+    if arguments.torch_compile and recipe.data.packing and recipe.model.attn_implementation in (None, "sdpa"):
+        print("train.torch_compile: packed rows have a dense mask with sdpa; flex_attention and flash attention need none")
     if arguments.use_liger_kernel and arguments.device.type == "cpu":
         raise RecipeValueError(
             "train.use_liger_kernel", "Liger's kernels need a GPU, and this run trains on the CPU; leave it out"
