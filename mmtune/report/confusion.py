@@ -13,7 +13,8 @@ MAX_CLASSES = 12
 """A matrix has at most this many classes of references; questions with more are not closed."""
 MIN_QUESTIONS = 3
 """A group has a matrix if its references have at least this many questions each on average."""
-OTHER, UNPARSED = "other", "unparsed"
+OTHER, UNPARSED = "(other)", "(unparsed)"
+"""Columns that are no class; `other` without parentheses can be one."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class ConfusionTable:
 
     Attributes:
         title: the group and its metric.
-        columns: classes of answers: those of the references, then `other` and `unparsed` where there are any.
+        columns: classes of answers: those of the references, then `OTHER` and `UNPARSED` where there are any.
         rows: for each class of the references its counts by column.
     """
 

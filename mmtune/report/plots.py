@@ -18,6 +18,8 @@ DOTS = 24
 """A line with at most this many points has a dot at each."""
 TABLE_ROWS = 40
 """Steps in the table of a plot."""
+SMALLEST = 1e-200
+"""Smaller values are drawn as 0."""
 GRID = 1000
 """The path of a line has coordinates from 0 to this."""
 
@@ -122,8 +124,10 @@ def plot_values(plot: Plot) -> dict[str, Any]:
 def _value_range(low: float, high: float) -> tuple[float, float]:
     """The range of the axis: from 0 where that costs less than half of it."""
     size = max(abs(low), abs(high))
+    if size < SMALLEST:
+        return 0.0, 1.0
     if high - low <= 1e-9 * size:
-        low, high = (low - size / 2, high + size / 2) if size else (0.0, 1.0)
+        low, high = low - size / 2, high + size / 2
     return (0.0, high) if 0 < low < high / 2 else (low, high)
 
 

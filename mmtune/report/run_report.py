@@ -148,11 +148,14 @@ def unfinished_run_state(run: RunDirectory) -> RunState:
 
 @contextmanager
 def stops_reported(run: RunDirectory, recipe: Recipe, is_main_process: bool) -> Iterator[None]:
-    """If the block fails, the page says that the run stopped, and why. The error is raised again."""
+    """If the block fails, the page says that the run stopped, and why. The error is raised again.
+
+    The page of a run that has its summary stays: what failed is then the upload to a tracker.
+    """
     try:
         yield
     except BaseException as error:
-        if is_main_process and run.report.is_file():
+        if is_main_process and run.report.is_file() and not run.summary.is_file():
             reason = str(error) if isinstance(error, Stopped) else f"{type(error).__name__}: {error}"
             with suppress(OSError, UserError):  # such as a full disk, which is then the error that is raised
                 write_report(run, recipe, RunState("stopped", f"Stopped: {shortened(reason, 1_000)}"))

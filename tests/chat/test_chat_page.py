@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import copy
 import io
 import json
@@ -10,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from mmtune.chat.web.page_conversation import PageConversation
 from mmtune.chat.web.page_server import check_web, listen, read_password
 from mmtune.cli.main import entry_point
 from mmtune.models.checkpoints.checkpoint_files import save_checkpoint
+from mmtune.models.checkpoints.trained_weights import locate_trained_weights
+from mmtune.models.load import load_trained
 from mmtune.utils.errors import UserError
 
 pytest.importorskip("gradio", reason="needs the extra `web`")
@@ -321,7 +325,8 @@ def test_no_file_of_the_server_but_uploads_can_be_read(browser: Any, server: Ser
         for path in ("/gradio_api/info", "/gradio_api/proxy=http://192.0.2.1/", "/monitoring", "/docs", "/gradio_api/vibe-code/"):
             assert client.get(path).status_code == 404, path
         assert client.get("/", headers={"host": "attacker.example"}).status_code == 421
-        assert client.get("/", headers={"host": "localhost:8000"}).status_code == 200
+        for host in ("localhost:8000", "127.0.0.2:7860", "[::1]"):
+            assert client.get("/", headers={"host": host}).status_code == 200
         assert client.post("/gradio_api/upload", headers={"origin": "http://localhost:8888"}).status_code == 403
         assert "connect-src 'self'" in client.get("/").headers["content-security-policy"]
 
@@ -378,6 +383,23 @@ def test_a_host_other_than_loopback_needs_a_password(tmp_path: Path) -> None:
             read_password("0.0.0.0", str(tmp_path / name))
 
 
+@pytest.mark.parametrize("action", ["compare", "explain"])
+def test_what_is_stopped_while_it_waits_for_the_model_does_not_run_it(adapter: Path, tmp_path: Path, action: str) -> None:
+    model, processor = load_trained(locate_trained_weights(adapter))
+    turns, values = ModelTurns(), {"max_new_tokens": 2}
+    conversation = PageConversation(ChatSession(model, processor), turns, tmp_path / "tab")
+    assert [*conversation.ask("what?", [], "", values)]
+    calls: list[Any] = []
+    model.get_base_model().register_forward_pre_hook(lambda *call: calls.append(call))
+    with turns.ticket():  # an answer of another conversation
+        steps = conversation.compare("", values) if action == "compare" else conversation.explain()
+        next(steps)
+        conversation.stop()
+        with suppress(UserError):
+            assert not any(steps)
+    assert not calls and not conversation.is_busy
+
+
 def test_the_port_is_the_first_free_one_or_the_one_of_the_option(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with closing(listen("127.0.0.1", None)) as first, closing(listen("127.0.0.1", None)) as second:
         port = first.getsockname()[1]
@@ -407,3 +429,30 @@ def test_with_a_password_every_request_needs_it(tmp_path: Path, monkeypatch: pyt
     assert "Basic" in client.get("/").headers["www-authenticate"]
     assert client.get("/", auth=("anyone", "correct horse")).json() == "page"
     assert client.get("/", auth=("", "correct horse"), headers={"origin": "http://machine.example"}).status_code == 403
+
+
+def test_a_guess_beside_a_wrong_password_waits_for_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmtune.chat.web import request_checks
+
+    answered: list[str] = []
+
+    async def page(scope: Any, receive: Any, send: Any) -> None:
+        answered.append("page")
+
+    monkeypatch.setattr(request_checks, "WRONG_PASSWORD_S", 0.05)
+    checks = request_checks.RequestChecks(page, tmp_path, "correct horse")
+
+    async def request(password: str, address: str) -> None:
+        async def send(event: Any) -> None:
+            answered.extend(["refused"] * (event["type"] == "http.response.start"))
+
+        authorization = b"Basic " + base64.b64encode(f":{password}".encode())
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"authorization", authorization)]}
+        await checks({**scope, "client": (address, 1)}, None, send)  # type: ignore[arg-type]
+
+    async def requests() -> None:
+        await asyncio.gather(request("wrong", "192.0.2.1"), request("correct horse", "192.0.2.1"))
+        await asyncio.gather(request("wrong", "192.0.2.1"), request("correct horse", "192.0.2.2"))
+
+    asyncio.run(requests())
+    assert answered == ["refused", "page", "page", "refused"]

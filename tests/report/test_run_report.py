@@ -21,7 +21,7 @@ from mmtune.methods.method_table import METHODS
 from mmtune.methods.show_methods import print_methods
 from mmtune.recipe.recipe import Recipe
 from mmtune.report.answer_cards import BLUE, ORANGE, YELLOW, select_answers
-from mmtune.report.run_report import rewrite_report
+from mmtune.report.run_report import rewrite_report, stops_reported
 from mmtune.run_directory import RunDirectory
 from mmtune.tuning.apply import ComponentCount, print_parameters, print_trained_modules
 
@@ -134,6 +134,15 @@ def test_the_report_of_a_run_without_answers(make_recipe: MakeRecipe, rows: Path
     recipe = make_recipe(f"evaluate.data=[{{path: {rows}, template: llava}}]", "evaluate.before=false")
     _, page = _run(recipe, [], [])
     assert "Answers" not in page.text
+
+
+def test_the_page_of_a_finished_run_stays_when_a_tracker_fails(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe()
+    run, _ = _run(recipe, [], [])
+    before = run.report.read_text()
+    with pytest.raises(KeyboardInterrupt), stops_reported(run, recipe, is_main_process=True):
+        raise KeyboardInterrupt
+    assert run.report.read_text() == before
 
 
 def test_answers_that_tuning_changed_come_first(make_recipe: MakeRecipe, rows: Path) -> None:

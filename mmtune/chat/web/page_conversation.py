@@ -36,6 +36,7 @@ STOPPED_S = 30.0
 """Maximum time to wait for the end of a stopped answer: its prompt is processed first."""
 
 BUSY = "an answer is being written; stop it first"
+NOT_COMPARED = "stopped: the conversation is as before"
 
 
 @dataclass(frozen=True)
@@ -180,13 +181,16 @@ class PageConversation:
             yield answers
             for _ in self._wait(ticket.before):
                 yield answers
+            if self._stop_requested.is_set():  # without its turn at the model
+                self.notice = Notice(NOT_COMPARED)
+                return
             self.set_values(system, values)
             for name, chunks in self.session.compare():
                 for text in self._texts(chunks):
                     answers[name] = text
                     yield answers
                 if self._stop_requested.is_set():
-                    self.notice = Notice("stopped: the conversation is as before")
+                    self.notice = Notice(NOT_COMPARED)
                     return
                 answers[name] = answers[name] if answers[name].strip() else EMPTY_ANSWER
             yield answers
@@ -211,6 +215,7 @@ class PageConversation:
             self._stop_requested.clear()
             for _ in self._wait(ticket.before):
                 yield None
+            self._check_stop()  # it may have no turn at the model
             self.notice = Notice("explaining the last answer")
             yield None
             self.notice = Notice()

@@ -11,6 +11,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from fastapi.datastructures import Headers
 from fastapi.responses import PlainTextResponse
@@ -32,7 +33,7 @@ MAX_EVENT = 4 * 2**20
 """Maximum size of any other request in bytes."""
 
 WRONG_PASSWORD_S = 1.0
-"""Time that a request with a wrong password waits, one after the other."""
+"""Time after a wrong password in which no other request from its address is looked at: guesses at the same time gain nothing."""
 
 API = "/gradio_api"
 FILE = f"{API}/file="
@@ -44,7 +45,7 @@ ALLOWED = (
 )
 """The requests that the page makes. gradio has many more addresses, among them ones that fetch other servers' pages."""
 
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+LOOPBACK_NAMES = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?")
 
 _HEADERS = {
     # gradio writes scripts and styles into its page, and compiles templates of components.
@@ -75,7 +76,7 @@ class RequestChecks:
         self._app = app
         self._folder = folder.resolve()
         self._password = password
-        self._wrong_password = asyncio.Lock()
+        self._guesses: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by address, while requests are looked at
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -100,14 +101,11 @@ class RequestChecks:
     async def _problem(self, scope: Scope) -> PlainTextResponse | None:
         headers, path = Headers(scope=scope), scope["path"]
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self._password is None and re.sub(r":\d+$", "", host) not in LOOPBACK_NAMES:
-            return _refusal(421, f"expected a request for {' or '.join(LOOPBACK_NAMES)}")
+        if self._password is None and not LOOPBACK_NAMES.fullmatch(host):
+            return _refusal(421, "expected a request for localhost, 127.0.0.1 or [::1]")
         if origin is not None and origin.partition("://")[2] != host:
             return _refusal(403, "a page of another server sent this request")
-        if self._password is not None and path != "/manifest.json" and not self._has_password(headers):
-            if "authorization" in headers:
-                async with self._wrong_password:
-                    await asyncio.sleep(WRONG_PASSWORD_S)
+        if self._password is not None and path != "/manifest.json" and not await self._may_enter(scope, headers):
             return PlainTextResponse(
                 "This page needs its password; leave the user name empty.",
                 401,
@@ -119,6 +117,16 @@ class RequestChecks:
         if path.startswith(FILE) and not self._is_own_file(path.removeprefix(FILE)):
             return _refusal(403, "this file does not belong to the page")
         return None
+
+    async def _may_enter(self, scope: Scope, headers: Headers) -> bool:
+        if "authorization" not in headers:
+            return False
+        address = scope["client"][0] if scope.get("client") else ""
+        async with self._guesses.setdefault(address, asyncio.Lock()):
+            has_password = self._has_password(headers)
+            if not has_password:
+                await asyncio.sleep(WRONG_PASSWORD_S)
+            return has_password
 
     def _has_password(self, headers: Headers) -> bool:
         scheme, _, value = headers.get("authorization", "").partition(" ")
