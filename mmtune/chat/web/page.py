@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import re
+import shutil
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -22,6 +24,9 @@ from mmtune.utils.errors import UserError, reason_of
 
 MAX_CONVERSATIONS = 64
 """Conversations that the server keeps; of more, the oldest that no tab shows are deleted."""
+
+UNSENT_S = 3600.0
+"""Age at which uploaded files that were not sent are deleted, when a tab is opened."""
 
 IMAGE_TYPES = ["image", ".dcm"]
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "seed")
@@ -239,10 +244,13 @@ class ChatPage:
             return self._conversations[tab_id]
 
     def _drop_old(self) -> None:
-        """Delete the oldest conversations that no tab shows."""
+        """Delete the oldest conversations that no tab shows, and uploaded files that were not sent."""
         unused = [tab_id for tab_id in self._conversations if tab_id not in self._tabs.values()]
         for tab_id in unused[: max(0, len(self._conversations) - MAX_CONVERSATIONS)]:
             self._conversations.pop(tab_id).close()
+        for path in self._folder.iterdir():
+            if path.name not in self._conversations and time.time() - path.stat().st_mtime > UNSENT_S:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _streamed(self, conversation: PageConversation, steps: Iterator[None], clears_box: bool = False) -> Iterator[list[Any]]:
         is_opening = True

@@ -38,10 +38,10 @@ WRONG_PASSWORD_S = 1.0
 API = "/gradio_api"
 FILE = f"{API}/file="
 ALLOWED = (
-    ("GET", re.compile(r"/|/(assets|static|svelte)/.+|/theme\.css|/favicon\.ico|/manifest\.json|/config")),
-    ("GET", re.compile(rf"{API}/(queue/data|heartbeat/\w+|startup-events|upload_progress|app_id|theme\.css)")),
+    ("GET", re.compile(r"/|/(assets|static)/.+|/theme\.css|/favicon\.ico|/manifest\.json|/config")),
+    ("GET", re.compile(rf"{API}/(queue/data|heartbeat/\w+|startup-events|upload_progress|app_id)")),
     ("GET", re.compile(rf"{re.escape(FILE)}.+")),
-    ("POST", re.compile(rf"{API}/(queue/join|upload|cancel|reset)/?")),
+    ("POST", re.compile(rf"{API}/(queue/join|upload|cancel)")),
 )
 """The requests that the page makes. gradio has many more addresses, among them ones that fetch other servers' pages."""
 
