@@ -90,7 +90,8 @@ def build_plan(
 ) -> Plan:
     """Count the tokens of every row, or with a cache only of new rows and rows with changed media.
 
-    Each process of a run counts its share of these rows; all return the same plan. Only the main process uses the cache.
+    Each process of a run counts its share of these rows; all return the same plan. Only the main process uses the cache, and has the
+    plan's `media`.
 
     Args:
         samples: the rows. A RowError of a row is recorded in the plan.
@@ -120,9 +121,9 @@ def build_plan(
         if cache is not None:
             there = next((path for path in cache.paths if path.exists()), None)
             cache_file = _write_cache(cache, plan) if changed or known is None else there
-        plan = replace(plan, counted=len(stale), cache_file=cache_file, media=None)
-    shared: Plan = dist.broadcast_object(plan)
-    return shared
+        plan = replace(plan, counted=len(stale), cache_file=cache_file)
+    shared: Plan = dist.broadcast_object(replace(plan, media=None))
+    return plan if dist.is_main_process else shared
 
 
 def _map_shares(
