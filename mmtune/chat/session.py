@@ -220,7 +220,7 @@ class ChatSession:
             UserError: no question was answered.
         """
         before, question = self.state.last_turn()
-        return view_prompt(Sample("prompt of your last question", self._prompt([*before, question])), self._processor)
+        return view_prompt(Sample("Prompt of your last question", self._prompt([*before, question])), self._processor)
 
     def text_extent(self, kind: RegionKind, size: tuple[int, int]) -> tuple[int, int] | None:
         """The coordinates of the lower right corner of an image in the model's answers; None if they are unknown.
