@@ -33,13 +33,17 @@ def differences_from_defaults(recipe: Recipe) -> list[dict[str, str]]:
 
 
 def differences_between(recipes: Mapping[str, Recipe]) -> list[dict[str, str]]:
-    """The keys in which recipes differ, with the value in each, as text by column. Where they are written to does not count."""
+    """The keys in which recipes differ, with the value in each, as text by column.
+
+    Where they are written to does not count, nor a null of a section that another recipe does not have.
+    """
     flat = {name: _flat(recipe.model_dump(mode="json")) for name, recipe in recipes.items()}
     keys = dict.fromkeys(key for values in flat.values() for key in values)
     rows = []
     for key in keys:
-        texts = [_text(values[key]) if key in values else NOT_SET for values in flat.values()]
-        if len(set(texts)) > 1 and key != "output_dir":
+        own = [values.get(key) for values in flat.values()]
+        texts = [_text(value) if key in values else NOT_SET for value, values in zip(own, flat.values(), strict=True)]
+        if len(set(texts)) > 1 and key != "output_dir" and any(value is not None for value in own):
             rows.append({"key": key, **dict(zip(flat, texts, strict=True))})
     return rows
 
