@@ -65,7 +65,8 @@ def paired_difference(
         first, second: statistics of each row, shape (rows, k), in the same order.
         clusters: the cluster of each row.
         headline: the metric's headline number.
-        proportion: whether it is a proportion of rows, with (0 or 1, 1) as statistics of a row.
+        proportion: whether it is a proportion of rows, with (0 or 1, 1) as statistics of a row. The interval then stays within
+            -1 and 1.
     """
     sums = cluster_sums(first, clusters), cluster_sums(second, clusters)
     count = len(sums[0])
@@ -76,7 +77,8 @@ def paired_difference(
         from scipy.stats import t  # slow to import
 
         high, power = (float(t.ppf(level, count - 1)) for level in ((1 + CONFIDENCE) / 2, POWER))
-        interval = after - before - high * error, after - before + high * error
+        low, top = after - before - high * error, after - before + high * error
+        interval = (max(low, -1.0), min(top, 1.0)) if proportion else (low, top)
         detectable = (high + power) * error
     if proportion and count == len(first):
         p_value, test = mcnemar(first[:, 0], second[:, 0]), "exact McNemar test"

@@ -138,6 +138,15 @@ def test_no_interval_is_made_up(clusters: list[str], second: list[int]) -> None:
     assert (result.interval, result.detectable) == (None, None)
 
 
+def test_the_interval_of_a_difference_of_proportions_stays_in_its_range() -> None:
+    first, second = np.zeros(50), np.ones(50)
+    second[0] = 0
+    high = paired_difference(_statistics(first), _statistics(second), _single(50), mean, proportion=True)
+    low = paired_difference(_statistics(second), _statistics(first), _single(50), mean, proportion=True)
+    assert high.interval is not None and low.interval is not None
+    assert high.interval[1] == 1 and 0.9 < high.interval[0] < 0.98 and low.interval == (-1, -high.interval[0])
+
+
 def test_holm_is_worked_out_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
     assert holm([0.9, 0.6]) == [1.0, 1.0]
