@@ -90,8 +90,8 @@ def build_plan(
 ) -> Plan:
     """Count the tokens of every row, or with a cache only of new rows and rows with changed media.
 
-    Each process of a run counts its share of these rows; all return the same plan. Only the main process uses the cache, and has the
-    plan's `media`.
+    Each process of a run counts its share of these rows; all return the same plan. Only the main process uses the cache,
+    and has the plan's `media`.
 
     Args:
         samples: the rows. A RowError of a row is recorded in the plan.
