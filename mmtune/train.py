@@ -20,21 +20,16 @@ from typing import Any
 
 from transformers import ProcessorMixin, set_seed
 
-from mmtune.console.library_output import rank_prefix
 from mmtune.data.data_report import DataReport
 from mmtune.data.dataset import check_rows, open_samples
 from mmtune.data.encoding.encoding_checks import check_encoding, label_tokens
 from mmtune.distributed.context import check_same, init_distributed
 from mmtune.distributed.launch import check_launch
-from mmtune.distributed.sharded_parameters import gathered_forward
 from mmtune.evaluation.answers import Answer
-from mmtune.evaluation.answers_file import write_answers
-from mmtune.evaluation.comparison import task_metrics, tuning_metrics
-from mmtune.evaluation.evaluate import check_held_out, evaluate, evaluate_tasks
+from mmtune.evaluation.evaluate import check_held_out
 from mmtune.evaluation.scores import print_scores
 from mmtune.models.checkpoints.locate_base import CHECKPOINT_MARK
 from mmtune.models.checkpoints.unread_tensors import copy_unread_tensors
-from mmtune.models.generation import DEFAULT_MAX_NEW_TOKENS, generation_settings, unused_settings
 from mmtune.models.load import ADAPTER_CONFIG, load_base, resolve_model
 from mmtune.models.materialize import materialize_base
 from mmtune.objectives.objective_table import build_objective
@@ -43,14 +38,15 @@ from mmtune.recipe.recipe import Recipe
 from mmtune.release.model_card import model_card
 from mmtune.report.explanations.run_explanations import check_explained, write_explanations
 from mmtune.report.run_report import finished_state, stops_reported, write_report
-from mmtune.run_directory import RunDirectory, check_output_dir, clear_leftover, new_run, peak_memory_mb, versions
+from mmtune.run_directory import RunDirectory, new_run, peak_memory_mb, versions
 from mmtune.training.cached_features.feature_cache import FeatureCache, open_feature_cache
-from mmtune.training.checkpoint import check_resumable, checkpoint_to_resume, finished_summary, flatten, restore_training_state
+from mmtune.training.checkpoint import check_resumable, choose_start, finished_summary, flatten, restore_training_state
 from mmtune.training.dataloader import TrainingData, optimizer_steps, plan_rows, prepare_data, prove_packed_rows, rows_to_take
 from mmtune.training.fit import check_profile, create_trainer, run_training
 from mmtune.training.held_out.held_out_rows import plan_held_out
 from mmtune.training.profiling.profile_table import profile_section
 from mmtune.training.run_inputs import RunInputs
+from mmtune.training.run_results import evaluate_base, evaluate_tuned, result_metrics
 from mmtune.training.trackers.run_trackers import RunTrackers
 from mmtune.training.training_arguments import build_training_arguments
 from mmtune.tuning.apply import TunedModel, tune_model
@@ -58,7 +54,7 @@ from mmtune.tuning.peft_config import keeps_adapter
 from mmtune.tuning.save import save_tuned
 from mmtune.tuning.strategy_support import check_method, takes_sharded_weights
 from mmtune.utils.errors import errors_at_key
-from mmtune.utils.files import check_writable, replaced_directory, resolve_link
+from mmtune.utils.files import check_writable, replaced_directory
 
 
 def train(
@@ -103,12 +99,7 @@ def train(
 def validate(recipe: Recipe, overwrite: bool, resume: bool | Path, profile: int = 0) -> RunInputs:
     """Preflight: check paths, launch environment, rows and parallelism strategy before any weight is loaded."""
     run = RunDirectory(Path(recipe.output_dir))
-    if not (rank_prefix() or resume or overwrite):  # in the main process
-        clear_leftover(RunDirectory(resolve_link(run.path)))
-    checkpoint = checkpoint_to_resume(run, resume)
-    if checkpoint is None:
-        overwrite = overwrite or bool(resume)  # leftovers of a run that never reached its first checkpoint
-        check_output_dir(recipe, overwrite)
+    checkpoint, overwrite = choose_start(recipe, overwrite, resume)
     arguments = build_training_arguments(recipe)
     if arguments.process_index == 0:
         with errors_at_key("output_dir"):
@@ -146,20 +137,6 @@ def load(inputs: RunInputs) -> tuple[Any, ProcessorMixin, TrainingData]:
     model, processor = load_base(inputs.base, inputs.arguments.seed)
     inputs.objective.load_models(inputs.recipe, inputs.arguments.device, inputs.dist)
     return model, processor, prepare_data(inputs, processor)
-
-
-def evaluate_base(inputs: RunInputs, model: Any, processor: ProcessorMixin, run: RunDirectory) -> list[Answer]:
-    """Answers of the base before tuning, if the recipe asks for them; those of a resumed run are in the cache."""
-    section, answers = inputs.recipe.evaluate, run.answers("before")
-    if not (section and section.before):
-        return []
-    with gathered_forward(model):
-        weights = inputs.hash_weights()
-        before = evaluate(model, processor, section, inputs.dist, "before tuning", weights)
-        evaluate_tasks(model, processor, section, run, "before", inputs.dist, weights)
-    if inputs.dist.is_main_process:
-        write_answers(before, answers)
-    return before
 
 
 def tune(inputs: RunInputs, model: Any, data: TrainingData) -> TunedModel:
@@ -221,26 +198,12 @@ def summarize(
 ) -> dict[str, Any]:
     """Evaluate the tuned model, write the report and `summary.json`, and send the results to the trackers."""
     recipe, section = inputs.recipe, inputs.recipe.evaluate
-    after = []
-    if section:
-        weights = inputs.hash_weights(run)
-        after = evaluate(tuned.model, processor, section, inputs.dist, "after tuning", weights)
-        evaluate_tasks(tuned.model, processor, section, run, "after", inputs.dist, weights)
+    after = evaluate_tuned(inputs, tuned.model, processor, run)
     if not inputs.dist.is_main_process:
         return {}
-    metrics |= {
-        "strategy": inputs.dist.strategy,
-        "trainable_parameters": sum(count.trainable for count in tuned.counts),
-        "total_parameters": sum(count.total for count in tuned.counts),
-        **inputs.data_report.metrics(),
-        "generation": generation_settings(tuned.model, processor, section.max_new_tokens if section else DEFAULT_MAX_NEW_TOKENS),
-        "generation_not_used": unused_settings(tuned.model),
-    }
-    if section:
-        write_answers(after, run.answers("after"))
-        metrics |= tuning_metrics(before, after) | task_metrics(section, run)
-        if section.explain:
-            write_explanations(tuned.model, processor, section, run, before, after)
+    metrics |= result_metrics(inputs, tuned, processor, run, before, after)
+    if section and section.explain:
+        write_explanations(tuned.model, processor, section, run, before, after)
     metrics["peak_memory_mb"] = peak_memory_mb()
     write_report(run, recipe, finished_state(metrics), summary=metrics, profile=profile_section(run))
     if not keeps_adapter(recipe.tune):

@@ -12,15 +12,16 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from mmtune.console.library_output import rank_prefix
 from mmtune.data.batching.sample_stream import SampleStream
 from mmtune.data.data_report import DataReport
 from mmtune.data.sources.row_cache import file_signatures
 from mmtune.distributed.context import DistributedContext
 from mmtune.recipe.pass_through.arguments import format_value
 from mmtune.recipe.recipe import Recipe, Source, load_recipe
-from mmtune.run_directory import SAVING, RunDirectory, step_of, wait_until_visible
+from mmtune.run_directory import SAVING, RunDirectory, check_output_dir, clear_leftover, step_of, wait_until_visible
 from mmtune.utils.errors import UserError
-from mmtune.utils.files import apply_umask, fsync, fsync_tree, read_record
+from mmtune.utils.files import apply_umask, fsync, fsync_tree, read_record, resolve_link
 from mmtune.utils.manifest import check_manifest, digests, file_names, write_manifest
 
 REPORT_FILE = "data_report.json"
@@ -134,6 +135,22 @@ def checkpoint_to_resume(run: RunDirectory, resume: bool | Path) -> Path | None:
     if checkpoint is None:
         print(f"resume: {run.path} has no checkpoint yet: it starts from the beginning; set train.save_strategy and save_steps")
     return checkpoint
+
+
+def choose_start(recipe: Recipe, overwrite: bool, resume: bool | Path) -> tuple[Path | None, bool]:
+    """The checkpoint that training resumes from, None for a new run; and whether an earlier run at `output_dir` is replaced.
+
+    Raises:
+        UserError, CheckFailed: as `checkpoint_to_resume`, or for a new run as `check_output_dir`.
+    """
+    run = RunDirectory(Path(recipe.output_dir))
+    if not (rank_prefix() or resume or overwrite):  # in the main process
+        clear_leftover(RunDirectory(resolve_link(run.path)))
+    checkpoint = checkpoint_to_resume(run, resume)
+    if checkpoint is None:
+        overwrite = overwrite or bool(resume)  # leftovers of a run that never reached its first checkpoint
+        check_output_dir(recipe, overwrite)
+    return checkpoint, overwrite
 
 
 def finished_summary(recipe: Recipe) -> dict[str, Any] | None:
