@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,9 @@ class TrackioTracker(Tracker):
 
     def finish(self, failed: bool) -> None:
         """End the run; a Space is frozen only after a training that did not fail."""
-        if failed:
-            self._trackio.finish()
-        else:
-            self._callback.close(self._trainer)
+        # On this machine nothing is uploaded, but trackio says so.
+        with redirect_stdout(io.StringIO()) if self.is_local else nullcontext():
+            if failed:
+                self._trackio.finish()
+            else:
+                self._callback.close(self._trainer)
