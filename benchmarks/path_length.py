@@ -34,7 +34,7 @@ from PIL import Image
 from mmtune.console.library_output import configure_console
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mmtune"
-STEPS = ("recipe", "train", "validate", "load", "evaluate_base", "tune", "fit", "export", "summarize")
+STEPS = ("recipe", "train", "validate", "load", "tune", "fit", "export", "summarize")
 """`recipe` is `load_recipe`; the others are functions of `train.py`. Calls between two steps count with the earlier one."""
 
 
