@@ -77,7 +77,8 @@ def explain(
     count = chosen.count(inputs)
     if report is not None:
         length = inputs.encoded["input_ids"].shape[1]
-        report(f"{count:,} {chosen.steps} of {length:,} tokens{_excess(model, length)}")
+        steps = chosen.steps if count != 1 else chosen.steps.removesuffix("es")
+        report(f"{count:,} {steps} of {length:,} tokens{_excess(model, length)}")
     with EvaluationProgress("explaining", count, chosen.steps) as progress:
 
         def done(steps: int) -> None:
