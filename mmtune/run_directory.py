@@ -137,8 +137,7 @@ class RunDirectory:
         if not self.path.is_dir():
             raise UserError(missing_path_message(str(self.path), "run"))
         if not self.summary.is_file():
-            state = self.unfinished_state() if self.recipe.is_file() else "is not a run: it has no recipe.yaml"
-            raise UserError(f"{self.path} {state}")
+            raise UserError(f"{self.path} {self.unfinished_state() if self.recipe.is_file() else self._other_state()}")
         return read_record(self.summary)
 
     def unfinished_state(self) -> str:
@@ -161,6 +160,14 @@ class RunDirectory:
             "is not finished and has no checkpoint (set train.save_strategy and save_steps to write them): `mmtune train RECIPE "
             "--overwrite` starts again"
         )
+
+    def _other_state(self) -> str:
+        """What a directory is that is not a run, with the runs above or in it. Follows its path in a message."""
+        inside = sorted(path.parent.name for path in self.path.glob("*/recipe.yaml"))
+        hint = f"; runs in it: {', '.join(inside[:10])}{', ...' if len(inside) > 10 else ''}" if inside else ""
+        if RunDirectory(self.path.parent).environment.is_file():
+            hint = f"; it is a part of the run {self.path.parent}"
+        return f"is not a run: it has no recipe.yaml{hint}"
 
     def is_leftover(self) -> bool:
         """Whether the run stopped before its first step, as after a kill, so that nothing in it is useful."""

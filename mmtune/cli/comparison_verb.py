@@ -167,15 +167,17 @@ def _report(arguments: argparse.Namespace) -> Any:
     from mmtune.run_directory import RunDirectory
 
     run = RunDirectory(paths[0])
-    if not run.recipe.is_file() or run.is_leftover() or run.summary.is_file():
-        run.read_summary()
-        summary = _print_summary(run)
-    else:
-        summary = _print_progress(run)
-    if run.recipe.is_file():
-        rewrite_page(run)
+    _check_started(run)
+    summary = _print_summary(run) if run.summary.is_file() else _print_progress(run)
+    rewrite_page(run)
     print(f"page: {run.report}")
     return summary
+
+
+def _check_started(run: RunDirectory) -> None:
+    """Raises UserError if a directory is not a run, or a run that stopped before its first step."""
+    if not run.recipe.is_file() or run.is_leftover():
+        run.read_summary()
 
 
 def _print_summary(run: RunDirectory) -> dict[str, Any]:
@@ -225,11 +227,11 @@ def rewrite_page(run: RunDirectory) -> None:
 
 
 def _compare_runs(paths: list[Path], page: Path) -> Any:
+    from mmtune.run_directory import RunDirectory
     from mmtune.utils.files import check_writable, report_disk_errors
 
     for path in paths:
-        if not path.is_dir():
-            raise UserError(missing_path_message(str(path), "run"))
+        _check_started(RunDirectory(path))
     check_writable(page.parent, f"--html {page}: ")
     configure_console()
     from mmtune.evaluation.comparison import print_comparison

@@ -78,8 +78,9 @@ def _explain(arguments: argparse.Namespace) -> Any:
         check_system_prompt(processor, arguments.system.strip())
         messages.insert(0, text_message("system", arguments.system.strip()))
     model = to_best_device(model)
+    generated = None
     if arguments.answer is None:
-        sample = answer_to_explain(model, processor, Sample("explain", messages), arguments.max_new_tokens)
+        sample, generated = answer_to_explain(model, processor, Sample("explain", messages), arguments.max_new_tokens)
         if not text_of(sample.messages[-1]):
             raise UserError("the model's answer is empty; explain another one with --answer TEXT")
     else:
@@ -91,7 +92,8 @@ def _explain(arguments: argparse.Namespace) -> Any:
         arguments.method,
         arguments.grid,
         arguments.batch_size,
-        lambda cost: print(f"{arguments.method}: {cost}", file=sys.stderr, flush=True),
+        lambda line: print(f"{arguments.method}: {line}", file=sys.stderr, flush=True),
+        generated,
     )
     print("\n".join(_lines(explanation)))
     if out is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +54,7 @@ def explain(
     grid: int | None = None,
     batch_size: int = BATCH_SIZE,
     report: Callable[[str], None] | None = None,
+    generated: Sequence[int] | None = None,
     check: Callable[[], None] | None = None,
 ) -> Explanation:
     """Explain the last answer of a conversation, the model's own or any other.
@@ -65,7 +66,8 @@ def explain(
         method: a key of `EXPLANATION_METHODS`.
         grid: cells along the longer side of each image; None: 8, or the pixels of a smaller image.
         batch_size: conversations in a forward pass; fewer for a long answer.
-        report: called with the cost before it is paid.
+        report: called with the cost before it is paid, and with a difference from `generated`.
+        generated: the tokens of the model's own answer, which can be others than those of its text.
         check: called between batches; an error that it raises ends the explanation.
 
     Raises:
@@ -79,6 +81,8 @@ def explain(
         length = inputs.encoded["input_ids"].shape[1]
         steps = chosen.steps if count != 1 else chosen.steps.removesuffix("es")
         report(f"{count:,} {steps} of {length:,} tokens{_excess(model, length)}")
+        if generated is not None and tuple(generated[: len(inputs.answer_ids)]) != inputs.answer_ids:
+            report("the model generated other tokens, such as a space before the answer; those of training are explained")
     with EvaluationProgress("explaining", count, chosen.steps) as progress:
 
         def done(steps: int) -> None:
@@ -110,8 +114,10 @@ def _excess(model: Any, length: int) -> str:
     return f"; the model was made for at most {maximum:,}"
 
 
-def answer_to_explain(model: nn.Module, processor: ProcessorMixin, sample: Sample, max_new_tokens: int) -> Sample:
-    """The conversation with the model's greedy answer as its last message, without white space around it.
+def answer_to_explain(
+    model: nn.Module, processor: ProcessorMixin, sample: Sample, max_new_tokens: int
+) -> tuple[Sample, list[int]]:
+    """The conversation with the model's greedy answer as its last message, without white space around it; and its tokens.
 
     Args:
         sample: a conversation that ends with a question.
@@ -120,7 +126,7 @@ def answer_to_explain(model: nn.Module, processor: ProcessorMixin, sample: Sampl
     with torch.inference_mode(), in_eval_mode(model), training_autocast(model):
         [tokens] = generate(model, processor, move_batch(model, prompt), max_new_tokens).tolist()
     answer = AnswerDecoder(processor.tokenizer).decode(tokens).strip()
-    return replace(sample, messages=[*sample.messages, text_message("assistant", answer)])
+    return replace(sample, messages=[*sample.messages, text_message("assistant", answer)]), tokens
 
 
 def _token_texts(processor: ProcessorMixin, ids: tuple[int, ...]) -> list[str]:

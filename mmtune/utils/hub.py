@@ -30,6 +30,8 @@ def is_local_name(name: str) -> bool:
 
 def missing_path_message(name: str, what: str = "directory") -> str:
     """The message about a local path that does not exist or is a file, with the nearest existing path."""
+    if name.startswith("builtin:"):
+        return f"{name} is a built-in model; expected the path of a {what}"
     if Path(name).is_file():
         of_recipe = (
             "; the run of a recipe is the directory output_dir" if "run" in what and name.endswith((".yaml", ".yml")) else ""

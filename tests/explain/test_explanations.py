@@ -187,9 +187,15 @@ def test_a_character_of_several_tokens_is_the_text_of_the_last_one(untrained: tu
 def test_the_models_own_answer_is_explained(answering_llava: tuple[Any, Any], tmp_path: Path) -> None:
     model, processor = answering_llava
     question = Sample("row", asked([picture(tmp_path / "a.png")]).messages[:-1])
-    sample = answer_to_explain(model, processor, question, 4)
+    sample, generated = answer_to_explain(model, processor, question, 4)
     assert len(sample.messages) == 2
-    assert explain(model, processor, sample, grid=1).answer == sample.messages[-1]["content"][0]["text"]
+    [text] = sample.messages[-1]["content"]
+    encoded = processor.tokenizer(text["text"], add_special_tokens=False)["input_ids"]
+    for tokens, count in ((encoded, 1), ([*encoded, 1], 1), ([0, *encoded], 2)):
+        lines: list[str] = []
+        assert explain(model, processor, sample, grid=1, report=lines.append, generated=tokens).answer == text["text"]
+        assert len(lines) == count
+    assert len(generated) == 4
 
 
 def test_an_image_of_one_pixel_has_one_cell_which_changes_nothing(answering_llava: tuple[Any, Any], tmp_path: Path) -> None:

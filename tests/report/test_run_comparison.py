@@ -74,9 +74,16 @@ def test_runs_are_compared_with_the_first(
 def test_what_is_no_run_is_named(runs: list[RunDirectory], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = str(runs[0].path)
     (tmp_path / "empty").mkdir()
+    runs[0].checkpoints.mkdir()
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    (tmp_path / "folder" / "inside" / "recipe.yaml").touch()
     for arguments, message in (
         ([first, str(tmp_path / "nowhere")], "no such run"),
-        ([first, str(tmp_path / "empty")], "is not a run: it has no recipe.yaml"),
+        ([first, str(tmp_path / "empty")], "is not a run: it has no recipe.yaml\n"),
+        ([first, str(tmp_path)], "stopped before its first step"),
+        ([first, str(tmp_path / "folder")], "no recipe.yaml; runs in it: inside"),
+        ([str(runs[0].checkpoints)], f"no recipe.yaml; it is a part of the run {first}"),
+        (["builtin:tiny-llava"], "builtin:tiny-llava is a built-in model; expected the path of a run"),
         ([first, first], "expected different runs"),
         ([first, "--html", "x.html"], "belongs to several runs"),
     ):

@@ -195,6 +195,8 @@ class ChatPage:
             self._tabs[request.session_hash or ""] = tab_id
             self._drop_old()
         conversation.wait_until_stopped()  # an answer for the page before the reload
+        if conversation.notice.is_error:  # of a request before the reload
+            conversation.notice = Notice()
         return [*self._shown(conversation, with_draft=True), *self._settings_of(conversation)]
 
     def _leave(self, request: gr.Request) -> None:

@@ -81,7 +81,7 @@ class ShownImages:
 
 def file_name(media: Media) -> str:
     """The name of an image's file, without its folder."""
-    return (media if isinstance(media, Path) else media.container).name
+    return media.name if isinstance(media, Path) else Path(media.name).name
 
 
 def _regions_in(answer: str, size: tuple[int, int], session: ChatSession) -> tuple[list[Corners], str]:
