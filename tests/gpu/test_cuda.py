@@ -29,9 +29,9 @@ TOLERANCES = {"fp32": 1e-3, "bf16": 3e-2, "int8": 5e-2, "nf4": 2e-1}
 
 @pytest.fixture(autouse=True)
 def without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TF32 off, so that fp32 is fp32; torch computes convolutions with it by default."""
+    """TF32 off, so that fp32 is fp32; torch computes convolutions with it by default, products without it."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def losses(recipe: Recipe) -> list[float]:
