@@ -77,9 +77,12 @@ def test_bf16_is_as_near_to_plain_peft_as_its_rounding(gradients: Callable[..., 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 def test_a_quantized_base_has_the_gradients_of_plain_peft(
-    gradients: Callable[..., torch.Tensor], base: Path, precision: str
+    gradients: Callable[..., torch.Tensor], device: str, base: Path, precision: str
 ) -> None:
-    """Our quantization config, and one that is written out: only the language model is quantized."""
+    """Our quantization config, and one that is written out: only the language model is quantized.
+
+    On CUDA the head's product over fewer rows may have another kernel, whose rounding is allowed.
+    """
     skipped = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
     kind = {"load_in_8bit": True} if precision == "int8" else {"load_in_4bit": True, **nf4}
@@ -88,4 +91,6 @@ def test_a_quantized_base_has_the_gradients_of_plain_peft(
     unquantized = gradients(torch.bfloat16, False)
     assert float((plain - unquantized).norm() / unquantized.norm()) > 1e-4
     ours = quantization_config(AutoConfig.from_pretrained(str(base)), precision)
-    assert float((gradients(torch.bfloat16, True, quantization_config=ours) - plain).norm() / plain.norm()) < 1e-5
+    rounding = float((unquantized - gradients(torch.float32, False)).norm())
+    limit = 1e-5 * float(plain.norm()) if device == "cpu" else 2 * rounding
+    assert float((gradients(torch.bfloat16, True, quantization_config=ours) - plain).norm()) < limit
