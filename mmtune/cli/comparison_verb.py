@@ -169,7 +169,8 @@ def _report(arguments: argparse.Namespace) -> Any:
     run = RunDirectory(paths[0])
     _check_started(run)
     summary = _print_summary(run) if run.summary.is_file() else _print_progress(run)
-    rewrite_page(run)
+    if run.recipe.is_file():
+        rewrite_page(run)
     print(f"page: {run.report}")
     return summary
 

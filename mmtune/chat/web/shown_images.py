@@ -81,7 +81,8 @@ class ShownImages:
 
 def file_name(media: Media) -> str:
     """The name of an image's file, without its folder."""
-    return media.name if isinstance(media, Path) else Path(media.name).name
+    image = media.image if isinstance(media, ImageView) else media
+    return image.name if isinstance(image, Path) else Path(image.name).name
 
 
 def _regions_in(answer: str, size: tuple[int, int], session: ChatSession) -> tuple[list[Corners], str]:
