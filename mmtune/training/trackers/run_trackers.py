@@ -23,7 +23,7 @@ from mmtune.report.answer_cards import drawn_regions, images_of, is_right, selec
 from mmtune.run_directory import RunDirectory, step_of
 from mmtune.training.run_inputs import RunInputs
 from mmtune.training.trackers.tensorboard_tracker import TensorBoardTracker
-from mmtune.training.trackers.tracker import TrackedAnswer, Tracker
+from mmtune.training.trackers.tracker import TrackedAnswer, TrackedRun, Tracker
 from mmtune.training.trackers.trackio_tracker import TrackioTracker
 from mmtune.training.trackers.wandb_tracker import WandbTracker
 from mmtune.utils.files import read_record, replace_text
@@ -83,7 +83,7 @@ class RunTrackers(TrainerCallback):
         for callback in [*trainer.callback_handler.callbacks]:
             if (kind := _TRACKERS.get(type(callback))) is None:
                 continue
-            tracker = kind(callback, trainer, self._run, self._inputs.recipe, ids.get(kind.name), first_step)
+            tracker = kind(callback, TrackedRun(trainer, self._run, self._inputs.recipe, ids.get(kind.name), first_step))
             self._trackers.append(tracker)
             print(f"{tracker.name}: {tracker.started}")
             if tracker.run_id is not None:

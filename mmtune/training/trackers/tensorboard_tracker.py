@@ -8,12 +8,9 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import numpy as np
-from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 
-from mmtune.recipe.recipe import Recipe
-from mmtune.run_directory import RunDirectory
-from mmtune.training.trackers.tracker import Row, TrackedAnswer, Tracker
+from mmtune.training.trackers.tracker import Row, TrackedAnswer, TrackedRun, Tracker
 
 _ENTITIES = str.maketrans({character: f"&#{ord(character)};" for character in string.punctuation} | {"\n": "<br>"})
 
@@ -21,27 +18,19 @@ _ENTITIES = str.maketrans({character: f"&#{ord(character)};" for character in st
 class TensorBoardTracker(Tracker):
     """The writer of transformers' callback, which it shares. The callback closes it after training; it then opens another file.
 
-    Args:
-        first_step: the step of the checkpoint from which training resumes, otherwise 0. Events of later steps are hidden.
+    When training resumes from a checkpoint, the events of later steps are hidden.
     """
 
     name = "tensorboard"
 
-    def __init__(
-        self,
-        callback: TensorBoardCallback,
-        trainer: Trainer,
-        run: RunDirectory,
-        recipe: Recipe,
-        earlier: str | None,
-        first_step: int,
-    ) -> None:
+    def __init__(self, callback: TensorBoardCallback, tracked: TrackedRun) -> None:
         library = import_module("torch.utils.tensorboard" if find_spec("tensorboard") else "tensorboardX")
-        folder = callback.logging_dir or str(run.tensorboard)
+        folder = callback.logging_dir or str(tracked.directory.tensorboard)
         self.is_local = "://" not in folder  # such as s3://
         self.started = f"{folder}; to view it: tensorboard --logdir {folder}"
-        self._writer = callback.tb_writer = library.SummaryWriter(folder, purge_step=first_step + 1 if first_step else None)
-        self._writer.add_text("recipe", _code(recipe.to_yaml()), first_step)
+        purged = tracked.first_step + 1 if tracked.first_step else None
+        self._writer = callback.tb_writer = library.SummaryWriter(folder, purge_step=purged)
+        self._writer.add_text("recipe", _code(tracked.recipe.to_yaml()), tracked.first_step)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """As scalars."""

@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL.Image import Image
+from transformers import Trainer
+
+from mmtune.recipe.recipe import Recipe
+from mmtune.run_directory import RunDirectory
 
 STEP = "train/global_step"
 """The optimizer step of a log, under the name that transformers' callbacks send: the x-axis of all charts."""
@@ -51,8 +55,27 @@ class TrackedAnswer:
         }
 
 
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run that a tracker is started for.
+
+    Attributes:
+        trainer: the Trainer, whose callback logs to the tracker too.
+        directory: the run directory.
+        recipe: the recipe.
+        earlier: the `run_id` of the tracker's run that is continued; None for a new one.
+        first_step: the step of the checkpoint from which training resumes, otherwise 0.
+    """
+
+    trainer: Trainer
+    directory: RunDirectory
+    recipe: Recipe
+    earlier: str | None
+    first_step: int
+
+
 class Tracker(ABC):
-    """A run in one tracker, in the main process.
+    """A run in one tracker, in the main process. It is made from transformers' callback for that tracker and a `TrackedRun`.
 
     Attributes:
         name: as in `train.report_to`.

@@ -12,9 +12,7 @@ from typing import Any
 from transformers import Trainer
 from transformers.integrations import TrackioCallback
 
-from mmtune.recipe.recipe import Recipe
-from mmtune.run_directory import RunDirectory
-from mmtune.training.trackers.tracker import STEP, Row, TrackedAnswer, Tracker
+from mmtune.training.trackers.tracker import STEP, Row, TrackedAnswer, TrackedRun, Tracker
 
 
 class OpenTrackioCallback(TrackioCallback):
@@ -29,32 +27,21 @@ class OpenTrackioCallback(TrackioCallback):
 
 
 class TrackioTracker(Tracker):
-    """The run of trackio into which transformers' callback logs too.
-
-    Args:
-        earlier: the name of the run that is continued.
-    """
+    """The run of trackio into which transformers' callback logs too; a run is continued by its name."""
 
     name = "trackio"
 
-    def __init__(
-        self,
-        callback: TrackioCallback,
-        trainer: Trainer,
-        run: RunDirectory,
-        recipe: Recipe,
-        earlier: str | None,
-        first_step: int,
-    ) -> None:
+    def __init__(self, callback: TrackioCallback, tracked: TrackedRun) -> None:
         import trackio
         from trackio.utils import TRACKIO_DIR
 
+        trainer = tracked.trainer
         self._trackio, self._trainer = trackio, trainer
         trainer.remove_callback(callback)
         self._callback = OpenTrackioCallback()
         trainer.add_callback(self._callback)
         arguments = copy.copy(trainer.args)
-        arguments.run_name = earlier or arguments.run_name
+        arguments.run_name = tracked.earlier or arguments.run_name
         with redirect_stdout(io.StringIO()):  # instructions with terminal sequences
             self._callback.setup(arguments, trainer.state, trainer.model)
         started = trackio.context_vars.current_run.get()
@@ -66,7 +53,7 @@ class TrackioTracker(Tracker):
         self.started = f"{Path(TRACKIO_DIR)}; to view it: trackio show --project {trainer.args.project}"
         if server is not None:
             self.started = f"sent to {server}"
-        self._run.config["recipe"] = recipe.model_dump(mode="json")  # is sent with the first log
+        self._run.config["recipe"] = tracked.recipe.model_dump(mode="json")  # is sent with the first log
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """As a line of the history."""

@@ -7,12 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
 from transformers.integrations import WandbCallback
 
-from mmtune.recipe.recipe import Recipe
-from mmtune.run_directory import RunDirectory
-from mmtune.training.trackers.tracker import STEP, Row, TrackedAnswer, Tracker
+from mmtune.training.trackers.tracker import STEP, Row, TrackedAnswer, TrackedRun, Tracker
 from mmtune.utils.errors import RecipeValueError
 
 FINISH_TIMEOUT_S = 300.0
@@ -20,10 +17,7 @@ FINISH_TIMEOUT_S = 300.0
 
 
 class WandbTracker(Tracker):
-    """The run of W&B into which transformers' callback logs too.
-
-    Args:
-        earlier: the id of the run that is continued.
+    """The run of W&B into which transformers' callback logs too; a run is continued by its id.
 
     Raises:
         UserError: W&B cannot start a run.
@@ -32,15 +26,7 @@ class WandbTracker(Tracker):
     name = "wandb"
     is_local = False  # `wandb sync` uploads an offline run
 
-    def __init__(
-        self,
-        callback: WandbCallback,
-        trainer: Trainer,
-        run: RunDirectory,
-        recipe: Recipe,
-        earlier: str | None,
-        first_step: int,
-    ) -> None:
+    def __init__(self, callback: WandbCallback, tracked: TrackedRun) -> None:
         import wandb
 
         self._wandb = wandb
@@ -48,11 +34,11 @@ class WandbTracker(Tracker):
         if "WANDB_FINISH_TIMEOUT" not in os.environ:
             settings["finish_timeout"] = FINISH_TIMEOUT_S
         arguments: dict[str, Any] = {
-            "project": os.environ.get("WANDB_PROJECT", trainer.args.project),
-            "name": trainer.args.run_name,
-            "dir": None if os.environ.get("WANDB_DIR") else run.path,
+            "project": os.environ.get("WANDB_PROJECT", tracked.trainer.args.project),
+            "name": tracked.trainer.args.run_name,
+            "dir": None if os.environ.get("WANDB_DIR") else tracked.directory.path,
         }
-        continued: dict[str, Any] = {} if earlier is None else {"id": earlier, "resume": "allow"}
+        continued: dict[str, Any] = {} if tracked.earlier is None else {"id": tracked.earlier, "resume": "allow"}
         reason = ""
         try:
             try:
@@ -69,7 +55,7 @@ class WandbTracker(Tracker):
             self.started = f"{reason}{self._run.dir}; {self._sync()}"
         elif not self._run.disabled:  # of two offline runs with one id, `wandb sync` would keep the last only
             self.run_id = self._run.id
-        self._run.config.update({"recipe": recipe.model_dump(mode="json")}, allow_val_change=True)
+        self._run.config.update({"recipe": tracked.recipe.model_dump(mode="json")}, allow_val_change=True)
 
     def _sync(self) -> str:
         return f"to upload it: wandb sync {self._folder}"
