@@ -248,12 +248,8 @@ def _compare_runs(paths: list[Path], page: Path) -> Any:
         print_comparison(each, names)
     for line in comparison.notes:
         print(line)
-    from mmtune.recipe.recipe import load_recipe
-    from mmtune.run_directory import RunDirectory
-
-    section = load_recipe(RunDirectory(paths[0]).recipe).evaluate
     with report_disk_errors(page):
         page.parent.mkdir(parents=True, exist_ok=True)
-        write_run_comparison(comparison, page, section.sources if section else ())
+        write_run_comparison(comparison, page)
     print(f"page: {page}")
     return comparison.as_json()

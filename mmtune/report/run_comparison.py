@@ -48,6 +48,7 @@ class RunComparison:
         answers: of each run against the first, where both have answers to the same questions.
         notes: sentences on what could not be compared.
         plots: the curves of all runs.
+        sources: those of the first run's held-out rows, for images that are embedded in a file.
     """
 
     names: list[str]
@@ -57,6 +58,7 @@ class RunComparison:
     answers: list[Compared]
     notes: list[str]
     plots: list[Plot]
+    sources: Sequence[Source]
 
     def as_json(self) -> dict[str, Any]:
         """The comparison as a JSON object."""
@@ -74,12 +76,11 @@ def compare_runs(paths: Sequence[Path]) -> RunComparison:
     """Compare the recipes, versions, curves and answers of runs, finished or not.
 
     Raises:
-        UserError: a path is no run, or a record is damaged.
+        UserError: a path is not a run, or a record is damaged.
     """
     runs = dict(zip(_names(paths), map(RunDirectory, paths), strict=True))
     for run in runs.values():
         if not run.recipe.is_file():
-            run.read_summary()  # its error says what is there
             raise UserError(f"{run.path} is not a run: it has no {run.recipe.name}")
     recipes = {name: load_recipe(run.recipe) for name, run in runs.items()}
     curves = {name: RunCurves(run.metrics).update() for name, run in runs.items()}
@@ -99,6 +100,7 @@ def compare_runs(paths: Sequence[Path]) -> RunComparison:
         answers=answers,
         notes=notes,
         plots=_overlaid(curves),
+        sources=section.sources if (section := recipes[first].evaluate) else (),
     )
 
 
@@ -187,13 +189,8 @@ def write_comparison(comparisons: Sequence[Compared], path: Path, sources: Seque
     replace_text(path, page)
 
 
-def write_run_comparison(comparison: RunComparison, path: Path, sources: Sequence[Source]) -> None:
-    """Write a page with all that `compare_runs` found.
-
-    Args:
-        path: the HTML file.
-        sources: as for `write_comparison`.
-    """
+def write_run_comparison(comparison: RunComparison, path: Path) -> None:
+    """Write an HTML page with all that `compare_runs` found."""
     page = render_page(
         "comparison.html.jinja",
         title=" and ".join(comparison.names) if len(comparison.names) == 2 else f"{len(comparison.names)} runs",
@@ -202,7 +199,7 @@ def write_run_comparison(comparison: RunComparison, path: Path, sources: Sequenc
         runs=comparison,
         plots=[plot_values(plot) for plot in comparison.plots[:SHOWN_PLOTS]],
         hidden=max(len(comparison.plots) - SHOWN_PLOTS, 0),
-        sections=_sections(comparison.answers, sources),
+        sections=_sections(comparison.answers, comparison.sources),
     )
     replace_text(path, page)
 
