@@ -23,7 +23,7 @@ from mmtune.data.encoding.native_regions import text_extent
 from mmtune.data.encoding.token_counts import Counts, count_prompt_tokens
 from mmtune.data.media.media import EmbeddedMedia, ImageView, Media, open_image
 from mmtune.data.media.pixels import Window
-from mmtune.data.message import Message, Sample, has_media, text_message, text_of
+from mmtune.data.message import Message, Sample, has_media, images_in, text_message, text_of, with_images
 from mmtune.data.message_rows import check_messages_row, messages_row, read_messages_row
 from mmtune.data.validation.show_sample import SampleView, view_prompt
 from mmtune.explain.explanation import Explanation
@@ -58,7 +58,7 @@ class ChatState:
     def images(self) -> list[tuple[int, ImageView]]:
         """Every image in the conversation, with the number of its question, from 1."""
         questions = enumerate(self.messages[::2], start=1)
-        return [(number, block["image"]) for number, message in questions for block in _images_of(message)]
+        return [(number, image) for number, message in questions for image in images_in(message)]
 
     def last_turn(self) -> tuple[tuple[Message, ...], Message]:
         """The messages before the last question, and that question.
@@ -246,7 +246,7 @@ class ChatSession:
         try:
             return explain(self._model, self._processor, sample, check=check), sample.images
         except torch.OutOfMemoryError as error:
-            raise UserError(f"{str(error).partition('. ')[0]}; shorten the conversation or its images") from error
+            raise _memory_error(error, "shorten the conversation or its images") from error
 
     def count_tokens(self) -> Counts:
         """The tokens of the next question's prompt without its text."""
@@ -310,12 +310,12 @@ class ChatSession:
             raise UserError(f"/load {path}: images in a system prompt are not supported in a chat")
         system = text_of(first) if first["role"] == "system" else None
         turns = sample.messages[system is not None :]
-        messages = [_with_images(turn, lambda image: ImageView(image, self._window)) for turn in turns]
+        messages = [with_images(turn, lambda image: ImageView(image, self._window)) for turn in turns]
         if system is not None:
             check_system_prompt(self._processor, system)
         question: Message = text_message("user", "?")
         encode_prompt(sample.id, _with_system(system, [*messages, question]), self._processor)
-        loaded = tuple(_with_images(message, _in_memory) for message in messages)
+        loaded = tuple(with_images(message, _in_memory) for message in messages)
         self.state = replace(self.state, system=system, messages=loaded, repeats=0)
 
     def _prompt(self, messages: list[Message]) -> list[Message]:
@@ -381,10 +381,13 @@ class ChatSession:
             stop_requested.set()
             _join(thread)
         if errors and isinstance(errors[0], torch.OutOfMemoryError):
-            problem = str(errors[0]).partition(". ")[0]
-            raise UserError(f"{problem}; shorten the conversation or its images, or lower max_new_tokens") from errors[0]
+            raise _memory_error(errors[0], "shorten the conversation or its images, or lower max_new_tokens") from errors[0]
         if errors:
             raise errors[0]
+
+
+def _memory_error(error: torch.OutOfMemoryError, advice: str) -> UserError:
+    return UserError(f"{str(error).partition('. ')[0]}; {advice}")
 
 
 def _with_system(system: str | None, messages: list[Message]) -> list[Message]:
@@ -401,13 +404,7 @@ def _saved(message: Message) -> Message:
     """The message as it is written: an answer without white space around it, and the files of images that are unchanged."""
     if message["role"] == "assistant":
         return {**message, "content": [{"type": "text", "text": text_of(message).strip()}]}
-    return _with_images(message, _file_of)
-
-
-def _with_images(message: Message, convert: Callable[[Any], Any]) -> Message:
-    """The message with each of its images converted."""
-    blocks = [{**block, "image": convert(block["image"])} if block["type"] == "image" else block for block in message["content"]]
-    return {**message, "content": blocks}
+    return with_images(message, _file_of)
 
 
 def _in_memory(view: ImageView) -> ImageView:

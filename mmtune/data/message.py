@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,18 @@ class Sample:
 
 
 def _images_of(messages: list[Message]) -> list[Media]:
-    return [block["image"] for message in messages for block in message["content"] if block["type"] == "image"]
+    return [image for message in messages for image in images_in(message)]
+
+
+def images_in(message: Message) -> list[Any]:
+    """The images of one message, in the order of their placeholders."""
+    return [block["image"] for block in message["content"] if block["type"] == "image"]
+
+
+def with_images(message: Message, convert: Callable[[Any], Any]) -> Message:
+    """The message with each of its images converted, in the order of their placeholders."""
+    blocks = [{**block, "image": convert(block["image"])} if block["type"] == "image" else block for block in message["content"]]
+    return {**message, "content": blocks}
 
 
 def text_message(role: str, text: str) -> Message:

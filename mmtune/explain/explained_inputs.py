@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +16,8 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from mmtune.data.encoding.encode import IGNORE_INDEX, EncodedText, encode_sample, encode_text, process_images
-from mmtune.data.media.media import EmbeddedMedia, open_image
-from mmtune.data.message import RowError, Sample
+from mmtune.data.media.media import EmbeddedMedia, Media, open_image
+from mmtune.data.message import RowError, Sample, with_images
 from mmtune.data.validation.issues import issue_type_of
 from mmtune.explain.explanation import Box, cell_edges, cell_grid
 from mmtune.utils.errors import UserError
@@ -74,11 +74,12 @@ class ExplainedInputs:
         The mean keeps the brightness of the whole; black or white can be content. The image goes through the model's own
         processor, so the cell is right for every layout of `pixel_values`.
         """
-        colors = [mean_color(image) for image in self.images]
+        colors, media = [mean_color(image) for image in self.images], self.sample.images
         for number, box in self.cells:
             image = self.images[number].copy()
             image.paste(colors[number], box)
-            yield encode_sample(_with_image(self.sample, number, _as_media(image)), processor, supervise="last")
+            occluded = [*media[:number], _as_media(image), *media[number + 1 :]]
+            yield encode_sample(_with_media(self.sample, occluded), processor, supervise="last")
 
 
 def explained_inputs(sample: Sample, processor: ProcessorMixin, grid: int | None = None) -> ExplainedInputs:
@@ -93,8 +94,7 @@ def explained_inputs(sample: Sample, processor: ProcessorMixin, grid: int | None
     """
     images = _open(sample)
     grids = tuple(_grid_of(image, grid) for image in images)
-    for number, image in enumerate(images):
-        sample = _with_image(sample, number, _as_media(image))
+    sample = _with_media(sample, [_as_media(image) for image in images])
     processed = process_images(sample.id, sample.messages, processor)
     encoded = encode_sample(sample, processor, supervise="last", images=processed)
     answer_ids = encoded["labels"][encoded["labels"] != IGNORE_INDEX].tolist()[:-1]
@@ -141,18 +141,10 @@ def _as_media(image: Image.Image) -> EmbeddedMedia:
     return EmbeddedMedia(Path("explained"), "image.ppm", data=file.getvalue())
 
 
-def _with_image(sample: Sample, number: int, media: EmbeddedMedia) -> Sample:
-    """The sample with another image at a place in the order of its images."""
-    messages, seen = [], 0
-    for message in sample.messages:
-        content = []
-        for block in message["content"]:
-            if block["type"] == "image":
-                block = {**block, "image": media} if seen == number else block
-                seen += 1
-            content.append(block)
-        messages.append({**message, "content": content})
-    return replace(sample, messages=messages)
+def _with_media(sample: Sample, media: Sequence[Media]) -> Sample:
+    """The sample with other images, in the order of its own."""
+    remaining = iter(media)
+    return replace(sample, messages=[with_images(message, lambda _: next(remaining)) for message in sample.messages])
 
 
 def _words(text: EncodedText, processor: ProcessorMixin) -> Iterator[Word]:

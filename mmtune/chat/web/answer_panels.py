@@ -12,7 +12,7 @@ import gradio as gr
 from mmtune.chat.session import ChatSession
 from mmtune.chat.web.page_conversation import PageConversation
 from mmtune.chat.web.shown_images import file_name
-from mmtune.report.explanations.explanation_page import EXPLANATION_SCRIPTS, EXPLANATION_STYLES, explanation_values
+from mmtune.report.explanations.explanation_page import explanation_html
 from mmtune.report.pages import render_page
 from mmtune.report.sample_page import sample_values
 
@@ -82,15 +82,7 @@ def _build_explanation(page: ChatPage) -> Sequence[Any]:
             if result is None:
                 yield [None]
                 continue
-            document = render_page(
-                "explanation.html.jinja",
-                styles=EXPLANATION_STYLES,
-                scripts=EXPLANATION_SCRIPTS,
-                title="What the last answer rests on",
-                prompt="",
-                explained=explanation_values(*result),
-            )
-            yield [_frame("Explanation", document, "allow-scripts")]
+            yield [_frame("Explanation", explanation_html(*result, "What the last answer rests on"), "allow-scripts")]
 
     page.on_click(start, show, [output])
     return [output]

@@ -16,7 +16,7 @@ from uuid import uuid4
 from mmtune.chat.commands import EMPTY_ANSWER, STOPPED, STOPPED_AT_ONCE, STOPPED_REPEAT, long_prompt_line
 from mmtune.chat.session import ChatSession
 from mmtune.chat.web.model_turns import ModelTurns
-from mmtune.chat.web.shown_images import ShownImages
+from mmtune.chat.web.shown_images import ShownImages, file_name
 from mmtune.data.media.media import Media, open_media
 from mmtune.data.message import Message, text_of
 from mmtune.data.validation.show_sample import SampleView
@@ -356,7 +356,7 @@ class PageConversation:
         for block in self.session.state.attached:
             folder = self.folder / uuid4().hex
             folder.mkdir()
-            files.append(folder / (block["image"].container.name or "image"))
+            files.append(folder / (file_name(block["image"]) or "image"))
             with open_media(block["image"]) as file:
                 files[-1].write_bytes(file.read())
         self.session.detach()

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from mmtune.chat.commands import EMPTY_ANSWER
 from mmtune.chat.web.page_conversation import PageConversation
 from mmtune.data.media.media import ImageView
-from mmtune.data.message import Message, text_of
+from mmtune.data.message import Message, images_in, text_of
 
 SPEAKERS = {"user": "You", "assistant": "Model"}
 PLACEHOLDER = (
@@ -41,7 +41,7 @@ def _article(conversation: PageConversation, messages: Sequence[Message]) -> str
     """The last of some messages."""
     message, text = messages[-1], text_of(messages[-1])
     if message["role"] == "user":
-        images = "".join(_figure(*conversation.images.original(view)) for view in _images(message))
+        images = "".join(_figure(*conversation.images.original(view)) for view in images_in(message))
         return _message("user", text, images)
     view = _image_of_answer(messages)
     drawn = "" if view is None else _figure(*conversation.images.with_regions(view, text))
@@ -63,14 +63,10 @@ def _message(role: str, text: str, figures: str, kind: str = "") -> str:
 def _image_of_answer(messages: Sequence[Message]) -> ImageView | None:
     """The only image of the last question, or of the conversation: with several, the answer does not say which one it means."""
     questions = messages[:-1][::-2]
-    for images in (_images(questions[0]), [view for question in questions for view in _images(question)]):
+    for images in (images_in(questions[0]), [view for question in questions for view in images_in(question)]):
         if images:
             return images[0] if len(images) == 1 else None
     return None
-
-
-def _images(message: Message) -> list[ImageView]:
-    return [block["image"] for block in message["content"] if block["type"] == "image"]
 
 
 def _figure(path: Path | None, description: str) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from mmtune.data.media.image_content import media_key
-from mmtune.data.media.media import EmbeddedMedia, Media, image_size
-from mmtune.data.message import Message, RowError, Sample, text_of
+from mmtune.data.media.media import EmbeddedMedia, image_size
+from mmtune.data.message import RowError, Sample, images_in, text_of, with_images
 from mmtune.evaluation.predictions.choices import choice_prediction
 from mmtune.evaluation.predictions.prediction import Prediction
 from mmtune.recipe.prompt_sections import ChoiceScores
@@ -63,28 +63,21 @@ def content_free_sample(sample: Sample) -> Sample:
     Raises:
         RowError: no user turn has an image.
     """
-    turns = [number for number, message in enumerate(sample.messages) if message["role"] == "user" and _images(message)]
+    turns = [number for number, message in enumerate(sample.messages) if message["role"] == "user" and images_in(message)]
     if not turns:
         raise RowError(sample.id, "choices", "evaluate.choice_scores.calibrate needs a question with an image")
     messages = list(sample.messages)
-    blocks = messages[turns[-1]]["content"]
-    grey = [
-        {**block, "image": _grey_image(*image_size(block["image"]))} if block["type"] == "image" else block for block in blocks
-    ]
-    messages[turns[-1]] = {**messages[turns[-1]], "content": grey}
+    messages[turns[-1]] = with_images(messages[turns[-1]], lambda image: _grey_image(*image_size(image)))
     return replace(sample, messages=messages)
 
 
 def content_key(sample: Sample) -> str:
     """The same text for samples with equal prompts and choices."""
     turns = [
-        [message["role"], text_of(message), [media_key(image) for image in _images(message)]] for message in sample.messages[:-1]
+        [message["role"], text_of(message), [media_key(image) for image in images_in(message)]]
+        for message in sample.messages[:-1]
     ]
     return json.dumps([turns, sample.choices])
-
-
-def _images(message: Message) -> list[Media]:
-    return [block["image"] for block in message["content"] if block["type"] == "image"]
 
 
 def _grey_image(width: int, height: int) -> EmbeddedMedia:

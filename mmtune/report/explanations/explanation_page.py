@@ -48,19 +48,23 @@ def write_explanation(explanation: Explanation, images: Sequence[Media], prompt:
     Raises:
         UserError: the file cannot be written.
     """
-    values = explanation_values(explanation, images)
-    page = render_page(
-        "explanation.html.jinja",
-        styles=EXPLANATION_STYLES,
-        scripts=EXPLANATION_SCRIPTS,
-        title=f"Explanation: {escape_invisible(explanation.answer)[:80]}",
-        prompt=escape_invisible(prompt),
-        explained=values,
-    )
+    page = explanation_html(explanation, images, f"Explanation: {escape_invisible(explanation.answer)[:80]}", prompt)
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {path}: {reason_of(error)}") from error
+
+
+def explanation_html(explanation: Explanation, images: Sequence[Media], title: str, prompt: str = "") -> str:
+    """The page of an explanation; `images` and `prompt` as for `write_explanation`."""
+    return render_page(
+        "explanation.html.jinja",
+        styles=EXPLANATION_STYLES,
+        scripts=EXPLANATION_SCRIPTS,
+        title=title,
+        prompt=escape_invisible(prompt),
+        explained=explanation_values(explanation, images),
+    )
 
 
 def explanations_by_row(path: Path, answers: Sequence[Answer], sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
