@@ -14,7 +14,7 @@ MAX_CLASSES = 12
 MIN_QUESTIONS = 3
 """A group has a matrix if its references have at least this many questions each on average."""
 OTHER, UNPARSED = "(other)", "(unparsed)"
-"""Columns that are no class; `other` without parentheses can be one."""
+"""Columns that are not classes; `other` without parentheses can be a class."""
 
 
 @dataclass(frozen=True)
